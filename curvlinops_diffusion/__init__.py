@@ -1,0 +1,31 @@
+"""Curvature of diffusion models as linear operators, and the influence scores that follow.
+
+A plugin to ``curvlinops``, after Mlodozeniec et al., *Influence Functions for Scalable Data
+Attribution in Diffusion Models*, ICLR 2025 (arXiv:2410.13850).
+"""
+
+from curvlinops_diffusion.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence import influence_scores
+from curvlinops_diffusion.noise import MinSNRWeighting, NoiseProcess, PredictionType
+from curvlinops_diffusion.objective import DenoisingObjective
+from curvlinops_diffusion.operators.base import BlockDiagonalLinearOperator
+from curvlinops_diffusion.operators.ekfac import DiffusionEKFACLinearOperator
+from curvlinops_diffusion.operators.ggn import DiffusionGGNLinearOperator
+from curvlinops_diffusion.operators.kfac import DiffusionKFACLinearOperator
+from curvlinops_diffusion.operators.load import load_operator
+from curvlinops_diffusion.regression import NoisedRegression
+
+__all__ = [
+    "BlockDiagonalLinearOperator",
+    "DenoisingObjective",
+    "DiffusionEKFACLinearOperator",
+    "DiffusionGGNLinearOperator",
+    "DiffusionKFACLinearOperator",
+    "ExampleGradientLinearOperator",
+    "MinSNRWeighting",
+    "NoiseProcess",
+    "NoisedRegression",
+    "PredictionType",
+    "influence_scores",
+    "load_operator",
+]

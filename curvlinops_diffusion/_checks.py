@@ -1,0 +1,133 @@
+"""User-facing checks: every message says what arrived, what is accepted, and what to do."""
+
+from collections.abc import Mapping
+from enum import Enum
+from math import isfinite
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+E = TypeVar("E", bound=Enum)
+
+
+def check_option(name: str, value: Any, options: type[E]) -> E:
+    """Return the member of ``options`` that ``value`` names.
+
+    Raises:
+        ValueError: If ``value`` names none.
+    """
+    try:
+        return options(value)
+    except ValueError:
+        accepted = ", ".join(repr(option.value) for option in options)
+        raise ValueError(f"{name}={value!r} is unknown. Pass one of: {accepted}.") from None
+
+
+def check_count(name: str, value: Any) -> int:
+    """Return ``value`` if it is a whole number of at least one.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} arrived. Pass a whole number of at least 1.")
+    return value
+
+
+def check_non_negative(name: str, value: Any) -> float:
+    """Return ``value`` as a float if it is finite and at least zero.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(value, int | float) or not isfinite(value) or value < 0:
+        raise ValueError(f"{name}={value!r} arrived. Pass a finite number of at least 0.")
+    return float(value)
+
+
+def check_images(x0: Any, first_index: int) -> Tensor:
+    """Return a batch of clean examples if the diffusion can start from it.
+
+    Args:
+        x0: The batch, of shape ``[batch, ...]``.
+        first_index: The index within the data of the batch's first example, for the message.
+
+    Raises:
+        ValueError: If the batch is no floating-point tensor with at least one entry and two
+            axes, or has an entry that is not finite.
+    """
+    if not isinstance(x0, Tensor):
+        raise ValueError(
+            f"The clean examples arrived as {type(x0).__name__}. Pass a floating-point tensor of "
+            "shape [batch, ...]."
+        )
+    if not x0.is_floating_point():
+        raise ValueError(
+            f"The clean examples arrived as {x0.dtype}. Pass floating-point data, scaled as in "
+            "training (for images usually to [-1, 1])."
+        )
+    if x0.ndim < 2 or x0.numel() == 0:
+        raise ValueError(
+            f"A batch of clean examples arrived with shape {tuple(x0.shape)}. Pass non-empty "
+            "batches of shape [batch, ...], for images [batch, channels, height, width]."
+        )
+    bad = ~x0.flatten(1).isfinite().all(1)
+    if bad.any():
+        indices = [first_index + int(i) for i in bad.nonzero().flatten()[:8]]
+        raise ValueError(
+            f"{int(bad.sum())} example(s) hold NaN or infinite entries, at index {indices} of the "
+            "data. Remove or repair them."
+        )
+    return x0
+
+
+def check_condition(condition: Any, batch_size: int, name: str = "condition") -> None:
+    """Check that every tensor of a (nested) condition has one entry for each example.
+
+    Raises:
+        ValueError: If one has another number of entries, named by its key.
+    """
+    if isinstance(condition, Mapping):
+        for key, value in condition.items():
+            check_condition(value, batch_size, f"{name}[{key!r}]")
+    elif isinstance(condition, Tensor) and condition.ndim > 0 and len(condition) != batch_size:
+        raise ValueError(
+            f"{name} arrived with shape {tuple(condition.shape)} beside {batch_size} clean "
+            "examples. Its first axis must have one entry for each example (a tensor without "
+            "axes is passed to the model as it is)."
+        )
+
+
+def check_deterministic_mode(model: nn.Module) -> None:
+    """Check that no layer draws random numbers or couples the examples of a batch.
+
+    The draws of a diffusion are pure functions of ``(seed, n, r)``; a dropout mask is not, and
+    batch statistics make an example's loss depend on its neighbours.
+
+    Raises:
+        ValueError: If an active dropout or batch-norm layer is found, named.
+    """
+    for name, module in model.named_modules():
+        dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if module.training and (dropout or batch_norm):
+            raise ValueError(
+                f"Layer '{name}' ({type(module).__name__}) is in train mode, which makes the loss "
+                "of an example random or dependent on the rest of its batch. Call model.eval() "
+                "first."
+            )
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Check that a computed quantity is finite.
+
+    Raises:
+        ValueError: If it is not; ``what`` says which quantity and layer.
+    """
+    if not torch.isfinite(tensor).all():
+        count = int((~torch.isfinite(tensor)).sum())
+        raise ValueError(
+            f"{what} has {count} entries that are NaN or infinite (of {tensor.numel()}). Check the "
+            "model's weights and the data; if the model runs in float16 or bfloat16, try float32."
+        )

@@ -1,0 +1,256 @@
+"""Draws are data: ``(seed, n, r) -> timestep, noise, loss vectors``.
+
+Draw number ``r`` of example ``n`` is a pure function of ``(seed, n, r)``: it does not depend on
+the batch size, the device, the number of workers, or any global random state, which is left
+untouched. So a second pass sees the same noise, work can be split or resumed with the same result,
+and two methods can be compared on common random numbers.
+
+The functions are Philox counters (Salmon et al., 2011), whose key is ``(seed, stream)`` and whose
+counter is ``(n, r, k)``; no state is carried from one draw to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from math import sqrt
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion._checks import check_count
+
+DEFAULT_NUM_DRAWS = 8
+_GOLDEN = (sqrt(5) - 1) / 2
+
+
+class ProbeType(str, Enum):
+    """Distribution of the entries of a loss vector; both have mean zero and variance one.
+
+    Attributes:
+        RADEMACHER: ``'rademacher'``, ±1 with equal probability (less variance).
+        GAUSSIAN: ``'gaussian'``, standard normal.
+    """
+
+    RADEMACHER = "rademacher"
+    GAUSSIAN = "gaussian"
+
+
+class _Stream(IntEnum):
+    """Independent sequences of random numbers under one seed."""
+
+    TIMESTEP = 0
+    NOISE = 1
+    PROBE = 2
+
+
+def _generator(
+    seed: int, stream: _Stream, n: int = 0, r: int = 0, k: int = 0
+) -> np.random.Generator:
+    """The random numbers at a key and counter; the counter's lowest word counts the numbers."""
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, k, r, n]))
+
+
+# ---------------------------------------------------------------------------------------------
+# Timestep schemes: each maps (seed, n, r) to a point u of the unit interval, or to a level
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StratifiedTimesteps:
+    r"""Uniform timesteps, stratified over the draws of an example and over examples.
+
+    Draw ``r`` of ``R`` lies in the ``r``-th of ``R`` equal parts of the schedule, at the position
+    ``frac(n φ + U)`` within it, with the golden ratio ``φ`` and a uniform ``U`` shared by all
+    examples. Every draw is marginally uniform within its part, so averages over the draws are
+    unbiased; the positions of successive examples are a low-discrepancy sequence.
+    """
+
+    def unit_interval(self, seed: int, n_B: np.ndarray, r: int, num_draws: int) -> np.ndarray:
+        """Points in ``[0, 1)``, shape ``[B]``."""
+        offset = _generator(seed, _Stream.TIMESTEP).random()
+        return (r + (n_B * _GOLDEN + offset) % 1.0) / num_draws
+
+
+@dataclass(frozen=True)
+class UniformTimesteps:
+    """Independent uniform timesteps, as in training."""
+
+    def unit_interval(self, seed: int, n_B: np.ndarray, r: int, num_draws: int) -> np.ndarray:
+        """Points in ``[0, 1)``, shape ``[B]``."""
+        return np.array([_generator(seed, _Stream.TIMESTEP, int(n), r).random() for n in n_B])
+
+
+@dataclass(frozen=True)
+class LogitNormalTimesteps:
+    """Logit-normal timesteps: ``logit(u) ~ N(mean, std²)`` (Esser et al., 2024, Section 3.1).
+
+    ``u`` runs from data to noise, as in the paper: a positive mean favours high noise.
+    ``diffusers``' training scripts run it from noise to data, so their mean has the other sign.
+
+    Attributes:
+        mean: Mean of ``logit(u)``.
+        std: Standard deviation of ``logit(u)``.
+        stratified: Whether quantiles are stratified as in :class:`StratifiedTimesteps`.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    stratified: bool = True
+
+    def unit_interval(self, seed: int, n_B: np.ndarray, r: int, num_draws: int) -> np.ndarray:
+        """Points in ``[0, 1)``, shape ``[B]``."""
+        scheme = StratifiedTimesteps() if self.stratified else UniformTimesteps()
+        quantile = torch.from_numpy(scheme.unit_interval(seed, n_B, r, num_draws))
+        normal = torch.special.ndtri(quantile.clamp(min=torch.finfo(torch.float64).tiny))
+        return torch.sigmoid(self.mean + self.std * normal).numpy()
+
+
+@dataclass(frozen=True)
+class ListedTimesteps:
+    """The same levels for every example: draw ``r`` takes the ``r``-th of a list, cyclically.
+
+    Attributes:
+        levels: Noise levels, ``0 .. T-1`` in order of rising noise.
+    """
+
+    levels: tuple[int, ...]
+
+
+TimestepScheme = StratifiedTimesteps | UniformTimesteps | LogitNormalTimesteps | ListedTimesteps
+
+_NAMED_SCHEMES: dict[str, Callable[[int], TimestepScheme]] = {
+    "stratified": lambda num_levels: StratifiedTimesteps(),
+    "uniform": lambda num_levels: UniformTimesteps(),
+    "logit-normal": lambda num_levels: LogitNormalTimesteps(),
+    "all": lambda num_levels: ListedTimesteps(tuple(range(num_levels))),
+}
+
+
+def timestep_scheme(timesteps: Any, num_levels: int) -> TimestepScheme:
+    """Return the scheme that a user's ``timesteps`` argument names.
+
+    Args:
+        timesteps: ``'stratified'``, ``'uniform'``, ``'logit-normal'``, ``'all'`` (every level
+            once), a sequence of levels, or a scheme.
+        num_levels: The number of noise levels.
+
+    Raises:
+        ValueError: If it is none of these, or a listed level does not exist.
+    """
+    accepted = f"{', '.join(map(repr, _NAMED_SCHEMES))}, a sequence of levels, or a scheme"
+    if isinstance(timesteps, str):
+        if timesteps not in _NAMED_SCHEMES:
+            raise ValueError(f"timesteps={timesteps!r} is unknown. Pass one of: {accepted}.")
+        return _NAMED_SCHEMES[timesteps](num_levels)
+    if isinstance(timesteps, Sequence | Tensor | np.ndarray | range):
+        timesteps = ListedTimesteps(tuple(int(level) for level in timesteps))
+    if not isinstance(timesteps, TimestepScheme):
+        raise ValueError(
+            f"timesteps arrived as {type(timesteps).__name__}. Pass one of: {accepted}."
+        )
+    if isinstance(timesteps, ListedTimesteps):
+        wrong = [level for level in timesteps.levels if not 0 <= level < num_levels]
+        if wrong or not timesteps.levels:
+            raise ValueError(
+                f"timesteps lists {len(timesteps.levels)} levels, of which {wrong[:8]} do not "
+                f"exist. List at least one level, from 0 to {num_levels - 1}."
+            )
+    return timesteps
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The draws of a data set: levels, noise and loss vectors as functions of ``(n, r)``.
+
+    Attributes:
+        seed: The seed, ``0 <= seed < 2**64``.
+        num_draws: The number ``R`` of draws for each example.
+        num_levels: The number ``T`` of noise levels.
+        timesteps: How levels are drawn.
+    """
+
+    seed: int
+    num_draws: int
+    num_levels: int
+    timesteps: TimestepScheme
+
+    def levels(self, n_B: Sequence[int], r: int) -> Tensor:
+        """Noise level of draw ``r`` of the examples ``n_B``, shape ``[B]``, int64."""
+        if isinstance(self.timesteps, ListedTimesteps):
+            listed = self.timesteps.levels
+            return torch.full((len(n_B),), listed[r % len(listed)], dtype=torch.int64)
+        unit = self.timesteps.unit_interval(self.seed, np.asarray(n_B), r, self.num_draws)
+        level = np.floor(unit * self.num_levels).astype(np.int64)
+        return torch.from_numpy(level.clip(0, self.num_levels - 1))  # u may round to 1
+
+    def noise(self, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
+        """Noise of draw ``r`` of the examples ``n_B``, shape ``[B, *shape]``.
+
+        Always float32, so that models of every precision see the same noise.
+        """
+        return torch.stack(
+            [
+                torch.from_numpy(
+                    _generator(self.seed, _Stream.NOISE, n, r).standard_normal(
+                        tuple(shape), dtype=np.float32
+                    )
+                )
+                for n in n_B
+            ]
+        )
+
+    def probe(
+        self, n_B: Sequence[int], r: int, k: int, size: int, probe_type: ProbeType
+    ) -> Tensor:
+        """Loss vector ``k`` of draw ``r`` of the examples ``n_B``: ``E[u uᵀ] = I``, ``[B, size]``."""
+        return torch.stack(
+            [
+                torch.from_numpy(
+                    _unit_probe(_generator(self.seed, _Stream.PROBE, n, r, k), size, probe_type)
+                )
+                for n in n_B
+            ]
+        )
+
+
+def _unit_probe(generator: np.random.Generator, size: int, probe_type: ProbeType) -> np.ndarray:
+    """``size`` entries of mean zero and variance one, float32."""
+    if probe_type is ProbeType.GAUSSIAN:
+        return generator.standard_normal(size, dtype=np.float32)
+    bits = np.unpackbits(np.frombuffer(generator.bytes((size + 7) // 8), np.uint8), count=size)
+    return bits.astype(np.float32) * 2 - 1
+
+
+def make_draws(timesteps: Any, num_draws: int | None, seed: int, num_levels: int) -> Draws:
+    """Check a user's choice of draws.
+
+    Args:
+        timesteps: See :func:`timestep_scheme`.
+        num_draws: Draws for each example. ``None``: 8, or the length of a list of levels.
+        seed: The seed.
+        num_levels: The number of noise levels.
+
+    Raises:
+        ValueError: If the seed or the number of draws is out of range, or a list of levels would
+            not be passed through a whole number of times (its average would be lopsided).
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed!r} arrived. Pass a whole number from 0 to 2**64 - 1.")
+    scheme = timestep_scheme(timesteps, num_levels)
+    listed = len(scheme.levels) if isinstance(scheme, ListedTimesteps) else None
+    if num_draws is None:
+        num_draws = listed or DEFAULT_NUM_DRAWS
+    check_count("num_draws", num_draws)
+    if listed is not None and num_draws % listed != 0:
+        raise ValueError(
+            f"num_draws={num_draws} arrived with a list of {listed} levels. Pass a multiple of "
+            f"{listed}, or num_draws=None for each level once."
+        )
+    return Draws(seed, num_draws, num_levels, scheme)

@@ -1,0 +1,148 @@
+"""Loss vectors: ``v`` whose second moment is the curvature of the loss in the output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion._checks import check_count, check_option
+from curvlinops_diffusion.draws import Draws, ProbeType
+from curvlinops_diffusion.objective import NoisedBatch
+
+
+class FisherType(str, Enum):
+    """Which curvature matrix is approximated, and how its expectation over ``v`` is taken.
+
+    Attributes:
+        MC: ``'mc'``, GGN of the model; ``mc_samples`` random loss vectors for each draw.
+        TYPE2: ``'type-2'``, GGN of the model, exactly: one backward pass for each output entry.
+        EMPIRICAL: ``'empirical'``, GGN of the loss (empirical Fisher): ``v = ∂ℓ_t/∂f``.
+        FORWARD_ONLY: ``'forward-only'``, output factors are the identity (FOOF, Benzing, 2022).
+    """
+
+    MC = "mc"
+    TYPE2 = "type-2"
+    EMPIRICAL = "empirical"
+    FORWARD_ONLY = "forward-only"
+
+
+class KFACApprox(str, Enum):
+    """How weight sharing enters the Kronecker factors (Eschenhagen et al., 2023, Section 3).
+
+    Attributes:
+        EXPAND: ``'expand'``, positions count as independent examples.
+        REDUCE: ``'reduce'``, positions are averaged (inputs) and summed (gradients) first.
+    """
+
+    EXPAND = "expand"
+    REDUCE = "reduce"
+
+
+@dataclass(frozen=True)
+class KFACOptions:
+    """The options that K-FAC and EK-FAC share.
+
+    Attributes:
+        fisher_type: Which curvature, see :class:`FisherType`.
+        mc_samples: Loss vectors for each draw, with ``fisher_type='mc'``.
+        kfac_approx: ``'expand'`` or ``'reduce'``, see :class:`KFACApprox`.
+        separate_weight_and_bias: Whether weight and bias are blocks of their own, or one.
+        probe_type: Distribution of the random loss vectors, ``'rademacher'`` or ``'gaussian'``.
+    """
+
+    fisher_type: FisherType
+    mc_samples: int
+    kfac_approx: KFACApprox
+    separate_weight_and_bias: bool
+    probe_type: ProbeType
+
+    @classmethod
+    def parse(
+        cls,
+        fisher_type: str | FisherType,
+        mc_samples: int,
+        kfac_approx: str | KFACApprox,
+        separate_weight_and_bias: bool,
+        probe_type: str | ProbeType,
+    ) -> KFACOptions:
+        """Check the options that a user passed.
+
+        Raises:
+            ValueError: If an option is unknown, or ``mc_samples`` is given for a Fisher type that
+                draws nothing.
+        """
+        fisher_type = check_option("fisher_type", fisher_type, FisherType)
+        check_count("mc_samples", mc_samples)
+        if mc_samples != 1 and fisher_type is not FisherType.MC:
+            raise ValueError(
+                f"mc_samples={mc_samples} arrived with fisher_type={fisher_type.value!r}. Only "
+                "'mc' draws loss vectors; pass mc_samples=1."
+            )
+        if not isinstance(separate_weight_and_bias, bool):
+            raise ValueError(
+                f"separate_weight_and_bias={separate_weight_and_bias!r} arrived. Pass True or "
+                "False."
+            )
+        return cls(
+            fisher_type,
+            mc_samples,
+            check_option("kfac_approx", kfac_approx, KFACApprox),
+            separate_weight_and_bias,
+            check_option("probe_type", probe_type, ProbeType),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options as plain values, for the header of a saved operator."""
+        return {key: getattr(value, "value", value) for key, value in vars(self).items()}
+
+
+def loss_vectors(
+    batch: NoisedBatch, prediction_BD: Tensor, draws: Draws, options: KFACOptions
+) -> Iterator[Tensor]:
+    """Yield loss vectors ``v`` with ``E[Σ v vᵀ]`` the curvature of each example's loss.
+
+    For the GGN of the model that is ``2 w_t r I``; for the GGN of the loss the outer product of
+    the loss' gradient in the prediction.
+
+    Args:
+        batch: The noised batch.
+        prediction_BD: The network's output on it.
+        draws: The source of random loss vectors.
+        options: Which curvature.
+
+    Yields:
+        Loss vectors for all examples, shape ``[B, D]``.
+    """
+    prediction_BD = prediction_BD.detach()
+    match options.fisher_type:
+        case FisherType.MC:
+            for k in range(options.mc_samples):
+                probe_BD = draws.probe(
+                    batch.indices, batch.draw, k, prediction_BD.shape[1], options.probe_type
+                ).to(prediction_BD)
+                yield batch.loss_hessian_root(probe_BD) / sqrt(options.mc_samples)
+        case FisherType.TYPE2:
+            for d in range(prediction_BD.shape[1]):
+                unit_BD = torch.zeros_like(prediction_BD)
+                unit_BD[:, d] = 1
+                yield batch.loss_hessian_root(unit_BD)
+        case FisherType.EMPIRICAL:
+            yield batch.loss_gradient(prediction_BD)
+        case FisherType.FORWARD_ONLY:
+            return
+
+
+def num_loss_vectors(options: KFACOptions, output_size: int) -> int:
+    """How many loss vectors :func:`loss_vectors` yields for a prediction ``[B, output_size]``."""
+    return {
+        FisherType.MC: options.mc_samples,
+        FisherType.TYPE2: output_size,
+        FisherType.EMPIRICAL: 1,
+        FisherType.FORWARD_ONLY: 0,
+    }[options.fisher_type]

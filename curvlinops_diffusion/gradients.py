@@ -1,0 +1,307 @@
+"""Per-example gradients of a measured quantity, as a linear operator ``[N, P]``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+from torch.utils._pytree import tree_map
+from tqdm import tqdm
+
+from curvlinops_diffusion._checks import check_count, check_finite
+from curvlinops_diffusion._upstream import PyTorchLinearOperator
+from curvlinops_diffusion.attention import differentiable_attention
+from curvlinops_diffusion.data import CleanBatch
+from curvlinops_diffusion.hooks import check_observable, frozen, layer_gradients
+from curvlinops_diffusion.layers import cover
+from curvlinops_diffusion.measurements import measure, measurement_gradient, measurement_of
+from curvlinops_diffusion.objective import NoisedBatch
+from curvlinops_diffusion.parameters import Parameters, ParameterSpace, select_parameters
+from curvlinops_diffusion.regression import NoisedRegression
+
+
+class ExampleGradientLinearOperator(PyTorchLinearOperator):
+    r"""The Jacobian ``J`` of the examples' measured values in the parameters, ``[N, P]``.
+
+    Row ``n`` is the gradient of the value of example ``n``, averaged over its draws; for the
+    training loss::
+
+        J_n = ∇ℓ_n(θ) = 1/R Σ_r ∇_θ w_t r_D ‖f_θ(x_t, t, c) − y_t‖²
+
+    ``J @ V`` gives directional derivatives (forward mode, ``J`` is never formed),
+    ``J.adjoint() @ W`` gradients of weighted sums of the values (reverse mode), and :meth:`rows`
+    the gradients themselves.
+
+    Args:
+        regression: Objective, data and draws.
+        params: ``None`` for every parameter of the model; or a list of the model's parameters (or
+            their names, as in an operator's ``param_names``), or a dict from names to parameters.
+        measurement: What is measured: ``'loss'``, ``'squared_norm'``, or a function of (noised
+            batch, prediction ``[B, D]``) that returns values ``[B]``.
+        progressbar: Whether to show progress.
+        chunk_size: Columns of a matrix that are multiplied at once, which bounds the memory.
+
+    Attributes:
+        param_names: Names of the parameters, in order.
+
+    Raises:
+        ValueError: If a parameter is not the model's, or the measurement is unknown.
+    """
+
+    SELF_ADJOINT = False
+
+    def __init__(
+        self,
+        regression: NoisedRegression,
+        params: Parameters = None,
+        *,
+        measurement: Any = "loss",
+        progressbar: bool = False,
+        chunk_size: int = 8,
+    ):
+        self.regression = regression
+        self._params = select_parameters(regression.objective.model, params)
+        self._measurement = measurement_of(measurement)
+        self._progressbar = progressbar
+        self._chunk_size = check_count("chunk_size", chunk_size)
+        self._space = ParameterSpace.of(self._params)
+        super().__init__(list(self._space.shapes.values()), [(regression.num_data,)])
+
+    @property
+    def param_names(self) -> tuple[str, ...]:
+        """Names of the parameters, in order."""
+        return tuple(self._params)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the vectors that the operator acts on."""
+        return self._space.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the vectors that the operator acts on."""
+        return self._space.device
+
+    # -----------------------------------------------------------------------------------------
+    # Values
+    # -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def values(self) -> Tensor:
+        """The measured values, averaged over draws, shape ``[N]``."""
+        values_N = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+        for batch in self._batches("values"):
+            prediction_BD = self.regression.objective.predict(batch)
+            values_N[list(batch.indices)] += measure(self._measurement, batch, prediction_BD)
+        return values_N / self.regression.num_draws
+
+    # -----------------------------------------------------------------------------------------
+    # Products
+    # -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        """Directional derivatives ``J @ X``: ``[*shape, K] -> [N, K]``."""
+        params = {name: p.detach() for name, p in self._params.items()}
+        tangents = {
+            name: x.to(p.dtype) for (name, p), x in zip(params.items(), X, strict=True)
+        }
+        result_NK = X[0].new_zeros(self.shape[0], X[0].shape[-1], dtype=self.dtype)
+
+        def push(batch: NoisedBatch, tangents: dict[str, Tensor]) -> Tensor:
+            derivative: Tensor = jvp(partial(self._value_of, batch), (params,), (tangents,))[1]
+            return derivative
+
+        with differentiable_attention():
+            for batch in self._batches("J @ X"):
+                result_NK[list(batch.indices)] += vmap(
+                    partial(push, batch), in_dims=-1, out_dims=-1, chunk_size=self._chunk_size
+                )(tangents)
+        return [result_NK / self.regression.num_draws]
+
+    def _adjoint(self) -> PyTorchLinearOperator:
+        return _WeightedGradientLinearOperator(self)
+
+    def weighted_gradient(self, weights_NK: Tensor) -> list[Tensor]:
+        """Gradients of weighted sums of the values, ``Jᵀ W``: ``[N, K] -> [*shape, K]``."""
+        model = self.regression.objective.model
+        params = list(self._params.values())
+        K = weights_NK.shape[1]
+        totals = [p.new_zeros(*p.shape, K, dtype=self.dtype) for p in params]
+        with frozen(model), torch.enable_grad():
+            for p in params:
+                p.requires_grad_(True)
+            for batch in self._batches("J.adjoint() @ W"):
+                prediction_BD = self.regression.objective.predict(batch)
+                pulled_BD = measurement_gradient(self._measurement, batch, prediction_BD)
+                for k in range(K):
+                    w_B1 = weights_NK[list(batch.indices), k].to(pulled_BD).unsqueeze(1)
+                    gradients = torch.autograd.grad(
+                        prediction_BD,
+                        params,
+                        w_B1 * pulled_BD,
+                        retain_graph=k < K - 1,
+                        allow_unused=True,
+                    )
+                    for total, gradient in zip(totals, gradients, strict=True):
+                        if gradient is not None:
+                            total[..., k] += gradient
+        return [total / self.regression.num_draws for total in totals]
+
+    # -----------------------------------------------------------------------------------------
+    # Rows
+    # -----------------------------------------------------------------------------------------
+
+    def row_batches(self) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """Yield the rows in batches of the data: (indices ``n``, gradients ``[B, P]``).
+
+        Raises:
+            ValueError: If a gradient is not finite, naming the parameter.
+        """
+        rows_of = self._row_function()
+        for clean in self.regression.clean_batches():
+            yield clean.indices, rows_of(clean)
+
+    def rows(self, indices: Sequence[int] | None = None) -> Tensor:
+        """Gradients of chosen examples; only these are computed.
+
+        Args:
+            indices: The examples' indices ``n``; ``None`` for all.
+
+        Returns:
+            The rows of ``J``, shape ``[len(indices), P]``.
+
+        Raises:
+            ValueError: If an index does not exist, or a gradient is not finite.
+        """
+        wanted = list(range(self.shape[0])) if indices is None else [int(n) for n in indices]
+        wrong = [n for n in wanted if not 0 <= n < self.shape[0]]
+        if wrong:
+            raise ValueError(
+                f"Rows {wrong[:8]} do not exist. Pass indices from 0 to {self.shape[0] - 1}."
+            )
+        rows_of, found = self._row_function(), {}
+        for clean in self.regression.clean_batches():
+            positions = [i for i, n in enumerate(clean.indices) if n in set(wanted)]
+            if positions:
+                part = clean.select(positions)
+                found.update(zip(part.indices, rows_of(part), strict=True))
+        return torch.stack([found[n] for n in wanted])
+
+    def _row_function(self) -> Callable[[CleanBatch], Tensor]:
+        """A function from clean examples to rows ``[B, P]``.
+
+        Parameters of supported layers get their gradients from what the layers see, the others by
+        a vectorised map over examples.
+        """
+        coverage = cover(self.regression.objective.model, self._params)
+        if coverage.layers:
+            check_observable(self.regression, coverage.layers)
+        others = {name: self._params[name].detach() for name in coverage.left_out}
+
+        @torch.no_grad()
+        def rows_of(clean: CleanBatch) -> Tensor:
+            rows_BP = torch.zeros(len(clean.indices), self.shape[1], device=self.device)
+            rows_BP = rows_BP.to(self.dtype)
+            for batch in self.regression.noised_batches(clean):
+                gradients = layer_gradients(
+                    coverage.layers,
+                    self.regression.objective,
+                    batch,
+                    partial(measurement_gradient, self._measurement, batch),
+                )
+                gradients |= self._mapped_gradients(batch, others)
+                rows_BP += torch.cat([gradients[name].flatten(1) for name in self._params], 1)
+            if not rows_BP.isfinite().all():
+                self._raise_not_finite(rows_BP, clean.indices)
+            return rows_BP / self.regression.num_draws
+
+        return rows_of
+
+    def _mapped_gradients(
+        self, batch: NoisedBatch, params: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Gradients of each example, ``[B, *shape]``, by mapping over examples."""
+        if not params:
+            return {}
+
+        def value(params: dict[str, Tensor], *example: Any) -> Tensor:
+            # an example of its own is a batch of one
+            level, x_t, timestep, condition, target, weight = tree_map(
+                lambda z, dim: z if dim is None else z.unsqueeze(0), example, in_dims
+            )
+            single = NoisedBatch(
+                [0], batch.draw, level, x_t, timestep, condition, target, weight
+            )
+            return self._value_of(single, params).squeeze(0)
+
+        example = (
+            batch.level_B,
+            batch.x_t,
+            batch.timestep_B,
+            batch.condition,
+            batch.target_BD,
+            batch.weight_B,
+        )
+        in_dims = tree_map(lambda z: 0 if isinstance(z, Tensor) and z.ndim > 0 else None, example)
+        with differentiable_attention():
+            gradients: dict[str, Tensor] = vmap(grad(value), in_dims=(None, *in_dims))(
+                params, *example
+            )
+        return {name: g.to(self.dtype) for name, g in gradients.items()}
+
+    # -----------------------------------------------------------------------------------------
+
+    def _value_of(self, batch: NoisedBatch, params: Mapping[str, Tensor]) -> Tensor:
+        """The measured values ``[B]`` as a function of the parameters."""
+        prediction_BD = self.regression.objective.predict(batch, params)
+        return measure(self._measurement, batch, prediction_BD)
+
+    def _batches(self, description: str) -> Iterator[NoisedBatch]:
+        with tqdm(
+            total=self.regression.num_samples,
+            desc=description,
+            unit="draws",
+            disable=not self._progressbar,
+        ) as bar:
+            for batch in self.regression.batches():
+                yield batch
+                bar.update(len(batch.indices))
+
+    def _raise_not_finite(self, rows_BP: Tensor, indices: Sequence[int]) -> None:
+        sizes = [p.numel() for p in self._params.values()]
+        for name, piece in zip(self._params, rows_BP.split(sizes, 1), strict=True):
+            bad = [n for n, row in zip(indices, piece, strict=True) if not row.isfinite().all()]
+            if bad:
+                check_finite(piece, f"The gradient of '{name}' for examples {bad[:8]}")
+
+
+class _WeightedGradientLinearOperator(PyTorchLinearOperator):
+    """``Jᵀ``, ``[P, N]``: gradients of weighted sums of the examples' measured values."""
+
+    SELF_ADJOINT = False
+
+    def __init__(self, jacobian: ExampleGradientLinearOperator):
+        self._jacobian = jacobian
+        super().__init__(jacobian._out_shape, jacobian._in_shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the vectors that the operator acts on."""
+        return self._jacobian.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the vectors that the operator acts on."""
+        return self._jacobian.device
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        (weights_NK,) = X
+        return self._jacobian.weighted_gradient(weights_NK)
+
+    def _adjoint(self) -> PyTorchLinearOperator:
+        return self._jacobian

@@ -1,0 +1,43 @@
+"""Saved operators, back as the objects they were."""
+
+from os import PathLike
+
+from torch import nn
+
+from curvlinops_diffusion.operators.base import BlockDiagonalLinearOperator
+from curvlinops_diffusion.operators.ekfac import DiffusionEKFACLinearOperator
+from curvlinops_diffusion.operators.kfac import DiffusionKFACLinearOperator
+from curvlinops_diffusion.storage import load_blocks
+
+_KINDS: dict[str, type[BlockDiagonalLinearOperator]] = {
+    cls.KIND: cls
+    for cls in (
+        BlockDiagonalLinearOperator,
+        DiffusionKFACLinearOperator,
+        DiffusionEKFACLinearOperator,
+    )
+}
+
+
+def load_operator(path: str | PathLike[str], model: nn.Module) -> BlockDiagonalLinearOperator:
+    """Load an operator that was written by its ``save``.
+
+    Args:
+        path: The file.
+        model: The model that the operator was computed with; the operator is put on its device.
+
+    Returns:
+        K-FAC, EK-FAC, or an inverse or power of them.
+
+    Raises:
+        ValueError: If the file is missing, truncated, foreign or of a newer format, or was made
+            for another model or other weights; the message says which.
+    """
+    kind, space, blocks, info = load_blocks(path, model)
+    if kind not in _KINDS:
+        raise ValueError(f"'{path}' holds an operator of unknown kind {kind!r}.")
+    cls = _KINDS[kind]
+    operator = cls.__new__(cls)
+    # the subclasses' own constructors would compute the blocks anew
+    BlockDiagonalLinearOperator.__init__(operator, space, blocks, info)
+    return operator

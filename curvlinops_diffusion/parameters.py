@@ -1,0 +1,114 @@
+"""Which parameters an operator acts on, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """The space ``R^P`` of a choice of parameters, of which operators see names and shapes only.
+
+    Attributes:
+        shapes: The parameters' shapes by name, in order.
+        dtype: Precision of vectors: the model's, but at least float32.
+        device: Where vectors live.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, params: Mapping[str, Tensor]) -> ParameterSpace:
+        """The space of the given parameters.
+
+        Raises:
+            ValueError: If they live on several devices.
+        """
+        devices = {p.device for p in params.values()}
+        if len(devices) > 1:
+            raise ValueError(
+                f"The parameters live on {sorted(map(str, devices))}. Move the model to one device."
+            )
+        dtype = torch.float32
+        for p in params.values():
+            dtype = torch.promote_types(dtype, p.dtype)
+        return cls({name: tuple(p.shape) for name, p in params.items()}, dtype, devices.pop())
+
+
+Parameters = Sequence[Tensor] | Sequence[str] | Mapping[str, Tensor] | None
+
+
+def select_parameters(model: nn.Module, params: Parameters) -> dict[str, nn.Parameter]:
+    """Resolve a user's choice of parameters to the model's own, by name.
+
+    Args:
+        model: The model.
+        params: ``None`` for every floating-point parameter (whether or not it requires gradients),
+            a sequence of the model's parameters or of their names, or a mapping from names to
+            parameters.
+
+    Returns:
+        The parameters by name, in the order given.
+
+    Raises:
+        ValueError: If nothing is selected, an entry is not a parameter of the model, is no
+            floating-point tensor, or is given twice.
+    """
+    own = dict(model.named_parameters())
+    if params is None:
+        return {name: p for name, p in own.items() if p.is_floating_point()}
+    if isinstance(params, str | Tensor | nn.Module) or not isinstance(params, Sequence | Mapping):
+        raise ValueError(
+            f"params arrived as {type(params).__name__}. Pass None for all that is supported, a "
+            "list of the model's parameters or of their names, or a dict from names to parameters."
+        )
+    names = _names_of_mapping(own, params) if isinstance(params, Mapping) else None
+    names = names if names is not None else _names_of_sequence(own, params)
+    if not names:
+        raise ValueError("params is empty. Pass at least one parameter, or None for all.")
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"params lists {twice} more than once. Pass each parameter once.")
+    for name in names:
+        if not own[name].is_floating_point():
+            raise ValueError(f"Parameter '{name}' is {own[name].dtype}; leave it out of params.")
+    return {name: own[name] for name in names}
+
+
+def _names_of_mapping(own: dict[str, nn.Parameter], params: Mapping[str, Any]) -> list[str]:
+    for name, value in params.items():
+        _check_name(own, name)
+        if value is not own[name]:
+            raise ValueError(
+                f"params['{name}'] is not the model's own parameter. Pass "
+                "dict(model.named_parameters()) or a part of it."
+            )
+    return list(params)
+
+
+def _names_of_sequence(own: dict[str, nn.Parameter], params: Any) -> list[str]:
+    name_of = {id(p): name for name, p in own.items()}
+    for position, p in enumerate(params):
+        if isinstance(p, str):
+            _check_name(own, p)
+        elif id(p) not in name_of:
+            shape = tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__
+            raise ValueError(
+                f"params[{position}] ({shape}) is not a parameter of the model. Pass entries of "
+                "model.parameters()."
+            )
+    return [p if isinstance(p, str) else name_of[id(p)] for p in params]
+
+
+def _check_name(own: dict[str, nn.Parameter], name: str) -> None:
+    if name not in own:
+        raise ValueError(
+            f"params names '{name}', which the model does not have. Its parameters are called "
+            f"like '{next(iter(own))}'; see model.named_parameters()."
+        )

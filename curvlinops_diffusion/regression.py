@@ -1,0 +1,152 @@
+"""``NoisedRegression``: objective + data + draws, as the (model, loss, data) of any operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from curvlinops_diffusion._checks import check_deterministic_mode
+from curvlinops_diffusion.attention import differentiable_attention
+from curvlinops_diffusion.data import CleanBatch, CleanData
+from curvlinops_diffusion.draws import make_draws
+from curvlinops_diffusion.objective import DenoisingObjective, NoisedBatch
+
+
+class _ScaledModel(nn.Module):
+    """The network as ``curvlinops`` wants it: a mapping in, ``√(w_t r D) f`` of ``[B, D]`` out."""
+
+    def __init__(self, objective: DenoisingObjective):
+        super().__init__()
+        self.model = objective.model
+        self._objective = objective
+
+    def forward(self, X: Mapping[str, Any]) -> Tensor:
+        """Predict; attention is in the form that forward-mode derivatives need."""
+        with differentiable_attention():
+            return X["scale"].unsqueeze(1) * self._objective.predict(X["batch"])
+
+
+class NoisedRegression:
+    r"""A diffusion objective on data, as a regression problem with fixed draws.
+
+    Every example is drawn ``R`` times, ``(t, eps)`` being a pure function of ``(seed, n, r)``. The
+    problem is::
+
+        L(θ) = 1/N Σ_n 1/R Σ_r w_t r_D ‖f_θ(x_t, t, c) − y_t‖²
+
+    Iterating yields ``(X, y)`` with ``√(w_t r_D D)`` folded into both sides, so that with
+    :attr:`model_func` and :attr:`loss_func` (the mean squared error) *any* ``curvlinops`` operator
+    works on it::
+
+        curvlinops.GGNLinearOperator(
+            regression.model_func, regression.loss_func, params, regression,
+            batch_size_fn=regression.batch_size_fn,
+        )
+
+    Args:
+        objective: The denoising objective.
+        data: Clean examples: a tensor ``[N, ...]``; a ``Dataset``; a ``DataLoader`` or a list of
+            batches. Items and batches are tensors, or dicts with key ``'x0'`` whose other entries
+            are passed to the model as keyword arguments (``class_labels``,
+            ``encoder_hidden_states``, nested ``added_cond_kwargs``, …); a dict of whole tensors
+            is accepted too. It may live on another device than the model.
+        num_draws: The number ``R`` of draws for each example. Default: 8, or the length of a list
+            of timesteps.
+        seed: Seed of the draws.
+        timesteps: ``'stratified'`` (over draws and examples), ``'uniform'``, ``'logit-normal'``,
+            ``'all'`` (every level once), a list of levels (``0 .. T-1`` in order of rising
+            noise), or a scheme of :mod:`curvlinops_diffusion.draws`.
+        batch_size: Examples that the network sees at once, where the data is not in batches.
+
+    Attributes:
+        objective: The denoising objective.
+        draws: The draws.
+        model_func: Maps ``X`` to the scaled prediction, shape ``[B, D]``. Runs attention in its
+            plain form, which forward-mode derivatives need.
+        loss_func: The mean squared error.
+
+    Raises:
+        ValueError: If the data is empty or malformed, changes between iterations, or an argument
+            is of no accepted kind.
+    """
+
+    def __init__(
+        self,
+        objective: DenoisingObjective,
+        data: Any,
+        num_draws: int | None = None,
+        seed: int = 0,
+        *,
+        timesteps: Any = "stratified",
+        batch_size: int = 64,
+    ):
+        if not isinstance(objective, DenoisingObjective):
+            raise ValueError(
+                f"The objective arrived as {type(objective).__name__}. Pass a DenoisingObjective."
+            )
+        self.objective = objective
+        self.draws = make_draws(timesteps, num_draws, seed, objective.process.num_levels)
+        self._data = CleanData(data, batch_size)
+        self.model_func = _ScaledModel(objective)
+        self.loss_func = nn.MSELoss()
+
+    @property
+    def num_data(self) -> int:
+        """The number ``N`` of examples."""
+        return self._data.num_examples
+
+    @property
+    def num_draws(self) -> int:
+        """The number ``R`` of draws for each example."""
+        return self.draws.num_draws
+
+    @property
+    def num_samples(self) -> int:
+        """The number ``N R`` of terms in the loss; averages divide by it."""
+        return self.num_data * self.num_draws
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What determines the draws and the loss, for the header of a saved operator."""
+        return {
+            "num_data": self.num_data,
+            "num_draws": self.num_draws,
+            "seed": self.draws.seed,
+            "timesteps": repr(self.draws.timesteps),
+            "num_levels": self.draws.num_levels,
+            "prediction_type": self.objective.process.prediction_type.value,
+            "reduction": self.objective.reduction.value,
+        }
+
+    def clean_batches(self) -> Iterator[CleanBatch]:
+        """Yield the clean examples in batches."""
+        check_deterministic_mode(self.objective.model)
+        yield from self._data
+
+    def noised_batches(self, clean: CleanBatch) -> Iterator[NoisedBatch]:
+        """Yield every draw of a batch of clean examples."""
+        for r in range(self.num_draws):
+            eps = self.draws.noise(clean.indices, r, clean.x0.shape[1:])
+            level_B = self.draws.levels(clean.indices, r)
+            yield self.objective.noise(
+                clean.x0, clean.condition, level_B, eps, clean.indices, r
+            )
+
+    def batches(self) -> Iterator[NoisedBatch]:
+        """Yield every draw of every example; the draws of a batch follow each other."""
+        for clean in self.clean_batches():
+            yield from self.noised_batches(clean)
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """Yield ``(X, y)`` for ``curvlinops``: mappings, and scaled targets ``[B, D]``."""
+        for batch in self.batches():
+            scale_B = (batch.weight_B * batch.target_BD.shape[1]).sqrt()
+            X = {"x_t": batch.x_t, "scale": scale_B, "batch": batch}
+            yield X, scale_B.unsqueeze(1) * batch.target_BD
+
+    @staticmethod
+    def batch_size_fn(X: MutableMapping[str, Any]) -> int:
+        """The number of (example, draw) pairs in a batch ``X``."""
+        return len(X["x_t"])

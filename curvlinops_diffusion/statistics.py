@@ -1,0 +1,233 @@
+"""One pass over the data: what the layers see, reduced at once to sums.
+
+A pass runs the network on every draw and, for each loss vector, one backward pass. The sums are
+divided by their number of terms here (``mean``) and nowhere else.
+
+Legend: N batch, S weight-sharing positions, I inputs, O outputs, D entries of a prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from curvlinops_diffusion.factors import Eigendecomposition, eigenvalue_moment, second_moment
+from curvlinops_diffusion.fisher import (
+    FisherType,
+    KFACApprox,
+    KFACOptions,
+    loss_vectors,
+    num_loss_vectors,
+)
+from curvlinops_diffusion.hooks import CallRecorder, Tap, check_observable, frozen, tapped
+from curvlinops_diffusion.layers import Layer, PartKind, part_inputs
+from curvlinops_diffusion.objective import NoisedBatch
+from curvlinops_diffusion.regression import NoisedRegression
+
+
+@dataclass(frozen=True)
+class KroneckerFactors:
+    """The factors of every layer, averaged over examples, timesteps, noise and loss vectors.
+
+    Attributes:
+        inputs: ``A``, by the key of the part (see :class:`~curvlinops_diffusion.layers.Part`);
+            biases of their own have none.
+        outputs: ``B``, by the name of the layer.
+    """
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+def kronecker_factors(
+    regression: NoisedRegression,
+    layers: Sequence[Layer],
+    options: KFACOptions,
+    progressbar: bool = False,
+) -> KroneckerFactors:
+    """Compute the Kronecker factors in one pass over the data.
+
+    With positions ``s = 1..S`` and the expectation over examples, draws and loss vectors::
+
+        expand:  A = E[1/S Σ_s a_s a_sᵀ]                  B = E[Σ_s b_s b_sᵀ]
+        reduce:  A = E[(1/S Σ_s a_s)(1/S Σ_s a_s)ᵀ]       B = E[(Σ_s b_s)(Σ_s b_s)ᵀ]
+
+    Source: Eschenhagen et al., 2023, Sections 3.2 and 3.3; Mlodozeniec et al., 2025, Section 2.3.
+
+    Args:
+        regression: Objective, data and draws.
+        layers: The layers.
+        options: Fisher type and K-FAC approximation.
+        progressbar: Whether to show progress.
+
+    Returns:
+        The factors, in the working precision.
+
+    Raises:
+        ValueError: If hooks cannot observe a layer's gradient (see :func:`check_observable`).
+    """
+    check_observable(regression, layers)
+    expand = options.kfac_approx is KFACApprox.EXPAND
+    dtype = regression.objective.working_dtype
+    parts = {
+        layer.name: part
+        for layer in layers
+        for part in layer.parts(options.separate_weight_and_bias)
+        if part.kind is not PartKind.BIAS
+    }
+    input_sums = _Sums()
+    output_sums = _Sums()
+    batch_inputs = _Sums()  # over the calls of a layer in one forward pass
+    batch_gradients = _Sums()  # over its calls in one backward pass
+    positions: dict[str, int] = {}
+
+    def on_input(layer: Layer, x: Tensor) -> None:
+        part = parts.get(layer.name)
+        if part is None:
+            return
+        a_NSI = part.inputs(x.to(dtype))
+        assert a_NSI is not None
+        batch_inputs.add(part.key, second_moment(a_NSI) if expand else a_NSI.sum(1))
+        positions[part.key] = positions.get(part.key, 0) + a_NSI.shape[1]
+
+    def on_gradient(layer: Layer, call: int, g: Tensor) -> None:
+        b_NSO = layer.gradients(g.to(dtype))
+        batch_gradients.add(layer.name, second_moment(b_NSO) if expand else b_NSO.sum(1))
+
+    def end_forward() -> None:
+        for key, total in batch_inputs.pop_all():
+            S = positions.pop(key)
+            input_sums.add(key, total / S if expand else second_moment(total / S))
+
+    def end_backward() -> None:
+        for name, total in batch_gradients.pop_all():
+            output_sums.add(name, total if expand else second_moment(total))
+
+    forward_only = options.fisher_type is FisherType.FORWARD_ONLY
+    tap = Tap(on_input, None if forward_only else on_gradient)
+    with tapped(layers, tap), frozen(regression.objective.model):
+        for batch in _with_progress(regression, "Kronecker factors", progressbar):
+            tap.restart(len(batch.indices))
+            with torch.set_grad_enabled(not forward_only):
+                prediction_BD = regression.objective.predict(batch)
+            end_forward()
+            for v_BD, more in _loss_vectors(regression, batch, prediction_BD, options):
+                tap.backward(prediction_BD, v_BD, retain_graph=more)
+                end_backward()
+
+    # a layer that no prediction depends on has zero factors
+    inputs = {
+        part.key: input_sums.mean(
+            part.key, regression.num_samples, part.new_zeros(dtype, part.shape[1], part.shape[1])
+        )
+        for part in parts.values()
+    }
+    outputs = {}
+    for layer in layers:
+        part = layer.parts(options.separate_weight_and_bias)[0]
+        zero = part.new_zeros(dtype, part.shape[0], part.shape[0])
+        outputs[layer.name] = (
+            zero.fill_diagonal_(1)
+            if forward_only
+            else output_sums.mean(layer.name, regression.num_samples, zero)
+        )
+    return KroneckerFactors(inputs, outputs)
+
+
+def eigenvalue_moments(
+    regression: NoisedRegression,
+    layers: Sequence[Layer],
+    input_bases: Mapping[str, Eigendecomposition],
+    output_bases: Mapping[str, Eigendecomposition],
+    options: KFACOptions,
+    progressbar: bool = False,
+) -> dict[str, Tensor]:
+    """Compute EK-FAC's eigenvalues ``Λ_ij = E[(U_Bᵀ g U_A)_ij²]`` in one pass over the data.
+
+    Args:
+        regression: Objective, data and draws.
+        layers: The layers.
+        input_bases: Eigenbases of the input factors, by the key of the part.
+        output_bases: Eigenbases of the output factors, by the name of the layer.
+        options: Fisher type, as for the factors.
+        progressbar: Whether to show progress.
+
+    Returns:
+        ``Λ`` of shape ``[O, I]`` for every part, by its key.
+    """
+    dtype = regression.objective.working_dtype
+    sums = _Sums()
+
+    def consume(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
+        b_NSO = torch.cat([layer.gradients(g.to(dtype)) for g in gs], 1)
+        for part in layer.parts(options.separate_weight_and_bias):
+            a_NSI = part_inputs(part, xs, dtype)
+            basis = input_bases.get(part.key)
+            U_A = None if basis is None else basis.vectors
+            sums.add(
+                part.key, eigenvalue_moment(a_NSI, b_NSO, U_A, output_bases[layer.name].vectors)
+            )
+
+    recorder = CallRecorder(consume)
+    with tapped(layers, recorder.tap), frozen(regression.objective.model), torch.enable_grad():
+        for batch in _with_progress(regression, "Eigenvalues", progressbar):
+            recorder.start_forward(len(batch.indices))
+            prediction_BD = regression.objective.predict(batch)
+            for v_BD, more in _loss_vectors(regression, batch, prediction_BD, options):
+                recorder.backward(prediction_BD, v_BD, retain_graph=more)
+
+    return {
+        part.key: sums.mean(part.key, regression.num_samples, part.new_zeros(dtype, *part.shape))
+        for layer in layers
+        for part in layer.parts(options.separate_weight_and_bias)
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+class _Sums:
+    """Running sums of tensors by name."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, key: str, value: Tensor) -> None:
+        if key in self._sums:
+            self._sums[key] += value
+        else:
+            self._sums[key] = value
+
+    def pop_all(self) -> list[tuple[str, Tensor]]:
+        items = list(self._sums.items())
+        self._sums.clear()
+        return items
+
+    def mean(self, key: str, count: int, otherwise: Tensor) -> Tensor:
+        """The sum over ``count``, or ``otherwise`` where nothing arrived."""
+        return self._sums[key] / count if key in self._sums else otherwise
+
+
+def _loss_vectors(
+    regression: NoisedRegression, batch: NoisedBatch, prediction_BD: Tensor, options: KFACOptions
+) -> Iterator[tuple[Tensor, bool]]:
+    """Loss vectors, each with whether more will follow."""
+    total = num_loss_vectors(options, prediction_BD.shape[1])
+    vectors = loss_vectors(batch, prediction_BD, regression.draws, options)
+    for number, v_BD in enumerate(vectors, start=1):
+        yield v_BD, number < total
+
+
+def _with_progress(
+    regression: NoisedRegression, description: str, progressbar: bool
+) -> Iterator[NoisedBatch]:
+    with tqdm(
+        total=regression.num_samples, desc=description, unit="draws", disable=not progressbar
+    ) as bar:
+        for batch in regression.batches():
+            yield batch
+            bar.update(len(batch.indices))

@@ -1,0 +1,234 @@
+"""Operators on disk: one safetensors file with a described header, never half-written.
+
+Nothing in a file is ever executed: tensors are raw numbers, the header is JSON text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from hashlib import sha256
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from curvlinops_diffusion.blocks import BLOCK_TYPES, PlacedBlock
+from curvlinops_diffusion.parameters import ParameterSpace
+
+FORMAT = "curvlinops_diffusion.operator"
+FORMAT_VERSION = 1
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that determine an operator."""
+    packages = ("curvlinops-for-pytorch", "diffusers", "numpy", "torch")
+    return {package: version(package) for package in packages}
+
+
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    """Digests of a model's parameters and buffers: of their names and shapes, and of their values.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Hexadecimal digests under ``'structure'`` and ``'weights'``.
+    """
+    structure, weights = sha256(), sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, Tensor):
+            continue
+        structure.update(f"{name}:{tuple(tensor.shape)};".encode())
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        weights.update(raw.numpy().tobytes())
+    return {"structure": structure.hexdigest(), "weights": weights.hexdigest()}
+
+
+def save_blocks(
+    path: str | PathLike[str],
+    kind: str,
+    space: ParameterSpace,
+    blocks: Sequence[PlacedBlock],
+    info: dict[str, Any],
+) -> None:
+    """Write a block-diagonal operator to a file.
+
+    Args:
+        path: Where to. Written under another name in the same folder, then renamed.
+        kind: The operator's kind.
+        space: Its parameter space.
+        blocks: Its blocks.
+        info: How it was made.
+
+    Raises:
+        ValueError: If the file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    stored: dict[tuple[int, torch.Size], str] = {}  # weight and bias share a basis: store it once
+    listed = []
+    for number, placed in enumerate(blocks):
+        names = {}
+        for role, tensor in placed.block.tensors().items():
+            identity = (tensor.data_ptr(), tensor.shape)
+            if identity not in stored:
+                stored[identity] = f"{number}.{placed.name}.{role}"
+                tensors[stored[identity]] = tensor.contiguous()
+            names[role] = stored[identity]
+        listed.append(
+            {
+                "name": placed.name,
+                "params": placed.params,
+                "type": _type_name(placed),
+                "tensors": names,
+            }
+        )
+    header = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "parameters": [[name, list(shape)] for name, shape in space.shapes.items()],
+        "dtype": str(space.dtype).removeprefix("torch."),
+        "blocks": listed,
+        "info": info,
+    }
+    _write_atomically(Path(path), tensors, {FORMAT: json.dumps(header)})
+
+
+def load_blocks(
+    path: str | PathLike[str], model: nn.Module
+) -> tuple[str, ParameterSpace, list[PlacedBlock], dict[str, Any]]:
+    """Read a block-diagonal operator of a model from a file.
+
+    Args:
+        path: The file.
+        model: The model that the operator was made for.
+
+    Returns:
+        The operator's kind, parameter space (on the model's device), blocks, and how it was made.
+
+    Raises:
+        ValueError: If the file is missing, truncated, foreign or of a newer format, or was made
+            for another model or other weights; the message says which.
+    """
+    path = Path(path)
+    header, tensors = _read(path)
+    own = {name: p for name, p in model.named_parameters()}
+    _check_model(path, header, model, own)
+    shapes = {name: tuple(shape) for name, shape in header["parameters"]}
+    device = own[next(iter(shapes))].device
+    space = ParameterSpace(shapes, getattr(torch, header["dtype"]), device)
+    blocks = []
+    for entry in header["blocks"]:
+        block_type = BLOCK_TYPES[entry["type"]]
+        arguments: dict[str, Any] = {"input_basis": None} if entry["type"] == "eigen" else {
+            "input_factor": None
+        }
+        arguments |= {role: tensors[name].to(device) for role, name in entry["tensors"].items()}
+        blocks.append(PlacedBlock(entry["name"], tuple(entry["params"]), block_type(**arguments)))
+    return header["kind"], space, blocks, header["info"]
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def _type_name(placed: PlacedBlock) -> str:
+    return next(name for name, cls in BLOCK_TYPES.items() if type(placed.block) is cls)
+
+
+def _write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    if not path.parent.is_dir():
+        raise ValueError(f"The folder '{path.parent}' does not exist. Create it first.")
+    if path.is_dir():
+        raise ValueError(f"'{path}' is a folder. Pass the name of a file.")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise ValueError(f"'{path.parent}' cannot be written to: {error}.") from error
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())  # the name must not appear before the contents
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"'{path}' could not be written: {error}. An older file of that name is unchanged."
+        ) from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The permissions that new files are denied; temporary files are made without any others'."""
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise ValueError(f"There is no file '{path}'.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"'{path}' is not a whole safetensors file ({error}). It was truncated, damaged, or "
+            "written by another program; write it again with operator.save(path)."
+        ) from error
+    if FORMAT not in metadata:
+        raise ValueError(
+            f"'{path}' is a safetensors file, but not of an operator of curvlinops_diffusion. "
+            "Pass a file written by operator.save(path)."
+        )
+    try:
+        header = json.loads(metadata[FORMAT])
+        newer = header["format_version"] > FORMAT_VERSION
+        complete = header.keys() >= {"kind", "parameters", "dtype", "blocks", "info"}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"The header of '{path}' is damaged ({error}). Write it again.") from error
+    if newer:
+        raise ValueError(
+            f"'{path}' has format version {header['format_version']}; this library reads up to "
+            f"{FORMAT_VERSION}. Install a newer curvlinops_diffusion."
+        )
+    if not complete:
+        raise ValueError(f"The header of '{path}' is damaged (entries are missing). Write it again.")
+    return header, tensors
+
+
+def _check_model(
+    path: Path, header: dict[str, Any], model: nn.Module, own: dict[str, nn.Parameter]
+) -> None:
+    for name, shape in header["parameters"]:
+        if name not in own:
+            raise ValueError(
+                f"'{path}' was made for another model: this one has no parameter '{name}'. Pass "
+                "the model that the operator was computed with."
+            )
+        if list(own[name].shape) != shape:
+            raise ValueError(
+                f"'{path}' was made for another model: '{name}' has shape {shape} there and "
+                f"{list(own[name].shape)} here. Pass the model that the operator was computed with."
+            )
+    there, here = header["info"].get("fingerprint"), fingerprint(model)
+    if there is not None and there["structure"] != here["structure"]:
+        raise ValueError(
+            f"'{path}' was made for another model: names or shapes of its other parameters and "
+            "buffers differ. Pass the model that the operator was computed with."
+        )
+    if there is not None and there["weights"] != here["weights"]:
+        raise ValueError(
+            f"'{path}' was made with other weights of this model (or in another precision). Load "
+            "the weights that the operator was computed with."
+        )

@@ -1,0 +1,117 @@
+"""Small problems that the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from torch import Tensor, nn
+
+from curvlinops_diffusion import DenoisingObjective, NoisedRegression, NoiseProcess, PredictionType
+
+
+
+def images(count: int, channels: int = 1, size: int = 8, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random clean images ``[count, channels, size, size]``, always the same."""
+    generator = torch.Generator().manual_seed(11)
+    return torch.randn(count, channels, size, size, generator=generator, dtype=dtype)
+
+
+def tiny_unet(dtype: torch.dtype = torch.float64, **config: Any) -> UNet2DModel:
+    """A UNet with attention, GroupNorm, up- and downsampling and a class condition (4,925 parameters).
+
+    Same weights each time; the global random state is left as it was.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        settings: dict[str, Any] = dict(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(4, 4),
+            layers_per_block=1,
+            norm_num_groups=2,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=4,
+            num_class_embeds=3,
+        )
+        unet = UNet2DModel(**(settings | config)).to(dtype)
+        # initialised at zero, GroupNorm's bias and others would hide terms of the curvature
+        for p in unet.parameters():
+            p.data.add_(0.1 * torch.randn_like(p))
+    return unet
+
+
+def unet_regression(
+    unet: nn.Module | None = None,
+    count: int = 3,
+    num_draws: int | None = 2,
+    scheduler: Any = None,
+    dtype: torch.dtype = torch.float64,
+    batch_size: int = 2,
+    seed: int = 0,
+    objective: dict[str, Any] | None = None,
+    **options: Any,
+) -> NoisedRegression:
+    """A class-conditional denoising problem on random images for :func:`tiny_unet`."""
+    unet = tiny_unet(dtype) if unet is None else unet
+    scheduler = DDPMScheduler(num_train_timesteps=100) if scheduler is None else scheduler
+    return NoisedRegression(
+        DenoisingObjective(unet, scheduler, **(objective or {})),
+        {"x0": images(count, dtype=dtype), "class_labels": torch.arange(count) % 3},
+        num_draws,
+        seed,
+        batch_size=batch_size,
+        **options,
+    )
+
+
+class TimeBlind(nn.Module):
+    """A network of layers that ignores the timestep; its output has its input's shape."""
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x_t: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        out: Tensor = self.layers(x_t)
+        return out
+
+
+def seeded(*layers: nn.Module, dtype: torch.dtype = torch.float64, seed: int = 3) -> TimeBlind:
+    """A :class:`TimeBlind` network with weights that are the same each time."""
+    model = TimeBlind(*layers).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.data.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.5)
+    return model
+
+
+def noise_levels(
+    prediction_type: PredictionType = PredictionType.EPSILON, num_levels: int = 10
+) -> NoiseProcess:
+    """A variance-preserving noise process with few levels."""
+    angle = torch.linspace(0.1, 1.4, num_levels, dtype=torch.float64)
+    return NoiseProcess(angle.cos(), angle.sin(), torch.arange(num_levels), prediction_type)
+
+
+def plain_regression(
+    model: nn.Module,
+    shape: Sequence[int],
+    count: int = 5,
+    num_draws: int | None = 3,
+    process: NoiseProcess | None = None,
+    objective: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> NoisedRegression:
+    """A denoising problem on random data of any shape ``[count, *shape]``."""
+    generator = torch.Generator().manual_seed(5)
+    x0 = torch.randn(count, *shape, generator=generator, dtype=dtype)
+    process = noise_levels() if process is None else process
+    return NoisedRegression(
+        DenoisingObjective(model, process, **(objective or {})), x0, num_draws, **options
+    )
