@@ -71,71 +71,99 @@ def kronecker_factors(
         ValueError: If hooks cannot observe a layer's gradient (see :func:`check_observable`).
     """
     check_observable(regression, layers)
-    expand = options.kfac_approx is KFACApprox.EXPAND
     dtype = regression.objective.working_dtype
-    parts = {
-        layer.name: part
-        for layer in layers
-        for part in layer.parts(options.separate_weight_and_bias)
-        if part.kind is not PartKind.BIAS
-    }
-    input_sums = _Sums()
-    output_sums = _Sums()
-    batch_inputs = _Sums()  # over the calls of a layer in one forward pass
-    batch_gradients = _Sums()  # over its calls in one backward pass
-    positions: dict[str, int] = {}
-
-    def on_input(layer: Layer, x: Tensor) -> None:
-        part = parts.get(layer.name)
-        if part is None:
-            return
-        a_NSI = part.inputs(x.to(dtype))
-        assert a_NSI is not None
-        batch_inputs.add(part.key, second_moment(a_NSI) if expand else a_NSI.sum(1))
-        positions[part.key] = positions.get(part.key, 0) + a_NSI.shape[1]
-
-    def on_gradient(layer: Layer, call: int, g: Tensor) -> None:
-        b_NSO = layer.gradients(g.to(dtype))
-        batch_gradients.add(layer.name, second_moment(b_NSO) if expand else b_NSO.sum(1))
-
-    def end_forward() -> None:
-        for key, total in batch_inputs.pop_all():
-            S = positions.pop(key)
-            input_sums.add(key, total / S if expand else second_moment(total / S))
-
-    def end_backward() -> None:
-        for name, total in batch_gradients.pop_all():
-            output_sums.add(name, total if expand else second_moment(total))
-
-    forward_only = options.fisher_type is FisherType.FORWARD_ONLY
-    tap = Tap(on_input, None if forward_only else on_gradient)
+    inputs = _InputFactors(layers, options, dtype)
+    outputs = _OutputFactors(layers, options, dtype)
+    backward = options.fisher_type is not FisherType.FORWARD_ONLY
+    tap = Tap(inputs.observe, outputs.observe if backward else None)
     with tapped(layers, tap), frozen(regression.objective.model):
         for batch in _with_progress(regression, "Kronecker factors", progressbar):
             tap.restart(len(batch.indices))
-            with torch.set_grad_enabled(not forward_only):
+            with torch.set_grad_enabled(backward):
                 prediction_BD = regression.objective.predict(batch)
-            end_forward()
+            inputs.end_forward()
             for v_BD, more in _loss_vectors(regression, batch, prediction_BD, options):
                 tap.backward(prediction_BD, v_BD, retain_graph=more)
-                end_backward()
+                outputs.end_backward()
+    count = regression.num_samples
+    return KroneckerFactors(
+        inputs.means(count), outputs.means(count) if backward else outputs.identities()
+    )
 
-    # a layer that no prediction depends on has zero factors
-    inputs = {
-        part.key: input_sums.mean(
-            part.key, regression.num_samples, part.new_zeros(dtype, part.shape[1], part.shape[1])
-        )
-        for part in parts.values()
-    }
-    outputs = {}
-    for layer in layers:
-        part = layer.parts(options.separate_weight_and_bias)[0]
-        zero = part.new_zeros(dtype, part.shape[0], part.shape[0])
-        outputs[layer.name] = (
-            zero.fill_diagonal_(1)
-            if forward_only
-            else output_sums.mean(layer.name, regression.num_samples, zero)
-        )
-    return KroneckerFactors(inputs, outputs)
+
+class _InputFactors:
+    """Sums that become ``A``: one term for each forward pass, over all calls of a layer."""
+
+    def __init__(self, layers: Sequence[Layer], options: KFACOptions, dtype: torch.dtype):
+        self._parts = {
+            layer.name: part
+            for layer in layers
+            for part in layer.parts(options.separate_weight_and_bias)
+            if part.kind is not PartKind.BIAS
+        }
+        self._expand = options.kfac_approx is KFACApprox.EXPAND
+        self._dtype = dtype
+        self._sums = _Sums()
+        self._calls = _Sums()
+        self._positions: dict[str, int] = {}
+
+    def observe(self, layer: Layer, x: Tensor) -> None:
+        part = self._parts.get(layer.name)
+        if part is None:  # only the bias was selected
+            return
+        a_NSI = part.inputs(x.to(self._dtype))
+        assert a_NSI is not None
+        self._calls.add(part.key, second_moment(a_NSI) if self._expand else a_NSI.sum(1))
+        self._positions[part.key] = self._positions.get(part.key, 0) + a_NSI.shape[1]
+
+    def end_forward(self) -> None:
+        for key, total in self._calls.pop_all():
+            S = self._positions.pop(key)
+            self._sums.add(key, total / S if self._expand else second_moment(total / S))
+
+    def means(self, count: int) -> dict[str, Tensor]:
+        return {
+            part.key: self._sums.mean(
+                part.key, count, part.new_zeros(self._dtype, part.shape[1], part.shape[1])
+            )
+            for part in self._parts.values()
+        }
+
+
+class _OutputFactors:
+    """Sums that become ``B``: one term for each backward pass, over all calls of a layer."""
+
+    def __init__(self, layers: Sequence[Layer], options: KFACOptions, dtype: torch.dtype):
+        self._parts = {
+            layer.name: layer.parts(options.separate_weight_and_bias)[0] for layer in layers
+        }
+        self._expand = options.kfac_approx is KFACApprox.EXPAND
+        self._dtype = dtype
+        self._sums = _Sums()
+        self._calls = _Sums()
+
+    def observe(self, layer: Layer, call: int, g: Tensor) -> None:
+        b_NSO = layer.gradients(g.to(self._dtype))
+        self._calls.add(layer.name, second_moment(b_NSO) if self._expand else b_NSO.sum(1))
+
+    def end_backward(self) -> None:
+        for name, total in self._calls.pop_all():
+            self._sums.add(name, total if self._expand else second_moment(total))
+
+    def means(self, count: int) -> dict[str, Tensor]:
+        return {
+            name: self._sums.mean(name, count, zeros) for name, zeros in self._zeros().items()
+        }
+
+    def identities(self) -> dict[str, Tensor]:
+        """``B = I``, for K-FAC without backward passes."""
+        return {name: zeros.fill_diagonal_(1) for name, zeros in self._zeros().items()}
+
+    def _zeros(self) -> dict[str, Tensor]:
+        return {
+            name: part.new_zeros(self._dtype, part.shape[0], part.shape[0])
+            for name, part in self._parts.items()
+        }
 
 
 def eigenvalue_moments(
@@ -191,7 +219,7 @@ def eigenvalue_moments(
 
 
 class _Sums:
-    """Running sums of tensors by name."""
+    """Running sums of tensors by name; zero for a layer that no prediction depends on."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
