@@ -72,7 +72,7 @@ class EigenBlock(Block):
     @property
     def shape(self) -> tuple[int, int]:
         """``(O, I)``."""
-        O, I = self.eigenvalues.shape  # noqa: E741
+        O, I = self.eigenvalues.shape
         return O, I
 
     def multiply(self, X_OIK: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ BLOCK_TYPES: dict[str, type[EigenBlock] | type[KroneckerBlock]] = {
 
 def _left_right(left: Tensor, X_OIK: Tensor, right: Tensor | None) -> Tensor:
     """``left @ X @ right`` for each of the ``K`` matrices ``[O, I]``."""
-    O, I, K = X_OIK.shape  # noqa: E741
+    O, I, K = X_OIK.shape
     X = (left @ X_OIK.reshape(O, I * K)).reshape(O, I, K)
     return X if right is None else right.T @ X
 

@@ -124,8 +124,9 @@ def _known_length(data: Any) -> int | None:
     if isinstance(data, Dataset) and hasattr(data, "__len__"):
         return len(data)
     if isinstance(data, DataLoader):
-        plain = type(data.sampler) is SequentialSampler and type(data.batch_sampler) is BatchSampler
-        return len(data.sampler) if plain else None
+        sampler: Any = data.sampler
+        plain = isinstance(sampler, SequentialSampler) and type(data.batch_sampler) is BatchSampler
+        return len(sampler) if plain else None
     return None
 
 

@@ -206,10 +206,8 @@ class Draws:
             ]
         )
 
-    def probe(
-        self, n_B: Sequence[int], r: int, k: int, size: int, probe_type: ProbeType
-    ) -> Tensor:
-        """Loss vector ``k`` of draw ``r`` of the examples ``n_B``: ``E[u uᵀ] = I``, ``[B, size]``."""
+    def probe(self, n_B: Sequence[int], r: int, k: int, size: int, probe_type: ProbeType) -> Tensor:
+        """Loss vector ``k`` of draw ``r``: ``E[u uᵀ] = I``, shape ``[B, size]``."""
         return torch.stack(
             [
                 torch.from_numpy(

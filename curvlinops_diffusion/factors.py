@@ -51,8 +51,8 @@ def eigenvalue_moment(
     Returns:
         The sum of squares over the examples, shape ``[O, I]``.
     """
-    N, S, O = b_NSO.shape  # noqa: E741
-    I = 1 if a_NSI is None else a_NSI.shape[2]  # noqa: E741
+    N, S, O = b_NSO.shape
+    I = 1 if a_NSI is None else a_NSI.shape[2]
     if U_A is None or a_NSI is None:
         U_A = None
     chunk = max(1, _MAX_ENTRIES // (O * I))

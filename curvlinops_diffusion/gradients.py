@@ -107,9 +107,7 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         """Directional derivatives ``J @ X``: ``[*shape, K] -> [N, K]``."""
         params = {name: p.detach() for name, p in self._params.items()}
-        tangents = {
-            name: x.to(p.dtype) for (name, p), x in zip(params.items(), X, strict=True)
-        }
+        tangents = {name: x.to(p.dtype) for (name, p), x in zip(params.items(), X, strict=True)}
         result_NK = X[0].new_zeros(self.shape[0], X[0].shape[-1], dtype=self.dtype)
 
         def push(batch: NoisedBatch, tangents: dict[str, Tensor]) -> Tensor:
@@ -184,7 +182,8 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
             raise ValueError(
                 f"Rows {wrong[:8]} do not exist. Pass indices from 0 to {self.shape[0] - 1}."
             )
-        rows_of, found = self._row_function(), {}
+        rows_of = self._row_function()
+        found: dict[int, Tensor] = {}
         for clean in self.regression.clean_batches():
             positions = [i for i, n in enumerate(clean.indices) if n in set(wanted)]
             if positions:
@@ -222,9 +221,7 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
 
         return rows_of
 
-    def _mapped_gradients(
-        self, batch: NoisedBatch, params: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _mapped_gradients(self, batch: NoisedBatch, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of each example, ``[B, *shape]``, by mapping over examples."""
         if not params:
             return {}
@@ -234,9 +231,7 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
             level, x_t, timestep, condition, target, weight = tree_map(
                 lambda z, dim: z if dim is None else z.unsqueeze(0), example, in_dims
             )
-            single = NoisedBatch(
-                [0], batch.draw, level, x_t, timestep, condition, target, weight
-            )
+            single = NoisedBatch([0], batch.draw, level, x_t, timestep, condition, target, weight)
             return self._value_of(single, params).squeeze(0)
 
         example = (

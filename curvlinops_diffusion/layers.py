@@ -96,7 +96,6 @@ class Layer:
         """The gradient in the module's output as ``[N, S, O]``."""
         return self.kind.gradients(self.module, g)
 
-
     def parts(self, separate: bool) -> tuple[Part, ...]:
         """The blocks of the curvature that belong to this layer.
 
@@ -141,7 +140,7 @@ class Part:
     def shape(self) -> tuple[int, int]:
         """``(O, I)``: output entries, and inputs that each of them has a coefficient for."""
         own = dict(self.layer.module.named_parameters(recurse=False))
-        O = len(own["weight"])  # noqa: E741
+        O = len(own["weight"])
         if self.kind is PartKind.BIAS:
             return O, 1
         return O, own["weight"].numel() // O + (self.kind is PartKind.JOINT)
@@ -203,7 +202,7 @@ def cover(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> Coverage:
             continue
         kind, reason = _kind_of(module, own, holders)
         if kind is None:
-            left_out.update({name: reason for name in own.values()})
+            left_out.update(dict.fromkeys(own.values(), reason))
         else:
             layers.append(Layer(module_name, module, kind, own.get("weight"), own.get("bias")))
     params = {name: p for name, p in selected.items() if name not in left_out}

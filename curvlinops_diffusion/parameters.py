@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+
 @dataclass(frozen=True)
 class ParameterSpace:
     """The space ``R^P`` of a choice of parameters, of which operators see names and shapes only.

@@ -130,9 +130,7 @@ class NoisedRegression:
         for r in range(self.num_draws):
             eps = self.draws.noise(clean.indices, r, clean.x0.shape[1:])
             level_B = self.draws.levels(clean.indices, r)
-            yield self.objective.noise(
-                clean.x0, clean.condition, level_B, eps, clean.indices, r
-            )
+            yield self.objective.noise(clean.x0, clean.condition, level_B, eps, clean.indices, r)
 
     def batches(self) -> Iterator[NoisedBatch]:
         """Yield every draw of every example; the draws of a batch follow each other."""

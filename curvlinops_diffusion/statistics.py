@@ -151,9 +151,7 @@ class _OutputFactors:
             self._sums.add(name, total if self._expand else second_moment(total))
 
     def means(self, count: int) -> dict[str, Tensor]:
-        return {
-            name: self._sums.mean(name, count, zeros) for name, zeros in self._zeros().items()
-        }
+        return {name: self._sums.mean(name, count, zeros) for name, zeros in self._zeros().items()}
 
     def identities(self) -> dict[str, Tensor]:
         """``B = I``, for K-FAC without backward passes."""

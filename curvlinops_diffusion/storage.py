@@ -120,7 +120,7 @@ def load_blocks(
     """
     path = Path(path)
     header, tensors = _read(path)
-    own = {name: p for name, p in model.named_parameters()}
+    own = dict(model.named_parameters())
     _check_model(path, header, model, own)
     shapes = {name: tuple(shape) for name, shape in header["parameters"]}
     device = own[next(iter(shapes))].device
@@ -128,9 +128,9 @@ def load_blocks(
     blocks = []
     for entry in header["blocks"]:
         block_type = BLOCK_TYPES[entry["type"]]
-        arguments: dict[str, Any] = {"input_basis": None} if entry["type"] == "eigen" else {
-            "input_factor": None
-        }
+        arguments: dict[str, Any] = (
+            {"input_basis": None} if entry["type"] == "eigen" else {"input_factor": None}
+        )
         arguments |= {role: tensors[name].to(device) for role, name in entry["tensors"].items()}
         blocks.append(PlacedBlock(entry["name"], tuple(entry["params"]), block_type(**arguments)))
     return header["kind"], space, blocks, header["info"]
@@ -203,7 +203,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{FORMAT_VERSION}. Install a newer curvlinops_diffusion."
         )
     if not complete:
-        raise ValueError(f"The header of '{path}' is damaged (entries are missing). Write it again.")
+        raise ValueError(
+            f"The header of '{path}' is damaged (entries are missing). Write it again."
+        )
     return header, tensors
 
 

@@ -12,32 +12,35 @@ from torch import Tensor, nn
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression, NoiseProcess, PredictionType
 
 
-
-def images(count: int, channels: int = 1, size: int = 8, dtype: torch.dtype = torch.float64) -> Tensor:
+def images(
+    count: int, channels: int = 1, size: int = 8, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """Random clean images ``[count, channels, size, size]``, always the same."""
     generator = torch.Generator().manual_seed(11)
     return torch.randn(count, channels, size, size, generator=generator, dtype=dtype)
 
 
 def tiny_unet(dtype: torch.dtype = torch.float64, **config: Any) -> UNet2DModel:
-    """A UNet with attention, GroupNorm, up- and downsampling and a class condition (4,925 parameters).
+    """A UNet with attention, GroupNorm, up- and downsampling and a class condition.
+
+    With 4,925 parameters.
 
     Same weights each time; the global random state is left as it was.
     """
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        settings: dict[str, Any] = dict(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(4, 4),
-            layers_per_block=1,
-            norm_num_groups=2,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=4,
-            num_class_embeds=3,
-        )
+        settings: dict[str, Any] = {
+            "sample_size": 8,
+            "in_channels": 1,
+            "out_channels": 1,
+            "block_out_channels": (4, 4),
+            "layers_per_block": 1,
+            "norm_num_groups": 2,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": 4,
+            "num_class_embeds": 3,
+        }
         unet = UNet2DModel(**(settings | config)).to(dtype)
         # initialised at zero, GroupNorm's bias and others would hide terms of the curvature
         for p in unet.parameters():

@@ -56,9 +56,7 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
 
     KIND: ClassVar[str] = "block-diagonal"
 
-    def __init__(
-        self, space: ParameterSpace, blocks: Sequence[PlacedBlock], info: dict[str, Any]
-    ):
+    def __init__(self, space: ParameterSpace, blocks: Sequence[PlacedBlock], info: dict[str, Any]):
         super().__init__(space)
         self.blocks = tuple(blocks)
         self.info = info

@@ -60,9 +60,12 @@ class DiffusionGGNLinearOperator(ParameterSpaceOperator):
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         """Multiply onto matrices in tensor list format ``[*shape, K]``."""
         product = [torch.zeros_like(x, dtype=self.dtype) for x in X]
-        with differentiable_attention(), tqdm(
-            total=self._regression.num_samples, unit="draws", disable=not self._progressbar
-        ) as bar:
+        with (
+            differentiable_attention(),
+            tqdm(
+                total=self._regression.num_samples, unit="draws", disable=not self._progressbar
+            ) as bar,
+        ):
             for batch in self._regression.batches():
                 for total, new in zip(product, self._batch_product(batch, X), strict=True):
                     total += new
@@ -85,6 +88,6 @@ class DiffusionGGNLinearOperator(ParameterSpaceOperator):
 
         tangents = tuple(x.to(v.dtype) for x, v in zip(X, values, strict=True))
         curved = vmap(push, in_dims=-1, out_dims=-1, chunk_size=self._chunk_size)(*tangents)
-        _, pull = vjp(predict, *values)
+        pull = vjp(predict, *values)[1]
         pulled = vmap(pull, in_dims=-1, out_dims=-1, chunk_size=self._chunk_size)(curved)
         return [p.to(self.dtype) for p in pulled]

@@ -1,0 +1,43 @@
+# Every target makes its own virtual environment and installs what it needs. Each install is one
+# resolver run, which chooses torch and torchvision together.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help demo test test-slow lint docs bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# one stamp for each extra, so that a target installs only what it needs
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.installed-demo  ## which digits influenced these samples? (writes demo-output/)
+	$(BIN)/python docs/examples/influence_digits.py --output demo-output
+
+test: $(VENV)/.installed-tests  ## the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-slow: $(VENV)/.installed-tests  ## the long statistical tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+
+lint: $(VENV)/.installed-lint  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs  ## the documentation, into docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
+
+bench: $(VENV)/.installed-bench  ## the benchmarks, into benchmarks/results/
+	$(BIN)/python -m benchmarks.factor_pass
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) demo-output docs/_build docs/generated

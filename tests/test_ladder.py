@@ -1,0 +1,225 @@
+"""The whole chain: exact GGN, its block diagonal, EK-FAC, K-FAC; each rung against the one above."""
+
+import pytest
+import torch
+from backpack.hessianfree.ggnvp import ggn_vector_product_from_plist
+from curvlinops import GGNLinearOperator
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from curvlinops_diffusion import (
+    DiffusionEKFACLinearOperator,
+    DiffusionGGNLinearOperator,
+    DiffusionKFACLinearOperator,
+    ExampleGradientLinearOperator,
+    MinSNRWeighting,
+)
+from tests.cases import plain_regression, seeded, tiny_unet, unet_regression
+from tests.comparisons import assert_close
+from tests.reference import block_of, dense_ggn, params_of, to_dense
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*in no supported layer")
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return tiny_unet()
+
+
+@pytest.fixture(scope="module")
+def matrix(unet):
+    """Random columns, more than the GGN's chunk size."""
+    P = sum(p.numel() for p in unet.parameters())
+    return torch.randn(P, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_ggn_equals_jacobians_curvlinops_and_backpack(unet, matrix, train, reduction):
+    """The network has attention, GroupNorm, up- and downsampling and a class condition."""
+    unet.train(train)
+    regression = unet_regression(
+        unet,
+        num_draws=1,
+        count=2,
+        objective={"reduction": reduction, "weighting": MinSNRWeighting(2)},
+    )
+    params = list(unet.parameters())
+    ours = DiffusionGGNLinearOperator(regression) @ matrix
+
+    assert_close(ours, dense_ggn(regression, params) @ matrix, 1e-12)
+
+    theirs = GGNLinearOperator(
+        regression.model_func,
+        regression.loss_func,
+        params,
+        regression,
+        batch_size_fn=regression.batch_size_fn,
+    )
+    assert_close(ours, theirs @ matrix, 1e-12)
+
+    backpack = torch.zeros_like(matrix[:, 0])
+    vector = [
+        c.reshape(p.shape)
+        for c, p in zip(matrix[:, 0].split([p.numel() for p in params]), params, strict=True)
+    ]
+    for X, y in regression:
+        with sdpa_kernel(SDPBackend.MATH):
+            output = regression.model_func(X)
+            loss = regression.loss_func(output, y)
+            product = ggn_vector_product_from_plist(loss, output, params, vector)
+        share = len(y) / regression.num_samples
+        backpack += share * torch.cat([p.detach().flatten() for p in product])
+    assert_close(ours[:, 0], backpack, 1e-12)
+
+
+def test_ggn_of_flow_matching_equals_jacobians(unet, matrix):
+    regression = unet_regression(
+        unet, num_draws=1, count=2, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)
+    )
+    params = list(unet.parameters())
+    ours = DiffusionGGNLinearOperator(regression, params) @ matrix[:, :2]
+    assert_close(ours, dense_ggn(regression, params) @ matrix[:, :2], 1e-12)
+
+
+def test_ggn_of_some_parameters_is_a_principal_submatrix(unet, matrix):
+    regression = unet_regression(unet, num_draws=1, count=2)
+    all_names = [name for name, _ in unet.named_parameters()]
+    names = [name for name in all_names if "attentions.0" in name][::-1]  # in another order
+    G = dense_ggn(regression, list(unet.parameters()))
+    ours = to_dense(DiffusionGGNLinearOperator(regression, names))
+    assert_close(ours, block_of(G, unet, all_names, names), 1e-12)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_blocks_of_ekfac_and_kfac_against_the_exact_blocks(separate):
+    """EK-FAC is no further than K-FAC from every exact block, and has its trace.
+
+    With every loss vector (type-2), the eigenvalues are those of the exact block in EK-FAC's basis.
+    """
+    unet = tiny_unet(block_out_channels=(2, 2), norm_num_groups=1, attention_head_dim=2)
+    regression = unet_regression(unet, num_draws=2, count=2)
+    options = {"fisher_type": "type-2", "separate_weight_and_bias": separate}
+    K = DiffusionKFACLinearOperator(regression, **options)
+    EK = DiffusionEKFACLinearOperator(regression, **options)
+    G = dense_ggn(regression, params_of(unet, K.param_names))
+    improved = 0
+    for k, e in zip(K.blocks, EK.blocks, strict=True):
+        assert k.params == e.params
+        exact = block_of(G, unet, K.param_names, k.params)
+        if not separate and len(k.params) == 2:  # as [O, I + 1]: the bias is the last column
+            exact = _interleaved(exact, *k.block.shape)
+        dense_k, dense_e = _dense(k.block), _dense(e.block)
+        distance_k, distance_e = (dense_k - exact).norm(), (dense_e - exact).norm()
+        assert distance_e <= distance_k * (1 + 1e-9) + 1e-12 * exact.norm(), k.name
+        # keys' biases have no influence: attention weights do not change when all keys move
+        assert abs(dense_e.trace() - exact.trace()) <= 1e-10 * exact.trace() + 1e-25, k.name
+        improved += bool(distance_e < 0.99 * distance_k)
+    assert improved > len(K.blocks) / 4  # or the comparison would say nothing
+    assert_close(EK.trace(), G.trace(), 1e-10)
+
+
+def _dense(block):
+    O, I = block.shape
+    identity = torch.eye(O * I, dtype=torch.float64)
+    return block.multiply(identity.reshape(O, I, O * I)).reshape(O * I, O * I)
+
+
+def _interleaved(exact, O, I):
+    """Reorder ``[weight, bias]`` to the row-major ``[O, I]`` with the bias as last column."""
+    order = torch.cat(
+        [
+            torch.cat(
+                [torch.arange(o * (I - 1), (o + 1) * (I - 1)), torch.tensor([O * (I - 1) + o])]
+            )
+            for o in range(O)
+        ]
+    )
+    return exact[order][:, order]
+
+
+# ---------------------------------------------------------------------------------------------
+# The model is left as it was found
+# ---------------------------------------------------------------------------------------------
+
+
+def _state(model):
+    flags = (
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.is_grad_enabled(),
+    )
+    return (
+        flags,
+        [p.requires_grad for p in model.parameters()],
+        [p.grad for p in model.parameters()],
+        [m.training for m in model.modules()],
+        [
+            (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
+            for m in model.modules()
+        ],
+        [p.detach().clone() for p in model.parameters()],
+    )
+
+
+def _assert_same(before, after):
+    assert before[:-1] == after[:-1]
+    assert all(torch.equal(a, b) for a, b in zip(before[-1], after[-1], strict=True))
+
+
+USES = {
+    "ggn": lambda r: (
+        DiffusionGGNLinearOperator(r) @ torch.ones(DiffusionGGNLinearOperator(r).shape[1]).double()
+    ),
+    "kfac": DiffusionKFACLinearOperator,
+    "ekfac": DiffusionEKFACLinearOperator,
+    "rows": lambda r: ExampleGradientLinearOperator(r).rows(),
+    "directional": lambda r: (
+        ExampleGradientLinearOperator(r)
+        @ torch.ones(ExampleGradientLinearOperator(r).shape[1]).double()
+    ),
+    "adjoint": lambda r: (
+        ExampleGradientLinearOperator(r).adjoint() @ torch.ones(r.num_data).double()
+    ),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
+def test_the_model_is_left_as_it_was(use):
+    unet = tiny_unet().train()
+    unet.mid_block.eval()
+    for p in unet.down_blocks.parameters():
+        p.requires_grad_(False)
+    before = _state(unet)
+    use(unet_regression(unet))
+    _assert_same(before, _state(unet))
+
+
+class _Failing(nn.Module):
+    """Raises in its forward pass, after its first layer, from a given call on."""
+
+    def __init__(self, calls: int):
+        super().__init__()
+        self.inner = seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 1))
+        self.calls = calls
+
+    def forward(self, x, t):
+        self.calls -= 1
+        self.inner.layers[0](x)
+        if self.calls < 0:
+            raise RuntimeError("out of paper")
+        return self.inner(x, t)
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
+@pytest.mark.parametrize("calls", [0, 1, 3])
+def test_the_model_is_left_as_it_was_after_an_exception(use, calls):
+    model = _Failing(calls)
+    model.inner.layers[0].bias.requires_grad_(False)
+    before = _state(model)
+    regression = plain_regression(model, (1, 3, 3), batch_size=2)
+    with pytest.raises(RuntimeError, match="out of paper"):
+        use(regression)
+    _assert_same(before, _state(model))
