@@ -247,8 +247,6 @@ def supported_layers(model: nn.Module, params: Parameters) -> Coverage:
     """
     coverage = cover(model, select_parameters(model, params))
     accepted = " and ".join(cls.__name__ for cls in LAYER_KINDS)
-    if not coverage.params:
-        raise ValueError(f"No parameter is held by a supported layer. Supported: {accepted}.")
     if coverage.left_out and params is not None:
         name, reason = next(iter(coverage.left_out.items()))
         raise ValueError(
@@ -256,6 +254,8 @@ def supported_layers(model: nn.Module, params: Parameters) -> Coverage:
             f"first being '{name}' ({reason}). Supported: {accepted}. Leave them out of params, or "
             "pass params=None for all that are supported."
         )
+    if not coverage.params:
+        raise ValueError(f"No parameter is held by a supported layer. Supported: {accepted}.")
     if coverage.left_out:
         _warn_left_out(model, coverage, accepted)
     return coverage

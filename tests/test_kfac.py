@@ -1,0 +1,557 @@
+"""K-FAC and EK-FAC against upstream, against plain loops, and against the exact blocks."""
+
+from itertools import product
+
+import pytest
+import torch
+from curvlinops import EFLinearOperator, EKFACLinearOperator, KFACLinearOperator
+from torch import nn
+
+from curvlinops_diffusion import (
+    DiffusionEKFACLinearOperator,
+    DiffusionGGNLinearOperator,
+    DiffusionKFACLinearOperator,
+)
+from curvlinops_diffusion.draws import ProbeType
+from tests.cases import plain_regression, seeded
+from tests.comparisons import assert_close, relative_error
+from tests.reference import (
+    dense_ggn,
+    dense_loss_ggn,
+    ekfac_block,
+    empirical_vectors,
+    kronecker_factors,
+    layer_ggn,
+    to_dense,
+    type2_vectors,
+)
+
+APPROXES = ("expand", "reduce")
+
+
+def conv_net(**options):
+    """A convolution of any geometry, then a layer that restores the input's shape."""
+    conv = nn.Conv2d(2, 3, **options)
+    size = conv(torch.zeros(1, 2, 5, 6)).shape[2:]
+    return seeded(
+        conv, nn.Tanh(), nn.Flatten(), nn.Linear(3 * size.numel(), 60), nn.Unflatten(1, (2, 5, 6))
+    )
+
+
+def blocks_by_name(operator):
+    return {placed.name: placed.block for placed in operator.blocks}
+
+
+# ---------------------------------------------------------------------------------------------
+# Upstream, on the same batches
+# ---------------------------------------------------------------------------------------------
+
+GEOMETRIES = [
+    *({"kernel_size": k, "padding": p} for k, p in product((1, 2, 3, (2, 3)), (0, 1, 2))),
+    {"kernel_size": 4, "padding": 2},
+    {"kernel_size": 5, "padding": 1},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": 3, "stride": 3},
+    {"kernel_size": 2, "stride": (1, 2)},
+    {"kernel_size": 1, "stride": 2},
+    {"kernel_size": 3, "dilation": 2},
+    {"kernel_size": (3, 1), "dilation": (2, 1), "padding": (1, 0), "stride": (2, 1)},
+    {"kernel_size": 3, "padding": "same"},
+    {"kernel_size": 3, "padding": "same", "dilation": 2},
+    {"kernel_size": 3, "padding": "valid"},
+    {"kernel_size": 3, "padding": 1, "bias": False},
+]
+
+
+@pytest.mark.parametrize(
+    ("geometry", "fisher_type"),
+    # the geometry enters through the layer's inputs, which do not depend on the Fisher type
+    [(g, "empirical") for g in GEOMETRIES] + [(GEOMETRIES[i], "type-2") for i in (8, 14, 19)],
+    ids=str,
+)
+@pytest.mark.parametrize("approx", APPROXES)
+@pytest.mark.parametrize("separate", [True, False])
+def test_equals_curvlinops(geometry, fisher_type, approx, separate):
+    """Ours equals upstream's K-FAC and EK-FAC on the same ``(X, y)`` batches.
+
+    With ``MSELoss(mean)`` upstream's empirical Fisher weights the gradients of the *summed* squared
+    error by ``1/(ND)``: it is ``D`` times the second moment of ``∇ℓ_t``, our GGN of the loss.
+    There are enough draws for factors of full rank, whose eigenbasis is unique. Where the
+    approximation "reduce" makes taps see the same sum of pixels (wide padding), the basis of the
+    factor's null space is arbitrary and only EK-FAC's trace can be compared.
+    """
+    model = conv_net(**geometry)
+    regression = plain_regression(model, (2, 5, 6), count=45, num_draws=3, batch_size=25)
+    params = list(model.parameters())
+    options = {
+        "fisher_type": fisher_type,
+        "kfac_approx": approx,
+        "separate_weight_and_bias": separate,
+    }
+    scale = 60 if fisher_type == "empirical" else 1
+    V = torch.randn(sum(p.numel() for p in params), 3, dtype=torch.float64)
+    for ours, theirs in (
+        (DiffusionKFACLinearOperator, KFACLinearOperator),
+        (DiffusionEKFACLinearOperator, EKFACLinearOperator),
+    ):
+        upstream = theirs(
+            regression.model_func,
+            regression.loss_func,
+            params,
+            regression,
+            batch_size_fn=regression.batch_size_fn,
+            check_deterministic=False,
+            **options,
+        )
+        operator = ours(regression, params, **options)
+        assert_close(scale * operator.trace(), upstream.trace, 1e-10)
+        if ours is DiffusionKFACLinearOperator:
+            unique = all(
+                _full_rank(f) for placed in operator.blocks for f in placed.block.tensors().values()
+            )
+        # with "expand", gradients have no component in a factor's null space
+        if ours is DiffusionKFACLinearOperator or unique or approx == "expand":
+            assert_close(scale * (operator @ V), upstream @ V, 1e-10)
+
+
+def _full_rank(factor):
+    eigenvalues = torch.linalg.eigvalsh(factor)
+    return bool(eigenvalues[0] > 1e-12 * eigenvalues[-1])
+
+
+def test_gradients_of_the_loss_have_no_factor_that_the_design_lacks():
+    """The GGN of the loss is the second moment of ``∇ℓ_t``; upstream's is ``D`` times that."""
+    model = seeded(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3))
+    regression = plain_regression(model, (3,))
+    params = list(model.parameters())
+    exact = dense_loss_ggn(regression, params)
+    EK = DiffusionEKFACLinearOperator(regression, params, fisher_type="empirical")
+    assert_close(EK.trace(), exact.trace(), 1e-12)
+    upstream = EFLinearOperator(
+        regression.model_func,
+        regression.loss_func,
+        params,
+        regression,
+        batch_size_fn=regression.batch_size_fn,
+    )
+    assert_close(to_dense(upstream), 3 * exact, 1e-12)
+
+
+# ---------------------------------------------------------------------------------------------
+# Plain loops
+# ---------------------------------------------------------------------------------------------
+
+OTHER_GEOMETRIES = [
+    {"kernel_size": 2, "padding": "same"},  # more padding on one side, which upstream refuses
+    {"kernel_size": 4, "padding": "same", "dilation": 2},
+    {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
+    {"kernel_size": 3, "padding": 2, "padding_mode": "reflect", "stride": 2},
+    {"kernel_size": 3, "padding": 1, "padding_mode": "replicate"},
+    {"kernel_size": 5, "padding": 4, "dilation": 2},  # taps that read only padding
+]
+
+
+@pytest.mark.parametrize("geometry", OTHER_GEOMETRIES, ids=str)
+@pytest.mark.parametrize("approx", APPROXES)
+@pytest.mark.parametrize("separate", [True, False])
+def test_equals_plain_loops(geometry, approx, separate):
+    model = conv_net(**geometry)
+    regression = plain_regression(model, (2, 5, 6), count=30, num_draws=2)
+    options = {"kfac_approx": approx, "separate_weight_and_bias": separate}
+    _compare_with_loops(regression, model, "empirical", empirical_vectors, **options)
+
+
+@pytest.mark.parametrize("approx", APPROXES)
+@pytest.mark.parametrize("probe_type", ["rademacher", "gaussian"])
+def test_random_loss_vectors_equal_plain_loops(approx, probe_type):
+    """With the same draws ``u``, ``v = √(2 w r / K) u``."""
+    model = conv_net(kernel_size=3, padding=1)
+    regression = plain_regression(model, (2, 5, 6), count=3, batch_size=2)
+
+    def vectors(batch, prediction):
+        probes = [
+            regression.draws.probe(
+                batch.indices, batch.draw, k, prediction.shape[1], ProbeType(probe_type)
+            )
+            for k in range(3)
+        ]
+        return [(2 * batch.weight_B / 3).sqrt().unsqueeze(1) * u.double() for u in probes]
+
+    options = {"kfac_approx": approx, "mc_samples": 3, "probe_type": probe_type}
+    _compare_with_loops(regression, model, "mc", vectors, **options)
+
+
+def test_batch_of_one_and_varying_image_sizes():
+    """A fully convolutional network sees images of several sizes; ``S`` is each image's own."""
+    model = seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1))
+    regression = plain_regression(model, (1, 4, 4))
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(1, 1, 4, 5), (2, 1, 3, 3), (1, 1, 4, 5), (1, 1, 1, 6)]
+    data = [torch.randn(s, generator=generator, dtype=torch.float64) for s in sizes]
+    regression = type(regression)(regression.objective, data, 2)
+    _compare_with_loops(regression, model, "empirical", empirical_vectors)
+
+
+class Tied(nn.Module):
+    """Calls one layer three times, the third time without effect on the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3).double()
+        self.last = nn.Linear(3, 3).double()
+
+    def forward(self, x, t):
+        first = torch.tanh(self.layer(x))
+        self.layer(first.detach()).sum()
+        return self.last(torch.tanh(self.layer(first)))
+
+
+@pytest.mark.parametrize("approx", APPROXES)
+def test_a_layer_called_several_times(approx):
+    """Its gradient is the sum over the calls; their positions count like those of one call."""
+    model = Tied()
+    regression = plain_regression(model, (2, 3), count=3)
+    _compare_with_loops(regression, model, "type-2", type2_vectors, kfac_approx=approx)
+
+
+def _compare_with_loops(regression, model, fisher_type, vectors, **options):
+    K = DiffusionKFACLinearOperator(regression, fisher_type=fisher_type, **options)
+    EK = DiffusionEKFACLinearOperator(regression, fisher_type=fisher_type, **options)
+    approx = options.get("kfac_approx", "expand")
+    seen = 0
+    for k, e in zip(K.blocks, EK.blocks, strict=True):
+        layer_name, part = k.name.rsplit(".", 1)
+        if k.block.shape[0] * k.block.shape[1] > 200:  # too large for dense matrices
+            continue
+        module = model.get_submodule(layer_name)
+        A, B = kronecker_factors(regression, module, vectors, approx, with_bias=part == "joint")
+        assert_close(k.block.output_factor, B, 1e-12)
+        if part == "bias":
+            A = torch.ones(1, 1, dtype=torch.float64)
+            assert k.block.input_factor is None
+        else:
+            assert_close(k.block.input_factor, A, 1e-12)
+        exact = layer_ggn(regression, module, vectors, part)
+        if _full_rank(A) and _full_rank(B):
+            assert_close(_dense(e.block), ekfac_block(A, B, exact), 1e-8)  # the basis is unique
+        assert_close(e.block.trace(), exact.trace(), 1e-11)
+        seen += 1
+    assert seen > 0
+
+
+def _dense(block):
+    O, I = block.shape
+    identity = torch.eye(O * I, dtype=torch.float64)
+    return block.multiply(identity.reshape(O, I, O * I)).reshape(O * I, O * I)
+
+
+def test_forward_only_has_identity_output_factors():
+    model = conv_net(kernel_size=3)
+    regression = plain_regression(model, (2, 5, 6))
+    K = DiffusionKFACLinearOperator(regression, fisher_type="forward-only")
+    reference = DiffusionKFACLinearOperator(regression, fisher_type="empirical")
+    for block, other in zip(K.blocks, reference.blocks, strict=True):
+        O = len(block.block.output_factor)
+        assert torch.equal(block.block.output_factor, torch.eye(O, dtype=torch.float64))
+        if block.block.input_factor is not None:
+            assert torch.equal(block.block.input_factor, other.block.input_factor)
+    with pytest.raises(ValueError, match=r"EK-FAC needs gradients: pass 'mc', 'type-2'"):
+        DiffusionEKFACLinearOperator(regression, fisher_type="forward-only")
+
+
+# ---------------------------------------------------------------------------------------------
+# Exact where the theory says so (Eschenhagen et al., 2023, Propositions 1 and 2)
+# ---------------------------------------------------------------------------------------------
+
+
+def _block_diagonal(G, sizes):
+    result, start = torch.zeros_like(G), 0
+    for size in sizes:
+        piece = slice(start, start + size)
+        result[piece, piece] = G[piece, piece]
+        start += size
+    return result
+
+
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("operator", [DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator])
+def test_expand_is_exact_in_the_expand_setting(kind, separate, operator):
+    """Linear layers that act on every position alone, and a loss that sums over positions.
+
+    For convolutions: kernels of one pixel. ``b`` does not depend on the data, and the exact block
+    ``E Σ_s a_s a_sᵀ ⊗ b_s b_sᵀ`` factorises. So does a bias' own block: a loss vector of one
+    output entry reaches one position only.
+    """
+    if kind == "linear":
+        model, shape = seeded(nn.Linear(3, 4), nn.Linear(4, 3)), (5, 3)
+    else:
+        model, shape = seeded(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1)), (3, 2, 3)
+    regression = plain_regression(model, shape, count=3, num_draws=2)
+    K = operator(regression, fisher_type="type-2", separate_weight_and_bias=separate)
+    G = dense_ggn(regression, list(model.parameters()))
+    sizes = [12, 4, 12, 3] if separate else [16, 15]
+    assert_close(to_dense(K), _block_diagonal(G, sizes), 1e-11)
+
+
+class Pooled(nn.Module):
+    """Layers shared over positions whose outputs are averaged, then one layer makes the output."""
+
+    def __init__(self, kind):
+        super().__init__()
+        if kind == "linear":
+            self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+        else:
+            self.first, self.second = nn.Conv2d(3, 4, 2), nn.Conv2d(4, 2, 2)
+        self.last = nn.Linear(2, 18)
+        self.kind = kind
+
+    def forward(self, x, t):
+        z = self.second(self.first(x))
+        z = z.mean(1) if self.kind == "linear" else z.mean((2, 3))
+        return self.last(z).reshape(x.shape)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("operator", [DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator])
+def test_reduce_is_exact_in_the_reduce_setting(kind, operator):
+    """Positions are averaged before the loss, so all have the same ``b`` and only ``Σ_s a_s`` counts.
+
+    The second convolution's output is smaller than the first's: the first's pixels do not all weigh
+    the same, so for convolutions exactness holds for the second and the last layer only.
+    """
+    model = Pooled(kind).double()
+    shape = (6, 3) if kind == "linear" else (3, 2, 3)
+    if kind == "conv":
+        model.second = nn.Conv2d(4, 2, 1).double()
+    regression = plain_regression(model, shape, count=3, num_draws=2)
+    names = ["second.weight", "second.bias", "last.weight", "last.bias"]
+    names = ["first.weight", "first.bias", *names]
+    options = {"fisher_type": "type-2", "kfac_approx": "reduce"}
+    K = operator(regression, names, separate_weight_and_bias=False, **options)
+    own = dict(model.named_parameters())
+    G = dense_ggn(regression, [own[n] for n in names])
+    sizes = [sum(own[n].numel() for n in names[i : i + 2]) for i in (0, 2, 4)]
+    assert_close(to_dense(K), _block_diagonal(G, sizes), 1e-11)
+    # in the other setting it is not exact, so the assertion above says something
+    K = operator(regression, names, separate_weight_and_bias=False, fisher_type="type-2")
+    if operator is DiffusionKFACLinearOperator:
+        assert relative_error(to_dense(K), _block_diagonal(G, sizes)) > 0.01
+
+
+# ---------------------------------------------------------------------------------------------
+# Choice of parameters
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_selection_gives_the_same_blocks():
+    model = conv_net(kernel_size=3)
+    regression = plain_regression(model, (2, 5, 6))
+    full = blocks_by_name(DiffusionEKFACLinearOperator(regression))
+    for names in (["layers.3.bias"], ["layers.0.weight"], ["layers.3.weight", "layers.0.bias"]):
+        EK = DiffusionEKFACLinearOperator(regression, names)
+        assert EK.param_names == tuple(names)
+        for name, block in blocks_by_name(EK).items():
+            assert_close(block.eigenvalues, full[name].eigenvalues, 1e-12)
+
+
+def test_forms_of_params_agree():
+    model = conv_net(kernel_size=3)
+    regression = plain_regression(model, (2, 5, 6))
+    own = dict(model.named_parameters())
+    expected = DiffusionKFACLinearOperator(regression)
+    for params in (list(own.values()), tuple(own), own):
+        K = DiffusionKFACLinearOperator(regression, params)
+        assert K.param_names == expected.param_names
+        assert_close(K.trace(), expected.trace(), 1e-15)
+
+
+class WithOthers(nn.Module):
+    """A network with parameters that K-FAC does not support."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 1)
+        self.norm = nn.GroupNorm(1, 2)
+        self.grouped = nn.Conv2d(2, 2, 1, groups=2)
+        self.scale = nn.Parameter(torch.ones(2, 1, 1))
+
+    def forward(self, x, t):
+        return self.scale * self.grouped(self.norm(self.conv(x)))
+
+
+def test_unsupported_parameters_are_left_out_with_a_warning_or_refused():
+    model = WithOthers().double()
+    regression = plain_regression(model, (2, 3, 3))
+    with pytest.warns(
+        UserWarning, match=r"5 parameters with 10 of 16 entries \(62.50%\)"
+    ) as caught:
+        K = DiffusionKFACLinearOperator(regression)
+    assert len(caught) == 1
+    message = str(caught[0].message)
+    for name in ("norm.weight", "norm.bias", "grouped.weight", "grouped.bias", "scale"):
+        assert message.count(name) == 1
+    assert "grouped convolution" in message
+    assert K.param_names == ("conv.weight", "conv.bias")
+    assert set(K.info["left_out"]) == {n for n, _ in model.named_parameters()} - set(K.param_names)
+    with pytest.raises(ValueError, match=r"'norm.weight' \(GroupNorm is no supported layer\)"):
+        DiffusionKFACLinearOperator(regression, ["conv.weight", "norm.weight"])
+    with pytest.raises(ValueError, match="No parameter is held by a supported layer"):
+        DiffusionKFACLinearOperator(plain_regression(seeded(nn.GroupNorm(1, 2)), (2, 3, 3)))
+
+
+class Shared(nn.Module):
+    """Two modules that hold one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(3, 3, bias=False) for _ in range(3))
+        self.two.weight = self.one.weight
+
+    def forward(self, x, t):
+        return self.three(self.two(torch.tanh(self.one(x))))
+
+
+def test_a_weight_shared_by_two_modules_is_refused_by_name():
+    model = Shared().double()
+    regression = plain_regression(model, (3,))
+    with pytest.raises(ValueError, match=r"'one.weight' \(shared by the modules \['one', 'two'\]"):
+        DiffusionKFACLinearOperator(regression, ["one.weight"])
+    with pytest.warns(UserWarning, match="shared by the modules"):
+        assert DiffusionKFACLinearOperator(regression).param_names == ("three.weight",)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x, t):
+        return self.last(self.attention(x, x, x)[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*in no supported layer")
+def test_multihead_attention_is_left_out_and_refused():
+    """``nn.MultiheadAttention`` reads ``out_proj.weight`` without calling ``out_proj``."""
+    regression = plain_regression(Attention().double(), (5, 4))
+    assert DiffusionKFACLinearOperator(regression).param_names == ("last.weight", "last.bias")
+    with pytest.raises(ValueError, match="reads its weight without calling it"):
+        DiffusionKFACLinearOperator(regression, ["attention.out_proj.weight"])
+
+
+class Doubled(nn.Linear):
+    """Computes more than its type says."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.square(), self.bias)
+
+
+class Outside(nn.Module):
+    """Uses a layer's weight outside its call."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x, t):
+        return self.layer(x) + x @ self.layer.weight
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [(seeded(Doubled(3, 3)), "layers.0.weight"), (Outside(), "layer.weight")]
+)
+@pytest.mark.parametrize("operator", [DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator])
+def test_what_hooks_cannot_see_is_refused(model, name, operator):
+    regression = plain_regression(model.double(), (3,))
+    with pytest.raises(ValueError, match=f"The gradient of '{name}'.*Leave it out of params"):
+        operator(regression)
+
+
+class WithoutEffect(nn.Module):
+    """One layer is never called, one has no influence on the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused, self.ignored = (nn.Linear(3, 3) for _ in range(3))
+
+    def forward(self, x, t):
+        self.ignored(x)
+        return self.used(x)
+
+
+def test_layers_without_effect_have_zero_blocks():
+    model = WithoutEffect().double()
+    regression = plain_regression(model, (3,))
+    for operator in (DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator):
+        dense = to_dense(operator(regression, fisher_type="type-2"))
+        exact = dense_ggn(regression, list(model.parameters()))
+        assert torch.count_nonzero(dense[12:]) == 0
+        assert torch.count_nonzero(exact[12:]) == 0
+        assert_close(dense.trace(), exact.trace(), 1e-12)
+
+
+class Broadcast(nn.Module):
+    """A layer sees one row for the whole batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.time, self.layer = nn.Linear(1, 3), nn.Linear(3, 3)
+
+    def forward(self, x, t):
+        return self.layer(x) + self.time(torch.ones(1, 1).to(x))
+
+
+def test_a_layer_without_batch_axis_is_refused_by_name():
+    regression = plain_regression(Broadcast().double(), (3,))
+    with pytest.raises(ValueError, match=r"Layer 'time' was given an input of shape \(1, 1\)"):
+        DiffusionKFACLinearOperator(regression)
+    # leaving it out works, and the exact GGN has no such limit
+    DiffusionKFACLinearOperator(regression, ["layer.weight"])
+    assert_close(
+        to_dense(DiffusionGGNLinearOperator(regression)),
+        dense_ggn(regression, list(regression.objective.model.parameters())),
+        1e-12,
+    )
+
+
+class Inplace(nn.Module):
+    """Activations that overwrite a layer's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x, t):
+        return self.second(nn.functional.relu(self.first(x), inplace=True)).mul_(2)
+
+
+def test_activations_in_place():
+    model = Inplace().double()
+    regression = plain_regression(model, (3,))
+    EK = DiffusionEKFACLinearOperator(regression, fisher_type="type-2")
+    assert_close(EK.trace(), dense_ggn(regression, list(model.parameters())).trace(), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fisher_type": "exact"}, r"fisher_type='exact' is unknown. Pass one of: 'mc', 'type-2'"),
+        ({"kfac_approx": "sum"}, r"kfac_approx='sum' is unknown"),
+        ({"probe_type": "uniform"}, r"probe_type='uniform' is unknown"),
+        ({"mc_samples": 0}, r"mc_samples=0 arrived. Pass a whole number of at least 1"),
+        ({"mc_samples": 2, "fisher_type": "type-2"}, r"Only 'mc' draws loss vectors"),
+        ({"separate_weight_and_bias": None}, r"separate_weight_and_bias=None arrived"),
+        ({"params": []}, r"params is empty"),
+        ({"params": ["x"]}, r"params names 'x', which the model does not have"),
+        ({"params": {"x": None}}, r"params names 'x', which the model does not have"),
+        ({"params": [torch.zeros(2)]}, r"params\[0\] \(\(2,\)\) is not a parameter of the model"),
+        ({"params": torch.zeros(2)}, r"params arrived as Tensor"),
+        ({"params": ["layers.0.bias"] * 2}, r"lists \['layers.0.bias'\] more than once"),
+        ({"params": {"layers.0.bias": torch.zeros(3)}}, r"is not the model's own parameter"),
+    ],
+)
+def test_bad_options(options, message):
+    regression = plain_regression(conv_net(kernel_size=3), (2, 5, 6), count=1, num_draws=1)
+    with pytest.raises(ValueError, match=message):
+        DiffusionKFACLinearOperator(regression, **options)

@@ -1,0 +1,212 @@
+"""Averages over draws: batch sizes, convergence, scale, parametrisations, precision."""
+
+import pytest
+import torch
+from torch import nn
+
+from curvlinops_diffusion import (
+    DenoisingObjective,
+    DiffusionEKFACLinearOperator,
+    DiffusionGGNLinearOperator,
+    DiffusionKFACLinearOperator,
+    NoisedRegression,
+    PredictionType,
+)
+from tests.cases import images, noise_levels, plain_regression, seeded, tiny_unet, unet_regression
+from tests.comparisons import assert_close, relative_error
+from tests.reference import dense_ggn, to_dense
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*in no supported layer")
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_batch_size_does_not_matter(approx):
+    unet = tiny_unet()
+    operators = [
+        [
+            operator(unet_regression(unet, count=64, num_draws=1, batch_size=b), kfac_approx=approx)
+            for operator in (DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator)
+        ]
+        for b in (1, 7, 64)
+    ]
+    V = torch.randn(operators[0][0].shape[1], 4, dtype=torch.float64)
+    for others in operators[1:]:
+        assert_close(others[0] @ V, operators[0][0] @ V, 1e-10)
+        # eigenvectors of equal eigenvalues are arbitrary, so EK-FAC's product may differ there
+        assert_close(others[1].trace(), operators[0][1].trace(), 1e-10)
+        for one, other in zip(operators[0][1].blocks, others[1].blocks, strict=True):
+            if one.name == "conv_in.weight":  # full-rank factors: the basis is unique
+                X = torch.randn(*one.block.shape, 3, dtype=torch.float64)
+                assert_close(other.block.multiply(X), one.block.multiply(X), 1e-10)
+
+
+def _error_and_draws(seeds, draws, model):
+    """Relative errors of the Monte-Carlo GGN's factors over seeds, for each number of draws."""
+
+    def B_of(seed, num_draws):
+        regression = plain_regression(
+            model, (6,), count=2, num_draws=num_draws, seed=seed, timesteps="uniform", batch_size=2
+        )
+        K = DiffusionKFACLinearOperator(regression, ["layers.0.weight"])
+        return K.blocks[0].block.output_factor
+
+    # without non-linearity B is the same for all draws but for the loss vectors
+    truth = sum(w.T @ w for w in [model.layers[1].weight.detach()]) * 2 / 6
+    return truth, [[B_of(s, R) for s in range(seeds)] for R in draws]
+
+
+def test_monte_carlo_error_falls_like_one_over_the_root_of_the_draws():
+    model = seeded(nn.Linear(6, 4), nn.Linear(4, 6))
+    draws = (4, 16, 64)
+    truth, estimates = _error_and_draws(24, draws, model)
+    errors = [
+        torch.stack([(B - truth).square().sum() for B in row]).mean().sqrt() for row in estimates
+    ]
+    log_draws = torch.tensor(draws).double().log()
+    log_errors = torch.stack(errors).log()
+    centred = log_draws - log_draws.mean()
+    slope = (centred * (log_errors - log_errors.mean())).sum() / centred.square().sum()
+    assert abs(slope + 0.5) < 0.1
+
+
+def _deviation(samples, truth):
+    """Distance of the samples' mean from the truth in standard errors, and one of these relative."""
+    samples = torch.stack(samples)
+    standard_error = samples.std() / len(samples) ** 0.5
+    return float((samples.mean() - truth) / standard_error), float(standard_error / truth)
+
+
+@pytest.mark.parametrize("probe_type", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_monte_carlo_ggn_has_the_right_scale(probe_type, reduction):
+    """The trace of the Monte-Carlo K-FAC and EK-FAC is unbiased; 5 % would be seen."""
+    model = seeded(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    traces, exact = {"K": [], "EK": []}, None
+    for seed in range(40):
+        regression = plain_regression(
+            model,
+            (8,),
+            count=4,
+            num_draws=4,
+            seed=seed,
+            batch_size=4,
+            timesteps=[2, 5, 6, 8],
+            objective={"reduction": reduction},
+        )
+        options = {"probe_type": probe_type, "mc_samples": 16}
+        EK = DiffusionEKFACLinearOperator(regression, **options)
+        # the noise is the same for each seed's exact GGN, so that only loss vectors are random
+        truth = DiffusionEKFACLinearOperator(regression, fisher_type="type-2").trace()
+        K = DiffusionKFACLinearOperator(regression, ["layers.2.weight"], **options)
+        K2 = DiffusionKFACLinearOperator(regression, ["layers.2.weight"], fisher_type="type-2")
+        traces["EK"].append(EK.trace() / truth)
+        traces["K"].append(K.trace() / K2.trace())
+        exact = truth
+    assert exact is not None
+    # the last layer's b is the loss vector: for Rademacher entries |b|² is not even random
+    for name, samples in traces.items():
+        if name == "K" and probe_type == "rademacher":
+            assert all(abs(s - 1) < 1e-6 for s in samples)
+            continue
+        deviation, relative = _deviation(samples, 1.0)
+        assert abs(deviation) < 4
+        assert relative < 0.05 / 8  # so that a scale wrong by 5 % would be 8 standard errors off
+        assert abs(_deviation([1.05 * s for s in samples], 1.0)[0]) > 4
+
+
+def test_timesteps_are_averaged_with_equal_weight():
+    """Every timestep once: the GGN is the mean of the GGNs at each."""
+    model = seeded(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    process = noise_levels(num_levels=4)
+    levels = [
+        dense_ggn(
+            plain_regression(model, (3,), 2, None, process, timesteps=[t] * 40),
+            list(model.parameters()),
+        )
+        for t in range(4)
+    ]
+    mean = sum(levels) / 4
+    whole = plain_regression(model, (3,), 2, 160, process, timesteps="all")
+    result = to_dense(DiffusionGGNLinearOperator(whole))
+    assert relative_error(result, mean) < 0.1  # other noise, but the same mixture of levels
+    assert relative_error(levels[0], mean) > 0.2
+
+
+class Reparametrised(nn.Module):
+    """The same network, predicting ``x0`` or ``v`` from its prediction of ``eps``."""
+
+    def __init__(self, eps_model, process, prediction_type):
+        super().__init__()
+        self.eps_model, self.process, self.kind = eps_model, process, prediction_type
+
+    def forward(self, x_t, t):
+        alpha, sigma = (s[t].unsqueeze(1) for s in (self.process.alphas_T, self.process.sigmas_T))
+        eps = self.eps_model(x_t, t)
+        x0 = (x_t - sigma * eps) / alpha
+        return {
+            PredictionType.EPSILON: eps,
+            PredictionType.SAMPLE: x0,
+            PredictionType.V: alpha * eps - sigma * x0,
+        }[self.kind]
+
+
+def test_parametrisations_with_matched_weights_have_one_ggn():
+    """``x0 = (x_t − σ eps)/α`` and ``v = α eps − σ x0 = (eps − σ x_t)/α``.
+
+    Errors are ``σ/α`` and ``1/α`` times those of ``eps``, so weights ``(α/σ)²`` and ``α²`` give the
+    same loss: the same GGN, EK-FAC and, for the loss itself, the same values.
+    """
+    inner = seeded(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    results = []
+    for kind in (PredictionType.EPSILON, PredictionType.SAMPLE, PredictionType.V):
+        process = noise_levels(kind)
+        weighting = {
+            PredictionType.EPSILON: None,
+            PredictionType.SAMPLE: process.snr_T,
+            PredictionType.V: process.alphas_T.square(),
+        }[kind]
+        regression = plain_regression(
+            Reparametrised(inner, process, kind),
+            (3,),
+            process=process,
+            objective={"weighting": weighting},
+        )
+        G = to_dense(DiffusionGGNLinearOperator(regression))
+        EK = to_dense(DiffusionEKFACLinearOperator(regression, fisher_type="type-2"))
+        E = to_dense(DiffusionKFACLinearOperator(regression, fisher_type="empirical"))
+        results.append((G, EK, E))
+    for others in results[1:]:
+        for one, other in zip(results[0], others, strict=True):
+            assert_close(other, one, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 0.05), (torch.float16, 0.005)]
+)
+def test_lower_precision(dtype, tolerance):
+    """Models of lower precision have float32 factors that agree with float64's.
+
+    The float64 twin has the lower precision's weights and sees the same draws, so what is left is
+    rounding in the network.
+    """
+    low = seeded(
+        nn.Conv2d(1, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 1, 3, padding=1), dtype=dtype
+    )
+    high = seeded(nn.Conv2d(1, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 1, 3, padding=1))
+    high.load_state_dict({k: v.double() for k, v in low.state_dict().items()})
+    x0 = images(4, size=6, dtype=torch.float32)
+    pairs = []
+    for model in (low, high):
+        regression = NoisedRegression(DenoisingObjective(model, noise_levels()), x0, 4)
+        K = DiffusionKFACLinearOperator(regression)
+        V = torch.randn(K.shape[1], 3, generator=torch.Generator().manual_seed(0))
+        G = DiffusionGGNLinearOperator(regression)
+        EK = DiffusionEKFACLinearOperator(regression)
+        pairs.append((K, EK, K @ V.to(K.dtype), G @ V.to(G.dtype), EK.trace()))
+    K, EK = pairs[0][:2]
+    assert K.dtype == EK.dtype == torch.float32
+    assert all(t.dtype == torch.float32 for p in K.blocks for t in p.block.tensors().values())
+    assert all(t.dtype == torch.float32 for p in EK.blocks for t in p.block.tensors().values())
+    for result, truth in zip(pairs[0][2:], pairs[1][2:], strict=True):
+        assert result.dtype == torch.float32
+        assert_close(result, truth, tolerance)
