@@ -164,8 +164,12 @@ def _pull_back(
     batch: NoisedBatch,
     loss_vector: Callable[[Tensor], Tensor],
     consume: Callable[[str, Tensor | None, Tensor], None],
-) -> None:
-    """Hand (parameter's name, inputs ``[B, S, I]``, gradients ``[B, S, O]``) to ``consume``."""
+) -> dict[str, int]:
+    """Hand (parameter's name, inputs ``[B, S, I]``, gradients ``[B, S, O]``) to ``consume``.
+
+    Returns:
+        How often each layer was called, by its name.
+    """
     dtype = objective.working_dtype
 
     def consume_layer(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
@@ -178,6 +182,7 @@ def _pull_back(
         recorder.start_forward(len(batch.indices))
         prediction_BD = objective.predict(batch)
         recorder.backward(prediction_BD, loss_vector(prediction_BD.detach()))
+    return recorder.tap.calls
 
 
 def layer_gradients(
@@ -212,11 +217,14 @@ def layer_gradients(
     return gradients
 
 
-def check_observable(regression: NoisedRegression, layers: Sequence[Layer]) -> None:
+def check_observable(regression: NoisedRegression, layers: Sequence[Layer]) -> dict[str, int]:
     """Check, on two examples, that what hooks see gives each parameter's true gradient.
 
     Hooks miss a weight that is used outside its layer's call (as ``nn.MultiheadAttention`` does),
     or an overridden ``forward``; the curvature would then be silently wrong.
+
+    Returns:
+        How often each layer is called in a forward pass, by its name.
 
     Raises:
         ValueError: If a gradient differs from automatic differentiation's, naming the parameter.
@@ -246,7 +254,7 @@ def check_observable(regression: NoisedRegression, layers: Sequence[Layer]) -> N
         else:
             wrong.add(name)
 
-    _pull_back(layers, objective, batch, batch.loss_gradient, consume)
+    calls = _pull_back(layers, objective, batch, batch.loss_gradient, consume)
     if wrong:
         name = min(wrong)
         raise ValueError(
@@ -254,3 +262,4 @@ def check_observable(regression: NoisedRegression, layers: Sequence[Layer]) -> N
             "layer's inputs and outputs give: the parameter is also used outside its layer's "
             "call, or the layer computes more than its type says. Leave it out of params."
         )
+    return calls

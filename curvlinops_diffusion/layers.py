@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from curvlinops_diffusion.moments import LatestProduct, Moment, RowMoment
 from curvlinops_diffusion.parameters import Parameters, select_parameters
-from curvlinops_diffusion.patches import patches
+from curvlinops_diffusion.patches import PatchMoment, num_patches, patch_sum, patches
 
 
 class LayerKind(ABC):
@@ -37,6 +38,20 @@ class LayerKind(ABC):
     @abstractmethod
     def gradients(self, module: nn.Module, g: Tensor) -> Tensor:
         """The gradient in the module's output as ``[N, S, O]``."""
+
+    # What follows can be had from ``inputs``, but more cheaply without forming them.
+
+    def positions(self, module: nn.Module, x: Tensor) -> int:
+        """The number ``S`` of positions."""
+        return self.inputs(module, x).shape[1]
+
+    def input_sum(self, module: nn.Module, x: Tensor) -> Tensor:
+        """``Σ_s a_s`` of each example, shape ``[N, I]``."""
+        return self.inputs(module, x).sum(1)
+
+    def input_moment(self, module: nn.Module, latest: LatestProduct) -> Moment:
+        """A new running ``Σ_n Σ_s a_s a_sᵀ`` of the module's inputs."""
+        return RowMoment(latest)
 
 
 class _LinearKind(LayerKind):
@@ -62,6 +77,18 @@ class _Conv2dKind(LayerKind):
 
     def gradients(self, module: nn.Module, g: Tensor) -> Tensor:
         return g.flatten(2).transpose(1, 2)
+
+    def positions(self, module: nn.Module, x: Tensor) -> int:
+        assert isinstance(module, nn.Conv2d)
+        return num_patches(module, x)
+
+    def input_sum(self, module: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(module, nn.Conv2d)
+        return patch_sum(module, x)
+
+    def input_moment(self, module: nn.Module, latest: LatestProduct) -> Moment:
+        assert isinstance(module, nn.Conv2d)
+        return PatchMoment(module)
 
 
 LAYER_KINDS: dict[type[nn.Module], LayerKind] = {
@@ -155,6 +182,42 @@ class Part:
             return None
         a_NSI = self.layer.inputs(x)
         return a_NSI if self.kind is PartKind.WEIGHT else pad(a_NSI, (0, 1), value=1.0)
+
+
+    def positions(self, x: Tensor) -> int:
+        """The number ``S`` of positions."""
+        return self.layer.kind.positions(self.layer.module, x)
+
+    def input_sum(self, x: Tensor) -> Tensor:
+        """``Σ_s a_s`` of each example, shape ``[N, I]``; not for a bias."""
+        total_NI = self.layer.kind.input_sum(self.layer.module, x)
+        extended = self.kind is PartKind.JOINT
+        return pad(total_NI, (0, 1), value=float(self.positions(x))) if extended else total_NI
+
+    def input_moment(self, latest: LatestProduct) -> Moment:
+        """A new running ``Σ_n Σ_s a_s a_sᵀ``; not for a bias."""
+        inner = self.layer.kind.input_moment(self.layer.module, latest)
+        return _ExtendedMoment(self, inner) if self.kind is PartKind.JOINT else inner
+
+
+class _ExtendedMoment:
+    """The second moment of inputs that are extended by a one, from that of the inputs."""
+
+    def __init__(self, part: Part, inner: Moment):
+        self._part = part
+        self._inner = inner
+        self._extended: Tensor | None = None  # the last row: Σ [a, 1]
+
+    def add(self, x: Tensor, weight: float) -> None:
+        self._inner.add(x, weight)
+        new = self._part.input_sum(x).sum(0) * weight
+        self._extended = new if self._extended is None else self._extended + new
+
+    def total(self) -> Tensor:
+        assert self._extended is not None
+        total = pad(self._inner.total(), (0, 1, 0, 1))
+        total[-1], total[:, -1] = self._extended, self._extended
+        return total
 
 
 def part_inputs(part: Part, xs: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:

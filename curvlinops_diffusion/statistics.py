@@ -25,6 +25,7 @@ from curvlinops_diffusion.fisher import (
 )
 from curvlinops_diffusion.hooks import CallRecorder, Tap, check_observable, frozen, tapped
 from curvlinops_diffusion.layers import Layer, PartKind, part_inputs
+from curvlinops_diffusion.moments import LatestProduct, RowMoment
 from curvlinops_diffusion.objective import NoisedBatch
 from curvlinops_diffusion.regression import NoisedRegression
 
@@ -70,9 +71,9 @@ def kronecker_factors(
     Raises:
         ValueError: If hooks cannot observe a layer's gradient (see :func:`check_observable`).
     """
-    check_observable(regression, layers)
+    calls = check_observable(regression, layers)
     dtype = regression.objective.working_dtype
-    inputs = _InputFactors(layers, options, dtype)
+    inputs = _InputFactors(layers, options, dtype, calls)
     outputs = _OutputFactors(layers, options, dtype)
     backward = options.fisher_type is not FisherType.FORWARD_ONLY
     tap = Tap(inputs.observe, outputs.observe if backward else None)
@@ -94,7 +95,13 @@ def kronecker_factors(
 class _InputFactors:
     """Sums that become ``A``: one term for each forward pass, over all calls of a layer."""
 
-    def __init__(self, layers: Sequence[Layer], options: KFACOptions, dtype: torch.dtype):
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        options: KFACOptions,
+        dtype: torch.dtype,
+        calls: Mapping[str, int],
+    ):
         self._parts = {
             layer.name: part
             for layer in layers
@@ -103,30 +110,45 @@ class _InputFactors:
         }
         self._expand = options.kfac_approx is KFACApprox.EXPAND
         self._dtype = dtype
-        self._sums = _Sums()
-        self._calls = _Sums()
-        self._positions: dict[str, int] = {}
+        self._calls = calls
+        self._latest = LatestProduct()
+        self._moments = {
+            name: part.input_moment(self._latest) if self._expand else RowMoment()
+            for name, part in self._parts.items()
+        }
+        self._arrived: dict[str, list[Tensor]] = {}
+        self._seen: set[str] = set()
 
     def observe(self, layer: Layer, x: Tensor) -> None:
-        part = self._parts.get(layer.name)
-        if part is None:  # only the bias was selected
+        if layer.name not in self._parts:  # only the bias was selected
             return
-        a_NSI = part.inputs(x.to(self._dtype))
-        assert a_NSI is not None
-        self._calls.add(part.key, second_moment(a_NSI) if self._expand else a_NSI.sum(1))
-        self._positions[part.key] = self._positions.get(part.key, 0) + a_NSI.shape[1]
+        arrived = self._arrived.setdefault(layer.name, [])
+        arrived.append(x.to(self._dtype))
+        if len(arrived) == self._calls[layer.name]:
+            self._add(layer.name)
 
     def end_forward(self) -> None:
-        for key, total in self._calls.pop_all():
-            S = self._positions.pop(key)
-            self._sums.add(key, total / S if self._expand else second_moment(total / S))
+        for name in list(self._arrived):
+            self._add(name)
+        self._latest.forget()
+
+    def _add(self, name: str) -> None:
+        part, moment, xs = self._parts[name], self._moments[name], self._arrived.pop(name)
+        S = sum(part.positions(x) for x in xs)
+        self._seen.add(name)
+        if self._expand:
+            for x in xs:
+                moment.add(x, 1 / S)
+        else:
+            mean_NI = sum((part.input_sum(x) for x in xs[1:]), part.input_sum(xs[0])) / S
+            moment.add(mean_NI, 1.0)
 
     def means(self, count: int) -> dict[str, Tensor]:
         return {
-            part.key: self._sums.mean(
-                part.key, count, part.new_zeros(self._dtype, part.shape[1], part.shape[1])
-            )
-            for part in self._parts.values()
+            part.key: self._moments[name].total() / count
+            if name in self._seen
+            else part.new_zeros(self._dtype, part.shape[1], part.shape[1])
+            for name, part in self._parts.items()
         }
 
 
