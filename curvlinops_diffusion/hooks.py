@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvlinops_diffusion._checks import check_finite
 from curvlinops_diffusion.factors import per_example_gradients
 from curvlinops_diffusion.layers import Layer, part_inputs
 from curvlinops_diffusion.objective import DenoisingObjective, NoisedBatch
@@ -227,7 +228,8 @@ def check_observable(regression: NoisedRegression, layers: Sequence[Layer]) -> d
         How often each layer is called in a forward pass, by its name.
 
     Raises:
-        ValueError: If a gradient differs from automatic differentiation's, naming the parameter.
+        ValueError: If a gradient differs from automatic differentiation's, or is not finite,
+            naming the parameter.
     """
     objective = regression.objective
     clean = next(regression.clean_batches())
@@ -245,11 +247,14 @@ def check_observable(regression: NoisedRegression, layers: Sequence[Layer]) -> d
     wrong = {name for name, gradient in true.items() if gradient is not None}
 
     def consume(name: str, a_NSI: Tensor | None, b_NSO: Tensor) -> None:
+        check_finite(b_NSO, f"The gradient in the output of the layer of '{name}'")
+        largest = b_NSO.abs().max().clamp(min=torch.finfo(b_NSO.dtype).tiny)  # or norms overflow
         seen = per_example_gradients(a_NSI, b_NSO).sum(0).reshape(own[name].shape)
-        # the terms of a gradient may cancel, so errors are measured against the terms
-        terms = b_NSO.norm() * (b_NSO.shape[1] ** 0.5 if a_NSI is None else a_NSI.norm())
         truth = true[name] if true[name] is not None else torch.zeros_like(seen)
-        if (seen - truth).norm() <= tolerance * terms:
+        # the terms of a gradient may cancel, so errors are measured against the terms
+        inputs = b_NSO.shape[1] ** 0.5 if a_NSI is None else a_NSI.norm()
+        terms = (b_NSO / largest).norm() * inputs
+        if ((seen - truth) / largest).norm() <= tolerance * terms:
             wrong.discard(name)
         else:
             wrong.add(name)

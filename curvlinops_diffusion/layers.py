@@ -183,7 +183,6 @@ class Part:
         a_NSI = self.layer.inputs(x)
         return a_NSI if self.kind is PartKind.WEIGHT else pad(a_NSI, (0, 1), value=1.0)
 
-
     def positions(self, x: Tensor) -> int:
         """The number ``S`` of positions."""
         return self.layer.kind.positions(self.layer.module, x)

@@ -3,20 +3,20 @@
 Legend: N batch, C channels, H, W image, K kernel taps along an axis, S output pixels, I = C K1 K2.
 
 A tap ``k`` of the kernel reads, for output pixel ``o``, the input pixel ``o s + k d - p`` (stride
-``s``, dilation ``d``, padding ``p``). Written as ``(o + q) s + φ``, it reads pixel ``o + q`` of the
-*phase image* ``φ``, every ``s``-th pixel of the input. Entry ``(i, k; j, l)`` of the second moment of
-the patches is thus a correlation of channels ``i`` and ``j`` of two phase images at the shift
-``q_l - q_k``, over a window of output pixels that depends on ``k`` alone. All pairs of taps with the
-same phases and shift share one correlation over the whole image; their windows differ from it by
-thin strips at the borders, which are subtracted. A 3×3 convolution of stride 1 needs 13 correlations
-(25 shifts, half of them by symmetry) where patches need 81.
+``s``, dilation ``d``, padding ``p``). Written as ``(o + q) s + φ``, it reads pixel ``o + q`` of
+the *phase image* ``φ``, every ``s``-th pixel of the input. Entry ``(i, k; j, l)`` of the second
+moment of the patches is thus a correlation of channels ``i`` and ``j`` of two phase images at the
+shift ``q_l - q_k``, over a window of output pixels that depends on ``k`` alone. All pairs of taps
+with the same phases and shift share one correlation over the whole image; their windows differ
+from it by thin strips at the borders, which are subtracted. A 3×3 convolution of stride 1 needs 13
+correlations (25 shifts, half of them by symmetry) where patches need 81.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import pairwise, product
 
 from torch import Tensor, nn
 from torch.nn.functional import pad, unfold
@@ -48,7 +48,7 @@ def patch_sum(module: nn.Conv2d, x: Tensor) -> Tensor:
     rows, columns = _axes(module, x, padding)
     x = pad(x, padding)
     sums = x.new_empty(*x.shape[:2], len(rows.taps), len(columns.taps))
-    for (k, top), (l, left) in product(enumerate(rows.starts), enumerate(columns.starts)):  # noqa: E741
+    for (k, top), (l, left) in product(enumerate(rows.starts), enumerate(columns.starts)):
         window = x[
             :,
             :,
@@ -143,7 +143,7 @@ class _Axis:
     def pairs(self) -> dict[tuple[int, int, int], list[tuple[int, int]]]:
         """Pairs of taps ``(k, l)`` that share a correlation, by (phase, phase, shift)."""
         shared: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
-        for (k, (phase_k, q_k)), (l, (phase_l, q_l)) in product(enumerate(self.taps), repeat=2):  # noqa: E741
+        for (k, (phase_k, q_k)), (l, (phase_l, q_l)) in product(enumerate(self.taps), repeat=2):
             shared.setdefault((phase_k, phase_l, q_l - q_k), []).append((k, l))
         return shared
 
@@ -279,7 +279,7 @@ def _parts(overlap: Interval, windows: list[Interval]) -> list[Interval]:
     low, high = overlap
     cuts = {low, high} | {min(max(end, low), high) for window in windows for end in window}
     ordered = sorted(cuts)
-    return list(zip(ordered[:-1], ordered[1:], strict=True))
+    return list(pairwise(ordered))
 
 
 def _within(part: Interval, window: Interval) -> bool:

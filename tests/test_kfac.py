@@ -315,7 +315,7 @@ class Pooled(nn.Module):
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize("operator", [DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator])
 def test_reduce_is_exact_in_the_reduce_setting(kind, operator):
-    """Positions are averaged before the loss, so all have the same ``b`` and only ``Σ_s a_s`` counts.
+    """Positions are averaged before the loss: all have the same ``b``, only ``Σ_s a_s`` counts.
 
     The second convolution's output is smaller than the first's: the first's pixels do not all weigh
     the same, so for convolutions exactness holds for the second and the last layer only.

@@ -1,4 +1,4 @@
-"""The whole chain: exact GGN, its block diagonal, EK-FAC, K-FAC; each rung against the one above."""
+"""The whole chain: exact GGN, block diagonal, EK-FAC, K-FAC; each rung against the one above."""
 
 import pytest
 import torch

@@ -70,7 +70,7 @@ def test_monte_carlo_error_falls_like_one_over_the_root_of_the_draws():
 
 
 def _deviation(samples, truth):
-    """Distance of the samples' mean from the truth in standard errors, and one of these relative."""
+    """The mean's distance from the truth in standard errors, and one of these relative."""
     samples = torch.stack(samples)
     standard_error = samples.std() / len(samples) ** 0.5
     return float((samples.mean() - truth) / standard_error), float(standard_error / truth)

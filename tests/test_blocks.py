@@ -1,0 +1,206 @@
+"""Inverses, powers and invariants of K-FAC and EK-FAC, against dense matrices and upstream."""
+
+import pytest
+import torch
+from curvlinops import EKFACLinearOperator, KFACInverseLinearOperator, KFACLinearOperator
+from torch import nn
+
+from curvlinops_diffusion import DiffusionEKFACLinearOperator, DiffusionKFACLinearOperator
+from tests.cases import plain_regression, seeded
+from tests.comparisons import assert_close
+from tests.reference import to_dense
+
+DAMPING = 1e-3
+
+
+@pytest.fixture(scope="module")
+def regression():
+    model = seeded(
+        nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 12), nn.Unflatten(1, (1, 3, 4))
+    )
+    return plain_regression(model, (1, 3, 4), count=20, num_draws=2, batch_size=20)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        (DiffusionKFACLinearOperator, True),
+        (DiffusionKFACLinearOperator, False),
+        (DiffusionEKFACLinearOperator, True),
+        (DiffusionEKFACLinearOperator, False),
+    ],
+    ids=["kfac-separate", "kfac-joint", "ekfac-separate", "ekfac-joint"],
+)
+def operator(request, regression):
+    kind, separate = request.param
+    return kind(regression, fisher_type="empirical", separate_weight_and_bias=separate)
+
+
+def test_inverse_times_operator_is_the_identity(operator):
+    dense = to_dense(operator)
+    identity = torch.eye(len(dense), dtype=torch.float64)
+    inverse = operator.inverse(damping=DAMPING)
+    assert_close(inverse @ (dense + DAMPING * identity), identity, 1e-10)
+    assert_close(to_dense(inverse), torch.linalg.inv(dense + DAMPING * identity), 1e-9)
+
+
+def test_powers(operator):
+    dense = to_dense(operator)
+    assert_close(to_dense(operator.power(1.0)), dense, 1e-11)
+    assert_close(to_dense(operator.power(0.0)), torch.eye(len(dense)).double(), 1e-12)
+    assert_close(to_dense(operator.power(2)), dense @ dense, 1e-11)
+    root = to_dense(operator.power(-0.5, DAMPING))
+    assert_close(root @ root, to_dense(operator.inverse(DAMPING)), 1e-10)
+    assert_close(operator.power(0.5) @ (operator.power(0.5) @ dense), dense @ dense, 1e-10)
+
+
+def test_invariants(operator):
+    dense = to_dense(operator)
+    assert_close(operator.trace(), dense.trace(), 1e-12)
+    assert_close(operator.frobenius_norm(), dense.norm(), 1e-12)
+    damped = operator.power(1.0, DAMPING)
+    identity = torch.eye(len(dense), dtype=torch.float64)
+    truth = torch.linalg.slogdet(dense + DAMPING * identity).logabsdet
+    assert_close(damped.logdet(), truth, 1e-10)
+    # a small power keeps the determinant within the range of floating point
+    assert_close(operator.power(0.01, DAMPING).det().log(), 0.01 * truth, 1e-10)
+
+
+def test_operators_are_symmetric_and_positive_semi_definite(operator):
+    dense = to_dense(operator)
+    assert_close(dense, dense.T, 1e-13)
+    assert torch.linalg.eigvalsh(dense).min() > -1e-12 * dense.norm()
+    assert operator.adjoint() is operator
+
+
+def test_formats_of_vectors_agree(operator):
+    generator = torch.Generator().manual_seed(0)
+    shapes = list(operator.space.shapes.values())
+    matrix = torch.randn(operator.shape[1], 5, generator=generator, dtype=torch.float64)
+    result = operator @ matrix
+    assert_close(torch.stack([operator @ column for column in matrix.T], 1), result, 1e-13)
+    sizes = [s.numel() for s in map(torch.Size, shapes)]
+    listed = [m.reshape(*s, 5) for m, s in zip(matrix.split(sizes), shapes, strict=True)]
+    flat = torch.cat([r.reshape(-1, 5) for r in operator @ listed])
+    assert_close(flat, result, 1e-15)
+    vectors = [v[..., 0] for v in listed]
+    assert_close(torch.cat([r.flatten() for r in operator @ vectors]), result[:, 0], 1e-13)
+
+
+def _upstream(regression, kind, separate):
+    return kind(
+        regression.model_func,
+        regression.loss_func,
+        list(regression.objective.model.parameters()),
+        regression,
+        batch_size_fn=regression.batch_size_fn,
+        fisher_type="type-2",
+        separate_weight_and_bias=separate,
+        check_deterministic=False,
+    )
+
+
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({}, {"use_exact_damping": True}),
+        ({"use_exact_damping": False}, {}),
+        ({"use_heuristic_damping": True}, {"use_heuristic_damping": True}),
+        (
+            {"use_heuristic_damping": True, "min_damping": 0.1},
+            {"use_heuristic_damping": True, "min_damping": 0.1},
+        ),
+    ],
+    ids=["exact", "factored", "heuristic", "heuristic-floor"],
+)
+def test_inverse_equals_curvlinops(regression, separate, ours, theirs):
+    """All dampings of K-FAC; a separate bias is damped exactly in ours, whatever the rule.
+
+    Upstream's heuristic splits the damping between a bias' only factor and the weight's input
+    factor, though the bias' block has no second factor.
+    """
+    K = DiffusionKFACLinearOperator(
+        regression, fisher_type="type-2", separate_weight_and_bias=separate
+    )
+    upstream = KFACInverseLinearOperator(
+        _upstream(regression, KFACLinearOperator, separate), damping=DAMPING, **theirs
+    )
+    result, truth = to_dense(K.inverse(DAMPING, **ours)), to_dense(upstream)
+    if separate and "use_heuristic_damping" in ours:
+        exact = to_dense(K.inverse(DAMPING))
+        start = 0
+        for name, shape in K.space.shapes.items():
+            piece = slice(start, start + torch.Size(shape).numel())
+            start = piece.stop
+            expected = exact if name.endswith("bias") else truth
+            assert_close(result[piece, piece], expected[piece, piece], 1e-9)
+    else:
+        assert_close(result, truth, 1e-9)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_inverse_of_ekfac_equals_curvlinops(regression, separate):
+    EK = DiffusionEKFACLinearOperator(
+        regression, fisher_type="type-2", separate_weight_and_bias=separate
+    )
+    upstream = KFACInverseLinearOperator(
+        _upstream(regression, EKFACLinearOperator, separate), damping=1e-2, use_exact_damping=True
+    )
+    assert_close(to_dense(EK.inverse(1e-2)), to_dense(upstream), 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"damping": -1e-3}, r"damping=-0.001 arrived. Pass a finite number of at least 0"),
+        ({"damping": float("nan")}, r"damping=nan arrived"),
+        ({"damping": "big"}, r"damping='big' arrived"),
+        ({"damping": 1, "min_damping": -1.0}, r"min_damping=-1.0 arrived"),
+        (
+            {"damping": 1, "use_exact_damping": True, "use_heuristic_damping": True},
+            r"arrived together.*pass only one",
+        ),
+    ],
+)
+def test_bad_dampings(operator, options, message):
+    with pytest.raises(ValueError, match=message):
+        operator.inverse(**options)
+
+
+@pytest.mark.parametrize("rule", [{"use_exact_damping": False}, {"use_heuristic_damping": True}])
+def test_ekfac_has_no_factors_to_damp(regression, rule):
+    EK = DiffusionEKFACLinearOperator(regression)
+    with pytest.raises(ValueError, match="has no Kronecker factors to damp apart"):
+        EK.inverse(DAMPING, **rule)
+
+
+def test_singular_operators_are_not_inverted_without_damping():
+    model = seeded(nn.Linear(3, 3))
+    regression = plain_regression(model, (3,), count=1, num_draws=1)  # rank one
+    K = DiffusionKFACLinearOperator(regression, fisher_type="empirical")
+    EK = DiffusionEKFACLinearOperator(regression, fisher_type="empirical")
+    for operator in (K, EK):
+        assert operator.logdet() == -torch.inf
+        with pytest.raises(ValueError, match=r"zero eigenvalues.*Pass a larger damping"):
+            operator.inverse(damping=0.0)
+        assert torch.isfinite(to_dense(operator.inverse(damping=1e-8))).all()
+    with pytest.raises(ValueError, match=r"factor of 'layers.0.weight' is singular at damping=0"):
+        K.inverse(0.0, use_exact_damping=False)
+
+
+@pytest.mark.parametrize("kind", [DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator])
+def test_a_gradient_that_is_not_finite_is_named(kind):
+    model = seeded(nn.Linear(3, 4), nn.Identity(), nn.Linear(4, 3))
+    model.layers[2].weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"the layer of 'layers.2.*NaN or infinite.*weights"):
+        kind(plain_regression(model, (3,)))
+
+
+@pytest.mark.parametrize("kind", [DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator])
+def test_a_factor_that_is_not_finite_is_named(kind):
+    model = seeded(nn.Linear(3, 4), nn.Identity(), nn.Linear(4, 3))
+    regression = plain_regression(model, (3,))
+    model.layers[2].weight.data[0, 0] = 1e110  # gradients are finite, their squares are not
+    with pytest.raises(ValueError, match=r"The output factor of 'layers.0.*NaN or infinite"):
+        kind(regression, fisher_type="empirical").inverse(1.0)

@@ -1,0 +1,216 @@
+"""Draws are pure functions of ``(seed, n, r)``, well distributed, and leave random states alone."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from curvlinops_diffusion import (
+    DiffusionEKFACLinearOperator,
+    DiffusionGGNLinearOperator,
+    ExampleGradientLinearOperator,
+    NoisedRegression,
+)
+from curvlinops_diffusion.draws import (
+    LogitNormalTimesteps,
+    ProbeType,
+    StratifiedTimesteps,
+    UniformTimesteps,
+    make_draws,
+)
+from tests.cases import plain_regression, seeded
+
+RADEMACHER, GAUSSIAN = ProbeType.RADEMACHER, ProbeType.GAUSSIAN
+
+
+def draws_of(timesteps="stratified", num_draws=4, seed=0, num_levels=1000):
+    return make_draws(timesteps, num_draws, seed, num_levels)
+
+
+def test_pure_functions_of_seed_example_and_draw():
+    draws = draws_of()
+    together, shape = range(20), (2, 3)
+    for r in range(3):
+        for n in (19, 0, 7):
+            assert torch.equal(draws.noise(together, r, shape)[n], draws.noise([n], r, shape)[0])
+            assert draws.levels(together, r)[n] == draws.levels([n], r)[0]
+            for kind in ProbeType:
+                one = draws.probe([n], r, 2, 9, kind)[0]
+                assert torch.equal(draws.probe(together, r, 2, 9, kind)[n], one)
+
+
+def test_different_arguments_give_independent_numbers():
+    size = 4000
+    samples = [
+        draws_of(seed=seed).noise([n], r, (size,))[0]
+        for seed, n, r in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (2**63, 0, 0)]
+    ]
+    draws = draws_of()
+    samples += [draws.probe([0], 0, k, size, GAUSSIAN)[0] for k in range(2)]
+    correlations = torch.corrcoef(torch.stack(samples)) - torch.eye(len(samples))
+    assert correlations.abs().max() < 4.5 / size**0.5
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        lambda d: d.noise(range(50), 1, (2, 100)),
+        lambda d: d.probe(range(50), 1, 0, 200, GAUSSIAN),
+        lambda d: d.probe(range(50), 1, 0, 200, RADEMACHER),
+    ],
+    ids=["noise", "gaussian", "rademacher"],
+)
+def test_moments(sample):
+    """Mean zero, variance one: 10,000 numbers would show a scale that is 5 % wrong."""
+    z = sample(draws_of()).flatten().double()
+    assert abs(z.mean()) < 4 / len(z) ** 0.5
+    spread = z.square().std() / len(z) ** 0.5
+    assert abs(z.square().mean() - 1) <= 4 * spread
+    assert 4 * spread < 1.05**2 - 1  # the test has the power that it claims
+
+
+def test_rademacher_entries_are_signs():
+    z = draws_of().probe(range(3), 0, 0, 13, RADEMACHER)
+    assert set(z.flatten().tolist()) == {-1.0, 1.0}
+    assert z.shape == (3, 13)
+
+
+def test_golden_values():
+    """Saved operators and resumed runs rely on these numbers: they must never change silently."""
+    draws = make_draws("stratified", 4, 3, 1000)
+    assert draws.levels([0, 1, 5], 2).tolist() == GOLDEN_LEVELS
+    noise = draws.noise([0, 5], 1, (2,)).flatten().tolist()
+    assert noise == pytest.approx(GOLDEN_NOISE, abs=1e-6)
+    assert draws.probe([2], 1, 1, 8, RADEMACHER)[0].tolist() == GOLDEN_SIGNS
+    uniform = make_draws("uniform", 4, 3, 1000)
+    assert uniform.levels([0, 1, 5], 2).tolist() == GOLDEN_UNIFORM
+
+
+GOLDEN_LEVELS = [733, 638, 506]
+GOLDEN_NOISE = [1.1057024, 0.0266436, 1.4271320, -0.6539341]
+GOLDEN_SIGNS = [1.0, 1.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0]
+GOLDEN_UNIFORM = [504, 677, 559]
+
+
+# ---------------------------------------------------------------------------------------------
+# Timesteps
+# ---------------------------------------------------------------------------------------------
+
+
+def test_stratified_over_the_draws_of_an_example():
+    draws = draws_of(num_draws=8)
+    levels = torch.stack([draws.levels(range(50), r) for r in range(8)], 1)
+    strata = levels // 125
+    assert torch.equal(strata, torch.arange(8).expand(50, 8))
+
+
+def _discrepancy(levels, num_levels):
+    """Largest gap between the levels' distribution function and the uniform one."""
+    counts = torch.bincount(levels, minlength=num_levels).cumsum(0) / len(levels)
+    uniform = torch.arange(1, num_levels + 1) / num_levels
+    return float((counts - uniform).abs().max())
+
+
+@pytest.mark.parametrize("num_draws", [1, 4])
+def test_stratified_over_examples(num_draws):
+    """The golden sequence has discrepancy ``O(log N / N)``; uniform draws ``O(1/√N)``."""
+    N = 500
+    gaps = {}
+    for scheme in ("stratified", "uniform"):
+        draws = draws_of(scheme, num_draws)
+        levels = torch.cat([draws.levels(range(N), r) for r in range(num_draws)])
+        gaps[scheme] = _discrepancy(levels, 1000)
+    assert gaps["stratified"] < 3 / (N * num_draws) + 1e-3
+    assert gaps["uniform"] > 5 * gaps["stratified"]
+
+
+@pytest.mark.parametrize("scheme", [StratifiedTimesteps(), UniformTimesteps()])
+def test_uniform_marginals(scheme):
+    """Averages over the draws are unbiased: over seeds, the mean of ``t²`` is that over levels."""
+    means = []
+    for seed in range(300):
+        draws = make_draws(scheme, 2, seed, 50)
+        levels = torch.cat([draws.levels(range(3), r) for r in range(2)])
+        means.append((levels.double() / 50).square().mean())
+    truth = (torch.arange(50).double() / 50).square().mean()
+    means = torch.stack(means)
+    error = means.std() / len(means) ** 0.5
+    assert abs(means.mean() - truth) < 4 * error
+    assert error < 0.05 * truth
+
+
+@pytest.mark.parametrize("stratified", [True, False])
+def test_logit_normal(stratified):
+    """Quantiles of ``sigmoid(m + s z)``; ``u`` rises with the noise."""
+    draws = make_draws(LogitNormalTimesteps(0.5, 1.5, stratified), 4, 0, 1000)
+    levels = torch.cat([draws.levels(range(1000), r) for r in range(4)]).double() / 1000
+    probabilities = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
+    expected = torch.sigmoid(0.5 + 1.5 * torch.special.ndtri(probabilities))
+    tolerance = 0.005 if stratified else 0.04
+    assert (levels.quantile(probabilities) - expected).abs().max() < tolerance
+
+
+def test_lists_and_every_level_once():
+    draws = draws_of([3, 1, 4], num_draws=None)
+    assert draws.num_draws == 3
+    assert [draws.levels([0, 9], r).tolist() for r in range(3)] == [[3, 3], [1, 1], [4, 4]]
+    assert draws_of(torch.tensor([3, 1]), num_draws=6).levels([0], 5).item() == 1
+    every = draws_of("all", num_draws=None, num_levels=7)
+    assert [every.levels([2], r).item() for r in range(every.num_draws)] == list(range(7))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"timesteps": "random"}, r"timesteps='random' is unknown. Pass one of: 'stratified'"),
+        ({"timesteps": 3}, r"timesteps arrived as int"),
+        ({"timesteps": [1, 1000]}, r"of which \[1000\] do not exist.*from 0 to 999"),
+        ({"timesteps": []}, r"timesteps lists 0 levels"),
+        ({"timesteps": [1, 2, 3], "num_draws": 8}, r"num_draws=8.*multiple of 3, or num"),
+        ({"num_draws": 0}, r"num_draws=0 arrived. Pass a whole number of at least 1"),
+        ({"num_draws": 2.0}, r"num_draws=2.0 arrived"),
+        ({"seed": -1}, r"seed=-1 arrived. Pass a whole number from 0 to"),
+        ({"seed": None}, r"seed=None arrived"),
+        ({"seed": 2**64}, r"seed=18446744073709551616 arrived"),
+    ],
+)
+def test_bad_draws(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        draws_of(**arguments)
+
+
+# ---------------------------------------------------------------------------------------------
+# Global random states
+# ---------------------------------------------------------------------------------------------
+
+
+def _states():
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    return torch.get_rng_state().tolist(), python, [str(part) for part in numpy]
+
+
+USES = {
+    "iterate": lambda r: list(r),
+    "ekfac": DiffusionEKFACLinearOperator,
+    "ggn": lambda r: DiffusionGGNLinearOperator(r) @ torch.ones(17).double(),
+    "rows": lambda r: ExampleGradientLinearOperator(r).rows(),
+    "inverse": lambda r: DiffusionEKFACLinearOperator(r).inverse(1.0) @ torch.ones(17).double(),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
+@pytest.mark.parametrize("workers", [None, 0, 2])
+def test_random_states_are_left_alone(use, workers):
+    if workers == 2 and use is not USES["iterate"]:
+        pytest.skip("worker processes are started in the same way by every use")
+    model = seeded(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3))
+    regression = plain_regression(model, (3,), count=4)
+    x0 = torch.cat([b.x0 for b in regression.clean_batches()])
+    data = x0 if workers is None else DataLoader(x0, batch_size=2, num_workers=workers)
+    before = _states()
+    regression = NoisedRegression(regression.objective, data, 2)
+    use(regression)
+    assert _states() == before
