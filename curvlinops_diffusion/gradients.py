@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from curvlinops_diffusion._checks import check_count, check_finite
 from curvlinops_diffusion._upstream import PyTorchLinearOperator
-from curvlinops_diffusion.attention import differentiable_attention
 from curvlinops_diffusion.data import CleanBatch
+from curvlinops_diffusion.differentiation import differentiable_attention
 from curvlinops_diffusion.hooks import check_observable, frozen, layer_gradients
 from curvlinops_diffusion.layers import cover
 from curvlinops_diffusion.measurements import measure, measurement_gradient, measurement_of

@@ -65,10 +65,18 @@ def measure(measurement: Measurement, batch: NoisedBatch, prediction_BD: Tensor)
 def measurement_gradient(
     measurement: Measurement, batch: NoisedBatch, prediction_BD: Tensor
 ) -> Tensor:
-    """Gradients of the examples' measured values in the prediction, shape ``[B, D]``."""
+    """Gradients of the examples' measured values in the prediction, shape ``[B, D]``.
+
+    Raises:
+        ValueError: If the values are not a differentiable function of the prediction.
+    """
     with torch.enable_grad():
         prediction_BD = prediction_BD.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(
-            measure(measurement, batch, prediction_BD).sum(), prediction_BD
-        )
+        values_B = measure(measurement, batch, prediction_BD)
+        if not values_B.requires_grad:
+            raise ValueError(
+                "The measurement does not depend on the prediction, or not differentiably. It must "
+                "be computed from its second argument by differentiable operations of torch."
+            )
+        (gradient,) = torch.autograd.grad(values_B.sum(), prediction_BD)
     return gradient

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from curvlinops_diffusion._checks import check_deterministic_mode
-from curvlinops_diffusion.attention import differentiable_attention
 from curvlinops_diffusion.data import CleanBatch, CleanData
+from curvlinops_diffusion.differentiation import twice_differentiable
 from curvlinops_diffusion.draws import make_draws
 from curvlinops_diffusion.objective import DenoisingObjective, NoisedBatch
 
@@ -23,8 +23,8 @@ class _ScaledModel(nn.Module):
         self._objective = objective
 
     def forward(self, X: Mapping[str, Any]) -> Tensor:
-        """Predict; attention is in the form that forward-mode derivatives need."""
-        with differentiable_attention():
+        """Predict, in a form that can be differentiated in forward mode and twice."""
+        with twice_differentiable():
             return X["scale"].unsqueeze(1) * self._objective.predict(X["batch"])
 
 
@@ -63,8 +63,8 @@ class NoisedRegression:
     Attributes:
         objective: The denoising objective.
         draws: The draws.
-        model_func: Maps ``X`` to the scaled prediction, shape ``[B, D]``. Runs attention in its
-            plain form, which forward-mode derivatives need.
+        model_func: Maps ``X`` to the scaled prediction, shape ``[B, D]``. Runs attention and some
+            other functions in plain forms, which forward-mode and second derivatives need.
         loss_func: The mean squared error.
 
     Raises:

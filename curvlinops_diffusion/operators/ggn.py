@@ -8,7 +8,7 @@ from torch.func import jvp, vjp, vmap
 from tqdm import tqdm
 
 from curvlinops_diffusion._checks import check_count
-from curvlinops_diffusion.attention import differentiable_attention
+from curvlinops_diffusion.differentiation import differentiable_attention
 from curvlinops_diffusion.objective import NoisedBatch
 from curvlinops_diffusion.operators.base import ParameterSpaceOperator
 from curvlinops_diffusion.parameters import Parameters, ParameterSpace, select_parameters

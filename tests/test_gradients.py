@@ -1,0 +1,201 @@
+"""Per-example gradients against plain loops: rows, products, adjoint products, measurements."""
+
+import pytest
+import torch
+from torch import nn
+
+from curvlinops_diffusion import ExampleGradientLinearOperator, MinSNRWeighting
+from tests.cases import plain_regression, seeded, tiny_unet, unet_regression
+from tests.comparisons import assert_close
+from tests.reference import example_gradients, params_of
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return tiny_unet()
+
+
+@pytest.fixture(scope="module")
+def regression(unet):
+    return unet_regression(unet, count=3, objective={"weighting": MinSNRWeighting()})
+
+
+@pytest.fixture(scope="module")
+def truth(unet, regression):
+    return example_gradients(regression, params_of(unet))
+
+
+def random_like(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def test_rows(regression, truth):
+    """Layers and the rest (GroupNorm, class embedding) take different ways to their gradients."""
+    J = ExampleGradientLinearOperator(regression)
+    assert J.shape == tuple(truth.shape)
+    assert_close(J.rows(), truth, 1e-12)
+
+
+def test_chosen_rows_in_the_order_asked(regression, truth):
+    J = ExampleGradientLinearOperator(regression)
+    assert_close(J.rows([2, 0]), truth[[2, 0]], 1e-12)
+    assert_close(J.rows([1, 1]), truth[[1, 1]], 1e-12)
+
+
+def test_only_examples_that_are_asked_for_are_computed(regression):
+    calls = []
+    handle = regression.objective.model.register_forward_hook(
+        lambda module, args, output: calls.append(len(args[0]))
+    )
+    J = ExampleGradientLinearOperator(regression, ["conv_in.weight"])
+    J.rows([2])
+    handle.remove()
+    # a check of what hooks see takes two examples; then there is one, with two draws
+    assert [size for size in calls if size == 1] == [1, 1]
+
+
+@pytest.mark.parametrize("columns", [1, 5])
+def test_products(regression, truth, columns):
+    J = ExampleGradientLinearOperator(regression, chunk_size=2)
+    V = random_like(J.shape[1], columns)
+    assert_close(J @ V, truth @ V, 1e-12)
+    W = random_like(J.shape[0], columns)
+    assert_close(J.adjoint() @ W, truth.T @ W, 1e-12)
+    assert_close(J.adjoint().adjoint() @ V, truth @ V, 1e-12)
+
+
+def test_formats_of_vectors(regression, truth):
+    """Flat vectors, and lists of tensors shaped like the parameters."""
+    J = ExampleGradientLinearOperator(regression)
+    params = params_of(regression.objective.model)
+    v = random_like(J.shape[1])
+    assert_close(J @ v, truth @ v, 1e-12)
+    pieces = v.split([p.numel() for p in params])
+    listed = [piece.reshape(p.shape) for piece, p in zip(pieces, params, strict=True)]
+    (product,) = J @ listed
+    assert_close(product, truth @ v, 1e-12)
+    back = J.adjoint() @ [random_like(3)]
+    assert [b.shape for b in back] == [p.shape for p in params]
+    assert_close(torch.cat([b.flatten() for b in back]), truth.T @ random_like(3), 1e-12)
+
+
+def test_some_parameters(unet, regression, truth):
+    """In the order in which they are given, whatever the model's own."""
+    names = [name for name, _ in unet.named_parameters()]
+    chosen = [names[10], names[2], names[31]]
+    J = ExampleGradientLinearOperator(regression, chosen)
+    assert J.param_names == tuple(chosen)
+    expected = example_gradients(regression, params_of(unet, chosen))
+    assert_close(J.rows(), expected, 1e-12)
+    v, w = random_like(J.shape[1]), random_like(J.shape[0])
+    assert_close(J @ v, expected @ v, 1e-12)
+    assert_close(J.adjoint() @ w, expected.T @ w, 1e-12)
+
+
+# ---------------------------------------------------------------------------------------------
+# Measurements
+# ---------------------------------------------------------------------------------------------
+
+
+def third_entry(batch, prediction_BD):
+    return prediction_BD[:, 3] * batch.weight_B
+
+
+MEASURED = {
+    "squared_norm": ("squared_norm", lambda batch, f, b: (f[b] ** 2).mean()),
+    "function": (third_entry, lambda batch, f, b: f[b, 3] * batch.weight_B[b]),
+}
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_measurements(unet, regression, case):
+    measurement, transcription = MEASURED[case]
+    J = ExampleGradientLinearOperator(regression, measurement=measurement)
+    truth = example_gradients(regression, params_of(unet), transcription)
+    assert_close(J.rows(), truth, 1e-12)
+    v, w = random_like(J.shape[1]), random_like(J.shape[0])
+    assert_close(J @ v, truth @ v, 1e-12)
+    assert_close(J.adjoint() @ w, truth.T @ w, 1e-12)
+
+
+def test_values_are_averages_over_draws():
+    model = seeded(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3))
+    regression = plain_regression(model, (3,), batch_size=2)
+    expected = torch.zeros(5, dtype=torch.float64)
+    for batch in regression.batches():
+        for b, n in enumerate(batch.indices):
+            error = regression.objective.predict(batch)[b] - batch.target_BD[b]
+            expected[n] += (error**2).mean().detach() / 3
+    assert_close(ExampleGradientLinearOperator(regression).values(), expected, 1e-12)
+
+
+def test_directional_derivatives_are_those_of_the_values():
+    """By central differences, which know nothing of how derivatives are computed."""
+    model = seeded(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3))
+    regression = plain_regression(model, (3,))
+    J = ExampleGradientLinearOperator(regression, measurement="squared_norm")
+    v, h = random_like(J.shape[1]), 1e-5
+    product = J @ v
+    values = []
+    for sign in (1, -1):
+        for p, direction in zip(
+            model.parameters(), v.split([p.numel() for p in model.parameters()]), strict=True
+        ):
+            p.data += (2 if sign < 0 else 1) * sign * h * direction.reshape(p.shape)
+        values.append(J.values())
+    assert_close((values[0] - values[1]) / (2 * h), product, 1e-8)
+
+
+# ---------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------
+
+
+def small(**options):
+    model = seeded(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3))
+    return ExampleGradientLinearOperator(plain_regression(model, (3,)), **options)
+
+
+def test_bad_rows():
+    with pytest.raises(ValueError, match=r"Rows \[5, -1\] do not exist. Pass indices from 0 to 4"):
+        small().rows([0, 5, -1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"measurement": "elbo"}, r"measurement='elbo' is unknown. Pass one of \['loss'"),
+        ({"params": ["layers.9.weight"]}, r"names 'layers.9.weight', which the model does not"),
+        ({"params": []}, "params is empty"),
+        ({"params": [nn.Parameter(torch.zeros(2))]}, r"params\[0\] \(\(2,\)\) is not a parameter"),
+        ({"params": ["layers.0.bias"] * 2}, r"\['layers.0.bias'\] more than once"),
+        ({"params": {"layers.0.bias": torch.zeros(2)}}, "is not the model's own parameter"),
+        ({"params": torch.zeros(3)}, "params arrived as Tensor. Pass None for all"),
+        ({"chunk_size": 0}, "chunk_size=0 arrived"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [lambda J: J.rows(), lambda J: J.values(), lambda J: J.adjoint() @ torch.ones(5).double()],
+)
+def test_a_measurement_of_the_wrong_shape(use):
+    J = small(measurement=lambda batch, f: f)
+    with pytest.raises(ValueError, match=r"returned \(5, 3\) for a batch of 5. It must return one"):
+        use(J)
+
+
+def test_gradients_that_are_not_finite_are_named():
+    """The example, the parameter, and what to do; a constant loss is no such case."""
+    measured = small(measurement=lambda batch, f: (f.sum(1) * 1e200).square())
+    with pytest.raises(ValueError, match=r"gradient of 'layers.*examples \[.*NaN or infinite"):
+        measured.rows()
+
+
+def test_a_measurement_that_ignores_the_prediction_is_explained():
+    with pytest.raises(ValueError, match="does not depend on the prediction"):
+        small(measurement=lambda batch, f: batch.weight_B).rows()
