@@ -99,4 +99,5 @@ def eigendecomposition(matrix: Tensor, what: str) -> Eigendecomposition:
     """
     check_finite(matrix, what)
     values, vectors = torch.linalg.eigh(matrix.double())
-    return Eigendecomposition(values.clamp(min=0).to(matrix), vectors.to(matrix))
+    # one layout of memory, so that products are the same to the last bit after saving and loading
+    return Eigendecomposition(values.clamp(min=0).to(matrix), vectors.to(matrix).contiguous())

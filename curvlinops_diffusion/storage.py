@@ -124,16 +124,25 @@ def load_blocks(
     _check_model(path, header, model, own)
     shapes = {name: tuple(shape) for name, shape in header["parameters"]}
     device = own[next(iter(shapes))].device
-    space = ParameterSpace(shapes, getattr(torch, header["dtype"]), device)
-    blocks = []
-    for entry in header["blocks"]:
-        block_type = BLOCK_TYPES[entry["type"]]
-        arguments: dict[str, Any] = (
-            {"input_basis": None} if entry["type"] == "eigen" else {"input_factor": None}
-        )
-        arguments |= {role: tensors[name].to(device) for role, name in entry["tensors"].items()}
-        blocks.append(PlacedBlock(entry["name"], tuple(entry["params"]), block_type(**arguments)))
+    try:
+        space = ParameterSpace(shapes, getattr(torch, header["dtype"]), device)
+        blocks = [_block(entry, tensors, device) for entry in header["blocks"]]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
     return header["kind"], space, blocks, header["info"]
+
+
+def _block(entry: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> PlacedBlock:
+    arguments: dict[str, Any] = (
+        {"input_basis": None} if entry["type"] == "eigen" else {"input_factor": None}
+    )
+    arguments |= {role: tensors[name].to(device) for role, name in entry["tensors"].items()}
+    block = BLOCK_TYPES[entry["type"]](**arguments)
+    return PlacedBlock(entry["name"], tuple(entry["params"]), block)
+
+
+def _damaged(path: Path, reason: object) -> ValueError:
+    return ValueError(f"The header of '{path}' is damaged ({reason}). Write the file again.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -196,16 +205,14 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         newer = header["format_version"] > FORMAT_VERSION
         complete = header.keys() >= {"kind", "parameters", "dtype", "blocks", "info"}
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"The header of '{path}' is damaged ({error}). Write it again.") from error
+        raise _damaged(path, error) from error
     if newer:
         raise ValueError(
             f"'{path}' has format version {header['format_version']}; this library reads up to "
             f"{FORMAT_VERSION}. Install a newer curvlinops_diffusion."
         )
     if not complete:
-        raise ValueError(
-            f"The header of '{path}' is damaged (entries are missing). Write it again."
-        )
+        raise _damaged(path, "entries are missing")
     return header, tensors
 
 

@@ -1,0 +1,190 @@
+"""Every tool of ``curvlinops`` on every operator from here, against the dense matrix."""
+
+from math import log
+
+import curvlinops
+import numpy as np
+import pytest
+import torch
+from scipy.sparse.linalg import eigsh
+from torch import nn
+
+from curvlinops_diffusion import (
+    DiffusionEKFACLinearOperator,
+    DiffusionGGNLinearOperator,
+    DiffusionKFACLinearOperator,
+)
+from tests.cases import plain_regression, seeded
+from tests.comparisons import assert_close
+from tests.reference import to_dense
+
+DAMPING = 0.05
+
+
+@pytest.fixture(scope="module")
+def regression():
+    model = seeded(
+        nn.Conv2d(1, 3, 2), nn.Tanh(), nn.ConstantPad2d((1, 0, 1, 0), 0.0), nn.Conv2d(3, 1, 1)
+    )
+    return plain_regression(model, (1, 3, 3), count=4, num_draws=2, batch_size=4)
+
+
+OPERATORS = {
+    "GGN": DiffusionGGNLinearOperator,
+    "K-FAC": DiffusionKFACLinearOperator,
+    "EK-FAC": DiffusionEKFACLinearOperator,
+    "inverse": lambda r: DiffusionEKFACLinearOperator(r).inverse(1.0),
+}
+
+
+@pytest.fixture(scope="module", params=OPERATORS)
+def operator(request, regression):
+    return OPERATORS[request.param](regression)
+
+
+@pytest.fixture(scope="module")
+def dense(operator):
+    matrix = to_dense(operator)
+    assert_close(matrix, matrix.T, 1e-10)
+    return matrix
+
+
+@pytest.fixture(scope="module")
+def damped(operator, regression):
+    """The operator plus a multiple of the identity, itself an operator."""
+    return operator + DAMPING * DiffusionKFACLinearOperator(regression).power(0.0)
+
+
+def right_side(operator):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(operator.shape[0], 2, generator=generator, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------------------------------------
+# Inverses
+# ---------------------------------------------------------------------------------------------
+
+
+def solution(dense, b):
+    return torch.linalg.solve(dense + DAMPING * torch.eye(len(dense), dtype=torch.float64), b)
+
+
+def test_conjugate_gradients(damped, dense):
+    b = right_side(damped)
+    settings = {"tolerance": 1e-12, "max_iter": 500, "eps": 1e-30, "stop_updating_after": 1e-14}
+    inverse = curvlinops.CGInverseLinearOperator(damped, **settings)
+    assert_close(inverse @ b, solution(dense, b), 1e-8)
+
+
+def test_neumann_series(damped, dense):
+    b = right_side(damped)
+    largest = float(torch.linalg.eigvalsh(dense)[-1]) + DAMPING
+    inverse = curvlinops.NeumannInverseLinearOperator(
+        damped, num_terms=int(25 * largest / DAMPING), scale=1 / largest
+    )
+    assert_close(inverse @ b, solution(dense, b), 1e-8)
+
+
+def test_neumann_series_with_kfac_as_preconditioner(regression):
+    """``(G + λI)⁻¹ b = (P⁻¹ (G + λI))⁻¹ P⁻¹ b``, in few terms if ``P`` is near ``G + λI``."""
+    K = DiffusionKFACLinearOperator(regression, fisher_type="type-2")
+    G = DiffusionGGNLinearOperator(regression)
+    damped = G + DAMPING * K.power(0.0)
+    b = right_side(damped)
+    P_inv = K.inverse(DAMPING)
+    inverse = curvlinops.NeumannInverseLinearOperator(P_inv @ damped, num_terms=400, scale=0.5)
+    assert_close(inverse @ (P_inv @ b), solution(to_dense(G), b), 1e-8)
+
+
+def test_lsmr(damped, dense):
+    b = right_side(damped)
+    inverse = curvlinops.LSMRInverseLinearOperator(damped, atol=1e-14, btol=1e-14, maxiter=500)
+    assert_close(inverse @ b, solution(dense, b), 1e-8)
+
+
+# ---------------------------------------------------------------------------------------------
+# Parts, sums and products
+# ---------------------------------------------------------------------------------------------
+
+
+def test_submatrix(operator, dense):
+    rows, columns = [3, 1, 8], [2, 3]
+    part = curvlinops.SubmatrixLinearOperator(operator, rows, columns)
+    assert_close(to_dense(part), dense[rows][:, columns], 1e-10)
+
+
+def test_sums_multiples_and_products(operator, dense):
+    assert_close(to_dense(2.0 * operator - operator), dense, 1e-10)
+    assert_close(to_dense(operator @ operator), dense @ dense, 1e-10)
+    assert_close(to_dense(operator.adjoint()), dense, 1e-10)
+
+
+# ---------------------------------------------------------------------------------------------
+# Traces, diagonals and norms: estimators, so the average of many lies near the truth
+# ---------------------------------------------------------------------------------------------
+
+ESTIMATORS = {
+    "hutchinson_trace": (curvlinops.hutchinson_trace, 4, torch.trace),
+    "hutchpp_trace": (curvlinops.hutchpp_trace, 6, torch.trace),
+    "xtrace": (curvlinops.xtrace, 6, torch.trace),
+    "hutchinson_diag": (curvlinops.hutchinson_diag, 4, torch.diag),
+    "xdiag": (curvlinops.xdiag, 6, torch.diag),
+    "hutchinson_squared_fro": (
+        curvlinops.hutchinson_squared_fro,
+        4,
+        lambda matrix: matrix.square().sum(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimators(damped, dense, name):
+    """Within five standard errors, which are small enough to show a scale that is 5 % wrong."""
+    estimator, num_matvecs, statistic = ESTIMATORS[name]
+    # xtrace and xdiag need a matrix of full rank
+    dense = dense + DAMPING * torch.eye(len(dense), dtype=torch.float64)
+    # the estimator sees the matrix once in the operator's own form, then often in dense form
+    torch.manual_seed(0)
+    direct = estimator(damped, num_matvecs)
+    torch.manual_seed(0)
+    assert_close(direct, estimator(dense, num_matvecs), 1e-8)
+    samples = torch.stack([estimator(dense, num_matvecs) for _ in range(4000)])
+    truth = statistic(dense)
+    error = samples.std(0) / len(samples) ** 0.5
+    assert ((samples.mean(0) - truth).abs() <= 5 * error + 1e-10 * truth.abs().max()).all()
+    assert 5 * error.norm() < 0.25 * truth.norm()
+
+
+# ---------------------------------------------------------------------------------------------
+# Spectra
+# ---------------------------------------------------------------------------------------------
+
+
+def test_spectral_density(operator, dense):
+    """Against the eigenvalues, each smeared out to a bump as wide as the estimator's."""
+    eigenvalues = torch.linalg.eigvalsh(dense)
+    low, high = float(eigenvalues[0]), float(eigenvalues[-1])
+    ncv, kappa, margin = len(dense) - 1, 10.0, 0.5
+    torch.manual_seed(0)
+    grid, density = curvlinops.lanczos_approximate_spectrum(
+        operator,
+        ncv=ncv,
+        num_points=512,
+        num_repeats=100,
+        kappa=kappa,
+        boundaries=(low, high),
+        margin=margin,
+    )
+    half = (0.5 + margin) * (high - low)
+    width = half * 2 / (ncv - 1) / (8 * log(kappa)) ** 0.5
+    truth = torch.distributions.Normal(eigenvalues.unsqueeze(1), width)
+    expected = truth.log_prob(grid).exp().mean(0)
+    step = float(grid[1] - grid[0])
+    assert float(expected.sum()) * step == pytest.approx(1, abs=1e-2)
+    assert float((density - expected).abs().sum()) * step < 0.15
+
+
+def test_largest_eigenvalues_through_scipy(operator, dense):
+    ours = eigsh(operator.to_scipy(), k=3, which="LA", return_eigenvectors=False)
+    truth = torch.linalg.eigvalsh(dense)[-3:].numpy()
+    np.testing.assert_allclose(np.sort(ours), truth, rtol=1e-8)

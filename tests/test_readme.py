@@ -1,0 +1,53 @@
+"""The README's example runs as it is printed."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def test_the_example_runs_as_printed(tmp_path):
+    (example,) = blocks("python")
+    result = subprocess.run(
+        [sys.executable, "-c", example],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(README.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("[") == 4  # a matrix of three rows
+    assert (tmp_path / "ekfac.safetensors").exists()
+
+
+def test_the_commands_exist():
+    (commands,) = blocks("sh")
+    makefile = (README.parent / "Makefile").read_text()
+    targets = re.findall(r"^make (\S+)", commands, re.MULTILINE)
+    assert targets == ["demo", "test"]
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", re.findall(r"`(\w+)`", README.read_text()))
+def test_names_exist(name):
+    """Names in the README are those of the library, of curvlinops, or of torch."""
+    import curvlinops
+    from torch import nn
+
+    import curvlinops_diffusion
+
+    known = {"curvlinops", "groups"}
+    assert name in known or any(
+        hasattr(library, name) for library in (curvlinops_diffusion, curvlinops, nn)
+    )

@@ -1,0 +1,249 @@
+"""Operators on disk: the same after as before, and never a wrong, foreign or half-written file."""
+
+import json
+import os
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from curvlinops_diffusion import (
+    DiffusionEKFACLinearOperator,
+    DiffusionKFACLinearOperator,
+    load_operator,
+)
+from curvlinops_diffusion import storage as storage_module
+from tests.cases import plain_regression, seeded
+from tests.comparisons import assert_close
+from tests.reference import to_dense
+
+
+def make_model(dtype=torch.float64):
+    layers = nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1)
+    return seeded(*layers, dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def regression(model):
+    return plain_regression(model, (1, 4, 4), seed=5, timesteps="uniform")
+
+
+SAVED = {
+    "kfac": DiffusionKFACLinearOperator,
+    "kfac, joint": lambda r: DiffusionKFACLinearOperator(r, separate_weight_and_bias=False),
+    "kfac, in part": lambda r: DiffusionKFACLinearOperator(r, ["layers.2.bias", "layers.0.weight"]),
+    "ekfac": DiffusionEKFACLinearOperator,
+    "inverse": lambda r: DiffusionEKFACLinearOperator(r).inverse(1e-3),
+    "factored inverse": lambda r: DiffusionKFACLinearOperator(r).inverse(
+        1e-3, use_exact_damping=False
+    ),
+    "root": lambda r: DiffusionKFACLinearOperator(r).power(-0.5, 1e-3),
+}
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_round_trip(model, regression, kind, tmp_path):
+    """To the last bit, with the type, the parameters' order, and all that can be asked of it."""
+    operator = SAVED[kind](regression)
+    operator.save(tmp_path / "operator.safetensors")
+    loaded = load_operator(tmp_path / "operator.safetensors", model)
+    assert type(loaded) is type(operator)
+    assert loaded.param_names == operator.param_names
+    assert loaded.dtype == operator.dtype
+    assert torch.equal(to_dense(loaded), to_dense(operator))
+    assert torch.equal(loaded.trace(), operator.trace())
+    assert torch.equal(to_dense(loaded.inverse(0.1)), to_dense(operator.inverse(0.1)))
+    assert json.loads(json.dumps(operator.info)) == loaded.info
+
+
+def test_the_header_says_how_the_operator_was_made(model, regression, tmp_path):
+    DiffusionEKFACLinearOperator(regression, fisher_type="empirical").save(tmp_path / "file")
+    info = load_operator(tmp_path / "file", model).info
+    assert info["options"]["fisher_type"] == "empirical"
+    assert info["regression"]["seed"] == 5
+    assert info["regression"]["num_draws"] == 3
+    assert info["regression"]["timesteps"] == "UniformTimesteps()"
+    assert info["versions"].keys() >= {"torch", "curvlinops-for-pytorch", "diffusers"}
+
+
+def test_float32_and_shared_tensors(tmp_path):
+    """Weight and bias share an eigenbasis, which is stored once."""
+    model = make_model(torch.float32)
+    operator = DiffusionEKFACLinearOperator(plain_regression(model, (1, 4, 4), dtype=torch.float32))
+    operator.save(tmp_path / "file")
+    bases = [k for k in load_file(tmp_path / "file") if k.endswith("output_basis")]
+    assert len(bases) == 2
+    loaded = load_operator(tmp_path / "file", model)
+    assert loaded.dtype == torch.float32
+    assert torch.equal(to_dense(loaded), to_dense(operator))
+
+
+def test_saving_to_a_plain_string_and_over_an_older_file(model, regression, tmp_path):
+    path = str(tmp_path / "file")
+    DiffusionKFACLinearOperator(regression).save(path)
+    operator = DiffusionEKFACLinearOperator(regression)
+    operator.save(path)
+    assert_close(to_dense(load_operator(path, model)), to_dense(operator), 0)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Other models
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def path(regression, tmp_path):
+    DiffusionKFACLinearOperator(regression).save(tmp_path / "file")
+    return tmp_path / "file"
+
+
+def changed_weight():
+    model = make_model()
+    model.layers[2].weight.data[0, 0, 0, 0] += 1e-12
+    return model
+
+
+def with_buffer():
+    model = make_model()
+    model.register_buffer("extra", torch.zeros(3))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: seeded(nn.Conv2d(1, 2, 3), nn.Tanh()), "no parameter 'layers.2.weight'"),
+        (
+            lambda: seeded(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Conv2d(3, 1, 3)),
+            r"'layers.0.weight' has shape \[2, 1, 3, 3\] there and \[3, 1, 3, 3\] here",
+        ),
+        (with_buffer, "another model: names or shapes of its other parameters and buffers differ"),
+        (changed_weight, r"other weights of this model.*Load the weights"),
+        (lambda: make_model(torch.float32), r"other weights.*or in another precision"),
+    ],
+    ids=["names", "shapes", "buffers", "weights", "precision"],
+)
+def test_loading_with_another_model(path, make, message):
+    with pytest.raises(ValueError, match=message):
+        load_operator(path, make())
+
+
+# ---------------------------------------------------------------------------------------------
+# Damaged and foreign files
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.999])
+def test_truncated(model, path, share):
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match=r"not a whole safetensors file.*truncated, damaged, or"):
+        load_operator(path, model)
+
+
+def foreign(path):
+    save_file({"weight": torch.zeros(2)}, path, {"format": "pt"})
+
+
+def pickled(path):
+    torch.save({"weight": torch.zeros(2)}, path)
+
+
+def rewritten(change):
+    """The file with a changed header."""
+
+    def write(path):
+        raw = path.read_bytes()
+        (size,) = struct.unpack("<Q", raw[:8])
+        metadata = json.loads(raw[8 : 8 + size])["__metadata__"]
+        save_file(load_file(path), path, {storage_module.FORMAT: change(metadata)})
+
+    return write
+
+
+def newer(metadata):
+    header = json.loads(metadata[storage_module.FORMAT])
+    return json.dumps(header | {"format_version": 99})
+
+
+def lacking(metadata):
+    header = json.loads(metadata[storage_module.FORMAT])
+    return json.dumps({key: header[key] for key in header if key != "blocks"})
+
+
+def other_kind(metadata):
+    header = json.loads(metadata[storage_module.FORMAT])
+    return json.dumps(header | {"kind": "hessian"})
+
+
+def other_tensors(metadata):
+    header = json.loads(metadata[storage_module.FORMAT])
+    header["blocks"][0]["tensors"]["output_factor"] = "nowhere"
+    return json.dumps(header)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (foreign, "is a safetensors file, but not of an operator"),
+        (pickled, "not a whole safetensors file"),
+        (rewritten(lambda m: "{"), r"header of .* is damaged \("),
+        (rewritten(lambda m: "[1]"), r"header of .* is damaged \("),
+        (rewritten(newer), r"format version 99; this library reads up to 1. Install a newer"),
+        (rewritten(lacking), r"header of .* is damaged \(entries are missing\)"),
+        (rewritten(other_kind), "unknown kind 'hessian'"),
+        (rewritten(other_tensors), r"header of .* is damaged"),
+    ],
+    ids=["foreign", "pickle", "no json", "list", "newer", "lacking", "kind", "tensors"],
+)
+def test_damaged(model, path, damage, message):
+    damage(path)
+    with pytest.raises(ValueError, match=message):
+        load_operator(path, model)
+
+
+def test_missing_files_and_folders(model, regression, tmp_path):
+    operator = DiffusionKFACLinearOperator(regression)
+    with pytest.raises(ValueError, match="There is no file"):
+        load_operator(tmp_path / "nothing", model)
+    with pytest.raises(ValueError, match=r"folder '.*nowhere' does not exist. Create it first"):
+        operator.save(tmp_path / "nowhere" / "file")
+    with pytest.raises(ValueError, match=r"is a folder. Pass the name of a file"):
+        operator.save(tmp_path)
+
+
+def test_a_failure_midway_keeps_the_older_file(model, regression, path, monkeypatch):
+    """Whether the disk is full or the process is interrupted; and no litter stays behind."""
+    before = path.read_bytes()
+    operator = DiffusionEKFACLinearOperator(regression)
+
+    def failing(error):
+        def save(tensors, name, metadata):
+            with open(name, "wb") as file:
+                file.write(b"half")
+            raise error
+
+        return save
+
+    monkeypatch.setattr(storage_module, "save_file", failing(OSError("No space left on device")))
+    with pytest.raises(ValueError, match=r"could not be written: No space left.*is unchanged"):
+        operator.save(path)
+    monkeypatch.setattr(storage_module, "save_file", failing(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        operator.save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == ["file"]
+
+
+def test_files_have_the_usual_permissions(regression, tmp_path):
+    DiffusionKFACLinearOperator(regression).save(tmp_path / "file")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
