@@ -34,10 +34,11 @@ lint: $(VENV)/.installed-lint  ## style and types
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed-docs  ## the documentation, into docs/_build/html
-	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
+	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
+	$(BIN)/python -m sphinx -q -W -b doctest docs docs/_build/doctest
 
 bench: $(VENV)/.installed-bench  ## the benchmarks, into benchmarks/results/
-	$(BIN)/python -m benchmarks.factor_pass
+	$(BIN)/python -m benchmarks.factor_pass --upstream
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) demo-output docs/_build docs/generated

@@ -210,3 +210,51 @@ def test_lower_precision(dtype, tolerance):
     for result, truth in zip(pairs[0][2:], pairs[1][2:], strict=True):
         assert result.dtype == torch.float32
         assert_close(result, truth, tolerance)
+
+
+# ---------------------------------------------------------------------------------------------
+# Long ones: `make test-slow`
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_ekfac_of_a_unet_has_an_unbiased_trace():
+    """On convolutions and attention, over images, timesteps, noise and loss vectors."""
+    ratios = []
+    for seed in range(60):
+        regression = unet_regression(count=8, num_draws=2, seed=seed, batch_size=8)
+        estimate = DiffusionEKFACLinearOperator(regression, mc_samples=16).trace()
+        truth = DiffusionEKFACLinearOperator(regression, fisher_type="type-2").trace()
+        ratios.append(estimate / truth)
+    deviation, relative = _deviation(ratios, 1.0)
+    assert abs(deviation) < 4
+    assert relative < 0.05 / 8
+
+
+@pytest.mark.slow
+def test_schemes_of_timesteps_have_one_expectation():
+    """Stratified, uniform and every timestep once; stratified scatters least."""
+    traces = {}
+    for scheme, num_draws in [("stratified", 4), ("uniform", 4), ("all", None)]:
+        traces[scheme] = []
+        for seed in range(20 if scheme == "all" else 800):
+            regression = plain_regression(
+                seeded(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)),
+                (4,),
+                count=6,
+                num_draws=num_draws,
+                seed=seed,
+                timesteps=scheme,
+                process=noise_levels(num_levels=40),
+                objective={"weighting": lambda t: 1 + t / 10},
+            )
+            traces[scheme].append(
+                DiffusionEKFACLinearOperator(regression, fisher_type="type-2").trace()
+            )
+    means = {scheme: torch.stack(values).mean() for scheme, values in traces.items()}
+    errors = {s: torch.stack(v).std() / len(v) ** 0.5 for s, v in traces.items()}
+    for scheme in ("stratified", "uniform"):
+        error = (errors[scheme] ** 2 + errors["all"] ** 2).sqrt()
+        assert abs(means[scheme] - means["all"]) < 4 * error
+        assert error < 0.05 / 8 * means["all"]
+    assert errors["stratified"] < 0.5 * errors["uniform"]

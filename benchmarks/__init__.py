@@ -1,0 +1,1 @@
+"""Measurements: one program a question, results as JSON in ``benchmarks/results``."""

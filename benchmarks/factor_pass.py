@@ -1,0 +1,122 @@
+"""How much dearer than a training pass is it to fit K-FAC and EK-FAC?
+
+A training pass is a forward and a full backward pass over the same data; the floor is a forward
+pass and a backward pass that stops at the layers' outputs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import curvlinops
+from torch import nn
+
+from benchmarks.measure import alternating, arguments, report
+from benchmarks.problems import unet_regression
+from curvlinops_diffusion import NoisedRegression
+from curvlinops_diffusion.factors import eigendecomposition
+from curvlinops_diffusion.fisher import KFACOptions
+from curvlinops_diffusion.hooks import Tap, frozen, tapped
+from curvlinops_diffusion.layers import supported_layers
+from curvlinops_diffusion.statistics import eigenvalue_moments, kronecker_factors
+
+
+def reference_passes(regression: NoisedRegression) -> dict[str, Callable[[], object]]:
+    """The training pass and the floor."""
+    objective = regression.objective
+    layers = supported_layers(objective.model, None).layers
+
+    def training() -> None:
+        for batch in regression.batches():
+            batch.loss(objective.predict(batch)).sum().backward()
+        objective.model.zero_grad()
+
+    def floor() -> None:
+        tap = Tap(None, lambda *arguments: None)
+        with tapped(layers, tap), frozen(objective.model):
+            for batch in regression.batches():
+                tap.restart(len(batch.indices))
+                prediction_BD = objective.predict(batch)
+                tap.backward(prediction_BD, batch.loss_gradient(prediction_BD.detach()))
+
+    return {"training pass": training, "floor": floor}
+
+
+def our_passes(regression: NoisedRegression) -> dict[str, Callable[[], object]]:
+    """Our two passes, and the eigendecompositions between them."""
+    layers = supported_layers(regression.objective.model, None).layers
+    options = KFACOptions.parse("mc", 1, "expand", True, "rademacher")
+    factors = kronecker_factors(regression, layers, options)
+
+    def decompose() -> list[dict]:
+        return [
+            {key: eigendecomposition(matrix, key) for key, matrix in matrices.items()}
+            for matrices in (factors.inputs, factors.outputs)
+        ]
+
+    bases = decompose()
+    return {
+        "K-FAC factors": lambda: kronecker_factors(regression, layers, options),
+        "eigendecompositions": decompose,
+        "EK-FAC eigenvalues": lambda: eigenvalue_moments(regression, layers, *bases, options),
+    }
+
+
+def upstream_passes(regression: NoisedRegression) -> dict[str, Callable[[], object]]:
+    """``curvlinops``' own two passes, on the same batches."""
+    layers = [
+        m for m in regression.objective.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)
+    ]
+    operator = curvlinops.EKFACLinearOperator(
+        regression.model_func,
+        regression.loss_func,
+        [p for layer in layers for p in layer.parameters()],
+        regression,
+        fisher_type="mc",
+        num_data=regression.num_samples,
+        batch_size_fn=regression.batch_size_fn,
+    )
+    operator.compute_kronecker_factors()
+    factors = operator._input_covariances, operator._gradient_covariances
+    operator._compute_eigenvectors()  # its second pass cannot be run alone otherwise
+
+    def first() -> None:
+        operator._input_covariances, operator._gradient_covariances = {}, {}
+        operator.compute_kronecker_factors()
+        operator._input_covariances, operator._gradient_covariances = factors
+
+    return {
+        "curvlinops K-FAC factors": first,
+        "curvlinops EK-FAC eigenvalues": operator.compute_eigenvalue_correction,
+    }
+
+
+def main() -> None:
+    """Run the program."""
+    parser = arguments(__doc__)
+    parser.add_argument("--upstream", action="store_true", help="measure curvlinops as well")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    regression = unet_regression(options.quick, options.device)
+    passes = reference_passes(regression) | our_passes(regression)
+    if options.upstream:
+        passes |= upstream_passes(regression)
+    seconds = alternating(passes, 1 if options.quick else options.repeats)
+    report(
+        options.output,
+        f"factor_pass_{options.device}",
+        {
+            "question": (__doc__ or "").splitlines()[0],
+            "parameters": sum(p.numel() for p in regression.objective.model.parameters()),
+            "examples": regression.num_samples,
+            "seconds": {name: round(value, 4) for name, value in seconds.items()},
+            "training_passes": {
+                name: round(value / seconds["training pass"], 3) for name, value in seconds.items()
+            },
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
