@@ -10,7 +10,16 @@ import curvlinops_diffusion
 
 @pytest.mark.parametrize(
     "name",
-    ["torch", "torchvision", "diffusers", "curvlinops", "backpack", "safetensors", "sklearn"],
+    [
+        "torch",
+        "torchvision",
+        "diffusers",
+        "curvlinops",
+        "backpack",
+        "safetensors",
+        "sklearn",
+        "matplotlib",
+    ],
 )
 def test_imports(name):
     importlib.import_module(name)

@@ -233,7 +233,7 @@ def test_ekfac_of_a_unet_has_an_unbiased_trace():
 
 @pytest.mark.slow
 def test_schemes_of_timesteps_have_one_expectation():
-    """Stratified, uniform and every timestep once; stratified scatters least."""
+    """Stratified, uniform, every timestep once; stratifying halves the variance at least."""
     traces = {}
     for scheme, num_draws in [("stratified", 4), ("uniform", 4), ("all", None)]:
         traces[scheme] = []
@@ -257,4 +257,4 @@ def test_schemes_of_timesteps_have_one_expectation():
         error = (errors[scheme] ** 2 + errors["all"] ** 2).sqrt()
         assert abs(means[scheme] - means["all"]) < 4 * error
         assert error < 0.05 / 8 * means["all"]
-    assert errors["stratified"] < 0.5 * errors["uniform"]
+    assert errors["stratified"] ** 2 < 0.5 * errors["uniform"] ** 2
