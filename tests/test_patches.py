@@ -1,0 +1,138 @@
+"""Second moments of patches, by correlations, against patches that are cut out one by one."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+from curvlinops_diffusion.patches import (
+    PatchMoment,
+    _axes,
+    _Geometry,
+    _padded_explicitly,
+    _PatchSums,
+    _SpectralSums,
+    num_patches,
+    patch_sum,
+    patches,
+)
+from tests.comparisons import assert_close
+from tests.reference import shared_inputs
+
+KERNELS = [1, 2, 3, 4, 5, (3, 1), (2, 4)]
+STRIDES = [1, 2, 3, (2, 1)]
+PADDINGS = [0, 1, 2, (2, 0), (0, 1), "same"]
+DILATIONS = [1, 2, (1, 3)]
+SIZES = [(5, 5), (4, 7), (8, 6), (1, 3), (2, 2), (12, 9)]
+
+
+def geometries(kernel):
+    """Every geometry in which the convolution has an output."""
+    for stride, padding, dilation, size, mode in product(
+        STRIDES, PADDINGS, DILATIONS, SIZES, ["zeros", "circular", "reflect"]
+    ):
+        if padding == "same" and stride != 1:
+            continue
+        if mode != "zeros" and padding == 0:
+            continue
+        module = nn.Conv2d(
+            3,
+            2,
+            kernel,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            padding_mode=mode,
+        ).double()
+        x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)).double()
+        try:
+            module(x)
+        except RuntimeError:  # the image is smaller than the kernel or the padding
+            continue
+        yield module, x
+
+
+def spectral(module, x):
+    """The sums by correlations, whatever is cheaper."""
+    padded, padding = _padded_explicitly(module, x)
+    sums = _SpectralSums(_Geometry(*_axes(module, padded, padding)), padded)
+    sums.add(padded, 1.0)
+    return sums.total()
+
+
+def chosen(module, x):
+    """What the library chooses by cost, in two unequal steps."""
+    moment = PatchMoment(module)
+    moment.add(x[:1], 1.0)
+    moment.add(x[1:], 1.0)
+    return moment.total()
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_every_geometry_equals_patches(kernel):
+    count = 0
+    for module, x in geometries(kernel):
+        a = shared_inputs(module, x)
+        truth = a.flatten(0, 1).T @ a.flatten(0, 1)
+        assert torch.equal(patches(module, x), a)
+        assert num_patches(module, x) == a.shape[1]
+        assert_close(patch_sum(module, x), a.sum(1), 1e-12)
+        assert_close(spectral(module, x), truth, 1e-12)
+        assert_close(chosen(module, x), truth, 1e-12)
+        count += 1
+    assert count > 100
+
+
+@pytest.mark.parametrize(("N", "C"), [(1, 1), (1, 4), (7, 1)])
+def test_one_channel_and_a_batch_of_one(N, C):
+    module = nn.Conv2d(C, 1, 3, padding=1).double()
+    x = torch.randn(N, C, 6, 5).double()
+    a = shared_inputs(module, x).flatten(0, 1)
+    assert_close(spectral(module, x), a.T @ a, 1e-12)
+
+
+def test_weights_and_image_sizes_may_vary():
+    module = nn.Conv2d(2, 2, 3, padding=1, stride=2).double()
+    moment, truth = PatchMoment(module), 0
+    for size, weight in [((8, 8), 0.5), ((6, 9), 2.0), ((8, 8), 1.0)]:
+        x = torch.randn(3, 2, *size).double()
+        moment.add(x, weight)
+        a = shared_inputs(module, x).flatten(0, 1)
+        truth = truth + weight * a.T @ a
+    assert_close(moment.total(), truth, 1e-12)
+
+
+def test_memory_layouts_agree():
+    module = nn.Conv2d(4, 2, 3, padding=1).double()
+    x = torch.randn(3, 4, 8, 8).double()
+    expected = chosen(module, x)
+    assert_close(chosen(module, x.contiguous(memory_format=torch.channels_last)), expected, 1e-14)
+    assert_close(chosen(module, x.mT.contiguous().mT), expected, 1e-14)
+
+
+def test_float32_is_as_exact_as_patches():
+    """The transform loses nothing against a product of patches in the same precision."""
+    module = nn.Conv2d(64, 1, 3, padding=1)
+    x = torch.randn(16, 64, 16, 16)
+    a = shared_inputs(module, x.double()).flatten(0, 1)
+    truth = a.T @ a
+    by_patches = _PatchSums(module)
+    by_patches.add(x, 1.0)
+    error_of_patches = (by_patches.total().double() - truth).norm()
+    assert (spectral(module, x).double() - truth).norm() < 3 * error_of_patches
+
+
+@pytest.mark.parametrize(("kernel", "size", "spectral_wins"), [(3, 16, True), (1, 16, False)])
+def test_the_cheaper_way_is_taken(kernel, size, spectral_wins):
+    module = nn.Conv2d(2, 2, kernel, padding=kernel // 2)
+    moment = PatchMoment(module)
+    moment.add(torch.randn(1, 2, size, size), 1.0)
+    (sums,) = moment._sums.values()
+    assert isinstance(sums, _SpectralSums) == spectral_wins
+
+
+def test_counted_multiplications():
+    """A 3×3 convolution of stride 1 on 16×16 pixels: the figure of the module's description."""
+    geometry = _Geometry(*_axes(nn.Conv2d(1, 1, 3, padding=1), torch.zeros(1, 1, 16, 16), [1] * 4))
+    assert 13.5 < geometry.patch_cost / geometry.spectral_cost < 14.5
