@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import curvlinops
 from torch import nn
@@ -56,10 +57,17 @@ def our_passes(regression: NoisedRegression) -> dict[str, Callable[[], object]]:
         ]
 
     bases = decompose()
+
+    def eigenvalues(group: int) -> Callable[[], object]:
+        grouped = replace(options, gradient_group=group)
+        return lambda: eigenvalue_moments(regression, layers, *bases, grouped)
+
     return {
         "K-FAC factors": lambda: kronecker_factors(regression, layers, options),
         "eigendecompositions": decompose,
-        "EK-FAC eigenvalues": lambda: eigenvalue_moments(regression, layers, *bases, options),
+        "EK-FAC eigenvalues": eigenvalues(1),
+        "EK-FAC eigenvalues, groups of 4": eigenvalues(4),
+        "EK-FAC eigenvalues, groups of 8": eigenvalues(8),
     }
 
 

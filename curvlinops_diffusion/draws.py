@@ -181,6 +181,11 @@ class Draws:
     num_levels: int
     timesteps: TimestepScheme
 
+    def rounded_up(self, num_draws: int) -> int:
+        """The least number of draws, not below this one, that treats all listed levels alike."""
+        multiple = len(self.timesteps.levels) if isinstance(self.timesteps, ListedTimesteps) else 1
+        return -(-num_draws // multiple) * multiple
+
     def levels(self, n_B: Sequence[int], r: int) -> Tensor:
         """Noise level of draw ``r`` of the examples ``n_B``, shape ``[B]``, int64."""
         if isinstance(self.timesteps, ListedTimesteps):

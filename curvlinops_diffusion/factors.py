@@ -12,8 +12,8 @@ from torch import Tensor
 
 from curvlinops_diffusion._checks import check_finite
 
-# Per-example gradients are formed for so many entries at a time, to bound the memory
-_MAX_ENTRIES = 2**26
+# Gradients are rotated for so many entries at a time, to bound the memory
+_MAX_ENTRIES = 2**23
 
 
 def second_moment(z: Tensor) -> Tensor:
@@ -22,53 +22,45 @@ def second_moment(z: Tensor) -> Tensor:
     return z.T @ z
 
 
-def per_example_gradients(a_NSI: Tensor | None, b_NSO: Tensor) -> Tensor:
-    """The layer's gradients ``Σ_s b_s a_sᵀ`` of every example, shape ``[N, O, I]``.
-
-    Args:
-        a_NSI: Layer inputs; ``None`` for a bias, whose input is one (``I = 1``).
-        b_NSO: Gradients in the layer's output.
-    """
-    if a_NSI is None:
-        return b_NSO.sum(1).unsqueeze(2)
-    return b_NSO.mT @ a_NSI
-
-
-def eigenvalue_moment(
-    a_NSI: Tensor | None, b_NSO: Tensor, U_A: Tensor | None, U_B: Tensor
-) -> Tensor:
-    """Second moments of the gradients in an eigenbasis, ``Σ_n (U_Bᵀ g_n U_A)²``.
+def rotated_squares(g_NOI: Tensor, U_A: Tensor | None, U_B: Tensor) -> Tensor:
+    """Second moments of gradients in an eigenbasis, ``Σ_n (U_Bᵀ g_n U_A)²``.
 
     Source: George et al., 2018, *Fast Approximate Natural Gradient Descent in a
     Kronecker-factored Eigenbasis*, Section 3.1.
 
     Args:
-        a_NSI: Layer inputs; ``None`` for a bias.
-        b_NSO: Gradients in the layer's output.
+        g_NOI: Gradients.
         U_A: Eigenvectors of the input factor, ``[I, I]``; ``None`` for the identity.
         U_B: Eigenvectors of the output factor, ``[O, O]``.
 
     Returns:
-        The sum of squares over the examples, shape ``[O, I]``.
+        The sum of squares, shape ``[O, I]``.
     """
-    N, S, O = b_NSO.shape
-    I = 1 if a_NSI is None else a_NSI.shape[2]
-    if U_A is None or a_NSI is None:
-        U_A = None
-    chunk = max(1, _MAX_ENTRIES // (O * I))
-    rotate_first = S * (O * O + I * I) < O * I * (O + I)
-    total = b_NSO.new_zeros(O, I)
-    for start in range(0, N, chunk):
-        a = None if a_NSI is None else a_NSI[start : start + chunk]
-        b = b_NSO[start : start + chunk]
-        if rotate_first:
-            a = a if a is None or U_A is None else a @ U_A
-            g = per_example_gradients(a, b @ U_B)
-        else:
-            g = U_B.T @ per_example_gradients(a, b)
-            g = g if U_A is None else g @ U_A
-        total += g.square().sum(0)
+    _, O, I = g_NOI.shape
+    total = g_NOI.new_zeros(O, I)
+    for g in g_NOI.split(max(1, _MAX_ENTRIES // (O * I))):
+        rotated = U_B.T @ (g if U_A is None else g @ U_A)
+        total += rotated.square_().sum(0)
     return total
+
+
+def rotated_squares_of_inputs(a_NSI: Tensor, b_NSO: Tensor, U_A: Tensor, U_B: Tensor) -> Tensor:
+    """The same for gradients ``Σ_s b_s a_sᵀ``, whose inputs and outputs are rotated apart.
+
+    Cheaper than :func:`rotated_squares` for few positions, see
+    :func:`rotation_of_inputs_is_cheaper`.
+    """
+    _, O, I = len(b_NSO), b_NSO.shape[2], a_NSI.shape[2]
+    total = b_NSO.new_zeros(O, I)
+    chunk = max(1, _MAX_ENTRIES // (max(O, a_NSI.shape[1]) * I))
+    for a, b in zip(a_NSI.split(chunk), b_NSO.split(chunk), strict=True):
+        total += ((b @ U_B).mT @ (a @ U_A)).square_().sum(0)
+    return total
+
+
+def rotation_of_inputs_is_cheaper(positions: int, O: int, I: int) -> bool:
+    """Whether to rotate ``positions`` inputs and outputs rather than their gradient, by count."""
+    return positions * (O * O + I * I) < O * I * (O + I)
 
 
 @dataclass(frozen=True)

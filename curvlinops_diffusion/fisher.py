@@ -14,6 +14,10 @@ from torch import Tensor
 from curvlinops_diffusion._checks import check_count, check_option
 from curvlinops_diffusion.draws import Draws, ProbeType
 from curvlinops_diffusion.objective import NoisedBatch
+from curvlinops_diffusion.regression import NoisedRegression
+
+# More draws in all than this change EK-FAC's eigenvalues by some 2 % (docs/performance.rst)
+ENOUGH_EIGENVALUE_DRAWS = 2**15
 
 
 class FisherType(str, Enum):
@@ -54,6 +58,8 @@ class KFACOptions:
         kfac_approx: ``'expand'`` or ``'reduce'``, see :class:`KFACApprox`.
         separate_weight_and_bias: Whether weight and bias are blocks of their own, or one.
         probe_type: Distribution of the random loss vectors, ``'rademacher'`` or ``'gaussian'``.
+        eigenvalue_draws: Draws of each example for EK-FAC's eigenvalues; ``None`` to choose.
+        gradient_group: Successive examples whose gradients EK-FAC sums before it squares them.
     """
 
     fisher_type: FisherType
@@ -61,6 +67,8 @@ class KFACOptions:
     kfac_approx: KFACApprox
     separate_weight_and_bias: bool
     probe_type: ProbeType
+    eigenvalue_draws: int | None = None
+    gradient_group: int = 1
 
     @classmethod
     def parse(
@@ -70,12 +78,14 @@ class KFACOptions:
         kfac_approx: str | KFACApprox,
         separate_weight_and_bias: bool,
         probe_type: str | ProbeType,
+        eigenvalue_draws: int | None = None,
+        gradient_group: int = 1,
     ) -> KFACOptions:
         """Check the options that a user passed.
 
         Raises:
-            ValueError: If an option is unknown, or ``mc_samples`` is given for a Fisher type that
-                draws nothing.
+            ValueError: If an option is unknown, or ``mc_samples`` or ``gradient_group`` is given
+                for a Fisher type that draws nothing.
         """
         fisher_type = check_option("fisher_type", fisher_type, FisherType)
         check_count("mc_samples", mc_samples)
@@ -83,6 +93,15 @@ class KFACOptions:
             raise ValueError(
                 f"mc_samples={mc_samples} arrived with fisher_type={fisher_type.value!r}. Only "
                 "'mc' draws loss vectors; pass mc_samples=1."
+            )
+        if eigenvalue_draws is not None:
+            check_count("eigenvalue_draws", eigenvalue_draws)
+        check_count("gradient_group", gradient_group)
+        if gradient_group > 1 and fisher_type is not FisherType.MC:
+            raise ValueError(
+                f"gradient_group={gradient_group} arrived with fisher_type={fisher_type.value!r}. "
+                "Only the gradients of 'mc' are independent with mean zero, so that squares of "
+                "their sums are unbiased; pass gradient_group=1."
             )
         if not isinstance(separate_weight_and_bias, bool):
             raise ValueError(
@@ -95,7 +114,18 @@ class KFACOptions:
             check_option("kfac_approx", kfac_approx, KFACApprox),
             separate_weight_and_bias,
             check_option("probe_type", probe_type, ProbeType),
+            eigenvalue_draws,
+            gradient_group,
         )
+
+    def num_eigenvalue_draws(self, regression: NoisedRegression) -> int:
+        """How many draws of each example EK-FAC's eigenvalues are averaged over."""
+        if self.eigenvalue_draws is not None:
+            return self.eigenvalue_draws
+        if self.fisher_type is not FisherType.MC:
+            return regression.num_draws
+        enough = -(-ENOUGH_EIGENVALUE_DRAWS // regression.num_data)
+        return min(regression.num_draws, regression.draws.rounded_up(enough))
 
     def as_dict(self) -> dict[str, Any]:
         """The options as plain values, for the header of a saved operator."""

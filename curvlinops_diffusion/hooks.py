@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion._checks import check_finite
-from curvlinops_diffusion.factors import per_example_gradients
-from curvlinops_diffusion.layers import Layer, part_inputs
+from curvlinops_diffusion.layers import Layer, Part, part_inputs
 from curvlinops_diffusion.objective import DenoisingObjective, NoisedBatch
 from curvlinops_diffusion.regression import NoisedRegression
 
@@ -164,9 +163,9 @@ def _pull_back(
     objective: DenoisingObjective,
     batch: NoisedBatch,
     loss_vector: Callable[[Tensor], Tensor],
-    consume: Callable[[str, Tensor | None, Tensor], None],
+    consume: Callable[[Part, list[Tensor], list[Tensor]], None],
 ) -> dict[str, int]:
-    """Hand (parameter's name, inputs ``[B, S, I]``, gradients ``[B, S, O]``) to ``consume``.
+    """Hand (part, inputs, gradients), each a list over the layer's calls, to ``consume``.
 
     Returns:
         How often each layer was called, by its name.
@@ -174,9 +173,8 @@ def _pull_back(
     dtype = objective.working_dtype
 
     def consume_layer(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
-        b_NSO = torch.cat([layer.gradients(g.to(dtype)) for g in gs], 1)
         for part in layer.parts(separate=True):
-            consume(part.params[0], part_inputs(part, xs, dtype), b_NSO)
+            consume(part, [x.to(dtype) for x in xs], [g.to(dtype) for g in gs])
 
     recorder = CallRecorder(consume_layer)
     with tapped(layers, recorder.tap), frozen(objective.model), torch.enable_grad():
@@ -211,11 +209,20 @@ def layer_gradients(
         for part in layer.parts(separate=True)
     }
 
-    def consume(name: str, a_NSI: Tensor | None, b_NSO: Tensor) -> None:
-        gradients[name] = per_example_gradients(a_NSI, b_NSO).reshape(gradients[name].shape)
+    def consume(part: Part, xs: list[Tensor], gs: list[Tensor]) -> None:
+        name = part.params[0]
+        gradients[name] = gradient_of_calls(part, xs, gs).reshape(gradients[name].shape)
 
     _pull_back(layers, objective, batch, loss_vector, consume)
     return gradients
+
+
+def gradient_of_calls(
+    part: Part, xs: Sequence[Tensor], gs: Sequence[Tensor], group: int = 1
+) -> Tensor:
+    """The gradients of a part over all calls of its layer, ``[N / group, O, I]``."""
+    first, *others = (part.gradients(x, g, group) for x, g in zip(xs, gs, strict=True))
+    return sum(others, first)
 
 
 def check_observable(regression: NoisedRegression, layers: Sequence[Layer]) -> dict[str, int]:
@@ -246,12 +253,15 @@ def check_observable(regression: NoisedRegression, layers: Sequence[Layer]) -> d
     tolerance = torch.finfo(objective.dtype).eps ** 0.5
     wrong = {name for name, gradient in true.items() if gradient is not None}
 
-    def consume(name: str, a_NSI: Tensor | None, b_NSO: Tensor) -> None:
+    def consume(part: Part, xs: list[Tensor], gs: list[Tensor]) -> None:
+        name = part.params[0]
+        b_NSO = torch.cat([part.layer.gradients(g) for g in gs], 1)
         check_finite(b_NSO, f"The gradient in the output of the layer of '{name}'")
         largest = b_NSO.abs().max().clamp(min=torch.finfo(b_NSO.dtype).tiny)  # or norms overflow
-        seen = per_example_gradients(a_NSI, b_NSO).sum(0).reshape(own[name].shape)
+        seen = gradient_of_calls(part, xs, gs).sum(0).reshape(own[name].shape)
         truth = true[name] if true[name] is not None else torch.zeros_like(seen)
         # the terms of a gradient may cancel, so errors are measured against the terms
+        a_NSI = part_inputs(part, xs, objective.working_dtype)
         inputs = b_NSO.shape[1] ** 0.5 if a_NSI is None else a_NSI.norm()
         terms = (b_NSO / largest).norm() * inputs
         if ((seen - truth) / largest).norm() <= tolerance * terms:

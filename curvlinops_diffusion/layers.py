@@ -21,7 +21,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from curvlinops_diffusion.moments import LatestProduct, Moment, RowMoment
 from curvlinops_diffusion.parameters import Parameters, select_parameters
-from curvlinops_diffusion.patches import PatchMoment, num_patches, patch_sum, patches
+from curvlinops_diffusion.patches import (
+    PatchMoment,
+    num_patches,
+    patch_gradients,
+    patch_sum,
+    patches,
+)
 
 
 class LayerKind(ABC):
@@ -39,7 +45,23 @@ class LayerKind(ABC):
     def gradients(self, module: nn.Module, g: Tensor) -> Tensor:
         """The gradient in the module's output as ``[N, S, O]``."""
 
-    # What follows can be had from ``inputs``, but more cheaply without forming them.
+    # What follows can be had from these two, but more cheaply without forming the inputs.
+
+    def weight_gradients(self, module: nn.Module, x: Tensor, g: Tensor, group: int) -> Tensor:
+        """Gradients ``Σ_s b_s a_sᵀ`` summed over groups of successive examples.
+
+        Args:
+            module: The module.
+            x: Its input.
+            g: The gradient in its output.
+            group: Examples in a group.
+
+        Returns:
+            The sums, shape ``[N / group, O, I]``.
+        """
+        a_NSI, b_NSO = self.inputs(module, x), self.gradients(module, g)
+        a, b = (z.reshape(len(z) // group, -1, z.shape[2]) for z in (a_NSI, b_NSO))
+        return b.mT @ a
 
     def positions(self, module: nn.Module, x: Tensor) -> int:
         """The number ``S`` of positions."""
@@ -77,6 +99,10 @@ class _Conv2dKind(LayerKind):
 
     def gradients(self, module: nn.Module, g: Tensor) -> Tensor:
         return g.flatten(2).transpose(1, 2)
+
+    def weight_gradients(self, module: nn.Module, x: Tensor, g: Tensor, group: int) -> Tensor:
+        assert isinstance(module, nn.Conv2d)
+        return patch_gradients(module, x, g, group)
 
     def positions(self, module: nn.Module, x: Tensor) -> int:
         assert isinstance(module, nn.Conv2d)
@@ -182,6 +208,25 @@ class Part:
             return None
         a_NSI = self.layer.inputs(x)
         return a_NSI if self.kind is PartKind.WEIGHT else pad(a_NSI, (0, 1), value=1.0)
+
+    def gradients(self, x: Tensor, g: Tensor, group: int = 1) -> Tensor:
+        """The parameters' gradients, summed over groups of successive examples.
+
+        Args:
+            x: The layer's input.
+            g: The gradient in its output.
+            group: Examples in a group.
+
+        Returns:
+            The sums, shape ``[N / group, O, I]``.
+        """
+        pieces = []
+        if self.kind is not PartKind.BIAS:
+            pieces.append(self.layer.kind.weight_gradients(self.layer.module, x, g, group))
+        if self.kind is not PartKind.WEIGHT:
+            bias_NO = self.layer.gradients(g).sum(1)
+            pieces.append(bias_NO.unflatten(0, (-1, group)).sum(1).unsqueeze(2))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
 
     def positions(self, x: Tensor) -> int:
         """The number ``S`` of positions."""

@@ -24,6 +24,7 @@ from math import pi
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, unfold
+from torch.nn.grad import conv2d_weight
 
 # Spectra are held for so many entries at a time, to bound the memory
 _MAX_ENTRIES = 2**22
@@ -72,6 +73,33 @@ def num_patches(module: nn.Conv2d, x: Tensor) -> int:
     x, padding = _padded_explicitly(module, x)
     rows, columns = _axes(module, x, padding)
     return rows.outputs * columns.outputs
+
+
+def patch_gradients(module: nn.Conv2d, x: Tensor, g: Tensor, group: int) -> Tensor:
+    """Gradients of the weight, summed over groups of successive examples, without patches.
+
+    Args:
+        module: The convolution.
+        x: Its input, shape ``[N, C, H, W]``.
+        g: The gradient in its output.
+        group: Examples in a group.
+
+    Returns:
+        The sums, shape ``[N / group, O, I]``.
+    """
+    x, padding = _padded_explicitly(module, x)
+    left, right, top, bottom = padding
+    symmetric = (top, left)
+    if (top, left) != (bottom, right):
+        x, symmetric = pad(x, padding), (0, 0)
+    result = x.new_empty(len(x) // group, *module.weight.shape)
+    for sums, x_part, g_part in zip(result, x.split(group), g.split(group), strict=True):
+        sums.copy_(
+            conv2d_weight(
+                x_part, module.weight.shape, g_part, module.stride, symmetric, module.dilation
+            )
+        )
+    return result.flatten(2)
 
 
 class PatchMoment:

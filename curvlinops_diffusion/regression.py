@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
+from copy import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -106,6 +107,20 @@ class NoisedRegression:
     def num_samples(self) -> int:
         """The number ``N R`` of terms in the loss; averages divide by it."""
         return self.num_data * self.num_draws
+
+    def with_draws(self, num_draws: int) -> NoisedRegression:
+        """The same problem with another number of draws for each example.
+
+        Raises:
+            ValueError: If the timesteps are a list whose length does not divide the number.
+        """
+        if num_draws == self.num_draws:
+            return self
+        other = copy(self)
+        other.draws = make_draws(
+            self.draws.timesteps, num_draws, self.draws.seed, self.draws.num_levels
+        )
+        return other
 
     @property
     def description(self) -> dict[str, Any]:

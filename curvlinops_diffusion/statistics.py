@@ -10,12 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from curvlinops_diffusion.factors import Eigendecomposition, eigenvalue_moment, second_moment
+from curvlinops_diffusion.factors import (
+    Eigendecomposition,
+    rotated_squares,
+    rotated_squares_of_inputs,
+    rotation_of_inputs_is_cheaper,
+    second_moment,
+)
 from curvlinops_diffusion.fisher import (
     FisherType,
     KFACApprox,
@@ -23,8 +30,15 @@ from curvlinops_diffusion.fisher import (
     loss_vectors,
     num_loss_vectors,
 )
-from curvlinops_diffusion.hooks import CallRecorder, Tap, check_observable, frozen, tapped
-from curvlinops_diffusion.layers import Layer, PartKind, part_inputs
+from curvlinops_diffusion.hooks import (
+    CallRecorder,
+    Tap,
+    check_observable,
+    frozen,
+    gradient_of_calls,
+    tapped,
+)
+from curvlinops_diffusion.layers import Layer, Part, PartKind, part_inputs
 from curvlinops_diffusion.moments import LatestProduct, RowMoment
 from curvlinops_diffusion.objective import NoisedBatch
 from curvlinops_diffusion.regression import NoisedRegression
@@ -196,12 +210,16 @@ def eigenvalue_moments(
 ) -> dict[str, Tensor]:
     """Compute EK-FAC's eigenvalues ``Λ_ij = E[(U_Bᵀ g U_A)_ij²]`` in one pass over the data.
 
+    With random loss vectors the gradients ``g`` of different examples are independent with mean
+    zero, so that the square of their sum over a group of examples estimates the sum of their
+    squares without bias, for one rotation in place of many.
+
     Args:
         regression: Objective, data and draws.
         layers: The layers.
         input_bases: Eigenbases of the input factors, by the key of the part.
         output_bases: Eigenbases of the output factors, by the name of the layer.
-        options: Fisher type, as for the factors.
+        options: Fisher type, as for the factors, and the size of the groups.
         progressbar: Whether to show progress.
 
     Returns:
@@ -209,20 +227,21 @@ def eigenvalue_moments(
     """
     dtype = regression.objective.working_dtype
     sums = _Sums()
+    groups: list[_Groups] = []
 
     def consume(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
-        b_NSO = torch.cat([layer.gradients(g.to(dtype)) for g in gs], 1)
+        xs, gs = ([z.to(dtype) for z in zs] for zs in (xs, gs))
+        U_B = output_bases[layer.name].vectors
         for part in layer.parts(options.separate_weight_and_bias):
-            a_NSI = part_inputs(part, xs, dtype)
             basis = input_bases.get(part.key)
             U_A = None if basis is None else basis.vectors
-            sums.add(
-                part.key, eigenvalue_moment(a_NSI, b_NSO, U_A, output_bases[layer.name].vectors)
-            )
+            for part_of_batch in groups:
+                sums.add(part.key, _squares(part, xs, gs, U_A, U_B, part_of_batch))
 
     recorder = CallRecorder(consume)
     with tapped(layers, recorder.tap), frozen(regression.objective.model), torch.enable_grad():
         for batch in _with_progress(regression, "Eigenvalues", progressbar):
+            groups = _aligned_groups(batch.indices, options.gradient_group)
             recorder.start_forward(len(batch.indices))
             prediction_BD = regression.objective.predict(batch)
             for v_BD, more in _loss_vectors(regression, batch, prediction_BD, options):
@@ -233,6 +252,55 @@ def eigenvalue_moments(
         for layer in layers
         for part in layer.parts(options.separate_weight_and_bias)
     }
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """A range of a batch that falls into groups of one size.
+
+    Attributes:
+        range: The range.
+        size: Examples in a group.
+    """
+
+    range: slice
+    size: int
+
+
+def _aligned_groups(indices: Sequence[int], size: int) -> list[_Groups]:
+    """Cut a batch of successive examples at multiples of a group's size.
+
+    Groups are the same for every batch size that is a multiple of theirs; a group that two batches
+    share is two smaller groups.
+    """
+    start, stop = indices[0], indices[0] + len(indices)
+    low, high = -(-start // size) * size, stop // size * size
+    if low >= high:
+        cuts = [start, *([low] if start < low < stop else []), stop]
+        pieces = [(a, b, b - a) for a, b in pairwise(cuts)]
+    else:
+        pieces = [(start, low, low - start), (low, high, size), (high, stop, stop - high)]
+    return [_Groups(slice(a - start, b - start), n) for a, b, n in pieces if a < b]
+
+
+def _squares(
+    part: Part,
+    xs: Sequence[Tensor],
+    gs: Sequence[Tensor],
+    U_A: Tensor | None,
+    U_B: Tensor,
+    groups: _Groups,
+) -> Tensor:
+    """Sum over groups of the squared and rotated sums of gradients, the cheaper way by count."""
+    xs, gs = ([z[groups.range] for z in zs] for zs in (xs, gs))
+    positions = groups.size * sum(part.positions(x) for x in xs)
+    if U_A is not None and rotation_of_inputs_is_cheaper(positions, *part.shape):
+        a_NSI = part_inputs(part, xs, xs[0].dtype)
+        assert a_NSI is not None
+        b_NSO = torch.cat([part.layer.gradients(g) for g in gs], 1)
+        a, b = (z.reshape(-1, positions, z.shape[2]) for z in (a_NSI, b_NSO))
+        return rotated_squares_of_inputs(a, b, U_A, U_B)
+    return rotated_squares(gradient_of_calls(part, xs, gs, groups.size), U_A, U_B)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -549,6 +549,12 @@ def test_activations_in_place():
         ({"params": torch.zeros(2)}, r"params arrived as Tensor"),
         ({"params": ["layers.0.bias"] * 2}, r"lists \['layers.0.bias'\] more than once"),
         ({"params": {"layers.0.bias": torch.zeros(3)}}, r"is not the model's own parameter"),
+        ({"gradient_group": 0}, "gradient_group=0 arrived"),
+        (
+            {"gradient_group": 4, "fisher_type": "empirical"},
+            r"gradient_group=4 arrived with fisher_type='empirical'.*pass gradient_group=1",
+        ),
+        ({"eigenvalue_draws": -1}, "eigenvalue_draws=-1 arrived"),
     ],
 )
 def test_bad_options(options, message):

@@ -1,5 +1,7 @@
 """Averages over draws: batch sizes, convergence, scale, parametrisations, precision."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,11 @@ from curvlinops_diffusion import (
     NoisedRegression,
     PredictionType,
 )
+from curvlinops_diffusion.draws import ProbeType, make_draws
+from curvlinops_diffusion.factors import eigendecomposition
+from curvlinops_diffusion.fisher import KFACOptions
+from curvlinops_diffusion.layers import supported_layers
+from curvlinops_diffusion.statistics import eigenvalue_moments, kronecker_factors
 from tests.cases import images, noise_levels, plain_regression, seeded, tiny_unet, unet_regression
 from tests.comparisons import assert_close, relative_error
 from tests.reference import dense_ggn, to_dense
@@ -210,6 +217,120 @@ def test_lower_precision(dtype, tolerance):
     for result, truth in zip(pairs[0][2:], pairs[1][2:], strict=True):
         assert result.dtype == torch.float32
         assert_close(result, truth, tolerance)
+
+
+# ---------------------------------------------------------------------------------------------
+# Cheaper second passes of EK-FAC
+# ---------------------------------------------------------------------------------------------
+
+
+def conv_regression(count, num_draws, seed=0, batch_size=8, **options):
+    model = seeded(nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 1, 3, padding=1))
+    return plain_regression(
+        model,
+        (1, 4, 4),
+        count=count,
+        num_draws=num_draws,
+        seed=seed,
+        batch_size=batch_size,
+        **options,
+    )
+
+
+def eigenvalues(operator):
+    return torch.cat([placed.block.eigenvalues.flatten() for placed in operator.blocks])
+
+
+@pytest.mark.parametrize("group", [4, 8])
+def test_squares_of_sums_over_groups_have_the_right_scale(group):
+    """Unbiased: over seeds, the trace is that of single examples; 5 % would be seen."""
+    ratios = []
+    for seed in range(60):
+        regression = conv_regression(16, 4, seed)
+        single = DiffusionEKFACLinearOperator(regression, mc_samples=8, fisher_type="mc")
+        grouped = DiffusionEKFACLinearOperator(regression, mc_samples=8, gradient_group=group)
+        ratios.append(grouped.trace() / single.trace())
+    deviation, relative = _deviation(ratios, 1.0)
+    assert abs(deviation) < 4
+    assert relative < 0.05 / 6
+
+
+def test_groups_are_the_same_for_batches_that_are_multiples_of_them():
+    reference = DiffusionEKFACLinearOperator(conv_regression(11, 2), gradient_group=4)
+    for batch_size in (4, 16):
+        regression = conv_regression(11, 2, batch_size=batch_size)
+        other = DiffusionEKFACLinearOperator(regression, gradient_group=4)
+        assert_close(eigenvalues(other), eigenvalues(reference), 1e-10)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 6, 11])
+def test_groups_equal_a_plain_loop(batch_size):
+    """Also where a batch begins or ends within a group, and a group lies within a batch."""
+    regression = conv_regression(11, 2, batch_size=batch_size)
+    EK = DiffusionEKFACLinearOperator(regression, gradient_group=4)
+    layer = regression.objective.model.layers[2]
+    truth = 0
+    for batch in regression.batches():
+        blocks = [n // 4 for n in batch.indices]
+        probe = regression.draws.probe(batch.indices, batch.draw, 0, 16, ProbeType.RADEMACHER)
+        v = (2 * batch.weight_B).sqrt().unsqueeze(1) * probe
+        prediction = regression.objective.predict(batch)
+        for block in sorted(set(blocks)):
+            chosen = torch.tensor([b == block for b in blocks])
+            output = (prediction * v)[chosen].sum()
+            (g,) = torch.autograd.grad(output, layer.weight, retain_graph=True)
+            bases = next(p.block for p in EK.blocks if p.name == "layers.2.weight")
+            rotated = bases.output_basis.T @ g.flatten(1) @ bases.input_basis
+            truth = truth + rotated**2 / regression.num_samples
+    assert_close(bases.eigenvalues, truth, 1e-10)
+
+
+def test_draws_of_the_second_pass():
+    """By default all, as long as there are not very many; the factors see all in each case."""
+    regression = conv_regression(6, 4)
+    fewer = DiffusionEKFACLinearOperator(regression, eigenvalue_draws=2)
+    assert_close(eigenvalues(fewer), eigenvalues_of_draws(regression, 2), 1e-12)
+    default = DiffusionEKFACLinearOperator(regression)
+    assert_close(eigenvalues(default), eigenvalues_of_draws(regression, 4), 1e-12)
+
+
+def eigenvalues_of_draws(regression, num_draws):
+    layers = supported_layers(regression.objective.model, None).layers
+    options = KFACOptions.parse("mc", 1, "expand", True, "rademacher")
+    factors = kronecker_factors(regression, layers, options)
+    bases = [
+        {key: eigendecomposition(matrix, key) for key, matrix in matrices.items()}
+        for matrices in (factors.inputs, factors.outputs)
+    ]
+    found = eigenvalue_moments(regression.with_draws(num_draws), layers, *bases, options)
+    return torch.cat([found[part.key].flatten() for layer in layers for part in layer.parts(True)])
+
+
+@pytest.mark.parametrize(
+    ("num_data", "options", "expected"),
+    [
+        (100, {}, 8),
+        (2**13, {}, 4),
+        (2**20, {}, 1),
+        (2**13, {"eigenvalue_draws": 7}, 7),
+        (2**20, {"fisher_type": "type-2"}, 8),
+    ],
+)
+def test_the_number_of_draws_of_the_second_pass(num_data, options, expected):
+    arguments = {
+        "fisher_type": "mc",
+        "mc_samples": 1,
+        "kfac_approx": "expand",
+        "separate_weight_and_bias": True,
+        "probe_type": "rademacher",
+    } | options
+    regression = SimpleNamespace(
+        num_data=num_data, num_draws=8, draws=make_draws("uniform", 8, 0, 10)
+    )
+    assert KFACOptions.parse(**arguments).num_eigenvalue_draws(regression) == expected
+    listed = SimpleNamespace(num_data=2**20, num_draws=9, draws=make_draws([1, 2, 3], 9, 0, 10))
+    if not options:  # all listed levels alike
+        assert KFACOptions.parse(**arguments).num_eigenvalue_draws(listed) == 3
 
 
 # ---------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ class DiffusionEKFACLinearOperator(DiffusionKFACLinearOperator):
 
     where ``g = Σ_s b_s a_sᵀ`` is the gradient of one example, draw and loss vector. Among all
     matrices that are diagonal in this basis it is the nearest to the exact block in Frobenius norm,
-    and its trace is the exact block's. Costs a second pass over the data, on the same draws.
+    and its trace is the exact block's. Costs a second pass over the data, on the same draws (or on
+    fewer, see ``eigenvalue_draws``).
 
     Source: George et al., 2018, Section 3.1; Mlodozeniec et al., 2025, Section 2.3.
 
@@ -53,8 +54,9 @@ class DiffusionEKFACLinearOperator(DiffusionKFACLinearOperator):
             name: eigendecomposition(B, f"The output factor of '{name}'")
             for name, B in factors.outputs.items()
         }
+        second = regression.with_draws(options.num_eigenvalue_draws(regression))
         eigenvalues = eigenvalue_moments(
-            regression, layers, input_bases, output_bases, options, progressbar
+            second, layers, input_bases, output_bases, options, progressbar
         )
         blocks = []
         for layer in layers:
