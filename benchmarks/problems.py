@@ -11,13 +11,13 @@ from torch.nn.functional import mse_loss
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression
 
 
-def unet_regression(quick: bool, device: str, dtype: torch.dtype | None = None) -> NoisedRegression:
-    """128 images of 16×16 in batches of 32, a UNet of 2.8 million parameters with attention.
+def unet_regression(quick: bool, device: str, num_data: int | None = None) -> NoisedRegression:
+    """Images of 16×16 in batches of 32, a UNet of 2.8 million parameters with attention.
 
     Args:
-        quick: Take 8 images and a small network instead.
+        quick: Take few images and a small network instead.
         device: Where the network is.
-        dtype: The network's precision; ``None`` for float32.
+        num_data: The number of images; 128, or 8 for a quick run.
     """
     torch.manual_seed(0)
     unet = UNet2DModel(
@@ -28,8 +28,8 @@ def unet_regression(quick: bool, device: str, dtype: torch.dtype | None = None) 
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )
-    unet = unet.eval().to(device, dtype)
-    images = torch.randn(8 if quick else 128, 3, 16, 16)
+    unet = unet.eval().to(device)
+    images = torch.randn(num_data or (8 if quick else 128), 3, 16, 16)
     objective = DenoisingObjective(unet, DDPMScheduler())
     return NoisedRegression(objective, images, num_draws=1, batch_size=4 if quick else 32)
 

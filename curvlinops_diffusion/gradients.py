@@ -107,7 +107,10 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         """Directional derivatives ``J @ X``: ``[*shape, K] -> [N, K]``."""
         params = {name: p.detach() for name, p in self._params.items()}
-        tangents = {name: x.to(p.dtype) for (name, p), x in zip(params.items(), X, strict=True)}
+        tangents = {
+            name: x.to(p.dtype).movedim(-1, 0).contiguous()
+            for (name, p), x in zip(params.items(), X, strict=True)
+        }
         result_NK = X[0].new_zeros(self.shape[0], X[0].shape[-1], dtype=self.dtype)
 
         def push(batch: NoisedBatch, tangents: dict[str, Tensor]) -> Tensor:
@@ -116,9 +119,8 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
 
         with differentiable_attention():
             for batch in self._batches("J @ X"):
-                result_NK[list(batch.indices)] += vmap(
-                    partial(push, batch), in_dims=-1, out_dims=-1, chunk_size=self._chunk_size
-                )(tangents)
+                derivatives_KB = vmap(partial(push, batch), chunk_size=self._chunk_size)(tangents)
+                result_NK[list(batch.indices)] += derivatives_KB.T
         return [result_NK / self.regression.num_draws]
 
     def _adjoint(self) -> PyTorchLinearOperator:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = {"factor_pass": ["--upstream"], "eigenvalue_groups": []}
+PROGRAMS = {"factor_pass": ["--upstream"], "eigenvalue_groups": [], "ggn_product": []}
 
 
 def test_every_program_is_tested():

@@ -59,7 +59,9 @@ class DiffusionGGNLinearOperator(ParameterSpaceOperator):
     @torch.no_grad()
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         """Multiply onto matrices in tensor list format ``[*shape, K]``."""
-        product = [torch.zeros_like(x, dtype=self.dtype) for x in X]
+        # columns first: derivatives in contiguous directions are a third faster
+        columns = [x.movedim(-1, 0).contiguous() for x in X]
+        product = [torch.zeros_like(x, dtype=self.dtype) for x in columns]
         with (
             differentiable_attention(),
             tqdm(
@@ -67,13 +69,14 @@ class DiffusionGGNLinearOperator(ParameterSpaceOperator):
             ) as bar,
         ):
             for batch in self._regression.batches():
-                for total, new in zip(product, self._batch_product(batch, X), strict=True):
-                    total += new
+                self._add_batch_product(product, batch, columns)
                 bar.update(len(batch.indices))
-        return [total / self._regression.num_samples for total in product]
+        return [total.movedim(0, -1) / self._regression.num_samples for total in product]
 
-    def _batch_product(self, batch: NoisedBatch, X: list[Tensor]) -> list[Tensor]:
-        """``Σ_b J_bᵀ (2 w r J_b X)`` over the batch."""
+    def _add_batch_product(
+        self, product: list[Tensor], batch: NoisedBatch, columns: list[Tensor]
+    ) -> None:
+        """Add ``Σ_b J_bᵀ (2 w r J_b X)`` over the batch, all with the columns' axis first."""
         names = list(self._params)
         values = tuple(p.detach() for p in self._params.values())
 
@@ -86,8 +89,10 @@ class DiffusionGGNLinearOperator(ParameterSpaceOperator):
         def push(*tangents: Tensor) -> Tensor:
             return batch.loss_hessian_product(jvp(predict, values, tangents)[1])
 
-        tangents = tuple(x.to(v.dtype) for x, v in zip(X, values, strict=True))
-        curved = vmap(push, in_dims=-1, out_dims=-1, chunk_size=self._chunk_size)(*tangents)
+        tangents = tuple(x.to(v.dtype) for x, v in zip(columns, values, strict=True))
+        curved = vmap(push, chunk_size=self._chunk_size)(*tangents)
+        # one linearisation for all columns; pulling them back one by one is faster than at once
         pull = vjp(predict, *values)[1]
-        pulled = vmap(pull, in_dims=-1, out_dims=-1, chunk_size=self._chunk_size)(curved)
-        return [p.to(self.dtype) for p in pulled]
+        for k, v_BD in enumerate(curved):
+            for total, gradient in zip(product, pull(v_BD), strict=True):
+                total[k] += gradient
