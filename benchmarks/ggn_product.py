@@ -1,0 +1,57 @@
+"""How long does an exact GGN product take, against curvlinops' own, for one column and for many?
+
+A training pass is a forward and a full backward pass over the same data.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import curvlinops
+import torch
+
+from benchmarks.factor_pass import reference_passes
+from benchmarks.measure import alternating, arguments, report
+from benchmarks.problems import unet_regression
+from curvlinops_diffusion import DiffusionGGNLinearOperator
+
+
+def main() -> None:
+    """Run the program."""
+    options = arguments(__doc__).parse_args()
+    warnings.simplefilter("ignore")
+    regression = unet_regression(options.quick, options.device, num_data=4 if options.quick else 32)
+    params = list(regression.objective.model.parameters())
+    ours = DiffusionGGNLinearOperator(regression)
+    theirs = curvlinops.GGNLinearOperator(
+        regression.model_func,
+        regression.loss_func,
+        params,
+        regression,
+        batch_size_fn=regression.batch_size_fn,
+        num_data=regression.num_samples,
+        check_deterministic=False,
+    )
+    passes = {"training pass": reference_passes(regression)["training pass"]}
+    for columns in (1, 8):
+        X = torch.randn(ours.shape[1], columns, device=options.device)
+        passes[f"ours, {columns} columns"] = lambda X=X: ours @ X
+        passes[f"curvlinops, {columns} columns"] = lambda X=X: theirs @ X
+    seconds = alternating(passes, 1 if options.quick else options.repeats)
+    report(
+        options.output,
+        f"ggn_product_{options.device}",
+        {
+            "question": (__doc__ or "").splitlines()[0],
+            "parameters": ours.shape[0],
+            "examples": regression.num_samples,
+            "seconds": {name: round(value, 4) for name, value in seconds.items()},
+            "training_passes": {
+                name: round(value / seconds["training pass"], 3) for name, value in seconds.items()
+            },
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
