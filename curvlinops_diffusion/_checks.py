@@ -119,6 +119,20 @@ def check_deterministic_mode(model: nn.Module) -> None:
             )
 
 
+def check_no_autocast(device: torch.device) -> None:
+    """Check that no ``torch.autocast`` surrounds us, which would round factors and scores.
+
+    Raises:
+        ValueError: If one does.
+    """
+    if torch.is_autocast_enabled(device.type):
+        raise ValueError(
+            f"torch.autocast is on for '{device.type}', and would compute curvature in low "
+            "precision. Leave its context, and pass autocast=torch.bfloat16 to DenoisingObjective "
+            "to run the network alone in low precision."
+        )
+
+
 def check_finite(tensor: Tensor, what: str) -> None:
     """Check that a computed quantity is finite.
 

@@ -86,6 +86,10 @@ class DenoisingObjective:
             :class:`~curvlinops_diffusion.MinSNRWeighting`, a callable of the timesteps, or a table
             with one weight for each noise level, in order of rising noise.
         reduction: ``'mean'`` or ``'sum'`` over the output's ``D`` entries.
+        autocast: Precision of the network's passes under ``torch.autocast``, usually
+            ``torch.bfloat16``; ``None`` for that of its parameters. Losses, factors and vectors
+            stay in float32. (A surrounding ``torch.autocast`` would reach these, too, and is
+            refused.)
 
     Attributes:
         model: The network.
@@ -104,6 +108,8 @@ class DenoisingObjective:
         scheduler: Any,
         weighting: Weighting = None,
         reduction: str | Reduction = Reduction.MEAN,
+        *,
+        autocast: torch.dtype | None = None,
     ):
         if not isinstance(model, nn.Module):
             raise ValueError(f"The model arrived as {type(model).__name__}. Pass an nn.Module.")
@@ -113,6 +119,11 @@ class DenoisingObjective:
         self.process: NoiseProcess = noise_process(scheduler)
         self.weights_T = weight_table(weighting, self.process)
         self.reduction = check_option("reduction", reduction, Reduction)
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"autocast={autocast!r} arrived. Pass torch.bfloat16, torch.float16, or None."
+            )
+        self.autocast = autocast
 
     @property
     def _parameter(self) -> Tensor:
@@ -133,6 +144,11 @@ class DenoisingObjective:
     def working_dtype(self) -> torch.dtype:
         """The precision of losses, factors and operators: the model's, but at least float32."""
         return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def rounding(self) -> float:
+        """The relative rounding error of the network's arithmetic."""
+        return torch.finfo(self.autocast or self.dtype).eps
 
     def noise(
         self,
@@ -184,10 +200,14 @@ class DenoisingObjective:
             ValueError: If the output is no tensor of the shape of ``x_t``.
         """
         args = (batch.x_t, batch.timestep_B)
-        if params is None:
-            output = self.model(*args, **batch.condition)
-        else:
-            output = functional_call(self.model, dict(params), args, batch.condition)
+        # a cache of weights would outlive a change of parameters
+        with torch.autocast(
+            self.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False
+        ):
+            if params is None:
+                output = self.model(*args, **batch.condition)
+            else:
+                output = functional_call(self.model, dict(params), args, batch.condition)
         return self._flatten(output, batch.x_t.shape)
 
     def _flatten(self, output: Any, shape: torch.Size) -> Tensor:

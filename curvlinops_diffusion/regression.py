@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from curvlinops_diffusion._checks import check_deterministic_mode
+from curvlinops_diffusion._checks import check_deterministic_mode, check_no_autocast
 from curvlinops_diffusion.data import CleanBatch, CleanData
 from curvlinops_diffusion.differentiation import twice_differentiable
 from curvlinops_diffusion.draws import make_draws
@@ -138,6 +138,7 @@ class NoisedRegression:
     def clean_batches(self) -> Iterator[CleanBatch]:
         """Yield the clean examples in batches."""
         check_deterministic_mode(self.objective.model)
+        check_no_autocast(self.objective.device)
         yield from self._data
 
     def noised_batches(self, clean: CleanBatch) -> Iterator[NoisedBatch]:

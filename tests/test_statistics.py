@@ -11,6 +11,7 @@ from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
     DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
+    ExampleGradientLinearOperator,
     NoisedRegression,
     PredictionType,
 )
@@ -217,6 +218,37 @@ def test_lower_precision(dtype, tolerance):
     for result, truth in zip(pairs[0][2:], pairs[1][2:], strict=True):
         assert result.dtype == torch.float32
         assert_close(result, truth, tolerance)
+
+
+def test_autocast():
+    """The network's passes are in bfloat16; what is made of them is not."""
+    layers = nn.Conv2d(1, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 1, 3, padding=1)
+    model = seeded(*layers, dtype=torch.float32)
+    x0 = images(4, size=6, dtype=torch.float32)
+    full, low = (
+        NoisedRegression(DenoisingObjective(model, noise_levels(), autocast=precision), x0, 4)
+        for precision in (None, torch.bfloat16)
+    )
+    v = torch.randn(77, generator=torch.Generator().manual_seed(0))
+    for kind in (DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator):
+        truth, result = kind(full), kind(low)
+        assert result.dtype == torch.float32
+        assert 1e-5 < relative_error(result @ v, truth @ v) < 0.02
+    assert 1e-5 < relative_error(*(DiffusionGGNLinearOperator(r) @ v for r in (low, full))) < 0.02
+    rows = [ExampleGradientLinearOperator(r).rows() for r in (low, full)]
+    assert 1e-5 < relative_error(*rows) < 0.02
+
+    # the first layer's inputs are the same in both, so are their float32 moments
+    K, K_low = DiffusionKFACLinearOperator(full), DiffusionKFACLinearOperator(low)
+    factors = [operator.blocks[0].block.input_factor for operator in (K_low, K)]
+    assert_close(*factors, 1e-6)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=r"torch.autocast is on for 'cpu'.*pass autocast=torch"),
+    ):
+        DiffusionKFACLinearOperator(full)
+    with pytest.raises(ValueError, match=r"autocast='bf16' arrived. Pass torch.bfloat16"):
+        DenoisingObjective(model, noise_levels(), autocast="bf16")
 
 
 # ---------------------------------------------------------------------------------------------
