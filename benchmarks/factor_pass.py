@@ -71,12 +71,12 @@ def our_passes(regression: NoisedRegression) -> dict[str, Callable[[], object]]:
     }
 
 
-def upstream_passes(regression: NoisedRegression) -> dict[str, Callable[[], object]]:
-    """``curvlinops``' own two passes, on the same batches."""
+def upstream_operator(regression: NoisedRegression) -> curvlinops.EKFACLinearOperator:
+    """``curvlinops``' own operator, on the same batches."""
     layers = [
         m for m in regression.objective.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)
     ]
-    operator = curvlinops.EKFACLinearOperator(
+    return curvlinops.EKFACLinearOperator(
         regression.model_func,
         regression.loss_func,
         [p for layer in layers for p in layer.parameters()],
@@ -85,6 +85,11 @@ def upstream_passes(regression: NoisedRegression) -> dict[str, Callable[[], obje
         num_data=regression.num_samples,
         batch_size_fn=regression.batch_size_fn,
     )
+
+
+def upstream_passes(regression: NoisedRegression) -> dict[str, Callable[[], object]]:
+    """``curvlinops``' own two passes."""
+    operator = upstream_operator(regression)
     operator.compute_kronecker_factors()
     factors = operator._input_covariances, operator._gradient_covariances
     operator._compute_eigenvectors()  # its second pass cannot be run alone otherwise

@@ -11,17 +11,20 @@ from torch.nn.functional import mse_loss
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression
 
 
-def unet_regression(quick: bool, device: str, num_data: int | None = None) -> NoisedRegression:
-    """Images of 16×16 in batches of 32, a UNet of 2.8 million parameters with attention.
+def unet_regression(
+    quick: bool, device: str, num_data: int | None = None, size: int = 16
+) -> NoisedRegression:
+    """Square images in batches of 32, a UNet of 2.8 million parameters with attention.
 
     Args:
         quick: Take few images and a small network instead.
         device: Where the network is.
         num_data: The number of images; 128, or 8 for a quick run.
+        size: The height and width of the images.
     """
     torch.manual_seed(0)
     unet = UNet2DModel(
-        sample_size=16,
+        sample_size=size,
         block_out_channels=(8, 8) if quick else (64, 128),
         norm_num_groups=4 if quick else 32,
         layers_per_block=1,
@@ -29,7 +32,7 @@ def unet_regression(quick: bool, device: str, num_data: int | None = None) -> No
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )
     unet = unet.eval().to(device)
-    images = torch.randn(num_data or (8 if quick else 128), 3, 16, 16)
+    images = torch.randn(num_data or (8 if quick else 128), 3, size, size)
     objective = DenoisingObjective(unet, DDPMScheduler())
     return NoisedRegression(objective, images, num_draws=1, batch_size=4 if quick else 32)
 

@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = {"factor_pass": ["--upstream"], "eigenvalue_groups": [], "ggn_product": []}
+PROGRAMS = {
+    "draws": [],
+    "eigenvalue_groups": [],
+    "factor_pass": ["--upstream"],
+    "ggn_product": [],
+    "peak_memory": [],
+}
+    "factor_pass": ["--upstream"],
+    "eigenvalue_groups": [],
+    "ggn_product": [],
+    "peak_memory": [],
+    "draws": [],
+}
 
 
 def test_every_program_is_tested():

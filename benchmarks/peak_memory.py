@@ -1,0 +1,79 @@
+"""How much memory does a factor pass need beyond the model and a training pass?
+
+On a CPU each pass runs in a process of its own, whose peak resident memory is read from the
+operating system; the factors that a pass leaves behind are part of it. Measured on larger images
+than the times, since im2col's memory grows with them.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import warnings
+
+import torch
+
+from benchmarks.factor_pass import reference_passes, upstream_operator
+from benchmarks.measure import arguments, report
+from benchmarks.problems import unet_regression
+from curvlinops_diffusion import NoisedRegression
+from curvlinops_diffusion.fisher import KFACOptions
+from curvlinops_diffusion.layers import supported_layers
+from curvlinops_diffusion.statistics import kronecker_factors
+
+
+def our_factors(regression: NoisedRegression) -> object:
+    """Our Kronecker factors."""
+    layers = supported_layers(regression.objective.model, None).layers
+    options = KFACOptions.parse("mc", 1, "expand", True, "rademacher")
+    return kronecker_factors(regression, layers, options)
+
+
+PASSES = {
+    "training pass": lambda regression: reference_passes(regression)["training pass"](),
+    "K-FAC factors": our_factors,
+    "curvlinops K-FAC factors": lambda r: upstream_operator(r).compute_kronecker_factors(),
+}
+
+
+def peak_mebibytes(name: str, quick: bool, device: str) -> float:
+    """Run a pass here, and return this process' peak."""
+    regression = unet_regression(quick, device, num_data=32, size=8 if quick else 32)
+    PASSES[name](regression)
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
+def main() -> None:
+    """Run the program."""
+    parser = arguments(__doc__)
+    parser.add_argument("--only", choices=PASSES, help="run one pass, and print its memory")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if options.only:
+        print(json.dumps(peak_mebibytes(options.only, options.quick, options.device)))
+        return
+    measured = {}
+    for name in PASSES:
+        command = [sys.executable, "-m", "benchmarks.peak_memory", "--only", name]
+        command += ["--device", options.device] + ["--quick"] * options.quick
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        measured[name] = json.loads(output.splitlines()[-1])
+    report(
+        options.output,
+        f"peak_memory_{options.device}",
+        {
+            "question": (__doc__ or "").splitlines()[0],
+            "peak_mebibytes": {name: round(peak) for name, peak in measured.items()},
+            "beyond_a_training_pass": {
+                name: round(peak - measured["training pass"]) for name, peak in measured.items()
+            },
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
