@@ -38,7 +38,11 @@ docs: $(VENV)/.installed-docs  ## the documentation, into docs/_build/html
 	$(BIN)/python -m sphinx -q -W -b doctest docs docs/_build/doctest
 
 bench: $(VENV)/.installed-bench  ## the benchmarks, into benchmarks/results/
-	$(BIN)/python -m benchmarks.factor_pass --upstream
+	$(BIN)/python -m benchmarks.factor_pass --upstream --repeats 5
+	$(BIN)/python -m benchmarks.eigenvalue_groups --repeats 5
+	$(BIN)/python -m benchmarks.ggn_product --repeats 5
+	$(BIN)/python -m benchmarks.peak_memory
+	$(BIN)/python -m benchmarks.draws --repeats 5
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) demo-output docs/_build docs/generated
+	rm -rf $(VENV) demo-output docs/_build docs/_tables

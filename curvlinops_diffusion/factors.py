@@ -22,7 +22,7 @@ def second_moment(z: Tensor) -> Tensor:
     return z.T @ z
 
 
-def rotated_squares(g_NOI: Tensor, U_A: Tensor | None, U_B: Tensor) -> Tensor:
+def rotated_squares(g_NOI: Tensor, U_A: Tensor | None, U_B: Tensor | None) -> Tensor:
     """Second moments of gradients in an eigenbasis, ``Σ_n (U_Bᵀ g_n U_A)²``.
 
     Source: George et al., 2018, *Fast Approximate Natural Gradient Descent in a
@@ -31,7 +31,7 @@ def rotated_squares(g_NOI: Tensor, U_A: Tensor | None, U_B: Tensor) -> Tensor:
     Args:
         g_NOI: Gradients.
         U_A: Eigenvectors of the input factor, ``[I, I]``; ``None`` for the identity.
-        U_B: Eigenvectors of the output factor, ``[O, O]``.
+        U_B: Eigenvectors of the output factor, ``[O, O]``; ``None`` for the identity.
 
     Returns:
         The sum of squares, shape ``[O, I]``.
@@ -39,8 +39,9 @@ def rotated_squares(g_NOI: Tensor, U_A: Tensor | None, U_B: Tensor) -> Tensor:
     _, O, I = g_NOI.shape
     total = g_NOI.new_zeros(O, I)
     for g in g_NOI.split(max(1, _MAX_ENTRIES // (O * I))):
-        rotated = U_B.T @ (g if U_A is None else g @ U_A)
-        total += rotated.square_().sum(0)
+        g = g if U_A is None else g @ U_A
+        g = g if U_B is None else U_B.T @ g
+        total += g.square().sum(0)
     return total
 
 

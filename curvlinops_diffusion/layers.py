@@ -45,7 +45,11 @@ class LayerKind(ABC):
     def gradients(self, module: nn.Module, g: Tensor) -> Tensor:
         """The gradient in the module's output as ``[N, S, O]``."""
 
-    # What follows can be had from these two, but more cheaply without forming the inputs.
+    @abstractmethod
+    def rotated(self, module: nn.Module, g: Tensor, U: Tensor) -> Tensor:
+        """The gradient in the module's output with its ``O`` channels rotated, ``g U``."""
+
+    # What follows can be had from inputs and gradients, but more cheaply without the former.
 
     def weight_gradients(self, module: nn.Module, x: Tensor, g: Tensor, group: int) -> Tensor:
         """Gradients ``Σ_s b_s a_sᵀ`` summed over groups of successive examples.
@@ -87,6 +91,9 @@ class _LinearKind(LayerKind):
     def gradients(self, module: nn.Module, g: Tensor) -> Tensor:
         return g.reshape(len(g), -1, g.shape[-1])
 
+    def rotated(self, module: nn.Module, g: Tensor, U: Tensor) -> Tensor:
+        return g @ U
+
 
 class _Conv2dKind(LayerKind):
     def unsupported(self, module: nn.Module) -> str:
@@ -99,6 +106,9 @@ class _Conv2dKind(LayerKind):
 
     def gradients(self, module: nn.Module, g: Tensor) -> Tensor:
         return g.flatten(2).transpose(1, 2)
+
+    def rotated(self, module: nn.Module, g: Tensor, U: Tensor) -> Tensor:
+        return (U.T @ g.flatten(2)).view(g.shape)
 
     def weight_gradients(self, module: nn.Module, x: Tensor, g: Tensor, group: int) -> Tensor:
         assert isinstance(module, nn.Conv2d)
@@ -148,6 +158,10 @@ class Layer:
     def gradients(self, g: Tensor) -> Tensor:
         """The gradient in the module's output as ``[N, S, O]``."""
         return self.kind.gradients(self.module, g)
+
+    def rotated(self, g: Tensor, U: Tensor) -> Tensor:
+        """The gradient in the module's output with its ``O`` channels rotated, ``g U``."""
+        return self.kind.rotated(self.module, g, U)
 
     def parts(self, separate: bool) -> tuple[Part, ...]:
         """The blocks of the curvature that belong to this layer.

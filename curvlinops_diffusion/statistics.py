@@ -300,6 +300,9 @@ def _squares(
         b_NSO = torch.cat([part.layer.gradients(g) for g in gs], 1)
         a, b = (z.reshape(-1, positions, z.shape[2]) for z in (a_NSI, b_NSO))
         return rotated_squares_of_inputs(a, b, U_A, U_B)
+    if positions < part.shape[1]:  # outputs are fewer than the gradient's columns
+        gs = [part.layer.rotated(g, U_B) for g in gs]
+        return rotated_squares(gradient_of_calls(part, xs, gs, groups.size), U_A, None)
     return rotated_squares(gradient_of_calls(part, xs, gs, groups.size), U_A, U_B)
 
 

@@ -1,6 +1,14 @@
 """Settings of the documentation."""
 
+import sys
 from importlib.metadata import version as version_of
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tables import write_tables
+
+write_tables()
 
 project = "curvlinops_diffusion"
 author = "The curvlinops_diffusion authors"
@@ -13,7 +21,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
 ]
-exclude_patterns = ["_build", "examples"]
+exclude_patterns = ["_build", "_tables", "examples"]
 html_theme = "furo"
 html_title = "curvlinops_diffusion"
 
