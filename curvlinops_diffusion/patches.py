@@ -29,6 +29,10 @@ from torch.nn.grad import conv2d_weight
 # Spectra are held for so many entries at a time, to bound the memory
 _MAX_ENTRIES = 2**22
 
+# Up to so many entries of a group's patches a product of all groups' patches at once is faster than
+# the convolution's own weight gradient, group by group
+_SMALL_GROUP = 2**17
+
 Interval = tuple[int, int]
 Key = tuple[int, int, int]  # phase, phase, and shift, along one axis
 
@@ -76,7 +80,7 @@ def num_patches(module: nn.Conv2d, x: Tensor) -> int:
 
 
 def patch_gradients(module: nn.Conv2d, x: Tensor, g: Tensor, group: int) -> Tensor:
-    """Gradients of the weight, summed over groups of successive examples, without patches.
+    """Gradients of the weight, summed over groups of successive examples.
 
     Args:
         module: The convolution.
@@ -87,6 +91,10 @@ def patch_gradients(module: nn.Conv2d, x: Tensor, g: Tensor, group: int) -> Tens
     Returns:
         The sums, shape ``[N / group, O, I]``.
     """
+    taps = module.kernel_size[0] * module.kernel_size[1]
+    if group * x.shape[1] * taps * g.shape[2] * g.shape[3] <= _SMALL_GROUP:
+        gradients = g.flatten(2) @ patches(module, x)
+        return gradients if group == 1 else gradients.unflatten(0, (-1, group)).sum(1)
     x, padding = _padded_explicitly(module, x)
     left, right, top, bottom = padding
     symmetric = (top, left)

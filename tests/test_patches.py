@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from curvlinops_diffusion import patches as patches_module
 from curvlinops_diffusion.patches import (
     PatchMoment,
     _axes,
@@ -14,6 +15,7 @@ from curvlinops_diffusion.patches import (
     _PatchSums,
     _SpectralSums,
     num_patches,
+    patch_gradients,
     patch_sum,
     patches,
 )
@@ -82,6 +84,19 @@ def test_every_geometry_equals_patches(kernel):
         assert_close(chosen(module, x), truth, 1e-12)
         count += 1
     assert count > 100
+
+
+@pytest.mark.parametrize("small", [0, 2**17], ids=["by convolution", "by patches"])
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_gradients_equal_patches(kernel, small, monkeypatch):
+    monkeypatch.setattr(patches_module, "_SMALL_GROUP", small)
+    for module, x in geometries(kernel):
+        g = torch.randn_like(module(x))
+        single = torch.stack(
+            [b.flatten(1) @ a for a, b in zip(shared_inputs(module, x), g, strict=True)]
+        )
+        assert_close(patch_gradients(module, x, g, 1), single, 1e-12)
+        assert_close(patch_gradients(module, x, g, 2), single.sum(0, keepdim=True), 1e-12)
 
 
 @pytest.mark.parametrize(("N", "C"), [(1, 1), (1, 4), (7, 1)])
