@@ -38,7 +38,7 @@ docs: $(VENV)/.installed-docs  ## the documentation, into docs/_build/html
 	$(BIN)/python -m sphinx -q -W -b doctest docs docs/_build/doctest
 
 bench: $(VENV)/.installed-bench  ## the benchmarks, into benchmarks/results/
-	$(BIN)/python -m benchmarks.factor_pass --upstream --repeats 5
+	$(BIN)/python -m benchmarks.factor_pass --upstream --kronfluence --repeats 3
 	$(BIN)/python -m benchmarks.eigenvalue_groups --repeats 5
 	$(BIN)/python -m benchmarks.ggn_product --repeats 5
 	$(BIN)/python -m benchmarks.peak_memory

@@ -13,6 +13,7 @@ from dataclasses import replace
 import curvlinops
 from torch import nn
 
+from benchmarks.kronfluence_passes import kronfluence_passes
 from benchmarks.measure import alternating, arguments, report
 from benchmarks.problems import unet_regression
 from curvlinops_diffusion import NoisedRegression
@@ -109,12 +110,15 @@ def main() -> None:
     """Run the program."""
     parser = arguments(__doc__)
     parser.add_argument("--upstream", action="store_true", help="measure curvlinops as well")
+    parser.add_argument("--kronfluence", action="store_true", help="and kronfluence, if installed")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     regression = unet_regression(options.quick, options.device)
     passes = reference_passes(regression) | our_passes(regression)
     if options.upstream:
         passes |= upstream_passes(regression)
+    if options.kronfluence:
+        passes |= kronfluence_passes(regression, 4 if options.quick else 32)
     seconds = alternating(passes, 1 if options.quick else options.repeats)
     report(
         options.output,

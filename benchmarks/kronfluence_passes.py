@@ -1,0 +1,86 @@
+"""The passes of ``kronfluence`` (Grosse et al., 2023) on a problem of ours, if installed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from curvlinops_diffusion import NoisedRegression
+
+
+class _Batches(Dataset):
+    """The regression's draws, one by one."""
+
+    def __init__(self, regression: NoisedRegression):
+        self._items = [
+            (x_t, t, y, w)
+            for batch in regression.batches()
+            for x_t, t, y, w in zip(
+                batch.x_t, batch.timestep_B, batch.target_BD, batch.weight_B, strict=True
+            )
+        ]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return self._items[index]
+
+
+def kronfluence_passes(
+    regression: NoisedRegression, batch_size: int
+) -> dict[str, Callable[[], object]]:
+    """Its covariance and eigenvalue passes, by their public interface.
+
+    Both read and write files, as they always do; so small ones that it does not matter.
+
+    Raises:
+        ImportError: If ``kronfluence`` is not installed.
+    """
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments
+    from kronfluence.task import Task
+
+    class Denoising(Task):
+        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+            x_t, t, y, w = batch
+            prediction = model(x_t, t).sample.flatten(1)
+            if sample:  # the model's own distribution, whose Fisher is the GGN
+                y = prediction.detach() + torch.randn_like(prediction) / (2 * w).sqrt()[:, None]
+            return (w[:, None] * (prediction - y).square()).sum()
+
+        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+            return self.compute_train_loss(batch, model)
+
+    # it wraps the model's layers for good
+    model = prepare_model(deepcopy(regression.objective.model), Denoising())
+    folder = Path(tempfile.mkdtemp(prefix="kronfluence-"))
+    analyzer = Analyzer(
+        "benchmark",
+        model,
+        Denoising(),
+        cpu=regression.objective.device.type == "cpu",
+        disable_tqdm=True,
+        log_level=40,
+        output_dir=str(folder),
+    )
+    data = _Batches(regression)
+    common = {"per_device_batch_size": batch_size, "overwrite_output_dir": True}
+    arguments = FactorArguments(strategy="ekfac", use_empirical_fisher=False)
+
+    def covariances() -> None:
+        analyzer.fit_covariance_matrices("factors", data, factor_args=arguments, **common)
+
+    def eigenvalues() -> None:
+        analyzer.fit_lambda_matrices("factors", data, factor_args=arguments, **common)
+
+    covariances()
+    analyzer.perform_eigendecomposition("factors", factor_args=arguments)
+    return {"kronfluence covariances": covariances, "kronfluence eigenvalues": eigenvalues}
