@@ -29,6 +29,9 @@ from torch.nn.grad import conv2d_weight
 # Spectra are held for so many entries at a time, to bound the memory
 _MAX_ENTRIES = 2**22
 
+# Spectra of moments are kept in up to so many times the memory of the moment itself
+_MAX_PRODUCTS = 2
+
 # Up to so many entries of a group's patches a product of all groups' patches at once is faster than
 # the convolution's own weight gradient, group by group
 _SMALL_GROUP = 2**17
@@ -324,26 +327,42 @@ class _SpectralSums:
     With the transforms ``X`` of the rows of one phase image and ``X'`` of another, the
     correlations at all horizontal shifts are the inverse transform of ``Σ conj(X) X'``. Its real
     and imaginary parts are ``p + q`` and ``p - q - r``, with three real products
-    ``p = Re(X) Re(X')``, ``q = Im(X) Im(X')`` and ``r = (Re X + Im X) (Re X' - Im X')``; the sums
-    of these over examples and rows are kept.
+    ``p = Re(X) Re(X')``, ``q = Im(X) Im(X')`` and ``r = (Re X + Im X) (Re X' - Im X')``. Sums of
+    these are kept for small images; for large ones, where they would take more memory than the
+    result, the few shifts that occur are transformed back at once.
     """
 
     def __init__(self, geometry: _Geometry, x: Tensor):
-        C, F = x.shape[1], geometry.num_frequencies
+        C = x.shape[1]
         self._geometry = geometry
-        self._column_parts = geometry.column_parts()
-        # by range of rows, then by pair of horizontal phases: p and q [2F, C, C], r [F, C, C]
-        self._products = {
+        # by range of rows, then by pair of horizontal phases: [shifts, C, C]
+        self._correlations = {
             part: {
-                phases: (x.new_zeros(2 * F, C, C), x.new_zeros(F, C, C))
-                for phases in geometry.shifts()
+                phases: x.new_zeros(len(shifts), C, C)
+                for phases, shifts in geometry.shifts().items()
             }
             for part in geometry.row_parts()
         }
+        F = geometry.num_frequencies
+        taps = len(geometry.rows.taps) * len(geometry.columns.taps)
+        entries = 3 * F * len(geometry.shifts()) * len(self._correlations)
+        # p, q and r, like the correlations: [3F, C, C]
+        self._products: dict[tuple[Key, Interval], dict[Interval, Tensor]] = (
+            {
+                part: {phases: x.new_zeros(3 * F, C, C) for phases in geometry.shifts()}
+                for part in self._correlations
+            }
+            if entries <= _MAX_PRODUCTS * taps**2
+            else {}
+        )
         # by range of rows, then by range of columns: [C, C]
         self._strips = {
-            part: {strip: x.new_zeros(C, C) for strip in self._column_parts}
-            for part in self._products
+            part: {strip: x.new_zeros(C, C) for strip in geometry.column_parts()}
+            for part in self._correlations
+        }
+        self._inverses = {
+            phases: self._inverse_transform(shifts, x)
+            for phases, shifts in geometry.shifts().items()
         }
         self._transforms = {
             phase: self._row_transform(geometry.columns.length(phase), x)
@@ -368,15 +387,19 @@ class _SpectralSums:
             images[top, left] = image
             spectrum = self._transforms[left] @ image.flatten(1)
             spectra[top, left] = spectrum.view(4, F, image.shape[1], C)
-        for (key, (start, stop)), products in self._products.items():
+        for (key, (start, stop)), correlations in self._correlations.items():
             top, bottom, down = key
             first = slice(start * N, stop * N)
             second = slice((start + down) * N, (stop + down) * N)
-            for (left, right), (pq, r) in products.items():
-                X, Y = spectra[top, left], spectra[bottom, right]
-                a, b = X[1:3].flatten(0, 1)[:, first], Y[1:3].flatten(0, 1)[:, second]
-                pq.baddbmm_(a.mT, b, alpha=weight)
-                r.baddbmm_(X[0][:, first].mT, Y[3][:, second], alpha=weight)
+            kept = self._products.get((key, (start, stop)), {})
+            for (left, right), total in correlations.items():
+                X, Y = spectra[top, left][:, :, first], spectra[bottom, right][:, :, second]
+                pqr = kept[left, right] if kept else x.new_zeros(3 * F, C, C)
+                pq, r = pqr[: 2 * F], pqr[2 * F :]
+                pq.baddbmm_(X[1:3].flatten(0, 1).mT, Y[1:3].flatten(0, 1), alpha=weight)
+                r.baddbmm_(X[0].mT, Y[3], alpha=weight)
+                if not kept:
+                    total.view(-1, C * C).addmm_(self._inverses[left, right], pqr.flatten(1))
             strips = self._strips[key, (start, stop)]
             for ((left, right, across), (begin, end)), total in strips.items():
                 a = images[top, left][begin:end, first]
@@ -394,7 +417,7 @@ class _SpectralSums:
         F = self._geometry.num_frequencies
         return 2 * pi / self._geometry.columns.period * torch.arange(F, dtype=torch.float64)
 
-    def _inverse_transform(self, shifts: list[int]) -> Tensor:
+    def _inverse_transform(self, shifts: list[int], x: Tensor) -> Tensor:
         """What turns the products ``p``, ``q`` and ``r`` into correlations, ``[shifts, 3F]``."""
         period = self._geometry.columns.period
         angle = torch.tensor(shifts, dtype=torch.float64).unsqueeze(1) * self._angular_frequencies()
@@ -404,14 +427,15 @@ class _SpectralSums:
         share[0] = 1 / period
         if period % 2 == 0:
             share[-1] = 1 / period
-        return torch.cat([(cos - sin) * share, (cos + sin) * share, sin * share], 1)
+        return torch.cat([(cos - sin) * share, (cos + sin) * share, sin * share], 1).to(x)
 
     def total(self) -> Tensor:
         rows, columns = self._geometry.rows, self._geometry.columns
-        sums = {part: self._column_correlations(part) for part in self._products}
-        C = next(iter(next(iter(self._products.values())).values()))[1].shape[1]
+        sums = {part: self._column_correlations(part) for part in self._correlations}
         K1, K2 = len(rows.taps), len(columns.taps)
-        result = next(iter(self._transforms.values())).new_empty(C, K1, K2, C, K1, K2)
+        some = next(iter(next(iter(self._correlations.values())).values()))
+        C = some.shape[1]
+        result = some.new_empty(C, K1, K2, C, K1, K2)
         for (k1, l1), (k2, l2) in product(
             self._geometry.row_pairs(), self._geometry.column_pairs()
         ):
@@ -432,9 +456,10 @@ class _SpectralSums:
         columns = self._geometry.columns
         whole: dict[Key, Tensor] = {}
         for phases, shifts in self._geometry.shifts().items():
-            products = torch.cat(self._products[part][phases])
-            inverse = self._inverse_transform(shifts).to(products)
-            correlations = (inverse @ products.flatten(1)).view(len(shifts), *products.shape[1:])
+            correlations = self._correlations[part][phases]
+            if self._products:
+                products = self._products[part][phases]
+                correlations = (self._inverses[phases] @ products.flatten(1)).view_as(correlations)
             whole |= {(*phases, s): c for s, c in zip(shifts, correlations, strict=True)}
         result = {}
         for k, l in self._geometry.column_pairs():

@@ -72,7 +72,9 @@ def chosen(module, x):
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
-def test_every_geometry_equals_patches(kernel):
+@pytest.mark.parametrize("keep", [0, 1000], ids=["transformed at once", "kept"])
+def test_every_geometry_equals_patches(kernel, keep, monkeypatch):
+    monkeypatch.setattr(patches_module, "_MAX_PRODUCTS", keep)
     count = 0
     for module, x in geometries(kernel):
         a = shared_inputs(module, x)
