@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-slow lint docs bench clean
+.PHONY: help demo test test-slow lint docs bench bench-full clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
@@ -37,12 +37,18 @@ docs: $(VENV)/.installed-docs  ## the documentation, into docs/_build/html
 	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
 	$(BIN)/python -m sphinx -q -W -b doctest docs docs/_build/doctest
 
-bench: $(VENV)/.installed-bench  ## the benchmarks, into benchmarks/results/
-	$(BIN)/python -m benchmarks.factor_pass --upstream --kronfluence --repeats 3
-	$(BIN)/python -m benchmarks.eigenvalue_groups --repeats 5
-	$(BIN)/python -m benchmarks.ggn_product --repeats 5
+bench: $(VENV)/.installed-bench  ## the benchmarks, at most 20 minutes, into benchmarks/results/
+	$(BIN)/python -m benchmarks.factor_pass --upstream --kronfluence
+	$(BIN)/python -m benchmarks.factor_pass --upstream --kronfluence --problem dit
+	$(BIN)/python -m benchmarks.eigenvalue_groups
+	$(BIN)/python -m benchmarks.ggn_product
+	$(BIN)/python -m benchmarks.inverse_products
 	$(BIN)/python -m benchmarks.peak_memory
-	$(BIN)/python -m benchmarks.draws --repeats 5
+	$(BIN)/python -m benchmarks.draws
+	$(BIN)/python -m benchmarks.scaling --repeats 2
+
+bench-full: bench  ## the benchmarks that take longer as well
+	$(BIN)/python -m benchmarks.factor_pass --upstream --problem cifar --num-data 16 --batch-size 8
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) demo-output docs/_build docs/_tables

@@ -14,10 +14,10 @@ import curvlinops
 from torch import nn
 
 from benchmarks.kronfluence_passes import kronfluence_passes
-from benchmarks.measure import alternating, arguments, report
-from benchmarks.problems import unet_regression
+from benchmarks.measure import arguments, in_training_passes, report
+from benchmarks.problems import NETWORKS, random_regression
 from curvlinops_diffusion import NoisedRegression
-from curvlinops_diffusion.factors import eigendecomposition
+from curvlinops_diffusion.factors import Eigendecomposition, eigendecompositions
 from curvlinops_diffusion.fisher import KFACOptions
 from curvlinops_diffusion.hooks import Tap, frozen, tapped
 from curvlinops_diffusion.layers import supported_layers
@@ -51,9 +51,9 @@ def our_passes(regression: NoisedRegression) -> dict[str, Callable[[], object]]:
     options = KFACOptions.parse("mc", 1, "expand", True, "rademacher")
     factors = kronecker_factors(regression, layers, options)
 
-    def decompose() -> list[dict]:
+    def decompose() -> list[dict[str, Eigendecomposition]]:
         return [
-            {key: eigendecomposition(matrix, key) for key, matrix in matrices.items()}
+            eigendecompositions(matrices, "The factor")
             for matrices in (factors.inputs, factors.outputs)
         ]
 
@@ -109,28 +109,29 @@ def upstream_passes(regression: NoisedRegression) -> dict[str, Callable[[], obje
 def main() -> None:
     """Run the program."""
     parser = arguments(__doc__)
+    parser.add_argument("--problem", choices=NETWORKS, default="unet", help="the network")
+    parser.add_argument("--num-data", type=int, default=128, help="images")
+    parser.add_argument("--batch-size", type=int, default=32, help="images in a batch")
     parser.add_argument("--upstream", action="store_true", help="measure curvlinops as well")
     parser.add_argument("--kronfluence", action="store_true", help="and kronfluence, if installed")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    regression = unet_regression(options.quick, options.device)
+    regression = random_regression(
+        options.problem, options.quick, options.device, options.num_data, options.batch_size
+    )
     passes = reference_passes(regression) | our_passes(regression)
     if options.upstream:
         passes |= upstream_passes(regression)
     if options.kronfluence:
-        passes |= kronfluence_passes(regression, 4 if options.quick else 32)
-    seconds = alternating(passes, 1 if options.quick else options.repeats)
+        passes |= kronfluence_passes(regression, 4 if options.quick else options.batch_size)
     report(
-        options.output,
-        f"factor_pass_{options.device}",
+        options,
+        f"factor_pass_{options.problem}",
+        __doc__,
         {
-            "question": (__doc__ or "").splitlines()[0],
             "parameters": sum(p.numel() for p in regression.objective.model.parameters()),
             "examples": regression.num_samples,
-            "seconds": {name: round(value, 4) for name, value in seconds.items()},
-            "training_passes": {
-                name: round(value / seconds["training pass"], 3) for name, value in seconds.items()
-            },
+            **in_training_passes(passes, options),
         },
     )
 

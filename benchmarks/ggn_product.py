@@ -11,8 +11,8 @@ import curvlinops
 import torch
 
 from benchmarks.factor_pass import reference_passes
-from benchmarks.measure import alternating, arguments, report
-from benchmarks.problems import unet_regression
+from benchmarks.measure import arguments, in_training_passes, report
+from benchmarks.problems import random_regression
 from curvlinops_diffusion import DiffusionGGNLinearOperator
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     """Run the program."""
     options = arguments(__doc__).parse_args()
     warnings.simplefilter("ignore")
-    regression = unet_regression(options.quick, options.device, num_data=4 if options.quick else 32)
+    regression = random_regression("unet", options.quick, options.device, num_data=32)
     params = list(regression.objective.model.parameters())
     ours = DiffusionGGNLinearOperator(regression)
     theirs = curvlinops.GGNLinearOperator(
@@ -37,18 +37,14 @@ def main() -> None:
         X = torch.randn(ours.shape[1], columns, device=options.device)
         passes[f"ours, {columns} columns"] = lambda X=X: ours @ X
         passes[f"curvlinops, {columns} columns"] = lambda X=X: theirs @ X
-    seconds = alternating(passes, 1 if options.quick else options.repeats)
     report(
-        options.output,
-        f"ggn_product_{options.device}",
+        options,
+        "ggn_product",
+        __doc__,
         {
-            "question": (__doc__ or "").splitlines()[0],
             "parameters": ours.shape[0],
             "examples": regression.num_samples,
-            "seconds": {name: round(value, 4) for name, value in seconds.items()},
-            "training_passes": {
-                name: round(value / seconds["training pass"], 3) for name, value in seconds.items()
-            },
+            **in_training_passes(passes, options),
         },
     )
 

@@ -20,17 +20,17 @@ class _Batches(Dataset):
 
     def __init__(self, regression: NoisedRegression):
         self._items = [
-            (x_t, t, y, w)
+            (x_t, t, y, w, {key: value[b] for key, value in batch.condition.items()})
             for batch in regression.batches()
-            for x_t, t, y, w in zip(
-                batch.x_t, batch.timestep_B, batch.target_BD, batch.weight_B, strict=True
+            for b, (x_t, t, y, w) in enumerate(
+                zip(batch.x_t, batch.timestep_B, batch.target_BD, batch.weight_B, strict=True)
             )
         ]
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
         return self._items[index]
 
 
@@ -50,8 +50,8 @@ def kronfluence_passes(
 
     class Denoising(Task):
         def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-            x_t, t, y, w = batch
-            prediction = model(x_t, t).sample.flatten(1)
+            x_t, t, y, w, condition = batch
+            prediction = model(x_t, t, **condition).sample.flatten(1)
             if sample:  # the model's own distribution, whose Fisher is the GGN
                 y = prediction.detach() + torch.randn_like(prediction) / (2 * w).sqrt()[:, None]
             return (w[:, None] * (prediction - y).square()).sum()

@@ -84,11 +84,34 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def report(output: Path, name: str, result: Mapping[str, Any]) -> None:
-    """Print a result, and write it with the machine's description."""
-    output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"machine": machine(), **result}, indent=2)
+def report(
+    options: argparse.Namespace, name: str, description: str | None, result: Mapping[str, Any]
+) -> None:
+    """Print a result, and write it with its question and the machine's description.
+
+    Args:
+        options: What :func:`arguments` parsed.
+        name: The name of the result; the device's is appended.
+        description: The program's, whose first line is its question.
+        result: The result.
+    """
+    options.output.mkdir(parents=True, exist_ok=True)
+    question = (description or "").splitlines()[0]
+    text = json.dumps({"machine": machine(), "question": question, **result}, indent=2)
     print(text)
-    temporary = output / f".{name}.json"
+    file = f"{name}_{options.device}.json"
+    temporary = options.output / f".{file}"
     temporary.write_text(text + "\n")
-    temporary.replace(output / f"{name}.json")
+    temporary.replace(options.output / file)
+
+
+def in_training_passes(
+    functions: Mapping[str, Callable[[], object]], options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Measure functions, one of which is named ``'training pass'``, as multiples of that one."""
+    seconds = alternating(functions, 1 if options.quick else options.repeats)
+    unit = seconds["training pass"]
+    return {
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "training_passes": {name: round(value / unit, 3) for name, value in seconds.items()},
+    }

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.factor_pass import reference_passes, upstream_operator
 from benchmarks.measure import arguments, report
-from benchmarks.problems import unet_regression
+from benchmarks.problems import regression_of, unet
 from curvlinops_diffusion import NoisedRegression
 from curvlinops_diffusion.fisher import KFACOptions
 from curvlinops_diffusion.layers import supported_layers
@@ -40,7 +40,9 @@ PASSES = {
 
 def peak_mebibytes(name: str, quick: bool, device: str) -> float:
     """Run a pass here, and return this process' peak."""
-    regression = unet_regression(quick, device, num_data=32, size=8 if quick else 32)
+    torch.manual_seed(0)
+    network = unet(quick, size=8 if quick else 32)
+    regression = regression_of(network, device, num_data=32, batch_size=4 if quick else 32)
     PASSES[name](regression)
     if device == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -63,10 +65,10 @@ def main() -> None:
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         measured[name] = json.loads(output.splitlines()[-1])
     report(
-        options.output,
-        f"peak_memory_{options.device}",
+        options,
+        "peak_memory",
+        __doc__,
         {
-            "question": (__doc__ or "").splitlines()[0],
             "peak_mebibytes": {name: round(peak) for name, peak in measured.items()},
             "beyond_a_training_pass": {
                 name: round(peak - measured["training pass"]) for name, peak in measured.items()

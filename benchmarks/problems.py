@@ -2,43 +2,93 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
-from sklearn.datasets import load_digits
-from torch import Tensor
-from torch.nn.functional import mse_loss
+from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
+from torch import Tensor, nn
 
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression
 
+EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 
-def unet_regression(
-    quick: bool, device: str, num_data: int | None = None, size: int = 16
-) -> NoisedRegression:
-    """Square images in batches of 32, a UNet of 2.8 million parameters with attention.
 
-    Args:
-        quick: Take few images and a small network instead.
-        device: Where the network is.
-        num_data: The number of images; 128, or 8 for a quick run.
-        size: The height and width of the images.
-    """
-    torch.manual_seed(0)
-    unet = UNet2DModel(
+def unet(quick: bool, size: int = 16, width: int = 64) -> UNet2DModel:
+    """With attention at its lower level; 2.8 million parameters at the default width."""
+    return UNet2DModel(
         sample_size=size,
-        block_out_channels=(8, 8) if quick else (64, 128),
+        block_out_channels=(8, 8) if quick else (width, 2 * width),
         norm_num_groups=4 if quick else 32,
         layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )
-    unet = unet.eval().to(device)
-    images = torch.randn(num_data or (8 if quick else 128), 3, size, size)
-    objective = DenoisingObjective(unet, DDPMScheduler())
-    return NoisedRegression(objective, images, num_draws=1, batch_size=4 if quick else 32)
+
+
+def cifar_unet(quick: bool) -> UNet2DModel:
+    """The CIFAR network of Mlodozeniec et al. (2025), with 38 million parameters."""
+    return UNet2DModel(
+        sample_size=8 if quick else 32,
+        block_out_channels=(4, 8, 8, 8) if quick else (128, 256, 256, 256),
+        norm_num_groups=4 if quick else 32,
+        layers_per_block=2,
+        attention_head_dim=None if not quick else 4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    )
+
+
+def dit(quick: bool) -> DiTTransformer2DModel:
+    """A small class-conditional DiT (Peebles & Xie, 2023) on 4 channels of 16×16."""
+    return DiTTransformer2DModel(
+        sample_size=4 if quick else 16,
+        in_channels=4,
+        num_layers=1 if quick else 4,
+        num_attention_heads=2 if quick else 4,
+        attention_head_dim=4 if quick else 48,
+        norm_num_groups=4,
+        num_embeds_ada_norm=10,
+    )
+
+
+NETWORKS: dict[str, Callable[[bool], nn.Module]] = {"unet": unet, "cifar": cifar_unet, "dit": dit}
+
+
+def regression_of(
+    network: nn.Module, device: str, num_data: int, batch_size: int
+) -> NoisedRegression:
+    """A denoising problem with random weights and images, one draw each.
+
+    Args:
+        network: A network of this file.
+        device: Where it is put.
+        num_data: The number of images.
+        batch_size: How many the network sees at once.
+    """
+    network = network.eval().to(device)
+    config: Any = network.config
+    x0 = torch.randn(num_data, config.in_channels, config.sample_size, config.sample_size)
+    labelled = isinstance(network, DiTTransformer2DModel)
+    data = {"x0": x0, "class_labels": torch.arange(num_data) % 10} if labelled else x0
+    objective = DenoisingObjective(network, DDPMScheduler())
+    return NoisedRegression(objective, data, num_draws=1, batch_size=batch_size)
+
+
+def random_regression(
+    name: str, quick: bool, device: str, num_data: int = 128, batch_size: int = 32
+) -> NoisedRegression:
+    """The denoising problem of a named network; a quick one is small, and has few images."""
+    torch.manual_seed(0)
+    sizes = (8, 4) if quick else (num_data, batch_size)
+    return regression_of(NETWORKS[name](quick), device, *sizes)
 
 
 def trained_on_digits(steps: int) -> tuple[UNet2DModel, DDPMScheduler, Tensor]:
-    """A UNet of about 175,000 parameters, trained on scikit-learn's digits.
+    """The demo's UNet of about 175,000 parameters, trained on scikit-learn's digits.
 
     Args:
         steps: Training steps; 1,500 take about a minute on two cores.
@@ -46,29 +96,16 @@ def trained_on_digits(steps: int) -> tuple[UNet2DModel, DDPMScheduler, Tensor]:
     Returns:
         The network, its scheduler, and the digits in [-1, 1], shape ``[1797, 1, 8, 8]``.
     """
+    demo = _example("influence_digits")
     torch.manual_seed(0)
-    x0 = torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        attention_head_dim=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
-    scheduler = DDPMScheduler()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    for _ in range(steps):
-        batch = x0[torch.randint(len(x0), (128,))]
-        noise = torch.randn_like(batch)
-        t = torch.randint(scheduler.config.num_train_timesteps, (len(batch),))
-        loss = mse_loss(unet(scheduler.add_noise(batch, noise, t), t).sample, noise)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return unet.eval(), scheduler, x0
+    network, scheduler, (x0, _) = demo.make_unet(), DDPMScheduler(), demo.digits()
+    demo.train(network, scheduler, x0, steps)
+    return network.eval(), scheduler, x0
+
+
+def _example(name: str) -> ModuleType:
+    spec = spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

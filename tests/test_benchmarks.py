@@ -10,25 +10,32 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = {
-    "draws": [],
-    "eigenvalue_groups": [],
-    "factor_pass": ["--upstream"],
-    "ggn_product": [],
-    "peak_memory": [],
+    "draws": ["draws"],
+    "eigenvalue_groups": ["eigenvalue_groups"],
+    "factor_pass --upstream": ["factor_pass_unet", "factor_pass_cifar", "factor_pass_dit"],
+    "factor_pass --upstream --problem dit": [],
+    "factor_pass --problem cifar": [],
+    "ggn_product": ["ggn_product"],
+    "inverse_products": ["inverse_products"],
+    "peak_memory": ["peak_memory"],
+    "scaling": ["scaling"],
 }
+RESULTS = [name for names in PROGRAMS.values() for name in names]
 
 
 def test_every_program_is_tested():
-    helpers = {"__init__", "kronfluence_passes", "measure", "problems"}
-    assert {p.stem for p in (ROOT / "benchmarks").glob("*.py")} - helpers == PROGRAMS.keys()
+    helpers = {"__init__", "accuracy", "kronfluence_passes", "measure", "problems"}
+    programs = {p.stem for p in (ROOT / "benchmarks").glob("*.py")} - helpers
+    assert programs == {call.split()[0] for call in PROGRAMS}
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_the_program_runs(name, tmp_path):
+@pytest.mark.parametrize("call", PROGRAMS)
+def test_the_program_runs(call, tmp_path):
+    name, *arguments = call.split()
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--device", "cpu"]
-    command += ["--repeats", "1", "--output", str(tmp_path)]
+    command += ["--repeats", "1", "--output", str(tmp_path), *arguments]
     result = subprocess.run(
-        [*command, *PROGRAMS[name]],
+        command,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -40,7 +47,38 @@ def test_the_program_runs(name, tmp_path):
     assert {"machine", "question"} <= json.loads(path.read_text()).keys()
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+def kept(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}_cpu.json").read_text())
+
+
+@pytest.mark.parametrize("name", RESULTS)
 def test_results_are_kept(name):
-    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}_cpu.json").read_text())
-    assert {"machine", "question"} <= result.keys()
+    assert {"machine", "question"} <= kept(name).keys()
+
+
+def test_tables_of_the_documentation_hold_the_results(monkeypatch, tmp_path):
+    """Every result is in a table that the documentation includes, with its numbers."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import tables
+
+    tables.write_tables(tmp_path)
+    page = (ROOT / "docs" / "performance.rst").read_text()
+    for name in RESULTS:
+        assert f".. include:: _tables/{name}.rst" in page
+        cells = (tmp_path / f"{name}.rst").read_text()
+        result = kept(name)
+        numbers = [f"{value:.2f}" for value in result.get("training_passes", {}).values()]
+        numbers += [f"{value:,}" for value in result.get("peak_mebibytes", {}).values()]
+        for row in result.get("settings", result.get("groups", [])):
+            numbers += [str(value) for value in row.values()]
+        assert numbers
+        assert all(f"- {number}\n" in cells for number in numbers)
+
+
+def test_what_the_documentation_says_of_the_results():
+    """Numbers in the text of the README and the documentation, against the files."""
+    passes = kept("factor_pass_unet")["training_passes"]
+    assert passes["K-FAC factors"] < 1.6  # "about one and a half training passes"
+    assert passes["curvlinops K-FAC factors"] / passes["K-FAC factors"] > 3
+    memory = kept("peak_memory")["beyond_a_training_pass"]
+    assert memory["curvlinops K-FAC factors"] / memory["K-FAC factors"] > 20

@@ -13,7 +13,7 @@ from curvlinops_diffusion import (
     DiffusionKFACLinearOperator,
 )
 from curvlinops_diffusion.draws import ProbeType
-from tests.cases import plain_regression, seeded
+from tests.cases import plain_regression, seeded, tiny_unet, unet_regression
 from tests.comparisons import assert_close, relative_error
 from tests.reference import (
     dense_ggn,
@@ -478,6 +478,16 @@ class WithoutEffect(nn.Module):
     def forward(self, x, t):
         self.ignored(x)
         return self.used(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*in no supported layer")
+def test_gradients_that_are_rounding_noise_are_accepted():
+    """A norm of each channel subtracts what the time embedding added to it."""
+    unet = tiny_unet(torch.float32, norm_num_groups=4)
+    K = DiffusionKFACLinearOperator(unet_regression(unet, dtype=torch.float32))
+    traces = {placed.name: placed.block.trace() for placed in K.blocks}
+    noise = traces["down_blocks.0.resnets.0.time_emb_proj.weight"]
+    assert noise < 1e-10 * traces["conv_out.weight"]
 
 
 def test_layers_without_effect_have_zero_blocks():

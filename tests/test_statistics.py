@@ -16,7 +16,7 @@ from curvlinops_diffusion import (
     PredictionType,
 )
 from curvlinops_diffusion.draws import ProbeType, make_draws
-from curvlinops_diffusion.factors import eigendecomposition
+from curvlinops_diffusion.factors import eigendecompositions
 from curvlinops_diffusion.fisher import KFACOptions
 from curvlinops_diffusion.layers import supported_layers
 from curvlinops_diffusion.statistics import eigenvalue_moments, kronecker_factors
@@ -330,10 +330,7 @@ def eigenvalues_of_draws(regression, num_draws):
     layers = supported_layers(regression.objective.model, None).layers
     options = KFACOptions.parse("mc", 1, "expand", True, "rademacher")
     factors = kronecker_factors(regression, layers, options)
-    bases = [
-        {key: eigendecomposition(matrix, key) for key, matrix in matrices.items()}
-        for matrices in (factors.inputs, factors.outputs)
-    ]
+    bases = [eigendecompositions(matrices, "") for matrices in (factors.inputs, factors.outputs)]
     found = eigenvalue_moments(regression.with_draws(num_draws), layers, *bases, options)
     return torch.cat([found[part.key].flatten() for layer in layers for part in layer.parts(True)])
 

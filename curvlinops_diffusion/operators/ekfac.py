@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from curvlinops_diffusion.blocks import EigenBlock, PlacedBlock
-from curvlinops_diffusion.factors import eigendecomposition
+from curvlinops_diffusion.factors import eigendecompositions
 from curvlinops_diffusion.fisher import FisherType, KFACOptions
 from curvlinops_diffusion.layers import Coverage
 from curvlinops_diffusion.operators.kfac import DiffusionKFACLinearOperator
@@ -46,14 +46,8 @@ class DiffusionEKFACLinearOperator(DiffusionKFACLinearOperator):
             )
         layers = coverage.layers
         factors = kronecker_factors(regression, layers, options, progressbar)
-        input_bases = {
-            key: eigendecomposition(A, f"The input factor of '{key}'")
-            for key, A in factors.inputs.items()
-        }
-        output_bases = {
-            name: eigendecomposition(B, f"The output factor of '{name}'")
-            for name, B in factors.outputs.items()
-        }
+        input_bases = eigendecompositions(factors.inputs, "The input factor")
+        output_bases = eigendecompositions(factors.outputs, "The output factor")
         second = regression.with_draws(options.num_eigenvalue_draws(regression))
         eigenvalues = eigenvalue_moments(
             second, layers, input_bases, output_bases, options, progressbar

@@ -1,0 +1,62 @@
+"""How long does a product with EK-FAC's damped inverse take, against curvlinops' own?
+
+One that is applied again, and from the fitted operator on: the inverse's construction and one
+product. A training pass is a forward and a full backward pass over 32 images.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import curvlinops
+import torch
+
+from benchmarks.factor_pass import reference_passes, upstream_operator
+from benchmarks.measure import arguments, in_training_passes, report
+from benchmarks.problems import random_regression
+from curvlinops_diffusion import DiffusionEKFACLinearOperator, DiffusionKFACLinearOperator
+
+DAMPING = 1e-3
+
+
+def main() -> None:
+    """Run the program."""
+    options = arguments(__doc__).parse_args()
+    warnings.simplefilter("ignore")
+    regression = random_regression("unet", options.quick, options.device, num_data=32)
+    K = DiffusionKFACLinearOperator(regression)
+    EK = DiffusionEKFACLinearOperator(regression)
+    theirs = upstream_operator(regression)
+    vector = torch.randn(EK.shape[1], 1, device=options.device)
+    theirs @ vector  # computes its factors
+
+    def their_inverse() -> curvlinops.KFACInverseLinearOperator:
+        return curvlinops.KFACInverseLinearOperator(
+            theirs, damping=DAMPING, use_exact_damping=True, cache=True
+        )
+
+    passes = {
+        "training pass": reference_passes(regression)["training pass"],
+        "ours, inverse of EK-FAC and a product": lambda: EK.inverse(DAMPING) @ vector,
+        "curvlinops, inverse of EK-FAC and a product": lambda: their_inverse() @ vector,
+        "ours, inverse of K-FAC and a product": lambda: K.inverse(DAMPING) @ vector,
+    }
+    ours_kept, theirs_kept = EK.inverse(DAMPING), their_inverse()
+    for columns in (1, 8, 64):
+        X = torch.randn(EK.shape[1], columns, device=options.device)
+        passes[f"ours, {columns} columns"] = lambda X=X: ours_kept @ X
+        passes[f"curvlinops, {columns} columns"] = lambda X=X: theirs_kept @ X
+    report(
+        options,
+        "inverse_products",
+        __doc__,
+        {
+            "parameters": EK.shape[0],
+            "examples": regression.num_samples,
+            **in_training_passes(passes, options),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
