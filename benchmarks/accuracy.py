@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.problems import trained_on_digits
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression
-from curvlinops_diffusion.layers import Layer, supported_layers
+from curvlinops_diffusion.layers import Coverage, covered_parameters
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ class DigitsProblem:
     """256 digits (16 for a quick run), and a network that was trained on all of them."""
 
     objective: DenoisingObjective
-    layers: tuple[Layer, ...]
+    coverage: Coverage
     x0: Tensor
 
     @classmethod
@@ -31,10 +31,8 @@ class DigitsProblem:
         """Train the network."""
         network, scheduler, x0 = trained_on_digits(20 if options.quick else 1500)
         network = network.to(options.device)
-        layers = supported_layers(network, None).layers
-        return cls(
-            DenoisingObjective(network, scheduler), layers, x0[: 16 if options.quick else 256]
-        )
+        x0 = x0[: 16 if options.quick else 256]
+        return cls(DenoisingObjective(network, scheduler), covered_parameters(network, None), x0)
 
     def regression(self, num_draws: int, seed: int, **options: Any) -> NoisedRegression:
         """The problem with given draws."""

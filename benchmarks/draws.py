@@ -40,7 +40,7 @@ def main() -> None:
     ) -> KroneckerFactors:
         regression = problem.regression(num_draws, seed, timesteps=timesteps)
         kfac = KFACOptions.parse("mc", probes, "expand", True, probe)
-        return kronecker_factors(regression, problem.layers, kfac)
+        return kronecker_factors(regression, problem.coverage, kfac)
 
     truth = factors("stratified", 2 if options.quick else 256, "rademacher", 2, seed=1000)
 

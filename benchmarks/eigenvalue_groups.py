@@ -34,13 +34,13 @@ def main() -> None:
     problem = DigitsProblem.of(options)
     kfac = KFACOptions.parse("mc", 1, "expand", True, "rademacher")
     reference = problem.regression(2 if options.quick else 128, seed=1000)
-    factors = kronecker_factors(reference, problem.layers, kfac)
+    factors = kronecker_factors(reference, problem.coverage, kfac)
     bases = [eigendecompositions(matrices, "") for matrices in (factors.inputs, factors.outputs)]
-    truth = eigenvalue_moments(reference, problem.layers, *bases, kfac)
+    truth = eigenvalue_moments(reference, problem.coverage, *bases, kfac)
 
     def eigenvalues(group: int, seed: int) -> dict[str, Tensor]:
         grouped = replace(kfac, gradient_group=group)
-        return eigenvalue_moments(problem.regression(4, seed), problem.layers, *bases, grouped)
+        return eigenvalue_moments(problem.regression(4, seed), problem.coverage, *bases, grouped)
 
     def errors(estimate: dict[str, Tensor]) -> dict[str, float]:
         return {

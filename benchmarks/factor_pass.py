@@ -20,14 +20,14 @@ from curvlinops_diffusion import NoisedRegression
 from curvlinops_diffusion.factors import Eigendecomposition, eigendecompositions
 from curvlinops_diffusion.fisher import KFACOptions
 from curvlinops_diffusion.hooks import Tap, frozen, tapped
-from curvlinops_diffusion.layers import supported_layers
+from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.statistics import eigenvalue_moments, kronecker_factors
 
 
 def reference_passes(regression: NoisedRegression) -> dict[str, Callable[[], object]]:
     """The training pass and the floor."""
     objective = regression.objective
-    layers = supported_layers(objective.model, None).layers
+    layers = covered_parameters(objective.model, None).layers
 
     def training() -> None:
         for batch in regression.batches():
@@ -47,9 +47,9 @@ def reference_passes(regression: NoisedRegression) -> dict[str, Callable[[], obj
 
 def our_passes(regression: NoisedRegression) -> dict[str, Callable[[], object]]:
     """Our two passes, and the eigendecompositions between them."""
-    layers = supported_layers(regression.objective.model, None).layers
+    coverage = covered_parameters(regression.objective.model, None)
     options = KFACOptions.parse("mc", 1, "expand", True, "rademacher")
-    factors = kronecker_factors(regression, layers, options)
+    factors = kronecker_factors(regression, coverage, options)
 
     def decompose() -> list[dict[str, Eigendecomposition]]:
         return [
@@ -61,10 +61,10 @@ def our_passes(regression: NoisedRegression) -> dict[str, Callable[[], object]]:
 
     def eigenvalues(group: int) -> Callable[[], object]:
         grouped = replace(options, gradient_group=group)
-        return lambda: eigenvalue_moments(regression, layers, *bases, grouped)
+        return lambda: eigenvalue_moments(regression, coverage, *bases, grouped)
 
     return {
-        "K-FAC factors": lambda: kronecker_factors(regression, layers, options),
+        "K-FAC factors": lambda: kronecker_factors(regression, coverage, options),
         "eigendecompositions": decompose,
         "EK-FAC eigenvalues": eigenvalues(1),
         "EK-FAC eigenvalues, groups of 4": eigenvalues(4),

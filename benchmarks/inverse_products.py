@@ -24,9 +24,10 @@ def main() -> None:
     options = arguments(__doc__).parse_args()
     warnings.simplefilter("ignore")
     regression = random_regression("unet", options.quick, options.device, num_data=32)
-    K = DiffusionKFACLinearOperator(regression)
-    EK = DiffusionEKFACLinearOperator(regression)
     theirs = upstream_operator(regression)
+    params = theirs._params  # those of Linear and Conv2d
+    K = DiffusionKFACLinearOperator(regression, params)
+    EK = DiffusionEKFACLinearOperator(regression, params)
     vector = torch.randn(EK.shape[1], 1, device=options.device)
     theirs @ vector  # computes its factors
 

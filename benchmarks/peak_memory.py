@@ -20,15 +20,15 @@ from benchmarks.measure import arguments, report
 from benchmarks.problems import regression_of, unet
 from curvlinops_diffusion import NoisedRegression
 from curvlinops_diffusion.fisher import KFACOptions
-from curvlinops_diffusion.layers import supported_layers
+from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.statistics import kronecker_factors
 
 
 def our_factors(regression: NoisedRegression) -> object:
     """Our Kronecker factors."""
-    layers = supported_layers(regression.objective.model, None).layers
+    coverage = covered_parameters(regression.objective.model, None)
     options = KFACOptions.parse("mc", 1, "expand", True, "rademacher")
-    return kronecker_factors(regression, layers, options)
+    return kronecker_factors(regression, coverage, options)
 
 
 PASSES = {

@@ -4,9 +4,18 @@ A plugin to ``curvlinops``, after Mlodozeniec et al., *Influence Functions for S
 Attribution in Diffusion Models*, ICLR 2025 (arXiv:2410.13850).
 """
 
+from curvlinops_diffusion.encoding import LatentEncoder
 from curvlinops_diffusion.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence import influence_scores
-from curvlinops_diffusion.noise import MinSNRWeighting, NoiseProcess, PredictionType
+from curvlinops_diffusion.layers import LAYER_KINDS, ExactKind, SharingKind
+from curvlinops_diffusion.noise import (
+    CosmapWeighting,
+    EDMWeighting,
+    InverseVarianceWeighting,
+    MinSNRWeighting,
+    NoiseProcess,
+    PredictionType,
+)
 from curvlinops_diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.operators.base import BlockDiagonalLinearOperator
 from curvlinops_diffusion.operators.ekfac import DiffusionEKFACLinearOperator
@@ -16,16 +25,23 @@ from curvlinops_diffusion.operators.load import load_operator
 from curvlinops_diffusion.regression import NoisedRegression
 
 __all__ = [
+    "LAYER_KINDS",
     "BlockDiagonalLinearOperator",
+    "CosmapWeighting",
     "DenoisingObjective",
     "DiffusionEKFACLinearOperator",
     "DiffusionGGNLinearOperator",
     "DiffusionKFACLinearOperator",
+    "EDMWeighting",
+    "ExactKind",
     "ExampleGradientLinearOperator",
+    "InverseVarianceWeighting",
+    "LatentEncoder",
     "MinSNRWeighting",
     "NoiseProcess",
     "NoisedRegression",
     "PredictionType",
+    "SharingKind",
     "influence_scores",
     "load_operator",
 ]

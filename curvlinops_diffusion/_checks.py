@@ -91,9 +91,12 @@ def check_condition(condition: Any, batch_size: int, name: str = "condition") ->
     if isinstance(condition, Mapping):
         for key, value in condition.items():
             check_condition(value, batch_size, f"{name}[{key!r}]")
-    elif isinstance(condition, Tensor) and condition.ndim > 0 and len(condition) != batch_size:
+        return
+    batched = isinstance(condition, list) or (isinstance(condition, Tensor) and condition.ndim > 0)
+    if batched and len(condition) != batch_size:
+        shape = tuple(condition.shape) if isinstance(condition, Tensor) else (len(condition),)
         raise ValueError(
-            f"{name} arrived with shape {tuple(condition.shape)} beside {batch_size} clean "
+            f"{name} arrived with shape {shape} beside {batch_size} clean "
             "examples. Its first axis must have one entry for each example (a tensor without "
             "axes is passed to the model as it is)."
         )
@@ -111,7 +114,8 @@ def check_deterministic_mode(model: nn.Module) -> None:
     for name, module in model.named_modules():
         dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if module.training and (dropout or batch_norm):
+        drops_labels = getattr(module, "dropout_prob", 0) > 0  # diffusers' label embedding
+        if module.training and (dropout or batch_norm or drops_labels):
             raise ValueError(
                 f"Layer '{name}' ({type(module).__name__}) is in train mode, which makes the loss "
                 "of an example random or dependent on the rest of its batch. Call model.eval() "

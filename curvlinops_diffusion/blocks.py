@@ -1,15 +1,16 @@
 """Blocks of a curvature matrix: multiply, take powers, trace, determinant, norm.
 
-A block acts on matrices ``[O, I]`` (a layer's weight, its bias as ``[O, 1]``, or both side by
-side), with ``K`` of them at once in a trailing axis: ``[O, I, K]``. As a matrix it acts on their
-row-major vectorisation, with Kronecker factors in the order (output, input).
+A block acts on matrices ``[O, I]``, with ``K`` of them at once in a trailing axis: ``[O, I, K]``.
+As a matrix it acts on their row-major vectorisation, with Kronecker factors in the order (output,
+input). A grouped layer's block is one such matrix for each group: ``[G, O, I, K]``.
+
+Legend: g an optional leading axis of groups, O outputs, I inputs, K columns.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from math import sqrt
 
 import torch
 from torch import Tensor
@@ -18,16 +19,21 @@ from curvlinops_diffusion.factors import eigendecomposition
 
 
 class Block(ABC):
-    """A symmetric positive semi-definite matrix on ``[O, I]``."""
+    """A symmetric positive semi-definite matrix on ``[*g, O, I]``."""
 
     @property
     @abstractmethod
-    def shape(self) -> tuple[int, int]:
-        """``(O, I)``; the matrix has ``O I`` rows."""
+    def kind(self) -> str:
+        """What the block is called in tables."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """``(*g, O, I)``; the matrix has as many rows as that has entries."""
 
     @abstractmethod
-    def multiply(self, X_OIK: Tensor) -> Tensor:
-        """Multiply onto ``K`` matrices at once: ``[O, I, K] -> [O, I, K]``."""
+    def multiply(self, X_gOIK: Tensor) -> Tensor:
+        """Multiply onto ``K`` matrices at once: ``[*g, O, I, K] -> [*g, O, I, K]``."""
 
     @abstractmethod
     def eigen(self, name: str) -> EigenBlock:
@@ -60,26 +66,31 @@ class EigenBlock(Block):
     """``(U_B ⊗ U_A) diag(Λ) (U_B ⊗ U_A)ᵀ``.
 
     Attributes:
-        output_basis: ``U_B``, shape ``[O, O]``.
-        input_basis: ``U_A``, shape ``[I, I]``; ``None`` for the identity.
-        eigenvalues: ``Λ``, shape ``[O, I]``.
+        eigenvalues: ``Λ``, shape ``[*g, O, I]``.
+        output_basis: ``U_B``, shape ``[*g, O, O]``; ``None`` for the identity.
+        input_basis: ``U_A``, shape ``[*g, I, I]``; ``None`` for the identity.
     """
 
-    output_basis: Tensor
-    input_basis: Tensor | None
     eigenvalues: Tensor
+    output_basis: Tensor | None = None
+    input_basis: Tensor | None = None
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """``(O, I)``."""
-        O, I = self.eigenvalues.shape
-        return O, I
+    def kind(self) -> str:
+        """``'eigenbasis'``; ``'diagonal'`` if both bases are the identity."""
+        return "diagonal" if self.output_basis is self.input_basis is None else "eigenbasis"
 
-    def multiply(self, X_OIK: Tensor) -> Tensor:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(*g, O, I)``."""
+        return tuple(self.eigenvalues.shape)
+
+    def multiply(self, X_gOIK: Tensor) -> Tensor:
         """Rotate into the basis, scale, rotate back."""
-        X = _left_right(self.output_basis.T, X_OIK, self.input_basis)
-        back = None if self.input_basis is None else self.input_basis.T
-        return _left_right(self.output_basis, self.eigenvalues.unsqueeze(2) * X, back)
+        U_B, U_A = self.output_basis, self.input_basis
+        X = _left_right(None if U_B is None else U_B.mT, X_gOIK, U_A)
+        X = self.eigenvalues.unsqueeze(-1) * X
+        return _left_right(U_B, X, None if U_A is None else U_A.mT)
 
     def eigen(self, name: str) -> EigenBlock:
         """The block itself."""
@@ -98,7 +109,7 @@ class EigenBlock(Block):
                 f"{damped.numel()}) at damping={damping:g} in {damped.dtype}, so its power "
                 f"{exponent:g} does not exist. Pass a larger damping."
             )
-        return EigenBlock(self.output_basis, self.input_basis, damped.pow(exponent))
+        return EigenBlock(damped.pow(exponent), self.output_basis, self.input_basis)
 
     def trace(self) -> Tensor:
         """``Σ Λ``."""
@@ -114,38 +125,41 @@ class EigenBlock(Block):
 
     def tensors(self) -> dict[str, Tensor]:
         """Bases and eigenvalues."""
-        tensors = {"output_basis": self.output_basis, "eigenvalues": self.eigenvalues}
-        return tensors | ({} if self.input_basis is None else {"input_basis": self.input_basis})
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
 
 @dataclass(frozen=True, eq=False)
 class KroneckerBlock(Block):
-    """``B ⊗ A``.
+    """``B ⊗ A``, for each group.
 
     Attributes:
-        output_factor: ``B``, shape ``[O, O]``.
-        input_factor: ``A``, shape ``[I, I]``; ``None`` for one input that is one (a bias).
+        output_factor: ``B``, shape ``[*g, O, O]``.
+        input_factor: ``A``, shape ``[*g, I, I]``; or the diagonal ``[I]`` of a diagonal one.
     """
 
     output_factor: Tensor
-    input_factor: Tensor | None
+    input_factor: Tensor
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """``(O, I)``."""
-        return len(self.output_factor), 1 if self.input_factor is None else len(self.input_factor)
+    def kind(self) -> str:
+        """``'Kronecker'``."""
+        return "Kronecker"
 
-    def multiply(self, X_OIK: Tensor) -> Tensor:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(*g, O, I)``."""
+        return (*self.output_factor.shape[:-1], self.input_factor.shape[-1])
+
+    def multiply(self, X_gOIK: Tensor) -> Tensor:
         """``B X A`` for each of the ``K`` matrices."""
-        return _left_right(self.output_factor, X_OIK, self.input_factor)
+        return _left_right(self.output_factor, X_gOIK, self.input_factor)
 
     def eigen(self, name: str) -> EigenBlock:
         """``B = U_B β U_Bᵀ``, ``A = U_A α U_Aᵀ``, ``Λ = β αᵀ``."""
         B = eigendecomposition(self.output_factor, f"The output factor of '{name}'")
-        if self.input_factor is None:
-            return EigenBlock(B.vectors, None, B.values.unsqueeze(1))
         A = eigendecomposition(self.input_factor, f"The input factor of '{name}'")
-        return EigenBlock(B.vectors, A.vectors, torch.outer(B.values, A.values))
+        eigenvalues = B.values.unsqueeze(-1) * A.values.unsqueeze(-2)
+        return EigenBlock(eigenvalues, B.vectors, A.vectors)
 
     def factored_inverse(
         self, damping: float, heuristic: bool, min_damping: float, name: str
@@ -156,15 +170,13 @@ class KroneckerBlock(Block):
         eigenvalues, ``λ_A = π √λ`` and ``λ_B = √λ / π``, so that ``λ_A λ_B = λ`` (Martens &
         Grosse, 2015, Section 6.3), neither below ``min_damping``.
         """
-        if self.input_factor is None:
-            return super().factored_inverse(damping, heuristic, min_damping, name)
-        damping_A = damping_B = damping
-        mean_A = float(self.input_factor.trace()) / len(self.input_factor)
-        mean_B = float(self.output_factor.trace()) / len(self.output_factor)
-        if heuristic and mean_A > 0 and mean_B > 0:
-            pi = sqrt(mean_A / mean_B)
-            damping_A = max(sqrt(damping) * pi, min_damping)
-            damping_B = max(sqrt(damping) / pi, min_damping)
+        mean_A, mean_B = (_diagonal(M).mean(-1) for M in (self.input_factor, self.output_factor))
+        damping_A = damping_B = torch.full_like(mean_B, damping)
+        if heuristic:
+            pi = (mean_A / mean_B).sqrt()
+            usable = (mean_A > 0) & (mean_B > 0)
+            damping_A = torch.where(usable, (damping**0.5 * pi).clamp(min=min_damping), damping_A)
+            damping_B = torch.where(usable, (damping**0.5 / pi).clamp(min=min_damping), damping_B)
         return KroneckerBlock(
             _damped_inverse(self.output_factor, damping_B, f"The output factor of '{name}'"),
             _damped_inverse(self.input_factor, damping_A, f"The input factor of '{name}'"),
@@ -172,52 +184,95 @@ class KroneckerBlock(Block):
 
     def trace(self) -> Tensor:
         """``tr(B) tr(A)``."""
-        trace = self.output_factor.trace()
-        return trace if self.input_factor is None else trace * self.input_factor.trace()
+        A, B = _diagonal(self.input_factor), _diagonal(self.output_factor)
+        return (B.sum(-1) * A.sum(-1)).sum()
 
     def squared_frobenius_norm(self) -> Tensor:
         """``‖B‖² ‖A‖²``."""
-        norm = self.output_factor.square().sum()
-        return norm if self.input_factor is None else norm * self.input_factor.square().sum()
+        A, B = self.input_factor.square().sum(-1), self.output_factor.square().sum((-2, -1))
+        return (B * (A if self.input_factor.ndim == 1 else A.sum(-1))).sum()
 
     def tensors(self) -> dict[str, Tensor]:
         """The factors."""
-        tensors = {"output_factor": self.output_factor}
-        return tensors | ({} if self.input_factor is None else {"input_factor": self.input_factor})
+        return dict(vars(self))
 
 
 @dataclass(frozen=True, eq=False)
-class PlacedBlock:
-    """A block, and the parameters that it acts on.
+class DenseBlock(Block):
+    """A matrix without structure, for each group.
 
     Attributes:
-        name: A name for messages and files.
-        params: Names of the parameters; reshaped to ``[O, ...]`` and laid side by side they form
-            the matrix ``[O, I]`` that the block acts on.
-        block: The block.
+        matrix: The matrix, shape ``[*g, O, O]``; it acts on ``[*g, O, 1]``.
     """
 
-    name: str
-    params: tuple[str, ...]
-    block: Block
+    matrix: Tensor
+
+    @property
+    def kind(self) -> str:
+        """``'dense'``."""
+        return "dense"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(*g, O, 1)``."""
+        return (*self.matrix.shape[:-1], 1)
+
+    def multiply(self, X_gOIK: Tensor) -> Tensor:
+        """``F X``."""
+        return _left_right(self.matrix, X_gOIK, None)
+
+    def eigen(self, name: str) -> EigenBlock:
+        """``F = U Λ Uᵀ``."""
+        decomposition = eigendecomposition(self.matrix, f"The block of '{name}'")
+        return EigenBlock(decomposition.values.unsqueeze(-1), decomposition.vectors)
+
+    def trace(self) -> Tensor:
+        """``tr(F)``."""
+        return _diagonal(self.matrix).sum()
+
+    def squared_frobenius_norm(self) -> Tensor:
+        """``‖F‖²``."""
+        return self.matrix.square().sum()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The matrix."""
+        return dict(vars(self))
 
 
-BLOCK_TYPES: dict[str, type[EigenBlock] | type[KroneckerBlock]] = {
+BLOCK_TYPES: dict[str, type[EigenBlock] | type[KroneckerBlock] | type[DenseBlock]] = {
     "eigen": EigenBlock,
     "kronecker": KroneckerBlock,
+    "dense": DenseBlock,
 }
 
 
-def _left_right(left: Tensor, X_OIK: Tensor, right: Tensor | None) -> Tensor:
-    """``left @ X @ right`` for each of the ``K`` matrices ``[O, I]``."""
-    O, I, K = X_OIK.shape
-    X = (left @ X_OIK.reshape(O, I * K)).reshape(O, I, K)
-    return X if right is None else right.T @ X
+def _left_right(left: Tensor | None, X_gOIK: Tensor, right: Tensor | None) -> Tensor:
+    """``left @ X @ right`` for each of the ``K`` matrices; ``None`` is the identity.
+
+    Each side is one product for all columns: with the columns' axis last, the right one would be
+    a product for every output, which reads the factor as often.
+    """
+    X_gOKI = X_gOIK.transpose(-1, -2)
+    *_, O, K, I = X_gOKI.shape
+    if left is not None:
+        X_gOKI = (left @ X_gOKI.flatten(-2)).unflatten(-1, (K, I))
+    if right is not None and right.ndim == 1:
+        X_gOKI = X_gOKI * right
+    elif right is not None:
+        X_gOKI = (X_gOKI.flatten(-3, -2) @ right).unflatten(-2, (O, K))
+    return X_gOKI.transpose(-1, -2)
 
 
-def _damped_inverse(factor: Tensor, damping: float, what: str) -> Tensor:
+def _diagonal(factor: Tensor) -> Tensor:
+    return factor if factor.ndim == 1 else factor.diagonal(dim1=-2, dim2=-1)
+
+
+def _damped_inverse(factor: Tensor, damping: Tensor, what: str) -> Tensor:
     decomposition = eigendecomposition(factor, what)
-    damped = decomposition.values + damping
+    damped = decomposition.values + damping.unsqueeze(-1)
     if not (damped > 0).all():
-        raise ValueError(f"{what} is singular at damping={damping:g}. Pass a larger damping.")
-    return (decomposition.vectors / damped) @ decomposition.vectors.T
+        raise ValueError(
+            f"{what} is singular at damping={float(damping.min()):g}. Pass a larger damping."
+        )
+    U = decomposition.vectors
+    return 1 / damped if U is None else (U / damped.unsqueeze(-2)) @ U.mT

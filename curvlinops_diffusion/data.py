@@ -17,8 +17,9 @@ _ACCEPTED = (
     "DataLoader, or a list of batches"
 )
 _ITEM_ACCEPTED = (
-    "Each batch (or item of a Dataset) must be a tensor of clean examples, or a dict with key 'x0' "
-    "whose other entries are passed to the model as keyword arguments"
+    "Each batch (or item of a Dataset) must be a tensor of clean examples, a pair of these and "
+    "integer labels or prompts, or a dict with key 'x0' whose other entries are passed to the "
+    "model as keyword arguments"
 )
 
 
@@ -159,6 +160,12 @@ def _split(batch: Any) -> tuple[Any, dict[str, Any]]:
         if "x0" not in batch:
             raise ValueError(f"A batch arrived with keys {sorted(batch)}. {_ITEM_ACCEPTED}.")
         return batch["x0"], {key: value for key, value in batch.items() if key != "x0"}
+    if isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[0], Tensor):
+        x0, second = batch
+        if isinstance(second, Tensor) and not second.is_floating_point():
+            return x0, {"class_labels": second}
+        if isinstance(second, Sequence) and all(isinstance(prompt, str) for prompt in second):
+            return x0, {"prompt": list(second)}
     if isinstance(batch, Sequence) and len(batch) == 1:  # a TensorDataset of images alone
         batch = batch[0]
     if not isinstance(batch, Tensor):
@@ -173,4 +180,6 @@ def _slice(value: Any, index: slice | list[int]) -> Any:
         return {key: _slice(entry, index) for key, entry in value.items()}
     if isinstance(value, Tensor) and value.ndim > 0:
         return value[index]
+    if isinstance(value, list):  # prompts
+        return value[index] if isinstance(index, slice) else [value[i] for i in index]
     return value

@@ -45,6 +45,8 @@ class _Stream(IntEnum):
     TIMESTEP = 0
     NOISE = 1
     PROBE = 2
+    LATENT = 3
+    CONDITION = 4
 
 
 def _generator(
@@ -200,10 +202,22 @@ class Draws:
 
         Always float32, so that models of every precision see the same noise.
         """
+        return self._normal(_Stream.NOISE, n_B, r, shape)
+
+    def latent_noise(self, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
+        """What the latents of draw ``r`` are sampled with, ``[B, *shape]``; as :meth:`noise`."""
+        return self._normal(_Stream.LATENT, n_B, r, shape)
+
+    def dropped(self, n_B: Sequence[int], r: int, probability: float) -> Tensor:
+        """Whether the condition of draw ``r`` is dropped, shape ``[B]``."""
+        uniform = [_generator(self.seed, _Stream.CONDITION, n, r).random() for n in n_B]
+        return torch.tensor(uniform) < probability
+
+    def _normal(self, stream: _Stream, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
         return torch.stack(
             [
                 torch.from_numpy(
-                    _generator(self.seed, _Stream.NOISE, n, r).standard_normal(
+                    _generator(self.seed, stream, n, r).standard_normal(
                         tuple(shape), dtype=np.float32
                     )
                 )

@@ -1,6 +1,7 @@
 """Statistics to Kronecker factors, eigenbases and eigenvalues: pure functions of tensors.
 
-Legend: N batch, S weight-sharing positions, I inputs, O outputs.
+Legend: N batch, g groups of a layer (an axis that only grouped layers have), S weight-sharing
+positions, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -17,45 +18,44 @@ from curvlinops_diffusion._checks import check_finite
 _MAX_ENTRIES = 2**23
 
 
-def second_moment(z: Tensor) -> Tensor:
-    """``Σ z zᵀ`` over all but the last axis: ``[..., I] -> [I, I]``."""
-    z = z.flatten(0, -2)
-    return z.T @ z
+def second_moment(z_NgSI: Tensor) -> Tensor:
+    """``Σ_n Σ_s z zᵀ``: ``[N, S, I] -> [I, I]``, and group by group if there are groups."""
+    z = z_NgSI.movedim(0, -3).flatten(-3, -2)
+    return z.mT @ z
 
 
-def rotated_squares(g_NOI: Tensor, U_A: Tensor | None, U_B: Tensor | None) -> Tensor:
+def rotated_squares(g_NgOI: Tensor, U_A: Tensor | None, U_B: Tensor | None) -> Tensor:
     """Second moments of gradients in an eigenbasis, ``Σ_n (U_Bᵀ g_n U_A)²``.
 
     Source: George et al., 2018, *Fast Approximate Natural Gradient Descent in a
     Kronecker-factored Eigenbasis*, Section 3.1.
 
     Args:
-        g_NOI: Gradients.
-        U_A: Eigenvectors of the input factor, ``[I, I]``; ``None`` for the identity.
-        U_B: Eigenvectors of the output factor, ``[O, O]``; ``None`` for the identity.
+        g_NgOI: Gradients.
+        U_A: Eigenvectors of the input factor, ``[*g, I, I]``; ``None`` for the identity.
+        U_B: Eigenvectors of the output factor, ``[*g, O, O]``; ``None`` for the identity.
 
     Returns:
-        The sum of squares, shape ``[O, I]``.
+        The sum of squares, shape ``[*g, O, I]``.
     """
-    _, O, I = g_NOI.shape
-    total = g_NOI.new_zeros(O, I)
-    for g in g_NOI.split(max(1, _MAX_ENTRIES // (O * I))):
+    total = torch.zeros_like(g_NgOI[0])
+    for g in g_NgOI.split(max(1, _MAX_ENTRIES // total.numel())):
         g = g if U_A is None else g @ U_A
-        g = g if U_B is None else U_B.T @ g
+        g = g if U_B is None else U_B.mT @ g
         total += g.square().sum(0)
     return total
 
 
-def rotated_squares_of_inputs(a_NSI: Tensor, b_NSO: Tensor, U_A: Tensor, U_B: Tensor) -> Tensor:
+def rotated_squares_of_inputs(a_NgSI: Tensor, b_NgSO: Tensor, U_A: Tensor, U_B: Tensor) -> Tensor:
     """The same for gradients ``Σ_s b_s a_sᵀ``, whose inputs and outputs are rotated apart.
 
     Cheaper than :func:`rotated_squares` for few positions, see
     :func:`rotation_of_inputs_is_cheaper`.
     """
-    _, O, I = len(b_NSO), b_NSO.shape[2], a_NSI.shape[2]
-    total = b_NSO.new_zeros(O, I)
-    chunk = max(1, _MAX_ENTRIES // (max(O, a_NSI.shape[1]) * I))
-    for a, b in zip(a_NSI.split(chunk), b_NSO.split(chunk), strict=True):
+    groups, (S, I), O = a_NgSI.shape[1:-2], a_NgSI.shape[-2:], b_NgSO.shape[-1]
+    total = b_NgSO.new_zeros(*groups, O, I)
+    chunk = max(1, _MAX_ENTRIES // (max(O, S) * I * groups.numel()))
+    for a, b in zip(a_NgSI.split(chunk), b_NgSO.split(chunk), strict=True):
         total += ((b @ U_B).mT @ (a @ U_A)).square_().sum(0)
     return total
 
@@ -67,22 +67,23 @@ def rotation_of_inputs_is_cheaper(positions: int, O: int, I: int) -> bool:
 
 @dataclass(frozen=True)
 class Eigendecomposition:
-    """``M = U diag(λ) Uᵀ`` with ascending ``λ ≥ 0``.
+    """``M = U diag(λ) Uᵀ`` with ``λ ≥ 0``.
 
     Attributes:
-        values: Eigenvalues ``λ``.
-        vectors: Eigenvectors, in the columns of ``U``.
+        values: Eigenvalues ``λ``; ascending, unless ``U`` is the identity.
+        vectors: Eigenvectors, in the columns of ``U``; ``None`` for the identity.
     """
 
     values: Tensor
-    vectors: Tensor
+    vectors: Tensor | None
 
 
 def eigendecomposition(matrix: Tensor, what: str) -> Eigendecomposition:
     """Decompose a positive semi-definite factor, in float64.
 
     Args:
-        matrix: The factor.
+        matrix: The factor: ``[I, I]``, one for each group ``[G, I, I]``, or the diagonal ``[I]``
+            of a diagonal one.
         what: What it is a factor of, for the error message.
 
     Returns:
@@ -92,6 +93,8 @@ def eigendecomposition(matrix: Tensor, what: str) -> Eigendecomposition:
         ValueError: If the factor has entries that are not finite.
     """
     check_finite(matrix, what)
+    if matrix.ndim == 1:
+        return Eigendecomposition(matrix.clamp(min=0), None)
     values, vectors = torch.linalg.eigh(matrix.double())
     # one layout of memory, so that products are the same to the last bit after saving and loading
     return Eigendecomposition(values.clamp(min=0).to(matrix), vectors.to(matrix).contiguous())

@@ -60,6 +60,9 @@ class KFACOptions:
         probe_type: Distribution of the random loss vectors, ``'rademacher'`` or ``'gaussian'``.
         eigenvalue_draws: Draws of each example for EK-FAC's eigenvalues; ``None`` to choose.
         gradient_group: Successive examples whose gradients EK-FAC sums before it squares them.
+        exact_bias: Whether the block of a bias of its own is exact, rather than ``B``.
+        max_dense: Entries up to which an exact block of a norm, or of parameters in no known
+            layer, is kept whole; of larger ones the diagonal.
     """
 
     fisher_type: FisherType
@@ -69,6 +72,8 @@ class KFACOptions:
     probe_type: ProbeType
     eigenvalue_draws: int | None = None
     gradient_group: int = 1
+    exact_bias: bool = True
+    max_dense: int = 1024
 
     @classmethod
     def parse(
@@ -80,6 +85,8 @@ class KFACOptions:
         probe_type: str | ProbeType,
         eigenvalue_draws: int | None = None,
         gradient_group: int = 1,
+        exact_bias: bool = True,
+        max_dense: int = 1024,
     ) -> KFACOptions:
         """Check the options that a user passed.
 
@@ -103,11 +110,14 @@ class KFACOptions:
                 "Only the gradients of 'mc' are independent with mean zero, so that squares of "
                 "their sums are unbiased; pass gradient_group=1."
             )
-        if not isinstance(separate_weight_and_bias, bool):
-            raise ValueError(
-                f"separate_weight_and_bias={separate_weight_and_bias!r} arrived. Pass True or "
-                "False."
-            )
+        for name, flag in (
+            ("separate_weight_and_bias", separate_weight_and_bias),
+            ("exact_bias", exact_bias),
+        ):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name}={flag!r} arrived. Pass True or False.")
+        if max_dense != 0:
+            check_count("max_dense", max_dense)
         return cls(
             fisher_type,
             mc_samples,
@@ -116,6 +126,8 @@ class KFACOptions:
             check_option("probe_type", probe_type, ProbeType),
             eigenvalue_draws,
             gradient_group,
+            exact_bias,
+            max_dense,
         )
 
     def num_eigenvalue_draws(self, regression: NoisedRegression) -> int:

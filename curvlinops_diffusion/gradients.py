@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
-from torch.utils._pytree import tree_map
+from torch.func import jvp, vmap
 from tqdm import tqdm
 
 from curvlinops_diffusion._checks import check_count, check_finite
 from curvlinops_diffusion._upstream import PyTorchLinearOperator
 from curvlinops_diffusion.data import CleanBatch
 from curvlinops_diffusion.differentiation import differentiable_attention
-from curvlinops_diffusion.hooks import check_observable, frozen, layer_gradients
+from curvlinops_diffusion.hooks import check_observable, example_gradients, frozen
 from curvlinops_diffusion.layers import cover
 from curvlinops_diffusion.measurements import measure, measurement_gradient, measurement_of
 from curvlinops_diffusion.objective import NoisedBatch
@@ -196,60 +195,30 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
     def _row_function(self) -> Callable[[CleanBatch], Tensor]:
         """A function from clean examples to rows ``[B, P]``.
 
-        Parameters of supported layers get their gradients from what the layers see, the others by
-        a vectorised map over examples.
+        Parameters of known layers get their gradients from what the layers see, the others by
+        differentiating example by example.
         """
         coverage = cover(self.regression.objective.model, self._params)
-        if coverage.layers:
-            check_observable(self.regression, coverage.layers)
-        others = {name: self._params[name].detach() for name in coverage.left_out}
+        check_observable(self.regression, coverage.layers)
 
         @torch.no_grad()
         def rows_of(clean: CleanBatch) -> Tensor:
             rows_BP = torch.zeros(len(clean.indices), self.shape[1], device=self.device)
             rows_BP = rows_BP.to(self.dtype)
             for batch in self.regression.noised_batches(clean):
-                gradients = layer_gradients(
-                    coverage.layers,
+                gradients = example_gradients(
+                    coverage,
                     self.regression.objective,
                     batch,
                     partial(measurement_gradient, self._measurement, batch),
                 )
-                gradients |= self._mapped_gradients(batch, others)
-                rows_BP += torch.cat([gradients[name].flatten(1) for name in self._params], 1)
+                flat = [gradients[name].reshape(len(rows_BP), -1) for name in self._params]
+                rows_BP += torch.cat(flat, 1)
             if not rows_BP.isfinite().all():
                 self._raise_not_finite(rows_BP, clean.indices)
             return rows_BP / self.regression.num_draws
 
         return rows_of
-
-    def _mapped_gradients(self, batch: NoisedBatch, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients of each example, ``[B, *shape]``, by mapping over examples."""
-        if not params:
-            return {}
-
-        def value(params: dict[str, Tensor], *example: Any) -> Tensor:
-            # an example of its own is a batch of one
-            level, x_t, timestep, condition, target, weight = tree_map(
-                lambda z, dim: z if dim is None else z.unsqueeze(0), example, in_dims
-            )
-            single = NoisedBatch([0], batch.draw, level, x_t, timestep, condition, target, weight)
-            return self._value_of(single, params).squeeze(0)
-
-        example = (
-            batch.level_B,
-            batch.x_t,
-            batch.timestep_B,
-            batch.condition,
-            batch.target_BD,
-            batch.weight_B,
-        )
-        in_dims = tree_map(lambda z: 0 if isinstance(z, Tensor) and z.ndim > 0 else None, example)
-        with differentiable_attention():
-            gradients: dict[str, Tensor] = vmap(grad(value), in_dims=(None, *in_dims))(
-                params, *example
-            )
-        return {name: g.to(self.dtype) for name, g in gradients.items()}
 
     # -----------------------------------------------------------------------------------------
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion._checks import check_finite
-from curvlinops_diffusion.layers import Layer, Part, part_inputs
+from curvlinops_diffusion.layers import Coverage, Layer, SharingKind
+from curvlinops_diffusion.mapped import mapped_gradients
 from curvlinops_diffusion.objective import DenoisingObjective, NoisedBatch
 from curvlinops_diffusion.regression import NoisedRegression
 
@@ -53,28 +54,49 @@ class Tap:
     sources: list[Tensor] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
     batch_size: int = 0
+    _recomputing: bool = False
+    _paused: bool = False
 
     def backward(self, prediction_BD: Tensor, v_BD: Tensor, retain_graph: bool = False) -> None:
         """Pull ``v`` back to every layer's output, where ``on_gradient`` sees it."""
-        if self.sources and prediction_BD.requires_grad:
+        if not self.sources or not prediction_BD.requires_grad:
+            return
+        self._recomputing = True
+        try:
             torch.autograd.grad(
                 prediction_BD, self.sources, v_BD, retain_graph=retain_graph, allow_unused=True
             )
+        finally:
+            self._recomputing = False
 
     def restart(self, batch_size: int) -> None:
         """Forget the latest forward pass."""
         self.sources, self.calls, self.batch_size = [], {}, batch_size
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """See nothing of the forward passes within the context."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     def observe(
         self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor
     ) -> Tensor | None:
         """Forward hook: report the input, and have the output report its gradient."""
-        x = args[0] if args else kwargs["input"]
-        if x.ndim < 2 or len(x) != self.batch_size:
+        if self._paused:
+            return None
+        if self._recomputing:
+            # a checkpoint runs its part of the network again for the values that it did not keep
+            return None if output.requires_grad else _start_of_graph(output)[1]
+        x = args[0] if args else next(iter(kwargs.values()))
+        if not layer.kind.has_batch_axis(module, x) or len(x) % self.batch_size:
             raise ValueError(
                 f"Layer '{layer.name}' was given an input of shape {tuple(x.shape)} for a batch of "
-                f"{self.batch_size}. The first axis must be the batch, or examples cannot be told "
-                "apart; leave the layer's parameters out of params."
+                f"{self.batch_size}. The first axis must be the batch (or the batch times frames), "
+                "or examples cannot be told apart; leave the layer's parameters out of params."
             )
         call = self.calls.get(layer.name, 0)
         self.calls[layer.name] = call + 1
@@ -86,16 +108,20 @@ class Tap:
             return None
         replaced = None
         if not output.requires_grad:
-            # the graph begins here; a copy goes on, since a leaf must not be changed in place
-            output = output.detach().requires_grad_()
+            output, replaced = _start_of_graph(output)
             self.sources.append(output)
-            replaced = output.clone()
         output.register_hook(partial(self._report, layer, call))
         return replaced
 
     def _report(self, layer: Layer, call: int, g: Tensor) -> None:
         assert self.on_gradient is not None
         self.on_gradient(layer, call, g.detach())
+
+
+def _start_of_graph(output: Tensor) -> tuple[Tensor, Tensor]:
+    """A leaf with the output's values, and a copy that goes on: leaves must not be changed."""
+    leaf = output.detach().requires_grad_()
+    return leaf, leaf.clone()
 
 
 @contextmanager
@@ -160,42 +186,19 @@ class CallRecorder:
         self._consume(layer, [inputs[call] for call in order], [arrived[call] for call in order])
 
 
-def _pull_back(
-    layers: Sequence[Layer],
-    objective: DenoisingObjective,
-    batch: NoisedBatch,
-    loss_vector: Callable[[Tensor], Tensor],
-    consume: Callable[[Part, list[Tensor], list[Tensor]], None],
-) -> dict[str, int]:
-    """Hand (part, inputs, gradients), each a list over the layer's calls, to ``consume``.
-
-    Returns:
-        How often each layer was called, by its name.
-    """
-    dtype = objective.working_dtype
-
-    def consume_layer(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
-        for part in layer.parts(separate=True):
-            consume(part, [x.to(dtype) for x in xs], [g.to(dtype) for g in gs])
-
-    recorder = CallRecorder(consume_layer)
-    with tapped(layers, recorder.tap), frozen(objective.model), torch.enable_grad():
-        recorder.start_forward(len(batch.indices))
-        prediction_BD = objective.predict(batch)
-        recorder.backward(prediction_BD, loss_vector(prediction_BD.detach()))
-    return recorder.tap.calls
-
-
-def layer_gradients(
-    layers: Sequence[Layer],
+def example_gradients(
+    coverage: Coverage,
     objective: DenoisingObjective,
     batch: NoisedBatch,
     loss_vector: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """Per-example gradients of the parameters of layers on one noised batch.
+    """Per-example gradients of the covered parameters on one noised batch.
+
+    Parameters of known layers get theirs from what the layers see, the others by differentiating
+    example by example.
 
     Args:
-        layers: The layers.
+        coverage: The parameters, and the layers that hold them.
         objective: Supplies the model.
         batch: The noised batch.
         loss_vector: Maps the prediction ``[B, D]`` to the vectors ``[B, D]`` that are pulled back.
@@ -203,35 +206,39 @@ def layer_gradients(
     Returns:
         The gradients, of shape ``[B, *param.shape]``, by the parameter's name.
     """
-    own = dict(objective.model.named_parameters())
-    B = len(batch.indices)
-    gradients = {
-        part.params[0]: part.new_zeros(objective.working_dtype, B, *own[part.params[0]].shape)
-        for layer in layers
-        for part in layer.parts(separate=True)
-    }
+    dtype, N = objective.working_dtype, len(batch.indices)
+    gradients: dict[str, Tensor] = {}
 
-    def consume(part: Part, xs: list[Tensor], gs: list[Tensor]) -> None:
-        name = part.params[0]
-        gradients[name] = gradient_of_calls(part, xs, gs).reshape(gradients[name].shape)
+    def consume(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
+        gradients.update(
+            layer.example_gradients(in_precision(xs, dtype), in_precision(gs, dtype), N)
+        )
 
-    _pull_back(layers, objective, batch, loss_vector, consume)
+    recorder = CallRecorder(consume)
+    with tapped(coverage.layers, recorder.tap), frozen(objective.model), torch.enable_grad():
+        recorder.start_forward(N)
+        prediction_BD = objective.predict(batch)
+        v_BD = loss_vector(prediction_BD.detach())
+        recorder.backward(prediction_BD, v_BD)
+    own = {name: coverage.params[name] for name in coverage.others}
+    gradients |= mapped_gradients(objective, batch, v_BD, own)
+    for name, p in coverage.params.items():
+        if name not in gradients:  # no influence on the prediction
+            gradients[name] = p.new_zeros(N, *p.shape, dtype=dtype).detach()
     return gradients
 
 
-def gradient_of_calls(
-    part: Part, xs: Sequence[Tensor], gs: Sequence[Tensor], group: int = 1
-) -> Tensor:
-    """The gradients of a part over all calls of its layer, ``[N / group, O, I]``."""
-    first, *others = (part.gradients(x, g, group) for x, g in zip(xs, gs, strict=True))
-    return sum(others, first)
+def in_precision(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Floating-point tensors in a precision; tokens as they are."""
+    return [z.to(dtype) if z.is_floating_point() else z for z in tensors]
 
 
 def check_observable(regression: NoisedRegression, layers: Sequence[Layer]) -> dict[str, int]:
     """Check, on two examples, that what hooks see gives each parameter's true gradient.
 
     Hooks miss a weight that is used outside its layer's call (as ``nn.MultiheadAttention`` does),
-    or an overridden ``forward``; the curvature would then be silently wrong.
+    an overridden ``forward``, or a first axis in which the examples do not lie one after the other;
+    the curvature would then be silently wrong.
 
     Returns:
         How often each layer is called in a forward pass, by its name.
@@ -240,15 +247,20 @@ def check_observable(regression: NoisedRegression, layers: Sequence[Layer]) -> d
         ValueError: If a gradient differs from automatic differentiation's, or is not finite,
             naming the parameter.
     """
+    if not layers:
+        return {}
     objective = regression.objective
     clean = next(regression.clean_batches())
     batch = next(regression.noised_batches(clean.select(range(min(2, len(clean.indices))))))
+    N, dtype = len(batch.indices), objective.working_dtype
     own = dict(objective.model.named_parameters())
-    names = [part.params[0] for layer in layers for part in layer.parts(separate=True)]
+    names = [name for layer in layers for name in layer.params]
+    # examples of different weight, so that they are told apart
+    share_B = 1 / torch.arange(1.0, N + 1, dtype=dtype, device=objective.device)
     with frozen(objective.model), torch.enable_grad():
         for name in names:
             own[name].requires_grad_(True)
-        loss = batch.loss(objective.predict(batch)).sum()
+        loss = (share_B * batch.loss(objective.predict(batch))).sum()
         gradients = torch.autograd.grad(loss, [own[n] for n in names], allow_unused=True)
     true = dict(zip(names, gradients, strict=True))
 
@@ -258,29 +270,43 @@ def check_observable(regression: NoisedRegression, layers: Sequence[Layer]) -> d
     noise = 10 * objective.rounding * max(norms, default=0.0)
     wrong = {name for name, gradient in true.items() if gradient is not None}
 
-    def consume(part: Part, xs: list[Tensor], gs: list[Tensor]) -> None:
-        name = part.params[0]
-        b_NSO = torch.cat([part.layer.gradients(g) for g in gs], 1)
-        check_finite(b_NSO, f"The gradient in the output of the layer of '{name}'")
-        largest = b_NSO.abs().max().clamp(min=torch.finfo(b_NSO.dtype).tiny)  # or norms overflow
-        seen = gradient_of_calls(part, xs, gs).sum(0).reshape(own[name].shape)
-        truth = true[name] if true[name] is not None else torch.zeros_like(seen)
-        # the terms of a gradient may cancel, so errors are measured against the terms
-        a_NSI = part_inputs(part, xs, objective.working_dtype)
-        inputs = b_NSO.shape[1] ** 0.5 if a_NSI is None else a_NSI.norm()
-        terms = (b_NSO / largest).norm() * inputs
-        difference = ((seen - truth) / largest).norm()
-        if difference <= tolerance * terms or difference * largest <= noise:
-            wrong.discard(name)
-        else:
-            wrong.add(name)
+    def consume(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
+        xs, gs = in_precision(xs, dtype), in_precision(gs, dtype)
+        for g in gs:
+            check_finite(g, f"The gradient in the output of the layer of '{layer.params[0]}'")
+        # or norms overflow
+        largest = max(float(g.abs().max()) for g in gs) or 1.0
+        terms = torch.cat([g.flatten() / largest for g in gs]).norm()
+        for name, rows in layer.example_gradients(xs, gs, N).items():
+            seen = torch.tensordot(share_B, rows, 1)
+            gradient = true[name]
+            truth = torch.zeros_like(seen) if gradient is None else gradient.to(dtype)
+            difference = ((seen - truth) / largest).norm()
+            # the terms of a gradient may cancel, so errors are measured against the terms
+            allowed = tolerance * terms * _input_norm(layer, name, xs, gs)
+            if difference <= allowed or difference * largest <= noise:
+                wrong.discard(name)
+            else:
+                wrong.add(name)
 
-    calls = _pull_back(layers, objective, batch, batch.loss_gradient, consume)
+    recorder = CallRecorder(consume)
+    with tapped(layers, recorder.tap), frozen(objective.model), torch.enable_grad():
+        recorder.start_forward(N)
+        prediction_BD = objective.predict(batch)
+        recorder.backward(prediction_BD, batch.loss_gradient(prediction_BD.detach()))
     if wrong:
         name = min(wrong)
         raise ValueError(
             f"The gradient of '{name}' ({len(wrong)} parameters in all) is not the one that its "
             "layer's inputs and outputs give: the parameter is also used outside its layer's "
-            "call, or the layer computes more than its type says. Leave it out of params."
+            "call, the layer computes more than its type says, or its first axis does not hold "
+            "one example after the other. Leave it out of params."
         )
-    return calls
+    return recorder.tap.calls
+
+
+def _input_norm(layer: Layer, name: str, xs: Sequence[Tensor], gs: Sequence[Tensor]) -> float:
+    """The norm of what multiplies the gradients in a layer's outputs to give a parameter's."""
+    if name == layer.weight and isinstance(layer.kind, SharingKind):
+        return sum(float(layer.kind.input_norm(layer.module, x)) for x in xs)
+    return float(sum(g.numel() for g in gs)) ** 0.5  # ones, or normalised inputs

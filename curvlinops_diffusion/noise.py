@@ -6,9 +6,11 @@ Legend: T noise levels, B batch. A *level* is an index ``0 .. T-1`` in order of 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from math import pi
 from typing import Any
 
 import torch
@@ -57,6 +59,25 @@ class NoiseProcess:
     def snr_T(self) -> Tensor:
         """Signal-to-noise ratio ``alpha_t² / sigma_t²`` of each level, shape ``[T]``."""
         return (self.alphas_T / self.sigmas_T).square()
+
+    @classmethod
+    def edm(cls, p_mean: float = -1.2, p_std: float = 1.2, num_levels: int = 1000) -> NoiseProcess:
+        """EDM's training noise: ``x_t = x0 + sigma eps`` with log-normal ``sigma``.
+
+        The levels are the distribution's quantiles, so that uniform levels are log-normal. The
+        network is told ``sigma`` and predicts ``x0``: it is the whole preconditioned denoiser
+        ``c_skip x_t + c_out F(c_in x_t, c_noise)``. Weight with :class:`EDMWeighting`.
+
+        Source: Karras et al., 2022, Table 1 and Section 5.
+
+        Args:
+            p_mean: Mean of ``log sigma``.
+            p_std: Standard deviation of ``log sigma``.
+            num_levels: The number of quantiles.
+        """
+        middle_T = (torch.arange(num_levels, dtype=torch.float64) + 0.5) / num_levels
+        sigmas_T = (p_mean + p_std * torch.special.ndtri(middle_T)).exp()
+        return cls(torch.ones_like(sigmas_T), sigmas_T, sigmas_T, PredictionType.SAMPLE)
 
     def noised(self, x0: Tensor, eps: Tensor, level: Tensor) -> Tensor:
         """Noise clean examples: ``x_t = alpha_t x0 + sigma_t eps``.
@@ -160,8 +181,16 @@ def _variance_preserving(scheduler: Any) -> NoiseProcess:
 # ---------------------------------------------------------------------------------------------
 
 
+class ProcessWeighting(ABC):
+    """A weighting that is made of the noise process."""
+
+    @abstractmethod
+    def __call__(self, process: NoiseProcess) -> Tensor:
+        """The weight of each level, float64, shape ``[T]``."""
+
+
 @dataclass(frozen=True)
-class MinSNRWeighting:
+class MinSNRWeighting(ProcessWeighting):
     """Min-SNR-γ weighting: ``w_t = min(SNR_t, γ)`` in units of the error of ``x0``.
 
     The error of ``x0`` is a multiple of the error of the network's target, so that ``w_t`` becomes
@@ -186,14 +215,47 @@ class MinSNRWeighting:
                 return snr_T.clamp(max=self.gamma) * process.sigmas_T.square()
 
 
-Weighting = MinSNRWeighting | Callable[[Tensor], Tensor] | Tensor | None
+@dataclass(frozen=True)
+class EDMWeighting(ProcessWeighting):
+    """EDM's ``w = (sigma² + sigma_data²) / (sigma sigma_data)²`` (Karras et al., 2022, Section 5).
+
+    Attributes:
+        sigma_data: The standard deviation of the data.
+    """
+
+    sigma_data: float = 0.5
+
+    def __call__(self, process: NoiseProcess) -> Tensor:
+        """The weight of each level, float64, shape ``[T]``."""
+        sigma_T = process.sigmas_T / process.alphas_T
+        return (sigma_T.square() + self.sigma_data**2) / (sigma_T * self.sigma_data).square()
+
+
+class CosmapWeighting(ProcessWeighting):
+    """SD3's ``w = 2 / (π (1 - 2 s + 2 s²))`` in flow matching's ``s`` (Esser et al., 2024, 3.1)."""
+
+    def __call__(self, process: NoiseProcess) -> Tensor:
+        """The weight of each level, float64, shape ``[T]``."""
+        s_T = process.sigmas_T
+        return 2 / (pi * (1 - 2 * s_T + 2 * s_T.square()))
+
+
+class InverseVarianceWeighting(ProcessWeighting):
+    """``w = 1 / sigma²``, called ``sigma_sqrt`` in ``diffusers``' training scripts of SD3."""
+
+    def __call__(self, process: NoiseProcess) -> Tensor:
+        """The weight of each level, float64, shape ``[T]``."""
+        return process.sigmas_T.square().reciprocal()
+
+
+Weighting = ProcessWeighting | Callable[[Tensor], Tensor] | Tensor | None
 
 
 def weight_table(weighting: Weighting, process: NoiseProcess) -> Tensor:
     """Evaluate a weighting ``w_t`` at every level.
 
     Args:
-        weighting: ``None`` for ``w_t = 1``, a :class:`MinSNRWeighting`, a callable that maps the
+        weighting: ``None`` for ``w_t = 1``, a :class:`ProcessWeighting`, a callable that maps the
             timesteps (what the network is told, shape ``[T]``) to weights, or a table of ``T``
             weights in order of rising noise.
         process: The noise process.
@@ -206,7 +268,7 @@ def weight_table(weighting: Weighting, process: NoiseProcess) -> Tensor:
     """
     if weighting is None:
         return torch.ones(process.num_levels, dtype=torch.float64)
-    if isinstance(weighting, MinSNRWeighting):
+    if isinstance(weighting, ProcessWeighting):
         weights: Any = weighting(process)
     elif callable(weighting):
         weights = weighting(process.timesteps_T)
@@ -216,8 +278,8 @@ def weight_table(weighting: Weighting, process: NoiseProcess) -> Tensor:
         weights_T = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            f"weighting={weighting!r} is none of: None, MinSNRWeighting(gamma), a callable of the "
-            "timesteps, or a table with one weight for each noise level."
+            f"weighting={weighting!r} is none of: None, a weighting like MinSNRWeighting(gamma), a "
+            "callable of the timesteps, or a table with one weight for each noise level."
         ) from None
     if weights_T.shape != (process.num_levels,):
         raise ValueError(

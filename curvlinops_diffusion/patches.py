@@ -17,6 +17,7 @@ convolution of stride 1 on a 16×16 image so needs a fourteenth of the multiplic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement, product
 from math import pi
@@ -40,28 +41,52 @@ Interval = tuple[int, int]
 Key = tuple[int, int, int]  # phase, phase, and shift, along one axis
 
 
-def patches(module: nn.Conv2d, x: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Convolution2d:
+    """What a two-dimensional convolution does besides its weight, without groups.
+
+    Attributes:
+        kernel_size: Taps along the rows' and the columns' axis.
+        stride: The strides.
+        dilation: The dilations.
+        padding: Pixels added at the left, right, top and bottom.
+        padding_mode: What with, as in :class:`torch.nn.Conv2d`.
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[int, int, int, int]
+    padding_mode: str = "zeros"
+
+    @classmethod
+    def of(cls, module: nn.Conv2d) -> Convolution2d:
+        """The geometry of a module."""
+        left, right, top, bottom = module._reversed_padding_repeated_twice  # strings resolved
+        padding = (left, right, top, bottom)
+        return cls(module.kernel_size, module.stride, module.dilation, padding, module.padding_mode)
+
+
+def patches(conv: Convolution2d, x: Tensor) -> Tensor:
     """The patches that a convolution multiplies with its weight.
 
     Args:
-        module: The convolution, without groups. Any stride, dilation, padding and padding mode.
+        conv: The convolution.
         x: Its input, shape ``[N, C, H, W]``.
 
     Returns:
         One patch for each output pixel, shape ``[N, S, I]``; entries are ordered like
-        ``module.weight.flatten(1)``.
+        ``weight.flatten(1)``.
     """
-    x, padding = _padded_explicitly(module, x)
-    columns = unfold(
-        pad(x, padding), module.kernel_size, dilation=module.dilation, stride=module.stride
-    )
+    x, padding = _padded_explicitly(conv, x)
+    columns = unfold(pad(x, padding), conv.kernel_size, dilation=conv.dilation, stride=conv.stride)
     return columns.transpose(1, 2)
 
 
-def patch_sum(module: nn.Conv2d, x: Tensor) -> Tensor:
+def patch_sum(conv: Convolution2d, x: Tensor) -> Tensor:
     """The sum of the patches of each example, shape ``[N, I]``, without forming them."""
-    x, padding = _padded_explicitly(module, x)
-    rows, columns = _axes(module, x, padding)
+    x, padding = _padded_explicitly(conv, x)
+    rows, columns = _axes(conv, x, padding)
     x = pad(x, padding)
     sums = x.new_empty(*x.shape[:2], len(rows.taps), len(columns.taps))
     for (k, top), (l, left) in product(enumerate(rows.starts), enumerate(columns.starts)):
@@ -75,41 +100,32 @@ def patch_sum(module: nn.Conv2d, x: Tensor) -> Tensor:
     return sums.flatten(1)
 
 
-def num_patches(module: nn.Conv2d, x: Tensor) -> int:
-    """The number ``S`` of output pixels of each example."""
-    x, padding = _padded_explicitly(module, x)
-    rows, columns = _axes(module, x, padding)
-    return rows.outputs * columns.outputs
-
-
-def patch_gradients(module: nn.Conv2d, x: Tensor, g: Tensor, group: int) -> Tensor:
-    """Gradients of the weight, summed over groups of successive examples.
+def patch_gradients(conv: Convolution2d, x: Tensor, g: Tensor, sums: int) -> Tensor:
+    """Gradients of the weight, summed over equally many successive examples.
 
     Args:
-        module: The convolution.
+        conv: The convolution.
         x: Its input, shape ``[N, C, H, W]``.
         g: The gradient in its output.
-        group: Examples in a group.
+        sums: The number of sums.
 
     Returns:
-        The sums, shape ``[N / group, O, I]``.
+        The sums, shape ``[sums, O, I]``.
     """
-    taps = module.kernel_size[0] * module.kernel_size[1]
+    group = len(x) // sums
+    taps = conv.kernel_size[0] * conv.kernel_size[1]
     if group * x.shape[1] * taps * g.shape[2] * g.shape[3] <= _SMALL_GROUP:
-        gradients = g.flatten(2) @ patches(module, x)
-        return gradients if group == 1 else gradients.unflatten(0, (-1, group)).sum(1)
-    x, padding = _padded_explicitly(module, x)
+        gradients = g.flatten(2) @ patches(conv, x)
+        return gradients if group == 1 else gradients.unflatten(0, (sums, group)).sum(1)
+    x, padding = _padded_explicitly(conv, x)
     left, right, top, bottom = padding
     symmetric = (top, left)
     if (top, left) != (bottom, right):
         x, symmetric = pad(x, padding), (0, 0)
-    result = x.new_empty(len(x) // group, *module.weight.shape)
-    for sums, x_part, g_part in zip(result, x.split(group), g.split(group), strict=True):
-        sums.copy_(
-            conv2d_weight(
-                x_part, module.weight.shape, g_part, module.stride, symmetric, module.dilation
-            )
-        )
+    shape = (g.shape[1], x.shape[1], *conv.kernel_size)
+    result = x.new_empty(sums, *shape)
+    for total, x_part, g_part in zip(result, x.split(group), g.split(group), strict=True):
+        total.copy_(conv2d_weight(x_part, shape, g_part, conv.stride, symmetric, conv.dilation))
     return result.flatten(2)
 
 
@@ -117,22 +133,22 @@ class PatchMoment:
     """A running sum of the patches' second moments, ``Σ_n Σ_s a_s a_sᵀ``, of shape ``[I, I]``.
 
     Args:
-        module: The convolution.
+        conv: The convolution.
     """
 
-    def __init__(self, module: nn.Conv2d):
-        self._module = module
+    def __init__(self, conv: Convolution2d):
+        self._conv = conv
         # one geometry for each image size that occurs
         self._sums: dict[tuple[int, ...], _SpectralSums | _PatchSums] = {}
 
     def add(self, x: Tensor, weight: float) -> None:
         """Add ``weight`` times the second moment of the patches of ``x``, ``[N, C, H, W]``."""
-        x, padding = _padded_explicitly(self._module, x)
+        x, padding = _padded_explicitly(self._conv, x)
         if x.shape[1:] not in self._sums:
-            geometry = _Geometry(*_axes(self._module, x, padding))
+            geometry = _Geometry(*_axes(self._conv, x, padding))
             cheaper = geometry.spectral_cost < geometry.patch_cost
             self._sums[x.shape[1:]] = (
-                _SpectralSums(geometry, x) if cheaper else _PatchSums(self._module)
+                _SpectralSums(geometry, x) if cheaper else _PatchSums(self._conv)
             )
         self._sums[x.shape[1:]].add(x, weight)
 
@@ -147,12 +163,11 @@ class PatchMoment:
 # ---------------------------------------------------------------------------------------------
 
 
-def _padded_explicitly(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, list[int]]:
+def _padded_explicitly(conv: Convolution2d, x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
     """The input and the zero padding (left, right, top, bottom) still to apply to it."""
-    padding: list[int] = module._reversed_padding_repeated_twice  # strings already resolved
-    if module.padding_mode == "zeros":
-        return x, padding
-    return pad(x, padding, mode=module.padding_mode), [0, 0, 0, 0]
+    if conv.padding_mode == "zeros":
+        return x, conv.padding
+    return pad(x, conv.padding, mode=conv.padding_mode), (0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -207,16 +222,16 @@ class _Axis:
         return [part for part in ((low, start), (stop, high)) if part[0] < part[1]]
 
 
-def _axes(module: nn.Conv2d, x: Tensor, padding: list[int]) -> tuple[_Axis, _Axis]:
+def _axes(conv: Convolution2d, x: Tensor, padding: Sequence[int]) -> tuple[_Axis, _Axis]:
     left, right, top, bottom = padding
     axes = []
     for size, before, after, K, stride, dilation in zip(
         x.shape[2:],
         (top, left),
         (bottom, right),
-        module.kernel_size,
-        module.stride,
-        module.dilation,
+        conv.kernel_size,
+        conv.stride,
+        conv.dilation,
         strict=True,
     ):
         outputs = (size + before + after - dilation * (K - 1) - 1) // stride + 1
@@ -301,16 +316,15 @@ class _Geometry:
 class _PatchSums:
     """The running sum by patches: simple, and cheaper for small kernels or images."""
 
-    def __init__(self, module: nn.Conv2d):
-        self._module = module
+    def __init__(self, conv: Convolution2d):
+        self._conv = conv
         self._total: Tensor | None = None
 
     def add(self, x: Tensor, weight: float) -> None:
-        module = self._module
-        padding = module._reversed_padding_repeated_twice if module.padding_mode == "zeros" else [0]
-        if any(padding):
-            x = pad(x, padding)
-        a_SI = unfold(x, module.kernel_size, dilation=module.dilation, stride=module.stride)
+        conv = self._conv
+        if conv.padding_mode == "zeros" and any(conv.padding):  # others are applied already
+            x = pad(x, conv.padding)
+        a_SI = unfold(x, conv.kernel_size, dilation=conv.dilation, stride=conv.stride)
         a_SI = a_SI.transpose(1, 2).flatten(0, 1)
         if self._total is None:
             self._total = x.new_zeros(a_SI.shape[1], a_SI.shape[1])

@@ -49,8 +49,9 @@ class NoisedRegression:
     Args:
         objective: The denoising objective.
         data: Clean examples: a tensor ``[N, ...]``; a ``Dataset``; a ``DataLoader`` or a list of
-            batches. Items and batches are tensors, or dicts with key ``'x0'`` whose other entries
-            are passed to the model as keyword arguments (``class_labels``,
+            batches. Items and batches are tensors, pairs of these and integer labels or prompts
+            (``'class_labels'``, ``'prompt'``), or dicts with key ``'x0'`` whose other entries are
+            passed to the model as keyword arguments (``class_labels``,
             ``encoder_hidden_states``, nested ``added_cond_kwargs``, …); a dict of whole tensors
             is accepted too. It may live on another device than the model.
         num_draws: The number ``R`` of draws for each example. Default: 8, or the length of a list
@@ -133,6 +134,7 @@ class NoisedRegression:
             "num_levels": self.draws.num_levels,
             "prediction_type": self.objective.process.prediction_type.value,
             "reduction": self.objective.reduction.value,
+            "condition_dropout": self.objective.condition_dropout,
         }
 
     def clean_batches(self) -> Iterator[CleanBatch]:
@@ -143,10 +145,19 @@ class NoisedRegression:
 
     def noised_batches(self, clean: CleanBatch) -> Iterator[NoisedBatch]:
         """Yield every draw of a batch of clean examples."""
+        indices, draws = clean.indices, self.draws
+        encoded = self.objective.encode(clean)
+        shape = encoded.mean.shape[1:]
+        dropout = self.objective.condition_dropout
         for r in range(self.num_draws):
-            eps = self.draws.noise(clean.indices, r, clean.x0.shape[1:])
-            level_B = self.draws.levels(clean.indices, r)
-            yield self.objective.noise(clean.x0, clean.condition, level_B, eps, clean.indices, r)
+            x0, condition = encoded.mean, encoded.condition
+            if encoded.std is not None:
+                x0 = x0 + encoded.std * draws.latent_noise(indices, r, shape).to(x0)
+            if dropout > 0:
+                dropped_B = draws.dropped(indices, r, dropout)
+                condition = self.objective.drop_condition(condition, dropped_B)
+            eps, level_B = draws.noise(indices, r, shape), draws.levels(indices, r)
+            yield self.objective.noise(x0, condition, level_B, eps, indices, r)
 
     def batches(self) -> Iterator[NoisedBatch]:
         """Yield every draw of every example; the draws of a batch follow each other."""

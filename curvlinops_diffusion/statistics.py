@@ -3,7 +3,8 @@
 A pass runs the network on every draw and, for each loss vector, one backward pass. The sums are
 divided by their number of terms here (``mean``) and nowhere else.
 
-Legend: N batch, S weight-sharing positions, I inputs, O outputs, D entries of a prediction.
+Legend: N batch, g an optional axis of groups, S weight-sharing positions, I inputs, O outputs,
+D entries of a prediction.
 """
 
 from __future__ import annotations
@@ -16,13 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from curvlinops_diffusion.factors import (
-    Eigendecomposition,
-    rotated_squares,
-    rotated_squares_of_inputs,
-    rotation_of_inputs_is_cheaper,
-    second_moment,
-)
+from curvlinops_diffusion.exact import ExactBlock, exact_blocks
+from curvlinops_diffusion.factors import Eigendecomposition, second_moment
 from curvlinops_diffusion.fisher import (
     FisherType,
     KFACApprox,
@@ -35,11 +31,12 @@ from curvlinops_diffusion.hooks import (
     Tap,
     check_observable,
     frozen,
-    gradient_of_calls,
+    in_precision,
     tapped,
 )
-from curvlinops_diffusion.layers import Layer, Part, PartKind, part_inputs
-from curvlinops_diffusion.moments import LatestProduct, RowMoment
+from curvlinops_diffusion.layers import Coverage, ExactKind, Layer
+from curvlinops_diffusion.mapped import mapped_gradients
+from curvlinops_diffusion.moments import LatestProduct
 from curvlinops_diffusion.objective import NoisedBatch
 from curvlinops_diffusion.regression import NoisedRegression
 
@@ -50,32 +47,36 @@ class KroneckerFactors:
 
     Attributes:
         inputs: ``A``, by the key of the part (see :class:`~curvlinops_diffusion.layers.Part`);
-            biases of their own have none.
+            biases have none.
         outputs: ``B``, by the name of the layer.
+        exact: Blocks without Kronecker form, by their key: matrices ``[n, n]``, or their diagonals
+            ``[n]``.
     """
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
+    exact: dict[str, Tensor]
 
 
 def kronecker_factors(
     regression: NoisedRegression,
-    layers: Sequence[Layer],
+    coverage: Coverage,
     options: KFACOptions,
     progressbar: bool = False,
 ) -> KroneckerFactors:
-    """Compute the Kronecker factors in one pass over the data.
+    """Compute the Kronecker factors, and the blocks that have none, in one pass over the data.
 
     With positions ``s = 1..S`` and the expectation over examples, draws and loss vectors::
 
         expand:  A = E[1/S Σ_s a_s a_sᵀ]                  B = E[Σ_s b_s b_sᵀ]
         reduce:  A = E[(1/S Σ_s a_s)(1/S Σ_s a_s)ᵀ]       B = E[(Σ_s b_s)(Σ_s b_s)ᵀ]
+        exact:   F = E[g gᵀ]
 
     Source: Eschenhagen et al., 2023, Sections 3.2 and 3.3; Mlodozeniec et al., 2025, Section 2.3.
 
     Args:
         regression: Objective, data and draws.
-        layers: The layers.
+        coverage: The parameters, and the layers that hold them.
         options: Fisher type and K-FAC approximation.
         progressbar: Whether to show progress.
 
@@ -85,25 +86,45 @@ def kronecker_factors(
     Raises:
         ValueError: If hooks cannot observe a layer's gradient (see :func:`check_observable`).
     """
+    layers = coverage.layers
     calls = check_observable(regression, layers)
     dtype = regression.objective.working_dtype
     inputs = _InputFactors(layers, options, dtype, calls)
     outputs = _OutputFactors(layers, options, dtype)
+    exact = _ExactBlocks(coverage, options, dtype)
     backward = options.fisher_type is not FisherType.FORWARD_ONLY
-    tap = Tap(inputs.observe, outputs.observe if backward else None)
+
+    def on_input(layer: Layer, x: Tensor) -> None:
+        inputs.observe(layer, x)
+        exact.observe_input(layer, x)
+
+    def on_gradient(layer: Layer, call: int, g: Tensor) -> None:
+        outputs.observe(layer, g)
+        exact.observe_gradient(layer, call, g)
+
+    tap = Tap(on_input, on_gradient if backward else None)
     with tapped(layers, tap), frozen(regression.objective.model):
         for batch in _with_progress(regression, "Kronecker factors", progressbar):
-            tap.restart(len(batch.indices))
+            N = len(batch.indices)
+            tap.restart(N)
+            inputs.start_forward(N)
+            outputs.start_forward(N)
+            exact.start_forward(N)
             with torch.set_grad_enabled(backward):
                 prediction_BD = regression.objective.predict(batch)
             inputs.end_forward()
             for v_BD, more in _loss_vectors(regression, batch, prediction_BD, options):
                 tap.backward(prediction_BD, v_BD, retain_graph=more)
                 outputs.end_backward()
+                with tap.paused():
+                    exact.add_mapped(
+                        mapped_gradients(regression.objective, batch, v_BD, exact.mapped)
+                    )
+                exact.end_backward()
     count = regression.num_samples
-    return KroneckerFactors(
-        inputs.means(count), outputs.means(count) if backward else outputs.identities()
-    )
+    if not backward:
+        return KroneckerFactors(inputs.means(count), outputs.identities(), exact.identities())
+    return KroneckerFactors(inputs.means(count), outputs.means(count), exact.means(count))
 
 
 class _InputFactors:
@@ -119,25 +140,31 @@ class _InputFactors:
         self._parts = {
             layer.name: part
             for layer in layers
-            for part in layer.parts(options.separate_weight_and_bias)
-            if part.kind is not PartKind.BIAS
+            for part in layer.parts(options.separate_weight_and_bias, options.exact_bias)
+            if not part.is_bias
         }
         self._expand = options.kfac_approx is KFACApprox.EXPAND
         self._dtype = dtype
         self._calls = calls
         self._latest = LatestProduct()
         self._moments = {
-            name: part.input_moment(self._latest) if self._expand else RowMoment()
+            name: part.input_moment(self._latest)
             for name, part in self._parts.items()
+            if self._expand or part.kind.one_hot
         }
-        self._arrived: dict[str, list[Tensor]] = {}
+        self._sums = _Sums()  # with "reduce"
         self._seen: set[str] = set()
+        self._arrived: dict[str, list[Tensor]] = {}
+        self._N = 0
+
+    def start_forward(self, N: int) -> None:
+        self._N = N
 
     def observe(self, layer: Layer, x: Tensor) -> None:
-        if layer.name not in self._parts:  # only the bias was selected
+        if layer.name not in self._parts:
             return
         arrived = self._arrived.setdefault(layer.name, [])
-        arrived.append(x.to(self._dtype))
+        arrived += in_precision([x], self._dtype)
         if len(arrived) == self._calls[layer.name]:
             self._add(layer.name)
 
@@ -147,40 +174,55 @@ class _InputFactors:
         self._latest.forget()
 
     def _add(self, name: str) -> None:
-        part, moment, xs = self._parts[name], self._moments[name], self._arrived.pop(name)
-        S = sum(part.positions(x) for x in xs)
-        self._seen.add(name)
-        if self._expand:
+        part, xs = self._parts[name], self._arrived.pop(name)
+        S = sum(part.positions(x, self._N) for x in xs)
+        if name in self._moments:
             for x in xs:
-                moment.add(x, 1 / S)
+                self._moments[name].add(x, 1 / S)
+            self._seen.add(name)
         else:
-            mean_NI = sum((part.input_sum(x) for x in xs[1:]), part.input_sum(xs[0])) / S
-            moment.add(mean_NI, 1.0)
+            sums = [part.input_sum(x, self._N) for x in xs]
+            mean_NgI = torch.stack(sums).sum(0) / S
+            self._sums.add(name, second_moment(mean_NgI.unsqueeze(-2)))
 
     def means(self, count: int) -> dict[str, Tensor]:
-        return {
-            part.key: self._moments[name].total() / count
-            if name in self._seen
-            else part.new_zeros(self._dtype, part.shape[1], part.shape[1])
-            for name, part in self._parts.items()
-        }
+        result = {}
+        for name, part in self._parts.items():
+            *groups, _, I = part.shape
+            shape = (I,) if part.kind.one_hot else (*groups, I, I)
+            zeros = part.new_zeros(self._dtype, *shape)
+            if name in self._moments:
+                seen = name in self._seen
+                result[part.key] = self._moments[name].total() / count if seen else zeros
+            else:
+                result[part.key] = self._sums.mean(name, count, zeros)
+        return result
 
 
 class _OutputFactors:
     """Sums that become ``B``: one term for each backward pass, over all calls of a layer."""
 
     def __init__(self, layers: Sequence[Layer], options: KFACOptions, dtype: torch.dtype):
-        self._parts = {
-            layer.name: layer.parts(options.separate_weight_and_bias)[0] for layer in layers
+        parts = {
+            layer.name: layer.parts(options.separate_weight_and_bias, options.exact_bias)
+            for layer in layers
         }
+        self._parts = {name: own[0] for name, own in parts.items() if own}
         self._expand = options.kfac_approx is KFACApprox.EXPAND
         self._dtype = dtype
         self._sums = _Sums()
         self._calls = _Sums()
+        self._N = 0
 
-    def observe(self, layer: Layer, call: int, g: Tensor) -> None:
-        b_NSO = layer.gradients(g.to(self._dtype))
-        self._calls.add(layer.name, second_moment(b_NSO) if self._expand else b_NSO.sum(1))
+    def start_forward(self, N: int) -> None:
+        self._N = N
+
+    def observe(self, layer: Layer, g: Tensor) -> None:
+        if layer.name not in self._parts:
+            return
+        b_NgSO = layer.gradients(g.to(self._dtype), self._N)
+        added = second_moment(b_NgSO) if self._expand else b_NgSO.sum(-2, keepdim=True)
+        self._calls.add(layer.name, added)
 
     def end_backward(self) -> None:
         for name, total in self._calls.pop_all():
@@ -191,18 +233,91 @@ class _OutputFactors:
 
     def identities(self) -> dict[str, Tensor]:
         """``B = I``, for K-FAC without backward passes."""
-        return {name: zeros.fill_diagonal_(1) for name, zeros in self._zeros().items()}
+        return {name: _identity_like(zeros) for name, zeros in self._zeros().items()}
 
     def _zeros(self) -> dict[str, Tensor]:
         return {
-            name: part.new_zeros(self._dtype, part.shape[0], part.shape[0])
+            name: part.new_zeros(self._dtype, *part.shape[:-1], part.shape[-2])
             for name, part in self._parts.items()
         }
 
 
+class _ExactBlocks:
+    """Sums that become exact blocks: one term for each backward pass, over all calls of a layer."""
+
+    def __init__(self, coverage: Coverage, options: KFACOptions, dtype: torch.dtype):
+        self._blocks = exact_blocks(coverage, options)
+        self._dtype = dtype
+        self._params = coverage.params
+        self.mapped = {name: coverage.params[name] for name in coverage.others}
+        self._of_layer: dict[str, list[ExactBlock]] = {}
+        for block in self._blocks:
+            if block.layer is not None:
+                self._of_layer.setdefault(block.layer.name, []).append(block)
+        self._inputs: dict[tuple[str, int], Tensor] = {}
+        self._gradients = _Sums()  # of single examples, by parameter
+        self._sums = _Sums()
+        self._N = 0
+
+    def start_forward(self, N: int) -> None:
+        self._N = N
+        self._inputs.clear()
+        self._seen: dict[str, int] = {}
+
+    def observe_input(self, layer: Layer, x: Tensor) -> None:
+        call = self._seen.get(layer.name, 0)
+        self._seen[layer.name] = call + 1
+        if layer.name in self._of_layer and isinstance(layer.kind, ExactKind):
+            self._inputs[layer.name, call] = x
+
+    def observe_gradient(self, layer: Layer, call: int, g: Tensor) -> None:
+        if layer.name not in self._of_layer:
+            return
+        g = g.to(self._dtype)
+        if isinstance(layer.kind, ExactKind):
+            (x,) = in_precision([self._inputs[layer.name, call]], self._dtype)
+            for name, gradient in layer.example_gradients([x], [g], self._N).items():
+                self._gradients.add(name, gradient)
+        else:
+            assert layer.bias is not None
+            self._gradients.add(layer.bias, layer.bias_gradients(g, self._N))
+
+    def add_mapped(self, gradients: Mapping[str, Tensor]) -> None:
+        for name, gradient in gradients.items():
+            self._gradients.add(name, gradient)
+
+    def end_backward(self) -> None:
+        arrived = dict(self._gradients.pop_all())
+        for block in self._blocks:
+            if any(name in arrived for name in block.params):
+                self._sums.add(block.key, block.second_moment(arrived))
+
+    def means(self, count: int) -> dict[str, Tensor]:
+        return {key: self._sums.mean(key, count, zeros) for key, zeros in self._zeros().items()}
+
+    def identities(self) -> dict[str, Tensor]:
+        """For K-FAC without backward passes."""
+        return {key: _identity_like(zeros) for key, zeros in self._zeros().items()}
+
+    def _zeros(self) -> dict[str, Tensor]:
+        return {
+            block.key: self._params[block.params[0]]
+            .new_zeros(block.moment_shape, dtype=self._dtype)
+            .detach()
+            for block in self._blocks
+        }
+
+
+def _identity_like(zeros: Tensor) -> Tensor:
+    """The identity, for each group, of which a diagonal one is kept as its diagonal."""
+    if zeros.ndim == 1:
+        return zeros + 1
+    return torch.diag_embed(zeros.diagonal(dim1=-2, dim2=-1) + 1)
+
+
 def eigenvalue_moments(
     regression: NoisedRegression,
-    layers: Sequence[Layer],
+    coverage: Coverage,
     input_bases: Mapping[str, Eigendecomposition],
     output_bases: Mapping[str, Eigendecomposition],
     options: KFACOptions,
@@ -216,27 +331,33 @@ def eigenvalue_moments(
 
     Args:
         regression: Objective, data and draws.
-        layers: The layers.
+        coverage: The parameters, and the layers that hold them.
         input_bases: Eigenbases of the input factors, by the key of the part.
         output_bases: Eigenbases of the output factors, by the name of the layer.
         options: Fisher type, as for the factors, and the size of the groups.
         progressbar: Whether to show progress.
 
     Returns:
-        ``Λ`` of shape ``[O, I]`` for every part, by its key.
+        ``Λ`` of shape ``[*g, O, I]`` for every block of Kronecker form, by its key.
     """
     dtype = regression.objective.working_dtype
+    parts = {
+        layer.name: own
+        for layer in coverage.layers
+        if (own := layer.parts(options.separate_weight_and_bias, options.exact_bias))
+    }
+    layers = [layer for layer in coverage.layers if layer.name in parts]
     sums = _Sums()
     groups: list[_Groups] = []
 
     def consume(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
-        xs, gs = ([z.to(dtype) for z in zs] for zs in (xs, gs))
+        xs, gs = in_precision(xs, dtype), in_precision(gs, dtype)
         U_B = output_bases[layer.name].vectors
-        for part in layer.parts(options.separate_weight_and_bias):
-            basis = input_bases.get(part.key)
-            U_A = None if basis is None else basis.vectors
-            for part_of_batch in groups:
-                sums.add(part.key, _squares(part, xs, gs, U_A, U_B, part_of_batch))
+        for part in parts[layer.name]:
+            U_A = None if part.is_bias else input_bases[part.key].vectors
+            for range_ in groups:
+                own_xs, own_gs = ([range_.of(z) for z in zs] for zs in (xs, gs))
+                sums.add(part.key, part.squares(own_xs, own_gs, range_.count, U_A, U_B))
 
     recorder = CallRecorder(consume)
     with tapped(layers, recorder.tap), frozen(regression.objective.model), torch.enable_grad():
@@ -249,8 +370,8 @@ def eigenvalue_moments(
 
     return {
         part.key: sums.mean(part.key, regression.num_samples, part.new_zeros(dtype, *part.shape))
-        for layer in layers
-        for part in layer.parts(options.separate_weight_and_bias)
+        for own in parts.values()
+        for part in own
     }
 
 
@@ -259,12 +380,26 @@ class _Groups:
     """A range of a batch that falls into groups of one size.
 
     Attributes:
-        range: The range.
+        start: Its first example.
+        stop: The example after its last.
         size: Examples in a group.
+        batch: Examples in the batch.
     """
 
-    range: slice
+    start: int
+    stop: int
     size: int
+    batch: int
+
+    @property
+    def count(self) -> int:
+        """The number of groups."""
+        return (self.stop - self.start) // self.size
+
+    def of(self, z: Tensor) -> Tensor:
+        """The range of a layer's input or gradient, which may hold several entries an example."""
+        entries = len(z) // self.batch
+        return z[self.start * entries : self.stop * entries]
 
 
 def _aligned_groups(indices: Sequence[int], size: int) -> list[_Groups]:
@@ -280,30 +415,7 @@ def _aligned_groups(indices: Sequence[int], size: int) -> list[_Groups]:
         pieces = [(a, b, b - a) for a, b in pairwise(cuts)]
     else:
         pieces = [(start, low, low - start), (low, high, size), (high, stop, stop - high)]
-    return [_Groups(slice(a - start, b - start), n) for a, b, n in pieces if a < b]
-
-
-def _squares(
-    part: Part,
-    xs: Sequence[Tensor],
-    gs: Sequence[Tensor],
-    U_A: Tensor | None,
-    U_B: Tensor,
-    groups: _Groups,
-) -> Tensor:
-    """Sum over groups of the squared and rotated sums of gradients, the cheaper way by count."""
-    xs, gs = ([z[groups.range] for z in zs] for zs in (xs, gs))
-    positions = groups.size * sum(part.positions(x) for x in xs)
-    if U_A is not None and rotation_of_inputs_is_cheaper(positions, *part.shape):
-        a_NSI = part_inputs(part, xs, xs[0].dtype)
-        assert a_NSI is not None
-        b_NSO = torch.cat([part.layer.gradients(g) for g in gs], 1)
-        a, b = (z.reshape(-1, positions, z.shape[2]) for z in (a_NSI, b_NSO))
-        return rotated_squares_of_inputs(a, b, U_A, U_B)
-    if positions < part.shape[1]:  # outputs are fewer than the gradient's columns
-        gs = [part.layer.rotated(g, U_B) for g in gs]
-        return rotated_squares(gradient_of_calls(part, xs, gs, groups.size), U_A, None)
-    return rotated_squares(gradient_of_calls(part, xs, gs, groups.size), U_A, U_B)
+    return [_Groups(a - start, b - start, n, len(indices)) for a, b, n in pieces if a < b]
 
 
 # ---------------------------------------------------------------------------------------------

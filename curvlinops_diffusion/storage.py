@@ -6,10 +6,7 @@ Nothing in a file is ever executed: tensors are raw numbers, the header is JSON 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
-from hashlib import sha256
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -17,39 +14,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from curvlinops_diffusion.blocks import BLOCK_TYPES, PlacedBlock
+from curvlinops_diffusion._files import fingerprint, write_tensors
+from curvlinops_diffusion.blocks import BLOCK_TYPES, Block, DenseBlock
 from curvlinops_diffusion.parameters import ParameterSpace
+from curvlinops_diffusion.placement import PlacedBlock
 
 FORMAT = "curvlinops_diffusion.operator"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that determine an operator."""
     packages = ("curvlinops-for-pytorch", "diffusers", "numpy", "torch")
     return {package: version(package) for package in packages}
-
-
-def fingerprint(model: nn.Module) -> dict[str, str]:
-    """Digests of a model's parameters and buffers: of their names and shapes, and of their values.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Hexadecimal digests under ``'structure'`` and ``'weights'``.
-    """
-    structure, weights = sha256(), sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, Tensor):
-            continue
-        structure.update(f"{name}:{tuple(tensor.shape)};".encode())
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        weights.update(raw.numpy().tobytes())
-    return {"structure": structure.hexdigest(), "weights": weights.hexdigest()}
 
 
 def save_blocks(
@@ -88,6 +67,7 @@ def save_blocks(
                 "params": placed.params,
                 "type": _type_name(placed),
                 "tensors": names,
+                "transposed": placed.transposed,
             }
         )
     header = {
@@ -99,7 +79,7 @@ def save_blocks(
         "blocks": listed,
         "info": info,
     }
-    _write_atomically(Path(path), tensors, {FORMAT: json.dumps(header)})
+    write_tensors(Path(path), tensors, {FORMAT: json.dumps(header)})
 
 
 def load_blocks(
@@ -124,21 +104,25 @@ def load_blocks(
     _check_model(path, header, model, own)
     shapes = {name: tuple(shape) for name, shape in header["parameters"]}
     device = own[next(iter(shapes))].device
+    # copied, since products of tensors that are not aligned in memory round differently
+    tensors = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
     try:
         space = ParameterSpace(shapes, getattr(torch, header["dtype"]), device)
-        blocks = [_block(entry, tensors, device) for entry in header["blocks"]]
+        blocks = [_block(entry, tensors) for entry in header["blocks"]]
     except (AttributeError, KeyError, TypeError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     return header["kind"], space, blocks, header["info"]
 
 
-def _block(entry: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> PlacedBlock:
-    arguments: dict[str, Any] = (
-        {"input_basis": None} if entry["type"] == "eigen" else {"input_factor": None}
-    )
-    arguments |= {role: tensors[name].to(device) for role, name in entry["tensors"].items()}
-    block = BLOCK_TYPES[entry["type"]](**arguments)
-    return PlacedBlock(entry["name"], tuple(entry["params"]), block)
+def _block(entry: dict[str, Any], tensors: dict[str, Tensor]) -> PlacedBlock:
+    own = {role: tensors[name] for role, name in entry["tensors"].items()}
+    block: Block
+    if entry["type"] == "kronecker" and "input_factor" not in own:  # a bias, in version 1
+        block = DenseBlock(own["output_factor"])
+    else:
+        block = BLOCK_TYPES[entry["type"]](**own)
+    transposed = entry.get("transposed", False)
+    return PlacedBlock(entry["name"], tuple(entry["params"]), block, transposed)
 
 
 def _damaged(path: Path, reason: object) -> ValueError:
@@ -150,37 +134,6 @@ def _damaged(path: Path, reason: object) -> ValueError:
 
 def _type_name(placed: PlacedBlock) -> str:
     return next(name for name, cls in BLOCK_TYPES.items() if type(placed.block) is cls)
-
-
-def _write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    if not path.parent.is_dir():
-        raise ValueError(f"The folder '{path.parent}' does not exist. Create it first.")
-    if path.is_dir():
-        raise ValueError(f"'{path}' is a folder. Pass the name of a file.")
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise ValueError(f"'{path.parent}' cannot be written to: {error}.") from error
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())  # the name must not appear before the contents
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"'{path}' could not be written: {error}. An older file of that name is unchanged."
-        ) from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """The permissions that new files are denied; temporary files are made without any others'."""
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

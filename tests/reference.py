@@ -55,6 +55,18 @@ def dense_ggn(regression: NoisedRegression, params: Sequence[Tensor]) -> Tensor:
     return total / count
 
 
+def ggn_rows(regression: NoisedRegression, params: Sequence[Tensor]) -> Tensor:
+    """``R`` with ``G = Rᵀ R``, shape ``[N R D, P]``: for networks whose ``G`` is large."""
+    rows = []
+    with sdpa_kernel(SDPBackend.MATH):
+        for batch in regression.batches():
+            prediction = regression.objective.predict(batch)
+            for b, row in enumerate(prediction):
+                J = torch.stack([flat_gradient(entry, params) for entry in row])
+                rows.append((2 * batch.weight_B[b] / regression.num_samples).sqrt() * J)
+    return torch.cat(rows)
+
+
 def dense_loss_ggn(regression: NoisedRegression, params: Sequence[Tensor]) -> Tensor:
     """``1/(NR) Σ ∇ℓ_t ∇ℓ_tᵀ``, the empirical Fisher."""
     P = sum(p.numel() for p in params)
@@ -106,6 +118,20 @@ def block_of(matrix: Tensor, model: nn.Module, all_names: Sequence[str], names: 
     return matrix[chosen][:, chosen]
 
 
+def dense_block(placed: Any, model: nn.Module) -> Tensor:
+    """The matrix of a block, on its parameters flattened one after the other."""
+    own = dict(model.named_parameters())
+    shapes = [own[name].shape for name in placed.params]
+    identity = torch.eye(sum(s.numel() for s in shapes), dtype=placed.block.trace().dtype)
+    pieces = identity.split([s.numel() for s in shapes])
+    given = {
+        name: piece.reshape(*shape, -1)
+        for name, shape, piece in zip(placed.params, shapes, pieces, strict=True)
+    }
+    product = placed.multiply(given)
+    return torch.cat([product[name].reshape(-1, len(identity)) for name in placed.params])
+
+
 # ---------------------------------------------------------------------------------------------
 # K-FAC and EK-FAC
 # ---------------------------------------------------------------------------------------------
@@ -130,11 +156,15 @@ def shared_gradients(module: nn.Module, g: Tensor) -> Tensor:
 
 
 def pulled_back(
-    regression: NoisedRegression, module: nn.Module, vectors: Callable[[Any, Tensor], list[Tensor]]
+    regression: NoisedRegression,
+    module: nn.Module,
+    vectors: Callable[[Any, Tensor], list[Tensor]],
+    raw: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """For every example, draw and loss vector, the layer's ``(a [S, I], b [S, O])``.
 
-    The positions of all calls of the layer are laid side by side.
+    The positions of all calls of the layer are laid side by side. If ``raw``, what the layer's only
+    call saw: its input, and the gradient in its output.
     """
     for batch in regression.batches():
         seen: list[tuple[Tensor, Tensor]] = []
@@ -144,7 +174,7 @@ def pulled_back(
         prediction = regression.objective.predict(batch)
         handle.remove()
         outputs = [out for _, out in seen]
-        a = torch.cat([shared_inputs(module, x) for x, _ in seen], 1)
+        a = seen[0][0] if raw else torch.cat([shared_inputs(module, x) for x, _ in seen], 1)
         for v in vectors(batch, prediction.detach()):
             grads = torch.autograd.grad(
                 prediction, outputs, v, retain_graph=True, allow_unused=True
@@ -152,7 +182,7 @@ def pulled_back(
             grads = [
                 torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads, strict=True)
             ]
-            b = torch.cat([shared_gradients(module, g) for g in grads], 1)
+            b = grads[0] if raw else torch.cat([shared_gradients(module, g) for g in grads], 1)
             yield from zip(a, b, strict=True)
 
 

@@ -16,12 +16,14 @@ from curvlinops_diffusion.draws import ProbeType
 from tests.cases import plain_regression, seeded, tiny_unet, unet_regression
 from tests.comparisons import assert_close, relative_error
 from tests.reference import (
+    block_of,
     dense_ggn,
     dense_loss_ggn,
     ekfac_block,
     empirical_vectors,
     kronecker_factors,
     layer_ggn,
+    params_of,
     to_dense,
     type2_vectors,
 )
@@ -103,7 +105,7 @@ def test_equals_curvlinops(geometry, fisher_type, approx, separate):
             check_deterministic=False,
             **options,
         )
-        operator = ours(regression, params, **options)
+        operator = ours(regression, params, exact_bias=False, **options)
         assert_close(scale * operator.trace(), upstream.trace, 1e-10)
         if ours is DiffusionKFACLinearOperator:
             unique = all(
@@ -221,17 +223,17 @@ def _compare_with_loops(regression, model, fisher_type, vectors, **options):
     seen = 0
     for k, e in zip(K.blocks, EK.blocks, strict=True):
         layer_name, part = k.name.rsplit(".", 1)
-        if k.block.shape[0] * k.block.shape[1] > 200:  # too large for dense matrices
+        if k.num_entries > 200:  # too large for dense matrices
             continue
         module = model.get_submodule(layer_name)
+        exact = layer_ggn(regression, module, vectors, part)
+        if part == "bias":
+            assert_close(k.block.matrix, exact, 1e-12)
+            assert_close(e.block.matrix, exact, 1e-12)
+            continue
         A, B = kronecker_factors(regression, module, vectors, approx, with_bias=part == "joint")
         assert_close(k.block.output_factor, B, 1e-12)
-        if part == "bias":
-            A = torch.ones(1, 1, dtype=torch.float64)
-            assert k.block.input_factor is None
-        else:
-            assert_close(k.block.input_factor, A, 1e-12)
-        exact = layer_ggn(regression, module, vectors, part)
+        assert_close(k.block.input_factor, A, 1e-12)
         if _full_rank(A) and _full_rank(B):
             assert_close(_dense(e.block), ekfac_block(A, B, exact), 1e-8)  # the basis is unique
         assert_close(e.block.trace(), exact.trace(), 1e-11)
@@ -251,9 +253,9 @@ def test_forward_only_has_identity_output_factors():
     K = DiffusionKFACLinearOperator(regression, fisher_type="forward-only")
     reference = DiffusionKFACLinearOperator(regression, fisher_type="empirical")
     for block, other in zip(K.blocks, reference.blocks, strict=True):
-        O = len(block.block.output_factor)
-        assert torch.equal(block.block.output_factor, torch.eye(O, dtype=torch.float64))
-        if block.block.input_factor is not None:
+        B = block.block.matrix if block.kind == "dense" else block.block.output_factor
+        assert torch.equal(B, torch.eye(len(B), dtype=torch.float64))
+        if block.kind != "dense":
             assert torch.equal(block.block.input_factor, other.block.input_factor)
     with pytest.raises(ValueError, match=r"EK-FAC needs gradients: pass 'mc', 'type-2'"):
         DiffusionEKFACLinearOperator(regression, fisher_type="forward-only")
@@ -352,7 +354,8 @@ def test_a_selection_gives_the_same_blocks():
         EK = DiffusionEKFACLinearOperator(regression, names)
         assert EK.param_names == tuple(names)
         for name, block in blocks_by_name(EK).items():
-            assert_close(block.eigenvalues, full[name].eigenvalues, 1e-12)
+            kept, truth = (b.eigen(name).eigenvalues for b in (block, full[name]))
+            assert_close(kept, truth, 1e-12)
 
 
 def test_forms_of_params_agree():
@@ -380,24 +383,22 @@ class WithOthers(nn.Module):
         return self.scale * self.grouped(self.norm(self.conv(x)))
 
 
-def test_unsupported_parameters_are_left_out_with_a_warning_or_refused():
+def test_without_gradients_only_kronecker_blocks_are_covered():
     model = WithOthers().double()
     regression = plain_regression(model, (2, 3, 3))
-    with pytest.warns(
-        UserWarning, match=r"5 parameters with 10 of 16 entries \(62.50%\)"
-    ) as caught:
-        K = DiffusionKFACLinearOperator(regression)
-    assert len(caught) == 1
+    options = {"fisher_type": "forward-only"}
+    with pytest.warns(UserWarning, match=r"3 parameters with 6 of 16 entries \(37.50%\)") as caught:
+        K = DiffusionKFACLinearOperator(regression, **options)
     message = str(caught[0].message)
-    for name in ("norm.weight", "norm.bias", "grouped.weight", "grouped.bias", "scale"):
+    for name in ("norm.weight", "norm.bias", "scale"):
         assert message.count(name) == 1
-    assert "grouped convolution" in message
-    assert K.param_names == ("conv.weight", "conv.bias")
     assert set(K.info["left_out"]) == {n for n, _ in model.named_parameters()} - set(K.param_names)
-    with pytest.raises(ValueError, match=r"'norm.weight' \(GroupNorm is no supported layer\)"):
-        DiffusionKFACLinearOperator(regression, ["conv.weight", "norm.weight"])
-    with pytest.raises(ValueError, match="No parameter is held by a supported layer"):
-        DiffusionKFACLinearOperator(plain_regression(seeded(nn.GroupNorm(1, 2)), (2, 3, 3)))
+    assert f"left out: {', '.join(K.info['left_out'])}" in str(K)
+    with pytest.raises(ValueError, match=r"'norm.weight' \(the block of a GroupNorm has no"):
+        DiffusionKFACLinearOperator(regression, ["conv.weight", "norm.weight"], **options)
+    small = plain_regression(seeded(nn.GroupNorm(1, 2)), (2, 3, 3))
+    with pytest.raises(ValueError, match="2 of the parameters cannot be covered"):
+        DiffusionKFACLinearOperator(small, **options)
 
 
 class Shared(nn.Module):
@@ -412,13 +413,20 @@ class Shared(nn.Module):
         return self.three(self.two(torch.tanh(self.one(x))))
 
 
-def test_a_weight_shared_by_two_modules_is_refused_by_name():
-    model = Shared().double()
-    regression = plain_regression(model, (3,))
-    with pytest.raises(ValueError, match=r"'one.weight' \(shared by the modules \['one', 'two'\]"):
-        DiffusionKFACLinearOperator(regression, ["one.weight"])
-    with pytest.warns(UserWarning, match="shared by the modules"):
-        assert DiffusionKFACLinearOperator(regression).param_names == ("three.weight",)
+@pytest.mark.parametrize("operator", [DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator])
+def test_a_weight_shared_by_two_modules_has_an_exact_block(operator):
+    _assert_exact_blocks(operator, Shared().double(), (3,), ["one.weight"])
+
+
+def _assert_exact_blocks(operator, model, shape, names):
+    regression = plain_regression(model, shape, count=3, num_draws=2)
+    K = operator(regression, fisher_type="type-2")
+    assert set(K.param_names) == {name for name, _ in model.named_parameters()}
+    G = dense_ggn(regression, params_of(model, K.param_names))
+    for name in names:
+        (block,) = [placed for placed in K.blocks if placed.params == (name,)]
+        assert block.kind == "dense"
+        assert_close(block.block.matrix, block_of(G, model, K.param_names, [name]), 1e-11)
 
 
 class Attention(nn.Module):
@@ -431,13 +439,11 @@ class Attention(nn.Module):
         return self.last(self.attention(x, x, x)[0])
 
 
-@pytest.mark.filterwarnings("ignore:.*in no supported layer")
-def test_multihead_attention_is_left_out_and_refused():
+@pytest.mark.parametrize("operator", [DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator])
+def test_multihead_attention_has_exact_blocks(operator):
     """``nn.MultiheadAttention`` reads ``out_proj.weight`` without calling ``out_proj``."""
-    regression = plain_regression(Attention().double(), (5, 4))
-    assert DiffusionKFACLinearOperator(regression).param_names == ("last.weight", "last.bias")
-    with pytest.raises(ValueError, match="reads its weight without calling it"):
-        DiffusionKFACLinearOperator(regression, ["attention.out_proj.weight"])
+    names = ["attention.in_proj_weight", "attention.out_proj.weight", "attention.out_proj.bias"]
+    _assert_exact_blocks(operator, Attention().double(), (5, 4), names)
 
 
 class Doubled(nn.Linear):
@@ -480,7 +486,6 @@ class WithoutEffect(nn.Module):
         return self.used(x)
 
 
-@pytest.mark.filterwarnings("ignore:.*in no supported layer")
 def test_gradients_that_are_rounding_noise_are_accepted():
     """A norm of each channel subtracts what the time embedding added to it."""
     unet = tiny_unet(torch.float32, norm_num_groups=4)

@@ -17,7 +17,7 @@ from curvlinops_diffusion import (
 )
 from tests.cases import plain_regression, seeded, tiny_unet, unet_regression
 from tests.comparisons import assert_close
-from tests.reference import block_of, dense_ggn, params_of, to_dense
+from tests.reference import block_of, dense_block, dense_ggn, params_of, to_dense
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in no supported layer")
 
@@ -108,9 +108,7 @@ def test_blocks_of_ekfac_and_kfac_against_the_exact_blocks(separate):
     for k, e in zip(K.blocks, EK.blocks, strict=True):
         assert k.params == e.params
         exact = block_of(G, unet, K.param_names, k.params)
-        if not separate and len(k.params) == 2:  # as [O, I + 1]: the bias is the last column
-            exact = _interleaved(exact, *k.block.shape)
-        dense_k, dense_e = _dense(k.block), _dense(e.block)
+        dense_k, dense_e = dense_block(k, unet), dense_block(e, unet)
         distance_k, distance_e = (dense_k - exact).norm(), (dense_e - exact).norm()
         assert distance_e <= distance_k * (1 + 1e-9) + 1e-12 * exact.norm(), k.name
         # keys' biases have no influence: attention weights do not change when all keys move
@@ -118,25 +116,6 @@ def test_blocks_of_ekfac_and_kfac_against_the_exact_blocks(separate):
         improved += bool(distance_e < 0.99 * distance_k)
     assert improved > len(K.blocks) / 4  # or the comparison would say nothing
     assert_close(EK.trace(), G.trace(), 1e-10)
-
-
-def _dense(block):
-    O, I = block.shape
-    identity = torch.eye(O * I, dtype=torch.float64)
-    return block.multiply(identity.reshape(O, I, O * I)).reshape(O * I, O * I)
-
-
-def _interleaved(exact, O, I):
-    """Reorder ``[weight, bias]`` to the row-major ``[O, I]`` with the bias as last column."""
-    order = torch.cat(
-        [
-            torch.cat(
-                [torch.arange(o * (I - 1), (o + 1) * (I - 1)), torch.tensor([O * (I - 1) + o])]
-            )
-            for o in range(O)
-        ]
-    )
-    return exact[order][:, order]
 
 
 # ---------------------------------------------------------------------------------------------

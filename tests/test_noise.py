@@ -154,7 +154,7 @@ def test_weightings():
         (torch.ones(3), r"shape \(3,\). It must give one for each of the 4 noise levels"),
         (lambda t: -t.double(), r"from -3 to -?0. They must be finite and at least 0"),
         (torch.full((4,), torch.nan), "must be finite"),
-        ("snr", r"weighting='snr' is none of: None, MinSNRWeighting"),
+        ("snr", r"weighting='snr' is none of: None, a weighting like MinSNRWeighting"),
     ],
 )
 def test_bad_weightings(weighting, message):

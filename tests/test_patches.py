@@ -7,14 +7,15 @@ import torch
 from torch import nn
 
 from curvlinops_diffusion import patches as patches_module
+from curvlinops_diffusion.layers.convolution import ConvolutionKind
 from curvlinops_diffusion.patches import (
+    Convolution2d,
     PatchMoment,
     _axes,
     _Geometry,
     _padded_explicitly,
     _PatchSums,
     _SpectralSums,
-    num_patches,
     patch_gradients,
     patch_sum,
     patches,
@@ -57,15 +58,15 @@ def geometries(kernel):
 
 def spectral(module, x):
     """The sums by correlations, whatever is cheaper."""
-    padded, padding = _padded_explicitly(module, x)
-    sums = _SpectralSums(_Geometry(*_axes(module, padded, padding)), padded)
+    padded, padding = _padded_explicitly(Convolution2d.of(module), x)
+    sums = _SpectralSums(_Geometry(*_axes(Convolution2d.of(module), padded, padding)), padded)
     sums.add(padded, 1.0)
     return sums.total()
 
 
 def chosen(module, x):
     """What the library chooses by cost, in two unequal steps."""
-    moment = PatchMoment(module)
+    moment = PatchMoment(Convolution2d.of(module))
     moment.add(x[:1], 1.0)
     moment.add(x[1:], 1.0)
     return moment.total()
@@ -79,9 +80,9 @@ def test_every_geometry_equals_patches(kernel, keep, monkeypatch):
     for module, x in geometries(kernel):
         a = shared_inputs(module, x)
         truth = a.flatten(0, 1).T @ a.flatten(0, 1)
-        assert torch.equal(patches(module, x), a)
-        assert num_patches(module, x) == a.shape[1]
-        assert_close(patch_sum(module, x), a.sum(1), 1e-12)
+        assert torch.equal(patches(Convolution2d.of(module), x), a)
+        assert ConvolutionKind().positions(module, x) == a.shape[1]
+        assert_close(patch_sum(Convolution2d.of(module), x), a.sum(1), 1e-12)
         assert_close(spectral(module, x), truth, 1e-12)
         assert_close(chosen(module, x), truth, 1e-12)
         count += 1
@@ -97,8 +98,10 @@ def test_gradients_equal_patches(kernel, small, monkeypatch):
         single = torch.stack(
             [b.flatten(1) @ a for a, b in zip(shared_inputs(module, x), g, strict=True)]
         )
-        assert_close(patch_gradients(module, x, g, 1), single, 1e-12)
-        assert_close(patch_gradients(module, x, g, 2), single.sum(0, keepdim=True), 1e-12)
+        assert_close(patch_gradients(Convolution2d.of(module), x, g, 2), single, 1e-12)
+        assert_close(
+            patch_gradients(Convolution2d.of(module), x, g, 1), single.sum(0, keepdim=True), 1e-12
+        )
 
 
 @pytest.mark.parametrize(("N", "C"), [(1, 1), (1, 4), (7, 1)])
@@ -111,7 +114,7 @@ def test_one_channel_and_a_batch_of_one(N, C):
 
 def test_weights_and_image_sizes_may_vary():
     module = nn.Conv2d(2, 2, 3, padding=1, stride=2).double()
-    moment, truth = PatchMoment(module), 0
+    moment, truth = PatchMoment(Convolution2d.of(module)), 0
     for size, weight in [((8, 8), 0.5), ((6, 9), 2.0), ((8, 8), 1.0)]:
         x = torch.randn(3, 2, *size).double()
         moment.add(x, weight)
@@ -134,7 +137,7 @@ def test_float32_is_as_exact_as_patches():
     x = torch.randn(16, 64, 16, 16)
     a = shared_inputs(module, x.double()).flatten(0, 1)
     truth = a.T @ a
-    by_patches = _PatchSums(module)
+    by_patches = _PatchSums(Convolution2d.of(module))
     by_patches.add(x, 1.0)
     error_of_patches = (by_patches.total().double() - truth).norm()
     assert (spectral(module, x).double() - truth).norm() < 3 * error_of_patches
@@ -143,7 +146,7 @@ def test_float32_is_as_exact_as_patches():
 @pytest.mark.parametrize(("kernel", "size", "spectral_wins"), [(3, 16, True), (1, 16, False)])
 def test_the_cheaper_way_is_taken(kernel, size, spectral_wins):
     module = nn.Conv2d(2, 2, kernel, padding=kernel // 2)
-    moment = PatchMoment(module)
+    moment = PatchMoment(Convolution2d.of(module))
     moment.add(torch.randn(1, 2, size, size), 1.0)
     (sums,) = moment._sums.values()
     assert isinstance(sums, _SpectralSums) == spectral_wins

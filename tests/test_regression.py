@@ -335,8 +335,8 @@ BAD_DATA = {
     "no x0": ({"images": images(3)}, r"keys \['images'\].*dict with key 'x0'"),
     "not tensors": ([["a", "b"]], r"arrived as list of length 2. Each batch"),
     "labelled": (
-        TensorDataset(images(3), torch.arange(3)),
-        r"list of length 2.*dict with key 'x0'",
+        TensorDataset(images(3), torch.arange(3.0)),
+        r"list of length 2.*pair of these and integer labels or prompts, or a dict with key 'x0'",
     ),
     "x0 no tensor": ({"x0": [1.0, 2.0]}, r"arrived as list. Pass a floating-point tensor"),
     "short condition": (
@@ -406,10 +406,10 @@ class Silent(TimeBlind):
     ("model", "message"),
     [
         (Flattening(nn.Conv2d(1, 1, 1)), r"returned shape \(2, 64\) for an input of shape \(2, 1"),
-        (TimeBlind(nn.Conv2d(1, 2, 1)), r"returned shape \(2, 2, 8, 8\).*predicts a variance"),
+        (TimeBlind(nn.Conv2d(1, 3, 1)), r"returned shape \(2, 3, 8, 8\).*a variance is predicted"),
         (Silent(nn.Conv2d(1, 1, 1)), r"returned dict. It must return a tensor, a tuple"),
     ],
-    ids=["flat", "learned variance", "dict"],
+    ids=["flat", "three times the channels", "dict"],
 )
 def test_bad_output(model, message):
     regression = regression_on(images(2), model.double())

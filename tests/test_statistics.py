@@ -18,7 +18,7 @@ from curvlinops_diffusion import (
 from curvlinops_diffusion.draws import ProbeType, make_draws
 from curvlinops_diffusion.factors import eigendecompositions
 from curvlinops_diffusion.fisher import KFACOptions
-from curvlinops_diffusion.layers import supported_layers
+from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.statistics import eigenvalue_moments, kronecker_factors
 from tests.cases import images, noise_levels, plain_regression, seeded, tiny_unet, unet_regression
 from tests.comparisons import assert_close, relative_error
@@ -270,7 +270,8 @@ def conv_regression(count, num_draws, seed=0, batch_size=8, **options):
 
 
 def eigenvalues(operator):
-    return torch.cat([placed.block.eigenvalues.flatten() for placed in operator.blocks])
+    kronecker = [placed.block for placed in operator.blocks if placed.kind == "eigenbasis"]
+    return torch.cat([block.eigenvalues.flatten() for block in kronecker])
 
 
 @pytest.mark.parametrize("group", [4, 8])
@@ -327,12 +328,12 @@ def test_draws_of_the_second_pass():
 
 
 def eigenvalues_of_draws(regression, num_draws):
-    layers = supported_layers(regression.objective.model, None).layers
+    coverage = covered_parameters(regression.objective.model, None)
     options = KFACOptions.parse("mc", 1, "expand", True, "rademacher")
-    factors = kronecker_factors(regression, layers, options)
+    factors = kronecker_factors(regression, coverage, options)
     bases = [eigendecompositions(matrices, "") for matrices in (factors.inputs, factors.outputs)]
-    found = eigenvalue_moments(regression.with_draws(num_draws), layers, *bases, options)
-    return torch.cat([found[part.key].flatten() for layer in layers for part in layer.parts(True)])
+    found = eigenvalue_moments(regression.with_draws(num_draws), coverage, *bases, options)
+    return torch.cat([found[key].flatten() for key in factors.inputs])
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import nn
 from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
     DiffusionKFACLinearOperator,
+    _files,
     load_operator,
 )
 from curvlinops_diffusion import storage as storage_module
@@ -197,7 +198,7 @@ def other_tensors(metadata):
         (pickled, "not a whole safetensors file"),
         (rewritten(lambda m: "{"), r"header of .* is damaged \("),
         (rewritten(lambda m: "[1]"), r"header of .* is damaged \("),
-        (rewritten(newer), r"format version 99; this library reads up to 1. Install a newer"),
+        (rewritten(newer), r"format version 99; this library reads up to 2. Install a newer"),
         (rewritten(lacking), r"header of .* is damaged \(entries are missing\)"),
         (rewritten(other_kind), "unknown kind 'hessian'"),
         (rewritten(other_tensors), r"header of .* is damaged"),
@@ -233,10 +234,10 @@ def test_a_failure_midway_keeps_the_older_file(model, regression, path, monkeypa
 
         return save
 
-    monkeypatch.setattr(storage_module, "save_file", failing(OSError("No space left on device")))
+    monkeypatch.setattr(_files, "save_file", failing(OSError("No space left on device")))
     with pytest.raises(ValueError, match=r"could not be written: No space left.*is unchanged"):
         operator.save(path)
-    monkeypatch.setattr(storage_module, "save_file", failing(KeyboardInterrupt()))
+    monkeypatch.setattr(_files, "save_file", failing(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         operator.save(path)
     assert path.read_bytes() == before

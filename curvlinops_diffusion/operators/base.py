@@ -11,8 +11,8 @@ from torch import Tensor
 
 from curvlinops_diffusion._checks import check_non_negative
 from curvlinops_diffusion._upstream import PyTorchLinearOperator
-from curvlinops_diffusion.blocks import PlacedBlock
 from curvlinops_diffusion.parameters import ParameterSpace
+from curvlinops_diffusion.placement import PlacedBlock
 from curvlinops_diffusion.storage import save_blocks
 
 
@@ -70,17 +70,53 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         """Multiply onto matrices in tensor list format ``[*shape, K]``."""
-        given = dict(zip(self.space.shapes, X, strict=True))
+        given = {name: x.to(self.dtype) for name, x in zip(self.space.shapes, X, strict=True)}
         result: dict[str, Tensor] = {}
         for placed in self.blocks:
-            parts = [given[name].to(self.dtype) for name in placed.params]
-            K = parts[0].shape[-1]
-            matrices = [p.reshape(len(p), -1, K) for p in parts]
-            product = placed.block.multiply(torch.cat(matrices, 1))
-            split = product.split([m.shape[1] for m in matrices], 1)
-            for name, p, piece in zip(placed.params, parts, split, strict=True):
-                result[name] = piece.reshape(p.shape)
+            result |= placed.multiply(given)
         return [result[name] for name in self.space.shapes]
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each block, as plain values.
+
+        Returns:
+            Rows with ``block`` (its name), ``kind`` (``'Kronecker'``, ``'eigenbasis'``,
+            ``'dense'``, ``'diagonal'``), ``parameters`` (entries), ``shape`` (``[*groups, outputs,
+            inputs]``), ``bytes`` (memory) and ``trace_share`` (of the operator's trace).
+        """
+        traces = torch.stack([placed.block.trace() for placed in self.blocks]).tolist()
+        total = sum(traces)
+        return [
+            {
+                "block": placed.name,
+                "kind": placed.kind,
+                "parameters": placed.num_entries,
+                "shape": placed.block.shape,
+                "bytes": placed.num_bytes,
+                "trace_share": trace / total if total > 0 else 0.0,
+            }
+            for placed, trace in zip(self.blocks, traces, strict=True)
+        ]
+
+    def __str__(self) -> str:
+        """The blocks as a table, and what is covered."""
+        rows = self.table()
+        width = max(len(row["block"]) for row in rows)
+        lines = [
+            f"{type(self).__name__} with {self.shape[0]:,} parameters in {len(rows)} blocks",
+            f"{'block':{width}}  {'kind':10}  {'parameters':>12}  {'shape':>16}  {'MiB':>9}  trace",
+        ]
+        for row in rows:
+            lines.append(
+                f"{row['block']:{width}}  {row['kind']:10}  {row['parameters']:>12,}  "
+                f"{'×'.join(map(str, row['shape'])):>16}  {row['bytes'] / 2**20:>9.2f}  "
+                f"{row['trace_share']:.2%}"
+            )
+        left_out = self.info.get("left_out", {})
+        lines.append(
+            f"left out: {', '.join(left_out)}" if left_out else "nothing selected is left out"
+        )
+        return "\n".join(lines)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Save to a safetensors file, see :func:`~curvlinops_diffusion.load_operator`.
@@ -126,7 +162,7 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         """
         damping = check_non_negative("damping", damping)
         blocks = [
-            PlacedBlock(p.name, p.params, p.block.eigen(p.name).power(exponent, damping, p.name))
+            p.with_block(p.block.eigen(p.name).power(exponent, damping, p.name))
             for p in self.blocks
         ]
         info = {**self.info, "power": exponent, "damping": damping}
@@ -152,8 +188,8 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
             min_damping: Lower bound of the two heuristic dampings.
 
         Returns:
-            The inverse, block-diagonal as well. A bias of its own has no input factor and is
-            damped exactly in each case.
+            The inverse, block-diagonal as well. Blocks without Kronecker form (biases of their
+            own, norms) are damped exactly in each case.
 
         Raises:
             ValueError: If a damping is negative, the options contradict each other, or the matrix
@@ -172,10 +208,8 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
             return self.power(-1.0, damping)
         self._check_factored()
         blocks = [
-            PlacedBlock(
-                p.name,
-                p.params,
-                p.block.factored_inverse(damping, use_heuristic_damping, min_damping, p.name),
+            p.with_block(
+                p.block.factored_inverse(damping, use_heuristic_damping, min_damping, p.name)
             )
             for p in self.blocks
         ]
@@ -185,7 +219,7 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
 
     def _check_factored(self) -> None:
         """Check that there are Kronecker factors to damp."""
-        if any(set(p.block.tensors()) >= {"eigenvalues", "input_basis"} for p in self.blocks):
+        if any(p.kind == "eigenbasis" and p.block.shape[-1] > 1 for p in self.blocks):
             raise ValueError(
                 f"{type(self).__name__} has no Kronecker factors to damp apart: its eigenvalues "
                 "are not a product. Use the exact damping (the default)."

@@ -4,45 +4,52 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from curvlinops_diffusion.blocks import KroneckerBlock, PlacedBlock
+from curvlinops_diffusion._files import fingerprint
+from curvlinops_diffusion.blocks import DenseBlock, KroneckerBlock
 from curvlinops_diffusion.draws import ProbeType
+from curvlinops_diffusion.exact import exact_blocks
 from curvlinops_diffusion.fisher import FisherType, KFACApprox, KFACOptions
-from curvlinops_diffusion.layers import Coverage, supported_layers
+from curvlinops_diffusion.layers import Coverage, covered_parameters
 from curvlinops_diffusion.operators.base import BlockDiagonalLinearOperator
 from curvlinops_diffusion.parameters import Parameters, ParameterSpace
+from curvlinops_diffusion.placement import PlacedBlock
 from curvlinops_diffusion.regression import NoisedRegression
-from curvlinops_diffusion.statistics import kronecker_factors
-from curvlinops_diffusion.storage import fingerprint, versions
+from curvlinops_diffusion.statistics import KroneckerFactors, kronecker_factors
+from curvlinops_diffusion.storage import versions
 
 
 class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
     r"""K-FAC of the GGN of a diffusion model's objective.
 
-    Block-diagonal over layers. For a layer with inputs ``a_s`` and pulled-back loss vectors
-    ``b_s`` at its weight-sharing positions ``s = 1..S`` (pixels, tokens), the block of its weight
-    ``[O, I]`` (row-major) is ``B ⊗ A`` with::
+    Block-diagonal over layers. For a linear layer or a (transposed) convolution with inputs ``a_s``
+    and pulled-back loss vectors ``b_s`` at its weight-sharing positions ``s = 1..S`` (pixels,
+    tokens), the block of its weight ``[O, I]`` (row-major) is ``B ⊗ A`` with::
 
         expand:  A = E[1/S Σ_s a_s a_sᵀ]                  B = E[Σ_s b_s b_sᵀ]
         reduce:  A = E[(1/S Σ_s a_s)(1/S Σ_s a_s)ᵀ]       B = E[(Σ_s b_s)(Σ_s b_s)ᵀ]
 
-    the expectations being over examples, timesteps, noise and loss vectors. The factors are
-    computed on construction, in one pass over the data, and not when the model changes later.
+    the expectations being over examples, timesteps, noise and loss vectors; one pair for each group
+    of a grouped convolution, and a diagonal ``A`` (token frequencies) for an embedding. The other
+    blocks are exact, ``E[g gᵀ]`` with ``g`` the gradient of an example, draw and loss vector: those
+    of biases, of the scale and shift of a norm, and of any parameter in no known layer (dense up to
+    ``max_dense`` entries, their diagonal beyond). Everything is computed on construction, in one
+    pass over the data, and not when the model changes later.
 
     Source: Mlodozeniec et al., 2025, Section 2.3 (diffusion); Eschenhagen et al., 2023, Section 3
     (weight sharing); Martens & Grosse, 2015.
 
     Args:
         regression: Objective, data and draws.
-        params: ``None`` for every parameter of a supported layer (``Linear``, ``Conv2d``), the
-            others being listed in a warning; or a list of the model's parameters (or their
-            names), or a dict from names to parameters, all of which must be supported.
+        params: ``None`` for every parameter of the model; or a list of the model's parameters (or
+            their names), or a dict from names to parameters.
         fisher_type: ``'mc'`` (GGN of the model by random loss vectors), ``'type-2'`` (the same
             exactly, one backward pass for each output entry), ``'empirical'`` (GGN of the loss),
-            ``'forward-only'`` (``B = I``; K-FAC only).
+            ``'forward-only'`` (``B = I``; K-FAC only, and blocks of Kronecker form only: the
+            others are listed in a warning).
         mc_samples: Loss vectors for each draw, with ``fisher_type='mc'``.
         kfac_approx: ``'expand'`` or ``'reduce'``.
-        separate_weight_and_bias: Whether weight and bias are blocks of their own (the bias' block
-            is ``B``), or one block whose inputs are extended by a one.
+        separate_weight_and_bias: Whether weight and bias are blocks of their own, or one block
+            whose inputs are extended by a one.
         probe_type: Distribution of the random loss vectors, ``'rademacher'`` or ``'gaussian'``.
         eigenvalue_draws: EK-FAC only. Draws of each example in the second pass. Default: those of
             the regression, or with ``fisher_type='mc'`` as few as make 32,768 in all; more change
@@ -52,6 +59,10 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
             of different examples are independent with mean zero, and cheaper for wide layers, but
             of more variance. Beyond 1, results depend on the batch size (within their Monte-Carlo
             error) unless it is a multiple of the group.
+        exact_bias: Whether the block of a bias of its own is the exact ``E[(Σ_s b_s)(Σ_s b_s)ᵀ]``;
+            ``False`` for ``curvlinops``' convention, the ``B`` of its weight.
+        max_dense: Entries up to which a norm's block, or that of a parameter in no known layer,
+            is dense.
         progressbar: Whether to show progress.
 
     Attributes:
@@ -78,6 +89,8 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         probe_type: str | ProbeType = ProbeType.RADEMACHER,
         eigenvalue_draws: int | None = None,
         gradient_group: int = 1,
+        exact_bias: bool = True,
+        max_dense: int = 1024,
         progressbar: bool = False,
     ):
         options = KFACOptions.parse(
@@ -88,10 +101,15 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
             probe_type,
             eigenvalue_draws,
             gradient_group,
+            exact_bias,
+            max_dense,
         )
         model = regression.objective.model
-        coverage = supported_layers(model, params)
+        gradients = options.fisher_type is not FisherType.FORWARD_ONLY
+        coverage = covered_parameters(model, params, gradients)
         blocks = self._fit(regression, coverage, options, progressbar)
+        order = {name: i for i, name in enumerate(coverage.params)}
+        blocks.sort(key=lambda placed: min(order[name] for name in placed.params))
         info: dict[str, Any] = {
             "options": options.as_dict(),
             "regression": regression.description,
@@ -106,13 +124,23 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         regression: NoisedRegression, coverage: Coverage, options: KFACOptions, progressbar: bool
     ) -> list[PlacedBlock]:
         """Compute the blocks."""
-        factors = kronecker_factors(regression, coverage.layers, options, progressbar)
-        return [
-            PlacedBlock(
-                part.key,
-                part.params,
-                KroneckerBlock(factors.outputs[layer.name], factors.inputs.get(part.key)),
-            )
-            for layer in coverage.layers
-            for part in layer.parts(options.separate_weight_and_bias)
-        ]
+        factors = kronecker_factors(regression, coverage, options, progressbar)
+        blocks = []
+        for layer in coverage.layers:
+            for part in layer.parts(options.separate_weight_and_bias, options.exact_bias):
+                B = factors.outputs[layer.name]
+                block = (
+                    DenseBlock(B) if part.is_bias else KroneckerBlock(B, factors.inputs[part.key])
+                )
+                blocks.append(PlacedBlock(part.key, part.params, block, part.kind.transposed))
+        return blocks + exact_part(coverage, options, factors)
+
+
+def exact_part(
+    coverage: Coverage, options: KFACOptions, factors: KroneckerFactors
+) -> list[PlacedBlock]:
+    """The blocks without Kronecker form."""
+    return [
+        PlacedBlock(exact.key, exact.params, exact.block(factors.exact[exact.key]))
+        for exact in exact_blocks(coverage, options)
+    ]

@@ -4,6 +4,7 @@ from os import PathLike
 
 from torch import nn
 
+from curvlinops_diffusion.execution import uncompiled
 from curvlinops_diffusion.operators.base import BlockDiagonalLinearOperator
 from curvlinops_diffusion.operators.ekfac import DiffusionEKFACLinearOperator
 from curvlinops_diffusion.operators.kfac import DiffusionKFACLinearOperator
@@ -33,7 +34,7 @@ def load_operator(path: str | PathLike[str], model: nn.Module) -> BlockDiagonalL
         ValueError: If the file is missing, truncated, foreign or of a newer format, or was made
             for another model or other weights; the message says which.
     """
-    kind, space, blocks, info = load_blocks(path, model)
+    kind, space, blocks, info = load_blocks(path, uncompiled(model))
     if kind not in _KINDS:
         raise ValueError(f"'{path}' holds an operator of unknown kind {kind!r}.")
     cls = _KINDS[kind]

@@ -1,0 +1,158 @@
+"""Which layers hold the selected parameters, and which parameters are in none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from warnings import warn
+
+from diffusers.models.normalization import RMSNorm
+from torch import nn
+
+from curvlinops_diffusion.layers import norm
+from curvlinops_diffusion.layers.convolution import ConvolutionKind, TransposedConvolutionKind
+from curvlinops_diffusion.layers.embedding import EmbeddingKind
+from curvlinops_diffusion.layers.kind import LayerKind
+from curvlinops_diffusion.layers.layer import Layer
+from curvlinops_diffusion.layers.linear import LinearKind
+from curvlinops_diffusion.parameters import Parameters, select_parameters
+
+#: What is known of each type of layer. An entry of your own makes it known to every operator.
+LAYER_KINDS: dict[type[nn.Module], LayerKind] = {
+    nn.Linear: LinearKind(),
+    nn.Conv1d: ConvolutionKind(),
+    nn.Conv2d: ConvolutionKind(),
+    nn.Conv3d: ConvolutionKind(),
+    nn.ConvTranspose1d: TransposedConvolutionKind(),
+    nn.ConvTranspose2d: TransposedConvolutionKind(),
+    nn.ConvTranspose3d: TransposedConvolutionKind(),
+    nn.Embedding: EmbeddingKind(),
+    nn.GroupNorm: norm.GROUP_NORM,
+    nn.LayerNorm: norm.LAYER_NORM,
+    nn.RMSNorm: norm.RMS_NORM,
+    RMSNorm: norm.DIFFUSERS_RMS_NORM,
+    nn.BatchNorm1d: norm.BATCH_NORM,
+    nn.BatchNorm2d: norm.BATCH_NORM,
+    nn.BatchNorm3d: norm.BATCH_NORM,
+    nn.InstanceNorm1d: norm.INSTANCE_NORM,
+    nn.InstanceNorm2d: norm.INSTANCE_NORM,
+    nn.InstanceNorm3d: norm.INSTANCE_NORM,
+}
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How each selected parameter is treated.
+
+    Attributes:
+        params: The covered parameters by name, in the order they were selected.
+        layers: The layers of known kinds that hold them, in the model's order.
+        others: The reasons why parameters are in none of these, by name. Their gradients are
+            found by automatic differentiation, example by example.
+        left_out: Parameters that are not covered, each with the reason.
+    """
+
+    params: dict[str, nn.Parameter]
+    layers: tuple[Layer, ...]
+    others: dict[str, str]
+    left_out: dict[str, str]
+
+
+def cover(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> Coverage:
+    """Find the layers that hold the selected parameters.
+
+    Args:
+        model: The model.
+        selected: Parameters by name.
+
+    Returns:
+        The layers, and the parameters in none.
+    """
+    holders = _holders(model)
+    name_of = {id(p): name for name, p in selected.items()}
+    layers: list[Layer] = []
+    others: dict[str, str] = {}
+    for module_name, module in model.named_modules():
+        own = {
+            key: name_of[id(p)]
+            for key, p in module.named_parameters(recurse=False)
+            if id(p) in name_of
+        }
+        if not own:
+            continue
+        kind, reason = _kind_of(module, own, holders)
+        if kind is None:
+            others.update(dict.fromkeys(own.values(), reason))
+        else:
+            weight, bias = (own.get(name) for name in (kind.weight_name, kind.bias_name))
+            layers.append(Layer(module_name, module, kind, weight, bias))
+    return Coverage(dict(selected), tuple(layers), others, {})
+
+
+def _holders(model: nn.Module) -> dict[int, list[str]]:
+    """The names of the modules that hold each parameter."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for p in module.parameters(recurse=False):
+            holders.setdefault(id(p), []).append(name)
+    return holders
+
+
+def _kind_of(
+    module: nn.Module, own: Mapping[str, str], holders: Mapping[int, list[str]]
+) -> tuple[LayerKind | None, str]:
+    kind = next((LAYER_KINDS[cls] for cls in type(module).__mro__ if cls in LAYER_KINDS), None)
+    if kind is None or not own.keys() <= {kind.weight_name, kind.bias_name}:
+        return None, f"held by a {type(module).__name__}"
+    reason = kind.unsupported(module)
+    if reason:
+        return None, reason
+    for p in module.parameters(recurse=False):
+        if len(holders[id(p)]) > 1:
+            return None, f"shared by the modules {holders[id(p)]}"
+    return kind, ""
+
+
+def covered_parameters(model: nn.Module, params: Parameters, gradients: bool = True) -> Coverage:
+    """Find how a user's choice of parameters is covered.
+
+    Args:
+        model: The model.
+        params: ``None`` for every parameter, or a choice of them.
+        gradients: Whether gradients are there to fill blocks with that have no Kronecker form.
+            Without, those parameters are left out, with a warning, or refused if they were chosen.
+
+    Raises:
+        ValueError: If a chosen parameter, or every parameter, cannot be covered.
+    """
+    coverage = cover(model, select_parameters(model, params))
+    return coverage if gradients else _kronecker_only(model, coverage, params is not None)
+
+
+def _kronecker_only(model: nn.Module, coverage: Coverage, chosen: bool) -> Coverage:
+    left_out = dict(coverage.others)
+    layers = []
+    for layer in coverage.layers:
+        if layer.parts(separate=True, exact_bias=False):
+            layers.append(layer)
+            continue
+        reason = f"the block of a {type(layer.module).__name__} has no Kronecker form"
+        left_out |= dict.fromkeys(layer.params, reason)
+    if not left_out:
+        return coverage
+    why = "fisher_type='forward-only' computes no gradients, which this block is made of"
+    if chosen or len(left_out) == len(coverage.params):
+        name, reason = next(iter(left_out.items()))
+        raise ValueError(
+            f"{len(left_out)} of the parameters cannot be covered, the first being '{name}' "
+            f"({reason}): {why}. Leave them out of params, or pass another fisher_type."
+        )
+    own = dict(model.named_parameters())
+    entries, total = (sum(own[name].numel() for name in names) for names in (left_out, own))
+    warn(
+        f"{len(left_out)} parameters with {entries:,} of {total:,} entries ({entries / total:.2%}) "
+        f"are left out: {why}. {', '.join(left_out)}.",
+        stacklevel=5,
+    )
+    params = {name: p for name, p in coverage.params.items() if name not in left_out}
+    return Coverage(params, tuple(layers), {}, left_out)

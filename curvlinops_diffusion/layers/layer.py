@@ -1,0 +1,219 @@
+"""Layers of a model, and the blocks of the curvature that their parameters form.
+
+Legend: N examples, g an optional axis of groups, S positions, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from curvlinops_diffusion.layers.kind import ExactKind, LayerKind, SharingKind, fold
+from curvlinops_diffusion.moments import LatestProduct, Moment
+from curvlinops_diffusion.placement import Arrangement
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A layer with those of its parameters that were selected.
+
+    Attributes:
+        name: The module's name within the model.
+        module: The module.
+        kind: What is known of its type.
+        weight: The weight's name, or ``None`` if it was not selected.
+        bias: The bias' name, or ``None``.
+    """
+
+    name: str
+    module: nn.Module
+    kind: LayerKind
+    weight: str | None
+    bias: str | None
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Names of the selected parameters."""
+        return tuple(name for name in (self.weight, self.bias) if name is not None)
+
+    def key(self, suffix: str) -> str:
+        """A name for a block that is unique within the model."""
+        return f"{self.name}.{suffix}" if self.name else suffix
+
+    def example_gradients(
+        self, xs: Sequence[Tensor], gs: Sequence[Tensor], N: int
+    ) -> dict[str, Tensor]:
+        """Gradients of the selected parameters for each example, summed over calls.
+
+        Args:
+            xs: The layer's inputs, call by call.
+            gs: The gradients in its outputs.
+            N: The number of examples.
+
+        Returns:
+            Gradients ``[N, *shape]`` by the parameter's name.
+        """
+        result: dict[str, Tensor] = {}
+        for x, g in zip(xs, gs, strict=True):
+            for name, gradient in self._of_call(x, g, N).items():
+                result[name] = result[name] + gradient if name in result else gradient
+        return result
+
+    def _of_call(self, x: Tensor, g: Tensor, N: int) -> dict[str, Tensor]:
+        kind = self.kind
+        if isinstance(kind, ExactKind):
+            found = kind.gradients(self.module, x, g, N)
+            named = {self.weight: kind.weight_name, self.bias: kind.bias_name}
+            return {name: found[own] for name, own in named.items() if name is not None}
+        assert isinstance(kind, SharingKind)
+        gradients = {}
+        if self.weight is not None:
+            g_NgOI = kind.weight_gradients(self.module, x, g, N)
+            shape = getattr(self.module, kind.weight_name).shape
+            arrangement = Arrangement(tuple(g_NgOI.shape[1:]), kind.transposed)
+            (weight,) = arrangement.scatter(g_NgOI.movedim(0, -1), [shape])
+            gradients[self.weight] = weight.movedim(-1, 0)
+        if self.bias is not None:
+            gradients[self.bias] = self.bias_gradients(g, N)
+        return gradients
+
+    def bias_gradients(self, g: Tensor, N: int) -> Tensor:
+        """The bias' gradients for each example, ``[N, bias entries]``."""
+        assert isinstance(self.kind, SharingKind)
+        gradients = self.kind.bias_gradients(self.module, g)
+        return gradients if len(gradients) == N else gradients.unflatten(0, (N, -1)).sum(1)
+
+    def gradients(self, g: Tensor, N: int) -> Tensor:
+        """The gradient in the module's output as ``[N, *g, S, O]``."""
+        assert isinstance(self.kind, SharingKind)
+        return fold(self.kind.gradients(self.module, g), N)
+
+    def parts(self, separate: bool, exact_bias: bool) -> tuple[Part, ...]:
+        """The blocks of Kronecker form.
+
+        Args:
+            separate: Whether weight and bias are blocks of their own.
+            exact_bias: Whether the block of a bias of its own is exact, and thus none of these.
+        """
+        kind = self.kind
+        if not isinstance(kind, SharingKind):
+            return ()
+        if self.weight and self.bias and not separate and kind.joint:
+            return (Part(self, PartKind.JOINT, (self.weight, self.bias)),)
+        weight = (Part(self, PartKind.WEIGHT, (self.weight,)),) if self.weight else ()
+        if self.bias is None or exact_bias or not kind.joint:
+            return weight
+        return (*weight, Part(self, PartKind.BIAS, (self.bias,)))
+
+    def exact_params(self, separate: bool, exact_bias: bool) -> tuple[str, ...]:
+        """Names of the parameters whose block is exact."""
+        inside = {name for part in self.parts(separate, exact_bias) for name in part.params}
+        return tuple(name for name in self.params if name not in inside)
+
+
+class PartKind(str, Enum):
+    """Which of a layer's parameters form a block."""
+
+    WEIGHT = "weight"
+    BIAS = "bias"
+    JOINT = "joint"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters of a layer that form one block ``[*g, O, I]`` of Kronecker form.
+
+    Attributes:
+        layer: The layer.
+        part_kind: Weight, bias (``I = 1``), or both (the bias as last column).
+        params: The parameters' names.
+    """
+
+    layer: Layer
+    part_kind: PartKind
+    params: tuple[str, ...]
+
+    @property
+    def kind(self) -> SharingKind:
+        """What is known of the layer's type."""
+        assert isinstance(self.layer.kind, SharingKind)
+        return self.layer.kind
+
+    @property
+    def key(self) -> str:
+        """A name that is unique within the model."""
+        return self.layer.key(self.part_kind.value)
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether there is no input: all are one."""
+        return self.part_kind is PartKind.BIAS
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(*g, O, I)``: output entries, and inputs that each of them has a coefficient for."""
+        *groups, O, I = self.kind.matrix_shape(self.layer.module)
+        if self.is_bias:
+            return (*groups, O, 1)
+        return (*groups, O, I + (self.part_kind is PartKind.JOINT))
+
+    def new_zeros(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Zeros on the layer's device."""
+        return next(self.layer.module.parameters()).new_zeros(shape, dtype=dtype).detach()
+
+    def positions(self, x: Tensor, N: int) -> int:
+        """The number ``S`` of positions of an example."""
+        return len(x) // N * self.kind.positions(self.layer.module, x)
+
+    def input_sum(self, x: Tensor, N: int) -> Tensor:
+        """``Σ_s a_s`` of each example, shape ``[N, *g, I]``; not for a bias."""
+        total = self.kind.input_sum(self.layer.module, x).unflatten(0, (N, -1)).sum(1)
+        extended = self.part_kind is PartKind.JOINT
+        return pad(total, (0, 1), value=float(self.positions(x, N))) if extended else total
+
+    def input_moment(self, latest: LatestProduct) -> Moment:
+        """A new running ``Σ_n Σ_s a_s a_sᵀ``; not for a bias."""
+        inner = self.kind.input_moment(self.layer.module, latest)
+        return _ExtendedMoment(self, inner) if self.part_kind is PartKind.JOINT else inner
+
+    def squares(
+        self,
+        xs: Sequence[Tensor],
+        gs: Sequence[Tensor],
+        sums: int,
+        U_A: Tensor | None,
+        U_B: Tensor | None,
+    ) -> Tensor:
+        """Sum over groups of successive examples of the squared and rotated sums of gradients."""
+        module = self.layer.module
+        if not self.is_bias:
+            extended = self.part_kind is PartKind.JOINT
+            return self.kind.squares(module, xs, gs, sums, U_A, U_B, extended)
+        total = torch.stack([self.layer.gradients(g, sums).sum(-2) for g in gs]).sum(0)
+        rotated = total if U_B is None else (total.unsqueeze(-2) @ U_B).squeeze(-2)
+        return rotated.square().sum(0).unsqueeze(-1)
+
+
+class _ExtendedMoment:
+    """The second moment of inputs that are extended by a one, from that of the inputs."""
+
+    def __init__(self, part: Part, inner: Moment):
+        self._part = part
+        self._inner = inner
+        self._extended: Tensor | None = None  # the last row: Σ [a, 1]
+
+    def add(self, x: Tensor, weight: float) -> None:
+        self._inner.add(x, weight)
+        new = self._part.input_sum(x, len(x)).sum(0) * weight
+        self._extended = new if self._extended is None else self._extended + new
+
+    def total(self) -> Tensor:
+        assert self._extended is not None
+        total = pad(self._inner.total(), (0, 1, 0, 1))
+        total[..., -1, :], total[..., :, -1] = self._extended, self._extended
+        return total

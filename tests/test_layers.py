@@ -1,0 +1,459 @@
+"""Every kind of layer: its factors against plain loops, its blocks against the exact ones."""
+
+from itertools import product
+
+import pytest
+import torch
+from diffusers.models.normalization import RMSNorm
+from torch import nn
+from torch.nn.functional import pad
+
+from curvlinops_diffusion import (
+    DiffusionEKFACLinearOperator,
+    DiffusionKFACLinearOperator,
+    ExampleGradientLinearOperator,
+)
+from curvlinops_diffusion.layers import LAYER_KINDS, ExactKind, SharingKind
+from tests.cases import plain_regression, seeded
+from tests.comparisons import assert_close
+from tests.reference import (
+    block_of,
+    dense_block,
+    dense_ggn,
+    example_gradients,
+    params_of,
+    pulled_back,
+    type2_vectors,
+)
+
+# ---------------------------------------------------------------------------------------------
+# Networks around one layer
+# ---------------------------------------------------------------------------------------------
+
+
+class Around(nn.Module):
+    """A layer between a non-linearity and a map back to the input's shape."""
+
+    def __init__(self, layer: nn.Module, shape: tuple[int, ...], tokens: bool = False):
+        super().__init__()
+        self.layer, self.shape, self.tokens = layer, shape, tokens
+        seen = torch.zeros(1, 2).long() if tokens else torch.zeros(2, *shape)
+        size = layer(seen)[:1].numel()
+        self.back = nn.Linear(size, torch.Size(shape).numel())
+
+    def forward(self, x, t):
+        if self.tokens:  # of which some come twice
+            seen = torch.stack([t % 3, (t + 1) % 2], 1)
+        else:
+            seen = torch.tanh(x)
+        out = torch.tanh(self.layer(seen)).flatten(1)
+        return self.back(out).reshape(x.shape) + 0.1 * x
+
+
+def around(layer, shape, tokens=False):
+    model = Around(layer.eval(), shape, tokens)
+    generator = torch.Generator().manual_seed(3)
+    model = model.double()
+    for p in model.parameters():
+        p.data.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.5)
+    return model
+
+
+def convolutions():
+    yield nn.Conv1d, (2, 5), {"kernel_size": 3, "padding": 1}
+    yield nn.Conv1d, (2, 6), {"kernel_size": 2, "stride": 2, "dilation": 2, "padding": 1}
+    yield nn.Conv1d, (2, 5), {"kernel_size": 3, "padding": 2, "padding_mode": "circular"}
+    yield nn.Conv1d, (4, 5), {"kernel_size": 3, "groups": 2}
+    yield nn.Conv2d, (4, 3, 4), {"kernel_size": 3, "padding": 1, "groups": 2}
+    yield nn.Conv2d, (2, 3, 4), {"kernel_size": (2, 3), "padding": (1, 0), "groups": 2}
+    yield nn.Conv2d, (2, 3, 3), {"kernel_size": 2, "padding": "same", "groups": 2, "bias": False}
+    yield nn.Conv2d, (2, 4, 4), {"kernel_size": 3, "stride": 2, "padding": 1}
+    yield nn.Conv3d, (2, 2, 3, 3), {"kernel_size": 2, "padding": 1, "stride": 2}
+    yield nn.Conv3d, (2, 4, 1, 2), {"kernel_size": (3, 1, 1), "padding": (1, 0, 0)}
+    yield nn.Conv3d, (2, 3, 2, 2), {"kernel_size": (1, 2, 2), "padding": (0, 1, 0)}
+    yield nn.Conv3d, (2, 3, 2, 2), {"kernel_size": (3, 1, 2), "dilation": (1, 1, 1), "groups": 2}
+
+
+def transposed_convolutions():
+    yield nn.ConvTranspose1d, (2, 4), {"kernel_size": 3, "stride": 2, "padding": 1}
+    yield nn.ConvTranspose1d, (2, 3), {"kernel_size": 2, "dilation": 2, "bias": False}
+    yield nn.ConvTranspose1d, (4, 3), {"kernel_size": 3, "groups": 2}
+    yield nn.ConvTranspose2d, (2, 2, 3), {"kernel_size": (2, 3), "stride": 2, "output_padding": 1}
+    yield nn.ConvTranspose2d, (4, 2, 2), {"kernel_size": 2, "groups": 4}
+    yield (
+        nn.ConvTranspose2d,
+        (2, 3, 2),
+        {"kernel_size": 2, "stride": (1, 3), "output_padding": (0, 2)},
+    )
+    yield nn.ConvTranspose3d, (2, 1, 2, 2), {"kernel_size": (1, 2, 2), "stride": (1, 2, 1)}
+
+
+CASES = {
+    f"{cls.__name__} {options} on {shape}": (
+        lambda cls=cls, shape=shape, options=options: around(
+            cls(shape[0], 2 * options.get("groups", 1), **options), shape
+        ),
+        shape,
+    )
+    for cls, shape, options in [*convolutions(), *transposed_convolutions()]
+}
+CASES |= {
+    "depthwise": (lambda: around(nn.Conv2d(3, 3, 3, padding=1, groups=3), (3, 3, 3)), (3, 3, 3)),
+    "Linear": (lambda: around(nn.Linear(3, 2), (2, 3)), (2, 3)),
+    "Embedding": (lambda: around(nn.Embedding(4, 3), (3,), tokens=True), (3,)),
+    "Embedding with padding": (
+        lambda: around(nn.Embedding(4, 3, padding_idx=1), (3,), tokens=True),
+        (3,),
+    ),
+}
+
+NORMS = {
+    "GroupNorm": (lambda: nn.GroupNorm(2, 4), (4, 2, 3)),
+    "GroupNorm without positions": (lambda: nn.GroupNorm(2, 4), (4,)),
+    "LayerNorm": (lambda: nn.LayerNorm(4), (3, 4)),
+    "LayerNorm over two axes": (lambda: nn.LayerNorm((3, 4)), (2, 3, 4)),
+    "LayerNorm without bias": (lambda: nn.LayerNorm(4, bias=False), (4,)),
+    "RMSNorm": (lambda: nn.RMSNorm(4, eps=1e-5), (3, 4)),
+    "RMSNorm of diffusers": (lambda: RMSNorm(4, 1e-5), (3, 4)),
+    "RMSNorm of diffusers with bias": (lambda: RMSNorm(4, 1e-5, bias=True), (3, 4)),
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(3), (3, 4)),
+    "BatchNorm2d": (lambda: nn.BatchNorm2d(3), (3, 2, 2)),
+    "InstanceNorm2d": (lambda: nn.InstanceNorm2d(3, affine=True), (3, 2, 3)),
+}
+
+
+def regression_of(model, shape):
+    return plain_regression(model, shape, count=3, num_draws=2, batch_size=2)
+
+
+# ---------------------------------------------------------------------------------------------
+# Gradients of single examples
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [*CASES, *NORMS])
+def test_gradients_of_single_examples(case):
+    if case in CASES:
+        make, shape = CASES[case]
+        model = make()
+    else:
+        layer, shape = NORMS[case]
+        model = around(layer(), shape)
+    if isinstance(getattr(model.layer, "running_var", None), torch.Tensor):
+        model.layer.running_mean.fill_(0.3), model.layer.running_var.fill_(2.0)
+    regression = regression_of(model, shape)
+    names = [name for name, _ in model.named_parameters()]
+    J = ExampleGradientLinearOperator(regression, names)
+    assert_close(J.rows(), example_gradients(regression, params_of(model, names)), 1e-12)
+
+
+# ---------------------------------------------------------------------------------------------
+# Kronecker factors, by loops over positions
+# ---------------------------------------------------------------------------------------------
+
+
+def window(z, position, kernel, stride, dilation):
+    """What a kernel's taps see of ``[C, *size]`` at an output position, flattened."""
+    for axis, (o, K, s, d) in enumerate(zip(position, kernel, stride, dilation, strict=True), 1):
+        z = z.index_select(axis, o * s + d * torch.arange(K))
+    return z.flatten()
+
+
+def positions_of(size):
+    return list(product(*(range(n) for n in size)))
+
+
+def loops(module, x, g):
+    """``(a [S, I], b [S, O])`` of one example for every group of a layer."""
+    if isinstance(module, nn.Linear):
+        return [(x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]))]
+    if isinstance(module, nn.Embedding):
+        a = nn.functional.one_hot(x, module.num_embeddings).double()
+        if module.padding_idx is not None:
+            a[x == module.padding_idx] = 0
+        return [(a, g)]
+    geometry = module.kernel_size, module.stride, module.dilation
+    found = []
+    for x_group, g_group in zip(x.chunk(module.groups), g.chunk(module.groups), strict=True):
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+            padded = pad(x_group[None], module._reversed_padding_repeated_twice, mode)[0]
+            where = positions_of(g_group.shape[1:])
+            a = torch.stack([window(padded, o, *geometry) for o in where])
+            b = torch.stack([g_group[(slice(None), *o)] for o in where])
+        else:
+            padding = [p for p in module.padding[::-1] for _ in range(2)]
+            padded = pad(g_group, padding)
+            where = positions_of(x_group.shape[1:])
+            a = torch.stack([x_group[(slice(None), *o)] for o in where])
+            b = torch.stack([window(padded, o, *geometry) for o in where])
+        found.append((a, b))
+    return found
+
+
+def factors_by_loops(regression, module, approx):
+    """``A`` and ``B`` of every group."""
+    A = B = 0
+    D = next(iter(regression.batches())).target_BD.shape[1]
+    for x, g in pulled_back(regression, module, type2_vectors, raw=True):
+        pairs = loops(module, x, g)
+        if approx == "expand":
+            A = A + torch.stack([a.T @ a / len(a) for a, _ in pairs]) / D
+            B = B + torch.stack([b.T @ b for _, b in pairs])
+        else:
+            A = A + torch.stack([torch.outer(a.mean(0), a.mean(0)) for a, _ in pairs]) / D
+            B = B + torch.stack([torch.outer(b.sum(0), b.sum(0)) for _, b in pairs])
+    return A / regression.num_samples, B / regression.num_samples
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("case", CASES)
+def test_factors_equal_loops(case, approx):
+    make, shape = CASES[case]
+    model = make()
+    regression = regression_of(model, shape)
+    K = DiffusionKFACLinearOperator(
+        regression, ["layer.weight"], fisher_type="type-2", kfac_approx=approx
+    )
+    (placed,) = K.blocks
+    A, B = factors_by_loops(regression, model.layer, approx)
+    kept_A, kept_B = placed.block.input_factor, placed.block.output_factor
+    if isinstance(model.layer, nn.Embedding):  # diagonal, and that of "expand" in each case
+        A, kept_A = factors_by_loops(regression, model.layer, "expand")[0], torch.diag(kept_A)
+    assert_close(kept_A.reshape(A.shape), A, 1e-12)
+    assert_close(kept_B.reshape(B.shape), B, 1e-12)
+
+
+# ---------------------------------------------------------------------------------------------
+# Blocks, against the exact ones
+# ---------------------------------------------------------------------------------------------
+
+
+def exact_blocks(regression, model, K):
+    G = dense_ggn(regression, params_of(model, K.param_names))
+    return {p.name: block_of(G, model, K.param_names, p.params) for p in K.blocks}
+
+
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_blocks_are_those_of_their_own_basis(case, separate):
+    """EK-FAC keeps the diagonal of the exact block in K-FAC's basis, and so its trace.
+
+    Being the nearest such matrix, it is no further from the exact block than K-FAC.
+    """
+    make, shape = CASES[case]
+    model = make()
+    regression = regression_of(model, shape)
+    options = {"fisher_type": "type-2", "separate_weight_and_bias": separate}
+    K = DiffusionKFACLinearOperator(regression, **options)
+    EK = DiffusionEKFACLinearOperator(regression, **options)
+    assert set(EK.param_names) == {name for name, _ in model.named_parameters()}
+    exact = exact_blocks(regression, model, K)
+    for k, e in zip(K.blocks, EK.blocks, strict=True):
+        G, dense_k, dense_e = exact[k.name], dense_block(k, model), dense_block(e, model)
+        assert_close(dense_e.trace(), G.trace(), 1e-10)
+        assert (dense_e - G).norm() <= (dense_k - G).norm() * (1 + 1e-9) + 1e-12
+        if k.kind == "dense":
+            assert_close(dense_k, G, 1e-11)
+
+
+@pytest.mark.parametrize("max_dense", [1024, 0])
+@pytest.mark.parametrize("case", NORMS)
+def test_norms_have_exact_blocks(case, max_dense):
+    layer, shape = NORMS[case]
+    model = around(layer(), shape)
+    regression = regression_of(model, shape)
+    for kind in (DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator):
+        K = kind(regression, fisher_type="type-2", max_dense=max_dense)
+        (placed,) = [p for p in K.blocks if p.name == "layer.norm"]
+        G = exact_blocks(regression, model, K)["layer.norm"]
+        assert placed.kind == ("dense" if max_dense else "diagonal")
+        truth = G if max_dense else torch.diag(torch.diag(G))
+        assert_close(dense_block(placed, model), truth, 1e-11)
+    # each parameter alone as well
+    for name in placed.params:
+        K = DiffusionKFACLinearOperator(regression, [name], fisher_type="type-2")
+        assert_close(
+            dense_block(K.blocks[0], model), exact_blocks(regression, model, K)["layer.norm"], 1e-11
+        )
+
+
+class Table(nn.Module):
+    """Parameters that no layer holds, as in PixArt's blocks, and a scalar."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.randn(2, 3))
+        self.gain = nn.Parameter(torch.tensor(0.7))
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x, t):
+        shift, scale = (self.scale_shift_table[None] + x.unsqueeze(1)).unbind(1)
+        return self.gain * torch.tanh(self.layer(x) * (1 + scale)) + shift.square()
+
+
+class NotMappable(Table):
+    """Has control flow that depends on the data."""
+
+    def forward(self, x, t):
+        if float(x.sum()) > 1e9:
+            raise AssertionError
+        return super().forward(x, t)
+
+
+@pytest.mark.parametrize("model", [Table(), NotMappable()], ids=["mapped", "looped"])
+@pytest.mark.parametrize("max_dense", [1024, 3])
+def test_parameters_of_no_layer(model, max_dense):
+    model = model.double()
+    regression = regression_of(model, (3,))
+    K = DiffusionEKFACLinearOperator(regression, fisher_type="type-2", max_dense=max_dense)
+    exact = exact_blocks(regression, model, K)
+    kinds = {placed.name: placed.kind for placed in K.blocks}
+    assert kinds["scale_shift_table"] == ("dense" if max_dense > 3 else "diagonal")
+    assert kinds["gain"] == "dense"
+    for placed in K.blocks:
+        if placed.params in {("scale_shift_table",), ("gain",)}:
+            G = exact[placed.name]
+            truth = G if placed.kind == "dense" else torch.diag(torch.diag(G))
+            assert_close(dense_block(placed, model), truth, 1e-11)
+    J = ExampleGradientLinearOperator(regression)
+    assert_close(J.rows(), example_gradients(regression, list(model.parameters())), 1e-12)
+
+
+# ---------------------------------------------------------------------------------------------
+# Frames folded into the batch
+# ---------------------------------------------------------------------------------------------
+
+
+class Video(nn.Module):
+    """Sees the frames of a video ``[N, C, F, H, W]`` as images, example by example."""
+
+    def __init__(self, frames_first: bool = False):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 2, 3, padding=1), nn.GroupNorm(1, 2)
+        self.shared, self.frames_first = nn.Linear(2, 2), frames_first
+
+    def forward(self, x, t):
+        N, C, F, H, W = x.shape
+        order = (2, 0, 1, 3, 4) if self.frames_first else (0, 2, 1, 3, 4)
+        images = x.permute(order).reshape(-1, C, H, W)
+        out = self.norm(torch.tanh(self.conv(images)))
+        out = self.shared(out.movedim(1, -1)).movedim(-1, 1)
+        if self.frames_first:
+            return out.reshape(F, N, C, H, W).permute(1, 2, 0, 3, 4)
+        return out.reshape(N, F, C, H, W).permute(0, 2, 1, 3, 4)
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_frames_are_positions(approx):
+    """The same as one layer on the whole video: a Conv3d that leaves time alone."""
+    model = Video().double()
+    regression = regression_of(model, (2, 3, 2, 3))
+    names = [name for name, _ in model.named_parameters()]
+    J = ExampleGradientLinearOperator(regression, names)
+    assert_close(J.rows(), example_gradients(regression, params_of(model, names)), 1e-12)
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(2, 2, (1, 3, 3), padding=(0, 1, 1))
+            self.video = model
+
+        def forward(self, x, t):
+            out = torch.tanh(self.conv(x))
+            N, C, F, H, W = x.shape
+            out = model.norm(out.permute(0, 2, 1, 3, 4).reshape(-1, C, H, W))
+            out = model.shared(out.movedim(1, -1)).movedim(-1, 1)
+            return out.reshape(N, F, C, H, W).permute(0, 2, 1, 3, 4)
+
+    whole = Whole().double()
+    whole.conv.weight.data = model.conv.weight.data.unsqueeze(2)
+    whole.conv.bias.data = model.conv.bias.data
+    options = {"fisher_type": "type-2", "kfac_approx": approx, "separate_weight_and_bias": False}
+    for kind in (DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator):
+        folded = kind(regression, ["conv.weight", "conv.bias"], **options)
+        truth = kind(regression_of(whole, (2, 3, 2, 3)), ["conv.weight", "conv.bias"], **options)
+        V = torch.randn(folded.shape[1], 3, dtype=torch.float64)
+        if kind is DiffusionKFACLinearOperator or approx == "expand":  # else the basis is arbitrary
+            assert_close(folded @ V, truth @ V, 1e-9)
+
+
+def test_frames_before_examples_are_refused():
+    regression = regression_of(Video(frames_first=True).double(), (2, 3, 2, 3))
+    with pytest.raises(ValueError, match="its first axis does not hold one example after the"):
+        DiffusionKFACLinearOperator(regression)
+
+
+# ---------------------------------------------------------------------------------------------
+# A kind of one's own
+# ---------------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """``x W^T / √I``, with names of its own."""
+
+    def __init__(self, I, O):
+        super().__init__()
+        self.matrix, self.offset = nn.Parameter(torch.randn(O, I)), nn.Parameter(torch.randn(O))
+
+    def forward(self, x):
+        return x @ self.matrix.T / self.matrix.shape[1] ** 0.5 + self.offset
+
+
+class ScaledKind(SharingKind):
+    weight_name, bias_name, joint = "matrix", "offset", False
+
+    def inputs(self, module, x):
+        return x.reshape(len(x), -1, x.shape[-1]) / module.matrix.shape[1] ** 0.5
+
+    def gradients(self, module, g):
+        return g.reshape(len(g), -1, g.shape[-1])
+
+
+def test_a_kind_of_ones_own(monkeypatch):
+    model = seeded(nn.Linear(3, 4), nn.Tanh(), Scaled(4, 3))
+    regression = regression_of(model, (2, 3))
+    unknown = DiffusionEKFACLinearOperator(regression, fisher_type="type-2")
+    assert {p.kind for p in unknown.blocks if "layers.2" in p.name} == {"dense"}
+    monkeypatch.setitem(LAYER_KINDS, Scaled, ScaledKind())
+    for kind in (DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator):
+        K = kind(regression, fisher_type="type-2")
+        plain = seeded(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+        plain.load_state_dict(
+            {
+                "layers.2.weight": model.layers[2].matrix / 2,
+                "layers.2.bias": model.layers[2].offset,
+                "layers.0.weight": model.layers[0].weight,
+                "layers.0.bias": model.layers[0].bias,
+            }
+        )
+        truth = kind(regression_of(plain, (2, 3)), fisher_type="type-2")
+        (own,) = [p for p in K.blocks if p.name == "layers.2.weight"]
+        (twin,) = [p for p in truth.blocks if p.name == "layers.2.weight"]
+        assert_close(dense_block(own, model), dense_block(twin, plain) / 4, 1e-9)
+
+
+def test_every_kind_is_one_of_two():
+    assert all(isinstance(kind, SharingKind | ExactKind) for kind in LAYER_KINDS.values())
+
+
+# ---------------------------------------------------------------------------------------------
+# Listing
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_blocks():
+    model = around(nn.Conv2d(4, 4, 3, padding=1, groups=2), (4, 2, 2))
+    K = DiffusionKFACLinearOperator(regression_of(model, (4, 2, 2)), fisher_type="type-2")
+    rows = {row["block"]: row for row in K.table()}
+    assert list(rows) == ["layer.weight", "layer.bias", "back.weight", "back.bias"]
+    assert rows["layer.weight"]["kind"] == "Kronecker"
+    assert rows["layer.weight"]["shape"] == (2, 2, 18)
+    assert rows["layer.weight"]["parameters"] == 72
+    assert rows["layer.weight"]["bytes"] == 8 * (2 * 18**2 + 2 * 2**2)
+    assert rows["layer.bias"]["kind"] == "dense"
+    assert abs(sum(row["trace_share"] for row in rows.values()) - 1) < 1e-12
+    text = str(K)
+    assert f"{K.shape[0]:,} parameters in 4 blocks" in text
+    assert "2×2×18" in text
+    assert "nothing selected is left out" in text

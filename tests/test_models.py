@@ -1,0 +1,264 @@
+"""Networks of every kind: no parameter left out, each block against the exact one."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from benchmarks.models import MODELS, problem
+from curvlinops_diffusion import (
+    DenoisingObjective,
+    DiffusionEKFACLinearOperator,
+    DiffusionGGNLinearOperator,
+    DiffusionKFACLinearOperator,
+    ExampleGradientLinearOperator,
+    NoisedRegression,
+    influence_scores,
+    load_operator,
+)
+from tests.cases import images, plain_regression, seeded, tiny_unet, unet_regression
+from tests.comparisons import assert_close, relative_error
+from tests.reference import (
+    dense_block,
+    dense_ggn,
+    example_gradients,
+    ggn_rows,
+    params_of,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def columns_of(model, all_names, names):
+    """Where some parameters lie within the flattened whole."""
+    own, index, start = dict(model.named_parameters()), {}, 0
+    for name in all_names:
+        index[name] = torch.arange(start, start + own[name].numel())
+        start += own[name].numel()
+    return torch.cat([index[name] for name in names])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fitted_inverted_saved_loaded_scored(name, tmp_path):
+    """With every loss vector, against dense matrices of the exact GGN, in float64."""
+    regression = problem(name)
+    model = regression.objective.model.requires_grad_(True)  # for the twin
+    K = DiffusionKFACLinearOperator(regression, fisher_type="type-2")
+    EK = DiffusionEKFACLinearOperator(regression, fisher_type="type-2")
+    names = [name for name, _ in model.named_parameters()]
+    assert list(EK.param_names) == list(K.param_names) == names  # nothing is left out
+    R = ggn_rows(regression, params_of(model))
+
+    # diffusers' RMSNorm and rotary embeddings compute in float32 even here
+    rtol = 1e-6 if name.startswith(("SD3", "Flux")) else 1e-9
+    total = R.square().sum()
+    assert_close(EK.trace(), total, rtol)
+    for k, e in zip(K.blocks, EK.blocks, strict=True):
+        if k.num_entries > 600:  # a dense block of these takes long
+            continue
+        R_block = R[:, columns_of(model, names, k.params)]
+        exact = R_block.T @ R_block
+        dense_k, dense_e = dense_block(k, model), dense_block(e, model)
+        noise = 1e-4 * rtol * total
+        assert abs(dense_e.trace() - exact.trace()) <= rtol * exact.trace() + noise, k.name
+        assert (dense_e - exact).norm() <= (dense_k - exact).norm() * (1 + rtol) + noise, k.name
+        if k.kind == "dense":
+            assert (dense_k - exact).norm() <= rtol * exact.norm() + noise, k.name
+
+    EK.save(tmp_path / "ekfac")
+    loaded = load_operator(tmp_path / "ekfac", model)
+    v = torch.randn(EK.shape[1], dtype=torch.float64)
+    inverse = loaded.inverse(damping=1e-2)
+    assert_close(inverse @ (EK @ v + 1e-2 * v), v, 1e-9)
+
+    J = ExampleGradientLinearOperator(regression, EK.param_names)
+    rows = example_gradients(regression, params_of(model))
+    assert_close(J.rows(), rows, rtol)
+    truth = rows @ (EK.inverse(damping=1e-2) @ rows.T) / regression.num_data
+    assert_close(influence_scores(J, inverse, J), truth, rtol)
+    G = DiffusionGGNLinearOperator(regression)
+    assert_close(G @ v, R.T @ (R @ v), rtol)
+
+
+# ---------------------------------------------------------------------------------------------
+# Every block type of UNet2DModel
+# ---------------------------------------------------------------------------------------------
+
+BLOCKS = [
+    ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),
+    ("SkipDownBlock2D", "SkipUpBlock2D"),
+    ("AttnSkipDownBlock2D", "AttnSkipUpBlock2D"),
+    ("DownEncoderBlock2D", "UpDecoderBlock2D"),
+    ("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"),
+    ("KDownBlock2D", "KUpBlock2D"),
+    ("AttnDownBlock2D", "AttnUpBlock2D"),
+]
+
+
+@pytest.mark.parametrize("types", BLOCKS, ids=str)
+def test_block_types_of_the_unet(types):
+    """Those that run in ``UNet2DModel`` at all."""
+    down, up = types
+    channels = 32 if "Skip" in down or "K" in down else 4  # these have a fixed number of groups
+    try:
+        unet = tiny_unet(
+            down_block_types=(down, "DownBlock2D"),
+            up_block_types=("UpBlock2D", up),
+            block_out_channels=(channels, channels),
+            norm_num_groups=min(channels, 4),
+            in_channels=3,
+            out_channels=3,
+        )
+        data = {"x0": images(1, channels=3), "class_labels": torch.tensor([1])}
+        objective = DenoisingObjective(unet, DDPMScheduler(num_train_timesteps=100))
+        regression = NoisedRegression(objective, data, 1)
+        objective.predict(next(regression.batches()))
+    except (ValueError, TypeError, RuntimeError, AttributeError, AssertionError) as error:
+        pytest.skip(f"does not run: {error}")
+    EK = DiffusionEKFACLinearOperator(regression, fisher_type="empirical")
+    assert EK.shape[0] == sum(p.numel() for p in unet.parameters())
+    rows = example_gradients(regression, params_of(unet))
+    assert_close(ExampleGradientLinearOperator(regression).rows(), rows, 1e-10)
+    assert_close(EK.trace(), rows.square().sum(), 1e-9)
+
+
+# ---------------------------------------------------------------------------------------------
+# How networks are run
+# ---------------------------------------------------------------------------------------------
+
+
+def everything(regression, params=None):
+    """What each operator makes of a problem."""
+    K = DiffusionKFACLinearOperator(regression, params)
+    EK = DiffusionEKFACLinearOperator(regression, params)
+    J = ExampleGradientLinearOperator(regression, params)
+    G = DiffusionGGNLinearOperator(regression, params)
+    v = torch.randn(K.shape[1], generator=torch.Generator().manual_seed(0)).to(K.dtype)
+    return [K @ v, EK.trace(), J.rows(), G @ v]
+
+
+def test_gradient_checkpointing():
+    truth = everything(unet_regression(tiny_unet()))
+    unet = tiny_unet().train()  # it has no dropout, and checkpoints in training mode only
+    unet.enable_gradient_checkpointing()
+    calls = []
+    unet.down_blocks[0].resnets[0].conv1.register_forward_hook(lambda *args: calls.append(1))
+    regression = unet_regression(unet)
+    for result, expected in zip(everything(regression), truth, strict=True):
+        assert_close(result, expected, 1e-10)
+    assert unet.down_blocks[0].gradient_checkpointing
+    calls.clear()
+    forwards = len(list(regression.batches()))
+    DiffusionKFACLinearOperator(regression, ["conv_in.weight", "conv_out.weight"])
+    assert len(calls) > 1.5 * forwards  # or nothing was recomputed, and this test says nothing
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_compiled_networks(in_place):
+    truth = everything(unet_regression(tiny_unet()))
+    unet = tiny_unet()
+    if in_place:
+        unet.compile()
+    compiled = unet if in_place else torch.compile(unet)
+    regression = unet_regression(compiled)
+    results = everything(regression, list(compiled.parameters()))
+    for result, expected in zip(results, truth, strict=True):
+        assert_close(result, expected, 1e-12)
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_parametrisations(wrap):
+    """What a parametrisation holds is in no layer: its blocks are exact."""
+    model = seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1))
+    wrap(model.layers[0])
+    model.eval()
+    regression = plain_regression(model, (1, 3, 3), count=2, num_draws=2)
+    EK = DiffusionEKFACLinearOperator(regression, fisher_type="type-2")
+    names = [name for name, _ in model.named_parameters()]
+    assert list(EK.param_names) == names
+    G = dense_ggn(regression, params_of(model))
+    assert_close(EK.trace(), G.trace(), 1e-9)
+    for placed in EK.blocks:
+        if "parametrizations" in placed.name:
+            index = columns_of(model, names, placed.params)
+            assert placed.kind == "dense"
+            assert_close(placed.block.matrix, G[index][:, index], 1e-10)
+
+
+def test_channels_last():
+    truth = everything(unet_regression(tiny_unet()))
+    unet = tiny_unet().to(memory_format=torch.channels_last)
+    regression = unet_regression(unet)
+    for result, expected in zip(everything(regression), truth, strict=True):
+        assert_close(result, expected, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)]
+)
+@pytest.mark.parametrize("name", ["EDM-preconditioned network", "DiTTransformer2DModel"])
+def test_precision(name, dtype, tolerance):
+    """Against the float64 network with the same (rounded) weights and draws."""
+    low = problem(name, dtype)
+    high = problem(name)
+    high.objective.model.load_state_dict(low.objective.model.state_dict())
+    K, twin = (DiffusionKFACLinearOperator(r) for r in (low, high))
+    assert K.dtype == torch.float32
+    v = torch.randn(K.shape[1], generator=torch.Generator().manual_seed(0))
+    assert relative_error(K @ v, twin @ v.double()) < tolerance
+    EK, twin = (DiffusionEKFACLinearOperator(r) for r in (low, high))
+    assert relative_error(EK.trace(), twin.trace()) < tolerance
+
+
+def test_label_dropout_in_train_mode_is_refused():
+    regression = problem("DiTTransformer2DModel")
+    regression.objective.model.train()
+    with pytest.raises(ValueError, match=r"class_embedder.*is in train mode.*Call model.eval\(\)"):
+        DiffusionKFACLinearOperator(regression)
+
+
+# ---------------------------------------------------------------------------------------------
+# Adapters
+# ---------------------------------------------------------------------------------------------
+
+
+def with_adapters():
+    import peft
+
+    regression = problem("UNet2DConditionModel")
+    unet = copy.deepcopy(regression.objective.model).requires_grad_(False)
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v", "conv1"])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet.add_adapter(config)
+        for name, p in unet.named_parameters():
+            if "lora_B" in name:  # zero at first
+                p.data.normal_(std=0.1)
+    unet = unet.double()
+    objective = DenoisingObjective(unet, regression.objective.process)
+    data = {
+        "x0": torch.randn(3, 2, 4, 4).double(),
+        "encoder_hidden_states": torch.randn(3, 3, 4).double(),
+    }
+    adapters = [name for name, p in unet.named_parameters() if p.requires_grad]
+    return NoisedRegression(objective, data, 2), adapters
+
+
+def test_adapters_on_a_frozen_base():
+    """Factors for the adapters alone, and the exact GGN's trace for them."""
+    regression, adapters = with_adapters()
+    unet = regression.objective.model
+    assert adapters
+    assert all("lora_" in name for name in adapters)
+    EK = DiffusionEKFACLinearOperator(regression, adapters, fisher_type="type-2")
+    assert list(EK.param_names) == adapters
+    assert {placed.kind for placed in EK.blocks} == {"eigenbasis"}
+    R = ggn_rows(regression, params_of(unet, adapters))
+    assert_close(EK.trace(), R.square().sum(), 1e-9)
+    rows = example_gradients(regression, params_of(unet, adapters))
+    assert_close(ExampleGradientLinearOperator(regression, adapters).rows(), rows, 1e-10)
+    trained = [name for name, p in unet.named_parameters() if p.requires_grad]
+    assert trained == adapters

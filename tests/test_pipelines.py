@@ -1,0 +1,561 @@
+"""Objectives read off pipelines, tiny and random, saved and loaded by ``diffusers`` itself."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    LDMPipeline,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
+
+from curvlinops_diffusion import (
+    DenoisingObjective,
+    DiffusionEKFACLinearOperator,
+    ExampleGradientLinearOperator,
+    LatentEncoder,
+    NoisedRegression,
+    PredictionType,
+    influence_scores,
+)
+from tests.cases import images, plain_regression, seeded
+from tests.comparisons import assert_close
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+PROMPTS = ["a cat", "two dogs", "a dog"]
+
+# ---------------------------------------------------------------------------------------------
+# Tiny pipelines
+# ---------------------------------------------------------------------------------------------
+
+
+def clip_tokenizer(folder):
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    vocabulary = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return transformers.CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8
+    )
+
+
+def t5_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {
+        w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", "a", "two", "cat", "dog", "dogs"])
+    }
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=8,
+    )
+
+
+def clip(projection=False, size=8):
+    config = transformers.CLIPTextConfig(
+        vocab_size=54,
+        hidden_size=size,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        projection_dim=size,
+        bos_token_id=52,
+        eos_token_id=53,
+        pad_token_id=53,
+    )
+    cls = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
+    return cls(config)
+
+
+def t5():
+    config = transformers.T5Config(
+        vocab_size=8,
+        d_model=6,
+        d_kv=3,
+        d_ff=8,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    return transformers.T5EncoderModel(config)
+
+
+def vae(latent_channels=2, **options):
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(4, 4),
+        latent_channels=latent_channels,
+        norm_num_groups=2,
+        sample_size=8,
+        **options,
+    )
+
+
+def unet(channels, size=4):
+    return UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+
+
+def conditional_unet(**options):
+    return UNet2DConditionModel(
+        sample_size=4,
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        **options,
+    )
+
+
+def ddpm(folder):
+    return DDPMPipeline(unet(3, size=8), DDPMScheduler(prediction_type="v_prediction"))
+
+
+def ddim(folder):
+    return DDIMPipeline(unet(3, size=8), DDIMScheduler())
+
+
+def ldm(folder):
+    vq = VQModel(
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(4, 4),
+        latent_channels=2,
+        num_vq_embeddings=5,
+        norm_num_groups=2,
+        scaling_factor=0.3,
+    )
+    return LDMPipeline(vq, unet(2), DDIMScheduler())
+
+
+def dit(folder):
+    transformer = DiTTransformer2DModel(
+        sample_size=4,
+        in_channels=2,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        norm_num_groups=2,
+        num_embeds_ada_norm=3,
+    )
+    return DiTPipeline(transformer, vae(), DDIMScheduler())
+
+
+def stable_diffusion(folder):
+    return StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=clip(),
+        tokenizer=clip_tokenizer(folder),
+        unet=conditional_unet(cross_attention_dim=8),
+        scheduler=PNDMScheduler(skip_prk_steps=True),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def stable_diffusion_xl(folder):
+    return StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=clip(),
+        text_encoder_2=clip(projection=True),
+        tokenizer=clip_tokenizer(folder),
+        tokenizer_2=clip_tokenizer(folder),
+        unet=conditional_unet(
+            cross_attention_dim=16,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=2,
+            projection_class_embeddings_input_dim=20,
+        ),
+        scheduler=EulerDiscreteScheduler(),
+    )
+
+
+def stable_diffusion_3(folder):
+    transformer = SD3Transformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=2,
+        out_channels=2,
+        num_layers=1,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=8,
+        pooled_projection_dim=16,
+        pos_embed_max_size=4,
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(shift_factor=0.1, scaling_factor=1.5),
+        text_encoder=clip(projection=True),
+        tokenizer=clip_tokenizer(folder),
+        text_encoder_2=clip(projection=True),
+        tokenizer_2=clip_tokenizer(folder),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def flux(folder):
+    transformer = FluxTransformer2DModel(
+        in_channels=8,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=1,
+        joint_attention_dim=6,
+        pooled_projection_dim=8,
+        guidance_embeds=True,
+        axes_dims_rope=(2, 2, 4),
+    )
+    return FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(shift_factor=0.1, scaling_factor=0.4),
+        text_encoder=clip(),
+        tokenizer=clip_tokenizer(folder),
+        text_encoder_2=t5(),
+        tokenizer_2=t5_tokenizer(),
+    )
+
+
+UNCONDITIONAL = [ddpm, ddim, ldm]
+PROMPTED = [stable_diffusion, stable_diffusion_xl, stable_diffusion_3, flux]
+PIPELINES = [*UNCONDITIONAL, dit, *PROMPTED]
+
+
+def made(make, tmp_path):
+    """A pipeline, saved and loaded again."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = make(folder)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if make is stable_diffusion_3 else {}
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", **absent)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def data_for(make, size=8):
+    x0 = images(3, channels=3, size=size, dtype=torch.float32).tanh()
+    if make in UNCONDITIONAL:
+        return x0
+    second = torch.arange(3) if make is dit else PROMPTS
+    return [(x0[:2], second[:2]), (x0[2:], second[2:])]
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", PIPELINES, ids=lambda make: make.__name__)
+def test_from_pipeline_to_scores(make, tmp_path):
+    pipeline = made(make, tmp_path)
+    dropout = 0.0 if make in UNCONDITIONAL else 0.3
+    objective = DenoisingObjective.from_pipeline(pipeline, condition_dropout=dropout)
+    regression = NoisedRegression(objective, data_for(make), 2)
+    EK = DiffusionEKFACLinearOperator(regression)
+    names = [name for name, _ in objective.model.named_parameters()]
+    assert list(EK.param_names) == names
+    J = ExampleGradientLinearOperator(regression)
+    scores = influence_scores(J, EK.inverse(1e-3), J)
+    assert scores.shape == (3, 3)
+    assert scores.isfinite().all()
+    assert (scores.diag() > 0).all()
+
+
+@pytest.mark.parametrize("make", PIPELINES, ids=lambda make: make.__name__)
+def test_what_the_network_sees_is_what_the_pipeline_shows_it(make, tmp_path, monkeypatch):
+    """The pipeline's own sampling, one step, against our arguments for a prediction."""
+    pipeline = made(make, tmp_path)
+    objective = DenoisingObjective.from_pipeline(pipeline, sample_latents=False)
+    data = data_for(make)
+    data = data[:2] if make in UNCONDITIONAL else data
+    batch = next(NoisedRegression(objective, data, 1).batches())
+    seen = []
+    model = objective.model
+    original = type(model).forward
+
+    def forward(self, *args, **kwargs):
+        seen.append((args, kwargs))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    objective.predict(batch)
+    options = {"num_inference_steps": 1, "output_type": "np"}
+    if make in UNCONDITIONAL:
+        pipeline(batch_size=2, **options)
+    elif make is dit:
+        pipeline([0, 1], guidance_scale=1.0, **options)
+    elif make is flux:
+        pipeline(PROMPTS[:2], guidance_scale=1.0, height=8, width=8, **options)
+    else:
+        pipeline(PROMPTS[:2], guidance_scale=1.0, height=8, width=8, **options)
+    ours, theirs = seen[0], seen[-1]
+    assert model is getattr(pipeline, "unet", None) or model is pipeline.transformer
+    named = [
+        {**dict(zip(_arguments(original), args, strict=False)), **kwargs}
+        for args, kwargs in (ours, theirs)
+    ]
+    ours, theirs = ({k: v for k, v in n.items() if _tensors(v)} for n in named)
+    assert ours.keys() >= theirs.keys() - {"timestep", "encoder_attention_mask"}
+    for key in theirs.keys() & ours.keys():
+        if key in {"sample", "hidden_states"}:
+            assert ours[key].shape == theirs[key].shape
+        elif key != "timestep":
+            _assert_equal(ours[key], theirs[key], key)
+    if make is flux:  # told between zero and one
+        assert 0 < float(ours["timestep"].max()) <= 1
+        assert 0 < float(theirs["timestep"].max()) <= 1
+
+
+def _arguments(forward):
+    import inspect
+
+    return list(inspect.signature(forward).parameters)[1:]
+
+
+def _tensors(value):
+    return isinstance(value, torch.Tensor) or (isinstance(value, dict) and len(value) > 0)
+
+
+def _assert_equal(ours, theirs, key):
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for inner in theirs:
+            _assert_equal(ours[inner], theirs[inner], f"{key}.{inner}")
+        return
+    torch.testing.assert_close(ours, theirs.to(ours.dtype), msg=lambda m: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("make", [ldm, dit, stable_diffusion_3], ids=lambda make: make.__name__)
+def test_latents_decode_to_the_images(make, tmp_path):
+    """Scaled and shifted as the pipeline undoes it before decoding."""
+    pipeline = made(make, tmp_path)
+    objective = DenoisingObjective.from_pipeline(pipeline, sample_latents=False)
+    regression = NoisedRegression(objective, data_for(make), 1)
+    clean = next(regression.clean_batches())
+    encoded = objective.encode(clean)
+    assert encoded.std is None
+    autoencoder = pipeline.vqvae if make is ldm else pipeline.vae
+    with torch.no_grad():
+        output = autoencoder.encode(clean.x0)
+    plain = output.latents if make is ldm else output.latent_dist.mean
+    shift = {stable_diffusion_3: 0.1}.get(make, 0.0)
+    scale = {stable_diffusion_3: 1.5, ldm: 0.3}.get(make, 0.18215)
+    assert_close(encoded.mean, (plain - shift) * scale, 1e-6)
+
+
+def test_latents_are_drawn_like_noise(tmp_path):
+    """A function of (seed, example, draw), with the autoencoder's mean and deviation."""
+    autoencoder = vae()
+    objective = DenoisingObjective(unet(2), DDPMScheduler(), encode=LatentEncoder(autoencoder))
+    x0 = images(3, channels=3, dtype=torch.float32)
+
+    def noised(batch_size, num_draws):
+        found = {}
+        for batch in NoisedRegression(objective, x0, num_draws, batch_size=batch_size).batches():
+            alpha, sigma = (
+                s[batch.level_B][:, None, None, None].float()
+                for s in (objective.process.alphas_T, objective.process.sigmas_T)
+            )
+            z = (batch.x_t - sigma * batch.target_BD.reshape(batch.x_t.shape)) / alpha
+            found.update({(n, batch.draw): z_n for n, z_n in zip(batch.indices, z, strict=True)})
+        return found
+
+    one, other = noised(1, 3), noised(3, 3)
+    assert all(relative(one[key], other[key]) < 2e-2 for key in one)  # alpha may be small
+    assert relative(one[0, 0], one[0, 1]) > 0.01
+    # mean and deviation, over many draws at the lowest noise
+    regression = NoisedRegression(objective, x0[:1], 400, timesteps=[0])
+    z = torch.stack(
+        [
+            (
+                b.x_t[0]
+                - objective.process.sigmas_T[0].float() * b.target_BD[0].reshape(b.x_t[0].shape)
+            )
+            for b in regression.batches()
+        ]
+    )
+    with torch.no_grad():
+        latent = autoencoder.encode(x0[:1]).latent_dist
+    scale = 0.18215
+    error = (z.mean(0) - latent.mean[0] * scale) / (latent.std[0] * scale / 400**0.5)
+    assert error.square().mean().sqrt() < 1.5
+    assert_close(z.std(0).mean(), latent.std[0].mean() * scale, 0.05)
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def test_condition_dropout_is_drawn_like_noise():
+    """With its probability, as a function of (seed, example, draw)."""
+    network = seeded(torch.nn.Linear(3, 3), dtype=torch.float32)
+    regression = plain_regression(network, (3,), dtype=torch.float32)
+    objective = DenoisingObjective(
+        network,
+        regression.objective.process,
+        condition_dropout=0.25,
+        null_condition={"class_labels": 9, "added": {"text": torch.full((2,), 7.0)}},
+    )
+    N = 40
+    data = {
+        "x0": torch.randn(N, 3),
+        "class_labels": torch.arange(N) % 3,
+        "added": {"text": torch.randn(N, 2), "kept": torch.randn(N)},
+    }
+    dropped = {}
+    for batch_size in (7, N):
+        found = torch.zeros(N, 30, dtype=torch.bool)
+        for batch in NoisedRegression(objective, data, 30, batch_size=batch_size).batches():
+            labels, added = batch.condition["class_labels"], batch.condition["added"]
+            indices = torch.tensor(list(batch.indices))
+            mask = labels == 9
+            assert torch.equal(labels[~mask], data["class_labels"][indices][~mask])
+            assert (added["text"][mask] == 7).all()
+            assert torch.equal(added["text"][~mask], data["added"]["text"][indices][~mask])
+            assert torch.equal(added["kept"], data["added"]["kept"][indices])
+            found[indices, batch.draw] = mask
+        dropped[batch_size] = found
+    assert torch.equal(dropped[7], dropped[N])
+    deviation = (found.float().mean() - 0.25) / (0.25 * 0.75 / found.numel()) ** 0.5
+    assert abs(deviation) < 4
+
+
+@pytest.mark.parametrize("make", [dit, stable_diffusion, flux], ids=lambda make: make.__name__)
+def test_the_cache_of_latents(make, tmp_path, monkeypatch):
+    """The same with and without; a second pass encodes nothing; other images are other files."""
+    pipeline = made(make, tmp_path)
+    plain = DenoisingObjective.from_pipeline(pipeline)
+    cached = DenoisingObjective.from_pipeline(pipeline, latent_cache=tmp_path / "cache")
+    data = data_for(make)
+
+    def everything(objective):
+        batches = list(NoisedRegression(objective, data, 2).batches())
+        return [objective.predict(b).detach() for b in batches]
+
+    first = everything(cached)
+    for result, expected in zip(first, everything(plain), strict=True):
+        assert_close(result, expected, 1e-5)  # tensors from files have another memory layout
+    files = sorted((tmp_path / "cache").iterdir())
+    assert len(files) == 2
+    monkeypatch.setattr(type(pipeline.vae), "encode", None)
+    second, third = everything(cached), everything(cached)
+    for results in zip(first, second, third, strict=True):
+        assert_close(results[1], results[0], 1e-5)
+        assert torch.equal(results[1], results[2])
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"of the latents' cache is damaged.*Delete it"):
+        everything(cached)
+
+
+def test_other_weights_are_other_files(tmp_path):
+    x0 = images(2, channels=3, dtype=torch.float32)
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        LatentEncoder(vae(), cache=tmp_path / "cache")(x0, {})
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: DenoisingObjective.from_pipeline(3), r"arrived as int. Known are \['DDIMPipe"),
+        (
+            lambda p: DenoisingObjective.from_pipeline(p, condition_dropout=0.1),
+            "pipeline without a condition",
+        ),
+        (
+            lambda p: DenoisingObjective(p.unet, p.scheduler, condition_dropout=0.1),
+            r"condition_dropout=0.1 arrived with null_condition=None",
+        ),
+        (lambda p: LatentEncoder(p.scheduler), "autoencoder arrived as DDPMScheduler"),
+        (
+            lambda p: list(
+                NoisedRegression(
+                    DenoisingObjective(
+                        p.unet, p.scheduler, condition_dropout=0.5, null_condition={"label": 1}
+                    ),
+                    torch.zeros(2, 3, 8, 8),
+                ).batches()
+            ),
+            r"has an entry 'label', but the condition only \[\]",
+        ),
+    ],
+)
+def test_errors(call, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        call(ddpm(tmp_path))
+
+
+def test_a_batch_without_prompts(tmp_path):
+    objective = DenoisingObjective.from_pipeline(made(stable_diffusion, tmp_path))
+    with pytest.raises(ValueError, match=r"pipeline with prompts. Pass pairs \(images, prompts\)"):
+        list(NoisedRegression(objective, torch.zeros(2, 3, 8, 8)).batches())
+
+
+def test_prediction_types_and_pairs(tmp_path):
+    objective = DenoisingObjective.from_pipeline(ddpm(tmp_path))
+    assert objective.process.prediction_type is PredictionType.V
+    labelled = torch.utils.data.TensorDataset(torch.zeros(3, 1, 2, 2), torch.tensor([2, 0, 1]))
+    regression = plain_regression(seeded(torch.nn.Linear(2, 2)), (2,))
+    clean = list(NoisedRegression(regression.objective, labelled, batch_size=2).clean_batches())
+    assert torch.equal(torch.cat([c.condition["class_labels"] for c in clean]), labelled.tensors[1])
+    prompted = [(x, prompt) for x, prompt in zip(torch.zeros(3, 1, 2, 2), PROMPTS, strict=True)]
+    loader = torch.utils.data.DataLoader(prompted, batch_size=2)
+    clean = list(NoisedRegression(regression.objective, loader).clean_batches())
+    assert [p for c in clean for p in c.condition["prompt"]] == PROMPTS
+    assert clean[0].select([1]).condition["prompt"] == PROMPTS[1:2]
+    assert np.isfinite(clean[0].x0.numpy()).all()
