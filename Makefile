@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-slow lint docs bench bench-full clean
+.PHONY: help demo test test-slow lint docs bench bench-full coverage clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
@@ -49,6 +49,9 @@ bench: $(VENV)/.installed-bench  ## the benchmarks, at most 20 minutes, into ben
 
 bench-full: bench  ## the benchmarks that take longer as well
 	$(BIN)/python -m benchmarks.factor_pass --upstream --problem cifar --num-data 16 --batch-size 8
+
+coverage: $(VENV)/.installed-bench  ## the table of networks and how near their blocks are
+	$(BIN)/python -m benchmarks.coverage
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) demo-output docs/_build docs/_tables

@@ -8,6 +8,7 @@ from curvlinops_diffusion.encoding import LatentEncoder
 from curvlinops_diffusion.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence import influence_scores
 from curvlinops_diffusion.layers import LAYER_KINDS, ExactKind, SharingKind
+from curvlinops_diffusion.measurements import ELBO, SimplifiedELBO, WeightedLoss
 from curvlinops_diffusion.noise import (
     CosmapWeighting,
     EDMWeighting,
@@ -23,8 +24,10 @@ from curvlinops_diffusion.operators.ggn import DiffusionGGNLinearOperator
 from curvlinops_diffusion.operators.kfac import DiffusionKFACLinearOperator
 from curvlinops_diffusion.operators.load import load_operator
 from curvlinops_diffusion.regression import NoisedRegression
+from curvlinops_diffusion.trajectories import TrajectoryRegression, record_trajectories
 
 __all__ = [
+    "ELBO",
     "LAYER_KINDS",
     "BlockDiagonalLinearOperator",
     "CosmapWeighting",
@@ -42,6 +45,10 @@ __all__ = [
     "NoisedRegression",
     "PredictionType",
     "SharingKind",
+    "SimplifiedELBO",
+    "TrajectoryRegression",
+    "WeightedLoss",
     "influence_scores",
     "load_operator",
+    "record_trajectories",
 ]

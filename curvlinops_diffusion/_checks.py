@@ -121,6 +121,12 @@ def check_deterministic_mode(model: nn.Module) -> None:
                 "of an example random or dependent on the rest of its batch. Call model.eval() "
                 "first."
             )
+        if batch_norm and module.running_mean is None:
+            raise ValueError(
+                f"Layer '{name}' ({type(module).__name__}) has no running statistics, so that the "
+                "loss of an example depends on the rest of its batch. Replace it, for instance by "
+                "a GroupNorm."
+            )
 
 
 def check_no_autocast(device: torch.device) -> None:

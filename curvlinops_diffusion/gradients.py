@@ -39,8 +39,9 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
         regression: Objective, data and draws.
         params: ``None`` for every parameter of the model; or a list of the model's parameters (or
             their names, as in an operator's ``param_names``), or a dict from names to parameters.
-        measurement: What is measured: ``'loss'``, ``'squared_norm'``, or a function of (noised
-            batch, prediction ``[B, D]``) that returns values ``[B]``.
+        measurement: What is measured: ``'loss'``, ``'squared_norm'``, ``'simplified_elbo'``,
+            ``'elbo'``, an :class:`~curvlinops_diffusion.measurements.ObjectiveMeasurement`, or a
+            function of (noised batch, prediction ``[B, D]``) that returns values ``[B]``.
         progressbar: Whether to show progress.
         chunk_size: Columns of a matrix that are multiplied at once, which bounds the memory.
 
@@ -64,7 +65,7 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
     ):
         self.regression = regression
         self._params = select_parameters(regression.objective.model, params)
-        self._measurement = measurement_of(measurement)
+        self._measurement = measurement_of(measurement, regression.objective)
         self._progressbar = progressbar
         self._chunk_size = check_count("chunk_size", chunk_size)
         self._space = ParameterSpace.of(self._params)

@@ -43,12 +43,15 @@ class NoiseProcess:
         sigmas_T: Noise scale of each level, float64, shape ``[T]``.
         timesteps_T: What the network is told at each level, shape ``[T]``.
         prediction_type: What the network regresses.
+        variance: Which variance ancestral sampling adds, ``'small'`` (that of the posterior given
+            ``x0``) or ``'large'`` (``beta_t``).
     """
 
     alphas_T: Tensor
     sigmas_T: Tensor
     timesteps_T: Tensor
     prediction_type: PredictionType
+    variance: str = "small"
 
     @property
     def num_levels(self) -> int:
@@ -173,7 +176,9 @@ def _variance_preserving(scheduler: Any) -> NoiseProcess:
     if continuous and name == PredictionType.V:
         # EulerDiscreteScheduler then tells the network a quarter of the log noise level
         timesteps_T = 0.25 * (sigmas_T / alphas_T).log().float()
-    return NoiseProcess(alphas_T, sigmas_T, timesteps_T, PredictionType(name))
+    large = str(scheduler.config.get("variance_type", "fixed_small")).startswith("fixed_large")
+    variance = "large" if large else "small"
+    return NoiseProcess(alphas_T, sigmas_T, timesteps_T, PredictionType(name), variance)
 
 
 # ---------------------------------------------------------------------------------------------

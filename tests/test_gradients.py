@@ -164,7 +164,7 @@ def test_bad_rows():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"measurement": "elbo"}, r"measurement='elbo' is unknown. Pass one of \['loss'"),
+        ({"measurement": "log"}, r"measurement='log' is unknown. Pass one of \['elbo', 'loss'"),
         ({"params": ["layers.9.weight"]}, r"names 'layers.9.weight', which the model does not"),
         ({"params": []}, "params is empty"),
         ({"params": [nn.Parameter(torch.zeros(2))]}, r"params\[0\] \(\(2,\)\) is not a parameter"),

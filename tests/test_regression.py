@@ -431,6 +431,12 @@ def test_random_or_coupling_layers_are_refused_in_train_mode(layer):
         assert len(list(regression)) == 2
 
 
+def test_batch_norm_without_running_statistics_is_refused():
+    model = TimeBlind(nn.BatchNorm2d(1, track_running_stats=False)).eval()
+    with pytest.raises(ValueError, match=r"'layers.0' \(BatchNorm2d\) has no running statistics"):
+        list(regression_on(images(2), model.double()))
+
+
 def test_batch_is_not_changed_by_iterating():
     """What a user passes stays as it was."""
     x0 = images(4)

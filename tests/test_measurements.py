@@ -1,0 +1,306 @@
+"""Measured quantities against plain transcriptions of their formulas."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+
+from curvlinops_diffusion import (
+    DenoisingObjective,
+    ExampleGradientLinearOperator,
+    MinSNRWeighting,
+    NoisedRegression,
+)
+from curvlinops_diffusion.measurements import ELBO, SimplifiedELBO, WeightedLoss
+from curvlinops_diffusion.trajectories import TrajectoryRegression, record_trajectories
+from tests.cases import TimeBlind, seeded
+from tests.comparisons import assert_close
+from tests.reference import example_gradients
+
+T = 6
+TYPES = ["epsilon", "sample", "v_prediction"]
+
+
+def scheduler(prediction_type="epsilon", variance="fixed_small"):
+    return DDPMScheduler(
+        num_train_timesteps=T,
+        beta_start=0.02,
+        beta_end=0.3,
+        prediction_type=prediction_type,
+        variance_type=variance,
+        clip_sample=False,
+    )
+
+
+def grey_images(count=3):
+    generator = torch.Generator().manual_seed(2)
+    grey = torch.randint(0, 256, (count, 1, 2, 2), generator=generator)
+    grey[0, 0, 0] = torch.tensor([0, 255])  # the open bins
+    return grey.double() / 127.5 - 1
+
+
+def problem(prediction_type="epsilon", variance="fixed_small", **options):
+    model = seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 1))
+    objective = DenoisingObjective(model, scheduler(prediction_type, variance))
+    options = {"num_draws": None, "timesteps": "all", "batch_size": 2} | options
+    return NoisedRegression(objective, grey_images(), **options)
+
+
+def eps_and_x0(s, x_t, t, prediction):
+    """What a prediction stands for, by the scheduler itself."""
+    alpha, sigma = s.alphas_cumprod[t].double().sqrt(), (1 - s.alphas_cumprod[t].double()).sqrt()
+    kind = s.config.prediction_type
+    if kind == "epsilon":
+        return prediction, (x_t - sigma * prediction) / alpha
+    if kind == "sample":
+        return (x_t - alpha * prediction) / sigma, prediction
+    return alpha * prediction + sigma * x_t, alpha * x_t - sigma * prediction
+
+
+def betas(s):
+    """In float64, where the scheduler's own are rounded."""
+    bar = s.alphas_cumprod.double()
+    return 1 - bar / torch.cat([torch.ones(1).double(), bar[:-1]])
+
+
+def variance_of(s, t):
+    bar = s.alphas_cumprod.double()
+    beta = betas(s)[t]
+    previous = bar[t - 1] if t > 0 else torch.tensor(1.0).double()
+    small = beta * (1 - previous) / (1 - bar[t])
+    return beta if s.config.variance_type == "fixed_large" else small, small
+
+
+def bound(regression, s, full):
+    """The bound, term by term, in plain loops over the draws."""
+    bar, beta = s.alphas_cumprod.double(), betas(s)
+    totals = torch.zeros(3).double()
+    x0s = grey_images()
+    for batch in regression.batches():
+        prediction = regression.objective.predict(batch).reshape(batch.x_t.shape)
+        for b, n in enumerate(batch.indices):
+            t, x_t, x0 = int(batch.timestep_B[b]), batch.x_t[b], x0s[n]
+            _, x0_hat = eps_and_x0(s, x_t, t, prediction[b])
+            variance, small = variance_of(s, t)
+            if t > 0:
+                # KL(q(x_{t-1} | x_t, x0) ‖ p(x_{t-1} | x_t)), Ho et al., Equations 6 and 7
+                def posterior_mean(clean, t=t, x_t=x_t):
+                    first = bar[t - 1].sqrt() * beta[t] / (1 - bar[t]) * clean
+                    return first + (1 - beta[t]).sqrt() * (1 - bar[t - 1]) / (1 - bar[t]) * x_t
+
+                if full:
+                    p = Normal(posterior_mean(x0_hat), variance.sqrt())
+                    totals[n] += kl_divergence(Normal(posterior_mean(x0), small.sqrt()), p).sum()
+                else:
+                    difference = posterior_mean(x0) - posterior_mean(x0_hat)
+                    totals[n] += difference.square().sum() / (2 * variance)
+            elif full:
+                std = (beta[0] if variance > 0 else variance_of(s, 1)[1]).sqrt()
+                p = Normal(x0_hat, std)
+                for x, mean in zip(x0.flatten(), x0_hat.flatten(), strict=True):
+                    p = Normal(mean, std)
+                    upper = 1.0 if x > 0.999 else p.cdf(x + 1 / 255)
+                    lower = 0.0 if x < -0.999 else p.cdf(x - 1 / 255)
+                    totals[n] -= torch.log(torch.as_tensor(upper - lower).clamp(min=1e-12))
+    if full:
+        q = Normal(bar[-1].sqrt() * x0s, (1 - bar[-1]).sqrt())
+        totals += kl_divergence(q, Normal(torch.zeros(()).double(), 1.0)).flatten(1).sum(1)
+    return totals
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("prediction_type", TYPES)
+@pytest.mark.parametrize("full", [False, True])
+def test_bounds(prediction_type, variance, full):
+    """Every timestep once: the sum over timesteps, with its gradients."""
+    regression = problem(prediction_type, variance)
+    J = ExampleGradientLinearOperator(regression, measurement="elbo" if full else "simplified_elbo")
+    truth = bound(regression, scheduler(prediction_type, variance), full)
+    assert_close(J.values(), truth, 1e-9)
+    params = list(regression.objective.model.parameters())
+    rows = torch.stack(
+        [
+            torch.cat(
+                [
+                    g.flatten()
+                    for g in torch.autograd.grad(
+                        bound(regression, scheduler(prediction_type, variance), full)[n], params
+                    )
+                ]
+            )
+            for n in range(3)
+        ]
+    )
+    assert_close(J.rows(), rows, 1e-8)
+
+
+@pytest.mark.slow
+def test_bounds_from_some_timesteps_are_unbiased():
+    values = torch.stack(
+        [
+            ExampleGradientLinearOperator(
+                problem(num_draws=24, timesteps="uniform", seed=seed), measurement=SimplifiedELBO()
+            ).values()
+            for seed in range(500)
+        ]
+    )
+    # other noise than the one draw of each timestep above: compare with many
+    many = ExampleGradientLinearOperator(
+        problem(num_draws=T * 300), measurement="simplified_elbo"
+    ).values()
+    error = values.std(0) / 500**0.5
+    assert ((values.mean(0) - many) / error).abs().max() < 4
+    assert (error / many).max() < 0.05 / 4  # so that a scale wrong by 5 % would be seen
+
+
+def test_variances_can_be_chosen():
+    small = ExampleGradientLinearOperator(
+        problem("epsilon", "fixed_large"), measurement=ELBO(variance="small")
+    )
+    truth = ExampleGradientLinearOperator(problem(), measurement="elbo")
+    assert_close(small.values(), truth.values(), 1e-12)
+    with pytest.raises(ValueError, match=r"variance is 'big'. Pass variance='small' or 'large'"):
+        ExampleGradientLinearOperator(problem(), measurement=ELBO(variance="big"))
+
+
+@pytest.mark.parametrize("measurement", ["elbo", "simplified_elbo"])
+def test_bounds_need_variance_preserving_noise(measurement):
+    model = seeded(nn.Conv2d(1, 1, 1))
+    objective = DenoisingObjective(model, FlowMatchEulerDiscreteScheduler())
+    regression = NoisedRegression(objective, grey_images(), 2)
+    with pytest.raises(ValueError, match="variance-preserving noise only"):
+        ExampleGradientLinearOperator(regression, measurement=measurement)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_weighted_loss(reduction):
+    model = seeded(nn.Conv2d(1, 1, 3, padding=1))
+    objective = DenoisingObjective(model, scheduler(), reduction=reduction)
+    regression = NoisedRegression(objective, grey_images(), 3)
+    weighted = DenoisingObjective(model, scheduler(), MinSNRWeighting(1.0), reduction=reduction)
+    twin = ExampleGradientLinearOperator(NoisedRegression(weighted, grey_images(), 3))
+    J = ExampleGradientLinearOperator(regression, measurement=WeightedLoss(MinSNRWeighting(1.0)))
+    assert_close(J.values(), twin.values(), 1e-12)
+    assert_close(J.rows(), twin.rows(), 1e-12)
+
+
+def test_loss_at_given_timesteps():
+    regression = problem(num_draws=4, timesteps=[1, 4])
+    rows = example_gradients(regression, list(regression.objective.model.parameters()))
+    assert_close(ExampleGradientLinearOperator(regression).rows(), rows, 1e-12)
+    assert {int(t) for batch in regression.batches() for t in batch.timestep_B} == {1, 4}
+
+
+# ---------------------------------------------------------------------------------------------
+# Trajectories
+# ---------------------------------------------------------------------------------------------
+
+LEVELS = [5, 3, 2, 0]
+
+
+def trajectories(prediction_type="epsilon", variance="fixed_small", **options):
+    objective = problem(prediction_type, variance).objective
+    states = record_trajectories(objective, (3, 1, 2, 2), LEVELS, seed=4).double()
+    return TrajectoryRegression(objective, states, LEVELS, **options), states
+
+
+def log_probability(regression, states, s):
+    """``Σ_s log N(x_{s+1}; μ, σ²)``, in plain loops; a step without noise does not count."""
+    bar = s.alphas_cumprod.double()
+    totals = torch.zeros(len(states)).double()
+    for n, path in enumerate(states):
+        for step, t in enumerate(LEVELS):
+            following = bar[LEVELS[step + 1]] if step + 1 < len(LEVELS) else torch.ones(()).double()
+            beta = 1 - bar[t] / following
+            small = beta * (1 - following) / (1 - bar[t])
+            variance = beta if s.config.variance_type == "fixed_large" else small
+            x = path[step]
+            prediction = regression.objective.model(x[None], torch.tensor([t]))[0]
+            _, x0_hat = eps_and_x0(s, x, t, prediction)
+            mean = following.sqrt() * beta / (1 - bar[t]) * x0_hat
+            mean = mean + (1 - beta).sqrt() * (1 - following) / (1 - bar[t]) * x
+            if variance > 0:
+                totals[n] += Normal(mean, variance.sqrt()).log_prob(path[step + 1]).sum()
+    return totals
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_log_probability_of_trajectories(prediction_type, variance):
+    regression, states = trajectories(prediction_type, variance)
+    J = ExampleGradientLinearOperator(regression, measurement=regression.log_probability)
+    s = scheduler(prediction_type, variance)
+    truth = log_probability(regression, states, s)
+    assert_close(J.values(), truth, 1e-10)
+    params = list(regression.objective.model.parameters())
+    for n, row in enumerate(J.rows()):
+        gradients = torch.autograd.grad(log_probability(regression, states, s)[n], params)
+        assert_close(row, torch.cat([g.flatten() for g in gradients]), 1e-9)
+
+
+@pytest.mark.slow
+def test_log_probability_from_some_steps_is_unbiased():
+    regression, states = trajectories()
+    states = states + 0.5 * torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
+    truth = log_probability(regression, states, scheduler()).detach()
+    objective = regression.objective
+    values = []
+    for seed in range(6000):
+        some = TrajectoryRegression(objective, states, LEVELS, num_draws=2, seed=seed)
+        J = ExampleGradientLinearOperator(some, measurement=some.log_probability)
+        values.append(J.values())
+    values = torch.stack(values)
+    error = values.std(0) / len(values) ** 0.5
+    assert ((values.mean(0) - truth) / error).abs().max() < 4.5
+    assert (error / truth.abs()).max() < 0.05 / 4
+
+
+def test_recorded_states_have_the_steps_distribution():
+    """Whitened increments are standard normal, and the last step adds no noise."""
+    objective = problem().objective
+    states = record_trajectories(objective, (4000, 1, 2, 2), LEVELS, seed=0).double()
+    regression = TrajectoryRegression(objective, states, LEVELS, batch_size=4000)
+    for batch in regression.batches():
+        prediction = objective.predict(batch)
+        steps = regression._steps
+        residual = batch.target_BD - steps.mean(batch, prediction)
+        std = steps.variance_T[batch.level_B[0]].sqrt()
+        if batch.draw == len(LEVELS) - 1:
+            assert residual.abs().max() < 1e-5
+        else:
+            assert abs(residual.mean() / std) < 0.05
+            assert abs(residual.std() / std - 1) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("shape", "levels", "message"),
+    [
+        ((2, 4, 1, 2, 2), LEVELS, r"shape \(2, 4, 1, 2, 2\) arrived with 4 levels"),
+        ((2, 5, 1, 2, 2), LEVELS[::-1], "the falling noise levels"),
+        ((2, 5, 1, 2, 2), [9, 3, 2, 0], r"must be from 0 to 5; \[9, 3, 2, 0\] arrived"),
+    ],
+)
+def test_bad_trajectories(shape, levels, message):
+    with pytest.raises(ValueError, match=message):
+        TrajectoryRegression(problem().objective, torch.zeros(shape), levels)
+
+
+def test_conditions_of_trajectories():
+    class Conditional(TimeBlind):
+        def forward(self, x_t, t, gain):
+            return self.layers(x_t) * gain[:, None, None, None]
+
+    model = Conditional(nn.Conv2d(1, 1, 1)).double()
+    objective = DenoisingObjective(model, scheduler())
+    condition = {"gain": torch.tensor([1.0, 2.0, 3.0])}
+    states = record_trajectories(objective, (3, 1, 2, 2), LEVELS, condition=condition)
+    regression = TrajectoryRegression(objective, states, LEVELS, condition=condition, batch_size=2)
+    J = ExampleGradientLinearOperator(regression, measurement=regression.log_probability)
+    assert J.rows().isfinite().all()
+    gains = {
+        n: float(g)
+        for b in regression.batches()
+        for n, g in zip(b.indices, b.condition["gain"], strict=True)
+    }
+    assert gains == {0: 1.0, 1: 2.0, 2: 3.0}
