@@ -42,13 +42,14 @@ bench: $(VENV)/.installed-bench  ## the benchmarks, at most 20 minutes, into ben
 	$(BIN)/python -m benchmarks.factor_pass --upstream --kronfluence --problem dit
 	$(BIN)/python -m benchmarks.eigenvalue_groups
 	$(BIN)/python -m benchmarks.ggn_product
-	$(BIN)/python -m benchmarks.inverse_products
+	$(BIN)/python -m benchmarks.inverse_products --repeats 2
 	$(BIN)/python -m benchmarks.peak_memory
-	$(BIN)/python -m benchmarks.draws
+	$(BIN)/python -m benchmarks.draws --repeats 2
 	$(BIN)/python -m benchmarks.scaling --repeats 2
 
 bench-full: bench  ## the benchmarks that take longer as well
-	$(BIN)/python -m benchmarks.factor_pass --upstream --problem cifar --num-data 16 --batch-size 8
+	$(BIN)/python -m benchmarks.factor_pass --upstream --problem cifar --num-data 16 --batch-size 8 \
+		--not-decomposed
 
 coverage: $(VENV)/.installed-bench  ## the table of networks and how near their blocks are
 	$(BIN)/python -m benchmarks.coverage

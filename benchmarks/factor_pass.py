@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import curvlinops
+import torch
 from torch import nn
 
 from benchmarks.kronfluence_passes import kronfluence_passes
@@ -45,27 +46,41 @@ def reference_passes(regression: NoisedRegression) -> dict[str, Callable[[], obj
     return {"training pass": training, "floor": floor}
 
 
-def our_passes(regression: NoisedRegression) -> dict[str, Callable[[], object]]:
-    """Our two passes, and the eigendecompositions between them."""
+def our_passes(
+    regression: NoisedRegression, decomposed: bool = True
+) -> dict[str, Callable[[], object]]:
+    """Our two passes, and the eigendecompositions between them.
+
+    Args:
+        regression: The problem.
+        decomposed: Whether factors are decomposed. Else the eigenbases are random matrices, on
+            whose entries the time of the second pass does not depend.
+    """
     coverage = covered_parameters(regression.objective.model, None)
     options = KFACOptions.parse("mc", 1, "expand", True, "rademacher")
     factors = kronecker_factors(regression, coverage, options)
-
-    def decompose() -> list[dict[str, Eigendecomposition]]:
-        return [
-            eigendecompositions(matrices, "The factor")
-            for matrices in (factors.inputs, factors.outputs)
+    matrices = factors.inputs, factors.outputs
+    bases: list[dict[str, Eigendecomposition]]
+    if decomposed:
+        bases = [eigendecompositions(own, "The factor") for own in matrices]
+    else:
+        bases = [
+            {key: Eigendecomposition(M[..., 0], torch.randn_like(M)) for key, M in own.items()}
+            for own in matrices
         ]
-
-    bases = decompose()
 
     def eigenvalues(group: int) -> Callable[[], object]:
         grouped = replace(options, gradient_group=group)
         return lambda: eigenvalue_moments(regression, coverage, *bases, grouped)
 
-    return {
-        "K-FAC factors": lambda: kronecker_factors(regression, coverage, options),
-        "eigendecompositions": decompose,
+    passes: dict[str, Callable[[], object]] = {
+        "K-FAC factors": lambda: kronecker_factors(regression, coverage, options)
+    }
+    if decomposed:
+        passes["eigendecompositions"] = lambda: [
+            eigendecompositions(own, "The factor") for own in matrices
+        ]
+    return passes | {
         "EK-FAC eigenvalues": eigenvalues(1),
         "EK-FAC eigenvalues, groups of 4": eigenvalues(4),
         "EK-FAC eigenvalues, groups of 8": eigenvalues(8),
@@ -85,25 +100,29 @@ def upstream_operator(regression: NoisedRegression) -> curvlinops.EKFACLinearOpe
         fisher_type="mc",
         num_data=regression.num_samples,
         batch_size_fn=regression.batch_size_fn,
+        check_deterministic=False,  # or the constructor computes all of it
     )
 
 
-def upstream_passes(regression: NoisedRegression) -> dict[str, Callable[[], object]]:
-    """``curvlinops``' own two passes."""
+def upstream_passes(
+    regression: NoisedRegression, decomposed: bool = True
+) -> dict[str, Callable[[], object]]:
+    """``curvlinops``' own two passes, the second only if its factors are decomposed."""
     operator = upstream_operator(regression)
     operator.compute_kronecker_factors()
     factors = operator._input_covariances, operator._gradient_covariances
-    operator._compute_eigenvectors()  # its second pass cannot be run alone otherwise
+    if decomposed:
+        operator._compute_eigenvectors()  # its second pass cannot be run alone otherwise
 
     def first() -> None:
         operator._input_covariances, operator._gradient_covariances = {}, {}
         operator.compute_kronecker_factors()
         operator._input_covariances, operator._gradient_covariances = factors
 
-    return {
-        "curvlinops K-FAC factors": first,
-        "curvlinops EK-FAC eigenvalues": operator.compute_eigenvalue_correction,
-    }
+    passes: dict[str, Callable[[], object]] = {"curvlinops K-FAC factors": first}
+    if decomposed:
+        passes["curvlinops EK-FAC eigenvalues"] = operator.compute_eigenvalue_correction
+    return passes
 
 
 def main() -> None:
@@ -112,6 +131,9 @@ def main() -> None:
     parser.add_argument("--problem", choices=NETWORKS, default="unet", help="the network")
     parser.add_argument("--num-data", type=int, default=128, help="images")
     parser.add_argument("--batch-size", type=int, default=32, help="images in a batch")
+    parser.add_argument(
+        "--not-decomposed", action="store_true", help="leave the eigendecompositions out"
+    )
     parser.add_argument("--upstream", action="store_true", help="measure curvlinops as well")
     parser.add_argument("--kronfluence", action="store_true", help="and kronfluence, if installed")
     options = parser.parse_args()
@@ -119,9 +141,10 @@ def main() -> None:
     regression = random_regression(
         options.problem, options.quick, options.device, options.num_data, options.batch_size
     )
-    passes = reference_passes(regression) | our_passes(regression)
+    decomposed = not options.not_decomposed
+    passes = reference_passes(regression) | our_passes(regression, decomposed)
     if options.upstream:
-        passes |= upstream_passes(regression)
+        passes |= upstream_passes(regression, decomposed)
     if options.kronfluence:
         passes |= kronfluence_passes(regression, 4 if options.quick else options.batch_size)
     report(

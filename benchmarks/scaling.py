@@ -7,49 +7,21 @@ random matrices, on whose entries the time does not depend.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from benchmarks.factor_pass import reference_passes, upstream_operator
+from benchmarks.factor_pass import our_passes, reference_passes, upstream_passes
 from benchmarks.measure import arguments, in_training_passes, report
 from benchmarks.problems import regression_of, unet
-from curvlinops_diffusion import NoisedRegression
-from curvlinops_diffusion.factors import Eigendecomposition
-from curvlinops_diffusion.fisher import KFACOptions
-from curvlinops_diffusion.layers import covered_parameters
-from curvlinops_diffusion.statistics import eigenvalue_moments, kronecker_factors
 
 BASE = {"batch_size": 32, "width": 64, "image_size": 16}
 VARIED: dict[str, tuple[int, ...]] = {
-    "batch_size": (1, 4, 16),
-    "width": (32, 96, 128),
+    "batch_size": (1, 8),
+    "width": (32, 96),
     "image_size": (8, 32),
 }
 COMPARED = ("K-FAC factors", "EK-FAC eigenvalues", "curvlinops K-FAC factors")
-
-
-def compared(regression: NoisedRegression) -> tuple[Callable[[], object], ...]:
-    """The passes that are compared."""
-    coverage = covered_parameters(regression.objective.model, None)
-    options = KFACOptions.parse("mc", 1, "expand", True, "rademacher")
-    factors = kronecker_factors(regression, coverage, options)
-    bases = [
-        {key: Eigendecomposition(M[:, 0], torch.randn_like(M)) for key, M in matrices.items()}
-        for matrices in (factors.inputs, factors.outputs)
-    ]
-    theirs = upstream_operator(regression)
-
-    def upstream() -> None:
-        theirs._input_covariances, theirs._gradient_covariances = {}, {}
-        theirs.compute_kronecker_factors()
-
-    return (
-        lambda: kronecker_factors(regression, coverage, options),
-        lambda: eigenvalue_moments(regression, coverage, *bases, options),
-        upstream,
-    )
 
 
 def main() -> None:
@@ -64,8 +36,12 @@ def main() -> None:
         network = unet(options.quick, size, setting["width"])
         num_data = 4 if options.quick else 32
         regression = regression_of(network, options.device, num_data, setting["batch_size"])
-        passes = {"training pass": reference_passes(regression)["training pass"]}
-        passes |= dict(zip(COMPARED, compared(regression), strict=True))
+        passes = (
+            reference_passes(regression)
+            | our_passes(regression, decomposed=False)
+            | upstream_passes(regression, decomposed=False)
+        )
+        passes = {name: passes[name] for name in ("training pass", *COMPARED)}
         result = in_training_passes(passes, options)
         ratios = {name: result["training_passes"][name] for name in COMPARED}
         table.append(setting | {"training pass": result["seconds"]["training pass"]} | ratios)

@@ -15,7 +15,7 @@ PROGRAMS = {
     "eigenvalue_groups": ["eigenvalue_groups"],
     "factor_pass --upstream": ["factor_pass_unet", "factor_pass_cifar", "factor_pass_dit"],
     "factor_pass --upstream --problem dit": [],
-    "factor_pass --problem cifar": [],
+    "factor_pass --problem cifar --upstream --not-decomposed": [],
     "ggn_product": ["ggn_product"],
     "inverse_products": ["inverse_products"],
     "peak_memory": ["peak_memory"],
