@@ -30,7 +30,7 @@ def unet(quick: bool, size: int = 16, width: int = 64) -> UNet2DModel:
 
 
 def cifar_unet(quick: bool) -> UNet2DModel:
-    """The CIFAR network of Mlodozeniec et al. (2025), with 38 million parameters."""
+    """The CIFAR network of Mlodozeniec et al. (2025), with 36 million parameters."""
     return UNet2DModel(
         sample_size=8 if quick else 32,
         block_out_channels=(4, 8, 8, 8) if quick else (128, 256, 256, 256),

@@ -28,8 +28,8 @@ class RowMoment:
         latest: The input most recently seen by moments that share it.
     """
 
-    def __init__(self, latest: LatestProduct | None = None):
-        self._latest = LatestProduct() if latest is None else latest
+    def __init__(self, latest: LatestProduct):
+        self._latest = latest
         self._total: Tensor | None = None
 
     def add(self, x: Tensor, weight: float) -> None:

@@ -37,9 +37,6 @@ class TrajectoryRegression(NoisedRegression):
         variance: ``'small'``, ``'large'``, or ``None`` for what the scheduler says.
         batch_size: Trajectories that are held at once.
 
-    Attributes:
-        log_probability: The measurement.
-
     Raises:
         ValueError: If states and levels do not fit together.
     """
