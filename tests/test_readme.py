@@ -47,7 +47,7 @@ def test_names_exist(name):
 
     import curvlinops_diffusion
 
-    known = {"curvlinops", "groups"}
+    known = {"curvlinops", "diffusers"}
     assert name in known or any(
         hasattr(library, name) for library in (curvlinops_diffusion, curvlinops, nn)
     )
