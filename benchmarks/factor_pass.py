@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks.kronfluence_passes import kronfluence_passes
-from benchmarks.measure import arguments, in_training_passes, report
+from benchmarks.measure import arguments, report_passes
 from benchmarks.problems import NETWORKS, random_regression
 from curvlinops_diffusion import NoisedRegression
 from curvlinops_diffusion.factors import Eigendecomposition, eigendecompositions
@@ -147,16 +147,9 @@ def main() -> None:
         passes |= upstream_passes(regression, decomposed)
     if options.kronfluence:
         passes |= kronfluence_passes(regression, 4 if options.quick else options.batch_size)
-    report(
-        options,
-        f"factor_pass_{options.problem}",
-        __doc__,
-        {
-            "parameters": sum(p.numel() for p in regression.objective.model.parameters()),
-            "examples": regression.num_samples,
-            **in_training_passes(passes, options),
-        },
-    )
+    parameters = sum(p.numel() for p in regression.objective.model.parameters())
+    name = f"factor_pass_{options.problem}"
+    report_passes(options, name, __doc__, passes, parameters, regression.num_samples)
 
 
 if __name__ == "__main__":

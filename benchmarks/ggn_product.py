@@ -11,7 +11,7 @@ import curvlinops
 import torch
 
 from benchmarks.factor_pass import reference_passes
-from benchmarks.measure import arguments, in_training_passes, report
+from benchmarks.measure import arguments, report_passes
 from benchmarks.problems import random_regression
 from curvlinops_diffusion import DiffusionGGNLinearOperator
 
@@ -37,16 +37,7 @@ def main() -> None:
         X = torch.randn(ours.shape[1], columns, device=options.device)
         passes[f"ours, {columns} columns"] = lambda X=X: ours @ X
         passes[f"curvlinops, {columns} columns"] = lambda X=X: theirs @ X
-    report(
-        options,
-        "ggn_product",
-        __doc__,
-        {
-            "parameters": ours.shape[0],
-            "examples": regression.num_samples,
-            **in_training_passes(passes, options),
-        },
-    )
+    report_passes(options, "ggn_product", __doc__, passes, ours.shape[0], regression.num_samples)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import curvlinops
 import torch
 
 from benchmarks.factor_pass import reference_passes, upstream_operator
-from benchmarks.measure import arguments, in_training_passes, report
+from benchmarks.measure import arguments, report_passes
 from benchmarks.problems import random_regression
 from curvlinops_diffusion import DiffusionEKFACLinearOperator, DiffusionKFACLinearOperator
 
@@ -47,16 +47,7 @@ def main() -> None:
         X = torch.randn(EK.shape[1], columns, device=options.device)
         passes[f"ours, {columns} columns"] = lambda X=X: ours_kept @ X
         passes[f"curvlinops, {columns} columns"] = lambda X=X: theirs_kept @ X
-    report(
-        options,
-        "inverse_products",
-        __doc__,
-        {
-            "parameters": EK.shape[0],
-            "examples": regression.num_samples,
-            **in_training_passes(passes, options),
-        },
-    )
+    report_passes(options, "inverse_products", __doc__, passes, EK.shape[0], regression.num_samples)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,19 @@ def report(
     temporary.replace(options.output / file)
 
 
+def report_passes(
+    options: argparse.Namespace,
+    name: str,
+    description: str | None,
+    passes: Mapping[str, Callable[[], object]],
+    parameters: int,
+    examples: int,
+) -> None:
+    """Measure passes as in :func:`in_training_passes`, and report them."""
+    sizes = {"parameters": parameters, "examples": examples}
+    report(options, name, description, sizes | in_training_passes(passes, options))
+
+
 def in_training_passes(
     functions: Mapping[str, Callable[[], object]], options: argparse.Namespace
 ) -> dict[str, dict[str, float]]:

@@ -67,7 +67,8 @@ def _noise(*shape: int) -> Tensor:
     return torch.randn(NUM_DATA, *shape)
 
 
-def _unet(**options: Any) -> UNet2DModel:
+def tiny_unet(**options: Any) -> UNet2DModel:
+    """With attention, up- and downsampling, and a class condition."""
     settings: dict[str, Any] = {
         "sample_size": 4,
         "in_channels": 1,
@@ -83,19 +84,67 @@ def _unet(**options: Any) -> UNet2DModel:
     return UNet2DModel(**(settings | options))
 
 
-def _conditional_unet(**options: Any) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
+def tiny_conditional_unet(**options: Any) -> UNet2DConditionModel:
+    """With cross attention."""
+    settings: dict[str, Any] = {
+        "sample_size": 4,
+        "in_channels": 2,
+        "out_channels": 2,
+        "block_out_channels": (4, 4),
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "cross_attention_dim": 4,
+        "attention_head_dim": 2,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    return UNet2DConditionModel(**(settings | options))
+
+
+def tiny_dit() -> DiTTransformer2DModel:
+    """With three classes, and a learned variance."""
+    return DiTTransformer2DModel(
         sample_size=4,
         in_channels=2,
-        out_channels=2,
-        block_out_channels=(4, 4),
-        layers_per_block=1,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
         norm_num_groups=2,
-        cross_attention_dim=4,
-        attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        **options,
+        num_embeds_ada_norm=3,
+    )
+
+
+def tiny_sd3(**options: Any) -> SD3Transformer2DModel:
+    """The transformer of Stable Diffusion 3."""
+    settings: dict[str, Any] = {
+        "sample_size": 4,
+        "patch_size": 2,
+        "in_channels": 2,
+        "out_channels": 2,
+        "num_layers": 1,
+        "attention_head_dim": 4,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 6,
+        "caption_projection_dim": 8,
+        "pooled_projection_dim": 5,
+        "pos_embed_max_size": 4,
+    }
+    return SD3Transformer2DModel(**(settings | options))
+
+
+def tiny_flux(pooled_projection_dim: int = 5) -> FluxTransformer2DModel:
+    """With guidance distilled in."""
+    return FluxTransformer2DModel(
+        in_channels=8,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=1,
+        joint_attention_dim=6,
+        pooled_projection_dim=pooled_projection_dim,
+        guidance_embeds=True,
+        axes_dims_rope=(2, 2, 4),
     )
 
 
@@ -104,17 +153,17 @@ Problem = tuple[nn.Module, Any, dict[str, Any], dict[str, Any]]  # network, nois
 
 def _class_conditional(**options: Any) -> Problem:
     data = {"x0": _noise(1, 4, 4), "class_labels": torch.arange(NUM_DATA)}
-    return _unet(**options), _ddpm(), data, {}
+    return tiny_unet(**options), _ddpm(), data, {}
 
 
 def _text_conditional() -> Problem:
     data = {"x0": _noise(2, 4, 4), "encoder_hidden_states": _noise(3, 4)}
     dropout = {"condition_dropout": 0.3, "null_condition": {"encoder_hidden_states": 0.0}}
-    return _conditional_unet(), _ddpm(), data, dropout
+    return tiny_conditional_unet(), _ddpm(), data, dropout
 
 
 def _sdxl() -> Problem:
-    unet = _conditional_unet(
+    unet = tiny_conditional_unet(
         addition_embed_type="text_time",
         addition_time_embed_dim=2,
         projection_class_embeddings_input_dim=16,
@@ -130,19 +179,9 @@ def _sdxl() -> Problem:
 
 
 def _dit() -> Problem:
-    network = DiTTransformer2DModel(
-        sample_size=4,
-        in_channels=2,
-        out_channels=4,  # a learned variance
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        norm_num_groups=2,
-        num_embeds_ada_norm=3,
-    )
     data = {"x0": _noise(2, 4, 4), "class_labels": torch.arange(NUM_DATA)}
     dropout = {"condition_dropout": 0.1, "null_condition": {"class_labels": 3}}
-    return network, _ddpm(), data, dropout
+    return tiny_dit(), _ddpm(), data, dropout
 
 
 def _pixart() -> Problem:
@@ -161,20 +200,7 @@ def _pixart() -> Problem:
 
 
 def _sd3() -> Problem:
-    network = SD3Transformer2DModel(
-        sample_size=4,
-        patch_size=2,
-        in_channels=2,
-        out_channels=2,
-        num_layers=2,
-        attention_head_dim=4,
-        num_attention_heads=2,
-        joint_attention_dim=6,
-        caption_projection_dim=8,
-        pooled_projection_dim=5,
-        pos_embed_max_size=4,
-        qk_norm="rms_norm",
-    )
+    network = tiny_sd3(num_layers=2, qk_norm="rms_norm")
     data = {
         "x0": _noise(2, 4, 4),
         "encoder_hidden_states": _noise(3, 6),
@@ -184,17 +210,6 @@ def _sd3() -> Problem:
 
 
 def _flux() -> Problem:
-    network = FluxTransformer2DModel(
-        in_channels=8,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=1,
-        joint_attention_dim=6,
-        pooled_projection_dim=5,
-        guidance_embeds=True,
-        axes_dims_rope=(2, 2, 4),
-    )
     data = {
         "x0": _noise(4, 8),
         "encoder_hidden_states": _noise(3, 6),
@@ -202,7 +217,7 @@ def _flux() -> Problem:
         "guidance": torch.ones(NUM_DATA),
     }
     ids = {"img_ids": torch.randn(4, 3).round(), "txt_ids": torch.zeros(3, 3)}
-    return network, _flow(), data, {"model_kwargs": ids}
+    return tiny_flux(), _flow(), data, {"model_kwargs": ids}
 
 
 def _unet1d() -> Problem:

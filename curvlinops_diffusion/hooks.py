@@ -186,6 +186,32 @@ class CallRecorder:
         self._consume(layer, [inputs[call] for call in order], [arrived[call] for call in order])
 
 
+def _pull_back(
+    layers: Sequence[Layer],
+    objective: DenoisingObjective,
+    batch: NoisedBatch,
+    loss_vector: Callable[[Tensor], Tensor],
+    consume: Callable[[Layer, list[Tensor], list[Tensor]], None],
+) -> tuple[dict[str, int], Tensor]:
+    """Hand (layer, inputs, gradients), in the working precision, to ``consume``.
+
+    Returns:
+        How often each layer was called, by its name, and the vectors that were pulled back.
+    """
+    dtype = objective.working_dtype
+
+    def consume_in_precision(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
+        consume(layer, in_precision(xs, dtype), in_precision(gs, dtype))
+
+    recorder = CallRecorder(consume_in_precision)
+    with tapped(layers, recorder.tap), frozen(objective.model), torch.enable_grad():
+        recorder.start_forward(len(batch.indices))
+        prediction_BD = objective.predict(batch)
+        v_BD = loss_vector(prediction_BD.detach())
+        recorder.backward(prediction_BD, v_BD)
+    return recorder.tap.calls, v_BD
+
+
 def example_gradients(
     coverage: Coverage,
     objective: DenoisingObjective,
@@ -210,16 +236,9 @@ def example_gradients(
     gradients: dict[str, Tensor] = {}
 
     def consume(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
-        gradients.update(
-            layer.example_gradients(in_precision(xs, dtype), in_precision(gs, dtype), N)
-        )
+        gradients.update(layer.example_gradients(xs, gs, N))
 
-    recorder = CallRecorder(consume)
-    with tapped(coverage.layers, recorder.tap), frozen(objective.model), torch.enable_grad():
-        recorder.start_forward(N)
-        prediction_BD = objective.predict(batch)
-        v_BD = loss_vector(prediction_BD.detach())
-        recorder.backward(prediction_BD, v_BD)
+    _, v_BD = _pull_back(coverage.layers, objective, batch, loss_vector, consume)
     own = {name: coverage.params[name] for name in coverage.others}
     gradients |= mapped_gradients(objective, batch, v_BD, own)
     for name, p in coverage.params.items():
@@ -271,7 +290,6 @@ def check_observable(regression: NoisedRegression, layers: Sequence[Layer]) -> d
     wrong = {name for name, gradient in true.items() if gradient is not None}
 
     def consume(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
-        xs, gs = in_precision(xs, dtype), in_precision(gs, dtype)
         for g in gs:
             check_finite(g, f"The gradient in the output of the layer of '{layer.params[0]}'")
         # or norms overflow
@@ -289,11 +307,7 @@ def check_observable(regression: NoisedRegression, layers: Sequence[Layer]) -> d
             else:
                 wrong.add(name)
 
-    recorder = CallRecorder(consume)
-    with tapped(layers, recorder.tap), frozen(objective.model), torch.enable_grad():
-        recorder.start_forward(N)
-        prediction_BD = objective.predict(batch)
-        recorder.backward(prediction_BD, batch.loss_gradient(prediction_BD.detach()))
+    calls, _ = _pull_back(layers, objective, batch, batch.loss_gradient, consume)
     if wrong:
         name = min(wrong)
         raise ValueError(
@@ -302,7 +316,7 @@ def check_observable(regression: NoisedRegression, layers: Sequence[Layer]) -> d
             "call, the layer computes more than its type says, or its first axis does not hold "
             "one example after the other. Leave it out of params."
         )
-    return recorder.tap.calls
+    return calls
 
 
 def _input_norm(layer: Layer, name: str, xs: Sequence[Tensor], gs: Sequence[Tensor]) -> float:

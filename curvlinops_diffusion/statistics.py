@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from curvlinops_diffusion.exact import ExactBlock, exact_blocks
+from curvlinops_diffusion.exact import exact_blocks
 from curvlinops_diffusion.factors import Eigendecomposition, second_moment
 from curvlinops_diffusion.fisher import (
     FisherType,
@@ -250,11 +250,8 @@ class _ExactBlocks:
         self._dtype = dtype
         self._params = coverage.params
         self.mapped = {name: coverage.params[name] for name in coverage.others}
-        self._of_layer: dict[str, list[ExactBlock]] = {}
-        for block in self._blocks:
-            if block.layer is not None:
-                self._of_layer.setdefault(block.layer.name, []).append(block)
-        self._inputs: dict[tuple[str, int], Tensor] = {}
+        self._layers = {block.layer.name for block in self._blocks if block.layer is not None}
+        self._inputs: dict[str, list[Tensor]] = {}  # call by call
         self._gradients = _Sums()  # of single examples, by parameter
         self._sums = _Sums()
         self._N = 0
@@ -262,20 +259,17 @@ class _ExactBlocks:
     def start_forward(self, N: int) -> None:
         self._N = N
         self._inputs.clear()
-        self._seen: dict[str, int] = {}
 
     def observe_input(self, layer: Layer, x: Tensor) -> None:
-        call = self._seen.get(layer.name, 0)
-        self._seen[layer.name] = call + 1
-        if layer.name in self._of_layer and isinstance(layer.kind, ExactKind):
-            self._inputs[layer.name, call] = x
+        if isinstance(layer.kind, ExactKind):
+            self._inputs.setdefault(layer.name, []).append(x)
 
     def observe_gradient(self, layer: Layer, call: int, g: Tensor) -> None:
-        if layer.name not in self._of_layer:
+        if layer.name not in self._layers:
             return
         g = g.to(self._dtype)
         if isinstance(layer.kind, ExactKind):
-            (x,) = in_precision([self._inputs[layer.name, call]], self._dtype)
+            (x,) = in_precision([self._inputs[layer.name][call]], self._dtype)
             for name, gradient in layer.example_gradients([x], [g], self._N).items():
                 self._gradients.add(name, gradient)
         else:

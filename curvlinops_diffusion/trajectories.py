@@ -81,28 +81,33 @@ class TrajectoryRegression(NoisedRegression):
 
     def noised_batches(self, clean: CleanBatch) -> Iterator[NoisedBatch]:
         """Yield steps: states as inputs, the states that they led to as targets."""
-        objective = self.objective
         for r in range(self.num_draws):
             step_B = self.draws.levels(clean.indices, r)
             rows = torch.arange(len(step_B))
-            level_B = self._levels[step_B]
-            states, reached = (
-                clean.x0[rows, s].to(objective.device, objective.working_dtype)
-                for s in (step_B, step_B + 1)
-            )
-            noised = objective.noise(
-                states, clean.condition, level_B, torch.zeros_like(states), clean.indices, r
-            )
-            yield NoisedBatch(
-                clean.indices,
-                r,
-                level_B,
-                states.to(objective.dtype),
-                noised.timestep_B,
-                noised.condition,
-                reached.flatten(1),
-                torch.ones_like(noised.weight_B),
-            )
+            states, reached = clean.x0[rows, step_B], clean.x0[rows, step_B + 1]
+            yield self._steps_from(clean, r, step_B, states, reached)
+
+    def _steps_from(
+        self, clean: CleanBatch, draw: int, step_B: Tensor, states: Tensor, reached: Tensor
+    ) -> NoisedBatch:
+        """Steps as a batch: from ``states``, which led to ``reached``."""
+        objective, level_B = self.objective, self._levels[step_B]
+        states, reached = (
+            z.to(objective.device, objective.working_dtype) for z in (states, reached)
+        )
+        noised = objective.noise(
+            states, clean.condition, level_B, torch.zeros_like(states), clean.indices, draw
+        )
+        return NoisedBatch(
+            clean.indices,
+            draw,
+            level_B,
+            states.to(objective.dtype),
+            noised.timestep_B,
+            noised.condition,
+            reached.flatten(1),
+            torch.ones_like(noised.weight_B),
+        )
 
 
 @torch.no_grad()
@@ -137,9 +142,9 @@ def record_trajectories(
     states = [x]
     (clean,) = regression.clean_batches()
     for step in range(len(levels)):
-        filled = torch.stack([*states, *[x] * (len(levels) + 1 - len(states))], 1)
-        current = CleanBatch(clean.indices, filled, clean.condition)
-        batch = list(regression.noised_batches(current))[step]
+        step_B = torch.full((shape[0],), step)
+        # where the step leads is what is asked for
+        batch = regression._steps_from(clean, step, step_B, states[-1], states[-1])
         mean_BD = regression._steps.mean(batch, objective.predict(batch))
         std = regression._steps.variance_T[levels[step]].sqrt().to(mean_BD)
         noise = torch.randn(*shape, generator=generator).to(mean_BD)

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
+from benchmarks import models
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression, NoiseProcess, PredictionType
 
 
@@ -29,19 +30,7 @@ def tiny_unet(dtype: torch.dtype = torch.float64, **config: Any) -> UNet2DModel:
     """
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        settings: dict[str, Any] = {
-            "sample_size": 8,
-            "in_channels": 1,
-            "out_channels": 1,
-            "block_out_channels": (4, 4),
-            "layers_per_block": 1,
-            "norm_num_groups": 2,
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-            "attention_head_dim": 4,
-            "num_class_embeds": 3,
-        }
-        unet = UNet2DModel(**(settings | config)).to(dtype)
+        unet = models.tiny_unet(**({"sample_size": 8} | config)).to(dtype)
         # initialised at zero, GroupNorm's bias and others would hide terms of the curvature
         for p in unet.parameters():
             p.data.add_(0.1 * torch.randn_like(p))

@@ -14,22 +14,24 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     DiTPipeline,
-    DiTTransformer2DModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
-    FluxTransformer2DModel,
     LDMPipeline,
     PNDMScheduler,
-    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-    UNet2DModel,
     VQModel,
 )
 
+from benchmarks.models import (
+    tiny_conditional_unet,
+    tiny_dit,
+    tiny_flux,
+    tiny_sd3,
+    tiny_unet,
+)
 from curvlinops_diffusion import (
     DenoisingObjective,
     DiffusionEKFACLinearOperator,
@@ -126,31 +128,8 @@ def vae(latent_channels=2, **options):
 
 
 def unet(channels, size=4):
-    return UNet2DModel(
-        sample_size=size,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=(4, 4),
-        layers_per_block=1,
-        norm_num_groups=2,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
-
-
-def conditional_unet(**options):
-    return UNet2DConditionModel(
-        sample_size=4,
-        in_channels=2,
-        out_channels=2,
-        block_out_channels=(4, 4),
-        layers_per_block=1,
-        norm_num_groups=2,
-        attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        **options,
+    return tiny_unet(
+        sample_size=size, in_channels=channels, out_channels=channels, num_class_embeds=None
     )
 
 
@@ -176,17 +155,7 @@ def ldm(folder):
 
 
 def dit(folder):
-    transformer = DiTTransformer2DModel(
-        sample_size=4,
-        in_channels=2,
-        out_channels=4,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        norm_num_groups=2,
-        num_embeds_ada_norm=3,
-    )
-    return DiTPipeline(transformer, vae(), DDIMScheduler())
+    return DiTPipeline(tiny_dit(), vae(), DDIMScheduler())
 
 
 def stable_diffusion(folder):
@@ -194,7 +163,7 @@ def stable_diffusion(folder):
         vae=vae(),
         text_encoder=clip(),
         tokenizer=clip_tokenizer(folder),
-        unet=conditional_unet(cross_attention_dim=8),
+        unet=tiny_conditional_unet(cross_attention_dim=8),
         scheduler=PNDMScheduler(skip_prk_steps=True),
         safety_checker=None,
         feature_extractor=None,
@@ -209,7 +178,7 @@ def stable_diffusion_xl(folder):
         text_encoder_2=clip(projection=True),
         tokenizer=clip_tokenizer(folder),
         tokenizer_2=clip_tokenizer(folder),
-        unet=conditional_unet(
+        unet=tiny_conditional_unet(
             cross_attention_dim=16,
             addition_embed_type="text_time",
             addition_time_embed_dim=2,
@@ -220,19 +189,7 @@ def stable_diffusion_xl(folder):
 
 
 def stable_diffusion_3(folder):
-    transformer = SD3Transformer2DModel(
-        sample_size=4,
-        patch_size=2,
-        in_channels=2,
-        out_channels=2,
-        num_layers=1,
-        attention_head_dim=4,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        caption_projection_dim=8,
-        pooled_projection_dim=16,
-        pos_embed_max_size=4,
-    )
+    transformer = tiny_sd3(joint_attention_dim=16, pooled_projection_dim=16)
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -247,19 +204,8 @@ def stable_diffusion_3(folder):
 
 
 def flux(folder):
-    transformer = FluxTransformer2DModel(
-        in_channels=8,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=1,
-        joint_attention_dim=6,
-        pooled_projection_dim=8,
-        guidance_embeds=True,
-        axes_dims_rope=(2, 2, 4),
-    )
     return FluxPipeline(
-        transformer=transformer,
+        transformer=tiny_flux(pooled_projection_dim=8),
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae(shift_factor=0.1, scaling_factor=0.4),
         text_encoder=clip(),

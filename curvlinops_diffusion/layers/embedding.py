@@ -39,7 +39,7 @@ class EmbeddingKind(SharingKind):
         assert isinstance(module, nn.Embedding)
         tokens = x.reshape(len(x), -1)
         one_hot = nn.functional.one_hot(tokens, module.num_embeddings).to(module.weight.dtype)
-        return one_hot * self._counts(module, tokens).unsqueeze(2)
+        return one_hot * _counts(module, tokens).unsqueeze(2)
 
     def gradients(self, module: nn.Module, g: Tensor) -> Tensor:
         """Tokens are positions."""
@@ -49,10 +49,6 @@ class EmbeddingKind(SharingKind):
         """The number of tokens."""
         return x[0].numel()
 
-    def input_sum(self, module: nn.Module, x: Tensor) -> Tensor:
-        """How often each token occurs."""
-        return self.inputs(module, x).sum(1)
-
     def input_norm(self, module: nn.Module, x: Tensor) -> Tensor:
         """One-hot vectors have norm one."""
         return torch.tensor(float(x.numel())).sqrt()
@@ -60,7 +56,7 @@ class EmbeddingKind(SharingKind):
     def input_moment(self, module: nn.Module, latest: LatestProduct) -> Moment:
         """Frequencies."""
         assert isinstance(module, nn.Embedding)
-        return _Frequencies(module, self._counts)
+        return _Frequencies(module)
 
     def weight_gradients(self, module: nn.Module, x: Tensor, g: Tensor, sums: int) -> Tensor:
         """Each token's gradients, added up."""
@@ -98,31 +94,29 @@ class EmbeddingKind(SharingKind):
         tokens = x.reshape(sums, -1)
         flat = tokens + torch.arange(sums, device=x.device).unsqueeze(1) * module.num_embeddings
         found, position = flat.unique(return_inverse=True)
-        g = g.reshape(sums, tokens.shape[1], -1) * self._counts(module, tokens).to(g).unsqueeze(2)
+        g = g.reshape(sums, tokens.shape[1], -1) * _counts(module, tokens).to(g).unsqueeze(2)
         rows = g.new_zeros(len(found), g.shape[2])
         return found, rows.index_add_(0, position.flatten(), g.flatten(0, 1))
 
-    @staticmethod
-    def _counts(module: nn.Embedding, tokens: Tensor) -> Tensor:
-        """Zero for the padding token, which has no gradient; one for the others."""
-        if module.padding_idx is None:
-            return torch.ones_like(tokens)
-        return (tokens != module.padding_idx).to(tokens)
+
+def _counts(module: nn.Embedding, tokens: Tensor) -> Tensor:
+    """Zero for the padding token, which has no gradient; one for the others."""
+    if module.padding_idx is None:
+        return torch.ones_like(tokens)
+    return (tokens != module.padding_idx).to(tokens)
 
 
 class _Frequencies:
     """A running sum of how often each token occurs, the diagonal of the second moment."""
 
-    def __init__(self, module: nn.Embedding, counts):  # type: ignore[no-untyped-def]
-        self._module, self._counts = module, counts
+    def __init__(self, module: nn.Embedding):
+        self._module = module
         self._total: Tensor | None = None
 
     def add(self, x: Tensor, weight: float) -> None:
         V = self._module.num_embeddings
         tokens = x.flatten()
-        new = torch.bincount(
-            tokens, weights=self._counts(self._module, tokens).double(), minlength=V
-        )
+        new = torch.bincount(tokens, weights=_counts(self._module, tokens).double(), minlength=V)
         self._total = new * weight if self._total is None else self._total.add_(new, alpha=weight)
 
     def total(self) -> Tensor:
