@@ -5,6 +5,7 @@ Attribution in Diffusion Models*, ICLR 2025 (arXiv:2410.13850).
 """
 
 from curvlinops_diffusion.encoding import LatentEncoder
+from curvlinops_diffusion.functions import Example, ExampleDraws, ExampleFunction
 from curvlinops_diffusion.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence import influence_scores
 from curvlinops_diffusion.layers import LAYER_KINDS, ExactKind, SharingKind
@@ -23,6 +24,7 @@ from curvlinops_diffusion.operators.ekfac import DiffusionEKFACLinearOperator
 from curvlinops_diffusion.operators.ggn import DiffusionGGNLinearOperator
 from curvlinops_diffusion.operators.kfac import DiffusionKFACLinearOperator
 from curvlinops_diffusion.operators.load import load_operator
+from curvlinops_diffusion.probability_flow import LogLikelihood
 from curvlinops_diffusion.regression import NoisedRegression
 from curvlinops_diffusion.trajectories import TrajectoryRegression, record_trajectories
 
@@ -37,9 +39,13 @@ __all__ = [
     "DiffusionKFACLinearOperator",
     "EDMWeighting",
     "ExactKind",
+    "Example",
+    "ExampleDraws",
+    "ExampleFunction",
     "ExampleGradientLinearOperator",
     "InverseVarianceWeighting",
     "LatentEncoder",
+    "LogLikelihood",
     "MinSNRWeighting",
     "NoiseProcess",
     "NoisedRegression",

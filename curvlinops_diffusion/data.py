@@ -41,7 +41,7 @@ class CleanBatch:
     def select(self, positions: Sequence[int]) -> CleanBatch:
         """The examples at some positions of the batch."""
         index = list(positions)
-        condition = {key: _slice(value, index) for key, value in self.condition.items()}
+        condition = {key: rows_of(value, index) for key, value in self.condition.items()}
         return CleanBatch([self.indices[i] for i in index], self.x0[index], condition)
 
 
@@ -103,7 +103,7 @@ def _batch_source(data: Any, batch_size: int) -> Callable[[], Iterable[Any]]:
         check_images(x0, 0)
         check_condition(condition, len(x0))
         starts = range(0, len(x0), batch_size)
-        return lambda: (_slice(data, slice(start, start + batch_size)) for start in starts)
+        return lambda: (rows_of(data, slice(start, start + batch_size)) for start in starts)
     if isinstance(data, DataLoader):
         _check_order(data)
         return lambda: _iterate_loader(data)
@@ -174,10 +174,10 @@ def _split(batch: Any) -> tuple[Any, dict[str, Any]]:
     return batch, {}
 
 
-def _slice(value: Any, index: slice | list[int]) -> Any:
-    """Rows of every tensor with axes in a nested mapping."""
+def rows_of(value: Any, index: slice | list[int]) -> Any:
+    """Rows of every tensor with axes, and of every list, in a nested mapping."""
     if isinstance(value, Mapping):
-        return {key: _slice(entry, index) for key, entry in value.items()}
+        return {key: rows_of(entry, index) for key, entry in value.items()}
     if isinstance(value, Tensor) and value.ndim > 0:
         return value[index]
     if isinstance(value, list):  # prompts

@@ -47,6 +47,8 @@ class _Stream(IntEnum):
     PROBE = 2
     LATENT = 3
     CONDITION = 4
+    AUGMENTATION = 5
+    FUNCTION = 6
 
 
 def _generator(
@@ -212,6 +214,17 @@ class Draws:
         """Whether the condition of draw ``r`` is dropped, shape ``[B]``."""
         uniform = [_generator(self.seed, _Stream.CONDITION, n, r).random() for n in n_B]
         return torch.tensor(uniform) < probability
+
+    def versions(self, n_B: Sequence[int], r: int, count: int) -> Tensor:
+        """Which of ``count`` augmented versions each example is seen in, shape ``[B]``."""
+        if count == 1:
+            return torch.zeros(len(n_B), dtype=torch.int64)
+        uniform = [_generator(self.seed, _Stream.AUGMENTATION, n, r).random() for n in n_B]
+        return (torch.tensor(uniform, dtype=torch.float64) * count).long().clamp(max=count - 1)
+
+    def normal(self, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
+        """Normal numbers for a user's function of the draws, ``[B, *shape]``; as :meth:`noise`."""
+        return self._normal(_Stream.FUNCTION, n_B, r, shape)
 
     def _normal(self, stream: _Stream, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
         return torch.stack(

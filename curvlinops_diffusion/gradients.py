@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
 from tqdm import tqdm
 
 from curvlinops_diffusion._checks import check_count, check_finite
 from curvlinops_diffusion._upstream import PyTorchLinearOperator
 from curvlinops_diffusion.data import CleanBatch
-from curvlinops_diffusion.differentiation import differentiable_attention
-from curvlinops_diffusion.hooks import check_observable, example_gradients, frozen
-from curvlinops_diffusion.layers import cover
-from curvlinops_diffusion.measurements import measure, measurement_gradient, measurement_of
-from curvlinops_diffusion.objective import NoisedBatch
+from curvlinops_diffusion.functions import ExampleFunction
+from curvlinops_diffusion.measurements import measurement_of
 from curvlinops_diffusion.parameters import Parameters, ParameterSpace, select_parameters
 from curvlinops_diffusion.regression import NoisedRegression
+from curvlinops_diffusion.value_gradients import (
+    FunctionGradients,
+    PredictionGradients,
+    ValueGradients,
+)
 
 
 class ExampleGradientLinearOperator(PyTorchLinearOperator):
@@ -40,8 +40,10 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
         params: ``None`` for every parameter of the model; or a list of the model's parameters (or
             their names, as in an operator's ``param_names``), or a dict from names to parameters.
         measurement: What is measured: ``'loss'``, ``'squared_norm'``, ``'simplified_elbo'``,
-            ``'elbo'``, an :class:`~curvlinops_diffusion.measurements.ObjectiveMeasurement`, or a
-            function of (noised batch, prediction ``[B, D]``) that returns values ``[B]``.
+            ``'elbo'``, ``'log_likelihood'``, an
+            :class:`~curvlinops_diffusion.measurements.ObjectiveMeasurement`, a function of (noised
+            batch, prediction ``[B, D]``) that returns values ``[B]``, or an
+            :class:`~curvlinops_diffusion.ExampleFunction` of (model, example, draws).
         progressbar: Whether to show progress.
         chunk_size: Columns of a matrix that are multiplied at once, which bounds the memory.
 
@@ -65,9 +67,14 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
     ):
         self.regression = regression
         self._params = select_parameters(regression.objective.model, params)
-        self._measurement = measurement_of(measurement, regression.objective)
+        measured = measurement_of(measurement, regression.objective)
+        check_count("chunk_size", chunk_size)
+        self._gradients: ValueGradients = (
+            FunctionGradients(regression, self._params, measured)
+            if isinstance(measured, ExampleFunction)
+            else PredictionGradients(regression, self._params, measured, chunk_size)
+        )
         self._progressbar = progressbar
-        self._chunk_size = check_count("chunk_size", chunk_size)
         self._space = ParameterSpace.of(self._params)
         super().__init__(list(self._space.shapes.values()), [(regression.num_data,)])
 
@@ -87,70 +94,44 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
         return self._space.device
 
     # -----------------------------------------------------------------------------------------
-    # Values
+    # Values and products
     # -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def values(self) -> Tensor:
         """The measured values, averaged over draws, shape ``[N]``."""
         values_N = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
-        for batch in self._batches("values"):
-            prediction_BD = self.regression.objective.predict(batch)
-            values_N[list(batch.indices)] += measure(self._measurement, batch, prediction_BD)
-        return values_N / self.regression.num_draws
+        for clean in self._batches("values"):
+            values_N[list(clean.indices)] = self._gradients.values(clean)
+        return values_N
 
-    # -----------------------------------------------------------------------------------------
-    # Products
-    # -----------------------------------------------------------------------------------------
-
-    @torch.no_grad()
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         """Directional derivatives ``J @ X``: ``[*shape, K] -> [N, K]``."""
-        params = {name: p.detach() for name, p in self._params.items()}
-        tangents = {
+        directions = {
             name: x.to(p.dtype).movedim(-1, 0).contiguous()
-            for (name, p), x in zip(params.items(), X, strict=True)
+            for (name, p), x in zip(self._params.items(), X, strict=True)
         }
         result_NK = X[0].new_zeros(self.shape[0], X[0].shape[-1], dtype=self.dtype)
-
-        def push(batch: NoisedBatch, tangents: dict[str, Tensor]) -> Tensor:
-            derivative: Tensor = jvp(partial(self._value_of, batch), (params,), (tangents,))[1]
-            return derivative
-
-        with differentiable_attention():
-            for batch in self._batches("J @ X"):
-                derivatives_KB = vmap(partial(push, batch), chunk_size=self._chunk_size)(tangents)
-                result_NK[list(batch.indices)] += derivatives_KB.T
-        return [result_NK / self.regression.num_draws]
+        for clean in self._batches("J @ X"):
+            result_NK[list(clean.indices)] = self._gradients.derivatives(clean, directions)
+        return [result_NK]
 
     def _adjoint(self) -> PyTorchLinearOperator:
         return _WeightedGradientLinearOperator(self)
 
     def weighted_gradient(self, weights_NK: Tensor) -> list[Tensor]:
         """Gradients of weighted sums of the values, ``Jᵀ W``: ``[N, K] -> [*shape, K]``."""
-        model = self.regression.objective.model
-        params = list(self._params.values())
         K = weights_NK.shape[1]
-        totals = [p.new_zeros(*p.shape, K, dtype=self.dtype) for p in params]
-        with frozen(model), torch.enable_grad():
-            for p in params:
-                p.requires_grad_(True)
-            for batch in self._batches("J.adjoint() @ W"):
-                prediction_BD = self.regression.objective.predict(batch)
-                pulled_BD = measurement_gradient(self._measurement, batch, prediction_BD)
-                for k in range(K):
-                    w_B1 = weights_NK[list(batch.indices), k].to(pulled_BD).unsqueeze(1)
-                    gradients = torch.autograd.grad(
-                        prediction_BD,
-                        params,
-                        w_B1 * pulled_BD,
-                        retain_graph=k < K - 1,
-                        allow_unused=True,
-                    )
-                    for total, gradient in zip(totals, gradients, strict=True):
-                        if gradient is not None:
-                            total[..., k] += gradient
-        return [total / self.regression.num_draws for total in totals]
+        totals = [
+            torch.zeros(*shape, K, dtype=self.dtype, device=self.device)
+            for shape in self._space.shapes.values()
+        ]
+        for clean in self._batches("J.adjoint() @ W"):
+            weights_BK = weights_NK[list(clean.indices)].to(self.dtype)
+            gradients = self._gradients.weighted(clean, weights_BK)
+            for total, gradient in zip(totals, gradients, strict=True):
+                total += gradient
+        return totals
 
     # -----------------------------------------------------------------------------------------
     # Rows
@@ -162,9 +143,8 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
         Raises:
             ValueError: If a gradient is not finite, naming the parameter.
         """
-        rows_of = self._row_function()
         for clean in self.regression.clean_batches():
-            yield clean.indices, rows_of(clean)
+            yield clean.indices, self._rows_of(clean)
 
     def rows(self, indices: Sequence[int] | None = None) -> Tensor:
         """Gradients of chosen examples; only these are computed.
@@ -184,60 +164,32 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
             raise ValueError(
                 f"Rows {wrong[:8]} do not exist. Pass indices from 0 to {self.shape[0] - 1}."
             )
-        rows_of = self._row_function()
         found: dict[int, Tensor] = {}
         for clean in self.regression.clean_batches():
             positions = [i for i, n in enumerate(clean.indices) if n in set(wanted)]
             if positions:
                 part = clean.select(positions)
-                found.update(zip(part.indices, rows_of(part), strict=True))
+                found.update(zip(part.indices, self._rows_of(part), strict=True))
         return torch.stack([found[n] for n in wanted])
 
-    def _row_function(self) -> Callable[[CleanBatch], Tensor]:
-        """A function from clean examples to rows ``[B, P]``.
-
-        Parameters of known layers get their gradients from what the layers see, the others by
-        differentiating example by example.
-        """
-        coverage = cover(self.regression.objective.model, self._params)
-        check_observable(self.regression, coverage.layers)
-
-        @torch.no_grad()
-        def rows_of(clean: CleanBatch) -> Tensor:
-            rows_BP = torch.zeros(len(clean.indices), self.shape[1], device=self.device)
-            rows_BP = rows_BP.to(self.dtype)
-            for batch in self.regression.noised_batches(clean):
-                gradients = example_gradients(
-                    coverage,
-                    self.regression.objective,
-                    batch,
-                    partial(measurement_gradient, self._measurement, batch),
-                )
-                flat = [gradients[name].reshape(len(rows_BP), -1) for name in self._params]
-                rows_BP += torch.cat(flat, 1)
-            if not rows_BP.isfinite().all():
-                self._raise_not_finite(rows_BP, clean.indices)
-            return rows_BP / self.regression.num_draws
-
-        return rows_of
+    def _rows_of(self, clean: CleanBatch) -> Tensor:
+        rows_BP = self._gradients.rows(clean)
+        if not rows_BP.isfinite().all():
+            self._raise_not_finite(rows_BP, clean.indices)
+        return rows_BP
 
     # -----------------------------------------------------------------------------------------
 
-    def _value_of(self, batch: NoisedBatch, params: Mapping[str, Tensor]) -> Tensor:
-        """The measured values ``[B]`` as a function of the parameters."""
-        prediction_BD = self.regression.objective.predict(batch, params)
-        return measure(self._measurement, batch, prediction_BD)
-
-    def _batches(self, description: str) -> Iterator[NoisedBatch]:
+    def _batches(self, description: str) -> Iterator[CleanBatch]:
         with tqdm(
             total=self.regression.num_samples,
             desc=description,
             unit="draws",
             disable=not self._progressbar,
         ) as bar:
-            for batch in self.regression.batches():
-                yield batch
-                bar.update(len(batch.indices))
+            for clean in self.regression.clean_batches():
+                yield clean
+                bar.update(len(clean.indices) * self.regression.num_draws)
 
     def _raise_not_finite(self, rows_BP: Tensor, indices: Sequence[int]) -> None:
         sizes = [p.numel() for p in self._params.values()]

@@ -217,6 +217,7 @@ def example_gradients(
     objective: DenoisingObjective,
     batch: NoisedBatch,
     loss_vector: Callable[[Tensor], Tensor],
+    examples: int | None = None,
 ) -> dict[str, Tensor]:
     """Per-example gradients of the covered parameters on one noised batch.
 
@@ -228,11 +229,13 @@ def example_gradients(
         objective: Supplies the model.
         batch: The noised batch.
         loss_vector: Maps the prediction ``[B, D]`` to the vectors ``[B, D]`` that are pulled back.
+        examples: The number ``N`` of examples, each with equally many draws in a row, whose
+            gradients are summed; default: ``B``.
 
     Returns:
-        The gradients, of shape ``[B, *param.shape]``, by the parameter's name.
+        The gradients, of shape ``[N, *param.shape]``, by the parameter's name.
     """
-    dtype, N = objective.working_dtype, len(batch.indices)
+    dtype, N = objective.working_dtype, examples or len(batch.indices)
     gradients: dict[str, Tensor] = {}
 
     def consume(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
@@ -240,7 +243,8 @@ def example_gradients(
 
     _, v_BD = _pull_back(coverage.layers, objective, batch, loss_vector, consume)
     own = {name: coverage.params[name] for name in coverage.others}
-    gradients |= mapped_gradients(objective, batch, v_BD, own)
+    for name, gradient in mapped_gradients(objective, batch, v_BD, own).items():
+        gradients[name] = gradient.unflatten(0, (N, -1)).sum(1)
     for name, p in coverage.params.items():
         if name not in gradients:  # no influence on the prediction
             gradients[name] = p.new_zeros(N, *p.shape, dtype=dtype).detach()

@@ -9,8 +9,6 @@ Legend: T noise levels, B batch, D entries of a prediction.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +20,10 @@ from curvlinops_diffusion.ancestral import (
     clean_from,
     discretised_log_probability,
 )
+from curvlinops_diffusion.functions import ExampleFunction, Measurement, ObjectiveMeasurement
 from curvlinops_diffusion.noise import Weighting, weight_table
 from curvlinops_diffusion.objective import DenoisingObjective, NoisedBatch, Reduction
-
-Measurement = Callable[[NoisedBatch, Tensor], Tensor]
+from curvlinops_diffusion.probability_flow import LogLikelihood
 
 
 def loss(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
@@ -36,18 +34,6 @@ def loss(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
 def squared_norm(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
     """The mean square ``1/D ‖f‖²`` of the prediction (Zheng et al., 2024, D-TRAK), ``[B]``."""
     return prediction_BD.square().mean(1)
-
-
-class ObjectiveMeasurement(ABC):
-    """A measurement that depends on the objective's noise process."""
-
-    @abstractmethod
-    def bind(self, objective: DenoisingObjective) -> Measurement:
-        """The measurement for an objective.
-
-        Raises:
-            ValueError: If it does not exist for the objective's noise process.
-        """
 
 
 @dataclass(frozen=True)
@@ -161,10 +147,13 @@ MEASUREMENTS: dict[str, Measurement | ObjectiveMeasurement] = {
     "squared_norm": squared_norm,
     "simplified_elbo": SimplifiedELBO(),
     "elbo": ELBO(),
+    "log_likelihood": LogLikelihood(),
 }
 
 
-def measurement_of(measurement: Any, objective: DenoisingObjective) -> Measurement:
+def measurement_of(
+    measurement: Any, objective: DenoisingObjective
+) -> Measurement | ExampleFunction:
     """Return the measurement that a user named or passed, for an objective.
 
     Raises:
@@ -174,12 +163,12 @@ def measurement_of(measurement: Any, objective: DenoisingObjective) -> Measureme
         measurement = MEASUREMENTS[measurement]
     if isinstance(measurement, ObjectiveMeasurement):
         return measurement.bind(objective)
-    if callable(measurement):
+    if callable(measurement) or isinstance(measurement, ExampleFunction):
         return measurement
     raise ValueError(
         f"measurement={measurement!r} is unknown. Pass one of {sorted(MEASUREMENTS)}, a "
-        "WeightedLoss or the like, or a function of (noised batch, prediction [B, D]) that returns "
-        "values [B]."
+        "WeightedLoss or the like, a function of (noised batch, prediction [B, D]) that returns "
+        "values [B], or an ExampleFunction of (model, example, draws)."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from os import PathLike
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from curvlinops_diffusion._checks import check_non_negative, check_option
-from curvlinops_diffusion.data import CleanBatch
+from curvlinops_diffusion.data import CleanBatch, rows_of
 from curvlinops_diffusion.encoding import Encoded
 from curvlinops_diffusion.execution import eager, uncompiled, without_checkpoints
 from curvlinops_diffusion.noise import NoiseProcess, Weighting, noise_process, weight_table
@@ -58,6 +58,38 @@ class NoisedBatch:
     condition: dict[str, Any]
     target_BD: Tensor
     weight_B: Tensor
+
+    def select(self, positions: Sequence[int]) -> NoisedBatch:
+        """The examples at some positions of the batch."""
+        index = list(positions)
+        return replace(
+            self,
+            indices=[self.indices[i] for i in index],
+            level_B=self.level_B[index],
+            x_t=self.x_t[index],
+            timestep_B=self.timestep_B[index],
+            condition=rows_of(self.condition, index),
+            target_BD=self.target_BD[index],
+            weight_B=self.weight_B[index],
+        )
+
+    @staticmethod
+    def interleaved(draws: Sequence[NoisedBatch]) -> NoisedBatch:
+        """Several draws of the same examples as one batch, the draws of an example in a row."""
+        first = draws[0]
+        if len(draws) == 1:
+            return first
+
+        def together(*parts: Any) -> Any:
+            if isinstance(parts[0], Mapping):
+                return {key: together(*(p[key] for p in parts)) for key in parts[0]}
+            if isinstance(parts[0], Tensor) and parts[0].ndim > 0:
+                return torch.stack(parts, 1).flatten(0, 1)
+            return parts[0]
+
+        named = ("level_B", "x_t", "timestep_B", "condition", "target_BD", "weight_B")
+        merged = {name: together(*(getattr(draw, name) for draw in draws)) for name in named}
+        return replace(first, indices=[n for n in first.indices for _ in draws], **merged)
 
     def loss(self, prediction_BD: Tensor) -> Tensor:
         """The losses ``ℓ_t = w_t r ‖f - y‖²``, shape ``[B]``."""
@@ -276,7 +308,7 @@ class DenoisingObjective:
             level_B,
             self.process.noised(x0, eps, level_B).to(self.dtype),
             self.process.timesteps_T[level_B].to(self.device),
-            {key: self._to_model(value) for key, value in condition.items()},
+            {key: self.to_model(value) for key, value in condition.items()},
             target_BD,
             (self.weights_T[level_B] * r).to(target_BD),
         )
@@ -337,10 +369,10 @@ class DenoisingObjective:
             )
         return output.flatten(1).to(self.working_dtype)
 
-    def _to_model(self, value: Any) -> Any:
+    def to_model(self, value: Any) -> Any:
         """Move a (nested) condition to the model's device, floating point to its precision."""
         if isinstance(value, Mapping):
-            return {key: self._to_model(entry) for key, entry in value.items()}
+            return {key: self.to_model(entry) for key, entry in value.items()}
         if isinstance(value, Tensor):
             return value.to(self.device, self.dtype if value.is_floating_point() else None)
         return value

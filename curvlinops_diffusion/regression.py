@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from copy import copy
-from typing import Any
+from dataclasses import replace
+from itertools import islice
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from curvlinops_diffusion._checks import check_deterministic_mode, check_no_autocast
+from curvlinops_diffusion.augmentation import augmentations, chosen_versions
 from curvlinops_diffusion.data import CleanBatch, CleanData
 from curvlinops_diffusion.differentiation import twice_differentiable
 from curvlinops_diffusion.draws import make_draws
 from curvlinops_diffusion.objective import DenoisingObjective, NoisedBatch
+
+T = TypeVar("T")
 
 
 class _ScaledModel(nn.Module):
@@ -27,6 +32,13 @@ class _ScaledModel(nn.Module):
         """Predict, in a form that can be differentiated in forward mode and twice."""
         with twice_differentiable():
             return X["scale"].unsqueeze(1) * self._objective.predict(X["batch"])
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield lists of ``size`` successive items, the last one perhaps shorter."""
+    iterator = iter(items)
+    while some := list(islice(iterator, size)):
+        yield some
 
 
 class NoisedRegression:
@@ -61,6 +73,8 @@ class NoisedRegression:
             ``'all'`` (every level once), a list of levels (``0 .. T-1`` in order of rising
             noise), or a scheme of :mod:`curvlinops_diffusion.draws`.
         batch_size: Examples that the network sees at once, where the data is not in batches.
+        augment: ``'flip'`` if training saw images or their mirror images at random: each draw
+            chooses. Or a list of functions of clean examples ``[B, ...]`` to choose from.
 
     Attributes:
         objective: The denoising objective.
@@ -83,6 +97,7 @@ class NoisedRegression:
         *,
         timesteps: Any = "stratified",
         batch_size: int = 64,
+        augment: Any = None,
     ):
         if not isinstance(objective, DenoisingObjective):
             raise ValueError(
@@ -91,6 +106,7 @@ class NoisedRegression:
         self.objective = objective
         self.draws = make_draws(timesteps, num_draws, seed, objective.process.num_levels)
         self._data = CleanData(data, batch_size)
+        self._augmentations = augmentations(augment)
         self.model_func = _ScaledModel(objective)
         self.loss_func = nn.MSELoss()
 
@@ -135,6 +151,7 @@ class NoisedRegression:
             "prediction_type": self.objective.process.prediction_type.value,
             "reduction": self.objective.reduction.value,
             "condition_dropout": self.objective.condition_dropout,
+            "augmentations": [getattr(f, "__name__", repr(f)) for f in self._augmentations],
         }
 
     def clean_batches(self) -> Iterator[CleanBatch]:
@@ -146,10 +163,14 @@ class NoisedRegression:
     def noised_batches(self, clean: CleanBatch) -> Iterator[NoisedBatch]:
         """Yield every draw of a batch of clean examples."""
         indices, draws = clean.indices, self.draws
-        encoded = self.objective.encode(clean)
-        shape = encoded.mean.shape[1:]
+        versions = [
+            self.objective.encode(replace(clean, x0=augment(clean.x0)))
+            for augment in self._augmentations
+        ]
+        shape = versions[0].mean.shape[1:]
         dropout = self.objective.condition_dropout
         for r in range(self.num_draws):
+            encoded = chosen_versions(versions, draws.versions(indices, r, len(versions)))
             x0, condition = encoded.mean, encoded.condition
             if encoded.std is not None:
                 x0 = x0 + encoded.std * draws.latent_noise(indices, r, shape).to(x0)
@@ -158,6 +179,25 @@ class NoisedRegression:
                 condition = self.objective.drop_condition(condition, dropped_B)
             eps, level_B = draws.noise(indices, r, shape), draws.levels(indices, r)
             yield self.objective.noise(x0, condition, level_B, eps, indices, r)
+
+    def grouped_batches(
+        self, clean: CleanBatch, examples: int, draws: int
+    ) -> Iterator[tuple[range, NoisedBatch]]:
+        """Yield every draw of a batch of clean examples, several draws of an example in a row.
+
+        Args:
+            clean: The clean examples.
+            examples: How many of them to see at once, at most.
+            draws: How many draws of each, at most.
+
+        Yields:
+            The examples' positions within the batch; their draws, see
+            :meth:`~curvlinops_diffusion.objective.NoisedBatch.interleaved`.
+        """
+        for some in batched(self.noised_batches(clean), draws):
+            for start in range(0, len(clean.indices), examples):
+                positions = range(start, min(start + examples, len(clean.indices)))
+                yield positions, NoisedBatch.interleaved([b.select(positions) for b in some])
 
     def batches(self) -> Iterator[NoisedBatch]:
         """Yield every draw of every example; the draws of a batch follow each other."""
