@@ -41,7 +41,7 @@ def augmentations(chosen: Any) -> tuple[Augmentation, ...]:
     if not functions or not chosen or not all(callable(f) for f in chosen):
         raise ValueError(
             f"augment={chosen!r} arrived. Pass None, 'flip' (each draw sees the image or its "
-            "mirror image), or a list of functions of clean examples [B, ...], one of which is drawn."
+            "mirror image), or a list of functions of clean examples [B, ...] to draw from."
         )
     return tuple(chosen)
 
