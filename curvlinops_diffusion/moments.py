@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from curvlinops_diffusion.running import Running
 
-class Moment(Protocol):
+
+class Moment(Running, Protocol):
     """A running weighted sum of second moments."""
 
     def add(self, x: Tensor, weight: float) -> None:
@@ -18,7 +22,43 @@ class Moment(Protocol):
         """The sum, shape ``[I, I]``."""
 
 
-class RowMoment:
+class PlainMoment:
+    """A moment that is kept as it is."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """The sum."""
+        assert self._total is not None
+        return self._total
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sum by name."""
+        return {} if self._total is None else {"total": self._total}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a sum."""
+        self._total = tensors.get("total")
+
+
+class ProductMoment(PlainMoment, ABC):
+    """A moment to which products are added."""
+
+    @abstractmethod
+    def product(self, x: Tensor) -> Tensor:
+        """``Σ_n Σ_s a_s a_sᵀ``; may be kept by others, and is not changed."""
+
+    def add(self, x: Tensor, weight: float) -> None:
+        """Add ``weight`` times the product."""
+        product = self.product(x)
+        if self._total is None:
+            self._total = product * weight
+        else:
+            self._total.add_(product, alpha=weight)
+
+
+class RowMoment(ProductMoment):
     """The second moment of inputs whose last axis is what the weight multiplies.
 
     Successive moments of one and the same input share their product: the projections to queries,
@@ -29,21 +69,12 @@ class RowMoment:
     """
 
     def __init__(self, latest: LatestProduct):
+        super().__init__()
         self._latest = latest
-        self._total: Tensor | None = None
 
-    def add(self, x: Tensor, weight: float) -> None:
-        """Add ``weight · Σ x xᵀ`` over all but the last axis of ``x``."""
-        product = self._latest.of(x)
-        if self._total is None:
-            self._total = product * weight
-        else:
-            self._total.add_(product, alpha=weight)
-
-    def total(self) -> Tensor:
-        """The sum, shape ``[I, I]``."""
-        assert self._total is not None
-        return self._total
+    def product(self, x: Tensor) -> Tensor:
+        """``Σ x xᵀ`` over all but the last axis of ``x``."""
+        return self._latest.of(x)
 
 
 class LatestProduct:

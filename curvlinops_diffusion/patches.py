@@ -17,15 +17,19 @@ convolution of stride 1 on a 16×16 image so needs a fourteenth of the multiplic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement, product
 from math import pi
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, unfold
 from torch.nn.grad import conv2d_weight
+
+from curvlinops_diffusion.moments import PlainMoment
+from curvlinops_diffusion.running import prefixed, within
 
 # Spectra are held for so many entries at a time, to bound the memory
 _MAX_ENTRIES = 2**22
@@ -145,17 +149,38 @@ class PatchMoment:
         """Add ``weight`` times the second moment of the patches of ``x``, ``[N, C, H, W]``."""
         x, padding = _padded_explicitly(self._conv, x)
         if x.shape[1:] not in self._sums:
-            geometry = _Geometry(*_axes(self._conv, x, padding))
-            cheaper = geometry.spectral_cost < geometry.patch_cost
-            self._sums[x.shape[1:]] = (
-                _SpectralSums(geometry, x) if cheaper else _PatchSums(self._conv)
-            )
+            self._sums[x.shape[1:]] = self._new_sums(x, padding)
         self._sums[x.shape[1:]].add(x, weight)
+
+    def _new_sums(self, x: Tensor, padding: Sequence[int]) -> _SpectralSums | _PatchSums:
+        geometry = _Geometry(*_axes(self._conv, x, padding))
+        cheaper = geometry.spectral_cost < geometry.patch_cost
+        return _SpectralSums(geometry, x) if cheaper else _PatchSums(self._conv)
 
     def total(self) -> Tensor:
         """The sum, shape ``[I, I]``."""
         first, *others = self._sums.values()
         return sum((sums.total() for sums in others), first.total())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by the size of the (explicitly padded) image, and name."""
+        result: dict[str, Tensor] = {}
+        for shape, sums in self._sums.items():
+            result |= prefixed("x".join(map(str, shape)), sums.tensors())
+        return result
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from sums by name."""
+        self._sums = {}
+        for name in tensors:
+            prefix = name.split("/")[0]
+            shape = torch.Size(map(int, prefix.split("x")))
+            if shape not in self._sums:
+                # what sums are of follows from the size of the images alone
+                x = tensors[name].new_zeros(1, *shape)
+                padding = self._conv.padding if self._conv.padding_mode == "zeros" else (0,) * 4
+                self._sums[shape] = self._new_sums(x, padding)
+                self._sums[shape].restore(within(prefix, tensors))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -313,12 +338,12 @@ class _Geometry:
 # ---------------------------------------------------------------------------------------------
 
 
-class _PatchSums:
+class _PatchSums(PlainMoment):
     """The running sum by patches: simple, and cheaper for small kernels or images."""
 
     def __init__(self, conv: Convolution2d):
+        super().__init__()
         self._conv = conv
-        self._total: Tensor | None = None
 
     def add(self, x: Tensor, weight: float) -> None:
         conv = self._conv
@@ -329,10 +354,6 @@ class _PatchSums:
         if self._total is None:
             self._total = x.new_zeros(a_SI.shape[1], a_SI.shape[1])
         self._total.addmm_(a_SI.T, a_SI, alpha=weight)
-
-    def total(self) -> Tensor:
-        assert self._total is not None
-        return self._total
 
 
 class _SpectralSums:
@@ -442,6 +463,19 @@ class _SpectralSums:
         if period % 2 == 0:
             share[-1] = 1 / period
         return torch.cat([(cos - sin) * share, (cos + sin) * share, sin * share], 1).to(x)
+
+    def _kept(self) -> list[Tensor]:
+        """The sums, in an order that follows from the geometry."""
+        inner = self._products if self._products else self._correlations
+        groups: list[Mapping[Any, Tensor]] = [*inner.values(), *self._strips.values()]
+        return [tensor for group in groups for tensor in group.values()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {str(i): tensor for i, tensor in enumerate(self._kept())}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        for i, tensor in enumerate(self._kept()):
+            tensor.copy_(tensors[str(i)])
 
     def total(self) -> Tensor:
         rows, columns = self._geometry.rows, self._geometry.columns

@@ -39,6 +39,7 @@ from curvlinops_diffusion.mapped import mapped_gradients
 from curvlinops_diffusion.moments import LatestProduct
 from curvlinops_diffusion.objective import NoisedBatch
 from curvlinops_diffusion.regression import NoisedRegression
+from curvlinops_diffusion.running import Sums, prefixed, within
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class _InputFactors:
             for name, part in self._parts.items()
             if self._expand or part.kind.one_hot
         }
-        self._sums = _Sums()  # with "reduce"
+        self._sums = Sums()  # with "reduce"
         self._seen: set[str] = set()
         self._arrived: dict[str, list[Tensor]] = {}
         self._N = 0
@@ -185,6 +186,20 @@ class _InputFactors:
             mean_NgI = torch.stack(sums).sum(0) / S
             self._sums.add(name, second_moment(mean_NgI.unsqueeze(-2)))
 
+    def tensors(self) -> dict[str, Tensor]:
+        result = prefixed("sums", self._sums.tensors())
+        for name in self._seen:
+            result |= prefixed(f"moments/{name}", self._moments[name].tensors())
+        return result
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        self._sums.restore(within("sums", tensors))
+        for name, moment in self._moments.items():
+            own = within(f"moments/{name}", tensors)
+            if own:
+                moment.restore(own)
+                self._seen.add(name)
+
     def means(self, count: int) -> dict[str, Tensor]:
         result = {}
         for name, part in self._parts.items():
@@ -210,8 +225,8 @@ class _OutputFactors:
         self._parts = {name: own[0] for name, own in parts.items() if own}
         self._expand = options.kfac_approx is KFACApprox.EXPAND
         self._dtype = dtype
-        self._sums = _Sums()
-        self._calls = _Sums()
+        self._sums = Sums()
+        self._calls = Sums()
         self._N = 0
 
     def start_forward(self, N: int) -> None:
@@ -227,6 +242,12 @@ class _OutputFactors:
     def end_backward(self) -> None:
         for name, total in self._calls.pop_all():
             self._sums.add(name, total if self._expand else second_moment(total))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self._sums.tensors()
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        self._sums.restore(tensors)
 
     def means(self, count: int) -> dict[str, Tensor]:
         return {name: self._sums.mean(name, count, zeros) for name, zeros in self._zeros().items()}
@@ -252,8 +273,8 @@ class _ExactBlocks:
         self.mapped = {name: coverage.params[name] for name in coverage.others}
         self._layers = {block.layer.name for block in self._blocks if block.layer is not None}
         self._inputs: dict[str, list[Tensor]] = {}  # call by call
-        self._gradients = _Sums()  # of single examples, by parameter
-        self._sums = _Sums()
+        self._gradients = Sums()  # of single examples, by parameter
+        self._sums = Sums()
         self._N = 0
 
     def start_forward(self, N: int) -> None:
@@ -285,6 +306,12 @@ class _ExactBlocks:
         for block in self._blocks:
             if any(name in arrived for name in block.params):
                 self._sums.add(block.key, block.second_moment(arrived))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self._sums.tensors()
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        self._sums.restore(tensors)
 
     def means(self, count: int) -> dict[str, Tensor]:
         return {key: self._sums.mean(key, count, zeros) for key, zeros in self._zeros().items()}
@@ -341,7 +368,7 @@ def eigenvalue_moments(
         if (own := layer.parts(options.separate_weight_and_bias, options.exact_bias))
     }
     layers = [layer for layer in coverage.layers if layer.name in parts]
-    sums = _Sums()
+    sums = Sums()
     groups: list[_Groups] = []
 
     def consume(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
@@ -413,28 +440,6 @@ def _aligned_groups(indices: Sequence[int], size: int) -> list[_Groups]:
 
 
 # ---------------------------------------------------------------------------------------------
-
-
-class _Sums:
-    """Running sums of tensors by name; zero for a layer that no prediction depends on."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-
-    def add(self, key: str, value: Tensor) -> None:
-        if key in self._sums:
-            self._sums[key] += value
-        else:
-            self._sums[key] = value
-
-    def pop_all(self) -> list[tuple[str, Tensor]]:
-        items = list(self._sums.items())
-        self._sums.clear()
-        return items
-
-    def mean(self, key: str, count: int, otherwise: Tensor) -> Tensor:
-        """The sum over ``count``, or ``otherwise`` where nothing arrived."""
-        return self._sums[key] / count if key in self._sums else otherwise
 
 
 def _loss_vectors(

@@ -92,21 +92,30 @@ class PredictionGradients(ValueGradients):
         coverage, objective = self._checked_coverage(), self.regression.objective
         P = sum(p.numel() for p in self.params.values())
         B, R = len(clean.indices), self.regression.num_draws
-        rows_BP = torch.zeros(B, P, device=objective.device, dtype=objective.working_dtype)
+        rows_BP = torch.empty(B, P, device=objective.device, dtype=objective.working_dtype)
         for positions, batch in self.regression.grouped_batches(clean, *cheapest_grouping(B, R)):
             gradients = example_gradients(
                 coverage,
                 objective,
                 batch,
-                partial(measurement_gradient, self._measurement, batch),
+                partial(self._averaged_gradient, batch),
                 len(positions),
             )
             start = 0
             for name, p in self.params.items():
-                columns = slice(start, start + p.numel())
-                rows_BP[positions.start : positions.stop, columns] += gradients.pop(name).flatten(1)
-                start = columns.stop
-        return rows_BP.div_(R)
+                part = rows_BP[positions.start : positions.stop, start : start + p.numel()]
+                gradient = gradients.pop(name).reshape(len(positions), -1)
+                if batch.draw == 0:  # the examples' first draws
+                    part.copy_(gradient)
+                else:
+                    part.add_(gradient)
+                start += p.numel()
+        return rows_BP
+
+    def _averaged_gradient(self, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
+        """What is pulled back for a mean over draws: cheaper to divide than gradients."""
+        pulled_BD = measurement_gradient(self._measurement, batch, prediction_BD)
+        return pulled_BD / self.regression.num_draws
 
     @torch.no_grad()
     def derivatives(self, clean: CleanBatch, directions: Mapping[str, Tensor]) -> Tensor:
@@ -132,7 +141,7 @@ class PredictionGradients(ValueGradients):
         with _differentiated(self.regression, params), torch.enable_grad():
             for batch in self.regression.noised_batches(clean):
                 prediction_BD = self.regression.objective.predict(batch)
-                pulled_BD = measurement_gradient(self._measurement, batch, prediction_BD)
+                pulled_BD = self._averaged_gradient(batch, prediction_BD)
                 for k in range(K):
                     w_B1 = weights_BK[:, k].to(pulled_BD).unsqueeze(1)
                     gradients = torch.autograd.grad(
@@ -144,7 +153,7 @@ class PredictionGradients(ValueGradients):
                     )
                     for total, gradient in zip(totals, gradients, strict=True):
                         if gradient is not None:
-                            total[..., k] += gradient / self.regression.num_draws
+                            total[..., k] += gradient
         return totals
 
     def _value_of(self, batch: NoisedBatch, params: Mapping[str, Tensor]) -> Tensor:

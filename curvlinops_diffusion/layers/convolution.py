@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 
 import torch
@@ -179,6 +180,12 @@ class _ImageMoment:
 
     def total(self) -> Tensor:
         return self._inner.total()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self._inner.tensors()
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        self._inner.restore(tensors)
 
 
 class TransposedConvolutionKind(SharingKind):

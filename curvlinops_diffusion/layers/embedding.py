@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.layers.kind import SharingKind
-from curvlinops_diffusion.moments import LatestProduct, Moment
+from curvlinops_diffusion.moments import LatestProduct, Moment, ProductMoment
 
 
 class EmbeddingKind(SharingKind):
@@ -106,19 +106,16 @@ def _counts(module: nn.Embedding, tokens: Tensor) -> Tensor:
     return (tokens != module.padding_idx).to(tokens)
 
 
-class _Frequencies:
+class _Frequencies(ProductMoment):
     """A running sum of how often each token occurs, the diagonal of the second moment."""
 
     def __init__(self, module: nn.Embedding):
+        super().__init__()
         self._module = module
-        self._total: Tensor | None = None
 
-    def add(self, x: Tensor, weight: float) -> None:
-        V = self._module.num_embeddings
-        tokens = x.flatten()
-        new = torch.bincount(tokens, weights=_counts(self._module, tokens).double(), minlength=V)
-        self._total = new * weight if self._total is None else self._total.add_(new, alpha=weight)
+    def product(self, x: Tensor) -> Tensor:
+        V, tokens = self._module.num_embeddings, x.flatten()
+        return torch.bincount(tokens, weights=_counts(self._module, tokens).double(), minlength=V)
 
     def total(self) -> Tensor:
-        assert self._total is not None
-        return self._total.to(torch.promote_types(self._module.weight.dtype, torch.float32))
+        return super().total().to(torch.promote_types(self._module.weight.dtype, torch.float32))

@@ -25,7 +25,7 @@ from curvlinops_diffusion.factors import (
     rotation_of_inputs_is_cheaper,
     second_moment,
 )
-from curvlinops_diffusion.moments import LatestProduct, Moment
+from curvlinops_diffusion.moments import LatestProduct, Moment, ProductMoment
 
 
 class LayerKind:
@@ -200,17 +200,12 @@ def extend(a_NgSI: Tensor) -> Tensor:
     return nn.functional.pad(a_NgSI, (0, 1), value=1.0)
 
 
-class _InputMoment:
+class _InputMoment(ProductMoment):
     """A running second moment of any kind's inputs."""
 
     def __init__(self, kind: SharingKind, module: nn.Module):
+        super().__init__()
         self._kind, self._module = kind, module
-        self._total: Tensor | None = None
 
-    def add(self, x: Tensor, weight: float) -> None:
-        new = second_moment(self._kind.inputs(self._module, x)) * weight
-        self._total = new if self._total is None else self._total.add_(new)
-
-    def total(self) -> Tensor:
-        assert self._total is not None
-        return self._total
+    def product(self, x: Tensor) -> Tensor:
+        return second_moment(self._kind.inputs(self._module, x))

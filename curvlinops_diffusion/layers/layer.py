@@ -5,7 +5,7 @@ Legend: N examples, g an optional axis of groups, S positions, I inputs, O outpu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from curvlinops_diffusion.layers.kind import ExactKind, LayerKind, SharingKind, fold
 from curvlinops_diffusion.moments import LatestProduct, Moment
 from curvlinops_diffusion.placement import Arrangement
+from curvlinops_diffusion.running import prefixed, within
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,3 +218,12 @@ class _ExtendedMoment:
         total = pad(self._inner.total(), (0, 1, 0, 1))
         total[..., -1, :], total[..., :, -1] = self._extended, self._extended
         return total
+
+    def tensors(self) -> dict[str, Tensor]:
+        if self._extended is None:
+            return {}
+        return {"extended": self._extended, **prefixed("inner", self._inner.tensors())}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        self._extended = tensors.get("extended")
+        self._inner.restore(within("inner", tensors))

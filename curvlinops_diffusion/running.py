@@ -1,0 +1,65 @@
+"""Running sums: what a pass over the data accumulates, as named tensors.
+
+A pass can be interrupted and go on, or be split over processes, because everything it has
+accumulated can be written down, added up, and put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Running(Protocol):
+    """Sums over the batches seen so far."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name; a name is missing while nothing was added to it."""
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the place of an object whose :meth:`tensors` these were."""
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by names that start with ``prefix/``."""
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def within(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those tensors whose names start with ``prefix/``, by the rest of the names."""
+    start = f"{prefix}/"
+    return {n.removeprefix(start): z for n, z in tensors.items() if n.startswith(start)}
+
+
+class Sums:
+    """Running sums of tensors by name; zero for what was never added to."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, key: str, value: Tensor) -> None:
+        """Add to a sum; the value may be kept, and must not be changed later."""
+        if key in self._sums:
+            self._sums[key] += value
+        else:
+            self._sums[key] = value
+
+    def pop_all(self) -> list[tuple[str, Tensor]]:
+        """The sums, which start anew."""
+        items = list(self._sums.items())
+        self._sums.clear()
+        return items
+
+    def mean(self, key: str, count: int, otherwise: Tensor) -> Tensor:
+        """The sum over ``count``, or ``otherwise`` where nothing arrived."""
+        return self._sums[key] / count if key in self._sums else otherwise
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name."""
+        return dict(self._sums)
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from sums by name."""
+        self._sums = dict(tensors)
