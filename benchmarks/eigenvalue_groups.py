@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.accuracy import DigitsProblem, accuracy, relative_error
 from benchmarks.measure import arguments, report
-from curvlinops_diffusion.factors import eigendecompositions
+from curvlinops_diffusion.factors import eigendecomposition
 from curvlinops_diffusion.fisher import KFACOptions
 from curvlinops_diffusion.statistics import eigenvalue_moments, kronecker_factors
 
@@ -35,7 +35,10 @@ def main() -> None:
     kfac = KFACOptions.parse("mc", 1, "expand", True, "rademacher")
     reference = problem.regression(2 if options.quick else 128, seed=1000)
     factors = kronecker_factors(reference, problem.coverage, kfac)
-    bases = [eigendecompositions(matrices, "") for matrices in (factors.inputs, factors.outputs)]
+    bases = [
+        {key: eigendecomposition(M, key) for key, M in matrices.items()}
+        for matrices in (factors.inputs, factors.outputs)
+    ]
     truth = eigenvalue_moments(reference, problem.coverage, *bases, kfac)
 
     def eigenvalues(group: int, seed: int) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from benchmarks.kronfluence_passes import kronfluence_passes
 from benchmarks.measure import arguments, report_passes
 from benchmarks.problems import NETWORKS, random_regression
 from curvlinops_diffusion import NoisedRegression
-from curvlinops_diffusion.factors import Eigendecomposition, eigendecompositions
+from curvlinops_diffusion.factors import Eigendecomposition, eigendecomposition
 from curvlinops_diffusion.fisher import KFACOptions
 from curvlinops_diffusion.hooks import Tap, frozen, tapped
 from curvlinops_diffusion.layers import covered_parameters
@@ -62,7 +62,7 @@ def our_passes(
     matrices = factors.inputs, factors.outputs
     bases: list[dict[str, Eigendecomposition]]
     if decomposed:
-        bases = [eigendecompositions(own, "The factor") for own in matrices]
+        bases = [{key: eigendecomposition(M, key) for key, M in own.items()} for own in matrices]
     else:
         bases = [
             {key: Eigendecomposition(M[..., 0], torch.randn_like(M)) for key, M in own.items()}
@@ -78,7 +78,7 @@ def our_passes(
     }
     if decomposed:
         passes["eigendecompositions"] = lambda: [
-            eigendecompositions(own, "The factor") for own in matrices
+            {key: eigendecomposition(M, key) for key, M in own.items()} for own in matrices
         ]
     return passes | {
         "EK-FAC eigenvalues": eigenvalues(1),

@@ -7,7 +7,13 @@ Attribution in Diffusion Models*, ICLR 2025 (arXiv:2410.13850).
 from curvlinops_diffusion.encoding import LatentEncoder
 from curvlinops_diffusion.functions import Example, ExampleDraws, ExampleFunction
 from curvlinops_diffusion.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence import influence_scores
+from curvlinops_diffusion.influence import (
+    TopInfluences,
+    group_and_self_influence,
+    influence_scores,
+    stream_gradients,
+    top_influences,
+)
 from curvlinops_diffusion.layers import LAYER_KINDS, ExactKind, SharingKind
 from curvlinops_diffusion.measurements import ELBO, SimplifiedELBO, WeightedLoss
 from curvlinops_diffusion.noise import (
@@ -24,6 +30,7 @@ from curvlinops_diffusion.operators.ekfac import DiffusionEKFACLinearOperator
 from curvlinops_diffusion.operators.ggn import DiffusionGGNLinearOperator
 from curvlinops_diffusion.operators.kfac import DiffusionKFACLinearOperator
 from curvlinops_diffusion.operators.load import load_operator
+from curvlinops_diffusion.passes import PassOptions
 from curvlinops_diffusion.probability_flow import LogLikelihood
 from curvlinops_diffusion.regression import NoisedRegression
 from curvlinops_diffusion.trajectories import TrajectoryRegression, record_trajectories
@@ -49,12 +56,17 @@ __all__ = [
     "MinSNRWeighting",
     "NoiseProcess",
     "NoisedRegression",
+    "PassOptions",
     "PredictionType",
     "SharingKind",
     "SimplifiedELBO",
+    "TopInfluences",
     "TrajectoryRegression",
     "WeightedLoss",
+    "group_and_self_influence",
     "influence_scores",
     "load_operator",
     "record_trajectories",
+    "stream_gradients",
+    "top_influences",
 ]

@@ -1,6 +1,6 @@
 """User-facing checks: every message says what arrived, what is accepted, and what to do."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from math import isfinite
 from typing import Any, TypeVar
@@ -140,6 +140,24 @@ def check_no_autocast(device: torch.device) -> None:
             f"torch.autocast is on for '{device.type}', and would compute curvature in low "
             "precision. Leave its context, and pass autocast=torch.bfloat16 to DenoisingObjective "
             "to run the network alone in low precision."
+        )
+
+
+def check_prediction(prediction_BD: Tensor, indices: Sequence[int], levels: Sequence[int]) -> None:
+    """Check that the network's output on a batch is finite, before anything is made of it.
+
+    Raises:
+        ValueError: If it is not; the message names the examples and their noise levels.
+    """
+    if prediction_BD.sum().isfinite():  # a fraction of the price of looking at every entry
+        return
+    bad = (~prediction_BD.isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        named = [f"{indices[b]} (noise level {levels[b]})" for b in bad[:4]]
+        raise ValueError(
+            f"The network's output is NaN or infinite for {len(bad)} example(s) of a batch: "
+            f"{', '.join(named)}. Check its weights; if it runs in float16 or bfloat16, try "
+            "float32."
         )
 
 

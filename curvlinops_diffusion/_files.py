@@ -61,6 +61,19 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         Path(temporary).unlink(missing_ok=True)
 
 
+def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share no memory, which the safetensors format refuses."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        if not whole or tensor.untyped_storage().data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        result[name] = tensor
+    return result
+
+
 def _umask() -> int:
     """The permissions that new files are denied; temporary files are made without any others'."""
     current = os.umask(0)

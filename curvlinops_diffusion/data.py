@@ -22,6 +22,12 @@ _ITEM_ACCEPTED = (
     "model as keyword arguments"
 )
 
+#: Whether the batch of a number is asked for.
+Wanted = Callable[[int], bool]
+
+#: Starts an iteration over the wanted batches: (number, index of the first example, batch).
+Source = Callable[[Wanted], Iterator[tuple[int, int, Any]]]
+
 
 @dataclass(frozen=True)
 class CleanBatch:
@@ -60,7 +66,7 @@ class CleanData:
 
     def __init__(self, data: Any, batch_size: int):
         check_count("batch_size", batch_size)
-        self._batches: Callable[[], Iterable[Any]] = _batch_source(data, batch_size)
+        self._source: Source = _batch_source(data, batch_size)
         if isinstance(data, Dataset | DataLoader):
             self._check_same_twice()
         known = _known_length(data)
@@ -74,13 +80,20 @@ class CleanData:
         Raises:
             ValueError: If a batch is malformed.
         """
-        start = 0
-        for batch in self._batches():
+        for _, batch in self.numbered():
+            yield batch
+
+    def numbered(self, wanted: Wanted = lambda number: True) -> Iterator[tuple[int, CleanBatch]]:
+        """Yield wanted batches with their numbers; the others are not loaded, where possible.
+
+        Raises:
+            ValueError: If a batch is malformed.
+        """
+        for number, start, batch in self._source(wanted):
             x0, condition = _split(batch)
             check_images(x0, start)
             check_condition(condition, len(x0))
-            yield CleanBatch(range(start, start + len(x0)), x0, condition)
-            start += len(x0)
+            yield number, CleanBatch(range(start, start + len(x0)), x0, condition)
 
     def _check_same_twice(self) -> None:
         first, second = next(iter(self), None), next(iter(self), None)
@@ -93,27 +106,59 @@ class CleanData:
             )
 
 
-def _batch_source(data: Any, batch_size: int) -> Callable[[], Iterable[Any]]:
+def _batch_source(data: Any, batch_size: int) -> Source:
     """A function that starts a new iteration over the batches of ``data``."""
     if isinstance(data, Tensor):
         check_images(data, 0)
-        return lambda: iter(data.split(batch_size))
+        return _ranges(len(data), batch_size, lambda chosen: (data[r] for r in chosen))
     if isinstance(data, Mapping):
         x0, condition = _split(data)
         check_images(x0, 0)
         check_condition(condition, len(x0))
-        starts = range(0, len(x0), batch_size)
-        return lambda: (rows_of(data, slice(start, start + batch_size)) for start in starts)
+        return _ranges(len(x0), batch_size, lambda chosen: (rows_of(data, r) for r in chosen))
     if isinstance(data, DataLoader):
         _check_order(data)
-        return lambda: _iterate_loader(data)
+        return _all_of(lambda: _iterate_loader(data))
     if isinstance(data, Dataset):
-        loader: DataLoader[Any] = DataLoader(data, batch_size, shuffle=False)
-        return lambda: _iterate_loader(loader)
+        if not hasattr(data, "__len__"):  # a stream
+            loader: DataLoader[Any] = DataLoader(data, batch_size)
+            return _all_of(lambda: _iterate_loader(loader))
+        return _ranges(len(data), batch_size, lambda chosen: _load(data, chosen))
     if isinstance(data, Iterable) and not isinstance(data, str | bytes | Iterator):
-        return lambda: data
+        return _all_of(lambda: data)
     hint = " (it can be iterated only once)" if isinstance(data, Iterator) else ""
     raise ValueError(f"The data arrived as {type(data).__name__}{hint}. Pass {_ACCEPTED}.")
+
+
+def _ranges(count: int, batch_size: int, load: Callable[[list[slice]], Iterable[Any]]) -> Source:
+    """Batches of what can be loaded at any place."""
+
+    def source(wanted: Wanted) -> Iterator[tuple[int, int, Any]]:
+        numbers = [n for n in range(-(-count // batch_size)) if wanted(n)]
+        starts = [number * batch_size for number in numbers]
+        slices = [slice(start, min(start + batch_size, count)) for start in starts]
+        yield from zip(numbers, starts, load(slices), strict=True)
+
+    return source
+
+
+def _load(data: Dataset[Any], chosen: list[slice]) -> Iterator[Any]:
+    """Items of a data set, in batches."""
+    indices = [list(range(part.start, part.stop)) for part in chosen]
+    return _iterate_loader(DataLoader(data, batch_sampler=indices))
+
+
+def _all_of(batches: Callable[[], Iterable[Any]]) -> Source:
+    """Batches of what can only be iterated over."""
+
+    def source(wanted: Wanted) -> Iterator[tuple[int, int, Any]]:
+        start = 0
+        for number, batch in enumerate(batches()):
+            if wanted(number):
+                yield number, start, batch
+            start += len(_split(batch)[0])
+
+    return source
 
 
 def _known_length(data: Any) -> int | None:

@@ -114,7 +114,7 @@ class LatentEncoder:
         if self._weights is None:
             self._weights = [fingerprint(module) for module in self._modules]
         digest = sha256(json.dumps([self._weights, self._sample, str(x0.dtype)]).encode())
-        for name, value in [("x0", x0), *_leaves(condition)]:
+        for name, value in [("x0", x0), *leaves(condition)]:
             digest.update(name.encode())
             if isinstance(value, Tensor):
                 raw = value.detach().cpu().contiguous()
@@ -125,11 +125,11 @@ class LatentEncoder:
         return digest.hexdigest()
 
 
-def _leaves(condition: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(condition: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The entries of a nested mapping, by names joined with a slash."""
     for key, value in sorted(condition.items()):
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}/")
+            yield from leaves(value, f"{prefix}{key}/")
         else:
             yield f"{prefix}{key}", value
 
@@ -139,7 +139,7 @@ def _write(path: Path, encoded: Encoded) -> None:
     if encoded.std is not None:
         tensors["std"] = encoded.std
     plain = {}
-    for name, value in _leaves(encoded.condition):
+    for name, value in leaves(encoded.condition):
         if isinstance(value, Tensor):
             tensors[f"condition/{name}"] = value
         else:

@@ -6,7 +6,6 @@ positions, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -98,8 +97,3 @@ def eigendecomposition(matrix: Tensor, what: str) -> Eigendecomposition:
     values, vectors = torch.linalg.eigh(matrix.double())
     # one layout of memory, so that products are the same to the last bit after saving and loading
     return Eigendecomposition(values.clamp(min=0).to(matrix), vectors.to(matrix).contiguous())
-
-
-def eigendecompositions(matrices: Mapping[str, Tensor], what: str) -> dict[str, Eigendecomposition]:
-    """Decompose several factors, by name; arguments and errors as for a single one."""
-    return {key: eigendecomposition(M, f"{what} of '{key}'") for key, M in matrices.items()}

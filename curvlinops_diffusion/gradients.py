@@ -49,6 +49,8 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
 
     Attributes:
         param_names: Names of the parameters, in order.
+        regression: Objective, data and draws.
+        measurement: What is measured.
 
     Raises:
         ValueError: If a parameter is not the model's, or the measurement is unknown.
@@ -66,6 +68,7 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
         chunk_size: int = 8,
     ):
         self.regression = regression
+        self.measurement = measurement
         self._params = select_parameters(regression.objective.model, params)
         measured = measurement_of(measurement, regression.objective)
         check_count("chunk_size", chunk_size)
@@ -144,7 +147,7 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
             ValueError: If a gradient is not finite, naming the parameter.
         """
         for clean in self.regression.clean_batches():
-            yield clean.indices, self._rows_of(clean)
+            yield clean.indices, self.rows_of(clean)
 
     def rows(self, indices: Sequence[int] | None = None) -> Tensor:
         """Gradients of chosen examples; only these are computed.
@@ -169,10 +172,15 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
             positions = [i for i, n in enumerate(clean.indices) if n in set(wanted)]
             if positions:
                 part = clean.select(positions)
-                found.update(zip(part.indices, self._rows_of(part), strict=True))
+                found.update(zip(part.indices, self.rows_of(part), strict=True))
         return torch.stack([found[n] for n in wanted])
 
-    def _rows_of(self, clean: CleanBatch) -> Tensor:
+    def rows_of(self, clean: CleanBatch) -> Tensor:
+        """Gradients of a batch of clean examples, shape ``[B, P]``.
+
+        Raises:
+            ValueError: If a gradient is not finite, naming the parameter.
+        """
         rows_BP = self._gradients.rows(clean)
         # a sum is a fraction of the price of looking at every entry, and finite if they all are
         # (unless it overflows, in which case they are looked at)

@@ -1,14 +1,255 @@
-"""Influence scores: what a measured value would be without a training example."""
+"""Influence: what a measured value would be without a training example, or a group of them.
+
+The queries' preconditioned gradients are kept, and the training gradients streamed past consumers,
+each of which makes something of them: all scores, the extreme ones, sums over groups, or the
+influence of each example on itself.
+
+Legend: Q queries, N training examples, B a batch of them, K groups, P parameters.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from curvlinops_diffusion._checks import check_count
 from curvlinops_diffusion._upstream import PyTorchLinearOperator
+from curvlinops_diffusion.data import CleanBatch
+from curvlinops_diffusion.distributed import Share
 from curvlinops_diffusion.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.identity import identity_of
+from curvlinops_diffusion.measurements import name_of
+from curvlinops_diffusion.passes import PLAIN, PassOptions, run_pass
+from curvlinops_diffusion.running import Together
+
+
+class GradientConsumer(ABC):
+    """Something made of training gradients as they stream past."""
+
+    @abstractmethod
+    def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
+        """Take the gradients of some training examples."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What was made of those seen so far; sums, so that parts can be added up."""
+
+    @abstractmethod
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`tensors`."""
+
+
+class PairwiseScores(GradientConsumer):
+    """All scores, ``[Q, N]``.
+
+    Args:
+        preconditioned_PQ: The queries' preconditioned gradients.
+        num_data: ``N``.
+    """
+
+    def __init__(self, preconditioned_PQ: Tensor, num_data: int):
+        self._preconditioned_PQ = preconditioned_PQ
+        self.scores_QN = preconditioned_PQ.new_zeros(preconditioned_PQ.shape[1], num_data)
+
+    def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
+        """Fill the examples' columns."""
+        N = self.scores_QN.shape[1]
+        self.scores_QN[:, list(indices)] = (rows_BP @ self._preconditioned_PQ).T / N
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The scores; zero where none were computed."""
+        return {"scores": self.scores_QN}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from scores."""
+        self.scores_QN = tensors["scores"]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Training examples of each query in the order of some property.
+
+    Attributes:
+        indices: The training examples, ``[Q, k]``.
+        scores: Their scores, ``[Q, k]``.
+    """
+
+    indices: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True)
+class TopInfluences:
+    """The training examples that stand out for each query.
+
+    Attributes:
+        positive: The largest scores, falling. For a loss, the most helpful examples.
+        negative: The least, rising.
+        neutral: Those nearest to zero, in order of their distance from it.
+    """
+
+    positive: Ranked
+    negative: Ranked
+    neutral: Ranked
+
+
+class TopScores(GradientConsumer):
+    """The ``k`` largest, least, and nearest to zero of each query's scores, so far.
+
+    Args:
+        preconditioned_PQ: The queries' preconditioned gradients.
+        num_data: ``N``.
+        k: How many of each.
+        share: The process: what several have found is brought together.
+    """
+
+    # an order in which the scores sought come first
+    ORDERS = ("positive", "negative", "neutral")
+
+    def __init__(self, preconditioned_PQ: Tensor, num_data: int, k: int, share: Share):
+        self._preconditioned_PQ = preconditioned_PQ
+        self._num_data = num_data
+        self._k = min(check_count("k", k), num_data)
+        self._part = str(share.rank)
+        empty = preconditioned_PQ.new_zeros(preconditioned_PQ.shape[1], 0)
+        self._found = {order: (empty, empty.long()) for order in self.ORDERS}
+
+    def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
+        """Compare the examples with the best so far."""
+        scores_QB = (rows_BP @ self._preconditioned_PQ).T / self._num_data
+        index_QB = torch.tensor(list(indices), device=scores_QB.device).expand_as(scores_QB)
+        for order in self.ORDERS:
+            self._merge(order, scores_QB, index_QB)
+
+    def _merge(self, order: str, scores_Qk: Tensor, index_Qk: Tensor) -> None:
+        scores = torch.cat([self._found[order][0], scores_Qk], 1)
+        index = torch.cat([self._found[order][1], index_Qk], 1)
+        key = {"positive": -scores, "negative": scores, "neutral": scores.abs()}[order]
+        # by example first, so that equal scores rank the same whatever came first
+        by_example = index.argsort(1)
+        chosen = by_example.gather(1, key.gather(1, by_example).argsort(dim=1, stable=True))
+        chosen = chosen[:, : self._k]
+        self._found[order] = (scores.gather(1, chosen), index.gather(1, chosen))
+
+    @property
+    def result(self) -> TopInfluences:
+        """The examples found."""
+        return TopInfluences(
+            **{order: Ranked(index, scores) for order, (scores, index) in self._found.items()}
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Scores and indices, under this process' number: they are no sums."""
+        parts = {}
+        for order, (scores, index) in self._found.items():
+            parts[f"{self._part}/{order}/scores"], parts[f"{self._part}/{order}/index"] = (
+                scores,
+                index,
+            )
+        return parts
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Bring together what processes have found."""
+        self._found = {order: (s[:, :0], i[:, :0]) for order, (s, i) in self._found.items()}
+        for part in sorted({name.split("/")[0] for name in tensors}):
+            for order in self.ORDERS:
+                self._merge(
+                    order, tensors[f"{part}/{order}/scores"], tensors[f"{part}/{order}/index"]
+                )
+
+
+class GroupSums(GradientConsumer):
+    """Sums of gradients over groups of training examples, ``[K, P]``.
+
+    Args:
+        groups_NK: How much of each example is in each group, usually zero or one.
+        num_params: ``P``.
+    """
+
+    def __init__(self, groups_NK: Tensor, num_params: int):
+        self._groups_NK = groups_NK
+        self.sums_KP = groups_NK.new_zeros(groups_NK.shape[1], num_params)
+
+    def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
+        """Add the gradients to their groups'."""
+        self.sums_KP += self._groups_NK[list(indices)].T @ rows_BP
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums."""
+        return {"sums": self.sums_KP}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from sums."""
+        self.sums_KP = tensors["sums"]
+
+
+class SelfInfluence(GradientConsumer):
+    """``τ(n, n) = 1/N ∇ℓ_nᵀ G_inv ∇ℓ_n``, ``[N]``.
+
+    Args:
+        G_inv: Inverse curvature.
+        num_data: ``N``.
+    """
+
+    def __init__(self, G_inv: PyTorchLinearOperator, num_data: int):
+        self._G_inv = G_inv
+        self.values_N = torch.zeros(num_data, dtype=G_inv.dtype, device=G_inv.device)
+
+    def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
+        """Fill the examples' entries."""
+        products_PB = self._G_inv @ rows_BP.T
+        self.values_N[list(indices)] = (rows_BP.T * products_PB).sum(0) / len(self.values_N)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The values; zero where none were computed."""
+        return {"values": self.values_N}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from values."""
+        self.values_N = tensors["values"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Passes
+# ---------------------------------------------------------------------------------------------
+
+
+def stream_gradients(
+    J_train: ExampleGradientLinearOperator,
+    consumers: Mapping[str, GradientConsumer],
+    *,
+    name: str = "Influence",
+    settings: Mapping[str, Any] | None = None,
+    passes: PassOptions = PLAIN,
+) -> None:
+    """Stream the training gradients past consumers, in one pass.
+
+    Args:
+        J_train: Gradients of the training losses.
+        consumers: What is made of them, by name.
+        name: The name of the pass, for progress and checkpoints.
+        settings: What the consumers' results depend on besides the training gradients, as plain
+            values, for checkpoints.
+        passes: Checkpoints, processes and progress.
+
+    Raises:
+        ValueError: If a gradient is not finite (naming parameter and examples), or a checkpoint
+            is of something else.
+    """
+
+    def step(clean: CleanBatch) -> None:
+        rows_BP = J_train.rows_of(clean)
+        for consumer in consumers.values():
+            consumer.add(clean.indices, rows_BP)
+
+    own = {"params": list(J_train.param_names), "measurement": name_of(J_train.measurement)}
+    running = Together(consumers)
+    run_pass(name, J_train.regression, running, step, passes, {**own, **(settings or {})})
 
 
 def influence_scores(
@@ -18,6 +259,7 @@ def influence_scores(
     *,
     query_block: int = 64,
     progressbar: bool = False,
+    passes: PassOptions = PLAIN,
 ) -> Tensor:
     r"""Predicted changes of the queries' measured values when training examples are left out.
 
@@ -38,6 +280,7 @@ def influence_scores(
         query_block: Queries whose preconditioned gradients are held at once, ``[P, query_block]``.
             The training gradients are computed anew for each block, in the batches of their data.
         progressbar: Whether to show progress.
+        passes: Checkpoints and processes, for an :class:`ExampleGradientLinearOperator`.
 
     Returns:
         The scores, shape ``[Q, N]``, on the operators' device.
@@ -45,25 +288,160 @@ def influence_scores(
     Raises:
         ValueError: If the operators act on different parameters or devices.
     """
-    check_count("query_block", query_block)
     _check_same_space(J_query, G_inv, J_train)
-    Q, N = J_query.shape[0], J_train.shape[0]
-    scores_QN = torch.zeros(Q, N, dtype=J_train.dtype, device=J_train.device)
-    blocks = range(0, Q, query_block)
-    with tqdm(
-        total=len(blocks) * N, desc="Influence", unit="examples", disable=not progressbar
-    ) as bar:
-        for start in blocks:
-            queries = range(start, min(start + query_block, Q))
-            preconditioned_PQ = G_inv @ _columns(J_query, queries)
-            if isinstance(J_train, ExampleGradientLinearOperator):
-                for indices, rows_BP in J_train.row_batches():
-                    scores_QN[start : queries.stop, list(indices)] = (rows_BP @ preconditioned_PQ).T
-                    bar.update(len(indices))
-            else:
-                scores_QN[start : queries.stop] = (J_train @ preconditioned_PQ).T
-                bar.update(N)
-    return scores_QN / N
+    passes = replace(passes, progressbar=progressbar or passes.progressbar)
+    N, parts = J_train.shape[0], []
+    for queries, preconditioned_PQ in _query_blocks(J_query, G_inv, query_block):
+        if isinstance(J_train, ExampleGradientLinearOperator):
+            consumer = PairwiseScores(preconditioned_PQ, N)
+            settings = _settings(J_query, G_inv, queries, passes)
+            stream_gradients(
+                J_train,
+                {"scores": consumer},
+                name=f"Scores from query {queries.start}",
+                settings=settings,
+                passes=passes,
+            )
+            parts.append(consumer.scores_QN)
+        else:
+            parts.append((J_train @ preconditioned_PQ).T / N)
+    return torch.cat(parts)
+
+
+def top_influences(
+    J_query: PyTorchLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    k: int = 10,
+    *,
+    query_block: int = 64,
+    passes: PassOptions = PLAIN,
+) -> TopInfluences:
+    """The training examples with the extreme and the most neutral scores for each query.
+
+    The scores are those of :func:`influence_scores`, of which only these are kept: memory does not
+    grow with the number of training examples.
+
+    Args:
+        J_query: Gradients of the measured values, ``[Q, P]``.
+        G_inv: Inverse curvature, ``[P, P]``.
+        J_train: Gradients of the training losses, ``[N, P]``.
+        k: How many of each.
+        query_block: As in :func:`influence_scores`.
+        passes: Checkpoints, processes and progress.
+
+    Raises:
+        ValueError: If the operators act on different parameters or devices.
+    """
+    _check_same_space(J_query, G_inv, J_train)
+    share, parts = Share.of(passes.distributed), []
+    for queries, preconditioned_PQ in _query_blocks(J_query, G_inv, query_block):
+        consumer = TopScores(preconditioned_PQ, J_train.shape[0], k, share)
+        settings = {**_settings(J_query, G_inv, queries, passes), "k": k}
+        stream_gradients(
+            J_train,
+            {"top": consumer},
+            name=f"Top scores from query {queries.start}",
+            settings=settings,
+            passes=passes,
+        )
+        parts.append(consumer.result)
+
+    def together(order: str) -> Ranked:
+        own: list[Ranked] = [getattr(part, order) for part in parts]
+        return Ranked(torch.cat([r.indices for r in own]), torch.cat([r.scores for r in own]))
+
+    return TopInfluences(*(together(order) for order in TopScores.ORDERS))
+
+
+def group_and_self_influence(
+    J_query: PyTorchLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    groups: Tensor,
+    *,
+    passes: PassOptions = PLAIN,
+) -> tuple[Tensor, Tensor]:
+    r"""Influence of groups on queries, and of each example on itself, in one pass.
+
+    No pairwise scores are formed: the gradients of a group are added up first, so that the number
+    of queries costs nothing in the pass::
+
+        τ(q, S) = 1/N ∇m_qᵀ G_inv Σ_{n ∈ S} ∇ℓ_n        τ(n, n) = 1/N ∇ℓ_nᵀ G_inv ∇ℓ_n
+
+    Source: Koh et al., 2019, Equation 2 (groups); Feldman & Zhang, 2020 (self-influence).
+
+    Args:
+        J_query: Gradients of the measured values, ``[Q, P]``.
+        G_inv: Inverse curvature, ``[P, P]``.
+        J_train: Gradients of the training losses, ``[N, P]``.
+        groups: The group of each example, integers ``[N]`` (negative for none); or how much of each
+            example is in each group, ``[N, K]``.
+        passes: Checkpoints, processes and progress.
+
+    Returns:
+        Influence of the groups, ``[Q, K]``; of the examples on themselves, ``[N]``.
+
+    Raises:
+        ValueError: If ``groups`` has another shape, or the operators act on different parameters.
+    """
+    _check_same_space(J_query, G_inv, J_train)
+    N = J_train.shape[0]
+    groups_NK = _memberships(groups, N).to(G_inv.device, G_inv.dtype)
+    sums, own = GroupSums(groups_NK, J_train.shape[1]), SelfInfluence(G_inv, N)
+    curvature = _curvature(G_inv)
+    settings = {"curvature": curvature, "groups": groups_NK.sum(0).tolist()}
+    stream_gradients(
+        J_train,
+        {"groups": sums, "self": own},
+        name="Group and self-influence",
+        settings=settings,
+        passes=passes,
+    )
+    preconditioned_PK = G_inv @ sums.sums_KP.T
+    return J_query @ preconditioned_PK / N, own.values_N
+
+
+def _memberships(groups: Tensor, N: int) -> Tensor:
+    if groups.shape == (N,) and not groups.is_floating_point():
+        K = int(groups.max()) + 1
+        return (groups.unsqueeze(1) == torch.arange(K, device=groups.device)).float()
+    if groups.ndim != 2 or len(groups) != N:
+        raise ValueError(
+            f"groups arrived with shape {tuple(groups.shape)} and {groups.dtype}. Pass the number "
+            f"of each example's group, integers [{N}], or memberships [{N}, groups]."
+        )
+    return groups
+
+
+def _query_blocks(
+    J_query: PyTorchLinearOperator, G_inv: PyTorchLinearOperator, query_block: int
+) -> Iterator[tuple[range, Tensor]]:
+    """Yield queries and their preconditioned gradients, ``[P, len(queries)]``."""
+    check_count("query_block", query_block)
+    for start in range(0, J_query.shape[0], query_block):
+        queries = range(start, min(start + query_block, J_query.shape[0]))
+        yield queries, G_inv @ _columns(J_query, queries)
+
+
+def _settings(
+    J_query: PyTorchLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    queries: range,
+    passes: PassOptions,
+) -> dict[str, Any]:
+    """What scores depend on besides the training gradients, for checkpoints."""
+    if passes.checkpoint is None:
+        return {}
+    described: dict[str, Any] = {"queries": [queries.start, queries.stop]}
+    if isinstance(J_query, ExampleGradientLinearOperator):
+        measured = {"measurement": name_of(J_query.measurement)}
+        described["query"] = identity_of(J_query.regression, measured)
+    return {**described, "curvature": _curvature(G_inv)}
+
+
+def _curvature(G_inv: PyTorchLinearOperator) -> Any:
+    return getattr(G_inv, "info", type(G_inv).__name__)
 
 
 def _columns(J_query: PyTorchLinearOperator, queries: range) -> Tensor:

@@ -172,6 +172,12 @@ def measurement_of(
     )
 
 
+def name_of(measurement: Any) -> str:
+    """A name of a measurement that is the same in every process and run."""
+    function = getattr(measurement, "function", measurement)
+    return str(getattr(function, "__qualname__", function))
+
+
 def measure(measurement: Measurement, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
     """Evaluate a measurement, shape ``[B]``.
 

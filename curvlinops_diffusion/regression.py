@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from copy import copy
 from dataclasses import replace
 from itertools import islice
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from curvlinops_diffusion._checks import check_deterministic_mode, check_no_autocast
 from curvlinops_diffusion.augmentation import augmentations, chosen_versions
-from curvlinops_diffusion.data import CleanBatch, CleanData
+from curvlinops_diffusion.data import CleanBatch, CleanData, Wanted
 from curvlinops_diffusion.differentiation import twice_differentiable
 from curvlinops_diffusion.draws import make_draws
 from curvlinops_diffusion.objective import DenoisingObjective, NoisedBatch
@@ -107,6 +107,7 @@ class NoisedRegression:
         self.draws = make_draws(timesteps, num_draws, seed, objective.process.num_levels)
         self._data = CleanData(data, batch_size)
         self._augmentations = augmentations(augment)
+        self._kept: dict[str, Any] = {}
         self.model_func = _ScaledModel(objective)
         self.loss_func = nn.MSELoss()
 
@@ -139,6 +140,13 @@ class NoisedRegression:
         )
         return other
 
+    def once(self, key: str, compute: Callable[[NoisedRegression], T]) -> T:
+        """What is computed from the data, kept after the first time."""
+        if key not in self._kept:
+            self._kept[key] = compute(self)
+        kept: T = self._kept[key]
+        return kept
+
     @property
     def description(self) -> dict[str, Any]:
         """What determines the draws and the loss, for the header of a saved operator."""
@@ -156,9 +164,21 @@ class NoisedRegression:
 
     def clean_batches(self) -> Iterator[CleanBatch]:
         """Yield the clean examples in batches."""
+        for _, clean in self.numbered_batches():
+            yield clean
+
+    def numbered_batches(
+        self, wanted: Wanted = lambda number: True
+    ) -> Iterator[tuple[int, CleanBatch]]:
+        """Yield the wanted batches of clean examples, with their numbers.
+
+        Args:
+            wanted: Whether the batch of a number is asked for; others are not loaded, where the
+                data lets one choose.
+        """
         check_deterministic_mode(self.objective.model)
         check_no_autocast(self.objective.device)
-        yield from self._data
+        yield from self._data.numbered(wanted)
 
     def noised_batches(self, clean: CleanBatch) -> Iterator[NoisedBatch]:
         """Yield every draw of a batch of clean examples."""

@@ -63,3 +63,26 @@ class Sums:
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from sums by name."""
         self._sums = dict(tensors)
+
+
+class Together:
+    """Several sums as one.
+
+    Args:
+        parts: The sums by name.
+    """
+
+    def __init__(self, parts: Mapping[str, Running]):
+        self._parts = parts
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums of all parts."""
+        result: dict[str, Tensor] = {}
+        for name, part in self._parts.items():
+            result |= prefixed(name, part.tensors())
+        return result
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from sums of all parts."""
+        for name, part in self._parts.items():
+            part.restore(within(name, tensors))

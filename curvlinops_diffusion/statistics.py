@@ -15,8 +15,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from curvlinops_diffusion._checks import check_prediction
+from curvlinops_diffusion.data import CleanBatch
 from curvlinops_diffusion.exact import exact_blocks
 from curvlinops_diffusion.factors import Eigendecomposition, second_moment
 from curvlinops_diffusion.fisher import (
@@ -38,8 +39,9 @@ from curvlinops_diffusion.layers import Coverage, ExactKind, Layer
 from curvlinops_diffusion.mapped import mapped_gradients
 from curvlinops_diffusion.moments import LatestProduct
 from curvlinops_diffusion.objective import NoisedBatch
+from curvlinops_diffusion.passes import PLAIN, PassOptions, run_pass
 from curvlinops_diffusion.regression import NoisedRegression
-from curvlinops_diffusion.running import Sums, prefixed, within
+from curvlinops_diffusion.running import Sums, Together, prefixed, within
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def kronecker_factors(
     regression: NoisedRegression,
     coverage: Coverage,
     options: KFACOptions,
-    progressbar: bool = False,
+    passes: PassOptions = PLAIN,
 ) -> KroneckerFactors:
     """Compute the Kronecker factors, and the blocks that have none, in one pass over the data.
 
@@ -79,13 +81,14 @@ def kronecker_factors(
         regression: Objective, data and draws.
         coverage: The parameters, and the layers that hold them.
         options: Fisher type and K-FAC approximation.
-        progressbar: Whether to show progress.
+        passes: Checkpoints, processes and progress.
 
     Returns:
         The factors, in the working precision.
 
     Raises:
-        ValueError: If hooks cannot observe a layer's gradient (see :func:`check_observable`).
+        ValueError: If hooks cannot observe a layer's gradient (see :func:`check_observable`), a
+            prediction is not finite, or a checkpoint is of something else.
     """
     layers = coverage.layers
     calls = check_observable(regression, layers)
@@ -104,24 +107,32 @@ def kronecker_factors(
         exact.observe_gradient(layer, call, g)
 
     tap = Tap(on_input, on_gradient if backward else None)
+
+    def add(batch: NoisedBatch) -> None:
+        N = len(batch.indices)
+        tap.restart(N)
+        inputs.start_forward(N)
+        outputs.start_forward(N)
+        exact.start_forward(N)
+        with torch.set_grad_enabled(backward):
+            prediction_BD = regression.objective.predict(batch)
+        check_prediction(prediction_BD, batch.indices, batch.level_B.tolist())
+        inputs.end_forward()
+        for v_BD, more in _loss_vectors(regression, batch, prediction_BD, options):
+            tap.backward(prediction_BD, v_BD, retain_graph=more)
+            outputs.end_backward()
+            with tap.paused():
+                exact.add_mapped(mapped_gradients(regression.objective, batch, v_BD, exact.mapped))
+            exact.end_backward()
+
+    def step(clean: CleanBatch) -> None:
+        for batch in regression.noised_batches(clean):
+            add(batch)
+
+    running = Together({"inputs": inputs, "outputs": outputs, "exact": exact})
+    settings = {"options": options.as_dict(), "params": list(coverage.params)}
     with tapped(layers, tap), frozen(regression.objective.model):
-        for batch in _with_progress(regression, "Kronecker factors", progressbar):
-            N = len(batch.indices)
-            tap.restart(N)
-            inputs.start_forward(N)
-            outputs.start_forward(N)
-            exact.start_forward(N)
-            with torch.set_grad_enabled(backward):
-                prediction_BD = regression.objective.predict(batch)
-            inputs.end_forward()
-            for v_BD, more in _loss_vectors(regression, batch, prediction_BD, options):
-                tap.backward(prediction_BD, v_BD, retain_graph=more)
-                outputs.end_backward()
-                with tap.paused():
-                    exact.add_mapped(
-                        mapped_gradients(regression.objective, batch, v_BD, exact.mapped)
-                    )
-                exact.end_backward()
+        run_pass("Kronecker factors", regression, running, step, passes, settings)
     count = regression.num_samples
     if not backward:
         return KroneckerFactors(inputs.means(count), outputs.identities(), exact.identities())
@@ -342,7 +353,7 @@ def eigenvalue_moments(
     input_bases: Mapping[str, Eigendecomposition],
     output_bases: Mapping[str, Eigendecomposition],
     options: KFACOptions,
-    progressbar: bool = False,
+    passes: PassOptions = PLAIN,
 ) -> dict[str, Tensor]:
     """Compute EK-FAC's eigenvalues ``Λ_ij = E[(U_Bᵀ g U_A)_ij²]`` in one pass over the data.
 
@@ -356,7 +367,7 @@ def eigenvalue_moments(
         input_bases: Eigenbases of the input factors, by the key of the part.
         output_bases: Eigenbases of the output factors, by the name of the layer.
         options: Fisher type, as for the factors, and the size of the groups.
-        progressbar: Whether to show progress.
+        passes: Checkpoints, processes and progress.
 
     Returns:
         ``Λ`` of shape ``[*g, O, I]`` for every block of Kronecker form, by its key.
@@ -381,14 +392,20 @@ def eigenvalue_moments(
                 sums.add(part.key, part.squares(own_xs, own_gs, range_.count, U_A, U_B))
 
     recorder = CallRecorder(consume)
-    with tapped(layers, recorder.tap), frozen(regression.objective.model), torch.enable_grad():
-        for batch in _with_progress(regression, "Eigenvalues", progressbar):
+
+    def step(clean: CleanBatch) -> None:
+        nonlocal groups
+        for batch in regression.noised_batches(clean):
             groups = _aligned_groups(batch.indices, options.gradient_group)
             recorder.start_forward(len(batch.indices))
             prediction_BD = regression.objective.predict(batch)
+            check_prediction(prediction_BD, batch.indices, batch.level_B.tolist())
             for v_BD, more in _loss_vectors(regression, batch, prediction_BD, options):
                 recorder.backward(prediction_BD, v_BD, retain_graph=more)
 
+    settings = {"options": options.as_dict(), "params": list(coverage.params)}
+    with tapped(layers, recorder.tap), frozen(regression.objective.model), torch.enable_grad():
+        run_pass("Eigenvalues", regression, sums, step, passes, settings)
     return {
         part.key: sums.mean(part.key, regression.num_samples, part.new_zeros(dtype, *part.shape))
         for own in parts.values()
@@ -450,14 +467,3 @@ def _loss_vectors(
     vectors = loss_vectors(batch, prediction_BD, regression.draws, options)
     for number, v_BD in enumerate(vectors, start=1):
         yield v_BD, number < total
-
-
-def _with_progress(
-    regression: NoisedRegression, description: str, progressbar: bool
-) -> Iterator[NoisedBatch]:
-    with tqdm(
-        total=regression.num_samples, desc=description, unit="draws", disable=not progressbar
-    ) as bar:
-        for batch in regression.batches():
-            yield batch
-            bar.update(len(batch.indices))

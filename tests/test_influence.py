@@ -11,7 +11,9 @@ from curvlinops_diffusion import (
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
     NoisedRegression,
+    group_and_self_influence,
     influence_scores,
+    top_influences,
 )
 from tests.cases import images, plain_regression, seeded
 from tests.comparisons import assert_close
@@ -159,3 +161,51 @@ def test_bad_block(train, query):
     J = ExampleGradientLinearOperator(train)
     with pytest.raises(ValueError, match="query_block=0 arrived"):
         influence_scores(J, DiffusionKFACLinearOperator(train).inverse(1.0), J, query_block=0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Without all pairs
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def operators(train, query):
+    K_inv = DiffusionKFACLinearOperator(train).inverse(DAMPING)
+    return ExampleGradientLinearOperator(query), K_inv, ExampleGradientLinearOperator(train)
+
+
+@pytest.mark.parametrize("k", [1, 3, 50])
+def test_top_influences(operators, k):
+    scores_QN = influence_scores(*operators)
+    top = top_influences(*operators, k=k, query_block=2)
+    order = {
+        "positive": scores_QN.argsort(1, descending=True),
+        "negative": scores_QN.argsort(1),
+        "neutral": scores_QN.abs().argsort(1),
+    }
+    for name, expected in order.items():
+        found = getattr(top, name)
+        assert torch.equal(found.indices, expected[:, :k])
+        assert_close(found.scores, scores_QN.gather(1, expected[:, :k]), 1e-12)
+
+
+def test_groups_and_self(model, train, operators):
+    J_query, K_inv, J_train = operators
+    params = params_of(model)
+    rows = example_gradients(train, params)
+    labels = torch.tensor([0, 2, -1, 2, 0, 0])
+    groups, own = group_and_self_influence(J_query, K_inv, J_train, labels)
+    scores_QN = influence_scores(J_query, K_inv, J_train)
+    expected = torch.stack([scores_QN[:, labels == k].sum(1) for k in range(3)], 1)
+    assert_close(groups, expected, 1e-10)
+    assert_close(own, (rows * (K_inv @ rows.T).T).sum(1) / 6, 1e-10)
+
+    weights = torch.rand(6, 2, generator=torch.Generator().manual_seed(0))
+    groups, _ = group_and_self_influence(J_query, K_inv, J_train, weights)
+    assert_close(groups, scores_QN @ weights.double(), 1e-10)
+
+
+def test_bad_groups(operators):
+    for groups in (torch.zeros(5, dtype=torch.long), torch.zeros(6), torch.zeros(5, 2)):
+        with pytest.raises(ValueError, match=r"groups arrived with shape .* Pass the number"):
+            group_and_self_influence(*operators, groups)

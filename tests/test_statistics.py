@@ -16,7 +16,7 @@ from curvlinops_diffusion import (
     PredictionType,
 )
 from curvlinops_diffusion.draws import ProbeType, make_draws
-from curvlinops_diffusion.factors import eigendecompositions
+from curvlinops_diffusion.factors import eigendecomposition
 from curvlinops_diffusion.fisher import KFACOptions
 from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.statistics import eigenvalue_moments, kronecker_factors
@@ -331,7 +331,10 @@ def eigenvalues_of_draws(regression, num_draws):
     coverage = covered_parameters(regression.objective.model, None)
     options = KFACOptions.parse("mc", 1, "expand", True, "rademacher")
     factors = kronecker_factors(regression, coverage, options)
-    bases = [eigendecompositions(matrices, "") for matrices in (factors.inputs, factors.outputs)]
+    bases = [
+        {key: eigendecomposition(M, key) for key, M in matrices.items()}
+        for matrices in (factors.inputs, factors.outputs)
+    ]
     found = eigenvalue_moments(regression.with_draws(num_draws), coverage, *bases, options)
     return torch.cat([found[key].flatten() for key in factors.inputs])
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from torch import Tensor
+
 from curvlinops_diffusion.blocks import EigenBlock
-from curvlinops_diffusion.factors import eigendecompositions
+from curvlinops_diffusion.distributed import Share, divided
+from curvlinops_diffusion.factors import Eigendecomposition, eigendecomposition
 from curvlinops_diffusion.fisher import FisherType, KFACOptions
 from curvlinops_diffusion.layers import Coverage
 from curvlinops_diffusion.operators.kfac import DiffusionKFACLinearOperator, exact_part
+from curvlinops_diffusion.passes import PassOptions, kept
 from curvlinops_diffusion.placement import PlacedBlock
 from curvlinops_diffusion.regression import NoisedRegression
-from curvlinops_diffusion.statistics import eigenvalue_moments, kronecker_factors
+from curvlinops_diffusion.running import within
+from curvlinops_diffusion.statistics import KroneckerFactors, eigenvalue_moments, kronecker_factors
 
 
 class DiffusionEKFACLinearOperator(DiffusionKFACLinearOperator):
@@ -37,7 +42,7 @@ class DiffusionEKFACLinearOperator(DiffusionKFACLinearOperator):
 
     @staticmethod
     def _fit(
-        regression: NoisedRegression, coverage: Coverage, options: KFACOptions, progressbar: bool
+        regression: NoisedRegression, coverage: Coverage, options: KFACOptions, passes: PassOptions
     ) -> list[PlacedBlock]:
         """Compute the blocks."""
         if options.fisher_type is FisherType.FORWARD_ONLY:
@@ -45,12 +50,11 @@ class DiffusionEKFACLinearOperator(DiffusionKFACLinearOperator):
                 "fisher_type='forward-only' arrived. EK-FAC needs gradients: pass 'mc', 'type-2' "
                 "or 'empirical', or use DiffusionKFACLinearOperator."
             )
-        factors = kronecker_factors(regression, coverage, options, progressbar)
-        input_bases = eigendecompositions(factors.inputs, "The input factor")
-        output_bases = eigendecompositions(factors.outputs, "The output factor")
+        factors = kronecker_factors(regression, coverage, options, passes)
+        input_bases, output_bases = _eigenbases(regression, factors, options, passes)
         second = regression.with_draws(options.num_eigenvalue_draws(regression))
         eigenvalues = eigenvalue_moments(
-            second, coverage, input_bases, output_bases, options, progressbar
+            second, coverage, input_bases, output_bases, options, passes
         )
         blocks = []
         for layer in coverage.layers:
@@ -59,3 +63,47 @@ class DiffusionEKFACLinearOperator(DiffusionKFACLinearOperator):
                 block = EigenBlock(eigenvalues[part.key], output_bases[layer.name].vectors, U_A)
                 blocks.append(PlacedBlock(part.key, part.params, block, part.kind.transposed))
         return blocks + exact_part(coverage, options, factors)
+
+
+def _eigenbases(
+    regression: NoisedRegression,
+    factors: KroneckerFactors,
+    options: KFACOptions,
+    passes: PassOptions,
+) -> tuple[dict[str, Eigendecomposition], dict[str, Eigendecomposition]]:
+    """Eigendecompositions of input and output factors, divided among the processes.
+
+    They are kept, too: eigenvectors of close eigenvalues depend on rounding, and the second moments
+    must all be taken in one basis.
+    """
+    named = {("input", key): A for key, A in factors.inputs.items()}
+    named |= {("output", key): B for key, B in factors.outputs.items()}
+    pieces = {f"{side}/{key}": M for (side, key), M in named.items()}
+    device = regression.objective.device
+
+    def compute() -> dict[str, Tensor]:
+        found = divided(
+            Share.of(passes.distributed), pieces, _decomposition_cost, _decomposed, device
+        )
+        return {f"{key}/{role}": z for key, own in found.items() for role, z in own.items()}
+
+    settings = {
+        "options": options.as_dict(),
+        "factors": {key: list(M.shape) for key, M in pieces.items()},
+    }
+    tensors = kept("eigenbases", regression, compute, passes, settings)
+    bases: dict[str, dict[str, Eigendecomposition]] = {"input": {}, "output": {}}
+    for side, key in named:
+        own = within(f"{side}/{key}", tensors)
+        bases[side][key] = Eigendecomposition(own["values"], own.get("vectors"))
+    return bases["input"], bases["output"]
+
+
+def _decomposition_cost(matrix: Tensor) -> float:
+    return float(matrix.numel() * matrix.shape[-1])
+
+
+def _decomposed(key: str, matrix: Tensor) -> dict[str, Tensor]:
+    side, name = key.split("/", 1)
+    found = eigendecomposition(matrix, f"The {side} factor of '{name}'")
+    return {k: z for k, z in vars(found).items() if z is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from curvlinops_diffusion._files import fingerprint
@@ -12,6 +13,7 @@ from curvlinops_diffusion.fisher import FisherType, KFACApprox, KFACOptions
 from curvlinops_diffusion.layers import Coverage, covered_parameters
 from curvlinops_diffusion.operators.base import BlockDiagonalLinearOperator
 from curvlinops_diffusion.parameters import Parameters, ParameterSpace
+from curvlinops_diffusion.passes import PLAIN, PassOptions
 from curvlinops_diffusion.placement import PlacedBlock
 from curvlinops_diffusion.regression import NoisedRegression
 from curvlinops_diffusion.statistics import KroneckerFactors, kronecker_factors
@@ -64,6 +66,7 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         max_dense: Entries up to which a norm's block, or that of a parameter in no known layer,
             is dense.
         progressbar: Whether to show progress.
+        passes: Checkpoints of the passes over the data, and processes that share them.
 
     Attributes:
         blocks: The blocks.
@@ -92,6 +95,7 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         exact_bias: bool = True,
         max_dense: int = 1024,
         progressbar: bool = False,
+        passes: PassOptions = PLAIN,
     ):
         options = KFACOptions.parse(
             fisher_type,
@@ -107,7 +111,8 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         model = regression.objective.model
         gradients = options.fisher_type is not FisherType.FORWARD_ONLY
         coverage = covered_parameters(model, params, gradients)
-        blocks = self._fit(regression, coverage, options, progressbar)
+        passes = replace(passes, progressbar=progressbar or passes.progressbar)
+        blocks = self._fit(regression, coverage, options, passes)
         order = {name: i for i, name in enumerate(coverage.params)}
         blocks.sort(key=lambda placed: min(order[name] for name in placed.params))
         info: dict[str, Any] = {
@@ -121,10 +126,10 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
 
     @staticmethod
     def _fit(
-        regression: NoisedRegression, coverage: Coverage, options: KFACOptions, progressbar: bool
+        regression: NoisedRegression, coverage: Coverage, options: KFACOptions, passes: PassOptions
     ) -> list[PlacedBlock]:
         """Compute the blocks."""
-        factors = kronecker_factors(regression, coverage, options, progressbar)
+        factors = kronecker_factors(regression, coverage, options, passes)
         blocks = []
         for layer in coverage.layers:
             for part in layer.parts(options.separate_weight_and_bias, options.exact_bias):

@@ -1,0 +1,156 @@
+"""Several processes, on gloo: the same operators and scores, and what happens when one dies."""
+
+import multiprocessing
+import os
+import signal
+import time
+import warnings
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import distributed
+
+from curvlinops_diffusion import (
+    DiffusionEKFACLinearOperator,
+    ExampleGradientLinearOperator,
+    PassOptions,
+    group_and_self_influence,
+    influence_scores,
+    top_influences,
+)
+from curvlinops_diffusion.distributed import Share
+from tests.cases import tiny_unet, unet_regression
+from tests.comparisons import assert_close
+
+# nine examples in five batches: neither three processes nor two divide them
+COUNT = 9
+
+
+def everything(regression, passes):
+    """All that processes share, as tensors by name."""
+    EK = DiffusionEKFACLinearOperator(regression, passes=passes)
+    J = ExampleGradientLinearOperator(regression)
+    inverse = EK.inverse(1e-3)
+    found = {"scores": influence_scores(J, inverse, J, query_block=5, passes=passes)}
+    top = top_influences(J, inverse, J, k=3, passes=passes)
+    found |= {"top": top.positive.scores, "top index": top.positive.indices}
+    groups, own = group_and_self_influence(J, inverse, J, torch.arange(COUNT) % 2, passes=passes)
+    # eigenbases of close eigenvalues may turn: what they make together must not
+    identity = torch.eye(EK.shape[0], 40, dtype=torch.float64)
+    return {**found, "groups": groups, "self": own, "operator": EK @ identity}
+
+
+def start(rank, count, folder, work, arguments):
+    """What each process runs."""
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=60),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            result = work(rank, *arguments)
+        except ValueError as error:
+            result = str(error)
+    torch.save(result, f"{folder}/result{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def processes(count, folder, work, *arguments):
+    folder.mkdir()
+    context = multiprocessing.get_context("fork")
+    running = [
+        context.Process(target=start, args=(rank, count, folder, work, arguments))
+        for rank in range(count)
+    ]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+    return [
+        torch.load(folder / f"result{rank}.pt") if (folder / f"result{rank}.pt").exists() else None
+        for rank in range(count)
+    ]
+
+
+def compute(rank, checkpoint=None):
+    regression = unet_regression(tiny_unet(), count=COUNT)
+    options = PassOptions(checkpoint, checkpoint_every=0, distributed=True)
+    return everything(regression, options)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return everything(unet_regression(tiny_unet(), count=COUNT), PassOptions())
+
+
+def assert_all_close(found, expected):
+    for name, tensor in expected.items():
+        assert_close(found[name].double(), tensor.double(), 1e-10)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_as_one_process(tmp_path, expected, count):
+    for found in processes(count, tmp_path / "run", compute):
+        assert_all_close(found, expected)
+
+
+def die(rank, checkpoint):
+    """The second process is killed in the middle of the second pass."""
+    regression = unet_regression(tiny_unet(), count=COUNT)
+    calls = []
+
+    def kill(*args):
+        calls.append(1)
+        if rank == 1 and len(calls) > 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    regression.objective.model.register_forward_pre_hook(kill)
+    options = PassOptions(checkpoint, checkpoint_every=0, distributed=True)
+    return everything(regression, options)
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 2), (3, 2), (2, 3), (2, 1)])
+def test_a_process_that_dies(tmp_path, expected, first, second):
+    """The others stop in bounded time, and the run goes on with as many processes or others."""
+    checkpoint = tmp_path / "checkpoint"
+    began = time.monotonic()
+    stopped = processes(first, tmp_path / "first", die, checkpoint)
+    assert time.monotonic() - began < 60
+    assert stopped[1] is None
+    for rank in set(range(first)) - {1}:
+        assert "Another process has stopped, or does not answer" in stopped[rank]
+    assert list(checkpoint.glob("eigenvalues.*"))
+    for found in processes(second, tmp_path / "second", compute, checkpoint):
+        assert_all_close(found, expected)
+
+
+def differ(rank):
+    unet = tiny_unet()
+    unet.conv_in.weight.data += rank
+    DiffusionEKFACLinearOperator(
+        unet_regression(unet, count=COUNT), passes=PassOptions(distributed=True)
+    )
+
+
+def test_processes_with_different_weights(tmp_path):
+    for message in processes(2, tmp_path / "run", differ):
+        assert message == (
+            "Process 0 and process 1 differ in weights. Give every process the same."
+        )
+
+
+def test_costs_are_shared_out():
+    owners = Share(0, 3).owners([5, 1, 1, 9, 4, 3])
+    loads = [
+        sum(c for c, o in zip([5, 1, 1, 9, 4, 3], owners, strict=True) if o == r) for r in range(3)
+    ]
+    assert sorted(loads) == [7, 7, 9]
+    assert Share(0, 1).owners([1, 2]) == [0, 0]
