@@ -4,6 +4,7 @@ A plugin to ``curvlinops``, after Mlodozeniec et al., *Influence Functions for S
 Attribution in Diffusion Models*, ICLR 2025 (arXiv:2410.13850).
 """
 
+from curvlinops_diffusion.compression import Compression
 from curvlinops_diffusion.encoding import LatentEncoder
 from curvlinops_diffusion.functions import Example, ExampleDraws, ExampleFunction
 from curvlinops_diffusion.gradients import ExampleGradientLinearOperator
@@ -32,13 +33,21 @@ from curvlinops_diffusion.operators.kfac import DiffusionKFACLinearOperator
 from curvlinops_diffusion.operators.load import load_operator
 from curvlinops_diffusion.passes import PassOptions
 from curvlinops_diffusion.probability_flow import LogLikelihood
+from curvlinops_diffusion.refine import (
+    CGRefinedInverseLinearOperator,
+    NeumannRefinedInverseLinearOperator,
+    RefinedInverseLinearOperator,
+)
 from curvlinops_diffusion.regression import NoisedRegression
+from curvlinops_diffusion.store import GradientStore
 from curvlinops_diffusion.trajectories import TrajectoryRegression, record_trajectories
 
 __all__ = [
     "ELBO",
     "LAYER_KINDS",
     "BlockDiagonalLinearOperator",
+    "CGRefinedInverseLinearOperator",
+    "Compression",
     "CosmapWeighting",
     "DenoisingObjective",
     "DiffusionEKFACLinearOperator",
@@ -50,14 +59,17 @@ __all__ = [
     "ExampleDraws",
     "ExampleFunction",
     "ExampleGradientLinearOperator",
+    "GradientStore",
     "InverseVarianceWeighting",
     "LatentEncoder",
     "LogLikelihood",
     "MinSNRWeighting",
+    "NeumannRefinedInverseLinearOperator",
     "NoiseProcess",
     "NoisedRegression",
     "PassOptions",
     "PredictionType",
+    "RefinedInverseLinearOperator",
     "SharingKind",
     "SimplifiedELBO",
     "TopInfluences",

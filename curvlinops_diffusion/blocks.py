@@ -88,9 +88,13 @@ class EigenBlock(Block):
     def multiply(self, X_gOIK: Tensor) -> Tensor:
         """Rotate into the basis, scale, rotate back."""
         U_B, U_A = self.output_basis, self.input_basis
-        X = _left_right(None if U_B is None else U_B.mT, X_gOIK, U_A)
-        X = self.eigenvalues.unsqueeze(-1) * X
+        X = self.eigenvalues.unsqueeze(-1) * self.coordinates(X_gOIK)
         return _left_right(U_B, X, None if U_A is None else U_A.mT)
+
+    def coordinates(self, X_gOIK: Tensor) -> Tensor:
+        """Coordinates in the basis, ``U_Bᵀ X U_A``."""
+        U_B = self.output_basis
+        return _left_right(None if U_B is None else U_B.mT, X_gOIK, self.input_basis)
 
     def eigen(self, name: str) -> EigenBlock:
         """The block itself."""

@@ -1,0 +1,265 @@
+"""Training gradients in a folder, from which the scores of any query are read.
+
+Legend: Q queries, N training examples, B a batch of them, P parameters, k coordinates kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from curvlinops_diffusion._checks import check_count
+from curvlinops_diffusion._files import write_tensors
+from curvlinops_diffusion.compression import Compression
+from curvlinops_diffusion.distributed import Share
+from curvlinops_diffusion.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.identity import differences, identity_of
+from curvlinops_diffusion.influence import TopInfluences, TopScores
+from curvlinops_diffusion.measurements import name_of
+from curvlinops_diffusion.operators.base import BlockDiagonalLinearOperator
+from curvlinops_diffusion.passes import PLAIN, PassOptions
+from curvlinops_diffusion.whitening import Whitening
+
+FORMAT = "curvlinops_diffusion.gradients"
+
+
+class GradientStore:
+    r"""Whitened training gradients on disk; queries come later, one by one or many at once.
+
+    Of each training example ``z_n = (Λ + λ)^{-1/2} Uᵀ ∇ℓ_n`` is kept, possibly in fewer
+    coordinates and bits, so that scores are inner products::
+
+        τ(q, n) = 1/N z_q · z_n
+
+    Whitened coordinates have similar sizes, which is what quantisation in blocks wants
+    (``docs/performance.rst`` has what each form costs in scores and ranks).
+
+    Made by :meth:`create`, opened by :meth:`open`.
+
+    Attributes:
+        header: What the store was made of.
+        num_data: The number ``N`` of training examples.
+    """
+
+    def __init__(self, folder: Path, header: dict[str, Any], kept: dict[str, Tensor]):
+        self.header = header
+        self.num_data: int = header["identity"]["regression"]["num_data"]
+        self._folder = folder
+        self._kept = kept
+        self._compression = Compression(**header["identity"]["compression"])
+        self._size: int = header["size"]
+
+    # -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | PathLike[str],
+        J_train: ExampleGradientLinearOperator,
+        curvature: BlockDiagonalLinearOperator,
+        damping: float,
+        compression: Compression = Compression(),  # noqa: B008 - immutable
+        *,
+        passes: PassOptions = PLAIN,
+    ) -> GradientStore:
+        """Compute and store all training gradients: one file for each batch of the data.
+
+        Called again on the same folder after an interruption, it goes on with the batches that are
+        missing. With ``passes.distributed`` every process writes its own.
+
+        Args:
+            folder: Where to.
+            J_train: The training gradients.
+            curvature: K-FAC or EK-FAC, not inverted.
+            damping: ``λ``.
+            compression: How they are stored.
+            passes: Processes and progress; every file is a checkpoint.
+
+        Raises:
+            ValueError: If the folder holds gradients of something else, or cannot be written to.
+        """
+        folder = Path(folder)
+        share = Share.of(passes.distributed)
+        identity = identity_of(
+            J_train.regression,
+            {
+                "params": list(J_train.param_names),
+                "measurement": name_of(J_train.measurement),
+                "curvature": curvature.info,
+                "damping": damping,
+                "compression": compression.as_dict(),
+            },
+        )
+        whiten = Whitening(curvature, damping)
+        if share.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "store.safetensors").exists():
+                kept = _fit(J_train, whiten, compression)
+                size = _size(J_train, kept)
+                header = {"identity": identity, "size": size}
+                _write(folder / "store.safetensors", kept, header)
+        share.barrier()
+        store = cls.open(folder)
+        different = differences(store.header["identity"], identity)
+        if different:
+            raise ValueError(
+                f"'{folder}' holds gradients of something else: {'; '.join(different[:5])}. Pass "
+                "another folder, or delete it."
+            )
+        regression = J_train.regression
+        with tqdm(
+            total=regression.num_samples,
+            desc="Storing gradients",
+            unit="draws",
+            disable=not passes.progressbar or share.rank > 0,
+        ) as bar:
+            for number, clean in regression.numbered_batches(
+                lambda n: share.takes(n) and not store._shard(n).exists()
+            ):
+                z_Bk = compression.project(whiten(J_train.rows_of(clean)), store._kept)
+                header = {"indices": list(clean.indices)}
+                _write(store._shard(number), compression.encode(z_Bk), header)
+                bar.update(len(clean.indices) * regression.num_draws)
+        share.barrier()
+        return store
+
+    @classmethod
+    def open(cls, folder: str | PathLike[str]) -> GradientStore:
+        """Open a folder.
+
+        Raises:
+            ValueError: If it holds no gradients, or they are damaged.
+        """
+        folder = Path(folder)
+        header, kept = _read(folder / "store.safetensors")
+        return cls(folder, header, kept)
+
+    @property
+    def bytes_per_example(self) -> float:
+        """Bytes on disk for each training example, without what all share."""
+        total = sum(path.stat().st_size for path in self._folder.glob("rows.*.safetensors"))
+        return total / self.num_data
+
+    # -----------------------------------------------------------------------------------------
+
+    def scores(
+        self, J_query: ExampleGradientLinearOperator, curvature: BlockDiagonalLinearOperator
+    ) -> Tensor:
+        """Influence scores, ``[Q, N]``; see :func:`~curvlinops_diffusion.influence_scores`.
+
+        Args:
+            J_query: The queries' gradients.
+            curvature: The operator that the store was made with.
+
+        Raises:
+            ValueError: If it is another one, or batches are missing.
+        """
+        query_Qk = self._query(J_query, curvature)
+        scores_QN = query_Qk.new_zeros(len(query_Qk), self.num_data)
+        for indices, rows_Bk in self._rows(query_Qk.device):
+            scores_QN[:, indices] = query_Qk @ rows_Bk.T / self.num_data
+        return scores_QN
+
+    def top(
+        self,
+        J_query: ExampleGradientLinearOperator,
+        curvature: BlockDiagonalLinearOperator,
+        k: int = 10,
+    ) -> TopInfluences:
+        """The extreme and neutral scores; see :func:`~curvlinops_diffusion.top_influences`.
+
+        Args:
+            J_query: The queries' gradients.
+            curvature: The operator that the store was made with.
+            k: How many of each.
+
+        Raises:
+            ValueError: As :meth:`scores`.
+        """
+        query_Qk = self._query(J_query, curvature)
+        top = TopScores(query_Qk.T, self.num_data, check_count("k", k), Share())
+        for indices, rows_Bk in self._rows(query_Qk.device):
+            top.add(indices, rows_Bk)
+        return top.result
+
+    def _query(
+        self, J_query: ExampleGradientLinearOperator, curvature: BlockDiagonalLinearOperator
+    ) -> Tensor:
+        identity = self.header["identity"]
+        here = {"curvature": curvature.info, "params": list(J_query.param_names)}
+        there = {key: identity[key] for key in here}
+        different = differences(there, json.loads(json.dumps(here)))
+        if different:
+            raise ValueError(
+                f"'{self._folder}' holds gradients for another curvature: "
+                f"{'; '.join(different[:5])}. Pass the operator that it was made with."
+            )
+        whiten = Whitening(curvature, identity["damping"])
+        kept = {name: z.to(curvature.device) for name, z in self._kept.items()}
+        parts = [
+            self._compression.project(whiten(rows_BP), kept) for _, rows_BP in J_query.row_batches()
+        ]
+        return torch.cat(parts).float()
+
+    def _rows(self, device: torch.device) -> Iterator[tuple[list[int], Tensor]]:
+        seen = 0
+        for path in sorted(self._folder.glob("rows.*.safetensors")):
+            header, stored = _read(path)
+            seen += len(header["indices"])
+            rows_Bk = self._compression.decode(stored, self._size)
+            yield header["indices"], rows_Bk.to(device)
+        if seen < self.num_data:
+            raise ValueError(
+                f"'{self._folder}' holds {seen} of {self.num_data} training examples. Call "
+                "GradientStore.create again with the same arguments to compute the others."
+            )
+
+    def _shard(self, number: int) -> Path:
+        return self._folder / f"rows.{number:07}.safetensors"
+
+
+def _fit(
+    J_train: ExampleGradientLinearOperator, whiten: Whitening, compression: Compression
+) -> dict[str, Tensor]:
+    """What is kept of the coordinates, from evenly spaced training examples."""
+    if compression.size is None:
+        return {}
+    N = J_train.shape[0]
+    count = min(N, compression.sample)
+    spaced = torch.linspace(0, N - 1, count, dtype=torch.float64).round().long().tolist()
+    return compression.fit(whiten(J_train.rows(spaced)))
+
+
+def _size(J_train: ExampleGradientLinearOperator, kept: dict[str, Tensor]) -> int:
+    if "index" in kept:
+        return len(kept["index"])
+    return kept["basis"].shape[1] if "basis" in kept else J_train.shape[1]
+
+
+def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    written = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    write_tensors(path, written, {FORMAT: json.dumps(header)})
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise ValueError(
+            f"There is no file '{path}'. Make a store of gradients by GradientStore.create first."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[FORMAT])
+            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"'{path}' is damaged, or no file of a store of gradients ({error}). Delete it, and "
+            "call GradientStore.create again."
+        ) from error

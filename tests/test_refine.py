@@ -1,0 +1,155 @@
+"""Iterative refinement against dense inverses."""
+
+import pytest
+import torch
+from torch import nn
+
+from curvlinops_diffusion import (
+    CGRefinedInverseLinearOperator,
+    DiffusionEKFACLinearOperator,
+    DiffusionGGNLinearOperator,
+    DiffusionKFACLinearOperator,
+    ExampleGradientLinearOperator,
+    NeumannRefinedInverseLinearOperator,
+    influence_scores,
+)
+from tests.cases import plain_regression, seeded
+from tests.comparisons import assert_close
+from tests.reference import dense_ggn, params_of
+
+DAMPING = 1e-2
+
+
+@pytest.fixture(scope="module")
+def model():
+    return seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1))
+
+
+@pytest.fixture(scope="module")
+def regression(model):
+    return plain_regression(model, (1, 4, 4), count=6, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def G(regression):
+    return DiffusionGGNLinearOperator(regression)
+
+
+@pytest.fixture(scope="module")
+def dense(model, regression):
+    matrix = dense_ggn(regression, params_of(model))
+    return matrix + DAMPING * torch.eye(len(matrix)).to(matrix)
+
+
+def right_sides(size, columns=3):
+    generator = torch.Generator().manual_seed(1)
+    scale = 10.0 ** -torch.arange(columns)  # each column has its own coefficients
+    return torch.randn(size, columns, generator=generator, dtype=torch.float64) * scale
+
+
+PRECONDITIONERS = {
+    "none": lambda regression: None,
+    "kfac": lambda regression: DiffusionKFACLinearOperator(regression).inverse(DAMPING),
+    "ekfac": lambda regression: DiffusionEKFACLinearOperator(regression).inverse(DAMPING),
+}
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+def test_conjugate_gradients(regression, G, dense, preconditioner):
+    M = PRECONDITIONERS[preconditioner](regression)
+    inverse = CGRefinedInverseLinearOperator(G, DAMPING, M, tolerance=1e-12, max_iter=200)
+    B = right_sides(len(dense))
+    assert_close(inverse @ B, torch.linalg.solve(dense, B), 1e-9)
+    assert inverse.refinement.converged.all()
+    assert_close(inverse @ B[:, 0], torch.linalg.solve(dense, B[:, 0]), 1e-9)
+    assert_close(inverse.adjoint() @ B, torch.linalg.solve(dense, B), 1e-9)
+
+
+def test_a_preconditioner_that_is_exact_needs_one_iteration(G, dense):
+    class Exact:
+        _in_shape, shape = G._in_shape, G.shape
+
+        def __matmul__(self, X):
+            return torch.linalg.solve(dense, X)
+
+    inverse = CGRefinedInverseLinearOperator(G, DAMPING, Exact(), tolerance=1e-10)
+    inverse @ right_sides(len(dense))
+    assert inverse.refinement.num_iterations == 1
+
+
+def test_residual_history(G, dense):
+    """The residuals are true ones; a run that is cut short says so."""
+    B = right_sides(len(dense))
+    inverse = CGRefinedInverseLinearOperator(G, DAMPING, max_iter=4, tolerance=1e-12)
+    X = inverse @ B
+    refinement = inverse.refinement
+    assert refinement.num_iterations == 4
+    assert not refinement.converged.any()
+    assert_close(refinement.residuals[0], torch.ones(3).double(), 1e-12)
+    assert_close(refinement.residuals[-1], (B - dense @ X).norm(dim=0) / B.norm(dim=0), 1e-9)
+
+
+def test_stopping_rule(G, dense):
+    B = right_sides(len(dense))
+    inverse = CGRefinedInverseLinearOperator(G, DAMPING, tolerance=0.1)
+    X = inverse @ B
+    assert ((B - dense @ X).norm(dim=0) <= 0.1 * B.norm(dim=0)).all()
+    assert 0 < inverse.refinement.num_iterations < 60
+    assert (inverse.refinement.residuals[-2] > 0.1).any()
+
+
+def test_zero_columns(G, dense):
+    B = right_sides(len(dense))
+    B[:, 1] = 0
+    inverse = CGRefinedInverseLinearOperator(G, DAMPING, tolerance=1e-12, max_iter=200)
+    assert_close(inverse @ B, torch.linalg.solve(dense, B), 1e-9)
+
+
+def test_neumann_series(regression, G, dense):
+    M = DiffusionEKFACLinearOperator(regression).inverse(DAMPING)
+    inverse = NeumannRefinedInverseLinearOperator(G, DAMPING, M, max_iter=2000, tolerance=1e-6)
+    B = right_sides(len(dense))
+    assert_close(inverse @ B, torch.linalg.solve(dense, B), 1e-4)
+    assert inverse.refinement.converged.all()
+    # the first iterate is a multiple of the preconditioner's solution
+    single = NeumannRefinedInverseLinearOperator(G, DAMPING, M, max_iter=1, step_size=0.5)
+    assert_close(single @ B, 0.5 * (M @ B), 1e-12)
+
+
+def test_stochastic_neumann_series(regression, G, dense):
+    """Matrices of other draws, whose mean is ``G``: nearer to the inverse than the start."""
+    M = DiffusionEKFACLinearOperator(regression).inverse(DAMPING)
+    split = [
+        plain_regression(regression.objective.model, (1, 4, 4), 6, 3, seed=s) for s in range(8)
+    ]
+    matrices = [DiffusionGGNLinearOperator(part) for part in split]
+    mean = sum(dense_ggn(p, params_of(p.objective.model)) for p in split) / len(split)
+    truth = torch.linalg.solve(
+        mean + DAMPING * torch.eye(len(mean)).double(), B := right_sides(len(mean))
+    )
+    inverse = NeumannRefinedInverseLinearOperator(
+        G, DAMPING, M, matrices=lambda k: matrices[k % 8], max_iter=400, tolerance=0.0
+    )
+    found = inverse @ B
+    assert (found - truth).norm() < 0.25 * (M @ B - truth).norm()
+
+
+def test_scores_with_a_refined_inverse(regression, G, dense):
+    """It goes wherever an inverse goes."""
+    J = ExampleGradientLinearOperator(regression)
+    inverse = CGRefinedInverseLinearOperator(G, DAMPING, tolerance=1e-12, max_iter=200)
+    rows = J.rows()
+    assert_close(
+        influence_scores(J, inverse, J), rows @ torch.linalg.solve(dense, rows.T) / 6, 1e-9
+    )
+
+
+def test_bad_options(regression, G, model):
+    with pytest.raises(ValueError, match="damping=-1 arrived"):
+        CGRefinedInverseLinearOperator(G, -1)
+    part = DiffusionKFACLinearOperator(regression, ["layers.0.weight"]).inverse(1.0)
+    with pytest.raises(ValueError, match=r"acts on 18 entries and G on 39. Pass the same params"):
+        CGRefinedInverseLinearOperator(G, 1.0, part)
+    wild = NeumannRefinedInverseLinearOperator(G, 1.0, step_size=1e30, max_iter=50)
+    with pytest.raises(ValueError, match=r"does not converge.*Pass a larger damping"):
+        wild @ right_sides(G.shape[1])

@@ -1,0 +1,192 @@
+"""Stored training gradients: the scores they give, in every form; interrupted, damaged, foreign."""
+
+import pytest
+import torch
+from torch import nn
+
+from curvlinops_diffusion import (
+    Compression,
+    DiffusionEKFACLinearOperator,
+    DiffusionKFACLinearOperator,
+    ExampleGradientLinearOperator,
+    GradientStore,
+    NoisedRegression,
+    influence_scores,
+    top_influences,
+)
+from curvlinops_diffusion.whitening import Whitening
+from tests.cases import images, tiny_unet, unet_regression
+from tests.comparisons import assert_close
+
+DAMPING = 1e-3
+COUNT = 9
+
+
+@pytest.fixture(scope="module")
+def train():
+    return unet_regression(tiny_unet(), count=COUNT)
+
+
+@pytest.fixture(scope="module")
+def J_train(train):
+    return ExampleGradientLinearOperator(train)
+
+
+@pytest.fixture(scope="module")
+def J_query(train):
+    data = {"x0": images(4), "class_labels": torch.arange(4) % 3}
+    return ExampleGradientLinearOperator(NoisedRegression(train.objective, data, 2, seed=1))
+
+
+@pytest.fixture(scope="module")
+def EK(train):
+    return DiffusionEKFACLinearOperator(train)
+
+
+@pytest.fixture(scope="module")
+def scores(J_query, EK, J_train):
+    return influence_scores(J_query, EK.inverse(DAMPING), J_train)
+
+
+@pytest.mark.parametrize("kind", [DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator])
+def test_whitened_inner_products(train, J_train, kind):
+    curvature = kind(train, separate_weight_and_bias=False)
+    rows = J_train.rows()
+    z = Whitening(curvature, DAMPING)(rows)
+    assert_close(z @ z.T, rows @ (curvature.inverse(DAMPING) @ rows.T), 1e-10)
+
+
+# relative errors of scores that are allowed: rounding for the first two, else twice what is seen
+FORMS = {
+    "float32": (Compression("float32"), 1e-6),
+    "bfloat16": (Compression("bfloat16"), 6e-3),
+    "int8": (Compression("int8"), 2e-2),
+    "nf4": (Compression("nf4"), 2e-1),
+    "leading, all": (Compression("float32", "leading", 4925), 1e-6),
+    "svd, all": (Compression("float32", "svd", COUNT), 1e-5),
+    "svd, int8": (Compression("int8", "svd", COUNT), 4e-2),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scores(tmp_path, J_train, J_query, EK, scores, form):
+    compression, allowed = FORMS[form]
+    store = GradientStore.create(tmp_path / "store", J_train, EK, DAMPING, compression)
+    found = store.scores(J_query, EK)
+    assert_close(found.double(), scores, allowed)
+    again = GradientStore.open(tmp_path / "store")
+    assert torch.equal(again.scores(J_query, EK), found)
+    top = again.top(J_query, EK, k=3)
+    assert torch.equal(top.positive.indices, found.topk(3, 1).indices)
+    if form == "float32":
+        expected = top_influences(J_query, EK.inverse(DAMPING), J_train, k=3)
+        assert torch.equal(top.negative.indices, expected.negative.indices)
+
+
+def test_bytes(tmp_path, J_train, EK):
+    """Beyond headers, as many as the bits say."""
+    sizes = {}
+    for name in ("float32", "bfloat16", "int8", "nf4"):
+        folder = tmp_path / name
+        GradientStore.create(folder, J_train, EK, DAMPING, Compression(name))
+        sizes[name] = GradientStore.open(folder).bytes_per_example
+    padded = -(-4925 // 64) * 64
+    expected = {
+        "float32": 4 * 4925,
+        "bfloat16": 2 * 4925,
+        "int8": padded + padded / 16,
+        "nf4": padded / 2 + padded / 16,
+    }
+    for name, size in expected.items():
+        assert size <= sizes[name] <= size + 300
+
+
+def test_leading_coordinates_are_those_of_largest_second_moment():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(20, 6, generator=generator) * torch.tensor([1.0, 5.0, 0.1, 3.0, 0.2, 4.0])
+    compression = Compression("float32", "leading", 3)
+    kept = compression.fit(rows)
+    assert kept["index"].tolist() == [1, 3, 5]
+    assert torch.equal(compression.project(rows, kept), rows[:, [1, 3, 5]])
+
+
+def test_svd_is_the_best_approximation():
+    rows = torch.randn(8, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    compression = Compression("float32", "svd", 3)
+    projected = compression.project(rows, compression.fit(rows))
+    U, S, _ = torch.linalg.svd(rows)
+    assert_close(projected @ projected.T, (U[:, :3] * S[:3] ** 2) @ U[:, :3].T, 1e-10)
+
+
+def test_interrupted_and_continued(tmp_path, J_train, J_query, EK):
+    whole = GradientStore.create(tmp_path / "whole", J_train, EK, DAMPING).scores(J_query, EK)
+    folder = tmp_path / "store"
+    store = GradientStore.create(folder, J_train, EK, DAMPING)
+    for path in sorted(folder.glob("rows.*"))[1:3]:
+        path.unlink()
+    with pytest.raises(ValueError, match=r"holds 5 of 9 training examples. Call .*create again"):
+        store.scores(J_query, EK)
+    calls = []
+    hook = J_train.regression.objective.model.register_forward_hook(lambda *a: calls.append(1))
+    store = GradientStore.create(folder, J_train, EK, DAMPING)
+    hook.remove()
+    assert torch.equal(store.scores(J_query, EK), whole)
+    assert len(calls) == 4  # two batches, two rounds each: the check was passed before
+
+
+def test_something_else_is_refused(tmp_path, train, J_train, J_query, EK):
+    folder = tmp_path / "store"
+    store = GradientStore.create(folder, J_train, EK, DAMPING)
+    with pytest.raises(ValueError, match=r"gradients of something else: damping \(0.001 there"):
+        GradientStore.create(folder, J_train, EK, 1e-5)
+    with pytest.raises(ValueError, match=r"compression.precision \(bfloat16 there, int8 here\)"):
+        GradientStore.create(folder, J_train, EK, DAMPING, Compression("int8"))
+    other = DiffusionEKFACLinearOperator(train, mc_samples=2)
+    with pytest.raises(ValueError, match=r"another curvature: curvature.options.mc_samples \(1"):
+        store.scores(J_query, other)
+
+
+def test_damaged_files(tmp_path, J_train, J_query, EK):
+    folder = tmp_path / "store"
+    store = GradientStore.create(folder, J_train, EK, DAMPING)
+    path = next(iter(sorted(folder.glob("rows.*"))))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"is damaged, or no file of a store"):
+        store.scores(J_query, EK)
+    with pytest.raises(ValueError, match=r"There is no file .*GradientStore.create first"):
+        GradientStore.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "int2"}, "precision='int2' is unknown. Pass one of: 'float32'"),
+        ({"projection": "random"}, "projection='random' is unknown"),
+        ({"projection": "svd"}, "size=None arrived"),
+        ({"size": 4}, "size=4 arrived without a projection"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        Compression(**options)
+
+
+def test_too_many_coordinates():
+    rows = torch.randn(4, 10)
+    with pytest.raises(ValueError, match=r"size=5 arrived; a 'svd' projection from 4 .* at most 4"):
+        Compression(projection="svd", size=5).fit(rows)
+    with pytest.raises(ValueError, match=r"'leading' .* at most 10. Pass a smaller size\."):
+        Compression(projection="leading", size=11).fit(rows)
+
+
+def test_linear_layers_alone(tmp_path):
+    """No class labels, no attention; another order of blocks and parameters."""
+    from tests.cases import plain_regression, seeded
+
+    regression = plain_regression(seeded(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), (3,))
+    names = ["layers.2.bias", "layers.0.weight", "layers.2.weight"]
+    K = DiffusionKFACLinearOperator(regression, names)
+    J = ExampleGradientLinearOperator(regression, names)
+    store = GradientStore.create(tmp_path / "s", J, K, DAMPING, Compression("float32"))
+    expected = influence_scores(J, K.inverse(DAMPING), J)
+    assert_close(store.scores(J, K).double(), expected, 1e-6)
