@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -38,6 +39,19 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     Raises:
         ValueError: If it cannot be written; an older file of that name is unchanged.
     """
+    _written(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def write_bytes(path: Path, contents: bytes) -> None:
+    """Write any file in the same way.
+
+    Raises:
+        ValueError: If it cannot be written; an older file of that name is unchanged.
+    """
+    _written(path, lambda temporary: Path(temporary).write_bytes(contents))
+
+
+def _written(path: Path, write: Callable[[str], object]) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"The folder '{path.parent}' does not exist. Create it first.")
     if path.is_dir():
@@ -48,7 +62,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         raise ValueError(f"'{path.parent}' cannot be written to: {error}.") from error
     os.close(handle)
     try:
-        save_file(tensors, temporary, metadata)
+        write(temporary)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())  # the name must not appear before the contents
         os.chmod(temporary, 0o666 & ~_umask())

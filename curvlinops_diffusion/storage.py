@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
+from math import prod
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -101,17 +102,43 @@ def load_blocks(
     path = Path(path)
     header, tensors = _read(path)
     own = dict(model.named_parameters())
-    _check_model(path, header, model, own)
-    shapes = {name: tuple(shape) for name, shape in header["parameters"]}
-    device = own[next(iter(shapes))].device
-    # copied, since products of tensors that are not aligned in memory round differently
-    tensors = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
     try:
+        _check_model(path, header, model, own)
+        shapes = {name: tuple(shape) for name, shape in header["parameters"]}
+        device = own[next(iter(shapes))].device
+        # copied, since products of tensors that are not aligned in memory round differently
+        tensors = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
         space = ParameterSpace(shapes, getattr(torch, header["dtype"]), device)
         blocks = [_block(entry, tensors) for entry in header["blocks"]]
-    except (AttributeError, KeyError, TypeError) as error:
+        _check_blocks(space, blocks)
+        return str(header["kind"]), space, blocks, dict(header["info"])
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
-    return header["kind"], space, blocks, header["info"]
+
+
+def _check_blocks(space: ParameterSpace, blocks: Sequence[PlacedBlock]) -> None:
+    """Check that blocks and parameters fit together."""
+    held = sorted(name for placed in blocks for name in placed.params)
+    if held != sorted(space.shapes) or not space.dtype.is_floating_point:
+        raise TypeError("the blocks do not hold every parameter once")
+    for placed in blocks:
+        entries = sum(prod(space.shapes[name]) for name in placed.params)
+        if entries != placed.num_entries or not _is_square(placed.block):
+            raise TypeError(f"the block '{placed.name}' does not fit its parameters")
+
+
+def _is_square(block: Block) -> bool:
+    """Whether the tensors of a block have the shapes that its kind asks for."""
+    *groups, O, I = block.shape
+    expected = {
+        "eigenvalues": [(*groups, O, I)],
+        "output_basis": [(*groups, O, O)],
+        "input_basis": [(*groups, I, I)],
+        "output_factor": [(*groups, O, O)],
+        "input_factor": [(*groups, I, I), (I,)],
+        "matrix": [(*groups, O, O)],
+    }
+    return all(tuple(z.shape) in expected[name] for name, z in block.tensors().items())
 
 
 def _block(entry: dict[str, Any], tensors: dict[str, Tensor]) -> PlacedBlock:
@@ -127,6 +154,15 @@ def _block(entry: dict[str, Any], tensors: dict[str, Tensor]) -> PlacedBlock:
 
 def _damaged(path: Path, reason: object) -> ValueError:
     return ValueError(f"The header of '{path}' is damaged ({reason}). Write the file again.")
+
+
+def read_header(path: str | PathLike[str]) -> dict[str, Any]:
+    """What an operator's file says of itself: kind, parameters, blocks, how it was made.
+
+    Raises:
+        ValueError: If the file is missing, truncated, foreign or of a newer format.
+    """
+    return _read(Path(path))[0]
 
 
 # ---------------------------------------------------------------------------------------------

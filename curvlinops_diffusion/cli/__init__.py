@@ -1,0 +1,1 @@
+"""The program ``curvlinops-diffusion``: fit, score, report, inspect."""

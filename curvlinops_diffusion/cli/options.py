@@ -1,0 +1,176 @@
+"""The options of each command; every field is a flag, and a key of a YAML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The trained network.
+
+    Attributes:
+        pipeline: Folder of a diffusers pipeline, as written by save_pretrained.
+        model: Folder of a diffusers model, instead of a pipeline; with scheduler.
+        scheduler: Folder of its scheduler.
+        device: Where to compute: cpu, cuda, cuda:1. Default: cuda if there is one.
+        dtype: Precision of the network.
+        autocast: Precision of the network's passes, if lower.
+        latent_cache: Folder in which latents and embeddings are kept.
+    """
+
+    pipeline: Path | None = None
+    model: Path | None = None
+    scheduler: Path | None = None
+    device: str | None = None
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    autocast: Literal["bfloat16", "float16"] | None = None
+    latent_cache: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """How images become what the network was trained on.
+
+    Attributes:
+        resolution: Resize images to this size (shorter side, then cut from the middle). Default:
+            images must have the network's size.
+    """
+
+    resolution: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How the program runs.
+
+    Attributes:
+        batch_size: Images that the network sees at once.
+        checkpoint_every: Seconds between two checkpoints.
+        timeout: Seconds that a process waits for the others, with torchrun.
+        overwrite: Replace an output file that was made with other weights, data, draws or options.
+        dry_run: Print passes, memory, disk and time, and stop.
+        log: File to append a line of JSON to for each event.
+        quiet: Show no progress.
+        debug: Show the traceback of an error.
+    """
+
+    batch_size: int = 32
+    checkpoint_every: float = 300.0
+    timeout: float = 1800.0
+    overwrite: bool = False
+    dry_run: bool = False
+    log: Path | None = None
+    quiet: bool = False
+    debug: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions(ModelOptions, ImageOptions, RunOptions):
+    """Fit K-FAC or EK-FAC to training images.
+
+    Attributes:
+        data: Training images: a folder (subfolders are classes; metadata.jsonl may give text or
+            label), a data set of the library datasets saved to disk, or an .npz file.
+        output: The operator's file, .safetensors.
+        curvature: The approximation.
+        num_draws: Draws of timestep and noise for each image.
+        seed: Seed of the draws.
+        augment: Augmentation in training, drawn like noise.
+        fisher_type: Which curvature.
+        mc_samples: Loss vectors a draw.
+        kfac_approx: How weight sharing enters.
+        gradient_group: Images whose gradients are added up before they are squared (EK-FAC).
+    """
+
+    data: Path
+    output: Path
+    curvature: Literal["ekfac", "kfac"] = "ekfac"
+    num_draws: int = 8
+    seed: int = 0
+    augment: Literal["flip"] | None = None
+    fisher_type: Literal["mc", "type-2", "empirical", "forward-only"] = "mc"
+    mc_samples: int = 1
+    kfac_approx: Literal["expand", "reduce"] = "expand"
+    gradient_group: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(ModelOptions, ImageOptions, RunOptions):
+    """Score every training image for every query.
+
+    Attributes:
+        operator: The file that fit wrote.
+        data: The training images, the same as for fit.
+        queries: The images to explain, in the same forms.
+        output: The scores' file: .safetensors, or .npy with an index of names beside it.
+        damping: The damping of the inverse.
+        measurement: What is measured at the queries.
+        num_draws: Draws for each training image.
+        query_draws: Draws for each query.
+        seed: Seed of the training images' draws; the queries have the next one.
+        augment: Augmentation in training, drawn like noise.
+        query_block: Queries whose gradients are held at once.
+        other_data: Accept an operator that was fitted to other images.
+    """
+
+    operator: Path
+    data: Path
+    queries: Path
+    output: Path
+    damping: float = 1e-8
+    measurement: Literal["loss", "squared_norm", "simplified_elbo", "elbo", "log_likelihood"] = (
+        "loss"
+    )
+    num_draws: int = 16
+    query_draws: int = 64
+    seed: int = 0
+    augment: Literal["flip"] | None = None
+    query_block: int = 64
+    other_data: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Write a page with each query's most positive, negative and neutral training images.
+
+    Attributes:
+        scores: The file that score wrote.
+        data: The training images.
+        queries: The queries.
+        output: The page, .html.
+        operator: The operator's file, for spectra and coverage.
+        top: Training images of each kind for each query.
+        resolution: As for score.
+        overwrite: Replace an existing page.
+        log: File to append a line of JSON to for each event.
+        debug: Show the traceback of an error.
+    """
+
+    scores: Path
+    data: Path
+    queries: Path
+    output: Path
+    operator: Path | None = None
+    top: int = 8
+    resolution: int | None = None
+    overwrite: bool = False
+    log: Path | None = None
+    debug: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Print what a file of an operator or of scores holds.
+
+    Attributes:
+        file: The file.
+        log: File to append a line of JSON to for each event.
+        debug: Show the traceback of an error.
+    """
+
+    file: Path
+    log: Path | None = None
+    debug: bool = False

@@ -1,0 +1,122 @@
+"""The command line: what each command does, and what becomes of errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from typing import Any, get_type_hints
+
+import docstring_parser
+from jsonargparse import ActionYesNo, ArgumentParser
+
+from curvlinops_diffusion.cli.events import event, say, start_log
+from curvlinops_diffusion.cli.fit import fit
+from curvlinops_diffusion.cli.inspect import inspect
+from curvlinops_diffusion.cli.options import (
+    FitOptions,
+    InspectOptions,
+    ReportOptions,
+    ScoreOptions,
+)
+from curvlinops_diffusion.cli.processes import is_first
+from curvlinops_diffusion.cli.report import report
+from curvlinops_diffusion.cli.score import score
+
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
+    "fit": (FitOptions, fit),
+    "score": (ScoreOptions, score),
+    "report": (ReportOptions, report),
+    "inspect": (InspectOptions, inspect),
+}
+
+
+def parser() -> ArgumentParser:
+    """Flags of all commands, each of which may also come from ``--config FILE.yaml``."""
+    top = ArgumentParser(
+        prog="curvlinops-diffusion",
+        description="Which training images made a diffusion model generate this?",
+    )
+    commands = top.add_subcommands(required=True, dest="command")
+    for name, (options, _) in COMMANDS.items():
+        title = docstring_parser.parse(options.__doc__ or "").short_description
+        own = ArgumentParser(description=title)
+        own.add_argument("--config", action="config", help="YAML file of options")
+        types, texts = get_type_hints(options), _texts(options)
+        for field in fields(options):
+            _add_flag(own, field, types[field.name], texts[field.name])
+        commands.add_subcommand(name, own, help=title)
+    return top
+
+
+def _add_flag(own: ArgumentParser, field: Any, type_: Any, text: str) -> None:
+    """A flag for a field of an options class; ``file`` is positional."""
+    flag = "--" + field.name.replace("_", "-")
+    if type_ is bool:
+        own.add_argument(
+            flag, action=ActionYesNo(no_prefix="no-"), default=field.default, help=text
+        )
+    elif field.default is MISSING:
+        if field.name == "file":
+            own.add_argument("file", type=type_, help=text)
+        else:
+            own.add_argument(flag, type=type_, required=True, help=text)
+    else:
+        own.add_argument(flag, type=type_, default=field.default, help=text)
+
+
+def _texts(options: type[Any]) -> dict[str, str]:
+    """What the docstrings of an options class and its parents say of each field."""
+    return {
+        entry.arg_name: " ".join((entry.description or "").split())
+        for cls in reversed(options.__mro__)
+        for entry in docstring_parser.parse(cls.__doc__ or "").params
+    }
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command.
+
+    Returns:
+        The exit code: 0, 2 for an error (told in one line), 130 if interrupted.
+    """
+    parsed = parser().parse_args(list(arguments))
+    options_of, command = COMMANDS[parsed.command]
+    chosen = parsed[parsed.command]
+    known = {field.name for field in fields(options_of)}
+    options = options_of(**{key: value for key, value in vars(chosen).items() if key in known})
+    start = time.monotonic()
+    try:
+        if is_first() and os.environ.get("RANK", "0") == "0":
+            start_log(options.log)
+        event(
+            "start", command=parsed.command, options={k: str(v) for k, v in vars(options).items()}
+        )
+        with warnings.catch_warnings():
+            # of libraries that the user cannot do anything about
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.showwarning = lambda message, *rest, **kw: say(f"warning: {message}")
+            command(options)
+    except KeyboardInterrupt:
+        say("interrupted; start again with the same options to go on")
+        event("interrupted")
+        return 130
+    except Exception as error:  # told in one line, whatever it is
+        if options.debug:
+            traceback.print_exc()
+        expected = isinstance(error, ValueError)
+        text = " ".join(str(error).split()) or type(error).__name__
+        hint = "" if expected else f" ({type(error).__name__}; --debug shows where)"
+        say(f"error: {text}{hint}")
+        event("error", message=text)
+        return 2
+    event("end", seconds=round(time.monotonic() - start, 3))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
