@@ -37,7 +37,7 @@ docs: $(VENV)/.installed-docs  ## the documentation, into docs/_build/html
 	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
 	$(BIN)/python -m sphinx -q -W -b doctest docs docs/_build/doctest
 
-bench: $(VENV)/.installed-bench  ## the benchmarks, at most 20 minutes, into benchmarks/results/
+bench: $(VENV)/.installed-bench  ## the benchmarks, about 25 minutes, into benchmarks/results/
 	$(BIN)/python -m benchmarks.factor_pass --upstream --kronfluence
 	$(BIN)/python -m benchmarks.factor_pass --upstream --kronfluence --problem dit
 	$(BIN)/python -m benchmarks.eigenvalue_groups
@@ -46,10 +46,14 @@ bench: $(VENV)/.installed-bench  ## the benchmarks, at most 20 minutes, into ben
 	$(BIN)/python -m benchmarks.peak_memory
 	$(BIN)/python -m benchmarks.draws --repeats 2
 	$(BIN)/python -m benchmarks.scaling --repeats 2
+	$(BIN)/python -m benchmarks.scoring --kronfluence
+	$(BIN)/python -m benchmarks.stored_gradients
 
 bench-full: bench  ## the benchmarks that take longer as well
 	$(BIN)/python -m benchmarks.factor_pass --upstream --problem cifar --num-data 16 --batch-size 8 \
 		--not-decomposed
+	$(BIN)/python -m benchmarks.score_draws
+	$(BIN)/python -m benchmarks.refinement
 
 coverage: $(VENV)/.installed-bench  ## the table of networks and how near their blocks are
 	$(BIN)/python -m benchmarks.coverage

@@ -25,14 +25,16 @@ class DigitsProblem:
     objective: DenoisingObjective
     coverage: Coverage
     x0: Tensor
+    all_x0: Tensor
 
     @classmethod
     def of(cls, options: Namespace) -> DigitsProblem:
         """Train the network."""
         network, scheduler, x0 = trained_on_digits(20 if options.quick else 1500)
         network = network.to(options.device)
-        x0 = x0[: 16 if options.quick else 256]
-        return cls(DenoisingObjective(network, scheduler), covered_parameters(network, None), x0)
+        some = x0[: 16 if options.quick else 256]
+        coverage = covered_parameters(network, None)
+        return cls(DenoisingObjective(network, scheduler), coverage, some, x0)
 
     def regression(self, num_draws: int, seed: int, **options: Any) -> NoisedRegression:
         """The problem with given draws."""

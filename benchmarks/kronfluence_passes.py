@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,8 +43,56 @@ def kronfluence_passes(
     Raises:
         ImportError: If ``kronfluence`` is not installed.
     """
-    from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments
+
+    analyzer = _analyzer(regression)
+    data = _Batches(regression)
+    common = {"per_device_batch_size": batch_size, "overwrite_output_dir": True}
+    arguments = FactorArguments(strategy="ekfac", use_empirical_fisher=False)
+
+    def covariances() -> None:
+        analyzer.fit_covariance_matrices("factors", data, factor_args=arguments, **common)
+
+    def eigenvalues() -> None:
+        analyzer.fit_lambda_matrices("factors", data, factor_args=arguments, **common)
+
+    covariances()
+    analyzer.perform_eigendecomposition("factors", factor_args=arguments)
+    return {"kronfluence covariances": covariances, "kronfluence eigenvalues": eigenvalues}
+
+
+def kronfluence_scores(
+    train: NoisedRegression, query: NoisedRegression, batch_size: int
+) -> Callable[[], object]:
+    """Its pairwise scores with the identity for curvature: gradients and products alone.
+
+    Raises:
+        ImportError: If ``kronfluence`` is not installed.
+    """
+    from kronfluence.arguments import FactorArguments
+
+    analyzer = _analyzer(train)
+    train_data, query_data = _Batches(train), _Batches(query.with_draws(1))
+    analyzer.fit_all_factors(
+        "factors", train_data, factor_args=FactorArguments(strategy="identity")
+    )
+
+    def scores() -> None:
+        analyzer.compute_pairwise_scores(
+            "scores",
+            "factors",
+            query_data,
+            train_data,
+            per_device_query_batch_size=len(query_data),
+            per_device_train_batch_size=batch_size,
+            overwrite_output_dir=True,
+        )
+
+    return scores
+
+
+def _analyzer(regression: NoisedRegression) -> Any:
+    from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.task import Task
 
     class Denoising(Task):
@@ -61,26 +108,12 @@ def kronfluence_passes(
 
     # it wraps the model's layers for good
     model = prepare_model(deepcopy(regression.objective.model), Denoising())
-    folder = Path(tempfile.mkdtemp(prefix="kronfluence-"))
-    analyzer = Analyzer(
+    return Analyzer(
         "benchmark",
         model,
         Denoising(),
         cpu=regression.objective.device.type == "cpu",
         disable_tqdm=True,
         log_level=40,
-        output_dir=str(folder),
+        output_dir=tempfile.mkdtemp(prefix="kronfluence-"),
     )
-    data = _Batches(regression)
-    common = {"per_device_batch_size": batch_size, "overwrite_output_dir": True}
-    arguments = FactorArguments(strategy="ekfac", use_empirical_fisher=False)
-
-    def covariances() -> None:
-        analyzer.fit_covariance_matrices("factors", data, factor_args=arguments, **common)
-
-    def eigenvalues() -> None:
-        analyzer.fit_lambda_matrices("factors", data, factor_args=arguments, **common)
-
-    covariances()
-    analyzer.perform_eigendecomposition("factors", factor_args=arguments)
-    return {"kronfluence covariances": covariances, "kronfluence eigenvalues": eigenvalues}

@@ -25,6 +25,7 @@ from curvlinops_diffusion.noise import (
     NoiseProcess,
     PredictionType,
 )
+from curvlinops_diffusion.nystrom import NystromInverseLinearOperator
 from curvlinops_diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.operators.base import BlockDiagonalLinearOperator
 from curvlinops_diffusion.operators.ekfac import DiffusionEKFACLinearOperator
@@ -67,6 +68,7 @@ __all__ = [
     "NeumannRefinedInverseLinearOperator",
     "NoiseProcess",
     "NoisedRegression",
+    "NystromInverseLinearOperator",
     "PassOptions",
     "PredictionType",
     "RefinedInverseLinearOperator",

@@ -19,7 +19,11 @@ PROGRAMS = {
     "ggn_product": ["ggn_product"],
     "inverse_products": ["inverse_products"],
     "peak_memory": ["peak_memory"],
+    "refinement": ["refinement"],
     "scaling": ["scaling"],
+    "score_draws": ["score_draws"],
+    "scoring": ["scoring"],
+    "stored_gradients": ["stored_gradients"],
 }
 RESULTS = [name for names in PROGRAMS.values() for name in names]
 

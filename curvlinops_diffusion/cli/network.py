@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.utils.logging import disable_progress_bar
 
 from curvlinops_diffusion.cli.images import Form
 from curvlinops_diffusion.cli.options import ModelOptions
@@ -34,6 +35,9 @@ class Network:
     def form(self, resolution: int | None) -> Form:
         """The form in which images are loaded."""
         return Form(self.channels, self.size, resolution)
+
+
+disable_progress_bar()  # of loading; the passes have their own
 
 
 def load_network(options: ModelOptions) -> Network:

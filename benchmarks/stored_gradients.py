@@ -1,0 +1,91 @@
+"""What do smaller forms of stored gradients cost in scores and ranks?
+
+EK-FAC scores of 512 digits on 16 queries at the default damping; errors against float32.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import warnings
+
+from torch import Tensor
+
+from benchmarks.accuracy import DigitsProblem
+from benchmarks.measure import arguments, report
+from curvlinops_diffusion import (
+    Compression,
+    DiffusionEKFACLinearOperator,
+    ExampleGradientLinearOperator,
+    GradientStore,
+    NoisedRegression,
+)
+
+DAMPING = 1e-8
+
+
+def forms(P: int, N: int) -> list[Compression]:
+    """What is compared."""
+    plain = [Compression(precision) for precision in ("float32", "bfloat16", "int8", "nf4")]
+    leading = [Compression("bfloat16", "leading", size, N) for size in (P // 4, P // 16, P // 64)]
+    svd = [Compression("bfloat16", "svd", size, N) for size in (N // 2, N // 4, N // 16)]
+    both = [Compression("nf4", "leading", P // 16, N), Compression("int8", "svd", N // 4, N)]
+    return plain + leading + svd + both
+
+
+def ranks(scores_QN: Tensor) -> Tensor:
+    """Ranks within each query, of mean zero and norm one."""
+    r = scores_QN.argsort(1).argsort(1).double()
+    r = r - r.mean(1, keepdim=True)
+    return r / r.norm(dim=1, keepdim=True)
+
+
+def main() -> None:
+    """Run the program."""
+    options = arguments(__doc__).parse_args()
+    warnings.simplefilter("ignore")
+    problem = DigitsProblem.of(options)
+    N, Q, draws = (16, 2, 2) if options.quick else (512, 16, 8)
+    EK = DiffusionEKFACLinearOperator(problem.regression(draws, 0))
+    train = NoisedRegression(problem.objective, problem.all_x0[:N], draws, 1, batch_size=64)
+    J_train = ExampleGradientLinearOperator(train)
+    query = NoisedRegression(problem.objective, problem.all_x0[-Q:], 8 * draws, 2, batch_size=Q)
+    J_query = ExampleGradientLinearOperator(query)
+    truth, table = None, []
+    for compression in forms(EK.shape[0], N):
+        with tempfile.TemporaryDirectory() as folder:
+            store = GradientStore.create(folder, J_train, EK, DAMPING, compression)
+            start = time.perf_counter()
+            for _ in store._rows(EK.device):
+                pass
+            seconds = time.perf_counter() - start
+            scores = store.scores(J_query, EK).double()
+            size = store.bytes_per_example
+        truth = scores if truth is None else truth
+        table.append(
+            {
+                "form": _name(compression),
+                "bytes_for_each_example": round(size),
+                "error_of_scores": round(float((scores - truth).norm() / truth.norm()), 4),
+                "rank_correlation": round(float((ranks(scores) * ranks(truth)).sum(1).mean()), 4),
+                "top_10_found": round(_overlap(scores, truth), 3),
+                "milliseconds_to_read_1000": round(1e6 * seconds / N, 1),
+            }
+        )
+    report(options, "stored_gradients", __doc__, {"parameters": EK.shape[0], "forms": table})
+
+
+def _name(compression: Compression) -> str:
+    told = compression.as_dict()
+    kept = f", {told['projection']} {told['size']:,}" if told["size"] else ""
+    return told["precision"] + kept
+
+
+def _overlap(scores: Tensor, truth: Tensor, k: int = 10) -> float:
+    k = min(k, scores.shape[1])
+    pairs = zip(scores.topk(k, 1).indices, truth.topk(k, 1).indices, strict=True)
+    return sum(len({*a.tolist()} & {*b.tolist()}) / k for a, b in pairs) / len(scores)
+
+
+if __name__ == "__main__":
+    main()
