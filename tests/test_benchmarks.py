@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = {
+    "cost_model": ["cost_model"],
     "coverage": ["coverage"],
     "draws": ["draws"],
     "eigenvalue_groups": ["eigenvalue_groups"],
