@@ -1,6 +1,6 @@
 """User-facing checks: every message says what arrived, what is accepted, and what to do."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from math import isfinite
 from typing import Any, TypeVar
@@ -143,7 +143,7 @@ def check_no_autocast(device: torch.device) -> None:
         )
 
 
-def check_prediction(prediction_BD: Tensor, indices: Sequence[int], levels: Sequence[int]) -> None:
+def check_prediction(prediction_BD: Tensor, names: Iterable[str], level_B: Tensor) -> None:
     """Check that the network's output on a batch is finite, before anything is made of it.
 
     Raises:
@@ -153,11 +153,11 @@ def check_prediction(prediction_BD: Tensor, indices: Sequence[int], levels: Sequ
         return
     bad = (~prediction_BD.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
-        named = [f"{indices[b]} (noise level {levels[b]})" for b in bad[:4]]
+        known = list(names)
+        named = ", ".join(f"{known[b]} at noise level {int(level_B[b])}" for b in bad[:4])
         raise ValueError(
             f"The network's output is NaN or infinite for {len(bad)} example(s) of a batch: "
-            f"{', '.join(named)}. Check its weights; if it runs in float16 or bfloat16, try "
-            "float32."
+            f"{named}. Check its weights; if it runs in float16 or bfloat16, try float32."
         )
 
 

@@ -75,6 +75,20 @@ def _written(path: Path, write: Callable[[str], object]) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder where there is none.
+
+    Raises:
+        ValueError: If that is not possible.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"The folder '{path}' cannot be made: {error}. Pass another one."
+        ) from error
+
+
 def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors that share no memory, which the safetensors format refuses."""
     seen: set[int] = set()

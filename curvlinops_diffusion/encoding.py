@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from curvlinops_diffusion._files import fingerprint, write_tensors
+from curvlinops_diffusion._files import fingerprint, make_folder, write_tensors
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class LatentEncoder:
         if path.exists():
             return _read(path)
         encoded = self._encode(x0, condition)
-        self._cache.mkdir(parents=True, exist_ok=True)
+        make_folder(self._cache)
         _write(path, encoded)
         return encoded
 

@@ -206,7 +206,8 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
         for name, piece in zip(self._params, rows_BP.split(sizes, 1), strict=True):
             bad = [n for n, row in zip(indices, piece, strict=True) if not row.isfinite().all()]
             if bad:
-                check_finite(piece, f"The gradient of '{name}' for examples {bad[:8]}")
+                named = ", ".join(map(self.regression.name_of, bad[:8]))
+                check_finite(piece, f"The gradient of '{name}' for examples [{named}]")
 
 
 class _WeightedGradientLinearOperator(PyTorchLinearOperator):

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curvlinops_diffusion._checks import check_non_negative
-from curvlinops_diffusion._files import fingerprint, unshared, write_tensors
+from curvlinops_diffusion._files import fingerprint, make_folder, unshared, write_tensors
 from curvlinops_diffusion.data import CleanBatch
 from curvlinops_diffusion.distributed import Share
 from curvlinops_diffusion.identity import differences, identity_of
@@ -41,6 +41,7 @@ class PassOptions:
             go on when the program is started again: after a crash, with the same result to the last
             bit on one process. ``None`` for none. A finished pass leaves its sums there as well, so
             that a program of several passes does none of them again; delete the folder when done.
+            Several processes must see the same folder.
         checkpoint_every: Seconds between two checkpoints.
         distributed: Whether the processes of ``torch.distributed`` share the work. The default
             process group must be initialised; every process then has the whole result.
@@ -110,7 +111,7 @@ def run_pass(
         batches = regression.numbered_batches(
             lambda n: share.takes(n) and n not in done.batches and n not in elsewhere
         )
-        latest = time.monotonic()
+        latest, latest_written = time.monotonic(), len(done.batches)
         for number, clean in _kept_on_failure(batches, done, checkpoint):
             step(clean)
             done.batches.add(number)
@@ -118,9 +119,9 @@ def run_pass(
             bar.update(len(clean.indices) * regression.num_draws)
             if checkpoint and time.monotonic() - latest >= options.checkpoint_every:
                 checkpoint.write(done)
-                latest = time.monotonic()
-    if checkpoint:
-        checkpoint.write(done)
+                latest, latest_written = time.monotonic(), len(done.batches)
+        if checkpoint and latest_written != len(done.batches):
+            checkpoint.write(done)
     if share.count > 1:
         running.restore(share.summed(running.tensors(), device))
 
@@ -222,7 +223,7 @@ class _Checkpoint:
         Raises:
             ValueError: If a file is damaged, or of something else.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         found = sorted(self._folder.glob(f"{_slug(self._name)}.*.safetensors"))
         batches = {path: _read_done(path, self._identity).batches for path in found}
         current = [
@@ -283,7 +284,7 @@ def _write(
         "batches": sorted(done.batches),
         "examples": done.examples,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     # copied where they share memory, which the format refuses
     written = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_tensors(path, unshared(written), {FORMAT: json.dumps(header)})

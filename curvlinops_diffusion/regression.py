@@ -61,7 +61,8 @@ class NoisedRegression:
     Args:
         objective: The denoising objective.
         data: Clean examples: a tensor ``[N, ...]``; a ``Dataset``; a ``DataLoader`` or a list of
-            batches. Items and batches are tensors, pairs of these and integer labels or prompts
+            batches. If it has an attribute ``names``, messages name examples by it. Items and
+            batches are tensors, pairs of these and integer labels or prompts
             (``'class_labels'``, ``'prompt'``), or dicts with key ``'x0'`` whose other entries are
             passed to the model as keyword arguments (``class_labels``,
             ``encoder_hidden_states``, nested ``added_cond_kwargs``, …); a dict of whole tensors
@@ -108,6 +109,8 @@ class NoisedRegression:
         self._data = CleanData(data, batch_size)
         self._augmentations = augmentations(augment)
         self._kept: dict[str, Any] = {}
+        names = getattr(data, "names", None)  # a tensor's are those of its axes
+        self._names: list[str] | None = names if isinstance(names, list) else None
         self.model_func = _ScaledModel(objective)
         self.loss_func = nn.MSELoss()
 
@@ -125,6 +128,10 @@ class NoisedRegression:
     def num_samples(self) -> int:
         """The number ``N R`` of terms in the loss; averages divide by it."""
         return self.num_data * self.num_draws
+
+    def name_of(self, n: int) -> str:
+        """What example ``n`` is called in messages: its number, and its name if it has one."""
+        return f"{n}" if self._names is None else f"{n} ('{self._names[n]}')"
 
     def with_draws(self, num_draws: int) -> NoisedRegression:
         """The same problem with another number of draws for each example.

@@ -116,7 +116,7 @@ def kronecker_factors(
         exact.start_forward(N)
         with torch.set_grad_enabled(backward):
             prediction_BD = regression.objective.predict(batch)
-        check_prediction(prediction_BD, batch.indices, batch.level_B.tolist())
+        _check_prediction(regression, batch, prediction_BD)
         inputs.end_forward()
         for v_BD, more in _loss_vectors(regression, batch, prediction_BD, options):
             tap.backward(prediction_BD, v_BD, retain_graph=more)
@@ -399,7 +399,7 @@ def eigenvalue_moments(
             groups = _aligned_groups(batch.indices, options.gradient_group)
             recorder.start_forward(len(batch.indices))
             prediction_BD = regression.objective.predict(batch)
-            check_prediction(prediction_BD, batch.indices, batch.level_B.tolist())
+            _check_prediction(regression, batch, prediction_BD)
             for v_BD, more in _loss_vectors(regression, batch, prediction_BD, options):
                 recorder.backward(prediction_BD, v_BD, retain_graph=more)
 
@@ -457,6 +457,13 @@ def _aligned_groups(indices: Sequence[int], size: int) -> list[_Groups]:
 
 
 # ---------------------------------------------------------------------------------------------
+
+
+def _check_prediction(
+    regression: NoisedRegression, batch: NoisedBatch, prediction_BD: Tensor
+) -> None:
+    names = map(regression.name_of, batch.indices)
+    check_prediction(prediction_BD, names, batch.level_B)
 
 
 def _loss_vectors(

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curvlinops_diffusion._checks import check_count
-from curvlinops_diffusion._files import write_tensors
+from curvlinops_diffusion._files import make_folder, write_tensors
 from curvlinops_diffusion.compression import Compression
 from curvlinops_diffusion.distributed import Share
 from curvlinops_diffusion.gradients import ExampleGradientLinearOperator
@@ -100,7 +100,7 @@ class GradientStore:
         )
         whiten = Whitening(curvature, damping)
         if share.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             if not (folder / "store.safetensors").exists():
                 kept = _fit(J_train, whiten, compression)
                 size = _size(J_train, kept)

@@ -266,12 +266,38 @@ def passes_regression(unet, data):
     return NoisedRegression(objective, data, num_draws=2, batch_size=2)
 
 
-def test_a_network_that_overflows_is_explained():
-    unet = tiny_unet()
-    regression = unet_regression(unet, count=3)
-    unet.conv_out.bias.data[0] = float("inf")
-    with pytest.raises(ValueError, match=r"not finite|NaN or infinite"):
-        DiffusionKFACLinearOperator(regression)
+class NamedImages(torch.utils.data.Dataset):
+    names = ["a.png", "b.png", "c.png"]  # noqa: RUF012 - a list, as that of the command line
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, n):
+        return torch.full((1, 8, 8), 1e150 if n == 2 else 0.5, dtype=torch.float64)
+
+
+def squared(unet):
+    """A network whose output overflows for what is large."""
+    return unet.register_forward_hook(
+        lambda module, args, output: type(output)(sample=output.sample + args[0] ** 3)
+    )
+
+
+def test_an_image_for_which_the_network_overflows_is_named():
+    unet = tiny_unet(num_class_embeds=None)
+    squared(unet)
+    with pytest.raises(ValueError, match=r"for 1 example.* 2 \('c.png'\) at noise level \d+\."):
+        DiffusionKFACLinearOperator(passes_regression(unet, NamedImages()))
+    J = ExampleGradientLinearOperator(passes_regression(unet, NamedImages()), ["conv_out.bias"])
+    with pytest.raises(ValueError, match=r"'conv_out.bias' for examples \[2 \('c.png'\)"):
+        J.rows()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, regression):
+    (tmp_path / "file").write_text("")
+    settings = PassOptions(tmp_path / "file" / "checkpoint")
+    with pytest.raises(ValueError, match=r"checkpoint' cannot be made: .*Not a directory"):
+        DiffusionKFACLinearOperator(regression, passes=settings)
 
 
 def test_bad_options():
