@@ -1,4 +1,4 @@
-"""How much memory does a factor pass need beyond the model and a training pass?
+"""How much memory do factor passes and scores need beyond the model and a training pass?
 
 On a CPU each pass runs in a process of its own, whose peak resident memory is read from the
 operating system; the factors that a pass leaves behind are part of it. Measured on larger images
@@ -12,13 +12,19 @@ import resource
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 
 import torch
 
 from benchmarks.factor_pass import reference_passes, upstream_operator
 from benchmarks.measure import arguments, report
 from benchmarks.problems import regression_of, unet
-from curvlinops_diffusion import NoisedRegression
+from curvlinops_diffusion import (
+    ExampleGradientLinearOperator,
+    NoisedRegression,
+    top_influences,
+)
+from curvlinops_diffusion._upstream import PyTorchLinearOperator
 from curvlinops_diffusion.fisher import KFACOptions
 from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.statistics import kronecker_factors
@@ -31,10 +37,53 @@ def our_factors(regression: NoisedRegression) -> object:
     return kronecker_factors(regression, coverage, options)
 
 
+def our_scores(images: int) -> Callable[[NoisedRegression], object]:
+    """The extreme scores of so many images on eight queries, without curvature."""
+
+    def run(regression: NoisedRegression) -> object:
+        objective = regression.objective
+        config = objective.model.config
+        size = (config.in_channels, config.sample_size, config.sample_size)
+        x0 = torch.randn(images, *size)
+        batch_size = min(32, images)
+        J_train = ExampleGradientLinearOperator(
+            NoisedRegression(objective, x0, 1, batch_size=batch_size)
+        )
+        J_query = ExampleGradientLinearOperator(NoisedRegression(objective, x0[:8], 1))
+        return top_influences(J_query, IdentityLinearOperator(J_query), J_train, k=2)
+
+    return run
+
+
+class IdentityLinearOperator(PyTorchLinearOperator):
+    """The identity on the parameters of another operator."""
+
+    SELF_ADJOINT = True
+
+    def __init__(self, other: PyTorchLinearOperator):
+        super().__init__(other._in_shape, other._in_shape)
+        self._other = other
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the other operator."""
+        return self._other.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """That of the other operator."""
+        return self._other.device
+
+    def _matmat(self, X: list[torch.Tensor]) -> list[torch.Tensor]:
+        return X
+
+
 PASSES = {
     "training pass": lambda regression: reference_passes(regression)["training pass"](),
     "K-FAC factors": our_factors,
     "curvlinops K-FAC factors": lambda r: upstream_operator(r).compute_kronecker_factors(),
+    "scores of 64 images": our_scores(64),
+    "scores of 512 images": our_scores(512),
 }
 
 

@@ -8,6 +8,7 @@ the end everyone has the sum.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from curvlinops_diffusion.distributed import Share
 from curvlinops_diffusion.identity import differences, identity_of
 from curvlinops_diffusion.regression import NoisedRegression
 from curvlinops_diffusion.running import Running
+
+_logger = logging.getLogger("curvlinops_diffusion")
 
 FORMAT = "curvlinops_diffusion.checkpoint"
 
@@ -108,6 +111,7 @@ def run_pass(
         disable=not options.progressbar or share.rank > 0,
     ) as bar:
         bar.update(done.examples * regression.num_draws)
+        _tell("pass started", name, done, regression)
         batches = regression.numbered_batches(
             lambda n: share.takes(n) and n not in done.batches and n not in elsewhere
         )
@@ -119,11 +123,24 @@ def run_pass(
             bar.update(len(clean.indices) * regression.num_draws)
             if checkpoint and time.monotonic() - latest >= options.checkpoint_every:
                 checkpoint.write(done)
+                _tell("checkpoint written", name, done, regression)
                 latest, latest_written = time.monotonic(), len(done.batches)
         if checkpoint and latest_written != len(done.batches):
             checkpoint.write(done)
     if share.count > 1:
         running.restore(share.summed(running.tensors(), device))
+    _tell("pass finished", name, done, regression)
+
+
+def _tell(message: str, name: str, done: _Done, regression: NoisedRegression) -> None:
+    """A line of the log; ``fields`` are for what writes it for machines."""
+    fields = {
+        "pass": name,
+        "examples": done.examples,
+        "of": regression.num_data,
+        "draws": regression.num_draws,
+    }
+    _logger.info(message, extra={"fields": fields})
 
 
 def kept(
@@ -156,7 +173,7 @@ def kept(
         return _read(path, identity, regression.objective.device)[0]
     tensors = compute()
     if share.rank == 0:
-        _write(path, tensors, identity, _Done())
+        _try_to_write(path, tensors, identity, _Done())
     share.barrier()
     return tensors
 
@@ -257,10 +274,7 @@ class _Checkpoint:
         if not done.batches:
             return
         path = _path(self._folder, self._name, self._share.rank)
-        try:
-            _write(path, self._running.tensors(), self._identity, done)
-        except ValueError as error:
-            warn(f"The checkpoint was not written, and the pass goes on: {error}", stacklevel=3)
+        if not _try_to_write(path, self._running.tensors(), self._identity, done):
             return
         for other in self._merged:
             if other != path:
@@ -274,6 +288,18 @@ def _slug(name: str) -> str:
 
 def _path(folder: Path, name: str, rank: int) -> Path:
     return folder / f"{_slug(name)}.{rank}.safetensors"
+
+
+def _try_to_write(
+    path: Path, tensors: Mapping[str, Tensor], identity: Mapping[str, Any], done: _Done
+) -> bool:
+    """Write a checkpoint, or tell why not: the pass can go on without."""
+    try:
+        _write(path, tensors, identity, done)
+    except ValueError as error:
+        warn(f"The checkpoint was not written, and the pass goes on: {error}", stacklevel=4)
+        return False
+    return True
 
 
 def _write(

@@ -1,6 +1,7 @@
 """The command line, on a pipeline saved by ``save_pretrained`` and PNG files."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -169,8 +170,11 @@ def test_the_log(fitted, tmp_path):
     log = tmp_path / "log.jsonl"
     assert run(arguments(fitted, "fit", "--output", tmp_path / "e.safetensors", "--log", log)) == 0
     events = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [e["event"] for e in events] == ["start", "fitted", "end"]
-    assert events[1]["parameters"] == 4877
+    passes = ["pass started", "pass finished"]
+    assert [e["event"] for e in events] == ["start", *passes, *passes, "fitted", "end"]
+    assert events[2]["pass"] == "Kronecker factors"
+    assert events[2]["examples"] == events[2]["of"] == COUNT
+    assert events[-2]["parameters"] == 4877
     assert all("time" in e for e in events)
 
 
@@ -299,6 +303,24 @@ def test_errors(folder, tmp_path, capsys, case):
     assert ERRORS[case] in told
     assert "Traceback" not in told
     assert not (tmp_path / "e.safetensors").exists()
+
+
+def test_files_of_limited_size(folder, tmp_path):
+    """The operating system refuses to write more: told in a line, nothing half-written."""
+    words = arguments(folder, "fit", "--output", tmp_path / "e.safetensors")
+    limited = subprocess.run(
+        [sys.executable, "-m", "curvlinops_diffusion", *words, "--checkpoint-every", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )
+    assert limited.returncode == 2
+    assert "Traceback" not in limited.stderr
+    assert "warning: The checkpoint was not written, and the pass goes on" in limited.stderr
+    assert "error: " in limited.stderr
+    assert "could not be written" in limited.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_file_that_cannot_be_written(folder, tmp_path, capsys, monkeypatch):

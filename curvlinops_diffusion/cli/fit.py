@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +52,7 @@ def fit(options: FitOptions) -> None:
         passes = PassOptions(
             checkpoint, options.checkpoint_every, distributed=several, progressbar=not options.quiet
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the coverage is told below
-            operator = _OPERATORS[options.curvature](regression, passes=passes, **settings)
+        operator = _OPERATORS[options.curvature](regression, passes=passes, **settings)
         if not is_first():
             return
         operator.info["identity"] = identity
@@ -64,8 +61,6 @@ def fit(options: FitOptions) -> None:
         covered, left_out = operator.shape[0], operator.info.get("left_out", {})
         event("fitted", file=str(options.output), parameters=covered, left_out=left_out)
         say(f"Wrote {options.output}: {covered:,} parameters in {len(operator.blocks)} blocks")
-        if left_out:
-            say(f"warning: left out: {', '.join(left_out)}")
 
 
 def training_regression(network: Network, options: Any) -> NoisedRegression:
