@@ -96,14 +96,14 @@ def trained_on_digits(steps: int) -> tuple[UNet2DModel, DDPMScheduler, Tensor]:
     Returns:
         The network, its scheduler, and the digits in [-1, 1], shape ``[1797, 1, 8, 8]``.
     """
-    demo = _example("influence_digits")
+    demo = example("influence_digits")
     torch.manual_seed(0)
     network, scheduler, (x0, _) = demo.make_unet(), DDPMScheduler(), demo.digits()
     demo.train(network, scheduler, x0, steps)
     return network.eval(), scheduler, x0
 
 
-def _example(name: str) -> ModuleType:
+def example(name: str) -> ModuleType:
     spec = spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)

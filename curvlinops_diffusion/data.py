@@ -60,6 +60,10 @@ class CleanData:
         data: See :class:`~curvlinops_diffusion.NoisedRegression`.
         batch_size: Examples in a batch, where the data does not come in batches.
 
+    Attributes:
+        batch_size: The same; ``None`` where it does.
+        num_examples: The number of examples.
+
     Raises:
         ValueError: If the data is empty, of no known form, or changes between iterations.
     """
@@ -67,6 +71,10 @@ class CleanData:
     def __init__(self, data: Any, batch_size: int):
         check_count("batch_size", batch_size)
         self._source: Source = _batch_source(data, batch_size)
+        own_batches = isinstance(data, DataLoader) or not isinstance(
+            data, Tensor | Mapping | Dataset
+        )
+        self.batch_size = None if own_batches else batch_size
         if isinstance(data, Dataset | DataLoader):
             self._check_same_twice()
         known = _known_length(data)

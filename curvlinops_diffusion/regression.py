@@ -120,6 +120,11 @@ class NoisedRegression:
         return self._data.num_examples
 
     @property
+    def batch_size(self) -> int | None:
+        """Samples that the network sees at once; ``None`` where the data comes in batches."""
+        return self._data.batch_size
+
+    @property
     def num_draws(self) -> int:
         """The number ``R`` of draws for each example."""
         return self.draws.num_draws

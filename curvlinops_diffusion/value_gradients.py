@@ -93,7 +93,9 @@ class PredictionGradients(ValueGradients):
         P = sum(p.numel() for p in self.params.values())
         B, R = len(clean.indices), self.regression.num_draws
         rows_BP = torch.empty(B, P, device=objective.device, dtype=objective.working_dtype)
-        for positions, batch in self.regression.grouped_batches(clean, *cheapest_grouping(B, R)):
+        at_once = max(B, self.regression.batch_size or 0)
+        grouping = cheapest_grouping(B, R, at_once)
+        for positions, batch in self.regression.grouped_batches(clean, *grouping):
             gradients = example_gradients(
                 coverage,
                 objective,
@@ -234,22 +236,28 @@ def _differentiated(regression: NoisedRegression, params: list[nn.Parameter]) ->
         yield
 
 
-def cheapest_grouping(num_examples: int, num_draws: int) -> tuple[int, int]:
+def cheapest_grouping(num_examples: int, num_draws: int, at_once: int) -> tuple[int, int]:
     """How many examples to see at once, and how many draws of each, by counted cost.
 
-    At most ``num_examples`` samples go through the network at once. The multiplications are the
-    same however these are divided into examples and draws; what differs is the memory moved, in
-    units of the parameters: each pass reads the weights twice, and writes and adds a gradient for
-    each of its examples.
+    The multiplications are the same however samples are divided into examples and draws; what
+    differs is the memory moved, in units of the parameters: each pass through the network reads the
+    weights twice, and writes and adds a gradient for each of its examples.
+
+    Args:
+        num_examples: Examples.
+        num_draws: Draws of each.
+        at_once: Samples that may go through the network at once.
 
     Returns:
-        Examples, and draws of each.
+        Examples at once, and draws of each at once.
     """
 
-    def cost(draws: int) -> int:
-        examples = num_examples // draws
-        rounds = -(-num_draws // draws)
-        return rounds * (2 * -(-num_examples // examples) + 2 * num_examples)
+    def grouping(most: int) -> tuple[int, int, int]:
+        rounds = -(-num_draws // most)
+        draws = -(-num_draws // rounds)  # rounds of even size
+        examples = min(num_examples, at_once // draws)
+        passes = rounds * -(-num_examples // examples)
+        return 2 * passes + 2 * rounds * num_examples, examples, draws
 
-    draws = min(range(1, min(num_draws, num_examples) + 1), key=cost)
-    return num_examples // draws, draws
+    _, examples, draws = min(map(grouping, range(1, min(num_draws, at_once) + 1)))
+    return examples, draws

@@ -275,11 +275,14 @@ def test_gradients_whatever_the_grouping(num_draws, batch_size):
 
 
 def test_cheapest_grouping():
-    assert cheapest_grouping(32, 1) == (32, 1)
-    assert cheapest_grouping(32, 8) == (4, 8)
-    assert cheapest_grouping(4, 100) == (1, 4)
+    assert cheapest_grouping(32, 1, 32) == (32, 1)
+    assert cheapest_grouping(32, 8, 32) == (4, 8)
+    assert cheapest_grouping(2, 250, 32) == (1, 32)
+    assert cheapest_grouping(20, 25, 20) == (1, 13)  # even rounds
     for num_examples in range(1, 20):
         for num_draws in range(1, 30):
-            examples, draws = cheapest_grouping(num_examples, num_draws)
-            assert 1 <= draws <= num_draws
-            assert 1 <= examples * draws <= num_examples
+            for at_once in (num_examples, 32):
+                examples, draws = cheapest_grouping(num_examples, num_draws, at_once)
+                assert 1 <= draws <= num_draws
+                assert 1 <= examples <= num_examples
+                assert examples * draws <= at_once

@@ -1,0 +1,1 @@
+"""The linear data-modelling score: do influence scores predict what retraining does?"""
