@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -31,15 +34,6 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         weights.update(raw.numpy().tobytes())
     return {"structure": structure.hexdigest(), "weights": weights.hexdigest()}
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file under another name in the same folder, then rename it.
-
-    Raises:
-        ValueError: If it cannot be written; an older file of that name is unchanged.
-    """
-    _written(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def write_bytes(path: Path, contents: bytes) -> None:
@@ -89,7 +83,94 @@ def make_folder(path: Path) -> None:
         ) from error
 
 
-def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class FileKind:
+    """A kind of safetensors file: tensors, and a header of JSON text.
+
+    Nothing in a file is ever executed.
+
+    Attributes:
+        key: Under which the header is kept among the file's metadata.
+        what: What the file is of, for messages.
+        advice: What to do about a file that cannot be read, for messages.
+    """
+
+    key: str
+    what: str
+    advice: str
+
+    def write(self, path: Path, tensors: Mapping[str, Tensor], header: Any) -> None:
+        """Write a file under another name in the same folder, then rename it.
+
+        Raises:
+            ValueError: If it cannot be written; an older file of that name is unchanged.
+        """
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        metadata = {self.key: json.dumps(header)}
+        _written(path, lambda temporary: save_file(_unshared(plain), temporary, metadata))
+
+    def read(self, path: Path) -> tuple[Any, dict[str, Tensor]]:
+        """The header and the tensors of a file.
+
+        Raises:
+            ValueError: If the file is missing, not whole, or of another kind.
+        """
+        with self._open(path) as file:
+            header = self._header(path, file)
+            try:
+                names = list(file.keys())
+                return header, {name: file.get_tensor(name) for name in names}
+            except (SafetensorError, OSError) as error:
+                raise self._not_whole(path, error) from error
+
+    def read_header(self, path: Path) -> Any:
+        """The header alone.
+
+        Raises:
+            ValueError: As :meth:`read`.
+        """
+        with self._open(path) as file:
+            return self._header(path, file)
+
+    def holds(self, path: Path) -> bool:
+        """Whether a file can be read, and is of this kind."""
+        try:
+            with self._open(path) as file:
+                return self.key in (file.metadata() or {})
+        except ValueError:
+            return False
+
+    def damaged(self, path: Path, reason: object) -> ValueError:
+        """An error that says that the header is not what it should be."""
+        return ValueError(f"The header of '{path}' is damaged ({reason}). {self.advice}")
+
+    def _open(self, path: Path) -> Any:
+        if not path.is_file():
+            raise ValueError(f"There is no file '{path}'. {self.advice}")
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise self._not_whole(path, error) from error
+
+    def _header(self, path: Path, file: Any) -> Any:
+        metadata = file.metadata() or {}
+        if self.key not in metadata:
+            raise ValueError(
+                f"'{path}' is a safetensors file, but not of {self.what}. {self.advice}"
+            )
+        try:
+            return json.loads(metadata[self.key])
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise self.damaged(path, error) from error
+
+    def _not_whole(self, path: Path, error: Exception) -> ValueError:
+        return ValueError(
+            f"'{path}' is not a whole safetensors file ({error}). It was truncated, damaged, or "
+            f"written by another program. {self.advice}"
+        )
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors that share no memory, which the safetensors format refuses."""
     seen: set[int] = set()
     result = {}

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from curvlinops_diffusion._files import fingerprint, make_folder, write_tensors
+from curvlinops_diffusion._files import FileKind, fingerprint, make_folder
+
+LATENTS = FileKind("condition", "the latents' cache", "Delete it; it will be written again.")
 
 
 @dataclass(frozen=True)
@@ -144,21 +145,14 @@ def _write(path: Path, encoded: Encoded) -> None:
             tensors[f"condition/{name}"] = value
         else:
             plain[name] = value
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_tensors(path, contiguous, {"condition": json.dumps(plain)})
+    LATENTS.write(path, tensors, plain)
 
 
 def _read(path: Path) -> Encoded:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            leaves = json.loads((file.metadata() or {})["condition"])
-        mean = tensors.pop("mean")
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"The file '{path}' of the latents' cache is damaged ({error}). Delete it; it will be "
-            "written again."
-        ) from error
+    leaves, tensors = LATENTS.read(path)
+    if "mean" not in tensors or not isinstance(leaves, dict):
+        raise LATENTS.damaged(path, "there are no latents")
+    mean = tensors.pop("mean")
     std = tensors.pop("std", None)
     leaves |= {name.removeprefix("condition/"): tensor for name, tensor in tensors.items()}
     condition: dict[str, Any] = {}

@@ -7,7 +7,6 @@ the end everyone has the sum.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,12 +17,11 @@ from typing import Any
 from warnings import warn
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from curvlinops_diffusion._checks import check_non_negative
-from curvlinops_diffusion._files import fingerprint, make_folder, unshared, write_tensors
+from curvlinops_diffusion._files import FileKind, fingerprint, make_folder
 from curvlinops_diffusion.data import CleanBatch
 from curvlinops_diffusion.distributed import Share
 from curvlinops_diffusion.identity import differences, identity_of
@@ -32,7 +30,7 @@ from curvlinops_diffusion.running import Running
 
 _logger = logging.getLogger("curvlinops_diffusion")
 
-FORMAT = "curvlinops_diffusion.checkpoint"
+CHECKPOINT = FileKind("curvlinops_diffusion.checkpoint", "a checkpoint", "Delete it to start anew.")
 
 
 @dataclass(frozen=True)
@@ -311,39 +309,32 @@ def _write(
         "examples": done.examples,
     }
     make_folder(path.parent)
-    # copied where they share memory, which the format refuses
-    written = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_tensors(path, unshared(written), {FORMAT: json.dumps(header)})
+    CHECKPOINT.write(path, tensors, header)
 
 
 def _read_done(path: Path, identity: Mapping[str, Any]) -> _Done:
-    return _header(path, identity)[1]
+    return _checked(path, CHECKPOINT.read_header(path), identity)
 
 
 def _read(
     path: Path, identity: Mapping[str, Any], device: torch.device
 ) -> tuple[dict[str, Tensor], _Done]:
-    file, done = _header(path, identity)
-    with file:
-        # copied, since products of tensors that are not aligned in memory round differently
-        names = list(file.keys())
-        return {name: file.get_tensor(name).to(device, copy=True) for name in names}, done
+    header, tensors = CHECKPOINT.read(path)
+    done = _checked(path, header, identity)
+    # copied, since products of tensors that are not aligned in memory round differently
+    return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}, done
 
 
-def _header(path: Path, identity: Mapping[str, Any]) -> tuple[Any, _Done]:
-    """The open file, and the batches that it holds."""
+def _checked(path: Path, header: Any, identity: Mapping[str, Any]) -> _Done:
+    """The batches that a file holds, if it is of the same."""
     try:
-        file = safe_open(path, framework="pt")
-        header = json.loads((file.metadata() or {})[FORMAT])
-        there, done = header["identity"], _Done(set(header["batches"]), header["examples"])
-        different = differences(there, identity)
-    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"The checkpoint '{path}' is damaged or foreign ({error}). Delete it to start anew."
-        ) from error
+        done = _Done(set(header["batches"]), int(header["examples"]))
+        different = differences(header["identity"], identity)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CHECKPOINT.damaged(path, f"{type(error).__name__}: {error}") from error
     if different:
         raise ValueError(
             f"The checkpoint '{path}' is of something else: {'; '.join(different[:5])}. Delete the "
             "folder to start anew, or pass another one."
         )
-    return file, done
+    return done

@@ -5,7 +5,6 @@ Nothing in a file is ever executed: tensors are raw numbers, the header is JSON 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from math import prod
@@ -14,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from curvlinops_diffusion._files import fingerprint, write_tensors
+from curvlinops_diffusion._files import FileKind, fingerprint
 from curvlinops_diffusion.blocks import BLOCK_TYPES, Block, DenseBlock
 from curvlinops_diffusion.parameters import ParameterSpace
 from curvlinops_diffusion.placement import PlacedBlock
 
 FORMAT = "curvlinops_diffusion.operator"
 FORMAT_VERSION = 2
+OPERATOR = FileKind(
+    FORMAT, "an operator of curvlinops_diffusion", "Write it again with operator.save(path)."
+)
 
 
 def versions() -> dict[str, str]:
@@ -60,7 +61,7 @@ def save_blocks(
             identity = (tensor.data_ptr(), tensor.shape)
             if identity not in stored:
                 stored[identity] = f"{number}.{placed.name}.{role}"
-                tensors[stored[identity]] = tensor.contiguous()
+                tensors[stored[identity]] = tensor
             names[role] = stored[identity]
         listed.append(
             {
@@ -80,7 +81,7 @@ def save_blocks(
         "blocks": listed,
         "info": info,
     }
-    write_tensors(Path(path), tensors, {FORMAT: json.dumps(header)})
+    OPERATOR.write(Path(path), tensors, header)
 
 
 def load_blocks(
@@ -100,7 +101,7 @@ def load_blocks(
             for another model or other weights; the message says which.
     """
     path = Path(path)
-    header, tensors = _read(path)
+    header, tensors = read_file(path)
     own = dict(model.named_parameters())
     try:
         _check_model(path, header, model, own)
@@ -113,7 +114,7 @@ def load_blocks(
         _check_blocks(space, blocks)
         return str(header["kind"]), space, blocks, dict(header["info"])
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError) as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+        raise OPERATOR.damaged(path, f"{type(error).__name__}: {error}") from error
 
 
 def _check_blocks(space: ParameterSpace, blocks: Sequence[PlacedBlock]) -> None:
@@ -152,17 +153,14 @@ def _block(entry: dict[str, Any], tensors: dict[str, Tensor]) -> PlacedBlock:
     return PlacedBlock(entry["name"], tuple(entry["params"]), block, transposed)
 
 
-def _damaged(path: Path, reason: object) -> ValueError:
-    return ValueError(f"The header of '{path}' is damaged ({reason}). Write the file again.")
-
-
 def read_header(path: str | PathLike[str]) -> dict[str, Any]:
-    """What an operator's file says of itself: kind, parameters, blocks, how it was made.
+    """The header alone: kind, parameters, blocks, how it was made.
 
     Raises:
-        ValueError: If the file is missing, truncated, foreign or of a newer format.
+        ValueError: As :func:`read_file`.
     """
-    return _read(Path(path))[0]
+    path = Path(path)
+    return _checked(path, OPERATOR.read_header(path))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -172,37 +170,31 @@ def _type_name(placed: PlacedBlock) -> str:
     return next(name for name, cls in BLOCK_TYPES.items() if type(placed.block) is cls)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise ValueError(f"There is no file '{path}'.")
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What an operator's file says of itself, and its tensors.
+
+    Raises:
+        ValueError: If the file is missing, truncated, foreign or of a newer format.
+    """
+    header, tensors = OPERATOR.read(path)
+    return _checked(path, header), tensors
+
+
+def _checked(path: Path, header: Any) -> dict[str, Any]:
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"'{path}' is not a whole safetensors file ({error}). It was truncated, damaged, or "
-            "written by another program; write it again with operator.save(path)."
-        ) from error
-    if FORMAT not in metadata:
-        raise ValueError(
-            f"'{path}' is a safetensors file, but not of an operator of curvlinops_diffusion. "
-            "Pass a file written by operator.save(path)."
-        )
-    try:
-        header = json.loads(metadata[FORMAT])
         newer = header["format_version"] > FORMAT_VERSION
         complete = header.keys() >= {"kind", "parameters", "dtype", "blocks", "info"}
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, error) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise OPERATOR.damaged(path, error) from error
     if newer:
         raise ValueError(
             f"'{path}' has format version {header['format_version']}; this library reads up to "
             f"{FORMAT_VERSION}. Install a newer curvlinops_diffusion."
         )
     if not complete:
-        raise _damaged(path, "entries are missing")
-    return header, tensors
+        raise OPERATOR.damaged(path, "entries are missing")
+    checked: dict[str, Any] = header
+    return checked
 
 
 def _check_model(

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from curvlinops_diffusion._checks import check_count
-from curvlinops_diffusion._files import make_folder, write_tensors
+from curvlinops_diffusion._files import FileKind, make_folder
 from curvlinops_diffusion.compression import Compression
 from curvlinops_diffusion.distributed import Share
 from curvlinops_diffusion.gradients import ExampleGradientLinearOperator
@@ -28,7 +27,11 @@ from curvlinops_diffusion.operators.base import BlockDiagonalLinearOperator
 from curvlinops_diffusion.passes import PLAIN, PassOptions
 from curvlinops_diffusion.whitening import Whitening
 
-FORMAT = "curvlinops_diffusion.gradients"
+GRADIENTS = FileKind(
+    "curvlinops_diffusion.gradients",
+    "a store of gradients",
+    "Delete it, and call GradientStore.create again.",
+)
 
 
 class GradientStore:
@@ -105,7 +108,7 @@ class GradientStore:
                 kept = _fit(J_train, whiten, compression)
                 size = _size(J_train, kept)
                 header = {"identity": identity, "size": size}
-                _write(folder / "store.safetensors", kept, header)
+                GRADIENTS.write(folder / "store.safetensors", kept, header)
         share.barrier()
         store = cls.open(folder)
         different = differences(store.header["identity"], identity)
@@ -126,7 +129,7 @@ class GradientStore:
             ):
                 z_Bk = compression.project(whiten(J_train.rows_of(clean)), store._kept)
                 header = {"indices": list(clean.indices)}
-                _write(store._shard(number), compression.encode(z_Bk), header)
+                GRADIENTS.write(store._shard(number), compression.encode(z_Bk), header)
                 bar.update(len(clean.indices) * regression.num_draws)
         share.barrier()
         return store
@@ -139,8 +142,12 @@ class GradientStore:
             ValueError: If it holds no gradients, or they are damaged.
         """
         folder = Path(folder)
-        header, kept = _read(folder / "store.safetensors")
-        return cls(folder, header, kept)
+        path = folder / "store.safetensors"
+        header, kept = GRADIENTS.read(path)
+        try:
+            return cls(folder, header, kept)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise GRADIENTS.damaged(path, f"{type(error).__name__}: {error}") from error
 
     @property
     def bytes_per_example(self) -> float:
@@ -212,10 +219,17 @@ class GradientStore:
     def _rows(self, device: torch.device) -> Iterator[tuple[list[int], Tensor]]:
         seen = 0
         for path in sorted(self._folder.glob("rows.*.safetensors")):
-            header, stored = _read(path)
-            seen += len(header["indices"])
-            rows_Bk = self._compression.decode(stored, self._size)
-            yield header["indices"], rows_Bk.to(device)
+            header, stored = GRADIENTS.read(path)
+            try:
+                indices = [int(n) for n in header["indices"]]
+                rows_Bk = self._compression.decode(stored, self._size)
+                fits = rows_Bk.shape == (len(indices), self._size)
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise GRADIENTS.damaged(path, f"{type(error).__name__}: {error}") from error
+            if not fits or not all(0 <= n < self.num_data for n in indices):
+                raise GRADIENTS.damaged(path, "rows and examples do not fit together")
+            seen += len(indices)
+            yield indices, rows_Bk.to(device)
         if seen < self.num_data:
             raise ValueError(
                 f"'{self._folder}' holds {seen} of {self.num_data} training examples. Call "
@@ -242,24 +256,3 @@ def _size(J_train: ExampleGradientLinearOperator, kept: dict[str, Tensor]) -> in
     if "index" in kept:
         return len(kept["index"])
     return kept["basis"].shape[1] if "basis" in kept else J_train.shape[1]
-
-
-def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    written = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    write_tensors(path, written, {FORMAT: json.dumps(header)})
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise ValueError(
-            f"There is no file '{path}'. Make a store of gradients by GradientStore.create first."
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[FORMAT])
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"'{path}' is damaged, or no file of a store of gradients ({error}). Delete it, and "
-            "call GradientStore.create again."
-        ) from error

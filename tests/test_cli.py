@@ -20,6 +20,7 @@ from curvlinops_diffusion import (
     influence_scores,
     load_operator,
 )
+from curvlinops_diffusion._files import FileKind
 from curvlinops_diffusion.cli.images import Form, open_images
 from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.cli.score import read_scores
@@ -327,12 +328,13 @@ def test_a_file_that_cannot_be_written(folder, tmp_path, capsys, monkeypatch):
     """A full disk: what was computed is kept, and used when there is space again."""
     from curvlinops_diffusion import storage
 
-    def full(*args):
-        raise ValueError("'e' could not be written: No space left on device.")
+    class Full(FileKind):
+        def write(self, *args):
+            raise ValueError("'e' could not be written: No space left on device.")
 
     output = tmp_path / "e.safetensors"
     with monkeypatch.context() as patched:
-        patched.setattr(storage, "write_tensors", full)
+        patched.setattr(storage, "OPERATOR", Full("", "", ""))
         assert run(arguments(folder, "fit", "--output", output)) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert len(list((tmp_path / "e.safetensors.checkpoint").glob("*"))) == 3

@@ -8,21 +8,20 @@ halves, and the measurements of the retrained networks.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import time
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.lds import digits
 from benchmarks.measure import machine
-from curvlinops_diffusion._files import write_tensors
+from curvlinops_diffusion._files import FileKind
 
+NETWORKS = FileKind("retrained", "retrained networks", "Run benchmarks.lds.retrain again.")
 RESULT = Path(__file__).parent / "retrained.safetensors"
 
 
@@ -32,7 +31,7 @@ def base(work: Path) -> dict[str, Tensor]:
     if not path.exists():
         network = digits.trained(digits.data()[0], digits.STEPS, seed=100)
         weights = {f"weights/{k}": v.contiguous() for k, v in network.state_dict().items()}
-        write_tensors(path, {**weights, "generated": digits.generated(network)}, {})
+        NETWORKS.write(path, {**weights, "generated": digits.generated(network)}, {})
     return load_file(path)
 
 
@@ -49,7 +48,7 @@ def retrain(job: tuple[Path, int, int]) -> float:
     some = train[digits.halves()[half]]
     network = digits.trained(some, digits.STEPS // 2, seed=1000 * (seed + 1) + half)
     values = digits.measured(network, queries).contiguous()
-    write_tensors(path, {"values": values}, {})
+    NETWORKS.write(path, {"values": values}, {})
     return time.perf_counter() - start
 
 
@@ -80,9 +79,8 @@ def main() -> None:
     header = {"machine": machine(), "seconds": round(time.perf_counter() - start)}
     header |= {"steps": digits.STEPS, "measurements": digits.MEASUREMENTS}
     tensors = {**base(options.work), "values": values, "halves": digits.halves()}
-    write_tensors(RESULT, tensors, {"retrained": json.dumps(header)})
-    with safe_open(RESULT, framework="pt") as file:
-        print(f"Wrote {RESULT}: {len(list(file.keys()))} tensors, values {tuple(values.shape)}")
+    NETWORKS.write(RESULT, tensors, header)
+    print(f"Wrote {RESULT}: values {tuple(values.shape)}")
 
 
 if __name__ == "__main__":

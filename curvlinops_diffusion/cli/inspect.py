@@ -7,12 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from curvlinops_diffusion import storage
 from curvlinops_diffusion.cli.options import InspectOptions
-from curvlinops_diffusion.cli.score import FORMAT as SCORES
-from curvlinops_diffusion.cli.score import read_scores
+from curvlinops_diffusion.cli.score import SCORES, read_scores
 
 
 def inspect(options: InspectOptions) -> None:
@@ -21,20 +18,10 @@ def inspect(options: InspectOptions) -> None:
     Raises:
         ValueError: If it is of no known kind.
     """
-    if _holds_scores(options.file):
+    if options.file.suffix == ".npy" or SCORES.holds(options.file):
         _print_scores(options.file)
     else:
         _print_operator(options.file)
-
-
-def _holds_scores(path: Path) -> bool:
-    if path.suffix == ".npy":
-        return True
-    try:
-        with safe_open(path, framework="pt") as file:
-            return SCORES in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False  # told by what reads operators
 
 
 def _print_scores(path: Path) -> None:

@@ -12,7 +12,6 @@ import jinja2
 import matplotlib
 import torch
 from PIL import Image
-from safetensors import safe_open
 from torch import Tensor
 
 from curvlinops_diffusion._files import write_bytes
@@ -21,7 +20,7 @@ from curvlinops_diffusion.cli.fit import check_output
 from curvlinops_diffusion.cli.images import Form, NamedImages, open_images
 from curvlinops_diffusion.cli.options import ReportOptions
 from curvlinops_diffusion.cli.score import read_scores
-from curvlinops_diffusion.storage import read_header
+from curvlinops_diffusion.storage import read_file
 
 matplotlib.use("Agg")  # draws to files, needs no screen
 import matplotlib.pyplot as plt
@@ -118,22 +117,21 @@ def _histogram(scores_QN: Tensor) -> str:
 
 def _operator(path: Path) -> dict[str, Any]:
     """An operator's spectrum, and a row for each block."""
-    header = read_header(path)
+    header, tensors = read_file(path)
     shapes = {name: torch.Size(shape) for name, shape in header["parameters"]}
     rows, spectra = [], []
-    with safe_open(path, framework="pt") as file:
-        for block in header["blocks"]:
-            values = _eigenvalues({k: file.get_tensor(v) for k, v in block["tensors"].items()})
-            spectra.append(values)
-            rows.append(
-                {
-                    "name": block["name"],
-                    "kind": block["type"],
-                    "parameters": sum(shapes[name].numel() for name in block["params"]),
-                    "trace": float(values.sum()),
-                    "largest": float(values.max()),
-                }
-            )
+    for block in header["blocks"]:
+        values = _eigenvalues({role: tensors[name] for role, name in block["tensors"].items()})
+        spectra.append(values)
+        rows.append(
+            {
+                "name": block["name"],
+                "kind": block["type"],
+                "parameters": sum(shapes[name].numel() for name in block["params"]),
+                "trace": float(values.sum()),
+                "largest": float(values.max()),
+            }
+        )
     total = sum(row["trace"] for row in rows) or 1.0
     values = torch.cat(spectra).sort(descending=True).values.clamp(min=1e-30)
     figure, axis = plt.subplots(figsize=(7, 2.6))

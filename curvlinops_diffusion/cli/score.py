@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from curvlinops_diffusion._files import write_bytes, write_tensors
+from curvlinops_diffusion._files import FileKind, write_bytes
 from curvlinops_diffusion.cli.cost import ScoreCost
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.fit import check_output, checkpoint_of, training_regression
@@ -28,7 +27,11 @@ from curvlinops_diffusion.operators.load import load_operator
 from curvlinops_diffusion.passes import PassOptions
 from curvlinops_diffusion.regression import NoisedRegression
 
-FORMAT = "curvlinops_diffusion.scores"
+SCORES = FileKind(
+    "curvlinops_diffusion.scores",
+    "influence scores",
+    "Make it by curvlinops-diffusion score.",
+)
 
 
 def score(options: ScoreOptions) -> None:
@@ -108,7 +111,7 @@ def write_scores(
     header = {**names, "identity": identity}
     scores_QN = scores_QN.detach().cpu().contiguous()
     if path.suffix == ".safetensors":
-        write_tensors(path, {"scores": scores_QN}, {FORMAT: json.dumps(header)})
+        SCORES.write(path, {"scores": scores_QN}, header)
         return
     buffer = io.BytesIO()
     np.save(buffer, scores_QN.numpy(), allow_pickle=False)
@@ -123,25 +126,30 @@ def read_scores(path: Path) -> tuple[Tensor, dict[str, Any]]:
     Raises:
         ValueError: If the file is missing, damaged, or of something else.
     """
-    if not path.is_file():
-        raise ValueError(f"There is no file '{path}'. Make it by curvlinops-diffusion score.")
+    if path.suffix == ".npy":
+        header, scores_QN = _read_array(path)
+    else:
+        header, tensors = SCORES.read(path)
+        scores_QN = tensors.get("scores", torch.empty(0))
     try:
-        if path.suffix == ".npy":
-            header = json.loads(_index(path).read_text())
-            scores_QN = torch.from_numpy(np.load(path, allow_pickle=False))
-        else:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})[FORMAT])
-                scores_QN = file.get_tensor("scores")
         sizes = (len(header["queries"]), len(header["train"]))
-        if tuple(scores_QN.shape) != sizes:
-            raise ValueError(f"{tuple(scores_QN.shape)} scores for {sizes} names")
-        return scores_QN, {**header, "identity": dict(header["identity"])}
-    except Exception as error:  # numpy's and JSON's readers raise many kinds
-        raise ValueError(
-            f"'{path}' holds no scores, or is damaged ({type(error).__name__}: {error}). Make it "
-            "again by curvlinops-diffusion score."
-        ) from error
+        identity = dict(header["identity"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SCORES.damaged(path, f"{type(error).__name__}: {error}") from error
+    if tuple(scores_QN.shape) != sizes:
+        raise SCORES.damaged(path, f"{tuple(scores_QN.shape)} scores for {sizes} names")
+    return scores_QN, {**header, "identity": identity}
+
+
+def _read_array(path: Path) -> tuple[Any, Tensor]:
+    for needed in (path, _index(path)):
+        if not needed.is_file():
+            raise ValueError(f"There is no file '{needed}'. {SCORES.advice}")
+    try:
+        array = np.load(path, allow_pickle=False)
+        return json.loads(_index(path).read_text()), torch.from_numpy(array)
+    except Exception as error:  # numpy's reader raises many kinds
+        raise SCORES.damaged(path, f"{type(error).__name__}: {error}") from error
 
 
 def _index(path: Path) -> Path:
