@@ -24,9 +24,9 @@ from curvlinops_diffusion import (
     NoisedRegression,
     top_influences,
 )
-from curvlinops_diffusion._upstream import PyTorchLinearOperator
 from curvlinops_diffusion.fisher import KFACOptions
 from curvlinops_diffusion.layers import covered_parameters
+from curvlinops_diffusion.operators.base import FlatLinearOperator
 from curvlinops_diffusion.statistics import kronecker_factors
 
 
@@ -55,27 +55,12 @@ def our_scores(images: int) -> Callable[[NoisedRegression], object]:
     return run
 
 
-class IdentityLinearOperator(PyTorchLinearOperator):
+class IdentityLinearOperator(FlatLinearOperator):
     """The identity on the parameters of another operator."""
 
-    SELF_ADJOINT = True
-
-    def __init__(self, other: PyTorchLinearOperator):
-        super().__init__(other._in_shape, other._in_shape)
-        self._other = other
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the other operator."""
-        return self._other.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """That of the other operator."""
-        return self._other.device
-
-    def _matmat(self, X: list[torch.Tensor]) -> list[torch.Tensor]:
-        return X
+    def multiply(self, X_PK: torch.Tensor) -> torch.Tensor:
+        """The columns themselves."""
+        return X_PK
 
 
 PASSES = {

@@ -5,11 +5,11 @@ Attribution in Diffusion Models*, ICLR 2025 (arXiv:2410.13850).
 """
 
 from curvlinops_diffusion.compression import Compression
+from curvlinops_diffusion.consumers import GradientConsumer, TopInfluences
 from curvlinops_diffusion.encoding import LatentEncoder
 from curvlinops_diffusion.functions import Example, ExampleDraws, ExampleFunction
 from curvlinops_diffusion.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence import (
-    TopInfluences,
     group_and_self_influence,
     influence_scores,
     stream_gradients,
@@ -60,6 +60,7 @@ __all__ = [
     "ExampleDraws",
     "ExampleFunction",
     "ExampleGradientLinearOperator",
+    "GradientConsumer",
     "GradientStore",
     "InverseVarianceWeighting",
     "LatentEncoder",

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from curvlinops_diffusion._checks import check_count, check_non_negative
 from curvlinops_diffusion._upstream import PyTorchLinearOperator
-from curvlinops_diffusion.operators.base import BlockDiagonalLinearOperator
+from curvlinops_diffusion.operators.base import BlockDiagonalLinearOperator, FlatLinearOperator
 
 
-class NystromInverseLinearOperator(PyTorchLinearOperator):
+class NystromInverseLinearOperator(FlatLinearOperator):
     r"""``(Ĝ + λ I)⁻¹`` with a Nyström approximation ``Ĝ`` of rank ``r``, up to a factor.
 
     From a sketch ``Y = G Ω`` with ``r`` random columns ``Ω``, ``Ĝ = Y (Ωᵀ Y)⁻¹ Yᵀ = V diag(θ) Vᵀ``.
@@ -39,8 +39,6 @@ class NystromInverseLinearOperator(PyTorchLinearOperator):
         block: Columns multiplied at once.
     """
 
-    SELF_ADJOINT = True
-
     def __init__(
         self,
         G: PyTorchLinearOperator,
@@ -56,7 +54,6 @@ class NystromInverseLinearOperator(PyTorchLinearOperator):
             raise ValueError(
                 f"rank={rank} arrived for {G.shape[1]} parameters. Pass at most as many."
             )
-        self._G = G
         self.damping = check_non_negative("damping", damping)
         generator = torch.Generator().manual_seed(seed)
         sketch_Pr = torch.randn(G.shape[1], rank, generator=generator).to(G.device, G.dtype)
@@ -73,7 +70,7 @@ class NystromInverseLinearOperator(PyTorchLinearOperator):
         root = (vectors * values.rsqrt()).to(product_Pr)
         self.vectors, singular, _ = torch.linalg.svd(product_Pr @ root, full_matrices=False)
         self.values = (singular.square() - shift).clamp(min=0)
-        super().__init__(G._in_shape, G._out_shape)
+        super().__init__(G)
 
     def with_damping(self, damping: float) -> NystromInverseLinearOperator:
         """The same sketch with another damping, at no cost."""
@@ -82,23 +79,7 @@ class NystromInverseLinearOperator(PyTorchLinearOperator):
         other.damping = check_non_negative("damping", damping)
         return other
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the vectors that the operator acts on."""
-        return self._G.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the vectors that the operator acts on."""
-        return self._G.device
-
-    def _adjoint(self) -> PyTorchLinearOperator:
-        return self
-
-    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        shapes = [x.shape for x in X]
-        X_PK = torch.cat([x.reshape(-1, x.shape[-1]) for x in X]).to(self.dtype)
+    def multiply(self, X_PK: Tensor) -> Tensor:
+        """Scale along the leading eigenvectors, ``[P, K] -> [P, K]``."""
         scale_r = (self.values[-1] + self.damping) / (self.values + self.damping) - 1
-        product = X_PK + self.vectors @ (scale_r.unsqueeze(1) * (self.vectors.T @ X_PK))
-        pieces = product.split([shape[:-1].numel() for shape in shapes])
-        return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+        return X_PK + self.vectors @ (scale_r.unsqueeze(1) * (self.vectors.T @ X_PK))

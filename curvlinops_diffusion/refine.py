@@ -5,7 +5,7 @@ Legend: P parameters, K columns.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from curvlinops_diffusion._checks import check_count, check_non_negative
 from curvlinops_diffusion._upstream import PyTorchLinearOperator
-
-Product = Callable[[Tensor], Tensor]
+from curvlinops_diffusion.operators.base import FlatLinearOperator
 
 
 @dataclass
@@ -37,7 +36,7 @@ class Refinement:
         return max(0, len(self.residuals) - 1)
 
 
-class RefinedInverseLinearOperator(PyTorchLinearOperator, ABC):
+class RefinedInverseLinearOperator(FlatLinearOperator):
     """``(G + λ I)⁻¹`` by iteration, from an approximation of it.
 
     A product runs the iteration on all columns at once, each with its own coefficients. It stops
@@ -56,8 +55,6 @@ class RefinedInverseLinearOperator(PyTorchLinearOperator, ABC):
     Attributes:
         refinement: What happened in the latest product.
     """
-
-    SELF_ADJOINT = True
 
     def __init__(
         self,
@@ -81,39 +78,17 @@ class RefinedInverseLinearOperator(PyTorchLinearOperator, ABC):
                 f"The preconditioner acts on {preconditioner.shape[1]:,} entries and G on "
                 f"{G.shape[1]:,}. Pass the same params to both."
             )
-        super().__init__(G._in_shape, G._out_shape)
+        super().__init__(G)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the vectors that the operator acts on."""
-        return self.G.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the vectors that the operator acts on."""
-        return self.G.device
-
-    @property
-    def param_names(self) -> tuple[str, ...] | None:
-        """Names of the parameters, where ``G`` knows them."""
-        return getattr(self.G, "param_names", None)
-
-    def _adjoint(self) -> PyTorchLinearOperator:
-        return self
-
-    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        """Solve for every column."""
-        shapes = [x.shape for x in X]
-        B_PK = torch.cat([x.reshape(-1, x.shape[-1]) for x in X]).to(self.dtype)
+    def multiply(self, X_PK: Tensor) -> Tensor:
+        """Solve for every column, ``[P, K] -> [P, K]``."""
         with tqdm(total=self.max_iter, desc="Residual", disable=not self._progressbar) as bar:
 
             def tell() -> None:
                 bar.set_postfix_str(f"{float(self.refinement.residuals[-1].max()):.2e}")
                 bar.update()
 
-            solution_PK = self._solve(B_PK, tell)
-        pieces = solution_PK.split([shape[:-1].numel() for shape in shapes])
-        return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+            return self._solve(X_PK, tell)
 
     @abstractmethod
     def _solve(self, B_PK: Tensor, tell: Callable[[], None]) -> Tensor:

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from curvlinops_diffusion._checks import check_count
 from curvlinops_diffusion._files import FileKind, make_folder
 from curvlinops_diffusion.compression import Compression
+from curvlinops_diffusion.consumers import TopInfluences, TopScores
 from curvlinops_diffusion.distributed import Share
 from curvlinops_diffusion.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.identity import differences, identity_of
-from curvlinops_diffusion.influence import TopInfluences, TopScores
 from curvlinops_diffusion.measurements import name_of
 from curvlinops_diffusion.operators.base import BlockDiagonalLinearOperator
 from curvlinops_diffusion.passes import PLAIN, PassOptions
