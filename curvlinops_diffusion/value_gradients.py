@@ -84,25 +84,15 @@ class PredictionGradients(ValueGradients):
 
     @torch.no_grad()
     def rows(self, clean: CleanBatch) -> Tensor:
-        """The gradients, shape ``[B, P]``.
-
-        Parameters of known layers get theirs from what the layers see, the others by
-        differentiating example by example.
-        """
-        coverage, objective = self._checked_coverage(), self.regression.objective
+        """The gradients, shape ``[B, P]``."""
+        objective = self.regression.objective
         P = sum(p.numel() for p in self.params.values())
         B, R = len(clean.indices), self.regression.num_draws
         rows_BP = torch.empty(B, P, device=objective.device, dtype=objective.working_dtype)
         at_once = max(B, self.regression.batch_size or 0)
         grouping = cheapest_grouping(B, R, at_once)
         for positions, batch in self.regression.grouped_batches(clean, *grouping):
-            gradients = example_gradients(
-                coverage,
-                objective,
-                batch,
-                partial(self._averaged_gradient, batch),
-                len(positions),
-            )
+            gradients = self._gradients(batch, len(positions))
             start = 0
             for name, p in self.params.items():
                 part = rows_BP[positions.start : positions.stop, start : start + p.numel()]
@@ -113,6 +103,30 @@ class PredictionGradients(ValueGradients):
                     part.add_(gradient)
                 start += p.numel()
         return rows_BP
+
+    def _gradients(self, batch: NoisedBatch, examples: int) -> dict[str, Tensor]:
+        """Gradients of each example, summed over the draws in the batch, by parameter.
+
+        Draws of one example need no gradients apart: the sum is what a training pass computes.
+        Parameters of known layers otherwise get theirs from what the layers see, the others by
+        differentiating example by example.
+        """
+        objective = self.regression.objective
+        full_precision = objective.autocast is None and objective.dtype == objective.working_dtype
+        if examples > 1 or not full_precision:
+            loss_vector = partial(self._averaged_gradient, batch)
+            return example_gradients(
+                self._checked_coverage(), objective, batch, loss_vector, examples
+            )
+        params = list(self.params.values())
+        with _differentiated(self.regression, params), torch.enable_grad():
+            prediction_BD = objective.predict(batch)
+            v_BD = self._averaged_gradient(batch, prediction_BD)
+            gradients = torch.autograd.grad(prediction_BD, params, v_BD, allow_unused=True)
+        return {
+            name: torch.zeros_like(p) if gradient is None else gradient
+            for (name, p), gradient in zip(self.params.items(), gradients, strict=True)
+        }
 
     def _averaged_gradient(self, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
         """What is pulled back for a mean over draws: cheaper to divide than gradients."""

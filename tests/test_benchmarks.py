@@ -86,5 +86,17 @@ def test_what_the_documentation_says_of_the_results():
     passes = kept("factor_pass_unet")["training_passes"]
     assert passes["K-FAC factors"] < 1.7
     assert passes["curvlinops K-FAC factors"] / passes["K-FAC factors"] > 3
+    needed = kept("score_draws")["needed"]
+    assert [round(needed[t]["0.9"]) for t in ("stratified", "uniform")] == [98, 121]
+    assert [round(needed[t]["0.95"]) for t in ("stratified", "uniform")] == [214, 235]
+    forms = {row["form"]: row for row in kept("stored_gradients")["forms"]}
+    assert forms["nf4"]["error_of_scores"] < 0.011
+    assert forms["float32"]["bytes_for_each_example"] > 7 * forms["nf4"]["bytes_for_each_example"]
+    best: dict[float, dict[str, float]] = {}
+    for row in kept("refinement")["preconditioners"]:
+        best.setdefault(row["damping"], {})[row["preconditioner"]] = row["error_after_60"]
+    for errors in best.values():
+        others = [e for name, e in errors.items() if not name.startswith("Nyström")]
+        assert errors["Nyström, rank 64"] <= min(others)
     memory = kept("peak_memory")["beyond_a_training_pass"]
     assert memory["curvlinops K-FAC factors"] / memory["K-FAC factors"] > 4

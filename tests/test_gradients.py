@@ -50,8 +50,7 @@ def test_only_examples_that_are_asked_for_are_computed(regression):
     J = ExampleGradientLinearOperator(regression, ["conv_in.weight"])
     J.rows([2])
     handle.remove()
-    # a check of what hooks see takes two examples, twice; then there is one, with two draws at once
-    assert calls == [2, 2, 2]
+    assert calls == [2]  # one example, with its two draws at once
 
 
 @pytest.mark.parametrize("columns", [1, 5])
@@ -188,7 +187,7 @@ def test_bad_options(options, message):
 )
 def test_a_measurement_of_the_wrong_shape(use):
     J = small(measurement=lambda batch, f: f)
-    with pytest.raises(ValueError, match=r"returned \(\d, 3\) for a batch of \d. It must"):
+    with pytest.raises(ValueError, match=r"returned \(\d+, 3\) for a batch of \d+. It must"):
         use(J)
 
 
