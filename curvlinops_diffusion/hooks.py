@@ -162,6 +162,16 @@ class CallRecorder:
         self.tap.restart(batch_size)
         self._inputs.clear()
 
+    def forget(self) -> None:
+        """Let go of what the latest pass saw.
+
+        Recorder, tap and the graph's hooks refer to each other, so that tensors would otherwise
+        live until Python looks for such circles, which it does not do for want of memory.
+        """
+        self.tap.restart(0)
+        self._inputs.clear()
+        self._gradients.clear()
+
     def backward(self, prediction_BD: Tensor, v_BD: Tensor, retain_graph: bool = False) -> None:
         """Run a backward pass and hand every layer on."""
         self.tap.backward(prediction_BD, v_BD, retain_graph)
@@ -209,7 +219,9 @@ def _pull_back(
         prediction_BD = objective.predict(batch)
         v_BD = loss_vector(prediction_BD.detach())
         recorder.backward(prediction_BD, v_BD)
-    return recorder.tap.calls, v_BD
+    calls = recorder.tap.calls
+    recorder.forget()
+    return calls, v_BD
 
 
 def example_gradients(

@@ -1,5 +1,7 @@
 """Per-example gradients against plain loops: rows, products, adjoint products, measurements."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -89,6 +91,25 @@ def test_some_parameters(unet, regression, truth):
     v, w = random_like(J.shape[1]), random_like(J.shape[0])
     assert_close(J @ v, expected @ v, 1e-12)
     assert_close(J.adjoint() @ w, expected.T @ w, 1e-12)
+
+
+@pytest.mark.parametrize("num_draws", [1, 4])
+def test_nothing_is_left_behind(unet, num_draws):
+    """Memory does not wait for Python to look for circles: as many tensors after each batch."""
+    regression = unet_regression(unet, count=12, num_draws=num_draws)
+    J = ExampleGradientLinearOperator(regression)
+    gc.collect()
+    gc.disable()
+    try:
+        alive = []
+        for _, rows in J.row_batches():
+            del rows
+            tensors = [z for z in gc.get_objects() if isinstance(z, torch.Tensor)]
+            alive.append(sum(z.numel() for z in tensors))
+            del tensors
+    finally:
+        gc.enable()
+    assert max(alive[1:]) - alive[1] < 2000  # a tiny part of what the layers see
 
 
 # ---------------------------------------------------------------------------------------------
