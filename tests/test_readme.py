@@ -41,13 +41,13 @@ def test_the_commands_exist():
 
 @pytest.mark.parametrize("name", re.findall(r"`(\w+)`", README.read_text()))
 def test_names_exist(name):
-    """Names in the README are those of the library, of curvlinops, or of torch."""
+    """Names in the README are those of the library, of curvlinops, or of torch (and its launcher)."""
     import curvlinops
     from torch import nn
 
     import curvlinops_diffusion
 
-    known = {"curvlinops", "diffusers"}
+    known = {"curvlinops", "diffusers", "torchrun"}
     assert name in known or any(
         hasattr(library, name) for library in (curvlinops_diffusion, curvlinops, nn)
     )
