@@ -41,7 +41,7 @@ def test_the_commands_exist():
 
 @pytest.mark.parametrize("name", re.findall(r"`(\w+)`", README.read_text()))
 def test_names_exist(name):
-    """Names in the README are those of the library, of curvlinops, or of torch (and its launcher)."""
+    """Names in the README are those of the library, of curvlinops, of torch or its launcher."""
     import curvlinops
     from torch import nn
 
