@@ -7,6 +7,7 @@ two independent seeds are correlated over the training images, query by query.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,11 @@ from curvlinops_diffusion import (
 
 DAMPING = 1e-8
 CORRELATIONS = (0.8, 0.9, 0.95)
+SCHEMES: dict[str, dict[str, Any]] = {
+    "stratified, antithetic": {"antithetic": True},
+    "stratified": {},
+    "uniform": {"timesteps": "uniform"},
+}
 
 
 def main() -> None:
@@ -31,15 +37,15 @@ def main() -> None:
     problem = DigitsProblem.of(options)
     images, queries = (8, 2) if options.quick else (128, 16)
     many = 4 if options.quick else 512
-    numbers = (1, 2) if options.quick else (2, 4, 8, 16, 32, 64, 128, 256)
+    numbers = (2, 4) if options.quick else (2, 4, 8, 16, 32, 64, 128, 256)
     EK = DiffusionEKFACLinearOperator(problem.regression(2 if options.quick else 16, 0))
     x_query = problem.x0[-queries:]
     query = NoisedRegression(problem.objective, x_query, many, 77, batch_size=queries)
     queries_PQ = EK.inverse(DAMPING) @ ExampleGradientLinearOperator(query).rows().T
 
-    def scores(timesteps: str, draws: int, seed: int) -> Tensor:
+    def scores(scheme: dict[str, Any], draws: int, seed: int) -> Tensor:
         regression = NoisedRegression(
-            problem.objective, problem.x0[:images], draws, seed, timesteps=timesteps, batch_size=32
+            problem.objective, problem.x0[:images], draws, seed, batch_size=32, **scheme
         )
         batches = ExampleGradientLinearOperator(regression).row_batches()
         return torch.cat([rows_BP @ queries_PQ for _, rows_BP in batches]).T
@@ -47,22 +53,20 @@ def main() -> None:
     table = []
     for draws in numbers:
         row: dict[str, float] = {"draws": draws}
-        for timesteps in ("stratified", "uniform"):
-            first, second = (scores(timesteps, draws, seed) for seed in (1, 2))
+        for name, scheme in SCHEMES.items():
+            first, second = (scores(scheme, draws, seed) for seed in (1, 2))
             pairs = zip(first, second, strict=True)
             correlations = [np.corrcoef(a, b)[0, 1] for a, b in pairs]
-            row[f"correlation, {timesteps}"] = round(float(np.mean(correlations)), 4)
+            row[f"correlation, {name}"] = round(float(np.mean(correlations)), 4)
         table.append(row)
-    needed = {
-        timesteps: {str(c): _needed(table, timesteps, c) for c in CORRELATIONS}
-        for timesteps in ("stratified", "uniform")
-    }
+        print(row, flush=True)
+    needed = {name: {str(c): _needed(table, name, c) for c in CORRELATIONS} for name in SCHEMES}
     report(options, "score_draws", __doc__, {"draws": table, "needed": needed})
 
 
-def _needed(table: list[dict[str, float]], timesteps: str, correlation: float) -> float | None:
+def _needed(table: list[dict[str, float]], name: str, correlation: float) -> float | None:
     """The number of draws, between those measured, by interpolation of its logarithm."""
-    found = [row[f"correlation, {timesteps}"] for row in table]
+    found = [row[f"correlation, {name}"] for row in table]
     if not found[0] < correlation <= found[-1]:
         return None
     logs = np.log([row["draws"] for row in table])

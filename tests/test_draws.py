@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from curvlinops_diffusion import (
+    DenoisingObjective,
     DiffusionEKFACLinearOperator,
     DiffusionGGNLinearOperator,
     ExampleGradientLinearOperator,
@@ -21,13 +22,13 @@ from curvlinops_diffusion.draws import (
     UniformTimesteps,
     make_draws,
 )
-from tests.cases import plain_regression, seeded
+from tests.cases import noise_levels, plain_regression, seeded, unet_regression
 
 RADEMACHER, GAUSSIAN = ProbeType.RADEMACHER, ProbeType.GAUSSIAN
 
 
-def draws_of(timesteps="stratified", num_draws=4, seed=0, num_levels=1000):
-    return make_draws(timesteps, num_draws, seed, num_levels)
+def draws_of(timesteps="stratified", num_draws=4, seed=0, num_levels=1000, antithetic=False):
+    return make_draws(timesteps, num_draws, seed, num_levels, antithetic)
 
 
 def test_pure_functions_of_seed_example_and_draw():
@@ -172,6 +173,11 @@ def test_lists_and_every_level_once():
         ({"timesteps": [1, 2, 3], "num_draws": 8}, r"num_draws=8.*multiple of 3, or num"),
         ({"num_draws": 0}, r"num_draws=0 arrived. Pass a whole number of at least 1"),
         ({"num_draws": 2.0}, r"num_draws=2.0 arrived"),
+        ({"antithetic": True, "num_draws": 3}, r"antithetic pairs. Pass a multiple of 2"),
+        (
+            {"antithetic": True, "timesteps": [1, 2], "num_draws": 6},
+            r"antithetic pairs at each of 2 listed levels. Pass a multiple of 4",
+        ),
         ({"seed": -1}, r"seed=-1 arrived. Pass a whole number from 0 to"),
         ({"seed": None}, r"seed=None arrived"),
         ({"seed": 2**64}, r"seed=18446744073709551616 arrived"),
@@ -180,6 +186,83 @@ def test_lists_and_every_level_once():
 def test_bad_draws(arguments, message):
     with pytest.raises(ValueError, match=message):
         draws_of(**arguments)
+
+
+# ---------------------------------------------------------------------------------------------
+# Antithetic pairs
+# ---------------------------------------------------------------------------------------------
+
+
+def test_pairs_differ_in_the_sign_of_the_noise_alone():
+    draws = make_draws("stratified", 8, 3, 1000, antithetic=True)
+    n, shape = [0, 4, 9], (2, 3)
+
+    def probe(r):
+        return draws.probe(n, r, 0, 9, GAUSSIAN)
+
+    shared = [
+        lambda r: draws.levels(n, r),
+        lambda r: draws.latent_noise(n, r, shape),
+        lambda r: draws.versions(n, r, 2),
+        lambda r: draws.dropped(n, r, 0.5),
+    ]
+    for r in range(0, 8, 2):
+        assert torch.equal(draws.noise(n, r, shape), -draws.noise(n, r + 1, shape))
+        assert not torch.equal(probe(r), probe(r + 1))
+        assert all(torch.equal(f(r), f(r + 1)) for f in shared)
+    assert not torch.equal(draws.noise(n, 0, shape), draws.noise(n, 2, shape))
+    levels = torch.stack([draws.levels(range(50), r) for r in range(0, 8, 2)], 1)
+    assert torch.equal(levels // 250, torch.arange(4).expand(50, 4))  # each pair has a stratum
+    listed = make_draws([3, 1], None, 0, 10, antithetic=True)
+    assert [listed.levels([0], r).item() for r in range(listed.num_draws)] == [3, 3, 1, 1]
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_gradients_of_pairs_are_unbiased(antithetic):
+    """A linear network, the gradient's expectation in closed form; two pairs, many times.
+
+    ``E[2 r (W x_t - ε) x_tᵀ] = 2 r (α² W x0 x0ᵀ + σ² W - σ I)``, averaged over the levels.
+    """
+    rows, W, x0, process = linear_rows(antithetic, num_draws=4)
+    truth = torch.zeros(3, 3).double()
+    for alpha, sigma in zip(process.alphas_T, process.sigmas_T, strict=True):
+        truth += 2 / 3 * (alpha**2 * W @ x0.T @ x0 + sigma**2 * W - sigma * torch.eye(3))
+    truth = truth.flatten() / process.num_levels
+    error = rows.std(0) / len(rows) ** 0.5
+    assert ((rows.mean(0) - truth).abs() < 4.5 * error).all()
+    scale = rows @ truth / truth.square().sum()
+    assert abs(scale.mean() - 1) < 4 * scale.std() / len(rows) ** 0.5
+    assert 4 * scale.std() / len(rows) ** 0.5 < 0.05  # a scale wrong by 5 % would be seen
+
+
+def test_pairs_help_where_gradients_are_linear_in_the_noise():
+    """At little noise, ``(W x_t - ε) x_tᵀ ≈ -ε α x0ᵀ``; at much noise, ``-σ ε εᵀ`` is even."""
+
+    def variance(antithetic, level):
+        return linear_rows(antithetic, num_draws=2, timesteps=[level])[0].var(0).sum()
+
+    assert variance(True, 0) < 0.2 * variance(False, 0)
+    assert variance(True, 9) > variance(False, 9)
+
+
+def linear_rows(antithetic, **options):
+    """Gradients of the same example many times, and the linear network, example and process."""
+    model, process = seeded(nn.Linear(3, 3, bias=False)), noise_levels()
+    x0 = torch.tensor([[0.5, -1.0, 0.3]]).double()
+    regression = NoisedRegression(
+        DenoisingObjective(model, process), x0.expand(4000, 3), antithetic=antithetic, **options
+    )
+    W = next(model.parameters()).detach()
+    return ExampleGradientLinearOperator(regression).rows(), W, x0, process
+
+
+def test_pairs_of_a_regression():
+    """They stay pairs with another number of draws, and files tell them from single draws."""
+    pairs, single = (unet_regression(num_draws=4, antithetic=a) for a in (True, False))
+    assert pairs.with_draws(6).draws.antithetic
+    assert pairs.description != single.description
+    with pytest.raises(ValueError, match="num_draws=3 arrived with antithetic pairs"):
+        pairs.with_draws(3)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -63,7 +63,9 @@ def fit(options: FitOptions) -> None:
         say(f"Wrote {options.output}: {covered:,} parameters in {len(operator.blocks)} blocks")
 
 
-def training_regression(network: Network, options: Any) -> NoisedRegression:
+def training_regression(
+    network: Network, options: Any, antithetic: bool = False
+) -> NoisedRegression:
     """The training images as a problem, for both ``fit`` and ``score``."""
     images = open_images(options.data, network.form(options.resolution), network.conditioned)
     return NoisedRegression(
@@ -73,6 +75,7 @@ def training_regression(network: Network, options: Any) -> NoisedRegression:
         options.seed,
         batch_size=options.batch_size,
         augment=options.augment,
+        antithetic=antithetic,
     )
 
 

@@ -108,8 +108,8 @@ class ScoreOptions(ModelOptions, ImageOptions, RunOptions):
         output: The scores' file: .safetensors, or .npy with an index of names beside it.
         damping: The damping of the inverse.
         measurement: What is measured at the queries.
-        num_draws: Draws for each training image.
-        query_draws: Draws for each query.
+        num_draws: Draws for each training image; an even number is drawn in antithetic pairs.
+        query_draws: Draws for each query; likewise.
         seed: Seed of the training images' draws; the queries have the next one.
         augment: Augmentation in training, drawn like noise.
         query_block: Queries whose gradients are held at once.

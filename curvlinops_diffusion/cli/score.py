@@ -43,7 +43,7 @@ def score(options: ScoreOptions) -> None:
     check_output(options.output, (".safetensors", ".npy"))
     with process_group(options.timeout) as several:
         network = load_network(with_own_device(options))
-        train = training_regression(network, options)
+        train = training_regression(network, options, in_pairs(options.num_draws))
         form = network.form(options.resolution)
         images = open_images(options.queries, form, network.conditioned)
         query = NoisedRegression(
@@ -52,6 +52,7 @@ def score(options: ScoreOptions) -> None:
             options.query_draws,
             options.seed + 1,
             batch_size=options.batch_size,
+            antithetic=in_pairs(options.query_draws),
         )
         operator = load_operator(options.operator, network.objective.model)
         if not options.other_data:
@@ -93,6 +94,11 @@ def score(options: ScoreOptions) -> None:
         Q, N = scores_QN.shape
         event("scored", file=str(options.output), queries=Q, training_images=N)
         say(f"Wrote {options.output}: {Q} queries × {N} training images")
+
+
+def in_pairs(num_draws: int) -> bool:
+    """Whether so many draws are made antithetic pairs, which gradients gain by."""
+    return num_draws % 2 == 0
 
 
 def _names(path: Path, form: Any) -> list[str]:

@@ -167,7 +167,9 @@ def main() -> None:
 
     objective = DenoisingObjective(unet, scheduler)
     regression = NoisedRegression(objective, x0, num_draws=16, batch_size=256)
-    queries = NoisedRegression(objective, samples, num_draws=64, seed=1)
+    # noise and negated noise in pairs: gradients vary less, curvature would vary more
+    in_pairs = NoisedRegression(objective, x0, num_draws=16, batch_size=256, antithetic=True)
+    queries = NoisedRegression(objective, samples, num_draws=64, seed=1, antithetic=True)
     with step("Fitting EK-FAC"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the coverage is printed instead
         EK = DiffusionEKFACLinearOperator(regression, progressbar=True)
@@ -177,7 +179,7 @@ def main() -> None:
     EK = load_operator(arguments.output / "ekfac.safetensors", unet)
 
     with step("Scoring every training digit"):
-        J_train = ExampleGradientLinearOperator(regression, EK.param_names)
+        J_train = ExampleGradientLinearOperator(in_pairs, EK.param_names)
         J_query = ExampleGradientLinearOperator(queries, EK.param_names)
         scores = influence_scores(J_query, EK.inverse(DAMPING), J_train, progressbar=True)
 
