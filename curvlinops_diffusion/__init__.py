@@ -42,6 +42,7 @@ from curvlinops_diffusion.refine import (
 from curvlinops_diffusion.regression import NoisedRegression
 from curvlinops_diffusion.store import GradientStore
 from curvlinops_diffusion.trajectories import TrajectoryRegression, record_trajectories
+from curvlinops_diffusion.woodbury import WoodburyInverseLinearOperator
 
 __all__ = [
     "ELBO",
@@ -78,6 +79,7 @@ __all__ = [
     "TopInfluences",
     "TrajectoryRegression",
     "WeightedLoss",
+    "WoodburyInverseLinearOperator",
     "group_and_self_influence",
     "influence_scores",
     "load_operator",

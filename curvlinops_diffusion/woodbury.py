@@ -1,0 +1,72 @@
+"""Curvature plus the outer products of some gradients, inverted by Woodbury's formula.
+
+Legend: P parameters, N gradients, K columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion._checks import check_non_negative
+from curvlinops_diffusion._upstream import PyTorchLinearOperator
+from curvlinops_diffusion.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.operators.base import FlatLinearOperator
+
+
+class WoodburyInverseLinearOperator(FlatLinearOperator):
+    r"""``(F + λ I + c Jᵀ J)⁻¹`` from ``(F + λ I)⁻¹`` and the gradients ``J`` of ``N`` examples.
+
+    ::
+
+        (F + λ I + c Jᵀ J)⁻¹ = M − M Jᵀ (I / c + J M Jᵀ)⁻¹ J M,    M = (F + λ I)⁻¹
+
+    K-FAC and EK-FAC average over the examples before anything else: of what a single training
+    example alone does to the curvature, little is left. ``1/N Jᵀ J``, with rows ``∇ℓ_n`` averaged
+    over the draws of example ``n``, puts back the direction that matters for the example's own
+    influence. For ``c → ∞`` scores become those of kernel regression in the metric of ``M``, as
+    TRAK's are in that of the identity.
+
+    Holds ``M Jᵀ``, ``[P, N]``, and solves a system of ``N`` unknowns in float64.
+
+    Source: Woodbury, 1950; TRAK: Park et al., 2023, Section 3.
+
+    Args:
+        inverse: ``M``, a damped inverse.
+        gradients: ``J``: an operator of per-example gradients, or their rows ``[N, P]``.
+        weight: ``c ≥ 0``; ``None`` for ``1/N``.
+
+    Raises:
+        ValueError: If the weight is negative, or the shapes do not fit.
+    """
+
+    def __init__(
+        self,
+        inverse: PyTorchLinearOperator,
+        gradients: ExampleGradientLinearOperator | Tensor,
+        weight: float | None = None,
+    ):
+        rows_NP = gradients if isinstance(gradients, Tensor) else gradients.rows()
+        if rows_NP.ndim != 2 or rows_NP.shape[1] != inverse.shape[1]:
+            raise ValueError(
+                f"Gradients of shape {tuple(rows_NP.shape)} arrived with an inverse of shape "
+                f"{tuple(inverse.shape)}. Pass gradients [N, {inverse.shape[1]}] of the same "
+                "parameters."
+            )
+        N = len(rows_NP)
+        self.weight = 1 / N if weight is None else check_non_negative("weight", weight)
+        self._inverse = inverse
+        self._rows_NP = rows_NP.to(inverse.device, inverse.dtype)
+        self._product_PN = inverse @ self._rows_NP.T
+        inner = (self._rows_NP @ self._product_PN).double()
+        inner = self.weight * (inner + inner.T) / 2
+        inner.diagonal().add_(1)
+        self._root = torch.linalg.cholesky(inner)
+        super().__init__(inverse)
+
+    def multiply(self, X_PK: Tensor) -> Tensor:
+        """Correct ``M X`` in the span of ``M Jᵀ``, ``[P, K] -> [P, K]``."""
+        X_PK = self._inverse @ X_PK
+        right_NK = self.weight * (self._rows_NP @ X_PK).double()
+        solution_NK = torch.cholesky_solve(right_NK, self._root)
+        return X_PK - self._product_PN @ solution_NK.to(X_PK)

@@ -1,0 +1,66 @@
+"""Curvature plus outer products of gradients, against a dense inverse."""
+
+import pytest
+import torch
+from torch import nn
+
+from curvlinops_diffusion import (
+    DiffusionEKFACLinearOperator,
+    ExampleGradientLinearOperator,
+    WoodburyInverseLinearOperator,
+    influence_scores,
+)
+from tests.cases import plain_regression, seeded
+from tests.comparisons import assert_close
+from tests.reference import to_dense
+
+DAMPING = 1e-3
+
+
+@pytest.fixture(scope="module")
+def regression():
+    model = seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1))
+    return plain_regression(model, (1, 4, 4), count=6, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def EK(regression):
+    return DiffusionEKFACLinearOperator(regression)
+
+
+@pytest.mark.parametrize("weight", [None, 0.0, 3.0])
+def test_against_the_dense_inverse(regression, EK, weight):
+    J = ExampleGradientLinearOperator(regression)
+    rows = J.rows()
+    c = 1 / len(rows) if weight is None else weight
+    identity = torch.eye(EK.shape[0]).double()
+    dense = to_dense(EK) + DAMPING * identity + c * rows.T @ rows
+    for gradients in (J, rows):
+        inverse = WoodburyInverseLinearOperator(EK.inverse(DAMPING), gradients, weight)
+        assert_close(to_dense(inverse), torch.linalg.inv(dense), 1e-8)
+
+
+def test_scores_and_formats(regression, EK):
+    J = ExampleGradientLinearOperator(regression)
+    rows = J.rows()
+    inverse = WoodburyInverseLinearOperator(EK.inverse(DAMPING), J)
+    expected = rows @ (inverse @ rows.T) / len(rows)
+    assert_close(influence_scores(J, inverse, J), expected, 1e-9)
+    listed = inverse @ [p.detach() for p in regression.objective.model.parameters()]
+    flat = torch.cat([p.detach().flatten() for p in regression.objective.model.parameters()])
+    assert_close(torch.cat([x.flatten() for x in listed]), inverse @ flat, 1e-12)
+
+
+def test_much_weight_is_kernel_regression(regression, EK):
+    """Scores of the training examples on themselves: the identity over ``N c``, for large ``c``."""
+    rows = ExampleGradientLinearOperator(regression).rows()
+    c = 1e6
+    inverse = WoodburyInverseLinearOperator(EK.inverse(DAMPING), rows, c)
+    assert_close(c * rows @ (inverse @ rows.T), torch.eye(len(rows)).double(), 1e-3)
+
+
+def test_errors(EK):
+    with pytest.raises(ValueError, match=r"Gradients of shape \(2, 3\) arrived with an inverse"):
+        WoodburyInverseLinearOperator(EK.inverse(DAMPING), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="weight=-1"):
+        WoodburyInverseLinearOperator(EK.inverse(DAMPING), torch.zeros(2, EK.shape[0]), -1)
