@@ -16,7 +16,8 @@ from benchmarks.accuracy import DigitsProblem, accuracy, relative_error
 from benchmarks.measure import arguments, report
 from curvlinops_diffusion.factors import eigendecomposition
 from curvlinops_diffusion.fisher import KFACOptions
-from curvlinops_diffusion.statistics import eigenvalue_moments, kronecker_factors
+from curvlinops_diffusion.gradient_statistics import eigenvalue_moments
+from curvlinops_diffusion.statistics import kronecker_factors
 
 
 def log_error(estimate: dict[str, Tensor], truth: dict[str, Tensor]) -> float:

@@ -20,9 +20,10 @@ from benchmarks.problems import NETWORKS, random_regression
 from curvlinops_diffusion import NoisedRegression
 from curvlinops_diffusion.factors import Eigendecomposition, eigendecomposition
 from curvlinops_diffusion.fisher import KFACOptions
+from curvlinops_diffusion.gradient_statistics import eigenvalue_moments
 from curvlinops_diffusion.hooks import Tap, frozen, tapped
 from curvlinops_diffusion.layers import covered_parameters
-from curvlinops_diffusion.statistics import eigenvalue_moments, kronecker_factors
+from curvlinops_diffusion.statistics import kronecker_factors
 
 
 def reference_passes(regression: NoisedRegression) -> dict[str, Callable[[], object]]:

@@ -64,6 +64,39 @@ def rotation_of_inputs_is_cheaper(positions: int, O: int, I: int) -> bool:
     return positions * (O * O + I * I) < O * I * (O + I)
 
 
+def contracted_inputs(g_NgOI: Tensor, A: Tensor) -> Tensor:
+    """``Σ_n g A gᵀ``, ``[*g, O, O]``; ``A`` is ``[*g, I, I]``, or the diagonal ``[I]`` of one."""
+    product = g_NgOI * A if A.ndim == 1 else g_NgOI @ A
+    product, g = (z.movedim(0, -1).flatten(-2) for z in (product, g_NgOI))  # [*g, O, I N]
+    return product @ g.mT
+
+
+def contracted_outputs(g_NgOI: Tensor, B: Tensor, diagonal: bool = False) -> Tensor:
+    """``Σ_n gᵀ B g``, ``[*g, I, I]``, or its diagonal ``[I]``; ``B`` is ``[*g, O, O]``."""
+    product = B @ g_NgOI
+    if diagonal:
+        return (product * g_NgOI).sum((0, -2))
+    product, g = (z.movedim(0, -2).flatten(-3, -2) for z in (product, g_NgOI))  # [*g, O N, I]
+    return g.mT @ product
+
+
+def identity_like(factor: Tensor) -> Tensor:
+    """The identity, for each group; of a diagonal factor ``[I]``, its diagonal."""
+    if factor.ndim == 1:
+        return torch.ones_like(factor)
+    return torch.eye(factor.shape[-1]).to(factor).expand_as(factor)
+
+
+def trace(factor: Tensor) -> Tensor:
+    """The trace of a factor, for each group."""
+    return factor.sum() if factor.ndim == 1 else factor.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def squared_norm(factor: Tensor) -> Tensor:
+    """The squared Frobenius norm of a factor, for each group."""
+    return factor.square().sum() if factor.ndim == 1 else factor.square().sum((-2, -1))
+
+
 @dataclass(frozen=True)
 class Eigendecomposition:
     """``M = U diag(λ) Uᵀ`` with ``λ ≥ 0``.

@@ -37,15 +37,27 @@ class FisherType(str, Enum):
 
 
 class KFACApprox(str, Enum):
-    """How weight sharing enters the Kronecker factors (Eschenhagen et al., 2023, Section 3).
+    """How the Kronecker factors are found, weight sharing above all.
 
     Attributes:
-        EXPAND: ``'expand'``, positions count as independent examples.
+        EXPAND: ``'expand'``, positions count as independent examples (Eschenhagen et al., 2023,
+            Section 3).
         REDUCE: ``'reduce'``, positions are averaged (inputs) and summed (gradients) first.
+        SHAMPOO: ``'shampoo'``, second moments of the gradients' rows and columns (Gupta et al.,
+            2018; the scale is that of Morwani et al., 2024).
+        RANK_ONE: ``'rank-one'``, the Kronecker product that is nearest to the exact block in
+            Frobenius norm (Van Loan & Pitsianis, 1993), by three steps of the power method.
     """
 
     EXPAND = "expand"
     REDUCE = "reduce"
+    SHAMPOO = "shampoo"
+    RANK_ONE = "rank-one"
+
+    @property
+    def from_gradients(self) -> bool:
+        """Whether the gradients of single examples must be formed."""
+        return self in (KFACApprox.SHAMPOO, KFACApprox.RANK_ONE)
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,8 @@ class KFACOptions:
     Attributes:
         fisher_type: Which curvature, see :class:`FisherType`.
         mc_samples: Loss vectors for each draw, with ``fisher_type='mc'``.
-        kfac_approx: ``'expand'`` or ``'reduce'``, see :class:`KFACApprox`.
+        kfac_approx: ``'expand'``, ``'reduce'``, ``'shampoo'`` or ``'rank-one'``, see
+            :class:`KFACApprox`.
         separate_weight_and_bias: Whether weight and bias are blocks of their own, or one.
         probe_type: Distribution of the random loss vectors, ``'rademacher'`` or ``'gaussian'``.
         eigenvalue_draws: Draws of each example for EK-FAC's eigenvalues; ``None`` to choose.
@@ -101,6 +114,12 @@ class KFACOptions:
                 f"mc_samples={mc_samples} arrived with fisher_type={fisher_type.value!r}. Only "
                 "'mc' draws loss vectors; pass mc_samples=1."
             )
+        kfac_approx = check_option("kfac_approx", kfac_approx, KFACApprox)
+        if kfac_approx.from_gradients and fisher_type is FisherType.FORWARD_ONLY:
+            raise ValueError(
+                f"kfac_approx={kfac_approx.value!r} arrived with fisher_type='forward-only'. It "
+                "needs gradients: pass 'mc', 'type-2' or 'empirical', or 'expand' or 'reduce'."
+            )
         if eigenvalue_draws is not None:
             check_count("eigenvalue_draws", eigenvalue_draws)
         check_count("gradient_group", gradient_group)
@@ -121,7 +140,7 @@ class KFACOptions:
         return cls(
             fisher_type,
             mc_samples,
-            check_option("kfac_approx", kfac_approx, KFACApprox),
+            kfac_approx,
             separate_weight_and_bias,
             check_option("probe_type", probe_type, ProbeType),
             eigenvalue_draws,

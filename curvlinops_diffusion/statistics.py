@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from torch import Tensor
 from curvlinops_diffusion._checks import check_prediction
 from curvlinops_diffusion.data import CleanBatch
 from curvlinops_diffusion.exact import exact_blocks
-from curvlinops_diffusion.factors import Eigendecomposition, second_moment
+from curvlinops_diffusion.factors import identity_like, second_moment
 from curvlinops_diffusion.fisher import (
     FisherType,
     KFACApprox,
@@ -28,7 +27,6 @@ from curvlinops_diffusion.fisher import (
     num_loss_vectors,
 )
 from curvlinops_diffusion.hooks import (
-    CallRecorder,
     Tap,
     check_observable,
     frozen,
@@ -116,9 +114,9 @@ def kronecker_factors(
         exact.start_forward(N)
         with torch.set_grad_enabled(backward):
             prediction_BD = regression.objective.predict(batch)
-        _check_prediction(regression, batch, prediction_BD)
+        check_batch_prediction(regression, batch, prediction_BD)
         inputs.end_forward()
-        for v_BD, more in _loss_vectors(regression, batch, prediction_BD, options):
+        for v_BD, more in numbered_loss_vectors(regression, batch, prediction_BD, options):
             tap.backward(prediction_BD, v_BD, retain_graph=more)
             outputs.end_backward()
             with tap.paused():
@@ -155,7 +153,7 @@ class _InputFactors:
             for part in layer.parts(options.separate_weight_and_bias, options.exact_bias)
             if not part.is_bias
         }
-        self._expand = options.kfac_approx is KFACApprox.EXPAND
+        self._expand = options.kfac_approx is not KFACApprox.REDUCE
         self._dtype = dtype
         self._calls = calls
         self._latest = LatestProduct()
@@ -234,7 +232,7 @@ class _OutputFactors:
             for layer in layers
         }
         self._parts = {name: own[0] for name, own in parts.items() if own}
-        self._expand = options.kfac_approx is KFACApprox.EXPAND
+        self._expand = options.kfac_approx is not KFACApprox.REDUCE
         self._dtype = dtype
         self._sums = Sums()
         self._calls = Sums()
@@ -265,7 +263,7 @@ class _OutputFactors:
 
     def identities(self) -> dict[str, Tensor]:
         """``B = I``, for K-FAC without backward passes."""
-        return {name: _identity_like(zeros) for name, zeros in self._zeros().items()}
+        return {name: identity_like(zeros) for name, zeros in self._zeros().items()}
 
     def _zeros(self) -> dict[str, Tensor]:
         return {
@@ -329,7 +327,7 @@ class _ExactBlocks:
 
     def identities(self) -> dict[str, Tensor]:
         """For K-FAC without backward passes."""
-        return {key: _identity_like(zeros) for key, zeros in self._zeros().items()}
+        return {key: identity_like(zeros) for key, zeros in self._zeros().items()}
 
     def _zeros(self) -> dict[str, Tensor]:
         return {
@@ -340,133 +338,18 @@ class _ExactBlocks:
         }
 
 
-def _identity_like(zeros: Tensor) -> Tensor:
-    """The identity, for each group, of which a diagonal one is kept as its diagonal."""
-    if zeros.ndim == 1:
-        return zeros + 1
-    return torch.diag_embed(zeros.diagonal(dim1=-2, dim2=-1) + 1)
-
-
-def eigenvalue_moments(
-    regression: NoisedRegression,
-    coverage: Coverage,
-    input_bases: Mapping[str, Eigendecomposition],
-    output_bases: Mapping[str, Eigendecomposition],
-    options: KFACOptions,
-    passes: PassOptions = PLAIN,
-) -> dict[str, Tensor]:
-    """Compute EK-FAC's eigenvalues ``Λ_ij = E[(U_Bᵀ g U_A)_ij²]`` in one pass over the data.
-
-    With random loss vectors the gradients ``g`` of different examples are independent with mean
-    zero, so that the square of their sum over a group of examples estimates the sum of their
-    squares without bias, for one rotation in place of many.
-
-    Args:
-        regression: Objective, data and draws.
-        coverage: The parameters, and the layers that hold them.
-        input_bases: Eigenbases of the input factors, by the key of the part.
-        output_bases: Eigenbases of the output factors, by the name of the layer.
-        options: Fisher type, as for the factors, and the size of the groups.
-        passes: Checkpoints, processes and progress.
-
-    Returns:
-        ``Λ`` of shape ``[*g, O, I]`` for every block of Kronecker form, by its key.
-    """
-    dtype = regression.objective.working_dtype
-    parts = {
-        layer.name: own
-        for layer in coverage.layers
-        if (own := layer.parts(options.separate_weight_and_bias, options.exact_bias))
-    }
-    layers = [layer for layer in coverage.layers if layer.name in parts]
-    sums = Sums()
-    groups: list[_Groups] = []
-
-    def consume(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
-        xs, gs = in_precision(xs, dtype), in_precision(gs, dtype)
-        U_B = output_bases[layer.name].vectors
-        for part in parts[layer.name]:
-            U_A = None if part.is_bias else input_bases[part.key].vectors
-            for range_ in groups:
-                own_xs, own_gs = ([range_.of(z) for z in zs] for zs in (xs, gs))
-                sums.add(part.key, part.squares(own_xs, own_gs, range_.count, U_A, U_B))
-
-    recorder = CallRecorder(consume)
-
-    def step(clean: CleanBatch) -> None:
-        nonlocal groups
-        for batch in regression.noised_batches(clean):
-            groups = _aligned_groups(batch.indices, options.gradient_group)
-            recorder.start_forward(len(batch.indices))
-            prediction_BD = regression.objective.predict(batch)
-            _check_prediction(regression, batch, prediction_BD)
-            for v_BD, more in _loss_vectors(regression, batch, prediction_BD, options):
-                recorder.backward(prediction_BD, v_BD, retain_graph=more)
-
-    settings = {"options": options.as_dict(), "params": list(coverage.params)}
-    with tapped(layers, recorder.tap), frozen(regression.objective.model), torch.enable_grad():
-        run_pass("Eigenvalues", regression, sums, step, passes, settings)
-    return {
-        part.key: sums.mean(part.key, regression.num_samples, part.new_zeros(dtype, *part.shape))
-        for own in parts.values()
-        for part in own
-    }
-
-
-@dataclass(frozen=True)
-class _Groups:
-    """A range of a batch that falls into groups of one size.
-
-    Attributes:
-        start: Its first example.
-        stop: The example after its last.
-        size: Examples in a group.
-        batch: Examples in the batch.
-    """
-
-    start: int
-    stop: int
-    size: int
-    batch: int
-
-    @property
-    def count(self) -> int:
-        """The number of groups."""
-        return (self.stop - self.start) // self.size
-
-    def of(self, z: Tensor) -> Tensor:
-        """The range of a layer's input or gradient, which may hold several entries an example."""
-        entries = len(z) // self.batch
-        return z[self.start * entries : self.stop * entries]
-
-
-def _aligned_groups(indices: Sequence[int], size: int) -> list[_Groups]:
-    """Cut a batch of successive examples at multiples of a group's size.
-
-    Groups are the same for every batch size that is a multiple of theirs; a group that two batches
-    share is two smaller groups.
-    """
-    start, stop = indices[0], indices[0] + len(indices)
-    low, high = -(-start // size) * size, stop // size * size
-    if low >= high:
-        cuts = [start, *([low] if start < low < stop else []), stop]
-        pieces = [(a, b, b - a) for a, b in pairwise(cuts)]
-    else:
-        pieces = [(start, low, low - start), (low, high, size), (high, stop, stop - high)]
-    return [_Groups(a - start, b - start, n, len(indices)) for a, b, n in pieces if a < b]
-
-
 # ---------------------------------------------------------------------------------------------
 
 
-def _check_prediction(
+def check_batch_prediction(
     regression: NoisedRegression, batch: NoisedBatch, prediction_BD: Tensor
 ) -> None:
+    """Check that predictions are finite; name the example and the level if one is not."""
     names = map(regression.name_of, batch.indices)
     check_prediction(prediction_BD, names, batch.level_B)
 
 
-def _loss_vectors(
+def numbered_loss_vectors(
     regression: NoisedRegression, batch: NoisedBatch, prediction_BD: Tensor, options: KFACOptions
 ) -> Iterator[tuple[Tensor, bool]]:
     """Loss vectors, each with whether more will follow."""

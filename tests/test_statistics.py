@@ -18,8 +18,9 @@ from curvlinops_diffusion import (
 from curvlinops_diffusion.draws import ProbeType, make_draws
 from curvlinops_diffusion.factors import eigendecomposition
 from curvlinops_diffusion.fisher import KFACOptions
+from curvlinops_diffusion.gradient_statistics import eigenvalue_moments
 from curvlinops_diffusion.layers import covered_parameters
-from curvlinops_diffusion.statistics import eigenvalue_moments, kronecker_factors
+from curvlinops_diffusion.statistics import kronecker_factors
 from tests.cases import images, noise_levels, plain_regression, seeded, tiny_unet, unet_regression
 from tests.comparisons import assert_close, relative_error
 from tests.reference import dense_ggn, to_dense

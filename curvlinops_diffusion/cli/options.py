@@ -81,7 +81,7 @@ class FitOptions(ModelOptions, ImageOptions, RunOptions):
         augment: Augmentation in training, drawn like noise.
         fisher_type: Which curvature.
         mc_samples: Loss vectors a draw.
-        kfac_approx: How weight sharing enters.
+        kfac_approx: How the Kronecker factors are found, weight sharing above all.
         gradient_group: Images whose gradients are added up before they are squared (EK-FAC).
     """
 
@@ -93,7 +93,7 @@ class FitOptions(ModelOptions, ImageOptions, RunOptions):
     augment: Literal["flip"] | None = None
     fisher_type: Literal["mc", "type-2", "empirical", "forward-only"] = "mc"
     mc_samples: int = 1
-    kfac_approx: Literal["expand", "reduce"] = "expand"
+    kfac_approx: Literal["expand", "reduce", "shampoo", "rank-one"] = "expand"
     gradient_group: int = 1
 
 

@@ -182,6 +182,17 @@ class Part:
         inner = self.kind.input_moment(self.layer.module, latest)
         return _ExtendedMoment(self, inner) if self.part_kind is PartKind.JOINT else inner
 
+    def weight_gradients(self, xs: Sequence[Tensor], gs: Sequence[Tensor], N: int) -> Tensor:
+        """Gradients of the examples, summed over calls, ``[N, *g, O, I]``; not for a bias."""
+        calls = zip(xs, gs, strict=True)
+        total = torch.stack(
+            [self.kind.weight_gradients(self.layer.module, x, g, N) for x, g in calls]
+        ).sum(0)
+        if self.part_kind is PartKind.WEIGHT:
+            return total
+        bias = torch.stack([self.layer.gradients(g, N).sum(-2) for g in gs]).sum(0)
+        return torch.cat([total, bias.unsqueeze(-1)], -1)
+
     def squares(
         self,
         xs: Sequence[Tensor],

@@ -10,13 +10,14 @@ from curvlinops_diffusion.blocks import EigenBlock
 from curvlinops_diffusion.distributed import Share, divided
 from curvlinops_diffusion.factors import Eigendecomposition, eigendecomposition
 from curvlinops_diffusion.fisher import FisherType, KFACOptions
+from curvlinops_diffusion.gradient_statistics import eigenvalue_moments, fitted_factors
 from curvlinops_diffusion.layers import Coverage
 from curvlinops_diffusion.operators.kfac import DiffusionKFACLinearOperator, exact_part
 from curvlinops_diffusion.passes import PassOptions, kept
 from curvlinops_diffusion.placement import PlacedBlock
 from curvlinops_diffusion.regression import NoisedRegression
 from curvlinops_diffusion.running import within
-from curvlinops_diffusion.statistics import KroneckerFactors, eigenvalue_moments, kronecker_factors
+from curvlinops_diffusion.statistics import KroneckerFactors
 
 
 class DiffusionEKFACLinearOperator(DiffusionKFACLinearOperator):
@@ -50,7 +51,7 @@ class DiffusionEKFACLinearOperator(DiffusionKFACLinearOperator):
                 "fisher_type='forward-only' arrived. EK-FAC needs gradients: pass 'mc', 'type-2' "
                 "or 'empirical', or use DiffusionKFACLinearOperator."
             )
-        factors = kronecker_factors(regression, coverage, options, passes)
+        factors = fitted_factors(regression, coverage, options, passes)
         input_bases, output_bases = _eigenbases(regression, factors, options, passes)
         second = regression.with_draws(options.num_eigenvalue_draws(regression))
         eigenvalues = eigenvalue_moments(

@@ -10,13 +10,14 @@ from curvlinops_diffusion.blocks import DenseBlock, KroneckerBlock
 from curvlinops_diffusion.draws import ProbeType
 from curvlinops_diffusion.exact import exact_blocks
 from curvlinops_diffusion.fisher import FisherType, KFACApprox, KFACOptions
+from curvlinops_diffusion.gradient_statistics import fitted_factors
 from curvlinops_diffusion.layers import Coverage, covered_parameters
 from curvlinops_diffusion.operators.base import BlockDiagonalLinearOperator
 from curvlinops_diffusion.parameters import Parameters, ParameterSpace
 from curvlinops_diffusion.passes import PLAIN, PassOptions
 from curvlinops_diffusion.placement import PlacedBlock
 from curvlinops_diffusion.regression import NoisedRegression
-from curvlinops_diffusion.statistics import KroneckerFactors, kronecker_factors
+from curvlinops_diffusion.statistics import KroneckerFactors
 from curvlinops_diffusion.storage import versions
 
 
@@ -30,15 +31,22 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         expand:  A = E[1/S Σ_s a_s a_sᵀ]                  B = E[Σ_s b_s b_sᵀ]
         reduce:  A = E[(1/S Σ_s a_s)(1/S Σ_s a_s)ᵀ]       B = E[(Σ_s b_s)(Σ_s b_s)ᵀ]
 
+    or from the gradients ``g = Σ_s b_s a_sᵀ`` of the weight::
+
+        shampoo:   B = E[g gᵀ]             A = E[gᵀ g] / E‖g‖²
+        rank-one:  B = E[g A gᵀ] / ‖A‖²    A = E[gᵀ B g] / ‖B‖²    (alternating, three passes)
+
     the expectations being over examples, timesteps, noise and loss vectors; one pair for each group
     of a grouped convolution, and a diagonal ``A`` (token frequencies) for an embedding. The other
     blocks are exact, ``E[g gᵀ]`` with ``g`` the gradient of an example, draw and loss vector: those
     of biases, of the scale and shift of a norm, and of any parameter in no known layer (dense up to
     ``max_dense`` entries, their diagonal beyond). Everything is computed on construction, in one
-    pass over the data, and not when the model changes later.
+    pass over the data (three or four for factors from gradients), and not when the model changes
+    later.
 
     Source: Mlodozeniec et al., 2025, Section 2.3 (diffusion); Eschenhagen et al., 2023, Section 3
-    (weight sharing); Martens & Grosse, 2015.
+    (weight sharing); Martens & Grosse, 2015; Gupta et al., 2018, and Morwani et al., 2024
+    (Shampoo); Van Loan & Pitsianis, 1993 (the nearest Kronecker product).
 
     Args:
         regression: Objective, data and draws.
@@ -49,7 +57,7 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
             ``'forward-only'`` (``B = I``; K-FAC only, and blocks of Kronecker form only: the
             others are listed in a warning).
         mc_samples: Loss vectors for each draw, with ``fisher_type='mc'``.
-        kfac_approx: ``'expand'`` or ``'reduce'``.
+        kfac_approx: ``'expand'``, ``'reduce'``, ``'shampoo'`` or ``'rank-one'``.
         separate_weight_and_bias: Whether weight and bias are blocks of their own, or one block
             whose inputs are extended by a one.
         probe_type: Distribution of the random loss vectors, ``'rademacher'`` or ``'gaussian'``.
@@ -129,7 +137,7 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         regression: NoisedRegression, coverage: Coverage, options: KFACOptions, passes: PassOptions
     ) -> list[PlacedBlock]:
         """Compute the blocks."""
-        factors = kronecker_factors(regression, coverage, options, passes)
+        factors = fitted_factors(regression, coverage, options, passes)
         blocks = []
         for layer in coverage.layers:
             for part in layer.parts(options.separate_weight_and_bias, options.exact_bias):
