@@ -1,8 +1,9 @@
-"""Retrain on random halves of the training digits, and measure the queries: two core-hours.
+"""Retrain on random halves of the training images, and measure the queries: two core-hours.
 
 One file for each network in a work folder, so that a run that was killed goes on. Writes
-``benchmarks/lds/retrained.safetensors``: the network trained on all digits, its samples, the
-halves, and the measurements of the retrained networks.
+``benchmarks/lds/digits.safetensors`` (or ``photographs.safetensors``): the network trained on all
+images and its late checkpoints, its samples, the halves, and the measurements of the retrained
+networks.
 """
 
 from __future__ import annotations
@@ -12,75 +13,107 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import UNet2DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.lds import digits
+from benchmarks.lds.problems import (
+    HALVES,
+    LATE,
+    MEASURED_DRAWS,
+    MEASUREMENTS,
+    PROBLEMS,
+    SEEDS,
+    Problem,
+)
 from benchmarks.measure import machine
 from curvlinops_diffusion._files import FileKind
 
 NETWORKS = FileKind("retrained", "retrained networks", "Run benchmarks.lds.retrain again.")
-RESULT = Path(__file__).parent / "retrained.safetensors"
 
 
-def base(work: Path) -> dict[str, Tensor]:
-    """The network trained on all digits, and its samples."""
+def result(problem: Problem) -> Path:
+    """The file of a problem's retrained networks."""
+    return Path(__file__).parent / f"{problem.name}.safetensors"
+
+
+def base(problem: Problem, work: Path) -> dict[str, Tensor]:
+    """The network trained on all images, its late checkpoints (float16), and its samples."""
     path = work / "base.safetensors"
     if not path.exists():
-        network = digits.trained(digits.data()[0], digits.STEPS, seed=100)
+        late: dict[str, Tensor] = {}
+
+        def keep(step: int, network: UNet2DModel) -> None:
+            for fraction in LATE:
+                if step == round(fraction * problem.steps):
+                    for name, weight in network.state_dict().items():
+                        late[f"late/{fraction}/{name}"] = weight.half().clone()
+
+        network = problem.trained(problem.data()[0], problem.steps, 100, keep)
         weights = {f"weights/{k}": v.contiguous() for k, v in network.state_dict().items()}
-        NETWORKS.write(path, {**weights, "generated": digits.generated(network)}, {})
+        samples = problem.trajectories(network)[-1].contiguous()
+        NETWORKS.write(path, {**weights, **late, "generated": samples}, {})
     return load_file(path)
 
 
-def retrain(job: tuple[Path, int, int]) -> float:
+def retrain(job: tuple[str, Path, int, int]) -> float:
     """Train a network on a half, and measure it; nothing if that was done before."""
-    work, half, seed = job
+    name, work, half, seed = job
+    problem = PROBLEMS[name]
     path = work / f"half{half:03}_seed{seed}.safetensors"
     if path.exists():
         return 0.0
     start = time.perf_counter()
     torch.set_num_threads(1)
-    train, held_out = digits.data()
+    train, held_out = problem.data()
     queries = torch.cat([held_out, load_file(work / "base.safetensors")["generated"]])
-    some = train[digits.halves()[half]]
-    network = digits.trained(some, digits.STEPS // 2, seed=1000 * (seed + 1) + half)
-    values = digits.measured(network, queries).contiguous()
-    NETWORKS.write(path, {"values": values}, {})
-    return time.perf_counter() - start
+    some = train[problem.halves()[half]]
+    network = problem.trained(some, problem.steps // 2, 1000 * (seed + 1) + half)
+    values = problem.measured(network, queries).contiguous()
+    seconds = time.perf_counter() - start
+    NETWORKS.write(path, {"values": values}, {"seconds": seconds})
+    return seconds
 
 
 def main() -> None:
     """Run the program."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--problem", choices=PROBLEMS, default="digits")
     parser.add_argument("--work", type=Path, default=Path("lds-work"), help="work folder")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    base(options.work)
-    jobs = [(options.work, half, s) for s in range(digits.SEEDS) for half in range(digits.HALVES)]
+    problem = PROBLEMS[options.problem]
+    work = options.work / problem.name
+    work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # as the retrained ones; and the same result on every machine size
+    tensors = base(problem, work)
+    jobs = [(problem.name, work, half, seed) for seed in range(SEEDS) for half in range(HALVES)]
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         for done, seconds in enumerate(pool.imap(retrain, jobs), start=1):
             print(f"{done}/{len(jobs)} networks, the latest took {seconds:.0f} s", flush=True)
-    values = torch.stack(
-        [
-            torch.stack(
-                [
-                    load_file(options.work / f"half{half:03}_seed{seed}.safetensors")["values"]
-                    for seed in range(digits.SEEDS)
-                ]
-            )
-            for half in range(digits.HALVES)
-        ]
+    read = [[_read(work, half, seed) for seed in range(SEEDS)] for half in range(HALVES)]
+    values_HSMQ = torch.stack([torch.stack([values for values, _ in row]) for row in read])
+    header = {
+        "machine": machine(),
+        "core_seconds": round(sum(seconds for row in read for _, seconds in row)),
+        "steps": problem.steps,
+        "batch": problem.batch,
+        "measurements": MEASUREMENTS,
+        "measured_draws": MEASURED_DRAWS,
+    }
+    NETWORKS.write(
+        result(problem), {**tensors, "values": values_HSMQ, "halves": problem.halves()}, header
     )
-    header = {"machine": machine(), "seconds": round(time.perf_counter() - start)}
-    header |= {"steps": digits.STEPS, "measurements": digits.MEASUREMENTS}
-    tensors = {**base(options.work), "values": values, "halves": digits.halves()}
-    NETWORKS.write(RESULT, tensors, header)
-    print(f"Wrote {RESULT}: values {tuple(values.shape)}")
+    print(f"Wrote {result(problem)}: values {tuple(values_HSMQ.shape)}")
+
+
+def _read(work: Path, half: int, seed: int) -> tuple[Tensor, float]:
+    header, tensors = NETWORKS.read(work / f"half{half:03}_seed{seed}.safetensors")
+    seconds: Any = header["seconds"]
+    return tensors["values"], float(seconds)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ Legend: H halves, S seeds, Q queries, N training examples, M measurements.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -26,28 +28,62 @@ def lds(predicted_QH: Tensor, measured_QH: Tensor) -> Tensor:
     return (ranks(predicted_QH) * ranks(measured_QH)).sum(-1)
 
 
-def summary(predicted_QH: Tensor, measured_QH: Tensor, resamples: int = 1000) -> dict[str, float]:
-    """The mean over queries, its standard error over them, and a bootstrap over halves.
+@dataclass(frozen=True)
+class Resampled:
+    """A bootstrap over halves and queries together, the same for all methods.
 
-    Returns:
-        ``lds``, ``error_over_queries``, and ``low`` and ``high``, the 2.5 and 97.5 % quantiles of
-        the mean when halves and queries are both drawn with replacement.
+    Attributes:
+        halves_KH: Halves drawn with replacement, one row for each of ``K`` resamples.
+        queries_KQ: Queries likewise.
     """
-    values_Q = lds(predicted_QH, measured_QH)
-    Q, H = predicted_QH.shape
-    generator = torch.Generator().manual_seed(0)
-    means = []
-    for _ in range(resamples):
-        h = torch.randint(H, (H,), generator=generator)
-        q = torch.randint(Q, (Q,), generator=generator)
-        means.append(_spearman_with_ties(predicted_QH[q][:, h], measured_QH[q][:, h]).mean())
-    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    return {
-        "lds": float(values_Q.mean()),
-        "error_over_queries": float(values_Q.std() / Q**0.5),
-        "low": low,
-        "high": high,
-    }
+
+    halves_KH: Tensor
+    queries_KQ: Tensor
+
+    @classmethod
+    def of(cls, H: int, Q: int, resamples: int, seed: int = 0) -> Resampled:
+        """Draw."""
+        generator = torch.Generator().manual_seed(seed)
+        return cls(
+            torch.randint(H, (resamples, H), generator=generator),
+            torch.randint(Q, (resamples, Q), generator=generator),
+        )
+
+    def means(self, predicted_QH: Tensor, measured_QH: Tensor) -> Tensor:
+        """The mean over queries of each resample, ``[K]``."""
+        return torch.stack(
+            [
+                _spearman_with_ties(predicted_QH[q][:, h], measured_QH[q][:, h]).mean()
+                for h, q in zip(self.halves_KH, self.queries_KQ, strict=True)
+            ]
+        )
+
+    def summary(self, predicted_QH: Tensor, measured_QH: Tensor) -> dict[str, float]:
+        """The mean over queries, its standard error over them, and the bootstrap's interval.
+
+        Returns:
+            ``lds``, ``error_over_queries``, and ``low`` and ``high``, the 2.5 and 97.5 % quantiles.
+        """
+        values_Q = lds(predicted_QH, measured_QH)
+        return {
+            "lds": round(float(values_Q.mean()), 4),
+            "error_over_queries": round(float(values_Q.std() / len(values_Q) ** 0.5), 4),
+            **_interval(self.means(predicted_QH, measured_QH)),
+        }
+
+    def difference(
+        self, predicted_QH: Tensor, other_QH: Tensor, measured_QH: Tensor
+    ) -> dict[str, float]:
+        """How much better than another method's predictions, on the same resamples."""
+        both = (lds(z, measured_QH).mean() for z in (predicted_QH, other_QH))
+        means = (self.means(z, measured_QH) for z in (predicted_QH, other_QH))
+        (own, other), (own_K, other_K) = both, means
+        return {"difference": round(float(own - other), 4), **_interval(own_K - other_K)}
+
+
+def _interval(values_K: Tensor) -> dict[str, float]:
+    low, high = values_K.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return {"low": round(low, 4), "high": round(high, 4)}
 
 
 def ceiling(measured_SQH: Tensor) -> float:

@@ -1,0 +1,405 @@
+"""Attribution methods: from gradients of training images and queries to scores.
+
+Each is a generator of (setting, scores), the scores of each measurement ``[M, Q, N]``; positive is
+helpful. A setting is a damping, or a number that takes its place.
+
+Legend: P parameters, N training images, Q queries, M measurements, k projected entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+
+from benchmarks.lds.problems import MEASURED_DRAWS, MEASURED_SEED, MEASUREMENTS, Problem
+from curvlinops_diffusion import (
+    DenoisingObjective,
+    DiffusionEKFACLinearOperator,
+    DiffusionKFACLinearOperator,
+    ExampleGradientLinearOperator,
+    NoisedRegression,
+    WoodburyInverseLinearOperator,
+)
+from curvlinops_diffusion.functions import Measurement
+from curvlinops_diffusion.objective import NoisedBatch
+
+DAMPINGS = tuple(10.0**e for e in range(-8, 1))
+# in units of the mean eigenvalue of the kernel of TRAK, D-TRAK and the like
+KERNEL_DAMPINGS = tuple(10.0**e for e in range(-6, 3))
+CURVATURE_DRAWS = 16
+PROJECTED = 2048
+BATCH = 128
+TIMESTEPS = 1000
+
+Scores = Iterator[tuple[float | str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A trained network, with what all methods need of it.
+
+    Attributes:
+        problem: The problem.
+        weights: The network's.
+        generated: Samples of the network that was trained to the end.
+        draws: Draws of each training image for its gradient.
+    """
+
+    problem: Problem
+    weights: Mapping[str, Tensor]
+    generated: Tensor
+    draws: int = 64
+
+    @cached_property
+    def objective(self) -> DenoisingObjective:
+        """The denoising objective of the network."""
+        return DenoisingObjective(self.problem.loaded(self.weights), DDPMScheduler())
+
+    @cached_property
+    def train_x0(self) -> Tensor:
+        """The training images."""
+        return self.problem.data()[0]
+
+    @cached_property
+    def query_x0(self) -> Tensor:
+        """Held-out images, then generated ones."""
+        return torch.cat([self.problem.data()[1], self.generated])
+
+    def train(self, draws: int | None = None, **options: Any) -> NoisedRegression:
+        """The training images with draws; by default stratified."""
+        draws = self.draws if draws is None else draws
+        return NoisedRegression(self.objective, self.train_x0, draws, batch_size=BATCH, **options)
+
+    def rows(
+        self,
+        measurement: str | Measurement = "loss",
+        draws: int | None = None,
+        names: list[str] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Gradients of the training images, ``[N, P]``; by default in antithetic pairs."""
+        options = options or {"antithetic": True}
+        regression = self.train(draws, **options)
+        return ExampleGradientLinearOperator(regression, names, measurement=measurement).rows()
+
+    @cached_property
+    def train_NP(self) -> Tensor:
+        """Gradients of the training images' losses."""
+        return self.rows()
+
+    def query_rows(self, measurement: str | Measurement, names: list[str] | None = None) -> Tensor:
+        """Gradients of the queries on the draws that retrained networks are measured on."""
+        regression = NoisedRegression(
+            self.objective, self.query_x0, MEASURED_DRAWS, MEASURED_SEED, batch_size=BATCH
+        )
+        return ExampleGradientLinearOperator(regression, names, measurement=measurement).rows()
+
+    @cached_property
+    def query_MQP(self) -> Tensor:
+        """Gradients of every measurement."""
+        return torch.stack([self.query_rows(m) for m in MEASUREMENTS])
+
+    def curvature(
+        self, ekfac: bool = True, names: list[str] | None = None, **options: Any
+    ) -> DiffusionKFACLinearOperator:
+        """K-FAC or EK-FAC of the training images."""
+        kind = DiffusionEKFACLinearOperator if ekfac else DiffusionKFACLinearOperator
+        draws = options.pop("draws", CURVATURE_DRAWS)
+        timesteps = options.pop("timesteps", "stratified")
+        return kind(self.train(draws, timesteps=timesteps), names, **options)
+
+    def linear_and_convolutions(self) -> list[str]:
+        """The parameters that the paper's code covers."""
+        return [
+            f"{name}.{key}"
+            for name, module in self.objective.model.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+            for key, _ in module.named_parameters(recurse=False)
+        ]
+
+
+# ---------------------------------------------------------------------------------------------
+# Curvature
+# ---------------------------------------------------------------------------------------------
+
+
+def no_curvature(setting: Setting) -> Scores:
+    """Products of gradients."""
+    yield "", setting.query_MQP @ setting.train_NP.T
+
+
+def curved(
+    curvature: DiffusionKFACLinearOperator,
+    query_MQP: Tensor,
+    train_NP: Tensor,
+    dampings: tuple[float, ...] = DAMPINGS,
+    exponent: float = 1.0,
+) -> Scores:
+    """``∇m (F + λ)^-p ∇ℓ_n``."""
+    M, Q, P = query_MQP.shape
+    columns = query_MQP.reshape(M * Q, P).T
+    for damping in dampings:
+        product = curvature.power(-exponent, damping) @ columns
+        yield damping, (product.T @ train_NP.T).reshape(M, Q, -1)
+
+
+def low_rank(
+    curvature: DiffusionKFACLinearOperator,
+    query_MQP: Tensor,
+    train_NP: Tensor,
+    dampings: tuple[float, ...] = DAMPINGS,
+    weight: float = 1.0,
+) -> Scores:
+    """``∇m (F + λ + c/N Σ ∇ℓ ∇ℓᵀ)⁻¹ ∇ℓ_n``."""
+    M, Q, P = query_MQP.shape
+    columns = query_MQP.reshape(M * Q, P).T
+    for damping in dampings:
+        inverse = WoodburyInverseLinearOperator(
+            curvature.inverse(damping), train_NP, weight / len(train_NP)
+        )
+        yield damping, ((inverse @ columns).T @ train_NP.T).reshape(M, Q, -1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Kernels of gradients
+# ---------------------------------------------------------------------------------------------
+
+
+def kernel(query_MQP: Tensor, train_NP: Tensor) -> Scores:
+    """TRAK without projection, solved in the dual: ``∇m Φᵀ (Φ Φᵀ + λ)⁻¹``.
+
+    Park et al., 2023; for generative losses and with the squared norm as function D-TRAK (Zheng et
+    al., 2024).
+    """
+    yield from dual(query_MQP @ train_NP.T, train_NP @ train_NP.T)
+
+
+def dual(cross: Tensor, gram_NN: Tensor) -> Scores:
+    """``cross (gram + λ)⁻¹``, the damping in units of the gram matrix' mean diagonal entry."""
+    gram_NN, cross = gram_NN.double(), cross.double()
+    identity = torch.eye(len(gram_NN)).double()
+    mean = float(gram_NN.diagonal().mean())
+    for damping in KERNEL_DAMPINGS:
+        yield damping, cross @ torch.linalg.inv(gram_NN + damping * mean * identity)
+
+
+def projected(rows: Tensor, k: int, seed: int = 0) -> Tensor:
+    """Random projections onto ``k`` dimensions by signs, ``[..., P] -> [..., k]``."""
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(*rows.shape[:-1], k)
+    for part in rows.split(4096, -1):
+        signs = torch.randint(2, (part.shape[-1], k), generator=generator).to(rows) * 2 - 1
+        total += part @ signs
+    return total / k**0.5
+
+
+def projected_kernel(query_MQP: Tensor, train_NP: Tensor, k: int) -> Scores:
+    """TRAK as published: ``P∇m (Σ P∇ℓ P∇ℓᵀ + λ)⁻¹ P∇ℓ``."""
+    train_Nk = projected(train_NP, k).double()
+    query_MQk = projected(query_MQP, k).double()
+    matrix = train_Nk.T @ train_Nk
+    mean = float(matrix.trace()) / len(train_Nk)
+    for damping in KERNEL_DAMPINGS:
+        inverse = torch.linalg.inv(matrix + damping * mean * torch.eye(k).double())
+        yield damping, query_MQk @ inverse @ train_Nk.T
+
+
+def attribution_score(setting: Setting, probes: int = 32) -> Scores:
+    """DAS (Lin et al., 2025): the squared change of the query's prediction, in the dual.
+
+    ``E ‖J_q Φᵀ (Φ Φᵀ + λ)⁻¹ e_n‖²``, with gradients ``Φ`` of the training losses (each a residual
+    times a Jacobian) and ``E_v (vᵀ J_q u)²`` over random signs ``v`` for the squared norm. It says
+    how much, not whether for better or worse.
+    """
+    cross_VQN = torch.stack(
+        [setting.query_rows(_probe(seed)) @ setting.train_NP.T for seed in range(probes)]
+    )
+    for damping, scores_VQN in dual(cross_VQN, setting.train_NP @ setting.train_NP.T):
+        squares_QN = scores_VQN.square().mean(0)
+        yield damping, squares_QN.expand(len(MEASUREMENTS), *squares_QN.shape)
+
+
+def _probe(seed: int) -> Measurement:
+    """The prediction's component along signs that are others at each level."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def measured(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
+        signs_TD = torch.randint(
+            2, (TIMESTEPS, prediction_BD.shape[1]), generator=generator.manual_seed(seed)
+        )
+        signs_BD = signs_TD[batch.level_B].to(prediction_BD) * 2 - 1
+        return (prediction_BD * signs_BD).sum(1)
+
+    return measured
+
+
+def journey(setting: Setting, steps: int = 50) -> Scores:
+    """Journey-TRAK (Georgiev et al., 2023): losses at the noised images that sampling went through.
+
+    For generated queries alone; held-out ones, which have no journey, are scored as by TRAK.
+    """
+    states = setting.problem.trajectories(setting.objective.model)
+    scheduler = DDPMScheduler()
+    T = TIMESTEPS
+    parameters = dict(setting.objective.model.named_parameters())
+    alphas = scheduler.alphas_cumprod
+    gradients = []
+    final = setting.generated
+    for n in range(states.shape[1]):
+        t = torch.arange(T // (2 * steps), T, T // steps)
+        x_t = states[T - 1 - t, n]
+        alpha, sigma = alphas[t].sqrt(), (1 - alphas[t]).sqrt()
+        shape = (-1, *[1] * (x_t.ndim - 1))
+        implied = (x_t - alpha.reshape(shape) * final[n]) / sigma.reshape(shape)
+        prediction = setting.objective.model(x_t, t).sample
+        loss = (prediction - implied).square().mean()
+        found = torch.autograd.grad(loss, list(parameters.values()))
+        gradients.append(torch.cat([g.flatten() for g in found]))
+    query_MQP = setting.query_MQP.clone()
+    query_MQP[:, -len(gradients) :] = torch.stack(gradients)
+    yield from kernel(query_MQP, setting.train_NP)
+
+
+def nearest(setting: Setting) -> Scores:
+    """Nearness in pixels."""
+    distance_QN = torch.cdist(setting.query_x0.flatten(1), setting.train_x0.flatten(1))
+    yield "", (-distance_QN).expand(len(MEASUREMENTS), *distance_QN.shape)
+
+
+# ---------------------------------------------------------------------------------------------
+# All of them
+# ---------------------------------------------------------------------------------------------
+
+
+def of_curvature(**options: Any) -> Callable[[Setting], Scores]:
+    """Influence by some curvature."""
+
+    def run(setting: Setting) -> Scores:
+        yield from curved(setting.curvature(**options), setting.query_MQP, setting.train_NP)
+
+    return run
+
+
+def linear_and_convolutions_only(setting: Setting) -> Scores:
+    """Our draws, the paper's coverage."""
+    names = setting.linear_and_convolutions()
+    query_MQP = torch.stack([setting.query_rows(m, names) for m in MEASUREMENTS])
+    yield from curved(setting.curvature(names=names), query_MQP, setting.rows(names=names))
+
+
+def papers_recipe(setting: Setting, draws: int | None = None) -> Scores:
+    """Uniform draws, linear layers and convolutions, a bias' block approximated."""
+    names = setting.linear_and_convolutions()
+    query_MQP = torch.stack([setting.query_rows(m, names) for m in MEASUREMENTS])
+    EK = setting.curvature(names=names, timesteps="uniform", exact_bias=False)
+    rows = setting.rows(names=names, draws=draws, timesteps="uniform")
+    yield from curved(EK, query_MQP, rows)
+
+
+def with_low_rank(ekfac: bool, weight: float = 1.0) -> Callable[[Setting], Scores]:
+    """Curvature plus the outer products of the training images' gradients."""
+
+    def run(setting: Setting) -> Scores:
+        curvature = setting.curvature(ekfac)
+        yield from low_rank(
+            curvature, setting.query_MQP, setting.train_NP, (1e-8, 1e-6, 1e-4), weight
+        )
+
+    return run
+
+
+def powers(setting: Setting) -> Scores:
+    """Powers of the inverse at the default damping; the setting is the power."""
+    EK = setting.curvature()
+    for exponent in (0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5):
+        for _, scores in curved(EK, setting.query_MQP, setting.train_NP, (1e-8,), exponent):
+            yield f"{exponent}", scores
+
+
+def numbers_of_draws(**scheme: Any) -> Callable[[Setting], Scores]:
+    """EK-FAC at the default damping, gradients of 10 to 500 draws; the setting is the number."""
+
+    def run(setting: Setting) -> Scores:
+        EK = setting.curvature()
+        for draws in (10, 30, 100, 250, 500):
+            rows = setting.rows(draws=draws, **scheme)
+            for _, scores in curved(EK, setting.query_MQP, rows, (1e-8,)):
+                yield f"{draws}", scores
+
+    return run
+
+
+def sampled_ggn(setting: Setting, number: int = 4) -> Scores:
+    """The exact GGN from 4 random loss vectors for each training image, by Woodbury's formula."""
+    rows = torch.cat(
+        [setting.rows(_fisher(seed), 1, seed=seed, timesteps="uniform") for seed in range(number)]
+    )
+    gram = (rows @ rows.T).double() / len(rows)
+    cross_MQK = (setting.query_MQP @ rows.T).double()
+    cross_NK = (setting.train_NP @ rows.T).double()
+    plain_MQN = (setting.query_MQP @ setting.train_NP.T).double()
+    identity = torch.eye(len(gram)).double()
+    for damping in DAMPINGS:
+        inner = torch.linalg.inv(damping * identity + gram)
+        yield damping, (plain_MQN - cross_MQK @ inner @ cross_NK.T / len(rows)) / damping
+
+
+def _fisher(seed: int) -> Measurement:
+    """``√(2 w r) vᵀ f``, whose gradient has the GGN as second moment."""
+    probe = _probe(seed)
+
+    def measured(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
+        return (2 * batch.weight_B).sqrt() * probe(batch, prediction_BD)
+
+    return measured
+
+
+def d_trak(setting: Setting) -> Scores:
+    """D-TRAK (Zheng et al., 2024): the prediction's squared norm in place of the loss."""
+    query_MQP = setting.query_rows("squared_norm").expand(len(MEASUREMENTS), -1, -1)
+    yield from kernel(query_MQP, setting.rows("squared_norm"))
+
+
+def d_trak_projected(setting: Setting) -> Scores:
+    """D-TRAK as published."""
+    query_MQP = setting.query_rows("squared_norm").expand(len(MEASUREMENTS), -1, -1)
+    yield from projected_kernel(query_MQP, setting.rows("squared_norm"), PROJECTED)
+
+
+METHODS: dict[str, Callable[[Setting], Scores]] = {
+    "no curvature": no_curvature,
+    "nearest in pixels": nearest,
+    "TRAK": lambda s: kernel(s.query_MQP, s.train_NP),
+    "TRAK, projected": lambda s: projected_kernel(s.query_MQP, s.train_NP, PROJECTED),
+    "D-TRAK": d_trak,
+    "D-TRAK, projected": d_trak_projected,
+    "Journey-TRAK": journey,
+    "DAS": attribution_score,
+    "EK-FAC, the paper's recipe": papers_recipe,
+    "EK-FAC, linear and convolutions only": linear_and_convolutions_only,
+    "EK-FAC": of_curvature(),
+    "EK-FAC, reduce": of_curvature(kfac_approx="reduce"),
+    "EK-FAC, Shampoo's factors": of_curvature(kfac_approx="shampoo"),
+    "EK-FAC, nearest Kronecker product": of_curvature(kfac_approx="rank-one"),
+    "EK-FAC, joint bias": of_curvature(separate_weight_and_bias=False),
+    "EK-FAC, GGN of the loss": of_curvature(fisher_type="empirical"),
+    "K-FAC": of_curvature(ekfac=False),
+    "K-FAC, reduce": of_curvature(ekfac=False, kfac_approx="reduce"),
+    "K-FAC, Shampoo's factors": of_curvature(ekfac=False, kfac_approx="shampoo"),
+    "K-FAC, nearest Kronecker product": of_curvature(ekfac=False, kfac_approx="rank-one"),
+    "EK-FAC + low rank": with_low_rank(ekfac=True),
+    "K-FAC + low rank": with_low_rank(ekfac=False),
+    "EK-FAC + 10 times low rank": with_low_rank(ekfac=True, weight=10.0),
+    "EK-FAC + a tenth of low rank": with_low_rank(ekfac=True, weight=0.1),
+    "sampled GGN": sampled_ggn,
+    "powers of EK-FAC": powers,
+    "draws, uniform": numbers_of_draws(timesteps="uniform"),
+    "draws, stratified": numbers_of_draws(timesteps="stratified"),
+    "draws, antithetic": numbers_of_draws(antithetic=True),
+}

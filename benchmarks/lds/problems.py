@@ -1,0 +1,163 @@
+"""Two problems on which networks are retrained: scikit-learn's digits, and its photographs.
+
+Legend: N training images, Q queries, M measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from benchmarks.problems import example
+from curvlinops_diffusion import DenoisingObjective, ExampleGradientLinearOperator, NoisedRegression
+
+HALVES, SEEDS = 64, 2
+HELD_OUT = GENERATED = 64
+MEASUREMENTS = ("loss", "simplified_elbo")
+MEASURED_DRAWS = 64
+MEASURED_SEED = 12345
+LATE = (0.7, 0.8, 0.9)  # of the training, at which its weights are kept as well
+LEARNING_RATE = 2e-3
+
+_demo = example("influence_digits")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Images, a network, and how it is trained.
+
+    Attributes:
+        images: All images in ``[-1, 1]``, ``[·, C, H, W]``.
+        make_network: Makes a network of random weights.
+        num_train: The number ``N`` of training images.
+        steps: Steps of the training on all of them; networks on halves are trained for half.
+        batch: Images in a step.
+    """
+
+    name: str
+    images: Callable[[], Tensor]
+    make_network: Callable[[], UNet2DModel]
+    num_train: int
+    steps: int
+    batch: int
+
+    def data(self) -> tuple[Tensor, Tensor]:
+        """Training images ``[N, C, H, W]`` and held-out ones, ``[64, C, H, W]``."""
+        images = self.images()
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        chosen = images[order[: self.num_train + HELD_OUT]]
+        return chosen[: self.num_train], chosen[self.num_train :]
+
+    def halves(self) -> Tensor:
+        """Random halves of the training images, ``[64, N]``."""
+        generator = torch.Generator().manual_seed(1)
+        masks = torch.zeros(HALVES, self.num_train, dtype=torch.bool)
+        for mask in masks:
+            mask[torch.randperm(self.num_train, generator=generator)[: self.num_train // 2]] = True
+        return masks
+
+    def trained(
+        self,
+        x0: Tensor,
+        steps: int,
+        seed: int,
+        keep: Callable[[int, UNet2DModel], None] | None = None,
+    ) -> UNet2DModel:
+        """A network trained on some images, the learning rate falling to zero.
+
+        Args:
+            x0: The images.
+            steps: Steps of AdamW.
+            seed: Of the weights, batches, timesteps and noise.
+            keep: Called before each step with its number and the network.
+        """
+        scheduler = DDPMScheduler()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network = self.make_network()
+            optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
+            for step in range(steps):
+                if keep is not None:
+                    keep(step, network)
+                optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps)
+                batch = x0[torch.randint(len(x0), (self.batch,))]
+                noise = torch.randn_like(batch)
+                t = torch.randint(scheduler.config.num_train_timesteps, (len(batch),))
+                loss = mse_loss(network(scheduler.add_noise(batch, noise, t), t).sample, noise)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        return network.eval()
+
+    def loaded(self, weights: Mapping[str, Tensor]) -> UNet2DModel:
+        """A network with given weights."""
+        network = self.make_network()
+        network.load_state_dict({name: weight.float() for name, weight in weights.items()})
+        return network.eval()
+
+    def trajectories(self, network: UNet2DModel) -> Tensor:
+        """Sampling 64 images by DDPM: the noised images and then the image, ``[1001, 64, …]``."""
+        scheduler = DDPMScheduler()
+        scheduler.set_timesteps(scheduler.config.num_train_timesteps)
+        channels, size = network.config["in_channels"], network.config["sample_size"]
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(2)
+            states = [torch.randn(GENERATED, channels, size, size)]
+            for t in scheduler.timesteps:
+                prediction = network(states[-1], t).sample
+                states.append(scheduler.step(prediction, t, states[-1]).prev_sample)
+        states[-1] = states[-1].clamp(-1, 1)
+        return torch.stack(states)
+
+    def measured(self, network: UNet2DModel, queries: Tensor) -> Tensor:
+        """Each measurement of each query, on draws that all networks share, ``[M, Q]``."""
+        objective = DenoisingObjective(network, DDPMScheduler())
+        regression = NoisedRegression(
+            objective, queries, MEASURED_DRAWS, MEASURED_SEED, batch_size=len(queries)
+        )
+        return torch.stack(
+            [
+                ExampleGradientLinearOperator(regression, measurement=m).values()
+                for m in MEASUREMENTS
+            ]
+        )
+
+
+def _photographs() -> Tensor:
+    """Patches of scikit-learn's two photographs, without overlap, ``[2080, 3, 16, 16]``."""
+    patches = []
+    for photograph in load_sample_images().images:
+        pixels = torch.tensor(photograph).permute(2, 0, 1).float() / 127.5 - 1
+        rows = pixels.unfold(1, 16, 16).unfold(2, 16, 16)
+        patches.append(rows.permute(1, 2, 0, 3, 4).flatten(0, 1))
+    return torch.cat(patches)
+
+
+def _colour_unet() -> UNet2DModel:
+    """With attention at its lower level, on colour images of 16×16."""
+    return UNet2DModel(
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+
+
+PROBLEMS = {
+    problem.name: problem
+    for problem in (
+        Problem("digits", lambda: _demo.digits()[0], _demo.make_unet, 1000, 1500, 128),
+        Problem("photographs", _photographs, _colour_unet, 500, 1200, 32),
+    )
+}
