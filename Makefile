@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-slow lint docs bench bench-full coverage clean
+.PHONY: help demo test test-slow lint docs bench bench-full lds lds-retrain exact-ggn coverage clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
@@ -33,9 +33,10 @@ lint: $(VENV)/.installed-lint  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/.installed-docs  ## the documentation, into docs/_build/html
-	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
-	$(BIN)/python -m sphinx -q -W -b doctest docs docs/_build/doctest
+# SPHINXOPTS="-D plot_gallery=0" leaves the gallery's programs unrun
+docs: $(VENV)/.installed-docs  ## the documentation with its gallery, into docs/_build/html
+	$(BIN)/python -m sphinx -q -W --keep-going $(SPHINXOPTS) docs docs/_build/html
+	$(BIN)/python -m sphinx -q -W $(SPHINXOPTS) -b doctest docs docs/_build/doctest
 
 bench: $(VENV)/.installed-bench  ## the benchmarks, about 25 minutes, into benchmarks/results/
 	$(BIN)/python -m benchmarks.factor_pass --upstream --kronfluence
@@ -55,8 +56,18 @@ bench-full: bench  ## the benchmarks that take longer as well
 	$(BIN)/python -m benchmarks.score_draws
 	$(BIN)/python -m benchmarks.refinement
 
+lds-retrain: $(VENV)/.installed-bench  ## the linear data-modelling score from nothing: core-hours
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem digits
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem photographs
+
+lds: $(VENV)/.installed-bench  ## the linear data-modelling score of digits, from kept retrainings
+	$(BIN)/python -m benchmarks.lds.evaluate --problem digits
+
+exact-ggn: $(VENV)/.installed-bench  ## K-FAC and EK-FAC against the exact GGN of a trained UNet
+	$(BIN)/python -m benchmarks.exact_ggn
+
 coverage: $(VENV)/.installed-bench  ## the table of networks and how near their blocks are
 	$(BIN)/python -m benchmarks.coverage
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) demo-output docs/_build docs/_tables
+	rm -rf $(VENV) demo-output docs/_build docs/_tables docs/gallery

@@ -24,6 +24,10 @@ def write_tables(folder: Path = DOCS / "_tables") -> None:
 
 def _cells(result: dict[str, Any]) -> list[Row]:
     """A head and rows, by what the result holds."""
+    if "ceilings" in result:
+        return lds_cells(result)
+    if "by_kind" in result:
+        return _of_records(result["by_kind"])
     if "training_passes" in result:
         return [
             ("", "seconds", "training passes"),
@@ -40,9 +44,36 @@ def _cells(result: dict[str, Any]) -> list[Row]:
                 for label, peak in result["peak_mebibytes"].items()
             ),
         ]
-    records = next(value for value in result.values() if isinstance(value, list))
+    return _of_records(next(value for value in result.values() if isinstance(value, list)))
+
+
+def _of_records(records: Sequence[dict[str, object]]) -> list[Row]:
     head = tuple(label.replace("_", " ") for label in records[0])
     return [head, *(tuple(record.values()) for record in records)]
+
+
+def lds_cells(result: dict[str, Any], methods: Sequence[str] | None = None) -> list[Row]:
+    """Linear data-modelling scores with intervals: at the default damping, or else the best one.
+
+    Args:
+        result: What ``benchmarks.lds.evaluate`` reports.
+        methods: Only these, in this order; ``None`` for all but the scans over one number.
+    """
+    by_method: dict[str, dict[str, Any]] = {}
+    for row in result["methods"]:
+        by_method.setdefault(row["method"], {})[row["cell"]] = row
+    if methods is None:
+        methods = [name for name in by_method if not name.startswith(("draws,", "powers"))]
+    cells = list(result["ceilings"])
+    rows: list[Row] = [("", *cells)]
+    for name in methods:
+        entries = by_method[name]
+        default = all("default" in entries[cell] for cell in cells)
+        label = name if default or entries[cells[0]]["best"]["setting"] == "" else f"{name} (best)"
+        shown = [entries[cell]["default" if default else "best"] for cell in cells]
+        rows.append((label, *(f"{s['lds']:.2f} [{s['low']:.2f}, {s['high']:.2f}]" for s in shown)))
+    rows.append(("a perfect predictor", *(f"{result['ceilings'][cell]:.2f}" for cell in cells)))
+    return rows
 
 
 def _table(head: Row, rows: Sequence[Row]) -> str:

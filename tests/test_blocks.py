@@ -57,6 +57,7 @@ def test_powers(operator):
 def test_invariants(operator):
     dense = to_dense(operator)
     assert_close(operator.trace(), dense.trace(), 1e-12)
+    assert_close(operator.eigenvalues(), torch.linalg.eigvalsh(dense).flip(0), 1e-10)
     assert_close(operator.frobenius_norm(), dense.norm(), 1e-12)
     damped = operator.power(1.0, DAMPING)
     identity = torch.eye(len(dense), dtype=torch.float64)

@@ -1,10 +1,20 @@
 """The linear data-modelling score against SciPy, and on data where the answer is known."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import scipy.stats
 import torch
+from safetensors.torch import load
 
 from benchmarks.lds import score
+from benchmarks.lds.methods import METHODS
 from benchmarks.lds.problems import PROBLEMS
+
+ROOT = Path(__file__).parent.parent
 
 
 def random(*shape, seed=0):
@@ -43,6 +53,39 @@ def test_ceiling():
     seeds = torch.stack([exact + random(200, 64, seed=s) for s in (1, 2)])
     reached = float(score.lds(exact, seeds.mean(0)).mean())
     assert abs(score.ceiling(seeds) - reached) < 0.02
+
+
+def run(program, *arguments, **options):
+    command = [sys.executable, "-m", f"benchmarks.lds.{program}", "--problem", "tiny", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **options
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_programs_run_and_go_on(tmp_path):
+    """A tiny problem retrained, all methods evaluated; what was computed before is not again."""
+    folder = str(tmp_path)
+    run("retrain", "--work", folder, "--output", folder, "--processes", "2")
+    written = tmp_path / "tiny.safetensors"
+    before = written.read_bytes()
+    (tmp_path / "tiny" / "half003_seed1.safetensors").unlink()  # as if killed before the last one
+    written.unlink()
+    run("retrain", "--work", folder, "--output", folder, "--processes", "1")
+    values = [load(contents)["values"] for contents in (before, written.read_bytes())]
+    assert torch.equal(*values)
+    assert values[0].shape == (4, 2, 2, 4)
+    arguments = ["--work", folder, "--output", folder, "--retrained", folder, "--draws", "2"]
+    run("evaluate", *arguments, "--resamples", "3")
+    result = json.loads((tmp_path / "lds_tiny_cpu.json").read_text())
+    names = {row["method"] for row in result["methods"]}
+    assert names == {*METHODS, "EK-FAC, late checkpoints"}
+    kept = sorted((tmp_path / "tiny" / "evaluated-2").iterdir())
+    assert len(kept) == len(names)
+    times = [path.stat().st_mtime_ns for path in kept]
+    run("evaluate", *arguments, "--resamples", "3")
+    assert [path.stat().st_mtime_ns for path in kept] == times
 
 
 def test_halves():

@@ -20,19 +20,14 @@ from torch import Tensor
 
 from benchmarks.lds import score
 from benchmarks.lds.methods import METHODS, Scores, Setting, of_curvature
-from benchmarks.lds.problems import HELD_OUT, LATE, MEASUREMENTS, PROBLEMS
-from benchmarks.lds.retrain import NETWORKS, result
+from benchmarks.lds.problems import LATE, MEASUREMENTS, PROBLEMS
+from benchmarks.lds.retrain import FOLDER, NETWORKS, result
 from benchmarks.measure import arguments, report
 from curvlinops_diffusion._files import FileKind
 
 PREDICTED = FileKind("predicted", "predictions of a method", "Remove it.")
 DEFAULT = "1e-08"
 REFERENCE = "EK-FAC, the paper's recipe"
-CELLS = {
-    f"{measurement}, {kind}": (m, own)
-    for m, measurement in enumerate(MEASUREMENTS)
-    for kind, own in (("held-out", slice(0, HELD_OUT)), ("generated", slice(HELD_OUT, None)))
-}
 
 
 def predictions(
@@ -73,6 +68,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--problem", choices=PROBLEMS, default="digits")
     parser.add_argument("--work", type=Path, default=Path("lds-work"), help="work folder")
+    parser.add_argument("--retrained", type=Path, default=FOLDER, help="folder of its result")
     parser.add_argument("--draws", type=int, default=64, help="draws of each training image")
     parser.add_argument("--methods", nargs="*", help="only these")
     parser.add_argument("--resamples", type=int, default=500)
@@ -81,7 +77,7 @@ def main() -> None:
     problem = PROBLEMS[options.problem]
     work = options.work / problem.name / f"evaluated-{options.draws}"
     work.mkdir(parents=True, exist_ok=True)
-    header, tensors = NETWORKS.read(result(problem))
+    header, tensors = NETWORKS.read(result(problem, options.retrained))
     halves, values = tensors["halves"], tensors["values"].double()  # [H, N], [H, S, M, Q]
     weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if "weights/" in k}
     setting = Setting(problem, weights, tensors["generated"], options.draws)
@@ -93,16 +89,22 @@ def main() -> None:
             continue
         seconds, found = predictions(name, scores, halves, work)
         table[name] = {"seconds": seconds, "predicted": found}
+    Q = problem.num_queries
+    cells = {
+        f"{measurement}, {kind}": (m, own)
+        for m, measurement in enumerate(MEASUREMENTS)
+        for kind, own in (("held-out", slice(0, Q)), ("generated", slice(Q, None)))
+    }
     measured_MQH = values.mean(1).permute(1, 2, 0)
     ceilings = {
         cell: round(score.ceiling(values.permute(1, 2, 3, 0)[:, m, own]), 4)
-        for cell, (m, own) in CELLS.items()
+        for cell, (m, own) in cells.items()
     }
-    resampled = score.Resampled.of(measured_MQH.shape[2], HELD_OUT, options.resamples)
+    resampled = score.Resampled.of(measured_MQH.shape[2], Q, options.resamples)
     reference = table.get(REFERENCE)
     rows = []
     for name, entry in table.items():
-        for cell, (m, own) in CELLS.items():
+        for cell, (m, own) in cells.items():
             measured = measured_MQH[m, own]
             by_setting = {
                 key: float(score.lds(z[m, own], measured).mean())

@@ -17,7 +17,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from benchmarks.lds.problems import MEASURED_DRAWS, MEASURED_SEED, MEASUREMENTS, Problem
+from benchmarks.lds.problems import MEASURED_SEED, MEASUREMENTS, Problem
 from curvlinops_diffusion import (
     DenoisingObjective,
     DiffusionEKFACLinearOperator,
@@ -96,7 +96,11 @@ class Setting:
     def query_rows(self, measurement: str | Measurement, names: list[str] | None = None) -> Tensor:
         """Gradients of the queries on the draws that retrained networks are measured on."""
         regression = NoisedRegression(
-            self.objective, self.query_x0, MEASURED_DRAWS, MEASURED_SEED, batch_size=BATCH
+            self.objective,
+            self.query_x0,
+            self.problem.measured_draws,
+            MEASURED_SEED,
+            batch_size=BATCH,
         )
         return ExampleGradientLinearOperator(regression, names, measurement=measurement).rows()
 

@@ -6,7 +6,7 @@ Legend: N training images, Q queries, M measurements.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
@@ -17,10 +17,8 @@ from torch.nn.functional import mse_loss
 from benchmarks.problems import example
 from curvlinops_diffusion import DenoisingObjective, ExampleGradientLinearOperator, NoisedRegression
 
-HALVES, SEEDS = 64, 2
-HELD_OUT = GENERATED = 64
+SEEDS = 2
 MEASUREMENTS = ("loss", "simplified_elbo")
-MEASURED_DRAWS = 64
 MEASURED_SEED = 12345
 LATE = (0.7, 0.8, 0.9)  # of the training, at which its weights are kept as well
 LEARNING_RATE = 2e-3
@@ -38,6 +36,9 @@ class Problem:
         num_train: The number ``N`` of training images.
         steps: Steps of the training on all of them; networks on halves are trained for half.
         batch: Images in a step.
+        num_halves: Random halves on which networks are trained.
+        num_queries: Held-out queries, and as many generated ones.
+        measured_draws: Draws on which queries are measured.
     """
 
     name: str
@@ -46,18 +47,21 @@ class Problem:
     num_train: int
     steps: int
     batch: int
+    num_halves: int = 64
+    num_queries: int = 64
+    measured_draws: int = 64
 
     def data(self) -> tuple[Tensor, Tensor]:
-        """Training images ``[N, C, H, W]`` and held-out ones, ``[64, C, H, W]``."""
+        """Training images ``[N, C, H, W]`` and held-out ones, ``[Q, C, H, W]``."""
         images = self.images()
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        chosen = images[order[: self.num_train + HELD_OUT]]
+        chosen = images[order[: self.num_train + self.num_queries]]
         return chosen[: self.num_train], chosen[self.num_train :]
 
     def halves(self) -> Tensor:
-        """Random halves of the training images, ``[64, N]``."""
+        """Random halves of the training images, ``[H, N]``."""
         generator = torch.Generator().manual_seed(1)
-        masks = torch.zeros(HALVES, self.num_train, dtype=torch.bool)
+        masks = torch.zeros(self.num_halves, self.num_train, dtype=torch.bool)
         for mask in masks:
             mask[torch.randperm(self.num_train, generator=generator)[: self.num_train // 2]] = True
         return masks
@@ -102,13 +106,13 @@ class Problem:
         return network.eval()
 
     def trajectories(self, network: UNet2DModel) -> Tensor:
-        """Sampling 64 images by DDPM: the noised images and then the image, ``[1001, 64, …]``."""
+        """Sampling by DDPM: the noised images and then the image, ``[1001, Q, C, H, W]``."""
         scheduler = DDPMScheduler()
         scheduler.set_timesteps(scheduler.config.num_train_timesteps)
         channels, size = network.config["in_channels"], network.config["sample_size"]
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(2)
-            states = [torch.randn(GENERATED, channels, size, size)]
+            states = [torch.randn(self.num_queries, channels, size, size)]
             for t in scheduler.timesteps:
                 prediction = network(states[-1], t).sample
                 states.append(scheduler.step(prediction, t, states[-1]).prev_sample)
@@ -119,7 +123,7 @@ class Problem:
         """Each measurement of each query, on draws that all networks share, ``[M, Q]``."""
         objective = DenoisingObjective(network, DDPMScheduler())
         regression = NoisedRegression(
-            objective, queries, MEASURED_DRAWS, MEASURED_SEED, batch_size=len(queries)
+            objective, queries, self.measured_draws, MEASURED_SEED, batch_size=len(queries)
         )
         return torch.stack(
             [
@@ -139,25 +143,38 @@ def _photographs() -> Tensor:
     return torch.cat(patches)
 
 
-def _colour_unet() -> UNet2DModel:
-    """With attention at its lower level, on colour images of 16×16."""
+def _unet(size: int, channels: int, widths: tuple[int, int]) -> UNet2DModel:
+    """With attention at its lower level."""
     return UNet2DModel(
-        sample_size=16,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(16, 32),
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=widths,
         layers_per_block=1,
-        norm_num_groups=8,
-        attention_head_dim=8,
+        norm_num_groups=widths[0] // 2,
+        attention_head_dim=widths[0] // 2,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )
 
 
+_digits = Problem("digits", lambda: _demo.digits()[0], _demo.make_unet, 1000, 1500, 128)
 PROBLEMS = {
     problem.name: problem
     for problem in (
-        Problem("digits", lambda: _demo.digits()[0], _demo.make_unet, 1000, 1500, 128),
-        Problem("photographs", _photographs, _colour_unet, 500, 1200, 32),
+        _digits,
+        Problem("photographs", _photographs, lambda: _unet(16, 3, (16, 32)), 500, 1200, 32),
+        # to see that the programs run
+        replace(
+            _digits,
+            name="tiny",
+            make_network=lambda: _unet(8, 1, (2, 2)),
+            num_train=12,
+            steps=10,
+            batch=4,
+            num_halves=4,
+            num_queries=2,
+            measured_draws=2,
+        ),
     )
 }

@@ -20,24 +20,19 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.lds.problems import (
-    HALVES,
-    LATE,
-    MEASURED_DRAWS,
-    MEASUREMENTS,
-    PROBLEMS,
-    SEEDS,
-    Problem,
-)
+from benchmarks.lds.problems import LATE, MEASUREMENTS, PROBLEMS, SEEDS, Problem
 from benchmarks.measure import machine
 from curvlinops_diffusion._files import FileKind
 
 NETWORKS = FileKind("retrained", "retrained networks", "Run benchmarks.lds.retrain again.")
 
 
-def result(problem: Problem) -> Path:
+FOLDER = Path(__file__).parent
+
+
+def result(problem: Problem, folder: Path = FOLDER) -> Path:
     """The file of a problem's retrained networks."""
-    return Path(__file__).parent / f"{problem.name}.safetensors"
+    return folder / f"{problem.name}.safetensors"
 
 
 def base(problem: Problem, work: Path) -> dict[str, Tensor]:
@@ -83,6 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--problem", choices=PROBLEMS, default="digits")
     parser.add_argument("--work", type=Path, default=Path("lds-work"), help="work folder")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the result")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
     problem = PROBLEMS[options.problem]
@@ -90,11 +86,12 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # as the retrained ones; and the same result on every machine size
     tensors = base(problem, work)
-    jobs = [(problem.name, work, half, seed) for seed in range(SEEDS) for half in range(HALVES)]
+    halves = range(problem.num_halves)
+    jobs = [(problem.name, work, half, seed) for seed in range(SEEDS) for half in halves]
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         for done, seconds in enumerate(pool.imap(retrain, jobs), start=1):
             print(f"{done}/{len(jobs)} networks, the latest took {seconds:.0f} s", flush=True)
-    read = [[_read(work, half, seed) for seed in range(SEEDS)] for half in range(HALVES)]
+    read = [[_read(work, half, seed) for seed in range(SEEDS)] for half in halves]
     values_HSMQ = torch.stack([torch.stack([values for values, _ in row]) for row in read])
     header = {
         "machine": machine(),
@@ -102,12 +99,11 @@ def main() -> None:
         "steps": problem.steps,
         "batch": problem.batch,
         "measurements": MEASUREMENTS,
-        "measured_draws": MEASURED_DRAWS,
+        "measured_draws": problem.measured_draws,
     }
-    NETWORKS.write(
-        result(problem), {**tensors, "values": values_HSMQ, "halves": problem.halves()}, header
-    )
-    print(f"Wrote {result(problem)}: values {tuple(values_HSMQ.shape)}")
+    path = result(problem, options.output)
+    NETWORKS.write(path, {**tensors, "values": values_HSMQ, "halves": problem.halves()}, header)
+    print(f"Wrote {path}: values {tuple(values_HSMQ.shape)}")
 
 
 def _read(work: Path, half: int, seed: int) -> tuple[Tensor, float]:

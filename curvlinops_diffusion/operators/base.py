@@ -175,6 +175,11 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         """
         save_blocks(path, self.KIND, self.space, self.blocks, self.info)
 
+    def eigenvalues(self) -> Tensor:
+        """All eigenvalues in descending order, shape ``[P]``."""
+        each = [p.block.eigen(p.name).eigenvalues.flatten() for p in self.blocks]
+        return torch.cat(each).sort(descending=True).values
+
     def trace(self) -> Tensor:
         """The trace."""
         return torch.stack([p.block.trace() for p in self.blocks]).sum()
