@@ -1,4 +1,7 @@
-"""Tables of the documentation, from the results of the benchmarks."""
+"""Tables of the documentation and of the README, from the results of the benchmarks.
+
+``python docs/tables.py`` writes the README's, between its markers.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,19 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
+README = DOCS.parent / "README.md"
+MARKERS = ("<!-- table: docs/tables.py -->\n", "<!-- end of table -->\n")
+# of the README; the documentation has all
+METHODS = (
+    "no curvature",
+    "nearest in pixels",
+    "D-TRAK",
+    "TRAK",
+    "EK-FAC, the paper's recipe",
+    "EK-FAC",
+    "EK-FAC, Shampoo's factors",
+    "K-FAC + low rank",
+)
 
 Row = Sequence[object]
 
@@ -65,15 +81,27 @@ def lds_cells(result: dict[str, Any], methods: Sequence[str] | None = None) -> l
     if methods is None:
         methods = [name for name in by_method if not name.startswith(("draws,", "powers"))]
     cells = list(result["ceilings"])
-    rows: list[Row] = [("", *cells)]
+    rows: list[Row] = [("", *(cell.replace("_", " ") for cell in cells))]
     for name in methods:
         entries = by_method[name]
         default = all("default" in entries[cell] for cell in cells)
         label = name if default or entries[cells[0]]["best"]["setting"] == "" else f"{name} (best)"
         shown = [entries[cell]["default" if default else "best"] for cell in cells]
         rows.append((label, *(f"{s['lds']:.2f} [{s['low']:.2f}, {s['high']:.2f}]" for s in shown)))
-    rows.append(("a perfect predictor", *(f"{result['ceilings'][cell]:.2f}" for cell in cells)))
+    rows.append(("*a perfect predictor*", *(f"{result['ceilings'][cell]:.2f}" for cell in cells)))
     return rows
+
+
+def readme() -> str:
+    """The README with its table of linear data-modelling scores."""
+    text = README.read_text()
+    start = text.index(MARKERS[0]) + len(MARKERS[0])
+    end = text.index(MARKERS[1])
+    result = json.loads((RESULTS / "lds_digits_cpu.json").read_text())
+    head, *rows = lds_cells(result, METHODS)
+    rule = ["---"] * len(head)
+    lines = [f"| {' | '.join(str(entry) for entry in row)} |" for row in (head, rule, *rows)]
+    return text[:start] + "\n".join(lines) + "\n" + text[end:]
 
 
 def _table(head: Row, rows: Sequence[Row]) -> str:
@@ -81,3 +109,7 @@ def _table(head: Row, rows: Sequence[Row]) -> str:
     for row in (head, *rows):
         lines += [f"   {'*' if i == 0 else ' '} - {entry}" for i, entry in enumerate(row)]
     return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    README.write_text(readme())

@@ -296,6 +296,24 @@ def test_expand_is_exact_in_the_expand_setting(kind, separate, operator):
     assert_close(to_dense(K), _block_diagonal(G, sizes), 1e-11)
 
 
+@pytest.mark.parametrize("operator", [DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator])
+def test_weights_that_vary_over_time_end_exactness(operator):
+    """``w_t`` ties ``b bᵀ`` to the inputs' noise level even where the network is linear."""
+    model = seeded(nn.Linear(3, 4), nn.Linear(4, 3))
+    errors = []
+    for weighting in (lambda t: 0 * t + 3.0, lambda t: t.clamp(max=5.0)):
+        regression = plain_regression(
+            model, (5, 3), count=3, num_draws=4, objective={"weighting": weighting}
+        )
+        K = operator(regression, fisher_type="type-2")
+        exact = _block_diagonal(dense_ggn(regression, list(model.parameters())), [12, 4, 12, 3])
+        errors.append(relative_error(to_dense(K), exact))
+        if operator is DiffusionEKFACLinearOperator:
+            assert_close(K.trace(), exact.trace(), 1e-11)
+    assert errors[0] < 1e-11
+    assert errors[1] > 0.01
+
+
 class Pooled(nn.Module):
     """Layers shared over positions whose outputs are averaged, then one layer makes the output."""
 

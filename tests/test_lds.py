@@ -13,6 +13,7 @@ from safetensors.torch import load
 from benchmarks.lds import score
 from benchmarks.lds.methods import METHODS
 from benchmarks.lds.problems import PROBLEMS
+from benchmarks.lds.remove import jobs, relative_change
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,9 +26,23 @@ def test_spearman_is_scipys():
     x, y = random(3, 20), random(3, 20, seed=1)
     expected = [scipy.stats.spearmanr(a, b).statistic for a, b in zip(x, y, strict=True)]
     assert torch.allclose(score.lds(x, y), torch.tensor(expected).double())
-    tied = torch.randint(4, (3, 20), generator=torch.Generator().manual_seed(2)).double()
-    expected = [scipy.stats.spearmanr(a, b).statistic for a, b in zip(tied, y, strict=True)]
-    assert torch.allclose(score._spearman_with_ties(tied, y), torch.tensor(expected).double())
+
+
+def test_resampled_spearman_is_scipys():
+    """Of halves and queries drawn with replacement, so that there are ties."""
+    x, y = random(3, 20), random(3, 20, seed=1)
+    resampled = score.Resampled.of(20, 3, 5)
+    expected = []
+    for halves, queries in zip(resampled.times_KH, resampled.times_KQ, strict=True):
+        assert halves.sum() == 20
+        assert queries.sum() == 3
+        chosen = torch.arange(20).repeat_interleave(halves.long())
+        by_query = [
+            scipy.stats.spearmanr(x[q, chosen], y[q, chosen]).statistic
+            for q in torch.arange(3).repeat_interleave(queries.long())
+        ]
+        expected.append(sum(by_query) / 3)
+    assert torch.allclose(resampled.means(x, y), torch.tensor(expected).double())
 
 
 def test_an_additive_world_is_predicted():
@@ -86,6 +101,65 @@ def test_the_programs_run_and_go_on(tmp_path):
     times = [path.stat().st_mtime_ns for path in kept]
     run("evaluate", *arguments, "--resamples", "3")
     assert [path.stat().st_mtime_ns for path in kept] == times
+    arguments = [*arguments[:-2], "--evaluated", folder, "--queries", "1", "--methods", "EK-FAC"]
+    run("remove", *arguments)
+    removals = json.loads((tmp_path / "removed_tiny_cpu.json").read_text())["removals"]
+    assert [row["method"] for row in removals] == ["random", "EK-FAC"]
+    assert removals[0]["change_of_loss"] != removals[1]["change_of_loss"]
+
+
+def test_relative_change():
+    """Of known means; the error is that of a difference of means."""
+    without, full = 1.1 + 0.1 * random(1000), 1 + 0.1 * random(1000, seed=1)
+    change, error = relative_change(list(without), list(full))
+    assert abs(change - 0.1) < 4 * error
+    assert abs(error - 0.1 * (2 / 1000) ** 0.5) < 0.1 * error
+
+
+def test_removed_images():
+    """Those that come first in the order of their query; random ones differ among seeds."""
+    orders = {"EK-FAC": torch.stack([torch.arange(1000), torch.arange(1000).flip(0)])}
+    found = jobs(PROBLEMS["digits"], Path("work"), orders, [1])
+    chosen = [job.removed for job in found if job.method == "EK-FAC"]
+    assert {len(removed) for removed in chosen} == {10, 50, 100}
+    assert all(removed == tuple(range(999, 999 - len(removed), -1)) for removed in chosen)
+    controls = {job.removed for job in found if job.method == "random"}
+    assert len(controls) == 15
+    assert len({job.path for job in found}) == len(found) == 5 + 15 + 15
+
+
+def test_the_documentation_shows_every_method(monkeypatch, tmp_path):
+    """With the number and interval of each cell, and the ceilings."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import tables
+
+    tables.write_tables(tmp_path)
+    assert ".. include:: _tables/lds_digits.rst" in (ROOT / "docs" / "evidence.rst").read_text()
+    cells = (tmp_path / "lds_digits.rst").read_text()
+    result = json.loads((ROOT / "benchmarks" / "results" / "lds_digits_cpu.json").read_text())
+    for row in result["methods"]:
+        if row["method"].startswith(("draws,", "powers")):
+            continue
+        shown = row.get("default", row["best"])
+        assert f"- {row['method']}" in cells
+        assert f"- {shown['lds']:.2f} [{shown['low']:.2f}, {shown['high']:.2f}]\n" in cells
+    assert all(f"- {ceiling:.2f}\n" in cells for ceiling in result["ceilings"].values())
+
+
+def test_what_the_documentation_says_of_the_methods():
+    """EK-FAC at the default damping against each baseline's best, for the loss."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "lds_digits_cpu.json").read_text())
+    shown = {(r["method"], r["cell"]): r.get("default", r["best"]) for r in result["methods"]}
+    for cell in ("loss, held-out", "loss, generated"):
+        own = shown["EK-FAC", cell]
+        for baseline in ("no curvature", "nearest in pixels", "TRAK", "D-TRAK", "DAS"):
+            assert shown[baseline, cell]["high"] < own["low"]
+        for better in ("EK-FAC, Shampoo's factors", "EK-FAC, nearest Kronecker product"):
+            assert shown[better, cell]["lds"] > own["lds"]
+            assert shown[better, cell]["minus_reference"]["low"] > 0
+        assert shown["sampled GGN", cell]["lds"] < shown["EK-FAC, the paper's recipe", cell]["lds"]
+        assert abs(shown["K-FAC", cell]["lds"] - own["lds"]) < 0.02
+        assert abs(shown["EK-FAC, linear and convolutions only", cell]["lds"] - own["lds"]) < 0.01
 
 
 def test_halves():

@@ -51,3 +51,17 @@ def test_names_exist(name):
     assert name in known or any(
         hasattr(library, name) for library in (curvlinops_diffusion, curvlinops, nn)
     )
+
+
+def test_the_table_is_that_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(README.parent / "docs"))
+    import tables
+
+    assert tables.readme() == README.read_text(), "run `python docs/tables.py`"
+    assert README.read_text().count(" [0.") >= 4 * len(tables.METHODS)
+
+
+def test_pictures_exist():
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README.read_text())
+    assert pictures
+    assert all((README.parent / path).exists() for path in pictures)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.lds import score
 from benchmarks.lds.methods import METHODS, Scores, Setting, of_curvature
-from benchmarks.lds.problems import LATE, MEASUREMENTS, PROBLEMS
+from benchmarks.lds.problems import LATE, MEASUREMENTS, PROBLEMS, Problem
 from benchmarks.lds.retrain import FOLDER, NETWORKS, result
 from benchmarks.measure import arguments, report
 from curvlinops_diffusion._files import FileKind
@@ -47,6 +47,15 @@ def predictions(
         print(name, "done", flush=True)
     header, tensors = PREDICTED.read(path)
     return float(header["seconds"]), tensors
+
+
+def setting_of(
+    problem: Problem, folder: Path, draws: int = 64
+) -> tuple[Setting, tuple[dict[str, Any], dict[str, Tensor]]]:
+    """The network trained on all images, and the header and tensors of the retrained ones."""
+    header, tensors = NETWORKS.read(result(problem, folder))
+    weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if "weights/" in k}
+    return Setting(problem, weights, tensors["generated"], draws), (header, tensors)
 
 
 def late_checkpoints(last: Setting, tensors: dict[str, Tensor]) -> Scores:
@@ -77,10 +86,8 @@ def main() -> None:
     problem = PROBLEMS[options.problem]
     work = options.work / problem.name / f"evaluated-{options.draws}"
     work.mkdir(parents=True, exist_ok=True)
-    header, tensors = NETWORKS.read(result(problem, options.retrained))
+    setting, (header, tensors) = setting_of(problem, options.retrained, options.draws)
     halves, values = tensors["halves"], tensors["values"].double()  # [H, N], [H, S, M, Q]
-    weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if "weights/" in k}
-    setting = Setting(problem, weights, tensors["generated"], options.draws)
     methods = {name: run(setting) for name, run in METHODS.items()}
     methods["EK-FAC, late checkpoints"] = late_checkpoints(setting, tensors)
     table: dict[str, Any] = {}

@@ -1,6 +1,6 @@
 """The linear data-modelling score (Park et al., 2023), its error, and its ceiling.
 
-Legend: H halves, S seeds, Q queries, N training examples, M measurements.
+Legend: H halves, S seeds, Q queries, N training examples, M measurements, K resamples.
 """
 
 from __future__ import annotations
@@ -33,30 +33,43 @@ class Resampled:
     """A bootstrap over halves and queries together, the same for all methods.
 
     Attributes:
-        halves_KH: Halves drawn with replacement, one row for each of ``K`` resamples.
-        queries_KQ: Queries likewise.
+        times_KH: How often each half was drawn, one row for each of ``K`` resamples.
+        times_KQ: How often each query was.
     """
 
-    halves_KH: Tensor
-    queries_KQ: Tensor
+    times_KH: Tensor
+    times_KQ: Tensor
 
     @classmethod
     def of(cls, H: int, Q: int, resamples: int, seed: int = 0) -> Resampled:
-        """Draw."""
+        """Draw with replacement."""
         generator = torch.Generator().manual_seed(seed)
-        return cls(
-            torch.randint(H, (resamples, H), generator=generator),
-            torch.randint(Q, (resamples, Q), generator=generator),
-        )
+
+        def times(number: int) -> Tensor:
+            drawn = torch.randint(number, (resamples, number), generator=generator)
+            counts = torch.zeros(resamples, number, dtype=torch.double)
+            return counts.scatter_add_(1, drawn, torch.ones_like(counts))
+
+        return cls(times(H), times(Q))
 
     def means(self, predicted_QH: Tensor, measured_QH: Tensor) -> Tensor:
         """The mean over queries of each resample, ``[K]``."""
-        return torch.stack(
-            [
-                _spearman_with_ties(predicted_QH[q][:, h], measured_QH[q][:, h]).mean()
-                for h, q in zip(self.halves_KH, self.queries_KQ, strict=True)
-            ]
+        x_KQH, y_KQH = self._ranks(predicted_QH), self._ranks(measured_QH)
+        times_K1H = self.times_KH.unsqueeze(1)
+        covariance, own, other = (
+            (times_K1H * a * b).sum(-1) for a, b in ((x_KQH, y_KQH), (x_KQH, x_KQH), (y_KQH, y_KQH))
         )
+        correlation_KQ = covariance / (own * other).sqrt()
+        return (self.times_KQ * correlation_KQ).sum(1) / self.times_KQ.sum(1)
+
+    def _ranks(self, z_QH: Tensor) -> Tensor:
+        """Ranks in each resample, of mean zero; copies of a half share their mean rank."""
+        order_QH = z_QH.argsort(-1)
+        sorted_KQH = self.times_KH[:, order_QH]
+        mean_ranks = sorted_KQH.cumsum(-1) - sorted_KQH / 2
+        found = torch.empty_like(mean_ranks)
+        found.scatter_(-1, order_QH.expand_as(mean_ranks), mean_ranks)
+        return found - z_QH.shape[1] / 2
 
     def summary(self, predicted_QH: Tensor, measured_QH: Tensor) -> dict[str, float]:
         """The mean over queries, its standard error over them, and the bootstrap's interval.
@@ -95,16 +108,3 @@ def ceiling(measured_SQH: Tensor) -> float:
     r = float(lds(measured_SQH[0], measured_SQH[1]).mean())
     S = len(measured_SQH)
     return (S * r / (1 + (S - 1) * r)) ** 0.5
-
-
-def _spearman_with_ties(x_QH: Tensor, y_QH: Tensor) -> Tensor:
-    """With mean ranks for ties, which drawing with replacement makes."""
-
-    def mean_ranks(z: Tensor) -> Tensor:
-        less = (z.unsqueeze(-1) > z.unsqueeze(-2)).double().sum(-1)
-        equal = (z.unsqueeze(-1) == z.unsqueeze(-2)).double().sum(-1)
-        r = less + (equal - 1) / 2
-        r = r - r.mean(-1, keepdim=True)
-        return r / r.norm(dim=-1, keepdim=True)
-
-    return (mean_ranks(x_QH) * mean_ranks(y_QH)).sum(-1)

@@ -1,0 +1,189 @@
+"""Does the model get worse at a query when the images most helpful to it are removed?
+
+The 1, 5 and 10 % of the training images that a method finds most helpful to a generated query are
+left out, and networks are trained on the rest with five seeds each, for half of the steps, as the
+networks of ``benchmarks.lds.retrain``. Random images removed are the control. One file for each
+network in a work folder, so that a run that was killed goes on.
+
+Legend: N training images, Q queries.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.lds.evaluate import DEFAULT, PREDICTED, setting_of
+from benchmarks.lds.methods import METHODS, Setting
+from benchmarks.lds.problems import PROBLEMS, Problem
+from benchmarks.lds.retrain import FOLDER, NETWORKS
+from benchmarks.measure import RESULTS, arguments, report
+
+SEEDS = 5
+SHARES = (0.01, 0.05, 0.1)
+# those with a damping of their own take the best by the linear data-modelling score of this cell
+CELL = "loss, generated"
+COMPARED = ("EK-FAC", "TRAK", "nearest in pixels", "D-TRAK")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A network to be trained on what is left.
+
+    Attributes:
+        method: What chose the images; "none" and "random" for the controls.
+        query: The query that they were chosen for, -1 for the controls.
+        removed: Their indices.
+    """
+
+    problem: str
+    work: Path
+    method: str
+    query: int
+    seed: int
+    removed: tuple[int, ...]
+
+    @property
+    def path(self) -> Path:
+        """Where the measurements are kept."""
+        label = self.method.lower().replace(" ", "-")
+        return (
+            self.work / f"{label}_query{self.query}_{len(self.removed)}_seed{self.seed}.safetensors"
+        )
+
+
+def losses(job: Job) -> Tensor:
+    """Train, and measure the loss of each generated query, ``[Q]``; or read what was measured."""
+    if not job.path.exists():
+        start = time.perf_counter()
+        torch.set_num_threads(1)
+        problem = PROBLEMS[job.problem]
+        train = problem.data()[0]
+        left = torch.ones(len(train), dtype=torch.bool)
+        left[list(job.removed)] = False
+        network = problem.trained(train[left], problem.steps // 2, 5000 + job.seed)
+        generated = NETWORKS.read(job.work / "generated.safetensors")[1]["generated"]
+        values_Q = problem.measured(network, generated)[0].contiguous()
+        seconds = round(time.perf_counter() - start, 1)
+        NETWORKS.write(job.path, {"values": values_Q}, {"seconds": seconds})
+    return NETWORKS.read(job.path)[1]["values"].double()
+
+
+def most_helpful(setting: Setting, method: str, damping: str, work: Path) -> Tensor:
+    """The training images by influence on each generated query's loss, ``[Q, N]``."""
+    path = work / f"order_{method.lower().replace(' ', '-')}.safetensors"
+    if not path.exists():
+        by_setting = {
+            f"{key:.0e}" if isinstance(key, float) else key: scores[0]
+            for key, scores in METHODS[method](setting)
+        }
+        own = by_setting[damping][-setting.problem.num_queries :]
+        PREDICTED.write(path, {"order": own.argsort(descending=True)}, {"damping": damping})
+    header, tensors = PREDICTED.read(path)
+    if header["damping"] != damping:
+        raise ValueError(f"{path} is for damping {header['damping']}, not {damping}. Remove it.")
+    return tensors["order"]
+
+
+def damping_of(method: str, results: Path) -> str:
+    """The default where the method has one, otherwise the best by its prediction of retraining."""
+    for row in json.loads(results.read_text())["methods"]:
+        if row["method"] == method and row["cell"] == CELL:
+            setting: str = DEFAULT if "default" in row else row["best"]["setting"]
+            return setting
+    raise ValueError(f"{results} has no {method}. Evaluate it by benchmarks.lds.evaluate.")
+
+
+def jobs(
+    problem: Problem, work: Path, orders: dict[str, Tensor], queries: Sequence[int]
+) -> list[Job]:
+    """Controls first, then query by query."""
+    N = problem.num_train
+    sizes = sorted({max(round(share * N), 1) for share in SHARES})
+    generator = torch.Generator().manual_seed(3)
+    shuffled = [torch.randperm(N, generator=generator).tolist() for _ in range(SEEDS)]
+    found = [Job(problem.name, work, "none", -1, seed, ()) for seed in range(SEEDS)]
+    found += [
+        Job(problem.name, work, "random", -1, seed, tuple(shuffled[seed][:size]))
+        for size, seed in itertools.product(sizes, range(SEEDS))
+    ]
+    found += [
+        Job(problem.name, work, method, query, seed, tuple(orders[method][query, :size].tolist()))
+        for query, size, method, seed in itertools.product(queries, sizes, orders, range(SEEDS))
+    ]
+    return found
+
+
+def main() -> None:
+    """Run the program."""
+    parser = arguments(__doc__)
+    parser.add_argument("--problem", choices=PROBLEMS, default="digits")
+    parser.add_argument("--work", type=Path, default=Path("lds-work"), help="work folder")
+    parser.add_argument("--retrained", type=Path, default=FOLDER, help="folder of retrain's result")
+    parser.add_argument("--evaluated", type=Path, default=RESULTS, help="folder of evaluate's")
+    parser.add_argument("--queries", type=int, default=3, help="generated queries")
+    parser.add_argument("--methods", nargs="*", default=COMPARED, choices=METHODS)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    problem = PROBLEMS[options.problem]
+    work = options.work / problem.name / "removed"
+    work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    setting, _ = setting_of(problem, options.retrained)
+    NETWORKS.write(work / "generated.safetensors", {"generated": setting.generated}, {})
+    evaluated = options.evaluated / f"lds_{problem.name}_cpu.json"
+    dampings = {method: damping_of(method, evaluated) for method in options.methods}
+    orders = {
+        method: most_helpful(setting, method, damping, work) for method, damping in dampings.items()
+    }
+    queries = range(options.queries)
+    todo = jobs(problem, work, orders, queries)
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        measured = []
+        for job, values in zip(todo, pool.imap(losses, todo), strict=True):
+            measured.append(values)
+            print(f"{len(measured)}/{len(todo)}: {job.path.stem}", flush=True)
+    found = dict(
+        zip(((j.method, j.query, len(j.removed), j.seed) for j in todo), measured, strict=True)
+    )
+    sizes = sorted({len(job.removed) for job in todo} - {0})
+    rows = []
+    for method, size in itertools.product(("random", *orders), sizes):
+        changes = [
+            relative_change(
+                [found[method, -1 if method == "random" else q, size, s][q] for s in range(SEEDS)],
+                [found["none", -1, 0, s][q] for s in range(SEEDS)],
+            )
+            for q in queries
+        ]
+        row: dict[str, Any] = {"method": method, "damping": dampings.get(method, "")}
+        row["removed"] = size
+        row["change_of_loss"] = round(sum(c for c, _ in changes) / len(changes), 4)
+        row["its_error"] = round(sum(e**2 for _, e in changes) ** 0.5 / len(changes), 4)
+        row["by_query"] = [f"{change:.3f} ± {error:.3f}" for change, error in changes]
+        rows.append(row)
+    report(options, f"removed_{problem.name}", __doc__, {"seeds": SEEDS, "removals": rows})
+
+
+def relative_change(without: Sequence[Tensor], full: Sequence[Tensor]) -> tuple[float, float]:
+    """The mean over seeds of a loss, relative to that of all images, and its standard error."""
+    a, b = torch.stack(list(without)), torch.stack(list(full))
+    mean = float(b.mean())
+    error = (float(a.var()) / len(a) + float(b.var()) / len(b)) ** 0.5
+    return float(a.mean()) / mean - 1, error / mean
+
+
+if __name__ == "__main__":
+    main()
