@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import scipy.stats
 import torch
 from safetensors.torch import load
 
 from benchmarks.lds import score
+from benchmarks.lds.evaluate import kept
 from benchmarks.lds.methods import METHODS
 from benchmarks.lds.problems import PROBLEMS
 from benchmarks.lds.remove import jobs, relative_change
@@ -106,6 +108,18 @@ def test_the_programs_run_and_go_on(tmp_path):
     removals = json.loads((tmp_path / "removed_tiny_cpu.json").read_text())["removals"]
     assert [row["method"] for row in removals] == ["random", "EK-FAC"]
     assert removals[0]["change_of_loss"] != removals[1]["change_of_loss"]
+
+
+def test_rows_of_other_methods_are_kept(tmp_path):
+    """Those of the same settings; with others the file is refused."""
+    path = tmp_path / "result.json"
+    new = [{"method": "b", "lds": 3}, {"method": "c", "lds": 4}]
+    assert kept(path, {"draws": 2}, new) == new
+    earlier = [{"method": "a", "lds": 1}, {"method": "b", "lds": 2}]
+    path.write_text(json.dumps({"draws": 2, "methods": earlier}))
+    assert [row["lds"] for row in kept(path, {"draws": 2}, new)] == [1, 3, 4]
+    with pytest.raises(ValueError, match="other draws"):
+        kept(path, {"draws": 3}, new)
 
 
 def test_relative_change():

@@ -9,6 +9,7 @@ Legend: N training images, Q queries, M measurements, H halves, S seeds.
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import warnings
@@ -79,7 +80,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("lds-work"), help="work folder")
     parser.add_argument("--retrained", type=Path, default=FOLDER, help="folder of its result")
     parser.add_argument("--draws", type=int, default=64, help="draws of each training image")
-    parser.add_argument("--methods", nargs="*", help="only these")
+    parser.add_argument(
+        "--methods", nargs="*", help="only these; the others of an earlier result are kept"
+    )
     parser.add_argument("--resamples", type=int, default=500)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -128,18 +131,32 @@ def main() -> None:
                     other = reference["predicted"][DEFAULT][m, own]
                     row[which]["minus_reference"] = resampled.difference(predicted, other, measured)
             rows.append(row)
-    report(
-        options,
-        f"lds_{problem.name}",
-        __doc__,
-        {
-            "retrained": header,
-            "draws": options.draws,
-            "reference": REFERENCE,
-            "ceilings": ceilings,
-            "methods": rows,
-        },
-    )
+    settings = {
+        "retrained": header,
+        "draws": options.draws,
+        "resamples": options.resamples,
+        "reference": REFERENCE,
+        "ceilings": ceilings,
+    }
+    name = f"lds_{problem.name}"
+    if options.methods:
+        rows = kept(options.output / f"{name}_{options.device}.json", settings, rows)
+    report(options, name, __doc__, {**settings, "methods": rows})
+
+
+def kept(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of an earlier result with the same settings, those of the same methods replaced."""
+    if not path.exists():
+        return rows
+    earlier = json.loads(path.read_text())
+    differing = sorted(key for key, value in settings.items() if earlier.get(key) != value)
+    if differing:
+        raise ValueError(
+            f"{path} has other {', '.join(differing)}. Evaluate all methods, or give --output "
+            "another folder."
+        )
+    methods = {row["method"] for row in rows}
+    return [row for row in earlier["methods"] if row["method"] not in methods] + rows
 
 
 if __name__ == "__main__":

@@ -157,15 +157,17 @@ def low_rank(
     curvature: DiffusionKFACLinearOperator,
     query_MQP: Tensor,
     train_NP: Tensor,
-    dampings: tuple[float, ...] = DAMPINGS,
+    added_KP: Tensor | None = None,
+    dampings: tuple[float, ...] = (1e-8, 1e-6, 1e-4),
     weight: float = 1.0,
 ) -> Scores:
-    """``∇m (F + λ + c/N Σ ∇ℓ ∇ℓᵀ)⁻¹ ∇ℓ_n``."""
+    """``∇m (F + λ + c/K Σ v vᵀ)⁻¹ ∇ℓ_n`` with vectors ``v``, by default the ``∇ℓ``."""
     M, Q, P = query_MQP.shape
+    added_KP = train_NP if added_KP is None else added_KP
     columns = query_MQP.reshape(M * Q, P).T
     for damping in dampings:
         inverse = WoodburyInverseLinearOperator(
-            curvature.inverse(damping), train_NP, weight / len(train_NP)
+            curvature.inverse(damping), added_KP, weight / len(added_KP)
         )
         yield damping, ((inverse @ columns).T @ train_NP.T).reshape(M, Q, -1)
 
@@ -306,16 +308,21 @@ def papers_recipe(setting: Setting, draws: int | None = None) -> Scores:
     yield from curved(EK, query_MQP, rows)
 
 
-def with_low_rank(ekfac: bool, weight: float = 1.0) -> Callable[[Setting], Scores]:
+def with_low_rank(weight: float = 1.0, **options: Any) -> Callable[[Setting], Scores]:
     """Curvature plus the outer products of the training images' gradients."""
 
     def run(setting: Setting) -> Scores:
-        curvature = setting.curvature(ekfac)
         yield from low_rank(
-            curvature, setting.query_MQP, setting.train_NP, (1e-8, 1e-6, 1e-4), weight
+            setting.curvature(**options), setting.query_MQP, setting.train_NP, weight=weight
         )
 
     return run
+
+
+def with_samples(setting: Setting) -> Scores:
+    """K-FAC plus as much of the sampled GGN: is it exact curvature that low rank adds?"""
+    rows = sampled_rows(setting, 1)
+    yield from low_rank(setting.curvature(ekfac=False), setting.query_MQP, setting.train_NP, rows)
 
 
 def powers(setting: Setting) -> Scores:
@@ -341,9 +348,7 @@ def numbers_of_draws(**scheme: Any) -> Callable[[Setting], Scores]:
 
 def sampled_ggn(setting: Setting, number: int = 4) -> Scores:
     """The exact GGN from 4 random loss vectors for each training image, by Woodbury's formula."""
-    rows = torch.cat(
-        [setting.rows(_fisher(seed), 1, seed=seed, timesteps="uniform") for seed in range(number)]
-    )
+    rows = sampled_rows(setting, number)
     gram = (rows @ rows.T).double() / len(rows)
     cross_MQK = (setting.query_MQP @ rows.T).double()
     cross_NK = (setting.train_NP @ rows.T).double()
@@ -352,6 +357,13 @@ def sampled_ggn(setting: Setting, number: int = 4) -> Scores:
     for damping in DAMPINGS:
         inner = torch.linalg.inv(damping * identity + gram)
         yield damping, (plain_MQN - cross_MQK @ inner @ cross_NK.T / len(rows)) / damping
+
+
+def sampled_rows(setting: Setting, number: int) -> Tensor:
+    """Vectors whose second moment is the GGN: a draw and a random loss vector of each image."""
+    return torch.cat(
+        [setting.rows(_fisher(seed), 1, seed=seed, timesteps="uniform") for seed in range(number)]
+    )
 
 
 def _fisher(seed: int) -> Measurement:
@@ -397,10 +409,12 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
     "K-FAC, reduce": of_curvature(ekfac=False, kfac_approx="reduce"),
     "K-FAC, Shampoo's factors": of_curvature(ekfac=False, kfac_approx="shampoo"),
     "K-FAC, nearest Kronecker product": of_curvature(ekfac=False, kfac_approx="rank-one"),
-    "EK-FAC + low rank": with_low_rank(ekfac=True),
+    "EK-FAC + low rank": with_low_rank(),
     "K-FAC + low rank": with_low_rank(ekfac=False),
-    "EK-FAC + 10 times low rank": with_low_rank(ekfac=True, weight=10.0),
-    "EK-FAC + a tenth of low rank": with_low_rank(ekfac=True, weight=0.1),
+    "EK-FAC, Shampoo's factors + low rank": with_low_rank(kfac_approx="shampoo"),
+    "EK-FAC + 10 times low rank": with_low_rank(10.0),
+    "EK-FAC + a tenth of low rank": with_low_rank(0.1),
+    "K-FAC + sampled GGN": with_samples,
     "sampled GGN": sampled_ggn,
     "powers of EK-FAC": powers,
     "draws, uniform": numbers_of_draws(timesteps="uniform"),
