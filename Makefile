@@ -36,7 +36,7 @@ lint: $(VENV)/.installed-lint  ## style and types
 # SPHINXOPTS="-D plot_gallery=0" leaves the gallery's programs unrun
 docs: $(VENV)/.installed-docs  ## the documentation with its gallery, into docs/_build/html
 	$(BIN)/python -m sphinx -q -W --keep-going $(SPHINXOPTS) docs docs/_build/html
-	$(BIN)/python -m sphinx -q -W $(SPHINXOPTS) -b doctest docs docs/_build/doctest
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W $(SPHINXOPTS) -b doctest docs docs/_build/doctest
 
 bench: $(VENV)/.installed-bench  ## the benchmarks, about 25 minutes, into benchmarks/results/
 	$(BIN)/python -m benchmarks.factor_pass --upstream --kronfluence

@@ -33,9 +33,10 @@ def write_tables(folder: Path = DOCS / "_tables") -> None:
     """Write a file for each result that was measured on a CPU."""
     folder.mkdir(exist_ok=True)
     for path in sorted(RESULTS.glob("*_cpu.json")):
-        head, *rows = _cells(json.loads(path.read_text()))
+        result = json.loads(path.read_text())
         name = path.stem.removesuffix("_cpu")
-        (folder / f"{name}.rst").write_text(_table(head, rows))
+        for part, (head, *rows) in {"": _cells(result), **_further(result)}.items():
+            (folder / f"{name}{part}.rst").write_text(_table(head, rows))
 
 
 def _cells(result: dict[str, Any]) -> list[Row]:
@@ -61,6 +62,24 @@ def _cells(result: dict[str, Any]) -> list[Row]:
             ),
         ]
     return _of_records(next(value for value in result.values() if isinstance(value, list)))
+
+
+def _further(result: dict[str, Any]) -> dict[str, list[Row]]:
+    """Tables of a result that has several, by what their files' names end with."""
+    if "by_kind" not in result:
+        return {}
+    return {
+        "_whole": [("", "relative error"), *result["whole"].items()],
+        "_cosines": _of_records(result["cosines"]),
+        "_spectra": [
+            ("quantile", *next(iter(result["spectra"].values()))),
+            *(
+                (name, *(f"{value:.2g}" for value in values.values()))
+                for name, values in result["spectra"].items()
+            ),
+        ],
+        "_bands": _of_records(result["bands"]),
+    }
 
 
 def _of_records(records: Sequence[dict[str, object]]) -> list[Row]:

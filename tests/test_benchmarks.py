@@ -17,7 +17,7 @@ PROGRAMS = {
     "factor_pass --upstream": ["factor_pass_unet", "factor_pass_cifar", "factor_pass_dit"],
     "factor_pass --upstream --problem dit": [],
     "factor_pass --problem cifar --upstream --not-decomposed": [],
-    "exact_ggn": [],
+    "exact_ggn": ["exact_ggn"],
     "ggn_product": ["ggn_product"],
     "inverse_products": ["inverse_products"],
     "peak_memory": ["peak_memory"],
