@@ -112,12 +112,21 @@ def lds_cells(result: dict[str, Any], methods: Sequence[str] | None = None) -> l
 
 
 def readme() -> str:
-    """The README with its table of linear data-modelling scores."""
+    """The README with its table of linear data-modelling scores of the loss."""
     text = README.read_text()
     start = text.index(MARKERS[0]) + len(MARKERS[0])
     end = text.index(MARKERS[1])
-    result = json.loads((RESULTS / "lds_digits_cpu.json").read_text())
-    head, *rows = lds_cells(result, METHODS)
+    labels: list[object] = []
+    columns: list[list[object]] = []
+    for path in sorted(RESULTS.glob("lds_*_cpu.json")):
+        head, *rows = lds_cells(json.loads(path.read_text()), METHODS)
+        labels = ["", *(row[0] for row in rows)]
+        problem = path.stem.split("_")[1]
+        for column, cell in enumerate(head):
+            if str(cell).startswith("loss, "):
+                title = f"{problem}, {str(cell).removeprefix('loss, ')}"
+                columns.append([title, *(row[column] for row in rows)])
+    head, *rows = zip(labels, *columns, strict=True)
     rule = ["---"] * len(head)
     lines = [f"| {' | '.join(str(entry) for entry in row)} |" for row in (head, rule, *rows)]
     return text[:start] + "\n".join(lines) + "\n" + text[end:]

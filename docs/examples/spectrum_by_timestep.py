@@ -56,7 +56,7 @@ for name in (next(iter(bands)), list(bands)[-1]):
     )
     largest = eigsh(exact.to_scipy(), k=1, tol=0.1, return_eigenvectors=False).item()
     densities[name] = lanczos_approximate_spectrum(
-        exact, 12, num_points=256, boundaries=(0.0, largest)
+        exact, 12, num_points=256, num_repeats=4, boundaries=(0.0, largest)
     )
     print(f"{name}: largest eigenvalue {largest:.3g}, EK-FAC {eigenvalues[name][0]:.3g}")
 
