@@ -1,8 +1,6 @@
 """The linear data-modelling score against SciPy, and on data where the answer is known."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import scipy.stats
 import torch
 from safetensors.torch import load
 
-from benchmarks.lds import score
+from benchmarks.lds import evaluate, remove, retrain, score
 from benchmarks.lds.evaluate import kept
 from benchmarks.lds.methods import METHODS
 from benchmarks.lds.problems import PROBLEMS
@@ -72,39 +70,44 @@ def test_ceiling():
     assert abs(score.ceiling(seeds) - reached) < 0.02
 
 
-def run(program, *arguments, **options):
-    command = [sys.executable, "-m", f"benchmarks.lds.{program}", "--problem", "tiny", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **options
-    )
-    assert result.returncode == 0, result.stderr
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a program on the tiny problem; in this process, since imports take the longest."""
+
+    def run(program, *arguments):
+        arguments = ["--problem", "tiny", *arguments]
+        if program is not evaluate:
+            arguments += ["--processes", "1"]
+        monkeypatch.setattr(sys, "argv", [program.__name__, *arguments])
+        program.main()
+
+    return run
 
 
-def test_the_programs_run_and_go_on(tmp_path):
+def test_the_programs_run_and_go_on(tmp_path, run):
     """A tiny problem retrained, all methods evaluated; what was computed before is not again."""
     folder = str(tmp_path)
-    run("retrain", "--work", folder, "--output", folder, "--processes", "2")
+    run(retrain, "--work", folder, "--output", folder)
     written = tmp_path / "tiny.safetensors"
     before = written.read_bytes()
     (tmp_path / "tiny" / "half003_seed1.safetensors").unlink()  # as if killed before the last one
     written.unlink()
-    run("retrain", "--work", folder, "--output", folder, "--processes", "1")
+    run(retrain, "--work", folder, "--output", folder)
     values = [load(contents)["values"] for contents in (before, written.read_bytes())]
     assert torch.equal(*values)
     assert values[0].shape == (4, 2, 2, 4)
     arguments = ["--work", folder, "--output", folder, "--retrained", folder, "--draws", "2"]
-    run("evaluate", *arguments, "--resamples", "3")
+    run(evaluate, *arguments, "--resamples", "3")
     result = json.loads((tmp_path / "lds_tiny_cpu.json").read_text())
     names = {row["method"] for row in result["methods"]}
     assert names == {*METHODS, "EK-FAC, late checkpoints"}
     kept = sorted((tmp_path / "tiny" / "evaluated-2").iterdir())
     assert len(kept) == len(names)
     times = [path.stat().st_mtime_ns for path in kept]
-    run("evaluate", *arguments, "--resamples", "3")
+    run(evaluate, *arguments, "--resamples", "3")
     assert [path.stat().st_mtime_ns for path in kept] == times
     arguments = [*arguments[:-2], "--evaluated", folder, "--queries", "1", "--methods", "EK-FAC"]
-    run("remove", *arguments)
+    run(remove, *arguments)
     removals = json.loads((tmp_path / "removed_tiny_cpu.json").read_text())["removals"]
     assert [row["method"] for row in removals] == ["random", "EK-FAC"]
     assert removals[0]["change_of_loss"] != removals[1]["change_of_loss"]

@@ -33,7 +33,6 @@ DAMPINGS = tuple(10.0**e for e in range(-8, 1))
 # in units of the mean eigenvalue of the kernel of TRAK, D-TRAK and the like
 KERNEL_DAMPINGS = tuple(10.0**e for e in range(-6, 3))
 CURVATURE_DRAWS = 16
-PROJECTED = 2048
 BATCH = 128
 TIMESTEPS = 1000
 
@@ -334,13 +333,19 @@ def powers(setting: Setting) -> Scores:
 
 
 def numbers_of_draws(**scheme: Any) -> Callable[[Setting], Scores]:
-    """EK-FAC at the default damping, gradients of 10 to 500 draws; the setting is the number."""
+    """EK-FAC at the default damping, gradients of few to many draws; the setting is the number.
+
+    Draws are added in parts, each of its own seed: 10, then 20 more, and so on.
+    """
 
     def run(setting: Setting) -> Scores:
         EK = setting.curvature()
-        for draws in (10, 30, 100, 250, 500):
-            rows = setting.rows(draws=draws, **scheme)
-            for _, scores in curved(EK, setting.query_MQP, rows, (1e-8,)):
+        total_NP, before = torch.zeros_like(setting.train_NP), 0
+        for seed, draws in enumerate(setting.problem.draws):
+            new = draws - before
+            total_NP += new * setting.rows(draws=new, seed=seed, **scheme)
+            before = draws
+            for _, scores in curved(EK, setting.query_MQP, total_NP / draws, (1e-8,)):
                 yield f"{draws}", scores
 
     return run
@@ -385,14 +390,14 @@ def d_trak(setting: Setting) -> Scores:
 def d_trak_projected(setting: Setting) -> Scores:
     """D-TRAK as published."""
     query_MQP = setting.query_rows("squared_norm").expand(len(MEASUREMENTS), -1, -1)
-    yield from projected_kernel(query_MQP, setting.rows("squared_norm"), PROJECTED)
+    yield from projected_kernel(query_MQP, setting.rows("squared_norm"), setting.problem.projected)
 
 
 METHODS: dict[str, Callable[[Setting], Scores]] = {
     "no curvature": no_curvature,
     "nearest in pixels": nearest,
     "TRAK": lambda s: kernel(s.query_MQP, s.train_NP),
-    "TRAK, projected": lambda s: projected_kernel(s.query_MQP, s.train_NP, PROJECTED),
+    "TRAK, projected": lambda s: projected_kernel(s.query_MQP, s.train_NP, s.problem.projected),
     "D-TRAK": d_trak,
     "D-TRAK, projected": d_trak_projected,
     "Journey-TRAK": journey,
@@ -418,6 +423,5 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
     "sampled GGN": sampled_ggn,
     "powers of EK-FAC": powers,
     "draws, uniform": numbers_of_draws(timesteps="uniform"),
-    "draws, stratified": numbers_of_draws(timesteps="stratified"),
     "draws, antithetic": numbers_of_draws(antithetic=True),
 }

@@ -39,6 +39,8 @@ class Problem:
         num_halves: Random halves on which networks are trained.
         num_queries: Held-out queries, and as many generated ones.
         measured_draws: Draws on which queries are measured.
+        projected: Dimensions onto which TRAK and D-TRAK project.
+        draws: Of training images, to see how many are needed.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Problem:
     num_halves: int = 64
     num_queries: int = 64
     measured_draws: int = 64
+    projected: int = 2048
+    draws: tuple[int, ...] = (10, 30, 100, 250, 500)
 
     def data(self) -> tuple[Tensor, Tensor]:
         """Training images ``[N, C, H, W]`` and held-out ones, ``[Q, C, H, W]``."""
@@ -175,6 +179,8 @@ PROBLEMS = {
             num_halves=4,
             num_queries=2,
             measured_draws=2,
+            projected=16,
+            draws=(2, 4),
         ),
     )
 }
