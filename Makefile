@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-slow lint docs bench bench-full lds lds-retrain exact-ggn coverage clean
+.PHONY: help demo test test-slow lint docs bench bench-full lds lds-remove lds-retrain exact-ggn coverage clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
@@ -60,8 +60,12 @@ lds-retrain: $(VENV)/.installed-bench  ## the linear data-modelling score from n
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem digits
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem photographs
 
-lds: $(VENV)/.installed-bench  ## the linear data-modelling score of digits, from kept retrainings
+lds: $(VENV)/.installed-bench  ## the linear data-modelling score, from kept retrainings: an hour
 	$(BIN)/python -m benchmarks.lds.evaluate --problem digits
+	$(BIN)/python -m benchmarks.lds.evaluate --problem photographs
+
+lds-remove: $(VENV)/.installed-bench  ## retraining without the most helpful digits: two core-hours
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.remove --problem digits
 
 exact-ggn: $(VENV)/.installed-bench  ## K-FAC and EK-FAC against the exact GGN of a trained UNet
 	$(BIN)/python -m benchmarks.exact_ggn

@@ -27,7 +27,9 @@ class WoodburyInverseLinearOperator(FlatLinearOperator):
     influence. For ``c → ∞`` scores become those of kernel regression in the metric of ``M``, as
     TRAK's are in that of the identity.
 
-    Holds ``M Jᵀ``, ``[P, N]``, and solves a system of ``N`` unknowns in float64.
+    Holds ``M Jᵀ``, ``[P, N]``, and solves a system of ``N`` unknowns in float64. Scores alone need
+    less: with ``c = 1/N`` they are ``S (I + S_train)⁻¹``, of the scores ``S`` by ``M`` and those of
+    the training examples on each other.
 
     Source: Woodbury, 1950; TRAK: Park et al., 2023, Section 3.
 

@@ -51,6 +51,14 @@ def test_scores_and_formats(regression, EK):
     assert_close(torch.cat([x.flatten() for x in listed]), inverse @ flat, 1e-12)
 
 
+def test_scores_from_scores(regression, EK):
+    """``S (I + S_train)⁻¹``, as the documentation says."""
+    J = ExampleGradientLinearOperator(regression)
+    plain = influence_scores(J, EK.inverse(DAMPING), J)
+    expected = influence_scores(J, WoodburyInverseLinearOperator(EK.inverse(DAMPING), J), J)
+    assert_close(plain @ torch.linalg.inv(torch.eye(len(plain)) + plain), expected, 1e-8)
+
+
 def test_much_weight_is_kernel_regression(regression, EK):
     """Scores of the training examples on themselves: the identity over ``N c``, for large ``c``."""
     rows = ExampleGradientLinearOperator(regression).rows()
