@@ -1,5 +1,7 @@
 """Curvature plus outer products of gradients, against a dense inverse."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -65,6 +67,32 @@ def test_much_weight_is_kernel_regression(regression, EK):
     c = 1e6
     inverse = WoodburyInverseLinearOperator(EK.inverse(DAMPING), rows, c)
     assert_close(c * rows @ (inverse @ rows.T), torch.eye(len(rows)).double(), 1e-3)
+
+
+def test_cancellation_is_told(EK):
+    """Where it warns, float32 products are wrong, and the scores from scores still right."""
+    regression = plain_regression(
+        seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1)).float(),
+        (1, 4, 4),
+        count=3,
+        num_draws=1,
+        dtype=torch.float32,
+    )
+    M = DiffusionEKFACLinearOperator(regression).inverse(DAMPING)
+    rows = ExampleGradientLinearOperator(regression).rows()
+    for scale, warns in ((1.0, False), (1e4, True)):
+        J = scale * rows
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            products = J @ (WoodburyInverseLinearOperator(M, J) @ J.T) / 3
+        assert [w.category for w in told] == [UserWarning] * warns
+        S = J @ (M @ J.T) / 3
+        double = J.double() @ (M @ J.T).double() / 3
+        expected = torch.linalg.solve(torch.eye(3).double() + double, double)
+        from_scores = torch.linalg.solve(torch.eye(3) + S, S)
+        assert_close(from_scores.double(), expected, 1e-3)
+        error = float((products - expected).norm() / expected.norm())
+        assert (error > 0.1) == warns, error
 
 
 def test_errors(EK):
