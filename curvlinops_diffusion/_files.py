@@ -1,4 +1,4 @@
-"""Files that are never half-written, and digests of models."""
+"""Files that are never half-written."""
 
 from __future__ import annotations
 
@@ -7,33 +7,12 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-
-
-def fingerprint(model: nn.Module) -> dict[str, str]:
-    """Digests of a model's parameters and buffers: of their names and shapes, and of their values.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Hexadecimal digests under ``'structure'`` and ``'weights'``.
-    """
-    structure, weights = sha256(), sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, Tensor):
-            continue
-        structure.update(f"{name}:{tuple(tensor.shape)};".encode())
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        weights.update(raw.numpy().tobytes())
-    return {"structure": structure.hexdigest(), "weights": weights.hexdigest()}
+from torch import Tensor
 
 
 def write_bytes(path: Path, contents: bytes) -> None:

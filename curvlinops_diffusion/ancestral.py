@@ -35,11 +35,19 @@ def clean_from(process: NoiseProcess, batch: NoisedBatch, prediction_BD: Tensor)
 
 def discretised_log_probability(x_BD: Tensor, mean_BD: Tensor, std: float) -> Tensor:
     """The log-probability of grey values under a Gaussian in bins, shape ``[B]``."""
-    upper = torch.special.ndtr((x_BD + 1 / 255 - mean_BD) / std)
-    lower = torch.special.ndtr((x_BD - 1 / 255 - mean_BD) / std)
-    upper = torch.where(x_BD > 1 - 1e-3, torch.ones_like(upper), upper)
-    lower = torch.where(x_BD < -1 + 1e-3, torch.zeros_like(lower), lower)
-    return (upper - lower).clamp(min=1e-12).log().sum(1)
+    upper, lower = ((x_BD + side / 255 - mean_BD) / std for side in (1, -1))
+    open_above, open_below = x_BD > 1 - 1e-3, x_BD < -1 + 1e-3
+    # in the tail below the mean, where probabilities do not round to one
+    flipped = upper + lower > 0
+    upper, lower = torch.where(flipped, -lower, upper), torch.where(flipped, -upper, lower)
+    no_upper = torch.where(flipped, open_below, open_above)
+    no_lower = torch.where(flipped, open_above, open_below)
+    log_upper = torch.where(no_upper, torch.zeros_like(upper), torch.special.log_ndtr(upper))
+    # log(Φ(u) − Φ(l)) = log Φ(u) + log(1 − Φ(l) / Φ(u))
+    log_ratio = torch.where(
+        no_lower, torch.full_like(lower, -torch.inf), torch.special.log_ndtr(lower) - log_upper
+    )
+    return (log_upper + (-torch.expm1(log_ratio)).log()).sum(1)
 
 
 @dataclass(frozen=True)
@@ -97,16 +105,26 @@ class AncestralSteps:
         return self.process.alphas_T.square() / self.previous_T
 
     def noise_error_factor_T(self) -> Tensor:
-        """``β_t² / (2 σ_t² α_t (1 − ᾱ_t))`` over the squared error of the network's own target."""
+        """``β_t² / (2 σ_t² α_t (1 − ᾱ_t))`` over the squared error of the network's own target.
+
+        Raises:
+            ValueError: If a noise predictor has a level without signal, where it is infinite.
+        """
         squared_T, alpha_T = self.process.alphas_T.square(), self.alpha_T
-        factor_T = (1 - alpha_T).square() / (2 * self.variance_T * alpha_T * (1 - squared_T))
+        # times α_t, which is zero at a level without signal
+        factor_T = (1 - alpha_T).square() / (2 * self.variance_T * (1 - squared_T))
         match self.process.prediction_type:
             case PredictionType.SAMPLE:
-                return factor_T * squared_T / (1 - squared_T)
+                return factor_T * self.previous_T / (1 - squared_T)
             case PredictionType.V:
-                return factor_T * squared_T
-            case _:
-                return factor_T
+                return factor_T * self.previous_T
+        if not alpha_T.all():
+            raise ValueError(
+                "The noise process has a level without signal (zero terminal signal-to-noise "
+                "ratio), where a prediction of the noise says nothing of x0 and the bound is "
+                "infinite. Measure 'loss' or a WeightedLoss, or predict 'v_prediction' or 'sample'."
+            )
+        return factor_T / alpha_T
 
     def mean(self, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
         """The step's mean from the states of a batch, shape ``[B, D]``."""

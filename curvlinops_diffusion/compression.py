@@ -152,12 +152,25 @@ class Compression:
         return {"codes": codes.reshape(B, -1), "scales": state.absmax.reshape(B, -1)}
 
     def decode(self, stored: dict[str, Tensor], size: int) -> Tensor:
-        """Stored tensors as rows ``[B, size]``, float32."""
-        if "rows" in stored:
+        """Stored tensors as rows ``[B, size]``, float32.
+
+        Raises:
+            ValueError: If they do not have the shapes and types that :meth:`encode` gives.
+        """
+        if self.precision not in (Precision.INT8, Precision.NF4):
             return stored["rows"].float()
         functional = _bitsandbytes()
         codes, scales = stored["codes"], stored["scales"].flatten()
         B, padded = len(codes), -(-size // BLOCK) * BLOCK
+        bytes_a_row = padded if self.precision is Precision.INT8 else padded // 2
+        # bitsandbytes reads as many scales as there are blocks, wherever they end
+        if (
+            codes.shape != (B, bytes_a_row)
+            or codes.dtype != torch.uint8
+            or scales.shape != (B * padded // BLOCK,)
+            or scales.dtype != torch.float32
+        ):
+            raise ValueError("codes and scales do not fit together")
         if self.precision is Precision.INT8:
             code = functional.create_dynamic_map().to(codes.device)
             rows = functional.dequantize_blockwise(codes, absmax=scales, code=code, blocksize=BLOCK)

@@ -195,6 +195,14 @@ class Draws:
         return -(-num_draws // multiple) * multiple
 
     @property
+    def uniform_levels(self) -> bool:
+        """Whether every noise level is drawn equally often on average."""
+        if isinstance(self.timesteps, ListedTimesteps):
+            counts = np.bincount(self.timesteps.levels, minlength=self.num_levels)
+            return bool((counts == counts[0]).all())
+        return isinstance(self.timesteps, StratifiedTimesteps | UniformTimesteps)
+
+    @property
     def _copies(self) -> int:
         return 2 if self.antithetic else 1
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvlinops_diffusion._files import FileKind, fingerprint, make_folder
+from curvlinops_diffusion._files import FileKind, make_folder
+from curvlinops_diffusion.digests import digest_of, fingerprint
 
 LATENTS = FileKind("condition", "the latents' cache", "Delete it; it will be written again.")
 
@@ -78,6 +79,11 @@ class LatentEncoder:
         self._modules = [m for m in (vae, *encoders) if m is not None]
         self._weights: list[dict[str, str]] | None = None
 
+    @property
+    def description(self) -> str:
+        """A digest of what the latents and embeddings depend on besides the data."""
+        return digest_of(self._fingerprints(), self._sample, self._embed, self._pack)
+
     @torch.no_grad()
     def __call__(self, x0: Tensor, condition: dict[str, Any]) -> Encoded:
         """Encode a batch of clean examples, or read it from the cache.
@@ -111,10 +117,14 @@ class LatentEncoder:
         std = None if std is None or not self._sample else self._pack(std * scale)
         return Encoded(self._pack(mean), std, condition)
 
-    def _digest(self, x0: Tensor, condition: dict[str, Any]) -> str:
+    def _fingerprints(self) -> list[dict[str, str]]:
+        """Those of the encoders, computed once."""
         if self._weights is None:
             self._weights = [fingerprint(module) for module in self._modules]
-        digest = sha256(json.dumps([self._weights, self._sample, str(x0.dtype)]).encode())
+        return self._weights
+
+    def _digest(self, x0: Tensor, condition: dict[str, Any]) -> str:
+        digest = sha256(json.dumps([self._fingerprints(), self._sample, str(x0.dtype)]).encode())
         for name, value in [("x0", x0), *leaves(condition)]:
             digest.update(name.encode())
             if isinstance(value, Tensor):

@@ -135,6 +135,12 @@ class KFACOptions:
         ):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name}={flag!r} arrived. Pass True or False.")
+        if not exact_bias and kfac_approx in (KFACApprox.SHAMPOO, KFACApprox.RANK_ONE):
+            raise ValueError(
+                f"exact_bias=False arrived with kfac_approx={kfac_approx.value!r}, whose B has a "
+                "scale only together with its A, so that it is no block of a bias. Leave "
+                "exact_bias=True."
+            )
         if max_dense != 0:
             check_count("max_dense", max_dense)
         return cls(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +124,13 @@ class ExampleFunction:
 
 
 class ObjectiveMeasurement(ABC):
-    """A measurement that depends on the objective's noise process."""
+    """A measurement that depends on the objective's noise process.
+
+    Attributes:
+        uniform_levels: Whether it is a sum over all noise levels, estimated from uniform ones.
+    """
+
+    uniform_levels: ClassVar[bool] = False
 
     @abstractmethod
     def bind(self, objective: DenoisingObjective) -> Measurement | ExampleFunction:

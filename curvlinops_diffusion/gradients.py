@@ -70,7 +70,7 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
         self.regression = regression
         self.measurement = measurement
         self._params = select_parameters(regression.objective.model, params)
-        measured = measurement_of(measurement, regression.objective)
+        measured = measurement_of(measurement, regression.objective, regression.draws)
         check_count("chunk_size", chunk_size)
         self._gradients: ValueGradients = (
             FunctionGradients(regression, self._params, measured)
@@ -162,6 +162,7 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
             ValueError: If an index does not exist, or a gradient is not finite.
         """
         wanted = list(range(self.shape[0])) if indices is None else [int(n) for n in indices]
+        asked_for = set(wanted)
         wrong = [n for n in wanted if not 0 <= n < self.shape[0]]
         if wrong:
             raise ValueError(
@@ -169,7 +170,7 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
             )
         found: dict[int, Tensor] = {}
         for clean in self.regression.clean_batches():
-            positions = [i for i, n in enumerate(clean.indices) if n in set(wanted)]
+            positions = [i for i, n in enumerate(clean.indices) if n in asked_for]
             if positions:
                 part = clean.select(positions)
                 found.update(zip(part.indices, self.rows_of(part), strict=True))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion._files import fingerprint
+from curvlinops_diffusion.digests import fingerprint
 from curvlinops_diffusion.encoding import leaves
 from curvlinops_diffusion.regression import NoisedRegression
 

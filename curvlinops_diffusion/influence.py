@@ -9,7 +9,7 @@ Legend: Q queries, N training examples, B a batch of them, K groups, P parameter
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,10 +28,10 @@ from curvlinops_diffusion.consumers import (
     TopScores,
 )
 from curvlinops_diffusion.data import CleanBatch
+from curvlinops_diffusion.digests import digest_of, name_of
 from curvlinops_diffusion.distributed import Share
 from curvlinops_diffusion.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.identity import identity_of
-from curvlinops_diffusion.measurements import name_of
 from curvlinops_diffusion.passes import PLAIN, PassOptions, run_pass
 from curvlinops_diffusion.running import Together
 
@@ -59,14 +59,17 @@ def stream_gradients(
             is of something else.
     """
 
-    def step(clean: CleanBatch) -> None:
-        rows_BP = J_train.rows_of(clean)
+    def prepare(clean: CleanBatch) -> tuple[Sequence[int], Tensor]:
+        return clean.indices, J_train.rows_of(clean)
+
+    def step(gradients: tuple[Sequence[int], Tensor]) -> None:
         for consumer in consumers.values():
-            consumer.add(clean.indices, rows_BP)
+            consumer.add(*gradients)
 
     own = {"params": list(J_train.param_names), "measurement": name_of(J_train.measurement)}
     running = Together(consumers)
-    run_pass(name, J_train.regression, running, step, passes, {**own, **(settings or {})})
+    settings = {**own, **(settings or {})}
+    run_pass(name, J_train.regression, running, step, passes, settings, prepare)
 
 
 def influence_scores(
@@ -107,8 +110,9 @@ def influence_scores(
     """
     _check_same_space(J_query, G_inv, J_train)
     passes = replace(passes, progressbar=progressbar or passes.progressbar)
+    share = Share.of(passes.distributed)
     N, parts = J_train.shape[0], []
-    for queries, preconditioned_PQ in _query_blocks(J_query, G_inv, query_block):
+    for queries, preconditioned_PQ in _query_blocks(J_query, G_inv, query_block, share):
         if isinstance(J_train, ExampleGradientLinearOperator):
             consumer = PairwiseScores(preconditioned_PQ, N)
             settings = _settings(J_query, G_inv, queries, passes)
@@ -152,7 +156,7 @@ def top_influences(
     """
     _check_same_space(J_query, G_inv, J_train)
     share, parts = Share.of(passes.distributed), []
-    for queries, preconditioned_PQ in _query_blocks(J_query, G_inv, query_block):
+    for queries, preconditioned_PQ in _query_blocks(J_query, G_inv, query_block, share):
         consumer = TopScores(preconditioned_PQ, J_train.shape[0], k, share)
         settings = {**_settings(J_query, G_inv, queries, passes), "k": k}
         stream_gradients(
@@ -207,7 +211,7 @@ def group_and_self_influence(
     groups_NK = _memberships(groups, N).to(G_inv.device, G_inv.dtype)
     sums, own = GroupSums(groups_NK, J_train.shape[1]), SelfInfluence(G_inv, N)
     curvature = _curvature(G_inv)
-    settings = {"curvature": curvature, "groups": groups_NK.sum(0).tolist()}
+    settings = {"curvature": curvature, "groups": digest_of(groups_NK)}
     stream_gradients(
         J_train,
         {"groups": sums, "self": own},
@@ -232,13 +236,13 @@ def _memberships(groups: Tensor, N: int) -> Tensor:
 
 
 def _query_blocks(
-    J_query: PyTorchLinearOperator, G_inv: PyTorchLinearOperator, query_block: int
+    J_query: PyTorchLinearOperator, G_inv: PyTorchLinearOperator, query_block: int, share: Share
 ) -> Iterator[tuple[range, Tensor]]:
     """Yield queries and their preconditioned gradients, ``[P, len(queries)]``."""
     check_count("query_block", query_block)
     for start in range(0, J_query.shape[0], query_block):
         queries = range(start, min(start + query_block, J_query.shape[0]))
-        yield queries, G_inv @ _columns(J_query, queries)
+        yield queries, G_inv @ _columns(J_query, queries, share)
 
 
 def _settings(
@@ -258,13 +262,24 @@ def _settings(
 
 
 def _curvature(G_inv: PyTorchLinearOperator) -> Any:
-    return getattr(G_inv, "info", type(G_inv).__name__)
+    """How an operator was made, or if it does not say so, what it makes of a fixed vector."""
+    if hasattr(G_inv, "info"):
+        return G_inv.info
+    vector_P = torch.randn(G_inv.shape[1], generator=torch.Generator().manual_seed(0))
+    product_P: Tensor = G_inv @ vector_P.to(G_inv.device, G_inv.dtype)
+    return {"kind": type(G_inv).__name__, "product": digest_of(product_P)}
 
 
-def _columns(J_query: PyTorchLinearOperator, queries: range) -> Tensor:
-    """The queries' gradients as columns, ``[P, len(queries)]``."""
+def _columns(J_query: PyTorchLinearOperator, queries: range, share: Share) -> Tensor:
+    """The queries' gradients as columns, ``[P, len(queries)]``; each process computes its share."""
     if isinstance(J_query, ExampleGradientLinearOperator):
-        return J_query.rows(queries).T
+        own = queries[share.rank :: share.count]
+        rows_QP = torch.zeros(
+            len(queries), J_query.shape[1], dtype=J_query.dtype, device=J_query.device
+        )
+        if own:
+            rows_QP[share.rank :: share.count] = J_query.rows(own)
+        return share.summed({"rows": rows_QP}, J_query.device)["rows"].T
     one_hot = torch.zeros(
         J_query.shape[0], len(queries), dtype=J_query.dtype, device=J_query.device
     )

@@ -10,7 +10,7 @@ Legend: T noise levels, B batch, D entries of a prediction.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from curvlinops_diffusion.ancestral import (
     clean_from,
     discretised_log_probability,
 )
+from curvlinops_diffusion.draws import Draws
 from curvlinops_diffusion.functions import ExampleFunction, Measurement, ObjectiveMeasurement
 from curvlinops_diffusion.noise import Weighting, weight_table
 from curvlinops_diffusion.objective import DenoisingObjective, NoisedBatch, Reduction
@@ -80,6 +81,8 @@ class SimplifiedELBO(ObjectiveMeasurement):
             ``None`` for what the scheduler's ``variance_type`` says.
     """
 
+    uniform_levels: ClassVar[bool] = True
+
     variance: str | None = None
 
     def bind(self, objective: DenoisingObjective) -> Measurement:
@@ -111,6 +114,8 @@ class ELBO(ObjectiveMeasurement):
     Attributes:
         variance: As in :class:`SimplifiedELBO`.
     """
+
+    uniform_levels: ClassVar[bool] = True
 
     variance: str | None = None
 
@@ -152,16 +157,28 @@ MEASUREMENTS: dict[str, Measurement | ObjectiveMeasurement] = {
 
 
 def measurement_of(
-    measurement: Any, objective: DenoisingObjective
+    measurement: Any, objective: DenoisingObjective, draws: Draws | None = None
 ) -> Measurement | ExampleFunction:
     """Return the measurement that a user named or passed, for an objective.
 
+    Args:
+        measurement: The name or measurement.
+        objective: The objective.
+        draws: What it is estimated from, where that is known.
+
     Raises:
-        ValueError: If it is neither a known name nor callable, or not for this objective.
+        ValueError: If it is neither a known name nor callable, or not for this objective or these
+            draws.
     """
     if isinstance(measurement, str) and measurement in MEASUREMENTS:
         measurement = MEASUREMENTS[measurement]
     if isinstance(measurement, ObjectiveMeasurement):
+        if measurement.uniform_levels and draws is not None and not draws.uniform_levels:
+            raise ValueError(
+                f"{type(measurement).__name__} arrived with {draws.timesteps}. It is a sum over "
+                "all noise levels, which only timesteps='stratified', 'uniform' and 'all' "
+                "estimate. Take one of these, or a WeightedLoss for some levels."
+            )
         return measurement.bind(objective)
     if callable(measurement) or isinstance(measurement, ExampleFunction):
         return measurement
@@ -170,12 +187,6 @@ def measurement_of(
         "WeightedLoss or the like, a function of (noised batch, prediction [B, D]) that returns "
         "values [B], or an ExampleFunction of (model, example, draws)."
     )
-
-
-def name_of(measurement: Any) -> str:
-    """A name of a measurement that is the same in every process and run."""
-    function = getattr(measurement, "function", measurement)
-    return str(getattr(function, "__qualname__", function))
 
 
 def measure(measurement: Measurement, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from curvlinops_diffusion._checks import check_non_negative, check_option
 from curvlinops_diffusion.data import CleanBatch, rows_of
+from curvlinops_diffusion.digests import digest_of, name_of
 from curvlinops_diffusion.encoding import Encoded
 from curvlinops_diffusion.execution import eager, uncompiled, without_checkpoints
 from curvlinops_diffusion.noise import NoiseProcess, Weighting, noise_process, weight_table
@@ -237,6 +238,26 @@ class DenoisingObjective:
             model_kwargs=parts.model_kwargs,
             autocast=autocast,
         )
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What determines the loss besides network and data, as plain values.
+
+        ``process``, ``weighting``, ``encoder``, ``null_condition`` and ``model_kwargs`` are
+        digests.
+        """
+        process, encoder = self.process, self._encode
+        return {
+            "prediction_type": process.prediction_type.value,
+            "reduction": self.reduction.value,
+            "condition_dropout": self.condition_dropout,
+            "process": digest_of(process.alphas_T, process.sigmas_T, process.timesteps_T),
+            "weighting": digest_of(self.weights_T),
+            "autocast": str(self.autocast),
+            "encoder": getattr(encoder, "description", None) or name_of(encoder),
+            "null_condition": digest_of(self.null_condition),
+            "model_kwargs": digest_of(self._model_kwargs),
+        }
 
     @property
     def _parameter(self) -> Tensor:

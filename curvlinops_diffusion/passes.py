@@ -21,8 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curvlinops_diffusion._checks import check_non_negative
-from curvlinops_diffusion._files import FileKind, fingerprint, make_folder
+from curvlinops_diffusion._files import FileKind, make_folder
 from curvlinops_diffusion.data import CleanBatch
+from curvlinops_diffusion.digests import fingerprint
 from curvlinops_diffusion.distributed import Share
 from curvlinops_diffusion.identity import differences, identity_of
 from curvlinops_diffusion.regression import NoisedRegression
@@ -72,9 +73,10 @@ def run_pass(
     name: str,
     regression: NoisedRegression,
     running: Running,
-    step: Callable[[CleanBatch], None],
+    step: Callable[[Any], None],
     options: PassOptions,
     settings: Mapping[str, Any],
+    prepare: Callable[[CleanBatch], Any] = lambda clean: clean,
 ) -> None:
     """Run a step on every batch of clean examples, and add up over processes.
 
@@ -82,9 +84,11 @@ def run_pass(
         name: The pass' name, for progress and files.
         regression: The data.
         running: What the steps accumulate.
-        step: Adds a batch to it.
+        step: Adds a batch to it: what ``prepare`` makes of it.
         options: Checkpoints and processes.
         settings: What else the result depends on, as plain values.
+        prepare: What can be computed of a batch while the sums are left alone: if it fails, a
+            checkpoint of them is written first.
 
     Raises:
         ValueError: If a checkpoint is of another model, other data, draws or settings, is damaged,
@@ -114,8 +118,8 @@ def run_pass(
             lambda n: share.takes(n) and n not in done.batches and n not in elsewhere
         )
         latest, latest_written = time.monotonic(), len(done.batches)
-        for number, clean in _kept_on_failure(batches, done, checkpoint):
-            step(clean)
+        for number, clean, prepared in _kept_on_failure(batches, prepare, done, checkpoint):
+            step(prepared)
             done.batches.add(number)
             done.examples += len(clean.indices)
             bar.update(len(clean.indices) * regression.num_draws)
@@ -177,19 +181,26 @@ def kept(
 
 
 def _kept_on_failure(
-    batches: Iterator[tuple[int, CleanBatch]], done: _Done, checkpoint: _Checkpoint | None
-) -> Iterator[tuple[int, CleanBatch]]:
-    """Write a checkpoint before an error in loading a batch goes on: the sums are whole then."""
+    batches: Iterator[tuple[int, CleanBatch]],
+    prepare: Callable[[CleanBatch], Any],
+    done: _Done,
+    checkpoint: _Checkpoint | None,
+) -> Iterator[tuple[int, CleanBatch, Any]]:
+    """Load and prepare batches; write a checkpoint before an error in that goes on.
+
+    The sums are whole then.
+    """
     while True:
         try:
-            item = next(batches)
+            number, clean = next(batches)
+            prepared = prepare(clean)
         except StopIteration:
             return
-        except Exception:
+        except BaseException:  # an interrupt from the keyboard as well
             if checkpoint:
                 checkpoint.write(done)
             raise
-        yield item
+        yield number, clean, prepared
 
 
 # ---------------------------------------------------------------------------------------------
@@ -240,6 +251,8 @@ class _Checkpoint:
         """
         make_folder(self._folder)
         found = sorted(self._folder.glob(f"{_slug(self._name)}.*.safetensors"))
+        seen = [[path.name, path.stat().st_size] for path in found]
+        self._share.check_alike(f"what they see in '{self._folder}'", seen)
         batches = {path: _read_done(path, self._identity).batches for path in found}
         current = [
             path

@@ -121,7 +121,7 @@ class CGRefinedInverseLinearOperator(RefinedInverseLinearOperator):
 
     The error in the norm of ``G + λ I`` falls monotonically, by a factor of at least
     ``(√κ − 1) / (√κ + 1)`` an iteration with the condition number ``κ`` of ``M (G + λ I)``, ``M``
-    being the preconditioner; faster where its eigenvalues form clusters. ``docs/performance.rst``
+    being the preconditioner; faster where its eigenvalues form clusters. ``docs/attribution.rst``
     has at which damping which preconditioner pays.
 
     Source: Hestenes & Stiefel, 1952; Saad, 2003, Algorithm 9.1.

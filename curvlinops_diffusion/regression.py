@@ -14,6 +14,7 @@ from curvlinops_diffusion._checks import check_deterministic_mode, check_no_auto
 from curvlinops_diffusion.augmentation import augmentations, chosen_versions
 from curvlinops_diffusion.data import CleanBatch, CleanData, Wanted
 from curvlinops_diffusion.differentiation import twice_differentiable
+from curvlinops_diffusion.digests import name_of
 from curvlinops_diffusion.draws import make_draws
 from curvlinops_diffusion.objective import DenoisingObjective, NoisedBatch
 
@@ -175,10 +176,8 @@ class NoisedRegression:
             "timesteps": repr(self.draws.timesteps),
             "antithetic": self.draws.antithetic,
             "num_levels": self.draws.num_levels,
-            "prediction_type": self.objective.process.prediction_type.value,
-            "reduction": self.objective.reduction.value,
-            "condition_dropout": self.objective.condition_dropout,
-            "augmentations": [getattr(f, "__name__", repr(f)) for f in self._augmentations],
+            "augmentations": [name_of(f) for f in self._augmentations],
+            **self.objective.description,
         }
 
     def clean_batches(self) -> Iterator[CleanBatch]:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvlinops_diffusion._files import FileKind, fingerprint
+from curvlinops_diffusion._files import FileKind
 from curvlinops_diffusion.blocks import BLOCK_TYPES, Block, DenseBlock
+from curvlinops_diffusion.digests import fingerprint
 from curvlinops_diffusion.parameters import ParameterSpace
 from curvlinops_diffusion.placement import PlacedBlock
 

@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from curvlinops_diffusion._checks import check_count
 from curvlinops_diffusion._files import FileKind, make_folder
-from curvlinops_diffusion.compression import Compression
+from curvlinops_diffusion.compression import Compression, Projection
 from curvlinops_diffusion.consumers import TopInfluences, TopScores
+from curvlinops_diffusion.digests import name_of
 from curvlinops_diffusion.distributed import Share
 from curvlinops_diffusion.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.identity import differences, identity_of
-from curvlinops_diffusion.measurements import name_of
 from curvlinops_diffusion.operators.base import BlockDiagonalLinearOperator
 from curvlinops_diffusion.passes import PLAIN, PassOptions
 from curvlinops_diffusion.whitening import Whitening
@@ -43,7 +43,7 @@ class GradientStore:
         τ(q, n) = 1/N z_q · z_n
 
     Whitened coordinates have similar sizes, which is what quantisation in blocks wants
-    (``docs/performance.rst`` has what each form costs in scores and ranks).
+    (``docs/attribution.rst`` has what each form costs in scores and ranks).
 
     Made by :meth:`create`, opened by :meth:`open`.
 
@@ -145,9 +145,11 @@ class GradientStore:
         path = folder / "store.safetensors"
         header, kept = GRADIENTS.read(path)
         try:
-            return cls(folder, header, kept)
-        except (AttributeError, KeyError, TypeError) as error:
+            store = cls(folder, header, kept)
+            _check_kept(kept, store._compression, store._size)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise GRADIENTS.damaged(path, f"{type(error).__name__}: {error}") from error
+        return store
 
     @property
     def bytes_per_example(self) -> float:
@@ -211,6 +213,13 @@ class GradientStore:
             )
         whiten = Whitening(curvature, identity["damping"])
         kept = {name: z.to(curvature.device) for name, z in self._kept.items()}
+        P = curvature.shape[0]
+        if ("index" in kept and int(kept["index"].max()) >= P) or (
+            "basis" in kept and len(kept["basis"]) != P
+        ):
+            raise GRADIENTS.damaged(
+                self._folder / "store.safetensors", f"coordinates of other than {P} parameters"
+            )
         parts = [
             self._compression.project(whiten(rows_BP), kept) for _, rows_BP in J_query.row_batches()
         ]
@@ -250,6 +259,22 @@ def _fit(
     count = min(N, compression.sample)
     spaced = torch.linspace(0, N - 1, count, dtype=torch.float64).round().long().tolist()
     return compression.fit(whiten(J_train.rows(spaced)))
+
+
+def _check_kept(kept: dict[str, Tensor], compression: Compression, size: int) -> None:
+    """Check what is kept of the coordinates, as read from a file.
+
+    Raises:
+        ValueError: If it is not what the compression chooses.
+    """
+    expected = {Projection.NONE: set(), Projection.LEADING: {"index"}, Projection.SVD: {"basis"}}
+    if set(kept) != expected[Projection(compression.projection)]:
+        raise ValueError(f"a projection that keeps {sorted(kept)}")
+    index, basis = kept.get("index"), kept.get("basis")
+    if index is not None and (index.dtype != torch.int64 or index.ndim != 1 or index.min() < 0):
+        raise ValueError("coordinates that are no numbers of coordinates")
+    if basis is not None and (basis.ndim != 2 or basis.shape[1] != size):
+        raise ValueError("a basis of another shape")
 
 
 def _size(J_train: ExampleGradientLinearOperator, kept: dict[str, Tensor]) -> int:

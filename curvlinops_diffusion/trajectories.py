@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvlinops_diffusion.ancestral import AncestralSteps
 from curvlinops_diffusion.data import CleanBatch
+from curvlinops_diffusion.digests import digest_of
 from curvlinops_diffusion.draws import make_draws
 from curvlinops_diffusion.objective import DenoisingObjective, NoisedBatch
 from curvlinops_diffusion.regression import NoisedRegression
@@ -73,6 +74,13 @@ class TrajectoryRegression(NoisedRegression):
         previous_T = torch.ones_like(squared_T)
         previous_T[self._levels[:-1]] = squared_T[self._levels[1:]]
         self._steps = AncestralSteps.of(objective.process, variance, previous_T)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What determines the steps and their log-probability."""
+        steps = self._steps
+        variances = digest_of(self._levels, steps.previous_T, steps.variance_T)
+        return {**super().description, "steps": variances}
 
     def log_probability(self, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
         """The log-probability of a step, times the number of steps, shape ``[B]``."""

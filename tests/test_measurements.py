@@ -11,7 +11,10 @@ from curvlinops_diffusion import (
     ExampleGradientLinearOperator,
     MinSNRWeighting,
     NoisedRegression,
+    NoiseProcess,
+    PredictionType,
 )
+from curvlinops_diffusion.ancestral import discretised_log_probability
 from curvlinops_diffusion.measurements import ELBO, SimplifiedELBO, WeightedLoss
 from curvlinops_diffusion.trajectories import TrajectoryRegression, record_trajectories
 from tests.cases import TimeBlind, seeded
@@ -72,6 +75,19 @@ def variance_of(s, t):
     return beta if s.config.variance_type == "fixed_large" else small, small
 
 
+def log_probability_of_bin(x, mean, std):
+    """Of a grey value's bin under a Gaussian, from the tail that the bin lies in."""
+    above, below = ((x - 1 / 255 - mean) / std, (x + 1 / 255 - mean) / std)
+    if x > 0.999:
+        return torch.special.log_ndtr(-above)
+    if x < -0.999:
+        return torch.special.log_ndtr(below)
+    if above > 0:
+        above, below = -below, -above
+    larger, smaller = torch.special.log_ndtr(below), torch.special.log_ndtr(above)
+    return larger + torch.log1p(-torch.exp(smaller - larger))
+
+
 def bound(regression, s, full):
     """The bound, term by term, in plain loops over the draws."""
     bar, beta = s.alphas_cumprod.double(), betas(s)
@@ -97,12 +113,8 @@ def bound(regression, s, full):
                     totals[n] += difference.square().sum() / (2 * variance)
             elif full:
                 std = (beta[0] if variance > 0 else variance_of(s, 1)[1]).sqrt()
-                p = Normal(x0_hat, std)
                 for x, mean in zip(x0.flatten(), x0_hat.flatten(), strict=True):
-                    p = Normal(mean, std)
-                    upper = 1.0 if x > 0.999 else p.cdf(x + 1 / 255)
-                    lower = 0.0 if x < -0.999 else p.cdf(x - 1 / 255)
-                    totals[n] -= torch.log(torch.as_tensor(upper - lower).clamp(min=1e-12))
+                    totals[n] -= log_probability_of_bin(x, mean, std)
     if full:
         q = Normal(bar[-1].sqrt() * x0s, (1 - bar[-1]).sqrt())
         totals += kl_divergence(q, Normal(torch.zeros(()).double(), 1.0)).flatten(1).sum(1)
@@ -171,6 +183,60 @@ def test_bounds_need_variance_preserving_noise(measurement):
     regression = NoisedRegression(objective, grey_images(), 2)
     with pytest.raises(ValueError, match="variance-preserving noise only"):
         ExampleGradientLinearOperator(regression, measurement=measurement)
+
+
+@pytest.mark.parametrize("measurement", ["elbo", "simplified_elbo"])
+def test_bounds_need_all_levels(measurement):
+    """They are sums over the levels, which a list of some does not estimate."""
+    for timesteps in ([1, 2], "logit-normal"):
+        with pytest.raises(ValueError, match="a sum over all noise levels"):
+            ExampleGradientLinearOperator(
+                problem(num_draws=2, timesteps=timesteps), measurement=measurement
+            )
+    ExampleGradientLinearOperator(problem(timesteps="stratified"), measurement=measurement)
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+@pytest.mark.parametrize("measurement", ["elbo", "simplified_elbo"])
+def test_bounds_without_signal_at_the_last_level(prediction_type, measurement):
+    """Finite, and continuous in the last level's signal, unless the noise is predicted."""
+    model = seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 1))
+    values = []
+    for signal in (0.0, 1e-6):
+        alphas = torch.tensor([0.99, 0.9, 0.5, signal]).double()
+        sigmas = (1 - alphas.square()).sqrt()
+        process = NoiseProcess(alphas, sigmas, torch.arange(4), PredictionType(prediction_type))
+        regression = NoisedRegression(
+            DenoisingObjective(model, process), grey_images(), timesteps="all", batch_size=3
+        )
+        if prediction_type == "epsilon" and signal == 0:
+            with pytest.raises(ValueError, match="a level without signal"):
+                ExampleGradientLinearOperator(regression, measurement=measurement)
+            return
+        J = ExampleGradientLinearOperator(regression, measurement=measurement)
+        assert J.rows().isfinite().all()
+        values.append(J.values())
+    assert_close(*values, 1e-4)
+
+
+@pytest.mark.parametrize("distance", [0.0, 3.0, 5.6, 8.0, 30.0])
+def test_reconstruction_is_symmetric_and_does_not_vanish(distance):
+    """In float32, against float64 where that suffices; its gradient pulls back from anywhere."""
+    x, std = torch.tensor([[7 / 255]]), 0.02
+    found, gradients = [], []
+    for sign in (1, -1):
+        mean = (sign * x + sign * distance * std).requires_grad_()
+        value = discretised_log_probability(sign * x, mean, std)
+        (gradient,) = torch.autograd.grad(value.sum(), mean)
+        found.append(value.detach())
+        gradients.append(sign * gradient)
+    assert_close(found[0], found[1], 1e-5)
+    assert_close(gradients[0], gradients[1], 1e-4)
+    assert (gradients[0] < -1 if distance else gradients[0].abs() < 1e-3).all()
+    if distance < 6:
+        z = torch.tensor([distance * std - 1 / 255, distance * std + 1 / 255]).double() / std
+        lower, upper = torch.special.ndtr(-z)
+        assert_close(found[0].double(), (lower - upper).log().reshape(1), 1e-4)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -9,19 +9,29 @@ import warnings
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
 from curvlinops_diffusion import (
+    CGRefinedInverseLinearOperator,
     DiffusionEKFACLinearOperator,
+    DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
+    MinSNRWeighting,
+    NoisedRegression,
     PassOptions,
+    TrajectoryRegression,
     group_and_self_influence,
     influence_scores,
+    stream_gradients,
     top_influences,
 )
 from curvlinops_diffusion._files import FileKind
-from tests.cases import tiny_unet, unet_regression
+from curvlinops_diffusion.consumers import PairwiseScores
+from curvlinops_diffusion.passes import CHECKPOINT
+from tests.cases import images, tiny_unet, unet_regression
+from tests.comparisons import assert_close
 
 COUNT = 7
 
@@ -201,6 +211,118 @@ def test_what_is_of_something_else_is_refused(tmp_path, regression):
     refused("model.weights", unet_regression(other, COUNT))
     # batches of another size are other partial sums, but the same data: they are refused as well
     refused(r"data.batch_size \(2 there, 3 here\)", unet_regression(unet, COUNT, batch_size=3))
+
+
+def scores_of(folder, regression, *, curvature=None, query=None, measurement="loss", damping=1e-3):
+    K = DiffusionKFACLinearOperator(regression, LAYERS) if curvature is None else curvature
+    query = unet_regression(regression.objective.model, 2, seed=1) if query is None else query
+    J_query = ExampleGradientLinearOperator(query, LAYERS, measurement=measurement)
+    J_train = ExampleGradientLinearOperator(regression, LAYERS)
+    inverse = K.inverse(damping) if hasattr(K, "inverse") else K
+    return influence_scores(J_query, inverse, J_train, passes=PassOptions(folder))
+
+
+LAYERS = ["conv_in.weight", "conv_out.weight"]
+
+
+def test_scores_of_something_else_are_refused(tmp_path, regression):
+    """What differs in the objective, the curvature, the queries or the measurement alone."""
+    unet = regression.objective.model
+    measured = {factor: (lambda batch, f_BD, k=factor: k * f_BD.sum(1)) for factor in (1, 2)}
+
+    def refined(damping):
+        G = DiffusionGGNLinearOperator(regression, LAYERS)
+        return CGRefinedInverseLinearOperator(G, damping, max_iter=2)
+
+    def with_schedule(name):
+        scheduler = DDPMScheduler(num_train_timesteps=100, beta_schedule=name)
+        return unet_regression(unet, COUNT, scheduler=scheduler)
+
+    def weighted(gamma):
+        return unet_regression(unet, COUNT, objective={"weighting": MinSNRWeighting(gamma)})
+
+    def fitted(kind=DiffusionKFACLinearOperator, count=COUNT):
+        return kind(unet_regression(unet, count, seed=5), LAYERS)
+
+    def half():
+        other = {"x0": images(COUNT).flip(0), "class_labels": torch.arange(COUNT) % 3}
+        return DiffusionKFACLinearOperator(
+            NoisedRegression(regression.objective, other, 2, 5), LAYERS
+        )
+
+    pairs = {
+        "regression.process": [
+            {"regression": with_schedule(n)} for n in ("linear", "squaredcos_cap_v2")
+        ],
+        "regression.weighting": [{"regression": weighted(g)} for g in (1.0, 2.0)],
+        "curvature.product": [{"curvature": refined(d)} for d in (1e-1, 1e-2)],
+        "curvature.kind": [
+            {"curvature": fitted(k)}
+            for k in (DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator)
+        ],
+        "curvature.data.digest": [{"curvature": fitted()}, {"curvature": half()}],
+        "query.measurement": [{"measurement": measured[k]} for k in (1, 2)],
+    }
+    for number, (difference, (first, second)) in enumerate(pairs.items()):
+        folder = tmp_path / str(number)
+        given = {"regression": regression} | first
+        found = scores_of(folder, **given)
+        assert torch.equal(scores_of(folder, **given), found)
+        with pytest.raises(ValueError, match=f"is of something else: .*{difference}"):
+            scores_of(folder, **({"regression": regression} | second))
+
+
+def test_other_groups_and_other_steps_are_refused(tmp_path, regression):
+    """Groups of the same sizes; trajectories at other levels."""
+    K_inv = DiffusionKFACLinearOperator(regression, LAYERS).inverse(1e-3)
+    J = ExampleGradientLinearOperator(regression, LAYERS)
+    groups = torch.arange(COUNT) % 2
+    options = PassOptions(tmp_path / "groups")
+    group_and_self_influence(J, K_inv, J, groups, passes=options)
+    with pytest.raises(ValueError, match=r"is of something else: groups"):
+        group_and_self_influence(J, K_inv, J, groups.flip(0).roll(2), passes=options)
+    objective = regression.objective
+    states = torch.randn(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    condition = {"class_labels": torch.tensor([0, 1])}
+    for levels, refused in (([50, 10], False), ([60, 10], True)):
+        query = TrajectoryRegression(objective, states, levels, condition=condition)
+        arguments = (tmp_path / "steps", regression)
+        options = {"query": query, "measurement": query.log_probability}
+        if refused:
+            with pytest.raises(ValueError, match=r"is of something else: .*steps"):
+                scores_of(*arguments, **options)
+        else:
+            scores_of(*arguments, **options)
+
+
+def test_a_gradient_that_is_not_finite_keeps_what_was_computed(tmp_path, regression):
+    """In the middle of a pass; mended, it goes on from there."""
+
+    class Images(torch.utils.data.Dataset):
+        bad = False
+
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, n):
+            return torch.full((1, 8, 8), 1e300 if self.bad and n == 4 else 0.1 * n).double()
+
+    data = Images()
+    own = passes_regression(tiny_unet(num_class_embeds=None), data)
+    own.once("data", lambda regression: "seen")
+    J = ExampleGradientLinearOperator(own, LAYERS)
+    vector = torch.ones(1, J.shape[1]).double()
+    consumer = PairwiseScores(vector.T, 6)
+    options = PassOptions(tmp_path, checkpoint_every=1e9)
+    data.bad = True
+    with pytest.raises(ValueError, match=r"gradient of 'conv_in.weight' for examples \[4\]"):
+        stream_gradients(J, {"scores": consumer}, passes=options)
+    (path,) = tmp_path.glob("influence.*")
+    assert CHECKPOINT.read_header(path)["examples"] == 4
+    data.bad = False
+    consumer = PairwiseScores(vector.T, 6)
+    stream_gradients(J, {"scores": consumer}, passes=options)
+    assert_close(consumer.scores_QN, vector @ J.rows().T / 6, 1e-12)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "foreign"])

@@ -14,6 +14,7 @@ from curvlinops_diffusion import (
     influence_scores,
     top_influences,
 )
+from curvlinops_diffusion.store import GRADIENTS
 from curvlinops_diffusion.whitening import Whitening
 from tests.cases import images, tiny_unet, unet_regression
 from tests.comparisons import assert_close
@@ -155,6 +156,31 @@ def test_damaged_files(tmp_path, J_train, J_query, EK):
         store.scores(J_query, EK)
     with pytest.raises(ValueError, match=r"There is no file .*GradientStore.create again"):
         GradientStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_scales_that_are_cut_are_refused(tmp_path, J_train, J_query, EK, precision):
+    """What unquantises them would read beyond their end."""
+    store = GradientStore.create(tmp_path, J_train, EK, DAMPING, Compression(precision))
+    path = next(iter(sorted(tmp_path.glob("rows.*"))))
+    header, tensors = GRADIENTS.read(path)
+    for change in ({"scales": tensors["scales"][:1, :1]}, {"codes": tensors["codes"][:, :-1]}):
+        GRADIENTS.write(path, tensors | change, header)
+        with pytest.raises(ValueError, match=r"is damaged .*codes and scales do not fit together"):
+            store.scores(J_query, EK)
+
+
+def test_coordinates_that_do_not_exist_are_refused(tmp_path, J_train, J_query, EK):
+    GradientStore.create(tmp_path, J_train, EK, DAMPING, Compression("float32", "leading", 3))
+    path = tmp_path / "store.safetensors"
+    header, _ = GRADIENTS.read(path)
+    for index, opens in (([0, 1, EK.shape[0]], True), ([-1, 0, 1], False)):
+        GRADIENTS.write(path, {"index": torch.tensor(index)}, header)
+        with pytest.raises(ValueError, match=r"is damaged .*coordinates"):
+            GradientStore.open(tmp_path).scores(J_query, EK)
+        if not opens:
+            with pytest.raises(ValueError, match="is damaged"):
+                GradientStore.open(tmp_path)
 
 
 @pytest.mark.parametrize(

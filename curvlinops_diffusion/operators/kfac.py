@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from curvlinops_diffusion._files import fingerprint
 from curvlinops_diffusion.blocks import DenseBlock, KroneckerBlock
+from curvlinops_diffusion.digests import fingerprint
 from curvlinops_diffusion.draws import ProbeType
 from curvlinops_diffusion.exact import exact_blocks
 from curvlinops_diffusion.fisher import FisherType, KFACApprox, KFACOptions
 from curvlinops_diffusion.gradient_statistics import fitted_factors
+from curvlinops_diffusion.identity import data_identity
 from curvlinops_diffusion.layers import Coverage, covered_parameters
 from curvlinops_diffusion.operators.base import BlockDiagonalLinearOperator
 from curvlinops_diffusion.parameters import Parameters, ParameterSpace
@@ -124,8 +125,10 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         order = {name: i for i, name in enumerate(coverage.params)}
         blocks.sort(key=lambda placed: min(order[name] for name in placed.params))
         info: dict[str, Any] = {
+            "kind": self.KIND,
             "options": options.as_dict(),
             "regression": regression.description,
+            "data": regression.once("data", data_identity),
             "left_out": coverage.left_out,
             "fingerprint": fingerprint(model),
             "versions": versions(),

@@ -1,0 +1,113 @@
+"""Digests of models, tensors and functions: the same in every process and run, for the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import fields, is_dataclass
+from functools import partial
+from hashlib import sha256
+from types import CellType, CodeType, FunctionType, MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    """Digests of a model's parameters and buffers: of their names and shapes, and of their values.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Hexadecimal digests under ``'structure'`` and ``'weights'``.
+    """
+    structure, weights = sha256(), sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, Tensor):
+            continue
+        structure.update(f"{name}:{tuple(tensor.shape)};".encode())
+        weights.update(_bytes(tensor))
+    return {"structure": structure.hexdigest(), "weights": weights.hexdigest()}
+
+
+def name_of(value: Any) -> str:
+    """What a function, measurement or weighting is called, with a digest of what it is made of.
+
+    Two functions of one name but other code, defaults or enclosed values have other digests. A
+    plain string is its own name. Objects that are neither functions nor dataclasses are known by
+    their type alone.
+    """
+    if isinstance(value, str):
+        return value
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    return f"{name}:{digest_of(value)}"
+
+
+def digest_of(*values: Any) -> str:
+    """A short digest of values: tensors, models, functions, dataclasses, and plain ones."""
+    digest = sha256()
+    for part in _parts(values, set()):
+        # with its length, so that parts do not run into each other
+        digest.update(f"{len(part)};".encode())
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _parts(value: Any, seen: set[int]) -> Iterator[bytes]:
+    """The bytes that a value is known by.
+
+    Args:
+        value: The value.
+        seen: Identities of the functions on the way to it, which may enclose themselves.
+    """
+    if isinstance(value, Tensor | np.ndarray):
+        tensor = torch.as_tensor(value)
+        yield f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+        yield _bytes(tensor)
+    elif isinstance(value, nn.Module):
+        yield repr(fingerprint(value)).encode()
+    elif value is None or isinstance(value, str | bytes | int | float | complex | torch.dtype):
+        yield repr(value).encode()
+    else:
+        yield getattr(value, "__qualname__", type(value).__qualname__).encode()
+        if id(value) not in seen:
+            for inner in _inside(value):
+                yield from _parts(inner, seen | {id(value)})
+
+
+def _inside(value: Any) -> list[Any]:
+    """What a function, a dataclass or a collection is made of; nothing for anything else."""
+    match value:
+        case FunctionType():
+            enclosed = [_contents(cell) for cell in value.__closure__ or ()]
+            return [value.__code__, value.__defaults__, value.__kwdefaults__, *enclosed]
+        case CodeType():
+            return [value.co_code, value.co_names, value.co_consts]
+        case MethodType():
+            return [value.__func__, value.__self__]
+        case partial():
+            return [value.func, value.args, value.keywords]
+        case Mapping():
+            return [(key, value[key]) for key in sorted(value, key=str)]
+        case Sequence():
+            return list(value)
+        case Set():
+            return sorted(value, key=repr)
+    if is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in fields(value)]
+    return []
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    contents: bytes = raw.numpy().tobytes()
+    return contents
