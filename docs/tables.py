@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,17 @@ MARKERS = ("<!-- table: docs/tables.py -->\n", "<!-- end of table -->\n")
 # of the README; the documentation has all
 METHODS = (
     "no curvature",
-    "nearest in pixels",
+    "kernel regression on pixels",
     "D-TRAK",
     "TRAK",
     "EK-FAC, the paper's recipe",
     "EK-FAC",
     "EK-FAC, Shampoo's factors",
-    "K-FAC + low rank",
+    "EK-FAC, Shampoo's factors + low rank",
 )
+
+# of one number each: in a table of their own
+SCANS = ("draws,", "powers")
 
 Row = Sequence[object]
 
@@ -66,6 +69,12 @@ def _cells(result: dict[str, Any]) -> list[Row]:
 
 def _further(result: dict[str, Any]) -> dict[str, list[Row]]:
     """Tables of a result that has several, by what their files' names end with."""
+    if "ceilings" in result:
+        return {
+            "_minus_recipe": lds_differences(result, "minus_reference"),
+            "_minus_ekfac": lds_differences(result, "minus_ekfac"),
+            "_scans": lds_scans(result),
+        }
     if "by_kind" not in result:
         return {}
     return {
@@ -94,20 +103,67 @@ def lds_cells(result: dict[str, Any], methods: Sequence[str] | None = None) -> l
         result: What ``benchmarks.lds.evaluate`` reports.
         methods: Only these, in this order; ``None`` for all but the scans over one number.
     """
+    rows = _lds_rows(result, methods, lambda s: f"{s['lds']:.2f} [{s['low']:.2f}, {s['high']:.2f}]")
+    ceilings = result["ceilings"].values()
+    return [*rows, ("*a perfect predictor*", *(f"{ceiling:.2f}" for ceiling in ceilings))]
+
+
+def lds_differences(result: dict[str, Any], other: str) -> list[Row]:
+    """The same, as differences to another method on the same resamples.
+
+    Args:
+        result: What ``benchmarks.lds.evaluate`` reports.
+        other: ``"minus_reference"`` or ``"minus_ekfac"``.
+    """
+
+    def shown(summary: dict[str, Any]) -> str:
+        if other not in summary:
+            return "–"
+        s = summary[other]
+        return f"{s['difference']:+.2f} [{s['low']:+.2f}, {s['high']:+.2f}]"
+
+    head, *rows = _lds_rows(result, None, shown)
+    return [head, *(row for row in rows if set(row[1:]) != {"–"})]
+
+
+def lds_scans(result: dict[str, Any]) -> list[Row]:
+    """Scores over one number each: of draws, and the power of the inverse."""
+    cells = list(result["ceilings"])
+    by_method = _by_method(result)
+    rows: list[Row] = [("", "", *(cell.replace("_", " ") for cell in cells))]
+    for name, entries in by_method.items():
+        if name.startswith(SCANS):
+            rows += [
+                (name, setting, *(f"{entries[cell]['lds'][setting]:.3f}" for cell in cells))
+                for setting in entries[cells[0]]["lds"]
+            ]
+    return rows
+
+
+def _by_method(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     by_method: dict[str, dict[str, Any]] = {}
     for row in result["methods"]:
         by_method.setdefault(row["method"], {})[row["cell"]] = row
+    return by_method
+
+
+def _lds_rows(
+    result: dict[str, Any],
+    methods: Sequence[str] | None,
+    shown: Callable[[dict[str, Any]], str],
+) -> list[Row]:
+    """A head, and a row for each method with what is shown of each cell."""
+    by_method, cells = _by_method(result), list(result["ceilings"])
     if methods is None:
-        methods = [name for name in by_method if not name.startswith(("draws,", "powers"))]
-    cells = list(result["ceilings"])
+        methods = [name for name in by_method if not name.startswith(SCANS)]
     rows: list[Row] = [("", *(cell.replace("_", " ") for cell in cells))]
     for name in methods:
         entries = by_method[name]
-        default = all("default" in entries[cell] for cell in cells)
-        label = name if default or entries[cells[0]]["best"]["setting"] == "" else f"{name} (best)"
-        shown = [entries[cell]["default" if default else "best"] for cell in cells]
-        rows.append((label, *(f"{s['lds']:.2f} [{s['low']:.2f}, {s['high']:.2f}]" for s in shown)))
-    rows.append(("*a perfect predictor*", *(f"{result['ceilings'][cell]:.2f}" for cell in cells)))
+        default = all("default" in entry for entry in entries.values())
+        searched = not default and any(e["best"]["setting"] != "" for e in entries.values())
+        which = "default" if default else "best"
+        cell_texts = (shown(entries[cell][which]) if cell in entries else "–" for cell in cells)
+        rows.append((f"{name} (best)" if searched else name, *cell_texts))
     return rows
 
 

@@ -13,6 +13,7 @@ import json
 import re
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,29 @@ import torch
 from torch import Tensor
 
 from benchmarks.lds import score
-from benchmarks.lds.methods import METHODS, Scores, Setting, of_curvature
+from benchmarks.lds.methods import METHODS, Scores, Setting
 from benchmarks.lds.problems import LATE, MEASUREMENTS, PROBLEMS, Problem
 from benchmarks.lds.retrain import FOLDER, NETWORKS, result
 from benchmarks.measure import arguments, report
 from curvlinops_diffusion._files import FileKind
+from curvlinops_diffusion.digests import digest_of
 
 PREDICTED = FileKind("predicted", "predictions of a method", "Remove it.")
 DEFAULT = "1e-08"
-REFERENCE = "EK-FAC, the paper's recipe"
+# differences to these are reported, with intervals of their own
+REFERENCES = {"minus_reference": "EK-FAC, the paper's recipe", "minus_ekfac": "EK-FAC"}
+AT_LATE_CHECKPOINTS = ("EK-FAC", "EK-FAC, Shampoo's factors + low rank")
 
 
 def predictions(
-    name: str, scores: Scores, halves: Tensor, work: Path
+    name: str, scores: Scores, halves: Tensor, work: Path, of: str
 ) -> tuple[float, dict[str, Tensor]]:
-    """What a method predicts of each half, ``[M, Q, H]`` by setting, and the seconds it took."""
+    """What a method predicts of each half, ``[M, Q, H]`` by setting, and the seconds it took.
+
+    Kept in the work folder, with a digest ``of`` what it is a prediction from.
+    """
     path = work / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.safetensors"
-    if not path.exists():
+    if not path.exists() or PREDICTED.read_header(path).get("of") != of:
         start = time.perf_counter()
         found = {
             f"{setting:.0e}" if isinstance(setting, float) else str(setting): torch.stack(
@@ -44,7 +51,8 @@ def predictions(
             ).contiguous()
             for setting, scores_MQN in scores
         }
-        PREDICTED.write(path, found, {"seconds": round(time.perf_counter() - start, 1)})
+        seconds = round(time.perf_counter() - start, 1)
+        PREDICTED.write(path, found, {"seconds": seconds, "of": of})
         print(name, "done", flush=True)
     header, tensors = PREDICTED.read(path)
     return float(header["seconds"]), tensors
@@ -59,16 +67,21 @@ def setting_of(
     return Setting(problem, weights, tensors["generated"], draws), (header, tensors)
 
 
-def late_checkpoints(last: Setting, tensors: dict[str, Tensor]) -> Scores:
-    """Scores averaged over the end of training and checkpoints before it."""
-    totals: dict[float | str, Tensor] = {}
-    settings = [last]
+def late_settings(last: Setting, tensors: dict[str, Tensor]) -> list[Setting]:
+    """Checkpoints before the end of training, and the end."""
+    settings = []
     for fraction in LATE:
         prefix = f"late/{fraction}/"
         weights = {k.removeprefix(prefix): v for k, v in tensors.items() if prefix in k}
         settings.append(Setting(last.problem, weights, last.generated, last.draws))
+    return [*settings, last]
+
+
+def averaged(run: Callable[[Setting], Scores], settings: Sequence[Setting]) -> Scores:
+    """Scores averaged over checkpoints."""
+    totals: dict[float | str, Tensor] = {}
     for setting in settings:
-        for damping, scores in of_curvature()(setting):
+        for damping, scores in run(setting):
             totals[damping] = totals.get(damping, torch.zeros_like(scores)) + scores
     yield from ((damping, total / len(settings)) for damping, total in totals.items())
 
@@ -91,13 +104,16 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     setting, (header, tensors) = setting_of(problem, options.retrained, options.draws)
     halves, values = tensors["halves"], tensors["values"].double()  # [H, N], [H, S, M, Q]
+    of = digest_of(setting.weights, setting.generated, halves)
     methods = {name: run(setting) for name, run in METHODS.items()}
-    methods["EK-FAC, late checkpoints"] = late_checkpoints(setting, tensors)
+    late = late_settings(setting, tensors)
+    for name in AT_LATE_CHECKPOINTS:
+        methods[f"{name}, late checkpoints"] = averaged(METHODS[name], late)
     table: dict[str, Any] = {}
     for name, scores in methods.items():
         if options.methods and name not in options.methods:
             continue
-        seconds, found = predictions(name, scores, halves, work)
+        seconds, found = predictions(name, scores, halves, work, of)
         table[name] = {"seconds": seconds, "predicted": found}
     Q = problem.num_queries
     cells = {
@@ -111,10 +127,12 @@ def main() -> None:
         for cell, (m, own) in cells.items()
     }
     resampled = score.Resampled.of(measured_MQH.shape[2], Q, options.resamples)
-    reference = table.get(REFERENCE)
+    references = {key: table[name] for key, name in REFERENCES.items() if name in table}
     rows = []
     for name, entry in table.items():
         for cell, (m, own) in cells.items():
+            if next(iter(entry["predicted"].values()))[m, own].isnan().any():
+                continue  # a method for other queries
             measured = measured_MQH[m, own]
             by_setting = {
                 key: float(score.lds(z[m, own], measured).mean())
@@ -127,15 +145,15 @@ def main() -> None:
             for which, key in chosen.items():
                 predicted = entry["predicted"][key][m, own]
                 row[which] = {"setting": key} | resampled.summary(predicted, measured)
-                if reference is not None:
+                for label, reference in references.items():
                     other = reference["predicted"][DEFAULT][m, own]
-                    row[which]["minus_reference"] = resampled.difference(predicted, other, measured)
+                    row[which][label] = resampled.difference(predicted, other, measured)
             rows.append(row)
     settings = {
         "retrained": header,
         "draws": options.draws,
         "resamples": options.resamples,
-        "reference": REFERENCE,
+        "reference": REFERENCES["minus_reference"],
         "ceilings": ceilings,
     }
     name = f"lds_{problem.name}"

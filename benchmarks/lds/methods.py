@@ -32,6 +32,8 @@ from curvlinops_diffusion.objective import NoisedBatch
 DAMPINGS = tuple(10.0**e for e in range(-8, 1))
 # in units of the mean eigenvalue of the kernel of TRAK, D-TRAK and the like
 KERNEL_DAMPINGS = tuple(10.0**e for e in range(-6, 3))
+PIXEL_BANDWIDTHS = (0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0)
+PIXEL_RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
 CURVATURE_DRAWS = 16
 BATCH = 128
 TIMESTEPS = 1000
@@ -216,18 +218,19 @@ def projected_kernel(query_MQP: Tensor, train_NP: Tensor, k: int) -> Scores:
 
 
 def attribution_score(setting: Setting, probes: int = 32) -> Scores:
-    """DAS (Lin et al., 2025): the squared change of the query's prediction, in the dual.
+    """After DAS (Lin et al., 2025): the squared change of the query's prediction, in the dual.
 
     ``E ‖J_q Φᵀ (Φ Φᵀ + λ)⁻¹ e_n‖²``, with gradients ``Φ`` of the training losses (each a residual
     times a Jacobian) and ``E_v (vᵀ J_q u)²`` over random signs ``v`` for the squared norm. It says
-    how much, not whether for better or worse.
+    how much, not whether for better or worse. The authors' code takes gradients of the output's
+    mean for the kernel, applies residuals apart, and divides by one minus the leverage.
     """
     cross_VQN = torch.stack(
         [setting.query_rows(_probe(seed)) @ setting.train_NP.T for seed in range(probes)]
     )
     for damping, scores_VQN in dual(cross_VQN, setting.train_NP @ setting.train_NP.T):
         squares_QN = scores_VQN.square().mean(0)
-        yield damping, squares_QN.expand(len(MEASUREMENTS), *squares_QN.shape)
+        yield damping, _for_all_measurements(squares_QN)
 
 
 def _probe(seed: int) -> Measurement:
@@ -245,9 +248,11 @@ def _probe(seed: int) -> Measurement:
 
 
 def journey(setting: Setting, steps: int = 50) -> Scores:
-    """Journey-TRAK (Georgiev et al., 2023): losses at the noised images that sampling went through.
+    """After Journey-TRAK (Georgiev et al., 2023): losses at the states that sampling went through.
 
-    For generated queries alone; held-out ones, which have no journey, are scored as by TRAK.
+    For generated queries alone: held-out ones have no journey. With one point for each of the
+    levels, and the noise that leads from it to the sample; the authors' code noises each level's
+    predicted ``x0`` anew.
     """
     states = setting.problem.trajectories(setting.objective.model)
     scheduler = DDPMScheduler()
@@ -266,7 +271,7 @@ def journey(setting: Setting, steps: int = 50) -> Scores:
         loss = (prediction - implied).square().mean()
         found = torch.autograd.grad(loss, list(parameters.values()))
         gradients.append(torch.cat([g.flatten() for g in found]))
-    query_MQP = setting.query_MQP.clone()
+    query_MQP = torch.full_like(setting.query_MQP, torch.nan)
     query_MQP[:, -len(gradients) :] = torch.stack(gradients)
     yield from kernel(query_MQP, setting.train_NP)
 
@@ -274,7 +279,39 @@ def journey(setting: Setting, steps: int = 50) -> Scores:
 def nearest(setting: Setting) -> Scores:
     """Nearness in pixels."""
     distance_QN = torch.cdist(setting.query_x0.flatten(1), setting.train_x0.flatten(1))
-    yield "", (-distance_QN).expand(len(MEASUREMENTS), *distance_QN.shape)
+    yield "", _for_all_measurements(-distance_QN)
+
+
+def pixel_kernels(setting: Setting) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Gaussian kernels of the images: (bandwidth, with the queries, with each other).
+
+    Bandwidths are in units of the median distance between training images.
+    """
+    train_ND, query_QD = setting.train_x0.flatten(1), setting.query_x0.flatten(1)
+    distance_NN = torch.cdist(train_ND, train_ND).double()
+    distance_QN = torch.cdist(query_QD, train_ND).double()
+    for bandwidth in PIXEL_BANDWIDTHS:
+        scale = 2 * (bandwidth * distance_NN.median()) ** 2
+        cross_QN, gram_NN = ((-(d**2) / scale).exp() for d in (distance_QN, distance_NN))
+        yield f"{bandwidth}", cross_QN, gram_NN
+
+
+def pixel_kernel(setting: Setting) -> Scores:
+    """Nearness in pixels under a Gaussian kernel; the setting is its bandwidth."""
+    for bandwidth, cross_QN, _ in pixel_kernels(setting):
+        yield bandwidth, _for_all_measurements(cross_QN)
+
+
+def pixel_regression(setting: Setting) -> Scores:
+    """Weights of kernel ridge regression on pixels; the setting is bandwidth and ridge."""
+    for bandwidth, cross_QN, gram_NN in pixel_kernels(setting):
+        for ridge in PIXEL_RIDGES:
+            inverse = torch.linalg.inv(gram_NN + ridge * torch.eye(len(gram_NN)).double())
+            yield f"{bandwidth}, {ridge}", _for_all_measurements(cross_QN @ inverse)
+
+
+def _for_all_measurements(scores_QN: Tensor) -> Tensor:
+    return scores_QN.expand(len(MEASUREMENTS), *scores_QN.shape)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -396,6 +433,8 @@ def d_trak_projected(setting: Setting) -> Scores:
 METHODS: dict[str, Callable[[Setting], Scores]] = {
     "no curvature": no_curvature,
     "nearest in pixels": nearest,
+    "Gaussian kernel of pixels": pixel_kernel,
+    "kernel regression on pixels": pixel_regression,
     "TRAK": lambda s: kernel(s.query_MQP, s.train_NP),
     "TRAK, projected": lambda s: projected_kernel(s.query_MQP, s.train_NP, s.problem.projected),
     "D-TRAK": d_trak,
@@ -403,6 +442,7 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
     "Journey-TRAK": journey,
     "DAS": attribution_score,
     "EK-FAC, the paper's recipe": papers_recipe,
+    "EK-FAC, the paper's recipe, 250 draws": lambda s: papers_recipe(s, s.problem.papers_draws),
     "EK-FAC, linear and convolutions only": linear_and_convolutions_only,
     "EK-FAC": of_curvature(),
     "EK-FAC, reduce": of_curvature(kfac_approx="reduce"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
@@ -16,6 +17,7 @@ from torch.nn.functional import mse_loss
 
 from benchmarks.problems import example
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression
+from curvlinops_diffusion.digests import digest_of
 from curvlinops_diffusion.measurements import measure, measurement_of
 
 SEEDS = 2
@@ -42,6 +44,7 @@ class Problem:
         measured_draws: Draws on which queries are measured.
         projected: Dimensions onto which TRAK and D-TRAK project.
         draws: Of training images, to see how many are needed.
+        papers_draws: Of training images, in the paper's code.
     """
 
     name: str
@@ -55,6 +58,16 @@ class Problem:
     measured_draws: int = 64
     projected: int = 2048
     draws: tuple[int, ...] = (10, 30, 100, 250, 500)
+    papers_draws: int = 250
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What retrained networks depend on, as plain values."""
+        keys = ("name", "num_train", "steps", "batch", "num_halves", "num_queries")
+        own = {key: getattr(self, key) for key in (*keys, "measured_draws")}
+        config = self.make_network().config
+        network = {key: value for key, value in config.items() if not key.startswith("_")}
+        return {**own, "network": digest_of(network)}
 
     def data(self) -> tuple[Tensor, Tensor]:
         """Training images ``[N, C, H, W]`` and held-out ones, ``[Q, C, H, W]``."""
@@ -171,7 +184,7 @@ PROBLEMS = {
     problem.name: problem
     for problem in (
         _digits,
-        Problem("photographs", _photographs, lambda: _unet(16, 3, (16, 32)), 500, 1200, 32),
+        Problem("photographs", _photographs, lambda: _unet(16, 3, (16, 32)), 500, 900, 32),
         # to see that the programs run
         replace(
             _digits,
@@ -185,6 +198,7 @@ PROBLEMS = {
             measured_draws=2,
             projected=16,
             draws=(2, 4),
+            papers_draws=4,
         ),
     )
 }

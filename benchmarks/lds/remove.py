@@ -29,12 +29,13 @@ from benchmarks.lds.methods import METHODS, Setting
 from benchmarks.lds.problems import PROBLEMS, Problem
 from benchmarks.lds.retrain import FOLDER, NETWORKS
 from benchmarks.measure import RESULTS, arguments, report
+from curvlinops_diffusion.digests import digest_of
 
 SEEDS = 5
 SHARES = (0.01, 0.05, 0.1)
 # those with a damping of their own take the best by the linear data-modelling score of this cell
 CELL = "loss, generated"
-COMPARED = ("EK-FAC", "TRAK", "nearest in pixels", "D-TRAK")
+COMPARED = ("EK-FAC", "TRAK", "kernel regression on pixels", "D-TRAK")
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,10 @@ class Job:
 
     @property
     def path(self) -> Path:
-        """Where the measurements are kept."""
-        label = self.method.lower().replace(" ", "-")
-        return (
-            self.work / f"{label}_query{self.query}_{len(self.removed)}_seed{self.seed}.safetensors"
-        )
+        """Where the measurements are kept: a name for each set of images that are left out."""
+        label = f"{self.method.lower().replace(' ', '-')}_query{self.query}"
+        removed = f"{len(self.removed)}-{digest_of(sorted(self.removed))}"
+        return self.work / f"{label}_{removed}_seed{self.seed}.safetensors"
 
 
 def losses(job: Job) -> Tensor:
@@ -74,7 +74,9 @@ def losses(job: Job) -> Tensor:
         left[list(job.removed)] = False
         network = problem.trained(train[left], problem.steps // 2, 5000 + job.seed)
         generated = NETWORKS.read(job.work / "generated.safetensors")[1]["generated"]
-        values_Q = problem.measured(network, generated)[0].contiguous()
+        # behind the held-out ones, so that their draws are those of the scores
+        queries = torch.cat([problem.data()[1], generated])
+        values_Q = problem.measured(network, queries)[0, -len(generated) :].contiguous()
         seconds = round(time.perf_counter() - start, 1)
         NETWORKS.write(job.path, {"values": values_Q}, {"seconds": seconds})
     return NETWORKS.read(job.path)[1]["values"].double()
@@ -161,28 +163,31 @@ def main() -> None:
     sizes = sorted({len(job.removed) for job in todo} - {0})
     rows = []
     for method, size in itertools.product(("random", *orders), sizes):
-        changes = [
-            relative_change(
-                [found[method, -1 if method == "random" else q, size, s][q] for s in range(SEEDS)],
-                [found["none", -1, 0, s][q] for s in range(SEEDS)],
-            )
-            for q in queries
-        ]
+        without_SQ = torch.tensor(
+            [
+                [found[method, -1 if method == "random" else q, size, s][q] for q in queries]
+                for s in range(SEEDS)
+            ]
+        )
+        full_SQ = torch.stack([found["none", -1, 0, s][list(queries)] for s in range(SEEDS)])
+        change, error = relative_change(without_SQ, full_SQ)
         row: dict[str, Any] = {"method": method, "damping": dampings.get(method, "")}
         row["removed"] = size
-        row["change_of_loss"] = round(sum(c for c, _ in changes) / len(changes), 4)
-        row["its_error"] = round(sum(e**2 for _, e in changes) ** 0.5 / len(changes), 4)
-        row["by_query"] = [f"{change:.3f} ± {error:.3f}" for change, error in changes]
+        row["change_of_loss"], row["its_error"] = round(change, 4), round(error, 4)
+        each = [relative_change(without_SQ[:, [q]], full_SQ[:, [q]]) for q in range(len(queries))]
+        row["by_query"] = [f"{change:.3f} ± {error:.3f}" for change, error in each]
         rows.append(row)
     report(options, f"removed_{problem.name}", __doc__, {"seeds": SEEDS, "removals": rows})
 
 
-def relative_change(without: Sequence[Tensor], full: Sequence[Tensor]) -> tuple[float, float]:
-    """The mean over seeds of a loss, relative to that of all images, and its standard error."""
-    a, b = torch.stack(list(without)), torch.stack(list(full))
-    mean = float(b.mean())
-    error = (float(a.var()) / len(a) + float(b.var()) / len(b)) ** 0.5
-    return float(a.mean()) / mean - 1, error / mean
+def relative_change(without_SQ: Tensor, full_SQ: Tensor) -> tuple[float, float]:
+    """The change of losses relative to those of all images, mean over queries, and its error.
+
+    Networks of the same seed start from the same weights, and "none" and "random" serve all
+    queries: the standard error is that of the mean over seeds, of the mean over queries.
+    """
+    change_S = (without_SQ / full_SQ.mean(0) - full_SQ / full_SQ.mean(0)).mean(1)
+    return float(change_S.mean()), float(change_S.std() / len(change_S) ** 0.5)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Retrain on random halves of the training images, and measure the queries: two core-hours.
+"""Retrain on random halves of the training images, and measure the queries: core-hours.
 
 One file for each network in a work folder, so that a run that was killed goes on. Writes
 ``benchmarks/lds/digits.safetensors`` (or ``photographs.safetensors``): the network trained on all
@@ -38,7 +38,7 @@ def result(problem: Problem, folder: Path = FOLDER) -> Path:
 def base(problem: Problem, work: Path) -> dict[str, Tensor]:
     """The network trained on all images, its late checkpoints (float16), and its samples."""
     path = work / "base.safetensors"
-    if not path.exists():
+    if not path.exists() or NETWORKS.read_header(path).get("problem") != problem.description:
         late: dict[str, Tensor] = {}
 
         def keep(step: int, network: UNet2DModel) -> None:
@@ -50,7 +50,8 @@ def base(problem: Problem, work: Path) -> dict[str, Tensor]:
         network = problem.trained(problem.data()[0], problem.steps, 100, keep)
         weights = {f"weights/{k}": v.contiguous() for k, v in network.state_dict().items()}
         samples = problem.trajectories(network)[-1].contiguous()
-        NETWORKS.write(path, {**weights, **late, "generated": samples}, {})
+        header = {"problem": problem.description}
+        NETWORKS.write(path, {**weights, **late, "generated": samples}, header)
     return load_file(path)
 
 
@@ -59,7 +60,7 @@ def retrain(job: tuple[str, Path, int, int]) -> float:
     name, work, half, seed = job
     problem = PROBLEMS[name]
     path = work / f"half{half:03}_seed{seed}.safetensors"
-    if path.exists():
+    if path.exists() and NETWORKS.read_header(path).get("problem") == problem.description:
         return 0.0
     start = time.perf_counter()
     torch.set_num_threads(1)
@@ -69,7 +70,8 @@ def retrain(job: tuple[str, Path, int, int]) -> float:
     network = problem.trained(some, problem.steps // 2, 1000 * (seed + 1) + half)
     values = problem.measured(network, queries).contiguous()
     seconds = time.perf_counter() - start
-    NETWORKS.write(path, {"values": values}, {"seconds": seconds})
+    header = {"seconds": seconds, "problem": problem.description}
+    NETWORKS.write(path, {"values": values}, header)
     return seconds
 
 
