@@ -3,6 +3,11 @@
 ``curvlinops``' next major version rearranges its insides; moving to it must cost this file.
 """
 
-from curvlinops._torch_base import PyTorchLinearOperator
+import warnings
+
+with warnings.catch_warnings():
+    # a library of curvlinops' scripts functions when it is imported
+    warnings.simplefilter("ignore", FutureWarning)
+    from curvlinops._torch_base import PyTorchLinearOperator
 
 __all__ = ["PyTorchLinearOperator"]

@@ -34,6 +34,10 @@ _logger = logging.getLogger("curvlinops_diffusion")
 CHECKPOINT = FileKind("curvlinops_diffusion.checkpoint", "a checkpoint", "Delete it to start anew.")
 
 
+class OtherCheckpointError(ValueError):
+    """A checkpoint of another model, other data, draws or settings."""
+
+
 @dataclass(frozen=True)
 class PassOptions:
     """How passes over the data are run.
@@ -346,7 +350,7 @@ def _checked(path: Path, header: Any, identity: Mapping[str, Any]) -> _Done:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CHECKPOINT.damaged(path, f"{type(error).__name__}: {error}") from error
     if different:
-        raise ValueError(
+        raise OtherCheckpointError(
             f"The checkpoint '{path}' is of something else: {'; '.join(different[:5])}. Delete the "
             "folder to start anew, or pass another one."
         )

@@ -104,8 +104,11 @@ def lds_cells(result: dict[str, Any], methods: Sequence[str] | None = None) -> l
         methods: Only these, in this order; ``None`` for all but the scans over one number.
     """
     rows = _lds_rows(result, methods, lambda s: f"{s['lds']:.2f} [{s['low']:.2f}, {s['high']:.2f}]")
-    ceilings = result["ceilings"].values()
-    return [*rows, ("*a perfect predictor*", *(f"{ceiling:.2f}" for ceiling in ceilings))]
+    last = {"two seeds": "agreement_of_seeds", "a perfect predictor": "ceilings"}
+    return rows + [
+        (f"*{label}*", *(f"{value:.2f}" for value in result[key].values()))
+        for label, key in last.items()
+    ]
 
 
 def lds_differences(result: dict[str, Any], other: str) -> list[Row]:

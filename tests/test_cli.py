@@ -1,6 +1,7 @@
 """The command line, on a pipeline saved by ``save_pretrained`` and PNG files."""
 
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -21,9 +22,15 @@ from curvlinops_diffusion import (
     load_operator,
 )
 from curvlinops_diffusion._files import FileKind
-from curvlinops_diffusion.cli.images import Form, open_images
+from curvlinops_diffusion.cli import cost
+from curvlinops_diffusion.cli.conditions import Condition
+from curvlinops_diffusion.cli.form import Form
+from curvlinops_diffusion.cli.images import open_images
+from curvlinops_diffusion.cli.network import load_network
+from curvlinops_diffusion.cli.options import FitOptions
 from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.cli.score import read_scores
+from tests import test_pipelines as pipelines
 from tests.cases import tiny_unet
 
 COUNT = 7
@@ -72,6 +79,7 @@ def fitted(folder):
     finished = program(*arguments(folder, "fit"))
     assert finished.returncode == 0, finished.stderr
     assert "4,877 parameters in" in finished.stderr
+    assert "gemm_4bit" not in finished.stderr  # of bitsandbytes, which is not used
     finished = program(*arguments(folder, "score"))
     assert finished.returncode == 0, finished.stderr
     assert not list(folder.glob("*.checkpoint"))
@@ -105,6 +113,12 @@ def test_npy_with_an_index(fitted, tmp_path):
     assert np.array_equal(np.load(tmp_path / "s.npy"), expected.numpy())
     index = json.loads((tmp_path / "s.index.json").read_text())
     assert index["queries"] == ["image0.png", "image1.png"]
+    # killed between the two files: the index is of other scores than those that are there
+    np.save(tmp_path / "s.npy", np.zeros_like(expected.numpy()))
+    with pytest.raises(ValueError, match=r"s.index.json' is not the index of '.*s.npy'"):
+        read_scores(tmp_path / "s.npy")
+    assert run(arguments(fitted, "score", "--output", tmp_path / "s.npy")) == 0
+    assert np.array_equal(np.load(tmp_path / "s.npy"), expected.numpy())
 
 
 def test_inspect(fitted):
@@ -124,6 +138,34 @@ def test_finished_work_is_not_done_again(fitted, capsys):
     assert "was made with the same options; nothing to do" in capsys.readouterr().err
     assert run(arguments(fitted, "score")) == 0
     assert (fitted / "ekfac.safetensors").stat().st_mtime_ns == before
+
+
+def test_what_a_killed_run_left_is_removed(fitted, capsys):
+    for command, name in (("fit", "ekfac"), ("score", "scores")):
+        left = fitted / f"{name}.safetensors.checkpoint"
+        left.mkdir()
+        assert run(arguments(fitted, command)) == 0
+        assert "nothing to do" in capsys.readouterr().err
+        assert not left.exists()
+
+
+def test_another_noise_schedule_is_refused(fitted, tmp_path, capsys):
+    """By score, whose gradients would be of another loss; and by fit, before "nothing to do"."""
+    DDPMScheduler(num_train_timesteps=100, beta_end=0.01).save_pretrained(tmp_path / "scheduler")
+    for command, told in (
+        ("score", "ekfac.safetensors' was fitted with another objective: process ("),
+        ("fit", "exists, and was made with others: regression.process ("),
+    ):
+        words = arguments(fitted, command)
+        at = words.index("--pipeline")
+        words[at : at + 2] = [
+            *("--model", str(fitted / "pipeline" / "unet")),
+            *("--scheduler", str(tmp_path / "scheduler")),
+        ]
+        assert run(words) == 2
+        assert told in capsys.readouterr().err
+    assert run(arguments(fitted, "fit", "--autocast", "bfloat16")) == 2
+    assert "regression.autocast (None there, " in capsys.readouterr().err
 
 
 def test_files_of_something_else_are_refused(fitted, tmp_path, capsys):
@@ -166,6 +208,19 @@ def test_dry_run(fitted, capsys):
         for word in ("samples forward and backward", "file", "memory beyond", "time  "):
             assert word in told
     assert "samples forward and backward   29" in told  # 7 images × 3 draws and 2 queries × 4
+    # two network calls for each of 20 steps
+    assert run(arguments(fitted, "score", "--dry-run", "--measurement", "log_likelihood")) == 0
+    assert f"samples forward and backward   {21 + 8 * 40}" in capsys.readouterr().out
+
+
+def test_the_cost_of_many_processes(monkeypatch):
+    """Checkpoints on disk, and that each process has the memory."""
+    told = cost.Cost(10, 2048, 4096, 1024, 5.0).text()
+    assert re.search("checkpoints, until it is done +4 KiB", told)
+    assert "processes" not in told
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    told = cost.Cost(10, 2048, 4096, 1024, 5.0).text()
+    assert re.search("processes, of such memory +3", told)
 
 
 def test_the_log(fitted, tmp_path):
@@ -243,6 +298,38 @@ def test_flags_that_are_wrong(folder):
     assert "Traceback" not in finished.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["fit", "--bogus", "3"], "unrecognized arguments: --bogus 3. 'curvlinops-diffusion fit"),
+        (["fit", "--num-draws", "few"], "--num-draws: Expected int. Got value: few"),
+        (["fit", "--config", "nowhere.yaml"], "--config: File does not exist: "),
+        (["fit", "--config", "bad.yaml"], "Problems parsing config: "),
+        (["score", "--damping", "nan"], "--damping: Expected float. Got value: nan"),
+        (["fit"], "the following arguments are required: --data, --output. "),
+        (["train"], "invalid choice: 'train' (choose from "),
+        (["report", "--scores=s", "--data=d", "--queries=q", "--output=o.html", "--top=-3"], ""),
+        (["fit", "--data=d", "--output=o.safetensors", "--resolution=0"], "--resolution is 0."),
+        (["fit", "--data=d", "--output=o.safetensors", "--checkpoint-every=.nan"], "is nan."),
+        (["inspect", "train/0.png"], "'train/0.png' is neither an operator's file, .safetensors"),
+        (["inspect", "none.safetensors"], "'none.safetensors'. Make it by curvlinops-diffusion"),
+    ],
+)
+def test_usage_errors_are_one_line(tmp_path, monkeypatch, capsys, words, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text("a: [1\nb: :")
+    assert run([*words, "--log", "log"]) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ")
+    assert told in line
+    assert captured.out == ""
+    start, error = (json.loads(line) for line in (tmp_path / "log").read_text().splitlines())
+    assert start["event"] == "start"
+    assert error["event"] == "error"
+    assert line == f"error: {error['message']}"
+
+
 def broken_pipeline(folder, tmp_path):
     shutil.copytree(folder / "pipeline", tmp_path / "broken")
     (weights,) = (tmp_path / "broken").rglob("*.safetensors")
@@ -267,6 +354,11 @@ def no_images(folder, tmp_path):
     return ["--data", tmp_path / "empty"]
 
 
+def folder_as_output(folder, tmp_path):
+    (tmp_path / "d.safetensors").mkdir()
+    return ["--output", tmp_path / "d.safetensors"]
+
+
 def pickled_array(folder, tmp_path):
     np.savez(tmp_path / "p.npz", images=np.array([{"a": 1}], dtype=object))
     return ["--data", tmp_path / "p.npz"]
@@ -285,6 +377,7 @@ ERRORS = {
     corrupt_image: "image4.png' cannot be read (",
     large_image: "image0.png' is 9×9 pixels, the network was trained on 8×8. Pass --resolution 8",
     no_images: "empty' holds no images. Pass a folder",
+    folder_as_output: "d.safetensors is a folder. Pass the name of a file.",
     pickled_array: "p.npz' cannot be read (Object arrays cannot be loaded when allow_pickle=False",
     pickled_weights: "pickled' cannot be loaded",
     lambda f, t: ["--pipeline", f / "train"]: "holds no model_index.json. Pass a folder",
@@ -339,8 +432,15 @@ def test_a_file_that_cannot_be_written(folder, tmp_path, capsys, monkeypatch):
         assert run(arguments(folder, "fit", "--output", output)) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert len(list((tmp_path / "e.safetensors.checkpoint").glob("*"))) == 3
+    shutil.copytree(tmp_path / "e.safetensors.checkpoint", tmp_path / "o.safetensors.checkpoint")
     assert run(arguments(folder, "fit", "--output", output)) == 0
     assert output.exists()
+    # a checkpoint of something else is in the way, unless it may be overwritten
+    other = arguments(folder, "fit", "--output", tmp_path / "o.safetensors", "--num-draws", "2")
+    assert run(other) == 2
+    assert "is of something else: regression.num_draws (3 there, 2 here)" in capsys.readouterr().err
+    assert run([*other, "--overwrite"]) == 0
+    assert not (tmp_path / "o.safetensors.checkpoint").exists()
 
 
 def test_scores_that_are_damaged(fitted, tmp_path, capsys):
@@ -365,7 +465,55 @@ def test_classes_from_folders(tmp_path):
     images = open_images(tmp_path / "data", FORM)
     assert images.names == ["cats/image0.png", "cats/image1.png", "dogs/image0.png"]
     assert [images[n]["class_labels"] for n in range(3)] == [0, 0, 1]
-    assert "class_labels" not in open_images(tmp_path / "data", FORM, conditioned=False)[0]
+    assert "class_labels" not in open_images(tmp_path / "data", FORM, Condition())[0]
+
+
+def classes(folder, *names):
+    for name in names:
+        write_images(folder / name, 1, 0)
+    return folder
+
+
+def test_classes_of_queries_are_numbered_as_in_training(tmp_path):
+    train = open_images(classes(tmp_path / "train", "a", "b", "c"), FORM)
+
+    def labels(name, *names):
+        path = classes(tmp_path / name, *names)
+        queries = open_images(path, FORM, Condition("class_labels", 3), train)
+        return [queries[n]["class_labels"] for n in range(len(queries))]
+
+    assert labels("queries", "b", "c") == [1, 2]
+    assert labels("one", "c") == [2]
+    with pytest.raises(ValueError, match=r"The class 'd' of the query 'd/image0.png' is none of"):
+        labels("unknown", "a", "d")
+    only = open_images(classes(tmp_path / "only", "a"), FORM)
+    assert only[0]["class_labels"] == 0
+    np.savez(tmp_path / "n.npz", images=np.zeros((2, 8, 8), np.uint8), labels=np.array([1, 0]))
+    with pytest.raises(
+        ValueError, match=r"have names \(b, c\), those of the training data numbers"
+    ):
+        open_images(tmp_path / "queries", FORM, None, open_images(tmp_path / "n.npz", FORM))
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ({}, "image1.png' of '.*' has no label, which the network takes. Put each class into"),
+        ({"label": "cat"}, "The label of image 'image1.png' of '.*' is 'cat', and the network"),
+        ({"label": 3}, "is 3, and the network knows the whole numbers from 0 to 2. Number"),
+        ({"label": -1}, "is -1, and the network"),
+        ({"label": 1.0}, "is 1.0, and the network"),
+    ],
+)
+def test_labels_that_the_network_does_not_know(tmp_path, entry, told):
+    write_images(tmp_path / "data", 2, 0)
+    lines = [{"file_name": "image0.png", "label": 2}, {"file_name": "image1.png", **entry}]
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match=told):
+        open_images(tmp_path / "data", FORM, Condition("class_labels", 3))
+    with pytest.raises(ValueError, match=r"image0.png' of '.*' has no prompt, which"):
+        open_images(tmp_path / "data", FORM, Condition("prompt"))
+    assert set(open_images(tmp_path / "data", FORM, Condition())[0]) == {"x0"}
 
 
 def test_prompts_from_metadata(tmp_path):
@@ -405,6 +553,75 @@ def test_arrays(tmp_path):
     np.savez(tmp_path / "floats.npz", images=floats)
     images = open_images(tmp_path / "floats.npz", FORM)
     assert torch.equal(images.image(2), torch.from_numpy(floats[2]))
+
+
+BYTES, FLOATS = np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 3, 8, 8), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "told"),
+    [
+        ({"images": FLOATS + 1.01}, r"'a.npz\[0\]' has pixels from 1.01 to 1.01. Floating point"),
+        ({"images": FLOATS + np.nan}, "has pixels from nan to nan"),
+        ({"images": BYTES, "labels": np.arange(3)}, r"shape \(3,\) beside 2 images"),
+        ({"images": BYTES, "labels": np.ones(2)}, "'labels' of .* is of float64"),
+        ({"images": BYTES.transpose(0, 3, 1, 2)}, r"Save images.transpose\(0, 2, 3, 1\): bytes"),
+        ({"images": FLOATS.transpose(0, 2, 3, 1)}, r"Save images.transpose\(0, 3, 1, 2\): bytes"),
+        ({"images": BYTES.astype(np.int64)}, "'images' of .* is of int64. It must hold"),
+        ({"images": np.zeros((2, 8, 8, 4), np.uint8)}, "4 channels, and 1 or 3 can be taken"),
+        ({"pictures": BYTES}, r"holds \{'pictures': \(2, 8, 8, 3\)\}. It must hold 'images'"),
+    ],
+)
+def test_arrays_that_are_wrong(tmp_path, arrays, told):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match=told):
+        open_images(tmp_path / "a.npz", Form(3, (8, 8), None))
+
+
+def test_sixteen_bits_and_transparency(tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    x = Form(3, (8, 8), None).tensor(Image.fromarray(ramp), "ramp")
+    torch.testing.assert_close(x[2], torch.from_numpy(ramp.astype(np.float32)) / 32767.5 - 1)
+    assert torch.equal(x[:1], FORM.tensor(Image.fromarray(ramp.astype(np.int32)), "ramp"))
+    for values in (ramp.astype(np.int32) - 1, ramp.astype(np.float32)):
+        with pytest.raises(ValueError, match=r"The image 'ramp' has pixels from"):
+            FORM.tensor(Image.fromarray(values), "ramp")
+    opaque = Image.fromarray((ramp >> 8).astype(np.uint8))
+    for mode in ("LA", "RGBA"):
+        image = opaque.convert(mode)
+        assert torch.equal(FORM.tensor(image, "a"), FORM.tensor(opaque, "a"))
+        image.putpixel((3, 3), (*image.getpixel((3, 3))[:-1], 254))
+        with pytest.raises(ValueError, match=r"The image 'a' has transparent pixels, and what"):
+            FORM.tensor(image, "a")
+
+
+def test_images_of_several_sizes(tmp_path):
+    write_images(tmp_path / "data", 1, 0)
+    write_images(tmp_path / "data" / "large", 1, 0, size=12)
+    images = open_images(tmp_path / "data", Form(3, None, None))
+    assert images[0]["x0"].shape == (3, 8, 8)
+    with pytest.raises(
+        ValueError, match=r"'large/image0.png' has shape \(3, 12, 12\), and 'image0"
+    ):
+        images[1]
+    with pytest.raises(ValueError, match=r"12×12 pixels, and the network takes multiples of 8. "):
+        open_images(tmp_path / "data", Form(3, None, None, 8)).image(1)
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "multiple", "condition"),
+    [
+        (pipelines.ddpm, (8, 8), 2, Condition()),
+        (pipelines.ldm, None, 4, Condition()),
+        (pipelines.dit, (8, 8), 4, Condition("class_labels", 4)),
+    ],
+)
+def test_what_networks_take(tmp_path, make, size, multiple, condition):
+    """Grey images become three channels; sizes that would not fit are known beforehand."""
+    make(tmp_path).save_pretrained(tmp_path / "p")
+    network = load_network(FitOptions(pipeline=tmp_path / "p", data=tmp_path, output=tmp_path))
+    assert network.form(None) == Form(3, size, None, multiple)
+    assert network.condition == condition
 
 
 def test_resizing(tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from curvlinops_diffusion import DiffusionEKFACLinearOperator
 from curvlinops_diffusion.cli.program import run
-from curvlinops_diffusion.cli.score import write_scores
+from curvlinops_diffusion.cli.score import read_scores, write_scores
 from tests.cases import tiny_unet, unet_regression
 from tests.test_cli import write_images
 
@@ -52,8 +52,6 @@ def page(folder):
 
 
 def test_it_names_the_right_images(folder, page):
-    from curvlinops_diffusion.cli.score import read_scores
-
     scores, header = read_scores(folder / "scores.safetensors")
     text = page.read_text()
     sections = text.split('<section class="query">')[1:]
@@ -114,6 +112,22 @@ def test_errors(folder, page, tmp_path, capsys):
     assert page.read_bytes() == before
     assert run(arguments(folder, tmp_path / "r.html", "--data", folder / "queries")) == 2
     assert "holds 3 images that are not the 12 that" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("measurement", "told"),
+    [("elbo", "so positive means helpful"), ("log_likelihood", "so here negative means helpful")],
+)
+def test_it_says_what_the_sign_means(folder, tmp_path, measurement, told):
+    scores, header = read_scores(folder / "scores.safetensors")
+    names = {key: header[key] for key in ("train", "queries")}
+    identity = {"query": {"measurement": measurement}}
+    write_scores(tmp_path / "s.safetensors", scores, names, identity)
+    words = arguments(folder, tmp_path / "r.html", "--scores", tmp_path / "s.safetensors")
+    assert run(words) == 0
+    text = " ".join((tmp_path / "r.html").read_text().split())
+    assert f"left out of {TRAIN} (measured: {measurement}; " in text
+    assert told in text
 
 
 def test_names_are_escaped(tmp_path):

@@ -32,7 +32,7 @@ PREDICTED = FileKind("predicted", "predictions of a method", "Remove it.")
 DEFAULT = "1e-08"
 # differences to these are reported, with intervals of their own
 REFERENCES = {"minus_reference": "EK-FAC, the paper's recipe", "minus_ekfac": "EK-FAC"}
-AT_LATE_CHECKPOINTS = ("EK-FAC", "EK-FAC, Shampoo's factors + low rank")
+AT_LATE_CHECKPOINTS = ("EK-FAC", "K-FAC + low rank")
 
 
 def predictions(
@@ -122,10 +122,13 @@ def main() -> None:
         for kind, own in (("held-out", slice(0, Q)), ("generated", slice(Q, None)))
     }
     measured_MQH = values.mean(1).permute(1, 2, 0)
-    ceilings = {
-        cell: round(score.ceiling(values.permute(1, 2, 3, 0)[:, m, own]), 4)
-        for cell, (m, own) in cells.items()
-    }
+    agreements, ceilings = (
+        {
+            cell: round(f(values.permute(1, 2, 3, 0)[:, m, own]), 4)
+            for cell, (m, own) in cells.items()
+        }
+        for f in (score.agreement, score.ceiling)
+    )
     resampled = score.Resampled.of(measured_MQH.shape[2], Q, options.resamples)
     references = {key: table[name] for key, name in REFERENCES.items() if name in table}
     rows = []
@@ -154,6 +157,7 @@ def main() -> None:
         "draws": options.draws,
         "resamples": options.resamples,
         "reference": REFERENCES["minus_reference"],
+        "agreement_of_seeds": agreements,
         "ceilings": ceilings,
     }
     name = f"lds_{problem.name}"

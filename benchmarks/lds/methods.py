@@ -106,6 +106,11 @@ class Setting:
         return ExampleGradientLinearOperator(regression, names, measurement=measurement).rows()
 
     @cached_property
+    def squared_norm_NP(self) -> Tensor:
+        """Gradients of the training images' squared predictions, for D-TRAK."""
+        return self.rows("squared_norm")
+
+    @cached_property
     def query_MQP(self) -> Tensor:
         """Gradients of every measurement."""
         return torch.stack([self.query_rows(m) for m in MEASUREMENTS])
@@ -217,7 +222,7 @@ def projected_kernel(query_MQP: Tensor, train_NP: Tensor, k: int) -> Scores:
         yield damping, query_MQk @ inverse @ train_Nk.T
 
 
-def attribution_score(setting: Setting, probes: int = 32) -> Scores:
+def attribution_score(setting: Setting) -> Scores:
     """After DAS (Lin et al., 2025): the squared change of the query's prediction, in the dual.
 
     ``E ‖J_q Φᵀ (Φ Φᵀ + λ)⁻¹ e_n‖²``, with gradients ``Φ`` of the training losses (each a residual
@@ -226,7 +231,10 @@ def attribution_score(setting: Setting, probes: int = 32) -> Scores:
     mean for the kernel, applies residuals apart, and divides by one minus the leverage.
     """
     cross_VQN = torch.stack(
-        [setting.query_rows(_probe(seed)) @ setting.train_NP.T for seed in range(probes)]
+        [
+            setting.query_rows(_probe(seed)) @ setting.train_NP.T
+            for seed in range(setting.problem.probes)
+        ]
     )
     for damping, scores_VQN in dual(cross_VQN, setting.train_NP @ setting.train_NP.T):
         squares_QN = scores_VQN.square().mean(0)
@@ -421,13 +429,13 @@ def _fisher(seed: int) -> Measurement:
 def d_trak(setting: Setting) -> Scores:
     """D-TRAK (Zheng et al., 2024): the prediction's squared norm in place of the loss."""
     query_MQP = setting.query_rows("squared_norm").expand(len(MEASUREMENTS), -1, -1)
-    yield from kernel(query_MQP, setting.rows("squared_norm"))
+    yield from kernel(query_MQP, setting.squared_norm_NP)
 
 
 def d_trak_projected(setting: Setting) -> Scores:
     """D-TRAK as published."""
     query_MQP = setting.query_rows("squared_norm").expand(len(MEASUREMENTS), -1, -1)
-    yield from projected_kernel(query_MQP, setting.rows("squared_norm"), setting.problem.projected)
+    yield from projected_kernel(query_MQP, setting.squared_norm_NP, setting.problem.projected)
 
 
 METHODS: dict[str, Callable[[Setting], Scores]] = {

@@ -45,6 +45,7 @@ class Problem:
         projected: Dimensions onto which TRAK and D-TRAK project.
         draws: Of training images, to see how many are needed.
         papers_draws: Of training images, in the paper's code.
+        probes: Random signs from which DAS' squared norms are estimated.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Problem:
     projected: int = 2048
     draws: tuple[int, ...] = (10, 30, 100, 250, 500)
     papers_draws: int = 250
+    probes: int = 32
 
     @property
     def description(self) -> dict[str, Any]:
@@ -184,7 +186,9 @@ PROBLEMS = {
     problem.name: problem
     for problem in (
         _digits,
-        Problem("photographs", _photographs, lambda: _unet(16, 3, (16, 32)), 500, 900, 32),
+        Problem(
+            "photographs", _photographs, lambda: _unet(16, 3, (16, 32)), 500, 900, 32, probes=16
+        ),
         # to see that the programs run
         replace(
             _digits,

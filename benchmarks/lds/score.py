@@ -99,12 +99,16 @@ def _interval(values_K: Tensor) -> dict[str, float]:
     return {"low": round(low, 4), "high": round(high, 4)}
 
 
+def agreement(measured_SQH: Tensor) -> float:
+    """The correlation over halves between two training seeds, mean over queries."""
+    return float(lds(measured_SQH[0], measured_SQH[1]).mean())
+
+
 def ceiling(measured_SQH: Tensor) -> float:
     """What a predictor of the expectation over seeds would reach against the seeds' mean.
 
     With the correlation ``r`` between two seeds, the mean of two has reliability ``2r / (1 + r)``
     (Spearman & Brown), and its correlation with the expectation is the root of that.
     """
-    r = float(lds(measured_SQH[0], measured_SQH[1]).mean())
-    S = len(measured_SQH)
+    r, S = agreement(measured_SQH), len(measured_SQH)
     return (S * r / (1 + (S - 1) * r)) ** 0.5

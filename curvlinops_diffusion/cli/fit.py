@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from curvlinops_diffusion.cli.cost import FitCost
+from curvlinops_diffusion.cli.checkpoints import checkpoint_of, going_on, remove
+from curvlinops_diffusion.cli.cost import fit_cost
 from curvlinops_diffusion.cli.events import event, say
-from curvlinops_diffusion.cli.images import open_images
+from curvlinops_diffusion.cli.images import NamedImages, open_images
 from curvlinops_diffusion.cli.network import Network, load_network
 from curvlinops_diffusion.cli.options import FitOptions
 from curvlinops_diffusion.cli.processes import is_first, process_group, with_own_device
@@ -31,7 +33,7 @@ def fit(options: FitOptions) -> None:
     check_output(options.output, (".safetensors",))
     with process_group(options.timeout) as several:
         network = load_network(with_own_device(options))
-        regression = training_regression(network, options)
+        regression = training_regression(network, training_images(network, options), options)
         settings: dict[str, Any] = {
             "fisher_type": options.fisher_type,
             "mc_samples": options.mc_samples,
@@ -41,33 +43,40 @@ def fit(options: FitOptions) -> None:
             settings["gradient_group"] = options.gradient_group
         if options.dry_run:
             if is_first():
-                print(FitCost.of(regression, options).text())
+                print(fit_cost(regression, options).text())
             return
         identity = identity_of(regression, {"curvature": options.curvature, **settings})
-        if options.output.exists() and not options.overwrite:
-            if _same(options.output, identity):
-                say(f"'{options.output}' was made with the same options; nothing to do")
-            return
         checkpoint = checkpoint_of(options.output)
+        if options.output.exists() and not options.overwrite:
+            check_same(options.output, read_header(options.output)["info"], identity)
+            nothing_to_do(options.output)
+            return
         passes = PassOptions(
             checkpoint, options.checkpoint_every, distributed=several, progressbar=not options.quiet
         )
-        operator = _OPERATORS[options.curvature](regression, passes=passes, **settings)
+        make = _OPERATORS[options.curvature]
+        operator = going_on(
+            lambda: make(regression, passes=passes, **settings), checkpoint, options.overwrite
+        )
         if not is_first():
             return
         operator.info["identity"] = identity
         operator.save(options.output)
-        shutil.rmtree(checkpoint)
+        remove(checkpoint)
         covered, left_out = operator.shape[0], operator.info.get("left_out", {})
         event("fitted", file=str(options.output), parameters=covered, left_out=left_out)
         say(f"Wrote {options.output}: {covered:,} parameters in {len(operator.blocks)} blocks")
 
 
+def training_images(network: Network, options: Any) -> NamedImages:
+    """The training images, for both ``fit`` and ``score``."""
+    return open_images(options.data, network.form(options.resolution), network.condition)
+
+
 def training_regression(
-    network: Network, options: Any, antithetic: bool = False
+    network: Network, images: NamedImages, options: Any, antithetic: bool = False
 ) -> NoisedRegression:
-    """The training images as a problem, for both ``fit`` and ``score``."""
-    images = open_images(options.data, network.form(options.resolution), network.conditioned)
+    """The training images as a problem, likewise."""
     return NoisedRegression(
         network.objective,
         images,
@@ -79,29 +88,38 @@ def training_regression(
     )
 
 
-def checkpoint_of(output: Path) -> Path:
-    """The folder in which a command writes down how far it has come."""
-    return output.with_name(f"{output.name}.checkpoint")
-
-
 def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
     """Check, before anything is computed, that a file can be written.
 
     Raises:
-        ValueError: If it has another suffix, or its folder does not exist.
+        ValueError: If it has another suffix, is a folder, or is in none that can be written to.
     """
     if path.suffix not in suffixes:
         raise ValueError(f"--output {path} must end in {' or '.join(suffixes)}.")
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder. Pass the name of a file.")
     if not path.parent.is_dir():
         raise ValueError(f"The folder '{path.parent}' of --output does not exist. Create it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"The folder '{path.parent}' of --output cannot be written to.")
 
 
-def _same(path: Path, identity: dict[str, Any]) -> bool:
-    there = read_header(path)["info"].get("identity", {})
-    different = differences(there, identity)
+def check_same(path: Path, there: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Check that a file that is there has the identity of what would be written.
+
+    Raises:
+        ValueError: If it has another.
+    """
+    different = differences(there.get("identity", {}), identity)
     if different:
         raise ValueError(
             f"'{path}' exists, and was made with others: {'; '.join(different[:5])}. Pass "
             "--overwrite, or another --output."
         )
-    return True
+
+
+def nothing_to_do(path: Path) -> None:
+    """Say so; what a run that was killed at its very end has left is removed."""
+    remove(checkpoint_of(path))
+    if is_first():
+        say(f"'{path}' was made with the same options; nothing to do")

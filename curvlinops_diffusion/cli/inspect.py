@@ -18,6 +18,11 @@ def inspect(options: InspectOptions) -> None:
     Raises:
         ValueError: If it is of no known kind.
     """
+    if options.file.suffix not in (".safetensors", ".npy"):
+        raise ValueError(
+            f"'{options.file}' is neither an operator's file, .safetensors as fit writes it, nor "
+            "one of scores, .safetensors or .npy as score writes it. Pass one of these."
+        )
     if options.file.suffix == ".npy" or SCORES.holds(options.file):
         _print_scores(options.file)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, UNet2DModel
 from diffusers.utils.logging import disable_progress_bar
 
-from curvlinops_diffusion.cli.images import Form
+from curvlinops_diffusion.cli.conditions import Condition
+from curvlinops_diffusion.cli.form import Form
 from curvlinops_diffusion.cli.options import ModelOptions
 from curvlinops_diffusion.objective import DenoisingObjective
 
@@ -22,19 +25,21 @@ class Network:
 
     Attributes:
         objective: The objective.
-        channels: Colour channels of the images; ``None`` where an autoencoder decides.
+        channels: Colour channels of the images.
         size: Height and width of the images; ``None`` for any.
-        conditioned: Whether labels or prompts are taken.
+        multiple: What height and width must be multiples of.
+        condition: The labels or prompts that are taken.
     """
 
     objective: DenoisingObjective
     channels: int | None
     size: tuple[int, int] | None
-    conditioned: bool
+    multiple: int
+    condition: Condition
 
     def form(self, resolution: int | None) -> Form:
         """The form in which images are loaded."""
-        return Form(self.channels, self.size, resolution)
+        return Form(self.channels, self.size, resolution, self.multiple)
 
 
 disable_progress_bar()  # of loading; the passes have their own
@@ -69,24 +74,54 @@ def load_network(options: ModelOptions) -> Network:
         objective = DenoisingObjective.from_pipeline(
             pipeline, latent_cache=options.latent_cache, autocast=autocast
         )
-        autoencoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
-    else:
-        assert options.model is not None
-        assert options.scheduler is not None
-        model = _loaded(diffusers.AutoModel, options.model, "config.json", dtype)
-        objective = DenoisingObjective(
-            model.to(device).eval(), _scheduler(options.scheduler), autocast=autocast
+        return _network(objective, pipeline)
+    assert options.model is not None
+    assert options.scheduler is not None
+    model = _loaded(diffusers.AutoModel, options.model, "config.json", dtype)
+    embedded = inspect.signature(model.forward).parameters.get("encoder_hidden_states")
+    if embedded is not None and embedded.default is embedded.empty:
+        raise ValueError(
+            f"The network of '{options.model}' takes embeddings of prompts. Pass --pipeline FOLDER "
+            "with its text encoder."
         )
-        autoencoder = None
-    config: Any = getattr(objective.model, "config", {})
-    conditioned = autoencoder is not None or config.get("num_class_embeds") is not None
+    scheduler = _scheduler(options.scheduler)
+    return _network(DenoisingObjective(model.to(device).eval(), scheduler, autocast=autocast), None)
+
+
+def _network(objective: DenoisingObjective, pipeline: Any) -> Network:
+    """What the network's, and the autoencoder's, configuration say of images and conditions."""
+    model: Any = objective.model
+    config: Any = getattr(model, "config", {})
+    autoencoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+    channels, size, multiple = config.get("in_channels"), config.get("sample_size"), 1
     if autoencoder is not None:
-        return Network(objective, None, None, conditioned)
-    size = config.get("sample_size")
-    sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
-    return Network(
-        objective, config.get("in_channels"), None if size is None else sides, conditioned
-    )
+        channels = autoencoder.config.in_channels
+        multiple = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    sides = None
+    if size is not None and (autoencoder is None or isinstance(model, DiTTransformer2DModel)):
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        sides = (height * multiple, width * multiple)
+    if isinstance(model, UNet2DModel):  # its halves must be whole
+        multiple *= 2 ** (len(config["down_block_types"]) - 1)
+    elif isinstance(model, FluxTransformer2DModel):  # packs 2×2 latents into a token
+        multiple *= 2
+    elif isinstance(config.get("patch_size"), int):
+        multiple *= config["patch_size"]
+    return Network(objective, channels, sides, multiple, _condition(config, pipeline))
+
+
+def _condition(config: Any, pipeline: Any) -> Condition:
+    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    if any(getattr(pipeline, name, None) is not None for name in encoders):
+        return Condition("prompt")
+    if config.get("num_class_embeds") is not None:
+        return Condition("class_labels", config["num_class_embeds"])
+    if config.get("num_embeds_ada_norm") is not None:
+        # and a last one for no class
+        return Condition("class_labels", config["num_embeds_ada_norm"] + 1)
+    if config.get("class_embed_type") == "timestep":
+        return Condition("class_labels")
+    return Condition()
 
 
 def _loaded(cls: Any, folder: Path, index: str, dtype: torch.dtype) -> Any:

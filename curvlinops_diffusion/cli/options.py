@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Literal
 
+_COUNTS = (
+    *("resolution", "batch_size", "num_draws", "query_draws", "query_block"),
+    *("mc_samples", "gradient_group", "top"),
+)
+_NOT_NEGATIVE = ("damping", "checkpoint_every", "timeout")
+
+
+class Checked:
+    """Options whose numbers are checked."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ValueError: If one is out of its range.
+        """
+        for name in _COUNTS:
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
+                raise ValueError(f"{flag(name)} is {value}. Pass a whole number of at least 1.")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name, None)
+            if value is not None and not (isfinite(value) and value >= 0):
+                raise ValueError(f"{flag(name)} is {value}. Pass a finite number of at least 0.")
+
+
+def flag(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class ModelOptions(Checked):
     """The trained network.
 
     Attributes:
@@ -31,7 +62,7 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageOptions:
+class ImageOptions(Checked):
     """How images become what the network was trained on.
 
     Attributes:
@@ -43,15 +74,16 @@ class ImageOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(Checked):
     """How the program runs.
 
     Attributes:
         batch_size: Images that the network sees at once.
         checkpoint_every: Seconds between two checkpoints.
         timeout: Seconds that a process waits for the others, with torchrun.
-        overwrite: Replace an output file that was made with other weights, data, draws or options.
-        dry_run: Print passes, memory, disk and time, and stop.
+        overwrite: Replace an output file, and a checkpoint, that was made with other weights, data,
+            draws or options.
+        dry_run: Print passes, memory, disk and time for as many processes, and stop.
         log: File to append a line of JSON to for each event.
         quiet: Show no progress.
         debug: Show the traceback of an error.
@@ -107,7 +139,9 @@ class ScoreOptions(ModelOptions, ImageOptions, RunOptions):
         queries: The images to explain, in the same forms.
         output: The scores' file: .safetensors, or .npy with an index of names beside it.
         damping: The damping of the inverse.
-        measurement: What is measured at the queries.
+        measurement: What is measured at the queries. Lower is better for loss, simplified_elbo and
+            elbo (the negative bounds): positive scores mean helpful. Higher is better for
+            log_likelihood: negative scores mean helpful. With squared_norm the sign says neither.
         num_draws: Draws for each training image; an even number is drawn in antithetic pairs.
         query_draws: Draws for each query; likewise.
         seed: Seed of the training images' draws; the queries have the next one.
@@ -133,7 +167,7 @@ class ScoreOptions(ModelOptions, ImageOptions, RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportOptions:
+class ReportOptions(Checked):
     """Write a page with each query's most positive, negative and neutral training images.
 
     Attributes:

@@ -17,11 +17,15 @@ from curvlinops_diffusion.cli.options import ModelOptions
 Options = TypeVar("Options", bound=ModelOptions)
 
 
+def num_processes() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def process_group(timeout: float) -> Iterator[bool]:
     """Join the other processes, if there are any; yields whether there are."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if not several:
+    if num_processes() == 1:
         yield False
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import docstring_parser
-from jsonargparse import ActionYesNo, ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
 
 from curvlinops_diffusion.cli.events import event, say, start_log
 from curvlinops_diffusion.cli.fit import fit
@@ -22,10 +24,12 @@ from curvlinops_diffusion.cli.options import (
     InspectOptions,
     ReportOptions,
     ScoreOptions,
+    flag,
 )
 from curvlinops_diffusion.cli.processes import is_first
 from curvlinops_diffusion.cli.report import report
 from curvlinops_diffusion.cli.score import score
+from curvlinops_diffusion.storage import OPERATOR
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "fit": (FitOptions, fit),
@@ -39,12 +43,13 @@ def parser() -> ArgumentParser:
     """Flags of all commands, each of which may also come from ``--config FILE.yaml``."""
     top = ArgumentParser(
         prog="curvlinops-diffusion",
+        exit_on_error=False,
         description="Which training images made a diffusion model generate this?",
     )
     commands = top.add_subcommands(required=True, dest="command")
     for name, (options, _) in COMMANDS.items():
         title = docstring_parser.parse(options.__doc__ or "").short_description
-        own = ArgumentParser(description=title)
+        own = ArgumentParser(description=title, exit_on_error=False)
         own.add_argument("--config", action="config", help="YAML file of options")
         types, texts = get_type_hints(options), _texts(options)
         for field in fields(options):
@@ -55,18 +60,17 @@ def parser() -> ArgumentParser:
 
 def _add_flag(own: ArgumentParser, field: Any, type_: Any, text: str) -> None:
     """A flag for a field of an options class; ``file`` is positional."""
-    flag = "--" + field.name.replace("_", "-")
     if type_ is bool:
         own.add_argument(
-            flag, action=ActionYesNo(no_prefix="no-"), default=field.default, help=text
+            flag(field.name), action=ActionYesNo(no_prefix="no-"), default=field.default, help=text
         )
     elif field.default is MISSING:
         if field.name == "file":
             own.add_argument("file", type=type_, help=text)
         else:
-            own.add_argument(flag, type=type_, required=True, help=text)
+            own.add_argument(flag(field.name), type=type_, required=True, help=text)
     else:
-        own.add_argument(flag, type=type_, default=field.default, help=text)
+        own.add_argument(flag(field.name), type=type_, default=field.default, help=text)
 
 
 def _texts(options: type[Any]) -> dict[str, str]:
@@ -84,18 +88,15 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0, 2 for an error (told in one line), 130 if interrupted.
     """
-    parsed = parser().parse_args(list(arguments))
-    options_of, command = COMMANDS[parsed.command]
-    chosen = parsed[parsed.command]
-    known = {field.name for field in fields(options_of)}
-    options = options_of(**{key: value for key, value in vars(chosen).items() if key in known})
+    words = list(arguments)
+    debug = "--debug" in words
     start = time.monotonic()
     try:
-        if is_first() and os.environ.get("RANK", "0") == "0":
+        command, options = _understood(words)
+        debug = options.debug
+        if _first_process():
             start_log(options.log)
-        event(
-            "start", command=parsed.command, options={k: str(v) for k, v in vars(options).items()}
-        )
+        event("start", command=words[0], options={k: str(v) for k, v in vars(options).items()})
         with warnings.catch_warnings():
             # of libraries that the user cannot do anything about
             warnings.simplefilter("ignore", FutureWarning)
@@ -106,16 +107,62 @@ def run(arguments: Sequence[str]) -> int:
         event("interrupted")
         return 130
     except Exception as error:  # told in one line, whatever it is
-        if options.debug:
+        if debug:
             traceback.print_exc()
         expected = isinstance(error, ValueError)
         text = " ".join(str(error).split()) or type(error).__name__
+        text = text.replace(OPERATOR.advice, "Make it by curvlinops-diffusion fit.")
         hint = "" if expected else f" ({type(error).__name__}; --debug shows where)"
         say(f"error: {text}{hint}")
         event("error", message=text)
         return 2
     event("end", seconds=round(time.monotonic() - start, 3))
     return 0
+
+
+def _understood(words: list[str]) -> tuple[Callable[[Any], None], Any]:
+    """The command, and its options.
+
+    Raises:
+        ValueError: If there is no such command or option, or an option is of another kind.
+    """
+    try:
+        parsed = parser().parse_args(words)
+        options_of, command = COMMANDS[parsed.command]
+        known = {field.name for field in fields(options_of)}
+        chosen = vars(parsed[parsed.command])
+        return command, options_of(**{key: chosen[key] for key in known & chosen.keys()})
+    except (ArgumentError, OSError, ValueError) as error:
+        if _first_process():
+            start_log(_named_log(words))
+        event("start", words=words)
+        if isinstance(error, ValueError):
+            raise
+        about = [words[0]] if words and words[0] in COMMANDS else []
+        shown = " ".join(["curvlinops-diffusion", *about, "--help"])
+        raise ValueError(f"{_plain(str(error))}. '{shown}' shows what there is.") from error
+
+
+def _plain(text: str) -> str:
+    """A parser's message in one line, with flags for its keys and kinds for its types."""
+    text = " ".join(text.split()).rstrip(".")
+    text = re.sub(r'Parser key "(\w+)"', lambda match: flag(match[1]), text)
+    text = re.sub(rf"\b(?:{'|'.join(COMMANDS)})\.(\w+)", lambda match: flag(match[1]), text)
+    return re.sub(r"(?:a )?<class '(\w+)'>", r"\1", text).replace("a typing.Literal", "one of ")
+
+
+def _named_log(words: list[str]) -> Path | None:
+    """The file that ``--log`` names among words that are not understood otherwise."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word.startswith("--log="):
+            return Path(word.removeprefix("--log="))
+        if word == "--log" and following:
+            return Path(following)
+    return None
+
+
+def _first_process() -> bool:
+    return is_first() and os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

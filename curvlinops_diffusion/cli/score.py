@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,17 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion._files import FileKind, write_bytes
-from curvlinops_diffusion.cli.cost import ScoreCost
+from curvlinops_diffusion.cli.checkpoints import checkpoint_of, going_on, remove
+from curvlinops_diffusion.cli.cost import score_cost
 from curvlinops_diffusion.cli.events import event, say
-from curvlinops_diffusion.cli.fit import check_output, checkpoint_of, training_regression
-from curvlinops_diffusion.cli.images import NamedImages, open_images
+from curvlinops_diffusion.cli.fit import (
+    check_output,
+    check_same,
+    nothing_to_do,
+    training_images,
+    training_regression,
+)
+from curvlinops_diffusion.cli.images import open_images
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import ScoreOptions
 from curvlinops_diffusion.cli.processes import is_first, process_group, with_own_device
@@ -32,6 +39,8 @@ SCORES = FileKind(
     "influence scores",
     "Make it by curvlinops-diffusion score.",
 )
+# what of a regression's description fit and score must share
+_OBJECTIVE = ("prediction_type", "reduction", "num_levels", "process", "weighting", "encoder")
 
 
 def score(options: ScoreOptions) -> None:
@@ -43,9 +52,10 @@ def score(options: ScoreOptions) -> None:
     check_output(options.output, (".safetensors", ".npy"))
     with process_group(options.timeout) as several:
         network = load_network(with_own_device(options))
-        train = training_regression(network, options, in_pairs(options.num_draws))
+        known = training_images(network, options)
+        train = training_regression(network, known, options, in_pairs(options.num_draws))
         form = network.form(options.resolution)
-        images = open_images(options.queries, form, network.conditioned)
+        images = open_images(options.queries, form, network.condition, known)
         query = NoisedRegression(
             network.objective,
             images,
@@ -55,11 +65,12 @@ def score(options: ScoreOptions) -> None:
             antithetic=in_pairs(options.query_draws),
         )
         operator = load_operator(options.operator, network.objective.model)
+        _check_same_objective(options, operator.info, train)
         if not options.other_data:
             _check_same_images(options, operator.info, train)
         if options.dry_run:
             if is_first():
-                print(ScoreCost.of(train, query, operator, options).text())
+                print(score_cost(train, query, operator, options).text())
             return
         measured = {"measurement": options.measurement, "damping": options.damping}
         identity = {
@@ -68,9 +79,11 @@ def score(options: ScoreOptions) -> None:
             "operator": json.loads(json.dumps(operator.info)),
         }
         if options.output.exists() and not options.overwrite:
-            _check_same_scores(options.output, identity)
-            say(f"'{options.output}' was made with the same options; nothing to do")
-            return
+            header, scores_QN = _read(options.output)
+            check_same(options.output, header, identity)
+            if scores_QN is not None:
+                nothing_to_do(options.output)
+                return
         checkpoint = checkpoint_of(options.output)
         passes = PassOptions(
             checkpoint, options.checkpoint_every, distributed=several, progressbar=not options.quiet
@@ -79,18 +92,17 @@ def score(options: ScoreOptions) -> None:
         J_query = ExampleGradientLinearOperator(
             query, operator.param_names, measurement=options.measurement
         )
-        scores_QN = influence_scores(
-            J_query,
-            operator.inverse(options.damping),
-            J_train,
-            query_block=options.query_block,
-            passes=passes,
+        inverse, block = operator.inverse(options.damping), options.query_block
+        scores_QN = going_on(
+            lambda: influence_scores(J_query, inverse, J_train, query_block=block, passes=passes),
+            checkpoint,
+            options.overwrite,
         )
         if not is_first():
             return
-        names = {"train": _names(options.data, form), "queries": images.names}
+        names = {"train": known.names, "queries": images.names}
         write_scores(options.output, scores_QN, names, identity)
-        shutil.rmtree(checkpoint)
+        remove(checkpoint)
         Q, N = scores_QN.shape
         event("scored", file=str(options.output), queries=Q, training_images=N)
         say(f"Wrote {options.output}: {Q} queries × {N} training images")
@@ -99,11 +111,6 @@ def score(options: ScoreOptions) -> None:
 def in_pairs(num_draws: int) -> bool:
     """Whether so many draws are made antithetic pairs, which gradients gain by."""
     return num_draws % 2 == 0
-
-
-def _names(path: Path, form: Any) -> list[str]:
-    images: NamedImages = open_images(path, form)
-    return images.names
 
 
 def write_scores(
@@ -121,7 +128,8 @@ def write_scores(
         return
     buffer = io.BytesIO()
     np.save(buffer, scores_QN.numpy(), allow_pickle=False)
-    # the index first: scores are never without it
+    # two files cannot appear at once: the index says which array it is of
+    header["sha256"] = sha256(buffer.getvalue()).hexdigest()
     write_bytes(_index(path), json.dumps(header, indent=1).encode())
     write_bytes(path, buffer.getvalue())
 
@@ -132,11 +140,12 @@ def read_scores(path: Path) -> tuple[Tensor, dict[str, Any]]:
     Raises:
         ValueError: If the file is missing, damaged, or of something else.
     """
-    if path.suffix == ".npy":
-        header, scores_QN = _read_array(path)
-    else:
-        header, tensors = SCORES.read(path)
-        scores_QN = tensors.get("scores", torch.empty(0))
+    header, scores_QN = _read(path)
+    if scores_QN is None:
+        raise ValueError(
+            f"'{_index(path)}' is not the index of '{path}': the program was stopped between the "
+            "two, or one was replaced. Run score again with the same options."
+        )
     try:
         sizes = (len(header["queries"]), len(header["train"]))
         identity = dict(header["identity"])
@@ -147,15 +156,24 @@ def read_scores(path: Path) -> tuple[Tensor, dict[str, Any]]:
     return scores_QN, {**header, "identity": identity}
 
 
-def _read_array(path: Path) -> tuple[Any, Tensor]:
+def _read(path: Path) -> tuple[dict[str, Any], Tensor | None]:
+    """Header and scores; no scores where they are not those that the header is of."""
+    if path.suffix != ".npy":
+        header, tensors = SCORES.read(path)
+        if not isinstance(header, dict):
+            raise SCORES.damaged(path, f"it is of type {type(header).__name__}")
+        return header, tensors.get("scores", torch.empty(0))
     for needed in (path, _index(path)):
         if not needed.is_file():
             raise ValueError(f"There is no file '{needed}'. {SCORES.advice}")
     try:
-        array = np.load(path, allow_pickle=False)
-        return json.loads(_index(path).read_text()), torch.from_numpy(array)
+        raw = path.read_bytes()
+        header = dict(json.loads(_index(path).read_text()))
+        scores_QN = torch.from_numpy(np.load(io.BytesIO(raw), allow_pickle=False))
     except Exception as error:  # numpy's reader raises many kinds
         raise SCORES.damaged(path, f"{type(error).__name__}: {error}") from error
+    same = header.get("sha256", "") in ("", sha256(raw).hexdigest())
+    return header, scores_QN if same else None
 
 
 def _index(path: Path) -> Path:
@@ -165,7 +183,8 @@ def _index(path: Path) -> Path:
 def _check_same_images(
     options: ScoreOptions, info: dict[str, Any], train: NoisedRegression
 ) -> None:
-    fitted = info.get("identity", {}).get("data", {}).get("digest")
+    data = info.get("data") or info.get("identity", {}).get("data", {})
+    fitted = data.get("digest")
     if fitted is not None and fitted != train.once("data", data_identity)["digest"]:
         raise ValueError(
             f"'{options.operator}' was fitted to other images than those of --data "
@@ -173,10 +192,16 @@ def _check_same_images(
         )
 
 
-def _check_same_scores(path: Path, identity: dict[str, Any]) -> None:
-    different = differences(read_scores(path)[1]["identity"], identity)
+def _check_same_objective(
+    options: ScoreOptions, info: dict[str, Any], train: NoisedRegression
+) -> None:
+    """Curvature and gradients must be of one loss; draws and precision are free."""
+    here = json.loads(json.dumps(train.description))
+    there = info.get("regression", {})
+    known = [key for key in _OBJECTIVE if key in there and key in here]
+    different = differences({k: there[k] for k in known}, {k: here[k] for k in known})
     if different:
         raise ValueError(
-            f"'{path}' exists, and was made with others: {'; '.join(different[:5])}. Pass "
-            "--overwrite, or another --output."
+            f"'{options.operator}' was fitted with another objective: {'; '.join(different)}. Pass "
+            "the pipeline, or model and scheduler, that it was fitted with."
         )
