@@ -12,7 +12,11 @@ import matplotlib.pyplot as plt
 
 import curvlinops_diffusion
 
-results = Path(curvlinops_diffusion.__file__).parents[1] / "benchmarks" / "results"
+folder = Path(curvlinops_diffusion.__file__).parents[1] / "benchmarks" / "results"
+results = {
+    path.name.removeprefix("lds_").removesuffix("_cpu.json"): json.loads(path.read_text())
+    for path in sorted(folder.glob("lds_*_cpu.json"))
+}
 methods = {
     "EK-FAC": "C0",
     "EK-FAC, Shampoo's factors": "C4",
@@ -22,34 +26,47 @@ methods = {
     "D-TRAK": "C3",
 }
 
+
+def curves(problem, cell):
+    """Scores over dampings, by method, of those methods that were measured."""
+    return {
+        entry["method"]: {float(damping): score for damping, score in entry["lds"].items()}
+        for entry in results[problem]["methods"]
+        if entry["cell"] == cell and entry["method"] in methods
+    }
+
+
 # %%
 # Dampings of curvature are absolute. Those of TRAK and D-TRAK are in units of the mean eigenvalue
-# of their kernel, and have no default: the benchmark takes the best of each.
+# of their kernel, and have no default: the benchmark takes the best of each. The dotted line is
+# what a perfect predictor would reach.
 
-problems = [path.stem for path in sorted(results.glob("lds_*_cpu.json"))]
-figure, axes = plt.subplots(len(problems), 2, figsize=(10, 4 * len(problems)), squeeze=False)
-for row, problem in zip(axes, problems, strict=True):
-    result = json.loads((results / f"{problem}.json").read_text())
-    for axis, cell in zip(row, ("loss, held-out", "loss, generated"), strict=True):
-        for entry in result["methods"]:
-            if entry["cell"] == cell and entry["method"] in methods:
-                name = entry["method"]
-                points = sorted((float(damping), score) for damping, score in entry["lds"].items())
-                dashes = "--" if name.endswith("TRAK") else "-"
-                axis.semilogx(*zip(*points, strict=True), dashes, color=methods[name], label=name)
+cells = ("loss, held-out", "loss, generated")
+figure, axes = plt.subplots(len(results), 2, figsize=(10, 4 * len(results)), squeeze=False)
+for row, (problem, result) in zip(axes, results.items(), strict=True):
+    for axis, cell in zip(row, cells, strict=True):
+        for name, scores in curves(problem, cell).items():
+            dashes = "--" if name.endswith("TRAK") else "-"
+            points = zip(*sorted(scores.items()), strict=True)
+            axis.semilogx(*points, dashes, color=methods[name], label=name)
         axis.axhline(result["ceilings"][cell], color="gray", linestyle=":")
-        axis.set(title=f"{problem.split('_')[1]}: {cell}", xlabel="damping", ylabel="LDS")
+        axis.set(title=f"{problem}: {cell}", xlabel="damping", ylabel="LDS")
 axes[0, 0].legend(fontsize=8)
 figure.tight_layout()
 
 # %%
-# K-FAC and EK-FAC hardly change below :math:`10^{-5}`, so that the default needs no search, and
-# fall towards plain products of gradients beyond: :math:`10^{-8}` only keeps eigenvalues of zero
-# from being divided by. TRAK and D-TRAK have an optimum, which must be searched for by retraining.
+# Of the digits: K-FAC and EK-FAC hardly change below :math:`10^{-5}`, so that the default needs no
+# search, and fall towards plain products of gradients beyond: :math:`10^{-8}` only keeps
+# eigenvalues of zero from being divided by. TRAK and D-TRAK have an optimum, which must be searched
+# for by retraining.
 
-for problem in problems:
-    for entry in json.loads((results / f"{problem}.json").read_text())["methods"]:
-        if entry["method"] in ("EK-FAC", "K-FAC") and entry["cell"].startswith("loss"):
-            scores = entry["lds"]
-            assert abs(scores["1e-05"] - scores["1e-08"]) < 0.02, "small dampings are equivalent"
-            assert scores["1e-08"] > scores["1e+00"] + 0.1, "large ones are worse"
+for cell in cells:
+    measured = curves("digits", cell)
+    for name in ("EK-FAC", "K-FAC"):
+        scores = measured[name]
+        assert abs(scores[1e-5] - scores[1e-8]) < 0.02, "small dampings are equivalent"
+        assert scores[1e-8] > scores[1] + 0.1, "large ones are worse"
+    for name in ("TRAK", "D-TRAK"):
+        scores = measured[name]
+        ends = scores[min(scores)], scores[max(scores)]
+        assert max(scores.values()) > max(ends) + 0.05, "the best damping is in between"

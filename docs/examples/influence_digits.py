@@ -8,7 +8,13 @@ Also compares EK-FAC and K-FAC with the exact GGN: traces, and inverse-vector pr
 
 Run by ``make demo``; takes a few minutes on two cores. Writes ``influence_digits.png`` and
 ``influence_digits.safetensors`` (scores and samples) to the folder given by ``--output``.
+
+.. image:: /influence_digits.png
+   :alt: Generated digits, and the training digits that helped and hindered them most
 """
+
+# The documentation does not run this page; it shows the picture that a run has left in docs/.
+# sphinx_gallery_thumbnail_path = "influence_digits.png"
 
 from __future__ import annotations
 

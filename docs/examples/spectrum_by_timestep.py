@@ -13,7 +13,7 @@ import warnings
 
 import matplotlib.pyplot as plt
 import torch
-from curvlinops import lanczos_approximate_spectrum
+from curvlinops import hutchinson_trace, lanczos_approximate_spectrum
 from diffusers import DDPMScheduler
 from influence_digits import digits, make_unet, train
 from scipy.sparse.linalg import eigsh
@@ -46,38 +46,54 @@ for name, levels in bands.items():
     print(f"{name}: trace {traces[name]:.3g}, largest {eigenvalues[name][0]:.3g}")
 
 # %%
-# The exact GGN of two bands, its spectral density by Lanczos' method with ``curvlinops``. Its
-# smallest eigenvalue is zero; SciPy finds the largest one.
+# The exact GGN of the first and the last band: its largest eigenvalues by SciPy, its trace from
+# products with random signs, and its spectral density by Lanczos' method with ``curvlinops``. (Its
+# smallest eigenvalue is zero.)
 
-densities = {}
+largest, exact_traces, densities = {}, {}, {}
 for name in (next(iter(bands)), list(bands)[-1]):
     exact = DiffusionGGNLinearOperator(
         NoisedRegression(objective, images[:16], timesteps=bands[name][::3], batch_size=64)
     )
-    largest = eigsh(exact.to_scipy(), k=1, tol=0.1, return_eigenvectors=False).item()
+    found = eigsh(exact.to_scipy(), k=5, tol=1e-2, return_eigenvectors=False)
+    largest[name] = torch.from_numpy(found).sort(descending=True).values
+    exact_traces[name] = hutchinson_trace(exact, 24, distribution="rademacher").item()
     densities[name] = lanczos_approximate_spectrum(
-        exact, 12, num_points=256, num_repeats=4, boundaries=(0.0, largest)
+        exact, 12, num_points=256, num_repeats=4, boundaries=(0.0, largest[name][0].item())
     )
-    print(f"{name}: largest eigenvalue {largest:.3g}, EK-FAC {eigenvalues[name][0]:.3g}")
+shares = {name: (values[0] / exact_traces[name]).item() for name, values in largest.items()}
+for name, values in largest.items():
+    print(f"{name}: exact trace {exact_traces[name]:.3g}, largest {values[0]:.3g}", end=" ")
+    print(f"({shares[name]:.0%} of the trace)")
 
 # %%
-# At little noise there is more curvature, and it is spread over many directions: every pixel's
-# noise is a problem of its own. At much noise it lies in few: the network must know the mean of
-# the data, which few directions of the weights decide. The largest eigenvalue even grows.
+# At little noise there is more curvature, in EK-FAC's trace and in the exact one, and its largest
+# eigenvalue is a smaller part of it: every pixel's noise is a problem of its own. At much noise
+# more of it lies in few directions: the network must know the mean of the data, which few
+# directions of the weights decide.
+#
+# EK-FAC finds that, too, but not the largest eigenvalues themselves. The exact ones (of fewer
+# images) are several times larger, and the largest is larger at little noise than at much, where
+# EK-FAC's is smaller: what moves all layers together lies between the blocks, and is left out.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-for name, values in eigenvalues.items():
-    left.loglog(torch.arange(1, len(values) + 1), values.clamp(min=1e-12), label=name)
+for k, (name, values) in enumerate(eigenvalues.items()):
+    numbers = torch.arange(1, len(values) + 1)
+    left.loglog(numbers, values.clamp(min=1e-12), color=f"C{k}", label=name)
+    if name in largest:
+        left.loglog(numbers[:5], largest[name], "o", color=f"C{k}", label="the same, exact")
 left.set(xlabel="number", ylabel="eigenvalue of EK-FAC", ylim=(1e-7, None))
 left.legend(fontsize=8)
-for name, (grid, density) in densities.items():
-    right.semilogy(grid, density, label=name)
+for (name, (grid, density)), color in zip(densities.items(), ("C0", "C3"), strict=True):
+    right.semilogy(grid, density, color=color, label=name)
 right.set(xlabel="eigenvalue of the exact GGN", ylabel="spectral density", ylim=(1e-7, None))
 right.legend(fontsize=8)
 figure.tight_layout()
 
 effective = [(values.sum() ** 2 / values.square().sum()).item() for values in eigenvalues.values()]
-print("effective number of directions:", [round(number) for number in effective])
-trace = list(traces.values())
+print("effective number of EK-FAC's directions:", [round(number) for number in effective])
+trace, exact_trace, share = (list(z.values()) for z in (traces, exact_traces, shares))
 assert trace[0] > 2 * trace[-1], "there should be more curvature at little noise"
-assert effective[0] > 2 * effective[-1], "and it should be spread over more directions"
+assert exact_trace[0] > 2 * exact_trace[-1], "of the exact GGN, too"
+assert share[0] < 0.7 * share[-1], "and one direction should have less of it"
+assert effective[0] > 2 * effective[-1], "as EK-FAC finds as well"
