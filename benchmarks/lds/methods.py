@@ -26,6 +26,7 @@ from curvlinops_diffusion import (
     NoisedRegression,
     WoodburyInverseLinearOperator,
 )
+from curvlinops_diffusion._upstream import PyTorchLinearOperator
 from curvlinops_diffusion.functions import Measurement
 from curvlinops_diffusion.objective import NoisedBatch
 
@@ -34,6 +35,8 @@ DAMPINGS = tuple(10.0**e for e in range(-8, 1))
 KERNEL_DAMPINGS = tuple(10.0**e for e in range(-6, 3))
 PIXEL_BANDWIDTHS = (0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0)
 PIXEL_RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
+PROJECTIONS = 2
+PROJECTION_DRAWS = 32
 CURVATURE_DRAWS = 16
 BATCH = 128
 TIMESTEPS = 1000
@@ -111,6 +114,27 @@ class Setting:
         return self.rows("squared_norm")
 
     @cached_property
+    def whitening(self) -> PyTorchLinearOperator:
+        """``(F + λ)^-1/2`` of K-FAC at the default damping."""
+        return self.curvature(ekfac=False).power(-0.5, DAMPINGS[0])
+
+    def kernel_of(self, query_MQP: Tensor, train_NP: Tensor) -> Kernel:
+        """Inner products of gradients in the metric of K-FAC's inverse."""
+        train_PN = self.whitening @ train_NP.T
+        cross_MQN = torch.stack([(self.whitening @ q_QP.T).T @ train_PN for q_QP in query_MQP])
+        return Kernel(cross_MQN, train_PN.T @ train_PN)
+
+    def kernels(self, name: str) -> Kernel:
+        """A kernel, computed once."""
+        if name not in self._kernels:
+            self._kernels[name] = KERNELS[name](self)
+        return self._kernels[name]
+
+    @cached_property
+    def _kernels(self) -> dict[str, Kernel]:
+        return {}
+
+    @cached_property
     def query_MQP(self) -> Tensor:
         """Gradients of every measurement."""
         return torch.stack([self.query_rows(m) for m in MEASUREMENTS])
@@ -176,6 +200,93 @@ def low_rank(
             curvature.inverse(damping), added_KP, weight / len(added_KP)
         )
         yield damping, ((inverse @ columns).T @ train_NP.T).reshape(M, Q, -1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Kernel regression in the metric of K-FAC
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Inner products of gradients in the metric of K-FAC's inverse.
+
+    Attributes:
+        cross_MQN: Of the queries' with the training images'.
+        gram_NN: Of the training images' with each other.
+    """
+
+    cross_MQN: Tensor
+    gram_NN: Tensor
+
+    def regression(self, ridge: float) -> Tensor:
+        """``cross (gram + λ)⁻¹``, the ridge in units of the gram matrix' mean diagonal entry."""
+        gram_NN = self.gram_NN.double()
+        identity = float(gram_NN.diagonal().mean()) * torch.eye(len(gram_NN)).double()
+        return self.cross_MQN.double() @ torch.linalg.inv(gram_NN + ridge * identity)
+
+
+def loss_kernel(setting: Setting) -> Kernel:
+    """Of the gradients of the training loss and the measurements: influence, before the ridge."""
+    return setting.kernel_of(setting.query_MQP, setting.train_NP)
+
+
+def norm_kernel(setting: Setting) -> Kernel:
+    """Of the gradients of the squared prediction, D-TRAK's function."""
+    query_MQP = setting.query_rows("squared_norm").expand(len(MEASUREMENTS), -1, -1)
+    return setting.kernel_of(query_MQP, setting.squared_norm_NP)
+
+
+def prediction_kernel(setting: Setting) -> Kernel:
+    """Of the Jacobians of the prediction, averaged over draws, along a few random signs.
+
+    ``Σ_v ⟨Jᵀ v, Jᵀ v⟩``: the neural tangent kernel of the mean prediction.
+    """
+    kernels = []
+    for seed in range(PROJECTIONS):
+        query_QP = setting.query_rows(_signs(seed))
+        rows = setting.rows(_signs(seed), PROJECTION_DRAWS)
+        kernels.append(setting.kernel_of(query_QP.expand(len(MEASUREMENTS), -1, -1), rows))
+    return Kernel(sum(k.cross_MQN for k in kernels), sum(k.gram_NN for k in kernels))
+
+
+def _signs(seed: int) -> Measurement:
+    """The prediction's component along signs that are the same at every level."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def measured(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
+        signs_D = torch.randint(
+            2, prediction_BD.shape[1:], generator=generator.manual_seed(seed)
+        ).to(prediction_BD)
+        return prediction_BD @ (2 * signs_D - 1)
+
+    return measured
+
+
+def regression_on(*names: str) -> Callable[[Setting], Scores]:
+    """Kernel regression on one or several functions, whose scores are averaged.
+
+    Query by query in units of their standard deviation. The default has a ridge of one, the mean
+    influence of a training image on itself.
+    """
+
+    def run(setting: Setting) -> Scores:
+        for ridge in (1.0, 0.1, 0.3, 3.0):
+            scores = []
+            for name in names:
+                scores_MQN = setting.kernels(name).regression(ridge)
+                scores.append(scores_MQN / scores_MQN.std(-1, keepdim=True))
+            total_MQN = torch.stack(scores).mean(0)
+            yield (1e-8 if ridge == 1.0 else f"ridge {ridge}"), total_MQN
+
+    return run
+
+
+KERNELS: dict[str, Callable[[Setting], Kernel]] = {
+    "loss": loss_kernel,
+    "squared norm": norm_kernel,
+    "prediction": prediction_kernel,
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -467,6 +578,11 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
     "EK-FAC, Shampoo's factors + low rank": with_low_rank(kfac_approx="shampoo"),
     "EK-FAC + 10 times low rank": with_low_rank(10.0),
     "EK-FAC + a tenth of low rank": with_low_rank(0.1),
+    "K-FAC, regression on the loss": regression_on("loss"),
+    "K-FAC, regression on the squared norm": regression_on("squared norm"),
+    "K-FAC, regression on the prediction": regression_on("prediction"),
+    "K-FAC, regression on loss and squared norm": regression_on("loss", "squared norm"),
+    "K-FAC, regression on loss and prediction": regression_on("loss", "prediction"),
     "K-FAC + sampled GGN": with_samples,
     "sampled GGN": sampled_ggn,
     "powers of EK-FAC": powers,
