@@ -60,11 +60,11 @@ lds-retrain: $(VENV)/.installed-bench  ## the linear data-modelling score from n
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem digits
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem photographs
 
-lds: $(VENV)/.installed-bench  ## the linear data-modelling score, from kept retrainings: an hour
+lds: $(VENV)/.installed-bench  ## the linear data-modelling score, from kept retrainings: two core-hours
 	$(BIN)/python -m benchmarks.lds.evaluate --problem digits
 	$(BIN)/python -m benchmarks.lds.evaluate --problem photographs
 
-lds-remove: $(VENV)/.installed-bench  ## retraining without the most helpful digits: two core-hours
+lds-remove: $(VENV)/.installed-bench  ## retraining without the most helpful digits: five core-hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.remove --problem digits
 
 exact-ggn: $(VENV)/.installed-bench  ## K-FAC and EK-FAC against the exact GGN of a trained UNet

@@ -23,7 +23,8 @@ METHODS = (
     "EK-FAC, the paper's recipe",
     "EK-FAC",
     "EK-FAC, Shampoo's factors",
-    "EK-FAC, Shampoo's factors + low rank",
+    "K-FAC + low rank",
+    "K-FAC, regression on loss and prediction",
 )
 
 # of one number each: in a table of their own

@@ -305,7 +305,8 @@ def test_a_gradient_that_is_not_finite_keeps_what_was_computed(tmp_path, regress
             return 6
 
         def __getitem__(self, n):
-            return torch.full((1, 8, 8), 1e300 if self.bad and n == 4 else 0.1 * n).double()
+            value = 1e300 if self.bad and n == 4 else 0.1 * n
+            return torch.full((1, 8, 8), value, dtype=torch.float64)
 
     data = Images()
     own = passes_regression(tiny_unet(num_class_embeds=None), data)
