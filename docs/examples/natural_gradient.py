@@ -23,6 +23,7 @@ from torch.nn.functional import mse_loss
 from curvlinops_diffusion import DenoisingObjective, DiffusionKFACLinearOperator, NoisedRegression
 
 warnings.simplefilter("ignore")
+torch.set_num_threads(1)  # so that processor time is work, not waiting for another thread
 torch.manual_seed(0)
 images, _ = digits()
 held_out = {"choose": images[1500:1648], "test": images[1648:]}
