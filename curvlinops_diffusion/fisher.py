@@ -135,7 +135,7 @@ class KFACOptions:
         ):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name}={flag!r} arrived. Pass True or False.")
-        if not exact_bias and kfac_approx in (KFACApprox.SHAMPOO, KFACApprox.RANK_ONE):
+        if not exact_bias and kfac_approx.from_gradients:
             raise ValueError(
                 f"exact_bias=False arrived with kfac_approx={kfac_approx.value!r}, whose B has a "
                 "scale only together with its A, so that it is no block of a bias. Leave "

@@ -305,11 +305,8 @@ def kernel(query_MQP: Tensor, train_NP: Tensor) -> Scores:
 
 def dual(cross: Tensor, gram_NN: Tensor) -> Scores:
     """``cross (gram + λ)⁻¹``, the damping in units of the gram matrix' mean diagonal entry."""
-    gram_NN, cross = gram_NN.double(), cross.double()
-    identity = torch.eye(len(gram_NN)).double()
-    mean = float(gram_NN.diagonal().mean())
     for damping in KERNEL_DAMPINGS:
-        yield damping, cross @ torch.linalg.inv(gram_NN + damping * mean * identity)
+        yield damping, Kernel(cross, gram_NN).regression(damping)
 
 
 def projected(rows: Tensor, k: int, seed: int = 0) -> Tensor:
