@@ -124,3 +124,10 @@ def test_forward_only_is_refused():
         DiffusionKFACLinearOperator(
             plain_regression(model, (3,)), fisher_type="forward-only", kfac_approx="shampoo"
         )
+
+
+@pytest.mark.parametrize("approx", ["shampoo", "rank-one"])
+def test_their_output_factor_is_no_block_of_a_bias(approx):
+    regression = plain_regression(seeded(nn.Linear(3, 3)), (3,))
+    with pytest.raises(ValueError, match="exact_bias=False arrived with kfac_approx"):
+        DiffusionKFACLinearOperator(regression, kfac_approx=approx, exact_bias=False)
