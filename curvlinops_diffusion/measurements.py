@@ -103,7 +103,7 @@ class ELBO(ObjectiveMeasurement):
     r"""The negative evidence lower bound on ``log p(x0)``, in nats.
 
     The transitions of :class:`SimplifiedELBO` (with what the variances' ratio adds), the prior's
-    divergence    ``KL(q(x_T | x0) ‖ N(0, I))``, and for ``t = 1`` the reconstruction
+    divergence ``KL(q(x_T | x0) ‖ N(0, I))``, and for ``t = 1`` the reconstruction
     ``−log p_θ(x0 | x_1)``: a Gaussian around the predicted ``x0``, with standard deviation ``σ_1``,
     in bins of width ``2/255`` around 256 grey values from −1 to 1, the outermost of which are open.
     Its variance is ``β̃_2`` where ``σ_1² = 0``. Estimated by ``T`` times the average over uniformly

@@ -51,6 +51,7 @@ class RefinedInverseLinearOperator(FlatLinearOperator):
         max_iter: Iterations at most.
         tolerance: The relative residual to reach.
         progressbar: Whether to show the residual as it falls.
+        callback: Called with the solution ``[P, K]`` after each iteration, as SciPy's solvers do.
 
     Attributes:
         refinement: What happened in the latest product.
@@ -65,6 +66,7 @@ class RefinedInverseLinearOperator(FlatLinearOperator):
         max_iter: int = 100,
         tolerance: float = 1e-3,
         progressbar: bool = False,
+        callback: Callable[[Tensor], object] | None = None,
     ):
         self.G = G
         self.damping = check_non_negative("damping", damping)
@@ -73,6 +75,7 @@ class RefinedInverseLinearOperator(FlatLinearOperator):
         self.tolerance = check_non_negative("tolerance", tolerance)
         self.refinement = Refinement()
         self._progressbar = progressbar
+        self._callback = callback
         if preconditioner is not None and preconditioner._in_shape != G._in_shape:
             raise ValueError(
                 f"The preconditioner acts on {preconditioner.shape[1]:,} entries and G on "
@@ -84,14 +87,16 @@ class RefinedInverseLinearOperator(FlatLinearOperator):
         """Solve for every column, ``[P, K] -> [P, K]``."""
         with tqdm(total=self.max_iter, desc="Residual", disable=not self._progressbar) as bar:
 
-            def tell() -> None:
+            def tell(X_PK: Tensor) -> None:
+                if self._callback is not None:
+                    self._callback(X_PK)
                 bar.set_postfix_str(f"{float(self.refinement.residuals[-1].max()):.2e}")
                 bar.update()
 
             return self._solve(X_PK, tell)
 
     @abstractmethod
-    def _solve(self, B_PK: Tensor, tell: Callable[[], None]) -> Tensor:
+    def _solve(self, B_PK: Tensor, tell: Callable[[Tensor], None]) -> Tensor:
         """Iterate."""
 
     def _damped(self, X_PK: Tensor) -> Tensor:
@@ -130,7 +135,7 @@ class CGRefinedInverseLinearOperator(RefinedInverseLinearOperator):
     preconditioner must be positive definite.
     """
 
-    def _solve(self, B_PK: Tensor, tell: Callable[[], None]) -> Tensor:
+    def _solve(self, B_PK: Tensor, tell: Callable[[Tensor], None]) -> Tensor:
         """Conjugate gradients; a column that is done stays as it is."""
         self.refinement = Refinement()
         X_PK, R_PK = torch.zeros_like(B_PK), B_PK.clone()
@@ -145,7 +150,7 @@ class CGRefinedInverseLinearOperator(RefinedInverseLinearOperator):
             X_PK = X_PK + step_K * D_PK
             R_PK = R_PK - step_K * product_PK
             tell_finished = self._finished(R_PK, B_PK)
-            tell()
+            tell(X_PK)
             if tell_finished:
                 break
             Z_PK = self._preconditioned(R_PK)
@@ -184,6 +189,7 @@ class NeumannRefinedInverseLinearOperator(RefinedInverseLinearOperator):
         max_iter: As there.
         tolerance: As there.
         progressbar: As there.
+        callback: As there, with the iterates themselves even where their mean is returned.
     """
 
     def __init__(
@@ -197,6 +203,7 @@ class NeumannRefinedInverseLinearOperator(RefinedInverseLinearOperator):
         max_iter: int = 100,
         tolerance: float = 1e-3,
         progressbar: bool = False,
+        callback: Callable[[Tensor], object] | None = None,
     ):
         super().__init__(
             G,
@@ -205,6 +212,7 @@ class NeumannRefinedInverseLinearOperator(RefinedInverseLinearOperator):
             max_iter=max_iter,
             tolerance=tolerance,
             progressbar=progressbar,
+            callback=callback,
         )
         self._matrices = matrices
         self.step_size = self._safe_step() if step_size is None else step_size
@@ -219,7 +227,7 @@ class NeumannRefinedInverseLinearOperator(RefinedInverseLinearOperator):
             x = product / product.norm()
         return 1 / (1.05 * largest)  # power iterations come from below
 
-    def _solve(self, B_PK: Tensor, tell: Callable[[], None]) -> Tensor:
+    def _solve(self, B_PK: Tensor, tell: Callable[[Tensor], None]) -> Tensor:
         """The series, from the preconditioner's solution on."""
         self.refinement = Refinement()
         X_PK = torch.zeros_like(B_PK)
@@ -233,5 +241,5 @@ class NeumannRefinedInverseLinearOperator(RefinedInverseLinearOperator):
             if 2 * k >= self.max_iter:
                 averaged += 1
                 mean_PK += (X_PK - mean_PK) / averaged
-            tell()
+            tell(X_PK)
         return X_PK if self._matrices is None or averaged == 0 else mean_PK

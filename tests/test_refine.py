@@ -90,6 +90,19 @@ def test_residual_history(G, dense):
     assert_close(refinement.residuals[-1], (B - dense @ X).norm(dim=0) / B.norm(dim=0), 1e-9)
 
 
+@pytest.mark.parametrize(
+    "kind", [CGRefinedInverseLinearOperator, NeumannRefinedInverseLinearOperator]
+)
+def test_callback_sees_the_iterates(G, dense, kind):
+    """Each is what a run of as many iterations returns."""
+    B = right_sides(len(dense))
+    iterates = []
+    kind(G, DAMPING, max_iter=3, tolerance=0.0, callback=iterates.append) @ B
+    assert len(iterates) == 3
+    for number, X in enumerate(iterates, start=1):
+        assert_close(X, kind(G, DAMPING, max_iter=number, tolerance=0.0) @ B, 1e-12)
+
+
 def test_stopping_rule(G, dense):
     B = right_sides(len(dense))
     inverse = CGRefinedInverseLinearOperator(G, DAMPING, tolerance=0.1)
