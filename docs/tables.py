@@ -27,8 +27,8 @@ METHODS = (
     "K-FAC, regression on loss and prediction",
 )
 
-# of one number each: in a table of their own
-SCANS = ("draws,", "powers")
+# of several settings that are of interest: in a table of their own
+SCANS = ("draws,", "powers", "bands of levels", "conjugate gradients")
 
 Row = Sequence[object]
 
@@ -102,7 +102,7 @@ def lds_cells(result: dict[str, Any], methods: Sequence[str] | None = None) -> l
 
     Args:
         result: What ``benchmarks.lds.evaluate`` reports.
-        methods: Only these, in this order; ``None`` for all but the scans over one number.
+        methods: Only these, in this order; ``None`` for all but the scans over settings.
     """
     rows = _lds_rows(result, methods, lambda s: f"{s['lds']:.2f} [{s['low']:.2f}, {s['high']:.2f}]")
     last = {"two seeds": "agreement_of_seeds", "a perfect predictor": "ceilings"}
@@ -131,15 +131,22 @@ def lds_differences(result: dict[str, Any], other: str) -> list[Row]:
 
 
 def lds_scans(result: dict[str, Any]) -> list[Row]:
-    """Scores over one number each: of draws, and the power of the inverse."""
+    """Scores at every setting: draws, powers, bands of levels and iterations."""
     cells = list(result["ceilings"])
     by_method = _by_method(result)
     rows: list[Row] = [("", "", *(cell.replace("_", " ") for cell in cells))]
     for name, entries in by_method.items():
         if name.startswith(SCANS):
             rows += [
-                (name, setting, *(f"{entries[cell]['lds'][setting]:.3f}" for cell in cells))
-                for setting in entries[cells[0]]["lds"]
+                (
+                    name,
+                    setting,
+                    *(
+                        f"{entries[cell]['lds'][setting]:.3f}" if cell in entries else "–"
+                        for cell in cells
+                    ),
+                )
+                for setting in next(iter(entries.values()))["lds"]
             ]
     return rows
 

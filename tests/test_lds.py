@@ -11,9 +11,10 @@ from safetensors.torch import load
 
 from benchmarks.lds import evaluate, remove, retrain, score
 from benchmarks.lds.evaluate import AT_LATE_CHECKPOINTS, kept
-from benchmarks.lds.methods import METHODS
+from benchmarks.lds.methods import BANDS, METHODS, TIMESTEPS, Setting, _within
 from benchmarks.lds.problems import PROBLEMS
 from benchmarks.lds.remove import jobs, relative_change
+from curvlinops_diffusion.measurements import loss
 
 ROOT = Path(__file__).parent.parent
 
@@ -161,7 +162,7 @@ def test_the_documentation_shows_every_method(monkeypatch, tmp_path, problem):
     cells = (tmp_path / f"{name}.rst").read_text()
     result = json.loads((ROOT / "benchmarks" / "results" / f"{name}_cpu.json").read_text())
     for row in result["methods"]:
-        if row["method"].startswith(("draws,", "powers")):
+        if row["method"].startswith(tables.SCANS):
             continue
         shown = row.get("default", row["best"])
         assert f"- {row['method']}" in cells
@@ -229,6 +230,21 @@ def test_ahead_of_the_papers_recipe_everywhere(problem):
     for cell in cells:
         best = found["K-FAC, regression on loss and prediction", cell]
         assert best["minus_reference"]["low"] > 0
+
+
+def test_bands_of_levels_sum_to_the_whole():
+    """Gradients of the queries' measurement within each band."""
+    tiny = PROBLEMS["tiny"]
+    network = tiny.make_network()
+    setting = Setting(tiny, network.state_dict(), tiny.data()[1])
+    size = TIMESTEPS // BANDS
+    parts = [
+        setting.query_rows(_within(range(first, first + size), loss))
+        for first in range(0, TIMESTEPS, size)
+    ]
+    whole = setting.query_rows("loss")
+    assert all(part.norm() > 0 for part in parts)
+    assert torch.allclose(sum(parts), whole, atol=1e-5 * float(whole.abs().max()))
 
 
 def test_halves():

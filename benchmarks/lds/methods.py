@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from benchmarks.lds.problems import MEASURED_SEED, MEASUREMENTS, Problem
 from curvlinops_diffusion import (
+    CGRefinedInverseLinearOperator,
     DenoisingObjective,
     DiffusionEKFACLinearOperator,
+    DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
     NoisedRegression,
@@ -28,6 +30,7 @@ from curvlinops_diffusion import (
 )
 from curvlinops_diffusion._upstream import PyTorchLinearOperator
 from curvlinops_diffusion.functions import Measurement
+from curvlinops_diffusion.measurements import measurement_of
 from curvlinops_diffusion.objective import NoisedBatch
 
 DAMPINGS = tuple(10.0**e for e in range(-8, 1))
@@ -40,6 +43,9 @@ PROJECTION_DRAWS = 32
 CURVATURE_DRAWS = 16
 BATCH = 128
 TIMESTEPS = 1000
+BANDS = 4
+ITERATIONS = (1, 2, 4, 8)
+REFINED_DRAWS = 2
 
 Scores = Iterator[tuple[float | str, Tensor]]
 
@@ -485,6 +491,90 @@ def powers(setting: Setting) -> Scores:
             yield f"{exponent}", scores
 
 
+def refined(setting: Setting) -> Scores:
+    """EK-FAC refined towards the exact GGN by conjugate gradients; the setting is the iterations.
+
+    For the loss of generated queries alone, since a product for each of them costs a training pass
+    over the images; with few draws, for the same reason.
+    """
+    G = DiffusionGGNLinearOperator(setting.train(REFINED_DRAWS))
+    damping = DAMPINGS[0]
+    iterates: list[Tensor] = []
+    inverse = CGRefinedInverseLinearOperator(
+        G,
+        damping,
+        setting.curvature().inverse(damping),
+        max_iter=max(ITERATIONS),
+        tolerance=0.0,
+        callback=lambda X_PQ: iterates.append(X_PQ.T @ setting.train_NP.T),
+    )
+    Q = setting.problem.num_queries
+    inverse @ setting.query_MQP[0, -Q:].T.contiguous()
+    residuals = [float(residual_Q.median()) for residual_Q in inverse.refinement.residuals]
+    print("median relative residuals:", *(f"{residual:.3f}" for residual in residuals), flush=True)
+    for iterations in ITERATIONS:
+        scores_MQN = setting.query_MQP.new_full(
+            (len(MEASUREMENTS), 2 * Q, len(setting.train_x0)), torch.nan
+        )
+        scores_MQN[0, -Q:] = iterates[iterations - 1]
+        yield f"{iterations}", scores_MQN
+
+
+def bands_of_levels(setting: Setting) -> Scores:
+    """EK-FAC with the noise levels in four bands; the setting says what is split by them.
+
+    - curvature: ``Σ_b ∇m_b (F_b + λ)⁻¹ ∇ℓ_b``, within each band, with a curvature of its own;
+    - queries: ``∇m_b (F + λ)⁻¹ ∇ℓ``, each in units of its standard deviation, averaged, so that no
+      band outweighs the others (as Diffusion-ReTrac normalises each level; Xie et al., 2024);
+    - both: ``∇m_b (F + λ)⁻¹ ∇ℓ_b``, standardised and averaged in the same way.
+    """
+    size, damping = TIMESTEPS // BANDS, DAMPINGS[0]
+    shared = setting.curvature()
+    totals = {key: torch.zeros(()) for key in ("curvature", "queries", "both")}
+    for first in range(0, TIMESTEPS, size):
+        band = range(first, first + size)
+        query_MQP = torch.stack(
+            [
+                setting.query_rows(_within(band, measurement_of(name, setting.objective)))
+                for name in MEASUREMENTS
+            ]
+        )
+        # each level with a pair, as many draws in all as for the other methods
+        levels = _spread(band, setting.draws // (2 * BANDS))
+        train_NP = setting.rows(draws=2 * len(levels), timesteps=levels, antithetic=True)
+        listed = _spread(band, CURVATURE_DRAWS)
+        own = setting.curvature(timesteps=listed, draws=len(listed))
+        for key, curvature, rows_NP in (
+            ("curvature", own, train_NP),
+            ("queries", shared, setting.train_NP),
+            ("both", shared, train_NP),
+        ):
+            ((_, scores_MQN),) = curved(curvature, query_MQP, rows_NP, (damping,))
+            if key != "curvature":
+                # a band without a draw of the query has zeros
+                spread_MQ1 = scores_MQN.std(-1, keepdim=True)
+                scores_MQN = scores_MQN / spread_MQ1.clamp(min=torch.finfo(spread_MQ1.dtype).tiny)
+            totals[key] = totals[key] + scores_MQN
+    yield from totals.items()
+
+
+def _spread(band: range, number: int) -> tuple[int, ...]:
+    """Levels in the middle of equal parts of a band."""
+    number = max(number, 1)
+    return tuple(band[(2 * i + 1) * len(band) // (2 * number)] for i in range(number))
+
+
+def _within(band: range, measurement: Measurement) -> Measurement:
+    """A measurement's part within a band of levels: the bands' parts sum to it."""
+
+    def measured(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
+        values_B = measurement(batch, prediction_BD)
+        inside_B = (batch.level_B >= band.start) & (batch.level_B < band.stop)
+        return values_B * inside_B.to(values_B)
+
+    return measured
+
+
 def numbers_of_draws(**scheme: Any) -> Callable[[Setting], Scores]:
     """EK-FAC at the default damping, gradients of few to many draws; the setting is the number.
 
@@ -582,6 +672,8 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
     "K-FAC, regression on loss and prediction": regression_on("loss", "prediction"),
     "K-FAC + sampled GGN": with_samples,
     "sampled GGN": sampled_ggn,
+    "bands of levels, EK-FAC": bands_of_levels,
+    "conjugate gradients from EK-FAC": refined,
     "powers of EK-FAC": powers,
     "draws, uniform": numbers_of_draws(timesteps="uniform"),
     "draws, antithetic": numbers_of_draws(antithetic=True),

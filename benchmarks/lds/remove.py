@@ -35,7 +35,13 @@ SEEDS = 5
 SHARES = (0.01, 0.05, 0.1)
 # those with a damping of their own take the best by the linear data-modelling score of this cell
 CELL = "loss, generated"
-COMPARED = ("EK-FAC", "TRAK", "kernel regression on pixels", "D-TRAK")
+COMPARED = (
+    "EK-FAC",
+    "K-FAC, regression on loss and prediction",
+    "TRAK",
+    "kernel regression on pixels",
+    "D-TRAK",
+)
 
 
 @dataclass(frozen=True)
