@@ -49,6 +49,7 @@ bench: $(VENV)/.installed-bench  ## the benchmarks, about 25 minutes, into bench
 	$(BIN)/python -m benchmarks.scaling --repeats 2
 	$(BIN)/python -m benchmarks.scoring --kronfluence
 	$(BIN)/python -m benchmarks.stored_gradients
+	$(BIN)/python -m benchmarks.cost_model
 
 bench-full: bench  ## the benchmarks that take longer as well
 	$(BIN)/python -m benchmarks.factor_pass --upstream --problem cifar --num-data 16 --batch-size 8 \
@@ -61,8 +62,8 @@ lds-retrain: $(VENV)/.installed-bench  ## the linear data-modelling score from n
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem photographs
 
 lds: $(VENV)/.installed-bench  ## the linear data-modelling score, from kept retrainings: two core-hours
-	$(BIN)/python -m benchmarks.lds.evaluate --problem digits
-	$(BIN)/python -m benchmarks.lds.evaluate --problem photographs
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem digits
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem photographs
 
 lds-remove: $(VENV)/.installed-bench  ## retraining without the most helpful digits: five core-hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.remove --problem digits

@@ -1,7 +1,8 @@
-"""Over how many examples should EK-FAC sum gradients before it squares them?
+"""Over how many draws, and sums of how many examples' gradients, are EK-FAC's eigenvalues known?
 
-Sums save rotations and add variance. What counts is the variance for a given time, that is the
-product of squared error and seconds. The eigenbases are those of a reference with many draws.
+Sums of gradients, squared, save rotations and add variance. What counts is the variance for a given
+time, that is the product of squared error and seconds. The eigenbases are those of a reference with
+many draws.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from curvlinops_diffusion.factors import eigendecomposition
 from curvlinops_diffusion.fisher import KFACOptions
 from curvlinops_diffusion.gradient_statistics import eigenvalue_moments
 from curvlinops_diffusion.statistics import kronecker_factors
+
+# (draws of each image, gradients in a sum)
+SETTINGS = [(draws, 1) for draws in (1, 2, 4, 8, 16)]
+SETTINGS += [(4, group) for group in (2, 4, 8, 16, 32, 64)]
 
 
 def log_error(estimate: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
@@ -42,9 +47,10 @@ def main() -> None:
     ]
     truth = eigenvalue_moments(reference, problem.coverage, *bases, kfac)
 
-    def eigenvalues(group: int, seed: int) -> dict[str, Tensor]:
+    def eigenvalues(draws: int, group: int, seed: int) -> dict[str, Tensor]:
         grouped = replace(kfac, gradient_group=group)
-        return eigenvalue_moments(problem.regression(4, seed), problem.coverage, *bases, grouped)
+        regression = problem.regression(draws, seed)
+        return eigenvalue_moments(regression, problem.coverage, *bases, grouped)
 
     def errors(estimate: dict[str, Tensor]) -> dict[str, float]:
         return {
@@ -53,15 +59,19 @@ def main() -> None:
         }
 
     table = [
-        {"group": group}
-        | accuracy(lambda seed, group=group: eigenvalues(group, seed), errors, options.repeats)
-        for group in (1, 2, 4, 8, 16, 32, 64)
+        {"draws": draws * len(problem.x0), "group": group}
+        | accuracy(
+            lambda seed, setting=(draws, group): eigenvalues(*setting, seed),
+            errors,
+            options.repeats,
+        )
+        for draws, group in SETTINGS
     ]
     report(
         options,
         "eigenvalue_groups",
         __doc__,
-        {"draws": 4 * len(problem.x0), "reference_draws": reference.num_samples, "groups": table},
+        {"reference_draws": reference.num_samples, "groups": table},
     )
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -21,7 +22,17 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("curvlinops-for-pytorch", "diffusers", "kronfluence", "numpy", "torch")
+PACKAGES = (
+    "curvlinops-diffusion",
+    "curvlinops-for-pytorch",
+    "diffusers",
+    "kronfluence",
+    "numpy",
+    "scikit-learn",
+    "scipy",
+    "torch",
+)
+_START = time.perf_counter()
 
 
 def alternating(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -45,9 +56,11 @@ def synchronize() -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What a result depends on besides the program."""
+    """What a result depends on; seeds are constants of the commit's programs."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds_until_then": round(time.perf_counter() - _START),
+        "commit": _commit(),
         "python": platform.python_version(),
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -63,6 +76,16 @@ def _processor() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
+
+
+def _commit() -> str | None:
+    """The repository's, with a mark where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
 
 
 def _version(package: str) -> str | None:

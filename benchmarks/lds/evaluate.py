@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.lds import score
+from benchmarks.lds import methods, score
 from benchmarks.lds.methods import METHODS, Scores, Setting
 from benchmarks.lds.problems import LATE, MEASUREMENTS, PROBLEMS, Problem
 from benchmarks.lds.retrain import FOLDER, NETWORKS, result
-from benchmarks.measure import arguments, report
+from benchmarks.measure import arguments, machine, report
 from curvlinops_diffusion._files import FileKind
 from curvlinops_diffusion.digests import digest_of
 
@@ -32,13 +32,18 @@ PREDICTED = FileKind("predicted", "predictions of a method", "Remove it.")
 DEFAULT = "1e-08"
 # differences to these are reported, with intervals of their own
 REFERENCES = {"minus_reference": "EK-FAC, the paper's recipe", "minus_ekfac": "EK-FAC"}
-AT_LATE_CHECKPOINTS = ("EK-FAC", "K-FAC + low rank")
+AT_LATE_CHECKPOINTS = (
+    "D-TRAK",
+    "EK-FAC",
+    "K-FAC + low rank",
+    "K-FAC, regression on loss and prediction",
+)
 
 
 def predictions(
     name: str, scores: Scores, halves: Tensor, work: Path, of: str
-) -> tuple[float, dict[str, Tensor]]:
-    """What a method predicts of each half, ``[M, Q, H]`` by setting, and the seconds it took.
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a method predicts of each half, ``[M, Q, H]`` by setting; and when, in which seconds.
 
     Kept in the work folder, with a digest ``of`` what it is a prediction from.
     """
@@ -52,17 +57,32 @@ def predictions(
             for setting, scores_MQN in scores
         }
         seconds = round(time.perf_counter() - start, 1)
-        PREDICTED.write(path, found, {"seconds": seconds, "of": of})
+        made = {"seconds": seconds, "date": machine()["date"], "torch": torch.__version__}
+        PREDICTED.write(path, found, {**made, "of": of})
         print(name, "done", flush=True)
-    header, tensors = PREDICTED.read(path)
-    return float(header["seconds"]), tensors
+    return PREDICTED.read(path)
+
+
+def numbers_of(problem: Problem) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What predictions depend on: the problem's numbers, and the constants of the methods."""
+    return (
+        {key: value for key, value in vars(problem).items() if isinstance(value, int | tuple)},
+        {key: value for key, value in vars(methods).items() if key.isupper() and key != "METHODS"},
+    )
 
 
 def setting_of(
     problem: Problem, folder: Path, draws: int = 64
 ) -> tuple[Setting, tuple[dict[str, Any], dict[str, Tensor]]]:
     """The network trained on all images, and the header and tensors of the retrained ones."""
-    header, tensors = NETWORKS.read(result(problem, folder))
+    path = result(problem, folder)
+    header, tensors = NETWORKS.read(path)
+    # files that were kept before the problem's description was say nothing of it
+    if header.get("problem", problem.description) != problem.description:
+        raise ValueError(
+            f"{path} holds networks of another problem than {problem.name} is now. Retrain them by "
+            "benchmarks.lds.retrain, or give --retrained another folder."
+        )
     weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if "weights/" in k}
     return Setting(problem, weights, tensors["generated"], draws), (header, tensors)
 
@@ -104,17 +124,19 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     setting, (header, tensors) = setting_of(problem, options.retrained, options.draws)
     halves, values = tensors["halves"], tensors["values"].double()  # [H, N], [H, S, M, Q]
-    of = digest_of(setting.weights, setting.generated, halves)
-    methods = {name: run(setting) for name, run in METHODS.items()}
+    networks = digest_of(setting.weights, setting.generated, halves)
+    runs = {name: (run(setting), run) for name, run in METHODS.items()}
     late = late_settings(setting, tensors)
     for name in AT_LATE_CHECKPOINTS:
-        methods[f"{name}, late checkpoints"] = averaged(METHODS[name], late)
+        run = METHODS[name]
+        runs[f"{name}, late checkpoints"] = averaged(run, late), run
     table: dict[str, Any] = {}
-    for name, scores in methods.items():
+    for name, (scores, run) in runs.items():
         if options.methods and name not in options.methods:
             continue
-        seconds, found = predictions(name, scores, halves, work, of)
-        table[name] = {"seconds": seconds, "predicted": found}
+        of = digest_of(networks, *numbers_of(problem), run)
+        header, found = predictions(name, scores, halves, work, of)
+        table[name] = {**header, "predicted": found}
     Q = problem.num_queries
     cells = {
         f"{measurement}, {kind}": (m, own)
@@ -142,7 +164,8 @@ def main() -> None:
                 for key, z in entry["predicted"].items()
             }
             best = max(by_setting, key=by_setting.__getitem__)
-            row: dict[str, Any] = {"method": name, "cell": cell, "seconds": entry["seconds"]}
+            row: dict[str, Any] = {"method": name, "cell": cell}
+            row |= {key: entry[key] for key in ("seconds", "date", "torch")}
             row["lds"] = {key: round(value, 4) for key, value in by_setting.items()}
             chosen = {"best": best} | ({"default": DEFAULT} if DEFAULT in by_setting else {})
             for which, key in chosen.items():
@@ -177,8 +200,8 @@ def kept(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> li
             f"{path} has other {', '.join(differing)}. Evaluate all methods, or give --output "
             "another folder."
         )
-    methods = {row["method"] for row in rows}
-    return [row for row in earlier["methods"] if row["method"] not in methods] + rows
+    names = {row["method"] for row in rows}
+    return [row for row in earlier["methods"] if row["method"] not in names] + rows
 
 
 if __name__ == "__main__":

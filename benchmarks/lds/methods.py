@@ -37,7 +37,8 @@ DAMPINGS = tuple(10.0**e for e in range(-8, 1))
 # in units of the mean eigenvalue of the kernel of TRAK, D-TRAK and the like
 KERNEL_DAMPINGS = tuple(10.0**e for e in range(-6, 3))
 PIXEL_BANDWIDTHS = (0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0)
-PIXEL_RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
+PIXEL_RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+RIDGES = (1.0, 0.1, 0.3, 3.0, 10.0, 30.0)
 PROJECTIONS = 2
 PROJECTION_DRAWS = 32
 CURVATURE_DRAWS = 16
@@ -277,7 +278,7 @@ def regression_on(*names: str) -> Callable[[Setting], Scores]:
     """
 
     def run(setting: Setting) -> Scores:
-        for ridge in (1.0, 0.1, 0.3, 3.0):
+        for ridge in RIDGES:
             scores = []
             for name in names:
                 scores_MQN = setting.kernels(name).regression(ridge)
@@ -457,11 +458,15 @@ def linear_and_convolutions_only(setting: Setting) -> Scores:
     yield from curved(setting.curvature(names=names), query_MQP, setting.rows(names=names))
 
 
-def papers_recipe(setting: Setting, draws: int | None = None) -> Scores:
+def papers_recipe(
+    setting: Setting, draws: int | None = None, curvature_draws: int = CURVATURE_DRAWS
+) -> Scores:
     """Uniform draws, linear layers and convolutions, a bias' block approximated."""
     names = setting.linear_and_convolutions()
     query_MQP = torch.stack([setting.query_rows(m, names) for m in MEASUREMENTS])
-    EK = setting.curvature(names=names, timesteps="uniform", exact_bias=False)
+    EK = setting.curvature(
+        names=names, timesteps="uniform", draws=curvature_draws, exact_bias=False
+    )
     rows = setting.rows(names=names, draws=draws, timesteps="uniform")
     yield from curved(EK, query_MQP, rows)
 
@@ -648,7 +653,9 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
     "Journey-TRAK": journey,
     "DAS": attribution_score,
     "EK-FAC, the paper's recipe": papers_recipe,
-    "EK-FAC, the paper's recipe, 250 draws": lambda s: papers_recipe(s, s.problem.papers_draws),
+    "EK-FAC, the paper's recipe, 250 draws": lambda s: papers_recipe(
+        s, s.problem.papers_draws, s.problem.papers_draws // 2
+    ),
     "EK-FAC, linear and convolutions only": linear_and_convolutions_only,
     "EK-FAC": of_curvature(),
     "EK-FAC, reduce": of_curvature(kfac_approx="reduce"),

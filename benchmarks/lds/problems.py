@@ -44,7 +44,7 @@ class Problem:
         measured_draws: Draws on which queries are measured.
         projected: Dimensions onto which TRAK and D-TRAK project.
         draws: Of training images, to see how many are needed.
-        papers_draws: Of training images, in the paper's code.
+        papers_draws: Of training images, in the paper's code; half as many for the curvature.
         probes: Random signs from which DAS' squared norms are estimated.
     """
 

@@ -97,6 +97,7 @@ def main() -> None:
     values_HSMQ = torch.stack([torch.stack([values for values, _ in row]) for row in read])
     header = {
         "machine": machine(),
+        "problem": problem.description,
         "core_seconds": round(sum(seconds for row in read for _, seconds in row)),
         "steps": problem.steps,
         "batch": problem.batch,
