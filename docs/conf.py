@@ -5,8 +5,12 @@ import sys
 import warnings
 from importlib.metadata import version as version_of
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+import torch
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS))
 
 from tables import write_tables
 
@@ -40,18 +44,36 @@ warnings.simplefilter("ignore")
 """
 
 
+_threads = torch.get_num_threads()
+
+
 def _reset(gallery_conf: dict[str, object], fname: str) -> None:
-    """Before each example: no warnings of the libraries on its page."""
+    """Before each example: no warnings of the libraries on its page, threads as at the start."""
     warnings.simplefilter("ignore")
+    torch.set_num_threads(_threads)
+
+
+class _Arguments:
+    """The command lines of the examples."""
+
+    def __call__(self, gallery_conf: dict[str, object], script_vars: dict[str, Any]) -> list[str]:
+        """The demo is run for a shorter time than by ``make demo``."""
+        if Path(script_vars["src_file"]).stem != "influence_digits":
+            return []
+        return ["--steps", "700", "--draws", "8", "--output", str(DOCS / "_build" / "demo")]
+
+    def __repr__(self) -> str:
+        """The same in each build, so that it is not taken for another setting."""
+        return "arguments"
 
 
 # examples import each other's set-up
-os.environ["PYTHONPATH"] = str(Path(__file__).parent / "examples")
+os.environ["PYTHONPATH"] = str(DOCS / "examples")
 sphinx_gallery_conf = {
     "examples_dirs": "examples",
     "gallery_dirs": "gallery",
-    # the demo takes minutes, and is run by `make demo`
-    "filename_pattern": r"examples/(?!influence_digits)",
+    "filename_pattern": "examples/",
+    "reset_argv": _Arguments(),
     "within_subsection_order": "FileNameSortKey",
     "reset_modules": ("matplotlib", _reset),
     "abort_on_example_error": True,

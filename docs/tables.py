@@ -47,6 +47,8 @@ def _cells(result: dict[str, Any]) -> list[Row]:
     """A head and rows, by what the result holds."""
     if "ceilings" in result:
         return lds_cells(result)
+    if "removals" in result:
+        return removals(result)
     if "by_kind" in result:
         return _of_records(result["by_kind"])
     if "training_passes" in result:
@@ -149,6 +151,21 @@ def lds_scans(result: dict[str, Any]) -> list[Row]:
                 for setting in next(iter(entries.values()))["lds"]
             ]
     return rows
+
+
+def removals(result: dict[str, Any]) -> list[Row]:
+    """Relative changes of the queries' loss in per cent, a row for each method.
+
+    Args:
+        result: What ``benchmarks.lds.remove`` reports.
+    """
+    by_method: dict[str, dict[int, str]] = {}
+    for row in result["removals"]:
+        change, error = 100 * row["change_of_loss"], 100 * row["its_error"]
+        by_method.setdefault(row["method"], {})[row["removed"]] = f"{change:+.1f} ± {error:.1f} %"
+    sizes = list(next(iter(by_method.values())))
+    head: Row = ("", *(f"{size} removed" for size in sizes))
+    return [head, *((name, *(own[size] for size in sizes)) for name, own in by_method.items())]
 
 
 def _by_method(result: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -96,3 +96,36 @@ def test_what_the_documentation_says_of_the_results():
         assert errors["Nyström, rank 64"] <= min(others)
     memory = kept("peak_memory")["beyond_a_training_pass"]
     assert memory["curvlinops K-FAC factors"] / memory["K-FAC factors"] > 4
+
+
+def test_what_the_documentation_says_of_the_exact_ggn():
+    result = kept("exact_ggn")
+    whole = result["whole"]
+    assert round(whole["between blocks, left out"], 2) == 0.94
+    for kind, more in (("EK-FAC", 0.01), ("K-FAC", 0.05)):
+        added = whole[f"{kind}, in all"] - whole["between blocks, left out"]
+        assert round(added, 2) == more
+    kinds = {row["blocks"]: row for row in result["by_kind"]}
+    convolutions = {
+        "K-FAC": 0.99,
+        "EK-FAC": 0.42,
+        "K-FAC, Shampoo's factors": 0.33,
+        "K-FAC, nearest": 0.27,
+        "EK-FAC, Shampoo's factors": 0.27,
+        "EK-FAC, nearest": 0.25,
+    }
+    for name, error in convolutions.items():
+        assert round(kinds["convolutions"][name], 2) == error
+    largest = {name: values["1"] for name, values in result["spectra"].items()}
+    assert round(largest.pop("exact")) == 133
+    assert [name for name, value in largest.items() if round(value, 1) != 23.5] == ["K-FAC, reduce"]
+    default = result["cosines"][0]
+    assert default["damping"] == 1e-8
+    order = sorted(
+        (name for name in default if "FAC" in name), key=default.__getitem__, reverse=True
+    )
+    assert order[:2] == ["EK-FAC, Shampoo's factors", "EK-FAC, nearest"]
+    assert order[-2:] == ["K-FAC, nearest", "K-FAC, reduce"]
+    assert round(default["exact blocks"], 2) == 0.28
+    traces = [row["trace"] for row in result["bands"]]
+    assert traces == sorted(traces, reverse=True)

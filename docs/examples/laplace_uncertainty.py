@@ -2,8 +2,8 @@
 ===============================================
 
 The Laplace approximation takes the weights of a trained network as ``N(θ, (M G + τ I)⁻¹)``.
-Samples of it are powers of an operator: ``(K + τ/M I)^(-1/2)`` turns white noise into them. What
-they disagree about, pixel by pixel, the network has not learnt.
+Samples of it are powers of an operator: ``(K + τ/M I)^(-1/2)`` turns white noise into them. They
+disagree, pixel by pixel, where the data leave open what the weights should predict.
 """
 
 # %%

@@ -3,12 +3,12 @@
 
 A model that knows the digits 0 to 4 is fine-tuned by low-rank adapters to the digits 5 to 9. Which
 of the new images made the tuned model what it is? Curvature and gradients of the adapters alone
-answer: a few thousand parameters in place of all.
+answer: an eighth of the parameters in place of all.
 """
 
 # %%
-# A UNet trained for a few seconds on half of the digits, then adapters on its attention trained on
-# the other half.
+# A UNet trained for a few seconds on half of the digits, then adapters on its attention and on the
+# convolutions of its residual blocks trained on the other half.
 
 import warnings
 
