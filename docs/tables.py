@@ -104,9 +104,15 @@ def lds_cells(result: dict[str, Any], methods: Sequence[str] | None = None) -> l
 
     Args:
         result: What ``benchmarks.lds.evaluate`` reports.
-        methods: Only these, in this order; ``None`` for all but the scans over settings.
+        methods: Only these, in this order; ``None`` for all but the scans over settings, with the
+            standard errors over queries.
     """
-    rows = _lds_rows(result, methods, lambda s: f"{s['lds']:.2f} [{s['low']:.2f}, {s['high']:.2f}]")
+
+    def shown(s: dict[str, Any]) -> str:
+        error = f" ± {s['error_over_queries']:.2f}" if methods is None else ""
+        return f"{s['lds']:.2f}{error} [{s['low']:.2f}, {s['high']:.2f}]"
+
+    rows = _lds_rows(result, methods, shown)
     last = {"two seeds": "agreement_of_seeds", "a perfect predictor": "ceilings"}
     return rows + [
         (f"*{label}*", *(f"{value:.2f}" for value in result[key].values()))
@@ -148,9 +154,17 @@ def lds_scans(result: dict[str, Any]) -> list[Row]:
                         for cell in cells
                     ),
                 )
-                for setting in next(iter(entries.values()))["lds"]
+                for setting in sorted(next(iter(entries.values()))["lds"], key=_number)
             ]
     return rows
+
+
+def _number(setting: str) -> tuple[float, str]:
+    """For sorting: a number's value, and words behind numbers."""
+    try:
+        return float(setting), ""
+    except ValueError:
+        return float("inf"), setting
 
 
 def removals(result: dict[str, Any]) -> list[Row]:

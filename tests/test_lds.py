@@ -166,7 +166,9 @@ def test_the_documentation_shows_every_method(monkeypatch, tmp_path, problem):
             continue
         shown = row.get("default", row["best"])
         assert f"- {row['method']}" in cells
-        assert f"- {shown['lds']:.2f} [{shown['low']:.2f}, {shown['high']:.2f}]\n" in cells
+        interval = f"[{shown['low']:.2f}, {shown['high']:.2f}]"
+        error = shown["error_over_queries"]
+        assert f"- {shown['lds']:.2f} ± {error:.2f} {interval}\n" in cells
     assert all(f"- {ceiling:.2f}\n" in cells for ceiling in result["ceilings"].values())
 
 
@@ -206,6 +208,15 @@ def test_what_the_documentation_says_of_the_digits():
         best = digits["K-FAC, regression on loss and prediction", cell]
         assert best["low"] > digits[RECIPE, cell]["high"]
         assert best["low"] > digits[f"{RECIPE}, 250 draws", cell]["high"]
+    for cell in cells:
+        for curvature in ("EK-FAC", "K-FAC + low rank"):
+            gain = digits[f"{curvature}, late checkpoints", cell]["lds"]
+            assert 0.02 <= gain - digits[curvature, cell]["lds"] + 0.0005 < 0.045
+        assert digits["bands of levels, EK-FAC", cell]["lds"] < digits["EK-FAC", cell]["lds"]
+    refined = digits["conjugate gradients from EK-FAC", "loss, generated"]
+    assert refined["setting"] == "2"
+    assert refined["minus_ekfac"]["low"] > 0
+    assert round(refined["minus_ekfac"]["difference"], 2) == 0.06
     assert abs(digits["sampled GGN", cells[0]]["minus_reference"]["difference"]) < 0.01
     assert digits["sampled GGN", cells[1]]["minus_reference"]["high"] < 0
 
@@ -217,11 +228,17 @@ def test_what_the_documentation_says_of_the_photographs():
         assert photographs["D-TRAK", cell]["minus_ekfac"]["low"] > 0
         assert photographs["kernel regression on pixels", cell]["lds"] > own["lds"]
         assert abs(photographs[f"{RECIPE}, 250 draws", cell]["lds"] - own["lds"]) < 0.02
+        behind = photographs["K-FAC", cell]["minus_ekfac"]
+        assert (behind["high"] < 0) == ("held-out" in cell)
+        assert not behind["low"] > 0
         ours = photographs["K-FAC, regression on loss and prediction", cell]["lds"]
         norm = photographs["K-FAC, regression on the squared norm", cell]["lds"]
         assert ours < norm < photographs["D-TRAK", cell]["lds"]
-    assert own["low"] < 0
     assert photographs["EK-FAC", "loss, generated"]["low"] < 0
+    for problem, number in (("digits", 2), ("photographs", 3)):
+        found, cells = shown(problem)
+        differences = [found["kernel regression on pixels", c]["minus_ekfac"] for c in cells]
+        assert sum(difference["low"] > 0 for difference in differences) == number
 
 
 @pytest.mark.parametrize("problem", ["digits", "photographs"])

@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("lds-work"), help="work folder")
     parser.add_argument("--retrained", type=Path, default=FOLDER, help="folder of retrain's result")
     parser.add_argument("--evaluated", type=Path, default=RESULTS, help="folder of evaluate's")
-    parser.add_argument("--queries", type=int, default=3, help="generated queries")
+    parser.add_argument("--queries", type=int, default=2, help="generated queries")
     parser.add_argument("--methods", nargs="*", default=COMPARED, choices=METHODS)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
