@@ -100,6 +100,7 @@ def test_the_programs_run_and_go_on(tmp_path, run):
     arguments = ["--work", folder, "--output", folder, "--retrained", folder, "--draws", "2"]
     run(evaluate, *arguments, "--resamples", "3")
     result = json.loads((tmp_path / "lds_tiny_cpu.json").read_text())
+    assert result["retrained"]["problem"] == PROBLEMS["tiny"].description
     names = {row["method"] for row in result["methods"]}
     assert names == {*METHODS, *(f"{name}, late checkpoints" for name in AT_LATE_CHECKPOINTS)}
     kept = sorted((tmp_path / "tiny" / "evaluated-2").iterdir())

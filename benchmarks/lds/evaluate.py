@@ -135,8 +135,8 @@ def main() -> None:
         if options.methods and name not in options.methods:
             continue
         of = digest_of(networks, *numbers_of(problem), run)
-        header, found = predictions(name, scores, halves, work, of)
-        table[name] = {**header, "predicted": found}
+        made, found = predictions(name, scores, halves, work, of)
+        table[name] = {**made, "predicted": found}
     Q = problem.num_queries
     cells = {
         f"{measurement}, {kind}": (m, own)
