@@ -57,7 +57,8 @@ def predictions(
             for setting, scores_MQN in scores
         }
         seconds = round(time.perf_counter() - start, 1)
-        made = {"seconds": seconds, "date": machine()["date"], "torch": torch.__version__}
+        now = machine()
+        made = {"seconds": seconds, "date": now["date"], "torch": now["versions"]["torch"]}
         PREDICTED.write(path, found, {**made, "of": of})
         print(name, "done", flush=True)
     return PREDICTED.read(path)
