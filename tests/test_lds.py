@@ -242,6 +242,32 @@ def test_what_the_documentation_says_of_the_photographs():
         assert sum(difference["low"] > 0 for difference in differences) == number
 
 
+def test_what_the_documentation_says_of_removal():
+    """By the errors of the changes' differences, taken as independent."""
+    result = json.loads((ROOT / "benchmarks/results/removed_digits_cpu.json").read_text())
+    found = {
+        (row["method"], row["removed"]): (row["change_of_loss"], row["its_error"])
+        for row in result["removals"]
+    }
+    assert {method for method, _ in found} == {"random", *remove.COMPARED}
+    assert {number for _, number in found} == {10, 50, 100}
+
+    def errors_apart(method, other, number):
+        (a, a_error), (b, b_error) = found[method, number], found[other, number]
+        return (a - b) / (a_error**2 + b_error**2) ** 0.5
+
+    ours, pixels = "K-FAC, regression on loss and prediction", "kernel regression on pixels"
+    assert round(found["EK-FAC", 100][0], 2) == 0.22
+    assert 0.4 < found["TRAK", 100][0] / found["EK-FAC", 100][0] < 0.6
+    assert abs(found["random", 100][0]) < found["random", 100][1]
+    assert errors_apart("EK-FAC", "TRAK", 100) > 5
+    assert 1.5 < errors_apart(ours, "EK-FAC", 100)
+    assert 1.5 < errors_apart(pixels, "EK-FAC", 100)
+    four = ("EK-FAC", ours, "TRAK", pixels)
+    assert all(abs(errors_apart(a, b, 10)) < 2.5 for a in four for b in four)
+    assert all(errors_apart(method, "random", 10) > 3 for method in four)
+
+
 @pytest.mark.parametrize("problem", ["digits", "photographs"])
 def test_ahead_of_the_papers_recipe_everywhere(problem):
     found, cells = shown(problem)
