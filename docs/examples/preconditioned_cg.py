@@ -3,8 +3,8 @@
 
 EK-FAC's inverse is an approximation; the exact damped inverse of the GGN can be had by conjugate
 gradients, whose every iteration is a pass over the data. A preconditioner saves
-iterations. This compares none, EK-FAC, and a Nyström sketch, at a damping where EK-FAC helps; at
-smaller ones it can be worse than none (:doc:`/attribution` says why).
+iterations. This compares none, EK-FAC, and a Nyström sketch (:doc:`/attribution` says why EK-FAC
+helps little here, and can be worse than none).
 """
 
 # %%
@@ -73,5 +73,4 @@ axis.set(xlabel="products with the GGN", ylabel="relative residual")
 axis.legend()
 
 last = {name: history[-1].item() for name, history in residuals.items()}
-assert last["EK-FAC"] < 0.6 * last["none"]
-assert last["Nyström, rank 64"] < 0.1 * last["EK-FAC"]
+assert last["Nyström, rank 64"] < 0.1 * min(last["none"], last["EK-FAC"])
