@@ -161,7 +161,7 @@ def test_the_documentation_shows_every_method(monkeypatch, tmp_path, problem):
     name = f"lds_{problem}"
     assert f".. include:: _tables/{name}.rst" in (ROOT / "docs" / "evidence.rst").read_text()
     cells = (tmp_path / f"{name}.rst").read_text()
-    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}_cpu.json").read_text())
+    result = result_of(name)
     for row in result["methods"]:
         if row["method"].startswith(tables.SCANS):
             continue
@@ -173,17 +173,19 @@ def test_the_documentation_shows_every_method(monkeypatch, tmp_path, problem):
     assert all(f"- {ceiling:.2f}\n" in cells for ceiling in result["ceilings"].values())
 
 
+def result_of(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}_cpu.json").read_text())
+
+
 def shown(problem):
-    path = ROOT / "benchmarks" / "results" / f"lds_{problem}_cpu.json"
-    result = json.loads(path.read_text())
+    result = result_of(f"lds_{problem}")
     own = {(r["method"], r["cell"]): r.get("default", r["best"]) for r in result["methods"]}
     return own, list(result["ceilings"])
 
 
 def scan(problem, method, cell):
     """The score at each setting."""
-    path = ROOT / "benchmarks" / "results" / f"lds_{problem}_cpu.json"
-    rows = json.loads(path.read_text())["methods"]
+    rows = result_of(f"lds_{problem}")["methods"]
     (found,) = (r["lds"] for r in rows if (r["method"], r["cell"]) == (method, cell))
     return found
 
@@ -261,10 +263,9 @@ def test_what_the_documentation_says_of_the_photographs():
 
 def test_what_the_documentation_says_of_removal():
     """By the errors of the changes' differences, taken as independent."""
-    result = json.loads((ROOT / "benchmarks/results/removed_digits_cpu.json").read_text())
     found = {
         (row["method"], row["removed"]): (row["change_of_loss"], row["its_error"])
-        for row in result["removals"]
+        for row in result_of("removed_digits")["removals"]
     }
     assert {method for method, _ in found} == {"random", *remove.COMPARED}
     assert {number for _, number in found} == {10, 50, 100}

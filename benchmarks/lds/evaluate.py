@@ -126,6 +126,7 @@ def main() -> None:
     setting, (header, tensors) = setting_of(problem, options.retrained, options.draws)
     halves, values = tensors["halves"], tensors["values"].double()  # [H, N], [H, S, M, Q]
     networks = digest_of(setting.weights, setting.generated, halves)
+    numbers = numbers_of(problem)
     runs = {name: (run(setting), run) for name, run in METHODS.items()}
     late = late_settings(setting, tensors)
     for name in AT_LATE_CHECKPOINTS:
@@ -135,7 +136,7 @@ def main() -> None:
     for name, (scores, run) in runs.items():
         if options.methods and name not in options.methods:
             continue
-        of = digest_of(networks, *numbers_of(problem), run)
+        of = digest_of(networks, *numbers, run)
         made, found = predictions(name, scores, halves, work, of)
         table[name] = {**made, "predicted": found}
     Q = problem.num_queries
