@@ -55,10 +55,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def date() -> str:
+    """Now, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def machine() -> dict[str, Any]:
     """What a result depends on; seeds are constants of the commit's programs."""
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": date(),
         "seconds_until_then": round(time.perf_counter() - _START),
         "commit": _commit(),
         "python": platform.python_version(),
@@ -66,7 +71,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: version_of(name) for name in PACKAGES},
     }
 
 
@@ -88,7 +93,8 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version of an installed package."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -12,6 +12,7 @@ import warnings
 from torch import Tensor
 
 from benchmarks.accuracy import DigitsProblem
+from benchmarks.lds.score import ranks
 from benchmarks.measure import arguments, report
 from curvlinops_diffusion import (
     Compression,
@@ -31,13 +32,6 @@ def forms(P: int, N: int) -> list[Compression]:
     svd = [Compression("bfloat16", "svd", size, N) for size in (N // 2, N // 4, N // 16)]
     both = [Compression("nf4", "leading", P // 16, N), Compression("int8", "svd", N // 4, N)]
     return plain + leading + svd + both
-
-
-def ranks(scores_QN: Tensor) -> Tensor:
-    """Ranks within each query, of mean zero and norm one."""
-    r = scores_QN.argsort(1).argsort(1).double()
-    r = r - r.mean(1, keepdim=True)
-    return r / r.norm(dim=1, keepdim=True)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from benchmarks.lds import methods, score
 from benchmarks.lds.methods import METHODS, Scores, Setting
 from benchmarks.lds.problems import LATE, MEASUREMENTS, PROBLEMS, Problem
 from benchmarks.lds.retrain import FOLDER, NETWORKS, result
-from benchmarks.measure import arguments, machine, report
+from benchmarks.measure import arguments, date, report, version_of
 from curvlinops_diffusion._files import FileKind
 from curvlinops_diffusion.digests import digest_of
 
@@ -40,25 +40,31 @@ AT_LATE_CHECKPOINTS = (
 )
 
 
+def key_of(setting: float | str) -> str:
+    """What a method's setting is called in results."""
+    return f"{setting:.0e}" if isinstance(setting, float) else setting
+
+
 def predictions(
     name: str, scores: Scores, halves: Tensor, work: Path, of: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a method predicts of each half, ``[M, Q, H]`` by setting; and when, in which seconds.
 
-    Kept in the work folder, with a digest ``of`` what it is a prediction from.
+    Kept in the work folder, with a digest ``of`` what it is a prediction from: the networks, the
+    numbers of the problem and of the methods, and the method's own function. Of the functions that
+    it calls the digest says nothing: remove the work folder when they have changed.
     """
     path = work / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.safetensors"
     if not path.exists() or PREDICTED.read_header(path).get("of") != of:
         start = time.perf_counter()
         found = {
-            f"{setting:.0e}" if isinstance(setting, float) else str(setting): torch.stack(
+            key_of(setting): torch.stack(
                 [score.predicted(one_QN, halves) for one_QN in scores_MQN]
             ).contiguous()
             for setting, scores_MQN in scores
         }
         seconds = round(time.perf_counter() - start, 1)
-        now = machine()
-        made = {"seconds": seconds, "date": now["date"], "torch": now["versions"]["torch"]}
+        made = {"seconds": seconds, "date": date(), "torch": version_of("torch")}
         PREDICTED.write(path, found, {**made, "of": of})
         print(name, "done", flush=True)
     return PREDICTED.read(path)

@@ -121,6 +121,11 @@ class Setting:
         return self.rows("squared_norm")
 
     @cached_property
+    def squared_norm_MQP(self) -> Tensor:
+        """And of the queries', the same for all measurements."""
+        return self.query_rows("squared_norm").expand(len(MEASUREMENTS), -1, -1)
+
+    @cached_property
     def whitening(self) -> PyTorchLinearOperator:
         """``(F + λ)^-1/2`` of K-FAC at the default damping."""
         return self.curvature(ekfac=False).power(-0.5, DAMPINGS[0])
@@ -240,8 +245,7 @@ def loss_kernel(setting: Setting) -> Kernel:
 
 def norm_kernel(setting: Setting) -> Kernel:
     """Of the gradients of the squared prediction, D-TRAK's function."""
-    query_MQP = setting.query_rows("squared_norm").expand(len(MEASUREMENTS), -1, -1)
-    return setting.kernel_of(query_MQP, setting.squared_norm_NP)
+    return setting.kernel_of(setting.squared_norm_MQP, setting.squared_norm_NP)
 
 
 def prediction_kernel(setting: Setting) -> Kernel:
@@ -274,7 +278,8 @@ def regression_on(*names: str) -> Callable[[Setting], Scores]:
     """Kernel regression on one or several functions, whose scores are averaged.
 
     Query by query in units of their standard deviation. The default has a ridge of one, the mean
-    influence of a training image on itself.
+    influence of a training image on itself, and K-FAC's damping is the default one: its setting is
+    called by the latter, as for all methods with a default.
     """
 
     def run(setting: Setting) -> Scores:
@@ -528,14 +533,17 @@ def refined(setting: Setting) -> Scores:
 def bands_of_levels(setting: Setting) -> Scores:
     """EK-FAC with the noise levels in four bands; the setting says what is split by them.
 
-    - curvature: ``Σ_b ∇m_b (F_b + λ)⁻¹ ∇ℓ_b``, within each band, with a curvature of its own;
-    - queries: ``∇m_b (F + λ)⁻¹ ∇ℓ``, each in units of its standard deviation, averaged, so that no
-      band outweighs the others (as Diffusion-ReTrac normalises each level; Xie et al., 2024);
-    - both: ``∇m_b (F + λ)⁻¹ ∇ℓ_b``, standardised and averaged in the same way.
+    - queries: ``∇m_b (F + λ)⁻¹ ∇ℓ``;
+    - both: ``∇m_b (F + λ)⁻¹ ∇ℓ_b``;
+    - curvature: ``∇m_b (F_b + λ)⁻¹ ∇ℓ_b``, with a curvature of its own for each band.
+
+    Each in units of its standard deviation, averaged over the bands, so that none outweighs the
+    others (as Diffusion-ReTrac normalises each level; Xie et al., 2024); and curvature also as it
+    is, the sum over the bands, "curvature, summed".
     """
     size, damping = TIMESTEPS // BANDS, DAMPINGS[0]
     shared = setting.curvature()
-    totals = {key: torch.zeros(()) for key in ("curvature", "queries", "both")}
+    totals: dict[str, Tensor] = {}
     for first in range(0, TIMESTEPS, size):
         band = range(first, first + size)
         query_MQP = torch.stack(
@@ -555,11 +563,13 @@ def bands_of_levels(setting: Setting) -> Scores:
             ("both", shared, train_NP),
         ):
             ((_, scores_MQN),) = curved(curvature, query_MQP, rows_NP, (damping,))
-            if key != "curvature":
-                # a band without a draw of the query has zeros
-                spread_MQ1 = scores_MQN.std(-1, keepdim=True)
-                scores_MQN = scores_MQN / spread_MQ1.clamp(min=torch.finfo(spread_MQ1.dtype).tiny)
-            totals[key] = totals[key] + scores_MQN
+            if key == "curvature":
+                summed = f"{key}, summed"
+                totals[summed] = totals.get(summed, torch.zeros(())) + scores_MQN
+            # a band without a draw of the query has zeros
+            spread_MQ1 = scores_MQN.std(-1, keepdim=True)
+            scores_MQN = scores_MQN / spread_MQ1.clamp(min=torch.finfo(spread_MQ1.dtype).tiny)
+            totals[key] = totals.get(key, torch.zeros(())) + scores_MQN
     yield from totals.items()
 
 
@@ -631,14 +641,14 @@ def _fisher(seed: int) -> Measurement:
 
 def d_trak(setting: Setting) -> Scores:
     """D-TRAK (Zheng et al., 2024): the prediction's squared norm in place of the loss."""
-    query_MQP = setting.query_rows("squared_norm").expand(len(MEASUREMENTS), -1, -1)
-    yield from kernel(query_MQP, setting.squared_norm_NP)
+    yield from kernel(setting.squared_norm_MQP, setting.squared_norm_NP)
 
 
 def d_trak_projected(setting: Setting) -> Scores:
     """D-TRAK as published."""
-    query_MQP = setting.query_rows("squared_norm").expand(len(MEASUREMENTS), -1, -1)
-    yield from projected_kernel(query_MQP, setting.squared_norm_NP, setting.problem.projected)
+    yield from projected_kernel(
+        setting.squared_norm_MQP, setting.squared_norm_NP, setting.problem.projected
+    )
 
 
 METHODS: dict[str, Callable[[Setting], Scores]] = {

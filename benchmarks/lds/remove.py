@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.lds.evaluate import DEFAULT, PREDICTED, setting_of
+from benchmarks.lds.evaluate import DEFAULT, PREDICTED, key_of, setting_of
 from benchmarks.lds.methods import METHODS, Setting
 from benchmarks.lds.problems import PROBLEMS, Problem
 from benchmarks.lds.retrain import FOLDER, NETWORKS
@@ -92,10 +92,7 @@ def most_helpful(setting: Setting, method: str, damping: str, work: Path) -> Ten
     """The training images by influence on each generated query's loss, ``[Q, N]``."""
     path = work / f"order_{method.lower().replace(' ', '-')}.safetensors"
     if not path.exists():
-        by_setting = {
-            f"{key:.0e}" if isinstance(key, float) else key: scores[0]
-            for key, scores in METHODS[method](setting)
-        }
+        by_setting = {key_of(key): scores[0] for key, scores in METHODS[method](setting)}
         own = by_setting[damping][-setting.problem.num_queries :]
         PREDICTED.write(path, {"order": own.argsort(descending=True)}, {"damping": damping})
     header, tensors = PREDICTED.read(path)
