@@ -6,9 +6,12 @@ approximations differ.
 
 - Relative Frobenius errors by kind of block, against the exact block.
 - The whole matrix: leaving out what is between blocks, and then replacing the blocks, apart.
-- Cosines of damped inverse-vector products with the exact ones, mean over 32 gradients.
+- Cosines of damped inverse-vector products with the exact ones, mean over 32 gradients; and by kind
+  of block with those of the exact blocks.
 - Spectra: dense, by Lanczos' method, and the approximations'.
-- The trace by band of noise levels.
+- The trace by band of noise levels, exact and of the approximations fitted within the band.
+
+With ``--seed``, of another network, other digits and other noise.
 
 Legend: P parameters, M rows (images, draws and outputs).
 """
@@ -16,6 +19,7 @@ Legend: P parameters, M rows (images, draws and outputs).
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +43,8 @@ from curvlinops_diffusion import (
 
 DAMPINGS = tuple(10.0**e for e in range(-8, 2))
 BANDS = 4
+LEVELS_OF_A_BAND = 8
+QUANTILES = (0.0, 0.5, 0.9, 0.99, 0.999, 1.0)
 APPROXIMATIONS: dict[str, Any] = {
     "K-FAC": (DiffusionKFACLinearOperator, {}),
     "K-FAC, reduce": (DiffusionKFACLinearOperator, {"kfac_approx": "reduce"}),
@@ -51,10 +57,16 @@ APPROXIMATIONS: dict[str, Any] = {
 }
 
 
-def trained_network(steps: int, width: int) -> tuple[UNet2DModel, Tensor]:
-    """A small UNet, and the digits."""
+Matrices = Mapping[str, Tensor]
+Decomposition = tuple[Tensor, Tensor]
+
+
+def trained_network(steps: int, width: int, seed: int) -> tuple[UNet2DModel, Tensor]:
+    """A small UNet, and the digits in an order of the seed."""
     x0, _ = example("influence_digits").digits()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
+    if seed:
+        x0 = x0[torch.randperm(len(x0))]
     network = UNet2DModel(
         sample_size=8,
         in_channels=1,
@@ -79,8 +91,8 @@ def trained_network(steps: int, width: int) -> tuple[UNet2DModel, Tensor]:
     return network.double().eval(), x0.double()
 
 
-def ggn_rows(regression: NoisedRegression) -> tuple[Tensor, Tensor]:
-    """``R`` with ``G = Rᵀ R``, ``[M, P]``, and the noise level of each row."""
+def ggn_rows(regression: NoisedRegression) -> Tensor:
+    """``R`` with ``G = Rᵀ R``, ``[M, P]``."""
     network = regression.objective.model
     params = {name: p.detach() for name, p in network.named_parameters()}
 
@@ -88,15 +100,14 @@ def ggn_rows(regression: NoisedRegression) -> tuple[Tensor, Tensor]:
         return functional_call(network, params, (x[None], t[None])).sample.flatten()  # type: ignore
 
     jacobians = vmap(jacrev(prediction), (None, 0, 0), chunk_size=16)
-    rows, levels = [], []
+    rows = []
     with sdpa_kernel(SDPBackend.MATH):
         for batch in regression.batches():
             found = jacobians(params, batch.x_t, batch.timestep_B)
             flat_BDP = torch.cat([J.flatten(2) for J in found.values()], 2)
             scale_B = (2 * batch.weight_B / regression.num_samples).sqrt()
             rows.append((scale_B[:, None, None] * flat_BDP).flatten(0, 1))
-            levels.append(batch.level_B.repeat_interleave(flat_BDP.shape[1]))
-    return torch.cat(rows), torch.cat(levels)
+    return torch.cat(rows)
 
 
 def kind_of(name: str) -> str:
@@ -110,135 +121,193 @@ def kind_of(name: str) -> str:
     return "attention" if "attentions" in name else "convolutions"
 
 
+def of_kinds(blocks: Matrices) -> dict[str, list[Tensor]]:
+    """The indices of the blocks of each kind."""
+    kinds: dict[str, list[Tensor]] = {}
+    for name in sorted(blocks, key=kind_of):
+        kinds.setdefault(kind_of(name), []).append(blocks[name])
+    return kinds
+
+
+def indices_of(network: UNet2DModel, operator: DiffusionKFACLinearOperator) -> dict[str, Tensor]:
+    """Where the parameters of each block are."""
+    index, start = {}, 0
+    for name, p in network.named_parameters():
+        index[name] = torch.arange(start, start + p.numel())
+        start += p.numel()
+    return {
+        placed.name: torch.cat([index[name] for name in placed.params])
+        for placed in operator.blocks
+    }
+
+
 def dense(operator: Any, P: int) -> Tensor:
     """The matrix of an operator."""
     columns = [operator @ part for part in torch.eye(P).double().split(1024, 1)]
     return torch.cat(columns, 1)
 
 
+def errors_by_kind(G: Tensor, blocks: Matrices, matrices: Matrices) -> list[dict[str, Any]]:
+    """Relative Frobenius errors of the blocks of each kind."""
+    rows = []
+    for kind, chosen in of_kinds(blocks).items():
+
+        def norm(X: Tensor, chosen: Sequence[Tensor] = chosen) -> float:
+            return sum(float(X[o.unsqueeze(1), o].square().sum()) for o in chosen) ** 0.5
+
+        share = sum(float(G.diagonal()[o].sum()) for o in chosen) / float(G.trace())
+        row = {"blocks": kind, "number": len(chosen), "share_of_trace": round(share, 4)}
+        rows.append(row | {name: round(norm(F - G) / norm(G), 4) for name, F in matrices.items()})
+    return rows
+
+
+def errors_of_the_whole(G: Tensor, blocks: Matrices, matrices: Matrices) -> dict[str, float]:
+    """Relative Frobenius errors: of leaving out what is between blocks, and of the blocks."""
+    by_blocks, size = torch.zeros_like(G), G.norm()
+    for own in blocks.values():
+        by_blocks[own.unsqueeze(1), own] = G[own.unsqueeze(1), own]
+    whole = {"between blocks, left out": (G - by_blocks).norm() / size}
+    for name, F in matrices.items():
+        whole[f"{name}, within blocks"] = (F - by_blocks).norm() / size
+        whole[f"{name}, in all"] = (F - G).norm() / size
+    return {name: round(float(value), 4) for name, value in whole.items()}
+
+
+def cosines(
+    exact: Decomposition,
+    of_blocks: Mapping[str, Decomposition],
+    blocks: Matrices,
+    operators: Mapping[str, DiffusionKFACLinearOperator],
+    right_PK: Tensor,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Of damped inverse-vector products: with those of the whole, and by kind with the blocks'."""
+    whole, by_kind = [], []
+    for damping in DAMPINGS:
+        blockwise = torch.empty_like(right_PK)
+        for name, own in blocks.items():
+            blockwise[own] = _solved(of_blocks[name], damping, right_PK[own])
+        approximate = {name: F.inverse(damping) @ right_PK for name, F in operators.items()}
+        plain = {"no curvature": right_PK}
+        truth = _solved(exact, damping, right_PK)
+        found = {**plain, "exact blocks": blockwise, **approximate}
+        whole.append({"damping": damping} | _cosines(found, truth))
+        for kind, chosen in of_kinds(blocks).items():
+            inside = torch.cat(chosen)
+            within = {name: X[inside] for name, X in (plain | approximate).items()}
+            row = {"blocks": kind, "damping": damping}
+            by_kind.append(row | _cosines(within, blockwise[inside]))
+    return whole, by_kind
+
+
+def _cosines(found: Matrices, truth_PK: Tensor) -> dict[str, float]:
+    return {
+        name: round(float(cosine_similarity(X_PK, truth_PK, 0).mean()), 4)
+        for name, X_PK in found.items()
+    }
+
+
+def _solved(decomposition: Decomposition, damping: float, right: Tensor) -> Tensor:
+    values, vectors = decomposition
+    scale = 1 / (values.clamp(min=0) + damping)
+    return vectors @ (scale.unsqueeze(1) * (vectors.T @ right))
+
+
+def shares_of_eigenvalues(
+    regression: NoisedRegression, exact: Tensor, vectors: int
+) -> dict[str, list[float]]:
+    """Of those above 1 and 10 % of the largest: dense, and by Lanczos' method."""
+    largest = float(exact[-1])
+    grid, density = lanczos_approximate_spectrum(
+        DiffusionGGNLinearOperator(regression, chunk_size=8),
+        vectors,
+        num_points=512,
+        boundaries=(0.0, largest),
+    )
+    total = density.sum()
+    bounds = [share * largest for share in (0.01, 0.1)]
+    return {
+        "dense": [float((exact > bound).double().mean()) for bound in bounds],
+        "Lanczos": [float(density[grid > bound].sum() / total) for bound in bounds],
+    }
+
+
+def traces_by_band(objective: DenoisingObjective, x0: Tensor, seed: int) -> list[dict[str, Any]]:
+    """The trace over levels spread through each band: exact, of K-FAC and of EK-FAC."""
+    T, rows = objective.process.num_levels, []
+    for band in range(BANDS):
+        first, behind = band * T // BANDS, (band + 1) * T // BANDS
+        step = (behind - first) / LEVELS_OF_A_BAND
+        levels = tuple(int(first + (i + 0.5) * step) for i in range(LEVELS_OF_A_BAND))
+        inside = NoisedRegression(
+            objective,
+            x0,
+            len(levels),
+            seed,
+            timesteps=levels,
+            batch_size=64,
+        )
+        found = {"exact": ggn_rows(inside).square().sum()}
+        for kind in ("K-FAC", "EK-FAC"):
+            found[kind] = APPROXIMATIONS[kind][0](inside, fisher_type="type-2").trace()
+        rows.append(
+            {"levels": f"{first} to {behind - 1}"}
+            | {name: round(float(value), 3) for name, value in found.items()}
+        )
+    return rows
+
+
 def main() -> None:
     """Run the program."""
-    options = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="of the network, the digits and noise")
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
-    network, x0 = trained_network(2, 2) if options.quick else trained_network(1000, 4)
+    seed = options.seed
+    steps, width, images, draws, gradients, query_draws, vectors = (
+        (2, 2, 2, 4, 2, 4, 4) if options.quick else (1000, 4, 64, 8, 32, 64, 64)
+    )
+    network, x0 = trained_network(steps, width, seed)
     objective = DenoisingObjective(network, DDPMScheduler())
-    images, draws = (2, 4) if options.quick else (64, 8)
-    regression = NoisedRegression(objective, x0[:images], draws, batch_size=64)
-    R_MP, level_M = ggn_rows(regression)
+    regression = NoisedRegression(objective, x0[:images], draws, 2 * seed, batch_size=64)
+    R_MP = ggn_rows(regression)
     G = R_MP.T @ R_MP
     P = len(G)
     operators = {
         name: kind(regression, fisher_type="type-2", **more)
         for name, (kind, more) in APPROXIMATIONS.items()
     }
-    EK = operators["EK-FAC"]
-    index, start = {}, 0
-    for name, p in network.named_parameters():
-        index[name] = torch.arange(start, start + p.numel())
-        start += p.numel()
-    blocks = {
-        placed.name: torch.cat([index[name] for name in placed.params]) for placed in EK.blocks
-    }
-    by_blocks = torch.zeros_like(G)
-    for own in blocks.values():
-        by_blocks[own.unsqueeze(1), own] = G[own.unsqueeze(1), own]
+    blocks = indices_of(network, operators["EK-FAC"])
     matrices = {name: dense(operator, P) for name, operator in operators.items()}
-
-    by_kind = []
-    for kind in sorted({kind_of(name) for name in blocks}):
-        chosen = [own for name, own in blocks.items() if kind_of(name) == kind]
-        norm = sum(float(by_blocks[o.unsqueeze(1), o].square().sum()) for o in chosen) ** 0.5
-        row: dict[str, Any] = {"blocks": kind, "number": len(chosen)}
-        row["share_of_trace"] = round(
-            sum(float(G.diagonal()[o].sum()) for o in chosen) / float(G.trace()), 4
-        )
-        for name, F in matrices.items():
-            square = sum(float((F - by_blocks)[o.unsqueeze(1), o].square().sum()) for o in chosen)
-            row[name] = round(square**0.5 / norm, 4)
-        by_kind.append(row)
-    size = G.norm()
-    whole = {"between blocks, left out": (G - by_blocks).norm() / size}
-    for name, F in matrices.items():
-        whole[f"{name}, within blocks"] = (F - by_blocks).norm() / size
-        whole[f"{name}, in all"] = (F - G).norm() / size
-
-    chosen_rows = 2 if options.quick else 32
-    right_PK = (
-        ExampleGradientLinearOperator(
-            NoisedRegression(objective, x0[-chosen_rows:], 4 if options.quick else 64, 1)
-        )
-        .rows()
-        .T
-    )
+    others = NoisedRegression(objective, x0[-gradients:], query_draws, 2 * seed + 1)
+    right_PK = ExampleGradientLinearOperator(others).rows().T
     exact = torch.linalg.eigh(G)
     of_blocks = {name: torch.linalg.eigh(G[o.unsqueeze(1), o]) for name, o in blocks.items()}
-    cosines = []
-    for damping in DAMPINGS:
-        truth = _solved(exact, damping, right_PK)
-        found = {"no curvature": right_PK, "exact blocks": torch.empty_like(right_PK)}
-        for name, own in blocks.items():
-            found["exact blocks"][own] = _solved(of_blocks[name], damping, right_PK[own])
-        found |= {name: F.inverse(damping) @ right_PK for name, F in operators.items()}
-        similar = {name: cosine_similarity(x, truth, 0).mean() for name, x in found.items()}
-        cosines.append(
-            {"damping": damping} | {name: round(float(c), 4) for name, c in similar.items()}
-        )
-
-    quantiles = torch.tensor([0.0, 0.5, 0.9, 0.99, 0.999, 1.0]).double()
-    labels = [f"{q:g}" for q in quantiles.tolist()]
+    whole_cosines, kind_cosines = cosines(exact, of_blocks, blocks, operators, right_PK)
     spectra = {"exact": exact.eigenvalues}
     spectra["exact blocks"] = torch.cat([found.eigenvalues for found in of_blocks.values()])
     spectra |= {name: operator.eigenvalues() for name, operator in operators.items()}
-    largest = float(exact.eigenvalues[-1])
-    grid, density = lanczos_approximate_spectrum(
-        DiffusionGGNLinearOperator(regression, chunk_size=8),
-        4 if options.quick else 64,
-        num_points=512,
-        boundaries=(0.0, largest),
-    )
-    share = [float((exact.eigenvalues > x * largest).double().mean()) for x in (0.01, 0.1)]
-    total = density.sum()
-    lanczos = [float(density[grid > x * largest].sum() / total) for x in (0.01, 0.1)]
-
-    T = objective.process.num_levels
-    squares_M = R_MP.square().sum(1)
-    bands = []
-    for band in range(BANDS):
-        levels = range(band * T // BANDS, (band + 1) * T // BANDS)
-        inside = (level_M >= levels.start) & (level_M < levels.stop)
-        bands.append(
-            {
-                "levels": f"{levels.start} to {levels.stop - 1}",
-                "trace": round(float(squares_M[inside].sum() / inside.double().mean()), 3),
-            }
-        )
+    quantiles = torch.tensor(QUANTILES).double()
+    labels = [f"{q:g}" for q in QUANTILES]
     report(
         options,
-        "exact_ggn",
+        f"exact_ggn_seed_{seed}" if seed else "exact_ggn",
         __doc__,
         {
-            "by_kind": by_kind,
+            "by_kind": errors_by_kind(G, blocks, matrices),
             "parameters": P,
-            "whole": {name: round(float(value), 4) for name, value in whole.items()},
-            "cosines": cosines,
+            "whole": errors_of_the_whole(G, blocks, matrices),
+            "cosines": whole_cosines,
+            "cosines_by_kind": kind_cosines,
             "spectra": {
                 name: dict(zip(labels, values.quantile(quantiles).tolist(), strict=True))
                 for name, values in spectra.items()
             },
-            "share_of_eigenvalues_above_1_and_10_percent_of_the_largest": {
-                "dense": share,
-                "Lanczos": lanczos,
-            },
-            "bands": bands,
+            "share_of_eigenvalues_above_1_and_10_percent_of_the_largest": shares_of_eigenvalues(
+                regression, exact.eigenvalues, vectors
+            ),
+            "bands": traces_by_band(objective, x0[:images], 2 * seed),
         },
     )
-
-
-def _solved(decomposition: Any, damping: float, right: Tensor) -> Tensor:
-    values, vectors = decomposition
-    scale = 1 / (values.clamp(min=0) + damping)
-    result: Tensor = vectors @ (scale.unsqueeze(1) * (vectors.T @ right))
-    return result
 
 
 if __name__ == "__main__":
