@@ -68,8 +68,9 @@ lds: $(VENV)/.installed-bench  ## the linear data-modelling score, from kept ret
 lds-remove: $(VENV)/.installed-bench  ## retraining without the most helpful digits: three core-hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.remove --problem digits
 
-exact-ggn: $(VENV)/.installed-bench  ## K-FAC and EK-FAC against the exact GGN of a trained UNet
+exact-ggn: $(VENV)/.installed-bench  ## K-FAC and EK-FAC against the exact GGN of two trained UNets
 	$(BIN)/python -m benchmarks.exact_ggn
+	$(BIN)/python -m benchmarks.exact_ggn --seed 1
 
 coverage: $(VENV)/.installed-bench  ## the table of networks and how near their blocks are
 	$(BIN)/python -m benchmarks.coverage

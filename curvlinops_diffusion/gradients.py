@@ -54,6 +54,14 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
 
     Raises:
         ValueError: If a parameter is not the model's, or the measurement is unknown.
+
+    Examples:
+        >>> J = ExampleGradientLinearOperator(query, measurement="simplified_elbo")
+        >>> J.shape[0]
+        2
+        >>> difference = J.adjoint() @ torch.tensor([1.0, -1.0])
+        >>> torch.allclose(difference, J.rows()[0] - J.rows()[1], rtol=1e-3, atol=1e-2)
+        True
     """
 
     SELF_ADJOINT = False

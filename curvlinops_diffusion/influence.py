@@ -107,6 +107,14 @@ def influence_scores(
 
     Raises:
         ValueError: If the operators act on different parameters or devices.
+
+    Examples:
+        >>> EK = DiffusionEKFACLinearOperator(train)
+        >>> J_train = ExampleGradientLinearOperator(train, EK.param_names)
+        >>> J_query = ExampleGradientLinearOperator(query, EK.param_names)
+        >>> scores = influence_scores(J_query, EK.inverse(damping=1e-8), J_train)
+        >>> scores.shape  # [Q, N]
+        torch.Size([2, 10])
     """
     _check_same_space(J_query, G_inv, J_train)
     passes = replace(passes, progressbar=progressbar or passes.progressbar)
@@ -153,6 +161,14 @@ def top_influences(
 
     Raises:
         ValueError: If the operators act on different parameters or devices.
+
+    Examples:
+        >>> EK = DiffusionEKFACLinearOperator(train)
+        >>> J_train = ExampleGradientLinearOperator(train, EK.param_names)
+        >>> J_query = ExampleGradientLinearOperator(query, EK.param_names)
+        >>> found = top_influences(J_query, EK.inverse(damping=1e-8), J_train, k=3)
+        >>> found.positive.indices.shape  # the three most helpful to each query
+        torch.Size([2, 3])
     """
     _check_same_space(J_query, G_inv, J_train)
     share, parts = Share.of(passes.distributed), []
@@ -205,6 +221,17 @@ def group_and_self_influence(
 
     Raises:
         ValueError: If ``groups`` has another shape, or the operators act on different parameters.
+
+    Examples:
+        >>> EK = DiffusionEKFACLinearOperator(train)
+        >>> J_train = ExampleGradientLinearOperator(train, EK.param_names)
+        >>> J_query = ExampleGradientLinearOperator(query, EK.param_names)
+        >>> groups = torch.arange(10) % 3
+        >>> of_groups, of_themselves = group_and_self_influence(
+        ...     J_query, EK.inverse(damping=1e-8), J_train, groups
+        ... )
+        >>> of_groups.shape, of_themselves.shape
+        (torch.Size([2, 3]), torch.Size([10]))
     """
     _check_same_space(J_query, G_inv, J_train)
     N = J_train.shape[0]

@@ -37,6 +37,11 @@ class NystromInverseLinearOperator(FlatLinearOperator):
             are nearer to the leading eigenvectors than those of ``N(0, I)``.
         seed: Seed of the columns.
         block: Columns multiplied at once.
+
+    Examples:
+        >>> G = DiffusionGGNLinearOperator(train)
+        >>> sketched = NystromInverseLinearOperator(G, damping=1e-2, rank=4)
+        >>> other = sketched.with_damping(1e-1)  # no further product with G
     """
 
     def __init__(

@@ -152,6 +152,11 @@ class DenoisingObjective:
     Raises:
         ValueError: If the model has no floating-point parameters, or an argument is of no
             accepted kind.
+
+    Examples:
+        >>> objective = DenoisingObjective(unet, DDPMScheduler(), MinSNRWeighting(gamma=5.0))
+        >>> objective.weights_T.shape
+        torch.Size([1000])
     """
 
     def __init__(

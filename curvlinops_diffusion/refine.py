@@ -133,6 +133,13 @@ class CGRefinedInverseLinearOperator(RefinedInverseLinearOperator):
 
     Arguments, attributes and errors are those of :class:`RefinedInverseLinearOperator`; the
     preconditioner must be positive definite.
+
+    Examples:
+        >>> G, EK = DiffusionGGNLinearOperator(train), DiffusionEKFACLinearOperator(train)
+        >>> inverse = CGRefinedInverseLinearOperator(G, 1e-2, EK.inverse(1e-2), max_iter=5)
+        >>> x = inverse @ torch.ones(G.shape[1])
+        >>> inverse.refinement.num_iterations
+        5
     """
 
     def _solve(self, B_PK: Tensor, tell: Callable[[Tensor], None]) -> Tensor:

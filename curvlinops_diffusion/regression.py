@@ -92,6 +92,14 @@ class NoisedRegression:
     Raises:
         ValueError: If the data is empty or malformed, changes between iterations, or an argument
             is of no accepted kind.
+
+    Examples:
+        >>> regression = NoisedRegression(objective, images, num_draws=4, timesteps="uniform")
+        >>> regression.num_data, regression.num_draws, regression.num_samples
+        (10, 4, 40)
+        >>> X, y = next(iter(regression))  # for any operator of curvlinops
+        >>> regression.model_func(X).shape == y.shape
+        True
     """
 
     def __init__(

@@ -50,6 +50,14 @@ class GradientStore:
     Attributes:
         header: What the store was made of.
         num_data: The number ``N`` of training examples.
+
+    Examples:
+        >>> EK = DiffusionEKFACLinearOperator(train)
+        >>> J_train = ExampleGradientLinearOperator(train, EK.param_names)
+        >>> store = GradientStore.create(f"{folder}/store", J_train, EK, damping=1e-8)
+        >>> J_query = ExampleGradientLinearOperator(query, EK.param_names)
+        >>> store.scores(J_query, EK).shape
+        torch.Size([2, 10])
     """
 
     def __init__(self, folder: Path, header: dict[str, Any], kept: dict[str, Tensor]):

@@ -46,6 +46,14 @@ class WoodburyInverseLinearOperator(FlatLinearOperator):
 
     Raises:
         ValueError: If the weight is negative, or the shapes do not fit.
+
+    Examples:
+        >>> K = DiffusionKFACLinearOperator(train)
+        >>> J_train = ExampleGradientLinearOperator(train, K.param_names)
+        >>> inverse = WoodburyInverseLinearOperator(K.inverse(damping=1e-3), J_train)
+        >>> J_query = ExampleGradientLinearOperator(query, K.param_names)
+        >>> influence_scores(J_query, inverse, J_train).shape
+        torch.Size([2, 10])
     """
 
     def __init__(

@@ -37,10 +37,34 @@ autodoc_typehints = "none"  # docstrings describe the arguments
 # upstream's docstrings, inherited, are not in a form that passes without warnings
 autodoc_inherit_docstrings = False
 
+# what the examples in docstrings take for granted, as the API page says
 doctest_global_setup = """
+import tempfile
 import warnings
 
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+
+from curvlinops_diffusion import *
+
 warnings.simplefilter("ignore")
+torch.manual_seed(0)
+unet = UNet2DModel(
+    sample_size=8,
+    in_channels=1,
+    out_channels=1,
+    layers_per_block=1,
+    block_out_channels=(8, 8),
+    norm_num_groups=4,
+    attention_head_dim=8,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+)
+images = torch.randn(10, 1, 8, 8)
+objective = DenoisingObjective(unet, DDPMScheduler())
+train = NoisedRegression(objective, images, num_draws=4)
+query = NoisedRegression(objective, torch.randn(2, 1, 8, 8), num_draws=8, seed=1)
+folder = tempfile.mkdtemp()
 """
 
 

@@ -30,6 +30,9 @@ METHODS = (
 # of several settings that are of interest: in a table of their own
 SCANS = ("draws,", "powers", "bands of levels", "conjugate gradients")
 
+# of cosines by kind of block, which are many
+SHOWN_DAMPINGS = (1e-8, 1e-4, 1.0)
+
 Row = Sequence[object]
 
 
@@ -83,6 +86,9 @@ def _further(result: dict[str, Any]) -> dict[str, list[Row]]:
     return {
         "_whole": [("", "relative error"), *result["whole"].items()],
         "_cosines": _of_records(result["cosines"]),
+        "_cosines_by_kind": _of_records(
+            [row for row in result["cosines_by_kind"] if row["damping"] in SHOWN_DAMPINGS]
+        ),
         "_spectra": [
             ("quantile", *next(iter(result["spectra"].values()))),
             *(

@@ -18,6 +18,7 @@ PROGRAMS = {
     "factor_pass --upstream --problem dit": [],
     "factor_pass --problem cifar --upstream --not-decomposed": [],
     "exact_ggn": ["exact_ggn"],
+    "exact_ggn --seed 1": ["exact_ggn_seed_1"],
     "ggn_product": ["ggn_product"],
     "inverse_products": ["inverse_products"],
     "peak_memory": ["peak_memory"],

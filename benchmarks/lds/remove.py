@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.lds.evaluate import DEFAULT, PREDICTED, key_of, setting_of
+from benchmarks.lds.evaluate import DEFAULT, PREDICTED, key_of, numbers_of, setting_of
 from benchmarks.lds.methods import METHODS, Setting
 from benchmarks.lds.problems import PROBLEMS, Problem
 from benchmarks.lds.retrain import FOLDER, NETWORKS
@@ -91,14 +91,13 @@ def losses(job: Job) -> Tensor:
 def most_helpful(setting: Setting, method: str, damping: str, work: Path) -> Tensor:
     """The training images by influence on each generated query's loss, ``[Q, N]``."""
     path = work / f"order_{method.lower().replace(' ', '-')}.safetensors"
-    if not path.exists():
+    networks = digest_of(setting.weights, setting.generated)
+    of = digest_of(networks, *numbers_of(setting.problem), METHODS[method], damping)
+    if not path.exists() or PREDICTED.read_header(path).get("of") != of:
         by_setting = {key_of(key): scores[0] for key, scores in METHODS[method](setting)}
         own = by_setting[damping][-setting.problem.num_queries :]
-        PREDICTED.write(path, {"order": own.argsort(descending=True)}, {"damping": damping})
-    header, tensors = PREDICTED.read(path)
-    if header["damping"] != damping:
-        raise ValueError(f"{path} is for damping {header['damping']}, not {damping}. Remove it.")
-    return tensors["order"]
+        PREDICTED.write(path, {"order": own.argsort(descending=True)}, {"of": of})
+    return PREDICTED.read(path)[1]["order"]
 
 
 def damping_of(method: str, results: Path) -> str:

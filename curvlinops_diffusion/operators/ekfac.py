@@ -37,6 +37,13 @@ class DiffusionEKFACLinearOperator(DiffusionKFACLinearOperator):
     Arguments, attributes and errors are those of
     :class:`~curvlinops_diffusion.DiffusionKFACLinearOperator`, except that
     ``fisher_type='forward-only'`` does not exist: it has no gradients.
+
+    Examples:
+        >>> EK = DiffusionEKFACLinearOperator(train)
+        >>> EK.eigenvalues().shape == (EK.shape[0],)
+        True
+        >>> torch.isclose(EK.eigenvalues().sum(), EK.trace(), rtol=1e-4).item()
+        True
     """
 
     KIND: ClassVar[str] = "ekfac"

@@ -40,6 +40,14 @@ class DiffusionGGNLinearOperator(ParameterSpaceOperator):
 
     Raises:
         ValueError: If a parameter is not the model's.
+
+    Examples:
+        >>> G = DiffusionGGNLinearOperator(train)
+        >>> P = sum(p.numel() for p in unet.parameters())
+        >>> G.shape == (P, P)
+        True
+        >>> (G @ torch.ones(P)).shape == (P,)
+        True
     """
 
     def __init__(

@@ -85,6 +85,15 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
     Raises:
         ValueError: If an option is unknown, a parameter is not supported, or a factor is not
             finite (named by its layer).
+
+    Examples:
+        >>> K = DiffusionKFACLinearOperator(train, kfac_approx="shampoo")
+        >>> v = torch.ones(K.shape[1])
+        >>> u = K.inverse(damping=1e-3) @ v
+        >>> torch.allclose(K @ u + 1e-3 * u, v, atol=1e-3)
+        True
+        >>> noise = torch.randn(K.shape[1])
+        >>> sample = K.power(-0.5, damping=1e-3) @ noise  # its covariance: (K + λ I)⁻¹
     """
 
     KIND: ClassVar[str] = "kfac"

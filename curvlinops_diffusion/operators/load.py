@@ -33,6 +33,12 @@ def load_operator(path: str | PathLike[str], model: nn.Module) -> BlockDiagonalL
     Raises:
         ValueError: If the file is missing, truncated, foreign or of a newer format, or was made
             for another model or other weights; the message says which.
+
+    Examples:
+        >>> DiffusionKFACLinearOperator(train).save(f"{folder}/kfac.safetensors")
+        >>> K = load_operator(f"{folder}/kfac.safetensors", unet)
+        >>> type(K).__name__
+        'DiffusionKFACLinearOperator'
     """
     kind, space, blocks, info = load_blocks(path, uncompiled(model))
     if kind not in _KINDS:
