@@ -95,6 +95,17 @@ def test_what_the_documentation_says_of_the_results():
     for errors in best.values():
         others = [e for name, e in errors.items() if not name.startswith("Nyström")]
         assert errors["Nyström, rank 64"] <= min(others)
+    cost = {
+        tuple(row[key] for key in ("timesteps", "draws", "probe_type", "mc_samples")): row[
+            "squared_error_B_times_seconds"
+        ]
+        for row in kept("draws")["settings"]
+    }
+    for draws, ratio in ((1, 0.65), (4, 0.93)):
+        one, two = (cost["stratified", draws, "rademacher", number] for number in (1, 2))
+        assert round(two / one, 2) == ratio
+    assert cost["stratified", 1, "rademacher", 1] < cost["stratified", 1, "gaussian", 1]
+    assert cost["uniform", 1, "rademacher", 1] >= cost["uniform", 1, "gaussian", 1]
     memory = kept("peak_memory")["beyond_a_training_pass"]
     assert memory["curvlinops K-FAC factors"] / memory["K-FAC factors"] > 4
 
