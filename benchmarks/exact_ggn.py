@@ -9,9 +9,9 @@ approximations differ.
 - Cosines of damped inverse-vector products with the exact ones, mean over 32 gradients; and by kind
   of block with those of the exact blocks.
 - Spectra: dense, by Lanczos' method, and the approximations'.
-- The trace by band of noise levels, exact and of the approximations fitted within the band.
+- The trace by band of noise levels, exact and of K-FAC and EK-FAC fitted within the band.
 
-With ``--seed``, of another network, other digits and other noise.
+With a ``--seed`` other than 0, of another network, other digits and other noise.
 
 Legend: P parameters, M rows (images, draws and outputs).
 """
@@ -57,7 +57,7 @@ APPROXIMATIONS: dict[str, Any] = {
 }
 
 
-Matrices = Mapping[str, Tensor]
+Tensors = Mapping[str, Tensor]
 Decomposition = tuple[Tensor, Tensor]
 
 
@@ -121,7 +121,7 @@ def kind_of(name: str) -> str:
     return "attention" if "attentions" in name else "convolutions"
 
 
-def of_kinds(blocks: Matrices) -> dict[str, list[Tensor]]:
+def of_kinds(blocks: Tensors) -> dict[str, list[Tensor]]:
     """The indices of the blocks of each kind."""
     kinds: dict[str, list[Tensor]] = {}
     for name in sorted(blocks, key=kind_of):
@@ -147,7 +147,7 @@ def dense(operator: Any, P: int) -> Tensor:
     return torch.cat(columns, 1)
 
 
-def errors_by_kind(G: Tensor, blocks: Matrices, matrices: Matrices) -> list[dict[str, Any]]:
+def errors_by_kind(G: Tensor, blocks: Tensors, matrices: Tensors) -> list[dict[str, Any]]:
     """Relative Frobenius errors of the blocks of each kind."""
     rows = []
     for kind, chosen in of_kinds(blocks).items():
@@ -161,7 +161,7 @@ def errors_by_kind(G: Tensor, blocks: Matrices, matrices: Matrices) -> list[dict
     return rows
 
 
-def errors_of_the_whole(G: Tensor, blocks: Matrices, matrices: Matrices) -> dict[str, float]:
+def errors_of_the_whole(G: Tensor, blocks: Tensors, matrices: Tensors) -> dict[str, float]:
     """Relative Frobenius errors: of leaving out what is between blocks, and of the blocks."""
     by_blocks, size = torch.zeros_like(G), G.norm()
     for own in blocks.values():
@@ -176,7 +176,7 @@ def errors_of_the_whole(G: Tensor, blocks: Matrices, matrices: Matrices) -> dict
 def cosines(
     exact: Decomposition,
     of_blocks: Mapping[str, Decomposition],
-    blocks: Matrices,
+    blocks: Tensors,
     operators: Mapping[str, DiffusionKFACLinearOperator],
     right_PK: Tensor,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -199,7 +199,7 @@ def cosines(
     return whole, by_kind
 
 
-def _cosines(found: Matrices, truth_PK: Tensor) -> dict[str, float]:
+def _cosines(found: Tensors, truth_PK: Tensor) -> dict[str, float]:
     return {
         name: round(float(cosine_similarity(X_PK, truth_PK, 0).mean()), 4)
         for name, X_PK in found.items()
@@ -293,11 +293,15 @@ def main() -> None:
         f"exact_ggn_seed_{seed}" if seed else "exact_ggn",
         __doc__,
         {
+            "seed": seed,
             "by_kind": errors_by_kind(G, blocks, matrices),
             "parameters": P,
             "whole": errors_of_the_whole(G, blocks, matrices),
             "cosines": whole_cosines,
             "cosines_by_kind": kind_cosines,
+            "block_of_the_largest_eigenvalue": max(
+                of_blocks, key=lambda name: float(of_blocks[name].eigenvalues[-1])
+            ),
             "spectra": {
                 name: dict(zip(labels, values.quantile(quantiles).tolist(), strict=True))
                 for name, values in spectra.items()

@@ -61,7 +61,7 @@ def date() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What a result depends on; seeds are constants of the commit's programs."""
+    """What a result depends on; seeds are constants of the commit's programs or in it."""
     return {
         "date": date(),
         "seconds_until_then": round(time.perf_counter() - _START),

@@ -59,8 +59,8 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
         >>> J = ExampleGradientLinearOperator(query, measurement="simplified_elbo")
         >>> J.shape[0]
         2
-        >>> difference = J.adjoint() @ torch.tensor([1.0, -1.0])
-        >>> torch.allclose(difference, J.rows()[0] - J.rows()[1], rtol=1e-3, atol=1e-2)
+        >>> difference, rows = J.adjoint() @ torch.tensor([1.0, -1.0]), J.rows()
+        >>> bool((difference - (rows[0] - rows[1])).norm() < 1e-4 * difference.norm())
         True
     """
 

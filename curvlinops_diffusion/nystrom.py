@@ -41,7 +41,11 @@ class NystromInverseLinearOperator(FlatLinearOperator):
     Examples:
         >>> G = DiffusionGGNLinearOperator(train)
         >>> sketched = NystromInverseLinearOperator(G, damping=1e-2, rank=4)
-        >>> other = sketched.with_damping(1e-1)  # no further product with G
+        >>> less = sketched.with_damping(1e-1)  # without another product with G
+        >>> exact = CGRefinedInverseLinearOperator(G, 1e-1, less, tolerance=0.1)
+        >>> x = exact @ torch.ones(G.shape[1])
+        >>> exact.refinement.converged.tolist()
+        [True]
     """
 
     def __init__(

@@ -135,11 +135,13 @@ class CGRefinedInverseLinearOperator(RefinedInverseLinearOperator):
     preconditioner must be positive definite.
 
     Examples:
+        >>> J_query = ExampleGradientLinearOperator(query)
         >>> G, EK = DiffusionGGNLinearOperator(train), DiffusionEKFACLinearOperator(train)
         >>> inverse = CGRefinedInverseLinearOperator(G, 1e-2, EK.inverse(1e-2), max_iter=5)
-        >>> x = inverse @ torch.ones(G.shape[1])
-        >>> inverse.refinement.num_iterations
-        5
+        >>> x = inverse @ J_query.rows()[0]
+        >>> residuals = inverse.refinement.residuals
+        >>> bool(residuals[-1] < residuals[0])
+        True
     """
 
     def _solve(self, B_PK: Tensor, tell: Callable[[Tensor], None]) -> Tensor:

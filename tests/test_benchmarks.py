@@ -139,5 +139,12 @@ def test_what_the_documentation_says_of_the_exact_ggn():
     assert order[:2] == ["EK-FAC, Shampoo's factors", "EK-FAC, nearest"]
     assert order[-2:] == ["K-FAC, nearest", "K-FAC, reduce"]
     assert round(default["exact blocks"], 2) == 0.28
-    traces = [row["trace"] for row in result["bands"]]
+    blocks = {row["blocks"]: row for row in result["cosines_by_kind"] if row["damping"] == 1e-8}
+    names = ("K-FAC", "EK-FAC", "EK-FAC, Shampoo's factors")
+    for kind, expected in (("convolutions", [0.54, 0.58, 0.66]), ("attention", [0.55, 0.68, 0.74])):
+        assert [round(blocks[kind][name], 2) for name in names] == expected
+    traces = [row["exact"] for row in result["bands"]]
     assert traces == sorted(traces, reverse=True)
+    more = [row["K-FAC"] / row["exact"] - 1 for row in result["bands"]]
+    assert (round(min(more), 2), round(max(more), 2)) == (0.09, 0.19)
+    assert all(row["EK-FAC"] == pytest.approx(row["exact"], rel=1e-5) for row in result["bands"])

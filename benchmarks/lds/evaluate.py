@@ -194,11 +194,17 @@ def main() -> None:
     name = f"lds_{problem.name}"
     if options.methods:
         rows = kept(options.output / f"{name}_{options.device}.json", settings, rows)
+    order = [*runs]
+    rows.sort(key=lambda row: order.index(row["method"]))
     report(options, name, __doc__, {**settings, "methods": rows})
 
 
 def kept(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of an earlier result with the same settings, those of the same methods replaced."""
+    """The rows of an earlier result with the same settings, those of the same methods replaced.
+
+    Raises:
+        ValueError: If the settings are others, or a method that differences are to has changed.
+    """
     if not path.exists():
         return rows
     earlier = json.loads(path.read_text())
@@ -208,6 +214,14 @@ def kept(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> li
             f"{path} has other {', '.join(differing)}. Evaluate all methods, or give --output "
             "another folder."
         )
+    before = {(row["method"], row["cell"]): row["lds"] for row in earlier["methods"]}
+    for row in rows:
+        place = row["method"], row["cell"]
+        if row["method"] in REFERENCES.values() and before.get(place, row["lds"]) != row["lds"]:
+            raise ValueError(
+                f"{row['method']} has other scores in {path}, which its differences are to. "
+                "Evaluate all methods, or give --output another folder."
+            )
     names = {row["method"] for row in rows}
     return [row for row in earlier["methods"] if row["method"] not in names] + rows
 

@@ -71,20 +71,21 @@ class Job:
 
 def losses(job: Job) -> Tensor:
     """Train, and measure the loss of each generated query, ``[Q]``; or read what was measured."""
-    if not job.path.exists():
+    problem = PROBLEMS[job.problem]
+    generated = NETWORKS.read(job.work / "generated.safetensors")[1]["generated"]
+    of = digest_of(problem.description, problem.steps, generated)
+    if not job.path.exists() or NETWORKS.read_header(job.path).get("of") != of:
         start = time.perf_counter()
         torch.set_num_threads(1)
-        problem = PROBLEMS[job.problem]
         train = problem.data()[0]
         left = torch.ones(len(train), dtype=torch.bool)
         left[list(job.removed)] = False
         network = problem.trained(train[left], problem.steps // 2, 5000 + job.seed)
-        generated = NETWORKS.read(job.work / "generated.safetensors")[1]["generated"]
         # behind the held-out ones, so that their draws are those of the scores
         queries = torch.cat([problem.data()[1], generated])
         values_Q = problem.measured(network, queries)[0, -len(generated) :].contiguous()
         seconds = round(time.perf_counter() - start, 1)
-        NETWORKS.write(job.path, {"values": values_Q}, {"seconds": seconds})
+        NETWORKS.write(job.path, {"values": values_Q}, {"seconds": seconds, "of": of})
     return NETWORKS.read(job.path)[1]["values"].double()
 
 
@@ -179,7 +180,9 @@ def main() -> None:
         each = [relative_change(without_SQ[:, [q]], full_SQ[:, [q]]) for q in range(len(queries))]
         row["by_query"] = [f"{change:.3f} ± {error:.3f}" for change, error in each]
         rows.append(row)
-    report(options, f"removed_{problem.name}", __doc__, {"seeds": SEEDS, "removals": rows})
+    seconds = sum(NETWORKS.read_header(job.path)["seconds"] for job in todo)
+    result = {"seeds": SEEDS, "core_seconds": round(seconds), "removals": rows}
+    report(options, f"removed_{problem.name}", __doc__, result)
 
 
 def relative_change(without_SQ: Tensor, full_SQ: Tensor) -> tuple[float, float]:

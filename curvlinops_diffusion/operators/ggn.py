@@ -46,7 +46,8 @@ class DiffusionGGNLinearOperator(ParameterSpaceOperator):
         >>> P = sum(p.numel() for p in unet.parameters())
         >>> G.shape == (P, P)
         True
-        >>> (G @ torch.ones(P)).shape == (P,)
+        >>> v = torch.randn(P)
+        >>> bool(v @ (G @ v) > 0)  # E[2 w_t r ‖J v‖²]
         True
     """
 
