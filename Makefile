@@ -65,7 +65,7 @@ lds: $(VENV)/.installed-bench  ## the linear data-modelling score, from kept ret
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem digits
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem photographs
 
-lds-remove: $(VENV)/.installed-bench  ## retraining without the most helpful digits: three core-hours
+lds-remove: $(VENV)/.installed-bench  ## retraining without the most helpful digits: five core-hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.remove --problem digits
 
 exact-ggn: $(VENV)/.installed-bench  ## K-FAC and EK-FAC against the exact GGN of two trained UNets

@@ -41,8 +41,8 @@ class NystromInverseLinearOperator(FlatLinearOperator):
     Examples:
         >>> G = DiffusionGGNLinearOperator(train)
         >>> sketched = NystromInverseLinearOperator(G, damping=1e-2, rank=4)
-        >>> less = sketched.with_damping(1e-1)  # without another product with G
-        >>> exact = CGRefinedInverseLinearOperator(G, 1e-1, less, tolerance=0.1)
+        >>> more = sketched.with_damping(1.0)  # without another product with G
+        >>> exact = CGRefinedInverseLinearOperator(G, 1.0, more, tolerance=0.1)
         >>> x = exact @ torch.ones(G.shape[1])
         >>> exact.refinement.converged.tolist()
         [True]

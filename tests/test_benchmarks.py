@@ -28,6 +28,7 @@ PROGRAMS = {
     "scoring": ["scoring"],
     "stored_gradients": ["stored_gradients"],
 }
+PARTS = ("minus_recipe", "minus_ekfac", "scans")
 RESULTS = [name for names in PROGRAMS.values() for name in names]
 
 
@@ -46,6 +47,7 @@ def test_the_program_runs(call, tmp_path, monkeypatch):
     with torch.random.fork_rng():
         importlib.import_module(f"benchmarks.{name}").main()
     (path,) = tmp_path.glob("*.json")
+    assert path.stem.removesuffix("_cpu") in (PROGRAMS[call] or RESULTS)
     assert {"machine", "question"} <= json.loads(path.read_text()).keys()
 
 
@@ -65,8 +67,12 @@ def test_tables_of_the_documentation_hold_the_results(monkeypatch, tmp_path):
 
     tables.write_tables(tmp_path)
     pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.rst"))
-    for name in RESULTS:
+    further = [f"exact_ggn_{part}" for part in ("whole", "cosines", "cosines_by_kind", "spectra")]
+    further += [f"lds_{problem}_{part}" for problem in ("digits", "photographs") for part in PARTS]
+    for name in (*RESULTS, *further, "exact_ggn_bands", "removed_digits"):
+        assert (tmp_path / f"{name}.rst").exists()
         assert f".. include:: _tables/{name}.rst" in pages
+    for name in RESULTS:
         cells = (tmp_path / f"{name}.rst").read_text()
         result = kept(name)
         numbers = [f"{value:.2f}" for value in result.get("training_passes", {}).values()]
@@ -131,6 +137,20 @@ def test_what_the_documentation_says_of_the_exact_ggn():
     largest = {name: values["1"] for name, values in result["spectra"].items()}
     assert round(largest.pop("exact")) == 133
     assert [name for name, value in largest.items() if round(value, 1) != 23.5] == ["K-FAC, reduce"]
+    assert result["block_of_the_largest_eigenvalue"] == "conv_out.bias"
+    shares = result["share_of_eigenvalues_above_1_and_10_percent_of_the_largest"]
+    assert [round(100 * share, 1) for share in (shares["dense"][0], shares["Lanczos"][0])] == [
+        0.7,
+        6.6,
+    ]
+    assert [round(100 * share, 2) for share in (shares["dense"][1], shares["Lanczos"][1])] == [
+        0.1,
+        0.11,
+    ]
+    assert round(whole["K-FAC, reduce, within blocks"], 2) == 0.15
+    assert round(whole["K-FAC, within blocks"], 2) == 0.32
+    assert round(result["cosines"][0]["K-FAC, reduce"], 3) == 0.002
+    assert result["parameters"] == 4877
     default = result["cosines"][0]
     assert default["damping"] == 1e-8
     order = sorted(
