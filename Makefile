@@ -61,16 +61,15 @@ lds-retrain: $(VENV)/.installed-bench  ## the linear data-modelling score from n
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem digits
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem photographs
 
-lds: $(VENV)/.installed-bench  ## the linear data-modelling score, from kept retrainings: two core-hours
+lds: $(VENV)/.installed-bench  ## the linear data-modelling score, from kept retrainings: four core-hours or more
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem digits
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem photographs
 
 lds-remove: $(VENV)/.installed-bench  ## retraining without the most helpful digits: five core-hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.remove --problem digits
 
-exact-ggn: $(VENV)/.installed-bench  ## K-FAC and EK-FAC against the exact GGN of two trained UNets
+exact-ggn: $(VENV)/.installed-bench  ## K-FAC and EK-FAC against the exact GGN of a trained UNet
 	$(BIN)/python -m benchmarks.exact_ggn
-	$(BIN)/python -m benchmarks.exact_ggn --seed 1
 
 coverage: $(VENV)/.installed-bench  ## the table of networks and how near their blocks are
 	$(BIN)/python -m benchmarks.coverage
