@@ -120,12 +120,14 @@ def test_rows_of_other_methods_are_kept(tmp_path):
     path = tmp_path / "result.json"
 
     def rows(**scores):
-        return [{"method": m.replace("_", "-"), "cell": "", "lds": s} for m, s in scores.items()]
+        return [
+            {"method": m.replace("_", "-"), "cell": "", "lds": {"": s}} for m, s in scores.items()
+        ]
 
     new = rows(b=3, c=4, EK_FAC=5)
     assert kept(path, {"draws": 2}, new) == new
     path.write_text(json.dumps({"draws": 2, "methods": rows(a=1, b=2, EK_FAC=5)}))
-    assert [row["lds"] for row in kept(path, {"draws": 2}, new)] == [1, 3, 4, 5]
+    assert [row["lds"][""] for row in kept(path, {"draws": 2}, new)] == [1, 3, 4, 5]
     with pytest.raises(ValueError, match="other draws"):
         kept(path, {"draws": 3}, new)
     with pytest.raises(ValueError, match="EK-FAC has other scores"):
