@@ -61,7 +61,7 @@ lds-retrain: $(VENV)/.installed-bench  ## the linear data-modelling score from n
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem digits
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem photographs
 
-lds: $(VENV)/.installed-bench  ## the linear data-modelling score, from kept retrainings: four core-hours or more
+lds: $(VENV)/.installed-bench  ## the linear data-modelling score, from kept retrainings: seven core-hours or more
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem digits
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem photographs
 

@@ -337,6 +337,26 @@ def test_what_the_documentation_says_of_the_photographs():
         ours = photographs["K-FAC, regression on loss and prediction", cell]["lds"]
         norm = photographs["K-FAC, regression on the squared norm", cell]["lds"]
         assert ours < norm < photographs["D-TRAK", cell]["lds"]
+        low_rank = minus_ekfac(photographs, "EK-FAC + low rank", cell)
+        assert low_rank["low"] > 0
+        assert round(low_rank["difference"], 2) in (0.01, 0.02)
+        for same in ("EK-FAC, joint bias", "EK-FAC, linear and convolutions only"):
+            assert undecided(minus_ekfac(photographs, same, cell))
+        assert undecided(minus_ekfac(photographs, f"{RECIPE}, 250 draws", cell))
+        assert undecided(minus_ekfac(photographs, "powers of EK-FAC", cell))
+        late = minus_ekfac(photographs, "EK-FAC, late checkpoints", cell)
+        assert 0.05 < late["difference"] < 0.1
+        assert (late["low"] > 0) == cell.startswith("simplified")
+        assert minus_ekfac(photographs, "sampled GGN", cell)["difference"] > 0.02
+        assert minus_ekfac(photographs, "EK-FAC, GGN of the loss", cell)["difference"] > 0.02
+        assert minus_ekfac(photographs, "bands of levels, EK-FAC", cell)["difference"] > 0
+    for method, number in (
+        ("sampled GGN", 3),
+        ("EK-FAC, GGN of the loss", 3),
+        ("bands of levels, EK-FAC", 1),
+    ):
+        above = [minus_ekfac(photographs, method, cell)["low"] > 0 for cell in cells]
+        assert sum(above) == number
     assert photographs["EK-FAC", "loss, generated"]["low"] < 0
     for cell in cells:
         norm = scan("photographs", "K-FAC, regression on the squared norm", cell)
