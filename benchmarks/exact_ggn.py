@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cosine_similarity, mse_loss
 
 from benchmarks.measure import arguments, report
-from benchmarks.problems import example
+from benchmarks.problems import example, spread
 from curvlinops_diffusion import (
     DenoisingObjective,
     DiffusionEKFACLinearOperator,
@@ -151,14 +151,18 @@ def errors_by_kind(G: Tensor, blocks: Tensors, matrices: Tensors) -> list[dict[s
     """Relative Frobenius errors of the blocks of each kind."""
     rows = []
     for kind, chosen in of_kinds(blocks).items():
-
-        def norm(X: Tensor, chosen: Sequence[Tensor] = chosen) -> float:
-            return sum(float(X[o.unsqueeze(1), o].square().sum()) for o in chosen) ** 0.5
-
         share = sum(float(G.diagonal()[o].sum()) for o in chosen) / float(G.trace())
-        row = {"blocks": kind, "number": len(chosen), "share_of_trace": round(share, 4)}
-        rows.append(row | {name: round(norm(F - G) / norm(G), 4) for name, F in matrices.items()})
+        row: dict[str, Any] = {"blocks": kind, "number": len(chosen)}
+        row["share_of_trace"] = round(share, 4)
+        size = _norm_within(G, chosen)
+        for name, F in matrices.items():
+            row[name] = round(_norm_within(F - G, chosen) / size, 4)
+        rows.append(row)
     return rows
+
+
+def _norm_within(X: Tensor, blocks: Sequence[Tensor]) -> float:
+    return sum(float(X[o.unsqueeze(1), o].square().sum()) for o in blocks) ** 0.5
 
 
 def errors_of_the_whole(G: Tensor, blocks: Tensors, matrices: Tensors) -> dict[str, float]:
@@ -182,6 +186,7 @@ def cosines(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Of damped inverse-vector products: with those of the whole, and by kind with the blocks'."""
     whole, by_kind = [], []
+    kinds = {kind: torch.cat(chosen) for kind, chosen in of_kinds(blocks).items()}
     for damping in DAMPINGS:
         blockwise = torch.empty_like(right_PK)
         for name, own in blocks.items():
@@ -191,8 +196,7 @@ def cosines(
         truth = _solved(exact, damping, right_PK)
         found = {**plain, "exact blocks": blockwise, **approximate}
         whole.append({"damping": damping} | _cosines(found, truth))
-        for kind, chosen in of_kinds(blocks).items():
-            inside = torch.cat(chosen)
+        for kind, inside in kinds.items():
             within = {name: X[inside] for name, X in (plain | approximate).items()}
             row = {"blocks": kind, "damping": damping}
             by_kind.append(row | _cosines(within, blockwise[inside]))
@@ -236,23 +240,15 @@ def traces_by_band(
 ) -> list[dict[str, Any]]:
     """The trace over a number of levels in each band: exact, of K-FAC and of EK-FAC."""
     T, rows = objective.process.num_levels, []
-    for band in range(BANDS):
-        first, behind = band * T // BANDS, (band + 1) * T // BANDS
-        step = (behind - first) / number
-        levels = tuple(int(first + (i + 0.5) * step) for i in range(number))
-        inside = NoisedRegression(
-            objective,
-            x0,
-            len(levels),
-            seed,
-            timesteps=levels,
-            batch_size=64,
-        )
+    for b in range(BANDS):
+        band = range(b * T // BANDS, (b + 1) * T // BANDS)
+        levels = spread(band, number)
+        inside = NoisedRegression(objective, x0, number, seed, timesteps=levels, batch_size=64)
         found = {"exact": ggn_rows(inside).square().sum()}
         for kind in ("K-FAC", "EK-FAC"):
             found[kind] = APPROXIMATIONS[kind][0](inside, fisher_type="type-2").trace()
         rows.append(
-            {"levels": f"{first} to {behind - 1}"}
+            {"levels": f"{band[0]} to {band[-1]}"}
             | {name: round(float(value), 3) for name, value in found.items()}
         )
     return rows

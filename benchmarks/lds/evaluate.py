@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.lds import methods, score
 from benchmarks.lds.methods import METHODS, Scores, Setting
 from benchmarks.lds.problems import LATE, MEASUREMENTS, PROBLEMS, Problem
-from benchmarks.lds.retrain import FOLDER, NETWORKS, result
+from benchmarks.lds.retrain import FOLDER, NETWORKS, is_kept, result
 from benchmarks.measure import arguments, date, report, version_of
 from curvlinops_diffusion._files import FileKind
 from curvlinops_diffusion.digests import digest_of
@@ -55,7 +55,7 @@ def predictions(
     it calls the digest says nothing: remove the work folder when they have changed.
     """
     path = work / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.safetensors"
-    if not path.exists() or PREDICTED.read_header(path).get("of") != of:
+    if not is_kept(PREDICTED, path, of=of):
         start = time.perf_counter()
         found = {
             key_of(setting): torch.stack(
@@ -194,8 +194,10 @@ def main() -> None:
     name = f"lds_{problem.name}"
     if options.methods:
         rows = kept(options.output / f"{name}_{options.device}.json", settings, rows)
-    order = [*runs]
-    rows.sort(key=lambda row: order.index(row["method"]))
+    order = {name: place for place, name in enumerate(runs)}
+    rows.sort(
+        key=lambda row: order.get(row["method"], len(order))
+    )  # methods that are no more come last
     report(options, name, __doc__, {**settings, "methods": rows})
 
 

@@ -18,6 +18,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from benchmarks.lds.problems import MEASURED_SEED, MEASUREMENTS, Problem
+from benchmarks.problems import spread
 from curvlinops_diffusion import (
     CGRefinedInverseLinearOperator,
     DenoisingObjective,
@@ -553,9 +554,9 @@ def bands_of_levels(setting: Setting) -> Scores:
             ]
         )
         # each level with a pair, as many draws in all as for the other methods
-        levels = _spread(band, setting.draws // (2 * BANDS))
+        levels = spread(band, setting.draws // (2 * BANDS))
         train_NP = setting.rows(draws=2 * len(levels), timesteps=levels, antithetic=True)
-        listed = _spread(band, CURVATURE_DRAWS)
+        listed = spread(band, CURVATURE_DRAWS)
         own = setting.curvature(timesteps=listed, draws=len(listed))
         for key, curvature, rows_NP in (
             ("curvature", own, train_NP),
@@ -571,12 +572,6 @@ def bands_of_levels(setting: Setting) -> Scores:
             scores_MQN = scores_MQN / spread_MQ1.clamp(min=torch.finfo(spread_MQ1.dtype).tiny)
             totals[key] = totals.get(key, torch.zeros(())) + scores_MQN
     yield from totals.items()
-
-
-def _spread(band: range, number: int) -> tuple[int, ...]:
-    """Levels in the middle of equal parts of a band."""
-    number = max(number, 1)
-    return tuple(band[(2 * i + 1) * len(band) // (2 * number)] for i in range(number))
 
 
 def _within(band: range, measurement: Measurement) -> Measurement:

@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks.lds.evaluate import DEFAULT, PREDICTED, key_of, numbers_of, setting_of
 from benchmarks.lds.methods import METHODS, Setting
 from benchmarks.lds.problems import PROBLEMS, Problem
-from benchmarks.lds.retrain import FOLDER, NETWORKS
+from benchmarks.lds.retrain import FOLDER, NETWORKS, is_kept
 from benchmarks.measure import RESULTS, arguments, report
 from curvlinops_diffusion.digests import digest_of
 
@@ -72,9 +72,9 @@ class Job:
 def losses(job: Job) -> Tensor:
     """Train, and measure the loss of each generated query, ``[Q]``; or read what was measured."""
     problem = PROBLEMS[job.problem]
-    generated = NETWORKS.read(job.work / "generated.safetensors")[1]["generated"]
-    of = digest_of(problem.description, problem.steps, generated)
-    if not job.path.exists() or NETWORKS.read_header(job.path).get("of") != of:
+    header, tensors = NETWORKS.read(job.work / "generated.safetensors")
+    generated, of = tensors["generated"], header["of"]
+    if not is_kept(NETWORKS, job.path, of=of):
         start = time.perf_counter()
         torch.set_num_threads(1)
         train = problem.data()[0]
@@ -94,7 +94,7 @@ def most_helpful(setting: Setting, method: str, damping: str, work: Path) -> Ten
     path = work / f"order_{method.lower().replace(' ', '-')}.safetensors"
     networks = digest_of(setting.weights, setting.generated)
     of = digest_of(networks, *numbers_of(setting.problem), METHODS[method], damping)
-    if not path.exists() or PREDICTED.read_header(path).get("of") != of:
+    if not is_kept(PREDICTED, path, of=of):
         by_setting = {key_of(key): scores[0] for key, scores in METHODS[method](setting)}
         own = by_setting[damping][-setting.problem.num_queries :]
         PREDICTED.write(path, {"order": own.argsort(descending=True)}, {"of": of})
@@ -147,7 +147,9 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     setting, _ = setting_of(problem, options.retrained)
-    NETWORKS.write(work / "generated.safetensors", {"generated": setting.generated}, {})
+    generated = {"generated": setting.generated}
+    of = digest_of(problem.description, setting.generated)  # what every network depends on
+    NETWORKS.write(work / "generated.safetensors", generated, {"of": of})
     evaluated = options.evaluated / f"lds_{problem.name}_cpu.json"
     dampings = {method: damping_of(method, evaluated) for method in options.methods}
     orders = {

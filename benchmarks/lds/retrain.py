@@ -35,10 +35,18 @@ def result(problem: Problem, folder: Path = FOLDER) -> Path:
     return folder / f"{problem.name}.safetensors"
 
 
+def is_kept(kind: FileKind, path: Path, **expected: Any) -> bool:
+    """Whether there is a file whose header says what is expected."""
+    if not path.exists():
+        return False
+    header = kind.read_header(path)
+    return all(header.get(key) == value for key, value in expected.items())
+
+
 def base(problem: Problem, work: Path) -> dict[str, Tensor]:
     """The network trained on all images, its late checkpoints (float16), and its samples."""
     path = work / "base.safetensors"
-    if not path.exists() or NETWORKS.read_header(path).get("problem") != problem.description:
+    if not is_kept(NETWORKS, path, problem=problem.description):
         late: dict[str, Tensor] = {}
 
         def keep(step: int, network: UNet2DModel) -> None:
@@ -60,7 +68,7 @@ def retrain(job: tuple[str, Path, int, int]) -> float:
     name, work, half, seed = job
     problem = PROBLEMS[name]
     path = work / f"half{half:03}_seed{seed}.safetensors"
-    if path.exists() and NETWORKS.read_header(path).get("problem") == problem.description:
+    if is_kept(NETWORKS, path, problem=problem.description):
         return 0.0
     start = time.perf_counter()
     torch.set_num_threads(1)
