@@ -69,11 +69,14 @@ class EigenBlock(Block):
         eigenvalues: ``Λ``, shape ``[*g, O, I]``.
         output_basis: ``U_B``, shape ``[*g, O, O]``; ``None`` for the identity.
         input_basis: ``U_A``, shape ``[*g, I, I]``; ``None`` for the identity.
+        null: Which eigenvalues are zero up to rounding, where the block was made of something that
+            knows it; ``None`` to judge by their size (:meth:`is_null`).
     """
 
     eigenvalues: Tensor
     output_basis: Tensor | None = None
     input_basis: Tensor | None = None
+    null: Tensor | None = None
 
     @property
     def kind(self) -> str:
@@ -100,6 +103,21 @@ class EigenBlock(Block):
         """The block itself."""
         return self
 
+    def is_null(self) -> Tensor:
+        """Which eigenvalues are zero up to rounding.
+
+        They are second moments of coordinates in the basis, and a coordinate that should be zero is
+        left at the rounding of a product with the basis: ``√Λ ≤ n ε max √Λ`` with ``n`` the larger
+        of ``O`` and ``I``. Without bases nothing is rounded, and zero is zero.
+        """
+        if self.null is not None:
+            return self.null
+        values = self.eigenvalues
+        if self.kind == "diagonal":
+            return values <= 0
+        relative = max(values.shape[-2:]) * torch.finfo(values.dtype).eps
+        return values <= relative**2 * values.amax((-2, -1), keepdim=True)
+
     def power(self, exponent: float, damping: float, name: str) -> EigenBlock:
         """``(F + λ I)^p``.
 
@@ -107,9 +125,10 @@ class EigenBlock(Block):
             ValueError: If a negative power would divide by zero.
         """
         damped = self.eigenvalues + damping
-        if exponent < 0 and not (damped > 0).all():
+        singular = self.is_null() if damping == 0 else damped <= 0
+        if exponent < 0 and singular.any():
             raise ValueError(
-                f"Block '{name}' has {int((damped <= 0).sum())} zero eigenvalues (of "
+                f"Block '{name}' has {int(singular.sum())} zero eigenvalues (of "
                 f"{damped.numel()}) at damping={damping:g} in {damped.dtype}, so its power "
                 f"{exponent:g} does not exist. Pass a larger damping."
             )
@@ -121,7 +140,7 @@ class EigenBlock(Block):
 
     def logdet(self) -> Tensor:
         """``Σ log Λ``; minus infinity for a singular block."""
-        return self.eigenvalues.log().sum()
+        return self.eigenvalues.masked_fill(self.is_null(), 0).log().sum()
 
     def squared_frobenius_norm(self) -> Tensor:
         """``Σ Λ²``."""
@@ -129,7 +148,8 @@ class EigenBlock(Block):
 
     def tensors(self) -> dict[str, Tensor]:
         """Bases and eigenvalues."""
-        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        held = {name: value for name, value in vars(self).items() if name != "null"}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +183,8 @@ class KroneckerBlock(Block):
         B = eigendecomposition(self.output_factor, f"The output factor of '{name}'")
         A = eigendecomposition(self.input_factor, f"The input factor of '{name}'")
         eigenvalues = B.values.unsqueeze(-1) * A.values.unsqueeze(-2)
-        return EigenBlock(eigenvalues, B.vectors, A.vectors)
+        null = B.is_null().unsqueeze(-1) | A.is_null().unsqueeze(-2)
+        return EigenBlock(eigenvalues, B.vectors, A.vectors, null)
 
     def factored_inverse(
         self, damping: float, heuristic: bool, min_damping: float, name: str
@@ -228,7 +249,8 @@ class DenseBlock(Block):
     def eigen(self, name: str) -> EigenBlock:
         """``F = U Λ Uᵀ``."""
         decomposition = eigendecomposition(self.matrix, f"The block of '{name}'")
-        return EigenBlock(decomposition.values.unsqueeze(-1), decomposition.vectors)
+        values, null = decomposition.values, decomposition.is_null()
+        return EigenBlock(values.unsqueeze(-1), decomposition.vectors, None, null.unsqueeze(-1))
 
     def trace(self) -> Tensor:
         """``tr(F)``."""
@@ -274,7 +296,8 @@ def _diagonal(factor: Tensor) -> Tensor:
 def _damped_inverse(factor: Tensor, damping: Tensor, what: str) -> Tensor:
     decomposition = eigendecomposition(factor, what)
     damped = decomposition.values + damping.unsqueeze(-1)
-    if not (damped > 0).all():
+    undamped = (damping == 0).unsqueeze(-1)
+    if (torch.where(undamped, decomposition.is_null(), damped <= 0)).any():
         raise ValueError(
             f"{what} is singular at damping={float(damping.min()):g}. Pass a larger damping."
         )

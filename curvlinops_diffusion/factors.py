@@ -109,6 +109,16 @@ class Eigendecomposition:
     values: Tensor
     vectors: Tensor | None
 
+    def is_null(self) -> Tensor:
+        """Which eigenvalues are zero up to rounding: ``λ ≤ n ε λ_max``; exactly, if ``U = I``.
+
+        What a rank-deficient factor has in place of a zero depends on the machine.
+        """
+        if self.vectors is None:
+            return self.values <= 0
+        relative = self.values.shape[-1] * torch.finfo(self.values.dtype).eps
+        return self.values <= relative * self.values.amax(-1, keepdim=True)
+
 
 def eigendecomposition(matrix: Tensor, what: str) -> Eigendecomposition:
     """Decompose a positive semi-definite factor, in float64.

@@ -6,6 +6,7 @@ from curvlinops import EKFACLinearOperator, KFACInverseLinearOperator, KFACLinea
 from torch import nn
 
 from curvlinops_diffusion import DiffusionEKFACLinearOperator, DiffusionKFACLinearOperator
+from curvlinops_diffusion.blocks import DenseBlock, EigenBlock, KroneckerBlock
 from tests.cases import plain_regression, seeded
 from tests.comparisons import assert_close
 from tests.reference import to_dense
@@ -188,6 +189,38 @@ def test_singular_operators_are_not_inverted_without_damping():
         assert torch.isfinite(to_dense(operator.inverse(damping=1e-8))).all()
     with pytest.raises(ValueError, match=r"factor of 'layers.0.weight' is singular at damping=0"):
         K.inverse(0.0, use_exact_damping=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zero_is_a_matter_of_rank(dtype):
+    """Whatever rounding leaves of a zero on a machine: here it is put there on purpose."""
+    eps = torch.finfo(dtype).eps
+    generator = torch.Generator().manual_seed(0)
+    U = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64)).Q
+    values = torch.tensor([3.0, 1.0, 0.1, 0.01, eps, 0.0], dtype=torch.float64)
+    deficient = ((U * values) @ U.T).to(dtype)
+    regular = torch.eye(6, dtype=dtype) * 2
+    squares = torch.outer(values, values).to(dtype)
+    for block, zeros in (
+        (KroneckerBlock(deficient, regular), 12),
+        (KroneckerBlock(regular, deficient), 12),
+        (DenseBlock(deficient), 2),
+        (EigenBlock(squares.square(), U.to(dtype), U.to(dtype)), 20),
+    ):
+        eigen = block.eigen("w")
+        assert eigen.logdet() == -torch.inf
+        for exponent in (-1.0, -0.5):
+            with pytest.raises(ValueError, match=rf"'w' has {zeros} zero eigenvalues"):
+                eigen.power(exponent, 0.0, "w")
+        assert torch.isfinite(eigen.power(-1.0, 1e-8, "w").eigenvalues).all()
+        assert torch.isfinite(eigen.power(0.5, 0.0, "w").eigenvalues).all()
+    # what is small but of full rank is inverted
+    small = KroneckerBlock(regular * 1e-12, torch.diag(values[:4]).to(dtype)).eigen("w")
+    assert torch.isfinite(small.logdet())
+    assert torch.isfinite(small.power(-1.0, 0.0, "w").eigenvalues).all()
+    # without a basis nothing is rounded
+    diagonal = EigenBlock(torch.tensor([[1.0, 1e-30]], dtype=dtype))
+    assert torch.isfinite(diagonal.power(-1.0, 0.0, "w").eigenvalues).all()
 
 
 @pytest.mark.parametrize("kind", [DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator])
