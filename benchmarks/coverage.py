@@ -25,7 +25,7 @@ from curvlinops_diffusion import (
     ExampleGradientLinearOperator,
     NoisedRegression,
 )
-from curvlinops_diffusion.placement import PlacedBlock
+from curvlinops_diffusion.linalg.placement import PlacedBlock
 
 DAMPING = 0.1  # of the exact GGN's trace over its rank
 

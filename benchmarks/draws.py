@@ -10,8 +10,8 @@ import warnings
 
 from benchmarks.accuracy import DigitsProblem, accuracy, relative_error
 from benchmarks.measure import arguments, report
-from curvlinops_diffusion.fisher import KFACOptions
-from curvlinops_diffusion.statistics import KroneckerFactors, kronecker_factors
+from curvlinops_diffusion.curvature.kronecker_factors import KroneckerFactors, kronecker_factors
+from curvlinops_diffusion.curvature.options import KFACOptions
 
 # (timesteps, draws, distribution of the loss vectors, loss vectors for each draw)
 SETTINGS = [

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from benchmarks.accuracy import DigitsProblem, accuracy, relative_error
 from benchmarks.measure import arguments, report
-from curvlinops_diffusion.factors import eigendecomposition
-from curvlinops_diffusion.fisher import KFACOptions
-from curvlinops_diffusion.gradient_statistics import eigenvalue_moments
-from curvlinops_diffusion.statistics import kronecker_factors
+from curvlinops_diffusion.curvature.eigenvalues import eigenvalue_moments
+from curvlinops_diffusion.curvature.kronecker_factors import kronecker_factors
+from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.linalg.factors import eigendecomposition
 
 # (draws of each image, gradients in a sum)
 SETTINGS = [(draws, 1) for draws in (1, 2, 4, 8, 16)]

@@ -18,12 +18,12 @@ from benchmarks.kronfluence_passes import kronfluence_passes
 from benchmarks.measure import arguments, report_passes
 from benchmarks.problems import NETWORKS, random_regression
 from curvlinops_diffusion import NoisedRegression
-from curvlinops_diffusion.factors import Eigendecomposition, eigendecomposition
-from curvlinops_diffusion.fisher import KFACOptions
-from curvlinops_diffusion.gradient_statistics import eigenvalue_moments
-from curvlinops_diffusion.hooks import Tap, frozen, tapped
+from curvlinops_diffusion.curvature.eigenvalues import eigenvalue_moments
+from curvlinops_diffusion.curvature.kronecker_factors import kronecker_factors
+from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.layers import covered_parameters
-from curvlinops_diffusion.statistics import kronecker_factors
+from curvlinops_diffusion.layers.hooks import Tap, frozen, tapped
+from curvlinops_diffusion.linalg.factors import Eigendecomposition, eigendecomposition
 
 
 def reference_passes(regression: NoisedRegression) -> dict[str, Callable[[], object]]:

@@ -24,10 +24,10 @@ from curvlinops_diffusion import (
     NoisedRegression,
     top_influences,
 )
-from curvlinops_diffusion.fisher import KFACOptions
+from curvlinops_diffusion.curvature.kronecker_factors import kronecker_factors
+from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.layers import covered_parameters
-from curvlinops_diffusion.operators.base import FlatLinearOperator
-from curvlinops_diffusion.statistics import kronecker_factors
+from curvlinops_diffusion.linalg.operator import FlatLinearOperator
 
 
 def our_factors(regression: NoisedRegression) -> object:

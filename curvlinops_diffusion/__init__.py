@@ -4,45 +4,46 @@ A plugin to ``curvlinops``, after Mlodozeniec et al., *Influence Functions for S
 Attribution in Diffusion Models*, ICLR 2025 (arXiv:2410.13850).
 """
 
-from curvlinops_diffusion.compression import Compression
-from curvlinops_diffusion.consumers import GradientConsumer, TopInfluences
-from curvlinops_diffusion.encoding import LatentEncoder
-from curvlinops_diffusion.functions import Example, ExampleDraws, ExampleFunction
-from curvlinops_diffusion.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence import (
+from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
+from curvlinops_diffusion.curvature.ggn import DiffusionGGNLinearOperator
+from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
+from curvlinops_diffusion.curvature.load import load_operator
+from curvlinops_diffusion.diffusion.latents import LatentEncoder
+from curvlinops_diffusion.diffusion.noise import NoiseProcess, PredictionType
+from curvlinops_diffusion.diffusion.objective import DenoisingObjective
+from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.diffusion.weightings import (
+    CosmapWeighting,
+    EDMWeighting,
+    InverseVarianceWeighting,
+    MinSNRWeighting,
+)
+from curvlinops_diffusion.influence.compression import Compression
+from curvlinops_diffusion.influence.consumers import GradientConsumer, TopInfluences
+from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.measurements.base import Example, ExampleDraws, ExampleFunction
+from curvlinops_diffusion.influence.measurements.bounds import ELBO, SimplifiedELBO
+from curvlinops_diffusion.influence.measurements.likelihood import LogLikelihood
+from curvlinops_diffusion.influence.measurements.losses import WeightedLoss
+from curvlinops_diffusion.influence.measurements.trajectories import (
+    TrajectoryRegression,
+    record_trajectories,
+)
+from curvlinops_diffusion.influence.scores import (
     group_and_self_influence,
     influence_scores,
     stream_gradients,
     top_influences,
 )
+from curvlinops_diffusion.influence.store import GradientStore
 from curvlinops_diffusion.layers import LAYER_KINDS, ExactKind, SharingKind
-from curvlinops_diffusion.measurements import ELBO, SimplifiedELBO, WeightedLoss
-from curvlinops_diffusion.noise import (
-    CosmapWeighting,
-    EDMWeighting,
-    InverseVarianceWeighting,
-    MinSNRWeighting,
-    NoiseProcess,
-    PredictionType,
-)
-from curvlinops_diffusion.nystrom import NystromInverseLinearOperator
-from curvlinops_diffusion.objective import DenoisingObjective
-from curvlinops_diffusion.operators.base import BlockDiagonalLinearOperator
-from curvlinops_diffusion.operators.ekfac import DiffusionEKFACLinearOperator
-from curvlinops_diffusion.operators.ggn import DiffusionGGNLinearOperator
-from curvlinops_diffusion.operators.kfac import DiffusionKFACLinearOperator
-from curvlinops_diffusion.operators.load import load_operator
-from curvlinops_diffusion.passes import PassOptions
-from curvlinops_diffusion.probability_flow import LogLikelihood
-from curvlinops_diffusion.refine import (
-    CGRefinedInverseLinearOperator,
-    NeumannRefinedInverseLinearOperator,
-    RefinedInverseLinearOperator,
-)
-from curvlinops_diffusion.regression import NoisedRegression
-from curvlinops_diffusion.store import GradientStore
-from curvlinops_diffusion.trajectories import TrajectoryRegression, record_trajectories
-from curvlinops_diffusion.woodbury import WoodburyInverseLinearOperator
+from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
+from curvlinops_diffusion.linalg.solvers.conjugate_gradients import CGRefinedInverseLinearOperator
+from curvlinops_diffusion.linalg.solvers.iterative import RefinedInverseLinearOperator
+from curvlinops_diffusion.linalg.solvers.neumann import NeumannRefinedInverseLinearOperator
+from curvlinops_diffusion.linalg.solvers.nystrom import NystromInverseLinearOperator
+from curvlinops_diffusion.linalg.solvers.woodbury import WoodburyInverseLinearOperator
+from curvlinops_diffusion.runtime.passes import PassOptions
 
 __all__ = [
     "ELBO",

@@ -6,7 +6,7 @@ from curvlinops import EKFACLinearOperator, KFACInverseLinearOperator, KFACLinea
 from torch import nn
 
 from curvlinops_diffusion import DiffusionEKFACLinearOperator, DiffusionKFACLinearOperator
-from curvlinops_diffusion.blocks import DenseBlock, EigenBlock, KroneckerBlock
+from curvlinops_diffusion.linalg.blocks import DenseBlock, EigenBlock, KroneckerBlock
 from tests.cases import plain_regression, seeded
 from tests.comparisons import assert_close
 from tests.reference import to_dense

@@ -21,15 +21,15 @@ from curvlinops_diffusion import (
     influence_scores,
     load_operator,
 )
-from curvlinops_diffusion._files import FileKind
-from curvlinops_diffusion.cli import cost
-from curvlinops_diffusion.cli.conditions import Condition
-from curvlinops_diffusion.cli.form import Form
-from curvlinops_diffusion.cli.images import open_images
+from curvlinops_diffusion.cli.commands import cost
+from curvlinops_diffusion.cli.commands.score import read_scores
+from curvlinops_diffusion.cli.images.images import open_images
+from curvlinops_diffusion.cli.images.labels import Condition
+from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import FitOptions
 from curvlinops_diffusion.cli.program import run
-from curvlinops_diffusion.cli.score import read_scores
+from curvlinops_diffusion.runtime.files import FileKind
 from tests import test_pipelines as pipelines
 from tests.cases import tiny_unet
 
@@ -420,7 +420,7 @@ def test_files_of_limited_size(folder, tmp_path):
 
 def test_a_file_that_cannot_be_written(folder, tmp_path, capsys, monkeypatch):
     """A full disk: what was computed is kept, and used when there is space again."""
-    from curvlinops_diffusion import storage
+    from curvlinops_diffusion.linalg import storage
 
     class Full(FileKind):
         def write(self, *args):

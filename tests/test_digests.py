@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from curvlinops_diffusion.digests import digest_of, name_of
-from curvlinops_diffusion.measurements import ELBO, SimplifiedELBO, WeightedLoss, loss
+from curvlinops_diffusion.influence.measurements.bounds import ELBO, SimplifiedELBO
+from curvlinops_diffusion.influence.measurements.losses import WeightedLoss, loss
+from curvlinops_diffusion.runtime.digests import digest_of, name_of
 
 
 def scaled(factor):

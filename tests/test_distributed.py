@@ -19,7 +19,7 @@ from curvlinops_diffusion import (
     influence_scores,
     top_influences,
 )
-from curvlinops_diffusion.distributed import Share
+from curvlinops_diffusion.runtime.processes import Share
 from tests.cases import tiny_unet, unet_regression
 from tests.comparisons import assert_close
 

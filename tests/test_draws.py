@@ -15,12 +15,12 @@ from curvlinops_diffusion import (
     ExampleGradientLinearOperator,
     NoisedRegression,
 )
-from curvlinops_diffusion.draws import (
+from curvlinops_diffusion.diffusion.draws import make_draws
+from curvlinops_diffusion.diffusion.random_numbers import ProbeType
+from curvlinops_diffusion.diffusion.timesteps import (
     LogitNormalTimesteps,
-    ProbeType,
     StratifiedTimesteps,
     UniformTimesteps,
-    make_draws,
 )
 from tests.cases import noise_levels, plain_regression, seeded, unet_regression
 

@@ -15,7 +15,7 @@ from curvlinops_diffusion import (
     NoiseProcess,
     PredictionType,
 )
-from curvlinops_diffusion.value_gradients import cheapest_grouping
+from curvlinops_diffusion.influence.derivatives import cheapest_grouping
 from tests.cases import images, noise_levels, plain_regression, seeded, tiny_unet, unet_regression
 from tests.comparisons import assert_close
 from tests.reference import example_gradients, params_of

@@ -12,7 +12,7 @@ from curvlinops_diffusion import (
     DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
 )
-from curvlinops_diffusion.draws import ProbeType
+from curvlinops_diffusion.diffusion.random_numbers import ProbeType
 from tests.cases import plain_regression, seeded, tiny_unet, unet_regression
 from tests.comparisons import assert_close, relative_error
 from tests.reference import (

@@ -14,7 +14,7 @@ from benchmarks.lds.evaluate import AT_LATE_CHECKPOINTS, kept
 from benchmarks.lds.methods import BANDS, METHODS, TIMESTEPS, Setting, _within
 from benchmarks.lds.problems import PROBLEMS
 from benchmarks.lds.remove import jobs, relative_change
-from curvlinops_diffusion.measurements import loss
+from curvlinops_diffusion.influence.measurements.losses import loss
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,9 +14,13 @@ from curvlinops_diffusion import (
     NoiseProcess,
     PredictionType,
 )
-from curvlinops_diffusion.ancestral import discretised_log_probability
-from curvlinops_diffusion.measurements import ELBO, SimplifiedELBO, WeightedLoss
-from curvlinops_diffusion.trajectories import TrajectoryRegression, record_trajectories
+from curvlinops_diffusion.diffusion.ancestral import discretised_log_probability
+from curvlinops_diffusion.influence.measurements.bounds import ELBO, SimplifiedELBO
+from curvlinops_diffusion.influence.measurements.losses import WeightedLoss
+from curvlinops_diffusion.influence.measurements.trajectories import (
+    TrajectoryRegression,
+    record_trajectories,
+)
 from tests.cases import TimeBlind, seeded
 from tests.comparisons import assert_close
 from tests.reference import example_gradients

@@ -16,7 +16,8 @@ from diffusers import (
 from torch import nn
 
 from curvlinops_diffusion import DenoisingObjective, MinSNRWeighting, NoiseProcess, PredictionType
-from curvlinops_diffusion.noise import noise_process, weight_table
+from curvlinops_diffusion.diffusion.schedulers import noise_process
+from curvlinops_diffusion.diffusion.weightings import weight_table
 from tests.cases import images, noise_levels
 from tests.comparisons import assert_close
 

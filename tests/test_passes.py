@@ -27,9 +27,9 @@ from curvlinops_diffusion import (
     stream_gradients,
     top_influences,
 )
-from curvlinops_diffusion._files import FileKind
-from curvlinops_diffusion.consumers import PairwiseScores
-from curvlinops_diffusion.passes import CHECKPOINT
+from curvlinops_diffusion.influence.consumers import PairwiseScores
+from curvlinops_diffusion.runtime.checkpoints import CHECKPOINT
+from curvlinops_diffusion.runtime.files import FileKind
 from tests.cases import images, tiny_unet, unet_regression
 from tests.comparisons import assert_close
 
@@ -310,7 +310,7 @@ def test_a_gradient_that_is_not_finite_keeps_what_was_computed(tmp_path, regress
 
     data = Images()
     own = passes_regression(tiny_unet(num_class_embeds=None), data)
-    own.once("data", lambda regression: "seen")
+    own._data_identity["digest"] = "seen"
     J = ExampleGradientLinearOperator(own, LAYERS)
     vector = torch.ones(1, J.shape[1]).double()
     consumer = PairwiseScores(vector.T, 6)
@@ -371,7 +371,7 @@ def test_an_error_in_the_data_keeps_what_was_computed(tmp_path, regression):
     own = passes_regression(unet, data)
     expected = blocks_of(DiffusionKFACLinearOperator(own))
     settings = PassOptions(tmp_path, checkpoint_every=1e9)
-    own.once("data", lambda regression: "seen")  # looked at all images before one vanished
+    own._data_identity["digest"] = "seen"  # looked at all images before one vanished
     data.broken = True
     with pytest.raises(ValueError, match=r"'cat.png' has vanished"):
         DiffusionKFACLinearOperator(own, passes=settings)

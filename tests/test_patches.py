@@ -6,16 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from curvlinops_diffusion import patches as patches_module
+from curvlinops_diffusion.layers import patches as patches_module
 from curvlinops_diffusion.layers.convolution import ConvolutionKind
-from curvlinops_diffusion.patches import (
-    Convolution2d,
+from curvlinops_diffusion.layers.patch_moments import (
     PatchMoment,
-    _axes,
     _Geometry,
-    _padded_explicitly,
     _PatchSums,
     _SpectralSums,
+)
+from curvlinops_diffusion.layers.patches import (
+    Convolution2d,
+    _axes,
+    _padded_explicitly,
     patch_gradients,
     patch_sum,
     patches,

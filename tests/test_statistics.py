@@ -15,12 +15,13 @@ from curvlinops_diffusion import (
     NoisedRegression,
     PredictionType,
 )
-from curvlinops_diffusion.draws import ProbeType, make_draws
-from curvlinops_diffusion.factors import eigendecomposition
-from curvlinops_diffusion.fisher import KFACOptions
-from curvlinops_diffusion.gradient_statistics import eigenvalue_moments
+from curvlinops_diffusion.curvature.eigenvalues import eigenvalue_moments
+from curvlinops_diffusion.curvature.kronecker_factors import kronecker_factors
+from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.diffusion.draws import make_draws
+from curvlinops_diffusion.diffusion.random_numbers import ProbeType
 from curvlinops_diffusion.layers import covered_parameters
-from curvlinops_diffusion.statistics import kronecker_factors
+from curvlinops_diffusion.linalg.factors import eigendecomposition
 from tests.cases import images, noise_levels, plain_regression, seeded, tiny_unet, unet_regression
 from tests.comparisons import assert_close, relative_error
 from tests.reference import dense_ggn, to_dense

@@ -12,10 +12,10 @@ from torch import nn
 from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
     DiffusionKFACLinearOperator,
-    _files,
     load_operator,
 )
-from curvlinops_diffusion import storage as storage_module
+from curvlinops_diffusion.linalg import storage as storage_module
+from curvlinops_diffusion.runtime import files as _files
 from tests.cases import plain_regression, seeded
 from tests.comparisons import assert_close
 from tests.reference import to_dense

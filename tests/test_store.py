@@ -14,8 +14,8 @@ from curvlinops_diffusion import (
     influence_scores,
     top_influences,
 )
-from curvlinops_diffusion.store import GRADIENTS
-from curvlinops_diffusion.whitening import Whitening
+from curvlinops_diffusion.influence.store import GRADIENTS
+from curvlinops_diffusion.influence.whitening import Whitening
 from tests.cases import images, tiny_unet, unet_regression
 from tests.comparisons import assert_close
 

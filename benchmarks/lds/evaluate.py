@@ -25,8 +25,8 @@ from benchmarks.lds.methods import METHODS, Scores, Setting
 from benchmarks.lds.problems import LATE, MEASUREMENTS, PROBLEMS, Problem
 from benchmarks.lds.retrain import FOLDER, NETWORKS, is_kept, result
 from benchmarks.measure import arguments, date, report, version_of
-from curvlinops_diffusion._files import FileKind
-from curvlinops_diffusion.digests import digest_of
+from curvlinops_diffusion.runtime.digests import digest_of
+from curvlinops_diffusion.runtime.files import FileKind
 
 PREDICTED = FileKind("predicted", "predictions of a method", "Remove it.")
 DEFAULT = "1e-08"

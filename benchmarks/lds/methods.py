@@ -29,10 +29,10 @@ from curvlinops_diffusion import (
     NoisedRegression,
     WoodburyInverseLinearOperator,
 )
-from curvlinops_diffusion._upstream import PyTorchLinearOperator
-from curvlinops_diffusion.functions import Measurement
-from curvlinops_diffusion.measurements import measurement_of
-from curvlinops_diffusion.objective import NoisedBatch
+from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.influence.measurements.base import Measurement
+from curvlinops_diffusion.influence.measurements.registry import measurement_of
+from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 
 DAMPINGS = tuple(10.0**e for e in range(-8, 1))
 # in units of the mean eigenvalue of the kernel of TRAK, D-TRAK and the like

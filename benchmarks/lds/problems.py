@@ -17,8 +17,8 @@ from torch.nn.functional import mse_loss
 
 from benchmarks.problems import example
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression
-from curvlinops_diffusion.digests import digest_of
-from curvlinops_diffusion.measurements import measure, measurement_of
+from curvlinops_diffusion.influence.measurements.registry import measure, measurement_of
+from curvlinops_diffusion.runtime.digests import digest_of
 
 SEEDS = 2
 MEASUREMENTS = ("loss", "simplified_elbo")

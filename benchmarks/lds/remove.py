@@ -29,7 +29,7 @@ from benchmarks.lds.methods import METHODS, Setting
 from benchmarks.lds.problems import PROBLEMS, Problem
 from benchmarks.lds.retrain import FOLDER, NETWORKS, is_kept
 from benchmarks.measure import RESULTS, arguments, report
-from curvlinops_diffusion.digests import digest_of
+from curvlinops_diffusion.runtime.digests import digest_of
 
 SEEDS = 5
 SHARES = (0.01, 0.05, 0.1)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.lds.problems import LATE, MEASUREMENTS, PROBLEMS, SEEDS, Problem
 from benchmarks.measure import machine
-from curvlinops_diffusion._files import FileKind
+from curvlinops_diffusion.runtime.files import FileKind
 
 NETWORKS = FileKind("retrained", "retrained networks", "Run benchmarks.lds.retrain again.")
 

@@ -11,7 +11,7 @@ from torch import distributed
 
 from curvlinops_diffusion.cli.events import say
 from curvlinops_diffusion.cli.processes import is_first
-from curvlinops_diffusion.passes import OtherCheckpointError
+from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
 
 T = TypeVar("T")
 

@@ -13,10 +13,10 @@ import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, UNet2DModel
 from diffusers.utils.logging import disable_progress_bar
 
-from curvlinops_diffusion.cli.conditions import Condition
-from curvlinops_diffusion.cli.form import Form
+from curvlinops_diffusion.cli.images.labels import Condition
+from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.options import ModelOptions
-from curvlinops_diffusion.objective import DenoisingObjective
+from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 
 
 @dataclass(frozen=True)

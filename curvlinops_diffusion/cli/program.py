@@ -16,9 +16,11 @@ from typing import Any, get_type_hints
 import docstring_parser
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
 
+from curvlinops_diffusion.cli.commands.fit import fit
+from curvlinops_diffusion.cli.commands.inspect import inspect
+from curvlinops_diffusion.cli.commands.report import report
+from curvlinops_diffusion.cli.commands.score import score
 from curvlinops_diffusion.cli.events import event, say, start_log
-from curvlinops_diffusion.cli.fit import fit
-from curvlinops_diffusion.cli.inspect import inspect
 from curvlinops_diffusion.cli.options import (
     FitOptions,
     InspectOptions,
@@ -27,9 +29,7 @@ from curvlinops_diffusion.cli.options import (
     flag,
 )
 from curvlinops_diffusion.cli.processes import is_first
-from curvlinops_diffusion.cli.report import report
-from curvlinops_diffusion.cli.score import score
-from curvlinops_diffusion.storage import OPERATOR
+from curvlinops_diffusion.linalg.storage import OPERATOR
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "fit": (FitOptions, fit),

@@ -10,14 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from curvlinops_diffusion.layers.kind import SharingKind
-from curvlinops_diffusion.moments import LatestProduct, Moment
-from curvlinops_diffusion.patches import (
-    Convolution2d,
-    PatchMoment,
-    patch_gradients,
-    patch_sum,
-    patches,
-)
+from curvlinops_diffusion.layers.moments import LatestProduct, Moment
+from curvlinops_diffusion.layers.patch_moments import PatchMoment
+from curvlinops_diffusion.layers.patches import Convolution2d, patch_gradients, patch_sum, patches
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d

@@ -15,7 +15,7 @@ from curvlinops_diffusion.layers.embedding import EmbeddingKind
 from curvlinops_diffusion.layers.kind import LayerKind
 from curvlinops_diffusion.layers.layer import Layer
 from curvlinops_diffusion.layers.linear import LinearKind
-from curvlinops_diffusion.parameters import Parameters, select_parameters
+from curvlinops_diffusion.linalg.parameters import Parameters, select_parameters
 
 #: What is known of each type of layer. An entry of your own makes it known to every operator.
 LAYER_KINDS: dict[type[nn.Module], LayerKind] = {

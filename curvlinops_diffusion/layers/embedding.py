@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.layers.kind import SharingKind
-from curvlinops_diffusion.moments import LatestProduct, Moment, ProductMoment
+from curvlinops_diffusion.layers.moments import LatestProduct, Moment, ProductMoment
 
 
 class EmbeddingKind(SharingKind):

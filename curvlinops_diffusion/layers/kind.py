@@ -19,13 +19,12 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from curvlinops_diffusion.factors import (
+from curvlinops_diffusion.layers.moments import LatestProduct, Moment, ProductMoment, second_moment
+from curvlinops_diffusion.layers.rotated_squares import (
     rotated_squares,
     rotated_squares_of_inputs,
     rotation_of_inputs_is_cheaper,
-    second_moment,
 )
-from curvlinops_diffusion.moments import LatestProduct, Moment, ProductMoment
 
 
 class LayerKind:

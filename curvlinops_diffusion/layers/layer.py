@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from curvlinops_diffusion.layers.kind import ExactKind, LayerKind, SharingKind, fold
-from curvlinops_diffusion.moments import LatestProduct, Moment
-from curvlinops_diffusion.placement import Arrangement
-from curvlinops_diffusion.running import prefixed, within
+from curvlinops_diffusion.layers.moments import LatestProduct, Moment
+from curvlinops_diffusion.linalg.placement import Arrangement
+from curvlinops_diffusion.runtime.sums import prefixed, within
 
 
 @dataclass(frozen=True, eq=False)

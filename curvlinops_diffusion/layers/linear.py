@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from curvlinops_diffusion.layers.kind import SharingKind
-from curvlinops_diffusion.moments import LatestProduct, Moment, RowMoment
+from curvlinops_diffusion.layers.moments import LatestProduct, Moment, RowMoment
 
 
 class LinearKind(SharingKind):

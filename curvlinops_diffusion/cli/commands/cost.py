@@ -1,0 +1,204 @@
+"""What a command will cost, from a measured batch: ``--dry-run``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions
+from curvlinops_diffusion.cli.processes import num_processes
+from curvlinops_diffusion.curvature.exact_blocks import exact_blocks
+from curvlinops_diffusion.curvature.gradient_factors import fitted_factors
+from curvlinops_diffusion.curvature.options import FisherType, KFACOptions
+from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.layers import Coverage, covered_parameters
+from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
+from curvlinops_diffusion.linalg.factors import eigendecomposition
+from curvlinops_diffusion.runtime.passes import PLAIN
+
+# a decomposition of this size is timed; others take the cube of the ratio
+_PROBE = 512
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a command, divided among its processes.
+
+    Attributes:
+        passes: Samples (image and draw) that go through the network forward and backward.
+        file_bytes: Size of the output.
+        checkpoint_bytes: Size of the checkpoints at the end, before they are removed.
+        memory_bytes: Memory of each process for what a training pass does not hold.
+        seconds: Time, with the machine as it is now; the others are taken to be as fast.
+        parameters: Entries covered by a fit.
+    """
+
+    passes: int
+    file_bytes: int
+    checkpoint_bytes: int
+    memory_bytes: int
+    seconds: float
+    parameters: int | None = None
+
+    def text(self) -> str:
+        """A line for each."""
+        lines = {} if self.parameters is None else {"parameters": f"{self.parameters:,}"}
+        lines["samples forward and backward"] = f"{self.passes:,}"
+        lines["file"] = _bytes(self.file_bytes)
+        lines["checkpoints, until it is done"] = _bytes(self.checkpoint_bytes)
+        lines["memory beyond a training pass"] = _bytes(self.memory_bytes)
+        if num_processes() > 1:
+            lines["processes, of such memory"] = f"{num_processes()}"
+        lines["time"] = _duration(self.seconds)
+        width = max(map(len, lines))
+        return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
+
+
+def fit_cost(regression: NoisedRegression, options: FitOptions) -> Cost:
+    """Measure a batch, and extrapolate."""
+    kfac = KFACOptions.parse(
+        options.fisher_type,
+        options.mc_samples,
+        options.kfac_approx,
+        True,
+        "rademacher",
+        None,
+        options.gradient_group,
+    )
+    gradients = kfac.fisher_type is not FisherType.FORWARD_ONLY
+    coverage = covered_parameters(regression.objective.model, None, gradients)
+    sizes = _factor_sizes(coverage, kfac)
+    first = _first_batch(regression)
+    run = _measured(first, lambda: fitted_factors(first, coverage, kfac, PLAIN))
+    samples = run.samples * regression.num_samples
+    seconds = run.seconds * regression.num_samples
+    exact = sum(prod(block.moment_shape) for block in exact_blocks(coverage, kfac))
+    entries = sum(n * n for n in sizes) + exact
+    itemsize, n = regression.objective.working_dtype.itemsize, num_processes()
+    parameters = sum(p.numel() for p in coverage.params.values())
+    file_entries, checkpoint_entries = entries, n * entries
+    if options.curvature == "ekfac":
+        second = regression.with_draws(kfac.num_eigenvalue_draws(regression)).num_samples
+        samples += second
+        # a sample of the second pass takes longer (docs/performance.rst)
+        seconds += 2 * run.seconds / run.samples * second + _decompositions(sizes)
+        file_entries += parameters
+        checkpoint_entries += entries + n * parameters  # of the bases, and of the eigenvalues
+    return Cost(
+        round(samples),
+        file_entries * itemsize,
+        checkpoint_entries * itemsize,
+        3 * entries * itemsize,
+        seconds / n,
+        parameters,
+    )
+
+
+def score_cost(
+    train: NoisedRegression,
+    query: NoisedRegression,
+    operator: BlockDiagonalLinearOperator,
+    options: ScoreOptions,
+) -> Cost:
+    """Measure a batch of training images, and one query; extrapolate."""
+    first, one = _first_batch(train), _first_batch(query, 1)
+    params = operator.param_names
+    J = ExampleGradientLinearOperator(first, params)
+    J_one = ExampleGradientLinearOperator(one, params, measurement=options.measurement)
+    own = _measured(first, lambda: list(J.row_batches()))
+    queried = _measured(one, lambda: list(J_one.row_batches()))
+    blocks = -(-query.num_data // options.query_block)
+    passes = (blocks * train.num_samples, query.num_samples)
+    P, itemsize, n = operator.shape[0], operator.dtype.itemsize, num_processes()
+    held = min(options.query_block, query.num_data) + min(options.batch_size, train.num_data)
+    scores = query.num_data * train.num_data * itemsize
+    return Cost(
+        round(passes[0] * own.samples + passes[1] * queried.samples),
+        scores,
+        n * scores,
+        P * held * itemsize + sum(placed.num_bytes for placed in operator.blocks),
+        (passes[0] * own.seconds + passes[1] * queried.seconds) / n,
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What a run takes for each sample of its data.
+
+    Attributes:
+        seconds: Time.
+        samples: Samples that go through the network: more than one where it is called repeatedly.
+    """
+
+    seconds: float
+    samples: float
+
+
+def _measured(regression: NoisedRegression, run: Callable[[], Any]) -> _Measured:
+    count = 0
+
+    def add(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal count
+        tensors = [z for z in (*args, *kwargs.values()) if isinstance(z, Tensor) and z.ndim > 1]
+        count += len(tensors[0])
+
+    run()  # a first one warms up
+    hook = regression.objective.model.register_forward_pre_hook(add, with_kwargs=True)
+    start = time.perf_counter()
+    try:
+        run()
+    finally:
+        hook.remove()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return _Measured(seconds / regression.num_samples, count / regression.num_samples)
+
+
+def _factor_sizes(coverage: Coverage, options: KFACOptions) -> list[int]:
+    sizes = []
+    for layer in coverage.layers:
+        for part in layer.parts(options.separate_weight_and_bias, options.exact_bias):
+            *groups, O, I = part.shape
+            count = groups[0] if groups else 1
+            sizes += [O] * count + ([] if part.kind.one_hot else [I] * count)
+    return sizes
+
+
+def _first_batch(regression: NoisedRegression, most: int | None = None) -> NoisedRegression:
+    clean = next(regression.clean_batches())
+    clean = clean.select(range(len(clean.indices))[:most])
+    data = {"x0": clean.x0, **clean.condition}
+    return NoisedRegression(
+        regression.objective, data, 1, regression.draws.seed, batch_size=len(clean.indices)
+    )
+
+
+def _decompositions(sizes: list[int]) -> float:
+    matrix = torch.randn(_PROBE, _PROBE, dtype=torch.float64)
+    start = time.perf_counter()
+    eigendecomposition(matrix @ matrix.T, "probe")
+    unit = time.perf_counter() - start
+    return sum(unit * (n / _PROBE) ** 3 for n in sizes)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"
+
+
+def _duration(seconds: float) -> str:
+    for limit, divisor, unit in ((90, 1, "s"), (5400, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"about {seconds / divisor:.2g} {unit}"
+    return f"about {seconds / 86400:.2g} days"

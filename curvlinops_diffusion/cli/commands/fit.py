@@ -1,0 +1,125 @@
+"""``fit``: training images to an operator's file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from curvlinops_diffusion.cli.checkpoints import checkpoint_of, going_on, remove
+from curvlinops_diffusion.cli.commands.cost import fit_cost
+from curvlinops_diffusion.cli.events import event, say
+from curvlinops_diffusion.cli.images.images import NamedImages, open_images
+from curvlinops_diffusion.cli.network import Network, load_network
+from curvlinops_diffusion.cli.options import FitOptions
+from curvlinops_diffusion.cli.processes import is_first, process_group, with_own_device
+from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
+from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
+from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.linalg.storage import read_header
+from curvlinops_diffusion.runtime.files import differences
+from curvlinops_diffusion.runtime.passes import PassOptions
+
+_OPERATORS = {"kfac": DiffusionKFACLinearOperator, "ekfac": DiffusionEKFACLinearOperator}
+
+
+def fit(options: FitOptions) -> None:
+    """Fit an operator, and write it.
+
+    Raises:
+        ValueError: If something is missing or does not fit together.
+    """
+    check_output(options.output, (".safetensors",))
+    with process_group(options.timeout) as several:
+        network = load_network(with_own_device(options))
+        regression = training_regression(network, training_images(network, options), options)
+        settings: dict[str, Any] = {
+            "fisher_type": options.fisher_type,
+            "mc_samples": options.mc_samples,
+            "kfac_approx": options.kfac_approx,
+        }
+        if options.curvature == "ekfac":
+            settings["gradient_group"] = options.gradient_group
+        if options.dry_run:
+            if is_first():
+                print(fit_cost(regression, options).text())
+            return
+        identity = regression.identity({"curvature": options.curvature, **settings})
+        checkpoint = checkpoint_of(options.output)
+        if options.output.exists() and not options.overwrite:
+            check_same(options.output, read_header(options.output)["info"], identity)
+            nothing_to_do(options.output)
+            return
+        passes = PassOptions(
+            checkpoint, options.checkpoint_every, distributed=several, progressbar=not options.quiet
+        )
+        make = _OPERATORS[options.curvature]
+        operator = going_on(
+            lambda: make(regression, passes=passes, **settings), checkpoint, options.overwrite
+        )
+        if not is_first():
+            return
+        operator.info["identity"] = identity
+        operator.save(options.output)
+        remove(checkpoint)
+        covered, left_out = operator.shape[0], operator.info.get("left_out", {})
+        event("fitted", file=str(options.output), parameters=covered, left_out=left_out)
+        say(f"Wrote {options.output}: {covered:,} parameters in {len(operator.blocks)} blocks")
+
+
+def training_images(network: Network, options: Any) -> NamedImages:
+    """The training images, for both ``fit`` and ``score``."""
+    return open_images(options.data, network.form(options.resolution), network.condition)
+
+
+def training_regression(
+    network: Network, images: NamedImages, options: Any, antithetic: bool = False
+) -> NoisedRegression:
+    """The training images as a problem, likewise."""
+    return NoisedRegression(
+        network.objective,
+        images,
+        options.num_draws,
+        options.seed,
+        batch_size=options.batch_size,
+        augment=options.augment,
+        antithetic=antithetic,
+    )
+
+
+def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Check, before anything is computed, that a file can be written.
+
+    Raises:
+        ValueError: If it has another suffix, is a folder, or is in none that can be written to.
+    """
+    if path.suffix not in suffixes:
+        raise ValueError(f"--output {path} must end in {' or '.join(suffixes)}.")
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder. Pass the name of a file.")
+    if not path.parent.is_dir():
+        raise ValueError(f"The folder '{path.parent}' of --output does not exist. Create it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"The folder '{path.parent}' of --output cannot be written to.")
+
+
+def check_same(path: Path, there: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Check that a file that is there has the identity of what would be written.
+
+    Raises:
+        ValueError: If it has another.
+    """
+    different = differences(there.get("identity", {}), identity)
+    if different:
+        raise ValueError(
+            f"'{path}' exists, and was made with others: {'; '.join(different[:5])}. Pass "
+            "--overwrite, or another --output."
+        )
+
+
+def nothing_to_do(path: Path) -> None:
+    """Say so; what a run that was killed at its very end has left is removed."""
+    remove(checkpoint_of(path))
+    if is_first():
+        say(f"'{path}' was made with the same options; nothing to do")

@@ -1,0 +1,63 @@
+"""``inspect``: what a file of an operator or of scores holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from curvlinops_diffusion.cli.commands.score import SCORES, read_scores
+from curvlinops_diffusion.cli.options import InspectOptions
+from curvlinops_diffusion.linalg import storage
+
+
+def inspect(options: InspectOptions) -> None:
+    """Print a file's header and table.
+
+    Raises:
+        ValueError: If it is of no known kind.
+    """
+    if options.file.suffix not in (".safetensors", ".npy"):
+        raise ValueError(
+            f"'{options.file}' is neither an operator's file, .safetensors as fit writes it, nor "
+            "one of scores, .safetensors or .npy as score writes it. Pass one of these."
+        )
+    if options.file.suffix == ".npy" or SCORES.holds(options.file):
+        _print_scores(options.file)
+    else:
+        _print_operator(options.file)
+
+
+def _print_scores(path: Path) -> None:
+    scores_QN, header = read_scores(path)
+    Q, N = scores_QN.shape
+    print(f"influence scores of {N} training images on {Q} queries")
+    print(f"from {float(scores_QN.min()):.3g} to {float(scores_QN.max()):.3g}")
+    for q, name in enumerate(header["queries"][:20]):
+        best = int(scores_QN[q].argmax())
+        print(f"  {name}: most positive {header['train'][best]} ({scores_QN[q, best]:+.3g})")
+    _print_settings(header["identity"])
+
+
+def _print_operator(path: Path) -> None:
+    header = storage.read_header(path)
+    entries = sum(_size(shape) for _, shape in header["parameters"])
+    print(f"{header['kind']} with {entries:,} parameters in {len(header['blocks'])} blocks")
+    shapes = dict(map(tuple, header["parameters"]))
+    width = max((len(block["name"]) for block in header["blocks"]), default=0)
+    for block in header["blocks"]:
+        count = sum(_size(shapes[name]) for name in block["params"])
+        print(f"  {block['name']:{width}}  {block['type']:9}  {count:>12,}")
+    _print_settings(header["info"])
+
+
+def _size(shape: list[int]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
+
+
+def _print_settings(settings: Mapping[str, Any]) -> None:
+    print(json.dumps(settings, indent=2))

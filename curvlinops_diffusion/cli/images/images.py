@@ -1,0 +1,168 @@
+"""Images from folders, saved data sets and arrays, as data for ``NoisedRegression``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from torch import Size, Tensor
+from torch.utils.data import Dataset
+
+from curvlinops_diffusion.cli.images.arrays import read_arrays
+from curvlinops_diffusion.cli.images.labels import Classes, Condition, of_folders, of_metadata
+from curvlinops_diffusion.cli.images.preprocessing import Form
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+_ACCEPTED = (
+    "Pass a folder of images (subfolders are classes; metadata.jsonl may give 'text' or 'label' "
+    "for each 'file_name'), a data set saved by datasets' save_to_disk, or an .npz file with "
+    "'images' (and 'labels')"
+)
+
+
+class NamedImages(Dataset[dict[str, Any]]):
+    """Images with names, and labels or prompts if there are any.
+
+    Attributes:
+        names: A name for each image.
+        conditions: Further entries of each item: ``'class_labels'`` or ``'prompt'``.
+        classes: Whose numbers the labels are, where classes have names.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        load: Callable[[int], Tensor],
+        conditions: dict[str, list[Any]] | None = None,
+        classes: Classes | None = None,
+    ):
+        self.names = names
+        self.conditions = conditions or {}
+        self.classes = classes
+        self._load = load
+        self._first: tuple[str, Size] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, n: int) -> dict[str, Any]:
+        x0 = self._load(n)
+        if self._first is None:
+            self._first = (self.names[n], x0.shape)
+        name, shape = self._first
+        if x0.shape != shape:
+            raise ValueError(
+                f"The image '{self.names[n]}' has shape {tuple(x0.shape)}, and '{name}' has "
+                f"{tuple(shape)}. All must have one size: pass --resolution to resize."
+            )
+        return {"x0": x0, **{key: v[n] for key, v in self.conditions.items()}}
+
+    def image(self, n: int) -> Tensor:
+        """One image in [-1, 1], shape ``[C, H, W]``."""
+        return self._load(n)
+
+
+def open_images(
+    path: Path, form: Form, condition: Condition | None = None, training: NamedImages | None = None
+) -> NamedImages:
+    """Open images of any accepted kind.
+
+    Args:
+        path: Folder or file.
+        form: The form in which the network takes them.
+        condition: The labels or prompts that the network takes; ``None`` to keep what there is,
+            unchecked.
+        training: For queries, the training images: classes are numbered as those.
+
+    Raises:
+        ValueError: If there are none, or they or their conditions are in no known form.
+    """
+    if path.is_dir() and (path / "dataset_info.json").is_file():
+        images = _saved_dataset(path, form)
+    elif path.is_dir():
+        images = _folder(path, form)
+    elif path.suffix == ".npz" and path.is_file():
+        names, load, labels = read_arrays(path, form)
+        images = NamedImages(names, load, {} if labels is None else {"class_labels": labels})
+    else:
+        what = "is in no known form" if path.exists() else "does not exist"
+        raise ValueError(f"'{path}' {what}. {_ACCEPTED}.")
+    if len(images) == 0:
+        raise ValueError(f"'{path}' holds no images. {_ACCEPTED}.")
+    if images.classes is not None and (condition is None or condition.key == "class_labels"):
+        if training is not None:
+            images.classes = _as_in_training(path, images, images.classes, training)
+        images.conditions["class_labels"] = images.classes.labels()
+    if condition is not None:
+        images.conditions = condition.of(path, images.names, images.conditions)
+    return images
+
+
+def _as_in_training(
+    path: Path, images: NamedImages, classes: Classes, training: NamedImages
+) -> Classes:
+    """The queries' classes, numbered as those of the training images."""
+    if training.classes is not None:
+        return classes.numbered_as(training.classes, images.names)
+    if "class_labels" in training.conditions:
+        raise ValueError(
+            f"The classes of '{path}' have names ({', '.join(classes.order[:8])}), those of the "
+            "training data numbers alone. Give the queries' numbers, as 'label' in metadata.jsonl."
+        )
+    return classes
+
+
+def _folder(path: Path, form: Form) -> NamedImages:
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    names = [str(f.relative_to(path)) for f in files]
+
+    def load(n: int) -> Tensor:
+        try:
+            with Image.open(files[n]) as image:
+                image.load()
+                return form.tensor(image, names[n])
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"The image '{files[n]}' has vanished. Put it back, and start again to go on."
+            ) from error
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise ValueError(
+                f"The image '{files[n]}' cannot be read ({error}). Repair it, or remove it and "
+                "start anew."
+            ) from error
+
+    metadata = path / "metadata.jsonl"
+    if metadata.is_file():
+        return NamedImages(names, load, of_metadata(metadata, names))
+    return NamedImages(names, load, classes=of_folders(names))
+
+
+def _saved_dataset(path: Path, form: Form) -> NamedImages:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"'{path}' is a data set of the package datasets, which is not installed: pip install "
+            "datasets."
+        ) from error
+    data = datasets.load_from_disk(str(path))
+    if not isinstance(data, datasets.Dataset):
+        raise ValueError(f"'{path}' holds several splits ({list(data)}). Pass one split's folder.")
+    column = next((k for k, v in data.features.items() if isinstance(v, datasets.Image)), None)
+    if column is None:
+        raise ValueError(f"'{path}' has columns {data.column_names}, none of which is of images.")
+    conditions = {}
+    for theirs, ours in {"text": "prompt", "label": "class_labels"}.items():
+        if theirs in data.column_names:
+            conditions[ours] = list(data[theirs])
+    classes = None
+    label = data.features.get("label")
+    if isinstance(label, datasets.ClassLabel):
+        numbers = [-1 if n is None else n for n in conditions.pop("class_labels")]
+        classes = Classes(label.names, [label.names[n] if n >= 0 else None for n in numbers])
+    names = [f"{path.name}[{n}]" for n in range(len(data))]
+    return NamedImages(names, lambda n: form.tensor(data[n][column], names[n]), conditions, classes)

@@ -1,0 +1,1 @@
+"""Curvature of diffusion models: the exact GGN, K-FAC, EK-FAC."""

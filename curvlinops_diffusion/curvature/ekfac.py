@@ -1,0 +1,119 @@
+"""EK-FAC of a diffusion model: K-FAC's eigenbasis with the exact second moments in it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from curvlinops_diffusion.curvature.eigenvalues import eigenvalue_moments
+from curvlinops_diffusion.curvature.gradient_factors import fitted_factors
+from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator, exact_part
+from curvlinops_diffusion.curvature.kronecker_factors import KroneckerFactors
+from curvlinops_diffusion.curvature.options import FisherType, KFACOptions
+from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.layers import Coverage
+from curvlinops_diffusion.linalg.blocks import EigenBlock
+from curvlinops_diffusion.linalg.factors import Eigendecomposition, eigendecomposition
+from curvlinops_diffusion.linalg.placement import PlacedBlock
+from curvlinops_diffusion.runtime.passes import PassOptions, kept
+from curvlinops_diffusion.runtime.processes import Share, divided
+from curvlinops_diffusion.runtime.sums import within
+
+
+class DiffusionEKFACLinearOperator(DiffusionKFACLinearOperator):
+    r"""EK-FAC of the GGN of a diffusion model's objective.
+
+    With K-FAC's factors ``A = U_A α U_Aᵀ`` and ``B = U_B β U_Bᵀ``, a layer's block is::
+
+        (U_B ⊗ U_A) diag(Λ) (U_B ⊗ U_A)ᵀ,    Λ_ij = E[(U_Bᵀ g U_A)_ij²]
+
+    where ``g = Σ_s b_s a_sᵀ`` is the gradient of one example, draw and loss vector. Among all
+    matrices that are diagonal in this basis it is the nearest to the exact block in Frobenius norm,
+    and its trace is the exact block's. Costs a second pass over the data, on the same draws (or on
+    fewer, see ``eigenvalue_draws``). Blocks without Kronecker form are K-FAC's, exact already.
+
+    Source: George et al., 2018, Section 3.1; Mlodozeniec et al., 2025, Section 2.3.
+
+    Arguments, attributes and errors are those of
+    :class:`~curvlinops_diffusion.DiffusionKFACLinearOperator`, except that
+    ``fisher_type='forward-only'`` does not exist: it has no gradients.
+
+    Examples:
+        >>> EK = DiffusionEKFACLinearOperator(train)
+        >>> EK.eigenvalues().shape == (EK.shape[0],)
+        True
+        >>> v = EK.inverse(damping=1e-2) @ torch.ones(EK.shape[1])
+        >>> torch.allclose(EK @ v + 1e-2 * v, torch.ones(EK.shape[1]), atol=1e-3)
+        True
+    """
+
+    KIND: ClassVar[str] = "ekfac"
+
+    @staticmethod
+    def _fit(
+        regression: NoisedRegression, coverage: Coverage, options: KFACOptions, passes: PassOptions
+    ) -> list[PlacedBlock]:
+        """Compute the blocks."""
+        if options.fisher_type is FisherType.FORWARD_ONLY:
+            raise ValueError(
+                "fisher_type='forward-only' arrived. EK-FAC needs gradients: pass 'mc', 'type-2' "
+                "or 'empirical', or use DiffusionKFACLinearOperator."
+            )
+        factors = fitted_factors(regression, coverage, options, passes)
+        input_bases, output_bases = _eigenbases(regression, factors, options, passes)
+        second = regression.with_draws(options.num_eigenvalue_draws(regression))
+        eigenvalues = eigenvalue_moments(
+            second, coverage, input_bases, output_bases, options, passes
+        )
+        blocks = []
+        for layer in coverage.layers:
+            for part in layer.parts(options.separate_weight_and_bias, options.exact_bias):
+                U_A = None if part.is_bias else input_bases[part.key].vectors
+                block = EigenBlock(eigenvalues[part.key], output_bases[layer.name].vectors, U_A)
+                blocks.append(PlacedBlock(part.key, part.params, block, part.kind.transposed))
+        return blocks + exact_part(coverage, options, factors)
+
+
+def _eigenbases(
+    regression: NoisedRegression,
+    factors: KroneckerFactors,
+    options: KFACOptions,
+    passes: PassOptions,
+) -> tuple[dict[str, Eigendecomposition], dict[str, Eigendecomposition]]:
+    """Eigendecompositions of input and output factors, divided among the processes.
+
+    They are kept, too: eigenvectors of close eigenvalues depend on rounding, and the second moments
+    must all be taken in one basis.
+    """
+    named = {("input", key): A for key, A in factors.inputs.items()}
+    named |= {("output", key): B for key, B in factors.outputs.items()}
+    pieces = {f"{side}/{key}": M for (side, key), M in named.items()}
+    device = regression.objective.device
+
+    def compute() -> dict[str, Tensor]:
+        found = divided(
+            Share.of(passes.distributed), pieces, _decomposition_cost, _decomposed, device
+        )
+        return {f"{key}/{role}": z for key, own in found.items() for role, z in own.items()}
+
+    settings = {
+        "options": options.as_dict(),
+        "factors": {key: list(M.shape) for key, M in pieces.items()},
+    }
+    tensors = kept("eigenbases", regression, compute, passes, settings)
+    bases: dict[str, dict[str, Eigendecomposition]] = {"input": {}, "output": {}}
+    for side, key in named:
+        own = within(f"{side}/{key}", tensors)
+        bases[side][key] = Eigendecomposition(own["values"], own.get("vectors"))
+    return bases["input"], bases["output"]
+
+
+def _decomposition_cost(matrix: Tensor) -> float:
+    return float(matrix.numel() * matrix.shape[-1])
+
+
+def _decomposed(key: str, matrix: Tensor) -> dict[str, Tensor]:
+    side, name = key.split("/", 1)
+    found = eigendecomposition(matrix, f"The {side} factor of '{name}'")
+    return {k: z for k, z in vars(found).items() if z is not None}

@@ -1,0 +1,81 @@
+"""Blocks without Kronecker form: exact, from the gradients of single examples.
+
+Biases of their own, norms, and parameters in no known layer. Dense while they are small, diagonal
+beyond (``max_dense``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor
+
+from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.layers import Coverage, ExactKind, Layer
+from curvlinops_diffusion.linalg.blocks import Block, DenseBlock, EigenBlock
+from curvlinops_diffusion.linalg.placement import Arrangement
+
+
+@dataclass(frozen=True)
+class ExactBlock:
+    """Parameters whose block is the second moment of their gradients.
+
+    Attributes:
+        key: A name that is unique within the model.
+        params: The parameters' names.
+        shapes: Their shapes.
+        dense: Whether the whole block is kept, or its diagonal.
+        layer: The layer that holds them, if its kind is known.
+    """
+
+    key: str
+    params: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dense: bool
+    layer: Layer | None
+
+    @property
+    def num_entries(self) -> int:
+        """Entries of the parameters."""
+        return sum(prod(shape) for shape in self.shapes)
+
+    @property
+    def moment_shape(self) -> tuple[int, ...]:
+        """``(n, n)``, or ``(n,)`` for a diagonal."""
+        return (self.num_entries,) * (1 + self.dense)
+
+    def second_moment(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """``Σ_n g_n g_nᵀ``, or its diagonal, from gradients ``[N, *shape]`` by name."""
+        arrangement = Arrangement((self.num_entries, 1))
+        g_nN = arrangement.gather([gradients[name].movedim(0, -1) for name in self.params])[:, 0]
+        return g_nN @ g_nN.T if self.dense else g_nN.square().sum(1)
+
+    def block(self, moment: Tensor) -> Block:
+        """The block from its mean second moment."""
+        return DenseBlock(moment) if self.dense else EigenBlock(moment.unsqueeze(1))
+
+
+def exact_blocks(coverage: Coverage, options: KFACOptions) -> list[ExactBlock]:
+    """The blocks of all parameters that are in none of Kronecker form."""
+    blocks = []
+
+    def add(key: str, names: tuple[str, ...], layer: Layer | None) -> None:
+        shapes = tuple(tuple(coverage.params[name].shape) for name in names)
+        size = sum(prod(shape) for shape in shapes)
+        is_bias = layer is not None and not isinstance(layer.kind, ExactKind)
+        # a bias' block is no larger than its layer's output factor
+        dense = is_bias or size <= options.max_dense
+        blocks.append(ExactBlock(key, names, shapes, dense, layer))
+
+    for layer in coverage.layers:
+        names = layer.exact_params(options.separate_weight_and_bias, options.exact_bias)
+        if len({coverage.params[name].shape for name in names}) == len(names) == 2:
+            for name in names:  # of a kind whose parameters have no common rows
+                add(name, (name,), layer)
+        elif names:
+            add(layer.key("norm" if isinstance(layer.kind, ExactKind) else "bias"), names, layer)
+    for name in coverage.others:
+        add(name, (name,), None)
+    return blocks

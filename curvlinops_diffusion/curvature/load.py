@@ -1,0 +1,50 @@
+"""Saved operators, back as the objects they were."""
+
+from os import PathLike
+
+from torch import nn
+
+from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
+from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
+from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
+from curvlinops_diffusion.linalg.storage import load_blocks
+from curvlinops_diffusion.runtime.modes import uncompiled
+
+_KINDS: dict[str, type[BlockDiagonalLinearOperator]] = {
+    cls.KIND: cls
+    for cls in (
+        BlockDiagonalLinearOperator,
+        DiffusionKFACLinearOperator,
+        DiffusionEKFACLinearOperator,
+    )
+}
+
+
+def load_operator(path: str | PathLike[str], model: nn.Module) -> BlockDiagonalLinearOperator:
+    """Load an operator that was written by its ``save``.
+
+    Args:
+        path: The file.
+        model: The model that the operator was computed with; the operator is put on its device.
+
+    Returns:
+        K-FAC, EK-FAC, or an inverse or power of them.
+
+    Raises:
+        ValueError: If the file is missing, truncated, foreign or of a newer format, or was made
+            for another model or other weights; the message says which.
+
+    Examples:
+        >>> DiffusionKFACLinearOperator(train).save(f"{folder}/kfac.safetensors")
+        >>> K = load_operator(f"{folder}/kfac.safetensors", unet)
+        >>> type(K).__name__
+        'DiffusionKFACLinearOperator'
+    """
+    kind, space, blocks, info = load_blocks(path, uncompiled(model))
+    if kind not in _KINDS:
+        raise ValueError(f"'{path}' holds an operator of unknown kind {kind!r}.")
+    cls = _KINDS[kind]
+    operator = cls.__new__(cls)
+    # the subclasses' own constructors would compute the blocks anew
+    BlockDiagonalLinearOperator.__init__(operator, space, blocks, info)
+    return operator

@@ -1,0 +1,79 @@
+"""The vectors that are pulled back through the network, by kind of Fisher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.curvature.options import FisherType, KFACOptions
+from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.checks import check_prediction
+from curvlinops_diffusion.diffusion.draws import Draws
+from curvlinops_diffusion.diffusion.regression import NoisedRegression
+
+
+def loss_vectors(
+    batch: NoisedBatch, prediction_BD: Tensor, draws: Draws, options: KFACOptions
+) -> Iterator[Tensor]:
+    """Yield loss vectors ``v`` with ``E[Σ v vᵀ]`` the curvature of each example's loss.
+
+    For the GGN of the model that is ``2 w_t r I``; for the GGN of the loss the outer product of
+    the loss' gradient in the prediction.
+
+    Args:
+        batch: The noised batch.
+        prediction_BD: The network's output on it.
+        draws: The source of random loss vectors.
+        options: Which curvature.
+
+    Yields:
+        Loss vectors for all examples, shape ``[B, D]``.
+    """
+    prediction_BD = prediction_BD.detach()
+    match options.fisher_type:
+        case FisherType.MC:
+            for k in range(options.mc_samples):
+                probe_BD = draws.probe(
+                    batch.indices, batch.draw, k, prediction_BD.shape[1], options.probe_type
+                ).to(prediction_BD)
+                yield batch.loss_hessian_root(probe_BD) / sqrt(options.mc_samples)
+        case FisherType.TYPE2:
+            for d in range(prediction_BD.shape[1]):
+                unit_BD = torch.zeros_like(prediction_BD)
+                unit_BD[:, d] = 1
+                yield batch.loss_hessian_root(unit_BD)
+        case FisherType.EMPIRICAL:
+            yield batch.loss_gradient(prediction_BD)
+        case FisherType.FORWARD_ONLY:
+            return
+
+
+def num_loss_vectors(options: KFACOptions, output_size: int) -> int:
+    """How many loss vectors :func:`loss_vectors` yields for a prediction ``[B, output_size]``."""
+    return {
+        FisherType.MC: options.mc_samples,
+        FisherType.TYPE2: output_size,
+        FisherType.EMPIRICAL: 1,
+        FisherType.FORWARD_ONLY: 0,
+    }[options.fisher_type]
+
+
+def check_batch_prediction(
+    regression: NoisedRegression, batch: NoisedBatch, prediction_BD: Tensor
+) -> None:
+    """Check that predictions are finite; name the example and the level if one is not."""
+    names = map(regression.name_of, batch.indices)
+    check_prediction(prediction_BD, names, batch.level_B)
+
+
+def numbered_loss_vectors(
+    regression: NoisedRegression, batch: NoisedBatch, prediction_BD: Tensor, options: KFACOptions
+) -> Iterator[tuple[Tensor, bool]]:
+    """Loss vectors, each with whether more will follow."""
+    total = num_loss_vectors(options, prediction_BD.shape[1])
+    vectors = loss_vectors(batch, prediction_BD, regression.draws, options)
+    for number, v_BD in enumerate(vectors, start=1):
+        yield v_BD, number < total

@@ -1,0 +1,1 @@
+"""The problem: noise, timesteps, draws, data, objective, regression."""

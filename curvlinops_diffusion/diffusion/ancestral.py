@@ -1,0 +1,153 @@
+"""Ancestral sampling: the Gaussian steps from a noised example to a less noised one.
+
+Legend: T noise levels, B batch, D entries of a prediction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log, pi
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.noise import NoiseProcess, PredictionType
+
+
+def clean_from(process: NoiseProcess, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
+    """The ``x0`` that a prediction (or the target) stands for, shape ``[B, D]``."""
+    x_BD = batch.x_t.flatten(1).to(prediction_BD)
+    alpha_B1, sigma_B1 = (
+        s_T[batch.level_B].to(prediction_BD).unsqueeze(1)
+        for s_T in (process.alphas_T, process.sigmas_T)
+    )
+    match process.prediction_type:
+        case PredictionType.EPSILON:
+            return (x_BD - sigma_B1 * prediction_BD) / alpha_B1
+        case PredictionType.SAMPLE:
+            return prediction_BD
+        case PredictionType.V:
+            return alpha_B1 * x_BD - sigma_B1 * prediction_BD
+        case PredictionType.FLOW:
+            return x_BD - sigma_B1 * prediction_BD
+
+
+def discretised_log_probability(x_BD: Tensor, mean_BD: Tensor, std: float) -> Tensor:
+    """The log-probability of grey values under a Gaussian in bins, shape ``[B]``."""
+    upper, lower = ((x_BD + side / 255 - mean_BD) / std for side in (1, -1))
+    open_above, open_below = x_BD > 1 - 1e-3, x_BD < -1 + 1e-3
+    # in the tail below the mean, where probabilities do not round to one
+    flipped = upper + lower > 0
+    upper, lower = torch.where(flipped, -lower, upper), torch.where(flipped, -upper, lower)
+    no_upper = torch.where(flipped, open_below, open_above)
+    no_lower = torch.where(flipped, open_above, open_below)
+    log_upper = torch.where(no_upper, torch.zeros_like(upper), torch.special.log_ndtr(upper))
+    # log(Φ(u) − Φ(l)) = log Φ(u) + log(1 − Φ(l) / Φ(u))
+    log_ratio = torch.where(
+        no_lower, torch.full_like(lower, -torch.inf), torch.special.log_ndtr(lower) - log_upper
+    )
+    return (log_upper + (-torch.expm1(log_ratio)).log()).sum(1)
+
+
+@dataclass(frozen=True)
+class AncestralSteps:
+    """The Gaussian steps ``p_θ(x_{t−1} | x_t)`` of ancestral sampling between noise levels.
+
+    Attributes:
+        process: The noise process, variance-preserving.
+        previous_T: ``ᾱ_{t−1}``, that of the level that a step leads to; 1 for the data.
+        variance_T: ``σ_t²``.
+        small_T: ``β̃_t = β_t (1 − ᾱ_{t−1}) / (1 − ᾱ_t)``.
+    """
+
+    process: NoiseProcess
+    previous_T: Tensor
+    variance_T: Tensor
+    small_T: Tensor
+
+    @classmethod
+    def of(
+        cls, process: NoiseProcess, variance: str | None, previous_T: Tensor | None = None
+    ) -> AncestralSteps:
+        """The steps of a noise process.
+
+        Args:
+            process: The noise process.
+            variance: ``'small'``, ``'large'``, or ``None`` for what the scheduler says.
+            previous_T: ``ᾱ`` of the level that the step from each level leads to; by default that
+                of the next lower one.
+
+        Raises:
+            ValueError: If the process is not variance-preserving, or the variance unknown.
+        """
+        if not torch.allclose(process.alphas_T.square() + process.sigmas_T.square(), _one()):
+            raise ValueError(
+                "Ancestral steps (the ELBO, a trajectory's log-probability) exist for "
+                "variance-preserving noise only, and this noise process is not. Measure 'loss' or "
+                "a WeightedLoss."
+            )
+        variance = process.variance if variance is None else variance
+        if variance not in ("small", "large"):
+            raise ValueError(
+                f"The sampler's variance is {variance!r}. Pass variance='small' or 'large'."
+            )
+        squared_T = process.alphas_T.square()
+        if previous_T is None:
+            previous_T = torch.cat([torch.ones(1, dtype=squared_T.dtype), squared_T[:-1]])
+        beta_T = 1 - squared_T / previous_T
+        small_T = beta_T * (1 - previous_T) / (1 - squared_T)
+        return cls(process, previous_T, small_T if variance == "small" else beta_T, small_T)
+
+    @property
+    def alpha_T(self) -> Tensor:
+        """``α_t = ᾱ_t / ᾱ_{t−1}``."""
+        return self.process.alphas_T.square() / self.previous_T
+
+    def noise_error_factor_T(self) -> Tensor:
+        """``β_t² / (2 σ_t² α_t (1 − ᾱ_t))`` over the squared error of the network's own target.
+
+        Raises:
+            ValueError: If a noise predictor has a level without signal, where it is infinite.
+        """
+        squared_T, alpha_T = self.process.alphas_T.square(), self.alpha_T
+        # times α_t, which is zero at a level without signal
+        factor_T = (1 - alpha_T).square() / (2 * self.variance_T * (1 - squared_T))
+        match self.process.prediction_type:
+            case PredictionType.SAMPLE:
+                return factor_T * self.previous_T / (1 - squared_T)
+            case PredictionType.V:
+                return factor_T * self.previous_T
+        if not alpha_T.all():
+            raise ValueError(
+                "The noise process has a level without signal (zero terminal signal-to-noise "
+                "ratio), where a prediction of the noise says nothing of x0 and the bound is "
+                "infinite. Measure 'loss' or a WeightedLoss, or predict 'v_prediction' or 'sample'."
+            )
+        return factor_T / alpha_T
+
+    def mean(self, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
+        """The step's mean from the states of a batch, shape ``[B, D]``."""
+        x_BD = batch.x_t.flatten(1).to(prediction_BD)
+        squared, previous, alpha = (
+            z_T[batch.level_B].to(x_BD).unsqueeze(1)
+            for z_T in (self.process.alphas_T.square(), self.previous_T, self.alpha_T)
+        )
+        x0_BD = clean_from(self.process, batch, prediction_BD)
+        of_x0 = previous.sqrt() * (1 - alpha) / (1 - squared)
+        return of_x0 * x0_BD + alpha.sqrt() * (1 - previous) / (1 - squared) * x_BD
+
+    def log_probability(
+        self, batch: NoisedBatch, prediction_BD: Tensor, reached_BD: Tensor
+    ) -> Tensor:
+        """``log N(x_{t−1}; μ_θ(x_t), σ_t² I)``, shape ``[B]``; zero for a step without noise."""
+        variance_B1 = self.variance_T[batch.level_B].to(prediction_BD).unsqueeze(1)
+        noisy_B1 = variance_B1 > 0
+        safe_B1 = torch.where(noisy_B1, variance_B1, torch.ones_like(variance_B1))
+        squares_BD = (reached_BD - self.mean(batch, prediction_BD)).square()
+        terms_BD = -0.5 * (squares_BD / safe_B1 + safe_B1.log() + log(2 * pi))
+        return (terms_BD * noisy_B1).sum(1)
+
+
+def _one() -> Tensor:
+    return torch.ones((), dtype=torch.float64)

@@ -1,0 +1,90 @@
+"""A batch of noised examples.
+
+Legend: B batch, D entries of an image or output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.diffusion.conditions import rows_of
+
+
+@dataclass(frozen=True)
+class NoisedBatch:
+    """One draw of some examples: inputs of the network, its target, and the loss' weight.
+
+    The loss of example ``b`` is ``weight_B[b] * ‖prediction_BD[b] - target_BD[b]‖²``.
+
+    Attributes:
+        indices: The examples' indices ``n`` within the data.
+        draw: The number ``r`` of the draw.
+        level_B: Noise levels.
+        x_t: Noised examples, shape ``[B, ...]``.
+        timestep_B: What the network is told.
+        condition: Further keyword arguments of the network.
+        target_BD: The target, flattened, in the working precision.
+        weight_B: ``w_t r``.
+    """
+
+    indices: Sequence[int]
+    draw: int
+    level_B: Tensor
+    x_t: Tensor
+    timestep_B: Tensor
+    condition: dict[str, Any]
+    target_BD: Tensor
+    weight_B: Tensor
+
+    def select(self, positions: Sequence[int]) -> NoisedBatch:
+        """The examples at some positions of the batch."""
+        index = list(positions)
+        return replace(
+            self,
+            indices=[self.indices[i] for i in index],
+            level_B=self.level_B[index],
+            x_t=self.x_t[index],
+            timestep_B=self.timestep_B[index],
+            condition=rows_of(self.condition, index),
+            target_BD=self.target_BD[index],
+            weight_B=self.weight_B[index],
+        )
+
+    @staticmethod
+    def interleaved(draws: Sequence[NoisedBatch]) -> NoisedBatch:
+        """Several draws of the same examples as one batch, the draws of an example in a row."""
+        first = draws[0]
+        if len(draws) == 1:
+            return first
+
+        def together(*parts: Any) -> Any:
+            if isinstance(parts[0], Mapping):
+                return {key: together(*(p[key] for p in parts)) for key in parts[0]}
+            if isinstance(parts[0], Tensor) and parts[0].ndim > 0:
+                return torch.stack(parts, 1).flatten(0, 1)
+            return parts[0]
+
+        named = ("level_B", "x_t", "timestep_B", "condition", "target_BD", "weight_B")
+        merged = {name: together(*(getattr(draw, name) for draw in draws)) for name in named}
+        return replace(first, indices=[n for n in first.indices for _ in draws], **merged)
+
+    def loss(self, prediction_BD: Tensor) -> Tensor:
+        """The losses ``ℓ_t = w_t r ‖f - y‖²``, shape ``[B]``."""
+        return self.weight_B * (prediction_BD - self.target_BD).square().sum(1)
+
+    def loss_gradient(self, prediction_BD: Tensor) -> Tensor:
+        """Gradients ``2 w_t r (f - y)`` of the losses in the prediction, shape ``[B, D]``."""
+        return (2 * self.weight_B).unsqueeze(1) * (prediction_BD - self.target_BD)
+
+    def loss_hessian_product(self, v: Tensor) -> Tensor:
+        """The losses' Hessian ``2 w_t r I`` times ``v``, shape ``[B, D]``."""
+        return (2 * self.weight_B).unsqueeze(1) * v
+
+    def loss_hessian_root(self, v: Tensor) -> Tensor:
+        """``√(2 w_t r) v``: turns ``E[v vᵀ] = I`` into the losses' Hessian, shape ``[B, D]``."""
+        return (2 * self.weight_B).sqrt().unsqueeze(1) * v

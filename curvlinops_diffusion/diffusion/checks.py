@@ -1,0 +1,122 @@
+"""Checks of images, conditions, predictions and of the network's mode."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def check_images(x0: Any, first_index: int) -> Tensor:
+    """Return a batch of clean examples if the diffusion can start from it.
+
+    Args:
+        x0: The batch, of shape ``[batch, ...]``.
+        first_index: The index within the data of the batch's first example, for the message.
+
+    Raises:
+        ValueError: If the batch is no floating-point tensor with at least one entry and two
+            axes, or has an entry that is not finite.
+    """
+    if not isinstance(x0, Tensor):
+        raise ValueError(
+            f"The clean examples arrived as {type(x0).__name__}. Pass a floating-point tensor of "
+            "shape [batch, ...]."
+        )
+    if not x0.is_floating_point():
+        raise ValueError(
+            f"The clean examples arrived as {x0.dtype}. Pass floating-point data, scaled as in "
+            "training (for images usually to [-1, 1])."
+        )
+    if x0.ndim < 2 or x0.numel() == 0:
+        raise ValueError(
+            f"A batch of clean examples arrived with shape {tuple(x0.shape)}. Pass non-empty "
+            "batches of shape [batch, ...], for images [batch, channels, height, width]."
+        )
+    bad = ~x0.flatten(1).isfinite().all(1)
+    if bad.any():
+        indices = [first_index + int(i) for i in bad.nonzero().flatten()[:8]]
+        raise ValueError(
+            f"{int(bad.sum())} example(s) hold NaN or infinite entries, at index {indices} of the "
+            "data. Remove or repair them."
+        )
+    return x0
+
+
+def check_condition(condition: Any, batch_size: int, name: str = "condition") -> None:
+    """Check that every tensor of a (nested) condition has one entry for each example.
+
+    Raises:
+        ValueError: If one has another number of entries, named by its key.
+    """
+    if isinstance(condition, Mapping):
+        for key, value in condition.items():
+            check_condition(value, batch_size, f"{name}[{key!r}]")
+        return
+    batched = isinstance(condition, list) or (isinstance(condition, Tensor) and condition.ndim > 0)
+    if batched and len(condition) != batch_size:
+        shape = tuple(condition.shape) if isinstance(condition, Tensor) else (len(condition),)
+        raise ValueError(
+            f"{name} arrived with shape {shape} beside {batch_size} clean "
+            "examples. Its first axis must have one entry for each example (a tensor without "
+            "axes is passed to the model as it is)."
+        )
+
+
+def check_deterministic_mode(model: nn.Module) -> None:
+    """Check that no layer draws random numbers or couples the examples of a batch.
+
+    The draws of a diffusion are pure functions of ``(seed, n, r)``; a dropout mask is not, and
+    batch statistics make an example's loss depend on its neighbours.
+
+    Raises:
+        ValueError: If an active dropout or batch-norm layer is found, named.
+    """
+    for name, module in model.named_modules():
+        dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        drops_labels = getattr(module, "dropout_prob", 0) > 0  # diffusers' label embedding
+        if module.training and (dropout or batch_norm or drops_labels):
+            raise ValueError(
+                f"Layer '{name}' ({type(module).__name__}) is in train mode, which makes the loss "
+                "of an example random or dependent on the rest of its batch. Call model.eval() "
+                "first."
+            )
+        if batch_norm and module.running_mean is None:
+            raise ValueError(
+                f"Layer '{name}' ({type(module).__name__}) has no running statistics, so that the "
+                "loss of an example depends on the rest of its batch. Replace it, for instance by "
+                "a GroupNorm."
+            )
+
+
+def check_no_autocast(device: torch.device) -> None:
+    """Check that no ``torch.autocast`` surrounds us, which would round factors and scores.
+
+    Raises:
+        ValueError: If one does.
+    """
+    if torch.is_autocast_enabled(device.type):
+        raise ValueError(
+            f"torch.autocast is on for '{device.type}', and would compute curvature in low "
+            "precision. Leave its context, and pass autocast=torch.bfloat16 to DenoisingObjective "
+            "to run the network alone in low precision."
+        )
+
+
+def check_prediction(prediction_BD: Tensor, names: Iterable[str], level_B: Tensor) -> None:
+    """Check that the network's output on a batch is finite, before anything is made of it.
+
+    Raises:
+        ValueError: If it is not; the message names the examples and their noise levels.
+    """
+    if prediction_BD.sum().isfinite():  # a fraction of the price of looking at every entry
+        return
+    bad = (~prediction_BD.isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        known = list(names)
+        named = ", ".join(f"{known[b]} at noise level {int(level_B[b])}" for b in bad[:4])
+        raise ValueError(
+            f"The network's output is NaN or infinite for {len(bad)} example(s) of a batch: "
+            f"{named}. Check its weights; if it runs in float16 or bfloat16, try float32."
+        )

@@ -1,0 +1,233 @@
+"""Clean data in batches: every form that users pass, as one re-iterable of ``CleanBatch``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+
+from curvlinops_diffusion.diffusion.checks import check_condition, check_images
+from curvlinops_diffusion.diffusion.conditions import rows_of
+from curvlinops_diffusion.runtime.checks import check_count
+
+_ACCEPTED = (
+    "a tensor of clean examples [N, ...], a dict of tensors with key 'x0', a Dataset, a "
+    "DataLoader, or a list of batches"
+)
+
+
+_ITEM_ACCEPTED = (
+    "Each batch (or item of a Dataset) must be a tensor of clean examples, a pair of these and "
+    "integer labels or prompts, or a dict with key 'x0' whose other entries are passed to the "
+    "model as keyword arguments"
+)
+
+
+#: Whether the batch of a number is asked for.
+Wanted = Callable[[int], bool]
+
+
+#: Starts an iteration over the wanted batches: (number, index of the first example, batch).
+Source = Callable[[Wanted], Iterator[tuple[int, int, Any]]]
+
+
+@dataclass(frozen=True)
+class CleanBatch:
+    """Successive clean examples.
+
+    Attributes:
+        indices: The examples' indices ``n`` within the data.
+        x0: Clean examples, shape ``[B, ...]``.
+        condition: Keyword arguments of the model; tensors have first axis ``B``, except those
+            without axes.
+    """
+
+    indices: Sequence[int]
+    x0: Tensor
+    condition: dict[str, Any]
+
+    def select(self, positions: Sequence[int]) -> CleanBatch:
+        """The examples at some positions of the batch."""
+        index = list(positions)
+        condition = {key: rows_of(value, index) for key, value in self.condition.items()}
+        return CleanBatch([self.indices[i] for i in index], self.x0[index], condition)
+
+
+class CleanData:
+    """A re-iterable of :class:`CleanBatch` over everything that users pass as data.
+
+    Examples are numbered in the order of iteration, which therefore must be the same each time.
+
+    Args:
+        data: See :class:`~curvlinops_diffusion.NoisedRegression`.
+        batch_size: Examples in a batch, where the data does not come in batches.
+
+    Attributes:
+        batch_size: The same; ``None`` where it does.
+        num_examples: The number of examples.
+
+    Raises:
+        ValueError: If the data is empty, of no known form, or changes between iterations.
+    """
+
+    def __init__(self, data: Any, batch_size: int):
+        check_count("batch_size", batch_size)
+        self._source: Source = _batch_source(data, batch_size)
+        own_batches = isinstance(data, DataLoader) or not isinstance(
+            data, Tensor | Mapping | Dataset
+        )
+        self.batch_size = None if own_batches else batch_size
+        if isinstance(data, Dataset | DataLoader):
+            self._check_same_twice()
+        known = _known_length(data)
+        self.num_examples = sum(len(b.indices) for b in self) if known is None else known
+        if self.num_examples == 0:
+            raise ValueError(f"The data is empty. Pass {_ACCEPTED} with at least one example.")
+
+    def __iter__(self) -> Iterator[CleanBatch]:
+        """Yield the batches in order.
+
+        Raises:
+            ValueError: If a batch is malformed.
+        """
+        for _, batch in self.numbered():
+            yield batch
+
+    def numbered(self, wanted: Wanted = lambda number: True) -> Iterator[tuple[int, CleanBatch]]:
+        """Yield wanted batches with their numbers; the others are not loaded, where possible.
+
+        Raises:
+            ValueError: If a batch is malformed.
+        """
+        for number, start, batch in self._source(wanted):
+            x0, condition = _split(batch)
+            check_images(x0, start)
+            check_condition(condition, len(x0))
+            yield number, CleanBatch(range(start, start + len(x0)), x0, condition)
+
+    def _check_same_twice(self) -> None:
+        first, second = next(iter(self), None), next(iter(self), None)
+        if first is None or second is None:
+            return
+        if first.x0.shape != second.x0.shape or not torch.equal(first.x0, second.x0):
+            raise ValueError(
+                "Two iterations over the data began with different batches. Every pass must see "
+                "the same examples in the same order: switch shuffling and random augmentation off."
+            )
+
+
+def _batch_source(data: Any, batch_size: int) -> Source:
+    """A function that starts a new iteration over the batches of ``data``."""
+    if isinstance(data, Tensor):
+        check_images(data, 0)
+        return _ranges(len(data), batch_size, lambda chosen: (data[r] for r in chosen))
+    if isinstance(data, Mapping):
+        x0, condition = _split(data)
+        check_images(x0, 0)
+        check_condition(condition, len(x0))
+        return _ranges(len(x0), batch_size, lambda chosen: (rows_of(data, r) for r in chosen))
+    if isinstance(data, DataLoader):
+        _check_order(data)
+        return _all_of(lambda: _iterate_loader(data))
+    if isinstance(data, Dataset):
+        if not hasattr(data, "__len__"):  # a stream
+            loader: DataLoader[Any] = DataLoader(data, batch_size)
+            return _all_of(lambda: _iterate_loader(loader))
+        return _ranges(len(data), batch_size, lambda chosen: _load(data, chosen))
+    if isinstance(data, Iterable) and not isinstance(data, str | bytes | Iterator):
+        return _all_of(lambda: data)
+    hint = " (it can be iterated only once)" if isinstance(data, Iterator) else ""
+    raise ValueError(f"The data arrived as {type(data).__name__}{hint}. Pass {_ACCEPTED}.")
+
+
+def _ranges(count: int, batch_size: int, load: Callable[[list[slice]], Iterable[Any]]) -> Source:
+    """Batches of what can be loaded at any place."""
+
+    def source(wanted: Wanted) -> Iterator[tuple[int, int, Any]]:
+        numbers = [n for n in range(-(-count // batch_size)) if wanted(n)]
+        starts = [number * batch_size for number in numbers]
+        slices = [slice(start, min(start + batch_size, count)) for start in starts]
+        yield from zip(numbers, starts, load(slices), strict=True)
+
+    return source
+
+
+def _load(data: Dataset[Any], chosen: list[slice]) -> Iterator[Any]:
+    """Items of a data set, in batches."""
+    indices = [list(range(part.start, part.stop)) for part in chosen]
+    return _iterate_loader(DataLoader(data, batch_sampler=indices))
+
+
+def _all_of(batches: Callable[[], Iterable[Any]]) -> Source:
+    """Batches of what can only be iterated over."""
+
+    def source(wanted: Wanted) -> Iterator[tuple[int, int, Any]]:
+        start = 0
+        for number, batch in enumerate(batches()):
+            if wanted(number):
+                yield number, start, batch
+            start += len(_split(batch)[0])
+
+    return source
+
+
+def _known_length(data: Any) -> int | None:
+    """The number of examples where it can be told without a pass over the data."""
+    if isinstance(data, Tensor):
+        return len(data)
+    if isinstance(data, Mapping):
+        return len(data["x0"])
+    if isinstance(data, Dataset) and hasattr(data, "__len__"):
+        return len(data)
+    if isinstance(data, DataLoader):
+        sampler: Any = data.sampler
+        plain = isinstance(sampler, SequentialSampler) and type(data.batch_sampler) is BatchSampler
+        return len(sampler) if plain else None
+    return None
+
+
+def _iterate_loader(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Iterate without touching torch's random state, from which a new iterator draws a seed."""
+    state = torch.get_rng_state()
+    iterator = iter(loader)
+    torch.set_rng_state(state)
+    yield from iterator
+
+
+def _check_order(loader: DataLoader[Any]) -> None:
+    if isinstance(loader.sampler, RandomSampler):
+        raise ValueError(
+            "The DataLoader shuffles. Every pass must see the same examples in the same order: "
+            "pass shuffle=False."
+        )
+    if loader.drop_last and isinstance(loader.sampler, SequentialSampler):
+        size, batch = len(loader.sampler), loader.batch_size or 1
+        if size % batch:
+            raise ValueError(
+                f"The DataLoader has drop_last=True and would leave out {size % batch} of {size} "
+                "examples. Pass drop_last=False."
+            )
+
+
+def _split(batch: Any) -> tuple[Any, dict[str, Any]]:
+    """The clean examples and the condition of a batch."""
+    if isinstance(batch, Mapping):
+        if "x0" not in batch:
+            raise ValueError(f"A batch arrived with keys {sorted(batch)}. {_ITEM_ACCEPTED}.")
+        return batch["x0"], {key: value for key, value in batch.items() if key != "x0"}
+    if isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[0], Tensor):
+        x0, second = batch
+        if isinstance(second, Tensor) and not second.is_floating_point():
+            return x0, {"class_labels": second}
+        if isinstance(second, Sequence) and all(isinstance(prompt, str) for prompt in second):
+            return x0, {"prompt": list(second)}
+    if isinstance(batch, Sequence) and len(batch) == 1:  # a TensorDataset of images alone
+        batch = batch[0]
+    if not isinstance(batch, Tensor):
+        size = f" of length {len(batch)}" if isinstance(batch, Sequence) else ""
+        raise ValueError(f"A batch arrived as {type(batch).__name__}{size}. {_ITEM_ACCEPTED}.")
+    return batch, {}

@@ -1,0 +1,186 @@
+"""Draws are data: ``(seed, n, r) -> timestep, noise, loss vectors``.
+
+Draw number ``r`` of example ``n`` is a pure function of ``(seed, n, r)``: it does not depend on
+the batch size, the device, the number of workers, or any global random state, which is left
+untouched. So a second pass sees the same noise, work can be split or resumed with the same result,
+and two methods can be compared on common random numbers.
+
+The functions are Philox counters (Salmon et al., 2011), whose key is ``(seed, stream)`` and whose
+counter is ``(n, r, k)``; no state is carried from one draw to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.diffusion.random_numbers import (
+    ProbeType,
+    _generator,
+    _Stream,
+    _unit_probe,
+)
+from curvlinops_diffusion.diffusion.timesteps import (
+    ListedTimesteps,
+    StratifiedTimesteps,
+    TimestepScheme,
+    UniformTimesteps,
+    timestep_scheme,
+)
+from curvlinops_diffusion.runtime.checks import check_count
+
+DEFAULT_NUM_DRAWS = 8
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The draws of a data set: levels, noise and loss vectors as functions of ``(n, r)``.
+
+    Attributes:
+        seed: The seed, ``0 <= seed < 2**64``.
+        num_draws: The number ``R`` of draws for each example.
+        num_levels: The number ``T`` of noise levels.
+        timesteps: How levels are drawn.
+        antithetic: Whether draws come in pairs ``(2p, 2p + 1)`` that differ in the sign of the
+            noise alone. Each is distributed as before, so averages stay unbiased.
+    """
+
+    seed: int
+    num_draws: int
+    num_levels: int
+    timesteps: TimestepScheme
+    antithetic: bool = False
+
+    def rounded_up(self, num_draws: int) -> int:
+        """The least number of draws, not below this one, of whole pairs and lists of levels."""
+        listed = len(self.timesteps.levels) if isinstance(self.timesteps, ListedTimesteps) else 1
+        multiple = listed * self._copies
+        return -(-num_draws // multiple) * multiple
+
+    @property
+    def uniform_levels(self) -> bool:
+        """Whether every noise level is drawn equally often on average."""
+        if isinstance(self.timesteps, ListedTimesteps):
+            counts = np.bincount(self.timesteps.levels, minlength=self.num_levels)
+            return bool((counts == counts[0]).all())
+        return isinstance(self.timesteps, StratifiedTimesteps | UniformTimesteps)
+
+    @property
+    def _copies(self) -> int:
+        return 2 if self.antithetic else 1
+
+    def _sampled(self, r: int) -> int:
+        """The number of what both draws of a pair share."""
+        return r // self._copies
+
+    def levels(self, n_B: Sequence[int], r: int) -> Tensor:
+        """Noise level of draw ``r`` of the examples ``n_B``, shape ``[B]``, int64."""
+        sampled = self._sampled(r)
+        if isinstance(self.timesteps, ListedTimesteps):
+            listed = self.timesteps.levels
+            return torch.full((len(n_B),), listed[sampled % len(listed)], dtype=torch.int64)
+        different = self.num_draws // self._copies
+        unit = self.timesteps.unit_interval(self.seed, np.asarray(n_B), sampled, different)
+        level = np.floor(unit * self.num_levels).astype(np.int64)
+        return torch.from_numpy(level.clip(0, self.num_levels - 1))  # u may round to 1
+
+    def noise(self, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
+        """Noise of draw ``r`` of the examples ``n_B``, shape ``[B, *shape]``.
+
+        Always float32, so that models of every precision see the same noise.
+        """
+        noise = self._normal(_Stream.NOISE, n_B, self._sampled(r), shape)
+        return -noise if self.antithetic and r % 2 else noise
+
+    def latent_noise(self, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
+        """What the latents of draw ``r`` are sampled with, ``[B, *shape]``; as :meth:`noise`."""
+        return self._normal(_Stream.LATENT, n_B, self._sampled(r), shape)
+
+    def dropped(self, n_B: Sequence[int], r: int, probability: float) -> Tensor:
+        """Whether the condition of draw ``r`` is dropped, shape ``[B]``."""
+        return torch.tensor(self._uniform(_Stream.CONDITION, n_B, r)) < probability
+
+    def versions(self, n_B: Sequence[int], r: int, count: int) -> Tensor:
+        """Which of ``count`` augmented versions each example is seen in, shape ``[B]``."""
+        if count == 1:
+            return torch.zeros(len(n_B), dtype=torch.int64)
+        uniform = torch.tensor(self._uniform(_Stream.AUGMENTATION, n_B, r), dtype=torch.float64)
+        return (uniform * count).long().clamp(max=count - 1)
+
+    def normal(self, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
+        """Normal numbers for a user's function of the draws, ``[B, *shape]``; as :meth:`noise`."""
+        return self._normal(_Stream.FUNCTION, n_B, r, shape)
+
+    def _uniform(self, stream: _Stream, n_B: Sequence[int], r: int) -> list[float]:
+        """Numbers that both draws of a pair share."""
+        return [_generator(self.seed, stream, n, self._sampled(r)).random() for n in n_B]
+
+    def _normal(self, stream: _Stream, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
+        return torch.stack(
+            [
+                torch.from_numpy(
+                    _generator(self.seed, stream, n, r).standard_normal(
+                        tuple(shape), dtype=np.float32
+                    )
+                )
+                for n in n_B
+            ]
+        )
+
+    def probe(self, n_B: Sequence[int], r: int, k: int, size: int, probe_type: ProbeType) -> Tensor:
+        """Loss vector ``k`` of draw ``r``: ``E[u uᵀ] = I``, shape ``[B, size]``."""
+        return torch.stack(
+            [
+                torch.from_numpy(
+                    _unit_probe(_generator(self.seed, _Stream.PROBE, n, r, k), size, probe_type)
+                )
+                for n in n_B
+            ]
+        )
+
+
+def make_draws(
+    timesteps: Any,
+    num_draws: int | None,
+    seed: int,
+    num_levels: int,
+    antithetic: bool = False,
+) -> Draws:
+    """Check a user's choice of draws.
+
+    Args:
+        timesteps: See :func:`timestep_scheme`.
+        num_draws: Draws for each example. ``None``: 8, or the length of a list of levels (twice
+            that for pairs).
+        seed: The seed.
+        num_levels: The number of noise levels.
+        antithetic: Whether draws come in pairs of noise and negated noise.
+
+    Raises:
+        ValueError: If the seed or the number of draws is out of range, or a list of levels or the
+            pairs would not be passed through a whole number of times (the average would be
+            lopsided).
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed!r} arrived. Pass a whole number from 0 to 2**64 - 1.")
+    scheme = timestep_scheme(timesteps, num_levels)
+    draws = Draws(seed, 1, num_levels, scheme, bool(antithetic))
+    if num_draws is None:
+        listed = isinstance(scheme, ListedTimesteps)
+        num_draws = draws.rounded_up(1 if listed else DEFAULT_NUM_DRAWS)
+    check_count("num_draws", num_draws)
+    multiple = draws.rounded_up(1)
+    if num_draws % multiple != 0:
+        what = f"a list of {multiple} levels" if not antithetic else "antithetic pairs"
+        if antithetic and multiple > 2:
+            what += f" at each of {multiple // 2} listed levels"
+        raise ValueError(
+            f"num_draws={num_draws} arrived with {what}. Pass a multiple of {multiple}, or "
+            f"num_draws=None for {'8' if multiple == 2 else 'each once'}."
+        )
+    return replace(draws, num_draws=num_draws)

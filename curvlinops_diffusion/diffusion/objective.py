@@ -1,0 +1,332 @@
+"""The denoising objective: what a diffusion model regresses, and how errors are weighted."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.conditions import _replaced
+from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.diffusion.latents import Encoded
+from curvlinops_diffusion.diffusion.noise import NoiseProcess
+from curvlinops_diffusion.diffusion.pipelines import pipeline_parts
+from curvlinops_diffusion.diffusion.schedulers import noise_process
+from curvlinops_diffusion.diffusion.weightings import Weighting, weight_table
+from curvlinops_diffusion.runtime.checks import check_non_negative, check_option
+from curvlinops_diffusion.runtime.digests import digest_of, name_of
+from curvlinops_diffusion.runtime.modes import eager, uncompiled, without_checkpoints
+
+
+class Reduction(str, Enum):
+    """How squared errors are reduced over the ``D`` entries of the network's output.
+
+    Attributes:
+        MEAN: ``'mean'``, ``r = 1/D``.
+        SUM: ``'sum'``, ``r = 1``.
+    """
+
+    MEAN = "mean"
+    SUM = "sum"
+
+
+class DenoisingObjective:
+    r"""The training objective of a diffusion or flow-matching model.
+
+    With ``x_t = alpha_t x0 + sigma_t eps``, the network ``f`` and its target ``y_t``::
+
+        ℓ_t(θ) = w_t · r · ‖f_θ(x_t, t, c) − y_t‖²,   r = 1/D ("mean") or 1 ("sum")
+
+    Args:
+        model: Called as ``model(x_t, t, **condition)``, with ``t`` of shape ``[B]`` (by name if the
+            model has an argument ``timestep``). Returns a tensor of ``x_t``'s shape, a tuple that
+            starts with it, or an object with ``.sample``. If it has twice as many channels, the
+            second half is a learned variance, which this objective does not contain.
+        scheduler: A ``diffusers`` scheduler, from whose config the noise process and the
+            prediction type are read, or a :class:`~curvlinops_diffusion.NoiseProcess`.
+        weighting: The weight ``w_t``. ``None`` for one, a
+            :class:`~curvlinops_diffusion.noise.ProcessWeighting` like
+            :class:`~curvlinops_diffusion.MinSNRWeighting`, a callable of the timesteps, or a table
+            with one weight for each noise level, in order of rising noise.
+        reduction: ``'mean'`` or ``'sum'`` over the output's ``D`` entries.
+        encode: What turns batches of users' data into what the network sees, a
+            :class:`~curvlinops_diffusion.LatentEncoder` or a function of (examples, condition) that
+            returns an :class:`~curvlinops_diffusion.encoding.Encoded`; ``None`` for the data as it
+            is.
+        condition_dropout: The probability with which training dropped the condition
+            (classifier-free guidance); drawn, like noise, for each example and draw.
+        null_condition: What a dropped condition is replaced by: for each keyword argument a value
+            for one example (the "no class" label, the embedding of an empty prompt).
+        model_kwargs: Further keyword arguments of the network, the same for all examples; or a
+            function of (``x_t``, condition) that returns them.
+        autocast: Precision of the network's passes under ``torch.autocast``, usually
+            ``torch.bfloat16``; ``None`` for that of its parameters. Losses, factors and vectors
+            stay in float32. (A surrounding ``torch.autocast`` would reach these, too, and is
+            refused.)
+
+    Attributes:
+        model: The network.
+        process: The noise process.
+        weights_T: The weight of each noise level, float64.
+        reduction: The reduction.
+
+    Raises:
+        ValueError: If the model has no floating-point parameters, or an argument is of no
+            accepted kind.
+
+    Examples:
+        >>> objective = DenoisingObjective(unet, DDPMScheduler(), MinSNRWeighting(gamma=5.0))
+        >>> objective.weights_T.shape
+        torch.Size([1000])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scheduler: Any,
+        weighting: Weighting = None,
+        reduction: str | Reduction = Reduction.MEAN,
+        *,
+        encode: Callable[[Tensor, dict[str, Any]], Encoded] | None = None,
+        condition_dropout: float = 0.0,
+        null_condition: Mapping[str, Any] | None = None,
+        model_kwargs: Mapping[str, Any] | Callable[[Tensor, dict[str, Any]], Any] | None = None,
+        autocast: torch.dtype | None = None,
+    ):
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"The model arrived as {type(model).__name__}. Pass an nn.Module.")
+        if not any(p.is_floating_point() for p in model.parameters()):
+            raise ValueError("The model has no floating-point parameters to take derivatives in.")
+        self.model = uncompiled(model)
+        self.process: NoiseProcess = noise_process(scheduler)
+        self.weights_T = weight_table(weighting, self.process)
+        self.reduction = check_option("reduction", reduction, Reduction)
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"autocast={autocast!r} arrived. Pass torch.bfloat16, torch.float16, or None."
+            )
+        self.autocast = autocast
+        self.condition_dropout = check_non_negative("condition_dropout", condition_dropout)
+        if self.condition_dropout > 1 or (self.condition_dropout > 0 and not null_condition):
+            raise ValueError(
+                f"condition_dropout={condition_dropout!r} arrived with null_condition="
+                f"{null_condition!r}. Pass a probability, and what a dropped condition is replaced "
+                "by, for instance null_condition={'class_labels': 1000}."
+            )
+        self.null_condition = dict(null_condition or {})
+        self._encode = encode
+        self._model_kwargs = model_kwargs or {}
+        self._timestep_by_name = "timestep" in inspect.signature(self.model.forward).parameters
+
+    @classmethod
+    def from_pipeline(
+        cls,
+        pipeline: Any,
+        weighting: Weighting = None,
+        reduction: str | Reduction = Reduction.MEAN,
+        *,
+        sample_latents: bool = True,
+        latent_cache: str | PathLike[str] | None = None,
+        condition_dropout: float = 0.0,
+        autocast: torch.dtype | None = None,
+    ) -> DenoisingObjective:
+        """The objective that a ``diffusers`` pipeline's denoiser was trained with.
+
+        Reads the denoiser, scheduler, prediction type, autoencoder and text encoders. Data is then
+        images in [-1, 1] with labels or prompts: pairs, or dicts with ``'class_labels'`` or
+        ``'prompt'``.
+
+        Args:
+            pipeline: A pipeline of ``diffusers``: DDPM, DDIM, LDM, DiT, Stable Diffusion (1, 2, XL,
+                3) or Flux.
+            weighting: As in the constructor.
+            reduction: As in the constructor.
+            sample_latents: Whether latents are drawn from the autoencoder's distribution, as in
+                training, or are its mean.
+            latent_cache: A folder to keep latents and embeddings in, see
+                :class:`~curvlinops_diffusion.LatentEncoder`.
+            condition_dropout: The probability with which training dropped label or prompt.
+            autocast: As in the constructor.
+
+        Raises:
+            ValueError: If the pipeline is of no known kind.
+        """
+        parts = pipeline_parts(pipeline, sample_latents, latent_cache)
+        dropped = condition_dropout > 0
+        return cls(
+            parts.model,
+            parts.process,
+            weighting,
+            reduction,
+            encode=parts.encode,
+            condition_dropout=condition_dropout,
+            null_condition=parts.null_condition() if dropped else None,
+            model_kwargs=parts.model_kwargs,
+            autocast=autocast,
+        )
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What determines the loss besides network and data, as plain values.
+
+        ``process``, ``weighting``, ``encoder``, ``null_condition`` and ``model_kwargs`` are
+        digests.
+        """
+        process, encoder = self.process, self._encode
+        return {
+            "prediction_type": process.prediction_type.value,
+            "reduction": self.reduction.value,
+            "condition_dropout": self.condition_dropout,
+            "process": digest_of(process.alphas_T, process.sigmas_T, process.timesteps_T),
+            "weighting": digest_of(self.weights_T),
+            "autocast": str(self.autocast),
+            "encoder": getattr(encoder, "description", None) or name_of(encoder),
+            "null_condition": digest_of(self.null_condition),
+            "model_kwargs": digest_of(self._model_kwargs),
+        }
+
+    @property
+    def _parameter(self) -> Tensor:
+        """The parameter whose device and precision stand for the model's."""
+        return next(p for p in self.model.parameters() if p.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+        return self._parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's precision."""
+        return self._parameter.dtype
+
+    @property
+    def working_dtype(self) -> torch.dtype:
+        """The precision of losses, factors and operators: the model's, but at least float32."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def rounding(self) -> float:
+        """The relative rounding error of the network's arithmetic."""
+        return torch.finfo(self.autocast or self.dtype).eps
+
+    def encode(self, clean: CleanBatch) -> Encoded:
+        """Clean examples in the network's terms."""
+        if self._encode is None:
+            return Encoded(clean.x0, None, clean.condition)
+        return self._encode(clean.x0, clean.condition)
+
+    def drop_condition(self, condition: Mapping[str, Any], dropped_B: Tensor) -> dict[str, Any]:
+        """The condition, with that of some examples replaced by :attr:`null_condition`.
+
+        Raises:
+            ValueError: If the null condition has an entry that the condition has not.
+        """
+        return _replaced(condition, self.null_condition, dropped_B)
+
+    def noise(
+        self,
+        x0: Tensor,
+        condition: Mapping[str, Any],
+        level_B: Tensor,
+        eps: Tensor,
+        indices: Sequence[int],
+        draw: int,
+    ) -> NoisedBatch:
+        """Noise clean examples, on the model's device.
+
+        Args:
+            x0: Clean examples, shape ``[B, ...]``.
+            condition: Further keyword arguments of the network.
+            level_B: Noise levels.
+            eps: Noise, of the shape of ``x0``.
+            indices: The examples' indices within the data.
+            draw: The number of the draw.
+
+        Returns:
+            The noised batch.
+        """
+        x0, eps = (z.to(self.device, self.working_dtype) for z in (x0, eps))
+        target_BD = self.process.target(x0, eps, level_B).flatten(1)
+        r = 1 / target_BD.shape[1] if self.reduction is Reduction.MEAN else 1.0
+        return NoisedBatch(
+            indices,
+            draw,
+            level_B,
+            self.process.noised(x0, eps, level_B).to(self.dtype),
+            self.process.timesteps_T[level_B].to(self.device),
+            {key: self.to_model(value) for key, value in condition.items()},
+            target_BD,
+            (self.weights_T[level_B] * r).to(target_BD),
+        )
+
+    def predict(self, batch: NoisedBatch, params: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The network's output on a noised batch, flattened, in the working precision.
+
+        Args:
+            batch: The noised batch.
+            params: Values that replace the model's own parameters, by name.
+
+        Returns:
+            The prediction, shape ``[B, D]``.
+
+        Raises:
+            ValueError: If the output is no tensor of the shape of ``x_t``.
+        """
+        static = self._model_kwargs
+        static = static(batch.x_t, batch.condition) if callable(static) else static
+        args: tuple[Tensor, ...] = (batch.x_t,)
+        kwargs = {**batch.condition, **static}
+        if self._timestep_by_name:
+            kwargs["timestep"] = batch.timestep_B
+        else:
+            args += (batch.timestep_B,)
+        # a cache of weights would outlive a change of parameters
+        with (
+            torch.autocast(
+                self.device.type,
+                self.autocast,
+                enabled=self.autocast is not None,
+                cache_enabled=False,
+            ),
+            eager(),
+        ):
+            if params is None:
+                output = self.model(*args, **kwargs)
+            else:
+                with without_checkpoints(self.model):
+                    output = functional_call(self.model, dict(params), args, kwargs)
+        return self._flatten(output, batch.x_t.shape)
+
+    def _flatten(self, output: Any, shape: torch.Size) -> Tensor:
+        if not isinstance(output, Tensor):
+            output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"The model returned {type(output).__name__}. It must return a tensor, a tuple "
+                "that starts with one, or an object with .sample."
+            )
+        if output.ndim == len(shape) > 1 and output.shape[1] == 2 * shape[1]:
+            output = output[:, : shape[1]]  # the rest is a learned variance
+        if output.shape != shape:
+            raise ValueError(
+                f"The model returned shape {tuple(output.shape)} for an input of shape "
+                f"{tuple(shape)}. The prediction must have the input's shape, or twice its "
+                "channels if a variance is predicted, too."
+            )
+        return output.flatten(1).to(self.working_dtype)
+
+    def to_model(self, value: Any) -> Any:
+        """Move a (nested) condition to the model's device, floating point to its precision."""
+        if isinstance(value, Mapping):
+            return {key: self.to_model(entry) for key, entry in value.items()}
+        if isinstance(value, Tensor):
+            return value.to(self.device, self.dtype if value.is_floating_point() else None)
+        return value

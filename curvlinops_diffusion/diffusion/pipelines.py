@@ -1,0 +1,231 @@
+"""What the pipelines of ``diffusers`` say about the objective that their denoiser was trained with.
+
+A kind of pipeline is an entry of :data:`PIPELINES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvlinops_diffusion.diffusion.latents import LatentEncoder
+from curvlinops_diffusion.diffusion.noise import NoiseProcess
+from curvlinops_diffusion.diffusion.schedulers import noise_process
+
+Cache = str | PathLike[str] | None
+
+
+@dataclass(frozen=True)
+class PipelineParts:
+    """What an objective is made of.
+
+    Attributes:
+        model: The denoiser.
+        process: The noise process.
+        encode: From images and labels or prompts to latents and embeddings; ``None`` for neither.
+        null_condition: Returns what a dropped condition is replaced by.
+        model_kwargs: Further arguments of the denoiser.
+    """
+
+    model: nn.Module
+    process: NoiseProcess
+    encode: LatentEncoder | None
+    null_condition: Callable[[], Mapping[str, Any]]
+    model_kwargs: Callable[[Tensor, dict[str, Any]], Any] | None = None
+
+
+def pipeline_parts(pipeline: Any, sample_latents: bool, cache: Cache) -> PipelineParts:
+    """Take a pipeline apart.
+
+    Args:
+        pipeline: The pipeline.
+        sample_latents: Whether latents are drawn, or their mean is taken.
+        cache: A folder for latents and embeddings.
+
+    Raises:
+        ValueError: If the pipeline is of no known kind.
+    """
+    for cls in type(pipeline).__mro__:
+        if cls.__name__ in PIPELINES:
+            return PIPELINES[cls.__name__](pipeline, sample_latents, cache)
+    raise ValueError(
+        f"The pipeline arrived as {type(pipeline).__name__}. Known are {sorted(PIPELINES)}. For "
+        "others pass denoiser and scheduler to DenoisingObjective, and what encodes the data as "
+        "encode=LatentEncoder(vae, embed=...)."
+    )
+
+
+def _nothing() -> Mapping[str, Any]:
+    raise ValueError(
+        "condition_dropout arrived for a pipeline without a condition. Pass condition_dropout=0."
+    )
+
+
+def _pixels(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
+    """``DDPMPipeline`` and ``DDIMPipeline``."""
+    return PipelineParts(pipeline.unet, noise_process(pipeline.scheduler), None, _nothing)
+
+
+def _latents(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
+    """``LDMPipeline``: unconditional, on the latents of a ``VQModel``."""
+    encode = LatentEncoder(pipeline.vqvae, sample=sample, cache=cache)
+    return PipelineParts(pipeline.unet, noise_process(pipeline.scheduler), encode, _nothing)
+
+
+def _dit(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
+    """``DiTPipeline``: class labels, the one after the last for no class."""
+    encode = LatentEncoder(pipeline.vae, sample=sample, cache=cache)
+    classes = pipeline.transformer.config.num_embeds_ada_norm
+    return PipelineParts(
+        pipeline.transformer,
+        noise_process(pipeline.scheduler),
+        encode,
+        lambda: {"class_labels": classes},
+    )
+
+
+def _prompted(
+    pipeline: Any,
+    model: nn.Module,
+    embed: Callable[[Tensor, dict[str, Any]], dict[str, Any]],
+    sample: bool,
+    cache: Cache,
+    process: NoiseProcess | None = None,
+    pack: Callable[[Tensor], Tensor] | None = None,
+    model_kwargs: Callable[[Tensor, dict[str, Any]], Any] | None = None,
+) -> PipelineParts:
+    """What the pipelines with prompts share."""
+    encoders = [getattr(pipeline, f"text_encoder{i}", None) for i in ("", "_2", "_3")]
+
+    def embed_prompts(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
+        if "prompt" not in condition:
+            raise ValueError(
+                f"A batch arrived with condition {sorted(condition)} for a pipeline with prompts. "
+                "Pass pairs (images, prompts), or dicts with keys 'x0' and 'prompt'."
+            )
+        return embed(x0, condition)
+
+    def null_condition() -> Mapping[str, Any]:
+        with torch.no_grad():
+            embedded = embed(torch.zeros(1, 3, 8, 8), {"prompt": [""]})
+        for sizes in ("img_ids", "guidance"):  # these are not dropped
+            embedded.pop(sizes, None)
+        embedded.get("added_cond_kwargs", {}).pop("time_ids", None)
+        return _first(embedded)
+
+    return PipelineParts(
+        model,
+        noise_process(pipeline.scheduler) if process is None else process,
+        LatentEncoder(
+            pipeline.vae,
+            sample=sample,
+            embed=embed_prompts,
+            pack=pack,
+            cache=cache,
+            encoders=[encoder for encoder in encoders if encoder is not None],
+        ),
+        null_condition,
+        model_kwargs,
+    )
+
+
+def _first(condition: Mapping[str, Any]) -> dict[str, Any]:
+    """The first example of every entry."""
+    return {k: _first(v) if isinstance(v, Mapping) else v[0] for k, v in condition.items()}
+
+
+def _stable_diffusion(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
+    """``StableDiffusionPipeline``, versions 1 and 2."""
+
+    def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
+        device = pipeline.text_encoder.device
+        states, _ = pipeline.encode_prompt(condition["prompt"], device, 1, False)
+        return {"encoder_hidden_states": states}
+
+    return _prompted(pipeline, pipeline.unet, embed, sample, cache)
+
+
+def _stable_diffusion_xl(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
+    """``StableDiffusionXLPipeline``; images count as uncropped and of the size they have."""
+
+    def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
+        states, _, pooled, _ = pipeline.encode_prompt(
+            condition["prompt"],
+            device=pipeline.text_encoder_2.device,
+            do_classifier_free_guidance=False,
+        )
+        H, W = x0.shape[2:]
+        # original size, top left corner of the crop, target size
+        sizes = torch.tensor([H, W, 0, 0, H, W], device=states.device, dtype=states.dtype)
+        added = {"text_embeds": pooled, "time_ids": sizes.repeat(len(states), 1)}
+        return {"encoder_hidden_states": states, "added_cond_kwargs": added}
+
+    return _prompted(pipeline, pipeline.unet, embed, sample, cache)
+
+
+def _stable_diffusion_3(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
+    """``StableDiffusion3Pipeline``: flow matching."""
+
+    def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
+        prompt = condition["prompt"]
+        states, _, pooled, _ = pipeline.encode_prompt(
+            prompt, prompt, prompt, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": states, "pooled_projections": pooled}
+
+    return _prompted(pipeline, pipeline.transformer, embed, sample, cache)
+
+
+def _flux(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
+    """``FluxPipeline``: flow matching on latents packed into tokens of 2×2, guidance distilled in.
+
+    The guidance that a distilled model is told is 1, as when it is trained further.
+    """
+    transformer = pipeline.transformer
+    process = noise_process(pipeline.scheduler)
+    process = replace(process, timesteps_T=process.timesteps_T / 1000)  # the model multiplies
+
+    def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
+        prompt = condition["prompt"]
+        states, pooled, _ = pipeline.encode_prompt(prompt, prompt)
+        H, W = (size // (2 * pipeline.vae_scale_factor) for size in x0.shape[2:])
+        ids = torch.zeros(H, W, 3, device=states.device)
+        ids[..., 1] = torch.arange(H).unsqueeze(1)
+        ids[..., 2] = torch.arange(W)
+        embedded = {
+            "encoder_hidden_states": states,
+            "pooled_projections": pooled,
+            "img_ids": ids.flatten(0, 1).repeat(len(states), 1, 1),
+        }
+        if transformer.config.guidance_embeds:
+            embedded["guidance"] = torch.ones(len(states), device=states.device)
+        return embedded
+
+    def pack(z: Tensor) -> Tensor:
+        B, C, H, W = z.shape
+        tokens = z.reshape(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        return tokens.reshape(B, H * W // 4, 4 * C)
+
+    def positions(x_t: Tensor, condition: dict[str, Any]) -> dict[str, Tensor]:
+        tokens = condition["encoder_hidden_states"].shape[-2]
+        # the model wants those of one example, which all share
+        return {"img_ids": condition["img_ids"][0], "txt_ids": torch.zeros(tokens, 3).to(x_t)}
+
+    return _prompted(pipeline, transformer, embed, sample, cache, process, pack, positions)
+
+
+PIPELINES: dict[str, Callable[[Any, bool, Cache], PipelineParts]] = {
+    "DDPMPipeline": _pixels,
+    "DDIMPipeline": _pixels,
+    "LDMPipeline": _latents,
+    "DiTPipeline": _dit,
+    "StableDiffusionPipeline": _stable_diffusion,
+    "StableDiffusionXLPipeline": _stable_diffusion_xl,
+    "StableDiffusion3Pipeline": _stable_diffusion_3,
+    "FluxPipeline": _flux,
+}

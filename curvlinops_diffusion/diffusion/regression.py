@@ -1,0 +1,320 @@
+"""``NoisedRegression``: objective + data + draws, as the (model, loss, data) of any operator."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from copy import copy
+from dataclasses import replace
+from hashlib import sha256
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from curvlinops_diffusion.diffusion.augmentation import augmentations, chosen_versions
+from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.checks import check_deterministic_mode, check_no_autocast
+from curvlinops_diffusion.diffusion.conditions import leaves
+from curvlinops_diffusion.diffusion.data import CleanBatch, CleanData, Wanted
+from curvlinops_diffusion.diffusion.draws import make_draws
+from curvlinops_diffusion.diffusion.objective import DenoisingObjective
+from curvlinops_diffusion.runtime.digests import fingerprint, name_of
+from curvlinops_diffusion.runtime.modes import twice_differentiable
+
+T = TypeVar("T")
+
+
+class _ScaledModel(nn.Module):
+    """The network as ``curvlinops`` wants it: a mapping in, ``√(w_t r D) f`` of ``[B, D]`` out."""
+
+    def __init__(self, objective: DenoisingObjective):
+        super().__init__()
+        self.model = objective.model
+        self._objective = objective
+
+    def forward(self, X: Mapping[str, Any]) -> Tensor:
+        """Predict, in a form that can be differentiated in forward mode and twice."""
+        with twice_differentiable():
+            return X["scale"].unsqueeze(1) * self._objective.predict(X["batch"])
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield lists of ``size`` successive items, the last one perhaps shorter."""
+    iterator = iter(items)
+    while some := list(islice(iterator, size)):
+        yield some
+
+
+class NoisedRegression:
+    r"""A diffusion objective on data, as a regression problem with fixed draws.
+
+    Every example is drawn ``R`` times, ``(t, eps)`` being a pure function of ``(seed, n, r)``. The
+    problem is::
+
+        L(θ) = 1/N Σ_n 1/R Σ_r w_t r_D ‖f_θ(x_t, t, c) − y_t‖²
+
+    Iterating yields ``(X, y)`` with ``√(w_t r_D D)`` folded into both sides, so that with
+    :attr:`model_func` and :attr:`loss_func` (the mean squared error) *any* ``curvlinops`` operator
+    works on it::
+
+        curvlinops.GGNLinearOperator(
+            regression.model_func, regression.loss_func, params, regression,
+            batch_size_fn=regression.batch_size_fn,
+        )
+
+    Args:
+        objective: The denoising objective.
+        data: Clean examples: a tensor ``[N, ...]``; a ``Dataset``; a ``DataLoader`` or a list of
+            batches. If it has an attribute ``names``, messages name examples by it. Items and
+            batches are tensors, pairs of these and integer labels or prompts
+            (``'class_labels'``, ``'prompt'``), or dicts with key ``'x0'`` whose other entries are
+            passed to the model as keyword arguments (``class_labels``,
+            ``encoder_hidden_states``, nested ``added_cond_kwargs``, …); a dict of whole tensors
+            is accepted too. It may live on another device than the model.
+        num_draws: The number ``R`` of draws for each example. Default: 8, or the length of a list
+            of timesteps.
+        seed: Seed of the draws.
+        timesteps: ``'stratified'`` (over draws and examples), ``'uniform'``, ``'logit-normal'``,
+            ``'all'`` (every level once), a list of levels (``0 .. T-1`` in order of rising
+            noise), or a scheme of :mod:`curvlinops_diffusion.draws`.
+        batch_size: Examples that the network sees at once, where the data is not in batches.
+        augment: ``'flip'`` if training saw images or their mirror images at random: each draw
+            chooses. Or a list of functions of clean examples ``[B, ...]`` to choose from.
+        antithetic: Whether draws come in pairs that differ in the sign of the noise alone
+            (Hammersley & Morton, 1956). Averages stay unbiased. Those of a trained network's
+            gradients vary less, as these are nearly linear in the noise where they are largest,
+            at little noise; those of curvature vary more, as it is nearly even in the noise.
+
+    Attributes:
+        objective: The denoising objective.
+        draws: The draws.
+        model_func: Maps ``X`` to the scaled prediction, shape ``[B, D]``. Runs attention and some
+            other functions in plain forms, which forward-mode and second derivatives need.
+        loss_func: The mean squared error.
+
+    Raises:
+        ValueError: If the data is empty or malformed, changes between iterations, or an argument
+            is of no accepted kind.
+
+    Examples:
+        >>> regression = NoisedRegression(objective, images, num_draws=4, timesteps="uniform")
+        >>> regression.num_data, regression.num_draws, regression.num_samples
+        (10, 4, 40)
+        >>> X, y = next(iter(regression))  # for any operator of curvlinops
+        >>> regression.model_func(X).shape == y.shape
+        True
+    """
+
+    def __init__(
+        self,
+        objective: DenoisingObjective,
+        data: Any,
+        num_draws: int | None = None,
+        seed: int = 0,
+        *,
+        timesteps: Any = "stratified",
+        batch_size: int = 64,
+        augment: Any = None,
+        antithetic: bool = False,
+    ):
+        if not isinstance(objective, DenoisingObjective):
+            raise ValueError(
+                f"The objective arrived as {type(objective).__name__}. Pass a DenoisingObjective."
+            )
+        self.objective = objective
+        self.draws = make_draws(
+            timesteps, num_draws, seed, objective.process.num_levels, antithetic
+        )
+        self._data = CleanData(data, batch_size)
+        self._augmentations = augmentations(augment)
+        self._data_identity: dict[str, Any] = {}  # shared with copies of other draws
+        names = getattr(data, "names", None)  # a tensor's are those of its axes
+        self._names: list[str] | None = names if isinstance(names, list) else None
+        self.model_func = _ScaledModel(objective)
+        self.loss_func = nn.MSELoss()
+
+    @property
+    def device(self) -> torch.device:
+        """The network's device."""
+        return self.objective.device
+
+    @property
+    def num_data(self) -> int:
+        """The number ``N`` of examples."""
+        return self._data.num_examples
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples that the network sees at once; ``None`` where the data comes in batches."""
+        return self._data.batch_size
+
+    @property
+    def num_draws(self) -> int:
+        """The number ``R`` of draws for each example."""
+        return self.draws.num_draws
+
+    @property
+    def num_samples(self) -> int:
+        """The number ``N R`` of terms in the loss; averages divide by it."""
+        return self.num_data * self.num_draws
+
+    def name_of(self, n: int) -> str:
+        """What example ``n`` is called in messages: its number, and its name if it has one."""
+        return f"{n}" if self._names is None else f"{n} ('{self._names[n]}')"
+
+    def with_draws(self, num_draws: int) -> NoisedRegression:
+        """The same problem with another number of draws for each example.
+
+        Raises:
+            ValueError: If the number is not one of whole lists of timesteps, or of whole pairs.
+        """
+        if num_draws == self.num_draws:
+            return self
+        other = copy(self)
+        own = self.draws
+        other.draws = make_draws(own.timesteps, num_draws, own.seed, own.num_levels, own.antithetic)
+        return other
+
+    def fingerprint(self) -> dict[str, str]:
+        """Digests of the network's structure and weights."""
+        return fingerprint(self.objective.model)
+
+    def identity(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What determines a result, so that files of another one are not mistaken for it.
+
+        Args:
+            settings: What else the result depends on, as plain values.
+
+        Returns:
+            Weights, data, draws and settings, as plain values.
+        """
+        own = {
+            "model": self.fingerprint(),
+            "data": self.data_identity(),
+            "regression": self.description,
+            **settings,
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(own))  # as it comes back from a file
+        return plain
+
+    def data_identity(self) -> dict[str, Any]:
+        """A digest of the examples with their conditions, and the batches that they come in.
+
+        From one iteration over the data, which is done once. Sums over other batches of the same
+        examples round differently, and cannot be continued.
+        """
+        if not self._data_identity:
+            self._data_identity |= self._read_identity()
+        return dict(self._data_identity)
+
+    def _read_identity(self) -> dict[str, Any]:
+        digest, sizes = sha256(), []
+        for clean in self.clean_batches():
+            sizes.append(len(clean.indices))
+            entries = [("x0", clean.x0), *leaves(clean.condition)]
+            for position in range(sizes[-1]):
+                for name, value in entries:
+                    digest.update(name.encode())
+                    one = value[position] if _has_rows(value) else value
+                    if isinstance(one, Tensor):
+                        raw = one.detach().cpu().contiguous()
+                        digest.update(f"{raw.dtype}{tuple(raw.shape)}".encode())
+                        digest.update(raw.flatten().view(torch.uint8).numpy().tobytes())
+                    else:
+                        digest.update(repr(one).encode())
+        batches = sizes[0] if len(set(sizes[:-1])) <= 1 and sizes[-1] <= sizes[0] else sizes
+        return {"digest": digest.hexdigest(), "batch_size": batches}
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What determines the draws and the loss, for the header of a saved operator."""
+        return {
+            "num_data": self.num_data,
+            "num_draws": self.num_draws,
+            "seed": self.draws.seed,
+            "timesteps": repr(self.draws.timesteps),
+            "antithetic": self.draws.antithetic,
+            "num_levels": self.draws.num_levels,
+            "augmentations": [name_of(f) for f in self._augmentations],
+            **self.objective.description,
+        }
+
+    def clean_batches(self) -> Iterator[CleanBatch]:
+        """Yield the clean examples in batches."""
+        for _, clean in self.numbered_batches():
+            yield clean
+
+    def numbered_batches(
+        self, wanted: Wanted = lambda number: True
+    ) -> Iterator[tuple[int, CleanBatch]]:
+        """Yield the wanted batches of clean examples, with their numbers.
+
+        Args:
+            wanted: Whether the batch of a number is asked for; others are not loaded, where the
+                data lets one choose.
+        """
+        check_deterministic_mode(self.objective.model)
+        check_no_autocast(self.objective.device)
+        yield from self._data.numbered(wanted)
+
+    def noised_batches(self, clean: CleanBatch) -> Iterator[NoisedBatch]:
+        """Yield every draw of a batch of clean examples."""
+        indices, draws = clean.indices, self.draws
+        versions = [
+            self.objective.encode(replace(clean, x0=augment(clean.x0)))
+            for augment in self._augmentations
+        ]
+        shape = versions[0].mean.shape[1:]
+        dropout = self.objective.condition_dropout
+        for r in range(self.num_draws):
+            encoded = chosen_versions(versions, draws.versions(indices, r, len(versions)))
+            x0, condition = encoded.mean, encoded.condition
+            if encoded.std is not None:
+                x0 = x0 + encoded.std * draws.latent_noise(indices, r, shape).to(x0)
+            if dropout > 0:
+                dropped_B = draws.dropped(indices, r, dropout)
+                condition = self.objective.drop_condition(condition, dropped_B)
+            eps, level_B = draws.noise(indices, r, shape), draws.levels(indices, r)
+            yield self.objective.noise(x0, condition, level_B, eps, indices, r)
+
+    def grouped_batches(
+        self, clean: CleanBatch, examples: int, draws: int
+    ) -> Iterator[tuple[range, NoisedBatch]]:
+        """Yield every draw of a batch of clean examples, several draws of an example in a row.
+
+        Args:
+            clean: The clean examples.
+            examples: How many of them to see at once, at most.
+            draws: How many draws of each, at most.
+
+        Yields:
+            The examples' positions within the batch; their draws, see
+            :meth:`~curvlinops_diffusion.objective.NoisedBatch.interleaved`.
+        """
+        for some in batched(self.noised_batches(clean), draws):
+            for start in range(0, len(clean.indices), examples):
+                positions = range(start, min(start + examples, len(clean.indices)))
+                yield positions, NoisedBatch.interleaved([b.select(positions) for b in some])
+
+    def batches(self) -> Iterator[NoisedBatch]:
+        """Yield every draw of every example; the draws of a batch follow each other."""
+        for clean in self.clean_batches():
+            yield from self.noised_batches(clean)
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """Yield ``(X, y)`` for ``curvlinops``: mappings, and scaled targets ``[B, D]``."""
+        for batch in self.batches():
+            scale_B = (batch.weight_B * batch.target_BD.shape[1]).sqrt()
+            X = {"x_t": batch.x_t, "scale": scale_B, "batch": batch}
+            yield X, scale_B.unsqueeze(1) * batch.target_BD
+
+    @staticmethod
+    def batch_size_fn(X: MutableMapping[str, Any]) -> int:
+        """The number of (example, draw) pairs in a batch ``X``."""
+        return len(X["x_t"])
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)

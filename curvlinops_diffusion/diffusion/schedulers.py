@@ -1,0 +1,74 @@
+"""Noise processes of diffusers' schedulers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from curvlinops_diffusion.diffusion.noise import NoiseProcess, PredictionType
+
+
+def noise_process(scheduler: Any) -> NoiseProcess:
+    """Read the noise process that a ``diffusers`` scheduler trains with.
+
+    The scheduler is rebuilt from its config, since ``set_timesteps`` overwrites the training
+    tables of some. Schedulers in the variance-exploding form (Euler) rescale the input of the
+    network by ``1 / sqrt(1 + sigma²)``, which is the variance-preserving ``x_t`` again.
+
+    Args:
+        scheduler: A scheduler with ``alphas_cumprod`` (DDPM, DDIM, Euler, DPM-Solver, PNDM, …), a
+            ``FlowMatchEulerDiscreteScheduler``, or a :class:`NoiseProcess`, which is returned.
+
+    Returns:
+        The noise process.
+
+    Raises:
+        ValueError: If the scheduler or its prediction type is of no known kind.
+    """
+    if isinstance(scheduler, NoiseProcess):
+        return scheduler
+    if not hasattr(scheduler, "config"):
+        raise ValueError(
+            f"The scheduler arrived as {type(scheduler).__name__}. Pass a diffusers scheduler (one "
+            "with alphas_cumprod, or FlowMatchEulerDiscreteScheduler) or a NoiseProcess."
+        )
+    fresh = type(scheduler).from_config(scheduler.config)
+    if isinstance(fresh, FlowMatchEulerDiscreteScheduler):
+        return _flow_matching(fresh)
+    if hasattr(fresh, "alphas_cumprod"):
+        return _variance_preserving(fresh)
+    raise ValueError(
+        f"{type(scheduler).__name__} has no alphas_cumprod and is not a "
+        "FlowMatchEulerDiscreteScheduler. Pass one of these, or describe the noise by a "
+        "NoiseProcess(alphas_T, sigmas_T, timesteps_T, prediction_type)."
+    )
+
+
+def _flow_matching(scheduler: FlowMatchEulerDiscreteScheduler) -> NoiseProcess:
+    """``x_t = (1 - s) x0 + s eps``; the scheduler lists its levels from noise to data."""
+    order = scheduler.sigmas.argsort()
+    sigmas_T = scheduler.sigmas[order].double()
+    return NoiseProcess(1 - sigmas_T, sigmas_T, scheduler.timesteps[order], PredictionType.FLOW)
+
+
+def _variance_preserving(scheduler: Any) -> NoiseProcess:
+    """``alpha_t² + sigma_t² = 1`` with ``alpha_t²`` the scheduler's ``alphas_cumprod``."""
+    name = scheduler.config.get("prediction_type", "epsilon")
+    discrete = {p.value for p in PredictionType} - {PredictionType.FLOW.value}
+    if name not in discrete:
+        raise ValueError(
+            f"{type(scheduler).__name__} has prediction_type={name!r}. Accepted: "
+            f"{sorted(discrete)}; for flow matching pass a FlowMatchEulerDiscreteScheduler."
+        )
+    alphas_cumprod_T = scheduler.alphas_cumprod.double()
+    alphas_T, sigmas_T = alphas_cumprod_T.sqrt(), (1 - alphas_cumprod_T).sqrt()
+    timesteps_T = torch.arange(len(alphas_T))
+    continuous = scheduler.config.get("timestep_type", "discrete") == "continuous"
+    if continuous and name == PredictionType.V:
+        # EulerDiscreteScheduler then tells the network a quarter of the log noise level
+        timesteps_T = 0.25 * (sigmas_T / alphas_T).log().float()
+    large = str(scheduler.config.get("variance_type", "fixed_small")).startswith("fixed_large")
+    variance = "large" if large else "small"
+    return NoiseProcess(alphas_T, sigmas_T, timesteps_T, PredictionType(name), variance)

@@ -1,0 +1,127 @@
+"""Weights of the loss by level of noise."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import pi
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.diffusion.noise import NoiseProcess, PredictionType
+
+
+class ProcessWeighting(ABC):
+    """A weighting that is made of the noise process."""
+
+    @abstractmethod
+    def __call__(self, process: NoiseProcess) -> Tensor:
+        """The weight of each level, float64, shape ``[T]``."""
+
+
+@dataclass(frozen=True)
+class MinSNRWeighting(ProcessWeighting):
+    """Min-SNR-γ weighting: ``w_t = min(SNR_t, γ)`` in units of the error of ``x0``.
+
+    The error of ``x0`` is a multiple of the error of the network's target, so that ``w_t`` becomes
+    ``min(1, γ/SNR)`` for ``eps``, ``min(SNR, γ)`` for ``x0``, ``min(SNR, γ)/(SNR + 1)`` for ``v``
+    and ``min(SNR, γ) s²`` for flow matching (Hang et al., 2023, Section 3.4).
+
+    Attributes:
+        gamma: The cap γ on the signal-to-noise ratio.
+    """
+
+    gamma: float = 5.0
+
+    def __call__(self, process: NoiseProcess) -> Tensor:
+        """The weight of each level, float64, shape ``[T]``."""
+        snr_T = process.snr_T
+        match process.prediction_type:
+            case PredictionType.EPSILON:  # this form is finite at SNR = 0 (zero terminal SNR)
+                return (self.gamma / snr_T).clamp(max=1.0)
+            case PredictionType.SAMPLE:
+                return snr_T.clamp(max=self.gamma)
+            case PredictionType.V | PredictionType.FLOW:
+                return snr_T.clamp(max=self.gamma) * process.sigmas_T.square()
+
+
+@dataclass(frozen=True)
+class EDMWeighting(ProcessWeighting):
+    """EDM's ``w = (sigma² + sigma_data²) / (sigma sigma_data)²`` (Karras et al., 2022, Section 5).
+
+    Attributes:
+        sigma_data: The standard deviation of the data.
+    """
+
+    sigma_data: float = 0.5
+
+    def __call__(self, process: NoiseProcess) -> Tensor:
+        """The weight of each level, float64, shape ``[T]``."""
+        sigma_T = process.sigmas_T / process.alphas_T
+        return (sigma_T.square() + self.sigma_data**2) / (sigma_T * self.sigma_data).square()
+
+
+class CosmapWeighting(ProcessWeighting):
+    """SD3's ``w = 2 / (π (1 - 2 s + 2 s²))`` in flow matching's ``s`` (Esser et al., 2024, 3.1)."""
+
+    def __call__(self, process: NoiseProcess) -> Tensor:
+        """The weight of each level, float64, shape ``[T]``."""
+        s_T = process.sigmas_T
+        return 2 / (pi * (1 - 2 * s_T + 2 * s_T.square()))
+
+
+class InverseVarianceWeighting(ProcessWeighting):
+    """``w = 1 / sigma²``, called ``sigma_sqrt`` in ``diffusers``' training scripts of SD3."""
+
+    def __call__(self, process: NoiseProcess) -> Tensor:
+        """The weight of each level, float64, shape ``[T]``."""
+        return process.sigmas_T.square().reciprocal()
+
+
+Weighting = ProcessWeighting | Callable[[Tensor], Tensor] | Tensor | None
+
+
+def weight_table(weighting: Weighting, process: NoiseProcess) -> Tensor:
+    """Evaluate a weighting ``w_t`` at every level.
+
+    Args:
+        weighting: ``None`` for ``w_t = 1``, a :class:`ProcessWeighting`, a callable that maps the
+            timesteps (what the network is told, shape ``[T]``) to weights, or a table of ``T``
+            weights in order of rising noise.
+        process: The noise process.
+
+    Returns:
+        The weights, float64, shape ``[T]``.
+
+    Raises:
+        ValueError: If the weights are not ``T`` finite numbers of at least zero.
+    """
+    if weighting is None:
+        return torch.ones(process.num_levels, dtype=torch.float64)
+    if isinstance(weighting, ProcessWeighting):
+        weights: Any = weighting(process)
+    elif callable(weighting):
+        weights = weighting(process.timesteps_T)
+    else:
+        weights = weighting
+    try:
+        weights_T = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"weighting={weighting!r} is none of: None, a weighting like MinSNRWeighting(gamma), a "
+            "callable of the timesteps, or a table with one weight for each noise level."
+        ) from None
+    if weights_T.shape != (process.num_levels,):
+        raise ValueError(
+            f"The weighting gave weights of shape {tuple(weights_T.shape)}. It must give one for "
+            f"each of the {process.num_levels} noise levels, in order of rising noise."
+        )
+    if not (weights_T.isfinite() & (weights_T >= 0)).all():
+        raise ValueError(
+            f"The weighting gave weights from {weights_T.min():.3g} to {weights_T.max():.3g}. They "
+            "must be finite and at least 0."
+        )
+    return weights_T

@@ -1,0 +1,1 @@
+"""Gradients of single examples, and the scores made of them."""

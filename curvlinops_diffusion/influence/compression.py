@@ -1,0 +1,199 @@
+"""Smaller forms of whitened gradients: fewer coordinates, fewer bits.
+
+Legend: B gradients, P coordinates, k coordinates kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.runtime.checks import check_count, check_option
+
+# Entries that share a scale
+BLOCK = 64
+
+
+class Precision(str, Enum):
+    """How entries are stored.
+
+    Attributes:
+        FLOAT32: ``'float32'``.
+        BFLOAT16: ``'bfloat16'``.
+        INT8: ``'int8'``, 8-bit dynamic quantisation in blocks of 64 (Dettmers et al., 2022).
+        NF4: ``'nf4'``, 4-bit NormalFloat in blocks of 64 (Dettmers et al., 2023).
+    """
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+    NF4 = "nf4"
+
+
+class Projection(str, Enum):
+    """Which coordinates are kept.
+
+    Attributes:
+        NONE: ``'none'``, all.
+        LEADING: ``'leading'``, the coordinates in the eigenbasis of largest second moment over a
+            sample of training gradients.
+        SVD: ``'svd'``, coordinates along the leading right singular vectors of the sample.
+    """
+
+    NONE = "none"
+    LEADING = "leading"
+    SVD = "svd"
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How whitened gradients are stored.
+
+    Attributes:
+        precision: ``'float32'``, ``'bfloat16'``, ``'int8'`` or ``'nf4'`` (these two by
+            ``bitsandbytes``).
+        projection: ``'none'``, ``'leading'`` or ``'svd'``.
+        size: Coordinates kept, with a projection.
+        sample: Training examples (evenly spaced) that the projection is chosen from.
+    """
+
+    precision: str | Precision = Precision.BFLOAT16
+    projection: str | Projection = Projection.NONE
+    size: int | None = None
+    sample: int = 512
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            ValueError: If an option is unknown, a size is missing, or ``bitsandbytes`` is.
+        """
+        precision = check_option("precision", self.precision, Precision)
+        projection = check_option("projection", self.projection, Projection)
+        object.__setattr__(self, "precision", precision)
+        object.__setattr__(self, "projection", projection)
+        check_count("sample", self.sample)
+        if projection is Projection.NONE:
+            if self.size is not None:
+                raise ValueError(
+                    f"size={self.size!r} arrived without a projection. Pass projection='leading' "
+                    "or 'svd', or no size."
+                )
+        else:
+            check_count("size", self.size)
+        if precision in (Precision.INT8, Precision.NF4):
+            _bitsandbytes()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options as plain values."""
+        return {key: getattr(value, "value", value) for key, value in vars(self).items()}
+
+    # -----------------------------------------------------------------------------------------
+    # Coordinates
+    # -----------------------------------------------------------------------------------------
+
+    def fit(self, sample_BP: Tensor) -> dict[str, Tensor]:
+        """Choose what is kept, from a sample of whitened gradients.
+
+        Raises:
+            ValueError: If more coordinates are asked for than there are.
+        """
+        B, P = sample_BP.shape
+        if self.projection is Projection.NONE:
+            return {}
+        assert self.size is not None
+        assert isinstance(self.projection, Projection)
+        most = P if self.projection is Projection.LEADING else min(B, P)
+        if self.size > most:
+            raise ValueError(
+                f"size={self.size} arrived; a {self.projection.value!r} projection from {B} "
+                f"gradients of {P} entries has at most {most}. Pass a smaller size"
+                + (" or a larger sample." if self.projection is Projection.SVD else ".")
+            )
+        if self.projection is Projection.LEADING:
+            moment_P = sample_BP.square().sum(0)
+            return {"index": moment_P.topk(self.size).indices.sort().values}
+        # the sample is small beside P: through its Gram matrix
+        gram_BB = sample_BP.double() @ sample_BP.double().T
+        values, vectors = torch.linalg.eigh(gram_BB)
+        values, vectors = values[-self.size :].flip(0), vectors[:, -self.size :].flip(1)
+        scale = values.clamp(min=values[0] * 1e-12).rsqrt()
+        return {"basis": (sample_BP.T.double() @ (vectors * scale)).to(sample_BP)}
+
+    def project(self, rows_BP: Tensor, kept: dict[str, Tensor]) -> Tensor:
+        """The coordinates kept, ``[B, P] -> [B, k]``."""
+        if "index" in kept:
+            return rows_BP[:, kept["index"]]
+        return rows_BP @ kept["basis"] if "basis" in kept else rows_BP
+
+    # -----------------------------------------------------------------------------------------
+    # Bits
+    # -----------------------------------------------------------------------------------------
+
+    def encode(self, rows_Bk: Tensor) -> dict[str, Tensor]:
+        """Rows as tensors to be stored."""
+        match self.precision:
+            case Precision.FLOAT32:
+                return {"rows": rows_Bk.float()}
+            case Precision.BFLOAT16:
+                return {"rows": rows_Bk.bfloat16()}
+        functional = _bitsandbytes()
+        # whole blocks for each row, so that rows do not depend on their neighbours
+        rows_Bk = torch.nn.functional.pad(rows_Bk.float(), (0, -rows_Bk.shape[1] % BLOCK))
+        B = len(rows_Bk)
+        if self.precision is Precision.INT8:
+            codes, state = functional.quantize_blockwise(rows_Bk, blocksize=BLOCK)
+        else:
+            codes, state = functional.quantize_4bit(rows_Bk, blocksize=BLOCK, quant_type="nf4")
+        return {"codes": codes.reshape(B, -1), "scales": state.absmax.reshape(B, -1)}
+
+    def decode(self, stored: dict[str, Tensor], size: int) -> Tensor:
+        """Stored tensors as rows ``[B, size]``, float32.
+
+        Raises:
+            ValueError: If they do not have the shapes and types that :meth:`encode` gives.
+        """
+        if self.precision not in (Precision.INT8, Precision.NF4):
+            return stored["rows"].float()
+        functional = _bitsandbytes()
+        codes, scales = stored["codes"], stored["scales"].flatten()
+        B, padded = len(codes), -(-size // BLOCK) * BLOCK
+        bytes_a_row = padded if self.precision is Precision.INT8 else padded // 2
+        # bitsandbytes reads as many scales as there are blocks, wherever they end
+        if (
+            codes.shape != (B, bytes_a_row)
+            or codes.dtype != torch.uint8
+            or scales.shape != (B * padded // BLOCK,)
+            or scales.dtype != torch.float32
+        ):
+            raise ValueError("codes and scales do not fit together")
+        if self.precision is Precision.INT8:
+            code = functional.create_dynamic_map().to(codes.device)
+            rows = functional.dequantize_blockwise(codes, absmax=scales, code=code, blocksize=BLOCK)
+        else:
+            shape = torch.Size((B, padded))
+            state = functional.QuantState(
+                absmax=scales,
+                shape=shape,
+                code=functional.get_4bit_type("nf4", device=str(codes.device)),
+                blocksize=BLOCK,
+                quant_type="nf4",
+                dtype=torch.float32,
+            )
+            rows = functional.dequantize_4bit(codes.reshape(-1, 1), state)
+        return rows.reshape(B, padded)[:, :size].float()
+
+
+def _bitsandbytes() -> Any:
+    try:
+        from bitsandbytes import functional
+    except ImportError as error:
+        raise ValueError(
+            "precision='int8' and 'nf4' need the package bitsandbytes: pip install "
+            "'curvlinops-diffusion[quantisation]'."
+        ) from error
+    return functional

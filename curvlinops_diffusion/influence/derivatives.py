@@ -1,0 +1,278 @@
+"""The measured values of a batch of examples, and their derivatives in the parameters.
+
+Legend: B examples, D entries of a prediction, P parameters, K columns.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import jvp, vmap
+
+from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.influence.measurements.base import ExampleFunction, Measurement
+from curvlinops_diffusion.influence.measurements.registry import measure, measurement_gradient
+from curvlinops_diffusion.layers import Coverage, cover
+from curvlinops_diffusion.layers.example_gradients import check_observable, example_gradients
+from curvlinops_diffusion.layers.hooks import frozen
+from curvlinops_diffusion.runtime.modes import differentiable_attention, twice_differentiable
+
+
+class ValueGradients(ABC):
+    """Values of examples, and their derivatives.
+
+    Args:
+        regression: Objective, data and draws.
+        params: The parameters by name.
+    """
+
+    def __init__(self, regression: NoisedRegression, params: dict[str, nn.Parameter]):
+        self.regression = regression
+        self.params = params
+
+    @abstractmethod
+    def values(self, clean: CleanBatch) -> Tensor:
+        """The values, shape ``[B]``."""
+
+    @abstractmethod
+    def rows(self, clean: CleanBatch) -> Tensor:
+        """The gradients, shape ``[B, P]``."""
+
+    @abstractmethod
+    def derivatives(self, clean: CleanBatch, directions: Mapping[str, Tensor]) -> Tensor:
+        """Derivatives in the directions ``[K, *shape]``, shape ``[B, K]``."""
+
+    @abstractmethod
+    def weighted(self, clean: CleanBatch, weights_BK: Tensor) -> list[Tensor]:
+        """Gradients of weighted sums of the values, ``[*shape, K]`` each."""
+
+
+class PredictionGradients(ValueGradients):
+    """Averages over draws of a function of the prediction.
+
+    Args:
+        regression: Objective, data and draws.
+        params: The parameters by name.
+        measurement: The function.
+        chunk_size: Directions at once.
+    """
+
+    def __init__(
+        self,
+        regression: NoisedRegression,
+        params: dict[str, nn.Parameter],
+        measurement: Measurement,
+        chunk_size: int,
+    ):
+        super().__init__(regression, params)
+        self._measurement = measurement
+        self._chunk_size = chunk_size
+        self._coverage: Coverage | None = None
+
+    @torch.no_grad()
+    def values(self, clean: CleanBatch) -> Tensor:
+        """The values, shape ``[B]``."""
+        predict = self.regression.objective.predict
+        draws = self.regression.noised_batches(clean)
+        return self._average([measure(self._measurement, b, predict(b)) for b in draws])
+
+    @torch.no_grad()
+    def rows(self, clean: CleanBatch) -> Tensor:
+        """The gradients, shape ``[B, P]``."""
+        objective = self.regression.objective
+        P = sum(p.numel() for p in self.params.values())
+        B, R = len(clean.indices), self.regression.num_draws
+        rows_BP = torch.empty(B, P, device=objective.device, dtype=objective.working_dtype)
+        at_once = max(B, self.regression.batch_size or 0)
+        grouping = cheapest_grouping(B, R, at_once)
+        for positions, batch in self.regression.grouped_batches(clean, *grouping):
+            gradients = self._gradients(batch, len(positions))
+            start = 0
+            for name, p in self.params.items():
+                part = rows_BP[positions.start : positions.stop, start : start + p.numel()]
+                gradient = gradients.pop(name).reshape(len(positions), -1)
+                if batch.draw == 0:  # the examples' first draws
+                    part.copy_(gradient)
+                else:
+                    part.add_(gradient)
+                start += p.numel()
+        return rows_BP
+
+    def _gradients(self, batch: NoisedBatch, examples: int) -> dict[str, Tensor]:
+        """Gradients of each example, summed over the draws in the batch, by parameter.
+
+        Draws of one example need no gradients apart: the sum is what a training pass computes.
+        Parameters of known layers otherwise get theirs from what the layers see, the others by
+        differentiating example by example.
+        """
+        objective = self.regression.objective
+        full_precision = objective.autocast is None and objective.dtype == objective.working_dtype
+        if examples > 1 or not full_precision:
+            loss_vector = partial(self._averaged_gradient, batch)
+            return example_gradients(
+                self._checked_coverage(), objective, batch, loss_vector, examples
+            )
+        params = list(self.params.values())
+        with _differentiated(self.regression, params), torch.enable_grad():
+            prediction_BD = objective.predict(batch)
+            v_BD = self._averaged_gradient(batch, prediction_BD)
+            gradients = torch.autograd.grad(prediction_BD, params, v_BD, allow_unused=True)
+        return {
+            name: torch.zeros_like(p) if gradient is None else gradient
+            for (name, p), gradient in zip(self.params.items(), gradients, strict=True)
+        }
+
+    def _averaged_gradient(self, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
+        """What is pulled back for a mean over draws: cheaper to divide than gradients."""
+        pulled_BD = measurement_gradient(self._measurement, batch, prediction_BD)
+        return pulled_BD / self.regression.num_draws
+
+    @torch.no_grad()
+    def derivatives(self, clean: CleanBatch, directions: Mapping[str, Tensor]) -> Tensor:
+        """Derivatives by forward-mode differentiation, shape ``[B, K]``."""
+        params = {name: p.detach() for name, p in self.params.items()}
+
+        def push(batch: NoisedBatch, tangents: dict[str, Tensor]) -> Tensor:
+            derivative: Tensor = jvp(partial(self._value_of, batch), (params,), (tangents,))[1]
+            return derivative
+
+        with differentiable_attention():
+            return self._average(
+                [
+                    vmap(partial(push, batch), chunk_size=self._chunk_size)(dict(directions)).T
+                    for batch in self.regression.noised_batches(clean)
+                ]
+            )
+
+    def weighted(self, clean: CleanBatch, weights_BK: Tensor) -> list[Tensor]:
+        """Gradients of weighted sums, one backward pass for each."""
+        params, K = list(self.params.values()), weights_BK.shape[1]
+        totals = [p.new_zeros(*p.shape, K, dtype=weights_BK.dtype).detach() for p in params]
+        with _differentiated(self.regression, params), torch.enable_grad():
+            for batch in self.regression.noised_batches(clean):
+                prediction_BD = self.regression.objective.predict(batch)
+                pulled_BD = self._averaged_gradient(batch, prediction_BD)
+                for k in range(K):
+                    w_B1 = weights_BK[:, k].to(pulled_BD).unsqueeze(1)
+                    gradients = torch.autograd.grad(
+                        prediction_BD,
+                        params,
+                        w_B1 * pulled_BD,
+                        retain_graph=k < K - 1,
+                        allow_unused=True,
+                    )
+                    for total, gradient in zip(totals, gradients, strict=True):
+                        if gradient is not None:
+                            total[..., k] += gradient
+        return totals
+
+    def _value_of(self, batch: NoisedBatch, params: Mapping[str, Tensor]) -> Tensor:
+        prediction_BD = self.regression.objective.predict(batch, params)
+        return measure(self._measurement, batch, prediction_BD)
+
+    def _average(self, draws: list[Tensor]) -> Tensor:
+        """The mean over draws, summed in their order."""
+        total = draws[0].to(self.regression.objective.working_dtype)
+        for draw in draws[1:]:
+            total = total + draw
+        return total / self.regression.num_draws
+
+    def _checked_coverage(self) -> Coverage:
+        if self._coverage is None:
+            coverage = cover(self.regression.objective.model, self.params)
+            check_observable(self.regression, coverage.layers)
+            self._coverage = coverage
+        return self._coverage
+
+
+class FunctionGradients(ValueGradients):
+    """Any function of the model and an example, one example at a time.
+
+    Args:
+        regression: Objective, data and draws.
+        params: The parameters by name.
+        measured: The function.
+    """
+
+    def __init__(
+        self,
+        regression: NoisedRegression,
+        params: dict[str, nn.Parameter],
+        measured: ExampleFunction,
+    ):
+        super().__init__(regression, params)
+        self._measured = measured
+
+    @torch.no_grad()
+    def values(self, clean: CleanBatch) -> Tensor:
+        """The values, shape ``[B]``."""
+        with frozen(self.regression.objective.model), twice_differentiable():
+            singles = map(clean.select, ([b] for b in range(len(clean.indices))))
+            return torch.stack([self._measured.value(self.regression, s) for s in singles])
+
+    def rows(self, clean: CleanBatch) -> Tensor:
+        """The gradients, shape ``[B, P]``."""
+        params = list(self.params.values())
+        with _differentiated(self.regression, params), twice_differentiable():
+            return torch.stack(
+                [
+                    self._measured.gradient(self.regression, clean.select([b]), params)
+                    for b in range(len(clean.indices))
+                ]
+            )
+
+    def derivatives(self, clean: CleanBatch, directions: Mapping[str, Tensor]) -> Tensor:
+        """From the gradients: not every function can be differentiated in forward mode."""
+        columns = torch.cat([directions[name].flatten(1) for name in self.params], 1)
+        rows_BP = self.rows(clean)
+        return rows_BP @ columns.T.to(rows_BP)
+
+    def weighted(self, clean: CleanBatch, weights_BK: Tensor) -> list[Tensor]:
+        """From the gradients."""
+        total_PK = self.rows(clean).T @ weights_BK
+        sizes = [p.numel() for p in self.params.values()]
+        pieces = total_PK.split(sizes)
+        return [z.reshape(*p.shape, -1) for z, p in zip(pieces, self.params.values(), strict=True)]
+
+
+@contextmanager
+def _differentiated(regression: NoisedRegression, params: list[nn.Parameter]) -> Iterator[None]:
+    """Have gradients in some parameters alone within the context."""
+    with frozen(regression.objective.model):
+        for p in params:
+            p.requires_grad_(True)
+        yield
+
+
+def cheapest_grouping(num_examples: int, num_draws: int, at_once: int) -> tuple[int, int]:
+    """How many examples to see at once, and how many draws of each, by counted cost.
+
+    The multiplications are the same however samples are divided into examples and draws; what
+    differs is the memory moved, in units of the parameters: each pass through the network reads the
+    weights twice, and writes and adds a gradient for each of its examples.
+
+    Args:
+        num_examples: Examples.
+        num_draws: Draws of each.
+        at_once: Samples that may go through the network at once.
+
+    Returns:
+        Examples at once, and draws of each at once.
+    """
+
+    def grouping(most: int) -> tuple[int, int, int]:
+        rounds = -(-num_draws // most)
+        draws = -(-num_draws // rounds)  # rounds of even size
+        examples = min(num_examples, at_once // draws)
+        passes = rounds * -(-num_examples // examples)
+        return 2 * passes + 2 * rounds * num_examples, examples, draws
+
+    _, examples, draws = min(map(grouping, range(1, min(num_draws, at_once) + 1)))
+    return examples, draws

@@ -1,0 +1,142 @@
+"""What can be measured: functions of predictions, and of the model, an example and its draws."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.diffusion.objective import DenoisingObjective
+from curvlinops_diffusion.diffusion.regression import NoisedRegression
+
+#: Maps a noised batch and the prediction ``[B, D]`` to values ``[B]``, averaged over draws.
+Measurement = Callable[[NoisedBatch, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ExampleDraws:
+    """The draws of one example.
+
+    Attributes:
+        regression: The problem that they belong to.
+        clean: The example, a batch of one.
+    """
+
+    regression: NoisedRegression
+    clean: CleanBatch
+
+    @property
+    def num_draws(self) -> int:
+        """The number ``R`` of draws."""
+        return self.regression.num_draws
+
+    def noised_batches(self) -> Iterator[NoisedBatch]:
+        """Yield the example noised by each draw, in batches of one."""
+        yield from self.regression.noised_batches(self.clean)
+
+    def normal(self, r: int, shape: Sequence[int]) -> Tensor:
+        """Standard normal numbers that belong to draw ``r``, of any shape, on the model's device.
+
+        They are independent of the noise, and like it a pure function of ``(seed, n, r)``.
+        """
+        objective = self.regression.objective
+        numbers = self.regression.draws.normal(self.clean.indices, r, shape)[0]
+        return numbers.to(objective.device, objective.working_dtype)
+
+
+@dataclass(frozen=True)
+class Example:
+    """An example in the network's terms, as a batch of one on the model's device.
+
+    Attributes:
+        index: Its index ``n`` within the data.
+        x0: The clean example (the mean of its latents), shape ``[1, ...]``.
+        condition: Keyword arguments of the network.
+    """
+
+    index: int
+    x0: Tensor
+    condition: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ExampleFunction:
+    """A measured quantity ``m_n(θ) = function(model, example, draws)``.
+
+    For what is no average over noised examples of a function of the prediction: anything that
+    PyTorch can differentiate in the model's parameters. Examples are taken one by one.
+
+    Attributes:
+        function: Maps the model, an :class:`Example` and its :class:`ExampleDraws` to a tensor
+            with one entry. Draws are not averaged over unless the function does so.
+    """
+
+    function: Callable[[nn.Module, Example, ExampleDraws], Tensor]
+
+    def value(self, regression: NoisedRegression, clean: CleanBatch) -> Tensor:
+        """The value of one example, without axes.
+
+        Raises:
+            ValueError: If the function does not return a tensor with one entry.
+        """
+        objective = regression.objective
+        encoded = objective.encode(clean)
+        example = Example(
+            clean.indices[0],
+            encoded.mean.to(objective.device, objective.working_dtype),
+            objective.to_model(encoded.condition),
+        )
+        value = self.function(objective.model, example, ExampleDraws(regression, clean))
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            arrived = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"The measured function returned {arrived} for an example. It must return a tensor "
+                "with one entry."
+            )
+        return value.reshape(()).to(objective.working_dtype)
+
+    def gradient(
+        self, regression: NoisedRegression, clean: CleanBatch, params: Sequence[nn.Parameter]
+    ) -> Tensor:
+        """The gradient of one example's value, shape ``[P]``.
+
+        Raises:
+            ValueError: If the value does not depend on the parameters.
+        """
+        with torch.enable_grad():
+            value = self.value(regression, clean)
+            if not value.requires_grad:
+                raise ValueError(
+                    "The measured function does not depend on the model's parameters, or not "
+                    "differentiably. Compute it from its first argument by operations of torch."
+                )
+            gradients = torch.autograd.grad(value, list(params), allow_unused=True)
+        pieces = [
+            torch.zeros_like(p) if gradient is None else gradient
+            for p, gradient in zip(params, gradients, strict=True)
+        ]
+        return torch.cat([piece.flatten().to(value.dtype) for piece in pieces])
+
+
+class ObjectiveMeasurement(ABC):
+    """A measurement that depends on the objective's noise process.
+
+    Attributes:
+        uniform_levels: Whether it is a sum over all noise levels, estimated from uniform ones.
+    """
+
+    uniform_levels: ClassVar[bool] = False
+
+    @abstractmethod
+    def bind(self, objective: DenoisingObjective) -> Measurement | ExampleFunction:
+        """The measurement for an objective.
+
+        Raises:
+            ValueError: If it does not exist for the objective's noise process.
+        """

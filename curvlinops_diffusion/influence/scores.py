@@ -1,0 +1,341 @@
+"""Influence: what a measured value would be without a training example, or a group of them.
+
+The queries' preconditioned gradients are kept, and the training gradients streamed past consumers,
+each of which makes something of them: all scores, the extreme ones, sums over groups, or the
+influence of each example on itself.
+
+Legend: Q queries, N training examples, B a batch of them, K groups, P parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.influence.consumers import (
+    GradientConsumer,
+    GroupSums,
+    PairwiseScores,
+    Ranked,
+    SelfInfluence,
+    TopInfluences,
+    TopScores,
+)
+from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
+from curvlinops_diffusion.runtime.checks import check_count
+from curvlinops_diffusion.runtime.digests import digest_of, name_of
+from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, run_pass
+from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.sums import Together
+
+
+def stream_gradients(
+    J_train: ExampleGradientLinearOperator,
+    consumers: Mapping[str, GradientConsumer],
+    *,
+    name: str = "Influence",
+    settings: Mapping[str, Any] | None = None,
+    passes: PassOptions = PLAIN,
+) -> None:
+    """Stream the training gradients past consumers, in one pass.
+
+    Args:
+        J_train: Gradients of the training losses.
+        consumers: What is made of them, by name.
+        name: The name of the pass, for progress and checkpoints.
+        settings: What the consumers' results depend on besides the training gradients, as plain
+            values, for checkpoints.
+        passes: Checkpoints, processes and progress.
+
+    Raises:
+        ValueError: If a gradient is not finite (naming parameter and examples), or a checkpoint
+            is of something else.
+    """
+
+    def prepare(clean: CleanBatch) -> tuple[Sequence[int], Tensor]:
+        return clean.indices, J_train.rows_of(clean)
+
+    def step(gradients: tuple[Sequence[int], Tensor]) -> None:
+        for consumer in consumers.values():
+            consumer.add(*gradients)
+
+    own = {"params": list(J_train.param_names), "measurement": name_of(J_train.measurement)}
+    running = Together(consumers)
+    settings = {**own, **(settings or {})}
+    run_pass(name, J_train.regression, running, step, passes, settings, prepare)
+
+
+def influence_scores(
+    J_query: PyTorchLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    J_train: PyTorchLinearOperator,
+    *,
+    query_block: int = 64,
+    progressbar: bool = False,
+    passes: PassOptions = PLAIN,
+) -> Tensor:
+    r"""Predicted changes of the queries' measured values when training examples are left out.
+
+    With rows ``∇m_q`` of ``J_query`` and ``∇ℓ_n`` of ``J_train``::
+
+        τ(q, n) = m_q(θ₋ₙ) − m_q(θ) ≈ 1/N · ∇m_q(θ)ᵀ G_inv ∇ℓ_n(θ)
+
+    For a loss, positive means helpful: without the example the loss rises. The same as the
+    operator ``(1 / N) * (J_query @ G_inv @ J_train.adjoint())`` applied to the identity, which is
+    the better form for groups of examples.
+
+    Source: Mlodozeniec et al., 2025, Section 2.1 and Equation 3.
+
+    Args:
+        J_query: Gradients of the measured values, ``[Q, P]``.
+        G_inv: Inverse curvature, ``[P, P]``; any self-adjoint operator.
+        J_train: Gradients of the training losses, ``[N, P]``.
+        query_block: Queries whose preconditioned gradients are held at once, ``[P, query_block]``.
+            The training gradients are computed anew for each block, in the batches of their data.
+        progressbar: Whether to show progress.
+        passes: Checkpoints and processes, for an :class:`ExampleGradientLinearOperator`.
+
+    Returns:
+        The scores, shape ``[Q, N]``, on the operators' device.
+
+    Raises:
+        ValueError: If the operators act on different parameters or devices.
+
+    Examples:
+        >>> EK = DiffusionEKFACLinearOperator(train)
+        >>> J_train = ExampleGradientLinearOperator(train, EK.param_names)
+        >>> J_query = ExampleGradientLinearOperator(query, EK.param_names)
+        >>> scores = influence_scores(J_query, EK.inverse(damping=1e-8), J_train)
+        >>> scores.shape  # [Q, N]
+        torch.Size([2, 10])
+    """
+    _check_same_space(J_query, G_inv, J_train)
+    passes = replace(passes, progressbar=progressbar or passes.progressbar)
+    share = Share.of(passes.distributed)
+    N, parts = J_train.shape[0], []
+    for queries, preconditioned_PQ in _query_blocks(J_query, G_inv, query_block, share):
+        if isinstance(J_train, ExampleGradientLinearOperator):
+            consumer = PairwiseScores(preconditioned_PQ, N)
+            settings = _settings(J_query, G_inv, queries, passes)
+            stream_gradients(
+                J_train,
+                {"scores": consumer},
+                name=f"Scores from query {queries.start}",
+                settings=settings,
+                passes=passes,
+            )
+            parts.append(consumer.scores_QN)
+        else:
+            parts.append((J_train @ preconditioned_PQ).T / N)
+    return torch.cat(parts)
+
+
+def top_influences(
+    J_query: PyTorchLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    k: int = 10,
+    *,
+    query_block: int = 64,
+    passes: PassOptions = PLAIN,
+) -> TopInfluences:
+    """The training examples with the extreme and the most neutral scores for each query.
+
+    The scores are those of :func:`influence_scores`, of which only these are kept: memory does not
+    grow with the number of training examples.
+
+    Args:
+        J_query: Gradients of the measured values, ``[Q, P]``.
+        G_inv: Inverse curvature, ``[P, P]``.
+        J_train: Gradients of the training losses, ``[N, P]``.
+        k: How many of each.
+        query_block: As in :func:`influence_scores`.
+        passes: Checkpoints, processes and progress.
+
+    Raises:
+        ValueError: If the operators act on different parameters or devices.
+
+    Examples:
+        >>> EK = DiffusionEKFACLinearOperator(train)
+        >>> J_train = ExampleGradientLinearOperator(train, EK.param_names)
+        >>> J_query = ExampleGradientLinearOperator(query, EK.param_names)
+        >>> found = top_influences(J_query, EK.inverse(damping=1e-8), J_train, k=3)
+        >>> scores = influence_scores(J_query, EK.inverse(damping=1e-8), J_train)
+        >>> torch.equal(found.positive.indices, scores.topk(3).indices)
+        True
+    """
+    _check_same_space(J_query, G_inv, J_train)
+    share, parts = Share.of(passes.distributed), []
+    for queries, preconditioned_PQ in _query_blocks(J_query, G_inv, query_block, share):
+        consumer = TopScores(preconditioned_PQ, J_train.shape[0], k, share)
+        settings = {**_settings(J_query, G_inv, queries, passes), "k": k}
+        stream_gradients(
+            J_train,
+            {"top": consumer},
+            name=f"Top scores from query {queries.start}",
+            settings=settings,
+            passes=passes,
+        )
+        parts.append(consumer.result)
+
+    def together(order: str) -> Ranked:
+        own: list[Ranked] = [getattr(part, order) for part in parts]
+        return Ranked(torch.cat([r.indices for r in own]), torch.cat([r.scores for r in own]))
+
+    return TopInfluences(*(together(order) for order in TopScores.ORDERS))
+
+
+def group_and_self_influence(
+    J_query: PyTorchLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    groups: Tensor,
+    *,
+    passes: PassOptions = PLAIN,
+) -> tuple[Tensor, Tensor]:
+    r"""Influence of groups on queries, and of each example on itself, in one pass.
+
+    No pairwise scores are formed: the gradients of a group are added up first, so that the number
+    of queries costs nothing in the pass::
+
+        τ(q, S) = 1/N ∇m_qᵀ G_inv Σ_{n ∈ S} ∇ℓ_n        τ(n, n) = 1/N ∇ℓ_nᵀ G_inv ∇ℓ_n
+
+    Source: Koh et al., 2019, Equation 2 (groups); Feldman & Zhang, 2020 (self-influence).
+
+    Args:
+        J_query: Gradients of the measured values, ``[Q, P]``.
+        G_inv: Inverse curvature, ``[P, P]``.
+        J_train: Gradients of the training losses, ``[N, P]``.
+        groups: The group of each example, integers ``[N]`` (negative for none); or how much of each
+            example is in each group, ``[N, K]``.
+        passes: Checkpoints, processes and progress.
+
+    Returns:
+        Influence of the groups, ``[Q, K]``; of the examples on themselves, ``[N]``.
+
+    Raises:
+        ValueError: If ``groups`` has another shape, or the operators act on different parameters.
+
+    Examples:
+        >>> EK = DiffusionEKFACLinearOperator(train)
+        >>> J_train = ExampleGradientLinearOperator(train, EK.param_names)
+        >>> J_query = ExampleGradientLinearOperator(query, EK.param_names)
+        >>> groups = torch.arange(10) % 3
+        >>> of_groups, of_themselves = group_and_self_influence(
+        ...     J_query, EK.inverse(damping=1e-8), J_train, groups
+        ... )
+        >>> of_groups.shape, of_themselves.shape
+        (torch.Size([2, 3]), torch.Size([10]))
+    """
+    _check_same_space(J_query, G_inv, J_train)
+    N = J_train.shape[0]
+    groups_NK = _memberships(groups, N).to(G_inv.device, G_inv.dtype)
+    sums, own = GroupSums(groups_NK, J_train.shape[1]), SelfInfluence(G_inv, N)
+    curvature = _curvature(G_inv)
+    settings = {"curvature": curvature, "groups": digest_of(groups_NK)}
+    stream_gradients(
+        J_train,
+        {"groups": sums, "self": own},
+        name="Group and self-influence",
+        settings=settings,
+        passes=passes,
+    )
+    preconditioned_PK = G_inv @ sums.sums_KP.T
+    return J_query @ preconditioned_PK / N, own.values_N
+
+
+def _memberships(groups: Tensor, N: int) -> Tensor:
+    if groups.shape == (N,) and not groups.is_floating_point():
+        K = int(groups.max()) + 1
+        return (groups.unsqueeze(1) == torch.arange(K, device=groups.device)).float()
+    if groups.ndim != 2 or len(groups) != N:
+        raise ValueError(
+            f"groups arrived with shape {tuple(groups.shape)} and {groups.dtype}. Pass the number "
+            f"of each example's group, integers [{N}], or memberships [{N}, groups]."
+        )
+    return groups
+
+
+def _query_blocks(
+    J_query: PyTorchLinearOperator, G_inv: PyTorchLinearOperator, query_block: int, share: Share
+) -> Iterator[tuple[range, Tensor]]:
+    """Yield queries and their preconditioned gradients, ``[P, len(queries)]``."""
+    check_count("query_block", query_block)
+    for start in range(0, J_query.shape[0], query_block):
+        queries = range(start, min(start + query_block, J_query.shape[0]))
+        yield queries, G_inv @ _columns(J_query, queries, share)
+
+
+def _settings(
+    J_query: PyTorchLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    queries: range,
+    passes: PassOptions,
+) -> dict[str, Any]:
+    """What scores depend on besides the training gradients, for checkpoints."""
+    if passes.checkpoint is None:
+        return {}
+    described: dict[str, Any] = {"queries": [queries.start, queries.stop]}
+    if isinstance(J_query, ExampleGradientLinearOperator):
+        measured = {"measurement": name_of(J_query.measurement)}
+        described["query"] = J_query.regression.identity(measured)
+    return {**described, "curvature": _curvature(G_inv)}
+
+
+def _curvature(G_inv: PyTorchLinearOperator) -> Any:
+    """How an operator was made, or if it does not say so, what it makes of a fixed vector."""
+    if hasattr(G_inv, "info"):
+        return G_inv.info
+    vector_P = torch.randn(G_inv.shape[1], generator=torch.Generator().manual_seed(0))
+    product_P: Tensor = G_inv @ vector_P.to(G_inv.device, G_inv.dtype)
+    return {"kind": type(G_inv).__name__, "product": digest_of(product_P)}
+
+
+def _columns(J_query: PyTorchLinearOperator, queries: range, share: Share) -> Tensor:
+    """The queries' gradients as columns, ``[P, len(queries)]``; each process computes its share."""
+    if isinstance(J_query, ExampleGradientLinearOperator):
+        own = queries[share.rank :: share.count]
+        rows_QP = torch.zeros(
+            len(queries), J_query.shape[1], dtype=J_query.dtype, device=J_query.device
+        )
+        if own:
+            rows_QP[share.rank :: share.count] = J_query.rows(own)
+        return share.summed({"rows": rows_QP}, J_query.device)["rows"].T
+    one_hot = torch.zeros(
+        J_query.shape[0], len(queries), dtype=J_query.dtype, device=J_query.device
+    )
+    one_hot[list(queries), range(len(queries))] = 1
+    columns: Tensor = J_query.adjoint() @ one_hot
+    return columns
+
+
+def _check_same_space(
+    J_query: PyTorchLinearOperator, G_inv: PyTorchLinearOperator, J_train: PyTorchLinearOperator
+) -> None:
+    spaces = {
+        "J_query": J_query._in_shape,
+        "G_inv (in)": G_inv._in_shape,
+        "G_inv (out)": G_inv._out_shape,
+        "J_train": J_train._in_shape,
+    }
+    names = [getattr(op, "param_names", None) for op in (J_query, G_inv, J_train)]
+    named = {n for n in names if n is not None}
+    if len({tuple(map(tuple, s)) for s in spaces.values()}) > 1 or len(named) > 1:
+        sizes = ", ".join(
+            f"{name}: {len(s)} parameters, {sum(z.numel() for z in s):,} entries"
+            for name, s in spaces.items()
+        )
+        raise ValueError(
+            f"The operators act on different parameters ({sizes}). Pass the same params to each, "
+            "for instance those of the curvature: ExampleGradientLinearOperator(regression, "
+            "EK.param_names)."
+        )
+    devices = {str(op.device) for op in (J_query, G_inv, J_train)}
+    if len(devices) > 1:
+        raise ValueError(f"The operators live on {sorted(devices)}. Move them to one device.")

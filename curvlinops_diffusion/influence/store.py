@@ -1,0 +1,290 @@
+"""Training gradients in a folder, from which the scores of any query are read.
+
+Legend: Q queries, N training examples, B a batch of them, P parameters, k coordinates kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from curvlinops_diffusion.influence.compression import Compression, Projection
+from curvlinops_diffusion.influence.consumers import TopInfluences, TopScores
+from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.whitening import Whitening
+from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
+from curvlinops_diffusion.runtime.checks import check_count
+from curvlinops_diffusion.runtime.digests import name_of
+from curvlinops_diffusion.runtime.files import FileKind, differences, make_folder
+from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
+from curvlinops_diffusion.runtime.processes import Share
+
+GRADIENTS = FileKind(
+    "curvlinops_diffusion.gradients",
+    "a store of gradients",
+    "Delete it, and call GradientStore.create again.",
+)
+
+
+class GradientStore:
+    r"""Whitened training gradients on disk; queries come later, one by one or many at once.
+
+    Of each training example ``z_n = (Λ + λ)^{-1/2} Uᵀ ∇ℓ_n`` is kept, possibly in fewer
+    coordinates and bits, so that scores are inner products::
+
+        τ(q, n) = 1/N z_q · z_n
+
+    Whitened coordinates have similar sizes, which is what quantisation in blocks wants
+    (``docs/attribution.rst`` has what each form costs in scores and ranks).
+
+    Made by :meth:`create`, opened by :meth:`open`.
+
+    Attributes:
+        header: What the store was made of.
+        num_data: The number ``N`` of training examples.
+
+    Examples:
+        >>> EK = DiffusionEKFACLinearOperator(train)
+        >>> J_train = ExampleGradientLinearOperator(train, EK.param_names)
+        >>> store = GradientStore.create(f"{folder}/store", J_train, EK, damping=1e-8)
+        >>> J_query = ExampleGradientLinearOperator(query, EK.param_names)
+        >>> plain = influence_scores(J_query, EK.inverse(damping=1e-8), J_train)
+        >>> bool((store.scores(J_query, EK) - plain).norm() < 0.02 * plain.norm())
+        True
+    """
+
+    def __init__(self, folder: Path, header: dict[str, Any], kept: dict[str, Tensor]):
+        self.header = header
+        self.num_data: int = header["identity"]["regression"]["num_data"]
+        self._folder = folder
+        self._kept = kept
+        self._compression = Compression(**header["identity"]["compression"])
+        self._size: int = header["size"]
+
+    # -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | PathLike[str],
+        J_train: ExampleGradientLinearOperator,
+        curvature: BlockDiagonalLinearOperator,
+        damping: float,
+        compression: Compression = Compression(),  # noqa: B008 - immutable
+        *,
+        passes: PassOptions = PLAIN,
+    ) -> GradientStore:
+        """Compute and store all training gradients: one file for each batch of the data.
+
+        Called again on the same folder after an interruption, it goes on with the batches that are
+        missing. With ``passes.distributed`` every process writes its own.
+
+        Args:
+            folder: Where to.
+            J_train: The training gradients.
+            curvature: K-FAC or EK-FAC, not inverted.
+            damping: ``λ``.
+            compression: How they are stored.
+            passes: Processes and progress; every file is a checkpoint.
+
+        Raises:
+            ValueError: If the folder holds gradients of something else, or cannot be written to.
+        """
+        folder = Path(folder)
+        share = Share.of(passes.distributed)
+        identity = J_train.regression.identity(
+            {
+                "params": list(J_train.param_names),
+                "measurement": name_of(J_train.measurement),
+                "curvature": curvature.info,
+                "damping": damping,
+                "compression": compression.as_dict(),
+            },
+        )
+        whiten = Whitening(curvature, damping)
+        if share.rank == 0:
+            make_folder(folder)
+            if not (folder / "store.safetensors").exists():
+                kept = _fit(J_train, whiten, compression)
+                size = _size(J_train, kept)
+                header = {"identity": identity, "size": size}
+                GRADIENTS.write(folder / "store.safetensors", kept, header)
+        share.barrier()
+        store = cls.open(folder)
+        different = differences(store.header["identity"], identity)
+        if different:
+            raise ValueError(
+                f"'{folder}' holds gradients of something else: {'; '.join(different[:5])}. Pass "
+                "another folder, or delete it."
+            )
+        regression = J_train.regression
+        with tqdm(
+            total=regression.num_samples,
+            desc="Storing gradients",
+            unit="draws",
+            disable=not passes.progressbar or share.rank > 0,
+        ) as bar:
+            for number, clean in regression.numbered_batches(
+                lambda n: share.takes(n) and not store._shard(n).exists()
+            ):
+                z_Bk = compression.project(whiten(J_train.rows_of(clean)), store._kept)
+                header = {"indices": list(clean.indices)}
+                GRADIENTS.write(store._shard(number), compression.encode(z_Bk), header)
+                bar.update(len(clean.indices) * regression.num_draws)
+        share.barrier()
+        return store
+
+    @classmethod
+    def open(cls, folder: str | PathLike[str]) -> GradientStore:
+        """Open a folder.
+
+        Raises:
+            ValueError: If it holds no gradients, or they are damaged.
+        """
+        folder = Path(folder)
+        path = folder / "store.safetensors"
+        header, kept = GRADIENTS.read(path)
+        try:
+            store = cls(folder, header, kept)
+            _check_kept(kept, store._compression, store._size)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise GRADIENTS.damaged(path, f"{type(error).__name__}: {error}") from error
+        return store
+
+    @property
+    def bytes_per_example(self) -> float:
+        """Bytes on disk for each training example, without what all share."""
+        total = sum(path.stat().st_size for path in self._folder.glob("rows.*.safetensors"))
+        return total / self.num_data
+
+    # -----------------------------------------------------------------------------------------
+
+    def scores(
+        self, J_query: ExampleGradientLinearOperator, curvature: BlockDiagonalLinearOperator
+    ) -> Tensor:
+        """Influence scores, ``[Q, N]``; see :func:`~curvlinops_diffusion.influence_scores`.
+
+        Args:
+            J_query: The queries' gradients.
+            curvature: The operator that the store was made with.
+
+        Raises:
+            ValueError: If it is another one, or batches are missing.
+        """
+        query_Qk = self._query(J_query, curvature)
+        scores_QN = query_Qk.new_zeros(len(query_Qk), self.num_data)
+        for indices, rows_Bk in self._rows(query_Qk.device):
+            scores_QN[:, indices] = query_Qk @ rows_Bk.T / self.num_data
+        return scores_QN
+
+    def top(
+        self,
+        J_query: ExampleGradientLinearOperator,
+        curvature: BlockDiagonalLinearOperator,
+        k: int = 10,
+    ) -> TopInfluences:
+        """The extreme and neutral scores; see :func:`~curvlinops_diffusion.top_influences`.
+
+        Args:
+            J_query: The queries' gradients.
+            curvature: The operator that the store was made with.
+            k: How many of each.
+
+        Raises:
+            ValueError: As :meth:`scores`.
+        """
+        query_Qk = self._query(J_query, curvature)
+        top = TopScores(query_Qk.T, self.num_data, check_count("k", k), Share())
+        for indices, rows_Bk in self._rows(query_Qk.device):
+            top.add(indices, rows_Bk)
+        return top.result
+
+    def _query(
+        self, J_query: ExampleGradientLinearOperator, curvature: BlockDiagonalLinearOperator
+    ) -> Tensor:
+        identity = self.header["identity"]
+        here = {"curvature": curvature.info, "params": list(J_query.param_names)}
+        there = {key: identity[key] for key in here}
+        different = differences(there, json.loads(json.dumps(here)))
+        if different:
+            raise ValueError(
+                f"'{self._folder}' holds gradients for another curvature: "
+                f"{'; '.join(different[:5])}. Pass the operator that it was made with."
+            )
+        whiten = Whitening(curvature, identity["damping"])
+        kept = {name: z.to(curvature.device) for name, z in self._kept.items()}
+        P = curvature.shape[0]
+        if ("index" in kept and int(kept["index"].max()) >= P) or (
+            "basis" in kept and len(kept["basis"]) != P
+        ):
+            raise GRADIENTS.damaged(
+                self._folder / "store.safetensors", f"coordinates of other than {P} parameters"
+            )
+        parts = [
+            self._compression.project(whiten(rows_BP), kept) for _, rows_BP in J_query.row_batches()
+        ]
+        return torch.cat(parts).float()
+
+    def _rows(self, device: torch.device) -> Iterator[tuple[list[int], Tensor]]:
+        seen = 0
+        for path in sorted(self._folder.glob("rows.*.safetensors")):
+            header, stored = GRADIENTS.read(path)
+            try:
+                indices = [int(n) for n in header["indices"]]
+                rows_Bk = self._compression.decode(stored, self._size)
+                fits = rows_Bk.shape == (len(indices), self._size)
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise GRADIENTS.damaged(path, f"{type(error).__name__}: {error}") from error
+            if not fits or not all(0 <= n < self.num_data for n in indices):
+                raise GRADIENTS.damaged(path, "rows and examples do not fit together")
+            seen += len(indices)
+            yield indices, rows_Bk.to(device)
+        if seen < self.num_data:
+            raise ValueError(
+                f"'{self._folder}' holds {seen} of {self.num_data} training examples. Call "
+                "GradientStore.create again with the same arguments to compute the others."
+            )
+
+    def _shard(self, number: int) -> Path:
+        return self._folder / f"rows.{number:07}.safetensors"
+
+
+def _fit(
+    J_train: ExampleGradientLinearOperator, whiten: Whitening, compression: Compression
+) -> dict[str, Tensor]:
+    """What is kept of the coordinates, from evenly spaced training examples."""
+    if compression.size is None:
+        return {}
+    N = J_train.shape[0]
+    count = min(N, compression.sample)
+    spaced = torch.linspace(0, N - 1, count, dtype=torch.float64).round().long().tolist()
+    return compression.fit(whiten(J_train.rows(spaced)))
+
+
+def _check_kept(kept: dict[str, Tensor], compression: Compression, size: int) -> None:
+    """Check what is kept of the coordinates, as read from a file.
+
+    Raises:
+        ValueError: If it is not what the compression chooses.
+    """
+    expected = {Projection.NONE: set(), Projection.LEADING: {"index"}, Projection.SVD: {"basis"}}
+    if set(kept) != expected[Projection(compression.projection)]:
+        raise ValueError(f"a projection that keeps {sorted(kept)}")
+    index, basis = kept.get("index"), kept.get("basis")
+    if index is not None and (index.dtype != torch.int64 or index.ndim != 1 or index.min() < 0):
+        raise ValueError("coordinates that are no numbers of coordinates")
+    if basis is not None and (basis.ndim != 2 or basis.shape[1] != size):
+        raise ValueError("a basis of another shape")
+
+
+def _size(J_train: ExampleGradientLinearOperator, kept: dict[str, Tensor]) -> int:
+    if "index" in kept:
+        return len(kept["index"])
+    return kept["basis"].shape[1] if "basis" in kept else J_train.shape[1]

@@ -1,0 +1,1 @@
+"""Vectors of parameters, blocks, block-diagonal operators, storage."""

@@ -1,0 +1,210 @@
+"""What the operators share: the parameter space, and block-diagonal matrices on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.linalg.operator import ParameterSpaceOperator
+from curvlinops_diffusion.linalg.parameters import ParameterSpace
+from curvlinops_diffusion.linalg.placement import PlacedBlock
+from curvlinops_diffusion.linalg.storage import save_blocks
+from curvlinops_diffusion.runtime.checks import check_non_negative
+
+
+class BlockDiagonalLinearOperator(ParameterSpaceOperator):
+    """``P @ blockdiag(F_1, F_2, …) @ Pᵀ``, with ``P`` sorting parameters into blocks.
+
+    The common form of K-FAC, EK-FAC, their inverses and powers. Vectors are in the formats of
+    ``curvlinops``: flat ``[P]``, matrix ``[P, K]``, or a list of tensors shaped like the
+    parameters, optionally with a trailing axis ``K``.
+
+    Args:
+        space: The parameter space.
+        blocks: The blocks; together they hold every parameter once.
+        info: How the operator was made, for the header of a saved file.
+
+    Attributes:
+        blocks: The blocks.
+        info: How the operator was made.
+    """
+
+    KIND: ClassVar[str] = "block-diagonal"
+
+    def __init__(self, space: ParameterSpace, blocks: Sequence[PlacedBlock], info: dict[str, Any]):
+        super().__init__(space)
+        self.blocks = tuple(blocks)
+        self.info = info
+        held = [name for placed in self.blocks for name in placed.params]
+        assert sorted(held) == sorted(space.shapes), "blocks must hold every parameter once"
+
+    @property
+    def param_names(self) -> tuple[str, ...]:
+        """Names of the parameters that the operator acts on, in order."""
+        return tuple(self.space.shapes)
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        """Multiply onto matrices in tensor list format ``[*shape, K]``."""
+        given = {name: x.to(self.dtype) for name, x in zip(self.space.shapes, X, strict=True)}
+        result: dict[str, Tensor] = {}
+        for placed in self.blocks:
+            result |= placed.multiply(given)
+        return [result[name] for name in self.space.shapes]
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each block, as plain values.
+
+        Returns:
+            Rows with ``block`` (its name), ``kind`` (``'Kronecker'``, ``'eigenbasis'``,
+            ``'dense'``, ``'diagonal'``), ``parameters`` (entries), ``shape`` (``[*groups, outputs,
+            inputs]``), ``bytes`` (memory) and ``trace_share`` (of the operator's trace).
+        """
+        traces = torch.stack([placed.block.trace() for placed in self.blocks]).tolist()
+        total = sum(traces)
+        return [
+            {
+                "block": placed.name,
+                "kind": placed.kind,
+                "parameters": placed.num_entries,
+                "shape": placed.block.shape,
+                "bytes": placed.num_bytes,
+                "trace_share": trace / total if total > 0 else 0.0,
+            }
+            for placed, trace in zip(self.blocks, traces, strict=True)
+        ]
+
+    def __str__(self) -> str:
+        """The blocks as a table, and what is covered."""
+        rows = self.table()
+        width = max(len(row["block"]) for row in rows)
+        lines = [
+            f"{type(self).__name__} with {self.shape[0]:,} parameters in {len(rows)} blocks",
+            f"{'block':{width}}  {'kind':10}  {'parameters':>12}  {'shape':>16}  {'MiB':>9}  trace",
+        ]
+        for row in rows:
+            lines.append(
+                f"{row['block']:{width}}  {row['kind']:10}  {row['parameters']:>12,}  "
+                f"{'×'.join(map(str, row['shape'])):>16}  {row['bytes'] / 2**20:>9.2f}  "
+                f"{row['trace_share']:.2%}"
+            )
+        left_out = self.info.get("left_out", {})
+        lines.append(
+            f"left out: {', '.join(left_out)}" if left_out else "nothing selected is left out"
+        )
+        return "\n".join(lines)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Save to a safetensors file, see :func:`~curvlinops_diffusion.load_operator`.
+
+        The file is written under another name and then renamed, so that it is never half-written.
+
+        Args:
+            path: Where to.
+
+        Raises:
+            ValueError: If the file cannot be written there.
+        """
+        save_blocks(path, self.KIND, self.space, self.blocks, self.info)
+
+    def eigenvalues(self) -> Tensor:
+        """All eigenvalues in descending order, shape ``[P]``."""
+        each = [p.block.eigen(p.name).eigenvalues.flatten() for p in self.blocks]
+        return torch.cat(each).sort(descending=True).values
+
+    def trace(self) -> Tensor:
+        """The trace."""
+        return torch.stack([p.block.trace() for p in self.blocks]).sum()
+
+    def logdet(self) -> Tensor:
+        """The logarithm of the determinant; minus infinity for a singular operator."""
+        return torch.stack([p.block.eigen(p.name).logdet() for p in self.blocks]).sum()
+
+    def det(self) -> Tensor:
+        """The determinant; under- or overflows for all but the smallest operators."""
+        return self.logdet().exp()
+
+    def frobenius_norm(self) -> Tensor:
+        """The Frobenius norm."""
+        return torch.stack([p.block.squared_frobenius_norm() for p in self.blocks]).sum().sqrt()
+
+    def power(self, exponent: float, damping: float = 0.0) -> BlockDiagonalLinearOperator:
+        """The damped real power ``(F + λ I)^p``, exact in the eigenbasis.
+
+        Args:
+            exponent: The power ``p``; ``-1/2`` turns white noise into samples of ``N(0, F⁻¹)``.
+            damping: ``λ ≥ 0``.
+
+        Returns:
+            The power, block-diagonal as well.
+
+        Raises:
+            ValueError: If the damping is negative, or a negative power meets a zero eigenvalue.
+        """
+        damping = check_non_negative("damping", damping)
+        blocks = [
+            p.with_block(p.block.eigen(p.name).power(exponent, damping, p.name))
+            for p in self.blocks
+        ]
+        info = {**self.info, "power": exponent, "damping": damping}
+        return BlockDiagonalLinearOperator(self.space, blocks, info)
+
+    def inverse(
+        self,
+        damping: float = 0.0,
+        *,
+        use_exact_damping: bool | None = None,
+        use_heuristic_damping: bool = False,
+        min_damping: float = 1e-8,
+    ) -> BlockDiagonalLinearOperator:
+        """The damped inverse.
+
+        Args:
+            damping: ``λ ≥ 0``.
+            use_exact_damping: ``True`` for ``(F + λ I)⁻¹``; ``False`` to damp the Kronecker
+                factors instead, ``(B + λ I)⁻¹ ⊗ (A + λ I)⁻¹``. Default: exact, unless the
+                heuristic is asked for.
+            use_heuristic_damping: Damp the factors by ``√λ π`` (A) and ``√λ / π`` (B) with ``π²``
+                the ratio of their mean eigenvalues (Martens & Grosse, 2015, Section 6.3).
+            min_damping: Lower bound of the two heuristic dampings.
+
+        Returns:
+            The inverse, block-diagonal as well. Blocks without Kronecker form (biases of their
+            own, norms) are damped exactly in each case.
+
+        Raises:
+            ValueError: If a damping is negative, the options contradict each other, or the matrix
+                to invert is singular.
+        """
+        damping = check_non_negative("damping", damping)
+        min_damping = check_non_negative("min_damping", min_damping)
+        if use_exact_damping and use_heuristic_damping:
+            raise ValueError(
+                "use_exact_damping=True and use_heuristic_damping=True arrived together. The "
+                "heuristic damps factors, not the operator; pass only one of them."
+            )
+        if use_exact_damping is None:
+            use_exact_damping = not use_heuristic_damping
+        if use_exact_damping:
+            return self.power(-1.0, damping)
+        self._check_factored()
+        blocks = [
+            p.with_block(
+                p.block.factored_inverse(damping, use_heuristic_damping, min_damping, p.name)
+            )
+            for p in self.blocks
+        ]
+        rule = "heuristic" if use_heuristic_damping else "factored"
+        info = {**self.info, "power": -1.0, "damping": damping, "damping_rule": rule}
+        return BlockDiagonalLinearOperator(self.space, blocks, info)
+
+    def _check_factored(self) -> None:
+        """Check that there are Kronecker factors to damp."""
+        if any(p.kind == "eigenbasis" and p.block.shape[-1] > 1 for p in self.blocks):
+            raise ValueError(
+                f"{type(self).__name__} has no Kronecker factors to damp apart: its eigenvalues "
+                "are not a product. Use the exact damping (the default)."
+            )

@@ -1,0 +1,305 @@
+"""Blocks of a curvature matrix: multiply, take powers, trace, determinant, norm.
+
+A block acts on matrices ``[O, I]``, with ``K`` of them at once in a trailing axis: ``[O, I, K]``.
+As a matrix it acts on their row-major vectorisation, with Kronecker factors in the order (output,
+input). A grouped layer's block is one such matrix for each group: ``[G, O, I, K]``.
+
+Legend: g an optional leading axis of groups, O outputs, I inputs, K columns.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.linalg.factors import eigendecomposition
+
+
+class Block(ABC):
+    """A symmetric positive semi-definite matrix on ``[*g, O, I]``."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """What the block is called in tables."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """``(*g, O, I)``; the matrix has as many rows as that has entries."""
+
+    @abstractmethod
+    def multiply(self, X_gOIK: Tensor) -> Tensor:
+        """Multiply onto ``K`` matrices at once: ``[*g, O, I, K] -> [*g, O, I, K]``."""
+
+    @abstractmethod
+    def eigen(self, name: str) -> EigenBlock:
+        """The same block in its eigenbasis; ``name`` is for error messages."""
+
+    @abstractmethod
+    def trace(self) -> Tensor:
+        """The sum of the eigenvalues."""
+
+    @abstractmethod
+    def squared_frobenius_norm(self) -> Tensor:
+        """The sum of the squared eigenvalues."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What determines the block, by the names of its constructor's arguments."""
+
+    def factored_inverse(
+        self, damping: float, heuristic: bool, min_damping: float, name: str
+    ) -> Block:
+        """Damp Kronecker factors rather than the block, then invert.
+
+        Without Kronecker factors this is the exactly damped inverse.
+        """
+        return self.eigen(name).power(-1, damping, name)
+
+
+@dataclass(frozen=True, eq=False)
+class EigenBlock(Block):
+    """``(U_B ⊗ U_A) diag(Λ) (U_B ⊗ U_A)ᵀ``.
+
+    Attributes:
+        eigenvalues: ``Λ``, shape ``[*g, O, I]``.
+        output_basis: ``U_B``, shape ``[*g, O, O]``; ``None`` for the identity.
+        input_basis: ``U_A``, shape ``[*g, I, I]``; ``None`` for the identity.
+        null: Which eigenvalues are zero up to rounding, where the block was made of something that
+            knows it; ``None`` to judge by their size (:meth:`is_null`).
+    """
+
+    eigenvalues: Tensor
+    output_basis: Tensor | None = None
+    input_basis: Tensor | None = None
+    null: Tensor | None = None
+
+    @property
+    def kind(self) -> str:
+        """``'eigenbasis'``; ``'diagonal'`` if both bases are the identity."""
+        return "diagonal" if self.output_basis is self.input_basis is None else "eigenbasis"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(*g, O, I)``."""
+        return tuple(self.eigenvalues.shape)
+
+    def multiply(self, X_gOIK: Tensor) -> Tensor:
+        """Rotate into the basis, scale, rotate back."""
+        U_B, U_A = self.output_basis, self.input_basis
+        X = self.eigenvalues.unsqueeze(-1) * self.coordinates(X_gOIK)
+        return _left_right(U_B, X, None if U_A is None else U_A.mT)
+
+    def coordinates(self, X_gOIK: Tensor) -> Tensor:
+        """Coordinates in the basis, ``U_Bᵀ X U_A``."""
+        U_B = self.output_basis
+        return _left_right(None if U_B is None else U_B.mT, X_gOIK, self.input_basis)
+
+    def eigen(self, name: str) -> EigenBlock:
+        """The block itself."""
+        return self
+
+    def is_null(self) -> Tensor:
+        """Which eigenvalues are zero up to rounding.
+
+        They are second moments of coordinates in the basis, and a coordinate that should be zero is
+        left at the rounding of a product with the basis: ``√Λ ≤ n ε max √Λ`` with ``n`` the larger
+        of ``O`` and ``I``. Without bases nothing is rounded, and zero is zero.
+        """
+        if self.null is not None:
+            return self.null
+        values = self.eigenvalues
+        if self.kind == "diagonal":
+            return values <= 0
+        relative = max(values.shape[-2:]) * torch.finfo(values.dtype).eps
+        return values <= relative**2 * values.amax((-2, -1), keepdim=True)
+
+    def power(self, exponent: float, damping: float, name: str) -> EigenBlock:
+        """``(F + λ I)^p``.
+
+        Raises:
+            ValueError: If a negative power would divide by zero.
+        """
+        damped = self.eigenvalues + damping
+        singular = self.is_null() if damping == 0 else damped <= 0
+        if exponent < 0 and singular.any():
+            raise ValueError(
+                f"Block '{name}' has {int(singular.sum())} zero eigenvalues (of "
+                f"{damped.numel()}) at damping={damping:g} in {damped.dtype}, so its power "
+                f"{exponent:g} does not exist. Pass a larger damping."
+            )
+        return EigenBlock(damped.pow(exponent), self.output_basis, self.input_basis)
+
+    def trace(self) -> Tensor:
+        """``Σ Λ``."""
+        return self.eigenvalues.sum()
+
+    def logdet(self) -> Tensor:
+        """``Σ log Λ``; minus infinity for a singular block."""
+        return self.eigenvalues.masked_fill(self.is_null(), 0).log().sum()
+
+    def squared_frobenius_norm(self) -> Tensor:
+        """``Σ Λ²``."""
+        return self.eigenvalues.square().sum()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Bases and eigenvalues."""
+        held = {name: value for name, value in vars(self).items() if name != "null"}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerBlock(Block):
+    """``B ⊗ A``, for each group.
+
+    Attributes:
+        output_factor: ``B``, shape ``[*g, O, O]``.
+        input_factor: ``A``, shape ``[*g, I, I]``; or the diagonal ``[I]`` of a diagonal one.
+    """
+
+    output_factor: Tensor
+    input_factor: Tensor
+
+    @property
+    def kind(self) -> str:
+        """``'Kronecker'``."""
+        return "Kronecker"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(*g, O, I)``."""
+        return (*self.output_factor.shape[:-1], self.input_factor.shape[-1])
+
+    def multiply(self, X_gOIK: Tensor) -> Tensor:
+        """``B X A`` for each of the ``K`` matrices."""
+        return _left_right(self.output_factor, X_gOIK, self.input_factor)
+
+    def eigen(self, name: str) -> EigenBlock:
+        """``B = U_B β U_Bᵀ``, ``A = U_A α U_Aᵀ``, ``Λ = β αᵀ``."""
+        B = eigendecomposition(self.output_factor, f"The output factor of '{name}'")
+        A = eigendecomposition(self.input_factor, f"The input factor of '{name}'")
+        eigenvalues = B.values.unsqueeze(-1) * A.values.unsqueeze(-2)
+        null = B.is_null().unsqueeze(-1) | A.is_null().unsqueeze(-2)
+        return EigenBlock(eigenvalues, B.vectors, A.vectors, null)
+
+    def factored_inverse(
+        self, damping: float, heuristic: bool, min_damping: float, name: str
+    ) -> Block:
+        """``(B + λ_B I)⁻¹ ⊗ (A + λ_A I)⁻¹``.
+
+        ``λ_A = λ_B = λ``, or with ``heuristic`` and the ratio ``π²`` of the factors' mean
+        eigenvalues, ``λ_A = π √λ`` and ``λ_B = √λ / π``, so that ``λ_A λ_B = λ`` (Martens &
+        Grosse, 2015, Section 6.3), neither below ``min_damping``.
+        """
+        mean_A, mean_B = (_diagonal(M).mean(-1) for M in (self.input_factor, self.output_factor))
+        damping_A = damping_B = torch.full_like(mean_B, damping)
+        if heuristic:
+            pi = (mean_A / mean_B).sqrt()
+            usable = (mean_A > 0) & (mean_B > 0)
+            damping_A = torch.where(usable, (damping**0.5 * pi).clamp(min=min_damping), damping_A)
+            damping_B = torch.where(usable, (damping**0.5 / pi).clamp(min=min_damping), damping_B)
+        return KroneckerBlock(
+            _damped_inverse(self.output_factor, damping_B, f"The output factor of '{name}'"),
+            _damped_inverse(self.input_factor, damping_A, f"The input factor of '{name}'"),
+        )
+
+    def trace(self) -> Tensor:
+        """``tr(B) tr(A)``."""
+        A, B = _diagonal(self.input_factor), _diagonal(self.output_factor)
+        return (B.sum(-1) * A.sum(-1)).sum()
+
+    def squared_frobenius_norm(self) -> Tensor:
+        """``‖B‖² ‖A‖²``."""
+        A, B = self.input_factor.square().sum(-1), self.output_factor.square().sum((-2, -1))
+        return (B * (A if self.input_factor.ndim == 1 else A.sum(-1))).sum()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True, eq=False)
+class DenseBlock(Block):
+    """A matrix without structure, for each group.
+
+    Attributes:
+        matrix: The matrix, shape ``[*g, O, O]``; it acts on ``[*g, O, 1]``.
+    """
+
+    matrix: Tensor
+
+    @property
+    def kind(self) -> str:
+        """``'dense'``."""
+        return "dense"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(*g, O, 1)``."""
+        return (*self.matrix.shape[:-1], 1)
+
+    def multiply(self, X_gOIK: Tensor) -> Tensor:
+        """``F X``."""
+        return _left_right(self.matrix, X_gOIK, None)
+
+    def eigen(self, name: str) -> EigenBlock:
+        """``F = U Λ Uᵀ``."""
+        decomposition = eigendecomposition(self.matrix, f"The block of '{name}'")
+        values, null = decomposition.values, decomposition.is_null()
+        return EigenBlock(values.unsqueeze(-1), decomposition.vectors, None, null.unsqueeze(-1))
+
+    def trace(self) -> Tensor:
+        """``tr(F)``."""
+        return _diagonal(self.matrix).sum()
+
+    def squared_frobenius_norm(self) -> Tensor:
+        """``‖F‖²``."""
+        return self.matrix.square().sum()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The matrix."""
+        return dict(vars(self))
+
+
+BLOCK_TYPES: dict[str, type[EigenBlock] | type[KroneckerBlock] | type[DenseBlock]] = {
+    "eigen": EigenBlock,
+    "kronecker": KroneckerBlock,
+    "dense": DenseBlock,
+}
+
+
+def _left_right(left: Tensor | None, X_gOIK: Tensor, right: Tensor | None) -> Tensor:
+    """``left @ X @ right`` for each of the ``K`` matrices; ``None`` is the identity.
+
+    Each side is one product for all columns: with the columns' axis last, the right one would be
+    a product for every output, which reads the factor as often.
+    """
+    X_gOKI = X_gOIK.transpose(-1, -2)
+    *_, O, K, I = X_gOKI.shape
+    if left is not None:
+        X_gOKI = (left @ X_gOKI.flatten(-2)).unflatten(-1, (K, I))
+    if right is not None and right.ndim == 1:
+        X_gOKI = X_gOKI * right
+    elif right is not None:
+        X_gOKI = (X_gOKI.flatten(-3, -2) @ right).unflatten(-2, (O, K))
+    return X_gOKI.transpose(-1, -2)
+
+
+def _diagonal(factor: Tensor) -> Tensor:
+    return factor if factor.ndim == 1 else factor.diagonal(dim1=-2, dim2=-1)
+
+
+def _damped_inverse(factor: Tensor, damping: Tensor, what: str) -> Tensor:
+    decomposition = eigendecomposition(factor, what)
+    damped = decomposition.values + damping.unsqueeze(-1)
+    undamped = (damping == 0).unsqueeze(-1)
+    if (torch.where(undamped, decomposition.is_null(), damped <= 0)).any():
+        raise ValueError(
+            f"{what} is singular at damping={float(damping.min()):g}. Pass a larger damping."
+        )
+    U = decomposition.vectors
+    return 1 / damped if U is None else (U / damped.unsqueeze(-2)) @ U.mT

@@ -1,0 +1,76 @@
+"""Statistics to Kronecker factors, eigenbases and eigenvalues: pure functions of tensors.
+
+Legend: N batch, g groups of a layer (an axis that only grouped layers have), S weight-sharing
+positions, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.runtime.checks import check_finite
+
+
+def identity_like(factor: Tensor) -> Tensor:
+    """The identity, for each group; of a diagonal factor ``[I]``, its diagonal."""
+    if factor.ndim == 1:
+        return torch.ones_like(factor)
+    return torch.eye(factor.shape[-1]).to(factor).expand_as(factor)
+
+
+def trace(factor: Tensor) -> Tensor:
+    """The trace of a factor, for each group."""
+    return factor.sum() if factor.ndim == 1 else factor.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def squared_norm(factor: Tensor) -> Tensor:
+    """The squared Frobenius norm of a factor, for each group."""
+    return factor.square().sum() if factor.ndim == 1 else factor.square().sum((-2, -1))
+
+
+@dataclass(frozen=True)
+class Eigendecomposition:
+    """``M = U diag(λ) Uᵀ`` with ``λ ≥ 0``.
+
+    Attributes:
+        values: Eigenvalues ``λ``; ascending, unless ``U`` is the identity.
+        vectors: Eigenvectors, in the columns of ``U``; ``None`` for the identity.
+    """
+
+    values: Tensor
+    vectors: Tensor | None
+
+    def is_null(self) -> Tensor:
+        """Which eigenvalues are zero up to rounding: ``λ ≤ n ε λ_max``; exactly, if ``U = I``.
+
+        What a rank-deficient factor has in place of a zero depends on the machine.
+        """
+        if self.vectors is None:
+            return self.values <= 0
+        relative = self.values.shape[-1] * torch.finfo(self.values.dtype).eps
+        return self.values <= relative * self.values.amax(-1, keepdim=True)
+
+
+def eigendecomposition(matrix: Tensor, what: str) -> Eigendecomposition:
+    """Decompose a positive semi-definite factor, in float64.
+
+    Args:
+        matrix: The factor: ``[I, I]``, one for each group ``[G, I, I]``, or the diagonal ``[I]``
+            of a diagonal one.
+        what: What it is a factor of, for the error message.
+
+    Returns:
+        The decomposition in the factor's precision, negative rounding noise clamped to zero.
+
+    Raises:
+        ValueError: If the factor has entries that are not finite.
+    """
+    check_finite(matrix, what)
+    if matrix.ndim == 1:
+        return Eigendecomposition(matrix.clamp(min=0), None)
+    values, vectors = torch.linalg.eigh(matrix.double())
+    # one layout of memory, so that products are the same to the last bit after saving and loading
+    return Eigendecomposition(values.clamp(min=0).to(matrix), vectors.to(matrix).contiguous())

@@ -1,0 +1,99 @@
+"""Parameters as the matrices that blocks act on, and back.
+
+Legend: g an optional leading axis of groups, O outputs, I inputs, K columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.linalg.blocks import Block
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How parameters form a matrix ``[*g, O, I]``.
+
+    Parameters are reshaped to ``[rows, ...]`` and laid side by side (a weight, and its bias as
+    last column); the result is read as ``[*g, O, I]``. The weight of a layer that multiplies from
+    the other side, ``[inputs, outputs]``, is transposed.
+
+    Attributes:
+        shape: ``(*g, O, I)``.
+        transposed: Whether the (only) parameter is ``[*g, I, O]``.
+    """
+
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Parameters ``[*p.shape, K]`` as one matrix ``[*g, O, I, K]``."""
+        K = tensors[0].shape[-1]
+        matrices = [t.reshape(_rows(t.shape[:-1]), -1, K) for t in tensors]
+        rows = matrices[0] if len(matrices) == 1 else torch.cat(matrices, 1)
+        if not self.transposed:
+            return rows.reshape(*self.shape, K)
+        *groups, O, I = self.shape
+        return rows.reshape(*groups, I, O, K).transpose(-3, -2)
+
+    def scatter(self, X_gOIK: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The matrix as parameters of the given shapes, ``[*p.shape, K]`` each."""
+        K = X_gOIK.shape[-1]
+        X = X_gOIK.transpose(-3, -2) if self.transposed else X_gOIK
+        columns = [prod(shape) // _rows(shape) for shape in shapes]
+        pieces = X.reshape(_rows(shapes[0]), sum(columns), K).split(columns, 1)
+        return [piece.reshape(*shape, K) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def _rows(shape: Sequence[int]) -> int:
+    return shape[0] if len(shape) else 1
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedBlock:
+    """A block, and the parameters that it acts on.
+
+    Attributes:
+        name: A name for messages and files.
+        params: Names of the parameters.
+        block: The block.
+        transposed: Whether its (only) parameter is ``[inputs, outputs]``, see
+            :class:`Arrangement`.
+    """
+
+    name: str
+    params: tuple[str, ...]
+    block: Block
+    transposed: bool = False
+
+    @property
+    def kind(self) -> str:
+        """``'Kronecker'``, ``'eigenbasis'``, ``'dense'`` or ``'diagonal'``."""
+        return self.block.kind
+
+    @property
+    def num_entries(self) -> int:
+        """Entries of the parameters: rows of the block as a matrix."""
+        return prod(self.block.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the tensors that determine the block; shared ones are counted in each."""
+        return sum(t.numel() * t.element_size() for t in self.block.tensors().values())
+
+    def with_block(self, block: Block) -> PlacedBlock:
+        """Another block in the same place."""
+        return PlacedBlock(self.name, self.params, block, self.transposed)
+
+    def multiply(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Multiply onto parameters by name, ``[*p.shape, K]`` each; return those of the block."""
+        parts = [given[name] for name in self.params]
+        arrangement = Arrangement(self.block.shape, self.transposed)
+        product = self.block.multiply(arrangement.gather(parts))
+        pieces = arrangement.scatter(product, [p.shape[:-1] for p in parts])
+        return dict(zip(self.params, pieces, strict=True))

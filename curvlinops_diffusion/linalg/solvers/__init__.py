@@ -1,0 +1,1 @@
+"""Inverses by iteration or by formula, one a file."""

@@ -1,0 +1,226 @@
+"""Operators on disk: one safetensors file with a described header, never half-written.
+
+Nothing in a file is ever executed: tensors are raw numbers, the header is JSON text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from math import prod
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvlinops_diffusion.linalg.blocks import BLOCK_TYPES, Block, DenseBlock
+from curvlinops_diffusion.linalg.parameters import ParameterSpace
+from curvlinops_diffusion.linalg.placement import PlacedBlock
+from curvlinops_diffusion.runtime.digests import fingerprint
+from curvlinops_diffusion.runtime.files import FileKind
+
+FORMAT = "curvlinops_diffusion.operator"
+
+
+FORMAT_VERSION = 2
+
+
+OPERATOR = FileKind(
+    FORMAT, "an operator of curvlinops_diffusion", "Write it again with operator.save(path)."
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that determine an operator."""
+    packages = ("curvlinops-for-pytorch", "diffusers", "numpy", "torch")
+    return {package: version(package) for package in packages}
+
+
+def save_blocks(
+    path: str | PathLike[str],
+    kind: str,
+    space: ParameterSpace,
+    blocks: Sequence[PlacedBlock],
+    info: dict[str, Any],
+) -> None:
+    """Write a block-diagonal operator to a file.
+
+    Args:
+        path: Where to. Written under another name in the same folder, then renamed.
+        kind: The operator's kind.
+        space: Its parameter space.
+        blocks: Its blocks.
+        info: How it was made.
+
+    Raises:
+        ValueError: If the file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    stored: dict[tuple[int, torch.Size], str] = {}  # weight and bias share a basis: store it once
+    listed = []
+    for number, placed in enumerate(blocks):
+        names = {}
+        for role, tensor in placed.block.tensors().items():
+            identity = (tensor.data_ptr(), tensor.shape)
+            if identity not in stored:
+                stored[identity] = f"{number}.{placed.name}.{role}"
+                tensors[stored[identity]] = tensor
+            names[role] = stored[identity]
+        listed.append(
+            {
+                "name": placed.name,
+                "params": placed.params,
+                "type": _type_name(placed),
+                "tensors": names,
+                "transposed": placed.transposed,
+            }
+        )
+    header = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "parameters": [[name, list(shape)] for name, shape in space.shapes.items()],
+        "dtype": str(space.dtype).removeprefix("torch."),
+        "blocks": listed,
+        "info": info,
+    }
+    OPERATOR.write(Path(path), tensors, header)
+
+
+def load_blocks(
+    path: str | PathLike[str], model: nn.Module
+) -> tuple[str, ParameterSpace, list[PlacedBlock], dict[str, Any]]:
+    """Read a block-diagonal operator of a model from a file.
+
+    Args:
+        path: The file.
+        model: The model that the operator was made for.
+
+    Returns:
+        The operator's kind, parameter space (on the model's device), blocks, and how it was made.
+
+    Raises:
+        ValueError: If the file is missing, truncated, foreign or of a newer format, or was made
+            for another model or other weights; the message says which.
+    """
+    path = Path(path)
+    header, tensors = read_file(path)
+    own = dict(model.named_parameters())
+    try:
+        _check_model(path, header, model, own)
+        shapes = {name: tuple(shape) for name, shape in header["parameters"]}
+        device = own[next(iter(shapes))].device
+        # copied, since products of tensors that are not aligned in memory round differently
+        tensors = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+        space = ParameterSpace(shapes, getattr(torch, header["dtype"]), device)
+        blocks = [_block(entry, tensors) for entry in header["blocks"]]
+        _check_blocks(space, blocks)
+        return str(header["kind"]), space, blocks, dict(header["info"])
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError) as error:
+        raise OPERATOR.damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def _check_blocks(space: ParameterSpace, blocks: Sequence[PlacedBlock]) -> None:
+    """Check that blocks and parameters fit together."""
+    held = sorted(name for placed in blocks for name in placed.params)
+    if held != sorted(space.shapes) or not space.dtype.is_floating_point:
+        raise TypeError("the blocks do not hold every parameter once")
+    for placed in blocks:
+        entries = sum(prod(space.shapes[name]) for name in placed.params)
+        if entries != placed.num_entries or not _is_square(placed.block):
+            raise TypeError(f"the block '{placed.name}' does not fit its parameters")
+
+
+def _is_square(block: Block) -> bool:
+    """Whether the tensors of a block have the shapes that its kind asks for."""
+    *groups, O, I = block.shape
+    expected = {
+        "eigenvalues": [(*groups, O, I)],
+        "output_basis": [(*groups, O, O)],
+        "input_basis": [(*groups, I, I)],
+        "output_factor": [(*groups, O, O)],
+        "input_factor": [(*groups, I, I), (I,)],
+        "matrix": [(*groups, O, O)],
+    }
+    return all(tuple(z.shape) in expected[name] for name, z in block.tensors().items())
+
+
+def _block(entry: dict[str, Any], tensors: dict[str, Tensor]) -> PlacedBlock:
+    own = {role: tensors[name] for role, name in entry["tensors"].items()}
+    block: Block
+    if entry["type"] == "kronecker" and "input_factor" not in own:  # a bias, in version 1
+        block = DenseBlock(own["output_factor"])
+    else:
+        block = BLOCK_TYPES[entry["type"]](**own)
+    transposed = entry.get("transposed", False)
+    return PlacedBlock(entry["name"], tuple(entry["params"]), block, transposed)
+
+
+def read_header(path: str | PathLike[str]) -> dict[str, Any]:
+    """The header alone: kind, parameters, blocks, how it was made.
+
+    Raises:
+        ValueError: As :func:`read_file`.
+    """
+    path = Path(path)
+    return _checked(path, OPERATOR.read_header(path))
+
+
+def _type_name(placed: PlacedBlock) -> str:
+    return next(name for name, cls in BLOCK_TYPES.items() if type(placed.block) is cls)
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What an operator's file says of itself, and its tensors.
+
+    Raises:
+        ValueError: If the file is missing, truncated, foreign or of a newer format.
+    """
+    header, tensors = OPERATOR.read(path)
+    return _checked(path, header), tensors
+
+
+def _checked(path: Path, header: Any) -> dict[str, Any]:
+    try:
+        newer = header["format_version"] > FORMAT_VERSION
+        complete = header.keys() >= {"kind", "parameters", "dtype", "blocks", "info"}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise OPERATOR.damaged(path, error) from error
+    if newer:
+        raise ValueError(
+            f"'{path}' has format version {header['format_version']}; this library reads up to "
+            f"{FORMAT_VERSION}. Install a newer curvlinops_diffusion."
+        )
+    if not complete:
+        raise OPERATOR.damaged(path, "entries are missing")
+    checked: dict[str, Any] = header
+    return checked
+
+
+def _check_model(
+    path: Path, header: dict[str, Any], model: nn.Module, own: dict[str, nn.Parameter]
+) -> None:
+    for name, shape in header["parameters"]:
+        if name not in own:
+            raise ValueError(
+                f"'{path}' was made for another model: this one has no parameter '{name}'. Pass "
+                "the model that the operator was computed with."
+            )
+        if list(own[name].shape) != shape:
+            raise ValueError(
+                f"'{path}' was made for another model: '{name}' has shape {shape} there and "
+                f"{list(own[name].shape)} here. Pass the model that the operator was computed with."
+            )
+    there, here = header["info"].get("fingerprint"), fingerprint(model)
+    if there is not None and there["structure"] != here["structure"]:
+        raise ValueError(
+            f"'{path}' was made for another model: names or shapes of its other parameters and "
+            "buffers differ. Pass the model that the operator was computed with."
+        )
+    if there is not None and there["weights"] != here["weights"]:
+        raise ValueError(
+            f"'{path}' was made with other weights of this model (or in another precision). Load "
+            "the weights that the operator was computed with."
+        )

@@ -1,1 +1,0 @@
-"""The linear operators: exact GGN, K-FAC, EK-FAC, and their inverses and powers."""

@@ -1,0 +1,1 @@
+"""Passes over batches, resumable and shared among processes; files, digests, checks."""

@@ -1,0 +1,173 @@
+"""Files in which a pass writes down how far it has come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from warnings import warn
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.runtime.files import FileKind, differences, make_folder
+from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.sums import Running
+
+CHECKPOINT = FileKind("curvlinops_diffusion.checkpoint", "a checkpoint", "Delete it to start anew.")
+
+
+class OtherCheckpointError(ValueError):
+    """A checkpoint of another model, other data, draws or settings."""
+
+
+@dataclass
+class Done:
+    """The batches that sums hold.
+
+    Attributes:
+        batches: Their numbers.
+        examples: How many examples are in them.
+    """
+
+    batches: set[int] = field(default_factory=set)
+    examples: int = 0
+
+
+class Checkpoint:
+    """A pass' files: one for each process, which may have been more or fewer the last time.
+
+    A file holds sums, and the batches that they are of. What was written by more processes than
+    there are now is merged; a file whose batches are all in another one is left over from that.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        share: Share,
+        identity: dict[str, Any],
+        running: Running,
+        device: torch.device,
+    ):
+        self._folder, self._name = folder, name
+        self._share, self._identity = share, identity
+        self._running, self._device = running, device
+        self.elsewhere: set[int] = set()  # batches that other processes hold
+        self._merged: list[Path] = []
+
+    def restore(self) -> Done:
+        """Go on from the files of this process.
+
+        Raises:
+            ValueError: If a file is damaged, or of something else.
+        """
+        make_folder(self._folder)
+        found = sorted(self._folder.glob(f"{_slug(self._name)}.*.safetensors"))
+        seen = [[path.name, path.stat().st_size] for path in found]
+        self._share.check_alike(f"what they see in '{self._folder}'", seen)
+        batches = {path: _read_done(path, self._identity).batches for path in found}
+        current = [
+            path
+            for i, path in enumerate(found)
+            if not any(
+                batches[path] < batches[other] or (batches[path] == batches[other] and i > j)
+                for j, other in enumerate(found)
+                if i != j
+            )
+        ]
+        self._share.barrier()  # before any of them is replaced
+        done = Done()
+        tensors: dict[str, Tensor] = {}
+        for i, path in enumerate(current):
+            if i % self._share.count != self._share.rank:
+                self.elsewhere |= batches[path]
+                continue
+            sums, own = read(path, self._identity, self._device)
+            done.batches |= own.batches
+            done.examples += own.examples
+            for key, tensor in sums.items():
+                tensors[key] = tensors[key] + tensor if key in tensors else tensor
+            self._merged.append(path)
+        if done.batches:
+            self._running.restore(tensors)
+        return done
+
+    def write(self, done: Done) -> None:
+        """Write the sums down; a failure is told, but does not stop the pass."""
+        if not done.batches:
+            return
+        path = path_of(self._folder, self._name, self._share.rank)
+        if not try_to_write(path, self._running.tensors(), self._identity, done):
+            return
+        for other in self._merged:
+            if other != path:
+                other.unlink(missing_ok=True)
+        self._merged = []
+
+
+def _slug(name: str) -> str:
+    return name.lower().replace(" ", "_")
+
+
+def path_of(folder: Path, name: str, rank: int) -> Path:
+    """The file of a process."""
+    return folder / f"{_slug(name)}.{rank}.safetensors"
+
+
+def try_to_write(
+    path: Path, tensors: Mapping[str, Tensor], identity: Mapping[str, Any], done: Done
+) -> bool:
+    """Write a checkpoint, or tell why not: the pass can go on without."""
+    try:
+        _write(path, tensors, identity, done)
+    except ValueError as error:
+        warn(f"The checkpoint was not written, and the pass goes on: {error}", stacklevel=4)
+        return False
+    return True
+
+
+def _write(
+    path: Path, tensors: Mapping[str, Tensor], identity: Mapping[str, Any], done: Done
+) -> None:
+    header = {
+        "identity": identity,
+        "batches": sorted(done.batches),
+        "examples": done.examples,
+    }
+    make_folder(path.parent)
+    CHECKPOINT.write(path, tensors, header)
+
+
+def _read_done(path: Path, identity: Mapping[str, Any]) -> Done:
+    return _checked(path, CHECKPOINT.read_header(path), identity)
+
+
+def read(
+    path: Path, identity: Mapping[str, Any], device: torch.device
+) -> tuple[dict[str, Tensor], Done]:
+    """Read the sums of a file, and the batches that they are of.
+
+    Raises:
+        ValueError: If the file is damaged, or of something else.
+    """
+    header, tensors = CHECKPOINT.read(path)
+    done = _checked(path, header, identity)
+    # copied, since products of tensors that are not aligned in memory round differently
+    return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}, done
+
+
+def _checked(path: Path, header: Any, identity: Mapping[str, Any]) -> Done:
+    """The batches that a file holds, if it is of the same."""
+    try:
+        done = Done(set(header["batches"]), int(header["examples"]))
+        different = differences(header["identity"], identity)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CHECKPOINT.damaged(path, f"{type(error).__name__}: {error}") from error
+    if different:
+        raise OtherCheckpointError(
+            f"The checkpoint '{path}' is of something else: {'; '.join(different[:5])}. Delete the "
+            "folder to start anew, or pass another one."
+        )
+    return done

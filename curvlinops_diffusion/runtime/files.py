@@ -1,0 +1,182 @@
+"""Files that are never half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write_bytes(path: Path, contents: bytes) -> None:
+    """Write any file in the same way.
+
+    Raises:
+        ValueError: If it cannot be written; an older file of that name is unchanged.
+    """
+    _written(path, lambda temporary: Path(temporary).write_bytes(contents))
+
+
+def _written(path: Path, write: Callable[[str], object]) -> None:
+    if not path.parent.is_dir():
+        raise ValueError(f"The folder '{path.parent}' does not exist. Create it first.")
+    if path.is_dir():
+        raise ValueError(f"'{path}' is a folder. Pass the name of a file.")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise ValueError(f"'{path.parent}' cannot be written to: {error}.") from error
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())  # the name must not appear before the contents
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"'{path}' could not be written: {error}. An older file of that name is unchanged."
+        ) from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder where there is none.
+
+    Raises:
+        ValueError: If that is not possible.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"The folder '{path}' cannot be made: {error}. Pass another one."
+        ) from error
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """A kind of safetensors file: tensors, and a header of JSON text.
+
+    Nothing in a file is ever executed.
+
+    Attributes:
+        key: Under which the header is kept among the file's metadata.
+        what: What the file is of, for messages.
+        advice: What to do about a file that cannot be read, for messages.
+    """
+
+    key: str
+    what: str
+    advice: str
+
+    def write(self, path: Path, tensors: Mapping[str, Tensor], header: Any) -> None:
+        """Write a file under another name in the same folder, then rename it.
+
+        Raises:
+            ValueError: If it cannot be written; an older file of that name is unchanged.
+        """
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        metadata = {self.key: json.dumps(header)}
+        _written(path, lambda temporary: save_file(_unshared(plain), temporary, metadata))
+
+    def read(self, path: Path) -> tuple[Any, dict[str, Tensor]]:
+        """The header and the tensors of a file.
+
+        Raises:
+            ValueError: If the file is missing, not whole, or of another kind.
+        """
+        with self._open(path) as file:
+            header = self._header(path, file)
+            try:
+                names = list(file.keys())
+                return header, {name: file.get_tensor(name) for name in names}
+            except (SafetensorError, OSError) as error:
+                raise self._not_whole(path, error) from error
+
+    def read_header(self, path: Path) -> Any:
+        """The header alone.
+
+        Raises:
+            ValueError: As :meth:`read`.
+        """
+        with self._open(path) as file:
+            return self._header(path, file)
+
+    def holds(self, path: Path) -> bool:
+        """Whether a file can be read, and is of this kind."""
+        try:
+            with self._open(path) as file:
+                return self.key in (file.metadata() or {})
+        except ValueError:
+            return False
+
+    def damaged(self, path: Path, reason: object) -> ValueError:
+        """An error that says that the header is not what it should be."""
+        return ValueError(f"The header of '{path}' is damaged ({reason}). {self.advice}")
+
+    def _open(self, path: Path) -> Any:
+        if not path.is_file():
+            raise ValueError(f"There is no file '{path}'. {self.advice}")
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise self._not_whole(path, error) from error
+
+    def _header(self, path: Path, file: Any) -> Any:
+        metadata = file.metadata() or {}
+        if self.key not in metadata:
+            raise ValueError(
+                f"'{path}' is a safetensors file, but not of {self.what}. {self.advice}"
+            )
+        try:
+            return json.loads(metadata[self.key])
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise self.damaged(path, error) from error
+
+    def _not_whole(self, path: Path, error: Exception) -> ValueError:
+        return ValueError(
+            f"'{path}' is not a whole safetensors file ({error}). It was truncated, damaged, or "
+            f"written by another program. {self.advice}"
+        )
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share no memory, which the safetensors format refuses."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        if not whole or tensor.untyped_storage().data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        result[name] = tensor
+    return result
+
+
+def _umask() -> int:
+    """The permissions that new files are denied; temporary files are made without any others'."""
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Where two identities differ, as ``name (value there, value here)``."""
+    found = []
+    for key in sorted({*there, *here}):
+        a, b = there.get(key), here.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            short = [str(v)[:12] + "…" if len(str(v)) > 24 else str(v) for v in (a, b)]
+            found.append(f"{prefix}{key} ({short[0]} there, {short[1]} here)")
+    return found

@@ -1,0 +1,243 @@
+"""Passes over the data that can be interrupted and go on, and be split over processes.
+
+A pass adds up something over batches. Every so often it writes down what it has, and of which
+batches; started again, it goes on from there. Each process takes its share of the batches, and at
+the end everyone has the sum.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from curvlinops_diffusion.runtime.checkpoints import Checkpoint, Done, path_of, read, try_to_write
+from curvlinops_diffusion.runtime.checks import check_non_negative
+from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.sums import Running
+
+_logger = logging.getLogger("curvlinops_diffusion")
+
+
+class NumberedExamples(Protocol):
+    """A batch of examples.
+
+    Attributes:
+        indices: The numbers of its examples.
+    """
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """The numbers of its examples."""
+
+
+class PassData(Protocol):
+    """What a pass can go over: examples in numbered batches, each drawn several times."""
+
+    @property
+    def num_data(self) -> int:
+        """The number of examples."""
+
+    @property
+    def num_draws(self) -> int:
+        """The number of draws for each example."""
+
+    @property
+    def num_samples(self) -> int:
+        """The number of examples times draws."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where sums are kept."""
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What determines the draws and the loss, as plain values."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """A digest of the network's weights."""
+
+    def identity(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Weights, data, draws and settings, as plain values."""
+
+    def numbered_batches(
+        self, wanted: Callable[[int], bool]
+    ) -> Iterator[tuple[int, NumberedExamples]]:
+        """Yield the batches whose numbers are wanted."""
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """How passes over the data are run.
+
+    Attributes:
+        checkpoint: A folder in which passes write down how far they have come, and from which they
+            go on when the program is started again: after a crash, with the same result to the last
+            bit on one process. ``None`` for none. A finished pass leaves its sums there as well, so
+            that a program of several passes does none of them again; delete the folder when done.
+            Several processes must see the same folder.
+        checkpoint_every: Seconds between two checkpoints.
+        distributed: Whether the processes of ``torch.distributed`` share the work. The default
+            process group must be initialised; every process then has the whole result.
+        progressbar: Whether to show progress.
+    """
+
+    checkpoint: str | PathLike[str] | None = None
+    checkpoint_every: float = 300.0
+    distributed: bool = False
+    progressbar: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            ValueError: If one is of no accepted kind.
+        """
+        check_non_negative("checkpoint_every", self.checkpoint_every)
+        Share.of(self.distributed)
+
+
+#: One process, no checkpoints.
+PLAIN = PassOptions()
+
+
+def run_pass(
+    name: str,
+    data: PassData,
+    running: Running,
+    step: Callable[[Any], None],
+    options: PassOptions,
+    settings: Mapping[str, Any],
+    prepare: Callable[[Any], Any] = lambda clean: clean,
+) -> None:
+    """Run a step on every batch of clean examples, and add up over processes.
+
+    Args:
+        name: The pass' name, for progress and files.
+        data: What the pass goes over.
+        running: What the steps accumulate.
+        step: Adds a batch to it: what ``prepare`` makes of it.
+        options: Checkpoints and processes.
+        settings: What else the result depends on, as plain values.
+        prepare: What can be computed of a batch while the sums are left alone: if it fails, a
+            checkpoint of them is written first.
+
+    Raises:
+        ValueError: If a checkpoint is of another model, other data, draws or settings, is damaged,
+            or cannot be written; or if another process has failed.
+    """
+    share = Share.of(options.distributed)
+    if share.count > 1:
+        share.check_alike("weights", data.fingerprint())
+        share.check_alike("data, draws or options", [data.description, dict(settings)])
+    device = data.device
+    done = Done()
+    checkpoint = None
+    if options.checkpoint is not None:
+        identity = data.identity(settings)
+        checkpoint = Checkpoint(Path(options.checkpoint), name, share, identity, running, device)
+        done = checkpoint.restore()
+    elsewhere = set() if checkpoint is None else checkpoint.elsewhere
+    with tqdm(
+        total=data.num_samples,
+        desc=name,
+        unit="draws",
+        disable=not options.progressbar or share.rank > 0,
+    ) as bar:
+        bar.update(done.examples * data.num_draws)
+        _tell("pass started", name, done, data)
+        batches = data.numbered_batches(
+            lambda n: share.takes(n) and n not in done.batches and n not in elsewhere
+        )
+        latest, latest_written = time.monotonic(), len(done.batches)
+        for number, clean, prepared in _kept_on_failure(batches, prepare, done, checkpoint):
+            step(prepared)
+            done.batches.add(number)
+            done.examples += len(clean.indices)
+            bar.update(len(clean.indices) * data.num_draws)
+            if checkpoint and time.monotonic() - latest >= options.checkpoint_every:
+                checkpoint.write(done)
+                _tell("checkpoint written", name, done, data)
+                latest, latest_written = time.monotonic(), len(done.batches)
+        if checkpoint and latest_written != len(done.batches):
+            checkpoint.write(done)
+    if share.count > 1:
+        running.restore(share.summed(running.tensors(), device))
+    _tell("pass finished", name, done, data)
+
+
+def _tell(message: str, name: str, done: Done, data: PassData) -> None:
+    """A line of the log; ``fields`` are for what writes it for machines."""
+    fields = {
+        "pass": name,
+        "examples": done.examples,
+        "of": data.num_data,
+        "draws": data.num_draws,
+    }
+    _logger.info(message, extra={"fields": fields})
+
+
+def kept(
+    name: str,
+    data: PassData,
+    compute: Callable[[], dict[str, Tensor]],
+    options: PassOptions,
+    settings: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """Tensors that are computed once, and read from the checkpoint's folder afterwards.
+
+    Args:
+        name: The name of what is computed.
+        data: What the pass goes over.
+        compute: Computes it, on every process alike.
+        options: Checkpoints and processes.
+        settings: What else the result depends on, as plain values.
+
+    Raises:
+        ValueError: As :func:`run_pass`.
+    """
+    if options.checkpoint is None:
+        return compute()
+    share = Share.of(options.distributed)
+    identity = data.identity(settings)
+    path = path_of(Path(options.checkpoint), name, 0)
+    existing = path.is_file()
+    share.check_alike(f"what they see in '{path.parent}'", existing)
+    if existing:
+        return read(path, identity, data.device)[0]
+    tensors = compute()
+    if share.rank == 0:
+        try_to_write(path, tensors, identity, Done())
+    share.barrier()
+    return tensors
+
+
+def _kept_on_failure(
+    batches: Iterator[tuple[int, NumberedExamples]],
+    prepare: Callable[[Any], Any],
+    done: Done,
+    checkpoint: Checkpoint | None,
+) -> Iterator[tuple[int, NumberedExamples, Any]]:
+    """Load and prepare batches; write a checkpoint before an error in that goes on.
+
+    The sums are whole then.
+    """
+    while True:
+        try:
+            number, clean = next(batches)
+            prepared = prepare(clean)
+        except StopIteration:
+            return
+        except BaseException:  # an interrupt from the keyboard as well
+            if checkpoint:
+                checkpoint.write(done)
+            raise
+        yield number, clean, prepared
