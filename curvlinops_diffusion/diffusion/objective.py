@@ -52,13 +52,13 @@ class DenoisingObjective:
         scheduler: A ``diffusers`` scheduler, from whose config the noise process and the
             prediction type are read, or a :class:`~curvlinops_diffusion.NoiseProcess`.
         weighting: The weight ``w_t``. ``None`` for one, a
-            :class:`~curvlinops_diffusion.noise.ProcessWeighting` like
+            :class:`~curvlinops_diffusion.ProcessWeighting` like
             :class:`~curvlinops_diffusion.MinSNRWeighting`, a callable of the timesteps, or a table
             with one weight for each noise level, in order of rising noise.
         reduction: ``'mean'`` or ``'sum'`` over the output's ``D`` entries.
         encode: What turns batches of users' data into what the network sees, a
             :class:`~curvlinops_diffusion.LatentEncoder` or a function of (examples, condition) that
-            returns an :class:`~curvlinops_diffusion.encoding.Encoded`; ``None`` for the data as it
+            returns an :class:`~curvlinops_diffusion.Encoded`; ``None`` for the data as it
             is.
         condition_dropout: The probability with which training dropped the condition
             (classifier-free guidance); drawn, like noise, for each example and draw.

@@ -78,7 +78,8 @@ class NoisedRegression:
         seed: Seed of the draws.
         timesteps: ``'stratified'`` (over draws and examples), ``'uniform'``, ``'logit-normal'``,
             ``'all'`` (every level once), a list of levels (``0 .. T-1`` in order of rising
-            noise), or a scheme of :mod:`curvlinops_diffusion.draws`.
+            noise), or a scheme such as
+                :class:`~curvlinops_diffusion.LogitNormalTimesteps`.
         batch_size: Examples that the network sees at once, where the data is not in batches.
         augment: ``'flip'`` if training saw images or their mirror images at random: each draw
             chooses. Or a list of functions of clean examples ``[B, ...]`` to choose from.
@@ -291,7 +292,7 @@ class NoisedRegression:
 
         Yields:
             The examples' positions within the batch; their draws, see
-            :meth:`~curvlinops_diffusion.objective.NoisedBatch.interleaved`.
+            :meth:`~curvlinops_diffusion.NoisedBatch.interleaved`.
         """
         for some in batched(self.noised_batches(clean), draws):
             for start in range(0, len(clean.indices), examples):

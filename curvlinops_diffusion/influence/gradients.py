@@ -41,7 +41,7 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
             their names, as in an operator's ``param_names``), or a dict from names to parameters.
         measurement: What is measured: ``'loss'``, ``'squared_norm'``, ``'simplified_elbo'``,
             ``'elbo'``, ``'log_likelihood'``, an
-            :class:`~curvlinops_diffusion.measurements.ObjectiveMeasurement`, a function of (noised
+            :class:`~curvlinops_diffusion.ObjectiveMeasurement`, a function of (noised
             batch, prediction ``[B, D]``) that returns values ``[B]``, or an
             :class:`~curvlinops_diffusion.ExampleFunction` of (model, example, draws).
         progressbar: Whether to show progress.

@@ -9,12 +9,19 @@ from warnings import warn
 from diffusers.models.normalization import RMSNorm
 from torch import nn
 
-from curvlinops_diffusion.layers import norm
 from curvlinops_diffusion.layers.convolution import ConvolutionKind, TransposedConvolutionKind
 from curvlinops_diffusion.layers.embedding import EmbeddingKind
 from curvlinops_diffusion.layers.kind import LayerKind
 from curvlinops_diffusion.layers.layer import Layer
 from curvlinops_diffusion.layers.linear import LinearKind
+from curvlinops_diffusion.layers.norm import (
+    BATCH_NORM,
+    DIFFUSERS_RMS_NORM,
+    GROUP_NORM,
+    INSTANCE_NORM,
+    LAYER_NORM,
+    RMS_NORM,
+)
 from curvlinops_diffusion.linalg.parameters import Parameters, select_parameters
 
 #: What is known of each type of layer. An entry of your own makes it known to every operator.
@@ -27,16 +34,16 @@ LAYER_KINDS: dict[type[nn.Module], LayerKind] = {
     nn.ConvTranspose2d: TransposedConvolutionKind(),
     nn.ConvTranspose3d: TransposedConvolutionKind(),
     nn.Embedding: EmbeddingKind(),
-    nn.GroupNorm: norm.GROUP_NORM,
-    nn.LayerNorm: norm.LAYER_NORM,
-    nn.RMSNorm: norm.RMS_NORM,
-    RMSNorm: norm.DIFFUSERS_RMS_NORM,
-    nn.BatchNorm1d: norm.BATCH_NORM,
-    nn.BatchNorm2d: norm.BATCH_NORM,
-    nn.BatchNorm3d: norm.BATCH_NORM,
-    nn.InstanceNorm1d: norm.INSTANCE_NORM,
-    nn.InstanceNorm2d: norm.INSTANCE_NORM,
-    nn.InstanceNorm3d: norm.INSTANCE_NORM,
+    nn.GroupNorm: GROUP_NORM,
+    nn.LayerNorm: LAYER_NORM,
+    nn.RMSNorm: RMS_NORM,
+    RMSNorm: DIFFUSERS_RMS_NORM,
+    nn.BatchNorm1d: BATCH_NORM,
+    nn.BatchNorm2d: BATCH_NORM,
+    nn.BatchNorm3d: BATCH_NORM,
+    nn.InstanceNorm1d: INSTANCE_NORM,
+    nn.InstanceNorm2d: INSTANCE_NORM,
+    nn.InstanceNorm3d: INSTANCE_NORM,
 }
 
 

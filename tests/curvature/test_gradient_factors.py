@@ -7,6 +7,7 @@ from torch import nn
 from curvlinops_diffusion import DiffusionEKFACLinearOperator, DiffusionKFACLinearOperator
 from tests.cases import plain_regression, seeded
 from tests.comparisons import assert_close, relative_error
+from tests.layers.test_kinds import CASES
 from tests.reference import (
     block_of,
     dense_block,
@@ -16,7 +17,6 @@ from tests.reference import (
     params_of,
     type2_vectors,
 )
-from tests.test_layers import CASES
 
 PLAIN = {
     "linear": ((3,), lambda: seeded(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))),

@@ -70,7 +70,7 @@ def test_alike():
 
 def test_in_another_process():
     program = (
-        "from tests.test_digests import scaled, loss, name_of;"
+        "from tests.runtime.test_digests import scaled, loss, name_of;"
         "print(name_of(scaled(1.0)), name_of(loss))"
     )
     found = subprocess.run(

@@ -13,7 +13,7 @@ from curvlinops_diffusion import DiffusionEKFACLinearOperator
 from curvlinops_diffusion.cli.commands.score import read_scores, write_scores
 from curvlinops_diffusion.cli.program import run
 from tests.cases import tiny_unet, unet_regression
-from tests.test_cli import write_images
+from tests.cli.test_program import write_images
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -1,0 +1,109 @@
+"""The house: which folder may import which, and how much stands in the hall."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import curvlinops_diffusion
+
+ROOT = Path(curvlinops_diffusion.__file__).parent
+PACKAGE = "curvlinops_diffusion"
+
+# each folder may import itself and those named
+MAY_IMPORT = {
+    "runtime": set(),
+    "linalg": {"runtime"},
+    "linalg/solvers": {"runtime", "linalg"},
+    "diffusion": {"runtime", "linalg"},
+    "layers": {"runtime", "linalg", "diffusion"},
+    "curvature": {"runtime", "linalg", "diffusion", "layers"},
+    "influence": {"runtime", "linalg", "diffusion", "layers"},
+    "influence/measurements": {"runtime", "linalg", "diffusion", "layers"},
+    "cli": {"runtime", "linalg", "diffusion", "layers", "curvature", "influence"},
+}
+# a folder within another is a room of its own where the other may import it, but not the reverse
+MAY_IMPORT["influence"] |= {"influence/measurements"}
+MAY_IMPORT["cli"] |= {"influence/measurements"}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def room_of(parts: tuple[str, ...]) -> str:
+    """The folder that a module belongs to, by its path within the package."""
+    inner = "/".join(parts[:2])
+    return inner if inner in MAY_IMPORT else parts[0]
+
+
+def imports(path: Path) -> Iterator[tuple[str, ...]]:
+    """The modules of the package that a file imports anywhere, as paths within the package."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            found = [node.module or ""]
+            if node.module == PACKAGE:
+                found = [f"{PACKAGE}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in found:
+            first, *rest = name.split(".")
+            if first == PACKAGE and rest:
+                yield tuple(rest)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_folders_import_only_those_above_them(path):
+    own = path.relative_to(ROOT).parts
+    if len(own) == 1:  # the package's root, and the program's start
+        return
+    room = room_of(own)
+    for parts in imports(path):
+        there = room_of(parts)
+        assert there == room or there in MAY_IMPORT[room], (
+            f"{'/'.join(own)} imports {'.'.join(parts)}: {room}/ may import only "
+            f"{', '.join(sorted(MAY_IMPORT[room])) or 'nothing else of the package'}."
+        )
+
+
+def test_there_are_no_circles():
+    """Between folders and between files."""
+    graph = {}
+    for path in FILES:
+        own = path.relative_to(ROOT).with_suffix("").parts
+        for parts in imports(path):
+            # a name of a package's ``__init__``, or of a module
+            file = ROOT.joinpath(*parts).with_suffix(".py")
+            target = parts if file.exists() else (*parts, "__init__")
+            if ROOT.joinpath(*target).with_suffix(".py").exists():
+                graph.setdefault(own, set()).add(target)
+    done, on_the_way = set(), []
+
+    def visit(node):
+        assert node not in on_the_way, f"a circle: {on_the_way[on_the_way.index(node) :]}"
+        if node in done:
+            return
+        on_the_way.append(node)
+        for following in sorted(graph.get(node, ())):
+            visit(following)
+        on_the_way.pop()
+        done.add(node)
+
+    for node in sorted(graph):
+        visit(node)
+    assert len(graph) > 50, "hardly any imports were found: the test sees nothing"
+
+
+def test_the_root_holds_few_entries():
+    entries = [path.name for path in ROOT.iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= 10, sorted(entries)
+
+
+def test_tests_mirror_the_folders():
+    """Each folder of the package has one of tests; files of tests are in one or span the chain."""
+    tests = Path(__file__).parent
+    folders = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}
+    assert folders == {path.name for path in tests.iterdir() if (path / "__init__.py").exists()}
+    for folder in folders:
+        assert list((tests / folder).glob("test_*.py")), f"{folder}/ has no tests"
