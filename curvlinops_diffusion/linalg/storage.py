@@ -22,11 +22,7 @@ from curvlinops_diffusion.runtime.digests import fingerprint
 from curvlinops_diffusion.runtime.files import FileKind
 
 FORMAT = "curvlinops_diffusion.operator"
-
-
 FORMAT_VERSION = 2
-
-
 OPERATOR = FileKind(
     FORMAT, "an operator of curvlinops_diffusion", "Write it again with operator.save(path)."
 )
