@@ -29,6 +29,18 @@ def leaves(condition: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{key}", value
 
 
+def nested(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested mapping whose :func:`leaves` these are."""
+    result: dict[str, Any] = {}
+    for name, value in entries.items():
+        *outer, last = name.split("/")
+        inner = result
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    return result
+
+
 def _replaced(condition: Mapping[str, Any], null: Mapping[str, Any], mask_B: Tensor) -> dict:
     """The entries named by ``null`` replaced by its values, for some examples."""
     result = dict(condition)

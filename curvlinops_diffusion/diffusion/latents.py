@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvlinops_diffusion.diffusion.conditions import leaves
+from curvlinops_diffusion.diffusion.conditions import leaves, nested
 from curvlinops_diffusion.runtime.digests import digest_of, fingerprint
 from curvlinops_diffusion.runtime.files import FileKind, make_folder
 
@@ -151,17 +151,10 @@ def _write(path: Path, encoded: Encoded) -> None:
 
 
 def _read(path: Path) -> Encoded:
-    leaves, tensors = LATENTS.read(path)
-    if "mean" not in tensors or not isinstance(leaves, dict):
+    plain, tensors = LATENTS.read(path)
+    if "mean" not in tensors or not isinstance(plain, dict):
         raise LATENTS.damaged(path, "there are no latents")
     mean = tensors.pop("mean")
     std = tensors.pop("std", None)
-    leaves |= {name.removeprefix("condition/"): tensor for name, tensor in tensors.items()}
-    condition: dict[str, Any] = {}
-    for name, value in leaves.items():
-        *folders, last = name.split("/")
-        inner = condition
-        for folder in folders:
-            inner = inner.setdefault(folder, {})
-        inner[last] = value
-    return Encoded(mean, std, condition)
+    plain |= {name.removeprefix("condition/"): tensor for name, tensor in tensors.items()}
+    return Encoded(mean, std, nested(plain))

@@ -280,14 +280,37 @@ class DenoisingObjective:
         Raises:
             ValueError: If the output is no tensor of the shape of ``x_t``.
         """
+        return self.predict_from(batch.x_t, batch.timestep_B, batch.condition, params)
+
+    def predict_from(
+        self,
+        x_t: Tensor,
+        timestep_B: Tensor,
+        condition: dict[str, Any],
+        params: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """:meth:`predict` from what the network is told of a batch, and nothing else.
+
+        Args:
+            x_t: Noised examples, shape ``[B, ...]``.
+            timestep_B: Their timesteps.
+            condition: Further keyword arguments of the network.
+            params: Values that replace the model's own parameters, by name.
+
+        Returns:
+            The prediction, shape ``[B, D]``.
+
+        Raises:
+            ValueError: If the output is no tensor of the shape of ``x_t``.
+        """
         static = self._model_kwargs
-        static = static(batch.x_t, batch.condition) if callable(static) else static
-        args: tuple[Tensor, ...] = (batch.x_t,)
-        kwargs = {**batch.condition, **static}
+        static = static(x_t, condition) if callable(static) else static
+        args: tuple[Tensor, ...] = (x_t,)
+        kwargs = {**condition, **static}
         if self._timestep_by_name:
-            kwargs["timestep"] = batch.timestep_B
+            kwargs["timestep"] = timestep_B
         else:
-            args += (batch.timestep_B,)
+            args += (timestep_B,)
         # a cache of weights would outlive a change of parameters
         with (
             torch.autocast(
@@ -303,7 +326,7 @@ class DenoisingObjective:
             else:
                 with without_checkpoints(self.model):
                     output = functional_call(self.model, dict(params), args, kwargs)
-        return self._flatten(output, batch.x_t.shape)
+        return self._flatten(output, x_t.shape)
 
     def _flatten(self, output: Any, shape: torch.Size) -> Tensor:
         if not isinstance(output, Tensor):

@@ -16,14 +16,19 @@ from torch import Tensor, nn
 from curvlinops_diffusion.diffusion.augmentation import augmentations, chosen_versions
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.checks import check_deterministic_mode, check_no_autocast
-from curvlinops_diffusion.diffusion.conditions import leaves
+from curvlinops_diffusion.diffusion.conditions import leaves, nested
 from curvlinops_diffusion.diffusion.data import CleanBatch, CleanData, Wanted
 from curvlinops_diffusion.diffusion.draws import make_draws
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.runtime.digests import fingerprint, name_of
 from curvlinops_diffusion.runtime.modes import twice_differentiable
+from curvlinops_diffusion.runtime.sums import within
 
 T = TypeVar("T")
+
+
+# Under which the entries of a condition are named in a batch for ``curvlinops``
+_CONDITION = "condition"
 
 
 class _ScaledModel(nn.Module):
@@ -33,11 +38,49 @@ class _ScaledModel(nn.Module):
         super().__init__()
         self.model = objective.model
         self._objective = objective
+        self._plain: dict[str, Any] | None = None
 
-    def forward(self, X: Mapping[str, Any]) -> Tensor:
-        """Predict, in a form that can be differentiated in forward mode and twice."""
+    def forward(self, X: Mapping[str, Tensor]) -> Tensor:
+        """Predict, in a form that can be differentiated in forward mode and twice.
+
+        Depends on the batch through tensors alone, so that a graph traced on one batch is right
+        for another.
+        """
+        condition = nested({**within(_CONDITION, X), **(self._plain or {})})
         with twice_differentiable():
-            return X["scale"].unsqueeze(1) * self._objective.predict(X["batch"])
+            prediction_BD = self._objective.predict_from(X["x_t"], X["timestep"], condition)
+            return X["scale"].unsqueeze(1) * prediction_BD
+
+    def inputs(self, batch: NoisedBatch) -> dict[str, Tensor]:
+        """A batch as :meth:`forward` takes it: tensors by name.
+
+        Plain values of the condition (a flag, a number), which are the same for every batch, are
+        remembered instead.
+
+        Raises:
+            ValueError: If an entry of the condition is a list, or a plain value that changes.
+        """
+        scale_B = (batch.weight_B * batch.target_BD.shape[1]).sqrt()
+        X = {"x_t": batch.x_t, "timestep": batch.timestep_B, "scale": scale_B}
+        plain = {}
+        for name, value in leaves(batch.condition):
+            if isinstance(value, Tensor):
+                X[f"{_CONDITION}/{name}"] = value
+            elif isinstance(value, list):
+                raise ValueError(
+                    f"The condition '{name}' arrived as a list of {type(value[0]).__name__}. "
+                    "Operators of curvlinops take tensors: embed it by "
+                    "encode=LatentEncoder(embed=...) of the objective."
+                )
+            else:
+                plain[name] = value
+        if self._plain not in (None, plain):
+            raise ValueError(
+                f"The condition's plain values are {self._plain} in one batch and {plain} in "
+                "another. Operators of curvlinops take tensors: pass what changes as a tensor."
+            )
+        self._plain = plain
+        return X
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -304,12 +347,20 @@ class NoisedRegression:
         for clean in self.clean_batches():
             yield from self.noised_batches(clean)
 
-    def __iter__(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """Yield ``(X, y)`` for ``curvlinops``: mappings, and scaled targets ``[B, D]``."""
+    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yield ``(X, y)`` for ``curvlinops``: mappings of tensors, and scaled targets ``[B, D]``.
+
+        ``X`` has ``x_t``, ``timestep``, ``scale``, and each entry of the condition under
+        ``condition/`` and its name, with a slash between the names of nested entries.
+
+        Raises:
+            ValueError: If an entry of the condition changes from batch to batch and is no tensor:
+                ``curvlinops`` compares batches by their tensors, and a traced network would take
+                anything else for a constant.
+        """
         for batch in self.batches():
-            scale_B = (batch.weight_B * batch.target_BD.shape[1]).sqrt()
-            X = {"x_t": batch.x_t, "scale": scale_B, "batch": batch}
-            yield X, scale_B.unsqueeze(1) * batch.target_BD
+            X = self.model_func.inputs(batch)
+            yield X, X["scale"].unsqueeze(1) * batch.target_BD
 
     @staticmethod
     def batch_size_fn(X: MutableMapping[str, Any]) -> int:

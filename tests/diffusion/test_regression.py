@@ -8,6 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -445,3 +446,69 @@ def test_batch_is_not_changed_by_iterating():
     list(regression_on(data))
     assert torch.equal(x0, copy)
     assert list(data) == ["x0"]
+
+
+# ---------------------------------------------------------------------------------------------
+# What curvlinops sees
+# ---------------------------------------------------------------------------------------------
+
+
+class Everything(nn.Module):
+    """A network to whose output every entry of its condition contributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 3, padding=1)
+        self.embed = nn.Embedding(5, 1)
+
+    def forward(self, x_t, t, class_labels=None, added=None, guidance=None, scaled=False):
+        out = self.layer(x_t) * (1 + 0.1 * t.reshape(-1, 1, 1, 1))
+        if class_labels is not None:
+            out = out + self.embed(class_labels).reshape(-1, 1, 1, 1)
+        if added is not None:
+            out = out * added["deep"]["text"].sum(1).reshape(-1, 1, 1, 1)
+        if guidance is not None:
+            out = out * guidance
+        return 2 * out if scaled else out
+
+
+CONDITIONS = {
+    "none": {},
+    "labels": {"class_labels": torch.arange(5)},
+    "nested": {"added": {"deep": {"text": torch.arange(10.0).reshape(5, 2)}}},
+    "scalar": {"guidance": torch.tensor(3.0)},
+    "plain": {"scaled": True},
+}
+
+
+@pytest.mark.parametrize("condition", CONDITIONS.values(), ids=CONDITIONS)
+def test_a_graph_traced_on_one_batch_is_right_for_another(condition):
+    """As by ``backend="make_fx"`` of curvlinops, which traces once for batches of a size."""
+    regression = regression_on({"x0": images(5), **condition}, Everything().double(), batch_size=2)
+    model = regression.model_func
+    params = dict(model.named_parameters())
+    batches = [X for X, _ in regression if regression.batch_size_fn(X) == 2]
+    assert len(batches) == 4
+    for X in batches:
+        assert all(isinstance(value, torch.Tensor) for value in X.values())
+    traced = make_fx(lambda p, X: functional_call(model, p, (X,)))(params, batches[0])
+    noised = [batch for batch in regression.batches() if len(batch.indices) == 2]
+    for X, batch in zip(batches, noised, strict=True):
+        scale_B = (batch.weight_B * batch.target_BD.shape[1]).sqrt()
+        truth = scale_B.unsqueeze(1) * regression.objective.predict(batch)
+        assert_close(model(X), truth, 0.0)
+        assert_close(traced(params, X), truth, 1e-14)
+
+
+def test_conditions_that_curvlinops_cannot_see():
+    def data(*values):
+        return [{"x0": images(2), "scaled": value} for value in values]
+
+    regression = regression_on(data(True, True), Everything().double())
+    assert len(list(regression)) == 4
+    changing = regression_on(data(True, False), Everything().double())
+    with pytest.raises(ValueError, match=r"plain values are .*True.* and .*False.* as a tensor"):
+        list(changing)
+    prompts = {"x0": images(2), "prompt": ["a", "b"]}
+    with pytest.raises(ValueError, match=r"'prompt' arrived as a list of str.*LatentEncoder"):
+        list(regression_on(prompts, Everything().double()))
