@@ -10,13 +10,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
-import curvlinops
 import torch
-from torch import nn
 
 from benchmarks.kronfluence_passes import kronfluence_passes
 from benchmarks.measure import arguments, report_passes
 from benchmarks.problems import NETWORKS, random_regression
+from benchmarks.upstream import upstream_passes
 from curvlinops_diffusion import NoisedRegression
 from curvlinops_diffusion.curvature.eigenvalues import eigenvalue_moments
 from curvlinops_diffusion.curvature.kronecker_factors import kronecker_factors
@@ -86,44 +85,6 @@ def our_passes(
         "EK-FAC eigenvalues, groups of 4": eigenvalues(4),
         "EK-FAC eigenvalues, groups of 8": eigenvalues(8),
     }
-
-
-def upstream_operator(regression: NoisedRegression) -> curvlinops.EKFACLinearOperator:
-    """``curvlinops``' own operator, on the same batches."""
-    layers = [
-        m for m in regression.objective.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)
-    ]
-    return curvlinops.EKFACLinearOperator(
-        regression.model_func,
-        regression.loss_func,
-        [p for layer in layers for p in layer.parameters()],
-        regression,
-        fisher_type="mc",
-        num_data=regression.num_samples,
-        batch_size_fn=regression.batch_size_fn,
-        check_deterministic=False,  # or the constructor computes all of it
-    )
-
-
-def upstream_passes(
-    regression: NoisedRegression, decomposed: bool = True
-) -> dict[str, Callable[[], object]]:
-    """``curvlinops``' own two passes, the second only if its factors are decomposed."""
-    operator = upstream_operator(regression)
-    operator.compute_kronecker_factors()
-    factors = operator._input_covariances, operator._gradient_covariances
-    if decomposed:
-        operator._compute_eigenvectors()  # its second pass cannot be run alone otherwise
-
-    def first() -> None:
-        operator._input_covariances, operator._gradient_covariances = {}, {}
-        operator.compute_kronecker_factors()
-        operator._input_covariances, operator._gradient_covariances = factors
-
-    passes: dict[str, Callable[[], object]] = {"curvlinops K-FAC factors": first}
-    if decomposed:
-        passes["curvlinops EK-FAC eigenvalues"] = operator.compute_eigenvalue_correction
-    return passes
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ class DiffusionGGNLinearOperator(ParameterSpaceOperator):
         super().__init__(ParameterSpace.of(self._params))
 
     @torch.no_grad()
-    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+    def multiply_tensors(self, X: list[Tensor]) -> list[Tensor]:
         """Multiply onto matrices in tensor list format ``[*shape, K]``."""
         # columns first: derivatives in contiguous directions are a third faster
         columns = [x.movedim(-1, 0).contiguous() for x in X]

@@ -27,7 +27,7 @@ from curvlinops_diffusion.influence.consumers import (
     TopScores,
 )
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
+from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator, input_shapes, output_shapes
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, run_pass
@@ -319,10 +319,10 @@ def _check_same_space(
     J_query: PyTorchLinearOperator, G_inv: PyTorchLinearOperator, J_train: PyTorchLinearOperator
 ) -> None:
     spaces = {
-        "J_query": J_query._in_shape,
-        "G_inv (in)": G_inv._in_shape,
-        "G_inv (out)": G_inv._out_shape,
-        "J_train": J_train._in_shape,
+        "J_query": input_shapes(J_query),
+        "G_inv (in)": input_shapes(G_inv),
+        "G_inv (out)": output_shapes(G_inv),
+        "J_train": input_shapes(J_train),
     }
     names = [getattr(op, "param_names", None) for op in (J_query, G_inv, J_train)]
     named = {n for n in names if n is not None}

@@ -4,9 +4,9 @@ from itertools import product
 
 import pytest
 import torch
-from curvlinops import EFLinearOperator, EKFACLinearOperator, KFACLinearOperator
 from torch import nn
 
+from benchmarks.upstream import upstream_operator, upstream_trace
 from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
     DiffusionGGNLinearOperator,
@@ -93,20 +93,12 @@ def test_equals_curvlinops(geometry, fisher_type, approx, separate):
     scale = 60 if fisher_type == "empirical" else 1
     V = torch.randn(sum(p.numel() for p in params), 3, dtype=torch.float64)
     for ours, theirs in (
-        (DiffusionKFACLinearOperator, KFACLinearOperator),
-        (DiffusionEKFACLinearOperator, EKFACLinearOperator),
+        (DiffusionKFACLinearOperator, "KFACLinearOperator"),
+        (DiffusionEKFACLinearOperator, "EKFACLinearOperator"),
     ):
-        upstream = theirs(
-            regression.model_func,
-            regression.loss_func,
-            params,
-            regression,
-            batch_size_fn=regression.batch_size_fn,
-            check_deterministic=False,
-            **options,
-        )
+        upstream = upstream_operator(theirs, regression, check_deterministic=False, **options)
         operator = ours(regression, params, exact_bias=False, **options)
-        assert_close(scale * operator.trace(), upstream.trace, 1e-10)
+        assert_close(scale * operator.trace(), upstream_trace(upstream), 1e-10)
         if ours is DiffusionKFACLinearOperator:
             unique = all(
                 _full_rank(f) for placed in operator.blocks for f in placed.block.tensors().values()
@@ -129,13 +121,7 @@ def test_gradients_of_the_loss_have_no_factor_that_the_design_lacks():
     exact = dense_loss_ggn(regression, params)
     EK = DiffusionEKFACLinearOperator(regression, params, fisher_type="empirical")
     assert_close(EK.trace(), exact.trace(), 1e-12)
-    upstream = EFLinearOperator(
-        regression.model_func,
-        regression.loss_func,
-        params,
-        regression,
-        batch_size_fn=regression.batch_size_fn,
-    )
+    upstream = upstream_operator("EFLinearOperator", regression)
     assert_close(to_dense(upstream), 3 * exact, 1e-12)
 
 

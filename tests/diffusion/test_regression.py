@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import curvlinops
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -12,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from benchmarks.upstream import their_parameters, upstream_operator
 from curvlinops_diffusion import DenoisingObjective, MinSNRWeighting, NoisedRegression
 from tests.cases import TimeBlind, images, noise_levels, plain_regression, seeded, unet_regression
 from tests.comparisons import assert_close
@@ -228,8 +228,8 @@ def dense_empirical_fisher(regression, params):
 
 
 UPSTREAM = [
-    (curvlinops.HessianLinearOperator, dense_hessian),
-    (curvlinops.EFLinearOperator, dense_empirical_fisher),
+    ("HessianLinearOperator", dense_hessian),
+    ("EFLinearOperator", dense_empirical_fisher),
 ]
 
 
@@ -262,47 +262,26 @@ def test_hessian_and_empirical_fisher_of_curvlinops(kind, truth, network):
         batch_size=2,
     )
     params = params_of(regression.objective.model)
-    operator = kind(
-        regression.model_func,
-        regression.loss_func,
-        params,
-        regression,
-        batch_size_fn=regression.batch_size_fn,
-    )
+    operator = upstream_operator(kind, regression)
     assert_close(to_dense(operator), truth(regression, params), 1e-10)
 
 
 ON_ATTENTION = [
-    (curvlinops.GGNLinearOperator, {}),
-    (curvlinops.HessianLinearOperator, {}),
-    (curvlinops.EFLinearOperator, {}),
-    (curvlinops.FisherMCLinearOperator, {"mc_samples": 2}),
-    (curvlinops.JacobianLinearOperator, {}),
-    (curvlinops.KFACLinearOperator, {"fisher_type": "mc"}),
-    (curvlinops.EKFACLinearOperator, {"fisher_type": "mc"}),
+    ("GGNLinearOperator", {}),
+    ("HessianLinearOperator", {}),
+    ("EFLinearOperator", {}),
+    ("FisherMCLinearOperator", {"mc_samples": 2}),
+    ("JacobianLinearOperator", {}),
+    ("KFACLinearOperator", {"fisher_type": "mc"}),
+    ("EKFACLinearOperator", {"fisher_type": "mc"}),
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"), ON_ATTENTION, ids=lambda x: getattr(x, "__name__", "")
-)
+@pytest.mark.parametrize(("kind", "options"), ON_ATTENTION)
 def test_operators_of_curvlinops_run_on_a_unet_with_attention(kind, options):
     regression = unet_regression(count=2, num_draws=1)
-    model = regression.objective.model
-    params = list(model.parameters())
-    if "KFAC" in kind.__name__:
-        layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        params = [p for m in layers for p in m.parameters()]
-    losses = () if kind is curvlinops.JacobianLinearOperator else (regression.loss_func,)
-    operator = kind(
-        regression.model_func,
-        *losses,
-        params,
-        regression,
-        batch_size_fn=regression.batch_size_fn,
-        check_deterministic=True,
-        **options,
-    )
+    names = their_parameters(regression) if "KFAC" in kind else None
+    operator = upstream_operator(kind, regression, names, check_deterministic=True, **options)
     vector = torch.ones(operator.shape[1], dtype=torch.float64)
     product = operator @ vector
     assert product.isfinite().all()
