@@ -22,13 +22,13 @@ from curvlinops_diffusion import (
     load_operator,
 )
 from curvlinops_diffusion.cli.commands import cost
-from curvlinops_diffusion.cli.commands.score import read_scores
 from curvlinops_diffusion.cli.images.images import open_images
 from curvlinops_diffusion.cli.images.labels import Condition
 from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import FitOptions
 from curvlinops_diffusion.cli.program import run
+from curvlinops_diffusion.cli.score_files import read_scores
 from curvlinops_diffusion.runtime.files import FileKind
 from tests import test_pipelines as pipelines
 from tests.cases import tiny_unet
