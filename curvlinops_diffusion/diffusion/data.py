@@ -29,8 +29,6 @@ _ITEM_ACCEPTED = (
 
 #: Whether the batch of a number is asked for.
 Wanted = Callable[[int], bool]
-
-
 #: Starts an iteration over the wanted batches: (number, index of the first example, batch).
 Source = Callable[[Wanted], Iterator[tuple[int, int, Any]]]
 

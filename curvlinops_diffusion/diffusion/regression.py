@@ -79,7 +79,7 @@ class NoisedRegression:
         timesteps: ``'stratified'`` (over draws and examples), ``'uniform'``, ``'logit-normal'``,
             ``'all'`` (every level once), a list of levels (``0 .. T-1`` in order of rising
             noise), or a scheme such as
-                :class:`~curvlinops_diffusion.LogitNormalTimesteps`.
+            :class:`~curvlinops_diffusion.LogitNormalTimesteps`.
         batch_size: Examples that the network sees at once, where the data is not in batches.
         augment: ``'flip'`` if training saw images or their mirror images at random: each draw
             chooses. Or a list of functions of clean examples ``[B, ...]`` to choose from.

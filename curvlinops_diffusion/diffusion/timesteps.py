@@ -78,8 +78,6 @@ class ListedTimesteps:
 
 
 TimestepScheme = StratifiedTimesteps | UniformTimesteps | LogitNormalTimesteps | ListedTimesteps
-
-
 _NAMED_SCHEMES: dict[str, Callable[[int], TimestepScheme]] = {
     "stratified": lambda num_levels: StratifiedTimesteps(),
     "uniform": lambda num_levels: UniformTimesteps(),

@@ -25,8 +25,6 @@ from curvlinops_diffusion.runtime.sums import prefixed, within
 
 # Spectra are held for so many entries at a time, to bound the memory
 _MAX_ENTRIES = 2**22
-
-
 # Spectra of moments are kept in up to so many times the memory of the moment itself
 _MAX_PRODUCTS = 2
 

@@ -28,11 +28,7 @@ from torch.nn.grad import conv2d_weight
 # Up to so many entries of a group's patches a product of all groups' patches at once is faster than
 # the convolution's own weight gradient, group by group
 _SMALL_GROUP = 2**17
-
-
 Interval = tuple[int, int]
-
-
 Key = tuple[int, int, int]  # phase, phase, and shift, along one axis
 
 

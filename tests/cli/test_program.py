@@ -30,8 +30,8 @@ from curvlinops_diffusion.cli.options import FitOptions
 from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.cli.score_files import read_scores
 from curvlinops_diffusion.runtime.files import FileKind
-from tests import test_pipelines as pipelines
 from tests.cases import tiny_unet
+from tests.diffusion import test_pipelines as pipelines
 
 COUNT = 7
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from curvlinops_diffusion.layers import patch_moments as patch_moments_module
 from curvlinops_diffusion.layers import patches as patches_module
 from curvlinops_diffusion.layers.convolution import ConvolutionKind
 from curvlinops_diffusion.layers.patch_moments import (
@@ -77,7 +78,7 @@ def chosen(module, x):
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 @pytest.mark.parametrize("keep", [0, 1000], ids=["transformed at once", "kept"])
 def test_every_geometry_equals_patches(kernel, keep, monkeypatch):
-    monkeypatch.setattr(patches_module, "_MAX_PRODUCTS", keep)
+    monkeypatch.setattr(patch_moments_module, "_MAX_PRODUCTS", keep)
     count = 0
     for module, x in geometries(kernel):
         a = shared_inputs(module, x)

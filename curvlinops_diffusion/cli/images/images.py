@@ -15,8 +15,6 @@ from curvlinops_diffusion.cli.images.labels import Classes, Condition, of_folder
 from curvlinops_diffusion.cli.images.preprocessing import Form
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
-
 _ACCEPTED = (
     "Pass a folder of images (subfolders are classes; metadata.jsonl may give 'text' or 'label' "
     "for each 'file_name'), a data set saved by datasets' save_to_disk, or an .npz file with "
