@@ -76,3 +76,14 @@ def test_without_the_extra(words, missing):
     assert finished.returncode == 2
     told = f"error: the command line needs {missing}: pip install 'curvlinops-diffusion[cli]'\n"
     assert finished.stderr == told
+
+
+def test_as_a_module():
+    finished = subprocess.run(
+        [sys.executable, "-m", "curvlinops_diffusion", "inspect", "image.png"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("error: 'image.png' is neither an operator's file")
