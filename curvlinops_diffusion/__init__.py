@@ -2,62 +2,73 @@
 
 A plugin to ``curvlinops``, after Mlodozeniec et al., *Influence Functions for Scalable Data
 Attribution in Diffusion Models*, ICLR 2025 (arXiv:2410.13850).
+
+A name is imported when it is first asked for, so that the program starts without PyTorch.
 """
 
-from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
-from curvlinops_diffusion.curvature.ggn import DiffusionGGNLinearOperator
-from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
-from curvlinops_diffusion.curvature.load import load_operator
-from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.diffusion.latents import Encoded, LatentEncoder
-from curvlinops_diffusion.diffusion.noise import NoiseProcess, PredictionType
-from curvlinops_diffusion.diffusion.objective import DenoisingObjective
-from curvlinops_diffusion.diffusion.random_numbers import ProbeType
-from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.diffusion.timesteps import (
-    ListedTimesteps,
-    LogitNormalTimesteps,
-    StratifiedTimesteps,
-    UniformTimesteps,
-)
-from curvlinops_diffusion.diffusion.weightings import (
-    CosmapWeighting,
-    EDMWeighting,
-    InverseVarianceWeighting,
-    MinSNRWeighting,
-    ProcessWeighting,
-)
-from curvlinops_diffusion.influence.compression import Compression
-from curvlinops_diffusion.influence.consumers import GradientConsumer, TopInfluences
-from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.measurements.base import (
-    Example,
-    ExampleDraws,
-    ExampleFunction,
-    ObjectiveMeasurement,
-)
-from curvlinops_diffusion.influence.measurements.bounds import ELBO, SimplifiedELBO
-from curvlinops_diffusion.influence.measurements.likelihood import LogLikelihood
-from curvlinops_diffusion.influence.measurements.losses import WeightedLoss, loss, squared_norm
-from curvlinops_diffusion.influence.measurements.trajectories import (
-    TrajectoryRegression,
-    record_trajectories,
-)
-from curvlinops_diffusion.influence.scores import (
-    group_and_self_influence,
-    influence_scores,
-    stream_gradients,
-    top_influences,
-)
-from curvlinops_diffusion.influence.store import GradientStore
-from curvlinops_diffusion.layers import LAYER_KINDS, ExactKind, SharingKind
-from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
-from curvlinops_diffusion.linalg.solvers.conjugate_gradients import CGRefinedInverseLinearOperator
-from curvlinops_diffusion.linalg.solvers.iterative import RefinedInverseLinearOperator, Refinement
-from curvlinops_diffusion.linalg.solvers.neumann import NeumannRefinedInverseLinearOperator
-from curvlinops_diffusion.linalg.solvers.nystrom import NystromInverseLinearOperator
-from curvlinops_diffusion.linalg.solvers.woodbury import WoodburyInverseLinearOperator
-from curvlinops_diffusion.runtime.passes import PassOptions
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what follows below, as type checkers read it
+    from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
+    from curvlinops_diffusion.curvature.ggn import DiffusionGGNLinearOperator
+    from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
+    from curvlinops_diffusion.curvature.load import load_operator
+    from curvlinops_diffusion.diffusion.batch import NoisedBatch
+    from curvlinops_diffusion.diffusion.latents import Encoded, LatentEncoder
+    from curvlinops_diffusion.diffusion.noise import NoiseProcess, PredictionType
+    from curvlinops_diffusion.diffusion.objective import DenoisingObjective
+    from curvlinops_diffusion.diffusion.random_numbers import ProbeType
+    from curvlinops_diffusion.diffusion.regression import NoisedRegression
+    from curvlinops_diffusion.diffusion.timesteps import (
+        ListedTimesteps,
+        LogitNormalTimesteps,
+        StratifiedTimesteps,
+        UniformTimesteps,
+    )
+    from curvlinops_diffusion.diffusion.weightings import (
+        CosmapWeighting,
+        EDMWeighting,
+        InverseVarianceWeighting,
+        MinSNRWeighting,
+        ProcessWeighting,
+    )
+    from curvlinops_diffusion.influence.compression import Compression
+    from curvlinops_diffusion.influence.consumers import GradientConsumer, TopInfluences
+    from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+    from curvlinops_diffusion.influence.measurements.base import (
+        Example,
+        ExampleDraws,
+        ExampleFunction,
+        ObjectiveMeasurement,
+    )
+    from curvlinops_diffusion.influence.measurements.bounds import ELBO, SimplifiedELBO
+    from curvlinops_diffusion.influence.measurements.likelihood import LogLikelihood
+    from curvlinops_diffusion.influence.measurements.losses import WeightedLoss, loss, squared_norm
+    from curvlinops_diffusion.influence.measurements.trajectories import (
+        TrajectoryRegression,
+        record_trajectories,
+    )
+    from curvlinops_diffusion.influence.scores import (
+        group_and_self_influence,
+        influence_scores,
+        stream_gradients,
+        top_influences,
+    )
+    from curvlinops_diffusion.influence.store import GradientStore
+    from curvlinops_diffusion.layers import LAYER_KINDS, ExactKind, SharingKind
+    from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
+    from curvlinops_diffusion.linalg.solvers.conjugate_gradients import (
+        CGRefinedInverseLinearOperator,
+    )
+    from curvlinops_diffusion.linalg.solvers.iterative import (
+        RefinedInverseLinearOperator,
+        Refinement,
+    )
+    from curvlinops_diffusion.linalg.solvers.neumann import NeumannRefinedInverseLinearOperator
+    from curvlinops_diffusion.linalg.solvers.nystrom import NystromInverseLinearOperator
+    from curvlinops_diffusion.linalg.solvers.woodbury import WoodburyInverseLinearOperator
+    from curvlinops_diffusion.runtime.passes import PassOptions
 
 __all__ = [
     "ELBO",
@@ -114,3 +125,74 @@ __all__ = [
     "stream_gradients",
     "top_influences",
 ]
+
+# where each name is; tests/test_imports.py compares the three lists
+_MODULES = {
+    "ELBO": "influence.measurements.bounds",
+    "LAYER_KINDS": "layers",
+    "BlockDiagonalLinearOperator": "linalg.block_diagonal",
+    "CGRefinedInverseLinearOperator": "linalg.solvers.conjugate_gradients",
+    "Compression": "influence.compression",
+    "CosmapWeighting": "diffusion.weightings",
+    "DenoisingObjective": "diffusion.objective",
+    "DiffusionEKFACLinearOperator": "curvature.ekfac",
+    "DiffusionGGNLinearOperator": "curvature.ggn",
+    "DiffusionKFACLinearOperator": "curvature.kfac",
+    "EDMWeighting": "diffusion.weightings",
+    "Encoded": "diffusion.latents",
+    "ExactKind": "layers",
+    "Example": "influence.measurements.base",
+    "ExampleDraws": "influence.measurements.base",
+    "ExampleFunction": "influence.measurements.base",
+    "ExampleGradientLinearOperator": "influence.gradients",
+    "GradientConsumer": "influence.consumers",
+    "GradientStore": "influence.store",
+    "InverseVarianceWeighting": "diffusion.weightings",
+    "LatentEncoder": "diffusion.latents",
+    "ListedTimesteps": "diffusion.timesteps",
+    "LogLikelihood": "influence.measurements.likelihood",
+    "LogitNormalTimesteps": "diffusion.timesteps",
+    "MinSNRWeighting": "diffusion.weightings",
+    "NeumannRefinedInverseLinearOperator": "linalg.solvers.neumann",
+    "NoiseProcess": "diffusion.noise",
+    "NoisedBatch": "diffusion.batch",
+    "NoisedRegression": "diffusion.regression",
+    "NystromInverseLinearOperator": "linalg.solvers.nystrom",
+    "ObjectiveMeasurement": "influence.measurements.base",
+    "PassOptions": "runtime.passes",
+    "PredictionType": "diffusion.noise",
+    "ProbeType": "diffusion.random_numbers",
+    "ProcessWeighting": "diffusion.weightings",
+    "RefinedInverseLinearOperator": "linalg.solvers.iterative",
+    "Refinement": "linalg.solvers.iterative",
+    "SharingKind": "layers",
+    "SimplifiedELBO": "influence.measurements.bounds",
+    "StratifiedTimesteps": "diffusion.timesteps",
+    "TopInfluences": "influence.consumers",
+    "TrajectoryRegression": "influence.measurements.trajectories",
+    "UniformTimesteps": "diffusion.timesteps",
+    "WeightedLoss": "influence.measurements.losses",
+    "WoodburyInverseLinearOperator": "linalg.solvers.woodbury",
+    "group_and_self_influence": "influence.scores",
+    "influence_scores": "influence.scores",
+    "load_operator": "curvature.load",
+    "loss": "influence.measurements.losses",
+    "record_trajectories": "influence.measurements.trajectories",
+    "squared_norm": "influence.measurements.losses",
+    "stream_gradients": "influence.scores",
+    "top_influences": "influence.scores",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that holds a public name."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value  # found at once from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    """Public names, too, that have not been imported yet."""
+    return sorted({*globals(), *__all__})

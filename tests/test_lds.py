@@ -1,13 +1,15 @@
 """The linear data-modelling score against SciPy, and on data where the answer is known."""
 
 import json
+import multiprocessing.dummy
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import scipy.stats
 import torch
-from safetensors.torch import load
+from safetensors.torch import load_file
 
 from benchmarks.lds import evaluate, remove, retrain, score
 from benchmarks.lds.evaluate import AT_LATE_CHECKPOINTS, kept
@@ -71,48 +73,80 @@ def test_ceiling():
     assert abs(score.ceiling(seeds) - reached) < 0.02
 
 
-@pytest.fixture
-def run(monkeypatch):
-    """Runs a program on the tiny problem; in this process, since imports take the longest."""
+# ---------------------------------------------------------------------------------------------
+# The programs, on the tiny problem
+# ---------------------------------------------------------------------------------------------
 
-    def run(program, *arguments):
-        arguments = ["--problem", "tiny", *arguments]
-        if program is not evaluate:
-            arguments += ["--processes", "1"]
-        monkeypatch.setattr(sys, "argv", [program.__name__, *arguments])
+
+class Here:
+    """A pool of one process, which is this one: starting another takes the longest."""
+
+    def __init__(self, kind):
+        assert kind == "spawn"
+
+    def Pool(self, processes):  # as multiprocessing calls it
+        return multiprocessing.dummy.Pool(1)
+
+
+def run(program, *arguments):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", [program.__name__, "--problem", "tiny", *map(str, arguments)])
+        patched.setattr("multiprocessing.get_context", Here)
         program.main()
 
-    return run
+
+@pytest.fixture(scope="module")
+def retrained(tmp_path_factory):
+    """A folder with the retrained networks, in which each test may leave further results."""
+    folder = tmp_path_factory.mktemp("lds")
+    run(retrain, "--work", folder, "--output", folder)
+    return folder
 
 
-def test_the_programs_run_and_go_on(tmp_path, run):
-    """A tiny problem retrained, all methods evaluated; what was computed before is not again."""
-    folder = str(tmp_path)
-    run(retrain, "--work", folder, "--output", folder)
-    written = tmp_path / "tiny.safetensors"
-    before = written.read_bytes()
-    (tmp_path / "tiny" / "half003_seed1.safetensors").unlink()  # as if killed before the last one
-    written.unlink()
-    run(retrain, "--work", folder, "--output", folder)
-    values = [load(contents)["values"] for contents in (before, written.read_bytes())]
-    assert torch.equal(*values)
-    assert values[0].shape == (4, 2, 2, 4)
-    arguments = ["--work", folder, "--output", folder, "--retrained", folder, "--draws", "2"]
-    run(evaluate, *arguments, "--resamples", "3")
-    result = json.loads((tmp_path / "lds_tiny_cpu.json").read_text())
+def test_retraining_goes_on(retrained, tmp_path):
+    """As if killed before the last network: the same values, of which only that one is new."""
+    shutil.copytree(retrained / "tiny", tmp_path / "tiny")
+    last = tmp_path / "tiny" / "half003_seed1.safetensors"
+    last.unlink()
+    others = {path: path.stat().st_mtime_ns for path in (tmp_path / "tiny").iterdir()}
+    run(retrain, "--work", tmp_path, "--output", tmp_path)
+    assert last.exists()
+    assert all(path.stat().st_mtime_ns == time for path, time in others.items())
+    again, values = (load_file(f / "tiny.safetensors")["values"] for f in (tmp_path, retrained))
+    assert values.shape == (4, 2, 2, 4)
+    assert torch.equal(again, values)
+
+
+def evaluated(folder, output, *more):
+    """The methods of the result, and when their predictions were made."""
+    where = ("--work", folder, "--output", output, "--retrained", folder)
+    run(evaluate, *where, "--draws", 2, "--resamples", 3, *more)
+    result = json.loads((output / "lds_tiny_cpu.json").read_text())
     assert result["retrained"]["problem"] == PROBLEMS["tiny"].description
-    names = {row["method"] for row in result["methods"]}
-    assert names == {*METHODS, *(f"{name}, late checkpoints" for name in AT_LATE_CHECKPOINTS)}
-    kept = sorted((tmp_path / "tiny" / "evaluated-2").iterdir())
-    assert len(kept) == len(names)
-    times = [path.stat().st_mtime_ns for path in kept]
-    run(evaluate, *arguments, "--resamples", "3")
-    assert [path.stat().st_mtime_ns for path in kept] == times
-    arguments = [*arguments[:-2], "--evaluated", folder, "--queries", "1", "--methods", "EK-FAC"]
-    run(remove, *arguments)
+    files = (folder / "tiny" / "evaluated-2").iterdir()
+    return {r["method"] for r in result["methods"]}, {f: f.stat().st_mtime_ns for f in files}
+
+
+def test_evaluation_and_removal(retrained, tmp_path):
+    """Of a few methods; what was computed before is not again."""
+    some = "EK-FAC", "TRAK", "kernel regression on pixels"
+    names, made = evaluated(retrained, tmp_path, "--methods", *some)
+    assert names == set(some)
+    assert len(made) == 3
+    assert evaluated(retrained, tmp_path, "--methods", *some) == (names, made)
+    where = ("--work", retrained, "--output", tmp_path, "--retrained", retrained)
+    run(remove, *where, "--evaluated", tmp_path, "--queries", 1, "--methods", "EK-FAC")
     removals = json.loads((tmp_path / "removed_tiny_cpu.json").read_text())["removals"]
     assert [row["method"] for row in removals] == ["random", "EK-FAC"]
     assert removals[0]["change_of_loss"] != removals[1]["change_of_loss"]
+
+
+@pytest.mark.slow
+def test_every_method(retrained, tmp_path):
+    names, made = evaluated(retrained, tmp_path)
+    assert names == {*METHODS, *(f"{name}, late checkpoints" for name in AT_LATE_CHECKPOINTS)}
+    assert len(made) == len(names)
+    assert evaluated(retrained, tmp_path) == (names, made)
 
 
 def test_rows_of_other_methods_are_kept(tmp_path):

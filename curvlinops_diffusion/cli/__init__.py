@@ -1,6 +1,6 @@
 """The program ``curvlinops-diffusion``: fit, score, report, inspect."""
 
-import logging
 
-# diffusers imports it wherever it is installed, and it warns of kernels that nothing here needs
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+def lacking(error: ImportError) -> str:
+    """What to install, where the extra ``cli`` was left out."""
+    return f"the command line needs {error.name}: pip install 'curvlinops-diffusion[cli]'"

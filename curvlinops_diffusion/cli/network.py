@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, UNet2DModel
 from diffusers.utils.logging import disable_progress_bar
 
 from curvlinops_diffusion.cli.images.labels import Condition
 from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.options import ModelOptions
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
+
+disable_progress_bar()  # of loading; the passes have their own
+# diffusers imports it with its first network, and it warns of kernels that nothing here needs
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,6 @@ class Network:
     def form(self, resolution: int | None) -> Form:
         """The form in which images are loaded."""
         return Form(self.channels, self.size, resolution, self.multiple)
-
-
-disable_progress_bar()  # of loading; the passes have their own
 
 
 def load_network(options: ModelOptions) -> Network:
@@ -98,12 +99,14 @@ def _network(objective: DenoisingObjective, pipeline: Any) -> Network:
         channels = autoencoder.config.in_channels
         multiple = 2 ** (len(autoencoder.config.block_out_channels) - 1)
     sides = None
-    if size is not None and (autoencoder is None or isinstance(model, DiTTransformer2DModel)):
+    if size is not None and (
+        autoencoder is None or isinstance(model, diffusers.DiTTransformer2DModel)
+    ):
         height, width = size if isinstance(size, list | tuple) else (size, size)
         sides = (height * multiple, width * multiple)
-    if isinstance(model, UNet2DModel):  # its halves must be whole
+    if isinstance(model, diffusers.UNet2DModel):  # its halves must be whole
         multiple *= 2 ** (len(config["down_block_types"]) - 1)
-    elif isinstance(model, FluxTransformer2DModel):  # packs 2×2 latents into a token
+    elif isinstance(model, diffusers.FluxTransformer2DModel):  # packs 2×2 latents into a token
         multiple *= 2
     elif isinstance(config.get("patch_size"), int):
         multiple *= config["patch_size"]

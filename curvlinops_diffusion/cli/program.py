@@ -10,16 +10,15 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
+from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import docstring_parser
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
 
-from curvlinops_diffusion.cli.commands.fit import fit
-from curvlinops_diffusion.cli.commands.inspect import inspect
-from curvlinops_diffusion.cli.commands.report import report
-from curvlinops_diffusion.cli.commands.score import score
+from curvlinops_diffusion.cli import lacking
 from curvlinops_diffusion.cli.events import event, say, start_log
 from curvlinops_diffusion.cli.options import (
     FitOptions,
@@ -28,14 +27,15 @@ from curvlinops_diffusion.cli.options import (
     ScoreOptions,
     flag,
 )
-from curvlinops_diffusion.cli.processes import is_first
-from curvlinops_diffusion.linalg.storage import OPERATOR
+from curvlinops_diffusion.linalg.operator_files import OPERATOR
 
-COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
-    "fit": (FitOptions, fit),
-    "score": (ScoreOptions, score),
-    "report": (ReportOptions, report),
-    "inspect": (InspectOptions, inspect),
+#: The options of each command; the command itself is the function of its name in a module of its
+#: name in ``commands/``, imported when it is run: help and refusals need not wait for PyTorch.
+COMMANDS: dict[str, type[Any]] = {
+    "fit": FitOptions,
+    "score": ScoreOptions,
+    "report": ReportOptions,
+    "inspect": InspectOptions,
 }
 
 
@@ -47,7 +47,7 @@ def parser() -> ArgumentParser:
         description="Which training images made a diffusion model generate this?",
     )
     commands = top.add_subcommands(required=True, dest="command")
-    for name, (options, _) in COMMANDS.items():
+    for name, options in COMMANDS.items():
         title = docstring_parser.parse(options.__doc__ or "").short_description
         own = ArgumentParser(description=title, exit_on_error=False)
         own.add_argument("--config", action="config", help="YAML file of options")
@@ -92,7 +92,7 @@ def run(arguments: Sequence[str]) -> int:
     debug = "--debug" in words
     start = time.monotonic()
     try:
-        command, options = _understood(words)
+        name, options = _understood(words)
         debug = options.debug
         if _first_process():
             start_log(options.log)
@@ -101,7 +101,7 @@ def run(arguments: Sequence[str]) -> int:
             # of libraries that the user cannot do anything about
             warnings.simplefilter("ignore", FutureWarning)
             warnings.showwarning = lambda message, *rest, **kw: say(f"warning: {message}")
-            command(options)
+            _command(name)(options)
     except KeyboardInterrupt:
         say("interrupted; start again with the same options to go on")
         event("interrupted")
@@ -120,18 +120,32 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _understood(words: list[str]) -> tuple[Callable[[Any], None], Any]:
-    """The command, and its options.
+def _command(name: str) -> Callable[[Any], None]:
+    """The function that a command is.
+
+    Raises:
+        ValueError: If a package is missing that it needs.
+    """
+    try:
+        module = import_module(f"curvlinops_diffusion.cli.commands.{name}")
+    except ModuleNotFoundError as error:
+        raise ValueError(lacking(error)) from error
+    command: Callable[[Any], None] = getattr(module, name)
+    return command
+
+
+def _understood(words: list[str]) -> tuple[str, Any]:
+    """The command's name, and its options.
 
     Raises:
         ValueError: If there is no such command or option, or an option is of another kind.
     """
     try:
         parsed = parser().parse_args(words)
-        options_of, command = COMMANDS[parsed.command]
+        options_of = COMMANDS[parsed.command]
         known = {field.name for field in fields(options_of)}
         chosen = vars(parsed[parsed.command])
-        return command, options_of(**{key: chosen[key] for key in known & chosen.keys()})
+        return parsed.command, options_of(**{key: chosen[key] for key in known & chosen.keys()})
     except (ArgumentError, OSError, ValueError) as error:
         if _first_process():
             start_log(_named_log(words))
@@ -153,7 +167,7 @@ def _plain(text: str) -> str:
 
 def _named_log(words: list[str]) -> Path | None:
     """The file that ``--log`` names among words that are not understood otherwise."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in pairwise([*words, ""]):
         if word.startswith("--log="):
             return Path(word.removeprefix("--log="))
         if word == "--log" and following:
@@ -162,7 +176,7 @@ def _named_log(words: list[str]) -> Path | None:
 
 
 def _first_process() -> bool:
-    return is_first() and os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0"  # as torchrun numbers them
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 from curvlinops_diffusion.diffusion.noise import NoiseProcess, PredictionType
 
@@ -35,7 +34,8 @@ def noise_process(scheduler: Any) -> NoiseProcess:
             "with alphas_cumprod, or FlowMatchEulerDiscreteScheduler) or a NoiseProcess."
         )
     fresh = type(scheduler).from_config(scheduler.config)
-    if isinstance(fresh, FlowMatchEulerDiscreteScheduler):
+    # told by name, as pipelines are: diffusers is slow to import, and need not be there
+    if any(cls.__name__ == "FlowMatchEulerDiscreteScheduler" for cls in type(fresh).__mro__):
         return _flow_matching(fresh)
     if hasattr(fresh, "alphas_cumprod"):
         return _variance_preserving(fresh)
@@ -46,7 +46,7 @@ def noise_process(scheduler: Any) -> NoiseProcess:
     )
 
 
-def _flow_matching(scheduler: FlowMatchEulerDiscreteScheduler) -> NoiseProcess:
+def _flow_matching(scheduler: Any) -> NoiseProcess:
     """``x_t = (1 - s) x0 + s eps``; the scheduler lists its levels from noise to data."""
     order = scheduler.sigmas.argsort()
     sigmas_T = scheduler.sigmas[order].double()

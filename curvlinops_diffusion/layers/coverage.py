@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 from warnings import warn
 
-from diffusers.models.normalization import RMSNorm
 from torch import nn
 
 from curvlinops_diffusion.layers.convolution import ConvolutionKind, TransposedConvolutionKind
@@ -24,8 +24,9 @@ from curvlinops_diffusion.layers.norm import (
 )
 from curvlinops_diffusion.linalg.parameters import Parameters, select_parameters
 
-#: What is known of each type of layer. An entry of your own makes it known to every operator.
-LAYER_KINDS: dict[type[nn.Module], LayerKind] = {
+#: What is known of each type of layer. An entry of your own makes it known to every operator. A
+#: type may be given by its full name, so that its library need not be imported.
+LAYER_KINDS: dict[type[nn.Module] | str, LayerKind] = {
     nn.Linear: LinearKind(),
     nn.Conv1d: ConvolutionKind(),
     nn.Conv2d: ConvolutionKind(),
@@ -37,7 +38,7 @@ LAYER_KINDS: dict[type[nn.Module], LayerKind] = {
     nn.GroupNorm: GROUP_NORM,
     nn.LayerNorm: LAYER_NORM,
     nn.RMSNorm: RMS_NORM,
-    RMSNorm: DIFFUSERS_RMS_NORM,
+    "diffusers.models.normalization.RMSNorm": DIFFUSERS_RMS_NORM,
     nn.BatchNorm1d: BATCH_NORM,
     nn.BatchNorm2d: BATCH_NORM,
     nn.BatchNorm3d: BATCH_NORM,
@@ -108,7 +109,7 @@ def _holders(model: nn.Module) -> dict[int, list[str]]:
 def _kind_of(
     module: nn.Module, own: Mapping[str, str], holders: Mapping[int, list[str]]
 ) -> tuple[LayerKind | None, str]:
-    kind = next((LAYER_KINDS[cls] for cls in type(module).__mro__ if cls in LAYER_KINDS), None)
+    kind = next(filter(None, map(_kind_of_type, type(module).__mro__)), None)
     if kind is None or not own.keys() <= {kind.weight_name, kind.bias_name}:
         return None, f"held by a {type(module).__name__}"
     reason = kind.unsupported(module)
@@ -118,6 +119,11 @@ def _kind_of(
         if len(holders[id(p)]) > 1:
             return None, f"shared by the modules {holders[id(p)]}"
     return kind, ""
+
+
+def _kind_of_type(cls: type[Any]) -> LayerKind | None:
+    """What is known of a type itself, whatever it inherits from."""
+    return LAYER_KINDS.get(cls) or LAYER_KINDS.get(f"{cls.__module__}.{cls.__qualname__}")
 
 
 def covered_parameters(model: nn.Module, params: Parameters, gradients: bool = True) -> Coverage:

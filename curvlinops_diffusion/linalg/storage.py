@@ -16,16 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.linalg.blocks import BLOCK_TYPES, Block, DenseBlock
+from curvlinops_diffusion.linalg.operator_files import (
+    FORMAT,
+    FORMAT_VERSION,
+    OPERATOR,
+    read_file,
+)
 from curvlinops_diffusion.linalg.parameters import ParameterSpace
 from curvlinops_diffusion.linalg.placement import PlacedBlock
 from curvlinops_diffusion.runtime.digests import fingerprint
-from curvlinops_diffusion.runtime.files import FileKind
-
-FORMAT = "curvlinops_diffusion.operator"
-FORMAT_VERSION = 2
-OPERATOR = FileKind(
-    FORMAT, "an operator of curvlinops_diffusion", "Write it again with operator.save(path)."
-)
 
 
 def versions() -> dict[str, str]:
@@ -154,45 +153,8 @@ def _block(entry: dict[str, Any], tensors: dict[str, Tensor]) -> PlacedBlock:
     return PlacedBlock(entry["name"], tuple(entry["params"]), block, transposed)
 
 
-def read_header(path: str | PathLike[str]) -> dict[str, Any]:
-    """The header alone: kind, parameters, blocks, how it was made.
-
-    Raises:
-        ValueError: As :func:`read_file`.
-    """
-    path = Path(path)
-    return _checked(path, OPERATOR.read_header(path))
-
-
 def _type_name(placed: PlacedBlock) -> str:
     return next(name for name, cls in BLOCK_TYPES.items() if type(placed.block) is cls)
-
-
-def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What an operator's file says of itself, and its tensors.
-
-    Raises:
-        ValueError: If the file is missing, truncated, foreign or of a newer format.
-    """
-    header, tensors = OPERATOR.read(path)
-    return _checked(path, header), tensors
-
-
-def _checked(path: Path, header: Any) -> dict[str, Any]:
-    try:
-        newer = header["format_version"] > FORMAT_VERSION
-        complete = header.keys() >= {"kind", "parameters", "dtype", "blocks", "info"}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise OPERATOR.damaged(path, error) from error
-    if newer:
-        raise ValueError(
-            f"'{path}' has format version {header['format_version']}; this library reads up to "
-            f"{FORMAT_VERSION}. Install a newer curvlinops_diffusion."
-        )
-    if not complete:
-        raise OPERATOR.damaged(path, "entries are missing")
-    checked: dict[str, Any] = header
-    return checked
 
 
 def _check_model(

@@ -8,11 +8,12 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:  # to say what a file holds, PyTorch need not be imported
+    from torch import Tensor
 
 
 def write_bytes(path: Path, contents: bytes) -> None:
@@ -84,6 +85,8 @@ class FileKind:
         Raises:
             ValueError: If it cannot be written; an older file of that name is unchanged.
         """
+        from safetensors.torch import save_file
+
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         metadata = {self.key: json.dumps(header)}
         _written(path, lambda temporary: save_file(_unshared(plain), temporary, metadata))
@@ -94,7 +97,7 @@ class FileKind:
         Raises:
             ValueError: If the file is missing, not whole, or of another kind.
         """
-        with self._open(path) as file:
+        with self._open(path, framework="pt") as file:
             header = self._header(path, file)
             try:
                 names = list(file.keys())
@@ -123,11 +126,11 @@ class FileKind:
         """An error that says that the header is not what it should be."""
         return ValueError(f"The header of '{path}' is damaged ({reason}). {self.advice}")
 
-    def _open(self, path: Path) -> Any:
+    def _open(self, path: Path, framework: str = "np") -> Any:
         if not path.is_file():
             raise ValueError(f"There is no file '{path}'. {self.advice}")
         try:
-            return safe_open(path, framework="pt")
+            return safe_open(path, framework)
         except (SafetensorError, OSError) as error:
             raise self._not_whole(path, error) from error
 

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from curvlinops_diffusion import DiffusionEKFACLinearOperator
-from curvlinops_diffusion.cli.commands.score import read_scores, write_scores
 from curvlinops_diffusion.cli.program import run
+from curvlinops_diffusion.cli.score_files import read_scores, write_scores
 from tests.cases import tiny_unet, unet_regression
-from tests.cli.test_program import write_images
+from tests.cli.cases import write_images
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -15,7 +15,6 @@ from curvlinops_diffusion import (
     load_operator,
 )
 from curvlinops_diffusion.linalg import storage as storage_module
-from curvlinops_diffusion.runtime import files as _files
 from tests.cases import plain_regression, seeded
 from tests.comparisons import assert_close
 from tests.reference import to_dense
@@ -234,10 +233,10 @@ def test_a_failure_midway_keeps_the_older_file(model, regression, path, monkeypa
 
         return save
 
-    monkeypatch.setattr(_files, "save_file", failing(OSError("No space left on device")))
+    monkeypatch.setattr("safetensors.torch.save_file", failing(OSError("No space left on device")))
     with pytest.raises(ValueError, match=r"could not be written: No space left.*is unchanged"):
         operator.save(path)
-    monkeypatch.setattr(_files, "save_file", failing(KeyboardInterrupt()))
+    monkeypatch.setattr("safetensors.torch.save_file", failing(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         operator.save(path)
     assert path.read_bytes() == before

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from curvlinops_diffusion.cli.commands.score import SCORES, read_scores
 from curvlinops_diffusion.cli.options import InspectOptions
-from curvlinops_diffusion.linalg import storage
+from curvlinops_diffusion.cli.score_files import SCORES, read_scores
+from curvlinops_diffusion.linalg.operator_files import read_header
 
 
 def inspect(options: InspectOptions) -> None:
@@ -41,7 +41,7 @@ def _print_scores(path: Path) -> None:
 
 
 def _print_operator(path: Path) -> None:
-    header = storage.read_header(path)
+    header = read_header(path)
     entries = sum(_size(shape) for _, shape in header["parameters"])
     print(f"{header['kind']} with {entries:,} parameters in {len(header['blocks'])} blocks")
     shapes = dict(map(tuple, header["parameters"]))

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from curvlinops_diffusion.cli.commands.fit import check_output
-from curvlinops_diffusion.cli.commands.score import read_scores
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.images.images import NamedImages, open_images
 from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.options import ReportOptions
-from curvlinops_diffusion.linalg.storage import read_file
+from curvlinops_diffusion.cli.outputs import check_output
+from curvlinops_diffusion.cli.score_files import read_scores
+from curvlinops_diffusion.linalg.operator_files import read_file
 from curvlinops_diffusion.runtime.files import write_bytes
 
 matplotlib.use("Agg")  # draws to files, needs no screen

@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import json
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from curvlinops_diffusion.cli.checkpoints import checkpoint_of, going_on, remove
 from curvlinops_diffusion.cli.commands.cost import score_cost
-from curvlinops_diffusion.cli.commands.fit import (
-    check_output,
-    check_same,
-    nothing_to_do,
-    training_images,
-    training_regression,
-)
+from curvlinops_diffusion.cli.commands.fit import training_images, training_regression
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.images.images import open_images
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import ScoreOptions
+from curvlinops_diffusion.cli.outputs import check_output, check_same, nothing_to_do
 from curvlinops_diffusion.cli.processes import is_first, process_group, with_own_device
+from curvlinops_diffusion.cli.score_files import header_and_scores, write_scores
 from curvlinops_diffusion.curvature.load import load_operator
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.scores import influence_scores
-from curvlinops_diffusion.runtime.files import FileKind, differences, write_bytes
+from curvlinops_diffusion.runtime.files import differences
 from curvlinops_diffusion.runtime.passes import PassOptions
-
-SCORES = FileKind(
-    "curvlinops_diffusion.scores",
-    "influence scores",
-    "Make it by curvlinops-diffusion score.",
-)
-
 
 # what of a regression's description fit and score must share
 _OBJECTIVE = ("prediction_type", "reduction", "num_levels", "process", "weighting", "encoder")
@@ -80,7 +62,7 @@ def score(options: ScoreOptions) -> None:
             "operator": json.loads(json.dumps(operator.info)),
         }
         if options.output.exists() and not options.overwrite:
-            header, scores_QN = _read(options.output)
+            header, scores_QN = header_and_scores(options.output)
             check_same(options.output, header, identity)
             if scores_QN is not None:
                 nothing_to_do(options.output)
@@ -112,73 +94,6 @@ def score(options: ScoreOptions) -> None:
 def in_pairs(num_draws: int) -> bool:
     """Whether so many draws are made antithetic pairs, which gradients gain by."""
     return num_draws % 2 == 0
-
-
-def write_scores(
-    path: Path, scores_QN: Tensor, names: dict[str, list[str]], identity: dict[str, Any]
-) -> None:
-    """Write scores with the names of queries and training images.
-
-    Raises:
-        ValueError: If the file cannot be written.
-    """
-    header = {**names, "identity": identity}
-    scores_QN = scores_QN.detach().cpu().contiguous()
-    if path.suffix == ".safetensors":
-        SCORES.write(path, {"scores": scores_QN}, header)
-        return
-    buffer = io.BytesIO()
-    np.save(buffer, scores_QN.numpy(), allow_pickle=False)
-    # two files cannot appear at once: the index says which array it is of
-    header["sha256"] = sha256(buffer.getvalue()).hexdigest()
-    write_bytes(_index(path), json.dumps(header, indent=1).encode())
-    write_bytes(path, buffer.getvalue())
-
-
-def read_scores(path: Path) -> tuple[Tensor, dict[str, Any]]:
-    """Read scores, ``[Q, N]``, and the names and settings that belong to them.
-
-    Raises:
-        ValueError: If the file is missing, damaged, or of something else.
-    """
-    header, scores_QN = _read(path)
-    if scores_QN is None:
-        raise ValueError(
-            f"'{_index(path)}' is not the index of '{path}': the program was stopped between the "
-            "two, or one was replaced. Run score again with the same options."
-        )
-    try:
-        sizes = (len(header["queries"]), len(header["train"]))
-        identity = dict(header["identity"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise SCORES.damaged(path, f"{type(error).__name__}: {error}") from error
-    if tuple(scores_QN.shape) != sizes:
-        raise SCORES.damaged(path, f"{tuple(scores_QN.shape)} scores for {sizes} names")
-    return scores_QN, {**header, "identity": identity}
-
-
-def _read(path: Path) -> tuple[dict[str, Any], Tensor | None]:
-    """Header and scores; no scores where they are not those that the header is of."""
-    if path.suffix != ".npy":
-        header, tensors = SCORES.read(path)
-        if not isinstance(header, dict):
-            raise SCORES.damaged(path, f"it is of type {type(header).__name__}")
-        return header, tensors.get("scores", torch.empty(0))
-    for needed in (path, _index(path)):
-        if not needed.is_file():
-            raise ValueError(f"There is no file '{needed}'. {SCORES.advice}")
-    try:
-        raw = path.read_bytes()
-        header = dict(json.loads(_index(path).read_text()))
-        scores_QN = torch.from_numpy(np.load(io.BytesIO(raw), allow_pickle=False))
-    except Exception as error:  # numpy's reader raises many kinds
-        raise SCORES.damaged(path, f"{type(error).__name__}: {error}") from error
-    same = header.get("sha256", "") in ("", sha256(raw).hexdigest())
-    return header, scores_QN if same else None
-
-
-def _index(path: Path) -> Path:
-    return path.with_suffix(".index.json")
 
 
 def _check_same_images(

@@ -1,0 +1,50 @@
+"""Files that a command writes: whether they can be, and whether they have been already."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from curvlinops_diffusion.cli.checkpoints import checkpoint_of, remove
+from curvlinops_diffusion.cli.events import say
+from curvlinops_diffusion.cli.processes import is_first
+from curvlinops_diffusion.runtime.files import differences
+
+
+def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Check, before anything is computed, that a file can be written.
+
+    Raises:
+        ValueError: If it has another suffix, is a folder, or is in none that can be written to.
+    """
+    if path.suffix not in suffixes:
+        raise ValueError(f"--output {path} must end in {' or '.join(suffixes)}.")
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder. Pass the name of a file.")
+    if not path.parent.is_dir():
+        raise ValueError(f"The folder '{path.parent}' of --output does not exist. Create it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"The folder '{path.parent}' of --output cannot be written to.")
+
+
+def check_same(path: Path, there: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Check that a file that is there has the identity of what would be written.
+
+    Raises:
+        ValueError: If it has another.
+    """
+    different = differences(there.get("identity", {}), identity)
+    if different:
+        raise ValueError(
+            f"'{path}' exists, and was made with others: {'; '.join(different[:5])}. Pass "
+            "--overwrite, or another --output."
+        )
+
+
+def nothing_to_do(path: Path) -> None:
+    """Say so; what a run that was killed at its very end has left is removed."""
+    remove(checkpoint_of(path))
+    if is_first():
+        say(f"'{path}' was made with the same options; nothing to do")

@@ -1,0 +1,95 @@
+"""Files of scores: which training image scores how much for which query."""
+
+from __future__ import annotations
+
+import io
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from curvlinops_diffusion.runtime.files import FileKind, write_bytes
+
+if TYPE_CHECKING:  # to say what a file is of, PyTorch need not be imported
+    from torch import Tensor
+
+SCORES = FileKind(
+    "curvlinops_diffusion.scores",
+    "influence scores",
+    "Make it by curvlinops-diffusion score.",
+)
+
+
+def write_scores(
+    path: Path, scores_QN: Tensor, names: dict[str, list[str]], identity: dict[str, Any]
+) -> None:
+    """Write scores with the names of queries and training images.
+
+    Raises:
+        ValueError: If the file cannot be written.
+    """
+    header = {**names, "identity": identity}
+    scores_QN = scores_QN.detach().cpu().contiguous()
+    if path.suffix == ".safetensors":
+        SCORES.write(path, {"scores": scores_QN}, header)
+        return
+    buffer = io.BytesIO()
+    np.save(buffer, scores_QN.numpy(), allow_pickle=False)
+    # two files cannot appear at once: the index says which array it is of
+    header["sha256"] = sha256(buffer.getvalue()).hexdigest()
+    write_bytes(_index(path), json.dumps(header, indent=1).encode())
+    write_bytes(path, buffer.getvalue())
+
+
+def read_scores(path: Path) -> tuple[Tensor, dict[str, Any]]:
+    """Read scores, ``[Q, N]``, and the names and settings that belong to them.
+
+    Raises:
+        ValueError: If the file is missing, damaged, or of something else.
+    """
+    header, scores_QN = header_and_scores(path)
+    if scores_QN is None:
+        raise ValueError(
+            f"'{_index(path)}' is not the index of '{path}': the program was stopped between the "
+            "two, or one was replaced. Run score again with the same options."
+        )
+    try:
+        sizes = (len(header["queries"]), len(header["train"]))
+        identity = dict(header["identity"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SCORES.damaged(path, f"{type(error).__name__}: {error}") from error
+    if tuple(scores_QN.shape) != sizes:
+        raise SCORES.damaged(path, f"{tuple(scores_QN.shape)} scores for {sizes} names")
+    return scores_QN, {**header, "identity": identity}
+
+
+def header_and_scores(path: Path) -> tuple[dict[str, Any], Tensor | None]:
+    """Header and scores; no scores where they are not those that the header is of.
+
+    Raises:
+        ValueError: If the file is missing, damaged, or of something else.
+    """
+    import torch
+
+    if path.suffix != ".npy":
+        header, tensors = SCORES.read(path)
+        if not isinstance(header, dict):
+            raise SCORES.damaged(path, f"it is of type {type(header).__name__}")
+        return header, tensors.get("scores", torch.empty(0))
+    for needed in (path, _index(path)):
+        if not needed.is_file():
+            raise ValueError(f"There is no file '{needed}'. {SCORES.advice}")
+    try:
+        raw = path.read_bytes()
+        header = dict(json.loads(_index(path).read_text()))
+        scores_QN = torch.from_numpy(np.load(io.BytesIO(raw), allow_pickle=False))
+    except Exception as error:  # numpy's reader raises many kinds
+        raise SCORES.damaged(path, f"{type(error).__name__}: {error}") from error
+    same = header.get("sha256", "") in ("", sha256(raw).hexdigest())
+    return header, scores_QN if same else None
+
+
+def _index(path: Path) -> Path:
+    return path.with_suffix(".index.json")

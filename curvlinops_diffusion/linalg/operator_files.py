@@ -1,0 +1,55 @@
+"""What an operator's file is, and what it says of itself; read without PyTorch."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from curvlinops_diffusion.runtime.files import FileKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = "curvlinops_diffusion.operator"
+FORMAT_VERSION = 2
+OPERATOR = FileKind(
+    FORMAT, "an operator of curvlinops_diffusion", "Write it again with operator.save(path)."
+)
+
+
+def read_header(path: str | PathLike[str]) -> dict[str, Any]:
+    """The header alone: kind, parameters, blocks, how it was made.
+
+    Raises:
+        ValueError: As :func:`read_file`.
+    """
+    path = Path(path)
+    return _checked(path, OPERATOR.read_header(path))
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What an operator's file says of itself, and its tensors.
+
+    Raises:
+        ValueError: If the file is missing, truncated, foreign or of a newer format.
+    """
+    header, tensors = OPERATOR.read(path)
+    return _checked(path, header), tensors
+
+
+def _checked(path: Path, header: Any) -> dict[str, Any]:
+    try:
+        newer = header["format_version"] > FORMAT_VERSION
+        complete = header.keys() >= {"kind", "parameters", "dtype", "blocks", "info"}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise OPERATOR.damaged(path, error) from error
+    if newer:
+        raise ValueError(
+            f"'{path}' has format version {header['format_version']}; this library reads up to "
+            f"{FORMAT_VERSION}. Install a newer curvlinops_diffusion."
+        )
+    if not complete:
+        raise OPERATOR.damaged(path, "entries are missing")
+    checked: dict[str, Any] = header
+    return checked

@@ -1,0 +1,187 @@
+"""Whatever goes wrong is told in a line, and leaves nothing half-written."""
+
+import json
+import resource
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from curvlinops_diffusion.cli.program import run
+from curvlinops_diffusion.runtime.files import FileKind
+from tests.cli.cases import arguments, write_images
+
+
+def test_where_an_error_arose_is_shown_if_asked_for(folder, capsys):
+    nowhere = folder / "nowhere"
+    assert run(arguments(folder, "fit", "--data", nowhere)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: '{nowhere}' does not exist. Pass a folder of images")
+    assert run(arguments(folder, "fit", "--data", nowhere, "--debug")) == 2
+    traceback = capsys.readouterr().err
+    assert traceback.startswith("Traceback (most recent call last):\n")
+    assert traceback.endswith(f"{line}\n")
+    assert "in open_images" in traceback
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["fit", "--bogus", "3"], "unrecognized arguments: --bogus 3. 'curvlinops-diffusion fit"),
+        (["fit", "--data", "x", "--curvature", "hessian"], "--curvature: Expected "),
+        (["fit", "--num-draws", "few"], "--num-draws: Expected int. Got value: few"),
+        (["fit", "--config", "nowhere.yaml"], "--config: File does not exist: "),
+        (["fit", "--config", "bad.yaml"], "Problems parsing config: "),
+        (["score", "--damping", "nan"], "--damping: Expected float. Got value: nan"),
+        (["fit"], "the following arguments are required: --data, --output. "),
+        (["train"], "invalid choice: 'train' (choose from "),
+        (
+            ["report", "--scores=s", "--data=d", "--queries=q", "--output=o.html", "--top=-3"],
+            "--top is -3.",
+        ),
+        (["fit", "--data=d", "--output=o.safetensors", "--resolution=0"], "--resolution is 0."),
+        (["fit", "--data=d", "--output=o.safetensors", "--checkpoint-every=.nan"], "is nan."),
+        (["inspect", "train/0.png"], "'train/0.png' is neither an operator's file, .safetensors"),
+        (["inspect", "none.safetensors"], "'none.safetensors'. Make it by curvlinops-diffusion"),
+    ],
+)
+def test_usage_errors_are_one_line(tmp_path, monkeypatch, capsys, words, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text("a: [1\nb: :")
+    assert run([*words, "--log", "log"]) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ")
+    assert told in line
+    assert captured.out == ""
+    start, error = (json.loads(line) for line in (tmp_path / "log").read_text().splitlines())
+    assert start["event"] == "start"
+    assert error["event"] == "error"
+    assert line == f"error: {error['message']}"
+
+
+def broken_pipeline(folder, tmp_path):
+    shutil.copytree(folder / "pipeline", tmp_path / "broken")
+    (weights,) = (tmp_path / "broken").rglob("*.safetensors")
+    weights.write_bytes(b"nothing")
+    return ["--pipeline", tmp_path / "broken"]
+
+
+def corrupt_image(folder, tmp_path):
+    shutil.copytree(folder / "train", tmp_path / "corrupt")
+    path = tmp_path / "corrupt" / "image4.png"
+    path.write_bytes(path.read_bytes()[:40])
+    return ["--data", tmp_path / "corrupt"]
+
+
+def large_image(folder, tmp_path):
+    write_images(tmp_path / "large", 2, 0, size=9)
+    return ["--data", tmp_path / "large"]
+
+
+def no_images(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    return ["--data", tmp_path / "empty"]
+
+
+def folder_as_output(folder, tmp_path):
+    (tmp_path / "d.safetensors").mkdir()
+    return ["--output", tmp_path / "d.safetensors"]
+
+
+def pickled_array(folder, tmp_path):
+    np.savez(tmp_path / "p.npz", images=np.array([{"a": 1}], dtype=object))
+    return ["--data", tmp_path / "p.npz"]
+
+
+def pickled_weights(folder, tmp_path):
+    shutil.copytree(folder / "pipeline", tmp_path / "pickled")
+    (weights,) = (tmp_path / "pickled").rglob("*.safetensors")
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    return ["--pipeline", tmp_path / "pickled"]
+
+
+ERRORS = {
+    broken_pipeline: "broken' cannot be loaded",
+    corrupt_image: "image4.png' cannot be read (",
+    large_image: "image0.png' is 9×9 pixels, the network was trained on 8×8. Pass --resolution 8",
+    no_images: "empty' holds no images. Pass a folder",
+    folder_as_output: "d.safetensors is a folder. Pass the name of a file.",
+    pickled_array: "p.npz' cannot be read (Object arrays cannot be loaded when allow_pickle=False",
+    pickled_weights: "pickled' cannot be loaded",
+    lambda f, t: ["--pipeline", f / "train"]: "holds no model_index.json. Pass a folder",
+    lambda f, t: ["--model", f / "pipeline" / "unet"]: "Pass --pipeline FOLDER, or --model",
+    lambda f, t: ["--output", t / "no" / "e.safetensors"]: "of --output does not exist",
+    lambda f, t: ["--output", t / "e.pt"]: "must end in .safetensors",
+    lambda f, t: ["--log", t / "no" / "log"]: "cannot be written",
+    lambda f, t: ["--device", "cuda:77"]: "--device cuda:77 is not to be had here",
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors(folder, tmp_path, capsys, case):
+    output = ["--output", tmp_path / "e.safetensors"]
+    more = [str(word) for word in case(folder, tmp_path)]
+    assert run(arguments(folder, "fit", *output, *more)) == 2
+    told = capsys.readouterr().err
+    assert ERRORS[case] in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "e.safetensors").exists()
+
+
+@pytest.fixture
+def files_of_limited_size():
+    """The operating system refuses to write more than 20,000 bytes to a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_files_of_limited_size(folder, tmp_path, capsys, files_of_limited_size):
+    """Told in a line, nothing half-written."""
+    words = arguments(folder, "fit", "--output", tmp_path / "e.safetensors")
+    assert run([*words, "--checkpoint-every", "0"]) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert "warning: The checkpoint was not written, and the pass goes on" in told
+    assert "error: " in told
+    assert "could not be written" in told
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_file_that_cannot_be_written(folder, tmp_path, capsys, monkeypatch):
+    """A full disk: what was computed is kept, and used when there is space again."""
+    from curvlinops_diffusion.linalg import storage
+
+    class Full(FileKind):
+        def write(self, *args):
+            raise ValueError("'e' could not be written: No space left on device.")
+
+    output = tmp_path / "e.safetensors"
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "OPERATOR", Full("", "", ""))
+        assert run(arguments(folder, "fit", "--output", output)) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert len(list((tmp_path / "e.safetensors.checkpoint").glob("*"))) == 3
+    shutil.copytree(tmp_path / "e.safetensors.checkpoint", tmp_path / "o.safetensors.checkpoint")
+    assert run(arguments(folder, "fit", "--output", output)) == 0
+    assert output.exists()
+    # a checkpoint of something else is in the way, unless it may be overwritten
+    other = arguments(folder, "fit", "--output", tmp_path / "o.safetensors", "--num-draws", "2")
+    assert run(other) == 2
+    assert "is of something else: regression.num_draws (3 there, 2 here)" in capsys.readouterr().err
+    assert run([*other, "--overwrite"]) == 0
+    assert not (tmp_path / "o.safetensors.checkpoint").exists()
+
+
+def test_scores_that_are_damaged(fitted, tmp_path, capsys):
+    path = tmp_path / "s.safetensors"
+    path.write_bytes((fitted / "scores.safetensors").read_bytes()[:300])
+    assert run(["inspect", str(path)]) == 2
+    assert "not a whole safetensors file" in capsys.readouterr().err
+    assert run(["inspect", str(tmp_path / "none.npy")]) == 2
+    assert "There is no file" in capsys.readouterr().err

@@ -1,0 +1,170 @@
+"""Images of every form, as data: folders, saved data sets, arrays; labels and prompts."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from curvlinops_diffusion.cli.images.images import open_images
+from curvlinops_diffusion.cli.images.labels import Condition
+from curvlinops_diffusion.cli.images.preprocessing import Form
+from tests.cli.cases import write_images
+
+FORM = Form(1, (8, 8), None)
+
+
+def test_classes_from_folders(tmp_path):
+    write_images(tmp_path / "data" / "cats", 2, 0)
+    write_images(tmp_path / "data" / "dogs", 1, 1)
+    images = open_images(tmp_path / "data", FORM)
+    assert images.names == ["cats/image0.png", "cats/image1.png", "dogs/image0.png"]
+    assert [images[n]["class_labels"] for n in range(3)] == [0, 0, 1]
+    assert "class_labels" not in open_images(tmp_path / "data", FORM, Condition())[0]
+
+
+def classes(folder, *names):
+    for name in names:
+        write_images(folder / name, 1, 0)
+    return folder
+
+
+def test_classes_of_queries_are_numbered_as_in_training(tmp_path):
+    train = open_images(classes(tmp_path / "train", "a", "b", "c"), FORM)
+
+    def labels(name, *names):
+        path = classes(tmp_path / name, *names)
+        queries = open_images(path, FORM, Condition("class_labels", 3), train)
+        return [queries[n]["class_labels"] for n in range(len(queries))]
+
+    assert labels("queries", "b", "c") == [1, 2]
+    assert labels("one", "c") == [2]
+    with pytest.raises(ValueError, match=r"The class 'd' of the query 'd/image0.png' is none of"):
+        labels("unknown", "a", "d")
+    only = open_images(classes(tmp_path / "only", "a"), FORM)
+    assert only[0]["class_labels"] == 0
+    np.savez(tmp_path / "n.npz", images=np.zeros((2, 8, 8), np.uint8), labels=np.array([1, 0]))
+    with pytest.raises(
+        ValueError, match=r"have names \(b, c\), those of the training data numbers"
+    ):
+        open_images(tmp_path / "queries", FORM, None, open_images(tmp_path / "n.npz", FORM))
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ({}, "image1.png' of '.*' has no label, which the network takes. Put each class into"),
+        ({"label": "cat"}, "The label of image 'image1.png' of '.*' is 'cat', and the network"),
+        ({"label": 3}, "is 3, and the network knows the whole numbers from 0 to 2. Number"),
+        ({"label": -1}, "is -1, and the network"),
+        ({"label": 1.0}, "is 1.0, and the network"),
+    ],
+)
+def test_labels_that_the_network_does_not_know(tmp_path, entry, told):
+    write_images(tmp_path / "data", 2, 0)
+    lines = [{"file_name": "image0.png", "label": 2}, {"file_name": "image1.png", **entry}]
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match=told):
+        open_images(tmp_path / "data", FORM, Condition("class_labels", 3))
+    with pytest.raises(ValueError, match=r"image0.png' of '.*' has no prompt, which"):
+        open_images(tmp_path / "data", FORM, Condition("prompt"))
+    assert set(open_images(tmp_path / "data", FORM, Condition())[0]) == {"x0"}
+
+
+def test_prompts_from_metadata(tmp_path):
+    write_images(tmp_path / "data", 2, 0)
+    lines = [{"file_name": "image1.png", "text": "b"}, {"file_name": "image0.png", "text": "a"}]
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    images = open_images(tmp_path / "data", FORM)
+    assert [images[n]["prompt"] for n in range(2)] == ["a", "b"]
+    (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps(lines[0]))
+    with pytest.raises(ValueError, match=r"metadata.jsonl' is not understood \(KeyError: 'image0"):
+        open_images(tmp_path / "data", FORM)
+
+
+def test_saved_data_sets(tmp_path):
+    import datasets
+
+    write_images(tmp_path / "data", 3, 0)
+    files = sorted(str(path) for path in (tmp_path / "data").glob("*.png"))
+    saved = datasets.Dataset.from_dict({"image": files, "label": [2, 0, 1]})
+    saved.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "saved"))
+    images = open_images(tmp_path / "saved", FORM)
+    expected = open_images(tmp_path / "data", FORM)
+    assert len(images) == 3
+    for n in range(3):
+        assert torch.equal(images.image(n), expected.image(n))
+    assert images[0]["class_labels"] == 2
+
+
+def test_arrays(tmp_path):
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "bytes.npz", images=pixels, labels=np.array([3, 1, 2, 0]))
+    images = open_images(tmp_path / "bytes.npz", Form(3, (8, 8), None))
+    assert torch.equal(images.image(1), torch.from_numpy(pixels[1]).permute(2, 0, 1) / 127.5 - 1)
+    assert images[0]["class_labels"] == 3
+    floats = generator.random((4, 1, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "floats.npz", images=floats)
+    images = open_images(tmp_path / "floats.npz", FORM)
+    assert torch.equal(images.image(2), torch.from_numpy(floats[2]))
+
+
+BYTES, FLOATS = np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 3, 8, 8), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "told"),
+    [
+        ({"images": FLOATS + 1.01}, r"'a.npz\[0\]' has pixels from 1.01 to 1.01. Floating point"),
+        ({"images": FLOATS + np.nan}, "has pixels from nan to nan"),
+        ({"images": BYTES, "labels": np.arange(3)}, r"shape \(3,\) beside 2 images"),
+        ({"images": BYTES, "labels": np.ones(2)}, "'labels' of .* is of float64"),
+        ({"images": BYTES.transpose(0, 3, 1, 2)}, r"Save images.transpose\(0, 2, 3, 1\): bytes"),
+        ({"images": FLOATS.transpose(0, 2, 3, 1)}, r"Save images.transpose\(0, 3, 1, 2\): bytes"),
+        ({"images": BYTES.astype(np.int64)}, "'images' of .* is of int64. It must hold"),
+        ({"images": np.zeros((2, 8, 8, 4), np.uint8)}, "4 channels, and 1 or 3 can be taken"),
+        ({"pictures": BYTES}, r"holds \{'pictures': \(2, 8, 8, 3\)\}. It must hold 'images'"),
+    ],
+)
+def test_arrays_that_are_wrong(tmp_path, arrays, told):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match=told):
+        open_images(tmp_path / "a.npz", Form(3, (8, 8), None))
+
+
+def test_sixteen_bits_and_transparency(tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    x = Form(3, (8, 8), None).tensor(Image.fromarray(ramp), "ramp")
+    torch.testing.assert_close(x[2], torch.from_numpy(ramp.astype(np.float32)) / 32767.5 - 1)
+    assert torch.equal(x[:1], FORM.tensor(Image.fromarray(ramp.astype(np.int32)), "ramp"))
+    for values in (ramp.astype(np.int32) - 1, ramp.astype(np.float32)):
+        with pytest.raises(ValueError, match=r"The image 'ramp' has pixels from"):
+            FORM.tensor(Image.fromarray(values), "ramp")
+    opaque = Image.fromarray((ramp >> 8).astype(np.uint8))
+    for mode in ("LA", "RGBA"):
+        image = opaque.convert(mode)
+        assert torch.equal(FORM.tensor(image, "a"), FORM.tensor(opaque, "a"))
+        image.putpixel((3, 3), (*image.getpixel((3, 3))[:-1], 254))
+        with pytest.raises(ValueError, match=r"The image 'a' has transparent pixels, and what"):
+            FORM.tensor(image, "a")
+
+
+def test_images_of_several_sizes(tmp_path):
+    write_images(tmp_path / "data", 1, 0)
+    write_images(tmp_path / "data" / "large", 1, 0, size=12)
+    images = open_images(tmp_path / "data", Form(3, None, None))
+    assert images[0]["x0"].shape == (3, 8, 8)
+    with pytest.raises(
+        ValueError, match=r"'large/image0.png' has shape \(3, 12, 12\), and 'image0"
+    ):
+        images[1]
+    with pytest.raises(ValueError, match=r"12×12 pixels, and the network takes multiples of 8. "):
+        open_images(tmp_path / "data", Form(3, None, None, 8)).image(1)
+
+
+def test_resizing(tmp_path):
+    write_images(tmp_path / "data", 1, 0, size=20)
+    images = open_images(tmp_path / "data", Form(3, (8, 8), 8))
+    assert images.image(0).shape == (3, 8, 8)

@@ -1,0 +1,89 @@
+"""What a start of the program takes: below a CPU-second, unless a network is loaded."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+# a stand-in for the installed script that tells afterwards what it has imported
+SCRIPT = """
+import sys
+sys.modules.update(dict.fromkeys({missing}))
+from curvlinops_diffusion.__main__ import main
+sys.argv[1:] = {words}
+try:
+    code = main()
+except SystemExit as end:
+    code = end.code
+print("imported", *sys.modules)
+sys.exit(code)
+"""
+
+
+def start(*words, missing=()):
+    """The process, its CPU-seconds, and the modules that it imported."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    script = SCRIPT.format(words=list(map(str, words)), missing=list(missing))
+    finished = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    *_, imported = finished.stdout.splitlines()
+    return finished, seconds, set(imported.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--help"], 0),
+        (["fit", "--help"], 0),
+        (["score", "--help"], 0),
+        (["report", "--help"], 0),
+        (["inspect", "--help"], 0),
+        ([], 2),
+        (["train"], 2),
+        (["fit", "--bogus"], 2),
+        (["score", "--data", "d", "--damping", "nan"], 2),
+        (["inspect", "image.png"], 2),
+        (["inspect", "none.safetensors"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_and_refusals_do_without_pytorch(words, code):
+    finished, seconds, imported = start(*words)
+    assert finished.returncode == code, finished.stderr
+    assert (finished.stdout if code == 0 else finished.stderr).startswith(
+        "usage: curvlinops-diffusion" if code == 0 else "error: "
+    )
+    assert not imported & {"curvlinops", "diffusers", "matplotlib", "scipy", "torch"}
+    assert seconds < 1
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        (["fit", "--help"], "jsonargparse"),
+        (["fit", "--help"], "docstring_parser"),
+        (["report", "--scores=s", "--data=d", "--queries=q", "--output=o.html"], "matplotlib"),
+        (["report", "--scores=s", "--data=d", "--queries=q", "--output=o.html"], "jinja2"),
+    ],
+)
+def test_without_the_extra(words, missing):
+    """One line that says what to install."""
+    finished, _, _ = start(*words, missing=[missing])
+    assert finished.returncode == 2
+    told = f"error: the command line needs {missing}: pip install 'curvlinops-diffusion[cli]'\n"
+    assert finished.stderr == told
+
+
+def test_as_a_module():
+    finished = subprocess.run(
+        [sys.executable, "-m", "curvlinops_diffusion", "inspect", "image.png"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("error: 'image.png' is neither an operator's file")
