@@ -181,7 +181,7 @@ class DenoisingObjective:
         """
         process, encoder = self.process, self._encode
         return {
-            "prediction_type": process.prediction_type.value,
+            "prediction_type": getattr(process.prediction_type, "value", process.prediction_type),
             "reduction": self.reduction.value,
             "condition_dropout": self.condition_dropout,
             "process": digest_of(process.alphas_T, process.sigmas_T, process.timesteps_T),
