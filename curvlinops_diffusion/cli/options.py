@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Literal
+
+from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, options_text
 
 _COUNTS = (
     *("resolution", "batch_size", "num_draws", "query_draws", "query_block"),
@@ -139,9 +141,7 @@ class ScoreOptions(ModelOptions, ImageOptions, RunOptions):
         queries: The images to explain, in the same forms.
         output: The scores' file: .safetensors, or .npy with an index of names beside it.
         damping: The damping of the inverse.
-        measurement: What is measured at the queries. Lower is better for loss, simplified_elbo and
-            elbo (the negative bounds): positive scores mean helpful. Higher is better for
-            log_likelihood: negative scores mean helpful. With squared_norm the sign says neither.
+        measurement: What is measured at the queries, a name of the registry of measurements.
         num_draws: Draws for each training image; an even number is drawn in antithetic pairs.
         query_draws: Draws for each query; likewise.
         seed: Seed of the training images' draws; the queries have the next one.
@@ -155,8 +155,8 @@ class ScoreOptions(ModelOptions, ImageOptions, RunOptions):
     queries: Path
     output: Path
     damping: float = 1e-8
-    measurement: Literal["loss", "squared_norm", "simplified_elbo", "elbo", "log_likelihood"] = (
-        "loss"
+    measurement: str = field(
+        default="loss", metadata={"choices": MEASUREMENTS, "help": options_text}
     )
     num_draws: int = 16
     query_draws: int = 64

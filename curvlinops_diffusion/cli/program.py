@@ -59,7 +59,18 @@ def parser() -> ArgumentParser:
 
 
 def _add_flag(own: ArgumentParser, field: Any, type_: Any, text: str) -> None:
-    """A flag for a field of an options class; ``file`` is positional."""
+    """A flag for a field of an options class; ``file`` is positional.
+
+    A field's metadata may have ``choices``, and a function that returns its ``help``.
+    """
+    if "choices" in field.metadata:
+        own.add_argument(
+            flag(field.name),
+            choices=list(field.metadata["choices"]),
+            default=field.default,
+            help=field.metadata["help"](),
+        )
+        return
     if type_ is bool:
         own.add_argument(
             flag(field.name), action=ActionYesNo(no_prefix="no-"), default=field.default, help=text

@@ -18,7 +18,7 @@ from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.measurements.base import ExampleFunction, Measurement
-from curvlinops_diffusion.influence.measurements.registry import measure, measurement_gradient
+from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_gradient
 from curvlinops_diffusion.layers import Coverage, cover
 from curvlinops_diffusion.layers.example_gradients import check_observable, example_gradients
 from curvlinops_diffusion.layers.hooks import frozen

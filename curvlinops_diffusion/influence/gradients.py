@@ -17,7 +17,7 @@ from curvlinops_diffusion.influence.derivatives import (
     ValueGradients,
 )
 from curvlinops_diffusion.influence.measurements.base import ExampleFunction
-from curvlinops_diffusion.influence.measurements.registry import measurement_of
+from curvlinops_diffusion.influence.measurements.evaluation import measurement_of
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace, select_parameters
 from curvlinops_diffusion.linalg.upstream import LinearOperator, input_shapes, output_shapes
 from curvlinops_diffusion.runtime.checks import check_count, check_finite
@@ -39,8 +39,8 @@ class ExampleGradientLinearOperator(LinearOperator):
         regression: Objective, data and draws.
         params: ``None`` for every parameter of the model; or a list of the model's parameters (or
             their names, as in an operator's ``param_names``), or a dict from names to parameters.
-        measurement: What is measured: ``'loss'``, ``'squared_norm'``, ``'simplified_elbo'``,
-            ``'elbo'``, ``'log_likelihood'``, an
+        measurement: What is measured: ``'loss'`` or another name (``docs/how_to.rst`` lists
+            them, from the registry), an
             :class:`~curvlinops_diffusion.ObjectiveMeasurement`, a function of (noised
             batch, prediction ``[B, D]``) that returns values ``[B]``, or an
             :class:`~curvlinops_diffusion.ExampleFunction` of (model, example, draws).

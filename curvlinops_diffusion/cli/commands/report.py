@@ -21,19 +21,11 @@ from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.options import ReportOptions
 from curvlinops_diffusion.cli.outputs import check_output
 from curvlinops_diffusion.cli.score_files import read_scores
+from curvlinops_diffusion.influence.measurements.registry import sentence_of
 from curvlinops_diffusion.linalg.operator_files import read_file
 from curvlinops_diffusion.runtime.files import write_bytes
 
 matplotlib.use("Agg")  # draws to files, needs no screen
-
-
-_SIGNS = {
-    "loss": "lower is better, so positive means helpful",
-    "simplified_elbo": "the negative bound, lower is better, so positive means helpful",
-    "elbo": "the negative bound, lower is better, so positive means helpful",
-    "log_likelihood": "higher is better, so here negative means helpful",
-    "squared_norm": "neither sign means helpful",
-}
 
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
@@ -66,7 +58,7 @@ def report(options: ReportOptions) -> None:
         .render(
             queries=_queries(scores_QN, train, queries, options.top),
             num_train=len(train),
-            measured=_measured(header["identity"]),
+            measured=sentence_of(header["identity"].get("query", {}).get("measurement", "")),
             histogram=_histogram(scores_QN),
             operator=None if options.operator is None else _operator(options.operator),
             settings=json.dumps(header["identity"], indent=2),
@@ -76,13 +68,6 @@ def report(options: ReportOptions) -> None:
     write_bytes(options.output, page.encode())
     event("reported", file=str(options.output))
     say(f"Wrote {options.output}")
-
-
-def _measured(identity: dict[str, Any]) -> str:
-    """What was measured, and what positive and negative scores of it say, as a sentence."""
-    measurement = identity.get("query", {}).get("measurement")
-    meaning = _SIGNS.get(measurement)
-    return "" if meaning is None else f"Measured: {measurement}; {meaning}."
 
 
 def _queries(
