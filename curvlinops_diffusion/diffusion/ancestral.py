@@ -107,13 +107,27 @@ class AncestralSteps:
     def mean(self, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
         """The step's mean from the states of a batch, shape ``[B, D]``."""
         x_BD = batch.x_t.flatten(1).to(prediction_BD)
+        of_x0_B1, of_x_B1 = self._mean_coefficients(batch, prediction_BD)
+        return of_x0_B1 * self.process.clean(x_BD, prediction_BD, batch.level_B) + of_x_B1 * x_BD
+
+    def prediction_for(self, batch: NoisedBatch, mean_BD: Tensor) -> Tensor:
+        """The prediction whose step has a given mean: the inverse of :meth:`mean`."""
+        x_BD = batch.x_t.flatten(1).to(mean_BD)
+        of_x0_B1, of_x_B1 = self._mean_coefficients(batch, mean_BD)
+        x0_BD = (mean_BD - of_x_B1 * x_BD) / of_x0_B1
+        of_x_t, of_y = (
+            c_T[batch.level_B].to(mean_BD).unsqueeze(1) for c_T in self.process.clean_coefficients()
+        )
+        return (x0_BD - of_x_t * x_BD) / of_y
+
+    def _mean_coefficients(self, batch: NoisedBatch, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of ``x0`` and ``x_t`` in the step's mean, shape ``[B, 1]``."""
         squared, previous, alpha = (
-            z_T[batch.level_B].to(x_BD).unsqueeze(1)
+            z_T[batch.level_B].to(like).unsqueeze(1)
             for z_T in (self.process.alphas_T.square(), self.previous_T, self.alpha_T)
         )
-        x0_BD = self.process.clean(x_BD, prediction_BD, batch.level_B)
-        of_x0 = previous.sqrt() * (1 - alpha) / (1 - squared)
-        return of_x0 * x0_BD + alpha.sqrt() * (1 - previous) / (1 - squared) * x_BD
+        of_x0_B1 = previous.sqrt() * (1 - alpha) / (1 - squared)
+        return of_x0_B1, alpha.sqrt() * (1 - previous) / (1 - squared)
 
     def log_probability(
         self, batch: NoisedBatch, prediction_BD: Tensor, reached_BD: Tensor

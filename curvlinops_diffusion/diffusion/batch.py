@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -32,6 +32,11 @@ class NoisedBatch:
         weight_B: ``w_t r``.
     """
 
+    #: What has a row for each example
+    ROWS: ClassVar[tuple[str, ...]] = (
+        *("level_B", "x_t", "timestep_B", "condition", "target_BD", "weight_B"),
+    )
+
     indices: Sequence[int]
     draw: int
     level_B: Tensor
@@ -41,19 +46,11 @@ class NoisedBatch:
     target_BD: Tensor
     weight_B: Tensor
 
-    def select(self, positions: Sequence[int]) -> NoisedBatch:
+    def select(self, positions: Sequence[int]) -> Self:
         """The examples at some positions of the batch."""
         index = list(positions)
-        return replace(
-            self,
-            indices=[self.indices[i] for i in index],
-            level_B=self.level_B[index],
-            x_t=self.x_t[index],
-            timestep_B=self.timestep_B[index],
-            condition=rows_of(self.condition, index),
-            target_BD=self.target_BD[index],
-            weight_B=self.weight_B[index],
-        )
+        rows = {name: rows_of(getattr(self, name), index) for name in self.ROWS}
+        return replace(self, indices=[self.indices[i] for i in index], **rows)
 
     @staticmethod
     def interleaved(draws: Sequence[NoisedBatch]) -> NoisedBatch:
@@ -69,8 +66,7 @@ class NoisedBatch:
                 return torch.stack(parts, 1).flatten(0, 1)
             return parts[0]
 
-        named = ("level_B", "x_t", "timestep_B", "condition", "target_BD", "weight_B")
-        merged = {name: together(*(getattr(draw, name) for draw in draws)) for name in named}
+        merged = {name: together(*(getattr(draw, name) for draw in draws)) for name in first.ROWS}
         return replace(first, indices=[n for n in first.indices for _ in draws], **merged)
 
     def loss(self, prediction_BD: Tensor) -> Tensor:

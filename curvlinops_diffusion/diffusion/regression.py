@@ -18,7 +18,7 @@ from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.checks import check_deterministic_mode, check_no_autocast
 from curvlinops_diffusion.diffusion.conditions import leaves, nested
 from curvlinops_diffusion.diffusion.data import CleanBatch, CleanData, Wanted
-from curvlinops_diffusion.diffusion.draws import make_draws
+from curvlinops_diffusion.diffusion.draws import Draws, make_draws
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.runtime.digests import fingerprint, name_of
 from curvlinops_diffusion.runtime.modes import twice_differentiable
@@ -130,6 +130,7 @@ class NoisedRegression:
             (Hammersley & Morton, 1956). Averages stay unbiased. Those of a trained network's
             gradients vary less, as these are nearly linear in the noise where they are largest,
             at little noise; those of curvature vary more, as it is nearly even in the noise.
+        draws: The draws themselves, in place of what they are made of above.
 
     Attributes:
         objective: The denoising objective.
@@ -162,15 +163,16 @@ class NoisedRegression:
         batch_size: int = 64,
         augment: Any = None,
         antithetic: bool = False,
+        draws: Draws | None = None,
     ):
         if not isinstance(objective, DenoisingObjective):
             raise ValueError(
                 f"The objective arrived as {type(objective).__name__}. Pass a DenoisingObjective."
             )
         self.objective = objective
-        self.draws = make_draws(
-            timesteps, num_draws, seed, objective.process.num_levels, antithetic
-        )
+        T = objective.process.num_levels
+        made = make_draws(timesteps, num_draws, seed, T, antithetic) if draws is None else draws
+        self.draws = made
         self._data = CleanData(data, batch_size)
         self._augmentations = augmentations(augment)
         self._data_identity: dict[str, Any] = {}  # shared with copies of other draws
