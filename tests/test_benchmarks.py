@@ -2,11 +2,22 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from benchmarks import (
+    draws,
+    eigenvalue_groups,
+    exact_ggn,
+    peak_memory,
+    refinement,
+    stored_gradients,
+)
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = {
@@ -37,17 +48,69 @@ def test_every_program_is_tested():
     assert programs == {call.split()[0] for call in PROGRAMS}
 
 
-@pytest.mark.parametrize("call", PROGRAMS)
-def test_the_program_runs(call, tmp_path, monkeypatch):
-    """In this process, since imports would take the longest."""
+def in_this_process(command, **options):
+    """What ``benchmarks.peak_memory`` runs in processes of their own."""
+    peak = peak_memory.peak_mebibytes(command[command.index("--only") + 1], True, "cpu")
+    return SimpleNamespace(stdout=json.dumps(peak))
+
+
+# what is left of programs whose quick form takes long; whole by `make test-slow`
+CUT = {
+    "draws": {"SETTINGS": draws.SETTINGS[:2]},
+    "eigenvalue_groups": {"SETTINGS": eigenvalue_groups.SETTINGS[4:6]},
+    "exact_ggn": {
+        "APPROXIMATIONS": {k: exact_ggn.APPROXIMATIONS[k] for k in ("K-FAC", "EK-FAC")},
+        "BANDS": 1,
+    },
+    "peak_memory": {"subprocess": SimpleNamespace(run=in_this_process)},
+    "refinement": {"DAMPINGS": refinement.DAMPINGS[:1]},
+    "stored_gradients": {"forms": lambda *sizes: stored_forms(*sizes)[::4]},
+}
+stored_forms = stored_gradients.forms
+WHOLE_APPROXIMATIONS = frozenset(exact_ggn.APPROXIMATIONS)
+
+
+def result_of(call, folder, monkeypatch):
+    """Run a program in this process, since imports would take the longest."""
     name, *arguments = call.split()
-    options = ["--quick", "--device", "cpu", "--repeats", "1", "--output", str(tmp_path)]
+    options = ["--quick", "--device", "cpu", "--repeats", "1", "--output", str(folder)]
     monkeypatch.setattr(sys, "argv", [name, *options, *arguments])
     with torch.random.fork_rng():
         importlib.import_module(f"benchmarks.{name}").main()
-    (path,) = tmp_path.glob("*.json")
-    assert path.stem.removesuffix("_cpu") in (PROGRAMS[call] or RESULTS)
-    assert {"machine", "question"} <= json.loads(path.read_text()).keys()
+    (path,) = folder.glob("*.json")
+    return path.stem.removesuffix("_cpu"), json.loads(path.read_text())
+
+
+def assert_of_the_form_of_the_kept_one(name, result, left_out=frozenset()):
+    """With its entries, of which the tables are made; and every number is one."""
+    assert result.keys() >= kept(name).keys()
+    for key, value in kept(name).items():
+        if isinstance(value, list):
+            assert keys_of_rows(result[key]) == keys_of_rows(value) - left_out
+    # JSON has no others, but Python writes them
+    assert not re.search(r"\b(NaN|Infinity)\b", json.dumps(result))
+
+
+def keys_of_rows(rows):
+    """Without the sizes in their names, which are smaller in quick forms."""
+    return {re.sub(r"\d+", "#", key) for row in rows for key in row}
+
+
+@pytest.mark.parametrize("call", PROGRAMS)
+def test_the_program_runs(call, tmp_path, monkeypatch):
+    program = call.split()[0]
+    for key, value in CUT.get(program, {}).items():
+        monkeypatch.setattr(f"benchmarks.{program}.{key}", value)
+    name, result = result_of(call, tmp_path, monkeypatch)
+    assert name in (PROGRAMS[call] or RESULTS)
+    left_out = WHOLE_APPROXIMATIONS - {*exact_ggn.APPROXIMATIONS}
+    assert_of_the_form_of_the_kept_one(name, result, left_out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", CUT)
+def test_the_whole_program_runs(call, tmp_path, monkeypatch):
+    assert_of_the_form_of_the_kept_one(*result_of(call, tmp_path, monkeypatch))
 
 
 def kept(name):
@@ -106,8 +169,8 @@ def test_what_the_documentation_says_of_the_results():
         ]
         for row in kept("draws")["settings"]
     }
-    for draws, ratio in ((1, 0.65), (4, 0.93)):
-        one, two = (cost["stratified", draws, "rademacher", number] for number in (1, 2))
+    for count, ratio in ((1, 0.65), (4, 0.93)):
+        one, two = (cost["stratified", count, "rademacher", number] for number in (1, 2))
         assert round(two / one, 2) == ratio
     assert cost["stratified", 1, "rademacher", 1] < cost["stratified", 1, "gaussian", 1]
     assert cost["uniform", 1, "rademacher", 1] >= cost["uniform", 1, "gaussian", 1]
