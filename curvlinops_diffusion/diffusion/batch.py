@@ -5,14 +5,14 @@ Legend: B batch, D entries of an image or output.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.diffusion.conditions import rows_of
+from curvlinops_diffusion.diffusion.conditions import mapped, rows_of
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,13 @@ class NoisedBatch:
         if len(draws) == 1:
             return first
 
-        def together(*parts: Any) -> Any:
-            if isinstance(parts[0], Mapping):
-                return {key: together(*(p[key] for p in parts)) for key in parts[0]}
-            if isinstance(parts[0], Tensor) and parts[0].ndim > 0:
-                return torch.stack(parts, 1).flatten(0, 1)
-            return parts[0]
+        def in_a_row(*entries: Any) -> Any:
+            with_rows = isinstance(entries[0], Tensor) and entries[0].ndim > 0
+            return torch.stack(entries, 1).flatten(0, 1) if with_rows else entries[0]
 
-        merged = {name: together(*(getattr(draw, name) for draw in draws)) for name in first.ROWS}
+        merged = {
+            name: mapped(in_a_row, *(getattr(draw, name) for draw in draws)) for name in first.ROWS
+        }
         return replace(first, indices=[n for n in first.indices for _ in draws], **merged)
 
     def loss(self, prediction_BD: Tensor) -> Tensor:

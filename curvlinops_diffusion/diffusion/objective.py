@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.diffusion.conditions import _replaced
+from curvlinops_diffusion.diffusion.conditions import mapped, replaced
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.latents import Encoded
 from curvlinops_diffusion.diffusion.noise import NoiseProcess
@@ -229,7 +229,7 @@ class DenoisingObjective:
         Raises:
             ValueError: If the null condition has an entry that the condition has not.
         """
-        return _replaced(condition, self.null_condition, dropped_B)
+        return replaced(condition, self.null_condition, dropped_B)
 
     def noise(
         self,
@@ -348,8 +348,10 @@ class DenoisingObjective:
 
     def to_model(self, value: Any) -> Any:
         """Move a (nested) condition to the model's device, floating point to its precision."""
-        if isinstance(value, Mapping):
-            return {key: self.to_model(entry) for key, entry in value.items()}
-        if isinstance(value, Tensor):
-            return value.to(self.device, self.dtype if value.is_floating_point() else None)
-        return value
+
+        def moved(entry: Any) -> Any:
+            if not isinstance(entry, Tensor):
+                return entry
+            return entry.to(self.device, self.dtype if entry.is_floating_point() else None)
+
+        return mapped(moved, value)

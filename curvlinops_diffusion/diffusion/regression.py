@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from curvlinops_diffusion.diffusion.augmentation import augmentations, chosen_versions
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.checks import check_deterministic_mode, check_no_autocast
-from curvlinops_diffusion.diffusion.conditions import leaves, nested
+from curvlinops_diffusion.diffusion.conditions import has_rows, leaves, nested
 from curvlinops_diffusion.diffusion.data import CleanBatch, CleanData, Wanted
 from curvlinops_diffusion.diffusion.draws import Draws, make_draws
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
@@ -263,7 +263,7 @@ class NoisedRegression:
             for position in range(sizes[-1]):
                 for name, value in entries:
                     digest.update(name.encode())
-                    one = value[position] if _has_rows(value) else value
+                    one = value[position] if has_rows(value) else value
                     if isinstance(one, Tensor):
                         raw = one.detach().cpu().contiguous()
                         digest.update(f"{raw.dtype}{tuple(raw.shape)}".encode())
@@ -368,7 +368,3 @@ class NoisedRegression:
     def batch_size_fn(X: MutableMapping[str, Any]) -> int:
         """The number of (example, draw) pairs in a batch ``X``."""
         return len(X["x_t"])
-
-
-def _has_rows(value: Any) -> bool:
-    return isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
