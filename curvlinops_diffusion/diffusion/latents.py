@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.diffusion.conditions import leaves, nested
-from curvlinops_diffusion.runtime.digests import digest_of, fingerprint
+from curvlinops_diffusion.runtime.digests import digest_of, fingerprint, raw_bytes
 from curvlinops_diffusion.runtime.files import FileKind, make_folder
 
 LATENTS = FileKind("condition", "the latents' cache", "Delete it; it will be written again.")
@@ -129,9 +129,8 @@ class LatentEncoder:
         for name, value in [("x0", x0), *leaves(condition)]:
             digest.update(name.encode())
             if isinstance(value, Tensor):
-                raw = value.detach().cpu().contiguous()
-                digest.update(str((raw.dtype, tuple(raw.shape))).encode())
-                digest.update(raw.flatten().view(torch.uint8).numpy().tobytes())
+                digest.update(str((value.dtype, tuple(value.shape))).encode())
+                digest.update(raw_bytes(value))
             else:
                 digest.update(json.dumps(value).encode())
         return digest.hexdigest()

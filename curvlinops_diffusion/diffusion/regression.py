@@ -20,7 +20,7 @@ from curvlinops_diffusion.diffusion.conditions import has_rows, leaves, nested
 from curvlinops_diffusion.diffusion.data import CleanBatch, CleanData, Wanted
 from curvlinops_diffusion.diffusion.draws import Draws, make_draws
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
-from curvlinops_diffusion.runtime.digests import fingerprint, name_of
+from curvlinops_diffusion.runtime.digests import fingerprint, name_of, raw_bytes
 from curvlinops_diffusion.runtime.modes import twice_differentiable
 from curvlinops_diffusion.runtime.sums import within
 
@@ -265,9 +265,8 @@ class NoisedRegression:
                     digest.update(name.encode())
                     one = value[position] if has_rows(value) else value
                     if isinstance(one, Tensor):
-                        raw = one.detach().cpu().contiguous()
-                        digest.update(f"{raw.dtype}{tuple(raw.shape)}".encode())
-                        digest.update(raw.flatten().view(torch.uint8).numpy().tobytes())
+                        digest.update(f"{one.dtype}{tuple(one.shape)}".encode())
+                        digest.update(raw_bytes(one))
                     else:
                         digest.update(repr(one).encode())
         batches = sizes[0] if len(set(sizes[:-1])) <= 1 and sizes[-1] <= sizes[0] else sizes

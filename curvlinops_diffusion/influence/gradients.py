@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
@@ -21,6 +20,7 @@ from curvlinops_diffusion.influence.measurements.evaluation import measurement_o
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace, select_parameters
 from curvlinops_diffusion.linalg.upstream import LinearOperator, input_shapes, output_shapes
 from curvlinops_diffusion.runtime.checks import check_count, check_finite
+from curvlinops_diffusion.runtime.progress import draws_bar
 
 
 class ExampleGradientLinearOperator(LinearOperator):
@@ -190,12 +190,7 @@ class ExampleGradientLinearOperator(LinearOperator):
     # -----------------------------------------------------------------------------------------
 
     def _batches(self, description: str) -> Iterator[CleanBatch]:
-        with tqdm(
-            total=self.regression.num_samples,
-            desc=description,
-            unit="draws",
-            disable=not self._progressbar,
-        ) as bar:
+        with draws_bar(self.regression.num_samples, description, self._progressbar) as bar:
             for clean in self.regression.clean_batches():
                 yield clean
                 bar.update(len(clean.indices) * self.regression.num_draws)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from curvlinops_diffusion.influence.compression import Compression, Projection
 from curvlinops_diffusion.influence.consumers import TopInfluences, TopScores
@@ -25,6 +24,7 @@ from curvlinops_diffusion.runtime.digests import name_of
 from curvlinops_diffusion.runtime.files import FileKind, differences, make_folder
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.progress import draws_bar
 
 GRADIENTS = FileKind(
     "curvlinops_diffusion.gradients",
@@ -125,12 +125,8 @@ class GradientStore:
                 "another folder, or delete it."
             )
         regression = J_train.regression
-        with tqdm(
-            total=regression.num_samples,
-            desc="Storing gradients",
-            unit="draws",
-            disable=not passes.progressbar or share.rank > 0,
-        ) as bar:
+        shown = passes.progressbar and share.rank == 0
+        with draws_bar(regression.num_samples, "Storing gradients", shown) as bar:
             for number, clean in regression.numbered_batches(
                 lambda n: share.takes(n) and not store._shard(n).exists()
             ):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
@@ -30,23 +30,24 @@ def _written(path: Path, write: Callable[[str], object]) -> None:
         raise ValueError(f"The folder '{path.parent}' does not exist. Create it first.")
     if path.is_dir():
         raise ValueError(f"'{path}' is a folder. Pass the name of a file.")
+    temporary = path.with_name(f".{path.name}.{token_hex(4)}")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with open(temporary, "xb") as new:
+            permissions = os.fstat(new.fileno()).st_mode  # those of the user's new files
     except OSError as error:
         raise ValueError(f"'{path.parent}' cannot be written to: {error}.") from error
-    os.close(handle)
     try:
-        write(temporary)
+        write(str(temporary))
+        os.chmod(temporary, permissions)  # a writer may have replaced the file by a private one
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())  # the name must not appear before the contents
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"'{path}' could not be written: {error}. An older file of that name is unchanged."
         ) from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:
@@ -163,13 +164,6 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         seen.add(tensor.untyped_storage().data_ptr())
         result[name] = tensor
     return result
-
-
-def _umask() -> int:
-    """The permissions that new files are denied; temporary files are made without any others'."""
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -17,11 +17,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from curvlinops_diffusion.runtime.checkpoints import Checkpoint, Done, path_of, read, try_to_write
 from curvlinops_diffusion.runtime.checks import check_non_negative
 from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.progress import draws_bar
 from curvlinops_diffusion.runtime.sums import Running
 
 _logger = logging.getLogger("curvlinops_diffusion")
@@ -146,12 +146,7 @@ def run_pass(
         checkpoint = Checkpoint(Path(options.checkpoint), name, share, identity, running, device)
         done = checkpoint.restore()
     elsewhere = set() if checkpoint is None else checkpoint.elsewhere
-    with tqdm(
-        total=data.num_samples,
-        desc=name,
-        unit="draws",
-        disable=not options.progressbar or share.rank > 0,
-    ) as bar:
+    with draws_bar(data.num_samples, name, options.progressbar and share.rank == 0) as bar:
         bar.update(done.examples * data.num_draws)
         _tell("pass started", name, done, data)
         batches = data.numbered_batches(
