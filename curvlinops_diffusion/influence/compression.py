@@ -124,11 +124,11 @@ class Compression:
         scale = values.clamp(min=values[0] * 1e-12).rsqrt()
         return {"basis": (sample_BP.T.double() @ (vectors * scale)).to(sample_BP)}
 
-    def project(self, rows_BP: Tensor, kept: dict[str, Tensor]) -> Tensor:
+    def project(self, rows_BP: Tensor, projection: dict[str, Tensor]) -> Tensor:
         """The coordinates kept, ``[B, P] -> [B, k]``."""
-        if "index" in kept:
-            return rows_BP[:, kept["index"]]
-        return rows_BP @ kept["basis"] if "basis" in kept else rows_BP
+        if "index" in projection:
+            return rows_BP[:, projection["index"]]
+        return rows_BP @ projection["basis"] if "basis" in projection else rows_BP
 
     # -----------------------------------------------------------------------------------------
     # Bits
