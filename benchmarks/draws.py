@@ -39,7 +39,7 @@ def main() -> None:
         timesteps: str, num_draws: int, probe: str, probes: int, seed: int
     ) -> KroneckerFactors:
         regression = problem.regression(num_draws, seed, timesteps=timesteps)
-        kfac = KFACOptions.parse("mc", probes, "expand", True, probe)
+        kfac = KFACOptions(mc_samples=probes, probe_type=probe)
         return kronecker_factors(regression, problem.coverage, kfac)
 
     truth = factors("stratified", 2 if options.quick else 256, "rademacher", 2, seed=1000)

@@ -38,7 +38,7 @@ def main() -> None:
     options = arguments(__doc__).parse_args()
     warnings.simplefilter("ignore")
     problem = DigitsProblem.of(options)
-    kfac = KFACOptions.parse("mc", 1, "expand", True, "rademacher")
+    kfac = KFACOptions()
     reference = problem.regression(2 if options.quick else 128, seed=1000)
     factors = kronecker_factors(reference, problem.coverage, kfac)
     bases = [

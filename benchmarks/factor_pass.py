@@ -57,7 +57,7 @@ def our_passes(
             whose entries the time of the second pass does not depend.
     """
     coverage = covered_parameters(regression.objective.model, None)
-    options = KFACOptions.parse("mc", 1, "expand", True, "rademacher")
+    options = KFACOptions()
     factors = kronecker_factors(regression, coverage, options)
     matrices = factors.inputs, factors.outputs
     bases: list[dict[str, Eigendecomposition]]

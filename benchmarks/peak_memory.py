@@ -33,7 +33,7 @@ from curvlinops_diffusion.linalg.operator import FlatLinearOperator
 def our_factors(regression: NoisedRegression) -> object:
     """Our Kronecker factors."""
     coverage = covered_parameters(regression.objective.model, None)
-    options = KFACOptions.parse("mc", 1, "expand", True, "rademacher")
+    options = KFACOptions()
     return kronecker_factors(regression, coverage, options)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, options_text
 
@@ -129,6 +129,12 @@ class FitOptions(ModelOptions, ImageOptions, RunOptions):
     mc_samples: int = 1
     kfac_approx: Literal["expand", "reduce", "shampoo", "rank-one"] = "expand"
     gradient_group: int = 1
+
+    def kfac_options(self) -> dict[str, Any]:
+        """Those that K-FAC and EK-FAC take, by their names there."""
+        names = ["fisher_type", "mc_samples", "kfac_approx"]
+        names += ["gradient_group"] if self.curvature == "ekfac" else []
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,20 +115,20 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         progressbar: bool = False,
         passes: PassOptions = PLAIN,
     ):
-        options = KFACOptions.parse(
-            fisher_type,
-            mc_samples,
-            kfac_approx,
-            separate_weight_and_bias,
-            probe_type,
-            eigenvalue_draws,
-            gradient_group,
-            exact_bias,
-            max_dense,
-        )
+        arguments: dict[str, Any] = {
+            "fisher_type": fisher_type,
+            "mc_samples": mc_samples,
+            "kfac_approx": kfac_approx,
+            "separate_weight_and_bias": separate_weight_and_bias,
+            "probe_type": probe_type,
+            "eigenvalue_draws": eigenvalue_draws,
+            "gradient_group": gradient_group,
+            "exact_bias": exact_bias,
+            "max_dense": max_dense,
+        }
+        options = KFACOptions(**arguments)  # which turns values into enumerations
         model = regression.objective.model
-        gradients = options.fisher_type is not FisherType.FORWARD_ONLY
-        coverage = covered_parameters(model, params, gradients)
+        coverage = covered_parameters(model, params, options.has_gradients)
         passes = replace(passes, progressbar=progressbar or passes.progressbar)
         blocks = self._fit(regression, coverage, options, passes)
         order = {name: i for i, name in enumerate(coverage.params)}

@@ -20,7 +20,7 @@ from curvlinops_diffusion.curvature.loss_vectors import (
     check_batch_prediction,
     numbered_loss_vectors,
 )
-from curvlinops_diffusion.curvature.options import FisherType, KFACApprox, KFACOptions
+from curvlinops_diffusion.curvature.options import KFACApprox, KFACOptions
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
@@ -86,7 +86,7 @@ def kronecker_factors(
     inputs = _InputFactors(layers, options, dtype, calls)
     outputs = _OutputFactors(layers, options, dtype)
     exact = _ExactBlocks(coverage, options, dtype)
-    backward = options.fisher_type is not FisherType.FORWARD_ONLY
+    backward = options.has_gradients
 
     def on_input(layer: Layer, x: Tensor) -> None:
         inputs.observe(layer, x)

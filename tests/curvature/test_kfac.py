@@ -1,6 +1,10 @@
 """K-FAC and EK-FAC against upstream, against plain loops, and against the exact blocks."""
 
+import dataclasses
+import inspect
+import re
 from itertools import product
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -12,6 +16,8 @@ from curvlinops_diffusion import (
     DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
 )
+from curvlinops_diffusion.cli.options import FitOptions
+from curvlinops_diffusion.curvature.options import FisherType, KFACApprox, KFACOptions
 from curvlinops_diffusion.diffusion.random_numbers import ProbeType
 from tests.cases import plain_regression, seeded, tiny_unet, unet_regression
 from tests.comparisons import assert_close, relative_error
@@ -580,3 +586,21 @@ def test_bad_options(options, message):
     regression = plain_regression(conv_net(kernel_size=3), (2, 5, 6), count=1, num_draws=1)
     with pytest.raises(ValueError, match=message):
         DiffusionKFACLinearOperator(regression, **options)
+
+
+def test_operators_program_and_options_agree():
+    """Names and defaults are written out where users see them, and checked to be the same."""
+    own = {field.name: field.default for field in dataclasses.fields(KFACOptions)}
+    arguments = inspect.signature(DiffusionKFACLinearOperator).parameters
+    shown = {name: p.default for name, p in arguments.items() if name in own}
+    assert shown == own
+    documented = inspect.getdoc(DiffusionKFACLinearOperator)
+    assert all(re.search(rf"^    {name}: ", documented, re.MULTILINE) for name in own)
+    program = {field.name: field for field in dataclasses.fields(FitOptions)}
+    for name in own.keys() & program.keys():
+        assert program[name].default == own[name]
+    types = get_type_hints(FitOptions)
+    for name, kind in (("fisher_type", FisherType), ("kfac_approx", KFACApprox)):
+        assert set(get_args(types[name])) == {member.value for member in kind}
+    fit = FitOptions(data="d", output="o", curvature="kfac", fisher_type="empirical")
+    assert KFACOptions(**fit.kfac_options()).fisher_type is FisherType.EMPIRICAL

@@ -331,7 +331,7 @@ def test_draws_of_the_second_pass():
 
 def eigenvalues_of_draws(regression, num_draws):
     coverage = covered_parameters(regression.objective.model, None)
-    options = KFACOptions.parse("mc", 1, "expand", True, "rademacher")
+    options = KFACOptions()
     factors = kronecker_factors(regression, coverage, options)
     bases = [
         {key: eigendecomposition(M, key) for key, M in matrices.items()}
@@ -352,20 +352,13 @@ def eigenvalues_of_draws(regression, num_draws):
     ],
 )
 def test_the_number_of_draws_of_the_second_pass(num_data, options, expected):
-    arguments = {
-        "fisher_type": "mc",
-        "mc_samples": 1,
-        "kfac_approx": "expand",
-        "separate_weight_and_bias": True,
-        "probe_type": "rademacher",
-    } | options
     regression = SimpleNamespace(
         num_data=num_data, num_draws=8, draws=make_draws("uniform", 8, 0, 10)
     )
-    assert KFACOptions.parse(**arguments).num_eigenvalue_draws(regression) == expected
+    assert KFACOptions(**options).num_eigenvalue_draws(regression) == expected
     listed = SimpleNamespace(num_data=2**20, num_draws=9, draws=make_draws([1, 2, 3], 9, 0, 10))
     if not options:  # all listed levels alike
-        assert KFACOptions.parse(**arguments).num_eigenvalue_draws(listed) == 3
+        assert KFACOptions(**options).num_eigenvalue_draws(listed) == 3
 
 
 # ---------------------------------------------------------------------------------------------

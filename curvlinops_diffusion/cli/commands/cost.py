@@ -15,7 +15,7 @@ from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions
 from curvlinops_diffusion.cli.processes import num_processes
 from curvlinops_diffusion.curvature.exact_blocks import exact_blocks
 from curvlinops_diffusion.curvature.gradient_factors import fitted_factors
-from curvlinops_diffusion.curvature.options import FisherType, KFACOptions
+from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.layers import Coverage, covered_parameters
@@ -63,17 +63,8 @@ class Cost:
 
 def fit_cost(regression: NoisedRegression, options: FitOptions) -> Cost:
     """Measure a batch, and extrapolate."""
-    kfac = KFACOptions.parse(
-        options.fisher_type,
-        options.mc_samples,
-        options.kfac_approx,
-        True,
-        "rademacher",
-        None,
-        options.gradient_group,
-    )
-    gradients = kfac.fisher_type is not FisherType.FORWARD_ONLY
-    coverage = covered_parameters(regression.objective.model, None, gradients)
+    kfac = KFACOptions(**options.kfac_options())
+    coverage = covered_parameters(regression.objective.model, None, kfac.has_gradients)
     sizes = _factor_sizes(coverage, kfac)
     first = _first_batch(regression)
     run = _measured(first, lambda: fitted_factors(first, coverage, kfac, PLAIN))

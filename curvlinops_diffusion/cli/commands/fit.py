@@ -31,13 +31,7 @@ def fit(options: FitOptions) -> None:
     with process_group(options.timeout) as several:
         network = load_network(with_own_device(options))
         regression = training_regression(network, training_images(network, options), options)
-        settings: dict[str, Any] = {
-            "fisher_type": options.fisher_type,
-            "mc_samples": options.mc_samples,
-            "kfac_approx": options.kfac_approx,
-        }
-        if options.curvature == "ekfac":
-            settings["gradient_group"] = options.gradient_group
+        settings = options.kfac_options()
         if options.dry_run:
             if is_first():
                 print(fit_cost(regression, options).text())
