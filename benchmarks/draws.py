@@ -12,6 +12,7 @@ from benchmarks.accuracy import DigitsProblem, accuracy, relative_error
 from benchmarks.measure import arguments, report
 from curvlinops_diffusion.curvature.kronecker_factors import KroneckerFactors, kronecker_factors
 from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.curvature.plan import BlockPlan
 
 # (timesteps, draws, distribution of the loss vectors, loss vectors for each draw)
 SETTINGS = [
@@ -40,7 +41,7 @@ def main() -> None:
     ) -> KroneckerFactors:
         regression = problem.regression(num_draws, seed, timesteps=timesteps)
         kfac = KFACOptions(mc_samples=probes, probe_type=probe)
-        return kronecker_factors(regression, problem.coverage, kfac)
+        return kronecker_factors(regression, BlockPlan.of(problem.coverage, kfac))
 
     truth = factors("stratified", 2 if options.quick else 256, "rademacher", 2, seed=1000)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
@@ -20,8 +19,9 @@ from curvlinops_diffusion import NoisedRegression
 from curvlinops_diffusion.curvature.eigenvalues import eigenvalue_moments
 from curvlinops_diffusion.curvature.kronecker_factors import kronecker_factors
 from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.layers import covered_parameters
-from curvlinops_diffusion.layers.hooks import Tap, frozen, tapped
+from curvlinops_diffusion.layers.observation import Observer, observed, one_vector
 from curvlinops_diffusion.linalg.factors import Eigendecomposition, eigendecomposition
 
 
@@ -36,12 +36,9 @@ def reference_passes(regression: NoisedRegression) -> dict[str, Callable[[], obj
         objective.model.zero_grad()
 
     def floor() -> None:
-        tap = Tap(None, lambda *arguments: None)
-        with tapped(layers, tap), frozen(objective.model):
+        with observed(objective, layers, Observer()) as network:
             for batch in regression.batches():
-                tap.restart(len(batch.indices))
-                prediction_BD = objective.predict(batch)
-                tap.backward(prediction_BD, batch.loss_gradient(prediction_BD.detach()))
+                network.run(batch, one_vector(batch.loss_gradient))
 
     return {"training pass": training, "floor": floor}
 
@@ -57,8 +54,8 @@ def our_passes(
             whose entries the time of the second pass does not depend.
     """
     coverage = covered_parameters(regression.objective.model, None)
-    options = KFACOptions()
-    factors = kronecker_factors(regression, coverage, options)
+    plan = BlockPlan.of(coverage, KFACOptions())
+    factors = kronecker_factors(regression, plan)
     matrices = factors.inputs, factors.outputs
     bases: list[dict[str, Eigendecomposition]]
     if decomposed:
@@ -70,11 +67,11 @@ def our_passes(
         ]
 
     def eigenvalues(group: int) -> Callable[[], object]:
-        grouped = replace(options, gradient_group=group)
-        return lambda: eigenvalue_moments(regression, coverage, *bases, grouped)
+        grouped = BlockPlan.of(coverage, KFACOptions(gradient_group=group))
+        return lambda: eigenvalue_moments(regression, grouped, *bases)
 
     passes: dict[str, Callable[[], object]] = {
-        "K-FAC factors": lambda: kronecker_factors(regression, coverage, options)
+        "K-FAC factors": lambda: kronecker_factors(regression, plan)
     }
     if decomposed:
         passes["eigendecompositions"] = lambda: [

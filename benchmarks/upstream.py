@@ -92,6 +92,21 @@ def their_parameters(regression: NoisedRegression) -> list[str]:
     ]
 
 
+def fitted_upstream_factors(regression: NoisedRegression) -> Any:
+    """``curvlinops``' K-FAC with its factors, once."""
+    operator = upstream_operator(
+        "KFACLinearOperator",
+        regression,
+        their_parameters(regression),
+        fisher_type="mc",
+        num_data=regression.num_samples,
+        check_deterministic=False,
+    )
+    if not params_are_named():
+        operator.compute_kronecker_factors()
+    return operator
+
+
 def upstream_passes(
     regression: NoisedRegression, decomposed: bool = True
 ) -> dict[str, Callable[[], object]]:

@@ -11,37 +11,10 @@ from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers import Coverage, Layer, SharingKind
-from curvlinops_diffusion.layers.hooks import CallRecorder, frozen, in_precision, tapped
+from curvlinops_diffusion.layers.hooks import frozen
 from curvlinops_diffusion.layers.mapped_gradients import mapped_gradients
+from curvlinops_diffusion.layers.observation import WholeLayers, observed, one_vector
 from curvlinops_diffusion.runtime.checks import check_finite
-
-
-def _pull_back(
-    layers: Sequence[Layer],
-    objective: DenoisingObjective,
-    batch: NoisedBatch,
-    loss_vector: Callable[[Tensor], Tensor],
-    consume: Callable[[Layer, list[Tensor], list[Tensor]], None],
-) -> tuple[dict[str, int], Tensor]:
-    """Hand (layer, inputs, gradients), in the working precision, to ``consume``.
-
-    Returns:
-        How often each layer was called, by its name, and the vectors that were pulled back.
-    """
-    dtype = objective.working_dtype
-
-    def consume_in_precision(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
-        consume(layer, in_precision(xs, dtype), in_precision(gs, dtype))
-
-    recorder = CallRecorder(consume_in_precision)
-    with tapped(layers, recorder.tap), frozen(objective.model), torch.enable_grad():
-        recorder.start_forward(len(batch.indices))
-        prediction_BD = objective.predict(batch)
-        v_BD = loss_vector(prediction_BD.detach())
-        recorder.backward(prediction_BD, v_BD)
-    calls = recorder.tap.calls
-    recorder.forget()
-    return calls, v_BD
 
 
 def example_gradients(
@@ -69,14 +42,19 @@ def example_gradients(
     """
     dtype, N = objective.working_dtype, examples or len(batch.indices)
     gradients: dict[str, Tensor] = {}
+    mapped = {name: coverage.params[name] for name in coverage.others}
+
+    class Gradients(WholeLayers):
+        def pulled_back(self, batch: NoisedBatch, v_BD: Tensor) -> None:
+            super().pulled_back(batch, v_BD)
+            for name, gradient in mapped_gradients(objective, batch, v_BD, mapped).items():
+                gradients[name] = gradient.unflatten(0, (N, -1)).sum(1)
 
     def consume(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
         gradients.update(layer.example_gradients(xs, gs, N))
 
-    _, v_BD = _pull_back(coverage.layers, objective, batch, loss_vector, consume)
-    own = {name: coverage.params[name] for name in coverage.others}
-    for name, gradient in mapped_gradients(objective, batch, v_BD, own).items():
-        gradients[name] = gradient.unflatten(0, (N, -1)).sum(1)
+    with observed(objective, coverage.layers, Gradients(consume, dtype)) as network:
+        network.run(batch, one_vector(loss_vector))
     for name, p in coverage.params.items():
         if name not in gradients:  # no influence on the prediction
             gradients[name] = p.new_zeros(N, *p.shape, dtype=dtype).detach()
@@ -138,7 +116,9 @@ def check_observable(regression: NoisedRegression, layers: Sequence[Layer]) -> d
             else:
                 wrong.add(name)
 
-    calls, _ = _pull_back(layers, objective, batch, batch.loss_gradient, consume)
+    whole = WholeLayers(consume, dtype)
+    with observed(objective, layers, whole) as network:
+        network.run(batch, one_vector(batch.loss_gradient))
     if wrong:
         name = min(wrong)
         raise ValueError(
@@ -147,7 +127,7 @@ def check_observable(regression: NoisedRegression, layers: Sequence[Layer]) -> d
             "call, the layer computes more than its type says, or its first axis does not hold "
             "one example after the other. Leave it out of params."
         )
-    return calls
+    return whole.calls
 
 
 def _input_norm(layer: Layer, name: str, xs: Sequence[Tensor], gs: Sequence[Tensor]) -> float:

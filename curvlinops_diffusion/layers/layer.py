@@ -111,11 +111,6 @@ class Layer:
             return weight
         return (*weight, Part(self, PartKind.BIAS, (self.bias,)))
 
-    def exact_params(self, separate: bool, exact_bias: bool) -> tuple[str, ...]:
-        """Names of the parameters whose block is exact."""
-        inside = {name for part in self.parts(separate, exact_bias) for name in part.params}
-        return tuple(name for name in self.params if name not in inside)
-
 
 class PartKind(str, Enum):
     """Which of a layer's parameters form a block."""
@@ -149,6 +144,17 @@ class Part:
     def key(self) -> str:
         """A name that is unique within the model."""
         return self.layer.key(self.part_kind.value)
+
+    @property
+    def input_key(self) -> str:
+        """The key of its input factor; a bias has none."""
+        assert not self.is_bias
+        return self.key
+
+    @property
+    def output_key(self) -> str:
+        """The key of its output factor, which all blocks of a layer share."""
+        return self.layer.name
 
     @property
     def is_bias(self) -> bool:

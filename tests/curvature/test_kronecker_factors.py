@@ -18,6 +18,7 @@ from curvlinops_diffusion import (
 from curvlinops_diffusion.curvature.eigenvalues import eigenvalue_moments
 from curvlinops_diffusion.curvature.kronecker_factors import kronecker_factors
 from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.draws import make_draws
 from curvlinops_diffusion.diffusion.random_numbers import ProbeType
 from curvlinops_diffusion.layers import covered_parameters
@@ -331,13 +332,13 @@ def test_draws_of_the_second_pass():
 
 def eigenvalues_of_draws(regression, num_draws):
     coverage = covered_parameters(regression.objective.model, None)
-    options = KFACOptions()
-    factors = kronecker_factors(regression, coverage, options)
+    plan = BlockPlan.of(coverage, KFACOptions())
+    factors = kronecker_factors(regression, plan)
     bases = [
         {key: eigendecomposition(M, key) for key, M in matrices.items()}
         for matrices in (factors.inputs, factors.outputs)
     ]
-    found = eigenvalue_moments(regression.with_draws(num_draws), coverage, *bases, options)
+    found = eigenvalue_moments(regression.with_draws(num_draws), plan, *bases)
     return torch.cat([found[key].flatten() for key in factors.inputs])
 
 
