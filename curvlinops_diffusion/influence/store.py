@@ -21,7 +21,7 @@ from curvlinops_diffusion.influence.whitening import Whitening
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.digests import name_of
-from curvlinops_diffusion.runtime.files import FileKind, differences, make_folder
+from curvlinops_diffusion.runtime.files import FileKind, check_same, make_folder
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 from curvlinops_diffusion.runtime.processes import Share
 from curvlinops_diffusion.runtime.progress import draws_bar
@@ -120,12 +120,12 @@ class GradientStore:
             GRADIENTS.write(folder / HEADER, projection, header)
         share.barrier()
         store = cls.open(folder)
-        different = differences(store.header["identity"], identity)
-        if different:
-            raise ValueError(
-                f"'{folder}' holds gradients of something else: {'; '.join(different[:5])}. Pass "
-                "another folder, or delete it."
-            )
+        check_same(
+            store.header["identity"],
+            identity,
+            f"'{folder}' holds gradients of something else",
+            "Pass another folder, or delete it.",
+        )
         store._write_missing(J_train, whiten, share, passes.progressbar and share.rank == 0)
         share.barrier()
         return store
@@ -215,12 +215,12 @@ class GradientStore:
         identity = self.header["identity"]
         here = {"curvature": curvature.info, "params": list(J_query.param_names)}
         there = {key: identity[key] for key in here}
-        different = differences(there, json.loads(json.dumps(here)))
-        if different:
-            raise ValueError(
-                f"'{self._folder}' holds gradients for another curvature: "
-                f"{'; '.join(different[:5])}. Pass the operator that it was made with."
-            )
+        check_same(
+            there,
+            json.loads(json.dumps(here)),
+            f"'{self._folder}' holds gradients for another curvature",
+            "Pass the operator that it was made with.",
+        )
         whiten = Whitening(curvature, identity["damping"])
         projection = {name: z.to(curvature.device) for name, z in self._projection.items()}
         P = curvature.shape[0]

@@ -166,6 +166,30 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+def check_same(
+    there: Mapping[str, Any],
+    here: Mapping[str, Any],
+    what: str,
+    advice: str,
+    error: type[ValueError] = ValueError,
+) -> None:
+    """Check that what a file was made of is what is here.
+
+    Args:
+        there: How the file was made, as plain values.
+        here: How it would be made here.
+        what: A sentence up to the differences, without a colon.
+        advice: What to do, a sentence.
+        error: The kind of error.
+
+    Raises:
+        ValueError: If they differ, naming the first differences.
+    """
+    different = differences(there, here)
+    if different:
+        raise error(f"{what}: {'; '.join(different[:5])}. {advice}")
+
+
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Where two identities differ, as ``name (value there, value here)``."""
     found = []

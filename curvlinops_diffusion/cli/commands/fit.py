@@ -10,7 +10,7 @@ from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.images.images import NamedImages, open_images
 from curvlinops_diffusion.cli.network import Network, load_network
 from curvlinops_diffusion.cli.options import FitOptions
-from curvlinops_diffusion.cli.outputs import check_output, check_same, nothing_to_do
+from curvlinops_diffusion.cli.outputs import check_output, check_output_is_same, nothing_to_do
 from curvlinops_diffusion.cli.processes import is_first, process_group, with_own_device
 from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
 from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
@@ -39,7 +39,7 @@ def fit(options: FitOptions) -> None:
         identity = regression.identity({"curvature": options.curvature, **settings})
         checkpoint = checkpoint_of(options.output)
         if options.output.exists() and not options.overwrite:
-            check_same(options.output, read_header(options.output)["info"], identity)
+            check_output_is_same(options.output, read_header(options.output)["info"], identity)
             nothing_to_do(options.output)
             return
         passes = PassOptions(

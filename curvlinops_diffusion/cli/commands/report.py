@@ -22,7 +22,8 @@ from curvlinops_diffusion.cli.options import ReportOptions
 from curvlinops_diffusion.cli.outputs import check_output
 from curvlinops_diffusion.cli.score_files import read_scores
 from curvlinops_diffusion.influence.measurements.registry import sentence_of
-from curvlinops_diffusion.linalg.operator_files import read_file
+from curvlinops_diffusion.linalg.operator_files import block_rows
+from curvlinops_diffusion.linalg.storage import read_blocks
 from curvlinops_diffusion.runtime.files import write_bytes
 
 matplotlib.use("Agg")  # draws to files, needs no screen
@@ -121,21 +122,12 @@ def _histogram(scores_QN: Tensor) -> str:
 
 def _operator(path: Path) -> dict[str, Any]:
     """An operator's spectrum, and a row for each block."""
-    header, tensors = read_file(path)
-    shapes = {name: torch.Size(shape) for name, shape in header["parameters"]}
-    rows, spectra = [], []
-    for block in header["blocks"]:
-        values = _eigenvalues({role: tensors[name] for role, name in block["tensors"].items()})
+    header, blocks = read_blocks(path)
+    rows, spectra = block_rows(header), []
+    for row, placed in zip(rows, blocks, strict=True):
+        values = placed.block.eigen(placed.name).eigenvalues.flatten()
         spectra.append(values)
-        rows.append(
-            {
-                "name": block["name"],
-                "kind": block["type"],
-                "parameters": sum(shapes[name].numel() for name in block["params"]),
-                "trace": float(values.sum()),
-                "largest": float(values.max()),
-            }
-        )
+        row |= {"trace": float(values.sum()), "largest": float(values.max())}
     total = sum(row["trace"] for row in rows) or 1.0
     values = torch.cat(spectra).sort(descending=True).values.clamp(min=1e-30)
     figure, axis = plt.subplots(figsize=(7, 2.6))
@@ -143,11 +135,11 @@ def _operator(path: Path) -> dict[str, Any]:
     axis.set_ylim(bottom=max(float(values[0]) * 1e-14, 1e-30))
     axis.set_xlabel("number")
     axis.set_ylabel("eigenvalue")
+    covered = sum(row["parameters"] for row in rows)
     for row in rows:
         row["share"] = f"{row['trace'] / total:.2%}"
         row["largest"] = f"{row['largest']:.2e}"
         row["parameters"] = f"{row['parameters']:,}"
-    covered = sum(shape.numel() for shape in shapes.values())
     left_out = header["info"].get("left_out", {})
     return {
         "kind": header["kind"],
@@ -156,18 +148,6 @@ def _operator(path: Path) -> dict[str, Any]:
         "covered": f"{covered:,}",
         "left_out": left_out,
     }
-
-
-def _eigenvalues(tensors: dict[str, Tensor]) -> Tensor:
-    if "eigenvalues" in tensors:
-        return tensors["eigenvalues"].flatten()
-    if "matrix" in tensors:
-        return torch.linalg.eigvalsh(tensors["matrix"].double()).clamp(min=0).flatten()
-    B, A = (
-        M if M.ndim == 1 else torch.linalg.eigvalsh(M.double()).clamp(min=0)
-        for M in (tensors["output_factor"], tensors["input_factor"])
-    )
-    return (B.unsqueeze(-1) * A.unsqueeze(-2)).flatten()
 
 
 def _svg(figure: Any) -> str:

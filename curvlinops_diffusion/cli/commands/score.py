@@ -12,14 +12,14 @@ from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.images.images import open_images
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import ScoreOptions
-from curvlinops_diffusion.cli.outputs import check_output, check_same, nothing_to_do
+from curvlinops_diffusion.cli.outputs import check_output, check_output_is_same, nothing_to_do
 from curvlinops_diffusion.cli.processes import is_first, process_group, with_own_device
 from curvlinops_diffusion.cli.score_files import header_and_scores, write_scores
 from curvlinops_diffusion.curvature.load import load_operator
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.scores import influence_scores
-from curvlinops_diffusion.runtime.files import differences
+from curvlinops_diffusion.runtime.files import check_same
 from curvlinops_diffusion.runtime.passes import PassOptions
 
 # what of a regression's description fit and score must share
@@ -63,7 +63,7 @@ def score(options: ScoreOptions) -> None:
         }
         if options.output.exists() and not options.overwrite:
             header, scores_QN = header_and_scores(options.output)
-            check_same(options.output, header, identity)
+            check_output_is_same(options.output, header, identity)
             if scores_QN is not None:
                 nothing_to_do(options.output)
                 return
@@ -115,9 +115,9 @@ def _check_same_objective(
     here = json.loads(json.dumps(train.description))
     there = info.get("regression", {})
     known = [key for key in _OBJECTIVE if key in there and key in here]
-    different = differences({k: there[k] for k in known}, {k: here[k] for k in known})
-    if different:
-        raise ValueError(
-            f"'{options.operator}' was fitted with another objective: {'; '.join(different)}. Pass "
-            "the pipeline, or model and scheduler, that it was fitted with."
-        )
+    check_same(
+        {key: there[key] for key in known},
+        {key: here[key] for key in known},
+        f"'{options.operator}' was fitted with another objective",
+        "Pass the pipeline, or model and scheduler, that it was fitted with.",
+    )
