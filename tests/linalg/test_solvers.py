@@ -14,8 +14,7 @@ from curvlinops_diffusion import (
     NystromInverseLinearOperator,
     influence_scores,
 )
-from curvlinops_diffusion.linalg.operator import FlatLinearOperator
-from tests.cases import plain_regression, seeded
+from tests.cases import OfMatrix, plain_regression, seeded
 from tests.comparisons import assert_close
 from tests.reference import dense_ggn, params_of
 
@@ -30,17 +29,6 @@ def model():
 @pytest.fixture(scope="module")
 def regression(model):
     return plain_regression(model, (1, 4, 4), count=6, batch_size=4)
-
-
-class OfMatrix(FlatLinearOperator):
-    """A matrix as an operator: what a solver does with products does not depend on their price."""
-
-    def __init__(self, like, matrix):
-        super().__init__(like)
-        self.matrix = matrix
-
-    def multiply(self, X_PK):
-        return self.matrix @ X_PK
 
 
 @pytest.fixture(scope="module")
