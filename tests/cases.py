@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from benchmarks import models
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression, NoiseProcess, PredictionType
+from curvlinops_diffusion.linalg.operator import FlatLinearOperator
+from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 
 
 def images(
@@ -107,3 +109,14 @@ def plain_regression(
     return NoisedRegression(
         DenoisingObjective(model, process, **(objective or {})), x0, num_draws, **options
     )
+
+
+class OfMatrix(FlatLinearOperator):
+    """A matrix as an operator: what a solver does with products does not depend on their price."""
+
+    def __init__(self, like: PyTorchLinearOperator, matrix: Tensor):
+        super().__init__(like)
+        self.matrix = matrix
+
+    def multiply(self, X_PK: Tensor) -> Tensor:
+        return self.matrix @ X_PK

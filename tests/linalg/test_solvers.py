@@ -14,7 +14,7 @@ from curvlinops_diffusion import (
     NystromInverseLinearOperator,
     influence_scores,
 )
-from tests.cases import plain_regression, seeded
+from tests.cases import OfMatrix, plain_regression, seeded
 from tests.comparisons import assert_close
 from tests.reference import dense_ggn, params_of
 
@@ -32,14 +32,24 @@ def regression(model):
 
 
 @pytest.fixture(scope="module")
-def G(regression):
+def exact(regression):
+    """The operator itself."""
     return DiffusionGGNLinearOperator(regression)
 
 
 @pytest.fixture(scope="module")
+def G(exact, dense):
+    """The same as a matrix."""
+    return OfMatrix(exact, damped(dense, -DAMPING))
+
+
+@pytest.fixture(scope="module")
 def dense(model, regression):
-    matrix = dense_ggn(regression, params_of(model))
-    return matrix + DAMPING * torch.eye(len(matrix)).to(matrix)
+    return damped(dense_ggn(regression, params_of(model)), DAMPING)
+
+
+def damped(matrix, damping):
+    return matrix + damping * torch.eye(len(matrix)).to(matrix)
 
 
 def right_sides(size, columns=3):
@@ -56,9 +66,9 @@ PRECONDITIONERS = {
 
 
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-def test_conjugate_gradients(regression, G, dense, preconditioner):
+def test_conjugate_gradients(regression, exact, dense, preconditioner):
     M = PRECONDITIONERS[preconditioner](regression)
-    inverse = CGRefinedInverseLinearOperator(G, DAMPING, M, tolerance=1e-12, max_iter=200)
+    inverse = CGRefinedInverseLinearOperator(exact, DAMPING, M, tolerance=1e-12, max_iter=200)
     B = right_sides(len(dense))
     assert_close(inverse @ B, torch.linalg.solve(dense, B), 1e-9)
     assert inverse.refinement.converged.all()
@@ -119,15 +129,15 @@ def test_zero_columns(G, dense):
     assert_close(inverse @ B, torch.linalg.solve(dense, B), 1e-9)
 
 
-def test_nystrom_of_full_rank_is_the_inverse(G, dense):
+def test_nystrom_of_full_rank_is_the_inverse(exact, dense):
     """Up to its factor."""
-    M = NystromInverseLinearOperator(G, DAMPING, rank=G.shape[1])
+    M = NystromInverseLinearOperator(exact, DAMPING, rank=exact.shape[1])
     B = right_sides(len(dense))
     expected = float(M.values[-1] + DAMPING) * torch.linalg.solve(dense, B)
     assert_close(M @ B, expected, 1e-6)
     assert_close(M.adjoint() @ B[:, 0], expected[:, 0], 1e-6)
     other = M.with_damping(1.0)
-    with_one = dense + (1 - DAMPING) * torch.eye(len(dense)).to(dense)
+    with_one = damped(dense, 1 - DAMPING)
     expected = float(M.values[-1] + 1) * torch.linalg.solve(with_one, B)
     assert_close(other @ B, expected, 1e-6)
 
@@ -164,17 +174,16 @@ def test_neumann_series(regression, G, dense):
     assert_close(single @ B, 0.5 * (M @ B), 1e-12)
 
 
-def test_stochastic_neumann_series(regression, G, dense):
+def test_stochastic_neumann_series(regression, G):
     """Matrices of other draws, whose mean is ``G``: nearer to the inverse than the start."""
     M = DiffusionEKFACLinearOperator(regression).inverse(DAMPING)
     split = [
         plain_regression(regression.objective.model, (1, 4, 4), 6, 3, seed=s) for s in range(8)
     ]
-    matrices = [DiffusionGGNLinearOperator(part) for part in split]
-    mean = sum(dense_ggn(p, params_of(p.objective.model)) for p in split) / len(split)
-    truth = torch.linalg.solve(
-        mean + DAMPING * torch.eye(len(mean)).double(), B := right_sides(len(mean))
-    )
+    dense = [dense_ggn(part, params_of(part.objective.model)) for part in split]
+    matrices = [OfMatrix(G, matrix) for matrix in dense]
+    mean = sum(dense) / len(dense)
+    truth = torch.linalg.solve(damped(mean, DAMPING), B := right_sides(len(mean)))
     inverse = NeumannRefinedInverseLinearOperator(
         G, DAMPING, M, matrices=lambda k: matrices[k % 8], max_iter=400, tolerance=0.0
     )
@@ -182,10 +191,10 @@ def test_stochastic_neumann_series(regression, G, dense):
     assert (found - truth).norm() < 0.25 * (M @ B - truth).norm()
 
 
-def test_scores_with_a_refined_inverse(regression, G, dense):
+def test_scores_with_a_refined_inverse(regression, exact, dense):
     """It goes wherever an inverse goes."""
     J = ExampleGradientLinearOperator(regression)
-    inverse = CGRefinedInverseLinearOperator(G, DAMPING, tolerance=1e-12, max_iter=200)
+    inverse = CGRefinedInverseLinearOperator(exact, DAMPING, tolerance=1e-12, max_iter=200)
     rows = J.rows()
     assert_close(
         influence_scores(J, inverse, J), rows @ torch.linalg.solve(dense, rows.T) / 6, 1e-9
