@@ -15,7 +15,7 @@ from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.linalg.blocks import Block, EigenBlock
 from curvlinops_diffusion.linalg.factors import Eigendecomposition, eigendecomposition
-from curvlinops_diffusion.runtime.passes import PassOptions, kept
+from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
 from curvlinops_diffusion.runtime.processes import Share, divided
 from curvlinops_diffusion.runtime.sums import within
 
@@ -79,7 +79,7 @@ def _eigenbases(
 ) -> tuple[dict[str, Eigendecomposition], dict[str, Eigendecomposition]]:
     """Eigendecompositions of input and output factors, divided among the processes.
 
-    They are kept, too: eigenvectors of close eigenvalues depend on rounding, and the second moments
+    They are written to the checkpoint, too: eigenvectors of close eigenvalues depend on rounding, and the second moments
     must all be taken in one basis.
     """
     named = {("input", key): A for key, A in factors.inputs.items()}
@@ -97,7 +97,7 @@ def _eigenbases(
         "options": options.as_dict(),
         "factors": {key: list(M.shape) for key, M in pieces.items()},
     }
-    tensors = kept("eigenbases", regression, compute, passes, settings)
+    tensors = computed_once("eigenbases", regression, compute, passes, settings)
     bases: dict[str, dict[str, Eigendecomposition]] = {"input": {}, "output": {}}
     for side, key in named:
         own = within(f"{side}/{key}", tensors)

@@ -112,6 +112,8 @@ class _InputFactors(Observer):
         self._sums = Sums()  # with "reduce"
         self._seen: set[str] = set()
         self._arrived: dict[str, list[Tensor]] = {}
+        self._shown: Tensor | None = None  # the latest input, and in the working precision
+        self._x = torch.empty(0)
         self._N = 0
 
     def start(self, batch: NoisedBatch) -> None:
@@ -120,8 +122,10 @@ class _InputFactors(Observer):
     def input(self, layer: Layer, x: Tensor) -> None:
         if layer.name not in self._parts:
             return
+        if x is not self._shown:  # layers that share an input share what is computed from it
+            self._shown, (self._x,) = x, in_precision([x], self._dtype)
         arrived = self._arrived.setdefault(layer.name, [])
-        arrived += in_precision([x], self._dtype)
+        arrived.append(self._x)
         if len(arrived) == self._calls[layer.name]:
             self._add(layer.name)
 
@@ -132,6 +136,7 @@ class _InputFactors(Observer):
     def finish(self) -> None:
         self._arrived.clear()
         self._latest.forget()
+        self._shown, self._x = None, torch.empty(0)
 
     def _add(self, name: str) -> None:
         part, xs = self._parts[name], self._arrived.pop(name)
@@ -165,7 +170,9 @@ class _InputFactors(Observer):
             zeros = self._zeros[part.input_key]
             if name in self._moments:
                 seen = name in self._seen
-                result[part.input_key] = self._moments[name].total() / count if seen else zeros
+                result[part.input_key] = (
+                    self._moments[name].total().to(zeros) / count if seen else zeros
+                )
             else:
                 result[part.input_key] = self._sums.mean(name, count, zeros)
         return result

@@ -48,6 +48,7 @@ class Tap:
     sources: list[Tensor] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
     batch_size: int = 0
+    _latest: tuple[Tensor, int, Tensor] | None = None
     _recomputing: bool = False
     _paused: bool = False
 
@@ -65,7 +66,7 @@ class Tap:
 
     def restart(self, batch_size: int) -> None:
         """Forget the latest forward pass."""
-        self.sources, self.calls, self.batch_size = [], {}, batch_size
+        self.sources, self.calls, self.batch_size, self._latest = [], {}, batch_size, None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -96,7 +97,7 @@ class Tap:
         self.calls[layer.name] = call + 1
         # what is computed from the input is not part of the network
         with torch.autocast(x.device.type, enabled=False):
-            self.on_input(layer, x.detach())
+            self.on_input(layer, self._shown(x))
         if self.on_gradient is None or not torch.is_grad_enabled():
             return None
         replaced = None
@@ -105,6 +106,15 @@ class Tap:
             self.sources.append(output)
         output.register_hook(partial(self._report, layer, call))
         return replaced
+
+    def _shown(self, x: Tensor) -> Tensor:
+        """The input without its graph: one tensor for layers that are given one, unless it changes.
+
+        So they can share what is computed from it.
+        """
+        if self._latest is None or x is not self._latest[0] or x._version != self._latest[1]:
+            self._latest = (x, x._version, x.detach())
+        return self._latest[2]
 
     def _report(self, layer: Layer, call: int, g: Tensor) -> None:
         assert self.on_gradient is not None

@@ -19,7 +19,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from curvlinops_diffusion.layers.moments import LatestProduct, Moment, ProductMoment, second_moment
+from curvlinops_diffusion.layers.moments import LatestProduct, Moment, SummedMoment, second_moment
 from curvlinops_diffusion.layers.rotated_squares import (
     rotated_squares,
     rotated_squares_of_inputs,
@@ -114,8 +114,13 @@ class SharingKind(LayerKind, ABC):
         return self.inputs(module, x).norm()
 
     def input_moment(self, module: nn.Module, latest: LatestProduct) -> Moment:
-        """A new running ``Σ_n Σ_s a_s a_sᵀ`` of the module's inputs."""
-        return _InputMoment(self, module)
+        """A new running ``Σ_n Σ_s a_s a_sᵀ`` of the module's inputs.
+
+        Args:
+            module: The module.
+            latest: Shares products among layers whose inputs are rows of one tensor.
+        """
+        return SummedMoment(lambda x: second_moment(self.inputs(module, x)))
 
     def bias_gradients(self, module: nn.Module, g: Tensor) -> Tensor:
         """The bias' gradients, shape ``[N, bias entries]``."""
@@ -197,14 +202,3 @@ def fold(z_NgSI: Tensor, sums: int) -> Tensor:
 def extend(a_NgSI: Tensor) -> Tensor:
     """Inputs extended by a one."""
     return nn.functional.pad(a_NgSI, (0, 1), value=1.0)
-
-
-class _InputMoment(ProductMoment):
-    """A running second moment of any kind's inputs."""
-
-    def __init__(self, kind: SharingKind, module: nn.Module):
-        super().__init__()
-        self._kind, self._module = kind, module
-
-    def product(self, x: Tensor) -> Tensor:
-        return second_moment(self._kind.inputs(self._module, x))

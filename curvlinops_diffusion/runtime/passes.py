@@ -153,7 +153,7 @@ def run_pass(
             lambda n: share.takes(n) and n not in done.batches and n not in elsewhere
         )
         latest, latest_written = time.monotonic(), len(done.batches)
-        for number, clean, prepared in _kept_on_failure(batches, prepare, done, checkpoint):
+        for number, clean, prepared in _checkpointed_on_failure(batches, prepare, done, checkpoint):
             step(prepared)
             done.batches.add(number)
             done.examples += len(clean.indices)
@@ -180,7 +180,7 @@ def _tell(message: str, name: str, done: Done, data: PassData) -> None:
     _logger.info(message, extra={"fields": fields})
 
 
-def kept(
+def computed_once(
     name: str,
     data: PassData,
     compute: Callable[[], dict[str, Tensor]],
@@ -215,7 +215,7 @@ def kept(
     return tensors
 
 
-def _kept_on_failure(
+def _checkpointed_on_failure(
     batches: Iterator[tuple[int, NumberedExamples]],
     prepare: Callable[[Any], Any],
     done: Done,

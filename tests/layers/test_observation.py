@@ -13,6 +13,7 @@ from curvlinops_diffusion import (
     ExampleGradientLinearOperator,
 )
 from curvlinops_diffusion.layers import covered_parameters
+from curvlinops_diffusion.layers.moments import LatestProduct
 from curvlinops_diffusion.layers.observation import Observer, Observers, WholeLayers, observed
 from tests.cases import plain_regression, seeded, tiny_unet, unet_regression
 from tests.comparisons import assert_close
@@ -171,3 +172,63 @@ def test_nothing_waits_for_the_garbage_collector(make):
             assert not left
         finally:
             gc.enable()
+
+
+# ---------------------------------------------------------------------------------------------
+# Sharing
+# ---------------------------------------------------------------------------------------------
+
+
+class Projections(nn.Module):
+    """Queries, keys and values of one tensor; between the last two it may be changed in place."""
+
+    def __init__(self, changed):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(3, 3) for _ in range(3))
+        self._changed = changed
+
+    def forward(self, x, t):
+        tokens = torch.tanh(x)
+        out = self.q(tokens) * self.k(tokens)
+        if self._changed:
+            with torch.no_grad():  # autograd would refuse
+                tokens.data.mul_(1)
+                tokens.add_(1)
+        return out + self.v(tokens)
+
+
+@pytest.mark.parametrize(("changed", "products"), [(False, 1), (True, 2)])
+def test_layers_that_share_an_input_share_its_product(changed, products, monkeypatch):
+    """Unless it has changed in between; and their factors are those of layers that do not."""
+    model = Projections(changed).double()
+    batch = next(plain_regression(model, (5, 3), count=4, num_draws=1).batches())
+    objective = plain_regression(model, (5, 3), count=4).objective
+    layers = covered_parameters(model, None).layers
+    shown = []
+
+    class Shown(Observer):
+        def input(self, layer, x):
+            shown.append(x)
+
+    with observed(objective, layers, Shown(), backward=False) as network:
+        network.run(batch, lambda batch, prediction_BD: iter(()))
+    latest, found = LatestProduct(), []
+    for x in shown:
+        before = latest._product
+        found.append(latest.of(x).clone())
+        products -= latest._product is not before
+    assert products == 0
+    tokens = torch.tanh(batch.x_t)
+    for product, x in zip(found[:2], (tokens, tokens), strict=True):
+        rows = x.reshape(-1, 3) + changed  # the tensor that they were shown has changed with it
+        assert_close(product, rows.T @ rows, 1e-14)
+
+
+def test_shared_products_in_a_pass():
+    model = Projections(changed=False).double()
+    regression = plain_regression(model, (5, 3), count=4, num_draws=2, batch_size=2)
+    K = DiffusionKFACLinearOperator(regression)
+    rows = torch.cat([torch.tanh(b.x_t).reshape(-1, 3) for b in regression.batches()])
+    for placed in K.blocks:
+        if placed.kind == "Kronecker":
+            assert_close(placed.block.input_factor, rows.T @ rows / len(rows), 1e-13)
