@@ -65,7 +65,7 @@ class ModelOptions(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions(Checked):
-    """How images become what the network was trained on.
+    """Options that turn images into what the network was trained on.
 
     Attributes:
         resolution: Resize images to this size (shorter side, then cut from the middle). Default:
@@ -77,7 +77,7 @@ class ImageOptions(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Checked):
-    """How the program runs.
+    """Options of every command that computes.
 
     Attributes:
         batch_size: Images that the network sees at once.
@@ -131,7 +131,7 @@ class FitOptions(ModelOptions, ImageOptions, RunOptions):
     gradient_group: int = 1
 
     def kfac_options(self) -> dict[str, Any]:
-        """Those that K-FAC and EK-FAC take, by their names there."""
+        """Select the options that K-FAC and EK-FAC take, by their names there."""
         names = ["fisher_type", "mc_samples", "kfac_approx"]
         names += ["gradient_group"] if self.curvature == "ekfac" else []
         return {name: getattr(self, name) for name in names}

@@ -85,7 +85,7 @@ def _add_flag(own: ArgumentParser, field: Any, type_: Any, text: str) -> None:
 
 
 def _texts(options: type[Any]) -> dict[str, str]:
-    """What the docstrings of an options class and its parents say of each field."""
+    """Collect what the docstrings of an options class and its parents say of each field."""
     return {
         entry.arg_name: " ".join((entry.description or "").split())
         for cls in reversed(options.__mro__)

@@ -79,8 +79,8 @@ def _eigenbases(
 ) -> tuple[dict[str, Eigendecomposition], dict[str, Eigendecomposition]]:
     """Eigendecompositions of input and output factors, divided among the processes.
 
-    They are written to the checkpoint, too: eigenvectors of close eigenvalues depend on rounding, and the second moments
-    must all be taken in one basis.
+    They are written to the checkpoint, too: eigenvectors of close eigenvalues depend on rounding,
+    and the second moments must all be taken in one basis.
     """
     named = {("input", key): A for key, A in factors.inputs.items()}
     named |= {("output", key): B for key, B in factors.outputs.items()}

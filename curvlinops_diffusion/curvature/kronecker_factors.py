@@ -22,9 +22,9 @@ from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers import ExactKind, Layer
-from curvlinops_diffusion.layers.example_gradients import check_observable
 from curvlinops_diffusion.layers.mapped_gradients import mapped_gradients
 from curvlinops_diffusion.layers.moments import LatestProduct, second_moment
+from curvlinops_diffusion.layers.observable import check_observable
 from curvlinops_diffusion.layers.observation import Observer, Observers, in_precision, observed
 from curvlinops_diffusion.linalg.factors import identity_like
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, run_pass

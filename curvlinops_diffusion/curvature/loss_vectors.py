@@ -53,7 +53,7 @@ def loss_vectors(
 
 
 def num_loss_vectors(options: KFACOptions, output_size: int) -> int:
-    """How many loss vectors :func:`loss_vectors` yields for a prediction ``[B, output_size]``."""
+    """Count what :func:`loss_vectors` yields for a prediction ``[B, output_size]``."""
     return {
         FisherType.MC: options.mc_samples,
         FisherType.TYPE2: output_size,

@@ -15,7 +15,7 @@ ENOUGH_EIGENVALUE_DRAWS = 2**15
 
 
 class FisherType(str, Enum):
-    """Which curvature matrix is approximated, and how its expectation over ``v`` is taken.
+    """The curvature matrix that is approximated, and the way its expectation over ``v`` is taken.
 
     Attributes:
         MC: ``'mc'``, GGN of the model; ``mc_samples`` random loss vectors for each draw.
@@ -31,7 +31,7 @@ class FisherType(str, Enum):
 
 
 class KFACApprox(str, Enum):
-    """How the Kronecker factors are found, weight sharing above all.
+    """The way the Kronecker factors are found, weight sharing above all.
 
     Attributes:
         EXPAND: ``'expand'``, positions count as independent examples (Eschenhagen et al., 2023,
@@ -131,7 +131,7 @@ class KFACOptions:
         return self.fisher_type is not FisherType.FORWARD_ONLY
 
     def num_eigenvalue_draws(self, regression: NoisedRegression) -> int:
-        """How many draws of each example EK-FAC's eigenvalues are averaged over."""
+        """Choose how many draws of each example EK-FAC's eigenvalues are averaged over."""
         if self.eigenvalue_draws is not None:
             return self.eigenvalue_draws
         if self.fisher_type is not FisherType.MC:

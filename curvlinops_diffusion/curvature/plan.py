@@ -26,7 +26,7 @@ from curvlinops_diffusion.linalg.placement import PlacedBlock
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """How the covered parameters fall into blocks.
+    """The partition of the covered parameters into blocks.
 
     Attributes:
         coverage: The parameters, and the layers that hold them.
@@ -62,7 +62,7 @@ class BlockPlan:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What determines the plan for a model, as plain values for checkpoints."""
+        """Describe the plan for a model as plain values, for checkpoints."""
         return {"options": self.options.as_dict(), "params": list(self.coverage.params)}
 
     @cached_property

@@ -121,7 +121,7 @@ class AncestralSteps:
         return (x0_BD - of_x_t * x_BD) / of_y
 
     def _mean_coefficients(self, batch: NoisedBatch, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of ``x0`` and ``x_t`` in the step's mean, shape ``[B, 1]``."""
+        """The coefficients of ``x0`` and ``x_t`` in the step's mean, shape ``[B, 1]``."""
         squared, previous, alpha = (
             z_T[batch.level_B].to(like).unsqueeze(1)
             for z_T in (self.process.alphas_T.square(), self.previous_T, self.alpha_T)

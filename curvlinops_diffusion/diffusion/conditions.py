@@ -21,7 +21,7 @@ def mapped(function: Callable[..., Any], first: Any, *others: Any) -> Any:
 
 
 def has_rows(entry: Any) -> bool:
-    """Whether an entry has a row for each example: a tensor with axes, or a list of prompts."""
+    """Tell whether an entry has a row for each example: a tensor with axes, or a list."""
     return isinstance(entry, list) or (isinstance(entry, Tensor) and entry.ndim > 0)
 
 

@@ -119,7 +119,7 @@ class LatentEncoder:
         return Encoded(self._pack(mean), std, condition)
 
     def _fingerprints(self) -> list[dict[str, str]]:
-        """Those of the encoders, computed once."""
+        """The encoders' fingerprints, computed once."""
         if self._weights is None:
             self._weights = [fingerprint(module) for module in self._modules]
         return self._weights

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class PredictionType(str, Enum):
-    """What the network regresses.
+    """The quantity that the network regresses.
 
     Attributes:
         EPSILON: ``'epsilon'``, the noise ``eps``.
@@ -116,7 +116,7 @@ class NoiseProcess:
         return alpha * x0 + sigma * eps
 
     def target(self, x0: Tensor, eps: Tensor, level: Tensor) -> Tensor:
-        """What the network should predict; arguments and shape as in :meth:`noised`."""
+        """The prediction that is right; arguments and shape as in :meth:`noised`."""
         a, b = (_of_levels(c_T, x0, level) for c_T in self.target_coefficients())
         return a * x0 + b * eps
 
@@ -152,7 +152,7 @@ class NoiseProcess:
         return b_T * self.alphas_T - a_T * self.sigmas_T
 
     def clean_coefficients(self) -> tuple[Tensor, Tensor]:
-        """Those of ``x_t`` and ``y`` in ``x0``, shape ``[T]``.
+        """The coefficients of ``x_t`` and ``y`` in ``x0``, shape ``[T]``.
 
         Where ``y`` is a multiple of ``x0``, that holds at levels without noise as well.
         """
@@ -162,7 +162,7 @@ class NoiseProcess:
         return torch.where(b_T == 0, 0.0, b_T / determinant_T), of_y_T
 
     def noise_coefficients(self) -> tuple[Tensor, Tensor]:
-        """Those of ``x_t`` and ``y`` in ``eps``, shape ``[T]``.
+        """The coefficients of ``x_t`` and ``y`` in ``eps``, shape ``[T]``.
 
         Where ``y`` is a multiple of ``eps``, that holds at levels without signal as well.
         """

@@ -26,7 +26,7 @@ from curvlinops_diffusion.runtime.modes import eager, uncompiled, without_checkp
 
 
 class Reduction(str, Enum):
-    """How squared errors are reduced over the ``D`` entries of the network's output.
+    """The reduction of squared errors over the ``D`` entries of the network's output.
 
     Attributes:
         MEAN: ``'mean'``, ``r = 1/D``.
@@ -174,7 +174,7 @@ class DenoisingObjective:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What determines the loss besides network and data, as plain values.
+        """Describe what determines the loss besides network and data, as plain values.
 
         ``process``, ``weighting``, ``encoder``, ``null_condition`` and ``model_kwargs`` are
         digests.

@@ -207,7 +207,7 @@ class NoisedRegression:
         return self.num_data * self.num_draws
 
     def name_of(self, n: int) -> str:
-        """What example ``n`` is called in messages: its number, and its name if it has one."""
+        """Name example ``n`` in messages: by its number, and its name if it has one."""
         return f"{n}" if self._names is None else f"{n} ('{self._names[n]}')"
 
     def with_draws(self, num_draws: int) -> NoisedRegression:
@@ -228,7 +228,7 @@ class NoisedRegression:
         return fingerprint(self.objective.model)
 
     def identity(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """What determines a result, so that files of another one are not mistaken for it.
+        """Identify a result, so that files of another one are not mistaken for it.
 
         Args:
             settings: What else the result depends on, as plain values.
@@ -274,7 +274,7 @@ class NoisedRegression:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What determines the draws and the loss, for the header of a saved operator."""
+        """Describe what determines the draws and the loss, for the header of a saved operator."""
         return {
             "num_data": self.num_data,
             "num_draws": self.num_draws,

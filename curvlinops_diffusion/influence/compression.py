@@ -19,7 +19,7 @@ BLOCK = 64
 
 
 class Precision(str, Enum):
-    """How entries are stored.
+    """The precision that entries are stored in.
 
     Attributes:
         FLOAT32: ``'float32'``.
@@ -35,7 +35,7 @@ class Precision(str, Enum):
 
 
 class Projection(str, Enum):
-    """Which coordinates are kept.
+    """The choice of the coordinates that are kept.
 
     Attributes:
         NONE: ``'none'``, all.
@@ -51,7 +51,7 @@ class Projection(str, Enum):
 
 @dataclass(frozen=True)
 class Compression:
-    """How whitened gradients are stored.
+    """The form in which whitened gradients are stored.
 
     Attributes:
         precision: ``'float32'``, ``'bfloat16'``, ``'int8'`` or ``'nf4'`` (these two by

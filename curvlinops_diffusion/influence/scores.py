@@ -278,7 +278,7 @@ def _settings(
     queries: range,
     passes: PassOptions,
 ) -> dict[str, Any]:
-    """What scores depend on besides the training gradients, for checkpoints."""
+    """Describe what scores depend on besides the training gradients, for checkpoints."""
     if passes.checkpoint is None:
         return {}
     described: dict[str, Any] = {"queries": [queries.start, queries.stop]}
@@ -289,7 +289,7 @@ def _settings(
 
 
 def _curvature(G_inv: PyTorchLinearOperator) -> Any:
-    """How an operator was made, or if it does not say so, what it makes of a fixed vector."""
+    """Tell how an operator was made, or if it does not say so, what it makes of a fixed vector."""
     if hasattr(G_inv, "info"):
         return G_inv.info
     vector_P = torch.randn(G_inv.shape[1], generator=torch.Generator().manual_seed(0))

@@ -20,7 +20,7 @@ TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspo
 def windows(
     x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> Tensor:
-    """What a kernel's taps read at every output pixel, in any number of dimensions.
+    """Gather what a kernel's taps read at every output pixel, in any number of dimensions.
 
     Args:
         x: The input, already padded, shape ``[N, C, *size]``.

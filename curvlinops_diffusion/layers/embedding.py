@@ -54,7 +54,7 @@ class EmbeddingKind(SharingKind):
         return torch.tensor(float(x.numel())).sqrt()
 
     def input_moment(self, module: nn.Module, latest: LatestProduct) -> Moment:
-        """How often each token occurs: the diagonal of the second moment, counted in float64."""
+        """Count each token: the diagonal of the second moment, in float64."""
         embedding = module
         assert isinstance(embedding, nn.Embedding)
 

@@ -32,7 +32,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Tap:
-    """What the layers of a network saw in its latest forward pass.
+    """A record of what the layers of a network saw in its latest forward pass.
 
     Attributes:
         on_input: Called with (layer, input) in the forward pass.

@@ -1,4 +1,4 @@
-"""What has to be known of a type of layer.
+"""Kinds of layers: what has to be known of a type.
 
 A :class:`SharingKind` reads a layer as a linear map with weight sharing: ``[N, S, I]`` in,
 ``[N, S, O]`` out, gradient ``Σ_s b_s a_sᵀ``; its block is of Kronecker form. An :class:`ExactKind`
@@ -28,7 +28,7 @@ from curvlinops_diffusion.layers.rotated_squares import (
 
 
 class LayerKind:
-    """What all kinds of layers say.
+    """The properties that all kinds of layers have.
 
     Attributes:
         weight_name: The name of the parameter that multiplies the input.
@@ -43,7 +43,7 @@ class LayerKind:
         return ""
 
     def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
-        """Whether the first axis of this input is one that examples can be told apart by."""
+        """Tell whether the first axis of this input is one that examples can be told apart by."""
         return x.ndim >= 2
 
 

@@ -112,7 +112,7 @@ class Layer:
 
 
 class PartKind(str, Enum):
-    """Which of a layer's parameters form a block."""
+    """The parameters of a layer that form a block."""
 
     WEIGHT = "weight"
     BIAS = "bias"
@@ -135,7 +135,7 @@ class Part:
 
     @property
     def kind(self) -> SharingKind:
-        """What is known of the layer's type."""
+        """The kind of the layer."""
         assert isinstance(self.layer.kind, SharingKind)
         return self.layer.kind
 

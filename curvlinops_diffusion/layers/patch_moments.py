@@ -83,7 +83,7 @@ class PatchMoment:
 
 @dataclass(frozen=True)
 class _Geometry:
-    """What a convolution's taps read, and what their second moment costs.
+    """The pixels that a convolution's taps read, and the cost of their second moment.
 
     Attributes:
         rows: The vertical axis.
@@ -267,7 +267,7 @@ class _SpectralSums:
         return 2 * pi / self._geometry.columns.period * torch.arange(F, dtype=torch.float64)
 
     def _inverse_transform(self, shifts: list[int], x: Tensor) -> Tensor:
-        """What turns the products ``p``, ``q`` and ``r`` into correlations, ``[shifts, 3F]``."""
+        """The matrix that turns ``p``, ``q`` and ``r`` into correlations, ``[shifts, 3F]``."""
         period = self._geometry.columns.period
         angle = torch.tensor(shifts, dtype=torch.float64).unsqueeze(1) * self._angular_frequencies()
         cos, sin = angle.cos(), angle.sin()

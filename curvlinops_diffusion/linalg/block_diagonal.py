@@ -1,4 +1,4 @@
-"""What the operators share: the parameter space, and block-diagonal matrices on it."""
+"""Block-diagonal matrices on a parameter space: K-FAC, EK-FAC, their inverses and powers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an operator's file is, and what it says of itself; read without PyTorch."""
+"""The format of an operator's file, and what it says of itself; read without PyTorch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def block_rows(header: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What an operator's file says of itself, and its tensors.
+    """Read what an operator's file says of itself, and its tensors.
 
     Raises:
         ValueError: If the file is missing, truncated, foreign or of a newer format.

@@ -118,7 +118,7 @@ def load_blocks(
 
 
 def read_blocks(path: str | PathLike[str]) -> tuple[dict[str, Any], list[PlacedBlock]]:
-    """What an operator's file says of itself, and its blocks, without the model.
+    """Read what an operator's file says of itself, and its blocks, without the model.
 
     Raises:
         ValueError: If the file is missing, truncated, foreign or of a newer format.
@@ -143,7 +143,7 @@ def _check_blocks(space: ParameterSpace, blocks: Sequence[PlacedBlock]) -> None:
 
 
 def _is_square(block: Block) -> bool:
-    """Whether the tensors of a block have the shapes that its kind asks for."""
+    """Tell whether the tensors of a block have the shapes that its kind asks for."""
     *groups, O, I = block.shape
     expected = {
         "eigenvalues": [(*groups, O, I)],

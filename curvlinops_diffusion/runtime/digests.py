@@ -33,7 +33,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def name_of(value: Any) -> str:
-    """What a function, measurement or weighting is called, with a digest of what it is made of.
+    """Name a function, measurement or weighting, with a digest of what it is made of.
 
     Two functions of one name but other code, defaults or enclosed values have other digests. A
     plain string is its own name. Objects that are neither functions nor dataclasses are known by
@@ -78,7 +78,7 @@ def _parts(value: Any, seen: set[int]) -> Iterator[bytes]:
 
 
 def _inside(value: Any) -> list[Any]:
-    """What a function, a dataclass or a collection is made of; nothing for anything else."""
+    """List what a function, a dataclass or a collection is made of; nothing for anything else."""
     match value:
         case FunctionType():
             enclosed = [_contents(cell) for cell in value.__closure__ or ()]

@@ -116,7 +116,7 @@ class FileKind:
             return self._header(path, file)
 
     def holds(self, path: Path) -> bool:
-        """Whether a file can be read, and is of this kind."""
+        """Tell whether a file can be read, and is of this kind."""
         try:
             with self._open(path) as file:
                 return self.key in (file.metadata() or {})
@@ -191,7 +191,7 @@ def check_same(
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Where two identities differ, as ``name (value there, value here)``."""
+    """List where two identities differ, as ``name (value there, value here)``."""
     found = []
     for key in sorted({*there, *here}):
         a, b = there.get(key), here.get(key)

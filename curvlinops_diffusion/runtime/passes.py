@@ -40,7 +40,7 @@ class NumberedExamples(Protocol):
 
 
 class PassData(Protocol):
-    """What a pass can go over: examples in numbered batches, each drawn several times."""
+    """Data that a pass can go over: examples in numbered batches, each drawn several times."""
 
     @property
     def num_data(self) -> int:
@@ -56,11 +56,11 @@ class PassData(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where sums are kept."""
+        """The device of the sums."""
 
     @property
     def description(self) -> dict[str, Any]:
-        """What determines the draws and the loss, as plain values."""
+        """Describe what determines the draws and the loss, as plain values."""
 
     def fingerprint(self) -> dict[str, str]:
         """A digest of the network's weights."""
@@ -76,7 +76,7 @@ class PassData(Protocol):
 
 @dataclass(frozen=True)
 class PassOptions:
-    """How passes over the data are run.
+    """The way passes over the data are run.
 
     Attributes:
         checkpoint: A folder in which passes write down how far they have come, and from which they

@@ -1,4 +1,4 @@
-"""What a command will cost, from a measured batch: ``--dry-run``."""
+"""``--dry-run``: estimate what a command will cost, from a measured batch."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def score_cost(
 
 @dataclass(frozen=True)
 class _Measured:
-    """What a run takes for each sample of its data.
+    """Time and work that a run takes for each sample of its data.
 
     Attributes:
         seconds: Time.

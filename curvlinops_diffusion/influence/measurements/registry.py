@@ -13,7 +13,7 @@ from typing import Any
 
 
 class Better(Enum):
-    """Which values of a measurement are good, as what follows for the sign of scores."""
+    """The values of a measurement that are good, and what follows for the sign of scores."""
 
     LOWER = "lower is better, so positive means helpful"
     HIGHER = "higher is better, so here negative means helpful"
@@ -66,7 +66,7 @@ MEASUREMENTS: dict[str, NamedMeasurement] = {
 
 
 def sentence_of(name: str) -> str:
-    """What was measured, and what the sign of a score of it says; empty for an unknown name."""
+    """Say what was measured, and what the sign of a score means; nothing for an unknown name."""
     if name not in MEASUREMENTS:
         return ""
     entry = MEASUREMENTS[name]

@@ -74,7 +74,7 @@ class TrajectoryRegression(NoisedRegression):
 
     @property
     def description(self) -> dict[str, Any]:
-        """What determines the steps and their log-probability."""
+        """Describe what determines the steps and their log-probability."""
         steps = self._steps
         variances = digest_of(self._levels, steps.previous_T, steps.variance_T)
         return {**super().description, "steps": variances}

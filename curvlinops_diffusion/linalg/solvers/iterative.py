@@ -20,7 +20,7 @@ from curvlinops_diffusion.runtime.checks import check_count, check_non_negative
 
 @dataclass
 class Refinement:
-    """How a solution was approached.
+    """A record of how a solution was approached.
 
     Attributes:
         residuals: ``‖b − (G + λ) x‖ / ‖b‖`` of each column, at the start and after each iteration.
