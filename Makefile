@@ -23,7 +23,7 @@ demo: $(VENV)/.installed-demo  ## which digits influenced these samples? (writes
 	$(BIN)/python docs/examples/influence_digits.py --output demo-output
 
 test: $(VENV)/.installed-tests  ## the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-tests  ## the long statistical tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow

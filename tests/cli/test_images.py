@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 
 from curvlinops_diffusion.cli.images.images import open_images
 from curvlinops_diffusion.cli.images.labels import Condition
@@ -164,7 +165,15 @@ def test_images_of_several_sizes(tmp_path):
         open_images(tmp_path / "data", Form(3, None, None, 8)).image(1)
 
 
-def test_resizing(tmp_path):
-    write_images(tmp_path / "data", 1, 0, size=20)
-    images = open_images(tmp_path / "data", Form(3, (8, 8), 8))
-    assert images.image(0).shape == (3, 8, 8)
+@pytest.mark.parametrize("size", [(20, 20), (20, 31), (25, 16)])
+def test_resizing(tmp_path, size):
+    """The shorter side becomes 8 pixels, and the middle is cut out."""
+    (tmp_path / "data").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "data" / "image.png")
+    found = open_images(tmp_path / "data", Form(3, (8, 8), 8)).image(0)
+    x = torch.from_numpy(pixels).expand(1, 3, *size) / 127.5 - 1
+    whole = [8 * side // min(size) for side in size]
+    resized = interpolate(x, whole, mode="bilinear", antialias=True)[0]
+    top, left = (round((side - 8) / 2) for side in whole)
+    assert torch.equal(found, resized[:, top : top + 8, left : left + 8].clamp(-1, 1))

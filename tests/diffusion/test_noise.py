@@ -95,7 +95,9 @@ def test_zero_terminal_snr():
     epsilon = noise_process(
         DDIMScheduler(**_config("linear", "epsilon", rescale_betas_zero_snr=True))
     )
-    assert weight_table(MinSNRWeighting(), epsilon).isfinite().all()
+    weights_T = weight_table(MinSNRWeighting(), epsilon)  # min(SNR, 5) / SNR
+    assert_close(weights_T, (5 / epsilon.snr_T).clamp(max=1), 1e-12)
+    assert weights_T[-1] == 1
 
 
 def test_continuous_timesteps_of_euler():

@@ -8,14 +8,22 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from benchmarks.upstream import their_parameters, upstream_operator
-from curvlinops_diffusion import DenoisingObjective, MinSNRWeighting, NoisedRegression
+from curvlinops_diffusion import (
+    DenoisingObjective,
+    DiffusionEKFACLinearOperator,
+    DiffusionGGNLinearOperator,
+    DiffusionKFACLinearOperator,
+    MinSNRWeighting,
+    NoisedRegression,
+)
 from tests.cases import TimeBlind, images, noise_levels, plain_regression, seeded, unet_regression
 from tests.comparisons import assert_close
-from tests.reference import params_of, to_dense
+from tests.reference import example_gradients, params_of, to_dense
 
 
 def tiny_model():
@@ -266,26 +274,107 @@ def test_hessian_and_empirical_fisher_of_curvlinops(kind, truth, network):
     assert_close(to_dense(operator), truth(regression, params), 1e-10)
 
 
+def hessian_product(regression, params, vector):
+    total = sum(
+        batch.loss(regression.objective.predict(batch)).sum() for batch in regression.batches()
+    )
+    pieces = torch.autograd.grad(total / regression.num_samples, params, create_graph=True)
+    along = torch.cat([piece.flatten() for piece in pieces]) @ vector
+    return torch.cat([piece.flatten() for piece in torch.autograd.grad(along, params)])
+
+
+def empirical_fisher_product(regression, params, vector):
+    rows = example_gradients(regression, params)  # of a single draw
+    D = next(iter(regression.batches())).target_BD.shape[1]
+    return D * rows.T @ (rows @ vector) / len(rows)
+
+
+def jacobian_product(regression, params, vector, step=1e-6):
+    """By differences of the predictions."""
+
+    def shifted(sign):
+        for p, piece in zip(params, vector.split([p.numel() for p in params]), strict=True):
+            p.data += sign * step * piece.reshape(p.shape)
+        with torch.no_grad():
+            found = [regression.objective.predict(batch) for batch in regression.batches()]
+        for p, piece in zip(params, vector.split([p.numel() for p in params]), strict=True):
+            p.data -= sign * step * piece.reshape(p.shape)
+        return torch.cat(found).flatten()
+
+    return (shifted(1) - shifted(-1)) / (2 * step)
+
+
+def ours(kind, **options):
+    def product(regression, params, vector):
+        return kind(regression, params, **options) @ vector
+
+    return product
+
+
+def ours_of_the_loss(kind):
+    """``curvlinops``' weighs the gradients of summed squares: ``D`` times that."""
+
+    def product(regression, params, vector):
+        operator = kind(regression, params, fisher_type="empirical", exact_bias=False)
+        return next(iter(regression.batches())).target_BD.shape[1] * (operator @ vector)
+
+    return product
+
+
+EMPIRICAL = {"fisher_type": "empirical"}
 ON_ATTENTION = [
-    ("GGNLinearOperator", {}),
-    ("HessianLinearOperator", {}),
-    ("EFLinearOperator", {}),
-    ("FisherMCLinearOperator", {"mc_samples": 2}),
-    ("JacobianLinearOperator", {}),
-    ("KFACLinearOperator", {"fisher_type": "mc"}),
-    ("EKFACLinearOperator", {"fisher_type": "mc"}),
+    ("GGNLinearOperator", {}, ours(DiffusionGGNLinearOperator), 1e-10),
+    ("HessianLinearOperator", {}, hessian_product, 1e-10),
+    ("EFLinearOperator", {}, empirical_fisher_product, 1e-10),
+    ("JacobianLinearOperator", {}, jacobian_product, 1e-6),
+    (
+        "KFACLinearOperator",
+        EMPIRICAL,
+        ours_of_the_loss(DiffusionKFACLinearOperator),
+        1e-10,
+    ),
+    (
+        "EKFACLinearOperator",
+        EMPIRICAL,
+        ours_of_the_loss(DiffusionEKFACLinearOperator),
+        1e-10,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("kind", "options"), ON_ATTENTION)
-def test_operators_of_curvlinops_run_on_a_unet_with_attention(kind, options):
+def on_attention(kind, **options):
+    """An operator of ``curvlinops`` on a UNet, and its problem and parameters."""
     regression = unet_regression(count=2, num_draws=1)
     names = their_parameters(regression) if "KFAC" in kind else None
     operator = upstream_operator(kind, regression, names, check_deterministic=True, **options)
-    vector = torch.ones(operator.shape[1], dtype=torch.float64)
-    product = operator @ vector
-    assert product.isfinite().all()
-    assert product.norm() > 0
+    return operator, regression, params_of(regression.objective.model, names)
+
+
+def random_vectors(size, count=1):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, size, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "truth", "tolerance"),
+    ON_ATTENTION,
+    ids=[kind for kind, *_ in ON_ATTENTION],
+)
+def test_operators_of_curvlinops_on_a_unet_with_attention(kind, options, truth, tolerance):
+    operator, regression, params = on_attention(kind, **options)
+    (v,) = random_vectors(operator.shape[1])
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = truth(regression, params, v)
+    assert_close(operator @ v, expected, tolerance)
+
+
+def test_the_monte_carlo_fisher_of_curvlinops_on_a_unet_with_attention():
+    """The same product each time, of a symmetric and positive semi-definite matrix."""
+    operator, *_ = on_attention("FisherMCLinearOperator", mc_samples=2)
+    u, v = random_vectors(operator.shape[1], 2)
+    assert torch.equal(operator @ v, operator @ v)
+    assert_close(u @ (operator @ v), v @ (operator @ u), 1e-10)
+    assert v @ (operator @ v) > 0
 
 
 # ---------------------------------------------------------------------------------------------
