@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-slow lint docs bench bench-full lds lds-remove lds-retrain exact-ggn coverage clean
+.PHONY: help demo test test-slow test-upstream lint docs bench bench-full lds lds-remove lds-retrain exact-ggn coverage clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
@@ -27,6 +27,14 @@ test: $(VENV)/.installed-tests  ## the tests
 
 test-slow: $(VENV)/.installed-tests  ## the long statistical tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+
+UPSTREAM_TESTS := tests/test_upstream.py tests/test_curvlinops_tools.py tests/test_ladder.py \
+	tests/test_readme.py tests/diffusion/test_regression.py tests/influence/test_scores.py \
+	tests/linalg tests/curvature/test_kfac.py
+
+# CURVLINOPS=FOLDER is the root of its checkout
+test-upstream: $(VENV)/.installed-tests  ## what touches curvlinops, on another version of it
+	PYTHONPATH=$(CURDIR):$(CURVLINOPS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(UPSTREAM_TESTS)
 
 lint: $(VENV)/.installed-lint  ## style and types
 	$(BIN)/ruff check .

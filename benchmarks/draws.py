@@ -12,6 +12,7 @@ from benchmarks.accuracy import DigitsProblem, accuracy, relative_error
 from benchmarks.measure import arguments, report
 from curvlinops_diffusion.curvature.kronecker_factors import KroneckerFactors, kronecker_factors
 from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.curvature.plan import BlockPlan
 
 # (timesteps, draws, distribution of the loss vectors, loss vectors for each draw)
 SETTINGS = [
@@ -39,8 +40,8 @@ def main() -> None:
         timesteps: str, num_draws: int, probe: str, probes: int, seed: int
     ) -> KroneckerFactors:
         regression = problem.regression(num_draws, seed, timesteps=timesteps)
-        kfac = KFACOptions.parse("mc", probes, "expand", True, probe)
-        return kronecker_factors(regression, problem.coverage, kfac)
+        kfac = KFACOptions(mc_samples=probes, probe_type=probe)
+        return kronecker_factors(regression, BlockPlan.of(problem.coverage, kfac))
 
     truth = factors("stratified", 2 if options.quick else 256, "rademacher", 2, seed=1000)
 

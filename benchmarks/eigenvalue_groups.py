@@ -8,7 +8,6 @@ many draws.
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from benchmarks.measure import arguments, report
 from curvlinops_diffusion.curvature.eigenvalues import eigenvalue_moments
 from curvlinops_diffusion.curvature.kronecker_factors import kronecker_factors
 from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.linalg.factors import eigendecomposition
 
 # (draws of each image, gradients in a sum)
@@ -38,19 +38,19 @@ def main() -> None:
     options = arguments(__doc__).parse_args()
     warnings.simplefilter("ignore")
     problem = DigitsProblem.of(options)
-    kfac = KFACOptions.parse("mc", 1, "expand", True, "rademacher")
+    plan = BlockPlan.of(problem.coverage, KFACOptions())
     reference = problem.regression(2 if options.quick else 128, seed=1000)
-    factors = kronecker_factors(reference, problem.coverage, kfac)
+    factors = kronecker_factors(reference, plan)
     bases = [
         {key: eigendecomposition(M, key) for key, M in matrices.items()}
         for matrices in (factors.inputs, factors.outputs)
     ]
-    truth = eigenvalue_moments(reference, problem.coverage, *bases, kfac)
+    truth = eigenvalue_moments(reference, plan, *bases)
 
     def eigenvalues(draws: int, group: int, seed: int) -> dict[str, Tensor]:
-        grouped = replace(kfac, gradient_group=group)
+        grouped = BlockPlan.of(problem.coverage, KFACOptions(gradient_group=group))
         regression = problem.regression(draws, seed)
-        return eigenvalue_moments(regression, problem.coverage, *bases, grouped)
+        return eigenvalue_moments(regression, grouped, *bases)
 
     def errors(estimate: dict[str, Tensor]) -> dict[str, float]:
         return {

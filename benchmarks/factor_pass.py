@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 
-import curvlinops
 import torch
-from torch import nn
 
 from benchmarks.kronfluence_passes import kronfluence_passes
 from benchmarks.measure import arguments, report_passes
 from benchmarks.problems import NETWORKS, random_regression
+from benchmarks.upstream import upstream_passes
 from curvlinops_diffusion import NoisedRegression
 from curvlinops_diffusion.curvature.eigenvalues import eigenvalue_moments
 from curvlinops_diffusion.curvature.kronecker_factors import kronecker_factors
 from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.layers import covered_parameters
-from curvlinops_diffusion.layers.hooks import Tap, frozen, tapped
+from curvlinops_diffusion.layers.observation import Observer, observed, one_vector
 from curvlinops_diffusion.linalg.factors import Eigendecomposition, eigendecomposition
 
 
@@ -37,12 +36,9 @@ def reference_passes(regression: NoisedRegression) -> dict[str, Callable[[], obj
         objective.model.zero_grad()
 
     def floor() -> None:
-        tap = Tap(None, lambda *arguments: None)
-        with tapped(layers, tap), frozen(objective.model):
+        with observed(objective, layers, Observer()) as network:
             for batch in regression.batches():
-                tap.restart(len(batch.indices))
-                prediction_BD = objective.predict(batch)
-                tap.backward(prediction_BD, batch.loss_gradient(prediction_BD.detach()))
+                network.run(batch, one_vector(batch.loss_gradient))
 
     return {"training pass": training, "floor": floor}
 
@@ -58,8 +54,8 @@ def our_passes(
             whose entries the time of the second pass does not depend.
     """
     coverage = covered_parameters(regression.objective.model, None)
-    options = KFACOptions.parse("mc", 1, "expand", True, "rademacher")
-    factors = kronecker_factors(regression, coverage, options)
+    plan = BlockPlan.of(coverage, KFACOptions())
+    factors = kronecker_factors(regression, plan)
     matrices = factors.inputs, factors.outputs
     bases: list[dict[str, Eigendecomposition]]
     if decomposed:
@@ -71,11 +67,11 @@ def our_passes(
         ]
 
     def eigenvalues(group: int) -> Callable[[], object]:
-        grouped = replace(options, gradient_group=group)
-        return lambda: eigenvalue_moments(regression, coverage, *bases, grouped)
+        grouped = BlockPlan.of(coverage, KFACOptions(gradient_group=group))
+        return lambda: eigenvalue_moments(regression, grouped, *bases)
 
     passes: dict[str, Callable[[], object]] = {
-        "K-FAC factors": lambda: kronecker_factors(regression, coverage, options)
+        "K-FAC factors": lambda: kronecker_factors(regression, plan)
     }
     if decomposed:
         passes["eigendecompositions"] = lambda: [
@@ -86,44 +82,6 @@ def our_passes(
         "EK-FAC eigenvalues, groups of 4": eigenvalues(4),
         "EK-FAC eigenvalues, groups of 8": eigenvalues(8),
     }
-
-
-def upstream_operator(regression: NoisedRegression) -> curvlinops.EKFACLinearOperator:
-    """``curvlinops``' own operator, on the same batches."""
-    layers = [
-        m for m in regression.objective.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)
-    ]
-    return curvlinops.EKFACLinearOperator(
-        regression.model_func,
-        regression.loss_func,
-        [p for layer in layers for p in layer.parameters()],
-        regression,
-        fisher_type="mc",
-        num_data=regression.num_samples,
-        batch_size_fn=regression.batch_size_fn,
-        check_deterministic=False,  # or the constructor computes all of it
-    )
-
-
-def upstream_passes(
-    regression: NoisedRegression, decomposed: bool = True
-) -> dict[str, Callable[[], object]]:
-    """``curvlinops``' own two passes, the second only if its factors are decomposed."""
-    operator = upstream_operator(regression)
-    operator.compute_kronecker_factors()
-    factors = operator._input_covariances, operator._gradient_covariances
-    if decomposed:
-        operator._compute_eigenvectors()  # its second pass cannot be run alone otherwise
-
-    def first() -> None:
-        operator._input_covariances, operator._gradient_covariances = {}, {}
-        operator.compute_kronecker_factors()
-        operator._input_covariances, operator._gradient_covariances = factors
-
-    passes: dict[str, Callable[[], object]] = {"curvlinops K-FAC factors": first}
-    if decomposed:
-        passes["curvlinops EK-FAC eigenvalues"] = operator.compute_eigenvalue_correction
-    return passes
 
 
 def main() -> None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import warnings
 
-import curvlinops
 import torch
 
 from benchmarks.factor_pass import reference_passes
 from benchmarks.measure import arguments, report_passes
 from benchmarks.problems import random_regression
+from benchmarks.upstream import upstream_operator
 from curvlinops_diffusion import DiffusionGGNLinearOperator
 
 
@@ -21,16 +21,9 @@ def main() -> None:
     options = arguments(__doc__).parse_args()
     warnings.simplefilter("ignore")
     regression = random_regression("unet", options.quick, options.device, num_data=32)
-    params = list(regression.objective.model.parameters())
     ours = DiffusionGGNLinearOperator(regression)
-    theirs = curvlinops.GGNLinearOperator(
-        regression.model_func,
-        regression.loss_func,
-        params,
-        regression,
-        batch_size_fn=regression.batch_size_fn,
-        num_data=regression.num_samples,
-        check_deterministic=False,
+    theirs = upstream_operator(
+        "GGNLinearOperator", regression, num_data=regression.num_samples, check_deterministic=False
     )
     passes = {"training pass": reference_passes(regression)["training pass"]}
     for columns in (1, 8):

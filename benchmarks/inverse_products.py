@@ -7,13 +7,14 @@ product. A training pass is a forward and a full backward pass over 32 images.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
-import curvlinops
 import torch
 
-from benchmarks.factor_pass import reference_passes, upstream_operator
+from benchmarks.factor_pass import reference_passes
 from benchmarks.measure import arguments, report_passes
 from benchmarks.problems import random_regression
+from benchmarks.upstream import first_product, their_parameters, upstream_inverse, upstream_operator
 from curvlinops_diffusion import DiffusionEKFACLinearOperator, DiffusionKFACLinearOperator
 
 DAMPING = 1e-3
@@ -24,17 +25,22 @@ def main() -> None:
     options = arguments(__doc__).parse_args()
     warnings.simplefilter("ignore")
     regression = random_regression("unet", options.quick, options.device, num_data=32)
-    theirs = upstream_operator(regression)
-    params = theirs._params  # those of Linear and Conv2d
+    params = their_parameters(regression)
+    theirs = upstream_operator(
+        "EKFACLinearOperator",
+        regression,
+        params,
+        fisher_type="mc",
+        num_data=regression.num_samples,
+        check_deterministic=False,
+    )
     K = DiffusionKFACLinearOperator(regression, params)
     EK = DiffusionEKFACLinearOperator(regression, params)
     vector = torch.randn(EK.shape[1], 1, device=options.device)
-    theirs @ vector  # computes its factors
+    first_product(theirs)  # computes its factors
 
-    def their_inverse() -> curvlinops.KFACInverseLinearOperator:
-        return curvlinops.KFACInverseLinearOperator(
-            theirs, damping=DAMPING, use_exact_damping=True, cache=True
-        )
+    def their_inverse() -> Any:
+        return upstream_inverse(theirs, damping=DAMPING, use_exact_damping=True)
 
     passes = {
         "training pass": reference_passes(regression)["training pass"],

@@ -16,9 +16,10 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.factor_pass import reference_passes, upstream_operator
+from benchmarks.factor_pass import reference_passes
 from benchmarks.measure import arguments, report
 from benchmarks.problems import regression_of, unet
+from benchmarks.upstream import fitted_upstream_factors
 from curvlinops_diffusion import (
     ExampleGradientLinearOperator,
     NoisedRegression,
@@ -26,6 +27,7 @@ from curvlinops_diffusion import (
 )
 from curvlinops_diffusion.curvature.kronecker_factors import kronecker_factors
 from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.linalg.operator import FlatLinearOperator
 
@@ -33,8 +35,7 @@ from curvlinops_diffusion.linalg.operator import FlatLinearOperator
 def our_factors(regression: NoisedRegression) -> object:
     """Our Kronecker factors."""
     coverage = covered_parameters(regression.objective.model, None)
-    options = KFACOptions.parse("mc", 1, "expand", True, "rademacher")
-    return kronecker_factors(regression, coverage, options)
+    return kronecker_factors(regression, BlockPlan.of(coverage, KFACOptions()))
 
 
 def our_scores(images: int) -> Callable[[NoisedRegression], object]:
@@ -66,7 +67,7 @@ class IdentityLinearOperator(FlatLinearOperator):
 PASSES = {
     "training pass": lambda regression: reference_passes(regression)["training pass"](),
     "K-FAC factors": our_factors,
-    "curvlinops K-FAC factors": lambda r: upstream_operator(r).compute_kronecker_factors(),
+    "curvlinops K-FAC factors": fitted_upstream_factors,
     "scores of 64 images": our_scores(64),
     "scores of 512 images": our_scores(512),
 }

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
+
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
 # of several settings that are of interest: in a table of their own
@@ -26,6 +28,15 @@ def write_tables(folder: Path = DOCS / "_tables") -> None:
         name = path.stem.removesuffix("_cpu")
         for part, (head, *rows) in {"": _cells(result), **_further(result)}.items():
             (folder / f"{name}{part}.rst").write_text(_table(head, rows))
+    (folder / "measurements.rst").write_text(measurements())
+
+
+def measurements() -> str:
+    """The measurements that have a name, from their registry."""
+    rows = [
+        (f"``{name}``", entry.summary, entry.better.value) for name, entry in MEASUREMENTS.items()
+    ]
+    return _table(("", "what it is", "scores"), rows)
 
 
 def _cells(result: dict[str, Any]) -> list[Row]:

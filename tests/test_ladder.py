@@ -3,11 +3,11 @@
 import pytest
 import torch
 from backpack.hessianfree.ggnvp import ggn_vector_product_from_plist
-from curvlinops import GGNLinearOperator
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.upstream import upstream_operator
 from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
     DiffusionGGNLinearOperator,
@@ -50,13 +50,7 @@ def test_ggn_equals_jacobians_curvlinops_and_backpack(unet, matrix, train, reduc
 
     assert_close(ours, dense_ggn(regression, params) @ matrix, 1e-12)
 
-    theirs = GGNLinearOperator(
-        regression.model_func,
-        regression.loss_func,
-        params,
-        regression,
-        batch_size_fn=regression.batch_size_fn,
-    )
+    theirs = upstream_operator("GGNLinearOperator", regression)
     assert_close(ours, theirs @ matrix, 1e-12)
 
     backpack = torch.zeros_like(matrix[:, 0])

@@ -31,7 +31,7 @@ from curvlinops_diffusion import (
 )
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.influence.measurements.base import Measurement
-from curvlinops_diffusion.influence.measurements.registry import measurement_of
+from curvlinops_diffusion.influence.measurements.evaluation import measurement_of
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 
 DAMPINGS = tuple(10.0**e for e in range(-8, 1))

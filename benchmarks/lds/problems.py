@@ -17,7 +17,7 @@ from torch.nn.functional import mse_loss
 
 from benchmarks.problems import example
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression
-from curvlinops_diffusion.influence.measurements.registry import measure, measurement_of
+from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_of
 from curvlinops_diffusion.runtime.digests import digest_of
 
 SEEDS = 2

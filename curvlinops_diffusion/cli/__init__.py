@@ -2,5 +2,5 @@
 
 
 def lacking(error: ImportError) -> str:
-    """What to install, where the extra ``cli`` was left out."""
+    """Say what to install, where the extra ``cli`` was left out."""
     return f"the command line needs {error.name}: pip install 'curvlinops-diffusion[cli]'"

@@ -1,4 +1,4 @@
-"""What the program tells: lines for people on the error stream, lines of JSON in a file."""
+"""Tell what happens: lines for people on the error stream, lines of JSON in a file."""
 
 from __future__ import annotations
 

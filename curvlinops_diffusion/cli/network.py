@@ -90,7 +90,7 @@ def load_network(options: ModelOptions) -> Network:
 
 
 def _network(objective: DenoisingObjective, pipeline: Any) -> Network:
-    """What the network's, and the autoencoder's, configuration say of images and conditions."""
+    """Read off network and autoencoder which images and conditions they take."""
     model: Any = objective.model
     config: Any = getattr(model, "config", {})
     autoencoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, options_text
 
 _COUNTS = (
     *("resolution", "batch_size", "num_draws", "query_draws", "query_block"),
@@ -63,7 +65,7 @@ class ModelOptions(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions(Checked):
-    """How images become what the network was trained on.
+    """Options that turn images into what the network was trained on.
 
     Attributes:
         resolution: Resize images to this size (shorter side, then cut from the middle). Default:
@@ -75,7 +77,7 @@ class ImageOptions(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Checked):
-    """How the program runs.
+    """Options of every command that computes.
 
     Attributes:
         batch_size: Images that the network sees at once.
@@ -128,6 +130,12 @@ class FitOptions(ModelOptions, ImageOptions, RunOptions):
     kfac_approx: Literal["expand", "reduce", "shampoo", "rank-one"] = "expand"
     gradient_group: int = 1
 
+    def kfac_options(self) -> dict[str, Any]:
+        """Select the options that K-FAC and EK-FAC take, by their names there."""
+        names = ["fisher_type", "mc_samples", "kfac_approx"]
+        names += ["gradient_group"] if self.curvature == "ekfac" else []
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions(ModelOptions, ImageOptions, RunOptions):
@@ -139,9 +147,7 @@ class ScoreOptions(ModelOptions, ImageOptions, RunOptions):
         queries: The images to explain, in the same forms.
         output: The scores' file: .safetensors, or .npy with an index of names beside it.
         damping: The damping of the inverse.
-        measurement: What is measured at the queries. Lower is better for loss, simplified_elbo and
-            elbo (the negative bounds): positive scores mean helpful. Higher is better for
-            log_likelihood: negative scores mean helpful. With squared_norm the sign says neither.
+        measurement: What is measured at the queries, a name of the registry of measurements.
         num_draws: Draws for each training image; an even number is drawn in antithetic pairs.
         query_draws: Draws for each query; likewise.
         seed: Seed of the training images' draws; the queries have the next one.
@@ -155,8 +161,8 @@ class ScoreOptions(ModelOptions, ImageOptions, RunOptions):
     queries: Path
     output: Path
     damping: float = 1e-8
-    measurement: Literal["loss", "squared_norm", "simplified_elbo", "elbo", "log_likelihood"] = (
-        "loss"
+    measurement: str = field(
+        default="loss", metadata={"choices": MEASUREMENTS, "help": options_text}
     )
     num_draws: int = 16
     query_draws: int = 64

@@ -10,7 +10,7 @@ from typing import Any
 from curvlinops_diffusion.cli.checkpoints import checkpoint_of, remove
 from curvlinops_diffusion.cli.events import say
 from curvlinops_diffusion.cli.processes import is_first
-from curvlinops_diffusion.runtime.files import differences
+from curvlinops_diffusion.runtime.files import check_same
 
 
 def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
@@ -29,18 +29,18 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
         raise ValueError(f"The folder '{path.parent}' of --output cannot be written to.")
 
 
-def check_same(path: Path, there: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+def check_output_is_same(path: Path, there: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Check that a file that is there has the identity of what would be written.
 
     Raises:
         ValueError: If it has another.
     """
-    different = differences(there.get("identity", {}), identity)
-    if different:
-        raise ValueError(
-            f"'{path}' exists, and was made with others: {'; '.join(different[:5])}. Pass "
-            "--overwrite, or another --output."
-        )
+    check_same(
+        there.get("identity", {}),
+        identity,
+        f"'{path}' exists, and was made with others",
+        "Pass --overwrite, or another --output.",
+    )
 
 
 def nothing_to_do(path: Path) -> None:

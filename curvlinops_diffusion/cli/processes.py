@@ -18,7 +18,7 @@ Options = TypeVar("Options", bound=ModelOptions)
 
 
 def num_processes() -> int:
-    """How many processes there are."""
+    """Count the processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -46,5 +46,5 @@ def with_own_device(options: Options) -> Options:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Tell whether this process is the one that writes and speaks."""
     return not distributed.is_initialized() or distributed.get_rank() == 0

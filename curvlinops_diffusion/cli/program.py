@@ -59,7 +59,18 @@ def parser() -> ArgumentParser:
 
 
 def _add_flag(own: ArgumentParser, field: Any, type_: Any, text: str) -> None:
-    """A flag for a field of an options class; ``file`` is positional."""
+    """A flag for a field of an options class; ``file`` is positional.
+
+    A field's metadata may have ``choices``, and a function that returns its ``help``.
+    """
+    if "choices" in field.metadata:
+        own.add_argument(
+            flag(field.name),
+            choices=list(field.metadata["choices"]),
+            default=field.default,
+            help=field.metadata["help"](),
+        )
+        return
     if type_ is bool:
         own.add_argument(
             flag(field.name), action=ActionYesNo(no_prefix="no-"), default=field.default, help=text
@@ -74,7 +85,7 @@ def _add_flag(own: ArgumentParser, field: Any, type_: Any, text: str) -> None:
 
 
 def _texts(options: type[Any]) -> dict[str, str]:
-    """What the docstrings of an options class and its parents say of each field."""
+    """Collect what the docstrings of an options class and its parents say of each field."""
     return {
         entry.arg_name: " ".join((entry.description or "").split())
         for cls in reversed(options.__mro__)

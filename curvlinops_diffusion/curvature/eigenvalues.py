@@ -9,9 +9,9 @@ from itertools import pairwise
 from torch import Tensor
 
 from curvlinops_diffusion.curvature.gradient_pass import GradientPass
-from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.layers import Coverage, Layer
+from curvlinops_diffusion.layers import Layer
 from curvlinops_diffusion.linalg.factors import Eigendecomposition
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 from curvlinops_diffusion.runtime.sums import Sums
@@ -19,10 +19,9 @@ from curvlinops_diffusion.runtime.sums import Sums
 
 def eigenvalue_moments(
     regression: NoisedRegression,
-    coverage: Coverage,
+    plan: BlockPlan,
     input_bases: Mapping[str, Eigendecomposition],
     output_bases: Mapping[str, Eigendecomposition],
-    options: KFACOptions,
     passes: PassOptions = PLAIN,
 ) -> dict[str, Tensor]:
     """Compute EK-FAC's eigenvalues ``Λ_ij = E[(U_Bᵀ g U_A)_ij²]`` in one pass over the data.
@@ -33,32 +32,30 @@ def eigenvalue_moments(
 
     Args:
         regression: Objective, data and draws.
-        coverage: The parameters, and the layers that hold them.
-        input_bases: Eigenbases of the input factors, by the key of the part.
-        output_bases: Eigenbases of the output factors, by the name of the layer.
-        options: Fisher type, as for the factors, and the size of the groups.
+        plan: The blocks; its options say the Fisher type, as for the factors, and the size of the
+            groups.
+        input_bases: Eigenbases of the input factors, by their key.
+        output_bases: Eigenbases of the output factors, by their key.
         passes: Checkpoints, processes and progress.
 
     Returns:
         ``Λ`` of shape ``[*g, O, I]`` for every block of Kronecker form, by its key.
     """
     dtype = regression.objective.working_dtype
-    over = GradientPass(regression, coverage, options, passes)
     sums = Sums()
 
     def consume(layer: Layer, indices: Sequence[int], xs: list[Tensor], gs: list[Tensor]) -> None:
-        U_B = output_bases[layer.name].vectors
-        for part in over.parts(layer):
-            U_A = None if part.is_bias else input_bases[part.key].vectors
-            for range_ in _aligned_groups(indices, options.gradient_group):
+        for part in plan.by_layer[layer.name]:
+            U_B = output_bases[part.output_key].vectors
+            U_A = None if part.is_bias else input_bases[part.input_key].vectors
+            for range_ in _aligned_groups(indices, plan.options.gradient_group):
                 own_xs, own_gs = ([range_.of(z) for z in zs] for zs in (xs, gs))
                 sums.add(part.key, part.squares(own_xs, own_gs, range_.count, U_A, U_B))
 
-    over.run("Eigenvalues", consume, sums)
+    GradientPass(regression, plan, passes).run("Eigenvalues", consume, sums)
     return {
         part.key: sums.mean(part.key, regression.num_samples, part.new_zeros(dtype, *part.shape))
-        for layer in coverage.layers
-        for part in over.parts(layer)
+        for part in plan.parts
     }
 
 

@@ -10,13 +10,12 @@ from curvlinops_diffusion.curvature.eigenvalues import eigenvalue_moments
 from curvlinops_diffusion.curvature.gradient_factors import fitted_factors
 from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator, exact_part
 from curvlinops_diffusion.curvature.kronecker_factors import KroneckerFactors
-from curvlinops_diffusion.curvature.options import FisherType, KFACOptions
+from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.layers import Coverage
-from curvlinops_diffusion.linalg.blocks import EigenBlock
+from curvlinops_diffusion.linalg.blocks import Block, EigenBlock
 from curvlinops_diffusion.linalg.factors import Eigendecomposition, eigendecomposition
-from curvlinops_diffusion.linalg.placement import PlacedBlock
-from curvlinops_diffusion.runtime.passes import PassOptions, kept
+from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
 from curvlinops_diffusion.runtime.processes import Share, divided
 from curvlinops_diffusion.runtime.sums import within
 
@@ -52,27 +51,24 @@ class DiffusionEKFACLinearOperator(DiffusionKFACLinearOperator):
 
     @staticmethod
     def _fit(
-        regression: NoisedRegression, coverage: Coverage, options: KFACOptions, passes: PassOptions
-    ) -> list[PlacedBlock]:
-        """Compute the blocks."""
-        if options.fisher_type is FisherType.FORWARD_ONLY:
+        regression: NoisedRegression, plan: BlockPlan, passes: PassOptions
+    ) -> dict[str, Block]:
+        """Compute the blocks, by their key."""
+        if not plan.options.has_gradients:
             raise ValueError(
                 "fisher_type='forward-only' arrived. EK-FAC needs gradients: pass 'mc', 'type-2' "
                 "or 'empirical', or use DiffusionKFACLinearOperator."
             )
-        factors = fitted_factors(regression, coverage, options, passes)
-        input_bases, output_bases = _eigenbases(regression, factors, options, passes)
-        second = regression.with_draws(options.num_eigenvalue_draws(regression))
-        eigenvalues = eigenvalue_moments(
-            second, coverage, input_bases, output_bases, options, passes
-        )
-        blocks = []
-        for layer in coverage.layers:
-            for part in layer.parts(options.separate_weight_and_bias, options.exact_bias):
-                U_A = None if part.is_bias else input_bases[part.key].vectors
-                block = EigenBlock(eigenvalues[part.key], output_bases[layer.name].vectors, U_A)
-                blocks.append(PlacedBlock(part.key, part.params, block, part.kind.transposed))
-        return blocks + exact_part(coverage, options, factors)
+        factors = fitted_factors(regression, plan, passes)
+        input_bases, output_bases = _eigenbases(regression, factors, plan.options, passes)
+        second = regression.with_draws(plan.options.num_eigenvalue_draws(regression))
+        eigenvalues = eigenvalue_moments(second, plan, input_bases, output_bases, passes)
+        blocks: dict[str, Block] = {}
+        for part in plan.parts:
+            U_A = None if part.is_bias else input_bases[part.input_key].vectors
+            U_B = output_bases[part.output_key].vectors
+            blocks[part.key] = EigenBlock(eigenvalues[part.key], U_B, U_A)
+        return blocks | exact_part(plan, factors)
 
 
 def _eigenbases(
@@ -83,8 +79,8 @@ def _eigenbases(
 ) -> tuple[dict[str, Eigendecomposition], dict[str, Eigendecomposition]]:
     """Eigendecompositions of input and output factors, divided among the processes.
 
-    They are kept, too: eigenvectors of close eigenvalues depend on rounding, and the second moments
-    must all be taken in one basis.
+    They are written to the checkpoint, too: eigenvectors of close eigenvalues depend on rounding,
+    and the second moments must all be taken in one basis.
     """
     named = {("input", key): A for key, A in factors.inputs.items()}
     named |= {("output", key): B for key, B in factors.outputs.items()}
@@ -101,7 +97,7 @@ def _eigenbases(
         "options": options.as_dict(),
         "factors": {key: list(M.shape) for key, M in pieces.items()},
     }
-    tensors = kept("eigenbases", regression, compute, passes, settings)
+    tensors = computed_once("eigenbases", regression, compute, passes, settings)
     bases: dict[str, dict[str, Eigendecomposition]] = {"input": {}, "output": {}}
     for side, key in named:
         own = within(f"{side}/{key}", tensors)

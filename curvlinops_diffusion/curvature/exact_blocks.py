@@ -12,8 +12,7 @@ from math import prod
 
 from torch import Tensor
 
-from curvlinops_diffusion.curvature.options import KFACOptions
-from curvlinops_diffusion.layers import Coverage, ExactKind, Layer
+from curvlinops_diffusion.layers import Layer
 from curvlinops_diffusion.linalg.blocks import Block, DenseBlock, EigenBlock
 from curvlinops_diffusion.linalg.placement import Arrangement
 
@@ -55,27 +54,3 @@ class ExactBlock:
     def block(self, moment: Tensor) -> Block:
         """The block from its mean second moment."""
         return DenseBlock(moment) if self.dense else EigenBlock(moment.unsqueeze(1))
-
-
-def exact_blocks(coverage: Coverage, options: KFACOptions) -> list[ExactBlock]:
-    """The blocks of all parameters that are in none of Kronecker form."""
-    blocks = []
-
-    def add(key: str, names: tuple[str, ...], layer: Layer | None) -> None:
-        shapes = tuple(tuple(coverage.params[name].shape) for name in names)
-        size = sum(prod(shape) for shape in shapes)
-        is_bias = layer is not None and not isinstance(layer.kind, ExactKind)
-        # a bias' block is no larger than its layer's output factor
-        dense = is_bias or size <= options.max_dense
-        blocks.append(ExactBlock(key, names, shapes, dense, layer))
-
-    for layer in coverage.layers:
-        names = layer.exact_params(options.separate_weight_and_bias, options.exact_bias)
-        if len({coverage.params[name].shape for name in names}) == len(names) == 2:
-            for name in names:  # of a kind whose parameters have no common rows
-                add(name, (name,), layer)
-        elif names:
-            add(layer.key("norm" if isinstance(layer.kind, ExactKind) else "bias"), names, layer)
-    for name in coverage.others:
-        add(name, (name,), None)
-    return blocks

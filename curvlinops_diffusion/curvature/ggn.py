@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
-from tqdm import tqdm
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
@@ -13,6 +12,7 @@ from curvlinops_diffusion.linalg.operator import ParameterSpaceOperator
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace, select_parameters
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.modes import differentiable_attention
+from curvlinops_diffusion.runtime.progress import draws_bar
 
 
 class DiffusionGGNLinearOperator(ParameterSpaceOperator):
@@ -66,16 +66,14 @@ class DiffusionGGNLinearOperator(ParameterSpaceOperator):
         super().__init__(ParameterSpace.of(self._params))
 
     @torch.no_grad()
-    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+    def multiply_tensors(self, X: list[Tensor]) -> list[Tensor]:
         """Multiply onto matrices in tensor list format ``[*shape, K]``."""
         # columns first: derivatives in contiguous directions are a third faster
         columns = [x.movedim(-1, 0).contiguous() for x in X]
         product = [torch.zeros_like(x, dtype=self.dtype) for x in columns]
         with (
             differentiable_attention(),
-            tqdm(
-                total=self._regression.num_samples, unit="draws", disable=not self._progressbar
-            ) as bar,
+            draws_bar(self._regression.num_samples, "G @ X", self._progressbar) as bar,
         ):
             for batch in self._regression.batches():
                 self._add_batch_product(product, batch, columns)

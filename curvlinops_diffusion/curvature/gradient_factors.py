@@ -13,9 +13,10 @@ from torch import Tensor
 
 from curvlinops_diffusion.curvature.gradient_pass import GradientPass
 from curvlinops_diffusion.curvature.kronecker_factors import KroneckerFactors, kronecker_factors
-from curvlinops_diffusion.curvature.options import KFACApprox, KFACOptions
+from curvlinops_diffusion.curvature.options import KFACApprox
+from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.layers import Coverage, Layer, Part
+from curvlinops_diffusion.layers import Layer, Part
 from curvlinops_diffusion.linalg.factors import identity_like, squared_norm, trace
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 from curvlinops_diffusion.runtime.sums import Sums
@@ -38,16 +39,13 @@ def contracted_outputs(g_NgOI: Tensor, B: Tensor, diagonal: bool = False) -> Ten
 
 
 def fitted_factors(
-    regression: NoisedRegression,
-    coverage: Coverage,
-    options: KFACOptions,
-    passes: PassOptions = PLAIN,
+    regression: NoisedRegression, plan: BlockPlan, passes: PassOptions = PLAIN
 ) -> KroneckerFactors:
     """The Kronecker factors that the options ask for, in one pass over the data or in several."""
-    factors = kronecker_factors(regression, coverage, options, passes)
-    if not options.kfac_approx.from_gradients:
+    factors = kronecker_factors(regression, plan, passes)
+    if not plan.options.kfac_approx.from_gradients:
         return factors
-    return gradient_factors(GradientPass(regression, coverage, options, passes), factors)
+    return gradient_factors(GradientPass(regression, plan, passes), factors)
 
 
 def gradient_factors(over: GradientPass, start: KroneckerFactors) -> KroneckerFactors:
@@ -71,13 +69,11 @@ def gradient_factors(over: GradientPass, start: KroneckerFactors) -> KroneckerFa
     Returns:
         The factors.
     """
-    # the factor of outputs is the weight's where a bias has a block of its own
-    parts = [own[0] for layer in over.coverage.layers if (own := over.parts(layer))]
-    parts = [part for part in parts if not part.is_bias]
-    moments = _Moments(over, {part.layer.name: part for part in parts})
-    A = {part.key: start.inputs[part.key] for part in parts}
-    B = {part.key: start.outputs[part.layer.name] for part in parts}
-    if over.options.kfac_approx is KFACApprox.SHAMPOO:
+    parts = over.plan.with_inputs
+    moments = _Moments(over, parts)
+    A = {part.key: start.inputs[part.input_key] for part in parts.values()}
+    B = {part.key: start.outputs[part.output_key] for part in parts.values()}
+    if over.plan.options.kfac_approx is KFACApprox.SHAMPOO:
         one_A = {key: identity_like(M) for key, M in A.items()}
         one_B = {key: identity_like(M) for key, M in B.items()}
         A = _divided(moments.of_inputs("Input factors", one_B), trace)
@@ -86,7 +82,7 @@ def gradient_factors(over: GradientPass, start: KroneckerFactors) -> KroneckerFa
         B = _divided(moments.of_outputs("Output factors", A), squared_norm, A)
         A = _divided(moments.of_inputs("Input factors", B), squared_norm, B)
         B = _divided(moments.of_outputs("Output factors again", A), squared_norm, A)
-    outputs = {part.layer.name: B[part.key] for part in parts}
+    outputs = {part.output_key: B[part.key] for part in parts.values()}
     return replace(start, inputs={**start.inputs, **A}, outputs={**start.outputs, **outputs})
 
 

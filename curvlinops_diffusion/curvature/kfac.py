@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from curvlinops_diffusion.curvature.exact_blocks import exact_blocks
 from curvlinops_diffusion.curvature.gradient_factors import fitted_factors
 from curvlinops_diffusion.curvature.kronecker_factors import KroneckerFactors
 from curvlinops_diffusion.curvature.options import FisherType, KFACApprox, KFACOptions
+from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.random_numbers import ProbeType
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.layers import Coverage, covered_parameters
+from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
-from curvlinops_diffusion.linalg.blocks import DenseBlock, KroneckerBlock
+from curvlinops_diffusion.linalg.blocks import Block, DenseBlock, KroneckerBlock
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace
-from curvlinops_diffusion.linalg.placement import PlacedBlock
 from curvlinops_diffusion.linalg.storage import versions
 from curvlinops_diffusion.runtime.digests import fingerprint
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
@@ -115,24 +114,23 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         progressbar: bool = False,
         passes: PassOptions = PLAIN,
     ):
-        options = KFACOptions.parse(
-            fisher_type,
-            mc_samples,
-            kfac_approx,
-            separate_weight_and_bias,
-            probe_type,
-            eigenvalue_draws,
-            gradient_group,
-            exact_bias,
-            max_dense,
-        )
+        arguments: dict[str, Any] = {
+            "fisher_type": fisher_type,
+            "mc_samples": mc_samples,
+            "kfac_approx": kfac_approx,
+            "separate_weight_and_bias": separate_weight_and_bias,
+            "probe_type": probe_type,
+            "eigenvalue_draws": eigenvalue_draws,
+            "gradient_group": gradient_group,
+            "exact_bias": exact_bias,
+            "max_dense": max_dense,
+        }
+        options = KFACOptions(**arguments)  # which turns values into enumerations
         model = regression.objective.model
-        gradients = options.fisher_type is not FisherType.FORWARD_ONLY
-        coverage = covered_parameters(model, params, gradients)
+        coverage = covered_parameters(model, params, options.has_gradients)
+        plan = BlockPlan.of(coverage, options)
         passes = replace(passes, progressbar=progressbar or passes.progressbar)
-        blocks = self._fit(regression, coverage, options, passes)
-        order = {name: i for i, name in enumerate(coverage.params)}
-        blocks.sort(key=lambda placed: min(order[name] for name in placed.params))
+        blocks = plan.place(self._fit(regression, plan, passes))
         info: dict[str, Any] = {
             "kind": self.KIND,
             "options": options.as_dict(),
@@ -146,26 +144,19 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
 
     @staticmethod
     def _fit(
-        regression: NoisedRegression, coverage: Coverage, options: KFACOptions, passes: PassOptions
-    ) -> list[PlacedBlock]:
-        """Compute the blocks."""
-        factors = fitted_factors(regression, coverage, options, passes)
-        blocks = []
-        for layer in coverage.layers:
-            for part in layer.parts(options.separate_weight_and_bias, options.exact_bias):
-                B = factors.outputs[layer.name]
-                block = (
-                    DenseBlock(B) if part.is_bias else KroneckerBlock(B, factors.inputs[part.key])
-                )
-                blocks.append(PlacedBlock(part.key, part.params, block, part.kind.transposed))
-        return blocks + exact_part(coverage, options, factors)
+        regression: NoisedRegression, plan: BlockPlan, passes: PassOptions
+    ) -> dict[str, Block]:
+        """Compute the blocks, by their key."""
+        factors = fitted_factors(regression, plan, passes)
+        blocks: dict[str, Block] = {}
+        for part in plan.parts:
+            B = factors.outputs[part.output_key]
+            blocks[part.key] = (
+                DenseBlock(B) if part.is_bias else KroneckerBlock(B, factors.inputs[part.input_key])
+            )
+        return blocks | exact_part(plan, factors)
 
 
-def exact_part(
-    coverage: Coverage, options: KFACOptions, factors: KroneckerFactors
-) -> list[PlacedBlock]:
-    """The blocks without Kronecker form."""
-    return [
-        PlacedBlock(exact.key, exact.params, exact.block(factors.exact[exact.key]))
-        for exact in exact_blocks(coverage, options)
-    ]
+def exact_part(plan: BlockPlan, factors: KroneckerFactors) -> dict[str, Block]:
+    """The blocks without Kronecker form, by their key."""
+    return {exact.key: exact.block(factors.exact[exact.key]) for exact in plan.exact}

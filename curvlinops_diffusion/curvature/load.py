@@ -43,8 +43,4 @@ def load_operator(path: str | PathLike[str], model: nn.Module) -> BlockDiagonalL
     kind, space, blocks, info = load_blocks(path, uncompiled(model))
     if kind not in _KINDS:
         raise ValueError(f"'{path}' holds an operator of unknown kind {kind!r}.")
-    cls = _KINDS[kind]
-    operator = cls.__new__(cls)
-    # the subclasses' own constructors would compute the blocks anew
-    BlockDiagonalLinearOperator.__init__(operator, space, blocks, info)
-    return operator
+    return _KINDS[kind].of_blocks(space, blocks, info)

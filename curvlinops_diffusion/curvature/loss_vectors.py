@@ -13,6 +13,7 @@ from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.checks import check_prediction
 from curvlinops_diffusion.diffusion.draws import Draws
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.layers.observation import Vectors
 
 
 def loss_vectors(
@@ -52,7 +53,7 @@ def loss_vectors(
 
 
 def num_loss_vectors(options: KFACOptions, output_size: int) -> int:
-    """How many loss vectors :func:`loss_vectors` yields for a prediction ``[B, output_size]``."""
+    """Count what :func:`loss_vectors` yields for a prediction ``[B, output_size]``."""
     return {
         FisherType.MC: options.mc_samples,
         FisherType.TYPE2: output_size,
@@ -61,19 +62,24 @@ def num_loss_vectors(options: KFACOptions, output_size: int) -> int:
     }[options.fisher_type]
 
 
-def check_batch_prediction(
-    regression: NoisedRegression, batch: NoisedBatch, prediction_BD: Tensor
-) -> None:
-    """Check that predictions are finite; name the example and the level if one is not."""
-    names = map(regression.name_of, batch.indices)
-    check_prediction(prediction_BD, names, batch.level_B)
+def checked_loss_vectors(regression: NoisedRegression, options: KFACOptions) -> Vectors:
+    """Loss vectors of a batch that is run forward and backward, once its predictions are finite.
 
+    Args:
+        regression: The source of random loss vectors, and of examples' names.
+        options: Which curvature.
 
-def numbered_loss_vectors(
-    regression: NoisedRegression, batch: NoisedBatch, prediction_BD: Tensor, options: KFACOptions
-) -> Iterator[tuple[Tensor, bool]]:
-    """Loss vectors, each with whether more will follow."""
-    total = num_loss_vectors(options, prediction_BD.shape[1])
-    vectors = loss_vectors(batch, prediction_BD, regression.draws, options)
-    for number, v_BD in enumerate(vectors, start=1):
-        yield v_BD, number < total
+    Returns:
+        Maps a batch and its prediction to loss vectors, each with whether more will follow. Raises
+        a ``ValueError`` that names the example and the level of a prediction that is not finite.
+    """
+
+    def vectors(batch: NoisedBatch, prediction_BD: Tensor) -> Iterator[tuple[Tensor, bool]]:
+        names = map(regression.name_of, batch.indices)
+        check_prediction(prediction_BD, names, batch.level_B)
+        total = num_loss_vectors(options, prediction_BD.shape[1])
+        found = loss_vectors(batch, prediction_BD, regression.draws, options)
+        for number, v_BD in enumerate(found, start=1):
+            yield v_BD, number < total
+
+    return vectors

@@ -1,4 +1,4 @@
-"""Loss vectors: ``v`` whose second moment is the curvature of the loss in the output."""
+"""The options of K-FAC and EK-FAC: which curvature, and how its blocks are approximated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ENOUGH_EIGENVALUE_DRAWS = 2**15
 
 
 class FisherType(str, Enum):
-    """Which curvature matrix is approximated, and how its expectation over ``v`` is taken.
+    """The curvature matrix that is approximated, and the way its expectation over ``v`` is taken.
 
     Attributes:
         MC: ``'mc'``, GGN of the model; ``mc_samples`` random loss vectors for each draw.
@@ -31,7 +31,7 @@ class FisherType(str, Enum):
 
 
 class KFACApprox(str, Enum):
-    """How the Kronecker factors are found, weight sharing above all.
+    """The way the Kronecker factors are found, weight sharing above all.
 
     Attributes:
         EXPAND: ``'expand'``, positions count as independent examples (Eschenhagen et al., 2023,
@@ -56,101 +56,82 @@ class KFACApprox(str, Enum):
 
 @dataclass(frozen=True)
 class KFACOptions:
-    """The options that K-FAC and EK-FAC share.
+    """The options that K-FAC and EK-FAC share, checked.
 
-    Attributes:
-        fisher_type: Which curvature, see :class:`FisherType`.
-        mc_samples: Loss vectors for each draw, with ``fisher_type='mc'``.
-        kfac_approx: ``'expand'``, ``'reduce'``, ``'shampoo'`` or ``'rank-one'``, see
-            :class:`KFACApprox`.
-        separate_weight_and_bias: Whether weight and bias are blocks of their own, or one.
-        probe_type: Distribution of the random loss vectors, ``'rademacher'`` or ``'gaussian'``.
-        eigenvalue_draws: Draws of each example for EK-FAC's eigenvalues; ``None`` to choose.
-        gradient_group: Successive examples whose gradients EK-FAC sums before it squares them.
-        exact_bias: Whether the block of a bias of its own is exact, rather than ``B``.
-        max_dense: Entries up to which an exact block of a norm, or of parameters in no known
-            layer, is kept whole; of larger ones the diagonal.
+    Operators, program and cost estimate hand this object on; what each option means is said once,
+    by :class:`~curvlinops_diffusion.DiffusionKFACLinearOperator`. Enumerations may be given by
+    their values.
+
+    Raises:
+        ValueError: If an option is unknown, or two contradict each other.
     """
 
-    fisher_type: FisherType
-    mc_samples: int
-    kfac_approx: KFACApprox
-    separate_weight_and_bias: bool
-    probe_type: ProbeType
+    fisher_type: FisherType = FisherType.MC
+    mc_samples: int = 1
+    kfac_approx: KFACApprox = KFACApprox.EXPAND
+    separate_weight_and_bias: bool = True
+    probe_type: ProbeType = ProbeType.RADEMACHER
     eigenvalue_draws: int | None = None
     gradient_group: int = 1
     exact_bias: bool = True
     max_dense: int = 1024
 
-    @classmethod
-    def parse(
-        cls,
-        fisher_type: str | FisherType,
-        mc_samples: int,
-        kfac_approx: str | KFACApprox,
-        separate_weight_and_bias: bool,
-        probe_type: str | ProbeType,
-        eigenvalue_draws: int | None = None,
-        gradient_group: int = 1,
-        exact_bias: bool = True,
-        max_dense: int = 1024,
-    ) -> KFACOptions:
-        """Check the options that a user passed.
+    def __post_init__(self) -> None:
+        """Check the options."""
+        for name, kind in _ENUMERATIONS.items():
+            object.__setattr__(self, name, check_option(name, getattr(self, name), kind))
+        for name in ("separate_weight_and_bias", "exact_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} arrived. Pass True or False.")
+        check_count("mc_samples", self.mc_samples)
+        check_count("gradient_group", self.gradient_group)
+        if self.eigenvalue_draws is not None:
+            check_count("eigenvalue_draws", self.eigenvalue_draws)
+        if self.max_dense != 0:
+            check_count("max_dense", self.max_dense)
+        self._check_draws()
+        self._check_gradients()
 
-        Raises:
-            ValueError: If an option is unknown, or ``mc_samples`` or ``gradient_group`` is given
-                for a Fisher type that draws nothing.
-        """
-        fisher_type = check_option("fisher_type", fisher_type, FisherType)
-        check_count("mc_samples", mc_samples)
-        if mc_samples != 1 and fisher_type is not FisherType.MC:
+    def _check_draws(self) -> None:
+        """Check what needs random loss vectors."""
+        if self.fisher_type is FisherType.MC:
+            return
+        arrived = f"arrived with fisher_type={self.fisher_type.value!r}"
+        if self.mc_samples != 1:
             raise ValueError(
-                f"mc_samples={mc_samples} arrived with fisher_type={fisher_type.value!r}. Only "
-                "'mc' draws loss vectors; pass mc_samples=1."
+                f"mc_samples={self.mc_samples} {arrived}. Only 'mc' draws loss vectors; pass "
+                "mc_samples=1."
             )
-        kfac_approx = check_option("kfac_approx", kfac_approx, KFACApprox)
-        if kfac_approx.from_gradients and fisher_type is FisherType.FORWARD_ONLY:
+        if self.gradient_group > 1:
             raise ValueError(
-                f"kfac_approx={kfac_approx.value!r} arrived with fisher_type='forward-only'. It "
-                "needs gradients: pass 'mc', 'type-2' or 'empirical', or 'expand' or 'reduce'."
+                f"gradient_group={self.gradient_group} {arrived}. Only the gradients of 'mc' are "
+                "independent with mean zero, so that squares of their sums are unbiased; pass "
+                "gradient_group=1."
             )
-        if eigenvalue_draws is not None:
-            check_count("eigenvalue_draws", eigenvalue_draws)
-        check_count("gradient_group", gradient_group)
-        if gradient_group > 1 and fisher_type is not FisherType.MC:
+
+    def _check_gradients(self) -> None:
+        """Check what factors from gradients need."""
+        if not self.kfac_approx.from_gradients:
+            return
+        approx = f"kfac_approx={self.kfac_approx.value!r}"
+        if self.fisher_type is FisherType.FORWARD_ONLY:
             raise ValueError(
-                f"gradient_group={gradient_group} arrived with fisher_type={fisher_type.value!r}. "
-                "Only the gradients of 'mc' are independent with mean zero, so that squares of "
-                "their sums are unbiased; pass gradient_group=1."
+                f"{approx} arrived with fisher_type='forward-only'. It needs gradients: pass 'mc', "
+                "'type-2' or 'empirical', or 'expand' or 'reduce'."
             )
-        for name, flag in (
-            ("separate_weight_and_bias", separate_weight_and_bias),
-            ("exact_bias", exact_bias),
-        ):
-            if not isinstance(flag, bool):
-                raise ValueError(f"{name}={flag!r} arrived. Pass True or False.")
-        if not exact_bias and kfac_approx.from_gradients:
+        if not self.exact_bias:
             raise ValueError(
-                f"exact_bias=False arrived with kfac_approx={kfac_approx.value!r}, whose B has a "
-                "scale only together with its A, so that it is no block of a bias. Leave "
-                "exact_bias=True."
+                f"exact_bias=False arrived with {approx}, whose B has a scale only together with "
+                "its A, so that it is no block of a bias. Leave exact_bias=True."
             )
-        if max_dense != 0:
-            check_count("max_dense", max_dense)
-        return cls(
-            fisher_type,
-            mc_samples,
-            kfac_approx,
-            separate_weight_and_bias,
-            check_option("probe_type", probe_type, ProbeType),
-            eigenvalue_draws,
-            gradient_group,
-            exact_bias,
-            max_dense,
-        )
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether there are backward passes."""
+        return self.fisher_type is not FisherType.FORWARD_ONLY
 
     def num_eigenvalue_draws(self, regression: NoisedRegression) -> int:
-        """How many draws of each example EK-FAC's eigenvalues are averaged over."""
+        """Choose how many draws of each example EK-FAC's eigenvalues are averaged over."""
         if self.eigenvalue_draws is not None:
             return self.eigenvalue_draws
         if self.fisher_type is not FisherType.MC:
@@ -161,3 +142,10 @@ class KFACOptions:
     def as_dict(self) -> dict[str, Any]:
         """The options as plain values, for the header of a saved operator."""
         return {key: getattr(value, "value", value) for key, value in vars(self).items()}
+
+
+_ENUMERATIONS: dict[str, type[Enum]] = {
+    "fisher_type": FisherType,
+    "kfac_approx": KFACApprox,
+    "probe_type": ProbeType,
+}

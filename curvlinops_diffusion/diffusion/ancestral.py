@@ -12,25 +12,7 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.diffusion.noise import NoiseProcess, PredictionType
-
-
-def clean_from(process: NoiseProcess, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
-    """The ``x0`` that a prediction (or the target) stands for, shape ``[B, D]``."""
-    x_BD = batch.x_t.flatten(1).to(prediction_BD)
-    alpha_B1, sigma_B1 = (
-        s_T[batch.level_B].to(prediction_BD).unsqueeze(1)
-        for s_T in (process.alphas_T, process.sigmas_T)
-    )
-    match process.prediction_type:
-        case PredictionType.EPSILON:
-            return (x_BD - sigma_B1 * prediction_BD) / alpha_B1
-        case PredictionType.SAMPLE:
-            return prediction_BD
-        case PredictionType.V:
-            return alpha_B1 * x_BD - sigma_B1 * prediction_BD
-        case PredictionType.FLOW:
-            return x_BD - sigma_B1 * prediction_BD
+from curvlinops_diffusion.diffusion.noise import NoiseProcess
 
 
 def discretised_log_probability(x_BD: Tensor, mean_BD: Tensor, std: float) -> Tensor:
@@ -111,31 +93,41 @@ class AncestralSteps:
             ValueError: If a noise predictor has a level without signal, where it is infinite.
         """
         squared_T, alpha_T = self.process.alphas_T.square(), self.alpha_T
-        # times α_t, which is zero at a level without signal
         factor_T = (1 - alpha_T).square() / (2 * self.variance_T * (1 - squared_T))
-        match self.process.prediction_type:
-            case PredictionType.SAMPLE:
-                return factor_T * self.previous_T / (1 - squared_T)
-            case PredictionType.V:
-                return factor_T * self.previous_T
-        if not alpha_T.all():
+        determinant_T = self.process.determinant_T()
+        if not determinant_T[self.process.alphas_T == 0].all():
             raise ValueError(
                 "The noise process has a level without signal (zero terminal signal-to-noise "
                 "ratio), where a prediction of the noise says nothing of x0 and the bound is "
                 "infinite. Measure 'loss' or a WeightedLoss, or predict 'v_prediction' or 'sample'."
             )
-        return factor_T / alpha_T
+        # the error of the noise is √ᾱ_t / determinant times that of the target; ᾱ_t / α_t = ᾱ_{t−1}
+        return factor_T * self.previous_T / determinant_T.square()
 
     def mean(self, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
         """The step's mean from the states of a batch, shape ``[B, D]``."""
         x_BD = batch.x_t.flatten(1).to(prediction_BD)
+        of_x0_B1, of_x_B1 = self._mean_coefficients(batch, prediction_BD)
+        return of_x0_B1 * self.process.clean(x_BD, prediction_BD, batch.level_B) + of_x_B1 * x_BD
+
+    def prediction_for(self, batch: NoisedBatch, mean_BD: Tensor) -> Tensor:
+        """The prediction whose step has a given mean: the inverse of :meth:`mean`."""
+        x_BD = batch.x_t.flatten(1).to(mean_BD)
+        of_x0_B1, of_x_B1 = self._mean_coefficients(batch, mean_BD)
+        x0_BD = (mean_BD - of_x_B1 * x_BD) / of_x0_B1
+        of_x_t, of_y = (
+            c_T[batch.level_B].to(mean_BD).unsqueeze(1) for c_T in self.process.clean_coefficients()
+        )
+        return (x0_BD - of_x_t * x_BD) / of_y
+
+    def _mean_coefficients(self, batch: NoisedBatch, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The coefficients of ``x0`` and ``x_t`` in the step's mean, shape ``[B, 1]``."""
         squared, previous, alpha = (
-            z_T[batch.level_B].to(x_BD).unsqueeze(1)
+            z_T[batch.level_B].to(like).unsqueeze(1)
             for z_T in (self.process.alphas_T.square(), self.previous_T, self.alpha_T)
         )
-        x0_BD = clean_from(self.process, batch, prediction_BD)
-        of_x0 = previous.sqrt() * (1 - alpha) / (1 - squared)
-        return of_x0 * x0_BD + alpha.sqrt() * (1 - previous) / (1 - squared) * x_BD
+        of_x0_B1 = previous.sqrt() * (1 - alpha) / (1 - squared)
+        return of_x0_B1, alpha.sqrt() * (1 - previous) / (1 - squared)
 
     def log_probability(
         self, batch: NoisedBatch, prediction_BD: Tensor, reached_BD: Tensor

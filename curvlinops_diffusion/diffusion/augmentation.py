@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvlinops_diffusion.diffusion.conditions import mapped
 from curvlinops_diffusion.diffusion.latents import Encoded
 
 #: Maps clean examples ``[B, ...]``, before any autoencoder, to their augmented version.
@@ -51,16 +52,14 @@ def chosen_versions(versions: Sequence[Encoded], version_B: Tensor) -> Encoded:
     if len(versions) == 1:
         return versions[0]
 
-    def choose(*parts: Any) -> Any:
-        if isinstance(parts[0], Mapping):
-            return {key: choose(*(p[key] for p in parts)) for key in parts[0]}
-        if isinstance(parts[0], Tensor) and parts[0].ndim > 0:
-            index = version_B.to(parts[0].device)
-            return torch.stack(parts)[index, torch.arange(len(index), device=index.device)]
-        return parts[0]
+    def choose(*entries: Any) -> Any:
+        if isinstance(entries[0], Tensor) and entries[0].ndim > 0:
+            index = version_B.to(entries[0].device)
+            return torch.stack(entries)[index, torch.arange(len(index), device=index.device)]
+        return entries[0]
 
     return Encoded(
         choose(*(v.mean for v in versions)),
         choose(*(v.std for v in versions)),
-        choose(*(v.condition for v in versions)),
+        mapped(choose, *(v.condition for v in versions)),
     )

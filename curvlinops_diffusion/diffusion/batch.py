@@ -5,14 +5,14 @@ Legend: B batch, D entries of an image or output.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.diffusion.conditions import rows_of
+from curvlinops_diffusion.diffusion.conditions import mapped, rows_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class NoisedBatch:
         weight_B: ``w_t r``.
     """
 
+    #: What has a row for each example
+    ROWS: ClassVar[tuple[str, ...]] = (
+        *("level_B", "x_t", "timestep_B", "condition", "target_BD", "weight_B"),
+    )
+
     indices: Sequence[int]
     draw: int
     level_B: Tensor
@@ -41,19 +46,11 @@ class NoisedBatch:
     target_BD: Tensor
     weight_B: Tensor
 
-    def select(self, positions: Sequence[int]) -> NoisedBatch:
+    def select(self, positions: Sequence[int]) -> Self:
         """The examples at some positions of the batch."""
         index = list(positions)
-        return replace(
-            self,
-            indices=[self.indices[i] for i in index],
-            level_B=self.level_B[index],
-            x_t=self.x_t[index],
-            timestep_B=self.timestep_B[index],
-            condition=rows_of(self.condition, index),
-            target_BD=self.target_BD[index],
-            weight_B=self.weight_B[index],
-        )
+        rows = {name: rows_of(getattr(self, name), index) for name in self.ROWS}
+        return replace(self, indices=[self.indices[i] for i in index], **rows)
 
     @staticmethod
     def interleaved(draws: Sequence[NoisedBatch]) -> NoisedBatch:
@@ -62,15 +59,13 @@ class NoisedBatch:
         if len(draws) == 1:
             return first
 
-        def together(*parts: Any) -> Any:
-            if isinstance(parts[0], Mapping):
-                return {key: together(*(p[key] for p in parts)) for key in parts[0]}
-            if isinstance(parts[0], Tensor) and parts[0].ndim > 0:
-                return torch.stack(parts, 1).flatten(0, 1)
-            return parts[0]
+        def in_a_row(*entries: Any) -> Any:
+            with_rows = isinstance(entries[0], Tensor) and entries[0].ndim > 0
+            return torch.stack(entries, 1).flatten(0, 1) if with_rows else entries[0]
 
-        named = ("level_B", "x_t", "timestep_B", "condition", "target_BD", "weight_B")
-        merged = {name: together(*(getattr(draw, name) for draw in draws)) for name in named}
+        merged = {
+            name: mapped(in_a_row, *(getattr(draw, name) for draw in draws)) for name in first.ROWS
+        }
         return replace(first, indices=[n for n in first.indices for _ in draws], **merged)
 
     def loss(self, prediction_BD: Tensor) -> Tensor:

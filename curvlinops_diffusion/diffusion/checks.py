@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvlinops_diffusion.diffusion.conditions import has_rows
+
 
 def check_images(x0: Any, first_index: int) -> Tensor:
     """Return a batch of clean examples if the diffusion can start from it.
@@ -53,8 +55,7 @@ def check_condition(condition: Any, batch_size: int, name: str = "condition") ->
         for key, value in condition.items():
             check_condition(value, batch_size, f"{name}[{key!r}]")
         return
-    batched = isinstance(condition, list) or (isinstance(condition, Tensor) and condition.ndim > 0)
-    if batched and len(condition) != batch_size:
+    if has_rows(condition) and len(condition) != batch_size:
         shape = tuple(condition.shape) if isinstance(condition, Tensor) else (len(condition),)
         raise ValueError(
             f"{name} arrived with shape {shape} beside {batch_size} clean "

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def rows_of(value: Any, index: slice | list[int]) -> Any:
+def mapped(function: Callable[..., Any], first: Any, *others: Any) -> Any:
+    """Apply a function to the corresponding entries of nested mappings.
+
+    Lists are entries (prompts), and every kind of mapping is walked through, unlike by torch's own
+    trees.
+    """
+    if isinstance(first, Mapping):
+        return {key: mapped(function, *(c[key] for c in (first, *others))) for key in first}
+    return function(first, *others)
+
+
+def has_rows(entry: Any) -> bool:
+    """Tell whether an entry has a row for each example: a tensor with axes, or a list."""
+    return isinstance(entry, list) or (isinstance(entry, Tensor) and entry.ndim > 0)
+
+
+def rows_of(condition: Any, index: slice | list[int]) -> Any:
     """Rows of every tensor with axes, and of every list, in a nested mapping."""
-    if isinstance(value, Mapping):
-        return {key: rows_of(entry, index) for key, entry in value.items()}
-    if isinstance(value, Tensor) and value.ndim > 0:
-        return value[index]
-    if isinstance(value, list):  # prompts
-        return value[index] if isinstance(index, slice) else [value[i] for i in index]
-    return value
+
+    def rows(entry: Any) -> Any:
+        if isinstance(entry, list) and not isinstance(index, slice):
+            return [entry[i] for i in index]
+        return entry[index] if has_rows(entry) else entry
+
+    return mapped(rows, condition)
 
 
 def leaves(condition: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -29,7 +45,21 @@ def leaves(condition: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{key}", value
 
 
-def _replaced(condition: Mapping[str, Any], null: Mapping[str, Any], mask_B: Tensor) -> dict:
+def nested(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested mapping whose :func:`leaves` these are."""
+    result: dict[str, Any] = {}
+    for name, value in entries.items():
+        *outer, last = name.split("/")
+        inner = result
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    return result
+
+
+def replaced(
+    condition: Mapping[str, Any], null: Mapping[str, Any], mask_B: Tensor
+) -> dict[str, Any]:
     """The entries named by ``null`` replaced by its values, for some examples."""
     result = dict(condition)
     for key, value in null.items():
@@ -40,7 +70,7 @@ def _replaced(condition: Mapping[str, Any], null: Mapping[str, Any], mask_B: Ten
             )
         given = condition[key]
         if isinstance(value, Mapping):
-            result[key] = _replaced(given, value, mask_B)
+            result[key] = replaced(given, value, mask_B)
             continue
         mask = mask_B.to(given.device).reshape(-1, *[1] * (given.ndim - 1))
         result[key] = torch.where(mask, torch.as_tensor(value).to(given), given)

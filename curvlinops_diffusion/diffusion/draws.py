@@ -98,15 +98,15 @@ class Draws:
         return -noise if self.antithetic and r % 2 else noise
 
     def latent_noise(self, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
-        """What the latents of draw ``r`` are sampled with, ``[B, *shape]``; as :meth:`noise`."""
+        """Draw what samples the latents of draw ``r``, ``[B, *shape]``; as :meth:`noise`."""
         return self._normal(_Stream.LATENT, n_B, self._sampled(r), shape)
 
     def dropped(self, n_B: Sequence[int], r: int, probability: float) -> Tensor:
-        """Whether the condition of draw ``r`` is dropped, shape ``[B]``."""
+        """Draw whether the condition of draw ``r`` is dropped, shape ``[B]``."""
         return torch.tensor(self._uniform(_Stream.CONDITION, n_B, r)) < probability
 
     def versions(self, n_B: Sequence[int], r: int, count: int) -> Tensor:
-        """Which of ``count`` augmented versions each example is seen in, shape ``[B]``."""
+        """Draw which of ``count`` augmented versions each example is seen in, shape ``[B]``."""
         if count == 1:
             return torch.zeros(len(n_B), dtype=torch.int64)
         uniform = torch.tensor(self._uniform(_Stream.AUGMENTATION, n_B, r), dtype=torch.float64)

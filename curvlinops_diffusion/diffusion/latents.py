@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvlinops_diffusion.diffusion.conditions import leaves
-from curvlinops_diffusion.runtime.digests import digest_of, fingerprint
+from curvlinops_diffusion.diffusion.conditions import leaves, nested
+from curvlinops_diffusion.runtime.digests import digest_of, fingerprint, raw_bytes
 from curvlinops_diffusion.runtime.files import FileKind, make_folder
 
 LATENTS = FileKind("condition", "the latents' cache", "Delete it; it will be written again.")
@@ -119,7 +119,7 @@ class LatentEncoder:
         return Encoded(self._pack(mean), std, condition)
 
     def _fingerprints(self) -> list[dict[str, str]]:
-        """Those of the encoders, computed once."""
+        """The encoders' fingerprints, computed once."""
         if self._weights is None:
             self._weights = [fingerprint(module) for module in self._modules]
         return self._weights
@@ -129,9 +129,8 @@ class LatentEncoder:
         for name, value in [("x0", x0), *leaves(condition)]:
             digest.update(name.encode())
             if isinstance(value, Tensor):
-                raw = value.detach().cpu().contiguous()
-                digest.update(str((raw.dtype, tuple(raw.shape))).encode())
-                digest.update(raw.flatten().view(torch.uint8).numpy().tobytes())
+                digest.update(str((value.dtype, tuple(value.shape))).encode())
+                digest.update(raw_bytes(value))
             else:
                 digest.update(json.dumps(value).encode())
         return digest.hexdigest()
@@ -151,17 +150,10 @@ def _write(path: Path, encoded: Encoded) -> None:
 
 
 def _read(path: Path) -> Encoded:
-    leaves, tensors = LATENTS.read(path)
-    if "mean" not in tensors or not isinstance(leaves, dict):
+    plain, tensors = LATENTS.read(path)
+    if "mean" not in tensors or not isinstance(plain, dict):
         raise LATENTS.damaged(path, "there are no latents")
     mean = tensors.pop("mean")
     std = tensors.pop("std", None)
-    leaves |= {name.removeprefix("condition/"): tensor for name, tensor in tensors.items()}
-    condition: dict[str, Any] = {}
-    for name, value in leaves.items():
-        *folders, last = name.split("/")
-        inner = condition
-        for folder in folders:
-            inner = inner.setdefault(folder, {})
-        inner[last] = value
-    return Encoded(mean, std, condition)
+    plain |= {name.removeprefix("condition/"): tensor for name, tensor in tensors.items()}
+    return Encoded(mean, std, nested(plain))

@@ -6,6 +6,7 @@ Legend: T noise levels, B batch. A *level* is an index ``0 .. T-1`` in order of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 class PredictionType(str, Enum):
-    """What the network regresses.
+    """The quantity that the network regresses.
 
     Attributes:
         EPSILON: ``'epsilon'``, the noise ``eps``.
@@ -29,6 +30,19 @@ class PredictionType(str, Enum):
     FLOW = "flow"
 
 
+Coefficient = Tensor | float
+
+#: What the network regresses, ``y = a x0 + b eps``: ``(a, b)`` from the scales ``alpha_t`` and
+#: ``sigma_t`` of every level. Targets, weights, predicted examples and noise, the means of
+#: ancestral steps and the drift of the probability flow all follow from a type's line.
+PREDICTIONS: dict[str, Callable[[Tensor, Tensor], tuple[Coefficient, Coefficient]]] = {
+    PredictionType.EPSILON: lambda alpha, sigma: (0.0, 1.0),
+    PredictionType.SAMPLE: lambda alpha, sigma: (1.0, 0.0),
+    PredictionType.V: lambda alpha, sigma: (-sigma, alpha),
+    PredictionType.FLOW: lambda alpha, sigma: (-1.0, 1.0),
+}
+
+
 @dataclass(frozen=True)
 class NoiseProcess:
     """The noising ``x_t = alpha_t x0 + sigma_t eps`` at every level, and the network's target.
@@ -37,7 +51,7 @@ class NoiseProcess:
         alphas_T: Signal scale of each level, float64, shape ``[T]``.
         sigmas_T: Noise scale of each level, float64, shape ``[T]``.
         timesteps_T: What the network is told at each level, shape ``[T]``.
-        prediction_type: What the network regresses.
+        prediction_type: What the network regresses: a key of :data:`PREDICTIONS`.
         variance: Which variance ancestral sampling adds, ``'small'`` (that of the posterior given
             ``x0``) or ``'large'`` (``beta_t``).
     """
@@ -45,8 +59,18 @@ class NoiseProcess:
     alphas_T: Tensor
     sigmas_T: Tensor
     timesteps_T: Tensor
-    prediction_type: PredictionType
+    prediction_type: PredictionType | str
     variance: str = "small"
+
+    def __post_init__(self) -> None:
+        """Check the prediction type.
+
+        Raises:
+            ValueError: If it is unknown.
+        """
+        if self.prediction_type not in PREDICTIONS:
+            known = sorted(str(getattr(name, "value", name)) for name in PREDICTIONS)
+            raise ValueError(f"prediction_type={self.prediction_type!r} is none of {known}.")
 
     @property
     def num_levels(self) -> int:
@@ -92,21 +116,74 @@ class NoiseProcess:
         return alpha * x0 + sigma * eps
 
     def target(self, x0: Tensor, eps: Tensor, level: Tensor) -> Tensor:
-        """What the network should predict; arguments and shape as in :meth:`noised`."""
-        match self.prediction_type:
-            case PredictionType.EPSILON:
-                return eps
-            case PredictionType.SAMPLE:
-                return x0
-            case PredictionType.FLOW:
-                return eps - x0
-            case PredictionType.V:
-                alpha, sigma = self._scales(x0, level)
-                return alpha * eps - sigma * x0
+        """The prediction that is right; arguments and shape as in :meth:`noised`."""
+        a, b = (_of_levels(c_T, x0, level) for c_T in self.target_coefficients())
+        return a * x0 + b * eps
+
+    def clean(self, x_t: Tensor, y: Tensor, level: Tensor) -> Tensor:
+        """The clean example that a prediction (or the target) stands for.
+
+        Args:
+            x_t: Noised examples, shape ``[B, ...]``.
+            y: What the network predicts of them, of the same shape.
+            level: Noise level of each example, shape ``[B]``.
+
+        Returns:
+            ``x0 = (b x_t − sigma_t y) / (b alpha_t − a sigma_t)``, shape ``[B, ...]``.
+        """
+        return self._solved(self.clean_coefficients(), x_t, y, level)
+
+    def noise(self, x_t: Tensor, y: Tensor, level: Tensor) -> Tensor:
+        """The noise that a prediction stands for; arguments and shape as in :meth:`clean`.
+
+        ``eps = (alpha_t y − a x_t) / (b alpha_t − a sigma_t)``.
+        """
+        return self._solved(self.noise_coefficients(), x_t, y, level)
+
+    def target_coefficients(self) -> tuple[Tensor, Tensor]:
+        """``a`` and ``b`` of ``y = a x0 + b eps`` at every level, float64, shape ``[T]``."""
+        a, b = PREDICTIONS[self.prediction_type](self.alphas_T, self.sigmas_T)
+        one_T = torch.ones_like(self.alphas_T)
+        return a * one_T, b * one_T
+
+    def determinant_T(self) -> Tensor:
+        """``b alpha_t − a sigma_t``; zero where a noised example and ``y`` do not tell ``x0``."""
+        a_T, b_T = self.target_coefficients()
+        return b_T * self.alphas_T - a_T * self.sigmas_T
+
+    def clean_coefficients(self) -> tuple[Tensor, Tensor]:
+        """The coefficients of ``x_t`` and ``y`` in ``x0``, shape ``[T]``.
+
+        Where ``y`` is a multiple of ``x0``, that holds at levels without noise as well.
+        """
+        a_T, b_T = self.target_coefficients()
+        determinant_T = self.determinant_T()
+        of_y_T = torch.where(b_T == 0, 1 / a_T, -self.sigmas_T / determinant_T)
+        return torch.where(b_T == 0, 0.0, b_T / determinant_T), of_y_T
+
+    def noise_coefficients(self) -> tuple[Tensor, Tensor]:
+        """The coefficients of ``x_t`` and ``y`` in ``eps``, shape ``[T]``.
+
+        Where ``y`` is a multiple of ``eps``, that holds at levels without signal as well.
+        """
+        a_T, b_T = self.target_coefficients()
+        determinant_T = self.determinant_T()
+        of_y_T = torch.where(a_T == 0, 1 / b_T, self.alphas_T / determinant_T)
+        return torch.where(a_T == 0, 0.0, -a_T / determinant_T), of_y_T
 
     def _scales(self, x0: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         """``alpha_t`` and ``sigma_t`` of each example, ready to multiply ``x0``."""
-        shape = (-1, *[1] * (x0.ndim - 1))
-        index = level.to(self.alphas_T.device)
-        alpha, sigma = (s_T[index].to(x0).reshape(shape) for s_T in (self.alphas_T, self.sigmas_T))
-        return alpha, sigma
+        return _of_levels(self.alphas_T, x0, level), _of_levels(self.sigmas_T, x0, level)
+
+    @staticmethod
+    def _solved(
+        coefficients: tuple[Tensor, Tensor], x_t: Tensor, y: Tensor, level: Tensor
+    ) -> Tensor:
+        of_x, of_y = (_of_levels(c_T, y, level) for c_T in coefficients)
+        return of_x * x_t + of_y * y
+
+
+def _of_levels(table_T: Tensor, like: Tensor, level: Tensor) -> Tensor:
+    """The entries of each example's level, ready to multiply ``[B, ...]``."""
+    entries = table_T[level.to(table_T.device)].to(like)
+    return entries.reshape(-1, *[1] * (like.ndim - 1))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.diffusion.conditions import _replaced
+from curvlinops_diffusion.diffusion.conditions import mapped, replaced
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.latents import Encoded
 from curvlinops_diffusion.diffusion.noise import NoiseProcess
@@ -26,7 +26,7 @@ from curvlinops_diffusion.runtime.modes import eager, uncompiled, without_checkp
 
 
 class Reduction(str, Enum):
-    """How squared errors are reduced over the ``D`` entries of the network's output.
+    """The reduction of squared errors over the ``D`` entries of the network's output.
 
     Attributes:
         MEAN: ``'mean'``, ``r = 1/D``.
@@ -174,14 +174,14 @@ class DenoisingObjective:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What determines the loss besides network and data, as plain values.
+        """Describe what determines the loss besides network and data, as plain values.
 
         ``process``, ``weighting``, ``encoder``, ``null_condition`` and ``model_kwargs`` are
         digests.
         """
         process, encoder = self.process, self._encode
         return {
-            "prediction_type": process.prediction_type.value,
+            "prediction_type": getattr(process.prediction_type, "value", process.prediction_type),
             "reduction": self.reduction.value,
             "condition_dropout": self.condition_dropout,
             "process": digest_of(process.alphas_T, process.sigmas_T, process.timesteps_T),
@@ -229,7 +229,7 @@ class DenoisingObjective:
         Raises:
             ValueError: If the null condition has an entry that the condition has not.
         """
-        return _replaced(condition, self.null_condition, dropped_B)
+        return replaced(condition, self.null_condition, dropped_B)
 
     def noise(
         self,
@@ -280,14 +280,37 @@ class DenoisingObjective:
         Raises:
             ValueError: If the output is no tensor of the shape of ``x_t``.
         """
+        return self.predict_from(batch.x_t, batch.timestep_B, batch.condition, params)
+
+    def predict_from(
+        self,
+        x_t: Tensor,
+        timestep_B: Tensor,
+        condition: dict[str, Any],
+        params: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """:meth:`predict` from what the network is told of a batch, and nothing else.
+
+        Args:
+            x_t: Noised examples, shape ``[B, ...]``.
+            timestep_B: Their timesteps.
+            condition: Further keyword arguments of the network.
+            params: Values that replace the model's own parameters, by name.
+
+        Returns:
+            The prediction, shape ``[B, D]``.
+
+        Raises:
+            ValueError: If the output is no tensor of the shape of ``x_t``.
+        """
         static = self._model_kwargs
-        static = static(batch.x_t, batch.condition) if callable(static) else static
-        args: tuple[Tensor, ...] = (batch.x_t,)
-        kwargs = {**batch.condition, **static}
+        static = static(x_t, condition) if callable(static) else static
+        args: tuple[Tensor, ...] = (x_t,)
+        kwargs = {**condition, **static}
         if self._timestep_by_name:
-            kwargs["timestep"] = batch.timestep_B
+            kwargs["timestep"] = timestep_B
         else:
-            args += (batch.timestep_B,)
+            args += (timestep_B,)
         # a cache of weights would outlive a change of parameters
         with (
             torch.autocast(
@@ -303,7 +326,7 @@ class DenoisingObjective:
             else:
                 with without_checkpoints(self.model):
                     output = functional_call(self.model, dict(params), args, kwargs)
-        return self._flatten(output, batch.x_t.shape)
+        return self._flatten(output, x_t.shape)
 
     def _flatten(self, output: Any, shape: torch.Size) -> Tensor:
         if not isinstance(output, Tensor):
@@ -325,8 +348,10 @@ class DenoisingObjective:
 
     def to_model(self, value: Any) -> Any:
         """Move a (nested) condition to the model's device, floating point to its precision."""
-        if isinstance(value, Mapping):
-            return {key: self.to_model(entry) for key, entry in value.items()}
-        if isinstance(value, Tensor):
-            return value.to(self.device, self.dtype if value.is_floating_point() else None)
-        return value
+
+        def moved(entry: Any) -> Any:
+            if not isinstance(entry, Tensor):
+                return entry
+            return entry.to(self.device, self.dtype if entry.is_floating_point() else None)
+
+        return mapped(moved, value)

@@ -1,4 +1,4 @@
-"""What the pipelines of ``diffusers`` say about the objective that their denoiser was trained with.
+"""Read the objective that a denoiser was trained with off its pipeline in ``diffusers``.
 
 A kind of pipeline is an entry of :data:`PIPELINES`.
 """
@@ -22,7 +22,7 @@ Cache = str | PathLike[str] | None
 
 @dataclass(frozen=True)
 class PipelineParts:
-    """What an objective is made of.
+    """The parts of an objective.
 
     Attributes:
         model: The denoiser.
@@ -99,7 +99,7 @@ def _prompted(
     pack: Callable[[Tensor], Tensor] | None = None,
     model_kwargs: Callable[[Tensor, dict[str, Any]], Any] | None = None,
 ) -> PipelineParts:
-    """What the pipelines with prompts share."""
+    """Take a pipeline with prompts apart."""
     encoders = [getattr(pipeline, f"text_encoder{i}", None) for i in ("", "_2", "_3")]
 
     def embed_prompts(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:

@@ -16,14 +16,19 @@ from torch import Tensor, nn
 from curvlinops_diffusion.diffusion.augmentation import augmentations, chosen_versions
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.checks import check_deterministic_mode, check_no_autocast
-from curvlinops_diffusion.diffusion.conditions import leaves
+from curvlinops_diffusion.diffusion.conditions import has_rows, leaves, nested
 from curvlinops_diffusion.diffusion.data import CleanBatch, CleanData, Wanted
-from curvlinops_diffusion.diffusion.draws import make_draws
+from curvlinops_diffusion.diffusion.draws import Draws, make_draws
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
-from curvlinops_diffusion.runtime.digests import fingerprint, name_of
+from curvlinops_diffusion.runtime.digests import fingerprint, name_of, raw_bytes
 from curvlinops_diffusion.runtime.modes import twice_differentiable
+from curvlinops_diffusion.runtime.sums import within
 
 T = TypeVar("T")
+
+
+# Under which the entries of a condition are named in a batch for ``curvlinops``
+_CONDITION = "condition"
 
 
 class _ScaledModel(nn.Module):
@@ -33,11 +38,49 @@ class _ScaledModel(nn.Module):
         super().__init__()
         self.model = objective.model
         self._objective = objective
+        self._plain: dict[str, Any] | None = None
 
-    def forward(self, X: Mapping[str, Any]) -> Tensor:
-        """Predict, in a form that can be differentiated in forward mode and twice."""
+    def forward(self, X: Mapping[str, Tensor]) -> Tensor:
+        """Predict, in a form that can be differentiated in forward mode and twice.
+
+        Depends on the batch through tensors alone, so that a graph traced on one batch is right
+        for another.
+        """
+        condition = nested({**within(_CONDITION, X), **(self._plain or {})})
         with twice_differentiable():
-            return X["scale"].unsqueeze(1) * self._objective.predict(X["batch"])
+            prediction_BD = self._objective.predict_from(X["x_t"], X["timestep"], condition)
+            return X["scale"].unsqueeze(1) * prediction_BD
+
+    def inputs(self, batch: NoisedBatch) -> dict[str, Tensor]:
+        """A batch as :meth:`forward` takes it: tensors by name.
+
+        Plain values of the condition (a flag, a number), which are the same for every batch, are
+        remembered instead.
+
+        Raises:
+            ValueError: If an entry of the condition is a list, or a plain value that changes.
+        """
+        scale_B = (batch.weight_B * batch.target_BD.shape[1]).sqrt()
+        X = {"x_t": batch.x_t, "timestep": batch.timestep_B, "scale": scale_B}
+        plain = {}
+        for name, value in leaves(batch.condition):
+            if isinstance(value, Tensor):
+                X[f"{_CONDITION}/{name}"] = value
+            elif isinstance(value, list):
+                raise ValueError(
+                    f"The condition '{name}' arrived as a list of {type(value[0]).__name__}. "
+                    "Operators of curvlinops take tensors: embed it by "
+                    "encode=LatentEncoder(embed=...) of the objective."
+                )
+            else:
+                plain[name] = value
+        if self._plain not in (None, plain):
+            raise ValueError(
+                f"The condition's plain values are {self._plain} in one batch and {plain} in "
+                "another. Operators of curvlinops take tensors: pass what changes as a tensor."
+            )
+        self._plain = plain
+        return X
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -87,6 +130,7 @@ class NoisedRegression:
             (Hammersley & Morton, 1956). Averages stay unbiased. Those of a trained network's
             gradients vary less, as these are nearly linear in the noise where they are largest,
             at little noise; those of curvature vary more, as it is nearly even in the noise.
+        draws: The draws themselves, in place of what they are made of above.
 
     Attributes:
         objective: The denoising objective.
@@ -119,15 +163,16 @@ class NoisedRegression:
         batch_size: int = 64,
         augment: Any = None,
         antithetic: bool = False,
+        draws: Draws | None = None,
     ):
         if not isinstance(objective, DenoisingObjective):
             raise ValueError(
                 f"The objective arrived as {type(objective).__name__}. Pass a DenoisingObjective."
             )
         self.objective = objective
-        self.draws = make_draws(
-            timesteps, num_draws, seed, objective.process.num_levels, antithetic
-        )
+        T = objective.process.num_levels
+        made = make_draws(timesteps, num_draws, seed, T, antithetic) if draws is None else draws
+        self.draws = made
         self._data = CleanData(data, batch_size)
         self._augmentations = augmentations(augment)
         self._data_identity: dict[str, Any] = {}  # shared with copies of other draws
@@ -162,7 +207,7 @@ class NoisedRegression:
         return self.num_data * self.num_draws
 
     def name_of(self, n: int) -> str:
-        """What example ``n`` is called in messages: its number, and its name if it has one."""
+        """Name example ``n`` in messages: by its number, and its name if it has one."""
         return f"{n}" if self._names is None else f"{n} ('{self._names[n]}')"
 
     def with_draws(self, num_draws: int) -> NoisedRegression:
@@ -183,7 +228,7 @@ class NoisedRegression:
         return fingerprint(self.objective.model)
 
     def identity(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """What determines a result, so that files of another one are not mistaken for it.
+        """Identify a result, so that files of another one are not mistaken for it.
 
         Args:
             settings: What else the result depends on, as plain values.
@@ -218,11 +263,10 @@ class NoisedRegression:
             for position in range(sizes[-1]):
                 for name, value in entries:
                     digest.update(name.encode())
-                    one = value[position] if _has_rows(value) else value
+                    one = value[position] if has_rows(value) else value
                     if isinstance(one, Tensor):
-                        raw = one.detach().cpu().contiguous()
-                        digest.update(f"{raw.dtype}{tuple(raw.shape)}".encode())
-                        digest.update(raw.flatten().view(torch.uint8).numpy().tobytes())
+                        digest.update(f"{one.dtype}{tuple(one.shape)}".encode())
+                        digest.update(raw_bytes(one))
                     else:
                         digest.update(repr(one).encode())
         batches = sizes[0] if len(set(sizes[:-1])) <= 1 and sizes[-1] <= sizes[0] else sizes
@@ -230,7 +274,7 @@ class NoisedRegression:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What determines the draws and the loss, for the header of a saved operator."""
+        """Describe what determines the draws and the loss, for the header of a saved operator."""
         return {
             "num_data": self.num_data,
             "num_draws": self.num_draws,
@@ -304,18 +348,22 @@ class NoisedRegression:
         for clean in self.clean_batches():
             yield from self.noised_batches(clean)
 
-    def __iter__(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """Yield ``(X, y)`` for ``curvlinops``: mappings, and scaled targets ``[B, D]``."""
+    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yield ``(X, y)`` for ``curvlinops``: mappings of tensors, and scaled targets ``[B, D]``.
+
+        ``X`` has ``x_t``, ``timestep``, ``scale``, and each entry of the condition under
+        ``condition/`` and its name, with a slash between the names of nested entries.
+
+        Raises:
+            ValueError: If an entry of the condition changes from batch to batch and is no tensor:
+                ``curvlinops`` compares batches by their tensors, and a traced network would take
+                anything else for a constant.
+        """
         for batch in self.batches():
-            scale_B = (batch.weight_B * batch.target_BD.shape[1]).sqrt()
-            X = {"x_t": batch.x_t, "scale": scale_B, "batch": batch}
-            yield X, scale_B.unsqueeze(1) * batch.target_BD
+            X = self.model_func.inputs(batch)
+            yield X, X["scale"].unsqueeze(1) * batch.target_BD
 
     @staticmethod
     def batch_size_fn(X: MutableMapping[str, Any]) -> int:
         """The number of (example, draw) pairs in a batch ``X``."""
         return len(X["x_t"])
-
-
-def _has_rows(value: Any) -> bool:
-    return isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)

@@ -1,4 +1,4 @@
-"""How the levels of an example's draws are chosen."""
+"""Schemes that choose the levels of an example's draws."""
 
 from __future__ import annotations
 

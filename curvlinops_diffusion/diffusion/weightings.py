@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.diffusion.noise import NoiseProcess, PredictionType
+from curvlinops_diffusion.diffusion.noise import NoiseProcess
 
 
 class ProcessWeighting(ABC):
@@ -28,7 +28,11 @@ class MinSNRWeighting(ProcessWeighting):
 
     The error of ``x0`` is a multiple of the error of the network's target, so that ``w_t`` becomes
     ``min(1, γ/SNR)`` for ``eps``, ``min(SNR, γ)`` for ``x0``, ``min(SNR, γ)/(SNR + 1)`` for ``v``
-    and ``min(SNR, γ) s²`` for flow matching (Hang et al., 2023, Section 3.4).
+    and ``min(SNR, γ) s²`` with ``s = sigma_t / (alpha_t + sigma_t)`` for flow matching. As the
+    error of ``eps`` is ``SNR`` times that of ``x0``, this is the smaller of the error of ``eps``
+    and ``γ`` times that of ``x0``, which is finite without signal and without noise.
+
+    Source: Hang et al., 2023, Section 3.4.
 
     Attributes:
         gamma: The cap γ on the signal-to-noise ratio.
@@ -38,14 +42,9 @@ class MinSNRWeighting(ProcessWeighting):
 
     def __call__(self, process: NoiseProcess) -> Tensor:
         """The weight of each level, float64, shape ``[T]``."""
-        snr_T = process.snr_T
-        match process.prediction_type:
-            case PredictionType.EPSILON:  # this form is finite at SNR = 0 (zero terminal SNR)
-                return (self.gamma / snr_T).clamp(max=1.0)
-            case PredictionType.SAMPLE:
-                return snr_T.clamp(max=self.gamma)
-            case PredictionType.V | PredictionType.FLOW:
-                return snr_T.clamp(max=self.gamma) * process.sigmas_T.square()
+        _, clean_of_y_T = process.clean_coefficients()
+        _, noise_of_y_T = process.noise_coefficients()
+        return torch.minimum(noise_of_y_T.square(), self.gamma * clean_of_y_T.square())
 
 
 @dataclass(frozen=True)

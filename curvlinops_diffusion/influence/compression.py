@@ -19,7 +19,7 @@ BLOCK = 64
 
 
 class Precision(str, Enum):
-    """How entries are stored.
+    """The precision that entries are stored in.
 
     Attributes:
         FLOAT32: ``'float32'``.
@@ -35,7 +35,7 @@ class Precision(str, Enum):
 
 
 class Projection(str, Enum):
-    """Which coordinates are kept.
+    """The choice of the coordinates that are kept.
 
     Attributes:
         NONE: ``'none'``, all.
@@ -51,7 +51,7 @@ class Projection(str, Enum):
 
 @dataclass(frozen=True)
 class Compression:
-    """How whitened gradients are stored.
+    """The form in which whitened gradients are stored.
 
     Attributes:
         precision: ``'float32'``, ``'bfloat16'``, ``'int8'`` or ``'nf4'`` (these two by
@@ -124,11 +124,11 @@ class Compression:
         scale = values.clamp(min=values[0] * 1e-12).rsqrt()
         return {"basis": (sample_BP.T.double() @ (vectors * scale)).to(sample_BP)}
 
-    def project(self, rows_BP: Tensor, kept: dict[str, Tensor]) -> Tensor:
+    def project(self, rows_BP: Tensor, projection: dict[str, Tensor]) -> Tensor:
         """The coordinates kept, ``[B, P] -> [B, k]``."""
-        if "index" in kept:
-            return rows_BP[:, kept["index"]]
-        return rows_BP @ kept["basis"] if "basis" in kept else rows_BP
+        if "index" in projection:
+            return rows_BP[:, projection["index"]]
+        return rows_BP @ projection["basis"] if "basis" in projection else rows_BP
 
     # -----------------------------------------------------------------------------------------
     # Bits

@@ -1,4 +1,4 @@
-"""What is made of training gradients as they stream past: scores, the extreme ones, sums.
+"""Consumers reduce training gradients as they stream past: to scores, the extreme ones, sums.
 
 Legend: Q queries, N training examples, B a batch of them, K groups, P parameters.
 """
@@ -26,7 +26,7 @@ class GradientConsumer(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """What was made of those seen so far; sums, so that parts can be added up."""
+        """The result of those seen so far, as sums, so that parts can be added up."""
 
     @abstractmethod
     def restore(self, tensors: Mapping[str, Tensor]) -> None:

@@ -18,10 +18,11 @@ from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.measurements.base import ExampleFunction, Measurement
-from curvlinops_diffusion.influence.measurements.registry import measure, measurement_gradient
+from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_gradient
 from curvlinops_diffusion.layers import Coverage, cover
-from curvlinops_diffusion.layers.example_gradients import check_observable, example_gradients
+from curvlinops_diffusion.layers.example_gradients import example_gradients
 from curvlinops_diffusion.layers.hooks import frozen
+from curvlinops_diffusion.layers.observable import check_observable
 from curvlinops_diffusion.runtime.modes import differentiable_attention, twice_differentiable
 
 
@@ -130,7 +131,7 @@ class PredictionGradients(ValueGradients):
         }
 
     def _averaged_gradient(self, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
-        """What is pulled back for a mean over draws: cheaper to divide than gradients."""
+        """The vector to pull back for a mean over draws: cheaper to divide than gradients."""
         pulled_BD = measurement_gradient(self._measurement, batch, prediction_BD)
         return pulled_BD / self.regression.num_draws
 
@@ -252,7 +253,7 @@ def _differentiated(regression: NoisedRegression, params: list[nn.Parameter]) ->
 
 
 def cheapest_grouping(num_examples: int, num_draws: int, at_once: int) -> tuple[int, int]:
-    """How many examples to see at once, and how many draws of each, by counted cost.
+    """Choose how many examples to see at once, and how many draws of each, by counted cost.
 
     The multiplications are the same however samples are divided into examples and draws; what
     differs is the memory moved, in units of the parameters: each pass through the network reads the

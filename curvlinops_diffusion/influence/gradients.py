@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
@@ -17,13 +16,14 @@ from curvlinops_diffusion.influence.derivatives import (
     ValueGradients,
 )
 from curvlinops_diffusion.influence.measurements.base import ExampleFunction
-from curvlinops_diffusion.influence.measurements.registry import measurement_of
+from curvlinops_diffusion.influence.measurements.evaluation import measurement_of
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace, select_parameters
-from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
+from curvlinops_diffusion.linalg.upstream import LinearOperator, input_shapes, output_shapes
 from curvlinops_diffusion.runtime.checks import check_count, check_finite
+from curvlinops_diffusion.runtime.progress import draws_bar
 
 
-class ExampleGradientLinearOperator(PyTorchLinearOperator):
+class ExampleGradientLinearOperator(LinearOperator):
     r"""The Jacobian ``J`` of the examples' measured values in the parameters, ``[N, P]``.
 
     Row ``n`` is the gradient of the value of example ``n``, averaged over its draws; for the
@@ -39,8 +39,8 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
         regression: Objective, data and draws.
         params: ``None`` for every parameter of the model; or a list of the model's parameters (or
             their names, as in an operator's ``param_names``), or a dict from names to parameters.
-        measurement: What is measured: ``'loss'``, ``'squared_norm'``, ``'simplified_elbo'``,
-            ``'elbo'``, ``'log_likelihood'``, an
+        measurement: What is measured: ``'loss'`` or another name (``docs/how_to.rst`` lists
+            them, from the registry), an
             :class:`~curvlinops_diffusion.ObjectiveMeasurement`, a function of (noised
             batch, prediction ``[B, D]``) that returns values ``[B]``, or an
             :class:`~curvlinops_diffusion.ExampleFunction` of (model, example, draws).
@@ -64,8 +64,6 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
         True
     """
 
-    SELF_ADJOINT = False
-
     def __init__(
         self,
         regression: NoisedRegression,
@@ -87,22 +85,13 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
         )
         self._progressbar = progressbar
         self._space = ParameterSpace.of(self._params)
-        super().__init__(list(self._space.shapes.values()), [(regression.num_data,)])
+        shapes = list(self._space.shapes.values())
+        super().__init__(shapes, [(regression.num_data,)], like=self._space, self_adjoint=False)
 
     @property
     def param_names(self) -> tuple[str, ...]:
         """Names of the parameters, in order."""
         return tuple(self._params)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the vectors that the operator acts on."""
-        return self._space.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the vectors that the operator acts on."""
-        return self._space.device
 
     # -----------------------------------------------------------------------------------------
     # Values and products
@@ -116,7 +105,7 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
             values_N[list(clean.indices)] = self._gradients.values(clean)
         return values_N
 
-    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+    def multiply_tensors(self, X: list[Tensor]) -> list[Tensor]:
         """Directional derivatives ``J @ X``: ``[*shape, K] -> [N, K]``."""
         directions = {
             name: x.to(p.dtype).movedim(-1, 0).contiguous()
@@ -127,7 +116,8 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
             result_NK[list(clean.indices)] = self._gradients.derivatives(clean, directions)
         return [result_NK]
 
-    def _adjoint(self) -> PyTorchLinearOperator:
+    def transposed(self) -> LinearOperator:
+        """``Jᵀ``: gradients of weighted sums of the values."""
         return _WeightedGradientLinearOperator(self)
 
     def weighted_gradient(self, weights_NK: Tensor) -> list[Tensor]:
@@ -200,12 +190,7 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
     # -----------------------------------------------------------------------------------------
 
     def _batches(self, description: str) -> Iterator[CleanBatch]:
-        with tqdm(
-            total=self.regression.num_samples,
-            desc=description,
-            unit="draws",
-            disable=not self._progressbar,
-        ) as bar:
+        with draws_bar(self.regression.num_samples, description, self._progressbar) as bar:
             for clean in self.regression.clean_batches():
                 yield clean
                 bar.update(len(clean.indices) * self.regression.num_draws)
@@ -219,28 +204,19 @@ class ExampleGradientLinearOperator(PyTorchLinearOperator):
                 check_finite(piece, f"The gradient of '{name}' for examples [{named}]")
 
 
-class _WeightedGradientLinearOperator(PyTorchLinearOperator):
+class _WeightedGradientLinearOperator(LinearOperator):
     """``Jᵀ``, ``[P, N]``: gradients of weighted sums of the examples' measured values."""
-
-    SELF_ADJOINT = False
 
     def __init__(self, jacobian: ExampleGradientLinearOperator):
         self._jacobian = jacobian
-        super().__init__(jacobian._out_shape, jacobian._in_shape)
+        shapes = output_shapes(jacobian), input_shapes(jacobian)
+        super().__init__(*shapes, like=jacobian, self_adjoint=False)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the vectors that the operator acts on."""
-        return self._jacobian.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the vectors that the operator acts on."""
-        return self._jacobian.device
-
-    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+    def multiply_tensors(self, X: list[Tensor]) -> list[Tensor]:
+        """Gradients of weighted sums: ``[N, K] -> [*shape, K]``."""
         (weights_NK,) = X
         return self._jacobian.weighted_gradient(weights_NK)
 
-    def _adjoint(self) -> PyTorchLinearOperator:
+    def transposed(self) -> LinearOperator:
+        """``J``."""
         return self._jacobian

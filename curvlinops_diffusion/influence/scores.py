@@ -27,7 +27,7 @@ from curvlinops_diffusion.influence.consumers import (
     TopScores,
 )
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
+from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator, input_shapes, output_shapes
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, run_pass
@@ -278,7 +278,7 @@ def _settings(
     queries: range,
     passes: PassOptions,
 ) -> dict[str, Any]:
-    """What scores depend on besides the training gradients, for checkpoints."""
+    """Describe what scores depend on besides the training gradients, for checkpoints."""
     if passes.checkpoint is None:
         return {}
     described: dict[str, Any] = {"queries": [queries.start, queries.stop]}
@@ -289,7 +289,7 @@ def _settings(
 
 
 def _curvature(G_inv: PyTorchLinearOperator) -> Any:
-    """How an operator was made, or if it does not say so, what it makes of a fixed vector."""
+    """Tell how an operator was made, or if it does not say so, what it makes of a fixed vector."""
     if hasattr(G_inv, "info"):
         return G_inv.info
     vector_P = torch.randn(G_inv.shape[1], generator=torch.Generator().manual_seed(0))
@@ -319,10 +319,10 @@ def _check_same_space(
     J_query: PyTorchLinearOperator, G_inv: PyTorchLinearOperator, J_train: PyTorchLinearOperator
 ) -> None:
     spaces = {
-        "J_query": J_query._in_shape,
-        "G_inv (in)": G_inv._in_shape,
-        "G_inv (out)": G_inv._out_shape,
-        "J_train": J_train._in_shape,
+        "J_query": input_shapes(J_query),
+        "G_inv (in)": input_shapes(G_inv),
+        "G_inv (out)": output_shapes(G_inv),
+        "J_train": input_shapes(J_train),
     }
     names = [getattr(op, "param_names", None) for op in (J_query, G_inv, J_train)]
     named = {n for n in names if n is not None}

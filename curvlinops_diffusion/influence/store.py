@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from curvlinops_diffusion.influence.compression import Compression, Projection
 from curvlinops_diffusion.influence.consumers import TopInfluences, TopScores
@@ -22,15 +21,20 @@ from curvlinops_diffusion.influence.whitening import Whitening
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.digests import name_of
-from curvlinops_diffusion.runtime.files import FileKind, differences, make_folder
+from curvlinops_diffusion.runtime.files import FileKind, check_same, make_folder
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.progress import draws_bar
 
 GRADIENTS = FileKind(
     "curvlinops_diffusion.gradients",
     "a store of gradients",
     "Delete it, and call GradientStore.create again.",
 )
+
+
+# The file in a store's folder that says what it is of, and holds what all batches share
+HEADER = "store.safetensors"
 
 
 class GradientStore:
@@ -60,11 +64,11 @@ class GradientStore:
         True
     """
 
-    def __init__(self, folder: Path, header: dict[str, Any], kept: dict[str, Tensor]):
+    def __init__(self, folder: Path, header: dict[str, Any], projection: dict[str, Tensor]):
         self.header = header
         self.num_data: int = header["identity"]["regression"]["num_data"]
         self._folder = folder
-        self._kept = kept
+        self._projection = projection
         self._compression = Compression(**header["identity"]["compression"])
         self._size: int = header["size"]
 
@@ -109,37 +113,36 @@ class GradientStore:
             },
         )
         whiten = Whitening(curvature, damping)
-        if share.rank == 0:
+        if share.rank == 0 and not (folder / HEADER).exists():
             make_folder(folder)
-            if not (folder / "store.safetensors").exists():
-                kept = _fit(J_train, whiten, compression)
-                size = _size(J_train, kept)
-                header = {"identity": identity, "size": size}
-                GRADIENTS.write(folder / "store.safetensors", kept, header)
+            projection = _fitted_projection(J_train, whiten, compression)
+            header = {"identity": identity, "size": _size(J_train, projection)}
+            GRADIENTS.write(folder / HEADER, projection, header)
         share.barrier()
         store = cls.open(folder)
-        different = differences(store.header["identity"], identity)
-        if different:
-            raise ValueError(
-                f"'{folder}' holds gradients of something else: {'; '.join(different[:5])}. Pass "
-                "another folder, or delete it."
-            )
-        regression = J_train.regression
-        with tqdm(
-            total=regression.num_samples,
-            desc="Storing gradients",
-            unit="draws",
-            disable=not passes.progressbar or share.rank > 0,
-        ) as bar:
-            for number, clean in regression.numbered_batches(
-                lambda n: share.takes(n) and not store._shard(n).exists()
-            ):
-                z_Bk = compression.project(whiten(J_train.rows_of(clean)), store._kept)
-                header = {"indices": list(clean.indices)}
-                GRADIENTS.write(store._shard(number), compression.encode(z_Bk), header)
-                bar.update(len(clean.indices) * regression.num_draws)
+        check_same(
+            store.header["identity"],
+            identity,
+            f"'{folder}' holds gradients of something else",
+            "Pass another folder, or delete it.",
+        )
+        store._write_missing(J_train, whiten, share, passes.progressbar and share.rank == 0)
         share.barrier()
         return store
+
+    def _write_missing(
+        self, J_train: ExampleGradientLinearOperator, whiten: Whitening, share: Share, shown: bool
+    ) -> None:
+        """Compute and write the batches that have no file yet; each process its own."""
+        regression, compression = J_train.regression, self._compression
+        with draws_bar(regression.num_samples, "Storing gradients", shown) as bar:
+            for number, clean in regression.numbered_batches(
+                lambda n: share.takes(n) and not self._shard(n).exists()
+            ):
+                z_Bk = compression.project(whiten(J_train.rows_of(clean)), self._projection)
+                header = {"indices": list(clean.indices)}
+                GRADIENTS.write(self._shard(number), compression.encode(z_Bk), header)
+                bar.update(len(clean.indices) * regression.num_draws)
 
     @classmethod
     def open(cls, folder: str | PathLike[str]) -> GradientStore:
@@ -149,11 +152,11 @@ class GradientStore:
             ValueError: If it holds no gradients, or they are damaged.
         """
         folder = Path(folder)
-        path = folder / "store.safetensors"
-        header, kept = GRADIENTS.read(path)
+        path = folder / HEADER
+        header, projection = GRADIENTS.read(path)
         try:
-            store = cls(folder, header, kept)
-            _check_kept(kept, store._compression, store._size)
+            store = cls(folder, header, projection)
+            _check_projection(projection, store._compression, store._size)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise GRADIENTS.damaged(path, f"{type(error).__name__}: {error}") from error
         return store
@@ -212,23 +215,24 @@ class GradientStore:
         identity = self.header["identity"]
         here = {"curvature": curvature.info, "params": list(J_query.param_names)}
         there = {key: identity[key] for key in here}
-        different = differences(there, json.loads(json.dumps(here)))
-        if different:
-            raise ValueError(
-                f"'{self._folder}' holds gradients for another curvature: "
-                f"{'; '.join(different[:5])}. Pass the operator that it was made with."
-            )
+        check_same(
+            there,
+            json.loads(json.dumps(here)),
+            f"'{self._folder}' holds gradients for another curvature",
+            "Pass the operator that it was made with.",
+        )
         whiten = Whitening(curvature, identity["damping"])
-        kept = {name: z.to(curvature.device) for name, z in self._kept.items()}
+        projection = {name: z.to(curvature.device) for name, z in self._projection.items()}
         P = curvature.shape[0]
-        if ("index" in kept and int(kept["index"].max()) >= P) or (
-            "basis" in kept and len(kept["basis"]) != P
+        if ("index" in projection and int(projection["index"].max()) >= P) or (
+            "basis" in projection and len(projection["basis"]) != P
         ):
             raise GRADIENTS.damaged(
                 self._folder / "store.safetensors", f"coordinates of other than {P} parameters"
             )
         parts = [
-            self._compression.project(whiten(rows_BP), kept) for _, rows_BP in J_query.row_batches()
+            self._compression.project(whiten(rows_BP), projection)
+            for _, rows_BP in J_query.row_batches()
         ]
         return torch.cat(parts).float()
 
@@ -256,10 +260,10 @@ class GradientStore:
         return self._folder / f"rows.{number:07}.safetensors"
 
 
-def _fit(
+def _fitted_projection(
     J_train: ExampleGradientLinearOperator, whiten: Whitening, compression: Compression
 ) -> dict[str, Tensor]:
-    """What is kept of the coordinates, from evenly spaced training examples."""
+    """Choose the coordinates that are kept, from evenly spaced training examples."""
     if compression.size is None:
         return {}
     N = J_train.shape[0]
@@ -268,23 +272,23 @@ def _fit(
     return compression.fit(whiten(J_train.rows(spaced)))
 
 
-def _check_kept(kept: dict[str, Tensor], compression: Compression, size: int) -> None:
-    """Check what is kept of the coordinates, as read from a file.
+def _check_projection(projection: dict[str, Tensor], compression: Compression, size: int) -> None:
+    """Check a projection that was read from a file.
 
     Raises:
         ValueError: If it is not what the compression chooses.
     """
     expected = {Projection.NONE: set(), Projection.LEADING: {"index"}, Projection.SVD: {"basis"}}
-    if set(kept) != expected[Projection(compression.projection)]:
-        raise ValueError(f"a projection that keeps {sorted(kept)}")
-    index, basis = kept.get("index"), kept.get("basis")
+    if set(projection) != expected[Projection(compression.projection)]:
+        raise ValueError(f"a projection that keeps {sorted(projection)}")
+    index, basis = projection.get("index"), projection.get("basis")
     if index is not None and (index.dtype != torch.int64 or index.ndim != 1 or index.min() < 0):
         raise ValueError("coordinates that are no numbers of coordinates")
     if basis is not None and (basis.ndim != 2 or basis.shape[1] != size):
         raise ValueError("a basis of another shape")
 
 
-def _size(J_train: ExampleGradientLinearOperator, kept: dict[str, Tensor]) -> int:
-    if "index" in kept:
-        return len(kept["index"])
-    return kept["basis"].shape[1] if "basis" in kept else J_train.shape[1]
+def _size(J_train: ExampleGradientLinearOperator, projection: dict[str, Tensor]) -> int:
+    if "index" in projection:
+        return len(projection["index"])
+    return projection["basis"].shape[1] if "basis" in projection else J_train.shape[1]

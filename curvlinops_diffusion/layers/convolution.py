@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import prod
 
 import torch
@@ -21,7 +20,7 @@ TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspo
 def windows(
     x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> Tensor:
-    """What a kernel's taps read at every output pixel, in any number of dimensions.
+    """Gather what a kernel's taps read at every output pixel, in any number of dimensions.
 
     Args:
         x: The input, already padded, shape ``[N, C, *size]``.
@@ -117,11 +116,12 @@ class ConvolutionKind(SharingKind):
 
     def input_moment(self, module: nn.Module, latest: LatestProduct) -> Moment:
         """Without patches, where that is cheaper."""
-        assert isinstance(module, Convolution)
-        planar = _planar(module)
+        convolution = module
+        assert isinstance(convolution, Convolution)
+        planar = _planar(convolution)
         if planar is None:
             return super().input_moment(module, latest)
-        return _ImageMoment(module, planar)
+        return PatchMoment(planar, lambda x: _as_images(convolution, x))
 
 
 def _planar(module: Convolution) -> Convolution2d | None:
@@ -162,25 +162,6 @@ def _as_images(module: Convolution, z: Tensor) -> Tensor:
     if isinstance(module, nn.Conv1d):
         return z.unsqueeze(2)
     return z.flatten(3) if isinstance(module, nn.Conv3d) else z
-
-
-class _ImageMoment:
-    """A running second moment of patches of what is read as images."""
-
-    def __init__(self, module: Convolution, planar: Convolution2d):
-        self._module, self._inner = module, PatchMoment(planar)
-
-    def add(self, x: Tensor, weight: float) -> None:
-        self._inner.add(_as_images(self._module, x), weight)
-
-    def total(self) -> Tensor:
-        return self._inner.total()
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self._inner.tensors()
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        self._inner.restore(tensors)
 
 
 class TransposedConvolutionKind(SharingKind):

@@ -1,4 +1,4 @@
-"""Which layers hold the selected parameters, and which parameters are in none."""
+"""Find the layers that hold the selected parameters, and the parameters in none."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ LAYER_KINDS: dict[type[nn.Module] | str, LayerKind] = {
 
 @dataclass(frozen=True)
 class Coverage:
-    """How each selected parameter is treated.
+    """The treatment of each selected parameter.
 
     Attributes:
         params: The covered parameters by name, in the order they were selected.
@@ -122,7 +122,7 @@ def _kind_of(
 
 
 def _kind_of_type(cls: type[Any]) -> LayerKind | None:
-    """What is known of a type itself, whatever it inherits from."""
+    """Look up what is known of a type itself, whatever it inherits from."""
     return LAYER_KINDS.get(cls) or LAYER_KINDS.get(f"{cls.__module__}.{cls.__qualname__}")
 
 

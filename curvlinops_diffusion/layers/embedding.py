@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.layers.kind import SharingKind
-from curvlinops_diffusion.layers.moments import LatestProduct, Moment, ProductMoment
+from curvlinops_diffusion.layers.moments import LatestProduct, Moment, SummedMoment
 
 
 class EmbeddingKind(SharingKind):
@@ -54,9 +54,16 @@ class EmbeddingKind(SharingKind):
         return torch.tensor(float(x.numel())).sqrt()
 
     def input_moment(self, module: nn.Module, latest: LatestProduct) -> Moment:
-        """Frequencies."""
-        assert isinstance(module, nn.Embedding)
-        return _Frequencies(module)
+        """Count each token: the diagonal of the second moment, in float64."""
+        embedding = module
+        assert isinstance(embedding, nn.Embedding)
+
+        def frequencies(x: Tensor) -> Tensor:
+            tokens = x.flatten()
+            weights = _counts(embedding, tokens).double()
+            return torch.bincount(tokens, weights=weights, minlength=embedding.num_embeddings)
+
+        return SummedMoment(frequencies)
 
     def weight_gradients(self, module: nn.Module, x: Tensor, g: Tensor, sums: int) -> Tensor:
         """Each token's gradients, added up."""
@@ -104,18 +111,3 @@ def _counts(module: nn.Embedding, tokens: Tensor) -> Tensor:
     if module.padding_idx is None:
         return torch.ones_like(tokens)
     return (tokens != module.padding_idx).to(tokens)
-
-
-class _Frequencies(ProductMoment):
-    """A running sum of how often each token occurs, the diagonal of the second moment."""
-
-    def __init__(self, module: nn.Embedding):
-        super().__init__()
-        self._module = module
-
-    def product(self, x: Tensor) -> Tensor:
-        V, tokens = self._module.num_embeddings, x.flatten()
-        return torch.bincount(tokens, weights=_counts(self._module, tokens).double(), minlength=V)
-
-    def total(self) -> Tensor:
-        return super().total().to(torch.promote_types(self._module.weight.dtype, torch.float32))

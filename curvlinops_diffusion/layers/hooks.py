@@ -1,9 +1,6 @@
-"""Hooks: what the layers of a network see, and the gradients that follow from it.
+"""Hooks: what the layers of a network see in a forward pass, and in the backward passes of it.
 
-Backward passes stop at the outputs of the layers: parameters are frozen meanwhile, so no weight
-gradient is formed.
-
-Legend: N (or B) batch, S weight-sharing positions, I inputs, O outputs, D entries of a prediction.
+Legend: B batch, D entries of a prediction.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvlinops_diffusion.layers import Layer
+from curvlinops_diffusion.layers.layer import Layer
 
 
 @contextmanager
@@ -35,21 +32,23 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Tap:
-    """What the layers of a network saw in its latest forward pass.
+    """A record of what the layers of a network saw in its latest forward pass.
 
     Attributes:
-        on_input: Called with (layer, input) in the forward pass, or ``None``.
-        on_gradient: Called with (layer, call number, gradient) in the backward pass, or ``None``.
+        on_input: Called with (layer, input) in the forward pass.
+        on_gradient: Called with (layer, call number, gradient, number of calls) in the backward
+            pass, or ``None``.
         sources: Outputs at which the graph begins: a backward pass need go no further.
         calls: How often each layer was called, by name.
         batch_size: The leading axis that every layer must have.
     """
 
-    on_input: Callable[[Layer, Tensor], None] | None
-    on_gradient: Callable[[Layer, int, Tensor], None] | None
+    on_input: Callable[[Layer, Tensor], None]
+    on_gradient: Callable[[Layer, int, Tensor, int], None] | None
     sources: list[Tensor] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
     batch_size: int = 0
+    _latest: tuple[Tensor, int, Tensor] | None = None
     _recomputing: bool = False
     _paused: bool = False
 
@@ -67,7 +66,7 @@ class Tap:
 
     def restart(self, batch_size: int) -> None:
         """Forget the latest forward pass."""
-        self.sources, self.calls, self.batch_size = [], {}, batch_size
+        self.sources, self.calls, self.batch_size, self._latest = [], {}, batch_size, None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -96,10 +95,9 @@ class Tap:
             )
         call = self.calls.get(layer.name, 0)
         self.calls[layer.name] = call + 1
-        if self.on_input is not None:
-            # what is computed from the input is not part of the network
-            with torch.autocast(x.device.type, enabled=False):
-                self.on_input(layer, x.detach())
+        # what is computed from the input is not part of the network
+        with torch.autocast(x.device.type, enabled=False):
+            self.on_input(layer, self._shown(x))
         if self.on_gradient is None or not torch.is_grad_enabled():
             return None
         replaced = None
@@ -109,9 +107,18 @@ class Tap:
         output.register_hook(partial(self._report, layer, call))
         return replaced
 
+    def _shown(self, x: Tensor) -> Tensor:
+        """The input without its graph: one tensor for layers that are given one, unless it changes.
+
+        So they can share what is computed from it.
+        """
+        if self._latest is None or x is not self._latest[0] or x._version != self._latest[1]:
+            self._latest = (x, x._version, x.detach())
+        return self._latest[2]
+
     def _report(self, layer: Layer, call: int, g: Tensor) -> None:
         assert self.on_gradient is not None
-        self.on_gradient(layer, call, g.detach())
+        self.on_gradient(layer, call, g.detach(), self.calls[layer.name])
 
 
 def _start_of_graph(output: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,66 +139,3 @@ def tapped(layers: Sequence[Layer], tap: Tap) -> Iterator[Tap]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-class CallRecorder:
-    """Brings together what all calls of a layer saw in one backward pass.
-
-    A layer may be called several times in a forward pass; its gradient is the sum over the calls,
-    so their positions are laid side by side. A layer is handed on as soon as its last gradient has
-    arrived, so that nothing outlives its layer.
-
-    Args:
-        tap_calls: How often each layer is called, see :attr:`Tap.calls`.
-        consume: Called with (layer, inputs, gradients), each a list over the calls.
-    """
-
-    def __init__(self, consume: Callable[[Layer, list[Tensor], list[Tensor]], None]):
-        self._consume = consume
-        self.tap = Tap(self._input, self._gradient)
-        self._inputs: dict[str, list[Tensor]] = {}
-        self._gradients: dict[str, dict[int, Tensor]] = {}
-        self._layers: dict[str, Layer] = {}
-
-    def start_forward(self, batch_size: int) -> None:
-        """Forget the previous forward pass."""
-        self.tap.restart(batch_size)
-        self._inputs.clear()
-
-    def forget(self) -> None:
-        """Let go of what the latest pass saw.
-
-        Recorder, tap and the graph's hooks refer to each other, so that tensors would otherwise
-        live until Python looks for such circles, which it does not do for want of memory.
-        """
-        self.tap.restart(0)
-        self._inputs.clear()
-        self._gradients.clear()
-
-    def backward(self, prediction_BD: Tensor, v_BD: Tensor, retain_graph: bool = False) -> None:
-        """Run a backward pass and hand every layer on."""
-        self.tap.backward(prediction_BD, v_BD, retain_graph)
-        # layers of which some call does not influence the prediction
-        for name in list(self._gradients):
-            self._hand_on(self._layers[name])
-
-    def _input(self, layer: Layer, x: Tensor) -> None:
-        self._inputs.setdefault(layer.name, []).append(x)
-        self._layers[layer.name] = layer
-
-    def _gradient(self, layer: Layer, call: int, g: Tensor) -> None:
-        arrived = self._gradients.setdefault(layer.name, {})
-        arrived[call] = g
-        if len(arrived) == self.tap.calls[layer.name]:
-            self._hand_on(layer)
-
-    def _hand_on(self, layer: Layer) -> None:
-        arrived = self._gradients.pop(layer.name)
-        inputs = self._inputs[layer.name]
-        order = sorted(arrived)
-        self._consume(layer, [inputs[call] for call in order], [arrived[call] for call in order])
-
-
-def in_precision(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Floating-point tensors in a precision; tokens as they are."""
-    return [z.to(dtype) if z.is_floating_point() else z for z in tensors]

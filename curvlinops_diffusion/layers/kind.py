@@ -1,4 +1,4 @@
-"""What has to be known of a type of layer.
+"""Kinds of layers: what has to be known of a type.
 
 A :class:`SharingKind` reads a layer as a linear map with weight sharing: ``[N, S, I]`` in,
 ``[N, S, O]`` out, gradient ``Σ_s b_s a_sᵀ``; its block is of Kronecker form. An :class:`ExactKind`
@@ -19,7 +19,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from curvlinops_diffusion.layers.moments import LatestProduct, Moment, ProductMoment, second_moment
+from curvlinops_diffusion.layers.moments import LatestProduct, Moment, SummedMoment, second_moment
 from curvlinops_diffusion.layers.rotated_squares import (
     rotated_squares,
     rotated_squares_of_inputs,
@@ -28,7 +28,7 @@ from curvlinops_diffusion.layers.rotated_squares import (
 
 
 class LayerKind:
-    """What all kinds of layers say.
+    """The properties that all kinds of layers have.
 
     Attributes:
         weight_name: The name of the parameter that multiplies the input.
@@ -43,7 +43,7 @@ class LayerKind:
         return ""
 
     def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
-        """Whether the first axis of this input is one that examples can be told apart by."""
+        """Tell whether the first axis of this input is one that examples can be told apart by."""
         return x.ndim >= 2
 
 
@@ -114,8 +114,13 @@ class SharingKind(LayerKind, ABC):
         return self.inputs(module, x).norm()
 
     def input_moment(self, module: nn.Module, latest: LatestProduct) -> Moment:
-        """A new running ``Σ_n Σ_s a_s a_sᵀ`` of the module's inputs."""
-        return _InputMoment(self, module)
+        """A new running ``Σ_n Σ_s a_s a_sᵀ`` of the module's inputs.
+
+        Args:
+            module: The module.
+            latest: Shares products among layers whose inputs are rows of one tensor.
+        """
+        return SummedMoment(lambda x: second_moment(self.inputs(module, x)))
 
     def bias_gradients(self, module: nn.Module, g: Tensor) -> Tensor:
         """The bias' gradients, shape ``[N, bias entries]``."""
@@ -197,14 +202,3 @@ def fold(z_NgSI: Tensor, sums: int) -> Tensor:
 def extend(a_NgSI: Tensor) -> Tensor:
     """Inputs extended by a one."""
     return nn.functional.pad(a_NgSI, (0, 1), value=1.0)
-
-
-class _InputMoment(ProductMoment):
-    """A running second moment of any kind's inputs."""
-
-    def __init__(self, kind: SharingKind, module: nn.Module):
-        super().__init__()
-        self._kind, self._module = kind, module
-
-    def product(self, x: Tensor) -> Tensor:
-        return second_moment(self._kind.inputs(self._module, x))

@@ -5,7 +5,7 @@ Legend: N examples, g an optional axis of groups, S positions, I inputs, O outpu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from curvlinops_diffusion.layers.kind import ExactKind, LayerKind, SharingKind, fold
-from curvlinops_diffusion.layers.moments import LatestProduct, Moment
+from curvlinops_diffusion.layers.moments import ExtendedMoment, LatestProduct, Moment
 from curvlinops_diffusion.linalg.placement import Arrangement
-from curvlinops_diffusion.runtime.sums import prefixed, within
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,14 +110,9 @@ class Layer:
             return weight
         return (*weight, Part(self, PartKind.BIAS, (self.bias,)))
 
-    def exact_params(self, separate: bool, exact_bias: bool) -> tuple[str, ...]:
-        """Names of the parameters whose block is exact."""
-        inside = {name for part in self.parts(separate, exact_bias) for name in part.params}
-        return tuple(name for name in self.params if name not in inside)
-
 
 class PartKind(str, Enum):
-    """Which of a layer's parameters form a block."""
+    """The parameters of a layer that form a block."""
 
     WEIGHT = "weight"
     BIAS = "bias"
@@ -141,7 +135,7 @@ class Part:
 
     @property
     def kind(self) -> SharingKind:
-        """What is known of the layer's type."""
+        """The kind of the layer."""
         assert isinstance(self.layer.kind, SharingKind)
         return self.layer.kind
 
@@ -149,6 +143,17 @@ class Part:
     def key(self) -> str:
         """A name that is unique within the model."""
         return self.layer.key(self.part_kind.value)
+
+    @property
+    def input_key(self) -> str:
+        """The key of its input factor; a bias has none."""
+        assert not self.is_bias
+        return self.key
+
+    @property
+    def output_key(self) -> str:
+        """The key of its output factor, which all blocks of a layer share."""
+        return self.layer.name
 
     @property
     def is_bias(self) -> bool:
@@ -180,7 +185,9 @@ class Part:
     def input_moment(self, latest: LatestProduct) -> Moment:
         """A new running ``Σ_n Σ_s a_s a_sᵀ``; not for a bias."""
         inner = self.kind.input_moment(self.layer.module, latest)
-        return _ExtendedMoment(self, inner) if self.part_kind is PartKind.JOINT else inner
+        if self.part_kind is not PartKind.JOINT:
+            return inner
+        return ExtendedMoment(inner, lambda x: self.input_sum(x, len(x)).sum(0))
 
     def weight_gradients(self, xs: Sequence[Tensor], gs: Sequence[Tensor], N: int) -> Tensor:
         """Gradients of the examples, summed over calls, ``[N, *g, O, I]``; not for a bias."""
@@ -209,32 +216,3 @@ class Part:
         total = torch.stack([self.layer.gradients(g, sums).sum(-2) for g in gs]).sum(0)
         rotated = total if U_B is None else (total.unsqueeze(-2) @ U_B).squeeze(-2)
         return rotated.square().sum(0).unsqueeze(-1)
-
-
-class _ExtendedMoment:
-    """The second moment of inputs that are extended by a one, from that of the inputs."""
-
-    def __init__(self, part: Part, inner: Moment):
-        self._part = part
-        self._inner = inner
-        self._extended: Tensor | None = None  # the last row: Σ [a, 1]
-
-    def add(self, x: Tensor, weight: float) -> None:
-        self._inner.add(x, weight)
-        new = self._part.input_sum(x, len(x)).sum(0) * weight
-        self._extended = new if self._extended is None else self._extended + new
-
-    def total(self) -> Tensor:
-        assert self._extended is not None
-        total = pad(self._inner.total(), (0, 1, 0, 1))
-        total[..., -1, :], total[..., :, -1] = self._extended, self._extended
-        return total
-
-    def tensors(self) -> dict[str, Tensor]:
-        if self._extended is None:
-            return {}
-        return {"extended": self._extended, **prefixed("inner", self._inner.tensors())}
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        self._extended = tensors.get("extended")
-        self._inner.restore(within("inner", tensors))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from curvlinops_diffusion.layers.kind import SharingKind
-from curvlinops_diffusion.layers.moments import LatestProduct, Moment, RowMoment
+from curvlinops_diffusion.layers.moments import LatestProduct, Moment, SummedMoment
 
 
 class LinearKind(SharingKind):
@@ -31,4 +31,4 @@ class LinearKind(SharingKind):
 
     def input_moment(self, module: nn.Module, latest: LatestProduct) -> Moment:
         """Layers that share an input share its product."""
-        return RowMoment(latest)
+        return SummedMoment(latest.of)

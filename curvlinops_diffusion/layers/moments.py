@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from curvlinops_diffusion.runtime.sums import Running
+from curvlinops_diffusion.runtime.sums import Running, prefixed, within
 
 
 def second_moment(z_NgSI: Tensor) -> Tensor:
@@ -25,14 +25,28 @@ class Moment(Running, Protocol):
         """Add ``weight · Σ_n Σ_s a_s a_sᵀ`` of the layer's input ``x``."""
 
     def total(self) -> Tensor:
-        """The sum, shape ``[I, I]``."""
+        """The sum, ``[*g, I, I]``, or its diagonal ``[I]``."""
 
 
-class PlainMoment:
-    """A moment that is kept as it is."""
+class SummedMoment:
+    """A moment whose terms are added up as they are.
 
-    def __init__(self) -> None:
+    Args:
+        product: Maps a layer's input to ``Σ_n Σ_s a_s a_sᵀ``; the result is not changed, and may be
+            held on to by others.
+    """
+
+    def __init__(self, product: Callable[[Tensor], Tensor]):
+        self._product = product
         self._total: Tensor | None = None
+
+    def add(self, x: Tensor, weight: float) -> None:
+        """Add ``weight`` times the product."""
+        product = self._product(x)
+        if self._total is None:
+            self._total = product * weight
+        else:
+            self._total.add_(product, alpha=weight)
 
     def total(self) -> Tensor:
         """The sum."""
@@ -48,66 +62,63 @@ class PlainMoment:
         self._total = tensors.get("total")
 
 
-class ProductMoment(PlainMoment, ABC):
-    """A moment to which products are added."""
-
-    @abstractmethod
-    def product(self, x: Tensor) -> Tensor:
-        """``Σ_n Σ_s a_s a_sᵀ``; may be kept by others, and is not changed."""
-
-    def add(self, x: Tensor, weight: float) -> None:
-        """Add ``weight`` times the product."""
-        product = self.product(x)
-        if self._total is None:
-            self._total = product * weight
-        else:
-            self._total.add_(product, alpha=weight)
-
-
-class RowMoment(ProductMoment):
-    """The second moment of inputs whose last axis is what the weight multiplies.
-
-    Successive moments of one and the same input share their product: the projections to queries,
-    keys and values of an attention layer read the same tokens.
+class ExtendedMoment:
+    """The second moment of inputs that are extended by a one, from that of the inputs.
 
     Args:
-        latest: The input most recently seen by moments that share it.
+        inner: The moment of the inputs.
+        extended_sum: Maps a layer's input to ``Σ_n Σ_s [a_s, 1]``, ``[*g, I + 1]``.
     """
 
-    def __init__(self, latest: LatestProduct):
-        super().__init__()
-        self._latest = latest
+    def __init__(self, inner: Moment, extended_sum: Callable[[Tensor], Tensor]):
+        self._inner = inner
+        self._extended_sum = extended_sum
+        self._last_row: Tensor | None = None
 
-    def product(self, x: Tensor) -> Tensor:
-        """``Σ x xᵀ`` over all but the last axis of ``x``."""
-        return self._latest.of(x)
+    def add(self, x: Tensor, weight: float) -> None:
+        """Add ``weight`` times the extended inputs' moment."""
+        self._inner.add(x, weight)
+        new = self._extended_sum(x) * weight
+        self._last_row = new if self._last_row is None else self._last_row + new
+
+    def total(self) -> Tensor:
+        """The sum, ``[*g, I + 1, I + 1]``."""
+        assert self._last_row is not None
+        total = pad(self._inner.total(), (0, 1, 0, 1))
+        total[..., -1, :], total[..., :, -1] = self._last_row, self._last_row
+        return total
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name."""
+        if self._last_row is None:
+            return {}
+        return {"extended": self._last_row, **prefixed("inner", self._inner.tensors())}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from sums."""
+        self._last_row = tensors.get("extended")
+        self._inner.restore(within("inner", tensors))
 
 
 class LatestProduct:
-    """``xᵀ x`` of the latest input, computed once while the same input comes again."""
+    """``xᵀ x`` of the latest input, computed once while the same input comes again.
+
+    The projections to queries, keys and values of an attention layer read the same tokens. Layers
+    that were given one tensor are shown one (see :class:`~curvlinops_diffusion.layers.hooks.Tap`),
+    so that the same input is the same object.
+    """
 
     def __init__(self) -> None:
         self._x: Tensor | None = None
-        self._version = 0
         self._product = torch.empty(0)
 
     def of(self, x: Tensor) -> Tensor:
         """``Σ x xᵀ`` over all but the last axis."""
-        if not self._is_latest(x):
+        if x is not self._x:
             rows = x.reshape(-1, x.shape[-1])
-            # holding on to the input keeps its memory from being given to another
-            self._x, self._version, self._product = x, x._version, rows.T @ rows
+            self._x, self._product = x, rows.T @ rows
         return self._product
 
     def forget(self) -> None:
         """Let go of the latest input."""
         self._x = None
-
-    def _is_latest(self, x: Tensor) -> bool:
-        return (
-            self._x is not None
-            and x.data_ptr() == self._x.data_ptr()
-            and x.shape == self._x.shape
-            and x.stride() == self._x.stride()
-            and x._version == self._version
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement, product
 from math import pi
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, unfold
 
-from curvlinops_diffusion.layers.moments import PlainMoment
+from curvlinops_diffusion.layers.moments import SummedMoment, second_moment
 from curvlinops_diffusion.layers.patches import (
     Convolution2d,
     Interval,
@@ -34,16 +34,18 @@ class PatchMoment:
 
     Args:
         conv: The convolution.
+        as_images: Maps the layer's input to images ``[N, C, H, W]``; by default it is these.
     """
 
-    def __init__(self, conv: Convolution2d):
+    def __init__(self, conv: Convolution2d, as_images: Callable[[Tensor], Tensor] = lambda x: x):
         self._conv = conv
+        self._as_images = as_images
         # one geometry for each image size that occurs
         self._sums: dict[tuple[int, ...], _SpectralSums | _PatchSums] = {}
 
     def add(self, x: Tensor, weight: float) -> None:
-        """Add ``weight`` times the second moment of the patches of ``x``, ``[N, C, H, W]``."""
-        x, padding = _padded_explicitly(self._conv, x)
+        """Add ``weight`` times the second moment of the patches of ``x``."""
+        x, padding = _padded_explicitly(self._conv, self._as_images(x))
         if x.shape[1:] not in self._sums:
             self._sums[x.shape[1:]] = self._new_sums(x, padding)
         self._sums[x.shape[1:]].add(x, weight)
@@ -81,7 +83,7 @@ class PatchMoment:
 
 @dataclass(frozen=True)
 class _Geometry:
-    """What a convolution's taps read, and what their second moment costs.
+    """The pixels that a convolution's taps read, and the cost of their second moment.
 
     Attributes:
         rows: The vertical axis.
@@ -146,22 +148,26 @@ class _Geometry:
         return taps**2 * self.rows.outputs * self.columns.outputs
 
 
-class _PatchSums(PlainMoment):
+class _PatchSums(SummedMoment):
     """The running sum by patches: simple, and cheaper for small kernels or images."""
 
     def __init__(self, conv: Convolution2d):
-        super().__init__()
+        super().__init__(lambda x: second_moment(_unfolded(conv, x)))
         self._conv = conv
 
     def add(self, x: Tensor, weight: float) -> None:
-        conv = self._conv
-        if conv.padding_mode == "zeros" and any(conv.padding):  # others are applied already
-            x = pad(x, conv.padding)
-        a_SI = unfold(x, conv.kernel_size, dilation=conv.dilation, stride=conv.stride)
-        a_SI = a_SI.transpose(1, 2).flatten(0, 1)
+        """Add in place, without the product's own memory."""
+        a_SI = _unfolded(self._conv, x).flatten(0, 1)
         if self._total is None:
             self._total = x.new_zeros(a_SI.shape[1], a_SI.shape[1])
         self._total.addmm_(a_SI.T, a_SI, alpha=weight)
+
+
+def _unfolded(conv: Convolution2d, x: Tensor) -> Tensor:
+    """The patches of explicitly padded images, ``[N, S, I]``."""
+    if conv.padding_mode == "zeros" and any(conv.padding):  # others are applied already
+        x = pad(x, conv.padding)
+    return unfold(x, conv.kernel_size, dilation=conv.dilation, stride=conv.stride).mT
 
 
 class _SpectralSums:
@@ -234,14 +240,14 @@ class _SpectralSums:
             top, bottom, down = key
             first = slice(start * N, stop * N)
             second = slice((start + down) * N, (stop + down) * N)
-            kept = self._products.get((key, (start, stop)), {})
+            held = self._products.get((key, (start, stop)), {})
             for (left, right), total in correlations.items():
                 X, Y = spectra[top, left][:, :, first], spectra[bottom, right][:, :, second]
-                pqr = kept[left, right] if kept else x.new_zeros(3 * F, C, C)
+                pqr = held[left, right] if held else x.new_zeros(3 * F, C, C)
                 pq, r = pqr[: 2 * F], pqr[2 * F :]
                 pq.baddbmm_(X[1:3].flatten(0, 1).mT, Y[1:3].flatten(0, 1), alpha=weight)
                 r.baddbmm_(X[0].mT, Y[3], alpha=weight)
-                if not kept:
+                if not held:
                     total.view(-1, C * C).addmm_(self._inverses[left, right], pqr.flatten(1))
             strips = self._strips[key, (start, stop)]
             for ((left, right, across), (begin, end)), total in strips.items():
@@ -261,7 +267,7 @@ class _SpectralSums:
         return 2 * pi / self._geometry.columns.period * torch.arange(F, dtype=torch.float64)
 
     def _inverse_transform(self, shifts: list[int], x: Tensor) -> Tensor:
-        """What turns the products ``p``, ``q`` and ``r`` into correlations, ``[shifts, 3F]``."""
+        """The matrix that turns ``p``, ``q`` and ``r`` into correlations, ``[shifts, 3F]``."""
         period = self._geometry.columns.period
         angle = torch.tensor(shifts, dtype=torch.float64).unsqueeze(1) * self._angular_frequencies()
         cos, sin = angle.cos(), angle.sin()
@@ -272,17 +278,17 @@ class _SpectralSums:
             share[-1] = 1 / period
         return torch.cat([(cos - sin) * share, (cos + sin) * share, sin * share], 1).to(x)
 
-    def _kept(self) -> list[Tensor]:
+    def _held(self) -> list[Tensor]:
         """The sums, in an order that follows from the geometry."""
         inner = self._products if self._products else self._correlations
         groups: list[Mapping[Any, Tensor]] = [*inner.values(), *self._strips.values()]
         return [tensor for group in groups for tensor in group.values()]
 
     def tensors(self) -> dict[str, Tensor]:
-        return {str(i): tensor for i, tensor in enumerate(self._kept())}
+        return {str(i): tensor for i, tensor in enumerate(self._held())}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        for i, tensor in enumerate(self._kept()):
+        for i, tensor in enumerate(self._held()):
             tensor.copy_(tensors[str(i)])
 
     def total(self) -> Tensor:

@@ -34,7 +34,7 @@ Key = tuple[int, int, int]  # phase, phase, and shift, along one axis
 
 @dataclass(frozen=True)
 class Convolution2d:
-    """What a two-dimensional convolution does besides its weight, without groups.
+    """The geometry of a two-dimensional convolution without groups.
 
     Attributes:
         kernel_size: Taps along the rows' and the columns' axis.

@@ -50,5 +50,5 @@ def rotated_squares_of_inputs(a_NgSI: Tensor, b_NgSO: Tensor, U_A: Tensor, U_B: 
 
 
 def rotation_of_inputs_is_cheaper(positions: int, O: int, I: int) -> bool:
-    """Whether to rotate ``positions`` inputs and outputs rather than their gradient, by count."""
+    """Decide by count whether to rotate inputs and outputs rather than their gradient."""
     return positions * (O * O + I * I) < O * I * (O + I)

@@ -1,10 +1,10 @@
-"""What the operators share: the parameter space, and block-diagonal matrices on it."""
+"""Block-diagonal matrices on a parameter space: K-FAC, EK-FAC, their inverses and powers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -42,12 +42,21 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         held = [name for placed in self.blocks for name in placed.params]
         assert sorted(held) == sorted(space.shapes), "blocks must hold every parameter once"
 
+    @classmethod
+    def of_blocks(
+        cls, space: ParameterSpace, blocks: Sequence[PlacedBlock], info: dict[str, Any]
+    ) -> Self:
+        """An operator of this class with given blocks, which its own constructor would compute."""
+        operator = cls.__new__(cls)
+        BlockDiagonalLinearOperator.__init__(operator, space, blocks, info)
+        return operator
+
     @property
     def param_names(self) -> tuple[str, ...]:
         """Names of the parameters that the operator acts on, in order."""
         return tuple(self.space.shapes)
 
-    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+    def multiply_tensors(self, X: list[Tensor]) -> list[Tensor]:
         """Multiply onto matrices in tensor list format ``[*shape, K]``."""
         given = {name: x.to(self.dtype) for name, x in zip(self.space.shapes, X, strict=True)}
         result: dict[str, Tensor] = {}

@@ -24,7 +24,7 @@ class Block(ABC):
     @property
     @abstractmethod
     def kind(self) -> str:
-        """What the block is called in tables."""
+        """The block's name in tables."""
 
     @property
     @abstractmethod
@@ -49,7 +49,7 @@ class Block(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """What determines the block, by the names of its constructor's arguments."""
+        """The tensors that determine the block, by the names of its constructor's arguments."""
 
     def factored_inverse(
         self, damping: float, heuristic: bool, min_damping: float, name: str
@@ -104,7 +104,7 @@ class EigenBlock(Block):
         return self
 
     def is_null(self) -> Tensor:
-        """Which eigenvalues are zero up to rounding.
+        """Find the eigenvalues that are zero up to rounding.
 
         They are second moments of coordinates in the basis, and a coordinate that should be zero is
         left at the rounding of a product with the basis: ``√Λ ≤ n ε max √Λ`` with ``n`` the larger

@@ -44,7 +44,7 @@ class Eigendecomposition:
     vectors: Tensor | None
 
     def is_null(self) -> Tensor:
-        """Which eigenvalues are zero up to rounding: ``λ ≤ n ε λ_max``; exactly, if ``U = I``.
+        """Find eigenvalues that are zero up to rounding: ``λ ≤ n ε λ_max``; exactly, if ``U = I``.
 
         What a rank-deficient factor has in place of a zero depends on the machine.
         """

@@ -2,58 +2,34 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
 from curvlinops_diffusion.linalg.parameters import ParameterSpace
-from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
+from curvlinops_diffusion.linalg.upstream import LinearOperator, PyTorchLinearOperator, input_shapes
 
 
-class ParameterSpaceOperator(PyTorchLinearOperator):
+class ParameterSpaceOperator(LinearOperator):
     """A self-adjoint operator on a parameter space."""
-
-    SELF_ADJOINT = True
 
     def __init__(self, space: ParameterSpace):
         self.space = space
         shapes = list(space.shapes.values())
-        super().__init__(shapes, shapes)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the vectors that the operator acts on."""
-        return self.space.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the vectors that the operator acts on."""
-        return self.space.device
+        super().__init__(shapes, shapes, like=space)
 
 
-class FlatLinearOperator(PyTorchLinearOperator, ABC):
+class FlatLinearOperator(LinearOperator):
     """A self-adjoint operator on the space of another, given by what it does to flat columns.
 
     Args:
         other: The other operator.
     """
 
-    SELF_ADJOINT = True
-
     def __init__(self, other: PyTorchLinearOperator):
         self._other = other
-        super().__init__(other._in_shape, other._in_shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the vectors that the operator acts on."""
-        return self._other.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the vectors that the operator acts on."""
-        return self._other.device
+        super().__init__(input_shapes(other), input_shapes(other), like=other)
 
     @property
     def param_names(self) -> tuple[str, ...] | None:
@@ -64,10 +40,7 @@ class FlatLinearOperator(PyTorchLinearOperator, ABC):
     def multiply(self, X_PK: Tensor) -> Tensor:
         """Multiply onto flat columns, ``[P, K] -> [P, K]``."""
 
-    def _adjoint(self) -> PyTorchLinearOperator:
-        return self
-
-    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+    def multiply_tensors(self, X: list[Tensor]) -> list[Tensor]:
         """Multiply onto matrices in tensor list format ``[*shape, K]``."""
         shapes = [x.shape for x in X]
         X_PK = torch.cat([x.reshape(-1, x.shape[-1]) for x in X]).to(self.dtype)

@@ -1,7 +1,8 @@
-"""What an operator's file is, and what it says of itself; read without PyTorch."""
+"""The format of an operator's file, and what it says of itself; read without PyTorch."""
 
 from __future__ import annotations
 
+from math import prod
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,21 @@ def read_header(path: str | PathLike[str]) -> dict[str, Any]:
     return _checked(path, OPERATOR.read_header(path))
 
 
+def block_rows(header: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each block: its ``name``, its ``kind`` and the entries of its ``parameters``."""
+    sizes = {name: prod(shape) for name, shape in header["parameters"]}
+    return [
+        {
+            "name": block["name"],
+            "kind": block["type"],
+            "parameters": sum(sizes[name] for name in block["params"]),
+        }
+        for block in header["blocks"]
+    ]
+
+
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What an operator's file says of itself, and its tensors.
+    """Read what an operator's file says of itself, and its tensors.
 
     Raises:
         ValueError: If the file is missing, truncated, foreign or of a newer format.

@@ -1,4 +1,4 @@
-"""Which parameters an operator acts on, and in which order."""
+"""Select the parameters that an operator acts on, and put them in order."""
 
 from __future__ import annotations
 

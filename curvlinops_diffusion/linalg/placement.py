@@ -17,7 +17,7 @@ from curvlinops_diffusion.linalg.blocks import Block
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How parameters form a matrix ``[*g, O, I]``.
+    """The arrangement of parameters as a matrix ``[*g, O, I]``.
 
     Parameters are reshaped to ``[rows, ...]`` and laid side by side (a weight, and its bias as
     last column); the result is read as ``[*g, O, I]``. The weight of a layer that multiplies from

@@ -117,6 +117,20 @@ def load_blocks(
         raise OPERATOR.damaged(path, f"{type(error).__name__}: {error}") from error
 
 
+def read_blocks(path: str | PathLike[str]) -> tuple[dict[str, Any], list[PlacedBlock]]:
+    """Read what an operator's file says of itself, and its blocks, without the model.
+
+    Raises:
+        ValueError: If the file is missing, truncated, foreign or of a newer format.
+    """
+    path = Path(path)
+    header, tensors = read_file(path)
+    try:
+        return header, [_block(entry, tensors) for entry in header["blocks"]]
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise OPERATOR.damaged(path, f"{type(error).__name__}: {error}") from error
+
+
 def _check_blocks(space: ParameterSpace, blocks: Sequence[PlacedBlock]) -> None:
     """Check that blocks and parameters fit together."""
     held = sorted(name for placed in blocks for name in placed.params)
@@ -129,7 +143,7 @@ def _check_blocks(space: ParameterSpace, blocks: Sequence[PlacedBlock]) -> None:
 
 
 def _is_square(block: Block) -> bool:
-    """Whether the tensors of a block have the shapes that its kind asks for."""
+    """Tell whether the tensors of a block have the shapes that its kind asks for."""
     *groups, O, I = block.shape
     expected = {
         "eigenvalues": [(*groups, O, I)],

@@ -11,7 +11,7 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.runtime.files import FileKind, differences, make_folder
+from curvlinops_diffusion.runtime.files import FileKind, check_same, make_folder
 from curvlinops_diffusion.runtime.processes import Share
 from curvlinops_diffusion.runtime.sums import Running
 
@@ -162,12 +162,14 @@ def _checked(path: Path, header: Any, identity: Mapping[str, Any]) -> Done:
     """The batches that a file holds, if it is of the same."""
     try:
         done = Done(set(header["batches"]), int(header["examples"]))
-        different = differences(header["identity"], identity)
+        there = dict(header["identity"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CHECKPOINT.damaged(path, f"{type(error).__name__}: {error}") from error
-    if different:
-        raise OtherCheckpointError(
-            f"The checkpoint '{path}' is of something else: {'; '.join(different[:5])}. Delete the "
-            "folder to start anew, or pass another one."
-        )
+    check_same(
+        there,
+        identity,
+        f"The checkpoint '{path}' is of something else",
+        "Delete the folder to start anew, or pass another one.",
+        OtherCheckpointError,
+    )
     return done

@@ -28,12 +28,12 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
         if not isinstance(tensor, Tensor):
             continue
         structure.update(f"{name}:{tuple(tensor.shape)};".encode())
-        weights.update(_bytes(tensor))
+        weights.update(raw_bytes(tensor))
     return {"structure": structure.hexdigest(), "weights": weights.hexdigest()}
 
 
 def name_of(value: Any) -> str:
-    """What a function, measurement or weighting is called, with a digest of what it is made of.
+    """Name a function, measurement or weighting, with a digest of what it is made of.
 
     Two functions of one name but other code, defaults or enclosed values have other digests. A
     plain string is its own name. Objects that are neither functions nor dataclasses are known by
@@ -65,7 +65,7 @@ def _parts(value: Any, seen: set[int]) -> Iterator[bytes]:
     if isinstance(value, Tensor | np.ndarray):
         tensor = torch.as_tensor(value)
         yield f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-        yield _bytes(tensor)
+        yield raw_bytes(tensor)
     elif isinstance(value, nn.Module):
         yield repr(fingerprint(value)).encode()
     elif value is None or isinstance(value, str | bytes | int | float | complex | torch.dtype):
@@ -78,7 +78,7 @@ def _parts(value: Any, seen: set[int]) -> Iterator[bytes]:
 
 
 def _inside(value: Any) -> list[Any]:
-    """What a function, a dataclass or a collection is made of; nothing for anything else."""
+    """List what a function, a dataclass or a collection is made of; nothing for anything else."""
     match value:
         case FunctionType():
             enclosed = [_contents(cell) for cell in value.__closure__ or ()]
@@ -107,7 +107,8 @@ def _contents(cell: CellType) -> Any:
         return None
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def raw_bytes(tensor: Tensor) -> bytes:
+    """The entries of a tensor as they lie in memory, row by row."""
     raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     contents: bytes = raw.numpy().tobytes()
     return contents

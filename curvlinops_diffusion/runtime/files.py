@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
@@ -30,23 +30,24 @@ def _written(path: Path, write: Callable[[str], object]) -> None:
         raise ValueError(f"The folder '{path.parent}' does not exist. Create it first.")
     if path.is_dir():
         raise ValueError(f"'{path}' is a folder. Pass the name of a file.")
+    temporary = path.with_name(f".{path.name}.{token_hex(4)}")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with open(temporary, "xb") as new:
+            permissions = os.fstat(new.fileno()).st_mode  # those of the user's new files
     except OSError as error:
         raise ValueError(f"'{path.parent}' cannot be written to: {error}.") from error
-    os.close(handle)
     try:
-        write(temporary)
+        write(str(temporary))
+        os.chmod(temporary, permissions)  # a writer may have replaced the file by a private one
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())  # the name must not appear before the contents
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"'{path}' could not be written: {error}. An older file of that name is unchanged."
         ) from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:
@@ -115,7 +116,7 @@ class FileKind:
             return self._header(path, file)
 
     def holds(self, path: Path) -> bool:
-        """Whether a file can be read, and is of this kind."""
+        """Tell whether a file can be read, and is of this kind."""
         try:
             with self._open(path) as file:
                 return self.key in (file.metadata() or {})
@@ -165,15 +166,32 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _umask() -> int:
-    """The permissions that new files are denied; temporary files are made without any others'."""
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def check_same(
+    there: Mapping[str, Any],
+    here: Mapping[str, Any],
+    what: str,
+    advice: str,
+    error: type[ValueError] = ValueError,
+) -> None:
+    """Check that what a file was made of is what is here.
+
+    Args:
+        there: How the file was made, as plain values.
+        here: How it would be made here.
+        what: A sentence up to the differences, without a colon.
+        advice: What to do, a sentence.
+        error: The kind of error.
+
+    Raises:
+        ValueError: If they differ, naming the first differences.
+    """
+    different = differences(there, here)
+    if different:
+        raise error(f"{what}: {'; '.join(different[:5])}. {advice}")
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Where two identities differ, as ``name (value there, value here)``."""
+    """List where two identities differ, as ``name (value there, value here)``."""
     found = []
     for key in sorted({*there, *here}):
         a, b = there.get(key), here.get(key)

@@ -1,4 +1,4 @@
-"""How the network runs: without compilation, and without checkpoints where these are not known."""
+"""Modes that the network runs in: uncompiled, without checkpoints, in differentiable forms."""
 
 from __future__ import annotations
 

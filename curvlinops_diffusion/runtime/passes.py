@@ -17,11 +17,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from curvlinops_diffusion.runtime.checkpoints import Checkpoint, Done, path_of, read, try_to_write
 from curvlinops_diffusion.runtime.checks import check_non_negative
 from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.progress import draws_bar
 from curvlinops_diffusion.runtime.sums import Running
 
 _logger = logging.getLogger("curvlinops_diffusion")
@@ -40,7 +40,7 @@ class NumberedExamples(Protocol):
 
 
 class PassData(Protocol):
-    """What a pass can go over: examples in numbered batches, each drawn several times."""
+    """Data that a pass can go over: examples in numbered batches, each drawn several times."""
 
     @property
     def num_data(self) -> int:
@@ -56,11 +56,11 @@ class PassData(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where sums are kept."""
+        """The device of the sums."""
 
     @property
     def description(self) -> dict[str, Any]:
-        """What determines the draws and the loss, as plain values."""
+        """Describe what determines the draws and the loss, as plain values."""
 
     def fingerprint(self) -> dict[str, str]:
         """A digest of the network's weights."""
@@ -76,7 +76,7 @@ class PassData(Protocol):
 
 @dataclass(frozen=True)
 class PassOptions:
-    """How passes over the data are run.
+    """The way passes over the data are run.
 
     Attributes:
         checkpoint: A folder in which passes write down how far they have come, and from which they
@@ -146,19 +146,14 @@ def run_pass(
         checkpoint = Checkpoint(Path(options.checkpoint), name, share, identity, running, device)
         done = checkpoint.restore()
     elsewhere = set() if checkpoint is None else checkpoint.elsewhere
-    with tqdm(
-        total=data.num_samples,
-        desc=name,
-        unit="draws",
-        disable=not options.progressbar or share.rank > 0,
-    ) as bar:
+    with draws_bar(data.num_samples, name, options.progressbar and share.rank == 0) as bar:
         bar.update(done.examples * data.num_draws)
         _tell("pass started", name, done, data)
         batches = data.numbered_batches(
             lambda n: share.takes(n) and n not in done.batches and n not in elsewhere
         )
         latest, latest_written = time.monotonic(), len(done.batches)
-        for number, clean, prepared in _kept_on_failure(batches, prepare, done, checkpoint):
+        for number, clean, prepared in _checkpointed_on_failure(batches, prepare, done, checkpoint):
             step(prepared)
             done.batches.add(number)
             done.examples += len(clean.indices)
@@ -185,7 +180,7 @@ def _tell(message: str, name: str, done: Done, data: PassData) -> None:
     _logger.info(message, extra={"fields": fields})
 
 
-def kept(
+def computed_once(
     name: str,
     data: PassData,
     compute: Callable[[], dict[str, Tensor]],
@@ -220,7 +215,7 @@ def kept(
     return tensors
 
 
-def _kept_on_failure(
+def _checkpointed_on_failure(
     batches: Iterator[tuple[int, NumberedExamples]],
     prepare: Callable[[Any], Any],
     done: Done,

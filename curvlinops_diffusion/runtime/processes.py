@@ -48,11 +48,11 @@ class Share:
         return cls(dist.get_rank(), dist.get_world_size())
 
     def takes(self, number: int) -> bool:
-        """Whether the batch of this number is one of ours."""
+        """Tell whether the batch of this number is one of ours."""
         return number % self.count == self.rank
 
     def owners(self, costs: Sequence[float]) -> list[int]:
-        """Which process does each piece of work: the most costly first, to the least busy one."""
+        """Assign each piece of work to a process: the most costly first, to the least busy one."""
         busy = [(0.0, rank) for rank in range(self.count)]
         owners = [0] * len(costs)
         for piece in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -89,7 +89,7 @@ class Share:
         return result
 
     def gathered(self, value: Any) -> list[Any]:
-        """What every process says, in order of rank; plain values."""
+        """Gather what every process says, in order of rank; plain values."""
         if self.count == 1:
             return [value]
         everyone: list[Any] = [None] * self.count

@@ -19,7 +19,7 @@ class Running(Protocol):
         """The sums by name; a name is missing while nothing was added to it."""
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the place of an object whose :meth:`tensors` these were."""
+        """Load a state returned by :meth:`tensors`."""
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -28,7 +28,7 @@ def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def within(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those tensors whose names start with ``prefix/``, by the rest of the names."""
+    """Select the tensors whose names start with ``prefix/``, by the rest of the names."""
     start = f"{prefix}/"
     return {n.removeprefix(start): z for n, z in tensors.items() if n.startswith(start)}
 

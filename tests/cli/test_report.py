@@ -126,7 +126,7 @@ def test_it_says_what_the_sign_means(folder, tmp_path, measurement, told):
     words = arguments(folder, tmp_path / "r.html", "--scores", tmp_path / "s.safetensors")
     assert run(words) == 0
     text = " ".join((tmp_path / "r.html").read_text().split())
-    assert f"left out of {TRAIN}. Measured: {measurement}; " in text
+    assert f"left out of {TRAIN}. Measured: {measurement}, " in text
     assert told in text
 
 

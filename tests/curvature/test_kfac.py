@@ -1,15 +1,22 @@
 """K-FAC and EK-FAC against upstream, against plain loops, and against the exact blocks."""
 
+import dataclasses
+import inspect
+import re
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
-from curvlinops import EFLinearOperator, EKFACLinearOperator, KFACLinearOperator
 from torch import nn
 
+from benchmarks.upstream import upstream_operator, upstream_trace
 from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
     DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
 )
+from curvlinops_diffusion.cli.options import FitOptions
+from curvlinops_diffusion.curvature.options import FisherType, KFACApprox, KFACOptions
 from curvlinops_diffusion.diffusion.random_numbers import ProbeType
 from tests.cases import plain_regression, seeded, tiny_unet, unet_regression
 from tests.comparisons import assert_close, relative_error
@@ -103,20 +110,12 @@ def test_equals_curvlinops(geometry, fisher_type, approx, separate):
     scale = 60 if fisher_type == "empirical" else 1
     V = torch.randn(sum(p.numel() for p in params), 3, dtype=torch.float64)
     for ours, theirs in (
-        (DiffusionKFACLinearOperator, KFACLinearOperator),
-        (DiffusionEKFACLinearOperator, EKFACLinearOperator),
+        (DiffusionKFACLinearOperator, "KFACLinearOperator"),
+        (DiffusionEKFACLinearOperator, "EKFACLinearOperator"),
     ):
-        upstream = theirs(
-            regression.model_func,
-            regression.loss_func,
-            params,
-            regression,
-            batch_size_fn=regression.batch_size_fn,
-            check_deterministic=False,
-            **options,
-        )
+        upstream = upstream_operator(theirs, regression, check_deterministic=False, **options)
         operator = ours(regression, params, exact_bias=False, **options)
-        assert_close(scale * operator.trace(), upstream.trace, 1e-10)
+        assert_close(scale * operator.trace(), upstream_trace(upstream), 1e-10)
         if ours is DiffusionKFACLinearOperator:
             unique = all(
                 _full_rank(f) for placed in operator.blocks for f in placed.block.tensors().values()
@@ -139,13 +138,7 @@ def test_gradients_of_the_loss_have_no_factor_that_the_design_lacks():
     exact = dense_loss_ggn(regression, params)
     EK = DiffusionEKFACLinearOperator(regression, params, fisher_type="empirical")
     assert_close(EK.trace(), exact.trace(), 1e-12)
-    upstream = EFLinearOperator(
-        regression.model_func,
-        regression.loss_func,
-        params,
-        regression,
-        batch_size_fn=regression.batch_size_fn,
-    )
+    upstream = upstream_operator("EFLinearOperator", regression)
     assert_close(to_dense(upstream), 3 * exact, 1e-12)
 
 
@@ -604,3 +597,21 @@ def test_bad_options(options, message):
     regression = plain_regression(conv_net(kernel_size=3), (2, 5, 6), count=1, num_draws=1)
     with pytest.raises(ValueError, match=message):
         DiffusionKFACLinearOperator(regression, **options)
+
+
+def test_operators_program_and_options_agree():
+    """Names and defaults are written out where users see them, and checked to be the same."""
+    own = {field.name: field.default for field in dataclasses.fields(KFACOptions)}
+    arguments = inspect.signature(DiffusionKFACLinearOperator).parameters
+    shown = {name: p.default for name, p in arguments.items() if name in own}
+    assert shown == own
+    documented = inspect.getdoc(DiffusionKFACLinearOperator)
+    assert all(re.search(rf"^    {name}: ", documented, re.MULTILINE) for name in own)
+    program = {field.name: field for field in dataclasses.fields(FitOptions)}
+    for name in own.keys() & program.keys():
+        assert program[name].default == own[name]
+    types = get_type_hints(FitOptions)
+    for name, kind in (("fisher_type", FisherType), ("kfac_approx", KFACApprox)):
+        assert set(get_args(types[name])) == {member.value for member in kind}
+    fit = FitOptions(data="d", output="o", curvature="kfac", fisher_type="empirical")
+    assert KFACOptions(**fit.kfac_options()).fisher_type is FisherType.EMPIRICAL

@@ -19,6 +19,7 @@ from curvlinops_diffusion import (
 from curvlinops_diffusion.curvature.eigenvalues import eigenvalue_moments
 from curvlinops_diffusion.curvature.kronecker_factors import kronecker_factors
 from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.draws import make_draws
 from curvlinops_diffusion.diffusion.random_numbers import ProbeType
 from curvlinops_diffusion.layers import covered_parameters
@@ -350,13 +351,13 @@ def test_draws_of_the_second_pass():
 
 def eigenvalues_of_draws(regression, num_draws):
     coverage = covered_parameters(regression.objective.model, None)
-    options = KFACOptions.parse("mc", 1, "expand", True, "rademacher")
-    factors = kronecker_factors(regression, coverage, options)
+    plan = BlockPlan.of(coverage, KFACOptions())
+    factors = kronecker_factors(regression, plan)
     bases = [
         {key: eigendecomposition(M, key) for key, M in matrices.items()}
         for matrices in (factors.inputs, factors.outputs)
     ]
-    found = eigenvalue_moments(regression.with_draws(num_draws), coverage, *bases, options)
+    found = eigenvalue_moments(regression.with_draws(num_draws), plan, *bases)
     return torch.cat([found[key].flatten() for key in factors.inputs])
 
 
@@ -371,20 +372,13 @@ def eigenvalues_of_draws(regression, num_draws):
     ],
 )
 def test_the_number_of_draws_of_the_second_pass(num_data, options, expected):
-    arguments = {
-        "fisher_type": "mc",
-        "mc_samples": 1,
-        "kfac_approx": "expand",
-        "separate_weight_and_bias": True,
-        "probe_type": "rademacher",
-    } | options
     regression = SimpleNamespace(
         num_data=num_data, num_draws=8, draws=make_draws("uniform", 8, 0, 10)
     )
-    assert KFACOptions.parse(**arguments).num_eigenvalue_draws(regression) == expected
+    assert KFACOptions(**options).num_eigenvalue_draws(regression) == expected
     listed = SimpleNamespace(num_data=2**20, num_draws=9, draws=make_draws([1, 2, 3], 9, 0, 10))
     if not options:  # all listed levels alike
-        assert KFACOptions.parse(**arguments).num_eigenvalue_draws(listed) == 3
+        assert KFACOptions(**options).num_eigenvalue_draws(listed) == 3
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Noise processes and weightings against diffusers' schedulers and plain formulas."""
 
+import dataclasses
+
 import pytest
 import torch
 from diffusers import (
@@ -15,17 +17,28 @@ from diffusers import (
 )
 from torch import nn
 
-from curvlinops_diffusion import DenoisingObjective, MinSNRWeighting, NoiseProcess, PredictionType
+from curvlinops_diffusion import (
+    DenoisingObjective,
+    DiffusionGGNLinearOperator,
+    MinSNRWeighting,
+    NoisedBatch,
+    NoisedRegression,
+    NoiseProcess,
+    PredictionType,
+)
+from curvlinops_diffusion.diffusion.ancestral import AncestralSteps
+from curvlinops_diffusion.diffusion.noise import PREDICTIONS
 from curvlinops_diffusion.diffusion.schedulers import noise_process
 from curvlinops_diffusion.diffusion.weightings import weight_table
 from tests.cases import images, noise_levels
 from tests.comparisons import assert_close
+from tests.reference import to_dense
 
 X0 = images(5)
 EPS = images(10)[5:]
 LEVELS = torch.tensor([0, 7, 31, 70, 99])
 SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
-PREDICTIONS = ["epsilon", "sample", "v_prediction"]
+DISCRETE_TYPES = ["epsilon", "sample", "v_prediction"]
 DISCRETE = [DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler,
             UniPCMultistepScheduler]  # fmt: skip
 SOLVERS = [DPMSolverMultistepScheduler, UniPCMultistepScheduler]
@@ -41,7 +54,7 @@ def _config(beta_schedule, prediction_type, **extra):
 
 
 @pytest.mark.parametrize("beta_schedule", SCHEDULES)
-@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("prediction_type", DISCRETE_TYPES)
 @pytest.mark.parametrize("scheduler_type", DISCRETE + KARRAS)
 def test_noised_examples_and_targets_are_the_schedulers(
     scheduler_type, beta_schedule, prediction_type
@@ -132,11 +145,13 @@ def test_min_snr_weighting(prediction_type):
     process = noise_levels(prediction_type)
     snr = (process.alphas_T / process.sigmas_T) ** 2
     capped = torch.minimum(snr, torch.tensor(0.7, dtype=torch.float64))
+    # in the coordinates of flow matching, in which signal and noise add up to one
+    s_T = process.sigmas_T / (process.alphas_T + process.sigmas_T)
     expected = {
         PredictionType.EPSILON: capped / snr,
         PredictionType.SAMPLE: capped,
         PredictionType.V: capped / (snr + 1),  # σ² = 1/(SNR + 1) where α² + σ² = 1
-        PredictionType.FLOW: capped * process.sigmas_T**2,
+        PredictionType.FLOW: capped * s_T**2,
     }[prediction_type]
     assert_close(weight_table(MinSNRWeighting(0.7), process), expected, 1e-12)
     assert (snr > 0.7).any()
@@ -194,3 +209,169 @@ def test_a_noise_process_of_ones_own():
         X0[:2] + torch.tensor([9.0, 0.1]).reshape(2, 1, 1, 1) * EPS[:2],
         1e-7,
     )
+
+
+# ---------------------------------------------------------------------------------------------
+# Prediction types: y = a x0 + b eps
+# ---------------------------------------------------------------------------------------------
+
+SIGMA_DATA = 0.5
+
+# two that the library does not have, each a line
+OWN = {
+    "score": lambda alpha, sigma: (0.0, -1 / sigma),
+    "edm_f": lambda alpha, sigma: (  # Karras et al., 2022, Table 1: F = (x0 - c_skip x_t) / c_out
+        (1 - alpha * c_skip(sigma)) / c_out(sigma),
+        -sigma * c_skip(sigma) / c_out(sigma),
+    ),
+}
+
+
+def c_skip(sigma):
+    return SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2)
+
+
+def c_out(sigma):
+    return sigma * SIGMA_DATA / (sigma**2 + SIGMA_DATA**2).sqrt()
+
+
+def plain_target(name, x0, eps, alpha, sigma):
+    """Written out for each type, one level."""
+    return {
+        "epsilon": eps,
+        "sample": x0,
+        "v_prediction": alpha * eps - sigma * x0,
+        "flow": eps - x0,
+        "score": -eps / sigma,
+        "edm_f": (x0 - c_skip(sigma) * (alpha * x0 + sigma * eps)) / c_out(sigma),
+    }[name]
+
+
+@pytest.fixture
+def own_types(monkeypatch):
+    for name, coefficients in OWN.items():
+        monkeypatch.setitem(PREDICTIONS, name, coefficients)
+
+
+ALL_TYPES = [*(p.value for p in PredictionType), *OWN]
+
+
+def process_of(name):
+    return dataclasses.replace(noise_levels(num_levels=6), prediction_type=name)
+
+
+@pytest.mark.usefixtures("own_types")
+@pytest.mark.parametrize("name", ALL_TYPES)
+def test_all_of_a_prediction_type_follows_from_its_line(name):
+    process = process_of(name)
+    level = torch.arange(5) + 1
+    x_t, y = process.noised(X0, EPS, level), process.target(X0, EPS, level)
+    for b, t in enumerate(level):
+        alpha, sigma = process.alphas_T[t], process.sigmas_T[t]
+        assert_close(y[b], plain_target(name, X0[b], EPS[b], alpha, sigma), 1e-14)
+    assert_close(process.clean(x_t, y, level), X0, 6e-13)
+    assert_close(process.noise(x_t, y, level), EPS, 6e-13)
+    # the conversions are linear in the prediction: an error of y is one of x0 and eps
+    off = images(15)[10:]
+    for t in range(5):
+        scales = process.alphas_T[level[t]], process.sigmas_T[level[t]]
+        step = process.clean(x_t, y + off, level)[t] - process.clean(x_t, y, level)[t]
+        # x_t does not move: alpha dx0 + sigma deps = 0, and a dx0 + b deps = dy
+        moved = plain_target(name, step, -scales[0] / scales[1] * step, *scales)
+        assert_close(moved, off[t], 1e-11)
+
+
+@pytest.mark.usefixtures("own_types")
+@pytest.mark.parametrize("name", ALL_TYPES)
+def test_the_weighting_by_snr_is_in_units_of_the_clean_example(name):
+    process = process_of(name)
+    weights_T = weight_table(MinSNRWeighting(2.0), process)
+    level = torch.arange(5) + 1
+    x_t, y = process.noised(X0, EPS, level), process.target(X0, EPS, level)
+    wrong = y + images(15)[10:]
+    in_y = weights_T[level] * (wrong - y).flatten(1).square().sum(1)
+    in_x0 = process.snr_T[level].clamp(max=2.0) * (process.clean(x_t, wrong, level) - X0).flatten(
+        1
+    ).square().sum(1)
+    assert_close(in_y, in_x0, 1e-11)
+
+
+@pytest.mark.usefixtures("own_types")
+@pytest.mark.parametrize("name", ALL_TYPES)
+def test_ancestral_steps_of_every_prediction_type(name):
+    """The mean is that of the posterior; the bound's factor that of the noise' error."""
+    process = process_of(name)
+    steps = AncestralSteps.of(process, "small")
+    level = torch.arange(5) + 1
+    x_t, y = process.noised(X0, EPS, level), process.target(X0, EPS, level)
+    indices = list(range(5))
+    batch = NoisedBatch(indices, 0, level, x_t, level, {}, y.flatten(1), torch.ones(5))
+    squared_T = process.alphas_T.square()
+    for b, t in enumerate(level):
+        here, before = squared_T[t], squared_T[t - 1]
+        beta = 1 - here / before
+        mean = before.sqrt() * beta / (1 - here) * X0[b]
+        mean = mean + (1 - beta).sqrt() * (1 - before) / (1 - here) * x_t[b]
+        assert_close(steps.mean(batch, y.flatten(1))[b], mean.flatten(), 1e-11)
+        wrong = y + 0.1
+        error = (process.noise(x_t, wrong, level) - EPS)[b].square().sum()
+        variance = beta * (1 - before) / (1 - here)
+        factor = beta**2 / (2 * variance * (1 - beta) * (1 - here))
+        ours = steps.noise_error_factor_T()[t] * (wrong - y)[b].square().sum()
+        assert_close(ours, factor * error, 1e-11)
+
+
+class Reading(nn.Module):
+    """One network in several parametrisations: it predicts noise, and says it as ``name``."""
+
+    def __init__(self, inner, process):
+        super().__init__()
+        self.inner, self._process = inner, process
+
+    def forward(self, x_t, t):
+        level = t.long()
+        eps = self.inner(x_t)
+        alpha, sigma = self._process._scales(x_t, level)
+        return self._process.target((x_t - sigma * eps) / alpha, eps, level)
+
+
+@pytest.mark.usefixtures("own_types")
+@pytest.mark.parametrize("name", ALL_TYPES)
+def test_the_same_network_has_the_same_ggn_in_every_parametrisation(name):
+    inner = nn.Conv2d(1, 1, 3, padding=1).double()
+    inner.weight.data.copy_(torch.linspace(-1, 1, 9, dtype=torch.float64).reshape(1, 1, 3, 3))
+
+    def ggn(name):
+        process = process_of(name)
+        objective = DenoisingObjective(
+            Reading(inner, process), process, weighting=MinSNRWeighting(2.0)
+        )
+        regression = NoisedRegression(objective, images(3), 4)
+        return to_dense(DiffusionGGNLinearOperator(regression))
+
+    assert_close(ggn(name), ggn("epsilon"), 1e-10)
+
+
+def test_levels_without_signal_or_noise():
+    """What a prediction tells there is exact; what it does not tell is infinite, not wrong."""
+    ends_T = torch.tensor([1.0, 0.0], dtype=torch.float64)
+
+    def at_ends(name):
+        process = NoiseProcess(ends_T, ends_T.flip(0), torch.arange(2), name)
+        assert weight_table(MinSNRWeighting(5.0), process).isfinite().all()
+        pairs = process.clean_coefficients(), process.noise_coefficients()
+        return [[tuple(z_T.tolist()) for z_T in pair] for pair in pairs]
+
+    (_, clean_of_y), noise = at_ends("epsilon")
+    assert noise == [(0, 0), (1, 1)]
+    assert (clean_of_y[0], abs(clean_of_y[1])) == (0, torch.inf)
+    clean, (_, noise_of_y) = at_ends("sample")
+    assert clean == [(0, 0), (1, 1)]
+    assert (abs(noise_of_y[0]), noise_of_y[1]) == (torch.inf, 0)
+    assert at_ends("v_prediction") == [[(1, 0), (0, -1)], [(0, 1), (1, 0)]]
+    assert at_ends("flow") == [[(1, 1), (0, -1)], [(1, 1), (1, 0)]]
+
+
+def test_unknown_prediction_types_are_refused():
+    with pytest.raises(ValueError, match=r"prediction_type='x0' is none of \['epsilon', 'flow'"):
+        process_of("x0")

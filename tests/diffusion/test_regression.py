@@ -2,16 +2,17 @@
 
 from types import SimpleNamespace
 
-import curvlinops
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from benchmarks.upstream import their_parameters, upstream_operator
 from curvlinops_diffusion import (
     DenoisingObjective,
     DiffusionEKFACLinearOperator,
@@ -235,8 +236,8 @@ def dense_empirical_fisher(regression, params):
 
 
 UPSTREAM = [
-    (curvlinops.HessianLinearOperator, dense_hessian),
-    (curvlinops.EFLinearOperator, dense_empirical_fisher),
+    ("HessianLinearOperator", dense_hessian),
+    ("EFLinearOperator", dense_empirical_fisher),
 ]
 
 
@@ -269,13 +270,7 @@ def test_hessian_and_empirical_fisher_of_curvlinops(kind, truth, network):
         batch_size=2,
     )
     params = params_of(regression.objective.model)
-    operator = kind(
-        regression.model_func,
-        regression.loss_func,
-        params,
-        regression,
-        batch_size_fn=regression.batch_size_fn,
-    )
+    operator = upstream_operator(kind, regression)
     assert_close(to_dense(operator), truth(regression, params), 1e-10)
 
 
@@ -328,22 +323,12 @@ def ours_of_the_loss(kind):
 
 EMPIRICAL = {"fisher_type": "empirical"}
 ON_ATTENTION = [
-    (curvlinops.GGNLinearOperator, {}, ours(DiffusionGGNLinearOperator), 1e-10),
-    (curvlinops.HessianLinearOperator, {}, hessian_product, 1e-10),
-    (curvlinops.EFLinearOperator, {}, empirical_fisher_product, 1e-10),
-    (curvlinops.JacobianLinearOperator, {}, jacobian_product, 1e-6),
-    (
-        curvlinops.KFACLinearOperator,
-        EMPIRICAL,
-        ours_of_the_loss(DiffusionKFACLinearOperator),
-        1e-10,
-    ),
-    (
-        curvlinops.EKFACLinearOperator,
-        EMPIRICAL,
-        ours_of_the_loss(DiffusionEKFACLinearOperator),
-        1e-10,
-    ),
+    ("GGNLinearOperator", {}, ours(DiffusionGGNLinearOperator), 1e-10),
+    ("HessianLinearOperator", {}, hessian_product, 1e-10),
+    ("EFLinearOperator", {}, empirical_fisher_product, 1e-10),
+    ("JacobianLinearOperator", {}, jacobian_product, 1e-6),
+    ("KFACLinearOperator", EMPIRICAL, ours_of_the_loss(DiffusionKFACLinearOperator), 1e-10),
+    ("EKFACLinearOperator", EMPIRICAL, ours_of_the_loss(DiffusionEKFACLinearOperator), 1e-10),
 ]
 
 
@@ -351,21 +336,9 @@ def on_attention(kind, **options):
     """An operator of ``curvlinops`` on a UNet, and its problem and parameters."""
     regression = unet_regression(count=2, num_draws=1)
     model = regression.objective.model
-    params = list(model.parameters())
-    if "KFAC" in kind.__name__:
-        layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        params = [p for m in layers for p in m.parameters()]
-    losses = () if kind is curvlinops.JacobianLinearOperator else (regression.loss_func,)
-    operator = kind(
-        regression.model_func,
-        *losses,
-        params,
-        regression,
-        batch_size_fn=regression.batch_size_fn,
-        check_deterministic=True,
-        **options,
-    )
-    return operator, regression, params
+    names = their_parameters(regression) if "KFAC" in kind else None
+    operator = upstream_operator(kind, regression, names, check_deterministic=True, **options)
+    return operator, regression, params_of(model, names)
 
 
 def random_vectors(size, count=1):
@@ -374,21 +347,19 @@ def random_vectors(size, count=1):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "truth", "tolerance"),
-    ON_ATTENTION,
-    ids=[kind.__name__ for kind, *_ in ON_ATTENTION],
+    ("kind", "options", "truth", "tolerance"), ON_ATTENTION, ids=[kind for kind, *_ in ON_ATTENTION]
 )
 def test_operators_of_curvlinops_on_a_unet_with_attention(kind, options, truth, tolerance):
     operator, regression, params = on_attention(kind, **options)
     (v,) = random_vectors(operator.shape[1])
     with sdpa_kernel(SDPBackend.MATH):
         expected = truth(regression, params, v)
-    assert_close(operator @ v, expected, tolerance)
+    assert_close((operator @ v).detach(), expected.detach(), tolerance)
 
 
 def test_the_monte_carlo_fisher_of_curvlinops_on_a_unet_with_attention():
     """The same product each time, of a symmetric and positive semi-definite matrix."""
-    operator, *_ = on_attention(curvlinops.FisherMCLinearOperator, mc_samples=2)
+    operator, *_ = on_attention("FisherMCLinearOperator", mc_samples=2)
     u, v = random_vectors(operator.shape[1], 2)
     assert torch.equal(operator @ v, operator @ v)
     assert_close(u @ (operator @ v), v @ (operator @ u), 1e-10)
@@ -532,3 +503,69 @@ def test_batch_is_not_changed_by_iterating():
     list(regression_on(data))
     assert torch.equal(x0, copy)
     assert list(data) == ["x0"]
+
+
+# ---------------------------------------------------------------------------------------------
+# What curvlinops sees
+# ---------------------------------------------------------------------------------------------
+
+
+class Everything(nn.Module):
+    """A network to whose output every entry of its condition contributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 3, padding=1)
+        self.embed = nn.Embedding(5, 1)
+
+    def forward(self, x_t, t, class_labels=None, added=None, guidance=None, scaled=False):
+        out = self.layer(x_t) * (1 + 0.1 * t.reshape(-1, 1, 1, 1))
+        if class_labels is not None:
+            out = out + self.embed(class_labels).reshape(-1, 1, 1, 1)
+        if added is not None:
+            out = out * added["deep"]["text"].sum(1).reshape(-1, 1, 1, 1)
+        if guidance is not None:
+            out = out * guidance
+        return 2 * out if scaled else out
+
+
+CONDITIONS = {
+    "none": {},
+    "labels": {"class_labels": torch.arange(5)},
+    "nested": {"added": {"deep": {"text": torch.arange(10.0).reshape(5, 2)}}},
+    "scalar": {"guidance": torch.tensor(3.0)},
+    "plain": {"scaled": True},
+}
+
+
+@pytest.mark.parametrize("condition", CONDITIONS.values(), ids=CONDITIONS)
+def test_a_graph_traced_on_one_batch_is_right_for_another(condition):
+    """As by ``backend="make_fx"`` of curvlinops, which traces once for batches of a size."""
+    regression = regression_on({"x0": images(5), **condition}, Everything().double(), batch_size=2)
+    model = regression.model_func
+    params = dict(model.named_parameters())
+    batches = [X for X, _ in regression if regression.batch_size_fn(X) == 2]
+    assert len(batches) == 4
+    for X in batches:
+        assert all(isinstance(value, torch.Tensor) for value in X.values())
+    traced = make_fx(lambda p, X: functional_call(model, p, (X,)))(params, batches[0])
+    noised = [batch for batch in regression.batches() if len(batch.indices) == 2]
+    for X, batch in zip(batches, noised, strict=True):
+        scale_B = (batch.weight_B * batch.target_BD.shape[1]).sqrt()
+        truth = scale_B.unsqueeze(1) * regression.objective.predict(batch)
+        assert_close(model(X), truth, 0.0)
+        assert_close(traced(params, X), truth, 1e-14)
+
+
+def test_conditions_that_curvlinops_cannot_see():
+    def data(*values):
+        return [{"x0": images(2), "scaled": value} for value in values]
+
+    regression = regression_on(data(True, True), Everything().double())
+    assert len(list(regression)) == 4
+    changing = regression_on(data(True, False), Everything().double())
+    with pytest.raises(ValueError, match=r"plain values are .*True.* and .*False.* as a tensor"):
+        list(changing)
+    prompts = {"x0": images(2), "prompt": ["a", "b"]}
+    with pytest.raises(ValueError, match=r"'prompt' arrived as a list of str.*LatentEncoder"):
+        list(regression_on(prompts, Everything().double()))

@@ -1,5 +1,8 @@
 """Measured quantities against plain transcriptions of their formulas."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -8,15 +11,20 @@ from torch.distributions import Normal, kl_divergence
 
 from curvlinops_diffusion import (
     DenoisingObjective,
+    ExampleFunction,
     ExampleGradientLinearOperator,
     MinSNRWeighting,
     NoisedRegression,
     NoiseProcess,
     PredictionType,
 )
+from curvlinops_diffusion.cli import program
 from curvlinops_diffusion.diffusion.ancestral import discretised_log_probability
+from curvlinops_diffusion.influence.measurements import registry
 from curvlinops_diffusion.influence.measurements.bounds import ELBO, SimplifiedELBO
+from curvlinops_diffusion.influence.measurements.evaluation import measurement_of
 from curvlinops_diffusion.influence.measurements.losses import WeightedLoss
+from curvlinops_diffusion.influence.measurements.registry import Better
 from curvlinops_diffusion.influence.measurements.trajectories import (
     TrajectoryRegression,
     record_trajectories,
@@ -326,6 +334,14 @@ def test_log_probability_from_some_steps_is_unbiased():
     assert (error / truth.abs()).max() < 0.05 / 4
 
 
+def test_log_probability_is_of_trajectories_only():
+    regression, _ = trajectories()
+    examples = problem()
+    J = ExampleGradientLinearOperator(examples, measurement=regression.log_probability)
+    with pytest.raises(ValueError, match="examples that are no trajectories"):
+        J.values()
+
+
 def test_recorded_states_have_the_steps_distribution():
     """Whitened increments are standard normal, and the last step adds no noise."""
     objective = problem().objective
@@ -334,7 +350,9 @@ def test_recorded_states_have_the_steps_distribution():
     for batch in regression.batches():
         prediction = objective.predict(batch)
         steps = regression._steps
-        residual = batch.target_BD - steps.mean(batch, prediction)
+        residual = batch.reached_BD - steps.mean(batch, prediction)
+        # the target is the prediction that would have led there
+        assert_close(steps.mean(batch, batch.target_BD), batch.reached_BD, 1e-9)
         std = steps.variance_T[batch.level_B[0]].sqrt()
         if batch.draw == len(LEVELS) - 1:
             assert residual.abs().max() < 1e-5
@@ -374,3 +392,44 @@ def test_conditions_of_trajectories():
         for n, g in zip(b.indices, b.condition["gain"], strict=True)
     }
     assert gains == {0: 1.0, 1: 2.0, 2: 3.0}
+
+
+# ---------------------------------------------------------------------------------------------
+# The registry
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_measurement_is_one_file_and_one_line(monkeypatch, capsys):
+    """Library, program and report know it by its line."""
+    file = ModuleType("brightness")
+    file.brightness = lambda batch, prediction_BD: prediction_BD.mean(1)
+    monkeypatch.setitem(sys.modules, f"{registry.__package__}.brightness", file)
+    line = registry.NamedMeasurement("brightness:brightness", "the mean pixel", Better.HIGHER)
+    monkeypatch.setitem(registry.MEASUREMENTS, "brightness", line)
+
+    regression = problem(num_draws=T)
+    J = ExampleGradientLinearOperator(regression, measurement="brightness")
+    plain = ExampleGradientLinearOperator(regression, measurement=file.brightness)
+    assert_close(J.values(), plain.values(), 0.0)
+
+    score = ["score", "--operator=o", "--data=d", "--queries=q", "--output=s"]
+    parsed = program.parser().parse_args([*score, "--measurement=brightness"])
+    assert parsed.score.measurement == "brightness"
+    with pytest.raises(SystemExit):
+        program.parser().parse_args(["score", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "brightness (the mean pixel)" in shown
+    assert "For log_likelihood and brightness higher is better" in shown
+    assert registry.sentence_of("brightness") == (
+        "Measured: brightness, the mean pixel; higher is better, so here negative means helpful."
+    )
+
+
+def test_every_named_measurement_loads():
+    objective = DenoisingObjective(problem().objective.model, DDPMScheduler())
+    for name, line in registry.MEASUREMENTS.items():
+        assert callable(measurement_of(name, objective)) or isinstance(
+            measurement_of(name, objective), ExampleFunction
+        )
+        assert line.summary
+    assert registry.sentence_of("unknown") == ""

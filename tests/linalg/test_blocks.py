@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from curvlinops import EKFACLinearOperator, KFACInverseLinearOperator, KFACLinearOperator
 from torch import nn
 
+from benchmarks.upstream import upstream_inverse, upstream_operator
 from curvlinops_diffusion import DiffusionEKFACLinearOperator, DiffusionKFACLinearOperator
 from curvlinops_diffusion.linalg.blocks import DenseBlock, EigenBlock, KroneckerBlock
 from tests.cases import plain_regression, seeded
@@ -90,12 +90,9 @@ def test_formats_of_vectors_agree(operator):
 
 
 def _upstream(regression, kind, separate):
-    return kind(
-        regression.model_func,
-        regression.loss_func,
-        list(regression.objective.model.parameters()),
+    return upstream_operator(
+        kind,
         regression,
-        batch_size_fn=regression.batch_size_fn,
         fisher_type="type-2",
         separate_weight_and_bias=separate,
         check_deterministic=False,
@@ -125,8 +122,8 @@ def test_inverse_equals_curvlinops(regression, separate, ours, theirs):
     K = DiffusionKFACLinearOperator(
         regression, fisher_type="type-2", separate_weight_and_bias=separate, exact_bias=False
     )
-    upstream = KFACInverseLinearOperator(
-        _upstream(regression, KFACLinearOperator, separate), damping=DAMPING, **theirs
+    upstream = upstream_inverse(
+        _upstream(regression, "KFACLinearOperator", separate), damping=DAMPING, **theirs
     )
     result, truth = to_dense(K.inverse(DAMPING, **ours)), to_dense(upstream)
     if separate and "use_heuristic_damping" in ours:
@@ -146,8 +143,8 @@ def test_inverse_of_ekfac_equals_curvlinops(regression, separate):
     EK = DiffusionEKFACLinearOperator(
         regression, fisher_type="type-2", separate_weight_and_bias=separate, exact_bias=False
     )
-    upstream = KFACInverseLinearOperator(
-        _upstream(regression, EKFACLinearOperator, separate), damping=1e-2, use_exact_damping=True
+    upstream = upstream_inverse(
+        _upstream(regression, "EKFACLinearOperator", separate), damping=1e-2, use_exact_damping=True
     )
     assert_close(to_dense(EK.inverse(1e-2)), to_dense(upstream), 1e-9)
 

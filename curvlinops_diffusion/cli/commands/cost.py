@@ -1,4 +1,4 @@
-"""What a command will cost, from a measured batch: ``--dry-run``."""
+"""``--dry-run``: estimate what a command will cost, from a measured batch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions
 from curvlinops_diffusion.cli.processes import num_processes
-from curvlinops_diffusion.curvature.exact_blocks import exact_blocks
 from curvlinops_diffusion.curvature.gradient_factors import fitted_factors
-from curvlinops_diffusion.curvature.options import FisherType, KFACOptions
+from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.layers import Coverage, covered_parameters
+from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.factors import eigendecomposition
 from curvlinops_diffusion.runtime.passes import PLAIN
@@ -63,23 +63,15 @@ class Cost:
 
 def fit_cost(regression: NoisedRegression, options: FitOptions) -> Cost:
     """Measure a batch, and extrapolate."""
-    kfac = KFACOptions.parse(
-        options.fisher_type,
-        options.mc_samples,
-        options.kfac_approx,
-        True,
-        "rademacher",
-        None,
-        options.gradient_group,
-    )
-    gradients = kfac.fisher_type is not FisherType.FORWARD_ONLY
-    coverage = covered_parameters(regression.objective.model, None, gradients)
-    sizes = _factor_sizes(coverage, kfac)
+    kfac = KFACOptions(**options.kfac_options())
+    coverage = covered_parameters(regression.objective.model, None, kfac.has_gradients)
+    plan = BlockPlan.of(coverage, kfac)
+    sizes = plan.factor_sizes()
     first = _first_batch(regression)
-    run = _measured(first, lambda: fitted_factors(first, coverage, kfac, PLAIN))
+    run = _measured(first, lambda: fitted_factors(first, plan, PLAIN))
     samples = run.samples * regression.num_samples
     seconds = run.seconds * regression.num_samples
-    exact = sum(prod(block.moment_shape) for block in exact_blocks(coverage, kfac))
+    exact = sum(prod(block.moment_shape) for block in plan.exact)
     entries = sum(n * n for n in sizes) + exact
     itemsize, n = regression.objective.working_dtype.itemsize, num_processes()
     parameters = sum(p.numel() for p in coverage.params.values())
@@ -130,7 +122,7 @@ def score_cost(
 
 @dataclass(frozen=True)
 class _Measured:
-    """What a run takes for each sample of its data.
+    """Time and work that a run takes for each sample of its data.
 
     Attributes:
         seconds: Time.
@@ -160,16 +152,6 @@ def _measured(regression: NoisedRegression, run: Callable[[], Any]) -> _Measured
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     return _Measured(seconds / regression.num_samples, count / regression.num_samples)
-
-
-def _factor_sizes(coverage: Coverage, options: KFACOptions) -> list[int]:
-    sizes = []
-    for layer in coverage.layers:
-        for part in layer.parts(options.separate_weight_and_bias, options.exact_bias):
-            *groups, O, I = part.shape
-            count = groups[0] if groups else 1
-            sizes += [O] * count + ([] if part.kind.one_hot else [I] * count)
-    return sizes
 
 
 def _first_batch(regression: NoisedRegression, most: int | None = None) -> NoisedRegression:

@@ -10,7 +10,7 @@ from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.images.images import NamedImages, open_images
 from curvlinops_diffusion.cli.network import Network, load_network
 from curvlinops_diffusion.cli.options import FitOptions
-from curvlinops_diffusion.cli.outputs import check_output, check_same, nothing_to_do
+from curvlinops_diffusion.cli.outputs import check_output, check_output_is_same, nothing_to_do
 from curvlinops_diffusion.cli.processes import is_first, process_group, with_own_device
 from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
 from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
@@ -31,13 +31,7 @@ def fit(options: FitOptions) -> None:
     with process_group(options.timeout) as several:
         network = load_network(with_own_device(options))
         regression = training_regression(network, training_images(network, options), options)
-        settings: dict[str, Any] = {
-            "fisher_type": options.fisher_type,
-            "mc_samples": options.mc_samples,
-            "kfac_approx": options.kfac_approx,
-        }
-        if options.curvature == "ekfac":
-            settings["gradient_group"] = options.gradient_group
+        settings = options.kfac_options()
         if options.dry_run:
             if is_first():
                 print(fit_cost(regression, options).text())
@@ -45,7 +39,7 @@ def fit(options: FitOptions) -> None:
         identity = regression.identity({"curvature": options.curvature, **settings})
         checkpoint = checkpoint_of(options.output)
         if options.output.exists() and not options.overwrite:
-            check_same(options.output, read_header(options.output)["info"], identity)
+            check_output_is_same(options.output, read_header(options.output)["info"], identity)
             nothing_to_do(options.output)
             return
         passes = PassOptions(

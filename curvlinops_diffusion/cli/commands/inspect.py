@@ -9,7 +9,7 @@ from typing import Any
 
 from curvlinops_diffusion.cli.options import InspectOptions
 from curvlinops_diffusion.cli.score_files import SCORES, read_scores
-from curvlinops_diffusion.linalg.operator_files import read_header
+from curvlinops_diffusion.linalg.operator_files import block_rows, read_header
 
 
 def inspect(options: InspectOptions) -> None:
@@ -42,21 +42,13 @@ def _print_scores(path: Path) -> None:
 
 def _print_operator(path: Path) -> None:
     header = read_header(path)
-    entries = sum(_size(shape) for _, shape in header["parameters"])
-    print(f"{header['kind']} with {entries:,} parameters in {len(header['blocks'])} blocks")
-    shapes = dict(map(tuple, header["parameters"]))
-    width = max((len(block["name"]) for block in header["blocks"]), default=0)
-    for block in header["blocks"]:
-        count = sum(_size(shapes[name]) for name in block["params"])
-        print(f"  {block['name']:{width}}  {block['type']:9}  {count:>12,}")
+    rows = block_rows(header)
+    entries = sum(row["parameters"] for row in rows)
+    print(f"{header['kind']} with {entries:,} parameters in {len(rows)} blocks")
+    width = max((len(row["name"]) for row in rows), default=0)
+    for row in rows:
+        print(f"  {row['name']:{width}}  {row['kind']:9}  {row['parameters']:>12,}")
     _print_settings(header["info"])
-
-
-def _size(shape: list[int]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total
 
 
 def _print_settings(settings: Mapping[str, Any]) -> None:

@@ -21,19 +21,12 @@ from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.options import ReportOptions
 from curvlinops_diffusion.cli.outputs import check_output
 from curvlinops_diffusion.cli.score_files import read_scores
-from curvlinops_diffusion.linalg.operator_files import read_file
+from curvlinops_diffusion.influence.measurements.registry import sentence_of
+from curvlinops_diffusion.linalg.operator_files import block_rows
+from curvlinops_diffusion.linalg.storage import read_blocks
 from curvlinops_diffusion.runtime.files import write_bytes
 
 matplotlib.use("Agg")  # draws to files, needs no screen
-
-
-_SIGNS = {
-    "loss": "lower is better, so positive means helpful",
-    "simplified_elbo": "the negative bound, lower is better, so positive means helpful",
-    "elbo": "the negative bound, lower is better, so positive means helpful",
-    "log_likelihood": "higher is better, so here negative means helpful",
-    "squared_norm": "neither sign means helpful",
-}
 
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
@@ -66,7 +59,7 @@ def report(options: ReportOptions) -> None:
         .render(
             queries=_queries(scores_QN, train, queries, options.top),
             num_train=len(train),
-            measured=_measured(header["identity"]),
+            measured=sentence_of(header["identity"].get("query", {}).get("measurement", "")),
             histogram=_histogram(scores_QN),
             operator=None if options.operator is None else _operator(options.operator),
             settings=json.dumps(header["identity"], indent=2),
@@ -76,13 +69,6 @@ def report(options: ReportOptions) -> None:
     write_bytes(options.output, page.encode())
     event("reported", file=str(options.output))
     say(f"Wrote {options.output}")
-
-
-def _measured(identity: dict[str, Any]) -> str:
-    """What was measured, and what positive and negative scores of it say, as a sentence."""
-    measurement = identity.get("query", {}).get("measurement")
-    meaning = _SIGNS.get(measurement)
-    return "" if meaning is None else f"Measured: {measurement}; {meaning}."
 
 
 def _queries(
@@ -136,21 +122,12 @@ def _histogram(scores_QN: Tensor) -> str:
 
 def _operator(path: Path) -> dict[str, Any]:
     """An operator's spectrum, and a row for each block."""
-    header, tensors = read_file(path)
-    shapes = {name: torch.Size(shape) for name, shape in header["parameters"]}
-    rows, spectra = [], []
-    for block in header["blocks"]:
-        values = _eigenvalues({role: tensors[name] for role, name in block["tensors"].items()})
+    header, blocks = read_blocks(path)
+    rows, spectra = block_rows(header), []
+    for row, placed in zip(rows, blocks, strict=True):
+        values = placed.block.eigen(placed.name).eigenvalues.flatten()
         spectra.append(values)
-        rows.append(
-            {
-                "name": block["name"],
-                "kind": block["type"],
-                "parameters": sum(shapes[name].numel() for name in block["params"]),
-                "trace": float(values.sum()),
-                "largest": float(values.max()),
-            }
-        )
+        row |= {"trace": float(values.sum()), "largest": float(values.max())}
     total = sum(row["trace"] for row in rows) or 1.0
     values = torch.cat(spectra).sort(descending=True).values.clamp(min=1e-30)
     figure, axis = plt.subplots(figsize=(7, 2.6))
@@ -158,11 +135,11 @@ def _operator(path: Path) -> dict[str, Any]:
     axis.set_ylim(bottom=max(float(values[0]) * 1e-14, 1e-30))
     axis.set_xlabel("number")
     axis.set_ylabel("eigenvalue")
+    covered = sum(row["parameters"] for row in rows)
     for row in rows:
         row["share"] = f"{row['trace'] / total:.2%}"
         row["largest"] = f"{row['largest']:.2e}"
         row["parameters"] = f"{row['parameters']:,}"
-    covered = sum(shape.numel() for shape in shapes.values())
     left_out = header["info"].get("left_out", {})
     return {
         "kind": header["kind"],
@@ -171,18 +148,6 @@ def _operator(path: Path) -> dict[str, Any]:
         "covered": f"{covered:,}",
         "left_out": left_out,
     }
-
-
-def _eigenvalues(tensors: dict[str, Tensor]) -> Tensor:
-    if "eigenvalues" in tensors:
-        return tensors["eigenvalues"].flatten()
-    if "matrix" in tensors:
-        return torch.linalg.eigvalsh(tensors["matrix"].double()).clamp(min=0).flatten()
-    B, A = (
-        M if M.ndim == 1 else torch.linalg.eigvalsh(M.double()).clamp(min=0)
-        for M in (tensors["output_factor"], tensors["input_factor"])
-    )
-    return (B.unsqueeze(-1) * A.unsqueeze(-2)).flatten()
 
 
 def _svg(figure: Any) -> str:

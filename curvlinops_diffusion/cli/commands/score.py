@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from torch import Tensor
+
 from curvlinops_diffusion.cli.checkpoints import checkpoint_of, going_on, remove
 from curvlinops_diffusion.cli.commands.cost import score_cost
 from curvlinops_diffusion.cli.commands.fit import training_images, training_regression
 from curvlinops_diffusion.cli.events import event, say
-from curvlinops_diffusion.cli.images.images import open_images
-from curvlinops_diffusion.cli.network import load_network
+from curvlinops_diffusion.cli.images.images import NamedImages, open_images
+from curvlinops_diffusion.cli.network import Network, load_network
 from curvlinops_diffusion.cli.options import ScoreOptions
-from curvlinops_diffusion.cli.outputs import check_output, check_same, nothing_to_do
+from curvlinops_diffusion.cli.outputs import check_output, check_output_is_same, nothing_to_do
 from curvlinops_diffusion.cli.processes import is_first, process_group, with_own_device
 from curvlinops_diffusion.cli.score_files import header_and_scores, write_scores
 from curvlinops_diffusion.curvature.load import load_operator
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.scores import influence_scores
-from curvlinops_diffusion.runtime.files import differences
+from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
+from curvlinops_diffusion.runtime.files import check_same
 from curvlinops_diffusion.runtime.passes import PassOptions
 
 # what of a regression's description fit and score must share
@@ -37,16 +40,10 @@ def score(options: ScoreOptions) -> None:
         network = load_network(with_own_device(options))
         known = training_images(network, options)
         train = training_regression(network, known, options, in_pairs(options.num_draws))
-        form = network.form(options.resolution)
-        images = open_images(options.queries, form, network.condition, known)
-        query = NoisedRegression(
-            network.objective,
-            images,
-            options.query_draws,
-            options.seed + 1,
-            batch_size=options.batch_size,
-            antithetic=in_pairs(options.query_draws),
+        images = open_images(
+            options.queries, network.form(options.resolution), network.condition, known
         )
+        query = _query_regression(network, images, options)
         operator = load_operator(options.operator, network.objective.model)
         _check_same_objective(options, operator.info, train)
         if not options.other_data:
@@ -55,44 +52,79 @@ def score(options: ScoreOptions) -> None:
             if is_first():
                 print(score_cost(train, query, operator, options).text())
             return
-        measured = {"measurement": options.measurement, "damping": options.damping}
         identity = {
             "train": train.identity({}),
-            "query": query.identity(measured),
+            "query": query.identity(
+                {"measurement": options.measurement, "damping": options.damping}
+            ),
             "operator": json.loads(json.dumps(operator.info)),
         }
-        if options.output.exists() and not options.overwrite:
-            header, scores_QN = header_and_scores(options.output)
-            check_same(options.output, header, identity)
-            if scores_QN is not None:
-                nothing_to_do(options.output)
-                return
-        checkpoint = checkpoint_of(options.output)
-        passes = PassOptions(
-            checkpoint, options.checkpoint_every, distributed=several, progressbar=not options.quiet
-        )
-        J_train = ExampleGradientLinearOperator(train, operator.param_names)
-        J_query = ExampleGradientLinearOperator(
-            query, operator.param_names, measurement=options.measurement
-        )
-        inverse, block = operator.inverse(options.damping), options.query_block
-        scores_QN = going_on(
-            lambda: influence_scores(J_query, inverse, J_train, query_block=block, passes=passes),
-            checkpoint,
-            options.overwrite,
-        )
+        if _is_done(options, identity):
+            nothing_to_do(options.output)
+            return
+        scores_QN = _computed_scores(options, operator, train, query, several)
         if not is_first():
             return
         names = {"train": known.names, "queries": images.names}
         write_scores(options.output, scores_QN, names, identity)
-        remove(checkpoint)
+        remove(checkpoint_of(options.output))
         Q, N = scores_QN.shape
         event("scored", file=str(options.output), queries=Q, training_images=N)
         say(f"Wrote {options.output}: {Q} queries × {N} training images")
 
 
+def _query_regression(
+    network: Network, images: NamedImages, options: ScoreOptions
+) -> NoisedRegression:
+    """The queries with draws of their own."""
+    return NoisedRegression(
+        network.objective,
+        images,
+        options.query_draws,
+        options.seed + 1,
+        batch_size=options.batch_size,
+        antithetic=in_pairs(options.query_draws),
+    )
+
+
+def _is_done(options: ScoreOptions, identity: dict[str, Any]) -> bool:
+    """Tell whether the output is there already, whole.
+
+    Raises:
+        ValueError: If what is there was made with other options, and may not be overwritten.
+    """
+    if not options.output.exists() or options.overwrite:
+        return False
+    header, scores_QN = header_and_scores(options.output)
+    check_output_is_same(options.output, header, identity)
+    return scores_QN is not None
+
+
+def _computed_scores(
+    options: ScoreOptions,
+    operator: BlockDiagonalLinearOperator,
+    train: NoisedRegression,
+    query: NoisedRegression,
+    several: bool,
+) -> Tensor:
+    """The scores ``[Q, N]``, from the checkpoint on if there is one."""
+    checkpoint = checkpoint_of(options.output)
+    passes = PassOptions(
+        checkpoint, options.checkpoint_every, distributed=several, progressbar=not options.quiet
+    )
+    names = operator.param_names
+    J_train = ExampleGradientLinearOperator(train, names)
+    J_query = ExampleGradientLinearOperator(query, names, measurement=options.measurement)
+    inverse, block = operator.inverse(options.damping), options.query_block
+    return going_on(
+        lambda: influence_scores(J_query, inverse, J_train, query_block=block, passes=passes),
+        checkpoint,
+        options.overwrite,
+    )
+
+
 def in_pairs(num_draws: int) -> bool:
-    """Whether so many draws are made antithetic pairs, which gradients gain by."""
+    """Whether draws are paired antithetically: yes if their number is even; it reduces variance."""
     return num_draws % 2 == 0
 
 
@@ -115,9 +147,9 @@ def _check_same_objective(
     here = json.loads(json.dumps(train.description))
     there = info.get("regression", {})
     known = [key for key in _OBJECTIVE if key in there and key in here]
-    different = differences({k: there[k] for k in known}, {k: here[k] for k in known})
-    if different:
-        raise ValueError(
-            f"'{options.operator}' was fitted with another objective: {'; '.join(different)}. Pass "
-            "the pipeline, or model and scheduler, that it was fitted with."
-        )
+    check_same(
+        {key: there[key] for key in known},
+        {key: here[key] for key in known},
+        f"'{options.operator}' was fitted with another objective",
+        "Pass the pipeline, or model and scheduler, that it was fitted with.",
+    )

@@ -73,7 +73,7 @@ def _labels(path: Path, arrays: dict[str, Any], count: int) -> Any:
 
 
 def _check_channels(path: Path, images: Any, axis: int, accepted: set[int]) -> None:
-    """Whether the axis of the channels can be that."""
+    """Check that the axis of the channels can be that."""
     channels = 1 if images.ndim == 3 else images.shape[axis]
     if channels in accepted:
         return

@@ -20,7 +20,7 @@ _HOW = {
 
 @dataclass(frozen=True)
 class Condition:
-    """What the network takes besides the image.
+    """The condition that the network takes besides the image.
 
     Attributes:
         key: ``'class_labels'``, ``'prompt'``, or ``None`` for nothing.
@@ -33,7 +33,7 @@ class Condition:
     def of(
         self, path: Path, names: Sequence[str], conditions: dict[str, list[Any]]
     ) -> dict[str, list[Any]]:
-        """Those of the images' conditions that the network takes.
+        """Select those of the images' conditions that the network takes.
 
         Raises:
             ValueError: If an image has none, or one that the network does not know.

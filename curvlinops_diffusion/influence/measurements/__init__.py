@@ -1,1 +1,1 @@
-"""What is measured of a query, one kind a file."""
+"""Measurements of a query, one kind a file."""

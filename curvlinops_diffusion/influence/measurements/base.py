@@ -1,4 +1,4 @@
-"""What can be measured: functions of predictions, and of the model, an example and its draws."""
+"""Kinds of measurement: functions of predictions, and of the model, an example and its draws."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from curvlinops_diffusion.diffusion.ancestral import (
     AncestralSteps,
-    clean_from,
     discretised_log_probability,
 )
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
@@ -89,13 +88,16 @@ class ELBO(ObjectiveMeasurement):
         constant_T[0] = 0
 
         def value(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
-            x0_BD = clean_from(process, batch, batch.target_BD)
+            def clean(y_BD: Tensor) -> Tensor:
+                return process.clean(batch.x_t.flatten(1).to(y_BD), y_BD, batch.level_B)
+
+            x0_BD = clean(batch.target_BD)
             last = x0_BD.new_full((len(x0_BD),), T - 1, dtype=torch.int64).cpu()
             alpha, sigma = (s.to(x0_BD) for s in (process.alphas_T[last], process.sigmas_T[last]))
             alpha_B1, sigma_B1 = alpha.unsqueeze(1), sigma.unsqueeze(1)
             divergence = sigma_B1.square() + (alpha_B1 * x0_BD).square() - 1 - 2 * sigma_B1.log()
             reconstruction_B = -discretised_log_probability(
-                x0_BD, clean_from(process, batch, prediction_BD), variance**0.5
+                x0_BD, clean(prediction_BD), variance**0.5
             )
             at_first_B = (batch.level_B == 0).to(x0_BD)
             constant_B = x0_BD.shape[1] * constant_T[batch.level_B].to(x0_BD)

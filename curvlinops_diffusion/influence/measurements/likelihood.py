@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvlinops_diffusion.diffusion.ancestral import clean_from
 from curvlinops_diffusion.diffusion.conditions import rows_of
-from curvlinops_diffusion.diffusion.noise import PredictionType
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.influence.measurements.base import (
     Example,
@@ -119,10 +117,6 @@ class _Flow:
         batch = objective.noise(empty, condition, level_R, empty, [0] * R, 0)
         batch = replace(batch, x_t=x_t.to(objective.dtype))
         prediction = objective.predict(batch)
-        if process.prediction_type is PredictionType.FLOW:
-            return prediction.reshape(y.shape)
-        x0 = clean_from(process, batch, prediction)
-        noise = (x_t.flatten(1) - float(process.alphas_T[level]) * x0) / float(
-            process.sigmas_T[level]
-        )
-        return (noise - x0).reshape(y.shape)
+        x_RD = x_t.flatten(1)
+        noise = process.noise(x_RD, prediction, level_R)
+        return (noise - process.clean(x_RD, prediction, level_R)).reshape(y.shape)

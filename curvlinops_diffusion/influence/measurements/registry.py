@@ -1,104 +1,89 @@
-"""Measured quantities: what an influence score predicts the change of.
+"""The measurements that have a name, a line each: program, report and documentation read it here.
 
-A measurement maps a noised batch and the network's prediction ``[B, D]`` to one value for each
-example, ``[B]``; an example's value is the average over its draws. Measurements that depend on the
-noise process are bound to an objective first.
-
-Legend: T noise levels, B batch, D entries of a prediction.
+Without torch, so that the program can list them before anything is computed. A new one is a file in
+this folder and a line in :data:`MEASUREMENTS`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import Enum
+from importlib import import_module
 from typing import Any
 
-import torch
-from torch import Tensor
 
-from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.diffusion.draws import Draws
-from curvlinops_diffusion.diffusion.objective import DenoisingObjective
-from curvlinops_diffusion.influence.measurements.base import (
-    ExampleFunction,
-    Measurement,
-    ObjectiveMeasurement,
-)
-from curvlinops_diffusion.influence.measurements.bounds import ELBO, SimplifiedELBO
-from curvlinops_diffusion.influence.measurements.likelihood import LogLikelihood
-from curvlinops_diffusion.influence.measurements.losses import loss, squared_norm
+class Better(Enum):
+    """The values of a measurement that are good, and what follows for the sign of scores."""
 
-MEASUREMENTS: dict[str, Measurement | ObjectiveMeasurement] = {
-    "loss": loss,
-    "squared_norm": squared_norm,
-    "simplified_elbo": SimplifiedELBO(),
-    "elbo": ELBO(),
-    "log_likelihood": LogLikelihood(),
+    LOWER = "lower is better, so positive means helpful"
+    HIGHER = "higher is better, so here negative means helpful"
+    NEITHER = "neither sign means helpful"
+
+
+@dataclass(frozen=True)
+class NamedMeasurement:
+    """A measurement as users name it.
+
+    Attributes:
+        where: Its file in this folder and its name there: a function of (noised batch, prediction),
+            or a class that is made without arguments.
+        summary: What it is, as a phrase.
+        better: Which values are good.
+    """
+
+    where: str
+    summary: str
+    better: Better
+
+    def load(self) -> Any:
+        """The measurement itself."""
+        module, name = self.where.split(":")
+        found = getattr(import_module(f"{__package__}.{module}"), name)
+        return found() if isinstance(found, type) else found
+
+
+MEASUREMENTS: dict[str, NamedMeasurement] = {
+    "loss": NamedMeasurement("losses:loss", "the training loss", Better.LOWER),
+    "squared_norm": NamedMeasurement(
+        "losses:squared_norm", "D-TRAK's mean square of the prediction", Better.NEITHER
+    ),
+    "simplified_elbo": NamedMeasurement(
+        "bounds:SimplifiedELBO",
+        "the transitions of the negative evidence lower bound, in nats",
+        Better.LOWER,
+    ),
+    "elbo": NamedMeasurement(
+        "bounds:ELBO",
+        "the whole negative evidence lower bound, with prior and reconstruction, in nats",
+        Better.LOWER,
+    ),
+    "log_likelihood": NamedMeasurement(
+        "likelihood:LogLikelihood",
+        "the log-likelihood by the probability-flow ODE, in nats",
+        Better.HIGHER,
+    ),
 }
 
 
-def measurement_of(
-    measurement: Any, objective: DenoisingObjective, draws: Draws | None = None
-) -> Measurement | ExampleFunction:
-    """Return the measurement that a user named or passed, for an objective.
+def sentence_of(name: str) -> str:
+    """Say what was measured, and what the sign of a score means; nothing for an unknown name."""
+    if name not in MEASUREMENTS:
+        return ""
+    entry = MEASUREMENTS[name]
+    return f"Measured: {name}, {entry.summary}; {entry.better.value}."
 
-    Args:
-        measurement: The name or measurement.
-        objective: The objective.
-        draws: What it is estimated from, where that is known.
 
-    Raises:
-        ValueError: If it is neither a known name nor callable, or not for this objective or these
-            draws.
-    """
-    if isinstance(measurement, str) and measurement in MEASUREMENTS:
-        measurement = MEASUREMENTS[measurement]
-    if isinstance(measurement, ObjectiveMeasurement):
-        if measurement.uniform_levels and draws is not None and not draws.uniform_levels:
-            raise ValueError(
-                f"{type(measurement).__name__} arrived with {draws.timesteps}. It is a sum over "
-                "all noise levels, which only timesteps='stratified', 'uniform' and 'all' "
-                "estimate. Take one of these, or a WeightedLoss for some levels."
-            )
-        return measurement.bind(objective)
-    if callable(measurement) or isinstance(measurement, ExampleFunction):
-        return measurement
-    raise ValueError(
-        f"measurement={measurement!r} is unknown. Pass one of {sorted(MEASUREMENTS)}, a "
-        "WeightedLoss or the like, a function of (noised batch, prediction [B, D]) that returns "
-        "values [B], or an ExampleFunction of (model, example, draws)."
+def options_text() -> str:
+    """All of them, as the help of an option."""
+    listed = "; ".join(f"{name} ({entry.summary})" for name, entry in MEASUREMENTS.items())
+    signs = ". ".join(
+        f"For {_joined([n for n, e in MEASUREMENTS.items() if e.better is better])} {better.value}"
+        for better in Better
+        if any(e.better is better for e in MEASUREMENTS.values())
     )
+    return f"What is measured at the queries: {listed}. {signs}."
 
 
-def measure(measurement: Measurement, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
-    """Evaluate a measurement, shape ``[B]``.
-
-    Raises:
-        ValueError: If its values do not have shape ``[B]``.
-    """
-    values = measurement(batch, prediction_BD)
-    if not isinstance(values, Tensor) or values.shape != (len(batch.indices),):
-        arrived = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(
-            f"The measurement returned {arrived} for a batch of {len(batch.indices)}. It must "
-            "return one value for each example, shape [B]."
-        )
-    return values
-
-
-def measurement_gradient(
-    measurement: Measurement, batch: NoisedBatch, prediction_BD: Tensor
-) -> Tensor:
-    """Gradients of the examples' measured values in the prediction, shape ``[B, D]``.
-
-    Raises:
-        ValueError: If the values are not a differentiable function of the prediction.
-    """
-    with torch.enable_grad():
-        prediction_BD = prediction_BD.detach().requires_grad_()
-        values_B = measure(measurement, batch, prediction_BD)
-        if not values_B.requires_grad:
-            raise ValueError(
-                "The measurement does not depend on the prediction, or not differentiably. It must "
-                "be computed from its second argument by differentiable operations of torch."
-            )
-        (gradient,) = torch.autograd.grad(values_B.sum(), prediction_BD)
-    return gradient
+def _joined(names: list[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from curvlinops_diffusion.diffusion.ancestral import AncestralSteps
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.checks import check_condition
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.draws import make_draws
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
@@ -55,68 +57,109 @@ class TrajectoryRegression(NoisedRegression):
         variance: str | None = None,
         batch_size: int = 64,
     ):
-        T = objective.process.num_levels
-        falling = all(a > b for a, b in pairwise(levels))
-        if states.ndim < 3 or states.shape[1] != len(levels) + 1 or not falling:
+        steps = steps_between(objective, levels, variance)
+        if states.ndim < 3 or states.shape[1] != len(levels) + 1:
             raise ValueError(
                 f"States of shape {tuple(states.shape)} arrived with {len(levels)} levels. Pass "
                 "states [trajectories, steps + 1, ...] from noise to sample, and the falling noise "
                 "levels of all but the last."
             )
-        if not all(0 <= level < T for level in levels):
-            raise ValueError(f"The levels must be from 0 to {T - 1}; {list(levels)[:8]} arrived.")
-        data = {"x0": states, **(condition or {})}
-        super().__init__(objective, data, 1, seed, batch_size=batch_size)
-        self._levels = torch.tensor(list(levels))
-        self.draws = make_draws(
+        draws = make_draws(
             "all" if num_draws is None else "stratified", num_draws, seed, len(levels)
         )
-        squared_T = objective.process.alphas_T.square()
-        previous_T = torch.ones_like(squared_T)
-        previous_T[self._levels[:-1]] = squared_T[self._levels[1:]]
-        self._steps = AncestralSteps.of(objective.process, variance, previous_T)
+        data = {"x0": states, **(condition or {})}
+        super().__init__(objective, data, batch_size=batch_size, draws=draws)
+        self._levels = torch.tensor(list(levels))
+        self._steps = steps
 
     @property
     def description(self) -> dict[str, Any]:
-        """What determines the steps and their log-probability."""
+        """Describe what determines the steps and their log-probability."""
         steps = self._steps
         variances = digest_of(self._levels, steps.previous_T, steps.variance_T)
         return {**super().description, "steps": variances}
 
     def log_probability(self, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
-        """The log-probability of a step, times the number of steps, shape ``[B]``."""
-        log_probability_B = self._steps.log_probability(batch, prediction_BD, batch.target_BD)
+        """The log-probability of a step, times the number of steps, shape ``[B]``.
+
+        Raises:
+            ValueError: If the batch is not of trajectories.
+        """
+        if not isinstance(batch, StepBatch):
+            raise ValueError(
+                "log_probability arrived with examples that are no trajectories. Measure it on the "
+                "TrajectoryRegression that it belongs to."
+            )
+        log_probability_B = self._steps.log_probability(batch, prediction_BD, batch.reached_BD)
         return len(self._levels) * log_probability_B
 
-    def noised_batches(self, clean: CleanBatch) -> Iterator[NoisedBatch]:
-        """Yield steps: states as inputs, the states that they led to as targets."""
+    def noised_batches(self, clean: CleanBatch) -> Iterator[StepBatch]:
+        """Yield steps: states as inputs, with the states that they led to."""
         for r in range(self.num_draws):
             step_B = self.draws.levels(clean.indices, r)
-            rows = torch.arange(len(step_B))
-            states, reached = clean.x0[rows, step_B], clean.x0[rows, step_B + 1]
-            yield self._steps_from(clean, r, step_B, states, reached)
+            rows, level_B = torch.arange(len(step_B)), self._levels[step_B]
+            states = clean.x0[rows, step_B]
+            batch = states_as_batch(
+                self.objective, states, clean.condition, level_B, clean.indices, r
+            )
+            reached_BD = clean.x0[rows, step_B + 1].flatten(1).to(batch.target_BD)
+            own = {field.name: getattr(batch, field.name) for field in fields(batch)}
+            own |= {
+                "target_BD": self._steps.prediction_for(batch, reached_BD),
+                "weight_B": torch.ones_like(batch.weight_B),
+            }
+            yield StepBatch(**own, reached_BD=reached_BD)
 
-    def _steps_from(
-        self, clean: CleanBatch, draw: int, step_B: Tensor, states: Tensor, reached: Tensor
-    ) -> NoisedBatch:
-        """Steps as a batch: from ``states``, which led to ``reached``."""
-        objective, level_B = self.objective, self._levels[step_B]
-        states, reached = (
-            z.to(objective.device, objective.working_dtype) for z in (states, reached)
+
+@dataclass(frozen=True)
+class StepBatch(NoisedBatch):
+    """States of trajectories as inputs of the network, and the states that they led to.
+
+    The target is the prediction whose step has the next state as its mean.
+
+    Attributes:
+        reached_BD: The next states.
+    """
+
+    ROWS: ClassVar[tuple[str, ...]] = (*NoisedBatch.ROWS, "reached_BD")
+
+    reached_BD: Tensor
+
+
+def states_as_batch(
+    objective: DenoisingObjective,
+    states: Tensor,
+    condition: Mapping[str, Any],
+    level_B: Tensor,
+    indices: Sequence[int],
+    draw: int,
+) -> NoisedBatch:
+    """States ``[B, ...]`` at given noise levels as what the network sees; without their target."""
+    noised = objective.noise(states, condition, level_B, torch.zeros_like(states), indices, draw)
+    return replace(noised, x_t=states.to(objective.device, objective.dtype))
+
+
+def steps_between(
+    objective: DenoisingObjective, levels: Sequence[int], variance: str | None
+) -> AncestralSteps:
+    """The ancestral steps from each of some falling noise levels to the next, the last to the data.
+
+    Raises:
+        ValueError: If the levels do not fall or do not exist, the noise process is not
+            variance-preserving, or the variance is unknown.
+    """
+    T = objective.process.num_levels
+    if not all(a > b for a, b in pairwise(levels)):
+        raise ValueError(
+            f"Pass the falling noise levels, from noise to sample; {list(levels)[:8]} arrived."
         )
-        noised = objective.noise(
-            states, clean.condition, level_B, torch.zeros_like(states), clean.indices, draw
-        )
-        return NoisedBatch(
-            clean.indices,
-            draw,
-            level_B,
-            states.to(objective.dtype),
-            noised.timestep_B,
-            noised.condition,
-            reached.flatten(1),
-            torch.ones_like(noised.weight_B),
-        )
+    if not all(0 <= level < T for level in levels):
+        raise ValueError(f"The levels must be from 0 to {T - 1}; {list(levels)[:8]} arrived.")
+    index = torch.tensor(list(levels))
+    squared_T = objective.process.alphas_T.square()
+    previous_T = torch.ones_like(squared_T)
+    previous_T[index[:-1]] = squared_T[index[1:]]
+    return AncestralSteps.of(objective.process, variance, previous_T)
 
 
 @torch.no_grad()
@@ -144,18 +187,15 @@ def record_trajectories(
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, generator=generator)
-    zeros = torch.zeros(shape[0], len(levels) + 1, *shape[1:])
-    regression = TrajectoryRegression(
-        objective, zeros, levels, condition=condition, variance=variance, batch_size=shape[0]
-    )
-    states = [x]
-    (clean,) = regression.clean_batches()
-    for step in range(len(levels)):
-        step_B = torch.full((shape[0],), step)
-        # where the step leads is what is asked for
-        batch = regression._steps_from(clean, step, step_B, states[-1], states[-1])
-        mean_BD = regression._steps.mean(batch, objective.predict(batch))
-        std = regression._steps.variance_T[levels[step]].sqrt().to(mean_BD)
+    steps = steps_between(objective, levels, variance)
+    condition = dict(condition or {})
+    check_condition(condition, shape[0])
+    states, indices = [x], range(shape[0])
+    for number, level in enumerate(levels):
+        level_B = torch.full((shape[0],), level)
+        batch = states_as_batch(objective, states[-1], condition, level_B, indices, number)
+        mean_BD = steps.mean(batch, objective.predict(batch))
+        std = steps.variance_T[level].sqrt().to(mean_BD)
         noise = torch.randn(*shape, generator=generator).to(mean_BD)
         states.append((mean_BD.reshape(shape) + std * noise).cpu().to(x))
     return torch.stack(states, 1)

@@ -14,13 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curvlinops_diffusion.linalg.operator import FlatLinearOperator
-from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
+from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator, input_shapes
 from curvlinops_diffusion.runtime.checks import check_count, check_non_negative
 
 
 @dataclass
 class Refinement:
-    """How a solution was approached.
+    """A record of how a solution was approached.
 
     Attributes:
         residuals: ``‖b − (G + λ) x‖ / ‖b‖`` of each column, at the start and after each iteration.
@@ -76,7 +76,7 @@ class RefinedInverseLinearOperator(FlatLinearOperator):
         self.refinement = Refinement()
         self._progressbar = progressbar
         self._callback = callback
-        if preconditioner is not None and preconditioner._in_shape != G._in_shape:
+        if preconditioner is not None and input_shapes(preconditioner) != input_shapes(G):
             raise ValueError(
                 f"The preconditioner acts on {preconditioner.shape[1]:,} entries and G on "
                 f"{G.shape[1]:,}. Pass the same params to both."

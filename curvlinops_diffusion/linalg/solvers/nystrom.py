@@ -5,6 +5,8 @@ Legend: P parameters, r rank, K columns.
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -84,8 +86,7 @@ class NystromInverseLinearOperator(FlatLinearOperator):
 
     def with_damping(self, damping: float) -> NystromInverseLinearOperator:
         """The same sketch with another damping, at no cost."""
-        other = object.__new__(NystromInverseLinearOperator)
-        other.__dict__.update(self.__dict__)
+        other = copy(self)
         other.damping = check_non_negative("damping", damping)
         return other
 

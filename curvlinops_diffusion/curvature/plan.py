@@ -1,0 +1,148 @@
+"""The plan of the blocks: which parameters form one, made of what, under which keys.
+
+Made once, from the coverage and the options, and handed through factors, eigenvalues, operators and
+cost. Below it nothing asks again how a layer's parameters fall into blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.curvature.exact_blocks import ExactBlock
+from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.layers.coverage import Coverage
+from curvlinops_diffusion.layers.kind import ExactKind
+from curvlinops_diffusion.layers.layer import Layer, Part
+from curvlinops_diffusion.linalg.blocks import Block
+from curvlinops_diffusion.linalg.placement import PlacedBlock
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """The partition of the covered parameters into blocks.
+
+    Attributes:
+        coverage: The parameters, and the layers that hold them.
+        options: How the blocks are approximated.
+        parts: The blocks of Kronecker form, layer by layer.
+        exact: The others.
+    """
+
+    coverage: Coverage
+    options: KFACOptions
+    parts: tuple[Part, ...]
+    exact: tuple[ExactBlock, ...]
+
+    @classmethod
+    def of(cls, coverage: Coverage, options: KFACOptions) -> BlockPlan:
+        """The plan for parameters and options."""
+        parts = [
+            part
+            for layer in coverage.layers
+            for part in layer.parts(options.separate_weight_and_bias, options.exact_bias)
+        ]
+        inside = {name for part in parts for name in part.params}
+        exact = [
+            block
+            for layer in coverage.layers
+            for block in _exact_blocks_of(layer, inside, coverage, options.max_dense)
+        ]
+        exact += [
+            _exact_block(name, (name,), None, coverage, options.max_dense)
+            for name in coverage.others
+        ]
+        return cls(coverage, options, tuple(parts), tuple(exact))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Describe the plan for a model as plain values, for checkpoints."""
+        return {"options": self.options.as_dict(), "params": list(self.coverage.params)}
+
+    @cached_property
+    def by_layer(self) -> dict[str, tuple[Part, ...]]:
+        """The blocks of Kronecker form by the name of their layer, where it has any."""
+        names = dict.fromkeys(part.layer.name for part in self.parts)
+        return {name: tuple(p for p in self.parts if p.layer.name == name) for name in names}
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers that have blocks of Kronecker form."""
+        return tuple(own[0].layer for own in self.by_layer.values())
+
+    @cached_property
+    def with_inputs(self) -> dict[str, Part]:
+        """The block of each layer that has an input factor, by the name of the layer."""
+        return {part.layer.name: part for part in self.parts if not part.is_bias}
+
+    def input_zeros(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Input factors ``[*g, I, I]``, or ``[I]`` for diagonal ones, of zeros, by their key."""
+        zeros = {}
+        for part in self.with_inputs.values():
+            *groups, _, I = part.shape
+            shape = (I,) if part.kind.one_hot else (*groups, I, I)
+            zeros[part.input_key] = part.new_zeros(dtype, *shape)
+        return zeros
+
+    def output_zeros(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Output factors ``[*g, O, O]`` of zeros, by their key."""
+        return {
+            part.output_key: part.new_zeros(dtype, *part.shape[:-1], part.shape[-2])
+            for part in self.parts
+        }
+
+    def exact_zeros(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Exact blocks ``[n, n]``, or their diagonals ``[n]``, of zeros, by their key."""
+        own = self.coverage.params
+        return {
+            block.key: own[block.params[0]].new_zeros(block.moment_shape, dtype=dtype).detach()
+            for block in self.exact
+        }
+
+    def factor_sizes(self) -> list[int]:
+        """The rows of every factor that is decomposed, one entry for each group."""
+        sizes = []
+        for part in self.parts:
+            *groups, O, I = part.shape
+            sizes += [O] * prod(groups) + ([] if part.kind.one_hot else [I] * prod(groups))
+        return sizes
+
+    def place(self, blocks: Mapping[str, Block]) -> list[PlacedBlock]:
+        """Blocks by their key, at their place among the parameters, in the parameters' order."""
+        placed = [
+            PlacedBlock(part.key, part.params, blocks[part.key], part.kind.transposed)
+            for part in self.parts
+        ]
+        placed += [PlacedBlock(block.key, block.params, blocks[block.key]) for block in self.exact]
+        order = {name: i for i, name in enumerate(self.coverage.params)}
+        return sorted(placed, key=lambda block: min(order[name] for name in block.params))
+
+
+def _exact_blocks_of(
+    layer: Layer, inside: set[str], coverage: Coverage, max_dense: int
+) -> list[ExactBlock]:
+    """The exact blocks of a layer: what is in no block of Kronecker form."""
+    names = tuple(name for name in layer.params if name not in inside)
+    if len({coverage.params[name].shape for name in names}) == len(names) == 2:
+        # of a kind whose parameters have no common rows
+        return [_exact_block(name, (name,), layer, coverage, max_dense) for name in names]
+    if not names:
+        return []
+    key = layer.key("norm" if isinstance(layer.kind, ExactKind) else "bias")
+    return [_exact_block(key, names, layer, coverage, max_dense)]
+
+
+def _exact_block(
+    key: str, names: tuple[str, ...], layer: Layer | None, coverage: Coverage, max_dense: int
+) -> ExactBlock:
+    shapes = tuple(tuple(coverage.params[name].shape) for name in names)
+    # a bias' block is no larger than its layer's output factor
+    is_bias = layer is not None and not isinstance(layer.kind, ExactKind)
+    dense = is_bias or sum(map(prod, shapes)) <= max_dense
+    return ExactBlock(key, names, shapes, dense, layer)

@@ -1,0 +1,234 @@
+"""The loop that observes layers: its order, its clean-up, and that nothing outlives it."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from curvlinops_diffusion import (
+    DiffusionEKFACLinearOperator,
+    DiffusionKFACLinearOperator,
+    ExampleGradientLinearOperator,
+)
+from curvlinops_diffusion.layers import covered_parameters
+from curvlinops_diffusion.layers.moments import LatestProduct
+from curvlinops_diffusion.layers.observation import Observer, Observers, WholeLayers, observed
+from tests.cases import plain_regression, seeded, tiny_unet, unet_regression
+from tests.comparisons import assert_close
+
+
+class Diary(Observer):
+    def __init__(self):
+        self.pages = []
+
+    def start(self, batch):
+        self.pages.append("start")
+
+    def input(self, layer, x):
+        self.pages.append(f"input {layer.name}")
+
+    def predicted(self, batch, prediction_BD):
+        self.pages.append("predicted")
+
+    def gradient(self, layer, call, g, calls):
+        self.pages.append(f"gradient {layer.name} {call} of {calls}")
+
+    def pulled_back(self, batch, v_BD):
+        self.pages.append("pulled back")
+
+    def finish(self):
+        self.pages.append("finish")
+
+
+class Twice(nn.Module):
+    """Calls its first layer twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x, t):
+        return self.two(self.one(torch.tanh(self.one(x))))
+
+
+def two_vectors(batch, prediction_BD):
+    ones = torch.ones_like(prediction_BD)
+    yield ones, True
+    yield 2 * ones, False
+
+
+@pytest.fixture
+def regression():
+    return plain_regression(Twice().double(), (3,), count=2, num_draws=1)
+
+
+def layers_of(regression):
+    return covered_parameters(regression.objective.model, None).layers
+
+
+def test_the_order(regression):
+    one, two = Diary(), Diary()
+    batch = next(regression.batches())
+    with observed(regression.objective, layers_of(regression), Observers([one, two])) as network:
+        network.run(batch, two_vectors)
+    backward = [
+        *("gradient two 0 of 1", "gradient one 1 of 2", "gradient one 0 of 2", "pulled back"),
+    ]
+    forward = ["input one", "input one", "input two"]
+    assert one.pages == ["start", *forward, "predicted", *backward, *backward, "finish"]
+    assert two.pages == one.pages
+
+
+def test_without_backward_passes(regression):
+    diary = Diary()
+    with observed(regression.objective, layers_of(regression), diary, backward=False) as network:
+        network.run(next(regression.batches()), lambda batch, prediction_BD: iter(()))
+    assert diary.pages == ["start", *["input one"] * 2, "input two", "predicted", "finish"]
+
+
+def test_calls_are_brought_together(regression):
+    seen = {}
+
+    def consume(layer, xs, gs):
+        seen.setdefault(layer.name, []).append((xs, gs))
+
+    whole = WholeLayers(consume, torch.float64)
+    batch = next(regression.batches())
+    with observed(regression.objective, layers_of(regression), whole) as network:
+        network.run(batch, two_vectors)
+    assert whole.calls == {"one": 2, "two": 1}
+    for name, vectors in seen.items():
+        (xs, gs), (xs_again, gs_again) = vectors
+        assert len(xs) == len(gs) == whole.calls[name]
+        for x, again in zip(xs, xs_again, strict=True):
+            assert torch.equal(x, again)
+        for g, again in zip(gs, gs_again, strict=True):
+            assert_close(again, 2 * g, 1e-14)
+    model = regression.objective.model
+    (x, _), _ = seen["one"][0]
+    assert torch.equal(x, batch.x_t)
+    assert torch.equal(seen["one"][0][0][1], torch.tanh(model.one(batch.x_t)).detach())
+
+
+def test_everything_is_as_it_was_after_an_error(regression):
+    model = regression.objective.model
+    model.two.weight.requires_grad_(False)
+    diary = Diary()
+
+    def failing(batch, prediction_BD):
+        raise RuntimeError("no vectors")
+        yield
+
+    with (
+        pytest.raises(RuntimeError, match="no vectors"),
+        observed(regression.objective, layers_of(regression), diary) as network,
+    ):
+        network.run(next(regression.batches()), failing)
+    assert diary.pages[-1] == "finish"
+    assert [p.requires_grad for p in model.parameters()] == [True, True, False, True]
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def networks():
+    yield seeded(nn.Linear(3, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 3)), (3,)
+    yield seeded(nn.Conv2d(1, 2, 3, padding=1), nn.SiLU(), nn.Conv2d(2, 1, 1)), (1, 4, 4)
+
+
+MADE = {
+    "K-FAC": DiffusionKFACLinearOperator,
+    "EK-FAC": DiffusionEKFACLinearOperator,
+    "Shampoo": lambda r: DiffusionEKFACLinearOperator(r, kfac_approx="shampoo"),
+    "gradients": lambda r: ExampleGradientLinearOperator(r).rows(),
+}
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_nothing_waits_for_the_garbage_collector(make):
+    """A dropped result's memory is free at once, on a GPU all of it.
+
+    Python looks for reference cycles when there are many objects, not when memory runs out.
+    """
+    for regression in (
+        *(plain_regression(model, shape, count=3) for model, shape in networks()),
+        unet_regression(tiny_unet()),
+    ):
+        make(regression)  # whatever is made once
+        gc.collect()
+        gc.disable()
+        try:
+            before = {id(z) for z in gc.get_objects() if isinstance(z, torch.Tensor)}
+            result = make(regression)
+            last = result if isinstance(result, torch.Tensor) else result.blocks[0]
+            told = weakref.ref(last)
+            del result, last
+            assert told() is None
+            left = [
+                tuple(z.shape)
+                for z in gc.get_objects()
+                if isinstance(z, torch.Tensor) and id(z) not in before
+            ]
+            assert not left
+        finally:
+            gc.enable()
+
+
+# ---------------------------------------------------------------------------------------------
+# Sharing
+# ---------------------------------------------------------------------------------------------
+
+
+class Projections(nn.Module):
+    """Queries, keys and values of one tensor; between the last two it may be changed in place."""
+
+    def __init__(self, changed):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(3, 3) for _ in range(3))
+        self._changed = changed
+
+    def forward(self, x, t):
+        tokens = torch.tanh(x)
+        out = self.q(tokens) * self.k(tokens)
+        if self._changed:
+            with torch.no_grad():  # autograd would refuse
+                tokens.data.mul_(1)
+                tokens.add_(1)
+        return out + self.v(tokens)
+
+
+@pytest.mark.parametrize(("changed", "products"), [(False, 1), (True, 2)])
+def test_layers_that_share_an_input_share_its_product(changed, products, monkeypatch):
+    """Unless it has changed in between; and their factors are those of layers that do not."""
+    model = Projections(changed).double()
+    batch = next(plain_regression(model, (5, 3), count=4, num_draws=1).batches())
+    objective = plain_regression(model, (5, 3), count=4).objective
+    layers = covered_parameters(model, None).layers
+    shown = []
+
+    class Shown(Observer):
+        def input(self, layer, x):
+            shown.append(x)
+
+    with observed(objective, layers, Shown(), backward=False) as network:
+        network.run(batch, lambda batch, prediction_BD: iter(()))
+    latest, found = LatestProduct(), []
+    for x in shown:
+        before = latest._product
+        found.append(latest.of(x).clone())
+        products -= latest._product is not before
+    assert products == 0
+    tokens = torch.tanh(batch.x_t)
+    for product, x in zip(found[:2], (tokens, tokens), strict=True):
+        rows = x.reshape(-1, 3) + changed  # the tensor that they were shown has changed with it
+        assert_close(product, rows.T @ rows, 1e-14)
+
+
+def test_shared_products_in_a_pass():
+    model = Projections(changed=False).double()
+    regression = plain_regression(model, (5, 3), count=4, num_draws=2, batch_size=2)
+    K = DiffusionKFACLinearOperator(regression)
+    rows = torch.cat([torch.tanh(b.x_t).reshape(-1, 3) for b in regression.batches()])
+    for placed in K.blocks:
+        if placed.kind == "Kronecker":
+            assert_close(placed.block.input_factor, rows.T @ rows / len(rows), 1e-13)
