@@ -12,9 +12,11 @@ import torch
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
 
+from quoted_numbers import substitutions
 from tables import write_tables
 
 write_tables()
+rst_prolog = substitutions()
 
 project = "curvlinops_diffusion"
 author = "The curvlinops_diffusion authors"

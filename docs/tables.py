@@ -1,7 +1,4 @@
-"""Tables of the documentation and of the README, from the results of the benchmarks.
-
-``python docs/tables.py`` writes the README's, between its markers.
-"""
+"""Tables of the documentation, from the results of the benchmarks."""
 
 from __future__ import annotations
 
@@ -14,21 +11,6 @@ from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
-README = DOCS.parent / "README.md"
-MARKERS = ("<!-- table: docs/tables.py -->\n", "<!-- end of table -->\n")
-# of the README; the documentation has all
-METHODS = (
-    "no curvature",
-    "kernel regression on pixels",
-    "D-TRAK",
-    "TRAK",
-    "EK-FAC, the paper's recipe",
-    "EK-FAC",
-    "EK-FAC, Shampoo's factors",
-    "K-FAC + low rank",
-    "K-FAC, regression on loss and prediction",
-)
-
 # of several settings that are of interest: in a table of their own
 SCANS = ("draws,", "powers", "bands of levels", "conjugate gradients")
 
@@ -226,33 +208,8 @@ def _lds_rows(
     return rows
 
 
-def readme() -> str:
-    """The README with its table of linear data-modelling scores of the loss."""
-    text = README.read_text()
-    start = text.index(MARKERS[0]) + len(MARKERS[0])
-    end = text.index(MARKERS[1])
-    labels: list[object] = []
-    columns: list[list[object]] = []
-    for path in sorted(RESULTS.glob("lds_*_cpu.json")):
-        head, *rows = lds_cells(json.loads(path.read_text()), METHODS)
-        labels = ["", *(row[0] for row in rows)]
-        problem = path.stem.split("_")[1]
-        for column, cell in enumerate(head):
-            if str(cell).startswith("loss, "):
-                title = f"{problem}, {str(cell).removeprefix('loss, ')}"
-                columns.append([title, *(row[column] for row in rows)])
-    head, *rows = zip(labels, *columns, strict=True)
-    rule = ["---"] * len(head)
-    lines = [f"| {' | '.join(str(entry) for entry in row)} |" for row in (head, rule, *rows)]
-    return text[:start] + "\n".join(lines) + "\n" + text[end:]
-
-
 def _table(head: Row, rows: Sequence[Row]) -> str:
     lines = [".. list-table::", "   :header-rows: 1", ""]
     for row in (head, *rows):
         lines += [f"   {'*' if i == 0 else ' '} - {entry}" for i, entry in enumerate(row)]
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    README.write_text(readme())

@@ -51,16 +51,6 @@ def test_names_exist(name):
     )
 
 
-def test_the_table_is_that_of_the_results(monkeypatch):
-    monkeypatch.syspath_prepend(str(README.parent / "docs"))
-    import tables
-
-    assert tables.readme() == README.read_text(), "run `python docs/tables.py`"
-    columns = 2 * len(list(tables.RESULTS.glob("lds_*_cpu.json")))
-    intervals = re.findall(r"\d \[-?0\.\d\d, 0\.\d\d\]", README.read_text())
-    assert len(intervals) == columns * len(tables.METHODS)
-
-
 def test_pictures_exist():
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", README.read_text())
     assert pictures

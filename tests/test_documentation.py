@@ -1,0 +1,371 @@
+"""What the documentation and the README say of results: their tables, numbers and claims."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.lds import remove
+from tests.test_benchmarks import RESULTS
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "docs"))  # which is no package
+
+import quoted_numbers  # noqa: E402
+import readme  # noqa: E402
+import tables  # noqa: E402
+from quoted_numbers import result_of  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------
+# What is generated
+# ---------------------------------------------------------------------------------------------
+
+
+def test_numbers_in_sentences():
+    """Those that pages name are there, and no others."""
+    pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.rst"))
+    named = {" ".join(name.split()) for name in re.findall(r"\|([^|`\\]+)\|", pages)}
+    in_readme = set(re.findall(r"\{(.*?)\}", "".join(readme.PARAGRAPHS)))
+    assert named
+    assert in_readme
+    assert named | in_readme == quoted_numbers.numbers().keys()
+
+
+def test_the_readme_is_up_to_date():
+    assert readme.readme() == readme.README.read_text(), "run `python docs/readme.py`"
+    columns = 2 * len(list(tables.RESULTS.glob("lds_*_cpu.json")))
+    intervals = re.findall(r"\d \[-?0\.\d\d, 0\.\d\d\]", readme.README.read_text())
+    assert len(intervals) == columns * len(readme.METHODS)
+
+
+def test_tables_of_the_documentation_hold_the_results(tmp_path):
+    """Every result is in a table that the documentation includes, with its numbers."""
+    tables.write_tables(tmp_path)
+    pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.rst"))
+    further = [f"exact_ggn_{part}" for part in ("whole", "cosines", "cosines_by_kind", "spectra")]
+    parts = ("minus_recipe", "minus_ekfac", "scans")
+    further += [f"lds_{problem}_{part}" for problem in ("digits", "photographs") for part in parts]
+    for name in (*RESULTS, *further, "exact_ggn_bands", "removed_digits"):
+        assert (tmp_path / f"{name}.rst").exists()
+        assert f".. include:: _tables/{name}.rst" in pages
+    for name in RESULTS:
+        cells = (tmp_path / f"{name}.rst").read_text()
+        result = result_of(name)
+        numbers = [f"{value:.2f}" for value in result.get("training_passes", {}).values()]
+        numbers += [f"{value:,}" for value in result.get("peak_mebibytes", {}).values()]
+        for row in next((value for value in result.values() if isinstance(value, list)), []):
+            numbers += [str(value) for value in row.values()]
+        assert numbers
+        assert all(f"- {number}\n" in cells for number in numbers)
+
+
+@pytest.mark.parametrize("problem", ["digits", "photographs"])
+def test_the_documentation_shows_every_method(tmp_path, problem):
+    """With the number and interval of each cell, and the ceilings."""
+    tables.write_tables(tmp_path)
+    name = f"lds_{problem}"
+    assert f".. include:: _tables/{name}.rst" in (ROOT / "docs" / "evidence.rst").read_text()
+    lines = (tmp_path / f"{name}.rst").read_text().split("   * - ")[1:]
+    head, *rows = ([cell.strip() for cell in line.split("\n     - ")] for line in lines)
+    table = {row[0].removesuffix(" (best)"): dict(zip(head, row, strict=True)) for row in rows}
+    result = result_of(name)
+    for row in result["methods"]:
+        if row["method"].startswith(tables.SCANS):
+            continue
+        shown = row.get("default", row["best"])
+        interval = f"[{shown['low']:.2f}, {shown['high']:.2f}]"
+        error = shown["error_over_queries"]
+        cell = table[row["method"]][row["cell"].replace("_", " ")]
+        assert cell == f"{shown['lds']:.2f} ± {error:.2f} {interval}"
+    for cell, ceiling in result["ceilings"].items():
+        assert table["*a perfect predictor*"][cell.replace("_", " ")] == f"{ceiling:.2f}"
+
+
+# ---------------------------------------------------------------------------------------------
+# What is claimed
+# ---------------------------------------------------------------------------------------------
+
+
+def test_what_the_documentation_says_of_the_results():
+    """Numbers in the text of the README and the documentation, against the files."""
+    passes = result_of("factor_pass_unet")["training_passes"]
+    assert passes["K-FAC factors"] < 1.7
+    assert passes["curvlinops K-FAC factors"] / passes["K-FAC factors"] > 3
+    forms = {row["form"]: row for row in result_of("stored_gradients")["forms"]}
+    assert forms["nf4"]["error_of_scores"] < 0.011
+    assert forms["float32"]["bytes_for_each_example"] > 7 * forms["nf4"]["bytes_for_each_example"]
+    best: dict[float, dict[str, float]] = {}
+    for row in result_of("refinement")["preconditioners"]:
+        best.setdefault(row["damping"], {})[row["preconditioner"]] = row["error_after_60"]
+    for errors in best.values():
+        others = [e for name, e in errors.items() if not name.startswith("Nyström")]
+        assert errors["Nyström, rank 64"] <= min(others)
+    cost = {
+        tuple(row[key] for key in ("timesteps", "draws", "probe_type", "mc_samples")): row[
+            "squared_error_B_times_seconds"
+        ]
+        for row in result_of("draws")["settings"]
+    }
+    for count in (1, 4):
+        one, two = (cost["stratified", count, "rademacher", number] for number in (1, 2))
+        assert two < one
+    assert cost["stratified", 1, "rademacher", 1] < cost["stratified", 1, "gaussian", 1]
+    assert cost["uniform", 1, "rademacher", 1] >= cost["uniform", 1, "gaussian", 1]
+    memory = result_of("peak_memory")["beyond_a_training_pass"]
+    assert memory["curvlinops K-FAC factors"] / memory["K-FAC factors"] > 4
+
+
+def test_what_the_documentation_says_of_the_exact_ggn():
+    result = result_of("exact_ggn")
+    whole = result["whole"]
+    assert whole["between blocks, left out"] > 0.9
+    reduce, K = (whole[f"{name}, within blocks"] for name in ("K-FAC, reduce", "K-FAC"))
+    assert 0.4 < reduce / K < 0.6
+    largest = {name: round(values["1"], 1) for name, values in result["spectra"].items()}
+    of_blocks = largest.pop("exact blocks")
+    assert largest.pop("exact") > 5 * of_blocks
+    assert [name for name, value in largest.items() if value != of_blocks] == ["K-FAC, reduce"]
+    shares = result["share_of_eigenvalues_above_1_and_10_percent_of_the_largest"]
+    dense, lanczos = shares["dense"], shares["Lanczos"]
+    assert 8 < lanczos[0] / dense[0] < 12
+    assert 0.9 < lanczos[1] / dense[1] < 1.2
+    default = result["cosines"][0]
+    assert default["damping"] == 1e-8
+    order = sorted(
+        (name for name in default if "FAC" in name), key=default.__getitem__, reverse=True
+    )
+    assert order[:2] == ["EK-FAC, Shampoo's factors", "EK-FAC, nearest"]
+    assert order[-2:] == ["K-FAC, nearest", "K-FAC, reduce"]
+    assert abs(default["K-FAC, reduce"]) < 0.01
+    blocks = {row["blocks"]: row for row in result["cosines_by_kind"] if row["damping"] == 1e-8}
+    for kind in ("convolutions", "attention"):
+        for name in ("K-FAC", "EK-FAC", "EK-FAC, Shampoo's factors"):
+            assert blocks[kind][name] > default[name]
+    traces = [row["exact"] for row in result["bands"]]
+    assert traces == sorted(traces, reverse=True)
+    assert all(row["K-FAC"] > row["exact"] for row in result["bands"])
+    assert all(row["EK-FAC"] == pytest.approx(row["exact"], rel=1e-5) for row in result["bands"])
+
+
+def shown(problem):
+    result = result_of(f"lds_{problem}")
+    own = {(r["method"], r["cell"]): r.get("default", r["best"]) for r in result["methods"]}
+    return own, list(result["ceilings"])
+
+
+def scan(problem, method, cell):
+    """The score at each setting."""
+    rows = result_of(f"lds_{problem}")["methods"]
+    (found,) = (r["lds"] for r in rows if (r["method"], r["cell"]) == (method, cell))
+    return found
+
+
+def minus_ekfac(found, method, cell):
+    """The difference to EK-FAC, with its interval."""
+    return found[method, cell]["minus_ekfac"]
+
+
+def undecided(difference):
+    return difference["low"] <= 0 <= difference["high"]
+
+
+RECIPE = "EK-FAC, the paper's recipe"
+PUBLISHED = ("no curvature", "TRAK", "D-TRAK", "DAS", "Journey-TRAK")
+
+
+def test_what_the_documentation_says_of_the_digits():
+    """EK-FAC at the default damping against each published baseline's best, for the loss."""
+    digits, cells = shown("digits")
+    for cell in cells:
+        own = digits["EK-FAC", cell]
+        for baseline in PUBLISHED:
+            if (baseline, cell) in digits:
+                other = digits[baseline, cell]
+                for ours in (own, digits[f"{RECIPE}, 250 draws", cell]):
+                    assert other["lds"] < ours["lds"]
+                    assert other["high"] < ours["low"] or not cell.startswith("loss")
+        for curvature in ("EK-FAC", "K-FAC"):
+            shampoo = minus_ekfac(digits, f"{curvature}, Shampoo's factors", cell)
+            assert shampoo["low"] > 0
+            assert 0.015 < shampoo["difference"] < 0.035
+        assert digits["kernel regression on pixels", cell]["lds"] > own["lds"]
+        assert undecided(minus_ekfac(digits, "K-FAC", cell))
+        nearest = "nearest Kronecker product"
+        assert minus_ekfac(digits, f"EK-FAC, {nearest}", cell)["low"] > 0
+        assert minus_ekfac(digits, f"K-FAC, {nearest}", cell)["difference"] < 0
+        for same in ("EK-FAC, linear and convolutions only", f"{RECIPE}, 250 draws"):
+            assert abs(digits[same, cell]["lds"] - own["lds"]) < 0.01
+            assert undecided(minus_ekfac(digits, same, cell))
+        for curvature in ("EK-FAC", "K-FAC", "EK-FAC, Shampoo's factors"):
+            low_rank = digits[f"{curvature} + low rank", cell]["lds"]
+            gain = low_rank - digits[curvature, cell]["lds"]
+            assert round(gain, 2) in ([0.02] if cell.startswith("loss") else [0.0, 0.01])
+        sampled = digits["K-FAC + sampled GGN", cell]["lds"]
+        assert round(sampled - digits["K-FAC", cell]["lds"], 2) == 0.01
+        assert minus_ekfac(digits, "EK-FAC, reduce", cell)["high"] < 0
+        loss_ggn = minus_ekfac(digits, "EK-FAC, GGN of the loss", cell)
+        assert (loss_ggn["high"] < 0) == cell.startswith("loss")
+        dampings = scan("digits", "EK-FAC, GGN of the loss", cell)
+        assert max(dampings, key=dampings.__getitem__) == "1e-08"
+    for cell in cells[:2]:
+        best = digits["K-FAC, regression on loss and prediction", cell]
+        assert best["low"] > digits[RECIPE, cell]["high"]
+        assert best["low"] > digits[f"{RECIPE}, 250 draws", cell]["high"]
+    for cell in cells:
+        for curvature in ("EK-FAC", "K-FAC + low rank"):
+            gain = digits[f"{curvature}, late checkpoints", cell]["lds"]
+            assert 0.02 < gain - digits[curvature, cell]["lds"] < 0.045
+        for method, most in (
+            ("K-FAC, regression on loss and prediction", 0.007),
+            ("D-TRAK", 0.003),
+        ):
+            gain = digits[f"{method}, late checkpoints", cell]["lds"] - digits[method, cell]["lds"]
+            assert gain < most
+        assert digits["bands of levels, EK-FAC", cell]["lds"] < digits["EK-FAC", cell]["lds"]
+    for cell in cells[:2]:
+        lost = {
+            setting: digits["EK-FAC", cell]["lds"] - value
+            for setting, value in scan("digits", "bands of levels, EK-FAC", cell).items()
+        }
+        assert 0.06 < lost["queries"] < 0.11
+        assert 0.02 < lost["both"] - lost["queries"] < 0.04
+        assert 0.25 < lost["curvature"] < 0.35
+        assert digits["EK-FAC", cell]["lds"] - lost["curvature, summed"] < 0.06
+        for low_rank in ("EK-FAC + low rank", "K-FAC + low rank", "powers of EK-FAC"):
+            assert minus_ekfac(digits, low_rank, cell)["low"] > 0
+        assert digits["powers of EK-FAC", cell]["setting"] == "1.25"
+        low = minus_ekfac(digits, "D-TRAK", cell)["high"] < 0
+        assert low == (cell != "simplified_elbo, generated")
+    refined = digits["conjugate gradients from EK-FAC", "loss, generated"]
+    assert refined["setting"] == "2"
+    assert refined["minus_ekfac"]["low"] > 0
+    iterations = scan("digits", "conjugate gradients from EK-FAC", "loss, generated")
+    assert iterations["1"] == pytest.approx(digits["EK-FAC", "loss, generated"]["lds"], abs=1e-4)
+    assert iterations["8"] < iterations["1"]
+    assert abs(digits["sampled GGN", cells[0]]["minus_reference"]["difference"]) < 0.01
+    assert digits["sampled GGN", cells[1]]["minus_reference"]["high"] < 0
+
+
+def test_what_the_documentation_says_of_regression():
+    """On the prediction it is ahead of EK-FAC, as a regression; on the loss it is not."""
+    digits, cells = shown("digits")
+    for cell in cells[:2]:
+        assert minus_ekfac(digits, "K-FAC, regression on the prediction", cell)["low"] > 0
+    ridges = scan("digits", "K-FAC, regression on the prediction", cells[0])
+    assert ridges["1e-08"] > ridges["ridge 30.0"] + 0.1
+    ridges = scan("digits", "K-FAC, regression on the loss", cells[0])
+    assert abs(ridges["1e-08"] - ridges["ridge 30.0"]) < 0.01
+    ridges = scan("photographs", "K-FAC, regression on the prediction", cells[0])
+    assert ridges["1e-08"] < ridges["ridge 30.0"]
+    for cell in cells:
+        assert undecided(minus_ekfac(digits, "K-FAC, regression on the loss", cell))
+        both = digits["K-FAC, regression on loss and prediction", cell]["lds"]
+        assert both > digits["K-FAC, regression on the prediction", cell]["lds"]
+        assert both > digits["K-FAC, regression on the loss", cell]["lds"]
+
+
+def test_what_the_documentation_says_of_draws():
+    """64 in antithetic pairs (the rows without a number) among numbers of uniform ones."""
+    digits, cells = shown("digits")
+    for cell, (fewer, more) in zip(cells[:2], ((250, 500), (100, 250)), strict=True):
+        uniform = scan("digits", "draws, uniform", cell)
+        assert uniform[f"{fewer}"] <= digits["EK-FAC", cell]["lds"] <= uniform[f"{more}"]
+
+
+def test_what_the_documentation_says_of_damping():
+    """Scores of K-FAC and EK-FAC against those at the default."""
+    for curvature in ("K-FAC", "EK-FAC"):
+        for problem, largest, most in (("digits", 1e-5, 0.02), ("photographs", 1e-1, 0.04)):
+            for cell in shown(problem)[1]:
+                scores = scan(problem, curvature, cell)
+                flat = [value for key, value in scores.items() if float(key) < 1.5 * largest]
+                assert max(abs(value - scores["1e-08"]) for value in flat) < most
+
+
+def test_what_the_documentation_says_of_the_photographs():
+    photographs, cells = shown("photographs")
+    for cell in cells:
+        own = photographs["EK-FAC", cell]
+        assert minus_ekfac(photographs, "D-TRAK", cell)["low"] > 0
+        assert photographs["kernel regression on pixels", cell]["lds"] > own["lds"]
+        assert abs(photographs[f"{RECIPE}, 250 draws", cell]["lds"] - own["lds"]) < 0.02
+        behind = minus_ekfac(photographs, "K-FAC", cell)
+        assert (behind["high"] < 0) == ("held-out" in cell)
+        assert not behind["low"] > 0
+        ours = photographs["K-FAC, regression on loss and prediction", cell]["lds"]
+        norm = photographs["K-FAC, regression on the squared norm", cell]["lds"]
+        assert ours < norm < photographs["D-TRAK", cell]["lds"]
+        low_rank = minus_ekfac(photographs, "EK-FAC + low rank", cell)
+        assert low_rank["low"] > 0
+        assert round(low_rank["difference"], 2) in (0.01, 0.02)
+        for same in ("EK-FAC, joint bias", "EK-FAC, linear and convolutions only"):
+            assert undecided(minus_ekfac(photographs, same, cell))
+        assert undecided(minus_ekfac(photographs, f"{RECIPE}, 250 draws", cell))
+        assert undecided(minus_ekfac(photographs, "powers of EK-FAC", cell))
+        late = minus_ekfac(photographs, "EK-FAC, late checkpoints", cell)
+        assert 0.05 < late["difference"] < 0.1
+        assert (late["low"] > 0) == cell.startswith("simplified")
+        assert minus_ekfac(photographs, "sampled GGN", cell)["difference"] > 0.02
+        assert minus_ekfac(photographs, "EK-FAC, GGN of the loss", cell)["difference"] > 0.02
+        assert minus_ekfac(photographs, "bands of levels, EK-FAC", cell)["difference"] > 0
+    for method, number in (
+        ("sampled GGN", 3),
+        ("EK-FAC, GGN of the loss", 3),
+        ("bands of levels, EK-FAC", 1),
+    ):
+        above = [minus_ekfac(photographs, method, cell)["low"] > 0 for cell in cells]
+        assert sum(above) == number
+    assert photographs["EK-FAC", "loss, generated"]["low"] < 0
+    for cell in cells:
+        norm = scan("photographs", "K-FAC, regression on the squared norm", cell)
+        best = max(norm, key=norm.__getitem__)
+        assert best in ("ridge 10.0", "ridge 30.0")
+        assert norm[best] >= photographs["D-TRAK", cell]["lds"]
+        both = scan("photographs", "K-FAC, regression on loss and prediction", cell)
+        assert max(both, key=both.__getitem__) == "ridge 10.0"
+        both = scan("digits", "K-FAC, regression on loss and prediction", cell)
+        assert max(both, key=both.__getitem__) in ("1e-08", "ridge 3.0")
+    for problem, number in (("digits", 2), ("photographs", 3)):
+        found, cells = shown(problem)
+        differences = [minus_ekfac(found, "kernel regression on pixels", c) for c in cells]
+        assert sum(difference["low"] > 0 for difference in differences) == number
+
+
+def test_what_the_documentation_says_of_removal():
+    """By the errors of the changes' differences, taken as independent."""
+    found = {
+        (row["method"], row["removed"]): (row["change_of_loss"], row["its_error"])
+        for row in result_of("removed_digits")["removals"]
+    }
+    assert {method for method, _ in found} == {"random", *remove.COMPARED}
+    assert {number for _, number in found} == {10, 50, 100}
+
+    def errors_apart(method, other, number):
+        (a, a_error), (b, b_error) = found[method, number], found[other, number]
+        return (a - b) / (a_error**2 + b_error**2) ** 0.5
+
+    ours, pixels = "K-FAC, regression on loss and prediction", "kernel regression on pixels"
+    assert abs(found["random", 100][0]) < found["random", 100][1]
+    # "that of either kernel regression"
+    assert round(100 * found[ours, 100][0]) == round(100 * found[pixels, 100][0])
+    assert errors_apart("EK-FAC", "TRAK", 100) > 5
+    ahead = {
+        (method, number)
+        for method in (ours, pixels, "D-TRAK")
+        for number in (50, 100)
+        if errors_apart(method, "EK-FAC", number) > 1.9
+    }
+    assert ahead == {(ours, 100), (pixels, 100), ("D-TRAK", 50)}
+    assert all(errors_apart(method, "EK-FAC", number) < 2.5 for method, number in ahead)
+    all_of_them = remove.COMPARED
+    assert all(abs(errors_apart(a, b, 10)) < 2.5 for a in all_of_them for b in all_of_them)
+    assert all(errors_apart(method, "random", 10) > 3 for method in all_of_them)
+
+
+@pytest.mark.parametrize("problem", ["digits", "photographs"])
+def test_ahead_of_the_papers_recipe_everywhere(problem):
+    found, cells = shown(problem)
+    for cell in cells:
+        best = found["K-FAC, regression on loss and prediction", cell]
+        assert best["minus_reference"]["low"] > 0
