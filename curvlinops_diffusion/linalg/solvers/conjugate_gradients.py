@@ -3,9 +3,9 @@
 Legend: P parameters, K columns.
 
 ``CGInverseLinearOperator`` of ``curvlinops`` takes a preconditioner too, but stops by the *mean*
-residual of all columns, never before eleven products (each as costly as three training passes), takes
-a direction of curvature below ``eps`` (1e-10, absolute) for null and stands still there, and keeps no
-residuals.
+residual of all columns, never before eleven products (each as costly as three training passes),
+takes a direction of curvature below ``eps`` (1e-10, absolute) for null and stands still there, and
+keeps no residuals.
 """
 
 from __future__ import annotations
