@@ -67,7 +67,7 @@ class DiffusionEKFACLinearOperator(DiffusionKFACLinearOperator):
         for part in plan.parts:
             U_A = None if part.is_bias else input_bases[part.input_key].vectors
             U_B = output_bases[part.output_key].vectors
-            blocks[part.key] = EigenBlock(eigenvalues[part.key], U_B, U_A)
+            blocks[part.key] = EigenBlock.of_second_moments(eigenvalues[part.key], U_B, U_A)
         return blocks | exact_part(plan, factors)
 
 

@@ -69,14 +69,33 @@ class EigenBlock(Block):
         eigenvalues: ``Λ``, shape ``[*g, O, I]``.
         output_basis: ``U_B``, shape ``[*g, O, O]``; ``None`` for the identity.
         input_basis: ``U_A``, shape ``[*g, I, I]``; ``None`` for the identity.
-        null: Which eigenvalues are zero up to rounding, where the block was made of something that
-            knows it; ``None`` to judge by their size (:meth:`is_null`).
+        null: Which eigenvalues stand for a zero, where rounding has left something in its place;
+            ``None`` if zeros are exact.
     """
 
     eigenvalues: Tensor
     output_basis: Tensor | None = None
     input_basis: Tensor | None = None
     null: Tensor | None = None
+
+    @classmethod
+    def of_second_moments(
+        cls, moments: Tensor, output_basis: Tensor | None, input_basis: Tensor | None
+    ) -> EigenBlock:
+        """EK-FAC's block: second moments ``Λ_ij = E[(U_Bᵀ g U_A)_ij²]`` of coordinates.
+
+        The coordinates of a direction in which no gradient has a component are left at the rounding
+        of a product with the basis, at most ``√n ε ‖g‖``. A row or column of ``Λ`` whose sum is no
+        more than that, ``n ε² Σ Λ``, is set to zero. (A single small entry is not: it may be the
+        product of a small output and a small input, and is then as accurate as they are.)
+        """
+        relative = max(moments.shape[-2:]) * torch.finfo(moments.dtype).eps ** 2
+        rounding = relative * moments.sum((-2, -1), keepdim=True)
+        null = moments <= 0
+        for basis, others in ((output_basis, -1), (input_basis, -2)):
+            if basis is not None:  # without a basis nothing is rounded
+                null = null | (moments.sum(others, keepdim=True) <= rounding)
+        return cls(moments.masked_fill(null, 0), output_basis, input_basis)
 
     @property
     def kind(self) -> str:
@@ -104,19 +123,8 @@ class EigenBlock(Block):
         return self
 
     def is_null(self) -> Tensor:
-        """Find the eigenvalues that are zero up to rounding.
-
-        They are second moments of coordinates in the basis, and a coordinate that should be zero is
-        left at the rounding of a product with the basis: ``√Λ ≤ n ε max √Λ`` with ``n`` the larger
-        of ``O`` and ``I``. Without bases nothing is rounded, and zero is zero.
-        """
-        if self.null is not None:
-            return self.null
-        values = self.eigenvalues
-        if self.kind == "diagonal":
-            return values <= 0
-        relative = max(values.shape[-2:]) * torch.finfo(values.dtype).eps
-        return values <= relative**2 * values.amax((-2, -1), keepdim=True)
+        """Find the eigenvalues that are zero, perhaps up to rounding."""
+        return self.eigenvalues <= 0 if self.null is None else self.null
 
     def power(self, exponent: float, damping: float, name: str) -> EigenBlock:
         """``(F + λ I)^p``.
@@ -126,13 +134,15 @@ class EigenBlock(Block):
         """
         damped = self.eigenvalues + damping
         singular = self.is_null() if damping == 0 else damped <= 0
-        if exponent < 0 and singular.any():
+        exists = bool(singular.any())
+        if exponent < 0 and exists:
             raise ValueError(
                 f"Block '{name}' has {int(singular.sum())} zero eigenvalues (of "
                 f"{damped.numel()}) at damping={damping:g} in {damped.dtype}, so its power "
                 f"{exponent:g} does not exist. Pass a larger damping."
             )
-        return EigenBlock(damped.pow(exponent), self.output_basis, self.input_basis)
+        null = singular if exponent > 0 and exists else None  # where it stays zero
+        return EigenBlock(damped.pow(exponent), self.output_basis, self.input_basis, null)
 
     def trace(self) -> Tensor:
         """``Σ Λ``."""
@@ -147,9 +157,8 @@ class EigenBlock(Block):
         return self.eigenvalues.square().sum()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Bases and eigenvalues."""
-        held = {name: value for name, value in vars(self).items() if name != "null"}
-        return {name: tensor for name, tensor in held.items() if tensor is not None}
+        """Bases, eigenvalues, and which of these stand for zeros, if some do."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
 
 @dataclass(frozen=True, eq=False)

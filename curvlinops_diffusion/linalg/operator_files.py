@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "curvlinops_diffusion.operator"
-FORMAT_VERSION = 2
+#: The version of a file is the lowest that its tensors need, so that older versions of the library
+#: read what they can: 3 has blocks whose zeros are listed (``null``).
+FORMAT_VERSION = 3
+WITHOUT_NULL = 2
 OPERATOR = FileKind(
     FORMAT, "an operator of curvlinops_diffusion", "Write it again with operator.save(path)."
 )

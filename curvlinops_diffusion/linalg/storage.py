@@ -20,6 +20,7 @@ from curvlinops_diffusion.linalg.operator_files import (
     FORMAT,
     FORMAT_VERSION,
     OPERATOR,
+    WITHOUT_NULL,
     read_file,
 )
 from curvlinops_diffusion.linalg.parameters import ParameterSpace
@@ -72,9 +73,10 @@ def save_blocks(
                 "transposed": placed.transposed,
             }
         )
+    lists_zeros = any("null" in placed.block.tensors() for placed in blocks)
     header = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if lists_zeros else WITHOUT_NULL,
         "kind": kind,
         "parameters": [[name, list(shape)] for name, shape in space.shapes.items()],
         "dtype": str(space.dtype).removeprefix("torch."),
@@ -147,6 +149,7 @@ def _is_square(block: Block) -> bool:
     *groups, O, I = block.shape
     expected = {
         "eigenvalues": [(*groups, O, I)],
+        "null": [(*groups, O, I)],
         "output_basis": [(*groups, O, O)],
         "input_basis": [(*groups, I, I)],
         "output_factor": [(*groups, O, O)],

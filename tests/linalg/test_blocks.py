@@ -202,7 +202,7 @@ def test_zero_is_a_matter_of_rank(dtype):
         (KroneckerBlock(deficient, regular), 12),
         (KroneckerBlock(regular, deficient), 12),
         (DenseBlock(deficient), 2),
-        (EigenBlock(squares.square(), U.to(dtype), U.to(dtype)), 20),
+        (EigenBlock.of_second_moments(squares.square(), U.to(dtype), U.to(dtype)), 20),
     ):
         eigen = block.eigen("w")
         assert eigen.logdet() == -torch.inf
@@ -211,6 +211,11 @@ def test_zero_is_a_matter_of_rank(dtype):
                 eigen.power(exponent, 0.0, "w")
         assert torch.isfinite(eigen.power(-1.0, 1e-8, "w").eigenvalues).all()
         assert torch.isfinite(eigen.power(0.5, 0.0, "w").eigenvalues).all()
+        # also after a power that rounds its zeros to something larger
+        root = eigen.power(0.25, 0.0, "w")
+        assert root.logdet() == -torch.inf
+        with pytest.raises(ValueError, match=rf"'w' has {zeros} zero eigenvalues"):
+            root.power(-1.0, 0.0, "w")
     # what is small but of full rank is inverted
     small = KroneckerBlock(regular * 1e-12, torch.diag(values[:4]).to(dtype)).eigen("w")
     assert torch.isfinite(small.logdet())
@@ -218,6 +223,70 @@ def test_zero_is_a_matter_of_rank(dtype):
     # without a basis nothing is rounded
     diagonal = EigenBlock(torch.tensor([[1.0, 1e-30]], dtype=dtype))
     assert torch.isfinite(diagonal.power(-1.0, 0.0, "w").eigenvalues).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zero_second_moments_are_a_matter_of_directions(dtype):
+    """A single entry may be the product of small ones, which are each above rounding."""
+    U = torch.eye(6, dtype=dtype)
+    eps = torch.finfo(dtype).eps
+    regular = torch.tensor([eps ** (0.24 * i) for i in range(6)], dtype=dtype)
+    moments = torch.outer(regular, regular)
+    assert moments.min() < eps**2
+    assert torch.equal(EigenBlock.of_second_moments(moments, U, U).eigenvalues, moments)
+    rounded = torch.cat([regular[:5], regular.new_tensor([eps**2])])
+    moments = torch.outer(rounded, regular)
+    assert (EigenBlock.of_second_moments(moments, U, U).eigenvalues > 0).sum() == 30
+    assert torch.equal(EigenBlock.of_second_moments(moments, None, U).eigenvalues, moments)
+
+
+class DeadDirection(nn.Module):
+    """A network whose inputs lack a direction that is none of the axes."""
+
+    def __init__(self, model, n, dtype):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.rotation = torch.linalg.qr(torch.randn(n, n, generator=generator)).Q.to(dtype)
+        self.kept = torch.ones(n, dtype=dtype)
+        self.kept[-1] = 0
+        self.model = model
+
+    def forward(self, x, t):
+        return self.model(((x @ self.rotation) * self.kept) @ self.rotation.T, t)
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("n", [3, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_rank_of_ekfac(dtype, n, approx):
+    """Of full rank, with fewer examples than parameters, and with a direction without inputs."""
+
+    def fitted(model, shape, count):
+        regression = plain_regression(model, shape, count=count, num_draws=1, batch_size=64)
+        return DiffusionEKFACLinearOperator(
+            regression, fisher_type="empirical", kfac_approx=approx, exact_bias=False
+        )
+
+    model = seeded(nn.Linear(n, n), nn.Tanh(), nn.Linear(n, n), dtype=dtype)
+    assert fitted(model, (n,), 6 * n).logdet().isfinite()
+    assert fitted(model, (n,), 1).logdet() == -torch.inf
+    dead = fitted(DeadDirection(model, n, dtype), (5, n), 3 * n)
+    zeros = [int((placed.block.eigenvalues == 0).sum()) for placed in dead.blocks]
+    assert zeros == [n, 0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", [DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator])
+def test_what_was_damped_is_regular(kind):
+    """However far its eigenvalues are apart, and however often it is inverted."""
+    model = seeded(nn.Linear(16, 16), dtype=torch.float32)
+    operator = kind(plain_regression(model, (16,), count=2, num_draws=2), fisher_type="empirical")
+    assert operator.logdet() == -torch.inf
+    inverse = operator.inverse(1e-12)
+    damped = operator.power(1.0, 1e-12)
+    assert_close(inverse.logdet(), -damped.logdet(), 1e-5)
+    for regular in (inverse, damped):
+        twice = regular.inverse(0.0).inverse(0.0)
+        assert_close(twice.eigenvalues(), regular.eigenvalues(), 1e-5)
 
 
 @pytest.mark.parametrize("kind", [DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator])

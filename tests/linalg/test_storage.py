@@ -15,6 +15,7 @@ from curvlinops_diffusion import (
     load_operator,
 )
 from curvlinops_diffusion.linalg import storage as storage_module
+from curvlinops_diffusion.linalg.operator_files import read_header
 from tests.cases import plain_regression, seeded
 from tests.comparisons import assert_close
 from tests.reference import to_dense
@@ -46,6 +47,25 @@ SAVED = {
     ),
     "root": lambda r: DiffusionKFACLinearOperator(r).power(-0.5, 1e-3),
 }
+
+
+def test_zeros_outlive_a_file(tmp_path):
+    """Those of a singular operator's root are small numbers, which a file must not make regular."""
+    model = make_model(torch.float32)
+    regression = plain_regression(model, (1, 4, 4), count=1, num_draws=1)
+    path = tmp_path / "root.safetensors"
+    for kind in (DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator):
+        root = kind(regression, fisher_type="empirical").power(0.25)
+        root.save(path)
+        loaded = load_operator(path, model)
+        for operator in (root, loaded):
+            assert operator.logdet() == -torch.inf
+            with pytest.raises(ValueError, match="zero eigenvalues"):
+                operator.inverse(0.0)
+        assert torch.equal(to_dense(loaded), to_dense(root))
+    # what has no zeros to list is read by older versions as well
+    root.inverse(1e-3).save(path)
+    assert read_header(path)["format_version"] == 2
 
 
 @pytest.mark.parametrize("kind", SAVED)
@@ -197,7 +217,7 @@ def other_tensors(metadata):
         (pickled, "not a whole safetensors file"),
         (rewritten(lambda m: "{"), r"header of .* is damaged \("),
         (rewritten(lambda m: "[1]"), r"header of .* is damaged \("),
-        (rewritten(newer), r"format version 99; this library reads up to 2. Install a newer"),
+        (rewritten(newer), r"format version 99; this library reads up to 3. Install a newer"),
         (rewritten(lacking), r"header of .* is damaged \(entries are missing\)"),
         (rewritten(other_kind), "unknown kind 'hessian'"),
         (rewritten(other_tensors), r"header of .* is damaged"),
