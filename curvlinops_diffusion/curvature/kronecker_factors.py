@@ -132,6 +132,7 @@ class _InputFactors(Observer):
     def predicted(self, batch: NoisedBatch, prediction_BD: Tensor) -> None:
         for name in list(self._arrived):
             self._add(name)
+        self.finish()  # the backward pass needs none of it
 
     def finish(self) -> None:
         self._arrived.clear()

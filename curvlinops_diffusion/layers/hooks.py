@@ -49,8 +49,8 @@ class Tap:
     calls: dict[str, int] = field(default_factory=dict)
     batch_size: int = 0
     _latest: tuple[Tensor, int, Tensor] | None = None
+    _watching: bool = False
     _recomputing: bool = False
-    _paused: bool = False
 
     def backward(self, prediction_BD: Tensor, v_BD: Tensor, retain_graph: bool = False) -> None:
         """Pull ``v`` back to every layer's output, where ``on_gradient`` sees it."""
@@ -64,28 +64,29 @@ class Tap:
         finally:
             self._recomputing = False
 
-    def restart(self, batch_size: int) -> None:
-        """Forget the latest forward pass."""
-        self.sources, self.calls, self.batch_size, self._latest = [], {}, batch_size, None
-
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """See nothing of the forward passes within the context."""
-        self._paused = True
+    def watching(self, batch_size: int) -> Iterator[None]:
+        """See the forward pass within the context; what runs outside of one is not seen."""
+        self.forget()
+        self.batch_size, self._watching = batch_size, True
         try:
             yield
         finally:
-            self._paused = False
+            self._watching = False
+
+    def forget(self) -> None:
+        """Let go of the latest forward pass."""
+        self.sources, self.calls, self._latest = [], {}, None
 
     def observe(
         self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor
     ) -> Tensor | None:
         """Forward hook: report the input, and have the output report its gradient."""
-        if self._paused:
-            return None
         if self._recomputing:
             # a checkpoint runs its part of the network again for the values that it did not keep
             return None if output.requires_grad else _start_of_graph(output)[1]
+        if not self._watching:
+            return None
         x = args[0] if args else next(iter(kwargs.values()))
         if not layer.kind.has_batch_axis(module, x) or len(x) % self.batch_size:
             raise ValueError(

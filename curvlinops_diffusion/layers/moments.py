@@ -121,4 +121,4 @@ class LatestProduct:
 
     def forget(self) -> None:
         """Let go of the latest input."""
-        self._x = None
+        self._x, self._product = None, torch.empty(0)

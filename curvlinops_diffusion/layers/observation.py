@@ -118,19 +118,17 @@ class ObservedPass:
     def run(self, batch: NoisedBatch, vectors: Vectors) -> None:
         """Run a batch forward, and pull each of its vectors back."""
         try:
-            self.tap.restart(len(batch.indices))
             self.observer.start(batch)
-            with torch.set_grad_enabled(self.backward):
+            with torch.set_grad_enabled(self.backward), self.tap.watching(len(batch.indices)):
                 prediction_BD = self.objective.predict(batch)
             self.observer.predicted(batch, prediction_BD)
             for v_BD, more in vectors(batch, prediction_BD.detach()):
                 self.tap.backward(prediction_BD, v_BD, retain_graph=more)
-                with self.tap.paused():
-                    self.observer.pulled_back(batch, v_BD)
+                self.observer.pulled_back(batch, v_BD)
         finally:
             # The graph's hooks refer to the tap and the tap to the graph: let go of it, so that
             # memory is freed at once rather than when Python looks for such cycles.
-            self.tap.restart(0)
+            self.tap.forget()
             self.observer.finish()
 
 

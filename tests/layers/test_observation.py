@@ -12,6 +12,7 @@ from curvlinops_diffusion import (
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
 )
+from curvlinops_diffusion.curvature.kronecker_factors import _OutputFactors
 from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.layers.moments import LatestProduct
 from curvlinops_diffusion.layers.observation import Observer, Observers, WholeLayers, observed
@@ -129,6 +130,46 @@ def test_everything_is_as_it_was_after_an_error(regression):
     assert diary.pages[-1] == "finish"
     assert [p.requires_grad for p in model.parameters()] == [True, True, False, True]
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_only_the_pass_is_observed(regression):
+    """Not what runs the network before, after, or while vectors are made: an encoder, say."""
+    diary, batch = Diary(), next(regression.batches())
+    model = regression.objective.model
+
+    def vectors(batch, prediction_BD):
+        model(torch.ones(5, 3).double(), None)
+        yield torch.ones_like(prediction_BD), False
+
+    with observed(regression.objective, layers_of(regression), diary) as network:
+        model(torch.ones(5, 3).double(), None)
+        network.run(batch, vectors)
+        model(torch.ones(5, 3).double(), None)
+        once = list(diary.pages)
+        network.run(batch, vectors)
+    assert diary.pages == [*once, *once]
+    assert sum(page.startswith("input") for page in once) == 3
+
+
+def test_the_copies_of_inputs_are_gone_before_the_backward_pass(monkeypatch):
+    """K-FAC needs none of them by then, and a network in low precision has one for each layer."""
+    model = seeded(nn.Linear(3, 3), nn.Linear(3, 3), dtype=torch.bfloat16)
+    copies, alive = [], []
+    of, gradient = LatestProduct.of, _OutputFactors.gradient
+
+    def recorded(self, x):
+        copies.append(weakref.ref(x))
+        return of(self, x)
+
+    def counted(self, *args):
+        alive.append(sum(copy() is not None for copy in copies))
+        gradient(self, *args)
+
+    monkeypatch.setattr(LatestProduct, "of", recorded)
+    monkeypatch.setattr(_OutputFactors, "gradient", counted)
+    DiffusionKFACLinearOperator(plain_regression(model, (3,), count=2, num_draws=1))
+    assert len(copies) == 2
+    assert set(alive) == {0}
 
 
 def networks():
