@@ -147,9 +147,13 @@ class NoiseProcess:
         return a * one_T, b * one_T
 
     def determinant_T(self) -> Tensor:
-        """``b alpha_t − a sigma_t``; zero where a noised example and ``y`` do not tell ``x0``."""
+        """``b alpha_t − a sigma_t``; zero where a noised example and ``y`` do not tell ``x0``.
+
+        That of ``v`` is ``alpha_t² + sigma_t²``, which is one but for the rounding of two roots.
+        """
         a_T, b_T = self.target_coefficients()
-        return b_T * self.alphas_T - a_T * self.sigmas_T
+        determinant_T = b_T * self.alphas_T - a_T * self.sigmas_T
+        return torch.where((determinant_T - 1).abs() < 1e-14, 1.0, determinant_T)
 
     def clean_coefficients(self) -> tuple[Tensor, Tensor]:
         """The coefficients of ``x_t`` and ``y`` in ``x0``, shape ``[T]``.

@@ -28,9 +28,9 @@ class MinSNRWeighting(ProcessWeighting):
 
     The error of ``x0`` is a multiple of the error of the network's target, so that ``w_t`` becomes
     ``min(1, γ/SNR)`` for ``eps``, ``min(SNR, γ)`` for ``x0``, ``min(SNR, γ)/(SNR + 1)`` for ``v``
-    and ``min(SNR, γ) s²`` with ``s = sigma_t / (alpha_t + sigma_t)`` for flow matching. As the
-    error of ``eps`` is ``SNR`` times that of ``x0``, this is the smaller of the error of ``eps``
-    and ``γ`` times that of ``x0``, which is finite without signal and without noise.
+    and ``min(SNR, γ) s²`` with ``s = sigma_t / (alpha_t + sigma_t)`` for flow matching. Without
+    signal, a prediction of the noise says nothing of ``x0``; its weight is ``min(1, γ/SNR)`` in
+    units of the error of ``eps``, which is ``SNR`` times that of ``x0``.
 
     Source: Hang et al., 2023, Section 3.4.
 
@@ -42,9 +42,15 @@ class MinSNRWeighting(ProcessWeighting):
 
     def __call__(self, process: NoiseProcess) -> Tensor:
         """The weight of each level, float64, shape ``[T]``."""
-        _, clean_of_y_T = process.clean_coefficients()
-        _, noise_of_y_T = process.noise_coefficients()
-        return torch.minimum(noise_of_y_T.square(), self.gamma * clean_of_y_T.square())
+        snr_T = process.snr_T
+        x0_of_y_T = process.clean_coefficients()[1]
+        eps_of_y_T = process.noise_coefficients()[1]
+        a_T, _ = process.target_coefficients()
+        return torch.where(
+            a_T == 0,
+            (self.gamma / snr_T).clamp(max=1) * eps_of_y_T.square(),
+            snr_T.clamp(max=self.gamma) * x0_of_y_T.square(),
+        )
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,23 @@ def test_min_snr_weighting(prediction_type):
     assert (snr < 0.7).any()
 
 
+@pytest.mark.parametrize("prediction_type", list(PredictionType))
+def test_min_snr_weights_are_those_of_0_1_to_the_last_bit(prediction_type):
+    """Files of results hold a digest of them."""
+    if prediction_type is PredictionType.FLOW:
+        process = noise_process(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    else:
+        process = noise_process(DDPMScheduler(prediction_type=prediction_type.value))
+    snr = process.snr_T
+    expected = {
+        PredictionType.EPSILON: (5.0 / snr).clamp(max=1.0),
+        PredictionType.SAMPLE: snr.clamp(max=5.0),
+        PredictionType.V: snr.clamp(max=5.0) * process.sigmas_T.square(),
+        PredictionType.FLOW: snr.clamp(max=5.0) * process.sigmas_T.square(),
+    }[prediction_type]
+    assert torch.equal(weight_table(MinSNRWeighting(), process), expected)
+
+
 def test_weightings():
     process = noise_levels(num_levels=4)
     assert weight_table(None, process).tolist() == [1, 1, 1, 1]
