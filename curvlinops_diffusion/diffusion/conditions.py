@@ -45,6 +45,14 @@ def leaves(condition: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{key}", value
 
 
+def named(condition: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The nested mapping whose entries are the names that :func:`leaves` gives them."""
+    return {
+        key: named(value, f"{prefix}{key}/") if isinstance(value, Mapping) else f"{prefix}{key}"
+        for key, value in condition.items()
+    }
+
+
 def nested(entries: Mapping[str, Any]) -> dict[str, Any]:
     """The nested mapping whose :func:`leaves` these are."""
     result: dict[str, Any] = {}
