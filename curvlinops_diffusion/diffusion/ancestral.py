@@ -111,14 +111,18 @@ class AncestralSteps:
         return of_x0_B1 * self.process.clean(x_BD, prediction_BD, batch.level_B) + of_x_B1 * x_BD
 
     def prediction_for(self, batch: NoisedBatch, mean_BD: Tensor) -> Tensor:
-        """The prediction whose step has a given mean: the inverse of :meth:`mean`."""
+        """The prediction whose step has a given mean: the inverse of :meth:`mean`.
+
+        Zero at levels where the mean does not depend on the prediction.
+        """
         x_BD = batch.x_t.flatten(1).to(mean_BD)
         of_x0_B1, of_x_B1 = self._mean_coefficients(batch, mean_BD)
         x0_BD = (mean_BD - of_x_B1 * x_BD) / of_x0_B1
         of_x_t, of_y = (
             c_T[batch.level_B].to(mean_BD).unsqueeze(1) for c_T in self.process.clean_coefficients()
         )
-        return (x0_BD - of_x_t * x_BD) / of_y
+        depends_B1 = (of_x0_B1 != 0) & (of_y != 0)
+        return torch.where(depends_B1, (x0_BD - of_x_t * x_BD) / of_y, 0.0)
 
     def _mean_coefficients(self, batch: NoisedBatch, like: Tensor) -> tuple[Tensor, Tensor]:
         """The coefficients of ``x0`` and ``x_t`` in the step's mean, shape ``[B, 1]``."""

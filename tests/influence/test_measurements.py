@@ -374,6 +374,32 @@ def test_bad_trajectories(shape, levels, message):
         TrajectoryRegression(problem().objective, torch.zeros(shape), levels)
 
 
+def test_random_networks_record_no_trajectories():
+    model = seeded(nn.Conv2d(1, 1, 1), nn.Dropout())
+    objective = DenoisingObjective(model.train(), scheduler())
+    with pytest.raises(ValueError, match=r"\(Dropout\) is in train mode"):
+        record_trajectories(objective, (3, 1, 2, 2), LEVELS)
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast is on"):
+        record_trajectories(objective, (3, 1, 2, 2), LEVELS)
+    assert record_trajectories(objective, (3, 1, 2, 2), LEVELS).isfinite().all()
+
+
+def test_targets_of_trajectories_are_finite():
+    """Also where a step's mean does not depend on the prediction: the noise of no noise."""
+    s = scheduler()
+    alphas_T = s.alphas_cumprod.double().sqrt()
+    alphas_T[0] = 1.0
+    process = NoiseProcess(
+        alphas_T, (1 - alphas_T.square()).sqrt(), torch.arange(T), PredictionType.EPSILON
+    )
+    objective = DenoisingObjective(problem().objective.model, process)
+    states = torch.randn(2, 5, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    targets = [b.target_BD for b in TrajectoryRegression(objective, states, LEVELS).batches()]
+    assert all(target_BD.isfinite().all() for target_BD in targets)
+    assert targets[0].abs().min() > 0
+
+
 def test_conditions_of_trajectories():
     class Conditional(TimeBlind):
         def forward(self, x_t, t, gain):

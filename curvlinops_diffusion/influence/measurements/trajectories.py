@@ -12,7 +12,11 @@ from torch import Tensor
 
 from curvlinops_diffusion.diffusion.ancestral import AncestralSteps
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.diffusion.checks import check_condition
+from curvlinops_diffusion.diffusion.checks import (
+    check_condition,
+    check_deterministic_mode,
+    check_no_autocast,
+)
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.draws import make_draws
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
@@ -184,7 +188,13 @@ def record_trajectories(
 
     Returns:
         The states, shape ``[Q, S + 1, ...]``; the last ones are the samples.
+
+    Raises:
+        ValueError: If the network's passes are random, levels or variance are as
+            :class:`TrajectoryRegression` refuses them, or the condition is of other samples.
     """
+    check_deterministic_mode(objective.model)
+    check_no_autocast(objective.device)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, generator=generator)
     steps = steps_between(objective, levels, variance)
