@@ -15,6 +15,7 @@ from curvlinops_diffusion import (
     ExampleGradientLinearOperator,
     GradientStore,
     LatentEncoder,
+    MinSNRWeighting,
     NoisedRegression,
     PassOptions,
     influence_scores,
@@ -87,6 +88,25 @@ def test_checkpoints(train, tmp_path, monkeypatch):
     K = DiffusionKFACLinearOperator(train, separate_weight_and_bias=False, passes=passes)
     assert sum(calls) <= 4, "the check of observable gradients runs on two examples, no pass"
     assert_close(K @ EXPECTED["vector"], EXPECTED["kfac"], TOLERANCE)
+
+
+def test_interrupted_passes(model, tmp_path):
+    """What 0.1 began goes on: here in the last batch of EK-FAC's second pass."""
+    for name in ("kronecker_factors", "eigenbases", "eigenvalues"):
+        shutil.copy(FILES / "interrupted" / f"{name}.0.safetensors", tmp_path)
+    train = NoisedRegression(
+        DenoisingObjective(model, noise_levels(), MinSNRWeighting(2.0)),
+        EXPECTED["train"],
+        2,
+        batch_size=1,
+    )
+    shown = []
+    hook = model.register_forward_hook(lambda module, args, output: shown.append(len(output)))
+    EK = DiffusionEKFACLinearOperator(train, passes=PassOptions(tmp_path))
+    hook.remove()
+    assert sum(shown) <= 2 + 4, "two draws of one example, and the check of observable gradients"
+    expected = load_file(FILES / "interrupted" / "expected.safetensors")
+    assert_close(EK @ EXPECTED["vector"], expected["ekfac"], TOLERANCE)
 
 
 def test_stores(model, train, query):
