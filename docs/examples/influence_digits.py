@@ -149,7 +149,7 @@ def draw(path: Path, samples: Tensor, x0: Tensor, scores: Tensor) -> None:
 
 def main() -> None:
     """Run the example."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
     parser.add_argument("--steps", type=int, default=1500, help="training steps")
     parser.add_argument("--draws", type=int, default=16, help="draws of each training digit")
