@@ -11,7 +11,7 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.linalg.operator import ParameterSpaceOperator
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace, select_parameters
 from curvlinops_diffusion.runtime.checks import check_count
-from curvlinops_diffusion.runtime.modes import differentiable_attention
+from curvlinops_diffusion.runtime.modes import differentiable_attention, forward_mode
 from curvlinops_diffusion.runtime.progress import draws_bar
 
 
@@ -97,7 +97,8 @@ class DiffusionGGNLinearOperator(ParameterSpaceOperator):
             return batch.loss_hessian_product(jvp(predict, values, tangents)[1])
 
         tangents = tuple(x.to(v.dtype) for x, v in zip(columns, values, strict=True))
-        curved = vmap(push, chunk_size=self._chunk_size)(*tangents)
+        with forward_mode():
+            curved = vmap(push, chunk_size=self._chunk_size)(*tangents)
         # one linearisation for all columns; pulling them back one by one is faster than at once
         pull = vjp(predict, *values)[1]
         for k, v_BD in enumerate(curved):

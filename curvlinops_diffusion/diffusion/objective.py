@@ -22,7 +22,12 @@ from curvlinops_diffusion.diffusion.schedulers import noise_process
 from curvlinops_diffusion.diffusion.weightings import Weighting, weight_table
 from curvlinops_diffusion.runtime.checks import check_non_negative, check_option
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
-from curvlinops_diffusion.runtime.modes import eager, uncompiled, without_checkpoints
+from curvlinops_diffusion.runtime.modes import (
+    eager,
+    replaced_parameters,
+    uncompiled,
+    without_checkpoints,
+)
 
 
 class Reduction(str, Enum):
@@ -325,7 +330,8 @@ class DenoisingObjective:
                 output = self.model(*args, **kwargs)
             else:
                 with without_checkpoints(self.model):
-                    output = functional_call(self.model, dict(params), args, kwargs)
+                    values = replaced_parameters(self.model, params)
+                    output = functional_call(self.model, values, args, kwargs, tie_weights=False)
         return self._flatten(output, x_t.shape)
 
     def _flatten(self, output: Any, shape: torch.Size) -> Tensor:

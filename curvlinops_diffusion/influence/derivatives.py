@@ -23,7 +23,7 @@ from curvlinops_diffusion.layers import Coverage, cover
 from curvlinops_diffusion.layers.example_gradients import example_gradients
 from curvlinops_diffusion.layers.hooks import frozen
 from curvlinops_diffusion.layers.observable import check_observable
-from curvlinops_diffusion.runtime.modes import differentiable_attention, twice_differentiable
+from curvlinops_diffusion.runtime.modes import forward_mode, twice_differentiable
 
 
 class ValueGradients(ABC):
@@ -144,7 +144,7 @@ class PredictionGradients(ValueGradients):
             derivative: Tensor = jvp(partial(self._value_of, batch), (params,), (tangents,))[1]
             return derivative
 
-        with differentiable_attention():
+        with forward_mode():
             return self._average(
                 [
                     vmap(partial(push, batch), chunk_size=self._chunk_size)(dict(directions)).T

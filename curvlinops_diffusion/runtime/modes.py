@@ -26,6 +26,19 @@ def differentiable_attention() -> Iterator[None]:
 
 
 @contextmanager
+def forward_mode() -> Iterator[None]:
+    """Have forward mode differentiate what reverse mode does, and nothing else.
+
+    By itself it goes through ``torch.no_grad()`` (a first pass for self-conditioning, say) and
+    through the row of an embedding's ``padding_idx``, which reverse mode leaves out. The values
+    that derivatives are taken at must not require gradients.
+    """
+    # what switches gradients off and on again must find them on
+    with differentiable_attention(), torch.enable_grad(), _ForwardMode():
+        yield
+
+
+@contextmanager
 def twice_differentiable() -> Iterator[None]:
     """Run attention and some other functions in plain forms within the context.
 
@@ -37,12 +50,27 @@ def twice_differentiable() -> Iterator[None]:
         yield
 
 
+def _written(value: Tensor, x: Tensor, inplace: bool) -> Tensor:
+    """A function's value, written where the function would write it: others may read it there."""
+    return x.copy_(value) if inplace else value
+
+
 def _silu(x: Tensor, inplace: bool = False) -> Tensor:
-    return x * x.sigmoid()
+    return _written(x * x.sigmoid(), x, inplace)
 
 
 def _mish(x: Tensor, inplace: bool = False) -> Tensor:
-    return x * functional.softplus(x).tanh()
+    return _written(x * functional.softplus(x).tanh(), x, inplace)
+
+
+def _embedding(
+    tokens: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    if padding_idx is not None:
+        rows = torch.arange(len(weight), device=weight.device).unsqueeze(1)
+        padding = rows == padding_idx % len(weight)
+        weight = torch.where(padding, weight.detach(), weight)
+    return functional.embedding(tokens, weight, None, *args, **kwargs)
 
 
 def _group_norm(
@@ -61,14 +89,15 @@ def _group_norm(
     return normed if bias is None else normed + bias.reshape(channels)
 
 
-class _PlainFunctions(TorchFunctionMode):
-    """Replaces functions by compositions of elementary ones."""
+class _ForwardMode(TorchFunctionMode):
+    """Replaces functions by others, and stops forward mode where gradients are switched off."""
 
-    PLAIN: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
-        functional.silu: _silu,
-        functional.mish: _mish,
-        functional.group_norm: _group_norm,
-    }
+    PLAIN: Mapping[Callable[..., Any], Callable[..., Tensor]] = {functional.embedding: _embedding}
+
+    def __init__(self) -> None:
+        super().__init__()
+        # or it could not be told when they are on again
+        self._follows = torch.is_grad_enabled()
 
     def __torch_function__(
         self,
@@ -77,7 +106,21 @@ class _PlainFunctions(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        return self.PLAIN.get(func, func)(*args, **(kwargs or {}))
+        result = self.PLAIN.get(func, func)(*args, **(kwargs or {}))
+        if self._follows and func is torch._C._set_grad_enabled:
+            torch._C._set_fwd_grad_enabled(torch.is_grad_enabled())
+        return result
+
+
+class _PlainFunctions(_ForwardMode):
+    """Replaces functions by compositions of elementary ones."""
+
+    PLAIN: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
+        **_ForwardMode.PLAIN,
+        functional.silu: _silu,
+        functional.mish: _mish,
+        functional.group_norm: _group_norm,
+    }
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -89,6 +132,25 @@ def uncompiled(model: nn.Module) -> nn.Module:
     inner = getattr(model, "_orig_mod", model)
     assert isinstance(inner, nn.Module)
     return inner
+
+
+def replaced_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values of parameters, for every place that holds the parameter.
+
+    For ``functional_call(..., tie_weights=False)``, each place once: by itself it would replace
+    those of a module under two names twice, and put the value back in place of the parameter.
+
+    Args:
+        model: The model.
+        values: Values by the parameters' names.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    result = {}
+    for prefix, module in model.named_modules():
+        for key, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            if names[id(p)] in values:
+                result[f"{prefix}.{key}" if prefix else key] = values[names[id(p)]]
+    return result
 
 
 def eager() -> AbstractContextManager[Any]:
