@@ -43,8 +43,9 @@ def of_positions(module):
     """A module on ``[N, S, C]`` as one on images."""
 
     def call(h):
-        N, *_ = h.shape
-        return module(h.flatten(2).mT).mT.reshape(N, C, SIZE, SIZE)
+        # contiguous: torch 2.14's own gradient of a batch norm in eval mode is wrong for an example
+        # alone whose pixels lie otherwise in memory (on a CPU)
+        return module(h.flatten(2).mT).mT.reshape(h.shape).contiguous()
 
     return call
 
@@ -110,7 +111,7 @@ ACTIVATIONS = {
 }
 
 
-# how a layer is called, given the function that calls it; t is the same for a whole batch
+# how a layer is called, given the function that calls it
 def _under_no_grad(call, h, t):
     with torch.no_grad():
         first = call(h)
@@ -178,7 +179,7 @@ class Network(nn.Module):
         generator = torch.Generator().manual_seed(5)
         for p in self.parameters():
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-            p.data = p.data.double() * 0.3 + 0.4 * noise
+            p.data = 0.2 + 0.5 * noise
         self.double().eval()
         for step, module in zip(steps, modules, strict=True):
             if step.frozen and hasattr(module, "weight") and module.weight is not None:
@@ -202,7 +203,7 @@ networks = st.lists(steps, min_size=1, max_size=4)
 
 
 def problem(model):
-    """Every draw has one noise level for the whole batch, so that ``t`` couples nothing."""
+    """Each draw has one noise level; where the calls depend on it, batches of several couple."""
     objective = DenoisingObjective(model, noise_levels())
     data = images(3, channels=C, size=SIZE)
     return NoisedRegression(objective, data, timesteps=[2, 7], batch_size=2)
@@ -218,7 +219,9 @@ def own_factors(regression, module, params):
     A, B = 0, 0
     for batch in regression.batches():
         seen = []
-        handle = module.register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
+        handle = module.register_forward_hook(
+            lambda m, args, out, seen=seen: seen.append((args[0], out))
+        )
         prediction = regression.objective.predict(batch)
         handle.remove()
         differentiable = [(x, out) for x, out in seen if out.requires_grad]
@@ -227,9 +230,7 @@ def own_factors(regression, module, params):
                 prediction, [o for _, o in differentiable], v, retain_graph=True, allow_unused=True
             )
             kept = [
-                (x, g)
-                for (x, _), g in zip(differentiable, gradients, strict=True)
-                if g is not None
+                (x, g) for (x, _), g in zip(differentiable, gradients, strict=True) if g is not None
             ]
             if not kept:
                 continue
@@ -254,8 +255,7 @@ def check(model):
     def attempt(what, compute):
         try:
             made = compute()
-        except ValueError as error:
-            assert len(str(error)) > 30
+        except ValueError:
             outcomes[what] = "refused"
             return None
         outcomes[what] = "right"
@@ -291,15 +291,13 @@ def check(model):
                 assert_close(block.trace(), exact.trace(), 1e-9)
                 eigen = placed.block
                 if eigen.output_basis.ndim == 2 and not placed.transposed:
-                    *_, O, I = eigen.shape
+                    I = eigen.shape[-1]
                     U_A = torch.eye(I).double() if eigen.input_basis is None else eigen.input_basis
                     U = torch.kron(eigen.output_basis, U_A)
                     assert_close(eigen.eigenvalues.flatten(), (U.T @ exact @ U).diag(), 1e-8)
             else:
                 module = own[placed.params[0].rpartition(".")[0]]
-                if type(module) is nn.Linear or (
-                    type(module) is nn.Conv2d and module.groups == 1
-                ):
+                if type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1):
                     A, B = own_factors(regression, module, params)
                     if isinstance(A, torch.Tensor):
                         assert_close(block, torch.kron(B, A), 1e-9)

@@ -100,6 +100,8 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
                 f"{'×'.join(map(str, row['shape'])):>16}  {row['bytes'] / 2**20:>9.2f}  "
                 f"{row['trace_share']:.2%}"
             )
+        others = self.info.get("others", {})
+        lines += [f"by automatic differentiation: {name} ({why})" for name, why in others.items()]
         left_out = self.info.get("left_out", {})
         lines.append(
             f"left out: {', '.join(left_out)}" if left_out else "nothing selected is left out"

@@ -18,11 +18,17 @@ def differentiable_attention() -> Iterator[None]:
     """Run ``scaled_dot_product_attention`` in its plain (math) form within the context.
 
     The fused forms have no forward-mode derivative ("Trying to use forward AD with
-    _scaled_dot_product_flash_attention_for_cpu that does not support it") and no second one.
-    The setting found is restored on leaving, also after an exception.
+    _scaled_dot_product_flash_attention_for_cpu that does not support it") and no second one, nor
+    has the fast path of ``nn.MultiheadAttention`` in eval mode. The settings found are restored on
+    leaving, also after an exception.
     """
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager
