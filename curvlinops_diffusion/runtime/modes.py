@@ -56,17 +56,18 @@ def twice_differentiable() -> Iterator[None]:
         yield
 
 
-def _written(value: Tensor, x: Tensor, inplace: bool) -> Tensor:
+def _in_place(function: Callable[[Tensor], Tensor], x: Tensor, inplace: bool) -> Tensor:
     """A function's value, written where the function would write it: others may read it there."""
-    return x.copy_(value) if inplace else value
+    # backward passes need what the value is made of
+    return x.copy_(function(x.clone())) if inplace else function(x)
 
 
 def _silu(x: Tensor, inplace: bool = False) -> Tensor:
-    return _written(x * x.sigmoid(), x, inplace)
+    return _in_place(lambda z: z * z.sigmoid(), x, inplace)
 
 
 def _mish(x: Tensor, inplace: bool = False) -> Tensor:
-    return _written(x * functional.softplus(x).tanh(), x, inplace)
+    return _in_place(lambda z: z * functional.softplus(z).tanh(), x, inplace)
 
 
 def _embedding(
