@@ -12,7 +12,11 @@ from curvlinops_diffusion.diffusion.trial import check_network
 from curvlinops_diffusion.linalg.operator import ParameterSpaceOperator
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace, select_parameters
 from curvlinops_diffusion.runtime.checks import check_count
-from curvlinops_diffusion.runtime.modes import differentiable_attention, forward_mode
+from curvlinops_diffusion.runtime.modes import (
+    differentiable_attention,
+    forward_mode,
+    recomputation_named,
+)
 from curvlinops_diffusion.runtime.progress import draws_bar
 
 
@@ -74,6 +78,7 @@ class DiffusionGGNLinearOperator(ParameterSpaceOperator):
         columns = [x.movedim(-1, 0).contiguous() for x in X]
         product = [torch.zeros_like(x, dtype=self.dtype) for x in columns]
         with (
+            recomputation_named(),
             differentiable_attention(),
             draws_bar(self._regression.num_samples, "G @ X", self._progressbar) as bar,
         ):

@@ -7,8 +7,10 @@ batch, has no such averages; in which of its modules that happens cannot be told
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -84,17 +86,20 @@ def check_trial(objective: DenoisingObjective, trial: Trial) -> None:
     """Check that the network's output is a function of each example alone.
 
     Raises:
-        ValueError: If two runs of one batch differ, or an example alone from the same example
-            among others.
+        ValueError: If the network draws random numbers, two runs of one batch differ, or an
+            example alone from the same example among others.
     """
     batch = trial.mixed
     with torch.no_grad():
+        before = _random_states(objective.device)
         first_BD = objective.predict(batch)
+        # what is drawn with a small probability may be the same twice
+        drew = _random_states(objective.device) != before
         again_BD = objective.predict(batch)
-        if not _equal(objective, first_BD, again_BD):
+        if drew or not _equal(objective, first_BD, again_BD):
             raise ValueError(
-                "Two runs of the network on the same batch differ, so it draws random numbers of "
-                f"its own. {_training(objective.model)}"
+                "The network draws random numbers of its own, so that the loss of an example is "
+                f"random in more than timestep and noise. {_training(objective.model)}"
             )
         alone = [objective.predict(batch.select([b])) for b in range(len(first_BD))]
     if not _equal(objective, first_BD, torch.cat(alone)):
@@ -103,6 +108,16 @@ def check_trial(objective: DenoisingObjective, trial: Trial) -> None:
             "examples, or on their noise levels): alone, it is another one. "
             f"{_training(objective.model)}"
         )
+
+
+def _random_states(device: torch.device) -> list[bytes]:
+    """The states of the generators that a network may draw from."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    legacy = np.random.get_state(legacy=False)  # noqa: NPY002  the generator that others draw from
+    python = repr((random.getstate(), legacy)).encode()
+    return [*(state.numpy().tobytes() for state in states), python]
 
 
 def _equal(objective: DenoisingObjective, a_BD: Tensor, b_BD: Tensor) -> bool:

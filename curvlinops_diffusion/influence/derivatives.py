@@ -24,7 +24,11 @@ from curvlinops_diffusion.layers import Coverage, cover
 from curvlinops_diffusion.layers.example_gradients import example_gradients
 from curvlinops_diffusion.layers.hooks import frozen
 from curvlinops_diffusion.layers.observable import observable
-from curvlinops_diffusion.runtime.modes import forward_mode, twice_differentiable
+from curvlinops_diffusion.runtime.modes import (
+    forward_mode,
+    recomputation_named,
+    twice_differentiable,
+)
 
 
 class ValueGradients(ABC):
@@ -148,7 +152,7 @@ class PredictionGradients(ValueGradients):
             derivative: Tensor = jvp(partial(self._value_of, batch), (params,), (tangents,))[1]
             return derivative
 
-        with forward_mode():
+        with recomputation_named(), forward_mode():
             return self._average(
                 [
                     vmap(partial(push, batch), chunk_size=self._chunk_size)(dict(directions)).T
@@ -250,7 +254,7 @@ class FunctionGradients(ValueGradients):
 @contextmanager
 def _differentiated(regression: NoisedRegression, params: list[nn.Parameter]) -> Iterator[None]:
     """Have gradients in some parameters alone within the context."""
-    with frozen(regression.objective.model):
+    with frozen(regression.objective.model), recomputation_named():
         for p in params:
             p.requires_grad_(True)
         yield

@@ -30,6 +30,7 @@ from curvlinops_diffusion.layers.observation import (
     one_vector,
 )
 from curvlinops_diffusion.runtime.checks import check_finite
+from curvlinops_diffusion.runtime.modes import recomputation_named
 
 
 def observable(
@@ -140,7 +141,7 @@ def _true_gradients(
     """The gradients of a weighted sum of losses by automatic differentiation, by name."""
     own = dict(objective.model.named_parameters())
     names = [name for layer in layers for name in layer.params]
-    with frozen(objective.model), torch.enable_grad():
+    with frozen(objective.model), recomputation_named(), torch.enable_grad():
         for name in names:
             own[name].requires_grad_(True)
         loss = (share_B * batch.loss(objective.predict(batch))).sum()

@@ -29,6 +29,7 @@ from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.layers.hooks import Tap, frozen, tapped
 from curvlinops_diffusion.layers.layer import Layer
+from curvlinops_diffusion.runtime.modes import recomputation_named
 
 #: Maps a batch and its prediction ``[B, D]`` to the vectors ``[B, D]`` that are pulled back, each
 #: with whether more will follow.
@@ -150,7 +151,7 @@ def observed(
             in place of an error.
     """
     tap = Tap(observer.input, observer.gradient if backward else None, unreadable)
-    with tapped(layers, tap), frozen(objective.model):
+    with tapped(layers, tap), frozen(objective.model), recomputation_named():
         yield ObservedPass(objective, observer, tap)
 
 

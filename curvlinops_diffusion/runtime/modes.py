@@ -166,6 +166,37 @@ def eager() -> AbstractContextManager[Any]:
     return nullcontext() if set_stance is None else set_stance("force_eager")
 
 
+# parts of torch's messages where a network recomputes in its backward pass in a way that it cannot
+# follow
+_RECOMPUTED = (
+    "use_reentrant",
+    "setup_context",
+    "saved tensor hooks",
+    "differentiated Tensors does",
+)
+
+
+@contextmanager
+def recomputation_named() -> Iterator[None]:
+    """Say in our words when a network's checkpoints do not go with the derivatives taken here.
+
+    Raises:
+        ValueError: In place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(part in str(error) for part in _RECOMPUTED):
+            raise
+        raise ValueError(
+            "A part of the network is recomputed in the backward pass in a way that these "
+            "derivatives cannot follow: gradient checkpoints (torch.utils.checkpoint), or an "
+            "autograd function that computes gradients by itself. Switch the network's gradient "
+            "checkpoints off; factors and gradients of examples go through those of "
+            f"use_reentrant=False as well. (torch says: {str(error).splitlines()[0][:200]})"
+        ) from error
+
+
 @contextmanager
 def without_checkpoints(model: nn.Module) -> Iterator[None]:
     """Switch gradient checkpointing off, for forward-mode and vectorised derivatives."""
