@@ -51,11 +51,6 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         BlockDiagonalLinearOperator.__init__(operator, space, blocks, info)
         return operator
 
-    @property
-    def param_names(self) -> tuple[str, ...]:
-        """Names of the parameters that the operator acts on, in order."""
-        return tuple(self.space.shapes)
-
     def multiply_tensors(self, X: list[Tensor]) -> list[Tensor]:
         """Multiply onto matrices in tensor list format ``[*shape, K]``."""
         given = {name: x.to(self.dtype) for name, x in zip(self.space.shapes, X, strict=True)}

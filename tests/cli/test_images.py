@@ -177,3 +177,25 @@ def test_resizing(tmp_path, size):
     resized = interpolate(x, whole, mode="bilinear", antialias=True)[0]
     top, left = (round((side - 8) / 2) for side in whole)
     assert torch.equal(found, resized[:, top : top + 8, left : left + 8].clamp(-1, 1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, orientation):
+    """A photograph is read as viewers show it: of one picture, saved turned in eight ways."""
+    upright = Image.fromarray(np.arange(6 * 4, dtype=np.uint8).reshape(6, 4) * 10)
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "turned.png", exif=exif)
+    images = open_images(tmp_path, Form(1, None, None))
+    expected = torch.from_numpy(np.asarray(upright).astype(np.float32)) / 127.5 - 1
+    assert torch.equal(images.image(0)[0], expected)

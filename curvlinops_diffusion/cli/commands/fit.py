@@ -27,7 +27,8 @@ def fit(options: FitOptions) -> None:
     Raises:
         ValueError: If something is missing or does not fit together.
     """
-    check_output(options.output, (".safetensors",))
+    inputs = {"--data": options.data, "--model": options.model}
+    check_output(options.output, (".safetensors",), inputs)
     with process_group(options.timeout) as several:
         network = load_network(with_own_device(options))
         regression = training_regression(network, training_images(network, options), options)

@@ -35,7 +35,8 @@ def score(options: ScoreOptions) -> None:
     Raises:
         ValueError: If something is missing or does not fit together.
     """
-    check_output(options.output, (".safetensors", ".npy"))
+    inputs = {"--operator": options.operator, "--data": options.data, "--queries": options.queries}
+    check_output(options.output, (".safetensors", ".npy"), inputs)
     with process_group(options.timeout) as several:
         network = load_network(with_own_device(options))
         known = training_images(network, options)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from curvlinops_diffusion.cli.images.arrays import read_arrays
 from curvlinops_diffusion.cli.images.labels import Classes, Condition, of_folders, of_metadata
-from curvlinops_diffusion.cli.images.preprocessing import Form
+from curvlinops_diffusion.cli.images.preprocessing import Form, upright
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _ACCEPTED = (
@@ -122,7 +122,7 @@ def _folder(path: Path, form: Form) -> NamedImages:
         try:
             with Image.open(files[n]) as image:
                 image.load()
-                return form.tensor(image, names[n])
+                return form.tensor(upright(image), names[n])
         except FileNotFoundError as error:
             raise ValueError(
                 f"The image '{files[n]}' has vanished. Put it back, and start again to go on."
@@ -163,4 +163,6 @@ def _saved_dataset(path: Path, form: Form) -> NamedImages:
         numbers = [-1 if n is None else n for n in conditions.pop("class_labels")]
         classes = Classes(label.names, [label.names[n] if n >= 0 else None for n in numbers])
     names = [f"{path.name}[{n}]" for n in range(len(data))]
-    return NamedImages(names, lambda n: form.tensor(data[n][column], names[n]), conditions, classes)
+    return NamedImages(
+        names, lambda n: form.tensor(upright(data[n][column]), names[n]), conditions, classes
+    )
