@@ -330,7 +330,7 @@ OPTIONS = {
 
 def test_random_networks():
     COUNTED.clear()
-    settings(max_examples=60, **OPTIONS)(given(networks)(compared))()
+    settings(max_examples=40, **OPTIONS)(given(networks)(compared))()
     for what in ("rows", "product", "GGN", "K-FAC", "EK-FAC"):
         assert COUNTED[what, "right"] > 0.6 * COUNTED["rows", "right"], COUNTED
 

@@ -56,8 +56,8 @@ class DenoisingObjective:
         model: Called as ``model(x_t, t, **condition)``, with ``t`` of shape ``[B]`` (by name if the
             model has an argument ``timestep``; as ``model(t, x_t, **condition)`` if its first
             argument is called ``t``, ``time`` or the like). Returns a tensor of ``x_t``'s shape, a
-            tuple that starts with it, or an object with ``.sample``. If it has twice as many channels, the
-            second half is a learned variance, which this objective does not contain.
+            tuple that starts with it, or an object with ``.sample``. If it has twice as many
+            channels, the second half is a learned variance, which this objective does not contain.
         scheduler: A ``diffusers`` scheduler, from whose config the noise process and the
             prediction type are read, or a :class:`~curvlinops_diffusion.NoiseProcess`.
         weighting: The weight ``w_t``. ``None`` for one, a

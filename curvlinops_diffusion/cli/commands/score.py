@@ -44,6 +44,8 @@ def score(options: ScoreOptions) -> None:
         images = open_images(
             options.queries, network.form(options.resolution), network.condition, known
         )
+        if is_first():
+            say(f"Read {images.summary()} from {options.queries}")
         query = _query_regression(network, images, options)
         operator = load_operator(options.operator, network.objective.model)
         _check_same_objective(options, operator.info, train)
