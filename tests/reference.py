@@ -163,8 +163,8 @@ def pulled_back(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """For every example, draw and loss vector, the layer's ``(a [S, I], b [S, O])``.
 
-    The positions of all calls of the layer are laid side by side. If ``raw``, what the layer's only
-    call saw: its input, and the gradient in its output.
+    The positions of all calls of the layer that the prediction depends on are laid side by side. If
+    ``raw``, what the layer's only call saw: its input, and the gradient in its output.
     """
     for batch in regression.batches():
         seen: list[tuple[Tensor, Tensor]] = []
@@ -174,15 +174,16 @@ def pulled_back(
         prediction = regression.objective.predict(batch)
         handle.remove()
         outputs = [out for _, out in seen]
-        a = seen[0][0] if raw else torch.cat([shared_inputs(module, x) for x, _ in seen], 1)
         for v in vectors(batch, prediction.detach()):
             grads = torch.autograd.grad(
                 prediction, outputs, v, retain_graph=True, allow_unused=True
             )
-            grads = [
-                torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads, strict=True)
-            ]
-            b = grads[0] if raw else torch.cat([shared_gradients(module, g) for g in grads], 1)
+            if raw:
+                yield from zip(seen[0][0], grads[0], strict=True)
+                continue
+            pairs = [(x, g) for (x, _), g in zip(seen, grads, strict=True) if g is not None]
+            a = torch.cat([shared_inputs(module, x) for x, _ in pairs], 1)
+            b = torch.cat([shared_gradients(module, g) for _, g in pairs], 1)
             yield from zip(a, b, strict=True)
 
 

@@ -13,12 +13,21 @@ from curvlinops_diffusion.cli.processes import is_first
 from curvlinops_diffusion.runtime.files import check_same
 
 
-def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
+def check_output(path: Path, suffixes: tuple[str, ...], inputs: Mapping[str, Path | None]) -> None:
     """Check, before anything is computed, that a file can be written.
 
+    Args:
+        path: The file.
+        suffixes: The suffixes that it may have.
+        inputs: What the command reads, by the option's name.
+
     Raises:
-        ValueError: If it has another suffix, is a folder, or is in none that can be written to.
+        ValueError: If it has another suffix, is a folder, is in none that can be written to, or is
+            what the command reads.
     """
+    for option, read in inputs.items():
+        if read is not None and read.exists() and path.exists() and path.samefile(read):
+            raise ValueError(f"--output {path} is what {option} reads. Pass another file.")
     if path.suffix not in suffixes:
         raise ValueError(f"--output {path} must end in {' or '.join(suffixes)}.")
     if path.is_dir():

@@ -8,10 +8,15 @@ from torch.func import jvp, vjp, vmap
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.diffusion.trial import check_network
 from curvlinops_diffusion.linalg.operator import ParameterSpaceOperator
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace, select_parameters
 from curvlinops_diffusion.runtime.checks import check_count
-from curvlinops_diffusion.runtime.modes import differentiable_attention
+from curvlinops_diffusion.runtime.modes import (
+    differentiable_attention,
+    forward_mode,
+    recomputation_named,
+)
 from curvlinops_diffusion.runtime.progress import draws_bar
 
 
@@ -68,10 +73,12 @@ class DiffusionGGNLinearOperator(ParameterSpaceOperator):
     @torch.no_grad()
     def multiply_tensors(self, X: list[Tensor]) -> list[Tensor]:
         """Multiply onto matrices in tensor list format ``[*shape, K]``."""
+        check_network(self._regression)
         # columns first: derivatives in contiguous directions are a third faster
         columns = [x.movedim(-1, 0).contiguous() for x in X]
         product = [torch.zeros_like(x, dtype=self.dtype) for x in columns]
         with (
+            recomputation_named(),
             differentiable_attention(),
             draws_bar(self._regression.num_samples, "G @ X", self._progressbar) as bar,
         ):
@@ -97,7 +104,8 @@ class DiffusionGGNLinearOperator(ParameterSpaceOperator):
             return batch.loss_hessian_product(jvp(predict, values, tangents)[1])
 
         tangents = tuple(x.to(v.dtype) for x, v in zip(columns, values, strict=True))
-        curved = vmap(push, chunk_size=self._chunk_size)(*tangents)
+        with forward_mode():
+            curved = vmap(push, chunk_size=self._chunk_size)(*tangents)
         # one linearisation for all columns; pulling them back one by one is faster than at once
         pull = vjp(predict, *values)[1]
         for k, v_BD in enumerate(curved):

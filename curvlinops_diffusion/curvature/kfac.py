@@ -12,6 +12,7 @@ from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.random_numbers import ProbeType
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers import covered_parameters
+from curvlinops_diffusion.layers.observable import observable
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.blocks import Block, DenseBlock, KroneckerBlock
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace
@@ -78,7 +79,8 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
     Attributes:
         blocks: The blocks.
         param_names: Names of the parameters covered, in order.
-        info: Options, draws, coverage (``left_out``: what is not covered, and why).
+        info: Options, draws, coverage (``left_out``: what is not covered, and why; ``others``: what
+            has its gradients from automatic differentiation, and why).
 
     Raises:
         ValueError: If an option is unknown, a parameter is not supported, or a factor is not
@@ -128,6 +130,7 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         options = KFACOptions(**arguments)  # which turns values into enumerations
         model = regression.objective.model
         coverage = covered_parameters(model, params, options.has_gradients)
+        coverage = observable(regression, coverage, options.has_gradients)
         plan = BlockPlan.of(coverage, options)
         passes = replace(passes, progressbar=progressbar or passes.progressbar)
         blocks = plan.place(self._fit(regression, plan, passes))
@@ -137,6 +140,7 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
             "regression": regression.description,
             "data": regression.data_identity(),
             "left_out": coverage.left_out,
+            "others": coverage.others,
             "fingerprint": fingerprint(model),
             "versions": versions(),
         }

@@ -9,7 +9,7 @@ D entries of a prediction.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers import ExactKind, Layer
 from curvlinops_diffusion.layers.mapped_gradients import mapped_gradients
 from curvlinops_diffusion.layers.moments import LatestProduct, second_moment
-from curvlinops_diffusion.layers.observable import check_observable
+from curvlinops_diffusion.layers.observable import CallCounter, Calls, call_patterns
 from curvlinops_diffusion.layers.observation import Observer, Observers, in_precision, observed
 from curvlinops_diffusion.linalg.factors import identity_like
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, run_pass
@@ -70,18 +70,19 @@ def kronecker_factors(
         The factors, in the working precision.
 
     Raises:
-        ValueError: If hooks cannot observe a layer's gradient (see :func:`check_observable`), a
-            prediction is not finite, or a checkpoint is of something else.
+        ValueError: If a prediction is not finite, the calls of a layer vary in a way that was not
+            foreseen, or a checkpoint is of something else.
     """
     objective, layers = regression.objective, plan.coverage.layers
-    calls = check_observable(regression, layers)
+    calls = call_patterns(regression, [part.layer for part in plan.with_inputs.values()])
     dtype, backward = objective.working_dtype, plan.options.has_gradients
-    inputs = _InputFactors(plan, dtype, calls)
+    inputs = _InputFactors(plan, dtype, calls, backward)
     outputs = _OutputFactors(plan, dtype)
     exact = _ExactBlocks(regression, plan, dtype)
     vectors = checked_loss_vectors(regression, plan.options)
     running = Together({"inputs": inputs, "outputs": outputs, "exact": exact})
-    with observed(objective, layers, Observers([inputs, outputs, exact]), backward) as network:
+    observers = Observers([inputs, outputs, exact])
+    with observed(objective, layers, observers, backward) as network:
 
         def step(clean: CleanBatch) -> None:
             for batch in regression.noised_batches(clean):
@@ -95,14 +96,30 @@ def kronecker_factors(
 
 
 class _InputFactors(Observer):
-    """Sums that become ``A``: one term for each forward pass, over all calls of a layer."""
+    """Sums that become ``A``: one term for each forward pass, over the calls of a layer.
 
-    def __init__(self, plan: BlockPlan, dtype: torch.dtype, calls: Mapping[str, int]):
+    Only calls that the prediction depends on count. In the forward pass it is not known yet which
+    these are; they are taken to be those of the trial, so that an input need not be held, and
+    looked at again after the backward pass. The inputs of layers whose calls vary are held.
+
+    Args:
+        plan: The blocks.
+        dtype: The working precision.
+        calls: The calls of the layers where these do not vary.
+        backward: Whether there are backward passes.
+    """
+
+    def __init__(
+        self, plan: BlockPlan, dtype: torch.dtype, calls: Mapping[str, Calls], backward: bool
+    ):
         self._parts = plan.with_inputs
         self._zeros = plan.input_zeros(dtype)
         self._expand = plan.options.kfac_approx is not KFACApprox.REDUCE
         self._dtype = dtype
         self._calls = calls
+        self._backward = backward
+        self._counter = CallCounter()
+        self._undecided = True  # until the batch's first backward pass is over
         self._latest = LatestProduct()
         self._moments = {
             name: part.input_moment(self._latest)
@@ -118,29 +135,65 @@ class _InputFactors(Observer):
 
     def start(self, batch: NoisedBatch) -> None:
         self._N = len(batch.indices)
+        self._counter.start(batch)
+        self._undecided = True
 
     def input(self, layer: Layer, x: Tensor) -> None:
         if layer.name not in self._parts:
+            return
+        number = self._counter.of(layer.name).count
+        self._counter.input(layer, x)
+        calls = self._calls.get(layer.name)
+        if calls is not None and number not in calls.differentiated:
             return
         if x is not self._shown:  # layers that share an input share what is computed from it
             self._shown, (self._x,) = x, in_precision([x], self._dtype)
         arrived = self._arrived.setdefault(layer.name, [])
         arrived.append(self._x)
-        if len(arrived) == self._calls[layer.name]:
-            self._add(layer.name)
+        if calls is not None and len(arrived) == len(calls.differentiated):
+            self._add(layer.name, range(len(arrived)))
 
     def predicted(self, batch: NoisedBatch, prediction_BD: Tensor) -> None:
-        for name in list(self._arrived):
-            self._add(name)
-        self.finish()  # the backward pass needs none of it
+        if not self._backward:
+            for name, arrived in list(self._arrived.items()):
+                self._add(name, range(len(arrived)))
+            self._undecided = False
+        self._forget()  # the backward pass needs none of it
+
+    def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:
+        if self._undecided and layer.name in self._parts:
+            self._counter.gradient(layer, call, g, calls)
+
+    def pulled_back(self, batch: NoisedBatch, v_BD: Tensor) -> None:
+        if not self._undecided:
+            return
+        self._undecided = False
+        for name in self._parts:
+            now, expected = self._counter.of(name), self._calls.get(name)
+            if expected is None and now.differentiated:
+                self._add(name, now.differentiated)
+            elif expected is not None and now != expected:
+                raise ValueError(
+                    f"Layer '{name}' was called {now.count} times in the batch of example "
+                    f"{batch.indices[0]} (noise level {int(batch.level_B[0])}), and the prediction "
+                    f"depends on {len(now.differentiated)} of these calls; on the first examples "
+                    f"it was called {expected.count} times, {len(expected.differentiated)} of "
+                    "which count. Its input factor would be wrong: leave it out of params, or pass "
+                    "kfac_approx='shampoo', which is made of gradients."
+                )
 
     def finish(self) -> None:
         self._arrived.clear()
+        self._forget()
+
+    def _forget(self) -> None:
         self._latest.forget()
         self._shown, self._x = None, torch.empty(0)
 
-    def _add(self, name: str) -> None:
-        part, xs = self._parts[name], self._arrived.pop(name)
+    def _add(self, name: str, numbers: Sequence[int]) -> None:
+        """Add the calls of some numbers among those that arrived."""
+        part, arrived = self._parts[name], self._arrived.pop(name)
+        xs = [arrived[number] for number in numbers]
         S = sum(part.positions(x, self._N) for x in xs)
         if name in self._moments:
             for x in xs:

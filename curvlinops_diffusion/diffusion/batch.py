@@ -68,6 +68,23 @@ class NoisedBatch:
         }
         return replace(first, indices=[n for n in first.indices for _ in draws], **merged)
 
+    @staticmethod
+    def joined(batches: Sequence[NoisedBatch]) -> NoisedBatch:
+        """The same draw of several lots of examples as one batch."""
+        first = batches[0]
+        if len(batches) == 1:
+            return first
+
+        def one_after_another(*entries: Any) -> Any:
+            with_rows = isinstance(entries[0], Tensor) and entries[0].ndim > 0
+            return torch.cat(entries) if with_rows else entries[0]
+
+        merged = {
+            name: mapped(one_after_another, *(getattr(batch, name) for batch in batches))
+            for name in first.ROWS
+        }
+        return replace(first, indices=[n for batch in batches for n in batch.indices], **merged)
+
     def loss(self, prediction_BD: Tensor) -> Tensor:
         """The losses ``ℓ_t = w_t r ‖f - y‖²``, shape ``[B]``."""
         return self.weight_B * (prediction_BD - self.target_BD).square().sum(1)

@@ -22,12 +22,14 @@ class PredictionType(str, Enum):
         SAMPLE: ``'sample'``, the clean example ``x0``.
         V: ``'v_prediction'``, ``alpha_t eps - sigma_t x0`` (Salimans & Ho, 2022, Section 4).
         FLOW: ``'flow'``, ``eps - x0`` (flow matching, Lipman et al., 2023).
+        REVERSE_FLOW: ``'reverse_flow'``, ``x0 - eps``: the velocity from noise to data.
     """
 
     EPSILON = "epsilon"
     SAMPLE = "sample"
     V = "v_prediction"
     FLOW = "flow"
+    REVERSE_FLOW = "reverse_flow"
 
 
 Coefficient = Tensor | float
@@ -40,6 +42,7 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor], tuple[Coefficient, Coefficient
     PredictionType.SAMPLE: lambda alpha, sigma: (1.0, 0.0),
     PredictionType.V: lambda alpha, sigma: (-sigma, alpha),
     PredictionType.FLOW: lambda alpha, sigma: (-1.0, 1.0),
+    PredictionType.REVERSE_FLOW: lambda alpha, sigma: (1.0, -1.0),
 }
 
 

@@ -22,7 +22,15 @@ from curvlinops_diffusion.diffusion.schedulers import noise_process
 from curvlinops_diffusion.diffusion.weightings import Weighting, weight_table
 from curvlinops_diffusion.runtime.checks import check_non_negative, check_option
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
-from curvlinops_diffusion.runtime.modes import eager, uncompiled, without_checkpoints
+from curvlinops_diffusion.runtime.modes import (
+    eager,
+    replaced_parameters,
+    uncompiled,
+    without_checkpoints,
+)
+
+# names of a first argument that is the time
+_TIMES = {"t", "time", "times", "timestep", "timesteps", "sigma", "sigmas"}
 
 
 class Reduction(str, Enum):
@@ -46,9 +54,10 @@ class DenoisingObjective:
 
     Args:
         model: Called as ``model(x_t, t, **condition)``, with ``t`` of shape ``[B]`` (by name if the
-            model has an argument ``timestep``). Returns a tensor of ``x_t``'s shape, a tuple that
-            starts with it, or an object with ``.sample``. If it has twice as many channels, the
-            second half is a learned variance, which this objective does not contain.
+            model has an argument ``timestep``; as ``model(t, x_t, **condition)`` if its first
+            argument is called ``t``, ``time`` or the like). Returns a tensor of ``x_t``'s shape, a
+            tuple that starts with it, or an object with ``.sample``. If it has twice as many
+            channels, the second half is a learned variance, which this objective does not contain.
         scheduler: A ``diffusers`` scheduler, from whose config the noise process and the
             prediction type are read, or a :class:`~curvlinops_diffusion.NoiseProcess`.
         weighting: The weight ``w_t``. ``None`` for one, a
@@ -123,7 +132,9 @@ class DenoisingObjective:
         self.null_condition = dict(null_condition or {})
         self._encode = encode
         self._model_kwargs = model_kwargs or {}
-        self._timestep_by_name = "timestep" in inspect.signature(self.model.forward).parameters
+        names = list(inspect.signature(self.model.forward).parameters)
+        self._time_first = bool(names) and names[0] in _TIMES
+        self._timestep_by_name = "timestep" in names
 
     @classmethod
     def from_pipeline(
@@ -261,11 +272,17 @@ class DenoisingObjective:
             draw,
             level_B,
             self.process.noised(x0, eps, level_B).to(self.dtype),
-            self.process.timesteps_T[level_B].to(self.device),
+            self._timestep(level_B),
             {key: self.to_model(value) for key, value in condition.items()},
             target_BD,
             (self.weights_T[level_B] * r).to(target_BD),
         )
+
+    def _timestep(self, level_B: Tensor) -> Tensor:
+        """What the network is told, no more precise than the working precision."""
+        timestep_B = self.process.timesteps_T[level_B].to(self.device)
+        precise = timestep_B.dtype == torch.float64 != self.working_dtype
+        return timestep_B.to(self.working_dtype) if precise else timestep_B
 
     def predict(self, batch: NoisedBatch, params: Mapping[str, Tensor] | None = None) -> Tensor:
         """The network's output on a noised batch, flattened, in the working precision.
@@ -307,7 +324,9 @@ class DenoisingObjective:
         static = static(x_t, condition) if callable(static) else static
         args: tuple[Tensor, ...] = (x_t,)
         kwargs = {**condition, **static}
-        if self._timestep_by_name:
+        if self._time_first:
+            args = (timestep_B, x_t)
+        elif self._timestep_by_name:
             kwargs["timestep"] = timestep_B
         else:
             args += (timestep_B,)
@@ -325,7 +344,8 @@ class DenoisingObjective:
                 output = self.model(*args, **kwargs)
             else:
                 with without_checkpoints(self.model):
-                    output = functional_call(self.model, dict(params), args, kwargs)
+                    values = replaced_parameters(self.model, params)
+                    output = functional_call(self.model, values, args, kwargs, tie_weights=False)
         return self._flatten(output, x_t.shape)
 
     def _flatten(self, output: Any, shape: torch.Size) -> Tensor:

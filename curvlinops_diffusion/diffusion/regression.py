@@ -207,6 +207,7 @@ class NoisedRegression:
         self._data = CleanData(data, batch_size)
         self._augmentations = augmentations(augment)
         self._data_identity: dict[str, Any] = {}  # shared with copies of other draws
+        self.tried: set[tuple[bool, ...]] = set()  # modes in which the network was tried out
         names = getattr(data, "names", None)  # a tensor's are those of its axes
         self._names: list[str] | None = names if isinstance(names, list) else None
         self.model_func = _ScaledModel(objective, self._data)

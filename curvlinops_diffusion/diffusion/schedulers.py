@@ -12,9 +12,11 @@ from curvlinops_diffusion.diffusion.noise import NoiseProcess, PredictionType
 def noise_process(scheduler: Any) -> NoiseProcess:
     """Read the noise process that a ``diffusers`` scheduler trains with.
 
-    The scheduler is rebuilt from its config, since ``set_timesteps`` overwrites the training
-    tables of some. Schedulers in the variance-exploding form (Euler) rescale the input of the
-    network by ``1 / sqrt(1 + sigma²)``, which is the variance-preserving ``x_t`` again.
+    The tables are those of the object, which training may have replaced after making it (for a
+    terminal signal-to-noise ratio of zero, say). Where ``set_timesteps`` has overwritten them for
+    sampling, they are made anew from the config. Schedulers in the variance-exploding form (Euler)
+    rescale the input of the network by ``1 / sqrt(1 + sigma²)``, which is the variance-preserving
+    ``x_t`` again.
 
     Args:
         scheduler: A scheduler with ``alphas_cumprod`` (DDPM, DDIM, Euler, DPM-Solver, PNDM, …), a
@@ -24,7 +26,8 @@ def noise_process(scheduler: Any) -> NoiseProcess:
         The noise process.
 
     Raises:
-        ValueError: If the scheduler or its prediction type is of no known kind.
+        ValueError: If the scheduler or its prediction type is of no known kind, or its tables
+            contradict each other.
     """
     if isinstance(scheduler, NoiseProcess):
         return scheduler
@@ -36,14 +39,43 @@ def noise_process(scheduler: Any) -> NoiseProcess:
     fresh = type(scheduler).from_config(scheduler.config)
     # told by name, as pipelines are: diffusers is slow to import, and need not be there
     if any(cls.__name__ == "FlowMatchEulerDiscreteScheduler" for cls in type(fresh).__mro__):
-        return _flow_matching(fresh)
+        return _flow_matching(_flow_in_training(scheduler, fresh))
     if hasattr(fresh, "alphas_cumprod"):
-        return _variance_preserving(fresh)
+        _check_betas(scheduler, fresh)
+        return _variance_preserving(scheduler)
     raise ValueError(
         f"{type(scheduler).__name__} has no alphas_cumprod and is not a "
         "FlowMatchEulerDiscreteScheduler. Pass one of these, or describe the noise by a "
         "NoiseProcess(alphas_T, sigmas_T, timesteps_T, prediction_type)."
     )
+
+
+def _flow_in_training(scheduler: Any, fresh: Any) -> Any:
+    """The scheduler with its training tables: its own, unless it has sampled."""
+    if getattr(scheduler, "num_inference_steps", None) is None:
+        changed = getattr(scheduler, "shift", None) != getattr(fresh, "shift", None)
+        same = torch.equal(scheduler.sigmas, fresh.sigmas)
+        if not (changed and same):
+            return scheduler
+    # ``set_shift`` takes effect when tables are made
+    return type(scheduler).from_config(scheduler.config, shift=getattr(scheduler, "shift", 1.0))
+
+
+def _check_betas(scheduler: Any, fresh: Any) -> None:
+    """Check that ``betas`` were not replaced alone: noise is added by ``alphas_cumprod``.
+
+    Raises:
+        ValueError: If they were.
+    """
+    if not hasattr(fresh, "betas") or scheduler.betas.shape != scheduler.alphas_cumprod.shape:
+        return
+    replaced = not torch.equal(scheduler.betas, fresh.betas)
+    product_T = (1 - scheduler.betas.double()).cumprod(0)
+    if replaced and not torch.allclose(product_T, scheduler.alphas_cumprod.double(), atol=1e-4):
+        raise ValueError(
+            "The scheduler's betas were replaced, but not alphas_cumprod, by which noise is added: "
+            "set scheduler.alphas_cumprod = (1 - scheduler.betas).cumprod(0) as well."
+        )
 
 
 def _flow_matching(scheduler: Any) -> NoiseProcess:
@@ -56,13 +88,21 @@ def _flow_matching(scheduler: Any) -> NoiseProcess:
 def _variance_preserving(scheduler: Any) -> NoiseProcess:
     """``alpha_t² + sigma_t² = 1`` with ``alpha_t²`` the scheduler's ``alphas_cumprod``."""
     name = scheduler.config.get("prediction_type", "epsilon")
-    discrete = {p.value for p in PredictionType} - {PredictionType.FLOW.value}
+    flows = {PredictionType.FLOW.value, PredictionType.REVERSE_FLOW.value}
+    discrete = {p.value for p in PredictionType} - flows
     if name not in discrete:
         raise ValueError(
             f"{type(scheduler).__name__} has prediction_type={name!r}. Accepted: "
             f"{sorted(discrete)}; for flow matching pass a FlowMatchEulerDiscreteScheduler."
         )
-    alphas_cumprod_T = scheduler.alphas_cumprod.double()
+    alphas_cumprod_T = scheduler.alphas_cumprod.double().cpu()
+    falling = (alphas_cumprod_T.diff() <= 0).all() and alphas_cumprod_T.ndim == 1
+    if not falling or not ((alphas_cumprod_T >= 0) & (alphas_cumprod_T <= 1)).all():
+        raise ValueError(
+            f"The scheduler's alphas_cumprod has shape {tuple(alphas_cumprod_T.shape)} and entries "
+            f"from {float(alphas_cumprod_T.min()):.3g} to {float(alphas_cumprod_T.max()):.3g}. It "
+            "must fall from level to level, between 1 and 0."
+        )
     alphas_T, sigmas_T = alphas_cumprod_T.sqrt(), (1 - alphas_cumprod_T).sqrt()
     timesteps_T = torch.arange(len(alphas_T))
     continuous = scheduler.config.get("timestep_type", "discrete") == "continuous"

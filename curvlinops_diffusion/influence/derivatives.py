@@ -17,13 +17,18 @@ from torch.func import jvp, vmap
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.diffusion.trial import check_network
 from curvlinops_diffusion.influence.measurements.base import ExampleFunction, Measurement
 from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_gradient
 from curvlinops_diffusion.layers import Coverage, cover
 from curvlinops_diffusion.layers.example_gradients import example_gradients
 from curvlinops_diffusion.layers.hooks import frozen
-from curvlinops_diffusion.layers.observable import check_observable
-from curvlinops_diffusion.runtime.modes import differentiable_attention, twice_differentiable
+from curvlinops_diffusion.layers.observable import observable
+from curvlinops_diffusion.runtime.modes import (
+    forward_mode,
+    recomputation_named,
+    twice_differentiable,
+)
 
 
 class ValueGradients(ABC):
@@ -80,6 +85,7 @@ class PredictionGradients(ValueGradients):
     @torch.no_grad()
     def values(self, clean: CleanBatch) -> Tensor:
         """The values, shape ``[B]``."""
+        check_network(self.regression)
         predict = self.regression.objective.predict
         draws = self.regression.noised_batches(clean)
         return self._average([measure(self._measurement, b, predict(b)) for b in draws])
@@ -87,6 +93,7 @@ class PredictionGradients(ValueGradients):
     @torch.no_grad()
     def rows(self, clean: CleanBatch) -> Tensor:
         """The gradients, shape ``[B, P]``."""
+        check_network(self.regression)
         objective = self.regression.objective
         P = sum(p.numel() for p in self.params.values())
         B, R = len(clean.indices), self.regression.num_draws
@@ -138,13 +145,14 @@ class PredictionGradients(ValueGradients):
     @torch.no_grad()
     def derivatives(self, clean: CleanBatch, directions: Mapping[str, Tensor]) -> Tensor:
         """Derivatives by forward-mode differentiation, shape ``[B, K]``."""
+        check_network(self.regression)
         params = {name: p.detach() for name, p in self.params.items()}
 
         def push(batch: NoisedBatch, tangents: dict[str, Tensor]) -> Tensor:
             derivative: Tensor = jvp(partial(self._value_of, batch), (params,), (tangents,))[1]
             return derivative
 
-        with differentiable_attention():
+        with recomputation_named(), forward_mode():
             return self._average(
                 [
                     vmap(partial(push, batch), chunk_size=self._chunk_size)(dict(directions)).T
@@ -154,6 +162,7 @@ class PredictionGradients(ValueGradients):
 
     def weighted(self, clean: CleanBatch, weights_BK: Tensor) -> list[Tensor]:
         """Gradients of weighted sums, one backward pass for each."""
+        check_network(self.regression)
         params, K = list(self.params.values()), weights_BK.shape[1]
         totals = [p.new_zeros(*p.shape, K, dtype=weights_BK.dtype).detach() for p in params]
         with _differentiated(self.regression, params), torch.enable_grad():
@@ -188,8 +197,7 @@ class PredictionGradients(ValueGradients):
     def _checked_coverage(self) -> Coverage:
         if self._coverage is None:
             coverage = cover(self.regression.objective.model, self.params)
-            check_observable(self.regression, coverage.layers)
-            self._coverage = coverage
+            self._coverage = observable(self.regression, coverage)
         return self._coverage
 
 
@@ -246,7 +254,7 @@ class FunctionGradients(ValueGradients):
 @contextmanager
 def _differentiated(regression: NoisedRegression, params: list[nn.Parameter]) -> Iterator[None]:
     """Have gradients in some parameters alone within the context."""
-    with frozen(regression.objective.model):
+    with frozen(regression.objective.model), recomputation_named():
         for p in params:
             p.requires_grad_(True)
         yield

@@ -27,7 +27,8 @@ from curvlinops_diffusion.influence.consumers import (
     TopScores,
 )
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator, input_shapes, output_shapes
+from curvlinops_diffusion.linalg.operator import check_same_parameters
+from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, run_pass
@@ -115,7 +116,7 @@ def influence_scores(
         >>> scores.shape  # [Q, N]
         torch.Size([2, 10])
     """
-    _check_same_space(J_query, G_inv, J_train)
+    check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
     passes = replace(passes, progressbar=progressbar or passes.progressbar)
     share = Share.of(passes.distributed)
     N, parts = J_train.shape[0], []
@@ -170,7 +171,7 @@ def top_influences(
         >>> torch.equal(found.positive.indices, scores.topk(3).indices)
         True
     """
-    _check_same_space(J_query, G_inv, J_train)
+    check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
     share, parts = Share.of(passes.distributed), []
     for queries, preconditioned_PQ in _query_blocks(J_query, G_inv, query_block, share):
         consumer = TopScores(preconditioned_PQ, J_train.shape[0], k, share)
@@ -233,7 +234,7 @@ def group_and_self_influence(
         >>> of_groups.shape, of_themselves.shape
         (torch.Size([2, 3]), torch.Size([10]))
     """
-    _check_same_space(J_query, G_inv, J_train)
+    check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
     N = J_train.shape[0]
     groups_NK = _memberships(groups, N).to(G_inv.device, G_inv.dtype)
     sums, own = GroupSums(groups_NK, J_train.shape[1]), SelfInfluence(G_inv, N)
@@ -313,29 +314,3 @@ def _columns(J_query: PyTorchLinearOperator, queries: range, share: Share) -> Te
     one_hot[list(queries), range(len(queries))] = 1
     columns: Tensor = J_query.adjoint() @ one_hot
     return columns
-
-
-def _check_same_space(
-    J_query: PyTorchLinearOperator, G_inv: PyTorchLinearOperator, J_train: PyTorchLinearOperator
-) -> None:
-    spaces = {
-        "J_query": input_shapes(J_query),
-        "G_inv (in)": input_shapes(G_inv),
-        "G_inv (out)": output_shapes(G_inv),
-        "J_train": input_shapes(J_train),
-    }
-    names = [getattr(op, "param_names", None) for op in (J_query, G_inv, J_train)]
-    named = {n for n in names if n is not None}
-    if len({tuple(map(tuple, s)) for s in spaces.values()}) > 1 or len(named) > 1:
-        sizes = ", ".join(
-            f"{name}: {len(s)} parameters, {sum(z.numel() for z in s):,} entries"
-            for name, s in spaces.items()
-        )
-        raise ValueError(
-            f"The operators act on different parameters ({sizes}). Pass the same params to each, "
-            "for instance those of the curvature: ExampleGradientLinearOperator(regression, "
-            "EK.param_names)."
-        )
-    devices = {str(op.device) for op in (J_query, G_inv, J_train)}
-    if len(devices) > 1:
-        raise ValueError(f"The operators live on {sorted(devices)}. Move them to one device.")

@@ -19,6 +19,7 @@ from curvlinops_diffusion.influence.consumers import TopInfluences, TopScores
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.whitening import Whitening
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
+from curvlinops_diffusion.linalg.operator import check_same_parameters
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.digests import name_of
 from curvlinops_diffusion.runtime.files import FileKind, check_same, make_folder
@@ -99,8 +100,16 @@ class GradientStore:
             passes: Processes and progress; every file is a checkpoint.
 
         Raises:
-            ValueError: If the folder holds gradients of something else, or cannot be written to.
+            ValueError: If the curvature is an inverse or of other parameters, or the folder holds
+                gradients of something else or cannot be written to.
         """
+        check_same_parameters({"J_train": J_train}, {"the curvature": curvature})
+        exponent = curvature.info.get("power", 1)
+        if exponent != 1:
+            raise ValueError(
+                f"The curvature arrived as its power {exponent:g}. Pass K-FAC or EK-FAC itself: "
+                "the store inverts it, with its own damping."
+            )
         folder = Path(folder)
         share = Share.of(passes.distributed)
         identity = J_train.regression.identity(

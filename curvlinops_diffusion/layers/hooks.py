@@ -40,11 +40,14 @@ class Tap:
             pass, or ``None``.
         sources: Outputs at which the graph begins: a backward pass need go no further.
         calls: How often each layer was called, by name.
+        on_unreadable: Called with (layer, input) in place of ``on_input`` where the first axis is
+            not that of the batch; ``None`` for an error.
         batch_size: The leading axis that every layer must have.
     """
 
     on_input: Callable[[Layer, Tensor], None]
     on_gradient: Callable[[Layer, int, Tensor, int], None] | None
+    on_unreadable: Callable[[Layer, Tensor], None] | None = None
     sources: list[Tensor] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
     batch_size: int = 0
@@ -85,10 +88,14 @@ class Tap:
         if self._recomputing:
             # a checkpoint runs its part of the network again for the values that it did not keep
             return None if output.requires_grad else _start_of_graph(output)[1]
-        if not self._watching:
+        # gradients are off in a part of the network that no derivative goes through
+        if not self._watching or not torch.is_grad_enabled():
             return None
         x = args[0] if args else next(iter(kwargs.values()))
         if not layer.kind.has_batch_axis(module, x) or len(x) % self.batch_size:
+            if self.on_unreadable is not None:
+                self.on_unreadable(layer, x)
+                return None
             raise ValueError(
                 f"Layer '{layer.name}' was given an input of shape {tuple(x.shape)} for a batch of "
                 f"{self.batch_size}. The first axis must be the batch (or the batch times frames), "
@@ -99,7 +106,7 @@ class Tap:
         # what is computed from the input is not part of the network
         with torch.autocast(x.device.type, enabled=False):
             self.on_input(layer, self._shown(x))
-        if self.on_gradient is None or not torch.is_grad_enabled():
+        if self.on_gradient is None:
             return None
         replaced = None
         if not output.requires_grad:

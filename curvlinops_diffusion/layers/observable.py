@@ -1,8 +1,16 @@
-"""Check that what hooks see gives each parameter's true gradient."""
+"""What hooks can observe of a network, tried out on a few examples.
+
+A layer's hooks give its parameters' gradients if each is used in the layer's calls alone, the calls
+compute what the layer's type says, and the first axis of what they see holds one example after the
+other. Whether that is so is looked at rather than assumed; a layer of which it is not so has its
+gradients found by automatic differentiation.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from warnings import warn
 
 import torch
 from torch import Tensor
@@ -10,31 +18,74 @@ from torch import Tensor
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.layers import Layer, SharingKind
+from curvlinops_diffusion.diffusion.trial import Trial, check_trial
+from curvlinops_diffusion.layers.coverage import Coverage
 from curvlinops_diffusion.layers.hooks import frozen
-from curvlinops_diffusion.layers.observation import WholeLayers, observed, one_vector
+from curvlinops_diffusion.layers.kind import SharingKind
+from curvlinops_diffusion.layers.layer import Layer
+from curvlinops_diffusion.layers.observation import (
+    Observer,
+    WholeLayers,
+    observed,
+    one_vector,
+)
 from curvlinops_diffusion.runtime.checks import check_finite
+from curvlinops_diffusion.runtime.modes import recomputation_named
 
 
-def check_observable(regression: NoisedRegression, layers: Sequence[Layer]) -> dict[str, int]:
-    """Check, on two examples, that what hooks see gives each parameter's true gradient.
+def observable(
+    regression: NoisedRegression, coverage: Coverage, gradients: bool = True
+) -> Coverage:
+    """Try out, on two examples at two levels, what hooks see of each layer.
 
-    Hooks miss a weight that is used outside its layer's call (as ``nn.MultiheadAttention`` does),
-    an overridden ``forward``, or a first axis in which the examples do not lie one after the other;
-    the curvature would then be silently wrong.
+    Args:
+        regression: Objective, data and draws.
+        coverage: The parameters, and the layers that hold them.
+        gradients: Whether other gradients than those that hooks see are of use.
 
     Returns:
-        How often each layer is called in a forward pass, by its name.
+        The same coverage, but for layers of which hooks see something else than the gradients of
+        automatic differentiation: their parameters are in none.
 
     Raises:
-        ValueError: If a gradient differs from automatic differentiation's, or is not finite,
-            naming the parameter.
+        ValueError: If the network's output is no function of single examples, or a gradient is not
+            finite; or, without ``gradients``, if there is such a layer.
     """
+    objective, layers = regression.objective, coverage.layers
+    trial = Trial.of(regression)
+    check_trial(objective, trial)
     if not layers:
-        return {}
-    objective = regression.objective
-    clean = next(regression.clean_batches())
-    batch = next(regression.noised_batches(clean.select(range(min(2, len(clean.indices))))))
+        return coverage
+    reasons = _unobservable(objective, layers, trial.mixed)
+    if not reasons:
+        return coverage
+    if not gradients:
+        name = min(reasons)
+        raise ValueError(
+            f"Hooks do not see the inputs of '{name}' ({len(reasons)} parameters in all): "
+            f"{reasons[name]}. Leave it out of params, or pass another fisher_type than "
+            "'forward-only', which computes no gradients."
+        )
+    entries = sum(coverage.params[name].numel() for name in reasons)
+    some = "; ".join(f"'{name}': {reason}" for name, reason in list(reasons.items())[:3])
+    warn(
+        f"The gradients of {len(reasons)} parameters with {entries:,} entries are found by "
+        f"automatic differentiation, example by example, which takes longer ({some}).",
+        stacklevel=4,
+    )
+    kept = tuple(layer for layer in layers if not set(layer.params) & reasons.keys())
+    others = {
+        n: (coverage.others | reasons)[n]
+        for n in coverage.params
+        if n in coverage.others or n in reasons
+    }
+    return replace(coverage, layers=kept, others=others)
+
+
+def _unobservable(
+    objective: DenoisingObjective, layers: Sequence[Layer], batch: NoisedBatch
+) -> dict[str, str]:
+    """The parameters whose gradients hooks do not see, with the reason."""
     N, dtype = len(batch.indices), objective.working_dtype
     # examples of different weight, so that they are told apart
     share_B = 1 / torch.arange(1.0, N + 1, dtype=dtype, device=objective.device)
@@ -43,6 +94,7 @@ def check_observable(regression: NoisedRegression, layers: Sequence[Layer]) -> d
     norms = [float(gradient.norm()) for gradient in true.values() if gradient is not None]
     noise = 10 * objective.rounding * max(norms, default=0.0)
     wrong = {name for name, gradient in true.items() if gradient is not None}
+    shapes: dict[str, str] = {}
 
     def compare(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
         for g in gs:
@@ -61,17 +113,26 @@ def check_observable(regression: NoisedRegression, layers: Sequence[Layer]) -> d
             else:
                 wrong.add(name)
 
-    whole = WholeLayers(compare, dtype)
-    with observed(objective, layers, whole) as network:
-        network.run(batch, one_vector(batch.loss_gradient))
-    if wrong:
-        raise ValueError(
-            f"The gradient of '{min(wrong)}' ({len(wrong)} parameters in all) is not the one that "
-            "its layer's inputs and outputs give: the parameter is also used outside its layer's "
-            "call, the layer computes more than its type says, or its first axis does not hold "
-            "one example after the other. Leave it out of params."
+    def unreadable(layer: Layer, x: Tensor) -> None:
+        shapes[layer.name] = (
+            f"its layer was given an input of shape {tuple(x.shape)} for a batch of {N}, whose "
+            "first axis does not hold the examples"
         )
-    return whole.calls
+
+    whole = WholeLayers(compare, dtype)
+    with observed(objective, layers, whole, unreadable=unreadable) as network:
+        network.run(batch, one_vector(batch.loss_gradient))
+    reason = (
+        "its layer's inputs and outputs do not give its gradient (it is used outside the layer's "
+        "call, the layer computes more than its type says, or the first axis does not hold one "
+        "example after the other)"
+    )
+    return {
+        name: shapes.get(layer.name, reason)
+        for layer in layers
+        for name in layer.params
+        if layer.name in shapes or wrong & set(layer.params)
+    }
 
 
 def _true_gradients(
@@ -80,10 +141,12 @@ def _true_gradients(
     """The gradients of a weighted sum of losses by automatic differentiation, by name."""
     own = dict(objective.model.named_parameters())
     names = [name for layer in layers for name in layer.params]
-    with frozen(objective.model), torch.enable_grad():
+    with frozen(objective.model), recomputation_named(), torch.enable_grad():
         for name in names:
             own[name].requires_grad_(True)
         loss = (share_B * batch.loss(objective.predict(batch))).sum()
+        if not loss.requires_grad:  # of none of them
+            return dict.fromkeys(names)
         gradients = torch.autograd.grad(loss, [own[n] for n in names], allow_unused=True)
     return dict(zip(names, gradients, strict=True))
 
@@ -93,3 +156,65 @@ def _input_norm(layer: Layer, name: str, xs: Sequence[Tensor], gs: Sequence[Tens
     if name == layer.weight and isinstance(layer.kind, SharingKind):
         return sum(float(layer.kind.input_norm(layer.module, x)) for x in xs)
     return float(sum(g.numel() for g in gs)) ** 0.5  # ones, or normalised inputs
+
+
+# ---------------------------------------------------------------------------------------------
+# Calls
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The calls of a layer in one forward pass.
+
+    Attributes:
+        count: How many there are; calls under ``torch.no_grad()`` do not count.
+        differentiated: The numbers of those that the prediction depends on.
+    """
+
+    count: int
+    differentiated: tuple[int, ...]
+
+
+class CallCounter(Observer):
+    """Counts the calls of each layer, and the gradients that arrive in a backward pass."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+        self._arrived: dict[str, set[int]] = {}
+
+    def start(self, batch: NoisedBatch) -> None:
+        """Begin anew."""
+        self._counts, self._arrived = {}, {}
+
+    def input(self, layer: Layer, x: Tensor) -> None:
+        """Count a call."""
+        self._counts[layer.name] = self._counts.get(layer.name, 0) + 1
+
+    def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:
+        """Note that the prediction depends on a call."""
+        self._arrived.setdefault(layer.name, set()).add(call)
+
+    def of(self, name: str) -> Calls:
+        """The calls of a layer, once a backward pass is over."""
+        return Calls(self._counts.get(name, 0), tuple(sorted(self._arrived.get(name, ()))))
+
+
+def call_patterns(regression: NoisedRegression, layers: Sequence[Layer]) -> dict[str, Calls]:
+    """The calls of each layer, where these are the same at a low and at a high noise level.
+
+    Args:
+        regression: Objective, data and draws.
+        layers: The layers.
+
+    Returns:
+        The calls by the layer's name; a layer whose calls vary is missing.
+    """
+    trial, counter = Trial.of(regression), CallCounter()
+    patterns: list[dict[str, Calls]] = []
+    with observed(regression.objective, layers, counter) as network:
+        for batch in (trial.low, trial.high):
+            network.run(batch, one_vector(batch.loss_gradient))
+            patterns.append({layer.name: counter.of(layer.name) for layer in layers})
+    low, high = patterns
+    return {name: calls for name, calls in low.items() if high[name] == calls}

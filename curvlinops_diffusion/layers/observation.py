@@ -29,6 +29,7 @@ from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.layers.hooks import Tap, frozen, tapped
 from curvlinops_diffusion.layers.layer import Layer
+from curvlinops_diffusion.runtime.modes import recomputation_named
 
 #: Maps a batch and its prediction ``[B, D]`` to the vectors ``[B, D]`` that are pulled back, each
 #: with whether more will follow.
@@ -107,19 +108,18 @@ class ObservedPass:
         objective: Supplies the network.
         observer: Sees what the layers see.
         tap: Is attached to the layers.
-        backward: Whether there are backward passes.
     """
 
     objective: DenoisingObjective
     observer: Observer
     tap: Tap
-    backward: bool
 
     def run(self, batch: NoisedBatch, vectors: Vectors) -> None:
         """Run a batch forward, and pull each of its vectors back."""
         try:
             self.observer.start(batch)
-            with torch.set_grad_enabled(self.backward), self.tap.watching(len(batch.indices)):
+            # also without a backward pass: what the network does under no_grad is told by it
+            with torch.enable_grad(), self.tap.watching(len(batch.indices)):
                 prediction_BD = self.objective.predict(batch)
             self.observer.predicted(batch, prediction_BD)
             for v_BD, more in vectors(batch, prediction_BD.detach()):
@@ -138,6 +138,7 @@ def observed(
     layers: Sequence[Layer],
     observer: Observer,
     backward: bool = True,
+    unreadable: Callable[[Layer, Tensor], None] | None = None,
 ) -> Iterator[ObservedPass]:
     """Attach an observer to layers; hooks are removed on leaving, also after an exception.
 
@@ -146,10 +147,12 @@ def observed(
         layers: The layers to observe.
         observer: Sees what they see.
         backward: Whether there are backward passes.
+        unreadable: Called with a layer and its input where the first axis is not that of the batch,
+            in place of an error.
     """
-    tap = Tap(observer.input, observer.gradient if backward else None)
-    with tapped(layers, tap), frozen(objective.model):
-        yield ObservedPass(objective, observer, tap, backward)
+    tap = Tap(observer.input, observer.gradient if backward else None, unreadable)
+    with tapped(layers, tap), frozen(objective.model), recomputation_named():
+        yield ObservedPass(objective, observer, tap)
 
 
 class WholeLayers(Observer):
@@ -173,16 +176,11 @@ class WholeLayers(Observer):
         self._layers: dict[str, Layer] = {}
         self._inputs: dict[str, list[Tensor]] = {}
         self._gradients: dict[str, dict[int, Tensor]] = {}
-        self.calls: dict[str, int] = {}
 
     def input(self, layer: Layer, x: Tensor) -> None:
         """Remember the input."""
         self._inputs.setdefault(layer.name, []).append(x)
         self._layers[layer.name] = layer
-
-    def predicted(self, batch: NoisedBatch, prediction_BD: Tensor) -> None:
-        """Count the calls of each layer."""
-        self.calls = {name: len(xs) for name, xs in self._inputs.items()}
 
     def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:
         """Hand the layer on if this was the last."""

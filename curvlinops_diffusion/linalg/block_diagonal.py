@@ -51,11 +51,6 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         BlockDiagonalLinearOperator.__init__(operator, space, blocks, info)
         return operator
 
-    @property
-    def param_names(self) -> tuple[str, ...]:
-        """Names of the parameters that the operator acts on, in order."""
-        return tuple(self.space.shapes)
-
     def multiply_tensors(self, X: list[Tensor]) -> list[Tensor]:
         """Multiply onto matrices in tensor list format ``[*shape, K]``."""
         given = {name: x.to(self.dtype) for name, x in zip(self.space.shapes, X, strict=True)}
@@ -100,6 +95,8 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
                 f"{'×'.join(map(str, row['shape'])):>16}  {row['bytes'] / 2**20:>9.2f}  "
                 f"{row['trace_share']:.2%}"
             )
+        others = self.info.get("others", {})
+        lines += [f"by automatic differentiation: {name} ({why})" for name, why in others.items()]
         left_out = self.info.get("left_out", {})
         lines.append(
             f"left out: {', '.join(left_out)}" if left_out else "nothing selected is left out"

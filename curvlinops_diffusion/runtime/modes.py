@@ -18,10 +18,29 @@ def differentiable_attention() -> Iterator[None]:
     """Run ``scaled_dot_product_attention`` in its plain (math) form within the context.
 
     The fused forms have no forward-mode derivative ("Trying to use forward AD with
-    _scaled_dot_product_flash_attention_for_cpu that does not support it") and no second one.
-    The setting found is restored on leaving, also after an exception.
+    _scaled_dot_product_flash_attention_for_cpu that does not support it") and no second one, nor
+    has the fast path of ``nn.MultiheadAttention`` in eval mode. The settings found are restored on
+    leaving, also after an exception.
     """
-    with sdpa_kernel(SDPBackend.MATH):
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def forward_mode() -> Iterator[None]:
+    """Have forward mode differentiate what reverse mode does, and nothing else.
+
+    By itself it goes through ``torch.no_grad()`` (a first pass for self-conditioning, say) and
+    through the row of an embedding's ``padding_idx``, which reverse mode leaves out. The values
+    that derivatives are taken at must not require gradients.
+    """
+    # what switches gradients off and on again must find them on
+    with differentiable_attention(), torch.enable_grad(), _ForwardMode():
         yield
 
 
@@ -37,12 +56,28 @@ def twice_differentiable() -> Iterator[None]:
         yield
 
 
+def _in_place(function: Callable[[Tensor], Tensor], x: Tensor, inplace: bool) -> Tensor:
+    """A function's value, written where the function would write it: others may read it there."""
+    # backward passes need what the value is made of
+    return x.copy_(function(x.clone())) if inplace else function(x)
+
+
 def _silu(x: Tensor, inplace: bool = False) -> Tensor:
-    return x * x.sigmoid()
+    return _in_place(lambda z: z * z.sigmoid(), x, inplace)
 
 
 def _mish(x: Tensor, inplace: bool = False) -> Tensor:
-    return x * functional.softplus(x).tanh()
+    return _in_place(lambda z: z * functional.softplus(z).tanh(), x, inplace)
+
+
+def _embedding(
+    tokens: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    if padding_idx is not None:
+        rows = torch.arange(len(weight), device=weight.device).unsqueeze(1)
+        padding = rows == padding_idx % len(weight)
+        weight = torch.where(padding, weight.detach(), weight)
+    return functional.embedding(tokens, weight, None, *args, **kwargs)
 
 
 def _group_norm(
@@ -61,14 +96,15 @@ def _group_norm(
     return normed if bias is None else normed + bias.reshape(channels)
 
 
-class _PlainFunctions(TorchFunctionMode):
-    """Replaces functions by compositions of elementary ones."""
+class _ForwardMode(TorchFunctionMode):
+    """Replaces functions by others, and stops forward mode where gradients are switched off."""
 
-    PLAIN: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
-        functional.silu: _silu,
-        functional.mish: _mish,
-        functional.group_norm: _group_norm,
-    }
+    PLAIN: Mapping[Callable[..., Any], Callable[..., Tensor]] = {functional.embedding: _embedding}
+
+    def __init__(self) -> None:
+        super().__init__()
+        # or it could not be told when they are on again
+        self._follows = torch.is_grad_enabled()
 
     def __torch_function__(
         self,
@@ -77,7 +113,21 @@ class _PlainFunctions(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        return self.PLAIN.get(func, func)(*args, **(kwargs or {}))
+        result = self.PLAIN.get(func, func)(*args, **(kwargs or {}))
+        if self._follows and func is torch._C._set_grad_enabled:
+            torch._C._set_fwd_grad_enabled(torch.is_grad_enabled())
+        return result
+
+
+class _PlainFunctions(_ForwardMode):
+    """Replaces functions by compositions of elementary ones."""
+
+    PLAIN: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
+        **_ForwardMode.PLAIN,
+        functional.silu: _silu,
+        functional.mish: _mish,
+        functional.group_norm: _group_norm,
+    }
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -91,10 +141,60 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return inner
 
 
+def replaced_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values of parameters, for every place that holds the parameter.
+
+    For ``functional_call(..., tie_weights=False)``, each place once: by itself it would replace
+    those of a module under two names twice, and put the value back in place of the parameter.
+
+    Args:
+        model: The model.
+        values: Values by the parameters' names.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    result = {}
+    for prefix, module in model.named_modules():
+        for key, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            if names[id(p)] in values:
+                result[f"{prefix}.{key}" if prefix else key] = values[names[id(p)]]
+    return result
+
+
 def eager() -> AbstractContextManager[Any]:
     """Run modules that were compiled in place (``module.compile()``) as if they were not."""
     set_stance: Any = getattr(torch.compiler, "set_stance", None)  # from torch 2.6 on
     return nullcontext() if set_stance is None else set_stance("force_eager")
+
+
+# parts of torch's messages where a network recomputes in its backward pass in a way that it cannot
+# follow
+_RECOMPUTED = (
+    "use_reentrant",
+    "setup_context",
+    "saved tensor hooks",
+    "differentiated Tensors does",
+)
+
+
+@contextmanager
+def recomputation_named() -> Iterator[None]:
+    """Say in our words when a network's checkpoints do not go with the derivatives taken here.
+
+    Raises:
+        ValueError: In place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(part in str(error) for part in _RECOMPUTED):
+            raise
+        raise ValueError(
+            "A part of the network is recomputed in the backward pass in a way that these "
+            "derivatives cannot follow: gradient checkpoints (torch.utils.checkpoint), or an "
+            "autograd function that computes gradients by itself. Switch the network's gradient "
+            "checkpoints off; factors and gradients of examples go through those of "
+            f"use_reentrant=False as well. (torch says: {str(error).splitlines()[0][:200]})"
+        ) from error
 
 
 @contextmanager

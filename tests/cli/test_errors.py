@@ -185,3 +185,20 @@ def test_scores_that_are_damaged(fitted, tmp_path, capsys):
     assert "not a whole safetensors file" in capsys.readouterr().err
     assert run(["inspect", str(tmp_path / "none.npy")]) == 2
     assert "There is no file" in capsys.readouterr().err
+
+
+def test_an_output_that_is_an_input_is_refused(folder, capsys):
+    """Also with ``--overwrite``, and by another name: what was read is not destroyed."""
+    operator, before = folder / "precious.safetensors", b"an operator"
+    operator.write_bytes(before)
+    linked = folder / "linked.safetensors"
+    linked.symlink_to(operator)
+    for output in (operator, linked):
+        words = arguments(
+            folder, "score", "--operator", operator, "--output", output, "--overwrite"
+        )
+        assert run(words) == 2
+        assert f"--output {output} is what --operator reads. Pass" in capsys.readouterr().err
+    assert operator.read_bytes() == before
+    for path in (linked, operator):
+        path.unlink()

@@ -177,3 +177,55 @@ def test_resizing(tmp_path, size):
     resized = interpolate(x, whole, mode="bilinear", antialias=True)[0]
     top, left = (round((side - 8) / 2) for side in whole)
     assert torch.equal(found, resized[:, top : top + 8, left : left + 8].clamp(-1, 1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, orientation):
+    """A photograph is read as viewers show it: of one picture, saved turned in eight ways."""
+    upright = Image.fromarray(np.arange(6 * 4, dtype=np.uint8).reshape(6, 4) * 10)
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "turned.png", exif=exif)
+    images = open_images(tmp_path, Form(1, None, None))
+    expected = torch.from_numpy(np.asarray(upright).astype(np.float32)) / 127.5 - 1
+    assert torch.equal(images.image(0)[0], expected)
+
+
+def test_what_is_hidden_nested_or_linked(tmp_path):
+    """Hidden files shift no numbers, the first folder is the class, links are followed."""
+    data = tmp_path / "data"
+    write_images(data / "a" / "inner", 2, 0)
+    write_images(data / "b", 1, 1, suffix=".jfif")
+    write_images(tmp_path / "elsewhere", 1, 2)
+    (data / "c").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (data / "c" / "around").symlink_to(data, target_is_directory=True)
+    write_images(data / ".ipynb_checkpoints", 1, 3)
+    (data / "b" / "._image0.png").write_bytes(b"not an image")
+    (data / "b" / "notes.txt").write_text("not an image")
+    images = open_images(data, FORM, Condition("class_labels", 3))
+    assert images.names == [
+        "a/inner/image0.png",
+        "a/inner/image1.png",
+        "b/image0.jfif",
+        "c/image0.png",
+    ]
+    assert [images[n]["class_labels"] for n in range(4)] == [0, 0, 1, 2]
+    assert images.summary() == (
+        "4 images, 3 classes (0 = 'a', 1 = 'b', 2 = 'c'); 3 other files left out "
+        "(.ipynb_checkpoints/image0.png, b/._image0.png, b/notes.txt)"
+    )
+
+
+def test_a_folder_without_classes_is_summarised(tmp_path):
+    write_images(tmp_path / "data", 2, 0)
+    assert open_images(tmp_path / "data", FORM).summary() == "2 images"

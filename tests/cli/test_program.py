@@ -25,6 +25,7 @@ from curvlinops_diffusion import (
 from curvlinops_diffusion.cli.commands import cost
 from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.cli.score_files import read_scores
+from curvlinops_diffusion.linalg.operator_files import read_header
 from tests.cli.cases import COUNT, arguments, process, write_images
 from tests.cli.test_start import start
 
@@ -33,7 +34,10 @@ def test_it_says_what_it_wrote(folder, tmp_path, capsys):
     output = tmp_path / "e.safetensors"
     assert run(arguments(folder, "fit", "--output", output)) == 0
     told = capsys.readouterr()
-    assert told.err == f"Wrote {output}: 4,877 parameters in 121 blocks\n"
+    assert told.err == (
+        f"Read 7 images from {folder / 'train'}\nWrote {output}: 4,877 parameters in 121 blocks\n"
+    )
+    assert read_header(output)["info"]["images"] == "7 images"
     assert told.out == ""
 
 

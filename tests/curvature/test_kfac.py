@@ -14,6 +14,7 @@ from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
     DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
+    ExampleGradientLinearOperator,
 )
 from curvlinops_diffusion.cli.options import FitOptions
 from curvlinops_diffusion.curvature.options import FisherType, KFACApprox, KFACOptions
@@ -26,6 +27,7 @@ from tests.reference import (
     dense_loss_ggn,
     ekfac_block,
     empirical_vectors,
+    example_gradients,
     kronecker_factors,
     layer_ggn,
     params_of,
@@ -486,13 +488,19 @@ class Outside(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("model", "name"), [(seeded(Doubled(3, 3)), "layers.0.weight"), (Outside(), "layer.weight")]
+    ("model", "layer"), [(seeded(Doubled(3, 3)), "layers.0"), (Outside(), "layer")]
 )
 @pytest.mark.parametrize("operator", [DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator])
-def test_what_hooks_cannot_see_is_refused(model, name, operator):
-    regression = plain_regression(model.double(), (3,))
-    with pytest.raises(ValueError, match=f"The gradient of '{name}'.*Leave it out of params"):
-        operator(regression)
+def test_what_hooks_cannot_see_has_exact_blocks(model, layer, operator):
+    names = [f"{layer}.weight", f"{layer}.bias"]
+    with pytest.warns(UserWarning, match=f"found by automatic differentiation.*'{layer}.weight'"):
+        _assert_exact_blocks(operator, model.double(), (3,), names)
+    with pytest.warns(UserWarning, match="found by automatic"):
+        table = str(operator(plain_regression(model, (3,))))
+    assert f"by automatic differentiation: {layer}.weight (its layer's inputs and out" in table
+    if operator is DiffusionKFACLinearOperator:
+        with pytest.raises(ValueError, match=rf"Hooks do not see .*'{layer}\.bias'.*Leave it out"):
+            operator(plain_regression(model, (3,)), fisher_type="forward-only")
 
 
 class WithoutEffect(nn.Module):
@@ -538,15 +546,18 @@ class Broadcast(nn.Module):
         return self.layer(x) + self.time(torch.ones(1, 1).to(x))
 
 
-def test_a_layer_without_batch_axis_is_refused_by_name():
-    regression = plain_regression(Broadcast().double(), (3,))
-    with pytest.raises(ValueError, match=r"Layer 'time' was given an input of shape \(1, 1\)"):
-        DiffusionKFACLinearOperator(regression)
-    # leaving it out works, and the exact GGN has no such limit
-    DiffusionKFACLinearOperator(regression, ["layer.weight"])
+@pytest.mark.parametrize("operator", [DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator])
+def test_a_layer_without_batch_axis_has_exact_blocks(operator):
+    model = Broadcast().double()
+    with pytest.warns(UserWarning, match=r"its layer was given an input of shape \(1, 1\)"):
+        _assert_exact_blocks(operator, model, (3,), ["time.weight", "time.bias"])
+    regression = plain_regression(model, (3,))
+    J = ExampleGradientLinearOperator(regression)
+    with pytest.warns(UserWarning, match="found by automatic differentiation"):
+        assert_close(J.rows(), example_gradients(regression, list(model.parameters())), 1e-12)
     assert_close(
         to_dense(DiffusionGGNLinearOperator(regression)),
-        dense_ggn(regression, list(regression.objective.model.parameters())),
+        dense_ggn(regression, list(model.parameters())),
         1e-12,
     )
 

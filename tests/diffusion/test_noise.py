@@ -152,13 +152,17 @@ def test_min_snr_weighting(prediction_type):
         PredictionType.SAMPLE: capped,
         PredictionType.V: capped / (snr + 1),  # σ² = 1/(SNR + 1) where α² + σ² = 1
         PredictionType.FLOW: capped * s_T**2,
+        PredictionType.REVERSE_FLOW: capped * s_T**2,
     }[prediction_type]
     assert_close(weight_table(MinSNRWeighting(0.7), process), expected, 1e-12)
     assert (snr > 0.7).any()
     assert (snr < 0.7).any()
 
 
-@pytest.mark.parametrize("prediction_type", list(PredictionType))
+OF_0_1 = [t for t in PredictionType if t is not PredictionType.REVERSE_FLOW]
+
+
+@pytest.mark.parametrize("prediction_type", OF_0_1)
 def test_min_snr_weights_are_those_of_0_1_to_the_last_bit(prediction_type):
     """Files of results hold a digest of them."""
     if prediction_type is PredictionType.FLOW:
@@ -259,6 +263,7 @@ def plain_target(name, x0, eps, alpha, sigma):
         "sample": x0,
         "v_prediction": alpha * eps - sigma * x0,
         "flow": eps - x0,
+        "reverse_flow": x0 - eps,
         "score": -eps / sigma,
         "edm_f": (x0 - c_skip(sigma) * (alpha * x0 + sigma * eps)) / c_out(sigma),
     }[name]
@@ -392,3 +397,78 @@ def test_levels_without_signal_or_noise():
 def test_unknown_prediction_types_are_refused():
     with pytest.raises(ValueError, match=r"prediction_type='x0' is none of \['epsilon', 'flow'"):
         process_of("x0")
+
+
+# ---------------------------------------------------------------------------------------------
+# Schedulers that were changed after they were made
+# ---------------------------------------------------------------------------------------------
+
+
+def zero_terminal_snr(scheduler):
+    """As trainers overwrite the tables of a scheduler that exists."""
+    root = scheduler.alphas_cumprod.sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    scheduler.alphas_cumprod = root.square()
+    scheduler.alphas = torch.cat(
+        [root[:1].square(), scheduler.alphas_cumprod[1:] / scheduler.alphas_cumprod[:-1]]
+    )
+    scheduler.betas = 1 - scheduler.alphas
+
+
+def shifted_signal(scheduler):
+    """A shift of the signal-to-noise ratio, of one table alone."""
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod) / 4
+    scheduler.alphas_cumprod = snr / (1 + snr)
+
+
+@pytest.mark.parametrize("change", [zero_terminal_snr, shifted_signal])
+@pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler, PNDMScheduler])
+def test_tables_of_the_scheduler_as_it_is(kind, change):
+    scheduler = kind(num_train_timesteps=100, prediction_type="v_prediction")
+    before = noise_process(scheduler)
+    change(scheduler)
+    process = noise_process(scheduler)
+    assert (process.alphas_T - before.alphas_T).abs().max() > 1e-3
+    noised = process.noised(X0, EPS, LEVELS)
+    assert_close(noised, scheduler.add_noise(X0, EPS, LEVELS), 1e-6)
+    if hasattr(scheduler, "get_velocity"):
+        velocity = scheduler.get_velocity(X0, EPS, LEVELS)
+        assert_close(process.target(X0, EPS, LEVELS), velocity, 1e-6)
+    assert weight_table(MinSNRWeighting(), process).isfinite().all()
+    scheduler.set_timesteps(10)
+    assert torch.equal(noise_process(scheduler).alphas_T, process.alphas_T)
+
+
+def test_betas_that_were_replaced_alone_are_refused():
+    scheduler = DDPMScheduler(num_train_timesteps=100)
+    scheduler.betas = scheduler.betas * 2
+    with pytest.raises(ValueError, match=r"betas were replaced, but not alphas_cumprod, by which"):
+        noise_process(scheduler)
+    scheduler.alphas_cumprod = (1 - scheduler.betas).cumprod(0)
+    noised = noise_process(scheduler).noised(X0, EPS, LEVELS)
+    assert_close(noised, scheduler.add_noise(X0, EPS, LEVELS), 1e-6)
+
+
+@pytest.mark.parametrize("table", [torch.linspace(0, 1, 100), torch.linspace(2, 0, 100)])
+def test_tables_that_are_none_are_refused(table):
+    scheduler = DDPMScheduler(num_train_timesteps=100)
+    scheduler.alphas_cumprod = table
+    with pytest.raises(ValueError, match="must fall from level to level, between 1 and 0"):
+        noise_process(scheduler)
+
+
+def test_shifts_of_flow_matching():
+    """``set_shift``, tables that training replaced, and tables that sampling overwrote."""
+    made = FlowMatchEulerDiscreteScheduler(num_train_timesteps=50, shift=3.0)
+    expected = noise_process(made)
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=50)
+    assert not torch.equal(noise_process(scheduler).sigmas_T, expected.sigmas_T)
+    scheduler.set_shift(3.0)
+    for _ in range(2):
+        assert torch.equal(noise_process(scheduler).sigmas_T, expected.sigmas_T)
+        assert torch.equal(noise_process(scheduler).timesteps_T, expected.timesteps_T)
+        scheduler.set_timesteps(7)
+    replaced = FlowMatchEulerDiscreteScheduler(num_train_timesteps=50)
+    replaced.sigmas = made.sigmas.clone()
+    replaced.timesteps = made.timesteps.clone()
+    assert torch.equal(noise_process(replaced).sigmas_T, expected.sigmas_T)

@@ -20,10 +20,12 @@ from curvlinops_diffusion import (
     DiffusionKFACLinearOperator,
     MinSNRWeighting,
     NoisedRegression,
+    NoiseProcess,
+    PredictionType,
 )
 from tests.cases import TimeBlind, images, noise_levels, plain_regression, seeded, unet_regression
 from tests.comparisons import assert_close
-from tests.reference import example_gradients, params_of, to_dense
+from tests.reference import dense_ggn, example_gradients, params_of, to_dense
 
 
 def tiny_model():
@@ -586,3 +588,54 @@ def test_conditions_that_curvlinops_cannot_see():
     prompts = {"x0": images(2), "prompt": ["a", "b"]}
     with pytest.raises(ValueError, match=r"'prompt' arrived as a list of str.*LatentEncoder"):
         list(regression_on(prompts, Everything().double()))
+
+
+# ---------------------------------------------------------------------------------------------
+# How the network is called
+# ---------------------------------------------------------------------------------------------
+
+
+class Timed(nn.Module):
+    """Fails where time and image are not of one precision, and records what it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 4)
+        self.told = []
+
+    def forward(self, x, t):
+        self.told.append(t)
+        return self.layer(torch.cat([x, t.unsqueeze(1)], 1))
+
+
+class TimeFirst(Timed):
+    def forward(self, t, x, y=None):
+        return super().forward(x, t)
+
+
+class SigmaFirst(Timed):
+    def forward(self, sigma, sample):
+        return super().forward(sample, sigma)
+
+
+@pytest.mark.parametrize("kind", [Timed, TimeFirst, SigmaFirst])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_time_comes_as_the_network_takes_it(kind, dtype):
+    """Tables are float64; no network in float32 is told a float64."""
+    t = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
+    process = NoiseProcess(1 - t, t, t, PredictionType.FLOW)
+    model = kind().to(dtype)
+    data = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    regression = NoisedRegression(DenoisingObjective(model, process), data, 2)
+    batch = next(regression.batches())
+    expected = model.layer(torch.cat([batch.x_t, t[batch.level_B].to(dtype).unsqueeze(1)], 1))
+    assert_close(regression.objective.predict(batch), expected, 1e-6)
+    assert {z.dtype for z in model.told} == {dtype}
+    params = list(model.parameters())
+    G = DiffusionGGNLinearOperator(regression)
+    assert_close(to_dense(G), dense_ggn(regression, params).to(dtype), 1e-5)
+
+
+def test_whole_timesteps_stay_whole():
+    regression = unet_regression(dtype=torch.float32)
+    assert next(regression.batches()).timestep_B.dtype == torch.int64

@@ -104,13 +104,14 @@ class GaussianDenoiser(nn.Module):
             PredictionType.SAMPLE: x0,
             PredictionType.V: alpha * eps - sigma * x0,
             PredictionType.FLOW: eps - x0,
+            PredictionType.REVERSE_FLOW: x0 - eps,
         }[self.process.prediction_type]
         return predicted.reshape(x_t.shape)
 
 
 def gaussian_problem(prediction_type, num_levels=400):
     u = torch.linspace(0.02, 0.999, num_levels, dtype=torch.float64)
-    if prediction_type is PredictionType.FLOW:
+    if prediction_type in (PredictionType.FLOW, PredictionType.REVERSE_FLOW):
         alphas, sigmas = 1 - u, u
     else:
         alphas, sigmas = (u * pi / 2).cos(), (u * pi / 2).sin()

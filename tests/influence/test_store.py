@@ -16,7 +16,7 @@ from curvlinops_diffusion import (
 )
 from curvlinops_diffusion.influence.store import GRADIENTS
 from curvlinops_diffusion.influence.whitening import Whitening
-from tests.cases import images, tiny_unet, unet_regression
+from tests.cases import images, plain_regression, seeded, tiny_unet, unet_regression
 from tests.comparisons import assert_close
 
 DAMPING = 1e-3
@@ -216,3 +216,21 @@ def test_linear_layers_alone(tmp_path):
     store = GradientStore.create(tmp_path / "s", J, K, DAMPING, Compression("float32"))
     expected = influence_scores(J, K.inverse(DAMPING), J)
     assert_close(store.scores(J, K).double(), expected, 1e-6)
+
+
+def test_stores_of_inverses_and_of_other_parameters_are_refused(tmp_path):
+    twins = seeded(nn.Linear(3, 3), nn.Linear(3, 3))
+    regression = plain_regression(twins, (3,))
+    names = ["layers.0.weight", "layers.1.weight"]
+    EK = DiffusionEKFACLinearOperator(regression, names)
+    J = ExampleGradientLinearOperator(regression, names)
+    reversed_J = ExampleGradientLinearOperator(regression, names[::-1])
+    with pytest.raises(ValueError, match=r"J_train has 'layers.1.weight', the curvature has 'lay"):
+        GradientStore.create(tmp_path / "a", reversed_J, EK, 1e-2)
+    for power in (EK.inverse(1e-2), EK.power(0.5)):
+        with pytest.raises(ValueError, match=r"as its power (-1|0.5). Pass K-FAC or EK-FAC itself"):
+            GradientStore.create(tmp_path / "b", J, power, 1e-2)
+    assert list(tmp_path.iterdir()) == []
+    store = GradientStore.create(tmp_path / "c", J, EK, 1e-2)
+    with pytest.raises(ValueError, match=r"holds gradients for another curvature"):
+        store.scores(reversed_J, EK)

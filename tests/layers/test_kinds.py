@@ -414,10 +414,17 @@ def test_frames_are_positions(approx):
             assert_close(folded @ V, truth @ V, 1e-9)
 
 
-def test_frames_before_examples_are_refused():
-    regression = regression_of(Video(frames_first=True).double(), (2, 3, 2, 3))
-    with pytest.raises(ValueError, match="its first axis does not hold one example after the"):
-        DiffusionKFACLinearOperator(regression)
+def test_frames_before_examples_have_exact_blocks():
+    model = Video(frames_first=True).double()
+    regression = regression_of(model, (2, 3, 2, 3))
+    with pytest.warns(UserWarning, match="the first axis does not hold one example after the"):
+        K = DiffusionKFACLinearOperator(regression, fisher_type="type-2", max_dense=10_000)
+    G = dense_ggn(regression, params_of(model, K.param_names))
+    dense = [placed for placed in K.blocks if placed.name in K.info["others"]]
+    assert dense
+    for placed in dense:
+        truth = block_of(G, model, K.param_names, placed.params)
+        assert_close(placed.block.matrix, truth, 1e-11)
 
 
 # ---------------------------------------------------------------------------------------------

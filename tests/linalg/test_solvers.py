@@ -12,6 +12,7 @@ from curvlinops_diffusion import (
     ExampleGradientLinearOperator,
     NeumannRefinedInverseLinearOperator,
     NystromInverseLinearOperator,
+    WoodburyInverseLinearOperator,
     influence_scores,
 )
 from tests.cases import OfMatrix, plain_regression, seeded
@@ -205,8 +206,28 @@ def test_bad_options(regression, G, model):
     with pytest.raises(ValueError, match="damping=-1 arrived"):
         CGRefinedInverseLinearOperator(G, -1)
     part = DiffusionKFACLinearOperator(regression, ["layers.0.weight"]).inverse(1.0)
-    with pytest.raises(ValueError, match=r"acts on 18 entries and G on 39. Pass the same params"):
+    with pytest.raises(ValueError, match=r"the preconditioner: 1 parameters, 18 entries, G: 4"):
         CGRefinedInverseLinearOperator(G, 1.0, part)
     wild = NeumannRefinedInverseLinearOperator(G, 1.0, step_size=1e30, max_iter=50)
     with pytest.raises(ValueError, match=r"does not converge.*Pass a larger damping"):
         wild @ right_sides(G.shape[1])
+
+
+def test_parameters_of_one_shape_in_another_order_are_refused():
+    """Wherever two operators meet: shapes alone would not tell them apart."""
+    twins = seeded(nn.Linear(3, 3), nn.Linear(3, 3))
+    regression = plain_regression(twins, (3,))
+    names = ["layers.0.weight", "layers.1.weight"]
+    G = DiffusionGGNLinearOperator(regression, names)
+    K = DiffusionKFACLinearOperator(regression, names[::-1])
+    J = ExampleGradientLinearOperator(regression, names)
+    told = r"in another order: where .* has 'layers.\d.weight', .* has 'layers.\d.weight'. Pass the"
+    for make in (
+        lambda: CGRefinedInverseLinearOperator(G, 1.0, K.inverse(1.0)),
+        lambda: NeumannRefinedInverseLinearOperator(G, 1.0, K.inverse(1.0)),
+        lambda: NystromInverseLinearOperator(G, 1.0, 2, sketch_from=K),
+        lambda: WoodburyInverseLinearOperator(K.inverse(1.0), J),
+    ):
+        with pytest.raises(ValueError, match=told):
+            make()
+    assert G.param_names == tuple(names)

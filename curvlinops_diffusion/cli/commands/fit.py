@@ -27,10 +27,12 @@ def fit(options: FitOptions) -> None:
     Raises:
         ValueError: If something is missing or does not fit together.
     """
-    check_output(options.output, (".safetensors",))
+    inputs = {"--data": options.data, "--model": options.model}
+    check_output(options.output, (".safetensors",), inputs)
     with process_group(options.timeout) as several:
         network = load_network(with_own_device(options))
-        regression = training_regression(network, training_images(network, options), options)
+        images = training_images(network, options)
+        regression = training_regression(network, images, options)
         settings = options.kfac_options()
         if options.dry_run:
             if is_first():
@@ -51,7 +53,7 @@ def fit(options: FitOptions) -> None:
         )
         if not is_first():
             return
-        operator.info["identity"] = identity
+        operator.info |= {"identity": identity, "images": images.summary()}
         operator.save(options.output)
         remove(checkpoint)
         covered, left_out = operator.shape[0], operator.info.get("left_out", {})
@@ -61,7 +63,10 @@ def fit(options: FitOptions) -> None:
 
 def training_images(network: Network, options: Any) -> NamedImages:
     """The training images, for both ``fit`` and ``score``."""
-    return open_images(options.data, network.form(options.resolution), network.condition)
+    images = open_images(options.data, network.form(options.resolution), network.condition)
+    if is_first():
+        say(f"Read {images.summary()} from {options.data}")
+    return images
 
 
 def training_regression(

@@ -38,7 +38,8 @@ def report(options: ReportOptions) -> None:
     Raises:
         ValueError: If images and scores do not belong together.
     """
-    check_output(options.output, (".html",))
+    inputs = {"--scores": options.scores, "--operator": options.operator}
+    check_output(options.output, (".html",), inputs)
     if options.output.exists() and not options.overwrite:
         raise ValueError(f"'{options.output}' exists. Pass --overwrite, or another --output.")
     scores_QN, header = read_scores(options.scores)

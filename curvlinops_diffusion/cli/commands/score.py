@@ -35,7 +35,8 @@ def score(options: ScoreOptions) -> None:
     Raises:
         ValueError: If something is missing or does not fit together.
     """
-    check_output(options.output, (".safetensors", ".npy"))
+    inputs = {"--operator": options.operator, "--data": options.data, "--queries": options.queries}
+    check_output(options.output, (".safetensors", ".npy"), inputs)
     with process_group(options.timeout) as several:
         network = load_network(with_own_device(options))
         known = training_images(network, options)
@@ -43,6 +44,8 @@ def score(options: ScoreOptions) -> None:
         images = open_images(
             options.queries, network.form(options.resolution), network.condition, known
         )
+        if is_first():
+            say(f"Read {images.summary()} from {options.queries}")
         query = _query_regression(network, images, options)
         operator = load_operator(options.operator, network.objective.model)
         _check_same_objective(options, operator.info, train)

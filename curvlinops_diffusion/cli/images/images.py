@@ -11,10 +11,10 @@ from torch import Size, Tensor
 from torch.utils.data import Dataset
 
 from curvlinops_diffusion.cli.images.arrays import read_arrays
-from curvlinops_diffusion.cli.images.labels import Classes, Condition, of_folders, of_metadata
-from curvlinops_diffusion.cli.images.preprocessing import Form
+from curvlinops_diffusion.cli.images.folders import METADATA, Files, classes_of
+from curvlinops_diffusion.cli.images.labels import Classes, Condition, of_metadata
+from curvlinops_diffusion.cli.images.preprocessing import Form, upright
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _ACCEPTED = (
     "Pass a folder of images (subfolders are classes; metadata.jsonl may give 'text' or 'label' "
     "for each 'file_name'), a data set saved by datasets' save_to_disk, or an .npz file with "
@@ -29,6 +29,7 @@ class NamedImages(Dataset[dict[str, Any]]):
         names: A name for each image.
         conditions: Further entries of each item: ``'class_labels'`` or ``'prompt'``.
         classes: Whose numbers the labels are, where classes have names.
+        left_out: Files beside the images that were not read.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class NamedImages(Dataset[dict[str, Any]]):
         self.names = names
         self.conditions = conditions or {}
         self.classes = classes
+        self.left_out: list[str] = []
         self._load = load
         self._first: tuple[str, Size] | None = None
 
@@ -58,6 +60,23 @@ class NamedImages(Dataset[dict[str, Any]]):
                 f"{tuple(shape)}. All must have one size: pass --resolution to resize."
             )
         return {"x0": x0, **{key: v[n] for key, v in self.conditions.items()}}
+
+    def summary(self) -> str:
+        """Say what was read: ``300 images, 10 classes (0 = 'a', …); 3 files left out``."""
+        parts = [f"{len(self):,} images"]
+        if "class_labels" in self.conditions and self.classes is not None:
+            order = self.classes.order
+            listed = ", ".join(f"{k} = '{name}'" for k, name in enumerate(order[:10]))
+            parts.append(f"{len(order)} classes ({listed}{', …' * (len(order) > 10)})")
+        elif "class_labels" in self.conditions:
+            parts.append(f"{len(set(self.conditions['class_labels']))} classes")
+        elif "prompt" in self.conditions:
+            parts.append(f"{len(set(self.conditions['prompt']))} prompts")
+        text = ", ".join(parts)
+        if self.left_out:
+            some = ", ".join(self.left_out[:3]) + ", …" * (len(self.left_out) > 3)
+            text += f"; {len(self.left_out)} other files left out ({some})"
+        return text
 
     def image(self, n: int) -> Tensor:
         """One image in [-1, 1], shape ``[C, H, W]``."""
@@ -115,14 +134,15 @@ def _as_in_training(
 
 
 def _folder(path: Path, form: Form) -> NamedImages:
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    found = Files.of(path)
+    files = found.images
     names = [str(f.relative_to(path)) for f in files]
 
     def load(n: int) -> Tensor:
         try:
             with Image.open(files[n]) as image:
                 image.load()
-                return form.tensor(image, names[n])
+                return form.tensor(upright(image), names[n])
         except FileNotFoundError as error:
             raise ValueError(
                 f"The image '{files[n]}' has vanished. Put it back, and start again to go on."
@@ -133,10 +153,13 @@ def _folder(path: Path, form: Form) -> NamedImages:
                 "start anew."
             ) from error
 
-    metadata = path / "metadata.jsonl"
+    metadata = path / METADATA
     if metadata.is_file():
-        return NamedImages(names, load, of_metadata(metadata, names))
-    return NamedImages(names, load, classes=of_folders(names))
+        images = NamedImages(names, load, of_metadata(metadata, names))
+    else:
+        images = NamedImages(names, load, classes=classes_of(names))
+    images.left_out = found.left_out
+    return images
 
 
 def _saved_dataset(path: Path, form: Form) -> NamedImages:
@@ -163,4 +186,6 @@ def _saved_dataset(path: Path, form: Form) -> NamedImages:
         numbers = [-1 if n is None else n for n in conditions.pop("class_labels")]
         classes = Classes(label.names, [label.names[n] if n >= 0 else None for n in numbers])
     names = [f"{path.name}[{n}]" for n in range(len(data))]
-    return NamedImages(names, lambda n: form.tensor(data[n][column], names[n]), conditions, classes)
+    return NamedImages(
+        names, lambda n: form.tensor(upright(data[n][column]), names[n]), conditions, classes
+    )

@@ -100,15 +100,6 @@ class Classes:
         return Classes(training.order, self.names)
 
 
-def of_folders(names: Sequence[str]) -> Classes | None:
-    """The folders of images as their classes, numbered alphabetically; ``None`` without any."""
-    folders = [str(Path(name).parent) for name in names]
-    known = sorted(set(folders) - {"."})
-    if not known:
-        return None
-    return Classes(known, [None if folder == "." else folder for folder in folders])
-
-
 def of_metadata(path: Path, names: Sequence[str]) -> dict[str, list[Any]]:
     """Prompts and labels of a folder's images by its ``metadata.jsonl``; ``None`` where one lacks.
 

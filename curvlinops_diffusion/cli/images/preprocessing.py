@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import functional as transforms
 
@@ -61,6 +61,11 @@ class Form:
                 f"of {self.multiple}. Pass --resolution {nearest} to resize."
             )
         return x
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says, as training scripts and viewers do."""
+    return ImageOps.exif_transpose(image)
 
 
 def _deep(image: Image.Image, name: str) -> Tensor:

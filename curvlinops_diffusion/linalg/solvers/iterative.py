@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from curvlinops_diffusion.linalg.operator import FlatLinearOperator
-from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator, input_shapes
+from curvlinops_diffusion.linalg.operator import FlatLinearOperator, check_same_parameters
+from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.checks import check_count, check_non_negative
 
 
@@ -76,11 +76,8 @@ class RefinedInverseLinearOperator(FlatLinearOperator):
         self.refinement = Refinement()
         self._progressbar = progressbar
         self._callback = callback
-        if preconditioner is not None and input_shapes(preconditioner) != input_shapes(G):
-            raise ValueError(
-                f"The preconditioner acts on {preconditioner.shape[1]:,} entries and G on "
-                f"{G.shape[1]:,}. Pass the same params to both."
-            )
+        if preconditioner is not None:
+            check_same_parameters({"the preconditioner": preconditioner}, {"G": G})
         super().__init__(G)
 
     def multiply(self, X_PK: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
-from curvlinops_diffusion.linalg.operator import FlatLinearOperator
+from curvlinops_diffusion.linalg.operator import FlatLinearOperator, check_same_parameters
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.checks import check_count, check_non_negative
 
@@ -70,6 +70,7 @@ class NystromInverseLinearOperator(FlatLinearOperator):
         generator = torch.Generator().manual_seed(seed)
         sketch_Pr = torch.randn(G.shape[1], rank, generator=generator).to(G.device, G.dtype)
         if sketch_from is not None:
+            check_same_parameters({}, {"G": G, "sketch_from": sketch_from})
             sketch_Pr = sketch_from @ sketch_Pr
         sketch_Pr = torch.linalg.qr(sketch_Pr).Q
         product_Pr = torch.cat([G @ part for part in sketch_Pr.split(block, 1)], 1)

@@ -11,7 +11,7 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.linalg.operator import FlatLinearOperator
+from curvlinops_diffusion.linalg.operator import FlatLinearOperator, check_same_parameters
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.checks import check_non_negative
 
@@ -69,6 +69,8 @@ class WoodburyInverseLinearOperator(FlatLinearOperator):
         gradients: GradientRows | Tensor,
         weight: float | None = None,
     ):
+        if isinstance(gradients, PyTorchLinearOperator):
+            check_same_parameters({"the gradients": gradients}, {"the inverse": inverse})
         rows_NP = gradients if isinstance(gradients, Tensor) else gradients.rows()
         if rows_NP.ndim != 2 or rows_NP.shape[1] != inverse.shape[1]:
             raise ValueError(

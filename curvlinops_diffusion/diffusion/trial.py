@@ -1,0 +1,142 @@
+"""A few examples on which a network is tried out, and what must hold of it there.
+
+Draws are pure functions of ``(seed, n, r)``, and every average is over single examples. A network
+that draws random numbers of its own, or whose output for an example depends on the rest of the
+batch, has no such averages; in which of its modules that happens cannot be told from their types.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.objective import DenoisingObjective
+from curvlinops_diffusion.diffusion.regression import NoisedRegression
+
+_EXAMPLES = 2
+# among so many draws the lowest and the highest noise level are looked for
+_DRAWS = 8
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Two examples (one, if there are no more) at the lowest and the highest level of some draws.
+
+    Attributes:
+        low: Their draw with the lowest noise level of the first example.
+        high: The one with the highest; the same if there is only one draw.
+    """
+
+    low: NoisedBatch
+    high: NoisedBatch
+
+    @property
+    def mixed(self) -> NoisedBatch:
+        """Both in one batch, so that examples and levels are told apart."""
+        same = self.low.draw == self.high.draw
+        return self.low if same else NoisedBatch.interleaved([self.low, self.high])
+
+    @classmethod
+    def of(cls, regression: NoisedRegression) -> Trial:
+        """The first examples of a problem, of one shape, from as many batches as it takes."""
+        parts: list[tuple[NoisedBatch, NoisedBatch]] = []
+        found = 0
+        chosen: tuple[int, int] | None = None
+        for clean in regression.clean_batches():
+            some = clean.select(range(min(_EXAMPLES - found, len(clean.indices))))
+            if chosen is None:
+                draws = range(min(_DRAWS, regression.num_draws))
+                levels = [int(regression.draws.levels(some.indices, r)[0]) for r in draws]
+                chosen = levels.index(min(levels)), levels.index(max(levels))
+            draw_of = {}
+            for r, batch in enumerate(regression.noised_batches(some)):
+                if r in chosen:
+                    draw_of[r] = batch
+                if r >= max(chosen):
+                    break
+            low, high = (draw_of[r] for r in chosen)
+            if parts and parts[0][0].x_t.shape[1:] != low.x_t.shape[1:]:
+                break
+            parts.append((low, high))
+            found += len(some.indices)
+            if found == _EXAMPLES:
+                break
+        lows, highs = zip(*parts, strict=True)
+        return cls(NoisedBatch.joined(lows), NoisedBatch.joined(highs))
+
+
+def check_network(regression: NoisedRegression) -> None:
+    """Check, once in each mode of its modules, that the network is a function of single examples.
+
+    Raises:
+        ValueError: As :func:`check_trial`.
+    """
+    modes = tuple(module.training for module in regression.objective.model.modules())
+    if modes not in regression.tried:
+        check_trial(regression.objective, Trial.of(regression))
+        regression.tried.add(modes)
+
+
+def check_trial(objective: DenoisingObjective, trial: Trial) -> None:
+    """Check that the network's output is a function of each example alone.
+
+    Raises:
+        ValueError: If the network draws random numbers, two runs of one batch differ, or an
+            example alone from the same example among others.
+    """
+    batch = trial.mixed
+    with torch.no_grad():
+        before = _random_states(objective.device)
+        first_BD = objective.predict(batch)
+        # what is drawn with a small probability may be the same twice
+        drew = _random_states(objective.device) != before
+        again_BD = objective.predict(batch)
+        if drew or not _equal(objective, first_BD, again_BD):
+            raise ValueError(
+                "The network draws random numbers of its own, so that the loss of an example is "
+                f"random in more than timestep and noise. {_training(objective.model)}"
+            )
+        alone = [objective.predict(batch.select([b])) for b in range(len(first_BD))]
+    if not _equal(objective, first_BD, torch.cat(alone)):
+        raise ValueError(
+            "The network's output for an example depends on the rest of its batch (on the other "
+            "examples, or on their noise levels): alone, it is another one. "
+            f"{_training(objective.model)}"
+        )
+
+
+def _random_states(device: torch.device) -> list[bytes]:
+    """The states of the generators that a network may draw from."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    legacy = np.random.get_state(legacy=False)  # noqa: NPY002  the generator that others draw from
+    python = repr((random.getstate(), legacy)).encode()
+    return [*(state.numpy().tobytes() for state in states), python]
+
+
+def _equal(objective: DenoisingObjective, a_BD: Tensor, b_BD: Tensor) -> bool:
+    """Whether predictions are the same but for rounding; so are those that are not finite."""
+    if not (a_BD.isfinite().all() and b_BD.isfinite().all()):
+        return True  # what names them comes later
+    allowed = objective.rounding**0.5 * a_BD.norm(dim=1)
+    return bool(((a_BD - b_BD).norm(dim=1) <= allowed).all())
+
+
+def _training(model: nn.Module) -> str:
+    """What to do about it."""
+    names = [name or type(model).__name__ for name, m in model.named_modules() if m.training]
+    if not names:
+        return (
+            "Every module is in eval mode: pass a network that is a function of (x_t, t, "
+            "condition) example by example."
+        )
+    return (
+        f"{len(names)} of its modules are in train mode, the first being '{names[0]}'. Call "
+        "model.eval() first."
+    )

@@ -1,0 +1,250 @@
+"""The forms in which a network is run: derivatives of all kinds are of one function."""
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import Function
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from curvlinops_diffusion import (
+    DiffusionGGNLinearOperator,
+    DiffusionKFACLinearOperator,
+    ExampleGradientLinearOperator,
+)
+from curvlinops_diffusion.runtime.modes import (
+    forward_mode,
+    replaced_parameters,
+    twice_differentiable,
+)
+from tests.cases import plain_regression, seeded
+from tests.comparisons import assert_close
+from tests.reference import dense_ggn, example_gradients, to_dense
+
+
+class Shared(nn.Module):
+    """One module under two names, and one parameter in two modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.again = self.first
+        self.other = nn.Linear(3, 3)
+        self.other.bias = self.first.bias
+
+    def forward(self, x, t):
+        return self.other(torch.tanh(self.again(torch.tanh(self.first(x)))))
+
+
+def test_replaced_parameters():
+    """Each place once: the module that has two names, and both modules of a shared parameter."""
+    model = Shared().double()
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).double()
+    before = dict(model.named_parameters())
+    values = {name: torch.ones_like(p) for name, p in before.items()}
+    places = replaced_parameters(model, values)
+    assert sorted(places) == ["first.bias", "first.weight", "other.bias", "other.weight"]
+    out = functional_call(model, places, (x, None), tie_weights=False)
+    hidden = torch.tanh(x.sum(1, keepdim=True) + 1)
+    hidden = torch.tanh(3 * hidden + 1)
+    assert_close(out, (3 * hidden + 1).expand(2, 3), 1e-14)
+    assert dict(model.named_parameters()).keys() == before.keys()
+    for name, p in model.named_parameters():
+        assert p is before[name]
+
+
+def test_products_leave_a_module_under_two_names_alone():
+    model = Shared().double()
+    regression = plain_regression(model, (3,), count=3, num_draws=2)
+    params = list(model.parameters())
+    J = ExampleGradientLinearOperator(regression)
+    rows, G = example_gradients(regression, params), dense_ggn(regression, params)
+    v = torch.randn(J.shape[1], generator=torch.Generator().manual_seed(0)).double()
+    for _ in range(2):
+        assert_close(DiffusionGGNLinearOperator(regression) @ v, G @ v, 1e-12)
+        assert_close(J @ v, rows @ v, 1e-12)
+        assert_close(J.rows(), rows, 1e-12)
+    assert all(p is q for p, q in zip(model.parameters(), params, strict=True))
+
+
+@pytest.mark.parametrize("kind", [nn.SiLU, nn.Mish])
+def test_plain_forms_write_in_place(kind):
+    """What else holds the tensor sees the value there: here a connection around the layer."""
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.act = nn.Linear(3, 3), kind(inplace=True)
+
+        def forward(self, x, t):
+            h = self.layer(x)
+            return self.act(h) * 2 + h
+
+    model = Around().double()
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).double()
+    with twice_differentiable():
+        found = model(x, None)
+    assert_close(found, model(x, None), 1e-14)
+    regression = plain_regression(model, (3,), count=2, num_draws=1)
+    X, _ = next(iter(regression))
+    scaled = X["scale"].unsqueeze(1) * model(X["x_t"], None)
+    assert_close(regression.model_func(X), scaled, 1e-14)
+
+
+class Padded(nn.Module):
+    def __init__(self, padding_idx):
+        super().__init__()
+        self.embed = nn.Embedding(3, 3, padding_idx=padding_idx)
+        nn.init.normal_(self.embed.weight)
+
+    def forward(self, x, t):
+        return torch.tanh(x + self.embed((x > 0).long().sum(1) % 3))
+
+
+@pytest.mark.parametrize("padding_idx", [0, 2, -1])
+def test_the_padding_row_has_no_derivative(padding_idx):
+    model = Padded(padding_idx).double()
+    regression = plain_regression(model, (3,), count=6, num_draws=2)
+    G = to_dense(DiffusionGGNLinearOperator(regression))
+    truth = dense_ggn(regression, list(model.parameters()))
+    assert_close(G, truth, 1e-12)
+    row = padding_idx % 3
+    assert G[3 * row : 3 * row + 3].norm() == 0
+    assert truth.norm() > 0
+
+
+class Stopped(nn.Module):
+    """Self-conditioning: a first pass of which no derivative is taken."""
+
+    def __init__(self, switched_off):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self._switched_off = switched_off
+
+    def forward(self, x, t):
+        with self._switched_off():
+            first = self.layer(x)
+            with torch.enable_grad():  # and part of the first pass has one after all
+                second = self.layer(torch.tanh(x))
+            third = self.layer(first)
+        return self.layer(x + first) + second * third
+
+
+@pytest.mark.parametrize("outside", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("switched_off", [torch.no_grad, lambda: torch.set_grad_enabled(False)])
+def test_forward_mode_stops_where_gradients_are_off(switched_off, outside):
+    model = Stopped(switched_off).double()
+    regression = plain_regression(model, (3,), count=3, num_draws=2)
+    params = list(model.parameters())
+    rows, G = example_gradients(regression, params), dense_ggn(regression, params)
+    v = torch.randn(12, generator=torch.Generator().manual_seed(0)).double()
+    with outside():
+        assert_close(to_dense(DiffusionGGNLinearOperator(regression)), G, 1e-12)
+        assert_close(ExampleGradientLinearOperator(regression) @ v, rows @ v, 1e-12)
+        assert torch.is_grad_enabled() == (outside is torch.enable_grad)
+    assert torch._C._is_fwd_grad_enabled()
+    with forward_mode(), pytest.raises(ZeroDivisionError), torch.no_grad():
+        raise ZeroDivisionError
+    assert torch._C._is_fwd_grad_enabled()
+
+
+def test_the_fast_path_of_attention_is_off():
+    """In eval mode ``nn.MultiheadAttention`` has one that no derivative goes through."""
+
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x, t):
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    model = Attending().double().eval()
+    regression = plain_regression(model, (3, 4), count=2, num_draws=1)
+    params = list(model.parameters())
+    fast = torch.backends.mha.get_fastpath_enabled()
+    assert_close(
+        to_dense(DiffusionGGNLinearOperator(regression)), dense_ggn(regression, params), 1e-11
+    )
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
+class OwnCheckpoint(Function):
+    """A checkpoint as some networks have of their own."""
+
+    @staticmethod
+    def forward(ctx, run, x, *params):
+        ctx.run, ctx.params = run, params
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            out = ctx.run(x)
+        return (None, *torch.autograd.grad(out, (x, *ctx.params), g))
+
+
+class Recomputed(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.layer, self.last = (nn.Linear(3, 3) for _ in range(3))
+        self._how = how
+
+    def forward(self, x, t):
+        x = self.first(x)
+        if self._how == "own":
+            h = OwnCheckpoint.apply(self.layer, x, *self.layer.parameters())
+        else:
+            h = checkpoint(self.layer, x, use_reentrant=self._how == "reentrant")
+        return self.last(torch.tanh(h))
+
+
+@pytest.mark.parametrize("how", ["own", "reentrant", "not reentrant"])
+@pytest.mark.parametrize("what", ["K-FAC", "rows", "GGN"])
+def test_checkpoints_go_through_or_are_named(what, how):
+    model = Recomputed(how).double()
+    regression = plain_regression(model, (3,), count=3, num_draws=2)
+
+    def run():
+        if what == "GGN":
+            return to_dense(DiffusionGGNLinearOperator(regression))
+        if what == "rows":
+            return ExampleGradientLinearOperator(regression).rows()
+        return DiffusionKFACLinearOperator(regression, fisher_type="type-2")
+
+    if how == "not reentrant" and what != "GGN":
+        found = run()
+        if what == "rows":
+            assert_close(found, example_gradients(regression, list(model.parameters())), 1e-12)
+        else:
+            G = dense_ggn(regression, list(model.parameters()))
+            assert_close(found.trace(), G.trace(), 0.5)
+        return
+    with pytest.raises(ValueError, match=r"recomputed in the backward pass.*gradient checkpoints"):
+        run()
+
+
+def test_other_errors_of_the_network_are_its_own():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x, t):
+            return self.layer(x) @ torch.ones(7, 7).double()
+
+    regression = plain_regression(Broken().double(), (3,))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        DiffusionKFACLinearOperator(regression)
+
+
+def test_the_plain_network_is_left_alone():
+    model = seeded(nn.Linear(3, 3), nn.SiLU(inplace=True), nn.Linear(3, 3))
+    regression = plain_regression(model, (3,), count=3)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    DiffusionGGNLinearOperator(regression) @ torch.ones(24).double()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
