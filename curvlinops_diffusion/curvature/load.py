@@ -8,7 +8,6 @@ from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
 from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.storage import load_blocks
-from curvlinops_diffusion.runtime.modes import uncompiled
 
 _KINDS: dict[str, type[BlockDiagonalLinearOperator]] = {
     cls.KIND: cls
@@ -40,7 +39,7 @@ def load_operator(path: str | PathLike[str], model: nn.Module) -> BlockDiagonalL
         >>> type(K).__name__
         'DiffusionKFACLinearOperator'
     """
-    kind, space, blocks, info = load_blocks(path, uncompiled(model))
+    kind, space, blocks, info = load_blocks(path, model)
     if kind not in _KINDS:
         raise ValueError(f"'{path}' holds an operator of unknown kind {kind!r}.")
     return _KINDS[kind].of_blocks(space, blocks, info)

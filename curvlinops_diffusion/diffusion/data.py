@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from curvlinops_diffusion.diffusion.checks import check_condition, check_images
-from curvlinops_diffusion.diffusion.conditions import rows_of
+from curvlinops_diffusion.diffusion.conditions import leaves, rows_of
 from curvlinops_diffusion.runtime.checks import check_count
 
 _ACCEPTED = (
@@ -75,11 +76,9 @@ class CleanData:
     def __init__(self, data: Any, batch_size: int):
         check_count("batch_size", batch_size)
         self._source: Source = _batch_source(data, batch_size)
-        own_batches = isinstance(data, DataLoader) or not isinstance(
-            data, Tensor | Mapping | Dataset
-        )
-        self.batch_size = None if own_batches else batch_size
-        if isinstance(data, Dataset | DataLoader):
+        by_items = isinstance(data, Tensor | Mapping | Dataset) or _is_map_style(data)
+        self.batch_size = batch_size if by_items else None
+        if isinstance(data, Dataset | DataLoader) or _is_map_style(data):
             self._check_same_twice()
         known = _known_length(data)
         self.num_examples = sum(len(b.indices) for b in self) if known is None else known
@@ -111,11 +110,35 @@ class CleanData:
         first, second = next(iter(self), None), next(iter(self), None)
         if first is None or second is None:
             return
-        if first.x0.shape != second.x0.shape or not torch.equal(first.x0, second.x0):
+        pairs = zip(_entries(first), _entries(second), strict=False)
+        varied = [name for (name, a), (_, b) in pairs if not _same(a, b)]
+        if varied or len(list(_entries(first))) != len(list(_entries(second))):
+            what = ", ".join(f"'{name}'" for name in varied) or "their entries"
             raise ValueError(
-                "Two iterations over the data began with different batches. Every pass must see "
-                "the same examples in the same order: switch shuffling and random augmentation off."
+                f"Two iterations over the data began with different batches: {what} varied. Every "
+                "pass must see the same examples in the same order: switch shuffling and random "
+                "augmentation (or a random choice of captions) off."
             )
+
+
+def _is_map_style(data: Any) -> bool:
+    """Whether items are got by their number, as of a ``datasets.Dataset``, which is no torch one.
+
+    Lists and other sequences of Python are of batches.
+    """
+    own = isinstance(data, Tensor | Mapping | Sequence | DataLoader | np.ndarray)
+    return not own and hasattr(data, "__getitem__") and hasattr(data, "__len__")
+
+
+def _entries(batch: CleanBatch) -> Iterator[tuple[str, Any]]:
+    yield "x0", batch.x0
+    yield from leaves(batch.condition)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    return type(a) is type(b) and repr(a) == repr(b)
 
 
 def _batch_source(data: Any, batch_size: int) -> Source:
@@ -131,14 +154,15 @@ def _batch_source(data: Any, batch_size: int) -> Source:
     if isinstance(data, DataLoader):
         _check_order(data)
         return _all_of(lambda: _iterate_loader(data))
-    if isinstance(data, Dataset):
+    if isinstance(data, Dataset) or _is_map_style(data):
         if not hasattr(data, "__len__"):  # a stream
             loader: DataLoader[Any] = DataLoader(data, batch_size)
             return _all_of(lambda: _iterate_loader(loader))
         return _ranges(len(data), batch_size, lambda chosen: _load(data, chosen))
-    if isinstance(data, Iterable) and not isinstance(data, str | bytes | Iterator):
+    if isinstance(data, Iterable) and not isinstance(data, str | bytes | Iterator | np.ndarray):
         return _all_of(lambda: data)
     hint = " (it can be iterated only once)" if isinstance(data, Iterator) else ""
+    hint = " (pass torch.from_numpy(...) of it)" if isinstance(data, np.ndarray) else hint
     raise ValueError(f"The data arrived as {type(data).__name__}{hint}. Pass {_ACCEPTED}.")
 
 
@@ -179,7 +203,7 @@ def _known_length(data: Any) -> int | None:
         return len(data)
     if isinstance(data, Mapping):
         return len(data["x0"])
-    if isinstance(data, Dataset) and hasattr(data, "__len__"):
+    if (isinstance(data, Dataset) and hasattr(data, "__len__")) or _is_map_style(data):
         return len(data)
     if isinstance(data, DataLoader):
         sampler: Any = data.sampler

@@ -42,6 +42,9 @@ class LatentEncoder:
 
         x0 = (m + s · η − shift_factor) · scaling_factor
 
+    or, if its config has them, with the channels' ``latents_mean`` in place of the shift and the
+    scaling divided by ``latents_std``.
+
     Args:
         vae: An ``AutoencoderKL`` or ``VQModel`` of ``diffusers``, or ``None`` to leave the images
             as they are.
@@ -52,6 +55,7 @@ class LatentEncoder:
         cache: A folder for what is computed: one file for each batch, named by a digest of the
             batch and the encoders' weights. So a second pass, and a second program, encode nothing.
         encoders: The modules that ``embed`` runs, for the digest.
+        settings: What else ``embed`` depends on (a tokenizer's length, say), as plain values.
 
     Raises:
         ValueError: If the autoencoder is of no known kind.
@@ -66,6 +70,7 @@ class LatentEncoder:
         pack: Callable[[Tensor], Tensor] | None = None,
         cache: str | PathLike[str] | None = None,
         encoders: Sequence[nn.Module] = (),
+        settings: Any = None,
     ):
         if vae is not None and not (hasattr(vae, "encode") and hasattr(vae, "config")):
             raise ValueError(
@@ -78,12 +83,16 @@ class LatentEncoder:
         self._pack = (lambda z: z) if pack is None else pack
         self._cache = None if cache is None else Path(cache)
         self._modules = [m for m in (vae, *encoders) if m is not None]
+        self._settings = settings
         self._weights: list[dict[str, str]] | None = None
 
     @property
     def description(self) -> str:
         """A digest of what the latents and embeddings depend on besides the data."""
-        return digest_of(self._fingerprints(), self._sample, self._embed, self._pack)
+        parts = [self._fingerprints(), self._sample, self._embed, self._pack]
+        plain = {"scaling_factor", "shift_factor"}
+        per_channel = {k: v for k, v in self._transform().items() if k not in plain}
+        return digest_of(*parts, *([per_channel] if per_channel else []))
 
     @torch.no_grad()
     def __call__(self, x0: Tensor, condition: dict[str, Any]) -> Encoded:
@@ -112,11 +121,39 @@ class LatentEncoder:
             mean, std = output.latent_dist.mean, output.latent_dist.std
         else:  # a VQModel has no distribution
             mean, std = output.latents, None
-        config = self._vae.config
-        scale = config.get("scaling_factor") or 1.0
-        mean = (mean - (config.get("shift_factor") or 0.0)) * scale
+        shift, scale = self._shift_and_scale(mean)
         std = None if std is None or not self._sample else self._pack(std * scale)
-        return Encoded(self._pack(mean), std, condition)
+        return Encoded(self._pack((mean - shift) * scale), std, condition)
+
+    def _transform(self) -> dict[str, Any]:
+        """The entries of the autoencoder's config that determine shift and scale."""
+        keys = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+        config = {} if self._vae is None else self._vae.config
+        return {key: config.get(key) for key in keys if config.get(key) is not None}
+
+    def _shift_and_scale(self, latents: Tensor) -> tuple[Any, Any]:
+        """What is subtracted from latents ``[B, C, ...]``, and what they are multiplied by.
+
+        Raises:
+            ValueError: If the autoencoder's config has two shifts.
+        """
+        found = self._transform()
+        shift, scale = found.get("shift_factor", 0.0), found.get("scaling_factor") or 1.0
+
+        def of_channels(key: str) -> Tensor:
+            values = torch.as_tensor(found[key]).to(latents)
+            return values.reshape(1, -1, *[1] * (latents.ndim - 2))
+
+        if "latents_mean" in found and shift:
+            raise ValueError(
+                f"The autoencoder's config has shift_factor={shift} and latents_mean. Keep the one "
+                "that the network was trained with."
+            )
+        if "latents_mean" in found:
+            shift = of_channels("latents_mean")
+        if "latents_std" in found:
+            scale = scale / of_channels("latents_std")
+        return shift, scale
 
     def _fingerprints(self) -> list[dict[str, str]]:
         """The encoders' fingerprints, computed once."""
@@ -125,7 +162,10 @@ class LatentEncoder:
         return self._weights
 
     def _digest(self, x0: Tensor, condition: dict[str, Any]) -> str:
-        digest = sha256(json.dumps([self._fingerprints(), self._sample, str(x0.dtype)]).encode())
+        key: list[Any] = [self._fingerprints(), self._sample, str(x0.dtype)]
+        if self._vae is not None or self._settings is not None:
+            key += [self._transform(), self._settings]
+        digest = sha256(json.dumps(key).encode())
         for name, value in [("x0", x0), *leaves(condition)]:
             digest.update(name.encode())
             if isinstance(value, Tensor):

@@ -25,7 +25,7 @@ from curvlinops_diffusion.runtime.digests import digest_of, name_of
 from curvlinops_diffusion.runtime.modes import (
     eager,
     replaced_parameters,
-    uncompiled,
+    unwrapped,
     without_checkpoints,
 )
 
@@ -113,7 +113,7 @@ class DenoisingObjective:
             raise ValueError(f"The model arrived as {type(model).__name__}. Pass an nn.Module.")
         if not any(p.is_floating_point() for p in model.parameters()):
             raise ValueError("The model has no floating-point parameters to take derivatives in.")
-        self.model = uncompiled(model)
+        self.model = unwrapped(model)
         self.process: NoiseProcess = noise_process(scheduler)
         self.weights_T = weight_table(weighting, self.process)
         self.reduction = check_option("reduction", reduction, Reduction)

@@ -5,7 +5,7 @@ A kind of pipeline is an entry of :data:`PIPELINES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
@@ -98,15 +98,27 @@ def _prompted(
     process: NoiseProcess | None = None,
     pack: Callable[[Tensor], Tensor] | None = None,
     model_kwargs: Callable[[Tensor, dict[str, Any]], Any] | None = None,
+    also: Sequence[str] = (),
 ) -> PipelineParts:
-    """Take a pipeline with prompts apart."""
+    """Take a pipeline with prompts apart; ``also``: entries that ``embed`` reads beside these."""
     encoders = [getattr(pipeline, f"text_encoder{i}", None) for i in ("", "_2", "_3")]
+    tokenizers = [getattr(pipeline, f"tokenizer{i}", None) for i in ("", "_2", "_3")]
+    settings = [[t.model_max_length, len(t)] for t in tokenizers if t is not None]
 
     def embed_prompts(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
         if "prompt" not in condition:
             raise ValueError(
                 f"A batch arrived with condition {sorted(condition)} for a pipeline with prompts. "
                 "Pass pairs (images, prompts), or dicts with keys 'x0' and 'prompt'."
+            )
+        unknown = sorted(condition.keys() - {"prompt", *also})
+        if unknown:
+            known = ", ".join(f"'{name}'" for name in ("prompt", *also))
+            raise ValueError(
+                f"A batch arrived with {unknown} beside the images, of which a "
+                f"{type(pipeline).__name__} makes nothing. It takes {known}. Leave the others out, "
+                "or pass denoiser and scheduler to DenoisingObjective, with an encode= that uses "
+                "them."
             )
         return embed(x0, condition)
 
@@ -128,6 +140,7 @@ def _prompted(
             pack=pack,
             cache=cache,
             encoders=[encoder for encoder in encoders if encoder is not None],
+            settings=settings,
         ),
         null_condition,
         model_kwargs,
@@ -151,7 +164,12 @@ def _stable_diffusion(pipeline: Any, sample: bool, cache: Cache) -> PipelinePart
 
 
 def _stable_diffusion_xl(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
-    """``StableDiffusionXLPipeline``; images count as uncropped and of the size they have."""
+    """``StableDiffusionXLPipeline``.
+
+    What training told the network of each image may stand beside the prompt: ``original_size`` and
+    ``crops_coords_top_left`` and ``target_size``, ``[B, 2]`` each (height or top first), or all of
+    it as ``time_ids``, ``[B, 6]``. Else images count as uncropped and of the size they have.
+    """
 
     def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
         states, _, pooled, _ = pipeline.encode_prompt(
@@ -159,13 +177,40 @@ def _stable_diffusion_xl(pipeline: Any, sample: bool, cache: Cache) -> PipelineP
             device=pipeline.text_encoder_2.device,
             do_classifier_free_guidance=False,
         )
-        H, W = x0.shape[2:]
-        # original size, top left corner of the crop, target size
-        sizes = torch.tensor([H, W, 0, 0, H, W], device=states.device, dtype=states.dtype)
-        added = {"text_embeds": pooled, "time_ids": sizes.repeat(len(states), 1)}
+        added = {"text_embeds": pooled, "time_ids": _time_ids(x0, condition).to(states)}
         return {"encoder_hidden_states": states, "added_cond_kwargs": added}
 
-    return _prompted(pipeline, pipeline.unet, embed, sample, cache)
+    also = ("original_size", "crops_coords_top_left", "target_size", "time_ids")
+    return _prompted(pipeline, pipeline.unet, embed, sample, cache, also=also)
+
+
+def _time_ids(x0: Tensor, condition: Mapping[str, Any]) -> Tensor:
+    """Original size, top left corner of the crop and target size of each image, ``[B, 6]``.
+
+    Raises:
+        ValueError: If an entry has another shape, or contradicts another.
+    """
+    B, _, H, W = x0.shape
+    parts = {"original_size": (H, W), "crops_coords_top_left": (0, 0), "target_size": (H, W)}
+    given = [name for name in parts if name in condition]
+    if "time_ids" in condition:
+        if given:
+            raise ValueError(f"A batch arrived with time_ids and {given}. Pass only one of them.")
+        return _of_shape("time_ids", condition["time_ids"], (B, 6))
+    columns = [
+        _of_shape(name, condition[name], (B, 2))
+        if name in condition
+        else torch.tensor(default).expand(B, 2)
+        for name, default in parts.items()
+    ]
+    return torch.cat([column.cpu().double() for column in columns], 1)
+
+
+def _of_shape(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
+    found = torch.as_tensor(value)
+    if found.shape != shape:
+        raise ValueError(f"{name} arrived with shape {tuple(found.shape)}. Pass numbers {shape}.")
+    return found
 
 
 def _stable_diffusion_3(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:

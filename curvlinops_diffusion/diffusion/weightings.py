@@ -70,7 +70,11 @@ class EDMWeighting(ProcessWeighting):
 
 
 class CosmapWeighting(ProcessWeighting):
-    """SD3's ``w = 2 / (π (1 - 2 s + 2 s²))`` in flow matching's ``s`` (Esser et al., 2024, 3.1)."""
+    """SD3's ``w = 2 / (π (1 - 2 s + 2 s²))`` in flow matching's ``s`` (Esser et al., 2024, 3.1).
+
+    ``diffusers``' training scripts of SD3 multiply it by ``s²``, unless they are run with
+    ``--precondition_outputs 0`` (see :class:`InverseVarianceWeighting`).
+    """
 
     def __call__(self, process: NoiseProcess) -> Tensor:
         """The weight of each level, float64, shape ``[T]``."""
@@ -79,7 +83,13 @@ class CosmapWeighting(ProcessWeighting):
 
 
 class InverseVarianceWeighting(ProcessWeighting):
-    """``w = 1 / sigma²``, called ``sigma_sqrt`` in ``diffusers``' training scripts of SD3."""
+    """``w = 1 / sigma²``, called ``sigma_sqrt`` in ``diffusers``' training scripts of SD3.
+
+    That is their weight with ``--precondition_outputs 0``. By default they compare clean images,
+    whose squared error is ``sigma²`` times that of the velocity, so that the weight in our units is
+    ``sigma²`` times the scheme's: ``weighting=None`` for their ``sigma_sqrt``, and the table
+    ``noise_process.sigmas_T.square()`` for their default, where the scheme's weight is one.
+    """
 
     def __call__(self, process: NoiseProcess) -> Tensor:
         """The weight of each level, float64, shape ``[T]``."""

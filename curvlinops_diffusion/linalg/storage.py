@@ -26,6 +26,7 @@ from curvlinops_diffusion.linalg.operator_files import (
 from curvlinops_diffusion.linalg.parameters import ParameterSpace
 from curvlinops_diffusion.linalg.placement import PlacedBlock
 from curvlinops_diffusion.runtime.digests import fingerprint
+from curvlinops_diffusion.runtime.modes import unwrapped
 
 
 def versions() -> dict[str, str]:
@@ -106,6 +107,9 @@ def load_blocks(
     header, tensors = read_file(path)
     own = dict(model.named_parameters())
     try:
+        if not all(name in own for name, _ in header["parameters"]):
+            model = unwrapped(model)
+            own = dict(model.named_parameters())
         _check_model(path, header, model, own)
         shapes = {name: tuple(shape) for name, shape in header["parameters"]}
         device = own[next(iter(shapes))].device

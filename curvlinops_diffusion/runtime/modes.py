@@ -1,4 +1,4 @@
-"""Modes that the network runs in: uncompiled, without checkpoints, in differentiable forms."""
+"""Modes that the network runs in: unwrapped, without checkpoints, in differentiable forms."""
 
 from __future__ import annotations
 
@@ -130,15 +130,20 @@ class _PlainFunctions(_ForwardMode):
     }
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The module that ``torch.compile`` wrapped; another module as it is.
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` or data parallelism wrapped; another module as it is.
 
     Both hold the same parameters. Hooks cut a compiled graph at every layer, which is compiled
-    anew for each, and slower than none (docs/performance.rst).
+    anew for each, and slower than none (docs/performance.rst); wrappers of data parallelism divide
+    batches, and prefix the parameters' names.
     """
-    inner = getattr(model, "_orig_mod", model)
-    assert isinstance(inner, nn.Module)
-    return inner
+    while True:
+        parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        inner = model.module if parallel else getattr(model, "_orig_mod", model)
+        assert isinstance(inner, nn.Module)
+        if inner is model:
+            return model
+        model = inner
 
 
 def replaced_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -506,3 +506,71 @@ def test_prediction_types_and_pairs(tmp_path):
     assert [p for c in clean for p in c.condition["prompt"]] == PROMPTS
     assert clean[0].select([1]).condition["prompt"] == PROMPTS[1:2]
     assert torch.equal(clean[0].x0, torch.zeros(2, 1, 2, 2))
+
+
+# ---------------------------------------------------------------------------------------------
+# What stands beside the images
+# ---------------------------------------------------------------------------------------------
+
+SIZES = torch.tensor([[640.0, 512.0], [300.0, 400.0]])
+CROPS = torch.tensor([[0.0, 64.0], [10.0, 0.0]])
+
+
+def told(objective, **beside):
+    data = {"x0": images(2, 3, 8, torch.float32), "prompt": PROMPTS[:2], **beside}
+    batch = next(NoisedRegression(objective, [data], 1).batches())
+    return batch.condition["added_cond_kwargs"]["time_ids"]
+
+
+def test_sizes_and_crops_of_stable_diffusion_xl(tmp_path):
+    """What training told the network of each image is what it is told."""
+    objective = DenoisingObjective.from_pipeline(made(stable_diffusion_xl, tmp_path))
+    plain = torch.tensor([[8.0, 8.0, 0.0, 0.0, 8.0, 8.0]]).expand(2, 6)
+    assert torch.equal(told(objective), plain)
+    whole = torch.cat([SIZES, CROPS, plain[:, 4:]], 1)
+    assert torch.equal(told(objective, original_size=SIZES, crops_coords_top_left=CROPS), whole)
+    assert torch.equal(told(objective, original_size=SIZES)[:, 2:], plain[:, 2:])
+    assert torch.equal(told(objective, target_size=SIZES)[:, 4:], SIZES)
+    assert torch.equal(told(objective, time_ids=whole), whole)
+    with pytest.raises(ValueError, match=r"time_ids and \['original_size'\]. Pass only one"):
+        told(objective, time_ids=whole, original_size=SIZES)
+    with pytest.raises(
+        ValueError, match=r"original_size arrived with shape \(2, 3\). Pass numbers"
+    ):
+        told(objective, original_size=torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"\['added_cond_kwargs'\] beside the images, of which"):
+        told(objective, added_cond_kwargs={"time_ids": whole})
+
+
+@pytest.mark.parametrize(
+    "make", [stable_diffusion, stable_diffusion_3, flux], ids=lambda make: make.__name__
+)
+def test_entries_that_nothing_uses_are_refused(make, tmp_path):
+    objective = DenoisingObjective.from_pipeline(made(make, tmp_path))
+    x0 = images(3, channels=3, dtype=torch.float32)
+    data = [{"x0": x0, "prompt": PROMPTS, "promt_2": torch.arange(3)}]
+    with pytest.raises(ValueError, match=r"with \['promt_2'\] beside the images, of which a .*Pip"):
+        next(NoisedRegression(objective, data, 1).batches())
+
+
+def test_latents_of_channels_with_means_of_their_own(tmp_path):
+    """As of SDXL-like and video autoencoders: ``(z − mean_c) scale / std_c``."""
+    x0 = images(2, 3, 8, torch.float32)
+    mean, std = [0.5, -1.0], [2.0, 0.25]
+    plain = vae(scaling_factor=1.0)
+    scaled = vae(scaling_factor=3.0, latents_mean=mean, latents_std=std)
+    scaled.load_state_dict(plain.state_dict())
+    raw, found = (LatentEncoder(v)(x0, {}) for v in (plain, scaled))
+    shift = torch.tensor(mean).reshape(1, 2, 1, 1)
+    scale = 3.0 / torch.tensor(std).reshape(1, 2, 1, 1)
+    assert_close(found.mean, (raw.mean - shift) * scale, 1e-6)
+    assert_close(found.std, raw.std * scale, 1e-6)
+    # the cache is of one transform
+    cached = LatentEncoder(plain, cache=tmp_path / "cache")(x0, {})
+    other = LatentEncoder(scaled, cache=tmp_path / "cache")(x0, {})
+    assert torch.equal(cached.mean, raw.mean)
+    assert torch.equal(other.mean, found.mean)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    twice = vae(shift_factor=0.1, latents_mean=mean)
+    with pytest.raises(ValueError, match=r"has shift_factor=0.1 and latents_mean. Keep the one"):
+        LatentEncoder(twice)(x0, {})

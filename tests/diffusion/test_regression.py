@@ -395,7 +395,23 @@ class Augmented(Images):
         return super().__getitem__(n) + torch.rand(1)
 
 
+class RandomCaptions(Dataset):
+    """The same images, each time with another of their captions."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, n):
+        self.calls += 1
+        return {"x0": images(4)[n], "class_labels": torch.tensor(self.calls % 7)}
+
+
 BAD_DATA = {
+    "random captions": (RandomCaptions(), r"batches: 'class_labels' varied. .*of captions\) off"),
+    "array": (images(4).numpy(), r"arrived as ndarray \(pass torch.from_numpy"),
     "no examples": (images(0), r"shape \(0, 1, 8, 8\). Pass non-empty batches"),
     "no batches": ([], r"The data is empty. Pass a tensor of clean examples"),
     "empty dataset": (TensorDataset(images(0)), "The data is empty"),
@@ -425,7 +441,7 @@ BAD_DATA = {
         DataLoader(Images("tensor"), batch_size=4, drop_last=True),
         "would leave out 3 of 7 examples. Pass drop_last=False",
     ),
-    "augmenting": (Augmented("tensor"), "random augmentation off"),
+    "augmenting": (Augmented("tensor"), "'x0' varied. .*random augmentation"),
 }
 
 
@@ -639,3 +655,44 @@ def test_the_time_comes_as_the_network_takes_it(kind, dtype):
 def test_whole_timesteps_stay_whole():
     regression = unet_regression(dtype=torch.float32)
     assert next(regression.batches()).timestep_B.dtype == torch.int64
+
+
+class Items:
+    """Map-style, as many data sets are, without being one of torch."""
+
+    def __init__(self, x0, labels=None):
+        self._x0, self._labels = x0, labels
+
+    def __len__(self):
+        return len(self._x0)
+
+    def __getitem__(self, n):
+        if self._labels is None:
+            return {"x0": self._x0[n]}
+        return {"x0": self._x0[n], "class_labels": self._labels[n]}
+
+
+def hugging_face(x0, labels=None):
+    import datasets
+
+    columns = {"x0": x0.tolist()} | ({} if labels is None else {"class_labels": labels.tolist()})
+    return datasets.Dataset.from_dict(columns).with_format("torch", dtype=torch.float64)
+
+
+@pytest.mark.parametrize("labels", [None, torch.tensor([0, 1, 2, 0, 1])])
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 4), (1, 4, 4)])
+@pytest.mark.parametrize("make", [Items, hugging_face])
+def test_map_style_data_of_any_kind(make, shape, labels):
+    """An item is an example, whatever its class inherits from; never a batch."""
+    x0 = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0)).double()
+    model = TimeBlind(nn.Identity(), nn.Linear(4, 4)).double()
+    whole = {"x0": x0} if labels is None else {"x0": x0, "class_labels": labels}
+    expected = regression_on(whole, model, batch_size=2)
+    found = regression_on(make(x0, labels), model, batch_size=2)
+    assert found.num_data == 5
+    assert found.batch_size == 2
+    for a, b in zip(found.batches(), expected.batches(), strict=True):
+        assert_close(a.x_t, b.x_t, 1e-6)
+        if labels is not None:
+            told = a.condition["class_labels"].long()
+            assert torch.equal(told, b.condition["class_labels"])

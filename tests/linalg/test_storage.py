@@ -267,3 +267,21 @@ def test_files_have_the_usual_permissions(regression, tmp_path):
     DiffusionKFACLinearOperator(regression).save(tmp_path / "file")
     (tmp_path / "other").touch()
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_wrapped_models(tmp_path):
+    """Of data parallelism or ``torch.compile``: names are the model's own, files open with both."""
+    model = make_model()
+    expected = DiffusionKFACLinearOperator(plain_regression(model, (1, 4, 4)))
+    path = tmp_path / "operator.safetensors"
+    for wrapped in (
+        nn.DataParallel(model),
+        torch.compile(model),
+        torch.compile(nn.DataParallel(model)),
+    ):
+        found = DiffusionKFACLinearOperator(plain_regression(wrapped, (1, 4, 4)))
+        assert found.param_names == expected.param_names
+        assert_close(to_dense(found), to_dense(expected), 1e-14)
+        found.save(path)
+        for opened in (load_operator(path, model), load_operator(path, wrapped)):
+            assert torch.equal(to_dense(opened), to_dense(found))
