@@ -43,9 +43,7 @@ def of_positions(module):
     """A module on ``[N, S, C]`` as one on images."""
 
     def call(h):
-        # contiguous: torch 2.14's own gradient of a batch norm in eval mode is wrong for an example
-        # alone whose pixels lie otherwise in memory (on a CPU)
-        return module(h.flatten(2).mT).mT.reshape(h.shape).contiguous()
+        return module(h.flatten(2).mT).mT.reshape(h.shape)
 
     return call
 
@@ -120,7 +118,7 @@ def _under_no_grad(call, h, t):
 
 def _varying(call, h, t):
     for _ in range(1 + int(t[0]) % 2):
-        h = call(h)
+        h = h + call(h)  # a norm twice in a row would be the same as once, but for 1e-8
     return h
 
 
@@ -205,7 +203,9 @@ networks = st.lists(steps, min_size=1, max_size=4)
 def problem(model):
     """Each draw has one noise level; where the calls depend on it, batches of several couple."""
     objective = DenoisingObjective(model, noise_levels())
-    data = images(3, channels=C, size=SIZE)
+    # no batch of one example: torch 2.14's own gradient of a batch norm is wrong there (on a CPU),
+    # where the pixels of image or gradient lie in memory as those of channels_last
+    data = images(4, channels=C, size=SIZE)
     return NoisedRegression(objective, data, timesteps=[2, 7], batch_size=2)
 
 
@@ -330,7 +330,7 @@ OPTIONS = {
 
 def test_random_networks():
     COUNTED.clear()
-    settings(max_examples=40, **OPTIONS)(given(networks)(compared))()
+    settings(max_examples=30, **OPTIONS)(given(networks)(compared))()
     for what in ("rows", "product", "GGN", "K-FAC", "EK-FAC"):
         assert COUNTED[what, "right"] > 0.6 * COUNTED["rows", "right"], COUNTED
 
