@@ -15,7 +15,7 @@ from diffusers.utils.logging import disable_progress_bar
 
 from curvlinops_diffusion.cli.images.labels import Condition
 from curvlinops_diffusion.cli.images.preprocessing import Form
-from curvlinops_diffusion.cli.options import ModelOptions
+from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 
 disable_progress_bar()  # of loading; the passes have their own
@@ -46,12 +46,14 @@ class Network:
         return Form(self.channels, self.size, resolution, self.multiple)
 
 
-def load_network(options: ModelOptions) -> Network:
+def load_network(options: FitOptions | ScoreOptions) -> Network:
     """Load what the options name; weights only from safetensors files.
 
     Raises:
-        ValueError: If they name no network, or it cannot be loaded.
+        ValueError: If they name no network, or it cannot be loaded; or if a condition was dropped
+            that it does not take.
     """
+    objective_options = options.objective_options()
     given = [options.pipeline is not None, options.model is not None]
     if sum(given) != 1 or (options.model is None) != (options.scheduler is None):
         raise ValueError(
@@ -73,7 +75,11 @@ def load_network(options: ModelOptions) -> Network:
             if isinstance(part, torch.nn.Module):
                 part.eval()
         objective = DenoisingObjective.from_pipeline(
-            pipeline, latent_cache=options.latent_cache, autocast=autocast
+            pipeline,
+            latent_cache=options.latent_cache,
+            condition_dropout=options.condition_dropout,
+            autocast=autocast,
+            **objective_options,
         )
         return _network(objective, pipeline)
     assert options.model is not None
@@ -85,8 +91,16 @@ def load_network(options: ModelOptions) -> Network:
             f"The network of '{options.model}' takes embeddings of prompts. Pass --pipeline FOLDER "
             "with its text encoder."
         )
+    if options.condition_dropout > 0:
+        raise ValueError(
+            f"--condition-dropout {options.condition_dropout} arrived with --model, which does not "
+            "say what a dropped condition is replaced by. Pass --pipeline FOLDER."
+        )
     scheduler = _scheduler(options.scheduler)
-    return _network(DenoisingObjective(model.to(device).eval(), scheduler, autocast=autocast), None)
+    objective = DenoisingObjective(
+        model.to(device).eval(), scheduler, autocast=autocast, **objective_options
+    )
+    return _network(objective, None)
 
 
 def _network(objective: DenoisingObjective, pipeline: Any) -> Network:

@@ -13,7 +13,10 @@ _COUNTS = (
     *("resolution", "batch_size", "num_draws", "query_draws", "query_block"),
     *("mc_samples", "gradient_group", "top"),
 )
-_NOT_NEGATIVE = ("damping", "checkpoint_every", "timeout")
+_NOT_NEGATIVE = (
+    *("damping", "checkpoint_every", "timeout"),
+    *("snr_gamma", "condition_dropout", "noise_offset", "input_perturbation"),
+)
 
 
 class Checked:
@@ -64,6 +67,46 @@ class ModelOptions(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingOptions(Checked):
+    """The loss that the network was trained with; the same for fit and score.
+
+    Attributes:
+        weighting: The weight of each noise level. Default: one.
+        snr_gamma: The cap of --weighting min-snr.
+        reduction: Whether squared errors are averaged or summed over the entries of an image.
+        timesteps: How training drew timesteps.
+        condition_dropout: How often training dropped the prompt or label.
+        noise_offset: The strength of training's offset noise.
+        input_perturbation: The strength of training's input perturbation.
+    """
+
+    weighting: Literal["min-snr", "cosmap", "inverse-variance"] | None = None
+    snr_gamma: float = 5.0
+    reduction: Literal["mean", "sum"] = "mean"
+    timesteps: Literal["stratified", "uniform", "logit-normal"] = "stratified"
+    condition_dropout: float = 0.0
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
+
+    def objective_options(self) -> dict[str, Any]:
+        """Arguments of ``DenoisingObjective``."""
+        from curvlinops_diffusion.diffusion import weightings  # needs PyTorch, --help does not
+
+        made = {
+            "min-snr": lambda: weightings.MinSNRWeighting(self.snr_gamma),
+            "cosmap": weightings.CosmapWeighting,
+            "inverse-variance": weightings.InverseVarianceWeighting,
+        }
+        weighting = None if self.weighting is None else made[self.weighting]()
+        return {"weighting": weighting, "reduction": self.reduction}
+
+    def regression_options(self) -> dict[str, Any]:
+        """Arguments of ``NoisedRegression``."""
+        names = ("timesteps", "noise_offset", "input_perturbation")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageOptions(Checked):
     """Options that turn images into what the network was trained on.
 
@@ -102,7 +145,7 @@ class RunOptions(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitOptions(ModelOptions, ImageOptions, RunOptions):
+class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     """Fit K-FAC or EK-FAC to training images.
 
     Attributes:
@@ -138,7 +181,7 @@ class FitOptions(ModelOptions, ImageOptions, RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions(ModelOptions, ImageOptions, RunOptions):
+class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     """Score every training image for every query.
 
     Attributes:

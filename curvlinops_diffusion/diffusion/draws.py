@@ -97,6 +97,17 @@ class Draws:
         noise = self._normal(_Stream.NOISE, n_B, self._sampled(r), shape)
         return -noise if self.antithetic and r % 2 else noise
 
+    def noise_offset(self, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
+        """One number for each channel of draw ``r``, ``[B, C, 1, …]``, signed as :meth:`noise`."""
+        of_channels = (shape[0], *[1] * (len(shape) - 1))
+        offset = self._normal(_Stream.OFFSET, n_B, self._sampled(r), of_channels)
+        return -offset if self.antithetic and r % 2 else offset
+
+    def perturbation(self, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
+        """Noise of draw ``r`` that the input alone sees, ``[B, *shape]``, signed likewise."""
+        noise = self._normal(_Stream.PERTURBATION, n_B, self._sampled(r), shape)
+        return -noise if self.antithetic and r % 2 else noise
+
     def latent_noise(self, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
         """Draw what samples the latents of draw ``r``, ``[B, *shape]``; as :meth:`noise`."""
         return self._normal(_Stream.LATENT, n_B, self._sampled(r), shape)

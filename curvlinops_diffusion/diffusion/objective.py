@@ -250,6 +250,7 @@ class DenoisingObjective:
         eps: Tensor,
         indices: Sequence[int],
         draw: int,
+        input_eps: Tensor | None = None,
     ) -> NoisedBatch:
         """Noise clean examples, on the model's device.
 
@@ -260,18 +261,22 @@ class DenoisingObjective:
             eps: Noise, of the shape of ``x0``.
             indices: The examples' indices within the data.
             draw: The number of the draw.
+            input_eps: The noise of the input, where it is not that of the target.
 
         Returns:
             The noised batch.
         """
-        x0, eps = (z.to(self.device, self.working_dtype) for z in (x0, eps))
+        x0, eps, input_eps = (
+            z.to(self.device, self.working_dtype)
+            for z in (x0, eps, eps if input_eps is None else input_eps)
+        )
         target_BD = self.process.target(x0, eps, level_B).flatten(1)
         r = 1 / target_BD.shape[1] if self.reduction is Reduction.MEAN else 1.0
         return NoisedBatch(
             indices,
             draw,
             level_B,
-            self.process.noised(x0, eps, level_B).to(self.dtype),
+            self.process.noised(x0, input_eps, level_B).to(self.dtype),
             self._timestep(level_B),
             {key: self.to_model(value) for key, value in condition.items()},
             target_BD,

@@ -29,6 +29,8 @@ class _Stream(IntEnum):
     CONDITION = 4
     AUGMENTATION = 5
     FUNCTION = 6
+    OFFSET = 7
+    PERTURBATION = 8
 
 
 def _generator(

@@ -20,6 +20,7 @@ from curvlinops_diffusion.diffusion.conditions import has_rows, leaves, mapped, 
 from curvlinops_diffusion.diffusion.data import CleanBatch, CleanData, Wanted
 from curvlinops_diffusion.diffusion.draws import Draws, make_draws
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
+from curvlinops_diffusion.diffusion.recipe import Recipe
 from curvlinops_diffusion.runtime.digests import fingerprint, name_of, raw_bytes
 from curvlinops_diffusion.runtime.modes import twice_differentiable
 
@@ -129,7 +130,8 @@ class NoisedRegression:
 
         L(θ) = 1/N Σ_n 1/R Σ_r w_t r_D ‖f_θ(x_t, t, c) − y_t‖²
 
-    Iterating yields ``(X, y)`` with ``√(w_t r_D D)`` folded into both sides, so that with
+    (with a factor for each example, if ``example_weights`` are given). Iterating yields ``(X, y)``
+    with ``√(w_t r_D D)`` folded into both sides, so that with
     :attr:`model_func` and :attr:`loss_func` (the mean squared error) *any* ``curvlinops`` operator
     works on it::
 
@@ -162,10 +164,17 @@ class NoisedRegression:
             gradients vary less, as these are nearly linear in the noise where they are largest,
             at little noise; those of curvature vary more, as it is nearly even in the noise.
         draws: The draws themselves, in place of what they are made of above.
+        noise_offset: The strength ``s`` of training's offset noise: ``eps + s o`` in place of
+            ``eps``, with ``o ~ N(0, 1)`` one number for each channel of a draw.
+        input_perturbation: The strength ``γ`` of training's input perturbation: the input is noised
+            with ``eps + γ eps'``, and the target is that of ``eps`` (Ning et al., 2023,
+            Algorithm 1).
+        example_weights: A factor ``≥ 0`` of each example's loss, ``[N]`` (prior preservation, say).
 
     Attributes:
         objective: The denoising objective.
         draws: The draws.
+        recipe: Offset noise, perturbed inputs, weights of examples.
         model_func: Maps ``X`` to the scaled prediction, shape ``[B, D]``. Runs attention and some
             other functions in plain forms, which forward-mode and second derivatives need.
         loss_func: The mean squared error.
@@ -195,6 +204,9 @@ class NoisedRegression:
         augment: Any = None,
         antithetic: bool = False,
         draws: Draws | None = None,
+        noise_offset: float = 0.0,
+        input_perturbation: float = 0.0,
+        example_weights: Any = None,
     ):
         if not isinstance(objective, DenoisingObjective):
             raise ValueError(
@@ -206,6 +218,9 @@ class NoisedRegression:
         self.draws = made
         self._data = CleanData(data, batch_size)
         self._augmentations = augmentations(augment)
+        self.recipe = Recipe.of(
+            noise_offset, input_perturbation, example_weights, self._data.num_examples
+        )
         self._data_identity: dict[str, Any] = {}  # shared with copies of other draws
         self.tried: set[tuple[bool, ...]] = set()  # modes in which the network was tried out
         names = getattr(data, "names", None)  # a tensor's are those of its axes
@@ -315,6 +330,7 @@ class NoisedRegression:
             "antithetic": self.draws.antithetic,
             "num_levels": self.draws.num_levels,
             "augmentations": [name_of(f) for f in self._augmentations],
+            **self.recipe.description,
             **self.objective.description,
         }
 
@@ -353,8 +369,10 @@ class NoisedRegression:
             if dropout > 0:
                 dropped_B = draws.dropped(indices, r, dropout)
                 condition = self.objective.drop_condition(condition, dropped_B)
-            eps, level_B = draws.noise(indices, r, shape), draws.levels(indices, r)
-            yield self.objective.noise(x0, condition, level_B, eps, indices, r)
+            eps, input_eps = self.recipe.noise(draws, indices, r, shape)
+            level_B = draws.levels(indices, r)
+            batch = self.objective.noise(x0, condition, level_B, eps, indices, r, input_eps)
+            yield replace(batch, weight_B=self.recipe.weighted(batch.weight_B, indices))
 
     def grouped_batches(
         self, clean: CleanBatch, examples: int, draws: int

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from curvlinops_diffusion import (
     DenoisingObjective,
     ExampleGradientLinearOperator,
+    MinSNRWeighting,
     NoisedRegression,
     influence_scores,
     load_operator,
@@ -252,3 +253,36 @@ def test_several_processes(fitted, tmp_path):
     torch.testing.assert_close(
         two @ v, one @ v, rtol=1e-3, atol=1e-4 * float((one @ v).abs().max())
     )
+
+
+RECIPE = [
+    *("--weighting", "min-snr", "--snr-gamma", 2.0, "--reduction", "sum"),
+    *("--timesteps", "uniform", "--noise-offset", 0.1, "--input-perturbation", 0.2),
+]
+
+
+def test_the_loss_of_training(folder, tmp_path, capsys):
+    """Options of training reach objective and draws; ``score`` refuses others than ``fit``'s."""
+    output, scores = tmp_path / "recipe.safetensors", tmp_path / "scores.safetensors"
+    assert run(arguments(folder, "fit", "--output", output, *RECIPE)) == 0
+    described = read_header(output)["info"]["regression"]
+    pipeline = DDPMPipeline.from_pretrained(folder / "pipeline")
+    expected = DenoisingObjective(
+        pipeline.unet, pipeline.scheduler, MinSNRWeighting(2.0), "sum"
+    ).description
+    assert {key: described[key] for key in expected} == expected
+    assert described["noise_offset"] == 0.1
+    assert described["input_perturbation"] == 0.2
+    assert "Uniform" in described["timesteps"]
+    score = arguments(folder, "score", "--operator", output, "--output", scores)
+    assert run([*score, *map(str, RECIPE)]) == 0
+    assert scores.exists()
+    scores.unlink()
+    capsys.readouterr()
+    assert run(score) == 2
+    told = capsys.readouterr().err
+    assert "was fitted with another objective" in told
+    for what in ("weighting", "reduction", "timesteps", "noise_offset", "input_perturbation"):
+        assert what in told
+    assert run([*score, *map(str, RECIPE), "--condition-dropout", "0.1"]) == 2
+    assert "pipeline without a condition" in capsys.readouterr().err

@@ -81,4 +81,5 @@ def training_regression(
         batch_size=options.batch_size,
         augment=options.augment,
         antithetic=antithetic,
+        **options.regression_options(),
     )

@@ -26,7 +26,10 @@ from curvlinops_diffusion.runtime.files import check_same
 from curvlinops_diffusion.runtime.passes import PassOptions
 
 # what of a regression's description fit and score must share
-_OBJECTIVE = ("prediction_type", "reduction", "num_levels", "process", "weighting", "encoder")
+_OBJECTIVE = (
+    *("prediction_type", "reduction", "num_levels", "process", "weighting", "encoder"),
+    *("timesteps", "condition_dropout", "noise_offset", "input_perturbation"),
+)
 
 
 def score(options: ScoreOptions) -> None:
@@ -87,6 +90,7 @@ def _query_regression(
         options.seed + 1,
         batch_size=options.batch_size,
         antithetic=in_pairs(options.query_draws),
+        **options.regression_options(),
     )
 
 
@@ -149,10 +153,14 @@ def _check_same_objective(
     """Curvature and gradients must be of one loss; draws and precision are free."""
     here = json.loads(json.dumps(train.description))
     there = info.get("regression", {})
+    # what of a recipe is not used is not described
+    unused = dict.fromkeys(("noise_offset", "input_perturbation"), 0.0)
+    here, there = ({**unused, **described} for described in (here, there))
     known = [key for key in _OBJECTIVE if key in there and key in here]
     check_same(
         {key: there[key] for key in known},
         {key: here[key] for key in known},
         f"'{options.operator}' was fitted with another objective",
-        "Pass the pipeline, or model and scheduler, that it was fitted with.",
+        "Pass the pipeline, or model and scheduler, that it was fitted with, and the same options "
+        "of training.",
     )
