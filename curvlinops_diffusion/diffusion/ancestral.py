@@ -41,12 +41,14 @@ class AncestralSteps:
         previous_T: ``ᾱ_{t−1}``, that of the level that a step leads to; 1 for the data.
         variance_T: ``σ_t²``.
         small_T: ``β̃_t = β_t (1 − ᾱ_{t−1}) / (1 − ᾱ_t)``.
+        clip_range: What predicted clean examples are clipped to; ``None`` for no clipping.
     """
 
     process: NoiseProcess
     previous_T: Tensor
     variance_T: Tensor
     small_T: Tensor
+    clip_range: float | None = None
 
     @classmethod
     def of(
@@ -108,10 +110,13 @@ class AncestralSteps:
         """The step's mean from the states of a batch, shape ``[B, D]``."""
         x_BD = batch.x_t.flatten(1).to(prediction_BD)
         of_x0_B1, of_x_B1 = self._mean_coefficients(batch, prediction_BD)
-        return of_x0_B1 * self.process.clean(x_BD, prediction_BD, batch.level_B) + of_x_B1 * x_BD
+        x0_BD = self.process.clean(x_BD, prediction_BD, batch.level_B)
+        if self.clip_range is not None:
+            x0_BD = x0_BD.clamp(-self.clip_range, self.clip_range)
+        return of_x0_B1 * x0_BD + of_x_B1 * x_BD
 
     def prediction_for(self, batch: NoisedBatch, mean_BD: Tensor) -> Tensor:
-        """The prediction whose step has a given mean: the inverse of :meth:`mean`.
+        """The prediction whose step has a given mean: the inverse of :meth:`mean`, unclipped.
 
         Zero at levels where the mean does not depend on the prediction.
         """

@@ -57,6 +57,8 @@ class NoiseProcess:
         prediction_type: What the network regresses: a key of :data:`PREDICTIONS`.
         variance: Which variance ancestral sampling adds, ``'small'`` (that of the posterior given
             ``x0``) or ``'large'`` (``beta_t``).
+        clip_range: What ancestral sampling clips predicted clean examples to, ``[-c, c]``; ``None``
+            for no clipping.
     """
 
     alphas_T: Tensor
@@ -64,6 +66,7 @@ class NoiseProcess:
     timesteps_T: Tensor
     prediction_type: PredictionType | str
     variance: str = "small"
+    clip_range: float | None = None
 
     def __post_init__(self) -> None:
         """Check the prediction type.
@@ -157,6 +160,21 @@ class NoiseProcess:
         a_T, b_T = self.target_coefficients()
         determinant_T = b_T * self.alphas_T - a_T * self.sigmas_T
         return torch.where((determinant_T - 1).abs() < 1e-14, 1.0, determinant_T)
+
+    def check_clean_is_told(self, level_B: Tensor, what: str) -> None:
+        """Check that predictions at some levels stand for clean examples.
+
+        Raises:
+            ValueError: If at one there is no signal, and the network predicts the noise.
+        """
+        silent = (self.determinant_T() == 0) & (self.target_coefficients()[1] != 0)
+        if silent[level_B].any():
+            level = int(level_B[silent[level_B]][0])
+            raise ValueError(
+                f"Noise level {level} has no signal (zero terminal signal-to-noise ratio), where a "
+                f"prediction of the noise says nothing of x0, and {what} does not exist. Leave "
+                "that level out, or predict 'v_prediction' or 'sample'."
+            )
 
     def clean_coefficients(self) -> tuple[Tensor, Tensor]:
         """The coefficients of ``x_t`` and ``y`` in ``x0``, shape ``[T]``.

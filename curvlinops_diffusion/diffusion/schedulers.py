@@ -111,4 +111,6 @@ def _variance_preserving(scheduler: Any) -> NoiseProcess:
         timesteps_T = 0.25 * (sigmas_T / alphas_T).log().float()
     large = str(scheduler.config.get("variance_type", "fixed_small")).startswith("fixed_large")
     variance = "large" if large else "small"
-    return NoiseProcess(alphas_T, sigmas_T, timesteps_T, PredictionType(name), variance)
+    clips = scheduler.config.get("clip_sample", False)
+    clip_range = float(scheduler.config.get("clip_sample_range", 1.0)) if clips else None
+    return NoiseProcess(alphas_T, sigmas_T, timesteps_T, PredictionType(name), variance, clip_range)

@@ -24,6 +24,8 @@ from curvlinops_diffusion import (
     load_operator,
 )
 from curvlinops_diffusion.cli.commands import cost
+from curvlinops_diffusion.cli.network import load_network
+from curvlinops_diffusion.cli.options import FitOptions
 from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.cli.score_files import read_scores
 from curvlinops_diffusion.linalg.operator_files import read_header
@@ -171,6 +173,26 @@ def test_dry_run(fitted, capsys):
     # two network calls for each of 20 steps
     assert run(arguments(fitted, "score", "--dry-run", "--measurement", "log_likelihood")) == 0
     assert f"samples forward and backward   {21 + 8 * 40}" in capsys.readouterr().out
+
+
+def test_what_is_done_once_is_counted_once(fitted):
+    """Trying the network out takes longer than a batch here; with every batch it would be hours."""
+
+    def measured(fixed):
+        calls = []
+
+        def run(some):
+            calls.append(some.num_samples)
+            time.sleep(fixed + 0.002 * some.num_samples)
+
+        return cost._measured(regression, run), calls
+
+    network = load_network(FitOptions(pipeline=fitted / "pipeline", data=fitted, output=fitted))
+    regression = NoisedRegression(network.objective, torch.zeros(10, 1, 8, 8), 1)
+    found, calls = measured(fixed=0.3)
+    assert calls == [10, 20, 40]
+    assert 0.0015 <= found.seconds < 0.01
+    assert 0.2 < found.once < 0.4
 
 
 def test_the_cost_of_many_processes(monkeypatch):

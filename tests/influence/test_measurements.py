@@ -13,6 +13,7 @@ from curvlinops_diffusion import (
     DenoisingObjective,
     ExampleFunction,
     ExampleGradientLinearOperator,
+    LogLikelihood,
     MinSNRWeighting,
     NoisedRegression,
     NoiseProcess,
@@ -398,6 +399,62 @@ def test_targets_of_trajectories_are_finite():
     targets = [b.target_BD for b in TrajectoryRegression(objective, states, LEVELS).batches()]
     assert all(target_BD.isfinite().all() for target_BD in targets)
     assert targets[0].abs().min() > 0
+
+
+@pytest.mark.parametrize("clip", [None, 0.4, 1.0])
+def test_samplers_that_clip(clip):
+    """Trajectories are those of the scheduler's own steps, and their probability is of these."""
+    tables = 1e-4  # the scheduler computes in float32, and divides by 1 − ᾱ
+    model = problem().objective.model
+    s = DDPMScheduler(
+        num_train_timesteps=T,
+        beta_start=0.02,
+        beta_end=0.3,
+        clip_sample=clip is not None,
+        clip_sample_range=clip or 1.0,
+    )
+    objective = DenoisingObjective(model, s)
+    levels = list(range(T))[::-1]
+    states = record_trajectories(objective, (3, 1, 2, 2), levels, seed=4).double()
+    regression = TrajectoryRegression(objective, states, levels)
+    J = ExampleGradientLinearOperator(regression, measurement=regression.log_probability)
+    s.set_timesteps(T)
+    totals = torch.zeros(3).double()
+    for step, t in enumerate(levels):
+        x = states[:, step]
+        with torch.no_grad():
+            prediction = model(x, torch.tensor([t]))
+        made = s.step(prediction, t, x, generator=torch.Generator().manual_seed(t)).prev_sample
+        noise = torch.randn(
+            x.shape, generator=torch.Generator().manual_seed(t), dtype=torch.float64
+        )
+        std = s._get_variance(t).double().sqrt() if t > 0 else torch.zeros(()).double()
+        mean = made - std * noise
+        if t == 0:
+            assert_close(states[:, step + 1], mean, tables)
+        else:
+            totals += Normal(mean, std).log_prob(states[:, step + 1]).flatten(1).sum(1)
+    assert_close(J.values(), totals, tables)
+    rows = J.rows()
+    assert rows.isfinite().all()
+
+
+def test_levels_without_signal_are_refused_where_nothing_is_told():
+    alphas_T = torch.linspace(1, 0, T + 1, dtype=torch.float64)[1:].sqrt()
+    sigmas_T = (1 - alphas_T.square()).sqrt()
+    model = problem().objective.model
+    for kind in ("epsilon", "v_prediction", "sample"):
+        process = NoiseProcess(alphas_T, sigmas_T, torch.arange(T), PredictionType(kind))
+        objective = DenoisingObjective(model, process)
+        data = NoisedRegression(objective, torch.zeros(2, 1, 2, 2).double(), 1)
+        if kind == "epsilon":
+            with pytest.raises(ValueError, match=r"Noise level 5 has no signal .*the ancestral"):
+                record_trajectories(objective, (1, 1, 2, 2), [5, 3, 0])
+            with pytest.raises(ValueError, match=r"Noise level 5 has no signal .*probability flow"):
+                ExampleGradientLinearOperator(data, measurement=LogLikelihood(5)).values()
+            assert record_trajectories(objective, (1, 1, 2, 2), [4, 3, 0]).isfinite().all()
+        else:
+            assert record_trajectories(objective, (1, 1, 2, 2), [5, 3, 0]).isfinite().all()
 
 
 def test_conditions_of_trajectories():

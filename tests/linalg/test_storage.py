@@ -285,3 +285,19 @@ def test_wrapped_models(tmp_path):
         found.save(path)
         for opened in (load_operator(path, model), load_operator(path, wrapped)):
             assert torch.equal(to_dense(opened), to_dense(found))
+
+
+@pytest.mark.parametrize("place", [-1, -2001, -777])
+def test_a_flipped_bit_is_noticed(model, regression, tmp_path, place):
+    """Of the numbers: a header that is damaged is told as such already."""
+    path = tmp_path / "operator.safetensors"
+    operator = DiffusionEKFACLinearOperator(regression)
+    operator.save(path)
+    raw = bytearray(path.read_bytes())
+    (length,) = struct.unpack("<Q", raw[:8])
+    assert len(raw) + place > 8 + length
+    raw[place] ^= 0x10
+    path.write_bytes(raw)
+    for read in (lambda: load_operator(path, model), lambda: storage_module.read_blocks(path)):
+        with pytest.raises(ValueError, match="its numbers are not those that were written"):
+            read()

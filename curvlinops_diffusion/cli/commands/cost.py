@@ -19,6 +19,7 @@ from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.layers import covered_parameters
+from curvlinops_diffusion.layers.observable import observable
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.factors import eigendecomposition
 from curvlinops_diffusion.runtime.passes import PLAIN
@@ -65,12 +66,18 @@ def fit_cost(regression: NoisedRegression, options: FitOptions) -> Cost:
     """Measure a batch, and extrapolate."""
     kfac = KFACOptions(**options.kfac_options())
     coverage = covered_parameters(regression.objective.model, None, kfac.has_gradients)
+    first = _first_batch(regression)
+    coverage = observable(first, coverage, kfac.has_gradients)
     plan = BlockPlan.of(coverage, kfac)
     sizes = plan.factor_sizes()
-    first = _first_batch(regression)
-    run = _measured(first, lambda: fitted_factors(first, plan, PLAIN))
+
+    def fit(some: NoisedRegression) -> None:
+        observable(some, coverage, kfac.has_gradients)
+        fitted_factors(some, plan, PLAIN)
+
+    run = _measured(first, fit)
     samples = run.samples * regression.num_samples
-    seconds = run.seconds * regression.num_samples
+    seconds = run.once + run.seconds * regression.num_samples
     exact = sum(prod(block.moment_shape) for block in plan.exact)
     entries = sum(n * n for n in sizes) + exact
     itemsize, n = regression.objective.working_dtype.itemsize, num_processes()
@@ -102,10 +109,15 @@ def score_cost(
     """Measure a batch of training images, and one query; extrapolate."""
     first, one = _first_batch(train), _first_batch(query, 1)
     params = operator.param_names
-    J = ExampleGradientLinearOperator(first, params)
-    J_one = ExampleGradientLinearOperator(one, params, measurement=options.measurement)
-    own = _measured(first, lambda: list(J.row_batches()))
-    queried = _measured(one, lambda: list(J_one.row_batches()))
+
+    def rows(some: NoisedRegression) -> None:
+        list(ExampleGradientLinearOperator(some, params).row_batches())
+
+    def query_rows(some: NoisedRegression) -> None:
+        J = ExampleGradientLinearOperator(some, params, measurement=options.measurement)
+        list(J.row_batches())
+
+    own, queried = _measured(first, rows), _measured(one, query_rows)
     blocks = -(-query.num_data // options.query_block)
     passes = (blocks * train.num_samples, query.num_samples)
     P, itemsize, n = operator.shape[0], operator.dtype.itemsize, num_processes()
@@ -116,24 +128,44 @@ def score_cost(
         scores,
         n * scores,
         P * held * itemsize + sum(placed.num_bytes for placed in operator.blocks),
-        (passes[0] * own.seconds + passes[1] * queried.seconds) / n,
+        own.once + queried.once + (passes[0] * own.seconds + passes[1] * queried.seconds) / n,
     )
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """Time and work that a run takes for each sample of its data.
+    """Time and work that a run takes for each sample of its data, and time that it takes once.
 
     Attributes:
-        seconds: Time.
+        seconds: Time of a sample.
         samples: Samples that go through the network: more than one where it is called repeatedly.
+        once: Time before the first sample: the network is tried out.
     """
 
     seconds: float
     samples: float
+    once: float
 
 
-def _measured(regression: NoisedRegression, run: Callable[[], Any]) -> _Measured:
+# draws of a batch in the shorter and in the longer of two runs, whose difference is measured; two,
+# so that the network is tried out in both on as many samples
+_SHORT, _LONG = 2, 4
+
+
+def _measured(regression: NoisedRegression, run: Callable[[NoisedRegression], Any]) -> _Measured:
+    run(regression)  # a first one warms up
+    short, long = (_timed(regression.with_draws(draws), run) for draws in (_SHORT, _LONG))
+    more = (_LONG - _SHORT) * regression.num_data
+    # a busy machine may take longer for less
+    seconds = max(long[0] - short[0], long[0] / 10) / more
+    once = max(0.0, short[0] - seconds * _SHORT * regression.num_data)
+    return _Measured(seconds, (long[1] - short[1]) / more, once)
+
+
+def _timed(
+    regression: NoisedRegression, run: Callable[[NoisedRegression], Any]
+) -> tuple[float, int]:
+    """Seconds that a run takes, and samples that go through the network."""
     count = 0
 
     def add(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -141,17 +173,16 @@ def _measured(regression: NoisedRegression, run: Callable[[], Any]) -> _Measured
         tensors = [z for z in (*args, *kwargs.values()) if isinstance(z, Tensor) and z.ndim > 1]
         count += len(tensors[0])
 
-    run()  # a first one warms up
+    regression.tried.clear()
     hook = regression.objective.model.register_forward_pre_hook(add, with_kwargs=True)
     start = time.perf_counter()
     try:
-        run()
+        run(regression)
     finally:
         hook.remove()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    return _Measured(seconds / regression.num_samples, count / regression.num_samples)
+    return time.perf_counter() - start, count
 
 
 def _first_batch(regression: NoisedRegression, most: int | None = None) -> NoisedRegression:

@@ -49,7 +49,8 @@ class LogLikelihood(ObjectiveMeasurement):
         """The measurement for an objective.
 
         Raises:
-            ValueError: If there are fewer noise levels than steps.
+            ValueError: If there are fewer noise levels than steps, or one has no signal for a
+                network that predicts the noise.
         """
         check_count("num_steps", self.num_steps)
         T = objective.process.num_levels
@@ -58,6 +59,7 @@ class LogLikelihood(ObjectiveMeasurement):
                 f"num_steps={self.num_steps} arrived for {T} noise levels. Pass at most {T - 1}."
             )
         levels = torch.linspace(0, T - 1, self.num_steps + 1, dtype=torch.float64).round().long()
+        objective.process.check_clean_is_told(levels, "the velocity of the probability flow")
         return ExampleFunction(_Flow(objective, levels.tolist()))
 
 

@@ -32,8 +32,10 @@ class TrajectoryRegression(NoisedRegression):
 
         log p_θ(x_1, …, x_S | x_0) = Σ_s log N(x_{s+1}; μ_θ(x_s, t_s), σ_s² I)
 
-    ``measurement=trajectories.log_probability`` measures it: whole, or estimated without bias from
-    a subset of the steps (``num_draws``). A last step without noise does not count.
+    with ``μ_θ`` from the predicted clean example, clipped if the scheduler clips samples
+    (``clip_sample``). ``measurement=trajectories.log_probability`` measures it: whole, or estimated
+    without bias from a subset of the steps (``num_draws``). A last step without noise does not
+    count.
 
     Args:
         objective: The denoising objective; its noise must be variance-preserving.
@@ -80,7 +82,8 @@ class TrajectoryRegression(NoisedRegression):
     def description(self) -> dict[str, Any]:
         """Describe what determines the steps and their log-probability."""
         steps = self._steps
-        variances = digest_of(self._levels, steps.previous_T, steps.variance_T)
+        clip = [] if steps.clip_range is None else [steps.clip_range]
+        variances = digest_of(self._levels, steps.previous_T, steps.variance_T, *clip)
         return {**super().description, "steps": variances}
 
     def log_probability(self, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
@@ -150,7 +153,8 @@ def steps_between(
 
     Raises:
         ValueError: If the levels do not fall or do not exist, the noise process is not
-            variance-preserving, or the variance is unknown.
+            variance-preserving, the variance is unknown, or a level has no signal for a network
+            that predicts the noise.
     """
     T = objective.process.num_levels
     if not all(a > b for a, b in pairwise(levels)):
@@ -163,7 +167,9 @@ def steps_between(
     squared_T = objective.process.alphas_T.square()
     previous_T = torch.ones_like(squared_T)
     previous_T[index[:-1]] = squared_T[index[1:]]
-    return AncestralSteps.of(objective.process, variance, previous_T)
+    objective.process.check_clean_is_told(index, "the ancestral step from there")
+    steps = AncestralSteps.of(objective.process, variance, previous_T)
+    return replace(steps, clip_range=objective.process.clip_range)
 
 
 @torch.no_grad()
