@@ -173,6 +173,7 @@ def pulled_back(
         )
         prediction = regression.objective.predict(batch)
         handle.remove()
+        seen = [(x, out) for x, out in seen if out.requires_grad]
         outputs = [out for _, out in seen]
         for v in vectors(batch, prediction.detach()):
             grads = torch.autograd.grad(
@@ -182,6 +183,8 @@ def pulled_back(
                 yield from zip(seen[0][0], grads[0], strict=True)
                 continue
             pairs = [(x, g) for (x, _), g in zip(seen, grads, strict=True) if g is not None]
+            if not pairs:
+                continue
             a = torch.cat([shared_inputs(module, x) for x, _ in pairs], 1)
             b = torch.cat([shared_gradients(module, g) for _, g in pairs], 1)
             yield from zip(a, b, strict=True)

@@ -5,7 +5,7 @@ Legend: B batch, D entries of an image or output.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -55,35 +55,33 @@ class NoisedBatch:
     @staticmethod
     def interleaved(draws: Sequence[NoisedBatch]) -> NoisedBatch:
         """Several draws of the same examples as one batch, the draws of an example in a row."""
-        first = draws[0]
-        if len(draws) == 1:
-            return first
-
-        def in_a_row(*entries: Any) -> Any:
-            with_rows = isinstance(entries[0], Tensor) and entries[0].ndim > 0
-            return torch.stack(entries, 1).flatten(0, 1) if with_rows else entries[0]
-
-        merged = {
-            name: mapped(in_a_row, *(getattr(draw, name) for draw in draws)) for name in first.ROWS
-        }
-        return replace(first, indices=[n for n in first.indices for _ in draws], **merged)
+        indices = [n for n in draws[0].indices for _ in draws]
+        return NoisedBatch._merged(draws, indices, lambda rows: torch.stack(rows, 1).flatten(0, 1))
 
     @staticmethod
     def joined(batches: Sequence[NoisedBatch]) -> NoisedBatch:
         """The same draw of several lots of examples as one batch."""
+        return NoisedBatch._merged(
+            batches, [n for batch in batches for n in batch.indices], torch.cat
+        )
+
+    @staticmethod
+    def _merged(
+        batches: Sequence[NoisedBatch],
+        indices: Sequence[int],
+        merge: Callable[[tuple[Tensor, ...]], Tensor],
+    ) -> NoisedBatch:
+        """One batch, given how rows are merged; what has no rows is that of the first."""
         first = batches[0]
         if len(batches) == 1:
             return first
 
-        def one_after_another(*entries: Any) -> Any:
+        def merged(*entries: Any) -> Any:
             with_rows = isinstance(entries[0], Tensor) and entries[0].ndim > 0
-            return torch.cat(entries) if with_rows else entries[0]
+            return merge(entries) if with_rows else entries[0]
 
-        merged = {
-            name: mapped(one_after_another, *(getattr(batch, name) for batch in batches))
-            for name in first.ROWS
-        }
-        return replace(first, indices=[n for batch in batches for n in batch.indices], **merged)
+        rows = {name: mapped(merged, *(getattr(b, name) for b in batches)) for name in first.ROWS}
+        return replace(first, indices=indices, **rows)
 
     def loss(self, prediction_BD: Tensor) -> Tensor:
         """The losses ``ℓ_t = w_t r ‖f - y‖²``, shape ``[B]``."""

@@ -49,6 +49,10 @@ class CleanBatch:
     x0: Tensor
     condition: dict[str, Any]
 
+    def entries(self) -> list[tuple[str, Any]]:
+        """The examples and each entry of the condition, by name."""
+        return [("x0", self.x0), *leaves(self.condition)]
+
     def select(self, positions: Sequence[int]) -> CleanBatch:
         """The examples at some positions of the batch."""
         index = list(positions)
@@ -76,9 +80,9 @@ class CleanData:
     def __init__(self, data: Any, batch_size: int):
         check_count("batch_size", batch_size)
         self._source: Source = _batch_source(data, batch_size)
-        by_items = isinstance(data, Tensor | Mapping | Dataset) or _is_map_style(data)
+        by_items = isinstance(data, Tensor | Mapping) or _is_dataset(data)
         self.batch_size = batch_size if by_items else None
-        if isinstance(data, Dataset | DataLoader) or _is_map_style(data):
+        if isinstance(data, DataLoader) or _is_dataset(data):
             self._check_same_twice()
         known = _known_length(data)
         self.num_examples = sum(len(b.indices) for b in self) if known is None else known
@@ -110,9 +114,9 @@ class CleanData:
         first, second = next(iter(self), None), next(iter(self), None)
         if first is None or second is None:
             return
-        pairs = zip(_entries(first), _entries(second), strict=False)
-        varied = [name for (name, a), (_, b) in pairs if not _same(a, b)]
-        if varied or len(list(_entries(first))) != len(list(_entries(second))):
+        a, b = first.entries(), second.entries()
+        varied = [name for (name, x), (_, y) in zip(a, b, strict=False) if not _same(x, y)]
+        if varied or len(a) != len(b):
             what = ", ".join(f"'{name}'" for name in varied) or "their entries"
             raise ValueError(
                 f"Two iterations over the data began with different batches: {what} varied. Every "
@@ -121,18 +125,15 @@ class CleanData:
             )
 
 
-def _is_map_style(data: Any) -> bool:
-    """Whether items are got by their number, as of a ``datasets.Dataset``, which is no torch one.
+def _is_dataset(data: Any) -> bool:
+    """Whether items are got by their number (a ``datasets.Dataset`` is no torch one), or streamed.
 
     Lists and other sequences of Python are of batches.
     """
+    if isinstance(data, Dataset):
+        return True
     own = isinstance(data, Tensor | Mapping | Sequence | DataLoader | np.ndarray)
     return not own and hasattr(data, "__getitem__") and hasattr(data, "__len__")
-
-
-def _entries(batch: CleanBatch) -> Iterator[tuple[str, Any]]:
-    yield "x0", batch.x0
-    yield from leaves(batch.condition)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -154,7 +155,7 @@ def _batch_source(data: Any, batch_size: int) -> Source:
     if isinstance(data, DataLoader):
         _check_order(data)
         return _all_of(lambda: _iterate_loader(data))
-    if isinstance(data, Dataset) or _is_map_style(data):
+    if _is_dataset(data):
         if not hasattr(data, "__len__"):  # a stream
             loader: DataLoader[Any] = DataLoader(data, batch_size)
             return _all_of(lambda: _iterate_loader(loader))
@@ -203,7 +204,7 @@ def _known_length(data: Any) -> int | None:
         return len(data)
     if isinstance(data, Mapping):
         return len(data["x0"])
-    if (isinstance(data, Dataset) and hasattr(data, "__len__")) or _is_map_style(data):
+    if _is_dataset(data) and hasattr(data, "__len__"):
         return len(data)
     if isinstance(data, DataLoader):
         sampler: Any = data.sampler

@@ -94,19 +94,16 @@ class Draws:
 
         Always float32, so that models of every precision see the same noise.
         """
-        noise = self._normal(_Stream.NOISE, n_B, self._sampled(r), shape)
-        return -noise if self.antithetic and r % 2 else noise
+        return self._signed(_Stream.NOISE, n_B, r, shape)
 
     def noise_offset(self, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
         """One number for each channel of draw ``r``, ``[B, C, 1, …]``, signed as :meth:`noise`."""
         of_channels = (shape[0], *[1] * (len(shape) - 1))
-        offset = self._normal(_Stream.OFFSET, n_B, self._sampled(r), of_channels)
-        return -offset if self.antithetic and r % 2 else offset
+        return self._signed(_Stream.OFFSET, n_B, r, of_channels)
 
     def perturbation(self, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
         """Noise of draw ``r`` that the input alone sees, ``[B, *shape]``, signed likewise."""
-        noise = self._normal(_Stream.PERTURBATION, n_B, self._sampled(r), shape)
-        return -noise if self.antithetic and r % 2 else noise
+        return self._signed(_Stream.PERTURBATION, n_B, r, shape)
 
     def latent_noise(self, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
         """Draw what samples the latents of draw ``r``, ``[B, *shape]``; as :meth:`noise`."""
@@ -130,6 +127,11 @@ class Draws:
     def _uniform(self, stream: _Stream, n_B: Sequence[int], r: int) -> list[float]:
         """Numbers that both draws of a pair share."""
         return [_generator(self.seed, stream, n, self._sampled(r)).random() for n in n_B]
+
+    def _signed(self, stream: _Stream, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
+        """Normal numbers that both draws of a pair share but for the sign."""
+        drawn = self._normal(stream, n_B, self._sampled(r), shape)
+        return -drawn if self.antithetic and r % 2 else drawn
 
     def _normal(self, stream: _Stream, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
         return torch.stack(

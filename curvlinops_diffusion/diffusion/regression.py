@@ -306,7 +306,7 @@ class NoisedRegression:
         digest, sizes = sha256(), []
         for clean in self.clean_batches():
             sizes.append(len(clean.indices))
-            entries = [("x0", clean.x0), *leaves(clean.condition)]
+            entries = clean.entries()
             for position in range(sizes[-1]):
                 for name, value in entries:
                     digest.update(name.encode())

@@ -74,12 +74,9 @@ def observable(
         stacklevel=4,
     )
     kept = tuple(layer for layer in layers if not set(layer.params) & reasons.keys())
-    others = {
-        n: (coverage.others | reasons)[n]
-        for n in coverage.params
-        if n in coverage.others or n in reasons
-    }
-    return replace(coverage, layers=kept, others=others)
+    others = coverage.others | reasons
+    in_order = {name: others[name] for name in coverage.params if name in others}
+    return replace(coverage, layers=kept, others=in_order)
 
 
 def _unobservable(

@@ -32,7 +32,7 @@ RECIPES = {
 }
 
 
-def regression_with(model=None, **options):
+def regression_with(**options):
     model = seeded(nn.Conv2d(2, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 2, 1))
     objective = DenoisingObjective(model, noise_levels())
     return NoisedRegression(objective, images(4, 2, 3), 4, batch_size=3, **options)

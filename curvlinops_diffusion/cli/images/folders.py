@@ -35,12 +35,13 @@ class Files:
         what people put there; as images or classes they would shift the numbers of all others.
         """
         Image.init()
-        readable = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+        known = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+        readable = SUFFIXES & known
         images, left_out = [], []
         for path in sorted(_walk(folder)):
             relative = path.relative_to(folder)
             hidden = any(part.startswith(".") for part in relative.parts)
-            if not hidden and path.suffix.lower() in SUFFIXES & readable:
+            if not hidden and path.suffix.lower() in readable:
                 images.append(path)
             elif str(relative) != METADATA:
                 left_out.append(str(relative))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from curvlinops_diffusion.cli.images.arrays import read_arrays
 from curvlinops_diffusion.cli.images.folders import METADATA, Files, classes_of
 from curvlinops_diffusion.cli.images.labels import Classes, Condition, of_metadata
-from curvlinops_diffusion.cli.images.preprocessing import Form, upright
+from curvlinops_diffusion.cli.images.preprocessing import Form
 
 _ACCEPTED = (
     "Pass a folder of images (subfolders are classes; metadata.jsonl may give 'text' or 'label' "
@@ -38,11 +38,12 @@ class NamedImages(Dataset[dict[str, Any]]):
         load: Callable[[int], Tensor],
         conditions: dict[str, list[Any]] | None = None,
         classes: Classes | None = None,
+        left_out: Sequence[str] = (),
     ):
         self.names = names
         self.conditions = conditions or {}
         self.classes = classes
-        self.left_out: list[str] = []
+        self.left_out = left_out
         self._load = load
         self._first: tuple[str, Size] | None = None
 
@@ -142,7 +143,7 @@ def _folder(path: Path, form: Form) -> NamedImages:
         try:
             with Image.open(files[n]) as image:
                 image.load()
-                return form.tensor(upright(image), names[n])
+                return form.tensor(image, names[n])
         except FileNotFoundError as error:
             raise ValueError(
                 f"The image '{files[n]}' has vanished. Put it back, and start again to go on."
@@ -155,11 +156,8 @@ def _folder(path: Path, form: Form) -> NamedImages:
 
     metadata = path / METADATA
     if metadata.is_file():
-        images = NamedImages(names, load, of_metadata(metadata, names))
-    else:
-        images = NamedImages(names, load, classes=classes_of(names))
-    images.left_out = found.left_out
-    return images
+        return NamedImages(names, load, of_metadata(metadata, names), left_out=found.left_out)
+    return NamedImages(names, load, classes=classes_of(names), left_out=found.left_out)
 
 
 def _saved_dataset(path: Path, form: Form) -> NamedImages:
@@ -186,6 +184,4 @@ def _saved_dataset(path: Path, form: Form) -> NamedImages:
         numbers = [-1 if n is None else n for n in conditions.pop("class_labels")]
         classes = Classes(label.names, [label.names[n] if n >= 0 else None for n in numbers])
     names = [f"{path.name}[{n}]" for n in range(len(data))]
-    return NamedImages(
-        names, lambda n: form.tensor(upright(data[n][column]), names[n]), conditions, classes
-    )
+    return NamedImages(names, lambda n: form.tensor(data[n][column], names[n]), conditions, classes)

@@ -30,12 +30,13 @@ class Form:
     multiple: int = 1
 
     def tensor(self, image: Image.Image, name: str) -> Tensor:
-        """The image in [-1, 1], shape ``[C, H, W]``.
+        """The image in [-1, 1], shape ``[C, H, W]``, turned as its EXIF orientation says.
 
         Raises:
             ValueError: If it has another size than the network's, is transparent somewhere, or has
                 pixels of unknown range.
         """
+        image = ImageOps.exif_transpose(image)  # as training scripts and viewers do
         if image.mode == "F" or image.mode.startswith("I"):
             return self.sized(_deep(image, name).repeat(self.channels or 1, 1, 1), name)
         _check_opaque(image, name)
@@ -61,11 +62,6 @@ class Form:
                 f"of {self.multiple}. Pass --resolution {nearest} to resize."
             )
         return x
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says, as training scripts and viewers do."""
-    return ImageOps.exif_transpose(image)
 
 
 def _deep(image: Image.Image, name: str) -> Tensor:
