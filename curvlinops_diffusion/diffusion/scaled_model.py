@@ -1,0 +1,102 @@
+"""The network in the form that ``curvlinops`` wants: batches as mappings of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.conditions import leaves, mapped, named
+from curvlinops_diffusion.diffusion.data import CleanData
+from curvlinops_diffusion.diffusion.objective import DenoisingObjective
+from curvlinops_diffusion.runtime.modes import twice_differentiable
+
+# Under which the entries of a condition are named in a batch for ``curvlinops``
+_CONDITION = "condition"
+
+
+@dataclass(frozen=True)
+class _InBatch:
+    """Stands for an entry of the condition that a batch for ``curvlinops`` holds.
+
+    Attributes:
+        key: Its key there.
+    """
+
+    key: str
+
+
+class ScaledModel(nn.Module):
+    """The network as ``curvlinops`` wants it: a mapping in, ``√(w_t r D) f`` of ``[B, D]`` out.
+
+    Args:
+        objective: Supplies the network.
+        data: Tells the condition's form, should a batch arrive before one was made here.
+    """
+
+    def __init__(self, objective: DenoisingObjective, data: CleanData):
+        super().__init__()
+        self.model = objective.model
+        self._objective = objective
+        self._data = data
+        self._form: dict[str, Any] | None = None  # of the condition, without its tensors
+
+    def forward(self, X: Mapping[str, Tensor]) -> Tensor:
+        """Predict, in a form that can be differentiated in forward mode and twice.
+
+        Depends on the batch through tensors alone, so that a graph traced on one batch is right
+        for another.
+        """
+        if self._form is None:
+            first = self._objective.encode(next(iter(self._data)))
+            self._form = self._form_of(first.condition)
+        condition = mapped(lambda e: X[e.key] if isinstance(e, _InBatch) else e, self._form)
+        with twice_differentiable():
+            prediction_BD = self._objective.predict_from(X["x_t"], X["timestep"], condition)
+            return X["scale"].unsqueeze(1) * prediction_BD
+
+    def inputs(self, batch: NoisedBatch) -> dict[str, Tensor]:
+        """A batch as :meth:`forward` takes it: tensors by name.
+
+        Plain values of the condition (a flag, a number), which are the same for every batch, are
+        remembered instead.
+
+        Raises:
+            ValueError: If an entry of the condition is a list, or a plain value that changes.
+        """
+        scale_B = (batch.weight_B * batch.target_BD.shape[1]).sqrt()
+        X = {"x_t": batch.x_t, "timestep": batch.timestep_B, "scale": scale_B}
+        for name, value in leaves(batch.condition):
+            if isinstance(value, Tensor):
+                X[f"{_CONDITION}/{name}"] = value
+            elif isinstance(value, list):
+                raise ValueError(
+                    f"The condition '{name}' arrived as a list of {type(value[0]).__name__}. "
+                    "Operators of curvlinops take tensors: embed it by "
+                    "encode=LatentEncoder(embed=...) of the objective."
+                )
+        form = self._form_of(batch.condition)
+        if self._form not in (None, form):
+            raise ValueError(
+                f"Besides its tensors, the condition is {_shown(self._form)} in one batch and "
+                f"{_shown(form)} in another. Operators of curvlinops take tensors: pass what "
+                "changes as a tensor."
+            )
+        self._form = form
+        return X
+
+    @staticmethod
+    def _form_of(condition: Mapping[str, Any]) -> dict[str, Any]:
+        def formed(name: str, entry: Any) -> Any:
+            return _InBatch(f"{_CONDITION}/{name}") if isinstance(entry, Tensor) else entry
+
+        form: dict[str, Any] = mapped(formed, named(condition), condition)
+        return form
+
+
+def _shown(form: Any) -> Any:
+    """The form of a condition, for messages."""
+    return mapped(lambda e: "a tensor" if isinstance(e, _InBatch) else e, form)
