@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
         ListedTimesteps,
         LogitNormalTimesteps,
         StratifiedTimesteps,
+        TimestepsWithin,
         UniformTimesteps,
     )
     from curvlinops_diffusion.diffusion.weightings import (
@@ -111,6 +112,7 @@ __all__ = [
     "SharingKind",
     "SimplifiedELBO",
     "StratifiedTimesteps",
+    "TimestepsWithin",
     "TopInfluences",
     "TrajectoryRegression",
     "UniformTimesteps",
@@ -168,6 +170,7 @@ _MODULES = {
     "SharingKind": "layers",
     "SimplifiedELBO": "influence.measurements.bounds",
     "StratifiedTimesteps": "diffusion.timesteps",
+    "TimestepsWithin": "diffusion.timesteps",
     "TopInfluences": "influence.consumers",
     "TrajectoryRegression": "influence.measurements.trajectories",
     "UniformTimesteps": "diffusion.timesteps",

@@ -41,6 +41,11 @@ def singles(regression: NoisedRegression) -> Iterator[tuple[int, Any, int]]:
             yield index, batch, position
 
 
+def entry_weights(batch: Any) -> Tensor:
+    """Weights ``[B, D]`` of the squared errors, without those of the examples."""
+    return torch.ones_like(batch.target_BD) if batch.mask_BD is None else batch.mask_BD
+
+
 def dense_ggn(regression: NoisedRegression, params: Sequence[Tensor]) -> Tensor:
     """``1/(NR) Σ 2 w r JᵀJ``, the Jacobian row by row."""
     P = sum(p.numel() for p in params)
@@ -50,7 +55,7 @@ def dense_ggn(regression: NoisedRegression, params: Sequence[Tensor]) -> Tensor:
             prediction = regression.objective.predict(batch)
             for b, row in enumerate(prediction):
                 J = torch.stack([flat_gradient(entry, params) for entry in row])
-                total += 2 * batch.weight_B[b] * J.T @ J
+                total += 2 * batch.weight_B[b] * J.T @ (entry_weights(batch)[b].unsqueeze(1) * J)
                 count += 1
     return total / count
 
@@ -74,7 +79,7 @@ def dense_loss_ggn(regression: NoisedRegression, params: Sequence[Tensor]) -> Te
     for batch in regression.batches():
         prediction = regression.objective.predict(batch)
         for b in range(len(prediction)):
-            squares = (prediction[b] - batch.target_BD[b]) ** 2
+            squares = entry_weights(batch)[b] * (prediction[b] - batch.target_BD[b]) ** 2
             g = flat_gradient(batch.weight_B[b] * squares.sum(), params)
             total += torch.outer(g, g)
             count += 1
@@ -93,7 +98,7 @@ def example_gradients(
         prediction = regression.objective.predict(batch)
         for b, n in enumerate(batch.indices):
             if value is None:
-                squares = (prediction[b] - batch.target_BD[b]) ** 2
+                squares = entry_weights(batch)[b] * (prediction[b] - batch.target_BD[b]) ** 2
                 scalar = batch.weight_B[b] * squares.sum()
             else:
                 scalar = value(batch, prediction, b)
@@ -193,13 +198,14 @@ def pulled_back(
 def type2_vectors(batch: Any, prediction: Tensor) -> list[Tensor]:
     """Every column of the square root of the loss' Hessian."""
     D = prediction.shape[1]
-    root = (2 * batch.weight_B).sqrt().unsqueeze(1)
+    root = (2 * batch.weight_B.unsqueeze(1) * entry_weights(batch)).sqrt()
     return [root * torch.eye(D, dtype=prediction.dtype)[d] for d in range(D)]
 
 
 def empirical_vectors(batch: Any, prediction: Tensor) -> list[Tensor]:
     """The loss' gradient in the prediction."""
-    return [2 * batch.weight_B.unsqueeze(1) * (prediction - batch.target_BD)]
+    errors = entry_weights(batch) * (prediction - batch.target_BD)
+    return [2 * batch.weight_B.unsqueeze(1) * errors]
 
 
 def kronecker_factors(

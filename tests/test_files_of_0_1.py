@@ -28,9 +28,9 @@ from tests.comparisons import assert_close
 FILES = Path(__file__).parent / "files_of_0_1"
 EXPECTED = load_file(FILES / "expected.safetensors")
 TOLERANCE = 1e-5  # the files are in float32
-# samples in the trial of a network, of two examples at two levels: a batch twice, each sample
-# alone, the gradients of autograd and of hooks, and the layers' calls
-TRIAL = 2 * 4 + 4 + 2 * 4 + 2 * 2
+# samples in the trial of a network, of four examples at two levels: a batch twice, each sample
+# alone, the gradients of autograd and of hooks (of two examples), and the layers' calls
+TRIAL = 2 * 8 + 8 + 2 * 4 + 2 * 4
 
 
 @pytest.fixture(scope="module")

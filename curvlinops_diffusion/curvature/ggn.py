@@ -8,7 +8,7 @@ from torch.func import jvp, vjp, vmap
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.diffusion.trial import check_network
+from curvlinops_diffusion.diffusion.trial import Retrial, check_network
 from curvlinops_diffusion.linalg.operator import ParameterSpaceOperator
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace, select_parameters
 from curvlinops_diffusion.runtime.checks import check_count
@@ -67,6 +67,7 @@ class DiffusionGGNLinearOperator(ParameterSpaceOperator):
         self._regression = regression
         self._params = select_parameters(regression.objective.model, params)
         self._progressbar = progressbar
+        self._retried = Retrial(regression)
         self._chunk_size = check_count("chunk_size", chunk_size)
         super().__init__(ParameterSpace.of(self._params))
 
@@ -82,9 +83,11 @@ class DiffusionGGNLinearOperator(ParameterSpaceOperator):
             differentiable_attention(),
             draws_bar(self._regression.num_samples, "G @ X", self._progressbar) as bar,
         ):
-            for batch in self._regression.batches():
-                self._add_batch_product(product, batch, columns)
-                bar.update(len(batch.indices))
+            for clean in self._regression.clean_batches():
+                self._retried(clean)
+                for batch in self._regression.noised_batches(clean):
+                    self._add_batch_product(product, batch, columns)
+                    bar.update(len(batch.indices))
         return [total.movedim(0, -1) / self._regression.num_samples for total in product]
 
     def _add_batch_product(

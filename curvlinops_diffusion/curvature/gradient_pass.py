@@ -13,6 +13,7 @@ from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers import Layer
+from curvlinops_diffusion.layers.observable import ObservedRetrial
 from curvlinops_diffusion.layers.observation import WholeLayers, observed
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, run_pass
 from curvlinops_diffusion.runtime.sums import Sums
@@ -54,6 +55,7 @@ class GradientPass:
         def on_layer(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
             consume(layer, indices, xs, gs)
 
+        retried = ObservedRetrial(self.regression, plan.layers)
         vectors = checked_loss_vectors(self.regression, plan.options)
         observer = Indexed(on_layer, objective.working_dtype)
         with observed(objective, plan.layers, observer) as network:
@@ -61,5 +63,6 @@ class GradientPass:
             def step(clean: CleanBatch) -> None:
                 for batch in self.regression.noised_batches(clean):
                     network.run(batch, vectors)
+                retried(clean)
 
             run_pass(name, self.regression, sums, step, self.passes, plan.settings)

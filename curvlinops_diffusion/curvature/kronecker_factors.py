@@ -24,7 +24,12 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers import ExactKind, Layer
 from curvlinops_diffusion.layers.mapped_gradients import mapped_gradients
 from curvlinops_diffusion.layers.moments import LatestProduct, second_moment
-from curvlinops_diffusion.layers.observable import CallCounter, Calls, call_patterns
+from curvlinops_diffusion.layers.observable import (
+    CallCounter,
+    Calls,
+    ObservedRetrial,
+    call_patterns,
+)
 from curvlinops_diffusion.layers.observation import Observer, Observers, in_precision, observed
 from curvlinops_diffusion.linalg.factors import identity_like
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, run_pass
@@ -82,11 +87,13 @@ def kronecker_factors(
     vectors = checked_loss_vectors(regression, plan.options)
     running = Together({"inputs": inputs, "outputs": outputs, "exact": exact})
     observers = Observers([inputs, outputs, exact])
+    retried = ObservedRetrial(regression, layers)
     with observed(objective, layers, observers, backward) as network:
 
         def step(clean: CleanBatch) -> None:
             for batch in regression.noised_batches(clean):
                 network.run(batch, vectors)
+            retried(clean)
 
         run_pass("Kronecker factors", regression, running, step, passes, plan.settings)
     count = regression.num_samples

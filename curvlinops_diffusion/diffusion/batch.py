@@ -6,7 +6,7 @@ Legend: B batch, D entries of an image or output.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,7 +19,8 @@ from curvlinops_diffusion.diffusion.conditions import mapped, rows_of
 class NoisedBatch:
     """One draw of some examples: inputs of the network, its target, and the loss' weight.
 
-    The loss of example ``b`` is ``weight_B[b] * ‖prediction_BD[b] - target_BD[b]‖²``.
+    The loss of example ``b`` is ``weight_B[b] * ‖prediction_BD[b] - target_BD[b]‖²``, with a factor
+    ``mask_BD[b]`` at each entry's square if there is a mask.
 
     Attributes:
         indices: The examples' indices ``n`` within the data.
@@ -30,11 +31,12 @@ class NoisedBatch:
         condition: Further keyword arguments of the network.
         target_BD: The target, flattened, in the working precision.
         weight_B: ``w_t r``.
+        mask_BD: Factors of the entries' squares; ``None`` for one.
     """
 
     #: What has a row for each example
     ROWS: ClassVar[tuple[str, ...]] = (
-        *("level_B", "x_t", "timestep_B", "condition", "target_BD", "weight_B"),
+        *("level_B", "x_t", "timestep_B", "condition", "target_BD", "weight_B", "mask_BD"),
     )
 
     indices: Sequence[int]
@@ -45,6 +47,7 @@ class NoisedBatch:
     condition: dict[str, Any]
     target_BD: Tensor
     weight_B: Tensor
+    mask_BD: Tensor | None = field(default=None, kw_only=True)
 
     def select(self, positions: Sequence[int]) -> Self:
         """The examples at some positions of the batch."""
@@ -83,18 +86,26 @@ class NoisedBatch:
         rows = {name: mapped(merged, *(getattr(b, name) for b in batches)) for name in first.ROWS}
         return replace(first, indices=indices, **rows)
 
+    def squares(self, prediction_BD: Tensor) -> Tensor:
+        """The squared errors ``Σ_d m_d (f_d - y_d)²``, shape ``[B]``."""
+        return self._masked((prediction_BD - self.target_BD).square()).sum(1)
+
     def loss(self, prediction_BD: Tensor) -> Tensor:
-        """The losses ``ℓ_t = w_t r ‖f - y‖²``, shape ``[B]``."""
-        return self.weight_B * (prediction_BD - self.target_BD).square().sum(1)
+        """The losses ``ℓ_t = w_t r Σ_d m_d (f_d - y_d)²``, shape ``[B]``."""
+        return self.weight_B * self.squares(prediction_BD)
 
     def loss_gradient(self, prediction_BD: Tensor) -> Tensor:
-        """Gradients ``2 w_t r (f - y)`` of the losses in the prediction, shape ``[B, D]``."""
-        return (2 * self.weight_B).unsqueeze(1) * (prediction_BD - self.target_BD)
+        """Gradients ``2 w_t r m (f - y)`` of the losses in the prediction, shape ``[B, D]``."""
+        return self.loss_hessian_product(prediction_BD - self.target_BD)
 
     def loss_hessian_product(self, v: Tensor) -> Tensor:
-        """The losses' Hessian ``2 w_t r I`` times ``v``, shape ``[B, D]``."""
-        return (2 * self.weight_B).unsqueeze(1) * v
+        """The losses' Hessian ``2 w_t r diag(m)`` times ``v``, shape ``[B, D]``."""
+        return (2 * self.weight_B).unsqueeze(1) * self._masked(v)
 
     def loss_hessian_root(self, v: Tensor) -> Tensor:
-        """``√(2 w_t r) v``: turns ``E[v vᵀ] = I`` into the losses' Hessian, shape ``[B, D]``."""
-        return (2 * self.weight_B).sqrt().unsqueeze(1) * v
+        """``√(2 w_t r m) v``: turns ``E[v vᵀ] = I`` into the losses' Hessian, shape ``[B, D]``."""
+        root_BD = v if self.mask_BD is None else self.mask_BD.sqrt() * v
+        return (2 * self.weight_B).sqrt().unsqueeze(1) * root_BD
+
+    def _masked(self, z_BD: Tensor) -> Tensor:
+        return z_BD if self.mask_BD is None else self.mask_BD * z_BD

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,29 @@ def check_images(x0: Any, first_index: int) -> Tensor:
             "data. Remove or repair them."
         )
     return x0
+
+
+# So many entries, none of them negative, are no chance
+_ENOUGH = 256
+
+
+def warn_of_range(x0: Tensor) -> None:
+    """Warn if a batch of images seems to be in [0, 1] or [0, 255].
+
+    Args:
+        x0: Clean examples; images if there are four axes.
+    """
+    if x0.ndim != 4 or x0.numel() < _ENOUGH:
+        return
+    low, high = float(x0.min()), float(x0.max())
+    if low >= 0 and high > 0:
+        shown = "x / 127.5 - 1" if high > 1 else "2 * x - 1"
+        warn(
+            f"The first images have pixels from {low:g} to {high:g}, none below 0. Networks of "
+            f"diffusion models are usually trained on [-1, 1]: if yours was, pass {shown}; if it "
+            "was trained on these values, all is well.",
+            stacklevel=2,
+        )
 
 
 def check_condition(condition: Any, batch_size: int, name: str = "condition") -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from curvlinops_diffusion.diffusion.checks import check_condition, check_images
 from curvlinops_diffusion.diffusion.conditions import leaves, rows_of
+from curvlinops_diffusion.diffusion.masks import loss_mask
 from curvlinops_diffusion.runtime.checks import check_count
 
 _ACCEPTED = (
@@ -43,21 +44,25 @@ class CleanBatch:
         x0: Clean examples, shape ``[B, ...]``.
         condition: Keyword arguments of the model; tensors have first axis ``B``, except those
             without axes.
+        mask: Weights of the examples' entries in the loss, ``[B, ...]``; ``None`` for one.
     """
 
     indices: Sequence[int]
     x0: Tensor
     condition: dict[str, Any]
+    mask: Tensor | None = None
 
     def entries(self) -> list[tuple[str, Any]]:
-        """The examples and each entry of the condition, by name."""
-        return [("x0", self.x0), *leaves(self.condition)]
+        """The examples, each entry of the condition, and the mask if there is one, by name."""
+        masks = [] if self.mask is None else [("loss mask", self.mask)]
+        return [("x0", self.x0), *leaves(self.condition), *masks]
 
     def select(self, positions: Sequence[int]) -> CleanBatch:
         """The examples at some positions of the batch."""
         index = list(positions)
         condition = {key: rows_of(value, index) for key, value in self.condition.items()}
-        return CleanBatch([self.indices[i] for i in index], self.x0[index], condition)
+        mask = None if self.mask is None else self.mask[index]
+        return CleanBatch([self.indices[i] for i in index], self.x0[index], condition, mask)
 
 
 class CleanData:
@@ -68,6 +73,7 @@ class CleanData:
     Args:
         data: See :class:`~curvlinops_diffusion.NoisedRegression`.
         batch_size: Examples in a batch, where the data does not come in batches.
+        mask: The name of the entry that is the loss' mask; ``None`` if there is none.
 
     Attributes:
         batch_size: The same; ``None`` where it does.
@@ -77,8 +83,9 @@ class CleanData:
         ValueError: If the data is empty, of no known form, or changes between iterations.
     """
 
-    def __init__(self, data: Any, batch_size: int):
+    def __init__(self, data: Any, batch_size: int, mask: str | None = None):
         check_count("batch_size", batch_size)
+        self._mask = mask
         self._source: Source = _batch_source(data, batch_size)
         by_items = isinstance(data, Tensor | Mapping) or _is_dataset(data)
         self.batch_size = batch_size if by_items else None
@@ -108,7 +115,9 @@ class CleanData:
             x0, condition = _split(batch)
             check_images(x0, start)
             check_condition(condition, len(x0))
-            yield number, CleanBatch(range(start, start + len(x0)), x0, condition)
+            mask = None if self._mask is None else loss_mask(self._mask, condition, x0)
+            condition = {key: value for key, value in condition.items() if key != self._mask}
+            yield number, CleanBatch(range(start, start + len(x0)), x0, condition, mask)
 
     def _check_same_twice(self) -> None:
         first, second = next(iter(self), None), next(iter(self), None)

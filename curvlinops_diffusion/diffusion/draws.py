@@ -85,9 +85,9 @@ class Draws:
             listed = self.timesteps.levels
             return torch.full((len(n_B),), listed[sampled % len(listed)], dtype=torch.int64)
         different = self.num_draws // self._copies
-        unit = self.timesteps.unit_interval(self.seed, np.asarray(n_B), sampled, different)
-        level = np.floor(unit * self.num_levels).astype(np.int64)
-        return torch.from_numpy(level.clip(0, self.num_levels - 1))  # u may round to 1
+        return torch.from_numpy(
+            self.timesteps.levels(self.seed, np.asarray(n_B), sampled, different, self.num_levels)
+        )
 
     def noise(self, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
         """Noise of draw ``r`` of the examples ``n_B``, shape ``[B, *shape]``.

@@ -15,7 +15,8 @@ from torch.func import functional_call
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.conditions import mapped, replaced
 from curvlinops_diffusion.diffusion.data import CleanBatch
-from curvlinops_diffusion.diffusion.latents import Encoded
+from curvlinops_diffusion.diffusion.latents import Encoded, LatentEncoder
+from curvlinops_diffusion.diffusion.masks import entry_weights
 from curvlinops_diffusion.diffusion.noise import NoiseProcess
 from curvlinops_diffusion.diffusion.pipelines import pipeline_parts
 from curvlinops_diffusion.diffusion.schedulers import noise_process
@@ -228,6 +229,11 @@ class DenoisingObjective:
         """The relative rounding error of the network's arithmetic."""
         return torch.finfo(self.autocast or self.dtype).eps
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether data, if it is images, is usually in [-1, 1]: no unknown function takes it."""
+        return self._encode is None or isinstance(self._encode, LatentEncoder)
+
     def encode(self, clean: CleanBatch) -> Encoded:
         """Clean examples in the network's terms."""
         if self._encode is None:
@@ -251,6 +257,7 @@ class DenoisingObjective:
         indices: Sequence[int],
         draw: int,
         input_eps: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> NoisedBatch:
         """Noise clean examples, on the model's device.
 
@@ -262,10 +269,15 @@ class DenoisingObjective:
             indices: The examples' indices within the data.
             draw: The number of the draw.
             input_eps: The noise of the input, where it is not that of the target.
+            mask: Weights of the examples' entries, ``[B, ...]``; ``None`` for one.
 
         Returns:
             The noised batch.
+
+        Raises:
+            ValueError: If the mask cannot be brought to the shape of ``x0``.
         """
+        mask_BD = None if mask is None else entry_weights(mask, x0.shape[1:]).flatten(1)
         x0, eps, input_eps = (
             z.to(self.device, self.working_dtype)
             for z in (x0, eps, eps if input_eps is None else input_eps)
@@ -281,6 +293,7 @@ class DenoisingObjective:
             {key: self.to_model(value) for key, value in condition.items()},
             target_BD,
             (self.weights_T[level_B] * r).to(target_BD),
+            mask_BD=None if mask_BD is None else mask_BD.to(target_BD),
         )
 
     def _timestep(self, level_B: Tensor) -> Tensor:

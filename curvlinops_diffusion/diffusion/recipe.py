@@ -1,4 +1,4 @@
-"""What training did besides noising: offset noise, perturbed inputs, weights of examples."""
+"""What training did besides noising: offset noise, perturbed inputs, weights of examples, masks."""
 
 from __future__ import annotations
 
@@ -24,15 +24,22 @@ class Recipe:
         input_perturbation: The strength ``γ`` of what is added to the noise of the input alone,
             ``eps + γ eps'``.
         weights_N: A factor of each example's loss, float64; ``None`` for one.
+        loss_mask: The name of the data's entry that weights pixels; ``None`` for none.
     """
 
     noise_offset: float
     input_perturbation: float
     weights_N: Tensor | None
+    loss_mask: str | None
 
     @classmethod
     def of(
-        cls, noise_offset: float, input_perturbation: float, example_weights: Any, count: int
+        cls,
+        noise_offset: float,
+        input_perturbation: float,
+        example_weights: Any,
+        loss_mask: str | None,
+        count: int,
     ) -> Recipe:
         """Check a user's choice, for so many examples.
 
@@ -43,14 +50,14 @@ class Recipe:
         offset = check_non_negative("noise_offset", noise_offset)
         perturbation = check_non_negative("input_perturbation", input_perturbation)
         if example_weights is None:
-            return cls(offset, perturbation, None)
+            return cls(offset, perturbation, None, loss_mask)
         weights_N = torch.as_tensor(example_weights, dtype=torch.float64, device="cpu").detach()
         if weights_N.shape != (count,) or not (weights_N.isfinite() & (weights_N >= 0)).all():
             raise ValueError(
                 f"example_weights arrived with shape {tuple(weights_N.shape)}. Pass a finite "
                 f"number of at least 0 for each of the {count} examples."
             )
-        return cls(offset, perturbation, weights_N)
+        return cls(offset, perturbation, weights_N, loss_mask)
 
     @property
     def description(self) -> dict[str, Any]:
@@ -60,6 +67,7 @@ class Recipe:
             "noise_offset": self.noise_offset,
             "input_perturbation": self.input_perturbation,
             "example_weights": weights,
+            "loss_mask": self.loss_mask,
         }
         return {name: value for name, value in entries.items() if value}
 

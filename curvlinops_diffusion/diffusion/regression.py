@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from copy import copy
 from dataclasses import replace
 from hashlib import sha256
@@ -13,16 +13,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from curvlinops_diffusion.diffusion.augmentation import augmentations, chosen_versions
+from curvlinops_diffusion.diffusion.augmentation import Augmentations, chosen_versions
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.diffusion.checks import check_deterministic_mode, check_no_autocast
+from curvlinops_diffusion.diffusion.checks import (
+    check_deterministic_mode,
+    check_no_autocast,
+    warn_of_range,
+)
 from curvlinops_diffusion.diffusion.conditions import has_rows
 from curvlinops_diffusion.diffusion.data import CleanBatch, CleanData, Wanted
 from curvlinops_diffusion.diffusion.draws import Draws, make_draws
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.recipe import Recipe
-from curvlinops_diffusion.diffusion.scaled_model import ScaledModel
-from curvlinops_diffusion.runtime.digests import fingerprint, name_of, raw_bytes
+from curvlinops_diffusion.diffusion.scaled_model import ScaledModel, scaled
+from curvlinops_diffusion.runtime.digests import fingerprint, raw_bytes
 
 T = TypeVar("T")
 
@@ -42,10 +46,10 @@ class NoisedRegression:
 
         L(θ) = 1/N Σ_n 1/R Σ_r w_t r_D ‖f_θ(x_t, t, c) − y_t‖²
 
-    (with a factor for each example, if ``example_weights`` are given). Iterating yields ``(X, y)``
-    with ``√(w_t r_D D)`` folded into both sides, so that with
-    :attr:`model_func` and :attr:`loss_func` (the mean squared error) *any* ``curvlinops`` operator
-    works on it::
+    (with a factor for each example, if ``example_weights`` are given, and of each entry, if there
+    is a ``loss_mask``). Iterating yields ``(X, y)`` with ``√(w_t r_D D)`` folded into both sides,
+    so that with :attr:`model_func` and :attr:`loss_func` (the mean squared error) *any*
+    ``curvlinops`` operator works on it::
 
         curvlinops.GGNLinearOperator(
             regression.model_func, regression.loss_func, params, regression,
@@ -70,7 +74,11 @@ class NoisedRegression:
             :class:`~curvlinops_diffusion.LogitNormalTimesteps`.
         batch_size: Examples that the network sees at once, where the data is not in batches.
         augment: ``'flip'`` if training saw images or their mirror images at random: each draw
-            chooses. Or a list of functions of clean examples ``[B, ...]`` to choose from.
+            chooses. Or a list of functions of clean examples ``[B, ...]`` to choose from. The
+            loss' mask is transformed likewise.
+        augmented_conditions: Names of entries of the condition that are transformed with the
+            examples (a control image, say; with a slash between names of nested entries). Needed
+            where examples are augmented and an entry looks like an image; ``[]`` for none.
         antithetic: Whether draws come in pairs that differ in the sign of the noise alone
             (Hammersley & Morton, 1956). Averages stay unbiased. Those of a trained network's
             gradients vary less, as these are nearly linear in the noise where they are largest,
@@ -82,6 +90,9 @@ class NoisedRegression:
             with ``eps + γ eps'``, and the target is that of ``eps`` (Ning et al., 2023,
             Algorithm 1).
         example_weights: A factor ``≥ 0`` of each example's loss, ``[N]`` (prior preservation, say).
+        loss_mask: The name of the data's entry with a factor ``m ≥ 0`` of each pixel's squared
+            error, ``[B, H, W]`` or ``[B, C or 1, H, W]`` (masked training); averaged over the
+            pixels of a latent where there is an autoencoder. ``r`` stays ``1/D`` of all entries.
 
     Attributes:
         objective: The denoising objective.
@@ -114,11 +125,13 @@ class NoisedRegression:
         timesteps: Any = "stratified",
         batch_size: int = 64,
         augment: Any = None,
+        augmented_conditions: Sequence[str] | None = None,
         antithetic: bool = False,
         draws: Draws | None = None,
         noise_offset: float = 0.0,
         input_perturbation: float = 0.0,
         example_weights: Any = None,
+        loss_mask: str | None = None,
     ):
         if not isinstance(objective, DenoisingObjective):
             raise ValueError(
@@ -128,13 +141,14 @@ class NoisedRegression:
         T = objective.process.num_levels
         made = make_draws(timesteps, num_draws, seed, T, antithetic) if draws is None else draws
         self.draws = made
-        self._data = CleanData(data, batch_size)
-        self._augmentations = augmentations(augment)
+        self._data = CleanData(data, batch_size, loss_mask)
+        self._augmentations = Augmentations.of(augment, augmented_conditions)
         self.recipe = Recipe.of(
-            noise_offset, input_perturbation, example_weights, self._data.num_examples
+            noise_offset, input_perturbation, example_weights, loss_mask, self._data.num_examples
         )
         self._data_identity: dict[str, Any] = {}  # shared with copies of other draws
         self.tried: set[tuple[bool, ...]] = set()  # modes in which the network was tried out
+        self._looked_at: set[str] = set()  # what need not be looked at again; shared likewise
         names = getattr(data, "names", None)  # a tensor's are those of its axes
         self._names: list[str] | None = names if isinstance(names, list) else None
         self.model_func = ScaledModel(objective, self._data)
@@ -241,7 +255,7 @@ class NoisedRegression:
             "timesteps": repr(self.draws.timesteps),
             "antithetic": self.draws.antithetic,
             "num_levels": self.draws.num_levels,
-            "augmentations": [name_of(f) for f in self._augmentations],
+            **self._augmentations.description,
             **self.recipe.description,
             **self.objective.description,
         }
@@ -267,14 +281,17 @@ class NoisedRegression:
     def noised_batches(self, clean: CleanBatch) -> Iterator[NoisedBatch]:
         """Yield every draw of a batch of clean examples."""
         indices, draws = clean.indices, self.draws
-        versions = [
-            self.objective.encode(replace(clean, x0=augment(clean.x0)))
-            for augment in self._augmentations
-        ]
+        if self.objective.takes_images and "range" not in self._looked_at:
+            self._looked_at.add("range")
+            warn_of_range(clean.x0)
+        augmented = self._augmentations.versions(clean)
+        versions = [self.objective.encode(version) for version in augmented]
+        masks = [version.mask for version in augmented]
         shape = versions[0].mean.shape[1:]
         dropout = self.objective.condition_dropout
         for r in range(self.num_draws):
-            encoded = chosen_versions(versions, draws.versions(indices, r, len(versions)))
+            version_B = draws.versions(indices, r, len(versions))
+            encoded, mask = chosen_versions(versions, masks, version_B)
             x0, condition = encoded.mean, encoded.condition
             if encoded.std is not None:
                 x0 = x0 + encoded.std * draws.latent_noise(indices, r, shape).to(x0)
@@ -283,7 +300,7 @@ class NoisedRegression:
                 condition = self.objective.drop_condition(condition, dropped_B)
             eps, input_eps = self.recipe.noise(draws, indices, r, shape)
             level_B = draws.levels(indices, r)
-            batch = self.objective.noise(x0, condition, level_B, eps, indices, r, input_eps)
+            batch = self.objective.noise(x0, condition, level_B, eps, indices, r, input_eps, mask)
             yield replace(batch, weight_B=self.recipe.weighted(batch.weight_B, indices))
 
     def grouped_batches(
@@ -323,7 +340,7 @@ class NoisedRegression:
         """
         for batch in self.batches():
             X = self.model_func.inputs(batch)
-            yield X, X["scale"].unsqueeze(1) * batch.target_BD
+            yield X, scaled(X, batch.target_BD)
 
     @staticmethod
     def batch_size_fn(X: MutableMapping[str, Any]) -> int:

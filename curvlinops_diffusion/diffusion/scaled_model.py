@@ -30,7 +30,7 @@ class _InBatch:
 
 
 class ScaledModel(nn.Module):
-    """The network as ``curvlinops`` wants it: a mapping in, ``√(w_t r D) f`` of ``[B, D]`` out.
+    """The network as ``curvlinops`` wants it: a mapping in, ``√(w_t r D m) f`` of ``[B, D]`` out.
 
     Args:
         objective: Supplies the network.
@@ -56,7 +56,7 @@ class ScaledModel(nn.Module):
         condition = mapped(lambda e: X[e.key] if isinstance(e, _InBatch) else e, self._form)
         with twice_differentiable():
             prediction_BD = self._objective.predict_from(X["x_t"], X["timestep"], condition)
-            return X["scale"].unsqueeze(1) * prediction_BD
+            return scaled(X, prediction_BD)
 
     def inputs(self, batch: NoisedBatch) -> dict[str, Tensor]:
         """A batch as :meth:`forward` takes it: tensors by name.
@@ -67,8 +67,10 @@ class ScaledModel(nn.Module):
         Raises:
             ValueError: If an entry of the condition is a list, or a plain value that changes.
         """
-        scale_B = (batch.weight_B * batch.target_BD.shape[1]).sqrt()
-        X = {"x_t": batch.x_t, "timestep": batch.timestep_B, "scale": scale_B}
+        scale = (batch.weight_B * batch.target_BD.shape[1]).sqrt()
+        if batch.mask_BD is not None:
+            scale = scale.unsqueeze(1) * batch.mask_BD.sqrt()
+        X = {"x_t": batch.x_t, "timestep": batch.timestep_B, "scale": scale}
         for name, value in leaves(batch.condition):
             if isinstance(value, Tensor):
                 X[f"{_CONDITION}/{name}"] = value
@@ -95,6 +97,11 @@ class ScaledModel(nn.Module):
 
         form: dict[str, Any] = mapped(formed, named(condition), condition)
         return form
+
+
+def scaled(X: Mapping[str, Tensor], z_BD: Tensor) -> Tensor:
+    """Predictions or targets with the roots of the weights, of examples or of their entries."""
+    return X["scale"].reshape(len(z_BD), -1) * z_BD
 
 
 def _shown(form: Any) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
 
@@ -16,8 +17,36 @@ from curvlinops_diffusion.diffusion.random_numbers import _generator, _Stream
 _GOLDEN = (sqrt(5) - 1) / 2
 
 
+class _Distributed(ABC):
+    """A scheme that draws levels from a distribution on ``[0, 1)``, from data to noise."""
+
+    @abstractmethod
+    def points(self, seed: int, n_B: np.ndarray, r: int, num_draws: int) -> np.ndarray:
+        """Uniform points in ``[0, 1)``, shape ``[B]``."""
+
+    def quantile(self, points: np.ndarray) -> np.ndarray:
+        """Points of the distribution for uniform ones."""
+        return points
+
+    def cumulative(self, unit: float) -> float:
+        """The probability of what lies below a point, whose inverse is :meth:`quantile`."""
+        return unit
+
+    def levels(
+        self, seed: int, n_B: np.ndarray, r: int, num_draws: int, num_levels: int
+    ) -> np.ndarray:
+        """Levels ``0 .. T-1`` of draw ``r`` of ``num_draws``, shape ``[B]``, int64."""
+        unit = self.quantile(self.points(seed, n_B, r, num_draws))
+        return _floored(unit * num_levels, 0, num_levels)
+
+
+def _floored(levels: np.ndarray, lowest: int, end: int) -> np.ndarray:
+    whole = np.floor(levels).astype(np.int64)
+    return whole.clip(lowest, end - 1)  # a point may round to the end
+
+
 @dataclass(frozen=True)
-class StratifiedTimesteps:
+class StratifiedTimesteps(_Distributed):
     r"""Uniform timesteps, stratified over the draws of an example and over examples.
 
     Draw ``r`` of ``R`` lies in the ``r``-th of ``R`` equal parts of the schedule, at the position
@@ -26,23 +55,23 @@ class StratifiedTimesteps:
     unbiased; the positions of successive examples are a low-discrepancy sequence.
     """
 
-    def unit_interval(self, seed: int, n_B: np.ndarray, r: int, num_draws: int) -> np.ndarray:
-        """Points in ``[0, 1)``, shape ``[B]``."""
+    def points(self, seed: int, n_B: np.ndarray, r: int, num_draws: int) -> np.ndarray:
+        """Uniform points in ``[0, 1)``, shape ``[B]``."""
         offset = _generator(seed, _Stream.TIMESTEP).random()
         return (r + (n_B * _GOLDEN + offset) % 1.0) / num_draws
 
 
 @dataclass(frozen=True)
-class UniformTimesteps:
+class UniformTimesteps(_Distributed):
     """Independent uniform timesteps, as in training."""
 
-    def unit_interval(self, seed: int, n_B: np.ndarray, r: int, num_draws: int) -> np.ndarray:
-        """Points in ``[0, 1)``, shape ``[B]``."""
+    def points(self, seed: int, n_B: np.ndarray, r: int, num_draws: int) -> np.ndarray:
+        """Uniform points in ``[0, 1)``, shape ``[B]``."""
         return np.array([_generator(seed, _Stream.TIMESTEP, int(n), r).random() for n in n_B])
 
 
 @dataclass(frozen=True)
-class LogitNormalTimesteps:
+class LogitNormalTimesteps(_Distributed):
     """Logit-normal timesteps: ``logit(u) ~ N(mean, std²)`` (Esser et al., 2024, Section 3.1).
 
     ``u`` runs from data to noise, as in the paper: a positive mean favours high noise.
@@ -58,12 +87,54 @@ class LogitNormalTimesteps:
     std: float = 1.0
     stratified: bool = True
 
-    def unit_interval(self, seed: int, n_B: np.ndarray, r: int, num_draws: int) -> np.ndarray:
-        """Points in ``[0, 1)``, shape ``[B]``."""
+    def points(self, seed: int, n_B: np.ndarray, r: int, num_draws: int) -> np.ndarray:
+        """Uniform points in ``[0, 1)``, shape ``[B]``."""
         scheme = StratifiedTimesteps() if self.stratified else UniformTimesteps()
-        quantile = torch.from_numpy(scheme.unit_interval(seed, n_B, r, num_draws))
-        normal = torch.special.ndtri(quantile.clamp(min=torch.finfo(torch.float64).tiny))
-        return torch.sigmoid(self.mean + self.std * normal).numpy()
+        return scheme.points(seed, n_B, r, num_draws)
+
+    def quantile(self, points: np.ndarray) -> np.ndarray:
+        """Points of the distribution for uniform ones."""
+        quantiles = torch.from_numpy(points).clamp(min=torch.finfo(torch.float64).tiny)
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(quantiles)).numpy()
+
+    def cumulative(self, unit: float) -> float:
+        """The probability of what lies below a point."""
+        logit = torch.logit(torch.tensor(unit, dtype=torch.float64))
+        return float(torch.special.ndtr((logit - self.mean) / self.std))
+
+
+@dataclass(frozen=True)
+class TimestepsWithin(_Distributed):
+    """Timesteps of another scheme within a range of noise levels: those of one expert.
+
+    Where several networks share the noise levels (eDiff-I, Wan 2.2), each is a problem of its own:
+    a draw reaches one of them, so the curvature of all has no entries between them.
+
+    Source: Balaji et al., 2022, Section 4.
+
+    Attributes:
+        lowest: The lowest level, ``0 .. T-1`` in order of rising noise.
+        end: The level behind the highest.
+        scheme: How levels would be drawn from all.
+    """
+
+    lowest: int
+    end: int
+    scheme: StratifiedTimesteps | UniformTimesteps | LogitNormalTimesteps = field(
+        default_factory=StratifiedTimesteps
+    )
+
+    def points(self, seed: int, n_B: np.ndarray, r: int, num_draws: int) -> np.ndarray:
+        """Uniform points in ``[0, 1)``, shape ``[B]``."""
+        return self.scheme.points(seed, n_B, r, num_draws)
+
+    def levels(
+        self, seed: int, n_B: np.ndarray, r: int, num_draws: int, num_levels: int
+    ) -> np.ndarray:
+        """Levels of the range, shape ``[B]``, int64."""
+        below, up_to = (self.scheme.cumulative(z / num_levels) for z in (self.lowest, self.end))
+        points = below + (up_to - below) * self.points(seed, n_B, r, num_draws)
+        return _floored(self.scheme.quantile(points) * num_levels, self.lowest, self.end)
 
 
 @dataclass(frozen=True)
@@ -77,7 +148,13 @@ class ListedTimesteps:
     levels: tuple[int, ...]
 
 
-TimestepScheme = StratifiedTimesteps | UniformTimesteps | LogitNormalTimesteps | ListedTimesteps
+TimestepScheme = (
+    StratifiedTimesteps
+    | UniformTimesteps
+    | LogitNormalTimesteps
+    | TimestepsWithin
+    | ListedTimesteps
+)
 _NAMED_SCHEMES: dict[str, Callable[[int], TimestepScheme]] = {
     "stratified": lambda num_levels: StratifiedTimesteps(),
     "uniform": lambda num_levels: UniformTimesteps(),
@@ -114,5 +191,12 @@ def timestep_scheme(timesteps: Any, num_levels: int) -> TimestepScheme:
             raise ValueError(
                 f"timesteps lists {len(timesteps.levels)} levels, of which {wrong[:8]} do not "
                 f"exist. List at least one level, from 0 to {num_levels - 1}."
+            )
+    if isinstance(timesteps, TimestepsWithin):
+        lowest, end = timesteps.lowest, timesteps.end
+        if not 0 <= lowest < end <= num_levels:
+            raise ValueError(
+                f"{timesteps} arrived for {num_levels} noise levels. Pass 0 <= lowest < end <= "
+                f"{num_levels}."
             )
     return timesteps

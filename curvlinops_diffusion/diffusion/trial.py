@@ -8,6 +8,7 @@ batch, has no such averages; in which of its modules that happens cannot be told
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,17 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 
-_EXAMPLES = 2
+_EXAMPLES = 4
+# so many are enough to compare gradients, and to look again in the middle of a pass
+_FEW = 2
 # among so many draws the lowest and the highest noise level are looked for
 _DRAWS = 8
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Two examples (one, if there are no more) at the lowest and the highest level of some draws.
+    """Four examples (or as many as there are) at the lowest and the highest level of some draws.
 
     Attributes:
         low: Their draw with the lowest noise level of the first example.
@@ -41,14 +45,31 @@ class Trial:
         same = self.low.draw == self.high.draw
         return self.low if same else NoisedBatch.interleaved([self.low, self.high])
 
+    @property
+    def few(self) -> NoisedBatch:
+        """The first two examples of these."""
+        levels = 1 if self.low.draw == self.high.draw else 2
+        return self.mixed.select(range(levels * min(_FEW, len(self.low.indices))))
+
     @classmethod
-    def of(cls, regression: NoisedRegression) -> Trial:
-        """The first examples of a problem, of one shape, from as many batches as it takes."""
+    def of(
+        cls,
+        regression: NoisedRegression,
+        batches: Iterable[CleanBatch] | None = None,
+        examples: int = _EXAMPLES,
+    ) -> Trial:
+        """The first examples of a problem, of one shape, from as many batches as it takes.
+
+        Args:
+            regression: Objective, data and draws.
+            batches: Where to look for them; ``None`` for all of the data.
+            examples: How many to look for.
+        """
         parts: list[tuple[NoisedBatch, NoisedBatch]] = []
         found = 0
         chosen: tuple[int, int] | None = None
-        for clean in regression.clean_batches():
-            some = clean.select(range(min(_EXAMPLES - found, len(clean.indices))))
+        for clean in regression.clean_batches() if batches is None else batches:
+            some = clean.select(range(min(examples - found, len(clean.indices))))
             if chosen is None:
                 draws = range(min(_DRAWS, regression.num_draws))
                 levels = [int(regression.draws.levels(some.indices, r)[0]) for r in draws]
@@ -64,7 +85,7 @@ class Trial:
                 break
             parts.append((low, high))
             found += len(some.indices)
-            if found == _EXAMPLES:
+            if found == examples:
                 break
         lows, highs = zip(*parts, strict=True)
         return cls(NoisedBatch.joined(lows), NoisedBatch.joined(highs))
@@ -80,6 +101,34 @@ def check_network(regression: NoisedRegression) -> None:
     if modes not in regression.tried:
         check_trial(regression.objective, Trial.of(regression))
         regression.tried.add(modes)
+
+
+class Retrial:
+    """Tries a network out again in the course of a pass: at the batches 3, 7, 15, … it is shown.
+
+    What couples examples, or is random, may do so for some of the data only. The price falls with
+    the length of the pass.
+
+    Args:
+        regression: Objective, data and draws.
+    """
+
+    def __init__(self, regression: NoisedRegression):
+        self._regression = regression
+        self._shown = 0
+
+    def __call__(self, clean: CleanBatch) -> None:
+        """Show it a batch.
+
+        Raises:
+            ValueError: As :func:`check_trial`.
+        """
+        number, self._shown = self._shown, self._shown + 1
+        if number >= 3 and number & (number + 1) == 0:
+            self._check(Trial.of(self._regression, [clean], _FEW))
+
+    def _check(self, trial: Trial) -> None:
+        check_trial(self._regression.objective, trial)
 
 
 def check_trial(objective: DenoisingObjective, trial: Trial) -> None:
@@ -98,8 +147,9 @@ def check_trial(objective: DenoisingObjective, trial: Trial) -> None:
         again_BD = objective.predict(batch)
         if drew or not _equal(objective, first_BD, again_BD):
             raise ValueError(
-                "The network draws random numbers of its own, so that the loss of an example is "
-                f"random in more than timestep and noise. {_training(objective.model)}"
+                "The network draws random numbers of its own (seen at example "
+                f"{batch.indices[0]}), so that the loss of an example is random in more than "
+                f"timestep and noise. {_training(objective.model)}"
             )
         alone = [objective.predict(batch.select([b])) for b in range(len(first_BD))]
     if not _equal(objective, first_BD, torch.cat(alone)):

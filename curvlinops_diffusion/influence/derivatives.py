@@ -17,13 +17,13 @@ from torch.func import jvp, vmap
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.diffusion.trial import check_network
+from curvlinops_diffusion.diffusion.trial import Retrial, check_network
 from curvlinops_diffusion.influence.measurements.base import ExampleFunction, Measurement
 from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_gradient
 from curvlinops_diffusion.layers import Coverage, cover
 from curvlinops_diffusion.layers.example_gradients import example_gradients
 from curvlinops_diffusion.layers.hooks import frozen
-from curvlinops_diffusion.layers.observable import observable
+from curvlinops_diffusion.layers.observable import ObservedRetrial, observable
 from curvlinops_diffusion.runtime.modes import (
     forward_mode,
     recomputation_named,
@@ -81,11 +81,12 @@ class PredictionGradients(ValueGradients):
         self._measurement = measurement
         self._chunk_size = chunk_size
         self._coverage: Coverage | None = None
+        self._retried: Retrial = Retrial(regression)
 
     @torch.no_grad()
     def values(self, clean: CleanBatch) -> Tensor:
         """The values, shape ``[B]``."""
-        check_network(self.regression)
+        self._check(clean)
         predict = self.regression.objective.predict
         draws = self.regression.noised_batches(clean)
         return self._average([measure(self._measurement, b, predict(b)) for b in draws])
@@ -93,7 +94,7 @@ class PredictionGradients(ValueGradients):
     @torch.no_grad()
     def rows(self, clean: CleanBatch) -> Tensor:
         """The gradients, shape ``[B, P]``."""
-        check_network(self.regression)
+        self._check(clean)
         objective = self.regression.objective
         P = sum(p.numel() for p in self.params.values())
         B, R = len(clean.indices), self.regression.num_draws
@@ -145,7 +146,7 @@ class PredictionGradients(ValueGradients):
     @torch.no_grad()
     def derivatives(self, clean: CleanBatch, directions: Mapping[str, Tensor]) -> Tensor:
         """Derivatives by forward-mode differentiation, shape ``[B, K]``."""
-        check_network(self.regression)
+        self._check(clean)
         params = {name: p.detach() for name, p in self.params.items()}
 
         def push(batch: NoisedBatch, tangents: dict[str, Tensor]) -> Tensor:
@@ -162,7 +163,7 @@ class PredictionGradients(ValueGradients):
 
     def weighted(self, clean: CleanBatch, weights_BK: Tensor) -> list[Tensor]:
         """Gradients of weighted sums, one backward pass for each."""
-        check_network(self.regression)
+        self._check(clean)
         params, K = list(self.params.values()), weights_BK.shape[1]
         totals = [p.new_zeros(*p.shape, K, dtype=weights_BK.dtype).detach() for p in params]
         with _differentiated(self.regression, params), torch.enable_grad():
@@ -194,10 +195,15 @@ class PredictionGradients(ValueGradients):
             total = total + draw
         return total / self.regression.num_draws
 
+    def _check(self, clean: CleanBatch) -> None:
+        check_network(self.regression)
+        self._retried(clean)
+
     def _checked_coverage(self) -> Coverage:
         if self._coverage is None:
             coverage = cover(self.regression.objective.model, self.params)
             self._coverage = observable(self.regression, coverage)
+            self._retried = ObservedRetrial(self.regression, self._coverage.layers)
         return self._coverage
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.diffusion.trial import Trial, check_trial
+from curvlinops_diffusion.diffusion.trial import Retrial, Trial, check_trial
 from curvlinops_diffusion.layers.coverage import Coverage
 from curvlinops_diffusion.layers.hooks import frozen
 from curvlinops_diffusion.layers.kind import SharingKind
@@ -36,7 +36,7 @@ from curvlinops_diffusion.runtime.modes import recomputation_named
 def observable(
     regression: NoisedRegression, coverage: Coverage, gradients: bool = True
 ) -> Coverage:
-    """Try out, on two examples at two levels, what hooks see of each layer.
+    """Try out, on a few examples at two levels, what hooks see of each layer.
 
     Args:
         regression: Objective, data and draws.
@@ -56,7 +56,7 @@ def observable(
     check_trial(objective, trial)
     if not layers:
         return coverage
-    reasons = _unobservable(objective, layers, trial.mixed)
+    reasons = _unobservable(objective, layers, trial.few)
     if not reasons:
         return coverage
     if not gradients:
@@ -77,6 +77,33 @@ def observable(
     others = coverage.others | reasons
     in_order = {name: others[name] for name in coverage.params if name in others}
     return replace(coverage, layers=kept, others=in_order)
+
+
+class ObservedRetrial(Retrial):
+    """Also tries out again whether hooks see the gradients of automatic differentiation.
+
+    Args:
+        regression: Objective, data and draws.
+        layers: The layers whose gradients are read by hooks.
+    """
+
+    def __init__(self, regression: NoisedRegression, layers: Sequence[Layer]):
+        super().__init__(regression)
+        self._layers = layers
+
+    def _check(self, trial: Trial) -> None:
+        super()._check(trial)
+        if not self._layers:
+            return
+        reasons = _unobservable(self._regression.objective, self._layers, trial.few)
+        if reasons:
+            name = min(reasons)
+            raise ValueError(
+                f"At example {self._regression.name_of(trial.low.indices[0])} of the data, hooks "
+                f"do not see the gradient of '{name}' ({len(reasons)} parameters in all), as they "
+                f"did on the first examples: {reasons[name]}. What the network does there depends "
+                "on the example; leave these parameters out of params."
+            )
 
 
 def _unobservable(

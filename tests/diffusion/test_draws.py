@@ -20,9 +20,12 @@ from curvlinops_diffusion.diffusion.random_numbers import ProbeType
 from curvlinops_diffusion.diffusion.timesteps import (
     LogitNormalTimesteps,
     StratifiedTimesteps,
+    TimestepsWithin,
     UniformTimesteps,
 )
-from tests.cases import noise_levels, plain_regression, seeded, unet_regression
+from tests.cases import images, noise_levels, plain_regression, seeded, unet_regression
+from tests.comparisons import assert_close
+from tests.reference import dense_ggn, to_dense
 
 RADEMACHER, GAUSSIAN = ProbeType.RADEMACHER, ProbeType.GAUSSIAN
 
@@ -154,6 +157,58 @@ def test_logit_normal(stratified):
     assert (levels.quantile(probabilities) - expected).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("scheme", [StratifiedTimesteps(), UniformTimesteps()])
+def test_uniform_within_a_range(scheme):
+    """Every level of an expert's range equally often, none outside."""
+    draws = make_draws(TimestepsWithin(35, 43, scheme), 4, 0, 50)
+    levels = torch.cat([draws.levels(range(2000), r) for r in range(4)])
+    counts = torch.bincount(levels, minlength=50)
+    assert counts.sum() == counts[35:43].sum() == 8000
+    assert (counts[35:43] - 1000).abs().max() < (20 if scheme == StratifiedTimesteps() else 150)
+    assert not draws.uniform_levels
+
+
+def test_other_distributions_within_a_range():
+    """What the whole distribution is, given that it falls there: the same ratios."""
+    whole = LogitNormalTimesteps(0.5, 1.5)
+    draws = make_draws(whole, 4, 0, 10)
+    counts = torch.bincount(torch.cat([draws.levels(range(5000), r) for r in range(4)]))[6:9]
+    draws = make_draws(TimestepsWithin(6, 9, whole), 4, 0, 10)
+    within = torch.bincount(torch.cat([draws.levels(range(5000), r) for r in range(4)]))[6:9]
+    assert within.sum() == 20_000
+    assert (counts / counts.sum() - within / within.sum()).abs().max() < 2e-3
+    assert (
+        abs(float(counts.sum()) / 20_000 - (whole.cumulative(0.9) - whole.cumulative(0.6))) < 2e-3
+    )
+
+
+def test_experts_by_noise_level_are_problems_of_their_own():
+    """The curvature of both has the share of an expert's levels times its own on the diagonal."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([seeded(nn.Conv2d(2, 2, 1), seed=s) for s in (0, 1)])
+
+        def forward(self, x, t):
+            expert = self.experts[int(t[0] >= 6)]  # every batch has one level here
+            return expert(x, t)
+
+    ranges = range(6), range(6, 10)
+    for number, levels in enumerate(ranges):
+        both, data = Experts().double(), images(3, 2, 3)
+        every = [*levels, *ranges[1 - number]]  # the same noise for the same levels
+        whole = NoisedRegression(DenoisingObjective(both, noise_levels()), data, timesteps=every)
+        G = dense_ggn(whole, list(both.parameters()))
+        P = len(G) // 2
+        assert G[:P, P:].norm() == 0
+        objective = DenoisingObjective(both.experts[number], noise_levels())
+        own = NoisedRegression(objective, data, timesteps=list(levels))
+        block = G[number * P : (number + 1) * P, number * P : (number + 1) * P]
+        found = to_dense(DiffusionGGNLinearOperator(own))
+        assert_close(len(levels) / 10 * found, block, 1e-12)
+
+
 def test_lists_and_every_level_once():
     draws = draws_of([3, 1, 4], num_draws=None)
     assert draws.num_draws == 3
@@ -168,6 +223,11 @@ def test_lists_and_every_level_once():
     [
         ({"timesteps": "random"}, r"timesteps='random' is unknown. Pass one of: 'stratified'"),
         ({"timesteps": 3}, r"timesteps arrived as int"),
+        (
+            {"timesteps": TimestepsWithin(5, 5)},
+            r"TimestepsWithin\(lowest=5, end=5.* Pass 0 <= lowe",
+        ),
+        ({"timesteps": TimestepsWithin(5, 5000)}, r"for \d+ noise levels. Pass 0 <= lowest < end"),
         ({"timesteps": [1, 1000]}, r"of which \[1000\] do not exist.*from 0 to 999"),
         ({"timesteps": []}, r"timesteps lists 0 levels"),
         ({"timesteps": [1, 2, 3], "num_draws": 8}, r"num_draws=8.*multiple of 3, or num"),

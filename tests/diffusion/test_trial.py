@@ -17,6 +17,8 @@ from curvlinops_diffusion import (
 )
 from curvlinops_diffusion.diffusion.trial import Trial
 from tests.cases import images, noise_levels, plain_regression, seeded
+from tests.comparisons import assert_close
+from tests.reference import example_gradients
 
 OPERATORS = {
     "K-FAC": DiffusionKFACLinearOperator,
@@ -93,25 +95,26 @@ def test_the_mode_of_the_network_may_change():
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_two_examples_are_found_whatever_the_batches(size):
-    """With one example in each batch, nothing would be told apart within one."""
+def test_examples_are_found_whatever_the_batches(size):
+    """Some of the first: with one in each batch, nothing would be told apart within one."""
     model = seeded(nn.Conv2d(1, 1, 3, padding=1))
-    data = DataLoader(TensorDataset(images(3)), batch_size=size)
+    data = DataLoader(TensorDataset(images(6)), batch_size=size)
     regression = NoisedRegression(
         DenoisingObjective(model, noise_levels()), data, timesteps=[7, 2, 5]
     )
     trial = Trial.of(regression)
-    assert list(trial.low.indices) == list(trial.high.indices) == [0, 1]
+    assert list(trial.low.indices) == list(trial.high.indices) == [0, 1, 2, 3]
     assert set(trial.low.level_B.tolist()) == {2}
     assert set(trial.high.level_B.tolist()) == {7}
-    assert trial.mixed.indices == [0, 0, 1, 1]
+    assert trial.mixed.indices == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert trial.few.indices == [0, 0, 1, 1]
     noised = {b.draw: b for b in regression.batches() if 1 in b.indices}
     for batch in (trial.low, trial.high):
         whole = noised[batch.draw]
         assert torch.equal(batch.x_t[1], whole.x_t[list(whole.indices).index(1)])
 
 
-@pytest.mark.parametrize(("count", "draws", "samples"), [(1, 1, 1), (1, 4, 2), (3, 1, 2)])
+@pytest.mark.parametrize(("count", "draws", "samples"), [(1, 1, 1), (1, 4, 2), (3, 1, 3)])
 def test_small_problems(count, draws, samples):
     model = seeded(nn.Conv2d(1, 1, 3, padding=1))
     regression = plain_regression(model, (1, 4, 4), count=count, num_draws=draws)
@@ -125,3 +128,55 @@ def test_images_of_several_sizes():
     regression = NoisedRegression(DenoisingObjective(model, noise_levels()), data, 2)
     assert list(Trial.of(regression).low.indices) == [0]
     DiffusionKFACLinearOperator(regression)
+
+
+class Odd(nn.Module):
+    """A network that does something else for one image."""
+
+    def __init__(self, odd):
+        super().__init__()
+        self.layer = seeded(nn.Conv2d(1, 1, 3, padding=1))
+        self.odd = odd
+
+    def forward(self, x, t, token):
+        if not (token == 14).any():
+            return self.layer(x, t)
+        return self.odd(self.layer, x, t, (token == 14).reshape(-1, 1, 1, 1))
+
+
+def coupled(layer, x, t, odd):
+    return layer(x, t) + x.mean(0)
+
+
+def drawing(layer, x, t, odd):
+    return layer(x, t) + torch.rand(1)
+
+
+def used_directly(layer, x, t, odd):
+    return layer(x, t) + odd * layer.layers[0].bias.sum()
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        (coupled, "depends on the rest of its batch"),
+        (drawing, r"draws random numbers of its own \(seen at example 14\)"),
+        (used_directly, r"At example 14 of the data, hooks do not see the gradient of 'layer.l"),
+    ],
+)
+def test_in_the_middle_of_the_data(odd, message):
+    """What the first examples do not show is found in the course of the pass."""
+    data = {"x0": images(16), "token": torch.arange(16)}
+    objective = DenoisingObjective(Odd(odd).double().eval(), noise_levels())
+    regression = NoisedRegression(objective, data, 4, batch_size=2)
+    with pytest.raises(ValueError, match=message):
+        DiffusionKFACLinearOperator(regression)
+    if odd is used_directly:  # these are read by no hooks
+        rows = ExampleGradientLinearOperator(regression).rows()
+        params = list(regression.objective.model.parameters())
+        assert_close(rows, example_gradients(regression, params), 1e-12)
+        return
+    with pytest.raises(ValueError, match=message):
+        ExampleGradientLinearOperator(regression).rows()
+    with pytest.raises(ValueError, match=message):
+        DiffusionGGNLinearOperator(regression) @ torch.ones(10).double()

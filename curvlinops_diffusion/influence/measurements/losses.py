@@ -16,7 +16,7 @@ from curvlinops_diffusion.influence.measurements.base import Measurement, Object
 
 
 def loss(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
-    """The training loss ``w_t r ‖f − y‖²``, shape ``[B]``."""
+    """The training loss ``w_t r ‖f − y‖²``, of a mask's entries if there is one, ``[B]``."""
     return batch.loss(prediction_BD)
 
 
@@ -44,7 +44,7 @@ class WeightedLoss(ObjectiveMeasurement):
         mean = objective.reduction is Reduction.MEAN
 
         def value(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
-            squares_B = (prediction_BD - batch.target_BD).square().sum(1)
+            squares_B = batch.squares(prediction_BD)
             scale = 1 / prediction_BD.shape[1] if mean else 1.0
             return weights_T[batch.level_B].to(squares_B) * scale * squares_B
 
