@@ -24,8 +24,10 @@ from curvlinops_diffusion.diffusion.weightings import Weighting, weight_table
 from curvlinops_diffusion.runtime.checks import check_non_negative, check_option
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
 from curvlinops_diffusion.runtime.modes import (
+    derivative_gradients,
     eager,
     replaced_parameters,
+    special_tables,
     unwrapped,
     without_checkpoints,
 )
@@ -131,6 +133,7 @@ class DenoisingObjective:
                 "by, for instance null_condition={'class_labels': 1000}."
             )
         self.null_condition = dict(null_condition or {})
+        self._tables = special_tables(self.model)
         self._encode = encode
         self._model_kwargs = model_kwargs or {}
         names = list(inspect.signature(self.model.forward).parameters)
@@ -357,6 +360,7 @@ class DenoisingObjective:
                 cache_enabled=False,
             ),
             eager(),
+            derivative_gradients(self._tables),
         ):
             if params is None:
                 output = self.model(*args, **kwargs)

@@ -135,13 +135,20 @@ def check_trial(objective: DenoisingObjective, trial: Trial) -> None:
     """Check that the network's output is a function of each example alone.
 
     Raises:
-        ValueError: If the network draws random numbers, two runs of one batch differ, or an
-            example alone from the same example among others.
+        ValueError: If the network changes its buffers or parameters, draws random numbers, two runs
+            of one batch differ, or an example alone from the same example among others.
     """
     batch = trial.mixed
     with torch.no_grad():
-        before = _random_states(objective.device)
+        before, state = _random_states(objective.device), _State.of(objective.model)
         first_BD = objective.predict(batch)
+        changed = state.restore(objective.model)
+        if changed:
+            raise ValueError(
+                f"The network changes {changed[:4]} while it runs, so that it is another one for "
+                "each batch (running statistics, spectral norms and others do so in training). "
+                f"{_training(objective.model)}"
+            )
         # what is drawn with a small probability may be the same twice
         drew = _random_states(objective.device) != before
         again_BD = objective.predict(batch)
@@ -158,6 +165,49 @@ def check_trial(objective: DenoisingObjective, trial: Trial) -> None:
             "examples, or on their noise levels): alone, it is another one. "
             f"{_training(objective.model)}"
         )
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a network may change while it runs.
+
+    Attributes:
+        versions: Every parameter and buffer with the number of its changes in place.
+        copies: Those that may be put back: buffers, and tables of embeddings with a ``max_norm``.
+    """
+
+    versions: dict[str, tuple[Tensor, int]]
+    copies: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _State:
+        """That of a network."""
+        copies = {name: z.clone() for name, z in model.named_buffers()}
+        for prefix, module in model.named_modules():
+            if getattr(module, "max_norm", None) is not None:
+                own = module.named_parameters(prefix, recurse=False)
+                copies |= {name: p.clone() for name, p in own}
+        return cls({name: (z, z._version) for name, z in _held(model)}, copies)
+
+    def restore(self, model: nn.Module) -> list[str]:
+        """Put back what can be; return the names of what was changed."""
+        changed = []
+        for name, z in _held(model):
+            before, version = self.versions.get(name, (None, 0))
+            if before is None or (z is before and z._version == version):
+                continue
+            copy = self.copies.get(name)
+            if copy is None:
+                changed.append(name)
+            elif z.shape != copy.shape or not torch.equal(z, copy):
+                changed.append(name)
+                if z.shape == copy.shape:
+                    z.copy_(copy)
+        return changed
+
+
+def _held(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def _random_states(device: torch.device) -> list[bytes]:

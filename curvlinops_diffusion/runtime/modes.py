@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -38,10 +39,23 @@ def forward_mode() -> Iterator[None]:
     By itself it goes through ``torch.no_grad()`` (a first pass for self-conditioning, say) and
     through the row of an embedding's ``padding_idx``, which reverse mode leaves out. The values
     that derivatives are taken at must not require gradients.
+
+    Raises:
+        ValueError: If PyTorch has no forward-mode derivative of a function of the network.
     """
-    # what switches gradients off and on again must find them on
-    with differentiable_attention(), torch.enable_grad(), _ForwardMode():
-        yield
+    try:
+        # what switches gradients off and on again must find them on
+        with differentiable_attention(), torch.enable_grad(), _ForwardMode():
+            yield
+    except NotImplementedError as error:
+        found = re.search(r"forward AD with (\S+)", str(error))
+        if found is None:
+            raise
+        raise ValueError(
+            f"The network uses '{found[1]}', of which PyTorch has no forward-mode derivative; "
+            "products with an exact GGN and J @ v need one. Write it by elementary functions, or "
+            "take K-FAC, EK-FAC, rows() or J.adjoint(), which do without."
+        ) from error
 
 
 @contextmanager
@@ -80,6 +94,11 @@ def _embedding(
     return functional.embedding(tokens, weight, None, *args, **kwargs)
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    others = [d for d in range(v.ndim) if d != dim]  # all of them for -1
+    return v * (g / v.square().sum(others, keepdim=dim >= 0).sqrt())
+
+
 def _group_norm(
     x: Tensor,
     num_groups: int,
@@ -99,7 +118,10 @@ def _group_norm(
 class _ForwardMode(TorchFunctionMode):
     """Replaces functions by others, and stops forward mode where gradients are switched off."""
 
-    PLAIN: Mapping[Callable[..., Any], Callable[..., Tensor]] = {functional.embedding: _embedding}
+    PLAIN: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
+        functional.embedding: _embedding,
+        torch._weight_norm: _weight_norm,
+    }
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,6 +150,32 @@ class _PlainFunctions(_ForwardMode):
         functional.mish: _mish,
         functional.group_norm: _group_norm,
     }
+
+
+@contextmanager
+def derivative_gradients(tables: Sequence[nn.Module]) -> Iterator[None]:
+    """Have the backward passes of tables of embeddings give dense derivatives within the context.
+
+    Training may have wanted gradients that are sparse, or are divided by how often a token occurs
+    in the batch, which are none of a loss.
+
+    Args:
+        tables: See :func:`special_tables`.
+    """
+    before = [(m, m.sparse, m.scale_grad_by_freq) for m in tables]
+    try:
+        for module in tables:
+            module.sparse = module.scale_grad_by_freq = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module, sparse, scaled in before:
+            module.sparse, module.scale_grad_by_freq = sparse, scaled
+
+
+def special_tables(model: nn.Module) -> list[nn.Module]:
+    """The tables of embeddings whose backward pass gives something else than dense derivatives."""
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    return [m for m in tables if m.sparse or m.scale_grad_by_freq]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from curvlinops_diffusion import (
     DenoisingObjective,
+    DiffusionEKFACLinearOperator,
     DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
@@ -18,7 +19,7 @@ from curvlinops_diffusion import (
 from curvlinops_diffusion.diffusion.trial import Trial
 from tests.cases import images, noise_levels, plain_regression, seeded
 from tests.comparisons import assert_close
-from tests.reference import example_gradients
+from tests.reference import dense_ggn, example_gradients, to_dense
 
 OPERATORS = {
     "K-FAC": DiffusionKFACLinearOperator,
@@ -180,3 +181,78 @@ def test_in_the_middle_of_the_data(odd, message):
         ExampleGradientLinearOperator(regression).rows()
     with pytest.raises(ValueError, match=message):
         DiffusionGGNLinearOperator(regression) @ torch.ones(10).double()
+
+
+class Rotary(nn.Module):
+    """A network that makes its table anew each time; it is the same each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = seeded(nn.Conv2d(1, 1, 3, padding=1))
+        self.register_buffer("table", torch.ones(4).double())
+
+    def forward(self, x, t):
+        self.table = torch.arange(4).double().cos() if len(self.table) != 4 else self.table.clone()
+        return self.layer(x, t) * self.table
+
+
+class Rows(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.layer, self.rows = nn.Conv2d(1, 1, 3, padding=1), nn.Embedding(10, 16, **options)
+
+    def forward(self, x, t):
+        return self.layer(x) + self.rows(t).reshape(x.shape)
+
+
+def spectral(wrap):
+    return seeded(wrap(nn.Conv2d(1, 1, 3, padding=1))).train()
+
+
+@pytest.mark.parametrize(
+    ("make", "changed"),
+    [
+        (
+            lambda: seeded(
+                nn.InstanceNorm2d(1, affine=True, track_running_stats=True), nn.Conv2d(1, 1, 1)
+            ).train(),
+            "'layers.0.running_mean'",
+        ),
+        (lambda: spectral(nn.utils.spectral_norm), "'layers.0.weight_[uv]'"),
+        (
+            lambda: spectral(nn.utils.parametrizations.spectral_norm),
+            "'layers.0.parametrizations.weight.0._[uv]'",
+        ),
+        (lambda: Rows(max_norm=0.5).eval(), "'rows.weight'"),
+    ],
+)
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_a_network_that_changes_while_it_runs(make, changed, kind):
+    """It is refused, and put back as it was."""
+    model = make().double()
+    regression = plain_regression(model, (1, 4, 4), count=3, num_draws=2)
+    before = {name: z.clone() for name, z in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"The network changes .*{changed}"):
+        OPERATORS[kind](regression)
+    assert all(torch.equal(z, before[name]) for name, z in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Rotary,
+        lambda: Rows(max_norm=100.0),
+        lambda: seeded(nn.InstanceNorm2d(1, affine=True, track_running_stats=True)),
+        lambda: seeded(nn.utils.spectral_norm(nn.Conv2d(1, 1, 3, padding=1))),
+    ],
+)
+def test_a_network_that_stays_the_same(make):
+    model = make().double().eval()
+    regression = plain_regression(model, (1, 4, 4), count=3, num_draws=2)
+    params = list(model.parameters())
+    rows = ExampleGradientLinearOperator(regression).rows()
+    assert_close(rows, example_gradients(regression, params), 1e-12)
+    G = dense_ggn(regression, params)
+    assert_close(to_dense(DiffusionGGNLinearOperator(regression)), G, 1e-12)
+    EK = DiffusionEKFACLinearOperator(regression, fisher_type="type-2")
+    assert_close(EK.trace(), G.trace(), 1e-11)

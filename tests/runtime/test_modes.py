@@ -8,6 +8,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from curvlinops_diffusion import (
+    DiffusionEKFACLinearOperator,
     DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
@@ -248,3 +249,70 @@ def test_the_plain_network_is_left_alone():
     before = {name: p.clone() for name, p in model.named_parameters()}
     DiffusionGGNLinearOperator(regression) @ torch.ones(24).double()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+class Tokens(nn.Module):
+    """An embedding of the pixels' signs, several of each in an example."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.layer, self.table = nn.Conv2d(2, 2, 3, padding=1), table
+
+    def forward(self, x, t):
+        tokens = (x[:, 0] > 0).long().flatten(1)
+        if isinstance(self.table, nn.EmbeddingBag):
+            return self.layer(x) + self.table(tokens).reshape(len(x), 2, 1, 1)
+        return self.layer(x) + self.table(tokens).mT.reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        nn.Embedding(2, 2, sparse=True),
+        nn.Embedding(2, 2, scale_grad_by_freq=True),
+        nn.EmbeddingBag(2, 2, sparse=True),
+        nn.EmbeddingBag(2, 2),
+    ],
+)
+def test_tables_of_embeddings_give_dense_derivatives(table):
+    model = Tokens(table).double()
+    regression = plain_regression(model, (2, 3, 3), count=3, num_draws=2)
+    own = (table.sparse, table.scale_grad_by_freq)
+    table.sparse = table.scale_grad_by_freq = False
+    params = list(model.parameters())
+    rows, G = example_gradients(regression, params), dense_ggn(regression, params)
+    table.sparse, table.scale_grad_by_freq = own
+    regression = plain_regression(model, (2, 3, 3), count=3, num_draws=2)
+    J = ExampleGradientLinearOperator(regression)
+    assert_close(J.rows(), rows, 1e-12)
+    assert_close(J.adjoint() @ torch.eye(3).double(), rows.T, 1e-12)
+    EK = DiffusionEKFACLinearOperator(regression, fisher_type="type-2")
+    assert_close(EK.trace(), G.trace(), 1e-11)
+    if isinstance(table, nn.EmbeddingBag):
+        for product in (lambda: J @ G[0], lambda: DiffusionGGNLinearOperator(regression) @ G[0]):
+            with pytest.raises(
+                ValueError, match="uses '_embedding_bag', of which PyTorch has no f"
+            ):
+                product()
+    else:
+        assert_close(to_dense(DiffusionGGNLinearOperator(regression)), G, 1e-12)
+    assert (table.sparse, table.scale_grad_by_freq) == own
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_weight_norm(wrap, dim):
+    model = seeded(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 2, 1))
+    wrap(model.layers[0], dim=dim)
+    regression = plain_regression(model, (2, 3, 3), count=3, num_draws=2)
+    params = list(model.parameters())
+    G = dense_ggn(regression, params)
+    assert_close(to_dense(DiffusionGGNLinearOperator(regression)), G, 1e-12)
+    rows = example_gradients(regression, params)
+    J = ExampleGradientLinearOperator(regression)
+    assert_close(J.rows(), rows, 1e-12)
+    assert_close(J @ G[:, 0], rows @ G[:, 0], 1e-12)
+    X, _ = next(iter(regression))
+    plain = regression.objective.predict(next(iter(regression.batches())))
+    scaled = regression.model_func(X) / X["scale"].unsqueeze(1)
+    assert_close(scaled.detach(), plain.detach(), 1e-13)
