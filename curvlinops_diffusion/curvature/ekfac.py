@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from curvlinops_diffusion.curvature.eigenvalues import eigenvalue_moments
 from curvlinops_diffusion.curvature.gradient_factors import fitted_factors
 from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator, exact_part
 from curvlinops_diffusion.curvature.kronecker_factors import KroneckerFactors
-from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.curvature.options import KFACApprox, KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.linalg.blocks import Block, EigenBlock
@@ -87,9 +88,15 @@ def _eigenbases(
     pieces = {f"{side}/{key}": M for (side, key), M in named.items()}
     device = regression.objective.device
 
+    # means over positions, or other draws, may lack directions that gradients have; second moments
+    # in a basis of rounding errors would have no meaning there
+    other_draws = options.num_eigenvalue_draws(regression) != regression.num_draws
+    lacking = options.kfac_approx is KFACApprox.REDUCE or other_draws
+    decomposed = partial(_decomposed, lacking)
+
     def compute() -> dict[str, Tensor]:
         found = divided(
-            Share.of(passes.distributed), pieces, _decomposition_cost, _decomposed, device
+            Share.of(passes.distributed), pieces, _decomposition_cost, decomposed, device
         )
         return {f"{key}/{role}": z for key, own in found.items() for role, z in own.items()}
 
@@ -109,7 +116,7 @@ def _decomposition_cost(matrix: Tensor) -> float:
     return float(matrix.numel() * matrix.shape[-1])
 
 
-def _decomposed(key: str, matrix: Tensor) -> dict[str, Tensor]:
+def _decomposed(settle_null: bool, key: str, matrix: Tensor) -> dict[str, Tensor]:
     side, name = key.split("/", 1)
-    found = eigendecomposition(matrix, f"The {side} factor of '{name}'")
+    found = eigendecomposition(matrix, f"The {side} factor of '{name}'", settle_null)
     return {k: z for k, z in vars(found).items() if z is not None}

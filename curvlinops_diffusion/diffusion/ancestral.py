@@ -108,7 +108,7 @@ class AncestralSteps:
 
     def mean(self, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
         """The step's mean from the states of a batch, shape ``[B, D]``."""
-        x_BD = batch.x_t.flatten(1).to(prediction_BD)
+        x_BD = batch.noised_BD.to(prediction_BD)
         of_x0_B1, of_x_B1 = self._mean_coefficients(batch, prediction_BD)
         x0_BD = self.process.clean(x_BD, prediction_BD, batch.level_B)
         if self.clip_range is not None:
@@ -120,7 +120,7 @@ class AncestralSteps:
 
         Zero at levels where the mean does not depend on the prediction.
         """
-        x_BD = batch.x_t.flatten(1).to(mean_BD)
+        x_BD = batch.noised_BD.to(mean_BD)
         of_x0_B1, of_x_B1 = self._mean_coefficients(batch, mean_BD)
         x0_BD = (mean_BD - of_x_B1 * x_BD) / of_x0_B1
         of_x_t, of_y = (

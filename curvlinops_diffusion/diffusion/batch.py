@@ -32,11 +32,22 @@ class NoisedBatch:
         target_BD: The target, flattened, in the working precision.
         weight_B: ``w_t r``.
         mask_BD: Factors of the entries' squares; ``None`` for one.
+        state_BD: ``x_t`` in the working precision, flattened, where the network sees it rounded;
+            ``None`` for ``x_t`` itself.
     """
 
     #: What has a row for each example
     ROWS: ClassVar[tuple[str, ...]] = (
-        *("level_B", "x_t", "timestep_B", "condition", "target_BD", "weight_B", "mask_BD"),
+        *(
+            "level_B",
+            "x_t",
+            "timestep_B",
+            "condition",
+            "target_BD",
+            "weight_B",
+            "mask_BD",
+            "state_BD",
+        ),
     )
 
     indices: Sequence[int]
@@ -48,6 +59,13 @@ class NoisedBatch:
     target_BD: Tensor
     weight_B: Tensor
     mask_BD: Tensor | None = field(default=None, kw_only=True)
+    state_BD: Tensor | None = field(default=None, kw_only=True)
+
+    @property
+    def noised_BD(self) -> Tensor:
+        """The noised examples in the working precision, flattened."""
+        state_BD = self.x_t.flatten(1) if self.state_BD is None else self.state_BD
+        return state_BD.to(self.target_BD)
 
     def select(self, positions: Sequence[int]) -> Self:
         """The examples at some positions of the batch."""

@@ -286,17 +286,19 @@ class DenoisingObjective:
             for z in (x0, eps, eps if input_eps is None else input_eps)
         )
         target_BD = self.process.target(x0, eps, level_B).flatten(1)
+        x_t = self.process.noised(x0, input_eps, level_B)
         r = 1 / target_BD.shape[1] if self.reduction is Reduction.MEAN else 1.0
         return NoisedBatch(
             indices,
             draw,
             level_B,
-            self.process.noised(x0, input_eps, level_B).to(self.dtype),
+            x_t.to(self.dtype),
             self._timestep(level_B),
             {key: self.to_model(value) for key, value in condition.items()},
             target_BD,
             (self.weights_T[level_B] * r).to(target_BD),
             mask_BD=None if mask_BD is None else mask_BD.to(target_BD),
+            state_BD=x_t.flatten(1),
         )
 
     def _timestep(self, level_B: Tensor) -> Tensor:

@@ -196,6 +196,16 @@ class NoisedRegression:
         other.draws = make_draws(own.timesteps, num_draws, own.seed, own.num_levels, own.antithetic)
         return other
 
+    def with_seed(self, seed: int) -> NoisedRegression:
+        """The same problem with other draws, as many for each example.
+
+        Raises:
+            ValueError: If the seed is out of range.
+        """
+        other, own = copy(self), self.draws
+        other.draws = make_draws(own.timesteps, own.num_draws, seed, own.num_levels, own.antithetic)
+        return other
+
     def fingerprint(self) -> dict[str, str]:
         """Digests of the network's structure and weights."""
         return fingerprint(self.objective.model)

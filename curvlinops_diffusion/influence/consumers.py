@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.processes import Share
@@ -19,6 +21,9 @@ from curvlinops_diffusion.runtime.processes import Share
 
 class GradientConsumer(ABC):
     """Something made of training gradients as they stream past."""
+
+    def prepare(self, clean: CleanBatch) -> None:  # noqa: B027  most need nothing
+        """Compute what else is needed of a batch, before its gradients come."""
 
     @abstractmethod
     def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
@@ -178,20 +183,34 @@ class GroupSums(GradientConsumer):
 
 
 class SelfInfluence(GradientConsumer):
-    """``τ(n, n) = 1/N ∇ℓ_nᵀ G_inv ∇ℓ_n``, ``[N]``.
+    """``τ(n, n) = 1/N ∇ℓ_nᵀ G_inv ∇ℓ'_n``, ``[N]``.
 
     Args:
         G_inv: Inverse curvature.
         num_data: ``N``.
+        J_again: Gradients ``∇ℓ'`` of the same examples from other draws; ``None`` for those that
+            stream past.
     """
 
-    def __init__(self, G_inv: PyTorchLinearOperator, num_data: int):
+    def __init__(
+        self,
+        G_inv: PyTorchLinearOperator,
+        num_data: int,
+        J_again: ExampleGradientLinearOperator | None = None,
+    ):
         self._G_inv = G_inv
+        self._J_again = J_again
+        self._again_BP: Tensor | None = None
         self.values_N = torch.zeros(num_data, dtype=G_inv.dtype, device=G_inv.device)
+
+    def prepare(self, clean: CleanBatch) -> None:
+        """Compute the gradients from other draws."""
+        if self._J_again is not None:
+            self._again_BP = self._J_again.rows_of(clean)
 
     def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
         """Fill the examples' entries."""
-        products_PB = self._G_inv @ rows_BP.T
+        products_PB = self._G_inv @ (rows_BP if self._again_BP is None else self._again_BP).T
         self.values_N[list(indices)] = (rows_BP.T * products_PB).sum(0) / len(self.values_N)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -54,13 +54,15 @@ class Eigendecomposition:
         return self.values <= relative * self.values.amax(-1, keepdim=True)
 
 
-def eigendecomposition(matrix: Tensor, what: str) -> Eigendecomposition:
+def eigendecomposition(matrix: Tensor, what: str, settle_null: bool = False) -> Eigendecomposition:
     """Decompose a positive semi-definite factor, in float64.
 
     Args:
         matrix: The factor: ``[I, I]``, one for each group ``[G, I, I]``, or the diagonal ``[I]``
             of a diagonal one.
         what: What it is a factor of, for the error message.
+        settle_null: Whether the eigenvectors of zeros are made a function of the space that they
+            span, where rounding would choose them.
 
     Returns:
         The decomposition in the factor's precision, negative rounding noise clamped to zero.
@@ -72,5 +74,23 @@ def eigendecomposition(matrix: Tensor, what: str) -> Eigendecomposition:
     if matrix.ndim == 1:
         return Eigendecomposition(matrix.clamp(min=0), None)
     values, vectors = torch.linalg.eigh(matrix.double())
+    if settle_null:
+        null = Eigendecomposition(values.clamp(min=0).to(matrix), vectors).is_null()
+        vectors = _settled(vectors, null)
     # one layout of memory, so that products are the same to the last bit after saving and loading
     return Eigendecomposition(values.clamp(min=0).to(matrix), vectors.to(matrix).contiguous())
+
+
+def _settled(vectors: Tensor, null: Tensor) -> Tensor:
+    """Eigenvectors, those of zeros replaced by others that span the same space.
+
+    With the columns ``N`` of the null space and any fixed ``D``, ``N V`` with ``Nᵀ D N = V δ Vᵀ``
+    are the same but for signs, whatever basis ``N`` is, as long as the entries of ``δ`` differ.
+    """
+    if vectors.ndim == 3:
+        return torch.stack([_settled(U, own) for U, own in zip(vectors, null, strict=True)])
+    N = vectors[:, null]
+    D = torch.linspace(1, 2, len(vectors)).to(vectors)
+    settled = vectors.clone()
+    settled[:, null] = N @ torch.linalg.eigh(N.mT @ (D.unsqueeze(1) * N)).eigenvectors
+    return settled

@@ -626,3 +626,21 @@ def test_operators_program_and_options_agree():
         assert set(get_args(types[name])) == {member.value for member in kind}
     fit = FitOptions(data="d", output="o", curvature="kfac", fisher_type="empirical")
     assert KFACOptions(**fit.kfac_options()).fisher_type is FisherType.EMPIRICAL
+
+
+@pytest.mark.parametrize("options", [{"kfac_approx": "reduce"}, {"eigenvalue_draws": 1}])
+def test_the_basis_where_a_factor_is_zero_is_no_rounding_error(options):
+    """Gradients may have directions that the inputs' means, or those of other draws, lack."""
+    model = seeded(
+        nn.Conv2d(2, 7, 3, stride=2, padding=1), nn.Tanh(), nn.ConvTranspose2d(7, 2, 2, stride=2)
+    )
+
+    def product(batch_size):
+        regression = plain_regression(model, (2, 4, 4), count=4, num_draws=2, batch_size=batch_size)
+        EK = DiffusionEKFACLinearOperator(regression, **options)
+        v = torch.ones(EK.shape[1], dtype=torch.float64)
+        return torch.stack([EK @ v, EK.inverse(1e-3) @ v])
+
+    expected = product(4)
+    for batch_size in (1, 3):
+        assert_close(product(batch_size), expected, 1e-9)

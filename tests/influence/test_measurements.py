@@ -516,3 +516,33 @@ def test_every_named_measurement_loads():
         )
         assert line.summary
     assert registry.sentence_of("unknown") == ""
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+@pytest.mark.parametrize("measurement", ["elbo", "simplified_elbo"])
+def test_bounds_of_networks_in_low_precision(measurement, prediction_type):
+    """Only the network is rounded, not the state that its prediction is made something of."""
+
+    def values(dtype):
+        model = seeded(nn.Conv2d(1, 1, 1)).to(dtype)
+        model.layers[0].weight.data.fill_(0)
+        model.layers[0].bias.data.fill_(0.25)  # of which rounding makes nothing else
+        objective = DenoisingObjective(model, scheduler(prediction_type))
+        regression = NoisedRegression(objective, grey_images(), timesteps="all")
+        return ExampleGradientLinearOperator(regression, measurement=measurement).values()
+
+    assert_close(values(torch.bfloat16).double(), values(torch.float64), 1e-6)
+
+
+def test_trajectories_of_networks_in_low_precision():
+    def log_probability(dtype):
+        model = seeded(nn.Conv2d(1, 1, 1)).to(dtype)
+        model.layers[0].weight.data.fill_(0)
+        model.layers[0].bias.data.fill_(0.25)
+        objective = DenoisingObjective(model, scheduler())
+        states = torch.randn(2, 4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+        trajectories = TrajectoryRegression(objective, states, [5, 3, 1])
+        J = ExampleGradientLinearOperator(trajectories, measurement=trajectories.log_probability)
+        return J.values()
+
+    assert_close(log_probability(torch.bfloat16).double(), log_probability(torch.float64), 1e-6)

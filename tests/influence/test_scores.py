@@ -205,6 +205,37 @@ def test_groups_and_self(model, train, operators):
     assert_close(groups, scores_QN @ weights.double(), 1e-10)
 
 
+def test_self_influence_of_other_draws(model, train, operators):
+    """Without bias: on average what mean gradients give; those of the same draws give more."""
+    J_query, K_inv, J_train = operators
+    labels = torch.zeros(6, dtype=torch.long)
+    groups, own = group_and_self_influence(J_query, K_inv, J_train, labels, self_seed=9)
+    params = params_of(model)
+    rows, again = (example_gradients(r, params) for r in (train, train.with_seed(9)))
+    assert_close(own, (rows * (K_inv @ again.T).T).sum(1) / 6, 1e-10)
+    assert_close(groups, group_and_self_influence(J_query, K_inv, J_train, labels)[0], 1e-12)
+
+    many = train.with_seed(12345).with_draws(4096)
+    mean = ExampleGradientLinearOperator(many).rows()
+    truth = (mean * (K_inv @ mean.T).T).sum() / 6
+    found = {None: [], 1: []}
+    for seed in range(0, 800, 2):
+        J = ExampleGradientLinearOperator(train.with_seed(seed))
+        for shift, values in found.items():
+            self_seed = None if shift is None else seed + shift
+            _, own = group_and_self_influence(J_query, K_inv, J, labels, self_seed=self_seed)
+            values.append(own.sum())
+    same, independent = (torch.stack(values) for values in found.values())
+    error = independent.std() / len(independent) ** 0.5
+    assert abs(independent.mean() - truth) < 3 * error < 0.15 * truth
+    assert same.mean() - truth > 0.3 * truth
+
+
+def test_the_same_seed_twice(operators, train):
+    with pytest.raises(ValueError, match=r"self_seed=0 is the seed of J_train's own draws"):
+        group_and_self_influence(*operators, torch.zeros(6).long(), self_seed=train.draws.seed)
+
+
 def test_bad_groups(operators):
     for groups in (torch.zeros(5, dtype=torch.long), torch.zeros(6), torch.zeros(5, 2)):
         with pytest.raises(ValueError, match=r"groups arrived with shape .* Pass the number"):

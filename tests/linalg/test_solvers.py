@@ -101,6 +101,31 @@ def test_residual_history(G, dense):
     assert_close(refinement.residuals[-1], (B - dense @ X).norm(dim=0) / B.norm(dim=0), 1e-9)
 
 
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-6, 0.0])
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_residuals_in_float32_are_those_of_the_solution(tolerance, spread):
+    """What rounding adds is not carried along unseen, and no smaller residual is waited for."""
+    generator = torch.Generator().manual_seed(0)
+    model = seeded(nn.Conv2d(1, 1, 9, padding=4), dtype=torch.float32)
+    like = DiffusionGGNLinearOperator(plain_regression(model, (1, 4, 4)))
+    n = like.shape[0]
+    U = torch.linalg.qr(torch.randn(n, n, generator=generator).double()).Q
+    matrix = U @ torch.diag(torch.logspace(-spread, 0, n).double()) @ U.T
+    G32 = OfMatrix(like, matrix.float())
+    B = torch.randn(n, 2, generator=generator)
+    inverse = CGRefinedInverseLinearOperator(G32, 0.0, tolerance=tolerance, max_iter=3000)
+    X = inverse @ B
+    true = (B.double() - matrix.float().double() @ X.double()).norm(dim=0) / B.double().norm(dim=0)
+    reported = inverse.refinement.residuals[-1].double()
+    assert (true < 1.3 * reported + 3e-7).all()
+    assert (reported < 1.3 * true + 3e-7).all()
+    assert inverse.refinement.num_iterations < 1500
+    if tolerance == 1e-3 or (tolerance and spread == 1.0):
+        assert inverse.refinement.converged.all()
+    if tolerance == 0:
+        assert true.max() < 3e-6 * 10**spread / 10
+
+
 @pytest.mark.parametrize(
     "kind", [CGRefinedInverseLinearOperator, NeumannRefinedInverseLinearOperator]
 )

@@ -89,7 +89,7 @@ class ELBO(ObjectiveMeasurement):
 
         def value(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
             def clean(y_BD: Tensor) -> Tensor:
-                return process.clean(batch.x_t.flatten(1).to(y_BD), y_BD, batch.level_B)
+                return process.clean(batch.noised_BD.to(y_BD), y_BD, batch.level_B)
 
             x0_BD = clean(batch.target_BD)
             last = x0_BD.new_full((len(x0_BD),), T - 1, dtype=torch.int64).cpu()

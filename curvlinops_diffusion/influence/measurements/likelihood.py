@@ -117,7 +117,7 @@ class _Flow:
         x_t = y * float(self._scale_T[level])
         empty = torch.zeros_like(x_t)
         batch = objective.noise(empty, condition, level_R, empty, [0] * R, 0)
-        batch = replace(batch, x_t=x_t.to(objective.dtype))
+        batch = replace(batch, x_t=x_t.to(objective.dtype), state_BD=None)
         prediction = objective.predict(batch)
         x_RD = x_t.flatten(1)
         noise = process.noise(x_RD, prediction, level_R)

@@ -143,7 +143,8 @@ def states_as_batch(
 ) -> NoisedBatch:
     """States ``[B, ...]`` at given noise levels as what the network sees; without their target."""
     noised = objective.noise(states, condition, level_B, torch.zeros_like(states), indices, draw)
-    return replace(noised, x_t=states.to(objective.device, objective.dtype))
+    states = states.to(objective.device, objective.working_dtype)
+    return replace(noised, x_t=states.to(objective.dtype), state_BD=states.flatten(1))
 
 
 def steps_between(
