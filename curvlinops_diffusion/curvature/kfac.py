@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from curvlinops_diffusion.curvature.gradient_factors import fitted_factors
@@ -18,6 +19,7 @@ from curvlinops_diffusion.linalg.blocks import Block, DenseBlock, KroneckerBlock
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace
 from curvlinops_diffusion.linalg.storage import versions
 from curvlinops_diffusion.runtime.digests import fingerprint
+from curvlinops_diffusion.runtime.files import check_space
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 
 
@@ -132,6 +134,10 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         coverage = covered_parameters(model, params, options.has_gradients)
         coverage = observable(regression, coverage, options.has_gradients)
         plan = BlockPlan.of(coverage, options)
+        if passes.checkpoint is not None:
+            # one is held while the next is written, and the operator's own file is as large
+            size = 2 * plan.num_entries * regression.objective.working_dtype.itemsize
+            check_space(Path(passes.checkpoint), size, "Checkpoints of the factors")
         passes = replace(passes, progressbar=progressbar or passes.progressbar)
         blocks = plan.place(self._fit(regression, plan, passes))
         info: dict[str, Any] = {

@@ -113,6 +113,12 @@ class BlockPlan:
             sizes += [O] * prod(groups) + ([] if part.kind.one_hot else [I] * prod(groups))
         return sizes
 
+    @property
+    def num_entries(self) -> int:
+        """The entries of all factors and exact blocks."""
+        exact = sum(prod(block.moment_shape) for block in self.exact)
+        return sum(n * n for n in self.factor_sizes()) + exact
+
     def place(self, blocks: Mapping[str, Block]) -> list[PlacedBlock]:
         """Blocks by their key, at their place among the parameters, in the parameters' order."""
         placed = [

@@ -151,6 +151,15 @@ class Compression:
             codes, state = functional.quantize_4bit(rows_Bk, blocksize=BLOCK, quant_type="nf4")
         return {"codes": codes.reshape(B, -1), "scales": state.absmax.reshape(B, -1)}
 
+    def bytes_per_row(self, size: int) -> int:
+        """Bytes on disk for each row of so many coordinates."""
+        if self.precision is Precision.FLOAT32:
+            return 4 * size
+        if self.precision is Precision.BFLOAT16:
+            return 2 * size
+        padded = -(-size // BLOCK) * BLOCK
+        return (padded if self.precision is Precision.INT8 else padded // 2) + 4 * padded // BLOCK
+
     def decode(self, stored: dict[str, Tensor], size: int) -> Tensor:
         """Stored tensors as rows ``[B, size]``, float32.
 

@@ -22,7 +22,7 @@ from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperat
 from curvlinops_diffusion.linalg.operator import check_same_parameters
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.digests import name_of
-from curvlinops_diffusion.runtime.files import FileKind, check_same, make_folder
+from curvlinops_diffusion.runtime.files import FileKind, check_same, check_space, make_folder
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 from curvlinops_diffusion.runtime.processes import Share
 from curvlinops_diffusion.runtime.progress import draws_bar
@@ -135,6 +135,10 @@ class GradientStore:
             f"'{folder}' holds gradients of something else",
             "Pass another folder, or delete it.",
         )
+        whole = compression.bytes_per_row(store._size) * store.num_data
+        missing = whole - round(store.bytes_per_example * store.num_data)
+        check_space(folder, missing, "The gradients of the other examples")
+        share.barrier()  # or a process would measure what another one is writing
         store._write_missing(J_train, whiten, share, passes.progressbar and share.rank == 0)
         share.barrier()
         return store

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
@@ -64,6 +66,42 @@ def make_folder(path: Path) -> None:
         ) from error
 
 
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Check that a disk has room for so many bytes.
+
+    Args:
+        folder: Where they are to be written; it need not exist yet.
+        needed: Bytes.
+        what: What is to be written, for the message.
+
+    Raises:
+        ValueError: If fewer are free.
+    """
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise ValueError(
+            f"{what} take {needed / 1e9:,.3g} GB, and {free / 1e9:,.3g} GB are free in '{folder}'. "
+            "Make room, or choose another place."
+        )
+
+
+# Under which a digest of header and tensors is kept among a file's metadata
+_DIGEST = "sha256"
+
+
+def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    from torch import uint8
+
+    digest = sha256(header.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(uint8).numpy())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class FileKind:
     """A kind of safetensors file: tensors, and a header of JSON text.
@@ -89,22 +127,33 @@ class FileKind:
         from safetensors.torch import save_file
 
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        metadata = {self.key: json.dumps(header)}
+        check_space(
+            path.parent, sum(z.nbytes for z in plain.values()), f"The numbers of '{path.name}'"
+        )
+        text = json.dumps(header)
+        metadata = {self.key: text, _DIGEST: _digest(text, plain)}
         _written(path, lambda temporary: save_file(_unshared(plain), temporary, metadata))
 
     def read(self, path: Path) -> tuple[Any, dict[str, Tensor]]:
         """The header and the tensors of a file.
 
         Raises:
-            ValueError: If the file is missing, not whole, or of another kind.
+            ValueError: If the file is missing, not whole, or of another kind; or header or tensors
+                are not those that were written.
         """
         with self._open(path, framework="pt") as file:
             header = self._header(path, file)
             try:
-                names = list(file.keys())
-                return header, {name: file.get_tensor(name) for name in names}
+                tensors = {name: file.get_tensor(name) for name in list(file.keys())}
             except (SafetensorError, OSError) as error:
                 raise self._not_whole(path, error) from error
+            metadata = file.metadata()
+        # older files have no digest
+        if metadata.get(_DIGEST, "") not in ("", _digest(metadata[self.key], tensors)):
+            raise ValueError(
+                f"'{path}' is damaged: its numbers are not those that were written. {self.advice}"
+            )
+        return header, tensors
 
     def read_header(self, path: Path) -> Any:
         """The header alone.

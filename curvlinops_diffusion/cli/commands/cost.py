@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -78,8 +77,7 @@ def fit_cost(regression: NoisedRegression, options: FitOptions) -> Cost:
     run = _measured(first, fit)
     samples = run.samples * regression.num_samples
     seconds = run.once + run.seconds * regression.num_samples
-    exact = sum(prod(block.moment_shape) for block in plan.exact)
-    entries = sum(n * n for n in sizes) + exact
+    entries = plan.num_entries
     itemsize, n = regression.objective.working_dtype.itemsize, num_processes()
     parameters = sum(p.numel() for p in coverage.params.values())
     file_entries, checkpoint_entries = entries, n * entries
