@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,11 @@ def load_network(options: FitOptions | ScoreOptions) -> Network:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} is not to be had here: {error}.") from error
-    dtype = getattr(torch, options.dtype)
     autocast = None if options.autocast is None else getattr(torch, options.autocast)
     if options.pipeline is not None:
-        pipeline = _loaded(diffusers.DiffusionPipeline, options.pipeline, "model_index.json", dtype)
+        pipeline = _loaded(
+            diffusers.DiffusionPipeline, options.pipeline, "model_index.json", options
+        )
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
         for part in pipeline.components.values():
@@ -81,10 +82,10 @@ def load_network(options: FitOptions | ScoreOptions) -> Network:
             autocast=autocast,
             **objective_options,
         )
-        return _network(objective, pipeline)
+        return _network(objective, pipeline, options.prompt)
     assert options.model is not None
     assert options.scheduler is not None
-    model = _loaded(diffusers.AutoModel, options.model, "config.json", dtype)
+    model = _loaded(diffusers.AutoModel, options.model, "config.json", options)
     embedded = inspect.signature(model.forward).parameters.get("encoder_hidden_states")
     if embedded is not None and embedded.default is embedded.empty:
         raise ValueError(
@@ -100,11 +101,15 @@ def load_network(options: FitOptions | ScoreOptions) -> Network:
     objective = DenoisingObjective(
         model.to(device).eval(), scheduler, autocast=autocast, **objective_options
     )
-    return _network(objective, None)
+    return _network(objective, None, options.prompt)
 
 
-def _network(objective: DenoisingObjective, pipeline: Any) -> Network:
-    """Read off network and autoencoder which images and conditions they take."""
+def _network(objective: DenoisingObjective, pipeline: Any, prompt: str | None) -> Network:
+    """Read off network and autoencoder which images and conditions they take.
+
+    Raises:
+        ValueError: If there is a prompt, and they take none.
+    """
     model: Any = objective.model
     config: Any = getattr(model, "config", {})
     autoencoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
@@ -124,7 +129,14 @@ def _network(objective: DenoisingObjective, pipeline: Any) -> Network:
         multiple *= 2
     elif isinstance(config.get("patch_size"), int):
         multiple *= config["patch_size"]
-    return Network(objective, channels, sides, multiple, _condition(config, pipeline))
+    condition = _condition(config, pipeline)
+    if prompt is not None and condition.key != "prompt":
+        raise ValueError(
+            f"--prompt {prompt!r} arrived for a network that takes "
+            f"{'no condition' if condition.key is None else 'labels'}. Leave it out."
+        )
+    condition = replace(condition, prompt=prompt)
+    return Network(objective, channels, sides, multiple, condition)
 
 
 def _condition(config: Any, pipeline: Any) -> Condition:
@@ -141,7 +153,7 @@ def _condition(config: Any, pipeline: Any) -> Condition:
     return Condition()
 
 
-def _loaded(cls: Any, folder: Path, index: str, dtype: torch.dtype) -> Any:
+def _loaded(cls: Any, folder: Path, index: str, options: FitOptions | ScoreOptions) -> Any:
     if not (folder / index).is_file():
         raise ValueError(
             f"'{folder}' holds no {index}. Pass a folder on this machine that was written by "
@@ -149,7 +161,11 @@ def _loaded(cls: Any, folder: Path, index: str, dtype: torch.dtype) -> Any:
         )
     try:
         return cls.from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, torch_dtype=dtype
+            str(folder),
+            local_files_only=True,
+            use_safetensors=True,
+            torch_dtype=getattr(torch, options.dtype),
+            variant=options.variant,
         )
     except (OSError, ValueError, RuntimeError, AttributeError, ImportError, KeyError) as error:
         raise ValueError(f"'{folder}' cannot be loaded: {str(error).splitlines()[0]}") from error

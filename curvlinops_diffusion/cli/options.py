@@ -49,6 +49,7 @@ class ModelOptions(Checked):
 
     Attributes:
         pipeline: Folder of a diffusers pipeline, as written by save_pretrained.
+        variant: Which of several kinds of weights files is loaded, for instance fp16.
         model: Folder of a diffusers model, instead of a pipeline; with scheduler.
         scheduler: Folder of its scheduler.
         device: Where to compute: cpu, cuda, cuda:1. Default: cuda if there is one.
@@ -58,6 +59,7 @@ class ModelOptions(Checked):
     """
 
     pipeline: Path | None = None
+    variant: str | None = None
     model: Path | None = None
     scheduler: Path | None = None
     device: str | None = None
@@ -113,9 +115,11 @@ class ImageOptions(Checked):
     Attributes:
         resolution: Resize images to this size (shorter side, then cut from the middle). Default:
             images must have the network's size.
+        prompt: The prompt of the images (of data and queries) that have none of their own.
     """
 
     resolution: int | None = None
+    prompt: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

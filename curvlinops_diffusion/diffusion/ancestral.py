@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.diffusion.noise import NoiseProcess
+from curvlinops_diffusion.diffusion.noise import Clip, NoiseProcess
 
 
 def discretised_log_probability(x_BD: Tensor, mean_BD: Tensor, std: float) -> Tensor:
@@ -41,14 +41,14 @@ class AncestralSteps:
         previous_T: ``ᾱ_{t−1}``, that of the level that a step leads to; 1 for the data.
         variance_T: ``σ_t²``.
         small_T: ``β̃_t = β_t (1 − ᾱ_{t−1}) / (1 − ᾱ_t)``.
-        clip_range: What predicted clean examples are clipped to; ``None`` for no clipping.
+        clip: What is done to predicted clean examples; ``None`` for nothing.
     """
 
     process: NoiseProcess
     previous_T: Tensor
     variance_T: Tensor
     small_T: Tensor
-    clip_range: float | None = None
+    clip: Clip | None = None
 
     @classmethod
     def of(
@@ -111,8 +111,8 @@ class AncestralSteps:
         x_BD = batch.noised_BD.to(prediction_BD)
         of_x0_B1, of_x_B1 = self._mean_coefficients(batch, prediction_BD)
         x0_BD = self.process.clean(x_BD, prediction_BD, batch.level_B)
-        if self.clip_range is not None:
-            x0_BD = x0_BD.clamp(-self.clip_range, self.clip_range)
+        if self.clip is not None:
+            x0_BD = self.clip(x0_BD)
         return of_x0_B1 * x0_BD + of_x_B1 * x_BD
 
     def prediction_for(self, batch: NoisedBatch, mean_BD: Tensor) -> Tensor:

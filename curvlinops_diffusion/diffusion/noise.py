@@ -23,6 +23,8 @@ class PredictionType(str, Enum):
         V: ``'v_prediction'``, ``alpha_t eps - sigma_t x0`` (Salimans & Ho, 2022, Section 4).
         FLOW: ``'flow'``, ``eps - x0`` (flow matching, Lipman et al., 2023).
         REVERSE_FLOW: ``'reverse_flow'``, ``x0 - eps``: the velocity from noise to data.
+        CONDITIONAL_FLOW: ``'conditional_flow'``, ``x0 - (1 - σ_min) eps``, with ``σ_min`` the noise
+            left where the signal is largest (Lipman et al., 2023, Equation 23).
     """
 
     EPSILON = "epsilon"
@@ -30,9 +32,39 @@ class PredictionType(str, Enum):
     V = "v_prediction"
     FLOW = "flow"
     REVERSE_FLOW = "reverse_flow"
+    CONDITIONAL_FLOW = "conditional_flow"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What ancestral sampling does to predicted clean examples.
+
+    Attributes:
+        range: They are clipped to ``[-range, range]``.
+        quantile: Dynamic thresholding (Saharia et al., 2022, Section 2.3): to ``[-s, s]`` and
+            divided by ``s``, this quantile of an example's absolute entries, between one and
+            ``range``; ``None`` for none.
+    """
+
+    range: float
+    quantile: float | None = None
+
+    def __call__(self, x0_BD: Tensor) -> Tensor:
+        """Clip examples, ``[B, D]``."""
+        if self.quantile is None:
+            return x0_BD.clamp(-self.range, self.range)
+        s_B1 = x0_BD.abs().quantile(self.quantile, dim=1, keepdim=True).clamp(1, self.range)
+        return x0_BD.clamp(-s_B1, s_B1) / s_B1
 
 
 Coefficient = Tensor | float
+
+
+def _slope(alpha_T: Tensor, sigma_T: Tensor) -> float:
+    """``1 − σ_min`` of the path ``sigma = 1 − (1 − σ_min) alpha``."""
+    most = int(alpha_T.argmax())
+    return float((1 - sigma_T[most]) / alpha_T[most])
+
 
 #: What the network regresses, ``y = a x0 + b eps``: ``(a, b)`` from the scales ``alpha_t`` and
 #: ``sigma_t`` of every level. Targets, weights, predicted examples and noise, the means of
@@ -43,6 +75,7 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor], tuple[Coefficient, Coefficient
     PredictionType.V: lambda alpha, sigma: (-sigma, alpha),
     PredictionType.FLOW: lambda alpha, sigma: (-1.0, 1.0),
     PredictionType.REVERSE_FLOW: lambda alpha, sigma: (1.0, -1.0),
+    PredictionType.CONDITIONAL_FLOW: lambda alpha, sigma: (1.0, -_slope(alpha, sigma)),
 }
 
 
@@ -57,8 +90,7 @@ class NoiseProcess:
         prediction_type: What the network regresses: a key of :data:`PREDICTIONS`.
         variance: Which variance ancestral sampling adds, ``'small'`` (that of the posterior given
             ``x0``) or ``'large'`` (``beta_t``).
-        clip_range: What ancestral sampling clips predicted clean examples to, ``[-c, c]``; ``None``
-            for no clipping.
+        clip: What ancestral sampling does to predicted clean examples; ``None`` for nothing.
     """
 
     alphas_T: Tensor
@@ -66,7 +98,7 @@ class NoiseProcess:
     timesteps_T: Tensor
     prediction_type: PredictionType | str
     variance: str = "small"
-    clip_range: float | None = None
+    clip: Clip | None = None
 
     def __post_init__(self) -> None:
         """Check the prediction type.
@@ -106,6 +138,29 @@ class NoiseProcess:
         middle_T = (torch.arange(num_levels, dtype=torch.float64) + 0.5) / num_levels
         sigmas_T = (p_mean + p_std * torch.special.ndtri(middle_T)).exp()
         return cls(torch.ones_like(sigmas_T), sigmas_T, sigmas_T, PredictionType.SAMPLE)
+
+    @classmethod
+    def flow(cls, sigma_min: float = 0.0, num_levels: int = 1000) -> NoiseProcess:
+        """Conditional flow matching from noise to data, told the time ``t`` in ``(0, 1)``.
+
+        ``x_t = t x0 + (1 − (1 − σ_min) t) eps``, and the network predicts the velocity
+        ``x0 − (1 − σ_min) eps``. The levels are the middles of equal parts of the time, so that
+        uniform levels are uniform times.
+
+        Source: Lipman et al., 2023, Equations 20 to 23.
+
+        Args:
+            sigma_min: The noise that is left at ``t = 1``.
+            num_levels: The number of levels.
+
+        Raises:
+            ValueError: If ``sigma_min`` is not in ``[0, 1)``.
+        """
+        if not 0 <= sigma_min < 1:
+            raise ValueError(f"sigma_min={sigma_min!r} arrived. Pass a number from 0 to below 1.")
+        t_T = 1 - (torch.arange(num_levels, dtype=torch.float64) + 0.5) / num_levels
+        sigmas_T = 1 - (1 - sigma_min) * t_T
+        return cls(t_T, sigmas_T, t_T, PredictionType.CONDITIONAL_FLOW)
 
     def noised(self, x0: Tensor, eps: Tensor, level: Tensor) -> Tensor:
         """Noise clean examples: ``x_t = alpha_t x0 + sigma_t eps``.

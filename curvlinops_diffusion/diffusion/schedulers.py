@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from curvlinops_diffusion.diffusion.noise import NoiseProcess, PredictionType
+from curvlinops_diffusion.diffusion.noise import Clip, NoiseProcess, PredictionType
 
 
 def noise_process(scheduler: Any) -> NoiseProcess:
@@ -88,8 +88,7 @@ def _flow_matching(scheduler: Any) -> NoiseProcess:
 def _variance_preserving(scheduler: Any) -> NoiseProcess:
     """``alpha_t² + sigma_t² = 1`` with ``alpha_t²`` the scheduler's ``alphas_cumprod``."""
     name = scheduler.config.get("prediction_type", "epsilon")
-    flows = {PredictionType.FLOW.value, PredictionType.REVERSE_FLOW.value}
-    discrete = {p.value for p in PredictionType} - flows
+    discrete = {p.value for p in PredictionType if not p.value.endswith("flow")}
     if name not in discrete:
         raise ValueError(
             f"{type(scheduler).__name__} has prediction_type={name!r}. Accepted: "
@@ -111,6 +110,14 @@ def _variance_preserving(scheduler: Any) -> NoiseProcess:
         timesteps_T = 0.25 * (sigmas_T / alphas_T).log().float()
     large = str(scheduler.config.get("variance_type", "fixed_small")).startswith("fixed_large")
     variance = "large" if large else "small"
-    clips = scheduler.config.get("clip_sample", False)
-    clip_range = float(scheduler.config.get("clip_sample_range", 1.0)) if clips else None
-    return NoiseProcess(alphas_T, sigmas_T, timesteps_T, PredictionType(name), variance, clip_range)
+    clip = _clip(scheduler.config)
+    return NoiseProcess(alphas_T, sigmas_T, timesteps_T, PredictionType(name), variance, clip)
+
+
+def _clip(config: Any) -> Clip | None:
+    if config.get("thresholding", False):
+        quantile = float(config.get("dynamic_thresholding_ratio", 0.995))
+        return Clip(float(config.get("sample_max_value", 1.0)), quantile)
+    if config.get("clip_sample", False):
+        return Clip(float(config.get("clip_sample_range", 1.0)))
+    return None

@@ -98,7 +98,7 @@ def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
     digest = sha256(header.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(uint8).numpy())
+        digest.update(tensor.contiguous().flatten().view(uint8).numpy().data)
     return digest.hexdigest()
 
 

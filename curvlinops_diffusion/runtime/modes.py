@@ -179,15 +179,19 @@ def special_tables(model: nn.Module) -> list[nn.Module]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module that ``torch.compile`` or data parallelism wrapped; another module as it is.
+    """The module that ``torch.compile``, data parallelism or PEFT wrapped; another one as it is.
 
     Both hold the same parameters. Hooks cut a compiled graph at every layer, which is compiled
     anew for each, and slower than none (docs/performance.rst); wrappers of data parallelism divide
-    batches, and prefix the parameters' names.
+    batches, and like a ``PeftModel`` prefix the parameters' names.
     """
     while True:
         parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
         inner = model.module if parallel else getattr(model, "_orig_mod", model)
+        # a PeftModel whose adapters are within the network's own layers (LoRA and its kind)
+        adapted: Any = getattr(model, "base_model", None)
+        if hasattr(adapted, "tuner_layer_cls") or hasattr(adapted, "inject_adapter"):
+            inner = getattr(adapted, "model", inner)
         assert isinstance(inner, nn.Module)
         if inner is model:
             return model

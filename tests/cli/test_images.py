@@ -84,6 +84,16 @@ def test_prompts_from_metadata(tmp_path):
         open_images(tmp_path / "data", FORM)
 
 
+def test_one_prompt_for_images_that_have_none(tmp_path):
+    write_images(tmp_path / "data", 2, 0)
+    images = open_images(tmp_path / "data", FORM, Condition("prompt", prompt="a photo"))
+    assert [images[n]["prompt"] for n in range(2)] == ["a photo", "a photo"]
+    lines = [{"file_name": "image1.png", "text": "b"}, {"file_name": "image0.png"}]
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    images = open_images(tmp_path / "data", FORM, Condition("prompt", prompt="a photo"))
+    assert [images[n]["prompt"] for n in range(2)] == ["a photo", "b"]
+
+
 def test_saved_data_sets(tmp_path):
     import datasets
 

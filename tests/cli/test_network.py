@@ -23,3 +23,27 @@ def test_what_networks_take(tmp_path, make, size, multiple, condition):
     network = load_network(FitOptions(pipeline=tmp_path / "p", data=tmp_path, output=tmp_path))
     assert network.form(None) == Form(3, size, None, multiple)
     assert network.condition == condition
+
+
+def test_a_prompt_for_a_network_that_takes_none(tmp_path):
+    pipelines.dit(tmp_path).save_pretrained(tmp_path / "p")
+    options = FitOptions(pipeline=tmp_path / "p", data=tmp_path, output=tmp_path, prompt="a cat")
+    with pytest.raises(
+        ValueError, match="--prompt 'a cat' arrived for a network that takes labels"
+    ):
+        load_network(options)
+
+
+def test_variants_of_weights(tmp_path):
+    pipeline = pipelines.ddpm(tmp_path)
+    pipeline.save_pretrained(tmp_path / "p")
+    pipeline.unet.conv_in.weight.data.zero_()
+    pipeline.save_pretrained(tmp_path / "p", variant="fp16")
+    options = {"pipeline": tmp_path / "p", "data": tmp_path, "output": tmp_path}
+    norms = [
+        float(load_network(FitOptions(**options, variant=v)).objective.model.conv_in.weight.norm())
+        for v in (None, "fp16")
+    ]
+    assert norms[0] > 0 == norms[1]
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_network(FitOptions(**options, variant="fp8"))

@@ -147,19 +147,22 @@ def test_min_snr_weighting(prediction_type):
     capped = torch.minimum(snr, torch.tensor(0.7, dtype=torch.float64))
     # in the coordinates of flow matching, in which signal and noise add up to one
     s_T = process.sigmas_T / (process.alphas_T + process.sigmas_T)
+    straight = (1 - process.sigmas_T[0]) / process.alphas_T[0]
     expected = {
         PredictionType.EPSILON: capped / snr,
         PredictionType.SAMPLE: capped,
         PredictionType.V: capped / (snr + 1),  # σ² = 1/(SNR + 1) where α² + σ² = 1
         PredictionType.FLOW: capped * s_T**2,
         PredictionType.REVERSE_FLOW: capped * s_T**2,
+        PredictionType.CONDITIONAL_FLOW: capped
+        * (process.sigmas_T / (straight * process.alphas_T + process.sigmas_T)) ** 2,
     }[prediction_type]
     assert_close(weight_table(MinSNRWeighting(0.7), process), expected, 1e-12)
     assert (snr > 0.7).any()
     assert (snr < 0.7).any()
 
 
-OF_0_1 = [t for t in PredictionType if t is not PredictionType.REVERSE_FLOW]
+OF_0_1 = [t for t in PredictionType if t.value in ("epsilon", "sample", "v_prediction", "flow")]
 
 
 @pytest.mark.parametrize("prediction_type", OF_0_1)
@@ -256,6 +259,11 @@ def c_out(sigma):
     return sigma * SIGMA_DATA / (sigma**2 + SIGMA_DATA**2).sqrt()
 
 
+# the path that a straight one from its largest signal on would be
+FIRST = noise_levels(num_levels=6)
+LEAST_NOISE = 1 - float((1 - FIRST.sigmas_T[0]) / FIRST.alphas_T[0])
+
+
 def plain_target(name, x0, eps, alpha, sigma):
     """Written out for each type, one level."""
     return {
@@ -264,6 +272,7 @@ def plain_target(name, x0, eps, alpha, sigma):
         "v_prediction": alpha * eps - sigma * x0,
         "flow": eps - x0,
         "reverse_flow": x0 - eps,
+        "conditional_flow": x0 - (1 - LEAST_NOISE) * eps,
         "score": -eps / sigma,
         "edm_f": (x0 - c_skip(sigma) * (alpha * x0 + sigma * eps)) / c_out(sigma),
     }[name]
@@ -395,7 +404,9 @@ def test_levels_without_signal_or_noise():
 
 
 def test_unknown_prediction_types_are_refused():
-    with pytest.raises(ValueError, match=r"prediction_type='x0' is none of \['epsilon', 'flow'"):
+    with pytest.raises(
+        ValueError, match=r"prediction_type='x0' is none of \['conditional_flow', 'epsilon'"
+    ):
         process_of("x0")
 
 
@@ -472,3 +483,25 @@ def test_shifts_of_flow_matching():
     replaced.sigmas = made.sigmas.clone()
     replaced.timesteps = made.timesteps.clone()
     assert torch.equal(noise_process(replaced).sigmas_T, expected.sigmas_T)
+
+
+@pytest.mark.parametrize("sigma_min", [0.0, 0.01])
+def test_conditional_flow_matching(sigma_min):
+    """Lipman et al., Equations 22 and 23, with their ``x0`` the noise; the target is ``dx/dt``."""
+    process = NoiseProcess.flow(sigma_min, num_levels=5)
+    level = torch.arange(5)
+    t = process.timesteps_T[:, None, None, None]
+    assert (process.timesteps_T.diff() < 0).all()
+    assert_close(process.timesteps_T, torch.tensor([0.9, 0.7, 0.5, 0.3, 0.1]).double(), 1e-7)
+
+    def path(t):
+        return (1 - (1 - sigma_min) * t) * EPS + t * X0
+
+    assert_close(process.noised(X0, EPS, level), path(t), 1e-14)
+    velocity = (path(t + 1e-4) - path(t - 1e-4)) / 2e-4
+    assert_close(process.target(X0, EPS, level), velocity, 1e-10)
+
+
+def test_conditional_flow_matching_has_some_signal():
+    with pytest.raises(ValueError, match="sigma_min=1 arrived"):
+        NoiseProcess.flow(1)

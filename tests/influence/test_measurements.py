@@ -401,7 +401,15 @@ def test_targets_of_trajectories_are_finite():
     assert targets[0].abs().min() > 0
 
 
-@pytest.mark.parametrize("clip", [None, 0.4, 1.0])
+CLIPS = {
+    "none": {"clip_sample": False},
+    "0.4": {"clip_sample": True, "clip_sample_range": 0.4},
+    "1": {"clip_sample": True},
+    "dynamic": {"thresholding": True, "dynamic_thresholding_ratio": 0.7, "sample_max_value": 3.0},
+}
+
+
+@pytest.mark.parametrize("clip", CLIPS)
 def test_samplers_that_clip(clip):
     """Trajectories are those of the scheduler's own steps, and their probability is of these."""
     tables = 1e-4  # the scheduler computes in float32, and divides by 1 − ᾱ
@@ -410,8 +418,7 @@ def test_samplers_that_clip(clip):
         num_train_timesteps=T,
         beta_start=0.02,
         beta_end=0.3,
-        clip_sample=clip is not None,
-        clip_sample_range=clip or 1.0,
+        **CLIPS[clip],
     )
     objective = DenoisingObjective(model, s)
     levels = list(range(T))[::-1]

@@ -252,6 +252,31 @@ def with_adapters():
     return NoisedRegression(objective, data, 2), adapters
 
 
+def test_a_model_that_peft_wrapped():
+    """Names are the network's own, and numbers those of the adapters within it."""
+    import peft
+
+    regression, adapters = with_adapters()
+    inside = regression.objective.model
+    base = copy.deepcopy(problem("UNet2DConditionModel").objective.model).requires_grad_(False)
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v", "conv1"])
+    wrapped = peft.get_peft_model(base, config).double()
+    wrapped.get_base_model().load_state_dict(inside.state_dict())
+    objective = DenoisingObjective(wrapped, regression.objective.process)
+    assert objective.model is wrapped.get_base_model()
+    data = {
+        "x0": torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1)).double(),
+        "encoder_hidden_states": torch.randn(3, 3, 4).double(),
+    }
+    found, expected = (
+        ExampleGradientLinearOperator(NoisedRegression(o, data, 2), adapters).rows()
+        for o in (objective, regression.objective)
+    )
+    assert_close(found, expected, 1e-12)
+    K = DiffusionKFACLinearOperator(NoisedRegression(objective, data, 2), adapters)
+    assert list(K.param_names) == adapters
+
+
 def test_adapters_on_a_frozen_base():
     """Factors for the adapters alone, and the exact GGN's trace for them."""
     regression, adapters = with_adapters()

@@ -14,7 +14,10 @@ _HOW = {
         "Put each class into a folder of its own, or give a 'label' for each image in "
         "metadata.jsonl or the data set, or 'labels' in the .npz file",
     ),
-    "prompt": ("prompt", "Give a 'text' for each image in metadata.jsonl or the data set"),
+    "prompt": (
+        "prompt",
+        "Give a 'text' for each image in metadata.jsonl or the data set, or one by --prompt",
+    ),
 }
 
 
@@ -25,10 +28,12 @@ class Condition:
     Attributes:
         key: ``'class_labels'``, ``'prompt'``, or ``None`` for nothing.
         count: How many labels it knows; ``None`` for any.
+        prompt: The prompt of images that have none of their own; ``None`` for an error.
     """
 
     key: str | None = None
     count: int | None = None
+    prompt: str | None = None
 
     def of(
         self, path: Path, names: Sequence[str], conditions: dict[str, list[Any]]
@@ -41,6 +46,8 @@ class Condition:
         if self.key is None:
             return {}
         values = conditions.get(self.key, [None] * len(names))
+        if self.key == "prompt":
+            values = [self.prompt if value is None else value for value in values]
         for name, value in zip(names, values, strict=True):
             self._check(path, name, value)
         return {self.key: values}

@@ -33,9 +33,9 @@ class TrajectoryRegression(NoisedRegression):
         log p_θ(x_1, …, x_S | x_0) = Σ_s log N(x_{s+1}; μ_θ(x_s, t_s), σ_s² I)
 
     with ``μ_θ`` from the predicted clean example, clipped if the scheduler clips samples
-    (``clip_sample``). ``measurement=trajectories.log_probability`` measures it: whole, or estimated
-    without bias from a subset of the steps (``num_draws``). A last step without noise does not
-    count.
+    (``clip_sample``, ``thresholding``). ``measurement=trajectories.log_probability`` measures it:
+    whole, or estimated without bias from a subset of the steps (``num_draws``). A last step without
+    noise does not count.
 
     Args:
         objective: The denoising objective; its noise must be variance-preserving.
@@ -82,7 +82,8 @@ class TrajectoryRegression(NoisedRegression):
     def description(self) -> dict[str, Any]:
         """Describe what determines the steps and their log-probability."""
         steps = self._steps
-        clip = [] if steps.clip_range is None else [steps.clip_range]
+        clip = [] if steps.clip is None else [steps.clip.range]
+        clip += [steps.clip.quantile] if steps.clip and steps.clip.quantile is not None else []
         variances = digest_of(self._levels, steps.previous_T, steps.variance_T, *clip)
         return {**super().description, "steps": variances}
 
@@ -170,7 +171,7 @@ def steps_between(
     previous_T[index[:-1]] = squared_T[index[1:]]
     objective.process.check_clean_is_told(index, "the ancestral step from there")
     steps = AncestralSteps.of(objective.process, variance, previous_T)
-    return replace(steps, clip_range=objective.process.clip_range)
+    return replace(steps, clip=objective.process.clip)
 
 
 @torch.no_grad()
