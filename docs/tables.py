@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from refusals import page
+
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
 
 DOCS = Path(__file__).parent
@@ -29,6 +31,7 @@ def write_tables(folder: Path = DOCS / "_tables") -> None:
         for part, (head, *rows) in {"": _cells(result), **_further(result)}.items():
             (folder / f"{name}{part}.rst").write_text(_table(head, rows))
     (folder / "measurements.rst").write_text(measurements())
+    (folder / "refused.rst").write_text(page())
 
 
 def measurements() -> str:

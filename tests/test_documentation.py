@@ -14,6 +14,7 @@ sys.path.append(str(ROOT / "docs"))  # which is no package
 
 import quoted_numbers  # noqa: E402
 import readme  # noqa: E402
+import refusals  # noqa: E402
 import tables  # noqa: E402
 from quoted_numbers import result_of  # noqa: E402
 
@@ -369,3 +370,16 @@ def test_ahead_of_the_papers_recipe_everywhere(problem):
     for cell in cells:
         best = found["K-FAC, regression on loss and prediction", cell]
         assert best["minus_reference"]["low"] > 0
+
+
+def test_the_page_of_refusals_has_every_message():
+    """Those that are written as text; what arrived is told by ``…``."""
+    sources = "".join(path.read_text() for path in refusals.PACKAGE.rglob("*.py"))
+    found = refusals.checks()
+    messages = [message for check in found for message in (*check.refused, *check.warned)]
+    assert len(messages) > 0.9 * sources.count("raise ValueError(")
+    assert all(check.purpose for check in found)
+    page = refusals.page()
+    assert all(f"``{message}``" in page for message in messages)
+    assert "The DataLoader shuffles. Every pass must see the same examples in the same" in page
+    assert "`" not in "".join(messages)
