@@ -88,6 +88,31 @@ def check_condition(condition: Any, batch_size: int, name: str = "condition") ->
         )
 
 
+def check_parameters(model: nn.Module) -> None:
+    """Check that the parameters are there, whole, and can be differentiated.
+
+    Raises:
+        ValueError: If they are divided among processes, elsewhere, or made in inference mode.
+    """
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            raise ValueError(
+                f"Parameter '{name}' has no values here (it is on the device 'meta'): weights were "
+                "not loaded, or are kept elsewhere by accelerate. Load the whole network onto one "
+                "device."
+            )
+        if type(p).__name__ in ("DTensor", "FlatParameter"):
+            raise ValueError(
+                f"Parameter '{name}' is divided among processes (FSDP or a DTensor). Pass the "
+                "whole network to each process; PassOptions(distributed=True) divides the data."
+            )
+        if p.is_inference():
+            raise ValueError(
+                f"Parameter '{name}' was made under torch.inference_mode(), and cannot be "
+                "differentiated. Load or make the network outside of it."
+            )
+
+
 def check_deterministic_mode(model: nn.Module) -> None:
     """Check that no layer draws random numbers or couples the examples of a batch.
 

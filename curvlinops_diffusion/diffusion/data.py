@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
 
 from curvlinops_diffusion.diffusion.checks import check_condition, check_images
 from curvlinops_diffusion.diffusion.conditions import leaves, rows_of
 from curvlinops_diffusion.diffusion.masks import loss_mask
 from curvlinops_diffusion.runtime.checks import check_count
+from curvlinops_diffusion.runtime.digests import raw_bytes
 
 _ACCEPTED = (
     "a tensor of clean examples [N, ...], a dict of tensors with key 'x0', a Dataset, a "
@@ -86,11 +95,15 @@ class CleanData:
     def __init__(self, data: Any, batch_size: int, mask: str | None = None):
         check_count("batch_size", batch_size)
         self._mask = mask
+        # checksums of the batches that were seen, of what need not be the same each time
+        self._digests: dict[int, dict[str, int]] | None = None
         self._source: Source = _batch_source(data, batch_size)
         by_items = isinstance(data, Tensor | Mapping) or _is_dataset(data)
         self.batch_size = batch_size if by_items else None
         if isinstance(data, DataLoader) or _is_dataset(data):
             self._check_same_twice()
+        if not isinstance(data, Tensor | Mapping):
+            self._digests = {}
         known = _known_length(data)
         self.num_examples = sum(len(b.indices) for b in self) if known is None else known
         if self.num_examples == 0:
@@ -114,10 +127,31 @@ class CleanData:
         for number, start, batch in self._source(wanted):
             x0, condition = _split(batch)
             check_images(x0, start)
+            self._check_seen(number, start, x0, condition)
             check_condition(condition, len(x0))
             mask = None if self._mask is None else loss_mask(self._mask, condition, x0)
             condition = {key: value for key, value in condition.items() if key != self._mask}
             yield number, CleanBatch(range(start, start + len(x0)), x0, condition, mask)
+
+    def _check_seen(self, number: int, start: int, x0: Tensor, condition: dict[str, Any]) -> None:
+        """Compare a batch with what it was when it was first seen.
+
+        Raises:
+            ValueError: If it is another one.
+        """
+        if self._digests is None:
+            return
+        entries = [("x0", x0), *leaves(condition)]
+        now = {name: _checksum(value) for name, value in entries}
+        before = self._digests.setdefault(number, now)
+        if now != before:
+            varied = sorted(name for name in now | before if now.get(name) != before.get(name))
+            what = ", ".join(f"'{name}'" for name in varied)
+            raise ValueError(
+                f"The batch of the examples from {start} on is not what it was when it was read "
+                f"before: {what} varied. Every pass must see the same examples in the same order: "
+                "switch shuffling and random augmentation (or a random choice of captions) off."
+            )
 
     def _check_same_twice(self) -> None:
         first, second = next(iter(self), None), next(iter(self), None)
@@ -137,18 +171,46 @@ class CleanData:
 def _is_dataset(data: Any) -> bool:
     """Whether items are got by their number (a ``datasets.Dataset`` is no torch one), or streamed.
 
-    Lists and other sequences of Python are of batches.
+    Lists and other sequences of Python are of batches, unless a label or prompt for a single
+    example shows that they are of examples.
     """
     if isinstance(data, Dataset):
         return True
+    if isinstance(data, Sequence) and not isinstance(data, str | bytes) and len(data) > 0:
+        return _is_example(data[0])
     own = isinstance(data, Tensor | Mapping | Sequence | DataLoader | np.ndarray)
     return not own and hasattr(data, "__getitem__") and hasattr(data, "__len__")
+
+
+def _is_example(item: Any) -> bool:
+    """Whether an item is a single example: there is a label, a prompt or the like for it alone."""
+    if isinstance(item, Mapping) and "x0" in item:
+        beside = [value for key, value in item.items() if key != "x0"]
+    elif isinstance(item, Sequence) and len(item) == 2 and isinstance(item[0], Tensor):
+        beside = [item[1]]
+    else:
+        return False
+    of_one = [isinstance(z, str | int) or (isinstance(z, Tensor) and z.ndim == 0) for z in beside]
+    return bool(of_one) and all(of_one) and any(isinstance(z, str) or _whole(z) for z in beside)
+
+
+def _whole(value: Any) -> bool:
+    """Whether a value may be a label."""
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() and value.dtype != torch.bool
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and torch.equal(a, b)
     return type(a) is type(b) and repr(a) == repr(b)
+
+
+def _checksum(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return crc32(raw_bytes(value), crc32(f"{value.dtype}{tuple(value.shape)}".encode()))
+    return crc32(repr(value).encode())
 
 
 def _batch_source(data: Any, batch_size: int) -> Source:
@@ -166,7 +228,7 @@ def _batch_source(data: Any, batch_size: int) -> Source:
         return _all_of(lambda: _iterate_loader(data))
     if _is_dataset(data):
         if not hasattr(data, "__len__"):  # a stream
-            loader: DataLoader[Any] = DataLoader(data, batch_size)
+            loader: DataLoader[Any] = DataLoader(data, batch_size, collate_fn=_collated)
             return _all_of(lambda: _iterate_loader(loader))
         return _ranges(len(data), batch_size, lambda chosen: _load(data, chosen))
     if isinstance(data, Iterable) and not isinstance(data, str | bytes | Iterator | np.ndarray):
@@ -191,7 +253,32 @@ def _ranges(count: int, batch_size: int, load: Callable[[list[slice]], Iterable[
 def _load(data: Dataset[Any], chosen: list[slice]) -> Iterator[Any]:
     """Items of a data set, in batches."""
     indices = [list(range(part.start, part.stop)) for part in chosen]
-    return _iterate_loader(DataLoader(data, batch_sampler=indices))
+    return _iterate_loader(DataLoader(data, batch_sampler=indices, collate_fn=_collated))
+
+
+def _collated(items: list[Any]) -> Any:
+    """Items as a batch.
+
+    Raises:
+        ValueError: If they hold something that no network takes.
+    """
+    try:
+        return default_collate(items)
+    except (TypeError, RuntimeError) as error:
+        first = items[0]
+        entries = first.items() if isinstance(first, Mapping) else [("item", first)]
+        shown = ", ".join(f"'{key}' as {_shown(value)}" for key, value in entries)
+        raise ValueError(
+            f"Items of the data cannot be put into a batch: they hold {shown} "
+            f"({str(error).splitlines()[0][:200]}). {_ITEM_ACCEPTED}."
+        ) from error
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    inside = f" of {type(value[0]).__name__}" if isinstance(value, list | tuple) and value else ""
+    return type(value).__name__ + inside
 
 
 def _all_of(batches: Callable[[], Iterable[Any]]) -> Source:

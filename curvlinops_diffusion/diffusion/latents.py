@@ -58,7 +58,8 @@ class LatentEncoder:
         settings: What else ``embed`` depends on (a tokenizer's length, say), as plain values.
 
     Raises:
-        ValueError: If the autoencoder is of no known kind.
+        ValueError: If the autoencoder is of no known kind, or in a precision that it does not work
+            in.
     """
 
     def __init__(
@@ -76,6 +77,11 @@ class LatentEncoder:
             raise ValueError(
                 f"The autoencoder arrived as {type(vae).__name__}. Pass an AutoencoderKL or a "
                 "VQModel of diffusers, or None."
+            )
+        if vae is not None and vae.config.get("force_upcast") and _is_half(vae):
+            raise ValueError(
+                "The autoencoder is in float16, and its config says force_upcast: its latents "
+                "would overflow. Pass it in float32: pipeline.vae.to(torch.float32)."
             )
         self._vae = vae
         self._sample = sample
@@ -174,6 +180,10 @@ class LatentEncoder:
             else:
                 digest.update(json.dumps(value).encode())
         return digest.hexdigest()
+
+
+def _is_half(module: Any) -> bool:
+    return next(module.parameters()).dtype == torch.float16
 
 
 def _write(path: Path, encoded: Encoded) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.checks import check_parameters
 from curvlinops_diffusion.diffusion.conditions import mapped, replaced
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.latents import Encoded, LatentEncoder
@@ -117,6 +118,7 @@ class DenoisingObjective:
         if not any(p.is_floating_point() for p in model.parameters()):
             raise ValueError("The model has no floating-point parameters to take derivatives in.")
         self.model = unwrapped(model)
+        check_parameters(self.model)
         self.process: NoiseProcess = noise_process(scheduler)
         self.weights_T = weight_table(weighting, self.process)
         self.reduction = check_option("reduction", reduction, Reduction)

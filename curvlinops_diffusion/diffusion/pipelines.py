@@ -130,6 +130,7 @@ def _prompted(
         embedded.get("added_cond_kwargs", {}).pop("time_ids", None)
         return _first(embedded)
 
+    _check_inputs(pipeline, model)
     return PipelineParts(
         model,
         noise_process(pipeline.scheduler) if process is None else process,
@@ -145,6 +146,26 @@ def _prompted(
         null_condition,
         model_kwargs,
     )
+
+
+def _check_inputs(pipeline: Any, model: Any) -> None:
+    """Check that the network takes latents and prompts, and nothing else.
+
+    Raises:
+        ValueError: If it takes more.
+    """
+    takes, latents = model.config.get("in_channels"), pipeline.vae.config.latent_channels
+    own = "Pass denoiser and scheduler to DenoisingObjective, and what else it takes in the data."
+    if takes not in (None, latents, 4 * latents):
+        raise ValueError(
+            f"The network takes {takes} channels, and latents have {latents}: it was trained on "
+            f"more (a mask, another image) than a {type(pipeline).__name__} gives it. {own}"
+        )
+    if model.config.get("time_cond_proj_dim") is not None:
+        raise ValueError(
+            "The network takes an embedding of the guidance scale (time_cond_proj_dim, as latent "
+            f"consistency models do), which training chose. {own}"
+        )
 
 
 def _first(condition: Mapping[str, Any]) -> dict[str, Any]:

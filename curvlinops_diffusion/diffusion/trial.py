@@ -8,14 +8,18 @@ batch, has no such averages; in which of its modules that happens cannot be told
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.conditions import has_rows, leaves, mapped, named
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
@@ -137,13 +141,15 @@ def check_trial(objective: DenoisingObjective, trial: Trial) -> None:
     """Check that the network's output is a function of each example alone.
 
     Raises:
-        ValueError: If the network changes its buffers or parameters, draws random numbers, two runs
-            of one batch differ, or an example alone from the same example among others.
+        ValueError: If the network changes its buffers or parameters, draws random numbers, makes
+            nothing of an entry of the data, two runs of one batch differ, or an example alone from
+            the same example among others.
     """
     batch = trial.mixed
     with torch.no_grad():
         before, state = _random_states(objective.device), _State.of(objective.model)
-        first_BD = objective.predict(batch)
+        with _Uses(batch.condition) as uses:
+            first_BD = objective.predict(batch)
         changed = state.restore(objective.model)
         if changed:
             raise ValueError(
@@ -160,12 +166,62 @@ def check_trial(objective: DenoisingObjective, trial: Trial) -> None:
                 f"{batch.indices[0]}), so that the loss of an example is random in more than "
                 f"timestep and noise. {_training(objective.model)}"
             )
+        _check_uses(objective, batch, uses.unused, first_BD)
         alone = [objective.predict(batch.select([b])) for b in range(len(first_BD))]
     if not _equal(objective, first_BD, torch.cat(alone)):
         raise ValueError(
             "The network's output for an example depends on the rest of its batch (on the other "
             "examples, or on their noise levels): alone, it is another one. "
             f"{_training(objective.model)}"
+        )
+
+
+class _Uses(TorchFunctionMode):
+    """Sees which tensors of a condition are given to a function of torch.
+
+    Attributes:
+        unused: The names of the others.
+    """
+
+    def __init__(self, condition: Mapping[str, Any]):
+        super().__init__()
+        self._waiting = {id(z): name for name, z in leaves(condition) if isinstance(z, Tensor)}
+
+    @property
+    def unused(self) -> list[str]:
+        return sorted(self._waiting.values())
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        # not where only its shape, type or device is asked for
+        if self._waiting and getattr(func, "__name__", "") != "__get__":
+            for z in tree_leaves((args, kwargs)):
+                self._waiting.pop(id(z), None)
+        return func(*args, **(kwargs or {}))
+
+
+def _check_uses(
+    objective: DenoisingObjective, batch: NoisedBatch, unused: Sequence[str], first_BD: Tensor
+) -> None:
+    """Check that what no function of torch was seen to take changes the output nevertheless.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if not unused:
+        return
+
+    def rolled(name: str, entry: Any) -> Any:
+        return entry.roll(1, 0) if name in unused and has_rows(entry) else entry
+
+    condition = mapped(rolled, named(batch.condition), batch.condition)
+    if torch.equal(objective.predict(replace(batch, condition=condition)), first_BD):
+        raise ValueError(
+            f"The network makes nothing of {unused}, which the data holds beside the images "
+            f"({type(objective.model).__name__} ignores it, or is configured to). Leave it out of "
+            "the data if training did not use it; else pass what uses it, for instance the network "
+            "with encode= or in a module of your own."
         )
 
 

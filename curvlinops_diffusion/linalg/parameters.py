@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,13 @@ def select_parameters(model: nn.Module, params: Parameters) -> dict[str, nn.Para
     """
     own = dict(model.named_parameters())
     if params is None:
+        complex_ones = [name for name, p in own.items() if p.is_complex()]
+        if complex_ones:
+            warn(
+                f"{len(complex_ones)} complex parameters are left out, the first being "
+                f"'{complex_ones[0]}': derivatives are taken in real ones.",
+                stacklevel=3,
+            )
         return {name: p for name, p in own.items() if p.is_floating_point()}
     if isinstance(params, str | Tensor | nn.Module) or not isinstance(params, Sequence | Mapping):
         raise ValueError(

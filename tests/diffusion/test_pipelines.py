@@ -574,3 +574,24 @@ def test_latents_of_channels_with_means_of_their_own(tmp_path):
     twice = vae(shift_factor=0.1, latents_mean=mean)
     with pytest.raises(ValueError, match=r"has shift_factor=0.1 and latents_mean. Keep the one"):
         LatentEncoder(twice)(x0, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"in_channels": 5}, "takes 5 channels, and latents have 2: it was trained on more"),
+        ({"time_cond_proj_dim": 4}, "an embedding of the guidance scale"),
+    ],
+)
+def test_networks_that_take_more_than_their_pipeline_says(options, message, tmp_path):
+    pipeline = stable_diffusion(tmp_path)
+    pipeline.unet = tiny_conditional_unet(cross_attention_dim=8, **options)
+    with pytest.raises(ValueError, match=message):
+        DenoisingObjective.from_pipeline(pipeline)
+
+
+def test_autoencoders_that_overflow():
+    with pytest.raises(ValueError, match="in float16, and its config says force_upcast"):
+        LatentEncoder(vae(force_upcast=True).half())
+    LatentEncoder(vae(force_upcast=True))
+    LatentEncoder(vae(force_upcast=False).half())

@@ -256,3 +256,115 @@ def test_a_network_that_stays_the_same(make):
     assert_close(to_dense(DiffusionGGNLinearOperator(regression)), G, 1e-12)
     EK = DiffusionEKFACLinearOperator(regression, fisher_type="type-2")
     assert_close(EK.trace(), G.trace(), 1e-11)
+
+
+class Ignoring(nn.Module):
+    """A network that is given more than it uses."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.layer = seeded(nn.Conv2d(1, 1, 3, padding=1))
+        self.labels, self.what = nn.Embedding(4, 1), what
+
+    def forward(self, x, t, class_labels, extra=None):
+        h = self.layer(x, t)
+        match self.what:
+            case "ignored":
+                return h
+            case "looked at":  # its form alone
+                return h if len(class_labels.shape) == class_labels.ndim else h + 1
+            case "nested":
+                return h + self.labels(class_labels)[:, :, None, None]
+            case "zero":  # as in networks that start from no conditioning
+                return h + 0 * self.labels(class_labels)[:, :, None, None]
+            case "compared":
+                return h + torch.tensor([int(label) for label in class_labels]).reshape(-1, 1, 1, 1)
+        raise AssertionError
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+@pytest.mark.parametrize(
+    ("what", "name"), [("ignored", "class_labels"), ("looked at", "class_labels")]
+)
+def test_an_entry_that_nothing_uses_is_named(what, name, kind):
+    data = {"x0": images(3), "class_labels": torch.arange(3)}
+    model = Ignoring(what).double().eval()
+    regression = NoisedRegression(DenoisingObjective(model, noise_levels()), data, 2)
+    with pytest.raises(ValueError, match=rf"makes nothing of \['{name}'\].* \(Ignoring ignores"):
+        OPERATORS[kind](regression)
+
+
+def test_a_nested_entry_that_nothing_uses_is_named():
+    data = {
+        "x0": images(3),
+        "class_labels": torch.arange(3),
+        "extra": {"sizes": torch.ones(3, 2), "flag": True},
+    }
+    model = Ignoring("nested").double().eval()
+    regression = NoisedRegression(DenoisingObjective(model, noise_levels()), data, 2)
+    with pytest.raises(ValueError, match=r"makes nothing of \['extra/sizes'\]"):
+        DiffusionKFACLinearOperator(regression)
+
+
+@pytest.mark.parametrize("what", ["nested", "zero", "compared"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_entries_that_are_used(what, count):
+    """Also without effect yet, and in ways that are not differentiable."""
+    data = {"x0": images(count), "class_labels": torch.arange(count)}
+    model = Ignoring(what).double().eval()
+    regression = NoisedRegression(DenoisingObjective(model, noise_levels()), data, 2)
+    DiffusionKFACLinearOperator(regression)
+
+
+def test_an_entry_that_a_scripted_network_uses():
+    """What it does cannot be seen, but what comes of it."""
+
+    class Scripted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.labels = nn.Conv2d(1, 1, 3, padding=1), nn.Embedding(4, 1)
+
+        def forward(self, x, t, class_labels):
+            return self.layer(x) + self.labels(class_labels)[:, :, None, None]
+
+    model = torch.jit.script(Scripted().double())
+    data = {"x0": images(3), "class_labels": torch.arange(3)}
+    regression = NoisedRegression(DenoisingObjective(model, noise_levels()), data, 2)
+    ExampleGradientLinearOperator(regression).values()
+
+
+def inference():
+    with torch.inference_mode():
+        return nn.Conv2d(1, 1, 1)
+
+
+class DTensor(nn.Parameter):
+    """By the name of what FSDP makes of parameters."""
+
+
+def divided():
+    model = nn.Conv2d(1, 1, 1)
+    model.weight = DTensor(model.weight.detach())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Conv2d(1, 1, 1, device="meta"), "'weight' has no values here"),
+        (inference, r"'weight' was made under torch.inference_mode\(\)"),
+        (divided, "'weight' is divided among processes"),
+    ],
+)
+def test_parameters_that_are_not_there(make, message):
+    with pytest.raises(ValueError, match=message):
+        DenoisingObjective(make(), noise_levels())
+
+
+def test_complex_parameters_are_said_to_be_left_out():
+    model = seeded(nn.Conv2d(1, 1, 1))
+    model.factor = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    regression = plain_regression(model, (1, 4, 4), count=3, num_draws=2)
+    for kind in (DiffusionKFACLinearOperator, DiffusionGGNLinearOperator):
+        with pytest.warns(UserWarning, match="1 complex parameters are left out, .* 'factor'"):
+            assert kind(regression).shape == (2, 2)

@@ -105,13 +105,14 @@ class GaussianDenoiser(nn.Module):
             PredictionType.V: alpha * eps - sigma * x0,
             PredictionType.FLOW: eps - x0,
             PredictionType.REVERSE_FLOW: x0 - eps,
+            PredictionType.CONDITIONAL_FLOW: x0 - eps,  # no noise is left
         }[self.process.prediction_type]
         return predicted.reshape(x_t.shape)
 
 
 def gaussian_problem(prediction_type, num_levels=400):
     u = torch.linspace(0.02, 0.999, num_levels, dtype=torch.float64)
-    if prediction_type in (PredictionType.FLOW, PredictionType.REVERSE_FLOW):
+    if prediction_type.value.endswith("flow"):
         alphas, sigmas = 1 - u, u
     else:
         alphas, sigmas = (u * pi / 2).cos(), (u * pi / 2).sin()
