@@ -7,10 +7,12 @@ batch, has no such averages; in which of its modules that happens cannot be told
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from warnings import warn
 
 import numpy as np
 import torch
@@ -206,8 +208,10 @@ def _check_uses(
 ) -> None:
     """Check that what no function of torch was seen to take changes the output nevertheless.
 
+    What the network has an argument for, it may ignore by its own choice; that is warned of.
+
     Raises:
-        ValueError: If it does not.
+        ValueError: If it does not, and the network has no argument of that name.
     """
     if not unused:
         return
@@ -216,13 +220,19 @@ def _check_uses(
         return entry.roll(1, 0) if name in unused and has_rows(entry) else entry
 
     condition = mapped(rolled, named(batch.condition), batch.condition)
-    if torch.equal(objective.predict(replace(batch, condition=condition)), first_BD):
-        raise ValueError(
-            f"The network makes nothing of {unused}, which the data holds beside the images "
-            f"({type(objective.model).__name__} ignores it, or is configured to). Leave it out of "
-            "the data if training did not use it; else pass what uses it, for instance the network "
-            "with encode= or in a module of your own."
-        )
+    if not torch.equal(objective.predict(replace(batch, condition=condition)), first_BD):
+        return
+    message = (
+        f"The network makes nothing of {unused}, which the data holds beside the images "
+        f"({type(objective.model).__name__} ignores it, or is configured to). Leave it out of the "
+        "data if training did not use it; else pass what uses it, for instance the network with "
+        "encode= or in a module of your own."
+    )
+    arguments = inspect.signature(objective.model.forward).parameters
+    if all(name.split("/")[0] in arguments for name in unused):
+        warn(message, stacklevel=2)
+        return
+    raise ValueError(message)
 
 
 @dataclass(frozen=True)
