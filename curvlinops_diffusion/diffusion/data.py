@@ -102,7 +102,7 @@ class CleanData:
         self.batch_size = batch_size if by_items else None
         if isinstance(data, DataLoader) or _is_dataset(data):
             self._check_same_twice()
-        if not isinstance(data, Tensor | Mapping):
+        if not isinstance(data, Tensor | Mapping | list | tuple):  # which are in memory
             self._digests = {}
         known = _known_length(data)
         self.num_examples = sum(len(b.indices) for b in self) if known is None else known

@@ -306,5 +306,7 @@ def test_the_loss_of_training(folder, tmp_path, capsys):
     assert "was fitted with another objective" in told
     for what in ("weighting", "reduction", "timesteps", "noise_offset", "input_perturbation"):
         assert what in told
+    assert run([*score, *map(str, RECIPE), "--augment", "flip"]) == 2
+    assert "another objective: augmentations (" in capsys.readouterr().err
     assert run([*score, *map(str, RECIPE), "--condition-dropout", "0.1"]) == 2
     assert "pipeline without a condition" in capsys.readouterr().err

@@ -28,7 +28,7 @@ from curvlinops_diffusion.runtime.passes import PassOptions
 # what of a regression's description fit and score must share
 _OBJECTIVE = (
     *("prediction_type", "reduction", "num_levels", "process", "weighting", "encoder"),
-    *("timesteps", "condition_dropout", "noise_offset", "input_perturbation"),
+    *("timesteps", "condition_dropout", "noise_offset", "input_perturbation", "augmentations"),
 )
 
 
