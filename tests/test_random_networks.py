@@ -207,8 +207,15 @@ def problem(model):
 
 
 def has_gradients(regression):
-    """Whether the prediction depends on any parameter."""
-    return all(regression.objective.predict(batch).requires_grad for batch in regression.batches())
+    """Whether the prediction depends on any parameter, by more than rounding errors.
+
+    Of a saturated activation the output says nothing of what is before it, nor can a trial.
+    """
+    model = regression.objective.model
+    if not all(regression.objective.predict(b).requires_grad for b in regression.batches()):
+        return False
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return bool((example_gradients(regression, trained).norm(dim=1) > 1e-6).all())
 
 
 def check(model):

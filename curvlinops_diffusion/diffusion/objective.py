@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from os import PathLike
@@ -21,6 +20,7 @@ from curvlinops_diffusion.diffusion.masks import entry_weights
 from curvlinops_diffusion.diffusion.noise import NoiseProcess
 from curvlinops_diffusion.diffusion.pipelines import pipeline_parts
 from curvlinops_diffusion.diffusion.schedulers import noise_process
+from curvlinops_diffusion.diffusion.signature import Signature
 from curvlinops_diffusion.diffusion.weightings import Weighting, weight_table
 from curvlinops_diffusion.runtime.checks import check_non_negative, check_option
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
@@ -32,9 +32,6 @@ from curvlinops_diffusion.runtime.modes import (
     unwrapped,
     without_checkpoints,
 )
-
-# names of a first argument that is the time
-_TIMES = {"t", "time", "times", "timestep", "timesteps", "sigma", "sigmas"}
 
 
 class Reduction(str, Enum):
@@ -58,10 +55,11 @@ class DenoisingObjective:
 
     Args:
         model: Called as ``model(x_t, t, **condition)``, with ``t`` of shape ``[B]`` (by name if the
-            model has an argument ``timestep``; as ``model(t, x_t, **condition)`` if its first
-            argument is called ``t``, ``time`` or the like). Returns a tensor of ``x_t``'s shape, a
-            tuple that starts with it, or an object with ``.sample``. If it has twice as many
-            channels, the second half is a learned variance, which this objective does not contain.
+            model has an argument ``timestep``, or one called ``t``, ``time`` or the like that is
+            not the second; as ``model(t, x_t, **condition)`` if that is the first). Returns a
+            tensor of ``x_t``'s shape, a tuple that starts with it, or an object with ``.sample``.
+            If it has twice as many channels, the second half is a learned variance, which this
+            objective does not contain.
         scheduler: A ``diffusers`` scheduler, from whose config the noise process and the
             prediction type are read, or a :class:`~curvlinops_diffusion.NoiseProcess`.
         weighting: The weight ``w_t``. ``None`` for one, a
@@ -138,9 +136,7 @@ class DenoisingObjective:
         self._tables = special_tables(self.model)
         self._encode = encode
         self._model_kwargs = model_kwargs or {}
-        names = list(inspect.signature(self.model.forward).parameters)
-        self._time_first = bool(names) and names[0] in _TIMES
-        self._timestep_by_name = "timestep" in names
+        self._call = Signature.of(self.model)
 
     @classmethod
     def from_pipeline(
@@ -233,6 +229,11 @@ class DenoisingObjective:
     def rounding(self) -> float:
         """The relative rounding error of the network's arithmetic."""
         return torch.finfo(self.autocast or self.dtype).eps
+
+    @property
+    def encodes(self) -> bool:
+        """Whether something is between the data and the network."""
+        return self._encode is not None
 
     @property
     def takes_images(self) -> bool:
@@ -347,14 +348,8 @@ class DenoisingObjective:
         """
         static = self._model_kwargs
         static = static(x_t, condition) if callable(static) else static
-        args: tuple[Tensor, ...] = (x_t,)
-        kwargs = {**condition, **static}
-        if self._time_first:
-            args = (timestep_B, x_t)
-        elif self._timestep_by_name:
-            kwargs["timestep"] = timestep_B
-        else:
-            args += (timestep_B,)
+        args, named = self._call.arguments(x_t, timestep_B)
+        kwargs = {**condition, **static, **named}
         # a cache of weights would outlive a change of parameters
         with (
             torch.autocast(

@@ -42,10 +42,12 @@ class Trial:
     Attributes:
         low: Their draw with the lowest noise level of the first example.
         high: The one with the highest; the same if there is only one draw.
+        clean: The examples as the data holds them.
     """
 
     low: NoisedBatch
     high: NoisedBatch
+    clean: tuple[CleanBatch, ...]
 
     @property
     def mixed(self) -> NoisedBatch:
@@ -74,6 +76,7 @@ class Trial:
             examples: How many to look for.
         """
         parts: list[tuple[NoisedBatch, NoisedBatch]] = []
+        cleans: list[CleanBatch] = []
         found = 0
         chosen: tuple[int, int] | None = None
         for clean in regression.clean_batches() if batches is None else batches:
@@ -92,11 +95,12 @@ class Trial:
             if parts and parts[0][0].x_t.shape[1:] != low.x_t.shape[1:]:
                 break
             parts.append((low, high))
+            cleans.append(some)
             found += len(some.indices)
             if found == examples:
                 break
         lows, highs = zip(*parts, strict=True)
-        return cls(NoisedBatch.joined(lows), NoisedBatch.joined(highs))
+        return cls(NoisedBatch.joined(lows), NoisedBatch.joined(highs), tuple(cleans))
 
 
 def check_network(regression: NoisedRegression) -> None:
@@ -143,12 +147,14 @@ def check_trial(objective: DenoisingObjective, trial: Trial) -> None:
     """Check that the network's output is a function of each example alone.
 
     Raises:
-        ValueError: If the network changes its buffers or parameters, draws random numbers, makes
-            nothing of an entry of the data, two runs of one batch differ, or an example alone from
-            the same example among others.
+        ValueError: If what encodes the data is random; if the network changes its buffers or
+            parameters, draws random numbers, makes nothing of an entry of the data, two runs of one
+            batch differ, or an example alone from the same example among others.
     """
     batch = trial.mixed
     with torch.no_grad():
+        for clean in trial.clean:
+            _check_encoding(objective, clean)
         before, state = _random_states(objective.device), _State.of(objective.model)
         with _Uses(batch.condition) as uses:
             first_BD = objective.predict(batch)
@@ -176,6 +182,46 @@ def check_trial(objective: DenoisingObjective, trial: Trial) -> None:
             "examples, or on their noise levels): alone, it is another one. "
             f"{_training(objective.model)}"
         )
+
+
+def _check_encoding(objective: DenoisingObjective, clean: CleanBatch) -> None:
+    """Check that examples are encoded the same each time; latents are drawn by the draws.
+
+    Raises:
+        ValueError: If they are not, naming what varied.
+    """
+    if not objective.encodes:
+        return
+    before = _random_states(objective.device)
+    first = _encoded(objective, clean)
+    drew = _random_states(objective.device) != before
+    again = _encoded(objective, clean)
+    varied = sorted(
+        name
+        for name in first.keys() | again.keys()
+        if not _same_entry(objective, first.get(name), again.get(name))
+    )
+    if varied or drew:
+        what = ", ".join(f"'{name}'" for name in varied) or "a generator of random numbers"
+        raise ValueError(
+            "What encodes the data (autoencoder, text encoder, encode=) is random: of the same "
+            f"examples twice, {what} varied. Put its modules into eval mode, and return mean and "
+            "std of latents, which are drawn for each draw, rather than a sample."
+        )
+
+
+def _encoded(objective: DenoisingObjective, clean: CleanBatch) -> dict[str, Any]:
+    encoded = objective.encode(clean)
+    return {"mean": encoded.mean, "std": encoded.std, **dict(leaves(encoded.condition))}
+
+
+def _same_entry(objective: DenoisingObjective, a: Any, b: Any) -> bool:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return type(a) is type(b) and repr(a) == repr(b)
+    if a.shape != b.shape or not a.is_floating_point():
+        return torch.equal(a, b)
+    rounding = torch.finfo(a.dtype).eps ** 0.5
+    return bool((a - b).norm() <= rounding * a.norm()) or not a.isfinite().all()
 
 
 class _Uses(TorchFunctionMode):

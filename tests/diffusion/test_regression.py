@@ -634,7 +634,23 @@ class SigmaFirst(Timed):
         return super().forward(sample, sigma)
 
 
-@pytest.mark.parametrize("kind", [Timed, TimeFirst, SigmaFirst])
+class ByName(Timed):
+    def forward(self, *, sample, time):
+        return super().forward(sample, time)
+
+
+class TimeByName(Timed):
+    def forward(self, x, *, t):
+        return super().forward(x, t)
+
+
+class TimeLast(Timed):
+    def forward(self, x, mask=None, y=None, sigmas=None):
+        assert mask is None
+        return super().forward(x, sigmas)
+
+
+@pytest.mark.parametrize("kind", [Timed, TimeFirst, SigmaFirst, ByName, TimeByName, TimeLast])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_time_comes_as_the_network_takes_it(kind, dtype):
     """Tables are float64; no network in float32 is told a float64."""

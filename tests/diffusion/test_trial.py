@@ -13,7 +13,9 @@ from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
     DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
+    Encoded,
     ExampleGradientLinearOperator,
+    LatentEncoder,
     NoisedRegression,
 )
 from curvlinops_diffusion.diffusion.trial import Trial
@@ -370,3 +372,36 @@ def test_complex_parameters_are_said_to_be_left_out():
     for kind in (DiffusionKFACLinearOperator, DiffusionGGNLinearOperator):
         with pytest.warns(UserWarning, match="1 complex parameters are left out, .* 'factor'"):
             assert kind(regression).shape == (2, 2)
+
+
+def test_what_encodes_the_data_is_not_random():
+    """A text encoder left in training, latents that are samples, dropout without effect so far."""
+    words, dropout = torch.arange(12).reshape(3, 4).double(), nn.Dropout(0.5)
+
+    def embed(x0, condition):
+        return {"class_labels": dropout(words)[: len(x0)].sum(1).long() % 4}
+
+    def sampled(x0, condition):
+        return Encoded(x0 + torch.randn(x0.shape).double(), None, condition)
+
+    def drew(x0, condition):
+        torch.rand(1)
+        return Encoded(x0, None, condition)
+
+    model = Ignoring("nested").double().eval()
+    labels = {"x0": images(3), "class_labels": torch.arange(3)}
+    for encode, data, what in (
+        (LatentEncoder(embed=embed), {"x0": images(3)}, "'class_labels' varied"),
+        (sampled, labels, "'mean' varied"),
+        (drew, labels, "a generator of random numbers varied"),
+    ):
+        objective = DenoisingObjective(model, noise_levels(), encode=encode)
+        regression = NoisedRegression(objective, data, 2)
+        for kind in OPERATORS.values():
+            with torch.random.fork_rng():
+                torch.manual_seed(0)  # of which some labels are not the same twice
+                with pytest.raises(ValueError, match=f"encoder, encode=\\) is random: .*{what}"):
+                    kind(regression)
+    dropout.eval()
+    objective = DenoisingObjective(model, noise_levels(), encode=LatentEncoder(embed=embed))
+    DiffusionKFACLinearOperator(NoisedRegression(objective, {"x0": images(3)}, 2))
