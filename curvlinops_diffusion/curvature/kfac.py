@@ -137,7 +137,9 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         if passes.checkpoint is not None:
             # one is held while the next is written, and the operator's own file is as large
             size = 2 * plan.num_entries * regression.objective.working_dtype.itemsize
-            check_space(Path(passes.checkpoint), size, "Checkpoints of the factors")
+            folder = Path(passes.checkpoint)
+            there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            check_space(folder, size - there, "Checkpoints of the factors")
         passes = replace(passes, progressbar=progressbar or passes.progressbar)
         blocks = plan.place(self._fit(regression, plan, passes))
         info: dict[str, Any] = {

@@ -8,7 +8,7 @@ from copy import copy
 from dataclasses import replace
 from hashlib import sha256
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,9 @@ class NoisedRegression:
         >>> regression.model_func(X).shape == y.shape
         True
     """
+
+    #: Whether the objective's encoder is between the data and the network
+    ENCODES: ClassVar[bool] = True
 
     def __init__(
         self,

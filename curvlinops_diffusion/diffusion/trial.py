@@ -42,7 +42,7 @@ class Trial:
     Attributes:
         low: Their draw with the lowest noise level of the first example.
         high: The one with the highest; the same if there is only one draw.
-        clean: The examples as the data holds them.
+        clean: The examples as the data holds them, where these are encoded.
     """
 
     low: NoisedBatch
@@ -100,7 +100,8 @@ class Trial:
             if found == examples:
                 break
         lows, highs = zip(*parts, strict=True)
-        return cls(NoisedBatch.joined(lows), NoisedBatch.joined(highs), tuple(cleans))
+        encoded = tuple(cleans) if regression.ENCODES else ()
+        return cls(NoisedBatch.joined(lows), NoisedBatch.joined(highs), encoded)
 
 
 def check_network(regression: NoisedRegression) -> None:

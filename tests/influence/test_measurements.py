@@ -553,3 +553,21 @@ def test_trajectories_of_networks_in_low_precision():
         return J.values()
 
     assert_close(log_probability(torch.bfloat16).double(), log_probability(torch.float64), 1e-6)
+
+
+def test_states_are_not_encoded():
+    """They are what the network sees, whatever is between it and other data."""
+
+    def encode(x0, condition):
+        raise AssertionError
+
+    model = problem().objective.model
+    levels = [5, 3, 1]
+    states = torch.randn(2, 4, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    found = []
+    for function in (encode, None):
+        objective = DenoisingObjective(model, scheduler(), encode=function)
+        trajectories = TrajectoryRegression(objective, states, levels)
+        J = ExampleGradientLinearOperator(trajectories, measurement=trajectories.log_probability)
+        found.append(J.rows())
+    assert torch.equal(*found)

@@ -51,6 +51,8 @@ class TrajectoryRegression(NoisedRegression):
         ValueError: If states and levels do not fit together.
     """
 
+    ENCODES: ClassVar[bool] = False
+
     def __init__(
         self,
         objective: DenoisingObjective,

@@ -67,7 +67,7 @@ class CGRefinedInverseLinearOperator(RefinedInverseLinearOperator):
             if (10 * drift_K > R_PK.norm(dim=0)).any():
                 R_PK, drift_K = B_PK - self._damped(X_PK), _eps(B_PK) * B_PK.norm(dim=0)
                 before_K, reached_K = reached_K, R_PK.norm(dim=0)
-                stuck = bool((2 * reached_K > before_K).all())
+                stuck = bool((2 * reached_K >= before_K).all())
             finished = self._finished(R_PK, B_PK)
             tell(X_PK)
             if finished or stuck:
