@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from curvlinops_diffusion.diffusion.conditions import leaves, nested
 from curvlinops_diffusion.runtime.digests import digest_of, fingerprint, raw_bytes
@@ -87,6 +88,7 @@ class LatentEncoder:
         self._sample = sample
         self._embed = embed
         self._pack = (lambda z: z) if pack is None else pack
+        self._packs = pack is not None
         self._cache = None if cache is None else Path(cache)
         self._modules = [m for m in (vae, *encoders) if m is not None]
         self._settings = settings
@@ -130,6 +132,18 @@ class LatentEncoder:
         shift, scale = self._shift_and_scale(mean)
         std = None if std is None or not self._sample else self._pack(std * scale)
         return Encoded(self._pack((mean - shift) * scale), std, condition)
+
+    def mask(self, mask: Tensor) -> Tensor:
+        """Weights of pixels ``[B, 1, H, W]`` in the form that the network takes latents in.
+
+        Only where they are packed: else their height and width tell how to average.
+        """
+        if not self._packs or self._vae is None or mask.ndim != 4:
+            return mask
+        scale = 2 ** (len(self._vae.config.block_out_channels) - 1)
+        size = (mask.shape[2] // scale, mask.shape[3] // scale)
+        averaged = interpolate(mask[:, :1], size, mode="area")
+        return self._pack(averaged.expand(-1, self._vae.config.latent_channels, -1, -1))
 
     def _transform(self) -> dict[str, Any]:
         """The entries of the autoencoder's config that determine shift and scale."""

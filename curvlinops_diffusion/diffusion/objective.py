@@ -246,6 +246,13 @@ class DenoisingObjective:
             return Encoded(clean.x0, None, clean.condition)
         return self._encode(clean.x0, clean.condition)
 
+    def encode_mask(self, mask: Tensor | None) -> Tensor | None:
+        """Weights of clean examples' entries in the network's terms."""
+        encoder = self._encode
+        return (
+            encoder.mask(mask) if isinstance(encoder, LatentEncoder) and mask is not None else mask
+        )
+
     def drop_condition(self, condition: Mapping[str, Any], dropped_B: Tensor) -> dict[str, Any]:
         """The condition, with that of some examples replaced by :attr:`null_condition`.
 

@@ -299,7 +299,7 @@ class NoisedRegression:
             warn_of_range(clean.x0)
         augmented = self._augmentations.versions(clean)
         versions = [self.objective.encode(version) for version in augmented]
-        masks = [version.mask for version in augmented]
+        masks = [self.objective.encode_mask(version.mask) for version in augmented]
         shape = versions[0].mean.shape[1:]
         dropout = self.objective.condition_dropout
         for r in range(self.num_draws):

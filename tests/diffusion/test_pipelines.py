@@ -595,3 +595,26 @@ def test_autoencoders_that_overflow():
         LatentEncoder(vae(force_upcast=True).half())
     LatentEncoder(vae(force_upcast=True))
     LatentEncoder(vae(force_upcast=False).half())
+
+
+@pytest.mark.parametrize("make", [stable_diffusion, flux])
+def test_masks_of_pixels(make, tmp_path):
+    """A latent's weight is the average over its pixels, in whatever form the network takes it."""
+    pipeline = made(make, tmp_path)
+    objective = DenoisingObjective.from_pipeline(pipeline)
+    mask = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0))
+    x0, prompts = data_for(make, 16)[0]
+    data = [{"x0": x0, "prompt": prompts, "seen": mask}]
+    regression = NoisedRegression(objective, data, 2, loss_mask="seen")
+    latents = objective.encode(next(regression.clean_batches())).mean
+    side = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    averaged = torch.nn.functional.avg_pool2d(mask.unsqueeze(1), side)
+    if make is flux:  # tokens of 2×2 latents, channel by channel
+        h = averaged.shape[-1] // 2
+        tokens = averaged.reshape(2, 1, h, 2, h, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, h * h, 4)
+        expected = tokens.repeat(1, 1, latents.shape[-1] // 4)
+    else:
+        expected = averaged.expand_as(latents)
+    for batch in regression.batches():
+        assert_close(batch.mask_BD, expected.flatten(1), 1e-6)
+    ExampleGradientLinearOperator(regression).values()
