@@ -16,6 +16,7 @@ from diffusers.utils.logging import disable_progress_bar
 from curvlinops_diffusion.cli.images.labels import Condition
 from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions
+from curvlinops_diffusion.cli.weights import check_loaded
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 
 disable_progress_bar()  # of loading; the passes have their own
@@ -70,6 +71,9 @@ def load_network(options: FitOptions | ScoreOptions) -> Network:
         pipeline = _loaded(
             diffusers.DiffusionPipeline, options.pipeline, "model_index.json", options
         )
+        for name, part in pipeline.components.items():
+            if isinstance(part, torch.nn.Module):
+                check_loaded(part, options.pipeline / name)
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
         for part in pipeline.components.values():
@@ -86,6 +90,7 @@ def load_network(options: FitOptions | ScoreOptions) -> Network:
     assert options.model is not None
     assert options.scheduler is not None
     model = _loaded(diffusers.AutoModel, options.model, "config.json", options)
+    check_loaded(model, options.model)
     embedded = inspect.signature(model.forward).parameters.get("encoder_hidden_states")
     if embedded is not None and embedded.default is embedded.empty:
         raise ValueError(

@@ -1,6 +1,7 @@
 """What the program reads off a trained network: how it takes images."""
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from curvlinops_diffusion.cli.images.labels import Condition
 from curvlinops_diffusion.cli.images.preprocessing import Form
@@ -47,3 +48,29 @@ def test_variants_of_weights(tmp_path):
     assert norms[0] > 0 == norms[1]
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_network(FitOptions(**options, variant="fp8"))
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("unet", "conv_in.weight"), ("vae", "encoder.conv_in.bias"), ("text_encoder", "layer_norm1.")],
+)
+def test_weights_that_are_not_in_the_files(tmp_path, part, name):
+    """Neither made up nor an error of torch's: named, with what is there instead."""
+    pipelines.stable_diffusion(tmp_path).save_pretrained(tmp_path / "p")
+    options = FitOptions(pipeline=tmp_path / "p", data=tmp_path, output=tmp_path)
+    load_network(options)
+    (path,) = (tmp_path / "p" / part).glob("*.safetensors")
+    tensors = load_file(path)
+    name = next(key for key in tensors if name in key)
+    tensors[f"renamed.{name}"[::-1]] = tensors.pop(name)
+    save_file(tensors, path, metadata={"format": "pt"})
+    told = f"1 weights of the .* are not in the files of .*{part}', which hold .* instead: '.*"
+    with pytest.raises(ValueError, match=f"{told}{name}'. Save"):
+        load_network(options)
+
+
+@pytest.mark.parametrize("make", [pipelines.stable_diffusion_xl, pipelines.flux, pipelines.ldm])
+def test_weights_that_are(tmp_path, make):
+    """Also those that a text encoder holds under two names."""
+    make(tmp_path).save_pretrained(tmp_path / "p")
+    load_network(FitOptions(pipeline=tmp_path / "p", data=tmp_path, output=tmp_path))

@@ -1,0 +1,69 @@
+"""Weights that were loaded: all of them, or an error that names what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import nn
+
+
+def check_loaded(module: nn.Module, folder: Path) -> None:
+    """Check that a module has the weights of the files in its folder.
+
+    What loads them leaves parameters that no file holds without values, or makes them up.
+
+    Args:
+        module: The module, before it is moved.
+        folder: The folder that it was loaded from.
+
+    Raises:
+        ValueError: If a parameter was not loaded, naming what the files hold instead.
+    """
+    missing = {name for name, p in module.named_parameters() if p.is_meta}
+    stored = _stored(folder)
+    if stored and type(module).__module__.startswith("transformers."):  # which makes them up
+        missing |= _without_file(module, stored)
+    if not missing:
+        return
+    own = set(module.state_dict())
+    others = sorted(name for name in stored if not _is_among(name, own))
+    instead = f", which hold {_listed(others)} instead" if others else ""
+    raise ValueError(
+        f"{len(missing)} weights of the {type(module).__name__} are not in the files of "
+        f"'{folder}'{instead}: {_listed(missing)}. Save the network again by save_pretrained."
+    )
+
+
+def _stored(folder: Path) -> set[str]:
+    """The names of the tensors in a folder's files."""
+    names: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "np") as file:
+            names |= set(file.keys())
+    return names
+
+
+def _without_file(module: nn.Module, stored: set[str]) -> set[str]:
+    """The parameters that no file holds, but for those that share their values with one."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    found = {id(p) for name, p in parameters.items() if _is_among(name, stored)}
+    return {name for name, p in module.named_parameters() if id(p) not in found}
+
+
+def _is_among(name: str, others: set[str]) -> bool:
+    """Whether a name is one of others, but for a prefix of either (that of a part of a model)."""
+    if name in others or any(part in others for part in _endings(name)):
+        return True
+    return any(other.endswith(f".{name}") for other in others)
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[n:]) for n in range(1, len(parts) - 1)]
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(f"'{name}'" for name in names[:3]) + (", …" if len(names) > 3 else "")
