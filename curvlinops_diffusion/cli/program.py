@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from importlib import import_module
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -45,6 +46,7 @@ def parser() -> ArgumentParser:
         prog="curvlinops-diffusion",
         exit_on_error=False,
         description="Which training images made a diffusion model generate this?",
+        version=version("curvlinops-diffusion"),
     )
     commands = top.add_subcommands(required=True, dest="command")
     for name, options in COMMANDS.items():
@@ -100,6 +102,9 @@ def run(arguments: Sequence[str]) -> int:
         The exit code: 0, 2 for an error (told in one line), 130 if interrupted.
     """
     words = list(arguments)
+    if not words:  # somebody looks at it for the first time
+        parser().print_help()
+        return 0
     debug = "--debug" in words
     start = time.monotonic()
     try:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.diffusion.regression import NoisedRegression, check_regression
 from curvlinops_diffusion.diffusion.trial import Retrial, check_network
 from curvlinops_diffusion.linalg.operator import ParameterSpaceOperator
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace, select_parameters
@@ -64,6 +64,7 @@ class DiffusionGGNLinearOperator(ParameterSpaceOperator):
         progressbar: bool = False,
         chunk_size: int = 8,
     ):
+        check_regression(regression)
         self._regression = regression
         self._params = select_parameters(regression.objective.model, params)
         self._progressbar = progressbar

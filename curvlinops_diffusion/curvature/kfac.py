@@ -11,7 +11,7 @@ from curvlinops_diffusion.curvature.kronecker_factors import KroneckerFactors
 from curvlinops_diffusion.curvature.options import FisherType, KFACApprox, KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.random_numbers import ProbeType
-from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.diffusion.regression import NoisedRegression, check_regression
 from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.layers.observable import observable
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
@@ -118,6 +118,7 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         progressbar: bool = False,
         passes: PassOptions = PLAIN,
     ):
+        check_regression(regression)
         arguments: dict[str, Any] = {
             "fisher_type": fisher_type,
             "mc_samples": mc_samples,

@@ -31,6 +31,19 @@ from curvlinops_diffusion.runtime.digests import fingerprint, raw_bytes
 T = TypeVar("T")
 
 
+def check_regression(value: Any) -> None:
+    """Check what an operator is made of.
+
+    Raises:
+        ValueError: If it is no regression.
+    """
+    if not isinstance(value, NoisedRegression):
+        raise ValueError(
+            f"A {type(value).__name__} arrived where a NoisedRegression is needed. Pass "
+            "NoisedRegression(DenoisingObjective(model, scheduler), data)."
+        )
+
+
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Yield lists of ``size`` successive items, the last one perhaps shorter."""
     iterator = iter(items)

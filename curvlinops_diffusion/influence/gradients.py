@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion.diffusion.data import CleanBatch
-from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.diffusion.regression import NoisedRegression, check_regression
 from curvlinops_diffusion.influence.derivatives import (
     FunctionGradients,
     PredictionGradients,
@@ -73,6 +73,7 @@ class ExampleGradientLinearOperator(LinearOperator):
         progressbar: bool = False,
         chunk_size: int = 8,
     ):
+        check_regression(regression)
         self.regression = regression
         self.measurement = measurement
         self._params = select_parameters(regression.objective.model, params)

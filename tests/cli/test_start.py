@@ -3,8 +3,11 @@
 import resource
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
+
+from curvlinops_diffusion.cli.program import run
 
 # a stand-in for the installed script that tells afterwards what it has imported
 SCRIPT = """
@@ -42,7 +45,7 @@ def start(*words, missing=()):
         (["score", "--help"], 0),
         (["report", "--help"], 0),
         (["inspect", "--help"], 0),
-        ([], 2),
+        ([], 0),
         (["train"], 2),
         (["fit", "--bogus"], 2),
         (["score", "--data", "d", "--damping", "nan"], 2),
@@ -87,3 +90,11 @@ def test_as_a_module():
     )
     assert finished.returncode == 2
     assert finished.stderr.startswith("error: 'image.png' is neither an operator's file")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as left:
+        run(["--version"])
+    assert left.value.code == 0
+    told = capsys.readouterr().out.strip()
+    assert told == f"curvlinops-diffusion {version('curvlinops-diffusion')}"

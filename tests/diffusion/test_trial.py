@@ -405,3 +405,17 @@ def test_what_encodes_the_data_is_not_random():
     dropout.eval()
     objective = DenoisingObjective(model, noise_levels(), encode=LatentEncoder(embed=embed))
     DiffusionKFACLinearOperator(NoisedRegression(objective, {"x0": images(3)}, 2))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        DiffusionKFACLinearOperator,
+        DiffusionEKFACLinearOperator,
+        DiffusionGGNLinearOperator,
+        ExampleGradientLinearOperator,
+    ],
+)
+def test_a_model_in_place_of_a_problem(kind):
+    with pytest.raises(ValueError, match=r"A Conv2d arrived .* Pass NoisedRegression\(Denoising"):
+        kind(nn.Conv2d(1, 1, 1), images(3))
