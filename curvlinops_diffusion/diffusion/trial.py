@@ -255,7 +255,8 @@ def _check_uses(
 ) -> None:
     """Check that what no function of torch was seen to take changes the output nevertheless.
 
-    What the network has an argument for, it may ignore by its own choice; that is warned of.
+    What the network has an argument for, it may ignore by its own choice, and of what is the same
+    for all examples the effect cannot be seen; these are warned of.
 
     Raises:
         ValueError: If it does not, and the network has no argument of that name.
@@ -267,6 +268,8 @@ def _check_uses(
         return entry.roll(1, 0) if name in unused and has_rows(entry) else entry
 
     condition = mapped(rolled, named(batch.condition), batch.condition)
+    entries, others = dict(leaves(batch.condition)), dict(leaves(condition))
+    same = [name for name in unused if torch.equal(entries[name], others[name])]
     if not torch.equal(objective.predict(replace(batch, condition=condition)), first_BD):
         return
     message = (
@@ -276,7 +279,7 @@ def _check_uses(
         "encode= or in a module of your own."
     )
     arguments = inspect.signature(objective.model.forward).parameters
-    if all(name.split("/")[0] in arguments for name in unused):
+    if same or all(name.split("/")[0] in arguments for name in unused):
         warn(message, stacklevel=2)
         return
     raise ValueError(message)

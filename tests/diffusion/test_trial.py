@@ -302,12 +302,21 @@ def test_entries_that_nothing_takes_are_refused(kind):
     data = {
         "x0": images(3),
         "class_labels": torch.arange(3),
-        "extra": {"sizes": torch.ones(3, 2), "flag": True},
+        "extra": {"sizes": torch.rand(3, 2), "flag": True},
     }
     model = Ignoring("nested").double().eval()
     regression = NoisedRegression(DenoisingObjective(model, noise_levels()), data, 2)
     with pytest.raises(ValueError, match=r"makes nothing of \['extra/sizes'\]"):
         OPERATORS[kind](regression)
+
+
+def test_an_entry_that_is_the_same_for_all_is_warned_of():
+    """Whether it has an effect cannot be seen, only that no function of torch takes it."""
+    data = {"x0": images(3), "class_labels": torch.arange(3), "scale": torch.ones(3)}
+    model = Ignoring("nested").double().eval()
+    regression = NoisedRegression(DenoisingObjective(model, noise_levels()), data, 2)
+    with pytest.warns(UserWarning, match=r"makes nothing of \['scale'\]"):
+        DiffusionKFACLinearOperator(regression)
 
 
 @pytest.mark.parametrize("what", ["nested", "zero", "compared"])
