@@ -39,6 +39,7 @@ def write_scores(
     np.save(buffer, scores_QN.numpy(), allow_pickle=False)
     # two files cannot appear at once: the index says which array it is of
     header["sha256"] = sha256(buffer.getvalue()).hexdigest()
+    header["header_sha256"] = _digest(header)
     write_bytes(_index(path), json.dumps(header, indent=1).encode())
     write_bytes(path, buffer.getvalue())
 
@@ -87,8 +88,16 @@ def header_and_scores(path: Path) -> tuple[dict[str, Any], Tensor | None]:
         scores_QN = torch.from_numpy(np.load(io.BytesIO(raw), allow_pickle=False))
     except Exception as error:  # numpy's reader raises many kinds
         raise SCORES.damaged(path, f"{type(error).__name__}: {error}") from error
+    if header.get("header_sha256", "") not in ("", _digest(header)):  # older files have none
+        raise SCORES.damaged(_index(path), "it is not what was written")
     same = header.get("sha256", "") in ("", sha256(raw).hexdigest())
     return header, scores_QN if same else None
+
+
+def _digest(header: dict[str, Any]) -> str:
+    """Of all of an index but the digest itself."""
+    rest = {key: value for key, value in header.items() if key != "header_sha256"}
+    return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _index(path: Path) -> Path:

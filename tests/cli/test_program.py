@@ -77,6 +77,10 @@ def test_npy_with_an_index(fitted, tmp_path):
         read_scores(tmp_path / "s.npy")
     assert run(arguments(fitted, "score", "--output", tmp_path / "s.npy")) == 0
     assert np.array_equal(np.load(tmp_path / "s.npy"), expected.numpy())
+    changed = (tmp_path / "s.index.json").read_text().replace('"image0', '"image9', 1)
+    (tmp_path / "s.index.json").write_text(changed)
+    with pytest.raises(ValueError, match=r"header of '.*s.index.json' is damaged \(it is not what"):
+        read_scores(tmp_path / "s.npy")
 
 
 def test_inspect(fitted, capsys):

@@ -22,7 +22,7 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.scores import influence_scores
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
-from curvlinops_diffusion.runtime.files import check_same
+from curvlinops_diffusion.runtime.files import check_same, check_space
 from curvlinops_diffusion.runtime.passes import PassOptions
 
 # what of a regression's description fit and score must share
@@ -68,6 +68,8 @@ def score(options: ScoreOptions) -> None:
         if _is_done(options, identity):
             nothing_to_do(options.output)
             return
+        size = query.num_data * train.num_data * operator.dtype.itemsize
+        check_space(options.output.parent, size, "The scores")
         scores_QN = _computed_scores(options, operator, train, query, several)
         if not is_first():
             return
