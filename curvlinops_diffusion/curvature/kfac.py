@@ -12,6 +12,7 @@ from curvlinops_diffusion.curvature.options import FisherType, KFACApprox, KFACO
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.random_numbers import ProbeType
 from curvlinops_diffusion.diffusion.regression import NoisedRegression, check_regression
+from curvlinops_diffusion.diffusion.trial import checked_trial
 from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.layers.observable import observable
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
@@ -133,7 +134,8 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         options = KFACOptions(**arguments)  # which turns values into enumerations
         model = regression.objective.model
         coverage = covered_parameters(model, params, options.has_gradients)
-        coverage = observable(regression, coverage, options.has_gradients)
+        trial = checked_trial(regression)
+        coverage = observable(regression.objective, trial, coverage, options.has_gradients)
         plan = BlockPlan.of(coverage, options)
         if passes.checkpoint is not None:
             # one is held while the next is written, and the operator's own file is as large

@@ -58,9 +58,6 @@ class Augmentations:
             )
         return cls(_functions(chosen), None if conditions is None else frozenset(conditions))
 
-    def __len__(self) -> int:
-        return len(self.functions)
-
     @property
     def description(self) -> dict[str, Any]:
         """Describe them, as plain values."""

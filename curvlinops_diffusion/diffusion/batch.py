@@ -38,16 +38,8 @@ class NoisedBatch:
 
     #: What has a row for each example
     ROWS: ClassVar[tuple[str, ...]] = (
-        *(
-            "level_B",
-            "x_t",
-            "timestep_B",
-            "condition",
-            "target_BD",
-            "weight_B",
-            "mask_BD",
-            "state_BD",
-        ),
+        *("level_B", "x_t", "timestep_B", "condition"),
+        *("target_BD", "weight_B", "mask_BD", "state_BD"),
     )
 
     indices: Sequence[int]

@@ -23,7 +23,7 @@ from curvlinops_diffusion.diffusion.checks import check_condition, check_images
 from curvlinops_diffusion.diffusion.conditions import leaves, rows_of
 from curvlinops_diffusion.diffusion.masks import loss_mask
 from curvlinops_diffusion.runtime.checks import check_count
-from curvlinops_diffusion.runtime.digests import raw_bytes
+from curvlinops_diffusion.runtime.digests import tensor_parts
 
 _ACCEPTED = (
     "a tensor of clean examples [N, ...], a dict of tensors with key 'x0', a Dataset, a "
@@ -35,6 +35,12 @@ _ITEM_ACCEPTED = (
     "Each batch (or item of a Dataset) must be a tensor of clean examples, a pair of these and "
     "integer labels or prompts, or a dict with key 'x0' whose other entries are passed to the "
     "model as keyword arguments"
+)
+
+
+_SAME_EACH_TIME = (
+    "Every pass must see the same examples in the same order: switch shuffling and random "
+    "augmentation (or a random choice of captions) off."
 )
 
 
@@ -127,13 +133,14 @@ class CleanData:
         for number, start, batch in self._source(wanted):
             x0, condition = _split(batch)
             check_images(x0, start)
-            self._check_seen(number, start, x0, condition)
             check_condition(condition, len(x0))
             mask = None if self._mask is None else loss_mask(self._mask, condition, x0)
             condition = {key: value for key, value in condition.items() if key != self._mask}
-            yield number, CleanBatch(range(start, start + len(x0)), x0, condition, mask)
+            clean = CleanBatch(range(start, start + len(x0)), x0, condition, mask)
+            self._check_seen(number, clean)
+            yield number, clean
 
-    def _check_seen(self, number: int, start: int, x0: Tensor, condition: dict[str, Any]) -> None:
+    def _check_seen(self, number: int, clean: CleanBatch) -> None:
         """Compare a batch with what it was when it was first seen.
 
         Raises:
@@ -141,30 +148,23 @@ class CleanData:
         """
         if self._digests is None:
             return
-        entries = [("x0", x0), *leaves(condition)]
-        now = {name: _checksum(value) for name, value in entries}
-        before = self._digests.setdefault(number, now)
-        if now != before:
-            varied = sorted(name for name in now | before if now.get(name) != before.get(name))
-            what = ", ".join(f"'{name}'" for name in varied)
+        now = _checksums(clean)
+        varied = _varied(self._digests.setdefault(number, now), now)
+        if varied:
             raise ValueError(
-                f"The batch of the examples from {start} on is not what it was when it was read "
-                f"before: {what} varied. Every pass must see the same examples in the same order: "
-                "switch shuffling and random augmentation (or a random choice of captions) off."
+                f"The batch of the examples from {clean.indices[0]} on is not what it was when it "
+                f"was read before: {varied} varied. {_SAME_EACH_TIME}"
             )
 
     def _check_same_twice(self) -> None:
         first, second = next(iter(self), None), next(iter(self), None)
         if first is None or second is None:
             return
-        a, b = first.entries(), second.entries()
-        varied = [name for (name, x), (_, y) in zip(a, b, strict=False) if not _same(x, y)]
-        if varied or len(a) != len(b):
-            what = ", ".join(f"'{name}'" for name in varied) or "their entries"
+        varied = _varied(_checksums(first), _checksums(second))
+        if varied:
             raise ValueError(
-                f"Two iterations over the data began with different batches: {what} varied. Every "
-                "pass must see the same examples in the same order: switch shuffling and random "
-                "augmentation (or a random choice of captions) off."
+                f"Two iterations over the data began with different batches: {varied} varied. "
+                f"{_SAME_EACH_TIME}"
             )
 
 
@@ -201,16 +201,22 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and torch.equal(a, b)
-    return type(a) is type(b) and repr(a) == repr(b)
+def _checksums(clean: CleanBatch) -> dict[str, int]:
+    """A number for each entry of a batch."""
+
+    def checksum(value: Any) -> int:
+        if not isinstance(value, Tensor):
+            return crc32(repr(value).encode())
+        form, contents = tensor_parts(value)
+        return crc32(contents, crc32(form))
+
+    return {name: checksum(value) for name, value in clean.entries()}
 
 
-def _checksum(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return crc32(raw_bytes(value), crc32(f"{value.dtype}{tuple(value.shape)}".encode()))
-    return crc32(repr(value).encode())
+def _varied(before: Mapping[str, int], now: Mapping[str, int]) -> str:
+    """The names of the entries that are not the same; empty if all are."""
+    names = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
+    return ", ".join(f"'{name}'" for name in names)
 
 
 def _batch_source(data: Any, batch_size: int) -> Source:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from curvlinops_diffusion.diffusion.conditions import leaves, nested
+from curvlinops_diffusion.diffusion.masks import entry_weights
 from curvlinops_diffusion.runtime.digests import digest_of, fingerprint, raw_bytes
 from curvlinops_diffusion.runtime.files import FileKind, make_folder
 
@@ -79,7 +79,8 @@ class LatentEncoder:
                 f"The autoencoder arrived as {type(vae).__name__}. Pass an AutoencoderKL or a "
                 "VQModel of diffusers, or None."
             )
-        if vae is not None and vae.config.get("force_upcast") and _is_half(vae):
+        upcast = vae is not None and vae.config.get("force_upcast")
+        if upcast and next(vae.parameters()).dtype == torch.float16:
             raise ValueError(
                 "The autoencoder is in float16, and its config says force_upcast: its latents "
                 "would overflow. Pass it in float32: pipeline.vae.to(torch.float32)."
@@ -142,8 +143,7 @@ class LatentEncoder:
             return mask
         scale = 2 ** (len(self._vae.config.block_out_channels) - 1)
         size = (mask.shape[2] // scale, mask.shape[3] // scale)
-        averaged = interpolate(mask[:, :1], size, mode="area")
-        return self._pack(averaged.expand(-1, self._vae.config.latent_channels, -1, -1))
+        return self._pack(entry_weights(mask[:, :1], (self._vae.config.latent_channels, *size)))
 
     def _transform(self) -> dict[str, Any]:
         """The entries of the autoencoder's config that determine shift and scale."""
@@ -194,10 +194,6 @@ class LatentEncoder:
             else:
                 digest.update(json.dumps(value).encode())
         return digest.hexdigest()
-
-
-def _is_half(module: Any) -> bool:
-    return next(module.parameters()).dtype == torch.float16
 
 
 def _write(path: Path, encoded: Encoded) -> None:

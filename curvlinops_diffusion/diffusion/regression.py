@@ -8,7 +8,7 @@ from copy import copy
 from dataclasses import replace
 from hashlib import sha256
 from itertools import islice
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from curvlinops_diffusion.diffusion.draws import Draws, make_draws
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.recipe import Recipe
 from curvlinops_diffusion.diffusion.scaled_model import ScaledModel, scaled
-from curvlinops_diffusion.runtime.digests import fingerprint, raw_bytes
+from curvlinops_diffusion.runtime.digests import fingerprint, tensor_parts
 
 T = TypeVar("T")
 
@@ -128,9 +128,6 @@ class NoisedRegression:
         True
     """
 
-    #: Whether the objective's encoder is between the data and the network
-    ENCODES: ClassVar[bool] = True
-
     def __init__(
         self,
         objective: DenoisingObjective,
@@ -176,6 +173,11 @@ class NoisedRegression:
         return self.objective.device
 
     @property
+    def encodes(self) -> bool:
+        """Whether something is between the data and the network."""
+        return self.objective.encodes
+
+    @property
     def num_data(self) -> int:
         """The number ``N`` of examples."""
         return self._data.num_examples
@@ -205,12 +207,7 @@ class NoisedRegression:
         Raises:
             ValueError: If the number is not one of whole lists of timesteps, or of whole pairs.
         """
-        if num_draws == self.num_draws:
-            return self
-        other = copy(self)
-        own = self.draws
-        other.draws = make_draws(own.timesteps, num_draws, own.seed, own.num_levels, own.antithetic)
-        return other
+        return self if num_draws == self.num_draws else self._redrawn(num_draws, self.draws.seed)
 
     def with_seed(self, seed: int) -> NoisedRegression:
         """The same problem with other draws, as many for each example.
@@ -218,8 +215,11 @@ class NoisedRegression:
         Raises:
             ValueError: If the seed is out of range.
         """
+        return self._redrawn(self.num_draws, seed)
+
+    def _redrawn(self, num_draws: int, seed: int) -> NoisedRegression:
         other, own = copy(self), self.draws
-        other.draws = make_draws(own.timesteps, own.num_draws, seed, own.num_levels, own.antithetic)
+        other.draws = make_draws(own.timesteps, num_draws, seed, own.num_levels, own.antithetic)
         return other
 
     def fingerprint(self) -> dict[str, str]:
@@ -264,8 +264,8 @@ class NoisedRegression:
                     digest.update(name.encode())
                     one = value[position] if has_rows(value) else value
                     if isinstance(one, Tensor):
-                        digest.update(f"{one.dtype}{tuple(one.shape)}".encode())
-                        digest.update(raw_bytes(one))
+                        for part in tensor_parts(one):
+                            digest.update(part)
                     else:
                         digest.update(repr(one).encode())
         batches = sizes[0] if len(set(sizes[:-1])) <= 1 and sizes[-1] <= sizes[0] else sizes

@@ -33,16 +33,23 @@ class _Distributed(ABC):
         return unit
 
     def levels(
-        self, seed: int, n_B: np.ndarray, r: int, num_draws: int, num_levels: int
+        self,
+        seed: int,
+        n_B: np.ndarray,
+        r: int,
+        num_draws: int,
+        num_levels: int,
+        within: tuple[int, int] | None = None,
     ) -> np.ndarray:
-        """Levels ``0 .. T-1`` of draw ``r`` of ``num_draws``, shape ``[B]``, int64."""
-        unit = self.quantile(self.points(seed, n_B, r, num_draws))
-        return _floored(unit * num_levels, 0, num_levels)
+        """Levels of draw ``r`` of ``num_draws``, shape ``[B]``, int64.
 
-
-def _floored(levels: np.ndarray, lowest: int, end: int) -> np.ndarray:
-    whole = np.floor(levels).astype(np.int64)
-    return whole.clip(lowest, end - 1)  # a point may round to the end
+        Those of ``0 .. T-1``, or from the first of ``within`` to before the second.
+        """
+        lowest, end = within or (0, num_levels)
+        below, up_to = (self.cumulative(level / num_levels) for level in (lowest, end))
+        points = below + (up_to - below) * self.points(seed, n_B, r, num_draws)
+        levels = np.floor(self.quantile(points) * num_levels).astype(np.int64)
+        return levels.clip(lowest, end - 1)  # a point may round to the end
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ class LogitNormalTimesteps(_Distributed):
 
 
 @dataclass(frozen=True)
-class TimestepsWithin(_Distributed):
+class TimestepsWithin:
     """Timesteps of another scheme within a range of noise levels: those of one expert.
 
     Where several networks share the noise levels (eDiff-I, Wan 2.2), each is a problem of its own:
@@ -124,17 +131,12 @@ class TimestepsWithin(_Distributed):
         default_factory=StratifiedTimesteps
     )
 
-    def points(self, seed: int, n_B: np.ndarray, r: int, num_draws: int) -> np.ndarray:
-        """Uniform points in ``[0, 1)``, shape ``[B]``."""
-        return self.scheme.points(seed, n_B, r, num_draws)
-
     def levels(
         self, seed: int, n_B: np.ndarray, r: int, num_draws: int, num_levels: int
     ) -> np.ndarray:
         """Levels of the range, shape ``[B]``, int64."""
-        below, up_to = (self.scheme.cumulative(z / num_levels) for z in (self.lowest, self.end))
-        points = below + (up_to - below) * self.points(seed, n_B, r, num_draws)
-        return _floored(self.scheme.quantile(points) * num_levels, self.lowest, self.end)
+        within = (self.lowest, self.end)
+        return self.scheme.levels(seed, n_B, r, num_draws, num_levels, within)
 
 
 @dataclass(frozen=True)

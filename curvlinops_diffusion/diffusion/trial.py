@@ -100,7 +100,7 @@ class Trial:
             if found == examples:
                 break
         lows, highs = zip(*parts, strict=True)
-        encoded = tuple(cleans) if regression.ENCODES else ()
+        encoded = tuple(cleans) if regression.encodes else ()
         return cls(NoisedBatch.joined(lows), NoisedBatch.joined(highs), encoded)
 
 
@@ -112,8 +112,19 @@ def check_network(regression: NoisedRegression) -> None:
     """
     modes = tuple(module.training for module in regression.objective.model.modules())
     if modes not in regression.tried:
-        check_trial(regression.objective, Trial.of(regression))
+        checked_trial(regression)
         regression.tried.add(modes)
+
+
+def checked_trial(regression: NoisedRegression) -> Trial:
+    """A trial of the network, passed.
+
+    Raises:
+        ValueError: As :func:`check_trial`.
+    """
+    trial = Trial.of(regression)
+    check_trial(regression.objective, trial)
+    return trial
 
 
 class Retrial:
@@ -191,8 +202,6 @@ def _check_encoding(objective: DenoisingObjective, clean: CleanBatch) -> None:
     Raises:
         ValueError: If they are not, naming what varied.
     """
-    if not objective.encodes:
-        return
     before = _random_states(objective.device)
     first = _encoded(objective, clean)
     drew = _random_states(objective.device) != before
@@ -200,7 +209,7 @@ def _check_encoding(objective: DenoisingObjective, clean: CleanBatch) -> None:
     varied = sorted(
         name
         for name in first.keys() | again.keys()
-        if not _same_entry(objective, first.get(name), again.get(name))
+        if not _same_entry(first.get(name), again.get(name))
     )
     if varied or drew:
         what = ", ".join(f"'{name}'" for name in varied) or "a generator of random numbers"
@@ -216,7 +225,7 @@ def _encoded(objective: DenoisingObjective, clean: CleanBatch) -> dict[str, Any]
     return {"mean": encoded.mean, "std": encoded.std, **dict(leaves(encoded.condition))}
 
 
-def _same_entry(objective: DenoisingObjective, a: Any, b: Any) -> bool:
+def _same_entry(a: Any, b: Any) -> bool:
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return type(a) is type(b) and repr(a) == repr(b)
     if a.shape != b.shape or not a.is_floating_point():

@@ -17,7 +17,7 @@ from torch.func import jvp, vmap
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.diffusion.trial import Retrial, check_network
+from curvlinops_diffusion.diffusion.trial import Retrial, Trial, check_network
 from curvlinops_diffusion.influence.measurements.base import ExampleFunction, Measurement
 from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_gradient
 from curvlinops_diffusion.layers import Coverage, cover
@@ -202,7 +202,9 @@ class PredictionGradients(ValueGradients):
     def _checked_coverage(self) -> Coverage:
         if self._coverage is None:
             coverage = cover(self.regression.objective.model, self.params)
-            self._coverage = observable(self.regression, coverage)
+            # the network was checked on them before the first batch
+            trial = Trial.of(self.regression)
+            self._coverage = observable(self.regression.objective, trial, coverage)
             self._retried = ObservedRetrial(self.regression, self._coverage.layers)
         return self._coverage
 

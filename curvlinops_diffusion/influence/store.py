@@ -136,8 +136,7 @@ class GradientStore:
             "Pass another folder, or delete it.",
         )
         whole = compression.bytes_per_row(store._size) * store.num_data
-        missing = whole - round(store.bytes_per_example * store.num_data)
-        check_space(folder, missing, "The gradients of the other examples")
+        check_space(folder, whole - store._stored_bytes(), "The gradients of the other examples")
         share.barrier()  # or a process would measure what another one is writing
         store._write_missing(J_train, whiten, share, passes.progressbar and share.rank == 0)
         share.barrier()
@@ -177,8 +176,10 @@ class GradientStore:
     @property
     def bytes_per_example(self) -> float:
         """Bytes on disk for each training example, without what all share."""
-        total = sum(path.stat().st_size for path in self._folder.glob("rows.*.safetensors"))
-        return total / self.num_data
+        return self._stored_bytes() / self.num_data
+
+    def _stored_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self._folder.glob("rows.*.safetensors"))
 
     # -----------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.diffusion.trial import Retrial, Trial, check_trial
+from curvlinops_diffusion.diffusion.trial import Retrial, Trial
 from curvlinops_diffusion.layers.coverage import Coverage
 from curvlinops_diffusion.layers.hooks import frozen
 from curvlinops_diffusion.layers.kind import SharingKind
@@ -34,12 +34,13 @@ from curvlinops_diffusion.runtime.modes import recomputation_named
 
 
 def observable(
-    regression: NoisedRegression, coverage: Coverage, gradients: bool = True
+    objective: DenoisingObjective, trial: Trial, coverage: Coverage, gradients: bool = True
 ) -> Coverage:
     """Try out, on a few examples at two levels, what hooks see of each layer.
 
     Args:
-        regression: Objective, data and draws.
+        objective: Supplies the network.
+        trial: The examples; the network was tried out on them.
         coverage: The parameters, and the layers that hold them.
         gradients: Whether other gradients than those that hooks see are of use.
 
@@ -48,12 +49,10 @@ def observable(
         automatic differentiation: their parameters are in none.
 
     Raises:
-        ValueError: If the network's output is no function of single examples, or a gradient is not
-            finite; or, without ``gradients``, if there is such a layer.
+        ValueError: If a gradient is not finite; or, without ``gradients``, if there is such a
+            layer.
     """
-    objective, layers = regression.objective, coverage.layers
-    trial = Trial.of(regression)
-    check_trial(objective, trial)
+    layers = coverage.layers
     if not layers:
         return coverage
     reasons = _unobservable(objective, layers, trial.few)

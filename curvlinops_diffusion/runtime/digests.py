@@ -55,7 +55,7 @@ def digest_of(*values: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _parts(value: Any, seen: set[int]) -> Iterator[bytes]:
+def _parts(value: Any, seen: set[int]) -> Iterator[bytes | memoryview]:
     """The bytes that a value is known by.
 
     Args:
@@ -63,9 +63,7 @@ def _parts(value: Any, seen: set[int]) -> Iterator[bytes]:
         seen: Identities of the functions on the way to it, which may enclose themselves.
     """
     if isinstance(value, Tensor | np.ndarray):
-        tensor = torch.as_tensor(value)
-        yield f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-        yield raw_bytes(tensor)
+        yield from tensor_parts(torch.as_tensor(value))
     elif isinstance(value, nn.Module):
         yield repr(fingerprint(value)).encode()
     elif value is None or isinstance(value, str | bytes | int | float | complex | torch.dtype):
@@ -107,8 +105,11 @@ def _contents(cell: CellType) -> Any:
         return None
 
 
-def raw_bytes(tensor: Tensor) -> bytes:
-    """The entries of a tensor as they lie in memory, row by row."""
-    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    contents: bytes = raw.numpy().tobytes()
-    return contents
+def tensor_parts(tensor: Tensor) -> tuple[bytes, memoryview]:
+    """What a tensor is known by: precision and shape, and its entries."""
+    return f"{tensor.dtype}{tuple(tensor.shape)}".encode(), raw_bytes(tensor)
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The entries of a tensor as they lie in memory, row by row; not copied if they do so."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

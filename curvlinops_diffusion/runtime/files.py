@@ -93,12 +93,13 @@ _DIGEST = "sha256"
 
 
 def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
-    from torch import uint8
+    from curvlinops_diffusion.runtime.digests import tensor_parts
 
     digest = sha256(header.encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(uint8).numpy().data)
+        digest.update(name.encode())
+        for part in tensor_parts(tensor):
+            digest.update(part)
     return digest.hexdigest()
 
 

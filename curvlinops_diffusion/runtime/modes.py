@@ -162,14 +162,20 @@ def derivative_gradients(tables: Sequence[nn.Module]) -> Iterator[None]:
     Args:
         tables: See :func:`special_tables`.
     """
-    before = [(m, m.sparse, m.scale_grad_by_freq) for m in tables]
+    with _switched_off(tables, "sparse"), _switched_off(tables, "scale_grad_by_freq"):
+        yield
+
+
+@contextmanager
+def _switched_off(modules: Sequence[nn.Module], attribute: str) -> Iterator[None]:
+    before = [getattr(module, attribute) for module in modules]
     try:
-        for module in tables:
-            module.sparse = module.scale_grad_by_freq = False  # type: ignore[assignment]
+        for module in modules:
+            setattr(module, attribute, False)
         yield
     finally:
-        for module, sparse, scaled in before:
-            module.sparse, module.scale_grad_by_freq = sparse, scaled
+        for module, value in zip(modules, before, strict=True):
+            setattr(module, attribute, value)
 
 
 def special_tables(model: nn.Module) -> list[nn.Module]:
@@ -258,10 +264,5 @@ def recomputation_named() -> Iterator[None]:
 def without_checkpoints(model: nn.Module) -> Iterator[None]:
     """Switch gradient checkpointing off, for forward-mode and vectorised derivatives."""
     switched = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
-    try:
-        for module in switched:
-            module.gradient_checkpointing = False  # type: ignore[assignment]
+    with _switched_off(switched, "gradient_checkpointing"):
         yield
-    finally:
-        for module in switched:
-            module.gradient_checkpointing = True  # type: ignore[assignment]

@@ -16,6 +16,7 @@ from curvlinops_diffusion.curvature.gradient_factors import fitted_factors
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.diffusion.trial import checked_trial
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.layers.observable import observable
@@ -66,12 +67,12 @@ def fit_cost(regression: NoisedRegression, options: FitOptions) -> Cost:
     kfac = KFACOptions(**options.kfac_options())
     coverage = covered_parameters(regression.objective.model, None, kfac.has_gradients)
     first = _first_batch(regression)
-    coverage = observable(first, coverage, kfac.has_gradients)
+    coverage = observable(first.objective, checked_trial(first), coverage, kfac.has_gradients)
     plan = BlockPlan.of(coverage, kfac)
     sizes = plan.factor_sizes()
 
     def fit(some: NoisedRegression) -> None:
-        observable(some, coverage, kfac.has_gradients)
+        observable(some.objective, checked_trial(some), coverage, kfac.has_gradients)
         fitted_factors(some, plan, PLAIN)
 
     run = _measured(first, fit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -51,8 +51,6 @@ class TrajectoryRegression(NoisedRegression):
         ValueError: If states and levels do not fit together.
     """
 
-    ENCODES: ClassVar[bool] = False
-
     def __init__(
         self,
         objective: DenoisingObjective,
@@ -81,11 +79,15 @@ class TrajectoryRegression(NoisedRegression):
         self._steps = steps
 
     @property
+    def encodes(self) -> bool:
+        """States are what the network sees."""
+        return False
+
+    @property
     def description(self) -> dict[str, Any]:
         """Describe what determines the steps and their log-probability."""
         steps = self._steps
-        clip = [] if steps.clip is None else [steps.clip.range]
-        clip += [steps.clip.quantile] if steps.clip and steps.clip.quantile is not None else []
+        clip = [] if steps.clip is None else [z for z in astuple(steps.clip) if z is not None]
         variances = digest_of(self._levels, steps.previous_T, steps.variance_T, *clip)
         return {**super().description, "steps": variances}
 

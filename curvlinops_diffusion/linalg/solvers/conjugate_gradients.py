@@ -54,6 +54,7 @@ class CGRefinedInverseLinearOperator(RefinedInverseLinearOperator):
             return X_PK
         Z_PK = self._preconditioned(R_PK)
         D_PK, rz_K = Z_PK, (R_PK * Z_PK).sum(0)
+        eps = torch.finfo(B_PK.dtype).eps
         drift_K = torch.zeros_like(rz_K)  # of the residual by rounding, at most about this
         reached_K = torch.full_like(rz_K, float("inf"))  # the latest one computed anew
         for _ in range(self.max_iter):
@@ -62,10 +63,10 @@ class CGRefinedInverseLinearOperator(RefinedInverseLinearOperator):
             step_K = _ratio(rz_K, (D_PK * product_PK).sum(0), going_K)
             X_PK = X_PK + step_K * D_PK
             R_PK = R_PK - step_K * product_PK
-            drift_K = drift_K + _eps(B_PK) * (step_K * product_PK).norm(dim=0)
+            drift_K = drift_K + eps * (step_K * product_PK).norm(dim=0)
             stuck = False
             if (10 * drift_K > R_PK.norm(dim=0)).any():
-                R_PK, drift_K = B_PK - self._damped(X_PK), _eps(B_PK) * B_PK.norm(dim=0)
+                R_PK, drift_K = B_PK - self._damped(X_PK), eps * B_PK.norm(dim=0)
                 before_K, reached_K = reached_K, R_PK.norm(dim=0)
                 stuck = bool((2 * reached_K >= before_K).all())
             finished = self._finished(R_PK, B_PK)
@@ -76,10 +77,6 @@ class CGRefinedInverseLinearOperator(RefinedInverseLinearOperator):
             previous_K, rz_K = rz_K, (R_PK * Z_PK).sum(0)
             D_PK = Z_PK + _ratio(rz_K, previous_K, going_K) * D_PK
         return X_PK
-
-
-def _eps(z: Tensor) -> float:
-    return torch.finfo(z.dtype).eps
 
 
 def _ratio(numerator_K: Tensor, denominator_K: Tensor, where_K: Tensor) -> Tensor:
