@@ -11,15 +11,20 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.utils.logging import disable_progress_bar
+from diffusers.utils import is_transformers_available
+from diffusers.utils import logging as diffusers_logging
 
+from curvlinops_diffusion.cli.adapters import (
+    adapter_parameters,
+    load_adapters,
+    matching_parameters,
+)
 from curvlinops_diffusion.cli.images.labels import Condition
 from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions
-from curvlinops_diffusion.cli.weights import check_loaded
+from curvlinops_diffusion.cli.weights import check_can_load, check_loaded
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 
-disable_progress_bar()  # of loading; the passes have their own
 # diffusers imports it with its first network, and it warns of kernels that nothing here needs
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -34,6 +39,7 @@ class Network:
         size: Height and width of the images; ``None`` for any.
         multiple: What height and width must be multiples of.
         condition: The labels or prompts that are taken.
+        params: Names of the parameters that curvature and gradients are of; ``None`` for all.
     """
 
     objective: DenoisingObjective
@@ -41,6 +47,7 @@ class Network:
     size: tuple[int, int] | None
     multiple: int
     condition: Condition
+    params: list[str] | None = None
 
     def form(self, resolution: int | None) -> Form:
         """The form in which images are loaded."""
@@ -54,6 +61,7 @@ def load_network(options: FitOptions | ScoreOptions) -> Network:
         ValueError: If they name no network, or it cannot be loaded; or if a condition was dropped
             that it does not take.
     """
+    _set_up_logs(options.quiet)
     objective_options = options.objective_options()
     given = [options.pipeline is not None, options.model is not None]
     if sum(given) != 1 or (options.model is None) != (options.scheduler is None):
@@ -69,16 +77,21 @@ def load_network(options: FitOptions | ScoreOptions) -> Network:
     autocast = None if options.autocast is None else getattr(torch, options.autocast)
     if options.pipeline is not None:
         pipeline = _loaded(
-            diffusers.DiffusionPipeline, options.pipeline, "model_index.json", options
+            diffusers.DiffusionPipeline,
+            options.pipeline,
+            "model_index.json",
+            options,
+            **_left_out(options.pipeline),
         )
-        for name, part in pipeline.components.items():
-            if isinstance(part, torch.nn.Module):
-                check_loaded(part, options.pipeline / name)
+        modules = _modules(pipeline)
+        for name, part in modules.items():
+            check_loaded(part, options.pipeline / name)
+        if options.lora:
+            load_adapters(options.lora, modules, pipeline)
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
-        for part in pipeline.components.values():
-            if isinstance(part, torch.nn.Module):
-                part.eval()
+        for part in modules.values():
+            part.eval()
         objective = DenoisingObjective.from_pipeline(
             pipeline,
             latent_cache=options.latent_cache,
@@ -86,11 +99,13 @@ def load_network(options: FitOptions | ScoreOptions) -> Network:
             autocast=autocast,
             **objective_options,
         )
-        return _network(objective, pipeline, options.prompt)
+        return _network(objective, pipeline, options)
     assert options.model is not None
     assert options.scheduler is not None
     model = _loaded(diffusers.AutoModel, options.model, "config.json", options)
     check_loaded(model, options.model)
+    if options.lora:
+        load_adapters(options.lora, {"model": model}, None)
     embedded = inspect.signature(model.forward).parameters.get("encoder_hidden_states")
     if embedded is not None and embedded.default is embedded.empty:
         raise ValueError(
@@ -106,10 +121,34 @@ def load_network(options: FitOptions | ScoreOptions) -> Network:
     objective = DenoisingObjective(
         model.to(device).eval(), scheduler, autocast=autocast, **objective_options
     )
-    return _network(objective, None, options.prompt)
+    return _network(objective, None, options)
 
 
-def _network(objective: DenoisingObjective, pipeline: Any, prompt: str | None) -> Network:
+def _set_up_logs(quiet: bool) -> None:
+    """Bars of loading unless told to be quiet; no warnings of weights, which are checked here."""
+    diffusers_logging.set_verbosity_error()
+    libraries = [diffusers_logging]
+    if is_transformers_available():
+        from transformers.utils import logging as transformers_logging
+
+        libraries.append(transformers_logging)
+    for library in libraries:
+        (library.disable_progress_bar if quiet else library.enable_progress_bar)()
+
+
+def _modules(pipeline: Any) -> dict[str, torch.nn.Module]:
+    """The networks of a pipeline by their names there, the denoiser first."""
+    found = {
+        name: part
+        for name, part in pipeline.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
+    return dict(sorted(found.items(), key=lambda item: item[0] not in ("unet", "transformer")))
+
+
+def _network(
+    objective: DenoisingObjective, pipeline: Any, options: FitOptions | ScoreOptions
+) -> Network:
     """Read off network and autoencoder which images and conditions they take.
 
     Raises:
@@ -134,14 +173,38 @@ def _network(objective: DenoisingObjective, pipeline: Any, prompt: str | None) -
         multiple *= 2
     elif isinstance(config.get("patch_size"), int):
         multiple *= config["patch_size"]
-    condition = _condition(config, pipeline)
+    condition, prompt = _condition(config, pipeline), options.prompt
     if prompt is not None and condition.key != "prompt":
         raise ValueError(
             f"--prompt {prompt!r} arrived for a network that takes "
             f"{'no condition' if condition.key is None else 'labels'}. Leave it out."
         )
     condition = replace(condition, prompt=prompt)
-    return Network(objective, channels, sides, multiple, condition)
+    return Network(
+        objective, channels, sides, multiple, condition, _chosen_parameters(model, options)
+    )
+
+
+def _chosen_parameters(
+    model: torch.nn.Module, options: FitOptions | ScoreOptions
+) -> list[str] | None:
+    """Those that patterns name; else those of adapters, if some were given.
+
+    Raises:
+        ValueError: If a pattern names none, or the adapters have none in the denoiser.
+    """
+    patterns = getattr(options, "params", None)  # score takes those of the operator
+    if patterns:
+        return matching_parameters(model, patterns)
+    if not options.lora:
+        return None
+    found = adapter_parameters(model)
+    if not found:
+        raise ValueError(
+            f"The adapters of --lora have no weights in the {type(model).__name__}: there is "
+            "nothing of theirs to take derivatives in."
+        )
+    return found
 
 
 def _condition(config: Any, pipeline: Any) -> Condition:
@@ -158,7 +221,19 @@ def _condition(config: Any, pipeline: Any) -> Condition:
     return Condition()
 
 
-def _loaded(cls: Any, folder: Path, index: str, options: FitOptions | ScoreOptions) -> Any:
+def _left_out(folder: Path) -> dict[str, None]:
+    """The parts that a pipeline was saved without, a text encoder say; loading asks for them."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+        return {name: None for name, kind in index.items() if kind == [None, None]}
+    except (OSError, ValueError, AttributeError):
+        return {}  # loading says what is wrong
+
+
+def _loaded(
+    cls: Any, folder: Path, index: str, options: FitOptions | ScoreOptions, **parts: None
+) -> Any:
+    check_can_load()
     if not (folder / index).is_file():
         raise ValueError(
             f"'{folder}' holds no {index}. Pass a folder on this machine that was written by "
@@ -171,6 +246,7 @@ def _loaded(cls: Any, folder: Path, index: str, options: FitOptions | ScoreOptio
             use_safetensors=True,
             torch_dtype=getattr(torch, options.dtype),
             variant=options.variant,
+            **parts,
         )
     except (OSError, ValueError, RuntimeError, AttributeError, ImportError, KeyError) as error:
         raise ValueError(f"'{folder}' cannot be loaded: {str(error).splitlines()[0]}") from error

@@ -52,6 +52,9 @@ class ModelOptions(Checked):
         variant: Which of several kinds of weights files is loaded, for instance fp16.
         model: Folder of a diffusers model, instead of a pipeline; with scheduler.
         scheduler: Folder of its scheduler.
+        lora: Adapters that the network was fine-tuned by: a .safetensors file of save_lora_weights
+            or of kohya's scripts, or a folder of PEFT's; several as name=path. Curvature and
+            gradients are then of their parameters alone.
         device: Where to compute: cpu, cuda, cuda:1. Default: cuda if there is one.
         dtype: Precision of the network.
         autocast: Precision of the network's passes, if lower.
@@ -62,6 +65,7 @@ class ModelOptions(Checked):
     variant: str | None = None
     model: Path | None = None
     scheduler: Path | None = None
+    lora: list[str] | None = None
     device: str | None = None
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     autocast: Literal["bfloat16", "float16"] | None = None
@@ -156,6 +160,8 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
         data: Training images: a folder (subfolders are classes; metadata.jsonl may give text or
             label), a data set of the library datasets saved to disk, or an .npz file.
         output: The operator's file, .safetensors.
+        params: Parameters to cover, by names or patterns such as '*attn*'. Default: all, or with
+            --lora those of the adapters.
         curvature: The approximation.
         num_draws: Draws of timestep and noise for each image.
         seed: Seed of the draws.
@@ -168,6 +174,7 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
 
     data: Path
     output: Path
+    params: list[str] | None = None
     curvature: Literal["ekfac", "kfac"] = "ekfac"
     num_draws: int = 8
     seed: int = 0

@@ -73,6 +73,9 @@ def _add_flag(own: ArgumentParser, field: Any, type_: Any, text: str) -> None:
             help=field.metadata["help"](),
         )
         return
+    if type_ == list[str] | None:
+        own.add_argument(flag(field.name), nargs="+", type=str, default=field.default, help=text)
+        return
     if type_ is bool:
         own.add_argument(
             flag(field.name), action=ActionYesNo(no_prefix="no-"), default=field.default, help=text

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from diffusers.utils import is_accelerate_available
 from safetensors import safe_open
 from torch import nn
+
+from curvlinops_diffusion.runtime.adapters import adapter_of
 
 
 def check_loaded(module: nn.Module, folder: Path) -> None:
@@ -29,11 +32,30 @@ def check_loaded(module: nn.Module, folder: Path) -> None:
         return
     own = set(module.state_dict())
     others = sorted(name for name in stored if not _is_among(name, own))
-    instead = f", which hold {_listed(others)} instead" if others else ""
+    instead = f", which hold {listed(others)} instead" if others else ""
+    advice = "Save the network again by save_pretrained."
+    if any(".base_layer." in name or adapter_of(name) is not None for name in others):
+        advice = (
+            "The network was saved with adapters in place. Save it without them (unload_lora), and "
+            "the adapters by save_lora_weights, for --lora."
+        )
     raise ValueError(
         f"{len(missing)} weights of the {type(module).__name__} are not in the files of "
-        f"'{folder}'{instead}: {_listed(missing)}. Save the network again by save_pretrained."
+        f"'{folder}'{instead}: {listed(missing)}. {advice}"
     )
+
+
+def check_can_load() -> None:
+    """Check that diffusers will tell which weights no file holds.
+
+    Raises:
+        ValueError: If a package is missing without which it leaves them as they are in memory.
+    """
+    if not is_accelerate_available():
+        raise ValueError(
+            "The package accelerate is missing, without which weights that no file holds would "
+            "stay uninitialised, untold: pip install 'curvlinops-diffusion[cli]'."
+        )
 
 
 def _stored(folder: Path) -> set[str]:
@@ -64,6 +86,7 @@ def _endings(name: str) -> list[str]:
     return [".".join(parts[n:]) for n in range(1, len(parts) - 1)]
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """The first three of some names, for messages."""
     names = sorted(names)
     return ", ".join(f"'{name}'" for name in names[:3]) + (", …" if len(names) > 3 else "")

@@ -29,6 +29,7 @@ from curvlinops_diffusion.influence.consumers import (
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.linalg.operator import check_same_parameters
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
+from curvlinops_diffusion.runtime.adapters import common_names
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, run_pass
@@ -68,7 +69,8 @@ def stream_gradients(
         for consumer in consumers.values():
             consumer.add(*gradients)
 
-    own = {"params": list(J_train.param_names), "measurement": name_of(J_train.measurement)}
+    params = list(common_names(J_train.param_names).values())
+    own = {"params": params, "measurement": name_of(J_train.measurement)}
     running = Together(consumers)
     settings = {**own, **(settings or {})}
     run_pass(name, J_train.regression, running, step, passes, settings, prepare)

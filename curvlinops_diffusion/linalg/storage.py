@@ -5,7 +5,7 @@ Nothing in a file is ever executed: tensors are raw numbers, the header is JSON 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from math import prod
 from os import PathLike
@@ -25,6 +25,7 @@ from curvlinops_diffusion.linalg.operator_files import (
 )
 from curvlinops_diffusion.linalg.parameters import ParameterSpace
 from curvlinops_diffusion.linalg.placement import PlacedBlock
+from curvlinops_diffusion.runtime.adapters import common_names
 from curvlinops_diffusion.runtime.digests import fingerprint
 from curvlinops_diffusion.runtime.modes import unwrapped
 
@@ -110,6 +111,7 @@ def load_blocks(
         if not all(name in own for name, _ in header["parameters"]):
             model = unwrapped(model)
             own = dict(model.named_parameters())
+            header = _with_names_of(own, header)
         _check_model(path, header, model, own)
         shapes = {name: tuple(shape) for name, shape in header["parameters"]}
         device = own[next(iter(shapes))].device
@@ -121,6 +123,20 @@ def load_blocks(
         return str(header["kind"]), space, blocks, dict(header["info"])
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError) as error:
         raise OPERATOR.damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def _with_names_of(own: Iterable[str], header: dict[str, Any]) -> dict[str, Any]:
+    """A header whose parameters are called as the model's, if only an adapter's name differs."""
+    here = {common: name for name, common in common_names(own).items()}
+    there = common_names(name for name, _ in header["parameters"])
+    renamed = {name: here.get(common, name) for name, common in there.items()}
+    return header | {
+        "parameters": [[renamed[name], shape] for name, shape in header["parameters"]],
+        "blocks": [
+            block | {"params": [renamed[name] for name in block["params"]]}
+            for block in header["blocks"]
+        ],
+    }
 
 
 def read_blocks(path: str | PathLike[str]) -> tuple[dict[str, Any], list[PlacedBlock]]:

@@ -13,9 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from curvlinops_diffusion.runtime.adapters import common_names
+
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """Digests of a model's parameters and buffers: of their names and shapes, and of their values.
+
+    The name of a single adapter makes no difference.
 
     Args:
         model: The model.
@@ -24,9 +28,10 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
         Hexadecimal digests under ``'structure'`` and ``'weights'``.
     """
     structure, weights = sha256(), sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, Tensor):
-            continue
+    state = {k: z for k, z in model.state_dict().items() if isinstance(z, Tensor)}
+    common = common_names(state)
+    for key in sorted(state, key=common.__getitem__):
+        name, tensor = common[key], state[key]
         structure.update(f"{name}:{tuple(tensor.shape)};".encode())
         weights.update(raw_bytes(tensor))
     return {"structure": structure.hexdigest(), "weights": weights.hexdigest()}

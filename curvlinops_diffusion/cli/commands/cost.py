@@ -22,6 +22,7 @@ from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.layers.observable import observable
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.factors import eigendecomposition
+from curvlinops_diffusion.linalg.parameters import Parameters
 from curvlinops_diffusion.runtime.passes import PLAIN
 
 # a decomposition of this size is timed; others take the cube of the ratio
@@ -62,10 +63,10 @@ class Cost:
         return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
 
 
-def fit_cost(regression: NoisedRegression, options: FitOptions) -> Cost:
+def fit_cost(regression: NoisedRegression, params: Parameters, options: FitOptions) -> Cost:
     """Measure a batch, and extrapolate."""
     kfac = KFACOptions(**options.kfac_options())
-    coverage = covered_parameters(regression.objective.model, None, kfac.has_gradients)
+    coverage = covered_parameters(regression.objective.model, params, kfac.has_gradients)
     first = _first_batch(regression)
     coverage = observable(first.objective, checked_trial(first), coverage, kfac.has_gradients)
     plan = BlockPlan.of(coverage, kfac)

@@ -16,6 +16,7 @@ from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
 from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.linalg.operator_files import read_header
+from curvlinops_diffusion.runtime.adapters import common_names
 from curvlinops_diffusion.runtime.passes import PassOptions
 
 _OPERATORS = {"kfac": DiffusionKFACLinearOperator, "ekfac": DiffusionEKFACLinearOperator}
@@ -33,12 +34,13 @@ def fit(options: FitOptions) -> None:
         network = load_network(with_own_device(options))
         images = training_images(network, options)
         regression = training_regression(network, images, options)
-        settings = options.kfac_options()
+        settings, params = options.kfac_options(), network.params
         if options.dry_run:
             if is_first():
-                print(fit_cost(regression, options).text())
+                print(fit_cost(regression, params, options).text())
             return
-        identity = regression.identity({"curvature": options.curvature, **settings})
+        chosen = {} if params is None else {"params": list(common_names(params).values())}
+        identity = regression.identity({"curvature": options.curvature, **settings, **chosen})
         checkpoint = checkpoint_of(options.output)
         if options.output.exists() and not options.overwrite:
             check_output_is_same(options.output, read_header(options.output)["info"], identity)
@@ -49,7 +51,9 @@ def fit(options: FitOptions) -> None:
         )
         make = _OPERATORS[options.curvature]
         operator = going_on(
-            lambda: make(regression, passes=passes, **settings), checkpoint, options.overwrite
+            lambda: make(regression, params, passes=passes, **settings),
+            checkpoint,
+            options.overwrite,
         )
         if not is_first():
             return
