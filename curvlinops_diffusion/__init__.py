@@ -56,6 +56,7 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
         stream_gradients,
         top_influences,
     )
+    from curvlinops_diffusion.influence.split_half import SplitHalfScores, split_half_scores
     from curvlinops_diffusion.influence.store import GradientStore
     from curvlinops_diffusion.layers import LAYER_KINDS, ExactKind, SharingKind
     from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
@@ -111,6 +112,7 @@ __all__ = [
     "Refinement",
     "SharingKind",
     "SimplifiedELBO",
+    "SplitHalfScores",
     "StratifiedTimesteps",
     "TimestepsWithin",
     "TopInfluences",
@@ -123,6 +125,7 @@ __all__ = [
     "load_operator",
     "loss",
     "record_trajectories",
+    "split_half_scores",
     "squared_norm",
     "stream_gradients",
     "top_influences",
@@ -178,6 +181,8 @@ _MODULES = {
     "WoodburyInverseLinearOperator": "linalg.solvers.woodbury",
     "group_and_self_influence": "influence.scores",
     "influence_scores": "influence.scores",
+    "SplitHalfScores": "influence.split_half",
+    "split_half_scores": "influence.split_half",
     "load_operator": "curvature.load",
     "loss": "influence.measurements.losses",
     "record_trajectories": "influence.measurements.trajectories",

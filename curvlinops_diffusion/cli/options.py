@@ -202,7 +202,8 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
         output: The scores' file: .safetensors, or .npy with an index of names beside it.
         damping: The damping of the inverse.
         measurement: What is measured at the queries, a name of the registry of measurements.
-        num_draws: Draws for each training image; an even number is drawn in antithetic pairs.
+        num_draws: Draws for each training image; an even number is drawn in antithetic pairs, and
+            of a multiple of four two halves are compared, to say how sure the scores are.
         query_draws: Draws for each query; likewise.
         seed: Seed of the training images' draws; the queries have the next one.
         augment: Augmentation in training, drawn like noise.
@@ -218,7 +219,7 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     measurement: str = field(
         default="loss", metadata={"choices": MEASUREMENTS, "help": options_text}
     )
-    num_draws: int = 16
+    num_draws: int = 64
     query_draws: int = 64
     seed: int = 0
     augment: Literal["flip"] | None = None

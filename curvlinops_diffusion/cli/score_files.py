@@ -21,20 +21,40 @@ SCORES = FileKind(
     "Make it by curvlinops-diffusion score.",
 )
 
+#: The names of the scores of two halves of the draws.
+HALVES = ("first_half", "second_half")
+
 
 def write_scores(
-    path: Path, scores_QN: Tensor, names: dict[str, list[str]], identity: dict[str, Any]
+    path: Path,
+    scores_QN: Tensor,
+    names: dict[str, list[str]],
+    identity: dict[str, Any],
+    halves: tuple[Tensor, Tensor] | None = None,
+    **told: Any,
 ) -> None:
     """Write scores with the names of queries and training images.
+
+    Args:
+        path: The file.
+        scores_QN: The scores.
+        names: Names of the ``train`` images and the ``queries``.
+        identity: What they were made from.
+        halves: Scores of either half of the draws; left out of an ``.npy`` file.
+        told: What else is told of them, as plain values.
 
     Raises:
         ValueError: If the file cannot be written.
     """
-    header = {**names, "identity": identity}
-    scores_QN = scores_QN.detach().cpu().contiguous()
+    header = {**names, "identity": identity, **told}
+    tensors = {"scores": scores_QN}
+    if halves is not None:
+        tensors |= dict(zip(HALVES, halves, strict=True))
+    tensors = {name: z.detach().cpu().contiguous() for name, z in tensors.items()}
     if path.suffix == ".safetensors":
-        SCORES.write(path, {"scores": scores_QN}, header)
+        SCORES.write(path, tensors, header)
         return
+    scores_QN = tensors["scores"]
     buffer = io.BytesIO()
     np.save(buffer, scores_QN.numpy(), allow_pickle=False)
     # two files cannot appear at once: the index says which array it is of

@@ -48,6 +48,8 @@ class Draws:
         timesteps: How levels are drawn.
         antithetic: Whether draws come in pairs ``(2p, 2p + 1)`` that differ in the sign of the
             noise alone. Each is distributed as before, so averages stay unbiased.
+        part: ``(k, K)`` for the ``k``-th of ``K`` parts of ``K · num_draws`` draws: every ``K``-th
+            pair or list of levels, so that a part is spread like the whole.
     """
 
     seed: int
@@ -55,6 +57,20 @@ class Draws:
     num_levels: int
     timesteps: TimestepScheme
     antithetic: bool = False
+    part: tuple[int, int] = (0, 1)
+
+    def divided(self, number: int, count: int) -> Draws:
+        """One of ``count`` parts with equally many draws, of which these are the whole.
+
+        Raises:
+            ValueError: If the draws are no multiple of so many pairs or lists of levels.
+        """
+        if self.num_draws % (count * self.rounded_up(1)) or self.part != (0, 1):
+            raise ValueError(
+                f"num_draws={self.num_draws} arrived to be divided into {count} parts. Pass a "
+                f"multiple of {count * self.rounded_up(1)}."
+            )
+        return replace(self, num_draws=self.num_draws // count, part=(number, count))
 
     def rounded_up(self, num_draws: int) -> int:
         """The least number of draws, not below this one, of whole pairs and lists of levels."""
@@ -74,9 +90,15 @@ class Draws:
     def _copies(self) -> int:
         return 2 if self.antithetic else 1
 
+    def _of_whole(self, r: int) -> int:
+        """The number of a draw among those of the whole."""
+        number, count = self.part
+        block, within = divmod(r, self.rounded_up(1))
+        return (block * count + number) * self.rounded_up(1) + within
+
     def _sampled(self, r: int) -> int:
         """The number of what both draws of a pair share."""
-        return r // self._copies
+        return self._of_whole(r) // self._copies
 
     def levels(self, n_B: Sequence[int], r: int) -> Tensor:
         """Noise level of draw ``r`` of the examples ``n_B``, shape ``[B]``, int64."""
@@ -84,7 +106,7 @@ class Draws:
         if isinstance(self.timesteps, ListedTimesteps):
             listed = self.timesteps.levels
             return torch.full((len(n_B),), listed[sampled % len(listed)], dtype=torch.int64)
-        different = self.num_draws // self._copies
+        different = self.num_draws * self.part[1] // self._copies
         return torch.from_numpy(
             self.timesteps.levels(self.seed, np.asarray(n_B), sampled, different, self.num_levels)
         )
@@ -122,7 +144,7 @@ class Draws:
 
     def normal(self, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
         """Normal numbers for a user's function of the draws, ``[B, *shape]``; as :meth:`noise`."""
-        return self._normal(_Stream.FUNCTION, n_B, r, shape)
+        return self._normal(_Stream.FUNCTION, n_B, self._of_whole(r), shape)
 
     def _uniform(self, stream: _Stream, n_B: Sequence[int], r: int) -> list[float]:
         """Numbers that both draws of a pair share."""
@@ -147,10 +169,13 @@ class Draws:
 
     def probe(self, n_B: Sequence[int], r: int, k: int, size: int, probe_type: ProbeType) -> Tensor:
         """Loss vector ``k`` of draw ``r``: ``E[u uᵀ] = I``, shape ``[B, size]``."""
+        number = self._of_whole(r)
         return torch.stack(
             [
                 torch.from_numpy(
-                    _unit_probe(_generator(self.seed, _Stream.PROBE, n, r, k), size, probe_type)
+                    _unit_probe(
+                        _generator(self.seed, _Stream.PROBE, n, number, k), size, probe_type
+                    )
                 )
                 for n in n_B
             ]

@@ -217,9 +217,22 @@ class NoisedRegression:
         """
         return self._redrawn(self.num_draws, seed)
 
+    def divided(self, number: int, count: int) -> NoisedRegression:
+        """The same problem with one of ``count`` parts of the draws of each example.
+
+        Raises:
+            ValueError: If the draws are no multiple of so many pairs or lists of timesteps.
+        """
+        return self._with(self.draws.divided(number, count))
+
     def _redrawn(self, num_draws: int, seed: int) -> NoisedRegression:
-        other, own = copy(self), self.draws
-        other.draws = make_draws(own.timesteps, num_draws, seed, own.num_levels, own.antithetic)
+        own = self.draws
+        made = make_draws(own.timesteps, num_draws, seed, own.num_levels, own.antithetic)
+        return self._with(replace(made, part=own.part))
+
+    def _with(self, draws: Draws) -> NoisedRegression:
+        other = copy(self)
+        other.draws = draws
         return other
 
     def fingerprint(self) -> dict[str, str]:
@@ -281,6 +294,7 @@ class NoisedRegression:
             "timesteps": repr(self.draws.timesteps),
             "antithetic": self.draws.antithetic,
             "num_levels": self.draws.num_levels,
+            **({} if self.draws.part == (0, 1) else {"part": list(self.draws.part)}),
             **self._augmentations.description,
             **self.recipe.description,
             **self.objective.description,

@@ -124,10 +124,11 @@ def influence_scores(
     passes = replace(passes, progressbar=progressbar or passes.progressbar)
     share = Share.of(passes.distributed)
     N, parts = J_train.shape[0], []
-    for queries, preconditioned_PQ in _query_blocks(J_query, G_inv, query_block, share):
+    for queries in query_blocks(J_query, query_block):
+        preconditioned_PQ = G_inv @ gradient_columns(J_query, queries, share)
         if isinstance(J_train, ExampleGradientLinearOperator):
             consumer = PairwiseScores(preconditioned_PQ, N)
-            settings = _settings(J_query, G_inv, queries, passes)
+            settings = score_settings(J_query, G_inv, queries, passes)
             stream_gradients(
                 J_train,
                 {"scores": consumer},
@@ -177,9 +178,10 @@ def top_influences(
     """
     check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
     share, parts = Share.of(passes.distributed), []
-    for queries, preconditioned_PQ in _query_blocks(J_query, G_inv, query_block, share):
+    for queries in query_blocks(J_query, query_block):
+        preconditioned_PQ = G_inv @ gradient_columns(J_query, queries, share)
         consumer = TopScores(preconditioned_PQ, J_train.shape[0], k, share)
-        settings = {**_settings(J_query, G_inv, queries, passes), "k": k}
+        settings = {**score_settings(J_query, G_inv, queries, passes), "k": k}
         stream_gradients(
             J_train,
             {"top": consumer},
@@ -286,17 +288,14 @@ def _memberships(groups: Tensor, N: int) -> Tensor:
     return groups
 
 
-def _query_blocks(
-    J_query: PyTorchLinearOperator, G_inv: PyTorchLinearOperator, query_block: int, share: Share
-) -> Iterator[tuple[range, Tensor]]:
-    """Yield queries and their preconditioned gradients, ``[P, len(queries)]``."""
+def query_blocks(J_query: PyTorchLinearOperator, query_block: int) -> Iterator[range]:
+    """Yield the queries whose gradients are held at once."""
     check_count("query_block", query_block)
     for start in range(0, J_query.shape[0], query_block):
-        queries = range(start, min(start + query_block, J_query.shape[0]))
-        yield queries, G_inv @ _columns(J_query, queries, share)
+        yield range(start, min(start + query_block, J_query.shape[0]))
 
 
-def _settings(
+def score_settings(
     J_query: PyTorchLinearOperator,
     G_inv: PyTorchLinearOperator,
     queries: range,
@@ -321,7 +320,7 @@ def _curvature(G_inv: PyTorchLinearOperator) -> Any:
     return {"kind": type(G_inv).__name__, "product": digest_of(product_P)}
 
 
-def _columns(J_query: PyTorchLinearOperator, queries: range, share: Share) -> Tensor:
+def gradient_columns(J_query: PyTorchLinearOperator, queries: range, share: Share) -> Tensor:
     """The queries' gradients as columns, ``[P, len(queries)]``; each process computes its share."""
     if isinstance(J_query, ExampleGradientLinearOperator):
         own = queries[share.rank :: share.count]

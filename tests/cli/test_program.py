@@ -28,9 +28,11 @@ from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import FitOptions
 from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.cli.score_files import read_scores
+from curvlinops_diffusion.influence.split_half import rank_correlation
 from curvlinops_diffusion.linalg.operator_files import read_header
 from tests.cli.cases import COUNT, arguments, process, write_images
 from tests.cli.test_start import start
+from tests.comparisons import assert_close
 
 
 def test_it_says_what_it_wrote(folder, tmp_path, capsys):
@@ -63,6 +65,28 @@ def test_scores_are_those_of_the_library(fitted):
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     assert header["train"] == [f"image{n}.png" for n in range(COUNT)]
     assert header["queries"] == ["image0.png", "image1.png"]
+
+
+def test_how_sure_scores_are(fitted, tmp_path, capsys):
+    """Two halves of the draws in file, log and what is said; the queries' own values as well."""
+    draws = ["--num-draws", 8, "--query-draws", 4, "--log", tmp_path / "log"]
+    for name in ("s.safetensors", "s.npy"):
+        assert run(arguments(fitted, "score", "--output", tmp_path / name, *draws)) == 0
+        told = capsys.readouterr().err
+        assert re.search(r"Two halves of the draws agree on \d\S* of the top 7 training im", told)
+        scores, header = read_scores(tmp_path / name)
+        assert len(header["rank_correlation"]) == len(header["top_shared"]) == 2
+        assert all(-1 <= r <= 1 for r in header["rank_correlation"])
+        assert all(value > 0 for value in header["values"] + header["standard_error"])
+    halves = load_file(tmp_path / "s.safetensors")
+    first, second = halves["first_half"], halves["second_half"]
+    assert_close(rank_correlation(first, second), torch.tensor(header["rank_correlation"]), 1e-6)
+    assert_close((first + second) / 2, scores, 0.5)  # but for products of different halves
+    events = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    (logged,) = [e for e in events if e["event"] == "scored" and e["file"].endswith("npy")]
+    assert logged["top_shared"] == header["top_shared"]
+    assert run(arguments(fitted, "score", "--output", tmp_path / "o.npy")) == 0  # three draws
+    assert "How sure they are is not known: pass multiples of 4" in capsys.readouterr().err
 
 
 def test_npy_with_an_index(fitted, tmp_path):

@@ -316,6 +316,39 @@ def linear_rows(antithetic, **options):
     return ExampleGradientLinearOperator(regression).rows(), W, x0, process
 
 
+@pytest.mark.parametrize(
+    ("timesteps", "antithetic", "num_draws"),
+    [("stratified", True, 12), ("uniform", False, 6), ([3, 1, 4], True, 18)],
+)
+def test_parts_are_those_of_the_whole(timesteps, antithetic, num_draws):
+    """Each draw of the whole once, pairs and lists of levels together, every part spread."""
+    whole = make_draws(timesteps, num_draws, 3, 1000, antithetic)
+    parts = [whole.divided(k, 3) for k in range(3)]
+
+    def seen(draws):
+        return [
+            (int(draws.levels([5], r)), draws.noise([5], r, (2,))[0].tolist())
+            for r in range(draws.num_draws)
+        ]
+
+    assert sorted(draw for part in parts for draw in seen(part)) == sorted(seen(whole))
+    for part in parts:
+        assert part.num_draws == num_draws // 3
+        own = seen(part)
+        if antithetic:
+            for (t, eps), (u, opposite) in zip(own[::2], own[1::2], strict=True):
+                assert t == u
+                assert eps == [-e for e in opposite]
+        if timesteps == "stratified":  # two pairs, one in either half of the schedule
+            assert [t >= 500 for t, _ in own[::2]] == [False, True]
+        if isinstance(timesteps, list):
+            assert sorted(t for t, _ in own) == sorted(2 * timesteps)
+    with pytest.raises(ValueError, match=r"divided into 5 parts. Pass a multiple of"):
+        whole.divided(0, 5)
+    with pytest.raises(ValueError, match="to be divided"):
+        parts[0].divided(0, 2)
+
+
 def test_pairs_of_a_regression():
     """They stay pairs with another number of draws, and files tell them from single draws."""
     pairs, single = (unet_regression(num_draws=4, antithetic=a) for a in (True, False))

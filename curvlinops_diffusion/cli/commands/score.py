@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from math import isfinite
+from statistics import median
 from typing import Any
 
 from torch import Tensor
@@ -21,9 +23,17 @@ from curvlinops_diffusion.curvature.load import load_operator
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.scores import influence_scores
+from curvlinops_diffusion.influence.split_half import (
+    SplitHalfScores,
+    can_be_halved,
+    split_half_scores,
+)
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.runtime.files import check_same, check_space
-from curvlinops_diffusion.runtime.passes import PassOptions
+from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
+
+# how many of the largest scores of two halves are compared
+TOP = 10
 
 # what of a regression's description fit and score must share
 _OBJECTIVE = (
@@ -70,15 +80,18 @@ def score(options: ScoreOptions) -> None:
             return
         size = query.num_data * train.num_data * operator.dtype.itemsize
         check_space(options.output.parent, size, "The scores")
-        scores_QN = _computed_scores(options, operator, train, query, several)
+        scores_QN, halves, values_Q = _computed_scores(options, operator, train, query, several)
         if not is_first():
             return
         names = {"train": known.names, "queries": images.names}
-        write_scores(options.output, scores_QN, names, identity)
+        told = {"values": _plain(values_Q)} | ({} if halves is None else _reliability(halves))
+        both = None if halves is None else (halves.first, halves.second)
+        write_scores(options.output, scores_QN, names, identity, both, **told)
         remove(checkpoint_of(options.output))
         Q, N = scores_QN.shape
-        event("scored", file=str(options.output), queries=Q, training_images=N)
+        event("scored", file=str(options.output), queries=Q, training_images=N, **told)
         say(f"Wrote {options.output}: {Q} queries × {N} training images")
+        say(_how_sure(told))
 
 
 def _query_regression(
@@ -115,8 +128,11 @@ def _computed_scores(
     train: NoisedRegression,
     query: NoisedRegression,
     several: bool,
-) -> Tensor:
-    """The scores ``[Q, N]``, from the checkpoint on if there is one."""
+) -> tuple[Tensor, SplitHalfScores | None, Tensor]:
+    """The scores ``[Q, N]``, those of halves if there are some, and the queries' values ``[Q]``.
+
+    From the checkpoint on, if there is one.
+    """
     checkpoint = checkpoint_of(options.output)
     passes = PassOptions(
         checkpoint, options.checkpoint_every, distributed=several, progressbar=not options.quiet
@@ -125,11 +141,51 @@ def _computed_scores(
     J_train = ExampleGradientLinearOperator(train, names)
     J_query = ExampleGradientLinearOperator(query, names, measurement=options.measurement)
     inverse, block = operator.inverse(options.damping), options.query_block
-    return going_on(
-        lambda: influence_scores(J_query, inverse, J_train, query_block=block, passes=passes),
-        checkpoint,
-        options.overwrite,
+    measured = {"measurement": options.measurement}
+
+    def run() -> tuple[Tensor, SplitHalfScores | None, Tensor]:
+        values_Q = computed_once(
+            "Values", query, lambda: {"values": J_query.values()}, passes, measured
+        )["values"]
+        operators = (J_query, inverse, J_train)
+        how: dict[str, Any] = {"query_block": block, "passes": passes}
+        if can_be_halved(J_train) and can_be_halved(J_query):
+            halves = split_half_scores(*operators, **how)
+            return halves.scores, halves, values_Q
+        return influence_scores(*operators, **how), None, values_Q
+
+    return going_on(run, checkpoint, options.overwrite)
+
+
+def _reliability(scores: SplitHalfScores) -> dict[str, Any]:
+    """How far two halves of the draws agree, for each query."""
+    k = min(TOP, scores.scores.shape[1])
+    return {
+        "rank_correlation": _plain(scores.rank_correlation()),
+        "top": k,
+        "top_shared": _plain(scores.top_shared(k)),
+        "standard_error": _plain(scores.standard_error()),
+    }
+
+
+def _how_sure(told: dict[str, Any]) -> str:
+    """A line for people."""
+    if "top_shared" not in told:
+        return (
+            "How sure they are is not known: pass multiples of 4 as --num-draws and --query-draws"
+        )
+    known = [r for r in told["rank_correlation"] if r is not None]
+    correlation = f"{median(known):.2f}" if known else "undefined"
+    shared = median(told["top_shared"]) * told["top"]
+    return (
+        f"Two halves of the draws agree on {shared:.3g} of the top {told['top']} training images "
+        f"(rank correlation {correlation}; medians over queries); all draws together are surer"
     )
+
+
+def _plain(values: Tensor) -> list[float | None]:
+    """Numbers for a header of JSON, in which none are undefined."""
+    return [value if isfinite(value) else None for value in values.double().tolist()]
 
 
 def in_pairs(num_draws: int) -> bool:

@@ -1,0 +1,194 @@
+"""How sure scores are: those of two halves of the draws, from the same gradients.
+
+Legend: Q queries, N training examples, B a batch of them, P parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.influence.consumers import GradientConsumer
+from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.scores import (
+    gradient_columns,
+    query_blocks,
+    score_settings,
+    stream_gradients,
+)
+from curvlinops_diffusion.linalg.operator import check_same_parameters
+from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
+from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
+from curvlinops_diffusion.runtime.processes import Share
+
+
+@dataclass(frozen=True)
+class SplitHalfScores:
+    r"""Scores, and those of either half of the draws of queries and training examples.
+
+    With gradients ``g = (g₁ + g₂)/2`` of the two halves of the draws, on both sides::
+
+        τ = 1/N q̄ᵀ G_inv ḡ        τ₁ = 1/N q₁ᵀ G_inv g₁        τ₂ = 1/N q₂ᵀ G_inv g₂
+
+    The halves share no noise. Their agreement is that of two runs with half the draws and other
+    seeds; the scores of all draws are surer than either.
+
+    Attributes:
+        scores: ``τ``, shape ``[Q, N]``.
+        first: ``τ₁``, likewise.
+        second: ``τ₂``, likewise.
+    """
+
+    scores: Tensor
+    first: Tensor
+    second: Tensor
+
+    def rank_correlation(self) -> Tensor:
+        """Spearman's correlation of the halves' scores over training examples, ``[Q]``."""
+        return rank_correlation(self.first, self.second)
+
+    def top_shared(self, k: int = 10) -> Tensor:
+        """The share of each half's ``k`` largest scores that the other half has too, ``[Q]``."""
+        return top_shared(self.first, self.second, k)
+
+    def standard_error(self) -> Tensor:
+        """The standard error of a query's scores, root mean square over its examples, ``[Q]``.
+
+        Half the difference of the halves: the error of their mean, which is not below that of
+        ``τ``.
+        """
+        return standard_error(self.first, self.second)
+
+
+def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Spearman's correlation of corresponding rows, ``[Q]``; undefined (NaN) for constant ones."""
+    ranks = [scores.argsort(1).argsort(1).double() for scores in (first, second)]
+    a, b = (r - r.mean(1, keepdim=True) for r in ranks)
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+
+
+def top_shared(first: Tensor, second: Tensor, k: int) -> Tensor:
+    """The share of the ``k`` largest entries of corresponding rows that both have, ``[Q]``."""
+    k = min(k, first.shape[1])
+    chosen = [
+        torch.zeros_like(z, dtype=torch.bool).scatter(1, z.topk(k).indices, True)
+        for z in (first, second)
+    ]
+    return (chosen[0] & chosen[1]).sum(1) / k
+
+
+def standard_error(first: Tensor, second: Tensor) -> Tensor:
+    """Half the root mean square difference of corresponding rows, ``[Q]``."""
+    return (first - second).square().mean(1).sqrt() / 2
+
+
+def split_half_scores(
+    J_query: ExampleGradientLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    *,
+    query_block: int = 64,
+    passes: PassOptions = PLAIN,
+) -> SplitHalfScores:
+    """The scores of :func:`~curvlinops_diffusion.influence_scores`, and how sure they are.
+
+    At the same number of passes; twice the memory for gradients of queries and batches.
+
+    Args:
+        J_query: Gradients of the measured values, ``[Q, P]``.
+        G_inv: Inverse curvature, ``[P, P]``; any self-adjoint operator.
+        J_train: Gradients of the training losses, ``[N, P]``.
+        query_block: Queries whose preconditioned gradients are held at once.
+        passes: Checkpoints, processes and progress.
+
+    Raises:
+        ValueError: If the operators act on different parameters or devices, or the draws of one
+            side cannot be halved.
+
+    Examples:
+        >>> EK = DiffusionEKFACLinearOperator(train)
+        >>> J_train = ExampleGradientLinearOperator(train, EK.param_names)
+        >>> J_query = ExampleGradientLinearOperator(query, EK.param_names)
+        >>> found = split_half_scores(J_query, EK.inverse(damping=1e-3), J_train)
+        >>> found.scores.shape, found.rank_correlation().shape
+        (torch.Size([2, 10]), torch.Size([2]))
+    """
+    check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
+    share, N = Share.of(passes.distributed), J_train.shape[0]
+    train, query = (_halves(J) for J in (J_train, J_query))
+    parts = []
+    for queries in query_blocks(J_query, query_block):
+        columns = [G_inv @ gradient_columns(J, queries, share) for J in query]
+        consumer = _HalvedPairs(columns, N, train[1])
+        stream_gradients(
+            train[0],
+            {"scores": consumer},
+            name=f"Scores from query {queries.start}",
+            settings=score_settings(J_query, G_inv, queries, passes),
+            passes=passes,
+        )
+        parts.append(consumer.scores)
+    scores, first, second = (torch.cat(z) for z in zip(*parts, strict=True))
+    return SplitHalfScores(scores, first, second)
+
+
+def can_be_halved(J: ExampleGradientLinearOperator) -> bool:
+    """Whether the draws are an even number of pairs, or of lists of timesteps."""
+    draws = J.regression.draws
+    return draws.num_draws % (2 * draws.rounded_up(1)) == 0
+
+
+def _halves(J: ExampleGradientLinearOperator) -> list[ExampleGradientLinearOperator]:
+    return [
+        ExampleGradientLinearOperator(
+            J.regression.divided(number, 2), J.param_names, measurement=J.measurement
+        )
+        for number in range(2)
+    ]
+
+
+class _HalvedPairs(GradientConsumer):
+    """Scores of all draws and of either half, ``[Q, N]`` each.
+
+    Args:
+        preconditioned: The queries' preconditioned gradients ``[P, Q]``, of either half.
+        num_data: ``N``.
+        J_second: Gradients of the second half; those of the first stream past.
+    """
+
+    def __init__(
+        self,
+        preconditioned: Sequence[Tensor],
+        num_data: int,
+        J_second: ExampleGradientLinearOperator,
+    ):
+        first_PQ, second_PQ = preconditioned
+        self._preconditioned = ((first_PQ + second_PQ) / 2, first_PQ, second_PQ)
+        self._J_second = J_second
+        self._second_BP: Tensor | None = None
+        size = (first_PQ.shape[1], num_data)
+        self.scores = [first_PQ.new_zeros(size) for _ in range(3)]
+
+    def prepare(self, clean: CleanBatch) -> None:
+        """Compute the gradients of the second half."""
+        self._second_BP = self._J_second.rows_of(clean)
+
+    def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
+        """Fill the examples' columns."""
+        assert self._second_BP is not None, "prepare comes first"
+        N, second_BP = self.scores[0].shape[1], self._second_BP
+        rows = ((rows_BP + second_BP) / 2, rows_BP, second_BP)
+        for scores_QN, own_BP, own_PQ in zip(self.scores, rows, self._preconditioned, strict=True):
+            scores_QN[:, list(indices)] = (own_BP @ own_PQ).T / N
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The scores; zero where none were computed."""
+        return dict(zip(("scores", "first", "second"), self.scores, strict=True))
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from scores."""
+        self.scores = [tensors[name] for name in ("scores", "first", "second")]
