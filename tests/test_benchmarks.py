@@ -33,6 +33,7 @@ PROGRAMS = {
     "inverse_products": ["inverse_products"],
     "peak_memory": ["peak_memory"],
     "refinement": ["refinement"],
+    "report_page": ["report_page"],
     "scaling": ["scaling"],
     "score_draws": ["score_draws"],
     "scoring": ["scoring"],

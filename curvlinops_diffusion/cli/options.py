@@ -198,7 +198,7 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     Attributes:
         operator: The file that fit wrote.
         data: The training images, the same as for fit.
-        queries: The images to explain, in the same forms.
+        queries: The images to explain, in the same forms, or one image file.
         output: The scores' file: .safetensors, or .npy with an index of names beside it.
         damping: The damping of the inverse.
         measurement: What is measured at the queries, a name of the registry of measurements.
@@ -229,7 +229,7 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(Checked):
-    """Write a page with each query's most positive, negative and neutral training images.
+    """Write a page with the training images that helped and hindered each query most.
 
     Attributes:
         scores: The file that score wrote.
@@ -238,7 +238,7 @@ class ReportOptions(Checked):
         output: The page, .html.
         operator: The operator's file, for spectra and coverage.
         top: Training images of each kind for each query.
-        resolution: As for score.
+        resolution: As for score; only for files that do not say it themselves.
         overwrite: Replace an existing page.
         log: File to append a line of JSON to for each event.
         debug: Show the traceback of an error.

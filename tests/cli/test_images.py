@@ -105,7 +105,7 @@ def test_saved_data_sets(tmp_path):
     expected = open_images(tmp_path / "data", FORM)
     assert len(images) == 3
     for n in range(3):
-        assert torch.equal(images.image(n), expected.image(n))
+        assert torch.equal(images[n]["x0"], expected[n]["x0"])
     assert images[0]["class_labels"] == 2
 
 
@@ -114,12 +114,12 @@ def test_arrays(tmp_path):
     pixels = generator.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "bytes.npz", images=pixels, labels=np.array([3, 1, 2, 0]))
     images = open_images(tmp_path / "bytes.npz", Form(3, (8, 8), None))
-    assert torch.equal(images.image(1), torch.from_numpy(pixels[1]).permute(2, 0, 1) / 127.5 - 1)
+    assert torch.equal(images[1]["x0"], torch.from_numpy(pixels[1]).permute(2, 0, 1) / 127.5 - 1)
     assert images[0]["class_labels"] == 3
     floats = generator.random((4, 1, 8, 8)).astype(np.float32)
     np.savez(tmp_path / "floats.npz", images=floats)
     images = open_images(tmp_path / "floats.npz", FORM)
-    assert torch.equal(images.image(2), torch.from_numpy(floats[2]))
+    assert torch.equal(images[2]["x0"], torch.from_numpy(floats[2]))
 
 
 BYTES, FLOATS = np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 3, 8, 8), np.float32)
@@ -172,7 +172,7 @@ def test_images_of_several_sizes(tmp_path):
     ):
         images[1]
     with pytest.raises(ValueError, match=r"12×12 pixels, and the network takes multiples of 8. "):
-        open_images(tmp_path / "data", Form(3, None, None, 8)).image(1)
+        open_images(tmp_path / "data", Form(3, None, None, 8))[1]["x0"]
 
 
 @pytest.mark.parametrize("size", [(20, 20), (20, 31), (25, 16)])
@@ -181,7 +181,7 @@ def test_resizing(tmp_path, size):
     (tmp_path / "data").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "data" / "image.png")
-    found = open_images(tmp_path / "data", Form(3, (8, 8), 8)).image(0)
+    found = open_images(tmp_path / "data", Form(3, (8, 8), 8))[0]["x0"]
     x = torch.from_numpy(pixels).expand(1, 3, *size) / 127.5 - 1
     whole = [8 * side // min(size) for side in size]
     resized = interpolate(x, whole, mode="bilinear", antialias=True)[0]
@@ -208,7 +208,7 @@ def test_exif_orientation(tmp_path, orientation):
     stored.save(tmp_path / "turned.png", exif=exif)
     images = open_images(tmp_path, Form(1, None, None))
     expected = torch.from_numpy(np.asarray(upright).astype(np.float32)) / 127.5 - 1
-    assert torch.equal(images.image(0)[0], expected)
+    assert torch.equal(images[0]["x0"][0], expected)
 
 
 def test_what_is_hidden_nested_or_linked(tmp_path):

@@ -2,49 +2,145 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jinja2
-import matplotlib
-import matplotlib.pyplot as plt
-import torch
-from PIL import Image
 from torch import Tensor
 
+from curvlinops_diffusion.cli import page
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.images.images import NamedImages, open_images
+from curvlinops_diffusion.cli.images.labels import Condition
 from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.options import ReportOptions
 from curvlinops_diffusion.cli.outputs import check_output
+from curvlinops_diffusion.cli.page.figures import histogram, operator_summary
+from curvlinops_diffusion.cli.page.rankings import Row, Sizes, common_images, meaning, rows_of
+from curvlinops_diffusion.cli.page.thumbnails import QUERY_SIZE, TRAINING_SIZE, Thumbnails
 from curvlinops_diffusion.cli.score_files import read_scores
-from curvlinops_diffusion.influence.measurements.registry import sentence_of
-from curvlinops_diffusion.linalg.operator_files import block_rows
-from curvlinops_diffusion.linalg.storage import read_blocks
-from curvlinops_diffusion.runtime.files import write_bytes
+from curvlinops_diffusion.influence.measurements.registry import (
+    MEASUREMENTS,
+    Better,
+    sentence_of,
+)
+from curvlinops_diffusion.linalg.operator_files import read_header
+from curvlinops_diffusion.runtime.files import check_same, write_bytes
 
-matplotlib.use("Agg")  # draws to files, needs no screen
-
-
-TEMPLATE = Path(__file__).parent / "report.html.j2"
+TEMPLATE = Path(page.__file__).parent / "page.html.j2"
 
 
 def report(options: ReportOptions) -> None:
     """Write the page.
 
     Raises:
-        ValueError: If images and scores do not belong together.
+        ValueError: If images, operator and scores do not belong together.
     """
     inputs = {"--scores": options.scores, "--operator": options.operator}
     check_output(options.output, (".html",), inputs)
     if options.output.exists() and not options.overwrite:
         raise ValueError(f"'{options.output}' exists. Pass --overwrite, or another --output.")
     scores_QN, header = read_scores(options.scores)
-    form = Form(None, None, options.resolution)
-    train, queries = (open_images(path, form) for path in (options.data, options.queries))
+    train, queries = _images(options, header)
+    identity = header["identity"]
+    if options.operator is not None:
+        _check_operator(options, identity)
+    measured = identity.get("query", {}).get("measurement", "")
+    measurement = MEASUREMENTS.get(measured)
+    better = Better.LOWER if measurement is None else measurement.better
+    rows = [rows_of(scores_N, options.top, better) for scores_N in scores_QN]
+    shown = _Shown(train, queries, header, Sizes.of(scores_QN, header))
+    text = (
+        jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        .from_string(TEMPLATE.read_text())
+        .render(
+            meaning=meaning(measurement, shown.sizes, len(train)),
+            measured=sentence_of(measured),
+            reliability=_reliability(header),
+            common=[shown.training(n) | {"count": count} for n, count in common_images(rows)],
+            queries=[shown.query(q, scores_QN[q], rows[q]) for q in range(len(rows))],
+            thumbnails=shown.thumbnails.rules(),
+            quantity="value" if measurement is None else measurement.quantity,
+            histogram=histogram(scores_QN),
+            operator=None if options.operator is None else operator_summary(options.operator),
+            settings=json.dumps(identity, indent=2),
+            scores=options.scores.name,
+        )
+    )
+    write_bytes(options.output, text.encode())
+    event("reported", file=str(options.output), bytes=len(text.encode()))
+    say(f"Wrote {options.output} ({len(text.encode()) / 1e6:.1f} MB)")
+
+
+class _Shown:
+    """The images of a page, checked as they are shown to be those that were scored."""
+
+    def __init__(
+        self, train: NamedImages, queries: NamedImages, header: dict[str, Any], sizes: Sizes
+    ):
+        self._images = {"train": train, "queries": queries}
+        self._header = header
+        self.sizes = sizes
+        self.thumbnails = Thumbnails()
+
+    def _image(self, kind: str, n: int, size: int) -> dict[str, Any]:
+        images = self._images[kind]
+        if not self.thumbnails.has(kind, n):
+            x = images[n]["x0"]
+            digests = self._header.get("digests", {}).get(kind)  # older files have none
+            if digests is not None and digests[n] != images.digests[n]:
+                option = "--data" if kind == "train" else "--queries"
+                raise ValueError(
+                    f"The image '{images.names[n]}' of {option} (or its label or prompt) is not "
+                    f"the one that was scored. Pass what score was given."
+                )
+            self.thumbnails.add(kind, n, x, size)
+        return {
+            "class": self.thumbnails.name(kind, n),
+            "name": images.names[n],
+            "caption": images.caption(n),
+        }
+
+    def training(self, n: int) -> dict[str, Any]:
+        """A training image."""
+        return self._image("train", n, TRAINING_SIZE)
+
+    def query(self, q: int, scores_N: Tensor, rows: list[Row]) -> dict[str, Any]:
+        """A query with its training images."""
+        values = self._header.get("values")
+        return self._image("queries", q, QUERY_SIZE) | {
+            "value": None if values is None or values[q] is None else f"{values[q]:.4g}",
+            "error": self.sizes.error_text(q),
+            "reliability": _reliability(self._header, q),
+            "rows": [
+                {
+                    "title": row.title,
+                    "kind": row.kind,
+                    "images": [
+                        self.training(n) | {"score": self.sizes.text(q, scores_N[n])}
+                        for n in row.indices
+                    ],
+                }
+                for row in rows
+            ],
+        }
+
+
+def _images(options: ReportOptions, header: dict[str, Any]) -> tuple[NamedImages, NamedImages]:
+    """Training images and queries in the form in which they were scored.
+
+    Raises:
+        ValueError: If they have other names.
+    """
+    seen = header.get("form", {"channels": None, "resolution": options.resolution})
+    resolution = seen["resolution"] if options.resolution is None else options.resolution
+    form = Form(seen["channels"], None, resolution)
+    taken = header.get("condition")
+    condition = None if taken is None else Condition(taken["key"], None, taken["prompt"])
+    train = open_images(options.data, form, condition)
+    queries = open_images(options.queries, form, condition, train)
     for images, names, what in (
         (train, header["train"], "data"),
         (queries, header["queries"], "queries"),
@@ -52,108 +148,32 @@ def report(options: ReportOptions) -> None:
         if images.names != names:
             raise ValueError(
                 f"--{what} holds {len(images.names)} images that are not the {len(names)} that "
-                f"'{options.scores}' is of. Pass the folder that was scored."
+                f"'{options.scores}' is of. Pass what score was given."
             )
-    page = (
-        jinja2.Environment(autoescape=True)
-        .from_string(TEMPLATE.read_text())
-        .render(
-            queries=_queries(scores_QN, train, queries, options.top),
-            num_train=len(train),
-            measured=sentence_of(header["identity"].get("query", {}).get("measurement", "")),
-            histogram=_histogram(scores_QN),
-            operator=None if options.operator is None else _operator(options.operator),
-            settings=json.dumps(header["identity"], indent=2),
-            scores=options.scores.name,
-        )
+    return train, queries
+
+
+def _check_operator(options: ReportOptions, identity: dict[str, Any]) -> None:
+    """Check that an operator is the one that the scores were made with.
+
+    Raises:
+        ValueError: If it is another.
+    """
+    assert options.operator is not None
+    check_same(
+        identity.get("operator", {}),
+        read_header(options.operator)["info"],
+        f"'{options.operator}' is not the operator of '{options.scores}'",
+        "Pass the one that score was given.",
     )
-    write_bytes(options.output, page.encode())
-    event("reported", file=str(options.output))
-    say(f"Wrote {options.output}")
 
 
-def _queries(
-    scores_QN: Tensor, train: NamedImages, queries: NamedImages, top: int
-) -> list[dict[str, Any]]:
-    result = []
-    for q, scores_N in enumerate(scores_QN):
-        top = min(top, len(scores_N))
-        orders = {
-            "most positive": scores_N.topk(top).indices,
-            "most negative": scores_N.topk(top, largest=False).indices,
-            "most neutral": scores_N.abs().topk(top, largest=False).indices,
-        }
-        result.append(
-            {
-                "name": queries.names[q],
-                "image": _data_url(queries.image(q)),
-                "rows": {
-                    title: [
-                        {
-                            "name": train.names[n],
-                            "image": _data_url(train.image(n)),
-                            "score": f"{float(scores_N[n]):+.2e}",
-                        }
-                        for n in order.tolist()
-                    ]
-                    for title, order in orders.items()
-                },
-            }
-        )
-    return result
-
-
-def _data_url(x: Tensor) -> str:
-    """An image in [-1, 1] as the address of a PNG file inside the page."""
-    bytes_HWC = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
-    image = Image.fromarray(bytes_HWC.squeeze(-1).numpy())
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _histogram(scores_QN: Tensor) -> str:
-    figure, axis = plt.subplots(figsize=(7, 2.2))
-    axis.hist(scores_QN.flatten().double().numpy(), bins=80, color="#4a6fa5")
-    axis.set_yscale("log")
-    axis.set_xlabel("score")
-    axis.set_ylabel("pairs")
-    return _svg(figure)
-
-
-def _operator(path: Path) -> dict[str, Any]:
-    """An operator's spectrum, and a row for each block."""
-    header, blocks = read_blocks(path)
-    rows, spectra = block_rows(header), []
-    for row, placed in zip(rows, blocks, strict=True):
-        values = placed.block.eigen(placed.name).eigenvalues.flatten()
-        spectra.append(values)
-        row |= {"trace": float(values.sum()), "largest": float(values.max())}
-    total = sum(row["trace"] for row in rows) or 1.0
-    values = torch.cat(spectra).sort(descending=True).values.clamp(min=1e-30)
-    figure, axis = plt.subplots(figsize=(7, 2.6))
-    axis.loglog(range(1, len(values) + 1), values.double().numpy(), color="#4a6fa5")
-    axis.set_ylim(bottom=max(float(values[0]) * 1e-14, 1e-30))
-    axis.set_xlabel("number")
-    axis.set_ylabel("eigenvalue")
-    covered = sum(row["parameters"] for row in rows)
-    for row in rows:
-        row["share"] = f"{row['trace'] / total:.2%}"
-        row["largest"] = f"{row['largest']:.2e}"
-        row["parameters"] = f"{row['parameters']:,}"
-    left_out = header["info"].get("left_out", {})
-    return {
-        "kind": header["kind"],
-        "rows": rows,
-        "spectrum": _svg(figure),
-        "covered": f"{covered:,}",
-        "left_out": left_out,
-    }
-
-
-def _svg(figure: Any) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight")
-    plt.close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+def _reliability(header: dict[str, Any], q: int | None = None) -> str:
+    """How far two halves of the draws agree, for a query or in the median over all."""
+    if "top_shared" not in header:
+        return ""
+    chosen = slice(None) if q is None else slice(q, q + 1)
+    shared = median(header["top_shared"][chosen]) * header["top"]
+    known = [r for r in header["rank_correlation"][chosen] if r is not None]
+    correlation = f", rank correlation {median(known):.2f}" if known else ""
+    return f"{shared:.3g} of the top {header['top']} in both halves of the draws{correlation}"

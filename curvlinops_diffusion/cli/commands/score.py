@@ -84,14 +84,19 @@ def score(options: ScoreOptions) -> None:
         if not is_first():
             return
         names = {"train": known.names, "queries": images.names}
-        told = {"values": _plain(values_Q)} | ({} if halves is None else _reliability(halves))
+        sure = {"values": _plain(values_Q)} | ({} if halves is None else _reliability(halves))
+        told = sure | {
+            "form": {"channels": network.channels, "resolution": options.resolution},
+            "condition": {"key": network.condition.key, "prompt": network.condition.prompt},
+            "digests": {"train": known.digests, "queries": images.digests},
+        }
         both = None if halves is None else (halves.first, halves.second)
         write_scores(options.output, scores_QN, names, identity, both, **told)
         remove(checkpoint_of(options.output))
         Q, N = scores_QN.shape
-        event("scored", file=str(options.output), queries=Q, training_images=N, **told)
+        event("scored", file=str(options.output), queries=Q, training_images=N, **sure)
         say(f"Wrote {options.output}: {Q} queries × {N} training images")
-        say(_how_sure(told))
+        say(_how_sure(sure))
 
 
 def _query_regression(

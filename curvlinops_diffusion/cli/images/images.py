@@ -11,14 +11,15 @@ from torch import Size, Tensor
 from torch.utils.data import Dataset
 
 from curvlinops_diffusion.cli.images.arrays import read_arrays
-from curvlinops_diffusion.cli.images.folders import METADATA, Files, classes_of
+from curvlinops_diffusion.cli.images.folders import METADATA, SUFFIXES, Files, classes_of
 from curvlinops_diffusion.cli.images.labels import Classes, Condition, of_metadata
 from curvlinops_diffusion.cli.images.preprocessing import Form
+from curvlinops_diffusion.runtime.digests import digest_of
 
 _ACCEPTED = (
     "Pass a folder of images (subfolders are classes; metadata.jsonl may give 'text' or 'label' "
-    "for each 'file_name'), a data set saved by datasets' save_to_disk, or an .npz file with "
-    "'images' (and 'labels')"
+    "for each 'file_name'), one image, a data set saved by datasets' save_to_disk, or an .npz file "
+    "with 'images' (and 'labels')"
 )
 
 
@@ -30,6 +31,7 @@ class NamedImages(Dataset[dict[str, Any]]):
         conditions: Further entries of each item: ``'class_labels'`` or ``'prompt'``.
         classes: Whose numbers the labels are, where classes have names.
         left_out: Files beside the images that were not read.
+        digests: A digest of each item, from when it was read first; ``None`` until then.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class NamedImages(Dataset[dict[str, Any]]):
         self.conditions = conditions or {}
         self.classes = classes
         self.left_out = left_out
+        self.digests: list[str | None] = [None] * len(names)
         self._load = load
         self._first: tuple[str, Size] | None = None
 
@@ -60,7 +63,20 @@ class NamedImages(Dataset[dict[str, Any]]):
                 f"The image '{self.names[n]}' has shape {tuple(x0.shape)}, and '{name}' has "
                 f"{tuple(shape)}. All must have one size: pass --resolution to resize."
             )
-        return {"x0": x0, **{key: v[n] for key, v in self.conditions.items()}}
+        item = {"x0": x0, **{key: v[n] for key, v in self.conditions.items()}}
+        if self.digests[n] is None:
+            self.digests[n] = digest_of(item)
+        return item
+
+    def caption(self, n: int) -> str:
+        """The prompt or class of an image; nothing if it has none."""
+        if "prompt" in self.conditions:
+            return str(self.conditions["prompt"][n])
+        if self.classes is not None:
+            return self.classes.names[n] or ""
+        if "class_labels" in self.conditions:
+            return f"class {self.conditions['class_labels'][n]}"
+        return ""
 
     def summary(self) -> str:
         """Say what was read: ``300 images, 10 classes (0 = 'a', …); 3 files left out``."""
@@ -78,10 +94,6 @@ class NamedImages(Dataset[dict[str, Any]]):
             some = ", ".join(self.left_out[:3]) + ", …" * (len(self.left_out) > 3)
             text += f"; {len(self.left_out)} other files left out ({some})"
         return text
-
-    def image(self, n: int) -> Tensor:
-        """One image in [-1, 1], shape ``[C, H, W]``."""
-        return self._load(n)
 
 
 def open_images(
@@ -106,6 +118,8 @@ def open_images(
     elif path.suffix == ".npz" and path.is_file():
         names, load, labels = read_arrays(path, form)
         images = NamedImages(names, load, {} if labels is None else {"class_labels": labels})
+    elif path.is_file() and path.suffix.lower() in SUFFIXES:
+        images = _files([path], [path.name], form)
     else:
         what = "is in no known form" if path.exists() else "does not exist"
         raise ValueError(f"'{path}' {what}. {_ACCEPTED}.")
@@ -136,9 +150,18 @@ def _as_in_training(
 
 def _folder(path: Path, form: Form) -> NamedImages:
     found = Files.of(path)
-    files = found.images
-    names = [str(f.relative_to(path)) for f in files]
+    names = [str(f.relative_to(path)) for f in found.images]
+    images = _files(found.images, names, form)
+    images.left_out = found.left_out
+    metadata = path / METADATA
+    if metadata.is_file():
+        images.conditions = of_metadata(metadata, names)
+    else:
+        images.classes = classes_of(names)
+    return images
 
+
+def _files(files: Sequence[Path], names: list[str], form: Form) -> NamedImages:
     def load(n: int) -> Tensor:
         try:
             with Image.open(files[n]) as image:
@@ -154,10 +177,7 @@ def _folder(path: Path, form: Form) -> NamedImages:
                 "start anew."
             ) from error
 
-    metadata = path / METADATA
-    if metadata.is_file():
-        return NamedImages(names, load, of_metadata(metadata, names), left_out=found.left_out)
-    return NamedImages(names, load, classes=classes_of(names), left_out=found.left_out)
+    return NamedImages(names, load)
 
 
 def _saved_dataset(path: Path, form: Form) -> NamedImages:

@@ -29,11 +29,13 @@ class NamedMeasurement:
             or a class that is made without arguments.
         summary: What it is, as a phrase.
         better: Which values are good.
+        quantity: What a value of it is called.
     """
 
     where: str
     summary: str
     better: Better
+    quantity: str = "value"
 
     def load(self) -> Any:
         """The measurement itself."""
@@ -43,24 +45,30 @@ class NamedMeasurement:
 
 
 MEASUREMENTS: dict[str, NamedMeasurement] = {
-    "loss": NamedMeasurement("losses:loss", "the training loss", Better.LOWER),
+    "loss": NamedMeasurement("losses:loss", "the training loss", Better.LOWER, "loss"),
     "squared_norm": NamedMeasurement(
-        "losses:squared_norm", "D-TRAK's mean square of the prediction", Better.NEITHER
+        "losses:squared_norm",
+        "D-TRAK's mean square of the prediction",
+        Better.NEITHER,
+        "mean square",
     ),
     "simplified_elbo": NamedMeasurement(
         "bounds:SimplifiedELBO",
         "the transitions of the negative evidence lower bound, in nats",
         Better.LOWER,
+        "bound",
     ),
     "elbo": NamedMeasurement(
         "bounds:ELBO",
         "the whole negative evidence lower bound, with prior and reconstruction, in nats",
         Better.LOWER,
+        "bound",
     ),
     "log_likelihood": NamedMeasurement(
         "likelihood:LogLikelihood",
         "the log-likelihood by the probability-flow ODE, in nats",
         Better.HIGHER,
+        "log-likelihood",
     ),
 }
 

@@ -1,0 +1,1 @@
+"""The page of scores: what it shows, and how."""

@@ -1,0 +1,70 @@
+"""Figures and tables of a page."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.linalg.operator_files import block_rows
+from curvlinops_diffusion.linalg.storage import read_blocks
+
+matplotlib.use("Agg")  # draws to files, needs no screen
+
+_BLUE = "#4a6fa5"
+# beyond, more points change nothing that can be seen
+_MAX_POINTS = 2000
+
+
+def histogram(scores_QN: Tensor) -> str:
+    """How many pairs have which score."""
+    figure, axis = plt.subplots(figsize=(7, 2.2))
+    axis.hist(scores_QN.flatten().double().numpy(), bins=80, color=_BLUE)
+    axis.set_yscale("log")
+    axis.set_xlabel("score")
+    axis.set_ylabel("pairs")
+    return _svg(figure)
+
+
+def operator_summary(path: Path) -> dict[str, Any]:
+    """An operator's spectrum, and a row for each block."""
+    header, blocks = read_blocks(path)
+    rows, spectra = block_rows(header), []
+    for row, placed in zip(rows, blocks, strict=True):
+        values = placed.block.eigen(placed.name).eigenvalues.flatten()
+        spectra.append(values)
+        row |= {"trace": float(values.sum()), "largest": float(values.max())}
+    total = sum(row["trace"] for row in rows) or 1.0
+    values = torch.cat(spectra).sort(descending=True).values.clamp(min=1e-30)
+    numbers = torch.logspace(0, torch.tensor(len(values)).log10(), _MAX_POINTS).long().unique()
+    numbers = numbers.clamp(1, len(values)).unique()
+    figure, axis = plt.subplots(figsize=(7, 2.6))
+    axis.loglog(numbers.numpy(), values[numbers - 1].double().numpy(), color=_BLUE)
+    axis.set_ylim(bottom=max(float(values[0]) * 1e-14, 1e-30))
+    axis.set_xlabel("number")
+    axis.set_ylabel("eigenvalue")
+    covered = sum(row["parameters"] for row in rows)
+    for row in rows:
+        row["share"] = f"{row['trace'] / total:.2%}"
+        row["largest"] = f"{row['largest']:.2e}"
+        row["parameters"] = f"{row['parameters']:,}"
+    return {
+        "kind": header["kind"],
+        "rows": rows,
+        "spectrum": _svg(figure),
+        "covered": f"{covered:,}",
+        "left_out": header["info"].get("left_out", {}),
+    }
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight")
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
