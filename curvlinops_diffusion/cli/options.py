@@ -45,20 +45,20 @@ def flag(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Checked):
-    """The trained network.
+    """Options of the trained network.
 
     Attributes:
-        pipeline: Folder of a diffusers pipeline, as written by save_pretrained.
-        variant: Which of several kinds of weights files is loaded, for instance fp16.
-        model: Folder of a diffusers model, instead of a pipeline; with scheduler.
-        scheduler: Folder of its scheduler.
+        pipeline: The folder of a diffusers pipeline, as save_pretrained writes it.
+        variant: The kind of weights files to load where there are several, for instance fp16.
+        model: The folder of a diffusers model, in place of a pipeline; needs --scheduler.
+        scheduler: The folder of the model's scheduler.
         lora: Adapters that the network was fine-tuned by: a .safetensors file of save_lora_weights
             or of kohya's scripts, or a folder of PEFT's; several as name=path. Curvature and
             gradients are then of their parameters alone.
-        device: Where to compute: cpu, cuda, cuda:1. Default: cuda if there is one.
-        dtype: Precision of the network.
-        autocast: Precision of the network's passes, if lower.
-        latent_cache: Folder in which latents and embeddings are kept.
+        device: The device to compute on: cpu, cuda, cuda:1; cuda by default, if there is one.
+        dtype: The precision that the network is loaded in.
+        autocast: The precision of the network's passes, if it is lower.
+        latent_cache: A folder to keep latents and embeddings in, so that they are computed once.
     """
 
     pipeline: Path | None = None
@@ -74,14 +74,14 @@ class ModelOptions(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions(Checked):
-    """The loss that the network was trained with; the same for fit and score.
+    """Options of its training, the same for fit and score.
 
     Attributes:
-        weighting: The weight of each noise level. Default: one.
+        weighting: How training weighted noise levels; all alike by default.
         snr_gamma: The cap of --weighting min-snr.
-        reduction: Whether squared errors are averaged or summed over the entries of an image.
+        reduction: Whether training averaged or summed squared errors over the entries of an image.
         timesteps: How training drew timesteps.
-        condition_dropout: How often training dropped the prompt or label.
+        condition_dropout: The probability with which training dropped the prompt or label.
         noise_offset: The strength of training's offset noise.
         input_perturbation: The strength of training's input perturbation.
     """
@@ -114,12 +114,12 @@ class TrainingOptions(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions(Checked):
-    """Options that turn images into what the network was trained on.
+    """Options of the images.
 
     Attributes:
-        resolution: Resize images to this size (shorter side, then cut from the middle). Default:
-            images must have the network's size.
-        prompt: The prompt of the images (of data and queries) that have none of their own.
+        resolution: Resize the shorter side of images to this size, and cut a square from the
+            middle. Without it, images must have the network's size.
+        prompt: The prompt of all images that have none of their own, queries included.
     """
 
     resolution: int | None = None
@@ -128,16 +128,16 @@ class ImageOptions(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Checked):
-    """Options of every command that computes.
+    """Options of the run.
 
     Attributes:
-        batch_size: Images that the network sees at once.
+        batch_size: The number of images that the network sees at once.
         checkpoint_every: Seconds between two checkpoints.
-        timeout: Seconds that a process waits for the others, with torchrun.
+        timeout: Seconds that a process of torchrun waits for the others.
         overwrite: Replace an output file, and a checkpoint, that was made with other weights, data,
             draws or options.
-        dry_run: Print passes, memory, disk and time for as many processes, and stop.
-        log: File to append a line of JSON to for each event.
+        dry_run: Print what the command will cost in samples, memory, disk and time, and stop.
+        log: A file to which a line of JSON is appended for each event.
         quiet: Show no progress.
         debug: Show the traceback of an error.
     """
@@ -159,17 +159,20 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     Attributes:
         data: Training images: a folder (subfolders are classes; metadata.jsonl may give text or
             label), a data set of the library datasets saved to disk, or an .npz file.
-        output: The operator's file, .safetensors.
-        params: Parameters to cover, by names or patterns such as '*attn*'. Default: all, or with
-            --lora those of the adapters.
-        curvature: The approximation.
-        num_draws: Draws of timestep and noise for each image.
-        seed: Seed of the draws.
-        augment: Augmentation in training, drawn like noise.
-        fisher_type: Which curvature.
-        mc_samples: Loss vectors a draw.
-        kfac_approx: How the Kronecker factors are found, weight sharing above all.
-        gradient_group: Images whose gradients are added up before they are squared (EK-FAC).
+        output: The operator's file to write, .safetensors.
+        params: The parameters to cover, by names or by patterns such as '*attn*'. By default all,
+            or with --lora those of the adapters.
+        curvature: The approximation of the curvature.
+        num_draws: The number of draws of timestep and noise for each image.
+        seed: The seed of the draws.
+        augment: The augmentation that training used; drawn anew for each draw.
+        fisher_type: Whose curvature: the model's (mc by random loss vectors, type-2 exactly), or
+            that of the loss (empirical); forward-only needs no gradients.
+        mc_samples: The number of random loss vectors for each draw.
+        kfac_approx: How Kronecker factors are found: expand and reduce from inputs and outputs,
+            shampoo and rank-one from gradients.
+        gradient_group: The number of images whose gradients are added up before they are squared
+            in the second pass of EK-FAC; more is cheaper and less exact.
     """
 
     data: Path
@@ -199,15 +202,15 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
         operator: The file that fit wrote.
         data: The training images, the same as for fit.
         queries: The images to explain, in the same forms, or one image file.
-        output: The scores' file: .safetensors, or .npy with an index of names beside it.
-        damping: The damping of the inverse.
+        output: The scores' file to write: .safetensors, or .npy with an index of names beside it.
+        damping: What is added to the curvature's eigenvalues before it is inverted.
         measurement: What is measured at the queries, a name of the registry of measurements.
-        num_draws: Draws for each training image; an even number is drawn in antithetic pairs, and
-            of a multiple of four two halves are compared, to say how sure the scores are.
-        query_draws: Draws for each query; likewise.
-        seed: Seed of the training images' draws; the queries have the next one.
-        augment: Augmentation in training, drawn like noise.
-        query_block: Queries whose gradients are held at once.
+        num_draws: The number of draws for each training image. An even number is drawn in
+            antithetic pairs; of a multiple of four, two halves tell how sure the scores are.
+        query_draws: The number of draws for each query, likewise.
+        seed: The seed of the training images' draws; the queries have the next one.
+        augment: The augmentation that training used; drawn anew for each draw.
+        query_block: The number of queries whose gradients are held at once.
         other_data: Accept an operator that was fitted to other images.
     """
 
@@ -235,12 +238,12 @@ class ReportOptions(Checked):
         scores: The file that score wrote.
         data: The training images.
         queries: The queries.
-        output: The page, .html.
-        operator: The operator's file, for spectra and coverage.
-        top: Training images of each kind for each query.
-        resolution: As for score; only for files that do not say it themselves.
+        output: The page to write, .html.
+        operator: The operator's file, to show its spectrum and blocks.
+        top: The number of training images in each row of a query.
+        resolution: The same as for score; needed only for files of older versions.
         overwrite: Replace an existing page.
-        log: File to append a line of JSON to for each event.
+        log: A file to append a line of JSON to for each event.
         debug: Show the traceback of an error.
     """
 
@@ -261,8 +264,8 @@ class InspectOptions:
     """Print what a file of an operator or of scores holds.
 
     Attributes:
-        file: The file.
-        log: File to append a line of JSON to for each event.
+        file: The file to look into.
+        log: A file to append a line of JSON to for each event.
         debug: Show the traceback of an error.
     """
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import sys
 import time
 import traceback
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from importlib import import_module
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import docstring_parser
-from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from curvlinops_diffusion.cli import lacking
 from curvlinops_diffusion.cli.events import event, say, start_log
@@ -44,49 +46,98 @@ def parser() -> ArgumentParser:
     """Flags of all commands, each of which may also come from ``--config FILE.yaml``."""
     top = ArgumentParser(
         prog="curvlinops-diffusion",
+        formatter_class=_Help,
         exit_on_error=False,
         description="Which training images made a diffusion model generate this?",
         version=version("curvlinops-diffusion"),
     )
     commands = top.add_subcommands(required=True, dest="command")
     for name, options in COMMANDS.items():
-        title = docstring_parser.parse(options.__doc__ or "").short_description
-        own = ArgumentParser(description=title, exit_on_error=False)
-        own.add_argument("--config", action="config", help="YAML file of options")
+        title = _title(options)
+        own = ArgumentParser(
+            description=title,
+            usage=_usage(name, options),
+            exit_on_error=False,
+            formatter_class=_Help,
+        )
+        own.add_argument("--config", action="config", help="A YAML file of options.")
         types, texts = get_type_hints(options), _texts(options)
-        for field in fields(options):
-            _add_flag(own, field, types[field.name], texts[field.name])
+        for cls in (options, *options.__bases__):
+            group = own.add_argument_group(
+                "Inputs and outputs" if cls is options else _title(cls)[:-1]
+            )
+            for field in fields(options):
+                if field.name in vars(cls).get("__annotations__", {}):
+                    _add_flag(group, field, types[field.name], texts[field.name])
         commands.add_subcommand(name, own, help=title)
     return top
 
 
-def _add_flag(own: ArgumentParser, field: Any, type_: Any, text: str) -> None:
+class _Help(DefaultHelpFormatter):
+    """Help in sentences, the default after them where there is one."""
+
+    def _get_help_string(self, action: Any) -> str:
+        text = action.help or ""
+        without = any(action.default is value for value in (None, False, SUPPRESS))
+        if without or not action.option_strings:
+            return text
+        return f"{text} [{action.default}]"
+
+
+def _title(options: type[Any]) -> str:
+    return docstring_parser.parse(options.__doc__ or "").short_description or ""
+
+
+def _usage(name: str, options: type[Any]) -> str:
+    """The flags that a command needs."""
+    needed = [field for field in fields(options) if field.default is MISSING]
+    if "pipeline" in {field.name for field in fields(options)}:
+        needed.insert(0, next(f for f in fields(options) if f.name == "pipeline"))
+    words = [
+        "FILE" if f.name == "file" else f"{flag(f.name)} {_metavar(f.name, Path)}" for f in needed
+    ]
+    return f"curvlinops-diffusion {name} {' '.join(words)} [options]"
+
+
+# what a flag is given, for help
+_FOLDERS = {"pipeline", "model", "scheduler", "data", "queries", "latent_cache"}
+_KINDS = {int: "N", float: "X", str: "TEXT", Path: "FILE"}
+
+
+def _metavar(name: str, type_: Any) -> str | None:
+    if name in _FOLDERS:
+        return "FOLDER"
+    within = [type_, *get_args(type_)]
+    for kind in within:
+        if kind in _KINDS:
+            return _KINDS[kind]
+    words = [word for kind in within for word in (kind, *get_args(kind)) if isinstance(word, str)]
+    return "{" + ",".join(dict.fromkeys(words)) + "}" if words else None
+
+
+def _add_flag(own: Any, field: Any, type_: Any, text: str) -> None:
     """A flag for a field of an options class; ``file`` is positional.
 
     A field's metadata may have ``choices``, and a function that returns its ``help``.
     """
+    name = flag(field.name)
+    shown: dict[str, Any] = {"help": text, "metavar": _metavar(field.name, type_)}
     if "choices" in field.metadata:
+        choices, help_text = list(field.metadata["choices"]), field.metadata["help"]()
+        own.add_argument(name, choices=choices, default=field.default, help=help_text)
+    elif type_ == list[str] | None:
+        shown["metavar"] = "FILE" if field.name == "lora" else "PATTERN"
+        own.add_argument(name, nargs="+", type=str, default=field.default, **shown)
+    elif type_ is bool:
         own.add_argument(
-            flag(field.name),
-            choices=list(field.metadata["choices"]),
-            default=field.default,
-            help=field.metadata["help"](),
+            name, action=ActionYesNo(no_prefix="no-"), default=field.default, help=text
         )
-        return
-    if type_ == list[str] | None:
-        own.add_argument(flag(field.name), nargs="+", type=str, default=field.default, help=text)
-        return
-    if type_ is bool:
-        own.add_argument(
-            flag(field.name), action=ActionYesNo(no_prefix="no-"), default=field.default, help=text
-        )
+    elif field.name == "file":
+        own.add_argument("file", type=type_, metavar="FILE", help=text)
     elif field.default is MISSING:
-        if field.name == "file":
-            own.add_argument("file", type=type_, help=text)
-        else:
-            own.add_argument(flag(field.name), type=type_, required=True, help=text)
+        own.add_argument(name, type=type_, required=True, **shown)
     else:
-        own.add_argument(flag(field.name), type=type_, default=field.default, help=text)
+        own.add_argument(name, type=type_, default=field.default, **shown)
 
 
 def _texts(options: type[Any]) -> dict[str, str]:
@@ -105,7 +156,7 @@ def run(arguments: Sequence[str]) -> int:
         The exit code: 0, 2 for an error (told in one line), 130 if interrupted.
     """
     words = list(arguments)
-    if not words:  # somebody looks at it for the first time
+    if words in ([], ["help"]):  # somebody looks at it for the first time
         parser().print_help()
         return 0
     debug = "--debug" in words
@@ -173,7 +224,20 @@ def _understood(words: list[str]) -> tuple[str, Any]:
             raise
         about = [words[0]] if words and words[0] in COMMANDS else []
         shown = " ".join(["curvlinops-diffusion", *about, "--help"])
-        raise ValueError(f"{_plain(str(error))}. '{shown}' shows what there is.") from error
+        meant = _meant(words)
+        raise ValueError(f"{_plain(str(error))}. {meant}'{shown}' shows what there is.") from error
+
+
+def _meant(words: list[str]) -> str:
+    """A guess at what was meant by the first word that is unknown."""
+    if words[0] not in COMMANDS:
+        unknown, known = words[0], list(COMMANDS)
+    else:
+        known = [flag(field.name) for field in fields(COMMANDS[words[0]])]
+        flags = [word.partition("=")[0] for word in words[1:] if word.startswith("--")]
+        unknown = next((word for word in flags if word not in known), "")
+    found = difflib.get_close_matches(unknown.replace("_", "-"), known, 1, cutoff=0.75)
+    return f"Did you mean {found[0]}? " if found and unknown else ""
 
 
 def _plain(text: str) -> str:
@@ -181,7 +245,8 @@ def _plain(text: str) -> str:
     text = " ".join(text.split()).rstrip(".")
     text = re.sub(r'Parser key "(\w+)"', lambda match: flag(match[1]), text)
     text = re.sub(rf"\b(?:{'|'.join(COMMANDS)})\.(\w+)", lambda match: flag(match[1]), text)
-    return re.sub(r"(?:a )?<class '(\w+)'>", r"\1", text).replace("a typing.Literal", "one of ")
+    text = re.sub(r"(?:a )?<class '(\w+)'>", r"\1", text).replace("a typing.Literal", "one of ")
+    return text.replace("required: --file", "required: FILE")
 
 
 def _named_log(words: list[str]) -> Path | None:

@@ -2,6 +2,7 @@
 
 from os import PathLike
 
+import torch
 from torch import nn
 
 from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
@@ -19,12 +20,15 @@ _KINDS: dict[str, type[BlockDiagonalLinearOperator]] = {
 }
 
 
-def load_operator(path: str | PathLike[str], model: nn.Module) -> BlockDiagonalLinearOperator:
+def load_operator(
+    path: str | PathLike[str], model: nn.Module, *, device: torch.device | str | None = None
+) -> BlockDiagonalLinearOperator:
     """Load an operator that was written by its ``save``.
 
     Args:
         path: The file.
-        model: The model that the operator was computed with; the operator is put on its device.
+        model: The model that the operator was computed with.
+        device: Where to put the operator; ``None`` for the model's device.
 
     Returns:
         K-FAC, EK-FAC, or an inverse or power of them.
@@ -39,7 +43,7 @@ def load_operator(path: str | PathLike[str], model: nn.Module) -> BlockDiagonalL
         >>> type(K).__name__
         'DiffusionKFACLinearOperator'
     """
-    kind, space, blocks, info = load_blocks(path, model)
+    kind, space, blocks, info = load_blocks(path, model, device)
     if kind not in _KINDS:
         raise ValueError(f"'{path}' holds an operator of unknown kind {kind!r}.")
     return _KINDS[kind].of_blocks(space, blocks, info)

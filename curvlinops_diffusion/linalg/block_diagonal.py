@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any, ClassVar, Self
 
@@ -13,6 +14,7 @@ from curvlinops_diffusion.linalg.operator import ParameterSpaceOperator
 from curvlinops_diffusion.linalg.parameters import ParameterSpace
 from curvlinops_diffusion.linalg.placement import PlacedBlock
 from curvlinops_diffusion.linalg.storage import save_blocks
+from curvlinops_diffusion.linalg.summary import Summary
 from curvlinops_diffusion.runtime.checks import check_non_negative
 
 
@@ -83,25 +85,50 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
 
     def __str__(self) -> str:
         """The blocks as a table, and what is covered."""
-        rows = self.table()
-        width = max(len(row["block"]) for row in rows)
-        lines = [
-            f"{type(self).__name__} with {self.shape[0]:,} parameters in {len(rows)} blocks",
-            f"{'block':{width}}  {'kind':10}  {'parameters':>12}  {'shape':>16}  {'MiB':>9}  trace",
-        ]
-        for row in rows:
-            lines.append(
-                f"{row['block']:{width}}  {row['kind']:10}  {row['parameters']:>12,}  "
-                f"{'×'.join(map(str, row['shape'])):>16}  {row['bytes'] / 2**20:>9.2f}  "
-                f"{row['trace_share']:.2%}"
-            )
-        others = self.info.get("others", {})
-        lines += [f"by automatic differentiation: {name} ({why})" for name, why in others.items()]
-        left_out = self.info.get("left_out", {})
-        lines.append(
-            f"left out: {', '.join(left_out)}" if left_out else "nothing selected is left out"
-        )
-        return "\n".join(lines)
+        return self._summary().text()
+
+    def __repr__(self) -> str:
+        """The same, the middle of a long table left out."""
+        return self._summary().shortened().text()
+
+    def _repr_html_(self) -> str:
+        """The same as a table of HTML, as notebooks show it."""
+        return self._summary().shortened().html()
+
+    def _summary(self) -> Summary:
+        return Summary.of(type(self).__name__, self.table(), self.info)
+
+    def to(self, device: torch.device | str | torch.dtype | None = None, dtype: Any = None) -> Self:
+        """The same operator on another device, or in another precision; itself if nothing changes.
+
+        Its ``param_names`` stay those of the model, which is not moved.
+
+        Args:
+            device: The device (or, alone, the precision).
+            dtype: ``torch.float32`` or ``torch.float64``.
+
+        Raises:
+            ValueError: If the precision is another.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        device = self.device if device is None else torch.device(device)
+        dtype = self.dtype if dtype is None else dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype={dtype} arrived. Pass torch.float32 or torch.float64.")
+        if (device, dtype) == (self.device, self.dtype):
+            return self
+        moved: dict[tuple[int, torch.Size], Tensor] = {}  # weight and bias share a basis
+
+        def elsewhere(z: Tensor) -> Tensor:
+            key = (z.data_ptr(), z.shape)
+            if key not in moved:
+                moved[key] = z.to(device, dtype if z.is_floating_point() else None)
+            return moved[key]
+
+        blocks = [placed.with_tensors(elsewhere) for placed in self.blocks]
+        space = replace(self.space, device=device, dtype=dtype)
+        return self.of_blocks(space, blocks, self.info)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Save to a safetensors file, see :func:`~curvlinops_diffusion.load_operator`.

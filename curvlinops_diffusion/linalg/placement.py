@@ -5,7 +5,7 @@ Legend: g an optional leading axis of groups, O outputs, I inputs, K columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -89,6 +89,11 @@ class PlacedBlock:
     def with_block(self, block: Block) -> PlacedBlock:
         """Another block in the same place."""
         return PlacedBlock(self.name, self.params, block, self.transposed)
+
+    def with_tensors(self, function: Callable[[Tensor], Tensor]) -> PlacedBlock:
+        """The block whose tensors are a function's of this one's."""
+        tensors = {name: function(z) for name, z in self.block.tensors().items()}
+        return self.with_block(type(self.block)(**tensors))
 
     def multiply(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Multiply onto parameters by name, ``[*p.shape, K]`` each; return those of the block."""

@@ -89,16 +89,17 @@ def save_blocks(
 
 
 def load_blocks(
-    path: str | PathLike[str], model: nn.Module
+    path: str | PathLike[str], model: nn.Module, device: torch.device | str | None = None
 ) -> tuple[str, ParameterSpace, list[PlacedBlock], dict[str, Any]]:
     """Read a block-diagonal operator of a model from a file.
 
     Args:
         path: The file.
         model: The model that the operator was made for.
+        device: Where to put it; ``None`` for the model's device.
 
     Returns:
-        The operator's kind, parameter space (on the model's device), blocks, and how it was made.
+        The operator's kind, parameter space, blocks, and how it was made.
 
     Raises:
         ValueError: If the file is missing, truncated, foreign or of a newer format, or was made
@@ -114,7 +115,7 @@ def load_blocks(
             header = _with_names_of(own, header)
         _check_model(path, header, model, own)
         shapes = {name: tuple(shape) for name, shape in header["parameters"]}
-        device = own[next(iter(shapes))].device
+        device = own[next(iter(shapes))].device if device is None else torch.device(device)
         # copied, since products of tensors that are not aligned in memory round differently
         tensors = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
         space = ParameterSpace(shapes, getattr(torch, header["dtype"]), device)

@@ -56,6 +56,12 @@ class LinearOperator(PyTorchLinearOperator, ABC):
         self.SELF_ADJOINT = self_adjoint
         super().__init__(list(input_shapes), list(output_shapes))
 
+    def __repr__(self) -> str:
+        """Kind, size, precision and device."""
+        rows, columns = self.shape
+        precision = str(self.dtype).removeprefix("torch.")
+        return f"{type(self).__name__} [{rows:,} × {columns:,}], {precision} on {self.device}"
+
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the vectors that the operator acts on."""
