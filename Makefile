@@ -84,4 +84,4 @@ coverage: $(VENV)/.installed-bench  ## the table of networks and how near their 
 	$(BIN)/python -m benchmarks.coverage
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) demo-output docs/_build docs/_tables docs/gallery
+	rm -rf $(VENV) demo-output docs/_build docs/_tables docs/_figures docs/gallery

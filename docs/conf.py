@@ -12,10 +12,12 @@ import torch
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
 
+from figures import write_figures
 from quoted_numbers import substitutions
 from tables import write_tables
 
 write_tables()
+write_figures()
 rst_prolog = substitutions()
 
 project = "curvlinops_diffusion"
@@ -26,13 +28,15 @@ version = release = version_of("curvlinops-diffusion")
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx-mathjax-offline",  # with the pages, which are read without a network too
     "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build", "_tables", "examples", "gallery/*.ipynb", "gallery/*.py"]
+exclude_patterns = ["_build", "_figures", "_tables", "examples", "gallery/*.ipynb", "gallery/*.py"]
 html_theme = "furo"
 html_title = "curvlinops_diffusion"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings describe the arguments

@@ -159,8 +159,10 @@ def _network(
     autoencoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
     channels, size, multiple = config.get("in_channels"), config.get("sample_size"), 1
     if autoencoder is not None:
-        channels = autoencoder.config.in_channels
-        multiple = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+        channels = autoencoder.config.get("in_channels", 3)
+        multiple = getattr(pipeline, "vae_scale_factor", None) or 2 ** (
+            len(autoencoder.config.block_out_channels) - 1
+        )
     sides = None
     if size is not None and (
         autoencoder is None or isinstance(model, diffusers.DiTTransformer2DModel)

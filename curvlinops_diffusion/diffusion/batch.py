@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.diffusion.conditions import mapped, rows_of
+from curvlinops_diffusion.diffusion.conditions import has_rows, mapped, rows_of
 
 
 @dataclass(frozen=True)
@@ -68,21 +69,29 @@ class NoisedBatch:
     @staticmethod
     def interleaved(draws: Sequence[NoisedBatch]) -> NoisedBatch:
         """Several draws of the same examples as one batch, the draws of an example in a row."""
+
+        def merge(rows: Sequence[Any]) -> Any:
+            if isinstance(rows[0], Tensor):
+                return torch.stack(list(rows), 1).flatten(0, 1)
+            return [row for of_one in zip(*rows, strict=True) for row in of_one]
+
         indices = [n for n in draws[0].indices for _ in draws]
-        return NoisedBatch._merged(draws, indices, lambda rows: torch.stack(rows, 1).flatten(0, 1))
+        return NoisedBatch._merged(draws, indices, merge)
 
     @staticmethod
     def joined(batches: Sequence[NoisedBatch]) -> NoisedBatch:
         """The same draw of several lots of examples as one batch."""
-        return NoisedBatch._merged(
-            batches, [n for batch in batches for n in batch.indices], torch.cat
-        )
+
+        def merge(rows: Sequence[Any]) -> Any:
+            return torch.cat(list(rows)) if isinstance(rows[0], Tensor) else list(chain(*rows))
+
+        return NoisedBatch._merged(batches, [n for b in batches for n in b.indices], merge)
 
     @staticmethod
     def _merged(
         batches: Sequence[NoisedBatch],
         indices: Sequence[int],
-        merge: Callable[[tuple[Tensor, ...]], Tensor],
+        merge: Callable[[Sequence[Any]], Any],
     ) -> NoisedBatch:
         """One batch, given how rows are merged; what has no rows is that of the first."""
         first = batches[0]
@@ -90,8 +99,7 @@ class NoisedBatch:
             return first
 
         def merged(*entries: Any) -> Any:
-            with_rows = isinstance(entries[0], Tensor) and entries[0].ndim > 0
-            return merge(entries) if with_rows else entries[0]
+            return merge(entries) if has_rows(entries[0]) else entries[0]
 
         rows = {name: mapped(merged, *(getattr(b, name) for b in batches)) for name in first.ROWS}
         return replace(first, indices=indices, **rows)

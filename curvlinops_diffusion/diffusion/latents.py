@@ -128,8 +128,8 @@ class LatentEncoder:
         output = self._vae.encode(x0.to(parameter))
         if hasattr(output, "latent_dist"):
             mean, std = output.latent_dist.mean, output.latent_dist.std
-        else:  # a VQModel has no distribution
-            mean, std = output.latents, None
+        else:  # a VQModel has no distribution, nor an AutoencoderDC
+            mean, std = getattr(output, "latents", getattr(output, "latent", None)), None
         shift, scale = self._shift_and_scale(mean)
         std = None if std is None or not self._sample else self._pack(std * scale)
         return Encoded(self._pack((mean - shift) * scale), std, condition)

@@ -13,6 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvlinops_diffusion.diffusion.interface import (
+    SIZE,
+    Frames,
+    interface_of,
+    packed,
+    repeated,
+    seen_of,
+    shared_entries,
+)
 from curvlinops_diffusion.diffusion.latents import LatentEncoder
 from curvlinops_diffusion.diffusion.noise import NoiseProcess
 from curvlinops_diffusion.diffusion.schedulers import noise_process
@@ -53,10 +62,13 @@ def pipeline_parts(pipeline: Any, sample_latents: bool, cache: Cache) -> Pipelin
     for cls in type(pipeline).__mro__:
         if cls.__name__ in PIPELINES:
             return PIPELINES[cls.__name__](pipeline, sample_latents, cache)
+    needed = ("vae", "scheduler", "encode_prompt")
+    if all(hasattr(pipeline, name) for name in needed) and _denoiser(pipeline) is not None:
+        return _by_interface(pipeline, sample_latents, cache)
     raise ValueError(
-        f"The pipeline arrived as {type(pipeline).__name__}. Known are {sorted(PIPELINES)}. For "
-        "others pass denoiser and scheduler to DenoisingObjective, and what encodes the data as "
-        "encode=LatentEncoder(vae, embed=...)."
+        f"The pipeline arrived as {type(pipeline).__name__}. Known are {sorted(PIPELINES)}, and "
+        "those from prompts to images by latents. For others pass denoiser and scheduler to "
+        "DenoisingObjective, and what encodes the data as encode=LatentEncoder(vae, embed=...)."
     )
 
 
@@ -99,8 +111,26 @@ def _prompted(
     pack: Callable[[Tensor], Tensor] | None = None,
     model_kwargs: Callable[[Tensor, dict[str, Any]], Any] | None = None,
     also: Sequence[str] = (),
+    shared: Sequence[str] = ("img_ids", "guidance"),
+    size: int = 8,
+    vae: Any = None,
 ) -> PipelineParts:
-    """Take a pipeline with prompts apart; ``also``: entries that ``embed`` reads beside these."""
+    """Take a pipeline with prompts apart.
+
+    Args:
+        pipeline: The pipeline.
+        model: Its denoiser.
+        embed: Maps images and prompts to the condition.
+        sample: Whether latents are drawn.
+        cache: A folder for latents and embeddings.
+        process: The noise process, if it is not the scheduler's.
+        pack: Maps latents to the form that the denoiser takes.
+        model_kwargs: Further arguments of the denoiser.
+        also: Entries that ``embed`` reads beside the prompts.
+        shared: Entries of the condition that do not depend on the prompt.
+        size: Pixels of an image that the pipeline takes.
+        vae: The autoencoder, if it is not the pipeline's as it is.
+    """
     encoders = [getattr(pipeline, f"text_encoder{i}", None) for i in ("", "_2", "_3")]
     tokenizers = [getattr(pipeline, f"tokenizer{i}", None) for i in ("", "_2", "_3")]
     settings = [[t.model_max_length, len(t)] for t in tokenizers if t is not None]
@@ -124,18 +154,17 @@ def _prompted(
 
     def null_condition() -> Mapping[str, Any]:
         with torch.no_grad():
-            embedded = embed(torch.zeros(1, 3, 8, 8), {"prompt": [""]})
-        for sizes in ("img_ids", "guidance"):  # these are not dropped
-            embedded.pop(sizes, None)
+            embedded = embed(torch.zeros(1, 3, size, size), {"prompt": [""]})
+        for name in shared:  # these are not dropped
+            embedded.pop(name, None)
         embedded.get("added_cond_kwargs", {}).pop("time_ids", None)
         return _first(embedded)
 
-    _check_inputs(pipeline, model)
     return PipelineParts(
         model,
         noise_process(pipeline.scheduler) if process is None else process,
         LatentEncoder(
-            pipeline.vae,
+            pipeline.vae if vae is None else vae,
             sample=sample,
             embed=embed_prompts,
             pack=pack,
@@ -169,12 +198,17 @@ def _check_inputs(pipeline: Any, model: Any) -> None:
 
 
 def _first(condition: Mapping[str, Any]) -> dict[str, Any]:
-    """The first example of every entry."""
-    return {k: _first(v) if isinstance(v, Mapping) else v[0] for k, v in condition.items()}
+    """The first example of every entry that has some."""
+    return {
+        k: _first(v) if isinstance(v, Mapping) else v[0]
+        for k, v in condition.items()
+        if v is not None
+    }
 
 
 def _stable_diffusion(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
     """``StableDiffusionPipeline``, versions 1 and 2."""
+    _check_inputs(pipeline, pipeline.unet)
 
     def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
         device = pipeline.text_encoder.device
@@ -191,6 +225,7 @@ def _stable_diffusion_xl(pipeline: Any, sample: bool, cache: Cache) -> PipelineP
     ``crops_coords_top_left`` and ``target_size``, ``[B, 2]`` each (height or top first), or all of
     it as ``time_ids``, ``[B, 6]``. Else images count as uncropped and of the size they have.
     """
+    _check_inputs(pipeline, pipeline.unet)
 
     def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
         states, _, pooled, _ = pipeline.encode_prompt(
@@ -236,6 +271,7 @@ def _of_shape(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
 
 def _stable_diffusion_3(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
     """``StableDiffusion3Pipeline``: flow matching."""
+    _check_inputs(pipeline, pipeline.transformer)
 
     def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
         prompt = condition["prompt"]
@@ -253,6 +289,7 @@ def _flux(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
     The guidance that a distilled model is told is 1, as when it is trained further.
     """
     transformer = pipeline.transformer
+    _check_inputs(pipeline, transformer)
     process = noise_process(pipeline.scheduler)
     process = replace(process, timesteps_T=process.timesteps_T / 1000)  # the model multiplies
 
@@ -272,17 +309,48 @@ def _flux(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
             embedded["guidance"] = torch.ones(len(states), device=states.device)
         return embedded
 
-    def pack(z: Tensor) -> Tensor:
-        B, C, H, W = z.shape
-        tokens = z.reshape(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5)
-        return tokens.reshape(B, H * W // 4, 4 * C)
-
     def positions(x_t: Tensor, condition: dict[str, Any]) -> dict[str, Tensor]:
         tokens = condition["encoder_hidden_states"].shape[-2]
         # the model wants those of one example, which all share
         return {"img_ids": condition["img_ids"][0], "txt_ids": torch.zeros(tokens, 3).to(x_t)}
 
-    return _prompted(pipeline, transformer, embed, sample, cache, process, pack, positions)
+    return _prompted(pipeline, transformer, embed, sample, cache, process, packed, positions)
+
+
+def _denoiser(pipeline: Any) -> Any:
+    return getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+
+
+def _by_interface(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
+    """Any other pipeline from prompts to images: what it shows its network is what training did."""
+    model = _denoiser(pipeline)
+    found = interface_of(pipeline, model)
+    shared = shared_entries(pipeline, model)
+    process, (factor, summand) = noise_process(pipeline.scheduler), found.scale
+    if found.scale != (1.0, 0.0):
+        process = replace(process, timesteps_T=process.timesteps_T * factor + summand)
+
+    def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
+        prompts, (height, width) = condition["prompt"], x0.shape[2:]
+        embedded = seen_of(pipeline, model, prompts, (height, width)).condition
+        return embedded | {name: repeated(embedded[name], len(x0)) for name in shared}
+
+    def of_one(x_t: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
+        return {name: condition[name][0] for name in shared}
+
+    return _prompted(
+        pipeline,
+        model,
+        embed,
+        sample,
+        cache,
+        process,
+        found.pack,
+        of_one,
+        shared=(*shared, "guidance"),
+        size=SIZE,
+        vae=Frames(pipeline.vae) if found.frames else None,
+    )
 
 
 PIPELINES: dict[str, Callable[[Any, bool, Cache], PipelineParts]] = {

@@ -92,7 +92,7 @@ class Trial:
                 if r >= max(chosen):
                     break
             low, high = (draw_of[r] for r in chosen)
-            if parts and parts[0][0].x_t.shape[1:] != low.x_t.shape[1:]:
+            if parts and _sizes(parts[0][0]) != _sizes(low):
                 break
             parts.append((low, high))
             cleans.append(some)
@@ -102,6 +102,16 @@ class Trial:
         lows, highs = zip(*parts, strict=True)
         encoded = tuple(cleans) if regression.encodes else ()
         return cls(NoisedBatch.joined(lows), NoisedBatch.joined(highs), encoded)
+
+
+def _sizes(batch: NoisedBatch) -> dict[str, Any]:
+    """The sizes of one example's image and condition, which may vary from batch to batch."""
+    condition = {
+        name: entry.shape[1:]
+        for name, entry in leaves(batch.condition)
+        if isinstance(entry, Tensor)
+    }
+    return {"": batch.x_t.shape[1:], **condition}
 
 
 def check_network(regression: NoisedRegression) -> None:

@@ -23,6 +23,7 @@ from curvlinops_diffusion.runtime.checks import check_non_negative
 from curvlinops_diffusion.runtime.processes import Share
 from curvlinops_diffusion.runtime.progress import draws_bar
 from curvlinops_diffusion.runtime.sums import Running
+from curvlinops_diffusion.runtime.threads import warn_if_busy
 
 _logger = logging.getLogger("curvlinops_diffusion")
 
@@ -139,6 +140,7 @@ def run_pass(
         share.check_alike("weights", data.fingerprint())
         share.check_alike("data, draws or options", [data.description, dict(settings)])
     device = data.device
+    warn_if_busy(device)
     done = Done()
     checkpoint = None
     if options.checkpoint is not None:

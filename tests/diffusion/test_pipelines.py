@@ -6,18 +6,27 @@ import pytest
 import torch
 import transformers
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
     DiTPipeline,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     LDMPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     PNDMScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -40,6 +49,7 @@ from curvlinops_diffusion import (
     PredictionType,
     influence_scores,
 )
+from curvlinops_diffusion.diffusion.pipelines import _by_interface, pipeline_parts
 from tests.cases import images, plain_regression, seeded
 from tests.comparisons import assert_close
 from tests.reference import example_gradients, params_of
@@ -215,8 +225,114 @@ def flux(folder):
     )
 
 
+def pixart(folder):
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=2,
+        out_channels=4,
+        num_layers=1,
+        cross_attention_dim=8,
+        sample_size=4,
+        patch_size=2,
+        caption_channels=6,
+        use_additional_conditions=False,
+    )
+    return PixArtSigmaPipeline(
+        t5_tokenizer(), t5(), vae(), transformer, DPMSolverMultistepScheduler()
+    )
+
+
+def sana(folder):
+    """Latents of a deterministic autoencoder, times scaled, flow matching."""
+    autoencoder = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "ResBlock"),
+        decoder_block_types=("ResBlock", "ResBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        upsample_block_type="interpolate",
+        downsample_block_type="stride_conv",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.4,
+    )
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=8,
+        sample_size=4,
+        timestep_scale=0.5,
+    )
+    gemma = transformers.Gemma2Model(
+        transformers.Gemma2Config(
+            vocab_size=8,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+            pad_token_id=0,
+        )
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return SanaPipeline(t5_tokenizer(), gemma, autoencoder, transformer, scheduler)
+
+
+def qwen_image(folder):
+    """Latents of an autoencoder of videos, packed; the positions of tokens as a list."""
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+    autoencoder = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1, 0.2, 0.0, -0.1],
+        latents_std=[1.5, 1.0, 0.8, 1.2],
+    )
+    sizes = {"hidden_size": 16, "intermediate_size": 16}
+    rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
+    text = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    special = ("vision_start", "vision_end", "vision", "image", "video")
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**sizes, **text, "rope_scaling": rope, "rope_theta": 1e6, "vocab_size": 8},
+        vision_config={**sizes, "depth": 1, "num_heads": 2, "out_hidden_size": 16},
+        **{f"{name}_token_id": 7 for name in special},
+    )
+    return QwenImagePipeline(
+        FlowMatchEulerDiscreteScheduler(),
+        autoencoder,
+        transformers.Qwen2_5_VLForConditionalGeneration(config),
+        t5_tokenizer(),
+        transformer,
+    )
+
+
 UNCONDITIONAL = [ddpm, ddim, ldm]
-PROMPTED = [stable_diffusion, stable_diffusion_xl, stable_diffusion_3, flux]
+BY_INTERFACE = [pixart, sana, qwen_image]
+PROMPTED = [stable_diffusion, stable_diffusion_xl, stable_diffusion_3, flux, *BY_INTERFACE]
 PIPELINES = [*UNCONDITIONAL, dit, *PROMPTED]
 
 
@@ -231,15 +347,23 @@ def made(make, tmp_path):
     absent = {"text_encoder_3": None, "tokenizer_3": None} if make is stable_diffusion_3 else {}
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", **absent)
     loaded.set_progress_bar_config(disable=True)
+    if make is qwen_image:  # its template is of more tokens than the tiny tokenizer knows
+        loaded.prompt_template_encode, loaded.prompt_template_encode_start_idx = "{}", 0
     return loaded
 
 
-def data_for(make, size=8):
+def data_for(make, size=None):
+    size = size_of(make) if size is None else size
     x0 = images(3, channels=3, size=size, dtype=torch.float32).tanh()
     if make in UNCONDITIONAL:
         return x0
     second = torch.arange(3) if make is dit else PROMPTS
     return [(x0[:2], second[:2]), (x0[2:], second[2:])]
+
+
+def size_of(make):
+    """Pixels of an image."""
+    return {sana: 32, qwen_image: 16}.get(make, 8)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -248,7 +372,8 @@ def data_for(make, size=8):
 @pytest.mark.parametrize("make", PIPELINES, ids=lambda make: make.__name__)
 def test_from_pipeline_to_scores(make, tmp_path):
     pipeline = made(make, tmp_path)
-    dropout = 0.0 if make in UNCONDITIONAL else 0.3
+    # a prompt of no tokens has no embedding, without Qwen-Image's template
+    dropout = 0.0 if make in (*UNCONDITIONAL, qwen_image) else 0.3
     objective = DenoisingObjective.from_pipeline(pipeline, condition_dropout=dropout)
     regression = NoisedRegression(objective, data_for(make), 2)
     EK = DiffusionEKFACLinearOperator(regression)
@@ -285,10 +410,11 @@ def test_what_the_network_sees_is_what_the_pipeline_shows_it(make, tmp_path, mon
         pipeline(batch_size=2, **options)
     elif make is dit:
         pipeline([0, 1], guidance_scale=1.0, **options)
-    elif make is flux:
-        pipeline(PROMPTS[:2], guidance_scale=1.0, height=8, width=8, **options)
     else:
-        pipeline(PROMPTS[:2], guidance_scale=1.0, height=8, width=8, **options)
+        if make in (pixart, sana):
+            options["use_resolution_binning"] = False
+        size = size_of(make)
+        pipeline(PROMPTS[:2], guidance_scale=1.0, height=size, width=size, **options)
     ours, theirs = seen[0], seen[-1]
     assert model is getattr(pipeline, "unet", None) or model is pipeline.transformer
     named = [
@@ -307,6 +433,47 @@ def test_what_the_network_sees_is_what_the_pipeline_shows_it(make, tmp_path, mon
         assert 0 < float(theirs["timestep"].max()) <= 1
 
 
+@pytest.mark.parametrize(
+    "make", [stable_diffusion, stable_diffusion_3, flux], ids=lambda make: make.__name__
+)
+def test_the_interface_tells_what_was_written_by_hand(make, tmp_path):
+    """Pipelines that have entries of their own, taken apart by looking at what they do."""
+    pipeline = made(make, tmp_path)
+    by_hand, seen = pipeline_parts(pipeline, False, None), _by_interface(pipeline, False, None)
+    assert seen.model is by_hand.model
+    assert_close(seen.process.timesteps_T.double(), by_hand.process.timesteps_T.double(), 1e-6)
+    x0, prompts = data_for(make)[0]
+    ours, theirs = (parts.encode(x0, {"prompt": list(prompts)}) for parts in (seen, by_hand))
+    assert torch.equal(ours.mean, theirs.mean)
+    x_t = ours.mean
+    told = [
+        {**e.condition, **(p.model_kwargs(x_t, e.condition) if p.model_kwargs else {})}
+        for e, p in ((ours, seen), (theirs, by_hand))
+    ]
+    for key, value in told[1].items():
+        _assert_equal(told[0][key], value, key)
+    null = [parts.null_condition() for parts in (seen, by_hand)]
+    assert null[0].keys() == null[1].keys()
+
+
+def test_pipelines_that_do_something_else_are_refused(tmp_path):
+    """With the reason; and nothing of what was put in its place to look at it stays."""
+    pipeline = made(pixart, tmp_path)
+
+    class Scaled(PixArtSigmaPipeline):
+        def prepare_latents(self, *args, **kwargs):
+            return 2 * super().prepare_latents(*args, **kwargs)
+
+    scaled = Scaled(**pipeline.components)
+    with pytest.raises(
+        ValueError, match=r"Scaled, .*latents are scaled or arranged in another way"
+    ):
+        DenoisingObjective.from_pipeline(scaled)
+    for part, name in ((scaled.transformer, "forward"), (scaled.scheduler, "step")):
+        assert name not in vars(part)
+    assert "decode" not in vars(scaled.vae)
+
+
 def _arguments(forward):
     import inspect
 
@@ -318,6 +485,9 @@ def _tensors(value):
 
 
 def _assert_equal(ours, theirs, key):
+    if theirs is None:
+        assert ours is None
+        return
     if isinstance(theirs, dict):
         assert ours.keys() == theirs.keys()
         for inner in theirs:

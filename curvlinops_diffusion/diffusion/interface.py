@@ -1,0 +1,288 @@
+"""What a pipeline shows its network, found by running it with stand-ins for its parts.
+
+Pipelines of ``diffusers`` differ in the arguments that their network takes, in how latents are
+scaled and arranged, and in how times are told. All of it can be seen from outside: while the
+pipeline samples, its network notes what it is given and answers at random, its scheduler passes
+samples on, and its decoder notes what arrives.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvlinops_diffusion.diffusion.latents import Encoded, LatentEncoder
+
+# pixels of an image that pipelines of all kinds take, and steps at which times are compared
+SIZE = 128
+_STEPS = 3
+# arguments of a pipeline's call that switch off what training does not do
+_PLAIN = {
+    "guidance_scale": 1.0,
+    "true_cfg_scale": 1.0,
+    "use_resolution_binning": False,
+    "clean_caption": False,
+    "output_type": "pt",
+}
+_IMAGES = ("hidden_states", "sample", "x")
+_TIMES = ("timestep", "timesteps", "t")
+
+
+@dataclass
+class Seen:
+    """What was seen of a pipeline's sampling.
+
+    Attributes:
+        condition: The network's arguments besides image and time, as in its first call.
+        image: The image that it was given there.
+        times: The times that it was told, and those that the scheduler counts by, of each step.
+        signs: The sign with which its answer reached the scheduler, of each step; zero for none.
+        decoded: What the decoder was given.
+    """
+
+    condition: dict[str, Any] = field(default_factory=dict)
+    image: Tensor | None = None
+    times: list[tuple[float, float]] = field(default_factory=list)
+    signs: list[int] = field(default_factory=list)
+    decoded: Tensor | None = None
+
+
+class _DecodedError(Exception):
+    """Ends a pipeline's run at its decoder."""
+
+
+@torch.no_grad()
+def seen_of(
+    pipeline: Any,
+    model: nn.Module,
+    prompts: Sequence[str],
+    size: tuple[int, int],
+    latents: Tensor | None = None,
+) -> Seen:
+    """Run a pipeline without running its network.
+
+    Args:
+        pipeline: The pipeline.
+        model: Its network.
+        prompts: The prompts.
+        size: Height and width of the images, in pixels.
+        latents: What sampling starts from, in the network's terms; ``None`` for noise.
+
+    Raises:
+        ValueError: If the pipeline fails.
+    """
+    seen, asked = Seen(), inspect.signature(pipeline.__call__).parameters
+    given = {"prompt": list(prompts), "height": size[0], "width": size[1], "latents": latents}
+    given |= {"num_inference_steps": _STEPS, **_PLAIN}
+    if "true_cfg_scale" in asked and not getattr(model, "config", {}).get("guidance_embeds"):
+        del given["guidance_scale"]  # which would be ignored, with a warning
+    given["generator"] = torch.Generator().manual_seed(0)  # the user's random state is left alone
+    try:
+        with _stand_ins(pipeline, model, seen), torch.random.fork_rng(devices=[]):
+            pipeline(**{name: value for name, value in given.items() if name in asked})
+    except _DecodedError:
+        pass
+    except Exception as error:
+        raise ValueError(
+            f"The {type(pipeline).__name__} failed when it was asked for {size[0]}×{size[1]} "
+            f"pixels, to see what it shows its network ({type(error).__name__}: {error}). Pass "
+            "denoiser and scheduler to DenoisingObjective, and what encodes the data as "
+            "encode=LatentEncoder(vae, embed=...)."
+        ) from error
+    return seen
+
+
+@contextmanager
+def _stand_ins(pipeline: Any, model: nn.Module, seen: Seen) -> Iterator[None]:
+    """Network, scheduler and decoder note what they are given."""
+    signature = inspect.signature(type(model).forward)
+    config: Any = getattr(model, "config", {})
+    answers: list[Tensor] = []
+
+    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor]:
+        bound = dict(signature.bind(model, *args, **kwargs).arguments)
+        bound |= bound.pop("kwargs", {})
+        image = next(bound.pop(name) for name in _IMAGES if name in bound)
+        time = next(bound.pop(name) for name in _TIMES if name in bound)
+        for other in ("self", "return_dict"):
+            bound.pop(other, None)
+        if seen.image is None:
+            seen.image = image
+            seen.condition = {k: v for k, v in bound.items() if v is not None and v != {}}
+        shape = list(image.shape)
+        if image.ndim == 4:  # twice as many channels, if a variance is learned as well
+            shape[1] = config.get("out_channels") or shape[1]
+        answers.append(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+        seen.times.append((float(torch.as_tensor(time).flatten()[0]), 0.0))
+        return (answers[-1].to(image),)
+
+    def step(output: Tensor, t: Any, sample: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        seen.times[-1] = (seen.times[-1][0], float(t))
+        answer = answers[-1].to(output)[:, : output.shape[1]]
+        same = [s for s in (1, -1) if output.shape == answer.shape and output.equal(s * answer)]
+        seen.signs.append(same[0] if same else 0)
+        return (sample,)
+
+    def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.decoded = z
+        raise _DecodedError
+
+    patched: list[tuple[Any, str, Callable[..., Any]]] = [
+        (model, "forward", forward),
+        (pipeline.scheduler, "step", step),
+        (pipeline.vae, "decode", decode),
+    ]
+    shown = getattr(pipeline, "_progress_bar_config", {})
+    pipeline.set_progress_bar_config(disable=True)
+    for owner, name, stand_in in patched:
+        object.__setattr__(owner, name, stand_in)
+    try:
+        yield
+    finally:
+        for owner, name, _ in patched:
+            object.__delattr__(owner, name)
+        pipeline.set_progress_bar_config(**shown)
+
+
+@dataclass(frozen=True)
+class Interface:
+    """How a pipeline's network is spoken to.
+
+    Attributes:
+        scale: Factor and summand from the scheduler's times to those that the network is told.
+        pack: Maps latents to the form that the network takes; ``None`` for the identity.
+        frames: Whether the autoencoder takes images as videos of one frame.
+    """
+
+    scale: tuple[float, float]
+    pack: Callable[[Tensor], Tensor] | None
+    frames: bool
+
+
+def packed(z: Tensor) -> Tensor:
+    """Latents ``[B, C, H, W]`` as tokens of 2×2, ``[B, H W / 4, 4 C]``."""
+    B, C, H, W = z.shape
+    tokens = z.reshape(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return tokens.reshape(B, H * W // 4, 4 * C)
+
+
+def interface_of(pipeline: Any, model: nn.Module) -> Interface:
+    """Find out how a pipeline's network is spoken to, and check it.
+
+    What is put into the pipeline as a latent, scaled and arranged as training would, must arrive at
+    its decoder as it was.
+
+    Raises:
+        ValueError: If the pipeline does something else.
+    """
+    name, size = type(pipeline).__name__, (SIZE, SIZE)
+    first = seen_of(pipeline, model, ["a"], size)
+    if first.image is None or first.decoded is None or not first.times:
+        raise _unknown(name, "it does not run its network and decode what comes out")
+    if set(first.signs) != {1}:
+        raise _unknown(name, "the network's answer does not reach the scheduler as it is")
+    frames = first.decoded.ndim == 5
+    if first.image.ndim not in (3, 4):
+        raise _unknown(name, f"its network takes images of {first.image.ndim} axes")
+    pack = packed if first.image.ndim == 3 else None
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(first.decoded.shape, generator=generator).to(first.decoded)
+    encoder = LatentEncoder(_Known(pipeline.vae, z, frames), sample=False, pack=pack)
+    put: Encoded = encoder(torch.zeros(1, 3, *size), {})
+    if put.mean.shape == first.image.shape:
+        arrived = seen_of(pipeline, model, ["a"], size, put.mean.to(first.image)).decoded
+        if arrived is not None and arrived.shape == z.shape and _near(arrived, z):
+            return Interface(_affine(name, first.times), pack, frames)
+    raise _unknown(name, "latents are scaled or arranged in another way than by its VAE's config")
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    """Equal, but for the rounding of a pipeline in low precision."""
+    return torch.allclose(one, other, rtol=1e-2, atol=1e-2 * float(other.std()))
+
+
+def _affine(name: str, times: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Factor and summand that lead from the scheduler's times to the network's."""
+    (told, counted), *_, (told_last, counted_last) = times
+    factor = (told_last - told) / (counted_last - counted)
+    summand = told - factor * counted
+    if any(abs(factor * c + summand - t) > 1e-3 * max(1.0, abs(t)) for t, c in times):
+        raise _unknown(name, "its network is told the time in an unknown form")
+    return round(factor, 9), 0.0 if abs(summand) < 1e-6 else summand
+
+
+def _unknown(name: str, why: str) -> ValueError:
+    return ValueError(
+        f"The pipeline arrived as {name}, of which the objective cannot be read off: {why}. Pass "
+        "denoiser and scheduler to DenoisingObjective, and what encodes the data as "
+        "encode=LatentEncoder(vae, embed=...)."
+    )
+
+
+def shared_entries(pipeline: Any, model: nn.Module) -> list[str]:
+    """The entries of the condition that all examples of a batch share."""
+    one, two = (seen_of(pipeline, model, ["a"] * count, (SIZE, SIZE)).condition for count in (1, 2))
+    return [
+        name
+        for name, entry in one.items()
+        if (isinstance(entry, Tensor) and entry.shape == two[name].shape)
+        or (isinstance(entry, list) and len(entry) == len(two[name]))
+    ]
+
+
+def repeated(entry: Any, count: int) -> Any:
+    """An entry that all examples share, once for each of them."""
+    return entry.expand(count, *entry.shape) if isinstance(entry, Tensor) else [entry] * count
+
+
+class Frames:
+    """An autoencoder of videos, which takes images as videos of one frame."""
+
+    def __init__(self, vae: Any):
+        self._vae = vae
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._vae, name)
+
+    def encode(self, x: Tensor) -> Any:
+        """Encode images."""
+        return _OneFrame(self._vae.encode(x.unsqueeze(2)).latent_dist)
+
+
+@dataclass
+class _OneFrame:
+    """The distribution of a video's first frame."""
+
+    latent_dist: Any
+
+    def __post_init__(self) -> None:
+        own = self.latent_dist
+        self.latent_dist = _Distribution(own.mean.squeeze(2), own.std.squeeze(2))
+
+
+@dataclass
+class _Distribution:
+    mean: Tensor
+    std: Tensor
+
+
+class _Known:
+    """A stand-in for an autoencoder, to which everything has one known latent."""
+
+    def __init__(self, vae: Any, z: Tensor, frames: bool):
+        self.config = vae.config
+        self._latent = z.squeeze(2) if frames else z
+
+    def parameters(self) -> Iterator[Tensor]:
+        """One, for the precision."""
+        yield self._latent
+
+    def encode(self, x: Tensor) -> Any:
+        """The known latent."""
+        return type("Output", (), {"latents": self._latent})()

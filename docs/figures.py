@@ -1,0 +1,172 @@
+"""Figures of the pages *Concepts* and *Evidence*, drawn when the documentation is built."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from matplotlib.colors import SymLogNorm
+from sklearn.datasets import load_digits
+from torch import nn
+
+from curvlinops_diffusion import (
+    DenoisingObjective,
+    DiffusionEKFACLinearOperator,
+    DiffusionGGNLinearOperator,
+    DiffusionKFACLinearOperator,
+    NoisedRegression,
+)
+
+DOCS = Path(__file__).parent
+RESULTS = DOCS.parent / "benchmarks" / "results"
+BLUE, RED, GREY = "#4a6fa5", "#b4413c", "#8a93a6"
+#: The methods that the figure of the evidence shows, from the bottom up.
+METHODS = (
+    "no curvature",
+    "TRAK",
+    "D-TRAK",
+    "EK-FAC, the paper's recipe",
+    "EK-FAC",
+    "K-FAC, regression on loss and prediction",
+    "kernel regression on pixels",
+)
+
+
+def write_figures(folder: Path = DOCS / "_figures") -> None:
+    """Write all of them; each is the file of its function's name."""
+    matplotlib.use("Agg")
+    folder.mkdir(exist_ok=True)
+    for draw in FIGURES:
+        with warnings.catch_warnings(), plt.rc_context({"font.size": 9, "svg.hashsalt": "figures"}):
+            warnings.simplefilter("ignore")
+            figure = draw()
+            figure.savefig(folder / f"{draw.__name__}.svg", bbox_inches="tight", facecolor="white")
+        plt.close(figure)
+
+
+def draws() -> plt.Figure:
+    """An image at several noise levels."""
+    x0 = torch.tensor(load_digits().images[3]).float() / 8 - 1
+    scheduler = DDPMScheduler()
+    figure, axes = plt.subplots(1, 6, figsize=(7, 1.5))
+    torch.manual_seed(0)
+    for axis, t in zip(axes, (None, 50, 200, 400, 600, 900), strict=True):
+        noised = x0 if t is None else scheduler.add_noise(x0, torch.randn(8, 8), torch.tensor(t))
+        axis.imshow(noised, cmap="gray_r", vmin=-1.5, vmax=1.5)
+        axis.set_title("the image" if t is None else f"t = {t}", fontsize=9)
+        axis.axis("off")
+    return figure
+
+
+def influence() -> plt.Figure:
+    """A training loss with and without one image, and what a query's loss does between minima."""
+    w = np.linspace(-1.2, 2.2, 200)
+    full, without, query = 0.5 * w**2, 0.55 * (w - 0.6) ** 2 + 0.1, 0.35 * (w + 0.4) ** 2 + 0.25
+    figure, axis = plt.subplots(figsize=(5.2, 2.6))
+    axis.plot(w, full, color=BLUE, label="training loss, all images")
+    axis.plot(w, without, color=BLUE, linestyle="--", label="without one of them")
+    axis.plot(w, query, color=RED, label="loss of the query")
+    before, after = (0.35 * (v + 0.4) ** 2 + 0.25 for v in (0.0, 0.6))
+    for v, low, high in ((0.0, 0.0, before), (0.6, 0.1, after)):
+        axis.plot([v, v], [low, high], color=GREY, linestyle=":", linewidth=1)
+        axis.plot(v, high, "o", color=RED, markersize=4)
+    axis.annotate("", (0.78, after), (0.78, before), arrowprops={"arrowstyle": "->", "color": RED})
+    axis.text(0.86, (before + after) / 2, "influence", color=RED, va="center")
+    axis.set(xlabel="a weight of the network", yticks=[], ylim=(-0.05, 1.1))
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def curvature() -> plt.Figure:
+    """The exact GGN of a network of two layers, and what K-FAC and EK-FAC make of it."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 4, bias=False))
+    x0 = torch.randn(60, 4) @ torch.tensor(
+        [[1.0, 0.7, 0, 0], [0, 1, 0.5, 0], [0, 0, 1, 0.6], [0, 0, 0, 1]]
+    )
+
+    class Denoiser(nn.Module):
+        """The network, which ignores the time."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            """Denoise."""
+            output: torch.Tensor = self.net(x)
+            return output
+
+    objective = DenoisingObjective(Denoiser(), DDPMScheduler())
+    regression = NoisedRegression(objective, x0, 8)
+    names = ("exact", "K-FAC", "EK-FAC")
+    operators = (
+        DiffusionGGNLinearOperator(regression),
+        DiffusionKFACLinearOperator(regression, fisher_type="type-2"),
+        DiffusionEKFACLinearOperator(regression, fisher_type="type-2"),
+    )
+    figure, axes = plt.subplots(1, 3, figsize=(7, 2.5))
+    for axis, name, operator in zip(axes, names, operators, strict=True):
+        dense = operator @ torch.eye(operator.shape[1])
+        axis.imshow(dense, cmap="RdBu_r", norm=SymLogNorm(0.01, vmin=-0.6, vmax=0.6))
+        axis.set(title=name, xticks=[], yticks=[])
+    return figure
+
+
+def damping() -> plt.Figure:
+    """What dampings make of small eigenvalues."""
+    eigenvalues = np.logspace(-10, 1, 200)
+    figure, axis = plt.subplots(figsize=(5.2, 2.4))
+    for value, color in ((1e-8, BLUE), (1e-4, GREY), (1e-1, RED)):
+        exponent = int(np.log10(value))
+        label = f"damping $10^{{{exponent}}}$"
+        axis.loglog(eigenvalues, 1 / (eigenvalues + value), color=color, label=label)
+    axis.set(xlabel="eigenvalue of the curvature", ylabel="of its damped inverse")
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def retraining() -> plt.Figure:
+    """The linear data-modelling score of the loss, with intervals, for each method."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
+    for axis, problem in zip(axes, ("digits", "photographs"), strict=True):
+        result = json.loads((RESULTS / f"lds_{problem}_cpu.json").read_text())
+        rows = {(row["method"], row["cell"]): row for row in result["methods"]}
+        for kind, color, shift in (("held-out", BLUE, 0.14), ("generated", RED, -0.14)):
+            cell = f"loss, {kind}"
+            shown = [rows[method, cell] for method in METHODS]
+            entries = [row.get("default", row["best"]) for row in shown]
+            middle = np.array([entry["lds"] for entry in entries])
+            ends = np.array([[e["lds"] - e["low"], e["high"] - e["lds"]] for e in entries]).T
+            places = np.arange(len(METHODS)) + shift
+            axis.errorbar(
+                middle,
+                places,
+                xerr=ends.clip(min=0),
+                fmt="o",
+                color=color,
+                markersize=4,
+                label=kind,
+            )
+            axis.axvline(result["ceilings"][cell], color=color, linestyle=":", linewidth=1)
+        axis.set(title=problem, xlabel="linear data-modelling score", xlim=(-0.05, 0.95))
+        axis.set_yticks(range(len(METHODS)), [_label(rows, method) for method in METHODS])
+    axes[1].legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+def _label(rows: dict[tuple[str, str], dict[str, object]], method: str) -> str:
+    return method if "default" in rows[method, "loss, held-out"] else f"{method} (best)"
+
+
+FIGURES: tuple[Callable[[], plt.Figure], ...] = (draws, influence, curvature, damping, retraining)
+
+if __name__ == "__main__":
+    write_figures()
