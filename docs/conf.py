@@ -90,7 +90,7 @@ class _Arguments:
         """The demo is run for a shorter time than by ``make demo``."""
         if Path(script_vars["src_file"]).stem != "influence_digits":
             return []
-        return ["--steps", "700", "--draws", "8", "--output", str(DOCS / "_build" / "demo")]
+        return ["--steps", "700", "--draws", "16", "--output", str(DOCS / "_build" / "demo")]
 
     def __repr__(self) -> str:
         """The same in each build, so that it is not taken for another setting."""

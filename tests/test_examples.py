@@ -9,7 +9,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 OF_SECONDS = ("damping_sensitivity", "own_layer")
-ARGUMENTS = {"influence_digits": ["--steps", "700", "--draws", "8"]}
+ARGUMENTS = {"influence_digits": ["--steps", "700", "--draws", "16"]}
 
 
 @pytest.mark.parametrize(
