@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,19 @@ from curvlinops_diffusion.cli.adapters import (
     load_adapters,
     matching_parameters,
 )
+from curvlinops_diffusion.cli.events import say
 from curvlinops_diffusion.cli.images.labels import Condition
 from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions
+from curvlinops_diffusion.cli.processes import is_first
 from curvlinops_diffusion.cli.weights import check_can_load, check_loaded
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 
 # diffusers imports it with its first network, and it warns of kernels that nothing here needs
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+# what the names of text encoders in a pipeline begin with
+TEXT_ENCODERS = "text_encoder"
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,12 @@ class Network:
         return Form(self.channels, self.size, resolution, self.multiple)
 
 
-def load_network(options: FitOptions | ScoreOptions) -> Network:
+def load_network(options: FitOptions | ScoreOptions, text_encoders: bool = False) -> Network:
     """Load what the options name; weights only from safetensors files.
+
+    Args:
+        options: The options.
+        text_encoders: Whether text encoders are part of the network.
 
     Raises:
         ValueError: If they name no network, or it cannot be loaded; or if a condition was dropped
@@ -97,6 +107,7 @@ def load_network(options: FitOptions | ScoreOptions) -> Network:
             latent_cache=options.latent_cache,
             condition_dropout=options.condition_dropout,
             autocast=autocast,
+            text_encoders=text_encoders,
             **objective_options,
         )
         return _network(objective, pipeline, options)
@@ -182,13 +193,20 @@ def _network(
             f"{'no condition' if condition.key is None else 'labels'}. Leave it out."
         )
     condition = replace(condition, prompt=prompt)
-    return Network(
-        objective, channels, sides, multiple, condition, _chosen_parameters(model, options)
-    )
+    modules = {} if pipeline is None else _modules(pipeline)
+    params = _chosen_parameters(model, modules, options)
+    return Network(objective, channels, sides, multiple, condition, params)
+
+
+def of_text_encoders(names: Iterable[str]) -> bool:
+    """Whether names or patterns of parameters are of text encoders, too."""
+    return any(name.startswith(TEXT_ENCODERS) for name in names)
 
 
 def _chosen_parameters(
-    model: torch.nn.Module, options: FitOptions | ScoreOptions
+    model: torch.nn.Module,
+    modules: Mapping[str, torch.nn.Module],
+    options: FitOptions | ScoreOptions,
 ) -> list[str] | None:
     """Those that patterns name; else those of adapters, if some were given.
 
@@ -201,6 +219,12 @@ def _chosen_parameters(
     if not options.lora:
         return None
     found = adapter_parameters(model)
+    for name, part in modules.items():
+        if name.startswith(TEXT_ENCODERS) and adapter_parameters(part) and is_first():
+            say(
+                f"The adapters have weights in the {name} too, which are left out. Pass --params "
+                f"'unet.*lora*' '{name}.*lora*' to cover both"
+            )
     if not found:
         raise ValueError(
             f"The adapters of --lora have no weights in the {type(model).__name__}: there is "

@@ -18,7 +18,7 @@ from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.latents import Encoded, LatentEncoder
 from curvlinops_diffusion.diffusion.masks import entry_weights
 from curvlinops_diffusion.diffusion.noise import NoiseProcess
-from curvlinops_diffusion.diffusion.pipelines import pipeline_parts
+from curvlinops_diffusion.diffusion.pipelines import pipeline_parts, with_text_encoders
 from curvlinops_diffusion.diffusion.schedulers import noise_process
 from curvlinops_diffusion.diffusion.signature import Signature
 from curvlinops_diffusion.diffusion.weightings import Weighting, weight_table
@@ -149,6 +149,7 @@ class DenoisingObjective:
         latent_cache: str | PathLike[str] | None = None,
         condition_dropout: float = 0.0,
         autocast: torch.dtype | None = None,
+        text_encoders: bool = False,
     ) -> DenoisingObjective:
         """The objective that a ``diffusers`` pipeline's denoiser was trained with.
 
@@ -168,11 +169,15 @@ class DenoisingObjective:
                 :class:`~curvlinops_diffusion.LatentEncoder`.
             condition_dropout: The probability with which training dropped label or prompt.
             autocast: As in the constructor.
+            text_encoders: Whether text encoders were trained as well (Stable Diffusion 1, 2, XL).
+                They are part of the model then, whose parameters are called ``unet.…``,
+                ``text_encoder.…`` and ``text_encoder_2.…``.
 
         Raises:
             ValueError: If the pipeline is of no known kind.
         """
-        parts = pipeline_parts(pipeline, sample_latents, latent_cache)
+        take_apart = with_text_encoders if text_encoders else pipeline_parts
+        parts = take_apart(pipeline, sample_latents, latent_cache)
         dropped = condition_dropout > 0
         return cls(
             parts.model,

@@ -25,6 +25,13 @@ from curvlinops_diffusion.diffusion.interface import (
 from curvlinops_diffusion.diffusion.latents import LatentEncoder
 from curvlinops_diffusion.diffusion.noise import NoiseProcess
 from curvlinops_diffusion.diffusion.schedulers import noise_process
+from curvlinops_diffusion.diffusion.text_encoders import (
+    PromptedDenoiser,
+    embedded,
+    embedded_xl,
+    tokenized,
+    tokens_of,
+)
 
 Cache = str | PathLike[str] | None
 
@@ -114,6 +121,7 @@ def _prompted(
     shared: Sequence[str] = ("img_ids", "guidance"),
     size: int = 8,
     vae: Any = None,
+    encoders: Sequence[nn.Module] | None = None,
 ) -> PipelineParts:
     """Take a pipeline with prompts apart.
 
@@ -130,8 +138,11 @@ def _prompted(
         shared: Entries of the condition that do not depend on the prompt.
         size: Pixels of an image that the pipeline takes.
         vae: The autoencoder, if it is not the pipeline's as it is.
+        encoders: What ``embed`` runs; ``None`` for the pipeline's text encoders.
     """
-    encoders = [getattr(pipeline, f"text_encoder{i}", None) for i in ("", "_2", "_3")]
+    if encoders is None:
+        own = [getattr(pipeline, f"text_encoder{i}", None) for i in ("", "_2", "_3")]
+        encoders = [encoder for encoder in own if encoder is not None]
     tokenizers = [getattr(pipeline, f"tokenizer{i}", None) for i in ("", "_2", "_3")]
     settings = [[t.model_max_length, len(t)] for t in tokenizers if t is not None]
 
@@ -169,7 +180,7 @@ def _prompted(
             embed=embed_prompts,
             pack=pack,
             cache=cache,
-            encoders=[encoder for encoder in encoders if encoder is not None],
+            encoders=encoders,
             settings=settings,
         ),
         null_condition,
@@ -236,8 +247,11 @@ def _stable_diffusion_xl(pipeline: Any, sample: bool, cache: Cache) -> PipelineP
         added = {"text_embeds": pooled, "time_ids": _time_ids(x0, condition).to(states)}
         return {"encoder_hidden_states": states, "added_cond_kwargs": added}
 
-    also = ("original_size", "crops_coords_top_left", "target_size", "time_ids")
-    return _prompted(pipeline, pipeline.unet, embed, sample, cache, also=also)
+    return _prompted(pipeline, pipeline.unet, embed, sample, cache, also=_SIZES_XL)
+
+
+# what of an image's sizes Stable Diffusion XL may be told
+_SIZES_XL = ("original_size", "crops_coords_top_left", "target_size", "time_ids")
 
 
 def _time_ids(x0: Tensor, condition: Mapping[str, Any]) -> Tensor:
@@ -267,6 +281,52 @@ def _of_shape(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
     if found.shape != shape:
         raise ValueError(f"{name} arrived with shape {tuple(found.shape)}. Pass numbers {shape}.")
     return found
+
+
+def with_text_encoders(pipeline: Any, sample_latents: bool, cache: Cache) -> PipelineParts:
+    """Take a pipeline apart whose text encoders were trained as well.
+
+    Args:
+        pipeline: A pipeline of Stable Diffusion, 1, 2 or XL.
+        sample_latents: Whether latents are drawn, or their mean is taken.
+        cache: A folder for latents and tokens.
+
+    Raises:
+        ValueError: If it is another.
+    """
+    kinds = {cls.__name__ for cls in type(pipeline).__mro__}
+    xl = "StableDiffusionXLPipeline" in kinds
+    if not xl and "StableDiffusionPipeline" not in kinds:
+        raise ValueError(
+            f"text_encoders=True arrived for a {type(pipeline).__name__}. Text encoders can be "
+            "part of the network for Stable Diffusion 1, 2 and XL. For others pass a module of "
+            "both to DenoisingObjective, which takes tokens."
+        )
+    _check_inputs(pipeline, pipeline.unet)
+    names = ["text_encoder", "text_encoder_2"] if xl else ["text_encoder"]
+    encoders = {name: getattr(pipeline, name) for name in names}
+    model = PromptedDenoiser(pipeline.unet, encoders, embedded_xl if xl else embedded)
+
+    def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
+        prompts = list(condition["prompt"])
+        tokens = {
+            tokens_of(name): tokenized(
+                getattr(pipeline, name.replace("text_encoder", "tokenizer")), prompts
+            )
+            for name in names
+        }
+        return tokens | ({"time_ids": _time_ids(x0, condition)} if xl else {})
+
+    return _prompted(
+        pipeline,
+        model,
+        embed,
+        sample_latents,
+        cache,
+        also=_SIZES_XL if xl else (),
+        shared=("time_ids",),
+        encoders=(),  # they belong to the network: tokens do not depend on their weights
+    )
 
 
 def _stable_diffusion_3(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:

@@ -8,7 +8,8 @@ Also compares EK-FAC and K-FAC with the exact GGN: traces, and inverse-vector pr
 
 Run by ``make demo``; takes less than three minutes on two idle cores. Writes
 ``influence_digits.png`` and ``influence_digits.safetensors`` (scores and samples) to the folder
-given by ``--output``. What this page shows was printed and drawn with ``--steps 700 --draws 16``, about half of both.
+given by ``--output``. What this page shows was printed and drawn with ``--steps 700 --draws 16``,
+about half of both.
 """
 
 from __future__ import annotations

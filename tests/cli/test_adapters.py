@@ -34,6 +34,7 @@ from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import FitOptions
 from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.cli.score_files import read_scores
+from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.runtime.adapters import common_names
 from curvlinops_diffusion.runtime.digests import fingerprint
 from tests.cases import tiny_unet
@@ -255,6 +256,34 @@ def test_patterns(tmp_path):
         ValueError, match=r"--params 'mid\*lora_C\*' matches no parameter of the UNet"
     ):
         loaded(tmp_path, tmp_path / "lora", params=["conv_in.*", "mid*lora_C*"])
+
+
+def test_adapters_of_the_text_encoder(tmp_path, capsys):
+    """Loaded with the others, and covered where patterns ask for them: in one network with it."""
+    pipeline = problem(pipelines.stable_diffusion, tmp_path)
+    peft_folder(pipeline.unet, tmp_path / "lora" / "unet")
+    targets = ["q_proj", "v_proj", "out_proj"]
+    wrapped = get_peft_model(pipeline.text_encoder, LoraConfig(r=2, target_modules=targets))
+    trained(wrapped, seed=3)
+    wrapped.save_pretrained(tmp_path / "lora" / "text_encoder")
+    words = ["--pipeline", tmp_path / "pipeline", "--lora", tmp_path / "lora"]
+    words += ["--data", tmp_path / "train", "--num-draws", 4, "--quiet"]
+    fit = ["fit", *words, "--output", tmp_path / "e.safetensors", "--params"]
+    fit += ["unet.*lora*", "text_encoder.*lora*"]
+    score = ["score", *words, "--output", tmp_path / "s.safetensors", "--query-draws", 4]
+    score += ["--operator", tmp_path / "e.safetensors", "--queries", tmp_path / "train"]
+    for command in (fit, [*score, "--damping", 1e-3]):
+        assert run([str(word) for word in command]) == 0
+    header = read_header(tmp_path / "e.safetensors")
+    names = [name for name, _ in header["parameters"]]
+    assert {name.split(".")[0] for name in names} == {"unet", "text_encoder"}
+    assert all("lora_" in name for name in names)
+    scores, _ = read_scores(tmp_path / "s.safetensors")
+    assert scores.isfinite().all()
+    capsys.readouterr()
+    network = loaded(tmp_path, tmp_path / "lora")
+    assert network.params == lora_names(network.objective.model)
+    assert "have weights in the text_encoder too, which are left out" in capsys.readouterr().err
 
 
 def test_precision(tmp_path):

@@ -456,6 +456,39 @@ def test_the_interface_tells_what_was_written_by_hand(make, tmp_path):
     assert null[0].keys() == null[1].keys()
 
 
+@pytest.mark.parametrize(
+    "make", [stable_diffusion, stable_diffusion_xl], ids=lambda make: make.__name__
+)
+def test_text_encoders_that_were_trained_too(make, tmp_path):
+    """The same predictions, from tokens on; gradients of the encoders, against autograd."""
+    pipeline = made(make, tmp_path)
+    data = data_for(make)
+    own, joint = (
+        DenoisingObjective.from_pipeline(
+            pipeline, condition_dropout=0.3, sample_latents=False, text_encoders=trained
+        )
+        for trained in (False, True)
+    )
+    regressions = [NoisedRegression(objective, data, 2) for objective in (own, joint)]
+    for ours, theirs in zip(*(r.batches() for r in regressions), strict=True):
+        assert_close(joint.predict(theirs).double(), own.predict(ours).double(), 1e-5)
+    names = [n for n, _ in joint.model.named_parameters() if "layers.0.mlp" in n or "conv_out" in n]
+    assert {name.split(".")[0] for name in names} == {
+        "unet",
+        *(name for name in pipeline.components if name.startswith("text_encoder")),
+    }
+    J = ExampleGradientLinearOperator(regressions[1], names)
+    rows = example_gradients(regressions[1], params_of(joint.model, names))
+    assert_close(J.rows().double(), rows, 1e-3)
+    EK = DiffusionEKFACLinearOperator(regressions[1], names)
+    assert influence_scores(J, EK.inverse(1e-3), J).isfinite().all()
+
+
+def test_text_encoders_of_other_pipelines(tmp_path):
+    with pytest.raises(ValueError, match="text_encoders=True arrived for a FluxPipeline"):
+        DenoisingObjective.from_pipeline(made(flux, tmp_path), text_encoders=True)
+
+
 def test_pipelines_that_do_something_else_are_refused(tmp_path):
     """With the reason; and nothing of what was put in its place to look at it stays."""
     pipeline = made(pixart, tmp_path)

@@ -8,7 +8,7 @@ from curvlinops_diffusion.cli.checkpoints import checkpoint_of, going_on, remove
 from curvlinops_diffusion.cli.commands.cost import fit_cost
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.images.images import NamedImages, open_images
-from curvlinops_diffusion.cli.network import Network, load_network
+from curvlinops_diffusion.cli.network import Network, load_network, of_text_encoders
 from curvlinops_diffusion.cli.options import FitOptions
 from curvlinops_diffusion.cli.outputs import check_output, check_output_is_same, nothing_to_do
 from curvlinops_diffusion.cli.processes import is_first, process_group, with_own_device
@@ -31,7 +31,7 @@ def fit(options: FitOptions) -> None:
     inputs = {"--data": options.data, "--model": options.model}
     check_output(options.output, (".safetensors",), inputs)
     with process_group(options.timeout) as several:
-        network = load_network(with_own_device(options))
+        network = load_network(with_own_device(options), of_text_encoders(options.params or ()))
         images = training_images(network, options)
         regression = training_regression(network, images, options)
         settings, params = options.kfac_options(), network.params

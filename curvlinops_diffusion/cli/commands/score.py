@@ -14,7 +14,7 @@ from curvlinops_diffusion.cli.commands.cost import score_cost
 from curvlinops_diffusion.cli.commands.fit import training_images, training_regression
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.images.images import NamedImages, open_images
-from curvlinops_diffusion.cli.network import Network, load_network
+from curvlinops_diffusion.cli.network import Network, load_network, of_text_encoders
 from curvlinops_diffusion.cli.options import ScoreOptions
 from curvlinops_diffusion.cli.outputs import check_output, check_output_is_same, nothing_to_do
 from curvlinops_diffusion.cli.processes import is_first, process_group, with_own_device
@@ -29,6 +29,7 @@ from curvlinops_diffusion.influence.split_half import (
     split_half_scores,
 )
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
+from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.runtime.files import check_same, check_space
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
 
@@ -51,7 +52,8 @@ def score(options: ScoreOptions) -> None:
     inputs = {"--operator": options.operator, "--data": options.data, "--queries": options.queries}
     check_output(options.output, (".safetensors", ".npy"), inputs)
     with process_group(options.timeout) as several:
-        network = load_network(with_own_device(options))
+        covered = (name for name, _ in read_header(options.operator)["parameters"])
+        network = load_network(with_own_device(options), of_text_encoders(covered))
         known = training_images(network, options)
         train = training_regression(network, known, options, in_pairs(options.num_draws))
         images = open_images(

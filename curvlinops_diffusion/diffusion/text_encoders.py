@@ -1,0 +1,78 @@
+"""Text encoders that were trained with the denoiser: one network of both, from tokens on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Entries = dict[str, Any]
+
+
+class PromptedDenoiser(nn.Module):
+    """A denoiser and its text encoders as one network, which takes tokens in place of embeddings.
+
+    Its parameters are called by the parts' names in the pipeline: ``unet.…``, ``text_encoder.…``.
+
+    Args:
+        unet: The denoiser.
+        encoders: The text encoders by their names.
+        embed: Maps encoders, tokens and further entries to the denoiser's condition.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        encoders: dict[str, nn.Module],
+        embed: Callable[[list[nn.Module], list[Tensor], Entries], Entries],
+    ):
+        super().__init__()
+        self.unet = unet
+        self._names = list(encoders)
+        for name, encoder in encoders.items():
+            self.add_module(name, encoder)
+        self._embed = embed
+
+    @property
+    def config(self) -> Any:
+        """The denoiser's."""
+        return self.unet.config
+
+    def forward(self, sample: Tensor, timestep: Tensor, **entries: Any) -> Any:
+        """Denoise, the condition being embedded on the way."""
+        tokens = [entries.pop(tokens_of(name)) for name in self._names]
+        encoders = [self.get_submodule(name) for name in self._names]
+        return self.unet(sample, timestep, **self._embed(encoders, tokens, entries))
+
+
+def tokens_of(encoder: str) -> str:
+    """The entry of a condition with the tokens of a text encoder."""
+    return encoder.replace("text_encoder", "input_ids")
+
+
+def embedded(encoders: list[nn.Module], tokens: list[Tensor], entries: Entries) -> Entries:
+    """The condition of Stable Diffusion, versions 1 and 2."""
+    (encoder,), (ids,) = encoders, tokens
+    return {"encoder_hidden_states": encoder(ids)[0]}
+
+
+def embedded_xl(encoders: list[nn.Module], tokens: list[Tensor], entries: Entries) -> Entries:
+    """The condition of Stable Diffusion XL."""
+    outputs = [e(ids, output_hidden_states=True) for e, ids in zip(encoders, tokens, strict=True)]
+    states = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+    added = {"text_embeds": outputs[-1][0], "time_ids": entries["time_ids"].to(states)}
+    return {"encoder_hidden_states": states, "added_cond_kwargs": added}
+
+
+def tokenized(tokenizer: Any, prompts: list[str]) -> Tensor:
+    """Tokens of prompts, ``[B, length]``, as the pipelines make them."""
+    ids: Tensor = tokenizer(
+        prompts,
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+    return ids
