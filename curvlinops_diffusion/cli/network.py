@@ -236,7 +236,7 @@ def _chosen_parameters(
 def _condition(config: Any, pipeline: Any) -> Condition:
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     if any(getattr(pipeline, name, None) is not None for name in encoders):
-        return Condition("prompt")
+        return Condition("prompt", sizes=isinstance(pipeline, diffusers.StableDiffusionXLPipeline))
     if config.get("num_class_embeds") is not None:
         return Condition("class_labels", config["num_class_embeds"])
     if config.get("num_embeds_ada_norm") is not None:

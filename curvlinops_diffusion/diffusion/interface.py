@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,11 +134,14 @@ def _stand_ins(pipeline: Any, model: nn.Module, seen: Seen) -> Iterator[None]:
         seen.decoded = z
         raise _DecodedError
 
+    own = pipeline.scheduler
+    pipeline.scheduler = deepcopy(own)  # whose tables sampling changes
     patched: list[tuple[Any, str, Callable[..., Any]]] = [
         (model, "forward", forward),
         (pipeline.scheduler, "step", step),
         (pipeline.vae, "decode", decode),
     ]
+    before = [vars(owner).get(name) for owner, name, _ in patched]  # hooks of accelerate, say
     shown = getattr(pipeline, "_progress_bar_config", {})
     pipeline.set_progress_bar_config(disable=True)
     for owner, name, stand_in in patched:
@@ -145,8 +149,12 @@ def _stand_ins(pipeline: Any, model: nn.Module, seen: Seen) -> Iterator[None]:
     try:
         yield
     finally:
-        for owner, name, _ in patched:
-            object.__delattr__(owner, name)
+        for (owner, name, _), earlier in zip(patched, before, strict=True):
+            if earlier is None:
+                object.__delattr__(owner, name)
+            else:
+                object.__setattr__(owner, name, earlier)
+        pipeline.scheduler = own
         pipeline.set_progress_bar_config(**shown)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.consumers import GradientConsumer
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.scores import (
@@ -136,9 +137,9 @@ def split_half_scores(
     return SplitHalfScores(scores, first, second)
 
 
-def can_be_halved(J: ExampleGradientLinearOperator) -> bool:
+def can_be_halved(regression: NoisedRegression) -> bool:
     """Whether the draws are an even number of pairs, or of lists of timesteps."""
-    draws = J.regression.draws
+    draws = regression.draws
     return draws.num_draws % (2 * draws.rounded_up(1)) == 0
 
 

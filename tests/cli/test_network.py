@@ -1,8 +1,11 @@
 """What the program reads off a trained network: how it takes images."""
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from curvlinops_diffusion import NoisedRegression
+from curvlinops_diffusion.cli.images.images import open_images
 from curvlinops_diffusion.cli.images.labels import Condition
 from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.network import load_network
@@ -74,3 +77,22 @@ def test_weights_that_are(tmp_path, make):
     """Also those that a text encoder holds under two names."""
     make(tmp_path).save_pretrained(tmp_path / "p")
     load_network(FitOptions(pipeline=tmp_path / "p", data=tmp_path, output=tmp_path))
+
+
+def test_sizes_that_stable_diffusion_xl_is_told(tmp_path):
+    """The file's own size, and the corner of what was cut out: as in training, in every form."""
+    pipelines.stable_diffusion_xl(tmp_path).save_pretrained(tmp_path / "p")
+    (tmp_path / "train").mkdir()
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (8, 16), (99, 0, 0)).save(tmp_path / "train" / "a.jpg")
+    Image.new("RGB", (24, 12), (0, 99, 0)).save(tmp_path / "train" / "b.jpg", exif=rotated)
+    options = FitOptions(pipeline=tmp_path / "p", data=tmp_path, output=tmp_path, prompt="a cat")
+    network = load_network(options)
+    images = open_images(tmp_path / "train", network.form(8), network.condition)
+    batch = next(NoisedRegression(network.objective, images, 1).batches())
+    told = batch.condition["added_cond_kwargs"]["time_ids"].tolist()
+    assert told == [[16, 8, 4, 0, 8, 8], [24, 12, 4, 0, 8, 8]]
+    uncut = open_images(tmp_path / "train" / "a.jpg", network.form(None), network.condition)
+    batch = next(NoisedRegression(network.objective, uncut, 1).batches())
+    assert batch.condition["added_cond_kwargs"]["time_ids"].tolist() == [[16, 8, 0, 0, 16, 8]]

@@ -73,7 +73,7 @@ def test_how_sure_scores_are(fitted, tmp_path, capsys):
     for name in ("s.safetensors", "s.npy"):
         assert run(arguments(fitted, "score", "--output", tmp_path / name, *draws)) == 0
         told = capsys.readouterr().err
-        assert re.search(r"Two halves of the draws agree on \d\S* of the top 7 training im", told)
+        assert re.search(r"Two halves of the draws agree on \d\S* of the top 3 training im", told)
         scores, header = read_scores(tmp_path / name)
         assert len(header["rank_correlation"]) == len(header["top_shared"]) == 2
         assert all(-1 <= r <= 1 for r in header["rank_correlation"])

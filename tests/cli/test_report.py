@@ -86,7 +86,7 @@ def test_it_names_the_right_images(folder, page):
                 amount, unit = number.replace("\u2212", "-").split()
                 factor = {"%": 100, "ppm": 1e6}[unit]
                 assert float(amount) == pytest.approx(factor * float(row[n]) / value, rel=0.06)
-        assert "of the top 7 in both halves of the draws, rank correlation" in section
+        assert "of the top 3 in both halves of the draws, rank correlation" in section
         assert re.search(r"numbers ± [\d.]+ (%|ppm)", section)
 
 

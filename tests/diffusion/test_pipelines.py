@@ -502,9 +502,10 @@ def test_pipelines_that_do_something_else_are_refused(tmp_path):
         ValueError, match=r"Scaled, .*latents are scaled or arranged in another way"
     ):
         DenoisingObjective.from_pipeline(scaled)
-    for part, name in ((scaled.transformer, "forward"), (scaled.scheduler, "step")):
+    assert scaled.scheduler is pipeline.scheduler
+    assert scaled.scheduler.num_inference_steps is None  # it has not sampled
+    for part, name in ((scaled.transformer, "forward"), (scaled.vae, "decode")):
         assert name not in vars(part)
-    assert "decode" not in vars(scaled.vae)
 
 
 def _arguments(forward):

@@ -18,6 +18,7 @@ from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.diffusion.trial import checked_trial
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.split_half import can_be_halved
 from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.layers.observable import observable
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
@@ -123,6 +124,8 @@ def score_cost(
     P, itemsize, n = operator.shape[0], operator.dtype.itemsize, num_processes()
     held = min(options.query_block, query.num_data) + min(options.batch_size, train.num_data)
     scores = query.num_data * train.num_data * itemsize
+    if can_be_halved(train) and can_be_halved(query):  # gradients and scores of halves beside
+        held, scores = 2 * held, 3 * scores
     return Cost(
         round(passes[0] * own.samples + passes[1] * queried.samples),
         scores,

@@ -138,7 +138,7 @@ def _images(options: ReportOptions, header: dict[str, Any]) -> tuple[NamedImages
     resolution = seen["resolution"] if options.resolution is None else options.resolution
     form = Form(seen["channels"], None, resolution)
     taken = header.get("condition")
-    condition = None if taken is None else Condition(taken["key"], None, taken["prompt"])
+    condition = None if taken is None else Condition(**taken)
     train = open_images(options.data, form, condition)
     queries = open_images(options.queries, form, condition, train)
     for images, names, what in (

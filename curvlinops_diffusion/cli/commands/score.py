@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from math import isfinite
 from statistics import median
 from typing import Any
@@ -81,7 +82,7 @@ def score(options: ScoreOptions) -> None:
             nothing_to_do(options.output)
             return
         size = query.num_data * train.num_data * operator.dtype.itemsize
-        check_space(options.output.parent, size, "The scores")
+        check_space(options.output.parent, 3 * size, "The scores, and those of halves,")
         scores_QN, halves, values_Q = _computed_scores(options, operator, train, query, several)
         if not is_first():
             return
@@ -89,7 +90,7 @@ def score(options: ScoreOptions) -> None:
         sure = {"values": _plain(values_Q)} | ({} if halves is None else _reliability(halves))
         told = sure | {
             "form": {"channels": network.channels, "resolution": options.resolution},
-            "condition": {"key": network.condition.key, "prompt": network.condition.prompt},
+            "condition": asdict(network.condition),
             "digests": {"train": known.digests, "queries": images.digests},
         }
         both = None if halves is None else (halves.first, halves.second)
@@ -156,7 +157,7 @@ def _computed_scores(
         )["values"]
         operators = (J_query, inverse, J_train)
         how: dict[str, Any] = {"query_block": block, "passes": passes}
-        if can_be_halved(J_train) and can_be_halved(J_query):
+        if can_be_halved(train) and can_be_halved(query):
             halves = split_half_scores(*operators, **how)
             return halves.scores, halves, values_Q
         return influence_scores(*operators, **how), None, values_Q
@@ -166,7 +167,7 @@ def _computed_scores(
 
 def _reliability(scores: SplitHalfScores) -> dict[str, Any]:
     """How far two halves of the draws agree, for each query."""
-    k = min(TOP, scores.scores.shape[1])
+    k = max(1, min(TOP, scores.scores.shape[1] // 2))  # all of them would always be shared
     return {
         "rank_correlation": _plain(scores.rank_correlation()),
         "top": k,

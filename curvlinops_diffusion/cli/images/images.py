@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Size, Tensor
 from torch.utils.data import Dataset
 
@@ -31,6 +32,8 @@ class NamedImages(Dataset[dict[str, Any]]):
         conditions: Further entries of each item: ``'class_labels'`` or ``'prompt'``.
         classes: Whose numbers the labels are, where classes have names.
         left_out: Files beside the images that were not read.
+        tells_sizes: Whether an item has the size of the original image, and the top left corner
+            of what was cut out of it, as Stable Diffusion XL is told in training.
         digests: A digest of each item, from when it was read first; ``None`` until then.
     """
 
@@ -38,6 +41,8 @@ class NamedImages(Dataset[dict[str, Any]]):
         self,
         names: list[str],
         load: Callable[[int], Tensor],
+        size_of: Callable[[int], tuple[int, int]],
+        form: Form,
         conditions: dict[str, list[Any]] | None = None,
         classes: Classes | None = None,
         left_out: Sequence[str] = (),
@@ -47,7 +52,10 @@ class NamedImages(Dataset[dict[str, Any]]):
         self.classes = classes
         self.left_out = left_out
         self.digests: list[str | None] = [None] * len(names)
+        self.tells_sizes = False
         self._load = load
+        self._size_of = size_of
+        self._form = form
         self._first: tuple[str, Size] | None = None
 
     def __len__(self) -> int:
@@ -63,7 +71,12 @@ class NamedImages(Dataset[dict[str, Any]]):
                 f"The image '{self.names[n]}' has shape {tuple(x0.shape)}, and '{name}' has "
                 f"{tuple(shape)}. All must have one size: pass --resolution to resize."
             )
-        item = {"x0": x0, **{key: v[n] for key, v in self.conditions.items()}}
+        item: dict[str, Any] = {"x0": x0}
+        item |= {key: values[n] for key, values in self.conditions.items()}
+        if self.tells_sizes:
+            height, width = self._size_of(n)
+            item["original_size"] = torch.tensor([height, width])
+            item["crops_coords_top_left"] = torch.tensor(self._form.corner_of(height, width))
         if self.digests[n] is None:
             self.digests[n] = digest_of(item)
         return item
@@ -117,7 +130,13 @@ def open_images(
         images = _folder(path, form)
     elif path.suffix == ".npz" and path.is_file():
         names, load, labels = read_arrays(path, form)
-        images = NamedImages(names, load, {} if labels is None else {"class_labels": labels})
+
+        def size_of(n: int) -> tuple[int, int]:
+            height, width = load(n).shape[1:]
+            return height, width
+
+        given = {} if labels is None else {"class_labels": labels}
+        images = NamedImages(names, load, size_of, form, given)
     elif path.is_file() and path.suffix.lower() in SUFFIXES:
         images = _files([path], [path.name], form)
     else:
@@ -131,6 +150,7 @@ def open_images(
         images.conditions["class_labels"] = images.classes.labels()
     if condition is not None:
         images.conditions = condition.of(path, images.names, images.conditions)
+        images.tells_sizes = condition.sizes
     return images
 
 
@@ -177,7 +197,12 @@ def _files(files: Sequence[Path], names: list[str], form: Form) -> NamedImages:
                 "start anew."
             ) from error
 
-    return NamedImages(names, load)
+    def size_of(n: int) -> tuple[int, int]:
+        with Image.open(files[n]) as image:
+            width, height = ImageOps.exif_transpose(image).size
+        return height, width
+
+    return NamedImages(names, load, size_of, form)
 
 
 def _saved_dataset(path: Path, form: Form) -> NamedImages:
@@ -204,4 +229,12 @@ def _saved_dataset(path: Path, form: Form) -> NamedImages:
         numbers = [-1 if n is None else n for n in conditions.pop("class_labels")]
         classes = Classes(label.names, [label.names[n] if n >= 0 else None for n in numbers])
     names = [f"{path.name}[{n}]" for n in range(len(data))]
-    return NamedImages(names, lambda n: form.tensor(data[n][column], names[n]), conditions, classes)
+
+    def size_of(n: int) -> tuple[int, int]:
+        width, height = ImageOps.exif_transpose(data[n][column]).size
+        return height, width
+
+    def load(n: int) -> Tensor:
+        return form.tensor(data[n][column], names[n])
+
+    return NamedImages(names, load, size_of, form, conditions, classes)

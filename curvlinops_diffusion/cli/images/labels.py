@@ -29,11 +29,13 @@ class Condition:
         key: ``'class_labels'``, ``'prompt'``, or ``None`` for nothing.
         count: How many labels it knows; ``None`` for any.
         prompt: The prompt of images that have none of their own; ``None`` for an error.
+        sizes: Whether the network is told each image's original size, and what was cut out of it.
     """
 
     key: str | None = None
     count: int | None = None
     prompt: str | None = None
+    sizes: bool = False
 
     def of(
         self, path: Path, names: Sequence[str], conditions: dict[str, list[Any]]

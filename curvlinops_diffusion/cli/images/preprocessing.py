@@ -44,6 +44,15 @@ class Form:
         x = transforms.pil_to_tensor(image.convert("L" if grey else "RGB")).float() / 127.5 - 1
         return self.sized(x, name)
 
+    def corner_of(self, height: int, width: int) -> tuple[int, int]:
+        """Top and left of what is cut out of an image of this size, after it was resized."""
+        if self.resolution is None:
+            return 0, 0
+        shorter = min(height, width)
+        sides = (self.resolution * side // shorter for side in (height, width))
+        top, left = (round((side - self.resolution) / 2) for side in sides)
+        return top, left
+
     def sized(self, x: Tensor, name: str) -> Tensor:
         """Resized where asked for, and checked."""
         if self.resolution is not None:
