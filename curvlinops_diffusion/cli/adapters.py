@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,7 @@ def load_adapters(given: Sequence[str], parts: Mapping[str, nn.Module], pipeline
     found = _named(given)
     for name, path in found.items():
         before = {part: set(_adapters(module)) for part, module in parts.items()}
-        try:
-            stored = _loaded(peft, name, path, parts, pipeline)
-        except (OSError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
-            first = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ValueError(f"The adapter '{path}' cannot be loaded: {first}") from error
+        stored = _loaded(peft, name, path, parts, pipeline)
         new = [
             (f"{part}.{key}", p)
             for part, module in parts.items()
@@ -119,6 +116,16 @@ def _named(given: Sequence[str]) -> dict[str, Path]:
     return found
 
 
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """Errors of the libraries, with the file that they are of."""
+    try:
+        yield
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"The adapter '{path}' cannot be loaded: {first}") from error
+
+
 def _loaded(
     peft: Any, name: str, path: Path, parts: Mapping[str, nn.Module], pipeline: Any
 ) -> list[tuple[str, Tensor]]:
@@ -144,9 +151,10 @@ def _loaded(
                 f"Adapters of a {type(parts[denoiser]).__name__} are read from a folder of PEFT's "
                 f"save_pretrained, and '{path}' is none."
             )
-        tensors = load_file(file)
         model: Any = parts[denoiser]
-        model.load_lora_adapter(tensors, prefix=None, adapter_name=name)
+        with _telling(path):
+            tensors = load_file(file)
+            model.load_lora_adapter(tensors, prefix=None, adapter_name=name)
         return list(tensors.items())
     if not hasattr(pipeline, "load_lora_weights"):
         raise ValueError(
@@ -154,10 +162,11 @@ def _loaded(
             f"save_pretrained, and '{path}' is none."
         )
     where = str(file.parent)
-    pipeline.load_lora_weights(where, adapter_name=name, **load)
     config = getattr(getattr(pipeline, "unet", None), "config", None)
     own = {} if config is None else {"unet_config": config}
-    converted = pipeline.lora_state_dict(where, **load, **own)
+    with _telling(path):
+        pipeline.load_lora_weights(where, adapter_name=name, **load)
+        converted = pipeline.lora_state_dict(where, **load, **own)
     converted = converted[0] if isinstance(converted, tuple) else converted
     return [(key, z) for key, z in converted.items() if "alpha" not in key and z.ndim > 0]
 
@@ -167,11 +176,12 @@ def _load_peft(peft: Any, name: str, folder: Path, module: nn.Module) -> list[tu
     file = folder / _PEFT_WEIGHTS
     if not file.is_file():
         raise ValueError(f"'{folder}' holds {_PEFT} and no {_PEFT_WEIGHTS}. {_ACCEPTED}.")
-    config = peft.PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = False
-    peft.inject_adapter_in_model(config, module, adapter_name=name)
-    tensors = {key.removeprefix("base_model.model."): z for key, z in load_file(file).items()}
-    peft.set_peft_model_state_dict(module, tensors, adapter_name=name)
+    with _telling(folder):
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = False
+        peft.inject_adapter_in_model(config, module, adapter_name=name)
+        tensors = {key.removeprefix("base_model.model."): z for key, z in load_file(file).items()}
+        peft.set_peft_model_state_dict(module, tensors, adapter_name=name)
     return list(tensors.items())
 
 

@@ -40,14 +40,14 @@ class Tap:
             pass, or ``None``.
         sources: Outputs at which the graph begins: a backward pass need go no further.
         calls: How often each layer was called, by name.
-        on_unreadable: Called with (layer, input) in place of ``on_input`` where the first axis is
-            not that of the batch; ``None`` for an error.
+        on_unreadable: Called with (layer, shape of the input) where the first axis is not that of
+            the batch and a gradient arrives; ``None`` for an error.
         batch_size: The leading axis that every layer must have.
     """
 
     on_input: Callable[[Layer, Tensor], None]
     on_gradient: Callable[[Layer, int, Tensor, int], None] | None
-    on_unreadable: Callable[[Layer, Tensor], None] | None = None
+    on_unreadable: Callable[[Layer, torch.Size], None] | None = None
     sources: list[Tensor] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
     batch_size: int = 0
@@ -92,27 +92,26 @@ class Tap:
         if not self._watching or not torch.is_grad_enabled():
             return None
         x = args[0] if args else next(iter(kwargs.values()))
-        if not layer.kind.has_batch_axis(module, x) or len(x) % self.batch_size:
-            if self.on_unreadable is not None:
-                self.on_unreadable(layer, x)
-                return None
-            raise ValueError(
-                f"Layer '{layer.name}' was given an input of shape {tuple(x.shape)} for a batch of "
-                f"{self.batch_size}. The first axis must be the batch (or the batch times frames), "
-                "or examples cannot be told apart; leave the layer's parameters out of params."
-            )
-        call = self.calls.get(layer.name, 0)
-        self.calls[layer.name] = call + 1
-        # what is computed from the input is not part of the network
-        with torch.autocast(x.device.type, enabled=False):
-            self.on_input(layer, self._shown(x))
+        if layer.kind.has_batch_axis(module, x) and len(x) % self.batch_size == 0:
+            call = self.calls.get(layer.name, 0)
+            self.calls[layer.name] = call + 1
+            # what is computed from the input is not part of the network
+            with torch.autocast(x.device.type, enabled=False):
+                self.on_input(layer, self._shown(x))
+            report = partial(self._report, layer, call)
+        elif self.on_gradient is None:
+            self._refuse(layer, x.shape)
+        else:
+            # no matter if no gradient arrives: decomposed adapters (DoRA) call their layers on an
+            # identity matrix for a norm that is detached
+            report = partial(self._refuse, layer, x.shape)
         if self.on_gradient is None:
             return None
         replaced = None
         if not output.requires_grad:
             output, replaced = _start_of_graph(output)
             self.sources.append(output)
-        output.register_hook(partial(self._report, layer, call))
+        output.register_hook(report)
         return replaced
 
     def _shown(self, x: Tensor) -> Tensor:
@@ -123,6 +122,17 @@ class Tap:
         if self._latest is None or x is not self._latest[0] or x._version != self._latest[1]:
             self._latest = (x, x._version, x.detach())
         return self._latest[2]
+
+    def _refuse(self, layer: Layer, shape: torch.Size, g: Tensor | None = None) -> None:
+        """Tell of an input whose first axis is not that of the batch."""
+        if self.on_unreadable is not None:
+            self.on_unreadable(layer, shape)
+            return
+        raise ValueError(
+            f"Layer '{layer.name}' was given an input of shape {tuple(shape)} for a batch of "
+            f"{self.batch_size}. The first axis must be the batch (or the batch times frames), "
+            "or examples cannot be told apart; leave the layer's parameters out of params."
+        )
 
     def _report(self, layer: Layer, call: int, g: Tensor) -> None:
         assert self.on_gradient is not None

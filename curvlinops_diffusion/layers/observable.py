@@ -136,9 +136,9 @@ def _unobservable(
             else:
                 wrong.add(name)
 
-    def unreadable(layer: Layer, x: Tensor) -> None:
+    def unreadable(layer: Layer, shape: torch.Size) -> None:
         shapes[layer.name] = (
-            f"its layer was given an input of shape {tuple(x.shape)} for a batch of {N}, whose "
+            f"its layer was given an input of shape {tuple(shape)} for a batch of {N}, whose "
             "first axis does not hold the examples"
         )
 

@@ -138,7 +138,7 @@ def observed(
     layers: Sequence[Layer],
     observer: Observer,
     backward: bool = True,
-    unreadable: Callable[[Layer, Tensor], None] | None = None,
+    unreadable: Callable[[Layer, torch.Size], None] | None = None,
 ) -> Iterator[ObservedPass]:
     """Attach an observer to layers; hooks are removed on leaving, also after an exception.
 
@@ -147,8 +147,8 @@ def observed(
         layers: The layers to observe.
         observer: Sees what they see.
         backward: Whether there are backward passes.
-        unreadable: Called with a layer and its input where the first axis is not that of the batch,
-            in place of an error.
+        unreadable: Called with a layer and the shape of an input whose first axis is not that of
+            the batch, in place of an error.
     """
     tap = Tap(observer.input, observer.gradient if backward else None, unreadable)
     with tapped(layers, tap), frozen(objective.model), recomputation_named():

@@ -9,11 +9,12 @@ import torch
 from diffusers import (
     DDPMScheduler,
     StableDiffusionPipeline,
+    UNet2DConditionModel,
     UNet2DModel,
 )
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import bnb as lora_bnb
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -196,6 +197,33 @@ def peft_folder(model, folder):
         inner[name].data.copy_(model.get_parameter(name))
     wrapped.save_pretrained(folder)
     return folder
+
+
+def test_other_kinds_of_adapters(tmp_path):
+    """Decomposed weights (DoRA) and PEFT's LoHa, in PEFT's folders; rows against autograd."""
+    pipelines.made(pipelines.stable_diffusion, tmp_path)
+    images_with_prompts(tmp_path / "train")
+    base = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline").unet.config
+    kinds = {
+        "dora": config(use_dora=True),
+        "loha": LoHaConfig(r=2, alpha=3, target_modules=TARGETS),
+    }
+    for name, kind in kinds.items():
+        wrapped = get_peft_model(UNet2DConditionModel.from_config(base), kind)
+        for n, p in wrapped.named_parameters():
+            if "magnitude" not in n and (".lora_" in n or ".hada_" in n):
+                p.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+        wrapped.save_pretrained(tmp_path / name)
+        network = loaded(tmp_path, tmp_path / name, dtype="float64")
+        assert network.params
+        data = open_images(tmp_path / "train", network.form(None), network.condition)
+        regression = NoisedRegression(network.objective, data, 2)
+        rows = example_gradients(regression, params_of(network.objective.model, network.params))
+        J = ExampleGradientLinearOperator(regression, network.params)
+        assert_close(J.rows(), rows, 1e-8)
+        params = params_of(network.objective.model, network.params)
+        EK = DiffusionEKFACLinearOperator(regression, network.params, fisher_type="empirical")
+        assert_close(EK.trace(), dense_loss_ggn(regression, params).trace(), 1e-8)
 
 
 def test_a_network_without_pipeline(tmp_path):
