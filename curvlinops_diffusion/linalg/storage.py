@@ -25,7 +25,7 @@ from curvlinops_diffusion.linalg.operator_files import (
 )
 from curvlinops_diffusion.linalg.parameters import ParameterSpace
 from curvlinops_diffusion.linalg.placement import PlacedBlock
-from curvlinops_diffusion.runtime.adapters import common_names
+from curvlinops_diffusion.runtime.adapters import adapter_of, common_names
 from curvlinops_diffusion.runtime.digests import fingerprint
 from curvlinops_diffusion.runtime.modes import unwrapped
 
@@ -200,9 +200,11 @@ def _check_model(
 ) -> None:
     for name, shape in header["parameters"]:
         if name not in own:
+            advice = "Pass the model that the operator was computed with."
+            if adapter_of(name) is not None:
+                advice = "Load the adapter that it is of into the model first (--lora)."
             raise ValueError(
-                f"'{path}' was made for another model: this one has no parameter '{name}'. Pass "
-                "the model that the operator was computed with."
+                f"'{path}' was made for another model: this one has no parameter '{name}'. {advice}"
             )
         if list(own[name].shape) != shape:
             raise ValueError(

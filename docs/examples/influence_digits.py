@@ -154,7 +154,7 @@ def main() -> None:
     """Run the example."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
-    parser.add_argument("--steps", type=int, default=1000, help="training steps")
+    parser.add_argument("--steps", type=int, default=900, help="training steps")
     parser.add_argument("--draws", type=int, default=32, help="draws of each training digit")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)

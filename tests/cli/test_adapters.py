@@ -242,6 +242,8 @@ def test_a_network_without_pipeline(tmp_path):
     assert list(EK.param_names) == lora_names(unet)
     # called otherwise, it is the same
     again = UNet2DModel.from_pretrained(tmp_path / "unet").eval()
+    with pytest.raises(ValueError, match=r"Load the adapter that it is of .* \(--lora\)"):
+        load_operator(tmp_path / "e.safetensors", again)
     PeftModel.from_pretrained(again, tmp_path / "lora", adapter_name="other")
     EK_again = load_operator(tmp_path / "e.safetensors", again)
     assert list(EK_again.param_names) == lora_names(again)

@@ -98,7 +98,7 @@ def score(options: ScoreOptions) -> None:
         remove(checkpoint_of(options.output))
         Q, N = scores_QN.shape
         event("scored", file=str(options.output), queries=Q, training_images=N, **sure)
-        say(f"Wrote {options.output}: {Q} queries × {N} training images")
+        say(f"Wrote {options.output}: {Q} × {N} scores, of queries and training images")
         say(_how_sure(sure))
 
 

@@ -93,20 +93,26 @@ class NamedImages(Dataset[dict[str, Any]]):
 
     def summary(self) -> str:
         """Say what was read: ``300 images, 10 classes (0 = 'a', …); 3 files left out``."""
-        parts = [f"{len(self):,} images"]
+        parts = [_counted(len(self), "image")]
         if "class_labels" in self.conditions and self.classes is not None:
             order = self.classes.order
             listed = ", ".join(f"{k} = '{name}'" for k, name in enumerate(order[:10]))
-            parts.append(f"{len(order)} classes ({listed}{', …' * (len(order) > 10)})")
+            parts.append(
+                f"{_counted(len(order), 'class', 'classes')} ({listed}{', …' * (len(order) > 10)})"
+            )
         elif "class_labels" in self.conditions:
-            parts.append(f"{len(set(self.conditions['class_labels']))} classes")
+            parts.append(_counted(len(set(self.conditions["class_labels"])), "class", "classes"))
         elif "prompt" in self.conditions:
-            parts.append(f"{len(set(self.conditions['prompt']))} prompts")
+            parts.append(_counted(len(set(self.conditions["prompt"])), "prompt"))
         text = ", ".join(parts)
         if self.left_out:
             some = ", ".join(self.left_out[:3]) + ", …" * (len(self.left_out) > 3)
             text += f"; {len(self.left_out)} other files left out ({some})"
         return text
+
+
+def _counted(count: int, one: str, several: str | None = None) -> str:
+    return f"{count:,} {one if count == 1 else several or f'{one}s'}"
 
 
 def open_images(
