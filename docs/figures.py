@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from matplotlib.colors import SymLogNorm
+from quoted_numbers import result_of
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -25,7 +25,6 @@ from curvlinops_diffusion import (
 )
 
 DOCS = Path(__file__).parent
-RESULTS = DOCS.parent / "benchmarks" / "results"
 BLUE, RED, GREY = "#4a6fa5", "#b4413c", "#8a93a6"
 #: The methods that the figure of the evidence shows, from the bottom up.
 METHODS = (
@@ -137,7 +136,7 @@ def retraining() -> plt.Figure:
     """The linear data-modelling score of the loss, with intervals, for each method."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
     for axis, problem in zip(axes, ("digits", "photographs"), strict=True):
-        result = json.loads((RESULTS / f"lds_{problem}_cpu.json").read_text())
+        result = result_of(f"lds_{problem}")
         rows = {(row["method"], row["cell"]): row for row in result["methods"]}
         for kind, color, shift in (("held-out", BLUE, 0.14), ("generated", RED, -0.14)):
             cell = f"loss, {kind}"

@@ -103,7 +103,7 @@ def _named(given: Sequence[str]) -> dict[str, Path]:
         if not separator or Path(text).exists():
             path = text
             name = "default" if len(given) == 1 else Path(text).stem.replace(".", "_")
-        if not name.isidentifier() and not name.replace("-", "_").isidentifier():
+        if not name.replace("-", "_").isidentifier():
             raise ValueError(
                 f"--lora {text} would name an adapter '{name}'. Pass name={path}, with a name of "
                 "letters, digits and underscores."
@@ -140,27 +140,18 @@ def _loaded(
             stored += _load_peft(peft, name, folder, parts[part])
         return stored
     file = _weights_file(path)
-    load: dict[str, Any] = {
-        "weight_name": file.name,
-        "local_files_only": True,
-        "use_safetensors": True,
-    }
-    if pipeline is None:
-        if not hasattr(parts[denoiser], "load_lora_adapter"):
-            raise ValueError(
-                f"Adapters of a {type(parts[denoiser]).__name__} are read from a folder of PEFT's "
-                f"save_pretrained, and '{path}' is none."
-            )
-        model: Any = parts[denoiser]
-        with _telling(path):
-            tensors = load_file(file)
-            model.load_lora_adapter(tensors, prefix=None, adapter_name=name)
-        return list(tensors.items())
-    if not hasattr(pipeline, "load_lora_weights"):
+    loader: Any = parts[denoiser] if pipeline is None else pipeline
+    if not hasattr(loader, "load_lora_adapter" if pipeline is None else "load_lora_weights"):
         raise ValueError(
-            f"Adapters of a {type(pipeline).__name__} are read from a folder of PEFT's "
+            f"Adapters of a {type(loader).__name__} are read from a folder of PEFT's "
             f"save_pretrained, and '{path}' is none."
         )
+    if pipeline is None:
+        with _telling(path):
+            tensors = load_file(file)
+            loader.load_lora_adapter(tensors, prefix=None, adapter_name=name)
+        return list(tensors.items())
+    load = {"weight_name": file.name, "local_files_only": True, "use_safetensors": True}
     where = str(file.parent)
     config = getattr(getattr(pipeline, "unet", None), "config", None)
     own = {} if config is None else {"unet_config": config}

@@ -90,9 +90,7 @@ def _title(options: type[Any]) -> str:
 
 def _usage(name: str, options: type[Any]) -> str:
     """The flags that a command needs."""
-    needed = [field for field in fields(options) if field.default is MISSING]
-    if "pipeline" in {field.name for field in fields(options)}:
-        needed.insert(0, next(f for f in fields(options) if f.name == "pipeline"))
+    needed = [f for f in fields(options) if f.default is MISSING or f.name == "pipeline"]
     words = [
         "FILE" if f.name == "file" else f"{flag(f.name)} {_metavar(f.name, Path)}" for f in needed
     ]
@@ -237,7 +235,7 @@ def _meant(words: list[str]) -> str:
         flags = [word.partition("=")[0] for word in words[1:] if word.startswith("--")]
         unknown = next((word for word in flags if word not in known), "")
     found = difflib.get_close_matches(unknown.replace("_", "-"), known, 1, cutoff=0.75)
-    return f"Did you mean {found[0]}? " if found and unknown else ""
+    return f"Did you mean {found[0]}? " if found else ""
 
 
 def _plain(text: str) -> str:

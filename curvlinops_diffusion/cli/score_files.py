@@ -6,6 +6,7 @@ import io
 import json
 from hashlib import sha256
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,21 @@ SCORES = FileKind(
 
 #: The names of the scores of two halves of the draws.
 HALVES = ("first_half", "second_half")
+
+
+def agreement(header: dict[str, Any], q: int | None = None) -> tuple[float, float | None] | None:
+    """How far two halves of the draws agree, for a query or in the median over all.
+
+    Returns:
+        How many of the largest scores both have, and their rank correlation (``None`` if it is
+        undefined); ``None`` where there are no halves.
+    """
+    if "top_shared" not in header:
+        return None
+    chosen = slice(None) if q is None else slice(q, q + 1)
+    known = [r for r in header["rank_correlation"][chosen] if r is not None]
+    shared = median(header["top_shared"][chosen]) * header["top"]
+    return shared, median(known) if known else None
 
 
 def write_scores(

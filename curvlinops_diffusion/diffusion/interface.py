@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from curvlinops_diffusion.diffusion.latents import Encoded, LatentEncoder
+from curvlinops_diffusion.diffusion.latents import LatentEncoder
 
 # pixels of an image that pipelines of all kinds take, and steps at which times are compared
 SIZE = 128
@@ -31,6 +32,11 @@ _PLAIN = {
     "clean_caption": False,
     "output_type": "pt",
 }
+#: What to do where a pipeline cannot be read.
+BY_HAND = (
+    "Pass denoiser and scheduler to DenoisingObjective, and what encodes the data as "
+    "encode=LatentEncoder(vae, embed=...)."
+)
 _IMAGES = ("hidden_states", "sample", "x")
 _TIMES = ("timestep", "timesteps", "t")
 
@@ -92,9 +98,7 @@ def seen_of(
     except Exception as error:
         raise ValueError(
             f"The {type(pipeline).__name__} failed when it was asked for {size[0]}×{size[1]} "
-            f"pixels, to see what it shows its network ({type(error).__name__}: {error}). Pass "
-            "denoiser and scheduler to DenoisingObjective, and what encodes the data as "
-            "encode=LatentEncoder(vae, embed=...)."
+            f"pixels, to see what it shows its network ({type(error).__name__}: {error}). {BY_HAND}"
         ) from error
     return seen
 
@@ -166,11 +170,13 @@ class Interface:
         scale: Factor and summand from the scheduler's times to those that the network is told.
         pack: Maps latents to the form that the network takes; ``None`` for the identity.
         frames: Whether the autoencoder takes images as videos of one frame.
+        shared: The entries of the condition that all examples of a batch share.
     """
 
     scale: tuple[float, float]
     pack: Callable[[Tensor], Tensor] | None
     frames: bool
+    shared: list[str]
 
 
 def packed(z: Tensor) -> Tensor:
@@ -202,11 +208,13 @@ def interface_of(pipeline: Any, model: nn.Module) -> Interface:
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(first.decoded.shape, generator=generator).to(first.decoded)
     encoder = LatentEncoder(_Known(pipeline.vae, z, frames), sample=False, pack=pack)
-    put: Encoded = encoder(torch.zeros(1, 3, *size), {})
+    put = encoder(torch.zeros(1, 3, *size), {})
     if put.mean.shape == first.image.shape:
         arrived = seen_of(pipeline, model, ["a"], size, put.mean.to(first.image)).decoded
         if arrived is not None and arrived.shape == z.shape and _near(arrived, z):
-            return Interface(_affine(name, first.times), pack, frames)
+            two = seen_of(pipeline, model, ["a", "a"], size)
+            shared = _shared_entries(first.condition, two.condition)
+            return Interface(_affine(name, first.times), pack, frames, shared)
     raise _unknown(name, "latents are scaled or arranged in another way than by its VAE's config")
 
 
@@ -227,15 +235,13 @@ def _affine(name: str, times: Sequence[tuple[float, float]]) -> tuple[float, flo
 
 def _unknown(name: str, why: str) -> ValueError:
     return ValueError(
-        f"The pipeline arrived as {name}, of which the objective cannot be read off: {why}. Pass "
-        "denoiser and scheduler to DenoisingObjective, and what encodes the data as "
-        "encode=LatentEncoder(vae, embed=...)."
+        f"The pipeline arrived as {name}, of which the objective cannot be read off: {why}. "
+        f"{BY_HAND}"
     )
 
 
-def shared_entries(pipeline: Any, model: nn.Module) -> list[str]:
-    """The entries of the condition that all examples of a batch share."""
-    one, two = (seen_of(pipeline, model, ["a"] * count, (SIZE, SIZE)).condition for count in (1, 2))
+def _shared_entries(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
+    """The entries that are as long in a condition of one example as in that of two."""
     return [
         name
         for name, entry in one.items()
@@ -260,24 +266,9 @@ class Frames:
 
     def encode(self, x: Tensor) -> Any:
         """Encode images."""
-        return _OneFrame(self._vae.encode(x.unsqueeze(2)).latent_dist)
-
-
-@dataclass
-class _OneFrame:
-    """The distribution of a video's first frame."""
-
-    latent_dist: Any
-
-    def __post_init__(self) -> None:
-        own = self.latent_dist
-        self.latent_dist = _Distribution(own.mean.squeeze(2), own.std.squeeze(2))
-
-
-@dataclass
-class _Distribution:
-    mean: Tensor
-    std: Tensor
+        found = self._vae.encode(x.unsqueeze(2)).latent_dist
+        of_frame = SimpleNamespace(mean=found.mean.squeeze(2), std=found.std.squeeze(2))
+        return SimpleNamespace(latent_dist=of_frame)
 
 
 class _Known:
@@ -293,4 +284,4 @@ class _Known:
 
     def encode(self, x: Tensor) -> Any:
         """The known latent."""
-        return type("Output", (), {"latents": self._latent})()
+        return SimpleNamespace(latents=self._latent)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.diffusion.interface import (
+    BY_HAND,
     SIZE,
     Frames,
     interface_of,
     packed,
     repeated,
     seen_of,
-    shared_entries,
 )
 from curvlinops_diffusion.diffusion.latents import LatentEncoder
 from curvlinops_diffusion.diffusion.noise import NoiseProcess
@@ -74,8 +74,7 @@ def pipeline_parts(pipeline: Any, sample_latents: bool, cache: Cache) -> Pipelin
         return _by_interface(pipeline, sample_latents, cache)
     raise ValueError(
         f"The pipeline arrived as {type(pipeline).__name__}. Known are {sorted(PIPELINES)}, and "
-        "those from prompts to images by latents. For others pass denoiser and scheduler to "
-        "DenoisingObjective, and what encodes the data as encode=LatentEncoder(vae, embed=...)."
+        f"those from prompts to images by latents. {BY_HAND}"
     )
 
 
@@ -385,7 +384,7 @@ def _by_interface(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
     """Any other pipeline from prompts to images: what it shows its network is what training did."""
     model = _denoiser(pipeline)
     found = interface_of(pipeline, model)
-    shared = shared_entries(pipeline, model)
+    shared = found.shared
     process, (factor, summand) = noise_process(pipeline.scheduler), found.scale
     if found.scale != (1.0, 0.0):
         process = replace(process, timesteps_T=process.timesteps_T * factor + summand)

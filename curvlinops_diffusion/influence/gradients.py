@@ -94,6 +94,12 @@ class ExampleGradientLinearOperator(LinearOperator):
         """Names of the parameters, in order."""
         return tuple(self._params)
 
+    def on(self, regression: NoisedRegression) -> ExampleGradientLinearOperator:
+        """The same of another problem with the same network, other draws say."""
+        return ExampleGradientLinearOperator(
+            regression, self.param_names, measurement=self.measurement
+        )
+
     # -----------------------------------------------------------------------------------------
     # Values and products
     # -----------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from curvlinops_diffusion.influence.consumers import (
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.linalg.operator import check_same_parameters
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
-from curvlinops_diffusion.runtime.adapters import common_names
+from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, run_pass
@@ -69,8 +69,7 @@ def stream_gradients(
         for consumer in consumers.values():
             consumer.add(*gradients)
 
-    params = list(common_names(J_train.param_names).values())
-    own = {"params": params, "measurement": name_of(J_train.measurement)}
+    own = {"params": common_list(J_train.param_names), "measurement": name_of(J_train.measurement)}
     running = Together(consumers)
     settings = {**own, **(settings or {})}
     run_pass(name, J_train.regression, running, step, passes, settings, prepare)
@@ -271,9 +270,7 @@ def _of_other_draws(J: ExampleGradientLinearOperator, seed: int) -> ExampleGradi
         raise ValueError(
             f"self_seed={seed} is the seed of J_train's own draws. Pass another, or None."
         )
-    return ExampleGradientLinearOperator(
-        J.regression.with_seed(seed), J.param_names, measurement=J.measurement
-    )
+    return J.on(J.regression.with_seed(seed))
 
 
 def _memberships(groups: Tensor, N: int) -> Tensor:

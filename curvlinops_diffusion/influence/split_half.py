@@ -13,7 +13,7 @@ from torch import Tensor
 
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.influence.consumers import GradientConsumer
+from curvlinops_diffusion.influence.consumers import GradientConsumer, PairwiseScores
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.scores import (
     gradient_columns,
@@ -144,12 +144,7 @@ def can_be_halved(regression: NoisedRegression) -> bool:
 
 
 def _halves(J: ExampleGradientLinearOperator) -> list[ExampleGradientLinearOperator]:
-    return [
-        ExampleGradientLinearOperator(
-            J.regression.divided(number, 2), J.param_names, measurement=J.measurement
-        )
-        for number in range(2)
-    ]
+    return [J.on(J.regression.divided(number, 2)) for number in range(2)]
 
 
 class _HalvedPairs(GradientConsumer):
@@ -168,11 +163,15 @@ class _HalvedPairs(GradientConsumer):
         J_second: ExampleGradientLinearOperator,
     ):
         first_PQ, second_PQ = preconditioned
-        self._preconditioned = ((first_PQ + second_PQ) / 2, first_PQ, second_PQ)
+        columns = {"scores": (first_PQ + second_PQ) / 2, "first": first_PQ, "second": second_PQ}
+        self._pairs = {name: PairwiseScores(z_PQ, num_data) for name, z_PQ in columns.items()}
         self._J_second = J_second
         self._second_BP: Tensor | None = None
-        size = (first_PQ.shape[1], num_data)
-        self.scores = [first_PQ.new_zeros(size) for _ in range(3)]
+
+    @property
+    def scores(self) -> list[Tensor]:
+        """Those of all draws, of the first and of the second half."""
+        return [pairs.scores_QN for pairs in self._pairs.values()]
 
     def prepare(self, clean: CleanBatch) -> None:
         """Compute the gradients of the second half."""
@@ -181,15 +180,16 @@ class _HalvedPairs(GradientConsumer):
     def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
         """Fill the examples' columns."""
         assert self._second_BP is not None, "prepare comes first"
-        N, second_BP = self.scores[0].shape[1], self._second_BP
+        second_BP = self._second_BP
         rows = ((rows_BP + second_BP) / 2, rows_BP, second_BP)
-        for scores_QN, own_BP, own_PQ in zip(self.scores, rows, self._preconditioned, strict=True):
-            scores_QN[:, list(indices)] = (own_BP @ own_PQ).T / N
+        for pairs, own_BP in zip(self._pairs.values(), rows, strict=True):
+            pairs.add(indices, own_BP)
 
     def tensors(self) -> dict[str, Tensor]:
         """The scores; zero where none were computed."""
-        return dict(zip(("scores", "first", "second"), self.scores, strict=True))
+        return {name: pairs.scores_QN for name, pairs in self._pairs.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from scores."""
-        self.scores = [tensors[name] for name in ("scores", "first", "second")]
+        for name, pairs in self._pairs.items():
+            pairs.restore({"scores": tensors[name]})

@@ -20,7 +20,7 @@ from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperat
 from curvlinops_diffusion.influence.whitening import Whitening
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.operator import check_same_parameters
-from curvlinops_diffusion.runtime.adapters import common_names
+from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.digests import name_of
 from curvlinops_diffusion.runtime.files import FileKind, check_same, check_space, make_folder
@@ -115,7 +115,7 @@ class GradientStore:
         share = Share.of(passes.distributed)
         identity = J_train.regression.identity(
             {
-                "params": list(common_names(J_train.param_names).values()),
+                "params": common_list(J_train.param_names),
                 "measurement": name_of(J_train.measurement),
                 "curvature": curvature.info,
                 "damping": damping,
@@ -228,8 +228,7 @@ class GradientStore:
         self, J_query: ExampleGradientLinearOperator, curvature: BlockDiagonalLinearOperator
     ) -> Tensor:
         identity = self.header["identity"]
-        params = list(common_names(J_query.param_names).values())
-        here = {"curvature": curvature.info, "params": params}
+        here = {"curvature": curvature.info, "params": common_list(J_query.param_names)}
         there = {key: identity[key] for key in here}
         check_same(
             there,

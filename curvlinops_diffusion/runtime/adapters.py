@@ -36,3 +36,8 @@ def common_names(names: Iterable[str]) -> dict[str, str]:
     if len({adapter_of(name) for name in names} - {None}) != 1:
         return {name: name for name in names}
     return {name: _ADAPTER.sub(rf"\g<part>.{_COMMON}", name) for name in names}
+
+
+def common_list(names: Iterable[str]) -> list[str]:
+    """The :func:`common_names` alone, in order."""
+    return list(common_names(names).values())

@@ -202,7 +202,7 @@ def test_thumbnails(size, kind):
         [ramp.expand(size, size), ramp.unsqueeze(1).expand(size, size), -ramp.expand(size, size)]
     )
     thumbnails = Thumbnails()
-    thumbnails.add("train", 3, x, 192)
+    thumbnails.add("train3", x, 192)
     ((name, rule),) = thumbnails.rules()
     assert name == "train3"
     assert ("pixelated" in rule) == (size <= 64)

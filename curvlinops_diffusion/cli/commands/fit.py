@@ -16,7 +16,7 @@ from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
 from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.linalg.operator_files import read_header
-from curvlinops_diffusion.runtime.adapters import common_names
+from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.passes import PassOptions
 
 _OPERATORS = {"kfac": DiffusionKFACLinearOperator, "ekfac": DiffusionEKFACLinearOperator}
@@ -39,7 +39,7 @@ def fit(options: FitOptions) -> None:
             if is_first():
                 print(fit_cost(regression, params, options).text())
             return
-        chosen = {} if params is None else {"params": list(common_names(params).values())}
+        chosen = {} if params is None else {"params": common_list(params)}
         identity = regression.identity({"curvature": options.curvature, **settings, **chosen})
         checkpoint = checkpoint_of(options.output)
         if options.output.exists() and not options.overwrite:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import jinja2
@@ -20,7 +19,7 @@ from curvlinops_diffusion.cli.outputs import check_output
 from curvlinops_diffusion.cli.page.figures import histogram, operator_summary
 from curvlinops_diffusion.cli.page.rankings import Row, Sizes, common_images, meaning, rows_of
 from curvlinops_diffusion.cli.page.thumbnails import QUERY_SIZE, TRAINING_SIZE, Thumbnails
-from curvlinops_diffusion.cli.score_files import read_scores
+from curvlinops_diffusion.cli.score_files import agreement, read_scores
 from curvlinops_diffusion.influence.measurements.registry import (
     MEASUREMENTS,
     Better,
@@ -86,8 +85,8 @@ class _Shown:
         self.thumbnails = Thumbnails()
 
     def _image(self, kind: str, n: int, size: int) -> dict[str, Any]:
-        images = self._images[kind]
-        if not self.thumbnails.has(kind, n):
+        images, name = self._images[kind], f"{kind}{n}"
+        if name not in self.thumbnails:
             x = images[n]["x0"]
             digests = self._header.get("digests", {}).get(kind)  # older files have none
             if digests is not None and digests[n] != images.digests[n]:
@@ -96,9 +95,9 @@ class _Shown:
                     f"The image '{images.names[n]}' of {option} (or its label or prompt) is not "
                     f"the one that was scored. Pass what score was given."
                 )
-            self.thumbnails.add(kind, n, x, size)
+            self.thumbnails.add(name, x, size)
         return {
-            "class": self.thumbnails.name(kind, n),
+            "class": name,
             "name": images.names[n],
             "caption": images.caption(n),
         }
@@ -170,10 +169,9 @@ def _check_operator(options: ReportOptions, identity: dict[str, Any]) -> None:
 
 def _reliability(header: dict[str, Any], q: int | None = None) -> str:
     """How far two halves of the draws agree, for a query or in the median over all."""
-    if "top_shared" not in header:
+    found = agreement(header, q)
+    if found is None:
         return ""
-    chosen = slice(None) if q is None else slice(q, q + 1)
-    shared = median(header["top_shared"][chosen]) * header["top"]
-    known = [r for r in header["rank_correlation"][chosen] if r is not None]
-    correlation = f", rank correlation {median(known):.2f}" if known else ""
-    return f"{shared:.3g} of the top {header['top']} in both halves of the draws{correlation}"
+    shared, correlation = found
+    told = "" if correlation is None else f", rank correlation {correlation:.2f}"
+    return f"{shared:.3g} of the top {header['top']} in both halves of the draws{told}"

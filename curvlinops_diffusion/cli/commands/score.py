@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from math import isfinite
-from statistics import median
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +18,7 @@ from curvlinops_diffusion.cli.network import Network, load_network, of_text_enco
 from curvlinops_diffusion.cli.options import ScoreOptions
 from curvlinops_diffusion.cli.outputs import check_output, check_output_is_same, nothing_to_do
 from curvlinops_diffusion.cli.processes import is_first, process_group, with_own_device
-from curvlinops_diffusion.cli.score_files import header_and_scores, write_scores
+from curvlinops_diffusion.cli.score_files import agreement, header_and_scores, write_scores
 from curvlinops_diffusion.curvature.load import load_operator
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
@@ -178,16 +177,16 @@ def _reliability(scores: SplitHalfScores) -> dict[str, Any]:
 
 def _how_sure(told: dict[str, Any]) -> str:
     """A line for people."""
-    if "top_shared" not in told:
+    found = agreement(told)
+    if found is None:
         return (
             "How sure they are is not known: pass multiples of 4 as --num-draws and --query-draws"
         )
-    known = [r for r in told["rank_correlation"] if r is not None]
-    correlation = f"{median(known):.2f}" if known else "undefined"
-    shared = median(told["top_shared"]) * told["top"]
+    shared, correlation = found
+    ranks = "undefined" if correlation is None else f"{correlation:.2f}"
     return (
         f"Two halves of the draws agree on {shared:.3g} of the top {told['top']} training images "
-        f"(rank correlation {correlation}; medians over queries); all draws together are surer"
+        f"(rank correlation {ranks}; medians over queries); all draws together are surer"
     )
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Size, Tensor
 from torch.utils.data import Dataset
 
 from curvlinops_diffusion.cli.images.arrays import read_arrays
 from curvlinops_diffusion.cli.images.folders import METADATA, SUFFIXES, Files, classes_of
 from curvlinops_diffusion.cli.images.labels import Classes, Condition, of_metadata
-from curvlinops_diffusion.cli.images.preprocessing import Form
+from curvlinops_diffusion.cli.images.preprocessing import Form, upright_size
 from curvlinops_diffusion.runtime.digests import digest_of
 
 _ACCEPTED = (
@@ -205,8 +205,7 @@ def _files(files: Sequence[Path], names: list[str], form: Form) -> NamedImages:
 
     def size_of(n: int) -> tuple[int, int]:
         with Image.open(files[n]) as image:
-            width, height = ImageOps.exif_transpose(image).size
-        return height, width
+            return upright_size(image)
 
     return NamedImages(names, load, size_of, form)
 
@@ -237,8 +236,7 @@ def _saved_dataset(path: Path, form: Form) -> NamedImages:
     names = [f"{path.name}[{n}]" for n in range(len(data))]
 
     def size_of(n: int) -> tuple[int, int]:
-        width, height = ImageOps.exif_transpose(data[n][column]).size
-        return height, width
+        return upright_size(data[n][column])
 
     def load(n: int) -> Tensor:
         return form.tensor(data[n][column], names[n])

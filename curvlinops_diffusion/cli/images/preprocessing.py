@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import functional as transforms
 
@@ -71,6 +71,13 @@ class Form:
                 f"of {self.multiple}. Pass --resolution {nearest} to resize."
             )
         return x
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width of an image as its EXIF orientation turns it, without reading pixels."""
+    width, height = image.size
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # by a quarter, mirrored or not
+    return (width, height) if turned else (height, width)
 
 
 def _deep(image: Image.Image, name: str) -> Tensor:

@@ -41,8 +41,8 @@ def operator_summary(path: Path) -> dict[str, Any]:
         row |= {"trace": float(values.sum()), "largest": float(values.max())}
     total = sum(row["trace"] for row in rows) or 1.0
     values = torch.cat(spectra).sort(descending=True).values.clamp(min=1e-30)
-    numbers = torch.logspace(0, torch.tensor(len(values)).log10(), _MAX_POINTS).long().unique()
-    numbers = numbers.clamp(1, len(values)).unique()
+    numbers = torch.logspace(0, torch.tensor(len(values)).log10(), _MAX_POINTS)
+    numbers = numbers.long().clamp(1, len(values)).unique()
     figure, axis = plt.subplots(figsize=(7, 2.6))
     axis.loglog(numbers.numpy(), values[numbers - 1].double().numpy(), color=_BLUE)
     axis.set_ylim(bottom=max(float(values[0]) * 1e-14, 1e-30))

@@ -24,14 +24,19 @@ class Thumbnails:
     """
 
     def __init__(self) -> None:
-        self._rules: dict[tuple[str, int], tuple[str, str]] = {}
+        self._rules: dict[str, str] = {}
 
-    def has(self, kind: str, n: int) -> bool:
-        """Whether image ``n`` of a kind is among them already."""
-        return (kind, n) in self._rules
+    def __contains__(self, name: str) -> bool:
+        return name in self._rules
 
-    def add(self, kind: str, n: int, x: Tensor, size: int) -> None:
-        """Add an image in [-1, 1], ``[C, H, W]``, at most so many pixels long."""
+    def add(self, name: str, x: Tensor, size: int) -> None:
+        """Add an image in [-1, 1], ``[C, H, W]``, at most so many pixels long.
+
+        Args:
+            name: The class of the elements that show it.
+            x: The image.
+            size: Pixels.
+        """
         bytes_HWC = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
         image = Image.fromarray(bytes_HWC.squeeze(-1).numpy())
         pixelated = max(image.size) <= _PIXELATED
@@ -40,16 +45,11 @@ class Thumbnails:
         rule = f"background-image:url({_data_url(image, lossless=pixelated)})"
         if pixelated:
             rule += ";image-rendering:pixelated"
-        self._rules[kind, n] = (self.name(kind, n), rule)
-
-    @staticmethod
-    def name(kind: str, n: int) -> str:
-        """The class of the elements that show the image."""
-        return f"{kind}{n}"
+        self._rules[name] = rule
 
     def rules(self) -> list[tuple[str, str]]:
         """Names of classes and what their elements look like."""
-        return list(self._rules.values())
+        return list(self._rules.items())
 
 
 def _data_url(image: Image.Image, lossless: bool) -> str:
