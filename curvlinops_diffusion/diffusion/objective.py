@@ -18,9 +18,10 @@ from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.latents import Encoded, LatentEncoder
 from curvlinops_diffusion.diffusion.masks import entry_weights
 from curvlinops_diffusion.diffusion.noise import NoiseProcess
-from curvlinops_diffusion.diffusion.pipelines import pipeline_parts, with_text_encoders
+from curvlinops_diffusion.diffusion.pipelines import pipeline_parts
 from curvlinops_diffusion.diffusion.schedulers import noise_process
 from curvlinops_diffusion.diffusion.signature import Signature
+from curvlinops_diffusion.diffusion.stable_diffusion import with_text_encoders
 from curvlinops_diffusion.diffusion.weightings import Weighting, weight_table
 from curvlinops_diffusion.runtime.checks import check_non_negative, check_option
 from curvlinops_diffusion.runtime.digests import digest_of, name_of

@@ -1,0 +1,135 @@
+"""The objectives of Stable Diffusion's pipelines, versions 1, 2 and XL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.diffusion.prompted import (
+    Cache,
+    PipelineParts,
+    check_inputs,
+    prompted_parts,
+)
+from curvlinops_diffusion.diffusion.text_encoders import (
+    PromptedDenoiser,
+    embedded,
+    embedded_xl,
+    tokenized,
+    tokens_of,
+)
+
+
+def stable_diffusion(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
+    """``StableDiffusionPipeline``, versions 1 and 2."""
+    check_inputs(pipeline, pipeline.unet)
+
+    def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
+        device = pipeline.text_encoder.device
+        states, _ = pipeline.encode_prompt(condition["prompt"], device, 1, False)
+        return {"encoder_hidden_states": states}
+
+    return prompted_parts(pipeline, pipeline.unet, embed, sample, cache)
+
+
+def stable_diffusion_xl(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
+    """``StableDiffusionXLPipeline``.
+
+    What training told the network of each image may stand beside the prompt: ``original_size`` and
+    ``crops_coords_top_left`` and ``target_size``, ``[B, 2]`` each (height or top first), or all of
+    it as ``time_ids``, ``[B, 6]``. Else images count as uncropped and of the size they have.
+    """
+    check_inputs(pipeline, pipeline.unet)
+
+    def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
+        states, _, pooled, _ = pipeline.encode_prompt(
+            condition["prompt"],
+            device=pipeline.text_encoder_2.device,
+            do_classifier_free_guidance=False,
+        )
+        added = {"text_embeds": pooled, "time_ids": _time_ids(x0, condition).to(states)}
+        return {"encoder_hidden_states": states, "added_cond_kwargs": added}
+
+    return prompted_parts(pipeline, pipeline.unet, embed, sample, cache, also=_SIZES_XL)
+
+
+# what of an image's sizes Stable Diffusion XL may be told
+_SIZES_XL = ("original_size", "crops_coords_top_left", "target_size", "time_ids")
+
+
+def _time_ids(x0: Tensor, condition: Mapping[str, Any]) -> Tensor:
+    """Original size, top left corner of the crop and target size of each image, ``[B, 6]``.
+
+    Raises:
+        ValueError: If an entry has another shape, or contradicts another.
+    """
+    B, _, H, W = x0.shape
+    parts = {"original_size": (H, W), "crops_coords_top_left": (0, 0), "target_size": (H, W)}
+    given = [name for name in parts if name in condition]
+    if "time_ids" in condition:
+        if given:
+            raise ValueError(f"A batch arrived with time_ids and {given}. Pass only one of them.")
+        return _of_shape("time_ids", condition["time_ids"], (B, 6))
+    columns = [
+        _of_shape(name, condition[name], (B, 2))
+        if name in condition
+        else torch.tensor(default).expand(B, 2)
+        for name, default in parts.items()
+    ]
+    return torch.cat([column.cpu().double() for column in columns], 1)
+
+
+def _of_shape(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
+    found = torch.as_tensor(value)
+    if found.shape != shape:
+        raise ValueError(f"{name} arrived with shape {tuple(found.shape)}. Pass numbers {shape}.")
+    return found
+
+
+def with_text_encoders(pipeline: Any, sample_latents: bool, cache: Cache) -> PipelineParts:
+    """Take a pipeline apart whose text encoders were trained as well.
+
+    Args:
+        pipeline: A pipeline of Stable Diffusion, 1, 2 or XL.
+        sample_latents: Whether latents are drawn, or their mean is taken.
+        cache: A folder for latents and tokens.
+
+    Raises:
+        ValueError: If it is another.
+    """
+    kinds = {cls.__name__ for cls in type(pipeline).__mro__}
+    xl = "StableDiffusionXLPipeline" in kinds
+    if not xl and "StableDiffusionPipeline" not in kinds:
+        raise ValueError(
+            f"text_encoders=True arrived for a {type(pipeline).__name__}. Text encoders can be "
+            "part of the network for Stable Diffusion 1, 2 and XL. For others pass a module of "
+            "both to DenoisingObjective, which takes tokens."
+        )
+    check_inputs(pipeline, pipeline.unet)
+    names = ["text_encoder", "text_encoder_2"] if xl else ["text_encoder"]
+    encoders = {name: getattr(pipeline, name) for name in names}
+    model = PromptedDenoiser(pipeline.unet, encoders, embedded_xl if xl else embedded)
+
+    def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
+        prompts = list(condition["prompt"])
+        tokens = {
+            tokens_of(name): tokenized(
+                getattr(pipeline, name.replace("text_encoder", "tokenizer")), prompts
+            )
+            for name in names
+        }
+        return tokens | ({"time_ids": _time_ids(x0, condition)} if xl else {})
+
+    return prompted_parts(
+        pipeline,
+        model,
+        embed,
+        sample_latents,
+        cache,
+        also=_SIZES_XL if xl else (),
+        shared=("time_ids",),
+        encoders=(),  # they belong to the network: tokens do not depend on their weights
+    )
