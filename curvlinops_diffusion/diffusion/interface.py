@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -18,8 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
+from curvlinops_diffusion.diffusion.adapted_denoiser import length_of
 from curvlinops_diffusion.diffusion.latents import LatentEncoder
+from curvlinops_diffusion.runtime.digests import digest_of
 
 # pixels of an image that pipelines of all kinds take, and steps at which times are compared
 SIZE = 128
@@ -46,8 +49,12 @@ class Seen:
     """What was seen of a pipeline's sampling.
 
     Attributes:
-        condition: The network's arguments besides image and time, as in its first call.
-        image: The image that it was given there.
+        condition: The network's arguments besides image and time, as in its first call. Lists of
+            tensors of several lengths are :func:`padded`.
+        image: The images that it was given there.
+        listed: Whether it was given them as a list, each with an axis of frames.
+        names: What it calls image and time.
+        ragged: The names of the entries that are padded.
         times: The times that it was told, and those that the scheduler counts by, of each step.
         signs: The sign with which its answer reached the scheduler, of each step; zero for none.
         decoded: What the decoder was given.
@@ -55,6 +62,9 @@ class Seen:
 
     condition: dict[str, Any] = field(default_factory=dict)
     image: Tensor | None = None
+    listed: bool = False
+    names: tuple[str, str] = ("", "")
+    ragged: list[str] = field(default_factory=list)
     times: list[tuple[float, float]] = field(default_factory=list)
     signs: list[int] = field(default_factory=list)
     decoded: Tensor | None = None
@@ -85,16 +95,25 @@ def seen_of(
         ValueError: If the pipeline fails.
     """
     seen, asked = Seen(), inspect.signature(pipeline.__call__).parameters
-    given = {"prompt": list(prompts), "height": size[0], "width": size[1], "latents": latents}
+    given: dict[str, Any] = {"height": size[0], "width": size[1], "latents": latents}
     given |= {"num_inference_steps": _STEPS, **_PLAIN}
     if "true_cfg_scale" in asked and not getattr(model, "config", {}).get("guidance_embeds"):
         del given["guidance_scale"]  # which would be ignored, with a warning
-    given["generator"] = torch.Generator().manual_seed(0)  # the user's random state is left alone
+    length = asked["max_sequence_length"].default if "max_sequence_length" in asked else None
     try:
-        with _stand_ins(pipeline, model, seen), torch.random.fork_rng(devices=[]):
-            pipeline(**{name: value for name, value in given.items() if name in asked})
-    except _DecodedError:
-        pass
+        for guidance in ({}, {"guidance_scale": 0.0}):  # which counts from one, or from zero
+            # a list of its own, which some change; and the user's random state is left alone
+            given |= {"prompt": list(prompts), **guidance}
+            given["generator"] = torch.Generator().manual_seed(0)
+            seen = Seen()
+            with (
+                _stand_ins(pipeline, model, seen, length),
+                torch.random.fork_rng(devices=[]),
+                suppress(_DecodedError),
+            ):
+                pipeline(**{name: value for name, value in given.items() if name in asked})
+            if seen.image is not None and len(seen.image) == len(prompts):
+                break
     except Exception as error:
         raise ValueError(
             f"The {type(pipeline).__name__} failed when it was asked for {size[0]}×{size[1]} "
@@ -104,28 +123,41 @@ def seen_of(
 
 
 @contextmanager
-def _stand_ins(pipeline: Any, model: nn.Module, seen: Seen) -> Iterator[None]:
+def _stand_ins(pipeline: Any, model: nn.Module, seen: Seen, length: int | None) -> Iterator[None]:
     """Network, scheduler and decoder note what they are given."""
     signature = inspect.signature(type(model).forward)
     config: Any = getattr(model, "config", {})
     answers: list[Tensor] = []
 
-    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor]:
+    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor | list[Tensor]]:
         bound = dict(signature.bind(model, *args, **kwargs).arguments)
         bound |= bound.pop("kwargs", {})
-        image = next(bound.pop(name) for name in _IMAGES if name in bound)
-        time = next(bound.pop(name) for name in _TIMES if name in bound)
+        image_name, time_name = (
+            next(name for name in names if name in bound) for names in (_IMAGES, _TIMES)
+        )
+        image, time = bound.pop(image_name), bound.pop(time_name)
+        listed = isinstance(image, list)
+        if listed:
+            image = torch.stack(image).squeeze(2)
         for other in ("self", "return_dict"):
             bound.pop(other, None)
         if seen.image is None:
-            seen.image = image
-            seen.condition = {k: v for k, v in bound.items() if v is not None and v != {}}
+            seen.image, seen.listed, seen.names = image, listed, (image_name, time_name)
+            for name, entry in bound.items():
+                if _is_ragged(entry):
+                    seen.ragged.append(name)
+                    seen.condition |= padded(name, entry, length)
+                elif entry is not None and entry != {}:
+                    seen.condition[name] = entry
         shape = list(image.shape)
         if image.ndim == 4:  # twice as many channels, if a variance is learned as well
             shape[1] = config.get("out_channels") or shape[1]
-        answers.append(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+        # whole numbers, which no precision rounds
+        random = torch.Generator().manual_seed(0)
+        answers.append(torch.randint(-99, 100, tuple(shape), generator=random).float())
         seen.times.append((float(torch.as_tensor(time).flatten()[0]), 0.0))
-        return (answers[-1].to(image),)
+        answer = answers[-1].to(image)
+        return (list(answer.unsqueeze(2)) if listed else answer,)
 
     def step(output: Tensor, t: Any, sample: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
         seen.times[-1] = (seen.times[-1][0], float(t))
@@ -168,15 +200,25 @@ class Interface:
 
     Attributes:
         scale: Factor and summand from the scheduler's times to those that the network is told.
+        sign: The sign with which the network's answer is what the scheduler takes.
+        names: What the network calls images and times.
+        listed: Whether it takes lists of images.
+        ragged: The entries of the condition that are lists of tensors of several lengths.
         pack: Maps latents to the form that the network takes; ``None`` for the identity.
         frames: Whether the autoencoder takes images as videos of one frame.
         shared: The entries of the condition that all examples of a batch share.
+        of_size: Those that depend on the images' size (positions, say), and on no prompt.
     """
 
     scale: tuple[float, float]
+    sign: int
+    names: tuple[str, str]
+    listed: bool
+    ragged: list[str]
     pack: Callable[[Tensor], Tensor] | None
     frames: bool
     shared: list[str]
+    of_size: list[str]
 
 
 def packed(z: Tensor) -> Tensor:
@@ -199,7 +241,7 @@ def interface_of(pipeline: Any, model: nn.Module) -> Interface:
     first = seen_of(pipeline, model, ["a"], size)
     if first.image is None or first.decoded is None or not first.times:
         raise _unknown(name, "it does not run its network and decode what comes out")
-    if set(first.signs) != {1}:
+    if set(first.signs) not in ({1}, {-1}):
         raise _unknown(name, "the network's answer does not reach the scheduler as it is")
     frames = first.decoded.ndim == 5
     if first.image.ndim not in (3, 4):
@@ -209,13 +251,35 @@ def interface_of(pipeline: Any, model: nn.Module) -> Interface:
     z = torch.randn(first.decoded.shape, generator=generator).to(first.decoded)
     encoder = LatentEncoder(_Known(pipeline.vae, z, frames), sample=False, pack=pack)
     put = encoder(torch.zeros(1, 3, *size), {})
-    if put.mean.shape == first.image.shape:
-        arrived = seen_of(pipeline, model, ["a"], size, put.mean.to(first.image)).decoded
+    for latents in _forms(put.mean.to(first.image), first.image.shape, z):
+        try:
+            arrived = seen_of(pipeline, model, ["a"], size, latents).decoded
+        except ValueError:  # it takes them in another form
+            continue
         if arrived is not None and arrived.shape == z.shape and _near(arrived, z):
             two = seen_of(pipeline, model, ["a", "a"], size)
-            shared = _shared_entries(first.condition, two.condition)
-            return Interface(_affine(name, first.times), pack, frames, shared)
+            wide = seen_of(pipeline, model, ["a"], (SIZE, 2 * SIZE))
+            return Interface(
+                _affine(name, first.times),
+                first.signs[0],
+                first.names,
+                first.listed,
+                first.ragged,
+                pack,
+                frames,
+                _shared_entries(first.condition, two.condition),
+                _other_entries(first.condition, wide.condition),
+            )
     raise _unknown(name, "latents are scaled or arranged in another way than by its VAE's config")
+
+
+def _forms(latents: Tensor, shape: torch.Size, z: Tensor) -> Iterator[Tensor]:
+    """The forms in which a pipeline may take latents of the form that its network takes."""
+    if latents.shape != shape:
+        return
+    yield latents
+    if latents.ndim == 3:  # tokens as pixels with many channels
+        yield latents.mT.reshape(len(latents), -1, z.shape[-2] // 2, z.shape[-1] // 2)
 
 
 def _near(one: Tensor, other: Tensor) -> bool:
@@ -250,6 +314,29 @@ def _shared_entries(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
     ]
 
 
+def _other_entries(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The entries that differ."""
+    return [name for name, entry in one.items() if digest_of(entry) != digest_of(other.get(name))]
+
+
+def _is_ragged(entry: Any) -> bool:
+    """Whether an entry is a list of tensors, one for each example."""
+    return isinstance(entry, list) and all(isinstance(row, Tensor) for row in entry)
+
+
+def padded(name: str, rows: Sequence[Tensor], length: int | None) -> dict[str, Tensor]:
+    """Embeddings of several lengths ``[L_b, E]`` as one entry ``[B, length, E]``, and the lengths.
+
+    Raises:
+        ValueError: If one is longer.
+    """
+    lengths = [len(row) for row in rows]
+    if length is None or max(lengths) > length:
+        raise ValueError(f"{name} has rows of lengths {lengths}, and the longest is {length}")
+    filled = [pad(row, (0, 0, 0, length - len(row))) for row in rows]
+    return {name: torch.stack(filled), length_of(name): torch.tensor(lengths)}
+
+
 def repeated(entry: Any, count: int) -> Any:
     """An entry that all examples share, once for each of them."""
     return entry.expand(count, *entry.shape) if isinstance(entry, Tensor) else [entry] * count
@@ -275,7 +362,7 @@ class _Known:
     """A stand-in for an autoencoder, to which everything has one known latent."""
 
     def __init__(self, vae: Any, z: Tensor, frames: bool):
-        self.config = vae.config
+        self.config, self.bn = vae.config, getattr(vae, "bn", None)
         self._latent = z.squeeze(2) if frames else z
 
     def parameters(self) -> Iterator[Tensor]:

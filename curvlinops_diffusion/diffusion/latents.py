@@ -44,7 +44,8 @@ class LatentEncoder:
         x0 = (m + s · η − shift_factor) · scaling_factor
 
     or, if its config has them, with the channels' ``latents_mean`` in place of the shift and the
-    scaling divided by ``latents_std``.
+    scaling divided by ``latents_std``; or, if it has a batch norm (Flux.2), standardised by its
+    running statistics, which are of the channels of 2×2 latents.
 
     Args:
         vae: An ``AutoencoderKL`` or ``VQModel`` of ``diffusers``, or ``None`` to leave the images
@@ -158,6 +159,10 @@ class LatentEncoder:
             ValueError: If the autoencoder's config has two shifts.
         """
         found = self._transform()
+        norm = getattr(self._vae, "bn", None)
+        if norm is not None:
+            variance = norm.running_var + self._vae.config.batch_norm_eps
+            return _tiled(norm.running_mean, latents), 1 / _tiled(variance.sqrt(), latents)
         shift, scale = found.get("shift_factor", 0.0), found.get("scaling_factor") or 1.0
 
         def of_channels(key: str) -> Tensor:
@@ -194,6 +199,12 @@ class LatentEncoder:
             else:
                 digest.update(json.dumps(value).encode())
         return digest.hexdigest()
+
+
+def _tiled(values: Tensor, latents: Tensor) -> Tensor:
+    """Values of the channels of 2×2 latents, for latents ``[B, C, H, W]`` as they are."""
+    _, C, H, W = latents.shape
+    return values.to(latents).reshape(1, C, 2, 2).repeat(1, 1, H // 2, W // 2)
 
 
 def _write(path: Path, encoded: Encoded) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlinops_diffusion.diffusion.adapted_denoiser import AdaptedDenoiser
 from curvlinops_diffusion.diffusion.interface import (
     BY_HAND,
     SIZE,
@@ -138,16 +139,18 @@ def _denoiser(pipeline: Any) -> Any:
 
 def _by_interface(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
     """Any other pipeline from prompts to images: what it shows its network is what training did."""
-    model = _denoiser(pipeline)
-    found = interface_of(pipeline, model)
-    shared = found.shared
+    network = _denoiser(pipeline)
+    found = interface_of(pipeline, network)
+    shared, model = found.shared, network
+    if found.listed or found.ragged or found.sign < 0:
+        model = AdaptedDenoiser(network, found.names, found.listed, found.ragged, found.sign)
     process, (factor, summand) = noise_process(pipeline.scheduler), found.scale
     if found.scale != (1.0, 0.0):
         process = replace(process, timesteps_T=process.timesteps_T * factor + summand)
 
     def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
         prompts, (height, width) = condition["prompt"], x0.shape[2:]
-        embedded = seen_of(pipeline, model, prompts, (height, width)).condition
+        embedded = seen_of(pipeline, network, prompts, (height, width)).condition
         return embedded | {name: repeated(embedded[name], len(x0)) for name in shared}
 
     def of_one(x_t: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +165,7 @@ def _by_interface(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
         process,
         found.pack,
         of_one,
-        shared=(*shared, "guidance"),
+        shared=(*shared, *found.of_size, "guidance"),
         size=SIZE,
         vae=Frames(pipeline.vae) if found.frames else None,
     )

@@ -8,6 +8,7 @@ import transformers
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DDIMPipeline,
     DDIMScheduler,
@@ -18,6 +19,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     LDMPipeline,
     PixArtSigmaPipeline,
@@ -31,6 +34,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     VQModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 
 from benchmarks.models import (
@@ -330,8 +335,79 @@ def qwen_image(folder):
     )
 
 
+def qwen3(layers):
+    return transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=8,
+            hidden_size=4,
+            intermediate_size=4,
+            num_hidden_layers=layers,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=4,
+        )
+    )
+
+
+def chat_tokenizer():
+    tokenizer = t5_tokenizer()
+    tokenizer.chat_template = "dog {{ messages[0]['content'] }}"
+    return tokenizer
+
+
+def flux_2(folder):
+    """Latents standardised by the statistics of a batch norm, and packed."""
+    transformer = Flux2Transformer2DModel(
+        in_channels=8,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=1,
+        joint_attention_dim=12,
+        timestep_guidance_channels=4,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=False,
+    )
+    autoencoder = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(4, 4),
+        latent_channels=2,
+        norm_num_groups=2,
+    )
+    autoencoder.bn.running_mean.normal_()
+    autoencoder.bn.running_var.uniform_(0.5, 2.0)
+    return Flux2KleinPipeline(
+        FlowMatchEulerDiscreteScheduler(), autoencoder, qwen3(28), chat_tokenizer(), transformer
+    )
+
+
+def z_image(folder):
+    """Lists of images and embeddings, times that fall with the noise, and a negated answer."""
+    transformer = ZImageTransformer2DModel(
+        in_channels=2,
+        dim=8,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=1,
+        n_kv_heads=1,
+        cap_feat_dim=4,
+        axes_dims=[4, 2, 2],
+        axes_lens=[64, 64, 64],
+    )
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token)
+    return ZImagePipeline(
+        FlowMatchEulerDiscreteScheduler(),
+        vae(shift_factor=0.1, scaling_factor=0.4),
+        qwen3(2),
+        chat_tokenizer(),
+        transformer,
+    )
+
+
 UNCONDITIONAL = [ddpm, ddim, ldm]
-BY_INTERFACE = [pixart, sana, qwen_image]
+BY_INTERFACE = [pixart, sana, qwen_image, flux_2, z_image]
 PROMPTED = [stable_diffusion, stable_diffusion_xl, stable_diffusion_3, flux, *BY_INTERFACE]
 PIPELINES = [*UNCONDITIONAL, dit, *PROMPTED]
 
@@ -396,7 +472,8 @@ def test_what_the_network_sees_is_what_the_pipeline_shows_it(make, tmp_path, mon
     data = data[:2] if make in UNCONDITIONAL else data
     batch = next(NoisedRegression(objective, data, 1).batches())
     seen = []
-    model = objective.model
+    model = getattr(pipeline, "unet", None) or pipeline.transformer
+    assert model in {objective.model, getattr(objective.model, "transformer", None)}
     original = type(model).forward
 
     def forward(self, *args, **kwargs):
@@ -414,9 +491,10 @@ def test_what_the_network_sees_is_what_the_pipeline_shows_it(make, tmp_path, mon
         if make in (pixart, sana):
             options["use_resolution_binning"] = False
         size = size_of(make)
-        pipeline(PROMPTS[:2], guidance_scale=1.0, height=size, width=size, **options)
+        guidance = 0.0 if make is z_image else 1.0
+        prompts = PROMPTS[:2]
+        pipeline(prompt=prompts, guidance_scale=guidance, height=size, width=size, **options)
     ours, theirs = seen[0], seen[-1]
-    assert model is getattr(pipeline, "unet", None) or model is pipeline.transformer
     named = [
         {**dict(zip(_arguments(original), args, strict=False)), **kwargs}
         for args, kwargs in (ours, theirs)
@@ -424,9 +502,11 @@ def test_what_the_network_sees_is_what_the_pipeline_shows_it(make, tmp_path, mon
     ours, theirs = ({k: v for k, v in n.items() if _tensors(v)} for n in named)
     assert ours.keys() >= theirs.keys() - {"timestep", "encoder_attention_mask"}
     for key in theirs.keys() & ours.keys():
-        if key in {"sample", "hidden_states"}:
+        if key == "x":
+            assert [z.shape for z in ours[key]] == [z.shape for z in theirs[key]]
+        elif key in {"sample", "hidden_states"}:
             assert ours[key].shape == theirs[key].shape
-        elif key != "timestep":
+        elif key not in {"timestep", "t"}:
             _assert_equal(ours[key], theirs[key], key)
     if make is flux:  # told between zero and one
         assert 0 < float(ours["timestep"].max()) <= 1
@@ -515,7 +595,7 @@ def _arguments(forward):
 
 
 def _tensors(value):
-    return isinstance(value, torch.Tensor) or (isinstance(value, dict) and len(value) > 0)
+    return isinstance(value, torch.Tensor | list) or (isinstance(value, dict) and len(value) > 0)
 
 
 def _assert_equal(ours, theirs, key):
@@ -526,6 +606,14 @@ def _assert_equal(ours, theirs, key):
         assert ours.keys() == theirs.keys()
         for inner in theirs:
             _assert_equal(ours[inner], theirs[inner], f"{key}.{inner}")
+        return
+    if isinstance(theirs, list):
+        assert len(ours) == len(theirs)
+        for n, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            _assert_equal(one, other, f"{key}[{n}]")
+        return
+    if not isinstance(theirs, torch.Tensor):
+        assert ours == theirs
         return
     torch.testing.assert_close(ours, theirs.to(ours.dtype), msg=lambda m: f"{key}: {m}")
 
