@@ -30,7 +30,7 @@ from curvlinops_diffusion.diffusion.prompted import (
     prompted_parts,
 )
 from curvlinops_diffusion.diffusion.schedulers import noise_process
-from curvlinops_diffusion.diffusion.stable_diffusion import stable_diffusion, stable_diffusion_xl
+from curvlinops_diffusion.diffusion.stable_diffusion import controlled, inpainting, stable_diffusion
 
 
 def pipeline_parts(pipeline: Any, sample_latents: bool, cache: Cache) -> PipelineParts:
@@ -177,7 +177,11 @@ PIPELINES: dict[str, Callable[[Any, bool, Cache], PipelineParts]] = {
     "LDMPipeline": _latents,
     "DiTPipeline": _dit,
     "StableDiffusionPipeline": stable_diffusion,
-    "StableDiffusionXLPipeline": stable_diffusion_xl,
+    "StableDiffusionXLPipeline": stable_diffusion,
+    "StableDiffusionInpaintPipeline": inpainting,
+    "StableDiffusionXLInpaintPipeline": inpainting,
+    "StableDiffusionControlNetPipeline": controlled,
+    "StableDiffusionXLControlNetPipeline": controlled,
     "StableDiffusion3Pipeline": _stable_diffusion_3,
     "FluxPipeline": _flux,
 }

@@ -50,6 +50,7 @@ def prompted_parts(
     size: int = 8,
     vae: Any = None,
     encoders: Sequence[nn.Module] | None = None,
+    embed_null: Callable[[Tensor, dict[str, Any]], dict[str, Any]] | None = None,
 ) -> PipelineParts:
     """Take a pipeline with prompts apart.
 
@@ -67,6 +68,8 @@ def prompted_parts(
         size: Pixels of an image that the pipeline takes.
         vae: The autoencoder, if it is not the pipeline's as it is.
         encoders: What ``embed`` runs; ``None`` for the pipeline's text encoders.
+        embed_null: Maps an empty prompt to what a dropped condition is replaced by; ``None`` for
+            ``embed``.
     """
     if encoders is None:
         own = [getattr(pipeline, f"text_encoder{i}", None) for i in ("", "_2", "_3")]
@@ -93,7 +96,7 @@ def prompted_parts(
 
     def null_condition() -> Mapping[str, Any]:
         with torch.no_grad():
-            embedded = embed(torch.zeros(1, 3, size, size), {"prompt": [""]})
+            embedded = (embed_null or embed)(torch.zeros(1, 3, size, size), {"prompt": [""]})
         for name in shared:  # these are not dropped
             embedded.pop(name, None)
         embedded.get("added_cond_kwargs", {}).pop("time_ids", None)

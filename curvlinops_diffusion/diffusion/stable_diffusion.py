@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
+from curvlinops_diffusion.diffusion.image_conditions import (
+    ControlledDenoiser,
+    InpaintingDenoiser,
+    checked_image,
+)
+from curvlinops_diffusion.diffusion.latents import LatentEncoder
 from curvlinops_diffusion.diffusion.prompted import (
     Cache,
     PipelineParts,
@@ -22,42 +30,121 @@ from curvlinops_diffusion.diffusion.text_encoders import (
     tokens_of,
 )
 
-
-def stable_diffusion(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
-    """``StableDiffusionPipeline``, versions 1 and 2."""
-    check_inputs(pipeline, pipeline.unet)
-
-    def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
-        device = pipeline.text_encoder.device
-        states, _ = pipeline.encode_prompt(condition["prompt"], device, 1, False)
-        return {"encoder_hidden_states": states}
-
-    return prompted_parts(pipeline, pipeline.unet, embed, sample, cache)
-
-
-def stable_diffusion_xl(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
-    """``StableDiffusionXLPipeline``.
-
-    What training told the network of each image may stand beside the prompt: ``original_size`` and
-    ``crops_coords_top_left`` and ``target_size``, ``[B, 2]`` each (height or top first), or all of
-    it as ``time_ids``, ``[B, 6]``. Else images count as uncropped and of the size they have.
-    """
-    check_inputs(pipeline, pipeline.unet)
-
-    def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
-        states, _, pooled, _ = pipeline.encode_prompt(
-            condition["prompt"],
-            device=pipeline.text_encoder_2.device,
-            do_classifier_free_guidance=False,
-        )
-        added = {"text_embeds": pooled, "time_ids": _time_ids(x0, condition).to(states)}
-        return {"encoder_hidden_states": states, "added_cond_kwargs": added}
-
-    return prompted_parts(pipeline, pipeline.unet, embed, sample, cache, also=_SIZES_XL)
-
-
 # what of an image's sizes Stable Diffusion XL may be told
 _SIZES_XL = ("original_size", "crops_coords_top_left", "target_size", "time_ids")
+
+
+def stable_diffusion(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
+    """``StableDiffusionPipeline``, versions 1 and 2, and ``StableDiffusionXLPipeline``.
+
+    For XL, what training told the network of each image may stand beside the prompt:
+    ``original_size`` and ``crops_coords_top_left`` and ``target_size``, ``[B, 2]`` each (height or
+    top first), or all of it as ``time_ids``, ``[B, 6]``. Else images count as uncropped and of the
+    size they have.
+    """
+    check_inputs(pipeline, pipeline.unet)
+    embed = _embed_xl if _is_xl(pipeline) else _embed
+    also = _SIZES_XL if _is_xl(pipeline) else ()
+    return prompted_parts(
+        pipeline, pipeline.unet, partial(embed, pipeline), sample, cache, also=also
+    )
+
+
+def inpainting(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
+    """``StableDiffusionInpaintPipeline`` and ``StableDiffusionXLInpaintPipeline``.
+
+    ``'mask_image'`` stands beside each image and prompt, ``[B, 1, H, W]``, one where the network
+    was to paint; the network sees it at the latents' size, and the mean latents of the image
+    without what is masked. A UNet that takes latents alone was not trained on masks, and needs
+    none.
+    """
+    takes, latents = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+    if takes == latents:
+        return stable_diffusion(pipeline, sample, cache)
+    if takes != 2 * latents + 1:
+        raise ValueError(
+            f"The UNet takes {takes} channels. One that paints into images takes latents "
+            f"({latents}), a mask (1) and the masked image's latents ({latents})."
+        )
+    model, encoder = InpaintingDenoiser(pipeline.unet), LatentEncoder(pipeline.vae, sample=False)
+
+    def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
+        mask = checked_image("mask_image", condition, x0, 1).to(x0)
+        mask = (mask >= 0.5).to(x0)
+        masked_latents = encoder(x0 * (1 - mask), {}).mean
+        return {
+            "mask": interpolate(mask, masked_latents.shape[2:]),
+            "masked_latents": masked_latents,
+        }
+
+    return _with_image(pipeline, model, embed, sample, cache)
+
+
+def controlled(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
+    """``StableDiffusionControlNetPipeline`` and ``StableDiffusionXLControlNetPipeline``.
+
+    ``'conditioning_image'`` stands beside each image and prompt, ``[B, 3, H, W]`` in [0, 1].
+    """
+    check_inputs(pipeline, pipeline.unet)
+    controlnet = pipeline.controlnet
+    if not hasattr(controlnet, "config"):
+        raise ValueError(
+            f"The pipeline arrived with a {type(controlnet).__name__}. Pass one with a single "
+            "ControlNet: each is trained by itself."
+        )
+    model = ControlledDenoiser(pipeline.unet, controlnet)
+    ((name, channels),) = model.images.items()
+
+    def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
+        return {"controlnet_cond": checked_image(name, condition, x0, channels)}
+
+    return _with_image(pipeline, model, embed, sample, cache)
+
+
+def _with_image(
+    pipeline: Any,
+    model: InpaintingDenoiser | ControlledDenoiser,
+    embed_image: Callable[[Tensor, dict[str, Any]], dict[str, Any]],
+    sample: bool,
+    cache: Cache,
+) -> PipelineParts:
+    """The parts of a pipeline whose network is shown another image, which is never dropped."""
+    embed_prompt = partial(_embed_xl if _is_xl(pipeline) else _embed, pipeline)
+
+    def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
+        return embed_prompt(x0, condition) | embed_image(x0, condition)
+
+    return prompted_parts(
+        pipeline,
+        model,
+        embed,
+        sample,
+        cache,
+        also=(*model.images, *(_SIZES_XL if _is_xl(pipeline) else ())),
+        embed_null=embed_prompt,
+    )
+
+
+def _is_xl(pipeline: Any) -> bool:
+    return hasattr(pipeline, "text_encoder_2")
+
+
+def _embed(pipeline: Any, x0: Tensor, condition: Mapping[str, Any]) -> dict[str, Any]:
+    """The condition of Stable Diffusion, versions 1 and 2."""
+    device = pipeline.text_encoder.device
+    states, _ = pipeline.encode_prompt(condition["prompt"], device, 1, False)
+    return {"encoder_hidden_states": states}
+
+
+def _embed_xl(pipeline: Any, x0: Tensor, condition: Mapping[str, Any]) -> dict[str, Any]:
+    """The condition of Stable Diffusion XL."""
+    states, _, pooled, _ = pipeline.encode_prompt(
+        condition["prompt"],
+        device=pipeline.text_encoder_2.device,
+        do_classifier_free_guidance=False,
+    )
+    added = {"text_embeds": pooled, "time_ids": _time_ids(x0, condition).to(states)}
+    return {"encoder_hidden_states": states, "added_cond_kwargs": added}
 
 
 def _time_ids(x0: Tensor, condition: Mapping[str, Any]) -> Tensor:

@@ -10,6 +10,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ControlNetModel,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
@@ -31,12 +32,17 @@ from diffusers import (
     SanaPipeline,
     SanaTransformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     VQModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from benchmarks.models import (
     tiny_conditional_unet,
@@ -186,6 +192,16 @@ def stable_diffusion(folder):
     )
 
 
+def xl_unet(**options):
+    return tiny_conditional_unet(
+        cross_attention_dim=16,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=2,
+        projection_class_embeddings_input_dim=20,
+        **options,
+    )
+
+
 def stable_diffusion_xl(folder):
     return StableDiffusionXLPipeline(
         vae=vae(),
@@ -193,12 +209,7 @@ def stable_diffusion_xl(folder):
         text_encoder_2=clip(projection=True),
         tokenizer=clip_tokenizer(folder),
         tokenizer_2=clip_tokenizer(folder),
-        unet=tiny_conditional_unet(
-            cross_attention_dim=16,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=2,
-            projection_class_embeddings_input_dim=20,
-        ),
+        unet=xl_unet(),
         scheduler=EulerDiscreteScheduler(),
     )
 
@@ -393,7 +404,7 @@ def z_image(folder):
         n_kv_heads=1,
         cap_feat_dim=4,
         axes_dims=[4, 2, 2],
-        axes_lens=[64, 64, 64],
+        axes_lens=[256, 64, 64],
     )
     for token in (transformer.x_pad_token, transformer.cap_pad_token):
         torch.nn.init.normal_(token)
@@ -406,9 +417,59 @@ def z_image(folder):
     )
 
 
+def sd_parts(folder, **unet_options):
+    """Parts of Stable Diffusion 1, and nothing that checks what it paints."""
+    parts = stable_diffusion(folder).components
+    parts["unet"] = tiny_conditional_unet(cross_attention_dim=8, **unet_options)
+    return {k: v for k, v in parts.items() if k != "image_encoder"}
+
+
+def xl_parts(folder, **unet_options):
+    parts = stable_diffusion_xl(folder).components
+    parts["unet"] = xl_unet(**unet_options)
+    return {k: v for k, v in parts.items() if k not in {"image_encoder", "feature_extractor"}}
+
+
+def controlnet(unet):
+    """With random weights where training starts from zero."""
+    found = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 4))
+    for p in found.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return found
+
+
+def sd_inpainting(folder):
+    parts = sd_parts(folder, in_channels=9, out_channels=4) | {"vae": vae(4)}
+    return StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+
+
+def xl_inpainting(folder):
+    parts = xl_parts(folder, in_channels=9, out_channels=4) | {"vae": vae(4)}
+    return StableDiffusionXLInpaintPipeline(**parts)
+
+
+def sd_controlled(folder):
+    parts = sd_parts(folder)
+    return StableDiffusionControlNetPipeline(
+        **parts, controlnet=controlnet(parts["unet"]), requires_safety_checker=False
+    )
+
+
+def xl_controlled(folder):
+    parts = xl_parts(folder)
+    return StableDiffusionXLControlNetPipeline(**parts, controlnet=controlnet(parts["unet"]))
+
+
 UNCONDITIONAL = [ddpm, ddim, ldm]
 BY_INTERFACE = [pixart, sana, qwen_image, flux_2, z_image]
-PROMPTED = [stable_diffusion, stable_diffusion_xl, stable_diffusion_3, flux, *BY_INTERFACE]
+INPAINTING = [sd_inpainting, xl_inpainting]
+CONTROLLED = [sd_controlled, xl_controlled]
+WITH_IMAGES = [*INPAINTING, *CONTROLLED]
+PROMPTED = [
+    *(stable_diffusion, stable_diffusion_xl, stable_diffusion_3, flux),
+    *BY_INTERFACE,
+    *WITH_IMAGES,
+]
 PIPELINES = [*UNCONDITIONAL, dit, *PROMPTED]
 
 
@@ -433,6 +494,13 @@ def data_for(make, size=None):
     x0 = images(3, channels=3, size=size, dtype=torch.float32).tanh()
     if make in UNCONDITIONAL:
         return x0
+    if make in WITH_IMAGES:
+        name, channels = ("mask_image", 1) if make in INPAINTING else ("conditioning_image", 3)
+        beside = images(3, channels=channels, size=size, dtype=torch.float32).sigmoid()
+        return [
+            {"x0": x0[part], "prompt": PROMPTS[part], name: beside[part]}
+            for part in (slice(2), slice(2, 3))
+        ]
     second = torch.arange(3) if make is dit else PROMPTS
     return [(x0[:2], second[:2]), (x0[2:], second[2:])]
 
@@ -473,7 +541,8 @@ def test_what_the_network_sees_is_what_the_pipeline_shows_it(make, tmp_path, mon
     batch = next(NoisedRegression(objective, data, 1).batches())
     seen = []
     model = getattr(pipeline, "unet", None) or pipeline.transformer
-    assert model in {objective.model, getattr(objective.model, "transformer", None)}
+    assert model in {objective.model, *objective.model.children()}
+    model = getattr(pipeline, "controlnet", model)  # whose answers the UNet is given
     original = type(model).forward
 
     def forward(self, *args, **kwargs):
@@ -491,6 +560,14 @@ def test_what_the_network_sees_is_what_the_pipeline_shows_it(make, tmp_path, mon
         if make in (pixart, sana):
             options["use_resolution_binning"] = False
         size = size_of(make)
+        if make in INPAINTING:  # whose latents are drawn there
+            monkeypatch.setattr(
+                DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode()
+            )
+            options |= {"image": data[0]["x0"], "mask_image": data[0]["mask_image"]}
+            options["strength"] = 1.0
+        elif make in CONTROLLED:
+            options["image"] = data[0]["conditioning_image"]
         guidance = 0.0 if make is z_image else 1.0
         prompts = PROMPTS[:2]
         pipeline(prompt=prompts, guidance_scale=guidance, height=size, width=size, **options)
@@ -508,6 +585,8 @@ def test_what_the_network_sees_is_what_the_pipeline_shows_it(make, tmp_path, mon
             assert ours[key].shape == theirs[key].shape
         elif key not in {"timestep", "t"}:
             _assert_equal(ours[key], theirs[key], key)
+    if make in INPAINTING:  # beside the noised latents
+        assert_close(ours["sample"][:, 4:], theirs["sample"][:, 4:], 1e-6)
     if make is flux:  # told between zero and one
         assert 0 < float(ours["timestep"].max()) <= 1
         assert 0 < float(theirs["timestep"].max()) <= 1
@@ -562,6 +641,51 @@ def test_text_encoders_that_were_trained_too(make, tmp_path):
     assert_close(J.rows().double(), rows, 1e-3)
     EK = DiffusionEKFACLinearOperator(regressions[1], names)
     assert influence_scores(J, EK.inverse(1e-3), J).isfinite().all()
+
+
+@pytest.mark.parametrize("make", WITH_IMAGES, ids=lambda make: make.__name__)
+def test_images_beside_the_images(make, tmp_path):
+    """They are needed, of the images' size and in their range; another one, another loss."""
+    objective = DenoisingObjective.from_pipeline(made(make, tmp_path), sample_latents=False)
+    first = data_for(make)[0]
+    name = next(iter(objective.model.images))
+
+    def losses(**changed):
+        batch = next(NoisedRegression(objective, [first | changed], 1).batches())
+        return batch.loss(objective.predict(batch))
+
+    other = first[name].flip(0)
+    assert not torch.allclose(losses(), losses(**{name: other}), rtol=1e-2)
+    with pytest.raises(ValueError, match=f"'{name}' arrived with numbers from -1 to 1"):
+        losses(**{name: 2 * (first[name] > 0.5).float() - 1})
+    with pytest.raises(ValueError, match=rf"'{name}' arrived with shape \(2, 4, 8, 8\)"):
+        losses(**{name: torch.zeros(2, 4, 8, 8)})
+    with pytest.raises(ValueError, match=f"and no '{name}'"):
+        J_of(objective, [(first["x0"], first["prompt"])]).rows()
+    # mirrored with the image, if training did
+    flipped = NoisedRegression(
+        objective, [first], 4, augment="flip", augmented_conditions=[name], seed=1
+    )
+    mirrored = first | {key: first[key].flip(-1) for key in ("x0", name)}
+    plain = [NoisedRegression(objective, [d], 4, seed=1) for d in (first, mirrored)]
+    for batch, *both in zip(flipped.batches(), *(r.batches() for r in plain), strict=True):
+        found, *known = (b.loss(objective.predict(b)) for b in (batch, *both))
+        nearest = torch.stack([(found - k).abs() for k in known]).min(0).values
+        assert (nearest < 1e-5 * found).all()
+
+
+def test_pipelines_for_painting_whose_unet_sees_no_mask(tmp_path):
+    def unmasked(folder):
+        return StableDiffusionInpaintPipeline(**sd_parts(folder), requires_safety_checker=False)
+
+    pipeline = made(unmasked, tmp_path)
+    objective = DenoisingObjective.from_pipeline(pipeline)
+    assert objective.model is pipeline.unet
+    assert J_of(objective, data_for(stable_diffusion)).rows().isfinite().all()
+
+
+def J_of(objective, data):
+    return ExampleGradientLinearOperator(NoisedRegression(objective, data, 1))
 
 
 def test_text_encoders_of_other_pipelines(tmp_path):
