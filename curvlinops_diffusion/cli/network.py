@@ -26,6 +26,7 @@ from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions
 from curvlinops_diffusion.cli.processes import is_first
 from curvlinops_diffusion.cli.weights import check_can_load, check_loaded
+from curvlinops_diffusion.diffusion.image_conditions import ControlledDenoiser
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 
 # diffusers imports it with its first network, and it warns of kernels that nothing here needs
@@ -182,11 +183,11 @@ def _network(
         sides = (height * multiple, width * multiple)
     if isinstance(model, diffusers.UNet2DModel):  # its halves must be whole
         multiple *= 2 ** (len(config["down_block_types"]) - 1)
-    elif isinstance(model, diffusers.FluxTransformer2DModel):  # packs 2×2 latents into a token
+    elif type(pipeline).__name__.startswith(("Flux", "ZImage")):  # packs 2×2 latents into a token
         multiple *= 2
     elif isinstance(config.get("patch_size"), int):
         multiple *= config["patch_size"]
-    condition, prompt = _condition(config, pipeline), options.prompt
+    condition, prompt = _condition(model, config, pipeline), options.prompt
     if prompt is not None and condition.key != "prompt":
         raise ValueError(
             f"--prompt {prompt!r} arrived for a network that takes "
@@ -208,7 +209,7 @@ def _chosen_parameters(
     modules: Mapping[str, torch.nn.Module],
     options: FitOptions | ScoreOptions,
 ) -> list[str] | None:
-    """Those that patterns name; else those of adapters, if some were given.
+    """Those that patterns name; else those of adapters, if some were given, or a ControlNet's.
 
     Raises:
         ValueError: If a pattern names none, or the adapters have none in the denoiser.
@@ -216,6 +217,10 @@ def _chosen_parameters(
     patterns = getattr(options, "params", None)  # score takes those of the operator
     if patterns:
         return matching_parameters(model, patterns)
+    if not options.lora and isinstance(model, ControlledDenoiser):  # its UNet was not trained
+        if hasattr(options, "params") and is_first():
+            say("Covering the ControlNet alone. Pass --params 'unet.*' 'controlnet.*' for both")
+        return matching_parameters(model, ["controlnet.*"])
     if not options.lora:
         return None
     found = adapter_parameters(model)
@@ -233,10 +238,11 @@ def _chosen_parameters(
     return found
 
 
-def _condition(config: Any, pipeline: Any) -> Condition:
+def _condition(model: Any, config: Any, pipeline: Any) -> Condition:
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     if any(getattr(pipeline, name, None) is not None for name in encoders):
-        return Condition("prompt", sizes=isinstance(pipeline, diffusers.StableDiffusionXLPipeline))
+        sizes = type(pipeline).__name__.startswith("StableDiffusionXL")
+        return Condition("prompt", sizes=sizes, images=getattr(model, "images", {}))
     if config.get("num_class_embeds") is not None:
         return Condition("class_labels", config["num_class_embeds"])
     if config.get("num_embeds_ada_norm") is not None:

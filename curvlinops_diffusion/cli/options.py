@@ -161,7 +161,7 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
             label), a data set of the library datasets saved to disk, or an .npz file.
         output: The operator's file to write, .safetensors.
         params: The parameters to cover, by names or by patterns such as '*attn*'. By default all,
-            or with --lora those of the adapters.
+            with --lora those of the adapters, or those of a ControlNet.
         curvature: The approximation of the curvature.
         num_draws: The number of draws of timestep and noise for each image.
         seed: The seed of the draws.

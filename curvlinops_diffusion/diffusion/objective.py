@@ -156,16 +156,18 @@ class DenoisingObjective:
 
         Reads the denoiser, scheduler, prediction type, autoencoder and text encoders. Data is then
         images in [-1, 1] with labels or prompts: pairs, or dicts with ``'class_labels'`` or
-        ``'prompt'``.
+        ``'prompt'``, and ``'mask_image'`` or ``'conditioning_image'`` in [0, 1] where the network
+        is shown one.
 
         Args:
             pipeline: A pipeline of ``diffusers``: DDPM, DDIM, LDM, DiT, Stable Diffusion (1, 2, XL,
-                3) or Flux; or another from prompts to images by latents (PixArt, Sana, Qwen-Image),
-                which is run with stand-ins for its parts to see what it shows its network.
+                3) or Flux, inpainting and ControlNet of Stable Diffusion (1, 2, XL); or another
+                from prompts to images by latents (PixArt, Sana, Qwen-Image, Flux.2, Z-Image), which
+                is run with stand-ins for its parts to see what it shows its network.
             weighting: As in the constructor.
             reduction: As in the constructor.
             sample_latents: Whether latents are drawn from the autoencoder's distribution, as in
-                training, or are its mean.
+                training, or are its mean (as when Flux.2 is trained by ``diffusers``' scripts).
             latent_cache: A folder to keep latents and embeddings in, see
                 :class:`~curvlinops_diffusion.LatentEncoder`.
             condition_dropout: The probability with which training dropped label or prompt.

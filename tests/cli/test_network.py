@@ -1,10 +1,19 @@
 """What the program reads off a trained network: how it takes images."""
 
+import json
+import shutil
+from dataclasses import replace
+
+import datasets
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torchvision.transforms import functional as transforms
 
 from curvlinops_diffusion import NoisedRegression
+from curvlinops_diffusion.cli.commands.fit import training_regression
 from curvlinops_diffusion.cli.images.images import open_images
 from curvlinops_diffusion.cli.images.labels import Condition
 from curvlinops_diffusion.cli.images.preprocessing import Form
@@ -79,6 +88,82 @@ def test_weights_that_are(tmp_path, make):
     load_network(FitOptions(pipeline=tmp_path / "p", data=tmp_path, output=tmp_path))
 
 
+def write_beside(folder, names, entry, mode, **columns):
+    """Images, and another one beside each, in a folder of theirs."""
+    (folder / "beside").mkdir(parents=True)
+    lines = []
+    for k, name in enumerate(names):
+        noise = np.random.default_rng(k).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+        Image.fromarray(noise[0]).save(folder / name)
+        Image.fromarray(noise[1]).convert(mode).save(folder / "beside" / name)
+        line = {"file_name": name, "text": "a cat", f"{entry}_file_name": f"beside/{name}"}
+        lines.append(json.dumps(line | columns))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("make", "entry", "mode"),
+    [
+        (pipelines.sd_inpainting, "mask_image", "L"),
+        (pipelines.xl_controlled, "conditioning_image", "RGB"),
+    ],
+)
+def test_images_beside_the_images(tmp_path, make, entry, mode):
+    """Read by the program as the library is given them, from a folder and a data set."""
+    make(tmp_path).save_pretrained(tmp_path / "p")
+    train = tmp_path / "train"
+    write_beside(train, ["a.png", "b.png"], entry, mode)
+    options = FitOptions(pipeline=tmp_path / "p", data=train, output=tmp_path, augment="flip")
+    network = load_network(options)
+    images = open_images(train, network.form(None), network.condition)
+    assert images.names == ["a.png", "b.png"]
+    assert images.left_out == []
+    channels = network.condition.images[entry]
+    pixels = transforms.pil_to_tensor(Image.open(train / "beside" / "b.png")) / 255
+    assert images[1][entry].shape == (channels, 8, 8)
+    torch.testing.assert_close(images[1][entry], pixels, atol=1e-6, rtol=0)
+    regression = training_regression(network, images, options)
+    assert regression.description["augmented_conditions"] == [entry]
+    assert sum(len(batch.indices) for batch in regression.batches()) == 2 * options.num_draws
+
+    data = datasets.Dataset.from_dict(
+        {
+            entry: [str(train / "beside" / name) for name in images.names],
+            "image": [str(train / name) for name in images.names],
+            "text": ["a cat", "a cat"],
+        }
+    )
+    for column in ("image", entry):
+        data = data.cast_column(column, datasets.Image())
+    data.save_to_disk(tmp_path / "saved")
+    same = open_images(tmp_path / "saved", network.form(None), network.condition)
+    for ours, theirs in zip(same, images, strict=True):
+        for key in ("x0", entry):
+            assert torch.equal(ours[key], theirs[key])
+
+    (train / "beside" / "b.png").unlink()
+    with pytest.raises(ValueError, match=r"b.png' has vanished"):
+        images[1]
+    (train / "metadata.jsonl").write_text(
+        "\n".join(json.dumps({"file_name": f"{n}.png", "text": "a cat"}) for n in "ab")
+    )
+    shutil.rmtree(train / "beside")
+    with pytest.raises(ValueError, match=f"'a.png' of .* has no '{entry}', .* '{entry}_file_name'"):
+        open_images(train, network.form(None), network.condition)
+
+
+def test_a_controlnet_alone(tmp_path):
+    """Which is what was trained, unless somebody says otherwise."""
+    pipelines.sd_controlled(tmp_path).save_pretrained(tmp_path / "p")
+    options = FitOptions(pipeline=tmp_path / "p", data=tmp_path, output=tmp_path)
+    names = [name for name, _ in load_network(options).objective.model.named_parameters()]
+    own = [name for name in names if name.startswith("controlnet.")]
+    assert load_network(options).params == own
+    assert 0 < len(own) < len(names)
+    both = replace(options, params=["unet.*", "controlnet.*"])
+    assert load_network(both).params == names
+
+
 def test_sizes_that_stable_diffusion_xl_is_told(tmp_path):
     """The file's own size, and the corner of what was cut out: as in training, in every form."""
     pipelines.stable_diffusion_xl(tmp_path).save_pretrained(tmp_path / "p")
@@ -96,3 +181,17 @@ def test_sizes_that_stable_diffusion_xl_is_told(tmp_path):
     uncut = open_images(tmp_path / "train" / "a.jpg", network.form(None), network.condition)
     batch = next(NoisedRegression(network.objective, uncut, 1).batches())
     assert batch.condition["added_cond_kwargs"]["time_ids"].tolist() == [[16, 8, 0, 0, 16, 8]]
+    # or what was noted of it
+    lines = [
+        {"file_name": "a.jpg", "original_size": [64, 32], "crops_coords_top_left": [3, 1]},
+        {"file_name": "b.jpg", "original_size": [48, 24], "crops_coords_top_left": [0, 0]},
+    ]
+    (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    noted = open_images(tmp_path / "train", network.form(8), network.condition)
+    batch = next(NoisedRegression(network.objective, noted, 1).batches())
+    told = batch.condition["added_cond_kwargs"]["time_ids"].tolist()
+    assert told == [[64, 32, 3, 1, 8, 8], [48, 24, 0, 0, 8, 8]]
+    lines[1]["original_size"] = 48
+    (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match=r"'original_size' of image 'b.jpg' of .* is 48. Give two"):
+        open_images(tmp_path / "train", network.form(8), network.condition)

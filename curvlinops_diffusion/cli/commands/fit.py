@@ -84,6 +84,7 @@ def training_regression(
         options.seed,
         batch_size=options.batch_size,
         augment=options.augment,
+        augmented_conditions=list(network.condition.images) or None,  # mirrored with the image
         antithetic=antithetic,
         **options.regression_options(),
     )

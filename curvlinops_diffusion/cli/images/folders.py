@@ -10,9 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 from curvlinops_diffusion.cli.images.labels import Classes
+from curvlinops_diffusion.cli.images.metadata import METADATA
 
 SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-METADATA = "metadata.jsonl"
 
 
 @dataclass(frozen=True)

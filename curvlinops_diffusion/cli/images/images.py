@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from torch import Size, Tensor
 from torch.utils.data import Dataset
 
 from curvlinops_diffusion.cli.images.arrays import read_arrays
-from curvlinops_diffusion.cli.images.folders import METADATA, SUFFIXES, Files, classes_of
-from curvlinops_diffusion.cli.images.labels import Classes, Condition, of_metadata
+from curvlinops_diffusion.cli.images.folders import SUFFIXES, Files, classes_of
+from curvlinops_diffusion.cli.images.labels import Classes, Condition
+from curvlinops_diffusion.cli.images.metadata import COLUMNS, IMAGE_COLUMNS, Metadata
 from curvlinops_diffusion.cli.images.preprocessing import Form, upright_size
 from curvlinops_diffusion.runtime.digests import digest_of
 
@@ -29,7 +32,10 @@ class NamedImages(Dataset[dict[str, Any]]):
 
     Attributes:
         names: A name for each image.
-        conditions: Further entries of each item: ``'class_labels'`` or ``'prompt'``.
+        conditions: Further entries of each item: ``'class_labels'`` or ``'prompt'``, and noted
+            sizes.
+        beside: Images that an item has beside its image: for each entry, its channels and either
+            their files or what they are loaded from.
         classes: Whose numbers the labels are, where classes have names.
         left_out: Files beside the images that were not read.
         tells_sizes: Whether an item has the size of the original image, and the top left corner
@@ -53,6 +59,7 @@ class NamedImages(Dataset[dict[str, Any]]):
         self.left_out = left_out
         self.digests: list[str | None] = [None] * len(names)
         self.tells_sizes = False
+        self.beside: dict[str, tuple[int, list[Any]]] = {}
         self._load = load
         self._size_of = size_of
         self._form = form
@@ -72,11 +79,15 @@ class NamedImages(Dataset[dict[str, Any]]):
                 f"{tuple(shape)}. All must have one size: pass --resolution to resize."
             )
         item: dict[str, Any] = {"x0": x0}
-        item |= {key: values[n] for key, values in self.conditions.items()}
         if self.tells_sizes:
             height, width = self._size_of(n)
             item["original_size"] = torch.tensor([height, width])
             item["crops_coords_top_left"] = torch.tensor(self._form.corner_of(height, width))
+        for key, values in self.conditions.items():
+            item[key] = torch.tensor(values[n]) if isinstance(values[n], list) else values[n]
+        for key, (channels, sources) in self.beside.items():
+            form = replace(self._form, channels=channels)
+            item[key] = (_loaded(sources[n], f"{key} of {self.names[n]}", form) + 1) / 2
         if self.digests[n] is None:
             self.digests[n] = digest_of(item)
         return item
@@ -155,7 +166,10 @@ def open_images(
             images.classes = _as_in_training(path, images, images.classes, training)
         images.conditions["class_labels"] = images.classes.labels()
     if condition is not None:
-        images.conditions = condition.of(path, images.names, images.conditions)
+        found = images.conditions
+        images.conditions = condition.of(path, images.names, found)
+        sources = condition.images_of(path, images.names, found)
+        images.beside = {key: (condition.images[key], sources[key]) for key in sources}
         images.tells_sizes = condition.sizes
     return images
 
@@ -175,13 +189,15 @@ def _as_in_training(
 
 
 def _folder(path: Path, form: Form) -> NamedImages:
-    found = Files.of(path)
-    names = [str(f.relative_to(path)) for f in found.images]
-    images = _files(found.images, names, form)
+    found, metadata = Files.of(path), Metadata.of(path)
+    others = set() if metadata is None else metadata.others()
+    files = {str(f.relative_to(path)): f for f in found.images}
+    files = {name: file for name, file in files.items() if name not in others}
+    names = list(files)
+    images = _files(list(files.values()), names, form)
     images.left_out = found.left_out
-    metadata = path / METADATA
-    if metadata.is_file():
-        images.conditions = of_metadata(metadata, names)
+    if metadata is not None:
+        images.conditions = metadata.conditions(path, names)
     else:
         images.classes = classes_of(names)
     return images
@@ -189,25 +205,36 @@ def _folder(path: Path, form: Form) -> NamedImages:
 
 def _files(files: Sequence[Path], names: list[str], form: Form) -> NamedImages:
     def load(n: int) -> Tensor:
-        try:
-            with Image.open(files[n]) as image:
-                image.load()
-                return form.tensor(image, names[n])
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"The image '{files[n]}' has vanished. Put it back, and start again to go on."
-            ) from error
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise ValueError(
-                f"The image '{files[n]}' cannot be read ({error}). Repair it, or remove it and "
-                "start anew."
-            ) from error
+        return _loaded(files[n], names[n], form)
 
     def size_of(n: int) -> tuple[int, int]:
         with Image.open(files[n]) as image:
             return upright_size(image)
 
     return NamedImages(names, load, size_of, form)
+
+
+def _loaded(source: Path | Callable[[], Image.Image], name: str, form: Form) -> Tensor:
+    """An image of a file, or of what returns it.
+
+    Raises:
+        ValueError: If there is none, or it cannot be read.
+    """
+    if not isinstance(source, Path):
+        return form.tensor(source(), name)
+    try:
+        with Image.open(source) as image:
+            image.load()
+            return form.tensor(image, name)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"The image '{source}' has vanished. Put it back, and start again to go on."
+        ) from error
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(
+            f"The image '{source}' cannot be read ({error}). Repair it, or remove it and "
+            "start anew."
+        ) from error
 
 
 def _saved_dataset(path: Path, form: Form) -> NamedImages:
@@ -221,13 +248,19 @@ def _saved_dataset(path: Path, form: Form) -> NamedImages:
     data = datasets.load_from_disk(str(path))
     if not isinstance(data, datasets.Dataset):
         raise ValueError(f"'{path}' holds several splits ({list(data)}). Pass one split's folder.")
-    column = next((k for k, v in data.features.items() if isinstance(v, datasets.Image)), None)
+    pictures = [k for k, v in data.features.items() if isinstance(v, datasets.Image)]
+    column = next((name for name in pictures if name not in IMAGE_COLUMNS), None)
     if column is None:
         raise ValueError(f"'{path}' has columns {data.column_names}, none of which is of images.")
-    conditions = {}
-    for theirs, ours in {"text": "prompt", "label": "class_labels"}.items():
-        if theirs in data.column_names:
-            conditions[ours] = list(data[theirs])
+    conditions: dict[str, list[Any]] = {
+        ours: list(data[theirs]) for theirs, ours in COLUMNS.items() if theirs in data.column_names
+    }
+
+    def picture(n: int, column: str) -> Image.Image:
+        return data[n][column]
+
+    for entry in set(pictures) & set(IMAGE_COLUMNS):
+        conditions[entry] = [partial(picture, n, entry) for n in range(len(data))]
     classes = None
     label = data.features.get("label")
     if isinstance(label, datasets.ClassLabel):

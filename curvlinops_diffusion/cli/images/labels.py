@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ _HOW = {
     ),
 }
 
+_SIZES = ("original_size", "crops_coords_top_left", "target_size")
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -30,12 +31,14 @@ class Condition:
         count: How many labels it knows; ``None`` for any.
         prompt: The prompt of images that have none of their own; ``None`` for an error.
         sizes: Whether the network is told each image's original size, and what was cut out of it.
+        images: What it is shown beside each image, masks say, and of how many channels.
     """
 
     key: str | None = None
     count: int | None = None
     prompt: str | None = None
     sizes: bool = False
+    images: dict[str, int] = field(default_factory=dict)
 
     def of(
         self, path: Path, names: Sequence[str], conditions: dict[str, list[Any]]
@@ -52,7 +55,44 @@ class Condition:
             values = [self.prompt if value is None else value for value in values]
         for name, value in zip(names, values, strict=True):
             self._check(path, name, value)
-        return {self.key: values}
+        return {self.key: values, **self._sizes_of(path, names, conditions)}
+
+    def images_of(
+        self, path: Path, names: Sequence[str], conditions: dict[str, list[Any]]
+    ) -> dict[str, list[Any]]:
+        """Select the images that the network is shown beside the images.
+
+        Raises:
+            ValueError: If one has none.
+        """
+        for entry in self.images:
+            for name, value in zip(names, conditions.get(entry, [None] * len(names)), strict=True):
+                if value is None:
+                    raise ValueError(
+                        f"The image '{name}' of '{path}' has no '{entry}', which the network is "
+                        f"shown. Name its file as '{entry}_file_name' in the metadata.jsonl of its "
+                        "folder, or have a column of images in the data set."
+                    )
+        return {entry: conditions[entry] for entry in self.images}
+
+    def _sizes_of(
+        self, path: Path, names: Sequence[str], conditions: dict[str, list[Any]]
+    ) -> dict[str, list[Any]]:
+        """Sizes and corners that somebody noted, where the network is told them.
+
+        Raises:
+            ValueError: If one is no pair of whole numbers.
+        """
+        noted = {key: conditions[key] for key in _SIZES if self.sizes and key in conditions}
+        for key, values in noted.items():
+            for name, value in zip(names, values, strict=True):
+                pair = isinstance(value, list | tuple) and len(value) == 2
+                if not pair or not all(type(side) is int for side in value):
+                    raise ValueError(
+                        f"The '{key}' of image '{name}' of '{path}' is {value!r}. Give two whole "
+                        "numbers for each image, height or top first, or leave the column out."
+                    )
+        return noted
 
     def _check(self, path: Path, name: str, value: Any) -> None:
         what, how = _HOW[self.key or ""]
@@ -107,25 +147,3 @@ class Classes:
                     f"data ({known}). Name it as there, or leave it out."
                 )
         return Classes(training.order, self.names)
-
-
-def of_metadata(path: Path, names: Sequence[str]) -> dict[str, list[Any]]:
-    """Prompts and labels of a folder's images by its ``metadata.jsonl``; ``None`` where one lacks.
-
-    Raises:
-        ValueError: If the file is not understood, or lacks an image.
-    """
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        rows = {line["file_name"]: line for line in lines}
-        keys = {"text": "prompt", "label": "class_labels"}
-        return {
-            ours: [rows[name].get(theirs) for name in names]
-            for theirs, ours in keys.items()
-            if any(theirs in row for row in lines)
-        }
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"'{path}' is not understood ({type(error).__name__}: {error}). Each line must "
-            'be like {"file_name": "a.png", "text": "a cat"}, with a line for each image.'
-        ) from error
