@@ -251,12 +251,12 @@ def interface_of(pipeline: Any, model: nn.Module) -> Interface:
     z = torch.randn(first.decoded.shape, generator=generator).to(first.decoded)
     encoder = LatentEncoder(_Known(pipeline.vae, z, frames), sample=False, pack=pack)
     put = encoder(torch.zeros(1, 3, *size), {})
-    for latents in _forms(put.mean.to(first.image), first.image.shape, z):
+    for latents in _forms(put.mean, first.image.shape, z):
         try:
             arrived = seen_of(pipeline, model, ["a"], size, latents).decoded
         except ValueError:  # it takes them in another form
             continue
-        if arrived is not None and arrived.shape == z.shape and _near(arrived, z):
+        if arrived is not None and arrived.shape == z.shape and _near(arrived.to(z), z):
             two = seen_of(pipeline, model, ["a", "a"], size)
             wide = seen_of(pipeline, model, ["a"], (SIZE, 2 * SIZE))
             return Interface(
@@ -277,6 +277,7 @@ def _forms(latents: Tensor, shape: torch.Size, z: Tensor) -> Iterator[Tensor]:
     """The forms in which a pipeline may take latents of the form that its network takes."""
     if latents.shape != shape:
         return
+    latents = latents.float()  # in which some insist to have them, whatever the network's precision
     yield latents
     if latents.ndim == 3:  # tokens as pixels with many channels
         yield latents.mT.reshape(len(latents), -1, z.shape[-2] // 2, z.shape[-1] // 2)
@@ -284,7 +285,8 @@ def _forms(latents: Tensor, shape: torch.Size, z: Tensor) -> Iterator[Tensor]:
 
 def _near(one: Tensor, other: Tensor) -> bool:
     """Equal, but for the rounding of a pipeline in low precision."""
-    return torch.allclose(one, other, rtol=1e-2, atol=1e-2 * float(other.std()))
+    tolerance = max(1e-3, 4 * torch.finfo(other.dtype).eps)
+    return float((one - other).float().norm()) <= tolerance * float(other.float().norm())
 
 
 def _affine(name: str, times: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -64,20 +64,27 @@ def trained(model, seed=0):
             p.data.normal_(generator=generator)
 
 
-def images_with_prompts(folder, size=8):
-    folder.mkdir()
+def images_with_prompts(folder, size=8, beside=()):
+    """Images, and perhaps masks or control images of theirs."""
+    (folder / "beside").mkdir(parents=True)
     generator, lines = np.random.default_rng(0), []
     for n in range(COUNT):
         pixels = generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"i{n}.png")
         lines.append({"file_name": f"i{n}.png", "text": pipelines.PROMPTS[n]})
+        for name in beside:
+            mode = "L" if name == "mask_image" else "RGB"
+            Image.fromarray(pixels[::-1]).convert(mode).save(folder / "beside" / f"i{n}.png")
+            lines[-1][f"{name}_file_name"] = f"beside/i{n}.png"
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
 def problem(make, tmp_path):
     """A base and images, written, and the pipeline in memory with a trained adapter."""
     pipeline = pipelines.made(make, tmp_path)
-    images_with_prompts(tmp_path / "train", pipelines.size_of(make))
+    beside = ["mask_image"] * (make in pipelines.INPAINTING)
+    beside += ["conditioning_image"] * (make in pipelines.CONTROLLED)
+    images_with_prompts(tmp_path / "train", pipelines.size_of(make), beside)
     model = denoiser_of(pipeline)
     inject_adapter_in_model(config(), model)
     trained(model)

@@ -615,6 +615,15 @@ def test_the_interface_tells_what_was_written_by_hand(make, tmp_path):
     assert null[0].keys() == null[1].keys()
 
 
+@pytest.mark.parametrize("make", [flux_2, z_image, xl_inpainting], ids=lambda make: make.__name__)
+def test_pipelines_in_low_precision(make, tmp_path):
+    """Taken apart all the same: what rounding does to latents is no other arrangement."""
+    objective = DenoisingObjective.from_pipeline(made(make, tmp_path).to(torch.bfloat16))
+    assert objective.dtype == torch.bfloat16
+    batch = next(NoisedRegression(objective, data_for(make), 1).batches())
+    assert objective.predict(batch).isfinite().all()
+
+
 @pytest.mark.parametrize(
     "make", [stable_diffusion, stable_diffusion_xl], ids=lambda make: make.__name__
 )
