@@ -24,6 +24,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     LDMPipeline,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     PNDMScheduler,
@@ -134,13 +136,13 @@ def t5():
     return transformers.T5EncoderModel(config)
 
 
-def vae(latent_channels=2, **options):
+def vae(latent_channels=2, blocks=2, **options):
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(4,) * blocks,
         latent_channels=latent_channels,
         norm_num_groups=2,
         sample_size=8,
@@ -259,6 +261,21 @@ def pixart(folder):
     )
 
 
+def gemma():
+    return transformers.Gemma2Model(
+        transformers.Gemma2Config(
+            vocab_size=8,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+            pad_token_id=0,
+        )
+    )
+
+
 def sana(folder):
     """Latents of a deterministic autoencoder, times scaled, flow matching."""
     autoencoder = AutoencoderDC(
@@ -291,20 +308,8 @@ def sana(folder):
         sample_size=4,
         timestep_scale=0.5,
     )
-    gemma = transformers.Gemma2Model(
-        transformers.Gemma2Config(
-            vocab_size=8,
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=4,
-            pad_token_id=0,
-        )
-    )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return SanaPipeline(t5_tokenizer(), gemma, autoencoder, transformer, scheduler)
+    return SanaPipeline(t5_tokenizer(), gemma(), autoencoder, transformer, scheduler)
 
 
 def qwen_image(folder):
@@ -417,6 +422,30 @@ def z_image(folder):
     )
 
 
+def lumina_2(folder):
+    """A negated answer, and times that fall with the noise."""
+    transformer = Lumina2Transformer2DModel(
+        sample_size=4,
+        in_channels=2,
+        hidden_size=8,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=1,
+        num_kv_heads=1,
+        multiple_of=2,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(300, 64, 64),
+        cap_feat_dim=8,
+    )
+    return Lumina2Pipeline(
+        transformer,
+        FlowMatchEulerDiscreteScheduler(),
+        vae(blocks=4, shift_factor=0.1, scaling_factor=0.4),
+        gemma(),
+        t5_tokenizer(),
+    )
+
+
 def sd_parts(folder, **unet_options):
     """Parts of Stable Diffusion 1, and nothing that checks what it paints."""
     parts = stable_diffusion(folder).components
@@ -461,7 +490,7 @@ def xl_controlled(folder):
 
 
 UNCONDITIONAL = [ddpm, ddim, ldm]
-BY_INTERFACE = [pixart, sana, qwen_image, flux_2, z_image]
+BY_INTERFACE = [pixart, sana, qwen_image, flux_2, z_image, lumina_2]
 INPAINTING = [sd_inpainting, xl_inpainting]
 CONTROLLED = [sd_controlled, xl_controlled]
 WITH_IMAGES = [*INPAINTING, *CONTROLLED]
@@ -507,7 +536,7 @@ def data_for(make, size=None):
 
 def size_of(make):
     """Pixels of an image."""
-    return {sana: 32, qwen_image: 16}.get(make, 8)
+    return {sana: 32, qwen_image: 16, lumina_2: 16}.get(make, 8)
 
 
 # ---------------------------------------------------------------------------------------------
