@@ -163,7 +163,7 @@ class DenoisingObjective:
             pipeline: A pipeline of ``diffusers``: DDPM, DDIM, LDM, DiT, Stable Diffusion (1, 2, XL,
                 3) or Flux, inpainting and ControlNet of Stable Diffusion (1, 2, XL); or another
                 from prompts to images by latents (PixArt, Sana, Lumina 2, Qwen-Image, Flux.2,
-                Z-Image), which is run with stand-ins for its parts to see what it shows its network.
+                Z-Image), which is run with stand-ins for its parts to see what its network sees.
             weighting: As in the constructor.
             reduction: As in the constructor.
             sample_latents: Whether latents are drawn from the autoencoder's distribution, as in
