@@ -37,6 +37,10 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
     from curvlinops_diffusion.influence.compression import Compression
     from curvlinops_diffusion.influence.consumers import GradientConsumer, TopInfluences
     from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+    from curvlinops_diffusion.influence.kernel_regression import (
+        averaged_scores,
+        kernel_regression_scores,
+    )
     from curvlinops_diffusion.influence.measurements.base import (
         Example,
         ExampleDraws,
@@ -45,7 +49,12 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
     )
     from curvlinops_diffusion.influence.measurements.bounds import ELBO, SimplifiedELBO
     from curvlinops_diffusion.influence.measurements.likelihood import LogLikelihood
-    from curvlinops_diffusion.influence.measurements.losses import WeightedLoss, loss, squared_norm
+    from curvlinops_diffusion.influence.measurements.losses import (
+        SignedPrediction,
+        WeightedLoss,
+        loss,
+        squared_norm,
+    )
     from curvlinops_diffusion.influence.measurements.trajectories import (
         TrajectoryRegression,
         record_trajectories,
@@ -111,6 +120,7 @@ __all__ = [
     "RefinedInverseLinearOperator",
     "Refinement",
     "SharingKind",
+    "SignedPrediction",
     "SimplifiedELBO",
     "SplitHalfScores",
     "StratifiedTimesteps",
@@ -120,8 +130,10 @@ __all__ = [
     "UniformTimesteps",
     "WeightedLoss",
     "WoodburyInverseLinearOperator",
+    "averaged_scores",
     "group_and_self_influence",
     "influence_scores",
+    "kernel_regression_scores",
     "load_operator",
     "loss",
     "record_trajectories",
@@ -171,6 +183,7 @@ _MODULES = {
     "RefinedInverseLinearOperator": "linalg.solvers.iterative",
     "Refinement": "linalg.solvers.iterative",
     "SharingKind": "layers",
+    "SignedPrediction": "influence.measurements.losses",
     "SimplifiedELBO": "influence.measurements.bounds",
     "SplitHalfScores": "influence.split_half",
     "StratifiedTimesteps": "diffusion.timesteps",
@@ -180,8 +193,10 @@ _MODULES = {
     "UniformTimesteps": "diffusion.timesteps",
     "WeightedLoss": "influence.measurements.losses",
     "WoodburyInverseLinearOperator": "linalg.solvers.woodbury",
+    "averaged_scores": "influence.kernel_regression",
     "group_and_self_influence": "influence.scores",
     "influence_scores": "influence.scores",
+    "kernel_regression_scores": "influence.kernel_regression",
     "load_operator": "curvature.load",
     "loss": "influence.measurements.losses",
     "record_trajectories": "influence.measurements.trajectories",

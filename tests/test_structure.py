@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "diffusion": {"runtime", "linalg"},
     "layers": {"runtime", "linalg", "diffusion"},
     "curvature": {"runtime", "linalg", "diffusion", "layers"},
-    "influence": {"runtime", "linalg", "diffusion", "layers"},
+    "influence": {"runtime", "linalg", "linalg/solvers", "diffusion", "layers"},
     "influence/measurements": {"runtime", "linalg", "diffusion", "layers"},
     "cli": {"runtime", "linalg", "diffusion", "layers", "curvature", "influence"},
 }

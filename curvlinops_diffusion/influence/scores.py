@@ -252,7 +252,7 @@ def group_and_self_influence(
     groups_NK = _memberships(groups, N).to(G_inv.device, G_inv.dtype)
     J_again = None if self_seed is None else _of_other_draws(J_train, self_seed)
     sums, own = GroupSums(groups_NK, J_train.shape[1]), SelfInfluence(G_inv, N, J_again)
-    settings = {"curvature": _curvature(G_inv), "groups": digest_of(groups_NK)}
+    settings = {"curvature": curvature_settings(G_inv), "groups": digest_of(groups_NK)}
     settings |= {} if self_seed is None else {"self_seed": self_seed}
     stream_gradients(
         J_train,
@@ -305,10 +305,10 @@ def score_settings(
     if isinstance(J_query, ExampleGradientLinearOperator):
         measured = {"measurement": name_of(J_query.measurement)}
         described["query"] = J_query.regression.identity(measured)
-    return {**described, "curvature": _curvature(G_inv)}
+    return {**described, "curvature": curvature_settings(G_inv)}
 
 
-def _curvature(G_inv: PyTorchLinearOperator) -> Any:
+def curvature_settings(G_inv: PyTorchLinearOperator) -> Any:
     """Tell how an operator was made, or if it does not say so, what it makes of a fixed vector."""
     if hasattr(G_inv, "info"):
         return G_inv.info

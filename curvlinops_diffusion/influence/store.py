@@ -6,7 +6,7 @@ Legend: Q queries, N training examples, B a batch of them, P parameters, k coord
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from torch import Tensor
 from curvlinops_diffusion.influence.compression import Compression, Projection
 from curvlinops_diffusion.influence.consumers import TopInfluences, TopScores
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.kernel_regression import iterated_solution, ridge_solution
 from curvlinops_diffusion.influence.whitening import Whitening
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.operator import check_same_parameters
+from curvlinops_diffusion.linalg.upstream import LinearOperator
 from curvlinops_diffusion.runtime.adapters import common_list
-from curvlinops_diffusion.runtime.checks import check_count
+from curvlinops_diffusion.runtime.checks import check_count, check_positive
 from curvlinops_diffusion.runtime.digests import name_of
 from curvlinops_diffusion.runtime.files import FileKind, check_same, check_space, make_folder
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
@@ -224,6 +226,65 @@ class GradientStore:
             top.add(indices, rows_Bk)
         return top.result
 
+    def regression_scores(
+        self,
+        J_query: ExampleGradientLinearOperator,
+        curvature: BlockDiagonalLinearOperator,
+        ridge: float = 1.0,
+        *,
+        largest_gram: int = 20_000,
+        gradient_bytes: int = 2**31,
+        max_iter: int = 100,
+        tolerance: float = 1e-3,
+    ) -> Tensor:
+        """Those of :func:`~curvlinops_diffusion.kernel_regression_scores` of one function, read.
+
+        The folder is read once if its gradients, in float32, fit into ``gradient_bytes``; else once
+        more for each part that does, or twice an iteration beyond ``largest_gram``.
+
+        Args:
+            J_query: The queries' gradients.
+            curvature: The operator that the store was made with.
+            ridge: ``ρ``.
+            largest_gram: Training examples up to which their kernel matrix is formed.
+            gradient_bytes: Bytes of training gradients that are held at once.
+            max_iter: Iterations of conjugate gradients at most.
+            tolerance: Their relative residual.
+
+        Raises:
+            ValueError: As :meth:`scores`, or if the ridge is too small.
+        """
+        check_positive("ridge", ridge)
+        N, query_Qk = self.num_data, self._query(J_query, curvature)
+        if check_count("largest_gram", largest_gram) < N:
+            cross_QN = self.scores(J_query, curvature) * N
+            squares = sum(float(rows.square().sum()) for _, rows in self._rows(query_Qk.device))
+            gram = _StoredGram(self._rows, N, query_Qk)
+            return iterated_solution(cross_QN, gram, ridge * squares / N, max_iter, tolerance)
+        cross_QN, gram_NN = query_Qk.new_zeros(len(query_Qk), N), torch.zeros(N, N)
+        per_row = 4 * self._size
+        for indices, held_bk in self._parts(check_count("gradient_bytes", gradient_bytes), per_row):
+            cross_QN[:, indices] = query_Qk @ held_bk.to(query_Qk).T
+            whole = [(indices, held_bk)] if len(indices) == N else self._rows(query_Qk.device)
+            for others, rows_Bk in whole:
+                products_bB = held_bk.to(query_Qk) @ rows_Bk.to(query_Qk).T
+                gram_NN[torch.tensor(indices).unsqueeze(1), torch.tensor(others)] = (
+                    products_bB.cpu()
+                )
+        return ridge_solution(cross_QN, gram_NN, ridge).to(query_Qk)
+
+    def _parts(self, held: int, per_row: int) -> Iterator[tuple[list[int], Tensor]]:
+        """Rows in parts of so many bytes, of at least one file."""
+        indices: list[int] = []
+        rows: list[Tensor] = []
+        for some, rows_Bk in self._rows(torch.device("cpu")):
+            if indices and (len(indices) + len(some)) * per_row > held:
+                yield indices, torch.cat(rows)
+                indices, rows = [], []
+            indices = [*indices, *some]
+            rows.append(rows_Bk)
+        yield indices, torch.cat(rows)
+
     def _query(
         self, J_query: ExampleGradientLinearOperator, curvature: BlockDiagonalLinearOperator
     ) -> Tensor:
@@ -273,6 +334,34 @@ class GradientStore:
 
     def _shard(self, number: int) -> Path:
         return self._folder / f"rows.{number:07}.safetensors"
+
+
+class _StoredGram(LinearOperator):
+    """``Z Zᵀ`` of stored rows, ``[N, N]``, which are read twice for each product.
+
+    Args:
+        rows: Yields indices and rows on a device.
+        num_data: ``N``.
+        like: Has the precision and device of the vectors.
+    """
+
+    def __init__(
+        self,
+        rows: Callable[[torch.device], Iterator[tuple[list[int], Tensor]]],
+        num_data: int,
+        like: Tensor,
+    ):
+        self._rows = rows
+        super().__init__([(num_data,)], [(num_data,)], like=like)
+
+    def multiply_tensors(self, X: list[Tensor]) -> list[Tensor]:
+        """``Z (Zᵀ X)``."""
+        (X_NK,) = X
+        sums_kK = sum(rows_Bk.to(X_NK).T @ X_NK[some] for some, rows_Bk in self._rows(self.device))
+        product_NK = torch.zeros_like(X_NK)
+        for some, rows_Bk in self._rows(self.device):
+            product_NK[some] = rows_Bk.to(X_NK) @ sums_kK
+        return [product_NK]
 
 
 def _fitted_projection(

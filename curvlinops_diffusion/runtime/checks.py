@@ -45,6 +45,17 @@ def check_non_negative(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_positive(name: str, value: Any) -> float:
+    """Return ``value`` as a float if it is finite and above zero.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(value, int | float) or not isfinite(value) or value <= 0:
+        raise ValueError(f"{name}={value!r} arrived. Pass a finite number above 0.")
+    return float(value)
+
+
 def check_finite(tensor: Tensor, what: str) -> None:
     """Check that a computed quantity is finite.
 

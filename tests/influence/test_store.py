@@ -12,6 +12,7 @@ from curvlinops_diffusion import (
     GradientStore,
     NoisedRegression,
     influence_scores,
+    kernel_regression_scores,
     top_influences,
 )
 from curvlinops_diffusion.influence.store import GRADIENTS
@@ -82,6 +83,20 @@ def test_scores(tmp_path, J_train, J_query, EK, scores, form):
     if form == "float32":
         expected = top_influences(J_query, EK.inverse(DAMPING), J_train, k=3)
         assert torch.equal(top.negative.indices, expected.negative.indices)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gradient_bytes": 1}, {"gradient_bytes": 5 * 4 * 4925}, {"largest_gram": COUNT - 1}],
+)
+def test_kernel_regression(tmp_path, J_train, J_query, EK, options):
+    """As from gradients that are computed anew: whole, in parts, by iteration."""
+    store = GradientStore.create(tmp_path / "s", J_train, EK, DAMPING, Compression("float32"))
+    expected = kernel_regression_scores(J_query, EK.inverse(DAMPING), J_train, ridge=0.5)
+    found = store.regression_scores(J_query, EK, 0.5, tolerance=1e-6, **options)
+    assert_close(found.double(), expected, 1e-4)
+    with pytest.raises(ValueError, match="ridge=-1 arrived"):
+        store.regression_scores(J_query, EK, -1)
 
 
 def test_bytes(tmp_path, J_train, EK):

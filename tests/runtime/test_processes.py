@@ -19,6 +19,7 @@ from curvlinops_diffusion import (
     PassOptions,
     group_and_self_influence,
     influence_scores,
+    kernel_regression_scores,
     top_influences,
 )
 from curvlinops_diffusion.runtime.processes import Share
@@ -38,6 +39,11 @@ def everything(regression, passes):
     top = top_influences(J, inverse, J, k=3, passes=passes)
     found |= {"top": top.positive.scores, "top index": top.positive.indices}
     groups, own = group_and_self_influence(J, inverse, J, torch.arange(COUNT) % 2, passes=passes)
+    for largest in (COUNT, COUNT - 1):
+        options = {"largest_gram": largest, "gradient_bytes": 100_000, "tolerance": 1e-12}
+        found[f"regression {largest}"] = kernel_regression_scores(
+            J, inverse, J, passes=passes, **options
+        )
     # eigenbases of close eigenvalues may turn: what they make together must not
     identity = torch.eye(EK.shape[0], 40, dtype=torch.float64)
     return {**found, "groups": groups, "self": own, "operator": EK @ identity}

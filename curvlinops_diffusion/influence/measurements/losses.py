@@ -1,4 +1,4 @@
-"""The loss, weighted or not, and the size of the prediction.
+"""The loss, weighted or not, and functions of the prediction itself.
 
 Legend: B batch, D entries of the output.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
@@ -23,6 +24,26 @@ def loss(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
 def squared_norm(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
     """The mean square ``1/D ‖f‖²`` of the prediction (Zheng et al., 2024, D-TRAK), ``[B]``."""
     return prediction_BD.square().mean(1)
+
+
+@dataclass(frozen=True)
+class SignedPrediction:
+    """The prediction's component ``⟨s, f⟩`` along random signs ``s``, the same at every draw.
+
+    No loss, but what the network says: gradients of several seeds, compared with each other, give
+    the neural tangent kernel of the prediction averaged over draws, ``Σ_s (sᵀ J_q)(sᵀ J_n)ᵀ``.
+
+    Attributes:
+        seed: The seed of the signs.
+    """
+
+    seed: int = 0
+
+    def __call__(self, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
+        """The component of each prediction, ``[B]``."""
+        generator = torch.Generator().manual_seed(self.seed)
+        signs_D = 2 * torch.randint(2, prediction_BD.shape[1:], generator=generator) - 1
+        return prediction_BD @ signs_D.to(prediction_BD)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,12 @@ MEASUREMENTS: dict[str, NamedMeasurement] = {
         Better.NEITHER,
         "mean square",
     ),
+    "signed_prediction": NamedMeasurement(
+        "losses:SignedPrediction",
+        "the prediction's component along random signs",
+        Better.NEITHER,
+        "component",
+    ),
     "simplified_elbo": NamedMeasurement(
         "bounds:SimplifiedELBO",
         "the transitions of the negative evidence lower bound, in nats",

@@ -1,0 +1,359 @@
+"""Kernel regression: what each training example counts for in a prediction of a query's value.
+
+Legend: Q queries, N training examples, M measured functions, P parameters, K columns.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain, count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.influence.consumers import GroupSums, PairwiseScores, SelfInfluence
+from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.scores import (
+    curvature_settings,
+    gradient_columns,
+    query_blocks,
+    stream_gradients,
+)
+from curvlinops_diffusion.linalg.operator import check_same_parameters
+from curvlinops_diffusion.linalg.solvers.conjugate_gradients import CGRefinedInverseLinearOperator
+from curvlinops_diffusion.linalg.upstream import LinearOperator, PyTorchLinearOperator
+from curvlinops_diffusion.runtime.adapters import common_list
+from curvlinops_diffusion.runtime.checks import check_count, check_positive
+from curvlinops_diffusion.runtime.digests import digest_of, name_of
+from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, computed_once
+from curvlinops_diffusion.runtime.processes import Share
+
+One = ExampleGradientLinearOperator
+Gradients = One | Sequence[One | Sequence[One]]
+
+
+def kernel_regression_scores(
+    J_query: Gradients,
+    G_inv: PyTorchLinearOperator,
+    J_train: Gradients,
+    *,
+    ridge: float = 1.0,
+    largest_gram: int = 20_000,
+    gradient_bytes: int = 2**31,
+    max_iter: int = 100,
+    tolerance: float = 1e-3,
+    passes: PassOptions = PLAIN,
+) -> Tensor:
+    r"""Weights of the training examples in a kernel regression of a query's value.
+
+    Gradients are compared in the metric of an inverse curvature, ``k(q, n) = ∇m_qᵀ G_inv ∇f_n``,
+    and the queries' row of the kernel is divided by that of the training examples, so that what
+    several of them share is not counted for each::
+
+        s(q, ·) = k(q, ·) (K + ρ κ I)⁻¹,     K_nm = ∇f_nᵀ G_inv ∇f_m,   κ = 1/N Σ_n K_nn
+
+    With a large ridge ``ρ`` these are influence scores, up to a factor. With several functions
+    (lists of ``J_query`` and ``J_train``) each gives scores of its own; their
+    :func:`averaged_scores` are returned. A function may be a list itself, whose kernels are added
+    up: several seeds of :class:`~curvlinops_diffusion.SignedPrediction`, say. The loss and it
+    together predict retraining better than influence does (``docs/evidence.rst``). Positive is
+    helpful, as in :func:`~curvlinops_diffusion.influence_scores`; the size has no unit.
+
+    Up to ``largest_gram`` training examples, ``K`` is computed in blocks and kept in the main
+    memory, in float64, whatever the device: one pass over the training gradients if those of all
+    fit into ``gradient_bytes``, else one more for each block that does. Beyond, the system is
+    solved by conjugate gradients, each iteration two passes; with a relative residual ``r`` the
+    scores' error is at most ``r ‖k(q, ·)‖ / (ρ κ)``.
+
+    Source: Park et al., 2023 (TRAK, whose kernel has the identity for ``G_inv``); Zheng et al.,
+    2024 (another function than the loss). Saunders et al., 1998, for the regression.
+
+    Args:
+        J_query: Gradients of what is measured at the queries, ``[Q, P]``; a list of them, and
+            lists of what is added up, for several functions.
+        G_inv: Inverse curvature, ``[P, P]``; any self-adjoint positive definite operator.
+        J_train: Gradients at the training examples of the functions that are regressed,
+            ``[N, P]``; in the same lists.
+        ridge: ``ρ > 0``, in units of the mean diagonal entry of ``K``.
+        largest_gram: Training examples up to which ``K`` is formed.
+        gradient_bytes: Bytes of training gradients that are held at once.
+        max_iter: Iterations of conjugate gradients at most.
+        tolerance: Their relative residual.
+        passes: Checkpoints, processes and progress.
+
+    Returns:
+        The scores, ``[Q, N]``, on the operators' device.
+
+    Raises:
+        ValueError: If the operators act on different parameters or devices, their numbers differ,
+            the ridge is not positive, or so small that rounding makes ``K + ρ κ I`` indefinite.
+
+    Examples:
+        >>> K_inv = DiffusionKFACLinearOperator(train).inverse(damping=1e-3)
+        >>> J_train = ExampleGradientLinearOperator(train)
+        >>> J_query = ExampleGradientLinearOperator(query)
+        >>> scores = kernel_regression_scores(J_query, K_inv, J_train)
+        >>> scores.shape  # [Q, N]
+        torch.Size([2, 10])
+        >>> plain = influence_scores(J_query, K_inv, J_train).flatten()
+        >>> ridged = kernel_regression_scores(J_query, K_inv, J_train, ridge=1e6).flatten()
+        >>> bool(torch.cosine_similarity(plain, ridged, dim=0) > 0.999)
+        True
+    """
+    functions = _functions(J_query, J_train)
+    for query, train in chain(*functions):
+        check_same_parameters({"J_query": query, "J_train": train}, {"G_inv": G_inv})
+    check_positive("ridge", ridge)
+    check_count("largest_gram", largest_gram)
+    check_count("gradient_bytes", gradient_bytes)
+    found = []
+    number = count()
+    for pairs in functions:
+        kernels = [
+            _Kernel(train, G_inv, f"function {next(number)}", gradient_bytes, passes)
+            for _, train in pairs
+        ]
+        crosses = [k.cross(query) for k, (query, _) in zip(kernels, pairs, strict=True)]
+        cross_QN = torch.stack(crosses).sum(0)
+        if kernels[0].num_data <= largest_gram:
+            scores_QN = ridge_solution(cross_QN, _sum(k.gram() for k in kernels), ridge)
+        else:
+            damping = ridge * sum(kernel.mean_diagonal() for kernel in kernels)
+            scores_QN = iterated_solution(
+                cross_QN, _KernelMatrix(kernels), damping, max_iter, tolerance, passes.progressbar
+            )
+        found.append(scores_QN.to(cross_QN))
+    return found[0] if len(found) == 1 else averaged_scores(found)
+
+
+def averaged_scores(scores: Sequence[Tensor]) -> Tensor:
+    """The mean of several methods' scores, each in units of its spread over training examples.
+
+    Args:
+        scores: Scores of the same queries and training examples, ``[Q, N]`` each.
+
+    Returns:
+        Their mean, ``[Q, N]``, query by query; a query whose scores are all equal counts as zero.
+
+    Raises:
+        ValueError: If they have several shapes, or there are none.
+    """
+    shapes = sorted({tuple(one.shape) for one in scores})
+    if len(shapes) != 1 or len(shapes[0]) != 2:
+        raise ValueError(f"Scores of shapes {shapes} arrived. Pass some of one shape, [Q, N].")
+    units = []
+    for one_QN in scores:
+        spread_Q1 = one_QN.std(1, keepdim=True)
+        units.append(one_QN / spread_Q1.where(spread_Q1 > 0, torch.ones_like(spread_Q1)))
+    return torch.stack(units).mean(0)
+
+
+def ridge_solution(cross_QN: Tensor, gram_NN: Tensor, ridge: float) -> Tensor:
+    """``cross (gram + ρ κ I)⁻¹`` in float64 on the CPU, ``κ`` being the gram matrix' mean diagonal.
+
+    Args:
+        cross_QN: The kernel of queries and training examples.
+        gram_NN: That of the training examples.
+        ridge: ``ρ``.
+
+    Raises:
+        ValueError: If the matrix is not positive definite.
+    """
+    gram_NN = gram_NN.to("cpu", torch.float64)
+    gram_NN = (gram_NN + gram_NN.T) / 2
+    mean = float(gram_NN.diagonal().mean())
+    gram_NN.diagonal().add_(ridge * mean)
+    root_NN, failed = torch.linalg.cholesky_ex(gram_NN)
+    if failed or not mean > 0:
+        raise ValueError(
+            f"The kernel matrix is not positive definite with a ridge of {ridge:g} (mean diagonal "
+            f"entry {mean:g}): rounding is larger. Pass a larger ridge, or operators in float64."
+        )
+    return torch.cholesky_solve(cross_QN.to(gram_NN).T, root_NN).T
+
+
+def iterated_solution(
+    cross_QN: Tensor,
+    gram: LinearOperator,
+    damping: float,
+    max_iter: int,
+    tolerance: float,
+    progressbar: bool = False,
+) -> Tensor:
+    """``cross (gram + λ I)⁻¹`` by conjugate gradients, from products with the gram matrix.
+
+    Args:
+        cross_QN: The kernel of queries and training examples.
+        gram: That of the training examples, ``[N, N]``.
+        damping: ``λ``.
+        max_iter: Iterations at most.
+        tolerance: The relative residual; where it is not reached, a warning says so.
+        progressbar: Whether to show progress.
+    """
+    inverse = CGRefinedInverseLinearOperator(
+        gram, damping, max_iter=max_iter, tolerance=tolerance, progressbar=progressbar
+    )
+    scores_NQ: Tensor = inverse @ cross_QN.T
+    refinement = inverse.refinement
+    if not refinement.converged.all():
+        warnings.warn(
+            "Conjugate gradients ended at a relative residual of "
+            f"{float(refinement.residuals[-1].max()):.1e} after {refinement.num_iterations} "
+            f"iterations; {tolerance:.1e} was asked for. Pass a larger ridge or max_iter.",
+            stacklevel=3,
+        )
+    return scores_NQ.T
+
+
+def _sum(matrices: Iterator[Tensor]) -> Tensor:
+    """Their sum, each of them dropped when it is added."""
+    total = next(matrices).clone()
+    for matrix in matrices:
+        total += matrix
+    return total
+
+
+def _functions(J_query: Gradients, J_train: Gradients) -> list[list[tuple[One, One]]]:
+    """The pairs of queries and training examples whose kernels are added, for each function."""
+
+    def lists(J: Gradients) -> list[list[One]]:
+        several: list[Any] = [J] if isinstance(J, One) else list(J)
+        return [[one] if isinstance(one, One) else list(one) for one in several]
+
+    queries, trains = lists(J_query), lists(J_train)
+    sizes = [[[J.shape[0] for J in some] for some in every] for every in (queries, trains)]
+    alike = [len(some) for some in queries] == [len(some) for some in trains]
+    if not alike or not all(queries) or any(len(set(chain(*size))) != 1 for size in sizes):
+        raise ValueError(
+            f"J_query arrived for functions of {sizes[0]} queries, J_train of {sizes[1]} training "
+            "examples. Pass one of each, or the same lists of them, of the same queries and "
+            "examples."
+        )
+    return [list(zip(q, t, strict=True)) for q, t in zip(queries, trains, strict=True)]
+
+
+class _Kernel:
+    """``k(q, n) = ∇m_qᵀ G_inv ∇f_n`` of the training examples, by passes over their gradients.
+
+    Args:
+        J_train: Gradients ``∇f_n``.
+        G_inv: Inverse curvature.
+        name: What the passes are called.
+        gradient_bytes: Bytes of gradients that are held at once.
+        passes: Checkpoints, processes and progress.
+    """
+
+    def __init__(
+        self,
+        J_train: ExampleGradientLinearOperator,
+        G_inv: PyTorchLinearOperator,
+        name: str,
+        gradient_bytes: int,
+        passes: PassOptions,
+    ):
+        self.J_train = J_train
+        self.G_inv = G_inv
+        self.passes = passes
+        self._name = name
+        self._share = Share.of(passes.distributed)
+        self._block = max(1, gradient_bytes // (J_train.shape[1] * J_train.dtype.itemsize))
+
+    @property
+    def num_data(self) -> int:
+        """``N``."""
+        return self.J_train.shape[0]
+
+    def cross(self, J_query: ExampleGradientLinearOperator) -> Tensor:
+        """That of queries, ``[Q, N]``."""
+        return self._rows_of(J_query, "queries")
+
+    def gram(self) -> Tensor:
+        """That of the training examples with each other, ``[N, N]``, in the main memory."""
+        return self._rows_of(self.J_train, "examples")
+
+    def _rows_of(self, J: ExampleGradientLinearOperator, what: str) -> Tensor:
+        own = {"params": common_list(J.param_names), "measured": name_of(J.measurement)}
+        settings = self.settings({"for": name_of(self.J_train.measurement), **own}, J)
+        parts = []
+        for block in query_blocks(J, self._block):
+            found = computed_once(
+                f"{self._name}, {what} from {block.start}".capitalize(),
+                self.J_train.regression,
+                partial(self._block_rows, J, block, what, settings),
+                self.passes,
+                {**settings, "block": [block.start, block.stop]},
+            )
+            parts.append(found["kernel"].to(self._kept_on(J)))
+        return torch.cat(parts)
+
+    def _kept_on(self, J: One) -> torch.device:
+        """Where the kernel's rows are kept: of all training examples they may be too large."""
+        return torch.device("cpu") if J is self.J_train else self.J_train.device
+
+    def _block_rows(
+        self, J: One, block: range, what: str, settings: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        columns_PB = gradient_columns(J, block, self._share)
+        preconditioned_PB = self.G_inv @ columns_PB
+        if J is self.J_train and len(block) == self.num_data:  # these are all there are
+            return {"kernel": columns_PB.T @ preconditioned_PB}
+        name = f"products with {what} from {block.start}"
+        block_settings = {**settings, "block": [block.start, block.stop]}
+        return {"kernel": self.products(preconditioned_PB, name, block_settings)}
+
+    def products(self, vectors_PK: Tensor, name: str, settings: dict[str, Any]) -> Tensor:
+        """``[∇f_nᵀ v_k]``, ``[K, N]``."""
+        consumer = PairwiseScores(vectors_PK, self.num_data)
+        self._stream(consumer, name, settings)
+        return consumer.scores_QN * self.num_data
+
+    def sums(self, weights_NK: Tensor, name: str, settings: dict[str, Any]) -> Tensor:
+        """``Σ_n w_nk ∇f_n``, ``[P, K]``."""
+        consumer = GroupSums(weights_NK, self.J_train.shape[1])
+        self._stream(consumer, name, settings)
+        return consumer.sums_KP.T
+
+    def mean_diagonal(self) -> float:
+        """``κ``."""
+        consumer = SelfInfluence(self.G_inv, self.num_data)
+        self._stream(consumer, "diagonal of the kernel", self.settings({}))
+        return float(consumer.values_N.sum())  # which are divided by N
+
+    def _stream(self, consumer: Any, name: str, settings: dict[str, Any]) -> None:
+        stream_gradients(
+            self.J_train,
+            {"kernel": consumer},
+            name=f"{self._name}, {name}".capitalize(),
+            settings=settings,
+            passes=self.passes,
+        )
+
+    def settings(self, more: dict[str, Any], J: One | None = None) -> dict[str, Any]:
+        """Describe what passes depend on besides the training gradients, for checkpoints."""
+        if self.passes.checkpoint is None:
+            return {}
+        of = more if J is None else {"of": J.regression.identity(more)}
+        return {**of, "curvature": curvature_settings(self.G_inv)}
+
+
+class _KernelMatrix(LinearOperator):
+    """The sum of kernel matrices of the training examples, ``[N, N]``, which is never formed."""
+
+    def __init__(self, kernels: Sequence[_Kernel]):
+        self._kernels = kernels
+        self._number = count()
+        shapes = [(kernels[0].num_data,)]
+        super().__init__(shapes, shapes, like=kernels[0].J_train)
+
+    def multiply_tensors(self, X: list[Tensor]) -> list[Tensor]:
+        """``K X``, by two passes for each kernel."""
+        name, (X_NK,) = f"product {next(self._number)}", X
+        total_NK = torch.zeros_like(X_NK)
+        for kernel in self._kernels:
+            settings = kernel.settings({"of": digest_of(X_NK)})
+            sums_PK = kernel.sums(X_NK, f"{name}, sums", settings)
+            total_NK += kernel.products(kernel.G_inv @ sums_PK, f"{name}, rows", settings).T
+        return [total_NK]

@@ -1,0 +1,204 @@
+"""Kernel regression: against dense algebra, in blocks, by iteration, interrupted and resumed."""
+
+import pytest
+import torch
+from torch import nn
+
+from curvlinops_diffusion import (
+    DiffusionKFACLinearOperator,
+    ExampleGradientLinearOperator,
+    NoisedRegression,
+    PassOptions,
+    SignedPrediction,
+    averaged_scores,
+    influence_scores,
+    kernel_regression_scores,
+)
+from tests.cases import images, plain_regression, seeded
+from tests.comparisons import assert_close
+from tests.reference import example_gradients, params_of, to_dense
+
+N, Q, DAMPING = 9, 3, 1e-2
+
+
+@pytest.fixture(scope="module")
+def train():
+    model = seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1))
+    return plain_regression(model, (1, 4, 4), count=N, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def query(train):
+    x0 = images(Q, size=4)
+    return NoisedRegression(train.objective, x0, num_draws=2, seed=1, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def K_inv(train):
+    return DiffusionKFACLinearOperator(train).inverse(DAMPING)
+
+
+def dense_rows(regression, measured=None):
+    """By autograd, example by example; of a function of (batch, predictions, b), or the loss."""
+    params = params_of(regression.objective.model)
+    return example_gradients(regression, params, *([] if measured is None else [measured]))
+
+
+def dense(rows_Q, inverse, rows_N, ridge):
+    """Of one kernel, or of the sum of several."""
+    kernels = zip(rows_Q, rows_N, strict=True)
+    parts = [(q @ inverse @ n.T, n @ inverse @ n.T) for q, n in kernels]
+    cross, gram = (sum(z) for z in zip(*parts, strict=True))
+    kappa = gram.diagonal().mean()
+    return cross @ torch.linalg.inv(gram + ridge * kappa * torch.eye(len(gram)).double())
+
+
+def sign(seed):
+    """The same as the measurement, written out."""
+
+    def value(batch, f, b):
+        generator = torch.Generator().manual_seed(seed)
+        signs = torch.randint(2, (f.shape[1],), generator=generator) * 2 - 1
+        return (signs * f[b]).sum()
+
+    return value
+
+
+@pytest.mark.parametrize("ridge", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("gradient_bytes", [1, 2000, 2**31])  # one row at a time, some, all
+def test_equal_the_dense_formula(train, query, K_inv, ridge, gradient_bytes):
+    J_query, J_train = (ExampleGradientLinearOperator(r) for r in (query, train))
+    ours = kernel_regression_scores(
+        J_query, K_inv, J_train, ridge=ridge, gradient_bytes=gradient_bytes
+    )
+    truth = dense([dense_rows(query)], to_dense(K_inv), [dense_rows(train)], ridge)
+    assert_close(ours, truth, 1e-9)
+
+
+def test_several_functions(train, query, K_inv):
+    """The loss, and the prediction along two signs whose kernels are added; each in its units."""
+    measurements = ["loss", [SignedPrediction(0), SignedPrediction(1)]]
+
+    def operators(regression):
+        return [
+            [ExampleGradientLinearOperator(regression, measurement=m) for m in entry]
+            if isinstance(entry, list)
+            else ExampleGradientLinearOperator(regression, measurement=entry)
+            for entry in measurements
+        ]
+
+    ours = kernel_regression_scores(operators(query), K_inv, operators(train), ridge=0.5)
+    inverse = to_dense(K_inv)
+    of_loss = dense([dense_rows(query)], inverse, [dense_rows(train)], 0.5)
+    signs = [[dense_rows(r, sign(seed)) for seed in range(2)] for r in (query, train)]
+    of_prediction = dense(signs[0], inverse, signs[1], 0.5)
+    truth = sum(z / z.std(1, keepdim=True) for z in (of_loss, of_prediction)) / 2
+    assert_close(ours, truth, 1e-9)
+
+
+def test_iterated_where_the_matrix_is_too_large(train, query, K_inv):
+    """The same, and the error within what the docstring says."""
+    J = [
+        [ExampleGradientLinearOperator(r, measurement=m) for m in (SignedPrediction(), "loss")]
+        for r in (query, train)
+    ]
+    direct = kernel_regression_scores([J[0]], K_inv, [J[1]], ridge=0.3)
+    options = {"ridge": 0.3, "largest_gram": N - 1}
+    exact = kernel_regression_scores([J[0]], K_inv, [J[1]], tolerance=1e-12, **options)
+    assert_close(exact, direct, 1e-9)
+    inverse = to_dense(K_inv)
+    rows = [[J.rows() for J in some] for some in J]
+    cross = sum(q @ inverse @ n.T for q, n in zip(*rows, strict=True))
+    kappa = sum((n @ inverse @ n.T).diagonal().mean() for n in rows[1])
+    for tolerance in (0.3, 0.01):
+        rough = kernel_regression_scores([J[0]], K_inv, [J[1]], tolerance=tolerance, **options)
+        error = (rough - direct).norm(dim=1)
+        assert (error <= tolerance * cross.norm(dim=1) / (0.3 * kappa)).all()
+        assert error.max() > 1e-9 * direct.norm()
+    with pytest.warns(UserWarning, match=r"ended at a relative residual of .* after 1 iterations"):
+        kernel_regression_scores([J[0]], K_inv, [J[1]], max_iter=1, **options)
+
+
+def test_a_large_ridge_is_influence(train, query, K_inv):
+    J_query, J_train = (ExampleGradientLinearOperator(r) for r in (query, train))
+    rows = J_train.rows()
+    kappa = (rows @ to_dense(K_inv) @ rows.T).diagonal().mean()
+    scores = kernel_regression_scores(J_query, K_inv, J_train, ridge=1e6)
+    assert_close(scores * 1e6 * kappa / N, influence_scores(J_query, K_inv, J_train), 1e-4)
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("largest_gram", [N, 2])
+def test_it_goes_on(train, query, K_inv, tmp_path, largest_gram):
+    """From wherever it was stopped, to the same bits."""
+    J_query, J_train = (ExampleGradientLinearOperator(r) for r in (query, train))
+    options = {"largest_gram": largest_gram, "gradient_bytes": 2000, "tolerance": 1e-6}
+    expected = kernel_regression_scores(J_query, K_inv, J_train, **options)
+    passes = PassOptions(tmp_path / "checkpoint", 0.0)
+    original, seen = type(J_train).rows_of, []
+    for _ in range(100):
+        with pytest.MonkeyPatch.context() as patch:
+
+            def rows_of(self, clean):
+                seen.append(1)
+                if len(seen) % 7 == 0:
+                    raise StoppedError
+                return original(self, clean)
+
+            patch.setattr(type(J_train), "rows_of", rows_of)
+            try:
+                found = kernel_regression_scores(J_query, K_inv, J_train, passes=passes, **options)
+            except StoppedError:
+                continue
+        break
+    assert len(seen) > 7
+    assert torch.equal(found, expected)
+    # what was computed for one measurement is not taken for another's
+    other = ExampleGradientLinearOperator(train, measurement=SignedPrediction(0))
+    again = ExampleGradientLinearOperator(train, measurement=SignedPrediction(1))
+    kernel_regression_scores(J_query, K_inv, other, passes=PassOptions(tmp_path / "of_0"))
+    with pytest.raises(ValueError, match="of something else"):
+        kernel_regression_scores(J_query, K_inv, again, passes=PassOptions(tmp_path / "of_0"))
+
+
+def test_scores_in_units_of_their_spread():
+    one = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]])
+    other = torch.tensor([[30.0, 20.0, 10.0], [0.0, 0.0, 5.0]])
+    found = averaged_scores([one, other])
+    assert_close(found[0], (one[0] + other[0] / 10) / 2, 1e-6)
+    assert_close(found[1], other[1] / other[1].std() / 2, 1e-6)
+    with pytest.raises(ValueError, match="some of one shape"):
+        averaged_scores([one, other[:1]])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ridge": 0.0}, "ridge=0.0 arrived. Pass a finite number above 0"),
+        ({"largest_gram": 0}, "largest_gram=0 arrived"),
+        ({"J_train": []}, "arrived for functions of"),
+        ({"J_query": [], "J_train": []}, "arrived for functions of"),
+    ],
+)
+def test_errors(train, query, K_inv, options, message):
+    J = {"J_query": ExampleGradientLinearOperator(query)}
+    J |= {"J_train": ExampleGradientLinearOperator(train)}
+    with pytest.raises(ValueError, match=message):
+        kernel_regression_scores(**({"G_inv": K_inv} | J | options))
+    with pytest.raises(ValueError, match=r"functions of \[\[3\], \[9\]\] queries"):
+        kernel_regression_scores(list(J.values()), K_inv, [J["J_train"]] * 2)
+
+
+def test_a_kernel_that_rounding_makes_indefinite(train, query):
+    """Twice the same examples, in float32, and next to no ridge."""
+    model = seeded(nn.Conv2d(1, 1, 3, padding=1)).float()
+    x0 = images(200, size=4, dtype=torch.float32)
+    regression = NoisedRegression(type(train.objective)(model, train.objective.process), x0, 2)
+    J = ExampleGradientLinearOperator(regression)
+    K_inv = DiffusionKFACLinearOperator(regression).inverse(1e-6)
+    with pytest.raises(ValueError, match=r"not positive definite with a ridge of 1e-12"):
+        kernel_regression_scores(J, K_inv, J, ridge=1e-12)
+    assert kernel_regression_scores(J, K_inv, J).isfinite().all()
