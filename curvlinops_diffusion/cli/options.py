@@ -204,6 +204,9 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
         queries: The images to explain, in the same forms, or one image file.
         output: The scores' file to write: .safetensors, or .npy with an index of names beside it.
         damping: What is added to the curvature's eigenvalues before it is inverted.
+        relative: Take the damping in units of each block's mean eigenvalue, as kronfluence does.
+        rtol: Leave out eigenvalues of at most this part of the largest (a truncated
+            pseudo-inverse).
         measurement: What is measured at the queries, a name of the registry of measurements.
         num_draws: The number of draws for each training image. An even number is drawn in
             antithetic pairs; of a multiple of four, two halves tell how sure the scores are.
@@ -219,6 +222,8 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     queries: Path
     output: Path
     damping: float = 1e-8
+    relative: bool = False
+    rtol: float | None = None
     measurement: str = field(
         default="loss", metadata={"choices": MEASUREMENTS, "help": options_text}
     )

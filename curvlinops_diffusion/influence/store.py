@@ -87,6 +87,7 @@ class GradientStore:
         damping: float,
         compression: Compression = Compression(),  # noqa: B008 - immutable
         *,
+        relative: bool = False,
         passes: PassOptions = PLAIN,
     ) -> GradientStore:
         """Compute and store all training gradients: one file for each batch of the data.
@@ -100,6 +101,7 @@ class GradientStore:
             curvature: K-FAC or EK-FAC, not inverted.
             damping: ``λ``.
             compression: How they are stored.
+            relative: Whether the damping is in units of each block's mean eigenvalue.
             passes: Processes and progress; every file is a checkpoint.
 
         Raises:
@@ -122,9 +124,10 @@ class GradientStore:
                 "curvature": curvature.info,
                 "damping": damping,
                 "compression": compression.as_dict(),
+                **({"relative": True} if relative else {}),
             },
         )
-        whiten = Whitening(curvature, damping)
+        whiten = Whitening(curvature, damping, relative)
         if share.rank == 0 and not (folder / HEADER).exists():
             make_folder(folder)
             projection = _fitted_projection(J_train, whiten, compression)
@@ -297,7 +300,7 @@ class GradientStore:
             f"'{self._folder}' holds gradients for another curvature",
             "Pass the operator that it was made with.",
         )
-        whiten = Whitening(curvature, identity["damping"])
+        whiten = Whitening(curvature, identity["damping"], identity.get("relative", False))
         projection = {name: z.to(curvature.device) for name, z in self._projection.items()}
         P = curvature.shape[0]
         if ("index" in projection and int(projection["index"].max()) >= P) or (

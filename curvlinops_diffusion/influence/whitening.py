@@ -10,7 +10,6 @@ from torch import Tensor
 
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.placement import Arrangement
-from curvlinops_diffusion.runtime.checks import check_non_negative
 
 
 class Whitening:
@@ -25,19 +24,21 @@ class Whitening:
     Args:
         curvature: The operator.
         damping: ``λ ≥ 0``.
+        relative: Whether it is in units of each block's mean eigenvalue.
 
     Raises:
         ValueError: If the damping is negative, or zero where an eigenvalue is.
     """
 
-    def __init__(self, curvature: BlockDiagonalLinearOperator, damping: float):
-        damping = check_non_negative("damping", damping)
+    def __init__(
+        self, curvature: BlockDiagonalLinearOperator, damping: float, relative: bool = False
+    ):
+        root = curvature.power(-0.5, damping, relative=relative)
         self._space = curvature.space
         self._placed = []
-        for placed in curvature.blocks:
-            block = placed.block.eigen(placed.name)
-            scale = block.power(-0.5, damping, placed.name).eigenvalues
-            self._placed.append((placed, block, scale))
+        for placed, rooted in zip(curvature.blocks, root.blocks, strict=True):
+            block, scale = placed.block.eigen(placed.name), rooted.block.eigen(placed.name)
+            self._placed.append((placed, block, scale.eigenvalues))
 
     def __call__(self, rows_BP: Tensor) -> Tensor:
         """Whiten gradients, ``[B, P] -> [B, P]``."""

@@ -164,39 +164,62 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         """The Frobenius norm."""
         return torch.stack([p.block.squared_frobenius_norm() for p in self.blocks]).sum().sqrt()
 
-    def power(self, exponent: float, damping: float = 0.0) -> BlockDiagonalLinearOperator:
+    def power(
+        self,
+        exponent: float,
+        damping: float = 0.0,
+        *,
+        relative: bool = False,
+        rtol: float | None = None,
+    ) -> BlockDiagonalLinearOperator:
         """The damped real power ``(F + λ I)^p``, exact in the eigenbasis.
 
         Args:
             exponent: The power ``p``; ``-1/2`` turns white noise into samples of ``N(0, F⁻¹)``.
             damping: ``λ ≥ 0``.
+            relative: Whether the damping is in units of each block's mean eigenvalue, so that block
+                ``b`` is damped by ``λ trace(F_b) / P_b`` (kronfluence's damping factor).
+            rtol: Eigenvalues of at most this part of the operator's largest are left out, as by
+                :func:`torch.linalg.pinv`: the power is zero there. ``None`` to leave out none.
 
         Returns:
             The power, block-diagonal as well.
 
         Raises:
-            ValueError: If the damping is negative, or a negative power meets a zero eigenvalue.
+            ValueError: If a number is negative, or a negative power meets a zero eigenvalue.
         """
         damping = check_non_negative("damping", damping)
-        blocks = [
-            p.with_block(p.block.eigen(p.name).power(exponent, damping, p.name))
-            for p in self.blocks
-        ]
+        eigen = [p.block.eigen(p.name) for p in self.blocks]
+        floor = None
+        if rtol is not None:
+            largest = torch.stack([block.eigenvalues.max() for block in eigen]).max()
+            floor = check_non_negative("rtol", rtol) * largest
+        blocks = []
+        for placed, block in zip(self.blocks, eigen, strict=True):
+            own = damping * float(block.eigenvalues.mean()) if relative else damping
+            blocks.append(placed.with_block(block.power(exponent, own, placed.name, floor)))
         info = {**self.info, "power": exponent, "damping": damping}
+        info |= {"relative": True} if relative else {}
+        info |= {} if rtol is None else {"rtol": rtol}
         return BlockDiagonalLinearOperator(self.space, blocks, info)
 
     def inverse(
         self,
         damping: float = 0.0,
         *,
+        relative: bool = False,
+        rtol: float | None = None,
         use_exact_damping: bool | None = None,
         use_heuristic_damping: bool = False,
         min_damping: float = 1e-8,
     ) -> BlockDiagonalLinearOperator:
-        """The damped inverse.
+        """The damped inverse, or the truncated pseudo-inverse.
 
         Args:
             damping: ``λ ≥ 0``.
+            relative: Whether the damping is in units of each block's mean eigenvalue.
+            rtol: Eigenvalues of at most this part of the operator's largest are left out: the
+                inverse is zero there. ``None`` to leave out none.
             use_exact_damping: ``True`` for ``(F + λ I)⁻¹``; ``False`` to damp the Kronecker
                 factors instead, ``(B + λ I)⁻¹ ⊗ (A + λ I)⁻¹``. Default: exact, unless the
                 heuristic is asked for.
@@ -222,7 +245,12 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         if use_exact_damping is None:
             use_exact_damping = not use_heuristic_damping
         if use_exact_damping:
-            return self.power(-1.0, damping)
+            return self.power(-1.0, damping, relative=relative, rtol=rtol)
+        if relative or rtol is not None:
+            raise ValueError(
+                f"relative={relative} and rtol={rtol} arrived with a damping of the factors, which "
+                "they are not for. Leave them out, or use the exact damping (the default)."
+            )
         self._check_factored()
         blocks = [
             p.with_block(

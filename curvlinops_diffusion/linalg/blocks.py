@@ -126,13 +126,21 @@ class EigenBlock(Block):
         """Find the eigenvalues that are zero, perhaps up to rounding."""
         return self.eigenvalues <= 0 if self.null is None else self.null
 
-    def power(self, exponent: float, damping: float, name: str) -> EigenBlock:
-        """``(F + λ I)^p``.
+    def power(
+        self, exponent: float, damping: float, name: str, floor: Tensor | None = None
+    ) -> EigenBlock:
+        """``(F + λ I)^p``; zero where eigenvalues are at most a floor, if there is one.
 
         Raises:
             ValueError: If a negative power would divide by zero.
         """
         damped = self.eigenvalues + damping
+        if floor is not None:
+            dropped = self.is_null() | (self.eigenvalues <= floor)
+            kept = damped.where(~dropped, torch.ones_like(damped)).pow(exponent)
+            return EigenBlock(
+                kept.masked_fill(dropped, 0), self.output_basis, self.input_basis, dropped
+            )
         singular = self.is_null() if damping == 0 else damped <= 0
         exists = bool(singular.any())
         if exponent < 0 and exists:

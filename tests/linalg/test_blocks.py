@@ -149,9 +149,65 @@ def test_inverse_of_ekfac_equals_curvlinops(regression, separate):
     assert_close(to_dense(EK.inverse(1e-2)), to_dense(upstream), 1e-9)
 
 
+def dense_by_blocks(operator, function):
+    """A matrix that is made of each block's own by itself, from what the operator is as a whole."""
+    dense = to_dense(operator)
+    names = list(operator.space.shapes)
+    sizes = [shape.numel() for shape in map(torch.Size, operator.space.shapes.values())]
+    starts = torch.tensor([0, *sizes]).cumsum(0)
+    places = {n: torch.arange(a, a + k) for n, a, k in zip(names, starts, sizes, strict=False)}
+    result = torch.zeros_like(dense)
+    for placed in operator.blocks:
+        own = torch.cat([places[name] for name in placed.params])
+        cell = own.unsqueeze(1), own
+        result[cell] = function(dense[cell])
+    return result
+
+
+def test_damping_in_units_of_each_blocks_mean_eigenvalue(operator):
+    def inverse(block):
+        identity = torch.eye(len(block)).double()
+        return torch.linalg.inv(block + 0.1 * block.diagonal().mean() * identity)
+
+    ours = operator.inverse(0.1, relative=True)
+    assert_close(to_dense(ours), dense_by_blocks(operator, inverse), 1e-9)
+    assert ours.info["relative"] is True
+    root = to_dense(operator.power(-0.5, 0.1, relative=True))
+    assert_close(root @ root, to_dense(ours), 1e-9)
+    # five per cent more would be seen
+    other = to_dense(operator.inverse(0.105, relative=True))
+    assert (other - to_dense(ours)).norm() > 1e-3 * other.norm()
+
+
+@pytest.mark.parametrize("rtol", [0.0, 1e-3, 0.2])
+def test_truncated_pseudo_inverse(operator, rtol):
+    """As ``torch.linalg.pinv`` of the whole matrix; with damping, of what is kept."""
+    dense = to_dense(operator)
+    eigenvalues, basis = torch.linalg.eigh(dense)
+    kept = eigenvalues > max(rtol, 1e-14) * eigenvalues.max()
+    assert rtol < 1e-2 or not kept.all()
+    ours = operator.inverse(rtol=rtol)
+    assert_close(to_dense(ours), torch.linalg.pinv(dense, rtol=max(rtol, 1e-14)), 1e-8)
+    U = basis[:, kept]
+    damped = (U / (eigenvalues[kept] + DAMPING)) @ U.T
+    assert_close(to_dense(operator.inverse(DAMPING, rtol=rtol)), damped, 1e-8)
+    assert int((ours.eigenvalues() > 0).sum()) == int(kept.sum())
+
+
+def test_truncated_inverses_of_singular_operators():
+    model = seeded(nn.Linear(3, 3))
+    regression = plain_regression(model, (3,), count=1, num_draws=1)  # rank one
+    K = DiffusionKFACLinearOperator(regression, fisher_type="empirical")
+    dense = to_dense(K)
+    assert_close(to_dense(K.inverse(rtol=1e-10)), torch.linalg.pinv(dense, rtol=1e-10), 1e-8)
+    with pytest.raises(ValueError, match=r"relative=True and rtol=None arrived with a damping of"):
+        K.inverse(0.1, relative=True, use_heuristic_damping=True)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"rtol": -1.0}, r"rtol=-1.0 arrived"),
         ({"damping": -1e-3}, r"damping=-0.001 arrived. Pass a finite number of at least 0"),
         ({"damping": float("nan")}, r"damping=nan arrived"),
         ({"damping": "big"}, r"damping='big' arrived"),

@@ -72,9 +72,7 @@ def score(options: ScoreOptions) -> None:
             return
         identity = {
             "train": train.identity({}),
-            "query": query.identity(
-                {"measurement": options.measurement, "damping": options.damping}
-            ),
+            "query": query.identity({"measurement": options.measurement, **_inversion(options)}),
             "operator": json.loads(json.dumps(operator.info)),
         }
         if _is_done(options, identity):
@@ -99,6 +97,13 @@ def score(options: ScoreOptions) -> None:
         event("scored", file=str(options.output), queries=Q, training_images=N, **sure)
         say(f"Wrote {options.output}: {Q} × {N} scores, of queries and training images")
         say(_how_sure(sure))
+
+
+def _inversion(options: ScoreOptions) -> dict[str, Any]:
+    """How the curvature is inverted."""
+    more: dict[str, Any] = {"relative": True} if options.relative else {}
+    more |= {} if options.rtol is None else {"rtol": options.rtol}
+    return {"damping": options.damping, **more}
 
 
 def _query_regression(
@@ -147,7 +152,7 @@ def _computed_scores(
     names = operator.param_names
     J_train = ExampleGradientLinearOperator(train, names)
     J_query = ExampleGradientLinearOperator(query, names, measurement=options.measurement)
-    inverse, block = operator.inverse(options.damping), options.query_block
+    inverse, block = operator.inverse(**_inversion(options)), options.query_block
     measured = {"measurement": options.measurement}
 
     def run() -> tuple[Tensor, SplitHalfScores | None, Tensor]:
