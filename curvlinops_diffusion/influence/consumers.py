@@ -64,6 +64,29 @@ class PairwiseScores(GradientConsumer):
         self.scores_QN = tensors["scores"]
 
 
+class GradientRows(GradientConsumer):
+    """The gradients themselves, ``[N, P]``.
+
+    Args:
+        J_train: Whose rows they are.
+    """
+
+    def __init__(self, J_train: ExampleGradientLinearOperator):
+        self.rows_NP = torch.zeros(J_train.shape, dtype=J_train.dtype, device=J_train.device)
+
+    def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
+        """Fill the examples' rows."""
+        self.rows_NP[list(indices)] = rows_BP
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The rows; zero where none were computed."""
+        return {"rows": self.rows_NP}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from rows."""
+        self.rows_NP = tensors["rows"]
+
+
 @dataclass(frozen=True)
 class Ranked:
     """Training examples of each query in the order of some property.

@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.influence.consumers import GroupSums, PairwiseScores, SelfInfluence
+from curvlinops_diffusion.influence.consumers import (
+    GradientRows,
+    GroupSums,
+    PairwiseScores,
+    SelfInfluence,
+)
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.scores import (
     curvature_settings,
@@ -31,6 +36,9 @@ from curvlinops_diffusion.runtime.digests import digest_of, name_of
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, computed_once
 from curvlinops_diffusion.runtime.processes import Share
 
+#: Bytes of gradients that are held at once, unless somebody says otherwise.
+GRADIENT_BYTES = 2**31
+
 One = ExampleGradientLinearOperator
 Gradients = One | Sequence[One | Sequence[One]]
 
@@ -42,7 +50,7 @@ def kernel_regression_scores(
     *,
     ridge: float = 1.0,
     largest_gram: int = 20_000,
-    gradient_bytes: int = 2**31,
+    gradient_bytes: int = GRADIENT_BYTES,
     max_iter: int = 100,
     tolerance: float = 1e-3,
     passes: PassOptions = PLAIN,
@@ -116,11 +124,12 @@ def kernel_regression_scores(
             _Kernel(train, G_inv, f"function {next(number)}", gradient_bytes, passes)
             for _, train in pairs
         ]
-        crosses = [k.cross(query) for k, (query, _) in zip(kernels, pairs, strict=True)]
-        cross_QN = torch.stack(crosses).sum(0)
+        queries = [query for query, _ in pairs]
         if kernels[0].num_data <= largest_gram:
-            scores_QN = ridge_solution(cross_QN, _sum(k.gram() for k in kernels), ridge)
+            cross_QN, gram_NN = _sums(map(_Kernel.both, kernels, queries))
+            scores_QN = ridge_solution(cross_QN, gram_NN, ridge)
         else:
+            (cross_QN,) = _sums((k.cross(q),) for k, q in zip(kernels, queries, strict=True))
             damping = ridge * sum(kernel.mean_diagonal() for kernel in kernels)
             scores_QN = iterated_solution(
                 cross_QN, _KernelMatrix(kernels), damping, max_iter, tolerance, passes.progressbar
@@ -208,12 +217,13 @@ def iterated_solution(
     return scores_NQ.T
 
 
-def _sum(matrices: Iterator[Tensor]) -> Tensor:
-    """Their sum, each of them dropped when it is added."""
-    total = next(matrices).clone()
-    for matrix in matrices:
-        total += matrix
-    return total
+def _sums(several: Iterator[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Sums of corresponding tensors, each of them dropped when it is added."""
+    totals = next(several)
+    for tensors in several:
+        for total, tensor in zip(totals, tensors, strict=True):
+            total += tensor
+    return totals
 
 
 def _functions(J_query: Gradients, J_train: Gradients) -> list[list[tuple[One, One]]]:
@@ -266,13 +276,22 @@ class _Kernel:
         """``N``."""
         return self.J_train.shape[0]
 
+    def both(self, J_query: One) -> tuple[Tensor, Tensor]:
+        """Those of queries ``[Q, N]`` and of training examples ``[N, N]``, this on the CPU."""
+        if self._block < self.num_data:
+            return self.cross(J_query), self._rows_of(self.J_train, "examples")
+        rows = GradientRows(self.J_train)
+        self._stream(rows, "gradients", {})
+        preconditioned_PN = self.G_inv @ rows.rows_NP.T
+        cross_QN = [
+            gradient_columns(J_query, block, self._share).T @ preconditioned_PN
+            for block in query_blocks(J_query, self._block)
+        ]
+        return torch.cat(cross_QN), (rows.rows_NP @ preconditioned_PN).cpu()
+
     def cross(self, J_query: ExampleGradientLinearOperator) -> Tensor:
         """That of queries, ``[Q, N]``."""
         return self._rows_of(J_query, "queries")
-
-    def gram(self) -> Tensor:
-        """That of the training examples with each other, ``[N, N]``, in the main memory."""
-        return self._rows_of(self.J_train, "examples")
 
     def _rows_of(self, J: ExampleGradientLinearOperator, what: str) -> Tensor:
         own = {"params": common_list(J.param_names), "measured": name_of(J.measurement)}
@@ -296,10 +315,7 @@ class _Kernel:
     def _block_rows(
         self, J: One, block: range, what: str, settings: dict[str, Any]
     ) -> dict[str, Tensor]:
-        columns_PB = gradient_columns(J, block, self._share)
-        preconditioned_PB = self.G_inv @ columns_PB
-        if J is self.J_train and len(block) == self.num_data:  # these are all there are
-            return {"kernel": columns_PB.T @ preconditioned_PB}
+        preconditioned_PB = self.G_inv @ gradient_columns(J, block, self._share)
         name = f"products with {what} from {block.start}"
         block_settings = {**settings, "block": [block.start, block.stop]}
         return {"kernel": self.products(preconditioned_PB, name, block_settings)}

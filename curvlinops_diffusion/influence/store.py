@@ -17,7 +17,11 @@ from torch import Tensor
 from curvlinops_diffusion.influence.compression import Compression, Projection
 from curvlinops_diffusion.influence.consumers import TopInfluences, TopScores
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.kernel_regression import iterated_solution, ridge_solution
+from curvlinops_diffusion.influence.kernel_regression import (
+    GRADIENT_BYTES,
+    iterated_solution,
+    ridge_solution,
+)
 from curvlinops_diffusion.influence.whitening import Whitening
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.operator import check_same_parameters
@@ -236,7 +240,7 @@ class GradientStore:
         ridge: float = 1.0,
         *,
         largest_gram: int = 20_000,
-        gradient_bytes: int = 2**31,
+        gradient_bytes: int = GRADIENT_BYTES,
         max_iter: int = 100,
         tolerance: float = 1e-3,
     ) -> Tensor:

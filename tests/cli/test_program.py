@@ -20,10 +20,13 @@ from curvlinops_diffusion import (
     ExampleGradientLinearOperator,
     MinSNRWeighting,
     NoisedRegression,
+    SignedPrediction,
     influence_scores,
+    kernel_regression_scores,
     load_operator,
 )
 from curvlinops_diffusion.cli.commands import cost
+from curvlinops_diffusion.cli.images.images import open_images
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import FitOptions
 from curvlinops_diffusion.cli.program import run
@@ -65,6 +68,57 @@ def test_scores_are_those_of_the_library(fitted):
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     assert header["train"] == [f"image{n}.png" for n in range(COUNT)]
     assert header["queries"] == ["image0.png", "image1.png"]
+
+
+def test_kernel_regression(fitted, tmp_path, capsys):
+    """``--method regression`` is the library's, of loss and prediction; in halves, on a page."""
+    draws = ["--num-draws", 4, "--query-draws", 4, "--method", "regression", "--ridge", 0.5]
+    output = tmp_path / "r.safetensors"
+    assert run(arguments(fitted, "score", "--dry-run", "--output", output, *draws)) == 0
+    # loss and two signs, each of all draws and of halves: 7 images and 2 queries by 4 draws
+    assert f"samples forward and backward   {6 * 9 * 4}" in capsys.readouterr().out
+    assert run(arguments(fitted, "score", "--output", output, *draws)) == 0
+    assert "Two halves of the draws agree on" in capsys.readouterr().err
+    scores, header = read_scores(output)
+    network = load_network(FitOptions(pipeline=fitted / "pipeline", data=fitted, output=fitted))
+    train, query = (
+        NoisedRegression(
+            network.objective,
+            open_images(fitted / name, network.form(None), network.condition),
+            4,
+            seed,
+            batch_size=3,
+            antithetic=True,
+        )
+        for name, seed in (("train", 0), ("queries", 1))
+    )
+    inverse = load_operator(fitted / "ekfac.safetensors", network.objective.model).inverse(1e-3)
+
+    def library(*regressions):
+        query, train = (
+            [
+                ExampleGradientLinearOperator(r),
+                [ExampleGradientLinearOperator(r, measurement=SignedPrediction(s)) for s in (0, 1)],
+            ]
+            for r in regressions
+        )
+        return kernel_regression_scores(query, inverse, train, ridge=0.5)
+
+    assert_close(scores, library(query, train), 1e-4)
+    halves = load_file(output)
+    assert_close(halves["second_half"], library(query.divided(1, 2), train.divided(1, 2)), 1e-4)
+    assert header["identity"]["query"]["method"] == "regression"
+    page = tmp_path / "page.html"
+    words = ["report", "--scores", output, "--data", fitted / "train"]
+    assert run([*map(str, words), "--queries", str(fitted / "queries"), "--output", str(page)]) == 0
+    text = page.read_text()
+    assert "is its weight, of 7 images&#39;, in a kernel regression of the query&#39;s loss" in text
+    assert "predicted change" not in text
+    unlike = [*draws, "--measurement", "log_likelihood", "--output", tmp_path / "x.safetensors"]
+    assert run(arguments(fitted, "score", *unlike)) == 2
+    assert "--method regression arrived with --measurement log_lik" in capsys.readouterr().err
+    assert run(arguments(fitted, "score", "--ridge", 0)) == 2
+    assert "--ridge is 0.0. Pass a finite number above 0" in capsys.readouterr().err
 
 
 def test_how_sure_scores_are(fitted, tmp_path, capsys):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlinops_diffusion.cli.commands.methods import SIGNS
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions
 from curvlinops_diffusion.cli.processes import num_processes
 from curvlinops_diffusion.curvature.gradient_factors import fitted_factors
@@ -18,6 +19,7 @@ from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.diffusion.trial import checked_trial
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.kernel_regression import GRADIENT_BYTES
 from curvlinops_diffusion.influence.split_half import can_be_halved
 from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.layers.observable import observable
@@ -119,13 +121,23 @@ def score_cost(
         list(J.row_batches())
 
     own, queried = _measured(first, rows), _measured(one, query_rows)
-    blocks = -(-query.num_data // options.query_block)
-    passes = (blocks * train.num_samples, query.num_samples)
     P, itemsize, n = operator.shape[0], operator.dtype.itemsize, num_processes()
-    held = min(options.query_block, query.num_data) + min(options.batch_size, train.num_data)
-    scores = query.num_data * train.num_data * itemsize
-    if can_be_halved(train) and can_be_halved(query):  # gradients and scores of halves beside
-        held, scores = 2 * held, 3 * scores
+    halved = can_be_halved(train) and can_be_halved(query)
+    scores = query.num_data * train.num_data * itemsize * (3 if halved else 1)
+    if options.method == "regression":
+        # of the loss and along signs, of all draws and of both halves
+        runs = (1 + SIGNS) * (2 if halved else 1)
+        block = max(1, GRADIENT_BYTES // (P * itemsize))
+        parts = [-(-some.num_data // block) for some in (train, query)]
+        # all gradients once if they are held, else once for each block that they stream past
+        past = 1 if parts[0] == 1 else 1 + sum(parts)
+        passes = (runs * past * train.num_samples, runs * query.num_samples)
+        held = 3 * min(block, max(train.num_data, query.num_data))
+    else:
+        blocks = -(-query.num_data // options.query_block)
+        passes = (blocks * train.num_samples, query.num_samples)
+        held = min(options.query_block, query.num_data) + min(options.batch_size, train.num_data)
+        held *= 2 if halved else 1
     return Cost(
         round(passes[0] * own.samples + passes[1] * queried.samples),
         scores,

@@ -17,7 +17,14 @@ from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.options import ReportOptions
 from curvlinops_diffusion.cli.outputs import check_output
 from curvlinops_diffusion.cli.page.figures import histogram, operator_summary
-from curvlinops_diffusion.cli.page.rankings import Row, Sizes, common_images, meaning, rows_of
+from curvlinops_diffusion.cli.page.rankings import (
+    Row,
+    Sizes,
+    common_images,
+    is_regression,
+    meaning,
+    rows_of,
+)
 from curvlinops_diffusion.cli.page.thumbnails import QUERY_SIZE, TRAINING_SIZE, Thumbnails
 from curvlinops_diffusion.cli.score_files import agreement, read_scores
 from curvlinops_diffusion.influence.measurements.registry import (
@@ -55,7 +62,7 @@ def report(options: ReportOptions) -> None:
         jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         .from_string(TEMPLATE.read_text())
         .render(
-            meaning=meaning(measurement, shown.sizes, len(train)),
+            meaning=meaning(measurement, shown.sizes, len(train), is_regression(header)),
             measured=sentence_of(measured),
             reliability=_reliability(header),
             common=[shown.training(n) | {"count": count} for n, count in common_images(rows)],

@@ -12,6 +12,7 @@ from torch import Tensor
 from curvlinops_diffusion.cli.checkpoints import checkpoint_of, going_on, remove
 from curvlinops_diffusion.cli.commands.cost import score_cost
 from curvlinops_diffusion.cli.commands.fit import training_images, training_regression
+from curvlinops_diffusion.cli.commands.methods import check_method, scores_of
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.images.images import NamedImages, open_images
 from curvlinops_diffusion.cli.network import Network, load_network, of_text_encoders
@@ -22,12 +23,7 @@ from curvlinops_diffusion.cli.score_files import agreement, header_and_scores, w
 from curvlinops_diffusion.curvature.load import load_operator
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.scores import influence_scores
-from curvlinops_diffusion.influence.split_half import (
-    SplitHalfScores,
-    can_be_halved,
-    split_half_scores,
-)
+from curvlinops_diffusion.influence.split_half import SplitHalfScores
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.runtime.files import check_same, check_space
@@ -51,6 +47,7 @@ def score(options: ScoreOptions) -> None:
     """
     inputs = {"--operator": options.operator, "--data": options.data, "--queries": options.queries}
     check_output(options.output, (".safetensors", ".npy"), inputs)
+    check_method(options)
     with process_group(options.timeout) as several:
         covered = (name for name, _ in read_header(options.operator)["parameters"])
         network = load_network(with_own_device(options), of_text_encoders(covered))
@@ -72,7 +69,9 @@ def score(options: ScoreOptions) -> None:
             return
         identity = {
             "train": train.identity({}),
-            "query": query.identity({"measurement": options.measurement, **_inversion(options)}),
+            "query": query.identity(
+                {"measurement": options.measurement, **_inversion(options), **_method(options)}
+            ),
             "operator": json.loads(json.dumps(operator.info)),
         }
         if _is_done(options, identity):
@@ -104,6 +103,13 @@ def _inversion(options: ScoreOptions) -> dict[str, Any]:
     more: dict[str, Any] = {"relative": True} if options.relative else {}
     more |= {} if options.rtol is None else {"rtol": options.rtol}
     return {"damping": options.damping, **more}
+
+
+def _method(options: ScoreOptions) -> dict[str, Any]:
+    """The method, if it is not influence, of which older files say nothing."""
+    if options.method == "influence":
+        return {}
+    return {"method": options.method, "ridge": options.ridge}
 
 
 def _query_regression(
@@ -152,19 +158,14 @@ def _computed_scores(
     names = operator.param_names
     J_train = ExampleGradientLinearOperator(train, names)
     J_query = ExampleGradientLinearOperator(query, names, measurement=options.measurement)
-    inverse, block = operator.inverse(**_inversion(options)), options.query_block
+    inverse = operator.inverse(**_inversion(options))
     measured = {"measurement": options.measurement}
 
     def run() -> tuple[Tensor, SplitHalfScores | None, Tensor]:
         values_Q = computed_once(
             "Values", query, lambda: {"values": J_query.values()}, passes, measured
         )["values"]
-        operators = (J_query, inverse, J_train)
-        how: dict[str, Any] = {"query_block": block, "passes": passes}
-        if can_be_halved(train) and can_be_halved(query):
-            halves = split_half_scores(*operators, **how)
-            return halves.scores, halves, values_Q
-        return influence_scores(*operators, **how), None, values_Q
+        return (*scores_of(options, J_query, inverse, J_train, passes), values_Q)
 
     return going_on(run, checkpoint, options.overwrite)
 

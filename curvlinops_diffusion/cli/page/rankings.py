@@ -78,7 +78,7 @@ class Sizes:
         """Those of a file of scores."""
         errors = header.get("standard_error")
         errors_Q = None if errors is None else torch.tensor(errors, dtype=torch.float64)
-        values = header.get("values")
+        values = None if is_regression(header) else header.get("values")
         if values is None or not all(values):  # of an older file; or nothing to be a share of
             return cls(torch.ones(len(scores_QN), dtype=torch.float64), "", errors_Q)
         values_Q = torch.tensor(values, dtype=torch.float64).abs()
@@ -98,6 +98,11 @@ class Sizes:
         return f"± {_rounded(float(self.errors_Q[q])).lstrip('+')}{self.unit}"
 
 
+def is_regression(header: dict[str, Any]) -> bool:
+    """Whether scores are weights of a regression, and no changes of a value."""
+    return bool(header.get("identity", {}).get("query", {}).get("method") == "regression")
+
+
 def _rounded(value: float) -> str:
     """Two significant digits, signed, without an exponent where that is readable."""
     text = f"{value:+.2g}"
@@ -106,9 +111,18 @@ def _rounded(value: float) -> str:
     return text.replace("-", "−")
 
 
-def meaning(measurement: NamedMeasurement | None, sizes: Sizes, num_train: int) -> str:
+def meaning(
+    measurement: NamedMeasurement | None, sizes: Sizes, num_train: int, regression: bool = False
+) -> str:
     """What a score means, in a sentence."""
     what = "measured value" if measurement is None else measurement.quantity
+    if regression:
+        return (
+            f"The number under a training image is its weight, of {num_train:,} images', in a "
+            f"kernel regression of the query's {what} and prediction, in units of the weights' "
+            "spread. Larger ones predict a larger effect of training without the image; how much "
+            f"the {what} would change they do not say."
+        )
     share = f", as a share of that {what}" if sizes.unit else ""
     ppm = " (ppm: millionths)" if "ppm" in sizes.unit else ""
     return (

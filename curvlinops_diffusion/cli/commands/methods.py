@@ -1,0 +1,95 @@
+"""The methods of ``score``: influence, and kernel regression."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from curvlinops_diffusion.cli.options import ScoreOptions
+from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.kernel_regression import kernel_regression_scores
+from curvlinops_diffusion.influence.measurements.losses import SignedPrediction
+from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
+from curvlinops_diffusion.influence.scores import influence_scores
+from curvlinops_diffusion.influence.split_half import (
+    SplitHalfScores,
+    can_be_halved,
+    split_half_scores,
+)
+from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
+from curvlinops_diffusion.runtime.passes import PassOptions
+
+#: Signs along which the prediction is regressed, beside what is measured.
+SIGNS = 2
+
+
+def scores_of(
+    options: ScoreOptions,
+    J_query: ExampleGradientLinearOperator,
+    inverse: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    passes: PassOptions,
+) -> tuple[Tensor, SplitHalfScores | None]:
+    """The scores ``[Q, N]``, and with them those of halves of the draws, where there are halves."""
+    halved = can_be_halved(J_train.regression) and can_be_halved(J_query.regression)
+    if options.method == "regression":
+        return _regression(options.ridge, J_query, inverse, J_train, passes, halved)
+    block = options.query_block
+    if halved:
+        halves = split_half_scores(J_query, inverse, J_train, query_block=block, passes=passes)
+        return halves.scores, halves
+    scores = influence_scores(J_query, inverse, J_train, query_block=block, passes=passes)
+    return scores, None
+
+
+def check_method(options: ScoreOptions) -> None:
+    """Check that the method is for what is measured.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if options.method == "influence":
+        return
+    if MEASUREMENTS[options.measurement].better is not Better.LOWER:
+        good = [name for name, entry in MEASUREMENTS.items() if entry.better is Better.LOWER]
+        raise ValueError(
+            f"--method regression arrived with --measurement {options.measurement}. It averages "
+            "what is measured with the prediction, whose positive scores are helpful: pass one of "
+            f"{', '.join(good)}, of which lower is better, or --method influence."
+        )
+
+
+def _regression(
+    ridge: float,
+    J_query: ExampleGradientLinearOperator,
+    inverse: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    passes: PassOptions,
+    halved: bool,
+) -> tuple[Tensor, SplitHalfScores | None]:
+    def of(half: int | None) -> Tensor:
+        own, operators = passes, [J_query, J_train]
+        if half is not None:
+            operators = [J.on(J.regression.divided(half, 2)) for J in operators]
+            if passes.checkpoint is not None:  # whose passes have the same names
+                own = replace(passes, checkpoint=Path(passes.checkpoint) / f"half{half}")
+        query, train = (_functions(J) for J in operators)
+        return kernel_regression_scores(query, inverse, train, ridge=ridge, passes=own)
+
+    scores = of(None)
+    return scores, SplitHalfScores(scores, of(0), of(1)) if halved else None
+
+
+def _functions(
+    J: ExampleGradientLinearOperator,
+) -> list[ExampleGradientLinearOperator | list[ExampleGradientLinearOperator]]:
+    """What is regressed: what is measured (the loss), and the prediction along some signs."""
+    signs = [
+        ExampleGradientLinearOperator(
+            J.regression, J.param_names, measurement=SignedPrediction(seed)
+        )
+        for seed in range(SIGNS)
+    ]
+    return [J, signs]
