@@ -67,6 +67,14 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
     )
     from curvlinops_diffusion.influence.split_half import SplitHalfScores, split_half_scores
     from curvlinops_diffusion.influence.store import GradientStore
+    from curvlinops_diffusion.influence.validation.judgements import (
+        LinearDatamodellingScore,
+        RemovalEffect,
+        linear_datamodelling_score,
+        removal_effects,
+    )
+    from curvlinops_diffusion.influence.validation.measured import values_of_networks
+    from curvlinops_diffusion.influence.validation.plans import RetrainingPlan
     from curvlinops_diffusion.layers import LAYER_KINDS, ExactKind, SharingKind
     from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
     from curvlinops_diffusion.linalg.solvers.conjugate_gradients import (
@@ -103,6 +111,7 @@ __all__ = [
     "GradientStore",
     "InverseVarianceWeighting",
     "LatentEncoder",
+    "LinearDatamodellingScore",
     "ListedTimesteps",
     "LogLikelihood",
     "LogitNormalTimesteps",
@@ -119,6 +128,8 @@ __all__ = [
     "ProcessWeighting",
     "RefinedInverseLinearOperator",
     "Refinement",
+    "RemovalEffect",
+    "RetrainingPlan",
     "SharingKind",
     "SignedPrediction",
     "SimplifiedELBO",
@@ -134,13 +145,16 @@ __all__ = [
     "group_and_self_influence",
     "influence_scores",
     "kernel_regression_scores",
+    "linear_datamodelling_score",
     "load_operator",
     "loss",
     "record_trajectories",
+    "removal_effects",
     "split_half_scores",
     "squared_norm",
     "stream_gradients",
     "top_influences",
+    "values_of_networks",
 ]
 
 # where each name is; tests/test_imports.py compares the three lists
@@ -166,6 +180,7 @@ _MODULES = {
     "GradientStore": "influence.store",
     "InverseVarianceWeighting": "diffusion.weightings",
     "LatentEncoder": "diffusion.latents",
+    "LinearDatamodellingScore": "influence.validation.judgements",
     "ListedTimesteps": "diffusion.timesteps",
     "LogLikelihood": "influence.measurements.likelihood",
     "LogitNormalTimesteps": "diffusion.timesteps",
@@ -182,6 +197,8 @@ _MODULES = {
     "ProcessWeighting": "diffusion.weightings",
     "RefinedInverseLinearOperator": "linalg.solvers.iterative",
     "Refinement": "linalg.solvers.iterative",
+    "RemovalEffect": "influence.validation.judgements",
+    "RetrainingPlan": "influence.validation.plans",
     "SharingKind": "layers",
     "SignedPrediction": "influence.measurements.losses",
     "SimplifiedELBO": "influence.measurements.bounds",
@@ -197,13 +214,16 @@ _MODULES = {
     "group_and_self_influence": "influence.scores",
     "influence_scores": "influence.scores",
     "kernel_regression_scores": "influence.kernel_regression",
+    "linear_datamodelling_score": "influence.validation.judgements",
     "load_operator": "curvature.load",
     "loss": "influence.measurements.losses",
     "record_trajectories": "influence.measurements.trajectories",
+    "removal_effects": "influence.validation.judgements",
     "split_half_scores": "influence.split_half",
     "squared_norm": "influence.measurements.losses",
     "stream_gradients": "influence.scores",
     "top_influences": "influence.scores",
+    "values_of_networks": "influence.validation.measured",
 }
 
 

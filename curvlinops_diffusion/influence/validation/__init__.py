@@ -1,0 +1,1 @@
+"""Do scores predict retraining? Plans, measurements, judgements, and baselines to compare with."""
