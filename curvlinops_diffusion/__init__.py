@@ -59,6 +59,7 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
         TrajectoryRegression,
         record_trajectories,
     )
+    from curvlinops_diffusion.influence.projection import RandomProjection
     from curvlinops_diffusion.influence.scores import (
         group_and_self_influence,
         influence_scores,
@@ -67,6 +68,12 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
     )
     from curvlinops_diffusion.influence.split_half import SplitHalfScores, split_half_scores
     from curvlinops_diffusion.influence.store import GradientStore
+    from curvlinops_diffusion.influence.validation.baselines import (
+        JourneyRegression,
+        d_trak_scores,
+        das_scores,
+        trak_scores,
+    )
     from curvlinops_diffusion.influence.validation.judgements import (
         LinearDatamodellingScore,
         RemovalEffect,
@@ -110,6 +117,7 @@ __all__ = [
     "GradientConsumer",
     "GradientStore",
     "InverseVarianceWeighting",
+    "JourneyRegression",
     "LatentEncoder",
     "LinearDatamodellingScore",
     "ListedTimesteps",
@@ -126,6 +134,7 @@ __all__ = [
     "PredictionType",
     "ProbeType",
     "ProcessWeighting",
+    "RandomProjection",
     "RefinedInverseLinearOperator",
     "Refinement",
     "RemovalEffect",
@@ -142,6 +151,8 @@ __all__ = [
     "WeightedLoss",
     "WoodburyInverseLinearOperator",
     "averaged_scores",
+    "d_trak_scores",
+    "das_scores",
     "group_and_self_influence",
     "influence_scores",
     "kernel_regression_scores",
@@ -154,6 +165,7 @@ __all__ = [
     "squared_norm",
     "stream_gradients",
     "top_influences",
+    "trak_scores",
     "values_of_networks",
 ]
 
@@ -179,6 +191,7 @@ _MODULES = {
     "GradientConsumer": "influence.consumers",
     "GradientStore": "influence.store",
     "InverseVarianceWeighting": "diffusion.weightings",
+    "JourneyRegression": "influence.validation.baselines",
     "LatentEncoder": "diffusion.latents",
     "LinearDatamodellingScore": "influence.validation.judgements",
     "ListedTimesteps": "diffusion.timesteps",
@@ -195,6 +208,7 @@ _MODULES = {
     "PredictionType": "diffusion.noise",
     "ProbeType": "diffusion.random_numbers",
     "ProcessWeighting": "diffusion.weightings",
+    "RandomProjection": "influence.projection",
     "RefinedInverseLinearOperator": "linalg.solvers.iterative",
     "Refinement": "linalg.solvers.iterative",
     "RemovalEffect": "influence.validation.judgements",
@@ -211,6 +225,8 @@ _MODULES = {
     "WeightedLoss": "influence.measurements.losses",
     "WoodburyInverseLinearOperator": "linalg.solvers.woodbury",
     "averaged_scores": "influence.kernel_regression",
+    "d_trak_scores": "influence.validation.baselines",
+    "das_scores": "influence.validation.baselines",
     "group_and_self_influence": "influence.scores",
     "influence_scores": "influence.scores",
     "kernel_regression_scores": "influence.kernel_regression",
@@ -223,6 +239,7 @@ _MODULES = {
     "squared_norm": "influence.measurements.losses",
     "stream_gradients": "influence.scores",
     "top_influences": "influence.scores",
+    "trak_scores": "influence.validation.baselines",
     "values_of_networks": "influence.validation.measured",
 }
 

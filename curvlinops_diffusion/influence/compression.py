@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlinops_diffusion.influence.projection import RandomProjection
 from curvlinops_diffusion.runtime.checks import check_count, check_option
 
 # Entries that share a scale
@@ -42,11 +43,13 @@ class Projection(str, Enum):
         LEADING: ``'leading'``, the coordinates in the eigenbasis of largest second moment over a
             sample of training gradients.
         SVD: ``'svd'``, coordinates along the leading right singular vectors of the sample.
+        RANDOM: ``'random'``, a seeded :class:`~curvlinops_diffusion.RandomProjection`.
     """
 
     NONE = "none"
     LEADING = "leading"
     SVD = "svd"
+    RANDOM = "random"
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,17 @@ class Compression:
     Attributes:
         precision: ``'float32'``, ``'bfloat16'``, ``'int8'`` or ``'nf4'`` (these two by
             ``bitsandbytes``).
-        projection: ``'none'``, ``'leading'`` or ``'svd'``.
+        projection: ``'none'``, ``'leading'``, ``'svd'`` or ``'random'``.
         size: Coordinates kept, with a projection.
         sample: Training examples (evenly spaced) that the projection is chosen from.
+        seed: The seed of a random projection.
     """
 
     precision: str | Precision = Precision.BFLOAT16
     projection: str | Projection = Projection.NONE
     size: int | None = None
     sample: int = 512
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -80,8 +85,8 @@ class Compression:
         if projection is Projection.NONE:
             if self.size is not None:
                 raise ValueError(
-                    f"size={self.size!r} arrived without a projection. Pass projection='leading' "
-                    "or 'svd', or no size."
+                    f"size={self.size!r} arrived without a projection. Pass projection="
+                    "'leading', 'svd' or 'random', or no size."
                 )
         else:
             check_count("size", self.size)
@@ -89,8 +94,11 @@ class Compression:
             _bitsandbytes()
 
     def as_dict(self) -> dict[str, Any]:
-        """The options as plain values."""
-        return {key: getattr(value, "value", value) for key, value in vars(self).items()}
+        """The options as plain values; a seed where there is something random."""
+        values = {key: getattr(value, "value", value) for key, value in vars(self).items()}
+        if self.projection is not Projection.RANDOM:
+            del values["seed"]
+        return values
 
     # -----------------------------------------------------------------------------------------
     # Coordinates
@@ -103,7 +111,7 @@ class Compression:
             ValueError: If more coordinates are asked for than there are.
         """
         B, P = sample_BP.shape
-        if self.projection is Projection.NONE:
+        if self.projection in (Projection.NONE, Projection.RANDOM):
             return {}
         assert self.size is not None
         assert isinstance(self.projection, Projection)
@@ -126,6 +134,9 @@ class Compression:
 
     def project(self, rows_BP: Tensor, projection: dict[str, Tensor]) -> Tensor:
         """The coordinates kept, ``[B, P] -> [B, k]``."""
+        if self.projection is Projection.RANDOM:
+            assert self.size is not None
+            return RandomProjection(self.size, self.seed)(rows_BP)
         if "index" in projection:
             return rows_BP[:, projection["index"]]
         return rows_BP @ projection["basis"] if "basis" in projection else rows_BP

@@ -135,7 +135,8 @@ class GradientStore:
         if share.rank == 0 and not (folder / HEADER).exists():
             make_folder(folder)
             projection = _fitted_projection(J_train, whiten, compression)
-            header = {"identity": identity, "size": _size(J_train, projection)}
+            size = _size(J_train, projection, compression)
+            header = {"identity": identity, "size": size}
             GRADIENTS.write(folder / HEADER, projection, header)
         share.barrier()
         store = cls.open(folder)
@@ -375,7 +376,7 @@ def _fitted_projection(
     J_train: ExampleGradientLinearOperator, whiten: Whitening, compression: Compression
 ) -> dict[str, Tensor]:
     """Choose the coordinates that are kept, from evenly spaced training examples."""
-    if compression.size is None:
+    if compression.size is None or compression.projection is Projection.RANDOM:
         return {}
     N = J_train.shape[0]
     count = min(N, compression.sample)
@@ -389,8 +390,8 @@ def _check_projection(projection: dict[str, Tensor], compression: Compression, s
     Raises:
         ValueError: If it is not what the compression chooses.
     """
-    expected = {Projection.NONE: set(), Projection.LEADING: {"index"}, Projection.SVD: {"basis"}}
-    if set(projection) != expected[Projection(compression.projection)]:
+    expected = {Projection.LEADING: {"index"}, Projection.SVD: {"basis"}}
+    if set(projection) != expected.get(Projection(compression.projection), set()):
         raise ValueError(f"a projection that keeps {sorted(projection)}")
     index, basis = projection.get("index"), projection.get("basis")
     if index is not None and (index.dtype != torch.int64 or index.ndim != 1 or index.min() < 0):
@@ -399,7 +400,12 @@ def _check_projection(projection: dict[str, Tensor], compression: Compression, s
         raise ValueError("a basis of another shape")
 
 
-def _size(J_train: ExampleGradientLinearOperator, projection: dict[str, Tensor]) -> int:
+def _size(
+    J_train: ExampleGradientLinearOperator, projection: dict[str, Tensor], compression: Compression
+) -> int:
+    if compression.projection is Projection.RANDOM:
+        assert compression.size is not None
+        return compression.size
     if "index" in projection:
         return len(projection["index"])
     return projection["basis"].shape[1] if "basis" in projection else J_train.shape[1]

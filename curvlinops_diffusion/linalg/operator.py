@@ -59,6 +59,14 @@ class FlatLinearOperator(LinearOperator):
         return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
+class IdentityLinearOperator(FlatLinearOperator):
+    """The identity on the space that another operator acts on."""
+
+    def multiply(self, X_PK: Tensor) -> Tensor:
+        """The columns themselves."""
+        return X_PK
+
+
 def check_same_parameters(
     operators: Mapping[str, PyTorchLinearOperator],
     square: Mapping[str, PyTorchLinearOperator],

@@ -67,6 +67,7 @@ FORMS = {
     "leading, all": (Compression("float32", "leading", 4925), 1e-6),
     "svd, all": (Compression("float32", "svd", COUNT), 1e-5),
     "svd, int8": (Compression("int8", "svd", COUNT), 4e-2),
+    "random": (Compression("float32", "random", 4096, seed=1), 3e-1),
 }
 
 
@@ -202,7 +203,7 @@ def test_coordinates_that_do_not_exist_are_refused(tmp_path, J_train, J_query, E
     ("options", "message"),
     [
         ({"precision": "int2"}, "precision='int2' is unknown. Pass one of: 'float32'"),
-        ({"projection": "random"}, "projection='random' is unknown"),
+        ({"projection": "dense"}, "projection='dense' is unknown"),
         ({"projection": "svd"}, "size=None arrived"),
         ({"size": 4}, "size=4 arrived without a projection"),
     ],

@@ -86,7 +86,7 @@ def linear_datamodelling_score(
     the reliability ``S r / (1 + (S - 1) r)``, whose root is the ceiling (Spearman, 1910; Brown,
     1910).
 
-    Source: Park et al., 2023, Section 2.2, Definition 2.3.
+    Source: Park et al., 2023.
 
     Args:
         scores: Scores ``τ``, ``[Q, N]``.
@@ -175,7 +175,7 @@ def removal_effects(
 ) -> dict[int, RemovalEffect]:
     """What removing each query's most helpful images did to it, by how many were removed.
 
-    Source: Mlodozeniec et al., 2025, Section 4.2 (counterfactual retraining).
+    Source: Mlodozeniec et al., 2025 (retraining without top influences).
 
     Args:
         parts: The parts of :meth:`RetrainingPlan.removals`.

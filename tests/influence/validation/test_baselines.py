@@ -1,0 +1,150 @@
+"""Baselines against the formulas of their papers, dense and in float64."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import nn
+
+from curvlinops_diffusion import (
+    DenoisingObjective,
+    ExampleGradientLinearOperator,
+    JourneyRegression,
+    NoisedRegression,
+    RandomProjection,
+    d_trak_scores,
+    das_scores,
+    record_trajectories,
+    trak_scores,
+)
+from curvlinops_diffusion.influence.validation.baselines import ProbedPrediction
+from tests.cases import images, plain_regression, seeded
+from tests.comparisons import assert_close
+from tests.reference import example_gradients, flat_gradient, params_of
+
+N, Q = 9, 3
+
+
+@pytest.fixture(scope="module")
+def problem():
+    model = seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1))
+    train = plain_regression(model, (1, 4, 4), count=N, batch_size=4)
+    query = NoisedRegression(train.objective, images(Q, size=4), num_draws=2, seed=1)
+    J = [ExampleGradientLinearOperator(r) for r in (query, train)]
+    return query, train, *J
+
+
+def primal(query_QP, train_NP, ridge):
+    """``φ_qᵀ (ΦᵀΦ + λ)⁻¹ Φᵀ``, as it is published."""
+    matrix = train_NP.T @ train_NP
+    damping = ridge * matrix.trace() / len(train_NP)
+    inverse = torch.linalg.inv(matrix + damping * torch.eye(len(matrix)).double())
+    return query_QP @ inverse @ train_NP.T
+
+
+@pytest.mark.parametrize("size", [None, 8])
+def test_trak_and_d_trak(problem, size):
+    query, train, J_query, J_train = problem
+    params = params_of(train.objective.model)
+
+    def mean_square(batch, f, b):
+        return (f[b] ** 2).mean()
+
+    for method, value in ((trak_scores, None), (d_trak_scores, mean_square)):
+        rows = [example_gradients(r, params, value) for r in (query, train)]
+        if size is not None:
+            rows = [RandomProjection(size, seed=5)(z) for z in rows]
+        ours = method(J_query, J_train, ridge=0.1, size=size, seed=5)
+        assert_close(ours, primal(*rows, 0.1), 1e-9)
+
+
+def test_das_is_a_squared_norm(problem):
+    """Of the predictions' change at each draw; estimated without bias from probes."""
+    query, train, J_query, J_train = problem
+    params = params_of(train.objective.model)
+    train_NP = example_gradients(train, params)
+    gram = train_NP @ train_NP.T
+    kappa = 0.1 * gram.diagonal().mean()
+    weights_PN = train_NP.T @ torch.linalg.inv(gram + kappa * torch.eye(N).double())
+    # the mean over draws of Jacobians, each with signs of its own: independent between levels
+    exact = torch.zeros(Q, N).double()
+    for batch in query.batches():
+        prediction = train.objective.predict(batch)
+        for b, q in enumerate(batch.indices):
+            J_DP = torch.stack([flat_gradient(entry, params) for entry in prediction[b]])
+            exact[q] += (J_DP.double() @ weights_PN).square().sum(0) / query.num_draws**2
+    ours = das_scores(J_query, J_train, ridge=0.1, num_probes=400)
+    assert_close(ours, exact, 0.08)
+    assert (ours >= 0).all()
+    mean = ours.mean() / exact.mean()
+    assert abs(mean - 1) < 0.05
+
+
+def test_probes_are_of_their_level(problem):
+    query, *_ = problem
+    batch = next(query.batches())
+    D = batch.target_BD.shape[1]
+    signs = torch.stack(
+        [ProbedPrediction(3)(batch, torch.eye(D).double()[[d] * len(batch.indices)])
+         for d in range(D)]
+    )  # fmt: skip
+    assert (signs.abs() == 1).all()
+    same = batch.level_B[0] == batch.level_B
+    assert (signs[:, same] == signs[:, :1]).all()
+
+
+def test_journeys():
+    """The noise that leads from each state to the sample, through every parametrisation."""
+    levels = [9, 6, 3, 1]
+    for prediction_type in ("epsilon", "v_prediction", "sample"):
+        model = seeded(nn.Conv2d(1, 1, 3, padding=1))
+        scheduler = DDPMScheduler(num_train_timesteps=10, prediction_type=prediction_type)
+
+        objective = DenoisingObjective(model, scheduler)
+        states = record_trajectories(objective, (Q, 1, 4, 4), levels, seed=2).double()
+        journey = JourneyRegression(objective, states, levels)
+        J = ExampleGradientLinearOperator(journey)
+        alphas = scheduler.alphas_cumprod.double()
+        for q in range(Q):
+            total = 0.0
+            for s, level in enumerate(levels):
+                alpha, sigma = alphas[level].sqrt(), (1 - alphas[level]).sqrt()
+                x_t, sample = states[q, s], states[q, -1]
+                noise = (x_t - alpha * sample) / sigma
+                target = {
+                    "epsilon": noise,
+                    "v_prediction": alpha * noise - sigma * sample,
+                    "sample": sample,
+                }[prediction_type]
+                total += (model(x_t.unsqueeze(0), level)[0] - target).square().mean() / len(levels)
+            expected = flat_gradient(total, params_of(objective.model))
+            assert_close(J.rows([q])[0], expected.double(), 1e-6)
+    train = NoisedRegression(objective, images(N, size=4), 2)
+    scores = trak_scores(J, ExampleGradientLinearOperator(train), ridge=0.1)
+    assert scores.shape == (Q, N)
+    with pytest.raises(ValueError, match=r"arrived with 3 levels"):
+        JourneyRegression(objective, states, levels[:3])
+
+
+def test_random_projections():
+    """On average the same inner products, with the variance that is said."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 300, generator=generator).double()
+    y = 0.5 * x + y
+    k = 16
+    projected = torch.stack(
+        [RandomProjection(k, seed)(torch.stack([x, y])) for seed in range(4000)]
+    )
+    products = (projected[:, 0] * projected[:, 1]).sum(1)
+    variance = (x.square().sum() * y.square().sum() + (x @ y) ** 2 - 2 * (x * y).square().sum()) / k
+    assert abs(products.mean() - x @ y) < 4 * (variance / 4000).sqrt()
+    assert abs(products.var() / variance - 1) < 0.1
+    assert torch.equal(RandomProjection(k, 3)(x.unsqueeze(0)), RandomProjection(k, 3)(x[None]))
+    with pytest.raises(ValueError, match="size=0 arrived"):
+        RandomProjection(0)
+
+
+@pytest.mark.parametrize("method", [trak_scores, d_trak_scores, das_scores])
+def test_errors(problem, method):
+    _, _, J_query, J_train = problem
+    with pytest.raises(ValueError, match="ridge=0 arrived"):
+        method(J_query, J_train, ridge=0)
