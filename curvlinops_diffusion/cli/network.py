@@ -23,7 +23,7 @@ from curvlinops_diffusion.cli.adapters import (
 from curvlinops_diffusion.cli.events import say
 from curvlinops_diffusion.cli.images.labels import Condition
 from curvlinops_diffusion.cli.images.preprocessing import Form
-from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions
+from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions, ValidateMeasureOptions
 from curvlinops_diffusion.cli.processes import is_first
 from curvlinops_diffusion.cli.weights import check_can_load, check_loaded
 from curvlinops_diffusion.diffusion.image_conditions import ControlledDenoiser
@@ -31,6 +31,8 @@ from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 
 # diffusers imports it with its first network, and it warns of kernels that nothing here needs
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+NetworkOptions = FitOptions | ScoreOptions | ValidateMeasureOptions
 
 # what the names of text encoders in a pipeline begin with
 TEXT_ENCODERS = "text_encoder"
@@ -61,7 +63,7 @@ class Network:
         return Form(self.channels, self.size, resolution, self.multiple)
 
 
-def load_network(options: FitOptions | ScoreOptions, text_encoders: bool = False) -> Network:
+def load_network(options: NetworkOptions, text_encoders: bool = False) -> Network:
     """Load what the options name; weights only from safetensors files.
 
     Args:
@@ -158,9 +160,7 @@ def _modules(pipeline: Any) -> dict[str, torch.nn.Module]:
     return dict(sorted(found.items(), key=lambda item: item[0] not in ("unet", "transformer")))
 
 
-def _network(
-    objective: DenoisingObjective, pipeline: Any, options: FitOptions | ScoreOptions
-) -> Network:
+def _network(objective: DenoisingObjective, pipeline: Any, options: NetworkOptions) -> Network:
     """Read off network and autoencoder which images and conditions they take.
 
     Raises:
@@ -207,7 +207,7 @@ def of_text_encoders(names: Iterable[str]) -> bool:
 def _chosen_parameters(
     model: torch.nn.Module,
     modules: Mapping[str, torch.nn.Module],
-    options: FitOptions | ScoreOptions,
+    options: NetworkOptions,
 ) -> list[str] | None:
     """Those that patterns name; else those of adapters, if some were given, or a ControlNet's.
 
@@ -262,9 +262,7 @@ def _left_out(folder: Path) -> dict[str, None]:
         return {}  # loading says what is wrong
 
 
-def _loaded(
-    cls: Any, folder: Path, index: str, options: FitOptions | ScoreOptions, **parts: None
-) -> Any:
+def _loaded(cls: Any, folder: Path, index: str, options: NetworkOptions, **parts: None) -> Any:
     check_can_load()
     if not (folder / index).is_file():
         raise ValueError(

@@ -11,7 +11,7 @@ from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, o
 
 _COUNTS = (
     *("resolution", "batch_size", "num_draws", "query_draws", "query_block"),
-    *("mc_samples", "gradient_group", "top"),
+    *("mc_samples", "gradient_group", "top", "num_parts", "bootstrap"),
 )
 _NOT_NEGATIVE = (
     *("damping", "rtol", "checkpoint_every", "timeout"),
@@ -268,6 +268,91 @@ class ReportOptions(Checked):
     operator: Path | None = None
     top: int = 8
     resolution: int | None = None
+    overwrite: bool = False
+    log: Path | None = None
+    debug: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidatePlanOptions(Checked):
+    """Plan on which parts of the training images networks are to be trained anew.
+
+    Attributes:
+        data: The training images.
+        output: The folder to write: a list of images for each part, and the plan itself.
+        kind: What parts are: subsets (random ones of one size), groups (everything but one class),
+            or removals (without the images most helpful to each query, by --scores).
+        num_parts: The number of random subsets.
+        fraction: The part of the images in a random subset.
+        seed: The seed of what is random.
+        scores: A file that score wrote, for --kind removals.
+        remove: How many of the most helpful images are removed, for --kind removals.
+        overwrite: Replace a plan.
+        log: A file to append a line of JSON to for each event.
+        debug: Show the traceback of an error.
+    """
+
+    data: Path
+    output: Path
+    kind: Literal["subsets", "groups", "removals"] = "subsets"
+    num_parts: int = 64
+    fraction: float = 0.5
+    seed: int = 0
+    scores: Path | None = None
+    remove: list[str] | None = None
+    overwrite: bool = False
+    log: Path | None = None
+    debug: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateMeasureOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
+    """Measure the queries under every retrained network, on the same draws of noise.
+
+    Attributes:
+        plan: The folder of the plan.
+        retrained: The folder of the retrained networks, each of the name of its part (or
+            part_seed0, part_seed1): a pipeline, a model (with --scheduler), or an adapter (with
+            --pipeline).
+        queries: The queries.
+        output: The file to write, .safetensors.
+        measurement: What is measured at the queries, a name of the registry of measurements.
+        query_draws: The number of draws for each query.
+        seed: The seed of the draws.
+    """
+
+    plan: Path
+    retrained: Path
+    queries: Path
+    output: Path
+    measurement: str = field(
+        default="loss", metadata={"choices": MEASUREMENTS, "help": options_text}
+    )
+    query_draws: int = 64
+    seed: int = 12345
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateJudgeOptions(Checked):
+    """Judge how well scores predicted what the retrained networks did.
+
+    Attributes:
+        plan: The folder of the plan.
+        measured: The file that validate measure wrote.
+        scores: Files that score wrote for the same queries, each perhaps as name=file; differences
+            are to the first.
+        output: The page (.html) or file of numbers (.json) to write.
+        bootstrap: The number of resamples for intervals.
+        overwrite: Replace an existing output.
+        log: A file to append a line of JSON to for each event.
+        debug: Show the traceback of an error.
+    """
+
+    plan: Path
+    measured: Path
+    output: Path
+    scores: list[str] | None = None
+    bootstrap: int = 1000
     overwrite: bool = False
     log: Path | None = None
     debug: bool = False

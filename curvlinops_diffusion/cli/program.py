@@ -28,6 +28,9 @@ from curvlinops_diffusion.cli.options import (
     InspectOptions,
     ReportOptions,
     ScoreOptions,
+    ValidateJudgeOptions,
+    ValidateMeasureOptions,
+    ValidatePlanOptions,
     flag,
 )
 from curvlinops_diffusion.linalg.operator_files import OPERATOR
@@ -39,7 +42,12 @@ COMMANDS: dict[str, type[Any]] = {
     "score": ScoreOptions,
     "report": ReportOptions,
     "inspect": InspectOptions,
+    "validate-plan": ValidatePlanOptions,
+    "validate-measure": ValidateMeasureOptions,
+    "validate-judge": ValidateJudgeOptions,
 }
+#: What may stand as two words.
+_PAIRS = {tuple(name.split("-")): name for name in COMMANDS if "-" in name}
 
 
 def parser() -> ArgumentParser:
@@ -98,7 +106,9 @@ def _usage(name: str, options: type[Any]) -> str:
 
 
 # what a flag is given, for help
-_FOLDERS = {"pipeline", "model", "scheduler", "data", "queries", "latent_cache"}
+_FOLDERS = {"pipeline", "model", "scheduler", "data", "queries", "latent_cache", "plan"}
+_FOLDERS |= {"retrained"}
+_LISTS = {"lora": "FILE", "scores": "FILE", "remove": "N"}
 _KINDS = {int: "N", float: "X", str: "TEXT", Path: "FILE"}
 
 
@@ -124,7 +134,7 @@ def _add_flag(own: Any, field: Any, type_: Any, text: str) -> None:
         choices, help_text = list(field.metadata["choices"]), field.metadata["help"]()
         own.add_argument(name, choices=choices, default=field.default, help=help_text)
     elif type_ == list[str] | None:
-        shown["metavar"] = "FILE" if field.name == "lora" else "PATTERN"
+        shown["metavar"] = _LISTS.get(field.name, "PATTERN")
         own.add_argument(name, nargs="+", type=str, default=field.default, **shown)
     elif type_ is bool:
         own.add_argument(
@@ -154,6 +164,8 @@ def run(arguments: Sequence[str]) -> int:
         The exit code: 0, 2 for an error (told in one line), 130 if interrupted.
     """
     words = list(arguments)
+    if tuple(words[:2]) in _PAIRS:
+        words[:2] = [_PAIRS[words[0], words[1]]]
     if words in ([], ["help"]):  # somebody looks at it for the first time
         parser().print_help()
         return 0
@@ -195,6 +207,7 @@ def _command(name: str) -> Callable[[Any], None]:
         ValueError: If a package is missing that it needs.
     """
     try:
+        name = name.replace("-", "_")
         module = import_module(f"curvlinops_diffusion.cli.commands.{name}")
     except ModuleNotFoundError as error:
         raise ValueError(lacking(error)) from error

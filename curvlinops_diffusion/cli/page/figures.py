@@ -31,6 +31,21 @@ def histogram(scores_QN: Tensor) -> str:
     return _svg(figure)
 
 
+def intervals(rows: list[tuple[str, float, float, float]], ceiling: float | None) -> str:
+    """Scores of methods (name, value, low, high) with their intervals, the first on top."""
+    figure, axis = plt.subplots(figsize=(7, 0.9 + 0.35 * len(rows)))
+    for place, (_, value, low, high) in enumerate(rows):
+        axis.plot([low, high], [place, place], color=_BLUE, linewidth=2)
+        axis.plot([value], [place], "o", color=_BLUE)
+    if ceiling is not None:
+        axis.axvline(ceiling, color="black", linestyle=":", linewidth=1)
+    axis.axvline(0, color="black", linewidth=0.5)
+    axis.set_yticks(range(len(rows)), [row[0] for row in rows])
+    axis.invert_yaxis()
+    axis.set_xlabel("linear data-modelling score" + (", ceiling dotted" if ceiling else ""))
+    return _svg(figure)
+
+
 def operator_summary(path: Path) -> dict[str, Any]:
     """An operator's spectrum, and a row for each block."""
     header, blocks = read_blocks(path)

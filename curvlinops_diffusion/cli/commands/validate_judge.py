@@ -1,0 +1,162 @@
+"""``validate judge``: how well scores predicted what retrained networks did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from torch import Tensor
+
+from curvlinops_diffusion.cli import page
+from curvlinops_diffusion.cli.events import event, say
+from curvlinops_diffusion.cli.measured_files import read_measured
+from curvlinops_diffusion.cli.options import ValidateJudgeOptions
+from curvlinops_diffusion.cli.outputs import check_output
+from curvlinops_diffusion.cli.page.figures import intervals
+from curvlinops_diffusion.cli.score_files import read_scores
+from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
+from curvlinops_diffusion.influence.validation.judgements import (
+    linear_datamodelling_score,
+    removal_effects,
+)
+from curvlinops_diffusion.influence.validation.plans import RetrainingPlan
+from curvlinops_diffusion.runtime.digests import digest_of
+from curvlinops_diffusion.runtime.files import write_bytes
+
+TEMPLATE = Path(page.__file__).parent / "validation.html.j2"
+
+
+def validate_judge(options: ValidateJudgeOptions) -> None:
+    """Judge scores, and write a page or a file of numbers.
+
+    Raises:
+        ValueError: If scores, plan and measurements do not belong together.
+    """
+    check_output(options.output, (".html", ".json"), {"--measured": options.measured})
+    if options.output.exists() and not options.overwrite:
+        raise ValueError(f"'{options.output}' exists. Pass --overwrite, or another --output.")
+    plan = RetrainingPlan.open(options.plan)
+    values_SMQ, header = read_measured(options.measured)
+    if header["plan"] != digest_of(plan.left_out) or header["parts"] != list(plan.parts):
+        raise ValueError(
+            f"'{options.measured}' was measured by another plan than '{options.plan}'. Pass the "
+            "plan by which networks were trained."
+        )
+    found: dict[str, Any] = {
+        "measurement": header["measurement"],
+        "plan": plan.kind,
+        "parts": len(plan.parts),
+        "seeds": len(values_SMQ),
+        "queries": len(header["queries"]),
+        "training_images": plan.num_data,
+    }
+    if plan.kind == "removals":
+        found["removals"] = _removals(plan, values_SMQ)
+    else:
+        scores = _named_scores(options.scores or [], plan, header)
+        found |= _scored(plan, values_SMQ, scores, options.bootstrap)
+    text = json.dumps(found, indent=1) if options.output.suffix == ".json" else _page(found)
+    write_bytes(options.output, text.encode())
+    event("judged", file=str(options.output), **found)
+    for line in _lines(found):
+        say(line)
+    say(f"Wrote {options.output}")
+
+
+def _named_scores(
+    words: list[str], plan: RetrainingPlan, header: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Scores by their names ``[Q, N]``, of the sign of what was measured.
+
+    Raises:
+        ValueError: If they are of other queries or training images, or two have one name.
+    """
+    if not words:
+        raise ValueError("Pass the scores to judge: --scores FILE …, each perhaps as NAME=FILE.")
+    found: dict[str, Tensor] = {}
+    better = MEASUREMENTS[header["measurement"]].better
+    for word in words:
+        name, equals, rest = word.partition("=")
+        path = Path(rest if equals else word)
+        name = name if equals else path.stem
+        scores, own = read_scores(path)
+        names = plan.info.get("names")
+        if own["queries"] != header["queries"] or names not in (None, own["train"]):
+            raise ValueError(
+                f"'{path}' is of other queries than '{header['queries'][0]}', …, or of other "
+                "training images than the plan. Score the same images as were planned and measured."
+            )
+        if name in found:
+            raise ValueError(f"Two --scores are called '{name}'. Pass them as NAME=FILE.")
+        digests = own.get("digests", {}).get("queries")
+        if digests is not None and digests != header["digests"]:
+            raise ValueError(f"'{path}' is of queries of the same names, but other images.")
+        of = MEASUREMENTS.get(own["identity"].get("query", {}).get("measurement", ""))
+        # a log-likelihood falls where a loss rises
+        opposite = of is not None and (of.better is Better.HIGHER) != (better is Better.HIGHER)
+        found[name] = -scores if opposite else scores
+    return found
+
+
+def _scored(
+    plan: RetrainingPlan,
+    values_SMQ: Tensor,
+    scores: dict[str, Tensor],
+    bootstrap: int,
+) -> dict[str, Any]:
+    judged = {
+        name: linear_datamodelling_score(scores_QN, plan.left_out, values_SMQ, bootstrap=bootstrap)
+        for name, scores_QN in scores.items()
+    }
+    first, *_ = judged.values()
+    rows = []
+    for name, one in judged.items():
+        row: dict[str, Any] = {"method": name, "lds": one.mean, "interval": list(one.interval)}
+        if one is not first:
+            difference, interval = one.minus(first)
+            row["minus_first"] = {"difference": difference, "interval": list(interval)}
+        rows.append(row | {"per_query": one.per_query.tolist()})
+    return {"agreement": first.agreement, "ceiling": first.ceiling, "methods": rows}
+
+
+def _removals(plan: RetrainingPlan, values_SMQ: Tensor) -> list[dict[str, Any]]:
+    effects = removal_effects(plan.parts, values_SMQ, plan.info["method"])
+    return [{"removed": k, **vars(effect)} for k, effect in effects.items()]
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    """What was found, for people."""
+    if "removals" in found:
+        return [
+            f"Without the {row['removed']} most helpful images: {row['change']:+.1%} ± "
+            f"{row['error']:.1%}; without random ones {row['control']:+.1%}"
+            for row in found["removals"]
+        ]
+    lines = []
+    for row in found["methods"]:
+        low, high = row["interval"]
+        line = f"{row['method']}: {row['lds']:.3f} [{low:.3f}, {high:.3f}]"
+        if "minus_first" in row:
+            minus = row["minus_first"]
+            low, high = minus["interval"]
+            line += f", {minus['difference']:+.3f} [{low:+.3f}, {high:+.3f}] to the first"
+        lines.append(line)
+    if found["ceiling"] is not None:
+        lines.append(
+            f"Two seeds agree by {found['agreement']:.2f}; a perfect predictor would have "
+            f"{found['ceiling']:.2f}"
+        )
+    return lines
+
+
+def _page(found: dict[str, Any]) -> str:
+    figure = None
+    if "methods" in found:
+        rows = [(row["method"], row["lds"], *row["interval"]) for row in found["methods"]]
+        figure = intervals(rows, found["ceiling"])
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(TEMPLATE.read_text()).render(
+        figure=figure, quantity=MEASUREMENTS[found["measurement"]].quantity, **found
+    )

@@ -1,0 +1,252 @@
+"""``validate``: a plan, measurements under retrained networks, and a judgement, by the program."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+from peft import inject_adapter_in_model
+
+from curvlinops_diffusion import (
+    DenoisingObjective,
+    ExampleGradientLinearOperator,
+    NoisedRegression,
+    RetrainingPlan,
+    linear_datamodelling_score,
+    removal_effects,
+)
+from curvlinops_diffusion.cli.images.images import open_images
+from curvlinops_diffusion.cli.images.preprocessing import Form
+from curvlinops_diffusion.cli.measured_files import read_measured
+from curvlinops_diffusion.cli.program import run
+from curvlinops_diffusion.cli.score_files import read_scores
+from tests.cases import tiny_unet
+from tests.cli.cases import COUNT, arguments
+from tests.cli.test_adapters import config, peft_folder, trained
+
+PARTS, SEEDS = 4, 2
+LIKELY = ["--measurement", "log_likelihood", "--query-draws", "1"]
+
+
+def words(*given):
+    return [str(word) for word in given]
+
+
+def network(number):
+    """As if it were retrained: other weights."""
+    unet = tiny_unet(torch.float32, num_class_embeds=None)
+    generator = torch.Generator().manual_seed(number)
+    for p in unet.parameters():
+        p.data += 0.02 * torch.randn(p.shape, generator=generator)
+    return unet
+
+
+@pytest.fixture(scope="module")
+def planned(fitted, tmp_path_factory):
+    """The problem of the other tests with a plan, and networks of two seeds."""
+    folder = tmp_path_factory.mktemp("validate") / "f"
+    shutil.copytree(fitted, folder)
+    plan = ["--data", folder / "train", "--output", folder / "plan", "--num-parts", PARTS]
+    assert run(words("validate", "plan", *plan)) == 0
+    for part in range(PARTS):
+        for seed in range(SEEDS):
+            pipeline = DDPMPipeline(network(10 * part + seed), DDPMScheduler(100))
+            pipeline.save_pretrained(folder / "retrained" / f"part_{part:03}_seed{seed}")
+    return folder
+
+
+def measuring(folder, output, *more):
+    own = ["--plan", folder / "plan", "--retrained", folder / "retrained", "--output", output]
+    own += ["--queries", folder / "queries", "--query-draws", 3, "--quiet"]
+    return words("validate", "measure", *own, *more)
+
+
+@pytest.fixture(scope="module")
+def measured(planned):
+    assert run(measuring(planned, planned / "measured.safetensors")) == 0
+    return planned
+
+
+def values_of(folder, unet, draws=3, seed=12345):
+    objective = DenoisingObjective(unet.eval(), DDPMScheduler(100))
+    x0 = torch.stack([item["x0"] for item in open_images(folder / "queries", Form(1, None, None))])
+    return ExampleGradientLinearOperator(NoisedRegression(objective, x0, draws, seed)).values()
+
+
+def test_a_plan(planned):
+    plan = RetrainingPlan.open(planned / "plan")
+    assert plan.left_out.shape == (PARTS, COUNT)
+    lines = (planned / "plan" / "part_001.txt").read_text().splitlines()
+    assert lines == [f"image{n}.png" for n in range(COUNT) if not plan.left_out[1, n]]
+    again = words("validate", "plan", "--data", planned / "train", "--output", planned / "plan")
+    assert run(again) == 2  # networks may have been trained by it
+
+
+def test_measurements(measured):
+    """Under each network, on the draws that are the same for all."""
+    values, header = read_measured(measured / "measured.safetensors")
+    assert values.shape == (SEEDS, PARTS, 2)
+    assert header["queries"] == ["image0.png", "image1.png"]
+    for seed, part in ((0, 0), (1, 3)):
+        expected = values_of(measured, network(10 * part + seed))
+        torch.testing.assert_close(values[seed, part], expected, rtol=1e-5, atol=0)
+    assert not (measured / "measured.safetensors.checkpoint").exists()
+
+
+def test_a_judgement(measured, capsys):
+    """The library's numbers, in lines, a file and a page."""
+    scores, _ = read_scores(measured / "scores.safetensors")
+    shuffled = arguments(measured, "score", "--output", measured / "other.safetensors", "--seed", 5)
+    assert run(shuffled) == 0
+    common = ["--plan", measured / "plan", "--measured", measured / "measured.safetensors"]
+    common += ["--scores", measured / "scores.safetensors"]
+    common += [f"again={measured / 'other.safetensors'}"]
+    capsys.readouterr()
+    for name in ("judged.json", "judged.html"):
+        assert run(words("validate", "judge", *common, "--output", measured / name)) == 0
+    told = capsys.readouterr().err
+    found = json.loads((measured / "judged.json").read_text())
+    values, _ = read_measured(measured / "measured.safetensors")
+    lds = linear_datamodelling_score(
+        scores, RetrainingPlan.open(measured / "plan").left_out, values
+    )
+    first, second = found["methods"]
+    assert first["method"] == "scores"
+    assert first["lds"] == pytest.approx(lds.mean)
+    assert first["interval"] == pytest.approx(lds.interval)
+    assert found["ceiling"] == pytest.approx(lds.ceiling)
+    assert second["minus_first"]["difference"] == pytest.approx(second["lds"] - first["lds"])
+    assert f"scores: {lds.mean:.3f} [{lds.interval[0]:.3f}, {lds.interval[1]:.3f}]" in told
+    page = (measured / "judged.html").read_text()
+    assert f"<td>scores</td><td>{lds.mean:.3f}</td>" in page
+    assert "<script" not in page
+    likely = measured / "likely.safetensors"
+    assert run(arguments(measured, "score", "--output", likely, *LIKELY)) == 0
+    one = ["--output", measured / "likely.json"]
+    assert run(words("validate", "judge", *common[:4], "--scores", likely, *one)) == 0
+    (judged,) = json.loads((measured / "likely.json").read_text())["methods"]
+    plan = RetrainingPlan.open(measured / "plan")
+    of_loss = linear_datamodelling_score(-read_scores(likely)[0], plan.left_out, values)
+    assert judged["lds"] == pytest.approx(of_loss.mean)  # it falls where a loss rises
+    assert run(words("validate", "judge", *common, "--output", measured / "judged.html")) == 2
+    assert "exists. Pass --overwrite" in capsys.readouterr().err
+
+
+def test_what_does_not_belong_together(measured, tmp_path, capsys):
+    other = ["--data", measured / "train", "--output", tmp_path / "plan", "--seed", 3]
+    assert run(words("validate", "plan", *other, "--num-parts", PARTS)) == 0
+    judge = ["--measured", measured / "measured.safetensors", "--output", tmp_path / "o.json"]
+    scores = ["--scores", measured / "scores.safetensors"]
+    assert run(words("validate", "judge", "--plan", tmp_path / "plan", *judge, *scores)) == 2
+    assert "was measured by another plan" in capsys.readouterr().err
+    own = ["validate", "judge", "--plan", measured / "plan", *judge]
+    assert run(words(*own)) == 2
+    assert "Pass the scores to judge" in capsys.readouterr().err
+    assert run(words(*own, *scores, measured / "scores.safetensors")) == 2
+    assert "Two --scores are called 'scores'" in capsys.readouterr().err
+    swapped = tmp_path / "queries"
+    shutil.copytree(measured / "queries", swapped)
+    (swapped / "image0.png").rename(swapped / "image9.png")
+    changed = ["--queries", swapped, "--output", tmp_path / "s.safetensors"]
+    assert run(arguments(measured, "score", *changed)) == 0
+    assert run(words(*own, "--scores", tmp_path / "s.safetensors")) == 2
+    assert "is of other queries than" in capsys.readouterr().err
+
+
+def test_networks_that_are_missing(planned, tmp_path, capsys):
+    shutil.copytree(planned / "retrained", tmp_path / "retrained")
+    shutil.rmtree(tmp_path / "retrained" / "part_002_seed1")
+    output = tmp_path / "m.safetensors"
+    where = ["--retrained", tmp_path / "retrained"]
+    assert run(measuring(planned, output, *where)) == 2
+    told = capsys.readouterr().err
+    assert "has no network for 1 of 8 parts and seeds: part_002 (seed 1)" in told
+    assert run(measuring(planned, output, "--dry-run")) == 0
+    assert "8 networks, 6 samples forward under each" in capsys.readouterr().out
+
+
+def test_it_goes_on(planned, tmp_path):
+    """Networks that were measured are not measured again."""
+    output = tmp_path / "m.safetensors"
+    original, calls = ExampleGradientLinearOperator.values, []
+
+    class StoppedError(Exception):
+        pass
+
+    def values(self):
+        calls.append(1)
+        if len(calls) == 4:
+            raise StoppedError
+        return original(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ExampleGradientLinearOperator, "values", values)
+        assert run(measuring(planned, output)) == 2
+        assert run(measuring(planned, output)) == 0
+    assert len(calls) == SEEDS * PARTS + 1
+    found, _ = read_measured(output)
+    expected, _ = read_measured(planned / "measured.safetensors")
+    assert torch.equal(found, expected)
+
+
+def test_models_and_adapters(planned, tmp_path):
+    """Networks as models with the scheduler of all, and as adapters of a pipeline."""
+    plan = RetrainingPlan.random_subsets(COUNT, 3)
+    plan.save(tmp_path / "plan")
+    DDPMScheduler(100).save_pretrained(tmp_path / "scheduler")
+    expected = []
+    for part in range(3):
+        network(part).save_pretrained(tmp_path / "models" / f"part_{part:03}")
+        unet = DDPMPipeline.from_pretrained(planned / "pipeline").unet
+        inject_adapter_in_model(config(), unet)
+        trained(unet, part)
+        peft_folder(unet, tmp_path / "adapters" / f"part_{part:03}")
+        expected.append([values_of(planned, network(part)), values_of(planned, unet)])
+    for kind, own in (
+        ("models", ["--scheduler", tmp_path / "scheduler"]),
+        ("adapters", ["--pipeline", planned / "pipeline"]),
+    ):
+        output = tmp_path / f"{kind}.safetensors"
+        where = ["--plan", tmp_path / "plan", "--retrained", tmp_path / kind]
+        assert run(measuring(planned, output, *where, *own)) == 0
+        values, _ = read_measured(output)
+        truth = torch.stack([pair[kind == "adapters"] for pair in expected])
+        torch.testing.assert_close(values[0], truth, rtol=1e-4, atol=0)
+
+
+def test_removals(measured, tmp_path, capsys):
+    """Planned by scores, and judged by what the loss did."""
+    plan = ["--data", measured / "train", "--output", tmp_path / "plan", "--kind", "removals"]
+    more = ["--scores", measured / "scores.safetensors", "--remove", 1, 3]
+    assert run(words("validate", "plan", *plan)) == 2
+    assert "--kind removals needs --scores FILE and --remove N" in capsys.readouterr().err
+    assert run(words("validate", "plan", *plan, *more)) == 0
+    parts = RetrainingPlan.open(tmp_path / "plan").parts
+    for number, part in enumerate(parts):
+        network(number).save_pretrained(tmp_path / "models" / part)
+    DDPMScheduler(100).save_pretrained(tmp_path / "scheduler")
+    output = tmp_path / "m.safetensors"
+    where = ["--plan", tmp_path / "plan", "--retrained", tmp_path / "models"]
+    where += ["--scheduler", tmp_path / "scheduler"]
+    assert run(measuring(measured, output, *where)) == 0
+    judge = ["--plan", tmp_path / "plan", "--measured", output]
+    for name in ("o.html", "o.json"):
+        assert run(words("validate", "judge", *judge, "--output", tmp_path / name)) == 0
+    rows = json.loads((tmp_path / "o.json").read_text())["removals"]
+    effects = removal_effects(parts, read_measured(output)[0], "scores")
+    assert [row["removed"] for row in rows] == [1, 3]
+    assert rows[1]["change"] == pytest.approx(effects[3].change)
+    assert f"{100 * effects[1].change:+.1f} %" in (tmp_path / "o.html").read_text()
+
+
+def test_groups(tmp_path, fitted):
+    """Folders are classes, each of which is left out once."""
+    for n, name in enumerate(("cats", "dogs", "dogs")):
+        (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(fitted / "train" / f"image{n}.png", tmp_path / "data" / name)
+    plan = ["--data", tmp_path / "data", "--output", tmp_path / "plan", "--kind", "groups"]
+    assert run(words("validate", "plan", *plan)) == 0
+    assert (tmp_path / "plan" / "without_dogs.txt").read_text() == "cats/image0.png\n"
+    plan[1] = fitted / "train"
+    assert run(words("validate", "plan", *plan, "--overwrite")) == 2
