@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
     )
     from curvlinops_diffusion.influence.compression import Compression
     from curvlinops_diffusion.influence.consumers import GradientConsumer, TopInfluences
+    from curvlinops_diffusion.influence.finite_steps import forward_only_scores
     from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
     from curvlinops_diffusion.influence.kernel_regression import (
         averaged_scores,
@@ -58,6 +59,10 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
     from curvlinops_diffusion.influence.measurements.trajectories import (
         TrajectoryRegression,
         record_trajectories,
+    )
+    from curvlinops_diffusion.influence.parts import (
+        influence_scores_by_band,
+        influence_scores_by_layer,
     )
     from curvlinops_diffusion.influence.projection import RandomProjection
     from curvlinops_diffusion.influence.scores import (
@@ -153,8 +158,11 @@ __all__ = [
     "averaged_scores",
     "d_trak_scores",
     "das_scores",
+    "forward_only_scores",
     "group_and_self_influence",
     "influence_scores",
+    "influence_scores_by_band",
+    "influence_scores_by_layer",
     "kernel_regression_scores",
     "linear_datamodelling_score",
     "load_operator",
@@ -227,8 +235,11 @@ _MODULES = {
     "averaged_scores": "influence.kernel_regression",
     "d_trak_scores": "influence.validation.baselines",
     "das_scores": "influence.validation.baselines",
+    "forward_only_scores": "influence.finite_steps",
     "group_and_self_influence": "influence.scores",
     "influence_scores": "influence.scores",
+    "influence_scores_by_band": "influence.parts",
+    "influence_scores_by_layer": "influence.parts",
     "kernel_regression_scores": "influence.kernel_regression",
     "linear_datamodelling_score": "influence.validation.judgements",
     "load_operator": "curvature.load",

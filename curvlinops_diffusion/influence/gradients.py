@@ -94,6 +94,11 @@ class ExampleGradientLinearOperator(LinearOperator):
         """Names of the parameters, in order."""
         return tuple(self._params)
 
+    @property
+    def parameter_sizes(self) -> list[int]:
+        """The entries of each parameter, in order."""
+        return [torch.Size(shape).numel() for shape in self._space.shapes.values()]
+
     def on(self, regression: NoisedRegression) -> ExampleGradientLinearOperator:
         """The same of another problem with the same network, other draws say."""
         return ExampleGradientLinearOperator(

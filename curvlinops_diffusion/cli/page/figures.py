@@ -41,7 +41,7 @@ def intervals(rows: list[tuple[str, float, float, float]], ceiling: float | None
         axis.axvline(ceiling, color="black", linestyle=":", linewidth=1)
     axis.axvline(0, color="black", linewidth=0.5)
     axis.set_yticks(range(len(rows)), [row[0] for row in rows])
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel("linear data-modelling score" + (", ceiling dotted" if ceiling else ""))
     return _svg(figure)
 

@@ -1,0 +1,242 @@
+"""Influence in parts that add up: by layer, and by band of the query's noise levels.
+
+Legend: Q queries, N training examples, P parameters, G parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.influence.consumers import GradientConsumer, PairwiseScores
+from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.measurements.base import ExampleFunction, Measurement
+from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_of
+from curvlinops_diffusion.influence.scores import (
+    gradient_columns,
+    query_blocks,
+    score_settings,
+    stream_gradients,
+)
+from curvlinops_diffusion.linalg.operator import check_same_parameters
+from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
+from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
+from curvlinops_diffusion.runtime.processes import Share
+
+
+def influence_scores_by_layer(
+    J_query: PyTorchLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    layers: Mapping[str, Sequence[str]] | None = None,
+    *,
+    query_block: int = 64,
+    passes: PassOptions = PLAIN,
+) -> dict[str, Tensor]:
+    """Each layer's part of the influence scores, in one pass.
+
+    With the coordinates ``P_l`` of a layer's parameters::
+
+        τ_l(q, n) = 1/N · (G_inv ∇m_q)_lᵀ (∇ℓ_n)_l,      Σ_l τ_l = τ
+
+    For a block-diagonal ``G_inv`` it is the influence through that layer alone.
+
+    Args:
+        J_query: Gradients of the measured values, ``[Q, P]``.
+        G_inv: Inverse curvature, ``[P, P]``.
+        J_train: Gradients of the training losses, ``[N, P]``.
+        layers: The parameters of each part, by their names; ``None`` for one part for each module
+            with parameters.
+        query_block: As in :func:`~curvlinops_diffusion.influence_scores`.
+        passes: Checkpoints, processes and progress.
+
+    Returns:
+        The scores of each part by its name, ``[Q, N]``.
+
+    Raises:
+        ValueError: If the operators act on different parameters or devices, or the parts do not
+            hold each parameter once.
+
+    Examples:
+        >>> K_inv = DiffusionKFACLinearOperator(train).inverse(damping=1e-3)
+        >>> J_train = ExampleGradientLinearOperator(train)
+        >>> J_query = ExampleGradientLinearOperator(query)
+        >>> parts = influence_scores_by_layer(J_query, K_inv, J_train)
+        >>> total = influence_scores(J_query, K_inv, J_train)
+        >>> bool((sum(parts.values()) - total).norm() < 1e-3 * total.norm())
+        True
+    """
+    check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
+    names = J_train.param_names
+    if layers is None:
+        found: dict[str, list[str]] = {}
+        for name in names:
+            found.setdefault(name.rpartition(".")[0], []).append(name)
+        layers = found
+    held = [name for part in layers.values() for name in part]
+    if sorted(held) != sorted(names):
+        wrong = sorted(set(held) ^ set(names)) or sorted({n for n in held if held.count(n) > 1})
+        raise ValueError(
+            f"The layers do not hold each of the {len(names)} parameters once: {wrong[:5]}. Name "
+            "each in one of them, as in J_train.param_names."
+        )
+    sizes = dict(zip(names, J_train.parameter_sizes, strict=True))
+    places = _places(names, sizes, layers)
+    share, N = Share.of(passes.distributed), J_train.shape[0]
+    parts: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    for queries in query_blocks(J_query, query_block):
+        consumer = _ByLayer(G_inv @ gradient_columns(J_query, queries, share), N, places)
+        stream_gradients(
+            J_train,
+            {"scores": consumer},
+            name=f"Scores by layer from query {queries.start}",
+            settings={
+                **score_settings(J_query, G_inv, queries, passes),
+                "layers": {layer: list(part) for layer, part in layers.items()},
+            },
+            passes=passes,
+        )
+        for layer, scores_QN in consumer.scores.items():
+            parts[layer].append(scores_QN)
+    return {layer: torch.cat(scores) for layer, scores in parts.items()}
+
+
+def influence_scores_by_band(
+    J_query: ExampleGradientLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    bands: Sequence[tuple[int, int]],
+    *,
+    query_block: int = 64,
+    passes: PassOptions = PLAIN,
+) -> Tensor:
+    """The part of each band of the query's noise levels in the influence scores, in one pass.
+
+    What is measured at a query is an average over draws; that of a band counts the draws with noise
+    levels from ``low`` to ``high − 1``, and the others as zero, so that bands which cover all
+    levels add up to the whole. The gradients of the training examples are computed once.
+
+    Args:
+        J_query: Gradients of the measured values, ``[Q, P]``.
+        G_inv: Inverse curvature, ``[P, P]``.
+        J_train: Gradients of the training losses, ``[N, P]``.
+        bands: Pairs ``(low, high)`` of noise levels, ``0 .. T``.
+        query_block: As in :func:`~curvlinops_diffusion.influence_scores`; of queries and bands.
+        passes: Checkpoints, processes and progress.
+
+    Returns:
+        The scores, ``[G, Q, N]``.
+
+    Raises:
+        ValueError: If the operators act on different parameters or devices, a band is empty or does
+            not exist, or what is measured is no average over draws.
+
+    Examples:
+        >>> K_inv = DiffusionKFACLinearOperator(train).inverse(damping=1e-3)
+        >>> J_train = ExampleGradientLinearOperator(train)
+        >>> J_query = ExampleGradientLinearOperator(query)
+        >>> influence_scores_by_band(J_query, K_inv, J_train, [(0, 500), (500, 1000)]).shape
+        torch.Size([2, 2, 10])
+    """
+    regression, T = J_query.regression, J_query.regression.objective.process.num_levels
+    wrong = [band for band in bands if not 0 <= band[0] < band[1] <= T]
+    if wrong or not bands:
+        raise ValueError(
+            f"bands={list(bands)} arrived. Pass pairs (low, high) of noise levels, 0 to {T}."
+        )
+    measured = measurement_of(J_query.measurement, regression.objective, regression.draws)
+    if isinstance(measured, ExampleFunction):
+        raise ValueError(
+            f"{J_query.measurement!r} is no average over draws, of which bands have a part each. "
+            "Pass a J_query of the loss, or of another function of predictions."
+        )
+    check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
+    operators = [
+        ExampleGradientLinearOperator(
+            regression, J_query.param_names, measurement=_WithinBand(measured, *band)
+        )
+        for band in bands
+    ]
+    share, N = Share.of(passes.distributed), J_train.shape[0]
+    parts = []
+    for queries in query_blocks(J_query, max(1, query_block // len(bands))):
+        columns = [gradient_columns(J, queries, share) for J in operators]
+        consumer = PairwiseScores(G_inv @ torch.cat(columns, 1), N)
+        stream_gradients(
+            J_train,
+            {"scores": consumer},
+            name=f"Scores by band from query {queries.start}",
+            settings={
+                **score_settings(J_query, G_inv, queries, passes),
+                "bands": [list(band) for band in bands],
+            },
+            passes=passes,
+        )
+        parts.append(consumer.scores_QN.reshape(len(bands), len(queries), N))
+    return torch.cat(parts, 1)
+
+
+@dataclass(frozen=True)
+class _WithinBand:
+    """A measurement at some noise levels, zero at the others."""
+
+    measurement: Measurement
+    low: int
+    high: int
+
+    def __call__(self, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
+        values_B = measure(self.measurement, batch, prediction_BD)
+        inside_B = (batch.level_B >= self.low) & (batch.level_B < self.high)
+        return values_B * inside_B.to(values_B)
+
+
+def _places(
+    names: Sequence[str], sizes: Mapping[str, int], layers: Mapping[str, Sequence[str]]
+) -> dict[str, list[slice]]:
+    """Where the layers' parameters are in a flat vector."""
+    starts, start = {}, 0
+    for name in names:
+        starts[name] = start
+        start += sizes[name]
+    return {
+        layer: [slice(starts[name], starts[name] + sizes[name]) for name in part]
+        for layer, part in layers.items()
+    }
+
+
+class _ByLayer(GradientConsumer):
+    """Scores in parts, ``[Q, N]`` each.
+
+    Args:
+        preconditioned_PQ: The queries' preconditioned gradients.
+        num_data: ``N``.
+        places: Where each part's parameters are.
+    """
+
+    def __init__(
+        self, preconditioned_PQ: Tensor, num_data: int, places: Mapping[str, Sequence[slice]]
+    ):
+        self._columns = preconditioned_PQ
+        self._places = places
+        self._num_data = num_data
+        shape = (preconditioned_PQ.shape[1], num_data)
+        self.scores = {layer: preconditioned_PQ.new_zeros(shape) for layer in places}
+
+    def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
+        """Fill the examples' columns."""
+        for layer, own in self._places.items():
+            for place in own:
+                products_BQ = rows_BP[:, place] @ self._columns[place]
+                self.scores[layer][:, list(indices)] += products_BQ.T / self._num_data
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The scores; zero where none were computed."""
+        return dict(self.scores)
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from scores."""
+        self.scores = {layer: tensors[layer] for layer in self.scores}
