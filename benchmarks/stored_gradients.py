@@ -50,7 +50,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             store = GradientStore.create(folder, J_train, EK, DAMPING, compression)
             start = time.perf_counter()
-            for _ in store._rows(EK.device):
+            for _ in store.rows():
                 pass
             seconds = time.perf_counter() - start
             scores = store.scores(J_query, EK).double()

@@ -60,6 +60,7 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
         TrajectoryRegression,
         record_trajectories,
     )
+    from curvlinops_diffusion.influence.nearest import NearestGradients
     from curvlinops_diffusion.influence.parts import (
         influence_scores_by_band,
         influence_scores_by_layer,
@@ -129,6 +130,7 @@ __all__ = [
     "LogLikelihood",
     "LogitNormalTimesteps",
     "MinSNRWeighting",
+    "NearestGradients",
     "NeumannRefinedInverseLinearOperator",
     "NoiseProcess",
     "NoisedBatch",
@@ -206,6 +208,7 @@ _MODULES = {
     "LogLikelihood": "influence.measurements.likelihood",
     "LogitNormalTimesteps": "diffusion.timesteps",
     "MinSNRWeighting": "diffusion.weightings",
+    "NearestGradients": "influence.nearest",
     "NeumannRefinedInverseLinearOperator": "linalg.solvers.neumann",
     "NoiseProcess": "diffusion.noise",
     "NoisedBatch": "diffusion.batch",

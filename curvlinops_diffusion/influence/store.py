@@ -61,6 +61,7 @@ class GradientStore:
     Attributes:
         header: What the store was made of.
         num_data: The number ``N`` of training examples.
+        size: The number ``k`` of coordinates.
 
     Examples:
         >>> EK = DiffusionEKFACLinearOperator(train)
@@ -78,7 +79,7 @@ class GradientStore:
         self._folder = folder
         self._projection = projection
         self._compression = Compression(**header["identity"]["compression"])
-        self._size: int = header["size"]
+        self.size: int = header["size"]
 
     # -----------------------------------------------------------------------------------------
 
@@ -146,7 +147,7 @@ class GradientStore:
             f"'{folder}' holds gradients of something else",
             "Pass another folder, or delete it.",
         )
-        whole = compression.bytes_per_row(store._size) * store.num_data
+        whole = compression.bytes_per_row(store.size) * store.num_data
         check_space(folder, whole - store._stored_bytes(), "The gradients of the other examples")
         share.barrier()  # or a process would measure what another one is writing
         store._write_missing(J_train, whiten, share, passes.progressbar and share.rank == 0)
@@ -179,7 +180,7 @@ class GradientStore:
         header, projection = GRADIENTS.read(path)
         try:
             store = cls(folder, header, projection)
-            _check_projection(projection, store._compression, store._size)
+            _check_projection(projection, store._compression, store.size)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise GRADIENTS.damaged(path, f"{type(error).__name__}: {error}") from error
         return store
@@ -206,9 +207,9 @@ class GradientStore:
         Raises:
             ValueError: If it is another one, or batches are missing.
         """
-        query_Qk = self._query(J_query, curvature)
+        query_Qk = self.query_rows(J_query, curvature)
         scores_QN = query_Qk.new_zeros(len(query_Qk), self.num_data)
-        for indices, rows_Bk in self._rows(query_Qk.device):
+        for indices, rows_Bk in self.rows(query_Qk.device):
             scores_QN[:, indices] = query_Qk @ rows_Bk.T / self.num_data
         return scores_QN
 
@@ -228,9 +229,9 @@ class GradientStore:
         Raises:
             ValueError: As :meth:`scores`.
         """
-        query_Qk = self._query(J_query, curvature)
+        query_Qk = self.query_rows(J_query, curvature)
         top = TopScores(query_Qk.T, self.num_data, check_count("k", k), Share())
-        for indices, rows_Bk in self._rows(query_Qk.device):
+        for indices, rows_Bk in self.rows(query_Qk.device):
             top.add(indices, rows_Bk)
         return top.result
 
@@ -263,17 +264,17 @@ class GradientStore:
             ValueError: As :meth:`scores`, or if the ridge is too small.
         """
         check_positive("ridge", ridge)
-        N, query_Qk = self.num_data, self._query(J_query, curvature)
+        N, query_Qk = self.num_data, self.query_rows(J_query, curvature)
         if check_count("largest_gram", largest_gram) < N:
             cross_QN = self.scores(J_query, curvature) * N
-            squares = sum(float(rows.square().sum()) for _, rows in self._rows(query_Qk.device))
-            gram = _StoredGram(self._rows, N, query_Qk)
+            squares = sum(float(rows.square().sum()) for _, rows in self.rows(query_Qk.device))
+            gram = _StoredGram(self.rows, N, query_Qk)
             return iterated_solution(cross_QN, gram, ridge * squares / N, max_iter, tolerance)
         cross_QN, gram_NN = query_Qk.new_zeros(len(query_Qk), N), torch.zeros(N, N)
-        per_row = 4 * self._size
+        per_row = 4 * self.size
         for indices, held_bk in self._parts(check_count("gradient_bytes", gradient_bytes), per_row):
             cross_QN[:, indices] = query_Qk @ held_bk.to(query_Qk).T
-            whole = [(indices, held_bk)] if len(indices) == N else self._rows(query_Qk.device)
+            whole = [(indices, held_bk)] if len(indices) == N else self.rows(query_Qk.device)
             for others, rows_Bk in whole:
                 products_bB = held_bk.to(query_Qk) @ rows_Bk.to(query_Qk).T
                 gram_NN[torch.tensor(indices).unsqueeze(1), torch.tensor(others)] = (
@@ -285,7 +286,7 @@ class GradientStore:
         """Rows in parts of so many bytes, of at least one file."""
         indices: list[int] = []
         rows: list[Tensor] = []
-        for some, rows_Bk in self._rows(torch.device("cpu")):
+        for some, rows_Bk in self.rows(torch.device("cpu")):
             if indices and (len(indices) + len(some)) * per_row > held:
                 yield indices, torch.cat(rows)
                 indices, rows = [], []
@@ -293,9 +294,14 @@ class GradientStore:
             rows.append(rows_Bk)
         yield indices, torch.cat(rows)
 
-    def _query(
+    def query_rows(
         self, J_query: ExampleGradientLinearOperator, curvature: BlockDiagonalLinearOperator
     ) -> Tensor:
+        """The queries' gradients in the store's coordinates, ``[Q, k]``, float32.
+
+        Raises:
+            ValueError: If the curvature is another one than the store was made with.
+        """
         identity = self.header["identity"]
         here = {"curvature": curvature.info, "params": common_list(J_query.param_names)}
         there = {key: identity[key] for key in here}
@@ -320,20 +326,28 @@ class GradientStore:
         ]
         return torch.cat(parts).float()
 
-    def _rows(self, device: torch.device) -> Iterator[tuple[list[int], Tensor]]:
+    def rows(self, device: torch.device | None = None) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield indices and rows ``[B, k]`` of the training examples, float32.
+
+        Args:
+            device: Where to; ``None`` for the CPU.
+
+        Raises:
+            ValueError: If batches are missing, or damaged.
+        """
         seen = 0
         for path in sorted(self._folder.glob("rows.*.safetensors")):
             header, stored = GRADIENTS.read(path)
             try:
                 indices = [int(n) for n in header["indices"]]
-                rows_Bk = self._compression.decode(stored, self._size)
-                fits = rows_Bk.shape == (len(indices), self._size)
+                rows_Bk = self._compression.decode(stored, self.size)
+                fits = rows_Bk.shape == (len(indices), self.size)
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise GRADIENTS.damaged(path, f"{type(error).__name__}: {error}") from error
             if not fits or not all(0 <= n < self.num_data for n in indices):
                 raise GRADIENTS.damaged(path, "rows and examples do not fit together")
             seen += len(indices)
-            yield indices, rows_Bk.to(device)
+            yield indices, rows_Bk if device is None else rows_Bk.to(device)
         if seen < self.num_data:
             raise ValueError(
                 f"'{self._folder}' holds {seen} of {self.num_data} training examples. Call "
