@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.accuracy import DigitsProblem
-from benchmarks.lds.score import ranks
 from benchmarks.measure import arguments, report
 from curvlinops_diffusion import (
     Compression,
@@ -23,6 +22,7 @@ from curvlinops_diffusion import (
     NearestGradients,
     NoisedRegression,
 )
+from curvlinops_diffusion.influence.split_half import rank_correlation
 
 DAMPING = 1e-8
 # what faiss builds, and how many clusters are looked through
@@ -71,7 +71,7 @@ def main() -> None:
                 "form": _name(compression),
                 "bytes_for_each_example": round(size),
                 "error_of_scores": round(float((scores - truth).norm() / truth.norm()), 4),
-                "rank_correlation": round(float((ranks(scores) * ranks(truth)).sum(1).mean()), 4),
+                "rank_correlation": round(float(rank_correlation(scores, truth).mean()), 4),
                 "top_10_found": round(_overlap(scores, truth), 3),
                 "milliseconds_to_read_1000": round(1e6 * seconds / N, 1),
             }

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import scipy.stats
 import torch
 from safetensors.torch import load_file
 
@@ -16,6 +15,7 @@ from benchmarks.lds.evaluate import AT_LATE_CHECKPOINTS, kept
 from benchmarks.lds.methods import BANDS, METHODS, TIMESTEPS, Setting, _within
 from benchmarks.lds.problems import PROBLEMS
 from benchmarks.lds.remove import jobs, relative_change
+from curvlinops_diffusion import linear_datamodelling_score
 from curvlinops_diffusion.influence.measurements.losses import loss
 
 ROOT = Path(__file__).parent.parent
@@ -25,52 +25,21 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
-def test_spearman_is_scipys():
-    x, y = random(3, 20), random(3, 20, seed=1)
-    expected = [scipy.stats.spearmanr(a, b).statistic for a, b in zip(x, y, strict=True)]
-    assert torch.allclose(score.lds(x, y), torch.tensor(expected).double())
-
-
-def test_resampled_spearman_is_scipys():
-    """Of halves and queries drawn with replacement, so that there are ties."""
-    x, y = random(3, 20), random(3, 20, seed=1)
-    resampled = score.Resampled.of(20, 3, 5)
-    expected = []
-    for halves, queries in zip(resampled.times_KH, resampled.times_KQ, strict=True):
-        assert halves.sum() == 20
-        assert queries.sum() == 3
-        chosen = torch.arange(20).repeat_interleave(halves.long())
-        by_query = [
-            scipy.stats.spearmanr(x[q, chosen], y[q, chosen]).statistic
-            for q in torch.arange(3).repeat_interleave(queries.long())
-        ]
-        expected.append(sum(by_query) / 3)
-    assert torch.allclose(resampled.means(x, y), torch.tensor(expected).double())
-
-
-def test_an_additive_world_is_predicted():
-    """Measurements that are sums over what is left out, plus noise: one without, less with it."""
-    effects, halves = random(5, 40), PROBLEMS["digits"].halves()[:, :40]
-    exact = score.predicted(effects, halves)
-    resampled = score.Resampled.of(64, 5, 200)
-    assert resampled.summary(exact, exact)["lds"] == 1
-    assert resampled.summary(-exact, exact)["lds"] == -1
-    noisy = exact + 0.5 * exact.std() * random(*exact.shape, seed=3)
-    found = resampled.summary(exact, noisy)
-    assert 0.7 < found["lds"] < 0.95
-    assert found["low"] < found["lds"] < found["high"]
-    worse = exact + exact.std() * random(*exact.shape, seed=4)
-    assert resampled.difference(exact, exact, noisy) == {"difference": 0, "low": 0, "high": 0}
-    better = resampled.difference(exact, worse, noisy)
-    assert 0 < better["low"] < better["difference"] < better["high"]
-
-
-def test_ceiling():
-    """Two noisy seeds: the exact prediction reaches about the ceiling."""
-    exact = random(200, 64)
-    seeds = torch.stack([exact + random(200, 64, seed=s) for s in (1, 2)])
-    reached = float(score.lds(exact, seeds.mean(0)).mean())
-    assert abs(score.ceiling(seeds) - reached) < 0.02
+def test_predictions_are_judged_as_their_scores():
+    """What is kept of scores gives the library's score, its interval and the paired difference."""
+    scores, other = random(5, 40), random(5, 40, seed=1)
+    halves = PROBLEMS["digits"].halves()[:, :40]
+    measured = score.predicted(scores, halves).T + random(2, 64, 5, seed=2)
+    found = [score.judged(score.predicted(z, halves), measured, 50) for z in (scores, other)]
+    expected = [
+        linear_datamodelling_score(z, ~halves, measured, bootstrap=50) for z in (scores, other)
+    ]
+    for one, own in zip(found, expected, strict=True):
+        assert torch.allclose(one.per_query, own.per_query)
+        assert score.summary(one)["low"] == pytest.approx(own.interval[0], abs=1e-4)
+    difference = score.difference(*found)
+    assert difference["difference"] == pytest.approx(expected[0].mean - expected[1].mean, abs=1e-4)
+    assert difference["low"] < difference["difference"] < difference["high"]
 
 
 # ---------------------------------------------------------------------------------------------

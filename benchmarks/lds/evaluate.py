@@ -25,6 +25,7 @@ from benchmarks.lds.methods import METHODS, Scores, Setting
 from benchmarks.lds.problems import LATE, MEASUREMENTS, PROBLEMS, Problem
 from benchmarks.lds.retrain import FOLDER, NETWORKS, is_kept, result
 from benchmarks.measure import arguments, date, report, version_of
+from curvlinops_diffusion import LinearDatamodellingScore
 from curvlinops_diffusion.runtime.digests import digest_of
 from curvlinops_diffusion.runtime.files import FileKind
 
@@ -151,37 +152,41 @@ def main() -> None:
         for m, measurement in enumerate(MEASUREMENTS)
         for kind, own in (("held-out", slice(0, Q)), ("generated", slice(Q, None)))
     }
-    measured_MQH = values.mean(1).permute(1, 2, 0)
-    agreements, ceilings = (
-        {
-            cell: round(f(values.permute(1, 2, 3, 0)[:, m, own]), 4)
-            for cell, (m, own) in cells.items()
-        }
-        for f in (score.agreement, score.ceiling)
-    )
-    resampled = score.Resampled.of(measured_MQH.shape[2], Q, options.resamples)
-    references = {key: table[name] for key, name in REFERENCES.items() if name in table}
+    measured = {
+        cell: values[:, :, m, own].transpose(0, 1) for cell, (m, own) in cells.items()
+    }  # [S, H, Q]
+
+    def judged(
+        entry: dict[str, Any], key: str, cell: str, resamples: int = options.resamples
+    ) -> LinearDatamodellingScore:
+        m, own = cells[cell]
+        return score.judged(entry["predicted"][key][m, own], measured[cell], resamples)
+
+    references = {
+        key: {cell: judged(table[name], DEFAULT, cell) for cell in cells}
+        for key, name in REFERENCES.items()
+        if name in table
+    }
+    agreements: dict[str, Any] = {}
+    ceilings: dict[str, Any] = {}
     rows = []
     for name, entry in table.items():
         for cell, (m, own) in cells.items():
             if next(iter(entry["predicted"].values()))[m, own].isnan().any():
                 continue  # a method for other queries
-            measured = measured_MQH[m, own]
-            by_setting = {
-                key: float(score.lds(z[m, own], measured).mean())
-                for key, z in entry["predicted"].items()
-            }
+            by_setting = {key: judged(entry, key, cell, 1).mean for key in entry["predicted"]}
             best = max(by_setting, key=by_setting.__getitem__)
             row: dict[str, Any] = {"method": name, "cell": cell}
             row |= {key: entry[key] for key in ("seconds", "date", "torch")}
             row["lds"] = {key: round(value, 4) for key, value in by_setting.items()}
             chosen = {"best": best} | ({"default": DEFAULT} if DEFAULT in by_setting else {})
             for which, key in chosen.items():
-                predicted = entry["predicted"][key][m, own]
-                row[which] = {"setting": key} | resampled.summary(predicted, measured)
+                found = judged(entry, key, cell)
+                row[which] = {"setting": key} | score.summary(found)
                 for label, reference in references.items():
-                    other = reference["predicted"][DEFAULT][m, own]
-                    row[which][label] = resampled.difference(predicted, other, measured)
+                    row[which][label] = score.difference(found, reference[cell])
+                agreements[cell] = None if found.agreement is None else round(found.agreement, 4)
+                ceilings[cell] = None if found.ceiling is None else round(found.ceiling, 4)
             rows.append(row)
     settings = {
         "retrained": header,

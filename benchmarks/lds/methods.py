@@ -30,8 +30,10 @@ from curvlinops_diffusion import (
     WoodburyInverseLinearOperator,
 )
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.influence.kernel_regression import averaged_scores, ridge_solution
 from curvlinops_diffusion.influence.measurements.base import Measurement
 from curvlinops_diffusion.influence.measurements.evaluation import measurement_of
+from curvlinops_diffusion.influence.measurements.losses import SignedPrediction
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 
 DAMPINGS = tuple(10.0**e for e in range(-8, 1))
@@ -234,9 +236,9 @@ class Kernel:
 
     def regression(self, ridge: float) -> Tensor:
         """``cross (gram + λ)⁻¹``, the ridge in units of the gram matrix' mean diagonal entry."""
-        gram_NN = self.gram_NN.double()
-        identity = float(gram_NN.diagonal().mean()) * torch.eye(len(gram_NN)).double()
-        return self.cross_MQN.double() @ torch.linalg.inv(gram_NN + ridge * identity)
+        cross = self.cross_MQN
+        scores = ridge_solution(cross.reshape(-1, cross.shape[-1]), self.gram_NN, ridge)
+        return scores.reshape(cross.shape)
 
 
 def loss_kernel(setting: Setting) -> Kernel:
@@ -256,23 +258,10 @@ def prediction_kernel(setting: Setting) -> Kernel:
     """
     kernels = []
     for seed in range(PROJECTIONS):
-        query_QP = setting.query_rows(_signs(seed))
-        rows = setting.rows(_signs(seed), PROJECTION_DRAWS)
+        query_QP = setting.query_rows(SignedPrediction(seed))
+        rows = setting.rows(SignedPrediction(seed), PROJECTION_DRAWS)
         kernels.append(setting.kernel_of(query_QP.expand(len(MEASUREMENTS), -1, -1), rows))
     return Kernel(sum(k.cross_MQN for k in kernels), sum(k.gram_NN for k in kernels))
-
-
-def _signs(seed: int) -> Measurement:
-    """The prediction's component along signs that are the same at every level."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def measured(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
-        signs_D = torch.randint(
-            2, prediction_BD.shape[1:], generator=generator.manual_seed(seed)
-        ).to(prediction_BD)
-        return prediction_BD @ (2 * signs_D - 1)
-
-    return measured
 
 
 def regression_on(*names: str) -> Callable[[Setting], Scores]:
@@ -285,11 +274,8 @@ def regression_on(*names: str) -> Callable[[Setting], Scores]:
 
     def run(setting: Setting) -> Scores:
         for ridge in RIDGES:
-            scores = []
-            for name in names:
-                scores_MQN = setting.kernels(name).regression(ridge)
-                scores.append(scores_MQN / scores_MQN.std(-1, keepdim=True))
-            total_MQN = torch.stack(scores).mean(0)
+            scores = [setting.kernels(name).regression(ridge) for name in names]
+            total_MQN = torch.stack([averaged_scores(z) for z in zip(*scores, strict=True)])
             yield (1e-8 if ridge == 1.0 else f"ridge {ridge}"), total_MQN
 
     return run
