@@ -28,6 +28,7 @@ from curvlinops_diffusion import (
     ExampleGradientLinearOperator,
     NoisedRegression,
     WoodburyInverseLinearOperator,
+    forward_only_scores,
 )
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.influence.kernel_regression import averaged_scores, ridge_solution
@@ -50,6 +51,7 @@ TIMESTEPS = 1000
 BANDS = 4
 ITERATIONS = (1, 2, 4, 8)
 REFINED_DRAWS = 2
+FORWARD_DRAWS = 16
 
 Scores = Iterator[tuple[float | str, Tensor]]
 
@@ -109,14 +111,15 @@ class Setting:
 
     def query_rows(self, measurement: str | Measurement, names: list[str] | None = None) -> Tensor:
         """Gradients of the queries on the draws that retrained networks are measured on."""
-        regression = NoisedRegression(
-            self.objective,
-            self.query_x0,
-            self.problem.measured_draws,
-            MEASURED_SEED,
-            batch_size=BATCH,
-        )
+        regression = self.query_regression()
         return ExampleGradientLinearOperator(regression, names, measurement=measurement).rows()
+
+    def query_regression(self) -> NoisedRegression:
+        """The queries on the draws that retrained networks are measured on."""
+        draws = self.problem.measured_draws
+        return NoisedRegression(
+            self.objective, self.query_x0, draws, MEASURED_SEED, batch_size=BATCH
+        )
 
     @cached_property
     def squared_norm_NP(self) -> Tensor:
@@ -620,6 +623,26 @@ def _fisher(seed: int) -> Measurement:
     return measured
 
 
+def forward_only(setting: Setting) -> Scores:
+    """Training losses after a finite step for the query and against it, EK-FAC as curvature.
+
+    Of the training loss alone: each measurement would take as long again.
+    """
+    inverse = setting.curvature().inverse(DAMPINGS[0])
+    J_train = ExampleGradientLinearOperator(setting.train(FORWARD_DRAWS, antithetic=True))
+    J_query = ExampleGradientLinearOperator(setting.query_regression())
+    scores_QN = forward_only_scores(J_query, inverse, J_train)
+    unknown = torch.full_like(scores_QN, torch.nan)
+    others = [unknown] * (len(MEASUREMENTS) - 1)
+    yield DAMPINGS[0], torch.stack([scores_QN, *others])
+
+
+def few_draws(setting: Setting) -> Scores:
+    """EK-FAC with as many draws of the training images as :func:`forward_only` has."""
+    rows = setting.rows(draws=FORWARD_DRAWS)
+    yield from curved(setting.curvature(), setting.query_MQP, rows, DAMPINGS[:1])
+
+
 def d_trak(setting: Setting) -> Scores:
     """D-TRAK (Zheng et al., 2024): the prediction's squared norm in place of the loss."""
     yield from kernel(setting.squared_norm_MQP, setting.squared_norm_NP)
@@ -673,6 +696,8 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
     "bands of levels, EK-FAC": bands_of_levels,
     "conjugate gradients from EK-FAC": refined,
     "powers of EK-FAC": powers,
+    "EK-FAC, 16 draws": few_draws,
+    "EK-FAC, forward only, 16 draws": forward_only,
     "draws, uniform": numbers_of_draws(timesteps="uniform"),
     "draws, antithetic": numbers_of_draws(antithetic=True),
 }
