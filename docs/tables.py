@@ -77,6 +77,8 @@ def _further(result: dict[str, Any]) -> dict[str, list[Row]]:
             "_minus_ekfac": lds_differences(result, "minus_ekfac"),
             "_scans": lds_scans(result),
         }
+    if "indexes" in result:
+        return {"_indexes": _of_records(result["indexes"])}
     if "by_kind" not in result:
         return {}
     return {

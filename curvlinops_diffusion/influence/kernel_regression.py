@@ -66,9 +66,9 @@ def kernel_regression_scores(
     With a large ridge ``ρ`` these are influence scores, up to a factor. With several functions
     (lists of ``J_query`` and ``J_train``) each gives scores of its own; their
     :func:`averaged_scores` are returned. A function may be a list itself, whose kernels are added
-    up: several seeds of :class:`~curvlinops_diffusion.SignedPrediction`, say. The loss and it
-    together predict retraining better than influence does (``docs/evidence.rst``). Positive is
-    helpful, as in :func:`~curvlinops_diffusion.influence_scores`; the size has no unit.
+    up. The loss and :class:`~curvlinops_diffusion.SignedPrediction` together predict retraining
+    better than influence does (``docs/evidence.rst``). Positive is helpful, as in
+    :func:`~curvlinops_diffusion.influence_scores`; the size has no unit.
 
     Up to ``largest_gram`` training examples, ``K`` is computed in blocks and kept in the main
     memory, in float64, whatever the device: one pass over the training gradients if those of all

@@ -75,8 +75,8 @@ def test_kernel_regression(fitted, tmp_path, capsys):
     draws = ["--num-draws", 4, "--query-draws", 4, "--method", "regression", "--ridge", 0.5]
     output = tmp_path / "r.safetensors"
     assert run(arguments(fitted, "score", "--dry-run", "--output", output, *draws)) == 0
-    # loss and two signs, each of all draws and of halves: 7 images and 2 queries by 4 draws
-    assert f"samples forward and backward   {6 * 9 * 4}" in capsys.readouterr().out
+    # loss and prediction, each of all draws and of halves: 7 images and 2 queries by 4 draws
+    assert f"samples forward and backward   {4 * 9 * 4}" in capsys.readouterr().out
     assert run(arguments(fitted, "score", "--output", output, *draws)) == 0
     assert "Two halves of the draws agree on" in capsys.readouterr().err
     scores, header = read_scores(output)
@@ -98,7 +98,7 @@ def test_kernel_regression(fitted, tmp_path, capsys):
         query, train = (
             [
                 ExampleGradientLinearOperator(r),
-                [ExampleGradientLinearOperator(r, measurement=SignedPrediction(s)) for s in (0, 1)],
+                ExampleGradientLinearOperator(r, measurement=SignedPrediction()),
             ]
             for r in regressions
         )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.cli.commands.methods import SIGNS
+from curvlinops_diffusion.cli.commands.methods import FUNCTIONS
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions
 from curvlinops_diffusion.cli.processes import num_processes
 from curvlinops_diffusion.curvature.gradient_factors import fitted_factors
@@ -125,8 +125,8 @@ def score_cost(
     halved = can_be_halved(train) and can_be_halved(query)
     scores = query.num_data * train.num_data * itemsize * (3 if halved else 1)
     if options.method == "regression":
-        # of the loss and along signs, of all draws and of both halves
-        runs = (1 + SIGNS) * (2 if halved else 1)
+        # of all draws, and of both halves
+        runs = FUNCTIONS * (2 if halved else 1)
         block = max(1, GRADIENT_BYTES // (P * itemsize))
         parts = [-(-some.num_data // block) for some in (train, query)]
         # all gradients once if they are held, else once for each block that they stream past
