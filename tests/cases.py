@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
@@ -120,3 +122,23 @@ class OfMatrix(FlatLinearOperator):
 
     def multiply(self, X_PK: Tensor) -> Tensor:
         return self.matrix @ X_PK
+
+
+class StoppedError(Exception):
+    """As if somebody had stopped the program."""
+
+
+@contextmanager
+def stopped(cls: type, method: str, at: int, every: bool = False) -> Iterator[list[int]]:
+    """Let a method fail once at its call of that number, or at every so many; yields the calls."""
+    original, calls = getattr(cls, method), []
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == at or (every and len(calls) % at == 0):
+            raise StoppedError
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cls, method, failing)
+        yield calls

@@ -21,7 +21,7 @@ from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.measured_files import read_measured
 from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.cli.score_files import read_scores
-from tests.cases import tiny_unet
+from tests.cases import stopped, tiny_unet
 from tests.cli.cases import COUNT, arguments
 from tests.cli.test_adapters import config, peft_folder, trained
 
@@ -169,19 +169,7 @@ def test_networks_that_are_missing(planned, tmp_path, capsys):
 def test_it_goes_on(planned, tmp_path):
     """Networks that were measured are not measured again."""
     output = tmp_path / "m.safetensors"
-    original, calls = ExampleGradientLinearOperator.values, []
-
-    class StoppedError(Exception):
-        pass
-
-    def values(self):
-        calls.append(1)
-        if len(calls) == 4:
-            raise StoppedError
-        return original(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ExampleGradientLinearOperator, "values", values)
+    with stopped(ExampleGradientLinearOperator, "values", at=4) as calls:
         assert run(measuring(planned, output)) == 2
         assert run(measuring(planned, output)) == 0
     assert len(calls) == SEEDS * PARTS + 1

@@ -12,7 +12,7 @@ from curvlinops_diffusion import (
     forward_only_scores,
     influence_scores,
 )
-from tests.cases import images, plain_regression, seeded
+from tests.cases import StoppedError, images, plain_regression, seeded, stopped
 from tests.comparisons import assert_close
 
 N, Q = 6, 3
@@ -64,22 +64,10 @@ def test_it_goes_on(problem, tmp_path):
     """Queries that are done are not done again; and the network is as it was after an error."""
     expected = forward_only_scores(*problem)
     J_train = problem[2]
-    original, calls = type(J_train).values, []
-
-    class StoppedError(Exception):
-        pass
-
-    def values(self):
-        calls.append(1)
-        if len(calls) == 4:
-            raise StoppedError
-        return original(self)
-
     passes = PassOptions(tmp_path / "checkpoint")
     model = J_train.regression.objective.model
     before = [p.clone() for p in model.parameters()]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(J_train), "values", values)
+    with stopped(type(J_train), "values", at=4) as calls:
         with pytest.raises(StoppedError):
             forward_only_scores(*problem, passes=passes)
         assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))

@@ -1,5 +1,7 @@
 """Kernel regression: against dense algebra, in blocks, by iteration, interrupted and resumed."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from curvlinops_diffusion import (
     influence_scores,
     kernel_regression_scores,
 )
-from tests.cases import images, plain_regression, seeded
+from tests.cases import StoppedError, images, plain_regression, seeded, stopped
 from tests.comparisons import assert_close
 from tests.reference import example_gradients, params_of, to_dense
 
@@ -127,10 +129,6 @@ def test_a_large_ridge_is_influence(train, query, K_inv):
     assert_close(scores * 1e6 * kappa / N, influence_scores(J_query, K_inv, J_train), 1e-4)
 
 
-class StoppedError(Exception):
-    pass
-
-
 @pytest.mark.parametrize("largest_gram", [N, 2])
 def test_it_goes_on(train, query, K_inv, tmp_path, largest_gram):
     """From wherever it was stopped, to the same bits."""
@@ -138,22 +136,11 @@ def test_it_goes_on(train, query, K_inv, tmp_path, largest_gram):
     options = {"largest_gram": largest_gram, "gradient_bytes": 2000, "tolerance": 1e-6}
     expected = kernel_regression_scores(J_query, K_inv, J_train, **options)
     passes = PassOptions(tmp_path / "checkpoint", 0.0)
-    original, seen = type(J_train).rows_of, []
-    for _ in range(100):
-        with pytest.MonkeyPatch.context() as patch:
-
-            def rows_of(self, clean):
-                seen.append(1)
-                if len(seen) % 7 == 0:
-                    raise StoppedError
-                return original(self, clean)
-
-            patch.setattr(type(J_train), "rows_of", rows_of)
-            try:
+    with stopped(type(J_train), "rows_of", at=7, every=True) as seen:
+        for _ in range(100):
+            with suppress(StoppedError):
                 found = kernel_regression_scores(J_query, K_inv, J_train, passes=passes, **options)
-            except StoppedError:
-                continue
-        break
+                break
     assert len(seen) > 7
     assert torch.equal(found, expected)
     # what was computed for one measurement is not taken for another's

@@ -14,7 +14,15 @@ from curvlinops_diffusion import (
     influence_scores_by_band,
     influence_scores_by_layer,
 )
-from tests.cases import images, plain_regression, seeded, tiny_unet, unet_regression
+from tests.cases import (
+    StoppedError,
+    images,
+    plain_regression,
+    seeded,
+    stopped,
+    tiny_unet,
+    unet_regression,
+)
 from tests.comparisons import assert_close
 from tests.reference import example_gradients, params_of, to_dense
 
@@ -93,30 +101,18 @@ def test_by_band(problem):
 def test_they_go_on(problem, tmp_path):
     """From a checkpoint in the middle, to the same bits."""
 
-    class StoppedError(Exception):
-        pass
-
     J_train = problem[2]
     for number, of in enumerate(
         (influence_scores_by_layer, lambda *o, **k: influence_scores_by_band(*o, [(0, 9)], **k))
     ):
         expected = of(*problem)
-        original, calls = type(J_train).rows_of, []
-
-        def rows_of(self, clean, original=original, calls=calls):
-            if self is J_train:
-                calls.append(1)
-                if len(calls) == 3:
-                    raise StoppedError
-            return original(self, clean)
-
         passes = PassOptions(tmp_path / str(number), 0.0)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(J_train), "rows_of", rows_of)
+        # after one batch of queries, in the last of three
+        with stopped(type(J_train), "rows_of", at=1 + 3) as calls:
             with pytest.raises(StoppedError):
                 of(*problem, passes=passes)
             found = of(*problem, passes=passes)
-        assert len(calls) == 3 + 1
+        assert len(calls) == 4 + 1 + 1
         pairs = [(found, expected)] if number else zip(*(d.values() for d in (found, expected)),
                                                          strict=True)  # fmt: skip
         assert all(torch.equal(a, b) for a, b in pairs)

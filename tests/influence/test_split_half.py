@@ -19,7 +19,7 @@ from curvlinops_diffusion.influence.split_half import (
     standard_error,
     top_shared,
 )
-from tests.cases import images, plain_regression, seeded
+from tests.cases import StoppedError, images, plain_regression, seeded, stopped
 from tests.comparisons import assert_close
 
 DAMPING = 1e-2
@@ -123,24 +123,9 @@ def test_an_odd_number_of_pairs_cannot_be_halved(train):
 def test_it_goes_on(parts, tmp_path):
     """From a checkpoint in the middle, to the same bits."""
     expected = split_half_scores(*parts)
-
-    class StoppedError(Exception):
-        pass
-
-    J_train = parts[2]
-    original, calls = type(J_train).rows_of, []
-
-    def rows_of(self, clean):
-        calls.append(1)
-        if len(calls) > 6:
-            raise StoppedError
-        return original(self, clean)
-
     passes = PassOptions(tmp_path / "checkpoint", 0.0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(J_train), "rows_of", rows_of)
-        with pytest.raises(StoppedError):
-            split_half_scores(*parts, passes=passes)
+    with stopped(ExampleGradientLinearOperator, "rows_of", at=7), pytest.raises(StoppedError):
+        split_half_scores(*parts, passes=passes)
     found = split_half_scores(*parts, passes=passes)
     assert torch.equal(found.scores, expected.scores)
     assert torch.equal(found.second, expected.second)

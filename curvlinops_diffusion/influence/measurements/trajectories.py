@@ -64,12 +64,7 @@ class TrajectoryRegression(NoisedRegression):
         batch_size: int = 64,
     ):
         steps = steps_between(objective, levels, variance)
-        if states.ndim < 3 or states.shape[1] != len(levels) + 1:
-            raise ValueError(
-                f"States of shape {tuple(states.shape)} arrived with {len(levels)} levels. Pass "
-                "states [trajectories, steps + 1, ...] from noise to sample, and the falling noise "
-                "levels of all but the last."
-            )
+        check_states(states, levels)
         draws = make_draws(
             "all" if num_draws is None else "stratified", num_draws, seed, len(levels)
         )
@@ -136,6 +131,20 @@ class StepBatch(NoisedBatch):
     ROWS: ClassVar[tuple[str, ...]] = (*NoisedBatch.ROWS, "reached_BD")
 
     reached_BD: Tensor
+
+
+def check_states(states: Tensor, levels: Sequence[int]) -> None:
+    """Check that there is a state before and after each step.
+
+    Raises:
+        ValueError: If there is not.
+    """
+    if states.ndim < 3 or states.shape[1] != len(levels) + 1:
+        raise ValueError(
+            f"States of shape {tuple(states.shape)} arrived with {len(levels)} levels. Pass "
+            "states [trajectories, steps + 1, ...] from noise to sample, and the falling noise "
+            "levels of all but the last."
+        )
 
 
 def states_as_batch(

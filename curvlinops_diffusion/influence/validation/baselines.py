@@ -26,7 +26,10 @@ from curvlinops_diffusion.influence.kernel_regression import (
     kernel_regression_scores,
     ridge_solution,
 )
-from curvlinops_diffusion.influence.measurements.trajectories import states_as_batch
+from curvlinops_diffusion.influence.measurements.trajectories import (
+    check_states,
+    states_as_batch,
+)
 from curvlinops_diffusion.influence.projection import RandomProjection
 from curvlinops_diffusion.linalg.operator import IdentityLinearOperator
 from curvlinops_diffusion.runtime.checks import check_count, check_positive
@@ -186,12 +189,7 @@ class JourneyRegression(NoisedRegression):
         condition: Mapping[str, Any] | None = None,
         batch_size: int = 64,
     ):
-        if states.ndim < 3 or states.shape[1] != len(levels) + 1:
-            raise ValueError(
-                f"States of shape {tuple(states.shape)} arrived with {len(levels)} levels. Pass "
-                "states [trajectories, steps + 1, ...] from noise to sample, and the noise levels "
-                "of all but the last."
-            )
+        check_states(states, levels)
         if not (objective.process.sigmas_T[list(levels)] > 0).all():
             raise ValueError(
                 "A level without noise arrived, from which no noise leads to the sample. Leave it "
