@@ -14,7 +14,10 @@ from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
 # of several settings that are of interest: in a table of their own
-SCANS = ("draws,", "powers", "bands of levels", "conjugate gradients")
+SCANS = (
+    *("draws,", "powers", "bands of levels", "conjugate gradients"),
+    "settings of the regression",
+)
 
 # of cosines by kind of block, which are many
 SHOWN_DAMPINGS = (1e-8, 1e-4, 1.0)

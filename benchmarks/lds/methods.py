@@ -8,7 +8,7 @@ Legend: P parameters, N training images, Q queries, M measurements, k projected 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -52,6 +52,8 @@ BANDS = 4
 ITERATIONS = (1, 2, 4, 8)
 REFINED_DRAWS = 2
 FORWARD_DRAWS = 16
+SIGN_COUNTS = (1, 2, 4)
+METRIC_POWERS = (0.5, 0.75, 1.25)
 
 Scores = Iterator[tuple[float | str, Tensor]]
 
@@ -289,6 +291,35 @@ KERNELS: dict[str, Callable[[Setting], Kernel]] = {
     "squared norm": norm_kernel,
     "prediction": prediction_kernel,
 }
+
+
+def regression_scan(setting: Setting) -> Scores:
+    """Regression on loss and prediction: other numbers of signs, other powers of the metric."""
+    curvature = setting.curvature(ekfac=False)
+    query_QP, train_NP = setting.query_rows("loss"), setting.train_NP
+    seeds = range(max(SIGN_COUNTS))
+    signs = [
+        (setting.query_rows(SignedPrediction(seed)), setting.rows(SignedPrediction(seed), 32))
+        for seed in seeds
+    ]
+
+    def kernel_of(query_QP: Tensor, train_NP: Tensor, exponent: float) -> Kernel:
+        root = curvature.power(-exponent / 2, DAMPINGS[0])
+        train_PN = root @ train_NP.T
+        return Kernel(((root @ query_QP.T).T @ train_PN)[None], train_PN.T @ train_PN)
+
+    def scored(of_loss: Kernel, of_signs: Sequence[Kernel]) -> Tensor:
+        total = Kernel(sum(k.cross_MQN for k in of_signs), sum(k.gram_NN for k in of_signs))
+        both = [kernel.regression(1.0)[0] for kernel in (of_loss, total)]
+        return _for_all_measurements(averaged_scores(both))
+
+    of_loss = kernel_of(query_QP, train_NP, 1.0)
+    of_signs = [kernel_of(*rows, 1.0) for rows in signs]
+    for count in SIGN_COUNTS:
+        yield f"{count} sign{'s' * (count > 1)}", scored(of_loss, of_signs[:count])
+    for exponent in METRIC_POWERS:
+        kernels = (kernel_of(query_QP, train_NP, exponent), kernel_of(*signs[0], exponent))
+        yield f"power {exponent}, 1 sign", scored(kernels[0], kernels[1:])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -696,6 +727,7 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
     "bands of levels, EK-FAC": bands_of_levels,
     "conjugate gradients from EK-FAC": refined,
     "powers of EK-FAC": powers,
+    "settings of the regression": regression_scan,
     "EK-FAC, 16 draws": few_draws,
     "EK-FAC, forward only, 16 draws": forward_only,
     "draws, uniform": numbers_of_draws(timesteps="uniform"),
