@@ -123,7 +123,9 @@ class RetrainingPlan:
             )
         found = sorted(set(groups_N[groups_N >= 0].tolist()))
         left_out = torch.stack([groups_N == group for group in found])
-        parts = tuple(f"without_{group if names is None else names[group]}" for group in found)
+        labels = [str(group if names is None else names[group]) for group in found]
+        # parts are names of files
+        parts = tuple(f"without_{label.replace('/', '_')}" for label in labels)
         return cls(left_out, parts, "groups", {"groups": found})
 
     @classmethod

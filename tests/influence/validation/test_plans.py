@@ -29,8 +29,8 @@ def test_leaving_out_groups():
         [True, False, True, False, False],
         [False, True, False, False, True],
     ]
-    named = RetrainingPlan.leave_one_group_out(torch.tensor([1, 0]), ["cats", "dogs"])
-    assert named.parts == ("without_cats", "without_dogs")
+    named = RetrainingPlan.leave_one_group_out(torch.tensor([1, 0]), ["cats", "dogs/wolves"])
+    assert named.parts == ("without_cats", "without_dogs_wolves")
 
 
 @pytest.mark.parametrize("names", [None, [f"{n}.png" for n in range(6)]])
