@@ -13,6 +13,7 @@ _COUNTS = (
     *("resolution", "batch_size", "num_draws", "query_draws", "query_block"),
     *("mc_samples", "gradient_group", "top", "num_parts", "bootstrap"),
 )
+_POSITIVE = ("ridge", "step")
 _NOT_NEGATIVE = (
     *("damping", "rtol", "checkpoint_every", "timeout"),
     *("snr_gamma", "condition_dropout", "noise_offset", "input_perturbation"),
@@ -36,9 +37,10 @@ class Checked:
             value = getattr(self, name, None)
             if value is not None and not (isfinite(value) and value >= 0):
                 raise ValueError(f"{flag(name)} is {value}. Pass a finite number of at least 0.")
-        ridge = getattr(self, "ridge", 1.0)
-        if not (isfinite(ridge) and ridge > 0):
-            raise ValueError(f"{flag('ridge')} is {ridge}. Pass a finite number above 0.")
+        for name in _POSITIVE:
+            value = getattr(self, name, None)
+            if value is not None and not (isfinite(value) and value > 0):
+                raise ValueError(f"{flag(name)} is {value}. Pass a finite number above 0.")
 
 
 def flag(name: str) -> str:
@@ -206,10 +208,12 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
         data: The training images, the same as for fit.
         queries: The images to explain, in the same forms, or one image file.
         output: The scores' file to write: .safetensors, or .npy with an index of names beside it.
-        method: What scores are: influence (predicted changes of what is measured), or regression (a
+        method: What scores are: influence (predicted changes of what is measured), regression (a
             kernel regression of it and of the prediction, which predicts retraining better; its
-            scores have no unit).
+            scores have no unit), or forward-only (influence by a finite step for each query,
+            without gradients of training images).
         ridge: The ridge of --method regression, in units of the kernel's mean diagonal entry.
+        step: The step of --method forward-only, as a part of the norm of the parameters.
         damping: What is added to the curvature's eigenvalues before it is inverted.
         relative: Take the damping in units of each block's mean eigenvalue, as kronfluence does.
         rtol: Leave out eigenvalues of at most this part of the largest (a truncated
@@ -228,8 +232,9 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     data: Path
     queries: Path
     output: Path
-    method: Literal["influence", "regression"] = "influence"
+    method: Literal["influence", "regression", "forward-only"] = "influence"
     ridge: float = 1.0
+    step: float = 1e-2
     damping: float = 1e-8
     relative: bool = False
     rtol: float | None = None

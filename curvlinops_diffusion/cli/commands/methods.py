@@ -1,4 +1,4 @@
-"""The methods of ``score``: influence, and kernel regression."""
+"""The methods of ``score``: influence, kernel regression, and finite steps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from curvlinops_diffusion.cli.options import ScoreOptions
+from curvlinops_diffusion.influence.finite_steps import forward_only_scores
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernel_regression import kernel_regression_scores
 from curvlinops_diffusion.influence.measurements.losses import SignedPrediction
@@ -35,6 +36,11 @@ def scores_of(
 ) -> tuple[Tensor, SplitHalfScores | None]:
     """The scores ``[Q, N]``, and with them those of halves of the draws, where there are halves."""
     halved = can_be_halved(J_train.regression) and can_be_halved(J_query.regression)
+    if options.method == "forward-only":
+        block = options.query_block
+        return forward_only_scores(
+            J_query, inverse, J_train, step=options.step, query_block=block, passes=passes
+        ), None
     if options.method == "regression":
         return _regression(options.ridge, J_query, inverse, J_train, passes, halved)
     block = options.query_block
@@ -51,7 +57,7 @@ def check_method(options: ScoreOptions) -> None:
     Raises:
         ValueError: If it is not.
     """
-    if options.method == "influence":
+    if options.method != "regression":
         return
     if MEASUREMENTS[options.measurement].better is not Better.LOWER:
         good = [name for name, entry in MEASUREMENTS.items() if entry.better is Better.LOWER]

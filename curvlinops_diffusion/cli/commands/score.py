@@ -95,7 +95,7 @@ def score(options: ScoreOptions) -> None:
         Q, N = scores_QN.shape
         event("scored", file=str(options.output), queries=Q, training_images=N, **sure)
         say(f"Wrote {options.output}: {Q} × {N} scores, of queries and training images")
-        say(_how_sure(sure))
+        say(_how_sure(sure, options.method))
 
 
 def _inversion(options: ScoreOptions) -> dict[str, Any]:
@@ -109,7 +109,8 @@ def _method(options: ScoreOptions) -> dict[str, Any]:
     """The method, if it is not influence, of which older files say nothing."""
     if options.method == "influence":
         return {}
-    return {"method": options.method, "ridge": options.ridge}
+    setting = "ridge" if options.method == "regression" else "step"
+    return {"method": options.method, setting: getattr(options, setting)}
 
 
 def _query_regression(
@@ -181,9 +182,11 @@ def _reliability(scores: SplitHalfScores) -> dict[str, Any]:
     }
 
 
-def _how_sure(told: dict[str, Any]) -> str:
+def _how_sure(told: dict[str, Any], method: str) -> str:
     """A line for people."""
     found = agreement(told)
+    if method == "forward-only":
+        return "How sure they are is not known: halves of the draws would take as long again"
     if found is None:
         return (
             "How sure they are is not known: pass multiples of 4 as --num-draws and --query-draws"
