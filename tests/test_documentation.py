@@ -96,6 +96,13 @@ def test_what_the_documentation_says_of_the_results():
     forms = {row["form"]: row for row in result_of("stored_gradients")["forms"]}
     assert forms["nf4"]["error_of_scores"] < 0.011
     assert forms["float32"]["bytes_for_each_example"] > 7 * forms["nf4"]["bytes_for_each_example"]
+    for size in ("44,212", "11,053", "2,763"):
+        random, leading = (forms[f"bfloat16, {kind} {size}"] for kind in ("random", "leading"))
+        assert random["error_of_scores"] < leading["error_of_scores"] - 0.2
+        assert random["top_10_found"] > leading["top_10_found"] + 0.1
+    found = {row["index"]: row["top_10_found"] for row in result_of("stored_gradients")["indexes"]}
+    assert found["SQ8"] == 1
+    assert 0.7 < found["IVF16,Flat, 4 of 16 clusters"] < found["IVF16,Flat, 8 of 16 clusters"] < 0.9
     best: dict[float, dict[str, float]] = {}
     for row in result_of("refinement")["preconditioners"]:
         best.setdefault(row["damping"], {})[row["preconditioner"]] = row["error_after_60"]
@@ -264,6 +271,26 @@ def test_what_the_documentation_says_of_regression():
         both = digits["K-FAC, regression on loss and prediction", cell]["lds"]
         assert both > digits["K-FAC, regression on the prediction", cell]["lds"]
         assert both > digits["K-FAC, regression on the loss", cell]["lds"]
+
+
+def test_what_the_documentation_says_of_the_settings_of_the_regression():
+    """One sign is as good as more, and the whole inverse as metric better than its root."""
+    _, cells = shown("digits")
+    for cell in cells[:2]:
+        found = scan("digits", "settings of the regression", cell)
+        assert found["1 sign"] > max(found["2 signs"], found["4 signs"]) - 0.002
+        assert found["1 sign"] > found["power 0.75, 1 sign"] > found["power 0.5, 1 sign"]
+        assert found["power 1.25, 1 sign"] < found["1 sign"] + 0.005
+
+
+def test_what_the_documentation_says_of_finite_steps():
+    """They say what the derivative says."""
+    digits, cells = shown("digits")
+    for cell in cells[:2]:
+        finite, plain = (
+            digits[f"EK-FAC, {how}16 draws", cell]["lds"] for how in ("forward only, ", "")
+        )
+        assert abs(finite - plain) < 0.002
 
 
 def test_what_the_documentation_says_of_draws():

@@ -294,7 +294,10 @@ KERNELS: dict[str, Callable[[Setting], Kernel]] = {
 
 
 def regression_scan(setting: Setting) -> Scores:
-    """Regression on loss and prediction: other numbers of signs, other powers of the metric."""
+    """Regression on loss and prediction: other numbers of signs, other powers of the metric.
+
+    Of the training loss; the same scores for all measurements.
+    """
     curvature = setting.curvature(ekfac=False)
     query_QP, train_NP = setting.query_rows("loss"), setting.train_NP
     seeds = range(max(SIGN_COUNTS))
