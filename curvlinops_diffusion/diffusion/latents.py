@@ -160,8 +160,9 @@ class LatentEncoder:
         """
         found = self._transform()
         norm = getattr(self._vae, "bn", None)
-        if norm is not None:
-            variance = norm.running_var + self._vae.config.batch_norm_eps
+        eps = None if self._vae is None else self._vae.config.get("batch_norm_eps")
+        if norm is not None and eps is not None:
+            variance = norm.running_var + eps
             return _tiled(norm.running_mean, latents), 1 / _tiled(variance.sqrt(), latents)
         shift, scale = found.get("shift_factor", 0.0), found.get("scaling_factor") or 1.0
 

@@ -58,8 +58,8 @@ def forward_only_scores(
         The scores, ``[Q, N]``.
 
     Raises:
-        ValueError: If the operators act on different parameters or devices, or the step is not
-            positive.
+        ValueError: If the operators act on different parameters or devices, the step is not
+            positive, or parameters are less precise than float32.
 
     Examples:
         >>> EK_inv = DiffusionEKFACLinearOperator(train).inverse(damping=1e-3)
@@ -74,6 +74,12 @@ def forward_only_scores(
     check_positive("step", step)
     share, regression = Share.of(passes.distributed), J_train.regression
     params = select_parameters(regression.objective.model, J_train.param_names)
+    coarse = sorted({str(p.dtype) for p in params.values() if p.dtype.itemsize < 4})
+    if coarse:
+        raise ValueError(
+            f"The network's parameters are {', '.join(coarse)}, which would round the step away. "
+            "Load it in float32."
+        )
     scores_QN = torch.zeros(
         J_query.shape[0], J_train.shape[0], dtype=J_train.dtype, device=J_train.device
     )

@@ -79,3 +79,8 @@ def test_it_goes_on(problem, tmp_path):
 def test_errors(problem):
     with pytest.raises(ValueError, match="step=0 arrived"):
         forward_only_scores(*problem, step=0)
+    coarse = seeded(nn.Conv2d(1, 1, 3, padding=1)).to(torch.bfloat16)
+    train = plain_regression(coarse, (1, 4, 4), dtype=torch.float32)
+    J, G_inv = ExampleGradientLinearOperator(train), DiffusionKFACLinearOperator(train).inverse(1.0)
+    with pytest.raises(ValueError, match="are torch.bfloat16, which would round the step away"):
+        forward_only_scores(J, G_inv, J)
