@@ -82,5 +82,5 @@ def test_errors(problem):
     coarse = seeded(nn.Conv2d(1, 1, 3, padding=1)).to(torch.bfloat16)
     train = plain_regression(coarse, (1, 4, 4), dtype=torch.float32)
     J, G_inv = ExampleGradientLinearOperator(train), DiffusionKFACLinearOperator(train).inverse(1.0)
-    with pytest.raises(ValueError, match="are torch.bfloat16, which would round the step away"):
+    with pytest.raises(ValueError, match=r"are torch.bfloat16, which would round the step away"):
         forward_only_scores(J, G_inv, J)
