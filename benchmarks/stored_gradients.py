@@ -72,7 +72,7 @@ def main() -> None:
                 "bytes_for_each_example": round(size),
                 "error_of_scores": round(float((scores - truth).norm() / truth.norm()), 4),
                 "rank_correlation": round(float(rank_correlation(scores, truth).mean()), 4),
-                "top_10_found": round(_overlap(scores, truth), 3),
+                "top_10_found": _shared(_top(scores), _top(truth)),
                 "milliseconds_to_read_1000": round(1e6 * seconds / N, 1),
             }
         )
@@ -96,15 +96,11 @@ def _searched(
     probes: int,
 ) -> dict[str, Any]:
     """How many of the store's own ten most helpful examples an index finds."""
-    index = NearestGradients.build(store, path, factory)
-    k = min(10, store.num_data)
-    found = index.search(J_query, EK, k, probes=probes).indices
-    top = store.scores(J_query, EK).topk(k).indices
-    pairs = zip(found.tolist(), top.tolist(), strict=True)
-    recall = sum(len({*a} & {*b}) / k for a, b in pairs) / len(top)
+    index, top = NearestGradients.build(store, path, factory), _top(store.scores(J_query, EK))
+    found = index.search(J_query, EK, top.shape[1], probes=probes).indices
     # of sixteen clusters, so many
     looked = f", {probes} of 16 clusters" if factory.startswith("IVF") else ""
-    return {"index": factory + looked, "top_10_found": round(recall, 3)}
+    return {"index": factory + looked, "top_10_found": _shared(found, top)}
 
 
 def _name(compression: Compression) -> str:
@@ -113,10 +109,15 @@ def _name(compression: Compression) -> str:
     return told["precision"] + kept
 
 
-def _overlap(scores: Tensor, truth: Tensor, k: int = 10) -> float:
-    k = min(k, scores.shape[1])
-    pairs = zip(scores.topk(k, 1).indices, truth.topk(k, 1).indices, strict=True)
-    return sum(len({*a.tolist()} & {*b.tolist()}) / k for a, b in pairs) / len(scores)
+def _top(scores_QN: Tensor) -> Tensor:
+    """The examples with the ten largest scores, ``[Q, 10]``."""
+    return scores_QN.topk(min(10, scores_QN.shape[1]), 1).indices
+
+
+def _shared(found: Tensor, truth: Tensor) -> float:
+    """The share of the true ones that were found."""
+    pairs = zip(found.tolist(), truth.tolist(), strict=True)
+    return round(sum(len({*a} & {*b}) for a, b in pairs) / truth.numel(), 3)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,11 @@ def noise_levels(
     return NoiseProcess(angle.cos(), angle.sin(), torch.arange(num_levels), prediction_type)
 
 
+def two_convolutions() -> nn.Module:
+    """One channel to one, and a non-linearity between: of 39 parameters."""
+    return seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1))
+
+
 def plain_regression(
     model: nn.Module,
     shape: Sequence[int],

@@ -38,6 +38,16 @@ def check_output(path: Path, suffixes: tuple[str, ...], inputs: Mapping[str, Pat
         raise ValueError(f"The folder '{path.parent}' of --output cannot be written to.")
 
 
+def check_output_is_new(path: Path, overwrite: bool) -> None:
+    """Check that nothing would be replaced that nobody said to replace.
+
+    Raises:
+        ValueError: If something would.
+    """
+    if path.exists() and not overwrite:
+        raise ValueError(f"'{path}' exists. Pass --overwrite, or another --output.")
+
+
 def check_output_is_same(path: Path, there: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Check that a file that is there has the identity of what would be written.
 

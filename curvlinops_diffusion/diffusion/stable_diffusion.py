@@ -43,11 +43,8 @@ def stable_diffusion(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts
     size they have.
     """
     check_inputs(pipeline, pipeline.unet)
-    embed = _embed_xl if _is_xl(pipeline) else _embed
-    also = _SIZES_XL if _is_xl(pipeline) else ()
-    return prompted_parts(
-        pipeline, pipeline.unet, partial(embed, pipeline), sample, cache, also=also
-    )
+    embed, also = _prompts_of(pipeline)
+    return prompted_parts(pipeline, pipeline.unet, embed, sample, cache, also=also)
 
 
 def inpainting(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
@@ -109,7 +106,7 @@ def _with_image(
     cache: Cache,
 ) -> PipelineParts:
     """The parts of a pipeline whose network is shown another image, which is never dropped."""
-    embed_prompt = partial(_embed_xl if _is_xl(pipeline) else _embed, pipeline)
+    embed_prompt, also = _prompts_of(pipeline)
 
     def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
         return embed_prompt(x0, condition) | embed_image(x0, condition)
@@ -120,13 +117,18 @@ def _with_image(
         embed,
         sample,
         cache,
-        also=(*model.images, *(_SIZES_XL if _is_xl(pipeline) else ())),
+        also=(*model.images, *also),
         embed_null=embed_prompt,
     )
 
 
-def _is_xl(pipeline: Any) -> bool:
-    return hasattr(pipeline, "text_encoder_2")
+def _prompts_of(
+    pipeline: Any,
+) -> tuple[Callable[[Tensor, dict[str, Any]], dict[str, Any]], tuple[str, ...]]:
+    """What embeds prompts, and the entries that it reads beside them."""
+    if hasattr(pipeline, "text_encoder_2"):
+        return partial(_embed_xl, pipeline), _SIZES_XL
+    return partial(_embed, pipeline), ()
 
 
 def _embed(pipeline: Any, x0: Tensor, condition: Mapping[str, Any]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class ExampleGradientLinearOperator(LinearOperator):
     @property
     def parameter_sizes(self) -> list[int]:
         """The entries of each parameter, in order."""
-        return [torch.Size(shape).numel() for shape in self._space.shapes.values()]
+        return self._space.sizes
 
     def on(self, regression: NoisedRegression) -> ExampleGradientLinearOperator:
         """The same of another problem with the same network, other draws say."""

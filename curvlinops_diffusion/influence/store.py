@@ -207,11 +207,14 @@ class GradientStore:
         Raises:
             ValueError: If it is another one, or batches are missing.
         """
-        query_Qk = self.query_rows(J_query, curvature)
-        scores_QN = query_Qk.new_zeros(len(query_Qk), self.num_data)
+        return self._products(self.query_rows(J_query, curvature)) / self.num_data
+
+    def _products(self, query_Qk: Tensor) -> Tensor:
+        """``z_q · z_n``, ``[Q, N]``."""
+        products_QN = query_Qk.new_zeros(len(query_Qk), self.num_data)
         for indices, rows_Bk in self.rows(query_Qk.device):
-            scores_QN[:, indices] = query_Qk @ rows_Bk.T / self.num_data
-        return scores_QN
+            products_QN[:, indices] = query_Qk @ rows_Bk.T
+        return products_QN
 
     def top(
         self,
@@ -266,7 +269,7 @@ class GradientStore:
         check_positive("ridge", ridge)
         N, query_Qk = self.num_data, self.query_rows(J_query, curvature)
         if check_count("largest_gram", largest_gram) < N:
-            cross_QN = self.scores(J_query, curvature) * N
+            cross_QN = self._products(query_Qk)
             squares = sum(float(rows.square().sum()) for _, rows in self.rows(query_Qk.device))
             gram = _StoredGram(self.rows, N, query_Qk)
             return iterated_solution(cross_QN, gram, ridge * squares / N, max_iter, tolerance)

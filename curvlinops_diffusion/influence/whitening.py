@@ -43,7 +43,7 @@ class Whitening:
     def __call__(self, rows_BP: Tensor) -> Tensor:
         """Whiten gradients, ``[B, P] -> [B, P]``."""
         shapes = self._space.shapes
-        pieces = rows_BP.split([torch.Size(shape).numel() for shape in shapes.values()], 1)
+        pieces = rows_BP.split(self._space.sizes, 1)
         named = {
             name: piece.T.reshape(*shape, -1)
             for (name, shape), piece in zip(shapes.items(), pieces, strict=True)

@@ -42,6 +42,11 @@ class ParameterSpace:
             dtype = torch.promote_types(dtype, p.dtype)
         return cls({name: tuple(p.shape) for name, p in params.items()}, dtype, devices.pop())
 
+    @property
+    def sizes(self) -> list[int]:
+        """The entries of each parameter, in order."""
+        return [torch.Size(shape).numel() for shape in self.shapes.values()]
+
 
 Parameters = Sequence[Tensor] | Sequence[str] | Mapping[str, Tensor] | None
 

@@ -19,7 +19,7 @@ from curvlinops_diffusion import (
 from curvlinops_diffusion.cli.options import FitOptions
 from curvlinops_diffusion.curvature.options import FisherType, KFACApprox, KFACOptions
 from curvlinops_diffusion.diffusion.random_numbers import ProbeType
-from tests.cases import plain_regression, seeded, tiny_unet, unet_regression
+from tests.cases import plain_regression, seeded, tiny_unet, two_convolutions, unet_regression
 from tests.comparisons import assert_close, relative_error
 from tests.reference import (
     block_of,
@@ -190,7 +190,7 @@ def test_random_loss_vectors_equal_plain_loops(approx, probe_type):
 
 def test_batch_of_one_and_varying_image_sizes():
     """A fully convolutional network sees images of several sizes; ``S`` is each image's own."""
-    model = seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1))
+    model = two_convolutions()
     regression = plain_regression(model, (1, 4, 4))
     generator = torch.Generator().manual_seed(0)
     sizes = [(1, 1, 4, 5), (2, 1, 3, 3), (1, 1, 4, 5), (1, 1, 1, 6)]

@@ -12,7 +12,7 @@ from curvlinops_diffusion import (
     forward_only_scores,
     influence_scores,
 )
-from tests.cases import StoppedError, images, plain_regression, seeded, stopped
+from tests.cases import StoppedError, images, plain_regression, seeded, stopped, two_convolutions
 from tests.comparisons import assert_close
 
 N, Q = 6, 3
@@ -20,7 +20,7 @@ N, Q = 6, 3
 
 @pytest.fixture(scope="module")
 def problem():
-    model = seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1))
+    model = two_convolutions()
     train = plain_regression(model, (1, 4, 4), count=N, batch_size=4)
     query = NoisedRegression(train.objective, images(Q, size=4), num_draws=2, seed=1)
     J = [ExampleGradientLinearOperator(r) for r in (query, train)]

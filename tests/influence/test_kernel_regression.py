@@ -16,7 +16,7 @@ from curvlinops_diffusion import (
     influence_scores,
     kernel_regression_scores,
 )
-from tests.cases import StoppedError, images, plain_regression, seeded, stopped
+from tests.cases import StoppedError, images, plain_regression, seeded, stopped, two_convolutions
 from tests.comparisons import assert_close
 from tests.reference import example_gradients, params_of, to_dense
 
@@ -25,7 +25,7 @@ N, Q, DAMPING = 9, 3, 1e-2
 
 @pytest.fixture(scope="module")
 def train():
-    model = seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1))
+    model = two_convolutions()
     return plain_regression(model, (1, 4, 4), count=N, batch_size=4)
 
 

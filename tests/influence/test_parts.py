@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from curvlinops_diffusion import (
     DiffusionKFACLinearOperator,
@@ -18,9 +17,9 @@ from tests.cases import (
     StoppedError,
     images,
     plain_regression,
-    seeded,
     stopped,
     tiny_unet,
+    two_convolutions,
     unet_regression,
 )
 from tests.comparisons import assert_close
@@ -31,7 +30,7 @@ N, Q, DAMPING = 7, 3, 1e-2
 
 @pytest.fixture(scope="module")
 def problem():
-    model = seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1))
+    model = two_convolutions()
     train = plain_regression(model, (1, 4, 4), count=N, batch_size=3)
     query = NoisedRegression(train.objective, images(Q, size=4), num_draws=6, seed=1)
     J = [ExampleGradientLinearOperator(r) for r in (query, train)]

@@ -15,7 +15,7 @@ from curvlinops_diffusion import (
     influence_scores,
     top_influences,
 )
-from tests.cases import images, plain_regression, seeded
+from tests.cases import images, plain_regression, seeded, two_convolutions
 from tests.comparisons import assert_close
 from tests.reference import dense_ggn, example_gradients, params_of, scores, to_dense
 
@@ -25,7 +25,7 @@ CONVERGED = {"tolerance": 1e-12, "max_iter": 500, "eps": 1e-30, "stop_updating_a
 
 @pytest.fixture(scope="module")
 def model():
-    return seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1))
+    return two_convolutions()
 
 
 @pytest.fixture(scope="module")

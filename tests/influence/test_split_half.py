@@ -3,7 +3,6 @@
 import pytest
 import torch
 from scipy.stats import spearmanr
-from torch import nn
 
 from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
@@ -19,7 +18,7 @@ from curvlinops_diffusion.influence.split_half import (
     standard_error,
     top_shared,
 )
-from tests.cases import StoppedError, images, plain_regression, seeded, stopped
+from tests.cases import StoppedError, images, plain_regression, stopped, two_convolutions
 from tests.comparisons import assert_close
 
 DAMPING = 1e-2
@@ -27,7 +26,7 @@ DAMPING = 1e-2
 
 @pytest.fixture(scope="module")
 def train():
-    model = seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1))
+    model = two_convolutions()
     regression = plain_regression(model, (1, 4, 4), count=12, batch_size=5)
     return redrawn(regression, images(12, size=4), 8, 0)
 

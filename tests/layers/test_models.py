@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from torch import nn
 from torch.nn.utils import parametrizations
 
 from benchmarks.models import MODELS, problem
@@ -20,7 +19,7 @@ from curvlinops_diffusion import (
     influence_scores,
     load_operator,
 )
-from tests.cases import images, plain_regression, seeded, tiny_unet, unet_regression
+from tests.cases import images, plain_regression, tiny_unet, two_convolutions, unet_regression
 from tests.comparisons import assert_close, relative_error
 from tests.reference import (
     dense_block,
@@ -178,7 +177,7 @@ def test_compiled_networks(in_place, truth):
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
 def test_parametrisations(wrap):
     """What a parametrisation holds is in no layer: its blocks are exact."""
-    model = seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1))
+    model = two_convolutions()
     wrap(model.layers[0])
     model.eval()
     regression = plain_regression(model, (1, 3, 3), count=2, num_draws=2)

@@ -15,7 +15,7 @@ from curvlinops_diffusion import (
     WoodburyInverseLinearOperator,
     influence_scores,
 )
-from tests.cases import OfMatrix, plain_regression, seeded
+from tests.cases import OfMatrix, plain_regression, seeded, two_convolutions
 from tests.comparisons import assert_close
 from tests.reference import dense_ggn, params_of
 
@@ -24,7 +24,7 @@ DAMPING = 1e-2
 
 @pytest.fixture(scope="module")
 def model():
-    return seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1))
+    return two_convolutions()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
 
 from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
@@ -12,7 +11,7 @@ from curvlinops_diffusion import (
     WoodburyInverseLinearOperator,
     influence_scores,
 )
-from tests.cases import plain_regression, seeded
+from tests.cases import plain_regression, two_convolutions
 from tests.comparisons import assert_close
 from tests.reference import to_dense
 
@@ -21,7 +20,7 @@ DAMPING = 1e-3
 
 @pytest.fixture(scope="module")
 def regression():
-    model = seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1))
+    model = two_convolutions()
     return plain_regression(model, (1, 4, 4), count=6, batch_size=4)
 
 
@@ -72,7 +71,7 @@ def test_much_weight_is_kernel_regression(regression, EK):
 def test_cancellation_is_told(EK):
     """Where it warns, float32 products are wrong, and the scores from scores still right."""
     regression = plain_regression(
-        seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1)).float(),
+        two_convolutions().float(),
         (1, 4, 4),
         count=3,
         num_draws=1,

@@ -35,15 +35,15 @@ def scores_of(
     passes: PassOptions,
 ) -> tuple[Tensor, SplitHalfScores | None]:
     """The scores ``[Q, N]``, and with them those of halves of the draws, where there are halves."""
-    halved = can_be_halved(J_train.regression) and can_be_halved(J_query.regression)
+    block = options.query_block
     if options.method == "forward-only":
-        block = options.query_block
-        return forward_only_scores(
+        scores = forward_only_scores(
             J_query, inverse, J_train, step=options.step, query_block=block, passes=passes
-        ), None
+        )
+        return scores, None
+    halved = can_be_halved(J_train.regression) and can_be_halved(J_query.regression)
     if options.method == "regression":
         return _regression(options.ridge, J_query, inverse, J_train, passes, halved)
-    block = options.query_block
     if halved:
         halves = split_half_scores(J_query, inverse, J_train, query_block=block, passes=passes)
         return halves.scores, halves

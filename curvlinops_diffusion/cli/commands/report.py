@@ -15,7 +15,7 @@ from curvlinops_diffusion.cli.images.images import NamedImages, open_images
 from curvlinops_diffusion.cli.images.labels import Condition
 from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.options import ReportOptions
-from curvlinops_diffusion.cli.outputs import check_output
+from curvlinops_diffusion.cli.outputs import check_output, check_output_is_new
 from curvlinops_diffusion.cli.page.figures import histogram, operator_summary
 from curvlinops_diffusion.cli.page.rankings import (
     Row,
@@ -46,8 +46,7 @@ def report(options: ReportOptions) -> None:
     """
     inputs = {"--scores": options.scores, "--operator": options.operator}
     check_output(options.output, (".html",), inputs)
-    if options.output.exists() and not options.overwrite:
-        raise ValueError(f"'{options.output}' exists. Pass --overwrite, or another --output.")
+    check_output_is_new(options.output, options.overwrite)
     scores_QN, header = read_scores(options.scores)
     train, queries = _images(options, header)
     identity = header["identity"]

@@ -13,7 +13,7 @@ from curvlinops_diffusion.cli import page
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.measured_files import read_measured
 from curvlinops_diffusion.cli.options import ValidateJudgeOptions
-from curvlinops_diffusion.cli.outputs import check_output
+from curvlinops_diffusion.cli.outputs import check_output, check_output_is_new
 from curvlinops_diffusion.cli.page.figures import intervals
 from curvlinops_diffusion.cli.score_files import read_scores
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
@@ -35,8 +35,7 @@ def validate_judge(options: ValidateJudgeOptions) -> None:
         ValueError: If scores, plan and measurements do not belong together.
     """
     check_output(options.output, (".html", ".json"), {"--measured": options.measured})
-    if options.output.exists() and not options.overwrite:
-        raise ValueError(f"'{options.output}' exists. Pass --overwrite, or another --output.")
+    check_output_is_new(options.output, options.overwrite)
     plan = RetrainingPlan.open(options.plan)
     values_SMQ, header = read_measured(options.measured)
     if header["plan"] != digest_of(plan.left_out) or header["parts"] != list(plan.parts):

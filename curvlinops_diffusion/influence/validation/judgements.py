@@ -117,16 +117,10 @@ def linear_datamodelling_score(
         for which, number in enumerate(reversed(measured_QM.shape))
     )
     once_1M = torch.ones(1, measured_QM.shape[1], dtype=torch.float64)
-    per_query, every_KQ = (
-        torch.stack(
-            [
-                _rank_correlation(x_M, y_M, times)
-                for x_M, y_M in zip(predicted_QM, measured_QM, strict=True)
-            ],
-            1,
-        )
-        for times in (once_1M, times_KM)
-    )
+    times_KM = torch.cat([once_1M, times_KM])
+    pairs = zip(predicted_QM, measured_QM, strict=True)
+    every_KQ = torch.stack([_rank_correlation(x_M, y_M, times_KM) for x_M, y_M in pairs], 1)
+    per_query, every_KQ = every_KQ[0], every_KQ[1:]
     times_KQ = times_KQ * every_KQ.isfinite()  # few parts may be one part many times
     resampled_K = (times_KQ * every_KQ.nan_to_num()).sum(1) / times_KQ.sum(1)
     agreement = ceiling = None
@@ -135,7 +129,7 @@ def linear_datamodelling_score(
         agreement = agreement_of_seeds(measured_SMQ)
         reliability = S * agreement / (1 + (S - 1) * agreement)
         ceiling = max(reliability, 0.0) ** 0.5
-    return LinearDatamodellingScore(per_query[0], resampled_K, agreement, ceiling)
+    return LinearDatamodellingScore(per_query, resampled_K, agreement, ceiling)
 
 
 def agreement_of_seeds(measured: Tensor) -> float:

@@ -17,7 +17,7 @@ from curvlinops_diffusion import (
     trak_scores,
 )
 from curvlinops_diffusion.influence.validation.baselines import ProbedPrediction
-from tests.cases import images, plain_regression, seeded
+from tests.cases import images, plain_regression, seeded, two_convolutions
 from tests.comparisons import assert_close
 from tests.reference import example_gradients, flat_gradient, params_of
 
@@ -26,7 +26,7 @@ N, Q = 9, 3
 
 @pytest.fixture(scope="module")
 def problem():
-    model = seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1))
+    model = two_convolutions()
     train = plain_regression(model, (1, 4, 4), count=N, batch_size=4)
     query = NoisedRegression(train.objective, images(Q, size=4), num_draws=2, seed=1)
     J = [ExampleGradientLinearOperator(r) for r in (query, train)]
