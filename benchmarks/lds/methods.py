@@ -42,7 +42,7 @@ DAMPINGS = tuple(10.0**e for e in range(-8, 1))
 KERNEL_DAMPINGS = tuple(10.0**e for e in range(-6, 3))
 PIXEL_BANDWIDTHS = (0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0)
 PIXEL_RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-RIDGES = (1.0, 0.1, 0.3, 3.0, 10.0, 30.0)
+RIDGES = (1.0, 0.1, 0.3, 3.0, 5.0, 10.0, 30.0)
 PROJECTIONS = 2
 PROJECTION_DRAWS = 32
 CURVATURE_DRAWS = 16
@@ -269,19 +269,28 @@ def prediction_kernel(setting: Setting) -> Kernel:
     return Kernel(sum(k.cross_MQN for k in kernels), sum(k.gram_NN for k in kernels))
 
 
-def regression_on(*names: str) -> Callable[[Setting], Scores]:
+def regression_on(
+    *names: str, squared: str | None = None, default: float = 1.0
+) -> Callable[[Setting], Scores]:
     """Kernel regression on one or several functions, whose scores are averaged.
 
-    Query by query in units of their standard deviation. The default has a ridge of one, the mean
+    Query by query in units of their standard deviation. The default ridge is a multiple of the mean
     influence of a training image on itself, and K-FAC's damping is the default one: its setting is
     called by the latter, as for all methods with a default.
+
+    Args:
+        names: Kernels.
+        squared: Another one, whose weights are squared.
+        default: The ridge that was chosen on the digits.
     """
 
     def run(setting: Setting) -> Scores:
         for ridge in RIDGES:
             scores = [setting.kernels(name).regression(ridge) for name in names]
+            if squared is not None:
+                scores.append(setting.kernels(squared).regression(ridge).square())
             total_MQN = torch.stack([averaged_scores(z) for z in zip(*scores, strict=True)])
-            yield (1e-8 if ridge == 1.0 else f"ridge {ridge}"), total_MQN
+            yield (1e-8 if ridge == default else f"ridge {ridge}"), total_MQN
 
     return run
 
@@ -725,6 +734,12 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
     "K-FAC, regression on the prediction": regression_on("prediction"),
     "K-FAC, regression on loss and squared norm": regression_on("loss", "squared norm"),
     "K-FAC, regression on loss and prediction": regression_on("loss", "prediction"),
+    "K-FAC, regression on the prediction, squared": regression_on(
+        squared="prediction", default=5.0
+    ),
+    "K-FAC, regression on loss and squared prediction": regression_on(
+        "loss", squared="prediction", default=5.0
+    ),
     "K-FAC + sampled GGN": with_samples,
     "sampled GGN": sampled_ggn,
     "bands of levels, EK-FAC": bands_of_levels,

@@ -13,8 +13,9 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from sklearn.datasets import load_sample_images
 from torch import Tensor
-from torch.nn.functional import mse_loss
+from torch.nn.functional import mse_loss, pixel_unshuffle
 
+from benchmarks.lds.fashion import fashion
 from benchmarks.problems import example
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression
 from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_of
@@ -46,6 +47,7 @@ class Problem:
         draws: Of training images, to see how many are needed.
         papers_draws: Of training images, in the paper's code; half as many for the curvature.
         probes: Random signs from which DAS' squared norms are estimated.
+        constant_rate: Whether the learning rate stays, instead of falling to zero.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Problem:
     draws: tuple[int, ...] = (10, 30, 100, 250, 500)
     papers_draws: int = 250
     probes: int = 32
+    constant_rate: bool = False
 
     @property
     def description(self) -> dict[str, Any]:
@@ -93,7 +96,7 @@ class Problem:
         seed: int,
         keep: Callable[[int, UNet2DModel], None] | None = None,
     ) -> UNet2DModel:
-        """A network trained on some images, the learning rate falling to zero.
+        """A network trained on some images.
 
         Args:
             x0: The images.
@@ -109,7 +112,8 @@ class Problem:
             for step in range(steps):
                 if keep is not None:
                     keep(step, network)
-                optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps)
+                remaining = 1.0 if self.constant_rate else 1 - step / steps
+                optimizer.param_groups[0]["lr"] = LEARNING_RATE * remaining
                 batch = x0[torch.randint(len(x0), (self.batch,))]
                 noise = torch.randn_like(batch)
                 t = torch.randint(scheduler.config.num_train_timesteps, (len(batch),))
@@ -166,6 +170,14 @@ def _photographs() -> Tensor:
     return torch.cat(patches)
 
 
+def _in_patches(images: Tensor) -> Tensor:
+    """Patches of 2×2 pixels as channels, as a network with such patches sees them.
+
+    The loss stays the same, and a network of a given width costs a quarter.
+    """
+    return pixel_unshuffle(images, 2)
+
+
 def _unet(size: int, channels: int, widths: tuple[int, int]) -> UNet2DModel:
     """With attention at its lower level."""
     return UNet2DModel(
@@ -188,6 +200,24 @@ PROBLEMS = {
         _digits,
         Problem(
             "photographs", _photographs, lambda: _unet(16, 3, (16, 32)), 500, 900, 32, probes=16
+        ),
+        Problem(
+            "fashion",
+            lambda: _in_patches(fashion()),
+            lambda: _unet(8, 4, (16, 32)),
+            num_train=1000,
+            steps=4000,
+            batch=64,
+        ),
+        Problem(
+            "lengths",
+            lambda: _in_patches(_photographs()),
+            lambda: _unet(8, 12, (16, 32)),
+            num_train=200,
+            steps=4000,
+            batch=64,
+            num_halves=32,
+            constant_rate=True,
         ),
         # to see that the programs run
         replace(

@@ -49,6 +49,7 @@ def kernel_regression_scores(
     J_train: Gradients,
     *,
     ridge: float = 1.0,
+    squared: bool | Sequence[bool] = False,
     largest_gram: int = 20_000,
     gradient_bytes: int = GRADIENT_BYTES,
     max_iter: int = 100,
@@ -66,9 +67,16 @@ def kernel_regression_scores(
     With a large ridge ``ρ`` these are influence scores, up to a factor. With several functions
     (lists of ``J_query`` and ``J_train``) each gives scores of its own; their
     :func:`averaged_scores` are returned. A function may be a list itself, whose kernels are added
-    up. The loss and :class:`~curvlinops_diffusion.SignedPrediction` together predict retraining
-    better than influence does (``docs/evidence.rst``). Positive is helpful, as in
-    :func:`~curvlinops_diffusion.influence_scores`; the size has no unit.
+    up. Positive is helpful, as in :func:`~curvlinops_diffusion.influence_scores`; the size has no
+    unit.
+
+    A query's loss ``‖ŷ − y‖²`` changes by ``2⟨ŷ − y, δ⟩ + ‖δ‖²`` if its prediction changes by
+    ``δ``. The gradient of the loss knows the first term. Of the second, the regression of the
+    prediction itself (:class:`~curvlinops_diffusion.SignedPrediction`) knows the expectation: if
+    every example tells something of its own, leaving out a set changes the query's prediction by
+    ``δ = −Σ_n s(q, n) ε_n`` over the set, with independent ``ε_n``, so that ``E δ²`` is the sum of
+    ``s(q, n)²``, which ``squared`` returns. The loss and the prediction squared predict retraining
+    best (``docs/evidence.rst``).
 
     Up to ``largest_gram`` training examples, ``K`` is computed in blocks and kept in the main
     memory, in float64, whatever the device: one pass over the training gradients if those of all
@@ -86,6 +94,7 @@ def kernel_regression_scores(
         J_train: Gradients at the training examples of the functions that are regressed,
             ``[N, P]``; in the same lists.
         ridge: ``ρ > 0``, in units of the mean diagonal entry of ``K``.
+        squared: Whether the weights are squared; for several functions, one by one or of all.
         largest_gram: Training examples up to which ``K`` is formed.
         gradient_bytes: Bytes of training gradients that are held at once.
         max_iter: Iterations of conjugate gradients at most.
@@ -96,8 +105,8 @@ def kernel_regression_scores(
         The scores, ``[Q, N]``, on the operators' device.
 
     Raises:
-        ValueError: If the operators act on different parameters or devices, their numbers differ,
-            the ridge is not positive, or so small that rounding makes ``K + ρ κ I`` indefinite.
+        ValueError: If the operators act on different parameters or devices, their numbers differ
+            (or that of ``squared``), the ridge is not positive, or so small that rounding makes ``K + ρ κ I`` indefinite.
 
     Examples:
         >>> K_inv = DiffusionKFACLinearOperator(train).inverse(damping=1e-3)
@@ -112,6 +121,12 @@ def kernel_regression_scores(
         True
     """
     functions = _functions(J_query, J_train)
+    are_squared = [squared] * len(functions) if isinstance(squared, bool) else list(squared)
+    if len(are_squared) != len(functions):
+        raise ValueError(
+            f"squared arrived for {len(are_squared)} functions, the gradients for "
+            f"{len(functions)}. Pass one for each function, or one for all."
+        )
     for query, train in chain(*functions):
         check_same_parameters({"J_query": query, "J_train": train}, {"G_inv": G_inv})
     check_positive("ridge", ridge)
@@ -119,7 +134,7 @@ def kernel_regression_scores(
     check_count("gradient_bytes", gradient_bytes)
     found = []
     number = count()
-    for pairs in functions:
+    for pairs, is_squared in zip(functions, are_squared, strict=True):
         kernels = [
             _Kernel(train, G_inv, f"function {next(number)}", gradient_bytes, passes)
             for _, train in pairs
@@ -134,7 +149,7 @@ def kernel_regression_scores(
             scores_QN = iterated_solution(
                 cross_QN, _KernelMatrix(kernels), damping, max_iter, tolerance, passes.progressbar
             )
-        found.append(scores_QN.to(cross_QN))
+        found.append((scores_QN.square() if is_squared else scores_QN).to(cross_QN))
     return found[0] if len(found) == 1 else averaged_scores(found)
 
 

@@ -1,0 +1,96 @@
+"""Which method predicts retraining, and why, against the length of the training.
+
+From the networks of ``benchmarks.lds.lengths``. For each length: linear data-modelling scores of
+the loss, and of the parts by which it differs from the loss of the network of all images, the one
+that is linear in the change of the prediction and the one that is its square; and how the loss
+goes along with these parts from half to half.
+
+Legend: H halves, S seeds, Q queries, M what is measured, N training images.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.lds import score
+from benchmarks.lds.evaluate import DEFAULT, key_of
+from benchmarks.lds.lengths import FRACTIONS, PARTS, PROBLEM, measured, weights_at
+from benchmarks.lds.methods import METHODS, Setting
+from benchmarks.lds.retrain import FOLDER, NETWORKS, result
+from benchmarks.measure import arguments, report
+
+# those without a default have their best setting, chosen by the result
+COMPARED = (
+    "kernel regression on pixels",
+    "TRAK",
+    "D-TRAK",
+    "EK-FAC",
+    "K-FAC, regression on the loss",
+    "K-FAC, regression on the prediction",
+    "K-FAC, regression on the prediction, squared",
+    "K-FAC, regression on loss and prediction",
+    "K-FAC, regression on loss and squared prediction",
+)
+
+
+def correlation(x_SHQ: Tensor, y_SHQ: Tensor) -> float:
+    """Over halves, mean over queries and seeds."""
+    x, y = (z - z.mean(1, keepdim=True) for z in (x_SHQ.double(), y_SHQ.double()))
+    return float(((x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))).mean())
+
+
+def main() -> None:
+    """Run the program."""
+    parser = arguments(__doc__)
+    parser.add_argument("--retrained", type=Path, default=FOLDER, help="folder of its result")
+    parser.add_argument("--draws", type=int, default=64, help="draws of each training image")
+    parser.add_argument("--resamples", type=int, default=500)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    header, tensors = NETWORKS.read(result(PROBLEM, options.retrained))
+    values_SHLMQ, halves = tensors["values"], tensors["halves"]
+    train, held_out = PROBLEM.data()
+    none = held_out[:0]
+    rows: list[dict[str, Any]] = []
+    for place, fraction in enumerate(FRACTIONS):
+        weights = weights_at(tensors, place)
+        parts = dict(zip(PARTS, values_SHLMQ[:, :, place].unbind(2), strict=True))
+        setting = Setting(PROBLEM, weights, none, options.draws)
+        row: dict[str, Any] = {
+            "passes": round(fraction * PROBLEM.steps * PROBLEM.batch / PROBLEM.num_train),
+            "training loss": float(measured(weights, weights, train)[0].mean()),
+            "held-out loss": float(measured(weights, weights, held_out)[0].mean()),
+            "held-out loss of halves": float(parts["loss"].mean()),
+            "correlation of loss and linear": correlation(parts["loss"], parts["linear"]),
+            "correlation of loss and squared": correlation(parts["loss"], parts["squared"]),
+            "methods": {},
+        }
+        for name in COMPARED:
+            predicted = {
+                key_of(key): score.predicted(scores_MQN[0], halves)
+                for key, scores_MQN in METHODS[name](setting)
+            }
+            by_part: dict[str, Any] = {}
+            for part, measured_SHQ in parts.items():
+                judged = {
+                    key: score.judged(one_QH, measured_SHQ, 1).mean
+                    for key, one_QH in predicted.items()
+                }
+                key = DEFAULT if DEFAULT in judged else max(judged, key=judged.__getitem__)
+                found = score.judged(predicted[key], measured_SHQ, options.resamples)
+                by_part[part] = {"setting": key} | score.summary(found)
+                row[f"agreement, {part}"] = found.agreement
+                row[f"ceiling, {part}"] = found.ceiling
+            row["methods"][name] = by_part
+        rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+        print(row["passes"], {k: v["loss"]["lds"] for k, v in row["methods"].items()}, flush=True)
+    settings = {"retrained": header, "draws": options.draws, "resamples": options.resamples}
+    report(options, "lds_lengths", __doc__, {**settings, "lengths": rows})
+
+
+if __name__ == "__main__":
+    main()
