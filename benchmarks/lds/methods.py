@@ -35,6 +35,7 @@ from curvlinops_diffusion.influence.kernel_regression import averaged_scores, ri
 from curvlinops_diffusion.influence.measurements.base import Measurement
 from curvlinops_diffusion.influence.measurements.evaluation import measurement_of
 from curvlinops_diffusion.influence.measurements.losses import SignedPrediction
+from curvlinops_diffusion.influence.retraining import RIDGE, WEIGHTS
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 
 DAMPINGS = tuple(10.0**e for e in range(-8, 1))
@@ -270,7 +271,10 @@ def prediction_kernel(setting: Setting) -> Kernel:
 
 
 def regression_on(
-    *names: str, squared: str | None = None, default: float = 1.0
+    *names: str,
+    squared: str | None = None,
+    default: float = 1.0,
+    weights: tuple[float, ...] | None = None,
 ) -> Callable[[Setting], Scores]:
     """Kernel regression on one or several functions, whose scores are averaged.
 
@@ -282,6 +286,7 @@ def regression_on(
         names: Kernels.
         squared: Another one, whose weights are squared.
         default: The ridge that was chosen on the digits.
+        weights: Of the scores in the average.
     """
 
     def run(setting: Setting) -> Scores:
@@ -289,7 +294,9 @@ def regression_on(
             scores = [setting.kernels(name).regression(ridge) for name in names]
             if squared is not None:
                 scores.append(setting.kernels(squared).regression(ridge).square())
-            total_MQN = torch.stack([averaged_scores(z) for z in zip(*scores, strict=True)])
+            total_MQN = torch.stack(
+                [averaged_scores(z, weights) for z in zip(*scores, strict=True)]
+            )
             yield (1e-8 if ridge == default else f"ridge {ridge}"), total_MQN
 
     return run
@@ -735,10 +742,10 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
     "K-FAC, regression on loss and squared norm": regression_on("loss", "squared norm"),
     "K-FAC, regression on loss and prediction": regression_on("loss", "prediction"),
     "K-FAC, regression on the prediction, squared": regression_on(
-        squared="prediction", default=5.0
+        squared="prediction", default=RIDGE
     ),
     "K-FAC, regression on loss and squared prediction": regression_on(
-        "loss", squared="prediction", default=5.0
+        "loss", squared="prediction", default=RIDGE, weights=WEIGHTS
     ),
     "K-FAC + sampled GGN": with_samples,
     "sampled GGN": sampled_ggn,

@@ -208,10 +208,10 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
         data: The training images, the same as for fit.
         queries: The images to explain, in the same forms, or one image file.
         output: The scores' file to write: .safetensors, or .npy with an index of names beside it.
-        method: What scores are: influence (predicted changes of what is measured), regression (a
-            kernel regression of it and of the prediction, which predicts retraining better; its
-            scores have no unit), or forward-only (influence by a finite step for each query,
-            without gradients of training images).
+        method: What scores are: influence (predicted changes of what is measured), regression
+            (kernel regressions of it and of the prediction, squared, which predict the order that
+            retraining shows better; they have no unit), or forward-only (influence by a finite step
+            for each query, without gradients of training images).
         ridge: The ridge of --method regression, in units of the kernel's mean diagonal entry.
         step: The step of --method forward-only, as a part of the norm of the parameters.
         damping: What is added to the curvature's eigenvalues before it is inverted.
@@ -233,7 +233,7 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     queries: Path
     output: Path
     method: Literal["influence", "regression", "forward-only"] = "influence"
-    ridge: float = 1.0
+    ridge: float = 5.0
     step: float = 1e-2
     damping: float = 1e-8
     relative: bool = False

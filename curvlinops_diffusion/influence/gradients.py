@@ -105,6 +105,12 @@ class ExampleGradientLinearOperator(LinearOperator):
             regression, self.param_names, measurement=self.measurement
         )
 
+    def measuring(self, measurement: Any) -> ExampleGradientLinearOperator:
+        """The same of something else that is measured."""
+        return ExampleGradientLinearOperator(
+            self.regression, self.param_names, measurement=measurement
+        )
+
     # -----------------------------------------------------------------------------------------
     # Values and products
     # -----------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ def kernel_regression_scores(
     *,
     ridge: float = 1.0,
     squared: bool | Sequence[bool] = False,
+    weights: Sequence[float] | None = None,
     largest_gram: int = 20_000,
     gradient_bytes: int = GRADIENT_BYTES,
     max_iter: int = 100,
@@ -75,8 +76,10 @@ def kernel_regression_scores(
     prediction itself (:class:`~curvlinops_diffusion.SignedPrediction`) knows the expectation: if
     every example tells something of its own, leaving out a set changes the query's prediction by
     ``δ = −Σ_n s(q, n) ε_n`` over the set, with independent ``ε_n``, so that ``E δ²`` is the sum of
-    ``s(q, n)²``, which ``squared`` returns. The loss and the prediction squared predict retraining
-    best (``docs/evidence.rst``).
+    ``s(q, n)²``, which ``squared`` returns. (As a Gaussian process: without example ``n`` the
+    variance at the query rises by ``s(q, n)² / [(K + ρ κ I)⁻¹]_nn``, a divisor that the ridge makes
+    nearly constant.) Both together predict retraining best
+    (:func:`~curvlinops_diffusion.retraining_scores`).
 
     Up to ``largest_gram`` training examples, ``K`` is computed in blocks and kept in the main
     memory, in float64, whatever the device: one pass over the training gradients if those of all
@@ -94,7 +97,8 @@ def kernel_regression_scores(
         J_train: Gradients at the training examples of the functions that are regressed,
             ``[N, P]``; in the same lists.
         ridge: ``ρ > 0``, in units of the mean diagonal entry of ``K``.
-        squared: Whether the weights are squared; for several functions, one by one or of all.
+        squared: Whether ``s`` is squared; for several functions, one by one or of all.
+        weights: Of several functions in the average; ``None`` for equal ones.
         largest_gram: Training examples up to which ``K`` is formed.
         gradient_bytes: Bytes of training gradients that are held at once.
         max_iter: Iterations of conjugate gradients at most.
@@ -106,7 +110,8 @@ def kernel_regression_scores(
 
     Raises:
         ValueError: If the operators act on different parameters or devices, their numbers differ
-            (or that of ``squared``), the ridge is not positive, or so small that rounding makes ``K + ρ κ I`` indefinite.
+            (or those of ``squared`` or ``weights``), the ridge is not positive, or so small that
+            rounding makes ``K + ρ κ I`` indefinite.
 
     Examples:
         >>> K_inv = DiffusionKFACLinearOperator(train).inverse(damping=1e-3)
@@ -121,12 +126,14 @@ def kernel_regression_scores(
         True
     """
     functions = _functions(J_query, J_train)
-    are_squared = [squared] * len(functions) if isinstance(squared, bool) else list(squared)
-    if len(are_squared) != len(functions):
-        raise ValueError(
-            f"squared arrived for {len(are_squared)} functions, the gradients for "
-            f"{len(functions)}. Pass one for each function, or one for all."
-        )
+    M = len(functions)
+    are_squared = [squared] * M if isinstance(squared, bool) else list(squared)
+    for name, entries in (("squared", are_squared), ("weights", weights)):
+        if entries is not None and len(entries) != M:
+            raise ValueError(
+                f"{name} arrived for {len(entries)} functions, the gradients for {M}. Pass one for "
+                "each function, or leave it out."
+            )
     for query, train in chain(*functions):
         check_same_parameters({"J_query": query, "J_train": train}, {"G_inv": G_inv})
     check_positive("ridge", ridge)
@@ -150,29 +157,36 @@ def kernel_regression_scores(
                 cross_QN, _KernelMatrix(kernels), damping, max_iter, tolerance, passes.progressbar
             )
         found.append((scores_QN.square() if is_squared else scores_QN).to(cross_QN))
-    return found[0] if len(found) == 1 else averaged_scores(found)
+    return found[0] if M == 1 else averaged_scores(found, weights)
 
 
-def averaged_scores(scores: Sequence[Tensor]) -> Tensor:
+def averaged_scores(scores: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
     """The mean of several methods' scores, each in units of its spread over training examples.
 
     Args:
         scores: Scores of the same queries and training examples, ``[Q, N]`` each.
+        weights: Of the methods; ``None`` for equal ones.
 
     Returns:
         Their mean, ``[Q, N]``, query by query; a query whose scores are all equal counts as zero.
 
     Raises:
-        ValueError: If they have several shapes, or there are none.
+        ValueError: If they have several shapes, there are none, or not as many weights above zero.
     """
     shapes = sorted({tuple(one.shape) for one in scores})
     if len(shapes) != 1 or len(shapes[0]) != 2:
         raise ValueError(f"Scores of shapes {shapes} arrived. Pass some of one shape, [Q, N].")
-    units = []
-    for one_QN in scores:
+    factors = [1.0] * len(scores) if weights is None else [float(weight) for weight in weights]
+    if len(factors) != len(scores) or min(factors) <= 0:
+        raise ValueError(
+            f"weights={factors} arrived for the scores of {len(scores)} methods. Pass a number "
+            "above 0 for each."
+        )
+    total_QN = torch.zeros_like(scores[0])
+    for one_QN, factor in zip(scores, factors, strict=True):
         spread_Q1 = one_QN.std(1, keepdim=True)
-        units.append(one_QN / spread_Q1.where(spread_Q1 > 0, torch.ones_like(spread_Q1)))
-    return torch.stack(units).mean(0)
+        total_QN += factor * one_QN / spread_Q1.where(spread_Q1 > 0, torch.ones_like(spread_Q1))
+    return total_QN / sum(factors)
 
 
 def ridge_solution(cross_QN: Tensor, gram_NN: Tensor, ridge: float) -> Tensor:

@@ -20,17 +20,17 @@ from curvlinops_diffusion import (
     ExampleGradientLinearOperator,
     MinSNRWeighting,
     NoisedRegression,
-    SignedPrediction,
     influence_scores,
-    kernel_regression_scores,
     load_operator,
+    retraining_scores,
 )
 from curvlinops_diffusion.cli.commands import cost
 from curvlinops_diffusion.cli.images.images import open_images
 from curvlinops_diffusion.cli.network import load_network
-from curvlinops_diffusion.cli.options import FitOptions
+from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions
 from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.cli.score_files import read_scores
+from curvlinops_diffusion.influence.retraining import RIDGE
 from curvlinops_diffusion.influence.split_half import rank_correlation
 from curvlinops_diffusion.linalg.operator_files import read_header
 from tests.cli.cases import COUNT, arguments, process, write_images
@@ -95,14 +95,8 @@ def test_kernel_regression(fitted, tmp_path, capsys):
     inverse = load_operator(fitted / "ekfac.safetensors", network.objective.model).inverse(1e-3)
 
     def library(*regressions):
-        query, train = (
-            [
-                ExampleGradientLinearOperator(r),
-                ExampleGradientLinearOperator(r, measurement=SignedPrediction()),
-            ]
-            for r in regressions
-        )
-        return kernel_regression_scores(query, inverse, train, ridge=0.5)
+        query, train = map(ExampleGradientLinearOperator, regressions)
+        return retraining_scores(query, inverse, train, ridge=0.5)
 
     assert_close(scores, library(query, train), 1e-4)
     halves = load_file(output)
@@ -112,7 +106,8 @@ def test_kernel_regression(fitted, tmp_path, capsys):
     words = ["report", "--scores", output, "--data", fitted / "train"]
     assert run([*map(str, words), "--queries", str(fitted / "queries"), "--output", str(page)]) == 0
     text = page.read_text()
-    assert "is its weight, of 7 images&#39;, in a kernel regression of the query&#39;s loss" in text
+    assert "weight, of 7 images&#39;, in a kernel regression of the query&#39;s loss" in text
+    assert ScoreOptions.ridge == RIDGE
     assert "predicted change" not in text
     unlike = [*draws, "--measurement", "log_likelihood", "--output", tmp_path / "x.safetensors"]
     assert run(arguments(fitted, "score", *unlike)) == 2

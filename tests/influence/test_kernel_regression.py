@@ -96,14 +96,16 @@ def test_several_functions(train, query, K_inv):
     of_prediction = dense(signs[0], inverse, signs[1], 0.5)
     truth = sum(z / z.std(1, keepdim=True) for z in (of_loss, of_prediction)) / 2
     assert_close(ours, truth, 1e-9)
-    for squared, weights in (
-        ([False, True], (of_loss, of_prediction.square())),
-        (True, (of_loss.square(), of_prediction.square())),
+    for squared, scores, weights in (
+        ([False, True], (of_loss, of_prediction.square()), (3, 1)),
+        (True, (of_loss.square(), of_prediction.square()), (1, 1)),
     ):
         J = [operators(r) for r in (query, train)]
-        ours = kernel_regression_scores(J[0], K_inv, J[1], ridge=0.5, squared=squared)
-        truth = sum(z / z.std(1, keepdim=True) for z in weights) / 2
-        assert_close(ours, truth, 1e-9)
+        ours = kernel_regression_scores(
+            J[0], K_inv, J[1], ridge=0.5, squared=squared, weights=weights
+        )
+        parts = [w * z / z.std(1, keepdim=True) for w, z in zip(weights, scores, strict=True)]
+        assert_close(ours, sum(parts) / sum(weights), 1e-9)
 
 
 def test_iterated_where_the_matrix_is_too_large(train, query, K_inv):
@@ -174,6 +176,7 @@ def test_scores_in_units_of_their_spread():
     [
         ({"ridge": 0.0}, "ridge=0.0 arrived. Pass a finite number above 0"),
         ({"squared": [True, False]}, "squared arrived for 2 functions, the gradients for 1"),
+        ({"weights": [1, 2]}, "weights arrived for 2 functions, the gradients for 1"),
         ({"largest_gram": 0}, "largest_gram=0 arrived"),
         ({"J_train": []}, "arrived for functions of"),
         ({"J_query": [], "J_train": []}, "arrived for functions of"),

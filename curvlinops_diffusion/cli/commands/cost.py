@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.cli.commands.methods import FUNCTIONS
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions
 from curvlinops_diffusion.cli.processes import num_processes
 from curvlinops_diffusion.curvature.gradient_factors import fitted_factors
@@ -20,6 +19,7 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.diffusion.trial import checked_trial
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernel_regression import GRADIENT_BYTES
+from curvlinops_diffusion.influence.retraining import FUNCTIONS
 from curvlinops_diffusion.influence.split_half import can_be_halved
 from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.layers.observable import observable

@@ -10,9 +10,8 @@ from torch import Tensor
 from curvlinops_diffusion.cli.options import ScoreOptions
 from curvlinops_diffusion.influence.finite_steps import forward_only_scores
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.kernel_regression import kernel_regression_scores
-from curvlinops_diffusion.influence.measurements.losses import SignedPrediction
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
+from curvlinops_diffusion.influence.retraining import retraining_scores
 from curvlinops_diffusion.influence.scores import influence_scores
 from curvlinops_diffusion.influence.split_half import (
     SplitHalfScores,
@@ -21,10 +20,6 @@ from curvlinops_diffusion.influence.split_half import (
 )
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.passes import PassOptions
-
-#: Functions that are regressed: what is measured, and the prediction along one sign. On the digits
-#: of docs/evidence.rst two signs, and four, predicted retraining no better than one.
-FUNCTIONS = 2
 
 
 def scores_of(
@@ -62,8 +57,8 @@ def check_method(options: ScoreOptions) -> None:
     if MEASUREMENTS[options.measurement].better is not Better.LOWER:
         good = [name for name, entry in MEASUREMENTS.items() if entry.better is Better.LOWER]
         raise ValueError(
-            f"--method regression arrived with --measurement {options.measurement}. It averages "
-            "what is measured with the prediction, whose positive scores are helpful: pass one of "
+            f"--method regression arrived with --measurement {options.measurement}. It adds the "
+            "square of how the prediction would change, which no loss gains by: pass one of "
             f"{', '.join(good)}, of which lower is better, or --method influence."
         )
 
@@ -82,16 +77,8 @@ def _regression(
             operators = [J.on(J.regression.divided(half, 2)) for J in operators]
             if passes.checkpoint is not None:  # whose passes have the same names
                 own = replace(passes, checkpoint=Path(passes.checkpoint) / f"half{half}")
-        query, train = (_functions(J) for J in operators)
-        return kernel_regression_scores(query, inverse, train, ridge=ridge, passes=own)
+        query, train = operators
+        return retraining_scores(query, inverse, train, ridge=ridge, passes=own)
 
     scores = of(None)
     return scores, SplitHalfScores(scores, of(0), of(1)) if halved else None
-
-
-def _functions(J: ExampleGradientLinearOperator) -> list[ExampleGradientLinearOperator]:
-    """What is regressed."""
-    prediction = ExampleGradientLinearOperator(
-        J.regression, J.param_names, measurement=SignedPrediction()
-    )
-    return [J, prediction]

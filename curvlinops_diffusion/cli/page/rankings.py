@@ -118,10 +118,10 @@ def meaning(
     what = "measured value" if measurement is None else measurement.quantity
     if regression:
         return (
-            f"The number under a training image is its weight, of {num_train:,} images', in a "
-            f"kernel regression of the query's {what} and prediction, in units of the weights' "
-            "spread. Larger ones predict a larger effect of training without the image; how much "
-            f"the {what} would change they do not say."
+            f"The number under a training image is the mean of its weight, of {num_train:,} "
+            f"images', in a kernel regression of the query's {what}, and of the square of that in "
+            "one of the prediction, in units of their spread. Larger ones predict a larger effect "
+            f"of training without the image; how much the {what} would change they do not say."
         )
     share = f", as a share of that {what}" if sizes.unit else ""
     ppm = " (ppm: millionths)" if "ppm" in sizes.unit else ""
