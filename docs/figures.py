@@ -28,14 +28,23 @@ DOCS = Path(__file__).parent
 BLUE, RED, GREY = "#4a6fa5", "#b4413c", "#8a93a6"
 #: The methods that the figure of the evidence shows, from the bottom up.
 METHODS = (
-    "no curvature",
     "TRAK",
     "D-TRAK",
     "EK-FAC, the paper's recipe",
     "EK-FAC",
-    "K-FAC, regression on loss and prediction",
+    "K-FAC, regression on loss and squared prediction",
     "kernel regression on pixels",
 )
+#: The data sets that it shows.
+PROBLEMS = ("digits", "photographs")
+#: The methods of the figure of the training's length, and what it calls them.
+AT_LENGTHS = {
+    "EK-FAC": "EK-FAC influence",
+    "K-FAC, regression on the prediction, squared": "regression on the prediction, squared",
+    "K-FAC, regression on loss and squared prediction": "and on the loss",
+    "D-TRAK": "D-TRAK (best)",
+    "kernel regression on pixels": "pixels (best)",
+}
 
 
 def write_figures(folder: Path = DOCS / "_figures") -> None:
@@ -134,8 +143,8 @@ def damping() -> plt.Figure:
 
 def retraining() -> plt.Figure:
     """The linear data-modelling score of the loss, with intervals, for each method."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
-    for axis, problem in zip(axes, ("digits", "photographs"), strict=True):
+    figure, axes = plt.subplots(1, len(PROBLEMS), figsize=(2 + 3 * len(PROBLEMS), 3), sharey=True)
+    for axis, problem in zip(axes, PROBLEMS, strict=True):
         result = result_of(f"lds_{problem}")
         rows = {(row["method"], row["cell"]): row for row in result["methods"]}
         for kind, color, shift in (("held-out", BLUE, 0.14), ("generated", RED, -0.14)):
@@ -157,7 +166,44 @@ def retraining() -> plt.Figure:
             axis.axvline(result["ceilings"][cell], color=color, linestyle=":", linewidth=1)
         axis.set(title=problem, xlabel="linear data-modelling score", xlim=(-0.05, 0.95))
         axis.set_yticks(range(len(METHODS)), [_label(rows, method) for method in METHODS])
-    axes[1].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[-1].legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+def training_length() -> plt.Figure:
+    """Scores of methods against the training's length, and what a loss changes by."""
+    lengths = result_of("training_length")["lengths"]
+    passes = [row["passes"] for row in lengths]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    for number, (method, label) in enumerate(AT_LENGTHS.items()):
+        found = [row["methods"][method]["loss"] for row in lengths]
+        middle = [entry["lds"] for entry in found]
+        line = axes[0].plot(passes, middle, f"C{number}o-", markersize=3, label=label)
+        ends = [[entry[end] for entry in found] for end in ("low", "high")]
+        axes[0].fill_between(passes, *ends, color=line[0].get_color(), alpha=0.1, linewidth=0)
+    axes[0].plot(
+        passes,
+        [row["ceiling"]["loss"] or np.nan for row in lengths],
+        ":",
+        color=GREY,
+        label="perfect",
+    )
+    axes[0].set(ylabel="linear data-modelling score of the loss")
+    for part, color in (("linear", BLUE), ("squared", RED)):
+        shown = {
+            f"loss and {part} part": ("-", [row["correlation"][part] for row in lengths]),
+            f"two seeds, {part} part": ("--", [row["agreement"][part] for row in lengths]),
+        }
+        for label, (style, values) in shown.items():
+            axes[1].plot(passes, values, style, color=color, marker="o", markersize=3, label=label)
+    axes[1].set(ylabel="correlation over halves")
+    for axis in axes:
+        axis.set(xlabel="passes over the images", xscale="log")
+        axis.set_xticks(passes, [str(number) for number in passes])
+        axis.minorticks_off()
+        axis.axhline(0, color=GREY, linewidth=0.5)
+        axis.legend(frameon=False, fontsize=7)
+    figure.tight_layout()
     return figure
 
 
@@ -165,7 +211,10 @@ def _label(rows: dict[tuple[str, str], dict[str, object]], method: str) -> str:
     return method if "default" in rows[method, "loss, held-out"] else f"{method} (best)"
 
 
-FIGURES: tuple[Callable[[], plt.Figure], ...] = (draws, influence, curvature, damping, retraining)
+FIGURES: tuple[Callable[[], plt.Figure], ...] = (
+    *(draws, influence, curvature, damping),
+    *(retraining, training_length),
+)
 
 if __name__ == "__main__":
     write_figures()

@@ -20,7 +20,7 @@ METHODS = (
     "D-TRAK",
     "EK-FAC, the paper's recipe",
     "EK-FAC",
-    "K-FAC, regression on loss and prediction",
+    "K-FAC, regression on loss and squared prediction",
     "kernel regression on pixels",
 )
 PARAGRAPHS = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def _cells(result: dict[str, Any]) -> list[Row]:
         return lds_cells(result)
     if "removals" in result:
         return removals(result)
+    if "lengths" in result:
+        return lengths(result)
     if "by_kind" in result:
         return _of_records(result["by_kind"])
     if "training_passes" in result:
@@ -80,6 +83,8 @@ def _further(result: dict[str, Any]) -> dict[str, list[Row]]:
             "_minus_ekfac": lds_differences(result, "minus_ekfac"),
             "_scans": lds_scans(result),
         }
+    if "lengths" in result:
+        return {"_parts": parts_at_lengths(result)}
     if "indexes" in result:
         return {"_indexes": _of_records(result["indexes"])}
     if "by_kind" not in result:
@@ -125,6 +130,52 @@ def lds_cells(result: dict[str, Any], methods: Sequence[str] | None = None) -> l
         (f"*{label}*", *(f"{value:.2f}" for value in result[key].values()))
         for label, key in last.items()
     ]
+
+
+def lengths(result: dict[str, Any]) -> list[Row]:
+    """Linear data-modelling scores of the loss with intervals, against the training's length.
+
+    Args:
+        result: What ``benchmarks.lds.against_length`` reports.
+    """
+    rows: list[Row] = [("passes over the images", *(row["passes"] for row in result["lengths"]))]
+    for method, parts in result["lengths"][0]["methods"].items():
+        found = [row["methods"][method]["loss"] for row in result["lengths"]]
+        label = method if parts["loss"]["setting"] == "1e-08" else f"{method} (best)"
+        rows.append((label, *(f"{s['lds']:.2f} [{s['low']:.2f}, {s['high']:.2f}]" for s in found)))
+    return rows
+
+
+def parts_at_lengths(result: dict[str, Any]) -> list[Row]:
+    """What a loss changes by, part by part, against the training's length.
+
+    Args:
+        result: What ``benchmarks.lds.against_length`` reports.
+    """
+    columns: dict[str, Callable[[dict[str, Any]], object]] = {
+        "passes over the images": lambda row: row["passes"],
+        "loss of the training images": lambda row: f"{row['training_loss']:.3f}",
+        "of held-out ones": lambda row: f"{row['held_out_loss']:.3f}",
+        "of held-out ones, networks of halves": lambda row: f"{row['held_out_loss_of_halves']:.3f}",
+    }
+    for part in ("linear", "squared"):
+        columns[f"correlation of loss and {part} part"] = partial(_entry, "correlation", part)
+    for part in ("loss", "linear", "squared"):
+        columns[f"agreement of seeds, {part}"] = partial(_entry, "agreement", part)
+    for method in ("EK-FAC", "K-FAC, regression on the prediction, squared"):
+        for part in ("linear", "squared"):
+            columns[f"score of the {part} part, {method}"] = partial(_score, method, part)
+    rows = result["lengths"]
+    return [(label, *(column(row) for row in rows)) for label, column in columns.items()]
+
+
+def _entry(key: str, part: str, row: dict[str, Any]) -> str:
+    return f"{row[key][part]:.2f}"
+
+
+def _score(method: str, part: str, row: dict[str, Any]) -> str:
+    found = row["methods"][method][part]
+    return f"{found['lds']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
 def lds_differences(result: dict[str, Any], other: str) -> list[Row]:

@@ -62,11 +62,14 @@ def main() -> None:
         setting = Setting(PROBLEM, weights, none, options.draws)
         row: dict[str, Any] = {
             "passes": round(fraction * PROBLEM.steps * PROBLEM.batch / PROBLEM.num_train),
-            "training loss": float(measured(weights, weights, train)[0].mean()),
-            "held-out loss": float(measured(weights, weights, held_out)[0].mean()),
-            "held-out loss of halves": float(parts["loss"].mean()),
-            "correlation of loss and linear": correlation(parts["loss"], parts["linear"]),
-            "correlation of loss and squared": correlation(parts["loss"], parts["squared"]),
+            "training_loss": float(measured(weights, weights, train)[0].mean()),
+            "held_out_loss": float(measured(weights, weights, held_out)[0].mean()),
+            "held_out_loss_of_halves": float(parts["loss"].mean()),
+            "correlation": {
+                part: round(correlation(parts["loss"], parts[part]), 4) for part in PARTS[1:]
+            },
+            "agreement": {},
+            "ceiling": {},
             "methods": {},
         }
         for name in COMPARED:
@@ -83,13 +86,17 @@ def main() -> None:
                 key = DEFAULT if DEFAULT in judged else max(judged, key=judged.__getitem__)
                 found = score.judged(predicted[key], measured_SHQ, options.resamples)
                 by_part[part] = {"setting": key} | score.summary(found)
-                row[f"agreement, {part}"] = found.agreement
-                row[f"ceiling, {part}"] = found.ceiling
+                row["agreement"][part] = _rounded(found.agreement)
+                row["ceiling"][part] = _rounded(found.ceiling)
             row["methods"][name] = by_part
-        rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+        rows.append({k: _rounded(v) if isinstance(v, float) else v for k, v in row.items()})
         print(row["passes"], {k: v["loss"]["lds"] for k, v in row["methods"].items()}, flush=True)
     settings = {"retrained": header, "draws": options.draws, "resamples": options.resamples}
-    report(options, "lds_lengths", __doc__, {**settings, "lengths": rows})
+    report(options, "training_length", __doc__, {**settings, "lengths": rows})
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 if __name__ == "__main__":
