@@ -178,6 +178,8 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
             shampoo and rank-one from gradients.
         gradient_group: The number of images whose gradients are added up before they are squared
             in the second pass of EK-FAC; more is cheaper and less exact.
+        sharded: Each process of torchrun keeps the blocks of some layers only, for which it goes
+            over all images, and writes a file of its own.
     """
 
     data: Path
@@ -191,6 +193,7 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     mc_samples: int = 1
     kfac_approx: Literal["expand", "reduce", "shampoo", "rank-one"] = "expand"
     gradient_group: int = 1
+    sharded: bool = False
 
     def kfac_options(self) -> dict[str, Any]:
         """Select the options that K-FAC and EK-FAC take, by their names there."""
@@ -226,6 +229,7 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
         augment: The augmentation that training used; drawn anew for each draw.
         query_block: The number of queries whose gradients are held at once.
         other_data: Accept an operator that was fitted to other images.
+        sharded: Each process of torchrun reads some of the operator's blocks only.
     """
 
     operator: Path
@@ -247,6 +251,7 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     augment: Literal["flip"] | None = None
     query_block: int = 64
     other_data: bool = False
+    sharded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

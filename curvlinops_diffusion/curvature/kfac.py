@@ -10,6 +10,7 @@ from curvlinops_diffusion.curvature.gradient_factors import fitted_factors
 from curvlinops_diffusion.curvature.kronecker_factors import KroneckerFactors
 from curvlinops_diffusion.curvature.options import FisherType, KFACApprox, KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
+from curvlinops_diffusion.curvature.shards import sharded_blocks
 from curvlinops_diffusion.diffusion.random_numbers import ProbeType
 from curvlinops_diffusion.diffusion.regression import NoisedRegression, check_regression
 from curvlinops_diffusion.diffusion.trial import checked_trial
@@ -18,6 +19,7 @@ from curvlinops_diffusion.layers.observable import observable
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.blocks import Block, DenseBlock, KroneckerBlock
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace
+from curvlinops_diffusion.linalg.placement import PlacedBlock
 from curvlinops_diffusion.linalg.storage import versions
 from curvlinops_diffusion.runtime.digests import fingerprint
 from curvlinops_diffusion.runtime.files import check_space
@@ -144,7 +146,14 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
             there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
             check_space(folder, size - there, "Checkpoints of the factors")
         passes = replace(passes, progressbar=progressbar or passes.progressbar)
-        blocks = plan.place(self._fit(regression, plan, passes))
+
+        def fit(plan: BlockPlan, passes: PassOptions) -> list[PlacedBlock]:
+            return plan.place(self._fit(regression, plan, passes))
+
+        if passes.sharded:
+            blocks = sharded_blocks(regression, plan, passes, fit)
+        else:
+            blocks = fit(plan, passes)
         info: dict[str, Any] = {
             "kind": self.KIND,
             "options": options.as_dict(),
@@ -155,7 +164,7 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
             "fingerprint": fingerprint(model),
             "versions": versions(),
         }
-        super().__init__(ParameterSpace.of(coverage.params), blocks, info)
+        super().__init__(ParameterSpace.of(coverage.params), blocks, info, passes.holders)
 
     @staticmethod
     def _fit(

@@ -9,6 +9,7 @@ from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
 from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.storage import load_blocks
+from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 
 _KINDS: dict[str, type[BlockDiagonalLinearOperator]] = {
     cls.KIND: cls
@@ -21,7 +22,11 @@ _KINDS: dict[str, type[BlockDiagonalLinearOperator]] = {
 
 
 def load_operator(
-    path: str | PathLike[str], model: nn.Module, *, device: torch.device | str | None = None
+    path: str | PathLike[str],
+    model: nn.Module,
+    *,
+    device: torch.device | str | None = None,
+    passes: PassOptions = PLAIN,
 ) -> BlockDiagonalLinearOperator:
     """Load an operator that was written by its ``save``.
 
@@ -29,6 +34,8 @@ def load_operator(
         path: The file.
         model: The model that the operator was computed with.
         device: Where to put the operator; ``None`` for the model's device.
+        passes: With ``distributed=True, sharded=True`` each process reads its share of the blocks
+            only, from however many files they were written to.
 
     Returns:
         K-FAC, EK-FAC, or an inverse or power of them.
@@ -43,7 +50,8 @@ def load_operator(
         >>> type(K).__name__
         'DiffusionKFACLinearOperator'
     """
-    kind, space, blocks, info = load_blocks(path, model, device)
+    share = passes.holders
+    kind, space, blocks, info = share.all_or_none(lambda: load_blocks(path, model, device, share))
     if kind not in _KINDS:
         raise ValueError(f"'{path}' holds an operator of unknown kind {kind!r}.")
-    return _KINDS[kind].of_blocks(space, blocks, info)
+    return _KINDS[kind].of_blocks(space, blocks, info, share)

@@ -6,8 +6,8 @@ cost. Below it nothing asks again how a layer's parameters fall into blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -59,6 +59,18 @@ class BlockPlan:
             for name in coverage.others
         ]
         return cls(coverage, options, tuple(parts), tuple(exact))
+
+    def restricted(self, names: Collection[str]) -> BlockPlan:
+        """The part of the plan that is of some parameters, whole layers."""
+        coverage = replace(
+            self.coverage,
+            params={name: p for name, p in self.coverage.params.items() if name in names},
+            layers=tuple(x for x in self.coverage.layers if any(n in names for n in x.params)),
+            others={name: why for name, why in self.coverage.others.items() if name in names},
+        )
+        parts = tuple(part for part in self.parts if part.params[0] in names)
+        exact = tuple(block for block in self.exact if block.params[0] in names)
+        return BlockPlan(coverage, self.options, parts, exact)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.linalg.operator import check_whole
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.processes import Share
@@ -213,6 +214,9 @@ class SelfInfluence(GradientConsumer):
         num_data: ``N``.
         J_again: Gradients ``∇ℓ'`` of the same examples from other draws; ``None`` for those that
             stream past.
+
+    Raises:
+        ValueError: If the curvature's blocks are shared among processes.
     """
 
     def __init__(
@@ -221,6 +225,7 @@ class SelfInfluence(GradientConsumer):
         num_data: int,
         J_again: ExampleGradientLinearOperator | None = None,
     ):
+        check_whole(G_inv, "Self-influence")
         self._G_inv = G_inv
         self._J_again = J_again
         self._again_BP: Tensor | None = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
+from curvlinops_diffusion.linalg.operator import check_whole
 from curvlinops_diffusion.linalg.placement import Arrangement
 
 
@@ -27,12 +28,14 @@ class Whitening:
         relative: Whether it is in units of each block's mean eigenvalue.
 
     Raises:
-        ValueError: If the damping is negative, or zero where an eigenvalue is.
+        ValueError: If the damping is negative, or zero where an eigenvalue is; or blocks are shared
+            among processes.
     """
 
     def __init__(
         self, curvature: BlockDiagonalLinearOperator, damping: float, relative: bool = False
     ):
+        check_whole(curvature, "Whitening")
         root = curvature.power(-0.5, damping, relative=relative)
         self._space = curvature.space
         self._placed = []

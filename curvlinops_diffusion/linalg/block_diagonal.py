@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any, ClassVar, Self
@@ -16,6 +16,7 @@ from curvlinops_diffusion.linalg.placement import PlacedBlock
 from curvlinops_diffusion.linalg.storage import save_blocks
 from curvlinops_diffusion.linalg.summary import Summary
 from curvlinops_diffusion.runtime.checks import check_non_negative
+from curvlinops_diffusion.runtime.processes import ALONE, Share
 
 
 class BlockDiagonalLinearOperator(ParameterSpaceOperator):
@@ -25,33 +26,57 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
     ``curvlinops``: flat ``[P]``, matrix ``[P, K]``, or a list of tensors shaped like the
     parameters, optionally with a trailing axis ``K``.
 
+    Blocks may be shared among processes: each holds some, and what is done with the operator is
+    done by all of them together. Each process passes the same vectors and has the whole product,
+    for which the blocks' products are gathered once.
+
     Args:
         space: The parameter space.
-        blocks: The blocks; together they hold every parameter once.
+        blocks: The blocks; those of all processes together hold every parameter once.
         info: How the operator was made, for the header of a saved file.
+        share: The processes that hold blocks.
 
     Attributes:
-        blocks: The blocks.
+        blocks: The blocks of this process.
         info: How the operator was made.
+        share: The processes that hold blocks.
     """
 
     KIND: ClassVar[str] = "block-diagonal"
 
-    def __init__(self, space: ParameterSpace, blocks: Sequence[PlacedBlock], info: dict[str, Any]):
+    def __init__(
+        self,
+        space: ParameterSpace,
+        blocks: Sequence[PlacedBlock],
+        info: dict[str, Any],
+        share: Share = ALONE,
+    ):
         super().__init__(space)
         self.blocks = tuple(blocks)
         self.info = info
-        held = [name for placed in self.blocks for name in placed.params]
+        self.share = share
+        own = [name for placed in self.blocks for name in placed.params]
+        held = [name for names in share.gathered(own) for name in names]
         assert sorted(held) == sorted(space.shapes), "blocks must hold every parameter once"
 
     @classmethod
     def of_blocks(
-        cls, space: ParameterSpace, blocks: Sequence[PlacedBlock], info: dict[str, Any]
+        cls,
+        space: ParameterSpace,
+        blocks: Sequence[PlacedBlock],
+        info: dict[str, Any],
+        share: Share = ALONE,
     ) -> Self:
         """An operator of this class with given blocks, which its own constructor would compute."""
         operator = cls.__new__(cls)
-        BlockDiagonalLinearOperator.__init__(operator, space, blocks, info)
+        BlockDiagonalLinearOperator.__init__(operator, space, blocks, info, share)
         return operator
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of this process' blocks; tensors that two share are counted once."""
+        tensors = [z for placed in self.blocks for z in placed.block.tensors().values()]
+        return sum({(z.data_ptr(), z.shape): z.nbytes for z in tensors}.values())
 
     def multiply_tensors(self, X: list[Tensor]) -> list[Tensor]:
         """Multiply onto matrices in tensor list format ``[*shape, K]``."""
@@ -59,17 +84,18 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         result: dict[str, Tensor] = {}
         for placed in self.blocks:
             result |= placed.multiply(given)
+        result = self.share.pooled(result, X[0].new_empty(0, dtype=self.dtype))
         return [result[name] for name in self.space.shapes]
 
     def table(self) -> list[dict[str, Any]]:
-        """A row for each block, as plain values.
+        """A row for each block of this process, as plain values.
 
         Returns:
             Rows with ``block`` (its name), ``kind`` (``'Kronecker'``, ``'eigenbasis'``,
             ``'dense'``, ``'diagonal'``), ``parameters`` (entries), ``shape`` (``[*groups, outputs,
-            inputs]``), ``bytes`` (memory) and ``trace_share`` (of the operator's trace).
+            inputs]``), ``bytes`` (memory) and ``trace_share`` (of these blocks' trace).
         """
-        traces = torch.stack([placed.block.trace() for placed in self.blocks]).tolist()
+        traces = [float(placed.block.trace()) for placed in self.blocks]
         total = sum(traces)
         return [
             {
@@ -128,12 +154,14 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
 
         blocks = [placed.with_tensors(elsewhere) for placed in self.blocks]
         space = replace(self.space, device=device, dtype=dtype)
-        return self.of_blocks(space, blocks, self.info)
+        return self.of_blocks(space, blocks, self.info, self.share)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Save to a safetensors file, see :func:`~curvlinops_diffusion.load_operator`.
 
         The file is written under another name and then renamed, so that it is never half-written.
+        Where blocks are shared among processes each writes a file of its own beside it, and the
+        first one a file that names them.
 
         Args:
             path: Where to.
@@ -141,20 +169,21 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         Raises:
             ValueError: If the file cannot be written there.
         """
-        save_blocks(path, self.KIND, self.space, self.blocks, self.info)
+        save_blocks(path, self.KIND, self.space, self.blocks, self.info, self.share)
 
     def eigenvalues(self) -> Tensor:
         """All eigenvalues in descending order, shape ``[P]``."""
-        each = [p.block.eigen(p.name).eigenvalues.flatten() for p in self.blocks]
-        return torch.cat(each).sort(descending=True).values
+        own = {p.name: p.block.eigen(p.name).eigenvalues.flatten() for p in self.blocks}
+        each = self.share.pooled(own, self._zero())
+        return torch.cat(list(each.values())).sort(descending=True).values
 
     def trace(self) -> Tensor:
         """The trace."""
-        return torch.stack([p.block.trace() for p in self.blocks]).sum()
+        return self._total(p.block.trace() for p in self.blocks)
 
     def logdet(self) -> Tensor:
         """The logarithm of the determinant; minus infinity for a singular operator."""
-        return torch.stack([p.block.eigen(p.name).logdet() for p in self.blocks]).sum()
+        return self._total(p.block.eigen(p.name).logdet() for p in self.blocks)
 
     def det(self) -> Tensor:
         """The determinant; under- or overflows for all but the smallest operators."""
@@ -162,7 +191,16 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
 
     def frobenius_norm(self) -> Tensor:
         """The Frobenius norm."""
-        return torch.stack([p.block.squared_frobenius_norm() for p in self.blocks]).sum().sqrt()
+        return self._total(p.block.squared_frobenius_norm() for p in self.blocks).sqrt()
+
+    def _total(self, of_blocks: Iterable[Tensor]) -> Tensor:
+        """The sum over the blocks of all processes."""
+        values = list(of_blocks)
+        own = torch.stack(values).sum() if values else self._zero()
+        return self.share.summed({"total": own}, self.device)["total"]
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=self.dtype, device=self.device)
 
     def power(
         self,
@@ -189,19 +227,25 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
             ValueError: If a number is negative, or a negative power meets a zero eigenvalue.
         """
         damping = check_non_negative("damping", damping)
-        eigen = [p.block.eigen(p.name) for p in self.blocks]
+        eigen = self.share.all_or_none(lambda: [p.block.eigen(p.name) for p in self.blocks])
         floor = None
         if rtol is not None:
-            largest = torch.stack([block.eigenvalues.max() for block in eigen]).max()
-            floor = check_non_negative("rtol", rtol) * largest
-        blocks = []
-        for placed, block in zip(self.blocks, eigen, strict=True):
-            own = damping * float(block.eigenvalues.mean()) if relative else damping
-            blocks.append(placed.with_block(block.power(exponent, own, placed.name, floor)))
+            own_largest = max((float(block.eigenvalues.max()) for block in eigen), default=0.0)
+            largest = max(self.share.gathered(own_largest))
+            floor = check_non_negative("rtol", rtol) * self._zero().add(largest)
+
+        def powers() -> list[PlacedBlock]:
+            blocks = []
+            for placed, block in zip(self.blocks, eigen, strict=True):
+                own = damping * float(block.eigenvalues.mean()) if relative else damping
+                blocks.append(placed.with_block(block.power(exponent, own, placed.name, floor)))
+            return blocks
+
+        blocks = self.share.all_or_none(powers)
         info = {**self.info, "power": exponent, "damping": damping}
         info |= {"relative": True} if relative else {}
         info |= {} if rtol is None else {"rtol": rtol}
-        return BlockDiagonalLinearOperator(self.space, blocks, info)
+        return BlockDiagonalLinearOperator(self.space, blocks, info, self.share)
 
     def inverse(
         self,
@@ -251,16 +295,18 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
                 f"relative={relative} and rtol={rtol} arrived with a damping of the factors, which "
                 "they are not for. Leave them out, or use the exact damping (the default)."
             )
-        self._check_factored()
-        blocks = [
-            p.with_block(
-                p.block.factored_inverse(damping, use_heuristic_damping, min_damping, p.name)
-            )
-            for p in self.blocks
-        ]
+        self.share.all_or_none(self._check_factored)
+        blocks = self.share.all_or_none(
+            lambda: [
+                p.with_block(
+                    p.block.factored_inverse(damping, use_heuristic_damping, min_damping, p.name)
+                )
+                for p in self.blocks
+            ]
+        )
         rule = "heuristic" if use_heuristic_damping else "factored"
         info = {**self.info, "power": -1.0, "damping": damping, "damping_rule": rule}
-        return BlockDiagonalLinearOperator(self.space, blocks, info)
+        return BlockDiagonalLinearOperator(self.space, blocks, info, self.share)
 
     def _check_factored(self) -> None:
         """Check that there are Kronecker factors to damp."""

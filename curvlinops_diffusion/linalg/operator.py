@@ -108,6 +108,25 @@ def check_same_parameters(
         raise ValueError(f"The operators live on {sorted(devices)}. Move them to one device.")
 
 
+def check_whole(operator: PyTorchLinearOperator, what: str) -> None:
+    """Check that an operator is not shared among processes.
+
+    Args:
+        operator: The operator.
+        what: What is done by each process on its own.
+
+    Raises:
+        ValueError: If it is.
+    """
+    share = getattr(operator, "share", None)
+    if share is not None and share.count > 1:
+        raise ValueError(
+            f"{what} multiplies each process' own examples, and the blocks of this "
+            f"{type(operator).__name__} are shared among {share.count} processes. Save it, and "
+            "load it without sharded=True."
+        )
+
+
 _PASS_THE_SAME = (
     "Pass the same params to each, for instance those of the curvature: "
     "ExampleGradientLinearOperator(regression, EK.param_names)."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from math import prod
 from os import PathLike
 from pathlib import Path
@@ -14,8 +15,10 @@ if TYPE_CHECKING:
 
 FORMAT = "curvlinops_diffusion.operator"
 #: The version of a file is the lowest that its tensors need, so that older versions of the library
-#: read what they can: 3 has blocks whose zeros are listed (``null``).
-FORMAT_VERSION = 3
+#: read what they can: 3 has blocks whose zeros are listed (``null``), 4 names the files that hold
+#: the tensors (``shards``).
+FORMAT_VERSION = 4
+WITHOUT_SHARDS = 3
 WITHOUT_NULL = 2
 OPERATOR = FileKind(
     FORMAT, "an operator of curvlinops_diffusion", "Write it again with operator.save(path)."
@@ -45,13 +48,15 @@ def block_rows(header: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what an operator's file says of itself, and its tensors.
+def read_file(
+    path: Path, wanted: Container[str] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what an operator's file says of itself, and its tensors, or those of wanted names.
 
     Raises:
         ValueError: If the file is missing, truncated, foreign or of a newer format.
     """
-    header, tensors = OPERATOR.read(path)
+    header, tensors = OPERATOR.read(path, wanted)
     return _checked(path, header), tensors
 
 

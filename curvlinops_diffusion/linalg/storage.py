@@ -5,11 +5,12 @@ Nothing in a file is ever executed: tensors are raw numbers, the header is JSON 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from math import prod
 from os import PathLike
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import torch
@@ -21,13 +22,16 @@ from curvlinops_diffusion.linalg.operator_files import (
     FORMAT_VERSION,
     OPERATOR,
     WITHOUT_NULL,
+    WITHOUT_SHARDS,
     read_file,
+    read_header,
 )
 from curvlinops_diffusion.linalg.parameters import ParameterSpace
 from curvlinops_diffusion.linalg.placement import PlacedBlock
 from curvlinops_diffusion.runtime.adapters import adapter_of, common_names
 from curvlinops_diffusion.runtime.digests import fingerprint
 from curvlinops_diffusion.runtime.modes import unwrapped
+from curvlinops_diffusion.runtime.processes import ALONE, Share
 
 
 def versions() -> dict[str, str]:
@@ -42,19 +46,61 @@ def save_blocks(
     space: ParameterSpace,
     blocks: Sequence[PlacedBlock],
     info: dict[str, Any],
+    share: Share = ALONE,
 ) -> None:
-    """Write a block-diagonal operator to a file.
+    """Write a block-diagonal operator to a file, or one for each process and one that names them.
 
     Args:
         path: Where to. Written under another name in the same folder, then renamed.
         kind: The operator's kind.
         space: Its parameter space.
-        blocks: Its blocks.
+        blocks: The blocks of this process.
         info: How it was made.
+        share: The processes that hold blocks.
 
     Raises:
         ValueError: If the file cannot be written.
     """
+    path = Path(path)
+    header, tensors = _described(kind, space, blocks, info)
+    if share.count == 1:
+        OPERATOR.write(path, tensors, header)
+        return
+    # names of their own, so that an older operator stays whole until the last one is written
+    token = share.gathered(token_hex(4))[0]
+    name = f"{path.stem}.{token}.{share.rank}of{share.count}{path.suffix}"
+    share.all_or_none(lambda: OPERATOR.write(path.with_name(name), tensors, header))
+    listed = share.gathered(header["blocks"])
+    shards = share.gathered(name)
+
+    def write_names() -> None:
+        if share.rank > 0:
+            return
+        old = shards_of(path)
+        every = [entry | {"shard": n} for n, own in enumerate(listed) for entry in own]
+        order = {name: place for place, name in enumerate(space.shapes)}
+        every.sort(key=lambda entry: min(order[name] for name in entry["params"]))
+        whole = header | {"format_version": FORMAT_VERSION, "blocks": every, "shards": shards}
+        OPERATOR.write(path, {}, whole)
+        for other in old:
+            other.unlink(missing_ok=True)
+
+    share.all_or_none(write_names)
+
+
+def shards_of(path: Path) -> list[Path]:
+    """The files that an operator's file names, beside it; none if it holds the tensors itself."""
+    if not OPERATOR.holds(path):
+        return []
+    return [
+        path.with_name(Path(name).name) for name in OPERATOR.read_header(path).get("shards", [])
+    ]
+
+
+def _described(
+    kind: str, space: ParameterSpace, blocks: Sequence[PlacedBlock], info: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors of a file."""
     tensors: dict[str, Tensor] = {}
     stored: dict[tuple[int, torch.Size], str] = {}  # weight and bias share a basis: store it once
     listed = []
@@ -69,7 +115,7 @@ def save_blocks(
         listed.append(
             {
                 "name": placed.name,
-                "params": placed.params,
+                "params": list(placed.params),
                 "type": _type_name(placed),
                 "tensors": names,
                 "transposed": placed.transposed,
@@ -78,18 +124,21 @@ def save_blocks(
     lists_zeros = any("null" in placed.block.tensors() for placed in blocks)
     header = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION if lists_zeros else WITHOUT_NULL,
+        "format_version": WITHOUT_SHARDS if lists_zeros else WITHOUT_NULL,
         "kind": kind,
         "parameters": [[name, list(shape)] for name, shape in space.shapes.items()],
         "dtype": str(space.dtype).removeprefix("torch."),
         "blocks": listed,
         "info": info,
     }
-    OPERATOR.write(Path(path), tensors, header)
+    return header, tensors
 
 
 def load_blocks(
-    path: str | PathLike[str], model: nn.Module, device: torch.device | str | None = None
+    path: str | PathLike[str],
+    model: nn.Module,
+    device: torch.device | str | None = None,
+    share: Share = ALONE,
 ) -> tuple[str, ParameterSpace, list[PlacedBlock], dict[str, Any]]:
     """Read a block-diagonal operator of a model from a file.
 
@@ -97,16 +146,17 @@ def load_blocks(
         path: The file.
         model: The model that the operator was made for.
         device: Where to put it; ``None`` for the model's device.
+        share: The processes that hold blocks: each reads some, as many bytes as the others.
 
     Returns:
-        The operator's kind, parameter space, blocks, and how it was made.
+        The operator's kind, parameter space, the blocks of this process, and how it was made.
 
     Raises:
         ValueError: If the file is missing, truncated, foreign or of a newer format, or was made
             for another model or other weights; the message says which.
     """
     path = Path(path)
-    header, tensors = read_file(path)
+    header, sources = _sources(path, share)
     own = dict(model.named_parameters())
     try:
         if not all(name in own for name, _ in header["parameters"]):
@@ -116,14 +166,50 @@ def load_blocks(
         _check_model(path, header, model, own)
         shapes = {name: tuple(shape) for name, shape in header["parameters"]}
         device = own[next(iter(shapes))].device if device is None else torch.device(device)
-        # copied, since products of tensors that are not aligned in memory round differently
-        tensors = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
         space = ParameterSpace(shapes, getattr(torch, header["dtype"]), device)
-        blocks = [_block(entry, tensors) for entry in header["blocks"]]
-        _check_blocks(space, blocks)
+        blocks = []
+        for file, chosen in sources.items():
+            entries = [header["blocks"][number] for number in chosen]
+            wanted = {name for entry in entries for name in entry["tensors"].values()}
+            _, tensors = read_file(file, wanted)
+            # copied, since products of tensors that are not aligned in memory round differently
+            moved = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+            blocks += [_block(entry, moved) for entry in entries]
+        order = {name: place for place, name in enumerate(shapes)}
+        blocks.sort(key=lambda placed: min(order[name] for name in placed.params))
+        _check_blocks(space, blocks, header)
         return str(header["kind"]), space, blocks, dict(header["info"])
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError) as error:
         raise OPERATOR.damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def _sources(path: Path, share: Share) -> tuple[dict[str, Any], dict[Path, list[int]]]:
+    """The header, and the places in its list of the blocks that this process reads, by file."""
+    header = read_header(path)
+    try:
+        sizes = {name: prod(shape) for name, shape in header["parameters"]}
+        files = [path.with_name(Path(name).name) for name in header.get("shards", [path.name])]
+        together: dict[tuple[int, str], list[int]] = {}  # blocks that share tensors
+        for number, entry in enumerate(header["blocks"]):
+            shard = entry.get("shard", 0)
+            keys = [(shard, name) for name in entry["tensors"].values()]
+            known = next((together[key] for key in keys if key in together), [])
+            known.append(number)
+            together |= dict.fromkeys(keys, known)
+        groups = list({id(numbers): numbers for numbers in together.values()}.values())
+        # a block's bytes go with its parameters' entries
+        costs = [
+            float(sum(sizes[p] for n in numbers for p in header["blocks"][n]["params"]))
+            for numbers in groups
+        ]
+        sources: dict[Path, list[int]] = {}
+        for numbers, owner in zip(groups, share.owners(costs), strict=True):
+            if owner == share.rank:
+                shard = header["blocks"][numbers[0]].get("shard", 0)
+                sources.setdefault(files[shard], []).extend(numbers)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise OPERATOR.damaged(path, f"{type(error).__name__}: {error}") from error
+    return header, sources
 
 
 def _with_names_of(own: Iterable[str], header: dict[str, Any]) -> dict[str, Any]:
@@ -147,16 +233,22 @@ def read_blocks(path: str | PathLike[str]) -> tuple[dict[str, Any], list[PlacedB
         ValueError: If the file is missing, truncated, foreign or of a newer format.
     """
     path = Path(path)
-    header, tensors = read_file(path)
+    header, sources = _sources(path, ALONE)
     try:
-        return header, [_block(entry, tensors) for entry in header["blocks"]]
+        blocks: dict[int, PlacedBlock] = {}
+        for file, numbers in sources.items():
+            _, tensors = read_file(file)
+            blocks |= {n: _block(header["blocks"][n], tensors) for n in numbers}
+        return header, [blocks[n] for n in range(len(header["blocks"]))]
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise OPERATOR.damaged(path, f"{type(error).__name__}: {error}") from error
 
 
-def _check_blocks(space: ParameterSpace, blocks: Sequence[PlacedBlock]) -> None:
+def _check_blocks(
+    space: ParameterSpace, blocks: Sequence[PlacedBlock], header: Mapping[str, Any]
+) -> None:
     """Check that blocks and parameters fit together."""
-    held = sorted(name for placed in blocks for name in placed.params)
+    held = sorted(name for entry in header["blocks"] for name in entry["params"])
     if held != sorted(space.shapes) or not space.dtype.is_floating_point:
         raise TypeError("the blocks do not hold every parameter once")
     for placed in blocks:

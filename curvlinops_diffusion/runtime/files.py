@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -92,11 +92,12 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 _DIGEST = "sha256"
 
 
-def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+def _digest(header: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Of tensors in the order of their names."""
     from curvlinops_diffusion.runtime.digests import tensor_parts
 
     digest = sha256(header.encode())
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in tensors:
         digest.update(name.encode())
         for part in tensor_parts(tensor):
             digest.update(part)
@@ -132,11 +133,18 @@ class FileKind:
             path.parent, sum(z.nbytes for z in plain.values()), f"The numbers of '{path.name}'"
         )
         text = json.dumps(header)
-        metadata = {self.key: text, _DIGEST: _digest(text, plain)}
+        metadata = {self.key: text, _DIGEST: _digest(text, sorted(plain.items()))}
         _written(path, lambda temporary: save_file(_unshared(plain), temporary, metadata))
 
-    def read(self, path: Path) -> tuple[Any, dict[str, Tensor]]:
+    def read(
+        self, path: Path, wanted: Container[str] | None = None
+    ) -> tuple[Any, dict[str, Tensor]]:
         """The header and the tensors of a file.
+
+        Args:
+            path: The file.
+            wanted: The names of the tensors that are kept; ``None`` for all. The others are read
+                one after the other, to see that the file is as it was written.
 
         Raises:
             ValueError: If the file is missing, not whole, or of another kind; or header or tensors
@@ -144,13 +152,22 @@ class FileKind:
         """
         with self._open(path, framework="pt") as file:
             header = self._header(path, file)
+            tensors: dict[str, Tensor] = {}
+
+            def each() -> Iterator[tuple[str, Tensor]]:
+                for name in sorted(file.keys()):
+                    tensor = file.get_tensor(name)
+                    if wanted is None or name in wanted:
+                        tensors[name] = tensor
+                    yield name, tensor
+
+            metadata = file.metadata()
             try:
-                tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+                found = _digest(metadata[self.key], each())
             except (SafetensorError, OSError) as error:
                 raise self._not_whole(path, error) from error
-            metadata = file.metadata()
         # older files have no digest
-        if metadata.get(_DIGEST, "") not in ("", _digest(metadata[self.key], tensors)):
+        if metadata.get(_DIGEST, "") not in ("", found):
             raise ValueError(
                 f"'{path}' is damaged: its numbers are not those that were written. {self.advice}"
             )

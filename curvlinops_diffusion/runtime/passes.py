@@ -88,12 +88,16 @@ class PassOptions:
         checkpoint_every: Seconds between two checkpoints.
         distributed: Whether the processes of ``torch.distributed`` share the work. The default
             process group must be initialised; every process then has the whole result.
+        sharded: Whether each of these processes keeps its share of K-FAC's or EK-FAC's blocks only:
+            it passes over all data for its own layers. Everything of such an operator is then done
+            by all processes together, at the same place of their programs.
         progressbar: Whether to show progress.
     """
 
     checkpoint: str | PathLike[str] | None = None
     checkpoint_every: float = 300.0
     distributed: bool = False
+    sharded: bool = False
     progressbar: bool = False
 
     def __post_init__(self) -> None:
@@ -104,6 +108,16 @@ class PassOptions:
         """
         check_non_negative("checkpoint_every", self.checkpoint_every)
         Share.of(self.distributed)
+        if self.sharded and not self.distributed:
+            raise ValueError(
+                "sharded=True arrived without distributed=True. Pass both, in a program that "
+                "torchrun has started, or neither."
+            )
+
+    @property
+    def holders(self) -> Share:
+        """The processes that hold an operator's blocks: all of them, or each the whole."""
+        return Share.of(self.distributed) if self.sharded else Share()
 
 
 #: One process, no checkpoints.

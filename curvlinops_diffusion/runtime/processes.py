@@ -9,11 +9,13 @@ import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+Result = TypeVar("Result")
 
 # Sums travel in buckets of about so many entries
 _BUCKET = 2**24
@@ -136,9 +138,61 @@ class Share:
                 f"Process 0 and process {other[0]} differ in {what}. Give every process the same."
             )
 
+    def pooled(self, tensors: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+        """Tensors by name of which every process has some; every process has all.
+
+        Args:
+            tensors: This process'.
+            like: A tensor of their type, on their device.
+        """
+        if self.count == 1:
+            return dict(tensors)
+        everyone = self.gathered({name: tuple(z.shape) for name, z in tensors.items()})
+        result: dict[str, Tensor] = {}
+        with _answered():
+            for rank, shapes in enumerate(everyone):
+                sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+                if rank == self.rank:
+                    own = [tensors[name].flatten() for name in shapes]
+                    flat = torch.cat(own) if own else like.new_empty(0)
+                else:
+                    flat = like.new_empty(sum(sizes))
+                if sizes:
+                    dist.broadcast(flat, src=rank)
+                for (name, shape), piece in zip(shapes.items(), flat.split(sizes), strict=True):
+                    result[name] = piece.reshape(shape)
+        return result
+
+    def all_or_none(self, work: Callable[[], Result]) -> Result:
+        """Do this process' own work; where one process fails, all do, in place of waiting for it.
+
+        Raises:
+            ValueError: If the work of this process has failed, or that of another one, whose kind
+                of error it is then.
+        """
+        if self.count == 1:
+            return work()
+        failure = None
+        try:
+            result = work()
+        except ValueError as error:
+            failure = error
+        said = self.gathered(None if failure is None else (type(failure), str(failure)))
+        if failure is not None:
+            raise failure
+        for rank, told in enumerate(said):
+            if told is not None:
+                kind, text = told
+                raise kind(f"Process {rank} has stopped: {text}")
+        return result
+
     def barrier(self) -> None:
         """Wait for the others."""
         self.gathered(None)
+
+
+#: A process on its own.
+ALONE = Share()
 
 
 def _buckets(names: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> Iterator[list[str]]:

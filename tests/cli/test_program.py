@@ -357,16 +357,32 @@ def test_killed_and_started_again(fitted, tmp_path):
         assert torch.equal(tensor, whole[name]), name
 
 
-def test_several_processes(fitted, tmp_path):
-    """By torchrun; three batches, which two processes do not divide."""
-    output = tmp_path / "e.safetensors"
-    words = arguments(fitted, "fit", "--output", output)
+def torchrun(*words):
+    """What two processes say."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     finished = subprocess.run(
         [*launch, "-m", "curvlinops_diffusion", *words], capture_output=True, text=True, check=False
     )
     assert finished.returncode == 0, finished.stderr
-    assert finished.stderr.count("Wrote ") == 1
+    return finished.stderr
+
+
+@pytest.mark.parametrize("sharded", [[], ["--sharded"]], ids=["whole", "sharded"])
+def test_several_processes(fitted, tmp_path, sharded):
+    """By torchrun; three batches, which two processes do not divide."""
+    output = tmp_path / "e.safetensors"
+    said = torchrun(*arguments(fitted, "fit", "--output", output, *sharded))
+    assert said.count("Wrote ") == 1
+    assert "4,877 parameters in 121 blocks" in said
+    assert len(list(tmp_path.glob("*.safetensors"))) == (3 if sharded else 1)
+    if sharded:
+        scores = tmp_path / "s.safetensors"
+        words = ["--operator", output, "--output", scores, *sharded]
+        torchrun(*arguments(fitted, "score", *words))
+        found, expected = (read_scores(path)[0] for path in (scores, fitted / "scores.safetensors"))
+        torch.testing.assert_close(
+            found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
+        )
     unet = DDPMPipeline.from_pretrained(fitted / "pipeline").unet.eval()
     v = torch.randn(4877, generator=torch.Generator().manual_seed(0))
     one, two = (load_operator(path, unet) for path in (fitted / "ekfac.safetensors", output))

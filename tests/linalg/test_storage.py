@@ -210,6 +210,13 @@ def other_tensors(metadata):
     return json.dumps(header)
 
 
+def shards(names):
+    def named(metadata):
+        return json.dumps(json.loads(metadata[storage_module.FORMAT]) | {"shards": names})
+
+    return named
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -217,12 +224,18 @@ def other_tensors(metadata):
         (pickled, "not a whole safetensors file"),
         (rewritten(lambda m: "{"), r"header of .* is damaged \("),
         (rewritten(lambda m: "[1]"), r"header of .* is damaged \("),
-        (rewritten(newer), r"format version 99; this library reads up to 3. Install a newer"),
+        (rewritten(newer), r"format version 99; this library reads up to 4. Install a newer"),
         (rewritten(lacking), r"header of .* is damaged \(entries are missing\)"),
         (rewritten(other_kind), "unknown kind 'hessian'"),
         (rewritten(other_tensors), r"header of .* is damaged"),
+        (rewritten(shards(3)), r"header of .* is damaged"),
+        (rewritten(shards([])), r"header of .* is damaged"),
+        (rewritten(shards(["elsewhere"])), "There is no file '.*elsewhere'"),
     ],
-    ids=["foreign", "pickle", "no json", "list", "newer", "lacking", "kind", "tensors"],
+    ids=[
+        *("foreign", "pickle", "no json", "list", "newer", "lacking", "kind", "tensors"),
+        *("shards no list", "no shards", "shard missing"),
+    ],
 )
 def test_damaged(model, path, damage, message):
     damage(path)

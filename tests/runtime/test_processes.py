@@ -22,6 +22,7 @@ from curvlinops_diffusion import (
     kernel_regression_scores,
     top_influences,
 )
+from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
 from curvlinops_diffusion.runtime.processes import Share
 from tests.cases import tiny_unet, unet_regression
 from tests.comparisons import assert_close
@@ -165,6 +166,25 @@ def test_processes_with_different_weights(tmp_path):
         assert message == (
             "Process 0 and process 1 differ in weights. Give every process the same."
         )
+
+
+def fail(rank):
+    def work():
+        if rank == 1:
+            raise OtherCheckpointError("It is of something else.")
+        return rank
+
+    try:
+        Share.of(True).all_or_none(work)
+    except OtherCheckpointError as error:
+        return f"as its own kind: {error}"
+
+
+def test_where_one_fails_all_do(tmp_path):
+    told = "as its own kind: Process 1 has stopped: It is of something else."
+    own = "as its own kind: It is of something else."
+    assert processes(3, tmp_path / "run", fail) == [told, own, told]
+    assert Share().all_or_none(lambda: 3) == 3
 
 
 def test_costs_are_shared_out():

@@ -93,12 +93,15 @@ def fit_cost(regression: NoisedRegression, params: Parameters, options: FitOptio
         seconds += 2 * run.seconds / run.samples * second + _decompositions(sizes)
         file_entries += parameters
         checkpoint_entries += entries + n * parameters  # of the bases, and of the eigenvalues
+    # a shard's process goes over all images, for some of the factors: that these take less time
+    # than all is not in the estimate
+    shards = n if options.sharded else 1
     return Cost(
-        round(samples),
+        round(shards * samples),
         file_entries * itemsize,
-        checkpoint_entries * itemsize,
-        3 * entries * itemsize,
-        seconds / n,
+        checkpoint_entries // shards * itemsize,
+        3 * entries // shards * itemsize,
+        seconds * shards / n,
         parameters,
     )
 

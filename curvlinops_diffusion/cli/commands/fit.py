@@ -47,7 +47,11 @@ def fit(options: FitOptions) -> None:
             nothing_to_do(options.output)
             return
         passes = PassOptions(
-            checkpoint, options.checkpoint_every, distributed=several, progressbar=not options.quiet
+            checkpoint,
+            options.checkpoint_every,
+            distributed=several,
+            sharded=several and options.sharded,
+            progressbar=not options.quiet,
         )
         make = _OPERATORS[options.curvature]
         operator = going_on(
@@ -55,14 +59,16 @@ def fit(options: FitOptions) -> None:
             checkpoint,
             options.overwrite,
         )
+        operator.info |= {"identity": identity, "images": images.summary()}
+        num_blocks = sum(operator.share.gathered(len(operator.blocks)))
+        if passes.sharded or is_first():
+            operator.save(options.output)
         if not is_first():
             return
-        operator.info |= {"identity": identity, "images": images.summary()}
-        operator.save(options.output)
         remove(checkpoint)
         covered, left_out = operator.shape[0], operator.info.get("left_out", {})
         event("fitted", file=str(options.output), parameters=covered, left_out=left_out)
-        say(f"Wrote {options.output}: {covered:,} parameters in {len(operator.blocks)} blocks")
+        say(f"Wrote {options.output}: {covered:,} parameters in {num_blocks} blocks")
 
 
 def training_images(network: Network, options: Any) -> NamedImages:

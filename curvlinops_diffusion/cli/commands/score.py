@@ -59,7 +59,8 @@ def score(options: ScoreOptions) -> None:
         if is_first():
             say(f"Read {images.summary()} from {options.queries}")
         query = _query_regression(network, images, options)
-        operator = load_operator(options.operator, network.objective.model)
+        held = PassOptions(distributed=several, sharded=several and options.sharded)
+        operator = load_operator(options.operator, network.objective.model, passes=held)
         _check_same_objective(options, operator.info, train)
         if not options.other_data:
             _check_same_images(options, operator.info, train)

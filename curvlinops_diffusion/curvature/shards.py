@@ -1,0 +1,97 @@
+"""Blocks shared among processes: each passes over all data for its own layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+from curvlinops_diffusion.curvature.plan import BlockPlan
+from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.linalg.placement import PlacedBlock
+from curvlinops_diffusion.runtime.passes import PassOptions
+from curvlinops_diffusion.runtime.processes import Share
+
+
+def sharded_blocks(
+    regression: NoisedRegression,
+    plan: BlockPlan,
+    passes: PassOptions,
+    fit: Callable[[BlockPlan, PassOptions], list[PlacedBlock]],
+) -> list[PlacedBlock]:
+    """The blocks of this process.
+
+    Every shard of the plan is fitted by one process, alone: it passes over all data, and computes
+    the factors of its own layers. A shard has a checkpoint of its own, so that other numbers of
+    processes go on from there, each with one shard after the other.
+
+    Args:
+        regression: Objective, data and draws.
+        plan: The blocks of all processes.
+        passes: Checkpoints, processes and progress.
+        fit: Fits the blocks of a plan.
+
+    Raises:
+        ValueError: If the processes' weights, data or options differ, or one of them has failed.
+    """
+    share = passes.holders
+    share.check_alike("weights", regression.fingerprint())
+    share.check_alike("data, draws or options", [regression.description, plan.settings])
+    number = _number_of_shards(passes, share)
+    owners = shard_owners(plan, number)
+
+    def own() -> list[PlacedBlock]:
+        blocks = []
+        for shard in range(share.rank, number, share.count):
+            names = [name for name, owner in owners.items() if owner == shard]
+            if names:
+                blocks += fit(plan.restricted(names), _of_shard(passes, shard, number, share))
+        return blocks
+
+    return share.all_or_none(own)
+
+
+def shard_owners(plan: BlockPlan, number: int) -> dict[str, int]:
+    """The shard of each parameter; those of a layer have the same one.
+
+    Balanced by the bytes of the factors, and by the operations of their decomposition, ``n³``.
+    """
+    units = [tuple(layer.params) for layer in plan.coverage.layers]
+    units += [(name,) for name in plan.coverage.others]
+    pieces = [plan.restricted(names) for names in units]
+    operations = [_operations(piece) for piece in pieces]
+    total_entries = max(1, sum(piece.num_entries for piece in pieces))
+    total_operations = max(1, sum(operations))
+    costs = [
+        piece.num_entries / total_entries + work / total_operations
+        for piece, work in zip(pieces, operations, strict=True)
+    ]
+    owners = Share(0, number).owners(costs)
+    return {name: owner for names, owner in zip(units, owners, strict=True) for name in names}
+
+
+def _operations(plan: BlockPlan) -> int:
+    dense = [prod(block.moment_shape) ** 1.5 for block in plan.exact if len(block.moment_shape) > 1]
+    return sum(n**3 for n in plan.factor_sizes()) + int(sum(dense))
+
+
+def _number_of_shards(passes: PassOptions, share: Share) -> int:
+    """As many as processes, or as there are in the checkpoint of an earlier run."""
+    number = share.count
+    if passes.checkpoint is not None:
+        names = [path.name for path in Path(passes.checkpoint).glob("shard*of*")]
+        found = [re.fullmatch(r"shard\d+of(\d+)", name) for name in sorted(names)]
+        numbers = {int(match.group(1)) for match in found if match}
+        share.check_alike(f"what they see in '{passes.checkpoint}'", sorted(numbers))
+        number = max(numbers, default=number)
+    return number
+
+
+def _of_shard(passes: PassOptions, shard: int, number: int, share: Share) -> PassOptions:
+    folder = None
+    if passes.checkpoint is not None:
+        folder = Path(passes.checkpoint) / f"shard{shard}of{number}"
+    shown = passes.progressbar and share.rank == 0
+    return replace(passes, distributed=False, sharded=False, checkpoint=folder, progressbar=shown)

@@ -1,0 +1,231 @@
+"""Blocks shared among processes, on gloo: as one process', saved and opened by others, killed."""
+
+import os
+import shutil
+import signal
+import warnings
+
+import pytest
+import torch
+
+from curvlinops_diffusion import (
+    DiffusionEKFACLinearOperator,
+    DiffusionKFACLinearOperator,
+    ExampleGradientLinearOperator,
+    PassOptions,
+    group_and_self_influence,
+    influence_scores,
+    load_operator,
+    retraining_scores,
+)
+from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.curvature.plan import BlockPlan
+from curvlinops_diffusion.curvature.shards import shard_owners
+from curvlinops_diffusion.layers import covered_parameters
+from tests.cases import tiny_unet, unet_regression
+from tests.runtime.test_processes import assert_all_close, processes
+
+COUNT = 5
+
+
+def shared(checkpoint=None):
+    return PassOptions(checkpoint, checkpoint_every=0, distributed=True, sharded=True)
+
+
+def problem():
+    return unet_regression(tiny_unet(), count=COUNT)
+
+
+def made_of(EK, passes):
+    """Everything that is done with an operator, as tensors by name."""
+    columns = torch.randn(EK.shape[0], 3, generator=torch.Generator().manual_seed(0)).double()
+    inverse = EK.inverse(1e-3)
+    found = {
+        "product": EK @ columns,
+        "inverse": inverse @ columns,
+        "tensors": torch.cat([z.flatten() for z in EK @ _as_list(EK, columns[:, 0])]),
+        "power": EK.power(0.5) @ columns,
+        "relative": EK.inverse(0.1, relative=True) @ columns,
+        "truncated": EK.inverse(rtol=1e-3) @ columns,
+        "twice": inverse.power(2.0) @ columns,
+        "float32": (EK.to(torch.float32) @ columns.float()).double(),
+        "trace": EK.trace(),
+        "logdet": EK.inverse(1e-3).logdet(),
+        "norm": EK.frobenius_norm(),
+        "eigenvalues": EK.eigenvalues(),
+    }
+    J = ExampleGradientLinearOperator(problem())
+    found["scores"] = influence_scores(J, inverse, J, query_block=2, passes=passes)
+    found["regression"] = retraining_scores(J, inverse, J, passes=passes)
+    return found
+
+
+def _as_list(EK, column):
+    shapes = EK.space.shapes.values()
+    pieces = column.split([torch.Size(shape).numel() for shape in shapes])
+    return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def fitted(rank):
+    EK = DiffusionEKFACLinearOperator(problem(), passes=shared())
+    return {**made_of(EK, PassOptions(distributed=True)), "bytes": torch.tensor(EK.nbytes)}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        EK = DiffusionEKFACLinearOperator(problem())
+        return made_of(EK, PassOptions())
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return DiffusionEKFACLinearOperator(problem())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_as_one_process(tmp_path, expected, whole, count):
+    results = processes(count, tmp_path / "run", fitted)
+    held = [int(found.pop("bytes")) for found in results]
+    for found in results:
+        assert found.pop("float32") == pytest.approx(expected["float32"], rel=1e-3, abs=1e-5)
+        assert_all_close(found, {k: z for k, z in expected.items() if k != "float32"})
+    assert sum(held) == whole.nbytes
+    largest = max(placed.num_bytes for placed in whole.blocks)
+    assert max(held) <= whole.nbytes / count + 2 * largest  # a layer's blocks stay together
+
+
+def saved(rank, path):
+    DiffusionEKFACLinearOperator(problem(), passes=shared()).save(path)
+
+
+def opened(rank, path):
+    EK = load_operator(path, tiny_unet(), passes=shared())
+    assert len(EK.blocks) < len(load_operator(path, tiny_unet()).blocks)
+    return made_of(EK, PassOptions(distributed=True))
+
+
+def same(found, expected):
+    """All but what is rounded to float32."""
+    assert_all_close(found, {k: z for k, z in expected.items() if k != "float32"})
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1), (2, 3), (3, 2)])
+def test_saved_and_opened_by_others(tmp_path, expected, whole, first, second):
+    path = tmp_path / "ekfac.safetensors"
+    if first == 1:
+        whole.save(path)
+    else:
+        processes(first, tmp_path / "first", saved, path)
+        assert len(list(tmp_path.glob("ekfac.*of*.safetensors"))) == first
+    if second == 1:
+        EK = load_operator(path, tiny_unet())
+        assert type(EK) is DiffusionEKFACLinearOperator
+        same(made_of(EK, PassOptions()), expected)
+    else:
+        for found in processes(second, tmp_path / "second", opened, path):
+            same(found, expected)
+
+
+def test_a_file_replaces_another_with_its_shards(tmp_path):
+    path = tmp_path / "ekfac.safetensors"
+    for run in range(2):
+        processes(2, tmp_path / f"run{run}", saved, path)
+        assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    next(tmp_path.glob("ekfac.*.1of2.safetensors")).unlink()
+    with pytest.raises(ValueError, match=r"There is no file '.*1of2.safetensors'"):
+        load_operator(path, tiny_unet())
+
+
+def kfac(rank):
+    K = DiffusionKFACLinearOperator(problem(), kfac_approx="shampoo", passes=shared())
+    columns = torch.eye(K.shape[0], 4).double()
+    heuristic = K.inverse(1e-3, use_heuristic_damping=True)
+    return {"product": K @ columns, "heuristic": heuristic @ columns}
+
+
+def test_kfac(tmp_path):
+    K = DiffusionKFACLinearOperator(problem(), kfac_approx="shampoo")
+    columns = torch.eye(K.shape[0], 4).double()
+    heuristic = K.inverse(1e-3, use_heuristic_damping=True)
+    expected = {"product": K @ columns, "heuristic": heuristic @ columns}
+    for found in processes(2, tmp_path / "run", kfac):
+        assert_all_close(found, expected)
+
+
+def die(rank, checkpoint):
+    """The second process is killed in its second pass."""
+    regression = problem()
+    calls = []
+
+    def kill(*args):
+        calls.append(1)
+        if rank == 1 and len(calls) > 18:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    regression.objective.model.register_forward_pre_hook(kill)
+    DiffusionEKFACLinearOperator(regression, passes=shared(checkpoint))
+
+
+def resumed(rank, checkpoint):
+    EK = DiffusionEKFACLinearOperator(problem(), passes=shared(checkpoint))
+    return made_of(EK, PassOptions(distributed=True))
+
+
+@pytest.fixture(scope="module")
+def left_behind(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("died")
+    stopped = processes(2, folder / "run", die, folder / "checkpoint")
+    assert stopped[1] is None
+    assert "Another process has stopped, or does not answer" in stopped[0]
+    assert (folder / "checkpoint" / "shard1of2").is_dir()
+    return folder / "checkpoint"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_process_that_dies(tmp_path, expected, left_behind, count):
+    """It goes on with as many, with fewer, and with more, of which one has nothing to do."""
+    shutil.copytree(left_behind, tmp_path / "checkpoint")
+    for found in processes(count, tmp_path / "run", resumed, tmp_path / "checkpoint"):
+        same(found, expected)
+
+
+def singular(rank):
+    EK = DiffusionEKFACLinearOperator(problem(), passes=shared())
+    EK.inverse(0.0)
+
+
+def self_influence(rank):
+    EK = DiffusionEKFACLinearOperator(problem(), passes=shared())
+    J = ExampleGradientLinearOperator(problem())
+    group_and_self_influence(J, EK.inverse(1e-3), J, torch.zeros(COUNT).long())
+
+
+def test_errors(tmp_path):
+    """Of one process, all have it."""
+    found = processes(2, tmp_path / "singular", singular)
+    assert all("zero eigenvalues" in text for text in found)
+    for text in processes(2, tmp_path / "self", self_influence):
+        assert "Self-influence multiplies each process' own examples" in text
+    with pytest.raises(ValueError, match="sharded=True arrived without distributed=True"):
+        PassOptions(sharded=True)
+
+
+@pytest.mark.parametrize("number", [2, 4, 7])
+def test_shards_are_balanced(number):
+    regression = problem()
+    options = KFACOptions()
+    coverage = covered_parameters(regression.objective.model, None, True)
+    plan = BlockPlan.of(coverage, options)
+    owners = shard_owners(plan, number)
+    assert owners.keys() == coverage.params.keys()
+    for layer in coverage.layers:
+        assert len({owners[name] for name in layer.params}) == 1
+    entries = [
+        plan.restricted([n for n, o in owners.items() if o == shard]).num_entries
+        for shard in range(number)
+    ]
+    assert sum(entries) == plan.num_entries
+    largest = max(plan.restricted(layer.params).num_entries for layer in coverage.layers)
+    assert max(entries) <= plan.num_entries / number + largest
