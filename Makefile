@@ -58,6 +58,7 @@ bench: $(VENV)/.installed-bench  ## the benchmarks, about 25 minutes, into bench
 	$(BIN)/python -m benchmarks.scaling --repeats 2
 	$(BIN)/python -m benchmarks.scoring --kronfluence
 	$(BIN)/python -m benchmarks.stored_gradients
+	$(BIN)/python -m benchmarks.shards
 	$(BIN)/python -m benchmarks.report_page
 	$(BIN)/python -m benchmarks.cost_model
 

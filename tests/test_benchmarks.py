@@ -16,6 +16,7 @@ from benchmarks import (
     exact_ggn,
     peak_memory,
     refinement,
+    shards,
     stored_gradients,
 )
 
@@ -37,6 +38,7 @@ PROGRAMS = {
     "scaling": ["scaling"],
     "score_draws": ["score_draws"],
     "scoring": ["scoring"],
+    "shards": ["shards"],
     "stored_gradients": ["stored_gradients"],
 }
 RESULTS = [name for names in PROGRAMS.values() for name in names]
@@ -55,6 +57,12 @@ def in_this_process(command, **options):
     return SimpleNamespace(stdout=json.dumps(peak))
 
 
+def shard_in_this_process(command, **options):
+    """What ``benchmarks.shards`` runs by torchrun."""
+    found = shards.measured(command[command.index("--only") + 1], True, "cpu")
+    return SimpleNamespace(stdout=json.dumps(found))
+
+
 # what is left of programs whose quick form takes long; whole by `make test-slow`
 CUT = {
     "draws": {"SETTINGS": draws.SETTINGS[:2]},
@@ -65,6 +73,7 @@ CUT = {
     },
     "peak_memory": {"subprocess": SimpleNamespace(run=in_this_process)},
     "refinement": {"DAMPINGS": refinement.DAMPINGS[:1]},
+    "shards": {"subprocess": SimpleNamespace(run=shard_in_this_process)},
     "stored_gradients": {"forms": lambda *sizes: stored_forms(*sizes)[::4]},
 }
 stored_forms = stored_gradients.forms

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 from torch import Tensor
@@ -54,7 +55,9 @@ def eigenvalue_moments(
 
     GradientPass(regression, plan, passes).run("Eigenvalues", consume, sums)
     return {
-        part.key: sums.mean(part.key, regression.num_samples, part.new_zeros(dtype, *part.shape))
+        part.key: sums.take_mean(
+            part.key, regression.num_samples, partial(part.new_zeros, dtype, *part.shape)
+        )
         for part in plan.parts
     }
 

@@ -78,14 +78,16 @@ def _eigenbases(
     options: KFACOptions,
     passes: PassOptions,
 ) -> tuple[dict[str, Eigendecomposition], dict[str, Eigendecomposition]]:
-    """Eigendecompositions of input and output factors, divided among the processes.
+    """Eigendecompositions of input and output factors, which are given away for them.
+
+    Divided among the processes.
 
     They are written to the checkpoint, too: eigenvectors of close eigenvalues depend on rounding,
     and the second moments must all be taken in one basis.
     """
-    named = {("input", key): A for key, A in factors.inputs.items()}
-    named |= {("output", key): B for key, B in factors.outputs.items()}
-    pieces = {f"{side}/{key}": M for (side, key), M in named.items()}
+    sides = {"input": factors.inputs, "output": factors.outputs}
+    named = [(side, key) for side, own in sides.items() for key in own]
+    pieces = {f"{side}/{key}": sides[side].pop(key) for side, key in named}
     device = regression.objective.device
 
     # means over positions, or other draws, may lack directions that gradients have; second moments

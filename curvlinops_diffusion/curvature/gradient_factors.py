@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -121,13 +122,17 @@ class _Moments:
         self.over.run(name, consume, sums)
         dtype = self.over.regression.objective.working_dtype
         return {
-            part.key: sums.mean(
+            part.key: sums.take_mean(
                 part.key,
                 self.over.regression.num_samples,
-                moment(part, part.new_zeros(dtype, 1, *part.shape)),
+                partial(_of_zeros, moment, part, dtype),
             )
             for part in self.parts.values()
         }
+
+
+def _of_zeros(moment: Callable[[Part, Tensor], Tensor], part: Part, dtype: torch.dtype) -> Tensor:
+    return moment(part, part.new_zeros(dtype, 1, *part.shape))
 
 
 def _divided(

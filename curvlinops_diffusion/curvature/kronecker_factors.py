@@ -17,7 +17,7 @@ from torch import Tensor
 
 from curvlinops_diffusion.curvature.loss_vectors import checked_loss_vectors
 from curvlinops_diffusion.curvature.options import KFACApprox
-from curvlinops_diffusion.curvature.plan import BlockPlan
+from curvlinops_diffusion.curvature.plan import BlockPlan, Zeros
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
@@ -229,13 +229,11 @@ class _InputFactors(Observer):
         result = {}
         for name, part in self._parts.items():
             zeros = self._zeros[part.input_key]
-            if name in self._moments:
-                seen = name in self._seen
-                result[part.input_key] = (
-                    self._moments[name].total().to(zeros) / count if seen else zeros
-                )
+            if name in self._seen:  # which are given away one by one, as the sums
+                total = self._moments.pop(name).total().to(self._dtype)
+                result[part.input_key] = total.div_(count)
             else:
-                result[part.input_key] = self._sums.mean(name, count, zeros)
+                result[part.input_key] = self._sums.take_mean(name, count, zeros)
         return result
 
 
@@ -243,10 +241,10 @@ class _MeanSums(Observer):
     """Sums of one term for each backward pass, over all calls of a layer.
 
     Args:
-        zeros: What the sums are where nothing arrives, by their key.
+        zeros: Makes what the sums are where nothing arrives, by their key.
     """
 
-    def __init__(self, zeros: Mapping[str, Tensor]):
+    def __init__(self, zeros: Mapping[str, Zeros]):
         self._zeros = zeros
         self._sums = Sums()
         self._N = 0
@@ -261,11 +259,11 @@ class _MeanSums(Observer):
         self._sums.restore(tensors)
 
     def means(self, count: int) -> dict[str, Tensor]:
-        return {key: self._sums.mean(key, count, zeros) for key, zeros in self._zeros.items()}
+        return {key: self._sums.take_mean(key, count, zeros) for key, zeros in self._zeros.items()}
 
     def identities(self) -> dict[str, Tensor]:
         """For K-FAC without backward passes."""
-        return {key: identity_like(zeros) for key, zeros in self._zeros.items()}
+        return {key: identity_like(zeros()) for key, zeros in self._zeros.items()}
 
 
 class _OutputFactors(_MeanSums):

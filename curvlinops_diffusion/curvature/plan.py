@@ -6,9 +6,9 @@ cost. Below it nothing asks again how a layer's parameters fall into blocks.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from typing import Any
 
@@ -22,6 +22,9 @@ from curvlinops_diffusion.layers.kind import ExactKind
 from curvlinops_diffusion.layers.layer import Layer, Part
 from curvlinops_diffusion.linalg.blocks import Block
 from curvlinops_diffusion.linalg.placement import PlacedBlock
+
+#: Makes a factor of zeros: not held while there are sums in its place.
+Zeros = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -93,27 +96,27 @@ class BlockPlan:
         """The block of each layer that has an input factor, by the name of the layer."""
         return {part.layer.name: part for part in self.parts if not part.is_bias}
 
-    def input_zeros(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def input_zeros(self, dtype: torch.dtype) -> dict[str, Zeros]:
         """Input factors ``[*g, I, I]``, or ``[I]`` for diagonal ones, of zeros, by their key."""
-        zeros = {}
+        zeros: dict[str, Zeros] = {}
         for part in self.with_inputs.values():
             *groups, _, I = part.shape
             shape = (I,) if part.kind.one_hot else (*groups, I, I)
-            zeros[part.input_key] = part.new_zeros(dtype, *shape)
+            zeros[part.input_key] = partial(part.new_zeros, dtype, *shape)
         return zeros
 
-    def output_zeros(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def output_zeros(self, dtype: torch.dtype) -> dict[str, Zeros]:
         """Output factors ``[*g, O, O]`` of zeros, by their key."""
         return {
-            part.output_key: part.new_zeros(dtype, *part.shape[:-1], part.shape[-2])
+            part.output_key: partial(part.new_zeros, dtype, *part.shape[:-1], part.shape[-2])
             for part in self.parts
         }
 
-    def exact_zeros(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def exact_zeros(self, dtype: torch.dtype) -> dict[str, Zeros]:
         """Exact blocks ``[n, n]``, or their diagonals ``[n]``, of zeros, by their key."""
         own = self.coverage.params
         return {
-            block.key: own[block.params[0]].new_zeros(block.moment_shape, dtype=dtype).detach()
+            block.key: partial(own[block.params[0]].data.new_zeros, block.moment_shape, dtype=dtype)
             for block in self.exact
         }
 

@@ -227,19 +227,25 @@ def _answered() -> Iterator[None]:
 
 def divided(
     share: Share,
-    pieces: Mapping[str, Any],
+    pieces: dict[str, Any],
     cost: Callable[[Any], float],
     work: Callable[[str, Any], dict[str, Tensor]],
     device: torch.device,
 ) -> dict[str, dict[str, Tensor]]:
-    """Work whose pieces are divided among processes by cost; every process has all results."""
+    """Work whose pieces are divided among processes by cost; every process has all results.
+
+    A piece is dropped from ``pieces`` when it has been worked on, so that not all of them are held
+    beside all results.
+    """
+    keys = list(pieces)
     owners = share.owners([cost(piece) for piece in pieces.values()])
     own = {
-        key: work(key, piece)
-        for (key, piece), owner in zip(pieces.items(), owners, strict=True)
+        key: work(key, pieces.pop(key))
+        for key, owner in zip(keys, owners, strict=True)
         if owner == share.rank
     }
-    return {
-        key: share.said_by(owner, own.get(key), device)
-        for key, owner in zip(pieces, owners, strict=True)
-    }
+    results: dict[str, dict[str, Tensor]] = {}
+    for key, owner in zip(keys, owners, strict=True):
+        pieces.pop(key, None)
+        results[key] = share.said_by(owner, own.pop(key, None), device)
+    return results

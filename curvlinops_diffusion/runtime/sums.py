@@ -6,7 +6,7 @@ accumulated can be written down, added up, and put back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -52,9 +52,12 @@ class Sums:
         self._sums.clear()
         return items
 
-    def mean(self, key: str, count: int, otherwise: Tensor) -> Tensor:
-        """The sum over ``count``, or ``otherwise`` where nothing arrived."""
-        return self._sums[key] / count if key in self._sums else otherwise
+    def take_mean(self, key: str, count: int, otherwise: Callable[[], Tensor]) -> Tensor:
+        """The sum over ``count``, or ``otherwise`` where nothing arrived.
+
+        The sum is given away, so that it is never held beside the mean.
+        """
+        return self._sums.pop(key).div_(count) if key in self._sums else otherwise()
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name."""

@@ -1,0 +1,98 @@
+"""What do factors take that are shared among processes?
+
+EK-FAC of a UNet of 2.8 million parameters, by one, two and four processes on gloo: each with all
+blocks and a part of the images, or each with all images and the blocks of some layers. Peak
+resident memory of the largest process (with PyTorch, the network and a training pass), what it
+keeps of the blocks, and CPU-seconds of all processes together: there are two cores, on which four
+processes take turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import distributed
+
+from benchmarks.factor_pass import reference_passes
+from benchmarks.measure import arguments, report
+from benchmarks.problems import regression_of, unet
+from curvlinops_diffusion import DiffusionEKFACLinearOperator, PassOptions
+
+COUNTS = (1, 2, 4)
+WORK = ("training pass", "whole", "sharded")
+
+
+@contextmanager
+def group() -> Iterator[bool]:
+    """The processes that torchrun started, if there are several."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several:
+        distributed.init_process_group("gloo")
+    yield several
+    if several:
+        distributed.destroy_process_group()
+
+
+def measured(work: str, quick: bool, device: str) -> dict[str, float]:
+    """Do the work in this process: its peak in MiB, that of the blocks, and CPU-seconds."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network = unet(quick, size=8 if quick else 16)
+    with group() as several:
+        start = time.process_time()
+        regression = regression_of(network, device, 4 if quick else 32, 2 if quick else 8)
+        reference_passes(regression)["training pass"]()
+        kept = 0
+        if work != "training pass":
+            sharded = several and work == "sharded"
+            passes = PassOptions(distributed=several, sharded=sharded)
+            kept = DiffusionEKFACLinearOperator(regression, passes=passes).nbytes
+        seconds = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"peak": peak, "kept": kept / 2**20, "seconds": seconds}
+
+
+def run(work: str, count: int, options: Any) -> list[dict[str, float]]:
+    """What each process measured."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command = [sys.executable, *(launch if count > 1 else []), "-m", "benchmarks.shards"]
+    command += ["--only", work, "--device", options.device] + ["--quick"] * options.quick
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+def main() -> None:
+    """Run the program."""
+    parser = arguments(__doc__)
+    parser.add_argument("--only", choices=WORK, help="do one thing, and print what it took")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if options.only:
+        print(json.dumps(measured(options.only, options.quick, options.device)), flush=True)
+        return
+    settings = [("training pass", 1)] + [(work, n) for n in COUNTS for work in WORK[1:]]
+    rows = []
+    for work, count in settings:
+        if (work, count) == ("sharded", 1):
+            continue
+        found = run(work, count, options)
+        row = {"blocks": work, "processes": count}
+        row["peak_mebibytes"] = round(max(one["peak"] for one in found))
+        row["mebibytes_of_blocks"] = round(max(one["kept"] for one in found))
+        row["cpu_seconds"] = round(sum(one["seconds"] for one in found), 1)
+        rows.append(row)
+    report(options, "shards", __doc__, {"runs": rows})
+
+
+if __name__ == "__main__":
+    main()
