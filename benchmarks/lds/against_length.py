@@ -26,6 +26,7 @@ from benchmarks.measure import arguments, report
 # those without a default have their best setting, chosen by the result
 COMPARED = (
     "kernel regression on pixels",
+    "kernel regression on pixels, squared",
     "TRAK",
     "D-TRAK",
     "EK-FAC",

@@ -270,6 +270,13 @@ def prediction_kernel(setting: Setting) -> Kernel:
     return Kernel(sum(k.cross_MQN for k in kernels), sum(k.gram_NN for k in kernels))
 
 
+def sign_kernel(setting: Setting) -> Kernel:
+    """The same along one random sign, of all draws, as ``retraining_scores`` has it."""
+    query_QP = setting.query_rows(SignedPrediction())
+    rows = setting.rows(SignedPrediction())
+    return setting.kernel_of(query_QP.expand(len(MEASUREMENTS), -1, -1), rows)
+
+
 def regression_on(
     *names: str,
     squared: str | None = None,
@@ -306,6 +313,7 @@ KERNELS: dict[str, Callable[[Setting], Kernel]] = {
     "loss": loss_kernel,
     "squared norm": norm_kernel,
     "prediction": prediction_kernel,
+    "sign": sign_kernel,
 }
 
 
@@ -450,7 +458,9 @@ def nearest(setting: Setting) -> Scores:
     yield "", _for_all_measurements(-distance_QN)
 
 
-def pixel_kernels(setting: Setting) -> Iterator[tuple[str, Tensor, Tensor]]:
+def pixel_kernels(
+    setting: Setting, bandwidths: Sequence[float] = PIXEL_BANDWIDTHS
+) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Gaussian kernels of the images: (bandwidth, with the queries, with each other).
 
     Bandwidths are in units of the median distance between training images.
@@ -458,7 +468,7 @@ def pixel_kernels(setting: Setting) -> Iterator[tuple[str, Tensor, Tensor]]:
     train_ND, query_QD = setting.train_x0.flatten(1), setting.query_x0.flatten(1)
     distance_NN = torch.cdist(train_ND, train_ND).double()
     distance_QN = torch.cdist(query_QD, train_ND).double()
-    for bandwidth in PIXEL_BANDWIDTHS:
+    for bandwidth in bandwidths:
         scale = 2 * (bandwidth * distance_NN.median()) ** 2
         cross_QN, gram_NN = ((-(d**2) / scale).exp() for d in (distance_QN, distance_NN))
         yield f"{bandwidth}", cross_QN, gram_NN
@@ -476,6 +486,15 @@ def pixel_regression(setting: Setting) -> Scores:
         for ridge in PIXEL_RIDGES:
             inverse = torch.linalg.inv(gram_NN + ridge * torch.eye(len(gram_NN)).double())
             yield f"{bandwidth}, {ridge}", _for_all_measurements(cross_QN @ inverse)
+
+
+def pixel_regression_squared(setting: Setting) -> Scores:
+    """The squares of such weights, with wider kernels; by default of the median distance."""
+    for bandwidth, cross_QN, gram_NN in pixel_kernels(setting, (*PIXEL_BANDWIDTHS, 1.5, 2.0)):
+        for ridge in PIXEL_RIDGES:
+            scores_QN = ridge_solution(cross_QN, gram_NN, ridge).square()
+            chosen = (float(bandwidth), ridge) == (1.0, 1.0)
+            yield 1e-8 if chosen else f"{bandwidth}, {ridge}", _for_all_measurements(scores_QN)
 
 
 def _for_all_measurements(scores_QN: Tensor) -> Tensor:
@@ -710,6 +729,7 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
     "nearest in pixels": nearest,
     "Gaussian kernel of pixels": pixel_kernel,
     "kernel regression on pixels": pixel_regression,
+    "kernel regression on pixels, squared": pixel_regression_squared,
     "TRAK": lambda s: kernel(s.query_MQP, s.train_NP),
     "TRAK, projected": lambda s: projected_kernel(s.query_MQP, s.train_NP, s.problem.projected),
     "D-TRAK": d_trak,
@@ -741,11 +761,9 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
     "K-FAC, regression on the prediction": regression_on("prediction"),
     "K-FAC, regression on loss and squared norm": regression_on("loss", "squared norm"),
     "K-FAC, regression on loss and prediction": regression_on("loss", "prediction"),
-    "K-FAC, regression on the prediction, squared": regression_on(
-        squared="prediction", default=RIDGE
-    ),
+    "K-FAC, regression on the prediction, squared": regression_on(squared="sign", default=RIDGE),
     "K-FAC, regression on loss and squared prediction": regression_on(
-        "loss", squared="prediction", default=RIDGE, weights=WEIGHTS
+        "loss", squared="sign", default=RIDGE, weights=WEIGHTS
     ),
     "K-FAC + sampled GGN": with_samples,
     "sampled GGN": sampled_ggn,
