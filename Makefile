@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-slow test-upstream lint docs bench bench-full lds lds-remove lds-retrain exact-ggn coverage clean
+.PHONY: help demo test test-slow test-upstream lint docs bench bench-full lds lds-lengths lds-remove lds-retrain exact-ggn coverage clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
@@ -71,6 +71,10 @@ bench-full: bench  ## the benchmarks that take longer as well
 lds-retrain: $(VENV)/.installed-bench  ## the linear data-modelling score from nothing: core-hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem digits
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem photographs
+
+lds-lengths: $(VENV)/.installed-bench  ## retraining against the training's length: two core-hours
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.lengths
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.against_length
 
 lds: $(VENV)/.installed-bench  ## the linear data-modelling score, from kept retrainings: seven core-hours or more
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem digits

@@ -13,6 +13,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 RECIPE = "EK-FAC, the paper's recipe"
+DEFAULT = "K-FAC, regression on loss and squared prediction"
+PIXELS = "kernel regression on pixels"
 
 
 def result_of(name: str) -> dict[str, Any]:
@@ -74,6 +76,16 @@ def _digits() -> dict[str, str]:
     for kind in ("held-out", "generated"):
         cell = f"loss, {kind}"
         found[f"recipe, 250 draws, {kind}"] = f"{shown[f'{RECIPE}, 250 draws', cell]['lds']:.2f}"
+        default = shown[DEFAULT, cell]
+        found[f"default, digits, {kind}"] = (
+            f"{default['lds']:.2f} [{default['low']:.2f}, {default['high']:.2f}]"
+        )
+        for what, (one, other) in {
+            "squaring": (DEFAULT, "K-FAC, regression on loss and prediction"),
+            "squaring pixels": (f"{PIXELS}, squared", PIXELS),
+        }.items():
+            difference = shown[one, cell]["lds"] - shown[other, cell]["lds"]
+            found[f"gain by {what}, {kind}"] = f"{difference:.2f}"
         gain = shown["K-FAC, regression on the prediction", cell]["minus_ekfac"]
         found[f"gain by the prediction, {kind}"] = (
             f"{gain['difference']:.2f} [{gain['low']:.2f}, {gain['high']:.2f}]"

@@ -273,6 +273,30 @@ def test_what_the_documentation_says_of_regression():
         assert both > digits["K-FAC, regression on the loss", cell]["lds"]
 
 
+def test_what_the_documentation_says_of_the_default():
+    """Ahead of every method that differentiates the network, of the published ones' best apart."""
+    digits, cells = shown("digits")
+    pixels = "kernel regression on pixels"
+    nearest = ("nearest in pixels", "Gaussian kernel of pixels", pixels, f"{pixels}, squared")
+    for cell in cells[:2]:
+        default = digits[quoted_numbers.DEFAULT, cell]
+        for (method, place), entry in digits.items():
+            if place == cell and method not in (*nearest, quoted_numbers.DEFAULT):
+                assert entry["lds"] < default["lds"], method
+        for method in (*PUBLISHED, RECIPE, f"{RECIPE}, 250 draws"):
+            if (method, cell) in digits:
+                assert digits[method, cell]["high"] < default["low"]
+        squared = digits[f"{pixels}, squared", cell]
+        assert squared["setting"] == "1e-08"
+        assert squared["lds"] > digits[pixels, cell]["lds"]
+        best = max(entry["lds"] for (_, place), entry in digits.items() if place == cell)
+        assert squared["lds"] > best - 0.005
+    assert (
+        digits[f"{pixels}, squared", cells[0]]["lds"]
+        > digits[quoted_numbers.DEFAULT, cells[0]]["lds"]
+    )
+
+
 def test_what_the_documentation_says_of_the_settings_of_the_regression():
     """One sign is as good as more, and the whole inverse as metric better than its root."""
     _, cells = shown("digits")

@@ -1,5 +1,6 @@
 """The linear data-modelling score against SciPy, and on data where the answer is known."""
 
+import dataclasses
 import json
 import multiprocessing.dummy
 import shutil
@@ -8,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
-from benchmarks.lds import evaluate, remove, retrain, score
+from benchmarks.lds import against_length, evaluate, lengths, remove, retrain, score
 from benchmarks.lds.evaluate import AT_LATE_CHECKPOINTS, kept
 from benchmarks.lds.methods import BANDS, METHODS, TIMESTEPS, Setting, _within
 from benchmarks.lds.problems import PROBLEMS
 from benchmarks.lds.remove import jobs, relative_change
-from curvlinops_diffusion import linear_datamodelling_score
+from curvlinops_diffusion import DenoisingObjective, NoisedRegression, linear_datamodelling_score
 from curvlinops_diffusion.influence.measurements.losses import loss
 
 ROOT = Path(__file__).parent.parent
@@ -181,3 +183,78 @@ def test_halves():
     assert halves.shape == (64, 1000)
     assert (halves.sum(1) == 500).all()
     assert len({tuple(mask.tolist()) for mask in halves}) == 64
+
+
+# ---------------------------------------------------------------------------------------------
+# Against the training's length
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """The tiny problem in place of the one whose length varies."""
+    problem = dataclasses.replace(PROBLEMS["tiny"], steps=64, constant_rate=True)
+    for module in (lengths, against_length):
+        monkeypatch.setattr(module, "PROBLEM", problem)
+    monkeypatch.setattr("multiprocessing.get_context", Here)
+    return problem
+
+
+def test_parts_of_a_loss(short):
+    """The loss as it is measured elsewhere; its parts by predictions, written out."""
+    train, held_out = short.data()
+    networks = [short.trained(train, 3, seed) for seed in range(2)]
+    after, before = networks
+    parts_MQ = lengths.measured(after.state_dict(), before.state_dict(), held_out)
+    loss_Q, before_Q = (short.measured(network, held_out)[0] for network in networks)
+    assert torch.allclose(parts_MQ[0], loss_Q)
+    objective = DenoisingObjective(before, DDPMScheduler())
+    regression = NoisedRegression(objective, held_out, short.measured_draws, 12345)
+    linear, squared = [], []
+    for batch in regression.batches():
+        y, old, new = (
+            batch.target_BD,
+            *(
+                net(batch.x_t, batch.timestep_B).sample.detach().flatten(1)
+                for net in (before, after)
+            ),
+        )
+        linear.append(2 * ((old - y) * (new - old)).mean(1))
+        squared.append((new - old).square().mean(1))
+    assert torch.allclose(parts_MQ[1], torch.stack(linear).mean(0), atol=1e-6)
+    assert torch.allclose(parts_MQ[2], torch.stack(squared).mean(0), atol=1e-6)
+    assert torch.allclose(before_Q + parts_MQ[1] + parts_MQ[2], loss_Q, atol=1e-6)
+
+
+def test_averages_are_of_a_tenth_of_the_training(short, monkeypatch):
+    """Weights that grow by one each step: their average lags behind in proportion."""
+
+    def trained(self, x0, steps, seed, keep):
+        network = self.make_network()
+        for step in range(steps + 1):
+            for parameter in network.parameters():
+                parameter.data.fill_(float(step))
+            if step < steps:
+                keep(step, network)
+        return network
+
+    monkeypatch.setattr(type(short), "trained", trained)
+    kept = lengths.averages(torch.zeros(1), 3200, 0)
+    assert len(kept) == len(lengths.FRACTIONS)
+    for weights, fraction in zip(kept, lengths.FRACTIONS, strict=True):
+        lag = 1 - float(next(iter(weights.values())).mean()) / (3200 * fraction)
+        assert lag == pytest.approx(1 / (lengths.EXPONENT + 2), rel=0.15)
+
+
+def test_the_programs_against_the_length_run(short, tmp_path, monkeypatch):
+    monkeypatch.setattr(against_length, "COMPARED", against_length.COMPARED[-1:])
+    folder = ["--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["lengths", "--work", str(tmp_path / "work"), *folder])
+    lengths.main()
+    options = ["--draws", "2", "--resamples", "3", "--retrained", str(tmp_path), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["against_length", *options, *folder])
+    against_length.main()
+    result = json.loads((tmp_path / "training_length_cpu.json").read_text())
+    kept = json.loads((ROOT / "benchmarks" / "results" / "training_length_cpu.json").read_text())
+    assert result.keys() == kept.keys()
+    assert [row.keys() for row in result["lengths"]] == [row.keys() for row in kept["lengths"]]

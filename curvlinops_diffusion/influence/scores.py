@@ -320,6 +320,8 @@ def curvature_settings(G_inv: PyTorchLinearOperator) -> Any:
 def gradient_columns(J_query: PyTorchLinearOperator, queries: range, share: Share) -> Tensor:
     """The queries' gradients as columns, ``[P, len(queries)]``; each process computes its share."""
     if isinstance(J_query, ExampleGradientLinearOperator):
+        if share.count == 1:  # nothing beside the gradients
+            return J_query.rows(queries).T
         own = queries[share.rank :: share.count]
         rows_QP = torch.zeros(
             len(queries), J_query.shape[1], dtype=J_query.dtype, device=J_query.device

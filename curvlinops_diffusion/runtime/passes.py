@@ -171,6 +171,7 @@ def run_pass(
         latest, latest_written = time.monotonic(), len(done.batches)
         for number, clean, prepared in _checkpointed_on_failure(batches, prepare, done, checkpoint):
             step(prepared)
+            del prepared  # not to be held while the next one is made
             done.batches.add(number)
             done.examples += len(clean.indices)
             bar.update(len(clean.indices) * data.num_draws)
@@ -252,3 +253,4 @@ def _checkpointed_on_failure(
                 checkpoint.write(done)
             raise
         yield number, clean, prepared
+        del prepared

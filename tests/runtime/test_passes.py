@@ -6,6 +6,7 @@ import random
 import signal
 import time
 import warnings
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -31,6 +32,8 @@ from curvlinops_diffusion import (
 from curvlinops_diffusion.influence.consumers import PairwiseScores
 from curvlinops_diffusion.runtime.checkpoints import CHECKPOINT
 from curvlinops_diffusion.runtime.files import FileKind
+from curvlinops_diffusion.runtime.passes import run_pass
+from curvlinops_diffusion.runtime.sums import Sums
 from tests.cases import images, tiny_unet, unet_regression
 from tests.comparisons import assert_close
 
@@ -449,6 +452,26 @@ def test_an_image_for_which_the_network_overflows_is_named():
     J = ExampleGradientLinearOperator(passes_regression(unet, NamedImages()), ["conv_out.bias"])
     with pytest.raises(ValueError, match=r"'conv_out.bias' for examples \[2 \('c.png'\)"):
         J.rows()
+
+
+def test_a_batch_is_dropped_before_the_next_one_is_made(regression):
+    """Gradients of a batch are large: there are never those of two."""
+    made = []
+
+    class Prepared:
+        pass
+
+    def prepare(clean):
+        assert all(former() is None for former in made)
+        prepared = Prepared()
+        made.append(weakref.ref(prepared))
+        return prepared
+
+    def step(prepared):
+        assert isinstance(prepared, Prepared)
+
+    run_pass("A pass", regression, Sums(), step, PassOptions(), {}, prepare)
+    assert len(made) > 2
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, regression):
