@@ -33,7 +33,7 @@ METHODS = (
     "EK-FAC, the paper's recipe",
     "EK-FAC",
     "K-FAC, regression on loss and squared prediction",
-    "kernel regression on pixels",
+    "kernel regression on pixels, squared",
 )
 #: The data sets that it shows.
 PROBLEMS = ("digits", "photographs")
@@ -41,9 +41,8 @@ PROBLEMS = ("digits", "photographs")
 AT_LENGTHS = {
     "EK-FAC": "EK-FAC influence",
     "K-FAC, regression on the prediction, squared": "regression on the prediction, squared",
-    "K-FAC, regression on loss and squared prediction": "and on the loss",
     "D-TRAK": "D-TRAK (best)",
-    "kernel regression on pixels": "pixels (best)",
+    "kernel regression on pixels, squared": "regression on pixels, squared",
 }
 
 
@@ -171,38 +170,24 @@ def retraining() -> plt.Figure:
 
 
 def training_length() -> plt.Figure:
-    """Scores of methods against the training's length, and what a loss changes by."""
+    """Scores of methods against the training's length: of the loss, and of what it changes by."""
     lengths = result_of("training_length")["lengths"]
     passes = [row["passes"] for row in lengths]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    for number, (method, label) in enumerate(AT_LENGTHS.items()):
-        found = [row["methods"][method]["loss"] for row in lengths]
-        middle = [entry["lds"] for entry in found]
-        line = axes[0].plot(passes, middle, f"C{number}o-", markersize=3, label=label)
-        ends = [[entry[end] for entry in found] for end in ("low", "high")]
-        axes[0].fill_between(passes, *ends, color=line[0].get_color(), alpha=0.1, linewidth=0)
-    axes[0].plot(
-        passes,
-        [row["ceiling"]["loss"] or np.nan for row in lengths],
-        ":",
-        color=GREY,
-        label="perfect",
-    )
-    axes[0].set(ylabel="linear data-modelling score of the loss")
-    for part, color in (("linear", BLUE), ("squared", RED)):
-        shown = {
-            f"loss and {part} part": ("-", [row["correlation"][part] for row in lengths]),
-            f"two seeds, {part} part": ("--", [row["agreement"][part] for row in lengths]),
-        }
-        for label, (style, values) in shown.items():
-            axes[1].plot(passes, values, style, color=color, marker="o", markersize=3, label=label)
-    axes[1].set(ylabel="correlation over halves")
-    for axis in axes:
-        axis.set(xlabel="passes over the images", xscale="log")
+    titles = {"linear": "the linear part", "squared": "the square", "loss": "their sum, the loss"}
+    figure, axes = plt.subplots(1, len(titles), figsize=(10, 3), sharey=True)
+    for axis, (part, title) in zip(axes, titles.items(), strict=True):
+        for number, (method, label) in enumerate(AT_LENGTHS.items()):
+            found = [row["methods"][method][part] for row in lengths]
+            middle = [entry["lds"] for entry in found]
+            line = axis.plot(passes, middle, f"C{number}o-", markersize=3, label=label)
+            ends = [[entry[end] for entry in found] for end in ("low", "high")]
+            axis.fill_between(passes, *ends, color=line[0].get_color(), alpha=0.08, linewidth=0)
+        axis.set(title=title, xlabel="passes over the images", xscale="log")
         axis.set_xticks(passes, [str(number) for number in passes])
         axis.minorticks_off()
         axis.axhline(0, color=GREY, linewidth=0.5)
-        axis.legend(frameon=False, fontsize=7)
+    axes[0].set(ylabel="linear data-modelling score")
+    axes[-1].legend(frameon=False, fontsize=7, loc="upper left")
     figure.tight_layout()
     return figure
 

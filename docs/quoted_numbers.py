@@ -31,7 +31,7 @@ def substitutions() -> str:
 def numbers() -> dict[str, str]:
     """Every number by its name."""
     found: dict[str, str] = {}
-    for part in (_draws(), _seeds(), _digits(), _removal(), _exact_ggn()):
+    for part in (_draws(), _seeds(), _digits(), _lengths(), _removal(), _exact_ggn()):
         assert not found.keys() & part.keys()
         found |= part
     return found
@@ -102,6 +102,31 @@ def _digits() -> dict[str, str]:
     found["before conjugate gradients"] = f"{shown['EK-FAC', 'loss, generated']['lds']:.2f}"
     found["after conjugate gradients"] = f"{refined['lds']:.2f}"
     return found
+
+
+def _lengths() -> dict[str, str]:
+    """Against the training's length: what methods have of each part of a loss' change."""
+    rows = result_of("training_length")["lengths"]
+
+    def of(row: dict[str, Any], method: str, part: str) -> float:
+        return float(row["methods"][method][part]["lds"])
+
+    prediction = "K-FAC, regression on the prediction, squared"
+    linear = [of(row, "EK-FAC", "linear") for row in rows[1:]]
+    agreement = [row["agreement"]["loss"] for row in rows]
+    (middle,) = (row for row in rows if row["passes"] == 320)
+    numbers = {
+        "least linear, EK-FAC": min(linear),
+        "most linear, EK-FAC": max(linear),
+        "loss of 320 passes, EK-FAC": of(middle, "EK-FAC", "loss"),
+        "squared at last, prediction": of(rows[-1], prediction, "squared"),
+        "squared at last, EK-FAC": of(rows[-1], "EK-FAC", "squared"),
+        "loss at last, prediction": of(rows[-1], prediction, "loss"),
+        "loss at last, EK-FAC": of(rows[-1], "EK-FAC", "loss"),
+        "least agreement at lengths": min(agreement),
+        "most agreement at lengths": max(agreement),
+    }
+    return {name: f"{value:.2f}".replace("-", "−") for name, value in numbers.items()}
 
 
 def _removal() -> dict[str, str]:

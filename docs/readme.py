@@ -21,7 +21,7 @@ METHODS = (
     "EK-FAC, the paper's recipe",
     "EK-FAC",
     "K-FAC, regression on loss and squared prediction",
-    "kernel regression on pixels",
+    "kernel regression on pixels, squared",
 )
 PARAGRAPHS = (
     """

@@ -297,6 +297,35 @@ def test_what_the_documentation_says_of_the_default():
     )
 
 
+def test_what_the_documentation_says_of_the_training_length():
+    rows = result_of("training_length")["lengths"]
+    (middle,) = (row for row in rows if row["passes"] == 320)
+
+    def of(row, part):
+        return {method: parts[part] for method, parts in row["methods"].items()}
+
+    for row in rows[1:]:
+        linear, squared = (of(row, part) for part in ("linear", "squared"))
+        assert linear["EK-FAC"]["low"] > 0
+        assert linear["EK-FAC"]["lds"] > max(e["lds"] for e in linear.values()) - 0.02
+        assert squared["EK-FAC"]["low"] < 0
+        assert squared["EK-FAC"]["lds"] < 0
+    most = max(rows, key=lambda row: of(row, "linear")["EK-FAC"]["lds"])
+    assert most is middle
+    for row in rows[:-1]:
+        assert row["training_loss"] > row["held_out_loss"]
+        assert max(e["lds"] for e in of(row, "squared").values()) < 0.13
+    last = rows[-1]
+    assert last["training_loss"] < last["held_out_loss"]
+    knowing = ("kernel regression on pixels", "D-TRAK", "K-FAC, regression on the prediction")
+    squared = of(last, "squared")
+    for method in (*knowing, *(f"{knowing[i]}, squared" for i in (0, 2))):
+        assert squared[method]["lds"] == pytest.approx(0.25, abs=0.015)
+        assert squared[method]["low"] > 0
+    for row in rows[1:4]:
+        assert row["correlation"]["squared"] > row["correlation"]["linear"]
+
+
 def test_what_the_documentation_says_of_the_settings_of_the_regression():
     """One sign is as good as more, and the whole inverse as metric better than its root."""
     _, cells = shown("digits")
