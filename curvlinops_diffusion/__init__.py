@@ -66,6 +66,7 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
         influence_scores_by_layer,
     )
     from curvlinops_diffusion.influence.projection import RandomProjection
+    from curvlinops_diffusion.influence.retraining import retraining_scores
     from curvlinops_diffusion.influence.scores import (
         group_and_self_influence,
         influence_scores,
