@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.lds import methods, score
 from benchmarks.lds.methods import METHODS, Scores, Setting
 from benchmarks.lds.problems import LATE, MEASUREMENTS, PROBLEMS, Problem
-from benchmarks.lds.retrain import FOLDER, NETWORKS, is_kept, result
+from benchmarks.lds.retrain import FOLDER, NETWORKS, is_kept, result, weights_under
 from benchmarks.measure import arguments, date, report, version_of
 from curvlinops_diffusion import LinearDatamodellingScore
 from curvlinops_diffusion.runtime.digests import digest_of
@@ -91,7 +91,7 @@ def setting_of(
             f"{path} holds networks of another problem than {problem.name} is now. Retrain them by "
             "benchmarks.lds.retrain, or give --retrained another folder."
         )
-    weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if "weights/" in k}
+    weights = weights_under("weights/", tensors)
     return Setting(problem, weights, tensors["generated"], draws), (header, tensors)
 
 
@@ -99,8 +99,7 @@ def late_settings(last: Setting, tensors: dict[str, Tensor]) -> list[Setting]:
     """Checkpoints before the end of training, and the end."""
     settings = []
     for fraction in LATE:
-        prefix = f"late/{fraction}/"
-        weights = {k.removeprefix(prefix): v for k, v in tensors.items() if prefix in k}
+        weights = weights_under(f"late/{fraction}/", tensors)
         settings.append(Setting(last.problem, weights, last.generated, last.draws))
     return [*settings, last]
 

@@ -16,7 +16,6 @@ Legend: H halves, S seeds, Q queries, L lengths, M what is measured.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import time
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from benchmarks.lds.problems import MEASURED_SEED, PROBLEMS, SEEDS
-from benchmarks.lds.retrain import FOLDER, NETWORKS, is_kept, result
+from benchmarks.lds.retrain import FOLDER, NETWORKS, is_kept, result, run_all, weights_under
 from benchmarks.measure import machine
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression
 
@@ -70,7 +69,7 @@ def measured(weights: dict[str, Tensor], reference: dict[str, Tensor], queries: 
     On draws that all networks share.
     """
     network, base = (PROBLEM.loaded(w) for w in (weights, reference))
-    objective = DenoisingObjective(network, DDPMScheduler())
+    objective, before = (DenoisingObjective(n, DDPMScheduler()) for n in (network, base))
     regression = NoisedRegression(
         objective, queries, PROBLEM.measured_draws, MEASURED_SEED, batch_size=len(queries)
     )
@@ -78,7 +77,7 @@ def measured(weights: dict[str, Tensor], reference: dict[str, Tensor], queries: 
     (clean,) = regression.clean_batches()
     with torch.no_grad():
         for batch in regression.noised_batches(clean):
-            before_BD = DenoisingObjective(base, DDPMScheduler()).predict(batch)
+            before_BD = before.predict(batch)
             after_BD = objective.predict(batch)
             loss_Q = batch.loss(after_BD)
             squared_Q = replace(batch, target_BD=before_BD).loss(after_BD)
@@ -87,10 +86,10 @@ def measured(weights: dict[str, Tensor], reference: dict[str, Tensor], queries: 
     return total_MQ / PROBLEM.measured_draws
 
 
-def at_lengths(prefix: str, averages: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def at_lengths(averages: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Weights at every length under names of their own."""
     return {
-        f"{prefix}{place}/{name}": weight.contiguous()
+        f"weights/{place}/{name}": weight.contiguous()
         for place, weights in enumerate(averages)
         for name, weight in weights.items()
     }
@@ -98,8 +97,7 @@ def at_lengths(prefix: str, averages: Sequence[dict[str, Tensor]]) -> dict[str, 
 
 def weights_at(tensors: dict[str, Tensor], place: int) -> dict[str, Tensor]:
     """The weights of one length."""
-    prefix = f"weights/{place}/"
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    return weights_under(f"weights/{place}/", tensors)
 
 
 def base(work: Path) -> dict[str, Tensor]:
@@ -107,7 +105,7 @@ def base(work: Path) -> dict[str, Tensor]:
     path = work / "base.safetensors"
     if not is_kept(NETWORKS, path, problem=PROBLEM.description):
         kept = averages(PROBLEM.data()[0], PROBLEM.steps, 100)
-        NETWORKS.write(path, at_lengths("weights/", kept), {"problem": PROBLEM.description})
+        NETWORKS.write(path, at_lengths(kept), {"problem": PROBLEM.description})
     return load_file(path)
 
 
@@ -145,12 +143,10 @@ def main() -> None:
     tensors = base(work)
     halves = range(PROBLEM.num_halves)
     jobs = [(work, half, seed) for seed in range(SEEDS) for half in halves]
-    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-        for done, seconds in enumerate(pool.imap(retrain, jobs), start=1):
-            print(f"{done}/{len(jobs)} networks, the latest took {seconds:.0f} s", flush=True)
+    run_all(retrain, jobs, options.processes)
     values = [
         load_file(work / f"half{half:03}_seed{seed}.safetensors")["values"]
-        for seed, half in ((s, h) for s in range(SEEDS) for h in halves)
+        for _, half, seed in jobs
     ]
     values_SHLMQ = torch.stack(values).unflatten(0, (SEEDS, len(halves)))
     header = {

@@ -12,6 +12,7 @@ import argparse
 import multiprocessing
 import os
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,18 @@ def is_kept(kind: FileKind, path: Path, **expected: Any) -> bool:
         return False
     header = kind.read_header(path)
     return all(header.get(key) == value for key, value in expected.items())
+
+
+def weights_under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A network's weights, which are kept under names that begin with a prefix."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def run_all(work: Callable[[Any], float], jobs: Sequence[Any], processes: int) -> None:
+    """Train networks in several processes, and say how far that is."""
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for done, seconds in enumerate(pool.imap(work, jobs), start=1):
+            print(f"{done}/{len(jobs)} networks, the latest took {seconds:.0f} s", flush=True)
 
 
 def base(problem: Problem, work: Path) -> dict[str, Tensor]:
@@ -99,9 +112,7 @@ def main() -> None:
     halves = range(problem.num_halves)
     # seeds of a half in turn, so that their agreement shows early
     jobs = [(problem.name, work, half, seed) for half in halves for seed in range(SEEDS)]
-    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-        for done, seconds in enumerate(pool.imap(retrain, jobs), start=1):
-            print(f"{done}/{len(jobs)} networks, the latest took {seconds:.0f} s", flush=True)
+    run_all(retrain, jobs, options.processes)
     read = [[_read(work, half, seed) for seed in range(SEEDS)] for half in halves]
     values_HSMQ = torch.stack([torch.stack([values for values, _ in row]) for row in read])
     header = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.linalg.placement import PlacedBlock
-from curvlinops_diffusion.runtime.passes import PassOptions
+from curvlinops_diffusion.runtime.passes import PassOptions, check_same_pass
 from curvlinops_diffusion.runtime.processes import Share
 
 
@@ -37,15 +37,14 @@ def sharded_blocks(
         ValueError: If the processes' weights, data or options differ, or one of them has failed.
     """
     share = passes.holders
-    share.check_alike("weights", regression.fingerprint())
-    share.check_alike("data, draws or options", [regression.description, plan.settings])
+    check_same_pass(share, regression, plan.settings)
     number = _number_of_shards(passes, share)
     owners = shard_owners(plan, number)
 
     def own() -> list[PlacedBlock]:
         blocks = []
         for shard in range(share.rank, number, share.count):
-            names = [name for name, owner in owners.items() if owner == shard]
+            names = {name for name, owner in owners.items() if owner == shard}
             if names:
                 blocks += fit(plan.restricted(names), _of_shard(passes, shard, number, share))
         return blocks

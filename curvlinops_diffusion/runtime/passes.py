@@ -20,7 +20,7 @@ from torch import Tensor
 
 from curvlinops_diffusion.runtime.checkpoints import Checkpoint, Done, path_of, read, try_to_write
 from curvlinops_diffusion.runtime.checks import check_non_negative
-from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.processes import ALONE, Share
 from curvlinops_diffusion.runtime.progress import draws_bar
 from curvlinops_diffusion.runtime.sums import Running
 from curvlinops_diffusion.runtime.threads import warn_if_busy
@@ -117,7 +117,7 @@ class PassOptions:
     @property
     def holders(self) -> Share:
         """The processes that hold an operator's blocks: all of them, or each the whole."""
-        return Share.of(self.distributed) if self.sharded else Share()
+        return Share.of(self.distributed) if self.sharded else ALONE
 
 
 #: One process, no checkpoints.
@@ -150,9 +150,7 @@ def run_pass(
             or cannot be written; or if another process has failed.
     """
     share = Share.of(options.distributed)
-    if share.count > 1:
-        share.check_alike("weights", data.fingerprint())
-        share.check_alike("data, draws or options", [data.description, dict(settings)])
+    check_same_pass(share, data, settings)
     device = data.device
     warn_if_busy(device)
     done = Done()
@@ -184,6 +182,17 @@ def run_pass(
     if share.count > 1:
         running.restore(share.summed(running.tensors(), device))
     _tell("pass finished", name, done, data)
+
+
+def check_same_pass(share: Share, data: PassData, settings: Mapping[str, Any]) -> None:
+    """Check that all processes go over the same data with the same model and settings.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    if share.count > 1:
+        share.check_alike("weights", data.fingerprint())
+        share.check_alike("data, draws or options", [data.description, dict(settings)])
 
 
 def _tell(message: str, name: str, done: Done, data: PassData) -> None:
