@@ -93,6 +93,7 @@ class CleanData:
     Attributes:
         batch_size: The same; ``None`` where it does.
         num_examples: The number of examples.
+        num_batches: The number of batches; ``None`` if only a pass over them would tell.
 
     Raises:
         ValueError: If the data is empty, of no known form, or changes between iterations.
@@ -114,6 +115,8 @@ class CleanData:
         self.num_examples = sum(len(b.indices) for b in self) if known is None else known
         if self.num_examples == 0:
             raise ValueError(f"The data is empty. Pass {_ACCEPTED} with at least one example.")
+
+        self.num_batches = _known_batches(data, batch_size)
 
     def __iter__(self) -> Iterator[CleanBatch]:
         """Yield the batches in order.
@@ -313,6 +316,16 @@ def _known_length(data: Any) -> int | None:
         plain = isinstance(sampler, SequentialSampler) and type(data.batch_sampler) is BatchSampler
         return len(sampler) if plain else None
     return None
+
+
+def _known_batches(data: Any, batch_size: int) -> int | None:
+    """The number of batches where it can be told without a pass over the data."""
+    if isinstance(data, DataLoader):
+        return None if _known_length(data) is None else len(data)
+    count = _known_length(data)
+    if count is not None:
+        return -(-count // batch_size)
+    return len(data) if isinstance(data, list | tuple) else None
 
 
 def _iterate_loader(loader: DataLoader[Any]) -> Iterator[Any]:

@@ -188,6 +188,11 @@ class NoisedRegression:
         return self._data.batch_size
 
     @property
+    def num_batches(self) -> int | None:
+        """The number of batches of examples; ``None`` if only a pass over them would tell."""
+        return self._data.num_batches
+
+    @property
     def num_draws(self) -> int:
         """The number ``R`` of draws for each example."""
         return self.draws.num_draws

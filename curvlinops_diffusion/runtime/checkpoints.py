@@ -11,6 +11,7 @@ from warnings import warn
 import torch
 from torch import Tensor
 
+from curvlinops_diffusion.runtime.division import Unit
 from curvlinops_diffusion.runtime.files import FileKind, check_same, make_folder
 from curvlinops_diffusion.runtime.processes import Share
 from curvlinops_diffusion.runtime.sums import Running
@@ -24,14 +25,14 @@ class OtherCheckpointError(ValueError):
 
 @dataclass
 class Done:
-    """The batches that sums hold.
+    """The batches that sums hold, and pieces of others.
 
     Attributes:
-        batches: Their numbers.
+        batches: Their numbers, and what pieces they are.
         examples: How many examples are in them.
     """
 
-    batches: set[int] = field(default_factory=set)
+    batches: set[Unit] = field(default_factory=set)
     examples: int = 0
 
 
@@ -54,7 +55,7 @@ class Checkpoint:
         self._folder, self._name = folder, name
         self._share, self._identity = share, identity
         self._running, self._device = running, device
-        self.elsewhere: set[int] = set()  # batches that other processes hold
+        self.elsewhere: set[Unit] = set()  # what other processes hold
         self._merged: list[Path] = []
 
     def restore(self) -> Done:
@@ -133,7 +134,9 @@ def _write(
 ) -> None:
     header = {
         "identity": identity,
-        "batches": sorted(done.batches),
+        "batches": sorted(
+            done.batches, key=lambda unit: (unit,) if isinstance(unit, int) else unit
+        ),
         "examples": done.examples,
     }
     make_folder(path.parent)
@@ -158,10 +161,17 @@ def read(
     return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}, done
 
 
+def _unit(entry: Any) -> Unit:
+    if isinstance(entry, int):
+        return entry
+    number, start, stop = (int(value) for value in entry)
+    return number, start, stop
+
+
 def _checked(path: Path, header: Any, identity: Mapping[str, Any]) -> Done:
     """The batches that a file holds, if it is of the same."""
     try:
-        done = Done(set(header["batches"]), int(header["examples"]))
+        done = Done({_unit(entry) for entry in header["batches"]}, int(header["examples"]))
         there = dict(header["identity"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CHECKPOINT.damaged(path, f"{type(error).__name__}: {error}") from error

@@ -90,6 +90,9 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 
 # Under which a digest of header and tensors is kept among a file's metadata
 _DIGEST = "sha256"
+# safetensors takes no more than 100 MB of metadata: longer headers are kept as a tensor of bytes
+_LONGEST = 50_000_000
+_LONG_HEADER = "__header__"
 
 
 def _digest(header: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -133,7 +136,11 @@ class FileKind:
             path.parent, sum(z.nbytes for z in plain.values()), f"The numbers of '{path.name}'"
         )
         text = json.dumps(header)
-        metadata = {self.key: text, _DIGEST: _digest(text, sorted(plain.items()))}
+        metadata = {self.key: text}
+        if len(text) > _LONGEST:  # the names of a million images
+            plain[_LONG_HEADER] = _as_bytes(text)
+            metadata[self.key] = json.dumps(None)
+        metadata[_DIGEST] = _digest(metadata[self.key], sorted(plain.items()))
         _written(path, lambda temporary: save_file(_unshared(plain), temporary, metadata))
 
     def read(
@@ -157,7 +164,7 @@ class FileKind:
             def each() -> Iterator[tuple[str, Tensor]]:
                 for name in sorted(file.keys()):
                     tensor = file.get_tensor(name)
-                    if wanted is None or name in wanted:
+                    if (wanted is None or name in wanted) and name != _LONG_HEADER:
                         tensors[name] = tensor
                     yield name, tensor
 
@@ -181,6 +188,19 @@ class FileKind:
         """
         with self._open(path) as file:
             return self._header(path, file)
+
+    def read_rows(self, path: Path, name: str, rows: slice) -> Tensor:
+        """Some rows of a tensor, of which the others are not read; nor is the file's digest.
+
+        Raises:
+            ValueError: If the file is missing, not whole, or has no such tensor.
+        """
+        with self._open(path, framework="pt") as file:
+            try:
+                found: Tensor = file.get_slice(name)[rows]
+            except (SafetensorError, OSError) as error:
+                raise self._not_whole(path, error) from error
+        return found
 
     def holds(self, path: Path) -> bool:
         """Tell whether a file can be read, and is of this kind."""
@@ -209,8 +229,11 @@ class FileKind:
                 f"'{path}' is a safetensors file, but not of {self.what}. {self.advice}"
             )
         try:
-            return json.loads(metadata[self.key])
-        except (json.JSONDecodeError, RecursionError) as error:
+            header = json.loads(metadata[self.key])
+            if header is None and _LONG_HEADER in file.keys():  # noqa: SIM118 - no mapping
+                header = json.loads(bytes(memoryview(_as_array(file.get_tensor(_LONG_HEADER)))))
+            return header
+        except (ValueError, RecursionError) as error:
             raise self.damaged(path, error) from error
 
     def _not_whole(self, path: Path, error: Exception) -> ValueError:
@@ -218,6 +241,17 @@ class FileKind:
             f"'{path}' is not a whole safetensors file ({error}). It was truncated, damaged, or "
             f"written by another program. {self.advice}"
         )
+
+
+def _as_bytes(text: str) -> Tensor:
+    import torch
+
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def _as_array(tensor: Any) -> Any:
+    """What ``memoryview`` takes: of a tensor, or the array that it was read as."""
+    return tensor.numpy() if hasattr(tensor, "numpy") else tensor
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from curvlinops_diffusion.runtime.checkpoints import Checkpoint, Done, path_of, read, try_to_write
 from curvlinops_diffusion.runtime.checks import check_non_negative
+from curvlinops_diffusion.runtime.division import Division, Unit
 from curvlinops_diffusion.runtime.processes import ALONE, Share
 from curvlinops_diffusion.runtime.progress import draws_bar
 from curvlinops_diffusion.runtime.sums import Running
@@ -39,6 +40,9 @@ class NumberedExamples(Protocol):
     def indices(self) -> Sequence[int]:
         """The numbers of its examples."""
 
+    def select(self, positions: Sequence[int], /) -> NumberedExamples:
+        """The examples at some positions of the batch."""
+
 
 class PassData(Protocol):
     """Data that a pass can go over: examples in numbered batches, each drawn several times."""
@@ -54,6 +58,10 @@ class PassData(Protocol):
     @property
     def num_samples(self) -> int:
         """The number of examples times draws."""
+
+    @property
+    def num_batches(self) -> int | None:
+        """The number of batches; ``None`` if it is not known before a pass over them."""
 
     @property
     def device(self) -> torch.device:
@@ -132,8 +140,14 @@ def run_pass(
     options: PassOptions,
     settings: Mapping[str, Any],
     prepare: Callable[[Any], Any] = lambda clean: clean,
+    *,
+    begin: Callable[[], None] = lambda: None,
+    summed: bool = True,
 ) -> None:
     """Run a step on every batch of clean examples, and add up over processes.
+
+    Batches go to processes in turn; where the last round has fewer than processes, each process
+    takes a piece of every one of them.
 
     Args:
         name: The pass' name, for progress and files.
@@ -144,6 +158,9 @@ def run_pass(
         settings: What else the result depends on, as plain values.
         prepare: What can be computed of a batch while the sums are left alone: if it fails, a
             checkpoint of them is written first.
+        begin: Makes what the steps need; called on all processes together, before the first batch,
+            unless the pass was finished before.
+        summed: Whether to add up over processes, or leave each process with what it has seen.
 
     Raises:
         ValueError: If a checkpoint is of another model, other data, draws or settings, is damaged,
@@ -159,18 +176,19 @@ def run_pass(
         identity = data.identity(settings)
         checkpoint = Checkpoint(Path(options.checkpoint), name, share, identity, running, device)
         done = checkpoint.restore()
-    elsewhere = set() if checkpoint is None else checkpoint.elsewhere
+    elsewhere: set[Unit] = set() if checkpoint is None else checkpoint.elsewhere
+    division = Division(share, data.num_batches, done.batches | elsewhere)
+    if sum(share.gathered(done.examples)) < data.num_data:
+        begin()
     with draws_bar(data.num_samples, name, options.progressbar and share.rank == 0) as bar:
         bar.update(done.examples * data.num_draws)
         _tell("pass started", name, done, data)
-        batches = data.numbered_batches(
-            lambda n: share.takes(n) and n not in done.batches and n not in elsewhere
-        )
+        batches = division.own(data.numbered_batches(division.wants))
         latest, latest_written = time.monotonic(), len(done.batches)
-        for number, clean, prepared in _checkpointed_on_failure(batches, prepare, done, checkpoint):
+        for units, clean, prepared in _checkpointed_on_failure(batches, prepare, done, checkpoint):
             step(prepared)
             del prepared  # not to be held while the next one is made
-            done.batches.add(number)
+            done.batches.update(units)
             done.examples += len(clean.indices)
             bar.update(len(clean.indices) * data.num_draws)
             if checkpoint and time.monotonic() - latest >= options.checkpoint_every:
@@ -179,7 +197,7 @@ def run_pass(
                 latest, latest_written = time.monotonic(), len(done.batches)
         if checkpoint and latest_written != len(done.batches):
             checkpoint.write(done)
-    if share.count > 1:
+    if share.count > 1 and summed:
         running.restore(share.summed(running.tensors(), device))
     _tell("pass finished", name, done, data)
 
@@ -242,18 +260,18 @@ def computed_once(
 
 
 def _checkpointed_on_failure(
-    batches: Iterator[tuple[int, NumberedExamples]],
+    batches: Iterator[tuple[list[Unit], NumberedExamples]],
     prepare: Callable[[Any], Any],
     done: Done,
     checkpoint: Checkpoint | None,
-) -> Iterator[tuple[int, NumberedExamples, Any]]:
+) -> Iterator[tuple[list[Unit], NumberedExamples, Any]]:
     """Load and prepare batches; write a checkpoint before an error in that goes on.
 
     The sums are whole then.
     """
     while True:
         try:
-            number, clean = next(batches)
+            units, clean = next(batches)
             prepared = prepare(clean)
         except StopIteration:
             return
@@ -261,5 +279,5 @@ def _checkpointed_on_failure(
             if checkpoint:
                 checkpoint.write(done)
             raise
-        yield number, clean, prepared
+        yield units, clean, prepared
         del prepared
