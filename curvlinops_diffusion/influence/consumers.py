@@ -14,14 +14,19 @@ from torch import Tensor
 
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.scorers import Scorer
 from curvlinops_diffusion.linalg.operator import check_whole
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.sums import prefixed, within
 
 
 class GradientConsumer(ABC):
     """Something made of training gradients as they stream past."""
+
+    def begin(self) -> None:  # noqa: B027  most need nothing
+        """Make what is needed; on all processes together, unless the pass was finished before."""
 
     def prepare(self, clean: CleanBatch) -> None:  # noqa: B027  most need nothing
         """Compute what else is needed of a batch, before its gradients come."""
@@ -40,29 +45,102 @@ class GradientConsumer(ABC):
 
 
 class PairwiseScores(GradientConsumer):
-    """All scores, ``[Q, N]``.
+    """All scores by name, ``[Q, N]`` each.
 
     Args:
-        preconditioned_PQ: The queries' preconditioned gradients.
+        scorer: Scores a batch.
         num_data: ``N``.
+
+    Attributes:
+        scores: Those seen so far; zero where there are none.
     """
 
-    def __init__(self, preconditioned_PQ: Tensor, num_data: int):
-        self._preconditioned_PQ = preconditioned_PQ
-        self.scores_QN = preconditioned_PQ.new_zeros(preconditioned_PQ.shape[1], num_data)
+    def __init__(self, scorer: Scorer, num_data: int):
+        self._scorer = scorer
+        self._num_data = num_data
+        self.scores: dict[str, Tensor] = {}
+
+    @property
+    def scores_QN(self) -> Tensor:
+        """The main ones."""
+        return self.scores["scores"]
+
+    def begin(self) -> None:
+        """Make what scores need."""
+        self._scorer.begin()
+
+    def prepare(self, clean: CleanBatch) -> None:
+        """Compute what scores need of a batch."""
+        self._scorer.prepare(clean)
 
     def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
         """Fill the examples' columns."""
-        N = self.scores_QN.shape[1]
-        self.scores_QN[:, list(indices)] = (rows_BP @ self._preconditioned_PQ).T / N
+        for name, scores_QB in self._scorer.scores(rows_BP).items():
+            if name not in self.scores:
+                self.scores[name] = scores_QB.new_zeros(len(scores_QB), self._num_data)
+            self.scores[name][:, list(indices)] = scores_QB
 
     def tensors(self) -> dict[str, Tensor]:
-        """The scores; zero where none were computed."""
-        return {"scores": self.scores_QN}
+        """The scores."""
+        return dict(self.scores)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from scores."""
-        self.scores_QN = tensors["scores"]
+        self.scores = dict(tensors)
+
+
+class OwnScores(GradientConsumer):
+    """The scores of those examples that this process has seen, ``[Q, n]`` each, in main memory.
+
+    They are no sums: a pass whose sums are not added up leaves each process with its own.
+
+    Args:
+        scorer: Scores a batch.
+        share: The process.
+    """
+
+    #: The name of the examples' numbers, ``[n]``.
+    INDEX = "index"
+
+    def __init__(self, scorer: Scorer, share: Share):
+        self._scorer = scorer
+        self._part = str(share.rank)
+        self._pieces: list[dict[str, Tensor]] = []
+
+    def begin(self) -> None:
+        """Make what scores need."""
+        self._scorer.begin()
+
+    def prepare(self, clean: CleanBatch) -> None:
+        """Compute what scores need of a batch."""
+        self._scorer.prepare(clean)
+
+    def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
+        """Keep the examples' scores."""
+        scores = {name: z_QB.cpu() for name, z_QB in self._scorer.scores(rows_BP).items()}
+        self._pieces.append({**scores, self.INDEX: torch.tensor(list(indices))})
+
+    @property
+    def found(self) -> dict[str, Tensor]:
+        """The scores by name, and the numbers of the examples in the order of their columns."""
+        if not self._pieces:
+            return {}
+        joined = {
+            name: torch.cat([piece[name] for piece in self._pieces], -1) for name in self._pieces[0]
+        }
+        self._pieces = [joined]
+        return joined
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Scores and numbers, under this process' number."""
+        return prefixed(self._part, self.found)
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what one or several processes had seen."""
+        parts = sorted({name.split("/")[0] for name in tensors})
+        self._pieces = [
+            {name: z.cpu() for name, z in within(part, tensors).items()} for part in parts
+        ]
 
 
 class GradientRows(GradientConsumer):
@@ -120,7 +198,7 @@ class TopScores(GradientConsumer):
     """The ``k`` largest, least, and nearest to zero of each query's scores, so far.
 
     Args:
-        preconditioned_PQ: The queries' preconditioned gradients.
+        scorer: Scores a batch.
         num_data: ``N``.
         k: How many of each.
         share: The process: what several have found is brought together.
@@ -129,24 +207,31 @@ class TopScores(GradientConsumer):
     # an order in which the scores sought come first
     ORDERS = ("positive", "negative", "neutral")
 
-    def __init__(self, preconditioned_PQ: Tensor, num_data: int, k: int, share: Share):
-        self._preconditioned_PQ = preconditioned_PQ
-        self._num_data = num_data
+    def __init__(self, scorer: Scorer, num_data: int, k: int, share: Share):
+        self._scorer = scorer
         self._k = min(check_count("k", k), num_data)
         self._part = str(share.rank)
-        empty = preconditioned_PQ.new_zeros(preconditioned_PQ.shape[1], 0)
-        self._found = {order: (empty, empty.long()) for order in self.ORDERS}
+        self._found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def begin(self) -> None:
+        """Make what scores need."""
+        self._scorer.begin()
+
+    def prepare(self, clean: CleanBatch) -> None:
+        """Compute what scores need of a batch."""
+        self._scorer.prepare(clean)
 
     def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
         """Compare the examples with the best so far."""
-        scores_QB = (rows_BP @ self._preconditioned_PQ).T / self._num_data
+        scores_QB = self._scorer.scores(rows_BP)["scores"]
         index_QB = torch.tensor(list(indices), device=scores_QB.device).expand_as(scores_QB)
         for order in self.ORDERS:
             self._merge(order, scores_QB, index_QB)
 
     def _merge(self, order: str, scores_Qk: Tensor, index_Qk: Tensor) -> None:
-        scores = torch.cat([self._found[order][0], scores_Qk], 1)
-        index = torch.cat([self._found[order][1], index_Qk], 1)
+        before = [self._found[order]] if order in self._found else []
+        scores = torch.cat([*(own for own, _ in before), scores_Qk], 1)
+        index = torch.cat([*(own for _, own in before), index_Qk], 1)
         key = {"positive": -scores, "negative": scores, "neutral": scores.abs()}[order]
         # by example first, so that equal scores rank the same whatever came first
         by_example = index.argsort(1)
@@ -173,7 +258,7 @@ class TopScores(GradientConsumer):
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Bring together what processes have found."""
-        self._found = {order: (s[:, :0], i[:, :0]) for order, (s, i) in self._found.items()}
+        self._found = {}
         for part in sorted({name.split("/")[0] for name in tensors}):
             for order in self.ORDERS:
                 self._merge(

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.scores import gradient_columns, query_blocks, score_settings
+from curvlinops_diffusion.influence.scores import (
+    preconditioned_columns,
+    query_blocks,
+    score_settings,
+)
 from curvlinops_diffusion.linalg.operator import check_same_parameters
 from curvlinops_diffusion.linalg.parameters import select_parameters
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
@@ -83,21 +87,22 @@ def forward_only_scores(
     scores_QN = torch.zeros(
         J_query.shape[0], J_train.shape[0], dtype=J_train.dtype, device=J_train.device
     )
+    # every process computes its own: what one has, another need not wait for
+    own = PassOptions(passes.checkpoint, passes.checkpoint_every)
     for queries in query_blocks(J_query, query_block):
-        steps_PQ = G_inv @ gradient_columns(J_query, queries, share)
         settings = {**score_settings(J_query, G_inv, queries, passes), "step": step}
-        for place, q in enumerate(queries):
-            if not share.takes(q):
-                continue
-            # every process computes its own: what one has, another need not wait for
-            own = PassOptions(passes.checkpoint, passes.checkpoint_every)
-            scores_QN[q] = computed_once(
-                f"Training losses after a step for query {q}",
-                regression,
-                partial(_scores_of, J_train, params, steps_PQ[:, place], step),
-                own,
-                {**settings, "query": q},
-            )["scores"]
+        with preconditioned_columns(J_query, G_inv, queries, passes, settings) as columns:
+            steps_PQ = columns()
+            for place, q in enumerate(queries):
+                if not share.takes(q):
+                    continue
+                scores_QN[q] = computed_once(
+                    f"Training losses after a step for query {q}",
+                    regression,
+                    partial(_scores_of, J_train, params, steps_PQ[:, place], step),
+                    own,
+                    {**settings, "query": q},
+                )["scores"]
     return share.summed({"scores": scores_QN}, J_train.device)["scores"]
 
 

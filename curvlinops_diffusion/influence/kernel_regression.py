@@ -21,6 +21,7 @@ from curvlinops_diffusion.influence.consumers import (
     SelfInfluence,
 )
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.scorers import InnerProducts
 from curvlinops_diffusion.influence.scores import (
     curvature_settings,
     gradient_columns,
@@ -351,7 +352,7 @@ class _Kernel:
 
     def products(self, vectors_PK: Tensor, name: str, settings: dict[str, Any]) -> Tensor:
         """``[∇f_nᵀ v_k]``, ``[K, N]``."""
-        consumer = PairwiseScores(vectors_PK, self.num_data)
+        consumer = PairwiseScores(InnerProducts(vectors_PK, self.num_data), self.num_data)
         self._stream(consumer, name, settings)
         return consumer.scores_QN * self.num_data
 

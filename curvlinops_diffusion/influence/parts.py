@@ -5,19 +5,22 @@ Legend: Q queries, N training examples, P parameters, G parts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.influence.consumers import GradientConsumer, PairwiseScores
+from curvlinops_diffusion.influence.consumers import PairwiseScores
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.measurements.base import ExampleFunction, Measurement
 from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_of
+from curvlinops_diffusion.influence.scorers import InnerProducts, Scorer
 from curvlinops_diffusion.influence.scores import (
-    gradient_columns,
+    preconditioned_columns,
     query_blocks,
     score_settings,
     stream_gradients,
@@ -25,7 +28,6 @@ from curvlinops_diffusion.influence.scores import (
 from curvlinops_diffusion.linalg.operator import check_same_parameters
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
-from curvlinops_diffusion.runtime.processes import Share
 
 
 def influence_scores_by_layer(
@@ -86,20 +88,22 @@ def influence_scores_by_layer(
         )
     sizes = dict(zip(names, J_train.parameter_sizes, strict=True))
     places = _places(names, sizes, layers)
-    share, N = Share.of(passes.distributed), J_train.shape[0]
+    N = J_train.shape[0]
     parts: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     for queries in query_blocks(J_query, query_block):
-        consumer = _ByLayer(G_inv @ gradient_columns(J_query, queries, share), N, places)
-        stream_gradients(
-            J_train,
-            {"scores": consumer},
-            name=f"Scores by layer from query {queries.start}",
-            settings={
-                **score_settings(J_query, G_inv, queries, passes),
-                "layers": {layer: list(part) for layer, part in layers.items()},
-            },
-            passes=passes,
-        )
+        settings = {
+            **score_settings(J_query, G_inv, queries, passes),
+            "layers": {layer: list(part) for layer, part in layers.items()},
+        }
+        with preconditioned_columns(J_query, G_inv, queries, passes, settings) as columns:
+            consumer = PairwiseScores(_ProductsByLayer(columns, N, places), N)
+            stream_gradients(
+                J_train,
+                {"scores": consumer},
+                name=f"Scores by layer from query {queries.start}",
+                settings=settings,
+                passes=passes,
+            )
         for layer, scores_QN in consumer.scores.items():
             parts[layer].append(scores_QN)
     return {layer: torch.cat(scores) for layer, scores in parts.items()}
@@ -161,21 +165,27 @@ def influence_scores_by_band(
         )
         for band in bands
     ]
-    share, N = Share.of(passes.distributed), J_train.shape[0]
+    N = J_train.shape[0]
     parts = []
     for queries in query_blocks(J_query, max(1, query_block // len(bands))):
-        columns = [gradient_columns(J, queries, share) for J in operators]
-        consumer = PairwiseScores(G_inv @ torch.cat(columns, 1), N)
-        stream_gradients(
-            J_train,
-            {"scores": consumer},
-            name=f"Scores by band from query {queries.start}",
-            settings={
-                **score_settings(J_query, G_inv, queries, passes),
-                "bands": [list(band) for band in bands],
-            },
-            passes=passes,
-        )
+        settings = {
+            **score_settings(J_query, G_inv, queries, passes),
+            "bands": [list(band) for band in bands],
+        }
+        with ExitStack() as stack:
+            columns = [
+                stack.enter_context(preconditioned_columns(J, G_inv, queries, passes, settings))
+                for J in operators
+            ]
+            scorer = InnerProducts(partial(_side_by_side, columns), N)
+            consumer = PairwiseScores(scorer, N)
+            stream_gradients(
+                J_train,
+                {"scores": consumer},
+                name=f"Scores by band from query {queries.start}",
+                settings=settings,
+                passes=passes,
+            )
         parts.append(consumer.scores_QN.reshape(len(bands), len(queries), N))
     return torch.cat(parts, 1)
 
@@ -208,35 +218,43 @@ def _places(
     }
 
 
-class _ByLayer(GradientConsumer):
-    """Scores in parts, ``[Q, N]`` each.
+def _side_by_side(columns: Sequence[Callable[[], Tensor]]) -> Tensor:
+    return torch.cat([make() for make in columns], 1)
+
+
+class _ProductsByLayer(Scorer):
+    """Inner products over each layer's parameters.
 
     Args:
-        preconditioned_PQ: The queries' preconditioned gradients.
+        columns: Makes the queries' preconditioned gradients.
         num_data: ``N``.
-        places: Where each part's parameters are.
+        places: Where each layer's parameters are.
     """
 
     def __init__(
-        self, preconditioned_PQ: Tensor, num_data: int, places: Mapping[str, Sequence[slice]]
+        self,
+        columns: Callable[[], Tensor],
+        num_data: int,
+        places: Mapping[str, Sequence[slice]],
     ):
-        self._columns = preconditioned_PQ
-        self._places = places
+        self._make = columns
         self._num_data = num_data
-        shape = (preconditioned_PQ.shape[1], num_data)
-        self.scores = {layer: preconditioned_PQ.new_zeros(shape) for layer in places}
+        self._places = places
+        self._products: dict[str, list[tuple[slice, InnerProducts]]] = {}
 
-    def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
-        """Fill the examples' columns."""
-        for layer, own in self._places.items():
-            for place in own:
-                products_BQ = rows_BP[:, place] @ self._columns[place]
-                self.scores[layer][:, list(indices)] += products_BQ.T / self._num_data
+    def begin(self) -> None:
+        """Make the columns."""
+        columns_PQ = self._make()
+        self._products = {
+            layer: [(place, InnerProducts(columns_PQ[place], self._num_data)) for place in own]
+            for layer, own in self._places.items()
+        }
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The scores; zero where none were computed."""
-        return dict(self.scores)
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from scores."""
-        self.scores = {layer: tensors[layer] for layer in self.scores}
+    def scores(self, rows_BP: Tensor) -> dict[str, Tensor]:
+        """The scores of a batch by layer."""
+        return {
+            layer: torch.stack(
+                [products.scores(rows_BP[:, place])["scores"] for place, products in own]
+            ).sum(0)
+            for layer, own in self._products.items()
+        }

@@ -9,8 +9,10 @@ Legend: Q queries, N training examples, B a batch of them, K groups, P parameter
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +29,14 @@ from curvlinops_diffusion.influence.consumers import (
     TopScores,
 )
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.scorers import InnerProducts
 from curvlinops_diffusion.linalg.operator import check_same_parameters
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.adapters import common_list
+from curvlinops_diffusion.runtime.checkpoints import path_of
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
-from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, run_pass
+from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, computed_once, run_pass
 from curvlinops_diffusion.runtime.processes import Share
 from curvlinops_diffusion.runtime.sums import Together
 
@@ -44,6 +48,7 @@ def stream_gradients(
     name: str = "Influence",
     settings: Mapping[str, Any] | None = None,
     passes: PassOptions = PLAIN,
+    summed: bool = True,
 ) -> None:
     """Stream the training gradients past consumers, in one pass.
 
@@ -54,11 +59,16 @@ def stream_gradients(
         settings: What the consumers' results depend on besides the training gradients, as plain
             values, for checkpoints.
         passes: Checkpoints, processes and progress.
+        summed: Whether every process has the result of all examples in the end, or that of its own.
 
     Raises:
         ValueError: If a gradient is not finite (naming parameter and examples), or a checkpoint
             is of something else.
     """
+
+    def begin() -> None:
+        for consumer in consumers.values():
+            consumer.begin()
 
     def prepare(clean: CleanBatch) -> tuple[Sequence[int], Tensor]:
         for consumer in consumers.values():
@@ -72,7 +82,11 @@ def stream_gradients(
     own = {"params": common_list(J_train.param_names), "measurement": name_of(J_train.measurement)}
     running = Together(consumers)
     settings = {**own, **(settings or {})}
-    run_pass(name, J_train.regression, running, step, passes, settings, prepare)
+    run_pass(
+        *(name, J_train.regression, running, step, passes, settings, prepare),
+        begin=begin,
+        summed=summed,
+    )
 
 
 def influence_scores(
@@ -121,23 +135,22 @@ def influence_scores(
     """
     check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
     passes = replace(passes, progressbar=progressbar or passes.progressbar)
-    share = Share.of(passes.distributed)
     N, parts = J_train.shape[0], []
     for queries in query_blocks(J_query, query_block):
-        preconditioned_PQ = G_inv @ gradient_columns(J_query, queries, share)
-        if isinstance(J_train, ExampleGradientLinearOperator):
-            consumer = PairwiseScores(preconditioned_PQ, N)
-            settings = score_settings(J_query, G_inv, queries, passes)
-            stream_gradients(
-                J_train,
-                {"scores": consumer},
-                name=f"Scores from query {queries.start}",
-                settings=settings,
-                passes=passes,
-            )
-            parts.append(consumer.scores_QN)
-        else:
-            parts.append((J_train @ preconditioned_PQ).T / N)
+        settings = score_settings(J_query, G_inv, queries, passes)
+        with preconditioned_columns(J_query, G_inv, queries, passes, settings) as columns:
+            if isinstance(J_train, ExampleGradientLinearOperator):
+                consumer = PairwiseScores(InnerProducts(columns, N), N)
+                stream_gradients(
+                    J_train,
+                    {"scores": consumer},
+                    name=f"Scores from query {queries.start}",
+                    settings=settings,
+                    passes=passes,
+                )
+                parts.append(consumer.scores_QN)
+            else:
+                parts.append((J_train @ columns()).T / N)
     return torch.cat(parts)
 
 
@@ -176,18 +189,18 @@ def top_influences(
         True
     """
     check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
-    share, parts = Share.of(passes.distributed), []
+    share, N, parts = Share.of(passes.distributed), J_train.shape[0], []
     for queries in query_blocks(J_query, query_block):
-        preconditioned_PQ = G_inv @ gradient_columns(J_query, queries, share)
-        consumer = TopScores(preconditioned_PQ, J_train.shape[0], k, share)
         settings = {**score_settings(J_query, G_inv, queries, passes), "k": k}
-        stream_gradients(
-            J_train,
-            {"top": consumer},
-            name=f"Top scores from query {queries.start}",
-            settings=settings,
-            passes=passes,
-        )
+        with preconditioned_columns(J_query, G_inv, queries, passes, settings) as columns:
+            consumer = TopScores(InnerProducts(columns, N), N, k, share)
+            stream_gradients(
+                J_train,
+                {"top": consumer},
+                name=f"Top scores from query {queries.start}",
+                settings=settings,
+                passes=passes,
+            )
         parts.append(consumer.result)
 
     def together(order: str) -> Ranked:
@@ -315,6 +328,46 @@ def curvature_settings(G_inv: PyTorchLinearOperator) -> Any:
     vector_P = torch.randn(G_inv.shape[1], generator=torch.Generator().manual_seed(0))
     product_P: Tensor = G_inv @ vector_P.to(G_inv.device, G_inv.dtype)
     return {"kind": type(G_inv).__name__, "product": digest_of(product_P)}
+
+
+@contextmanager
+def preconditioned_columns(
+    J_query: PyTorchLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    queries: range,
+    passes: PassOptions,
+    settings: Mapping[str, Any],
+) -> Iterator[Callable[[], Tensor]]:
+    """Queries' preconditioned gradients, for as long as scores are computed from them.
+
+    With checkpoints they are written down: inverse-vector products may have taken long. Deleted
+    when what they are for is done.
+
+    Args:
+        J_query: The queries' gradients.
+        G_inv: Inverse curvature.
+        queries: Those whose gradients are made.
+        passes: Checkpoints and processes.
+        settings: Those of the scores, see :func:`score_settings`.
+
+    Yields:
+        Makes them, ``[P, len(queries)]``, or reads them; by all processes together.
+    """
+    share = Share.of(passes.distributed)
+
+    def make() -> dict[str, Tensor]:
+        return {"columns": G_inv @ gradient_columns(J_query, queries, share)}
+
+    if passes.checkpoint is None or not isinstance(J_query, ExampleGradientLinearOperator):
+        yield lambda: make()["columns"]
+        return
+    regression, own = J_query.regression, {"measurement": name_of(J_query.measurement)}
+    settings = {**settings, **own, "params": common_list(J_query.param_names)}
+    name = f"Queries {digest_of([settings, regression.description])[:16]}"
+    yield lambda: computed_once(name, regression, make, passes, settings)["columns"]
+    share.barrier()  # or another process would not find them
+    if share.rank == 0:
+        path_of(Path(passes.checkpoint), name, 0).unlink(missing_ok=True)
 
 
 def gradient_columns(J_query: PyTorchLinearOperator, queries: range, share: Share) -> Tensor:

@@ -5,18 +5,21 @@ Legend: Q queries, N training examples, B a batch of them, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.influence.consumers import GradientConsumer, PairwiseScores
+from curvlinops_diffusion.influence.consumers import PairwiseScores
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.scorers import InnerProducts, Scorer
 from curvlinops_diffusion.influence.scores import (
-    gradient_columns,
+    preconditioned_columns,
     query_blocks,
     score_settings,
     stream_gradients,
@@ -24,7 +27,6 @@ from curvlinops_diffusion.influence.scores import (
 from curvlinops_diffusion.linalg.operator import check_same_parameters
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
-from curvlinops_diffusion.runtime.processes import Share
 
 
 @dataclass(frozen=True)
@@ -119,22 +121,45 @@ def split_half_scores(
         (torch.Size([2, 10]), torch.Size([2]))
     """
     check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
-    share, N = Share.of(passes.distributed), J_train.shape[0]
-    train, query = (_halves(J) for J in (J_train, J_query))
+    N = J_train.shape[0]
     parts = []
     for queries in query_blocks(J_query, query_block):
-        columns = [G_inv @ gradient_columns(J, queries, share) for J in query]
-        consumer = _HalvedPairs(columns, N, train[1])
-        stream_gradients(
-            train[0],
-            {"scores": consumer},
-            name=f"Scores from query {queries.start}",
-            settings=score_settings(J_query, G_inv, queries, passes),
-            passes=passes,
-        )
+        settings = score_settings(J_query, G_inv, queries, passes)
+        halved = halved_products(J_query, G_inv, J_train, queries, passes, settings)
+        with halved as (scorer, J_streamed):
+            consumer = PairwiseScores(scorer, N)
+            stream_gradients(
+                J_streamed,
+                {"scores": consumer},
+                name=f"Scores from query {queries.start}",
+                settings=settings,
+                passes=passes,
+            )
         parts.append(consumer.scores)
-    scores, first, second = (torch.cat(z) for z in zip(*parts, strict=True))
-    return SplitHalfScores(scores, first, second)
+    return SplitHalfScores(*(torch.cat([part[name] for part in parts]) for name in _NAMES))
+
+
+@contextmanager
+def halved_products(
+    J_query: ExampleGradientLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    queries: range,
+    passes: PassOptions,
+    settings: Mapping[str, Any],
+) -> Iterator[tuple[Scorer, ExampleGradientLinearOperator]]:
+    """What scores all draws and either half of them, for as long as it is needed.
+
+    Yields:
+        The scorer, and the gradients that are to be streamed past it: those of the first half.
+    """
+    train, query = (_halves(J) for J in (J_train, J_query))
+    with ExitStack() as stack:
+        columns = [
+            stack.enter_context(preconditioned_columns(J, G_inv, queries, passes, settings))
+            for J in query
+        ]
+        yield _HalvedProducts(columns, J_train.shape[0], train[1]), train[0]
 
 
 def can_be_halved(regression: NoisedRegression) -> bool:
@@ -147,49 +172,50 @@ def _halves(J: ExampleGradientLinearOperator) -> list[ExampleGradientLinearOpera
     return [J.on(J.regression.divided(number, 2)) for number in range(2)]
 
 
-class _HalvedPairs(GradientConsumer):
-    """Scores of all draws and of either half, ``[Q, N]`` each.
+# of the scores of all draws, and of either half
+_NAMES = ("scores", "first", "second")
+
+
+class _HalvedProducts(Scorer):
+    """Scores of all draws and of either half.
 
     Args:
-        preconditioned: The queries' preconditioned gradients ``[P, Q]``, of either half.
+        columns: Make the queries' preconditioned gradients ``[P, Q]``, of either half.
         num_data: ``N``.
         J_second: Gradients of the second half; those of the first stream past.
     """
 
     def __init__(
         self,
-        preconditioned: Sequence[Tensor],
+        columns: Sequence[Callable[[], Tensor]],
         num_data: int,
         J_second: ExampleGradientLinearOperator,
     ):
-        first_PQ, second_PQ = preconditioned
-        columns = {"scores": (first_PQ + second_PQ) / 2, "first": first_PQ, "second": second_PQ}
-        self._pairs = {name: PairwiseScores(z_PQ, num_data) for name, z_PQ in columns.items()}
+        self._make = columns
+        self._num_data = num_data
         self._J_second = J_second
+        self._products: dict[str, InnerProducts] = {}
         self._second_BP: Tensor | None = None
 
-    @property
-    def scores(self) -> list[Tensor]:
-        """Those of all draws, of the first and of the second half."""
-        return [pairs.scores_QN for pairs in self._pairs.values()]
+    def begin(self) -> None:
+        """Make the columns."""
+        first_PQ, second_PQ = (make() for make in self._make)
+        columns = ((first_PQ + second_PQ) / 2, first_PQ, second_PQ)
+        self._products = {
+            name: InnerProducts(z_PQ, self._num_data)
+            for name, z_PQ in zip(_NAMES, columns, strict=True)
+        }
 
     def prepare(self, clean: CleanBatch) -> None:
         """Compute the gradients of the second half."""
         self._second_BP = self._J_second.rows_of(clean)
 
-    def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
-        """Fill the examples' columns."""
+    def scores(self, rows_BP: Tensor) -> dict[str, Tensor]:
+        """The scores of a batch."""
         assert self._second_BP is not None, "prepare comes first"
-        second_BP = self._second_BP
+        second_BP, self._second_BP = self._second_BP, None
         rows = ((rows_BP + second_BP) / 2, rows_BP, second_BP)
-        for pairs, own_BP in zip(self._pairs.values(), rows, strict=True):
-            pairs.add(indices, own_BP)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The scores; zero where none were computed."""
-        return {name: pairs.scores_QN for name, pairs in self._pairs.items()}
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from scores."""
-        for name, pairs in self._pairs.items():
-            pairs.restore({"scores": tensors[name]})
+        return {
+            name: products.scores(own_BP)["scores"]
+            for (name, products), own_BP in zip(self._products.items(), rows, strict=True)
+        }

@@ -22,6 +22,7 @@ from curvlinops_diffusion.influence.kernel_regression import (
     iterated_solution,
     ridge_solution,
 )
+from curvlinops_diffusion.influence.scorers import InnerProducts
 from curvlinops_diffusion.influence.whitening import Whitening
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.operator import check_same_parameters
@@ -31,7 +32,7 @@ from curvlinops_diffusion.runtime.checks import check_count, check_positive
 from curvlinops_diffusion.runtime.digests import name_of
 from curvlinops_diffusion.runtime.files import FileKind, check_same, check_space, make_folder
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
-from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.processes import ALONE, Share
 from curvlinops_diffusion.runtime.progress import draws_bar
 
 GRADIENTS = FileKind(
@@ -233,7 +234,8 @@ class GradientStore:
             ValueError: As :meth:`scores`.
         """
         query_Qk = self.query_rows(J_query, curvature)
-        top = TopScores(query_Qk.T, self.num_data, check_count("k", k), Share())
+        scorer = InnerProducts(query_Qk.T, self.num_data)
+        top = TopScores(scorer, self.num_data, check_count("k", k), ALONE)
         for indices, rows_Bk in self.rows(query_Qk.device):
             top.add(indices, rows_Bk)
         return top.result

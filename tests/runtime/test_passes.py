@@ -30,6 +30,7 @@ from curvlinops_diffusion import (
     top_influences,
 )
 from curvlinops_diffusion.influence.consumers import PairwiseScores
+from curvlinops_diffusion.influence.scorers import InnerProducts
 from curvlinops_diffusion.runtime.checkpoints import CHECKPOINT
 from curvlinops_diffusion.runtime.files import FileKind
 from curvlinops_diffusion.runtime.passes import run_pass
@@ -348,7 +349,7 @@ def test_a_gradient_that_is_not_finite_keeps_what_was_computed(tmp_path, regress
     own._data_identity["digest"] = "seen"
     J = ExampleGradientLinearOperator(own, LAYERS)
     vector = torch.ones(1, J.shape[1]).double()
-    consumer = PairwiseScores(vector.T, 6)
+    consumer = PairwiseScores(InnerProducts(vector.T, 6), 6)
     options = PassOptions(tmp_path, checkpoint_every=1e9)
     data.bad = True
     with pytest.raises(ValueError, match=r"gradient of 'conv_in.weight' for examples \[4\]"):
@@ -359,7 +360,7 @@ def test_a_gradient_that_is_not_finite_keeps_what_was_computed(tmp_path, regress
     own = passes_regression(own.objective.model, data)  # started again
     own._data_identity["digest"] = "seen"
     J = ExampleGradientLinearOperator(own, LAYERS)
-    consumer = PairwiseScores(vector.T, 6)
+    consumer = PairwiseScores(InnerProducts(vector.T, 6), 6)
     stream_gradients(J, {"scores": consumer}, passes=options)
     assert_close(consumer.scores_QN, vector @ J.rows().T / 6, 1e-12)
 
