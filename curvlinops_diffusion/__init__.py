@@ -75,6 +75,7 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
     )
     from curvlinops_diffusion.influence.split_half import SplitHalfScores, split_half_scores
     from curvlinops_diffusion.influence.store import GradientStore
+    from curvlinops_diffusion.influence.stored_scores import StoredScores
     from curvlinops_diffusion.influence.validation.baselines import (
         JourneyRegression,
         d_trak_scores,
@@ -151,6 +152,7 @@ __all__ = [
     "SignedPrediction",
     "SimplifiedELBO",
     "SplitHalfScores",
+    "StoredScores",
     "StratifiedTimesteps",
     "TimestepsWithin",
     "TopInfluences",
@@ -230,6 +232,7 @@ _MODULES = {
     "SignedPrediction": "influence.measurements.losses",
     "SimplifiedELBO": "influence.measurements.bounds",
     "SplitHalfScores": "influence.split_half",
+    "StoredScores": "influence.stored_scores",
     "StratifiedTimesteps": "diffusion.timesteps",
     "TimestepsWithin": "diffusion.timesteps",
     "TopInfluences": "influence.consumers",

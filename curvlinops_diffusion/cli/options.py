@@ -229,7 +229,8 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
         augment: The augmentation that training used; drawn anew for each draw.
         query_block: The number of queries whose gradients are held at once.
         other_data: Accept an operator that was fitted to other images.
-        sharded: Each process of torchrun reads some of the operator's blocks only.
+        sharded: Each process of torchrun reads some of the operator's blocks only, and writes the
+            influence scores of the training images that it has seen.
     """
 
     operator: Path

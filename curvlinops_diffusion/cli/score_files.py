@@ -11,16 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curvlinops_diffusion.runtime.files import FileKind, write_bytes
+from curvlinops_diffusion.influence.score_files import SCORES, shards_of
+from curvlinops_diffusion.runtime.files import write_bytes
 
 if TYPE_CHECKING:  # to say what a file is of, PyTorch need not be imported
     from torch import Tensor
 
-SCORES = FileKind(
-    "curvlinops_diffusion.scores",
-    "influence scores",
-    "Make it by curvlinops-diffusion score.",
-)
+    from curvlinops_diffusion.influence.stored_scores import StoredScores
 
 #: The names of the scores of two halves of the draws.
 HALVES = ("first_half", "second_half")
@@ -68,7 +65,10 @@ def write_scores(
         tensors |= dict(zip(HALVES, halves, strict=True))
     tensors = {name: z.detach().cpu().contiguous() for name, z in tensors.items()}
     if path.suffix == ".safetensors":
+        old = shards_of(path)
         SCORES.write(path, tensors, header)
+        for other in old:
+            other.unlink(missing_ok=True)
         return
     scores_QN = tensors["scores"]
     buffer = io.BytesIO()
@@ -80,8 +80,10 @@ def write_scores(
     write_bytes(path, buffer.getvalue())
 
 
-def read_scores(path: Path) -> tuple[Tensor, dict[str, Any]]:
+def read_scores(path: Path) -> tuple[Tensor | StoredScores, dict[str, Any]]:
     """Read scores, ``[Q, N]``, and the names and settings that belong to them.
+
+    Scores in several files are read as they are asked for, a query at a time.
 
     Raises:
         ValueError: If the file is missing, damaged, or of something else.
@@ -102,7 +104,12 @@ def read_scores(path: Path) -> tuple[Tensor, dict[str, Any]]:
     return scores_QN, {**header, "identity": identity}
 
 
-def header_and_scores(path: Path) -> tuple[dict[str, Any], Tensor | None]:
+def whole(scores: Tensor | StoredScores) -> Tensor:
+    """All of them, ``[Q, N]``."""
+    return scores.whole() if hasattr(scores, "whole") else scores
+
+
+def header_and_scores(path: Path) -> tuple[dict[str, Any], Tensor | StoredScores | None]:
     """Header and scores; no scores where they are not those that the header is of.
 
     Raises:
@@ -110,6 +117,11 @@ def header_and_scores(path: Path) -> tuple[dict[str, Any], Tensor | None]:
     """
     import torch
 
+    if shards_of(path):
+        from curvlinops_diffusion.influence.stored_scores import StoredScores
+
+        stored = StoredScores.open(path)
+        return stored.header, stored
     if path.suffix != ".npy":
         header, tensors = SCORES.read(path)
         if not isinstance(header, dict):

@@ -193,6 +193,16 @@ class TopInfluences:
     negative: Ranked
     neutral: Ranked
 
+    @classmethod
+    def of_blocks(cls, blocks: Sequence[TopInfluences]) -> TopInfluences:
+        """Those of some queries after those of others."""
+
+        def together(order: str) -> Ranked:
+            own: list[Ranked] = [getattr(block, order) for block in blocks]
+            return Ranked(torch.cat([r.indices for r in own]), torch.cat([r.scores for r in own]))
+
+        return cls(*(together(order) for order in TopScores.ORDERS))
+
 
 class TopScores(GradientConsumer):
     """The ``k`` largest, least, and nearest to zero of each query's scores, so far.

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from curvlinops_diffusion.influence.consumers import (
     GradientConsumer,
     GroupSums,
     PairwiseScores,
-    Ranked,
     SelfInfluence,
     TopInfluences,
     TopScores,
@@ -33,7 +31,7 @@ from curvlinops_diffusion.influence.scorers import InnerProducts
 from curvlinops_diffusion.linalg.operator import check_same_parameters
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.adapters import common_list
-from curvlinops_diffusion.runtime.checkpoints import path_of
+from curvlinops_diffusion.runtime.checkpoints import forget
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, computed_once, run_pass
@@ -202,12 +200,7 @@ def top_influences(
                 passes=passes,
             )
         parts.append(consumer.result)
-
-    def together(order: str) -> Ranked:
-        own: list[Ranked] = [getattr(part, order) for part in parts]
-        return Ranked(torch.cat([r.indices for r in own]), torch.cat([r.scores for r in own]))
-
-    return TopInfluences(*(together(order) for order in TopScores.ORDERS))
+    return TopInfluences.of_blocks(parts)
 
 
 def group_and_self_influence(
@@ -365,9 +358,7 @@ def preconditioned_columns(
     settings = {**settings, **own, "params": common_list(J_query.param_names)}
     name = f"Queries {digest_of([settings, regression.description])[:16]}"
     yield lambda: computed_once(name, regression, make, passes, settings)["columns"]
-    share.barrier()  # or another process would not find them
-    if share.rank == 0:
-        path_of(Path(passes.checkpoint), name, 0).unlink(missing_ok=True)
+    forget(passes.checkpoint, name, share)
 
 
 def gradient_columns(J_query: PyTorchLinearOperator, queries: range, share: Share) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -115,6 +116,16 @@ def _slug(name: str) -> str:
 def path_of(folder: Path, name: str, rank: int) -> Path:
     """The file of a process."""
     return folder / f"{_slug(name)}.{rank}.safetensors"
+
+
+def forget(folder: str | PathLike[str] | None, name: str, share: Share) -> None:
+    """Delete what was written down of a pass; nothing if nothing is written down."""
+    if folder is None:
+        return
+    share.barrier()  # or another process would not find it
+    if share.rank == 0:
+        for path in Path(folder).glob(f"{_slug(name)}.*.safetensors"):
+            path.unlink(missing_ok=True)
 
 
 def try_to_write(

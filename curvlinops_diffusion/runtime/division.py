@@ -72,6 +72,8 @@ class Division:
         rank, count = self._share.rank, self._share.count
         own = range(size)
         if self._is_cut(number):
+            # larger pieces come last, and in the next batch first
+            rank = count - 1 - rank if number % 2 else rank
             own = range(rank * size // count, (rank + 1) * size // count)
         done = self._pieces.get(number, set())
         return [position for position in own if position not in done]

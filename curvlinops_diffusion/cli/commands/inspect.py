@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from curvlinops_diffusion.cli.options import InspectOptions
-from curvlinops_diffusion.cli.score_files import SCORES, read_scores
+from curvlinops_diffusion.cli.score_files import read_scores
+from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.linalg.operator_files import block_rows, read_header
 
 
@@ -33,10 +34,13 @@ def _print_scores(path: Path) -> None:
     scores_QN, header = read_scores(path)
     Q, N = scores_QN.shape
     print(f"influence scores of {N} training images on {Q} queries")
-    print(f"from {float(scores_QN.min()):.3g} to {float(scores_QN.max()):.3g}")
+    least = min(float(scores_N.min()) for scores_N in scores_QN)
+    most = max(float(scores_N.max()) for scores_N in scores_QN)
+    print(f"from {least:.3g} to {most:.3g}")
     for q, name in enumerate(header["queries"][:20]):
-        best = int(scores_QN[q].argmax())
-        print(f"  {name}: most positive {header['train'][best]} ({scores_QN[q, best]:+.3g})")
+        scores_N = scores_QN[q]
+        best = int(scores_N.argmax())
+        print(f"  {name}: most positive {header['train'][best]} ({scores_N[best]:+.3g})")
     _print_settings(header["identity"])
 
 

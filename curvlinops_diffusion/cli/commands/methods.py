@@ -46,12 +46,25 @@ def scores_of(
     return scores, None
 
 
+def in_shards(options: ScoreOptions, several: bool) -> bool:
+    """Whether each process writes the scores of the training images that it has seen.
+
+    Kernel regression solves a system of all of them, and finite steps divide the queries.
+    """
+    return several and options.sharded and options.method == "influence"
+
+
 def check_method(options: ScoreOptions) -> None:
-    """Check that the method is for what is measured.
+    """Check that the method is for what is measured, and for how its scores are written.
 
     Raises:
         ValueError: If it is not.
     """
+    if options.sharded and options.method == "influence" and options.output.suffix == ".npy":
+        raise ValueError(
+            f"--output {options.output} arrived with --sharded, by which each process writes a "
+            "file of its own. Pass a name that ends in .safetensors."
+        )
     if options.method != "regression":
         return
     if MEASUREMENTS[options.measurement].better is not Better.LOWER:

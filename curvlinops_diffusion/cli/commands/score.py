@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from math import isfinite
 from typing import Any
 
-from torch import Tensor
-
-from curvlinops_diffusion.cli.checkpoints import checkpoint_of, going_on, remove
+from curvlinops_diffusion.cli.checkpoints import checkpoint_of, remove
 from curvlinops_diffusion.cli.commands.cost import score_cost
 from curvlinops_diffusion.cli.commands.fit import training_images, training_regression
-from curvlinops_diffusion.cli.commands.methods import check_method, scores_of
+from curvlinops_diffusion.cli.commands.methods import check_method
+from curvlinops_diffusion.cli.commands.scoring import Scoring, inversion_of
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.images.images import NamedImages, open_images
 from curvlinops_diffusion.cli.network import Network, load_network, of_text_encoders
 from curvlinops_diffusion.cli.options import ScoreOptions
 from curvlinops_diffusion.cli.outputs import check_output, check_output_is_same, nothing_to_do
 from curvlinops_diffusion.cli.processes import is_first, process_group, with_own_device
-from curvlinops_diffusion.cli.score_files import agreement, header_and_scores, write_scores
+from curvlinops_diffusion.cli.score_files import agreement, header_and_scores
 from curvlinops_diffusion.curvature.load import load_operator
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.split_half import SplitHalfScores
-from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.runtime.files import check_same, check_space
-from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
-
-# how many of the largest scores of two halves are compared
-TOP = 10
+from curvlinops_diffusion.runtime.passes import PassOptions
 
 # what of a regression's description fit and score must share
 _OBJECTIVE = (
@@ -71,7 +63,7 @@ def score(options: ScoreOptions) -> None:
         identity = {
             "train": train.identity({}),
             "query": query.identity(
-                {"measurement": options.measurement, **_inversion(options), **_method(options)}
+                {"measurement": options.measurement, **inversion_of(options), **_method(options)}
             ),
             "operator": json.loads(json.dumps(operator.info)),
         }
@@ -80,30 +72,21 @@ def score(options: ScoreOptions) -> None:
             return
         size = query.num_data * train.num_data * operator.dtype.itemsize
         check_space(options.output.parent, 3 * size, "The scores, and those of halves,")
-        scores_QN, halves, values_Q = _computed_scores(options, operator, train, query, several)
-        if not is_first():
-            return
         names = {"train": known.names, "queries": images.names}
-        sure = {"values": _plain(values_Q)} | ({} if halves is None else _reliability(halves))
-        told = sure | {
+        told = {
             "form": {"channels": network.channels, "resolution": options.resolution},
             "condition": asdict(network.condition),
             "digests": {"train": known.digests, "queries": images.digests},
         }
-        both = None if halves is None else (halves.first, halves.second)
-        write_scores(options.output, scores_QN, names, identity, both, **told)
+        scoring = Scoring(options, train, query, operator, several, names, identity, told)
+        sure = scoring.write()
+        if not is_first():
+            return
         remove(checkpoint_of(options.output))
-        Q, N = scores_QN.shape
+        Q, N = query.num_data, train.num_data
         event("scored", file=str(options.output), queries=Q, training_images=N, **sure)
         say(f"Wrote {options.output}: {Q} × {N} scores, of queries and training images")
         say(_how_sure(sure, options.method))
-
-
-def _inversion(options: ScoreOptions) -> dict[str, Any]:
-    """How the curvature is inverted."""
-    more: dict[str, Any] = {"relative": True} if options.relative else {}
-    more |= {} if options.rtol is None else {"rtol": options.rtol}
-    return {"damping": options.damping, **more}
 
 
 def _method(options: ScoreOptions) -> dict[str, Any]:
@@ -142,47 +125,6 @@ def _is_done(options: ScoreOptions, identity: dict[str, Any]) -> bool:
     return scores_QN is not None
 
 
-def _computed_scores(
-    options: ScoreOptions,
-    operator: BlockDiagonalLinearOperator,
-    train: NoisedRegression,
-    query: NoisedRegression,
-    several: bool,
-) -> tuple[Tensor, SplitHalfScores | None, Tensor]:
-    """The scores ``[Q, N]``, those of halves if there are some, and the queries' values ``[Q]``.
-
-    From the checkpoint on, if there is one.
-    """
-    checkpoint = checkpoint_of(options.output)
-    passes = PassOptions(
-        checkpoint, options.checkpoint_every, distributed=several, progressbar=not options.quiet
-    )
-    names = operator.param_names
-    J_train = ExampleGradientLinearOperator(train, names)
-    J_query = ExampleGradientLinearOperator(query, names, measurement=options.measurement)
-    inverse = operator.inverse(**_inversion(options))
-    measured = {"measurement": options.measurement}
-
-    def run() -> tuple[Tensor, SplitHalfScores | None, Tensor]:
-        values_Q = computed_once(
-            "Values", query, lambda: {"values": J_query.values()}, passes, measured
-        )["values"]
-        return (*scores_of(options, J_query, inverse, J_train, passes), values_Q)
-
-    return going_on(run, checkpoint, options.overwrite)
-
-
-def _reliability(scores: SplitHalfScores) -> dict[str, Any]:
-    """How far two halves of the draws agree, for each query."""
-    k = max(1, min(TOP, scores.scores.shape[1] // 2))  # all of them would always be shared
-    return {
-        "rank_correlation": _plain(scores.rank_correlation()),
-        "top": k,
-        "top_shared": _plain(scores.top_shared(k)),
-        "standard_error": _plain(scores.standard_error()),
-    }
-
-
 def _how_sure(told: dict[str, Any], method: str) -> str:
     """A line for people."""
     found = agreement(told)
@@ -198,11 +140,6 @@ def _how_sure(told: dict[str, Any], method: str) -> str:
         f"Two halves of the draws agree on {shared:.3g} of the top {told['top']} training images "
         f"(rank correlation {ranks}; medians over queries); all draws together are surer"
     )
-
-
-def _plain(values: Tensor) -> list[float | None]:
-    """Numbers for a header of JSON, in which none are undefined."""
-    return [value if isfinite(value) else None for value in values.double().tolist()]
 
 
 def in_pairs(num_draws: int) -> bool:

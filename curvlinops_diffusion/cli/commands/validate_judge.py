@@ -15,7 +15,7 @@ from curvlinops_diffusion.cli.measured_files import read_measured
 from curvlinops_diffusion.cli.options import ValidateJudgeOptions
 from curvlinops_diffusion.cli.outputs import check_output, check_output_is_new
 from curvlinops_diffusion.cli.page.figures import intervals
-from curvlinops_diffusion.cli.score_files import read_scores
+from curvlinops_diffusion.cli.score_files import read_scores, whole
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
 from curvlinops_diffusion.influence.validation.judgements import (
     linear_datamodelling_score,
@@ -95,7 +95,7 @@ def _named_scores(
         of = MEASUREMENTS.get(own["identity"].get("query", {}).get("measurement", ""))
         # a log-likelihood falls where a loss rises
         opposite = of is not None and (of.better is Better.HIGHER) != (better is Better.HIGHER)
-        found[name] = -scores if opposite else scores
+        found[name] = -whole(scores) if opposite else whole(scores)
     return found
 
 

@@ -10,7 +10,7 @@ from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.images.images import NamedImages, open_images
 from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.options import ValidatePlanOptions
-from curvlinops_diffusion.cli.score_files import read_scores
+from curvlinops_diffusion.cli.score_files import read_scores, whole
 from curvlinops_diffusion.influence.validation.plans import HEADER, RetrainingPlan
 
 
@@ -62,4 +62,4 @@ def _plan(options: ValidatePlanOptions, images: NamedImages) -> RetrainingPlan:
             f"'{options.scores}' is of other training images than '{options.data}' holds. Pass "
             "those that were scored."
         )
-    return RetrainingPlan.removals(scores, sizes, method=options.scores.stem, seed=seed)
+    return RetrainingPlan.removals(whole(scores), sizes, method=options.scores.stem, seed=seed)

@@ -8,23 +8,30 @@ from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from torch import Tensor
 
+from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.operator_files import block_rows
 from curvlinops_diffusion.linalg.storage import read_blocks
 
 matplotlib.use("Agg")  # draws to files, needs no screen
 
 _BLUE = "#4a6fa5"
+_BINS = 80
 # beyond, more points change nothing that can be seen
 _MAX_POINTS = 2000
 
 
-def histogram(scores_QN: Tensor) -> str:
-    """How many pairs have which score."""
+def histogram(scores: Tensor | StoredScores) -> str:
+    """How many pairs have which score; seen a query at a time."""
+    ends = [(float(scores_N.min()), float(scores_N.max())) for scores_N in scores]
+    least, most = min(low for low, _ in ends), max(high for _, high in ends)
+    edges = np.histogram_bin_edges([least, most], bins=_BINS)
+    counts = sum(np.histogram(scores_N.double().numpy(), edges)[0] for scores_N in scores)
     figure, axis = plt.subplots(figsize=(7, 2.2))
-    axis.hist(scores_QN.flatten().double().numpy(), bins=80, color=_BLUE)
+    axis.stairs(counts, edges, fill=True, color=_BLUE)
     axis.set_yscale("log")
     axis.set_xlabel("score")
     axis.set_ylabel("pairs")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion.influence.measurements.registry import Better, NamedMeasurement
+from curvlinops_diffusion.influence.stored_scores import StoredScores
 
 # a training image is common if it is among the first of so many queries, and of so large a share
 _COMMON_QUERIES = 3
@@ -74,7 +75,7 @@ class Sizes:
     errors_Q: Tensor | None
 
     @classmethod
-    def of(cls, scores_QN: Tensor, header: dict[str, Any]) -> Sizes:
+    def of(cls, scores_QN: Tensor | StoredScores, header: dict[str, Any]) -> Sizes:
         """Those of a file of scores."""
         errors = header.get("standard_error")
         errors_Q = None if errors is None else torch.tensor(errors, dtype=torch.float64)
@@ -82,7 +83,8 @@ class Sizes:
         if values is None or not all(values):  # of an older file; or nothing to be a share of
             return cls(torch.ones(len(scores_QN), dtype=torch.float64), "", errors_Q)
         values_Q = torch.tensor(values, dtype=torch.float64).abs()
-        largest = (scores_QN.abs().amax(1) / values_Q).median()
+        largest_Q = torch.stack([scores_N.abs().max() for scores_N in scores_QN])
+        largest = (largest_Q / values_Q).median()
         factor, unit = (100, " %") if largest >= _PER_CENT else (1e6, " ppm")
         scale_Q = values_Q / factor
         return cls(scale_Q, unit, None if errors_Q is None else errors_Q / scale_Q)

@@ -1,0 +1,170 @@
+"""Scores computed and written: in one file by the first process, or by each in one of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import isfinite
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.cli.checkpoints import checkpoint_of, going_on
+from curvlinops_diffusion.cli.commands.methods import in_shards, scores_of
+from curvlinops_diffusion.cli.options import ScoreOptions
+from curvlinops_diffusion.cli.processes import is_first
+from curvlinops_diffusion.cli.score_files import write_scores
+from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.split_half import (
+    SplitHalfScores,
+    can_be_halved,
+    rank_correlation,
+    standard_error,
+    top_shared,
+)
+from curvlinops_diffusion.influence.stored_scores import StoredScores, write_index, write_shards
+from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
+from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
+
+T = TypeVar("T")
+
+# how many of the largest scores of two halves are compared
+TOP = 10
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What ``score`` computes, and what is written beside it.
+
+    Attributes:
+        options: Those of the command.
+        train: The training images.
+        query: The queries.
+        operator: The curvature.
+        several: Whether there are several processes.
+        names: Names of the ``train`` images and the ``queries``.
+        identity: What the scores are made from.
+        told: What else is told of them, as plain values.
+    """
+
+    options: ScoreOptions
+    train: NoisedRegression
+    query: NoisedRegression
+    operator: BlockDiagonalLinearOperator
+    several: bool
+    names: dict[str, list[str]]
+    identity: dict[str, Any]
+    told: dict[str, Any]
+
+    def write(self) -> dict[str, Any]:
+        """Compute the scores, from the checkpoint on if there is one, and write them.
+
+        Returns:
+            How sure they are.
+        """
+        return self._in_shards() if in_shards(self.options, self.several) else self._whole()
+
+    def _whole(self) -> dict[str, Any]:
+        """Every process has all scores, and the first one writes them."""
+
+        def run(passes: PassOptions) -> tuple[Tensor, SplitHalfScores | None, Tensor]:
+            operators = self._operators()
+            values_Q = self._values(operators[0], passes)
+            return (*scores_of(self.options, *operators, passes), values_Q)
+
+        scores_QN, halves, values_Q = self._from_checkpoint(run)
+        sure = {"values": _plain(values_Q)}
+        both = None
+        if halves is not None:
+            both = (halves.first, halves.second)
+            sure |= _reliability(*both)
+        if is_first():
+            told = {**sure, **self.told}
+            write_scores(self.options.output, scores_QN, self.names, self.identity, both, **told)
+        return sure
+
+    def _in_shards(self) -> dict[str, Any]:
+        """Each process writes what it has seen, and the first one a file that names them all."""
+        halves = can_be_halved(self.train) and can_be_halved(self.query)
+        output, block = self.options.output, self.options.query_block
+
+        def run(passes: PassOptions) -> tuple[list[dict[str, Any]], Tensor]:
+            operators = self._operators()
+            values_Q = self._values(operators[0], passes)
+            options: dict[str, Any] = {"query_block": block, "halves": halves, "passes": passes}
+            return write_shards(output, *operators, self.identity, **options), values_Q
+
+        shards, values_Q = self._from_checkpoint(run)
+        sure = {"values": _plain(values_Q)}
+        if not is_first():
+            return sure
+        shape = [self.query.num_data, self.train.num_data]
+        header = {**self.names, "identity": self.identity, "shape": shape, **self.told}
+        stored = StoredScores(output, {**header, "shards": shards})
+        if halves:
+            sure |= _reliability(stored.named("first"), stored.named("second"))
+        write_index(output, {**header, **sure}, shards)
+        return sure
+
+    def _operators(
+        self,
+    ) -> tuple[
+        ExampleGradientLinearOperator, BlockDiagonalLinearOperator, ExampleGradientLinearOperator
+    ]:
+        """The queries' gradients, the inverse, and the training images' gradients."""
+        names, measured = self.operator.param_names, self.options.measurement
+        return (
+            ExampleGradientLinearOperator(self.query, names, measurement=measured),
+            self.operator.inverse(**inversion_of(self.options)),
+            ExampleGradientLinearOperator(self.train, names),
+        )
+
+    def _values(self, J_query: ExampleGradientLinearOperator, passes: PassOptions) -> Tensor:
+        """The queries' values ``[Q]``."""
+        measured = {"measurement": self.options.measurement}
+        return computed_once(
+            "Values", self.query, lambda: {"values": J_query.values()}, passes, measured
+        )["values"]
+
+    def _from_checkpoint(self, run: Callable[[PassOptions], T]) -> T:
+        """Run what goes on from a checkpoint, if there is one."""
+        options = self.options
+        checkpoint = checkpoint_of(options.output)
+        passes = PassOptions(
+            checkpoint,
+            options.checkpoint_every,
+            distributed=self.several,
+            progressbar=not options.quiet,
+        )
+        return going_on(lambda: run(passes), checkpoint, options.overwrite)
+
+
+def inversion_of(options: ScoreOptions) -> dict[str, Any]:
+    """How the curvature is inverted."""
+    more: dict[str, Any] = {"relative": True} if options.relative else {}
+    more |= {} if options.rtol is None else {"rtol": options.rtol}
+    return {"damping": options.damping, **more}
+
+
+def _reliability(first: Tensor | StoredScores, second: Tensor | StoredScores) -> dict[str, Any]:
+    """How far two halves of the draws agree, for each query; seen one at a time."""
+    k = max(1, min(TOP, first.shape[1] // 2))  # all of them would always be shared
+
+    def each(of: Callable[[Tensor, Tensor], Tensor]) -> list[float | None]:
+        pairs = zip(first, second, strict=True)
+        return _plain(torch.cat([of(a.unsqueeze(0), b.unsqueeze(0)) for a, b in pairs]))
+
+    return {
+        "rank_correlation": each(rank_correlation),
+        "top": k,
+        "top_shared": each(partial(top_shared, k=k)),
+        "standard_error": each(standard_error),
+    }
+
+
+def _plain(values: Tensor) -> list[float | None]:
+    """Numbers for a header of JSON, in which none are undefined."""
+    return [value if isfinite(value) else None for value in values.double().tolist()]
