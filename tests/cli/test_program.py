@@ -20,6 +20,7 @@ from curvlinops_diffusion import (
     ExampleGradientLinearOperator,
     MinSNRWeighting,
     NoisedRegression,
+    StoredScores,
     influence_scores,
     load_operator,
     retraining_scores,
@@ -377,18 +378,51 @@ def test_several_processes(fitted, tmp_path, sharded):
     assert len(list(tmp_path.glob("*.safetensors"))) == (3 if sharded else 1)
     if sharded:
         scores = tmp_path / "s.safetensors"
-        words = ["--operator", output, "--output", scores, *sharded]
-        torchrun(*arguments(fitted, "score", *words))
-        found, expected = (read_scores(path)[0] for path in (scores, fitted / "scores.safetensors"))
-        torch.testing.assert_close(
-            found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
-        )
+        words = ["--operator", output, "--output", scores, "--num-draws", "4", *sharded]
+        said = torchrun(*arguments(fitted, "score", *words))
+        assert said.count("Wrote ") == said.count("Two halves of the draws agree") == 1
+        assert len(list(tmp_path.glob("s.*.safetensors"))) == 2
+        assert not list(tmp_path.glob("*.checkpoint"))
+        assert "nothing to do" in torchrun(*arguments(fitted, "score", *words))
+        alone = tmp_path / "alone.safetensors"
+        one = ["--output", alone, "--num-draws", "4"]
+        assert run(arguments(fitted, "score", *one)) == 0
+        assert_same_to_readers(fitted, scores, alone)
     unet = DDPMPipeline.from_pretrained(fitted / "pipeline").unet.eval()
     v = torch.randn(4877, generator=torch.Generator().manual_seed(0))
     one, two = (load_operator(path, unet) for path in (fitted / "ekfac.safetensors", output))
     torch.testing.assert_close(
         two @ v, one @ v, rtol=1e-3, atol=1e-4 * float((one @ v).abs().max())
     )
+
+
+def assert_same_to_readers(folder, in_files, in_one):
+    """All that reads scores makes the same of them, but for rounding."""
+    (found, header), (expected, other) = read_scores(in_files), read_scores(in_one)
+    assert isinstance(found, StoredScores)
+    least = 1e-4 * float(expected.abs().max())
+    for own, whole in ((found.whole(), expected), (found[1], expected[1])):
+        torch.testing.assert_close(own, whole, rtol=1e-3, atol=least)
+    torch.testing.assert_close(
+        torch.tensor(header["standard_error"]),
+        torch.tensor(other["standard_error"]),
+        rtol=1e-2,
+        atol=least,
+    )
+    assert header["rank_correlation"] == pytest.approx(other["rank_correlation"], abs=0.1)
+    assert header.keys() - other.keys() == {"shards", "shape"}
+    torch.testing.assert_close(
+        StoredScores.open(in_one).whole(),
+        StoredScores.open(in_one, check=False).named("scores").whole(),
+    )
+    pages = []
+    for path in (in_files, in_one):
+        page = path.with_suffix(".html")
+        words = ["--scores", path, "--data", folder / "train", "--queries", folder / "queries"]
+        assert run([str(word) for word in ["report", *words, "--output", page]]) == 0
+        pages.append(re.findall(r"image\d\.png", page.read_text()))
+        assert run(["inspect", str(path)]) == 0
+    assert pages[0] == pages[1]
 
 
 RECIPE = [
