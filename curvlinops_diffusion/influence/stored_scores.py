@@ -328,7 +328,23 @@ def _write(folder: Path, prefix: str, own: OwnScores, share: Share) -> list[tupl
     tensors = own.found
     examples = len(tensors[OwnScores.INDEX]) if tensors else 0
     share.all_or_none(lambda: SHARD.write(folder / file, tensors, {"examples": examples}))
-    return [(file, examples) for file, examples in share.gathered((file, examples))]
+    written = [(file, examples) for file, examples in share.gathered((file, examples))]
+    share.all_or_none(lambda: _check_seen(folder, [file for file, _ in written]))
+    return written
+
+
+def _check_seen(folder: Path, files: Sequence[str]) -> None:
+    """Check that this process sees what the others have written.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    missing = [file for file in files if not (folder / file).exists()]
+    if missing:
+        raise ValueError(
+            f"'{folder}' has no '{missing[0]}' here, which another process has written. Pass a "
+            "folder that all processes see."
+        )
 
 
 def _written(folder: Path, prefix: str) -> list[tuple[str, int]]:

@@ -163,3 +163,14 @@ def test_damaged(tmp_path, problem, damage):
     }
     with pytest.raises(ValueError, match=expected[damage]):
         StoredScores.open(path)
+
+
+def apart(rank, folder):
+    (folder / str(rank)).mkdir()
+    return made(rank, folder / str(rank) / "scores.safetensors")
+
+
+def test_processes_that_see_other_folders(tmp_path):
+    told = processes(2, tmp_path / "run", apart, tmp_path)
+    assert "which another process has written. Pass a folder that all processes see." in told[0]
+    assert "which another process has written. Pass a folder that all processes see." in told[1]

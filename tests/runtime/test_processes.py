@@ -3,6 +3,8 @@
 import functools
 import multiprocessing
 import os
+import random
+import re
 import shutil
 import signal
 import time
@@ -17,6 +19,7 @@ from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
     ExampleGradientLinearOperator,
     PassOptions,
+    StoredScores,
     group_and_self_influence,
     influence_scores,
     kernel_regression_scores,
@@ -70,7 +73,8 @@ def start(rank, count, folder, work, arguments):
     distributed.destroy_process_group()
 
 
-def processes(count, folder, work, *arguments):
+def processes(count, folder, work, *arguments, meanwhile=lambda running: None):
+    """What each process returns; ``None`` of one that died."""
     folder.mkdir()
     context = multiprocessing.get_context("fork")
     running = [
@@ -79,6 +83,7 @@ def processes(count, folder, work, *arguments):
     ]
     for process in running:
         process.start()
+    meanwhile(running)
     for process in running:
         process.join()
     return [
@@ -150,6 +155,80 @@ def test_a_process_that_dies(tmp_path, expected, left_behind, first, second):
     """The others stop in bounded time, and the run goes on with as many processes or others."""
     shutil.copytree(left_behind(first), tmp_path / "checkpoint")
     for found in processes(second, tmp_path / "second", compute, tmp_path / "checkpoint"):
+        assert_all_close(found, expected)
+
+
+def test_the_same_bits_on_the_same_number(tmp_path, left_behind):
+    shutil.copytree(left_behind(2), tmp_path / "checkpoint")
+    gone_on = processes(2, tmp_path / "on", compute, tmp_path / "checkpoint")
+    for found, whole in zip(gone_on, processes(2, tmp_path / "whole", compute), strict=True):
+        for name, tensor in whole.items():
+            assert torch.equal(found[name], tensor), name
+
+
+def all_of_it(rank, folder, ready):
+    """Factors, eigenvalues and scores, with a checkpoint after every batch."""
+    (ready / str(rank)).touch()
+    regression = unet_regression(tiny_unet(), count=COUNT)
+    sharded = PassOptions(folder / "fit", checkpoint_every=0, distributed=True, sharded=True)
+    EK = DiffusionEKFACLinearOperator(regression, passes=sharded)
+    J = ExampleGradientLinearOperator(regression)
+    passes = PassOptions(folder / "scores", checkpoint_every=0, distributed=True)
+    stored = StoredScores.create(
+        folder / "scores.safetensors", J, EK.inverse(1e-3), J, query_block=5, passes=passes
+    )
+    return {"scores": stored.whole(), "trace": EK.trace()}
+
+
+def test_killed_at_random_moments(tmp_path):
+    """Twenty times, one of two to four processes; the others stop, and other numbers go on."""
+    chance = random.Random(3)
+    finished, kills, in_the_middle = [], 0, 0
+    fresh = tmp_path / "whole"
+    fresh.mkdir()
+    began = time.monotonic()
+    ready = tmp_path / "ready whole"
+    ready.mkdir()
+    (expected,) = processes(1, tmp_path / "run whole", all_of_it, fresh, ready)
+    seconds = time.monotonic() - began
+    folder = tmp_path / "0"
+    for attempt in range(100):
+        folder.mkdir(exist_ok=True)
+        count = chance.choice([2, 3, 4])
+        ready = tmp_path / f"ready{attempt}"
+        ready.mkdir()
+        moment, victim = chance.uniform(0, 0.6 * seconds), chance.randrange(count)
+
+        def kill_one(running, ready=ready, count=count, moment=moment, victim=victim):
+            while len(list(ready.iterdir())) < count:
+                time.sleep(0.005)
+            running[victim].join(moment)
+            if running[victim].is_alive():
+                os.kill(running[victim].pid, signal.SIGKILL)
+
+        began = time.monotonic()
+        run = tmp_path / f"run{attempt}"
+        results = processes(count, run, all_of_it, folder, ready, meanwhile=kill_one)
+        assert time.monotonic() - began < 60 + 10 * seconds
+        if results[victim] is None:
+            kills += 1
+            in_the_middle += any(folder.rglob("*.safetensors"))
+        for found in results:
+            if isinstance(found, dict):
+                finished.append(found)
+            elif found is not None:
+                assert re.search("Another process has stopped|Process . has stopped", found)
+        if (folder / "scores.safetensors").exists():
+            folder = tmp_path / str(attempt + 1)
+        if kills == 20:
+            break
+    assert kills == 20
+    assert in_the_middle > 3
+    folder.mkdir(exist_ok=True)
+    ready = tmp_path / "ready last"
+    ready.mkdir()
+    finished += processes(2, tmp_path / "last", all_of_it, folder, ready)
+    for found in finished:
         assert_all_close(found, expected)
 
 
