@@ -18,6 +18,7 @@ from curvlinops_diffusion.runtime.modes import (
     recomputation_named,
 )
 from curvlinops_diffusion.runtime.progress import draws_bar
+from curvlinops_diffusion.runtime.sharded_networks import check_whole_parameters
 
 
 class DiffusionGGNLinearOperator(ParameterSpaceOperator):
@@ -65,6 +66,11 @@ class DiffusionGGNLinearOperator(ParameterSpaceOperator):
         chunk_size: int = 8,
     ):
         check_regression(regression)
+        check_whole_parameters(
+            regression.objective.model,
+            "A product with the exact GGN",
+            "Pass the whole network to each process, or take K-FAC or EK-FAC.",
+        )
         self._regression = regression
         self._params = select_parameters(regression.objective.model, params)
         self._progressbar = progressbar

@@ -53,12 +53,14 @@ class GradientPass:
                 indices = batch.indices
 
         def on_layer(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
-            consume(layer, indices, xs, gs)
+            if layer.name in plan.by_layer:
+                consume(layer, indices, xs, gs)
 
-        retried = ObservedRetrial(self.regression, plan.layers)
+        layers = plan.beside or plan.layers
+        retried = ObservedRetrial(self.regression, layers)
         vectors = checked_loss_vectors(self.regression, plan.options)
         observer = Indexed(on_layer, objective.working_dtype)
-        with observed(objective, plan.layers, observer) as network:
+        with observed(objective, layers, observer) as network:
 
             def step(clean: CleanBatch) -> None:
                 for batch in self.regression.noised_batches(clean):

@@ -78,8 +78,9 @@ def kronecker_factors(
         ValueError: If a prediction is not finite, the calls of a layer vary in a way that was not
             foreseen, or a checkpoint is of something else.
     """
-    objective, layers = regression.objective, plan.coverage.layers
-    calls = call_patterns(regression, [part.layer for part in plan.with_inputs.values()])
+    objective, layers = regression.objective, plan.watched
+    with_inputs = [part.layer for part in plan.with_inputs.values()]
+    calls = call_patterns(regression, plan.beside or with_inputs)
     dtype, backward = objective.working_dtype, plan.options.has_gradients
     inputs = _InputFactors(plan, dtype, calls, backward)
     outputs = _OutputFactors(plan, dtype)
@@ -301,7 +302,7 @@ class _ExactBlocks(_MeanSums):
         self._gradients = Sums()  # of single examples, by parameter
 
     def input(self, layer: Layer, x: Tensor) -> None:
-        if isinstance(layer.kind, ExactKind):
+        if isinstance(layer.kind, ExactKind) and layer.name in self._layers:
             self._inputs.setdefault(layer.name, []).append(x)
 
     def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:

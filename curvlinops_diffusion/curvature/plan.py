@@ -22,6 +22,7 @@ from curvlinops_diffusion.layers.kind import ExactKind
 from curvlinops_diffusion.layers.layer import Layer, Part
 from curvlinops_diffusion.linalg.blocks import Block
 from curvlinops_diffusion.linalg.placement import PlacedBlock
+from curvlinops_diffusion.runtime.sharded_networks import device_of
 
 #: Makes a factor of zeros: not held while there are sums in its place.
 Zeros = Callable[[], Tensor]
@@ -36,12 +37,15 @@ class BlockPlan:
         options: How the blocks are approximated.
         parts: The blocks of Kronecker form, layer by layer.
         exact: The others.
+        beside: Layers of other processes' blocks, if these are to be watched as well: of a network
+            that is divided among processes all must run the same backward passes.
     """
 
     coverage: Coverage
     options: KFACOptions
     parts: tuple[Part, ...]
     exact: tuple[ExactBlock, ...]
+    beside: tuple[Layer, ...] = ()
 
     @classmethod
     def of(cls, coverage: Coverage, options: KFACOptions) -> BlockPlan:
@@ -63,8 +67,13 @@ class BlockPlan:
         ]
         return cls(coverage, options, tuple(parts), tuple(exact))
 
-    def restricted(self, names: Collection[str]) -> BlockPlan:
-        """The part of the plan that is of some parameters, whole layers."""
+    def restricted(self, names: Collection[str], watching: bool = False) -> BlockPlan:
+        """The part of the plan that is of some parameters, whole layers.
+
+        Args:
+            names: The parameters.
+            watching: Whether the other layers are watched nevertheless.
+        """
         coverage = replace(
             self.coverage,
             params={name: p for name, p in self.coverage.params.items() if name in names},
@@ -73,7 +82,8 @@ class BlockPlan:
         )
         parts = tuple(part for part in self.parts if part.params[0] in names)
         exact = tuple(block for block in self.exact if block.params[0] in names)
-        return BlockPlan(coverage, self.options, parts, exact)
+        beside = self.coverage.layers if watching else ()
+        return BlockPlan(coverage, self.options, parts, exact, beside)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -90,6 +100,11 @@ class BlockPlan:
     def layers(self) -> tuple[Layer, ...]:
         """The layers that have blocks of Kronecker form."""
         return tuple(own[0].layer for own in self.by_layer.values())
+
+    @property
+    def watched(self) -> tuple[Layer, ...]:
+        """All layers that hooks are attached to."""
+        return self.beside or self.coverage.layers
 
     @cached_property
     def with_inputs(self) -> dict[str, Part]:
@@ -115,8 +130,11 @@ class BlockPlan:
     def exact_zeros(self, dtype: torch.dtype) -> dict[str, Zeros]:
         """Exact blocks ``[n, n]``, or their diagonals ``[n]``, of zeros, by their key."""
         own = self.coverage.params
+        devices = {block.key: device_of(own[block.params[0]]) for block in self.exact}
         return {
-            block.key: partial(own[block.params[0]].data.new_zeros, block.moment_shape, dtype=dtype)
+            block.key: partial(
+                torch.zeros, block.moment_shape, dtype=dtype, device=devices[block.key]
+            )
             for block in self.exact
         }
 

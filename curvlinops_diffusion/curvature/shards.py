@@ -13,6 +13,7 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.linalg.placement import PlacedBlock
 from curvlinops_diffusion.runtime.passes import PassOptions, check_same_pass
 from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.sharded_networks import is_sharded
 
 
 def sharded_blocks(
@@ -38,6 +39,14 @@ def sharded_blocks(
     """
     share = passes.holders
     check_same_pass(share, regression, plan.settings)
+    divided = is_sharded(regression.objective.model)
+    if divided and passes.checkpoint is not None:
+        raise ValueError(
+            "passes.checkpoint arrived with sharded=True and a network that is divided among "
+            "processes itself (fully_shard): these must all run the network equally often, which "
+            "they would not if they went on from different places. Pass no checkpoint, or not "
+            "sharded=True."
+        )
     number = _number_of_shards(passes, share)
     owners = shard_owners(plan, number)
 
@@ -45,8 +54,9 @@ def sharded_blocks(
         blocks = []
         for shard in range(share.rank, number, share.count):
             names = {name for name, owner in owners.items() if owner == shard}
-            if names:
-                blocks += fit(plan.restricted(names), _of_shard(passes, shard, number, share))
+            if names or divided:
+                own_plan = plan.restricted(names, watching=divided)
+                blocks += fit(own_plan, _of_shard(passes, shard, number, share))
         return blocks
 
     return share.all_or_none(own)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.diffusion.conditions import has_rows
+from curvlinops_diffusion.runtime.sharded_networks import is_divided, is_sharded
 
 
 def check_images(x0: Any, first_index: int) -> Tensor:
@@ -101,10 +102,14 @@ def check_parameters(model: nn.Module) -> None:
                 "not loaded, or are kept elsewhere by accelerate. Load the whole network onto one "
                 "device."
             )
-        if type(p).__name__ in ("DTensor", "FlatParameter"):
+        of_one_axis = getattr(getattr(p, "device_mesh", None), "ndim", 0) == 1
+        otherwise = is_divided(p) and not (of_one_axis and is_sharded(model))
+        if otherwise or type(p).__name__ == "FlatParameter":
             raise ValueError(
-                f"Parameter '{name}' is divided among processes (FSDP or a DTensor). Pass the "
-                "whole network to each process; PassOptions(distributed=True) divides the data."
+                f"Parameter '{name}' is divided among processes by something else than "
+                "torch.distributed.fsdp.fully_shard over a mesh of one axis (FSDP1, tensor "
+                "parallelism or a mesh of more). Use that, or pass the whole network to each "
+                "process; PassOptions(distributed=True) divides the data."
             )
         if p.is_inference():
             raise ValueError(

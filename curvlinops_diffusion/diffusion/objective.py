@@ -33,6 +33,7 @@ from curvlinops_diffusion.runtime.modes import (
     unwrapped,
     without_checkpoints,
 )
+from curvlinops_diffusion.runtime.sharded_networks import device_of, let_go
 
 
 class Reduction(str, Enum):
@@ -222,7 +223,7 @@ class DenoisingObjective:
     @property
     def device(self) -> torch.device:
         """The model's device."""
-        return self._parameter.device
+        return device_of(self._parameter)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -379,6 +380,7 @@ class DenoisingObjective:
         ):
             if params is None:
                 output = self.model(*args, **kwargs)
+                let_go(self.model)
             else:
                 with without_checkpoints(self.model):
                     values = replaced_parameters(self.model, params)

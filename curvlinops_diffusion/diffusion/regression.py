@@ -27,6 +27,7 @@ from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.recipe import Recipe
 from curvlinops_diffusion.diffusion.scaled_model import ScaledModel, scaled
 from curvlinops_diffusion.runtime.digests import fingerprint, tensor_parts
+from curvlinops_diffusion.runtime.sharded_networks import is_sharded
 
 T = TypeVar("T")
 
@@ -186,6 +187,11 @@ class NoisedRegression:
     def batch_size(self) -> int | None:
         """Samples that the network sees at once; ``None`` where the data comes in batches."""
         return self._data.batch_size
+
+    @property
+    def in_step(self) -> bool:
+        """Whether all processes must run the network equally often: each holds a part of it."""
+        return is_sharded(self.objective.model)
 
     @property
     def num_batches(self) -> int | None:

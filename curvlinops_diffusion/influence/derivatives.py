@@ -29,6 +29,7 @@ from curvlinops_diffusion.runtime.modes import (
     recomputation_named,
     twice_differentiable,
 )
+from curvlinops_diffusion.runtime.sharded_networks import check_whole_parameters, is_sharded
 
 
 class ValueGradients(ABC):
@@ -123,7 +124,7 @@ class PredictionGradients(ValueGradients):
         """
         objective = self.regression.objective
         full_precision = objective.autocast is None and objective.dtype == objective.working_dtype
-        if examples > 1 or not full_precision:
+        if examples > 1 or not full_precision or is_sharded(objective.model):
             loss_vector = partial(self._averaged_gradient, batch)
             return example_gradients(
                 self._checked_coverage(), objective, batch, loss_vector, examples
@@ -145,7 +146,13 @@ class PredictionGradients(ValueGradients):
 
     @torch.no_grad()
     def derivatives(self, clean: CleanBatch, directions: Mapping[str, Tensor]) -> Tensor:
-        """Derivatives by forward-mode differentiation, shape ``[B, K]``."""
+        """Derivatives by forward-mode differentiation, shape ``[B, K]``.
+
+        Of a network that is divided among processes, from the gradients.
+        """
+        if is_sharded(self.regression.objective.model):
+            flat = [directions[name].flatten(1) for name in self.params]
+            return self.rows(clean) @ torch.cat(flat, 1).to(self._working_dtype).T
         self._check(clean)
         params = {name: p.detach() for name, p in self.params.items()}
 
@@ -162,7 +169,18 @@ class PredictionGradients(ValueGradients):
             )
 
     def weighted(self, clean: CleanBatch, weights_BK: Tensor) -> list[Tensor]:
-        """Gradients of weighted sums, one backward pass for each."""
+        """Gradients of weighted sums, one backward pass for each.
+
+        Of a network that is divided among processes, from those of single examples.
+        """
+        if is_sharded(self.regression.objective.model):
+            sums_PK = self.rows(clean).T @ weights_BK.to(self._working_dtype)
+            pieces = sums_PK.split([p.numel() for p in self.params.values()])
+            K = weights_BK.shape[1]
+            return [
+                piece.reshape(*p.shape, K)
+                for piece, p in zip(pieces, self.params.values(), strict=True)
+            ]
         self._check(clean)
         params, K = list(self.params.values()), weights_BK.shape[1]
         totals = [p.new_zeros(*p.shape, K, dtype=weights_BK.dtype).detach() for p in params]
@@ -183,6 +201,10 @@ class PredictionGradients(ValueGradients):
                         if gradient is not None:
                             total[..., k] += gradient
         return totals
+
+    @property
+    def _working_dtype(self) -> torch.dtype:
+        return self.regression.objective.working_dtype
 
     def _value_of(self, batch: NoisedBatch, params: Mapping[str, Tensor]) -> Tensor:
         prediction_BD = self.regression.objective.predict(batch, params)
@@ -225,6 +247,11 @@ class FunctionGradients(ValueGradients):
         measured: ExampleFunction,
     ):
         super().__init__(regression, params)
+        check_whole_parameters(
+            regression.objective.model,
+            f"{type(measured).__name__}, a function of the network at a single example,",
+            "Pass the whole network to each process, or measure a function of its predictions.",
+        )
         self._measured = measured
 
     @torch.no_grad()

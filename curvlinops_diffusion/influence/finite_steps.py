@@ -24,6 +24,7 @@ from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.checks import check_positive
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, computed_once
 from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.sharded_networks import check_whole_parameters
 
 
 def forward_only_scores(
@@ -77,7 +78,9 @@ def forward_only_scores(
     check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
     check_positive("step", step)
     share, regression = Share.of(passes.distributed), J_train.regression
-    params = select_parameters(regression.objective.model, J_train.param_names)
+    model = regression.objective.model
+    check_whole_parameters(model, "A step of the parameters", "Take influence_scores instead.")
+    params = select_parameters(model, J_train.param_names)
     coarse = sorted({str(p.dtype) for p in params.values() if p.dtype.itemsize < 4})
     if coarse:
         raise ValueError(

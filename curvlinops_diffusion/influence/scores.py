@@ -34,6 +34,7 @@ from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checkpoints import forget
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
+from curvlinops_diffusion.runtime.division import in_equal_parts
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, computed_once, run_pass
 from curvlinops_diffusion.runtime.processes import Share
 from curvlinops_diffusion.runtime.sums import Together
@@ -366,12 +367,13 @@ def gradient_columns(J_query: PyTorchLinearOperator, queries: range, share: Shar
     if isinstance(J_query, ExampleGradientLinearOperator):
         if share.count == 1:  # nothing beside the gradients
             return J_query.rows(queries).T
-        own = queries[share.rank :: share.count]
         rows_QP = torch.zeros(
             len(queries), J_query.shape[1], dtype=J_query.dtype, device=J_query.device
         )
-        if own:
-            rows_QP[share.rank :: share.count] = J_query.rows(own)
+        if J_query.regression.in_step:
+            _fill_in_step(rows_QP, J_query, queries, share)
+        elif queries[share.rank :: share.count]:
+            rows_QP[share.rank :: share.count] = J_query.rows(queries[share.rank :: share.count])
         return share.summed({"rows": rows_QP}, J_query.device)["rows"].T
     one_hot = torch.zeros(
         J_query.shape[0], len(queries), dtype=J_query.dtype, device=J_query.device
@@ -379,3 +381,21 @@ def gradient_columns(J_query: PyTorchLinearOperator, queries: range, share: Shar
     one_hot[list(queries), range(len(queries))] = 1
     columns: Tensor = J_query.adjoint() @ one_hot
     return columns
+
+
+def _fill_in_step(
+    rows_QP: Tensor, J_query: ExampleGradientLinearOperator, queries: range, share: Share
+) -> None:
+    """Fill the rows of this process' queries; all processes run the network equally often.
+
+    So each takes equally many of every batch, and what is left all compute, and the first keeps.
+    """
+    for clean in J_query.regression.clean_batches():
+        positions = [p for p, n in enumerate(clean.indices) if n in queries]
+        own, rest = in_equal_parts(positions, share)
+        for some, kept in ((own, True), (rest, share.rank == 0)):
+            if some:
+                part = clean.select(some)
+                found_BP = J_query.rows_of(part)
+                if kept:
+                    rows_QP[[n - queries.start for n in part.indices]] = found_BP

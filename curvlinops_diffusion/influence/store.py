@@ -34,6 +34,7 @@ from curvlinops_diffusion.runtime.files import FileKind, check_same, check_space
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 from curvlinops_diffusion.runtime.processes import ALONE, Share
 from curvlinops_diffusion.runtime.progress import draws_bar
+from curvlinops_diffusion.runtime.sharded_networks import check_whole_parameters
 
 GRADIENTS = FileKind(
     "curvlinops_diffusion.gradients",
@@ -115,6 +116,11 @@ class GradientStore:
                 gradients of something else or cannot be written to.
         """
         check_same_parameters({"J_train": J_train}, {"the curvature": curvature})
+        check_whole_parameters(
+            J_train.regression.objective.model,
+            "A store, whose batches processes compute one by one,",
+            "Pass the whole network to each process, or take influence_scores.",
+        )
         exponent = curvature.info.get("power", 1)
         if exponent != 1:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
@@ -53,5 +54,5 @@ def example_gradients(
         network.run(batch, one_vector(loss_vector))
     for name, p in coverage.params.items():
         if name not in gradients:  # no influence on the prediction
-            gradients[name] = p.new_zeros(N, *p.shape, dtype=dtype).detach()
+            gradients[name] = torch.zeros(N, *p.shape, dtype=dtype, device=objective.device)
     return gradients

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from curvlinops_diffusion.layers.kind import ExactKind, LayerKind, SharingKind, fold
 from curvlinops_diffusion.layers.moments import ExtendedMoment, LatestProduct, Moment
 from curvlinops_diffusion.linalg.placement import Arrangement
+from curvlinops_diffusion.runtime.sharded_networks import device_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +171,8 @@ class Part:
 
     def new_zeros(self, dtype: torch.dtype, *shape: int) -> Tensor:
         """Zeros on the layer's device."""
-        return next(self.layer.module.parameters()).new_zeros(shape, dtype=dtype).detach()
+        device = device_of(next(self.layer.module.parameters()))
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     def positions(self, x: Tensor, N: int) -> int:
         """The number ``S`` of positions of an example."""

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.runtime.modes import differentiable_attention
+from curvlinops_diffusion.runtime.sharded_networks import check_whole_parameters
 
 # Gradients of so many entries are formed at once, to bound the memory
 _MAX_ENTRIES = 2**25
@@ -40,6 +41,8 @@ def mapped_gradients(
     """
     if not params:
         return {}
+    some = f"The gradient of '{next(iter(params))}' ({len(params)} parameters in no known layer)"
+    check_whole_parameters(objective.model, some, "Leave them out of params.")
     params = {name: p.detach() for name, p in params.items()}
     example = (batch.level_B, batch.x_t, batch.timestep_B, batch.condition, v_BD)
     in_dims = tree_map(lambda z: 0 if isinstance(z, Tensor) and z.ndim > 0 else None, example)

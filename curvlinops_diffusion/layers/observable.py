@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from warnings import warn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
@@ -31,6 +31,7 @@ from curvlinops_diffusion.layers.observation import (
 )
 from curvlinops_diffusion.runtime.checks import check_finite
 from curvlinops_diffusion.runtime.modes import recomputation_named
+from curvlinops_diffusion.runtime.sharded_networks import gathered, is_sharded
 
 
 def observable(
@@ -127,7 +128,7 @@ def _unobservable(
         terms = torch.cat([g.flatten() / largest for g in gs]).norm()
         for name, rows in layer.example_gradients(xs, gs, N).items():
             seen, gradient = torch.tensordot(share_B, rows, 1), true[name]
-            truth = torch.zeros_like(seen) if gradient is None else gradient.to(dtype)
+            truth = torch.zeros_like(seen) if gradient is None else gathered(gradient).to(dtype)
             difference = ((seen - truth) / largest).norm()
             # the terms of a gradient may cancel, so errors are measured against the terms
             allowed = objective.rounding**0.5 * terms * _input_norm(layer, name, xs, gs)
@@ -170,8 +171,29 @@ def _true_gradients(
         loss = (share_B * batch.loss(objective.predict(batch))).sum()
         if not loss.requires_grad:  # of none of them
             return dict.fromkeys(names)
+        if is_sharded(objective.model):
+            return _accumulated_gradients(loss, {name: own[name] for name in names})
         gradients = torch.autograd.grad(loss, [own[n] for n in names], allow_unused=True)
     return dict(zip(names, gradients, strict=True))
+
+
+def _accumulated_gradients(
+    loss: Tensor, params: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor | None]:
+    """Gradients as a training step forms them; those that were there before are put back.
+
+    Of a network that is divided among processes, these get a part of the processes' mean each,
+    which is the gradient if all have the same loss.
+    """
+    before = {name: p.grad for name, p in params.items()}
+    try:
+        for p in params.values():
+            p.grad = None
+        loss.backward()
+        return {name: p.grad for name, p in params.items()}
+    finally:
+        for name, p in params.items():
+            p.grad = before[name]
 
 
 def _input_norm(layer: Layer, name: str, xs: Sequence[Tensor], gs: Sequence[Tensor]) -> float:

@@ -10,6 +10,8 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 
+from curvlinops_diffusion.runtime.sharded_networks import device_of
+
 
 @dataclass(frozen=True)
 class ParameterSpace:
@@ -32,7 +34,7 @@ class ParameterSpace:
         Raises:
             ValueError: If they live on several devices.
         """
-        devices = {p.device for p in params.values()}
+        devices = {device_of(p) for p in params.values()}
         if len(devices) > 1:
             raise ValueError(
                 f"The parameters live on {sorted(map(str, devices))}. Move the model to one device."

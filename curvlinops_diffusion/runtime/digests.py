@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.runtime.adapters import common_names
+from curvlinops_diffusion.runtime.sharded_networks import gathered
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
@@ -33,7 +34,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     for key in sorted(state, key=common.__getitem__):
         name, tensor = common[key], state[key]
         structure.update(f"{name}:{tuple(tensor.shape)};".encode())
-        weights.update(raw_bytes(tensor))
+        weights.update(raw_bytes(gathered(tensor)))
     return {"structure": structure.hexdigest(), "weights": weights.hexdigest()}
 
 

@@ -36,10 +36,19 @@ class Division:
         share: The process.
         num_batches: All batches; ``None`` if their number is not known, which are not cut then.
         done: What is done already, by whomever.
+        in_step: Whether all processes must have equally many batches of equal sizes. Every batch is
+            cut into equal pieces then, and what is left of it all must do (:meth:`rest`).
     """
 
-    def __init__(self, share: Share, num_batches: int | None, done: Iterable[Unit]):
+    def __init__(
+        self,
+        share: Share,
+        num_batches: int | None,
+        done: Iterable[Unit],
+        in_step: bool = False,
+    ):
         self._share = share
+        self._in_step = in_step
         self._uncut = None if num_batches is None else num_batches - num_batches % share.count
         self._whole: set[int] = set()
         self._pieces: dict[int, set[int]] = {}
@@ -52,7 +61,7 @@ class Division:
 
     def wants(self, number: int) -> bool:
         """Tell whether a batch may have examples for this process."""
-        mine = self._share.takes(number) or self._is_cut(number)
+        mine = self._in_step or self._share.takes(number) or self._is_cut(number)
         return mine and number not in self._whole
 
     def own(self, batches: Iterable[tuple[int, Batch]]) -> Iterator[tuple[list[Unit], Batch]]:
@@ -65,18 +74,38 @@ class Division:
             elif positions:
                 yield _pieces(number, positions), clean.select(positions)
 
+    def rest(self, batches: Iterable[tuple[int, Batch]]) -> Iterator[Batch]:
+        """The examples that all processes must do, of those in step."""
+        for number, clean in batches:
+            _, rest = in_equal_parts(self._left(number, len(list(clean.indices))), self._share)
+            if rest:
+                yield clean.select(rest)
+
     def _is_cut(self, number: int) -> bool:
         return self._uncut is not None and number >= self._uncut
 
     def _positions(self, number: int, size: int) -> list[int]:
         rank, count = self._share.rank, self._share.count
+        if self._in_step:
+            return in_equal_parts(self._left(number, size), self._share)[0]
         own = range(size)
         if self._is_cut(number):
             # larger pieces come last, and in the next batch first
             rank = count - 1 - rank if number % 2 else rank
             own = range(rank * size // count, (rank + 1) * size // count)
+        left = set(self._left(number, size))
+        return [position for position in own if position in left]
+
+    def _left(self, number: int, size: int) -> list[int]:
+        """The positions in a batch that nobody has done."""
         done = self._pieces.get(number, set())
-        return [position for position in own if position not in done]
+        return [position for position in range(size) if position not in done]
+
+
+def in_equal_parts(items: list[int], share: Share) -> tuple[list[int], list[int]]:
+    """A process' part of equal ones, and what is left."""
+    size = len(items) // share.count
+    return items[share.rank * size : (share.rank + 1) * size], items[size * share.count :]
 
 
 def _pieces(number: int, positions: list[int]) -> list[Unit]:

@@ -64,6 +64,10 @@ class PassData(Protocol):
         """The number of batches; ``None`` if it is not known before a pass over them."""
 
     @property
+    def in_step(self) -> bool:
+        """Whether all processes must do the same at the same time: they share a network."""
+
+    @property
     def device(self) -> torch.device:
         """The device of the sums."""
 
@@ -147,7 +151,8 @@ def run_pass(
     """Run a step on every batch of clean examples, and add up over processes.
 
     Batches go to processes in turn; where the last round has fewer than processes, each process
-    takes a piece of every one of them.
+    takes a piece of every one of them. Processes that share a network all take equal pieces of
+    every batch, and do what is left of it together.
 
     Args:
         name: The pass' name, for progress and files.
@@ -177,7 +182,7 @@ def run_pass(
         checkpoint = Checkpoint(Path(options.checkpoint), name, share, identity, running, device)
         done = checkpoint.restore()
     elsewhere: set[Unit] = set() if checkpoint is None else checkpoint.elsewhere
-    division = Division(share, data.num_batches, done.batches | elsewhere)
+    division = Division(share, data.num_batches, done.batches | elsewhere, data.in_step)
     if sum(share.gathered(done.examples)) < data.num_data:
         begin()
     with draws_bar(data.num_samples, name, options.progressbar and share.rank == 0) as bar:
@@ -199,6 +204,13 @@ def run_pass(
             checkpoint.write(done)
     if share.count > 1 and summed:
         running.restore(share.summed(running.tensors(), device))
+    if share.count > 1 and data.in_step:
+        # after the sum, so that what all add is in it once
+        for clean in division.rest(data.numbered_batches(division.wants)):
+            prepared = prepare(clean)
+            if summed or share.rank == 0:
+                step(prepared)
+            del prepared
     _tell("pass finished", name, done, data)
 
 

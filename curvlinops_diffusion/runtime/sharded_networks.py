@@ -1,0 +1,72 @@
+"""Networks whose parameters are divided among processes by ``fully_shard`` (FSDP2).
+
+Each process holds a part of every parameter; a module's are gathered when it runs, and let go of
+afterwards. So all processes must run the network equally often, forward and backward, or they wait
+for each other for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+
+def _sharded_modules(model: nn.Module) -> Iterator[nn.Module]:
+    if not dist.is_available() or not dist.is_initialized():
+        return  # nothing can be divided, and the import takes a while
+    from torch.distributed.fsdp import FSDPModule
+
+    yield from (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether a network's parameters are divided among processes by ``fully_shard``."""
+    return any(True for _ in _sharded_modules(model))
+
+
+def let_go(model: nn.Module) -> None:
+    """Divide what was gathered: after a forward pass the outermost module's parameters are whole.
+
+    They are gathered again when a backward pass needs them.
+    """
+    for module in _sharded_modules(model):
+        module.reshard()  # type: ignore[operator]
+
+
+def is_divided(tensor: Tensor) -> bool:
+    """Tell whether this process holds only a part of a tensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor, gathered by all processes together; as it is if it is not divided."""
+    if not is_divided(tensor):
+        return tensor
+    every: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return every
+
+
+def device_of(parameter: Tensor) -> torch.device:
+    """Where a parameter is computed with; offloaded ones are on the CPU until then."""
+    if not is_divided(parameter):
+        return parameter.device
+    kind = parameter.device_mesh.device_type  # type: ignore[attr-defined]
+    if kind == "cpu":
+        return torch.device("cpu")
+    return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def check_whole_parameters(model: nn.Module, what: str, instead: str) -> None:
+    """Check that what needs whole parameters at once is not asked of a divided network.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if is_sharded(model):
+        raise ValueError(
+            f"{what} needs every parameter at once, and the network's are divided among processes "
+            f"(fully_shard). {instead}"
+        )
