@@ -33,6 +33,7 @@ from curvlinops_diffusion.runtime.modes import (
     unwrapped,
     without_checkpoints,
 )
+from curvlinops_diffusion.runtime.processes import answered
 from curvlinops_diffusion.runtime.sharded_networks import device_of, let_go
 
 
@@ -379,7 +380,8 @@ class DenoisingObjective:
             derivative_gradients(self._tables),
         ):
             if params is None:
-                output = self.model(*args, **kwargs)
+                with answered():  # of a network that is divided among processes
+                    output = self.model(*args, **kwargs)
                 let_go(self.model)
             else:
                 with without_checkpoints(self.model):

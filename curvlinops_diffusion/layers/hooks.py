@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.layers.layer import Layer
+from curvlinops_diffusion.runtime.processes import answered
 
 
 @contextmanager
@@ -61,9 +62,10 @@ class Tap:
             return
         self._recomputing = True
         try:
-            torch.autograd.grad(
-                prediction_BD, self.sources, v_BD, retain_graph=retain_graph, allow_unused=True
-            )
+            with answered():
+                torch.autograd.grad(
+                    prediction_BD, self.sources, v_BD, retain_graph=retain_graph, allow_unused=True
+                )
         finally:
             self._recomputing = False
 

@@ -31,7 +31,12 @@ from curvlinops_diffusion.layers.observation import (
 )
 from curvlinops_diffusion.runtime.checks import check_finite
 from curvlinops_diffusion.runtime.modes import recomputation_named
-from curvlinops_diffusion.runtime.sharded_networks import gathered, is_sharded
+from curvlinops_diffusion.runtime.processes import answered
+from curvlinops_diffusion.runtime.sharded_networks import (
+    gathered,
+    is_sharded,
+    mean_over_processes,
+)
 
 
 def observable(
@@ -111,6 +116,7 @@ def _unobservable(
 ) -> dict[str, str]:
     """The parameters whose gradients hooks do not see, with the reason."""
     N, dtype = len(batch.indices), objective.working_dtype
+    sharded = is_sharded(objective.model)
     # examples of different weight, so that they are told apart
     share_B = 1 / torch.arange(1.0, N + 1, dtype=dtype, device=objective.device)
     true = _true_gradients(objective, layers, batch, share_B)
@@ -124,14 +130,17 @@ def _unobservable(
         for g in gs:
             check_finite(g, f"The gradient in the output of the layer of '{layer.params[0]}'")
         # or norms overflow
-        largest = max(float(g.abs().max()) for g in gs) or 1.0
+        largest = scale = max(float(g.abs().max()) for g in gs) or 1.0
         terms = torch.cat([g.flatten() / largest for g in gs]).norm()
         for name, rows in layer.example_gradients(xs, gs, N).items():
             seen, gradient = torch.tensordot(share_B, rows, 1), true[name]
             truth = torch.zeros_like(seen) if gradient is None else gathered(gradient).to(dtype)
-            difference = ((seen - truth) / largest).norm()
             # the terms of a gradient may cancel, so errors are measured against the terms
             allowed = objective.rounding**0.5 * terms * _input_norm(layer, name, xs, gs)
+            if sharded:  # others have other examples, and the true gradient is of all
+                seen, largest = mean_over_processes(seen), 1.0
+                allowed = mean_over_processes(allowed * scale)
+            difference = ((seen - truth) / largest).norm()
             if difference <= allowed or difference * largest <= noise:
                 wrong.discard(name)
             else:
@@ -189,7 +198,8 @@ def _accumulated_gradients(
     try:
         for p in params.values():
             p.grad = None
-        loss.backward()
+        with answered():
+            loss.backward()
         return {name: p.grad for name, p in params.items()}
     finally:
         for name, p in params.items():

@@ -73,7 +73,7 @@ class Share:
             return dict(tensors)
         result: dict[str, Tensor] = {}
         described = {name: (tuple(z.shape), z.dtype) for name, z in tensors.items()}
-        with _answered():
+        with answered(by_message=False):
             everyone = self.gathered(described)
             names = {name: kind for own in everyone for name, kind in own.items()}
             for bucket in _buckets(names):
@@ -95,7 +95,7 @@ class Share:
         if self.count == 1:
             return [value]
         everyone: list[Any] = [None] * self.count
-        with _answered():
+        with answered(by_message=False):
             dist.all_gather_object(everyone, value)
         return everyone
 
@@ -112,7 +112,7 @@ class Share:
             described = {name: (tuple(z.shape), z.dtype) for name, z in tensors.items()}
         box = [described]
         result = {}
-        with _answered():
+        with answered(by_message=False):
             dist.broadcast_object_list(box, src=owner)
             assert box[0] is not None
             for name, (shape, dtype) in box[0].items():
@@ -149,7 +149,7 @@ class Share:
             return dict(tensors)
         everyone = self.gathered({name: tuple(z.shape) for name, z in tensors.items()})
         result: dict[str, Tensor] = {}
-        with _answered():
+        with answered(by_message=False):
             for rank, shapes in enumerate(everyone):
                 sizes = [torch.Size(shape).numel() for shape in shapes.values()]
                 if rank == self.rank:
@@ -213,12 +213,25 @@ def _buckets(names: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> Iterator
             yield bucket
 
 
+# parts of messages of the engines of torch.distributed
+_ENGINES = ("gloo", "NCCL", "ProcessGroup", "process group")
+
+
 @contextmanager
-def _answered() -> Iterator[None]:
-    """Say what it means when the others do not answer."""
+def answered(by_message: bool = True) -> Iterator[None]:
+    """Say what it means when the others do not answer.
+
+    Args:
+        by_message: Whether other errors may happen, so that one is known by what it says.
+
+    Raises:
+        ValueError: In place of torch's error.
+    """
     try:
         yield
     except (RuntimeError, dist.DistError) as error:
+        if by_message and not any(part in str(error) for part in _ENGINES):
+            raise
         raise ValueError(
             f"Another process has stopped, or does not answer ({str(error).splitlines()[0]}). Look "
             "for its own message; start all of them again to go on from the checkpoint."

@@ -17,9 +17,11 @@ from torch import distributed as dist
 def _sharded_modules(model: nn.Module) -> Iterator[nn.Module]:
     if not dist.is_available() or not dist.is_initialized():
         return  # nothing can be divided, and the import takes a while
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed import fsdp
 
-    yield from (module for module in model.modules() if isinstance(module, FSDPModule))
+    kind = getattr(fsdp, "FSDPModule", None)  # from torch 2.6 on
+    if kind is not None:
+        yield from (module for module in model.modules() if isinstance(module, kind))
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -47,6 +49,13 @@ def gathered(tensor: Tensor) -> Tensor:
         return tensor
     every: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     return every
+
+
+def mean_over_processes(tensor: Tensor) -> Tensor:
+    """The mean of what all processes have, as a training step takes it of gradients."""
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 def device_of(parameter: Tensor) -> torch.device:

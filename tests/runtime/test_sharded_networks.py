@@ -1,0 +1,319 @@
+"""Networks divided by ``fully_shard`` (FSDP2), on gloo: the same numbers as of whole ones."""
+
+import copy
+import shutil
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+from curvlinops_diffusion import (
+    DenoisingObjective,
+    DiffusionEKFACLinearOperator,
+    DiffusionGGNLinearOperator,
+    DiffusionKFACLinearOperator,
+    ExampleGradientLinearOperator,
+    GradientStore,
+    PassOptions,
+    StoredScores,
+    forward_only_scores,
+    group_and_self_influence,
+    influence_scores,
+    load_operator,
+    retraining_scores,
+    split_half_scores,
+    top_influences,
+)
+from tests.cases import tiny_unet, unet_regression
+from tests.comparisons import assert_close
+from tests.runtime.test_processes import assert_all_close, processes
+
+COUNT = 5
+
+DISTRIBUTED = {"distributed": True}
+SHARDED = {"distributed": True, "sharded": True}
+
+
+def divided(unet, **options):
+    """Its blocks apart, the rest with the whole."""
+    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+    for block in blocks:
+        if block is not None:
+            fully_shard(block, **options)
+    return fully_shard(unet, **options)
+
+
+def everything(regression, passes):
+    """What is made of a network's curvature and gradients, as tensors by name."""
+    EK = DiffusionEKFACLinearOperator(regression, passes=passes)
+    J, inverse = ExampleGradientLinearOperator(regression), EK.inverse(1e-3)
+    vectors = torch.randn(J.shape[1], 2, generator=torch.Generator().manual_seed(0)).double()
+    weights = torch.randn(J.shape[0], 2, generator=torch.Generator().manual_seed(1)).double()
+    halves = split_half_scores(J, inverse, J, query_block=3, passes=passes)
+    groups, own = group_and_self_influence(J, inverse, J, torch.arange(COUNT) % 2, passes=passes)
+    return {
+        "operator": EK @ vectors,
+        "J @ V": J @ vectors,
+        "J.T @ W": J.adjoint() @ weights,
+        "values": J.values(),
+        "scores": halves.scores,
+        "first half": halves.first,
+        "top": top_influences(J, inverse, J, k=2, passes=passes).positive.scores,
+        "groups": groups,
+        "self": own,
+        "retraining": retraining_scores(J, inverse, J, passes=passes),
+    }
+
+
+def reduced(regression, passes):
+    """K-FAC of another kind, of which nothing is streamed."""
+    options = {"kfac_approx": "reduce", "fisher_type": "empirical"}
+    K = DiffusionKFACLinearOperator(regression, **options, passes=passes)
+    return {"reduced": K @ torch.ones(K.shape[0]).double(), "trace": K.trace()}
+
+
+def problem(unet):
+    return unet_regression(unet, count=COUNT, num_draws=4, antithetic=True)
+
+
+def all_of_it(rank, options):
+    passes = PassOptions(**options)
+    unet = divided(tiny_unet())
+    regression = problem(unet)
+    found = {**everything(regression, passes), **reduced(regression, passes)}
+    assert all(isinstance(p, DTensor) for p in unet.parameters())
+    assert all(p.requires_grad and p.grad is None for p in unet.parameters())
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        regression = problem(tiny_unet())
+        return {**everything(regression, PassOptions()), **reduced(regression, PassOptions())}
+
+
+def test_as_a_whole_network(tmp_path, expected):
+    """Five examples in batches of two: each process has one of two, and both the last."""
+    for found in processes(2, tmp_path / "run", all_of_it, DISTRIBUTED):
+        assert_all_close(found, expected)
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_more_processes_than_a_batch_has_examples(tmp_path, expected, count):
+    for found in processes(count, tmp_path / "run", some_of_it):
+        assert_all_close(found, {name: expected[name] for name in found})
+
+
+def some_of_it(rank):
+    return reduced(problem(divided(tiny_unet())), PassOptions(**DISTRIBUTED))
+
+
+def alone(rank):
+    return reduced(problem(divided(tiny_unet())), PassOptions())
+
+
+def test_each_process_on_its_own(tmp_path, expected):
+    """All do the same, and nobody divides the data."""
+    for found in processes(2, tmp_path / "run", alone):
+        assert_all_close(found, {name: expected[name] for name in found})
+
+
+def with_shards(rank, folder):
+    """A network and its factors, both divided; saved, and opened for a network that is whole."""
+    unet = divided(tiny_unet())
+    regression = problem(unet)
+    EK = DiffusionEKFACLinearOperator(regression, passes=PassOptions(**SHARDED))
+    EK.save(folder / "ekfac.safetensors")
+    J = ExampleGradientLinearOperator(regression)
+    stored = StoredScores.create(
+        folder / "scores.safetensors",
+        J,
+        EK.inverse(1e-3),
+        J,
+        query_block=5,
+        passes=PassOptions(**DISTRIBUTED),
+    )
+    opened = load_operator(folder / "ekfac.safetensors", unet, passes=PassOptions(**SHARDED))
+    column = torch.ones(EK.shape[0]).double()
+    return {"scores": stored.whole(), "trace": EK.trace(), "product": opened @ column}
+
+
+def test_with_shards_of_the_factors(tmp_path):
+    results = processes(3, tmp_path / "run", with_shards, tmp_path)
+    unet = tiny_unet()
+    regression = problem(unet)
+    EK = DiffusionEKFACLinearOperator(regression)
+    J = ExampleGradientLinearOperator(regression)
+    expected = {
+        "scores": influence_scores(J, EK.inverse(1e-3), J),
+        "trace": EK.trace(),
+        "product": EK @ torch.ones(EK.shape[0]).double(),
+    }
+    for found in results:
+        assert_all_close(found, expected)
+    assert_close(load_operator(tmp_path / "ekfac.safetensors", unet).trace(), EK.trace(), 1e-10)
+
+
+def gathered(rank):
+    """The largest share of the parameters that is whole at once, as layers run."""
+    unet = divided(tiny_unet(), reshard_after_forward=True)
+    total = sum(p.numel() for p in unet.parameters())
+    largest = []
+
+    def look(*args):
+        own = [p for p in unet.parameters() if not isinstance(p, DTensor)]
+        largest.append(sum(p.numel() for p in own) / total)
+
+    for module in unet.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(look)
+            module.register_full_backward_hook(look)
+    regression = problem(unet)
+    K_inv = DiffusionKFACLinearOperator(regression, passes=PassOptions(**DISTRIBUTED)).inverse(1e-3)
+    J = ExampleGradientLinearOperator(regression)
+    influence_scores(J, K_inv, J, passes=PassOptions(**DISTRIBUTED))
+    return max(largest)
+
+
+def test_never_all_parameters_at_once(tmp_path):
+    """The outermost module's, and those of a block or two."""
+    for largest in processes(2, tmp_path / "run", gathered):
+        assert 0 < largest < 0.5
+
+
+def adapted(unet):
+    config = LoraConfig(r=2, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False)
+    torch.manual_seed(3)
+    model = get_peft_model(unet, config).eval()
+    return model.to(torch.float64)
+
+
+def of_adapters(regression, passes):
+    names = [n for n, _ in regression.objective.model.named_parameters() if "lora" in n]
+    EK = DiffusionEKFACLinearOperator(regression, names, passes=passes)
+    J = ExampleGradientLinearOperator(regression, names)
+    return {"scores": influence_scores(J, EK.inverse(1e-3), J, passes=passes)}
+
+
+def lora(rank):
+    model = adapted(tiny_unet())
+    divided(model.base_model.model)
+    return of_adapters(problem(model), PassOptions(**DISTRIBUTED))
+
+
+def test_lora(tmp_path):
+    expected = of_adapters(problem(adapted(tiny_unet())), PassOptions())
+    for found in processes(2, tmp_path / "run", lora):
+        assert_all_close(found, expected)
+
+
+def offloaded(rank):
+    unet = divided(tiny_unet(), offload_policy=CPUOffloadPolicy(pin_memory=False))
+    return reduced(problem(unet), PassOptions(**DISTRIBUTED))
+
+
+def test_offloaded_to_the_host(tmp_path, expected):
+    for found in processes(2, tmp_path / "run", offloaded):
+        assert_all_close(found, {name: expected[name] for name in found})
+
+
+def stopped(rank, checkpoint, fail_at):
+    unet = divided(tiny_unet())
+    regression = problem(unet)
+    rows_of = ExampleGradientLinearOperator.rows_of
+    calls = []
+
+    def counted(J, clean):
+        calls.append(1)
+        if rank == 0 and len(calls) == fail_at:
+            raise ValueError("stopped here")
+        return rows_of(J, clean)
+
+    passes = PassOptions(checkpoint, checkpoint_every=0, distributed=True)
+    ExampleGradientLinearOperator.rows_of = counted
+    try:
+        K_inv = DiffusionKFACLinearOperator(regression, passes=passes).inverse(1e-3)
+        J = ExampleGradientLinearOperator(regression)
+        return {"scores": influence_scores(J, K_inv, J, passes=passes)}
+    finally:
+        ExampleGradientLinearOperator.rows_of = rows_of
+
+
+@pytest.mark.parametrize("second", [2, 3])
+def test_stopped_and_gone_on(tmp_path, second):
+    told = processes(2, tmp_path / "first", stopped, tmp_path / "checkpoint", 5)
+    assert told[0] == "stopped here"
+    assert "Another process has stopped" in told[1]
+    shutil.copytree(tmp_path / "checkpoint", tmp_path / "again")
+    regression = problem(tiny_unet())
+    K_inv = DiffusionKFACLinearOperator(regression).inverse(1e-3)
+    J = ExampleGradientLinearOperator(regression)
+    expected = {"scores": influence_scores(J, K_inv, J)}
+    for found in processes(second, tmp_path / "on", stopped, tmp_path / "again", None):
+        assert_all_close(found, expected)
+
+
+def refused(rank, folder):
+    regression = problem(divided(tiny_unet()))
+    J = ExampleGradientLinearOperator(regression)
+    K = DiffusionKFACLinearOperator(regression)
+    attempts = {
+        "GGN": lambda: DiffusionGGNLinearOperator(regression),
+        "step": lambda: forward_only_scores(J, K.inverse(1e-3), J),
+        "store": lambda: GradientStore.create(folder, J, K, 1e-3),
+        "checkpoint": lambda: DiffusionKFACLinearOperator(
+            regression, passes=PassOptions(folder, distributed=True, sharded=True)
+        ),
+        "tensor parallel": parallel,
+    }
+    told = {}
+    for name, attempt in attempts.items():
+        with pytest.raises(ValueError, match="divided among processes") as raised:
+            attempt()
+        told[name] = str(raised.value)
+    return told
+
+
+def parallel():
+    unet = tiny_unet()
+    mesh = init_device_mesh("cpu", (2,))
+    parallelize_module(unet, mesh, {"time_embedding.linear_1": ColwiseParallel()})
+    objective = unet_regression(tiny_unet()).objective
+    return DenoisingObjective(unet, copy.copy(objective.process))
+
+
+def test_refused(tmp_path):
+    told = processes(2, tmp_path / "run", refused, tmp_path / "folder")[0]
+    assert isinstance(told, dict), told
+    assert told["GGN"].startswith("A product with the exact GGN needs every parameter at once")
+    assert "Take influence_scores instead" in told["step"]
+    assert "or take influence_scores" in told["store"]
+    assert "Pass no checkpoint" in told["checkpoint"]
+    assert "tensor parallelism" in told["tensor parallel"]
+
+
+def of_one_example(rank):
+    """Fewer examples than processes: all do them."""
+    unet = divided(tiny_unet())
+    regression = unet_regression(unet, count=1)
+    J = ExampleGradientLinearOperator(regression)
+    inverse = DiffusionKFACLinearOperator(regression, passes=PassOptions(**DISTRIBUTED)).inverse(
+        1e-3
+    )
+    scores = influence_scores(J, inverse, J, passes=PassOptions(**DISTRIBUTED))
+    return {"rows": J.rows(), "scores": scores}
+
+
+def test_of_one_example(tmp_path):
+    torch.manual_seed(0)
+    first, second = processes(2, tmp_path / "run", of_one_example)
+    assert float(first["scores"]) > 0
+    assert_all_close(first, second)
