@@ -24,10 +24,11 @@ from curvlinops_diffusion.cli.events import say
 from curvlinops_diffusion.cli.images.labels import Condition
 from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions, ValidateMeasureOptions
-from curvlinops_diffusion.cli.processes import is_first
+from curvlinops_diffusion.cli.processes import is_first, num_processes
 from curvlinops_diffusion.cli.weights import check_can_load, check_loaded
 from curvlinops_diffusion.diffusion.image_conditions import ControlledDenoiser
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
+from curvlinops_diffusion.runtime.sharded_networks import divide
 
 # diffusers imports it with its first network, and it warns of kernels that nothing here needs
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -101,6 +102,8 @@ def load_network(options: NetworkOptions, text_encoders: bool = False) -> Networ
             check_loaded(part, options.pipeline / name)
         if options.lora:
             load_adapters(options.lora, modules, pipeline)
+        if options.shard_network:
+            _divide(next(iter(modules.values())), device)
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
         for part in modules.values():
@@ -132,10 +135,26 @@ def load_network(options: NetworkOptions, text_encoders: bool = False) -> Networ
             "say what a dropped condition is replaced by. Pass --pipeline FOLDER."
         )
     scheduler = _scheduler(options.scheduler)
+    if options.shard_network:
+        _divide(model, device)
     objective = DenoisingObjective(
         model.to(device).eval(), scheduler, autocast=autocast, **objective_options
     )
     return _network(objective, None, options)
+
+
+def _divide(model: torch.nn.Module, device: str) -> None:
+    """Divide the denoiser among processes.
+
+    Raises:
+        ValueError: If there is only one.
+    """
+    if num_processes() == 1:
+        raise ValueError(
+            "--shard-network arrived in a process on its own. Start several: torchrun "
+            "--nproc-per-node=N -m curvlinops_diffusion ..."
+        )
+    divide(model, torch.device(device))
 
 
 def _set_up_logs(quiet: bool) -> None:

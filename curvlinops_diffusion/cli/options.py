@@ -64,6 +64,8 @@ class ModelOptions(Checked):
         dtype: The precision that the network is loaded in.
         autocast: The precision of the network's passes, if it is lower.
         latent_cache: A folder to keep latents and embeddings in, so that they are computed once.
+        shard_network: Each process of torchrun keeps a part of the network's parameters only, for
+            networks that no device holds; each module's are gathered when it runs.
     """
 
     pipeline: Path | None = None
@@ -75,6 +77,7 @@ class ModelOptions(Checked):
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     autocast: Literal["bfloat16", "float16"] | None = None
     latent_cache: Path | None = None
+    shard_network: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,32 @@ def is_sharded(model: nn.Module) -> bool:
     return any(True for _ in _sharded_modules(model))
 
 
+def divide(model: nn.Module, device: torch.device) -> None:
+    """Divide a network among all processes by ``fully_shard``: its blocks apart, then the rest.
+
+    Blocks are the entries of its lists of modules, and other parts of it that are no smaller.
+
+    Args:
+        model: The network, whole on every process; its parameters are replaced.
+        device: Where it is computed with.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    lists = [child for child in model.children() if isinstance(child, nn.ModuleList)]
+    blocks = [block for child in lists for block in child]
+    least = min((_entries(block) for block in blocks), default=0)
+    others = [child for child in model.children() if not isinstance(child, nn.ModuleList)]
+    for block in [*blocks, *(child for child in others if _entries(child) >= max(1, least))]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def _entries(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
 def let_go(model: nn.Module) -> None:
     """Divide what was gathered: after a forward pass the outermost module's parameters are whole.
 

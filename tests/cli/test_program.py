@@ -30,7 +30,7 @@ from curvlinops_diffusion.cli.images.images import open_images
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions
 from curvlinops_diffusion.cli.program import run
-from curvlinops_diffusion.cli.score_files import read_scores
+from curvlinops_diffusion.cli.score_files import read_scores, whole
 from curvlinops_diffusion.influence.retraining import RIDGE
 from curvlinops_diffusion.influence.split_half import rank_correlation
 from curvlinops_diffusion.linalg.operator_files import read_header
@@ -396,21 +396,39 @@ def test_several_processes(fitted, tmp_path, sharded):
     )
 
 
+def test_a_network_of_several_processes(fitted, tmp_path):
+    """By torchrun; network, factors and scores are divided."""
+    operator, scores = tmp_path / "e.safetensors", tmp_path / "s.safetensors"
+    options = ["--shard-network", "--sharded"]
+    torchrun(*arguments(fitted, "fit", "--output", operator, *options))
+    torchrun(*arguments(fitted, "score", "--operator", operator, "--output", scores, *options))
+    found, expected = (whole(read_scores(f)[0]) for f in (scores, fitted / "scores.safetensors"))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    unet = DDPMPipeline.from_pretrained(fitted / "pipeline").unet.eval()
+    load_operator(operator, unet)
+
+
+def test_a_network_cannot_be_divided_alone(fitted, tmp_path, capsys):
+    output = tmp_path / "e.safetensors"
+    assert run(arguments(fitted, "fit", "--output", output, "--shard-network")) == 2
+    assert "--shard-network arrived in a process on its own" in capsys.readouterr().err
+
+
 def assert_same_to_readers(folder, in_files, in_one):
     """All that reads scores makes the same of them, but for rounding."""
-    (found, header), (expected, other) = read_scores(in_files), read_scores(in_one)
+    (found, header), (expected, beside) = read_scores(in_files), read_scores(in_one)
     assert isinstance(found, StoredScores)
     least = 1e-4 * float(expected.abs().max())
-    for own, whole in ((found.whole(), expected), (found[1], expected[1])):
-        torch.testing.assert_close(own, whole, rtol=1e-3, atol=least)
+    for own, other in ((found.whole(), expected), (found[1], expected[1])):
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=least)
     torch.testing.assert_close(
         torch.tensor(header["standard_error"]),
-        torch.tensor(other["standard_error"]),
+        torch.tensor(beside["standard_error"]),
         rtol=1e-2,
         atol=least,
     )
-    assert header["rank_correlation"] == pytest.approx(other["rank_correlation"], abs=0.1)
-    assert header.keys() - other.keys() == {"shards", "shape"}
+    assert header["rank_correlation"] == pytest.approx(beside["rank_correlation"], abs=0.1)
+    assert header.keys() - beside.keys() == {"shards", "shape"}
     torch.testing.assert_close(
         StoredScores.open(in_one).whole(),
         StoredScores.open(in_one, check=False).named("scores").whole(),
