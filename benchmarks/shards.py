@@ -1,10 +1,11 @@
-"""What do factors take that are shared among processes?
+"""What do factors and networks take that are shared among processes?
 
 EK-FAC of a UNet of 2.8 million parameters, by one, two and four processes on gloo: each with all
-blocks and a part of the images, or each with all images and the blocks of some layers. Peak
-resident memory of the largest process (with PyTorch, the network and a training pass), what it
-keeps of the blocks, and CPU-seconds of all processes together: there are two cores, on which four
-processes take turns.
+blocks and a part of the images, or each with all images and the blocks of some layers; with the
+whole network, or a part of it. Peak resident memory of the largest process (with PyTorch, the
+network and a training pass), what it keeps of the blocks, bytes that it sends (counted, as a ring
+would), and CPU-seconds of all processes together: there are two cores, on which four processes take
+turns.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from typing import Any
 import torch
 from torch import distributed
 
+from benchmarks.communication import SentBytes
 from benchmarks.factor_pass import reference_passes
 from benchmarks.measure import arguments, report
 from benchmarks.problems import regression_of, unet
 from curvlinops_diffusion import DiffusionEKFACLinearOperator, PassOptions
+from curvlinops_diffusion.runtime.sharded_networks import divide
 
 COUNTS = (1, 2, 4)
-WORK = ("training pass", "whole", "sharded")
+WORK = ("training pass", "whole", "sharded", "network divided", "both divided")
 
 
 @contextmanager
@@ -49,17 +52,23 @@ def measured(work: str, quick: bool, device: str) -> dict[str, float]:
     torch.manual_seed(0)
     network = unet(quick, size=8 if quick else 16)
     with group() as several:
+        divided = several and work in ("network divided", "both divided")
+        if divided:
+            divide(network, torch.device(device))
         start = time.process_time()
         regression = regression_of(network, device, 4 if quick else 32, 2 if quick else 8)
-        reference_passes(regression)["training pass"]()
+        if not divided:
+            reference_passes(regression)["training pass"]()
         kept = 0
-        if work != "training pass":
-            sharded = several and work == "sharded"
-            passes = PassOptions(distributed=several, sharded=sharded)
-            kept = DiffusionEKFACLinearOperator(regression, passes=passes).nbytes
+        with SentBytes() as sent:
+            if work != "training pass":
+                sharded = several and work in ("sharded", "both divided")
+                passes = PassOptions(distributed=several, sharded=sharded)
+                kept = DiffusionEKFACLinearOperator(regression, passes=passes).nbytes
         seconds = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"peak": peak, "kept": kept / 2**20, "seconds": seconds}
+    megabytes = {"peak": peak, "kept": kept / 2**20, "sent": sent.total / 2**20}
+    return {**megabytes, "seconds": seconds}
 
 
 def run(work: str, count: int, options: Any) -> list[dict[str, float]]:
@@ -80,15 +89,15 @@ def main() -> None:
     if options.only:
         print(json.dumps(measured(options.only, options.quick, options.device)), flush=True)
         return
-    settings = [("training pass", 1)] + [(work, n) for n in COUNTS for work in WORK[1:]]
+    several = [(work, n) for n in COUNTS[1:] for work in WORK[1:]]
+    settings = [("training pass", 1), ("whole", 1), *several]
     rows = []
     for work, count in settings:
-        if (work, count) == ("sharded", 1):
-            continue
         found = run(work, count, options)
         row = {"blocks": work, "processes": count}
         row["peak_mebibytes"] = round(max(one["peak"] for one in found))
         row["mebibytes_of_blocks"] = round(max(one["kept"] for one in found))
+        row["mebibytes_sent"] = round(max(one["sent"] for one in found))
         row["cpu_seconds"] = round(sum(one["seconds"] for one in found), 1)
         rows.append(row)
     report(options, "shards", __doc__, {"runs": rows})

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlinops_diffusion.cli.commands.methods import in_shards
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions
 from curvlinops_diffusion.cli.processes import num_processes
 from curvlinops_diffusion.curvature.gradient_factors import fitted_factors
@@ -153,7 +154,7 @@ def score_cost(
     return Cost(
         round(passes[0] * own.samples + passes[1] * queried.samples),
         scores,
-        n * scores,
+        scores if in_shards(options, n > 1) else n * scores,
         P * held * itemsize + sum(placed.num_bytes for placed in operator.blocks),
         own.once + queried.once + (passes[0] * own.seconds + passes[1] * queried.seconds) / n,
     )

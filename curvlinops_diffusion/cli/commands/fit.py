@@ -36,8 +36,9 @@ def fit(options: FitOptions) -> None:
         regression = training_regression(network, images, options)
         settings, params = options.kfac_options(), network.params
         if options.dry_run:
+            cost = fit_cost(regression, params, options)  # by all, who may share a network
             if is_first():
-                print(fit_cost(regression, params, options).text())
+                print(cost.text())
             return
         chosen = {} if params is None else {"params": common_list(params)}
         identity = regression.identity({"curvature": options.curvature, **settings, **chosen})

@@ -57,8 +57,9 @@ def score(options: ScoreOptions) -> None:
         if not options.other_data:
             _check_same_images(options, operator.info, train)
         if options.dry_run:
+            cost = score_cost(train, query, operator, options)  # by all, who may share a network
             if is_first():
-                print(score_cost(train, query, operator, options).text())
+                print(cost.text())
             return
         identity = {
             "train": train.identity({}),
