@@ -8,6 +8,7 @@ from curvlinops_diffusion import (
     DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
+    PassOptions,
     influence_scores,
     load_operator,
 )
@@ -65,3 +66,27 @@ def test_autocast():
     names = ["conv_in.weight", "conv_out.weight"]
     low, high = (DiffusionKFACLinearOperator(r, names) for r in (on_cuda, exact))
     assert_close(to_dense(low).cpu(), to_dense(high), 0.05)
+
+
+def test_blocks_that_wait_on_the_host(regressions, tmp_path):
+    """Beyond the memory they are fitted in groups, and multiplied from the host."""
+    regression = regressions[1]
+    EK = DiffusionEKFACLinearOperator(regression)
+    waiting = DiffusionEKFACLinearOperator(regression, passes=PassOptions(max_memory=250_000))
+    assert {placed.device.type for placed in waiting.blocks} == {"cpu"}
+    v = torch.linspace(-1, 1, EK.shape[0], dtype=torch.float64).cuda()
+    for found, expected in (
+        (waiting @ v, EK @ v),
+        (waiting.inverse(1e-3) @ v, EK.inverse(1e-3) @ v),
+        (waiting.inverse(rtol=1e-3) @ v, EK.inverse(rtol=1e-3) @ v),
+        (waiting.eigenvalues(), EK.eigenvalues()),
+        (waiting.trace(), EK.trace()),
+        (waiting.frobenius_norm(), EK.frobenius_norm()),
+    ):
+        assert found.device == expected.device
+        assert_close(found, expected, 1e-10)
+    waiting.save(tmp_path / "file")
+    loaded = load_operator(
+        tmp_path / "file", regression.objective.model, passes=PassOptions(max_memory=1)
+    )
+    assert_close(loaded.inverse(1e-3) @ v, EK.inverse(1e-3) @ v, 1e-10)

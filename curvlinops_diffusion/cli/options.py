@@ -13,7 +13,7 @@ _COUNTS = (
     *("resolution", "batch_size", "num_draws", "query_draws", "query_block"),
     *("mc_samples", "gradient_group", "top", "num_parts", "bootstrap"),
 )
-_POSITIVE = ("ridge", "step")
+_POSITIVE = ("ridge", "step", "max_memory")
 _NOT_NEGATIVE = (
     *("damping", "rtol", "checkpoint_every", "timeout"),
     *("snr_gamma", "condition_dropout", "noise_offset", "input_perturbation"),
@@ -183,6 +183,8 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
             in the second pass of EK-FAC; more is cheaper and less exact.
         sharded: Each process of torchrun keeps the blocks of some layers only, for which it goes
             over all images, and writes a file of its own.
+        max_memory: Gigabytes that factors may take beside the network and a training pass; where
+            they are more, layers are fitted in groups, each by passes of its own over all images.
     """
 
     data: Path
@@ -197,6 +199,7 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     kfac_approx: Literal["expand", "reduce", "shampoo", "rank-one"] = "expand"
     gradient_group: int = 1
     sharded: bool = False
+    max_memory: float | None = None
 
     def kfac_options(self) -> dict[str, Any]:
         """Select the options that K-FAC and EK-FAC take, by their names there."""
@@ -234,6 +237,8 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
         other_data: Accept an operator that was fitted to other images.
         sharded: Each process of torchrun reads some of the operator's blocks only, and writes the
             influence scores of the training images that it has seen.
+        max_memory: Gigabytes that the operator may take; a larger one is multiplied from the host's
+            memory.
     """
 
     operator: Path
@@ -256,6 +261,7 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     query_block: int = 64
     other_data: bool = False
     sharded: bool = False
+    max_memory: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,3 +391,8 @@ class InspectOptions:
     file: Path
     log: Path | None = None
     debug: bool = False
+
+
+def in_bytes(gigabytes: float | None) -> int | None:
+    """Bytes of an option in gigabytes."""
+    return None if gigabytes is None else max(1, round(gigabytes * 1e9))

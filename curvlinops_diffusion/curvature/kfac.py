@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from curvlinops_diffusion.curvature.gradient_factors import fitted_factors
+from curvlinops_diffusion.curvature.groups import fitted_in_groups
 from curvlinops_diffusion.curvature.kronecker_factors import KroneckerFactors
 from curvlinops_diffusion.curvature.options import FisherType, KFACApprox, KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
@@ -150,10 +151,15 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         def fit(plan: BlockPlan, passes: PassOptions) -> list[PlacedBlock]:
             return plan.place(self._fit(regression, plan, passes))
 
+        def fit_within_memory(plan: BlockPlan, passes: PassOptions) -> list[PlacedBlock]:
+            objective = regression.objective
+            itemsize = objective.working_dtype.itemsize
+            return fitted_in_groups(plan, passes, fit, itemsize, objective.device)
+
         if passes.sharded:
-            blocks = sharded_blocks(regression, plan, passes, fit)
+            blocks = sharded_blocks(regression, plan, passes, fit_within_memory)
         else:
-            blocks = fit(plan, passes)
+            blocks = fit_within_memory(plan, passes)
         info: dict[str, Any] = {
             "kind": self.KIND,
             "options": options.as_dict(),

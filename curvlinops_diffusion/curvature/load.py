@@ -1,15 +1,18 @@
 """Saved operators, back as the objects they were."""
 
+from dataclasses import replace
 from os import PathLike
 
 import torch
 from torch import nn
 
 from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
+from curvlinops_diffusion.curvature.groups import where_they_fit
 from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.storage import load_blocks
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
+from curvlinops_diffusion.runtime.sharded_networks import device_of
 
 _KINDS: dict[str, type[BlockDiagonalLinearOperator]] = {
     cls.KIND: cls
@@ -35,7 +38,8 @@ def load_operator(
         model: The model that the operator was computed with.
         device: Where to put the operator; ``None`` for the model's device.
         passes: With ``distributed=True, sharded=True`` each process reads its share of the blocks
-            only, from however many files they were written to.
+            only, from however many files they were written to. Beyond ``max_memory`` bytes the
+            blocks stay in the host's memory, and are multiplied from there.
 
     Returns:
         K-FAC, EK-FAC, or an inverse or power of them.
@@ -51,7 +55,12 @@ def load_operator(
         'DiffusionKFACLinearOperator'
     """
     share = passes.holders
-    kind, space, blocks, info = share.all_or_none(lambda: load_blocks(path, model, device, share))
+    there = device if passes.max_memory is None else "cpu"
+    kind, space, blocks, info = share.all_or_none(lambda: load_blocks(path, model, there, share))
+    if passes.max_memory is not None:
+        device = device_of(next(model.parameters())) if device is None else torch.device(device)
+        space = replace(space, device=device)
+        blocks = where_they_fit(blocks, passes.max_memory, device)
     if kind not in _KINDS:
         raise ValueError(f"'{path}' holds an operator of unknown kind {kind!r}.")
     return _KINDS[kind].of_blocks(space, blocks, info, share)

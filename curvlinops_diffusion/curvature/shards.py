@@ -40,6 +40,12 @@ def sharded_blocks(
     share = passes.holders
     check_same_pass(share, regression, plan.settings)
     divided = is_sharded(regression.objective.model)
+    if divided and passes.max_memory is not None:
+        raise ValueError(
+            f"max_memory={passes.max_memory} arrived with sharded=True and a network that is "
+            "divided among processes itself (fully_shard): these must all run the network equally "
+            "often, and may need different numbers of passes. Leave it out, or start more of them."
+        )
     if divided and passes.checkpoint is not None:
         raise ValueError(
             "passes.checkpoint arrived with sharded=True and a network that is divided among "

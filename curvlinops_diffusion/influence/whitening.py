@@ -55,6 +55,7 @@ class Whitening:
         for placed, block, scale in self._placed:
             arrangement = Arrangement(block.shape, placed.transposed)
             X_gOIB = arrangement.gather([named[name] for name in placed.params])
-            z_gOIB = block.coordinates(X_gOIB) * scale.unsqueeze(-1)
+            there = placed.with_block(block).on(rows_BP.device).block.eigen(placed.name)
+            z_gOIB = there.coordinates(X_gOIB) * scale.to(rows_BP.device).unsqueeze(-1)
             coordinates.append(z_gOIB.flatten(0, -2).T)
         return torch.cat(coordinates, 1)

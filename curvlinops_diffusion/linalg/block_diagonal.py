@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any, ClassVar, Self
@@ -10,9 +10,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from curvlinops_diffusion.linalg.blocks import EigenBlock
 from curvlinops_diffusion.linalg.operator import ParameterSpaceOperator
 from curvlinops_diffusion.linalg.parameters import ParameterSpace
-from curvlinops_diffusion.linalg.placement import PlacedBlock
+from curvlinops_diffusion.linalg.placement import PlacedBlock, moved
 from curvlinops_diffusion.linalg.storage import save_blocks
 from curvlinops_diffusion.linalg.summary import Summary
 from curvlinops_diffusion.runtime.checks import check_non_negative
@@ -83,7 +84,7 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         given = {name: x.to(self.dtype) for name, x in zip(self.space.shapes, X, strict=True)}
         result: dict[str, Tensor] = {}
         for placed in self.blocks:
-            result |= placed.multiply(given)
+            result |= placed.on(self.device).multiply(given)
         result = self.share.pooled(result, X[0].new_empty(0, dtype=self.dtype))
         return [result[name] for name in self.space.shapes]
 
@@ -144,15 +145,7 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
             raise ValueError(f"dtype={dtype} arrived. Pass torch.float32 or torch.float64.")
         if (device, dtype) == (self.device, self.dtype):
             return self
-        moved: dict[tuple[int, torch.Size], Tensor] = {}  # weight and bias share a basis
-
-        def elsewhere(z: Tensor) -> Tensor:
-            key = (z.data_ptr(), z.shape)
-            if key not in moved:
-                moved[key] = z.to(device, dtype if z.is_floating_point() else None)
-            return moved[key]
-
-        blocks = [placed.with_tensors(elsewhere) for placed in self.blocks]
+        blocks = moved(self.blocks, device, dtype)
         space = replace(self.space, device=device, dtype=dtype)
         return self.of_blocks(space, blocks, self.info, self.share)
 
@@ -173,17 +166,17 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
 
     def eigenvalues(self) -> Tensor:
         """All eigenvalues in descending order, shape ``[P]``."""
-        own = {p.name: p.block.eigen(p.name).eigenvalues.flatten() for p in self.blocks}
+        own = {name: block.eigenvalues.flatten() for name, block in self._decomposed()}
         each = self.share.pooled(own, self._zero())
         return torch.cat(list(each.values())).sort(descending=True).values
 
     def trace(self) -> Tensor:
         """The trace."""
-        return self._total(p.block.trace() for p in self.blocks)
+        return self._total(p.on(self.device).block.trace() for p in self.blocks)
 
     def logdet(self) -> Tensor:
         """The logarithm of the determinant; minus infinity for a singular operator."""
-        return self._total(p.block.eigen(p.name).logdet() for p in self.blocks)
+        return self._total(block.logdet() for _, block in self._decomposed())
 
     def det(self) -> Tensor:
         """The determinant; under- or overflows for all but the smallest operators."""
@@ -191,7 +184,22 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
 
     def frobenius_norm(self) -> Tensor:
         """The Frobenius norm."""
-        return self._total(p.block.squared_frobenius_norm() for p in self.blocks).sqrt()
+        norms = (p.on(self.device).block.squared_frobenius_norm() for p in self.blocks)
+        return self._total(norms).sqrt()
+
+    def _eigen_blocks(self) -> list[EigenBlock]:
+        """The blocks in their eigenbases, each where it was."""
+        found = []
+        for placed, (_, block) in zip(self.blocks, self._decomposed(), strict=True):
+            there = placed if block is placed.block else placed.with_block(block).on(placed.device)
+            assert isinstance(there.block, EigenBlock)
+            found.append(there.block)
+        return found
+
+    def _decomposed(self) -> Iterator[tuple[str, EigenBlock]]:
+        """Yield the name of each block, and the block in its eigenbasis, on the device."""
+        for placed in self.blocks:
+            yield placed.name, placed.on(self.device).block.eigen(placed.name)
 
     def _total(self, of_blocks: Iterable[Tensor]) -> Tensor:
         """The sum over the blocks of all processes."""
@@ -227,12 +235,12 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
             ValueError: If a number is negative, or a negative power meets a zero eigenvalue.
         """
         damping = check_non_negative("damping", damping)
-        eigen = self.share.all_or_none(lambda: [p.block.eigen(p.name) for p in self.blocks])
+        eigen = self.share.all_or_none(self._eigen_blocks)
         floor = None
         if rtol is not None:
             own_largest = max((float(block.eigenvalues.max()) for block in eigen), default=0.0)
             largest = max(self.share.gathered(own_largest))
-            floor = check_non_negative("rtol", rtol) * self._zero().add(largest)
+            floor = torch.tensor(check_non_negative("rtol", rtol) * largest, dtype=self.dtype)
 
         def powers() -> list[PlacedBlock]:
             blocks = []

@@ -5,7 +5,7 @@ Legend: g an optional leading axis of groups, O outputs, I inputs, K columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -95,6 +95,15 @@ class PlacedBlock:
         tensors = {name: function(z) for name, z in self.block.tensors().items()}
         return self.with_block(type(self.block)(**tensors))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the block is; perhaps in the host's memory, if the device's is too small."""
+        return next(iter(self.block.tensors().values())).device
+
+    def on(self, device: torch.device) -> PlacedBlock:
+        """The block on a device; itself if it is there."""
+        return self if self.device == device else moved([self], device)[0]
+
     def multiply(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Multiply onto parameters by name, ``[*p.shape, K]`` each; return those of the block."""
         parts = [given[name] for name in self.params]
@@ -102,3 +111,18 @@ class PlacedBlock:
         product = self.block.multiply(arrangement.gather(parts))
         pieces = arrangement.scatter(product, [p.shape[:-1] for p in parts])
         return dict(zip(self.params, pieces, strict=True))
+
+
+def moved(
+    blocks: Iterable[PlacedBlock], device: torch.device, dtype: torch.dtype | None = None
+) -> list[PlacedBlock]:
+    """Blocks on a device, perhaps in another precision; tensors that two share stay shared."""
+    seen: dict[tuple[int, torch.Size], Tensor] = {}  # weight and bias share a basis
+
+    def elsewhere(z: Tensor) -> Tensor:
+        key = (z.data_ptr(), z.shape)
+        if key not in seen:
+            seen[key] = z.to(device, dtype if z.is_floating_point() else None)
+        return seen[key]
+
+    return [placed.with_tensors(elsewhere) for placed in blocks]

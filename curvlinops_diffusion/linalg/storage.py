@@ -32,6 +32,7 @@ from curvlinops_diffusion.runtime.adapters import adapter_of, common_names
 from curvlinops_diffusion.runtime.digests import fingerprint
 from curvlinops_diffusion.runtime.modes import unwrapped
 from curvlinops_diffusion.runtime.processes import ALONE, Share
+from curvlinops_diffusion.runtime.sharded_networks import device_of
 
 
 def versions() -> dict[str, str]:
@@ -165,7 +166,8 @@ def load_blocks(
             header = _with_names_of(own, header)
         _check_model(path, header, model, own)
         shapes = {name: tuple(shape) for name, shape in header["parameters"]}
-        device = own[next(iter(shapes))].device if device is None else torch.device(device)
+        first = own[next(iter(shapes))]
+        device = device_of(first) if device is None else torch.device(device)
         space = ParameterSpace(shapes, getattr(torch, header["dtype"]), device)
         blocks = []
         for file, chosen in sources.items():

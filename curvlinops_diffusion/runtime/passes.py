@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion.runtime.checkpoints import Checkpoint, Done, path_of, read, try_to_write
-from curvlinops_diffusion.runtime.checks import check_non_negative
+from curvlinops_diffusion.runtime.checks import check_count, check_non_negative
 from curvlinops_diffusion.runtime.division import Division, Unit
 from curvlinops_diffusion.runtime.processes import ALONE, Share
 from curvlinops_diffusion.runtime.progress import draws_bar
@@ -103,6 +103,10 @@ class PassOptions:
         sharded: Whether each of these processes keeps its share of K-FAC's or EK-FAC's blocks only:
             it passes over all data for its own layers. Everything of such an operator is then done
             by all processes together, at the same place of their programs.
+        max_memory: Bytes that factors, and what is made of them, may take beside the network and a
+            training pass. Where they are more, layers are fitted in groups, each by passes of its
+            own over all data; finished blocks wait in the host's memory, and are multiplied from
+            there if they do not fit either. ``None`` for no limit.
         progressbar: Whether to show progress.
     """
 
@@ -110,6 +114,7 @@ class PassOptions:
     checkpoint_every: float = 300.0
     distributed: bool = False
     sharded: bool = False
+    max_memory: int | None = None
     progressbar: bool = False
 
     def __post_init__(self) -> None:
@@ -120,6 +125,8 @@ class PassOptions:
         """
         check_non_negative("checkpoint_every", self.checkpoint_every)
         Share.of(self.distributed)
+        if self.max_memory is not None:
+            check_count("max_memory", self.max_memory)
         if self.sharded and not self.distributed:
             raise ValueError(
                 "sharded=True arrived without distributed=True. Pass both, in a program that "

@@ -225,6 +225,17 @@ def test_offloaded_to_the_host(tmp_path, expected):
         assert_all_close(found, {name: expected[name] for name in found})
 
 
+def recomputing(rank):
+    unet = tiny_unet()
+    unet.enable_gradient_checkpointing()
+    return reduced(problem(divided(unet)), PassOptions(**DISTRIBUTED))
+
+
+def test_with_gradient_checkpoints(tmp_path, expected):
+    for found in processes(2, tmp_path / "run", recomputing):
+        assert_all_close(found, {name: expected[name] for name in found})
+
+
 def stopped(rank, checkpoint, fail_at):
     unet = divided(tiny_unet())
     regression = problem(unet)

@@ -9,7 +9,7 @@ from curvlinops_diffusion.cli.commands.cost import fit_cost
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.images.images import NamedImages, open_images
 from curvlinops_diffusion.cli.network import Network, load_network, of_text_encoders
-from curvlinops_diffusion.cli.options import FitOptions
+from curvlinops_diffusion.cli.options import FitOptions, in_bytes
 from curvlinops_diffusion.cli.outputs import check_output, check_output_is_same, nothing_to_do
 from curvlinops_diffusion.cli.processes import is_first, process_group, with_own_device
 from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
@@ -54,6 +54,7 @@ def fit(options: FitOptions) -> None:
             options.checkpoint_every,
             distributed=several,
             sharded=several and options.sharded,
+            max_memory=in_bytes(options.max_memory),
             progressbar=not options.quiet,
         )
         make = _OPERATORS[options.curvature]

@@ -14,7 +14,7 @@ from curvlinops_diffusion.cli.commands.scoring import Scoring, inversion_of
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.images.images import NamedImages, open_images
 from curvlinops_diffusion.cli.network import Network, load_network, of_text_encoders
-from curvlinops_diffusion.cli.options import ScoreOptions
+from curvlinops_diffusion.cli.options import ScoreOptions, in_bytes
 from curvlinops_diffusion.cli.outputs import check_output, check_output_is_same, nothing_to_do
 from curvlinops_diffusion.cli.processes import is_first, process_group, with_own_device
 from curvlinops_diffusion.cli.score_files import agreement, header_and_scores
@@ -51,7 +51,11 @@ def score(options: ScoreOptions) -> None:
         if is_first():
             say(f"Read {images.summary()} from {options.queries}")
         query = _query_regression(network, images, options)
-        held = PassOptions(distributed=several, sharded=several and options.sharded)
+        held = PassOptions(
+            distributed=several,
+            sharded=several and options.sharded,
+            max_memory=in_bytes(options.max_memory),
+        )
         operator = load_operator(options.operator, network.objective.model, passes=held)
         _check_same_objective(options, operator.info, train)
         if not options.other_data:

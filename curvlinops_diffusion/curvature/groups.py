@@ -1,0 +1,112 @@
+"""Blocks fitted a group of layers at a time, where those of all do not fit into memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from curvlinops_diffusion.curvature.plan import BlockPlan
+from curvlinops_diffusion.curvature.shards import shard_owners
+from curvlinops_diffusion.linalg.placement import PlacedBlock, moved
+from curvlinops_diffusion.runtime.passes import PassOptions
+from curvlinops_diffusion.runtime.processes import Share
+
+# where finished blocks wait
+_HOST = torch.device("cpu")
+
+# a factor that is decomposed, with its eigenvectors and what the decomposition needs
+_WORKSPACE = 3
+
+Fit = Callable[[BlockPlan, PassOptions], list[PlacedBlock]]
+
+
+def fitted_in_groups(
+    plan: BlockPlan, passes: PassOptions, fit: Fit, itemsize: int, device: torch.device
+) -> list[PlacedBlock]:
+    """The blocks of a plan, by one or several groups of passes over the data.
+
+    Each group is fitted as if it were all; its blocks then wait in the host's memory, and go back
+    to the device if all of them fit there.
+
+    Args:
+        plan: The blocks.
+        passes: Checkpoints, processes and progress; the memory that a group may take.
+        fit: Fits the blocks of a plan.
+        itemsize: Bytes of a number.
+        device: Where blocks are computed with.
+
+    Raises:
+        ValueError: If a layer alone needs more memory.
+    """
+    if passes.max_memory is None:
+        return fit(plan, passes)
+    number = _started(passes) or num_groups(plan, passes.max_memory, itemsize)
+    if number == 1:
+        return fit(plan, passes)
+    owners = shard_owners(plan, number)
+    blocks: list[PlacedBlock] = []
+    for group in range(number):
+        names = {name for name, owner in owners.items() if owner == group}
+        if names:
+            own = _of_group(passes, group, number)
+            blocks += moved(fit(plan.restricted(names), own), _HOST)
+    order = {name: place for place, name in enumerate(plan.coverage.params)}
+    blocks.sort(key=lambda placed: min(order[name] for name in placed.params))
+    return where_they_fit(blocks, passes.max_memory, device)
+
+
+def where_they_fit(
+    blocks: list[PlacedBlock], max_memory: int, device: torch.device
+) -> list[PlacedBlock]:
+    """Blocks of the host's memory on a device, if all of them fit into so many bytes."""
+    fit = sum(placed.num_bytes for placed in blocks) <= max_memory
+    return moved(blocks, device) if fit else blocks
+
+
+def needed_memory(plan: BlockPlan, itemsize: int) -> int:
+    """Bytes of a fit beside the network and a training pass: factors, and what is made of them."""
+    parameters = sum(p.numel() for p in plan.coverage.params.values())
+    largest = max((n * n for n in plan.factor_sizes()), default=0)
+    return itemsize * (plan.num_entries + parameters + _WORKSPACE * largest)
+
+
+def num_groups(plan: BlockPlan, max_memory: int, itemsize: int) -> int:
+    """The least number of groups of layers of which each fits into so many bytes.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    layers = len(plan.coverage.layers) + len(plan.coverage.others)
+    needed = 0
+    for number in range(1, layers + 1):
+        owners = shard_owners(plan, number)
+        needed = max(
+            needed_memory(plan.restricted({n for n, o in owners.items() if o == group}), itemsize)
+            for group in range(number)
+        )
+        if needed <= max_memory:
+            return number
+    raise ValueError(
+        f"max_memory={max_memory:,} bytes arrived, and the factors of the largest layer take "
+        f"{needed:,} with what is made of them. Pass that much, or leave the layer out of params."
+    )
+
+
+def _started(passes: PassOptions) -> int | None:
+    """The number of groups of an earlier run, whose checkpoints are there."""
+    if passes.checkpoint is None:
+        return None
+    names = sorted(path.name for path in Path(passes.checkpoint).glob("group*of*"))
+    Share.of(passes.distributed).check_alike(f"what they see in '{passes.checkpoint}'", names)
+    found = [re.fullmatch(r"group\d+of(\d+)", name) for name in names]
+    return max((int(match.group(1)) for match in found if match), default=None)
+
+
+def _of_group(passes: PassOptions, group: int, number: int) -> PassOptions:
+    if passes.checkpoint is None:
+        return passes
+    return replace(passes, checkpoint=Path(passes.checkpoint) / f"group{group}of{number}")
