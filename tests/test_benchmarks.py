@@ -59,7 +59,7 @@ def in_this_process(command, **options):
 
 def shard_in_this_process(command, **options):
     """What ``benchmarks.shards`` runs by torchrun."""
-    found = shards.measured(command[command.index("--only") + 1], True, "cpu")
+    found = shards.measured(command[command.index("--only") + 1], True, "cpu", False)
     return SimpleNamespace(stdout=json.dumps(found))
 
 
