@@ -1,6 +1,7 @@
 """What would fit and score cost on networks of three sizes, on one GPU to a thousand? Computed.
 
-Counted layer by layer on networks without weights; nothing here is measured. EK-FAC with one draw
+Counted layer by layer on networks without weights, and by the library's own plan of them; nothing
+here is measured. EK-FAC with one draw
 of 50,000 images for the factors and 32,768 samples for the eigenvalues; scores of 64 queries with
 16 draws of each image. The machine is assumed: 400 TFLOP/s for the network's own products (40 % of
 a current accelerator's dense bfloat16), 50 TFLOP/s for products of factors in float32, 1 TFLOP/s
@@ -16,17 +17,25 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from benchmarks.measure import arguments, report
 from benchmarks.problems import cifar_unet
-from curvlinops_diffusion.layers import cover
+from curvlinops_diffusion.curvature.groups import divided_units, needed_memory, num_groups
+from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.curvature.plan import BlockPlan
+from curvlinops_diffusion.layers import cover, covered_parameters
 from curvlinops_diffusion.layers.kind import SharingKind
 
 IMAGES, SECOND, QUERIES, DRAWS = 50_000, 32_768, 64, 16
 NETWORK, FACTORS, EIGH = 400e12, 50e12, 1e12
 MEMORY, BETWEEN, HOST = 80e9, 50e9, 25e9
 GPUS = (1, 8, 64, 1000)
+#: Of a GPU's memory, for factors and what is made of them; the rest is the network's in bfloat16
+#: and a training pass'.
+LEFT = 60e9
+SHARDS = 8
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,39 @@ def rows(name: str, layers: list[Matrix]) -> list[dict[str, Any]]:
     return result
 
 
+def counted(
+    name: str, build: Build, rank: int | None = None, **kfac_options: Any
+) -> dict[str, Any]:
+    """What the library's own plan of a network says, of its full size: bytes, groups, shards.
+
+    Args:
+        name: What the row is called.
+        build: Makes the network.
+        rank: Of adapters on its attention, which alone are covered; ``None`` for all parameters.
+        kfac_options: How the blocks are approximated.
+    """
+    with torch.device("meta"):
+        network = build()[0]
+    params: list[str] | None = None
+    if rank is not None:
+        targets = ["to_q", "to_k", "to_v", "to_out.0"]
+        config = LoraConfig(r=rank, target_modules=targets, init_lora_weights=False)
+        with torch.device("meta"):
+            inject_adapter_in_model(config, network)
+        params = [name for name, _ in network.named_parameters() if "lora_" in name]
+    plan = BlockPlan.of(covered_parameters(network, params, True), KFACOptions(**kfac_options))
+    shards = [needed_memory(units, 4) for units in divided_units(plan, SHARDS)]
+    return {
+        "network": name,
+        "parameters": f"{sum(unit.parameters for unit in plan.units) / 1e6:,.0f} M",
+        "blocks": f"{len(plan.parts) + len(plan.exact):,}",
+        "factors": f"{4 * plan.num_entries / 1e9:,.1f} GB",
+        "a fit, beside network and training pass": f"{needed_memory(plan.units, 4) / 1e9:,.1f} GB",
+        "groups of layers on one GPU": num_groups(plan, int(LEFT), 4),
+        "the largest of eight shards": f"{max(shards) / 1e9:,.1f} GB",
+    }
+
+
 def _hours(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.2g} s"
@@ -161,7 +203,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     names = ["CIFAR UNet"] if options.quick else list(NETWORKS)
     table = [row for name in names for row in rows(name, matrices(NETWORKS[name]))]
-    report(options, "cost_model", __doc__, {"computed": table})
+    plans = [counted(name, NETWORKS[name]) for name in names]
+    if not options.quick:
+        factored = {"exact_bias": False}
+        plans += [
+            counted(f"{name}, exact_bias=False", NETWORKS[name], **factored) for name in names
+        ]
+        plans.append(counted("12-billion transformer, adapters of rank 16", flux, rank=16))
+    report(options, "cost_model", __doc__, {"computed": table, "counted": plans})
 
 
 if __name__ == "__main__":

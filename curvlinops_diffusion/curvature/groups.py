@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from curvlinops_diffusion.curvature.plan import BlockPlan
+from curvlinops_diffusion.curvature.plan import BlockPlan, Unit
 from curvlinops_diffusion.curvature.shards import shard_owners
 from curvlinops_diffusion.linalg.placement import PlacedBlock, moved
 from curvlinops_diffusion.runtime.passes import PassOptions
@@ -67,11 +67,11 @@ def where_they_fit(
     return moved(blocks, device) if fit else blocks
 
 
-def needed_memory(plan: BlockPlan, itemsize: int) -> int:
+def needed_memory(units: Sequence[Unit], itemsize: int) -> int:
     """Bytes of a fit beside the network and a training pass: factors, and what is made of them."""
-    parameters = sum(p.numel() for p in plan.coverage.params.values())
-    largest = max((n * n for n in plan.factor_sizes()), default=0)
-    return itemsize * (plan.num_entries + parameters + _WORKSPACE * largest)
+    largest = max((unit.largest for unit in units), default=0)
+    entries = sum(unit.entries + unit.parameters for unit in units)
+    return itemsize * (entries + _WORKSPACE * largest**2)
 
 
 def num_groups(plan: BlockPlan, max_memory: int, itemsize: int) -> int:
@@ -80,20 +80,24 @@ def num_groups(plan: BlockPlan, max_memory: int, itemsize: int) -> int:
     Raises:
         ValueError: If there is none.
     """
-    layers = len(plan.coverage.layers) + len(plan.coverage.others)
     needed = 0
-    for number in range(1, layers + 1):
-        owners = shard_owners(plan, number)
-        needed = max(
-            needed_memory(plan.restricted({n for n, o in owners.items() if o == group}), itemsize)
-            for group in range(number)
-        )
+    for number in range(1, len(plan.units) + 1):
+        needed = max(needed_memory(units, itemsize) for units in divided_units(plan, number))
         if needed <= max_memory:
             return number
     raise ValueError(
         f"max_memory={max_memory:,} bytes arrived, and the factors of the largest layer take "
         f"{needed:,} with what is made of them. Pass that much, or leave the layer out of params."
     )
+
+
+def divided_units(plan: BlockPlan, number: int) -> list[list[Unit]]:
+    """What each of so many groups, or shards, is of."""
+    owners = shard_owners(plan, number)
+    found: list[list[Unit]] = [[] for _ in range(number)]
+    for unit in plan.units:
+        found[owners[unit.names[0]]].append(unit)
+    return found
 
 
 def _started(passes: PassOptions) -> int | None:

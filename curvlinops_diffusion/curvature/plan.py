@@ -6,7 +6,7 @@ cost. Below it nothing asks again how a layer's parameters fall into blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
@@ -26,6 +26,25 @@ from curvlinops_diffusion.runtime.sharded_networks import device_of
 
 #: Makes a factor of zeros: not held while there are sums in its place.
 Zeros = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters whose blocks are computed together.
+
+    Attributes:
+        names: The parameters.
+        parameters: Their entries.
+        entries: Those of factors and exact blocks.
+        largest: The rows of the largest of these.
+        operations: What their decompositions take, ``n³`` each.
+    """
+
+    names: tuple[str, ...]
+    parameters: int
+    entries: int
+    largest: int
+    operations: int
 
 
 @dataclass(frozen=True)
@@ -140,17 +159,36 @@ class BlockPlan:
 
     def factor_sizes(self) -> list[int]:
         """The rows of every factor that is decomposed, one entry for each group."""
-        sizes = []
-        for part in self.parts:
-            *groups, O, I = part.shape
-            sizes += [O] * prod(groups) + ([] if part.kind.one_hot else [I] * prod(groups))
-        return sizes
+        return _factor_sizes(self.parts)
 
     @property
     def num_entries(self) -> int:
         """The entries of all factors and exact blocks."""
-        exact = sum(prod(block.moment_shape) for block in self.exact)
-        return sum(n * n for n in self.factor_sizes()) + exact
+        return sum(unit.entries for unit in self.units)
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """What the plan can be divided into: layers, and parameters in none."""
+        names = [tuple(layer.params) for layer in self.coverage.layers]
+        names += [(name,) for name in self.coverage.others]
+        parts: dict[str, list[Part]] = {}
+        exact: dict[str, list[ExactBlock]] = {}
+        for part in self.parts:
+            parts.setdefault(part.params[0], []).append(part)
+        for block in self.exact:
+            exact.setdefault(block.params[0], []).append(block)
+        units = []
+        for own in names:
+            factors = _factor_sizes([part for name in own for part in parts.get(name, [])])
+            blocks = [block for name in own for block in exact.get(name, [])]
+            dense = [b.moment_shape[0] for b in blocks if len(b.moment_shape) > 1]
+            parameters = sum(self.coverage.params[name].numel() for name in own)
+            entries = sum(n * n for n in factors) + sum(prod(b.moment_shape) for b in blocks)
+            decomposed = [*factors, *dense]
+            operations = sum(n**3 for n in decomposed)
+            largest = max(decomposed, default=0)
+            units.append(Unit(own, parameters, entries, largest, operations))
+        return tuple(units)
 
     def place(self, blocks: Mapping[str, Block]) -> list[PlacedBlock]:
         """Blocks by their key, at their place among the parameters, in the parameters' order."""
@@ -161,6 +199,17 @@ class BlockPlan:
         placed += [PlacedBlock(block.key, block.params, blocks[block.key]) for block in self.exact]
         order = {name: i for i, name in enumerate(self.coverage.params)}
         return sorted(placed, key=lambda block: min(order[name] for name in block.params))
+
+
+def _factor_sizes(parts: Iterable[Part]) -> list[int]:
+    """The rows of the factors of some blocks, those that several have once."""
+    sizes = {}
+    for part in parts:
+        *groups, O, I = part.shape
+        sizes[part.output_key, "output"] = [O] * prod(groups)
+        if not part.kind.one_hot and not part.is_bias:
+            sizes[part.input_key, "input"] = [I] * prod(groups)
+    return [size for own in sizes.values() for size in own]
 
 
 def _exact_blocks_of(

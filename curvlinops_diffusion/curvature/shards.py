@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 
 from curvlinops_diffusion.curvature.plan import BlockPlan
@@ -73,23 +72,15 @@ def shard_owners(plan: BlockPlan, number: int) -> dict[str, int]:
 
     Balanced by the bytes of the factors, and by the operations of their decomposition, ``n³``.
     """
-    units = [tuple(layer.params) for layer in plan.coverage.layers]
-    units += [(name,) for name in plan.coverage.others]
-    pieces = [plan.restricted(names) for names in units]
-    operations = [_operations(piece) for piece in pieces]
-    total_entries = max(1, sum(piece.num_entries for piece in pieces))
-    total_operations = max(1, sum(operations))
+    total_entries = max(1, sum(unit.entries for unit in plan.units))
+    total_operations = max(1, sum(unit.operations for unit in plan.units))
     costs = [
-        piece.num_entries / total_entries + work / total_operations
-        for piece, work in zip(pieces, operations, strict=True)
+        unit.entries / total_entries + unit.operations / total_operations for unit in plan.units
     ]
     owners = Share(0, number).owners(costs)
-    return {name: owner for names, owner in zip(units, owners, strict=True) for name in names}
-
-
-def _operations(plan: BlockPlan) -> int:
-    dense = [prod(block.moment_shape) ** 1.5 for block in plan.exact if len(block.moment_shape) > 1]
-    return sum(n**3 for n in plan.factor_sizes()) + int(sum(dense))
+    return {
+        name: owner for unit, owner in zip(plan.units, owners, strict=True) for name in unit.names
+    }
 
 
 def _number_of_shards(passes: PassOptions, share: Share) -> int:

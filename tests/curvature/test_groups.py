@@ -9,10 +9,9 @@ from curvlinops_diffusion import (
     PassOptions,
     load_operator,
 )
-from curvlinops_diffusion.curvature.groups import needed_memory, num_groups
+from curvlinops_diffusion.curvature.groups import divided_units, needed_memory, num_groups
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
-from curvlinops_diffusion.curvature.shards import shard_owners
 from curvlinops_diffusion.layers import covered_parameters
 from tests.cases import tiny_unet, unet_regression
 from tests.runtime.test_passes import (
@@ -44,7 +43,7 @@ def expected(regression):
 
 
 def third(plan):
-    return needed_memory(plan, ITEMSIZE) // 3
+    return needed_memory(plan.units, ITEMSIZE) // 3
 
 
 def test_each_group_fits(plan):
@@ -53,12 +52,10 @@ def test_each_group_fits(plan):
     assert number >= 3
 
     def largest(number):
-        owners = shard_owners(plan, number)
-        parts = [{n for n, o in owners.items() if o == group} for group in range(number)]
-        return max(needed_memory(plan.restricted(names), ITEMSIZE) for names in parts)
+        return max(needed_memory(units, ITEMSIZE) for units in divided_units(plan, number))
 
     assert largest(number) <= most < largest(number - 1)
-    assert num_groups(plan, needed_memory(plan, ITEMSIZE), ITEMSIZE) == 1
+    assert num_groups(plan, needed_memory(plan.units, ITEMSIZE), ITEMSIZE) == 1
 
 
 def test_no_layer_fits(plan, regression):
@@ -85,7 +82,7 @@ def test_interrupted_and_gone_on_with(plan, regression, expected, tmp_path):
     """Another limit changes nothing of what was begun."""
     options = [
         PassOptions(tmp_path, checkpoint_every=0, max_memory=most)
-        for most in (third(plan), needed_memory(plan, ITEMSIZE) // 2)
+        for most in (third(plan), needed_memory(plan.units, ITEMSIZE) // 2)
     ]
     _, count = forward_passes(
         regression,

@@ -14,10 +14,9 @@ from curvlinops_diffusion.cli.commands.methods import in_shards
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions, in_bytes
 from curvlinops_diffusion.cli.processes import num_processes
 from curvlinops_diffusion.curvature.gradient_factors import fitted_factors
-from curvlinops_diffusion.curvature.groups import needed_memory, num_groups
+from curvlinops_diffusion.curvature.groups import divided_units, needed_memory, num_groups
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
-from curvlinops_diffusion.curvature.shards import shard_owners
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.diffusion.trial import checked_trial
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
@@ -99,15 +98,12 @@ def fit_cost(regression: NoisedRegression, params: Parameters, options: FitOptio
     # a shard's process goes over all images, for some of the factors: that these take less time
     # than all is not in the estimate
     shards = n if options.sharded else 1
-    plans = [plan]
-    if options.sharded:
-        owners = shard_owners(plan, n)
-        owned = ({name for name, owner in owners.items() if owner == s} for s in range(n))
-        plans = [plan.restricted(names) for names in owned]
+    held = divided_units(plan, shards)
+    memory = max(needed_memory(units, itemsize) for units in held)
     most, groups = in_bytes(options.max_memory), 1
     if most is not None:
-        groups = max(num_groups(own, most, itemsize) for own in plans)
-    memory = max(needed_memory(own, itemsize) for own in plans)
+        owned = [plan.restricted({n for unit in units for n in unit.names}) for units in held]
+        groups = max(num_groups(own, most, itemsize) for own in owned if own.units)
     return Cost(
         round(groups * shards * samples),
         file_entries * itemsize,
