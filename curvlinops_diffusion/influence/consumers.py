@@ -44,7 +44,26 @@ class GradientConsumer(ABC):
         """Go on from :meth:`tensors`."""
 
 
-class PairwiseScores(GradientConsumer):
+class ScoringConsumer(GradientConsumer):
+    """Something made of the scores of training examples.
+
+    Args:
+        scorer: Scores a batch.
+    """
+
+    def __init__(self, scorer: Scorer):
+        self._scorer = scorer
+
+    def begin(self) -> None:
+        """Make what scores need."""
+        self._scorer.begin()
+
+    def prepare(self, clean: CleanBatch) -> None:
+        """Compute what scores need of a batch."""
+        self._scorer.prepare(clean)
+
+
+class PairwiseScores(ScoringConsumer):
     """All scores by name, ``[Q, N]`` each.
 
     Args:
@@ -56,7 +75,7 @@ class PairwiseScores(GradientConsumer):
     """
 
     def __init__(self, scorer: Scorer, num_data: int):
-        self._scorer = scorer
+        super().__init__(scorer)
         self._num_data = num_data
         self.scores: dict[str, Tensor] = {}
 
@@ -64,14 +83,6 @@ class PairwiseScores(GradientConsumer):
     def scores_QN(self) -> Tensor:
         """The main ones."""
         return self.scores["scores"]
-
-    def begin(self) -> None:
-        """Make what scores need."""
-        self._scorer.begin()
-
-    def prepare(self, clean: CleanBatch) -> None:
-        """Compute what scores need of a batch."""
-        self._scorer.prepare(clean)
 
     def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
         """Fill the examples' columns."""
@@ -89,7 +100,7 @@ class PairwiseScores(GradientConsumer):
         self.scores = dict(tensors)
 
 
-class OwnScores(GradientConsumer):
+class OwnScores(ScoringConsumer):
     """The scores of those examples that this process has seen, ``[Q, n]`` each, in main memory.
 
     They are no sums: a pass whose sums are not added up leaves each process with its own.
@@ -103,17 +114,9 @@ class OwnScores(GradientConsumer):
     INDEX = "index"
 
     def __init__(self, scorer: Scorer, share: Share):
-        self._scorer = scorer
+        super().__init__(scorer)
         self._part = str(share.rank)
         self._pieces: list[dict[str, Tensor]] = []
-
-    def begin(self) -> None:
-        """Make what scores need."""
-        self._scorer.begin()
-
-    def prepare(self, clean: CleanBatch) -> None:
-        """Compute what scores need of a batch."""
-        self._scorer.prepare(clean)
 
     def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
         """Keep the examples' scores."""
@@ -204,7 +207,7 @@ class TopInfluences:
         return cls(*(together(order) for order in TopScores.ORDERS))
 
 
-class TopScores(GradientConsumer):
+class TopScores(ScoringConsumer):
     """The ``k`` largest, least, and nearest to zero of each query's scores, so far.
 
     Args:
@@ -218,18 +221,10 @@ class TopScores(GradientConsumer):
     ORDERS = ("positive", "negative", "neutral")
 
     def __init__(self, scorer: Scorer, num_data: int, k: int, share: Share):
-        self._scorer = scorer
+        super().__init__(scorer)
         self._k = min(check_count("k", k), num_data)
         self._part = str(share.rank)
         self._found: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def begin(self) -> None:
-        """Make what scores need."""
-        self._scorer.begin()
-
-    def prepare(self, clean: CleanBatch) -> None:
-        """Compute what scores need of a batch."""
-        self._scorer.prepare(clean)
 
     def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
         """Compare the examples with the best so far."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from glob import escape
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -350,7 +351,7 @@ def _check_seen(folder: Path, files: Sequence[str]) -> None:
 def _written(folder: Path, prefix: str) -> list[tuple[str, int]]:
     """The files of a block that an earlier run has written, if those of all processes are there."""
     by_count: dict[int, dict[int, str]] = {}
-    for path in folder.glob(f"{prefix}.*of*.safetensors"):
+    for path in folder.glob(f"{escape(prefix)}.*of*.safetensors"):
         match = re.fullmatch(re.escape(prefix) + r"\.(\d+)of(\d+)\.safetensors", path.name)
         if match:
             rank, count = (int(number) for number in match.groups())
@@ -374,6 +375,10 @@ def write_index(path: Path, header: dict[str, Any], shards: Sequence[dict[str, A
         ValueError: If it cannot be written; an older file of that name is unchanged.
     """
     old = shards_of(path)
+    # of a run that was stopped and went on with another number of processes
+    tokens = {entry["file"].removeprefix(f"{path.stem}.").split(".")[0] for entry in shards}
+    for token in tokens:
+        old |= set(path.parent.glob(f"{escape(path.stem)}.{token}.*.safetensors"))
     SCORES.write(path, {}, {**header, "shards": list(shards)})
     for other in old - shards_of(path):
         other.unlink(missing_ok=True)

@@ -123,7 +123,9 @@ def test_stopped_and_gone_on_with_others(tmp_path, expected, first, second):
     seen = processes(second, tmp_path / "second", made, path, None, checkpoint)
     assert sum(seen) < 2 * 2 * COUNT + 2 * COUNT
     same(StoredScores.open(path), expected)
-    assert kept < {file.name for file in tmp_path.glob("scores.*.safetensors")}
+    stored = StoredScores.open(path)
+    named = {entry["file"] for entry in stored.header["shards"]}
+    assert kept < named == {file.name for file in tmp_path.glob("scores.?*.safetensors")}
     assert not list(checkpoint.glob("*"))
 
 
