@@ -30,7 +30,7 @@ from curvlinops_diffusion.layers.kind import SharingKind
 
 IMAGES, SECOND, QUERIES, DRAWS = 50_000, 32_768, 64, 16
 NETWORK, FACTORS, EIGH = 400e12, 50e12, 1e12
-MEMORY, BETWEEN, HOST = 80e9, 50e9, 25e9
+MEMORY, WITHIN, BETWEEN, HOST = 80e9, 300e9, 50e9, 25e9
 GPUS = (1, 8, 64, 1000)
 #: Of a GPU's memory, for factors and what is made of them; the rest is the network's in bfloat16
 #: and a training pass'.
@@ -40,11 +40,16 @@ SHARDS = 8
 
 @dataclass(frozen=True)
 class Matrix:
-    """A layer's weight as a matrix, and the positions of one sample."""
+    """A layer's weight as a matrix, and the positions of one sample.
+
+    Attributes:
+        seen: Entries of one sample's input and output.
+    """
 
     O: int
     I: int
     S: int
+    seen: int
 
 
 def cifar() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
@@ -112,7 +117,8 @@ def matrices(
 
             def note(module: Any, args: Any, output: Any, kind: SharingKind = kind) -> None:
                 *_, O, I = kind.matrix_shape(module)
-                found.append(Matrix(O, I, kind.positions(module, args[0])))
+                seen = args[0].numel() + output.numel()
+                found.append(Matrix(O, I, kind.positions(module, args[0]), seen))
 
             layer.module.register_forward_hook(note)
         network(*args, **kwargs)
@@ -156,6 +162,26 @@ def rows(name: str, layers: list[Matrix]) -> list[dict[str, Any]]:
             }
         )
     return result
+
+
+def sent(name: str, layers: list[Matrix]) -> dict[str, Any]:
+    """What it would take to divide a pass' images where factors are divided by layer.
+
+    Either what layers see, or each batch's sums, would go to the process that has the layer. It is
+    worth it if that takes less than the network's own passes, which each process does for itself
+    otherwise.
+    """
+    passes = sum(2 * 2 * m.S * m.O * m.I for m in layers) / NETWORK
+    seen = 2 * sum(m.seen for m in layers)  # in bfloat16
+    sums = 4 * sum(m.O**2 + m.I**2 for m in layers)
+    return {
+        "network": name,
+        "its own passes, a sample": f"{passes * 1e3:,.2g} ms",
+        "what layers see, a sample": f"{seen / 1e6:,.0f} MB",
+        **{f"at {b / 1e9:.0f} GB/s": f"{seen / b * 1e3:,.2g} ms" for b in (WITHIN, BETWEEN)},
+        "sums, a batch": f"{sums / 1e9:,.1f} GB",
+        f"at {WITHIN / 1e9:.0f} GB/s, a sample of 32": f"{sums / WITHIN / 32 * 1e3:,.2g} ms",
+    }
 
 
 def counted(
@@ -202,7 +228,8 @@ def main() -> None:
     options = arguments(__doc__).parse_args()
     warnings.simplefilter("ignore")
     names = ["CIFAR UNet"] if options.quick else list(NETWORKS)
-    table = [row for name in names for row in rows(name, matrices(NETWORKS[name]))]
+    layers = {name: matrices(NETWORKS[name]) for name in names}
+    table = [row for name in names for row in rows(name, layers[name])]
     plans = [counted(name, NETWORKS[name]) for name in names]
     if not options.quick:
         factored = {"exact_bias": False}
@@ -210,7 +237,9 @@ def main() -> None:
             counted(f"{name}, exact_bias=False", NETWORKS[name], **factored) for name in names
         ]
         plans.append(counted("12-billion transformer, adapters of rank 16", flux, rank=16))
-    report(options, "cost_model", __doc__, {"computed": table, "counted": plans})
+    sending = [sent(name, layers[name]) for name in names]
+    results = {"computed": table, "counted": plans, "sent": sending}
+    report(options, "cost_model", __doc__, results)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _further(result: dict[str, Any]) -> dict[str, list[Row]]:
     if "lengths" in result:
         return {"_parts": parts_at_lengths(result)}
     if "counted" in result:
-        return {"_counted": _of_records(result["counted"])}
+        return {f"_{part}": _of_records(result[part]) for part in ("counted", "sent")}
     if "indexes" in result:
         return {"_indexes": _of_records(result["indexes"])}
     if "by_kind" not in result:
