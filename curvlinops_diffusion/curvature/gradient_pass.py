@@ -9,10 +9,11 @@ from torch import Tensor
 
 from curvlinops_diffusion.curvature.loss_vectors import checked_loss_vectors
 from curvlinops_diffusion.curvature.plan import BlockPlan
+from curvlinops_diffusion.curvature.shared_batches import SharedBatches
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.layers import Layer
+from curvlinops_diffusion.layers import ExactKind, Layer
 from curvlinops_diffusion.layers.observable import ObservedRetrial
 from curvlinops_diffusion.layers.observation import WholeLayers, observed
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, run_pass
@@ -60,11 +61,19 @@ class GradientPass:
         retried = ObservedRetrial(self.regression, layers)
         vectors = checked_loss_vectors(self.regression, plan.options)
         observer = Indexed(on_layer, objective.working_dtype)
-        with observed(objective, layers, observer) as network:
+        # of exact blocks no gradients of single examples are wanted
+        factored = {layer.name for layer in layers if not isinstance(layer.kind, ExactKind)}
+        holders = None if plan.holders is None else plan.holders.restricted(factored)
+        shared = SharedBatches(self.regression, holders, observer)
+        with observed(objective, layers, shared) as network:
 
             def step(clean: CleanBatch) -> None:
-                for batch in self.regression.noised_batches(clean):
+                for batch in shared.noised_batches(clean):
                     network.run(batch, vectors)
                 retried(clean)
 
-            run_pass(name, self.regression, sums, step, self.passes, plan.settings)
+            run_pass(
+                *(name, self.regression, sums, step, self.passes, plan.settings),
+                together=shared.share,
+                tell=shared.tell,
+            )

@@ -18,6 +18,7 @@ from torch import Tensor
 from curvlinops_diffusion.curvature.loss_vectors import checked_loss_vectors
 from curvlinops_diffusion.curvature.options import KFACApprox
 from curvlinops_diffusion.curvature.plan import BlockPlan, Zeros
+from curvlinops_diffusion.curvature.shared_batches import SharedBatches
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
@@ -87,16 +88,20 @@ def kronecker_factors(
     exact = _ExactBlocks(regression, plan, dtype)
     vectors = checked_loss_vectors(regression, plan.options)
     running = Together({"inputs": inputs, "outputs": outputs, "exact": exact})
-    observers = Observers([inputs, outputs, exact])
+    shared = SharedBatches(regression, plan.holders, Observers([inputs, outputs, exact]))
     retried = ObservedRetrial(regression, layers)
-    with observed(objective, layers, observers, backward) as network:
+    with observed(objective, layers, shared, backward) as network:
 
         def step(clean: CleanBatch) -> None:
-            for batch in regression.noised_batches(clean):
+            for batch in shared.noised_batches(clean):
                 network.run(batch, vectors)
             retried(clean)
 
-        run_pass("Kronecker factors", regression, running, step, passes, plan.settings)
+        run_pass(
+            *("Kronecker factors", regression, running, step, passes, plan.settings),
+            together=shared.share,
+            tell=shared.tell,
+        )
     count = regression.num_samples
     if not backward:
         return KroneckerFactors(inputs.means(count), outputs.identities(), exact.identities())

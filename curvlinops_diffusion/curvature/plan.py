@@ -17,6 +17,7 @@ from torch import Tensor
 
 from curvlinops_diffusion.curvature.exact_blocks import ExactBlock
 from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.curvature.shared_batches import Holders
 from curvlinops_diffusion.layers.coverage import Coverage
 from curvlinops_diffusion.layers.kind import ExactKind
 from curvlinops_diffusion.layers.layer import Layer, Part
@@ -56,8 +57,9 @@ class BlockPlan:
         options: How the blocks are approximated.
         parts: The blocks of Kronecker form, layer by layer.
         exact: The others.
-        beside: Layers of other processes' blocks, if these are to be watched as well: of a network
-            that is divided among processes all must run the same backward passes.
+        beside: Layers of other processes' blocks, if these are to be watched as well: each batch is
+            divided among them, and all must run the same backward passes.
+        holders: Who has which of these.
     """
 
     coverage: Coverage
@@ -65,6 +67,7 @@ class BlockPlan:
     parts: tuple[Part, ...]
     exact: tuple[ExactBlock, ...]
     beside: tuple[Layer, ...] = ()
+    holders: Holders | None = None
 
     @classmethod
     def of(cls, coverage: Coverage, options: KFACOptions) -> BlockPlan:
@@ -86,12 +89,12 @@ class BlockPlan:
         ]
         return cls(coverage, options, tuple(parts), tuple(exact))
 
-    def restricted(self, names: Collection[str], watching: bool = False) -> BlockPlan:
+    def restricted(self, names: Collection[str], holders: Holders | None = None) -> BlockPlan:
         """The part of the plan that is of some parameters, whole layers.
 
         Args:
             names: The parameters.
-            watching: Whether the other layers are watched nevertheless.
+            holders: Who has the other layers, if these are watched nevertheless.
         """
         coverage = replace(
             self.coverage,
@@ -101,8 +104,8 @@ class BlockPlan:
         )
         parts = tuple(part for part in self.parts if part.params[0] in names)
         exact = tuple(block for block in self.exact if block.params[0] in names)
-        beside = self.coverage.layers if watching else ()
-        return BlockPlan(coverage, self.options, parts, exact, beside)
+        beside = () if holders is None else self.coverage.layers
+        return BlockPlan(coverage, self.options, parts, exact, beside, holders)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from curvlinops_diffusion.curvature.plan import BlockPlan
+from curvlinops_diffusion.curvature.shared_batches import Holders
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.linalg.placement import PlacedBlock
 from curvlinops_diffusion.runtime.passes import PassOptions, check_same_pass
 from curvlinops_diffusion.runtime.processes import Share
-from curvlinops_diffusion.runtime.sharded_networks import is_sharded
 
 
 def sharded_blocks(
@@ -23,9 +23,11 @@ def sharded_blocks(
 ) -> list[PlacedBlock]:
     """The blocks of this process.
 
-    Every shard of the plan is fitted by one process, alone: it passes over all data, and computes
-    the factors of its own layers. A shard has a checkpoint of its own, so that other numbers of
-    processes go on from there, each with one shard after the other.
+    Every shard of the plan is fitted by one process. Either it passes over all data alone, for the
+    factors of its own layers; or all pass over the data together, each runs the network on its part
+    of every batch, and what a layer sees is sent to the process that has it. A shard has a
+    checkpoint of its own, so that other numbers of processes go on from there, each with one shard
+    after the other.
 
     Args:
         regression: Objective, data and draws.
@@ -38,33 +40,47 @@ def sharded_blocks(
     """
     share = passes.holders
     check_same_pass(share, regression, plan.settings)
-    divided = is_sharded(regression.objective.model)
-    if divided and passes.max_memory is not None:
-        raise ValueError(
-            f"max_memory={passes.max_memory} arrived with sharded=True and a network that is "
-            "divided among processes itself (fully_shard): these must all run the network equally "
-            "often, and may need different numbers of passes. Leave it out, or start more of them."
-        )
-    if divided and passes.checkpoint is not None:
-        raise ValueError(
-            "passes.checkpoint arrived with sharded=True and a network that is divided among "
-            "processes itself (fully_shard): these must all run the network equally often, which "
-            "they would not if they went on from different places. Pass no checkpoint, or not "
-            "sharded=True."
-        )
+    by_data = _batches_are_divided(regression, plan, passes)
     number = _number_of_shards(passes, share)
     owners = shard_owners(plan, number)
 
     def own() -> list[PlacedBlock]:
         blocks = []
-        for shard in range(share.rank, number, share.count):
+        for first in range(0, number, share.count):
+            shard = first + share.rank
             names = {name for name, owner in owners.items() if owner == shard}
-            if names or divided:
-                own_plan = plan.restricted(names, watching=divided)
+            holders = None
+            if by_data:
+                layers = {layer.name: owners[layer.params[0]] for layer in plan.coverage.layers}
+                turn = range(first, first + share.count)
+                of_layer = {name: s - first for name, s in layers.items() if s in turn}
+                holders = Holders(share, of_layer)
+            if names or by_data:
+                own_plan = plan.restricted(names, holders)
                 blocks += fit(own_plan, _of_shard(passes, shard, number, share))
         return blocks
 
     return share.all_or_none(own)
+
+
+def _batches_are_divided(
+    regression: NoisedRegression, plan: BlockPlan, passes: PassOptions
+) -> bool:
+    """Whether batches are divided, too.
+
+    Raises:
+        ValueError: If they must be, as the network is, and cannot be.
+    """
+    in_step = regression.in_step
+    if passes.max_memory is not None and in_step:
+        raise ValueError(
+            f"max_memory={passes.max_memory} arrived with sharded=True and a network that is "
+            "divided among processes itself (fully_shard): these must all run the network equally "
+            "often, and may need different numbers of passes. Leave it out, or start more of them."
+        )
+    # parameters in no layer are differentiated example by example, where their block is
+    possible = not plan.coverage.others and passes.max_memory is None
+    return in_step or (passes.sharded == "data" and possible)
 
 
 def shard_owners(plan: BlockPlan, number: int) -> dict[str, int]:

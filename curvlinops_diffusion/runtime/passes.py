@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ class PassOptions:
     checkpoint: str | PathLike[str] | None = None
     checkpoint_every: float = 300.0
     distributed: bool = False
-    sharded: bool = False
+    sharded: bool | Literal["layers", "data"] = False
     max_memory: int | None = None
     progressbar: bool = False
 
@@ -154,6 +154,8 @@ def run_pass(
     *,
     begin: Callable[[], None] = lambda: None,
     summed: bool = True,
+    together: Share = ALONE,
+    tell: Callable[[bool], None] = lambda new: None,
 ) -> None:
     """Run a step on every batch of clean examples, and add up over processes.
 
@@ -173,6 +175,9 @@ def run_pass(
         begin: Makes what the steps need; called on all processes together, before the first batch,
             unless the pass was finished before.
         summed: Whether to add up over processes, or leave each process with what it has seen.
+        together: Processes that go over all batches together, each with sums of its own. After an
+            end some may have come further, who then do again what the others lack.
+        tell: Called before each step with whether the batch is new for this process.
 
     Raises:
         ValueError: If a checkpoint is of another model, other data, draws or settings, is damaged,
@@ -189,7 +194,8 @@ def run_pass(
         checkpoint = Checkpoint(Path(options.checkpoint), name, share, identity, running, device)
         done = checkpoint.restore()
     elsewhere: set[Unit] = set() if checkpoint is None else checkpoint.elsewhere
-    division = Division(share, data.num_batches, done.batches | elsewhere, data.in_step)
+    known = set.intersection(*together.gathered(done.batches | elsewhere))
+    division = Division(share, data.num_batches, known, data.in_step)
     if sum(share.gathered(done.examples)) < data.num_data:
         begin()
     with draws_bar(data.num_samples, name, options.progressbar and share.rank == 0) as bar:
@@ -198,10 +204,13 @@ def run_pass(
         batches = division.own(data.numbered_batches(division.wants))
         latest, latest_written = time.monotonic(), len(done.batches)
         for units, clean, prepared in _checkpointed_on_failure(batches, prepare, done, checkpoint):
+            new = not done.batches.issuperset(units)
+            tell(new)
             step(prepared)
             del prepared  # not to be held while the next one is made
-            done.batches.update(units)
-            done.examples += len(clean.indices)
+            if new:
+                done.batches.update(units)
+                done.examples += len(clean.indices)
             bar.update(len(clean.indices) * data.num_draws)
             if checkpoint and time.monotonic() - latest >= options.checkpoint_every:
                 checkpoint.write(done)

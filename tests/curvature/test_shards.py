@@ -28,8 +28,8 @@ from tests.runtime.test_processes import assert_all_close, processes
 COUNT = 5
 
 
-def shared(checkpoint=None):
-    return PassOptions(checkpoint, checkpoint_every=0, distributed=True, sharded=True)
+def shared(checkpoint=None, sharded="layers"):
+    return PassOptions(checkpoint, checkpoint_every=0, distributed=True, sharded=sharded)
 
 
 def problem():
@@ -44,8 +44,10 @@ def made_of(EK, passes):
         "product": EK @ columns,
         "inverse": inverse @ columns,
         "tensors": torch.cat([z.flatten() for z in EK @ _as_list(EK, columns[:, 0])]),
-        "power": EK.power(0.5) @ columns,
-        "relative": EK.inverse(0.1, relative=True) @ columns,
+        # twice, since the root of an eigenvalue that rounding has left is the root of rounding
+        "power": EK.power(0.5) @ (EK.power(0.5) @ columns),
+        # on both sides, since of a block without gradients there is only rounding to be inverted
+        "relative": EK @ (EK.inverse(0.1, relative=True) @ (EK @ columns)),
         "truncated": EK.inverse(rtol=1e-3) @ columns,
         "twice": inverse.power(2.0) @ columns,
         "float32": (EK.to(torch.float32) @ columns.float()).double(),
@@ -66,8 +68,8 @@ def _as_list(EK, column):
     return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
-def fitted(rank):
-    EK = DiffusionEKFACLinearOperator(problem(), passes=shared())
+def fitted(rank, sharded):
+    EK = DiffusionEKFACLinearOperator(problem(), passes=shared(sharded=sharded))
     return {**made_of(EK, PassOptions(distributed=True)), "bytes": torch.tensor(EK.nbytes)}
 
 
@@ -84,9 +86,12 @@ def whole():
     return DiffusionEKFACLinearOperator(problem())
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_as_one_process(tmp_path, expected, whole, count):
-    results = processes(count, tmp_path / "run", fitted)
+@pytest.mark.parametrize(
+    ("count", "sharded"), [(1, "data"), (2, "data"), (3, "data"), (2, "layers"), (3, "layers")]
+)
+def test_as_one_process(tmp_path, expected, whole, count, sharded):
+    """Five examples in batches of two: a part of each for every process, or for all."""
+    results = processes(count, tmp_path / "run", fitted, sharded)
     held = [int(found.pop("bytes")) for found in results]
     for found in results:
         assert found.pop("float32") == pytest.approx(expected["float32"], rel=1e-3, abs=1e-5)
@@ -138,23 +143,25 @@ def test_a_file_replaces_another_with_its_shards(tmp_path):
         load_operator(path, tiny_unet())
 
 
-def kfac(rank):
-    K = DiffusionKFACLinearOperator(problem(), kfac_approx="shampoo", passes=shared())
+def kfac(rank, sharded):
+    passes = shared(sharded=sharded)
+    K = DiffusionKFACLinearOperator(problem(), kfac_approx="shampoo", passes=passes)
     columns = torch.eye(K.shape[0], 4).double()
     heuristic = K.inverse(1e-3, use_heuristic_damping=True)
     return {"product": K @ columns, "heuristic": heuristic @ columns}
 
 
-def test_kfac(tmp_path):
+@pytest.mark.parametrize("sharded", ["layers", "data"])
+def test_kfac(tmp_path, sharded):
     K = DiffusionKFACLinearOperator(problem(), kfac_approx="shampoo")
     columns = torch.eye(K.shape[0], 4).double()
     heuristic = K.inverse(1e-3, use_heuristic_damping=True)
     expected = {"product": K @ columns, "heuristic": heuristic @ columns}
-    for found in processes(2, tmp_path / "run", kfac):
+    for found in processes(2, tmp_path / "run", kfac, sharded):
         assert_all_close(found, expected)
 
 
-def die(rank, checkpoint):
+def die(rank, checkpoint, sharded):
     """The second process is killed in its second pass."""
     regression = problem()
     calls = []
@@ -165,29 +172,48 @@ def die(rank, checkpoint):
             os.kill(os.getpid(), signal.SIGKILL)
 
     regression.objective.model.register_forward_pre_hook(kill)
-    DiffusionEKFACLinearOperator(regression, passes=shared(checkpoint))
+    DiffusionEKFACLinearOperator(regression, passes=shared(checkpoint, sharded))
 
 
-def resumed(rank, checkpoint):
-    EK = DiffusionEKFACLinearOperator(problem(), passes=shared(checkpoint))
-    return made_of(EK, PassOptions(distributed=True))
+def resumed(rank, checkpoint, sharded):
+    regression = problem()
+    calls = []
+    regression.objective.model.register_forward_pre_hook(lambda *args: calls.append(1))
+    EK = DiffusionEKFACLinearOperator(regression, passes=shared(checkpoint, sharded))
+    return {**made_of(EK, PassOptions(distributed=True)), "calls": len(calls)}
 
 
-@pytest.fixture(scope="module")
-def left_behind(tmp_path_factory):
+@pytest.fixture(scope="module", params=["layers", "data"])
+def left_behind(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("died")
-    stopped = processes(2, folder / "run", die, folder / "checkpoint")
+    stopped = processes(2, folder / "run", die, folder / "checkpoint", request.param)
     assert stopped[1] is None
     assert "Another process has stopped, or does not answer" in stopped[0]
     assert (folder / "checkpoint" / "shard1of2").is_dir()
-    return folder / "checkpoint"
+    return folder / "checkpoint", request.param
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_process_that_dies(tmp_path, expected, left_behind, count):
     """It goes on with as many, with fewer, and with more, of which one has nothing to do."""
-    shutil.copytree(left_behind, tmp_path / "checkpoint")
-    for found in processes(count, tmp_path / "run", resumed, tmp_path / "checkpoint"):
+    folder, sharded = left_behind
+    shutil.copytree(folder, tmp_path / "checkpoint")
+    for found in processes(count, tmp_path / "run", resumed, tmp_path / "checkpoint", sharded):
+        assert found.pop("calls") > 0
+        same(found, expected)
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_one_that_has_not_come_so_far(tmp_path, expected, left_behind, behind):
+    """What the others lack is done again, and counted by those who lack it."""
+    folder, sharded = left_behind
+    if sharded == "layers":
+        pytest.skip("each goes on for itself")
+    shutil.copytree(folder, tmp_path / "checkpoint")
+    for file in (tmp_path / "checkpoint" / f"shard{behind}of2").glob("eigenvalues*"):
+        file.unlink()
+    for found in processes(2, tmp_path / "run", resumed, tmp_path / "checkpoint", sharded):
+        assert found.pop("calls") > 0
         same(found, expected)
 
 

@@ -280,8 +280,8 @@ def refused(rank, folder):
         "GGN": lambda: DiffusionGGNLinearOperator(regression),
         "step": lambda: forward_only_scores(J, K.inverse(1e-3), J),
         "store": lambda: GradientStore.create(folder, J, K, 1e-3),
-        "checkpoint": lambda: DiffusionKFACLinearOperator(
-            regression, passes=PassOptions(folder, distributed=True, sharded=True)
+        "memory": lambda: DiffusionKFACLinearOperator(
+            regression, passes=PassOptions(max_memory=1, **SHARDED)
         ),
         "tensor parallel": parallel,
     }
@@ -307,7 +307,7 @@ def test_refused(tmp_path):
     assert told["GGN"].startswith("A product with the exact GGN needs every parameter at once")
     assert "Take influence_scores instead" in told["step"]
     assert "or take influence_scores" in told["store"]
-    assert "Pass no checkpoint" in told["checkpoint"]
+    assert "Leave it out, or start more of them" in told["memory"]
     assert "tensor parallelism" in told["tensor parallel"]
 
 

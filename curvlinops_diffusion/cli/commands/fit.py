@@ -47,10 +47,8 @@ def fit(options: FitOptions) -> None:
             check_output_is_same(options.output, read_header(options.output)["info"], identity)
             nothing_to_do(options.output)
             return
-        # processes that share network and factors cannot go on from different places
-        in_step = several and options.sharded and options.shard_network
         passes = PassOptions(
-            None if in_step else checkpoint,
+            checkpoint,
             options.checkpoint_every,
             distributed=several,
             sharded=several and options.sharded,
