@@ -18,6 +18,7 @@ _TIMES = {
     "_reduce_scatter_base_": 1.0,
     "reduce_scatter_": 1.0,
     "broadcast_": 1.0,
+    "gather_": 1.0,
 }
 
 
@@ -39,7 +40,7 @@ class SentBytes(TorchDispatchMode):
         if func.namespace == "c10d":
             name = func.overloadpacket.__name__
             sizes = [z.nbytes for z in tree_leaves(args[0]) if isinstance(z, Tensor)]
-            if name.startswith(("_reduce_scatter", "reduce_scatter")):
+            if name.startswith(("_reduce_scatter", "reduce_scatter", "gather")):
                 sizes = [z.nbytes for z in tree_leaves(args[1]) if isinstance(z, Tensor)]
             n = distributed.get_world_size()
             if name in _TIMES:

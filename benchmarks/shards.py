@@ -1,8 +1,8 @@
 """What do factors and networks take that are shared among processes?
 
 EK-FAC of a UNet of 2.8 million parameters, by one, two and four processes on gloo: each with all
-blocks and a part of the images, or each with all images and the blocks of some layers; with the
-whole network, or a part of it. Peak resident memory of the largest process (with PyTorch, the
+blocks and a part of the images; or each with the blocks of some layers and all images, or a part of
+every batch whose layers' inputs are sent; with the whole network, or a part of it. Peak resident memory of the largest process (with PyTorch, the
 network and a training pass), what it keeps of the blocks, bytes that it sends (counted, as a ring
 would), and CPU-seconds of all processes together: there are two cores, on which four processes take
 turns.
@@ -32,7 +32,15 @@ from curvlinops_diffusion import DiffusionEKFACLinearOperator, PassOptions
 from curvlinops_diffusion.runtime.sharded_networks import divide
 
 COUNTS = (1, 2, 4)
-WORK = ("training pass", "whole", "sharded", "network divided", "both divided")
+# what each process has of the blocks, and what else is divided
+WORK: dict[str, dict[str, Any]] = {
+    "training pass": {},
+    "whole": {},
+    "sharded, all images": {"sharded": "layers"},
+    "sharded, batches divided": {"sharded": "data"},
+    "whole, network divided": {"network": True},
+    "sharded, batches and network divided": {"network": True, "sharded": True},
+}
 
 
 @contextmanager
@@ -55,7 +63,7 @@ def measured(work: str, quick: bool, device: str, counting: bool) -> dict[str, f
     torch.manual_seed(0)
     network = unet(quick, size=8 if quick else 16)
     with group() as several:
-        divided = several and work in ("network divided", "both divided")
+        divided = several and "network" in WORK[work]
         if divided:
             divide(network, torch.device(device))
         start = time.process_time()
@@ -66,7 +74,7 @@ def measured(work: str, quick: bool, device: str, counting: bool) -> dict[str, f
         sent = SentBytes()
         with sent if counting else nullcontext():
             if work != "training pass":
-                sharded = several and work in ("sharded", "both divided")
+                sharded = WORK[work].get("sharded", False) if several else False
                 passes = PassOptions(distributed=several, sharded=sharded)
                 kept = DiffusionEKFACLinearOperator(regression, passes=passes).nbytes
         seconds = time.process_time() - start
@@ -96,7 +104,7 @@ def main() -> None:
         found = measured(options.only, options.quick, options.device, options.counting)
         print(json.dumps(found), flush=True)
         return
-    several = [(work, n) for n in COUNTS[1:] for work in WORK[1:]]
+    several = [(work, n) for n in COUNTS[1:] for work in list(WORK)[1:]]
     settings = [("training pass", 1), ("whole", 1), *several]
     rows = []
     for work, count in settings:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from pathlib import Path
+
+from torch import Tensor, distributed
 
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.curvature.shared_batches import Holders
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.diffusion.trial import Trial
+from curvlinops_diffusion.layers.kind import SharingKind
+from curvlinops_diffusion.layers.layer import Layer
+from curvlinops_diffusion.layers.observation import Observer, observed, one_vector
 from curvlinops_diffusion.linalg.placement import PlacedBlock
 from curvlinops_diffusion.runtime.passes import PassOptions, check_same_pass
 from curvlinops_diffusion.runtime.processes import Share
@@ -40,7 +48,7 @@ def sharded_blocks(
     """
     share = passes.holders
     check_same_pass(share, regression, plan.settings)
-    by_data = _batches_are_divided(regression, plan, passes)
+    by_data = batches_are_divided(regression, plan, passes)
     number = _number_of_shards(passes, share)
     owners = shard_owners(plan, number)
 
@@ -63,13 +71,14 @@ def sharded_blocks(
     return share.all_or_none(own)
 
 
-def _batches_are_divided(
-    regression: NoisedRegression, plan: BlockPlan, passes: PassOptions
-) -> bool:
-    """Whether batches are divided, too.
+def batches_are_divided(regression: NoisedRegression, plan: BlockPlan, passes: PassOptions) -> bool:
+    """Whether shards are fitted from batches that are divided, too; by counted cost, if it is free.
+
+    With ``n`` processes a sample then costs each of them a part of ``1/n`` of the network's passes,
+    and of sending what layers see, in place of all passes and nothing to send.
 
     Raises:
-        ValueError: If they must be, as the network is, and cannot be.
+        ValueError: If batches must be divided, as the network is, and cannot be.
     """
     in_step = regression.in_step
     if passes.max_memory is not None and in_step:
@@ -79,8 +88,53 @@ def _batches_are_divided(
             "often, and may need different numbers of passes. Leave it out, or start more of them."
         )
     # parameters in no layer are differentiated example by example, where their block is
-    possible = not plan.coverage.others and passes.max_memory is None
-    return in_step or (passes.sharded == "data" and possible)
+    impossible = plan.coverage.others or passes.max_memory is not None
+    if in_step or impossible or passes.sharded == "layers":
+        return in_step
+    count = passes.holders.count
+    if passes.sharded == "data" or count == 1:
+        return count > 1
+    counted = _Counted()
+    with observed(regression.objective, plan.coverage.layers, counted) as network:
+        batch = Trial.of(regression).few
+        network.run(batch, one_vector(batch.loss_gradient))
+    return counted.sent * _operations_a_byte(count) < (count - 1) * counted.operations
+
+
+class _Counted(Observer):
+    """Counts the bytes that layers see, and the network's multiplications and additions.
+
+    Attributes:
+        sent: Bytes of inputs and of gradients in outputs.
+        operations: Those of a forward and a backward pass.
+    """
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.operations = 0
+
+    def input(self, layer: Layer, x: Tensor) -> None:
+        """Count an input, and what is made of it."""
+        self.sent += x.nbytes
+        if isinstance(layer.kind, SharingKind) and layer.weight is not None:
+            *groups, O, I = layer.kind.matrix_shape(layer.module)
+            positions = len(x) * layer.kind.positions(layer.module, x)
+            self.operations += 4 * positions * prod(groups) * O * I
+
+    def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:
+        """Count a gradient."""
+        self.sent += g.nbytes
+
+
+def _operations_a_byte(count: int) -> float:
+    """Multiplications and additions that a process does while it sends a byte; assumed.
+
+    400 TFLOP/s and 300 GB/s within a machine, 50 between machines; 50 GFLOP/s and 1 GB/s on CPUs.
+    """
+    if distributed.get_backend() != "nccl":
+        return 50.0
+    alone = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == count
+    return 400e12 / 300e9 if alone else 400e12 / 50e9
 
 
 def shard_owners(plan: BlockPlan, number: int) -> dict[str, int]:

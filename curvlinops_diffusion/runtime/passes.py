@@ -100,9 +100,11 @@ class PassOptions:
         checkpoint_every: Seconds between two checkpoints.
         distributed: Whether the processes of ``torch.distributed`` share the work. The default
             process group must be initialised; every process then has the whole result.
-        sharded: Whether each of these processes keeps its share of K-FAC's or EK-FAC's blocks only:
-            it passes over all data for its own layers. Everything of such an operator is then done
-            by all processes together, at the same place of their programs.
+        sharded: Whether each of these processes keeps its share of K-FAC's or EK-FAC's blocks only,
+            those of some layers. Either it passes over all data for them (``"layers"``), or each
+            runs the network on its part of every batch, and sends what layers see to those that
+            have them (``"data"``); ``True`` chooses by counted cost. Everything of such an operator
+            is then done by all processes together, at the same place of their programs.
         max_memory: Bytes that factors, and what is made of them, may take beside the network and a
             training pass. Where they are more, layers are fitted in groups, each by passes of its
             own over all data; finished blocks wait in the host's memory, and are multiplied from
@@ -127,6 +129,10 @@ class PassOptions:
         Share.of(self.distributed)
         if self.max_memory is not None:
             check_count("max_memory", self.max_memory)
+        if self.sharded not in (False, True, "layers", "data"):
+            raise ValueError(
+                f"sharded={self.sharded!r} arrived. Pass True, or 'layers' or 'data' to say how."
+            )
         if self.sharded and not self.distributed:
             raise ValueError(
                 "sharded=True arrived without distributed=True. Pass both, in a program that "

@@ -18,10 +18,12 @@ from curvlinops_diffusion import (
     load_operator,
     retraining_scores,
 )
+from curvlinops_diffusion.curvature import shards
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.curvature.shards import shard_owners
 from curvlinops_diffusion.layers import covered_parameters
+from curvlinops_diffusion.layers.observation import observed, one_vector
 from tests.cases import tiny_unet, unet_regression
 from tests.runtime.test_processes import assert_all_close, processes
 
@@ -164,11 +166,9 @@ def test_kfac(tmp_path, sharded):
 def die(rank, checkpoint, sharded):
     """The second process is killed in its second pass."""
     regression = problem()
-    calls = []
 
     def kill(*args):
-        calls.append(1)
-        if rank == 1 and len(calls) > 18:
+        if rank == 1 and list(checkpoint.glob("shard1of2/eigenvalues*")):
             os.kill(os.getpid(), signal.SIGKILL)
 
     regression.objective.model.register_forward_pre_hook(kill)
@@ -189,7 +189,7 @@ def left_behind(request, tmp_path_factory):
     stopped = processes(2, folder / "run", die, folder / "checkpoint", request.param)
     assert stopped[1] is None
     assert "Another process has stopped, or does not answer" in stopped[0]
-    assert (folder / "checkpoint" / "shard1of2").is_dir()
+    assert list((folder / "checkpoint" / "shard1of2").glob("eigenvalues*"))
     return folder / "checkpoint", request.param
 
 
@@ -236,6 +236,39 @@ def test_errors(tmp_path):
         assert "Self-influence multiplies each process' own examples" in text
     with pytest.raises(ValueError, match="sharded=True arrived without distributed=True"):
         PassOptions(sharded=True)
+    with pytest.raises(ValueError, match=r"sharded='rows' arrived\. Pass True, or"):
+        PassOptions(sharded="rows")
+
+
+def chosen(rank, operations_a_byte, count):
+    regression = problem()
+    coverage = covered_parameters(regression.objective.model, None, True)
+    plan = BlockPlan.of(coverage, KFACOptions())
+    shards._operations_a_byte = lambda count: operations_a_byte
+    passes = {sharded: shared(sharded=sharded) for sharded in (True, "layers", "data")}
+    return [shards.batches_are_divided(regression, plan, own) for own in passes.values()]
+
+
+@pytest.mark.parametrize(
+    ("operations_a_byte", "expected"), [(1e-3, True), (1e9, False)], ids=["fast", "slow"]
+)
+def test_batches_are_divided_if_sending_is_fast(tmp_path, operations_a_byte, expected):
+    for found in processes(2, tmp_path / "run", chosen, operations_a_byte, 2):
+        assert found == [expected, False, True]
+
+
+def test_what_is_counted():
+    """A network of one layer: its multiplications and additions, and what it sees."""
+    regression = problem()
+    names = ["conv_in.weight"]
+    coverage = covered_parameters(regression.objective.model, names, True)
+    counted = shards._Counted()
+    with observed(regression.objective, coverage.layers, counted) as network:
+        batch = next(regression.batches())
+        network.run(batch, one_vector(batch.loss_gradient))
+    B, pixels = len(batch.indices), 64
+    assert counted.operations == 2 * 2 * B * pixels * 4 * 9
+    assert counted.sent == 8 * B * pixels * (1 + 4)
 
 
 @pytest.mark.parametrize("number", [2, 4, 7])

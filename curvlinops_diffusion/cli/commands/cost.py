@@ -17,6 +17,7 @@ from curvlinops_diffusion.curvature.gradient_factors import fitted_factors
 from curvlinops_diffusion.curvature.groups import divided_units, needed_memory, num_groups
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
+from curvlinops_diffusion.curvature.shards import batches_are_divided
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.diffusion.trial import checked_trial
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
@@ -28,7 +29,7 @@ from curvlinops_diffusion.layers.observable import observable
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.factors import eigendecomposition
 from curvlinops_diffusion.linalg.parameters import Parameters
-from curvlinops_diffusion.runtime.passes import PLAIN
+from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 
 # a decomposition of this size is timed; others take the cube of the ratio
 _PROBE = 512
@@ -95,9 +96,16 @@ def fit_cost(regression: NoisedRegression, params: Parameters, options: FitOptio
         seconds += 2 * run.seconds / run.samples * second + _decompositions(sizes)
         file_entries += parameters
         checkpoint_entries += entries + n * parameters  # of the bases, and of the eigenvalues
-    # a shard's process goes over all images, for some of the factors: that these take less time
-    # than all is not in the estimate
     shards = n if options.sharded else 1
+    passes = PassOptions(
+        distributed=shards > 1,
+        sharded=shards > 1,
+        max_memory=in_bytes(options.max_memory),
+    )
+    # a shard's process may go over all images, for some of the factors: that these take less time
+    # than all is not in the estimate
+    divided = shards == 1 or batches_are_divided(regression, plan, passes)
+    times = 1 if divided else n
     held = divided_units(plan, shards)
     memory = max(needed_memory(units, itemsize) for units in held)
     most, groups = in_bytes(options.max_memory), 1
@@ -105,11 +113,11 @@ def fit_cost(regression: NoisedRegression, params: Parameters, options: FitOptio
         owned = [plan.restricted({n for unit in units for n in unit.names}) for units in held]
         groups = max(num_groups(own, most, itemsize) for own in owned if own.units)
     return Cost(
-        round(groups * shards * samples),
+        round(groups * times * samples),
         file_entries * itemsize,
         checkpoint_entries // shards * itemsize,
         memory if most is None else min(memory, most),
-        groups * seconds * shards / n,
+        groups * seconds * times / n,
         parameters,
     )
 
