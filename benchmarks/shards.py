@@ -2,10 +2,10 @@
 
 EK-FAC of a UNet of 2.8 million parameters, by one, two and four processes on gloo: each with all
 blocks and a part of the images; or each with the blocks of some layers and all images, or a part of
-every batch whose layers' inputs are sent; with the whole network, or a part of it. Peak resident memory of the largest process (with PyTorch, the
-network and a training pass), what it keeps of the blocks, bytes that it sends (counted, as a ring
-would), and CPU-seconds of all processes together: there are two cores, on which four processes take
-turns.
+every batch, and what layers see is sent; with the whole network, or a part of it. Peak resident
+memory of the largest process (with PyTorch, the network and a training pass), what it keeps of the
+blocks, bytes that it sends (counted, as a ring would), and CPU-seconds of all processes together:
+there are two cores, on which four processes take turns.
 """
 
 from __future__ import annotations

@@ -181,8 +181,8 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
             shampoo and rank-one from gradients.
         gradient_group: The number of images whose gradients are added up before they are squared
             in the second pass of EK-FAC; more is cheaper and less exact.
-        sharded: Each process of torchrun keeps the blocks of some layers only, for which it goes
-            over all images, and writes a file of its own.
+        sharded: Each process of torchrun keeps the blocks of some layers only, and writes a file of
+            its own.
         max_memory: Gigabytes that factors may take beside the network and a training pass; where
             they are more, layers are fitted in groups, each by passes of its own over all images.
     """
