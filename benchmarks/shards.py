@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -90,7 +91,8 @@ def run(work: str, count: int, options: Any, *more: str) -> list[dict[str, float
     command += ["--only", work, "--device", options.device] + ["--quick"] * options.quick
     command += more
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    # processes may print on one line
+    return [json.loads(found) for found in re.findall(r"\{[^{}]*\}", output)]
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from curvlinops_diffusion.cli.images.images import open_images
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions
 from curvlinops_diffusion.cli.program import run
-from curvlinops_diffusion.cli.score_files import read_scores, whole
+from curvlinops_diffusion.cli.score_files import read_scores
 from curvlinops_diffusion.influence.retraining import RIDGE
 from curvlinops_diffusion.influence.split_half import rank_correlation
 from curvlinops_diffusion.linalg.operator_files import read_header
@@ -368,44 +368,40 @@ def torchrun(*words):
     return finished.stderr
 
 
-@pytest.mark.parametrize("sharded", [[], ["--sharded"]], ids=["whole", "sharded"])
-def test_several_processes(fitted, tmp_path, sharded):
+def assert_same_operator(folder, path):
+    unet = DDPMPipeline.from_pretrained(folder / "pipeline").unet.eval()
+    v = torch.randn(4877, generator=torch.Generator().manual_seed(0))
+    one, two = (load_operator(p, unet) for p in (folder / "ekfac.safetensors", path))
+    least = 1e-4 * float((one @ v).abs().max())
+    torch.testing.assert_close(two @ v, one @ v, rtol=1e-3, atol=least)
+
+
+def test_several_processes(fitted, tmp_path):
     """By torchrun; three batches, which two processes do not divide."""
     output = tmp_path / "e.safetensors"
-    said = torchrun(*arguments(fitted, "fit", "--output", output, *sharded))
+    said = torchrun(*arguments(fitted, "fit", "--output", output))
     assert said.count("Wrote ") == 1
     assert "4,877 parameters in 121 blocks" in said
-    assert len(list(tmp_path.glob("*.safetensors"))) == (3 if sharded else 1)
-    if sharded:
-        scores = tmp_path / "s.safetensors"
-        words = ["--operator", output, "--output", scores, "--num-draws", "4", *sharded]
-        said = torchrun(*arguments(fitted, "score", *words))
-        assert said.count("Wrote ") == said.count("Two halves of the draws agree") == 1
-        assert len(list(tmp_path.glob("s.*.safetensors"))) == 2
-        assert not list(tmp_path.glob("*.checkpoint"))
-        assert "nothing to do" in torchrun(*arguments(fitted, "score", *words))
-        alone = tmp_path / "alone.safetensors"
-        one = ["--output", alone, "--num-draws", "4"]
-        assert run(arguments(fitted, "score", *one)) == 0
-        assert_same_to_readers(fitted, scores, alone)
-    unet = DDPMPipeline.from_pretrained(fitted / "pipeline").unet.eval()
-    v = torch.randn(4877, generator=torch.Generator().manual_seed(0))
-    one, two = (load_operator(path, unet) for path in (fitted / "ekfac.safetensors", output))
-    torch.testing.assert_close(
-        two @ v, one @ v, rtol=1e-3, atol=1e-4 * float((one @ v).abs().max())
-    )
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    assert_same_operator(fitted, output)
 
 
-def test_a_network_of_several_processes(fitted, tmp_path):
-    """By torchrun; network, factors and scores are divided."""
+def test_several_processes_that_divide_everything(fitted, tmp_path):
+    """Network, factors and scores."""
     operator, scores = tmp_path / "e.safetensors", tmp_path / "s.safetensors"
     options = ["--shard-network", "--sharded"]
-    torchrun(*arguments(fitted, "fit", "--output", operator, *options))
-    torchrun(*arguments(fitted, "score", "--operator", operator, "--output", scores, *options))
-    found, expected = (whole(read_scores(f)[0]) for f in (scores, fitted / "scores.safetensors"))
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-    unet = DDPMPipeline.from_pretrained(fitted / "pipeline").unet.eval()
-    load_operator(operator, unet)
+    said = torchrun(*arguments(fitted, "fit", "--output", operator, *options))
+    assert "4,877 parameters in 121 blocks" in said
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    assert_same_operator(fitted, operator)
+    words = ["--operator", operator, "--output", scores, "--num-draws", "4", *options]
+    said = torchrun(*arguments(fitted, "score", *words))
+    assert said.count("Wrote ") == said.count("Two halves of the draws agree") == 1
+    assert len(list(tmp_path.glob("s.*.safetensors"))) == 2
+    assert not list(tmp_path.glob("*.checkpoint"))
+    alone = tmp_path / "alone.safetensors"
+    assert run(arguments(fitted, "score", "--output", alone, "--num-draws", "4")) == 0
+    assert_same_to_readers(fitted, scores, alone)
 
 
 def test_a_network_cannot_be_divided_alone(fitted, tmp_path, capsys):

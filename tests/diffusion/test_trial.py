@@ -351,13 +351,13 @@ def inference():
         return nn.Conv2d(1, 1, 1)
 
 
-class DTensor(nn.Parameter):
-    """By the name of what FSDP makes of parameters."""
+class FlatParameter(nn.Parameter):
+    """By the name of what FSDP1 makes of parameters."""
 
 
 def divided():
     model = nn.Conv2d(1, 1, 1)
-    model.weight = DTensor(model.weight.detach())
+    model.weight = FlatParameter(model.weight.detach())
     return model
 
 

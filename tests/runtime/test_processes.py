@@ -171,8 +171,9 @@ def all_of_it(rank, folder, ready):
     (ready / str(rank)).touch()
     regression = unet_regression(tiny_unet(), count=COUNT)
     sharded = PassOptions(folder / "fit", checkpoint_every=0, distributed=True, sharded=True)
-    EK = DiffusionEKFACLinearOperator(regression, passes=sharded)
-    J = ExampleGradientLinearOperator(regression)
+    names = ["conv_in.weight", "mid_block.resnets.0.conv1.weight", "conv_out.weight"]
+    EK = DiffusionEKFACLinearOperator(regression, names, passes=sharded)
+    J = ExampleGradientLinearOperator(regression, names)
     passes = PassOptions(folder / "scores", checkpoint_every=0, distributed=True)
     stored = StoredScores.create(
         folder / "scores.safetensors", J, EK.inverse(1e-3), J, query_block=5, passes=passes
