@@ -89,7 +89,7 @@ def whole():
 
 
 @pytest.mark.parametrize(
-    ("count", "sharded"), [(1, "data"), (2, "data"), (3, "data"), (2, "layers"), (3, "layers")]
+    ("count", "sharded"), [(1, "data"), (2, "data"), (3, "data"), (2, "layers")]
 )
 def test_as_one_process(tmp_path, expected, whole, count, sharded):
     """Five examples in batches of two: a part of each for every process, or for all."""
@@ -197,6 +197,8 @@ def left_behind(request, tmp_path_factory):
 def test_a_process_that_dies(tmp_path, expected, left_behind, count):
     """It goes on with as many, with fewer, and with more, of which one has nothing to do."""
     folder, sharded = left_behind
+    if (sharded, count) == ("data", 1):
+        pytest.skip("a process on its own has all layers and all data")
     shutil.copytree(folder, tmp_path / "checkpoint")
     for found in processes(count, tmp_path / "run", resumed, tmp_path / "checkpoint", sharded):
         assert found.pop("calls") > 0
