@@ -117,7 +117,8 @@ def header_and_scores(path: Path) -> tuple[dict[str, Any], Tensor | StoredScores
     """
     import torch
 
-    if shards_of(path):
+    described = None if path.suffix == ".npy" else SCORES.read_header(path)
+    if isinstance(described, dict) and "shards" in described:
         from curvlinops_diffusion.influence.stored_scores import StoredScores
 
         stored = StoredScores.open(path)

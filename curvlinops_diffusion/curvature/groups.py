@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from curvlinops_diffusion.curvature.plan import BlockPlan, Unit
-from curvlinops_diffusion.curvature.shards import shard_owners
-from curvlinops_diffusion.linalg.placement import PlacedBlock, moved
+from curvlinops_diffusion.curvature.shards import part_folder, parts_begun, shard_owners
+from curvlinops_diffusion.linalg.placement import PlacedBlock, in_order, moved
 from curvlinops_diffusion.runtime.passes import PassOptions
-from curvlinops_diffusion.runtime.processes import Share
 
 # where finished blocks wait
 _HOST = torch.device("cpu")
@@ -44,7 +41,7 @@ def fitted_in_groups(
     """
     if passes.max_memory is None:
         return fit(plan, passes)
-    number = _started(passes) or num_groups(plan, passes.max_memory, itemsize)
+    number = parts_begun(passes, "group") or num_groups(plan, passes.max_memory, itemsize)
     if number == 1:
         return fit(plan, passes)
     owners = shard_owners(plan, number)
@@ -52,10 +49,9 @@ def fitted_in_groups(
     for group in range(number):
         names = {name for name, owner in owners.items() if owner == group}
         if names:
-            own = _of_group(passes, group, number)
+            own = replace(passes, checkpoint=part_folder(passes, "group", group, number))
             blocks += moved(fit(plan.restricted(names), own), _HOST)
-    order = {name: place for place, name in enumerate(plan.coverage.params)}
-    blocks.sort(key=lambda placed: min(order[name] for name in placed.params))
+    blocks = in_order(blocks, plan.coverage.params)
     return where_they_fit(blocks, passes.max_memory, device)
 
 
@@ -98,19 +94,3 @@ def divided_units(plan: BlockPlan, number: int) -> list[list[Unit]]:
     for unit in plan.units:
         found[owners[unit.names[0]]].append(unit)
     return found
-
-
-def _started(passes: PassOptions) -> int | None:
-    """The number of groups of an earlier run, whose checkpoints are there."""
-    if passes.checkpoint is None:
-        return None
-    names = sorted(path.name for path in Path(passes.checkpoint).glob("group*of*"))
-    Share.of(passes.distributed).check_alike(f"what they see in '{passes.checkpoint}'", names)
-    found = [re.fullmatch(r"group\d+of(\d+)", name) for name in names]
-    return max((int(match.group(1)) for match in found if match), default=None)
-
-
-def _of_group(passes: PassOptions, group: int, number: int) -> PassOptions:
-    if passes.checkpoint is None:
-        return passes
-    return replace(passes, checkpoint=Path(passes.checkpoint) / f"group{group}of{number}")

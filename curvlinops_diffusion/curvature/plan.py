@@ -22,7 +22,7 @@ from curvlinops_diffusion.layers.coverage import Coverage
 from curvlinops_diffusion.layers.kind import ExactKind
 from curvlinops_diffusion.layers.layer import Layer, Part
 from curvlinops_diffusion.linalg.blocks import Block
-from curvlinops_diffusion.linalg.placement import PlacedBlock
+from curvlinops_diffusion.linalg.placement import PlacedBlock, in_order
 from curvlinops_diffusion.runtime.sharded_networks import device_of
 
 #: Makes a factor of zeros: not held while there are sums in its place.
@@ -200,8 +200,7 @@ class BlockPlan:
             for part in self.parts
         ]
         placed += [PlacedBlock(block.key, block.params, blocks[block.key]) for block in self.exact]
-        order = {name: i for i, name in enumerate(self.coverage.params)}
-        return sorted(placed, key=lambda block: min(order[name] for name in block.params))
+        return in_order(placed, self.coverage.params)
 
 
 def _factor_sizes(parts: Iterable[Part]) -> list[int]:

@@ -49,7 +49,8 @@ def sharded_blocks(
     share = passes.holders
     check_same_pass(share, regression, plan.settings)
     by_data = batches_are_divided(regression, plan, passes)
-    number = _number_of_shards(passes, share)
+    # as many as processes, or as an earlier run was divided into
+    number = parts_begun(passes, "shard") or share.count
     owners = shard_owners(plan, number)
 
     def own() -> list[PlacedBlock]:
@@ -153,21 +154,33 @@ def shard_owners(plan: BlockPlan, number: int) -> dict[str, int]:
     }
 
 
-def _number_of_shards(passes: PassOptions, share: Share) -> int:
-    """As many as processes, or as there are in the checkpoint of an earlier run."""
-    number = share.count
-    if passes.checkpoint is not None:
-        names = [path.name for path in Path(passes.checkpoint).glob("shard*of*")]
-        found = [re.fullmatch(r"shard\d+of(\d+)", name) for name in sorted(names)]
-        numbers = {int(match.group(1)) for match in found if match}
-        share.check_alike(f"what they see in '{passes.checkpoint}'", sorted(numbers))
-        number = max(numbers, default=number)
-    return number
+def parts_begun(passes: PassOptions, kind: str) -> int | None:
+    """How many parts of a kind an earlier run was divided into, if its checkpoints are there.
+
+    Args:
+        passes: The folder of the checkpoints, and the processes that must see the same.
+        kind: ``'shard'`` or ``'group'``.
+
+    Raises:
+        ValueError: If processes see different folders.
+    """
+    if passes.checkpoint is None:
+        return None
+    names = [path.name for path in Path(passes.checkpoint).glob(f"{kind}*of*")]
+    found = [re.fullmatch(kind + r"\d+of(\d+)", name) for name in sorted(names)]
+    numbers = sorted({int(match.group(1)) for match in found if match})
+    Share.of(passes.distributed).check_alike(f"what they see in '{passes.checkpoint}'", numbers)
+    return max(numbers, default=None)
+
+
+def part_folder(passes: PassOptions, kind: str, part: int, number: int) -> Path | None:
+    """The folder of a part's checkpoints; ``None`` for none."""
+    if passes.checkpoint is None:
+        return None
+    return Path(passes.checkpoint) / f"{kind}{part}of{number}"
 
 
 def _of_shard(passes: PassOptions, shard: int, number: int, share: Share) -> PassOptions:
-    folder = None
-    if passes.checkpoint is not None:
-        folder = Path(passes.checkpoint) / f"shard{shard}of{number}"
+    folder = part_folder(passes, "shard", shard, number)
     shown = passes.progressbar and share.rank == 0
     return replace(passes, distributed=False, sharded=False, checkpoint=folder, progressbar=shown)

@@ -8,7 +8,7 @@ Legend: N batch.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +21,7 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers.layer import Layer
 from curvlinops_diffusion.layers.observation import Observer
 from curvlinops_diffusion.runtime.division import in_equal_parts
-from curvlinops_diffusion.runtime.processes import Share, answered
+from curvlinops_diffusion.runtime.processes import ALONE, Share, answered
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,19 @@ class SharedBatches(Observer):
         self._regression = regression
         self._holders = holders
         self._inner = inner
-        self._whole: range | list[int] = []
-        self._own = 0  # examples of this process, without those that all have
-        self._told = True
+        self._whole: Sequence[int] = ()
+        self._own = self._rest = 0  # examples of this process, and those that all have
+        self._told = inner
         self._latest: tuple[Tensor, int, Tensor | None] | None = None
 
     @property
     def share(self) -> Share:
         """The processes that must go over the same batches together."""
-        return Share() if self._holders is None else self._holders.share
+        return ALONE if self._holders is None else self._holders.share
 
     def tell(self, new: bool) -> None:
         """Say whether what is seen is new for this process, which may have gone on further."""
-        self._told = new
+        self._told = self._inner if new else Observer()
 
     def noised_batches(self, clean: CleanBatch) -> Iterator[NoisedBatch]:
         """Yield every draw of the examples that this process runs the network on."""
@@ -75,45 +75,41 @@ class SharedBatches(Observer):
             yield from self._regression.noised_batches(clean)
             return
         own, rest = in_equal_parts(list(range(len(clean.indices))), self.share)
-        self._whole, self._own = list(clean.indices), len(own)
+        self._whole, self._own, self._rest = clean.indices, len(own), len(rest)
         # what is left all run, so that all run the network equally often
         yield from self._regression.noised_batches(clean.select([*own, *rest]))
 
     def start(self, batch: NoisedBatch) -> None:
         """A batch begins; its examples are those of all processes."""
-        if self._told:
-            whole = batch if self._holders is None else replace(batch, indices=self._whole)
-            self._inner.start(whole)
+        whole = batch if self._holders is None else replace(batch, indices=self._whole)
+        self._told.start(whole)
 
     def input(self, layer: Layer, x: Tensor) -> None:
         """Hand on the input of a layer."""
         seen = self._gathered(layer, x)
-        if self._told and seen is not None:
-            self._inner.input(layer, seen)
+        if seen is not None:
+            self._told.input(layer, seen)
 
     def predicted(self, batch: NoisedBatch, prediction_BD: Tensor) -> None:
         """The forward pass is over."""
         self._latest = None
-        if self._told:
-            self._inner.predicted(batch, prediction_BD)
+        self._told.predicted(batch, prediction_BD)
 
     def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:
         """Hand on the gradient in the output of a layer."""
         seen = self._gathered(layer, g)
-        if self._told and seen is not None:
-            self._inner.gradient(layer, call, seen, calls)
+        if seen is not None:
+            self._told.gradient(layer, call, seen, calls)
 
     def pulled_back(self, batch: NoisedBatch, v_BD: Tensor) -> None:
         """A backward pass is over."""
         self._latest = None
-        if self._told:
-            self._inner.pulled_back(batch, v_BD)
+        self._told.pulled_back(batch, v_BD)
 
     def finish(self) -> None:
         """The batch is over."""
         self._latest = None
-        if self._told:
-            self._inner.finish()
+        self._told.finish()
 
     def _gathered(self, layer: Layer, z: Tensor) -> Tensor | None:
         """What all examples have there, on the process that has the layer."""
@@ -129,8 +125,9 @@ class SharedBatches(Observer):
 
     def _sent(self, z: Tensor, holder: int) -> Tensor | None:
         count, rank = self.share.count, self.share.rank
-        examples = self._own + len(self._whole) - self._own * count
-        rows = self._own * (len(z) // examples)  # an example may have several in a row
+        rows = self._own * (
+            len(z) // (self._own + self._rest)
+        )  # an example may have several in a row
         own, rest = z[:rows].contiguous(), z[rows:]
         if rows == 0:
             return rest if rank == holder else None

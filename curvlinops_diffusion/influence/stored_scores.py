@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from copy import copy
 from glob import escape
 from os import PathLike
 from pathlib import Path
@@ -63,11 +64,11 @@ class StoredScores:
         torch.Size([2, 3])
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], name: str = "scores"):
+    def __init__(self, path: Path, header: dict[str, Any]):
         self.header = header
         self.shape: tuple[int, int] = (int(header["shape"][0]), int(header["shape"][1]))
         self._path = path
-        self._name = name
+        self._name = "scores"
         self._blocks: dict[range, list[Path]] = {}
         for entry in header["shards"]:
             if entry["examples"] > 0:
@@ -163,8 +164,8 @@ class StoredScores:
 
     def named(self, name: str) -> StoredScores:
         """Other scores of the same files: ``first`` or ``second``, of halves of the draws."""
-        other = StoredScores(self._path, self.header, name)
-        other._blocks = self._blocks
+        other = copy(self)
+        other._name = name
         return other
 
     def rows(self, queries: range) -> Tensor:

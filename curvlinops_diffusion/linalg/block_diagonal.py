@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any, ClassVar, Self
@@ -166,17 +166,20 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
 
     def eigenvalues(self) -> Tensor:
         """All eigenvalues in descending order, shape ``[P]``."""
-        own = {name: block.eigenvalues.flatten() for name, block in self._decomposed()}
+        own = {
+            placed.name: block.eigenvalues.flatten().to(self.device)
+            for placed, block in zip(self.blocks, self._eigen_blocks(), strict=True)
+        }
         each = self.share.pooled(own, self._zero())
         return torch.cat(list(each.values())).sort(descending=True).values
 
     def trace(self) -> Tensor:
         """The trace."""
-        return self._total(p.on(self.device).block.trace() for p in self.blocks)
+        return self._total(p.block.trace() for p in self.blocks)
 
     def logdet(self) -> Tensor:
         """The logarithm of the determinant; minus infinity for a singular operator."""
-        return self._total(block.logdet() for _, block in self._decomposed())
+        return self._total(block.logdet() for block in self._eigen_blocks())
 
     def det(self) -> Tensor:
         """The determinant; under- or overflows for all but the smallest operators."""
@@ -184,26 +187,22 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
 
     def frobenius_norm(self) -> Tensor:
         """The Frobenius norm."""
-        norms = (p.on(self.device).block.squared_frobenius_norm() for p in self.blocks)
-        return self._total(norms).sqrt()
+        return self._total(p.block.squared_frobenius_norm() for p in self.blocks).sqrt()
 
     def _eigen_blocks(self) -> list[EigenBlock]:
-        """The blocks in their eigenbases, each where it was."""
+        """The blocks in their eigenbases, each where it was; decomposed on the device."""
         found = []
-        for placed, (_, block) in zip(self.blocks, self._decomposed(), strict=True):
-            there = placed if block is placed.block else placed.with_block(block).on(placed.device)
-            assert isinstance(there.block, EigenBlock)
-            found.append(there.block)
-        return found
-
-    def _decomposed(self) -> Iterator[tuple[str, EigenBlock]]:
-        """Yield the name of each block, and the block in its eigenbasis, on the device."""
         for placed in self.blocks:
-            yield placed.name, placed.on(self.device).block.eigen(placed.name)
+            block = placed.block
+            if not isinstance(block, EigenBlock):
+                eigen = placed.on(self.device).block.eigen(placed.name)
+                block = placed.with_block(eigen).on(placed.device).block.eigen(placed.name)
+            found.append(block)
+        return found
 
     def _total(self, of_blocks: Iterable[Tensor]) -> Tensor:
         """The sum over the blocks of all processes."""
-        values = list(of_blocks)
+        values = [value.to(self.device) for value in of_blocks]
         own = torch.stack(values).sum() if values else self._zero()
         return self.share.summed({"total": own}, self.device)["total"]
 

@@ -126,3 +126,9 @@ def moved(
         return seen[key]
 
     return [placed.with_tensors(elsewhere) for placed in blocks]
+
+
+def in_order(blocks: Iterable[PlacedBlock], params: Iterable[str]) -> list[PlacedBlock]:
+    """Blocks in the order of their parameters."""
+    order = {name: place for place, name in enumerate(params)}
+    return sorted(blocks, key=lambda placed: min(order[name] for name in placed.params))

@@ -27,7 +27,7 @@ from curvlinops_diffusion.linalg.operator_files import (
     read_header,
 )
 from curvlinops_diffusion.linalg.parameters import ParameterSpace
-from curvlinops_diffusion.linalg.placement import PlacedBlock
+from curvlinops_diffusion.linalg.placement import PlacedBlock, in_order
 from curvlinops_diffusion.runtime.adapters import adapter_of, common_names
 from curvlinops_diffusion.runtime.digests import fingerprint
 from curvlinops_diffusion.runtime.modes import unwrapped
@@ -177,8 +177,7 @@ def load_blocks(
             # copied, since products of tensors that are not aligned in memory round differently
             moved = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
             blocks += [_block(entry, moved) for entry in entries]
-        order = {name: place for place, name in enumerate(shapes)}
-        blocks.sort(key=lambda placed: min(order[name] for name in placed.params))
+        blocks = in_order(blocks, shapes)
         _check_blocks(space, blocks, header)
         return str(header["kind"]), space, blocks, dict(header["info"])
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Protocol, TypeVar
 
@@ -16,7 +16,7 @@ class Divisible(Protocol):
     """A batch of examples, of which some can be taken."""
 
     @property
-    def indices(self) -> Iterable[int]:
+    def indices(self) -> Sequence[int]:
         """The numbers of its examples."""
 
     def select(self: Batch, positions: list[int], /) -> Batch:
@@ -67,7 +67,7 @@ class Division:
     def own(self, batches: Iterable[tuple[int, Batch]]) -> Iterator[tuple[list[Unit], Batch]]:
         """The examples of this process in wanted batches, and what to note of them when done."""
         for number, clean in batches:
-            size = len(list(clean.indices))
+            size = len(clean.indices)
             positions = self._positions(number, size)
             if len(positions) == size:
                 yield [number], clean
@@ -77,7 +77,7 @@ class Division:
     def rest(self, batches: Iterable[tuple[int, Batch]]) -> Iterator[Batch]:
         """The examples that all processes must do, of those in step."""
         for number, clean in batches:
-            _, rest = in_equal_parts(self._left(number, len(list(clean.indices))), self._share)
+            _, rest = in_equal_parts(self._left(number, len(clean.indices)), self._share)
             if rest:
                 yield clean.select(rest)
 
