@@ -205,7 +205,10 @@ def counted(
             inject_adapter_in_model(config, network)
         params = [name for name, _ in network.named_parameters() if "lora_" in name]
     plan = BlockPlan.of(covered_parameters(network, params, True), KFACOptions(**kfac_options))
-    shards = [needed_memory(units, 4) for units in divided_units(plan, SHARDS)]
+    shards = divided_units(plan, SHARDS)
+    kept = [4 * sum(unit.entries + unit.parameters for unit in units) for units in shards]
+    # a layer is more than an even share from so many shards on
+    floor = sum(kept) // (4 * max(unit.entries + unit.parameters for unit in plan.units)) + 1
     return {
         "network": name,
         "parameters": f"{sum(unit.parameters for unit in plan.units) / 1e6:,.0f} M",
@@ -213,7 +216,10 @@ def counted(
         "factors": f"{4 * plan.num_entries / 1e9:,.1f} GB",
         "a fit, beside network and training pass": f"{needed_memory(plan.units, 4) / 1e9:,.1f} GB",
         "groups of layers on one GPU": num_groups(plan, int(LEFT), 4),
-        "the largest of eight shards": f"{max(shards) / 1e9:,.1f} GB",
+        "an eighth of what is kept": f"{sum(kept) / SHARDS / 1e9:,.1f} GB",
+        "the largest of eight shards": f"{max(kept) / 1e9:,.1f} GB",
+        "while it decomposes": f"{max(needed_memory(u, 4) for u in shards) / 1e9:,.1f} GB",
+        "a layer is the largest shard from": f"{floor} shards on",
     }
 
 

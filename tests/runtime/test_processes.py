@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import time
@@ -178,6 +179,54 @@ def test_the_same_bits_on_the_same_number(tmp_path, left_behind):
     for found, whole in zip(gone_on, processes(2, tmp_path / "whole", compute), strict=True):
         for name, tensor in whole.items():
             assert torch.equal(found[name], tensor), name
+
+
+def delay(rank, checkpoint):
+    """The second process is stopped for a while, with a checkpoint after every batch."""
+    regression = unet_regression(tiny_unet(), count=COUNT)
+    calls = []
+
+    def wait(*args):
+        calls.append(1)
+        if rank == 1 and len(calls) % 10 == 5:
+            time.sleep(0.5)
+
+    regression.objective.model.register_forward_pre_hook(wait)
+    options = PassOptions(checkpoint, checkpoint_every=0, distributed=True)
+    return everything(regression, options)
+
+
+def test_a_slow_process(tmp_path, expected):
+    for found in processes(2, tmp_path / "run", delay, tmp_path / "checkpoint"):
+        assert_all_close(found, expected)
+
+
+def exhaust(rank, checkpoint):
+    """The second process gets no more memory in the middle of the second pass."""
+    regression = unet_regression(tiny_unet(), count=COUNT)
+    calls, held = [], []
+
+    def allocate(*args):
+        calls.append(1)
+        if rank == 1 and len(calls) > 21:  # after the trial, in the second pass
+            resource.setrlimit(resource.RLIMIT_AS, (2**30, resource.RLIM_INFINITY))
+            held.append(torch.ones(2**28))
+
+    regression.objective.model.register_forward_pre_hook(allocate)
+    options = PassOptions(checkpoint, checkpoint_every=0, distributed=True)
+    return everything(regression, options)
+
+
+def test_a_process_without_memory(tmp_path, expected, capfd):
+    """It says so itself; the others stop, and the run goes on."""
+    began = time.monotonic()
+    stopped = processes(2, tmp_path / "run", exhaust, tmp_path / "checkpoint")
+    assert time.monotonic() - began < 60
+    assert "can't allocate memory" in capfd.readouterr().err
+    assert stopped[1] is None
+    assert "Another process has stopped, or does not answer" in stopped[0]
+    for found in processes(2, tmp_path / "second", compute, tmp_path / "checkpoint"):
+        assert_all_close(found, expected)
 
 
 def all_of_it(rank, folder, ready):
