@@ -28,7 +28,7 @@ def flat_gradient(output: Tensor, params: Sequence[Tensor]) -> Tensor:
     grads = torch.autograd.grad(output, params, retain_graph=True, allow_unused=True)
     return torch.cat(
         [
-            torch.zeros(p.numel(), dtype=p.dtype) if g is None else g.flatten()
+            torch.zeros_like(p).flatten() if g is None else g.flatten()
             for p, g in zip(params, grads, strict=True)
         ]
     )
@@ -49,7 +49,7 @@ def entry_weights(batch: Any) -> Tensor:
 def dense_ggn(regression: NoisedRegression, params: Sequence[Tensor]) -> Tensor:
     """``1/(NR) Σ 2 w r JᵀJ``, the Jacobian row by row."""
     P = sum(p.numel() for p in params)
-    total, count = torch.zeros(P, P, dtype=torch.float64), 0
+    total, count = torch.zeros(P, P, dtype=torch.float64, device=params[0].device), 0
     with sdpa_kernel(SDPBackend.MATH):
         for batch in regression.batches():
             prediction = regression.objective.predict(batch)
@@ -75,7 +75,7 @@ def ggn_rows(regression: NoisedRegression, params: Sequence[Tensor]) -> Tensor:
 def dense_loss_ggn(regression: NoisedRegression, params: Sequence[Tensor]) -> Tensor:
     """``1/(NR) Σ ∇ℓ_t ∇ℓ_tᵀ``, the empirical Fisher."""
     P = sum(p.numel() for p in params)
-    total, count = torch.zeros(P, P, dtype=torch.float64), 0
+    total, count = torch.zeros(P, P, dtype=torch.float64, device=params[0].device), 0
     for batch in regression.batches():
         prediction = regression.objective.predict(batch)
         for b in range(len(prediction)):

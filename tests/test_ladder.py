@@ -23,15 +23,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*in no supported layer")
 
 
 @pytest.fixture(scope="module")
-def unet():
-    return tiny_unet()
+def unet(device):
+    return tiny_unet().to(device)
 
 
 @pytest.fixture(scope="module")
-def matrix(unet):
+def matrix(unet, device):
     """Random columns, more than the GGN's chunk size."""
     P = sum(p.numel() for p in unet.parameters())
-    return torch.randn(P, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(P, 9, generator=generator, dtype=torch.float64).to(device)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -87,13 +88,13 @@ def test_ggn_of_some_parameters_is_a_principal_submatrix(unet, matrix):
 
 
 @pytest.mark.parametrize("separate", [True, False])
-def test_blocks_of_ekfac_and_kfac_against_the_exact_blocks(separate):
+def test_blocks_of_ekfac_and_kfac_against_the_exact_blocks(separate, device):
     """EK-FAC is no further than K-FAC from every exact block, and has its trace.
 
     With every loss vector (type-2), the eigenvalues are those of the exact block in EK-FAC's basis.
     """
     unet = tiny_unet(block_out_channels=(2, 2), norm_num_groups=1, attention_head_dim=2)
-    regression = unet_regression(unet, num_draws=2, count=2)
+    regression = unet_regression(unet.to(device), num_draws=2, count=2)
     options = {"fisher_type": "type-2", "separate_weight_and_bias": separate}
     K = DiffusionKFACLinearOperator(regression, **options)
     EK = DiffusionEKFACLinearOperator(regression, **options)
@@ -142,26 +143,31 @@ def _assert_same(before, after):
     assert all(torch.equal(a, b) for a, b in zip(before[-1], after[-1], strict=True))
 
 
+def _ones(count, regression):
+    return torch.ones(count, dtype=torch.float64, device=regression.device)
+
+
+def _product(make):
+    def use(regression):
+        operator = make(regression)
+        return operator @ _ones(operator.shape[1], regression)
+
+    return use
+
+
 USES = {
-    "ggn": lambda r: (
-        DiffusionGGNLinearOperator(r) @ torch.ones(DiffusionGGNLinearOperator(r).shape[1]).double()
-    ),
+    "ggn": _product(DiffusionGGNLinearOperator),
     "kfac": DiffusionKFACLinearOperator,
     "ekfac": DiffusionEKFACLinearOperator,
     "rows": lambda r: ExampleGradientLinearOperator(r).rows(),
-    "directional": lambda r: (
-        ExampleGradientLinearOperator(r)
-        @ torch.ones(ExampleGradientLinearOperator(r).shape[1]).double()
-    ),
-    "adjoint": lambda r: (
-        ExampleGradientLinearOperator(r).adjoint() @ torch.ones(r.num_data).double()
-    ),
+    "directional": _product(ExampleGradientLinearOperator),
+    "adjoint": _product(lambda r: ExampleGradientLinearOperator(r).adjoint()),
 }
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
-def test_the_model_is_left_as_it_was(use):
-    unet = tiny_unet().train()
+def test_the_model_is_left_as_it_was(use, device):
+    unet = tiny_unet().to(device).train()
     unet.mid_block.eval()
     for p in unet.down_blocks.parameters():
         p.requires_grad_(False)
@@ -188,8 +194,8 @@ class _Failing(nn.Module):
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
 @pytest.mark.parametrize("calls", [0, 1, 3])
-def test_the_model_is_left_as_it_was_after_an_exception(use, calls):
-    model = _Failing(calls)
+def test_the_model_is_left_as_it_was_after_an_exception(use, calls, device):
+    model = _Failing(calls).to(device)
     model.inner.layers[0].bias.requires_grad_(False)
     before = _state(model)
     regression = plain_regression(model, (1, 3, 3), batch_size=2)

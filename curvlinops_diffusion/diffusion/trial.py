@@ -25,6 +25,7 @@ from curvlinops_diffusion.diffusion.conditions import has_rows, leaves, mapped, 
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.runtime.precision import settled
 
 _EXAMPLES = 4
 # so many are enough to compare gradients, and to look again in the middle of a pass
@@ -173,6 +174,11 @@ def check_trial(objective: DenoisingObjective, trial: Trial) -> None:
             parameters, draws random numbers, makes nothing of an entry of the data, two runs of one
             batch differ, or an example alone from the same example among others.
     """
+    settled(lambda: _check_trial(objective, trial), objective.device)
+
+
+def _check_trial(objective: DenoisingObjective, trial: Trial) -> None:
+    """The same, in the precision that products have now."""
     batch = trial.mixed
     with torch.no_grad():
         for clean in trial.clean:

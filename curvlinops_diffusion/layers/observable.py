@@ -31,6 +31,7 @@ from curvlinops_diffusion.layers.observation import (
 )
 from curvlinops_diffusion.runtime.checks import check_finite
 from curvlinops_diffusion.runtime.modes import recomputation_named
+from curvlinops_diffusion.runtime.precision import settled
 from curvlinops_diffusion.runtime.processes import answered
 from curvlinops_diffusion.runtime.sharded_networks import (
     gathered,
@@ -115,6 +116,13 @@ def _unobservable(
     objective: DenoisingObjective, layers: Sequence[Layer], batch: NoisedBatch
 ) -> dict[str, str]:
     """The parameters whose gradients hooks do not see, with the reason."""
+    return settled(lambda: _seen_otherwise(objective, layers, batch), objective.device)
+
+
+def _seen_otherwise(
+    objective: DenoisingObjective, layers: Sequence[Layer], batch: NoisedBatch
+) -> dict[str, str]:
+    """The same, in the precision that products have now."""
     N, dtype = len(batch.indices), objective.working_dtype
     sharded = is_sharded(objective.model)
     # examples of different weight, so that they are told apart

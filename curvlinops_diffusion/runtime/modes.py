@@ -121,6 +121,8 @@ class _ForwardMode(TorchFunctionMode):
     PLAIN: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
         functional.embedding: _embedding,
         torch._weight_norm: _weight_norm,
+        # on CUDA its forward-mode derivative refuses tensors that are not contiguous
+        functional.group_norm: _group_norm,
     }
 
     def __init__(self) -> None:
@@ -148,7 +150,6 @@ class _PlainFunctions(_ForwardMode):
         **_ForwardMode.PLAIN,
         functional.silu: _silu,
         functional.mish: _mish,
-        functional.group_norm: _group_norm,
     }
 
 

@@ -1,0 +1,89 @@
+"""The precision of products of float32 numbers, which PyTorch's defaults or users may have lowered.
+
+On a GPU, convolutions round their operands to TF32 (10 bits in place of 23) unless one says
+otherwise; matrix products do if one asks for it. Sums over batches of another size, or with other
+derivatives beside them, are then computed by other kernels, and differ by that rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+_FULL = ("none", "ieee")
+
+
+def products_are_rounded(device: torch.device) -> bool:
+    """Whether products of float32 numbers may be computed from fewer bits on a device."""
+    if _has_own_settings():
+        return any(owner.fp32_precision not in _FULL for owner in _settings()[device.type == "cpu"])
+    if device.type == "cpu":
+        return torch.get_float32_matmul_precision() == "medium"
+    return bool(torch.backends.cudnn.allow_tf32) or torch.backends.cuda.matmul.allow_tf32
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute products of float32 numbers from all of their bits within the context."""
+    if not _has_own_settings():
+        before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        try:
+            torch.backends.cudnn.allow_tf32 = False
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.backends.cudnn.allow_tf32 = before[0]
+            torch.set_float32_matmul_precision(before[1])
+        return
+    found = [(owner, owner.fp32_precision) for owners in _settings() for owner in owners]
+    try:
+        for owner, _ in found:
+            owner.fp32_precision = "ieee"
+        yield
+    finally:
+        for owner, value in found:
+            owner.fp32_precision = value
+
+
+def settled(check: Callable[[], Result], device: torch.device) -> Result:
+    """What a check of a network finds, but for what rounding alone has made it find.
+
+    Args:
+        check: Runs the network, and returns what it has found, or raises a ``ValueError``.
+        device: The network's.
+
+    Returns:
+        Nothing, or what it finds in full precision as well.
+
+    Raises:
+        ValueError: If the check does, in full precision as well.
+    """
+    try:
+        found = check()
+        if not found or not products_are_rounded(device):
+            return found
+    except ValueError:
+        if not products_are_rounded(device):
+            raise
+    with full_precision():
+        return check()
+
+
+def _has_own_settings() -> bool:
+    """Whether each kind of product has a setting of its own: from torch 2.9 on."""
+    return hasattr(torch.backends.cuda.matmul, "fp32_precision")
+
+
+def _settings() -> tuple[list[Any], list[Any]]:
+    """What holds the settings of products on GPUs, and on CPUs."""
+    backends: Any = torch.backends
+    cudnn, mkldnn = backends.cudnn, backends.mkldnn
+    return (
+        [cudnn.conv, cudnn.rnn, backends.cuda.matmul],
+        [mkldnn.matmul, mkldnn.conv, mkldnn.rnn],
+    )

@@ -1,0 +1,115 @@
+"""Checks of a network tell a fault from the rounding of products, and settings are left alone."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from curvlinops_diffusion import DiffusionEKFACLinearOperator, ExampleGradientLinearOperator
+from curvlinops_diffusion.runtime.precision import full_precision, products_are_rounded
+from tests.cases import plain_regression, tiny_unet, unet_regression
+from tests.comparisons import assert_close
+from tests.reference import example_gradients
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["highest", "high", "medium"])
+def precision(request):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+def test_settings_are_put_back(precision):
+    reduced = precision != "highest"
+    found = products_are_rounded(CPU), torch.backends.cudnn.allow_tf32
+    assert found[0] in ({reduced} if precision != "high" else {True, False})
+    with full_precision():
+        assert not products_are_rounded(CPU)
+        assert not products_are_rounded(torch.device("cuda"))
+    with pytest.raises(ZeroDivisionError), full_precision():
+        raise ZeroDivisionError
+    assert (products_are_rounded(CPU), torch.backends.cudnn.allow_tf32) == found
+    assert torch.get_float32_matmul_precision() == precision
+
+
+def test_convolutions_on_a_gpu_are_rounded_by_default():
+    assert products_are_rounded(torch.device("cuda"))
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        assert not products_are_rounded(torch.device("cuda"))
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+class Rounded(nn.Linear):
+    """As a GPU's convolutions: with other rounding for other batches, and with other derivatives.
+
+    Relative errors are of the size of TF32's, while products are rounded.
+    """
+
+    faulty = False
+
+    def forward(self, x):
+        out = super().forward(x)
+        if products_are_rounded(CPU) or self.faulty:
+            # what the kernel is chosen by
+            seed = len(x) + 100 * self.weight.requires_grad + 10 * torch.is_grad_enabled()
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.randn(out.shape, generator=generator).to(out)
+            out = out * (1 + 2e-3 * noise)
+        return out
+
+
+@pytest.fixture
+def rounded():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(Rounded(4, 8), nn.Tanh(), Rounded(8, 8), nn.Tanh(), Rounded(8, 4))
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = model
+
+        def forward(self, x, t):
+            return self.layers(x)
+
+    return Network()
+
+
+def fitted(model):
+    regression = plain_regression(model, (4,), count=4, num_draws=2, dtype=torch.float32)
+    DiffusionEKFACLinearOperator(regression)
+    return regression, ExampleGradientLinearOperator(regression).rows()
+
+
+@pytest.mark.parametrize("precision", ["medium"], indirect=True)
+def test_rounding_is_no_fault(rounded, precision):
+    """Neither refused, nor differentiated example by example (of which one is warned)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        regression, rows = fitted(rounded)
+    truth = example_gradients(regression, list(rounded.parameters()))
+    assert_close(rows, truth, 0.05)
+
+
+@pytest.mark.parametrize("precision", ["medium"], indirect=True)
+def test_a_fault_is_one_in_full_precision_as_well(rounded, precision):
+    rounded.layers[2].faulty = True
+    with pytest.raises(ValueError, match="depends on the rest of its batch"):
+        fitted(rounded)
+
+
+def test_a_network_in_every_precision(precision):
+    """On processors that have bfloat16, ``"medium"`` takes it for float32."""
+    regression = unet_regression(tiny_unet(torch.float32), dtype=torch.float32)
+    low = ExampleGradientLinearOperator(regression).rows()
+    with full_precision():
+        high = ExampleGradientLinearOperator(regression).rows()
+    assert_close(low, high, 0.1 if precision == "medium" else 1e-4)
+    DiffusionEKFACLinearOperator(regression)
