@@ -18,11 +18,13 @@ from torch import Tensor
 from curvlinops_diffusion.curvature.loss_vectors import checked_loss_vectors
 from curvlinops_diffusion.curvature.options import KFACApprox
 from curvlinops_diffusion.curvature.plan import BlockPlan, Zeros
+from curvlinops_diffusion.curvature.position_samples import PositionSamples
 from curvlinops_diffusion.curvature.shared_batches import SharedBatches
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers import ExactKind, Layer
+from curvlinops_diffusion.layers.kind import at_positions
 from curvlinops_diffusion.layers.mapped_gradients import mapped_gradients
 from curvlinops_diffusion.layers.moments import LatestProduct, second_moment
 from curvlinops_diffusion.layers.observable import (
@@ -83,12 +85,14 @@ def kronecker_factors(
     with_inputs = [part.layer for part in plan.with_inputs.values()]
     calls = call_patterns(regression, plan.beside or with_inputs)
     dtype, backward = objective.working_dtype, plan.options.has_gradients
-    inputs = _InputFactors(plan, dtype, calls, backward)
-    outputs = _OutputFactors(plan, dtype)
+    samples = PositionSamples(regression.draws, plan.options.max_positions, regression.device)
+    inputs = _InputFactors(plan, dtype, calls, backward, samples)
+    outputs = _OutputFactors(plan, dtype, samples)
     exact = _ExactBlocks(regression, plan, dtype)
     vectors = checked_loss_vectors(regression, plan.options)
     running = Together({"inputs": inputs, "outputs": outputs, "exact": exact})
-    shared = SharedBatches(regression, plan.holders, Observers([inputs, outputs, exact]))
+    observers = Observers([samples, inputs, outputs, exact])
+    shared = SharedBatches(regression, plan.holders, observers)
     retried = ObservedRetrial(regression, layers)
     with observed(objective, layers, shared, backward) as network:
 
@@ -120,10 +124,16 @@ class _InputFactors(Observer):
         dtype: The working precision.
         calls: The calls of the layers where these do not vary.
         backward: Whether there are backward passes.
+        samples: The positions that are looked at.
     """
 
     def __init__(
-        self, plan: BlockPlan, dtype: torch.dtype, calls: Mapping[str, Calls], backward: bool
+        self,
+        plan: BlockPlan,
+        dtype: torch.dtype,
+        calls: Mapping[str, Calls],
+        backward: bool,
+        samples: PositionSamples,
     ):
         self._parts = plan.with_inputs
         self._zeros = plan.input_zeros(dtype)
@@ -131,6 +141,7 @@ class _InputFactors(Observer):
         self._dtype = dtype
         self._calls = calls
         self._backward = backward
+        self._samples = samples
         self._counter = CallCounter()
         self._undecided = True  # until the batch's first backward pass is over
         self._latest = LatestProduct()
@@ -139,7 +150,7 @@ class _InputFactors(Observer):
             for name, part in self._parts.items()
             if self._expand or part.kind.one_hot
         }
-        self._sums = Sums()  # with "reduce"
+        self._sums = Sums()  # with "reduce", or of samples of positions
         self._seen: set[str] = set()
         self._arrived: dict[str, list[Tensor]] = {}
         self._shown: Tensor | None = None  # the latest input, and in the working precision
@@ -210,12 +221,23 @@ class _InputFactors(Observer):
         S = sum(part.positions(x, self._N) for x in xs)
         if name in self._moments:
             for x in xs:
-                self._moments[name].add(x, 1 / S)
-            self._seen.add(name)
+                self._add_call(name, x, S)
         else:
             sums = [part.input_sum(x, self._N) for x in xs]
             mean_NgI = torch.stack(sums).sum(0) / S
             self._sums.add(name, second_moment(mean_NgI.unsqueeze(-2)))
+
+    def _add_call(self, name: str, x: Tensor, S: int) -> None:
+        """Add the mean over all positions of an example, or what a sample of them tells of it."""
+        part = self._parts[name]
+        own = part.kind.positions(part.layer.module, x)
+        index = None if part.kind.one_hot else self._samples.of(len(x), own)
+        if index is None:
+            self._moments[name].add(x, 1 / S)
+            self._seen.add(name)
+            return
+        moment = part.sampled_input_moment(x, index, self._latest)
+        self._sums.add(name, moment * (own / index.shape[1] / S))
 
     def tensors(self) -> dict[str, Tensor]:
         result = prefixed("sums", self._sums.tensors())
@@ -236,10 +258,8 @@ class _InputFactors(Observer):
         for name, part in self._parts.items():
             zeros = self._zeros[part.input_key]
             if name in self._seen:  # which are given away one by one, as the sums
-                total = self._moments.pop(name).total().to(self._dtype)
-                result[part.input_key] = total.div_(count)
-            else:
-                result[part.input_key] = self._sums.take_mean(name, count, zeros)
+                self._sums.add(name, self._moments.pop(name).total().to(self._dtype))
+            result[part.input_key] = self._sums.take_mean(name, count, zeros)
         return result
 
 
@@ -275,18 +295,29 @@ class _MeanSums(Observer):
 class _OutputFactors(_MeanSums):
     """Sums that become ``B``."""
 
-    def __init__(self, plan: BlockPlan, dtype: torch.dtype):
+    def __init__(self, plan: BlockPlan, dtype: torch.dtype, samples: PositionSamples):
         super().__init__(plan.output_zeros(dtype))
         self._expand = plan.options.kfac_approx is not KFACApprox.REDUCE
+        self._samples = samples
         self._dtype = dtype
         self._calls = Sums()
 
     def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:
         if layer.name not in self._zeros:
             return
-        b_NgSO = layer.gradients(g.to(self._dtype), self._N)
-        added = second_moment(b_NgSO) if self._expand else b_NgSO.sum(-2, keepdim=True)
-        self._calls.add(layer.name, added)
+        if self._expand:
+            self._calls.add(layer.name, self._over_positions(layer.position_gradients(g)))
+        else:
+            b_NgSO = layer.gradients(g.to(self._dtype), self._N)
+            self._calls.add(layer.name, b_NgSO.sum(-2, keepdim=True))
+
+    def _over_positions(self, b_NgSO: Tensor) -> Tensor:
+        """The sum of second moments, or what a sample of the positions tells of it."""
+        S = b_NgSO.shape[-2]
+        index = self._samples.of(len(b_NgSO), S)
+        if index is None:
+            return second_moment(b_NgSO.to(self._dtype))
+        return second_moment(at_positions(b_NgSO, index).to(self._dtype)) * (S / index.shape[1])
 
     def pulled_back(self, batch: NoisedBatch, v_BD: Tensor) -> None:
         for name, total in self._calls.pop_all():

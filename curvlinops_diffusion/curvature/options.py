@@ -75,6 +75,7 @@ class KFACOptions:
     gradient_group: int = 1
     exact_bias: bool = True
     max_dense: int = 1024
+    max_positions: int | None = None
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -89,6 +90,8 @@ class KFACOptions:
             check_count("eigenvalue_draws", self.eigenvalue_draws)
         if self.max_dense != 0:
             check_count("max_dense", self.max_dense)
+        if self.max_positions is not None:
+            check_count("max_positions", self.max_positions)
         self._check_draws()
         self._check_gradients()
 

@@ -146,6 +146,20 @@ class Draws:
         """Normal numbers for a user's function of the draws, ``[B, *shape]``; as :meth:`noise`."""
         return self._normal(_Stream.FUNCTION, n_B, self._of_whole(r), shape)
 
+    def positions(self, n_B: Sequence[int], r: int, count: int, size: int) -> Tensor:
+        """Draw ``count`` of ``size`` positions of each example, one of each of equal stretches.
+
+        ``floor((j + u_j) size / count)`` for uniform ``u_j``: the expected number of times that a
+        position is drawn is ``count / size``, for every one of them.
+
+        Returns:
+            Their numbers, rising, shape ``[B, count]``.
+        """
+        number = self._of_whole(r)
+        uniform = [_generator(self.seed, _Stream.POSITIONS, n, number).random(count) for n in n_B]
+        places = (np.stack(uniform) + np.arange(count)) * (size / count)
+        return torch.from_numpy(places.astype(np.int64)).clamp_(max=size - 1)
+
     def _uniform(self, stream: _Stream, n_B: Sequence[int], r: int) -> list[float]:
         """Numbers that both draws of a pair share."""
         return [_generator(self.seed, stream, n, self._sampled(r)).random() for n in n_B]

@@ -31,6 +31,7 @@ class _Stream(IntEnum):
     FUNCTION = 6
     OFFSET = 7
     PERTURBATION = 8
+    POSITIONS = 9
 
 
 def _generator(

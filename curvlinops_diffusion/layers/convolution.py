@@ -11,7 +11,13 @@ from torch.nn.functional import pad
 from curvlinops_diffusion.layers.kind import SharingKind
 from curvlinops_diffusion.layers.moments import LatestProduct, Moment
 from curvlinops_diffusion.layers.patch_moments import PatchMoment
-from curvlinops_diffusion.layers.patches import Convolution2d, patch_gradients, patch_sum, patches
+from curvlinops_diffusion.layers.patches import (
+    Convolution2d,
+    patch_gradients,
+    patch_sum,
+    patches,
+    patches_at,
+)
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -70,6 +76,14 @@ class ConvolutionKind(SharingKind):
         by_group = seen.unflatten(1, (module.groups, -1))
         a_NGSI = by_group.flatten(3, 2 + dims).movedim(2, 3).flatten(3)
         return a_NGSI if module.groups > 1 else a_NGSI.squeeze(1)
+
+    def sampled_inputs(self, module: nn.Module, x: Tensor, index: Tensor) -> Tensor:
+        """The patches of some output pixels alone."""
+        assert isinstance(module, Convolution)
+        planar = _planar(module)
+        if planar is None:
+            return super().sampled_inputs(module, x, index)
+        return patches_at(planar, _as_images(module, x), index)
 
     def gradients(self, module: nn.Module, g: Tensor) -> Tensor:
         """One entry for each output pixel."""

@@ -122,6 +122,25 @@ class SharingKind(LayerKind, ABC):
         """
         return SummedMoment(lambda x: second_moment(self.inputs(module, x)))
 
+    def sampled_inputs(self, module: nn.Module, x: Tensor, index: Tensor) -> Tensor:
+        """The inputs at some positions of each entry of the first axis.
+
+        Args:
+            module: The module.
+            x: Its input.
+            index: The positions, ``[N, m]``.
+
+        Returns:
+            ``[N, *g, m, I]``.
+        """
+        return at_positions(self.inputs(module, x), index)
+
+    def sampled_input_moment(
+        self, module: nn.Module, x: Tensor, index: Tensor, latest: LatestProduct
+    ) -> Tensor:
+        """``Σ_n Σ_s a_s a_sᵀ`` over some positions, see :meth:`sampled_inputs`."""
+        return second_moment(self.sampled_inputs(module, x, index))
+
     def bias_gradients(self, module: nn.Module, g: Tensor) -> Tensor:
         """The bias' gradients, shape ``[N, bias entries]``."""
         return self.gradients(module, g).sum(-2).flatten(1)
@@ -197,6 +216,12 @@ def fold(z_NgSI: Tensor, sums: int) -> Tensor:
     if len(z_NgSI) == sums:
         return z_NgSI
     return z_NgSI.unflatten(0, (sums, -1)).movedim(1, -3).flatten(-3, -2)
+
+
+def at_positions(z_NgSI: Tensor, index: Tensor) -> Tensor:
+    """What is at some positions of each entry of the first axis: ``[N, *g, S, I]`` to ``m``."""
+    index = index.view(len(index), *[1] * (z_NgSI.ndim - 3), -1, 1)
+    return z_NgSI.gather(-2, index.expand(*z_NgSI.shape[:-2], -1, z_NgSI.shape[-1]))
 
 
 def extend(a_NgSI: Tensor) -> Tensor:

@@ -13,8 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from curvlinops_diffusion.layers.kind import ExactKind, LayerKind, SharingKind, fold
-from curvlinops_diffusion.layers.moments import ExtendedMoment, LatestProduct, Moment
+from curvlinops_diffusion.layers.kind import (
+    ExactKind,
+    LayerKind,
+    SharingKind,
+    extend,
+    fold,
+)
+from curvlinops_diffusion.layers.moments import (
+    ExtendedMoment,
+    LatestProduct,
+    Moment,
+    second_moment,
+)
 from curvlinops_diffusion.linalg.placement import Arrangement
 from curvlinops_diffusion.runtime.sharded_networks import device_of
 
@@ -93,6 +104,11 @@ class Layer:
         """The gradient in the module's output as ``[N, *g, S, O]``."""
         assert isinstance(self.kind, SharingKind)
         return fold(self.kind.gradients(self.module, g), N)
+
+    def position_gradients(self, g: Tensor) -> Tensor:
+        """The same entry by entry of the first axis, where an example may have several."""
+        assert isinstance(self.kind, SharingKind)
+        return self.kind.gradients(self.module, g)
 
     def parts(self, separate: bool, exact_bias: bool) -> tuple[Part, ...]:
         """The blocks of Kronecker form.
@@ -183,6 +199,13 @@ class Part:
         total = self.kind.input_sum(self.layer.module, x).unflatten(0, (N, -1)).sum(1)
         extended = self.part_kind is PartKind.JOINT
         return pad(total, (0, 1), value=float(self.positions(x, N))) if extended else total
+
+    def sampled_input_moment(self, x: Tensor, index: Tensor, latest: LatestProduct) -> Tensor:
+        """``Σ_n Σ_s a_s a_sᵀ`` over the positions ``index`` ``[len(x), m]``; not for a bias."""
+        module = self.layer.module
+        if self.part_kind is not PartKind.JOINT:
+            return self.kind.sampled_input_moment(module, x, index, latest)
+        return second_moment(extend(self.kind.sampled_inputs(module, x, index)))
 
     def input_moment(self, latest: LatestProduct) -> Moment:
         """A new running ``Σ_n Σ_s a_s a_sᵀ``; not for a bias."""

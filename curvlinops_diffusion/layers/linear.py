@@ -32,3 +32,9 @@ class LinearKind(SharingKind):
     def input_moment(self, module: nn.Module, latest: LatestProduct) -> Moment:
         """Layers that share an input share its product."""
         return SummedMoment(latest.of)
+
+    def sampled_input_moment(
+        self, module: nn.Module, x: Tensor, index: Tensor, latest: LatestProduct
+    ) -> Tensor:
+        """The same for some of its positions."""
+        return latest.of(x, lambda x: self.sampled_inputs(module, x, index))

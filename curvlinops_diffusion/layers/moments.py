@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from curvlinops_diffusion.layers.products import product, summed_dtype
 from curvlinops_diffusion.runtime.sums import Running, prefixed, within
 
 
 def second_moment(z_NgSI: Tensor) -> Tensor:
     """``Σ_n Σ_s z zᵀ``: ``[N, S, I] -> [I, I]``, and group by group if there are groups."""
     z = z_NgSI.movedim(0, -3).flatten(-3, -2)
-    return z.mT @ z
+    return product(z.mT, z)
 
 
 class Moment(Running, Protocol):
@@ -78,7 +79,7 @@ class ExtendedMoment:
     def add(self, x: Tensor, weight: float) -> None:
         """Add ``weight`` times the extended inputs' moment."""
         self._inner.add(x, weight)
-        new = self._extended_sum(x) * weight
+        new = self._extended_sum(x.to(summed_dtype(x))) * weight
         self._last_row = new if self._last_row is None else self._last_row + new
 
     def total(self) -> Tensor:
@@ -112,11 +113,11 @@ class LatestProduct:
         self._x: Tensor | None = None
         self._product = torch.empty(0)
 
-    def of(self, x: Tensor) -> Tensor:
-        """``Σ x xᵀ`` over all but the last axis."""
+    def of(self, x: Tensor, chosen: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        """``Σ x xᵀ`` over all but the last axis, of what is chosen of it, always the same."""
         if x is not self._x:
-            rows = x.reshape(-1, x.shape[-1])
-            self._x, self._product = x, rows.T @ rows
+            rows = chosen(x).reshape(-1, x.shape[-1])
+            self._x, self._product = x, product(rows.T, rows)
         return self._product
 
     def forget(self) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, unfold
 from torch.nn.grad import conv2d_weight
@@ -72,6 +73,34 @@ def patches(conv: Convolution2d, x: Tensor) -> Tensor:
     x, padding = _padded_explicitly(conv, x)
     columns = unfold(pad(x, padding), conv.kernel_size, dilation=conv.dilation, stride=conv.stride)
     return columns.transpose(1, 2)
+
+
+def patches_at(conv: Convolution2d, x: Tensor, index: Tensor) -> Tensor:
+    """The patches of some output pixels.
+
+    Args:
+        conv: The convolution.
+        x: Its input, shape ``[N, C, H, W]``.
+        index: The numbers of the output pixels, ``[N, m]``, row by row.
+
+    Returns:
+        One patch for each, shape ``[N, m, I]``, ordered as by :func:`patches`.
+    """
+    x, padding = _padded_explicitly(conv, x)
+    _, columns = _axes(conv, x, padding)
+    x = pad(x, padding)
+    width = x.shape[3]
+    (down, across), (below, beside) = conv.stride, conv.dilation
+    taps = [
+        k * below * width + l * beside
+        for k in range(conv.kernel_size[0])
+        for l in range(conv.kernel_size[1])
+    ]
+    first = index // columns.outputs * (down * width) + index % columns.outputs * across
+    pixels_NmK = first.unsqueeze(-1) + torch.tensor(taps, device=x.device)
+    N, C = x.shape[:2]
+    seen = x.flatten(2).gather(2, pixels_NmK.view(N, 1, -1).expand(-1, C, -1))
+    return seen.view(N, C, -1, len(taps)).transpose(1, 2).flatten(2)
 
 
 def patch_sum(conv: Convolution2d, x: Tensor) -> Tensor:

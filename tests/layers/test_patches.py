@@ -1,20 +1,21 @@
 """Second moments of patches, by correlations, against patches that are cut out one by one."""
 
+import re
 from itertools import product
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from curvlinops_diffusion.layers import patch_moments as patch_moments_module
+from curvlinops_diffusion.layers import patch_moments
 from curvlinops_diffusion.layers import patches as patches_module
+from curvlinops_diffusion.layers import spectral_sums as spectral_module
 from curvlinops_diffusion.layers.convolution import ConvolutionKind
-from curvlinops_diffusion.layers.patch_moments import (
-    PatchMoment,
-    _Geometry,
-    _PatchSums,
-    _SpectralSums,
-)
+from curvlinops_diffusion.layers.correlations import Geometry
+from curvlinops_diffusion.layers.moments import LatestProduct, second_moment
+from curvlinops_diffusion.layers.patch_moments import PatchMoment, _PatchSums
 from curvlinops_diffusion.layers.patches import (
     Convolution2d,
     _axes,
@@ -23,6 +24,8 @@ from curvlinops_diffusion.layers.patches import (
     patch_sum,
     patches,
 )
+from curvlinops_diffusion.layers.shifted_sums import ShiftedSums
+from curvlinops_diffusion.layers.spectral_sums import SpectralSums
 from tests.comparisons import assert_close
 from tests.reference import shared_inputs
 
@@ -94,12 +97,16 @@ def representatives(kernel):
     return list(first.values())
 
 
-def spectral(module, x):
+def by_correlations(kind, module, x):
     """The sums by correlations, whatever is cheaper."""
     padded, padding = _padded_explicitly(Convolution2d.of(module), x)
-    sums = _SpectralSums(_Geometry(*_axes(Convolution2d.of(module), padded, padding)), padded)
+    sums = kind(Geometry(*_axes(Convolution2d.of(module), padded, padding)), padded)
     sums.add(padded, 1.0)
     return sums.total()
+
+
+def spectral(module, x):
+    return by_correlations(SpectralSums, module, x)
 
 
 def chosen(module, x):
@@ -117,6 +124,7 @@ def assert_moments_equal_patches(module, x):
     assert ConvolutionKind().positions(module, x) == a.shape[1]
     assert_close(patch_sum(Convolution2d.of(module), x), a.sum(1), 1e-12)
     assert_close(spectral(module, x), truth, 1e-12)
+    assert_close(by_correlations(ShiftedSums, module, x), truth, 1e-12)
     assert_close(chosen(module, x), truth, 1e-12)
 
 
@@ -135,7 +143,7 @@ def test_moments_equal_patches(kernel):
 @pytest.mark.parametrize("kernel", [1, 3, (2, 4)], ids=lambda kernel: f"kernel {kernel}")
 def test_products_of_spectra(kernel, keep, monkeypatch):
     """Kept until the end where they take little memory, else transformed back at once."""
-    monkeypatch.setattr(patch_moments_module, "_MAX_PRODUCTS", keep)
+    monkeypatch.setattr(spectral_module, "_MAX_PRODUCTS", keep)
     for module, x in representatives(kernel)[::4]:
         a = shared_inputs(module, x).flatten(0, 1)
         assert_close(spectral(module, x), a.T @ a, 1e-12)
@@ -145,7 +153,7 @@ def test_products_of_spectra(kernel, keep, monkeypatch):
 @pytest.mark.parametrize("keep", [0, 1000], ids=["transformed at once", "kept"])
 @kernels
 def test_every_geometry(kernel, keep, monkeypatch):
-    monkeypatch.setattr(patch_moments_module, "_MAX_PRODUCTS", keep)
+    monkeypatch.setattr(spectral_module, "_MAX_PRODUCTS", keep)
     count = 0
     for module, x in geometries(kernel):
         assert_moments_equal_patches(module, x)
@@ -213,10 +221,93 @@ def test_the_cheaper_way_is_taken(kernel, size, spectral_wins):
     moment = PatchMoment(Convolution2d.of(module))
     moment.add(torch.randn(1, 2, size, size), 1.0)
     (sums,) = moment._sums.values()
-    assert isinstance(sums, _SpectralSums) == spectral_wins
+    assert isinstance(sums, SpectralSums) == spectral_wins
 
 
 def test_counted_multiplications():
     """A 3×3 convolution of stride 1 on 16×16 pixels: the figure of the module's description."""
-    geometry = _Geometry(*_axes(nn.Conv2d(1, 1, 3, padding=1), torch.zeros(1, 1, 16, 16), [1] * 4))
-    assert 13.5 < geometry.patch_cost / geometry.spectral_cost < 14.5
+    geometry = Geometry(*_axes(nn.Conv2d(1, 1, 3, padding=1), torch.zeros(1, 1, 16, 16), [1] * 4))
+    assert 13.5 < geometry.patch_cost / SpectralSums.cost(geometry) < 14.5
+    assert 4.8 < geometry.patch_cost / ShiftedSums.cost(geometry) < 5
+
+
+# ---------------------------------------------------------------------------------------------
+# On a GPU
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kernel", "size", "shifted_win"), [(3, 16, True), (1, 16, False)])
+def test_few_large_products_on_a_gpu(monkeypatch, kernel, size, shifted_win):
+    monkeypatch.setattr(patch_moments, "on_tensor_cores", lambda x: True)
+    module = nn.Conv2d(2, 2, kernel, padding=kernel // 2).double()
+    moment = PatchMoment(Convolution2d.of(module))
+    x = torch.randn(3, 2, size, size, dtype=torch.float64)
+    for part in x.split(2):
+        moment.add(part, 0.5)
+    a = shared_inputs(module, x).flatten(0, 1)
+    assert_close(moment.total(), 0.5 * a.T @ a, 1e-12)
+    (sums,) = moment._sums.values()
+    assert isinstance(sums, ShiftedSums) == shifted_win
+    again = PatchMoment(Convolution2d.of(module))
+    again.restore(moment.tensors())
+    assert torch.equal(again.total(), moment.total())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_sums_of_another_kind_of_device_are_refused(monkeypatch, first):
+    """And are not mistaken for none."""
+    module = nn.Conv2d(2, 2, 3, padding=1)
+    moments = []
+    for on_gpu in (first, not first):
+        monkeypatch.setattr(patch_moments, "on_tensor_cores", lambda x, on_gpu=on_gpu: on_gpu)
+        moments.append(PatchMoment(Convolution2d.of(module)))
+        if not moments[1:]:
+            moments[0].add(torch.randn(1, 2, 16, 16), 1.0)
+    with pytest.raises(ValueError, match="computed otherwise on 'cpu'"):
+        moments[1].restore(moments[0].tensors())
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_sums_of_low_precision_are_float32(kernel):
+    """On a GPU that need not be there: types and sizes alone."""
+    conv = Convolution2d.of(nn.Conv2d(4, 4, kernel, padding=kernel // 2))
+    with FakeTensorMode():
+        x = torch.empty(2, 4, 16, 16, dtype=torch.bfloat16, device="cuda")
+        moment = PatchMoment(conv)
+        moment.add(x, 1.0)
+        moment.add(x, 1.0)
+        total = moment.total()
+        products = second_moment(x.flatten(2)), LatestProduct().of(x.flatten(2))
+    assert total.shape == (4 * kernel**2, 4 * kernel**2)
+    assert all(z.dtype == torch.float32 and z.is_cuda for z in (total, *products))
+
+
+class _Launches(TorchDispatchMode):
+    """Counts what a GPU would be told to compute."""
+
+    VIEWS = re.compile(
+        r"aten\.(view|t|transpose|permute|expand|slice|select|as_strided|unbind|_unsafe)"
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not self.VIEWS.match(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_launches(monkeypatch):
+    """Of a 3×3 convolution and batch: each takes as long as a small product does."""
+    module = nn.Conv2d(2, 2, 3, padding=1)
+    x = torch.randn(2, 2, 16, 16)
+    found = {}
+    for on_gpu in (False, True):
+        monkeypatch.setattr(patch_moments, "on_tensor_cores", lambda x, on_gpu=on_gpu: on_gpu)
+        moment = PatchMoment(Convolution2d.of(module))
+        moment.add(x, 1.0)
+        with _Launches() as launches:
+            moment.add(x, 1.0)
+        found[on_gpu] = launches.count
+    assert found == {False: 26, True: 23}

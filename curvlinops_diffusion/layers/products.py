@@ -1,0 +1,39 @@
+"""Products of what layers see, summed in float32 where they come in lower precision.
+
+On a GPU its tensor cores do so by themselves: the factors of a product are in 16 bits, as the
+network left them, and its sums are not rounded to these.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LOW = (torch.bfloat16, torch.float16)
+
+
+def stays_low(z: Tensor) -> bool:
+    """Whether products of a tensor are summed in more bits than it has itself."""
+    return z.is_cuda and z.dtype in _LOW and "dtype" in torch.ops.aten.bmm.overloads()
+
+
+def summed_dtype(z: Tensor) -> torch.dtype:
+    """The precision of sums of products of a tensor."""
+    return torch.float32 if z.dtype in _LOW else z.dtype
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, weight: float) -> None:
+    """Add ``weight a b``, of two batches of matrices."""
+    if stays_low(a):
+        total.add_(product(a, b), alpha=weight)
+    else:
+        total.baddbmm_(a, b, alpha=weight)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a b``, of two matrices or of two batches of matrices."""
+    if not stays_low(a):
+        return a @ b
+    if a.ndim == 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a, b, out_dtype=torch.float32)
