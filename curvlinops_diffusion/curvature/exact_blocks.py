@@ -13,6 +13,7 @@ from math import prod
 from torch import Tensor
 
 from curvlinops_diffusion.layers import Layer
+from curvlinops_diffusion.layers.moments import MomentSums
 from curvlinops_diffusion.linalg.blocks import Block, DenseBlock, EigenBlock
 from curvlinops_diffusion.linalg.placement import Arrangement
 
@@ -45,11 +46,14 @@ class ExactBlock:
         """``(n, n)``, or ``(n,)`` for a diagonal."""
         return (self.num_entries,) * (1 + self.dense)
 
-    def second_moment(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        """``Σ_n g_n g_nᵀ``, or its diagonal, from gradients ``[N, *shape]`` by name."""
+    def add_to(self, sums: MomentSums, gradients: Mapping[str, Tensor]) -> None:
+        """Add ``Σ_n g_n g_nᵀ``, or its diagonal, from gradients ``[N, *shape]`` by name."""
         arrangement = Arrangement((self.num_entries, 1))
         g_nN = arrangement.gather([gradients[name].movedim(0, -1) for name in self.params])[:, 0]
-        return g_nN @ g_nN.T if self.dense else g_nN.square().sum(1)
+        if self.dense:
+            sums.add_second_moment(self.key, g_nN.T.unsqueeze(0))
+        else:
+            sums.add(self.key, g_nN.square().sum(1))
 
     def block(self, moment: Tensor) -> Block:
         """The block from its mean second moment."""

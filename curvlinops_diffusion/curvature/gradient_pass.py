@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from curvlinops_diffusion.curvature.loss_vectors import checked_loss_vectors
+from curvlinops_diffusion.curvature.loss_vectors import CheckedLossVectors
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.curvature.shared_batches import SharedBatches
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
@@ -59,7 +59,7 @@ class GradientPass:
 
         layers = plan.beside or plan.layers
         retried = ObservedRetrial(self.regression, layers)
-        vectors = checked_loss_vectors(self.regression, plan.options)
+        vectors = CheckedLossVectors(self.regression, plan.options)
         observer = Indexed(on_layer, objective.working_dtype)
         # of exact blocks no gradients of single examples are wanted
         factored = {layer.name for layer in layers if not isinstance(layer.kind, ExactKind)}
@@ -70,6 +70,7 @@ class GradientPass:
             def step(clean: CleanBatch) -> None:
                 for batch in shared.noised_batches(clean):
                     network.run(batch, vectors)
+                vectors.settle()
                 retried(clean)
 
             run_pass(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.curvature.loss_vectors import checked_loss_vectors
+from curvlinops_diffusion.curvature.loss_vectors import CheckedLossVectors
 from curvlinops_diffusion.curvature.options import KFACApprox
 from curvlinops_diffusion.curvature.plan import BlockPlan, Zeros
 from curvlinops_diffusion.curvature.position_samples import PositionSamples
@@ -26,7 +26,7 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers import ExactKind, Layer
 from curvlinops_diffusion.layers.kind import at_positions
 from curvlinops_diffusion.layers.mapped_gradients import mapped_gradients
-from curvlinops_diffusion.layers.moments import LatestProduct, second_moment
+from curvlinops_diffusion.layers.moments import LatestProduct, MomentSums, second_moment
 from curvlinops_diffusion.layers.observable import (
     CallCounter,
     Calls,
@@ -34,6 +34,7 @@ from curvlinops_diffusion.layers.observable import (
     call_patterns,
 )
 from curvlinops_diffusion.layers.observation import Observer, Observers, in_precision, observed
+from curvlinops_diffusion.layers.products import summable
 from curvlinops_diffusion.linalg.factors import identity_like
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, run_pass
 from curvlinops_diffusion.runtime.sums import Sums, Together, prefixed, within
@@ -89,7 +90,7 @@ def kronecker_factors(
     inputs = _InputFactors(plan, dtype, calls, backward, samples)
     outputs = _OutputFactors(plan, dtype, samples)
     exact = _ExactBlocks(regression, plan, dtype)
-    vectors = checked_loss_vectors(regression, plan.options)
+    vectors = CheckedLossVectors(regression, plan.options)
     running = Together({"inputs": inputs, "outputs": outputs, "exact": exact})
     observers = Observers([samples, inputs, outputs, exact])
     shared = SharedBatches(regression, plan.holders, observers)
@@ -99,6 +100,7 @@ def kronecker_factors(
         def step(clean: CleanBatch) -> None:
             for batch in shared.noised_batches(clean):
                 network.run(batch, vectors)
+            vectors.settle()
             retried(clean)
 
         run_pass(
@@ -171,7 +173,9 @@ class _InputFactors(Observer):
         if calls is not None and number not in calls.differentiated:
             return
         if x is not self._shown:  # layers that share an input share what is computed from it
-            self._shown, (self._x,) = x, in_precision([x], self._dtype)
+            # means over positions are no products
+            (z,) = [summable(x, self._dtype)] if self._expand else in_precision([x], self._dtype)
+            self._shown, self._x = x, z
         arrived = self._arrived.setdefault(layer.name, [])
         arrived.append(self._x)
         if calls is not None and len(arrived) == len(calls.differentiated):
@@ -272,7 +276,7 @@ class _MeanSums(Observer):
 
     def __init__(self, zeros: Mapping[str, Zeros]):
         self._zeros = zeros
-        self._sums = Sums()
+        self._sums = MomentSums()
         self._N = 0
 
     def start(self, batch: NoisedBatch) -> None:
@@ -306,22 +310,22 @@ class _OutputFactors(_MeanSums):
         if layer.name not in self._zeros:
             return
         if self._expand:
-            self._calls.add(layer.name, self._over_positions(layer.position_gradients(g)))
+            self._add_positions(layer.name, layer.position_gradients(g))
         else:
             b_NgSO = layer.gradients(g.to(self._dtype), self._N)
             self._calls.add(layer.name, b_NgSO.sum(-2, keepdim=True))
 
-    def _over_positions(self, b_NgSO: Tensor) -> Tensor:
-        """The sum of second moments, or what a sample of the positions tells of it."""
+    def _add_positions(self, key: str, b_NgSO: Tensor) -> None:
+        """Add the second moment over all positions, or what a sample of them tells of it."""
         S = b_NgSO.shape[-2]
         index = self._samples.of(len(b_NgSO), S)
-        if index is None:
-            return second_moment(b_NgSO.to(self._dtype))
-        return second_moment(at_positions(b_NgSO, index).to(self._dtype)) * (S / index.shape[1])
+        seen = b_NgSO if index is None else at_positions(b_NgSO, index)
+        weight = 1.0 if index is None else S / index.shape[1]
+        self._sums.add_second_moment(key, summable(seen, self._dtype), weight)
 
     def pulled_back(self, batch: NoisedBatch, v_BD: Tensor) -> None:
-        for name, total in self._calls.pop_all():
-            self._sums.add(name, total if self._expand else second_moment(total))
+        for name, total in self._calls.pop_all():  # with "reduce"
+            self._sums.add_second_moment(name, total)
 
 
 class _ExactBlocks(_MeanSums):
@@ -358,7 +362,7 @@ class _ExactBlocks(_MeanSums):
         arrived = dict(self._gradients.pop_all()) | mapped
         for block in self._blocks:
             if any(name in arrived for name in block.params):
-                self._sums.add(block.key, block.second_moment(arrived))
+                block.add_to(self._sums, arrived)
 
     def finish(self) -> None:
         self._inputs.clear()

@@ -13,7 +13,7 @@ from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.checks import check_prediction
 from curvlinops_diffusion.diffusion.draws import Draws
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.layers.observation import Vectors
+from curvlinops_diffusion.runtime.flags import DeviceFlag
 
 
 def loss_vectors(
@@ -62,24 +62,43 @@ def num_loss_vectors(options: KFACOptions, output_size: int) -> int:
     }[options.fisher_type]
 
 
-def checked_loss_vectors(regression: NoisedRegression, options: KFACOptions) -> Vectors:
-    """Loss vectors of a batch that is run forward and backward, once its predictions are finite.
+class CheckedLossVectors:
+    """Loss vectors of a batch that is run forward and backward, whose predictions are finite.
+
+    Whether a batch's predictions are is looked at when the next batch comes, or by :meth:`settle`,
+    so that a GPU need not be waited for in between. Until then sums may hold what is not finite.
 
     Args:
         regression: The source of random loss vectors, and of examples' names.
         options: Which curvature.
-
-    Returns:
-        Maps a batch and its prediction to loss vectors, each with whether more will follow. Raises
-        a ``ValueError`` that names the example and the level of a prediction that is not finite.
     """
 
-    def vectors(batch: NoisedBatch, prediction_BD: Tensor) -> Iterator[tuple[Tensor, bool]]:
-        names = map(regression.name_of, batch.indices)
-        check_prediction(prediction_BD, names, batch.level_B)
-        total = num_loss_vectors(options, prediction_BD.shape[1])
-        found = loss_vectors(batch, prediction_BD, regression.draws, options)
+    def __init__(self, regression: NoisedRegression, options: KFACOptions):
+        self._regression = regression
+        self._options = options
+        self._open: tuple[NoisedBatch, Tensor, DeviceFlag] | None = None
+
+    def __call__(self, batch: NoisedBatch, prediction_BD: Tensor) -> Iterator[tuple[Tensor, bool]]:
+        """Yield the loss vectors of a batch, each with whether more will follow."""
+        self.settle()
+        # a fraction of the price of looking at every entry
+        finite = DeviceFlag(prediction_BD.sum().isfinite())
+        self._open = batch, prediction_BD, finite
+        total = num_loss_vectors(self._options, prediction_BD.shape[1])
+        found = loss_vectors(batch, prediction_BD, self._regression.draws, self._options)
         for number, v_BD in enumerate(found, start=1):
             yield v_BD, number < total
 
-    return vectors
+    def settle(self) -> None:
+        """Look at the latest batch.
+
+        Raises:
+            ValueError: If a prediction is not finite, naming its example and level.
+        """
+        latest, self._open = self._open, None
+        if latest is None:
+            return
+        batch, prediction_BD, finite = latest
+        if not finite:
+            names = map(self._regression.name_of, batch.indices)
+            check_prediction(prediction_BD, names, batch.level_B)

@@ -61,7 +61,8 @@ class EmbeddingKind(SharingKind):
         def frequencies(x: Tensor) -> Tensor:
             tokens = x.flatten()
             weights = _counts(embedding, tokens).double()
-            return torch.bincount(tokens, weights=weights, minlength=embedding.num_embeddings)
+            counts = weights.new_zeros(embedding.num_embeddings)
+            return counts.index_add_(0, tokens, weights)  # a GPU need not be waited for
 
         return SummedMoment(frequencies)
 

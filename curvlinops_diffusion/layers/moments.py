@@ -9,14 +9,32 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from curvlinops_diffusion.layers.products import product, summed_dtype
-from curvlinops_diffusion.runtime.sums import Running, prefixed, within
+from curvlinops_diffusion.layers.products import add_product, product, summed_dtype
+from curvlinops_diffusion.runtime.sums import Running, Sums, prefixed, within
 
 
 def second_moment(z_NgSI: Tensor) -> Tensor:
     """``Σ_n Σ_s z zᵀ``: ``[N, S, I] -> [I, I]``, and group by group if there are groups."""
-    z = z_NgSI.movedim(0, -3).flatten(-3, -2)
+    z = _in_rows(z_NgSI)
     return product(z.mT, z)
+
+
+def _in_rows(z_NgSI: Tensor) -> Tensor:
+    return z_NgSI.movedim(0, -3).flatten(-3, -2)
+
+
+class MomentSums(Sums):
+    """Running sums of second moments, added to in place: in one product where there is a sum."""
+
+    def add_second_moment(self, key: str, z_NgSI: Tensor, weight: float = 1.0) -> None:
+        """Add ``weight`` times the :func:`second_moment`."""
+        z = _in_rows(z_NgSI)
+        if key not in self._sums:
+            self.add(key, product(z.mT, z) * weight)
+        elif z.ndim == 2:
+            add_product(self._sums[key].unsqueeze(0), z.T.unsqueeze(0), z.unsqueeze(0), weight)
+        else:
+            add_product(self._sums[key], z.mT, z, weight)
 
 
 class Moment(Running, Protocol):

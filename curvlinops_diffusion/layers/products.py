@@ -22,6 +22,13 @@ def summed_dtype(z: Tensor) -> torch.dtype:
     return torch.float32 if z.dtype in _LOW else z.dtype
 
 
+def summable(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of which products are summed in a precision; tokens as they are."""
+    if not z.is_floating_point() or (stays_low(z) and dtype == torch.float32):
+        return z
+    return z.to(dtype)
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor, weight: float) -> None:
     """Add ``weight a b``, of two batches of matrices."""
     if stays_low(a):
@@ -32,8 +39,10 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, weight: float) -> None:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a b``, of two matrices or of two batches of matrices."""
-    if not stays_low(a):
-        return a @ b
+    return _summed_in_float32(a, b) if stays_low(a) else a @ b
+
+
+def _summed_in_float32(a: Tensor, b: Tensor) -> Tensor:
     if a.ndim == 2:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.bmm(a, b, out_dtype=torch.float32)

@@ -6,7 +6,7 @@ from torch import nn
 
 from curvlinops_diffusion import DiffusionEKFACLinearOperator, DiffusionKFACLinearOperator
 from curvlinops_diffusion.curvature.kronecker_factors import kronecker_factors
-from curvlinops_diffusion.curvature.loss_vectors import checked_loss_vectors
+from curvlinops_diffusion.curvature.loss_vectors import CheckedLossVectors
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.draws import make_draws
@@ -90,7 +90,7 @@ def looped(regression, plan):
     (layer,) = plan.layers
     kind, module = layer.kind, layer.module
     A, B, seen = 0.0, 0.0, []
-    vectors = checked_loss_vectors(regression, plan.options)
+    vectors = CheckedLossVectors(regression, plan.options)
     consume = WholeLayers(lambda layer, xs, gs: seen.extend([xs, gs]), torch.float64)
     with observed(regression.objective, plan.layers, consume) as network:
         for batch in regression.batches():
