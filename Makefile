@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-slow test-upstream lint docs bench bench-full lds lds-lengths lds-remove lds-retrain exact-ggn coverage clean
+.PHONY: help demo test test-slow test-upstream lint docs bench bench-full bench-gpu lds lds-lengths lds-remove lds-retrain exact-ggn coverage clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
@@ -55,6 +55,7 @@ bench: $(VENV)/.installed-bench  ## the benchmarks, about 25 minutes, into bench
 	$(BIN)/python -m benchmarks.inverse_products --repeats 2
 	$(BIN)/python -m benchmarks.peak_memory
 	$(BIN)/python -m benchmarks.draws --repeats 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.positions
 	$(BIN)/python -m benchmarks.scaling --repeats 2
 	$(BIN)/python -m benchmarks.scoring --kronfluence
 	$(BIN)/python -m benchmarks.stored_gradients
@@ -67,6 +68,9 @@ bench-full: bench  ## the benchmarks that take longer as well
 		--not-decomposed
 	$(BIN)/python -m benchmarks.score_draws
 	$(BIN)/python -m benchmarks.refinement
+
+bench-gpu: $(VENV)/.installed-bench $(VENV)/.installed-tests  ## on a GPU: its tests, then times and memory, eight minutes
+	$(BIN)/python -m benchmarks.gpu
 
 lds-retrain: $(VENV)/.installed-bench  ## the linear data-modelling score from nothing: core-hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem digits

@@ -14,7 +14,9 @@ from benchmarks import (
     draws,
     eigenvalue_groups,
     exact_ggn,
+    gpu,
     peak_memory,
+    positions,
     refinement,
     shards,
     stored_gradients,
@@ -33,6 +35,7 @@ PROGRAMS = {
     "ggn_product": ["ggn_product"],
     "inverse_products": ["inverse_products"],
     "peak_memory": ["peak_memory"],
+    "positions": ["positions"],
     "refinement": ["refinement"],
     "report_page": ["report_page"],
     "scaling": ["scaling"],
@@ -47,6 +50,7 @@ RESULTS = [name for names in PROGRAMS.values() for name in names]
 def test_every_program_is_tested():
     helpers = {"__init__", "accuracy", "kronfluence_passes", "measure", "models", "problems"}
     helpers |= {"communication", "upstream"}
+    helpers |= {"gpu"}  # tested below: no card has been lent whose results could be kept
     programs = {p.stem for p in (ROOT / "benchmarks").glob("*.py")} - helpers
     assert programs == {call.split()[0] for call in PROGRAMS}
 
@@ -72,6 +76,7 @@ CUT = {
         "BANDS": 1,
     },
     "peak_memory": {"subprocess": SimpleNamespace(run=in_this_process)},
+    "positions": {"MOST": positions.MOST[::2]},
     "refinement": {"DAMPINGS": refinement.DAMPINGS[:1]},
     "shards": {"subprocess": SimpleNamespace(run=shard_in_this_process)},
     "stored_gradients": {"forms": lambda *sizes: stored_forms(*sizes)[::4]},
@@ -130,3 +135,30 @@ def kept(name):
 @pytest.mark.parametrize("name", RESULTS)
 def test_results_are_kept(name):
     assert {"machine", "question"} <= kept(name).keys()
+
+
+def test_what_is_measured_on_a_gpu(tmp_path, monkeypatch):
+    """Written after each measurement; what fails is noted, and the rest goes on."""
+    monkeypatch.setattr(gpu, "CASES", [gpu.CASES[0], gpu.CASES[5]])
+    written = []
+    report = gpu.report
+    monkeypatch.setattr(
+        gpu, "report", lambda *args: written.append(len(args[-1]["passes"])) or report(*args)
+    )
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate all of it.")
+
+    monkeypatch.setattr(gpu, "eigenvalue_moments", fail)
+    name, result = result_of("gpu", tmp_path, monkeypatch)
+    assert name == "gpu"
+    assert written == sorted(written)
+    assert len(set(written)) == len(result["passes"]) - 1  # those of scores are written together
+    rows = {(row["network"], row["pass"]): row for row in result["passes"]}
+    for case in gpu.CASES:
+        assert rows[case.name, "training pass"]["training_passes"] == 1
+        assert rows[case.name, "K-FAC factors"]["training_passes"] > 0
+        assert rows[case.name, "EK-FAC eigenvalues"]["failed"].startswith("CUDA out of memory")
+    assert rows[gpu.CASES[0].name, "curvlinops K-FAC factors"]["seconds"] > 0
+    assert rows[gpu.CASES[1].name, "EK-FAC"]["seconds"] > 0
+    assert not (tmp_path / ".gpu_cpu.json").exists()

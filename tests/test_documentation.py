@@ -103,6 +103,14 @@ def test_what_the_documentation_says_of_the_results():
     found = {row["index"]: row["top_10_found"] for row in result_of("stored_gradients")["indexes"]}
     assert found["SQ8"] == 1
     assert 0.7 < found["IVF16,Flat, 4 of 16 clusters"] < found["IVF16,Flat, 8 of 16 clusters"] < 0.9
+    samples = {row["positions"]: row for row in result_of("positions")["positions"]}
+    assert 1 < samples["256"]["error_B"] / samples["all"]["error_B"] < 1.015
+    assert 1.25 < samples["64"]["error_B"] / samples["all"]["error_B"] < 1.33
+    for row in samples.values():  # no gain for a given error
+        assert (
+            row["squared_error_B_times_seconds"]
+            > 0.99 * samples["all"]["squared_error_B_times_seconds"]
+        )
     best: dict[float, dict[str, float]] = {}
     for row in result_of("refinement")["preconditioners"]:
         best.setdefault(row["damping"], {})[row["preconditioner"]] = row["error_after_60"]

@@ -11,7 +11,7 @@ from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, o
 
 _COUNTS = (
     *("resolution", "batch_size", "num_draws", "query_draws", "query_block"),
-    *("mc_samples", "gradient_group", "top", "num_parts", "bootstrap"),
+    *("mc_samples", "gradient_group", "max_positions", "top", "num_parts", "bootstrap"),
 )
 _POSITIVE = ("ridge", "step", "max_memory")
 _NOT_NEGATIVE = (
@@ -181,6 +181,8 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
             shampoo and rank-one from gradients.
         gradient_group: The number of images whose gradients are added up before they are squared
             in the second pass of EK-FAC; more is cheaper and less exact.
+        max_positions: The number of pixels or tokens of an image and draw that a layer's factors
+            are computed from, at most; a random sample where there are more. By default all.
         sharded: Each process of torchrun keeps the blocks of some layers only, and writes a file of
             its own.
         max_memory: Gigabytes that factors may take beside the network and a training pass; where
@@ -198,12 +200,13 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     mc_samples: int = 1
     kfac_approx: Literal["expand", "reduce", "shampoo", "rank-one"] = "expand"
     gradient_group: int = 1
+    max_positions: int | None = None
     sharded: bool = False
     max_memory: float | None = None
 
     def kfac_options(self) -> dict[str, Any]:
         """Select the options that K-FAC and EK-FAC take, by their names there."""
-        names = ["fisher_type", "mc_samples", "kfac_approx"]
+        names = ["fisher_type", "mc_samples", "kfac_approx", "max_positions"]
         names += ["gradient_group"] if self.curvature == "ekfac" else []
         return {name: getattr(self, name) for name in names}
 

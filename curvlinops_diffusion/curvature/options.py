@@ -92,6 +92,7 @@ class KFACOptions:
             check_count("max_dense", self.max_dense)
         if self.max_positions is not None:
             check_count("max_positions", self.max_positions)
+            self._check_expanded()
         self._check_draws()
         self._check_gradients()
 
@@ -110,6 +111,15 @@ class KFACOptions:
                 f"gradient_group={self.gradient_group} {arrived}. Only the gradients of 'mc' are "
                 "independent with mean zero, so that squares of their sums are unbiased; pass "
                 "gradient_group=1."
+            )
+
+    def _check_expanded(self) -> None:
+        """Check what samples positions."""
+        if self.kfac_approx is not KFACApprox.EXPAND:
+            raise ValueError(
+                f"max_positions={self.max_positions} arrived with "
+                f"kfac_approx={self.kfac_approx.value!r}, which sums over positions before it "
+                "multiplies. Leave it out, or pass 'expand'."
             )
 
     def _check_gradients(self) -> None:

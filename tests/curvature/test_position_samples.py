@@ -232,3 +232,5 @@ def test_exact_parts_stay_exact():
 def test_refused():
     with pytest.raises(ValueError, match="max_positions"):
         KFACOptions(max_positions=0)
+    with pytest.raises(ValueError, match="sums over positions before it multiplies"):
+        KFACOptions(max_positions=64, kfac_approx="reduce")
