@@ -128,6 +128,10 @@ class ConvolutionKind(SharingKind):
             return super().input_sum(module, x)
         return patch_sum(planar, _as_images(module, x))
 
+    def input_norm(self, module: nn.Module, x: Tensor) -> Tensor:
+        """From sums over windows."""
+        return self.input_sum(module, x.square()).sum().sqrt()
+
     def input_moment(self, module: nn.Module, latest: LatestProduct) -> Moment:
         """Without patches, where that is cheaper."""
         convolution = module

@@ -51,7 +51,7 @@ class EmbeddingKind(SharingKind):
 
     def input_norm(self, module: nn.Module, x: Tensor) -> Tensor:
         """One-hot vectors have norm one."""
-        return torch.tensor(float(x.numel())).sqrt()
+        return torch.tensor(float(x.numel()), device=x.device).sqrt()
 
     def input_moment(self, module: nn.Module, latest: LatestProduct) -> Moment:
         """Count each token: the diagonal of the second moment, in float64."""

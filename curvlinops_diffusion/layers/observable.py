@@ -29,7 +29,7 @@ from curvlinops_diffusion.layers.observation import (
     observed,
     one_vector,
 )
-from curvlinops_diffusion.runtime.checks import check_finite
+from curvlinops_diffusion.runtime.checks import check_finite_count
 from curvlinops_diffusion.runtime.modes import recomputation_named
 from curvlinops_diffusion.runtime.precision import settled
 from curvlinops_diffusion.runtime.processes import answered
@@ -128,17 +128,15 @@ def _seen_otherwise(
     # examples of different weight, so that they are told apart
     share_B = 1 / torch.arange(1.0, N + 1, dtype=dtype, device=objective.device)
     true = _true_gradients(objective, layers, batch, share_B)
-    # a gradient that vanishes, as of what a later norm subtracts, arrives as rounding noise
-    norms = [float(gradient.norm()) for gradient in true.values() if gradient is not None]
-    noise = 10 * objective.rounding * max(norms, default=0.0)
-    wrong = {name for name, gradient in true.items() if gradient is not None}
     shapes: dict[str, str] = {}
+    # of all layers, read together at the end: a GPU would be waited for at each
+    not_finite: list[tuple[Layer, int, Tensor]] = []
+    compared: dict[str, Tensor] = {}
 
     def compare(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
-        for g in gs:
-            check_finite(g, f"The gradient in the output of the layer of '{layer.params[0]}'")
-        # or norms overflow
-        largest = scale = max(float(g.abs().max()) for g in gs) or 1.0
+        not_finite.extend((layer, g.numel(), (~g.isfinite()).sum()) for g in gs)
+        largest = torch.stack([g.abs().max() for g in gs]).max()
+        largest = scale = torch.where(largest == 0, 1, largest)  # or norms overflow
         terms = torch.cat([g.flatten() / largest for g in gs]).norm()
         for name, rows in layer.example_gradients(xs, gs, N).items():
             seen, gradient = torch.tensordot(share_B, rows, 1), true[name]
@@ -146,13 +144,10 @@ def _seen_otherwise(
             # the terms of a gradient may cancel, so errors are measured against the terms
             allowed = objective.rounding**0.5 * terms * _input_norm(layer, name, xs, gs)
             if sharded:  # others have other examples, and the true gradient is of all
-                seen, largest = mean_over_processes(seen), 1.0
+                seen, largest = mean_over_processes(seen), torch.ones_like(scale)
                 allowed = mean_over_processes(allowed * scale)
             difference = ((seen - truth) / largest).norm()
-            if difference <= allowed or difference * largest <= noise:
-                wrong.discard(name)
-            else:
-                wrong.add(name)
+            compared[name] = torch.stack([difference, allowed, largest])
 
     def unreadable(layer: Layer, shape: torch.Size) -> None:
         shapes[layer.name] = (
@@ -163,10 +158,12 @@ def _seen_otherwise(
     whole = WholeLayers(compare, dtype)
     with observed(objective, layers, whole, unreadable=unreadable) as network:
         network.run(batch, one_vector(batch.loss_gradient))
+    _check_all_finite(not_finite)
+    wrong = _beyond_rounding(compared, true, objective.rounding)
     reason = (
         "its layer's inputs and outputs do not give its gradient (it is used outside the layer's "
         "call, the layer computes more than its type says, or the first axis does not hold one "
-        "example after the other)"
+        f"example after the other); they differ by more than {objective.autocast or dtype} rounds"
     )
     return {
         name: shapes.get(layer.name, reason)
@@ -174,6 +171,42 @@ def _seen_otherwise(
         for name in layer.params
         if layer.name in shapes or wrong & set(layer.params)
     }
+
+
+def _check_all_finite(found: Sequence[tuple[Layer, int, Tensor]]) -> None:
+    """Check gradients in layers' outputs: of each its layer, its entries, and how many are not.
+
+    Raises:
+        ValueError: If some are not finite.
+    """
+    counts = torch.stack([count for *_, count in found]).tolist() if found else []
+    for (layer, entries, _), count in zip(found, counts, strict=True):
+        what = f"The gradient in the output of the layer of '{layer.params[0]}'"
+        check_finite_count(what, count, entries)
+
+
+def _beyond_rounding(
+    compared: Mapping[str, Tensor], true: Mapping[str, Tensor | None], rounding: float
+) -> set[str]:
+    """The parameters whose gradients differ from the true ones by more than rounding.
+
+    Args:
+        compared: By how much they differ and may, and the scale of both, by name.
+        true: The true ones; ``None`` for those that have none.
+        rounding: The relative rounding error.
+    """
+    own = {name: gradient for name, gradient in true.items() if gradient is not None}
+    # a gradient that vanishes, as of what a later norm subtracts, arrives as rounding noise
+    norms = [gathered(gradient.norm()) for gradient in own.values()]
+    noise = 10 * rounding * max(torch.stack(norms).tolist(), default=0.0) if norms else 0.0
+    wrong = set(own)
+    rows = torch.stack(list(compared.values())).tolist() if compared else []
+    for name, (difference, allowed, largest) in zip(compared, rows, strict=True):
+        if difference <= allowed or difference * largest <= noise:
+            wrong.discard(name)
+        else:
+            wrong.add(name)
+    return wrong
 
 
 def _true_gradients(
@@ -214,10 +247,12 @@ def _accumulated_gradients(
             p.grad = before[name]
 
 
-def _input_norm(layer: Layer, name: str, xs: Sequence[Tensor], gs: Sequence[Tensor]) -> float:
+def _input_norm(
+    layer: Layer, name: str, xs: Sequence[Tensor], gs: Sequence[Tensor]
+) -> Tensor | float:
     """The norm of what multiplies the gradients in a layer's outputs to give a parameter's."""
     if name == layer.weight and isinstance(layer.kind, SharingKind):
-        return sum(float(layer.kind.input_norm(layer.module, x)) for x in xs)
+        return torch.stack([layer.kind.input_norm(layer.module, x) for x in xs]).sum()
     return float(sum(g.numel() for g in gs)) ** 0.5  # ones, or normalised inputs
 
 

@@ -63,8 +63,18 @@ def check_finite(tensor: Tensor, what: str) -> None:
         ValueError: If it is not; ``what`` says which quantity and layer.
     """
     if not torch.isfinite(tensor).all():
-        count = int((~torch.isfinite(tensor)).sum())
-        raise ValueError(
-            f"{what} has {count} entries that are NaN or infinite (of {tensor.numel()}). Check the "
-            "model's weights and the data; if the model runs in float16 or bfloat16, try float32."
-        )
+        check_finite_count(what, int((~torch.isfinite(tensor)).sum()), tensor.numel())
+
+
+def check_finite_count(what: str, count: int, entries: int) -> None:
+    """Check that of a computed quantity's entries none were found that are not finite.
+
+    Raises:
+        ValueError: If some were; ``what`` says which quantity and layer.
+    """
+    if count == 0:
+        return
+    raise ValueError(
+        f"{what} has {count} entries that are NaN or infinite (of {entries}). Check the model's "
+        "weights and the data; if the model runs in float16 or bfloat16, try float32."
+    )
