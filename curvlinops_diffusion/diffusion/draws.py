@@ -170,16 +170,11 @@ class Draws:
         return -drawn if self.antithetic and r % 2 else drawn
 
     def _normal(self, stream: _Stream, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
-        return torch.stack(
-            [
-                torch.from_numpy(
-                    _generator(self.seed, stream, n, r).standard_normal(
-                        tuple(shape), dtype=np.float32
-                    )
-                )
-                for n in n_B
-            ]
-        )
+        size = tuple(shape)
+        # by NumPy alone, in whose functions other threads go on
+        drawn = [_generator(self.seed, stream, n, r) for n in n_B]
+        rows = [generator.standard_normal(size, dtype=np.float32) for generator in drawn]
+        return torch.from_numpy(np.stack(rows))
 
     def probe(self, n_B: Sequence[int], r: int, k: int, size: int, probe_type: ProbeType) -> Tensor:
         """Loss vector ``k`` of draw ``r``: ``E[u uᵀ] = I``, shape ``[B, size]``."""

@@ -8,6 +8,7 @@ from copy import copy
 from dataclasses import replace
 from hashlib import sha256
 from itertools import islice
+from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -26,10 +27,13 @@ from curvlinops_diffusion.diffusion.draws import Draws, make_draws
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.recipe import Recipe
 from curvlinops_diffusion.diffusion.scaled_model import ScaledModel, scaled
+from curvlinops_diffusion.runtime.ahead import one_ahead
 from curvlinops_diffusion.runtime.digests import fingerprint, tensor_parts
 from curvlinops_diffusion.runtime.sharded_networks import is_sharded
 
 T = TypeVar("T")
+# so many entries of noise take longer than a thread takes to start
+_WORTH_A_THREAD = 2**15
 
 
 def check_regression(value: Any) -> None:
@@ -340,16 +344,26 @@ class NoisedRegression:
         masks = [self.objective.encode_mask(version.mask) for version in augmented]
         shape = versions[0].mean.shape[1:]
         dropout = self.objective.condition_dropout
-        for r in range(self.num_draws):
+        encodes_std = versions[0].std is not None
+
+        def drawn(r: int) -> tuple[Tensor, Tensor, Tensor | None]:
+            eps, input_eps = self.recipe.noise(draws, indices, r, shape)
+            latent = draws.latent_noise(indices, r, shape) if encodes_std else None
+            return eps, input_eps, latent
+
+        # a GPU would wait for noise that is drawn when it is wanted
+        worth_it = len(indices) * prod(shape) >= _WORTH_A_THREAD
+        noise = (one_ahead if worth_it else map)(drawn, range(self.num_draws))
+        for r, (eps, input_eps, latent) in enumerate(noise):
             version_B = draws.versions(indices, r, len(versions))
             encoded, mask = chosen_versions(versions, masks, version_B)
             x0, condition = encoded.mean, encoded.condition
             if encoded.std is not None:
-                x0 = x0 + encoded.std * draws.latent_noise(indices, r, shape).to(x0)
+                assert latent is not None
+                x0 = x0 + encoded.std * latent.to(x0)
             if dropout > 0:
                 dropped_B = draws.dropped(indices, r, dropout)
                 condition = self.objective.drop_condition(condition, dropped_B)
-            eps, input_eps = self.recipe.noise(draws, indices, r, shape)
             level_B = draws.levels(indices, r)
             batch = self.objective.noise(x0, condition, level_B, eps, indices, r, input_eps, mask)
             yield replace(batch, weight_B=self.recipe.weighted(batch.weight_B, indices))
