@@ -88,6 +88,36 @@ def test_retraining_goes_on(retrained, tmp_path):
     assert torch.equal(again, values)
 
 
+def test_retraining_goes_on_from_its_result(retrained, tmp_path, monkeypatch):
+    """As if the work folder were lost: what the file lacks is trained, with the same values."""
+    path, whole = tmp_path / "tiny.safetensors", load_file(retrained / "tiny.safetensors")
+    work = tmp_path / "first"
+    shutil.copytree(retrained / "tiny", work / "tiny")
+    for name in ("half001_seed0", "half003_seed1"):
+        (work / "tiny" / f"{name}.safetensors").unlink()
+    problem = PROBLEMS["tiny"]
+    base = load_file(work / "tiny" / "base.safetensors")
+    retrain.pack(problem, work / "tiny", path, base)
+    assert retrain.networks_done(load_file(path)).sum() == 6
+    with pytest.raises(ValueError, match="holds 6 of 8 retrained networks"):
+        run(evaluate, "--work", work, "--output", tmp_path, "--retrained", tmp_path)
+    trained = []
+    monkeypatch.setattr(type(problem), "trained", _noting(type(problem).trained, trained))
+    run(retrain, "--work", tmp_path / "second", "--output", tmp_path)
+    assert len(trained) == 2
+    again = load_file(path)
+    assert again.keys() == whole.keys()
+    assert [name for name, z in again.items() if not torch.equal(z, whole[name])] == []
+
+
+def _noting(function, notes):
+    def noted(*args, **kwargs):
+        notes.append(args)
+        return function(*args, **kwargs)
+
+    return noted
+
+
 def evaluated(folder, output, *more):
     """The methods of the result, and when their predictions were made."""
     where = ("--work", folder, "--output", output, "--retrained", folder)

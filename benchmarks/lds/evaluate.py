@@ -23,7 +23,14 @@ from torch import Tensor
 from benchmarks.lds import methods, score
 from benchmarks.lds.methods import METHODS, Scores, Setting
 from benchmarks.lds.problems import LATE, MEASUREMENTS, PROBLEMS, Problem
-from benchmarks.lds.retrain import FOLDER, NETWORKS, is_kept, result, weights_under
+from benchmarks.lds.retrain import (
+    FOLDER,
+    NETWORKS,
+    is_kept,
+    networks_done,
+    result,
+    weights_under,
+)
 from benchmarks.measure import arguments, date, report, version_of
 from curvlinops_diffusion import LinearDatamodellingScore
 from curvlinops_diffusion.runtime.digests import digest_of
@@ -90,6 +97,12 @@ def setting_of(
         raise ValueError(
             f"{path} holds networks of another problem than {problem.name} is now. Retrain them by "
             "benchmarks.lds.retrain, or give --retrained another folder."
+        )
+    done_HS = networks_done(tensors)
+    if not done_HS.all():
+        raise ValueError(
+            f"{path} holds {int(done_HS.sum())} of {done_HS.numel()} retrained networks. Go on by "
+            f"`python -m benchmarks.lds.retrain --problem {problem.name}`."
         )
     weights = weights_under("weights/", tensors)
     return Setting(problem, weights, tensors["generated"], draws), (header, tensors)

@@ -3,7 +3,8 @@
 One file for each network in a work folder, so that a run that was killed goes on. Writes
 ``benchmarks/lds/digits.safetensors`` (or ``photographs.safetensors``): the network trained on all
 images and its late checkpoints, its samples, the halves, and the measurements of the retrained
-networks.
+networks; of those that are still to be trained NaN. Where the work folder is lost, a run goes on
+from such a file.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ NETWORKS = FileKind("retrained", "retrained networks", "Run benchmarks.lds.retra
 
 
 FOLDER = Path(__file__).parent
+# networks, after which the result is written
+SAVED_EVERY = 8
 
 
 def result(problem: Problem, folder: Path = FOLDER) -> Path:
@@ -49,11 +52,18 @@ def weights_under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def run_all(work: Callable[[Any], float], jobs: Sequence[Any], processes: int) -> None:
+def run_all(
+    work: Callable[[Any], float],
+    jobs: Sequence[Any],
+    processes: int,
+    now_and_then: Callable[[], None] = lambda: None,
+) -> None:
     """Train networks in several processes, and say how far that is."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for done, seconds in enumerate(pool.imap(work, jobs), start=1):
             print(f"{done}/{len(jobs)} networks, the latest took {seconds:.0f} s", flush=True)
+            if done % SAVED_EVERY == 0:
+                now_and_then()
 
 
 def base(problem: Problem, work: Path) -> dict[str, Tensor]:
@@ -108,12 +118,23 @@ def main() -> None:
     work = options.work / problem.name
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # as the retrained ones; and the same result on every machine size
+    path = result(problem, options.output)
+    unpack(problem, work, path)
     tensors = base(problem, work)
     halves = range(problem.num_halves)
     # seeds of a half in turn, so that their agreement shows early
     jobs = [(problem.name, work, half, seed) for half in halves for seed in range(SEEDS)]
-    run_all(retrain, jobs, options.processes)
-    read = [[_read(work, half, seed) for seed in range(SEEDS)] for half in halves]
+    run_all(retrain, jobs, options.processes, lambda: pack(problem, work, path, tensors))
+    pack(problem, work, path, tensors)
+    print(f"Wrote {path}")
+
+
+def pack(problem: Problem, work: Path, path: Path, base: Mapping[str, Tensor]) -> None:
+    """Write what there is as one file."""
+    read = [
+        [_read(problem, work, half, seed) for seed in range(SEEDS)]
+        for half in range(problem.num_halves)
+    ]
     values_HSMQ = torch.stack([torch.stack([values for values, _ in row]) for row in read])
     header = {
         "machine": machine(),
@@ -124,13 +145,40 @@ def main() -> None:
         "measurements": MEASUREMENTS,
         "measured_draws": problem.measured_draws,
     }
-    path = result(problem, options.output)
-    NETWORKS.write(path, {**tensors, "values": values_HSMQ, "halves": problem.halves()}, header)
-    print(f"Wrote {path}: values {tuple(values_HSMQ.shape)}")
+    NETWORKS.write(path, {**base, "values": values_HSMQ, "halves": problem.halves()}, header)
 
 
-def _read(work: Path, half: int, seed: int) -> tuple[Tensor, float]:
-    header, tensors = NETWORKS.read(work / f"half{half:03}_seed{seed}.safetensors")
+def unpack(problem: Problem, work: Path, path: Path) -> None:
+    """Put what an unfinished file holds into a work folder that does not have it."""
+    if not is_kept(NETWORKS, path, problem=problem.description):
+        return
+    header, tensors = NETWORKS.read(path)
+    done_HS = networks_done(tensors)
+    if done_HS.all():
+        return
+    base = {k: z for k, z in tensors.items() if k not in ("values", "halves")}
+    described = {"problem": problem.description}
+    # of each network only their sum is known
+    each = float(header["core_seconds"]) / max(1, int(done_HS.sum()))
+    found = {"base": (base, described)}
+    for half, seed in done_HS.nonzero().tolist():
+        values = {"values": tensors["values"][half, seed].contiguous()}
+        found[f"half{half:03}_seed{seed}"] = values, {"seconds": each, **described}
+    for name, (own, said) in found.items():
+        if not (work / f"{name}.safetensors").exists():
+            NETWORKS.write(work / f"{name}.safetensors", own, said)
+
+
+def networks_done(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Which networks have been retrained, ``[H, S]``."""
+    return tensors["values"].isfinite().flatten(2).all(2)
+
+
+def _read(problem: Problem, work: Path, half: int, seed: int) -> tuple[Tensor, float]:
+    path = work / f"half{half:03}_seed{seed}.safetensors"
+    if not is_kept(NETWORKS, path, problem=problem.description):
+        return torch.full((len(MEASUREMENTS), 2 * problem.num_queries), torch.nan), 0.0
+    header, tensors = NETWORKS.read(path)
     seconds: Any = header["seconds"]
     return tensors["values"], float(seconds)
 
