@@ -14,6 +14,7 @@ from diffusers import DDPMScheduler
 from matplotlib.colors import SymLogNorm
 from quoted_numbers import result_of
 from sklearn.datasets import load_digits
+from tables import PROBLEM_NAMES
 from torch import nn
 
 from curvlinops_diffusion import (
@@ -36,7 +37,7 @@ METHODS = (
     "kernel regression on pixels, squared",
 )
 #: The data sets that it shows.
-PROBLEMS = ("digits", "photographs")
+PROBLEMS = ("digits", "fashion", "photographs")
 #: The methods of the figure of the training's length, and what it calls them.
 AT_LENGTHS = {
     "EK-FAC": "EK-FAC influence",
@@ -163,7 +164,9 @@ def retraining() -> plt.Figure:
                 label=kind,
             )
             axis.axvline(result["ceilings"][cell], color=color, linestyle=":", linewidth=1)
-        axis.set(title=problem, xlabel="linear data-modelling score", xlim=(-0.05, 0.95))
+        axis.set(
+            title=PROBLEM_NAMES[problem], xlabel="linear data-modelling score", xlim=(-0.05, 0.95)
+        )
         axis.set_yticks(range(len(METHODS)), [_label(rows, method) for method in METHODS])
     axes[-1].legend(frameon=False, fontsize=8, loc="lower right")
     return figure

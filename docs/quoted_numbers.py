@@ -62,7 +62,7 @@ def _seeds() -> dict[str, str]:
     """The correlation of two trainings on the same half, of the loss."""
     return {
         f"seeds, {problem}, {kind}": f"{agreement[f'loss, {kind}']:.2f}"
-        for problem in ("digits", "photographs")
+        for problem in ("digits", "fashion", "photographs")
         for agreement in [result_of(f"lds_{problem}")["agreement_of_seeds"]]
         for kind in ("held-out", "generated")
     }
@@ -73,13 +73,12 @@ def _digits() -> dict[str, str]:
     rows = {(r["method"], r["cell"]): r for r in result_of("lds_digits")["methods"]}
     shown = {place: row.get("default", row["best"]) for place, row in rows.items()}
     found = {}
+    fashion = {(r["method"], r["cell"]): r for r in result_of("lds_fashion")["methods"]}
     for kind in ("held-out", "generated"):
         cell = f"loss, {kind}"
+        found[f"default, fashion, {kind}"] = _with_interval(fashion[DEFAULT, cell]["default"])
         found[f"recipe, 250 draws, {kind}"] = f"{shown[f'{RECIPE}, 250 draws', cell]['lds']:.2f}"
-        default = shown[DEFAULT, cell]
-        found[f"default, digits, {kind}"] = (
-            f"{default['lds']:.2f} [{default['low']:.2f}, {default['high']:.2f}]"
-        )
+        found[f"default, digits, {kind}"] = _with_interval(shown[DEFAULT, cell])
         for what, (one, other) in {
             "squaring": (DEFAULT, "K-FAC, regression on loss and prediction"),
             "squaring pixels": (f"{PIXELS}, squared", PIXELS),
@@ -102,6 +101,10 @@ def _digits() -> dict[str, str]:
     found["before conjugate gradients"] = f"{shown['EK-FAC', 'loss, generated']['lds']:.2f}"
     found["after conjugate gradients"] = f"{refined['lds']:.2f}"
     return found
+
+
+def _with_interval(score: dict[str, Any]) -> str:
+    return f"{score['lds']:.2f} [{score['low']:.2f}, {score['high']:.2f}]"
 
 
 def _lengths() -> dict[str, str]:

@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 from quoted_numbers import numbers
-from tables import RESULTS, lds_cells
+from tables import PROBLEM_NAMES, RESULTS, lds_cells
 
 README = Path(__file__).parent.parent / "README.md"
 MARKERS = ("<!-- by docs/readme.py -->\n", "<!-- end -->\n")
@@ -51,7 +51,7 @@ def _table() -> str:
     for path in sorted(RESULTS.glob("lds_*_cpu.json")):
         head, *rows = lds_cells(json.loads(path.read_text()), METHODS)
         labels = ["", *(row[0] for row in rows)]
-        problem = path.stem.split("_")[1]
+        problem = PROBLEM_NAMES[path.stem.split("_")[1]]
         for column, cell in enumerate(head):
             if str(cell).startswith("loss, "):
                 title = f"{problem}, {str(cell).removeprefix('loss, ')}"

@@ -113,6 +113,14 @@ def _of_records(records: Sequence[dict[str, object]]) -> list[Row]:
     return [head, *(tuple(record.values()) for record in records)]
 
 
+#: What the retrained problems are called.
+PROBLEM_NAMES = {
+    "digits": "digits",
+    "fashion": "Fashion-MNIST",
+    "photographs": "photographs",
+}
+
+
 def lds_cells(result: dict[str, Any], methods: Sequence[str] | None = None) -> list[Row]:
     """Linear data-modelling scores with intervals: at the default damping, or else the best one.
 

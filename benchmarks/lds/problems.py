@@ -1,4 +1,4 @@
-"""Two problems on which networks are retrained: scikit-learn's digits, and its photographs.
+"""Problems on which networks are retrained: digits, Fashion-MNIST, and patches of photographs.
 
 Legend: N training images, Q queries, M measurements.
 """
