@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
 from functools import partial
 from hashlib import sha256
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.runtime.adapters import common_names
-from curvlinops_diffusion.runtime.sharded_networks import gathered
+from curvlinops_diffusion.runtime.ahead import beside
+from curvlinops_diffusion.runtime.sharded_networks import gathered, is_sharded
+from curvlinops_diffusion.runtime.unchanged import marks
+
+# The latest digests of networks, and by what it is told that these have not changed
+_latest: WeakKeyDictionary[nn.Module, tuple[list[Any], dict[str, str]]] = WeakKeyDictionary()
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """Digests of a model's parameters and buffers: of their names and shapes, and of their values.
 
-    The name of a single adapter makes no difference.
+    The name of a single adapter makes no difference. The weights are read once, until they change.
 
     Args:
         model: The model.
@@ -28,8 +34,42 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     Returns:
         Hexadecimal digests under ``'structure'`` and ``'weights'``.
     """
+    return _read_once(model, _tensors(model))
+
+
+def fingerprint_beside(model: nn.Module, device: torch.device) -> Callable[[], dict[str, str]]:
+    """Start to read a model's digests beside other work, which changes nothing in it.
+
+    Weights take a second for every gigabyte, which is a training pass of a large network.
+
+    Returns:
+        Waits for what :func:`fingerprint` returns.
+    """
+    # the tensors are looked up now, since a pass may put others in their place for a while
+    read = partial(_read_once, model, _tensors(model))
+    # what is gathered from all processes must be so in order
+    return read if is_sharded(model) else beside(read, device)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {k: z for k, z in model.state_dict().items() if isinstance(z, Tensor)}
+
+
+def _read_once(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """A model's digests, from its tensors by name if these are not as they were."""
+    if is_sharded(model):  # all processes must gather alike
+        return _digests(state)
+    now = marks(state)
+    before, found = _latest.get(model, (None, {}))
+    if now != before:
+        found = _digests(state)
+        _latest[model] = now, found
+    return dict(found)
+
+
+def _digests(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Those of a model's tensors by name."""
     structure, weights = sha256(), sha256()
-    state = {k: z for k, z in model.state_dict().items() if isinstance(z, Tensor)}
     common = common_names(state)
     for key in sorted(state, key=common.__getitem__):
         name, tensor = common[key], state[key]

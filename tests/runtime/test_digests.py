@@ -1,7 +1,9 @@
 """Digests tell apart what is not the same, and are alike in every process."""
 
+import copy
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,9 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from curvlinops_diffusion import DiffusionKFACLinearOperator
 from curvlinops_diffusion.influence.measurements.bounds import ELBO, SimplifiedELBO
 from curvlinops_diffusion.influence.measurements.losses import WeightedLoss, loss
-from curvlinops_diffusion.runtime.digests import digest_of, name_of
+from curvlinops_diffusion.runtime import digests
+from curvlinops_diffusion.runtime.digests import digest_of, fingerprint, name_of
+from tests.cases import unet_regression
 
 
 def scaled(factor):
@@ -77,3 +82,83 @@ def test_in_another_process():
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
     ).stdout
     assert found.split() == [name_of(scaled(1.0)), name_of(loss)]
+
+
+def count_readings(monkeypatch):
+    read = []
+    digests_of = digests._digests
+    monkeypatch.setattr(digests, "_digests", lambda state: read.append(1) or digests_of(state))
+    return read
+
+
+def changed_outside_autograd(p):
+    p.data[0, 0] += 1
+
+
+def reordered(p):
+    p.data.copy_(p.data.clone().flipud())
+
+
+CHANGES = {
+    "in place": lambda p: p.detach().mul_(2),
+    "by .data": changed_outside_autograd,
+    "order of rows": reordered,
+    "order of columns": lambda p: p.data.copy_(p.data.clone().fliplr()),
+    "other memory": lambda p: setattr(p, "data", p.data + 1),
+    "last entry": lambda p: p.data.view(-1)[-1].neg_(),
+    "sign of a zero": lambda p: p.data.view(-1)[7].neg_(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("shape", [(2050, 1024), (3, 5)])
+def test_weights_are_read_until_they_change(shape, change, monkeypatch):
+    """Twice after a change, however it was made, and as if never read before."""
+    read = count_readings(monkeypatch)
+    network = nn.Sequential(nn.Linear(*shape), nn.BatchNorm1d(2))
+    network[0].weight.data.view(-1)[7] = 0
+    one = fingerprint(network)
+    assert fingerprint(network) == one
+    assert len(read) == 1
+    one["weights"] = "overwritten by a caller"
+    assert fingerprint(network) != one
+    CHANGES[change](network[0].weight)
+    other = fingerprint(network)
+    assert len(read) == 2
+    assert other != one
+    assert other == fingerprint(copy.deepcopy(network))
+    network.half()
+    assert fingerprint(network) != other
+
+
+def test_weights_of_any_kind_are_marked():
+    network = nn.Module()
+    odd = torch.zeros(4099, dtype=torch.uint8)
+    network.register_buffer("bytes", odd[3:])  # words that begin in the middle of others
+    network.register_buffer("flags", torch.zeros(9, dtype=torch.bool))
+    network.register_buffer("complex", torch.zeros(3, dtype=torch.complex64))
+    network.register_buffer("none", torch.zeros(0))
+    network.register_buffer("scalar", torch.zeros(()))
+    network.register_buffer("strided", torch.zeros(1100, 1100).t())
+    with torch.inference_mode():
+        network.register_buffer("inference", torch.zeros(3))
+    before = fingerprint(network)
+    odd[-1] = 1
+    assert fingerprint(network)["weights"] != before["weights"]
+
+
+def test_weights_are_read_beside_other_work(monkeypatch):
+    """In a thread, once for a fit with checkpoints, scores and a file."""
+    threads = []
+    digests_of = digests._digests
+
+    def noted(state):
+        threads.append(threading.current_thread().name)
+        return digests_of(state)
+
+    monkeypatch.setattr(digests, "_digests", noted)
+    regression = unet_regression(count=2, num_draws=1)
+    K = DiffusionKFACLinearOperator(regression, ["conv_out.weight"])
+    assert threads == ["beside_0"]
+    assert K.info["fingerprint"] == fingerprint(regression.objective.model)
+    assert len(threads) == 1
