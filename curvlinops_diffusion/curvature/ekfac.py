@@ -15,7 +15,7 @@ from curvlinops_diffusion.curvature.options import KFACApprox, KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.linalg.blocks import Block, EigenBlock
-from curvlinops_diffusion.linalg.factors import Eigendecomposition, eigendecomposition
+from curvlinops_diffusion.linalg.factors import Eigendecomposition, alike, eigendecompositions
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
 from curvlinops_diffusion.runtime.processes import Share, divided
 from curvlinops_diffusion.runtime.sums import within
@@ -118,7 +118,12 @@ def _decomposition_cost(matrix: Tensor) -> float:
     return float(matrix.numel() * matrix.shape[-1])
 
 
-def _decomposed(settle_null: bool, key: str, matrix: Tensor) -> dict[str, Tensor]:
-    side, name = key.split("/", 1)
-    found = eigendecomposition(matrix, f"The {side} factor of '{name}'", settle_null)
-    return {k: z for k, z in vars(found).items() if z is not None}
+def _decomposed(settle_null: bool, factors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Decompose factors, which are taken out of ``factors``; small ones of one shape together."""
+    results: dict[str, dict[str, Tensor]] = {}
+    for keys in alike({key: factor.shape for key, factor in factors.items()}):
+        named = {key: "The {} factor of '{}'".format(*key.split("/", 1)) for key in keys}
+        found = eigendecompositions({named[k]: factors.pop(k) for k in keys}, settle_null)
+        for key, one in zip(keys, found, strict=True):
+            results[key] = {k: z for k, z in vars(one).items() if z is not None}
+    return results

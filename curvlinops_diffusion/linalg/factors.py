@@ -6,12 +6,17 @@ positions, I inputs, O outputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from curvlinops_diffusion.runtime.checks import check_finite
+
+# Factors of so many rows are decomposed together, so many entries at once
+_SMALL = 512
+_ENTRIES = 2**24
 
 
 def identity_like(factor: Tensor) -> Tensor:
@@ -73,12 +78,55 @@ def eigendecomposition(matrix: Tensor, what: str, settle_null: bool = False) -> 
     check_finite(matrix, what)
     if matrix.ndim == 1:
         return Eigendecomposition(matrix.clamp(min=0), None)
+    return Eigendecomposition(*_values_and_vectors(matrix, settle_null))
+
+
+def _values_and_vectors(matrix: Tensor, settle_null: bool) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(matrix.double())
     if settle_null:
         null = Eigendecomposition(values.clamp(min=0).to(matrix), vectors).is_null()
         vectors = _settled(vectors, null)
     # one layout of memory, so that products are the same to the last bit after saving and loading
-    return Eigendecomposition(values.clamp(min=0).to(matrix), vectors.to(matrix).contiguous())
+    return values.clamp(min=0).to(matrix), vectors.to(matrix).contiguous()
+
+
+def alike(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
+    """The names of matrices that are decomposed together: small ones of one shape.
+
+    One after the other, a GPU would be told of hundreds of small ones (of adapters, say) and be
+    done before the next is told of.
+    """
+    groups: dict[torch.Size, list[str]] = {}
+    for name, shape in shapes.items():
+        small = len(shape) == 2 and shape[0] <= _SMALL
+        if not small:
+            yield [name]
+            continue
+        groups.setdefault(shape, []).append(name)
+    for shape, names in groups.items():
+        size = max(1, _ENTRIES // shape.numel())
+        yield from (names[start : start + size] for start in range(0, len(names), size))
+
+
+def eigendecompositions(
+    matrices: Mapping[str, Tensor], settle_null: bool = False
+) -> list[Eigendecomposition]:
+    """Those of several factors of one shape, by what they are factors of.
+
+    Raises:
+        ValueError: As :func:`eigendecomposition`.
+    """
+    if len(matrices) == 1:
+        return [eigendecomposition(M, what, settle_null) for what, M in matrices.items()]
+    stacked = torch.stack(list(matrices.values()))
+    if not stacked.isfinite().all():
+        for what, M in matrices.items():
+            check_finite(M, what)
+    # each of its own memory, since one may be moved or let go of without the others
+    return [
+        Eigendecomposition(values.clone(), vectors.clone())
+        for values, vectors in zip(*_values_and_vectors(stacked, settle_null), strict=True)
+    ]
 
 
 def _settled(vectors: Tensor, null: Tensor) -> Tensor:

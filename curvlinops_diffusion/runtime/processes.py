@@ -242,21 +242,18 @@ def divided(
     share: Share,
     pieces: dict[str, Any],
     cost: Callable[[Any], float],
-    work: Callable[[str, Any], dict[str, Tensor]],
+    work: Callable[[dict[str, Any]], dict[str, dict[str, Tensor]]],
     device: torch.device,
 ) -> dict[str, dict[str, Tensor]]:
     """Work whose pieces are divided among processes by cost; every process has all results.
 
-    A piece is dropped from ``pieces`` when it has been worked on, so that not all of them are held
-    beside all results.
+    Pieces are given away: ``work`` takes its own out of what it is given, so that not all of them
+    are held beside all results.
     """
     keys = list(pieces)
     owners = share.owners([cost(piece) for piece in pieces.values()])
-    own = {
-        key: work(key, pieces.pop(key))
-        for key, owner in zip(keys, owners, strict=True)
-        if owner == share.rank
-    }
+    of_this_one = [key for key, owner in zip(keys, owners, strict=True) if owner == share.rank]
+    own = work({key: pieces.pop(key) for key in of_this_one})
     results: dict[str, dict[str, Tensor]] = {}
     for key, owner in zip(keys, owners, strict=True):
         pieces.pop(key, None)
