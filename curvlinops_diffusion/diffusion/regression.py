@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from copy import copy
 from dataclasses import replace
-from hashlib import sha256
 from itertools import islice
 from math import prod
 from typing import Any, TypeVar
@@ -21,14 +20,14 @@ from curvlinops_diffusion.diffusion.checks import (
     check_no_autocast,
     warn_of_range,
 )
-from curvlinops_diffusion.diffusion.conditions import has_rows
 from curvlinops_diffusion.diffusion.data import CleanBatch, CleanData, Wanted
+from curvlinops_diffusion.diffusion.data_identity import DataIdentity, can_pass_by
 from curvlinops_diffusion.diffusion.draws import Draws, make_draws
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.recipe import Recipe
 from curvlinops_diffusion.diffusion.scaled_model import ScaledModel, scaled
 from curvlinops_diffusion.runtime.ahead import one_ahead
-from curvlinops_diffusion.runtime.digests import fingerprint, tensor_parts
+from curvlinops_diffusion.runtime.digests import fingerprint
 from curvlinops_diffusion.runtime.sharded_networks import is_sharded
 
 T = TypeVar("T")
@@ -275,29 +274,14 @@ class NoisedRegression:
     def data_identity(self) -> dict[str, Any]:
         """A digest of the examples with their conditions, and the batches that they come in.
 
-        From one iteration over the data, which is done once. Sums over other batches of the same
-        examples round differently, and cannot be continued.
+        From the first iteration over all of the data, or one of its own if there was none.
         """
         if not self._data_identity:
-            self._data_identity |= self._read_identity()
+            identity = DataIdentity()
+            for clean in self._data:
+                identity.add(clean)
+            self._data_identity |= identity.result()
         return dict(self._data_identity)
-
-    def _read_identity(self) -> dict[str, Any]:
-        digest, sizes = sha256(), []
-        for clean in self.clean_batches():
-            sizes.append(len(clean.indices))
-            entries = clean.entries()
-            for position in range(sizes[-1]):
-                for name, value in entries:
-                    digest.update(name.encode())
-                    one = value[position] if has_rows(value) else value
-                    if isinstance(one, Tensor):
-                        for part in tensor_parts(one):
-                            digest.update(part)
-                    else:
-                        digest.update(repr(one).encode())
-        batches = sizes[0] if len(set(sizes[:-1])) <= 1 and sizes[-1] <= sizes[0] else sizes
-        return {"digest": digest.hexdigest(), "batch_size": batches}
 
     @property
     def description(self) -> dict[str, Any]:
@@ -331,7 +315,17 @@ class NoisedRegression:
         """
         check_deterministic_mode(self.objective.model)
         check_no_autocast(self.objective.device)
-        yield from self._data.numbered(wanted)
+        identity = None if self._data_identity else DataIdentity()
+        for number, clean in self._data.numbered(wanted):
+            yield number, clean
+            # read when the next is asked for, so that nothing waits for it where no next one is
+            follows = identity is not None and clean.indices[0] == identity.num_examples
+            if identity is not None and follows and can_pass_by(clean):
+                identity.add(clean)
+            else:
+                identity = None
+        if identity is not None and identity.num_examples == self.num_data:
+            self._data_identity |= identity.result()
 
     def noised_batches(self, clean: CleanBatch) -> Iterator[NoisedBatch]:
         """Yield every draw of a batch of clean examples."""

@@ -56,7 +56,7 @@ CONSUMERS = {
     "EK-FAC": DiffusionEKFACLinearOperator,
     "GGN": lambda r: DiffusionGGNLinearOperator(r) @ torch.eye(15).double()[:, :1] * 2,
     "rows": lambda r: [ExampleGradientLinearOperator(r).rows() for _ in range(2)],
-    "identity": lambda r: (list(r.batches()), r.data_identity()),
+    "identity": lambda r: (r.data_identity(), list(r.batches())),
     "curvlinops": lambda r: (list(r), list(r)),
 }
 
@@ -151,3 +151,31 @@ class OfSizes(Dataset):
 def test_items_that_make_no_batch(data, message):
     with pytest.raises(ValueError, match=message):
         list(regression_of(data).batches())
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_data_are_identified_as_they_pass_by(loaded):
+    """By what a pass of its own would find, once; not by a pass over a part of them."""
+    data = Varying(None)
+    of = DataLoader(data, batch_size=2) if loaded else data
+    expected = regression_of(of, batch_size=2).data_identity()
+    regression = regression_of(of, batch_size=2)
+    list(regression.numbered_batches(lambda number: number % 2 == 0))
+    list(regression.numbered_batches(lambda number: number < 4))
+    next(iter(regression.clean_batches()))
+    assert not regression._data_identity
+    list(regression.clean_batches())
+    data.calls = 0
+    assert regression.data_identity() == expected
+    assert data.calls == 0
+    assert regression.with_draws(2).data_identity() == expected
+
+
+def test_a_fit_reads_data_once():
+    """K-FAC's pass, beyond the two batches, read twice, that the network is tried out on."""
+    data = Varying(None)
+    regression = regression_of(data, batch_size=3)
+    data.calls = 0
+    K = DiffusionKFACLinearOperator(regression)
+    assert data.calls == 9 + 2 * 6
+    assert K.info["data"] == regression_of(data, batch_size=3).data_identity()
