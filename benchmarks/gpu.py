@@ -1,9 +1,10 @@
 """What do fits and scores cost on a GPU? Tests, times and memory, in eight minutes.
 
 ``python -m benchmarks.gpu`` runs the tests that a GPU changes, then the passes of networks of four
-sizes, ours and those of ``curvlinops``, and writes the result after every measurement: what was
-measured stays when the program is killed. The unit is a *pure* training pass: forward and full
-backward over batches that lie on the device already. What fails is noted in place of a time.
+sizes, ours and those of ``curvlinops`` and ``kronfluence``, and writes the result after every
+measurement: what was measured stays when the program is killed. The unit is a *pure* training pass:
+forward and full backward over batches that lie on the device already. What fails is noted in place
+of a time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
@@ -25,6 +27,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from benchmarks.kronfluence_passes import kronfluence_passes
 from benchmarks.measure import arguments, report, synchronize
 from benchmarks.models import tiny_conditional_unet
 from benchmarks.problems import NETWORKS
@@ -184,6 +187,9 @@ def passes_of(case: Case, regression: NoisedRegression) -> Iterator[tuple[str, C
     if case.peers:
         # its eigendecompositions are not implemented in bfloat16
         yield from upstream_passes(regression, decomposed=case.autocast is None).items()
+        if find_spec("kronfluence"):
+            batch_size = regression.batch_size or len(batches[0].indices)
+            yield from kronfluence_passes(regression, batch_size).items()
 
 
 def _eigenvalues(regression: NoisedRegression, plan: BlockPlan) -> Callable[[], Any]:

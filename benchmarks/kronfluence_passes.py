@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from curvlinops_diffusion import NoisedRegression
+from curvlinops_diffusion.diffusion.batch import NoisedBatch
 
 
 class _Batches(Dataset):
@@ -19,11 +20,9 @@ class _Batches(Dataset):
 
     def __init__(self, regression: NoisedRegression):
         self._items = [
-            (x_t, t, y, w, {key: value[b] for key, value in batch.condition.items()})
+            (x_t, t, y, w, {key: value[b].cpu() for key, value in batch.condition.items()})
             for batch in regression.batches()
-            for b, (x_t, t, y, w) in enumerate(
-                zip(batch.x_t, batch.timestep_B, batch.target_BD, batch.weight_B, strict=True)
-            )
+            for b, (x_t, t, y, w) in enumerate(zip(*_on_host(batch), strict=True))
         ]
 
     def __len__(self) -> int:
@@ -33,22 +32,32 @@ class _Batches(Dataset):
         return self._items[index]
 
 
+def _on_host(batch: NoisedBatch) -> list[Tensor]:
+    """What its loaders make batches of."""
+    return [z.cpu() for z in (batch.x_t, batch.timestep_B, batch.target_BD, batch.weight_B)]
+
+
 def kronfluence_passes(
     regression: NoisedRegression, batch_size: int
 ) -> dict[str, Callable[[], object]]:
     """Its covariance and eigenvalue passes, by their public interface.
 
-    Both read and write files, as they always do; so small ones that it does not matter.
+    Both read and write files, as they always do; so small ones that it does not matter. Under
+    autocast with its own settings for that, which keep the eigenvalues alone in float32.
 
     Raises:
         ImportError: If ``kronfluence`` is not installed.
     """
     from kronfluence.arguments import FactorArguments
+    from kronfluence.utils.common.factor_arguments import smart_low_precision_factor_arguments
 
     analyzer = _analyzer(regression)
     data = _Batches(regression)
     common = {"per_device_batch_size": batch_size, "overwrite_output_dir": True}
+    autocast = regression.objective.autocast
     arguments = FactorArguments(strategy="ekfac", use_empirical_fisher=False)
+    if autocast is not None:
+        arguments = smart_low_precision_factor_arguments("ekfac", autocast)
 
     def covariances() -> None:
         analyzer.fit_covariance_matrices("factors", data, factor_args=arguments, **common)

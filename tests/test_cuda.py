@@ -8,14 +8,17 @@ from curvlinops_diffusion import (
     DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
+    NoisedRegression,
     PassOptions,
     influence_scores,
     load_operator,
 )
+from curvlinops_diffusion.runtime.digests import fingerprint, fingerprint_beside
 from tests.cases import tiny_unet, unet_regression
 from tests.comparisons import assert_close
 from tests.reference import to_dense
 
+CUDA = torch.device("cuda")
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.filterwarnings("ignore:.*in no supported layer"),
@@ -54,6 +57,25 @@ def test_exact_products(regressions):
         results.append([p.cpu() for p in (G @ V, J @ V, J.adjoint() @ w, J.rows(), J.values())])
     for on_cpu, on_cuda in zip(*results, strict=True):
         assert_close(on_cuda, on_cpu, 1e-8)
+
+
+def test_the_largest_batch_fits():
+    """Tried out by the allocator's own count; so does a fit with it."""
+    objective = unet_regression(tiny_unet(num_class_embeds=None).float().to("cuda")).objective
+    auto = NoisedRegression(objective, torch.randn(2048, 1, 8, 8), 1, batch_size="auto")
+    assert 64 <= auto.batch_size <= 1024
+    K = DiffusionKFACLinearOperator(auto)
+    assert (K @ torch.ones(K.shape[1], device="cuda")).isfinite().all()
+
+
+def test_weights_are_read_beside_the_passes(regressions):
+    """On a queue of their own; the same digests as on the CPU, and others after a change."""
+    on_cpu, on_cuda = (fingerprint(r.objective.model) for r in regressions)
+    assert on_cpu == on_cuda == fingerprint_beside(regressions[1].objective.model, CUDA)()
+    network = tiny_unet().to("cuda")
+    before = fingerprint(network)
+    network.conv_in.weight.data[0, 0, 0, 0] += 1
+    assert fingerprint(network) != before
 
 
 def test_autocast():

@@ -31,7 +31,7 @@ class Checked:
         """
         for name in _COUNTS:
             value = getattr(self, name, None)
-            if value is not None and value < 1:
+            if value not in (None, "auto") and value < 1:
                 raise ValueError(f"{flag(name)} is {value}. Pass a whole number of at least 1.")
         for name in _NOT_NEGATIVE:
             value = getattr(self, name, None)
@@ -139,7 +139,8 @@ class RunOptions(Checked):
     """Options of the run.
 
     Attributes:
-        batch_size: The number of images that the network sees at once.
+        batch_size: The number of images that the network sees at once; auto for as many as fit
+            into half of the free memory.
         checkpoint_every: Seconds between two checkpoints.
         timeout: Seconds that a process of torchrun waits for the others.
         overwrite: Replace an output file, and a checkpoint, that was made with other weights, data,
@@ -150,7 +151,7 @@ class RunOptions(Checked):
         debug: Show the traceback of an error.
     """
 
-    batch_size: int = 32
+    batch_size: int | Literal["auto"] = 32
     checkpoint_every: float = 300.0
     timeout: float = 1800.0
     overwrite: bool = False

@@ -8,13 +8,14 @@ from copy import copy
 from dataclasses import replace
 from itertools import islice
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.diffusion.augmentation import Augmentations, chosen_versions
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.batch_sizes import MEASURED, largest_batch_size
 from curvlinops_diffusion.diffusion.checks import (
     check_deterministic_mode,
     check_no_autocast,
@@ -90,6 +91,9 @@ class NoisedRegression:
             noise), or a scheme such as
             :class:`~curvlinops_diffusion.LogitNormalTimesteps`.
         batch_size: Examples that the network sees at once, where the data is not in batches.
+            ``"auto"`` for the most, a power of two up to 1,024, whose forward and backward pass
+            takes half of the memory that is free now (:attr:`batch_size` says how many; where a
+            checkpoint is to be continued, pass that). In a process group all processes must ask.
         augment: ``'flip'`` if training saw images or their mirror images at random: each draw
             chooses. Or a list of functions of clean examples ``[B, ...]`` to choose from. The
             loss' mask is transformed likewise.
@@ -140,7 +144,7 @@ class NoisedRegression:
         seed: int = 0,
         *,
         timesteps: Any = "stratified",
-        batch_size: int = 64,
+        batch_size: int | Literal["auto"] = 64,
         augment: Any = None,
         augmented_conditions: Sequence[str] | None = None,
         antithetic: bool = False,
@@ -158,7 +162,8 @@ class NoisedRegression:
         T = objective.process.num_levels
         made = make_draws(timesteps, num_draws, seed, T, antithetic) if draws is None else draws
         self.draws = made
-        self._data = CleanData(data, batch_size, loss_mask)
+        size = MEASURED[0] if batch_size == "auto" else batch_size
+        self._data = CleanData(data, size, loss_mask)
         self._augmentations = Augmentations.of(augment, augmented_conditions)
         self.recipe = Recipe.of(
             noise_offset, input_perturbation, example_weights, loss_mask, self._data.num_examples
@@ -168,8 +173,24 @@ class NoisedRegression:
         self._looked_at: set[str] = set()  # what need not be looked at again; shared likewise
         names = getattr(data, "names", None)  # a tensor's are those of its axes
         self._names: list[str] | None = names if isinstance(names, list) else None
+        if batch_size == "auto":
+            self._data = CleanData(data, self._largest_batch_size(), loss_mask)
         self.model_func = ScaledModel(objective, self._data)
         self.loss_func = nn.MSELoss()
+
+    def _largest_batch_size(self) -> int:
+        if self._data.batch_size is None:
+            raise ValueError(
+                "batch_size='auto' arrived with data that comes in batches. Pass the examples (a "
+                "tensor, a dict of tensors or a Dataset), or batches of the size that you want."
+            )
+        clean = next(self.clean_batches())
+
+        def batch_of(count: int) -> NoisedBatch:
+            positions = [n % len(clean.indices) for n in range(count)]
+            return next(self.noised_batches(clean.select(positions)))
+
+        return largest_batch_size(self.objective, batch_of)
 
     @property
     def device(self) -> torch.device:

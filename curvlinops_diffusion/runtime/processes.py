@@ -49,6 +49,11 @@ class Share:
             )
         return cls(dist.get_rank(), dist.get_world_size())
 
+    @classmethod
+    def of_all(cls) -> Share:
+        """This process among those of the default group, if there is one."""
+        return cls.of(dist.is_available() and dist.is_initialized())
+
     def takes(self, number: int) -> bool:
         """Tell whether the batch of this number is one of ours."""
         return number % self.count == self.rank

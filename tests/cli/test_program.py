@@ -274,6 +274,18 @@ def test_dry_run(fitted, capsys):
     assert f"samples forward and backward   {21 + 8 * 40}" in capsys.readouterr().out
 
 
+def test_the_largest_batch(folder, tmp_path):
+    """Is found for each command, and told in the log."""
+    output, log = tmp_path / "e.safetensors", tmp_path / "log.jsonl"
+    words = arguments(folder, "fit", "--output", output, "--batch-size", "auto", "--log", log)
+    assert run(words) == 0
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    (told,) = [event for event in events if event["event"] == "batch size"]
+    assert told["examples"] == 1024
+    assert read_header(output)["info"]["data"]["batch_size"] == 7
+    assert run(arguments(folder, "fit", "--output", output, "--batch-size", "most")) == 2
+
+
 def test_what_is_done_once_is_counted_once(fitted):
     """Trying the network out takes longer than a batch here; with every batch it would be hours."""
 

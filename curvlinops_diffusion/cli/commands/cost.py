@@ -164,7 +164,9 @@ def score_cost(
     else:
         blocks = -(-query.num_data // options.query_block)
         passes = (blocks * train.num_samples, query.num_samples)
-        held = min(options.query_block, query.num_data) + min(options.batch_size, train.num_data)
+        held = min(options.query_block, query.num_data) + min(
+            train.batch_size or train.num_data, train.num_data
+        )
         held *= 2 if halved else 1
     return Cost(
         round(passes[0] * own.samples + passes[1] * queried.samples),
