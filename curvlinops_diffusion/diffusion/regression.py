@@ -27,11 +27,13 @@ from curvlinops_diffusion.diffusion.draws import Draws, make_draws
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.recipe import Recipe
 from curvlinops_diffusion.diffusion.scaled_model import ScaledModel, scaled
-from curvlinops_diffusion.runtime.ahead import one_ahead
+from curvlinops_diffusion.runtime.ahead import Foreseen, one_ahead
 from curvlinops_diffusion.runtime.digests import fingerprint
 from curvlinops_diffusion.runtime.sharded_networks import is_sharded
 
 T = TypeVar("T")
+# examples, draw, shape of one of them, and whether latents are drawn
+NoiseKey = tuple[tuple[int, ...], int, tuple[int, ...], bool]
 # so many entries of noise take longer than a thread takes to start
 _WORTH_A_THREAD = 2**15
 
@@ -171,6 +173,8 @@ class NoisedRegression:
         self._data_identity: dict[str, Any] = {}  # shared with copies of other draws
         self.tried: set[tuple[bool, ...]] = set()  # modes in which the network was tried out
         self._looked_at: set[str] = set()  # what need not be looked at again; shared likewise
+        self._latest: Sequence[int] = ()  # the examples whose noise was drawn last
+        self._foreseen = Foreseen(self._drawn)
         names = getattr(data, "names", None)  # a tensor's are those of its axes
         self._names: list[str] | None = names if isinstance(names, list) else None
         if batch_size == "auto":
@@ -268,6 +272,7 @@ class NoisedRegression:
     def _with(self, draws: Draws) -> NoisedRegression:
         other = copy(self)
         other.draws = draws
+        other._foreseen = Foreseen(other._drawn)
         return other
 
     def fingerprint(self) -> dict[str, str]:
@@ -361,15 +366,7 @@ class NoisedRegression:
         dropout = self.objective.condition_dropout
         encodes_std = versions[0].std is not None
 
-        def drawn(r: int) -> tuple[Tensor, Tensor, Tensor | None]:
-            eps, input_eps = self.recipe.noise(draws, indices, r, shape)
-            latent = draws.latent_noise(indices, r, shape) if encodes_std else None
-            return eps, input_eps, latent
-
-        # a GPU would wait for noise that is drawn when it is wanted
-        worth_it = len(indices) * prod(shape) >= _WORTH_A_THREAD
-        noise = (one_ahead if worth_it else map)(drawn, range(self.num_draws))
-        for r, (eps, input_eps, latent) in enumerate(noise):
+        for r, (eps, input_eps, latent) in enumerate(self._noises(indices, shape, encodes_std)):
             version_B = draws.versions(indices, r, len(versions))
             encoded, mask = chosen_versions(versions, masks, version_B)
             x0, condition = encoded.mean, encoded.condition
@@ -382,6 +379,33 @@ class NoisedRegression:
             level_B = draws.levels(indices, r)
             batch = self.objective.noise(x0, condition, level_B, eps, indices, r, input_eps, mask)
             yield replace(batch, weight_B=self.recipe.weighted(batch.weight_B, indices))
+
+    def _noises(
+        self, indices: Sequence[int], shape: Sequence[int], of_latents: bool
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield what each draw of some examples is noised by.
+
+        A GPU would wait for noise that is drawn when it is wanted: the next draw's is made ahead,
+        and with the last one the first of the examples that follow as these did the ones before.
+        """
+        keys = [(tuple(indices), r, tuple(shape), of_latents) for r in range(self.num_draws)]
+        if len(indices) * prod(shape) < _WORTH_A_THREAD:
+            yield from map(self._drawn, keys)
+            return
+        before, self._latest = self._latest, indices
+        step = indices[0] - before[0] if before else 0
+        step = step if step > 0 else len(indices)  # a pass begins
+        following = tuple(n + step for n in indices if n + step < self.num_data)
+        for key, made in zip(keys, one_ahead(self._foreseen, keys), strict=True):
+            if key is keys[-1] and following:
+                self._foreseen.expect((following, 0, *key[2:]))
+            yield made
+
+    def _drawn(self, key: NoiseKey) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The noise of target and input, and what latents are drawn by."""
+        indices, r, shape, of_latents = key
+        eps, input_eps = self.recipe.noise(self.draws, indices, r, shape)
+        return eps, input_eps, self.draws.latent_noise(indices, r, shape) if of_latents else None
 
     def grouped_batches(
         self, clean: CleanBatch, examples: int, draws: int

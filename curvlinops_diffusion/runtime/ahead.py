@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -32,6 +33,33 @@ def one_ahead(
             yield waiting.result()
 
 
+class Foreseen(Generic[Argument, Result]):
+    """A pure function, the result of the argument that is likely to be next being made ahead.
+
+    Args:
+        function: The function.
+    """
+
+    def __init__(self, function: Callable[[Argument], Result]):
+        self._function = function
+        self._expected: tuple[Argument, Callable[[], Result]] | None = None
+
+    def __reduce__(self) -> Any:
+        """Copies begin anew."""
+        return Foreseen, (self._function,)
+
+    def __call__(self, argument: Argument) -> Result:
+        """Its result."""
+        expected, self._expected = self._expected, None
+        if expected is not None and expected[0] == argument:
+            return expected[1]()
+        return self._function(argument)
+
+    def expect(self, argument: Argument) -> None:
+        """Begin with an argument."""
+        self._expected = argument, _started(partial(self._function, argument), "foreseen")
+
+
 def beside(function: Callable[[], Result], device: torch.device) -> Callable[[], Result]:
     """Start a function in a thread of its own, with a queue of its own on a GPU.
 
@@ -52,8 +80,12 @@ def beside(function: Callable[[], Result], device: torch.device) -> Callable[[],
             with torch.cuda.stream(queue):
                 return function()
 
-    # the thread ends with its function
-    pool = ThreadPoolExecutor(1, thread_name_prefix="beside")
-    future = pool.submit(run)
+    return _started(run, "beside")
+
+
+def _started(function: Callable[[], Result], name: str) -> Callable[[], Result]:
+    """Start a thread that ends with its function."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+    future = pool.submit(function)
     pool.shutdown(wait=False)
     return future.result
