@@ -14,9 +14,8 @@ from torch import Tensor
 
 from curvlinops_diffusion.runtime.checks import check_finite
 
-# Factors of so many rows are decomposed together, so many entries at once
+# Factors of up to so many rows are decomposed together
 _SMALL = 512
-_ENTRIES = 2**24
 
 
 def identity_like(factor: Tensor) -> Tensor:
@@ -94,8 +93,9 @@ def alike(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
     """The names of matrices that are decomposed together: small ones of one shape.
 
     One after the other, a GPU would be told of hundreds of small ones (of adapters, say) and be
-    done before the next is told of.
+    done before the next is told of. No more together than take the memory of the largest.
     """
+    most = max((shape.numel() for shape in shapes.values()), default=0)
     groups: dict[torch.Size, list[str]] = {}
     for name, shape in shapes.items():
         small = len(shape) == 2 and shape[0] <= _SMALL
@@ -104,7 +104,7 @@ def alike(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
             continue
         groups.setdefault(shape, []).append(name)
     for shape, names in groups.items():
-        size = max(1, _ENTRIES // shape.numel())
+        size = most // shape.numel()
         yield from (names[start : start + size] for start in range(0, len(names), size))
 
 

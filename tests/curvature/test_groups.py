@@ -13,6 +13,7 @@ from curvlinops_diffusion.curvature.groups import divided_units, needed_memory, 
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.layers import covered_parameters
+from curvlinops_diffusion.runtime.memory import peak_bytes
 from tests.cases import tiny_unet, unet_regression
 from tests.runtime.test_passes import (
     InterruptedTestError,
@@ -56,6 +57,28 @@ def test_each_group_fits(plan):
 
     assert largest(number) <= most < largest(number - 1)
     assert num_groups(plan, needed_memory(plan.units, ITEMSIZE), ITEMSIZE) == 1
+
+
+@pytest.mark.parametrize("width", [8, 16])
+@pytest.mark.parametrize("kind", [DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator])
+def test_the_estimate_is_what_a_fit_takes(kind, width):
+    """Of tensors, beside a training pass; what decompositions take for themselves comes to it."""
+    unet = tiny_unet(block_out_channels=(width, 2 * width))
+    regression = unet_regression(unet, count=4, num_draws=1, batch_size=2)
+    plan = BlockPlan.of(covered_parameters(unet, None, True), KFACOptions())
+    kept = []
+
+    def train():
+        for batch in regression.batches():
+            loss = batch.loss(regression.objective.predict(batch)).sum()
+            torch.autograd.grad(loss, list(unet.parameters()))
+
+    trained, fitted = (
+        peak_bytes(run, unet.device) for run in (train, lambda: kept.append(kind(regression)))
+    )
+    needed = needed_memory(plan.units, ITEMSIZE)
+    print(kind.__name__, (fitted - trained) / needed)
+    assert 0.5 * needed < fitted - trained < needed
 
 
 def test_no_layer_fits(plan, regression):
