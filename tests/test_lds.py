@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
+from torch import nn
 
 from benchmarks.lds import against_length, evaluate, lengths, remove, retrain, score
 from benchmarks.lds.evaluate import AT_LATE_CHECKPOINTS, kept
@@ -72,6 +73,19 @@ def retrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lds")
     run(retrain, "--work", folder, "--output", folder)
     return folder
+
+
+def test_compiled_training_is_one_network_s_after_the_other(monkeypatch):
+    """Weights are loaded into a network that is compiled once; each training is its own."""
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    problem = PROBLEMS["tiny"]
+    as_one = dataclasses.replace(problem, compiled=True)
+    x0 = problem.data()[0]
+    for seed in (1, 2):
+        plain, other = (p.trained(x0, 3, seed).state_dict() for p in (problem, as_one))
+        assert all(torch.equal(weight, other[name]) for name, weight in plain.items())
+    assert len(compiled) == 1
 
 
 def test_retraining_goes_on(retrained, tmp_path):
