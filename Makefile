@@ -56,6 +56,7 @@ bench: $(VENV)/.installed-bench  ## the benchmarks, about 25 minutes, into bench
 	$(BIN)/python -m benchmarks.peak_memory
 	$(BIN)/python -m benchmarks.draws --repeats 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.positions
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.precision
 	$(BIN)/python -m benchmarks.scaling --repeats 2
 	$(BIN)/python -m benchmarks.scoring --kronfluence
 	$(BIN)/python -m benchmarks.stored_gradients

@@ -36,6 +36,7 @@ PROGRAMS = {
     "inverse_products": ["inverse_products"],
     "peak_memory": ["peak_memory"],
     "positions": ["positions"],
+    "precision": ["precision"],
     "refinement": ["refinement"],
     "report_page": ["report_page"],
     "scaling": ["scaling"],

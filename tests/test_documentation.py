@@ -133,6 +133,16 @@ def test_what_the_documentation_says_of_the_results():
     assert memory["curvlinops K-FAC factors"] / memory["K-FAC factors"] > 4
 
 
+def test_what_the_documentation_says_of_precision():
+    rows = {row["of"]: row for row in result_of("precision")["precisions"]}
+    draws, in_low = rows["other draws"], rows["products in bfloat16"]
+    for side in ("error_A", "error_B"):
+        assert 1000 * rows["products in TF32"][side] < draws[side]
+        assert 100 * in_low[side] < draws[side]
+        autocast = rows["the network under autocast to bfloat16"][side]
+        assert 10 * in_low[side] < autocast < draws[side] / 5
+
+
 def test_what_the_documentation_says_of_the_exact_ggn():
     result = result_of("exact_ggn")
     whole = result["whole"]

@@ -184,6 +184,8 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
             in the second pass of EK-FAC; more is cheaper and less exact.
         max_positions: The number of pixels or tokens of an image and draw that a layer's factors
             are computed from, at most; a random sample where there are more. By default all.
+        matmul_precision: On a GPU, whether products that factors are made of are rounded to TF32
+            (high, the default there) or not (highest).
         sharded: Each process of torchrun keeps the blocks of some layers only, and writes a file of
             its own.
         max_memory: Gigabytes that factors may take beside the network and a training pass; where
@@ -202,12 +204,13 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     kfac_approx: Literal["expand", "reduce", "shampoo", "rank-one"] = "expand"
     gradient_group: int = 1
     max_positions: int | None = None
+    matmul_precision: Literal["highest", "high"] | None = None
     sharded: bool = False
     max_memory: float | None = None
 
     def kfac_options(self) -> dict[str, Any]:
         """Select the options that K-FAC and EK-FAC take, by their names there."""
-        names = ["fisher_type", "mc_samples", "kfac_approx", "max_positions"]
+        names = ["fisher_type", "mc_samples", "kfac_approx", "max_positions", "matmul_precision"]
         names += ["gradient_group"] if self.curvature == "ekfac" else []
         return {name: getattr(self, name) for name in names}
 

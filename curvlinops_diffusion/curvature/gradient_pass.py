@@ -15,8 +15,9 @@ from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers import ExactKind, Layer
 from curvlinops_diffusion.layers.observable import ObservedRetrial
-from curvlinops_diffusion.layers.observation import WholeLayers, observed
+from curvlinops_diffusion.layers.observation import Observer, WholeLayers, WithinEach, observed
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, run_pass
+from curvlinops_diffusion.runtime.precision import matmuls_in_tf32
 from curvlinops_diffusion.runtime.sums import Sums
 
 #: Called with a layer, the batch's examples, and the layer's inputs and gradients, call by call.
@@ -60,7 +61,9 @@ class GradientPass:
         layers = plan.beside or plan.layers
         retried = ObservedRetrial(self.regression, layers)
         vectors = CheckedLossVectors(self.regression, plan.options)
-        observer = Indexed(on_layer, objective.working_dtype)
+        observer: Observer = Indexed(on_layer, objective.working_dtype)
+        if plan.options.rounds_products(self.regression.device):
+            observer = WithinEach(observer, matmuls_in_tf32)
         # of exact blocks no gradients of single examples are wanted
         factored = {layer.name for layer in layers if not isinstance(layer.kind, ExactKind)}
         holders = None if plan.holders is None else plan.holders.restricted(factored)

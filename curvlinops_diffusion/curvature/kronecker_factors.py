@@ -33,10 +33,17 @@ from curvlinops_diffusion.layers.observable import (
     ObservedRetrial,
     call_patterns,
 )
-from curvlinops_diffusion.layers.observation import Observer, Observers, in_precision, observed
+from curvlinops_diffusion.layers.observation import (
+    Observer,
+    Observers,
+    WithinEach,
+    in_precision,
+    observed,
+)
 from curvlinops_diffusion.layers.products import summable
 from curvlinops_diffusion.linalg.factors import identity_like
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, run_pass
+from curvlinops_diffusion.runtime.precision import matmuls_in_tf32
 from curvlinops_diffusion.runtime.sums import Sums, Together, prefixed, within
 
 
@@ -92,7 +99,9 @@ def kronecker_factors(
     exact = _ExactBlocks(regression, plan, dtype)
     vectors = CheckedLossVectors(regression, plan.options)
     running = Together({"inputs": inputs, "outputs": outputs, "exact": exact})
-    observers = Observers([samples, inputs, outputs, exact])
+    observers: Observer = Observers([samples, inputs, outputs, exact])
+    if plan.options.rounds_products(regression.device):
+        observers = WithinEach(observers, matmuls_in_tf32)
     shared = SharedBatches(regression, plan.holders, observers)
     retried = ObservedRetrial(regression, layers)
     with observed(objective, layers, shared, backward) as network:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from curvlinops_diffusion.diffusion.random_numbers import ProbeType
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
@@ -76,6 +78,7 @@ class KFACOptions:
     exact_bias: bool = True
     max_dense: int = 1024
     max_positions: int | None = None
+    matmul_precision: Literal["highest", "high"] | None = None
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -93,6 +96,11 @@ class KFACOptions:
         if self.max_positions is not None:
             check_count("max_positions", self.max_positions)
             self._check_expanded()
+        if self.matmul_precision not in (None, "highest", "high"):
+            raise ValueError(
+                f"matmul_precision={self.matmul_precision!r} arrived. Pass 'highest', 'high', or "
+                "None for the device's default."
+            )
         self._check_draws()
         self._check_gradients()
 
@@ -142,6 +150,10 @@ class KFACOptions:
     def has_gradients(self) -> bool:
         """Whether there are backward passes."""
         return self.fisher_type is not FisherType.FORWARD_ONLY
+
+    def rounds_products(self, device: torch.device) -> bool:
+        """Whether products of float32 numbers are rounded to TF32 on a device."""
+        return device.type == "cuda" and self.matmul_precision != "highest"
 
     def num_eigenvalue_draws(self, regression: NoisedRegression) -> int:
         """Choose how many draws of each example EK-FAC's eigenvalues are averaged over."""

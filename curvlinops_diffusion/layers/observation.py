@@ -19,7 +19,7 @@ Legend: N (or B) batch, D entries of a prediction.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +98,44 @@ class Observers(Observer):
         """The batch is over."""
         for observer in self._observers:
             observer.finish()
+
+
+class WithinEach(Observer):
+    """An observer that is told within a context, such as one of another precision."""
+
+    def __init__(self, observer: Observer, context: Callable[[], AbstractContextManager[None]]):
+        self._observer = observer
+        self._context = context
+
+    def start(self, batch: NoisedBatch) -> None:
+        """A batch begins."""
+        with self._context():
+            self._observer.start(batch)
+
+    def input(self, layer: Layer, x: Tensor) -> None:
+        """A layer was called."""
+        with self._context():
+            self._observer.input(layer, x)
+
+    def predicted(self, batch: NoisedBatch, prediction_BD: Tensor) -> None:
+        """The forward pass is over."""
+        with self._context():
+            self._observer.predicted(batch, prediction_BD)
+
+    def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:
+        """A gradient arrived."""
+        with self._context():
+            self._observer.gradient(layer, call, g, calls)
+
+    def pulled_back(self, batch: NoisedBatch, v_BD: Tensor) -> None:
+        """A backward pass is over."""
+        with self._context():
+            self._observer.pulled_back(batch, v_BD)
+
+    def finish(self) -> None:
+        """The batch is over."""
+        with self._context():
+            self._observer.finish()
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,22 @@ def full_precision() -> Iterator[None]:
             owner.fp32_precision = value
 
 
+@contextmanager
+def matmuls_in_tf32() -> Iterator[None]:
+    """Round the operands of matrix products on a GPU to TF32 within the context.
+
+    The network's convolutions keep their own setting.
+    """
+    owner: Any = torch.backends.cuda.matmul
+    name, value = ("fp32_precision", "tf32") if _has_own_settings() else ("allow_tf32", True)
+    before = getattr(owner, name)
+    try:
+        setattr(owner, name, value)
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
 def settled(check: Callable[[], Result], device: torch.device) -> Result:
     """What a check of a network finds, but for what rounding alone has made it find.
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from curvlinops_diffusion import DiffusionEKFACLinearOperator, ExampleGradientLinearOperator
+from curvlinops_diffusion import (
+    DiffusionEKFACLinearOperator,
+    DiffusionKFACLinearOperator,
+    ExampleGradientLinearOperator,
+)
+from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.layers.layer import Part
+from curvlinops_diffusion.layers.moments import MomentSums
 from curvlinops_diffusion.runtime.precision import full_precision, products_are_rounded
 from tests.cases import plain_regression, tiny_unet, unet_regression
 from tests.comparisons import assert_close
@@ -44,6 +51,46 @@ def test_convolutions_on_a_gpu_are_rounded_by_default():
         assert not products_are_rounded(torch.device("cuda"))
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("chosen", [None, "high", "highest"])
+@pytest.mark.parametrize("kind", [DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator])
+def test_products_of_factors_are_rounded_and_the_network_is_not(kind, chosen, monkeypatch):
+    """As on a GPU, whose settings can be looked at here."""
+    on_gpu = KFACOptions.rounds_products
+    monkeypatch.setattr(
+        KFACOptions, "rounds_products", lambda self, device: on_gpu(self, torch.device("cuda"))
+    )
+    seen = {"network": set(), "factors": set(), "gradients": set()}
+
+    def note(where):
+        owner = torch.backends.cuda.matmul
+        # the older setting cannot be read while the newer one is another
+        new = hasattr(owner, "fp32_precision")
+        seen[where].add(owner.fp32_precision == "tf32" if new else owner.allow_tf32)
+
+    add, squares = MomentSums.add_second_moment, Part.squares
+    monkeypatch.setattr(
+        MomentSums, "add_second_moment", lambda *args: note("factors") or add(*args)
+    )
+    monkeypatch.setattr(Part, "squares", lambda *args: note("gradients") or squares(*args))
+    regression = unet_regression(count=2, num_draws=1)
+    regression.objective.model.conv_in.register_forward_hook(lambda *args: note("network"))
+    operator = kind(regression, ["conv_in.weight", "conv_out.weight"], matmul_precision=chosen)
+    expected = {chosen != "highest"}
+    assert seen["network"] == {False}
+    assert seen["factors"] == expected
+    assert seen["gradients"] == (expected if kind is DiffusionEKFACLinearOperator else set())
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert operator.info["options"]["matmul_precision"] == chosen
+
+
+def test_which_products_are_rounded():
+    assert KFACOptions().rounds_products(torch.device("cuda"))
+    assert not KFACOptions(matmul_precision="highest").rounds_products(torch.device("cuda"))
+    assert not KFACOptions(matmul_precision="high").rounds_products(CPU)
+    with pytest.raises(ValueError, match="matmul_precision='medium' arrived"):
+        KFACOptions(matmul_precision="medium")
 
 
 class Rounded(nn.Linear):
