@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequenc
 from copy import copy
 from dataclasses import replace
 from itertools import islice
-from math import prod
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -24,18 +23,14 @@ from curvlinops_diffusion.diffusion.checks import (
 from curvlinops_diffusion.diffusion.data import CleanBatch, CleanData, Wanted
 from curvlinops_diffusion.diffusion.data_identity import DataIdentity, can_pass_by
 from curvlinops_diffusion.diffusion.draws import Draws, make_draws
+from curvlinops_diffusion.diffusion.noises import Noises
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.recipe import Recipe
 from curvlinops_diffusion.diffusion.scaled_model import ScaledModel, scaled
-from curvlinops_diffusion.runtime.ahead import Foreseen, one_ahead
 from curvlinops_diffusion.runtime.digests import fingerprint
 from curvlinops_diffusion.runtime.sharded_networks import is_sharded
 
 T = TypeVar("T")
-# examples, draw, shape of one of them, and whether latents are drawn
-NoiseKey = tuple[tuple[int, ...], int, tuple[int, ...], bool]
-# so many entries of noise take longer than a thread takes to start
-_WORTH_A_THREAD = 2**15
 
 
 def check_regression(value: Any) -> None:
@@ -173,8 +168,7 @@ class NoisedRegression:
         self._data_identity: dict[str, Any] = {}  # shared with copies of other draws
         self.tried: set[tuple[bool, ...]] = set()  # modes in which the network was tried out
         self._looked_at: set[str] = set()  # what need not be looked at again; shared likewise
-        self._latest: Sequence[int] = ()  # the examples whose noise was drawn last
-        self._foreseen = Foreseen(self._drawn)
+        self._noises = Noises(made, self.recipe, self.num_data)
         names = getattr(data, "names", None)  # a tensor's are those of its axes
         self._names: list[str] | None = names if isinstance(names, list) else None
         if batch_size == "auto":
@@ -272,7 +266,7 @@ class NoisedRegression:
     def _with(self, draws: Draws) -> NoisedRegression:
         other = copy(self)
         other.draws = draws
-        other._foreseen = Foreseen(other._drawn)
+        other._noises = Noises(draws, self.recipe, self.num_data)
         return other
 
     def fingerprint(self) -> dict[str, str]:
@@ -366,7 +360,8 @@ class NoisedRegression:
         dropout = self.objective.condition_dropout
         encodes_std = versions[0].std is not None
 
-        for r, (eps, input_eps, latent) in enumerate(self._noises(indices, shape, encodes_std)):
+        noises = self._noises.of(indices, shape, encodes_std)
+        for r, (eps, input_eps, latent) in enumerate(noises):
             version_B = draws.versions(indices, r, len(versions))
             encoded, mask = chosen_versions(versions, masks, version_B)
             x0, condition = encoded.mean, encoded.condition
@@ -379,33 +374,6 @@ class NoisedRegression:
             level_B = draws.levels(indices, r)
             batch = self.objective.noise(x0, condition, level_B, eps, indices, r, input_eps, mask)
             yield replace(batch, weight_B=self.recipe.weighted(batch.weight_B, indices))
-
-    def _noises(
-        self, indices: Sequence[int], shape: Sequence[int], of_latents: bool
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Yield what each draw of some examples is noised by.
-
-        A GPU would wait for noise that is drawn when it is wanted: the next draw's is made ahead,
-        and with the last one the first of the examples that follow as these did the ones before.
-        """
-        keys = [(tuple(indices), r, tuple(shape), of_latents) for r in range(self.num_draws)]
-        if len(indices) * prod(shape) < _WORTH_A_THREAD:
-            yield from map(self._drawn, keys)
-            return
-        before, self._latest = self._latest, indices
-        step = indices[0] - before[0] if before else 0
-        step = step if step > 0 else len(indices)  # a pass begins
-        following = tuple(n + step for n in indices if n + step < self.num_data)
-        for key, made in zip(keys, one_ahead(self._foreseen, keys), strict=True):
-            if key is keys[-1] and following:
-                self._foreseen.expect((following, 0, *key[2:]))
-            yield made
-
-    def _drawn(self, key: NoiseKey) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The noise of target and input, and what latents are drawn by."""
-        indices, r, shape, of_latents = key
-        eps, input_eps = self.recipe.noise(self.draws, indices, r, shape)
-        return eps, input_eps, self.draws.latent_noise(indices, r, shape) if of_latents else None
 
     def grouped_batches(
         self, clean: CleanBatch, examples: int, draws: int

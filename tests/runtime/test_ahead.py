@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from curvlinops_diffusion import DiffusionKFACLinearOperator
-from curvlinops_diffusion.diffusion import regression as regression_module
+from curvlinops_diffusion.diffusion import noises
 from curvlinops_diffusion.diffusion.draws import Draws
 from curvlinops_diffusion.runtime.ahead import Foreseen, one_ahead
 from tests.cases import tiny_unet, unet_regression
@@ -78,7 +78,7 @@ def test_noise_is_the_same(monkeypatch, num_draws):
     monkeypatch.setattr(Draws, "noise", noted)
     found = []
     for worth_it in (2**40, 0):
-        monkeypatch.setattr(regression_module, "_WORTH_A_THREAD", worth_it)
+        monkeypatch.setattr(noises, "_WORTH_A_THREAD", worth_it)
         drawn.clear()
         regression = unet_regression(tiny_unet(), count=5, num_draws=num_draws, batch_size=2)
         found.append([batch.x_t for batch in regression.batches()])
@@ -97,7 +97,7 @@ def test_noise_is_the_same(monkeypatch, num_draws):
 def test_factors_are_the_same(monkeypatch):
     products = []
     for worth_it in (2**40, 0):
-        monkeypatch.setattr(regression_module, "_WORTH_A_THREAD", worth_it)
+        monkeypatch.setattr(noises, "_WORTH_A_THREAD", worth_it)
         K = DiffusionKFACLinearOperator(unet_regression(tiny_unet(), count=3, num_draws=4))
         products.append(K @ torch.ones(K.shape[1], dtype=torch.float64))
     assert torch.equal(*products)
@@ -106,7 +106,7 @@ def test_factors_are_the_same(monkeypatch):
 @pytest.mark.parametrize("wanted", [lambda n: n % 2 == 1, lambda n: n > 1])
 def test_what_comes_next_for_one_of_several_processes(wanted, monkeypatch):
     """Batches in steps of two are foreseen from the second on."""
-    monkeypatch.setattr(regression_module, "_WORTH_A_THREAD", 0)
+    monkeypatch.setattr(noises, "_WORTH_A_THREAD", 0)
     regression = unet_regression(tiny_unet(), count=12, num_draws=1, batch_size=2)
     expected = {batch.indices[0]: batch.x_t for batch in regression.batches()}
     threads = []
