@@ -63,6 +63,7 @@ bench: $(VENV)/.installed-bench  ## the benchmarks, about 25 minutes, into bench
 	$(BIN)/python -m benchmarks.shards
 	$(BIN)/python -m benchmarks.report_page
 	$(BIN)/python -m benchmarks.cost_model
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.launches
 
 bench-full: bench  ## the benchmarks that take longer as well
 	$(BIN)/python -m benchmarks.factor_pass --upstream --problem cifar --num-data 16 --batch-size 8 \

@@ -34,6 +34,7 @@ PROGRAMS = {
     "exact_ggn": ["exact_ggn"],
     "ggn_product": ["ggn_product"],
     "inverse_products": ["inverse_products"],
+    "launches": ["launches"],
     "peak_memory": ["peak_memory"],
     "positions": ["positions"],
     "precision": ["precision"],

@@ -1,0 +1,96 @@
+"""How many kernels would a GPU be told of? Counted on a CPU, for small networks of three kinds.
+
+What a second batch adds, of each pass, and that as a multiple of a training pass' (forward and full
+backward over a batch that lies there). A small network waits for the host, so that this ratio is
+that of times then. Views and other operations without a kernel are not counted; what is fixed is
+counted apart: trying the network out, zeros to add to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.gpu import CASES, DRAWS, Case, passes_of
+from benchmarks.measure import arguments, report
+from curvlinops_diffusion import NoisedRegression
+from curvlinops_diffusion.layers import patch_moments
+
+WITHOUT_KERNEL = {
+    *("view", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select"),
+    *("alias", "detach", "as_strided", "_unsafe_view", "unfold", "split", "split_with_sizes"),
+    *("unbind", "lift_fresh", "promote_types"),
+}
+EXAMPLES = 4
+COUNTED = {"UNet 2.8 M": "UNet", "DiT": "DiT", "UNet 860 M, LoRA, bf16": "UNet, LoRA, bfloat16"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that a GPU would be told of within the context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function, and count it."""
+        self.count += func.overloadpacket.__name__ not in WITHOUT_KERNEL
+        return func(*args, **(kwargs or {}))
+
+
+def launches_of(case: Case, batches: int) -> dict[str, int]:
+    """Of each pass over so many batches."""
+    first = case.regression(argparse.Namespace(device="cpu", quick=True))
+    clean = next(first.clean_batches())
+    count = batches * EXAMPLES
+
+    def repeated(z: Any) -> Any:
+        return z[:1].expand(count, *z.shape[1:]).contiguous() if isinstance(z, Tensor) else z
+
+    data = {"x0": repeated(clean.x0)} | {k: repeated(z) for k, z in clean.condition.items()}
+    regression = NoisedRegression(first.objective, data, 1, batch_size=EXAMPLES)
+    found = {}
+    for name, run in passes_of(replace(case, peers=False), regression):
+        with Launches() as launches:
+            run()
+        found[name] = launches.count
+    return found
+
+
+def main() -> None:
+    """Run the program."""
+    options = arguments(__doc__).parse_args()
+    warnings.simplefilter("ignore")
+    rows = []
+    with patch.object(patch_moments, "on_tensor_cores", lambda x: True):  # as on a GPU
+        for case in CASES:
+            if case.name not in COUNTED:
+                continue
+            one, two = (launches_of(case, batches) for batches in (1, 2))
+            unit = two["training pass"] - one["training pass"]
+            for name in one:
+                more = two[name] - one[name]
+                draws = DRAWS if name.startswith("gradient rows") else 1
+                rows.append(
+                    {
+                        "network": COUNTED[case.name],
+                        "pass": name,
+                        "launches": more,
+                        "training_passes_a_draw": round(more / unit / draws, 2),
+                        "fixed": one[name] - more,
+                    }
+                )
+    report(options, "launches", __doc__, {"launches": rows})
+
+
+if __name__ == "__main__":
+    main()
