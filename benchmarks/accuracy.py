@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.problems import trained_on_digits
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression
+from curvlinops_diffusion.curvature.kronecker_factors import KroneckerFactors
 from curvlinops_diffusion.layers import Coverage, covered_parameters
 
 T = TypeVar("T")
@@ -44,6 +45,14 @@ class DigitsProblem:
 def relative_error(estimate: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
     """Mean over the blocks of the relative Frobenius error."""
     return mean(float((estimate[k] - truth[k]).norm() / truth[k].norm()) for k in truth)
+
+
+def factor_errors(estimate: KroneckerFactors, truth: KroneckerFactors) -> dict[str, float]:
+    """Those of ``A`` and of ``B``."""
+    return {
+        "error_A": relative_error(estimate.inputs, truth.inputs),
+        "error_B": relative_error(estimate.outputs, truth.outputs),
+    }
 
 
 def accuracy(

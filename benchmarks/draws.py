@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 
-from benchmarks.accuracy import DigitsProblem, accuracy, relative_error
+from benchmarks.accuracy import DigitsProblem, accuracy, factor_errors
 from benchmarks.measure import arguments, report
 from curvlinops_diffusion.curvature.kronecker_factors import KroneckerFactors, kronecker_factors
 from curvlinops_diffusion.curvature.options import KFACOptions
@@ -45,17 +45,11 @@ def main() -> None:
 
     truth = factors("stratified", 2 if options.quick else 256, "rademacher", 2, seed=1000)
 
-    def errors(estimate: KroneckerFactors) -> dict[str, float]:
-        return {
-            "error_A": relative_error(estimate.inputs, truth.inputs),
-            "error_B": relative_error(estimate.outputs, truth.outputs),
-        }
-
     table = [
         {"timesteps": timesteps, "draws": num_draws, "probe_type": probe, "mc_samples": probes}
         | accuracy(
             lambda seed, setting=(timesteps, num_draws, probe, probes): factors(*setting, seed),
-            errors,
+            lambda estimate: factor_errors(estimate, truth),
             options.repeats,
         )
         for timesteps, num_draws, probe, probes in SETTINGS

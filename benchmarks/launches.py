@@ -10,41 +10,19 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu import CASES, DRAWS, Case, passes_of
-from benchmarks.measure import arguments, report
+from benchmarks.measure import Launches, arguments, report
 from curvlinops_diffusion import NoisedRegression
 from curvlinops_diffusion.layers import patch_moments
 
-WITHOUT_KERNEL = {
-    *("view", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select"),
-    *("alias", "detach", "as_strided", "_unsafe_view", "unfold", "split", "split_with_sizes"),
-    *("unbind", "lift_fresh", "promote_types"),
-}
 EXAMPLES = 4
 COUNTED = {"UNet 2.8 M": "UNet", "DiT": "DiT", "UNet 860 M, LoRA, bf16": "UNet, LoRA, bfloat16"}
-
-
-class Launches(TorchDispatchMode):
-    """Counts operations that a GPU would be told of within the context."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        """Run a function, and count it."""
-        self.count += func.overloadpacket.__name__ not in WITHOUT_KERNEL
-        return func(*args, **(kwargs or {}))
 
 
 def launches_of(case: Case, batches: int) -> dict[str, int]:

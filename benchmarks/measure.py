@@ -13,13 +13,15 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
@@ -32,7 +34,37 @@ PACKAGES = (
     "scipy",
     "torch",
 )
+# views, and what is done on the host
+_WITHOUT_KERNEL = {
+    *("view", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select"),
+    *("alias", "detach", "as_strided", "_unsafe_view", "unfold", "split", "split_with_sizes"),
+    *("unbind", "lift_fresh", "promote_types"),
+}
 _START = time.perf_counter()
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that a GPU would be told of within the context.
+
+    Attributes:
+        called: How often each operation of torch's core was called, by its name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: Counter[str] = Counter()
+
+    @property
+    def count(self) -> int:
+        """Those that need a kernel."""
+        return sum(n for name, n in self.called.items() if name not in _WITHOUT_KERNEL)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function, and count it."""
+        self.called[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def alternating(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:

@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from benchmarks.accuracy import relative_error
+from benchmarks.accuracy import factor_errors
 from benchmarks.measure import arguments, report
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression
 from curvlinops_diffusion.curvature.kronecker_factors import KroneckerFactors, kronecker_factors
@@ -91,12 +91,9 @@ def main() -> None:
             start = time.process_time()
             estimate = factors(DRAWS, seed, 1, most)
             seconds = time.process_time() - start
-            errors = (
-                relative_error(estimate.inputs, truth.inputs),
-                relative_error(estimate.outputs, truth.outputs),
-            )
+            errors = factor_errors(estimate, truth)
             if seed > 0:  # the first round warms up
-                found[most].append((seconds, *errors))
+                found[most].append((seconds, *errors.values()))
     rows = []
     for most, measured in found.items():
         taken, A, B = zip(*measured, strict=True)

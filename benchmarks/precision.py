@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.accuracy import DigitsProblem, relative_error
+from benchmarks.accuracy import DigitsProblem, factor_errors
 from benchmarks.measure import arguments, report
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression
 from curvlinops_diffusion.curvature import kronecker_factors as module
@@ -74,27 +74,19 @@ def main() -> None:
         "products in bfloat16": (rounded_to_bfloat16, factors),
         "the network under autocast to bfloat16": (None, partial(factors, objective=in_bfloat16)),
     }
-    errors: dict[str, list[tuple[float, float]]] = {}
+    errors: dict[str, list[dict[str, float]]] = {}
     for seed in range(options.repeats):
         truth = factors(seed)
         for name, (rounded, run) in ways.items():
             with operands(rounded):
-                errors.setdefault(name, []).append(_errors(run(seed), truth))
-        errors.setdefault("other draws", []).append(_errors(factors(1000 + seed), truth))
+                errors.setdefault(name, []).append(factor_errors(run(seed), truth))
+        errors.setdefault("other draws", []).append(factor_errors(factors(1000 + seed), truth))
     rows = [
-        {"of": name, "error_A": round(mean(A), 5), "error_B": round(mean(B), 5)}
+        {"of": name} | {side: round(mean(one[side] for one in found), 5) for side in found[0]}
         for name, found in errors.items()
-        for A, B in [zip(*found, strict=True)]
     ]
     settings = {"examples": len(problem.x0), "draws": DRAWS}
     report(options, "precision", __doc__, {**settings, "precisions": rows})
-
-
-def _errors(estimate: KroneckerFactors, truth: KroneckerFactors) -> tuple[float, float]:
-    return (
-        relative_error(estimate.inputs, truth.inputs),
-        relative_error(estimate.outputs, truth.outputs),
-    )
 
 
 if __name__ == "__main__":

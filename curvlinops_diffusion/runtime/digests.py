@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
 from functools import partial
 from hashlib import sha256
+from threading import Lock
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,6 +22,8 @@ from curvlinops_diffusion.runtime.unchanged import marks
 
 # The latest digests of networks, and by what it is told that these have not changed
 _latest: WeakKeyDictionary[nn.Module, tuple[list[Any], dict[str, str]]] = WeakKeyDictionary()
+# so that what a thread reads already is waited for, and not read a second time
+_reading = Lock()
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
@@ -59,12 +62,13 @@ def _read_once(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str]:
     """A model's digests, from its tensors by name if these are not as they were."""
     if is_sharded(model):  # all processes must gather alike
         return _digests(state)
-    now = marks(state)
-    before, found = _latest.get(model, (None, {}))
-    if now != before:
-        found = _digests(state)
-        _latest[model] = now, found
-    return dict(found)
+    with _reading:
+        now = marks(state)
+        before, found = _latest.get(model, (None, {}))
+        if now != before:
+            found = _digests(state)
+            _latest[model] = now, found
+        return dict(found)
 
 
 def _digests(state: Mapping[str, Tensor]) -> dict[str, str]:

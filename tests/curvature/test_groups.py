@@ -77,7 +77,6 @@ def test_the_estimate_is_what_a_fit_takes(kind, width):
         peak_bytes(run, unet.device) for run in (train, lambda: kept.append(kind(regression)))
     )
     needed = needed_memory(plan.units, ITEMSIZE)
-    print(kind.__name__, (fitted - trained) / needed)
     assert 0.5 * needed < fitted - trained < needed
 
 

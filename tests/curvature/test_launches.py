@@ -1,45 +1,27 @@
 """What a GPU would be told and asked in a pass, counted here: launches, and waits for an answer."""
 
-import collections
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.measure import Launches
 from curvlinops_diffusion import DiffusionEKFACLinearOperator, DiffusionKFACLinearOperator
 from curvlinops_diffusion.layers import patch_moments
 from curvlinops_diffusion.runtime.flags import DeviceFlag
 from tests.cases import unet_regression
 
-VIEWS = {
-    *("view", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select"),
-    *("alias", "detach", "as_strided", "_unsafe_view", "unfold", "split", "unbind"),
-}
 WAITS = {"_local_scalar_dense", "bincount", "nonzero", "equal", "is_nonzero", "masked_select"}
-
-
-class Counted(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.launches = 0
-        self.waits = collections.Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        self.launches += name not in VIEWS
-        self.waits[name] += name in WAITS
-        return func(*args, **(kwargs or {}))
 
 
 def a_batch_more(make, count=4):
     """What a second batch of four examples adds, as many as the network is tried out on."""
     found = []
     for examples in (count, 2 * count):
-        with Counted() as counted:
+        with Launches() as launches:
             make(examples)
-        found.append(counted)
+        found.append(launches)
     few, many = found
-    return many.launches - few.launches, many.waits - few.waits
+    more = many.called - few.called
+    return many.count - few.count, {name: n for name, n in more.items() if name in WAITS}
 
 
 def problem(examples):

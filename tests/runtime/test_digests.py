@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from curvlinops_diffusion import DiffusionKFACLinearOperator
+from curvlinops_diffusion import DiffusionKFACLinearOperator, PassOptions
 from curvlinops_diffusion.influence.measurements.bounds import ELBO, SimplifiedELBO
 from curvlinops_diffusion.influence.measurements.losses import WeightedLoss, loss
 from curvlinops_diffusion.runtime import digests
@@ -147,18 +148,21 @@ def test_weights_of_any_kind_are_marked():
     assert fingerprint(network)["weights"] != before["weights"]
 
 
-def test_weights_are_read_beside_other_work(monkeypatch):
-    """In a thread, once for a fit with checkpoints, scores and a file."""
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_weights_are_read_beside_other_work(monkeypatch, tmp_path, checkpointed):
+    """In a thread, once for a fit with checkpoints, which wait for it, scores and a file."""
     threads = []
     digests_of = digests._digests
 
     def noted(state):
         threads.append(threading.current_thread().name)
+        time.sleep(0.2)
         return digests_of(state)
 
     monkeypatch.setattr(digests, "_digests", noted)
     regression = unet_regression(count=2, num_draws=1)
-    K = DiffusionKFACLinearOperator(regression, ["conv_out.weight"])
+    passes = PassOptions(tmp_path if checkpointed else None)
+    K = DiffusionKFACLinearOperator(regression, ["conv_out.weight"], passes=passes)
     assert threads == ["beside_0"]
     assert K.info["fingerprint"] == fingerprint(regression.objective.model)
     assert len(threads) == 1
