@@ -15,6 +15,8 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 RECIPE = "EK-FAC, the paper's recipe"
 DEFAULT = "K-FAC, regression on loss and squared prediction"
 PIXELS = "kernel regression on pixels"
+PROBLEMS = ("digits", "fashion", "photographs")
+KINDS = ("held-out", "generated")
 
 
 def result_of(name: str) -> dict[str, Any]:
@@ -31,7 +33,16 @@ def substitutions() -> str:
 def numbers() -> dict[str, str]:
     """Every number by its name."""
     found: dict[str, str] = {}
-    for part in (_draws(), _seeds(), _digits(), _lengths(), _removal(), _exact_ggn()):
+    for part in (
+        _draws(),
+        _seeds(),
+        _default(),
+        _digits(),
+        _photograph(),
+        _lengths(),
+        _removal(),
+        _exact_ggn(),
+    ):
         assert not found.keys() & part.keys()
         found |= part
     return found
@@ -62,9 +73,19 @@ def _seeds() -> dict[str, str]:
     """The correlation of two trainings on the same half, of the loss."""
     return {
         f"seeds, {problem}, {kind}": f"{agreement[f'loss, {kind}']:.2f}"
-        for problem in ("digits", "fashion", "photographs")
+        for problem in PROBLEMS
         for agreement in [result_of(f"lds_{problem}")["agreement_of_seeds"]]
-        for kind in ("held-out", "generated")
+        for kind in KINDS
+    }
+
+
+def _default() -> dict[str, str]:
+    """Scores of the regression at its defaults, of the loss."""
+    return {
+        f"default, {problem}, {row['cell'].removeprefix('loss, ')}": _with_interval(row["default"])
+        for problem in PROBLEMS
+        for row in result_of(f"lds_{problem}")["methods"]
+        if row["method"] == DEFAULT and row["cell"].startswith("loss")
     }
 
 
@@ -73,12 +94,9 @@ def _digits() -> dict[str, str]:
     rows = {(r["method"], r["cell"]): r for r in result_of("lds_digits")["methods"]}
     shown = {place: row.get("default", row["best"]) for place, row in rows.items()}
     found = {}
-    fashion = {(r["method"], r["cell"]): r for r in result_of("lds_fashion")["methods"]}
-    for kind in ("held-out", "generated"):
+    for kind in KINDS:
         cell = f"loss, {kind}"
-        found[f"default, fashion, {kind}"] = _with_interval(fashion[DEFAULT, cell]["default"])
         found[f"recipe, 250 draws, {kind}"] = f"{shown[f'{RECIPE}, 250 draws', cell]['lds']:.2f}"
-        found[f"default, digits, {kind}"] = _with_interval(shown[DEFAULT, cell])
         for what, (one, other) in {
             "squaring": (DEFAULT, "K-FAC, regression on loss and prediction"),
             "squaring pixels": (f"{PIXELS}, squared", PIXELS),
@@ -100,6 +118,29 @@ def _digits() -> dict[str, str]:
     found["gain by conjugate gradients"] = f"{refined['minus_ekfac']['difference']:.2f}"
     found["before conjugate gradients"] = f"{shown['EK-FAC', 'loss, generated']['lds']:.2f}"
     found["after conjugate gradients"] = f"{refined['lds']:.2f}"
+    return found
+
+
+def _photograph() -> dict[str, str]:
+    """Differences of scores of the loss, on patches of a photograph."""
+    rows = {(r["method"], r["cell"]): r for r in result_of("lds_photographs")["methods"]}
+    found = {}
+    for kind in KINDS:
+        scores = {
+            method: row.get("default", row["best"])["lds"]
+            for (method, cell), row in rows.items()
+            if cell == f"loss, {kind}"
+        }
+        for what, one, other in (
+            ("behind the default, photographs", DEFAULT, "EK-FAC"),
+            (
+                "behind without the loss, photographs",
+                DEFAULT,
+                "K-FAC, regression on the prediction, squared",
+            ),
+            ("gain by late checkpoints", "EK-FAC, late checkpoints", "EK-FAC"),
+        ):
+            found[f"{what}, {kind}"] = f"{scores[one] - scores[other]:.2f}"
     return found
 
 

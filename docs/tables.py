@@ -117,7 +117,7 @@ def _of_records(records: Sequence[dict[str, object]]) -> list[Row]:
 PROBLEM_NAMES = {
     "digits": "digits",
     "fashion": "Fashion-MNIST",
-    "photographs": "photographs",
+    "photographs": "photograph",
 }
 
 
