@@ -168,7 +168,7 @@ def retraining() -> plt.Figure:
             title=PROBLEM_NAMES[problem], xlabel="linear data-modelling score", xlim=(-0.05, 0.95)
         )
         axis.set_yticks(range(len(METHODS)), [_label(rows, method) for method in METHODS])
-    axes[-1].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
