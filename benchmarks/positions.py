@@ -14,12 +14,12 @@ from statistics import mean, median
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
-from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from benchmarks.accuracy import factor_errors
 from benchmarks.measure import arguments, report
+from benchmarks.problems import separate_patches
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression
 from curvlinops_diffusion.curvature.kronecker_factors import KroneckerFactors, kronecker_factors
 from curvlinops_diffusion.curvature.options import KFACOptions
@@ -29,16 +29,6 @@ from curvlinops_diffusion.layers import covered_parameters
 SIZE = 32
 DRAWS = 4
 MOST = (None, 256, 64, 16, 4)
-
-
-def patches() -> Tensor:
-    """The photographs' patches, without overlap, ``[520, 3, 32, 32]``."""
-    found = []
-    for photograph in load_sample_images().images:
-        pixels = torch.tensor(photograph).permute(2, 0, 1).float() / 127.5 - 1
-        tiles = pixels.unfold(1, SIZE, SIZE).unfold(2, SIZE, SIZE)
-        found.append(tiles.permute(1, 2, 0, 3, 4).flatten(0, 1))
-    return torch.cat(found)
 
 
 def trained(x0: Tensor, steps: int) -> UNet2DModel:
@@ -73,7 +63,7 @@ def main() -> None:
     """Run the program."""
     options = arguments(__doc__).parse_args()
     warnings.simplefilter("ignore")
-    x0 = patches()
+    x0 = separate_patches(SIZE)
     network = trained(x0, 2 if options.quick else 600)
     objective = DenoisingObjective(network.to(options.device), DDPMScheduler())
     some = x0[: 4 if options.quick else 128]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
+from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression
@@ -101,6 +102,23 @@ def trained_on_digits(steps: int) -> tuple[UNet2DModel, DDPMScheduler, Tensor]:
     network, scheduler, (x0, _) = demo.make_unet(), DDPMScheduler(), demo.digits()
     demo.train(network, scheduler, x0, steps)
     return network.eval(), scheduler, x0
+
+
+def photographs() -> list[Tensor]:
+    """Scikit-learn's two, in ``[-1, 1]``, ``[3, 427, 640]``."""
+    images = load_sample_images().images
+    return [torch.tensor(image).permute(2, 0, 1).float() / 127.5 - 1 for image in images]
+
+
+def patches(image: Tensor, size: int, stride: int) -> Tensor:
+    """Squares cut out of an image, row by row, ``[·, C, size, size]``."""
+    rows = image.unfold(1, size, stride).unfold(2, size, stride)
+    return rows.permute(1, 2, 0, 3, 4).flatten(0, 1)
+
+
+def separate_patches(size: int) -> Tensor:
+    """Of both photographs, without overlap, ``[·, 3, size, size]``."""
+    return torch.cat([patches(photograph, size, size) for photograph in photographs()])
 
 
 def spread(band: range, number: int) -> tuple[int, ...]:

@@ -36,8 +36,6 @@ METHODS = (
     "K-FAC, regression on loss and squared prediction",
     "kernel regression on pixels, squared",
 )
-#: The data sets that it shows.
-PROBLEMS = ("digits", "fashion", "photographs")
 #: The methods of the figure of the training's length, and what it calls them.
 AT_LENGTHS = {
     "EK-FAC": "EK-FAC influence",
@@ -143,8 +141,10 @@ def damping() -> plt.Figure:
 
 def retraining() -> plt.Figure:
     """The linear data-modelling score of the loss, with intervals, for each method."""
-    figure, axes = plt.subplots(1, len(PROBLEMS), figsize=(2 + 3 * len(PROBLEMS), 3), sharey=True)
-    for axis, problem in zip(axes, PROBLEMS, strict=True):
+    figure, axes = plt.subplots(
+        1, len(PROBLEM_NAMES), figsize=(2 + 3 * len(PROBLEM_NAMES), 3), sharey=True
+    )
+    for axis, (problem, title) in zip(axes, PROBLEM_NAMES.items(), strict=True):
         result = result_of(f"lds_{problem}")
         rows = {(row["method"], row["cell"]): row for row in result["methods"]}
         for kind, color, shift in (("held-out", BLUE, 0.14), ("generated", RED, -0.14)):
@@ -164,9 +164,7 @@ def retraining() -> plt.Figure:
                 label=kind,
             )
             axis.axvline(result["ceilings"][cell], color=color, linestyle=":", linewidth=1)
-        axis.set(
-            title=PROBLEM_NAMES[problem], xlabel="linear data-modelling score", xlim=(-0.05, 0.95)
-        )
+        axis.set(title=title, xlabel="linear data-modelling score", xlim=(-0.05, 0.95))
         axis.set_yticks(range(len(METHODS)), [_label(rows, method) for method in METHODS])
     axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -8,14 +8,13 @@ it.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+from tables import PROBLEM_NAMES, RESULTS
+
 RECIPE = "EK-FAC, the paper's recipe"
 DEFAULT = "K-FAC, regression on loss and squared prediction"
 PIXELS = "kernel regression on pixels"
-PROBLEMS = ("digits", "fashion", "photographs")
 KINDS = ("held-out", "generated")
 
 
@@ -73,7 +72,7 @@ def _seeds() -> dict[str, str]:
     """The correlation of two trainings on the same half, of the loss."""
     return {
         f"seeds, {problem}, {kind}": f"{agreement[f'loss, {kind}']:.2f}"
-        for problem in PROBLEMS
+        for problem in PROBLEM_NAMES
         for agreement in [result_of(f"lds_{problem}")["agreement_of_seeds"]]
         for kind in KINDS
     }
@@ -82,17 +81,27 @@ def _seeds() -> dict[str, str]:
 def _default() -> dict[str, str]:
     """Scores of the regression at its defaults, of the loss."""
     return {
-        f"default, {problem}, {row['cell'].removeprefix('loss, ')}": _with_interval(row["default"])
-        for problem in PROBLEMS
-        for row in result_of(f"lds_{problem}")["methods"]
-        if row["method"] == DEFAULT and row["cell"].startswith("loss")
+        f"default, {problem}, {kind}": _with_interval(shown[DEFAULT, f"loss, {kind}"])
+        for problem in PROBLEM_NAMES
+        for shown in [_shown(_rows(problem))]
+        for kind in KINDS
     }
+
+
+def _rows(problem: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """What was found of a data set, by method and column."""
+    return {(r["method"], r["cell"]): r for r in result_of(f"lds_{problem}")["methods"]}
+
+
+def _shown(rows: dict[tuple[str, str], dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """At the defaults, or else at the best setting."""
+    return {place: row.get("default", row["best"]) for place, row in rows.items()}
 
 
 def _digits() -> dict[str, str]:
     """Scores of the digits' loss."""
-    rows = {(r["method"], r["cell"]): r for r in result_of("lds_digits")["methods"]}
-    shown = {place: row.get("default", row["best"]) for place, row in rows.items()}
+    rows = _rows("digits")
+    shown = _shown(rows)
     found = {}
     for kind in KINDS:
         cell = f"loss, {kind}"
@@ -123,14 +132,10 @@ def _digits() -> dict[str, str]:
 
 def _photograph() -> dict[str, str]:
     """Differences of scores of the loss, on patches of a photograph."""
-    rows = {(r["method"], r["cell"]): r for r in result_of("lds_photographs")["methods"]}
+    shown = _shown(_rows("photographs"))
     found = {}
     for kind in KINDS:
-        scores = {
-            method: row.get("default", row["best"])["lds"]
-            for (method, cell), row in rows.items()
-            if cell == f"loss, {kind}"
-        }
+        cell = f"loss, {kind}"
         for what, one, other in (
             ("behind the default, photographs", DEFAULT, "EK-FAC"),
             (
@@ -140,7 +145,7 @@ def _photograph() -> dict[str, str]:
             ),
             ("gain by late checkpoints", "EK-FAC, late checkpoints", "EK-FAC"),
         ):
-            found[f"{what}, {kind}"] = f"{scores[one] - scores[other]:.2f}"
+            found[f"{what}, {kind}"] = f"{shown[one, cell]['lds'] - shown[other, cell]['lds']:.2f}"
     return found
 
 

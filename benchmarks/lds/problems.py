@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
-from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, mse_loss, pixel_unshuffle
 
 from benchmarks.lds.fashion import fashion
-from benchmarks.problems import example
+from benchmarks.problems import example, patches, photographs, separate_patches
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression
 from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_of
 from curvlinops_diffusion.runtime.digests import digest_of
@@ -176,31 +175,14 @@ def _compiled(name: str) -> UNet2DModel:
     return network
 
 
-def _photographs() -> list[Tensor]:
-    """Scikit-learn's two, in ``[-1, 1]``, ``[3, 427, 640]``."""
-    images = load_sample_images().images
-    return [torch.tensor(image).permute(2, 0, 1).float() / 127.5 - 1 for image in images]
-
-
-def _patches(image: Tensor, size: int, stride: int) -> Tensor:
-    """Squares cut out of an image, row by row, ``[·, C, size, size]``."""
-    rows = image.unfold(1, size, stride).unfold(2, size, stride)
-    return rows.permute(1, 2, 0, 3, 4).flatten(0, 1)
-
-
 def _overlapping_patches() -> Tensor:
     """Of a part of the first photograph, at a quarter of its size, ``[468, 3, 8, 8]``.
 
     Neighbours have half of their pixels in common: of patches without overlap two trainings on a
     half do not agree.
     """
-    part = avg_pool2d(_photographs()[0], 4)[:, 28:104, 24:132]
-    return _patches(part, size=8, stride=4)
-
-
-def _separate_patches() -> Tensor:
-    """Of both photographs, without overlap, ``[2080, 3, 16, 16]``."""
-    return torch.cat([_patches(photograph, size=16, stride=16) for photograph in _photographs()])
+    part = avg_pool2d(photographs()[0], 4)[:, 28:104, 24:132]
+    return patches(part, size=8, stride=4)
 
 
 def _in_patches(images: Tensor) -> Tensor:
@@ -251,7 +233,7 @@ PROBLEMS = {
         ),
         Problem(
             "lengths",
-            lambda: _in_patches(_separate_patches()),
+            lambda: _in_patches(separate_patches(16)),
             lambda: _unet(8, 12, (16, 32)),
             num_train=200,
             steps=4000,
