@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from curvlinops_diffusion.curvature.exact_blocks import ExactSums
 from curvlinops_diffusion.curvature.loss_vectors import CheckedLossVectors
 from curvlinops_diffusion.curvature.options import KFACApprox
 from curvlinops_diffusion.curvature.plan import BlockPlan, Zeros
@@ -276,16 +278,20 @@ class _InputFactors(Observer):
         return result
 
 
-class _MeanSums(Observer):
+AnySums = TypeVar("AnySums", bound=Sums)
+
+
+class _MeanSums(Observer, Generic[AnySums]):
     """Sums of one term for each backward pass, over all calls of a layer.
 
     Args:
         zeros: Makes what the sums are where nothing arrives, by their key.
+        sums: The sums.
     """
 
-    def __init__(self, zeros: Mapping[str, Zeros]):
+    def __init__(self, zeros: Mapping[str, Zeros], sums: AnySums):
         self._zeros = zeros
-        self._sums = MomentSums()
+        self._sums = sums
         self._N = 0
 
     def start(self, batch: NoisedBatch) -> None:
@@ -305,11 +311,11 @@ class _MeanSums(Observer):
         return {key: identity_like(zeros()) for key, zeros in self._zeros.items()}
 
 
-class _OutputFactors(_MeanSums):
+class _OutputFactors(_MeanSums[MomentSums]):
     """Sums that become ``B``."""
 
     def __init__(self, plan: BlockPlan, dtype: torch.dtype, samples: PositionSamples):
-        super().__init__(plan.output_zeros(dtype))
+        super().__init__(plan.output_zeros(dtype), MomentSums())
         self._expand = plan.options.kfac_approx is not KFACApprox.REDUCE
         self._samples = samples
         self._dtype = dtype
@@ -337,11 +343,11 @@ class _OutputFactors(_MeanSums):
             self._sums.add_second_moment(name, total)
 
 
-class _ExactBlocks(_MeanSums):
+class _ExactBlocks(_MeanSums[ExactSums]):
     """Sums that become exact blocks."""
 
     def __init__(self, regression: NoisedRegression, plan: BlockPlan, dtype: torch.dtype):
-        super().__init__(plan.exact_zeros(dtype))
+        super().__init__(plan.exact_zeros(dtype), ExactSums())
         self._objective = regression.objective
         self._blocks = plan.exact
         self._dtype = dtype
@@ -369,9 +375,8 @@ class _ExactBlocks(_MeanSums):
     def pulled_back(self, batch: NoisedBatch, v_BD: Tensor) -> None:
         mapped = mapped_gradients(self._objective, batch, v_BD, self._mapped)
         arrived = dict(self._gradients.pop_all()) | mapped
-        for block in self._blocks:
-            if any(name in arrived for name in block.params):
-                block.add_to(self._sums, arrived)
+        seen = [b for b in self._blocks if any(name in arrived for name in b.params)]
+        self._sums.add_gradients(seen, arrived)
 
     def finish(self) -> None:
         self._inputs.clear()

@@ -61,10 +61,12 @@ class NoisedBatch:
         return state_BD.to(self.target_BD)
 
     def select(self, positions: Sequence[int]) -> Self:
-        """The examples at some positions of the batch."""
-        index = list(positions)
+        """The examples at some positions of the batch; those of a range are not copied."""
+        index: slice | list[int] = list(positions)
+        if isinstance(positions, range) and positions.step == 1:
+            index = slice(positions.start, positions.stop)
         rows = {name: rows_of(getattr(self, name), index) for name in self.ROWS}
-        return replace(self, indices=[self.indices[i] for i in index], **rows)
+        return replace(self, indices=[self.indices[i] for i in positions], **rows)
 
     @staticmethod
     def interleaved(draws: Sequence[NoisedBatch]) -> NoisedBatch:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from math import prod
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -17,33 +16,11 @@ from curvlinops_diffusion.layers.patches import (
     patch_sum,
     patches,
     patches_at,
+    windows,
 )
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-
-
-def windows(
-    x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
-) -> Tensor:
-    """Gather what a kernel's taps read at every output pixel, in any number of dimensions.
-
-    Args:
-        x: The input, already padded, shape ``[N, C, *size]``.
-        kernel: Taps along each axis.
-        stride: Strides.
-        dilation: Dilations.
-
-    Returns:
-        The windows, shape ``[N, C, *output size, *kernel]``.
-    """
-    for axis, (K, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
-        outputs = (x.shape[axis] - d * (K - 1) - 1) // s + 1
-        steps = torch.arange(outputs).unsqueeze(1) * s + torch.arange(K) * d
-        # the taps of this axis go last
-        x = x.index_select(axis, steps.flatten().to(x.device)).unflatten(axis, (outputs, K))
-        x = x.movedim(axis + 1, -1)
-    return x
 
 
 class ConvolutionKind(SharingKind):

@@ -193,8 +193,8 @@ class SharingKind(LayerKind, ABC):
         each = [len(x) // sums * self.positions(module, x) for x in xs]
         cheaper = rotation_of_inputs_is_cheaper(sum(each), O, I)
         if cheaper and U_A is not None and U_B is not None:
-            a = torch.cat([fold(self.inputs(module, x), sums) for x in xs], -2)
-            b = torch.cat([fold(self.gradients(module, g), sums) for g in gs], -2)
+            a = _side_by_side([fold(self.inputs(module, x), sums) for x in xs])
+            b = _side_by_side([fold(self.gradients(module, g), sums) for g in gs])
             return rotated_squares_of_inputs(extend(a) if extended else a, b, U_A, U_B)
         if sum(each) < I and U_B is not None:  # outputs are fewer than the gradient's columns
             rotated = [self.rotated(module, g, U_B) for g in gs]
@@ -216,6 +216,10 @@ def fold(z_NgSI: Tensor, sums: int) -> Tensor:
     if len(z_NgSI) == sums:
         return z_NgSI
     return z_NgSI.unflatten(0, (sums, -1)).movedim(1, -3).flatten(-3, -2)
+
+
+def _side_by_side(calls_NgSI: Sequence[Tensor]) -> Tensor:
+    return calls_NgSI[0] if len(calls_NgSI) == 1 else torch.cat(list(calls_NgSI), -2)
 
 
 def at_positions(z_NgSI: Tensor, index: Tensor) -> Tensor:

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import ceil, prod
 
 from torch import Tensor
-from torch.nn.functional import pad, unfold
 
 from curvlinops_diffusion.layers.correlations import CorrelationSums, Geometry, new_sums
-from curvlinops_diffusion.layers.moments import SummedMoment, second_moment
-from curvlinops_diffusion.layers.patches import Convolution2d, _axes, _padded_explicitly
-from curvlinops_diffusion.layers.products import add_product
+from curvlinops_diffusion.layers.patches import (
+    _MAX_ENTRIES,
+    Convolution2d,
+    _axes,
+    _padded_explicitly,
+    patches_by_tap,
+)
+from curvlinops_diffusion.layers.products import add_product, on_tensor_cores
 from curvlinops_diffusion.layers.shifted_sums import ShiftedSums
 from curvlinops_diffusion.layers.spectral_sums import SpectralSums
 from curvlinops_diffusion.runtime.sums import prefixed, within
+
+# Products on a GPU, in units of the time that one tile of a result, of 128 rows and columns, takes
+# for a pixel. They take as long for fewer tiles than are computed at once. What telling of a
+# product takes is for each of 128 examples. With these the ratios that were measured on an H200
+# come out, from single to half precision.
+_TILE = 128
+_TILES_AT_ONCE = 64
+_LAUNCH = 200
 
 
 class PatchMoment:
@@ -28,7 +41,7 @@ class PatchMoment:
         self._conv = conv
         self._as_images = as_images
         # one geometry for each image size that occurs
-        self._sums: dict[tuple[int, ...], CorrelationSums | _PatchSums] = {}
+        self._sums: dict[tuple[int, ...], CorrelationSums | PatchSums] = {}
 
     def add(self, x: Tensor, weight: float) -> None:
         """Add ``weight`` times the second moment of the patches of ``x``."""
@@ -37,12 +50,14 @@ class PatchMoment:
             self._sums[x.shape[1:]] = self._new_sums(x, padding)
         self._sums[x.shape[1:]].add(x, weight)
 
-    def _new_sums(self, x: Tensor, padding: Sequence[int]) -> CorrelationSums | _PatchSums:
+    def _new_sums(self, x: Tensor, padding: Sequence[int]) -> CorrelationSums | PatchSums:
         geometry = Geometry(*_axes(self._conv, x, padding))
-        # a GPU multiplies large matrices so fast that what needs the fewest products does not win
-        kind = ShiftedSums if on_tensor_cores(x) else SpectralSums
-        cheaper = kind.cost(geometry) < geometry.patch_cost
-        return kind(geometry, x) if cheaper else _PatchSums(self._conv)
+        if on_tensor_cores(x):
+            if _shifts_are_faster(geometry, x.shape[1]):
+                return ShiftedSums(geometry, x)
+        elif SpectralSums.cost(geometry) < geometry.patch_cost:
+            return SpectralSums(geometry, x)
+        return PatchSums(self._conv, geometry, x)
 
     def total(self) -> Tensor:
         """The sum, shape ``[I, I]``."""
@@ -70,7 +85,7 @@ class PatchMoment:
             x = next(iter(own.values())).new_zeros(1, *shape)
             padding = self._conv.padding if self._conv.padding_mode == "zeros" else (0,) * 4
             sums = self._new_sums(x, padding)
-            if (sums.tensors() or {"total": x}).keys() != own.keys():
+            if sums.tensors().keys() != own.keys():
                 raise ValueError(
                     f"A checkpoint arrived with sums of a convolution that are computed otherwise "
                     f"on {x.device.type!r}. Go on on the kind of device that it was written on, or "
@@ -80,28 +95,61 @@ class PatchMoment:
             self._sums[shape] = sums
 
 
-class _PatchSums(SummedMoment):
-    """The running sum by patches: simple, and cheaper for small kernels or images."""
+class PatchSums:
+    """The running sum by patches: simple, and cheaper for small kernels or images.
 
-    def __init__(self, conv: Convolution2d):
-        super().__init__(lambda x: second_moment(_unfolded(conv, x)))
+    Args:
+        conv: The convolution.
+        geometry: The pixels that its taps read.
+        x: An explicitly padded input, for its channels, type and device.
+    """
+
+    def __init__(self, conv: Convolution2d, geometry: Geometry, x: Tensor):
         self._conv = conv
+        self._taps, self._channels = prod(conv.kernel_size), x.shape[1]
+        self._pixels = geometry.rows.outputs * geometry.columns.outputs
+        # ordered by tap, then by channel
+        self._total = new_sums(x, self._taps * self._channels, self._taps * self._channels)
 
     def add(self, x: Tensor, weight: float) -> None:
-        """Add in place, without the product's own memory."""
-        a_SI = _unfolded(self._conv, x).flatten(0, 1)
-        if self._total is None:
-            self._total = new_sums(x, a_SI.shape[1], a_SI.shape[1])
-        add_product(self._total.unsqueeze(0), a_SI.T.unsqueeze(0), a_SI.unsqueeze(0), weight)
+        """Add ``weight`` times the second moment of the patches of ``x``, explicitly padded."""
+        entries = self._pixels * len(self._total)  # of an example
+        for part in x.split(max(1, _MAX_ENTRIES // entries)):
+            a = patches_by_tap(self._conv, part)
+            add_product(self._total.unsqueeze(0), a.T.unsqueeze(0), a.unsqueeze(0), weight)
+
+    def total(self) -> Tensor:
+        """The sum, shape ``[I, I]``."""
+        K, C = self._taps, self._channels
+        return self._total.view(K, C, K, C).permute(1, 0, 3, 2).reshape(C * K, C * K)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sum by name."""
+        return {"by_tap": self._total}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a sum."""
+        self._total.copy_(tensors["by_tap"])
 
 
-def _unfolded(conv: Convolution2d, x: Tensor) -> Tensor:
-    """The patches of explicitly padded images, ``[N, S, I]``."""
-    if conv.padding_mode == "zeros" and any(conv.padding):  # others are applied already
-        x = pad(x, conv.padding)
-    return unfold(x, conv.kernel_size, dilation=conv.dilation, stride=conv.stride).mT
+def _shifts_are_faster(geometry: Geometry, channels: int) -> bool:
+    """Decide by counted time on a GPU whether to multiply shifted images rather than patches.
+
+    Shifted images need the fewer multiplications, but results of few channels have few tiles,
+    which leave most of the card idle, and there are more of them to be told of.
+    """
+    taps = len(geometry.rows.taps) * len(geometry.columns.taps)
+    shifted = [
+        (pixels, results * _tiles(channels)) for pixels, results in ShiftedSums.products(geometry)
+    ]
+    by_patches = [(geometry.rows.outputs * geometry.columns.outputs, _tiles(taps * channels))]
+    return _time_on_gpu(shifted) < _time_on_gpu(by_patches)
 
 
-def on_tensor_cores(x: Tensor) -> bool:
-    """Whether products of a tensor are computed where large ones cost far less than others."""
-    return x.is_cuda
+def _tiles(rows: int) -> int:
+    return ceil(rows / _TILE) ** 2
+
+
+def _time_on_gpu(told: Sequence[tuple[int, int]]) -> int:
+    """The time of products by their depth and their results' tiles."""
+    return sum(depth * max(tiles, _TILES_AT_ONCE) + _LAUNCH for depth, tiles in told)

@@ -20,15 +20,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, unfold
+from torch.nn.functional import pad
 from torch.nn.grad import conv2d_weight
 
+from curvlinops_diffusion.layers.products import on_tensor_cores
+
 # Up to so many entries of a group's patches a product of all groups' patches at once is faster than
-# the convolution's own weight gradient, group by group
-_SMALL_GROUP = 2**17
+# the convolution's own weight gradient, group by group; on a GPU, where the latter are two launches
+# each, which take as long as writing and reading so many numbers
+_SMALL_GROUP = 2**19
+_SMALL_GROUP_ON_GPU = 2**23
+# Patches are formed for so many entries at a time, to bound the memory
+_MAX_ENTRIES = 2**25
 Interval = tuple[int, int]
 Key = tuple[int, int, int]  # phase, phase, and shift, along one axis
 
@@ -70,9 +77,65 @@ def patches(conv: Convolution2d, x: Tensor) -> Tensor:
         One patch for each output pixel, shape ``[N, S, I]``; entries are ordered like
         ``weight.flatten(1)``.
     """
+    return _columns(conv, x, 1).mT
+
+
+def _columns(conv: Convolution2d, x: Tensor, group: int) -> Tensor:
+    """Patches as columns, those of successive examples side by side: ``[N / group, I, group S]``.
+
+    Copied all at once: PyTorch's ``unfold`` is slower, and on a GPU goes from image to image.
+    """
     x, padding = _padded_explicitly(conv, x)
-    columns = unfold(pad(x, padding), conv.kernel_size, dilation=conv.dilation, stride=conv.stride)
-    return columns.transpose(1, 2)
+    seen = windows(pad(x, padding), conv.kernel_size, conv.stride, conv.dilation)
+    I, S = x.shape[1] * prod(conv.kernel_size), prod(seen.shape[2:4])
+    by_group = seen.unflatten(0, (-1, group)).permute(0, 2, 5, 6, 1, 3, 4)
+    return by_group.reshape(-1, I, group * S)
+
+
+def patches_by_tap(conv: Convolution2d, x: Tensor) -> Tensor:
+    """The patches of an explicitly padded input, ordered by tap and then by channel.
+
+    In this order they are copied from where channels lie side by side in runs, and need not be
+    copied once more to be multiplied.
+
+    Args:
+        conv: The convolution.
+        x: Its input, shape ``[N, C, H, W]``, with what its padding adds if it does not add zeros.
+
+    Returns:
+        One patch a row, shape ``[N S, K1 K2 C]``.
+    """
+    lines = x.permute(0, 2, 3, 1)
+    if conv.padding_mode == "zeros" and any(conv.padding):
+        left, right, top, bottom = conv.padding
+        N, H, W, C = lines.shape
+        padded = x.new_zeros(N, top + H + bottom, left + W + right, C)
+        padded[:, top : top + H, left : left + W].copy_(lines)
+        lines = padded
+    seen = windows(
+        lines.contiguous().permute(0, 3, 1, 2), conv.kernel_size, conv.stride, conv.dilation
+    )
+    return seen.permute(0, 2, 3, 4, 5, 1).reshape(-1, prod(conv.kernel_size) * x.shape[1])
+
+
+def windows(
+    x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> Tensor:
+    """What a kernel's taps read at every output pixel, in any number of dimensions.
+
+    Args:
+        x: The input, already padded, shape ``[N, C, *size]``.
+        kernel: Taps along each axis.
+        stride: Strides.
+        dilation: Dilations.
+
+    Returns:
+        The windows, shape ``[N, C, *output size, *kernel]``, a view: they overlap in memory.
+    """
+    axes = list(zip(x.shape[2:], x.stride()[2:], kernel, stride, dilation, strict=True))
+    outputs = [(size - d * (K - 1) - 1) // s + 1 for size, _, K, s, d in axes]
+    pixels, taps = [step * s for _, step, _, s, _ in axes], [step * d for _, step, *_, d in axes]
+    return x.as_strided((*x.shape[:2], *outputs, *kernel), (*x.stride()[:2], *pixels, *taps))
 
 
 def patches_at(conv: Convolution2d, x: Tensor, index: Tensor) -> Tensor:
@@ -133,10 +196,14 @@ def patch_gradients(conv: Convolution2d, x: Tensor, g: Tensor, sums: int) -> Ten
         The sums, shape ``[sums, O, I]``.
     """
     group = len(x) // sums
-    taps = conv.kernel_size[0] * conv.kernel_size[1]
-    if group * x.shape[1] * taps * g.shape[2] * g.shape[3] <= _SMALL_GROUP:
-        gradients = g.flatten(2) @ patches(conv, x)
-        return gradients if group == 1 else gradients.unflatten(0, (sums, group)).sum(1)
+    entries = group * x.shape[1] * prod(conv.kernel_size) * prod(g.shape[2:])
+    if entries <= (_SMALL_GROUP_ON_GPU if on_tensor_cores(x) else _SMALL_GROUP):
+        chunk = max(1, _MAX_ENTRIES // entries) * group
+        found = []
+        for x_part, g_part in zip(x.split(chunk), g.split(chunk), strict=True):
+            b = g_part.flatten(2).unflatten(0, (-1, group)).transpose(1, 2).flatten(2)
+            found.append(b @ _columns(conv, x_part, group).mT)
+        return found[0] if len(found) == 1 else torch.cat(found)
     x, padding = _padded_explicitly(conv, x)
     left, right, top, bottom = padding
     symmetric = (top, left)

@@ -9,7 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+#: Kinds of devices that have tensor cores.
+TENSOR_CORES = {"cuda"}
 _LOW = (torch.bfloat16, torch.float16)
+
+
+def on_tensor_cores(z: Tensor) -> bool:
+    """Whether products of a tensor are computed where large ones cost far less than others."""
+    return z.device.type in TENSOR_CORES
 
 
 def stays_low(z: Tensor) -> bool:

@@ -6,7 +6,6 @@ positions, I inputs, O outputs.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 # Gradients are rotated for so many entries at a time, to bound the memory
@@ -27,11 +26,12 @@ def rotated_squares(g_NgOI: Tensor, U_A: Tensor | None, U_B: Tensor | None) -> T
     Returns:
         The sum of squares, shape ``[*g, O, I]``.
     """
-    total = torch.zeros_like(g_NgOI[0])
-    for g in g_NgOI.split(max(1, _MAX_ENTRIES // total.numel())):
+    total: Tensor | None = None
+    for g in g_NgOI.split(max(1, _MAX_ENTRIES // g_NgOI[0].numel())):
         g = g if U_A is None else g @ U_A
         g = g if U_B is None else U_B.mT @ g
-        total += g.square().sum(0)
+        total = _added(g.square().sum(0), total)
+    assert total is not None
     return total
 
 
@@ -42,11 +42,17 @@ def rotated_squares_of_inputs(a_NgSI: Tensor, b_NgSO: Tensor, U_A: Tensor, U_B: 
     :func:`rotation_of_inputs_is_cheaper`.
     """
     groups, (S, I), O = a_NgSI.shape[1:-2], a_NgSI.shape[-2:], b_NgSO.shape[-1]
-    total = b_NgSO.new_zeros(*groups, O, I)
+    total: Tensor | None = None
     chunk = max(1, _MAX_ENTRIES // (max(O, S) * I * groups.numel()))
     for a, b in zip(a_NgSI.split(chunk), b_NgSO.split(chunk), strict=True):
-        total += ((b @ U_B).mT @ (a @ U_A)).square_().sum(0)
+        total = _added(((b @ U_B).mT @ (a @ U_A)).square_().sum(0), total)
+    assert total is not None
     return total
+
+
+def _added(part: Tensor, total: Tensor | None) -> Tensor:
+    """Without zeros to begin with, of which a GPU would have to be told."""
+    return part if total is None else total.add_(part)
 
 
 def rotation_of_inputs_is_cheaper(positions: int, O: int, I: int) -> bool:

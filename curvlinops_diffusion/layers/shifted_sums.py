@@ -30,21 +30,25 @@ class ShiftedSums(CorrelationSums):
 
     def __init__(self, geometry: Geometry, x: Tensor):
         super().__init__(geometry, x)
-        # strips that are multiplied together: of equally many columns, equally spaced
-        self._together: list[tuple[Key, list[Interval]]] = []
-        by_width: dict[tuple[Key, int], list[int]] = {}
-        for key, (begin, end) in geometry.column_parts():
-            by_width.setdefault((key, end - begin), []).append(begin)
-        for (key, wide), begins in by_width.items():
-            for run in _equally_spaced(begins):
-                self._together.append((key, [(begin, begin + wide) for begin in run]))
+        self._together = _strips_together(geometry)
 
     @classmethod
     def cost(cls, geometry: Geometry) -> int:
-        """Multiplications for each example, in units of ``C²``."""
-        rows = sum(stop - start for _, (start, stop) in geometry.row_parts())
-        number = sum(len(shifts) for shifts in geometry.shifts().values())
-        return rows * number * geometry.columns.period
+        """Multiplications for each example, in units of ``C²``, but for those of strips."""
+        whole = len(geometry.row_parts()) * len(geometry.shifts())
+        return sum(pixels * results for pixels, results in cls.products(geometry)[:whole])
+
+    @classmethod
+    def products(cls, geometry: Geometry) -> list[tuple[int, int]]:
+        """Each product's sums of outer products: pixels of an example, and results ``[C, C]``."""
+        parts = [stop - start for _, (start, stop) in geometry.row_parts()]
+        period = geometry.columns.period
+        whole = [
+            (rows * period, len(shifts)) for rows in parts for shifts in geometry.shifts().values()
+        ]
+        strips = _strips_together(geometry)
+        columns = [len(strips) for _, strips in strips for _ in range(*strips[0])]
+        return whole + [(rows, number) for rows in parts for number in columns]
 
     def add(self, x: Tensor, weight: float) -> None:
         """Add ``weight`` times the second moment of the patches."""
@@ -129,6 +133,18 @@ class _Lines:
         size = (len(places), (stop - start) * self.lines, C)
         offset = self.gap + start * self.lines * self.width + places[0]
         return self.memory.as_strided(size, (step * C, self.width * C, 1), offset * C)
+
+
+def _strips_together(geometry: Geometry) -> list[tuple[Key, list[Interval]]]:
+    """Strips that are multiplied together: of equally many columns, equally spaced."""
+    by_width: dict[tuple[Key, int], list[int]] = {}
+    for key, (begin, end) in geometry.column_parts():
+        by_width.setdefault((key, end - begin), []).append(begin)
+    return [
+        (key, [(begin, begin + wide) for begin in run])
+        for (key, wide), begins in by_width.items()
+        for run in _equally_spaced(begins)
+    ]
 
 
 def _equally_spaced(shifts: Sequence[int]) -> list[list[int]]:

@@ -8,13 +8,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.measure import Launches
-from curvlinops_diffusion.layers import patch_moments
+from curvlinops_diffusion.layers import patch_moments, products
 from curvlinops_diffusion.layers import patches as patches_module
 from curvlinops_diffusion.layers import spectral_sums as spectral_module
 from curvlinops_diffusion.layers.convolution import ConvolutionKind
 from curvlinops_diffusion.layers.correlations import Geometry
 from curvlinops_diffusion.layers.moments import LatestProduct, second_moment
-from curvlinops_diffusion.layers.patch_moments import PatchMoment, _PatchSums
+from curvlinops_diffusion.layers.patch_moments import PatchMoment, PatchSums
 from curvlinops_diffusion.layers.patches import (
     Convolution2d,
     _axes,
@@ -104,6 +104,14 @@ def by_correlations(kind, module, x):
     return sums.total()
 
 
+def by_patches(module, x):
+    conv = Convolution2d.of(module)
+    padded, padding = _padded_explicitly(conv, x)
+    sums = PatchSums(conv, Geometry(*_axes(conv, padded, padding)), padded)
+    sums.add(padded, 1.0)
+    return sums.total()
+
+
 def spectral(module, x):
     return by_correlations(SpectralSums, module, x)
 
@@ -124,6 +132,7 @@ def assert_moments_equal_patches(module, x):
     assert_close(patch_sum(Convolution2d.of(module), x), a.sum(1), 1e-12)
     assert_close(spectral(module, x), truth, 1e-12)
     assert_close(by_correlations(ShiftedSums, module, x), truth, 1e-12)
+    assert_close(by_patches(module, x), truth, 1e-12)
     assert_close(chosen(module, x), truth, 1e-12)
 
 
@@ -165,14 +174,30 @@ def test_every_geometry(kernel, keep, monkeypatch):
 def test_gradients_equal_patches(kernel, small, monkeypatch):
     monkeypatch.setattr(patches_module, "_SMALL_GROUP", small)
     for module, x in representatives(kernel):
-        g = torch.randn_like(module(x))
-        single = torch.stack(
-            [b.flatten(1) @ a for a, b in zip(shared_inputs(module, x), g, strict=True)]
-        )
-        assert_close(patch_gradients(Convolution2d.of(module), x, g, 2), single, 1e-12)
-        assert_close(
-            patch_gradients(Convolution2d.of(module), x, g, 1), single.sum(0, keepdim=True), 1e-12
-        )
+        assert_gradients_equal_patches(module, x)
+
+
+def assert_gradients_equal_patches(module, x):
+    """Of single examples, of pairs, and of all."""
+    x = torch.cat([x, 2 - x])
+    g = torch.randn_like(module(x))
+    single = torch.stack(
+        [b.flatten(1) @ a for a, b in zip(shared_inputs(module, x), g, strict=True)]
+    )
+    for sums in (4, 2, 1):
+        expected = single.unflatten(0, (sums, -1)).sum(1)
+        assert_close(patch_gradients(Convolution2d.of(module), x, g, sums), expected, 1e-12)
+
+
+def test_patches_are_formed_a_part_at_a_time(monkeypatch):
+    """With entries for one example, or for a part of one, as with room for all."""
+    for module, x in representatives(3)[::4]:
+        for entries in (1, shared_inputs(module, x)[0].numel()):
+            monkeypatch.setattr(patches_module, "_MAX_ENTRIES", entries)
+            monkeypatch.setattr(patch_moments, "_MAX_ENTRIES", entries)
+            assert_gradients_equal_patches(module, x)
+            a = shared_inputs(module, x).flatten(0, 1)
+            assert_close(by_patches(module, x), a.T @ a, 1e-12)
 
 
 @pytest.mark.parametrize(("N", "C"), [(1, 1), (1, 4), (7, 1)])
@@ -208,9 +233,7 @@ def test_float32_is_as_exact_as_patches():
     x = torch.randn(16, 64, 16, 16)
     a = shared_inputs(module, x.double()).flatten(0, 1)
     truth = a.T @ a
-    by_patches = _PatchSums(Convolution2d.of(module))
-    by_patches.add(x, 1.0)
-    error_of_patches = (by_patches.total().double() - truth).norm()
+    error_of_patches = (by_patches(module, x).double() - truth).norm()
     assert (spectral(module, x).double() - truth).norm() < 3 * error_of_patches
 
 
@@ -235,18 +258,38 @@ def test_counted_multiplications():
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kernel", "size", "shifted_win"), [(3, 16, True), (1, 16, False)])
-def test_few_large_products_on_a_gpu(monkeypatch, kernel, size, shifted_win):
-    monkeypatch.setattr(patch_moments, "on_tensor_cores", lambda x: True)
-    module = nn.Conv2d(2, 2, kernel, padding=kernel // 2).double()
+@pytest.mark.parametrize(
+    ("kernel", "channels", "size", "kind"),
+    [
+        (3, 256, 16, ShiftedSums),
+        (3, 128, 32, PatchSums),
+        (3, 64, 16, PatchSums),
+        (3, 320, 64, ShiftedSums),
+        (3, 1280, 8, ShiftedSums),
+        (1, 1280, 64, PatchSums),
+    ],
+)
+def test_the_faster_way_on_a_gpu(monkeypatch, kernel, channels, size, kind):
+    """As measured (256 and 128 channels); for less it is counted."""
+    monkeypatch.setattr(products, "TENSOR_CORES", {"cpu"})
+    moment = PatchMoment(Convolution2d.of(nn.Conv2d(1, 1, kernel, padding=kernel // 2)))
+    with FakeTensorMode():
+        moment.add(torch.empty(1, channels, size, size), 1.0)
+    (sums,) = moment._sums.values()
+    assert type(sums) is kind
+
+
+@pytest.mark.parametrize("by_shifts", [True, False])
+def test_sums_on_a_gpu(monkeypatch, by_shifts):
+    monkeypatch.setattr(products, "TENSOR_CORES", {"cpu"})
+    monkeypatch.setattr(patch_moments, "_shifts_are_faster", lambda *args: by_shifts)
+    module = nn.Conv2d(2, 2, 3, padding=1).double()
     moment = PatchMoment(Convolution2d.of(module))
-    x = torch.randn(3, 2, size, size, dtype=torch.float64)
+    x = torch.randn(3, 2, 16, 16, dtype=torch.float64)
     for part in x.split(2):
         moment.add(part, 0.5)
     a = shared_inputs(module, x).flatten(0, 1)
     assert_close(moment.total(), 0.5 * a.T @ a, 1e-12)
-    (sums,) = moment._sums.values()
-    assert isinstance(sums, ShiftedSums) == shifted_win
     again = PatchMoment(Convolution2d.of(module))
     again.restore(moment.tensors())
     assert torch.equal(again.total(), moment.total())
@@ -258,7 +301,7 @@ def test_sums_of_another_kind_of_device_are_refused(monkeypatch, first):
     module = nn.Conv2d(2, 2, 3, padding=1)
     moments = []
     for on_gpu in (first, not first):
-        monkeypatch.setattr(patch_moments, "on_tensor_cores", lambda x, on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(products, "TENSOR_CORES", {"cpu"} if on_gpu else set())
         moments.append(PatchMoment(Convolution2d.of(module)))
         if not moments[1:]:
             moments[0].add(torch.randn(1, 2, 16, 16), 1.0)
@@ -284,13 +327,17 @@ def test_sums_of_low_precision_are_float32(kernel):
 def test_launches(monkeypatch):
     """Of a 3×3 convolution and batch: each takes as long as a small product does."""
     module = nn.Conv2d(2, 2, 3, padding=1)
-    x = torch.randn(2, 2, 16, 16)
     found = {}
-    for on_gpu in (False, True):
-        monkeypatch.setattr(patch_moments, "on_tensor_cores", lambda x, on_gpu=on_gpu: on_gpu)
+    for on_gpu, channels in ((False, 2), (True, 2), (True, 256)):
+        monkeypatch.setattr(products, "TENSOR_CORES", {"cpu"} if on_gpu else set())
+        x = torch.randn(2, channels, 16, 16)
         moment = PatchMoment(Convolution2d.of(module))
         moment.add(x, 1.0)
         with Launches() as launches:
             moment.add(x, 1.0)
-        found[on_gpu] = launches.count
-    assert found == {False: 22, True: 22}
+        found[on_gpu, channels] = launches.count
+    assert found == {(False, 2): 22, (True, 2): 4, (True, 256): 22}
+    g = torch.randn(2, 2, 16, 16)
+    with Launches() as launches:
+        patch_gradients(Convolution2d.of(module), x, g, 2)
+    assert launches.count == 3

@@ -6,7 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from curvlinops_diffusion import DiffusionKFACLinearOperator
-from curvlinops_diffusion.layers import patch_moments, products
+from curvlinops_diffusion.layers import products
 from tests.cases import plain_regression, seeded, tiny_unet, unet_regression
 from tests.comparisons import assert_close
 from tests.reference import to_dense
@@ -24,7 +24,7 @@ def as_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(products, "stays_low", lambda z: z.dtype == torch.bfloat16)
     monkeypatch.setattr(products, "_summed_in_float32", multiplied)
-    monkeypatch.setattr(patch_moments, "on_tensor_cores", lambda x: True)
+    monkeypatch.setattr(products, "TENSOR_CORES", {"cpu"})
     return seen
 
 
