@@ -41,6 +41,15 @@ def tiny_unet(dtype: torch.dtype = torch.float64, **config: Any) -> UNet2DModel:
     return unet
 
 
+def small_unet() -> UNet2DModel:
+    """Of one resolution: what several processes, or many runs, each pass data through."""
+    return tiny_unet(
+        block_out_channels=(4,),
+        down_block_types=("AttnDownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+
+
 def unet_regression(
     unet: nn.Module | None = None,
     count: int = 3,

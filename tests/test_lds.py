@@ -274,7 +274,7 @@ def test_averages_are_of_a_tenth_of_the_training(short, monkeypatch):
     """Weights that grow by one each step: their average lags behind in proportion."""
 
     def trained(self, x0, steps, seed, keep):
-        network = self.make_network()
+        network = nn.Linear(1, 1)
         for step in range(steps + 1):
             for parameter in network.parameters():
                 parameter.data.fill_(float(step))
@@ -292,6 +292,8 @@ def test_averages_are_of_a_tenth_of_the_training(short, monkeypatch):
 
 def test_the_programs_against_the_length_run(short, tmp_path, monkeypatch):
     monkeypatch.setattr(against_length, "COMPARED", against_length.COMPARED[-1:])
+    for module in (lengths, against_length):
+        monkeypatch.setattr(module, "FRACTIONS", lengths.FRACTIONS[-2:])
     folder = ["--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["lengths", "--work", str(tmp_path / "work"), *folder])
     lengths.main()
@@ -301,4 +303,4 @@ def test_the_programs_against_the_length_run(short, tmp_path, monkeypatch):
     result = json.loads((tmp_path / "training_length_cpu.json").read_text())
     kept = json.loads((ROOT / "benchmarks" / "results" / "training_length_cpu.json").read_text())
     assert result.keys() == kept.keys()
-    assert [row.keys() for row in result["lengths"]] == [row.keys() for row in kept["lengths"]]
+    assert [row.keys() for row in result["lengths"]] == [row.keys() for row in kept["lengths"][:2]]

@@ -24,7 +24,7 @@ from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.curvature.shards import shard_owners
 from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.layers.observation import observed, one_vector
-from tests.cases import tiny_unet, unet_regression
+from tests.cases import small_unet, unet_regression
 from tests.runtime.test_processes import assert_all_close, processes
 
 COUNT = 5
@@ -35,7 +35,7 @@ def shared(checkpoint=None, sharded="layers"):
 
 
 def problem():
-    return unet_regression(tiny_unet(), count=COUNT)
+    return unet_regression(small_unet(), count=COUNT)
 
 
 def made_of(EK, passes):
@@ -108,8 +108,8 @@ def saved(rank, path):
 
 
 def opened(rank, path):
-    EK = load_operator(path, tiny_unet(), passes=shared())
-    assert len(EK.blocks) < len(load_operator(path, tiny_unet()).blocks)
+    EK = load_operator(path, small_unet(), passes=shared())
+    assert len(EK.blocks) < len(load_operator(path, small_unet()).blocks)
     return made_of(EK, PassOptions(distributed=True))
 
 
@@ -127,7 +127,7 @@ def test_saved_and_opened_by_others(tmp_path, expected, whole, first, second):
         processes(first, tmp_path / "first", saved, path)
         assert len(list(tmp_path.glob("ekfac.*of*.safetensors"))) == first
     if second == 1:
-        EK = load_operator(path, tiny_unet())
+        EK = load_operator(path, small_unet())
         assert type(EK) is DiffusionEKFACLinearOperator
         same(made_of(EK, PassOptions()), expected)
     else:
@@ -142,7 +142,7 @@ def test_a_file_replaces_another_with_its_shards(tmp_path):
         assert len(list(tmp_path.glob("*.safetensors"))) == 3
     next(tmp_path.glob("ekfac.*.1of2.safetensors")).unlink()
     with pytest.raises(ValueError, match=r"There is no file '.*1of2.safetensors'"):
-        load_operator(path, tiny_unet())
+        load_operator(path, small_unet())
 
 
 def kfac(rank, sharded):

@@ -15,7 +15,7 @@ from curvlinops_diffusion import (
     top_influences,
 )
 from curvlinops_diffusion.influence.score_files import SHARD
-from tests.cases import tiny_unet, unet_regression
+from tests.cases import small_unet, unet_regression
 from tests.comparisons import assert_close
 from tests.runtime.test_processes import processes
 
@@ -27,7 +27,7 @@ def operators():
     """Nine queries and training examples, which come in batches of two."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        train = unet_regression(tiny_unet(), count=COUNT, num_draws=4, antithetic=True)
+        train = unet_regression(small_unet(), count=COUNT, num_draws=4, antithetic=True)
         inverse = DiffusionKFACLinearOperator(train, LAYERS).inverse(1e-3)
     J_train = ExampleGradientLinearOperator(train, LAYERS)
     return J_train.on(train.with_seed(1)), inverse, J_train

@@ -35,7 +35,7 @@ from curvlinops_diffusion.runtime.checkpoints import CHECKPOINT
 from curvlinops_diffusion.runtime.files import FileKind
 from curvlinops_diffusion.runtime.passes import run_pass
 from curvlinops_diffusion.runtime.sums import Sums
-from tests.cases import images, tiny_unet, unet_regression
+from tests.cases import images, small_unet, tiny_unet, unet_regression
 from tests.comparisons import assert_close
 
 COUNT = 7
@@ -79,7 +79,7 @@ def failing_after(count):
 
 @pytest.fixture(scope="module")
 def regression():
-    return unet_regression(tiny_unet(), count=COUNT)
+    return unet_regression(small_unet(), count=COUNT)
 
 
 OPTIONS = {
@@ -181,7 +181,7 @@ def fit(folder, result):
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        regression = unet_regression(tiny_unet(), count=12, batch_size=2)
+        regression = unet_regression(small_unet(), count=12, batch_size=2)
         operator = DiffusionEKFACLinearOperator(
             regression, passes=PassOptions(folder, checkpoint_every=0)
         )
@@ -242,7 +242,7 @@ def test_what_is_of_something_else_is_refused(tmp_path, regression):
     refused(r"options.mc_samples \(1 there, 2 here\)", mc_samples=2)
     refused("params", params=["conv_in.weight"])
     refused("data.digest", unet_regression(unet, COUNT - 1))
-    other = tiny_unet()
+    other = small_unet()
     other.conv_in.weight.data[0, 0, 0, 0] += 1e-9
     refused("model.weights", unet_regression(other, COUNT))
     # batches of another size are other partial sums, but the same data: they are refused as well

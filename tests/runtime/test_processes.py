@@ -28,7 +28,7 @@ from curvlinops_diffusion import (
 )
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
 from curvlinops_diffusion.runtime.processes import Share
-from tests.cases import tiny_unet, unet_regression
+from tests.cases import small_unet, unet_regression
 from tests.comparisons import assert_close
 
 # nine examples in five batches: neither three processes nor two divide them
@@ -91,7 +91,7 @@ def processes(count, folder, work, *arguments, meanwhile=lambda running: None):
 
 
 def compute(rank, checkpoint=None):
-    regression = unet_regression(tiny_unet(), count=COUNT)
+    regression = unet_regression(small_unet(), count=COUNT)
     options = PassOptions(checkpoint, checkpoint_every=0, distributed=True)
     return everything(regression, options)
 
@@ -100,7 +100,7 @@ def compute(rank, checkpoint=None):
 def expected():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return everything(unet_regression(tiny_unet(), count=COUNT), PassOptions())
+        return everything(unet_regression(small_unet(), count=COUNT), PassOptions())
 
 
 def assert_all_close(found, expected):
@@ -117,7 +117,7 @@ def test_as_one_process(tmp_path, expected, count):
 def iterated(rank):
     """Of too many examples for their kernel matrix: by conjugate gradients."""
     passes = PassOptions(distributed=rank is not None)
-    regression = unet_regression(tiny_unet(), count=COUNT)
+    regression = unet_regression(small_unet(), count=COUNT)
     names = ["conv_in.weight", "conv_out.weight"]
     inverse = DiffusionEKFACLinearOperator(regression, names, passes=passes).inverse(1e-3)
     J = ExampleGradientLinearOperator(regression, names)
@@ -133,7 +133,7 @@ def test_an_iterated_regression(tmp_path):
 
 def die(rank, checkpoint):
     """The second process is killed in the middle of the second pass."""
-    regression = unet_regression(tiny_unet(), count=COUNT)
+    regression = unet_regression(small_unet(), count=COUNT)
     calls = []
 
     def kill(*args):
@@ -183,7 +183,7 @@ def test_the_same_bits_on_the_same_number(tmp_path, left_behind):
 
 def delay(rank, checkpoint):
     """The second process is stopped for a while, with a checkpoint after every batch."""
-    regression = unet_regression(tiny_unet(), count=COUNT)
+    regression = unet_regression(small_unet(), count=COUNT)
     calls = []
 
     def wait(*args):
@@ -203,7 +203,7 @@ def test_a_slow_process(tmp_path, expected):
 
 def exhaust(rank, checkpoint):
     """The second process gets no more memory in the middle of the second pass."""
-    regression = unet_regression(tiny_unet(), count=COUNT)
+    regression = unet_regression(small_unet(), count=COUNT)
     calls, held = [], []
 
     def allocate(*args):
@@ -232,7 +232,7 @@ def test_a_process_without_memory(tmp_path, expected, capfd):
 def all_of_it(rank, folder, ready):
     """Factors, eigenvalues and scores, with a checkpoint after every batch."""
     (ready / str(rank)).touch()
-    regression = unet_regression(tiny_unet(), count=COUNT)
+    regression = unet_regression(small_unet(), count=COUNT)
     sharded = PassOptions(folder / "fit", checkpoint_every=0, distributed=True, sharded=True)
     names = ["conv_in.weight", "mid_block.resnets.0.conv1.weight", "conv_out.weight"]
     EK = DiffusionEKFACLinearOperator(regression, names, passes=sharded)
@@ -297,7 +297,7 @@ def test_killed_at_random_moments(tmp_path):
 
 
 def differ(rank):
-    unet = tiny_unet()
+    unet = small_unet()
     unet.conv_in.weight.data += rank
     DiffusionEKFACLinearOperator(
         unet_regression(unet, count=COUNT), passes=PassOptions(distributed=True)

@@ -29,7 +29,7 @@ from curvlinops_diffusion import (
     split_half_scores,
     top_influences,
 )
-from tests.cases import tiny_unet, unet_regression
+from tests.cases import small_unet, tiny_unet, unet_regression
 from tests.comparisons import assert_close
 from tests.runtime.test_processes import assert_all_close, processes
 
@@ -38,7 +38,7 @@ COUNT = 5
 LAYERS = [
     *("conv_in.weight", "class_embedding.weight", "down_blocks.0.resnets.0.norm1.bias"),
     *("mid_block.attentions.0.to_q.weight", "mid_block.attentions.0.to_q.bias"),
-    *("up_blocks.1.resnets.1.conv1.weight", "conv_out.bias"),
+    *("up_blocks.0.resnets.1.conv1.weight", "conv_out.bias"),
 ]
 
 DISTRIBUTED = {"distributed": True}
@@ -86,7 +86,7 @@ def problem(unet):
 
 def all_of_it(rank, options):
     passes = PassOptions(**options)
-    unet = divided(tiny_unet())
+    unet = divided(small_unet())
     regression = problem(unet)
     found = {**everything(regression, passes), **reduced(regression, passes)}
     assert all(isinstance(p, DTensor) for p in unet.parameters())
@@ -98,7 +98,7 @@ def all_of_it(rank, options):
 def expected():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        regression = problem(tiny_unet())
+        regression = problem(small_unet())
         return {**everything(regression, PassOptions()), **reduced(regression, PassOptions())}
 
 
@@ -114,11 +114,11 @@ def test_more_processes_than_a_batch_has_examples(tmp_path, expected):
 
 
 def some_of_it(rank):
-    return reduced(problem(divided(tiny_unet())), PassOptions(**DISTRIBUTED))
+    return reduced(problem(divided(small_unet())), PassOptions(**DISTRIBUTED))
 
 
 def alone(rank):
-    return reduced(problem(divided(tiny_unet())), PassOptions())
+    return reduced(problem(divided(small_unet())), PassOptions())
 
 
 def test_each_process_on_its_own(tmp_path, expected):
@@ -129,7 +129,7 @@ def test_each_process_on_its_own(tmp_path, expected):
 
 def with_shards(rank, folder):
     """A network and its factors, both divided; saved, and opened for a network that is whole."""
-    unet = divided(tiny_unet())
+    unet = divided(small_unet())
     regression = problem(unet)
     EK = DiffusionEKFACLinearOperator(regression, LAYERS, passes=PassOptions(**SHARDED))
     EK.save(folder / "ekfac.safetensors")
@@ -149,7 +149,7 @@ def with_shards(rank, folder):
 
 def test_with_shards_of_the_factors(tmp_path):
     results = processes(3, tmp_path / "run", with_shards, tmp_path)
-    unet = tiny_unet()
+    unet = small_unet()
     regression = problem(unet)
     EK = DiffusionEKFACLinearOperator(regression, LAYERS)
     J = ExampleGradientLinearOperator(regression, LAYERS)
@@ -206,19 +206,19 @@ def of_adapters(regression, passes):
 
 
 def lora(rank):
-    model = adapted(tiny_unet())
+    model = adapted(small_unet())
     divided(model.base_model.model)
     return of_adapters(problem(model), PassOptions(**DISTRIBUTED))
 
 
 def test_lora(tmp_path):
-    expected = of_adapters(problem(adapted(tiny_unet())), PassOptions())
+    expected = of_adapters(problem(adapted(small_unet())), PassOptions())
     for found in processes(2, tmp_path / "run", lora):
         assert_all_close(found, expected)
 
 
 def offloaded(rank):
-    unet = divided(tiny_unet(), offload_policy=CPUOffloadPolicy(pin_memory=False))
+    unet = divided(small_unet(), offload_policy=CPUOffloadPolicy(pin_memory=False))
     return reduced(problem(unet), PassOptions(**DISTRIBUTED))
 
 
@@ -228,7 +228,7 @@ def test_offloaded_to_the_host(tmp_path, expected):
 
 
 def recomputing(rank):
-    unet = tiny_unet()
+    unet = small_unet()
     unet.enable_gradient_checkpointing()
     return reduced(problem(divided(unet)), PassOptions(**DISTRIBUTED))
 
@@ -239,7 +239,7 @@ def test_with_gradient_checkpoints(tmp_path, expected):
 
 
 def stopped(rank, checkpoint, fail_at):
-    unet = divided(tiny_unet())
+    unet = divided(small_unet())
     regression = problem(unet)
     rows_of = ExampleGradientLinearOperator.rows_of
     calls = []
@@ -265,7 +265,7 @@ def test_stopped_and_gone_on(tmp_path):
     assert told[0] == "stopped here"
     assert "Another process has stopped" in told[1]
     shutil.copytree(tmp_path / "checkpoint", tmp_path / "again")
-    regression = problem(tiny_unet())
+    regression = problem(small_unet())
     K_inv = DiffusionKFACLinearOperator(regression, LAYERS).inverse(1e-3)
     J = ExampleGradientLinearOperator(regression, LAYERS)
     expected = {"scores": influence_scores(J, K_inv, J)}
@@ -274,7 +274,7 @@ def test_stopped_and_gone_on(tmp_path):
 
 
 def refused(rank, folder):
-    regression = problem(divided(tiny_unet()))
+    regression = problem(divided(small_unet()))
     J = ExampleGradientLinearOperator(regression, LAYERS)
     K = DiffusionKFACLinearOperator(regression, LAYERS)
     attempts = {
@@ -295,10 +295,10 @@ def refused(rank, folder):
 
 
 def parallel():
-    unet = tiny_unet()
+    unet = small_unet()
     mesh = init_device_mesh("cpu", (2,))
     parallelize_module(unet, mesh, {"time_embedding.linear_1": ColwiseParallel()})
-    objective = unet_regression(tiny_unet()).objective
+    objective = unet_regression(small_unet()).objective
     return DenoisingObjective(unet, copy.copy(objective.process))
 
 
@@ -314,7 +314,7 @@ def test_refused(tmp_path):
 
 def of_one_example(rank):
     """Fewer examples than processes: all do them."""
-    unet = divided(tiny_unet())
+    unet = divided(small_unet())
     regression = unet_regression(unet, count=1)
     J = ExampleGradientLinearOperator(regression)
     inverse = DiffusionKFACLinearOperator(regression, passes=PassOptions(**DISTRIBUTED)).inverse(

@@ -237,9 +237,9 @@ def _rank_correlation(x_M: Tensor, y_M: Tensor, times_KM: Tensor) -> Tensor:
     """Spearman's correlation in which each entry counts so many times, ``[K]``."""
     ranks = []
     for z_M in (x_M, y_M):
-        below_MM = (z_M.unsqueeze(0) < z_M.unsqueeze(1)).double()  # [m, other]
-        below_MM += (z_M.unsqueeze(0) == z_M.unsqueeze(1)).double() / 2
-        rank_KM = times_KM @ below_MM.T
+        values, value_M = z_M.unique(return_inverse=True)  # in order
+        equal_KV = times_KM.new_zeros(len(times_KM), len(values)).index_add_(1, value_M, times_KM)
+        rank_KM = (equal_KV.cumsum(1) - equal_KV / 2)[:, value_M]  # those below, and half of ties
         mean_K1 = (times_KM * rank_KM).sum(1, keepdim=True) / times_KM.sum(1, keepdim=True)
         ranks.append(rank_KM - mean_K1)
     a_KM, b_KM = ranks
