@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.layers.layer import Layer
+from curvlinops_diffusion.runtime.precision import without_autocast
 from curvlinops_diffusion.runtime.processes import answered
 
 
@@ -98,7 +99,7 @@ class Tap:
             call = self.calls.get(layer.name, 0)
             self.calls[layer.name] = call + 1
             # what is computed from the input is not part of the network
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x.device.type):
                 self.on_input(layer, self._shown(x))
             report = partial(self._report, layer, call)
         elif self.on_gradient is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 #: Kinds of devices that have tensor cores.
 TENSOR_CORES = {"cuda"}
 _LOW = (torch.bfloat16, torch.float16)
+_SUMS_IN_FLOAT32 = "dtype" in torch.ops.aten.bmm.overloads()  # in this version of PyTorch
 
 
 def on_tensor_cores(z: Tensor) -> bool:
@@ -21,7 +22,7 @@ def on_tensor_cores(z: Tensor) -> bool:
 
 def stays_low(z: Tensor) -> bool:
     """Whether products of a tensor are summed in more bits than it has itself."""
-    return z.is_cuda and z.dtype in _LOW and "dtype" in torch.ops.aten.bmm.overloads()
+    return z.is_cuda and z.dtype in _LOW and _SUMS_IN_FLOAT32
 
 
 def summed_dtype(z: Tensor) -> torch.dtype:

@@ -66,6 +66,23 @@ def matmuls_in_tf32() -> Iterator[None]:
         setattr(owner, name, before)
 
 
+@contextmanager
+def without_autocast(device_type: str) -> Iterator[None]:
+    """Compute on a kind of device in the operands' own precision within the context.
+
+    As ``torch.autocast(device_type, enabled=False)``, which takes as long as the work of a small
+    layer does.
+    """
+    if not torch.is_autocast_enabled(device_type):
+        yield
+        return
+    torch.set_autocast_enabled(device_type, False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device_type, True)
+
+
 def settled(check: Callable[[], Result], device: torch.device) -> Result:
     """What a check of a network finds, but for what rounding alone has made it find.
 
