@@ -14,6 +14,7 @@ from curvlinops_diffusion.diffusion.checks import check_prediction
 from curvlinops_diffusion.diffusion.draws import Draws
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.runtime.flags import DeviceFlag
+from curvlinops_diffusion.runtime.transfers import sent
 
 
 def loss_vectors(
@@ -37,9 +38,13 @@ def loss_vectors(
     match options.fisher_type:
         case FisherType.MC:
             for k in range(options.mc_samples):
-                probe_BD = draws.probe(
-                    batch.indices, batch.draw, k, prediction_BD.shape[1], options.probe_type
-                ).to(prediction_BD)
+                probe_BD = sent(
+                    draws.probe(
+                        batch.indices, batch.draw, k, prediction_BD.shape[1], options.probe_type
+                    ),
+                    prediction_BD.device,
+                    prediction_BD.dtype,
+                )
                 yield batch.loss_hessian_root(probe_BD) / sqrt(options.mc_samples)
         case FisherType.TYPE2:
             for d in range(prediction_BD.shape[1]):

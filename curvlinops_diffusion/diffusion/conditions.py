@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlinops_diffusion.runtime.transfers import sent
+
 
 def mapped(function: Callable[..., Any], first: Any, *others: Any) -> Any:
     """Apply a function to the corresponding entries of nested mappings.
@@ -80,6 +82,7 @@ def replaced(
         if isinstance(value, Mapping):
             result[key] = replaced(given, value, mask_B)
             continue
-        mask = mask_B.to(given.device).reshape(-1, *[1] * (given.ndim - 1))
-        result[key] = torch.where(mask, torch.as_tensor(value).to(given), given)
+        mask = sent(mask_B, given.device).reshape(-1, *[1] * (given.ndim - 1))
+        other = sent(torch.as_tensor(value), given.device, given.dtype)
+        result[key] = torch.where(mask, other, given)
     return result

@@ -13,6 +13,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from curvlinops_diffusion.runtime.transfers import sent
+
 
 class PredictionType(str, Enum):
     """The quantity that the network regresses.
@@ -265,5 +267,5 @@ class NoiseProcess:
 
 def _of_levels(table_T: Tensor, like: Tensor, level: Tensor) -> Tensor:
     """The entries of each example's level, ready to multiply ``[B, ...]``."""
-    entries = table_T[level.to(table_T.device)].to(like)
+    entries = sent(table_T[level.to(table_T.device)], like.device, like.dtype)
     return entries.reshape(-1, *[1] * (like.ndim - 1))

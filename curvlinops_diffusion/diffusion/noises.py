@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import prod
 
+import torch
 from torch import Tensor
 
 from curvlinops_diffusion.diffusion.draws import Draws
 from curvlinops_diffusion.diffusion.recipe import Recipe
 from curvlinops_diffusion.runtime.ahead import Foreseen, one_ahead
+from curvlinops_diffusion.runtime.transfers import ready_to_send
 
 #: The noise of the target and of the input, ``[B, ...]``, and what latents are drawn by, if so.
 Noise = tuple[Tensor, Tensor, Tensor | None]
@@ -30,9 +32,11 @@ class Noises:
         draws: Its source.
         recipe: Offset noise and perturbed inputs.
         num_data: The number of examples.
+        device: Where it is wanted.
     """
 
-    def __init__(self, draws: Draws, recipe: Recipe, num_data: int):
+    def __init__(self, draws: Draws, recipe: Recipe, num_data: int, device: torch.device):
+        self._device = device
         self._draws = draws
         self._recipe = recipe
         self._num_data = num_data
@@ -64,4 +68,7 @@ class Noises:
     def _drawn(self, key: _Key) -> Noise:
         indices, r, shape, of_latents = key
         eps, input_eps = self._recipe.noise(self._draws, indices, r, shape)
-        return eps, input_eps, self._draws.latent_noise(indices, r, shape) if of_latents else None
+        latent = self._draws.latent_noise(indices, r, shape) if of_latents else None
+        ready = ready_to_send(eps, self._device)
+        of_input = ready if input_eps is eps else ready_to_send(input_eps, self._device)
+        return ready, of_input, None if latent is None else ready_to_send(latent, self._device)

@@ -35,6 +35,7 @@ from curvlinops_diffusion.runtime.modes import (
 )
 from curvlinops_diffusion.runtime.processes import answered
 from curvlinops_diffusion.runtime.sharded_networks import device_of, let_go
+from curvlinops_diffusion.runtime.transfers import sent
 
 
 class Reduction(str, Enum):
@@ -252,17 +253,24 @@ class DenoisingObjective:
         return self._encode is None or isinstance(self._encode, LatentEncoder)
 
     def encode(self, clean: CleanBatch) -> Encoded:
-        """Clean examples in the network's terms."""
+        """Clean examples in the network's terms, on its device: once for all draws of them."""
         if self._encode is None:
-            return Encoded(clean.x0, None, clean.condition)
-        return self._encode(clean.x0, clean.condition)
+            encoded = Encoded(clean.x0, None, clean.condition)
+        else:
+            encoded = self._encode(clean.x0, clean.condition)
+
+        def moved(entry: Any) -> Any:
+            return sent(entry, self.device) if isinstance(entry, Tensor) else entry
+
+        mean, std = moved(encoded.mean), moved(encoded.std)
+        return Encoded(mean, std, mapped(moved, encoded.condition))
 
     def encode_mask(self, mask: Tensor | None) -> Tensor | None:
         """Weights of clean examples' entries in the network's terms."""
         encoder = self._encode
-        return (
-            encoder.mask(mask) if isinstance(encoder, LatentEncoder) and mask is not None else mask
-        )
+        if isinstance(encoder, LatentEncoder) and mask is not None:
+            mask = encoder.mask(mask)
+        return None if mask is None else sent(mask, self.device)
 
     def drop_condition(self, condition: Mapping[str, Any], dropped_B: Tensor) -> dict[str, Any]:
         """The condition, with that of some examples replaced by :attr:`null_condition`.
@@ -302,12 +310,13 @@ class DenoisingObjective:
             ValueError: If the mask cannot be brought to the shape of ``x0``.
         """
         mask_BD = None if mask is None else entry_weights(mask, x0.shape[1:]).flatten(1)
-        x0, eps, input_eps = (
-            z.to(self.device, self.working_dtype)
-            for z in (x0, eps, eps if input_eps is None else input_eps)
-        )
-        target_BD = self.process.target(x0, eps, level_B).flatten(1)
-        x_t = self.process.noised(x0, input_eps, level_B)
+        device, dtype = self.device, self.working_dtype
+        x0, noise = (sent(z, device, dtype) for z in (x0, eps))
+        of_input = noise
+        if input_eps is not None and input_eps is not eps:
+            of_input = sent(input_eps, device, dtype)
+        target_BD = self.process.target(x0, noise, level_B).flatten(1)
+        x_t = self.process.noised(x0, of_input, level_B)
         r = 1 / target_BD.shape[1] if self.reduction is Reduction.MEAN else 1.0
         return NoisedBatch(
             indices,
@@ -317,14 +326,14 @@ class DenoisingObjective:
             self._timestep(level_B),
             {key: self.to_model(value) for key, value in condition.items()},
             target_BD,
-            (self.weights_T[level_B] * r).to(target_BD),
-            mask_BD=None if mask_BD is None else mask_BD.to(target_BD),
+            sent(self.weights_T[level_B] * r, device, dtype),
+            mask_BD=None if mask_BD is None else sent(mask_BD, device, dtype),
             state_BD=x_t.flatten(1),
         )
 
     def _timestep(self, level_B: Tensor) -> Tensor:
         """What the network is told, no more precise than the working precision."""
-        timestep_B = self.process.timesteps_T[level_B].to(self.device)
+        timestep_B = sent(self.process.timesteps_T[level_B], self.device)
         precise = timestep_B.dtype == torch.float64 != self.working_dtype
         return timestep_B.to(self.working_dtype) if precise else timestep_B
 
@@ -413,6 +422,6 @@ class DenoisingObjective:
         def moved(entry: Any) -> Any:
             if not isinstance(entry, Tensor):
                 return entry
-            return entry.to(self.device, self.dtype if entry.is_floating_point() else None)
+            return sent(entry, self.device, self.dtype if entry.is_floating_point() else None)
 
         return mapped(moved, value)

@@ -29,6 +29,7 @@ from curvlinops_diffusion.diffusion.recipe import Recipe
 from curvlinops_diffusion.diffusion.scaled_model import ScaledModel, scaled
 from curvlinops_diffusion.runtime.digests import fingerprint
 from curvlinops_diffusion.runtime.sharded_networks import is_sharded
+from curvlinops_diffusion.runtime.transfers import sent
 
 T = TypeVar("T")
 
@@ -168,7 +169,7 @@ class NoisedRegression:
         self._data_identity: dict[str, Any] = {}  # shared with copies of other draws
         self.tried: set[tuple[bool, ...]] = set()  # modes in which the network was tried out
         self._looked_at: set[str] = set()  # what need not be looked at again; shared likewise
-        self._noises = Noises(made, self.recipe, self.num_data)
+        self._noises = Noises(made, self.recipe, self.num_data, objective.device)
         names = getattr(data, "names", None)  # a tensor's are those of its axes
         self._names: list[str] | None = names if isinstance(names, list) else None
         if batch_size == "auto":
@@ -266,7 +267,7 @@ class NoisedRegression:
     def _with(self, draws: Draws) -> NoisedRegression:
         other = copy(self)
         other.draws = draws
-        other._noises = Noises(draws, self.recipe, self.num_data)
+        other._noises = Noises(draws, self.recipe, self.num_data, self.objective.device)
         return other
 
     def fingerprint(self) -> dict[str, str]:
@@ -367,7 +368,7 @@ class NoisedRegression:
             x0, condition = encoded.mean, encoded.condition
             if encoded.std is not None:
                 assert latent is not None
-                x0 = x0 + encoded.std * latent.to(x0)
+                x0 = x0 + encoded.std * sent(latent, x0.device, x0.dtype)
             if dropout > 0:
                 dropped_B = draws.dropped(indices, r, dropout)
                 condition = self.objective.drop_condition(condition, dropped_B)

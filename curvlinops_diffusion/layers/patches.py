@@ -154,13 +154,10 @@ def patches_at(conv: Convolution2d, x: Tensor, index: Tensor) -> Tensor:
     x = pad(x, padding)
     width = x.shape[3]
     (down, across), (below, beside) = conv.stride, conv.dilation
-    taps = [
-        k * below * width + l * beside
-        for k in range(conv.kernel_size[0])
-        for l in range(conv.kernel_size[1])
-    ]
+    k, l = (torch.arange(taps, device=x.device) for taps in conv.kernel_size)
+    taps = (k.unsqueeze(1) * (below * width) + l * beside).flatten()
     first = index // columns.outputs * (down * width) + index % columns.outputs * across
-    pixels_NmK = first.unsqueeze(-1) + torch.tensor(taps, device=x.device)
+    pixels_NmK = first.unsqueeze(-1) + taps
     N, C = x.shape[:2]
     seen = x.flatten(2).gather(2, pixels_NmK.view(N, 1, -1).expand(-1, C, -1))
     return seen.view(N, C, -1, len(taps)).transpose(1, 2).flatten(2)

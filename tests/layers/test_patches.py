@@ -270,7 +270,7 @@ def test_counted_multiplications():
     ],
 )
 def test_the_faster_way_on_a_gpu(monkeypatch, kernel, channels, size, kind):
-    """As measured (256 and 128 channels); for less it is counted."""
+    """As measured in single precision for 256 and 128 channels; else it is counted."""
     monkeypatch.setattr(products, "TENSOR_CORES", {"cpu"})
     moment = PatchMoment(Convolution2d.of(nn.Conv2d(1, 1, kernel, padding=kernel // 2)))
     with FakeTensorMode():

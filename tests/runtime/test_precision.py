@@ -14,7 +14,11 @@ from curvlinops_diffusion import (
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.layers.layer import Part
 from curvlinops_diffusion.layers.moments import MomentSums
-from curvlinops_diffusion.runtime.precision import full_precision, products_are_rounded
+from curvlinops_diffusion.runtime.precision import (
+    full_precision,
+    products_are_rounded,
+    without_autocast,
+)
 from tests.cases import plain_regression, tiny_unet, unet_regression
 from tests.comparisons import assert_close
 from tests.reference import example_gradients
@@ -160,3 +164,18 @@ def test_a_network_in_every_precision(precision):
         high = ExampleGradientLinearOperator(regression).rows()
     assert_close(low, high, 0.1 if precision == "medium" else 1e-4)
     DiffusionEKFACLinearOperator(regression)
+
+
+def test_without_autocast():
+    """Within it alone, also after an error; where there is none, nothing."""
+    a = torch.ones(2, 2)
+    with without_autocast("cpu"):
+        assert (a @ a).dtype == torch.float32
+    assert not torch.is_autocast_enabled("cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        with without_autocast("cpu"):
+            assert (a @ a).dtype == torch.float32
+        assert (a @ a).dtype == torch.bfloat16
+        with pytest.raises(RuntimeError), without_autocast("cpu"):
+            a @ torch.ones(3)
+        assert (a @ a).dtype == torch.bfloat16
