@@ -1,16 +1,22 @@
-"""How many kernels would a GPU be told of? Counted on a CPU, for small networks of three kinds.
+"""How many kernels would a GPU be told of, and how long does telling take? Seen on a CPU.
 
-What a second batch adds, of each pass, and that as a multiple of a training pass' (forward and full
-backward over a batch that lies there). A small network waits for the host, so that this ratio is
-that of times then. Views and other operations without a kernel are not counted; what is fixed is
-counted apart: trying the network out, zeros to add to.
+For small networks of three kinds: what a second batch adds, of each pass, and that as a multiple of
+a training pass' (forward and full backward over a batch that lies there). A small network waits for
+the host, so that this ratio is that of times then. Views and other operations without a kernel are
+not counted; what is fixed is counted apart: trying the network out, zeros to add to.
+
+Telling takes about as long as a pass over batches of a single tiny image does on a CPU, whose
+kernels have next to nothing to do.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -22,26 +28,48 @@ from curvlinops_diffusion import NoisedRegression
 from curvlinops_diffusion.layers import products
 
 EXAMPLES = 4
+UNTRIED = (16, 31)  # batches between which the network is not tried out again
 COUNTED = {"UNet 2.8 M": "UNet", "DiT": "DiT", "UNet 860 M, LoRA, bf16": "UNet, LoRA, bfloat16"}
+
+
+def repeated(case: Case, batches: int, examples: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The passes over so many batches of so many examples."""
+    first = case.regression(argparse.Namespace(device="cpu", quick=True))
+    clean = next(first.clean_batches())
+    count = batches * examples
+
+    def rows(z: Any) -> Any:
+        return z[:1].expand(count, *z.shape[1:]).contiguous() if isinstance(z, Tensor) else z
+
+    data = {"x0": rows(clean.x0)} | {k: rows(z) for k, z in clean.condition.items()}
+    regression = NoisedRegression(first.objective, data, 1, batch_size=examples)
+    return passes_of(replace(case, peers=False), regression)
 
 
 def launches_of(case: Case, batches: int) -> dict[str, int]:
     """Of each pass over so many batches."""
-    first = case.regression(argparse.Namespace(device="cpu", quick=True))
-    clean = next(first.clean_batches())
-    count = batches * EXAMPLES
-
-    def repeated(z: Any) -> Any:
-        return z[:1].expand(count, *z.shape[1:]).contiguous() if isinstance(z, Tensor) else z
-
-    data = {"x0": repeated(clean.x0)} | {k: repeated(z) for k, z in clean.condition.items()}
-    regression = NoisedRegression(first.objective, data, 1, batch_size=EXAMPLES)
     found = {}
-    for name, run in passes_of(replace(case, peers=False), regression):
+    for name, run in repeated(case, batches, EXAMPLES):
         with Launches() as launches:
             run()
         found[name] = launches.count
     return found
+
+
+def telling(case: Case, rounds: int) -> dict[str, float]:
+    """Seconds that each pass takes for a batch of a single example more."""
+    few, many = (dict(repeated(case, batches, 1)) for batches in UNTRIED)
+    seconds: dict[str, list[float]] = {name: [] for name in few}
+    for round_number in range(rounds + 1):
+        for name, found in seconds.items():
+            times = []
+            for passes in (few, many):
+                start = time.perf_counter()
+                passes[name]()
+                times.append(time.perf_counter() - start)
+            if round_number > 0:  # the first is not counted
+                found.append((times[1] - times[0]) / (UNTRIED[1] - UNTRIED[0]))
+    return {name: median(found) for name, found in seconds.items()}
 
 
 def main() -> None:
@@ -54,6 +82,7 @@ def main() -> None:
             if case.name not in COUNTED or (options.quick and rows):
                 continue
             one, two = (launches_of(case, batches) for batches in (1, 2))
+            host = telling(case, 1 if options.quick else options.repeats)
             unit = two["training pass"] - one["training pass"]
             for name in one:
                 more = two[name] - one[name]
@@ -65,6 +94,9 @@ def main() -> None:
                         "launches": more,
                         "training_passes_a_draw": round(more / unit / draws, 2),
                         "fixed": one[name] - more,
+                        "host_training_passes_a_draw": round(
+                            host[name] / host["training pass"] / draws, 2
+                        ),
                     }
                 )
     report(options, "launches", __doc__, {"launches": rows})

@@ -76,7 +76,7 @@ class Geometry:
 
     @property
     def patch_cost(self) -> int:
-        """The same for a product of patches."""
+        """Multiplications of a product of patches for each example, in units of ``C²``."""
         taps = len(self.rows.taps) * len(self.columns.taps)
         return taps**2 * self.rows.outputs * self.columns.outputs
 
@@ -107,11 +107,6 @@ class CorrelationSums(ABC):
             part: {strip: new_sums(x, C, C) for strip in geometry.column_parts()}
             for part in self._correlations
         }
-
-    @classmethod
-    @abstractmethod
-    def cost(cls, geometry: Geometry) -> int:
-        """Multiplications for each example, in units of ``C²``."""
 
     @abstractmethod
     def add(self, x: Tensor, weight: float) -> None:

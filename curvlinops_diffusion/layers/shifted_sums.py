@@ -32,14 +32,8 @@ class ShiftedSums(CorrelationSums):
         super().__init__(geometry, x)
         self._together = _strips_together(geometry)
 
-    @classmethod
-    def cost(cls, geometry: Geometry) -> int:
-        """Multiplications for each example, in units of ``C²``, but for those of strips."""
-        whole = len(geometry.row_parts()) * len(geometry.shifts())
-        return sum(pixels * results for pixels, results in cls.products(geometry)[:whole])
-
-    @classmethod
-    def products(cls, geometry: Geometry) -> list[tuple[int, int]]:
+    @staticmethod
+    def products(geometry: Geometry) -> list[tuple[int, int]]:
         """Each product's sums of outer products: pixels of an example, and results ``[C, C]``."""
         parts = [stop - start for _, (start, stop) in geometry.row_parts()]
         period = geometry.columns.period

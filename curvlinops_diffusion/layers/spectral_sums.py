@@ -51,8 +51,8 @@ class SpectralSums(CorrelationSums):
             for phase in geometry.columns.phases
         }
 
-    @classmethod
-    def cost(cls, geometry: Geometry) -> int:
+    @staticmethod
+    def cost(geometry: Geometry) -> int:
         """Multiplications for each example, in units of ``C²``."""
         pixels = 3 * geometry.num_frequencies * len(geometry.shifts())
         pixels += sum(stop - start for _, (start, stop) in geometry.column_parts())
