@@ -47,7 +47,7 @@ docs: $(VENV)/.installed-docs  ## the documentation with its gallery, into docs/
 	$(BIN)/python -m sphinx -q -W --keep-going $(SPHINXOPTS) docs docs/_build/html
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W $(SPHINXOPTS) -b doctest docs docs/_build/doctest
 
-bench: $(VENV)/.installed-bench  ## the benchmarks, about 25 minutes, into benchmarks/results/
+bench: $(VENV)/.installed-bench  ## the benchmarks, about half an hour, into benchmarks/results/
 	$(BIN)/python -m benchmarks.factor_pass --upstream --kronfluence
 	$(BIN)/python -m benchmarks.factor_pass --upstream --kronfluence --problem dit
 	$(BIN)/python -m benchmarks.eigenvalue_groups
