@@ -12,18 +12,16 @@ kernels have next to nothing to do.
 from __future__ import annotations
 
 import argparse
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 from torch import Tensor
 
 from benchmarks.gpu import CASES, DRAWS, Case, passes_of
-from benchmarks.measure import Launches, arguments, report
+from benchmarks.measure import Launches, alternating, arguments, report
 from curvlinops_diffusion import NoisedRegression
 from curvlinops_diffusion.layers import products
 
@@ -58,18 +56,16 @@ def launches_of(case: Case, batches: int) -> dict[str, int]:
 
 def telling(case: Case, rounds: int) -> dict[str, float]:
     """Seconds that each pass takes for a batch of a single example more."""
-    few, many = (dict(repeated(case, batches, 1)) for batches in UNTRIED)
-    seconds: dict[str, list[float]] = {name: [] for name in few}
-    for round_number in range(rounds + 1):
-        for name, found in seconds.items():
-            times = []
-            for passes in (few, many):
-                start = time.perf_counter()
-                passes[name]()
-                times.append(time.perf_counter() - start)
-            if round_number > 0:  # the first is not counted
-                found.append((times[1] - times[0]) / (UNTRIED[1] - UNTRIED[0]))
-    return {name: median(found) for name, found in seconds.items()}
+    few, many = UNTRIED
+    passes = {number: dict(repeated(case, number, 1)) for number in UNTRIED}
+    seconds = alternating(
+        {f"{name} {number}": passes[number][name] for name in passes[few] for number in UNTRIED},
+        rounds,
+    )
+    return {
+        name: (seconds[f"{name} {many}"] - seconds[f"{name} {few}"]) / (many - few)
+        for name in passes[few]
+    }
 
 
 def main() -> None:

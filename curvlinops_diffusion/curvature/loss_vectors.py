@@ -14,7 +14,7 @@ from curvlinops_diffusion.diffusion.checks import check_prediction
 from curvlinops_diffusion.diffusion.draws import Draws
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.runtime.flags import DeviceFlag
-from curvlinops_diffusion.runtime.transfers import sent
+from curvlinops_diffusion.runtime.transfers import sent_beside
 
 
 def loss_vectors(
@@ -38,13 +38,10 @@ def loss_vectors(
     match options.fisher_type:
         case FisherType.MC:
             for k in range(options.mc_samples):
-                probe_BD = sent(
-                    draws.probe(
-                        batch.indices, batch.draw, k, prediction_BD.shape[1], options.probe_type
-                    ),
-                    prediction_BD.device,
-                    prediction_BD.dtype,
+                probe_BD = draws.probe(
+                    batch.indices, batch.draw, k, prediction_BD.shape[1], options.probe_type
                 )
+                probe_BD = sent_beside(probe_BD, prediction_BD)
                 yield batch.loss_hessian_root(probe_BD) / sqrt(options.mc_samples)
         case FisherType.TYPE2:
             for d in range(prediction_BD.shape[1]):

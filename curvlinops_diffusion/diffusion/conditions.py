@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.runtime.transfers import sent
+from curvlinops_diffusion.runtime.transfers import sent, sent_beside
 
 
 def mapped(function: Callable[..., Any], first: Any, *others: Any) -> Any:
@@ -83,6 +83,5 @@ def replaced(
             result[key] = replaced(given, value, mask_B)
             continue
         mask = sent(mask_B, given.device).reshape(-1, *[1] * (given.ndim - 1))
-        other = sent(torch.as_tensor(value), given.device, given.dtype)
-        result[key] = torch.where(mask, other, given)
+        result[key] = torch.where(mask, sent_beside(torch.as_tensor(value), given), given)
     return result

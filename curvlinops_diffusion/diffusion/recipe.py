@@ -12,7 +12,7 @@ from torch import Tensor
 from curvlinops_diffusion.diffusion.draws import Draws
 from curvlinops_diffusion.runtime.checks import check_non_negative
 from curvlinops_diffusion.runtime.digests import digest_of
-from curvlinops_diffusion.runtime.transfers import sent
+from curvlinops_diffusion.runtime.transfers import sent_beside
 
 
 @dataclass(frozen=True)
@@ -88,5 +88,5 @@ class Recipe:
         return (
             weight_B
             if self.weights_N is None
-            else weight_B * sent(self.weights_N[list(n_B)], weight_B.device, weight_B.dtype)
+            else weight_B * sent_beside(self.weights_N[list(n_B)], weight_B)
         )

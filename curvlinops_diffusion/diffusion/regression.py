@@ -29,7 +29,7 @@ from curvlinops_diffusion.diffusion.recipe import Recipe
 from curvlinops_diffusion.diffusion.scaled_model import ScaledModel, scaled
 from curvlinops_diffusion.runtime.digests import fingerprint
 from curvlinops_diffusion.runtime.sharded_networks import is_sharded
-from curvlinops_diffusion.runtime.transfers import sent
+from curvlinops_diffusion.runtime.transfers import sent_beside
 
 T = TypeVar("T")
 
@@ -368,7 +368,7 @@ class NoisedRegression:
             x0, condition = encoded.mean, encoded.condition
             if encoded.std is not None:
                 assert latent is not None
-                x0 = x0 + encoded.std * sent(latent, x0.device, x0.dtype)
+                x0 = x0 + encoded.std * sent_beside(latent, x0)
             if dropout > 0:
                 dropped_B = draws.dropped(indices, r, dropout)
                 condition = self.objective.drop_condition(condition, dropped_B)

@@ -75,10 +75,19 @@ class Geometry:
         return self.columns.period // 2 + 1
 
     @property
+    def num_taps(self) -> int:
+        """Taps of the kernel."""
+        return len(self.rows.taps) * len(self.columns.taps)
+
+    @property
+    def num_outputs(self) -> int:
+        """Output pixels."""
+        return self.rows.outputs * self.columns.outputs
+
+    @property
     def patch_cost(self) -> int:
         """Multiplications of a product of patches for each example, in units of ``C²``."""
-        taps = len(self.rows.taps) * len(self.columns.taps)
-        return taps**2 * self.rows.outputs * self.columns.outputs
+        return self.num_taps**2 * self.num_outputs
 
 
 class CorrelationSums(ABC):

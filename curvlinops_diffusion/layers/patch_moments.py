@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import ceil, prod
+from math import ceil
 
 from torch import Tensor
 
@@ -106,8 +106,8 @@ class PatchSums:
 
     def __init__(self, conv: Convolution2d, geometry: Geometry, x: Tensor):
         self._conv = conv
-        self._taps, self._channels = prod(conv.kernel_size), x.shape[1]
-        self._pixels = geometry.rows.outputs * geometry.columns.outputs
+        self._taps, self._channels = geometry.num_taps, x.shape[1]
+        self._pixels = geometry.num_outputs
         # ordered by tap, then by channel
         self._total = new_sums(x, self._taps * self._channels, self._taps * self._channels)
 
@@ -138,11 +138,10 @@ def _shifts_are_faster(geometry: Geometry, channels: int) -> bool:
     Shifted images need the fewer multiplications, but results of few channels have few tiles,
     which leave most of the card idle, and there are more of them to be told of.
     """
-    taps = len(geometry.rows.taps) * len(geometry.columns.taps)
     shifted = [
         (pixels, results * _tiles(channels)) for pixels, results in ShiftedSums.products(geometry)
     ]
-    by_patches = [(geometry.rows.outputs * geometry.columns.outputs, _tiles(taps * channels))]
+    by_patches = [(geometry.num_outputs, _tiles(geometry.num_taps * channels))]
     return _time_on_gpu(shifted) < _time_on_gpu(by_patches)
 
 

@@ -40,8 +40,8 @@ class ShiftedSums(CorrelationSums):
         whole = [
             (rows * period, len(shifts)) for rows in parts for shifts in geometry.shifts().values()
         ]
-        strips = _strips_together(geometry)
-        columns = [len(strips) for _, strips in strips for _ in range(*strips[0])]
+        together = _strips_together(geometry)
+        columns = [len(strips) for _, strips in together for _ in range(*strips[0])]
         return whole + [(rows, number) for rows in parts for number in columns]
 
     def add(self, x: Tensor, weight: float) -> None:

@@ -32,9 +32,8 @@ class SpectralSums(CorrelationSums):
 
     def __init__(self, geometry: Geometry, x: Tensor):
         C, F = x.shape[1], geometry.num_frequencies
-        taps = len(geometry.rows.taps) * len(geometry.columns.taps)
         entries = 3 * F * len(geometry.shifts()) * len(geometry.row_parts())
-        kept = entries <= _MAX_PRODUCTS * taps**2
+        kept = entries <= _MAX_PRODUCTS * geometry.num_taps**2
         super().__init__(geometry, x, summed=not kept)
         # p, q and r, like the correlations: [3F, C, C]
         self._products: dict[Part, dict[Phases, Tensor]] = {

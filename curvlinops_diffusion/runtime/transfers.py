@@ -15,6 +15,11 @@ def sent(z: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> T
     return z.to(device, dtype, non_blocking=device.type != "cpu")
 
 
+def sent_beside(z: Tensor, other: Tensor) -> Tensor:
+    """A tensor where another one is, and in its precision, see :func:`sent`."""
+    return sent(z, other.device, other.dtype)
+
+
 def ready_to_send(z: Tensor, device: torch.device) -> Tensor:
     """A tensor in memory that a GPU reads by itself, if it is for one; the copy takes a moment."""
     return z.pin_memory() if device.type == "cuda" and z.device.type == "cpu" else z

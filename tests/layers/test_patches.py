@@ -1,5 +1,6 @@
 """Second moments of patches, by correlations, against patches that are cut out one by one."""
 
+from functools import partial
 from itertools import product
 
 import pytest
@@ -96,8 +97,8 @@ def representatives(kernel):
     return list(first.values())
 
 
-def by_correlations(kind, module, x):
-    """The sums by correlations, whatever is cheaper."""
+def summed(kind, module, x):
+    """The sums of one kind, whatever is cheaper."""
     padded, padding = _padded_explicitly(Convolution2d.of(module), x)
     sums = kind(Geometry(*_axes(Convolution2d.of(module), padded, padding)), padded)
     sums.add(padded, 1.0)
@@ -105,15 +106,11 @@ def by_correlations(kind, module, x):
 
 
 def by_patches(module, x):
-    conv = Convolution2d.of(module)
-    padded, padding = _padded_explicitly(conv, x)
-    sums = PatchSums(conv, Geometry(*_axes(conv, padded, padding)), padded)
-    sums.add(padded, 1.0)
-    return sums.total()
+    return summed(partial(PatchSums, Convolution2d.of(module)), module, x)
 
 
 def spectral(module, x):
-    return by_correlations(SpectralSums, module, x)
+    return summed(SpectralSums, module, x)
 
 
 def chosen(module, x):
@@ -131,7 +128,7 @@ def assert_moments_equal_patches(module, x):
     assert ConvolutionKind().positions(module, x) == a.shape[1]
     assert_close(patch_sum(Convolution2d.of(module), x), a.sum(1), 1e-12)
     assert_close(spectral(module, x), truth, 1e-12)
-    assert_close(by_correlations(ShiftedSums, module, x), truth, 1e-12)
+    assert_close(summed(ShiftedSums, module, x), truth, 1e-12)
     assert_close(by_patches(module, x), truth, 1e-12)
     assert_close(chosen(module, x), truth, 1e-12)
 
