@@ -20,11 +20,12 @@ from curvlinops_diffusion.cli.adapters import (
     load_adapters,
     matching_parameters,
 )
-from curvlinops_diffusion.cli.events import say
+from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.images.labels import Condition
 from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions, ValidateMeasureOptions
 from curvlinops_diffusion.cli.processes import is_first, num_processes
+from curvlinops_diffusion.cli.training_arguments import arguments_text, parse_arguments
 from curvlinops_diffusion.cli.weights import check_can_load, check_loaded
 from curvlinops_diffusion.diffusion.image_conditions import ControlledDenoiser
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
@@ -77,6 +78,7 @@ def load_network(options: NetworkOptions, text_encoders: bool = False) -> Networ
     """
     _set_up_logs(options.quiet)
     objective_options = options.objective_options()
+    arguments = parse_arguments(options.training_arguments)
     given = [options.pipeline is not None, options.model is not None]
     if sum(given) != 1 or (options.model is None) != (options.scheduler is None):
         raise ValueError(
@@ -114,8 +116,12 @@ def load_network(options: NetworkOptions, text_encoders: bool = False) -> Networ
             condition_dropout=options.condition_dropout,
             autocast=autocast,
             text_encoders=text_encoders,
+            training_arguments=arguments,
             **objective_options,
         )
+        if objective.training_arguments and is_first():
+            event("training arguments", **objective.training_arguments)
+            say(arguments_text(objective.training_arguments))
         return _network(objective, pipeline, options)
     assert options.model is not None
     assert options.scheduler is not None
@@ -133,6 +139,11 @@ def load_network(options: NetworkOptions, text_encoders: bool = False) -> Networ
         raise ValueError(
             f"--condition-dropout {options.condition_dropout} arrived with --model, which does not "
             "say what a dropped condition is replaced by. Pass --pipeline FOLDER."
+        )
+    if arguments:
+        raise ValueError(
+            f"--training-arguments {' '.join(arguments)} got no pipeline whose network could be "
+            "given them. Pass --pipeline FOLDER instead of --model."
         )
     scheduler = _scheduler(options.scheduler)
     if options.shard_network:

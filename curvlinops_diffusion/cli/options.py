@@ -92,6 +92,9 @@ class TrainingOptions(Checked):
         condition_dropout: The probability with which training dropped the prompt or label.
         noise_offset: The strength of training's offset noise.
         input_perturbation: The strength of training's input perturbation.
+        training_arguments: What else training gave the network, as name=value by the names in
+            diffusers' training scripts: max_sequence_length=77 guidance_scale=3.5. By default what
+            these scripts have, which is printed.
     """
 
     weighting: Literal["min-snr", "cosmap", "inverse-variance"] | None = None
@@ -101,6 +104,7 @@ class TrainingOptions(Checked):
     condition_dropout: float = 0.0
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
+    training_arguments: list[str] | None = None
 
     def objective_options(self) -> dict[str, Any]:
         """Arguments of ``DenoisingObjective``."""

@@ -25,7 +25,16 @@ def unchanged(x0: Tensor) -> Tensor:
 
 
 def flipped(x0: Tensor) -> Tensor:
-    """Images mirrored left to right."""
+    """Images ``[B, ..., H, W]`` mirrored left to right.
+
+    Raises:
+        ValueError: If an example has no height and width.
+    """
+    if x0.ndim < 3:
+        raise ValueError(
+            f"augment='flip' mirrors the last axis of images, got examples of shape "
+            f"{tuple(x0.shape[1:])}. Pass a list of functions of examples [B, ...] instead."
+        )
     return x0.flip(-1)
 
 

@@ -9,7 +9,7 @@ samples on, and its decoder notes what arrives.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -80,6 +80,7 @@ def seen_of(
     model: nn.Module,
     prompts: Sequence[str],
     size: tuple[int, int],
+    arguments: Mapping[str, Any],
     latents: Tensor | None = None,
 ) -> Seen:
     """Run a pipeline without running its network.
@@ -89,6 +90,7 @@ def seen_of(
         model: Its network.
         prompts: The prompts.
         size: Height and width of the images, in pixels.
+        arguments: Arguments of training (:func:`training_arguments`), in place of its defaults.
         latents: What sampling starts from, in the network's terms; ``None`` for noise.
 
     Raises:
@@ -96,10 +98,11 @@ def seen_of(
     """
     seen, asked = Seen(), inspect.signature(pipeline.__call__).parameters
     given: dict[str, Any] = {"height": size[0], "width": size[1], "latents": latents}
-    given |= {"num_inference_steps": _STEPS, **_PLAIN}
+    given |= {"num_inference_steps": _STEPS, **_PLAIN, **arguments}
+    given["original_size"] = arguments.get("original_size") or size
     if "true_cfg_scale" in asked and not getattr(model, "config", {}).get("guidance_embeds"):
         del given["guidance_scale"]  # which would be ignored, with a warning
-    length = asked["max_sequence_length"].default if "max_sequence_length" in asked else None
+    length = arguments.get("max_sequence_length")
     try:
         for guidance in ({}, {"guidance_scale": 0.0}):  # which counts from one, or from zero
             # a list of its own, which some change; and the user's random state is left alone
@@ -228,7 +231,7 @@ def packed(z: Tensor) -> Tensor:
     return tokens.reshape(B, H * W // 4, 4 * C)
 
 
-def interface_of(pipeline: Any, model: nn.Module) -> Interface:
+def interface_of(pipeline: Any, model: nn.Module, arguments: Mapping[str, Any]) -> Interface:
     """Find out how a pipeline's network is spoken to, and check it.
 
     What is put into the pipeline as a latent, scaled and arranged as training would, must arrive at
@@ -238,7 +241,7 @@ def interface_of(pipeline: Any, model: nn.Module) -> Interface:
         ValueError: If the pipeline does something else.
     """
     name, size = type(pipeline).__name__, (SIZE, SIZE)
-    first = seen_of(pipeline, model, ["a"], size)
+    first = seen_of(pipeline, model, ["a"], size, arguments)
     if first.image is None or first.decoded is None or not first.times:
         raise _unknown(name, "it does not run its network and decode what comes out")
     if set(first.signs) not in ({1}, {-1}):
@@ -253,12 +256,12 @@ def interface_of(pipeline: Any, model: nn.Module) -> Interface:
     put = encoder(torch.zeros(1, 3, *size), {})
     for latents in _forms(put.mean, first.image.shape, z):
         try:
-            arrived = seen_of(pipeline, model, ["a"], size, latents).decoded
+            arrived = seen_of(pipeline, model, ["a"], size, arguments, latents).decoded
         except ValueError:  # it takes them in another form
             continue
         if arrived is not None and arrived.shape == z.shape and _near(arrived.to(z), z):
-            two = seen_of(pipeline, model, ["a", "a"], size)
-            wide = seen_of(pipeline, model, ["a"], (SIZE, 2 * SIZE))
+            two = seen_of(pipeline, model, ["a", "a"], size, arguments)
+            wide = seen_of(pipeline, model, ["a"], (SIZE, 2 * SIZE), arguments)
             return Interface(
                 _affine(name, first.times),
                 first.signs[0],

@@ -36,6 +36,19 @@ class Encoded:
     condition: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Packing:
+    """How latents are arranged for the network.
+
+    Attributes:
+        shape: The shape of an example's latents before, channels first.
+        pack: Maps latents ``[B, *shape]`` to the form that the network takes.
+    """
+
+    shape: tuple[int, ...]
+    pack: Callable[[Tensor], Tensor]
+
+
 class LatentEncoder:
     r"""An autoencoder before the diffusion, and the embedding of a condition beside it.
 
@@ -91,6 +104,7 @@ class LatentEncoder:
         self._embed = embed
         self._pack = (lambda z: z) if pack is None else pack
         self._packs = pack is not None
+        self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # of latents, by the images'
         self._cache = None if cache is None else Path(cache)
         self._modules = [m for m in (vae, *encoders) if m is not None]
         self._settings = settings
@@ -125,26 +139,30 @@ class LatentEncoder:
         condition = condition if self._embed is None else self._embed(x0, condition)
         if self._vae is None:
             return Encoded(self._pack(x0), None, condition)
-        parameter = next(self._vae.parameters())
-        output = self._vae.encode(x0.to(parameter))
-        if hasattr(output, "latent_dist"):
-            mean, std = output.latent_dist.mean, output.latent_dist.std
-        else:  # a VQModel has no distribution, nor an AutoencoderDC
-            mean, std = getattr(output, "latents", getattr(output, "latent", None)), None
+        mean, std = self._latents(x0)
         shift, scale = self._shift_and_scale(mean)
         std = None if std is None or not self._sample else self._pack(std * scale)
         return Encoded(self._pack((mean - shift) * scale), std, condition)
 
-    def mask(self, mask: Tensor) -> Tensor:
-        """Weights of pixels ``[B, 1, H, W]`` in the form that the network takes latents in.
+    def _latents(self, x0: Tensor) -> tuple[Any, Any]:
+        """Mean and deviation of the images' latents, the deviation ``None`` for none."""
+        output = self._vae.encode(x0.to(next(self._vae.parameters())))
+        if hasattr(output, "latent_dist"):
+            mean, std = output.latent_dist.mean, output.latent_dist.std
+        else:  # a VQModel has no distribution, nor an AutoencoderDC
+            mean, std = getattr(output, "latents", getattr(output, "latent", None)), None
+        self._shapes[tuple(x0.shape[1:])] = tuple(mean.shape[1:])
+        return mean, std
 
-        Only where they are packed: else their height and width tell how to average.
-        """
-        if not self._packs or self._vae is None or mask.ndim != 4:
-            return mask
-        scale = 2 ** (len(self._vae.config.block_out_channels) - 1)
-        size = (mask.shape[2] // scale, mask.shape[3] // scale)
-        return self._pack(entry_weights(mask[:, :1], (self._vae.config.latent_channels, *size)))
+    @torch.no_grad()
+    def packing(self, x0: Tensor) -> Packing | None:
+        """The arrangement of the latents of images ``[B, ...]``; ``None`` where it is theirs."""
+        if not self._packs:
+            return None
+        shape = tuple(x0.shape[1:])
+        if self._vae is not None and shape not in self._shapes:  # they were read from the cache
+            self._latents(torch.zeros(1, *shape))
+        return Packing(shape if self._vae is None else self._shapes[shape], self._pack)
 
     def _transform(self) -> dict[str, Any]:
         """The entries of the autoencoder's config that determine shift and scale."""

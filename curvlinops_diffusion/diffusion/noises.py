@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion.diffusion.draws import Draws
+from curvlinops_diffusion.diffusion.latents import Packing
 from curvlinops_diffusion.diffusion.recipe import Recipe
 from curvlinops_diffusion.runtime.ahead import Foreseen, one_ahead
 from curvlinops_diffusion.runtime.transfers import ready_to_send
 
 #: The noise of the target and of the input, ``[B, ...]``, and what latents are drawn by, if so.
 Noise = tuple[Tensor, Tensor, Tensor | None]
-# examples, draw, shape of one of them, and whether latents are drawn
-_Key = tuple[tuple[int, ...], int, tuple[int, ...], bool]
+# examples, draw, shape of one of them, whether latents are drawn, and how they are packed
+_Key = tuple[tuple[int, ...], int, tuple[int, ...], bool, Packing | None]
 
 # so many entries of noise take longer than a thread takes to start
 _WORTH_A_THREAD = 2**15
@@ -43,16 +44,23 @@ class Noises:
         self._latest: Sequence[int] = ()
         self._foreseen = Foreseen(self._drawn)
 
-    def of(self, indices: Sequence[int], shape: Sequence[int], of_latents: bool) -> Iterator[Noise]:
+    def of(
+        self,
+        indices: Sequence[int],
+        shape: Sequence[int],
+        of_latents: bool,
+        packing: Packing | None = None,
+    ) -> Iterator[Noise]:
         """Yield the noise of every draw of some examples.
 
         Args:
             indices: The examples.
             shape: That of what is noised of one of them.
             of_latents: Whether latents are drawn as well.
+            packing: How it was arranged; ``None`` if channels come first.
         """
         draws = range(self._draws.num_draws)
-        keys = [(tuple(indices), r, tuple(shape), of_latents) for r in draws]
+        keys = [(tuple(indices), r, tuple(shape), of_latents, packing) for r in draws]
         if len(indices) * prod(shape) < _WORTH_A_THREAD:
             yield from map(self._drawn, keys)
             return
@@ -66,8 +74,8 @@ class Noises:
             yield noise
 
     def _drawn(self, key: _Key) -> Noise:
-        indices, r, shape, of_latents = key
-        eps, input_eps = self._recipe.noise(self._draws, indices, r, shape)
+        indices, r, shape, of_latents, packing = key
+        eps, input_eps = self._recipe.noise(self._draws, indices, r, shape, packing)
         latent = self._draws.latent_noise(indices, r, shape) if of_latents else None
         ready = ready_to_send(eps, self._device)
         of_input = ready if input_eps is eps else ready_to_send(input_eps, self._device)

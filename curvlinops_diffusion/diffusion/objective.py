@@ -15,7 +15,7 @@ from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.checks import check_parameters
 from curvlinops_diffusion.diffusion.conditions import mapped, replaced
 from curvlinops_diffusion.diffusion.data import CleanBatch
-from curvlinops_diffusion.diffusion.latents import Encoded, LatentEncoder
+from curvlinops_diffusion.diffusion.latents import Encoded, LatentEncoder, Packing
 from curvlinops_diffusion.diffusion.masks import entry_weights
 from curvlinops_diffusion.diffusion.noise import NoiseProcess
 from curvlinops_diffusion.diffusion.pipelines import pipeline_parts
@@ -91,6 +91,7 @@ class DenoisingObjective:
         process: The noise process.
         weights_T: The weight of each noise level, float64.
         reduction: The reduction.
+        training_arguments: What else training gave the network, see :meth:`from_pipeline`.
 
     Raises:
         ValueError: If the model has no floating-point parameters, or an argument is of no
@@ -137,6 +138,7 @@ class DenoisingObjective:
                 "by, for instance null_condition={'class_labels': 1000}."
             )
         self.null_condition = dict(null_condition or {})
+        self.training_arguments: dict[str, Any] = {}
         self._tables = special_tables(self.model)
         self._encode = encode
         self._model_kwargs = model_kwargs or {}
@@ -149,11 +151,12 @@ class DenoisingObjective:
         weighting: Weighting = None,
         reduction: str | Reduction = Reduction.MEAN,
         *,
-        sample_latents: bool = True,
+        sample_latents: bool | None = None,
         latent_cache: str | PathLike[str] | None = None,
         condition_dropout: float = 0.0,
         autocast: torch.dtype | None = None,
         text_encoders: bool = False,
+        training_arguments: Mapping[str, Any] | None = None,
     ) -> DenoisingObjective:
         """The objective that a ``diffusers`` pipeline's denoiser was trained with.
 
@@ -169,8 +172,9 @@ class DenoisingObjective:
                 Z-Image), which is run with stand-ins for its parts to see what its network sees.
             weighting: As in the constructor.
             reduction: As in the constructor.
-            sample_latents: Whether latents are drawn from the autoencoder's distribution, as in
-                training, or are its mean (as when Flux.2 is trained by ``diffusers``' scripts).
+            sample_latents: Whether latents are drawn from the autoencoder's distribution, or are its
+                mean. ``None`` for what ``diffusers``' training script of the pipeline does: the mean
+                for Flux.2 and Z-Image, else draws.
             latent_cache: A folder to keep latents and embeddings in, see
                 :class:`~curvlinops_diffusion.LatentEncoder`.
             condition_dropout: The probability with which training dropped label or prompt.
@@ -178,14 +182,21 @@ class DenoisingObjective:
             text_encoders: Whether text encoders were trained as well (Stable Diffusion 1, 2, XL).
                 They are part of the model then, whose parameters are called ``unet.…``,
                 ``text_encoder.…`` and ``text_encoder_2.…``.
+            training_arguments: What else training gave the network and no file of the pipeline
+                says, by the names in ``diffusers``' training scripts and pipelines:
+                ``max_sequence_length`` of prompts, ``guidance_scale`` of networks that it is
+                distilled into, ``clip_skip``, ``system_prompt``, ``complex_human_instruction``,
+                ``text_encoder_out_layers``; for Lumina 2 ``mirrored_levels`` (whether the
+                scheduler's levels are shares of data), for Sana ``timestep_scale``. Those left out
+                are the scripts' defaults; :attr:`training_arguments` has them all.
 
         Raises:
-            ValueError: If the pipeline is of no known kind.
+            ValueError: If the pipeline is of no known kind, or takes none of the arguments.
         """
         take_apart = with_text_encoders if text_encoders else pipeline_parts
-        parts = take_apart(pipeline, sample_latents, latent_cache)
+        parts = take_apart(pipeline, sample_latents, latent_cache, training_arguments)
         dropped = condition_dropout > 0
-        return cls(
+        objective = cls(
             parts.model,
             parts.process,
             weighting,
@@ -196,6 +207,8 @@ class DenoisingObjective:
             model_kwargs=parts.model_kwargs,
             autocast=autocast,
         )
+        objective.training_arguments = parts.arguments
+        return objective
 
     @property
     def description(self) -> dict[str, Any]:
@@ -205,6 +218,7 @@ class DenoisingObjective:
         digests.
         """
         process, encoder = self.process, self._encode
+        arguments = self.training_arguments
         return {
             "prediction_type": getattr(process.prediction_type, "value", process.prediction_type),
             "reduction": self.reduction.value,
@@ -215,6 +229,7 @@ class DenoisingObjective:
             "encoder": getattr(encoder, "description", None) or name_of(encoder),
             "null_condition": digest_of(self.null_condition),
             "model_kwargs": digest_of(self._model_kwargs),
+            **({"training_arguments": arguments} if arguments else {}),
         }
 
     @property
@@ -265,12 +280,23 @@ class DenoisingObjective:
         mean, std = moved(encoded.mean), moved(encoded.std)
         return Encoded(mean, std, mapped(moved, encoded.condition))
 
-    def encode_mask(self, mask: Tensor | None) -> Tensor | None:
-        """Weights of clean examples' entries in the network's terms."""
+    def packing(self, clean: CleanBatch) -> Packing | None:
+        """The arrangement of clean examples' latents; ``None`` where channels come first."""
         encoder = self._encode
-        if isinstance(encoder, LatentEncoder) and mask is not None:
-            mask = encoder.mask(mask)
-        return None if mask is None else sent(mask, self.device)
+        return encoder.packing(clean.x0) if isinstance(encoder, LatentEncoder) else None
+
+    def encode_mask(self, clean: CleanBatch) -> Tensor | None:
+        """Weights of clean examples' entries in the network's terms.
+
+        Raises:
+            ValueError: If they cannot be brought to the shape of the latents.
+        """
+        if clean.mask is None:
+            return None
+        packing = self.packing(clean)
+        if packing is None:  # height and width of what is noised tell how to average
+            return sent(clean.mask, self.device)
+        return sent(packing.pack(entry_weights(clean.mask, packing.shape)), self.device)
 
     def drop_condition(self, condition: Mapping[str, Any], dropped_B: Tensor) -> dict[str, Any]:
         """The condition, with that of some examples replaced by :attr:`null_condition`.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class PipelineParts:
         encode: From images and labels or prompts to latents and embeddings; ``None`` for neither.
         null_condition: Returns what a dropped condition is replaced by.
         model_kwargs: Further arguments of the denoiser.
+        arguments: The arguments of training (:func:`training_arguments`).
     """
 
     model: nn.Module
@@ -34,6 +36,7 @@ class PipelineParts:
     encode: LatentEncoder | None
     null_condition: Callable[[], Mapping[str, Any]]
     model_kwargs: Callable[[Tensor, dict[str, Any]], Any] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def prompted_parts(
@@ -51,6 +54,7 @@ def prompted_parts(
     vae: Any = None,
     encoders: Sequence[nn.Module] | None = None,
     embed_null: Callable[[Tensor, dict[str, Any]], dict[str, Any]] | None = None,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
 ) -> PipelineParts:
     """Take a pipeline with prompts apart.
 
@@ -70,12 +74,15 @@ def prompted_parts(
         encoders: What ``embed`` runs; ``None`` for the pipeline's text encoders.
         embed_null: Maps an empty prompt to what a dropped condition is replaced by; ``None`` for
             ``embed``.
+        arguments: The arguments of training.
     """
     if encoders is None:
         own = [getattr(pipeline, f"text_encoder{i}", None) for i in ("", "_2", "_3")]
         encoders = [encoder for encoder in own if encoder is not None]
     tokenizers = [getattr(pipeline, f"tokenizer{i}", None) for i in ("", "_2", "_3")]
-    settings = [[t.model_max_length, len(t)] for t in tokenizers if t is not None]
+    settings: list[Any] = [[t.model_max_length, len(t)] for t in tokenizers if t is not None]
+    embedding = {k: v for k, v in arguments.items() if k != "sample_latents"}
+    settings += [embedding] if embedding else []
 
     def embed_prompts(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
         if "prompt" not in condition:
@@ -116,6 +123,7 @@ def prompted_parts(
         ),
         null_condition,
         model_kwargs,
+        arguments,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion.diffusion.draws import Draws
+from curvlinops_diffusion.diffusion.latents import Packing
 from curvlinops_diffusion.runtime.checks import check_non_negative
 from curvlinops_diffusion.runtime.digests import digest_of
 from curvlinops_diffusion.runtime.transfers import sent_beside
@@ -21,7 +22,7 @@ class Recipe:
 
     Attributes:
         noise_offset: The strength ``s`` of offset noise, ``eps + s o`` with one ``o ~ N(0, 1)`` for
-            each channel.
+            each channel of the latents, as they are before they are packed into tokens.
         input_perturbation: The strength ``γ`` of what is added to the noise of the input alone,
             ``eps + γ eps'``.
         weights_N: A factor of each example's loss, float64; ``None`` for one.
@@ -73,12 +74,31 @@ class Recipe:
         return {name: value for name, value in entries.items() if value}
 
     def noise(
-        self, draws: Draws, n_B: Sequence[int], r: int, shape: Sequence[int]
+        self,
+        draws: Draws,
+        n_B: Sequence[int],
+        r: int,
+        shape: Sequence[int],
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The noise of the target and that of the input, ``[B, *shape]`` each."""
+        """The noise of the target and that of the input, ``[B, *shape]`` each.
+
+        Args:
+            draws: The draws.
+            n_B: The examples.
+            r: The number of the draw.
+            shape: The shape of what is noised of one of them.
+            packing: How it was arranged; ``None`` if channels come first.
+        """
         eps = draws.noise(n_B, r, shape)
-        if self.noise_offset > 0:
+        if self.noise_offset > 0 and packing is None:
             eps = eps + self.noise_offset * draws.noise_offset(n_B, r, shape)
+        elif self.noise_offset > 0:
+            assert packing is not None
+            # entries of one channel share a number wherever they are packed to
+            offset = draws.noise_offset(n_B, r, packing.shape)
+            offset = packing.pack(offset.expand(len(n_B), *packing.shape))
+            eps = eps + self.noise_offset * offset
         if self.input_perturbation == 0:
             return eps, eps
         return eps, eps + self.input_perturbation * draws.perturbation(n_B, r, shape)

@@ -104,7 +104,8 @@ class NoisedRegression:
             at little noise; those of curvature vary more, as it is nearly even in the noise.
         draws: The draws themselves, in place of what they are made of above.
         noise_offset: The strength ``s`` of training's offset noise: ``eps + s o`` in place of
-            ``eps``, with ``o ~ N(0, 1)`` one number for each channel of a draw.
+            ``eps``, with ``o ~ N(0, 1)`` one number for each channel of a draw: for each entry of
+            the first axis of an example, or of its latents before they are packed into tokens.
         input_perturbation: The strength ``γ`` of training's input perturbation: the input is noised
             with ``eps + γ eps'``, and the target is that of ``eps`` (Ning et al., 2023,
             Algorithm 1).
@@ -356,12 +357,13 @@ class NoisedRegression:
             warn_of_range(clean.x0)
         augmented = self._augmentations.versions(clean)
         versions = [self.objective.encode(version) for version in augmented]
-        masks = [self.objective.encode_mask(version.mask) for version in augmented]
+        masks = [self.objective.encode_mask(version) for version in augmented]
         shape = versions[0].mean.shape[1:]
         dropout = self.objective.condition_dropout
         encodes_std = versions[0].std is not None
+        packing = self.objective.packing(augmented[0]) if self.recipe.noise_offset > 0 else None
 
-        noises = self._noises.of(indices, shape, encodes_std)
+        noises = self._noises.of(indices, shape, encodes_std, packing)
         for r, (eps, input_eps, latent) in enumerate(noises):
             version_B = draws.versions(indices, r, len(versions))
             encoded, mask = chosen_versions(versions, masks, version_B)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,12 +30,15 @@ from curvlinops_diffusion.diffusion.text_encoders import (
     tokenized,
     tokens_of,
 )
+from curvlinops_diffusion.diffusion.training_arguments import training_arguments
 
 # what of an image's sizes Stable Diffusion XL may be told
 _SIZES_XL = ("original_size", "crops_coords_top_left", "target_size", "time_ids")
 
 
-def stable_diffusion(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
+def stable_diffusion(
+    pipeline: Any, sample: bool, cache: Cache, arguments: Mapping[str, Any]
+) -> PipelineParts:
     """``StableDiffusionPipeline``, versions 1 and 2, and ``StableDiffusionXLPipeline``.
 
     For XL, what training told the network of each image may stand beside the prompt:
@@ -43,11 +47,15 @@ def stable_diffusion(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts
     size they have.
     """
     check_inputs(pipeline, pipeline.unet)
-    embed, also = _prompts_of(pipeline)
-    return prompted_parts(pipeline, pipeline.unet, embed, sample, cache, also=also)
+    embed, also = _prompts_of(pipeline, arguments)
+    return prompted_parts(
+        pipeline, pipeline.unet, embed, sample, cache, also=also, arguments=arguments
+    )
 
 
-def inpainting(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
+def inpainting(
+    pipeline: Any, sample: bool, cache: Cache, arguments: Mapping[str, Any]
+) -> PipelineParts:
     """``StableDiffusionInpaintPipeline`` and ``StableDiffusionXLInpaintPipeline``.
 
     ``'mask_image'`` stands beside each image and prompt, ``[B, 1, H, W]``, one where the network
@@ -57,7 +65,7 @@ def inpainting(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
     """
     takes, latents = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
     if takes == latents:
-        return stable_diffusion(pipeline, sample, cache)
+        return stable_diffusion(pipeline, sample, cache, arguments)
     if takes != 2 * latents + 1:
         raise ValueError(
             f"The UNet takes {takes} channels. One that paints into images takes latents "
@@ -74,10 +82,12 @@ def inpainting(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
             "masked_latents": masked_latents,
         }
 
-    return _with_image(pipeline, model, embed, sample, cache)
+    return _with_image(pipeline, model, embed, sample, cache, arguments)
 
 
-def controlled(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
+def controlled(
+    pipeline: Any, sample: bool, cache: Cache, arguments: Mapping[str, Any]
+) -> PipelineParts:
     """``StableDiffusionControlNetPipeline`` and ``StableDiffusionXLControlNetPipeline``.
 
     ``'conditioning_image'`` stands beside each image and prompt, ``[B, 3, H, W]`` in [0, 1].
@@ -95,7 +105,7 @@ def controlled(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
     def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
         return {"controlnet_cond": checked_image(name, condition, x0, channels)}
 
-    return _with_image(pipeline, model, embed, sample, cache)
+    return _with_image(pipeline, model, embed, sample, cache, arguments)
 
 
 def _with_image(
@@ -104,9 +114,10 @@ def _with_image(
     embed_image: Callable[[Tensor, dict[str, Any]], dict[str, Any]],
     sample: bool,
     cache: Cache,
+    arguments: Mapping[str, Any],
 ) -> PipelineParts:
     """The parts of a pipeline whose network is shown another image, which is never dropped."""
-    embed_prompt, also = _prompts_of(pipeline)
+    embed_prompt, also = _prompts_of(pipeline, arguments)
 
     def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
         return embed_prompt(x0, condition) | embed_image(x0, condition)
@@ -119,16 +130,34 @@ def _with_image(
         cache,
         also=(*model.images, *also),
         embed_null=embed_prompt,
+        arguments=arguments,
     )
 
 
 def _prompts_of(
-    pipeline: Any,
+    pipeline: Any, arguments: Mapping[str, Any]
 ) -> tuple[Callable[[Tensor, dict[str, Any]], dict[str, Any]], tuple[str, ...]]:
-    """What embeds prompts, and the entries that it reads beside them."""
-    if hasattr(pipeline, "text_encoder_2"):
-        return partial(_embed_xl, pipeline), _SIZES_XL
-    return partial(_embed, pipeline), ()
+    """The function that embeds prompts, and the entries that it reads beside them."""
+    xl = hasattr(pipeline, "text_encoder_2")
+    embed, sizes = (_embed_xl, _SIZES_XL) if xl else (_embed, ())
+    clip_skip = arguments.get("clip_skip")
+    source = pipeline if clip_skip is None else _Skipping(pipeline, clip_skip)
+    return partial(embed, source), sizes
+
+
+@dataclass(frozen=True)
+class _Skipping:
+    """A pipeline that leaves out the last layers of its text encoders when it embeds prompts."""
+
+    pipeline: Any
+    clip_skip: int
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pipeline, name)
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """Embed prompts."""
+        return self.pipeline.encode_prompt(*args, **kwargs, clip_skip=self.clip_skip)
 
 
 def _embed(pipeline: Any, x0: Tensor, condition: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,13 +207,17 @@ def _of_shape(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
     return found
 
 
-def with_text_encoders(pipeline: Any, sample_latents: bool, cache: Cache) -> PipelineParts:
+def with_text_encoders(
+    pipeline: Any, sample_latents: bool | None, cache: Cache, given: Mapping[str, Any] | None
+) -> PipelineParts:
     """Take a pipeline apart whose text encoders were trained as well.
 
     Args:
         pipeline: A pipeline of Stable Diffusion, 1, 2 or XL.
-        sample_latents: Whether latents are drawn, or their mean is taken.
+        sample_latents: Whether latents are drawn, or their mean is taken; ``None`` for what its
+            training script does.
         cache: A folder for latents and tokens.
+        given: Arguments of training that differ from its script's defaults.
 
     Raises:
         ValueError: If it is another.
@@ -198,9 +231,13 @@ def with_text_encoders(pipeline: Any, sample_latents: bool, cache: Cache) -> Pip
             "both to DenoisingObjective, which takes tokens."
         )
     check_inputs(pipeline, pipeline.unet)
+    arguments = training_arguments(pipeline, given, sample_latents)
     names = ["text_encoder", "text_encoder_2"] if xl else ["text_encoder"]
     encoders = {name: getattr(pipeline, name) for name in names}
-    model = PromptedDenoiser(pipeline.unet, encoders, embedded_xl if xl else embedded)
+    embed_tokens, clip_skip = embedded_xl if xl else embedded, arguments.get("clip_skip")
+    if clip_skip is not None:
+        embed_tokens = partial(embed_tokens, clip_skip=clip_skip)
+    model = PromptedDenoiser(pipeline.unet, encoders, embed_tokens)
 
     def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
         prompts = list(condition["prompt"])
@@ -216,9 +253,10 @@ def with_text_encoders(pipeline: Any, sample_latents: bool, cache: Cache) -> Pip
         pipeline,
         model,
         embed,
-        sample_latents,
+        arguments.get("sample_latents", True),
         cache,
         also=_SIZES_XL if xl else (),
         shared=("time_ids",),
         encoders=(),  # they belong to the network: tokens do not depend on their weights
+        arguments=arguments,
     )

@@ -52,16 +52,25 @@ def tokens_of(encoder: str) -> str:
     return encoder.replace("text_encoder", "input_ids")
 
 
-def embedded(encoders: list[nn.Module], tokens: list[Tensor], entries: Entries) -> Entries:
-    """The condition of Stable Diffusion, versions 1 and 2."""
+def embedded(
+    encoders: list[Any], tokens: list[Tensor], entries: Entries, clip_skip: int = 0
+) -> Entries:
+    """The condition of Stable Diffusion, versions 1 and 2, without the last ``clip_skip`` layers."""
     (encoder,), (ids,) = encoders, tokens
-    return {"encoder_hidden_states": encoder(ids)[0]}
+    if clip_skip == 0:
+        return {"encoder_hidden_states": encoder(ids)[0]}
+    states = encoder(ids, output_hidden_states=True).hidden_states[-1 - clip_skip]
+    # transformers 5 has the layers in the model itself
+    norm = getattr(encoder, "text_model", encoder).final_layer_norm
+    return {"encoder_hidden_states": norm(states)}
 
 
-def embedded_xl(encoders: list[nn.Module], tokens: list[Tensor], entries: Entries) -> Entries:
-    """The condition of Stable Diffusion XL."""
+def embedded_xl(
+    encoders: list[Any], tokens: list[Tensor], entries: Entries, clip_skip: int = 0
+) -> Entries:
+    """The condition of Stable Diffusion XL, likewise."""
     outputs = [e(ids, output_hidden_states=True) for e, ids in zip(encoders, tokens, strict=True)]
-    states = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+    states = torch.cat([output.hidden_states[-2 - clip_skip] for output in outputs], -1)
     added = {"text_embeds": outputs[-1][0], "time_ids": entries["time_ids"].to(states)}
     return {"encoder_hidden_states": states, "added_cond_kwargs": added}
 

@@ -28,6 +28,7 @@ from curvlinops_diffusion.runtime.passes import PassOptions
 _OBJECTIVE = (
     *("prediction_type", "reduction", "num_levels", "process", "weighting", "encoder"),
     *("timesteps", "condition_dropout", "noise_offset", "input_perturbation", "augmentations"),
+    "training_arguments",
 )
 
 
