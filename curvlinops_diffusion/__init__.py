@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
         EDMWeighting,
         InverseVarianceWeighting,
         MinSNRWeighting,
+        PreconditionedWeighting,
         ProcessWeighting,
     )
     from curvlinops_diffusion.influence.compression import Compression
@@ -140,6 +141,7 @@ __all__ = [
     "NystromInverseLinearOperator",
     "ObjectiveMeasurement",
     "PassOptions",
+    "PreconditionedWeighting",
     "PredictionType",
     "ProbeType",
     "ProcessWeighting",
@@ -222,6 +224,7 @@ _MODULES = {
     "PassOptions": "runtime.passes",
     "PredictionType": "diffusion.noise",
     "ProbeType": "diffusion.random_numbers",
+    "PreconditionedWeighting": "diffusion.weightings",
     "ProcessWeighting": "diffusion.weightings",
     "RandomProjection": "influence.projection",
     "RefinedInverseLinearOperator": "linalg.solvers.iterative",

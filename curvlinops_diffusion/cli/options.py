@@ -85,7 +85,8 @@ class TrainingOptions(Checked):
     """Options of its training, the same for fit and score.
 
     Attributes:
-        weighting: How training weighted noise levels; all alike by default.
+        weighting: How training weighted noise levels; all alike by default. The scripts of Stable
+            Diffusion 3 do it as preconditioned.
         snr_gamma: The cap of --weighting min-snr.
         reduction: Whether training averaged or summed squared errors over the entries of an image.
         timesteps: How training drew timesteps.
@@ -97,7 +98,7 @@ class TrainingOptions(Checked):
             these scripts have, which is printed.
     """
 
-    weighting: Literal["min-snr", "cosmap", "inverse-variance"] | None = None
+    weighting: Literal["min-snr", "cosmap", "inverse-variance", "preconditioned"] | None = None
     snr_gamma: float = 5.0
     reduction: Literal["mean", "sum"] = "mean"
     timesteps: Literal["stratified", "uniform", "logit-normal"] = "stratified"
@@ -114,6 +115,7 @@ class TrainingOptions(Checked):
             "min-snr": lambda: weightings.MinSNRWeighting(self.snr_gamma),
             "cosmap": weightings.CosmapWeighting,
             "inverse-variance": weightings.InverseVarianceWeighting,
+            "preconditioned": weightings.PreconditionedWeighting,
         }
         weighting = None if self.weighting is None else made[self.weighting]()
         return {"weighting": weighting, "reduction": self.reduction}

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.diffusion.conditions import leaves, nested
-from curvlinops_diffusion.diffusion.masks import entry_weights
 from curvlinops_diffusion.runtime.digests import digest_of, fingerprint, raw_bytes
 from curvlinops_diffusion.runtime.files import FileKind, make_folder
 

@@ -172,9 +172,9 @@ class DenoisingObjective:
                 Z-Image), which is run with stand-ins for its parts to see what its network sees.
             weighting: As in the constructor.
             reduction: As in the constructor.
-            sample_latents: Whether latents are drawn from the autoencoder's distribution, or are its
-                mean. ``None`` for what ``diffusers``' training script of the pipeline does: the mean
-                for Flux.2 and Z-Image, else draws.
+            sample_latents: Whether latents are drawn from the autoencoder's distribution, or are
+                its mean. ``None`` for what ``diffusers``' training script of the pipeline does: the
+                mean for Flux.2 and Z-Image, else draws.
             latent_cache: A folder to keep latents and embeddings in, see
                 :class:`~curvlinops_diffusion.LatentEncoder`.
             condition_dropout: The probability with which training dropped label or prompt.
@@ -207,7 +207,7 @@ class DenoisingObjective:
             model_kwargs=parts.model_kwargs,
             autocast=autocast,
         )
-        objective.training_arguments = parts.arguments
+        objective.training_arguments = dict(parts.arguments)
         return objective
 
     @property

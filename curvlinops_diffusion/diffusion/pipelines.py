@@ -117,15 +117,11 @@ def _stable_diffusion_3(
         )
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
-    return prompted_parts(
-        pipeline, pipeline.transformer, embed, sample, cache, arguments=arguments
-    )
+    return prompted_parts(pipeline, pipeline.transformer, embed, sample, cache, arguments=arguments)
 
 
-def _flux(
-    pipeline: Any, sample: bool, cache: Cache, arguments: Arguments
-) -> PipelineParts:
-    """``FluxPipeline``: flow matching on latents packed into tokens of 2×2, guidance distilled in."""
+def _flux(pipeline: Any, sample: bool, cache: Cache, arguments: Arguments) -> PipelineParts:
+    """``FluxPipeline``: flow matching on latents packed into tokens, guidance distilled in."""
     transformer = pipeline.transformer
     check_inputs(pipeline, transformer)
     process = noise_process(pipeline.scheduler)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -141,23 +140,9 @@ def _prompts_of(
     xl = hasattr(pipeline, "text_encoder_2")
     embed, sizes = (_embed_xl, _SIZES_XL) if xl else (_embed, ())
     clip_skip = arguments.get("clip_skip")
-    source = pipeline if clip_skip is None else _Skipping(pipeline, clip_skip)
-    return partial(embed, source), sizes
-
-
-@dataclass(frozen=True)
-class _Skipping:
-    """A pipeline that leaves out the last layers of its text encoders when it embeds prompts."""
-
-    pipeline: Any
-    clip_skip: int
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.pipeline, name)
-
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        """Embed prompts."""
-        return self.pipeline.encode_prompt(*args, **kwargs, clip_skip=self.clip_skip)
+    if clip_skip is None:
+        return partial(embed, pipeline), sizes
+    return partial(_embed_skipping, pipeline, clip_skip), sizes
 
 
 def _embed(pipeline: Any, x0: Tensor, condition: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,6 +161,28 @@ def _embed_xl(pipeline: Any, x0: Tensor, condition: Mapping[str, Any]) -> dict[s
     )
     added = {"text_embeds": pooled, "time_ids": _time_ids(x0, condition).to(states)}
     return {"encoder_hidden_states": states, "added_cond_kwargs": added}
+
+
+def _embed_skipping(
+    pipeline: Any, clip_skip: int, x0: Tensor, condition: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The condition without the text encoders' last layers."""
+    names = _encoders_of(pipeline)
+    encoders, prompts = [getattr(pipeline, name) for name in names], list(condition["prompt"])
+    tokenizers = [getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in names]
+    tokens = [
+        tokenized(tokenizer, prompts).to(encoder.device)
+        for tokenizer, encoder in zip(tokenizers, encoders, strict=True)
+    ]
+    if len(names) == 1:
+        return embedded(encoders, tokens, {}, clip_skip)
+    return embedded_xl(encoders, tokens, {"time_ids": _time_ids(x0, condition)}, clip_skip)
+
+
+def _encoders_of(pipeline: Any) -> list[str]:
+    """The names of the text encoders."""
+    xl = hasattr(pipeline, "text_encoder_2")
+    return ["text_encoder", "text_encoder_2"] if xl else ["text_encoder"]
 
 
 def _time_ids(x0: Tensor, condition: Mapping[str, Any]) -> Tensor:
@@ -232,7 +239,7 @@ def with_text_encoders(
         )
     check_inputs(pipeline, pipeline.unet)
     arguments = training_arguments(pipeline, given, sample_latents)
-    names = ["text_encoder", "text_encoder_2"] if xl else ["text_encoder"]
+    names = _encoders_of(pipeline)
     encoders = {name: getattr(pipeline, name) for name in names}
     embed_tokens, clip_skip = embedded_xl if xl else embedded, arguments.get("clip_skip")
     if clip_skip is not None:

@@ -55,7 +55,7 @@ def tokens_of(encoder: str) -> str:
 def embedded(
     encoders: list[Any], tokens: list[Tensor], entries: Entries, clip_skip: int = 0
 ) -> Entries:
-    """The condition of Stable Diffusion, versions 1 and 2, without the last ``clip_skip`` layers."""
+    """The condition of Stable Diffusion 1 and 2, without the last ``clip_skip`` layers."""
     (encoder,), (ids,) = encoders, tokens
     if clip_skip == 0:
         return {"encoder_hidden_states": encoder(ids)[0]}

@@ -55,7 +55,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "mirrored_levels": True,
     },
     "QwenImagePipeline": {"max_sequence_length": 512},
-    "HiDreamImagePipeline": {"max_sequence_length": 128},
 }
 # arguments of a pipeline's call that change what its network is given, and nothing else
 _OF_CALL = (

@@ -87,13 +87,25 @@ class InverseVarianceWeighting(ProcessWeighting):
 
     That is their weight with ``--precondition_outputs 0``. By default they compare clean images,
     whose squared error is ``sigma²`` times that of the velocity, so that the weight in our units is
-    ``sigma²`` times the scheme's: ``weighting=None`` for their ``sigma_sqrt``, and the table
-    ``noise_process.sigmas_T.square()`` for their default, where the scheme's weight is one.
+    ``sigma²`` times the scheme's: ``weighting=None`` for their ``sigma_sqrt``, and
+    :class:`PreconditionedWeighting` for their default, where the scheme's weight is one.
     """
 
     def __call__(self, process: NoiseProcess) -> Tensor:
         """The weight of each level, float64, shape ``[T]``."""
         return process.sigmas_T.square().reciprocal()
+
+
+class PreconditionedWeighting(ProcessWeighting):
+    """``w = sigma²``, by which flow matching counts errors of the clean example.
+
+    ``‖x_t − s f − x0‖² = s² ‖f − (eps − x0)‖²``: the loss of ``diffusers``' training scripts of
+    SD3, whose ``--precondition_outputs`` is 1 by default.
+    """
+
+    def __call__(self, process: NoiseProcess) -> Tensor:
+        """The weight of each level, float64, shape ``[T]``."""
+        return process.sigmas_T.square()
 
 
 Weighting = ProcessWeighting | Callable[[Tensor], Tensor] | Tensor | None

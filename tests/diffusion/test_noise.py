@@ -24,6 +24,7 @@ from curvlinops_diffusion import (
     NoisedBatch,
     NoisedRegression,
     NoiseProcess,
+    PreconditionedWeighting,
     PredictionType,
 )
 from curvlinops_diffusion.diffusion.ancestral import AncestralSteps
@@ -160,6 +161,20 @@ def test_min_snr_weighting(prediction_type):
     assert_close(weight_table(MinSNRWeighting(0.7), process), expected, 1e-12)
     assert (snr > 0.7).any()
     assert (snr < 0.7).any()
+
+
+def test_weights_of_preconditioned_flows():
+    """Errors of the clean example that SD3's script makes of the network's answer."""
+    process = noise_process(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    x0, eps, answer = torch.randn(
+        3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    level = torch.tensor([0, 10, 500, 900, 999])
+    s = process.sigmas_T[level].unsqueeze(1)
+    x_t = process.noised(x0, eps, level)
+    script = (x_t - s * answer - x0).square().mean(1)
+    ours = (answer - process.target(x0, eps, level)).square().mean(1)
+    assert_close(weight_table(PreconditionedWeighting(), process)[level] * ours, script, 1e-10)
 
 
 OF_0_1 = [t for t in PredictionType if t.value in ("epsilon", "sample", "v_prediction", "flow")]

@@ -588,6 +588,9 @@ def test_what_the_network_sees_is_what_the_pipeline_shows_it(make, tmp_path, mon
     else:
         if make in (pixart, sana):
             options["use_resolution_binning"] = False
+        taken = _arguments(type(pipeline).__call__)
+        told = objective.training_arguments
+        options |= {name: value for name, value in told.items() if name in taken}
         size = size_of(make)
         if make in INPAINTING:  # whose latents are drawn there
             monkeypatch.setattr(
@@ -597,9 +600,8 @@ def test_what_the_network_sees_is_what_the_pipeline_shows_it(make, tmp_path, mon
             options["strength"] = 1.0
         elif make in CONTROLLED:
             options["image"] = data[0]["conditioning_image"]
-        guidance = 0.0 if make is z_image else 1.0
-        prompts = PROMPTS[:2]
-        pipeline(prompt=prompts, guidance_scale=guidance, height=size, width=size, **options)
+        options.setdefault("guidance_scale", 0.0 if make is z_image else 1.0)
+        pipeline(prompt=PROMPTS[:2], height=size, width=size, **options)
     ours, theirs = seen[0], seen[-1]
     named = [
         {**dict(zip(_arguments(original), args, strict=False)), **kwargs}
@@ -1051,7 +1053,7 @@ def test_autoencoders_that_overflow():
     LatentEncoder(vae(force_upcast=False).half())
 
 
-@pytest.mark.parametrize("make", [stable_diffusion, flux])
+@pytest.mark.parametrize("make", [stable_diffusion, flux, qwen_image])
 def test_masks_of_pixels(make, tmp_path):
     """A latent's weight is the average over its pixels, in whatever form the network takes it."""
     pipeline = made(make, tmp_path)
@@ -1061,9 +1063,8 @@ def test_masks_of_pixels(make, tmp_path):
     data = [{"x0": x0, "prompt": prompts, "seen": mask}]
     regression = NoisedRegression(objective, data, 2, loss_mask="seen")
     latents = objective.encode(next(regression.clean_batches())).mean
-    side = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    averaged = torch.nn.functional.avg_pool2d(mask.unsqueeze(1), side)
-    if make is flux:  # tokens of 2×2 latents, channel by channel
+    averaged = torch.nn.functional.avg_pool2d(mask.unsqueeze(1), pipeline.vae_scale_factor)
+    if make is not stable_diffusion:  # tokens of 2×2 latents, channel by channel
         h = averaged.shape[-1] // 2
         tokens = averaged.reshape(2, 1, h, 2, h, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, h * h, 4)
         expected = tokens.repeat(1, 1, latents.shape[-1] // 4)
@@ -1072,3 +1073,232 @@ def test_masks_of_pixels(make, tmp_path):
     for batch in regression.batches():
         assert_close(batch.mask_BD, expected.flatten(1), 1e-6)
     ExampleGradientLinearOperator(regression).values()
+    of_colours = [{"x0": x0, "prompt": prompts, "seen": mask.unsqueeze(1).repeat(1, 3, 1, 1)}]
+    with pytest.raises(ValueError, match=r"loss mask has shape \(3, .*Pass weights of that shape"):
+        next(NoisedRegression(objective, of_colours, 1, loss_mask="seen").batches())
+
+
+# ---------------------------------------------------------------------------------------------
+# Training scripts
+# ---------------------------------------------------------------------------------------------
+
+
+def sd3_with_t5(folder):
+    pipeline = stable_diffusion_3(folder)
+    config = t5().config
+    config.d_model = pipeline.transformer.config.joint_attention_dim
+    pipeline.register_modules(
+        text_encoder_3=transformers.T5EncoderModel(config).eval(), tokenizer_3=t5_tokenizer()
+    )
+    return pipeline
+
+
+def shifted_lumina_2(folder):
+    pipeline = lumina_2(folder)
+    pipeline.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0))
+    return pipeline
+
+
+def of_t5(pipeline, part, length):
+    """Embeddings of prompts, cut or padded to so many tokens."""
+    tokenizer = getattr(pipeline, part.replace("text_encoder", "tokenizer"))
+    options = {"padding": "max_length", "max_length": length, "truncation": True}
+    ids = tokenizer(PROMPTS[:2], return_tensors="pt", **options).input_ids
+    return getattr(pipeline, part)(ids)[0]
+
+
+def of_gemma(pipeline, length, start=""):
+    """Embeddings and mask of Sana's and Lumina 2's scripts."""
+    options = {"padding": "max_length", "max_length": length, "truncation": True}
+    prompts = [start + prompt for prompt in PROMPTS[:2]]
+    tokens = pipeline.tokenizer(prompts, return_tensors="pt", **options)
+    output = pipeline.text_encoder(**tokens, output_hidden_states=True)
+    return output, tokens.attention_mask
+
+
+def step_of(make, pipeline, z, eps, s, t):
+    """A script's step at sigma ``s`` and time ``t``: arguments, and the answer that is right."""
+    x_t, right = (1 - s) * z + s * eps, eps - z
+    if make is sd3_with_t5:
+        text = of_t5(pipeline, "text_encoder_3", 77)
+        return {"hidden_states": x_t, "timestep": t, "encoder_hidden_states": text}, right
+    if make is flux:
+        text = of_t5(pipeline, "text_encoder_2", 512)
+        packed = FluxPipeline._pack_latents(x_t, *x_t.shape)
+        right = FluxPipeline._pack_latents(right, *x_t.shape)
+        seen = {"hidden_states": packed, "timestep": t / 1000, "encoder_hidden_states": text}
+        return seen | {"guidance": torch.full((2,), 3.5)}, right
+    if make is sana:
+        output, mask = of_gemma(pipeline, 300)
+        seen = {"hidden_states": x_t, "timestep": t, "encoder_attention_mask": mask}
+        return seen | {"encoder_hidden_states": output[0]}, right
+    output, mask = of_gemma(pipeline, 256, pipeline.system_prompt + " <Prompt Start> ")
+    seen = {"hidden_states": (1 - s) * eps + s * z, "timestep": t / 1000}
+    seen |= {"encoder_hidden_states": output.hidden_states[-2], "encoder_attention_mask": mask}
+    return seen, z - eps
+
+
+@pytest.mark.parametrize(
+    "make", [sd3_with_t5, flux, sana, shifted_lumina_2], ids=lambda make: make.__name__
+)
+def test_a_step_of_the_training_script(make, tmp_path, monkeypatch):
+    """Noised input, time, condition and target, in the script's formulas."""
+    torch.manual_seed(0)
+    pipeline = make(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    objective = DenoisingObjective.from_pipeline(pipeline, sample_latents=False)
+    size = size_of(lumina_2 if make is shifted_lumina_2 else make)
+    x0 = images(2, channels=3, size=size, dtype=torch.float32).tanh()
+    level = 700
+    regression = NoisedRegression(objective, [(x0, PROMPTS[:2])], 1, timesteps=[level])
+    batch = next(regression.batches())
+    with torch.no_grad():
+        output = pipeline.vae.encode(x0)
+        z = output.latent if make is sana else output.latent_dist.mean
+        z = (
+            z - (pipeline.vae.config.get("shift_factor") or 0)
+        ) * pipeline.vae.config.scaling_factor
+        eps = regression.draws.noise([0, 1], 0, z.shape[1:])
+        if make is flux:
+            flat = regression.draws.noise([0, 1], 0, batch.x_t.shape[1:])
+            eps = FluxPipeline._unpack_latents(flat, size, size, pipeline.vae_scale_factor)
+        # scripts count from noise to data, and Lumina 2's share of data is the share of noise
+        scheduler, T = pipeline.scheduler, objective.process.num_levels
+        index = level if make is shifted_lumina_2 else T - 1 - level
+        s, t = scheduler.sigmas[index], scheduler.timesteps[index].expand(2)
+        expected, right = step_of(make, pipeline, z, eps, s, t)
+    seen = {}
+
+    def forward(self, *args, **kwargs):
+        seen.update(dict(zip(_arguments(original), args, strict=False)), **kwargs)
+        return original(self, *args, **kwargs)
+
+    original = type(pipeline.transformer).forward
+    monkeypatch.setattr(type(pipeline.transformer), "forward", forward)
+    objective.predict(batch)
+    for name, value in expected.items():
+        found = seen[name]
+        if make is sd3_with_t5 and name == "encoder_hidden_states":  # CLIP's come first
+            assert found.shape[1] == 8 + 77
+            found = found[:, 8:]
+        _assert_equal(found, value, name)
+    sign = -1 if make is shifted_lumina_2 else 1  # its network answers in the other direction
+    assert_close(sign * batch.target_BD, right.flatten(1), 1e-5)
+
+
+def test_levels_of_lumina_2(tmp_path):
+    """Shares of noise are those of data in the scheduler, unless training did not mirror them."""
+    pipeline = shifted_lumina_2(tmp_path)
+    share_T = 1 - pipeline.scheduler.sigmas.double()
+    script, plain = (
+        DenoisingObjective.from_pipeline(pipeline, training_arguments=arguments).process
+        for arguments in (None, {"mirrored_levels": False})
+    )
+    assert_close(script.sigmas_T, share_T, 1e-7)
+    assert_close(plain.sigmas_T, 1 - share_T.flip(0), 1e-7)
+    for process in (script, plain):  # the network is told the share of data
+        assert_close(process.timesteps_T.double(), process.alphas_T, 1e-6)
+
+
+def test_latents_of_the_scripts(tmp_path):
+    """Means where the script takes them."""
+    for make, drawn in ((flux_2, False), (z_image, False), (pixart, True)):
+        (tmp_path / make.__name__).mkdir()
+        objective = DenoisingObjective.from_pipeline(make(tmp_path / make.__name__))
+        clean = next(NoisedRegression(objective, data_for(make), 1).clean_batches())
+        assert (objective.encode(clean).std is not None) == drawn
+        assert objective.training_arguments.get("sample_latents", True) == drawn
+
+
+@pytest.mark.parametrize("make", [flux, qwen_image, flux_2], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("cached", [False, True])
+def test_offset_noise_of_packed_latents(make, cached, tmp_path):
+    """One number for each channel of the latents: for all tokens, and all four pixels of them."""
+    pipeline = made(make, tmp_path)
+    cache = tmp_path / "cache" if cached else None
+    size = 2 * size_of(make)
+    data = [(images(2, 3, size, torch.float32).tanh(), PROMPTS[:2])]
+    plain, offset = (
+        NoisedRegression(
+            DenoisingObjective.from_pipeline(pipeline, latent_cache=cache), data, 2, noise_offset=o
+        )
+        for o in (0.0, 0.5)
+    )
+    for before, after in zip(plain.batches(), offset.batches(), strict=True):
+        B, tokens, entries = after.x_t.shape
+        C = entries // 4
+        o = offset.draws.noise_offset(after.indices, after.draw, (C, 1, 1))
+        expected = 0.5 * o.reshape(B, 1, C, 1).expand(B, tokens, C, 4).reshape(B, -1)
+        assert_close(after.target_BD - before.target_BD, expected, 1e-5)
+        sigma = plain.objective.process.sigmas_T[after.level_B].float()[:, None]
+        assert_close((after.x_t - before.x_t).flatten(1), sigma * expected, 1e-4)
+
+
+def test_arguments_of_training(tmp_path):
+    """Others are other conditions, are described, and not read from a cache of the defaults."""
+    pipeline = sd3_with_t5(tmp_path)
+    data = [(images(2, 3, 8, torch.float32), PROMPTS[:2])]
+
+    def objective(**arguments):
+        return DenoisingObjective.from_pipeline(
+            pipeline, latent_cache=tmp_path / "cache", training_arguments=arguments
+        )
+
+    for given in ({}, {"max_sequence_length": 9}, {"max_sequence_length": 9, "clip_skip": 1}):
+        own = objective(**given)
+        told = {"max_sequence_length": 77} | given
+        assert own.description["training_arguments"] == told
+        states = next(NoisedRegression(own, data, 1).batches()).condition["encoder_hidden_states"]
+        clip, *_ = pipeline.encode_prompt(
+            PROMPTS[:2], None, None, do_classifier_free_guidance=False, **told
+        )
+        assert_close(states, clip, 1e-5)
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert objective(clip_skip=1).description["encoder"] != objective().description["encoder"]
+    for given, message in (
+        (
+            {"guidance_scale": 2.0},
+            r"names \['guidance_scale'\], and the network of this StableDiff",
+        ),
+        ({"max_sequence_length": 0}, "must be a whole number of at least 1, got 0"),
+        ({"sample_latents": 3}, "sample_latents must be True or False, got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            objective(**given)
+    with pytest.raises(ValueError, match="timestep_scale must be a finite number, got 'x'"):
+        DenoisingObjective.from_pipeline(sana(tmp_path), training_arguments={"timestep_scale": "x"})
+
+
+@pytest.mark.parametrize(
+    "make", [stable_diffusion, stable_diffusion_xl], ids=lambda make: make.__name__
+)
+def test_layers_of_text_encoders_that_were_skipped(make, tmp_path):
+    """Whether the encoders are part of the network or not."""
+    pipeline = made(make, tmp_path)
+    found = {}
+    for skip in (None, 0, 1):
+        given = {} if skip is None else {"clip_skip": skip}
+        for trained in (False, True):
+            objective = DenoisingObjective.from_pipeline(
+                pipeline, sample_latents=False, text_encoders=trained, training_arguments=given
+            )
+            batch = next(NoisedRegression(objective, data_for(make), 1).batches())
+            found[skip, trained] = objective.predict(batch).double()
+            if not trained:
+                states = batch.condition["encoder_hidden_states"]
+        assert_close(found[skip, True], found[skip, False], 1e-5)
+    assert_close(found[0, False], found[None, False], 1e-5)
+    assert relative(found[1, False], found[None, False]) > 1e-3
+    tokens = pipeline.tokenizer(
+        PROMPTS[:2], padding="max_length", max_length=8, truncation=True, return_tensors="pt"
+    )
+    encoder = pipeline.text_encoder
+    hidden = encoder(tokens.input_ids, output_hidden_states=True).hidden_states
+    if make is stable_diffusion:
+        norms = [m for name, m in encoder.named_modules() if name.endswith("final_layer_norm")]
+        assert_close(states, norms[0](hidden[-2]), 1e-6)
+    else:  # the last layer is never used
+        assert_close(states[..., : hidden[-3].shape[-1]], hidden[-3], 1e-6)

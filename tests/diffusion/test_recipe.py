@@ -149,3 +149,10 @@ def test_an_example_without_weight_has_no_influence():
     K = DiffusionKFACLinearOperator(regression, fisher_type="empirical")
     kept = params_of(regression.objective.model, K.param_names)
     assert sum(p.numel() for p in kept) == K.shape[0]
+
+
+def test_flips_of_what_is_no_image():
+    objective = DenoisingObjective(seeded(nn.Linear(3, 3)), noise_levels())
+    data = torch.zeros(4, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"mirrors the last axis of images, got examples of.*3,"):
+        next(NoisedRegression(objective, data, 2, augment="flip").batches())

@@ -172,7 +172,8 @@ def _check_same_objective(
     here = json.loads(json.dumps(train.description))
     there = info.get("regression", {})
     # what of a recipe is not used is not described
-    unused = dict.fromkeys(("noise_offset", "input_perturbation"), 0.0)
+    unused: dict[str, Any] = dict.fromkeys(("noise_offset", "input_perturbation"), 0.0)
+    unused["training_arguments"] = {}
     here, there = ({**unused, **described} for described in (here, there))
     known = [key for key in _OBJECTIVE if key in there and key in here]
     check_same(
