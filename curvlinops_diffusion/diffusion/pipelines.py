@@ -106,6 +106,7 @@ def _flux(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
     """
     transformer = pipeline.transformer
     check_inputs(pipeline, transformer)
+    guided = bool(transformer.config.guidance_embeds)
     process = noise_process(pipeline.scheduler)
     process = replace(process, timesteps_T=process.timesteps_T / 1000)  # the model multiplies
 
@@ -121,7 +122,7 @@ def _flux(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
             "pooled_projections": pooled,
             "img_ids": ids.flatten(0, 1).repeat(len(states), 1, 1),
         }
-        if transformer.config.guidance_embeds:
+        if guided:
             embedded["guidance"] = torch.ones(len(states), device=states.device)
         return embedded
 
@@ -149,8 +150,9 @@ def _by_interface(pipeline: Any, sample: bool, cache: Cache) -> PipelineParts:
         process = replace(process, timesteps_T=process.timesteps_T * factor + summand)
 
     def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
+        # the network is the pipeline's: enclosed, its weights would be among what latents are of
         prompts, (height, width) = condition["prompt"], x0.shape[2:]
-        embedded = seen_of(pipeline, network, prompts, (height, width)).condition
+        embedded = seen_of(pipeline, _denoiser(pipeline), prompts, (height, width)).condition
         return embedded | {name: repeated(embedded[name], len(x0)) for name in shared}
 
     def of_one(x_t: Tensor, condition: dict[str, Any]) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def _check_is_several(path: Path, images: Any, form: Form) -> None:
     if last or first:
         raise ValueError(
             f"The images of '{path}' are of shape {images.shape}, which may be one image or "
-            "several grey ones. Save one as images[None], and grey ones with an axis for their channel."
+            "several grey ones. Save one as images[None], grey ones with an axis for the channel."
         )
 
 
