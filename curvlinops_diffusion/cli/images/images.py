@@ -56,6 +56,7 @@ class NamedImages(Dataset[dict[str, Any]]):
         names: list[str],
         load: Callable[[int], Tensor],
         size_of: Callable[[int], tuple[int, int]],
+        source_digest: Callable[[int], str],
         form: Form,
         conditions: dict[str, list[Any]] | None = None,
         classes: Classes | None = None,
@@ -74,6 +75,7 @@ class NamedImages(Dataset[dict[str, Any]]):
         self.beside: dict[str, tuple[int, list[Any]]] = {}
         self._load = load
         self._size_of = size_of
+        self._source_digest = source_digest
         self._form = form
         self._first: tuple[str, Size] | None = None
 
@@ -103,6 +105,10 @@ class NamedImages(Dataset[dict[str, Any]]):
         if self.digests[n] is None:
             self.digests[n] = digest_of(item)
         return item
+
+    def source_digests(self) -> list[str]:
+        """A digest of each image as it is stored, whatever form a network takes it in."""
+        return [self._source_digest(n) for n in range(len(self))]
 
     def caption(self, n: int) -> str:
         """The prompt or class of an image; nothing if it has none."""
@@ -210,7 +216,14 @@ def _arrays(path: Path, form: Form) -> NamedImages:
 
     given = {} if arrays.labels is None else {"class_labels": arrays.labels}
     return NamedImages(
-        arrays.names, arrays.load, size_of, form, given, unread=arrays.unread, notes=arrays.notes
+        arrays.names,
+        arrays.load,
+        size_of,
+        lambda n: digest_of(arrays.images[n]),
+        form,
+        given,
+        unread=arrays.unread,
+        notes=arrays.notes,
     )
 
 
@@ -243,7 +256,7 @@ def _files(files: Sequence[Path], names: list[str], form: Form) -> NamedImages:
         with opened(files[n], names[n]) as image:
             return upright_size(image)
 
-    return NamedImages(names, load, size_of, form)
+    return NamedImages(names, load, size_of, lambda n: digest_of(files[n].read_bytes()), form)
 
 
 def _saved(data: SavedDataset, form: Form) -> NamedImages:
@@ -255,7 +268,14 @@ def _saved(data: SavedDataset, form: Form) -> NamedImages:
             return upright_size(image)
 
     return NamedImages(
-        data.names, load, size_of, form, data.conditions, data.classes, unread=data.unread
+        data.names,
+        load,
+        size_of,
+        data.source_digest,
+        form,
+        data.conditions,
+        data.classes,
+        unread=data.unread,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from curvlinops_diffusion.cli.images.labels import Classes
 from curvlinops_diffusion.cli.images.metadata import COLUMNS, IMAGE_COLUMNS
+from curvlinops_diffusion.runtime.digests import digest_of
 
 # what training scripts take by default, and what is taken among several
 _IMAGE = "image"
@@ -79,6 +80,15 @@ class SavedDataset:
         read = {column, *COLUMNS, *beside}
         unread = [name for name in data.column_names if name not in read]
         return cls(data.select_columns(column), column, names, conditions, classes, unread)
+
+    def source_digest(self, n: int) -> str:
+        """A digest of an image as it is stored."""
+        from datasets import Image
+
+        stored = self.images.cast_column(self.column, Image(decode=False))[n][self.column]
+        if stored is not None and stored["bytes"] is None:
+            return digest_of(Path(stored["path"]).read_bytes())
+        return digest_of(None if stored is None else stored["bytes"])
 
     def image(self, n: int) -> Any:
         """Load an image."""
