@@ -24,8 +24,10 @@ from curvlinops_diffusion.runtime.unchanged import marks
 # The latest digests of networks, and by what it is told that these have not changed
 _latest: WeakKeyDictionary[nn.Module, tuple[list[Any], dict[str, str]]] = WeakKeyDictionary()
 # Attributes that objects are known by, and the packages whose objects have others than settings
-_LASTING = (str, bytes, int, float, complex, tuple, torch.dtype, Tensor, np.ndarray, nn.Module)
-_LASTING += (FunctionType,)
+_LASTING: tuple[type, ...] = (
+    *(str, bytes, int, float, complex, tuple, torch.dtype),
+    *(Tensor, np.ndarray, nn.Module, FunctionType),
+)
 _LIBRARIES = {"accelerate", "diffusers", "numpy", "tokenizers", "torch", "transformers"}
 # so that what a thread reads already is waited for, and not read a second time
 _reading = Lock()

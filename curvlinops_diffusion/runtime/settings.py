@@ -64,7 +64,7 @@ def _constants(module: nn.Module) -> dict[str, Any]:
     return {}
 
 
-def _adapters(module: nn.Module) -> dict[str, Any]:
+def _adapters(module: Any) -> dict[str, Any]:
     """The scales of an adapted layer of PEFT's, which of its adapters are used, and how."""
     scaling = getattr(module, "scaling", None)
     if not isinstance(scaling, Mapping) or not hasattr(module, "active_adapters"):

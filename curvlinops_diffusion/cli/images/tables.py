@@ -74,7 +74,7 @@ def _of_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for cells in filter(None, rows):
             if len(cells) != len(columns):
                 raise _wrong(path, rows.line_num, f"{len(cells)} cells for {len(columns)} columns")
-            entries = {k: v for k, v in zip(columns, cells, strict=True) if v != ""}
+            entries: dict[str, Any] = {k: v for k, v in zip(columns, cells, strict=True) if v != ""}
             if re.fullmatch(r"\s*-?\d+\s*", entries.get("label", "")):
                 entries["label"] = int(entries["label"])
             yield rows.line_num, entries
