@@ -123,12 +123,14 @@ def test_stores(model, train, query):
 
 
 def test_latents(tmp_path):
-    """Embeddings that 0.1 cached are read, not computed."""
+    """Embeddings that 0.1 cached do not say what embedded them, and are computed anew."""
     shutil.copytree(FILES / "latents", tmp_path, dirs_exist_ok=True)
-    encode = LatentEncoder(embed=lambda x0, condition: pytest.fail("embedded"), cache=tmp_path)
-    encoded = encode(EXPECTED["queries"], {"prompt": ["a", "b"]})
-    assert_close(encoded.condition["embeds"], EXPECTED["embeds"], 0.0)
-    assert_close(encoded.mean, EXPECTED["queries"], 0.0)
+    before = set(tmp_path.iterdir())
+    encode = LatentEncoder(embed=lambda x0, condition: {"embeds": x0 + 1}, cache=tmp_path)
+    for _ in range(2):
+        encoded = encode(EXPECTED["queries"], {"prompt": ["a", "b"]})
+        assert_close(encoded.condition["embeds"], EXPECTED["queries"] + 1, 0.0)
+    assert len(set(tmp_path.iterdir()) - before) == 1
 
 
 def test_scores():

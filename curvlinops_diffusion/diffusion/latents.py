@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from curvlinops_diffusion.diffusion.conditions import leaves, nested
 from curvlinops_diffusion.runtime.digests import digest_of, fingerprint, raw_bytes
 from curvlinops_diffusion.runtime.files import FileKind, make_folder
+from curvlinops_diffusion.runtime.settings import settings_of
 
 LATENTS = FileKind("condition", "the latents' cache", "Delete it; it will be written again.")
 
@@ -67,7 +68,8 @@ class LatentEncoder:
             prompts to their embeddings.
         pack: Maps latents to the form that the network takes.
         cache: A folder for what is computed: one file for each batch, named by a digest of the
-            batch and the encoders' weights. So a second pass, and a second program, encode nothing.
+            batch, the encoders' weights and settings, and the code and enclosed values of ``embed``
+            and ``pack``. So a second pass, and a second program, encode nothing.
         encoders: The modules that ``embed`` runs, for the digest.
         settings: What else ``embed`` depends on (a tokenizer's length, say), as plain values.
 
@@ -107,15 +109,18 @@ class LatentEncoder:
         self._cache = None if cache is None else Path(cache)
         self._modules = [m for m in (vae, *encoders) if m is not None]
         self._settings = settings
-        self._weights: list[dict[str, str]] | None = None
+        self._known: tuple[Any, list[dict[str, str]]] | None = None
 
     @property
     def description(self) -> str:
         """A digest of what the latents and embeddings depend on besides the data."""
-        parts = [self._fingerprints(), self._sample, self._embed, self._pack]
-        plain = {"scaling_factor", "shift_factor"}
-        per_channel = {k: v for k, v in self._transform().items() if k not in plain}
-        return digest_of(*parts, *([per_channel] if per_channel else []))
+        return digest_of(self._made_of())
+
+    def _made_of(self) -> list[Any]:
+        """What the result depends on besides the data."""
+        functions = [digest_of(function) for function in (self._embed, self._pack)]
+        own = [self._transform(), self._settings]
+        return [self._fingerprints(), self._sample, *functions, *own]
 
     @torch.no_grad()
     def __call__(self, x0: Tensor, condition: dict[str, Any]) -> Encoded:
@@ -199,16 +204,23 @@ class LatentEncoder:
         return shift, scale
 
     def _fingerprints(self) -> list[dict[str, str]]:
-        """The encoders' fingerprints, computed once."""
-        if self._weights is None:
-            self._weights = [fingerprint(module) for module in self._modules]
-        return self._weights
+        """The encoders' fingerprints, computed until one of them is changed."""
+        entries = [z for module in self._modules for z in module.state_dict().values()]
+        tensors = [z for z in entries if isinstance(z, Tensor)]
+        versions = [None if z.is_inference() else z._version for z in tensors]
+        now = (
+            [
+                (z.data_ptr(), z.dtype, version)
+                for z, version in zip(tensors, versions, strict=True)
+            ],
+            [settings_of(module) for module in self._modules],
+        )
+        if self._known is None or self._known[0] != now:
+            self._known = now, [fingerprint(module) for module in self._modules]
+        return self._known[1]
 
     def _digest(self, x0: Tensor, condition: dict[str, Any]) -> str:
-        key: list[Any] = [self._fingerprints(), self._sample, str(x0.dtype)]
-        if self._vae is not None or self._settings is not None:
-            key += [self._transform(), self._settings]
-        digest = sha256(json.dumps(key).encode())
+        digest = sha256(json.dumps([self._made_of(), str(x0.dtype)]).encode())
         for name, value in [("x0", x0), *leaves(condition)]:
             digest.update(name.encode())
             if isinstance(value, Tensor):

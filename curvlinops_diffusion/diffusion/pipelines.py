@@ -185,8 +185,10 @@ def _by_interface(
         process = replace(process, timesteps_T=process.timesteps_T * factor + summand)
 
     def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
+        # the network is the pipeline's: enclosed, its weights would be among what latents are of
         prompts, (height, width) = condition["prompt"], x0.shape[2:]
-        embedded = seen_of(pipeline, network, prompts, (height, width), told).condition
+        seen = seen_of(pipeline, _denoiser(pipeline), prompts, (height, width), told)
+        embedded = seen.condition
         return embedded | {name: repeated(embedded[name], len(x0)) for name in shared}
 
     def of_one(x_t: Tensor, condition: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from curvlinops_diffusion.diffusion.latents import LatentEncoder
 from curvlinops_diffusion.diffusion.noise import NoiseProcess
 from curvlinops_diffusion.diffusion.schedulers import noise_process
+from curvlinops_diffusion.runtime.digests import digest_of
 
 Cache = str | PathLike[str] | None
 
@@ -80,7 +82,10 @@ def prompted_parts(
         own = [getattr(pipeline, f"text_encoder{i}", None) for i in ("", "_2", "_3")]
         encoders = [encoder for encoder in own if encoder is not None]
     tokenizers = [getattr(pipeline, f"tokenizer{i}", None) for i in ("", "_2", "_3")]
-    settings: list[Any] = [[t.model_max_length, len(t)] for t in tokenizers if t is not None]
+    plain = {k: v for k, v in vars(pipeline).items() if isinstance(v, bool | int | float | str)}
+    own_settings = {k: v for k, v in sorted(plain.items()) if not k.startswith("_")}
+    settings: list[Any] = [own_settings]
+    settings += [tokenizer_digest(t) for t in tokenizers if t is not None]
     embedding = {k: v for k, v in arguments.items() if k != "sample_latents"}
     settings += [embedding] if embedding else []
 
@@ -125,6 +130,22 @@ def prompted_parts(
         model_kwargs,
         arguments,
     )
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A digest of the tokens that a tokenizer of ``transformers`` makes of texts.
+
+    Its vocabulary, and where it says so its rules, without the padding of its last call.
+    """
+    rules = {}
+    if hasattr(tokenizer, "backend_tokenizer"):
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    lasting = {k: v for k, v in rules.items() if k not in ("padding", "truncation")}
+    vocabulary = {} if "model" in rules else tokenizer.get_vocab()
+    template = getattr(tokenizer, "chat_template", None)
+    special = {key: str(token) for key, token in tokenizer.special_tokens_map.items()}
+    own = [tokenizer.model_max_length, len(tokenizer), tokenizer.padding_side, special]
+    return digest_of(json.dumps([own, lasting, vocabulary, template], sort_keys=True))
 
 
 def check_inputs(pipeline: Any, model: Any) -> None:

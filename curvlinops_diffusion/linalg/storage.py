@@ -310,6 +310,12 @@ def _check_model(
             f"'{path}' was made for another model: names or shapes of its other parameters and "
             "buffers differ. Pass the model that the operator was computed with."
         )
+    if there is not None and there.get("settings", here["settings"]) != here["settings"]:
+        raise ValueError(
+            f"'{path}' was made with other settings of this model: its config, constants of its "
+            "layers, or the scale of its adapters and which of them are active. Load it, and its "
+            "adapters, as when the operator was computed."
+        )
     if there is not None and there["weights"] != here["weights"]:
         raise ValueError(
             f"'{path}' was made with other weights of this model (or in another precision). Load "

@@ -17,17 +17,24 @@ from torch import Tensor, nn
 
 from curvlinops_diffusion.runtime.adapters import common_names
 from curvlinops_diffusion.runtime.ahead import beside
+from curvlinops_diffusion.runtime.settings import settings_of
 from curvlinops_diffusion.runtime.sharded_networks import gathered, is_sharded
 from curvlinops_diffusion.runtime.unchanged import marks
 
 # The latest digests of networks, and by what it is told that these have not changed
 _latest: WeakKeyDictionary[nn.Module, tuple[list[Any], dict[str, str]]] = WeakKeyDictionary()
+# Attributes that objects are known by, and the packages whose objects have others than settings
+_LASTING: tuple[type, ...] = (
+    *(str, bytes, int, float, complex, tuple, torch.dtype),
+    *(Tensor, np.ndarray, nn.Module, FunctionType),
+)
+_LIBRARIES = {"accelerate", "diffusers", "numpy", "tokenizers", "torch", "transformers"}
 # so that what a thread reads already is waited for, and not read a second time
 _reading = Lock()
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
-    """Digests of a model's parameters and buffers: of their names and shapes, and of their values.
+    """Digests of a model: of its tensors' names and shapes, of their values, and of its settings.
 
     The name of a single adapter makes no difference. The weights are read once, until they change.
 
@@ -35,9 +42,9 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
         model: The model.
 
     Returns:
-        Hexadecimal digests under ``'structure'`` and ``'weights'``.
+        Hexadecimal digests under ``'structure'``, ``'weights'`` and ``'settings'``.
     """
-    return _read_once(model, _tensors(model))
+    return {**_read_once(model, _tensors(model)), **_settings(model)}
 
 
 def fingerprint_beside(model: nn.Module, device: torch.device) -> Callable[[], dict[str, str]]:
@@ -49,9 +56,18 @@ def fingerprint_beside(model: nn.Module, device: torch.device) -> Callable[[], d
         Waits for what :func:`fingerprint` returns.
     """
     # the tensors are looked up now, since a pass may put others in their place for a while
-    read = partial(_read_once, model, _tensors(model))
+    tensors, settings = _tensors(model), _settings(model)
+
+    def read() -> dict[str, str]:
+        return {**_read_once(model, tensors), **settings}
+
     # what is gathered from all processes must be so in order
     return read if is_sharded(model) else beside(read, device)
+
+
+def _settings(model: nn.Module) -> dict[str, str]:
+    """A digest of what decides besides the weights: layers' constants, configs, adapters' scale."""
+    return {"settings": digest_of(settings_of(model))}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -86,8 +102,10 @@ def name_of(value: Any) -> str:
     """Name a function, measurement or weighting, with a digest of what it is made of.
 
     Two functions of one name but other code, defaults or enclosed values have other digests. A
-    plain string is its own name. Objects that are neither functions nor dataclasses are known by
-    their type alone.
+    plain string is its own name. Other objects are known by their type and those of their
+    attributes that are plain values, tuples, tensors, networks or functions; lists and mappings are
+    left out, since objects keep what they have seen in them. Those of libraries, a pipeline say,
+    are known by their type alone.
     """
     if isinstance(value, str):
         return value
@@ -145,7 +163,10 @@ def _inside(value: Any) -> list[Any]:
             return sorted(value, key=repr)
     if is_dataclass(value) and not isinstance(value, type):
         return [getattr(value, field.name) for field in fields(value)]
-    return []
+    if isinstance(value, type) or type(value).__module__.partition(".")[0] in _LIBRARIES:
+        return []
+    own = getattr(value, "__dict__", {})
+    return [(name, own[name]) for name in sorted(own) if isinstance(own[name], _LASTING)]
 
 
 def _contents(cell: CellType) -> Any:

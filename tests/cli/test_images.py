@@ -80,7 +80,9 @@ def test_prompts_from_metadata(tmp_path):
     images = open_images(tmp_path / "data", FORM)
     assert [images[n]["prompt"] for n in range(2)] == ["a", "b"]
     (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps(lines[0]))
-    with pytest.raises(ValueError, match=r"metadata.jsonl' is not understood \(KeyError: 'image0"):
+    with pytest.raises(
+        ValueError, match=r"'image0.png' .* names, as it stands there, 'image1.png'"
+    ):
         open_images(tmp_path / "data", FORM)
 
 
@@ -160,6 +162,171 @@ def test_sixteen_bits_and_transparency(tmp_path):
         image.putpixel((3, 3), (*image.getpixel((3, 3))[:-1], 254))
         with pytest.raises(ValueError, match=r"The image 'a' has transparent pixels, and what"):
             FORM.tensor(image, "a")
+
+
+def test_where_training_scripts_differ_is_said(tmp_path):
+    """Grey in 16 bits, which convert('RGB') makes white; turned photographs, which kohya leaves."""
+    deep = Image.fromarray(np.full((8, 8), 4000, np.uint16))
+    with pytest.warns(UserWarning, match=r"more than 8 bits .* saw all above 255 as white"):
+        FORM.tensor(deep, "deep")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "turned.png", exif=exif)
+    with pytest.warns(UserWarning, match=r"EXIF orientation .* saw them as they are stored"):
+        open_images(tmp_path, FORM)[0]
+
+
+def test_pages_and_frames(tmp_path):
+    """Of a stack one page alone would be read; of an animation the first frame is what all read."""
+    frames = [Image.fromarray(np.full((8, 8), 40 * n, np.uint8)) for n in range(3)]
+    for name in ("a/stack.tif", "b/moving.gif", "b/moving.png", "c/single.tif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        several = {} if name.startswith("c") else {"save_all": True, "append_images": frames[1:]}
+        frames[0].save(tmp_path / name, **several)
+    with pytest.raises(ValueError, match=r"stack.tif' has 3 pages, and training scripts read the"):
+        open_images(tmp_path / "a", FORM)[0]
+    for name, count in (("b", 2), ("c", 1)):
+        images = open_images(tmp_path / name, FORM)
+        assert all((images[n]["x0"] == -1).all() for n in range(count))
+
+
+def test_files_that_cannot_be_read(tmp_path, monkeypatch):
+    """Whatever the library says of them, the file is named."""
+    write_images(tmp_path / "data", 1, 0, size=64)
+    path = tmp_path / "data" / "image0.png"
+    whole, form = path.read_bytes(), Form(3, None, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+        with pytest.raises(ValueError, match=r"image0.png' is too large for Pillow.*Save it small"):
+            open_images(tmp_path / "data", form)[0]
+    middle = len(whole) // 2
+    broken = [b"", b"text", whole[:middle], whole[:40], whole[:middle] + b"\0" * 9 + whole[middle:]]
+    for raw in broken:
+        path.write_bytes(raw)
+        with pytest.raises(ValueError, match=r"image0.png' cannot be read \(.+\). Repair it, or"):
+            open_images(tmp_path / "data", form)[0]
+    path.write_bytes(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "convert", refuses)
+        with pytest.raises(
+            ValueError, match=r"image0.png' is in the mode L \(no conversion\). Save"
+        ):
+            open_images(tmp_path / "data", form)[0]
+
+
+def refuses(*arguments):
+    raise ValueError("no conversion")
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_channels_that_files_do_not_have(tmp_path, channels):
+    """Refused, whatever the files hold, with the way out: an array of that many."""
+    form = Form(channels, (8, 8), None)
+    (tmp_path / "data").mkdir()
+    bands = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    Image.fromarray(bands, "CMYK").save(tmp_path / "data" / "four.tif")
+    for path in (tmp_path / "data", tmp_path / "data" / "four.tif"):
+        with pytest.raises(ValueError, match=rf"takes {channels} channels, and .* Pass an .npz fi"):
+            open_images(path, form)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, channels), dtype=np.uint8)
+    expected = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+    for name, array in (("bytes", pixels), ("floats", expected.numpy())):
+        np.savez(tmp_path / f"{name}.npz", images=array)
+        images = open_images(tmp_path / f"{name}.npz", form)
+        assert torch.equal(images[2]["x0"], expected[2])
+    np.savez(tmp_path / "rgb.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match=rf"3 channels, and {channels} can be taken"):
+        open_images(tmp_path / "rgb.npz", form)
+
+
+def save_pictures(folder, data, *columns, **options):
+    """A data set of two rows whose columns of these names are pictures, saved to disk."""
+    import datasets
+
+    saved = datasets.Dataset.from_dict(data)
+    for column in columns:
+        saved = saved.cast_column(column, datasets.Image(**options))
+    saved.save_to_disk(str(folder))
+
+
+def test_columns_of_saved_data_sets(tmp_path):
+    """The images are the column of that name, or the only one; which of several is not guessed."""
+    write_images(tmp_path / "one", 2, 0)
+    write_images(tmp_path / "two", 2, 1)
+    one, two = ([str(f) for f in sorted((tmp_path / n).iterdir())] for n in ("one", "two"))
+    expected = open_images(tmp_path / "two", FORM)
+    save_pictures(tmp_path / "both", {"depth": one, "image": two, "n": [1, 2]}, "depth", "image")
+    images = open_images(tmp_path / "both", FORM)
+    assert torch.equal(images[1]["x0"], expected[1]["x0"])
+    assert images.summary() == "2 images; not read: depth, n"
+    save_pictures(tmp_path / "only", {"img": two}, "img", decode=False)
+    images = open_images(tmp_path / "only", FORM)
+    assert torch.equal(images[1]["x0"], expected[1]["x0"])
+    save_pictures(tmp_path / "unclear", {"before": one, "after": two}, "before", "after")
+    with pytest.raises(ValueError, match=r"several columns of images: before, after. Rename the"):
+        open_images(tmp_path / "unclear", FORM)
+    save_pictures(tmp_path / "texts", {"image": two})
+    with pytest.raises(ValueError, match=r"columns \['image'\], none of which .*cast_column"):
+        open_images(tmp_path / "texts", FORM)
+
+
+def test_saved_data_sets_in_other_states(tmp_path):
+    """Several splits, another format, a picture that is missing, damaged or gone."""
+    import datasets
+
+    write_images(tmp_path / "data", 3, 0)
+    files = [str(path) for path in sorted((tmp_path / "data").iterdir())]
+    saved = datasets.Dataset.from_dict({"image": [files[0], None, files[2]]})
+    saved = saved.cast_column("image", datasets.Image())
+    saved.with_format("torch").save_to_disk(str(tmp_path / "formatted"))
+    splits = datasets.DatasetDict({"train": saved, "test": saved})
+    splits.save_to_disk(str(tmp_path / "splits"))
+    with pytest.raises(ValueError, match=r"holds splits: train, test. Pass .* '.*/splits/train'"):
+        open_images(tmp_path / "splits", FORM)
+    images = open_images(tmp_path / "formatted", FORM)
+    assert torch.equal(images[2]["x0"], open_images(tmp_path / "data", FORM)[2]["x0"])
+    with pytest.raises(ValueError, match=r"'formatted\[1\]' is missing: there is nothing in its"):
+        images[1]
+    (tmp_path / "formatted" / "data-00000-of-00001.arrow").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"formatted' cannot be read as a data set \("):
+        open_images(tmp_path / "formatted", FORM)
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 3), (3, 8, 8), (8, 8, 1)])
+def test_one_image_is_not_several_grey_ones(tmp_path, shape):
+    np.savez(tmp_path / "a.npz", images=np.zeros(shape, np.uint8))
+    with pytest.raises(ValueError, match=r"may be one image or several grey ones. Save one as"):
+        open_images(tmp_path / "a.npz", Form(3, None, 8))
+
+
+def test_what_of_arrays_is_not_read_is_said(tmp_path):
+    """Other arrays, and that [0, 1] would be taken for the brighter half of [-1, 1]."""
+    floats = np.random.default_rng(0).random((2, 1, 8, 8))
+    np.savez(tmp_path / "a.npz", images=floats, prompts=np.array(["a", "b"]))
+    said = open_images(tmp_path / "a.npz", FORM).summary()
+    assert said.startswith("2 images; not read: prompts; no pixel is negative, and [-1, 1] is what")
+    np.savez(tmp_path / "a.npz", images=2 * floats - 1)
+    assert open_images(tmp_path / "a.npz", FORM).summary() == "2 images"
+    raw = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(ValueError, match=r"a.npz' cannot be read \("):
+        open_images(tmp_path / "a.npz", FORM)
+
+
+def test_images_are_known_by_what_is_stored(tmp_path):
+    """By their bytes, of every form; not by name, time or the form that a network takes."""
+    write_images(tmp_path / "data", 2, 0)
+    write_images(tmp_path / "other", 2, 1)
+    files = [str(path) for path in sorted((tmp_path / "data").iterdir())]
+    save_pictures(tmp_path / "saved", {"image": files}, "image")
+    np.savez(tmp_path / "a.npz", images=np.arange(128, dtype=np.uint8).reshape(2, 8, 8))
+    for name in ("data", "saved", "a.npz"):
+        first, second = open_images(tmp_path / name, FORM).source_digests()
+        assert first != second
+        small = open_images(tmp_path / name, Form(3, None, 4))
+        assert small.source_digests() == [first, second]
+    other = open_images(tmp_path / "other", FORM).source_digests()
+    assert not set(other) & set(open_images(tmp_path / "data", FORM).source_digests())
 
 
 def test_images_of_several_sizes(tmp_path):

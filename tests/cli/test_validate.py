@@ -154,6 +154,28 @@ def test_what_does_not_belong_together(measured, tmp_path, capsys):
     assert "is of other queries than" in capsys.readouterr().err
 
 
+def test_images_of_the_same_names(measured, tmp_path, capsys):
+    """A plan, what was measured by it and scores are of images, whatever these are called."""
+    train = tmp_path / "train"
+    shutil.copytree(measured / "train", train)
+    shutil.copy(train / "image1.png", train / "image0.png")
+    other = ["--data", train, "--output", tmp_path / "plan", "--num-parts", PARTS]
+    assert run(words("validate", "plan", *other)) == 0
+    judge = ["--measured", measured / "measured.safetensors", "--output", tmp_path / "o.json"]
+    scores = ["--scores", measured / "scores.safetensors"]
+    assert run(words("validate", "judge", "--plan", tmp_path / "plan", *judge, *scores)) == 2
+    assert "was measured by another plan" in capsys.readouterr().err
+    scored = ["--data", train, "--other-data", "--output", tmp_path / "s.safetensors"]
+    assert run(arguments(measured, "score", *scored)) == 0
+    scores = ["--scores", tmp_path / "s.safetensors"]
+    assert run(words("validate", "judge", "--plan", measured / "plan", *judge, *scores)) == 2
+    assert "of the same names as the plan's, but other images" in capsys.readouterr().err
+    removals = ["--kind", "removals", "--remove", 1, "--output", tmp_path / "r", *scores]
+    assert run(words("validate", "plan", "--data", measured / "train", *removals)) == 2
+    assert "is of other training images than" in capsys.readouterr().err
+    assert run(words("validate", "plan", "--data", train, *removals)) == 0
+
+
 def test_networks_that_are_missing(planned, tmp_path, capsys):
     shutil.copytree(planned / "retrained", tmp_path / "retrained")
     shutil.rmtree(tmp_path / "retrained" / "part_002_seed1")

@@ -33,6 +33,17 @@ class Measured:
     function: Any
 
 
+class Callable:
+    """An object of somebody's own, with a memory that is no setting."""
+
+    def __init__(self, setting):
+        self._setting, self.memory = setting, {}
+
+    def __call__(self, batch, prediction_BD):
+        self.memory[len(self.memory)] = batch
+        return prediction_BD.sum(1)
+
+
 def recursive():
     def inner(n):
         return inner(n - 1) if n else 0
@@ -55,6 +66,10 @@ DIFFERENT = {
     "module": (nn.Linear(1, 1), nn.Linear(1, 1)),
     "nested": ({"a": [1, {"b": scaled(1)}]}, {"a": [1, {"b": scaled(2)}]}),
     "sets": (lambda x: x in {1, 2}, lambda x: x in {1, 3}),
+    "objects' numbers": (Callable(1.0), Callable(2.0)),
+    "objects' tensors": (Callable(torch.zeros(2)), Callable(torch.ones(2))),
+    "objects' networks": (Callable(nn.Linear(1, 1)), Callable(nn.Linear(1, 1))),
+    "methods": (Callable(1.0).__call__, Callable(2.0).__call__),
     "functions in dataclasses": (Measured(scaled(1)), Measured(scaled(2))),
 }
 
@@ -71,6 +86,9 @@ def test_alike():
     assert name_of(scaled(1.0)) == name_of(scaled(1.0))
     assert name_of(recursive()) == name_of(recursive())  # a function that encloses itself
     assert name_of("loss") == "loss"
+    one, other = Callable(1.0), Callable(1.0)
+    one(torch.zeros(2), torch.zeros(2, 2))
+    assert name_of(one) == name_of(other)
     assert digest_of("ab", "c") != digest_of("a", "bc")
 
 

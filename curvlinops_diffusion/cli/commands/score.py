@@ -83,6 +83,7 @@ def score(options: ScoreOptions) -> None:
             "form": {"channels": network.channels, "resolution": options.resolution},
             "condition": asdict(network.condition),
             "digests": {"train": known.digests, "queries": images.digests},
+            "sources": known.source_digests() if is_first() else [],
         }
         scoring = Scoring(options, train, query, operator, several, names, identity, told)
         sure = scoring.write()

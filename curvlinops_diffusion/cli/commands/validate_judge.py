@@ -22,7 +22,6 @@ from curvlinops_diffusion.influence.validation.judgements import (
     removal_effects,
 )
 from curvlinops_diffusion.influence.validation.plans import RetrainingPlan
-from curvlinops_diffusion.runtime.digests import digest_of
 from curvlinops_diffusion.runtime.files import write_bytes
 
 TEMPLATE = Path(page.__file__).parent / "validation.html.j2"
@@ -38,7 +37,7 @@ def validate_judge(options: ValidateJudgeOptions) -> None:
     check_output_is_new(options.output, options.overwrite)
     plan = RetrainingPlan.open(options.plan)
     values_SMQ, header = read_measured(options.measured)
-    if header["plan"] != digest_of(plan.left_out) or header["parts"] != list(plan.parts):
+    if header["plan"] != plan.digest or header["parts"] != list(plan.parts):
         raise ValueError(
             f"'{options.measured}' was measured by another plan than '{options.plan}'. Pass the "
             "plan by which networks were trained."
@@ -92,6 +91,11 @@ def _named_scores(
         digests = own.get("digests", {}).get("queries")
         if digests is not None and digests != header["digests"]:
             raise ValueError(f"'{path}' is of queries of the same names, but other images.")
+        planned, scored = plan.info.get("digests"), own.get("sources")
+        if None not in (planned, scored) and planned != scored:
+            raise ValueError(
+                f"'{path}' is of training images of the same names as the plan's, but other images."
+            )
         of = MEASUREMENTS.get(own["identity"].get("query", {}).get("measurement", ""))
         # a log-likelihood falls where a loss rises
         opposite = of is not None and (of.better is Better.HIGHER) != (better is Better.HIGHER)

@@ -21,7 +21,6 @@ from curvlinops_diffusion.cli.outputs import check_output, check_output_is_new
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.validation.plans import RetrainingPlan
-from curvlinops_diffusion.runtime.digests import digest_of
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
 
 _SEED = re.compile(r"_seed(\d+)$")
@@ -61,7 +60,7 @@ def validate_measure(options: ValidateMeasureOptions) -> None:
     values_SMQ = torch.stack(values)
     header = {
         "parts": list(plan.parts),
-        "plan": digest_of(plan.left_out),
+        "plan": plan.digest,
         "queries": names,
         "digests": digests,
         "measurement": options.measurement,

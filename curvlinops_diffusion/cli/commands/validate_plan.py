@@ -27,6 +27,7 @@ def validate_plan(options: ValidatePlanOptions) -> None:
         )
     images = open_images(options.data, Form(None, None, None))
     plan = _plan(options, images)
+    plan.info["digests"] = images.source_digests()
     plan.save(options.output, images.names)
     event("planned", folder=str(options.output), parts=len(plan.parts), images=plan.num_data)
     say(
@@ -57,7 +58,8 @@ def _plan(options: ValidatePlanOptions, images: NamedImages) -> RetrainingPlan:
     except ValueError:
         raise ValueError(f"--remove {' '.join(options.remove)}: pass whole numbers.") from None
     scores, header = read_scores(options.scores)
-    if header["train"] != images.names:
+    scored = header.get("sources")
+    if header["train"] != images.names or scored not in (None, images.source_digests()):
         raise ValueError(
             f"'{options.scores}' is of other training images than '{options.data}' holds. Pass "
             "those that were scored."

@@ -10,9 +10,14 @@ from pathlib import Path
 from PIL import Image
 
 from curvlinops_diffusion.cli.images.labels import Classes
-from curvlinops_diffusion.cli.images.metadata import METADATA
+from curvlinops_diffusion.cli.images.tables import OTHER_TABLES, TABLES
 
-SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+SUFFIXES = {
+    *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+}
+# folders of these names are parts of a data set, not classes
+_PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 
 
 @dataclass(frozen=True)
@@ -21,10 +26,12 @@ class Files:
 
     Attributes:
         images: Those that are read, in order.
+        tables: Metadata files, in order.
         left_out: The names of the others, in order.
     """
 
     images: list[Path]
+    tables: list[Path]
     left_out: list[str]
 
     @classmethod
@@ -37,15 +44,22 @@ class Files:
         Image.init()
         known = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
         readable = SUFFIXES & known
-        images, left_out = [], []
+        found = cls([], [], [])
         for path in sorted(_walk(folder)):
             relative = path.relative_to(folder)
-            hidden = any(part.startswith(".") for part in relative.parts)
-            if not hidden and path.suffix.lower() in readable:
-                images.append(path)
-            elif str(relative) != METADATA:
-                left_out.append(str(relative))
-        return cls(images, left_out)
+            if any(_is_hidden(part) for part in relative.parts):
+                found.left_out.append(relative.as_posix())
+            elif path.suffix.lower() in readable:
+                found.images.append(path)
+            elif path.name in (*TABLES, *OTHER_TABLES):
+                found.tables.append(path)
+            else:
+                found.left_out.append(relative.as_posix())
+        return found
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -60,13 +74,48 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (here / name for name in files)
 
 
-def classes_of(names: Sequence[str]) -> Classes | None:
+def first_folders(names: Sequence[str]) -> list[str | None]:
+    """The first folder of each name; ``None`` where there is none."""
+    parts = [Path(name).parts for name in names]
+    return [own[0] if len(own) > 1 else None for own in parts]
+
+
+def check_one_part(folder: Path, names: Sequence[str]) -> None:
+    """Check that images are not those of several parts of a data set, training and test say.
+
+    Raises:
+        ValueError: If they are.
+    """
+    found = sorted({str(one) for one in first_folders(names)})
+    if len(found) > 1 and all(name.lower() in _PARTS for name in found):
+        raise ValueError(
+            f"'{folder}' holds parts of a data set: {', '.join(found)}. Pass the folder of one, "
+            f"for instance '{folder / found[-1]}'."
+        )
+
+
+def classes_of(folder: Path, names: Sequence[str]) -> Classes | None:
     """The first folder of each image as its class, numbered alphabetically; ``None`` without any.
 
     Args:
-        names: Names of images, relative to the whole folder.
+        folder: The whole folder.
+        names: Names of its images, relative to it.
     """
-    parts = [Path(name).parts for name in names]
-    folders = [own[0] if len(own) > 1 else None for own in parts]
-    known = sorted({folder for folder in folders if folder is not None})
-    return Classes(known, folders) if known else None
+    classes = first_folders(names)
+    known = sorted({one for one in classes if one is not None})
+    if not known:
+        return None
+    there = sorted(p.name for p in folder.iterdir() if p.is_dir() and not _is_hidden(p.name))
+    empty = [name for name in there if name not in known]
+    doubt = ""
+    if empty:
+        doubt = (
+            f"The folder '{empty[0]}' of '{folder}' holds no images, and it is not known whether "
+            "training counted it as a class. Take it out of the folder"
+        )
+    elif len(known) == 1:
+        doubt = (
+            f"All images of '{folder}' are in its folder '{known[0]}', and each would have the "
+            f"label 0. Pass '{folder / known[0]}' if the classes are the folders in it"
+        )
+    return Classes(known, classes, doubt)

@@ -9,21 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Size, Tensor
 from torch.utils.data import Dataset
 
-from curvlinops_diffusion.cli.images.arrays import read_arrays
-from curvlinops_diffusion.cli.images.folders import SUFFIXES, Files, classes_of
+from curvlinops_diffusion.cli.images.arrays import Arrays
+from curvlinops_diffusion.cli.images.folders import (
+    SUFFIXES,
+    Files,
+    check_one_part,
+    classes_of,
+)
 from curvlinops_diffusion.cli.images.labels import Classes, Condition
-from curvlinops_diffusion.cli.images.metadata import COLUMNS, IMAGE_COLUMNS, Metadata
+from curvlinops_diffusion.cli.images.metadata import Metadata
+from curvlinops_diffusion.cli.images.opened import Source, opened
 from curvlinops_diffusion.cli.images.preprocessing import Form, upright_size
+from curvlinops_diffusion.cli.images.saved import SavedDataset
 from curvlinops_diffusion.runtime.digests import digest_of
 
 _ACCEPTED = (
-    "Pass a folder of images (subfolders are classes; metadata.jsonl may give 'text' or 'label' "
-    "for each 'file_name'), one image, a data set saved by datasets' save_to_disk, or an .npz file "
-    "with 'images' (and 'labels')"
+    "Pass a folder of images (subfolders are classes; metadata.jsonl or metadata.csv may give "
+    "'text' or 'label' for each 'file_name'), one image, a data set saved by datasets' "
+    "save_to_disk, or an .npz file with 'images' (and 'labels')"
 )
 
 
@@ -38,6 +44,8 @@ class NamedImages(Dataset[dict[str, Any]]):
             their files or what they are loaded from.
         classes: Whose numbers the labels are, where classes have names.
         left_out: Files beside the images that were not read.
+        unread: Columns or arrays beside the images that are not read.
+        notes: What else is to be said of them, each a clause.
         tells_sizes: Whether an item has the size of the original image, and the top left corner
             of what was cut out of it, as Stable Diffusion XL is told in training.
         digests: A digest of each item, from when it was read first; ``None`` until then.
@@ -48,20 +56,26 @@ class NamedImages(Dataset[dict[str, Any]]):
         names: list[str],
         load: Callable[[int], Tensor],
         size_of: Callable[[int], tuple[int, int]],
+        source_digest: Callable[[int], str],
         form: Form,
         conditions: dict[str, list[Any]] | None = None,
         classes: Classes | None = None,
         left_out: Sequence[str] = (),
+        unread: Sequence[str] = (),
+        notes: Sequence[str] = (),
     ):
         self.names = names
         self.conditions = conditions or {}
         self.classes = classes
         self.left_out = left_out
+        self.unread = unread
+        self.notes = notes
         self.digests: list[str | None] = [None] * len(names)
         self.tells_sizes = False
         self.beside: dict[str, tuple[int, list[Any]]] = {}
         self._load = load
         self._size_of = size_of
+        self._source_digest = source_digest
         self._form = form
         self._first: tuple[str, Size] | None = None
 
@@ -92,6 +106,10 @@ class NamedImages(Dataset[dict[str, Any]]):
             self.digests[n] = digest_of(item)
         return item
 
+    def source_digests(self) -> list[str]:
+        """A digest of each image as it is stored, whatever form a network takes it in."""
+        return [self._source_digest(n) for n in range(len(self))]
+
     def caption(self, n: int) -> str:
         """The prompt or class of an image; nothing if it has none."""
         if "prompt" in self.conditions:
@@ -119,7 +137,9 @@ class NamedImages(Dataset[dict[str, Any]]):
         if self.left_out:
             some = ", ".join(self.left_out[:3]) + ", …" * (len(self.left_out) > 3)
             text += f"; {len(self.left_out)} other files left out ({some})"
-        return text
+        if self.unread:
+            text += f"; not read: {', '.join(self.unread)}"
+        return "; ".join([text, *self.notes])
 
 
 def _counted(count: int, one: str, several: str | None = None) -> str:
@@ -141,19 +161,14 @@ def open_images(
     Raises:
         ValueError: If there are none, or they or their conditions are in no known form.
     """
-    if path.is_dir() and (path / "dataset_info.json").is_file():
-        images = _saved_dataset(path, form)
+    if path.suffix != ".npz":
+        form.check_channels()
+    if path.is_dir() and SavedDataset.is_at(path):
+        images = _saved(SavedDataset.of(path), form)
     elif path.is_dir():
         images = _folder(path, form)
     elif path.suffix == ".npz" and path.is_file():
-        names, load, labels = read_arrays(path, form)
-
-        def size_of(n: int) -> tuple[int, int]:
-            height, width = load(n).shape[1:]
-            return height, width
-
-        given = {} if labels is None else {"class_labels": labels}
-        images = NamedImages(names, load, size_of, form, given)
+        images = _arrays(path, form)
     elif path.is_file() and path.suffix.lower() in SUFFIXES:
         images = _files([path], [path.name], form)
     else:
@@ -162,14 +177,18 @@ def open_images(
     if len(images) == 0:
         raise ValueError(f"'{path}' holds no images. {_ACCEPTED}.")
     if images.classes is not None and (condition is None or condition.key == "class_labels"):
-        if training is not None:
+        if training is None and condition is not None and condition.count != 1:
+            images.classes.check_sure()
+        elif training is not None:
             images.classes = _as_in_training(path, images, images.classes, training)
         images.conditions["class_labels"] = images.classes.labels()
     if condition is not None:
         found = images.conditions
-        images.conditions = condition.of(path, images.names, found)
+        images.conditions = condition.of(path, images.names, found, images.unread)
         sources = condition.images_of(path, images.names, found)
         images.beside = {key: (condition.images[key], sources[key]) for key in sources}
+        for key, (channels, _) in images.beside.items():
+            replace(form, channels=channels).check_channels(key)
         images.tells_sizes = condition.sizes
     return images
 
@@ -188,18 +207,44 @@ def _as_in_training(
     return classes
 
 
+def _arrays(path: Path, form: Form) -> NamedImages:
+    arrays = Arrays.of(path, form)
+
+    def size_of(n: int) -> tuple[int, int]:
+        height, width = arrays.load(n).shape[1:]
+        return height, width
+
+    given = {} if arrays.labels is None else {"class_labels": arrays.labels}
+    return NamedImages(
+        arrays.names,
+        arrays.load,
+        size_of,
+        lambda n: digest_of(arrays.images[n]),
+        form,
+        given,
+        unread=arrays.unread,
+        notes=arrays.notes,
+    )
+
+
 def _folder(path: Path, form: Form) -> NamedImages:
-    found, metadata = Files.of(path), Metadata.of(path)
-    others = set() if metadata is None else metadata.others()
-    files = {str(f.relative_to(path)): f for f in found.images}
-    files = {name: file for name, file in files.items() if name not in others}
-    names = list(files)
-    images = _files(list(files.values()), names, form)
+    found = Files.of(path)
+    files = {file.relative_to(path).as_posix(): file for file in found.images}
+    check_one_part(path, list(files))
+    metadata = Metadata.of(path, found.tables, list(files))
+    others = set() if metadata is None else metadata.others
+    names = [name for name in files if name not in others]
+    images = _files([files[name] for name in names], names, form)
     images.left_out = found.left_out
-    if metadata is not None:
-        images.conditions = metadata.conditions(path, names)
-    else:
-        images.classes = classes_of(names)
+    if metadata is None:
+        images.classes = classes_of(path, names)
+        return images
+    images.conditions = metadata.conditions(path, names)
+    images.unread = metadata.unread()
+    if metadata.without_image:
+        line, count = metadata.without_image[0], len(metadata.without_image)
+        name = line.entries["file_name"]
+        images.notes = [f"{_counted(count, 'line')} of metadata without an image ({name}, …)"]
     return images
 
 
@@ -208,70 +253,32 @@ def _files(files: Sequence[Path], names: list[str], form: Form) -> NamedImages:
         return _loaded(files[n], names[n], form)
 
     def size_of(n: int) -> tuple[int, int]:
-        with Image.open(files[n]) as image:
+        with opened(files[n], names[n]) as image:
             return upright_size(image)
 
-    return NamedImages(names, load, size_of, form)
+    return NamedImages(names, load, size_of, lambda n: digest_of(files[n].read_bytes()), form)
 
 
-def _loaded(source: Path | Callable[[], Image.Image], name: str, form: Form) -> Tensor:
-    """An image of a file, or of what returns it.
-
-    Raises:
-        ValueError: If there is none, or it cannot be read.
-    """
-    if not isinstance(source, Path):
-        return form.tensor(source(), name)
-    try:
-        with Image.open(source) as image:
-            image.load()
-            return form.tensor(image, name)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"The image '{source}' has vanished. Put it back, and start again to go on."
-        ) from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(
-            f"The image '{source}' cannot be read ({error}). Repair it, or remove it and "
-            "start anew."
-        ) from error
-
-
-def _saved_dataset(path: Path, form: Form) -> NamedImages:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            f"'{path}' is a data set of the package datasets, which is not installed: pip install "
-            "datasets."
-        ) from error
-    data = datasets.load_from_disk(str(path))
-    if not isinstance(data, datasets.Dataset):
-        raise ValueError(f"'{path}' holds several splits ({list(data)}). Pass one split's folder.")
-    pictures = [k for k, v in data.features.items() if isinstance(v, datasets.Image)]
-    column = next((name for name in pictures if name not in IMAGE_COLUMNS), None)
-    if column is None:
-        raise ValueError(f"'{path}' has columns {data.column_names}, none of which is of images.")
-    conditions: dict[str, list[Any]] = {
-        ours: list(data[theirs]) for theirs, ours in COLUMNS.items() if theirs in data.column_names
-    }
-
-    def picture(n: int, column: str) -> Image.Image:
-        return data[n][column]
-
-    for entry in set(pictures) & set(IMAGE_COLUMNS):
-        conditions[entry] = [partial(picture, n, entry) for n in range(len(data))]
-    classes = None
-    label = data.features.get("label")
-    if isinstance(label, datasets.ClassLabel):
-        numbers = [-1 if n is None else n for n in conditions.pop("class_labels")]
-        classes = Classes(label.names, [label.names[n] if n >= 0 else None for n in numbers])
-    names = [f"{path.name}[{n}]" for n in range(len(data))]
+def _saved(data: SavedDataset, form: Form) -> NamedImages:
+    def load(n: int) -> Tensor:
+        return _loaded(partial(data.image, n), data.names[n], form)
 
     def size_of(n: int) -> tuple[int, int]:
-        return upright_size(data[n][column])
+        with opened(partial(data.image, n), data.names[n]) as image:
+            return upright_size(image)
 
-    def load(n: int) -> Tensor:
-        return form.tensor(data[n][column], names[n])
+    return NamedImages(
+        data.names,
+        load,
+        size_of,
+        data.source_digest,
+        form,
+        data.conditions,
+        data.classes,
+        unread=data.unread,
+    )
 
-    return NamedImages(names, load, size_of, form, conditions, classes)
+
+def _loaded(source: Source, name: str, form: Form) -> Tensor:
+    with opened(source, name) as image:
+        return form.tensor(image, name)

@@ -10,8 +10,8 @@ from typing import Any
 _HOW = {
     "class_labels": (
         "label",
-        "Put each class into a folder of its own, or give a 'label' for each image in "
-        "metadata.jsonl or the data set, or 'labels' in the .npz file",
+        "Put each class into a folder of its own (without metadata files), or give a 'label' for "
+        "each image in metadata.jsonl or the data set, or 'labels' in the .npz file",
     ),
     "prompt": (
         "prompt",
@@ -41,9 +41,19 @@ class Condition:
     images: dict[str, int] = field(default_factory=dict)
 
     def of(
-        self, path: Path, names: Sequence[str], conditions: dict[str, list[Any]]
+        self,
+        path: Path,
+        names: Sequence[str],
+        conditions: dict[str, list[Any]],
+        unread: Sequence[str] = (),
     ) -> dict[str, list[Any]]:
         """Select those of the images' conditions that the network takes.
+
+        Args:
+            path: Where the images are from.
+            names: Their names.
+            conditions: Their conditions.
+            unread: Columns that stand beside these and are not read, for messages.
 
         Raises:
             ValueError: If an image has none, or one that the network does not know.
@@ -54,7 +64,7 @@ class Condition:
         if self.key == "prompt":
             values = [self.prompt if value is None else value for value in values]
         for name, value in zip(names, values, strict=True):
-            self._check(path, name, value)
+            self._check(path, name, value, unread)
         return {self.key: values, **self._sizes_of(path, names, conditions)}
 
     def images_of(
@@ -94,11 +104,13 @@ class Condition:
                     )
         return noted
 
-    def _check(self, path: Path, name: str, value: Any) -> None:
+    def _check(self, path: Path, name: str, value: Any, unread: Sequence[str]) -> None:
         what, how = _HOW[self.key or ""]
         if value is None:
+            others = f" Its columns {list(unread)} are not read." if unread else ""
             raise ValueError(
                 f"The image '{name}' of '{path}' has no {what}, which the network takes. {how}."
+                f"{others}"
             )
         if self.key == "prompt":
             if not isinstance(value, str):
@@ -123,10 +135,22 @@ class Classes:
     Attributes:
         order: The names in the order in which they are numbered.
         names: The class of each image; ``None`` for none.
+        doubt: Why the numbers may not be those of training, with a remedy, but for its full stop;
+            nothing if they are.
     """
 
     order: list[str]
     names: list[str | None]
+    doubt: str = ""
+
+    def check_sure(self) -> None:
+        """Check that the classes of training images are numbered as training did.
+
+        Raises:
+            ValueError: If that is not known.
+        """
+        if self.doubt:
+            raise ValueError(f"{self.doubt}, or give a 'label' for each image in metadata.jsonl.")
 
     def labels(self) -> list[int | None]:
         """The number of each image's class."""

@@ -1,14 +1,15 @@
-"""A folder's ``metadata.jsonl``: what stands beside each image."""
+"""The captions and labels of a folder's images, from the metadata files in it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import posixpath
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PureWindowsPath
 from typing import Any
+from unicodedata import normalize
 
-METADATA = "metadata.jsonl"
+from curvlinops_diffusion.cli.images.tables import OTHER_TABLES, lines_of
 
 #: The columns that are read, and what they are called here.
 COLUMNS = {
@@ -25,40 +26,136 @@ _FILE = "_file_name"
 
 
 @dataclass(frozen=True)
-class Metadata:
-    """The lines of the file, by the names of their images.
+class Line:
+    """A line of a metadata file.
 
     Attributes:
-        rows: The entries of each line.
+        file: The file.
+        number: The line, from 1.
+        entries: Its entries by column, names of files as they stand in it.
     """
 
-    rows: dict[str, dict[str, Any]]
+    file: Path
+    number: int
+    entries: dict[str, Any]
+
+    def __str__(self) -> str:
+        """Where it stands."""
+        return f"line {self.number} of '{self.file}'"
+
+    def files(self) -> list[str]:
+        """The files that it names beside its image."""
+        return [
+            value
+            for key, value in self.entries.items()
+            if (key in IMAGE_COLUMNS or key.endswith(_FILE)) and isinstance(value, str)
+        ]
+
+
+class Names:
+    """Finds a folder's images by names as other systems write them."""
+
+    def __init__(self, folder: Path, names: Iterable[str]):
+        self._folder = folder
+        self._names = set(names)
+        self._alike: dict[str, list[str]] = {}
+        for name in sorted(self._names):
+            self._alike.setdefault(_folded(name), []).append(name)
+
+    def found(self, inner: Path, written: str) -> str | None:
+        """The image that a metadata file in a folder names; ``None`` for none.
+
+        Backslashes separate folders if no image has them in its name; letters may be composed
+        (macOS) or written large (Windows) in another way where this leaves one image alone.
+        """
+        for form in (written, written.replace("\\", "/")):
+            name = self._relative(inner, form)
+            if name in self._names:
+                return name
+            alike = self._alike.get(_folded(name), [])
+            if len(alike) == 1:
+                return alike[0]
+        return None
+
+    def path(self, inner: Path, written: str) -> Path:
+        """The path of a file beside an image, whether it is there or not."""
+        found = self.found(inner, written)
+        return self._folder / (self._relative(inner, written) if found is None else found)
+
+    def _relative(self, inner: Path, written: str) -> str:
+        """A name relative to the whole folder, of one relative to a folder in it, or absolute."""
+        if posixpath.isabs(written) or PureWindowsPath(written).drive:
+            for start in (self._folder.absolute(), self._folder.resolve()):
+                if Path(written).is_relative_to(start):
+                    return Path(written).relative_to(start).as_posix()
+            return written
+        here = inner.relative_to(self._folder).as_posix()
+        return posixpath.normpath(posixpath.join(here, written))
+
+
+def _folded(name: str) -> str:
+    return normalize("NFC", name).casefold()
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The lines of all metadata files of a folder, by the names of their images.
+
+    Attributes:
+        lines: The line of each image.
+        names: What finds images by their names.
+        others: The images that lines name beside theirs, and that have no line of their own.
+        without_image: The lines whose image is not there.
+    """
+
+    lines: dict[str, Line]
+    names: Names
+    others: set[str] = field(default_factory=set)
+    without_image: list[Line] = field(default_factory=list)
 
     @classmethod
-    def of(cls, folder: Path) -> Metadata | None:
-        """Read a folder's; ``None`` if it has none.
+    def of(cls, folder: Path, tables: Iterable[Path], names: Sequence[str]) -> Metadata | None:
+        """Read metadata files; ``None`` if there is none.
+
+        Names in a file are relative to the folder that it lies in, as ``datasets`` takes them.
+
+        Args:
+            folder: The folder of the images.
+            tables: The metadata files in it and its subfolders.
+            names: The names of the images, relative to it.
 
         Raises:
-            ValueError: If the file is not understood.
+            ValueError: If a file is not understood, or an image has several lines.
         """
-        path = folder / METADATA
-        if not path.is_file():
+        tables, result = list(tables), cls({}, Names(folder, names))
+        if not tables:
             return None
-        try:
-            lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-            return cls({line["file_name"]: dict(line) for line in lines})
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
-            raise _not_understood(path, error) from error
+        for table in tables:
+            if table.name in OTHER_TABLES:
+                raise ValueError(f"'{table}' is not read. Save it as metadata.jsonl or .csv.")
+            for number, entries in lines_of(table):
+                line = Line(table, number, entries)
+                name = result.names.found(table.parent, entries["file_name"])
+                if name is None:
+                    result.without_image.append(line)
+                elif name in result.lines:
+                    raise ValueError(
+                        f"The image '{name}' stands in {result.lines[name]} and in {line}. Keep "
+                        "one line for each image; of several captions, the one that it is to have."
+                    )
+                else:
+                    result.lines[name] = line
+        named = [(line, file) for line in result.lines.values() for file in line.files()]
+        beside = {result.names.found(line.file.parent, file) for line, file in named}
+        result.others.update(name for name in beside if name is not None)
+        result.others.difference_update(result.lines)  # it is an image, too
+        return result
 
-    def others(self) -> set[str]:
-        """The files that are named beside images, and are none of those to be attributed."""
-        return {
-            str(Path(value))
-            for row in self.rows.values()
-            for key, value in row.items()
-            if (key in IMAGE_COLUMNS or (key.endswith(_FILE) and key != _FILE[1:]))
-            and isinstance(value, str)
-        }
+    def unread(self) -> list[str]:
+        """The columns that nothing here reads."""
+        columns = {key for line in self.lines.values() for key in line.entries}
+        read = {"file_name", *COLUMNS, *IMAGE_COLUMNS}
+        return sorted(key for key in columns - read if not key.endswith(_FILE))
 
     def conditions(self, folder: Path, names: Sequence[str]) -> dict[str, list[Any]]:
         """The entries of some images, ``None`` where one lacks.
@@ -67,22 +164,31 @@ class Metadata:
             ValueError: If an image has no line.
         """
         for name in names:
-            if name not in self.rows:
-                raise _not_understood(folder / METADATA, KeyError(name))
+            if name not in self.lines:
+                raise ValueError(f"The image '{name}' of '{folder}' {self._where_others_stand()}")
+        lines = [self.lines[name] for name in names]
         found = {
-            ours: [self.rows[name].get(theirs) for name in names]
+            ours: [line.entries.get(theirs) for line in lines]
             for theirs, ours in COLUMNS.items()
-            if any(theirs in row for row in self.rows.values())
+            if any(theirs in line.entries for line in lines)
         }
         for entry in IMAGE_COLUMNS:
-            files = [self.rows[n].get(entry + _FILE, self.rows[n].get(entry)) for n in names]
+            files = [line.entries.get(entry + _FILE, line.entries.get(entry)) for line in lines]
             if any(files):
-                found[entry] = [None if file is None else folder / file for file in files]
+                found[entry] = [
+                    None if not file else self.names.path(line.file.parent, str(file))
+                    for line, file in zip(lines, files, strict=True)
+                ]
         return found
 
-
-def _not_understood(path: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"'{path}' is not understood ({type(error).__name__}: {error}). Each line must "
-        'be like {"file_name": "a.png", "text": "a cat"}, with a line for each image.'
-    )
+    def _where_others_stand(self) -> str:
+        """End a sentence about an image without a line."""
+        some = [*self.without_image, *self.lines.values()][:3]
+        if not some:
+            return "has no line in the metadata, which is empty. Give each image a line."
+        as_written = ", ".join(f"'{line.entries['file_name']}'" for line in some)
+        return (
+            f"has no line in the metadata. '{some[0].file}' names, as it stands there, "
+            f"{as_written}, …; names are relative to the folder of the file. Give each image a "
+            "line, or take it out of the folder."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from warnings import warn
 
 import numpy as np
 import torch
@@ -10,6 +11,18 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import functional as transforms
 
+#: The numbers of channels that image files are read with: grey, and RGB.
+FILE_CHANNELS = (1, 3)
+# Where training scripts differ; said once, whatever image it is
+_TURNED = (
+    "images are turned as their EXIF orientation says, as diffusers' training scripts and viewers "
+    "turn them. Trainers that do not (kohya's sd-scripts) saw them as they are stored: save them "
+    "without the tag if that was yours"
+)
+_DEEP = (
+    "grey images of more than 8 bits are read from 0 to 65535. Training scripts that call "
+    "image.convert('RGB') saw all above 255 as white: if yours did, save them as it made them"
+)
 _GREY = ("1", "L", "LA", "La", "I")
 
 
@@ -18,7 +31,7 @@ class Form:
     """The form in which the network takes images.
 
     Attributes:
-        channels: Colour channels, 1 or 3; ``None`` for those of the image.
+        channels: Channels; ``None`` for those of the image.
         size: Height and width; ``None`` for any.
         resolution: What to resize to; ``None`` for no resizing.
         multiple: What height and width must be multiples of.
@@ -29,6 +42,27 @@ class Form:
     resolution: int | None
     multiple: int = 1
 
+    def check_channels(self, entry: str = "") -> None:
+        """Check that image files can have the network's channels.
+
+        Args:
+            entry: What of an item the channels are of; nothing for the image itself.
+
+        Raises:
+            ValueError: If they are neither grey nor RGB.
+        """
+        if self.channels in (None, *FILE_CHANNELS):
+            return
+        what = f"The network takes {self.channels} channels{entry and ' as ' + repr(entry)}"
+        how = (
+            "Compute the scores in Python"
+            if entry
+            else f"Pass an .npz file with 'images' of {self.channels} channels: bytes "
+            "[N, height, width, channels], or floating point in [-1, 1], "
+            "[N, channels, height, width]"
+        )
+        raise ValueError(f"{what}, and image files are read as grey (1) or RGB (3). {how}.")
+
     def tensor(self, image: Image.Image, name: str) -> Tensor:
         """The image in [-1, 1], shape ``[C, H, W]``, turned as its EXIF orientation says.
 
@@ -36,12 +70,22 @@ class Form:
             ValueError: If it has another size than the network's, is transparent somewhere, or has
                 pixels of unknown range.
         """
-        image = ImageOps.exif_transpose(image)  # as training scripts and viewers do
+        self.check_channels()
+        if _is_turned(image):
+            warn(_TURNED, stacklevel=2)
+        image = ImageOps.exif_transpose(image)
         if image.mode == "F" or image.mode.startswith("I"):
+            warn(_DEEP, stacklevel=2)
             return self.sized(_deep(image, name).repeat(self.channels or 1, 1, 1), name)
         _check_opaque(image, name)
         grey = self.channels == 1 or (self.channels is None and image.mode in _GREY)
-        x = transforms.pil_to_tensor(image.convert("L" if grey else "RGB")).float() / 127.5 - 1
+        try:
+            flat = image.convert("L" if grey else "RGB")
+        except ValueError as error:
+            raise ValueError(
+                f"The image '{name}' is in the mode {image.mode} ({error}). Save it as RGB."
+            ) from error
+        x = transforms.pil_to_tensor(flat).float() / 127.5 - 1
         return self.sized(x, name)
 
     def corner_of(self, height: int, width: int) -> tuple[int, int]:
@@ -76,8 +120,17 @@ class Form:
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Height and width of an image as its EXIF orientation turns it, without reading pixels."""
     width, height = image.size
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # by a quarter, mirrored or not
+    turned = _orientation(image) > 4  # by a quarter, mirrored or not
     return (width, height) if turned else (height, width)
+
+
+def _orientation(image: Image.Image) -> int:
+    found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return found if isinstance(found, int) else 1
+
+
+def _is_turned(image: Image.Image) -> bool:
+    return _orientation(image) in range(2, 9)
 
 
 def _deep(image: Image.Image, name: str) -> Tensor:

@@ -34,9 +34,10 @@ class Thumbnails:
 
         Args:
             name: The class of the elements that show it.
-            x: The image.
+            x: The image; of other channels than grey or RGB, the first that can be shown.
             size: Pixels.
         """
+        x = x[: 3 if len(x) >= 3 else 1]
         bytes_HWC = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
         image = Image.fromarray(bytes_HWC.squeeze(-1).numpy())
         pixelated = max(image.size) <= _PIXELATED

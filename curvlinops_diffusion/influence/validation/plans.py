@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion.runtime.checks import check_count
+from curvlinops_diffusion.runtime.digests import digest_of
 from curvlinops_diffusion.runtime.files import FileKind, make_folder, write_bytes
 
 PLAN = FileKind(
@@ -66,6 +67,12 @@ class RetrainingPlan:
         empty = [n for n, out in zip(self.parts, self.left_out, strict=True) if out.all()]
         if empty:
             raise ValueError(f"Parts {empty[:8]} leave out all examples. Leave these parts out.")
+
+    @property
+    def digest(self) -> str:
+        """A digest of the parts, and of the data that they are parts of, if it is known."""
+        data = [self.info.get("names"), self.info.get("digests")]
+        return digest_of(self.left_out, self.parts, self.kind, *data)
 
     @property
     def num_data(self) -> int:

@@ -1,0 +1,226 @@
+"""Captions and labels beside images: as other systems write them, or refused by file and line."""
+
+import json
+from unicodedata import normalize
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from curvlinops_diffusion.cli.images.images import open_images
+from curvlinops_diffusion.cli.images.labels import Condition
+from curvlinops_diffusion.cli.images.preprocessing import Form
+from tests.cli.cases import write_images
+
+FORM, PROMPT = Form(1, (8, 8), None), Condition("prompt")
+NAMES = ["in/image0.png", "in/image1.png"]
+CAPTIONS = ["a café", "a hat"]
+
+
+def lines(names=NAMES, texts=CAPTIONS, end="\n"):
+    """One object for each image, as a text editor shows it."""
+    each = (
+        json.dumps({"file_name": name, "text": text}, ensure_ascii=False)
+        for name, text in zip(names, texts, strict=True)
+    )
+    return "".join(line + end for line in each)
+
+
+def table(names=NAMES, texts=CAPTIONS, between=",", end="\n"):
+    rows = [("file_name", "text"), *((n, f'"{t}"') for n, t in zip(names, texts, strict=True))]
+    return "".join(between.join(row) + end for row in rows)
+
+
+def prompts(folder, files, condition=PROMPT):
+    """The prompts of two images in a subfolder, beside files of these bytes."""
+    write_images(folder / "in", 2, 0)
+    for name, written in files.items():
+        raw = written if isinstance(written, bytes) else written.encode()
+        (folder / name).write_bytes(raw)
+    images = open_images(folder, FORM, condition)
+    return [images[n]["prompt"] for n in range(2)]
+
+
+SEPARATED = ["a\u2028mat", "a\x85dog\u2029"]
+READ = {
+    "as it should be": {"metadata.jsonl": lines()},
+    "CR LF": {"metadata.jsonl": lines(end="\r\n")},
+    "byte order mark": {"metadata.jsonl": b"\xef\xbb\xbf" + lines().encode()},
+    "blank lines and spaces": {"metadata.jsonl": f"\n  {lines(end='  ' + chr(10) * 2)}\t\n"},
+    "backslashes": {"metadata.jsonl": lines([name.replace("/", "\\") for name in NAMES])},
+    "dots": {"metadata.jsonl": lines(["./in/image0.png", "in/../in//image1.png"])},
+    "backslashes and dots": {"metadata.jsonl": lines([".\\in\\image0.png", "in\\image1.png"])},
+    "capitals": {"metadata.jsonl": lines(["In/Image0.PNG", "IN/image1.Png"])},
+    "in their folder": {"in/metadata.jsonl": lines(["image0.png", "image1.png"])},
+    "from their folder": {"in/metadata.jsonl": lines(["image0.png", "../in/image1.png"])},
+    "in two folders": {
+        "metadata.jsonl": lines(NAMES[:1], CAPTIONS[:1]),
+        "in/metadata.jsonl": lines(["image1.png"], CAPTIONS[1:]),
+    },
+    "a table": {"metadata.csv": table()},
+    "a table from Windows": {"metadata.csv": b"\xef\xbb\xbf" + table(end="\r\n").encode()},
+    "a table in their folder": {"in/metadata.csv": table(["image0.png", "image1.png"])},
+    "hidden ones beside": {"metadata.jsonl": lines(), "in/._metadata.jsonl": b"\0\5\x16\7"},
+}
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_as_other_systems_write_it(tmp_path, kind):
+    assert prompts(tmp_path, READ[kind]) == CAPTIONS
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_separators_within_captions(tmp_path, name):
+    """A line ends at a line feed: others come from web pages, and belong to the caption."""
+    written = lines(texts=SEPARATED) if name.endswith("jsonl") else table(texts=SEPARATED)
+    assert prompts(tmp_path, {name: written}) == SEPARATED
+    several = "two\nlines, and a comma"
+    if name.endswith("csv"):
+        (tmp_path / name).write_text(table(texts=[several, "x"]))
+        assert open_images(tmp_path, FORM, PROMPT)[0]["prompt"] == several
+
+
+def test_names_in_full_or_composed_otherwise(tmp_path):
+    """Absolute names, and an é of two characters, as macOS stores it, for one of one."""
+    write_images(tmp_path / "in", 1, 0)
+    (tmp_path / "in" / "image0.png").rename(tmp_path / "in" / normalize("NFD", "café.png"))
+    for name in ("in/café.png", str(tmp_path / "in" / normalize("NFD", "café.png"))):
+        (tmp_path / "metadata.jsonl").write_text(lines([name], ["x"]))
+        assert open_images(tmp_path, FORM, PROMPT)[0]["prompt"] == "x"
+    (tmp_path / "metadata.jsonl").write_text(lines(["D:\\data\\in\\café.png"], ["x"]))
+    with pytest.raises(ValueError, match=r"names, as it stands there, 'D:\\data\\in\\café.png'"):
+        open_images(tmp_path, FORM, PROMPT)
+
+
+def test_names_that_differ_in_capitals_alone_are_two(tmp_path):
+    write_images(tmp_path / "in", 2, 0)
+    (tmp_path / "in" / "image1.png").rename(tmp_path / "in" / "IMAGE0.png")
+    (tmp_path / "metadata.jsonl").write_text(lines(["in/IMAGE0.png", "in/image0.png"]))
+    images = open_images(tmp_path, FORM, PROMPT)
+    assert [images[n]["prompt"] for n in range(2)] == CAPTIONS
+    (tmp_path / "metadata.jsonl").write_text(lines(["in/IMAGE0.png", "in/Image0.png"]))
+    with pytest.raises(ValueError, match=r"'in/image0.png' of .* has no line"):
+        open_images(tmp_path, FORM, PROMPT)
+
+
+ONE = '{"file_name": "in/image0.png", "text": "a"}\n'
+REFUSED = {
+    "two captions": (
+        {"metadata.jsonl": lines() + ONE},
+        r"'in/image0.png' stands in line 1 .* 3 of",
+    ),
+    "two names of one": ({"metadata.jsonl": ONE + ONE.replace("/", "\\\\")}, "stands in line 1 of"),
+    "two files": (
+        {"metadata.jsonl": lines(), "metadata.csv": table()},
+        r"'in/image0.png' stands in line 2 of '.*metadata.csv' and in line 1 of '.*jsonl'",
+    ),
+    "Windows-1252": (
+        {"metadata.jsonl": lines().encode("cp1252")},
+        r"metadata.jsonl' is not in UTF-8: line 1 has the byte 0xe9",
+    ),
+    "UTF-16": ({"metadata.jsonl": lines().encode("utf-16")}, "is in UTF-16 or UTF-32. Save it as"),
+    "UTF-16 without mark": ({"metadata.csv": table().encode("utf-16-le")}, "is in UTF-16 or"),
+    "a key twice": (
+        {"metadata.jsonl": ONE + '{"file_name": "in/image1.png", "text": "a", "text": "b"}'},
+        r"in line 2: 'text' stands in it twice",
+    ),
+    "a comma too many": ({"metadata.jsonl": ONE.strip() + ","}, "not understood in line 1: Extra"),
+    "an array": ({"metadata.jsonl": f"[{ONE.strip()}]"}, "in line 1: it is a list"),
+    "cut off": ({"metadata.jsonl": lines()[:-8]}, "not understood in line 2: Unterminated"),
+    "another column": (
+        {"metadata.jsonl": ONE.replace("file_name", "image")},
+        r"no image's name as 'file_name', but \['image', 'text'\]",
+    ),
+    "a number for a name": ({"metadata.jsonl": '{"file_name": 3}'}, "but 'file_name': 3"),
+    "semicolons": ({"metadata.csv": table(between=";")}, r"are \['file_name;text'\], separated by"),
+    "a cell too many": ({"metadata.csv": table(texts=["a", 'b","c'])}, "line 3: 3 cells for 2 col"),
+    "quotes not closed": ({"metadata.csv": table() + 'in/x.png,"a'}, "not understood in line 4"),
+    "Parquet": ({"in/metadata.parquet": b"PAR1"}, r"metadata.parquet' is not read. Save it as"),
+    "a list of captions": (
+        {"metadata.jsonl": lines(texts=[["a", "b"], "c"])},
+        r"prompt of image 'in/image0.png' of .* is \['a', 'b'\], which is no text",
+    ),
+    "a number for a caption": ({"metadata.jsonl": lines(texts=["a", 7])}, "is 7, which is no text"),
+    "none": ({"metadata.jsonl": lines(texts=["a", None])}, "'in/image1.png' .* has no prompt"),
+    "an empty cell": ({"metadata.csv": table(texts=["a", ""])}, "'in/image1.png' .* has no prompt"),
+    "an empty file": (
+        {"metadata.jsonl": "\n"},
+        r"'in/image0.png' of .* has no line in the metadata",
+    ),
+    "another column of captions": (
+        {"metadata.jsonl": lines().replace('"text"', '"caption"')},
+        r"has no prompt, .* Its columns \['caption'\] are not read",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_by_file_and_line(tmp_path, kind):
+    files, told = REFUSED[kind]
+    with pytest.raises(ValueError, match=told):
+        prompts(tmp_path, files)
+
+
+def test_what_is_not_read_is_said(tmp_path):
+    """Columns without a meaning here, and lines whose image is gone."""
+    written = lines([*NAMES, "in/gone.png"], ["a", "b", "c"]).replace("text", "caption")
+    assert (
+        prompts(tmp_path, {"metadata.jsonl": written}, Condition("prompt", prompt="x")) == ["x"] * 2
+    )
+    assert open_images(tmp_path, FORM).summary() == (
+        "2 images; not read: caption; 1 line of metadata without an image (in/gone.png, …)"
+    )
+
+
+def labels(folder, count=3):
+    images = open_images(folder, FORM, Condition("class_labels", count))
+    return [images[n]["class_labels"] for n in range(len(images))]
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_labels_within_a_folder(tmp_path, name):
+    """They are those of the file, and not the number of the folder that it lies in."""
+    write_images(tmp_path / "train", 2, 0)
+    rows = [("image0.png", 2), ("image1.png", 0)]
+    written = "file_name,label\n" + "".join(f"{n},{k}\n" for n, k in rows)
+    if name.endswith("jsonl"):
+        written = "".join(json.dumps({"file_name": n, "label": k}) + "\n" for n, k in rows)
+    (tmp_path / "train" / name).write_text(written)
+    assert labels(tmp_path) == [2, 0]
+    (tmp_path / "train" / name).write_text(written.replace("label", "kind"))
+    with pytest.raises(ValueError, match=r"has no label, .*Its columns \['kind'\] are not read"):
+        labels(tmp_path)
+
+
+def test_folders_that_may_be_no_classes(tmp_path):
+    """A class without images, one folder around all, and parts of a data set."""
+    for name in ("10", "9"):
+        write_images(tmp_path / "data" / "train" / name, 1, 0)
+    assert labels(tmp_path / "data" / "train") == [0, 1]  # in the order of torchvision's
+    with pytest.raises(ValueError, match=r"in its folder 'train', and each .* Pass '.*data/train'"):
+        labels(tmp_path / "data")
+    assert labels(tmp_path / "data", count=1) == [0, 0]
+    (tmp_path / "data" / "train" / ".hidden").mkdir()
+    (tmp_path / "data" / "train" / "8").mkdir()
+    with pytest.raises(ValueError, match=r"The folder '8' of .* holds no images"):
+        labels(tmp_path / "data" / "train")
+    assert len(open_images(tmp_path / "data" / "train", FORM, Condition())) == 2
+    write_images(tmp_path / "data" / "Test", 1, 0)
+    with pytest.raises(
+        ValueError, match=r"parts of a data set: Test, train. Pass the folder of one"
+    ):
+        open_images(tmp_path / "data", FORM)
+
+
+def test_an_image_that_is_shown_beside_another(tmp_path):
+    """It stays one of the images if it has a line of its own; backslashes name it, too."""
+    write_images(tmp_path / "in", 3, 0)
+    rows = [
+        {"file_name": "image0.png", "text": "a", "conditioning_image_file_name": ".\\image1.png"},
+        {"file_name": "image1.png", "text": "b", "conditioning_image_file_name": "image2.png"},
+    ]
+    (tmp_path / "in" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    images = open_images(tmp_path, FORM, Condition("prompt", images={"conditioning_image": 1}))
+    assert images.names == NAMES
+    pixels = np.asarray(Image.open(tmp_path / "in" / "image1.png"))
+    assert np.array_equal((images[0]["conditioning_image"][0] * 255).round(), pixels)
