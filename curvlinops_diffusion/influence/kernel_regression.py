@@ -188,7 +188,8 @@ def averaged_scores(scores: Sequence[Tensor], weights: Sequence[float] | None = 
         )
     total_QN = torch.zeros_like(scores[0])
     for one_QN, factor in zip(scores, factors, strict=True):
-        spread_Q1 = one_QN.std(1, keepdim=True)
+        # a single example has no spread, and no degree of freedom to lose
+        spread_Q1 = one_QN.std(1, keepdim=True, correction=min(1, one_QN.shape[1] - 1))
         # of the range: the standard deviation of equal numbers is a rounding error, not zero
         range_Q1 = one_QN.amax(1, keepdim=True) - one_QN.amin(1, keepdim=True)
         rounding_Q1 = _ROUNDING * torch.finfo(one_QN.dtype).eps * one_QN.abs().amax(1, keepdim=True)
