@@ -204,6 +204,8 @@ def main() -> None:
         "retrained": header,
         "draws": options.draws,
         "resamples": options.resamples,
+        # of rows with others, from before, nothing is kept
+        "intervals": score.INTERVALS,
         "reference": REFERENCES["minus_reference"],
         "agreement_of_seeds": agreements,
         "ceilings": ceilings,

@@ -381,7 +381,8 @@ def projected_kernel(query_MQP: Tensor, train_NP: Tensor, k: int) -> Scores:
 
 def attribution_score(setting: Setting) -> Scores:
     """``das_scores`` (after Lin et al., 2025), at several dampings."""
-    probes = map(ProbedPrediction, range(setting.problem.probes))
+    draws = setting.query_regression().draws
+    probes = [ProbedPrediction(draws, number) for number in range(setting.problem.probes)]
     cross_VQN = torch.stack([setting.query_rows(probe) @ setting.train_NP.T for probe in probes])
     for damping, scores_VQN in dual(cross_VQN, setting.train_NP @ setting.train_NP.T):
         squares_QN = scores_VQN.square().mean(0)
@@ -629,18 +630,18 @@ def sampled_ggn(setting: Setting, number: int = 4) -> Scores:
 def sampled_rows(setting: Setting, number: int) -> Tensor:
     """Vectors whose second moment is the GGN: a draw and a random loss vector of each image."""
     return torch.cat(
-        [setting.rows(_fisher(seed), 1, seed=seed, timesteps="uniform") for seed in range(number)]
+        [_sampled(setting.train(1, seed=s, timesteps="uniform")) for s in range(number)]
     )
 
 
-def _fisher(seed: int) -> Measurement:
-    """``√(2 w r) vᵀ f``, whose gradient has the GGN as second moment."""
-    probe = ProbedPrediction(seed)
+def _sampled(regression: NoisedRegression) -> Tensor:
+    """Gradients of ``√(2 w r) vᵀ f``, whose second moment is the GGN."""
+    probe = ProbedPrediction(regression.draws)
 
     def measured(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
         return (2 * batch.weight_B).sqrt() * probe(batch, prediction_BD)
 
-    return measured
+    return ExampleGradientLinearOperator(regression, measurement=measured).rows()
 
 
 def forward_only(setting: Setting) -> Scores:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from curvlinops_diffusion import LinearDatamodellingScore, linear_datamodelling_score
 
+INTERVALS = "other halves and queries, the noise of cells counted once"
+
 
 def predicted(scores_QN: Tensor, halves_HN: Tensor) -> Tensor:
     """What the scores say of networks trained on halves: the sum over what was left out, [Q, H]."""
@@ -25,7 +27,7 @@ def judged(predicted_QH: Tensor, measured_SHQ: Tensor, resamples: int) -> Linear
 
 
 def summary(found: LinearDatamodellingScore) -> dict[str, float]:
-    """The mean over queries, its standard error over them, and the bootstrap's interval."""
+    """The mean over queries, its standard error over them, and its interval."""
     values_Q = found.per_query
     error = float(values_Q.std() / len(values_Q) ** 0.5)
     return {
@@ -38,7 +40,7 @@ def summary(found: LinearDatamodellingScore) -> dict[str, float]:
 def difference(
     found: LinearDatamodellingScore, reference: LinearDatamodellingScore
 ) -> dict[str, Any]:
-    """How much better than a reference, on the same resamples."""
+    """How much better than a reference, over the same halves and queries."""
     value, interval = found.minus(reference)
     return {"difference": round(value, 4), **_rounded(interval)}
 

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import io
-import json
-from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from curvlinops_diffusion.influence.score_files import SCORES, shards_of
-from curvlinops_diffusion.runtime.files import write_bytes
+from curvlinops_diffusion.influence.score_files import (
+    HALVES,
+    SCORES,
+    other_array,
+    read_array,
+    shards_of,
+    write_array,
+)
 
 if TYPE_CHECKING:  # to say what a file is of, PyTorch need not be imported
     from torch import Tensor
 
     from curvlinops_diffusion.influence.stored_scores import StoredScores
-
-#: The names of the scores of two halves of the draws.
-HALVES = ("first_half", "second_half")
 
 
 def agreement(header: dict[str, Any], q: int | None = None) -> tuple[float, float | None] | None:
@@ -70,14 +68,7 @@ def write_scores(
         for other in old:
             other.unlink(missing_ok=True)
         return
-    scores_QN = tensors["scores"]
-    buffer = io.BytesIO()
-    np.save(buffer, scores_QN.numpy(), allow_pickle=False)
-    # two files cannot appear at once: the index says which array it is of
-    header["sha256"] = sha256(buffer.getvalue()).hexdigest()
-    header["header_sha256"] = _digest(header)
-    write_bytes(_index(path), json.dumps(header, indent=1).encode())
-    write_bytes(path, buffer.getvalue())
+    write_array(path, tensors["scores"].numpy(), header)
 
 
 def read_scores(path: Path) -> tuple[Tensor | StoredScores, dict[str, Any]]:
@@ -90,9 +81,12 @@ def read_scores(path: Path) -> tuple[Tensor | StoredScores, dict[str, Any]]:
     """
     header, scores_QN = header_and_scores(path)
     if scores_QN is None:
+        raise other_array(path)
+    missing = {"queries", "train"} - header.keys()
+    if "identity" in header and missing:
         raise ValueError(
-            f"'{_index(path)}' is not the index of '{path}': the program was stopped between the "
-            "two, or one was replaced. Run score again with the same options."
+            f"'{path}' has no names of images: it was written by StoredScores.create, for Python. "
+            "Read it by StoredScores.open, or make scores with names by curvlinops-diffusion score."
         )
     try:
         sizes = (len(header["queries"]), len(header["train"]))
@@ -128,26 +122,5 @@ def header_and_scores(path: Path) -> tuple[dict[str, Any], Tensor | StoredScores
         if not isinstance(header, dict):
             raise SCORES.damaged(path, f"it is of type {type(header).__name__}")
         return header, tensors.get("scores", torch.empty(0))
-    for needed in (path, _index(path)):
-        if not needed.is_file():
-            raise ValueError(f"There is no file '{needed}'. {SCORES.advice}")
-    try:
-        raw = path.read_bytes()
-        header = dict(json.loads(_index(path).read_text()))
-        scores_QN = torch.from_numpy(np.load(io.BytesIO(raw), allow_pickle=False))
-    except Exception as error:  # numpy's reader raises many kinds
-        raise SCORES.damaged(path, f"{type(error).__name__}: {error}") from error
-    if header.get("header_sha256", "") not in ("", _digest(header)):  # older files have none
-        raise SCORES.damaged(_index(path), "it is not what was written")
-    same = header.get("sha256", "") in ("", sha256(raw).hexdigest())
-    return header, scores_QN if same else None
-
-
-def _digest(header: dict[str, Any]) -> str:
-    """Of all of an index but the digest itself."""
-    rest = {key: value for key, value in header.items() if key != "header_sha256"}
-    return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _index(path: Path) -> Path:
-    return path.with_suffix(".index.json")
+    header, array = read_array(path)
+    return header, None if array is None else torch.from_numpy(array)

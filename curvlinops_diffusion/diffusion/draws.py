@@ -190,6 +190,15 @@ class Draws:
             ]
         )
 
+    def signs(self, n: int, r: int, k: int, size: int) -> Tensor:
+        """Random signs ``k`` along which draw ``r`` of example ``n`` is measured, shape ``[size]``.
+
+        Independent of each other for all ``(n, r, k)``, both draws of a pair included, and of the
+        loss vectors that curvature is made from.
+        """
+        generator = _generator(self.seed, _Stream.SIGNS, n, self._of_whole(r), k)
+        return torch.from_numpy(_unit_probe(generator, size, ProbeType.RADEMACHER))
+
 
 def make_draws(
     timesteps: Any,

@@ -32,6 +32,7 @@ class _Stream(IntEnum):
     OFFSET = 7
     PERTURBATION = 8
     POSITIONS = 9
+    SIGNS = 10
 
 
 def _generator(

@@ -39,6 +39,8 @@ from curvlinops_diffusion.runtime.processes import Share
 
 #: Bytes of gradients that are held at once, unless somebody says otherwise.
 GRADIENT_BYTES = 2**31
+# units in the last place by which equal scores may differ
+_ROUNDING = 8
 
 One = ExampleGradientLinearOperator
 Gradients = One | Sequence[One | Sequence[One]]
@@ -169,7 +171,8 @@ def averaged_scores(scores: Sequence[Tensor], weights: Sequence[float] | None = 
         weights: Of the methods; ``None`` for equal ones.
 
     Returns:
-        Their mean, ``[Q, N]``, query by query; a query whose scores are all equal counts as zero.
+        Their mean, ``[Q, N]``, query by query. Scores of a query that are all equal, or differ by
+        no more than rounding, count as zero: their order says nothing.
 
     Raises:
         ValueError: If they have several shapes, there are none, or not as many weights above zero.
@@ -185,8 +188,12 @@ def averaged_scores(scores: Sequence[Tensor], weights: Sequence[float] | None = 
         )
     total_QN = torch.zeros_like(scores[0])
     for one_QN, factor in zip(scores, factors, strict=True):
-        spread_Q1 = one_QN.std(1, keepdim=True)
-        total_QN += factor * one_QN / spread_Q1.where(spread_Q1 > 0, torch.ones_like(spread_Q1))
+        # a single example has no spread, and no degree of freedom to lose
+        spread_Q1 = one_QN.std(1, keepdim=True, correction=min(1, one_QN.shape[1] - 1))
+        # of the range: the standard deviation of equal numbers is a rounding error, not zero
+        range_Q1 = one_QN.amax(1, keepdim=True) - one_QN.amin(1, keepdim=True)
+        rounding_Q1 = _ROUNDING * torch.finfo(one_QN.dtype).eps * one_QN.abs().amax(1, keepdim=True)
+        total_QN += (factor * one_QN / spread_Q1).masked_fill(range_Q1 <= rounding_Q1, 0.0)
     return total_QN / sum(factors)
 
 

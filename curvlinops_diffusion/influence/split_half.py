@@ -17,6 +17,8 @@ from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.consumers import PairwiseScores
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.ranks import mean_ranks
+from curvlinops_diffusion.influence.score_files import HALVES
 from curvlinops_diffusion.influence.scorers import InnerProducts, Scorer
 from curvlinops_diffusion.influence.scores import (
     preconditioned_columns,
@@ -68,9 +70,11 @@ class SplitHalfScores:
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
-    """Spearman's correlation of corresponding rows, ``[Q]``; undefined (NaN) for constant ones."""
-    ranks = [scores.argsort(1).argsort(1).double() for scores in (first, second)]
-    a, b = (r - r.mean(1, keepdim=True) for r in ranks)
+    """Spearman's correlation of corresponding rows, ``[Q]``; undefined (NaN) for constant ones.
+
+    Ties share their mean rank.
+    """
+    a, b = (r - r.mean(1, keepdim=True) for r in map(mean_ranks, (first, second)))
     return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
 
 
@@ -173,7 +177,7 @@ def _halves(J: ExampleGradientLinearOperator) -> list[ExampleGradientLinearOpera
 
 
 # of the scores of all draws, and of either half
-_NAMES = ("scores", "first", "second")
+_NAMES = ("scores", *HALVES)
 
 
 class _HalvedProducts(Scorer):

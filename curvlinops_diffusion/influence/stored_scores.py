@@ -14,12 +14,20 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from curvlinops_diffusion.influence.consumers import OwnScores, TopInfluences, TopScores
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.score_files import SCORES, SHARD, shards_of
+from curvlinops_diffusion.influence.score_files import (
+    HALVES,
+    SCORES,
+    SHARD,
+    other_array,
+    read_array,
+    shards_of,
+)
 from curvlinops_diffusion.influence.scorers import InnerProducts, Scorer
 from curvlinops_diffusion.influence.scores import (
     curvature_settings,
@@ -34,6 +42,7 @@ from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checkpoints import forget
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
+from curvlinops_diffusion.runtime.files import FileKind
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 from curvlinops_diffusion.runtime.processes import ALONE, Share
 
@@ -44,7 +53,7 @@ class StoredScores:
     Each process has written the columns of the examples that it has seen, a file for each block of
     queries, beside a file that names them all. ``stored[q]`` are the scores of a query, ``[N]``;
     ``len(stored)``, iteration and ``stored.shape`` are as a tensor's. Files of the program's
-    ``score`` are opened alike, with ``--sharded`` or without.
+    ``score`` are opened alike, with ``--sharded`` or without, ``.safetensors`` or ``.npy``.
 
     Made by :meth:`create`, opened by :meth:`open`.
 
@@ -69,6 +78,7 @@ class StoredScores:
         self.shape: tuple[int, int] = (int(header["shape"][0]), int(header["shape"][1]))
         self._path = path
         self._name = "scores"
+        self._array: np.ndarray | None = None  # of an .npy file, which is read whole
         self._blocks: dict[range, list[Path]] = {}
         for entry in header["shards"]:
             if entry["examples"] > 0:
@@ -133,13 +143,20 @@ class StoredScores:
             ValueError: If one is missing, damaged or of something else.
         """
         path = Path(path)
-        header = SCORES.read_header(path)
+        array = None
+        if path.suffix == ".npy":
+            header, array = read_array(path)
+            if array is None:
+                raise other_array(path)
+        else:
+            header = SCORES.read_header(path)
         try:
             if "shards" not in header:  # it holds the scores itself
                 shape = [len(header["queries"]), len(header["train"])]
                 header = header | {"shards": [], "shape": shape}
                 stored = cls(path, header)
                 stored._blocks = {range(stored.shape[0]): [path]}
+                stored._array = array
             else:
                 stored = cls(path, header)
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
@@ -163,9 +180,22 @@ class StoredScores:
         return (self[q] for q in range(len(self)))
 
     def named(self, name: str) -> StoredScores:
-        """Other scores of the same files: ``first`` or ``second``, of halves of the draws."""
+        """Other scores of the same files: ``first`` or ``second``, of halves of the draws.
+
+        Raises:
+            ValueError: If the files have none, or the name is another.
+        """
+        of_halves = dict(zip(("first", "second"), HALVES, strict=True))
+        if name not in (*of_halves, *HALVES, "scores"):
+            raise ValueError(f"named({name!r}): pass 'first' or 'second', halves of the draws.")
         other = copy(self)
-        other._name = name
+        other._name = of_halves.get(name, name)
+        if other._name not in self._names():
+            raise ValueError(
+                f"'{self._path}' has no scores of halves of the draws. Make it by "
+                "StoredScores.create with halves=True, or by curvlinops-diffusion score into a "
+                ".safetensors file with multiples of 4 as --num-draws and --query-draws."
+            )
         return other
 
     def rows(self, queries: range) -> Tensor:
@@ -197,6 +227,16 @@ class StoredScores:
 
     # ---------------------------------------------------------------------------------------------
 
+    def _names(self) -> set[str]:
+        """The names of the scores that the files hold."""
+        if self._array is not None or not self._blocks:
+            return {"scores"}
+        file = next(iter(self._blocks.values()))[0]
+        return self._kind(file).names(file)
+
+    def _kind(self, file: Path) -> FileKind:
+        return SCORES if file == self._path else SHARD
+
     def _block_rows(self, block: range, queries: range) -> Tensor:
         found = None
         for columns, scores_qn in self._columns(block, queries):
@@ -211,8 +251,10 @@ class StoredScores:
         rows = slice(queries.start - block.start, queries.stop - block.start)
         index = self._index_of(block)
         for file, columns in zip(self._blocks[block], index, strict=True):
-            kind = SCORES if file == self._path else SHARD
-            yield columns, kind.read_rows(file, self._name, rows)
+            if self._array is None:
+                yield columns, self._kind(file).read_rows(file, self._name, rows)
+            else:
+                yield columns, torch.from_numpy(self._array[rows])
 
     def _index_of(self, block: range) -> list[Tensor]:
         """The examples of each file of a block; those of the latest block are kept."""
@@ -239,9 +281,18 @@ class StoredScores:
         covered = sorted(q for block in self._blocks for q in block)
         if covered != list(range(Q)):
             raise SCORES.damaged(self._path, f"files of other queries than {Q}")
+        if self._array is not None:  # whose digest was checked as it was read
+            if self._array.shape != (Q, N):
+                raise SCORES.damaged(self._path, f"{self._array.shape} scores for {Q} x {N} names")
+            return
         for block, files in self._blocks.items():
             for file in files:
-                (SCORES if file == self._path else SHARD).read(file, wanted=())
+                self._kind(file).read(file, wanted=())
+                last_qn = self._kind(file).read_rows(file, "scores", slice(len(block) - 1, None))
+                if len(last_qn) != 1:
+                    raise SCORES.damaged(self._path, f"other queries in '{file.name}'")
+                if file == self._path and last_qn.shape[1] != N:
+                    raise SCORES.damaged(self._path, f"scores of other examples than {N}")
             columns = torch.cat(self._index_of(block)).sort().values
             if not torch.equal(columns, torch.arange(N)):
                 raise SCORES.damaged(self._path, f"files of other examples than {N}")
@@ -289,7 +340,7 @@ def write_shards(
     """
     check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
     share, N = Share.of(passes.distributed), J_train.shape[0]
-    token = digest_of([identity, halves])[:12]
+    token = digest_of([identity, HALVES if halves else ()])[:12]
     shards = []
     for queries in query_blocks(J_query, query_block):
         prefix = f"{path.stem}.{token}.{queries.start}to{queries.stop}"

@@ -202,6 +202,16 @@ class FileKind:
                 raise self._not_whole(path, error) from error
         return found
 
+    def names(self, path: Path) -> set[str]:
+        """The names of the tensors, of which none is read.
+
+        Raises:
+            ValueError: As :meth:`read`.
+        """
+        with self._open(path) as file:
+            self._header(path, file)
+            return set(file.keys()) - {_LONG_HEADER}
+
     def holds(self, path: Path) -> bool:
         """Tell whether a file can be read, and is of this kind."""
         try:

@@ -19,8 +19,10 @@ from curvlinops_diffusion import (
 from curvlinops_diffusion.cli.images.images import open_images
 from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.measured_files import read_measured
+from curvlinops_diffusion.cli.page.rankings import rows_of
 from curvlinops_diffusion.cli.program import run
-from curvlinops_diffusion.cli.score_files import read_scores
+from curvlinops_diffusion.cli.score_files import read_scores, write_scores
+from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
 from tests.cases import stopped, tiny_unet
 from tests.cli.cases import COUNT, arguments
 from tests.cli.test_adapters import config, peft_folder, trained
@@ -260,3 +262,61 @@ def test_groups(tmp_path, fitted):
     assert (tmp_path / "plan" / "without_dogs.txt").read_text() == "cats/image0.png\n"
     plan[1] = fitted / "train"
     assert run(words("validate", "plan", *plan, "--overwrite")) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "measurement", "chosen"),
+    [
+        ("scores", "loss", [0, 1]),
+        ("scores", "elbo", [0, 1]),
+        ("scores", "log_likelihood", [COUNT - 2, COUNT - 1]),  # which falls without them
+        ("scores", "squared_norm", None),
+        ("scores", "signed_prediction", None),
+        ("scores", "mine:0123", None),
+        ("Random", "loss", None),
+    ],
+)
+def test_removals_are_of_helpful_images(fitted, tmp_path, capsys, name, measurement, chosen):
+    """As the report has it; refused where neither sign means helpful."""
+    scores = torch.linspace(1, -1, COUNT).unsqueeze(0)
+    names = {"train": [f"image{n}.png" for n in range(COUNT)], "queries": ["q.png"]}
+    path = tmp_path / f"{name}.safetensors"
+    write_scores(path, scores, names, {"query": {"measurement": measurement}})
+    plan = ["--data", fitted / "train", "--output", tmp_path / "plan", "--kind", "removals"]
+    code = run(words("validate", "plan", *plan, "--scores", path, "--remove", 2))
+    if chosen is None:
+        assert code == 2
+        told = capsys.readouterr().err
+        wanted = "Rename the file" if name == "Random" else "neither sign means helpful"
+        assert wanted in told
+        return
+    assert code == 0
+    found = RetrainingPlan.open(tmp_path / "plan")
+    left_out = found.left_out[found.parts.index("scores_0_2")].nonzero().flatten().tolist()
+    assert left_out == chosen
+    better = MEASUREMENTS[measurement].better
+    assert sorted(rows_of(scores[0], 2, better)[0].indices) == chosen
+
+
+def test_a_judgement_of_constant_scores(measured, tmp_path, capsys):
+    """Undefined, said so, and no invalid JSON; the other query's score stays."""
+    scores, header = read_scores(measured / "scores.safetensors")
+    names = {key: header[key] for key in ("train", "queries")}
+    common = ["--plan", measured / "plan", "--measured", measured / "measured.safetensors"]
+    for name, constant in (("one", [1]), ("both", [0, 1])):
+        changed = scores.clone()
+        changed[constant] = 0.1
+        write_scores(tmp_path / f"{name}.safetensors", changed, names, header["identity"])
+    files = [tmp_path / "both.safetensors", tmp_path / "one.safetensors"]
+    for output in ("o.json", "o.html"):
+        given = [*common, "--scores", *files, "--output", tmp_path / output]
+        assert run(words("validate", "judge", *given)) == 0
+    told = capsys.readouterr().err
+    assert "both: undefined [undefined, undefined]; undefined for 2 of 2 queries" in told
+    assert "undefined for 1 of 2 queries, left out" in told
+    text = (tmp_path / "o.json").read_text()
+    assert "NaN" not in text
+    both, one = json.loads(text)["methods"]
+    assert (both["lds"], both["interval"]) == (None, [None, None])
+    assert one["lds"] == one["per_query"][0]
+    assert one["minus_first"]["difference"] is None

@@ -171,6 +171,26 @@ def test_scores_in_units_of_their_spread():
         averaged_scores([one, other[:1]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_scores_count_as_zero(dtype):
+    """Though their standard deviation is a rounding error, and they may differ by one as well."""
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 7, 10_001):
+        other = torch.randn(2, count, generator=generator, dtype=dtype)
+        for constant in (0.0, 0.1, -3e7, 1e-20):
+            equal = torch.full((2, count), constant, dtype=dtype)
+            assert (averaged_scores([equal]) == 0).all()
+            equal[:, ::3] *= 1 + torch.finfo(dtype).eps
+            assert (averaged_scores([equal]) == 0).all()
+            if count > 1:
+                alone = other / other.std(1, keepdim=True)
+                assert torch.equal(averaged_scores([equal, other]), alone / 2)
+    small = 1 + 1e-4 * torch.tensor([[1.0, -1.0, 0.5]], dtype=dtype)  # what differs by more
+    assert torch.equal(averaged_scores([small]), small / small.std(1, keepdim=True))
+    undefined = torch.tensor([[torch.nan, 1.0, 2.0]], dtype=dtype)
+    assert averaged_scores([undefined]).isnan().all()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def validate_judge(options: ValidateJudgeOptions) -> None:
     else:
         scores = _named_scores(options.scores or [], plan, header)
         found |= _scored(plan, values_SMQ, scores, options.bootstrap)
+    found = _plain(found)
     text = json.dumps(found, indent=1) if options.output.suffix == ".json" else _page(found)
     write_bytes(options.output, text.encode())
     event("judged", file=str(options.output), **found)
@@ -99,7 +101,13 @@ def _named_scores(
         of = MEASUREMENTS.get(own["identity"].get("query", {}).get("measurement", ""))
         # a log-likelihood falls where a loss rises
         opposite = of is not None and (of.better is Better.HIGHER) != (better is Better.HIGHER)
-        found[name] = -whole(scores) if opposite else whole(scores)
+        scores_QN = whole(scores)
+        if not scores_QN.isfinite().all():
+            count = int((~scores_QN.isfinite()).sum())
+            raise ValueError(
+                f"'{path}' has {count} scores that are not finite. Pass scores that are."
+            )
+        found[name] = -scores_QN if opposite else scores_QN
     return found
 
 
@@ -129,22 +137,40 @@ def _removals(plan: RetrainingPlan, values_SMQ: Tensor) -> list[dict[str, Any]]:
     return [{"removed": k, **vars(effect)} for k, effect in effects.items()]
 
 
+def _plain(value: Any) -> Any:
+    """Plain values with ``None`` in place of undefined numbers, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def _text(value: float | None, form: str) -> str:
+    """A number as text; ``None`` as undefined."""
+    return "undefined" if value is None else format(value, form)
+
+
 def _lines(found: dict[str, Any]) -> list[str]:
-    """What was found, for people."""
+    """Say what was found, for people."""
     if "removals" in found:
         return [
-            f"Without the {row['removed']} most helpful images: {row['change']:+.1%} ± "
-            f"{row['error']:.1%}; without random ones {row['control']:+.1%}"
+            f"Without the {row['removed']} most helpful images: {row['change']:+.1%}"
+            + ("" if row["error"] is None else f" ± {row['error']:.1%}")
+            + ("" if row["control"] is None else f"; without random ones {row['control']:+.1%}")
             for row in found["removals"]
         ]
     lines = []
     for row in found["methods"]:
-        low, high = row["interval"]
-        line = f"{row['method']}: {row['lds']:.3f} [{low:.3f}, {high:.3f}]"
+        low, high = (_text(end, ".3f") for end in row["interval"])
+        line = f"{row['method']}: {_text(row['lds'], '.3f')} [{low}, {high}]"
         if "minus_first" in row:
             minus = row["minus_first"]
-            low, high = minus["interval"]
-            line += f", {minus['difference']:+.3f} [{low:+.3f}, {high:+.3f}] to the first"
+            low, high = (_text(end, "+.3f") for end in minus["interval"])
+            line += f", {_text(minus['difference'], '+.3f')} [{low}, {high}] to the first"
+        undefined = sum(score is None for score in row["per_query"])
+        if undefined:
+            line += f"; undefined for {undefined} of {found['queries']} queries, left out"
         lines.append(line)
     if found["ceiling"] is not None:
         lines.append(
@@ -157,9 +183,14 @@ def _lines(found: dict[str, Any]) -> list[str]:
 def _page(found: dict[str, Any]) -> str:
     figure = None
     if "methods" in found:
-        rows = [(row["method"], row["lds"], *row["interval"]) for row in found["methods"]]
+        rows = [
+            (row["method"], row["lds"], *row["interval"])
+            for row in found["methods"]
+            if row["lds"] is not None
+        ]
         figure = intervals(rows, found["ceiling"])
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = _text
     return environment.from_string(TEMPLATE.read_text()).render(
         figure=figure, quantity=MEASUREMENTS[found["measurement"]].quantity, **found
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from curvlinops_diffusion.cli.images.images import NamedImages, open_images
 from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.options import ValidatePlanOptions
 from curvlinops_diffusion.cli.score_files import read_scores, whole
-from curvlinops_diffusion.influence.validation.plans import HEADER, RetrainingPlan
+from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
+from curvlinops_diffusion.influence.validation.plans import HEADER, Removal, RetrainingPlan
 
 
 def validate_plan(options: ValidatePlanOptions) -> None:
@@ -57,6 +59,13 @@ def _plan(options: ValidatePlanOptions, images: NamedImages) -> RetrainingPlan:
         sizes = [int(size) for size in options.remove]
     except ValueError:
         raise ValueError(f"--remove {' '.join(options.remove)}: pass whole numbers.") from None
+    assert options.scores is not None
+    method = options.scores.stem
+    if method.lower() in (Removal.NOTHING, Removal.CONTROL):
+        raise ValueError(
+            f"Parts are named after '{options.scores}', and controls are called "
+            f"'{method.lower()}'. Rename the file."
+        )
     scores, header = read_scores(options.scores)
     scored = header.get("sources")
     if header["train"] != images.names or scored not in (None, images.source_digests()):
@@ -64,4 +73,22 @@ def _plan(options: ValidatePlanOptions, images: NamedImages) -> RetrainingPlan:
             f"'{options.scores}' is of other training images than '{options.data}' holds. Pass "
             "those that were scored."
         )
-    return RetrainingPlan.removals(whole(scores), sizes, method=options.scores.stem, seed=seed)
+    helpful = _sign_of_help(options.scores, header) * whole(scores)
+    return RetrainingPlan.removals(helpful, sizes, method=method, seed=seed)
+
+
+def _sign_of_help(path: Path, header: dict[str, Any]) -> int:
+    """The sign that helpful images have in a file of scores; older files are of the loss.
+
+    Raises:
+        ValueError: If neither sign means helpful, or nothing is known of what was measured.
+    """
+    name = header["identity"].get("query", {}).get("measurement", "loss")
+    signs = {known: entry.better.helpful_sign for known, entry in MEASUREMENTS.items()}
+    if not signs.get(name):
+        fit = ", ".join(known for known, sign in signs.items() if sign)
+        raise ValueError(
+            f"'{path}' has scores of {name}, of which neither sign means helpful, so that nothing "
+            f"is most helpful by it. Pass scores of one of {fit}: score --measurement …"
+        )
+    return signs[name]

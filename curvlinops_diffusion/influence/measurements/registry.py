@@ -19,6 +19,11 @@ class Better(Enum):
     HIGHER = "higher is better, so here negative means helpful"
     NEITHER = "neither sign means helpful"
 
+    @property
+    def helpful_sign(self) -> int:
+        """The sign of scores that means helpful; 0 if neither does."""
+        return {Better.LOWER: 1, Better.HIGHER: -1, Better.NEITHER: 0}[self]
+
 
 @dataclass(frozen=True)
 class NamedMeasurement:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.data import CleanBatch
-from curvlinops_diffusion.diffusion.draws import make_draws
+from curvlinops_diffusion.diffusion.draws import Draws, make_draws
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
@@ -107,9 +107,9 @@ def das_scores(
 
     ``1/R² Σ_r ‖J_qr Φᵀ (ΦΦᵀ + λ)⁻¹ e_n‖²`` over the query's draws, with gradients ``Φ`` of the
     training losses (each a residual times a Jacobian), the squared norm being estimated without
-    bias from random signs, others at each noise level. It says how much, not whether for better or
-    worse: scores are never negative. The authors' code takes gradients of the output's
-    mean for the kernel, applies residuals apart, and divides by one minus the leverage.
+    bias from random signs, independent for every query, draw and probe. It says how much, not
+    whether for better or worse: scores are never negative. The authors' code takes gradients of the
+    output's mean for the kernel, applies residuals apart, and divides by one minus the leverage.
 
     Source: Lin et al., 2025; checked against a dense squared norm (``tests``).
 
@@ -129,9 +129,10 @@ def das_scores(
     check_positive("ridge", ridge)
     check_count("num_probes", num_probes)
     train_NP = J_train.rows()
+    draws = replace(J_query.regression.draws, seed=seed)
     crosses = []
-    for probe in range(num_probes):
-        J = _measuring(J_query, ProbedPrediction(num_probes * seed + probe))
+    for number in range(num_probes):
+        J = _measuring(J_query, ProbedPrediction(draws, number))
         crosses.append(J.rows() @ train_NP.T)
     scores = ridge_solution(torch.cat(crosses), train_NP @ train_NP.T, ridge)
     squares_QN = scores.reshape(num_probes, -1, len(train_NP)).square().mean(0)
@@ -140,21 +141,37 @@ def das_scores(
 
 @dataclass(frozen=True)
 class ProbedPrediction:
-    """The prediction's component along random signs that are others at each noise level.
+    """The prediction's component along random signs, independent for every example and draw.
+
+    Products of the signs of two draws are zero on average, whatever the draws share: squares of a
+    mean over draws have no cross terms.
 
     Attributes:
-        seed: The seed of the signs.
+        draws: Those of the regression that is measured; their seed is that of the signs.
+        number: Of the probe.
     """
 
-    seed: int
+    draws: Draws
+    number: int = 0
 
     def __call__(self, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
         """The component of each prediction, ``[B]``."""
-        signs = []
-        for level in batch.level_B.tolist():
-            generator = torch.Generator().manual_seed(1_000_003 * self.seed + int(level))
-            signs.append(torch.randint(2, prediction_BD.shape[1:], generator=generator))
-        return (prediction_BD * (2 * torch.stack(signs) - 1).to(prediction_BD)).sum(1)
+        D = prediction_BD.shape[1]
+        rows = zip(batch.indices, _draw_numbers(batch), strict=True)
+        signs_BD = torch.stack([self.draws.signs(n, r, self.number, D) for n, r in rows])
+        return (prediction_BD * signs_BD.to(prediction_BD)).sum(1)
+
+
+def _draw_numbers(batch: NoisedBatch) -> list[int]:
+    """The number of each row's draw; an example's draws follow each other."""
+    draw = torch.as_tensor(batch.draw)
+    if draw.ndim:
+        return draw.tolist()
+    numbers: list[int] = []
+    for place, n in enumerate(batch.indices):
+        goes_on = place > 0 and n == batch.indices[place - 1]
+        numbers.append(numbers[-1] + 1 if goes_on else int(draw))
+    return numbers
 
 
 class JourneyRegression(NoisedRegression):

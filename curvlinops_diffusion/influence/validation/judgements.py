@@ -6,14 +6,19 @@ Legend: M parts, S seeds, Q queries, N training examples, K resamples.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from curvlinops_diffusion.influence.ranks import (
+    rank_correlations,
+    rank_correlations_without_each,
+    ranks_beyond_rounding,
+)
+from curvlinops_diffusion.influence.validation.crossed import CrossedMean
+from curvlinops_diffusion.influence.validation.plans import Removal
 from curvlinops_diffusion.runtime.checks import check_count
-
-# the quantiles of an interval
-_INTERVAL = (0.025, 0.975)
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,43 +28,90 @@ class LinearDatamodellingScore:
     Attributes:
         per_query: The rank correlation of predicted and measured values over parts, float64
             ``[Q]``; NaN where one of them is the same for all parts.
-        resampled: The mean over queries in each resample of parts and queries, ``[K]``; NaN for
-            one in which all parts are the same.
-        agreement: The mean rank correlation between measurements of two seeds; ``None`` for one.
-        ceiling: The score that a predictor of the expectation over seeds would have; ``None`` for
-            one seed.
+        compared: Predicted and measured values, or numbers of the same order, ``[2, Q, M]``.
+        bootstrap: The number ``K`` of resamples.
+        seed: Their seed.
+        agreement: The mean rank correlation between measurements of two seeds; ``None`` for one,
+            NaN where it is undefined for all queries.
+        ceiling: The score that a predictor of the expectation over seeds would have; likewise.
     """
 
     per_query: Tensor
-    resampled: Tensor
+    compared: Tensor
+    bootstrap: int
+    seed: int
     agreement: float | None = None
     ceiling: float | None = None
 
     @property
     def mean(self) -> float:
-        """The mean over queries."""
-        return float(self.per_query.mean())
+        """The mean over the queries for which the score is defined; NaN if there are none."""
+        return float(self.per_query[self._defined].mean())
+
+    @property
+    def resampled(self) -> Tensor:
+        """The mean in each resample of parts and queries, without the bias of few parts, ``[K]``.
+
+        Its spread is the error of :attr:`mean` under other parts *and* other queries.
+        """
+        return self._crossed.resampled(self.bootstrap, self.seed)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 2.5 and 97.5 % quantiles of the mean in the bootstrap over parts and queries."""
-        return _interval(self.resampled)
+        """The 95 % interval of the score under very many parts and queries.
+
+        Two-sided quantiles of :attr:`resampled`, within −1 and 1; NaN where the mean is.
+        """
+        low, high = self._crossed.interval(self.bootstrap, self.seed, self.mean)
+        return max(low, -1.0), min(high, 1.0)
 
     def minus(self, other: LinearDatamodellingScore) -> tuple[float, tuple[float, float]]:
-        """How much better than another method's, and the interval of that, on the same resamples.
+        """How much better than another method's, and the 95 % interval of that.
 
-        Narrower than either's own: what parts and queries have in common is taken away.
+        Over the queries for which both are defined. What parts and queries do to both methods
+        alike cancels: intervals of two scores may overlap where that of the difference is above
+        zero.
 
         Raises:
-            ValueError: If it is of other queries or resamples.
+            ValueError: If it is of other queries, parts or resamples.
         """
-        shapes = [(tuple(x.per_query.shape), tuple(x.resampled.shape)) for x in (self, other)]
-        if shapes[0] != shapes[1]:
+        own, others = (
+            {
+                "(queries, parts)": tuple(x.compared[1].shape),
+                "resamples": x.bootstrap,
+                "seed": x.seed,
+            }
+            for x in (self, other)
+        )
+        if own != others:
             raise ValueError(
-                f"Scores of {shapes[0][0]} and {shapes[1][0]} queries in {shapes[0][1]} and "
-                f"{shapes[1][1]} resamples arrived. Judge both by the same measurements, options."
+                f"The scores are of {own} and of {others}. Judge both by the same measurements, "
+                "with the same options."
             )
-        return self.mean - other.mean, _interval(self.resampled - other.resampled)
+        both = self._defined & other._defined
+        difference = float(self.per_query[both].mean() - other.per_query[both].mean())
+        crossed = CrossedMean((self._pseudovalues - other._pseudovalues)[:, both])
+        return difference, crossed.interval(self.bootstrap, self.seed, difference)
+
+    @property
+    def _defined(self) -> Tensor:
+        return self.per_query.isfinite()
+
+    @property
+    def _crossed(self) -> CrossedMean:
+        return CrossedMean(self._pseudovalues[:, self._defined])
+
+    @cached_property
+    def _pseudovalues(self) -> Tensor:
+        """Of the jackknife, ``M ρ_q − (M − 1) ρ_q(without part m)``, ``[M, Q]``; NaN as ``ρ_q``.
+
+        Their means over parts are ``ρ_q`` without its bias of order ``1 / M``.
+        """
+        pairs = zip(*self.compared, strict=True)
+        without_MQ = torch.stack([rank_correlations_without_each(*pair) for pair in pairs], 1)
+        M = len(without_MQ)
+        # where all parts but one are tied, these order nothing
+        return M * self.per_query - (M - 1) * without_MQ.nan_to_num()
 
 
 def linear_datamodelling_score(
@@ -79,20 +131,27 @@ def linear_datamodelling_score(
         LDS_q = ρ( Σ_{n ∉ part} τ(q, n),  m_q(part) )
 
     Positive if scores are as in :func:`~curvlinops_diffusion.influence_scores`: for a loss, what is
-    helpful raises it when left out. Ties share their mean rank. Parts *and* queries are drawn with
-    replacement for the interval, the same for all methods that are judged with the same ``seed``.
+    helpful raises it when left out. Ties share their mean rank; sums that differ by no more than
+    rounding are ties. A query whose scores or values are the same for all parts has no score (NaN)
+    and is left out of the mean.
 
-    With ``S`` seeds their mean is predicted. With the correlation ``r`` between two seeds it has
-    the reliability ``S r / (1 + (S - 1) r)``, whose root is the ceiling (Spearman, 1910; Brown,
-    1910).
+    The interval speaks of other parts and other queries: with the jackknife's pseudo-values of
+    parts ``m`` and queries ``q`` as a two-way table, the variance of their mean is that over parts
+    plus that over queries minus that of single cells, which both contain
+    (:class:`~curvlinops_diffusion.influence.validation.crossed.CrossedMean`). Its coverage in
+    simulations is 0.93 to 0.97 (``tests``).
 
-    Source: Park et al., 2023.
+    With ``S`` seeds their mean is predicted. With the correlation ``r > 0`` between two seeds it
+    has the reliability ``S r / (1 + (S - 1) r)``, whose root is the ceiling (Spearman, 1910; Brown,
+    1910); seeds that do not agree have the ceiling zero.
+
+    Source: Park et al., 2023; Efron & Stein, 1981 (jackknife); Owen, 2007 (crossed variances).
 
     Args:
         scores: Scores ``τ``, ``[Q, N]``.
         left_out: The training examples that each part leaves out, bool ``[M, N]``.
         measured: Measured values, ``[M, Q]``, or of several seeds, ``[S, M, Q]``.
-        bootstrap: The number ``K`` of resamples.
+        bootstrap: The number ``K`` of resamples for the interval.
         seed: Their seed.
 
     Raises:
@@ -110,64 +169,81 @@ def linear_datamodelling_score(
     left_out, scores_QN = left_out.cpu(), scores.detach().cpu().double()
     _check_shapes(scores_QN, left_out, measured_SMQ, measured)
     check_count("bootstrap", bootstrap)
-    predicted_QM = scores_QN @ left_out.double().T
+    predicted_QM = ranks_beyond_rounding(*_sums_over_left_out(scores_QN, left_out))
     measured_QM = measured_SMQ.mean(0).T
-    times_KM, times_KQ = (
-        _resampled(number, bootstrap, 2 * seed + which)
-        for which, number in enumerate(reversed(measured_QM.shape))
-    )
-    once_1M = torch.ones(1, measured_QM.shape[1], dtype=torch.float64)
-    times_KM = torch.cat([once_1M, times_KM])
-    pairs = zip(predicted_QM, measured_QM, strict=True)
-    every_KQ = torch.stack([_rank_correlation(x_M, y_M, times_KM) for x_M, y_M in pairs], 1)
-    per_query, every_KQ = every_KQ[0], every_KQ[1:]
-    times_KQ = times_KQ * every_KQ.isfinite()  # few parts may be one part many times
-    resampled_K = (times_KQ * every_KQ.nan_to_num()).sum(1) / times_KQ.sum(1)
+    per_query = rank_correlations(predicted_QM, measured_QM)
+    compared = torch.stack([predicted_QM, measured_QM])
     agreement = ceiling = None
     S = len(measured_SMQ)
     if S > 1:
         agreement = agreement_of_seeds(measured_SMQ)
-        reliability = S * agreement / (1 + (S - 1) * agreement)
-        ceiling = max(reliability, 0.0) ** 0.5
-    return LinearDatamodellingScore(per_query, resampled_K, agreement, ceiling)
+        ceiling = _ceiling(agreement, S)
+    return LinearDatamodellingScore(per_query, compared, bootstrap, seed, agreement, ceiling)
+
+
+def _sums_over_left_out(scores_QN: Tensor, left_out_MN: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of scores over what each part leaves out ``[Q, M]``, and their rounding error ``[Q]``.
+
+    What all scores of a query have in common is counted, not added up, so that it is the same for
+    parts of one size to the last bit.
+    """
+    left_out_NM = left_out_MN.double().T
+    common_Q1 = (scores_QN.amin(1, keepdim=True) + scores_QN.amax(1, keepdim=True)) / 2
+    rest_QN = scores_QN - common_Q1
+    sums_QM = rest_QN @ left_out_NM + common_Q1 * left_out_NM.sum(0)
+    eps = torch.finfo(torch.float64).eps
+    rounding_Q = eps * len(left_out_NM) ** 0.5 * rest_QN.abs().sum(1)
+    return sums_QM, rounding_Q
+
+
+def _ceiling(agreement: float, seeds: int) -> float:
+    """The root of the reliability of the mean of several seeds; zero if they do not agree."""
+    if agreement <= 0:  # where the formula has its pole, and beyond it wrong signs
+        return 0.0
+    return (seeds * agreement / (1 + (seeds - 1) * agreement)) ** 0.5
 
 
 def agreement_of_seeds(measured: Tensor) -> float:
     """The rank correlation over parts between two seeds, mean over pairs of seeds and queries.
 
+    Queries for which it is undefined are left out; NaN if it is for all of them.
+
     Args:
         measured: Measured values of at least two seeds, ``[S, M, Q]``.
     """
-    S, M, _ = measured.shape
-    once_1M = torch.ones(1, M, dtype=torch.float64)
-    found = [
-        _rank_correlation(x_M, y_M, once_1M)
-        for s in range(S)
-        for t in range(s)
-        for x_M, y_M in zip(measured[s].T.double(), measured[t].T.double(), strict=True)
-    ]
-    return float(torch.cat(found).mean())
+    values_SQM = measured.double().transpose(1, 2)
+    found = torch.cat(
+        [
+            rank_correlations(values_SQM[s], values_SQM[t])
+            for s in range(len(measured))
+            for t in range(s)
+        ]
+    )
+    return float(found[found.isfinite()].mean())
 
 
 @dataclass(frozen=True)
 class RemovalEffect:
-    """What removing images did to the value of the queries that they were chosen for.
+    """The change of queries' values by removing the images that were chosen for them.
 
     Attributes:
-        change: The change relative to training on everything, mean over queries.
-        error: Its standard error over queries.
-        control: The same for random images.
+        change: The change relative to the size of the value under training on everything, mean over
+            queries; its sign is that of the change.
+        error: Its standard error over queries; ``None`` for a single one.
+        control: The same change for random images; ``None`` if the plan has none.
     """
 
     change: float
-    error: float
-    control: float
+    error: float | None
+    control: float | None
 
 
 def removal_effects(
     parts: tuple[str, ...], measured: Tensor, method: str = "scores"
 ) -> dict[int, RemovalEffect]:
-    """What removing each query's most helpful images did to it, by how many were removed.
+    """Judge what removing each query's most helpful images did to it, by how many were removed.
+
+    A value of which lower is better should rise, one of which higher is better should fall.
 
     Source: Mlodozeniec et al., 2025 (retraining without top influences).
 
@@ -178,26 +254,42 @@ def removal_effects(
         method: What the scores are called in the plan.
 
     Raises:
-        ValueError: If the plan is no such plan.
+        ValueError: If the plan is no such plan, a value is not finite, or one under training on
+            everything is zero.
     """
     values_MQ = (measured.mean(0) if measured.ndim == 3 else measured).cpu().double()
+    _check_finite("measured", values_MQ)
     numbered = {part: m for m, part in enumerate(parts)}
-    own = [words for part in parts if (words := part.rsplit("_", 2))[0] == method]
-    if "all" not in numbered or not own:
+    removals = [removal for part in parts if (removal := Removal.parsed(part)) is not None]
+    own = [removal for removal in removals if removal.chosen_by == method]
+    if Removal.NOTHING not in numbered or not own or method == Removal.CONTROL:
         raise ValueError(
-            f"Parts {list(parts[:4])} … arrived, which are no removals by '{method}'. Make the "
-            "plan by RetrainingPlan.removals, and name its method."
+            f"Parts {list(parts[:4])} … are no removals by '{method}'. Make the plan by "
+            "RetrainingPlan.removals, and pass the method's name in it."
         )
-    base_Q = values_MQ[numbered["all"]]
+    base_Q = values_MQ[numbered[Removal.NOTHING]]
+    if not (base_Q != 0).all():
+        raise ValueError(
+            f"measured is 0 for query {int((base_Q == 0).nonzero()[0])} under the network of all "
+            "examples, so that no change is relative to it. Measure something that is not 0 there."
+        )
     effects = {}
-    for k in sorted({int(words[2]) for words in own}):
-        queries = [int(words[1]) for words in own if words[2] == str(k)]
-        without_Q = torch.stack([values_MQ[numbered[f"{method}_{q}_{k}"], q] for q in queries])
-        random = [m for p, m in numbered.items() if p.startswith("random_") and p.endswith(f"_{k}")]
+    for size in sorted({removal.size for removal in own}):
+        of_size = [removal for removal in own if removal.size == size]
+        queries = [removal.number for removal in of_size]
+        without_Q = torch.stack([values_MQ[numbered[r.part], r.number] for r in of_size])
         change_Q = (without_Q - base_Q[queries]) / base_Q[queries].abs()
-        control_Q = (values_MQ[random].mean(0) - base_Q) / base_Q.abs()
-        error = float(change_Q.std() / len(change_Q) ** 0.5)
-        effects[k] = RemovalEffect(float(change_Q.mean()), error, float(control_Q.mean()))
+        error = float(change_Q.std() / len(change_Q) ** 0.5) if len(change_Q) > 1 else None
+        random = [
+            numbered[removal.part]
+            for removal in removals
+            if (removal.chosen_by, removal.size) == (Removal.CONTROL, size)
+        ]
+        control = None
+        if random:
+            control_Q = (values_MQ[random].mean(0) - base_Q) / base_Q.abs()
+            control = float(control_Q.mean())
+        effects[size] = RemovalEffect(float(change_Q.mean()), error, control)
     return effects
 
 
@@ -220,35 +312,13 @@ def _check_shapes(
     if M < 3:
         raise ValueError(f"{M} parts arrived, over which nothing correlates. Pass at least 3.")
     for name, values in (("scores", scores_QN), ("measured", measured_SMQ)):
-        if not values.isfinite().all():
-            count = int((~values.isfinite()).sum())
-            raise ValueError(f"{name} arrived with {count} entries that are not finite.")
+        _check_finite(name, values)
 
 
-def _resampled(number: int, resamples: int, seed: int) -> Tensor:
-    """How often each of so many things is drawn, with replacement, ``[K, number]``."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(number, (resamples, number), generator=generator)
-    counts = torch.zeros(resamples, number, dtype=torch.float64)
-    return counts.scatter_add_(1, drawn, torch.ones_like(counts))
-
-
-def _rank_correlation(x_M: Tensor, y_M: Tensor, times_KM: Tensor) -> Tensor:
-    """Spearman's correlation in which each entry counts so many times, ``[K]``."""
-    ranks = []
-    for z_M in (x_M, y_M):
-        values, value_M = z_M.unique(return_inverse=True)  # in order
-        equal_KV = times_KM.new_zeros(len(times_KM), len(values)).index_add_(1, value_M, times_KM)
-        rank_KM = (equal_KV.cumsum(1) - equal_KV / 2)[:, value_M]  # those below, and half of ties
-        mean_K1 = (times_KM * rank_KM).sum(1, keepdim=True) / times_KM.sum(1, keepdim=True)
-        ranks.append(rank_KM - mean_K1)
-    a_KM, b_KM = ranks
-    covariance, own, other = (
-        (times_KM * z).sum(1) for z in (a_KM * b_KM, a_KM.square(), b_KM.square())
-    )
-    return covariance / (own * other).sqrt()
-
-
-def _interval(values_K: Tensor) -> tuple[float, float]:
-    low, high = values_K.nanquantile(torch.tensor(_INTERVAL, dtype=values_K.dtype)).tolist()
-    return low, high
+def _check_finite(name: str, values: Tensor) -> None:
+    if not values.isfinite().all():
+        count = int((~values.isfinite()).sum())
+        raise ValueError(
+            f"{name} arrived with {count} entries that are not finite. Compute these again, or "
+            "leave them out."
+        )

@@ -5,11 +5,12 @@ Legend: M parts, N training examples, Q queries, k examples removed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,42 @@ PLAN = FileKind(
 )
 #: The file of a plan's folder that holds all of it.
 HEADER = "plan.safetensors"
+# a network of the part is kept under its name, with these endings or without
+_ENDINGS = re.compile(r"(_seed[0-9]+|\.safetensors)$")
+_UNFIT = re.compile(r"[/\\\x00-\x1f]")
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A part that leaves out some examples, as its name says.
+
+    The name ends in two numbers, whatever a method is called: so no method's parts are another's.
+
+    Attributes:
+        chosen_by: The method that chose the examples; :attr:`CONTROL` for chance.
+        number: The query that they were chosen for, or the control's number.
+        size: How many there are.
+    """
+
+    #: The part that leaves out nothing
+    NOTHING: ClassVar[str] = "all"
+    #: In place of a method's name
+    CONTROL: ClassVar[str] = "random"
+
+    chosen_by: str
+    number: int
+    size: int
+
+    @property
+    def part(self) -> str:
+        """The part's name."""
+        return f"{self.chosen_by}_{self.number}_{self.size}"
+
+    @classmethod
+    def parsed(cls, part: str) -> Removal | None:
+        """Read a part's name; ``None`` if it is of something else."""
+        found = re.fullmatch(r"(.*)_(0|[1-9][0-9]*)_([1-9][0-9]*)", part, re.DOTALL)
+        return None if found is None else cls(found[1], int(found[2]), int(found[3]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,17 +160,21 @@ class RetrainingPlan:
             ValueError: If ``groups`` is of another kind.
         """
         groups_N = torch.as_tensor(groups)
-        if groups_N.ndim != 1 or groups_N.is_floating_point() or int(groups_N.max()) < 0:
+        of_numbers = groups_N.ndim == 1 and not groups_N.is_floating_point()
+        if not of_numbers or not (groups_N >= 0).any():
             raise ValueError(
                 f"groups arrived as {groups_N.dtype} of shape {tuple(groups_N.shape)}. Pass the "
                 "number of each example's group, [N]."
             )
         found = sorted(set(groups_N[groups_N >= 0].tolist()))
         left_out = torch.stack([groups_N == group for group in found])
+        if names is not None and len(names) <= found[-1]:
+            raise ValueError(
+                f"{len(names)} names arrived for groups up to number {found[-1]}. Pass one for "
+                "each group."
+            )
         labels = [str(group if names is None else names[group]) for group in found]
-        # parts are names of files
-        parts = tuple(f"without_{label.replace('/', '_')}" for label in labels)
-        return cls(left_out, parts, "groups", {"groups": found})
+        return cls(left_out, _group_parts(labels, found), "groups", {"groups": found})
 
     @classmethod
     def removals(
@@ -148,30 +189,36 @@ class RetrainingPlan:
         """Without each query's ``k`` most helpful examples; and, as controls, without random ones.
 
         Args:
-            scores: ``[Q, N]``, positive is helpful.
+            scores: ``[Q, N]``, positive is helpful: those of a measurement of which higher is
+                better (a log-likelihood) with the other sign.
             sizes: The numbers ``k``.
             method: What the scores are called, in the parts' names.
             num_controls: Random removals of each size, which serve all queries.
             seed: Of these.
 
         Raises:
-            ValueError: If a size is not between one and ``N - 1``.
+            ValueError: If scores are not finite, a size is not between one and ``N - 1`` or given
+                twice, or the method is called as controls are.
         """
+        _check_scores(scores)
         Q, N = scores.shape
-        if method in ("random", "all"):
+        # in any case of letters: some file systems take these for one name
+        if method.lower() in (Removal.CONTROL, Removal.NOTHING):
             raise ValueError(f"method={method!r} is what controls are called. Pass another name.")
-        wrong = [k for k in sizes if not 0 < k < N]
-        if wrong or not sizes:
-            raise ValueError(f"sizes={list(sizes)} arrived. Pass whole numbers from 1 to {N - 1}.")
+        whole = all(isinstance(k, int) and 0 < k < N for k in sizes)
+        if not sizes or not whole or len(set(sizes)) < len(sizes):
+            raise ValueError(
+                f"sizes={list(sizes)} arrived. Pass whole numbers from 1 to {N - 1}, each once."
+            )
         order_QN = scores.argsort(1, descending=True)
-        parts, rows = ["all"], [torch.zeros(N, dtype=torch.bool)]
+        parts, rows = [Removal.NOTHING], [torch.zeros(N, dtype=torch.bool)]
         generator = torch.Generator().manual_seed(seed)
         for k in sizes:
             for control in range(num_controls):
-                parts.append(f"random_{control}_{k}")
+                parts.append(Removal(Removal.CONTROL, control, k).part)
                 rows.append(_marked(torch.randperm(N, generator=generator)[:k], N))
             for q in range(Q):
-                parts.append(f"{method}_{q}_{k}")
+                parts.append(Removal(method, q, k).part)
                 rows.append(_marked(order_QN[q, :k].cpu(), N))
         info = {"method": method, "sizes": list(sizes), "queries": Q, "controls": num_controls}
         return cls(torch.stack(rows), tuple(parts), "removals", info | {"seed": seed})
@@ -185,8 +232,10 @@ class RetrainingPlan:
                 ``None`` to list their numbers.
 
         Raises:
-            ValueError: If names and examples do not fit, or the folder cannot be written to.
+            ValueError: If names and examples do not fit, two parts or endings of networks' names
+                would share a file, or the folder cannot be written to.
         """
+        _check_file_names(self.parts)
         if names is not None and len(names) != self.num_data:
             raise ValueError(f"{len(names)} names arrived for {self.num_data} training examples.")
         folder = Path(folder)
@@ -213,6 +262,61 @@ class RetrainingPlan:
             return cls(tensors["left_out"], tuple(header["parts"]), str(header["kind"]), info)
         except (KeyError, TypeError, ValueError) as error:
             raise PLAN.damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def _check_scores(scores: Tensor) -> None:
+    """Check that scores can be ordered.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    if scores.ndim != 2:
+        raise ValueError(
+            f"scores arrived with shape {tuple(scores.shape)}. Pass [queries, examples]."
+        )
+    undefined = (~scores.isfinite()).nonzero()
+    if len(undefined):
+        q, n = undefined[0].tolist()
+        raise ValueError(
+            f"scores has {len(undefined)} entries that are not finite, the first of query {q} and "
+            f"example {n} ({float(scores[q, n])}). They have no place in an order: compute these "
+            "scores again, or leave out their queries."
+        )
+
+
+def _group_parts(labels: Sequence[str], groups: Sequence[int]) -> tuple[str, ...]:
+    """Name each group's part after its label, with its number where that alone is no file's."""
+    parts: list[str] = []
+    taken: set[str] = set()
+    for label, group in zip(labels, groups, strict=True):
+        part = f"without_{_UNFIT.sub('_', label)}"
+        while part.casefold() in taken or _ENDINGS.search(part):
+            part = f"{part}_group{group}"
+        taken.add(part.casefold())
+        parts.append(part)
+    return tuple(parts)
+
+
+def _check_file_names(parts: Sequence[str]) -> None:
+    """Check that parts can be files, each its own, and their networks be told apart.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    unfit = [p for p in parts if not p or p.strip(".") == "" or "/" in p or _ENDINGS.search(p)]
+    if unfit:
+        raise ValueError(
+            f"Parts {unfit[:4]} cannot be files' names, which have no slash, and to which networks "
+            "add _seed0 or .safetensors. Pass other names."
+        )
+    first: dict[str, str] = {}
+    for part in parts:
+        other = first.setdefault(part.casefold(), part)
+        if other != part:
+            raise ValueError(
+                f"Parts '{other}' and '{part}' are one file where names have no case. Pass names "
+                "that differ by more."
+            )
 
 
 def _marked(indices: Tensor, num_data: int) -> Tensor:

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import spearmanr
+from scipy.stats import t as student
 
 from curvlinops_diffusion import (
     RetrainingPlan,
@@ -51,41 +52,124 @@ def test_the_truth_scores_one_and_its_negative_minus_one(plan):
     assert linear_datamodelling_score(-truth, plan.left_out, measured).mean == pytest.approx(-1)
 
 
-def test_resamples_are_of_parts_and_queries(plan):
-    """Each by hand: parts drawn with replacement, ranked anew; and then queries."""
-    truth, measured = retrained(plan)
-    found = linear_datamodelling_score(truth, plan.left_out, measured, bootstrap=20, seed=4)
-    predicted = truth @ plan.left_out.double().T
-    drawn = [
-        torch.randint(number, (20, number), generator=torch.Generator().manual_seed(seed))
-        for number, seed in ((M, 8), (Q, 9))
-    ]
-    for k in range(20):
-        parts, queries = drawn[0][k], drawn[1][k]
-        each = [
-            np.corrcoef(rankdata(predicted[q, parts]), rankdata(measured[parts, q]))[0, 1]
-            for q in queries
+def pseudovalues(predicted, measured):
+    """By SciPy, with each part taken out in turn, ``[M, Q]``."""
+
+    def rho(x, y):
+        return spearmanr(x, y).statistic
+
+    return np.array(
+        [
+            [
+                M * rho(x, y) - (M - 1) * rho(np.delete(x, m), np.delete(y, m))
+                for x, y in zip(predicted.numpy(), measured.numpy(), strict=True)
+            ]
+            for m in range(M)
         ]
-        assert found.resampled[k] == pytest.approx(np.mean(each), abs=1e-10)
+    )
 
 
-def test_the_interval_holds_the_truth_as_often_as_it_says():
-    """95 % of intervals of other retrained networks hold the score of very many of them."""
-    truth = draws(Q, N, seed=1)
-    scores = truth + draws(Q, N, seed=2)
+def variance_of_crossed_mean(table):
+    """Of the two-way analysis of variance, written out."""
+    rows, columns = table.mean(1), table.mean(0)
+    rest = table - rows[:, None] - columns + table.mean()
+    of_rows, of_columns = rows.var(ddof=1) / len(rows), columns.var(ddof=1) / len(columns)
+    of_cells = (rest**2).sum() / (len(rows) - 1) / (len(columns) - 1) / rest.size
+    return of_rows + of_columns - min(of_cells, max(of_rows, of_columns))
 
-    def score(parts, seed, **options):
-        plan = RetrainingPlan.random_subsets(N, parts, seed=seed)
-        measured = plan.left_out.double() @ truth.T + draws(parts, Q, seed=seed)
-        return linear_datamodelling_score(scores, plan.left_out, measured, **options)
 
-    # the queries are the same: the interval, which is of other queries too, is a little wide
-    exact = score(4000, 99, bootstrap=1).mean
-    inside = [
-        low <= exact <= high
-        for low, high in (score(M, seed, bootstrap=200).interval for seed in range(200))
-    ]
-    assert 0.9 < np.mean(inside) <= 1.0
+@pytest.mark.parametrize("rounded", [False, True])
+def test_the_interval_has_the_variance_of_parts_and_queries(plan, rounded):
+    """Of SciPy's correlations without each part, the noise of cells counted once."""
+    truth, measured = retrained(plan)
+    if rounded:  # ties
+        truth, measured = truth.round(), measured.round()
+    predicted = truth @ plan.left_out.double().T
+    found = linear_datamodelling_score(truth, plan.left_out, measured, bootstrap=4000)
+    table = pseudovalues(predicted, measured.T)
+    assert float(found.resampled.mean()) == pytest.approx(table.mean(), abs=0.01)
+    # four queries: Student's distribution has at least three degrees of freedom
+    spread, least = float(found.resampled.std()), variance_of_crossed_mean(table) ** 0.5
+    assert 0.98 * least < spread < 1.02 * least * student.ppf(0.975, 3) / 1.96
+    low, high = found.interval
+    assert low <= found.mean <= high <= 1
+    again = linear_datamodelling_score(truth, plan.left_out, measured, bootstrap=4000)
+    assert again.interval == found.interval
+
+
+def simulated(queries, parts, seed, shared=0.0, seeds=1):
+    """Two methods' scores, and values, of new queries and parts; and the parts.
+
+    Args:
+        queries: Their number.
+        parts: Their number.
+        seed: Of all.
+        shared: What queries have in common: effects of examples, and of networks.
+        seeds: Networks for each part.
+    """
+    of_all = torch.Generator().manual_seed(5)
+    common, misled = torch.randn(2, 50, generator=of_all).double()
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).double()
+
+    truth = normal(queries, 50) + shared * common
+    wrong = normal(queries, 50) + shared * misled
+    left_out = RetrainingPlan.random_subsets(50, parts, seed=seed).left_out
+    noise = normal(seeds, parts, queries) + shared * normal(seeds, parts, 1)
+    values = left_out.double() @ truth.T + (50 / 4) ** 0.5 * noise
+    return (truth + wrong, truth + 1.3 * wrong), left_out, values
+
+
+def coverage(queries, parts, repeats, **how):
+    """How often intervals of score and difference hold those of very many parts and queries.
+
+    Returns:
+        The shares; and the mean widths, in units of what would hold 95 % of estimates.
+    """
+    exact = []
+    for number in range(4):
+        both, left_out, values = simulated(300, 1500, 10**6 + number, **how)
+        found = [linear_datamodelling_score(z, left_out, values) for z in both]
+        exact.append([found[0].mean, found[0].mean - found[1].mean])
+    exact = np.mean(exact, 0)
+    estimates, ends = [], []
+    for seed in range(repeats):
+        both, left_out, values = simulated(queries, parts, seed, **how)
+        one, other = (linear_datamodelling_score(z, left_out, values, bootstrap=400) for z in both)
+        difference, interval = one.minus(other)
+        estimates.append([one.mean, difference])
+        ends.append([one.interval, interval])
+    low, high = np.moveaxis(np.array(ends), -1, 0)
+    widths = (high - low).mean(0) / (2 * 1.96 * np.std(estimates, 0))
+    return ((low <= exact) & (exact <= high)).mean(0), widths
+
+
+def test_the_interval_is_as_wide_as_it_should_be():
+    """Not 1.3 times as wide: a resampling of parts and queries together is 1.5 times here."""
+    shares, widths = coverage(24, 48, 120)
+    assert (shares >= 0.9).all()
+    assert (widths > 0.85).all()
+    assert (widths < 1.22).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("queries", "parts", "how"),
+    [
+        (16, 64, {}),
+        (8, 32, {}),
+        (8, 128, {"seeds": 2}),
+        (64, 32, {"shared": 1.0}),
+        (64, 64, {"shared": 1.0, "seeds": 2}),
+    ],
+)
+def test_the_interval_holds_the_truth_as_often_as_it_says(queries, parts, how):
+    """Of 95 %, for the score and for the difference, whatever parts and queries share."""
+    shares, _ = coverage(queries, parts, 1000, **how)
+    assert (shares >= 0.93).all()
+    assert (shares <= 0.975).all()
 
 
 def test_differences_are_paired(plan):
@@ -116,14 +200,78 @@ def test_the_ceiling_is_what_the_expectation_scores():
         assert found.ceiling == pytest.approx(found.mean, rel=0.03)
 
 
-def test_few_parts():
-    """Some resamples are of one part alone, over which nothing correlates."""
+def test_constant_scores_of_a_query_are_left_out(plan):
+    """Whatever the number: sums of it over parts differ by rounding alone."""
+    truth, measured = retrained(plan)
+    others = [q for q in range(Q) if q != 1]
+    expected = linear_datamodelling_score(truth[others], plan.left_out, measured[:, others])
+    for constant in (0.0, 0.1, -1e-7, 3e5 + 0.1):
+        scores = truth.clone()
+        scores[1] = constant
+        found = linear_datamodelling_score(scores, plan.left_out, measured)
+        assert found.per_query.isnan().tolist() == [False, True, False, False]
+        assert found.mean == expected.mean
+        assert found.interval == expected.interval
+        worse = linear_datamodelling_score(-truth, plan.left_out, measured)
+        difference, (low, high) = found.minus(worse)
+        assert difference == pytest.approx(2 * expected.mean)
+        assert low <= difference <= high
+
+
+def test_sums_that_differ_by_rounding_are_ties():
+    """Tenths, of which 0.1 + 0.2 is not 0.3, as ten times them."""
+    plan = RetrainingPlan.random_subsets(60, M, seed=1)
+    whole = (3 * draws(Q, 60)).round()
+    measured = draws(M, Q, seed=1)
+    exact, found = (
+        linear_datamodelling_score(z, plan.left_out, measured) for z in (whole, whole / 10)
+    )
+    assert torch.equal(found.per_query, exact.per_query)
+
+
+def test_nothing_is_defined(plan):
+    """All scores constant, or all values: NaN, and in the interval as well."""
+    truth, measured = retrained(plan, seeds=2)
+    for scores, values in ((torch.ones(Q, N), measured), (truth, torch.ones(2, M, Q))):
+        found = linear_datamodelling_score(scores, plan.left_out, values)
+        assert np.isnan([found.mean, *found.interval]).all()
+        assert np.isnan([*found.minus(found)[1]]).all()
+    assert np.isnan(found.agreement)
+    assert np.isnan(found.ceiling)
+
+
+def test_few_parts_and_queries():
     left_out = torch.eye(3, dtype=torch.bool)
     found = linear_datamodelling_score(draws(2, 3), left_out, draws(3, 2, seed=1))
-    assert 0 < found.resampled.isnan().sum() < 200
+    assert -1 <= found.interval[0] <= found.mean <= found.interval[1] <= 1
+    # without the one part that anything is known of, the others are tied
+    scores = torch.tensor([[0.0, 0.0, 1.0]])
+    found = linear_datamodelling_score(scores, left_out, draws(3, 1))
     assert torch.tensor(found.interval).isfinite().all()
     with pytest.raises(ValueError, match="2 parts arrived"):
         linear_datamodelling_score(draws(2, 3), left_out[:2], draws(2, 2))
+
+
+def test_one_query_speaks_of_other_parts(plan):
+    truth, measured = retrained(plan)
+    found = linear_datamodelling_score(truth[:1], plan.left_out, measured[:, :1], bootstrap=4000)
+    predicted = truth[:1] @ plan.left_out.double().T
+    error = pseudovalues(predicted, measured.T[:1]).std(ddof=1) / M**0.5
+    wider = student.ppf(0.975, M - 1) / 1.96
+    assert float(found.resampled.std()) == pytest.approx(wider * error, rel=0.05)
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_seeds_that_do_not_agree_have_no_ceiling(plan, seeds):
+    """At an agreement of −1 for two, and of −1/2 for three, the formula has its pole."""
+    _, one = retrained(plan)
+    measured = torch.stack([one, -one, torch.zeros_like(one)][:seeds])
+    if seeds == 3:
+        measured = one.unsqueeze(0) * torch.tensor([1.0, -1.0, 1.0]).reshape(3, 1, 1)
+    found = linear_datamodelling_score(draws(Q, N), plan.left_out, measured + 1e-9 * draws(M, Q))
+    assert found.agreement == pytest.approx(-1 if seeds == 2 else -1 / 3, abs=0.05)
+    assert found.ceiling == 0.0
+    assert agreement_of_seeds(measured) == pytest.approx(found.agreement, abs=0.05)
 
 
 def test_errors(plan):
@@ -156,7 +304,41 @@ def test_removals():
         random = plan.left_out[[p.startswith("random") and p.endswith(str(k)) for p in plan.parts]]
         assert effect.control == pytest.approx(float((random.double() @ truth.T / 10).mean()))
         assert effect.control < effect.change
+    with pytest.raises(ValueError, match="are no removals by 'random'"):
+        removal_effects(plan.parts, measured, "random")
+    one = removal_effects(plan.parts[:6], measured[:6], "K-FAC_influence")[2]  # of two queries
+    assert one.error is not None
+    (single,) = removal_effects(
+        RetrainingPlan.removals(truth[:1], [2], num_controls=0).parts, measured[[0, 4], :1]
+    ).values()
+    assert (single.error, single.control) == (None, None)
+    assert single.change == pytest.approx(float(truth[0].topk(2).values.sum()) / 10)
+    with pytest.raises(ValueError, match="measured is 0 for query 2"):
+        removal_effects(plan.parts, measured * torch.tensor([1, 1, 0, 1]), "K-FAC_influence")
+    with pytest.raises(ValueError, match="not finite"):
+        removal_effects(plan.parts, measured / 0, "K-FAC_influence")
     with pytest.raises(ValueError, match="are no removals by 'other'"):
         removal_effects(plan.parts, measured, "other")
-    with pytest.raises(ValueError, match="sizes=\\[20\\] arrived"):
-        RetrainingPlan.removals(truth, [N])
+    for sizes in ([N], [0], [2, 2], [2.5], []):
+        with pytest.raises(ValueError, match=r"sizes=\[.*\] arrived"):
+            RetrainingPlan.removals(truth, sizes)
+
+
+@pytest.mark.parametrize(
+    "method", ["random_projection", "random_0", "all_random", "random_0_2", "x_seed1", "a_b_3_4"]
+)
+def test_controls_are_no_method_s(method):
+    """Removing what it chooses doubles the loss; removing at random changes nothing."""
+    plan = RetrainingPlan.removals(draws(3, N), [2, 12], method=method, num_controls=2)
+    values = torch.ones(len(plan.parts), 3)
+    values[
+        [
+            p.startswith(f"{method}_")
+            and p[len(method) :].count("_") == 2
+            and p not in {f"random_{c}_{k}" for c in range(2) for k in (2, 12)}
+            for p in plan.parts
+        ]
+    ] = 2.0
+    for effect in removal_effects(plan.parts, values, method).values():
+        assert effect.change == 1.0
+        assert effect.control == 0.0

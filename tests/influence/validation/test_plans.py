@@ -65,8 +65,58 @@ def test_files(tmp_path, names):
             lambda: RetrainingPlan.removals(torch.randn(2, 4), [1], method="all"),
             "is what controls are called",
         ),
+        (
+            lambda: RetrainingPlan.removals(torch.randn(2, 4), [1], method="Random"),
+            "is what controls are called",
+        ),
     ],
 )
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_groups_whose_names_are_no_files_of_their_own(tmp_path):
+    """Slashes, letters of either case, and endings as networks' seeds have."""
+    names = ["a/b", "a_b", "Cat", "cat", "x_seed1", "x", "..", "a\\b"]
+    plan = RetrainingPlan.leave_one_group_out(list(range(len(names))), names)
+    assert plan.parts[:4] == (
+        "without_a_b",
+        "without_a_b_group1",
+        "without_Cat",
+        "without_cat_group3",
+    )
+    assert plan.parts[4:6] == ("without_x_seed1_group4", "without_x")
+    plan.save(tmp_path)
+    files = {path.name for path in tmp_path.glob("*.txt")}
+    assert {name.casefold() for name in files} == {f"{part}.txt".casefold() for part in plan.parts}
+    assert len(files) == len(names)
+    assert RetrainingPlan.open(tmp_path).parts == plan.parts
+    with pytest.raises(ValueError, match="2 names arrived for groups up to number 2"):
+        RetrainingPlan.leave_one_group_out([0, 2], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (("a/b", "c"), "cannot be files' names"),
+        (("..", "c"), "cannot be files' names"),
+        (("a_seed0", "a"), "cannot be files' names"),
+        (("A", "a"), "are one file where names have no case"),
+    ],
+)
+def test_names_that_would_share_files(tmp_path, parts, message):
+    plan = RetrainingPlan(torch.eye(2, 3).bool(), parts, "groups")
+    with pytest.raises(ValueError, match=message):
+        plan.save(tmp_path / "plan")
+    assert not (tmp_path / "plan").exists()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_scores_without_a_place_in_an_order(value):
+    scores = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    scores[1, 5] = scores[2, 0] = value
+    with pytest.raises(ValueError, match=r"2 entries that are not finite, the first of query 1 an"):
+        RetrainingPlan.removals(scores, [2])
+    with pytest.raises(ValueError, match=r"Pass \[queries, examples\]"):
+        RetrainingPlan.removals(scores[0], [2])
