@@ -16,6 +16,7 @@ from curvlinops_diffusion.diffusion.random_numbers import ProbeType
 from curvlinops_diffusion.diffusion.regression import NoisedRegression, check_regression
 from curvlinops_diffusion.diffusion.trial import checked_trial
 from curvlinops_diffusion.layers import covered_parameters
+from curvlinops_diffusion.layers.effect import check_effect
 from curvlinops_diffusion.layers.observable import observable
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.blocks import Block, DenseBlock, KroneckerBlock
@@ -152,6 +153,7 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         coverage = covered_parameters(model, params, options.has_gradients)
         trial = checked_trial(regression)
         coverage = observable(regression.objective, trial, coverage, options.has_gradients)
+        check_effect(regression, coverage.params, coverage.suspects)
         plan = BlockPlan.of(coverage, options)
         digests = fingerprint_beside(model, regression.device)
         if passes.checkpoint is not None:

@@ -58,12 +58,14 @@ class Coverage:
         others: The reasons why parameters are in none of these, by name. Their gradients are
             found by automatic differentiation, example by example.
         left_out: Parameters that are not covered, each with the reason.
+        suspects: Parameters whose gradient of the loss is zero in a trial. They may have no effect.
     """
 
     params: dict[str, nn.Parameter]
     layers: tuple[Layer, ...]
     others: dict[str, str]
     left_out: dict[str, str]
+    suspects: tuple[str, ...] = ()
 
 
 def cover(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> Coverage:
@@ -74,7 +76,7 @@ def cover(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> Coverage:
         selected: Parameters by name.
 
     Returns:
-        The layers, and the parameters in none.
+        The layers, and the parameters in none; those without entries are in neither.
     """
     holders = _holders(model)
     name_of = {id(p): name for name, p in selected.items()}
@@ -84,7 +86,7 @@ def cover(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> Coverage:
         own = {
             key: name_of[id(p)]
             for key, p in module.named_parameters(recurse=False)
-            if id(p) in name_of
+            if id(p) in name_of and p.numel() > 0  # else there is nothing to differentiate
         }
         if not own:
             continue

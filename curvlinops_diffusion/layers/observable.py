@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from warnings import warn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.diffusion.trial import Retrial, Trial
 from curvlinops_diffusion.layers.coverage import Coverage
-from curvlinops_diffusion.layers.hooks import frozen
+from curvlinops_diffusion.layers.effect import zeros_of
 from curvlinops_diffusion.layers.kind import SharingKind
 from curvlinops_diffusion.layers.layer import Layer
 from curvlinops_diffusion.layers.observation import (
@@ -29,10 +29,9 @@ from curvlinops_diffusion.layers.observation import (
     observed,
     one_vector,
 )
+from curvlinops_diffusion.layers.true_gradients import example_shares, loss_value, true_gradients
 from curvlinops_diffusion.runtime.checks import check_finite_count
-from curvlinops_diffusion.runtime.modes import recomputation_named
 from curvlinops_diffusion.runtime.precision import settled
-from curvlinops_diffusion.runtime.processes import answered
 from curvlinops_diffusion.runtime.sharded_networks import (
     gathered,
     is_sharded,
@@ -53,16 +52,18 @@ def observable(
 
     Returns:
         The same coverage, but for layers of which hooks see something else than the gradients of
-        automatic differentiation: their parameters are in none.
+        automatic differentiation: their parameters are in none. Parameters whose gradient is zero
+        are ``suspects``.
 
     Raises:
         ValueError: If a gradient is not finite; or, without ``gradients``, if there is such a
             layer.
     """
     layers = coverage.layers
-    if not layers:
-        return coverage
-    reasons = _unobservable(objective, layers, trial.few)
+    suspects: list[str] = []
+    names = [name for name, p in coverage.params.items() if p.numel() > 0]
+    reasons = _unobservable(objective, layers, trial.few, names, suspects)
+    coverage = replace(coverage, suspects=tuple(suspects))
     if not reasons:
         return coverage
     if not gradients:
@@ -113,21 +114,48 @@ class ObservedRetrial(Retrial):
 
 
 def _unobservable(
-    objective: DenoisingObjective, layers: Sequence[Layer], batch: NoisedBatch
+    objective: DenoisingObjective,
+    layers: Sequence[Layer],
+    batch: NoisedBatch,
+    names: Sequence[str] = (),
+    suspects: list[str] | None = None,
 ) -> dict[str, str]:
-    """The parameters whose gradients hooks do not see, with the reason."""
-    return settled(lambda: _seen_otherwise(objective, layers, batch), objective.device)
+    """Find the parameters whose gradients hooks do not see.
+
+    Args:
+        objective: Supplies the network.
+        layers: The layers with hooks.
+        batch: What is predicted from.
+        names: Parameters whose gradients are looked at beside those of the layers.
+        suspects: Is filled with the names of parameters whose gradient is zero.
+
+    Returns:
+        Names with reasons.
+    """
+    own = dict.fromkeys([*names, *(name for layer in layers for name in layer.params)])
+
+    def check() -> dict[str, str]:
+        true = true_gradients(objective, list(own), batch, loss_value(batch))
+        if suspects is not None:
+            suspects[:] = zeros_of(objective, true)
+        return _seen_otherwise(objective, layers, batch, true)
+
+    return settled(check, objective.device)
 
 
 def _seen_otherwise(
-    objective: DenoisingObjective, layers: Sequence[Layer], batch: NoisedBatch
+    objective: DenoisingObjective,
+    layers: Sequence[Layer],
+    batch: NoisedBatch,
+    gradients: Mapping[str, Tensor | None],
 ) -> dict[str, str]:
-    """The same, in the precision that products have now."""
+    """Compare with true gradients what hooks see, in the precision that products have now."""
+    if not layers:
+        return {}
     N, dtype = len(batch.indices), objective.working_dtype
     sharded = is_sharded(objective.model)
-    # examples of different weight, so that they are told apart
-    share_B = 1 / torch.arange(1.0, N + 1, dtype=dtype, device=objective.device)
-    true = _true_gradients(objective, layers, batch, share_B)
+    share_B = example_shares(batch, dtype)
+    true = {name: gradients[name] for layer in layers for name in layer.params}
     shapes: dict[str, str] = {}
     # of all layers, read together at the end: a GPU would be waited for at each
     not_finite: list[tuple[Layer, int, Tensor]] = []
@@ -207,44 +235,6 @@ def _beyond_rounding(
         else:
             wrong.add(name)
     return wrong
-
-
-def _true_gradients(
-    objective: DenoisingObjective, layers: Sequence[Layer], batch: NoisedBatch, share_B: Tensor
-) -> Mapping[str, Tensor | None]:
-    """The gradients of a weighted sum of losses by automatic differentiation, by name."""
-    own = dict(objective.model.named_parameters())
-    names = [name for layer in layers for name in layer.params]
-    with frozen(objective.model), recomputation_named(), torch.enable_grad():
-        for name in names:
-            own[name].requires_grad_(True)
-        loss = (share_B * batch.loss(objective.predict(batch))).sum()
-        if not loss.requires_grad:  # of none of them
-            return dict.fromkeys(names)
-        if is_sharded(objective.model):
-            return _accumulated_gradients(loss, {name: own[name] for name in names})
-        gradients = torch.autograd.grad(loss, [own[n] for n in names], allow_unused=True)
-    return dict(zip(names, gradients, strict=True))
-
-
-def _accumulated_gradients(
-    loss: Tensor, params: Mapping[str, nn.Parameter]
-) -> dict[str, Tensor | None]:
-    """Gradients as a training step forms them; those that were there before are put back.
-
-    Of a network that is divided among processes, these get a part of the processes' mean each,
-    which is the gradient if all have the same loss.
-    """
-    before = {name: p.grad for name, p in params.items()}
-    try:
-        for p in params.values():
-            p.grad = None
-        with answered():
-            loss.backward()
-        return {name: p.grad for name, p in params.items()}
-    finally:
-        for name, p in params.items():
-            p.grad = before[name]
 
 
 def _input_norm(
