@@ -96,7 +96,8 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         blocks: The blocks.
         param_names: Names of the parameters covered, in order.
         info: Options, draws, coverage (``left_out``: what is not covered, and why; ``others``: what
-            has its gradients from automatic differentiation, and why).
+            has its gradients from automatic differentiation, and why; ``rounding``: biases whose
+            gradient is rounding errors alone, and their blocks with it).
 
     Raises:
         ValueError: If an option is unknown, a parameter is not supported, or a factor is not
@@ -186,6 +187,8 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
             "fingerprint": digests(),
             "versions": versions(),
         }
+        if coverage.rounding and options.exact_bias:
+            info["rounding"] = list(coverage.rounding)
         super().__init__(ParameterSpace.of(coverage.params), blocks, info, passes.holders)
 
     @staticmethod

@@ -59,6 +59,8 @@ class Coverage:
             found by automatic differentiation, example by example.
         left_out: Parameters that are not covered, each with the reason.
         suspects: Parameters whose gradient of the loss is zero in a trial. They may have no effect.
+        rounding: Biases whose gradient is rounding errors alone in a trial, so that their exact
+            block is of the squares of these.
     """
 
     params: dict[str, nn.Parameter]
@@ -66,6 +68,7 @@ class Coverage:
     others: dict[str, str]
     left_out: dict[str, str]
     suspects: tuple[str, ...] = ()
+    rounding: tuple[str, ...] = ()
 
 
 def cover(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> Coverage:

@@ -9,7 +9,7 @@ gradients found by automatic differentiation.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from warnings import warn
 
 import torch
@@ -31,12 +31,15 @@ from curvlinops_diffusion.layers.observation import (
 )
 from curvlinops_diffusion.layers.true_gradients import example_shares, loss_value, true_gradients
 from curvlinops_diffusion.runtime.checks import check_finite_count
-from curvlinops_diffusion.runtime.precision import settled
+from curvlinops_diffusion.runtime.precision import products_are_rounded, settled
 from curvlinops_diffusion.runtime.sharded_networks import (
     gathered,
     is_sharded,
     mean_over_processes,
 )
+
+# The relative rounding error of the operands of products in TF32
+_TF32 = 2.0**-10
 
 
 def observable(
@@ -53,17 +56,17 @@ def observable(
     Returns:
         The same coverage, but for layers of which hooks see something else than the gradients of
         automatic differentiation: their parameters are in none. Parameters whose gradient is zero
-        are ``suspects``.
+        are ``suspects``, those of which it is rounding errors ``rounding``.
 
     Raises:
         ValueError: If a gradient is not finite; or, without ``gradients``, if there is such a
             layer.
     """
     layers = coverage.layers
-    suspects: list[str] = []
+    found = _Vanishing()
     names = [name for name, p in coverage.params.items() if p.numel() > 0]
-    reasons = _unobservable(objective, layers, trial.few, names, suspects)
-    coverage = replace(coverage, suspects=tuple(suspects))
+    reasons = _unobservable(objective, layers, trial.few, names, found)
+    coverage = replace(coverage, suspects=tuple(found.zero), rounding=tuple(found.rounding))
     if not reasons:
         return coverage
     if not gradients:
@@ -84,6 +87,20 @@ def observable(
     others = coverage.others | reasons
     in_order = {name: others[name] for name in coverage.params if name in others}
     return replace(coverage, layers=kept, others=in_order)
+
+
+@dataclass
+class _Vanishing:
+    """Parameters whose gradient vanishes in a trial.
+
+    Attributes:
+        zero: Those of which it is zero.
+        rounding: Biases of which it is rounding errors: a sum of terms that are not, over the
+            positions, the examples and their loss vectors.
+    """
+
+    zero: list[str] = field(default_factory=list)
+    rounding: list[str] = field(default_factory=list)
 
 
 class ObservedRetrial(Retrial):
@@ -118,7 +135,7 @@ def _unobservable(
     layers: Sequence[Layer],
     batch: NoisedBatch,
     names: Sequence[str] = (),
-    suspects: list[str] | None = None,
+    vanishing: _Vanishing | None = None,
 ) -> dict[str, str]:
     """Find the parameters whose gradients hooks do not see.
 
@@ -127,7 +144,7 @@ def _unobservable(
         layers: The layers with hooks.
         batch: What is predicted from.
         names: Parameters whose gradients are looked at beside those of the layers.
-        suspects: Is filled with the names of parameters whose gradient is zero.
+        vanishing: Is filled with the names of parameters whose gradient vanishes.
 
     Returns:
         Names with reasons.
@@ -136,9 +153,11 @@ def _unobservable(
 
     def check() -> dict[str, str]:
         true = true_gradients(objective, list(own), batch, loss_value(batch))
-        if suspects is not None:
-            suspects[:] = zeros_of(objective, true)
-        return _seen_otherwise(objective, layers, batch, true)
+        found = _Vanishing()
+        reasons = _seen_otherwise(objective, layers, batch, true, found)
+        if vanishing is not None:
+            vanishing.zero, vanishing.rounding = zeros_of(objective, true), found.rounding
+        return reasons
 
     return settled(check, objective.device)
 
@@ -148,6 +167,7 @@ def _seen_otherwise(
     layers: Sequence[Layer],
     batch: NoisedBatch,
     gradients: Mapping[str, Tensor | None],
+    vanishing: _Vanishing,
 ) -> dict[str, str]:
     """Compare with true gradients what hooks see, in the precision that products have now."""
     if not layers:
@@ -160,6 +180,8 @@ def _seen_otherwise(
     # of all layers, read together at the end: a GPU would be waited for at each
     not_finite: list[tuple[Layer, int, Tensor]] = []
     compared: dict[str, Tensor] = {}
+    sizes: dict[str, Tensor] = {}
+    counts: dict[str, float] = {}
 
     def compare(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
         not_finite.extend((layer, g.numel(), (~g.isfinite()).sum()) for g in gs)
@@ -176,6 +198,9 @@ def _seen_otherwise(
                 allowed = mean_over_processes(allowed * scale)
             difference = ((seen - truth) / largest).norm()
             compared[name] = torch.stack([difference, allowed, largest])
+            if name == layer.bias and isinstance(layer.kind, SharingKind) and not sharded:
+                sizes[name] = torch.stack([(truth / largest).norm(), terms])
+                counts[name] = sum(g.numel() for g in gs) / len(truth.flatten())
 
     def unreadable(layer: Layer, shape: torch.Size) -> None:
         shapes[layer.name] = (
@@ -188,6 +213,12 @@ def _seen_otherwise(
         network.run(batch, one_vector(batch.loss_gradient))
     _check_all_finite(not_finite)
     wrong = _beyond_rounding(compared, true, objective.rounding)
+    rounded = torch.stack(list(sizes.values())).tolist() if sizes else []
+    vanishing.rounding = [
+        name
+        for name, (gradient, terms) in zip(sizes, rounded, strict=True)
+        if 0 < gradient <= _rounding_of_sum(objective, counts[name]) * terms
+    ]
     reason = (
         "its layer's inputs and outputs do not give its gradient (it is used outside the layer's "
         "call, the layer computes more than its type says, or the first axis does not hold one "
@@ -199,6 +230,21 @@ def _seen_otherwise(
         for name in layer.params
         if layer.name in shapes or wrong & set(layer.params)
     }
+
+
+def _rounding_of_sum(objective: DenoisingObjective, count: float) -> float:
+    """The most that rounding leaves of a sum that vanishes, in units of the norm of its terms.
+
+    Terms are rounded one by one in the network's arithmetic. Those that a norm has made have lost a
+    mean, whose rounding is common to all of them and in the precision of sums.
+
+    Args:
+        objective: Supplies the network.
+        count: The number of terms.
+    """
+    rounded = products_are_rounded(objective.device) and objective.dtype == torch.float32
+    own = max(objective.rounding, _TF32 if rounded else 0.0)
+    return 4 * own + 16 * torch.finfo(objective.working_dtype).eps * count**0.5
 
 
 def _check_all_finite(found: Sequence[tuple[Layer, int, Tensor]]) -> None:

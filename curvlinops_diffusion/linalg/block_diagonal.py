@@ -185,7 +185,10 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
     def logdet(self) -> Tensor:
         """The logarithm of the determinant; minus infinity for a singular operator."""
         eigen, largest = self._eigen_blocks_and_largest()
-        marked = [b.all_null() if self._is_rounding(b, largest) else b for b in eigen]
+        marked = [
+            block.all_null() if self._is_rounding(placed, block, largest) else block
+            for placed, block in zip(self.blocks, eigen, strict=True)
+        ]
         return self._total(block.logdet() for block in marked)
 
     def det(self) -> Tensor:
@@ -213,19 +216,26 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         own = max((block.largest() for block in eigen), default=0.0)
         return eigen, max(self.share.gathered(own))
 
-    def _is_rounding(self, block: EigenBlock, largest: float) -> bool:
+    def _is_rounding(self, placed: PlacedBlock, block: EigenBlock, largest: float) -> bool:
         """Whether a block is zero, perhaps up to rounding.
 
         A gradient that vanishes (of the bias of attention's keys, or of one that a norm subtracts)
         is computed as rounding errors, of up to about ``ε`` times the largest gradients; its block
-        is of their squares. In a power the largest eigenvalues may be those of such blocks, so that
-        nothing can be told from them, and zeros alone count.
+        is of their squares. A network in lower precision than the operator's leaves larger ones;
+        biases of which a trial has found it are listed in ``info['rounding']``. In a power the
+        largest eigenvalues may be those of such blocks, so that nothing can be told from them, and
+        zeros alone count.
 
         Args:
-            block: The block.
+            placed: The block in its place.
+            block: The same in its eigenbasis.
             largest: The operator's largest eigenvalue.
         """
-        relative = 0.0 if "power" in self.info else _ROUNDED * torch.finfo(self.dtype).eps ** 2
+        if "power" in self.info:
+            return block.largest() == 0
+        if placed.params and set(placed.params) <= set(self.info.get("rounding", ())):
+            return True
+        relative = _ROUNDED * torch.finfo(self.dtype).eps ** 2
         return block.largest() <= relative * largest
 
     def _total(self, of_blocks: Iterable[Tensor]) -> Tensor:
@@ -267,21 +277,24 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         damping = check_non_negative("damping", damping)
         rtol = None if rtol is None else check_non_negative("rtol", rtol)
         eigen, largest = self._eigen_blocks_and_largest()
-        if relative and largest == 0:
+        null = [
+            self._is_rounding(placed, block, largest)
+            for placed, block in zip(self.blocks, eigen, strict=True)
+        ]
+        if relative and all(self.share.gathered(all(null))):
             raise ValueError(
-                f"Every eigenvalue is zero, so that a damping of {damping:g} times each block's "
-                "mean eigenvalue is zero, too: none of the parameters has an effect on the "
-                "prediction. Pass parameters that have one, or an absolute damping."
+                "Every block is zero, perhaps up to rounding, and so is a damping of "
+                f"{damping:g} times its mean eigenvalue: none of the parameters has an effect on "
+                "the prediction. Pass parameters that have one, or an absolute damping."
             )
         floor = None if rtol is None else torch.tensor(rtol * largest, dtype=self.dtype)
 
         def powers() -> list[PlacedBlock]:
             blocks = []
-            for placed, block in zip(self.blocks, eigen, strict=True):
-                null = self._is_rounding(block, largest)
-                if relative and null:
+            for placed, block, is_null in zip(self.blocks, eigen, null, strict=True):
+                if relative and is_null:
                     power = block.zero()
-                elif damping == 0 and null:
+                elif damping == 0 and is_null:
                     power = block.all_null().power(exponent, damping, placed.name, floor)
                 else:
                     own = damping * float(block.eigenvalues.mean()) if relative else damping

@@ -75,7 +75,7 @@ def without_part(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         Of each such parameter why, and what to call.
     """
     modules = dict(model.named_modules())
-    reasons = {}
+    reasons: dict[str, str] = {}
     for name in names:
         found = _ADAPTER.search(name) or _SAVED.search(name)
         module = modules.get(name[: found.start() - 1]) if found else None
