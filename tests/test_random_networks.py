@@ -115,6 +115,11 @@ def _under_no_grad(call, h, t):
     return call(h + first)
 
 
+def _without_gradient(call, h):
+    with torch.no_grad():
+        return call(h)
+
+
 def _varying(call, h, t):
     for _ in range(1 + int(t[0]) % 2):
         h = h + call(h)  # a norm twice in a row would be the same as once, but for 1e-8
@@ -133,6 +138,8 @@ PATTERNS = {
     "varying calls": _varying,
     "unused": lambda call, h, t: (call(h), h)[1],
     "kept for later": lambda call, h, t: h + 0 * call(h),
+    "switched off": lambda call, h, t: _without_gradient(call, h) + h,
+    "behind a detached tensor": lambda call, h, t: h + torch.tanh(call(h)).detach() * h,
 }
 
 
@@ -279,10 +286,26 @@ def check(model):
                         assert_close(block, torch.kron(B, A), 1e-9)
                     else:
                         assert block.norm() == 0
+        if operator is not None:
+            check_relative_damping(operator, model)
     after = model.state_dict()
     assert all(torch.equal(after[name], z) for name, z in before.items())
     assert [n for n, p in model.named_parameters() if p.requires_grad] == names
     return outcomes
+
+
+def check_relative_damping(operator, model):
+    """Compare with dense inverses of the blocks; those of parameters without effect are zero."""
+    found = operator.inverse(0.1, relative=True)
+    dense = [dense_block(placed, model) for placed in operator.blocks]
+    largest = max(float(block.diagonal().max()) for block in dense)
+    for block, inverse in zip(dense, found.blocks, strict=True):
+        F_inv = dense_block(inverse, model)
+        if block.diagonal().max() <= 1e-26 * largest:
+            assert F_inv.norm() == 0
+        else:
+            damped = block + 0.1 * block.diagonal().mean() * torch.eye(len(block)).double()
+            assert_close(F_inv, torch.linalg.inv(damped), 1e-9)
 
 
 COUNTED = Counter()

@@ -9,6 +9,7 @@ from torch.func import jvp, vjp, vmap
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression, check_regression
 from curvlinops_diffusion.diffusion.trial import Retrial, check_network
+from curvlinops_diffusion.layers.effect import check_effect
 from curvlinops_diffusion.linalg.operator import ParameterSpaceOperator
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace, select_parameters
 from curvlinops_diffusion.runtime.checks import check_count
@@ -82,6 +83,7 @@ class DiffusionGGNLinearOperator(ParameterSpaceOperator):
     def multiply_tensors(self, X: list[Tensor]) -> list[Tensor]:
         """Multiply onto matrices in tensor list format ``[*shape, K]``."""
         check_network(self._regression)
+        check_effect(self._regression, self._params)
         # columns first: derivatives in contiguous directions are a third faster
         columns = [x.movedim(-1, 0).contiguous() for x in X]
         product = [torch.zeros_like(x, dtype=self.dtype) for x in columns]

@@ -16,6 +16,7 @@ from curvlinops_diffusion.diffusion.random_numbers import ProbeType
 from curvlinops_diffusion.diffusion.regression import NoisedRegression, check_regression
 from curvlinops_diffusion.diffusion.trial import checked_trial
 from curvlinops_diffusion.layers import covered_parameters
+from curvlinops_diffusion.layers.effect import check_effect
 from curvlinops_diffusion.layers.observable import observable
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.blocks import Block, DenseBlock, KroneckerBlock
@@ -95,7 +96,8 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         blocks: The blocks.
         param_names: Names of the parameters covered, in order.
         info: Options, draws, coverage (``left_out``: what is not covered, and why; ``others``: what
-            has its gradients from automatic differentiation, and why).
+            has its gradients from automatic differentiation, and why; ``rounding``: biases whose
+            gradient is rounding errors alone, and their blocks with it).
 
     Raises:
         ValueError: If an option is unknown, a parameter is not supported, or a factor is not
@@ -152,6 +154,7 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         coverage = covered_parameters(model, params, options.has_gradients)
         trial = checked_trial(regression)
         coverage = observable(regression.objective, trial, coverage, options.has_gradients)
+        check_effect(regression, coverage.params, coverage.suspects)
         plan = BlockPlan.of(coverage, options)
         digests = fingerprint_beside(model, regression.device)
         if passes.checkpoint is not None:
@@ -184,6 +187,8 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
             "fingerprint": digests(),
             "versions": versions(),
         }
+        if coverage.rounding and options.exact_bias:
+            info["rounding"] = list(coverage.rounding)
         super().__init__(ParameterSpace.of(coverage.params), blocks, info, passes.holders)
 
     @staticmethod

@@ -21,7 +21,7 @@ from curvlinops_diffusion.curvature.shared_batches import Holders
 from curvlinops_diffusion.layers.coverage import Coverage
 from curvlinops_diffusion.layers.kind import ExactKind
 from curvlinops_diffusion.layers.layer import Layer, Part
-from curvlinops_diffusion.linalg.blocks import Block
+from curvlinops_diffusion.linalg.blocks import Block, EigenBlock
 from curvlinops_diffusion.linalg.placement import PlacedBlock, in_order
 from curvlinops_diffusion.runtime.sharded_networks import device_of
 
@@ -124,6 +124,11 @@ class BlockPlan:
         return tuple(own[0].layer for own in self.by_layer.values())
 
     @property
+    def without_entries(self) -> tuple[str, ...]:
+        """The parameters without entries, of layers of size zero."""
+        return tuple(name for name, p in self.coverage.params.items() if p.numel() == 0)
+
+    @property
     def watched(self) -> tuple[Layer, ...]:
         """All layers that hooks are attached to."""
         return self.beside or self.coverage.layers
@@ -173,7 +178,7 @@ class BlockPlan:
     def units(self) -> tuple[Unit, ...]:
         """What the plan can be divided into: layers, and parameters in none."""
         names = [tuple(layer.params) for layer in self.coverage.layers]
-        names += [(name,) for name in self.coverage.others]
+        names += [(name,) for name in (*self.coverage.others, *self.without_entries)]
         parts: dict[str, list[Part]] = {}
         exact: dict[str, list[ExactBlock]] = {}
         for part in self.parts:
@@ -200,6 +205,10 @@ class BlockPlan:
             for part in self.parts
         ]
         placed += [PlacedBlock(block.key, block.params, blocks[block.key]) for block in self.exact]
+        for name in self.without_entries:
+            p = self.coverage.params[name]
+            empty = torch.zeros(0, 1, dtype=torch.promote_types(p.dtype, torch.float32))
+            placed.append(PlacedBlock(name, (name,), EigenBlock(empty.to(device_of(p)))))
         return in_order(placed, self.coverage.params)
 
 

@@ -169,6 +169,7 @@ class NoisedRegression:
         )
         self._data_identity: dict[str, Any] = {}  # shared with copies of other draws
         self.tried: set[tuple[bool, ...]] = set()  # modes in which the network was tried out
+        self.effects: set[tuple[Any, ...]] = set()  # parameters that were found to have one
         self._looked_at: set[str] = set()  # what need not be looked at again; shared likewise
         self._noises = Noises(made, self.recipe, self.num_data, objective.device)
         names = getattr(data, "names", None)  # a tensor's are those of its axes

@@ -21,6 +21,7 @@ from curvlinops_diffusion.diffusion.trial import Retrial, Trial, check_network
 from curvlinops_diffusion.influence.measurements.base import ExampleFunction, Measurement
 from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_gradient
 from curvlinops_diffusion.layers import Coverage, cover
+from curvlinops_diffusion.layers.effect import check_adapters, check_effect
 from curvlinops_diffusion.layers.example_gradients import example_gradients
 from curvlinops_diffusion.layers.hooks import frozen
 from curvlinops_diffusion.layers.observable import ObservedRetrial, observable
@@ -104,7 +105,10 @@ class PredictionGradients(ValueGradients):
         grouping = cheapest_grouping(B, R, at_once)
         for positions, batch in self.regression.grouped_batches(clean, *grouping):
             gradients = self._gradients(batch, len(positions))
-            own = [gradients.pop(name).reshape(len(positions), -1) for name in self.params]
+            own = [
+                gradients.pop(name).reshape(len(positions), p.numel())
+                for name, p in self.params.items()
+            ]
             parts = rows_BP[positions.start : positions.stop].split([g.shape[1] for g in own], 1)
             # all parameters at once, which a GPU does fast for vectors
             pair = [part.squeeze(0) for part in parts], [g.squeeze(0) for g in own]
@@ -128,6 +132,7 @@ class PredictionGradients(ValueGradients):
             return example_gradients(
                 self._checked_coverage(), objective, batch, loss_vector, examples
             )
+        check_effect(self.regression, self.params)
         params = list(self.params.values())
         with _differentiated(self.regression, params), torch.enable_grad():
             prediction_BD = objective.predict(batch)
@@ -153,6 +158,7 @@ class PredictionGradients(ValueGradients):
             flat = [directions[name].flatten(1) for name in self.params]
             return self.rows(clean) @ torch.cat(flat, 1).to(self._working_dtype).T
         self._check(clean)
+        check_effect(self.regression, self.params)
         params = {name: p.detach() for name, p in self.params.items()}
 
         def push(batch: NoisedBatch, tangents: dict[str, Tensor]) -> Tensor:
@@ -181,6 +187,7 @@ class PredictionGradients(ValueGradients):
                 for piece, p in zip(pieces, self.params.values(), strict=True)
             ]
         self._check(clean)
+        check_effect(self.regression, self.params)
         params, K = list(self.params.values()), weights_BK.shape[1]
         totals = [p.new_zeros(*p.shape, K, dtype=weights_BK.dtype).detach() for p in params]
         with _differentiated(self.regression, params), torch.enable_grad():
@@ -226,6 +233,7 @@ class PredictionGradients(ValueGradients):
             # the network was checked on them before the first batch
             trial = Trial.of(self.regression)
             self._coverage = observable(self.regression.objective, trial, coverage)
+            check_effect(self.regression, self.params, self._coverage.suspects)
             self._retried = ObservedRetrial(self.regression, self._coverage.layers)
         return self._coverage
 
@@ -251,6 +259,7 @@ class FunctionGradients(ValueGradients):
             f"{type(measured).__name__}, a function of the network at a single example,",
             "Pass the whole network to each process, or measure a function of its predictions.",
         )
+        check_adapters(regression.objective.model, params)
         self._measured = measured
 
     @torch.no_grad()

@@ -58,12 +58,17 @@ class Coverage:
         others: The reasons why parameters are in none of these, by name. Their gradients are
             found by automatic differentiation, example by example.
         left_out: Parameters that are not covered, each with the reason.
+        suspects: Parameters whose gradient of the loss is zero in a trial. They may have no effect.
+        rounding: Biases whose gradient is rounding errors alone in a trial, so that their exact
+            block is of the squares of these.
     """
 
     params: dict[str, nn.Parameter]
     layers: tuple[Layer, ...]
     others: dict[str, str]
     left_out: dict[str, str]
+    suspects: tuple[str, ...] = ()
+    rounding: tuple[str, ...] = ()
 
 
 def cover(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> Coverage:
@@ -74,7 +79,7 @@ def cover(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> Coverage:
         selected: Parameters by name.
 
     Returns:
-        The layers, and the parameters in none.
+        The layers, and the parameters in none; those without entries are in neither.
     """
     holders = _holders(model)
     name_of = {id(p): name for name, p in selected.items()}
@@ -84,7 +89,7 @@ def cover(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> Coverage:
         own = {
             key: name_of[id(p)]
             for key, p in module.named_parameters(recurse=False)
-            if id(p) in name_of
+            if id(p) in name_of and p.numel() > 0  # else there is nothing to differentiate
         }
         if not own:
             continue

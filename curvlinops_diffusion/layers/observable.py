@@ -9,18 +9,18 @@ gradients found by automatic differentiation.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from warnings import warn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.diffusion.trial import Retrial, Trial
 from curvlinops_diffusion.layers.coverage import Coverage
-from curvlinops_diffusion.layers.hooks import frozen
+from curvlinops_diffusion.layers.effect import zeros_of
 from curvlinops_diffusion.layers.kind import SharingKind
 from curvlinops_diffusion.layers.layer import Layer
 from curvlinops_diffusion.layers.observation import (
@@ -29,15 +29,17 @@ from curvlinops_diffusion.layers.observation import (
     observed,
     one_vector,
 )
+from curvlinops_diffusion.layers.true_gradients import example_shares, loss_value, true_gradients
 from curvlinops_diffusion.runtime.checks import check_finite_count
-from curvlinops_diffusion.runtime.modes import recomputation_named
-from curvlinops_diffusion.runtime.precision import settled
-from curvlinops_diffusion.runtime.processes import answered
+from curvlinops_diffusion.runtime.precision import products_are_rounded, settled
 from curvlinops_diffusion.runtime.sharded_networks import (
     gathered,
     is_sharded,
     mean_over_processes,
 )
+
+# The relative rounding error of the operands of products in TF32
+_TF32 = 2.0**-10
 
 
 def observable(
@@ -53,16 +55,18 @@ def observable(
 
     Returns:
         The same coverage, but for layers of which hooks see something else than the gradients of
-        automatic differentiation: their parameters are in none.
+        automatic differentiation: their parameters are in none. Parameters whose gradient is zero
+        are ``suspects``, those of which it is rounding errors ``rounding``.
 
     Raises:
         ValueError: If a gradient is not finite; or, without ``gradients``, if there is such a
             layer.
     """
     layers = coverage.layers
-    if not layers:
-        return coverage
-    reasons = _unobservable(objective, layers, trial.few)
+    found = _Vanishing()
+    names = [name for name, p in coverage.params.items() if p.numel() > 0]
+    reasons = _unobservable(objective, layers, trial.few, names, found)
+    coverage = replace(coverage, suspects=tuple(found.zero), rounding=tuple(found.rounding))
     if not reasons:
         return coverage
     if not gradients:
@@ -83,6 +87,20 @@ def observable(
     others = coverage.others | reasons
     in_order = {name: others[name] for name in coverage.params if name in others}
     return replace(coverage, layers=kept, others=in_order)
+
+
+@dataclass
+class _Vanishing:
+    """Parameters whose gradient vanishes in a trial.
+
+    Attributes:
+        zero: Those of which it is zero.
+        rounding: Biases of which it is rounding errors: a sum of terms that are not, over the
+            positions, the examples and their loss vectors.
+    """
+
+    zero: list[str] = field(default_factory=list)
+    rounding: list[str] = field(default_factory=list)
 
 
 class ObservedRetrial(Retrial):
@@ -113,25 +131,57 @@ class ObservedRetrial(Retrial):
 
 
 def _unobservable(
-    objective: DenoisingObjective, layers: Sequence[Layer], batch: NoisedBatch
+    objective: DenoisingObjective,
+    layers: Sequence[Layer],
+    batch: NoisedBatch,
+    names: Sequence[str] = (),
+    vanishing: _Vanishing | None = None,
 ) -> dict[str, str]:
-    """The parameters whose gradients hooks do not see, with the reason."""
-    return settled(lambda: _seen_otherwise(objective, layers, batch), objective.device)
+    """Find the parameters whose gradients hooks do not see.
+
+    Args:
+        objective: Supplies the network.
+        layers: The layers with hooks.
+        batch: What is predicted from.
+        names: Parameters whose gradients are looked at beside those of the layers.
+        vanishing: Is filled with the names of parameters whose gradient vanishes.
+
+    Returns:
+        Names with reasons.
+    """
+    own = dict.fromkeys([*names, *(name for layer in layers for name in layer.params)])
+
+    def check() -> dict[str, str]:
+        true = true_gradients(objective, list(own), batch, loss_value(batch))
+        found = _Vanishing()
+        reasons = _seen_otherwise(objective, layers, batch, true, found)
+        if vanishing is not None:
+            vanishing.zero, vanishing.rounding = zeros_of(objective, true), found.rounding
+        return reasons
+
+    return settled(check, objective.device)
 
 
 def _seen_otherwise(
-    objective: DenoisingObjective, layers: Sequence[Layer], batch: NoisedBatch
+    objective: DenoisingObjective,
+    layers: Sequence[Layer],
+    batch: NoisedBatch,
+    gradients: Mapping[str, Tensor | None],
+    vanishing: _Vanishing,
 ) -> dict[str, str]:
-    """The same, in the precision that products have now."""
+    """Compare with true gradients what hooks see, in the precision that products have now."""
+    if not layers:
+        return {}
     N, dtype = len(batch.indices), objective.working_dtype
     sharded = is_sharded(objective.model)
-    # examples of different weight, so that they are told apart
-    share_B = 1 / torch.arange(1.0, N + 1, dtype=dtype, device=objective.device)
-    true = _true_gradients(objective, layers, batch, share_B)
+    share_B = example_shares(batch, dtype)
+    true = {name: gradients[name] for layer in layers for name in layer.params}
     shapes: dict[str, str] = {}
     # of all layers, read together at the end: a GPU would be waited for at each
     not_finite: list[tuple[Layer, int, Tensor]] = []
     compared: dict[str, Tensor] = {}
+    sizes: dict[str, Tensor] = {}
+    counts: dict[str, float] = {}
 
     def compare(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
         not_finite.extend((layer, g.numel(), (~g.isfinite()).sum()) for g in gs)
@@ -148,6 +198,9 @@ def _seen_otherwise(
                 allowed = mean_over_processes(allowed * scale)
             difference = ((seen - truth) / largest).norm()
             compared[name] = torch.stack([difference, allowed, largest])
+            if name == layer.bias and isinstance(layer.kind, SharingKind) and not sharded:
+                sizes[name] = torch.stack([(truth / largest).norm(), terms])
+                counts[name] = sum(g.numel() for g in gs) / len(truth.flatten())
 
     def unreadable(layer: Layer, shape: torch.Size) -> None:
         shapes[layer.name] = (
@@ -160,6 +213,12 @@ def _seen_otherwise(
         network.run(batch, one_vector(batch.loss_gradient))
     _check_all_finite(not_finite)
     wrong = _beyond_rounding(compared, true, objective.rounding)
+    rounded = torch.stack(list(sizes.values())).tolist() if sizes else []
+    vanishing.rounding = [
+        name
+        for name, (gradient, terms) in zip(sizes, rounded, strict=True)
+        if 0 < gradient <= _rounding_of_sum(objective, counts[name]) * terms
+    ]
     reason = (
         "its layer's inputs and outputs do not give its gradient (it is used outside the layer's "
         "call, the layer computes more than its type says, or the first axis does not hold one "
@@ -171,6 +230,21 @@ def _seen_otherwise(
         for name in layer.params
         if layer.name in shapes or wrong & set(layer.params)
     }
+
+
+def _rounding_of_sum(objective: DenoisingObjective, count: float) -> float:
+    """The most that rounding leaves of a sum that vanishes, in units of the norm of its terms.
+
+    Terms are rounded one by one in the network's arithmetic. Those that a norm has made have lost a
+    mean, whose rounding is common to all of them and in the precision of sums.
+
+    Args:
+        objective: Supplies the network.
+        count: The number of terms.
+    """
+    rounded = products_are_rounded(objective.device) and objective.dtype == torch.float32
+    own = max(objective.rounding, _TF32 if rounded else 0.0)
+    return 4 * own + 16 * torch.finfo(objective.working_dtype).eps * count**0.5
 
 
 def _check_all_finite(found: Sequence[tuple[Layer, int, Tensor]]) -> None:
@@ -207,44 +281,6 @@ def _beyond_rounding(
         else:
             wrong.add(name)
     return wrong
-
-
-def _true_gradients(
-    objective: DenoisingObjective, layers: Sequence[Layer], batch: NoisedBatch, share_B: Tensor
-) -> Mapping[str, Tensor | None]:
-    """The gradients of a weighted sum of losses by automatic differentiation, by name."""
-    own = dict(objective.model.named_parameters())
-    names = [name for layer in layers for name in layer.params]
-    with frozen(objective.model), recomputation_named(), torch.enable_grad():
-        for name in names:
-            own[name].requires_grad_(True)
-        loss = (share_B * batch.loss(objective.predict(batch))).sum()
-        if not loss.requires_grad:  # of none of them
-            return dict.fromkeys(names)
-        if is_sharded(objective.model):
-            return _accumulated_gradients(loss, {name: own[name] for name in names})
-        gradients = torch.autograd.grad(loss, [own[n] for n in names], allow_unused=True)
-    return dict(zip(names, gradients, strict=True))
-
-
-def _accumulated_gradients(
-    loss: Tensor, params: Mapping[str, nn.Parameter]
-) -> dict[str, Tensor | None]:
-    """Gradients as a training step forms them; those that were there before are put back.
-
-    Of a network that is divided among processes, these get a part of the processes' mean each,
-    which is the gradient if all have the same loss.
-    """
-    before = {name: p.grad for name, p in params.items()}
-    try:
-        for p in params.values():
-            p.grad = None
-        with answered():
-            loss.backward()
-        return {name: p.grad for name, p in params.items()}
-    finally:
-        for name, p in params.items():
-            p.grad = before[name]
 
 
 def _input_norm(

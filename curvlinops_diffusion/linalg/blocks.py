@@ -10,7 +10,7 @@ Legend: g an optional leading axis of groups, O outputs, I inputs, K columns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -126,6 +126,18 @@ class EigenBlock(Block):
         """Find the eigenvalues that are zero, perhaps up to rounding."""
         return self.eigenvalues <= 0 if self.null is None else self.null
 
+    def largest(self) -> float:
+        """The largest eigenvalue; zero for a block without entries."""
+        return float(self.eigenvalues.max()) if self.eigenvalues.numel() else 0.0
+
+    def all_null(self) -> EigenBlock:
+        """The same block, every eigenvalue of which stands for a zero."""
+        return replace(self, null=torch.ones_like(self.eigenvalues, dtype=torch.bool))
+
+    def zero(self) -> EigenBlock:
+        """The block of zeros in the same basis."""
+        return replace(self, eigenvalues=torch.zeros_like(self.eigenvalues), null=None)
+
     def power(
         self, exponent: float, damping: float, name: str, floor: Tensor | None = None
     ) -> EigenBlock:
@@ -144,10 +156,15 @@ class EigenBlock(Block):
         singular = self.is_null() if damping == 0 else damped <= 0
         exists = bool(singular.any())
         if exponent < 0 and exists:
+            remedy = (
+                "Pass a larger damping, or rtol= for a pseudo-inverse, which is zero there."
+                if damping == 0
+                else f"Pass a damping that {damped.dtype} does not round to zero."
+            )
             raise ValueError(
                 f"Block '{name}' has {int(singular.sum())} zero eigenvalues (of "
                 f"{damped.numel()}) at damping={damping:g} in {damped.dtype}, so its power "
-                f"{exponent:g} does not exist. Pass a larger damping."
+                f"{exponent:g} does not exist. {remedy}"
             )
         null = singular if exponent > 0 and exists else None  # where it stays zero
         return EigenBlock(damped.pow(exponent), self.output_basis, self.input_basis, null)
@@ -315,8 +332,11 @@ def _damped_inverse(factor: Tensor, damping: Tensor, what: str) -> Tensor:
     damped = decomposition.values + damping.unsqueeze(-1)
     undamped = (damping == 0).unsqueeze(-1)
     if (torch.where(undamped, decomposition.is_null(), damped <= 0)).any():
-        raise ValueError(
-            f"{what} is singular at damping={float(damping.min()):g}. Pass a larger damping."
+        remedy = (
+            "Pass a larger damping, or take the exact inverse with rtol= (a pseudo-inverse)."
+            if float(damping.min()) == 0
+            else f"Pass a damping that {damped.dtype} does not round to zero."
         )
+        raise ValueError(f"{what} is singular at damping={float(damping.min()):g}. {remedy}")
     U = decomposition.vectors
     return 1 / damped if U is None else (U / damped.unsqueeze(-2)) @ U.mT

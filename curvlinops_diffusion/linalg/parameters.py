@@ -10,6 +10,7 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 
+from curvlinops_diffusion.runtime.adapters import adapter_of
 from curvlinops_diffusion.runtime.sharded_networks import device_of
 
 
@@ -78,7 +79,7 @@ def select_parameters(model: nn.Module, params: Parameters) -> dict[str, nn.Para
                 f"'{complex_ones[0]}': derivatives are taken in real ones.",
                 stacklevel=3,
             )
-        return {name: p for name, p in own.items() if p.is_floating_point()}
+        return _with_entries({name: p for name, p in own.items() if p.is_floating_point()})
     if isinstance(params, str | Tensor | nn.Module) or not isinstance(params, Sequence | Mapping):
         raise ValueError(
             f"params arrived as {type(params).__name__}. Pass None for all that is supported, a "
@@ -94,7 +95,17 @@ def select_parameters(model: nn.Module, params: Parameters) -> dict[str, nn.Para
     for name in names:
         if not own[name].is_floating_point():
             raise ValueError(f"Parameter '{name}' is {own[name].dtype}; leave it out of params.")
-    return {name: own[name] for name in names}
+    return _with_entries({name: own[name] for name in names})
+
+
+def _with_entries(params: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    if all(p.numel() == 0 for p in params.values()):
+        shapes = {name: tuple(p.shape) for name, p in list(params.items())[:4]}
+        raise ValueError(
+            f"The parameters have no entries ({shapes}): their layers are of size zero. Pass at "
+            "least one that has some."
+        )
+    return params
 
 
 def _names_of_mapping(own: dict[str, nn.Parameter], params: Mapping[str, Any]) -> list[str]:
@@ -124,6 +135,12 @@ def _names_of_sequence(own: dict[str, nn.Parameter], params: Any) -> list[str]:
 
 def _check_name(own: dict[str, nn.Parameter], name: str) -> None:
     if name not in own:
+        if adapter_of(name) is not None and not any(map(adapter_of, own)):
+            raise ValueError(
+                f"params names '{name}', and the model has no adapter: it was unloaded, or merged "
+                "and unloaded (unload_lora_weights, merge_and_unload), or belongs to another model "
+                "(a text encoder, say). Load it into this model, without merging it."
+            )
         raise ValueError(
             f"params names '{name}', which the model does not have. Its parameters are called "
             f"like '{next(iter(own))}'; see model.named_parameters()."

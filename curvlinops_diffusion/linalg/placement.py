@@ -34,7 +34,7 @@ class Arrangement:
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """Parameters ``[*p.shape, K]`` as one matrix ``[*g, O, I, K]``."""
         K = tensors[0].shape[-1]
-        matrices = [t.reshape(_rows(t.shape[:-1]), -1, K) for t in tensors]
+        matrices = [t.reshape(*_rows_and_columns(t.shape[:-1]), K) for t in tensors]
         rows = matrices[0] if len(matrices) == 1 else torch.cat(matrices, 1)
         if not self.transposed:
             return rows.reshape(*self.shape, K)
@@ -45,13 +45,14 @@ class Arrangement:
         """The matrix as parameters of the given shapes, ``[*p.shape, K]`` each."""
         K = X_gOIK.shape[-1]
         X = X_gOIK.transpose(-3, -2) if self.transposed else X_gOIK
-        columns = [prod(shape) // _rows(shape) for shape in shapes]
-        pieces = X.reshape(_rows(shapes[0]), sum(columns), K).split(columns, 1)
+        rows, columns = zip(*map(_rows_and_columns, shapes), strict=True)
+        pieces = X.reshape(rows[0], sum(columns), K).split(columns, 1)
         return [piece.reshape(*shape, K) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
-def _rows(shape: Sequence[int]) -> int:
-    return shape[0] if len(shape) else 1
+def _rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
+    """Sizes of a parameter as a matrix, either of which may be zero."""
+    return (shape[0] if len(shape) else 1), prod(shape[1:])
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Names of adapters' parameters: the same whatever an adapter is called.
+"""Adapters of PEFT: names of their parameters, and whether they take part.
 
 PEFT puts the name that an adapter has in a program into the names of its parameters
 (``to_q.lora_A.default.weight``), and a file of its weights does not hold it: an adapter that was
@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
 
 # a part of an adapted layer, as PEFT calls it, followed by the adapter's name
 _ADAPTER = re.compile(
@@ -41,3 +44,98 @@ def common_names(names: Iterable[str]) -> dict[str, str]:
 def common_list(names: Iterable[str]) -> list[str]:
     """The :func:`common_names` alone, in order."""
     return list(common_names(names).values())
+
+
+# what PEFT keeps beside a module that it replaces, and what replaces it, by the adapter's name
+_SAVED = re.compile(r"(?<=\.)(?P<part>modules_to_save)\.(?P<adapter>[^.]+)(?=\.)")
+
+
+def adapter_states(model: nn.Module) -> tuple[Any, ...]:
+    """Tell which adapters of a model take part, and how much, as plain values to compare."""
+    return tuple(
+        (
+            bool(getattr(module, "disable_adapters", False)),
+            tuple(getattr(module, "merged_adapters", ())),
+            tuple(_active(module)),
+            tuple(_scales(module).items()),
+        )
+        for module in model.modules()
+        if _is_adapted(module)
+    )
+
+
+def without_part(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Find parameters of adapters that take no part in the model's output.
+
+    Args:
+        model: The model.
+        names: Names of its parameters.
+
+    Returns:
+        Of each such parameter why, and what to call.
+    """
+    modules = dict(model.named_modules())
+    reasons: dict[str, str] = {}
+    for name in names:
+        found = _ADAPTER.search(name) or _SAVED.search(name)
+        module = modules.get(name[: found.start() - 1]) if found else None
+        if found and module is not None and _is_adapted(module):
+            reason = _why_not(module, found["part"], found["adapter"])
+            reasons |= {name: reason} if reason else {}
+    return reasons
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    """Whether a module is PEFT's; a whole network of diffusers has methods of these names."""
+    own = (getattr(type(module), name, None) for name in ("active_adapters", "disable_adapters"))
+    return all(isinstance(one, property) for one in own)
+
+
+def _active(module: nn.Module) -> list[str]:
+    active: Any = getattr(module, "active_adapters", ())
+    return [active] if isinstance(active, str) else list(active)
+
+
+def _scales(module: nn.Module) -> dict[str, float]:
+    scales = getattr(module, "scaling", {})
+    numbers = scales.items() if isinstance(scales, dict) else ()
+    return {name: float(scale) for name, scale in numbers}
+
+
+def _why_not(module: nn.Module, part: str, adapter: str) -> str:
+    """Why an adapter takes no part in the output of one of its modules; empty if it does."""
+    if module.disable_adapters:
+        return (
+            "the adapters are disabled: call enable_lora() of the pipeline, or enable_adapters() "
+            "of the network (enable_adapter_layers() of a PeftModel)"
+        )
+    merged = list(getattr(module, "merged_adapters", ()))
+    if merged:
+        return (
+            f"{_quoted(merged)} fused into the weights: call unfuse_lora() of the pipeline "
+            "(unmerge_adapter() of a PeftModel)"
+        )
+    if adapter not in _active(module):
+        return (
+            f"adapter '{adapter}' is not active: call set_adapters('{adapter}') of the pipeline or "
+            f"the network (set_adapter('{adapter}') of a PeftModel)"
+        )
+    if _scales(module).get(adapter) == 0:
+        return (
+            f"adapter '{adapter}' has the scale 0: call set_adapters('{adapter}', 1.0), or pass "
+            "the scale of training"
+        )
+    other = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}.get(part)
+    factor = getattr(module, other)[adapter] if other else None
+    weight = getattr(factor, "weight", factor)
+    if isinstance(weight, Tensor) and not weight.any():
+        return (
+            f"{other} of adapter '{adapter}' is zero, as before training: load the trained adapter "
+            "if there is one"
+        )
+    return ""
+
+
+def _quoted(names: list[str]) -> str:
+    listed = ", ".join(f"'{name}'" for name in names)
+    return f"adapter {listed} is" if len(names) == 1 else f"adapters {listed} are"

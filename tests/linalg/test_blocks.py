@@ -6,7 +6,11 @@ from torch import nn
 
 from benchmarks.upstream import upstream_inverse, upstream_operator
 from curvlinops_diffusion import DiffusionEKFACLinearOperator, DiffusionKFACLinearOperator
+from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.blocks import DenseBlock, EigenBlock, KroneckerBlock
+from curvlinops_diffusion.linalg.parameters import ParameterSpace
+from curvlinops_diffusion.linalg.placement import PlacedBlock
+from curvlinops_diffusion.runtime.processes import Share
 from tests.cases import plain_regression, seeded
 from tests.comparisons import assert_close
 from tests.reference import to_dense
@@ -360,3 +364,114 @@ def test_a_factor_that_is_not_finite_is_named(kind):
     model.layers[2].weight.data[0, 0] = 1e110  # gradients are finite, their squares are not
     with pytest.raises(ValueError, match=r"The output factor of 'layers.0.*NaN or infinite"):
         kind(regression, fisher_type="empirical").inverse(1.0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Blocks of rounding errors
+# ---------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Keys with a bias, which softmax makes nothing of, and one that a norm subtracts."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.conv, self.norm = nn.Conv1d(3, 2, 3, padding=1), nn.InstanceNorm1d(2, affine=True)
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x, t):
+        scores = self.q(x) @ self.k(x).mT
+        h = x + scores.softmax(-1) @ self.v(x)
+        return h + self.norm(self.conv(h)).sum(1, keepdim=True)
+
+
+NULL = ("k.bias", "conv.bias", "unused.weight", "unused.bias")
+SUBSETS = [("",), ("k", "q"), ("conv",)]  # of which the largest eigenvalue differs
+
+
+def attention(dtype, **objective):
+    torch.manual_seed(0)
+    model = Attention().to(dtype).eval()
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    return plain_regression(
+        model, (3, 4), count=6, num_draws=2, batch_size=4, dtype=dtype, objective=objective
+    )
+
+
+PRECISIONS = [
+    (torch.float64, {}),
+    (torch.float32, {}),
+    (torch.float32, {"autocast": torch.bfloat16}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*have no effect on the prediction")
+@pytest.mark.parametrize("subset", SUBSETS, ids=str)
+@pytest.mark.parametrize(("dtype", "objective"), PRECISIONS, ids=str)
+@pytest.mark.parametrize("kind", [DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator])
+def test_blocks_of_rounding_are_left_out(kind, dtype, objective, subset):
+    """The twin is without the parameters; an absolute damping keeps them, as its formula says."""
+    regression = attention(dtype, **objective)
+    model = regression.objective.model
+    names = [n for n, _ in model.named_parameters() if n.startswith(subset)]
+    alive = [n for n in names if n not in NULL]
+    F, twin = kind(regression, names), kind(regression, alive)
+    keep = torch.cat(
+        [torch.full((p.numel(),), n not in NULL) for n, p in model.named_parameters() if n in names]
+    )
+    for exponent in (-1.0, -0.5, 0.5):
+        found = to_dense(F.power(exponent, 0.1, relative=True))
+        assert (found[~keep] == 0).all()
+        right = to_dense(twin.power(exponent, 0.1, relative=True))
+        assert torch.equal(found[keep][:, keep], right)
+    dense, identity = to_dense(F), torch.eye(len(keep), dtype=dtype)
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-3
+    assert_close(to_dense(F.inverse(0.1)), torch.linalg.inv(dense + 0.1 * identity), tolerance)
+    assert F.logdet() == -torch.inf
+    with pytest.raises(ValueError, match=r"zero eigenvalues.*rtol= for a pseudo-inverse"):
+        F.inverse(0.0)
+
+
+def test_the_largest_eigenvalue_is_that_of_all_processes():
+    """Of a process whose blocks are all rounding, nothing is left."""
+
+    class OneOfTwo(Share):
+        def gathered(self, value):
+            return [value, {bool: False, float: 1.0}.get(type(value), [])]
+
+    block = PlacedBlock("w", ("w",), DenseBlock(1e-34 * torch.eye(2, dtype=torch.float64)))
+    space = ParameterSpace({"w": (2,)}, torch.float64, torch.device("cpu"))
+    alone = BlockDiagonalLinearOperator(space, [block], {})
+    beside = BlockDiagonalLinearOperator(space, [block], {}, OneOfTwo(0, 1))
+    inverse = to_dense(alone.inverse(0.1, relative=True))
+    assert_close(inverse, torch.eye(2).double() / 1.1e-34, 1e-12)
+    assert to_dense(beside.inverse(0.1, relative=True)).norm() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_blocks_are_kept(dtype):
+    """Far above rounding, and in an inverse whatever their size."""
+    small = 30 * torch.finfo(dtype).eps ** 2
+    blocks = [
+        PlacedBlock(name, (name,), DenseBlock(scale * torch.eye(2, dtype=dtype)))
+        for name, scale in (("large", 1.0), ("small", small))
+    ]
+    space = ParameterSpace({"large": (2,), "small": (2,)}, dtype, torch.device("cpu"))
+    F = BlockDiagonalLinearOperator(space, blocks, {})
+    for own in (F.inverse(0.1, relative=True), F.inverse(0.0)):
+        assert (to_dense(own).diagonal() > 0).all()
+    back = F.inverse(0.0).inverse(0.1, relative=True)  # the first is the small one there
+    assert (to_dense(back).diagonal() > 0).all()
+
+
+def test_a_relative_damping_of_zeros():
+    block = PlacedBlock("w", ("w",), DenseBlock(torch.zeros(2, 2)))
+    space = ParameterSpace({"w": (2,)}, torch.float32, torch.device("cpu"))
+    F = BlockDiagonalLinearOperator(space, [block], {})
+    with pytest.raises(ValueError, match=r"Every block is zero.*an absolute damping"):
+        F.inverse(0.1, relative=True)
+    with pytest.raises(ValueError, match="does not round to zero"):
+        F.inverse(1e-60)
+    assert_close(to_dense(F.inverse(0.1)), 10 * torch.eye(2), 1e-6)

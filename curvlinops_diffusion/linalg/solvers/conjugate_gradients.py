@@ -34,7 +34,8 @@ class CGRefinedInverseLinearOperator(RefinedInverseLinearOperator):
     anew).
 
     Arguments, attributes and errors are those of :class:`RefinedInverseLinearOperator`; the
-    preconditioner must be positive definite.
+    preconditioner must be positive definite: take one of an absolute damping, since inverses with
+    ``rtol`` or a relative damping are zero on null blocks.
 
     Examples:
         >>> J_query = ExampleGradientLinearOperator(query)
