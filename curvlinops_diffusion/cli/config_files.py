@@ -115,7 +115,7 @@ def _yaml_pairs(path: Path, text: str) -> list[tuple[str, list[str] | None]]:
         return []
     if not isinstance(node, yaml.MappingNode):
         raise ValueError(f"--config: '{path}' holds no options. {_FORM}.")
-    found = []
+    found: list[tuple[str, list[str] | None]] = []
     for key, value in node.value:
         name = _scalar(path, str(getattr(key, "value", key)), key)
         if name is None:

@@ -77,6 +77,11 @@ def _own_words(words: list[str], types: Mapping[str, Any]) -> tuple[list[str], l
         elif equals or (following is not None and _is_value(following)):
             value = value if equals else waiting.pop()
             found.append(f"{_flag(name)}={_read(name, types[name], value)}")
+            if "file" not in types and waiting and not waiting[-1].startswith("-"):
+                raise ValueError(
+                    f"{_flag(name)} is given '{value}' and '{waiting[-1]}', and takes one value. "
+                    "Pass the folder in place of its files, and put what has spaces into quotes."
+                )
         else:
             found.append(_flag(name))
     return configs, found

@@ -157,6 +157,8 @@ def test_spellings(words, expected):
         (["\u2014data", "x"], "begins with a dash where two hyphens are meant: --data"),
         (["--noise-offset", "-1e-3"], "--noise-offset is -0.001. Pass a finite number"),
         (["--data", ""], "--data is empty"),
+        (["--data", "a.png", "b.png"], "--data is given 'a.png' and 'b.png', and takes one value"),
+        (["--prompt", "a", "cat"], "put what has spaces into quotes"),
         (["--config"], "--config needs the name of a YAML file"),
         (["--config", "/"], "--config: '/' cannot be read: Is a directory"),
         (["--numdraws", "3"], "Did you mean --num-draws?"),
