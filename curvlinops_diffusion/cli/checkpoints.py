@@ -27,6 +27,13 @@ def remove(checkpoint: Path) -> None:
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
+def nothing_to_do(path: Path) -> None:
+    """Say so; what a run that was killed at its very end has left is removed."""
+    remove(checkpoint_of(path))
+    if is_first():
+        say(f"'{path}' was made with the same options; nothing to do")
+
+
 def going_on(run: Callable[[], T], checkpoint: Path, overwrite: bool) -> T:
     """Run what goes on from a checkpoint; to overwrite, one of something else is no obstacle.
 

@@ -32,6 +32,12 @@ def start_log(path: Path | None) -> None:
     if path is None:
         return
     try:
+        if path.is_file():
+            with path.open("rb") as there:
+                if there.read(1) not in (b"", b"{"):  # an operator that would be damaged, say
+                    raise ValueError(
+                        f"The log '{path}' exists, and holds no lines of JSON. Pass another file."
+                    )
         handler = logging.FileHandler(path)
     except OSError as error:
         raise ValueError(f"The log '{path}' cannot be written: {error}.") from error

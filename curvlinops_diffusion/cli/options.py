@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, options_text
+from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better, options_text
 
 _COUNTS = (
     *("resolution", "batch_size", "num_draws", "query_draws", "query_block"),
@@ -275,6 +275,28 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     other_data: bool = False
     sharded: bool = False
     max_memory: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the method is for what is measured, and for how its scores are written.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        super().__post_init__()
+        if self.sharded and self.method == "influence" and self.output.suffix == ".npy":
+            raise ValueError(
+                f"--output {self.output} does not go with --sharded, by which each process writes "
+                "a file of its own. Pass a name that ends in .safetensors."
+            )
+        if self.method != "regression":
+            return
+        if MEASUREMENTS[self.measurement].better is not Better.LOWER:
+            good = [name for name, entry in MEASUREMENTS.items() if entry.better is Better.LOWER]
+            raise ValueError(
+                f"--method regression does not go with --measurement {self.measurement}. It adds "
+                "the square of how the prediction would change, which no loss gains by: pass one "
+                f"of {', '.join(good)}, of which lower is better, or --method influence."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

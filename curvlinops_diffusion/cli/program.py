@@ -16,6 +16,7 @@ from importlib import import_module
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 import docstring_parser
@@ -33,6 +34,8 @@ from curvlinops_diffusion.cli.options import (
     ValidatePlanOptions,
     flag,
 )
+from curvlinops_diffusion.cli.paths import check_paths
+from curvlinops_diffusion.cli.words import spelled
 from curvlinops_diffusion.linalg.operator_files import OPERATOR
 
 #: The options of each command; the command itself is the function of its name in a module of its
@@ -68,7 +71,7 @@ def parser() -> ArgumentParser:
             exit_on_error=False,
             formatter_class=_Help,
         )
-        own.add_argument("--config", action="config", help="A YAML file of options.")
+        own.add_argument("--config", action="config", help="A YAML or JSON file of options.")
         types, texts = get_type_hints(options), _texts(options)
         for cls in (options, *options.__bases__):
             group = own.add_argument_group(
@@ -143,9 +146,17 @@ def _add_flag(own: Any, field: Any, type_: Any, text: str) -> None:
     elif field.name == "file":
         own.add_argument("file", type=type_, metavar="FILE", help=text)
     elif field.default is MISSING:
-        own.add_argument(name, type=type_, required=True, **shown)
+        own.add_argument(name, type=_taken(type_), required=True, **shown)
     else:
-        own.add_argument(name, type=type_, default=field.default, **shown)
+        own.add_argument(name, type=_taken(type_), default=field.default, **shown)
+
+
+def _taken(type_: Any) -> Any:
+    """How the text of an option is read: never as null, which would drop a prompt of that name."""
+    without = [kind for kind in get_args(type_) if kind is not NoneType]
+    if len(without) == 1 and NoneType in get_args(type_):
+        type_ = without[0]
+    return type_
 
 
 def _texts(options: type[Any]) -> dict[str, str]:
@@ -172,7 +183,7 @@ def run(arguments: Sequence[str]) -> int:
     debug = "--debug" in words
     start = time.monotonic()
     try:
-        name, options = _understood(words)
+        name, options = understood(words)
         debug = options.debug
         if _first_process():
             start_log(options.log)
@@ -181,6 +192,7 @@ def run(arguments: Sequence[str]) -> int:
             # of libraries that the user cannot do anything about
             warnings.simplefilter("ignore", FutureWarning)
             warnings.showwarning = lambda message, *rest, **kw: say(f"warning: {message}")
+            check_paths(options)
             _command(name)(options)
     except KeyboardInterrupt:
         say("interrupted; start again with the same options to go on")
@@ -215,13 +227,15 @@ def _command(name: str) -> Callable[[Any], None]:
     return command
 
 
-def _understood(words: list[str]) -> tuple[str, Any]:
+def understood(words: list[str]) -> tuple[str, Any]:
     """The command's name, and its options.
 
     Raises:
         ValueError: If there is no such command or option, or an option is of another kind.
     """
     try:
+        if words and words[0] in COMMANDS:
+            words = [words[0], *spelled(words[1:], get_type_hints(COMMANDS[words[0]]))]
         parsed = parser().parse_args(words)
         options_of = COMMANDS[parsed.command]
         known = {field.name for field in fields(options_of)}
@@ -256,6 +270,8 @@ def _plain(text: str) -> str:
     text = " ".join(text.split()).rstrip(".")
     text = re.sub(r'Parser key "(\w+)"', lambda match: flag(match[1]), text)
     text = re.sub(rf"\b(?:{'|'.join(COMMANDS)})\.(\w+)", lambda match: flag(match[1]), text)
+    several = r"Does not validate .* Errors: - (.*) Given value type: .* Given value: "
+    text = re.sub(several, lambda m: m[1].replace(" - E", " or e") + ". Got value: ", text)
     text = re.sub(r"(?:a )?<class '(\w+)'>", r"\1", text).replace("a typing.Literal", "one of ")
     return text.replace("required: --file", "required: FILE")
 

@@ -93,9 +93,24 @@ def check_parameters(model: nn.Module) -> None:
     """Check that the parameters are there, whole, and can be differentiated.
 
     Raises:
-        ValueError: If they are divided among processes, elsewhere, or made in inference mode.
+        ValueError: If they are divided among processes, elsewhere, not yet made, made in inference
+            mode, or stored in another form than numbers one after the other.
     """
     for name, p in model.named_parameters():
+        if isinstance(p, nn.UninitializedParameter):
+            raise ValueError(
+                f"Parameter '{name}' has no shape yet, as those of lazy modules before their first "
+                "call. Call the network once, or leave the module out."
+            )
+        if p.layout is not torch.strided:
+            raise ValueError(
+                f"Parameter '{name}' has the layout {p.layout}. Replace it by its to_dense()."
+            )
+        if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+            raise ValueError(
+                f"Entries of parameter '{name}' share one place in memory (it was expanded). Give "
+                "it values of its own: p.data = p.data.clone()."
+            )
         if p.is_meta:
             raise ValueError(
                 f"Parameter '{name}' has no values here (it is on the device 'meta'): weights were "
@@ -115,6 +130,13 @@ def check_parameters(model: nn.Module) -> None:
             raise ValueError(
                 f"Parameter '{name}' was made under torch.inference_mode(), and cannot be "
                 "differentiated. Load or make the network outside of it."
+            )
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta or buffer.is_inference():
+            why = "has no values" if buffer.is_meta else "was made under torch.inference_mode()"
+            raise ValueError(
+                f"Buffer '{name}' {why}. Load or make the network outside of such a context, onto "
+                "a device."
             )
 
 
@@ -145,17 +167,38 @@ def check_deterministic_mode(model: nn.Module) -> None:
             )
 
 
-def check_no_autocast(device: torch.device) -> None:
-    """Check that no ``torch.autocast`` surrounds us, which would round factors and scores.
+def check_surroundings(device: torch.device) -> None:
+    """Check that no context surrounds us that changes what is computed.
 
     Raises:
-        ValueError: If one does.
+        ValueError: If ``torch.autocast`` would round factors and scores; or as
+            :func:`check_modes`.
     """
     if torch.is_autocast_enabled(device.type):
         raise ValueError(
             f"torch.autocast is on for '{device.type}', and would compute curvature in low "
             "precision. Leave its context, and pass autocast=torch.bfloat16 to DenoisingObjective "
             "to run the network alone in low precision."
+        )
+    check_modes()
+
+
+def check_modes() -> None:
+    """Check that tensors that are made now have values, and can be differentiated.
+
+    Raises:
+        ValueError: If ``torch.inference_mode`` is on, or the default device is ``meta``.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "torch.inference_mode() is on, in which nothing can be differentiated. Leave its "
+            "context; torch.no_grad() is no obstacle."
+        )
+    if torch.empty(0).is_meta:
+        raise ValueError(
+            "torch's default device is 'meta', on which tensors have no values. Leave the context "
+            "(of torch.device('meta'), or of accelerate's init_empty_weights), or call "
+            "torch.set_default_device(None)."
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlinops_diffusion.runtime.plain import plain_tensor
 from curvlinops_diffusion.runtime.transfers import sent, sent_beside
 
 
@@ -85,3 +86,25 @@ def replaced(
         mask = sent(mask_B, given.device).reshape(-1, *[1] * (given.ndim - 1))
         result[key] = torch.where(mask, sent_beside(torch.as_tensor(value), given), given)
     return result
+
+
+def plain_arguments(given: Any) -> Any:
+    """Arguments that the same are passed for all examples, without graphs; functions as they are.
+
+    Raises:
+        ValueError: If they are no mapping, or a tensor has no values.
+    """
+
+    def own(entry: Any) -> Any:
+        return (
+            plain_tensor(entry, "A tensor of model_kwargs") if isinstance(entry, Tensor) else entry
+        )
+
+    if callable(given):
+        return given
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"model_kwargs is, or returned, a {type(given).__name__}. Pass a dict of keyword "
+            "arguments of the network, or a function of (x_t, condition) that returns one."
+        )
+    return mapped(own, given)

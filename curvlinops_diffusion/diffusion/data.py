@@ -24,6 +24,7 @@ from curvlinops_diffusion.diffusion.conditions import leaves, rows_of
 from curvlinops_diffusion.diffusion.masks import loss_mask
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.digests import tensor_parts
+from curvlinops_diffusion.runtime.plain import plain, plain_labels
 
 _ACCEPTED = (
     "a tensor of clean examples [N, ...], a dict of tensors with key 'x0', a Dataset, a "
@@ -225,13 +226,14 @@ def _varied(before: Mapping[str, int], now: Mapping[str, int]) -> str:
 def _batch_source(data: Any, batch_size: int) -> Source:
     """A function that starts a new iteration over the batches of ``data``."""
     if isinstance(data, Tensor):
-        check_images(data, 0)
+        check_images(_split(data)[0], 0)
         return _ranges(len(data), batch_size, lambda chosen: (data[r] for r in chosen))
     if isinstance(data, Mapping):
         x0, condition = _split(data)
         check_images(x0, 0)
         check_condition(condition, len(x0))
-        return _ranges(len(x0), batch_size, lambda chosen: (rows_of(data, r) for r in chosen))
+        whole = {"x0": x0, **condition}
+        return _ranges(len(x0), batch_size, lambda chosen: (rows_of(whole, r) for r in chosen))
     if isinstance(data, DataLoader):
         _check_order(data)
         return _all_of(lambda: _iterate_loader(data))
@@ -352,7 +354,16 @@ def _check_order(loader: DataLoader[Any]) -> None:
 
 
 def _split(batch: Any) -> tuple[Any, dict[str, Any]]:
-    """The clean examples and the condition of a batch."""
+    """The clean examples and the condition of a batch, as plain tensors."""
+    x0, condition = _parts(batch)
+    condition = {key: plain(value, f"'{key}' of the data") for key, value in condition.items()}
+    if "class_labels" in condition:
+        condition["class_labels"] = plain_labels(condition["class_labels"])
+    return plain(x0, "The data") if isinstance(x0, Tensor) else x0, condition
+
+
+def _parts(batch: Any) -> tuple[Any, dict[str, Any]]:
+    """The clean examples and the condition of a batch, as they are given."""
     if isinstance(batch, Mapping):
         if "x0" not in batch:
             raise ValueError(f"A batch arrived with keys {sorted(batch)}. {_ITEM_ACCEPTED}.")

@@ -49,6 +49,26 @@ class Packing:
     pack: Callable[[Tensor], Tensor]
 
 
+def check_encoded(encoded: Any) -> None:
+    """Check what ``encode`` returns.
+
+    Raises:
+        ValueError: If it is of another kind.
+    """
+    if not all(hasattr(encoded, name) for name in ("mean", "std", "condition")):
+        raise ValueError(
+            f"encode returned a {type(encoded).__name__}. It must return "
+            "curvlinops_diffusion.Encoded(mean, std, condition), with std=None for data that is "
+            "not drawn."
+        )
+    for name in ("mean", "std"):
+        value = getattr(encoded, name)
+        if not isinstance(value, Tensor) and not (name == "std" and value is None):
+            raise ValueError(
+                f"{name} of what encode returned is a {type(value).__name__}. Return a tensor."
+            )
+
+
 class LatentEncoder:
     r"""An autoencoder before the diffusion, and the embedding of a condition beside it.
 

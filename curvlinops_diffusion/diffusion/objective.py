@@ -12,10 +12,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.diffusion.checks import check_parameters
-from curvlinops_diffusion.diffusion.conditions import mapped, replaced
+from curvlinops_diffusion.diffusion.checks import check_modes, check_parameters
+from curvlinops_diffusion.diffusion.conditions import mapped, plain_arguments, replaced
 from curvlinops_diffusion.diffusion.data import CleanBatch
-from curvlinops_diffusion.diffusion.latents import Encoded, LatentEncoder, Packing
+from curvlinops_diffusion.diffusion.latents import (
+    Encoded,
+    LatentEncoder,
+    Packing,
+    check_encoded,
+)
 from curvlinops_diffusion.diffusion.masks import entry_weights
 from curvlinops_diffusion.diffusion.noise import NoiseProcess
 from curvlinops_diffusion.diffusion.pipelines import pipeline_parts
@@ -118,10 +123,16 @@ class DenoisingObjective:
     ):
         if not isinstance(model, nn.Module):
             raise ValueError(f"The model arrived as {type(model).__name__}. Pass an nn.Module.")
-        if not any(p.is_floating_point() for p in model.parameters()):
-            raise ValueError("The model has no floating-point parameters to take derivatives in.")
+        check_modes()
+        if isinstance(model, torch.jit.ScriptModule):
+            raise ValueError(
+                "The model is a TorchScript module, whose layers cannot be looked into. Pass the "
+                "module that it was made from."
+            )
         self.model = unwrapped(model)
         check_parameters(self.model)
+        if not any(p.is_floating_point() for p in model.parameters()):
+            raise ValueError("The model has no floating-point parameters to take derivatives in.")
         self.process: NoiseProcess = noise_process(scheduler)
         self.weights_T = weight_table(weighting, self.process)
         self.reduction = check_option("reduction", reduction, Reduction)
@@ -141,7 +152,7 @@ class DenoisingObjective:
         self.training_arguments: dict[str, Any] = {}
         self._tables = special_tables(self.model)
         self._encode = encode
-        self._model_kwargs = model_kwargs or {}
+        self._model_kwargs = plain_arguments(model_kwargs or {})
         self._call = Signature.of(self.model)
 
     @classmethod
@@ -273,9 +284,11 @@ class DenoisingObjective:
             encoded = Encoded(clean.x0, None, clean.condition)
         else:
             encoded = self._encode(clean.x0, clean.condition)
+            check_encoded(encoded)
 
         def moved(entry: Any) -> Any:
-            return sent(entry, self.device) if isinstance(entry, Tensor) else entry
+            # an encoder's own graph is no part of the network
+            return sent(entry.detach(), self.device) if isinstance(entry, Tensor) else entry
 
         mean, std = moved(encoded.mean), moved(encoded.std)
         return Encoded(mean, std, mapped(moved, encoded.condition))
@@ -400,7 +413,8 @@ class DenoisingObjective:
             ValueError: If the output is no tensor of the shape of ``x_t``.
         """
         static = self._model_kwargs
-        static = static(x_t, condition) if callable(static) else static
+        if callable(static):
+            static = plain_arguments(static(x_t, condition))
         args, named = self._call.arguments(x_t, timestep_B)
         kwargs = {**condition, **static, **named}
         # a cache of weights would outlive a change of parameters
@@ -448,6 +462,7 @@ class DenoisingObjective:
         def moved(entry: Any) -> Any:
             if not isinstance(entry, Tensor):
                 return entry
-            return sent(entry, self.device, self.dtype if entry.is_floating_point() else None)
+            dtype = self.dtype if entry.is_floating_point() else None
+            return sent(entry.detach(), self.device, dtype)
 
         return mapped(moved, value)

@@ -17,7 +17,8 @@ from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.batch_sizes import MEASURED, largest_batch_size
 from curvlinops_diffusion.diffusion.checks import (
     check_deterministic_mode,
-    check_no_autocast,
+    check_modes,
+    check_surroundings,
     warn_of_range,
 )
 from curvlinops_diffusion.diffusion.data import CleanBatch, CleanData, Wanted
@@ -38,13 +39,14 @@ def check_regression(value: Any) -> None:
     """Check what an operator is made of.
 
     Raises:
-        ValueError: If it is no regression.
+        ValueError: If it is no regression, or a context around us changes what is computed.
     """
     if not isinstance(value, NoisedRegression):
         raise ValueError(
             f"A {type(value).__name__} arrived where a NoisedRegression is needed. Pass "
             "NoisedRegression(DenoisingObjective(model, scheduler), data)."
         )
+    check_surroundings(value.device)
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -157,6 +159,7 @@ class NoisedRegression:
             raise ValueError(
                 f"The objective arrived as {type(objective).__name__}. Pass a DenoisingObjective."
             )
+        check_modes()
         self.objective = objective
         T = objective.process.num_levels
         made = make_draws(timesteps, num_draws, seed, T, antithetic) if draws is None else draws
@@ -337,7 +340,7 @@ class NoisedRegression:
                 data lets one choose.
         """
         check_deterministic_mode(self.objective.model)
-        check_no_autocast(self.objective.device)
+        check_surroundings(self.objective.device)
         identity = None if self._data_identity else DataIdentity()
         for number, clean in self._data.numbered(wanted):
             yield number, clean

@@ -32,7 +32,9 @@ class Signature:
         known = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         times = [n for n, p in enumerate(known) if p.name in _TIMES]
         images = [p for n, p in enumerate(known) if n not in times]
-        image_name = images[0].name if images and images[0].kind is images[0].KEYWORD_ONLY else None
+        by_place = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        only_named = bool(images) and images[0].kind is images[0].KEYWORD_ONLY and not by_place
+        image_name = images[0].name if only_named else None
         if not times:
             return cls(image_name=image_name)
         place = next((n for n in times if known[n].name == "timestep" and 0 not in times), times[0])

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.conditions import has_rows, leaves, mapped, named
 from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.diffusion.first_call import first_prediction
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.runtime.precision import settled
@@ -185,7 +186,7 @@ def _check_trial(objective: DenoisingObjective, trial: Trial) -> None:
             _check_encoding(objective, clean)
         before, state = _random_states(objective.device), _State.of(objective.model)
         with _Uses(batch.condition) as uses:
-            first_BD = objective.predict(batch)
+            first_BD = first_prediction(objective, batch)
         changed = state.restore(objective.model)
         if changed:
             raise ValueError(

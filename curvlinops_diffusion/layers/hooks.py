@@ -21,15 +21,34 @@ from curvlinops_diffusion.runtime.processes import answered
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Exclude all parameters from automatic differentiation within the context."""
+    """Exclude all parameters from automatic differentiation within the context.
+
+    So are tensors with gradients that modules hold as plain attributes. Nor do hooks run that users
+    gave parameters (to mask or clip gradients in training, say): what they return is no derivative.
+    """
     before = [(p, p.requires_grad) for p in model.parameters()]
+    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p, _ in before if p._backward_hooks]
+    others = [
+        (vars(module), key, value)
+        for module in model.modules()
+        for key, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and value.requires_grad
+    ]
     try:
         for p, _ in before:
             p.requires_grad_(False)
+        for running, _ in hooks:
+            running.clear()
+        for attributes, key, value in others:
+            attributes[key] = value.detach()
         yield
     finally:
         for p, requires_grad in before:
             p.requires_grad_(requires_grad)
+        for running, own in hooks:
+            running.update(own)
+        for attributes, key, value in others:
+            attributes[key] = value
 
 
 @dataclass

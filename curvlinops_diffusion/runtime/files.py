@@ -32,7 +32,8 @@ def _written(path: Path, write: Callable[[str], object]) -> None:
         raise ValueError(f"The folder '{path.parent}' does not exist. Create it first.")
     if path.is_dir():
         raise ValueError(f"'{path}' is a folder. Pass the name of a file.")
-    temporary = path.with_name(f".{path.name}.{token_hex(4)}")
+    path = _behind_links(path)
+    temporary = _temporary(path)
     try:
         with open(temporary, "xb") as new:
             permissions = os.fstat(new.fileno()).st_mode  # those of the user's new files
@@ -64,6 +65,53 @@ def make_folder(path: Path) -> None:
         raise ValueError(
             f"The folder '{path}' cannot be made: {error}. Pass another one."
         ) from error
+
+
+def check_can_be_made(path: Path, option: str) -> None:
+    """Check that a folder is there and can be written to, or that it can be made.
+
+    Raises:
+        ValueError: If neither.
+    """
+    there = path.absolute()
+    try:
+        while not there.exists() and there != there.parent:
+            there = there.parent
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be made: {error.strerror}.") from error
+    if not there.is_dir():
+        raise ValueError(f"{option} {path} cannot be a folder: '{there}' is a file.")
+    check_can_be_written(there / "file", option)
+
+
+def check_can_be_written(path: Path, option: str) -> None:
+    """Check that a file of a name can be written, by writing an empty one beside it.
+
+    Permissions alone do not tell: a disk may be read-only, and a name may be too long.
+
+    Raises:
+        ValueError: If it cannot be.
+    """
+    path = _behind_links(path)
+    temporary = _temporary(path)
+    try:
+        temporary.open("xb").close()
+        temporary.unlink()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"The folder '{path.parent}' of {option} cannot be written to, not by the name of "
+            f"'{path.name}': {reason}."
+        ) from error
+
+
+def _behind_links(path: Path) -> Path:
+    """The file that a link is of: replaced by a file it would no longer lead there."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{token_hex(4)}")
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
@@ -225,6 +273,8 @@ class FileKind:
         return ValueError(f"The header of '{path}' is damaged ({reason}). {self.advice}")
 
     def _open(self, path: Path, framework: str = "np") -> Any:
+        if path.is_dir():
+            raise ValueError(f"'{path}' is a folder, not a file of {self.what}. {self.advice}")
         if not path.is_file():
             raise ValueError(f"There is no file '{path}'. {self.advice}")
         try:
@@ -235,8 +285,10 @@ class FileKind:
     def _header(self, path: Path, file: Any) -> Any:
         metadata = file.metadata() or {}
         if self.key not in metadata:
+            other = _kind_among(metadata)
+            held = f", but of kind '{other}'" if other else ""
             raise ValueError(
-                f"'{path}' is a safetensors file, but not of {self.what}. {self.advice}"
+                f"'{path}' is a safetensors file, but not of {self.what}{held}. {self.advice}"
             )
         try:
             header = json.loads(metadata[self.key])
@@ -251,6 +303,23 @@ class FileKind:
             f"'{path}' is not a whole safetensors file ({error}). It was truncated, damaged, or "
             f"written by another program. {self.advice}"
         )
+
+
+def kind_of(path: Path) -> str | None:
+    """The key of a safetensors file's kind; empty for files of other programs.
+
+    Returns:
+        ``None`` if it is no whole safetensors file.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            return _kind_among(file.metadata() or {})
+    except (SafetensorError, OSError):
+        return None
+
+
+def _kind_among(metadata: Mapping[str, str]) -> str:
+    return next((key for key in metadata if key.startswith("curvlinops_diffusion.")), "")
 
 
 def _as_bytes(text: str) -> Tensor:

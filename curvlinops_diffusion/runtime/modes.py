@@ -254,8 +254,9 @@ def recomputation_named() -> Iterator[None]:
             raise
         raise ValueError(
             "A part of the network is recomputed in the backward pass in a way that these "
-            "derivatives cannot follow: gradient checkpoints (torch.utils.checkpoint), or an "
-            "autograd function that computes gradients by itself. Switch the network's gradient "
+            "derivatives cannot follow: gradient checkpoints (torch.utils.checkpoint), an "
+            "autograd function that computes gradients by itself, or a module's backward hook. "
+            "Switch the network's gradient "
             "checkpoints off; factors and gradients of examples go through those of "
             f"use_reentrant=False as well. (torch says: {str(error).splitlines()[0][:200]})"
         ) from error

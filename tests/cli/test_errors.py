@@ -23,7 +23,7 @@ def test_where_an_error_arose_is_shown_if_asked_for(folder, capsys):
     traceback = capsys.readouterr().err
     assert traceback.startswith("Traceback (most recent call last):\n")
     assert traceback.endswith(f"{line}\n")
-    assert "in open_images" in traceback
+    assert "in check_paths" in traceback
 
 
 @pytest.mark.parametrize(
@@ -32,8 +32,11 @@ def test_where_an_error_arose_is_shown_if_asked_for(folder, capsys):
         (["fit", "--bogus", "3"], "unrecognized arguments: --bogus 3. 'curvlinops-diffusion fit"),
         (["fit", "--data", "x", "--curvature", "hessian"], "--curvature: Expected "),
         (["fit", "--num-draws", "few"], "--num-draws: Expected int. Got value: few"),
-        (["fit", "--config", "nowhere.yaml"], "--config: File does not exist: "),
-        (["fit", "--config", "bad.yaml"], "Problems parsing config: "),
+        (
+            ["fit", "--config", "nowhere.yaml"],
+            "--config: 'nowhere.yaml' cannot be read: No such file",
+        ),
+        (["fit", "--config", "bad.yaml"], "--config: 'bad.yaml' cannot be parsed: line 2, "),
         (["score", "--damping", "nan"], "--damping: Expected float. Got value: nan"),
         (["fit"], "the following arguments are required: --data, --output. "),
         (["train"], "invalid choice: 'train' (choose from "),

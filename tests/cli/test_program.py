@@ -112,7 +112,7 @@ def test_kernel_regression(fitted, tmp_path, capsys):
     assert "predicted change" not in text
     unlike = [*draws, "--measurement", "log_likelihood", "--output", tmp_path / "x.safetensors"]
     assert run(arguments(fitted, "score", *unlike)) == 2
-    assert "--method regression arrived with --measurement log_lik" in capsys.readouterr().err
+    assert "--method regression does not go with --measurement log_lik" in capsys.readouterr().err
     assert run(arguments(fitted, "score", "--ridge", 0)) == 2
     assert "--ridge is 0.0. Pass a finite number above 0" in capsys.readouterr().err
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from curvlinops_diffusion.cli.checkpoints import checkpoint_of, going_on, remove
+from curvlinops_diffusion.cli.checkpoints import checkpoint_of, going_on, nothing_to_do, remove
 from curvlinops_diffusion.cli.commands.cost import fit_cost
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.images.images import NamedImages, open_images
 from curvlinops_diffusion.cli.network import Network, load_network, of_text_encoders
 from curvlinops_diffusion.cli.options import FitOptions, in_bytes
-from curvlinops_diffusion.cli.outputs import check_output, check_output_is_same, nothing_to_do
+from curvlinops_diffusion.cli.outputs import check_output_is_same
 from curvlinops_diffusion.cli.processes import is_first, process_group, with_own_device
 from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
 from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
@@ -28,8 +28,6 @@ def fit(options: FitOptions) -> None:
     Raises:
         ValueError: If something is missing or does not fit together.
     """
-    inputs = {"--data": options.data, "--model": options.model}
-    check_output(options.output, (".safetensors",), inputs)
     with process_group(options.timeout) as several:
         network = load_network(with_own_device(options), of_text_encoders(options.params or ()))
         images = training_images(network, options)

@@ -10,7 +10,6 @@ from torch import Tensor
 from curvlinops_diffusion.cli.options import ScoreOptions
 from curvlinops_diffusion.influence.finite_steps import forward_only_scores
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
 from curvlinops_diffusion.influence.retraining import retraining_scores
 from curvlinops_diffusion.influence.scores import influence_scores
 from curvlinops_diffusion.influence.split_half import (
@@ -52,28 +51,6 @@ def in_shards(options: ScoreOptions, several: bool) -> bool:
     Kernel regression solves a system of all of them, and finite steps divide the queries.
     """
     return several and options.sharded and options.method == "influence"
-
-
-def check_method(options: ScoreOptions) -> None:
-    """Check that the method is for what is measured, and for how its scores are written.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if options.sharded and options.method == "influence" and options.output.suffix == ".npy":
-        raise ValueError(
-            f"--output {options.output} arrived with --sharded, by which each process writes a "
-            "file of its own. Pass a name that ends in .safetensors."
-        )
-    if options.method != "regression":
-        return
-    if MEASUREMENTS[options.measurement].better is not Better.LOWER:
-        good = [name for name, entry in MEASUREMENTS.items() if entry.better is Better.LOWER]
-        raise ValueError(
-            f"--method regression arrived with --measurement {options.measurement}. It adds the "
-            "square of how the prediction would change, which no loss gains by: pass one of "
-            f"{', '.join(good)}, of which lower is better, or --method influence."
-        )
 
 
 def _regression(

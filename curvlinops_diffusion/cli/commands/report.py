@@ -15,7 +15,6 @@ from curvlinops_diffusion.cli.images.images import NamedImages, open_images
 from curvlinops_diffusion.cli.images.labels import Condition
 from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.options import ReportOptions
-from curvlinops_diffusion.cli.outputs import check_output, check_output_is_new
 from curvlinops_diffusion.cli.page.figures import histogram, operator_summary
 from curvlinops_diffusion.cli.page.rankings import (
     Row,
@@ -44,9 +43,6 @@ def report(options: ReportOptions) -> None:
     Raises:
         ValueError: If images, operator and scores do not belong together.
     """
-    inputs = {"--scores": options.scores, "--operator": options.operator}
-    check_output(options.output, (".html",), inputs)
-    check_output_is_new(options.output, options.overwrite)
     scores_QN, header = read_scores(options.scores)
     train, queries = _images(options, header)
     identity = header["identity"]

@@ -6,16 +6,15 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from curvlinops_diffusion.cli.checkpoints import checkpoint_of, remove
+from curvlinops_diffusion.cli.checkpoints import checkpoint_of, nothing_to_do, remove
 from curvlinops_diffusion.cli.commands.cost import score_cost
 from curvlinops_diffusion.cli.commands.fit import training_images, training_regression
-from curvlinops_diffusion.cli.commands.methods import check_method
 from curvlinops_diffusion.cli.commands.scoring import Scoring, inversion_of
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.images.images import NamedImages, open_images
 from curvlinops_diffusion.cli.network import Network, load_network, of_text_encoders
 from curvlinops_diffusion.cli.options import ScoreOptions, in_bytes
-from curvlinops_diffusion.cli.outputs import check_output, check_output_is_same, nothing_to_do
+from curvlinops_diffusion.cli.outputs import check_output_is_same
 from curvlinops_diffusion.cli.processes import is_first, process_group, with_own_device
 from curvlinops_diffusion.cli.score_files import agreement, header_and_scores
 from curvlinops_diffusion.curvature.load import load_operator
@@ -38,9 +37,6 @@ def score(options: ScoreOptions) -> None:
     Raises:
         ValueError: If something is missing or does not fit together.
     """
-    inputs = {"--operator": options.operator, "--data": options.data, "--queries": options.queries}
-    check_output(options.output, (".safetensors", ".npy"), inputs)
-    check_method(options)
     with process_group(options.timeout) as several:
         covered = (name for name, _ in read_header(options.operator)["parameters"])
         network = load_network(with_own_device(options), of_text_encoders(covered))

@@ -15,7 +15,7 @@ from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.checks import (
     check_condition,
     check_deterministic_mode,
-    check_no_autocast,
+    check_surroundings,
 )
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.draws import make_draws
@@ -215,7 +215,7 @@ def record_trajectories(
             :class:`TrajectoryRegression` refuses them, or the condition is of other samples.
     """
     check_deterministic_mode(objective.model)
-    check_no_autocast(objective.device)
+    check_surroundings(objective.device)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, generator=generator)
     steps = steps_between(objective, levels, variance)

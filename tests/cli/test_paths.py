@@ -1,0 +1,204 @@
+"""Paths are checked before PyTorch is loaded, each error in one line with a remedy."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from curvlinops_diffusion.cli.program import run
+from curvlinops_diffusion.influence.score_files import SCORES
+from curvlinops_diffusion.linalg.operator_files import OPERATOR
+from tests.cli.cases import arguments, write_images
+
+# runs each list of words, and tells code, error and whether PyTorch was imported
+SCRIPT = """
+import contextlib, io, json, sys
+from curvlinops_diffusion.cli.program import run
+told = []
+for words in json.load(sys.stdin):
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error):
+        code = run(words)
+    told.append([code, error.getvalue(), "torch" in sys.modules])
+print(json.dumps(told))
+"""
+
+
+def outcomes(commands):
+    """Code, error and whether PyTorch was imported, of each command, in one new process."""
+    text = json.dumps([[str(word) for word in words] for words in commands])
+    finished = subprocess.run(
+        [sys.executable, "-c", SCRIPT], input=text, capture_output=True, text=True, check=True
+    )
+    return json.loads(finished.stdout)
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    """Files of every kind, some of them damaged, without a network to be loaded."""
+    folder = tmp_path_factory.mktemp("paths")
+    write_images(folder / "train", 2, seed=0)
+    (folder / "empty").mkdir()
+    (folder / "notes").mkdir()
+    (folder / "notes" / "notes.txt").write_text("no image")
+    for name in ("pipeline", "pickled", "cut", "pointer", "half", "variant", "apart", "no_json"):
+        unet = folder / name / "unet"
+        unet.mkdir(parents=True)
+        index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+        index |= {"safety_checker": [None, None], "requires": True}
+        (folder / name / "model_index.json").write_text(json.dumps(index))
+        (unet / "config.json").write_text("{}")
+        save_file({"w": np.zeros(100)}, unet / "diffusion_pytorch_model.safetensors")
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    whole = (folder / "pipeline" / weights).read_bytes()
+    (folder / "pickled" / weights).rename(folder / "pickled" / "unet" / "model.bin")
+    (folder / "cut" / weights).write_bytes(whole[:-8])
+    (folder / "pointer" / weights).write_text("version https://git-lfs.github.com/spec/v1\n")
+    shutil.rmtree(folder / "half" / "unet")
+    (folder / "variant" / weights).rename(
+        folder / "variant" / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    )
+    (folder / "apart" / weights).rename(folder / "apart" / "unet" / "m-1-of-2.safetensors")
+    (folder / "apart" / "unet" / "m.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "m-1-of-2.safetensors", "b": "m-2-of-2.safetensors"}})
+    )
+    (folder / "no_json" / "model_index.json").write_text("{")
+    shutil.copytree(folder / "pipeline", folder / "cache" / "snapshots" / "abc")
+    (folder / "scheduler").mkdir()
+    header = {"kind": "ekfac", "parameters": [], "dtype": "", "blocks": [], "info": {}}
+    header["format_version"] = 2
+    OPERATOR.write(folder / "o.safetensors", {}, header)
+    shards = header | {"format_version": 4, "shards": ["gone.safetensors"]}
+    OPERATOR.write(folder / "shards.safetensors", {}, shards)
+    SCORES.write(folder / "s.safetensors", {}, {})
+    np.save(folder / "alone.npy", np.zeros(3))
+    shutil.copy(folder / "pipeline" / weights, folder / "adapter.safetensors")
+    (folder / "cut.safetensors").write_bytes(whole[:-8])
+    (folder / "link").symlink_to(folder / "nowhere")
+    (folder / "precious.safetensors").write_bytes(whole)
+    (folder / "log.safetensors").write_bytes(whole)
+    return folder
+
+
+FIT = {"--pipeline": "pipeline", "--data": "train", "--output": "new.safetensors"}
+SCORE = FIT | {"--operator": "o.safetensors", "--queries": "train"}
+REPORT = {"--scores": "s.safetensors", "--data": "train", "--queries": "train"}
+REPORT |= {"--output": "new.html"}
+PLAN = {"--data": "train", "--output": "plan"}
+CASES = [
+    ("fit", FIT, {"--pipeline": "pipelin"}, "does not exist. Pass a folder of save_pretrained"),
+    ("fit", FIT, {"--pipeline": "pipelin"}, "pipeline'?"),
+    ("fit", FIT, {"--pipeline": "adapter.safetensors"}, "is a file. Pass a folder"),
+    ("fit", FIT, {"--pipeline": "train"}, "holds no model_index.json. Pass a folder"),
+    ("fit", FIT, {"--pipeline": "cache"}, "snapshots/abc'?"),
+    ("fit", FIT, {"--pipeline": "no_json"}, "'model_index.json' is not as save_pretrained"),
+    ("fit", FIT, {"--pipeline": "half"}, "names a part 'unet', and there is no such folder"),
+    ("fit", FIT, {"--pipeline": "pickled"}, "but 'model.bin', which is a pickle"),
+    ("fit", FIT, {"--pipeline": "cut"}, "not a whole safetensors file (it has "),
+    ("fit", FIT, {"--pipeline": "pointer"}, "pointer of Git LFS: run git lfs pull"),
+    ("fit", FIT, {"--pipeline": "variant"}, "are of variant fp16. Pass --variant fp16"),
+    ("fit", FIT, {"--pipeline": "apart"}, "are missing, 'm-2-of-2.safetensors' first"),
+    ("fit", FIT, {"--pipeline": None}, "Pass --pipeline FOLDER, or --model FOLDER and"),
+    ("fit", FIT, {"--scheduler": "scheduler"}, "Pass --pipeline FOLDER, or --model FOLDER and"),
+    (
+        "fit",
+        FIT,
+        {"--pipeline": None, "--model": "pipeline", "--scheduler": "scheduler"},
+        "pipeline' is a pipeline. Pass it as --pipeline",
+    ),
+    (
+        "fit",
+        FIT,
+        {"--pipeline": None, "--model": "pipeline/unet", "--scheduler": "scheduler"},
+        "scheduler' holds no scheduler_config.json",
+    ),
+    ("fit", FIT, {"--lora": "none.safetensors"}, "does not exist. Pass the file or folder of an"),
+    ("fit", FIT, {"--lora": "a=none.safetensors"}, "does not exist. Pass the file or folder of an"),
+    ("fit", FIT, {"--lora": "alone.npy"}, "alone.npy' is no .safetensors file"),
+    ("fit", FIT, {"--lora": "empty"}, "empty' holds no .safetensors file"),
+    ("fit", FIT, {"--lora": "cut.safetensors"}, "is not a whole safetensors file (it has "),
+    ("fit", FIT, {"--data": "trian"}, "train'?"),
+    ("fit", FIT, {"--data": "tr\\ain"}, "separated by /, not by backslashes"),
+    ("fit", FIT, {"--data": "link"}, "link' (--data) is a link to what does not exist"),
+    ("fit", FIT, {"--data": "empty"}, "empty' holds no images. Pass a folder of images"),
+    ("fit", FIT, {"--data": "notes"}, "notes' holds no images. Pass a folder of images"),
+    ("fit", FIT, {"--data": "pipeline"}, "is a pipeline, and --data takes images"),
+    ("fit", FIT, {"--data": "o.safetensors"}, "o.safetensors' is in no known form"),
+    ("fit", FIT, {"--data": "x" * 300}, "(--data) cannot be read: File name too long"),
+    ("fit", FIT, {"--output": "no/e.safetensors"}, "of --output does not exist. Create it first"),
+    ("fit", FIT, {"--output": "e"}, "must end in .safetensors"),
+    ("fit", FIT, {"--output": "e.SAFETENSORS"}, "must end in .safetensors"),
+    ("fit", FIT, {"--output": "empty"}, "must end in .safetensors"),
+    ("fit", FIT, {"--output": f"{'e' * 240}.safetensors"}, "File name too long"),
+    ("fit", FIT, {"--output": "s.safetensors"}, "a file of another kind (scores)"),
+    ("fit", FIT, {"--output": "/proc/e.safetensors"}, "of --output cannot be written to"),
+    (
+        "fit",
+        FIT,
+        {"--output": "precious.safetensors", "--overwrite": "true"},
+        "a file of another kind (weights). Pass another name",
+    ),
+    (
+        "fit",
+        FIT,
+        {"--lora": "adapter.safetensors", "--output": "adapter.safetensors"},
+        "is what --lora reads",
+    ),
+    ("fit", FIT, {"--log": "log.safetensors"}, "exists, and holds no lines of JSON"),
+    ("fit", FIT, {"--latent-cache": "adapter.safetensors"}, "is a file"),
+    ("score", SCORE, {"--operator": "none.safetensors"}, "Make it by curvlinops-diffusion fit"),
+    ("score", SCORE, {"--operator": "s.safetensors"}, "of kind 'curvlinops_diffusion.scores'"),
+    ("score", SCORE, {"--operator": "cut.safetensors"}, "not a whole safetensors file"),
+    ("score", SCORE, {"--operator": "train"}, "train' is a folder, not a file of an operator"),
+    ("score", SCORE, {"--operator": "shards.safetensors"}, "'gone.safetensors' first. Copy them"),
+    ("score", SCORE, {"--output": "o.safetensors"}, "is what --operator reads"),
+    ("score", SCORE, {"--output": "alone.npy"}, "an array without an index of names"),
+    ("score", SCORE, {"--queries": "none"}, "as --queries."),
+    (
+        "score",
+        SCORE,
+        {"--output": "s.npy", "--sharded": "true"},
+        "s.npy does not go with --sharded",
+    ),
+    ("report", REPORT, {"--scores": "o.safetensors"}, "of kind 'curvlinops_diffusion.operator'"),
+    ("report", REPORT, {"--scores": "alone.npy"}, "There is no file"),
+    ("report", REPORT, {"--operator": "s.safetensors"}, "of kind 'curvlinops_diffusion.scores'"),
+    ("report", REPORT, {"--output": "new.pdf"}, "must end in .html"),
+    ("validate-plan", PLAN, {"--data": "empty"}, "empty' holds no images"),
+    ("validate-plan", PLAN, {"--output": "alone.npy"}, "is a file"),
+]
+
+
+def test_errors_of_paths_come_before_pytorch(there):
+    def word(value):
+        if value == "true" or value.startswith("/"):
+            return value
+        name, equals, path = value.rpartition("=")
+        return f"{name}{equals}{there / path}"
+
+    commands = []
+    for command, usual, changed, _ in CASES:
+        options = {key: value for key, value in (usual | changed).items() if value is not None}
+        commands.append([command, *(f"{key}={word(value)}" for key, value in options.items())])
+    before = {path: path.read_bytes() for path in there.rglob("*") if path.is_file()}
+    for case, (code, error, imported) in zip(CASES, outcomes(commands), strict=True):
+        assert code == 2, case
+        assert error.startswith("error: "), case
+        assert error.count("\n") == 1, error
+        assert case[-1] in error, (case, error)
+        assert not imported, case
+    assert before == {path: path.read_bytes() for path in there.rglob("*") if path.is_file()}
+
+
+def test_an_output_behind_a_link(folder, tmp_path):
+    """What the link is of is written, and the link stays; names of any letters and dots do."""
+    (tmp_path / "disk").mkdir()
+    output = tmp_path / "ö v1.2 'a'.safetensors"
+    output.symlink_to(tmp_path / "disk" / "e.safetensors")
+    assert run(arguments(folder, "fit", "--output", output)) == 0
+    assert output.is_symlink()
+    assert (tmp_path / "disk" / "e.safetensors").is_file()
