@@ -149,7 +149,7 @@ REFUSED = {
     ),
     "another column of captions": (
         {"metadata.jsonl": lines().replace('"text"', '"caption"')},
-        r"has no prompt, .* Its columns \['caption'\] are not read",
+        r"has no prompt, .* Not read: caption\.",
     ),
 }
 
@@ -172,6 +172,18 @@ def test_what_is_not_read_is_said(tmp_path):
     )
 
 
+def test_captions_in_files_of_their_own(tmp_path):
+    """As kohya's trainers write them: not read here, which is said, also with --prompt."""
+    write_images(tmp_path / "in", 2, 0)
+    (tmp_path / "in" / "image1.txt").write_text("a hat")
+    with pytest.raises(
+        ValueError, match=r"'in/image0.png' .* has no prompt, .* Not read: files .t"
+    ):
+        open_images(tmp_path, FORM, PROMPT)
+    said = open_images(tmp_path, FORM, Condition("prompt", prompt="x")).summary()
+    assert said.endswith("1 other files left out (in/image1.txt); not read: files .txt")
+
+
 def labels(folder, count=3):
     images = open_images(folder, FORM, Condition("class_labels", count))
     return [images[n]["class_labels"] for n in range(len(images))]
@@ -188,7 +200,7 @@ def test_labels_within_a_folder(tmp_path, name):
     (tmp_path / "train" / name).write_text(written)
     assert labels(tmp_path) == [2, 0]
     (tmp_path / "train" / name).write_text(written.replace("label", "kind"))
-    with pytest.raises(ValueError, match=r"has no label, .*Its columns \['kind'\] are not read"):
+    with pytest.raises(ValueError, match=r"has no label, .* Not read: kind\."):
         labels(tmp_path)
 
 

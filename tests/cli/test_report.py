@@ -278,3 +278,13 @@ def test_names_are_escaped(tmp_path):
     words += ["--queries", tmp_path / "train", "--output", tmp_path / "r.html"]
     assert run([str(word) for word in words]) == 0
     assert "<b>" not in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, "L"), (2, "L"), (3, "RGB"), (5, "RGB")])
+def test_thumbnails_of_any_channels(channels, shown):
+    """Of images that are neither grey nor RGB, the first channels that can be shown."""
+    thumbnails = Thumbnails()
+    thumbnails.add("a", torch.linspace(-1, 1, channels * 4).reshape(channels, 2, 2), 8)
+    (rule,) = thumbnails.rules()
+    data = re.search(r"base64,([\w+/=]+)", rule[1])[1]
+    assert Image.open(io.BytesIO(base64.b64decode(data))).mode == shown

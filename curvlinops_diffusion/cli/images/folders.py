@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,13 @@ class Files:
             else:
                 found.left_out.append(relative.as_posix())
         return found
+
+
+def captions_in_files(names: Iterable[str], left_out: Iterable[str]) -> list[str]:
+    """The kinds of files that stand beside images under their names, as some trainers' captions."""
+    stems = {str(Path(name).with_suffix("")) for name in names}
+    beside = {Path(n).suffix for n in left_out if str(Path(n).with_suffix("")) in stems}
+    return sorted(f"files {suffix}" for suffix in beside & {".txt", ".caption"})
 
 
 def _is_hidden(name: str) -> bool:

@@ -16,6 +16,7 @@ from curvlinops_diffusion.cli.images.arrays import Arrays
 from curvlinops_diffusion.cli.images.folders import (
     SUFFIXES,
     Files,
+    captions_in_files,
     check_one_part,
     classes_of,
 )
@@ -68,7 +69,7 @@ class NamedImages(Dataset[dict[str, Any]]):
         self.conditions = conditions or {}
         self.classes = classes
         self.left_out = left_out
-        self.unread = unread
+        self.unread = list(unread)
         self.notes = notes
         self.digests: list[str | None] = [None] * len(names)
         self.tells_sizes = False
@@ -236,11 +237,12 @@ def _folder(path: Path, form: Form) -> NamedImages:
     names = [name for name in files if name not in others]
     images = _files([files[name] for name in names], names, form)
     images.left_out = found.left_out
+    images.unread = captions_in_files(names, found.left_out)
     if metadata is None:
         images.classes = classes_of(path, names)
         return images
     images.conditions = metadata.conditions(path, names)
-    images.unread = metadata.unread()
+    images.unread += metadata.unread()
     if metadata.without_image:
         line, count = metadata.without_image[0], len(metadata.without_image)
         name = line.entries["file_name"]

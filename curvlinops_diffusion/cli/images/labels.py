@@ -107,7 +107,7 @@ class Condition:
     def _check(self, path: Path, name: str, value: Any, unread: Sequence[str]) -> None:
         what, how = _HOW[self.key or ""]
         if value is None:
-            others = f" Its columns {list(unread)} are not read." if unread else ""
+            others = f" Not read: {', '.join(unread)}." if unread else ""
             raise ValueError(
                 f"The image '{name}' of '{path}' has no {what}, which the network takes. {how}."
                 f"{others}"
