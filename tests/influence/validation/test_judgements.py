@@ -168,8 +168,8 @@ def test_the_interval_is_as_wide_as_it_should_be():
 def test_the_interval_holds_the_truth_as_often_as_it_says(queries, parts, how):
     """Of 95 %, for the score and for the difference, whatever parts and queries share."""
     shares, _ = coverage(queries, parts, 1000, **how)
-    assert (shares >= 0.93).all()
-    assert (shares <= 0.975).all()
+    assert (shares >= 0.92).all()  # 0.93 to 0.97, and the error of a thousand
+    assert (shares <= 0.98).all()
 
 
 def test_differences_are_paired(plan):
