@@ -16,6 +16,7 @@ from curvlinops_diffusion import (
     linear_datamodelling_score,
     removal_effects,
 )
+from curvlinops_diffusion.cli.commands.validate_measure import networks_of
 from curvlinops_diffusion.cli.images.images import open_images
 from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.measured_files import read_measured
@@ -188,6 +189,15 @@ def test_networks_that_are_missing(planned, tmp_path, capsys):
     assert "has no network for 1 of 8 parts and seeds: part_002 (seed 1)" in told
     assert run(measuring(planned, output, "--dry-run")) == 0
     assert "8 networks, 6 samples forward under each" in capsys.readouterr().out
+
+
+def test_parts_that_end_as_seeds_do(tmp_path):
+    """A network of the part's own name is that part's."""
+    for name in ("without_x_seed1", "a_seed0", "a_seed12"):
+        (tmp_path / name).mkdir()
+    found = networks_of(tmp_path, ("without_x_seed1",))
+    assert found == {(0, "without_x_seed1"): tmp_path / "without_x_seed1"}
+    assert sorted(networks_of(tmp_path, ("a",))) == [(0, "a"), (12, "a")]
 
 
 def test_it_goes_on(planned, tmp_path):

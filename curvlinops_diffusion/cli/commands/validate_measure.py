@@ -82,7 +82,7 @@ def networks_of(folder: Path, parts: tuple[str, ...]) -> dict[tuple[int, str], P
     found: dict[tuple[int, str], Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         name = path.name.removesuffix(".safetensors")
-        match = _SEED.search(name)
+        match = None if name in parts else _SEED.search(name)
         seed, part = (0, name) if match is None else (int(match[1]), _SEED.sub("", name))
         if part in parts:
             if (seed, part) in found:

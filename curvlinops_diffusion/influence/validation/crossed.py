@@ -12,7 +12,8 @@ import torch
 from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
-_CONFIDENCE = 0.95
+# of 95 %, two-sided
+_UPPER = 0.975
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +64,7 @@ class CrossedMean:
 
         Few rows or columns leave the variance itself uncertain: the spread is wider by as much as
         the quantiles of Student's distribution are than those of the normal one, with the degrees
-        of freedom of Satterthwaite, 1946, which subtracting may take below those of the smaller
-        side.
+        of freedom of Satterthwaite, 1946, or those of the smaller side if these are more.
 
         Args:
             count: ``K``.
@@ -80,21 +80,23 @@ class CrossedMean:
         squares, variance = self._variances
         freedom = variance**2 / sum(square**2 / max(free, 1) for square, free in squares)
         freedom = max(freedom, min(free for _, free in squares if free > 0))
-        upper = (1 + _CONFIDENCE) / 2
-        wider = float(stdtrit(freedom, upper) / ndtri(upper))
+        wider = float(stdtrit(freedom, _UPPER) / ndtri(_UPPER))
         return mean + wider * (variance / drawn) ** 0.5 * total_K
 
     def interval(self, count: int, seed: int, estimate: float) -> tuple[float, float]:
-        """The central interval of the resamples, extended to the estimate where it ends before.
+        """The interval of as many standard deviations of the resamples as hold 95 % of a normal.
+
+        Extended to the estimate where it ends before. In simulations it holds the truth as often as
+        quantiles of the resamples do, or a little more often, and varies less with the resamples.
 
         Args:
             count: The number of resamples.
             seed: Of the resamples.
             estimate: The mean with its bias, if the table is freed of that.
         """
-        tails = torch.tensor([(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2], dtype=torch.float64)
-        low, high = self.resampled(count, seed).quantile(tails).tolist()
-        return min(low, estimate), max(high, estimate)
+        mean, *_ = self._effects
+        half = float(ndtri(_UPPER)) * float(self.resampled(count, seed).std(correction=0))
+        return min(float(mean) - half, estimate), max(float(mean) + half, estimate)
 
 
 def _mean_of_drawn(values: Tensor, count: int, seed: int) -> Tensor:

@@ -60,7 +60,7 @@ class LinearDatamodellingScore:
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of the score under very many parts and queries.
 
-        Two-sided quantiles of :attr:`resampled`, within −1 and 1; NaN where the mean is.
+        From the spread of :attr:`resampled`, within −1 and 1; NaN where the mean is.
         """
         low, high = self._crossed.interval(self.bootstrap, self.seed, self.mean)
         return max(low, -1.0), min(high, 1.0)
@@ -138,8 +138,8 @@ def linear_datamodelling_score(
     The interval speaks of other parts and other queries: with the jackknife's pseudo-values of
     parts ``m`` and queries ``q`` as a two-way table, the variance of their mean is that over parts
     plus that over queries minus that of single cells, which both contain
-    (:class:`~curvlinops_diffusion.influence.validation.crossed.CrossedMean`). Its coverage in
-    simulations is 0.93 to 0.97 (``tests``).
+    (:class:`~curvlinops_diffusion.influence.validation.crossed.CrossedMean`). In simulations 0.93
+    to 0.97 of intervals hold the truth (``tests``).
 
     With ``S`` seeds their mean is predicted. With the correlation ``r > 0`` between two seeds it
     has the reliability ``S r / (1 + (S - 1) r)``, whose root is the ceiling (Spearman, 1910; Brown,
