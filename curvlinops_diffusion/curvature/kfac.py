@@ -154,7 +154,7 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         coverage = covered_parameters(model, params, options.has_gradients)
         trial = checked_trial(regression)
         coverage = observable(regression.objective, trial, coverage, options.has_gradients)
-        check_effect(regression, coverage.params, coverage.suspects)
+        check_effect(regression, coverage.params, lambda: coverage.suspects)
         plan = BlockPlan.of(coverage, options)
         digests = fingerprint_beside(model, regression.device)
         if passes.checkpoint is not None:

@@ -6,7 +6,7 @@ Legend: B examples, D entries of a prediction, P parameters, K columns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -21,7 +21,7 @@ from curvlinops_diffusion.diffusion.trial import Retrial, Trial, check_network
 from curvlinops_diffusion.influence.measurements.base import ExampleFunction, Measurement
 from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_gradient
 from curvlinops_diffusion.layers import Coverage, cover
-from curvlinops_diffusion.layers.effect import check_adapters, check_effect
+from curvlinops_diffusion.layers.effect import check_adapters, check_effect, zeros_of
 from curvlinops_diffusion.layers.example_gradients import example_gradients
 from curvlinops_diffusion.layers.hooks import frozen
 from curvlinops_diffusion.layers.observable import ObservedRetrial, observable
@@ -129,18 +129,19 @@ class PredictionGradients(ValueGradients):
         full_precision = objective.autocast is None and objective.dtype == objective.working_dtype
         if examples > 1 or not full_precision or is_sharded(objective.model):
             loss_vector = partial(self._averaged_gradient, batch)
-            return example_gradients(
-                self._checked_coverage(), objective, batch, loss_vector, examples
-            )
-        check_effect(self.regression, self.params)
+            coverage = self._checked_coverage()
+            check_effect(self.regression, self.params)  # adapters may have been switched since
+            return example_gradients(coverage, objective, batch, loss_vector, examples)
         params = list(self.params.values())
         with _differentiated(self.regression, params), torch.enable_grad():
             prediction_BD = objective.predict(batch)
             v_BD = self._averaged_gradient(batch, prediction_BD)
-            gradients = torch.autograd.grad(prediction_BD, params, v_BD, allow_unused=True)
+            own = _pulled_back(prediction_BD, params, v_BD)
+        gradients = dict(zip(self.params, own, strict=True))
+        check_effect(self.regression, self.params, lambda: zeros_of(objective, gradients))
         return {
-            name: torch.zeros_like(p) if gradient is None else gradient
-            for (name, p), gradient in zip(self.params.items(), gradients, strict=True)
+            name: torch.zeros_like(self.params[name]) if gradient is None else gradient
+            for name, gradient in gradients.items()
         }
 
     def _averaged_gradient(self, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
@@ -196,12 +197,8 @@ class PredictionGradients(ValueGradients):
                 pulled_BD = self._averaged_gradient(batch, prediction_BD)
                 for k in range(K):
                     w_B1 = weights_BK[:, k].to(pulled_BD).unsqueeze(1)
-                    gradients = torch.autograd.grad(
-                        prediction_BD,
-                        params,
-                        w_B1 * pulled_BD,
-                        retain_graph=k < K - 1,
-                        allow_unused=True,
+                    gradients = _pulled_back(
+                        prediction_BD, params, w_B1 * pulled_BD, retain_graph=k < K - 1
                     )
                     for total, gradient in zip(totals, gradients, strict=True):
                         if gradient is not None:
@@ -232,8 +229,9 @@ class PredictionGradients(ValueGradients):
             coverage = cover(self.regression.objective.model, self.params)
             # the network was checked on them before the first batch
             trial = Trial.of(self.regression)
-            self._coverage = observable(self.regression.objective, trial, coverage)
-            check_effect(self.regression, self.params, self._coverage.suspects)
+            coverage = observable(self.regression.objective, trial, coverage)
+            self._coverage = coverage
+            check_effect(self.regression, self.params, lambda: coverage.suspects)
             self._retried = ObservedRetrial(self.regression, self._coverage.layers)
         return self._coverage
 
@@ -259,7 +257,6 @@ class FunctionGradients(ValueGradients):
             f"{type(measured).__name__}, a function of the network at a single example,",
             "Pass the whole network to each process, or measure a function of its predictions.",
         )
-        check_adapters(regression.objective.model, params)
         self._measured = measured
 
     @torch.no_grad()
@@ -271,6 +268,7 @@ class FunctionGradients(ValueGradients):
 
     def rows(self, clean: CleanBatch) -> Tensor:
         """The gradients, shape ``[B, P]``."""
+        check_adapters(self.regression.objective.model, self.params)
         params = list(self.params.values())
         with _differentiated(self.regression, params), twice_differentiable():
             return torch.stack(
@@ -292,6 +290,17 @@ class FunctionGradients(ValueGradients):
         sizes = [p.numel() for p in self.params.values()]
         pieces = total_PK.split(sizes)
         return [z.reshape(*p.shape, -1) for z, p in zip(pieces, self.params.values(), strict=True)]
+
+
+def _pulled_back(
+    prediction_BD: Tensor, params: list[nn.Parameter], v_BD: Tensor, retain_graph: bool = False
+) -> Sequence[Tensor | None]:
+    """The gradients of ``vᵀ f``; ``None`` for parameters that ``f`` does not depend on."""
+    if not prediction_BD.requires_grad:  # on none of them
+        return [None] * len(params)
+    return torch.autograd.grad(
+        prediction_BD, params, v_BD, retain_graph=retain_graph, allow_unused=True
+    )
 
 
 @contextmanager

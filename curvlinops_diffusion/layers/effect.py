@@ -6,7 +6,7 @@ active or of scale zero, of a layer that is not used, or one whose output is det
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from warnings import warn
 
 import torch
@@ -27,7 +27,7 @@ _SHOWN = 4
 def check_effect(
     regression: NoisedRegression,
     params: Mapping[str, nn.Parameter],
-    suspects: Collection[str] | None = None,
+    found: Callable[[], Collection[str]] | None = None,
 ) -> None:
     """Check, once for each choice of parameters and state of adapters, that they have an effect.
 
@@ -38,7 +38,7 @@ def check_effect(
     Args:
         regression: Objective, data and draws.
         params: The parameters by name.
-        suspects: Those whose gradient of the loss is zero in a trial; ``None`` to find them here.
+        found: Gives those without a gradient in a trial that was made; ``None`` to make one here.
 
     Raises:
         ValueError: If none of them has an effect on any prediction.
@@ -49,13 +49,15 @@ def check_effect(
         return
     names = [name for name, p in params.items() if p.numel() > 0]
     check_adapters(model, names)
-    if suspects is None:
+    if found is None:
         batch = Trial.of(regression).few
         suspects = zero_gradients(regression.objective, names, batch, loss_value(batch))
+    else:
+        suspects = [name for name in found() if params[name].numel() > 0]
     if suspects:
         # a loss may be flat where the prediction is not: its weight or mask may be zero
         batch = Trial.of(regression).mixed
-        suspects = zero_gradients(regression.objective, list(suspects), batch, _random_value(batch))
+        suspects = zero_gradients(regression.objective, suspects, batch, _random_value(batch))
     if names and len(suspects) == len(names) and not _any_effect(regression, names):
         raise ValueError(_without_effect(names, {}))
     if suspects:
@@ -129,7 +131,8 @@ def _random_value(batch: NoisedBatch) -> Value:
 def _without_effect(names: Collection[str], reasons: Mapping[str, str]) -> str:
     why = _each_once(reasons) or (
         "the network does not use them, detaches what they give, runs them under torch.no_grad(), "
-        "or multiplies it by zero, as by a scale of adapters among its arguments"
+        "or multiplies it by zero (a scale of adapters among its arguments, say, or a layer that "
+        "was initialised at zero)"
     )
     return (
         f"None of the {len(names)} parameters has an effect on the prediction: {why}. Their "

@@ -11,6 +11,7 @@ from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
     DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
+    ExampleFunction,
     ExampleGradientLinearOperator,
     load_operator,
 )
@@ -181,11 +182,22 @@ def test_adapters_that_are_switched_off(how, kind):
         assert_close(computed(kind, regression, names), right, 1e-8)
 
 
+def test_adapters_may_be_switched_off_between_products():
+    model = adapted()
+    J = ExampleGradientLinearOperator(problem(model), of_adapter(model))
+    assert J.rows().norm() > 0
+    each(model, lambda layer: layer.merge())
+    with pytest.raises(ValueError, match="unfuse_lora"):
+        J.rows()
+
+
 def test_functions_of_the_network_name_adapters_too():
     model = adapted()
     each(model, lambda layer: layer.merge())
+    measured = ExampleFunction(lambda model, example, draws: model(example.x0, None).sum())
+    J = ExampleGradientLinearOperator(problem(model), of_adapter(model), measurement=measured)
     with pytest.raises(ValueError, match="unfuse_lora"):
-        ExampleGradientLinearOperator(problem(model), of_adapter(model), measurement="elbo").rows()
+        J.rows()
 
 
 def test_what_adapters_save_is_looked_at_as_well():
