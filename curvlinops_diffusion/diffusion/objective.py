@@ -124,11 +124,6 @@ class DenoisingObjective:
         if not isinstance(model, nn.Module):
             raise ValueError(f"The model arrived as {type(model).__name__}. Pass an nn.Module.")
         check_modes()
-        if isinstance(model, torch.jit.ScriptModule):
-            raise ValueError(
-                "The model is a TorchScript module, whose layers cannot be looked into. Pass the "
-                "module that it was made from."
-            )
         self.model = unwrapped(model)
         check_parameters(self.model)
         if not any(p.is_floating_point() for p in model.parameters()):
@@ -433,6 +428,11 @@ class DenoisingObjective:
                     output = self.model(*args, **kwargs)
                 let_go(self.model)
             else:
+                if isinstance(self.model, torch.jit.ScriptModule):
+                    raise ValueError(
+                        "The model is a TorchScript module, whose parameters cannot be replaced by "
+                        "others, as these derivatives need. Pass the module that it was made from."
+                    )
                 with without_checkpoints(self.model):
                     values = replaced_parameters(self.model, params)
                     output = functional_call(self.model, values, args, kwargs, tie_weights=False)

@@ -229,7 +229,7 @@ def test_checkpoints_go_through_or_are_named(what, how):
         run()
 
 
-def test_other_errors_of_the_network_are_its_own():
+def test_other_errors_of_the_network_are_told_in_its_words():
     class Broken(nn.Module):
         def __init__(self):
             super().__init__()
@@ -239,8 +239,9 @@ def test_other_errors_of_the_network_are_its_own():
             return self.layer(x) @ torch.ones(7, 7).double()
 
     regression = plain_regression(Broken().double(), (3,))
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(ValueError, match="shapes cannot be multiplied") as error:
         DiffusionKFACLinearOperator(regression)
+    assert isinstance(error.value.__cause__, RuntimeError)
 
 
 def test_the_plain_network_is_left_alone():

@@ -246,10 +246,23 @@ def test_parameters_that_cannot_be_differentiated(change, told):
     assert told in str(error.value)
 
 
-def test_a_scripted_network_is_refused():
-    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(1, 1, 1)))
+class OneLayer(nn.Module):
+    """What can be scripted."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x, t):
+        return self.layer(x)
+
+
+def test_derivatives_that_a_scripted_network_has_not():
+    objective = DenoisingObjective(torch.jit.script(OneLayer().double()), noise_levels())
+    J = ExampleGradientLinearOperator(NoisedRegression(objective, images(), 2))
+    assert torch.isfinite(J.values()).all()
     with pytest.raises(ValueError, match="The model is a TorchScript module"):
-        DenoisingObjective(scripted, noise_levels())
+        J @ torch.ones(2, dtype=torch.float64)
 
 
 def test_contexts_around(expected):
