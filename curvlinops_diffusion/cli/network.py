@@ -15,11 +15,7 @@ import torch
 from diffusers.utils import is_transformers_available
 from diffusers.utils import logging as diffusers_logging
 
-from curvlinops_diffusion.cli.adapters import (
-    adapter_parameters,
-    load_adapters,
-    matching_parameters,
-)
+from curvlinops_diffusion.cli.adapters import load_adapters, matching_parameters, names_in
 from curvlinops_diffusion.cli.events import say
 from curvlinops_diffusion.cli.images.labels import Condition
 from curvlinops_diffusion.cli.images.preprocessing import Form
@@ -100,8 +96,7 @@ def load_network(options: NetworkOptions, text_encoders: bool = False) -> Networ
         modules = _modules(pipeline)
         for name, part in modules.items():
             check_loaded(part, options.pipeline / name)
-        if options.lora:
-            load_adapters(options.lora, modules, pipeline)
+        trained = load_adapters(options.lora, modules, pipeline) if options.lora else {}
         if options.shard_network:
             _divide(next(iter(modules.values())), device)
         pipeline.to(device)
@@ -116,13 +111,13 @@ def load_network(options: NetworkOptions, text_encoders: bool = False) -> Networ
             text_encoders=text_encoders,
             **objective_options,
         )
-        return _network(objective, pipeline, options)
+        return _network(objective, pipeline, options, modules, trained)
     assert options.model is not None
     assert options.scheduler is not None
     model = _loaded(diffusers.AutoModel, options.model, "config.json", options)
     check_loaded(model, options.model)
-    if options.lora:
-        load_adapters(options.lora, {"model": model}, None)
+    modules = {"model": model}
+    trained = load_adapters(options.lora, modules, None) if options.lora else {}
     embedded = inspect.signature(model.forward).parameters.get("encoder_hidden_states")
     if embedded is not None and embedded.default is embedded.empty:
         raise ValueError(
@@ -140,7 +135,7 @@ def load_network(options: NetworkOptions, text_encoders: bool = False) -> Networ
     objective = DenoisingObjective(
         model.to(device).eval(), scheduler, autocast=autocast, **objective_options
     )
-    return _network(objective, None, options)
+    return _network(objective, None, options, modules, trained)
 
 
 def _divide(model: torch.nn.Module, device: str) -> None:
@@ -179,7 +174,13 @@ def _modules(pipeline: Any) -> dict[str, torch.nn.Module]:
     return dict(sorted(found.items(), key=lambda item: item[0] not in ("unet", "transformer")))
 
 
-def _network(objective: DenoisingObjective, pipeline: Any, options: NetworkOptions) -> Network:
+def _network(
+    objective: DenoisingObjective,
+    pipeline: Any,
+    options: NetworkOptions,
+    modules: Mapping[str, torch.nn.Module],
+    trained: Mapping[str, list[str]],
+) -> Network:
     """Read off network and autoencoder which images and conditions they take.
 
     Raises:
@@ -213,8 +214,7 @@ def _network(objective: DenoisingObjective, pipeline: Any, options: NetworkOptio
             f"{'no condition' if condition.key is None else 'labels'}. Leave it out."
         )
     condition = replace(condition, prompt=prompt)
-    modules = {} if pipeline is None else _modules(pipeline)
-    params = _chosen_parameters(model, modules, options)
+    params = _chosen_parameters(model, options, modules, trained)
     return Network(objective, channels, sides, multiple, condition, params)
 
 
@@ -225,10 +225,11 @@ def of_text_encoders(names: Iterable[str]) -> bool:
 
 def _chosen_parameters(
     model: torch.nn.Module,
-    modules: Mapping[str, torch.nn.Module],
     options: NetworkOptions,
+    modules: Mapping[str, torch.nn.Module],
+    trained: Mapping[str, list[str]],
 ) -> list[str] | None:
-    """Those that patterns name; else those of adapters, if some were given, or a ControlNet's.
+    """Those that patterns name; else those of adapters' files, if given, or a ControlNet's.
 
     Raises:
         ValueError: If a pattern names none, or the adapters have none in the denoiser.
@@ -242,9 +243,9 @@ def _chosen_parameters(
         return matching_parameters(model, ["controlnet.*"])
     if not options.lora:
         return None
-    found = adapter_parameters(model)
-    for name, part in modules.items():
-        if name.startswith(TEXT_ENCODERS) and adapter_parameters(part) and is_first():
+    found = names_in(model, modules, trained)
+    for name, names in trained.items():
+        if name.startswith(TEXT_ENCODERS) and names and is_first():
             say(
                 f"The adapters have weights in the {name} too, which are left out. Pass --params "
                 f"'unet.*lora*' '{name}.*lora*' to cover both"

@@ -1,0 +1,293 @@
+"""Single files of adapters: pairs of matrices, their scales, and differences of whole weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from curvlinops_diffusion.cli.weights import listed
+from curvlinops_diffusion.runtime.messages import quoted
+
+# how the names of the first matrix of a pair end; what comes before is called a stem here
+_DOWN = (
+    ".lora_down.weight",
+    ".lora_A.weight",
+    ".lora.down.weight",
+    "_lora.down.weight",
+    ".lora_linear_layer.down.weight",
+)
+_ALPHA = ".alpha"
+# additions to a layer's weight and bias, by how their names end (LyCORIS: full layers and norms)
+_ADDITIONS = {".diff": "weight", ".diff_b": "bias", ".w_norm": "weight", ".b_norm": "bias"}
+# which part of a pipeline a name begins with; None is the denoiser
+_PARTS = {
+    "lora_unet_": None,
+    "lora_transformer_": None,
+    "diffusion_model.": None,
+    "unet.": None,
+    "transformer.": None,
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+}
+# the key under which diffusers keeps PEFT's configuration, scales and all
+_CONFIGURATION = "lora_adapter_metadata"
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What a file of an adapter holds.
+
+    Attributes:
+        path: The file.
+        weights: Tensors of adapters by the file's names, without alphas and additions.
+        alphas: The alphas by their stems.
+        additions: Additions to whole weights by the file's names.
+        configured: Whether the file holds PEFT's configuration, by which its loader sets scales.
+    """
+
+    path: Path
+    weights: Tensors
+    alphas: dict[str, float]
+    additions: Tensors
+    configured: bool
+
+    def ranks(self) -> dict[str, int]:
+        """The number of rows of each first matrix, by stem."""
+        return {
+            key.removesuffix(end): z.shape[0]
+            for key, z in self.weights.items()
+            for end in _DOWN
+            if key.endswith(end)
+        }
+
+    def scale(self, stem: str) -> float:
+        """The factor ``alpha / rank`` of a product; 1 where the file holds no alpha."""
+        rank = self.ranks()[stem]
+        return self.alphas.get(stem, rank) / rank
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """An adapter's weights by the names that a loader gives them.
+
+    Attributes:
+        tensors: The weights.
+        scales: The factor of each one's product.
+        unplaced: Names of the file's weights that the loader leaves out.
+    """
+
+    tensors: Tensors
+    scales: dict[str, float]
+    unplaced: list[str]
+
+
+def read_weights(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """Read the tensors of a file, and the strings beside them.
+
+    Raises:
+        ValueError: If it is no whole safetensors file, or holds numbers that are not finite.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+            metadata = file.metadata() or {}
+    except Exception as error:
+        raise ValueError(
+            f"The adapter '{path}' cannot be read: {quoted(error)}. It is no whole safetensors "
+            "file; copy or save it again."
+        ) from error
+    broken = [key for key, z in tensors.items() if not bool(torch.isfinite(z).all())]
+    if broken:
+        raise ValueError(
+            f"The adapter '{path}' holds NaN or infinite numbers in {listed(broken)}: its training "
+            "diverged, or the file is damaged. Pass an earlier checkpoint."
+        )
+    return tensors, metadata
+
+
+def read_adapter(path: Path) -> AdapterFile:
+    """Read a single file, and tell matrices, alphas and additions apart.
+
+    Raises:
+        ValueError: If it cannot be read, or an alpha is not a positive number or belongs to
+            nothing.
+    """
+    tensors, metadata = read_weights(path)
+    additions = {k: z for k, z in tensors.items() if k.endswith(tuple(_ADDITIONS))}
+    found = {k.removesuffix(_ALPHA): z for k, z in tensors.items() if k.endswith(_ALPHA)}
+    weights = {k: z for k, z in tensors.items() if k not in additions and not k.endswith(_ALPHA)}
+    stems = {_stem(key) for key in (*weights, *additions)}
+    alphas = {}
+    for stem, z in found.items():
+        if stem not in stems:
+            raise ValueError(
+                f"The adapter '{path}' holds '{stem}{_ALPHA}' and no weights of that name: they "
+                "were lost. Save the file again."
+            )
+        if z.numel() != 1 or not math.isfinite(z.item()) or z.item() <= 0:
+            raise ValueError(
+                f"The adapter '{path}' holds '{stem}{_ALPHA}' = {z.tolist()}, which is read in "
+                "several ways. Store the positive number alpha that the layer was trained with."
+            )
+        alphas[stem] = float(z.item())
+    return AdapterFile(path, weights, alphas, additions, _CONFIGURATION in metadata)
+
+
+def converted(file: AdapterFile, convert: Callable[[Tensors], Tensors]) -> Conversion:
+    """Follow the weights of a file through a loader's conversion.
+
+    Loaders rename, split and join tensors, and may drop them or their alphas in silence. Here the
+    conversion is applied twice: to the weights with alphas equal to ranks (so that no factor is
+    multiplied into them), and to marks in their places, which tell what each result is made of.
+
+    Args:
+        file: The file.
+        convert: The loader's conversion of tensors by name.
+
+    Raises:
+        ValueError: If one pair of matrices is made of pairs with different scales.
+    """
+    tensors = convert({**file.weights, **unit_alphas(file), **_other_alphas(file)})
+    by_number = dict(enumerate(file.weights, 1))
+    marks = {
+        key: torch.where(z != 0, torch.tensor(float(n)), torch.tensor(0.0))
+        for n, (key, z) in enumerate(file.weights.items(), 1)
+    }
+    seen, kept, scales, ranks = set(), {}, {}, file.ranks()
+    for key, z in convert({**marks, **unit_alphas(file)}).items():
+        if key not in tensors or key.endswith(_ALPHA):
+            continue
+        sources = {by_number[n] for n in z.unique().tolist() if n in by_number}
+        stems = {_stem(source) for source in sources} & ranks.keys()
+        factors = {file.scale(stem) for stem in stems} or {1.0}
+        if len(factors) > 1:
+            raise ValueError(
+                f"The adapter '{file.path}' cannot be loaded: '{key}' is made of {listed(stems)}, "
+                f"whose alphas differ ({', '.join(f'{f:g}' for f in sorted(factors))} times the "
+                "product). Save it in PEFT's form, one layer at a time."
+            )
+        seen |= sources
+        kept[key], scales[key] = tensors[key], factors.pop()
+    unplaced = [key for key, z in file.weights.items() if key not in seen and bool((z != 0).any())]
+    return Conversion(kept, scales, unplaced)
+
+
+def unit_alphas(file: AdapterFile) -> Tensors:
+    """Alphas equal to ranks, where the file holds alphas."""
+    return {
+        f"{stem}{_ALPHA}": torch.tensor(float(rank))
+        for stem, rank in file.ranks().items()
+        if stem in file.alphas
+    }
+
+
+def _other_alphas(file: AdapterFile) -> Tensors:
+    """Alphas of weights that are no pairs, which their converters multiply into them."""
+    ranks, stems = file.ranks(), {_stem(key) for key in file.weights}
+    return {
+        f"{stem}{_ALPHA}": torch.tensor(alpha)
+        for stem, alpha in file.alphas.items()
+        if stem not in ranks and stem in stems
+    }
+
+
+def add_to_weights(
+    file: AdapterFile, parts: Mapping[str, nn.Module]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Add a file's differences to the weights and biases of layers; all of them or none.
+
+    Scripts name layers by their places in the network, with underscores for dots.
+
+    Args:
+        file: The file.
+        parts: The networks, the denoiser first, by their names in the pipeline.
+
+    Returns:
+        The names of the parameters by part, and the file's names that fit none.
+    """
+    places: list[tuple[str, str, nn.Parameter, Tensor]] = []
+    unplaced = []
+    layers = {part: _by_flat_name(module) for part, module in parts.items()}
+    for key, z in file.additions.items():
+        end = next(end for end in _ADDITIONS if key.endswith(end))
+        part, flat = _part_of(key.removesuffix(end), next(iter(parts)))
+        found = layers.get(part, {})
+        layer = found.get(flat, found.get(flat.removeprefix("text_model_")))
+        p = getattr(layer, _ADDITIONS[end], None)
+        fits = isinstance(p, nn.Parameter) and p.is_floating_point() and p.shape == z.shape
+        if not fits:
+            unplaced.append(key)
+            continue
+        names = {id(q): name for name, q in parts[part].named_parameters()}
+        places.append((part, names[id(p)], p, z))
+    added: dict[str, list[str]] = {}
+    if not unplaced:
+        for part, name, p, z in places:
+            wide = torch.promote_types(p.dtype, torch.float32)
+            p.data = (p.data.to(wide) + z.to(p.device, wide)).to(p.dtype)
+            added.setdefault(part, []).append(name)
+    return added, unplaced
+
+
+def _by_flat_name(module: nn.Module) -> dict[str, nn.Module]:
+    return {name.replace(".", "_"): layer for name, layer in module.named_modules()}
+
+
+def _part_of(stem: str, denoiser: str) -> tuple[str, str]:
+    """The part of the pipeline that a stem names, and its layer with underscores."""
+    for prefix, part in _PARTS.items():
+        if stem.startswith(prefix):
+            return part or denoiser, stem.removeprefix(prefix).replace(".", "_")
+    return denoiser, stem.replace(".", "_")
+
+
+def _stem(key: str) -> str:
+    """What a tensor's name begins with: the name of its layer in the file."""
+    for end in (*_DOWN, *(end.replace("down", "up").replace("_A", "_B") for end in _DOWN)):
+        if key.endswith(end):
+            return key.removesuffix(end)
+    base, _, last = key.rpartition(".")
+    return base.rpartition(".")[0] if last in ("weight", "bias") else base
+
+
+# weights that loaders may leave out, by parts of their names
+_KINDS = {
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "oft_": "OFT",
+    "lora_mid": "Tucker cores",
+    "dora_scale": "DoRA magnitudes of kohya's or LyCORIS' scripts",
+    ".diff": "differences of whole weights",
+    "_norm": "differences of whole weights",
+}
+
+
+def of_other_kinds(keys: Iterable[str]) -> list[str]:
+    """Those of a file's names that are of kinds that loaders may leave out."""
+    return [key for key in keys if any(part in key for part in _KINDS if part != "_norm")]
+
+
+def unplaced_message(path: Path, keys: Iterable[str], loader: Any) -> str:
+    """Say which of a file's weights find no place, of which kind they are, and what to do."""
+    keys = sorted(keys)
+    kinds = dict.fromkeys(kind for key in keys for part, kind in _KINDS.items() if part in key)
+    called = f" ({' and '.join(kinds)})" if kinds else ""
+    return (
+        f"The adapter '{path}' cannot be loaded: {len(keys)} of its weights{called} have no place "
+        f"in the {type(loader).__name__}: {listed(keys)}. Pass the network that it was trained on; "
+        "or if it was, merge the adapter into it with the program that trained it, save that by "
+        "save_pretrained, and name what was trained by --params."
+    )
