@@ -52,6 +52,7 @@ class AdapterFile:
 
     Attributes:
         path: The file.
+        given: The file or its folder, as messages call it.
         weights: Tensors of adapters by the file's names, without alphas and additions.
         alphas: The alphas by their stems.
         additions: Additions to whole weights by the file's names.
@@ -59,6 +60,7 @@ class AdapterFile:
     """
 
     path: Path
+    given: Path
     weights: Tensors
     alphas: dict[str, float]
     additions: Tensors
@@ -118,8 +120,12 @@ def read_weights(path: Path) -> tuple[Tensors, dict[str, str]]:
     return tensors, metadata
 
 
-def read_adapter(path: Path) -> AdapterFile:
+def read_adapter(path: Path, given: Path) -> AdapterFile:
     """Read a single file, and tell matrices, alphas and additions apart.
+
+    Args:
+        path: The file.
+        given: The file or its folder, as messages call it.
 
     Raises:
         ValueError: If it cannot be read, or an alpha is not a positive number or belongs to
@@ -134,16 +140,16 @@ def read_adapter(path: Path) -> AdapterFile:
     for stem, z in found.items():
         if stem not in stems:
             raise ValueError(
-                f"The adapter '{path}' holds '{stem}{_ALPHA}' and no weights of that name: they "
+                f"The adapter '{given}' holds '{stem}{_ALPHA}' and no weights of that name: they "
                 "were lost. Save the file again."
             )
         if z.numel() != 1 or not math.isfinite(z.item()) or z.item() <= 0:
             raise ValueError(
-                f"The adapter '{path}' holds '{stem}{_ALPHA}' = {z.tolist()}, which is read in "
+                f"The adapter '{given}' holds '{stem}{_ALPHA}' = {z.tolist()}, which is read in "
                 "several ways. Store the positive number alpha that the layer was trained with."
             )
         alphas[stem] = float(z.item())
-    return AdapterFile(path, weights, alphas, additions, _CONFIGURATION in metadata)
+    return AdapterFile(path, given, weights, alphas, additions, _CONFIGURATION in metadata)
 
 
 def converted(file: AdapterFile, convert: Callable[[Tensors], Tensors]) -> Conversion:
@@ -175,7 +181,7 @@ def converted(file: AdapterFile, convert: Callable[[Tensors], Tensors]) -> Conve
         factors = {file.scale(stem) for stem in stems} or {1.0}
         if len(factors) > 1:
             raise ValueError(
-                f"The adapter '{file.path}' cannot be loaded: '{key}' is made of {listed(stems)}, "
+                f"The adapter '{file.given}' cannot be loaded: '{key}' is made of {listed(stems)}, "
                 f"whose alphas differ ({', '.join(f'{f:g}' for f in sorted(factors))} times the "
                 "product). Save it in PEFT's form, one layer at a time."
             )
@@ -186,11 +192,15 @@ def converted(file: AdapterFile, convert: Callable[[Tensors], Tensors]) -> Conve
 
 
 def unit_alphas(file: AdapterFile) -> Tensors:
-    """Alphas equal to ranks, where the file holds alphas."""
+    """Alphas equal to ranks, for loaders that multiply kohya's into the matrices.
+
+    Alphas of pairs by PEFT's names are left out: some loaders refuse them, and scales are set
+    after loading in any case.
+    """
     return {
         f"{stem}{_ALPHA}": torch.tensor(float(rank))
         for stem, rank in file.ranks().items()
-        if stem in file.alphas
+        if stem in file.alphas and f"{stem}{_DOWN[0]}" in file.weights
     }
 
 

@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.utils import (
-    convert_state_dict_to_diffusers,
-    convert_state_dict_to_peft,
-    convert_unet_state_dict_to_peft,
-)
+from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+from diffusers.utils.state_dict_utils import StateDictType
 from torch import Tensor, nn
 
 from curvlinops_diffusion.cli.adapter_files import Conversion
@@ -46,15 +43,16 @@ def by_part(
 
 
 def _peft_names(keys: dict[str, str], part: str, module: nn.Module | None) -> dict[str, str]:
-    """PEFT's names of diffusers' keys, as diffusers finds them when it loads."""
-    if part.startswith("text_encoder"):
-        found = convert_state_dict_to_peft(convert_state_dict_to_diffusers(keys))
-        if not hasattr(module, "text_model"):
-            found = {name.removeprefix("text_model."): key for name, key in found.items()}
-        return dict(found)
-    if "lora_A" in next(iter(keys)):
+    """PEFT's names of diffusers' keys, of all their kinds."""
+    if any("lora_A" in key for key in keys):
         return keys
-    return dict(convert_unet_state_dict_to_peft(keys))
+    if not part.startswith("text_encoder"):
+        return dict(convert_unet_state_dict_to_peft(keys))
+    for kind in (StateDictType.DIFFUSERS_OLD, StateDictType.DIFFUSERS):
+        keys = convert_state_dict_to_peft(keys, original_type=kind)
+    if not hasattr(module, "text_model"):  # as transformers had it before
+        keys = {name.removeprefix("text_model."): key for name, key in keys.items()}
+    return keys
 
 
 def settle(
@@ -118,6 +116,7 @@ def set_scales(module: nn.Module, adapter: str, scales: Mapping[str, float]) -> 
         layer: Any = module.get_submodule(key.partition(".lora_")[0])
         if adapter in getattr(layer, "scaling", {}):
             layer.scaling[adapter] = scale
+            layer.lora_alpha[adapter] = scale * layer.r[adapter]  # PEFT scales anew by it
 
 
 def differences(stored: Stored, parts: Mapping[str, nn.Module]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,7 +17,6 @@ from curvlinops_diffusion.cli.adapter_files import (
     of_other_kinds,
     read_adapter,
     read_weights,
-    unit_alphas,
     unplaced_message,
 )
 from curvlinops_diffusion.cli.adapter_placement import (
@@ -28,7 +27,7 @@ from curvlinops_diffusion.cli.adapter_placement import (
     settle,
 )
 from curvlinops_diffusion.cli.weights import listed
-from curvlinops_diffusion.runtime.adapters import adapter_of, common_names
+from curvlinops_diffusion.runtime.adapters import common_names
 from curvlinops_diffusion.runtime.messages import quoted
 
 _PEFT = "adapter_config.json"
@@ -63,13 +62,20 @@ def load_adapters(
     except ImportError as error:
         raise ValueError("--lora needs peft: pip install peft.") from error
     found = _named(given)
-    trained: dict[str, list[str]] = {part: [] for part in parts}
+    trained: set[int] = set()  # an adapter may rename the parameters of those before it
     for name, path in found.items():
         for part, names in _loaded(peft, name, path, parts, pipeline, trained).items():
-            trained[part] += [n for n in names if n not in trained[part]]
+            trained |= {id(parts[part].get_parameter(n)) for n in names}
+    names_of = {
+        part: [n for n, p in module.named_parameters() if id(p) in trained]
+        for part, module in parts.items()
+    }
     for part, module in parts.items():
         _activate(peft, module, list(found), part)
-    return trained
+        unused = [n for n in names_of[part] if ".original_module." in n]
+        if unused:
+            raise ValueError(_replaced(list(found), unused))
+    return names_of
 
 
 def names_in(
@@ -172,7 +178,7 @@ def _loaded(
     path: Path,
     parts: Mapping[str, nn.Module],
     pipeline: Any,
-    trained: Mapping[str, Sequence[str]],
+    trained: Set[int],
 ) -> dict[str, list[str]]:
     """Load an adapter; return the names of the parameters that its files hold, by part."""
     denoiser = next(iter(parts))
@@ -183,7 +189,7 @@ def _loaded(
         folders = {denoiser: path}
     if folders:
         return {
-            part: _load_peft(peft, name, folder, part, parts[part], trained[part])
+            part: _load_peft(peft, name, folder, part, parts[part], trained)
             for part, folder in folders.items()
         }
     loader: Any = parts[denoiser] if pipeline is None else pipeline
@@ -192,11 +198,11 @@ def _loaded(
             f"Adapters of a {type(loader).__name__} are read from a folder of PEFT's "
             f"save_pretrained, and '{path}' is none."
         )
-    file = read_adapter(_weights_file(path))
+    file = read_adapter(_weights_file(path), path)
     loaded = _load_file(peft, name, file, parts, loader) if file.weights else {}
     added, unplaced = add_to_weights(file, parts)
     if unplaced or not (file.weights or added):
-        raise ValueError(unplaced_message(file.path, unplaced, loader))
+        raise ValueError(unplaced_message(file.given, unplaced, loader))
     return {part: loaded.get(part, []) + added.get(part, []) for part in parts}
 
 
@@ -220,15 +226,19 @@ def _load_file(
         stored, scales = by_part(conversion, parts, alone)
     except Exception as error:
         if others:
-            raise ValueError(unplaced_message(file.path, others, loader)) from error
-        raise _unloadable(file.path, [quoted(error)]) from error
+            raise ValueError(unplaced_message(file.given, others, loader)) from error
+        raise _unreadable(file.given, error) from error
     if conversion.unplaced:
-        raise ValueError(unplaced_message(file.path, conversion.unplaced, loader))
+        raise ValueError(unplaced_message(file.given, conversion.unplaced, loader))
     if not stored.keys() <= parts.keys():
-        raise _unloadable(file.path, differences(stored, parts))
+        raise _misfit(file.given, differences(stored, parts))
     configured = file.configured and not file.alphas
-    with _telling(file.path, stored, parts):
-        source: Any = convert(file.weights) if alone else {**file.weights, **unit_alphas(file)}
+    with _telling(file.given, stored, parts):
+        source: Any = {
+            key if alone else f"{part}.{key}": z
+            for part, tensors in stored.items()
+            for key, z in tensors.items()
+        }
         load: dict[str, Any] = {"adapter_name": name, **({"prefix": None} if alone else {})}
         if configured:  # which is read with the file alone
             source = str(file.path.parent)
@@ -237,14 +247,14 @@ def _load_file(
         (loader.load_lora_adapter if alone else loader.load_lora_weights)(source, **load)
     result = {}
     for part, tensors in stored.items():
-        result[part] = _settled(peft, name, file.path, part, parts[part], tensors)
+        result[part] = _settled(peft, name, file.given, part, parts[part], tensors)
         if not configured:
             set_scales(parts[part], name, scales[part])
     return result
 
 
 def _load_peft(
-    peft: Any, name: str, folder: Path, part: str, module: nn.Module, taken: Sequence[str]
+    peft: Any, name: str, folder: Path, part: str, module: nn.Module, trained: Set[int]
 ) -> list[str]:
     """An adapter in PEFT's own form, into any network."""
     file = folder / _PEFT_WEIGHTS
@@ -258,13 +268,17 @@ def _load_peft(
         peft.inject_adapter_in_model(config, module, adapter_name=name)
         peft.set_peft_model_state_dict(module, tensors, adapter_name=name)
     names = _settled(peft, name, folder, part, module, tensors)
-    again = [n for n in names if n in taken and adapter_of(n) is None]
+    again = [n for n in names if id(module.get_parameter(n)) in trained]
     if again:
-        raise ValueError(
-            f"The adapter '{folder}' replaces weights of the network that another one has changed "
-            f"({listed(again)}). Pass one of them alone."
-        )
+        raise ValueError(_replaced([str(folder)], again))
     return names
+
+
+def _replaced(adapters: Sequence[str], names: Sequence[str]) -> str:
+    return (
+        f"Of the adapters, {listed(adapters)}, one replaces weights of the network that another "
+        f"one has changed: {listed(names)}. Pass one of them alone."
+    )
 
 
 @contextmanager
@@ -273,13 +287,20 @@ def _telling(path: Path, stored: Stored, parts: Mapping[str, nn.Module]) -> Iter
     try:
         yield
     except Exception as error:
-        raise _unloadable(path, differences(stored, parts) or [quoted(error)]) from error
+        reasons = differences(stored, parts)
+        raise (_misfit(path, reasons) if reasons else _unreadable(path, error)) from error
 
 
-def _unloadable(path: Path, reasons: Sequence[str]) -> ValueError:
-    told = "; ".join(reasons).rstrip(".")
+def _misfit(path: Path, reasons: Sequence[str]) -> ValueError:
     return ValueError(
-        f"The adapter '{path}' cannot be loaded: {told}. Pass the network that it was trained on."
+        f"The adapter '{path}' cannot be loaded: {'; '.join(reasons)}. Pass the network that it "
+        "was trained on."
+    )
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"The adapter '{path}' cannot be loaded: {quoted(error).rstrip('.')}. {_ACCEPTED}."
     )
 
 
@@ -306,6 +327,17 @@ def _settled(
 
 
 def _weights_file(path: Path) -> Path:
+    """The single file that a path names.
+
+    Raises:
+        ValueError: If there is none, or several, or its scales stand in a file that is missing.
+    """
+    file = path if path.is_file() else path / _PEFT_WEIGHTS
+    if file.name == _PEFT_WEIGHTS and file.is_file():
+        raise ValueError(
+            f"The adapter '{path}' is PEFT's without its {_PEFT}, which holds the scale. Pass the "
+            "folder that save_pretrained wrote."
+        )
     if path.is_file():
         if path.suffix != ".safetensors":
             raise ValueError(f"The adapter '{path}' is no .safetensors file. {_ACCEPTED}.")
