@@ -276,8 +276,8 @@ def _load_peft(
 
 def _replaced(adapters: Sequence[str], names: Sequence[str]) -> str:
     return (
-        f"Of the adapters, {listed(adapters)}, one replaces weights of the network that another "
-        f"one has changed: {listed(names)}. Pass one of them alone."
+        f"Two adapters change the same weights of the network, {listed(names)}, and one replaces "
+        f"what the other added ({listed(adapters)}). Pass one of them alone."
     )
 
 

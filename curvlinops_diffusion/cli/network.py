@@ -21,9 +21,11 @@ from curvlinops_diffusion.cli.images.labels import Condition
 from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions, ValidateMeasureOptions
 from curvlinops_diffusion.cli.processes import is_first, num_processes
+from curvlinops_diffusion.cli.saved_parts import check_files, check_parts, misfits, parts_of
 from curvlinops_diffusion.cli.weights import check_can_load, check_loaded
 from curvlinops_diffusion.diffusion.image_conditions import ControlledDenoiser
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
+from curvlinops_diffusion.runtime.messages import quoted
 from curvlinops_diffusion.runtime.sharded_networks import divide
 
 # diffusers imports it with its first network, and it warns of kernels that nothing here needs
@@ -83,16 +85,14 @@ def load_network(options: NetworkOptions, text_encoders: bool = False) -> Networ
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} is not to be had here: {error}.") from error
+        raise ValueError(f"--device {device} is not to be had here: {quoted(error)}.") from error
     autocast = None if options.autocast is None else getattr(torch, options.autocast)
     if options.pipeline is not None:
-        pipeline = _loaded(
-            diffusers.DiffusionPipeline,
-            options.pipeline,
-            "model_index.json",
-            options,
-            **_left_out(options.pipeline),
-        )
+        check_can_load()
+        _check_folder(options.pipeline, "model_index.json")
+        check_parts(options.pipeline)
+        left_out = _left_out(options.pipeline)
+        pipeline = _loaded(diffusers.DiffusionPipeline, options.pipeline, options, **left_out)
         modules = _modules(pipeline)
         for name, part in modules.items():
             check_loaded(part, options.pipeline / name)
@@ -114,7 +114,10 @@ def load_network(options: NetworkOptions, text_encoders: bool = False) -> Networ
         return _network(objective, pipeline, options, modules, trained)
     assert options.model is not None
     assert options.scheduler is not None
-    model = _loaded(diffusers.AutoModel, options.model, "config.json", options)
+    check_can_load()
+    _check_folder(options.model, "config.json")
+    check_files(options.model)
+    model = _loaded(diffusers.AutoModel, options.model, options)
     check_loaded(model, options.model)
     modules = {"model": model}
     trained = load_adapters(options.lora, modules, None) if options.lora else {}
@@ -275,20 +278,35 @@ def _condition(model: Any, config: Any, pipeline: Any) -> Condition:
 
 def _left_out(folder: Path) -> dict[str, None]:
     """The parts that a pipeline was saved without, a text encoder say; loading asks for them."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-        return {name: None for name, kind in index.items() if kind == [None, None]}
-    except (OSError, ValueError, AttributeError):
-        return {}  # loading says what is wrong
+    return {name: None for name, (_, cls) in parts_of(folder).items() if cls is None}
 
 
-def _loaded(cls: Any, folder: Path, index: str, options: NetworkOptions, **parts: None) -> Any:
-    check_can_load()
-    if not (folder / index).is_file():
+def _check_folder(folder: Path, index: str) -> None:
+    """Check that a folder is one of save_pretrained.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if folder.is_file():
         raise ValueError(
-            f"'{folder}' holds no {index}. Pass a folder on this machine that was written by "
-            "save_pretrained; nothing is downloaded."
+            f"'{folder}' is a file. Pass a folder that was written by save_pretrained: "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER) makes one of a "
+            "single file, and adapters are passed by --lora."
         )
+    if (folder / index).is_file():
+        return
+    instead = ""
+    if (folder / "config.json").is_file():
+        instead = f" '{folder}' is a network alone: pass it by --model."
+    elif (folder / "model_index.json").is_file():
+        instead = f" '{folder}' is a pipeline: pass it by --pipeline."
+    raise ValueError(
+        f"'{folder}' holds no {index}. Pass a folder on this machine that was written by "
+        f"save_pretrained; nothing is downloaded.{instead}"
+    )
+
+
+def _loaded(cls: Any, folder: Path, options: NetworkOptions, **parts: None) -> Any:
     try:
         return cls.from_pretrained(
             str(folder),
@@ -298,17 +316,25 @@ def _loaded(cls: Any, folder: Path, index: str, options: NetworkOptions, **parts
             variant=options.variant,
             **parts,
         )
-    except (OSError, ValueError, RuntimeError, AttributeError, ImportError, KeyError) as error:
-        raise ValueError(f"'{folder}' cannot be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        reasons = misfits(folder)
+        if reasons:
+            raise ValueError(
+                f"'{folder}' cannot be loaded: {'; '.join(reasons)}. Copy configuration and "
+                "weights of one and the same save_pretrained."
+            ) from error
+        raise ValueError(f"'{folder}' cannot be loaded: {quoted(error)}") from error
 
 
 def _scheduler(folder: Path) -> Any:
     path = folder / "scheduler_config.json"
     try:
-        name = json.loads(path.read_text())["_class_name"]
-        return getattr(diffusers, name).from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        cls = getattr(diffusers, json.loads(path.read_text())["_class_name"])
+        if not issubclass(cls, diffusers.SchedulerMixin):
+            raise TypeError(f"{cls.__name__} is none")
+        return cls.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:
         raise ValueError(
-            f"'{folder}' holds no scheduler of diffusers ({type(error).__name__}: {error}). Pass a "
+            f"'{folder}' holds no scheduler of diffusers: {quoted(error).rstrip('.')}. Pass a "
             "folder with scheduler_config.json."
         ) from error
