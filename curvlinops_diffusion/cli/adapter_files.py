@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from curvlinops_diffusion.cli.weights import listed
 from curvlinops_diffusion.runtime.messages import quoted
@@ -25,21 +25,7 @@ _DOWN = (
 )
 _ALPHA = ".alpha"
 # additions to a layer's weight and bias, by how their names end (LyCORIS: full layers and norms)
-_ADDITIONS = {".diff": "weight", ".diff_b": "bias", ".w_norm": "weight", ".b_norm": "bias"}
-# which part of a pipeline a name begins with; None is the denoiser
-_PARTS = {
-    "lora_unet_": None,
-    "lora_transformer_": None,
-    "diffusion_model.": None,
-    "unet.": None,
-    "transformer.": None,
-    "lora_te_": "text_encoder",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "lora_te3_": "text_encoder_3",
-    "text_encoder.": "text_encoder",
-    "text_encoder_2.": "text_encoder_2",
-}
+ADDITIONS = {".diff": "weight", ".diff_b": "bias", ".w_norm": "weight", ".b_norm": "bias"}
 # the key under which diffusers keeps PEFT's configuration, scales and all
 _CONFIGURATION = "lora_adapter_metadata"
 
@@ -132,7 +118,7 @@ def read_adapter(path: Path, given: Path) -> AdapterFile:
             nothing.
     """
     tensors, metadata = read_weights(path)
-    additions = {k: z for k, z in tensors.items() if k.endswith(tuple(_ADDITIONS))}
+    additions = {k: z for k, z in tensors.items() if k.endswith(tuple(ADDITIONS))}
     found = {k.removesuffix(_ALPHA): z for k, z in tensors.items() if k.endswith(_ALPHA)}
     weights = {k: z for k, z in tensors.items() if k not in additions and not k.endswith(_ALPHA)}
     stems = {_stem(key) for key in (*weights, *additions)}
@@ -212,56 +198,6 @@ def _other_alphas(file: AdapterFile) -> Tensors:
         for stem, alpha in file.alphas.items()
         if stem not in ranks and stem in stems
     }
-
-
-def add_to_weights(
-    file: AdapterFile, parts: Mapping[str, nn.Module]
-) -> tuple[dict[str, list[str]], list[str]]:
-    """Add a file's differences to the weights and biases of layers; all of them or none.
-
-    Scripts name layers by their places in the network, with underscores for dots.
-
-    Args:
-        file: The file.
-        parts: The networks, the denoiser first, by their names in the pipeline.
-
-    Returns:
-        The names of the parameters by part, and the file's names that fit none.
-    """
-    places: list[tuple[str, str, nn.Parameter, Tensor]] = []
-    unplaced = []
-    layers = {part: _by_flat_name(module) for part, module in parts.items()}
-    for key, z in file.additions.items():
-        end = next(end for end in _ADDITIONS if key.endswith(end))
-        part, flat = _part_of(key.removesuffix(end), next(iter(parts)))
-        found = layers.get(part, {})
-        layer = found.get(flat, found.get(flat.removeprefix("text_model_")))
-        p = getattr(layer, _ADDITIONS[end], None)
-        fits = isinstance(p, nn.Parameter) and p.is_floating_point() and p.shape == z.shape
-        if not fits:
-            unplaced.append(key)
-            continue
-        names = {id(q): name for name, q in parts[part].named_parameters()}
-        places.append((part, names[id(p)], p, z))
-    added: dict[str, list[str]] = {}
-    if not unplaced:
-        for part, name, p, z in places:
-            wide = torch.promote_types(p.dtype, torch.float32)
-            p.data = (p.data.to(wide) + z.to(p.device, wide)).to(p.dtype)
-            added.setdefault(part, []).append(name)
-    return added, unplaced
-
-
-def _by_flat_name(module: nn.Module) -> dict[str, nn.Module]:
-    return {name.replace(".", "_"): layer for name, layer in module.named_modules()}
-
-
-def _part_of(stem: str, denoiser: str) -> tuple[str, str]:
-    """The part of the pipeline that a stem names, and its layer with underscores."""
-    for prefix, part in _PARTS.items():
-        if stem.startswith(prefix):
-            return part or denoiser, stem.removeprefix(prefix).replace(".", "_")
-    return denoiser, stem.replace(".", "_")
 
 
 def _stem(key: str) -> str:

@@ -10,9 +10,24 @@ from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_
 from diffusers.utils.state_dict_utils import StateDictType
 from torch import Tensor, nn
 
-from curvlinops_diffusion.cli.adapter_files import Conversion
+from curvlinops_diffusion.cli.adapter_files import ADDITIONS, AdapterFile, Conversion
 from curvlinops_diffusion.cli.weights import listed
 from curvlinops_diffusion.runtime.adapters import adapter_of
+
+# which part of a pipeline a name begins with; None is the denoiser
+_PARTS = {
+    "lora_unet_": None,
+    "lora_transformer_": None,
+    "diffusion_model.": None,
+    "unet.": None,
+    "transformer.": None,
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+}
 
 Stored = dict[str, dict[str, Tensor]]
 
@@ -104,6 +119,55 @@ def _takes_part(name: str) -> bool:
     return ".modules_to_save." in name or ".trainable_tokens_" in name
 
 
+def add_to_weights(
+    file: AdapterFile, parts: Mapping[str, nn.Module]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Add a file's differences to the weights and biases of layers; all of them or none.
+
+    Scripts name layers by their places in the network, with underscores for dots.
+
+    Args:
+        file: The file.
+        parts: The networks, the denoiser first, by their names in the pipeline.
+
+    Returns:
+        The names of the parameters by part, and the file's names that fit none.
+    """
+    places: list[tuple[str, str, nn.Parameter, Tensor]] = []
+    unplaced = []
+    layers = {part: _by_flat_name(module) for part, module in parts.items()}
+    for key, z in file.additions.items():
+        end = next(end for end in ADDITIONS if key.endswith(end))
+        part, flat = _part_of(key.removesuffix(end), next(iter(parts)))
+        found = layers.get(part, {})
+        layer = found.get(flat, found.get(flat.removeprefix("text_model_")))
+        p = getattr(layer, ADDITIONS[end], None)
+        if not isinstance(p, nn.Parameter) or not p.is_floating_point() or p.shape != z.shape:
+            unplaced.append(key)
+            continue
+        names = {id(q): name for name, q in parts[part].named_parameters()}
+        places.append((part, names[id(p)], p, z))
+    added: dict[str, list[str]] = {}
+    if not unplaced:
+        for part, name, p, z in places:
+            wide = torch.promote_types(p.dtype, torch.float32)
+            p.data = (p.data.to(wide) + z.to(p.device, wide)).to(p.dtype)
+            added.setdefault(part, []).append(name)
+    return added, unplaced
+
+
+def _by_flat_name(module: nn.Module) -> dict[str, nn.Module]:
+    return {name.replace(".", "_"): layer for name, layer in module.named_modules()}
+
+
+def _part_of(stem: str, denoiser: str) -> tuple[str, str]:
+    """The part of the pipeline that a stem names, and its layer with underscores."""
+    for prefix, part in _PARTS.items():
+        if stem.startswith(prefix):
+            return part or denoiser, stem.removeprefix(prefix).replace(".", "_")
+    return denoiser, stem.replace(".", "_")
+
+
 def set_scales(module: nn.Module, adapter: str, scales: Mapping[str, float]) -> None:
     """Set the factors of an adapter's products.
 
@@ -129,7 +193,9 @@ def differences(stored: Stored, parts: Mapping[str, nn.Module]) -> list[str]:
     Returns:
         Phrases; none if all layers are there and have the sizes of the adapter's.
     """
-    phrases, absent, other = [], [], {}
+    phrases: list[str] = []
+    absent: list[str] = []
+    other: dict[str, str] = {}
     for part, tensors in stored.items():
         if part not in parts:
             layers = " and ".join(f"'{name}'" for name in parts)

@@ -21,7 +21,13 @@ from curvlinops_diffusion.cli.images.labels import Condition
 from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions, ValidateMeasureOptions
 from curvlinops_diffusion.cli.processes import is_first, num_processes
-from curvlinops_diffusion.cli.saved_parts import check_files, check_parts, misfits, parts_of
+from curvlinops_diffusion.cli.saved_parts import (
+    check_files,
+    check_folder,
+    check_parts,
+    misfits,
+    parts_of,
+)
 from curvlinops_diffusion.cli.weights import check_can_load, check_loaded
 from curvlinops_diffusion.diffusion.image_conditions import ControlledDenoiser
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
@@ -89,9 +95,10 @@ def load_network(options: NetworkOptions, text_encoders: bool = False) -> Networ
     autocast = None if options.autocast is None else getattr(torch, options.autocast)
     if options.pipeline is not None:
         check_can_load()
-        _check_folder(options.pipeline, "model_index.json")
+        check_folder(options.pipeline, "model_index.json")
         check_parts(options.pipeline)
-        left_out = _left_out(options.pipeline)
+        # the parts that it was saved without, a text encoder say, which loading asks for
+        left_out = {n: None for n, (_, cls) in parts_of(options.pipeline).items() if cls is None}
         pipeline = _loaded(diffusers.DiffusionPipeline, options.pipeline, options, **left_out)
         modules = _modules(pipeline)
         for name, part in modules.items():
@@ -115,8 +122,8 @@ def load_network(options: NetworkOptions, text_encoders: bool = False) -> Networ
     assert options.model is not None
     assert options.scheduler is not None
     check_can_load()
-    _check_folder(options.model, "config.json")
-    check_files(options.model)
+    check_folder(options.model, "config.json")
+    check_files(options.model, options.model)
     model = _loaded(diffusers.AutoModel, options.model, options)
     check_loaded(model, options.model)
     modules = {"model": model}
@@ -274,36 +281,6 @@ def _condition(model: Any, config: Any, pipeline: Any) -> Condition:
     if config.get("class_embed_type") == "timestep":
         return Condition("class_labels")
     return Condition()
-
-
-def _left_out(folder: Path) -> dict[str, None]:
-    """The parts that a pipeline was saved without, a text encoder say; loading asks for them."""
-    return {name: None for name, (_, cls) in parts_of(folder).items() if cls is None}
-
-
-def _check_folder(folder: Path, index: str) -> None:
-    """Check that a folder is one of save_pretrained.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if folder.is_file():
-        raise ValueError(
-            f"'{folder}' is a file. Pass a folder that was written by save_pretrained: "
-            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER) makes one of a "
-            "single file, and adapters are passed by --lora."
-        )
-    if (folder / index).is_file():
-        return
-    instead = ""
-    if (folder / "config.json").is_file():
-        instead = f" '{folder}' is a network alone: pass it by --model."
-    elif (folder / "model_index.json").is_file():
-        instead = f" '{folder}' is a pipeline: pass it by --pipeline."
-    raise ValueError(
-        f"'{folder}' holds no {index}. Pass a folder on this machine that was written by "
-        f"save_pretrained; nothing is downloaded.{instead}"
-    )
 
 
 def _loaded(cls: Any, folder: Path, options: NetworkOptions, **parts: None) -> Any:

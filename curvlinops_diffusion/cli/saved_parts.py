@@ -19,7 +19,36 @@ _AGAIN = "Copy the whole folder that save_pretrained wrote"
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
 
 
-def parts_of(folder: Path) -> dict[str, tuple[str, str]]:
+def check_folder(folder: Path, index: str) -> None:
+    """Check that a folder is one of save_pretrained.
+
+    Args:
+        folder: The folder.
+        index: The file that it must hold.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if folder.is_file():
+        raise ValueError(
+            f"'{folder}' is a file. Pass a folder that was written by save_pretrained: "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER) makes one of a "
+            "single file, and adapters are passed by --lora."
+        )
+    if (folder / index).is_file():
+        return
+    instead = ""
+    if (folder / "config.json").is_file():
+        instead = f" '{folder}' is a network alone: pass it by --model."
+    elif (folder / "model_index.json").is_file():
+        instead = f" '{folder}' is a pipeline: pass it by --pipeline."
+    raise ValueError(
+        f"'{folder}' holds no {index}. Pass a folder on this machine that was written by "
+        f"save_pretrained; nothing is downloaded.{instead}"
+    )
+
+
+def parts_of(folder: Path) -> dict[str, tuple[str | None, str | None]]:
     """The library and class of each part that a pipeline's index names.
 
     Raises:
@@ -65,11 +94,15 @@ def check_parts(folder: Path) -> None:
                 f"or another). {_AGAIN}."
             )
     for name in parts:
-        check_files(folder / name)
+        check_files(folder / name, folder)
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: Path, given: Path) -> None:
     """Check that the files of a network's weights are whole.
+
+    Args:
+        folder: The network's folder.
+        given: It or its pipeline's, as messages call it.
 
     Raises:
         ValueError: If one is not.
@@ -80,7 +113,8 @@ def check_files(folder: Path) -> None:
                 pass
         except Exception as error:
             raise ValueError(
-                f"'{path}' is no whole safetensors file ({quoted(error)}). Copy it again."
+                f"'{given}' cannot be loaded: '{path}' is no whole safetensors file "
+                f"({quoted(error)}). Copy it again."
             ) from error
 
 
