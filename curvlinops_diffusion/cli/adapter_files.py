@@ -23,6 +23,7 @@ _DOWN = (
     "_lora.down.weight",
     ".lora_linear_layer.down.weight",
 )
+_UP = tuple(end.replace("down", "up").replace("_A", "_B") for end in _DOWN)
 _ALPHA = ".alpha"
 # additions to a layer's weight and bias, by how their names end (LyCORIS: full layers and norms)
 ADDITIONS = {".diff": "weight", ".diff_b": "bias", ".w_norm": "weight", ".b_norm": "bias"}
@@ -73,7 +74,7 @@ class Conversion:
 
     Attributes:
         tensors: The weights.
-        scales: The factor of each one's product.
+        scales: The factor of each one's product; none of a matrix of zeros.
         unplaced: Names of the file's weights that the loader leaves out.
     """
 
@@ -114,13 +115,15 @@ def read_adapter(path: Path, given: Path) -> AdapterFile:
         given: The file or its folder, as messages call it.
 
     Raises:
-        ValueError: If it cannot be read, or an alpha is not a positive number or belongs to
-            nothing.
+        ValueError: If it cannot be read or is empty, or an alpha is not a positive number or
+            belongs to nothing.
     """
     tensors, metadata = read_weights(path)
     additions = {k: z for k, z in tensors.items() if k.endswith(tuple(ADDITIONS))}
     found = {k.removesuffix(_ALPHA): z for k, z in tensors.items() if k.endswith(_ALPHA)}
     weights = {k: z for k, z in tensors.items() if k not in additions and not k.endswith(_ALPHA)}
+    if not weights and not additions:
+        raise ValueError(f"The adapter '{given}' holds no weights. Pass another file.")
     stems = {_stem(key) for key in (*weights, *additions)}
     alphas = {}
     for stem, z in found.items():
@@ -158,13 +161,16 @@ def converted(file: AdapterFile, convert: Callable[[Tensors], Tensors]) -> Conve
         key: torch.where(z != 0, torch.tensor(float(n)), torch.tensor(0.0))
         for n, (key, z) in enumerate(file.weights.items(), 1)
     }
-    seen, kept, scales, ranks = set(), {}, {}, file.ranks()
+    seen: set[str] = set()
+    kept: Tensors = {}
+    scales: dict[str, float] = {}
+    ranks = file.ranks()
     for key, z in convert({**marks, **unit_alphas(file)}).items():
         if key not in tensors or key.endswith(_ALPHA):
             continue
         sources = {by_number[n] for n in z.unique().tolist() if n in by_number}
         stems = {_stem(source) for source in sources} & ranks.keys()
-        factors = {file.scale(stem) for stem in stems} or {1.0}
+        factors = {file.scale(stem) for stem in stems}
         if len(factors) > 1:
             raise ValueError(
                 f"The adapter '{file.given}' cannot be loaded: '{key}' is made of {listed(stems)}, "
@@ -172,7 +178,8 @@ def converted(file: AdapterFile, convert: Callable[[Tensors], Tensors]) -> Conve
                 "product). Save it in PEFT's form, one layer at a time."
             )
         seen |= sources
-        kept[key], scales[key] = tensors[key], factors.pop()
+        kept[key] = tensors[key]
+        scales |= dict.fromkeys([key], *factors) if factors else {}
     unplaced = [key for key, z in file.weights.items() if key not in seen and bool((z != 0).any())]
     return Conversion(kept, scales, unplaced)
 
@@ -202,7 +209,7 @@ def _other_alphas(file: AdapterFile) -> Tensors:
 
 def _stem(key: str) -> str:
     """What a tensor's name begins with: the name of its layer in the file."""
-    for end in (*_DOWN, *(end.replace("down", "up").replace("_A", "_B") for end in _DOWN)):
+    for end in (*_DOWN, *_UP):
         if key.endswith(end):
             return key.removesuffix(end)
     base, _, last = key.rpartition(".")
@@ -219,6 +226,14 @@ _KINDS = {
     ".diff": "differences of whole weights",
     "_norm": "differences of whole weights",
 }
+
+
+def unpaired(keys: Iterable[str]) -> list[str]:
+    """The names of matrices that are missing from a file, of pairs of which it holds the other."""
+    keys = set(keys)
+    ends = (*zip(_DOWN, _UP, strict=True), *zip(_UP, _DOWN, strict=True))
+    pairs = [k.removesuffix(one) + other for k in keys for one, other in ends if k.endswith(one)]
+    return [key for key in pairs if key not in keys]
 
 
 def of_other_kinds(keys: Iterable[str]) -> list[str]:

@@ -15,6 +15,7 @@ from curvlinops_diffusion.cli.adapter_files import (
     of_other_kinds,
     read_adapter,
     read_weights,
+    unpaired,
     unplaced_message,
 )
 from curvlinops_diffusion.cli.adapter_placement import (
@@ -82,7 +83,7 @@ def load_adapter(
     file = read_adapter(_weights_file(path), path)
     loaded = _load_file(peft, name, file, parts, loader) if file.weights else {}
     added, unplaced = add_to_weights(file, parts)
-    if unplaced or not (file.weights or added):
+    if unplaced:
         raise ValueError(unplaced_message(file.given, unplaced, loader))
     return {part: loaded.get(part, []) + added.get(part, []) for part in parts}
 
@@ -108,6 +109,9 @@ def _load_file(
     except Exception as error:
         if others:
             raise ValueError(unplaced_message(file.given, others, loader)) from error
+        lost = unpaired(file.weights)
+        if lost:
+            raise _misfit(file.given, [f"the file lacks {listed(lost)}"]) from error
         raise _unreadable(file.given, error) from error
     if conversion.unplaced:
         raise ValueError(unplaced_message(file.given, conversion.unplaced, loader))

@@ -53,7 +53,8 @@ def by_part(
         keys.setdefault(part, {})[inner] = key
     names = {part: _peft_names(found, part, parts.get(part)) for part, found in keys.items()}
     stored = {p: {n: conversion.tensors[k] for n, k in own.items()} for p, own in names.items()}
-    scales = {p: {n: conversion.scales[k] for n, k in own.items()} for p, own in names.items()}
+    found = conversion.scales
+    scales = {p: {n: found[k] for n, k in own.items() if k in found} for p, own in names.items()}
     return stored, scales
 
 
@@ -195,16 +196,25 @@ def differences(stored: Stored, parts: Mapping[str, nn.Module]) -> list[str]:
     """
     phrases: list[str] = []
     absent: list[str] = []
+    unknown: list[str] = []
     other: dict[str, str] = {}
+    strange = [part for part in stored if part not in parts]
+    if strange:
+        count = sum(len(stored[part]) for part in strange)
+        phrases.append(
+            f"the names of {count} of its weights begin with {listed(strange)}, and the networks "
+            f"are called {', '.join(repr(part) for part in parts)}"
+        )
     for part, tensors in stored.items():
         if part not in parts:
-            layers = " and ".join(f"'{name}'" for name in parts)
-            phrases.append(f"{len(tensors)} of its weights are of '{part}', and there is {layers}")
             continue
         modules = dict(parts[part].named_modules())
         for key, z in tensors.items():
             name, found, matrix = key.partition(".lora_")
             if not found:
+                continue
+            if matrix.startswith(("down", "up")):
+                unknown.append(key)
                 continue
             layer: Any = modules.get(name)
             if layer is None:
@@ -224,6 +234,8 @@ def differences(stored: Stored, parts: Mapping[str, nn.Module]) -> list[str]:
         first = next(iter(other.values()))
         more = f", and {len(other) - 1} more layers are of other sizes" if len(other) > 1 else ""
         phrases.append(first + more)
+    if unknown:
+        phrases.append(f"{len(unknown)} of its names are of no form known here ({listed(unknown)})")
     if absent:
         absent = sorted(set(absent))
         phrases.append(f"{len(absent)} of its layers are not in the network ({listed(absent)})")

@@ -146,13 +146,13 @@ def misfits(folder: Path) -> list[str]:
 
 def _expected_shapes(folder: Path) -> Iterator[tuple[Path, dict[str, tuple[int, ...]]]]:
     """The shapes of a network's tensors by its configuration, without memory for them."""
-    parts = {folder: ("diffusers", "")}
+    kinds: dict[Path, tuple[str | None, str | None]] = {folder: ("diffusers", None)}
     if (folder / "model_index.json").is_file():
-        parts = {folder / name: kind for name, kind in parts_of(folder).items()}
-    for part, (library, name) in parts.items():
+        kinds = {folder / name: kind for name, kind in parts_of(folder).items()}
+    for part, (library, name) in kinds.items():
         try:
             config = json.loads((part / "config.json").read_text())
-            cls: Any = getattr(sys.modules[library], name or config["_class_name"])
+            cls: Any = getattr(sys.modules[library or ""], name or config["_class_name"])
             with torch.device("meta"):
                 if library == "diffusers":
                     module = cls.from_config(config)

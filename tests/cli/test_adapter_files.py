@@ -94,7 +94,7 @@ def test_scales_of_kohya_files(saved, tmp_path, alpha_dtype):
     inner = "" if hasattr(encoder, "embeddings") else "text_model."
     layers = {
         f"{BLOCK}.attn1.to_q": (4, 16.0),
-        f"{BLOCK}.attn1.to_out.0": (4, 4.0),
+        f"{BLOCK}.attn1.to_out.0": (4, 12.0),
         f"{BLOCK}.attn2.to_k": (4, 4.0),
         f"{BLOCK}.attn2.to_v": (4, 1.0),
         f"{BLOCK}.ff.net.0.proj": (2, 4.0),
@@ -105,11 +105,13 @@ def test_scales_of_kohya_files(saved, tmp_path, alpha_dtype):
     }
     encoded = {f"{inner}encoder.layers.0.self_attn.q_proj": (2, 3.0)}
     encoded[f"{inner}encoder.layers.0.mlp.fc1"] = (4, 1.0)
+    zero = f"{BLOCK}.attn1.to_out.0"  # which was not trained
     entries, expected = {}, {}
     for prefix, module, own in (("lora_unet_", unet, layers), ("lora_te_", encoder, encoded)):
         for n, (name, (rank, alpha)) in enumerate(own.items()):
             full = name if prefix == "lora_unet_" or inner else f"text_model.{name}"
             down, up = pair(module.get_submodule(name), rank, seed=n + len(expected))
+            up = up * (name != zero)
             entries[prefix + full.replace(".", "_")] = (down, up, alpha)
             scale = 1.0 if alpha is None else alpha / rank
             expected[module, name] = (down, up, scale)
@@ -335,8 +337,13 @@ MORE = {
     "unknown": (f"{STEM}.scalar", (1,), r"cannot be loaded: .*attn1_to_q\.scalar\. Pass"),
     "alpha of nothing": ("lora_unet_conv_in.alpha", (), "holds 'lora_unet_conv_in.alpha' and no"),
     "alphas": (f"{STEM}.alpha", (2,), r"attn1_to_q.alpha' = \[1.0, 1.0\], which is read"),
+    "half a pair": (
+        "lora_unet_conv_in.lora_up.weight",
+        (4, 2),
+        "file lacks 'lora_unet_conv_in.lora_d",
+    ),
     "third encoder": (
-        "lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight",
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_q.diff",
         (2, 8),
         "cannot be loaded: .*lora_te3_encoder",
     ),
@@ -385,7 +392,7 @@ def test_networks_that_differ(saved, tmp_path):
                 tmp_path / "k.safetensors",
             ),
         ],
-        r"are of 'transformer', and there is 'unet' and 'vae'": [
+        r"names of 64 of its weights begin with 'transformer', and the networks are .* 'unet'": [
             write({f"transformer.{k}": z for k, z in plain.items()}, tmp_path / "t.safetensors")
         ],
         r"2 of its layers are not in the network \('down_blocks.7": [
