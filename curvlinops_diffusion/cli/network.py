@@ -15,20 +15,24 @@ import torch
 from diffusers.utils import is_transformers_available
 from diffusers.utils import logging as diffusers_logging
 
-from curvlinops_diffusion.cli.adapters import (
-    adapter_parameters,
-    load_adapters,
-    matching_parameters,
-)
+from curvlinops_diffusion.cli.adapters import load_adapters, matching_parameters, names_in
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.images.labels import Condition
 from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions, ValidateMeasureOptions
 from curvlinops_diffusion.cli.processes import is_first, num_processes
+from curvlinops_diffusion.cli.saved_parts import (
+    check_files,
+    check_folder,
+    check_parts,
+    misfits,
+    parts_of,
+)
 from curvlinops_diffusion.cli.training_arguments import arguments_text, parse_arguments
 from curvlinops_diffusion.cli.weights import check_can_load, check_loaded
 from curvlinops_diffusion.diffusion.image_conditions import ControlledDenoiser
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
+from curvlinops_diffusion.runtime.messages import quoted
 from curvlinops_diffusion.runtime.sharded_networks import divide
 
 # diffusers imports it with its first network, and it warns of kernels that nothing here needs
@@ -89,21 +93,19 @@ def load_network(options: NetworkOptions, text_encoders: bool = False) -> Networ
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} is not to be had here: {error}.") from error
+        raise ValueError(f"--device {device} is not to be had here: {quoted(error)}.") from error
     autocast = None if options.autocast is None else getattr(torch, options.autocast)
     if options.pipeline is not None:
-        pipeline = _loaded(
-            diffusers.DiffusionPipeline,
-            options.pipeline,
-            "model_index.json",
-            options,
-            **_left_out(options.pipeline),
-        )
+        check_can_load()
+        check_folder(options.pipeline, "model_index.json")
+        check_parts(options.pipeline)
+        # the parts that it was saved without, a text encoder say, which loading asks for
+        left_out = {n: None for n, (_, cls) in parts_of(options.pipeline).items() if cls is None}
+        pipeline = _loaded(diffusers.DiffusionPipeline, options.pipeline, options, **left_out)
         modules = _modules(pipeline)
         for name, part in modules.items():
             check_loaded(part, options.pipeline / name)
-        if options.lora:
-            load_adapters(options.lora, modules, pipeline)
+        trained = load_adapters(options.lora, modules, pipeline) if options.lora else {}
         if options.shard_network:
             _divide(next(iter(modules.values())), device)
         pipeline.to(device)
@@ -122,13 +124,16 @@ def load_network(options: NetworkOptions, text_encoders: bool = False) -> Networ
         if objective.training_arguments and is_first():
             event("training arguments", **objective.training_arguments)
             say(arguments_text(objective.training_arguments))
-        return _network(objective, pipeline, options)
+        return _network(objective, pipeline, options, modules, trained)
     assert options.model is not None
     assert options.scheduler is not None
-    model = _loaded(diffusers.AutoModel, options.model, "config.json", options)
+    check_can_load()
+    check_folder(options.model, "config.json")
+    check_files(options.model, options.model)
+    model = _loaded(diffusers.AutoModel, options.model, options)
     check_loaded(model, options.model)
-    if options.lora:
-        load_adapters(options.lora, {"model": model}, None)
+    modules = {"model": model}
+    trained = load_adapters(options.lora, modules, None) if options.lora else {}
     embedded = inspect.signature(model.forward).parameters.get("encoder_hidden_states")
     if embedded is not None and embedded.default is embedded.empty:
         raise ValueError(
@@ -151,7 +156,7 @@ def load_network(options: NetworkOptions, text_encoders: bool = False) -> Networ
     objective = DenoisingObjective(
         model.to(device).eval(), scheduler, autocast=autocast, **objective_options
     )
-    return _network(objective, None, options)
+    return _network(objective, None, options, modules, trained)
 
 
 def _divide(model: torch.nn.Module, device: str) -> None:
@@ -190,7 +195,13 @@ def _modules(pipeline: Any) -> dict[str, torch.nn.Module]:
     return dict(sorted(found.items(), key=lambda item: item[0] not in ("unet", "transformer")))
 
 
-def _network(objective: DenoisingObjective, pipeline: Any, options: NetworkOptions) -> Network:
+def _network(
+    objective: DenoisingObjective,
+    pipeline: Any,
+    options: NetworkOptions,
+    modules: Mapping[str, torch.nn.Module],
+    trained: Mapping[str, list[str]],
+) -> Network:
     """Read off network and autoencoder which images and conditions they take.
 
     Raises:
@@ -224,8 +235,7 @@ def _network(objective: DenoisingObjective, pipeline: Any, options: NetworkOptio
             f"{'no condition' if condition.key is None else 'labels'}. Leave it out."
         )
     condition = replace(condition, prompt=prompt)
-    modules = {} if pipeline is None else _modules(pipeline)
-    params = _chosen_parameters(model, modules, options)
+    params = _chosen_parameters(model, options, modules, trained)
     return Network(objective, channels, sides, multiple, condition, params)
 
 
@@ -236,10 +246,11 @@ def of_text_encoders(names: Iterable[str]) -> bool:
 
 def _chosen_parameters(
     model: torch.nn.Module,
-    modules: Mapping[str, torch.nn.Module],
     options: NetworkOptions,
+    modules: Mapping[str, torch.nn.Module],
+    trained: Mapping[str, list[str]],
 ) -> list[str] | None:
-    """Those that patterns name; else those of adapters, if some were given, or a ControlNet's.
+    """Those that patterns name; else those of adapters' files, if given, or a ControlNet's.
 
     Raises:
         ValueError: If a pattern names none, or the adapters have none in the denoiser.
@@ -253,9 +264,9 @@ def _chosen_parameters(
         return matching_parameters(model, ["controlnet.*"])
     if not options.lora:
         return None
-    found = adapter_parameters(model)
-    for name, part in modules.items():
-        if name.startswith(TEXT_ENCODERS) and adapter_parameters(part) and is_first():
+    found = names_in(model, modules, trained)
+    for name, names in trained.items():
+        if name.startswith(TEXT_ENCODERS) and names and is_first():
             say(
                 f"The adapters have weights in the {name} too, which are left out. Pass --params "
                 f"'unet.*lora*' '{name}.*lora*' to cover both"
@@ -283,22 +294,7 @@ def _condition(model: Any, config: Any, pipeline: Any) -> Condition:
     return Condition()
 
 
-def _left_out(folder: Path) -> dict[str, None]:
-    """The parts that a pipeline was saved without, a text encoder say; loading asks for them."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-        return {name: None for name, kind in index.items() if kind == [None, None]}
-    except (OSError, ValueError, AttributeError):
-        return {}  # loading says what is wrong
-
-
-def _loaded(cls: Any, folder: Path, index: str, options: NetworkOptions, **parts: None) -> Any:
-    check_can_load()
-    if not (folder / index).is_file():
-        raise ValueError(
-            f"'{folder}' holds no {index}. Pass a folder on this machine that was written by "
-            "save_pretrained; nothing is downloaded."
-        )
+def _loaded(cls: Any, folder: Path, options: NetworkOptions, **parts: None) -> Any:
     try:
         return cls.from_pretrained(
             str(folder),
@@ -308,17 +304,25 @@ def _loaded(cls: Any, folder: Path, index: str, options: NetworkOptions, **parts
             variant=options.variant,
             **parts,
         )
-    except (OSError, ValueError, RuntimeError, AttributeError, ImportError, KeyError) as error:
-        raise ValueError(f"'{folder}' cannot be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        reasons = misfits(folder)
+        if reasons:
+            raise ValueError(
+                f"'{folder}' cannot be loaded: {'; '.join(reasons)}. Copy configuration and "
+                "weights of one and the same save_pretrained."
+            ) from error
+        raise ValueError(f"'{folder}' cannot be loaded: {quoted(error)}") from error
 
 
 def _scheduler(folder: Path) -> Any:
     path = folder / "scheduler_config.json"
     try:
-        name = json.loads(path.read_text())["_class_name"]
-        return getattr(diffusers, name).from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        cls = getattr(diffusers, json.loads(path.read_text())["_class_name"])
+        if not issubclass(cls, diffusers.SchedulerMixin):
+            raise TypeError(f"{cls.__name__} is none")
+        return cls.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:
         raise ValueError(
-            f"'{folder}' holds no scheduler of diffusers ({type(error).__name__}: {error}). Pass a "
+            f"'{folder}' holds no scheduler of diffusers: {quoted(error).rstrip('.')}. Pass a "
             "folder with scheduler_config.json."
         ) from error

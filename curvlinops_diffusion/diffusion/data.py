@@ -24,6 +24,7 @@ from curvlinops_diffusion.diffusion.conditions import leaves, rows_of
 from curvlinops_diffusion.diffusion.masks import loss_mask
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.digests import tensor_parts
+from curvlinops_diffusion.runtime.messages import quoted
 from curvlinops_diffusion.runtime.plain import plain, plain_labels
 
 _ACCEPTED = (
@@ -281,7 +282,7 @@ def _collated(items: list[Any]) -> Any:
         shown = ", ".join(f"'{key}' as {_shown(value)}" for key, value in entries)
         raise ValueError(
             f"Items of the data cannot be put into a batch: they hold {shown} "
-            f"({str(error).splitlines()[0][:200]}). {_ITEM_ACCEPTED}."
+            f"({quoted(error)}). {_ITEM_ACCEPTED}."
         ) from error
 
 

@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 from curvlinops_diffusion.diffusion.adapted_denoiser import length_of
 from curvlinops_diffusion.diffusion.latents import LatentEncoder
 from curvlinops_diffusion.runtime.digests import digest_of
+from curvlinops_diffusion.runtime.messages import quoted
 
 # pixels of an image that pipelines of all kinds take, and steps at which times are compared
 SIZE = 128
@@ -120,7 +121,8 @@ def seen_of(
     except Exception as error:
         raise ValueError(
             f"The {type(pipeline).__name__} failed when it was asked for {size[0]}×{size[1]} "
-            f"pixels, to see what it shows its network ({type(error).__name__}: {error}). {BY_HAND}"
+            f"pixels, to see what it shows its network ({quoted(error)}). "
+            f"{BY_HAND}"
         ) from error
     return seen
 

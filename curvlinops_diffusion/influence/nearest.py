@@ -18,6 +18,7 @@ from curvlinops_diffusion.influence.store import GradientStore
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.files import FileKind, check_same
+from curvlinops_diffusion.runtime.messages import quoted
 
 INDEX = FileKind(
     "curvlinops_diffusion.index",
@@ -79,8 +80,7 @@ class NearestGradients:
             index.train(rows)
             index.add(rows)
         except (RuntimeError, AssertionError) as error:
-            reason = " ".join(str(error).split("Error: ")[-1].split())
-            raise ValueError(f"factory={factory!r} makes no index: {reason}.") from error
+            raise ValueError(f"factory={factory!r} makes no index: {quoted(error)}.") from error
         stored = torch.from_numpy(faiss.serialize_index(index).copy())
         header = {"store": store.header["identity"], "factory": factory}
         INDEX.write(Path(path), {"index": stored}, header)

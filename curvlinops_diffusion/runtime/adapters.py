@@ -16,7 +16,7 @@ from torch import Tensor, nn
 # a part of an adapted layer, as PEFT calls it, followed by the adapter's name
 _ADAPTER = re.compile(
     r"(?<=\.)(?P<part>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|lora_bias|"
-    r"hada_\w+|lokr_\w+|ia3_l|oft_\w+|vera_lambda_\w+)\.(?P<adapter>[^.]+)(?=\.|$)"
+    r"hada_\w+|lokr_\w+|ia3_l|oft_\w+|vera_lambda_\w+|modules_to_save)\.(?P<adapter>[^.]+)(?=\.|$)"
 )
 _COMMON = "default"
 

@@ -13,6 +13,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from curvlinops_diffusion.runtime.messages import quoted
+
 
 @contextmanager
 def differentiable_attention() -> Iterator[None]:
@@ -258,7 +260,7 @@ def recomputation_named() -> Iterator[None]:
             "autograd function that computes gradients by itself, or a module's backward hook. "
             "Switch the network's gradient "
             "checkpoints off; factors and gradients of examples go through those of "
-            f"use_reentrant=False as well. (torch says: {str(error).splitlines()[0][:200]})"
+            f"use_reentrant=False as well. (torch says: {quoted(error)})"
         ) from error
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from curvlinops_diffusion.runtime.messages import quoted
+
 Result = TypeVar("Result")
 
 # Sums travel in buckets of about so many entries
@@ -238,7 +240,7 @@ def answered(by_message: bool = True) -> Iterator[None]:
         if by_message and not any(part in str(error) for part in _ENGINES):
             raise
         raise ValueError(
-            f"Another process has stopped, or does not answer ({str(error).splitlines()[0]}). Look "
+            f"Another process has stopped, or does not answer ({quoted(error)}). Look "
             "for its own message; start all of them again to go on from the checkpoint."
         ) from error
 

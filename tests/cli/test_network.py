@@ -88,6 +88,103 @@ def test_weights_that_are(tmp_path, make):
     load_network(FitOptions(pipeline=tmp_path / "p", data=tmp_path, output=tmp_path))
 
 
+def removed(*parts):
+    def change(folder):
+        path = folder.joinpath(*parts)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return change
+
+
+def truncated(folder):
+    (path,) = (folder / "text_encoder").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def resized(part, name):
+    """A weight that is one larger in all directions than its configuration says."""
+
+    def change(folder):
+        (path,) = (folder / part).glob("*.safetensors")
+        tensors = load_file(path)
+        key = next(key for key in tensors if name in key)
+        tensors[key] = torch.zeros([size + 1 for size in tensors[key].shape])
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return change
+
+
+def changed(file, **entries):
+    def change(folder):
+        config = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**config, **entries}))
+
+    return change
+
+
+BROKEN = [
+    (truncated, r"text_encoder/model.safetensors' is no whole safetensors file \(Err.*Copy it"),
+    (removed("vae"), r"holds no folder 'vae', which its model_index.json names. Copy the whole"),
+    (removed("tokenizer"), r"holds no folder 'tokenizer', which"),
+    (removed("tokenizer", "tokenizer.json"), r"tokenizer' has no vocabulary"),
+    (removed("unet", "config.json"), r"no file named config.json found in directory .*unet"),
+    (removed("model_index.json"), r"holds no model_index.json. Pass a folder on this machine"),
+    (resized("unet", "conv_in.w"), r"in 'unet', 'conv_in.weight' is 5×3×4×4 in the file and 4×2×"),
+    (resized("text_encoder", "q_proj.w"), r"in 'text_encoder', '.*q_proj.weight' is 9×9 in the f"),
+    (
+        changed("unet/config.json", block_out_channels=[8, 8]),
+        r"in 'unet', '.*' is 4 in the file and 8 by its config.json \(\d+ more weights differ\)",
+    ),
+    (changed("model_index.json", unet=["diffusers", "FooUNet"]), r"has no class `FooUNet`"),
+    (changed("model_index.json", scheduler=["a.b", "C"]), r"a.b is not one of the libraries"),
+    (lambda folder: (folder / "model_index.json").write_text("[1]"), r"it holds a list"),
+]
+
+
+@pytest.mark.parametrize(("change", "told"), BROKEN, ids=range(len(BROKEN)))
+def test_pipelines_that_are_broken(stable_diffusion, tmp_path, change, told):
+    """The part, the file and the weight are named, in one line."""
+    shutil.copytree(stable_diffusion, tmp_path / "p")
+    change(tmp_path / "p")
+    options = FitOptions(pipeline=tmp_path / "p", data=tmp_path, output=tmp_path, quiet=True)
+    with pytest.raises(ValueError, match=told) as caught:
+        load_network(options)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    pipelines.stable_diffusion(folder).save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+def test_folders_of_something_else(stable_diffusion, tmp_path):
+    given = {"data": tmp_path, "output": tmp_path}
+    (file,) = (stable_diffusion / "unet").glob("*.safetensors")
+    for path, told in (
+        (file, r"is a file. Pass a folder .*from_single_file"),
+        (stable_diffusion / "unet", r"is a network alone: pass it by --model"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            load_network(FitOptions(pipeline=path, **given))
+    scheduler = tmp_path / "scheduler"
+    alone = {"model": stable_diffusion, "scheduler": scheduler, **given}
+    with pytest.raises(ValueError, match=r"is a pipeline: pass it by --pipeline"):
+        load_network(FitOptions(**alone))
+    pipelines.ddpm(tmp_path).save_pretrained(tmp_path / "d")
+    shutil.copytree(tmp_path / "d" / "scheduler", scheduler)
+    for entries, told in (
+        ({"_class_name": "Foo"}, "no scheduler of diffusers: .*no attribute Foo. Pass a"),
+        ({"_class_name": "UNet2DModel"}, "no scheduler of diffusers: UNet2DModel is none"),
+        ({"_class_name": "DDPMScheduler", "beta_schedule": "foo"}, "foo is not implemented for"),
+    ):
+        changed("scheduler_config.json", **entries)(scheduler)
+        with pytest.raises(ValueError, match=told):
+            load_network(FitOptions(**{**alone, "model": tmp_path / "d" / "unet"}))
+
+
 def write_beside(folder, names, entry, mode, **columns):
     """Images, and another one beside each, in a folder of theirs."""
     (folder / "beside").mkdir(parents=True)

@@ -1,0 +1,509 @@
+"""Adapters' files against the networks they are loaded into: scales, values, what is refused."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from curvlinops_diffusion import ExampleGradientLinearOperator, NoisedRegression
+from curvlinops_diffusion.cli.adapters import load_adapters, names_in
+from curvlinops_diffusion.cli.network import load_network
+from curvlinops_diffusion.cli.options import FitOptions
+from tests.comparisons import assert_close
+from tests.diffusion import test_pipelines as pipelines
+from tests.reference import example_gradients, params_of
+
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Pipelines by their makers, each written once."""
+    made = {}
+
+    def of(make):
+        if make not in made:
+            folder = tmp_path_factory.mktemp(make.__name__)
+            made[make] = (folder, pipelines.made(make, folder))
+        return made[make]
+
+    return of
+
+
+def again(saved, make):
+    """A pipeline as it is on disk, and its networks."""
+    pipeline = copy.deepcopy(saved(make)[1])
+    modules = {n: m for n, m in pipeline.components.items() if isinstance(m, nn.Module)}
+    order = sorted(modules, key=lambda name: name not in ("unet", "transformer"))
+    return pipeline, {name: modules[name] for name in order}
+
+
+def random(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pair(layer, rank, seed, rows=1):
+    """Two matrices for a layer, or for several of its size that were one in training."""
+    weight = layer.weight
+    down = random(rank, *weight.shape[1:], seed=seed)
+    up = random(rows * len(weight), rank, *[1] * (weight.ndim - 2), seed=seed + 100)
+    return down, up
+
+
+def product(down, up, scale):
+    """``scale · up @ down`` in float64, of a convolution as well."""
+    up = up.double().reshape(len(up), -1)
+    return scale * torch.tensordot(up, down.double(), 1)
+
+
+def effective(layer, adapter="default"):
+    """What an adapted layer adds to its weight, from its own matrices and scale."""
+    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return product(A.detach(), B.detach(), layer.scaling[adapter])
+
+
+def kohya(entries, alpha_dtype=torch.float32):
+    """A file's tensors from ``stem: (down, up, alpha)``."""
+    tensors = {}
+    for stem, (down, up, alpha) in entries.items():
+        tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+        if alpha is not None:
+            tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=alpha_dtype)
+    return tensors
+
+
+def write(tensors, path, metadata=None):
+    save_file({key: z.contiguous() for key, z in tensors.items()}, path, metadata)
+    return str(path)
+
+
+def adapted(module):
+    return {name for name, layer in module.named_modules() if getattr(layer, "lora_A", None)}
+
+
+@pytest.mark.parametrize("alpha_dtype", [torch.float32, torch.bfloat16])
+def test_scales_of_kohya_files(saved, tmp_path, alpha_dtype):
+    """Alphas and ranks of every layer its own, as ``conv_alpha`` and blocks make them."""
+    pipeline, parts = again(saved, pipelines.stable_diffusion)
+    unet, encoder = parts["unet"], parts["text_encoder"]
+    inner = "" if hasattr(encoder, "embeddings") else "text_model."
+    layers = {
+        f"{BLOCK}.attn1.to_q": (4, 16.0),
+        f"{BLOCK}.attn1.to_out.0": (4, 12.0),
+        f"{BLOCK}.attn2.to_k": (4, 4.0),
+        f"{BLOCK}.attn2.to_v": (4, 1.0),
+        f"{BLOCK}.ff.net.0.proj": (2, 4.0),
+        f"{BLOCK}.ff.net.2": (3, None),
+        "down_blocks.0.attentions.0.proj_in": (2, 3.0),
+        "down_blocks.0.resnets.0.conv1": (2, 0.5),
+        "down_blocks.0.downsamplers.0.conv": (1, 8.0),
+    }
+    encoded = {f"{inner}encoder.layers.0.self_attn.q_proj": (2, 3.0)}
+    encoded[f"{inner}encoder.layers.0.mlp.fc1"] = (4, 1.0)
+    zero = f"{BLOCK}.attn1.to_out.0"  # which was not trained
+    entries, expected = {}, {}
+    for prefix, module, own in (("lora_unet_", unet, layers), ("lora_te_", encoder, encoded)):
+        for n, (name, (rank, alpha)) in enumerate(own.items()):
+            full = name if prefix == "lora_unet_" or inner else f"text_model.{name}"
+            down, up = pair(module.get_submodule(name), rank, seed=n + len(expected))
+            up = up * (name != zero)
+            entries[prefix + full.replace(".", "_")] = (down, up, alpha)
+            scale = 1.0 if alpha is None else alpha / rank
+            expected[module, name] = (down, up, scale)
+    file = write(kohya(entries, alpha_dtype), tmp_path / "k.safetensors")
+    trained = load_adapters([file], parts, pipeline)
+    assert {len(names) for names in trained.values()} == {2 * len(layers), 2 * len(encoded), 0}
+    assert (adapted(unet), adapted(encoder)) == (set(layers), set(encoded))
+    for (module, name), (down, up, scale) in expected.items():
+        layer = module.get_submodule(name)
+        assert torch.equal(layer.lora_A["default"].weight, down)
+        assert torch.equal(layer.lora_B["default"].weight, up)
+        assert layer.scaling["default"] == scale
+        layer.set_scale("default", 1.0)  # PEFT's own way back
+        assert_close(effective(layer), product(down, up, scale), 1e-12)
+
+
+def test_scales_of_kohya_files_for_xl(saved, tmp_path):
+    """By the names of the original network, which are mapped to those of diffusers."""
+    pipeline, parts = again(saved, pipelines.stable_diffusion_xl)
+    unet, second = parts["unet"], parts["text_encoder_2"]
+    names = {
+        "input_blocks_1_1_transformer_blocks_0_attn1_to_q": f"{BLOCK}.attn1.to_q",
+        "input_blocks_1_1_transformer_blocks_0_attn2_to_k": f"{BLOCK}.attn2.to_k",
+        "input_blocks_1_0_in_layers_2": "down_blocks.0.resnets.0.conv1",
+        "middle_block_1_transformer_blocks_0_attn1_to_v": (
+            "mid_block.attentions.0.transformer_blocks.0.attn1.to_v"
+        ),
+        "output_blocks_2_1_transformer_blocks_0_attn1_to_q": (
+            "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+        ),
+    }
+    entries, expected = {}, {}
+    for n, (stem, name) in enumerate(names.items()):
+        down, up = pair(unet.get_submodule(name), 2, seed=n)
+        entries[f"lora_unet_{stem}"] = (down, up, 1.0 + n)
+        expected[name] = product(down, up, (1.0 + n) / 2)
+    key = next(n for n, _ in second.named_modules() if n.endswith("layers.0.self_attn.v_proj"))
+    down, up = pair(second.get_submodule(key), 2, seed=50)
+    stem = f"text_model_{key.removeprefix('text_model.').replace('.', '_')}"
+    entries[f"lora_te2_{stem}"] = (down, up, 5.0)
+    tensors = kohya(entries)
+    load_adapters([write(tensors, tmp_path / "k.safetensors")], parts, pipeline)
+    assert adapted(unet) == set(expected)
+    for name, there in expected.items():
+        assert_close(effective(unet.get_submodule(name)), there, 1e-12)
+    assert_close(effective(second.get_submodule(key)), product(down, up, 2.5), 1e-12)
+
+    # beside diffusers' names the loader drops the original ones in silence
+    pipeline, parts = again(saved, pipelines.stable_diffusion_xl)
+    layer = parts["unet"].get_submodule(f"{BLOCK}.attn1.to_v")
+    tensors |= kohya({f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_v": (*pair(layer, 2, 9), 1.0)})
+    with pytest.raises(ValueError, match=r"10 of its weights have no place .*'lora_unet_input_bl"):
+        load_adapters([write(tensors, tmp_path / "mixed.safetensors")], parts, pipeline)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_scales_of_kohya_files_for_flux(saved, tmp_path, sparse):
+    """One pair for queries, keys and values, divided among three layers with the file's scale."""
+    pipeline, parts = again(saved, pipelines.flux)
+    transformer = parts["transformer"]
+    attention = transformer.transformer_blocks[0].attn
+    down, up = pair(attention.to_q, 6, seed=0, rows=3)
+    if sparse:  # three pairs of rank 2 side by side
+        up = up * torch.block_diag(*[torch.ones(len(up) // 3, 2)] * 3)
+    alone = pair(attention.to_out[0], 2, seed=1)
+    entries = {
+        "lora_unet_double_blocks_0_img_attn_qkv": (down, up, 2.0),
+        "lora_unet_double_blocks_0_img_attn_proj": (*alone, 3.0),
+    }
+    trained = load_adapters([write(kohya(entries), tmp_path / "k.safetensors")], parts, pipeline)
+    assert len(trained["transformer"]) == 8
+    there = torch.cat([effective(getattr(attention, name)) for name in ("to_q", "to_k", "to_v")])
+    assert_close(there, product(down, up, 2 / 6), 1e-12)
+    assert_close(effective(attention.to_out[0]), product(*alone, 1.5), 1e-12)
+    # as they were trained: factors are not multiplied into the matrices
+    assert torch.equal(attention.to_out[0].lora_A["default"].weight, alone[0])
+    rows = down[:2] if sparse else down
+    assert torch.equal(attention.to_q.lora_A["default"].weight, rows)
+
+
+@pytest.mark.parametrize("make", [pipelines.flux, pipelines.stable_diffusion_3])
+def test_alphas_beside_pefts_names(saved, tmp_path, make):
+    """As ai-toolkit and others write them."""
+    pipeline, parts = again(saved, make)
+    block = "transformer_blocks.0.attn"
+    names = {f"{block}.to_q": (4, 16.0), f"{block}.to_k": (4, 4.0), f"{block}.to_v": (2, 6.0)}
+    tensors, expected = {}, {}
+    for n, (name, (rank, alpha)) in enumerate(names.items()):
+        down, up = pair(parts["transformer"].get_submodule(name), rank, seed=n)
+        key = f"transformer.{name}"
+        tensors |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
+        tensors[f"{key}.alpha"] = torch.tensor(alpha)
+        expected[name] = product(down, up, alpha / rank)
+    load_adapters([write(tensors, tmp_path / "a.safetensors")], parts, pipeline)
+    for name, there in expected.items():
+        assert_close(effective(parts["transformer"].get_submodule(name)), there, 1e-12)
+
+
+def peft_folder(module, folder, adapter_config):
+    """A trained adapter as PEFT saves it, and the network that it is in."""
+    wrapped = get_peft_model(type(module).from_config(module.config), adapter_config)
+    wrapped.base_model.model.load_state_dict(_under_new_names(wrapped, module), strict=False)
+    generator = torch.Generator().manual_seed(5)
+    for p in wrapped.parameters():
+        if p.requires_grad:
+            p.data.normal_(std=0.3, generator=generator)
+    wrapped.save_pretrained(folder)
+    return wrapped.eval()
+
+
+def _under_new_names(wrapped, module):
+    """The base's weights by the names that they have in an adapted network."""
+    own = wrapped.base_model.model.state_dict()
+    state = {}
+    for key in own:
+        plain = key.replace(".base_layer.", ".").replace(".original_module.", ".")
+        plain = plain.replace(".modules_to_save.default.", ".")
+        if plain in module.state_dict():
+            state[key] = module.state_dict()[plain]
+    return state
+
+
+WHOLE = {
+    "whole modules": {"target_modules": TARGETS, "modules_to_save": ["conv_in", "time_embedding"]},
+    "lora biases": {"target_modules": ["to_out.0", "conv_shortcut", "conv1"], "bias": "lora_only"},
+    "all biases": {"target_modules": TARGETS, "bias": "all"},
+    "patterns": {
+        "target_modules": TARGETS,
+        "rank_pattern": {"attn1.to_q": 1},
+        "alpha_pattern": {"attn1.to_q": 7},
+        "use_rslora": True,
+    },
+    "magnitudes": {"target_modules": ["to_q", "to_v"], "use_dora": True},
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_all_that_was_trained_is_covered(saved, tmp_path, kind):
+    """PEFT's folders: values, predictions and gradients are those of the network in training."""
+    folder, pipeline = saved(pipelines.stable_diffusion)
+    wrapped = peft_folder(
+        pipeline.unet, tmp_path / "lora", LoraConfig(r=2, lora_alpha=3, **WHOLE[kind])
+    )
+    options = FitOptions(
+        pipeline=folder / "pipeline",
+        data=tmp_path,
+        output=tmp_path,
+        lora=[str(tmp_path / "lora")],
+        quiet=True,
+    )
+    network = load_network(options)
+    model = network.objective.model
+    trained = {
+        name.removeprefix("base_model.model."): p
+        for name, p in wrapped.named_parameters()
+        if p.requires_grad
+    }
+    assert set(network.params) == set(trained)
+    own = dict(model.named_parameters())
+    for name, p in trained.items():
+        assert torch.equal(own[name], p)
+    batch = next(NoisedRegression(network.objective, _data(), 1).batches())
+    ours = network.objective.predict(batch)
+    network.objective.model = wrapped.base_model.model
+    assert torch.equal(network.objective.predict(batch), ours)
+    network.objective.model = model
+    if "all" not in kind and "whole" not in kind:
+        return
+    regression = NoisedRegression(network.objective, _data(), 1)
+    J = ExampleGradientLinearOperator(regression, network.params)
+    rows = example_gradients(regression, params_of(model, network.params))
+    assert_close(J.rows().double(), rows, 1e-4)
+
+
+def _data():
+    return pipelines.data_for(pipelines.stable_diffusion)
+
+
+def test_differences_of_whole_weights(saved, tmp_path):
+    """LyCORIS' full layers and norms: added to the base, and covered."""
+    pipeline, parts = again(saved, pipelines.stable_diffusion)
+    unet = parts["unet"]
+    changed = {
+        "conv_norm_out.weight": "conv_norm_out.w_norm",
+        "conv_norm_out.bias": "conv_norm_out.b_norm",
+        "conv_in.weight": "conv_in.diff",
+        "conv_in.bias": "conv_in.diff_b",
+        f"{BLOCK}.attn1.to_q.base_layer.weight": f"{BLOCK}.attn1.to_q.diff",
+    }
+    tensors, expected = {}, {}
+    for n, (name, key) in enumerate(changed.items()):
+        weight = unet.get_parameter(name.replace(".base_layer", "")).detach().clone()
+        layer, _, end = key.rpartition(".")
+        difference = random(*weight.shape, seed=n)
+        tensors[f"lora_unet_{layer.replace('.', '_')}.{end}"] = difference
+        expected[name] = weight + difference
+    stem = f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q"
+    pairs = kohya({stem: (*pair(unet.get_submodule(f"{BLOCK}.attn1.to_q"), 2, 9), 6.0)})
+    file = write(tensors | pairs, tmp_path / "full.safetensors")
+    trained = load_adapters([file], parts, pipeline)
+    names = names_in(unet, parts, trained)
+    assert set(names) == {*expected, *(n for n, _ in unet.named_parameters() if "lora_" in n)}
+    for name, weight in expected.items():
+        assert torch.equal(unet.get_parameter(name), weight)
+    # without matrices beside them
+    pipeline, parts = again(saved, pipelines.stable_diffusion)
+    del tensors[f"{stem}.diff"]
+    trained = load_adapters([write(tensors, tmp_path / "d.safetensors")], parts, pipeline)
+    assert len(trained["unet"]) == 4
+    for bad in ("lora_unet_conv_out_of.diff", "lora_unet_conv_in.diff_b", "lora_te3_x.diff"):
+        pipeline, parts = again(saved, pipelines.stable_diffusion)
+        before = parts["unet"].conv_in.weight.detach().clone()
+        file = write(tensors | {bad: torch.ones(3)}, tmp_path / "bad.safetensors")
+        with pytest.raises(ValueError, match=f"1 of its weights .differences .*: '{bad}'. Pass"):
+            load_adapters([file], parts, pipeline)
+        assert torch.equal(parts["unet"].conv_in.weight, before)
+
+
+STEM = f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q"
+MORE = {
+    "dora_scale": (f"{STEM}.dora_scale", (4, 1), r"1 of its weights \(DoRA magnitudes .*dora_sc"),
+    "a core": (f"{STEM}.lora_mid.weight", (2, 2), r"1 of its weights \(Tucker cores\).*lora_mid"),
+    "LoHa": (f"{STEM}.hada_w1_a", (4, 2), r"1 of its weights \(LoHa\).*hada_w1_a'"),
+    "OFT": (f"{STEM}.oft_blocks", (2, 2, 2), r"1 of its weights \(OFT\).*oft_blocks'"),
+    "unknown": (f"{STEM}.scalar", (1,), r"cannot be loaded: .*attn1_to_q\.scalar\. Pass"),
+    "alpha of nothing": ("lora_unet_conv_in.alpha", (), "holds 'lora_unet_conv_in.alpha' and no"),
+    "alphas": (f"{STEM}.alpha", (2,), r"attn1_to_q.alpha' = \[1.0, 1.0\], which is read"),
+    "half a pair": (
+        "lora_unet_conv_in.lora_up.weight",
+        (4, 2),
+        "file lacks 'lora_unet_conv_in.lora_d",
+    ),
+    "third encoder": (
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_q.diff",
+        (2, 8),
+        "cannot be loaded: .*lora_te3_encoder",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_what_loaders_leave_out_is_named(saved, tmp_path, case):
+    pipeline, parts = again(saved, pipelines.stable_diffusion)
+    key, shape, told = MORE[case]
+    tensors = kohya({STEM: (*pair(parts["unet"].get_submodule(f"{BLOCK}.attn1.to_q"), 2, 0), 1.0)})
+    file = write(tensors | {key: torch.ones(shape)}, tmp_path / "more.safetensors")
+    with pytest.raises(ValueError, match=told) as caught:
+        load_adapters([file], parts, pipeline)
+    assert "more.safetensors'" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_alphas_that_are_no_scale(saved, tmp_path, value):
+    pipeline, parts = again(saved, pipelines.stable_diffusion)
+    layer = parts["unet"].get_submodule(f"{BLOCK}.attn1.to_q")
+    file = write(kohya({STEM: (*pair(layer, 2, 0), value)}), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"attn1_to_q.alpha' = |NaN or infinite .*attn1_to_q.alp"):
+        load_adapters([file], parts, pipeline)
+
+
+def test_networks_that_differ(saved, tmp_path):
+    """One line says how, whatever the form and however many layers there are."""
+    _, parts = again(saved, pipelines.stable_diffusion_xl)
+    wide = r"attn2.to_k' is 16 wide in the file and 8 in the network, and \d+ more layers"
+    peft_folder(parts["unet"], tmp_path / "peft", LoraConfig(r=2, target_modules=TARGETS))
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    plain = {key.removeprefix("base_model.model."): z for key, z in tensors.items()}
+    forms = {
+        wide: [
+            str(tmp_path / "peft"),
+            write({f"unet.{k}": z for k, z in plain.items()}, tmp_path / "d.safetensors"),
+            write(
+                {
+                    f"lora_unet_{k.split('.lora_')[0].replace('.', '_')}."
+                    f"lora_{'down' if 'lora_A' in k else 'up'}.weight": z
+                    for k, z in plain.items()
+                },
+                tmp_path / "k.safetensors",
+            ),
+        ],
+        r"names of 64 of its weights begin with 'transformer', and the networks are .* 'unet'": [
+            write({f"transformer.{k}": z for k, z in plain.items()}, tmp_path / "t.safetensors")
+        ],
+        r"2 of its layers are not in the network \('down_blocks.7": [
+            write(
+                {
+                    f"unet.{k.replace('down_blocks.0', 'down_blocks.7')}": z
+                    for k, z in plain.items()
+                    if "attn1.to_q" in k or "attn1.to_k" in k
+                    if "down_blocks.0" in k
+                },
+                tmp_path / "l.safetensors",
+            )
+        ],
+    }
+    for told, files in forms.items():
+        for file in files:
+            pipeline, own = again(saved, pipelines.stable_diffusion)
+            with pytest.raises(ValueError, match=told) as caught:
+                load_adapters([file], own, pipeline)
+            assert str(caught.value).endswith("Pass the network that it was trained on.")
+            assert "\n" not in str(caught.value)
+            assert len(str(caught.value)) < 500
+
+
+def test_files_that_are_broken(saved, tmp_path):
+    pipeline, parts = again(saved, pipelines.stable_diffusion)
+    peft_folder(parts["unet"], tmp_path / "peft", LoraConfig(r=2, target_modules=TARGETS))
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    whole, tensors = path.read_bytes(), load_file(path)
+    path.write_bytes(whole[:-10])
+    for given in (path, path.parent):
+        with pytest.raises(ValueError, match=r"cannot be read: .*It is no whole safetensors file"):
+            load_adapters([str(given)], parts, pipeline)
+    some = next(iter(tensors))
+    save_file(tensors | {some: tensors[some] * torch.nan}, path)
+    with pytest.raises(ValueError, match=f"holds NaN or infinite numbers in '{some}'"):
+        load_adapters([str(path)], parts, pipeline)
+    path.write_bytes(whole)
+    (path.parent / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"peft' cannot be loaded: .*double quotes.* Pass a .saf"):
+        load_adapters([str(path.parent)], parts, pipeline)
+
+
+def test_the_file_within_pefts_folder(saved, tmp_path):
+    """The scale stands beside it, and is found."""
+    _, parts = again(saved, pipelines.stable_diffusion)
+    peft_folder(
+        parts["unet"], tmp_path / "p", LoraConfig(r=2, lora_alpha=6, target_modules=TARGETS)
+    )
+    for given in (tmp_path / "p", tmp_path / "p" / "adapter_model.safetensors"):
+        pipeline, parts = again(saved, pipelines.stable_diffusion)
+        load_adapters([str(given)], parts, pipeline)
+        layer = parts["unet"].get_submodule(f"{BLOCK}.attn1.to_q")
+        assert layer.scaling == {"default": 3.0}
+    alone = shutil.copy(tmp_path / "p" / "adapter_model.safetensors", tmp_path)
+    pipeline, parts = again(saved, pipelines.stable_diffusion)
+    with pytest.raises(ValueError, match=r"without its adapter_config.json, which holds the scale"):
+        load_adapters([str(alone)], parts, pipeline)
+
+
+def test_a_denoiser_alone(saved, tmp_path):
+    """The scale that diffusers' ``save_lora_adapter`` writes beside the weights."""
+    _, parts = again(saved, pipelines.stable_diffusion)
+    unet = parts["unet"]
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=6, target_modules=TARGETS))
+    for name, p in unet.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(generator=torch.Generator().manual_seed(0))
+    unet.save_lora_adapter(tmp_path)
+    there = effective(unet.get_submodule(f"{BLOCK}.attn1.to_q"))
+    _, parts = again(saved, pipelines.stable_diffusion)
+    load_adapters([str(tmp_path)], {"model": parts["unet"]}, None)
+    assert_close(effective(parts["unet"].get_submodule(f"{BLOCK}.attn1.to_q")), there, 1e-12)
+
+
+def test_modules_of_several_adapters(saved, tmp_path):
+    """A module's trained copy stays in use beside other adapters; two of one are refused."""
+    _, parts = again(saved, pipelines.stable_diffusion)
+    whole = LoraConfig(r=2, target_modules=TARGETS, modules_to_save=["conv_in"])
+    with_module = peft_folder(parts["unet"], tmp_path / "a", whole)
+    peft_folder(parts["unet"], tmp_path / "b", whole)
+    peft_folder(parts["unet"], tmp_path / "c", LoraConfig(r=2, target_modules=["to_q"]))
+    biased = {"target_modules": ["to_out.0"], "bias": "lora_only"}
+    for name in "de":
+        peft_folder(parts["unet"], tmp_path / name, LoraConfig(r=2, **biased))
+    layer = f"{BLOCK}.attn1.to_out.0"
+    bias = torch.ones_like(parts["unet"].get_submodule(layer).bias)
+    (tmp_path / "f").mkdir()
+    write({f"lora_unet_{layer.replace('.', '_')}.diff_b": bias}, tmp_path / "f" / "f.safetensors")
+    (tmp_path / "g").mkdir()
+    difference = torch.ones_like(parts["unet"].conv_in.weight)
+    write({"lora_unet_conv_in.diff": difference}, tmp_path / "g" / "g.safetensors")
+    pipeline, parts = again(saved, pipelines.stable_diffusion)
+    trained = load_adapters([str(tmp_path / name) for name in "ac"], parts, pipeline)
+    unet = parts["unet"]
+    x = random(1, 2, 4, 4, seed=0)
+    assert torch.equal(unet.conv_in(x), with_module.base_model.model.conv_in(x))
+    assert "conv_in.modules_to_save.a.weight" in names_in(unet, parts, trained)
+    assert unet.get_submodule(f"{BLOCK}.attn1.to_q").active_adapters == ["a", "c"]
+    # a bias that was changed before its layer was wrapped
+    pipeline, parts = again(saved, pipelines.stable_diffusion)
+    trained = load_adapters([str(tmp_path / name) for name in "fa"], parts, pipeline)
+    assert f"{layer}.base_layer.bias" in names_in(parts["unet"], parts, trained)
+    for two, told in (
+        ("ab", "each hold a trained copy of 'unet.conv_in', .* Pass one of them alone"),
+        ("de", "e' cannot be loaded: LoraModel supports only 1 adapter with bias"),
+        ("fd", "change the same weights of the network, .*bias', and one replaces .*d'.. Pass one"),
+        ("ga", "change the same weights of the network, 'conv_in.original_module.weight', and"),
+    ):
+        pipeline, parts = again(saved, pipelines.stable_diffusion)
+        with pytest.raises(ValueError, match=told):
+            load_adapters([str(tmp_path / name) for name in two], parts, pipeline)
