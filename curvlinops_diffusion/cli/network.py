@@ -19,13 +19,13 @@ from curvlinops_diffusion.cli.adapters import load_adapters, matching_parameters
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.images.labels import Condition
 from curvlinops_diffusion.cli.images.preprocessing import Form
+from curvlinops_diffusion.cli.misfits import misfits
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions, ValidateMeasureOptions
 from curvlinops_diffusion.cli.processes import is_first, num_processes
-from curvlinops_diffusion.cli.saved_parts import (
-    check_files,
-    check_folder,
-    check_parts,
-    misfits,
+from curvlinops_diffusion.cli.saved_networks import (
+    check_model,
+    check_pipeline,
+    check_scheduler,
     parts_of,
 )
 from curvlinops_diffusion.cli.training_arguments import arguments_text, parse_arguments
@@ -97,8 +97,7 @@ def load_network(options: NetworkOptions, text_encoders: bool = False) -> Networ
     autocast = None if options.autocast is None else getattr(torch, options.autocast)
     if options.pipeline is not None:
         check_can_load()
-        check_folder(options.pipeline, "model_index.json")
-        check_parts(options.pipeline)
+        check_pipeline(options.pipeline, options.variant)
         # the parts that it was saved without, a text encoder say, which loading asks for
         left_out = {n: None for n, (_, cls) in parts_of(options.pipeline).items() if cls is None}
         pipeline = _loaded(diffusers.DiffusionPipeline, options.pipeline, options, **left_out)
@@ -128,8 +127,8 @@ def load_network(options: NetworkOptions, text_encoders: bool = False) -> Networ
     assert options.model is not None
     assert options.scheduler is not None
     check_can_load()
-    check_folder(options.model, "config.json")
-    check_files(options.model, options.model)
+    check_model(options.model, options.variant)
+    check_scheduler(options.scheduler)
     model = _loaded(diffusers.AutoModel, options.model, options)
     check_loaded(model, options.model)
     modules = {"model": model}

@@ -9,24 +9,46 @@ from typing import Any
 
 _VARIANT = re.compile(r"[^.]+\.([A-Za-z_]\w*)(-\d+-of-\d+)?\.safetensors")
 _PIPELINE, _MODEL, _SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
+# what tokenizers keep their words in
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
 _LONGEST_HEADER = 100_000_000
 
 
+def parts_of(folder: Path) -> dict[str, tuple[str | None, str | None]]:
+    """The library and class of each part that a pipeline's index names.
+
+    Raises:
+        ValueError: If the folder is no pipeline.
+    """
+    return {
+        name: (kind[0], kind[1])
+        for name, kind in _described(folder, _PIPELINE, "--pipeline").items()
+        if isinstance(kind, list) and len(kind) == 2 and not name.startswith("_")
+    }
+
+
 def check_pipeline(folder: Path, variant: str | None) -> None:
-    """Check that a folder holds the parts of a pipeline, each with its weights.
+    """Check that a folder holds the parts of a pipeline, each with its weights or words.
+
+    Loaded without its words, a tokenizer makes every prompt the same, in silence.
 
     Raises:
         ValueError: If it is none, or a part is missing or damaged.
     """
-    index = _described(folder, _PIPELINE, "--pipeline")
-    for name, kind in index.items():
-        if not (isinstance(kind, list) and len(kind) == 2 and all(kind)):
+    for name, (_, cls) in parts_of(folder).items():
+        if cls is None:
             continue
         part = folder / name
         if not part.is_dir():
             raise ValueError(
                 f"'{folder}' cannot be loaded: its {_PIPELINE} names a part '{name}', and there is "
                 "no such folder. Copy the whole pipeline, or save it again by save_pretrained."
+            )
+        of_words = "Tokenizer" in cls and "ByT5" not in cls  # whose words are bytes
+        if of_words and not any(any(part.glob(pattern)) for pattern in _VOCABULARIES):
+            raise ValueError(
+                f"'{folder}' cannot be loaded: the tokenizer in '{part}' has no vocabulary "
+                "(tokenizer.json, vocab.json or another). Copy the whole pipeline."
             )
         if (part / _MODEL).is_file():
             _check_weights(folder, part, variant)
@@ -112,12 +134,16 @@ def _described(folder: Path, name: str, option: str) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise ValueError(
-            f"'{folder}' is a file. Pass a folder that was written by save_pretrained as {option}."
+            f"'{folder}' is a file. Pass a folder that was written by save_pretrained as {option}: "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER) makes one of a "
+            "single file, and adapters are passed by --lora."
         )
     path = folder / name
     if not path.is_file():
         below = sorted(folder.glob(f"*/{name}")) + sorted(folder.glob(f"snapshots/*/{name}"))
         hint = f" Did you mean '{below[0].parent}'?" if below else ""
+        if name == _PIPELINE and (folder / _MODEL).is_file():
+            hint = f" '{folder}' is a network alone: pass it by --model."
         raise ValueError(
             f"'{folder}' holds no {name}. Pass a folder on this machine that was written by "
             f"save_pretrained; nothing is downloaded.{hint}"
