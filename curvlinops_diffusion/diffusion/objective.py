@@ -320,7 +320,7 @@ class DenoisingObjective:
         r = 1 / target_BD.shape[1] if self.reduction is Reduction.MEAN else 1.0
         return NoisedBatch(
             indices,
-            draw,
+            [draw] * len(indices),
             level_B,
             x_t.to(self.dtype),
             self._timestep(level_B),

@@ -53,14 +53,14 @@ class Trial:
     @property
     def mixed(self) -> NoisedBatch:
         """Both in one batch, so that examples and levels are told apart."""
-        same = self.low.draw == self.high.draw
+        same = self.low.common_draw == self.high.common_draw
         return self.low if same else NoisedBatch.interleaved([self.low, self.high])
 
     @property
     def few(self) -> NoisedBatch:
         """The first two examples of these."""
-        levels = 1 if self.low.draw == self.high.draw else 2
-        return self.mixed.select(range(levels * min(_FEW, len(self.low.indices))))
+        mixed, examples = self.mixed, len(self.low.indices)
+        return mixed.select(range(len(mixed.indices) // examples * min(_FEW, examples)))
 
     @classmethod
     def of(
@@ -106,12 +106,14 @@ class Trial:
 
 
 def _sizes(batch: NoisedBatch) -> dict[str, Any]:
-    """The sizes of one example's image and condition, which may vary from batch to batch."""
-    condition = {
-        name: entry.shape[1:]
-        for name, entry in leaves(batch.condition)
-        if isinstance(entry, Tensor)
-    }
+    """What must be the same of batches that are joined: sizes of one example, and plain values."""
+
+    def size(entry: Any) -> Any:
+        if isinstance(entry, Tensor):
+            return entry.shape[1:] if has_rows(entry) else (entry.dtype, entry.item())
+        return list if has_rows(entry) else repr(entry)
+
+    condition = {name: size(entry) for name, entry in leaves(batch.condition)}
     return {"": batch.x_t.shape[1:], **condition}
 
 

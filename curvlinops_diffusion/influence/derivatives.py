@@ -52,6 +52,13 @@ class ValueGradients(ABC):
     def rows(self, clean: CleanBatch) -> Tensor:
         """The gradients, shape ``[B, P]``."""
 
+    def check_measured(self, clean: CleanBatch) -> None:  # noqa: B027  not known of any function
+        """Check that it is not the measurement that makes gradients of a batch NaN or infinite.
+
+        Raises:
+            ValueError: If it is.
+        """
+
     @abstractmethod
     def derivatives(self, clean: CleanBatch, directions: Mapping[str, Tensor]) -> Tensor:
         """Derivatives in the directions ``[K, *shape]``, shape ``[B, K]``."""
@@ -108,11 +115,27 @@ class PredictionGradients(ValueGradients):
             parts = rows_BP[positions.start : positions.stop].split([g.shape[1] for g in own], 1)
             # all parameters at once, which a GPU does fast for vectors
             pair = [part.squeeze(0) for part in parts], [g.squeeze(0) for g in own]
-            if batch.draw == 0:  # the examples' first draws
+            if batch.draw_numbers[0] == 0:  # the examples' first draws
                 torch._foreach_copy_(*pair)
             else:
                 torch._foreach_add_(*pair)
         return rows_BP
+
+    @torch.no_grad()
+    def check_measured(self, clean: CleanBatch) -> None:
+        """Check that the measurement's gradient is finite where the prediction is."""
+        for batch in self.regression.noised_batches(clean):
+            prediction_BD = self.regression.objective.predict(batch)
+            pulled_BD = measurement_gradient(self._measurement, batch, prediction_BD)
+            bad_B = prediction_BD.isfinite().all(1) & ~pulled_BD.isfinite().all(1)
+            for b in bad_B.nonzero().flatten().tolist()[:1]:
+                raise ValueError(
+                    "The gradient of the measurement in the prediction is NaN or infinite, where "
+                    f"the prediction is finite (example {self.regression.name_of(batch.indices[b])}"
+                    f", noise level {int(batch.level_B[b])}). Change the measurement there: a "
+                    "factor of zero does not remove what is infinite, torch.where on its argument "
+                    "does."
+                )
 
     def _gradients(self, batch: NoisedBatch, examples: int) -> dict[str, Tensor]:
         """Gradients of each example, summed over the draws in the batch, by parameter.

@@ -202,6 +202,7 @@ class ExampleGradientLinearOperator(LinearOperator):
         # a sum is a fraction of the price of looking at every entry, and finite if they all are
         # (unless it overflows, in which case they are looked at)
         if not rows_BP.sum().isfinite():
+            self._gradients.check_measured(clean)
             self._raise_not_finite(rows_BP, clean.indices)
         return rows_BP
 

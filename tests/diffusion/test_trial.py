@@ -111,9 +111,9 @@ def test_examples_are_found_whatever_the_batches(size):
     assert set(trial.high.level_B.tolist()) == {7}
     assert trial.mixed.indices == [0, 0, 1, 1, 2, 2, 3, 3]
     assert trial.few.indices == [0, 0, 1, 1]
-    noised = {b.draw: b for b in regression.batches() if 1 in b.indices}
+    noised = {b.common_draw: b for b in regression.batches() if 1 in b.indices}
     for batch in (trial.low, trial.high):
-        whole = noised[batch.draw]
+        whole = noised[batch.common_draw]
         assert torch.equal(batch.x_t[1], whole.x_t[list(whole.indices).index(1)])
 
 
