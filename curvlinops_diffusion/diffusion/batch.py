@@ -57,7 +57,7 @@ class NoisedBatch:
 
     @property
     def draw(self) -> Tensor:
-        """The number ``r`` of each example's draw, shape ``[B]``, int64, on the network's device."""
+        """The number ``r`` of each example's draw, shape ``[B]``, int64, beside ``x_t``."""
         return sent(torch.tensor(self.draw_numbers, dtype=torch.int64), self.x_t.device)
 
     @property
