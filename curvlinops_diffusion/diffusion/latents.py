@@ -97,6 +97,11 @@ class LatentEncoder:
         self._weights: list[dict[str, str]] | None = None
 
     @property
+    def takes_images(self) -> bool:
+        """Whether there is an autoencoder of images."""
+        return self._vae is not None
+
+    @property
     def description(self) -> str:
         """A digest of what the latents and embeddings depend on besides the data."""
         parts = [self._fingerprints(), self._sample, self._embed, self._pack]

@@ -186,8 +186,7 @@ def _check_trial(objective: DenoisingObjective, trial: Trial) -> None:
         for clean in trial.clean:
             _check_encoding(objective, clean)
         before, state = _random_states(objective.device), _State.of(objective.model)
-        with _Uses(batch.condition) as uses:
-            first_BD = objective.predict(batch)
+        first_BD, unused = _predict(objective, batch)
         changed = state.restore(objective.model)
         if changed:
             raise ValueError(
@@ -197,15 +196,15 @@ def _check_trial(objective: DenoisingObjective, trial: Trial) -> None:
             )
         # what is drawn with a small probability may be the same twice
         drew = _random_states(objective.device) != before
-        again_BD = objective.predict(batch)
+        again_BD, _ = _predict(objective, batch)
         if drew or not _equal(objective, first_BD, again_BD):
             raise ValueError(
                 "The network draws random numbers of its own (seen at example "
                 f"{batch.indices[0]}), so that the loss of an example is random in more than "
                 f"timestep and noise. {_training(objective.model)}"
             )
-        _check_uses(objective, batch, uses.unused, first_BD)
-        alone = [objective.predict(batch.select([b])) for b in range(len(first_BD))]
+        _check_uses(objective, batch, unused, first_BD)
+        alone = [_predict(objective, batch.select([b]))[0] for b in range(len(first_BD))]
     if not _equal(objective, first_BD, torch.cat(alone)):
         raise ValueError(
             "The network's output for an example depends on the rest of its batch (on the other "
@@ -277,6 +276,33 @@ class _Uses(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _predict(objective: DenoisingObjective, batch: NoisedBatch) -> tuple[Tensor, list[str]]:
+    """Run the network, and see which entries of the condition it makes nothing of.
+
+    Every run of a trial is seen likewise: some functions do something else under a mode.
+
+    Raises:
+        ValueError: If the network does not run on what the data holds.
+    """
+    try:
+        with _Uses(batch.condition) as uses:
+            return objective.predict(batch), uses.unused
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError) as error:
+        shapes = {"x0": batch.x_t, **dict(leaves(batch.condition))}
+        shown = ", ".join(
+            f"'{name}' of shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"'{name}'"
+            for name, z in shapes.items()
+        )
+        raise ValueError(
+            f"The network ({type(objective.model).__name__}) does not run on a batch of the data: "
+            f"{shown}. The first axis must be that of the examples (pass a list of single images "
+            "as torch.stack(images)), the names those of the network's arguments. It says: "
+            f"{' '.join(str(error).split())[:400]}"
+        ) from error
+
+
 def _check_uses(
     objective: DenoisingObjective, batch: NoisedBatch, unused: Sequence[str], first_BD: Tensor
 ) -> None:
@@ -297,7 +323,7 @@ def _check_uses(
     condition = mapped(rolled, named(batch.condition), batch.condition)
     entries, others = dict(leaves(batch.condition)), dict(leaves(condition))
     same = [name for name in unused if torch.equal(entries[name], others[name])]
-    if not torch.equal(objective.predict(replace(batch, condition=condition)), first_BD):
+    if not torch.equal(_predict(objective, replace(batch, condition=condition))[0], first_BD):
         return
     message = (
         f"The network makes nothing of {unused}, which the data holds beside the images "

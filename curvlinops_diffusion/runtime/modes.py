@@ -15,6 +15,22 @@ from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Run ``nn.TransformerEncoder`` and ``nn.MultiheadAttention`` as in training within the context.
+
+    Where nothing is differentiated, nor a mode of functions is on, they take a fast path in eval
+    mode, which rounds otherwise and gives zeros for padded tokens: another function than the one
+    whose derivatives are taken.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
 def differentiable_attention() -> Iterator[None]:
     """Run ``scaled_dot_product_attention`` in its plain (math) form within the context.
 
@@ -23,13 +39,8 @@ def differentiable_attention() -> Iterator[None]:
     has the fast path of ``nn.MultiheadAttention`` in eval mode. The settings found are restored on
     leaving, also after an exception.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with without_fast_path(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @contextmanager
