@@ -95,6 +95,7 @@ def check_parameters(model: nn.Module) -> None:
     Raises:
         ValueError: If they are divided among processes, elsewhere, or made in inference mode.
     """
+    wrapped = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
     for name, p in model.named_parameters():
         if p.is_meta:
             raise ValueError(
@@ -104,7 +105,7 @@ def check_parameters(model: nn.Module) -> None:
             )
         of_one_axis = getattr(getattr(p, "device_mesh", None), "ndim", 0) == 1
         otherwise = is_divided(p) and not (of_one_axis and is_sharded(model))
-        if otherwise or type(p).__name__ == "FlatParameter":
+        if wrapped or otherwise or type(p).__name__ == "FlatParameter":
             raise ValueError(
                 f"Parameter '{name}' is divided among processes by something else than "
                 "torch.distributed.fsdp.fully_shard over a mesh of one axis (FSDP1, tensor "

@@ -31,8 +31,8 @@ from curvlinops_diffusion.runtime.modes import (
     replaced_parameters,
     special_tables,
     unwrapped,
-    without_fast_path,
     without_checkpoints,
+    without_fast_path,
 )
 from curvlinops_diffusion.runtime.processes import answered
 from curvlinops_diffusion.runtime.sharded_networks import device_of, let_go

@@ -52,9 +52,15 @@ class Signature:
 
     @classmethod
     def of(cls, model: nn.Module) -> Signature:
-        """That of a network, by the names of its arguments."""
+        """That of a network, by the names of its arguments.
+
+        What only hands arguments on to a single module within has the signature of that.
+        """
         parameters = list(inspect.signature(model.forward).parameters.values())
         known = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        within = list(model.children())
+        if not known and len(within) == 1:
+            return cls.of(within[0])
         times = [n for n, p in enumerate(known) if p.name in _TIMES]
         images = [p for n, p in enumerate(known) if n not in times]
         image_name = images[0].name if images and images[0].kind is images[0].KEYWORD_ONLY else None

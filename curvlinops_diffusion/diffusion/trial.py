@@ -11,7 +11,7 @@ import inspect
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 from warnings import warn
 
 import numpy as np
@@ -187,17 +187,16 @@ def _check_trial(objective: DenoisingObjective, trial: Trial) -> None:
             _check_encoding(objective, clean)
         before, state = _random_states(objective.device), _State.of(objective.model)
         first_BD, unused = _predict(objective, batch)
-        changed = state.restore(objective.model)
-        if changed:
-            raise ValueError(
-                f"The network changes {changed[:4]} while it runs, so that it is another one for "
-                "each batch (running statistics, spectral norms and others do so in training). "
-                f"{_training(objective.model)}"
-            )
+        caches = state.caches(objective.model)
+        if set(state.changed(objective.model)) - caches:
+            state.refuse(objective.model)
         # what is drawn with a small probability may be the same twice
         drew = _random_states(objective.device) != before
         again_BD, _ = _predict(objective, batch)
-        if drew or not _equal(objective, first_BD, again_BD):
+        same = _equal(objective, first_BD, again_BD)
+        if caches and not same:
+            state.refuse(objective.model)
+        if drew or not same:
             raise ValueError(
                 "The network draws random numbers of its own (seen at example "
                 f"{batch.indices[0]}), so that the loss of an example is random in more than "
@@ -276,13 +275,17 @@ class _Uses(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class NetworkDoesNotRunError(ValueError, RuntimeError):
+    """An error of the network's own at the first batch: of the data's form, or in its code."""
+
+
 def _predict(objective: DenoisingObjective, batch: NoisedBatch) -> tuple[Tensor, list[str]]:
     """Run the network, and see which entries of the condition it makes nothing of.
 
     Every run of a trial is seen likewise: some functions do something else under a mode.
 
     Raises:
-        ValueError: If the network does not run on what the data holds.
+        NetworkDoesNotRunError: If the network does not run on what the data holds.
     """
     try:
         with _Uses(batch.condition) as uses:
@@ -295,7 +298,7 @@ def _predict(objective: DenoisingObjective, batch: NoisedBatch) -> tuple[Tensor,
             f"'{name}' of shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"'{name}'"
             for name, z in shapes.items()
         )
-        raise ValueError(
+        raise NetworkDoesNotRunError(
             f"The network ({type(objective.model).__name__}) does not run on a batch of the data: "
             f"{shown}. The first axis must be that of the examples (pass a list of single images "
             "as torch.stack(images)), the names those of the network's arguments. It says: "
@@ -360,21 +363,48 @@ class _State:
                 copies |= {name: p.clone() for name, p in own}
         return cls({name: (z, z._version) for name, z in _held(model)}, copies)
 
-    def restore(self, model: nn.Module) -> list[str]:
-        """Put back what can be; return the names of what was changed."""
-        changed = []
-        for name, z in _held(model):
+    def changed(self, model: nn.Module) -> list[str]:
+        """The names of what is another one, or has other entries."""
+
+        def differs(name: str, z: Tensor) -> bool:
             before, version = self.versions.get(name, (None, 0))
             if before is None or (z is before and z._version == version):
-                continue
+                return False
             copy = self.copies.get(name)
-            if copy is None:
-                changed.append(name)
-            elif z.shape != copy.shape or not torch.equal(z, copy):
-                changed.append(name)
-                if z.shape == copy.shape:
-                    z.copy_(copy)
-        return changed
+            return copy is None or z.shape != copy.shape or not torch.equal(z, copy)
+
+        return [name for name, z in _held(model) if differs(name, z)]
+
+    def caches(self, model: nn.Module) -> set[str]:
+        """The changed buffers that are no part of the network's state, of modules in eval mode.
+
+        A table that grows with the longest input, or a counter, need not change the output.
+        """
+        changed = self.changed(model)
+        kept = set(model.state_dict()) if changed else set()
+        return {
+            name
+            for name in changed
+            if name not in kept and not model.get_submodule(name.rpartition(".")[0]).training
+        }
+
+    def refuse(self, model: nn.Module) -> NoReturn:
+        """Put back what can be of what has changed.
+
+        Raises:
+            ValueError: Always, with the names.
+        """
+        changed, held = self.changed(model), dict(_held(model))
+        for name in changed:
+            copy = self.copies.get(name)
+            if copy is not None and copy.shape == held[name].shape:
+                held[name].copy_(copy)
+        raise ValueError(
+            f"The network changes {changed[:4]} while it runs, so that it is another one for each "
+            "batch (running statistics, spectral norms and others do so in training). A buffer "
+            "that only caches must be registered with persistent=False. "
+            f"{_training(model)}"
+        )
 
 
 def _held(model: nn.Module) -> list[tuple[str, Tensor]]:

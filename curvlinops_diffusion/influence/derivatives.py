@@ -52,12 +52,9 @@ class ValueGradients(ABC):
     def rows(self, clean: CleanBatch) -> Tensor:
         """The gradients, shape ``[B, P]``."""
 
-    def check_measured(self, clean: CleanBatch) -> None:  # noqa: B027  not known of any function
-        """Check that it is not the measurement that makes gradients of a batch NaN or infinite.
-
-        Raises:
-            ValueError: If it is.
-        """
+    def reason_of_infinity(self, clean: CleanBatch) -> str:
+        """Say what in the measurement makes gradients of a batch NaN or infinite, if it is that."""
+        return ""
 
     @abstractmethod
     def derivatives(self, clean: CleanBatch, directions: Mapping[str, Tensor]) -> Tensor:
@@ -122,20 +119,20 @@ class PredictionGradients(ValueGradients):
         return rows_BP
 
     @torch.no_grad()
-    def check_measured(self, clean: CleanBatch) -> None:
-        """Check that the measurement's gradient is finite where the prediction is."""
+    def reason_of_infinity(self, clean: CleanBatch) -> str:
+        """Say where the measurement's gradient is not finite though the prediction is."""
         for batch in self.regression.noised_batches(clean):
             prediction_BD = self.regression.objective.predict(batch)
             pulled_BD = measurement_gradient(self._measurement, batch, prediction_BD)
             bad_B = prediction_BD.isfinite().all(1) & ~pulled_BD.isfinite().all(1)
-            for b in bad_B.nonzero().flatten().tolist()[:1]:
-                raise ValueError(
-                    "The gradient of the measurement in the prediction is NaN or infinite, where "
-                    f"the prediction is finite (example {self.regression.name_of(batch.indices[b])}"
-                    f", noise level {int(batch.level_B[b])}). Change the measurement there: a "
-                    "factor of zero does not remove what is infinite, torch.where on its argument "
-                    "does."
+            for b in bad_B.nonzero().flatten().tolist():
+                return (
+                    "that of the measurement in the prediction is, where the prediction is finite "
+                    f"(example {self.regression.name_of(batch.indices[b])}, noise level "
+                    f"{int(batch.level_B[b])}). Change the measurement there: a factor of zero "
+                    "does not remove what is infinite, torch.where on its argument does."
                 )
+        return ""
 
     def _gradients(self, batch: NoisedBatch, examples: int) -> dict[str, Tensor]:
         """Gradients of each example, summed over the draws in the batch, by parameter.
@@ -185,7 +182,9 @@ class PredictionGradients(ValueGradients):
         with recomputation_named(), forward_mode():
             return self._average(
                 [
-                    vmap(partial(push, batch), chunk_size=self._chunk_size)(dict(directions)).T
+                    vmap(partial(push, batch), chunk_size=self._chunk_size, randomness="same")(
+                        dict(directions)
+                    ).T
                     for batch in self.regression.noised_batches(clean)
                 ]
             )

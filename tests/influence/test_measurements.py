@@ -709,5 +709,7 @@ def test_a_measurement_that_is_infinite():
     def root(batch, prediction):
         return (prediction - prediction.detach()).sqrt().sum(1)
 
-    with pytest.raises(ValueError, match=r"gradient of the measurement .* \(example 0, noise"):
+    with pytest.raises(
+        ValueError, match=r"gradient of 'layers.*that of the measurement .* \(example 0, noise"
+    ):
         ExampleGradientLinearOperator(problem(), measurement=root).rows()
