@@ -14,7 +14,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from curvlinops_diffusion.diffusion.checks import check_condition, check_images
 from curvlinops_diffusion.diffusion.conditions import mapped, rows_of
-from curvlinops_diffusion.diffusion.loaders import check_loader, iterated, known_batches, known_size
+from curvlinops_diffusion.diffusion.loaders import (
+    check_loader,
+    check_whole,
+    iterated,
+    known_batches,
+    known_size,
+)
 from curvlinops_diffusion.diffusion.signature import InputForm
 
 T = TypeVar("T")
@@ -76,6 +82,7 @@ def batch_source(data: Any, batch_size: int, form: InputForm | None = None) -> B
             return _of_things(lambda: iterated(data), None, batch_size, form)
         return BatchSource(_all_of(lambda: iterated(data)), known_size(data), known_batches(data))
     if isinstance(data, IterableDataset):
+        check_whole(data)
         raw: DataLoader[Any] = DataLoader(data, batch_size=None)
         if _is_batch(_first(lambda: iterated(raw)), form):
             return BatchSource(_all_of(lambda: iterated(raw)))

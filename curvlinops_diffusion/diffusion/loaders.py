@@ -60,15 +60,26 @@ def check_loader(loader: DataLoader[Any]) -> None:
     samplers = [loader.sampler, batches, getattr(batches, "sampler", None)]
     for sampler in samplers:
         _check_order(sampler)
-    for part in (*samplers, loader.dataset):
-        count = max(getattr(part, name, 1) or 1 for name in ("num_replicas", "num_processes"))
-        if isinstance(count, int) and count > 1:
+    # the last of which accelerate's loaders have
+    check_whole(*samplers, loader.dataset, getattr(loader, "state", None))
+    _check_last_batch(loader)
+
+
+def check_whole(*parts: Any) -> None:
+    """Check that samplers and data sets give every process all examples.
+
+    Raises:
+        ValueError: If one gives each a part.
+    """
+    for part in (*parts, *(getattr(part, "_distributed", None) for part in parts)):
+        names = ("num_replicas", "num_processes", "world_size")
+        counts = [getattr(part, name, 1) for name in names]
+        if any(isinstance(count, int) and count > 1 for count in counts):
             raise ValueError(
-                f"The DataLoader's {type(part).__name__} gives each of {count} processes a part "
-                "of the examples. Pass the whole data to every process; "
+                f"Each process gets a part of the examples (of {max(counts)}, by its "
+                f"{type(part).__name__}). Pass the whole data to every process; "
                 "PassOptions(distributed=True) divides the work."
             )
-    _check_last_batch(loader)
 
 
 def _check_order(sampler: Any) -> None:

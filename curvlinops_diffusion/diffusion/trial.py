@@ -292,7 +292,7 @@ def _predict(objective: DenoisingObjective, batch: NoisedBatch) -> tuple[Tensor,
             return objective.predict(batch), uses.unused
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, IndexError) as error:
         shapes = {"x0": batch.x_t, **dict(leaves(batch.condition))}
         shown = ", ".join(
             f"'{name}' of shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"'{name}'"
