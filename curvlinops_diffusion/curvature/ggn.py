@@ -117,7 +117,7 @@ class DiffusionGGNLinearOperator(ParameterSpaceOperator):
 
         tangents = tuple(x.to(v.dtype) for x, v in zip(columns, values, strict=True))
         with forward_mode():
-            curved = vmap(push, chunk_size=self._chunk_size)(*tangents)
+            curved = vmap(push, chunk_size=self._chunk_size, randomness="same")(*tangents)
         # one linearisation for all columns; pulling them back one by one is faster than at once
         pull = vjp(predict, *values)[1]
         for k, v_BD in enumerate(curved):

@@ -39,7 +39,7 @@ def loss_vectors(
         case FisherType.MC:
             for k in range(options.mc_samples):
                 probe_BD = draws.probe(
-                    batch.indices, batch.draw, k, prediction_BD.shape[1], options.probe_type
+                    batch.indices, batch.common_draw, k, prediction_BD.shape[1], options.probe_type
                 )
                 probe_BD = sent_beside(probe_BD, prediction_BD)
                 yield batch.loss_hessian_root(probe_BD) / sqrt(options.mc_samples)

@@ -52,7 +52,7 @@ class PositionSamples(Observer):
         key = rows, positions
         if key not in self._drawn:
             assert self._batch is not None, "a batch starts first"
-            examples, draw = self._batch.indices, self._batch.draw
+            examples, draw = self._batch.indices, self._batch.common_draw
             index = self._draws.positions(examples, draw, self._most, positions)
             index = index.repeat_interleave(rows // len(examples), 0)
             self._drawn[key] = index.to(self._device, non_blocking=True)

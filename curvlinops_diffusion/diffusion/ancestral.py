@@ -6,7 +6,7 @@ Legend: T noise levels, B batch, D entries of a prediction.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log, pi
+from math import log, pi, sqrt
 
 import torch
 from torch import Tensor
@@ -24,12 +24,26 @@ def discretised_log_probability(x_BD: Tensor, mean_BD: Tensor, std: float) -> Te
     upper, lower = torch.where(flipped, -lower, upper), torch.where(flipped, -upper, lower)
     no_upper = torch.where(flipped, open_below, open_above)
     no_lower = torch.where(flipped, open_above, open_below)
-    log_upper = torch.where(no_upper, torch.zeros_like(upper), torch.special.log_ndtr(upper))
+    log_upper = torch.where(no_upper, torch.zeros_like(upper), _log_ndtr(upper))
     # log(Φ(u) − Φ(l)) = log Φ(u) + log(1 − Φ(l) / Φ(u))
     log_ratio = torch.where(
-        no_lower, torch.full_like(lower, -torch.inf), torch.special.log_ndtr(lower) - log_upper
+        no_lower, torch.full_like(lower, -torch.inf), _log_ndtr(lower) - log_upper
     )
+    # below zero also where two logarithms are too large to tell them apart
+    log_ratio = log_ratio.clamp(max=-torch.finfo(log_ratio.dtype).eps)
     return (log_upper + (-torch.expm1(log_ratio)).log()).sum(1)
+
+
+def _log_ndtr(x: Tensor) -> Tensor:
+    """``log Φ(x)``, with a precise gradient in the tail.
+
+    That of ``torch.special.log_ndtr`` is ``φ(x)`` over ``exp(log Φ(x))``: a difference of two
+    exponents of about ``x² / 2``. There ``Φ(x) = exp(−x²/2) erfcx(−x/√2) / 2``.
+    """
+    tail = (x < 0) & (torch.finfo(x.dtype).eps * x.square() > 1e-6)
+    z = torch.where(tail, x, -1.0)
+    log_tail = (torch.special.erfcx(-z / sqrt(2)) / 2).log() - z.square() / 2
+    return torch.where(tail, log_tail, torch.special.log_ndtr(torch.where(tail, -1.0, x)))
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,8 @@ class AncestralSteps:
         if previous_T is None:
             previous_T = torch.cat([torch.ones(1, dtype=squared_T.dtype), squared_T[:-1]])
         beta_T = 1 - squared_T / previous_T
-        small_T = beta_T * (1 - previous_T) / (1 - squared_T)
+        noised = squared_T < 1  # else there is no step
+        small_T = beta_T * (1 - previous_T) / torch.where(noised, 1 - squared_T, 1.0)
         return cls(process, previous_T, small_T if variance == "small" else beta_T, small_T)
 
     @property
@@ -130,13 +145,20 @@ class AncestralSteps:
         return torch.where(depends_B1, (x0_BD - of_x_t * x_BD) / of_y, 0.0)
 
     def _mean_coefficients(self, batch: NoisedBatch, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The coefficients of ``x0`` and ``x_t`` in the step's mean, shape ``[B, 1]``."""
+        """The coefficients of ``x0`` and ``x_t`` in the step's mean, shape ``[B, 1]``.
+
+        In float64, since they are made of small differences; at a level without noise those of the
+        clean example itself.
+        """
         squared, previous, alpha = (
-            z_T[batch.level_B].to(like).unsqueeze(1)
+            z_T[batch.level_B]
             for z_T in (self.process.alphas_T.square(), self.previous_T, self.alpha_T)
         )
-        of_x0_B1 = previous.sqrt() * (1 - alpha) / (1 - squared)
-        return of_x0_B1, alpha.sqrt() * (1 - previous) / (1 - squared)
+        noised = squared < 1
+        rest = torch.where(noised, 1 - squared, 1.0)
+        of_x0_B = torch.where(noised, previous.sqrt() * (1 - alpha) / rest, 1.0)
+        of_x_B = alpha.sqrt() * (1 - previous) / rest
+        return of_x0_B.to(like).unsqueeze(1), of_x_B.to(like).unsqueeze(1)
 
     def log_probability(
         self, batch: NoisedBatch, prediction_BD: Tensor, reached_BD: Tensor
@@ -145,7 +167,8 @@ class AncestralSteps:
         variance_B1 = self.variance_T[batch.level_B].to(prediction_BD).unsqueeze(1)
         noisy_B1 = variance_B1 > 0
         safe_B1 = torch.where(noisy_B1, variance_B1, torch.ones_like(variance_B1))
-        squares_BD = (reached_BD - self.mean(batch, prediction_BD)).square()
+        error_BD = reached_BD - self.mean(batch, prediction_BD)
+        squares_BD = torch.where(noisy_B1, error_BD, 0.0).square()
         terms_BD = -0.5 * (squares_BD / safe_B1 + safe_B1.log() + log(2 * pi))
         return (terms_BD * noisy_B1).sum(1)
 

@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion.diffusion.conditions import has_rows, mapped, rows_of
+from curvlinops_diffusion.runtime.transfers import sent
 
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """One draw of some examples: inputs of the network, its target, and the loss' weight.
+    """Draws of some examples: inputs of the network, its target, and the loss' weight.
 
     The loss of example ``b`` is ``weight_B[b] * ‖prediction_BD[b] - target_BD[b]‖²``, with a factor
     ``mask_BD[b]`` at each entry's square if there is a mask.
 
     Attributes:
         indices: The examples' indices ``n`` within the data.
-        draw: The number ``r`` of the draw.
+        draw_numbers: The number ``r`` of each example's draw; :attr:`draw` has them as a tensor.
         level_B: Noise levels.
         x_t: Noised examples, shape ``[B, ...]``.
         timestep_B: What the network is told.
@@ -44,7 +45,7 @@ class NoisedBatch:
     )
 
     indices: Sequence[int]
-    draw: int
+    draw_numbers: Sequence[int]
     level_B: Tensor
     x_t: Tensor
     timestep_B: Tensor
@@ -53,6 +54,17 @@ class NoisedBatch:
     weight_B: Tensor
     mask_BD: Tensor | None = field(default=None, kw_only=True)
     state_BD: Tensor | None = field(default=None, kw_only=True)
+
+    @property
+    def draw(self) -> Tensor:
+        """The number ``r`` of each example's draw, shape ``[B]``, int64, beside ``x_t``."""
+        return sent(torch.tensor(self.draw_numbers, dtype=torch.int64), self.x_t.device)
+
+    @property
+    def common_draw(self) -> int:
+        """The number of the draw that all examples of the batch are seen in."""
+        (number,) = set(self.draw_numbers)
+        return number
 
     @property
     def noised_BD(self) -> Tensor:
@@ -66,7 +78,8 @@ class NoisedBatch:
         if isinstance(positions, range) and positions.step == 1:
             index = slice(positions.start, positions.stop)
         rows = {name: rows_of(getattr(self, name), index) for name in self.ROWS}
-        return replace(self, indices=[self.indices[i] for i in positions], **rows)
+        indices, numbers = ([of[i] for i in positions] for of in (self.indices, self.draw_numbers))
+        return replace(self, indices=indices, draw_numbers=numbers, **rows)
 
     @staticmethod
     def interleaved(draws: Sequence[NoisedBatch]) -> NoisedBatch:
@@ -77,8 +90,7 @@ class NoisedBatch:
                 return torch.stack(list(rows), 1).flatten(0, 1)
             return [row for of_one in zip(*rows, strict=True) for row in of_one]
 
-        indices = [n for n in draws[0].indices for _ in draws]
-        return NoisedBatch._merged(draws, indices, merge)
+        return NoisedBatch._merged(draws, merge)
 
     @staticmethod
     def joined(batches: Sequence[NoisedBatch]) -> NoisedBatch:
@@ -87,13 +99,11 @@ class NoisedBatch:
         def merge(rows: Sequence[Any]) -> Any:
             return torch.cat(list(rows)) if isinstance(rows[0], Tensor) else list(chain(*rows))
 
-        return NoisedBatch._merged(batches, [n for b in batches for n in b.indices], merge)
+        return NoisedBatch._merged(batches, merge)
 
     @staticmethod
     def _merged(
-        batches: Sequence[NoisedBatch],
-        indices: Sequence[int],
-        merge: Callable[[Sequence[Any]], Any],
+        batches: Sequence[NoisedBatch], merge: Callable[[Sequence[Any]], Any]
     ) -> NoisedBatch:
         """One batch, given how rows are merged; what has no rows is that of the first."""
         first = batches[0]
@@ -104,7 +114,9 @@ class NoisedBatch:
             return merge(entries) if has_rows(entries[0]) else entries[0]
 
         rows = {name: mapped(merged, *(getattr(b, name) for b in batches)) for name in first.ROWS}
-        return replace(first, indices=indices, **rows)
+        for name in ("indices", "draw_numbers"):
+            rows[name] = merge([list(getattr(b, name)) for b in batches])
+        return replace(first, **rows)
 
     def squares(self, prediction_BD: Tensor) -> Tensor:
         """The squared errors ``Σ_d m_d (f_d - y_d)²``, shape ``[B]``."""

@@ -25,7 +25,7 @@ def check_images(x0: Any, first_index: int) -> Tensor:
     if not isinstance(x0, Tensor):
         raise ValueError(
             f"The clean examples arrived as {type(x0).__name__}. Pass a floating-point tensor of "
-            "shape [batch, ...]."
+            "shape [batch, ...] (of a data set of the library `datasets`: with_format('torch'))."
         )
     if not x0.is_floating_point():
         raise ValueError(
@@ -96,6 +96,7 @@ def check_parameters(model: nn.Module) -> None:
         ValueError: If they are divided among processes, elsewhere, not yet made, made in inference
             mode, or stored in another form than numbers one after the other.
     """
+    wrapped = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
     for name, p in model.named_parameters():
         if isinstance(p, nn.UninitializedParameter):
             raise ValueError(
@@ -119,7 +120,7 @@ def check_parameters(model: nn.Module) -> None:
             )
         of_one_axis = getattr(getattr(p, "device_mesh", None), "ndim", 0) == 1
         otherwise = is_divided(p) and not (of_one_axis and is_sharded(model))
-        if otherwise or type(p).__name__ == "FlatParameter":
+        if wrapped or otherwise or type(p).__name__ == "FlatParameter":
             raise ValueError(
                 f"Parameter '{name}' is divided among processes by something else than "
                 "torch.distributed.fsdp.fully_shard over a mesh of one axis (FSDP1, tensor "

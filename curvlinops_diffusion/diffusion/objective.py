@@ -25,7 +25,7 @@ from curvlinops_diffusion.diffusion.masks import entry_weights
 from curvlinops_diffusion.diffusion.noise import NoiseProcess
 from curvlinops_diffusion.diffusion.pipelines import pipeline_parts
 from curvlinops_diffusion.diffusion.schedulers import noise_process
-from curvlinops_diffusion.diffusion.signature import Signature
+from curvlinops_diffusion.diffusion.signature import InputForm, Signature
 from curvlinops_diffusion.diffusion.stable_diffusion import with_text_encoders
 from curvlinops_diffusion.diffusion.weightings import Weighting, weight_table
 from curvlinops_diffusion.runtime.checks import check_non_negative, check_option
@@ -37,6 +37,7 @@ from curvlinops_diffusion.runtime.modes import (
     special_tables,
     unwrapped,
     without_checkpoints,
+    without_fast_path,
 )
 from curvlinops_diffusion.runtime.processes import answered
 from curvlinops_diffusion.runtime.sharded_networks import device_of, let_go
@@ -273,6 +274,13 @@ class DenoisingObjective:
         """Whether data, if it is images, is usually in [-1, 1]: no unknown function takes it."""
         return self._encode is None or isinstance(self._encode, LatentEncoder)
 
+    @property
+    def input_form(self) -> InputForm | None:
+        """The form of the data, where it is known."""
+        if isinstance(self._encode, LatentEncoder) and self._encode.takes_images:
+            return InputForm(4)
+        return InputForm.of(self.model) if self.takes_images else None
+
     def encode(self, clean: CleanBatch) -> Encoded:
         """Clean examples in the network's terms, on its device: once for all draws of them."""
         if self._encode is None:
@@ -354,7 +362,7 @@ class DenoisingObjective:
         r = 1 / target_BD.shape[1] if self.reduction is Reduction.MEAN else 1.0
         return NoisedBatch(
             indices,
-            draw,
+            [draw] * len(indices),
             level_B,
             x_t.to(self.dtype),
             self._timestep(level_B),
@@ -421,6 +429,7 @@ class DenoisingObjective:
                 cache_enabled=False,
             ),
             eager(),
+            without_fast_path(),
             derivative_gradients(self._tables),
         ):
             if params is None:

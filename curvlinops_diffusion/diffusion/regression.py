@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from copy import copy
 from dataclasses import replace
-from itertools import islice
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,8 @@ from curvlinops_diffusion.diffusion.checks import (
     check_surroundings,
     warn_of_range,
 )
-from curvlinops_diffusion.diffusion.data import CleanBatch, CleanData, Wanted
+from curvlinops_diffusion.diffusion.data import CleanBatch, CleanData
+from curvlinops_diffusion.diffusion.data_forms import Wanted, batched
 from curvlinops_diffusion.diffusion.data_identity import DataIdentity, can_pass_by
 from curvlinops_diffusion.diffusion.draws import Draws, make_draws
 from curvlinops_diffusion.diffusion.noises import Noises
@@ -31,8 +31,6 @@ from curvlinops_diffusion.diffusion.scaled_model import ScaledModel, scaled
 from curvlinops_diffusion.runtime.digests import fingerprint
 from curvlinops_diffusion.runtime.sharded_networks import is_sharded
 from curvlinops_diffusion.runtime.transfers import sent_beside
-
-T = TypeVar("T")
 
 
 def check_regression(value: Any) -> None:
@@ -47,13 +45,6 @@ def check_regression(value: Any) -> None:
             "NoisedRegression(DenoisingObjective(model, scheduler), data)."
         )
     check_surroundings(value.device)
-
-
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yield lists of ``size`` successive items, the last one perhaps shorter."""
-    iterator = iter(items)
-    while some := list(islice(iterator, size)):
-        yield some
 
 
 class NoisedRegression:
@@ -165,7 +156,7 @@ class NoisedRegression:
         made = make_draws(timesteps, num_draws, seed, T, antithetic) if draws is None else draws
         self.draws = made
         size = MEASURED[0] if batch_size == "auto" else batch_size
-        self._data = CleanData(data, size, loss_mask)
+        self._data = CleanData(data, size, loss_mask, objective.input_form)
         self._augmentations = Augmentations.of(augment, augmented_conditions)
         self.recipe = Recipe.of(
             noise_offset, input_perturbation, example_weights, loss_mask, self._data.num_examples
@@ -178,7 +169,9 @@ class NoisedRegression:
         names = getattr(data, "names", None)  # a tensor's are those of its axes
         self._names: list[str] | None = names if isinstance(names, list) else None
         if batch_size == "auto":
-            self._data = CleanData(data, self._largest_batch_size(), loss_mask)
+            self._data = CleanData(
+                data, self._largest_batch_size(), loss_mask, objective.input_form
+            )
         self.model_func = ScaledModel(objective, self._data)
         self.loss_func = nn.MSELoss()
 

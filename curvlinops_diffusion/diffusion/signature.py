@@ -1,4 +1,4 @@
-"""The signature of a network: by which places or names it takes image and time."""
+"""The signature of a network: how it takes image and time, and what images look like."""
 
 from __future__ import annotations
 
@@ -6,6 +6,31 @@ import inspect
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class InputForm:
+    """The form of what a network takes.
+
+    Attributes:
+        axes: Of a batch: four of images ``[B, C, H, W]``.
+        channels: Of one example; ``None`` for any number.
+    """
+
+    axes: int
+    channels: int | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> InputForm | None:
+        """The form that a network's convolutions take, if these are of one kind."""
+        layers = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+        axes = {len(layer.kernel_size) + 2 for layer in layers}
+        return cls(axes.pop(), layers[0].in_channels) if len(axes) == 1 else None
+
+    def is_one(self, x0: Tensor) -> bool:
+        """Whether a tensor is a single example."""
+        return x0.ndim == self.axes - 1 and self.channels in (None, len(x0))
+
 
 # names of an argument that is the time
 _TIMES = {"t", "time", "times", "timestep", "timesteps", "sigma", "sigmas"}
@@ -27,9 +52,15 @@ class Signature:
 
     @classmethod
     def of(cls, model: nn.Module) -> Signature:
-        """That of a network, by the names of its arguments."""
+        """That of a network, by the names of its arguments.
+
+        What only hands arguments on to a single module within has the signature of that.
+        """
         parameters = list(inspect.signature(model.forward).parameters.values())
         known = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        within = list(model.children())
+        if not known and len(within) == 1:
+            return cls.of(within[0])
         times = [n for n, p in enumerate(known) if p.name in _TIMES]
         images = [p for n, p in enumerate(known) if n not in times]
         by_place = any(p.kind is p.VAR_POSITIONAL for p in parameters)

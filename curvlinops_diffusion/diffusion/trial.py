@@ -11,7 +11,7 @@ import inspect
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 from warnings import warn
 
 import numpy as np
@@ -54,14 +54,14 @@ class Trial:
     @property
     def mixed(self) -> NoisedBatch:
         """Both in one batch, so that examples and levels are told apart."""
-        same = self.low.draw == self.high.draw
+        same = self.low.common_draw == self.high.common_draw
         return self.low if same else NoisedBatch.interleaved([self.low, self.high])
 
     @property
     def few(self) -> NoisedBatch:
         """The first two examples of these."""
-        levels = 1 if self.low.draw == self.high.draw else 2
-        return self.mixed.select(range(levels * min(_FEW, len(self.low.indices))))
+        mixed, examples = self.mixed, len(self.low.indices)
+        return mixed.select(range(len(mixed.indices) // examples * min(_FEW, examples)))
 
     @classmethod
     def of(
@@ -107,12 +107,14 @@ class Trial:
 
 
 def _sizes(batch: NoisedBatch) -> dict[str, Any]:
-    """The sizes of one example's image and condition, which may vary from batch to batch."""
-    condition = {
-        name: entry.shape[1:]
-        for name, entry in leaves(batch.condition)
-        if isinstance(entry, Tensor)
-    }
+    """What must be the same of batches that are joined: sizes of one example, and plain values."""
+
+    def size(entry: Any) -> Any:
+        if isinstance(entry, Tensor):
+            return entry.shape[1:] if has_rows(entry) else (entry.dtype, entry.item())
+        return list if has_rows(entry) else repr(entry)
+
+    condition = {name: size(entry) for name, entry in leaves(batch.condition)}
     return {"": batch.x_t.shape[1:], **condition}
 
 
@@ -185,26 +187,24 @@ def _check_trial(objective: DenoisingObjective, trial: Trial) -> None:
         for clean in trial.clean:
             _check_encoding(objective, clean)
         before, state = _random_states(objective.device), _State.of(objective.model)
-        with _Uses(batch.condition) as uses:
-            first_BD = first_prediction(objective, batch)
-        changed = state.restore(objective.model)
-        if changed:
-            raise ValueError(
-                f"The network changes {changed[:4]} while it runs, so that it is another one for "
-                "each batch (running statistics, spectral norms and others do so in training). "
-                f"{_training(objective.model)}"
-            )
+        first_BD, unused = _predict(objective, batch)
+        caches = state.caches(objective.model)
+        if set(state.changed(objective.model)) - caches:
+            state.refuse(objective.model)
         # what is drawn with a small probability may be the same twice
         drew = _random_states(objective.device) != before
-        again_BD = objective.predict(batch)
-        if drew or not _equal(objective, first_BD, again_BD):
+        again_BD, _ = _predict(objective, batch)
+        same = _equal(objective, first_BD, again_BD)
+        if caches and not same:
+            state.refuse(objective.model)
+        if drew or not same:
             raise ValueError(
                 "The network draws random numbers of its own (seen at example "
                 f"{batch.indices[0]}), so that the loss of an example is random in more than "
                 f"timestep and noise. {_training(objective.model)}"
             )
-        _check_uses(objective, batch, uses.unused, first_BD)
-        alone = [objective.predict(batch.select([b])) for b in range(len(first_BD))]
+        _check_uses(objective, batch, unused, first_BD)
+        alone = [_predict(objective, batch.select([b]))[0] for b in range(len(first_BD))]
     if not _equal(objective, first_BD, torch.cat(alone)):
         raise ValueError(
             "The network's output for an example depends on the rest of its batch (on the other "
@@ -276,6 +276,18 @@ class _Uses(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _predict(objective: DenoisingObjective, batch: NoisedBatch) -> tuple[Tensor, list[str]]:
+    """Run the network, and see which entries of the condition it makes nothing of.
+
+    Every run of a trial is seen likewise: some functions do something else under a mode.
+
+    Raises:
+        ValueError: If the network does not run on what the data holds.
+    """
+    with _Uses(batch.condition) as uses:
+        return first_prediction(objective, batch), uses.unused
+
+
 def _check_uses(
     objective: DenoisingObjective, batch: NoisedBatch, unused: Sequence[str], first_BD: Tensor
 ) -> None:
@@ -296,7 +308,7 @@ def _check_uses(
     condition = mapped(rolled, named(batch.condition), batch.condition)
     entries, others = dict(leaves(batch.condition)), dict(leaves(condition))
     same = [name for name in unused if torch.equal(entries[name], others[name])]
-    if not torch.equal(objective.predict(replace(batch, condition=condition)), first_BD):
+    if not torch.equal(_predict(objective, replace(batch, condition=condition))[0], first_BD):
         return
     message = (
         f"The network makes nothing of {unused}, which the data holds beside the images "
@@ -333,21 +345,48 @@ class _State:
                 copies |= {name: p.clone() for name, p in own}
         return cls({name: (z, z._version) for name, z in _held(model)}, copies)
 
-    def restore(self, model: nn.Module) -> list[str]:
-        """Put back what can be; return the names of what was changed."""
-        changed = []
-        for name, z in _held(model):
+    def changed(self, model: nn.Module) -> list[str]:
+        """The names of what is another one, or has other entries."""
+
+        def differs(name: str, z: Tensor) -> bool:
             before, version = self.versions.get(name, (None, 0))
             if before is None or (z is before and z._version == version):
-                continue
+                return False
             copy = self.copies.get(name)
-            if copy is None:
-                changed.append(name)
-            elif z.shape != copy.shape or not torch.equal(z, copy):
-                changed.append(name)
-                if z.shape == copy.shape:
-                    z.copy_(copy)
-        return changed
+            return copy is None or z.shape != copy.shape or not torch.equal(z, copy)
+
+        return [name for name, z in _held(model) if differs(name, z)]
+
+    def caches(self, model: nn.Module) -> set[str]:
+        """The changed buffers that are no part of the network's state, of modules in eval mode.
+
+        A table that grows with the longest input, or a counter, need not change the output.
+        """
+        changed = self.changed(model)
+        kept = set(model.state_dict()) if changed else set()
+        return {
+            name
+            for name in changed
+            if name not in kept and not model.get_submodule(name.rpartition(".")[0]).training
+        }
+
+    def refuse(self, model: nn.Module) -> NoReturn:
+        """Put back what can be of what has changed.
+
+        Raises:
+            ValueError: Always, with the names.
+        """
+        changed, held = self.changed(model), dict(_held(model))
+        for name in changed:
+            copy = self.copies.get(name)
+            if copy is not None and copy.shape == held[name].shape:
+                held[name].copy_(copy)
+        raise ValueError(
+            f"The network changes {changed[:4]} while it runs, so that it is another one for each "
+            "batch (running statistics, spectral norms and others do so in training). A buffer "
+            "that only caches must be registered with persistent=False. "
+            f"{_training(model)}"
+        )
 
 
 def _held(model: nn.Module) -> list[tuple[str, Tensor]]:

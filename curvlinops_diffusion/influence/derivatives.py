@@ -53,6 +53,10 @@ class ValueGradients(ABC):
     def rows(self, clean: CleanBatch) -> Tensor:
         """The gradients, shape ``[B, P]``."""
 
+    def reason_of_infinity(self, clean: CleanBatch) -> str:
+        """Say what in the measurement makes gradients of a batch NaN or infinite, if it is that."""
+        return ""
+
     @abstractmethod
     def derivatives(self, clean: CleanBatch, directions: Mapping[str, Tensor]) -> Tensor:
         """Derivatives in the directions ``[K, *shape]``, shape ``[B, K]``."""
@@ -112,11 +116,27 @@ class PredictionGradients(ValueGradients):
             parts = rows_BP[positions.start : positions.stop].split([g.shape[1] for g in own], 1)
             # all parameters at once, which a GPU does fast for vectors
             pair = [part.squeeze(0) for part in parts], [g.squeeze(0) for g in own]
-            if batch.draw == 0:  # the examples' first draws
+            if batch.draw_numbers[0] == 0:  # the examples' first draws
                 torch._foreach_copy_(*pair)
             else:
                 torch._foreach_add_(*pair)
         return rows_BP
+
+    @torch.no_grad()
+    def reason_of_infinity(self, clean: CleanBatch) -> str:
+        """Say where the measurement's gradient is not finite though the prediction is."""
+        for batch in self.regression.noised_batches(clean):
+            prediction_BD = self.regression.objective.predict(batch)
+            pulled_BD = measurement_gradient(self._measurement, batch, prediction_BD)
+            bad_B = prediction_BD.isfinite().all(1) & ~pulled_BD.isfinite().all(1)
+            for b in bad_B.nonzero().flatten().tolist():
+                return (
+                    "that of the measurement in the prediction is, where the prediction is finite "
+                    f"(example {self.regression.name_of(batch.indices[b])}, noise level "
+                    f"{int(batch.level_B[b])}). Change the measurement there: a factor of zero "
+                    "does not remove what is infinite, torch.where on its argument does."
+                )
+        return ""
 
     def _gradients(self, batch: NoisedBatch, examples: int) -> dict[str, Tensor]:
         """Gradients of each example, summed over the draws in the batch, by parameter.
@@ -169,7 +189,9 @@ class PredictionGradients(ValueGradients):
         with recomputation_named(), forward_mode():
             return self._average(
                 [
-                    vmap(partial(push, batch), chunk_size=self._chunk_size)(dict(directions)).T
+                    vmap(partial(push, batch), chunk_size=self._chunk_size, randomness="same")(
+                        dict(directions)
+                    ).T
                     for batch in self.regression.noised_batches(clean)
                 ]
             )

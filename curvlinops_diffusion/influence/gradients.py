@@ -202,7 +202,7 @@ class ExampleGradientLinearOperator(LinearOperator):
         # a sum is a fraction of the price of looking at every entry, and finite if they all are
         # (unless it overflows, in which case they are looked at)
         if not rows_BP.sum().isfinite():
-            self._raise_not_finite(rows_BP, clean.indices)
+            self._raise_not_finite(rows_BP, clean)
         return rows_BP
 
     # -----------------------------------------------------------------------------------------
@@ -213,13 +213,19 @@ class ExampleGradientLinearOperator(LinearOperator):
                 yield clean
                 bar.update(len(clean.indices) * self.regression.num_draws)
 
-    def _raise_not_finite(self, rows_BP: Tensor, indices: Sequence[int]) -> None:
+    def _raise_not_finite(self, rows_BP: Tensor, clean: CleanBatch) -> None:
         sizes = [p.numel() for p in self._params.values()]
         for name, piece in zip(self._params, rows_BP.split(sizes, 1), strict=True):
-            bad = [n for n, row in zip(indices, piece, strict=True) if not row.isfinite().all()]
+            bad = [
+                n for n, row in zip(clean.indices, piece, strict=True) if not row.isfinite().all()
+            ]
             if bad:
                 named = ", ".join(map(self.regression.name_of, bad[:8]))
-                check_finite(piece, f"The gradient of '{name}' for examples [{named}]")
+                gradient = f"The gradient of '{name}' for examples [{named}]"
+                reason = self._gradients.reason_of_infinity(clean)
+                if reason:
+                    raise ValueError(f"{gradient} is NaN or infinite, because {reason}")
+                check_finite(piece, gradient)
 
 
 class _WeightedGradientLinearOperator(LinearOperator):

@@ -23,6 +23,7 @@ from curvlinops_diffusion.influence.consumers import (
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.scorers import InnerProducts
 from curvlinops_diffusion.influence.scores import (
+    batch_columns,
     curvature_settings,
     gradient_columns,
     query_blocks,
@@ -35,7 +36,8 @@ from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checks import check_count, check_positive
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, computed_once
-from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.processes import ALONE, Share
+from curvlinops_diffusion.runtime.progress import draws_bar
 
 #: Bytes of gradients that are held at once, unless somebody says otherwise.
 GRADIENT_BYTES = 2**31
@@ -370,10 +372,26 @@ class _Kernel:
         return consumer.sums_KP.T
 
     def mean_diagonal(self) -> float:
-        """``κ``."""
+        """``κ``; where blocks are shared among processes, these multiply every batch together."""
+        if getattr(self.G_inv, "share", ALONE).count > 1:
+            name = f"{self._name}, shared diagonal of the kernel".capitalize()
+            data, settings = self.J_train.regression, self.settings({})
+            found = computed_once(name, data, self._shared_trace, self.passes, settings)
+            return float(found["trace"]) / self.num_data
         consumer = SelfInfluence(self.G_inv, self.num_data)
         self._stream(consumer, "diagonal of the kernel", self.settings({}))
         return float(consumer.values_N.sum())  # which are divided by N
+
+    def _shared_trace(self) -> dict[str, Tensor]:
+        """The kernel's trace, batch by batch on all processes."""
+        data, total = self.J_train.regression, 0.0
+        shown = self.passes.progressbar and self._share.rank == 0
+        with draws_bar(data.num_samples, self._name, shown) as bar:
+            for clean in data.clean_batches():
+                columns_PB = batch_columns(self.J_train, clean, self._share)
+                total += float((columns_PB * (self.G_inv @ columns_PB)).sum())
+                bar.update(len(clean.indices) * data.num_draws)
+        return {"trace": torch.tensor(total, dtype=torch.float64)}
 
     def _stream(self, consumer: Any, name: str, settings: dict[str, Any]) -> None:
         stream_gradients(

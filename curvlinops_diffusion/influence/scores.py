@@ -386,16 +386,36 @@ def gradient_columns(J_query: PyTorchLinearOperator, queries: range, share: Shar
 def _fill_in_step(
     rows_QP: Tensor, J_query: ExampleGradientLinearOperator, queries: range, share: Share
 ) -> None:
-    """Fill the rows of this process' queries; all processes run the network equally often.
-
-    So each takes equally many of every batch, and what is left all compute, and the first keeps.
-    """
+    """Fill the rows of this process' queries; all processes run the network equally often."""
     for clean in J_query.regression.clean_batches():
         positions = [p for p, n in enumerate(clean.indices) if n in queries]
-        own, rest = in_equal_parts(positions, share)
-        for some, kept in ((own, True), (rest, share.rank == 0)):
-            if some:
-                part = clean.select(some)
-                found_BP = J_query.rows_of(part)
-                if kept:
-                    rows_QP[[n - queries.start for n in part.indices]] = found_BP
+        for indices, found_BP in _own_rows(J_query, clean, positions, share):
+            rows_QP[[n - queries.start for n in indices]] = found_BP
+
+
+def _own_rows(
+    J: ExampleGradientLinearOperator, clean: CleanBatch, positions: list[int], share: Share
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Yield this process' part of a batch' gradients, with the examples' indices.
+
+    All processes run the network equally often: what cannot be divided all compute, and the first
+    keeps.
+    """
+    own, rest = in_equal_parts(positions, share)
+    for some, kept in ((own, True), (rest, share.rank == 0)):
+        if some:
+            part = clean.select(some)
+            found_BP = J.rows_of(part)
+            if kept:
+                yield part.indices, found_BP
+
+
+def batch_columns(J: ExampleGradientLinearOperator, clean: CleanBatch, share: Share) -> Tensor:
+    """A batch' gradients as columns, ``[P, B]``: every process computes a part, and has all."""
+    if share.count == 1:
+        return J.rows_of(clean).T
+    rows_BP = torch.zeros(len(clean.indices), J.shape[1], dtype=J.dtype, device=J.device)
+    first = clean.indices[0]
+    for indices, found_BP in _own_rows(J, clean, list(range(len(clean.indices))), share):
+        rows_BP[[n - first for n in indices]] = found_BP
+    return share.summed({"rows": rows_BP}, J.device)["rows"].T

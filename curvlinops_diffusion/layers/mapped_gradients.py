@@ -52,9 +52,7 @@ def mapped_gradients(
         level, x_t, timestep, condition, v = tree_map(
             lambda z, dim: z if dim is None else z.unsqueeze(0), example, in_dims
         )
-        single = NoisedBatch(
-            [0], batch.draw, level, x_t, timestep, condition, v, batch.weight_B[:1]
-        )
+        single = NoisedBatch([0], [0], level, x_t, timestep, condition, v, batch.weight_B[:1])
         return (objective.predict(single, params) * v).sum()
 
     chunk = max(1, _MAX_ENTRIES // sum(p.numel() for p in params.values()))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from warnings import warn
@@ -61,7 +62,8 @@ def select_parameters(model: nn.Module, params: Parameters) -> dict[str, nn.Para
         model: The model.
         params: ``None`` for every floating-point parameter (whether or not it requires gradients),
             a sequence of the model's parameters or of their names, or a mapping from names to
-            parameters.
+            parameters. Names may be those of what wraps the model (``torch.compile``, data
+            parallelism, PEFT, an average of weights), or those within the module that it wraps.
 
     Returns:
         The parameters by name, in the order given.
@@ -109,39 +111,81 @@ def _with_entries(params: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
 
 
 def _names_of_mapping(own: dict[str, nn.Parameter], params: Mapping[str, Any]) -> list[str]:
+    name_of = {id(p): name for name, p in own.items()}
     for name, value in params.items():
-        _check_name(own, name)
-        if value is not own[name]:
+        if id(value) not in name_of:
+            _own_names(own, [name])
+        if name_of.get(id(value)) != name and (id(value) not in name_of or name in own):
             raise ValueError(
                 f"params['{name}'] is not the model's own parameter. Pass "
                 "dict(model.named_parameters()) or a part of it."
             )
-    return list(params)
+    return [name_of[id(value)] for value in params.values()]
 
 
 def _names_of_sequence(own: dict[str, nn.Parameter], params: Any) -> list[str]:
     name_of = {id(p): name for name, p in own.items()}
+    called = _own_names(own, [p for p in params if isinstance(p, str)])
     for position, p in enumerate(params):
-        if isinstance(p, str):
-            _check_name(own, p)
-        elif id(p) not in name_of:
+        if not isinstance(p, str) and id(p) not in name_of:
             shape = tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__
             raise ValueError(
                 f"params[{position}] ({shape}) is not a parameter of the model. Pass entries of "
                 "model.parameters()."
             )
-    return [p if isinstance(p, str) else name_of[id(p)] for p in params]
+    return [called[p] if isinstance(p, str) else name_of[id(p)] for p in params]
 
 
-def _check_name(own: dict[str, nn.Parameter], name: str) -> None:
-    if name not in own:
-        if adapter_of(name) is not None and not any(map(adapter_of, own)):
+# what wrappers put into the names of parameters: torch.compile, data parallelism, FSDP, activation
+# checkpoints, Lightning
+_WRAPPERS = re.compile(
+    r"(?:(?<=\.)|^)(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|"
+    r"_forward_module|base_model\.model)\."
+)
+
+
+def _own_names(own: Collection[str], names: Sequence[str]) -> dict[str, str]:
+    """The model's names of parameters that may be called as a wrapper does.
+
+    Wrappers' parts of names make no difference, if no two parameters differ by them alone. All
+    names may also be those within one module of the model, the one that it wraps.
+
+    Raises:
+        ValueError: If a name is none of the model's, or may be that of several parameters.
+    """
+    if all(name in own for name in names):
+        return {name: name for name in names}
+    by_bare: dict[str, list[str]] = {}
+    for name in own:
+        by_bare.setdefault(_bare(name), []).append(name)
+    bare = {name: _bare(name) for name in names}
+    first = next(bare[name] for name in names if name not in own)
+    prefixes = [o.removesuffix(first) for o in by_bare if f".{o}".endswith(f".{first}")]
+    fitting = [p for p in prefixes if all(p + b in by_bare for b in bare.values())]
+    if "" in fitting:
+        fitting = [""]
+    if not fitting:
+        known = next(name for name in names if name not in own)
+        if adapter_of(known) is not None and not any(map(adapter_of, own)):
             raise ValueError(
-                f"params names '{name}', and the model has no adapter: it was unloaded, or merged "
+                f"params names '{known}', and the model has no adapter: it was unloaded, or merged "
                 "and unloaded (unload_lora_weights, merge_and_unload), or belongs to another model "
                 "(a text encoder, say). Load it into this model, without merging it."
             )
         raise ValueError(
-            f"params names '{name}', which the model does not have. Its parameters are called "
+            f"params names '{known}', which the model does not have. Its parameters are called "
             f"like '{next(iter(own))}'; see model.named_parameters()."
         )
+    found = {name: [o for p in fitting for o in by_bare[p + b]] for name, b in bare.items()}
+    for name, several in found.items():
+        if len(several) > 1:
+            raise ValueError(
+                f"params names '{name}', which may be any of {several[:4]} of the model. Pass one "
+                "of these; see model.named_parameters()."
+            )
+    return {name: several[0] for name, several in found.items()}
+
+
+def _bare(name: str) -> str:
+    """A parameter's name without the parts that wrappers put into it."""
+    return _WRAPPERS.sub("", name)

@@ -11,9 +11,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
 from curvlinops_diffusion.runtime.messages import quoted
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Run ``nn.TransformerEncoder`` and ``nn.MultiheadAttention`` as when they are differentiated.
+
+    Where nothing is differentiated, nor a mode of functions is on, they take a fast path in eval
+    mode, which rounds otherwise and gives zeros for padded tokens: another function than the one
+    whose derivatives are taken.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager
@@ -25,13 +42,8 @@ def differentiable_attention() -> Iterator[None]:
     has the fast path of ``nn.MultiheadAttention`` in eval mode. The settings found are restored on
     leaving, also after an exception.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with without_fast_path(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @contextmanager
@@ -57,6 +69,15 @@ def forward_mode() -> Iterator[None]:
             f"The network uses '{found[1]}', of which PyTorch has no forward-mode derivative; "
             "products with an exact GGN and J @ v need one. Write it by elementary functions, or "
             "take K-FAC, EK-FAC, rows() or J.adjoint(), which do without."
+        ) from error
+    except RuntimeError as error:
+        if "mutate a captured Tensor" not in str(error):
+            raise
+        raise ValueError(
+            "The network writes into one of its buffers while it runs (a counter or a table, say), "
+            "which products with an exact GGN and J @ v cannot differentiate. Assign a new tensor "
+            "instead (self.count = self.count + 1), or take K-FAC, EK-FAC, rows() or J.adjoint(), "
+            f"which do without. (torch says: {str(error).splitlines()[0][:200]})"
         ) from error
 
 
@@ -188,14 +209,18 @@ def special_tables(model: nn.Module) -> list[nn.Module]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module that ``torch.compile``, data parallelism or PEFT wrapped; another one as it is.
+    """The module that ``torch.compile``, data parallelism or PEFT wrapped, or an average is of.
+
+    Another one as it is.
 
     Both hold the same parameters. Hooks cut a compiled graph at every layer, which is compiled
     anew for each, and slower than none (docs/performance.rst); wrappers of data parallelism divide
     batches, and like a ``PeftModel`` prefix the parameters' names.
     """
     while True:
-        parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        parallel = isinstance(
+            model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel
+        )
         inner = model.module if parallel else getattr(model, "_orig_mod", model)
         # a PeftModel whose adapters are within the network's own layers (LoRA and its kind)
         adapted: Any = getattr(model, "base_model", None)

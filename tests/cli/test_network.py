@@ -124,7 +124,10 @@ def changed(file, **entries):
 
 BROKEN = [
     (truncated, r"text_encoder/model.safetensors' is not a whole safetensors file \(it.*copy it"),
-    (removed("vae"), r"its model_index.json names a part 'vae', and there is no such folder. Copy the w"),
+    (
+        removed("vae"),
+        r"its model_index.json names a part 'vae', and there is no such folder",
+    ),
     (removed("tokenizer"), r"names a part 'tokenizer', and there is no such folder"),
     (removed("tokenizer", "tokenizer.json"), r"tokenizer' has no vocabulary"),
     (removed("unet", "config.json"), r"no file named config.json found in directory .*unet"),

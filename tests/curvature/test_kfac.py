@@ -178,7 +178,7 @@ def test_random_loss_vectors_equal_plain_loops(approx, probe_type):
     def vectors(batch, prediction):
         probes = [
             regression.draws.probe(
-                batch.indices, batch.draw, k, prediction.shape[1], ProbeType(probe_type)
+                batch.indices, batch.common_draw, k, prediction.shape[1], ProbeType(probe_type)
             )
             for k in range(3)
         ]

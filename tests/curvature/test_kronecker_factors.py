@@ -327,7 +327,9 @@ def test_groups_equal_a_plain_loop(batch_size):
     truth = 0
     for batch in regression.batches():
         blocks = [n // 4 for n in batch.indices]
-        probe = regression.draws.probe(batch.indices, batch.draw, 0, 16, ProbeType.RADEMACHER)
+        probe = regression.draws.probe(
+            batch.indices, batch.common_draw, 0, 16, ProbeType.RADEMACHER
+        )
         v = (2 * batch.weight_B).sqrt().unsqueeze(1) * probe
         prediction = regression.objective.predict(batch)
         for block in sorted(set(blocks)):

@@ -111,7 +111,7 @@ def looped(regression, plan):
                     for position, n in enumerate(batch.indices):
                         chosen = list(range(own))
                         if own > MOST:
-                            (drawn,) = regression.draws.positions([n], batch.draw, MOST, own)
+                            (drawn,) = regression.draws.positions([n], batch.common_draw, MOST, own)
                             chosen = drawn.tolist()
                         for s in chosen:
                             for entry in z[position]:

@@ -15,6 +15,7 @@ from curvlinops_diffusion import (
     PassOptions,
     group_and_self_influence,
     influence_scores,
+    kernel_regression_scores,
     load_operator,
     retraining_scores,
 )
@@ -61,6 +62,8 @@ def made_of(EK, passes):
     J = ExampleGradientLinearOperator(problem())
     found["scores"] = influence_scores(J, inverse, J, query_block=2, passes=passes)
     found["regression"] = retraining_scores(J, inverse, J, passes=passes)
+    # more examples than the kernel matrix is formed for
+    found["iterated"] = kernel_regression_scores(J, inverse, J, largest_gram=3, passes=passes)
     return found
 
 

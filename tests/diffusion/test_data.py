@@ -1,11 +1,29 @@
 """Data is the same each time, single examples are told from batches, wrong items at the border."""
 
+import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    ChainDataset,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    get_worker_info,
+)
 
 from curvlinops_diffusion import (
     DenoisingObjective,
@@ -14,8 +32,11 @@ from curvlinops_diffusion import (
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
     NoisedRegression,
+    influence_scores,
 )
 from tests.cases import images, noise_levels, seeded
+from tests.comparisons import assert_close
+from tests.reference import example_gradients
 
 
 class Labelled(nn.Module):
@@ -179,3 +200,291 @@ def test_a_fit_reads_data_once():
     K = DiffusionKFACLinearOperator(regression)
     assert data.calls == 9 + 2 * 6
     assert K.info["data"] == regression_of(data, batch_size=3).data_identity()
+
+
+# ---------------------------------------------------------------------------------------------
+# Every form of data is counted by what comes, or refused
+# ---------------------------------------------------------------------------------------------
+
+
+def pictures(count):
+    return images(count, channels=2, size=4)
+
+
+class Items(Dataset):
+    """Map-style; its length may be a lie."""
+
+    def __init__(self, count, form=lambda x: x, length=None):
+        self.x0, self.form = pictures(count), form
+        self.length = count if length is None else length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, n):
+        if n >= len(self.x0):
+            raise IndexError(n)
+        return self.form(self.x0[n])
+
+
+class Stream(IterableDataset):
+    """Single examples, or batches; each worker yields its share of them."""
+
+    def __init__(self, count, size=None):
+        self.things = pictures(count) if size is None else pictures(count).split(size)
+
+    def __iter__(self):
+        worker = get_worker_info()
+        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return iter(self.things[number::count])
+
+
+class StreamWithLength(Stream):
+    def __len__(self):
+        return 100
+
+
+class Again:
+    """A Python object that can be iterated over again and again."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __iter__(self):
+        return iter(self.make())
+
+
+class Order(Sampler):
+    def __init__(self, indices):
+        self.indices = indices
+
+    def __iter__(self):
+        return iter(self.indices)
+
+    def __len__(self):
+        return len(self.indices)
+
+
+def every_second(items):
+    """What puts items together may leave some out."""
+    return torch.stack(items[::2])
+
+
+def batches_of(data, size, **options):
+    return BatchSampler(SequentialSampler(data), size, **{"drop_last": False, **options})
+
+
+def of_library(count):
+    rows = [{"x0": x.tolist()} for x in pictures(count)]
+    return datasets.Dataset.from_list(rows).with_format("torch", dtype=torch.float64)
+
+
+# by the number of examples: the data, and which of the pictures come
+FORMS = {
+    "tensor": lambda n: (pictures(n), range(n)),
+    "tuple of batches": lambda n: (pictures(n).split(2), range(n)),
+    "list of images": lambda n: (list(pictures(n)), range(n)),
+    "tuple of images": lambda n: (tuple(pictures(n)), range(n)),
+    "list of dicts of one": lambda n: ([{"x0": x} for x in pictures(n)], range(n)),
+    "data set": lambda n: (Items(n), range(n)),
+    "data set that says less": lambda n: (Items(n + 2, length=n), range(n)),
+    "data set of batches": lambda n: (Items(n, lambda x: x[None]), range(n)),
+    "subset": lambda n: (Subset(Items(n), [n - 1, 0]), [n - 1, 0]),
+    "data sets in a row": lambda n: (ConcatDataset([Items(n)] * 2), [*range(n), *range(n)]),
+    "data set of the library": lambda n: (of_library(n), range(n)),
+    "loader": lambda n: (DataLoader(Items(n), 3), range(n)),
+    "loader of a subset": lambda n: (DataLoader(Subset(Items(n), [0]), 3), [0]),
+    "loader of a list": lambda n: (DataLoader(list(pictures(n)), 3), range(n)),
+    "loader with a sampler": lambda n: (
+        DataLoader(Items(n), 3, sampler=Order([n - 1, 0, 0, 0])),
+        [n - 1, 0, 0, 0],
+    ),
+    "loader with nothing to drop": lambda n: (
+        DataLoader(Items(n), n, drop_last=True),
+        range(n),
+    ),
+    "loader with batches": lambda n: (
+        DataLoader(Items(n), batch_sampler=batches_of(Items(n), 3)),
+        range(n),
+    ),
+    "loader with some batches": lambda n: (
+        DataLoader(Items(n), batch_sampler=batches_of(range(n // 2 + 1), 2)),
+        range(n // 2 + 1),
+    ),
+    "loader with batches of its own": lambda n: (
+        DataLoader(Items(n), batch_sampler=[[0], [n - 1, 0, n - 1]]),
+        [0, n - 1, 0, n - 1],
+    ),
+    "loader that leaves out": lambda n: (
+        DataLoader(Items(n), 3, collate_fn=every_second),
+        [i for i in range(n) if i % 3 != 1],
+    ),
+    "loader without batches": lambda n: (DataLoader(Items(n), None), range(n)),
+    "loader with a worker": lambda n: (
+        DataLoader(Items(n), 1, num_workers=1, persistent_workers=True),
+        range(n),
+    ),
+    "stream": lambda n: (Stream(n), range(n)),
+    "stream with a length": lambda n: (StreamWithLength(n), range(n)),
+    "stream of batches": lambda n: (Stream(n, 3), range(n)),
+    "streams in a row": lambda n: (ChainDataset([Stream(n)] * 2), [*range(n), *range(n)]),
+    "loader of a stream": lambda n: (DataLoader(Stream(n), 3), range(n)),
+    "loader of a stream with a length": lambda n: (DataLoader(StreamWithLength(n), 3), range(n)),
+    "loader of a stream of batches": lambda n: (DataLoader(Stream(n, 3), None), range(n)),
+    "object": lambda n: (Again(lambda: pictures(n).split(2)), range(n)),
+    "object of images": lambda n: (Again(lambda: pictures(n)), range(n)),
+    "object of dicts": lambda n: (Again(lambda: ({"x0": x} for x in pictures(n))), range(n)),
+}
+
+
+def counted(data):
+    model = seeded(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 2, 1))
+    return NoisedRegression(DenoisingObjective(model, noise_levels()), data, 2, batch_size=3)
+
+
+@pytest.mark.parametrize("count", [1, 7])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.filterwarnings("ignore:Length of IterableDataset")
+def test_data_are_counted_by_what_comes(form, count):
+    """The number of examples, rows, K-FAC's mean and the columns of scores are of one data set."""
+    data, coming = FORMS[form](count)
+    regression, plain = counted(data), counted(pictures(count)[list(coming)])
+    assert regression.num_data == len(coming)
+    params = list(plain.objective.model.parameters())
+    truth = example_gradients(plain, params)
+    J = ExampleGradientLinearOperator(regression)
+    assert_close(J.rows(), truth, 1e-12)
+    if count == 1:
+        return
+    K, same = (DiffusionKFACLinearOperator(r, fisher_type="type-2") for r in (regression, plain))
+    assert_close(K.trace(), same.trace(), 1e-12)
+    J_query, inverse = ExampleGradientLinearOperator(counted(pictures(2))), same.inverse(0.1)
+    scores = J_query.rows() @ (inverse @ truth.T) / len(coming)
+    assert_close(influence_scores(J_query, inverse, J), scores, 1e-10)
+
+
+class Sharing:
+    """Its iterations share their place."""
+
+    def __init__(self):
+        self.place = iter(pictures(7).split(2))
+
+    def __iter__(self):
+        return self.place
+
+
+class Shrinking:
+    """Each iteration yields less than the one before."""
+
+    def __init__(self):
+        self.left = 12
+
+    def __iter__(self):
+        self.left -= 1
+        return iter(pictures(self.left).split(5))
+
+
+REFUSED = {
+    "stream that drops": (
+        lambda: DataLoader(Stream(7), 3, drop_last=True),
+        "last examples of a stream",
+    ),
+    "batches that drop": (
+        lambda: DataLoader(Items(7), batch_sampler=batches_of(Items(7), 3, drop_last=True)),
+        "would leave out 1 of 7",
+    ),
+    "sampler that drops": (
+        lambda: DataLoader(Items(7), 3, sampler=Order(range(5)), drop_last=True),
+        "would leave out 2 of 5",
+    ),
+    "subset in random order": (
+        lambda: DataLoader(Items(7), 3, sampler=SubsetRandomSampler(range(7))),
+        "shuffles .*SubsetRandomSampler",
+    ),
+    "weighted": (
+        lambda: DataLoader(Items(7), 3, sampler=WeightedRandomSampler([1.0] * 7, 7)),
+        "shuffles .*WeightedRandomSampler",
+    ),
+    "random batches": (
+        lambda: DataLoader(
+            Items(7), batch_sampler=BatchSampler(RandomSampler(Items(7)), 3, drop_last=False)
+        ),
+        "shuffles",
+    ),
+    "a process' part": (
+        lambda: DataLoader(Items(7), 3, sampler=DistributedSampler(Items(7), 2, 0, shuffle=False)),
+        "Each process gets a part .*of 2",
+    ),
+    "length above": (lambda: Items(7, length=9), "An item of the data .* cannot be read"),
+    "loader with a length above": (
+        lambda: DataLoader(Items(7, length=9), 3),
+        "An item of the data .* cannot be read",
+    ),
+    "empty batch": (lambda: [pictures(2), pictures(0)], r"shape \(0, 2, 4, 4\)"),
+    "generator": (lambda: (x for x in pictures(7)), "can be iterated only once"),
+    "pairs of a zip": (lambda: zip(pictures(7), range(7), strict=True), "only once"),
+    "loader's iterator": (lambda: iter(DataLoader(Items(7), 3)), "only once"),
+    "iterator that is shared": (Sharing, "must not share their place"),
+    "one that shrinks": (Shrinking, "began with different batches|examples came"),
+    "table": (lambda: pandas.DataFrame({"x0": [1.0, 2.0]}), "item 0 cannot be read"),
+    "plain lists": (lambda: of_library(3).with_format(None), r"arrived as list.*with_format"),
+    "no length": (type("Odd", (Dataset,), {}), "neither a length nor an iterator"),
+    "missing batch": (lambda: Again(lambda: [pictures(2), None]), "arrived as NoneType"),
+}
+
+
+@pytest.mark.parametrize("form", REFUSED)
+def test_data_that_cannot_be_counted_on(form):
+    make, message = REFUSED[form]
+
+    def iterate():
+        regression = counted(make())
+        return [list(regression.clean_batches()) for _ in range(2)]
+
+    with pytest.raises(ValueError, match=message):
+        iterate()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x, y: (x, y),
+        lambda x, y: [x, y],
+        lambda x, y: {"x0": x, "class_labels": y.tolist()},
+        lambda x, y: {"x0": x, "class_labels": y.numpy()},
+        lambda x, y: Again(lambda: zip(x, y.tolist(), strict=True)),
+        lambda x, y: DataLoader(TensorDataset(x, y), None),
+    ],
+)
+def test_labels_in_every_form(form):
+    x0, labels = images(4), torch.arange(4)
+    found, expected = (
+        regression_of(data, batch_size=3)
+        for data in (form(x0, labels), {"x0": x0, "class_labels": labels})
+    )
+    assert found.num_data == 4
+    for a, b in zip(found.batches(), expected.batches(), strict=True):
+        assert torch.equal(a.x_t, b.x_t)
+        assert torch.equal(a.condition["class_labels"], b.condition["class_labels"])
+
+
+def test_what_the_network_does_not_take_is_said():
+    """Of a list of sequences it cannot be told whether each is one, or a batch."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(15, 15)
+
+        def forward(self, x, t):
+            return self.layer(x.flatten(1)).reshape(x.shape)
+
+    model = Tokens().double()
+    sequences = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0)).double()
+    objective = DenoisingObjective(model, noise_levels())
+    with pytest.raises(ValueError, match=r"'x0' of shape \(8, 3\).*torch.stack"):
+        DiffusionKFACLinearOperator(NoisedRegression(objective, list(sequences), 2))
+    DiffusionKFACLinearOperator(NoisedRegression(objective, sequences, 2))
+    more = NoisedRegression(objective, {"x0": sequences, "extra": torch.ones(4, 2)}, 1)
+    with pytest.raises(ValueError, match=r"'extra' of shape \(4, 2\).*unexpected keyword"):
+        DiffusionKFACLinearOperator(more)

@@ -108,7 +108,7 @@ def test_masks_of_images_before_an_autoencoder():
     mirrored = 0
     for batch in regression.batches():
         for b, n in enumerate(batch.indices):
-            version = int(regression.draws.versions([n], batch.draw, 2)[0])
+            version = int(regression.draws.versions([n], batch.common_draw, 2)[0])
             mirrored += version
             mask = MASKS[n].flip(-1) if version else MASKS[n]
             expected = avg_pool2d(mask[None, None], 2)[0].expand(C, 2, 2)
@@ -172,8 +172,8 @@ def test_conditions_that_are_images_are_transformed_with_the_image():
     for moved in (["control/image"], []):
         regression, control = controlled(augmented_conditions=moved)
         for batch in regression.batches():
-            versions = regression.draws.versions(batch.indices, batch.draw, 2)
-            assert 0 < versions.sum() < len(versions) or batch.draw
+            versions = regression.draws.versions(batch.indices, batch.common_draw, 2)
+            assert 0 < versions.sum() < len(versions) or batch.common_draw
             for b, n in enumerate(batch.indices):
                 mirrored = bool(moved) and bool(versions[b])
                 expected = control[n].flip(-1) if mirrored else control[n]

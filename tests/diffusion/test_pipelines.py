@@ -814,7 +814,9 @@ def test_latents_are_drawn_like_noise(tmp_path):
                 for s in (objective.process.alphas_T, objective.process.sigmas_T)
             )
             z = (batch.x_t - sigma * batch.target_BD.reshape(batch.x_t.shape)) / alpha
-            found.update({(n, batch.draw): z_n for n, z_n in zip(batch.indices, z, strict=True)})
+            found.update(
+                {(n, batch.common_draw): z_n for n, z_n in zip(batch.indices, z, strict=True)}
+            )
         return found
 
     one, other = noised(1, 3), noised(3, 3)
@@ -870,7 +872,7 @@ def test_condition_dropout_is_drawn_like_noise():
             assert (added["text"][mask] == 7).all()
             assert torch.equal(added["text"][~mask], data["added"]["text"][indices][~mask])
             assert torch.equal(added["kept"], data["added"]["kept"][indices])
-            found[indices, batch.draw] = mask
+            found[indices, batch.common_draw] = mask
         dropped[batch_size] = found
     assert torch.equal(dropped[7], dropped[N])
     deviation = (found.float().mean() - 0.25) / (0.25 * 0.75 / found.numel()) ** 0.5

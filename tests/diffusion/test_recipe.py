@@ -42,10 +42,10 @@ def regression_with(**options):
 def test_batches(name):
     """``x_t``, target and weight, from the recipe's formula and the draws."""
     recipe = RECIPES[name]
-    plain = {(b.indices[0], b.draw): b for b in regression_with().batches()}
+    plain = {(b.indices[0], b.common_draw): b for b in regression_with().batches()}
     process, draws = regression_with().objective.process, regression_with().draws
     for batch in regression_with(**recipe).batches():
-        bare, n, r = plain[batch.indices[0], batch.draw], batch.indices, batch.draw
+        bare, n, r = plain[batch.indices[0], batch.common_draw], batch.indices, batch.common_draw
         shape = batch.x_t.shape[1:]
         offset = draws.noise_offset(n, r, shape)
         assert offset.shape == (len(n), 2, 1, 1)
@@ -90,7 +90,7 @@ def test_draws_of_a_recipe_are_draws_like_others():
             objective, torch.zeros(4, 2, 3, 3).double(), 4, batch_size=size, **options, **more
         )
         return {
-            (n, b.draw): x
+            (n, b.common_draw): x
             for b in own.batches()
             for n, x in zip(
                 b.indices,

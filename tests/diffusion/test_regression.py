@@ -42,7 +42,7 @@ def everything(regression):
     rows = {}
     for batch in regression.batches():
         for b, n in enumerate(batch.indices):
-            rows[n, batch.draw] = torch.cat([batch.x_t[b].flatten(), batch.target_BD[b]])
+            rows[n, batch.common_draw] = torch.cat([batch.x_t[b].flatten(), batch.target_BD[b]])
     return torch.stack([rows[key] for key in sorted(rows)])
 
 

@@ -111,9 +111,9 @@ def test_examples_are_found_whatever_the_batches(size):
     assert set(trial.high.level_B.tolist()) == {7}
     assert trial.mixed.indices == [0, 0, 1, 1, 2, 2, 3, 3]
     assert trial.few.indices == [0, 0, 1, 1]
-    noised = {b.draw: b for b in regression.batches() if 1 in b.indices}
+    noised = {b.common_draw: b for b in regression.batches() if 1 in b.indices}
     for batch in (trial.low, trial.high):
-        whole = noised[batch.draw]
+        whole = noised[batch.common_draw]
         assert torch.equal(batch.x_t[1], whole.x_t[list(whole.indices).index(1)])
 
 
@@ -428,3 +428,145 @@ def test_what_encodes_the_data_is_not_random():
 def test_a_model_in_place_of_a_problem(kind):
     with pytest.raises(ValueError, match=r"A Conv2d arrived .* Pass NoisedRegression\(Denoising"):
         kind(nn.Conv2d(1, 1, 1), images(3))
+
+
+# ---------------------------------------------------------------------------------------------
+# Every run under the same conditions
+# ---------------------------------------------------------------------------------------------
+
+
+class Padded(nn.Module):
+    """Transformers of torch.nn, some of whose tokens are padded."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        options = {"d_model": 4, "nhead": 2, "dim_feedforward": 6, "batch_first": True}
+        match kind:
+            case "attention":
+                self.inner = nn.MultiheadAttention(4, 2, batch_first=True)
+            case "decoder":
+                self.inner = nn.TransformerDecoder(nn.TransformerDecoderLayer(**options), 1)
+            case "norm first":
+                layer = nn.TransformerEncoderLayer(**options, norm_first=True)
+                self.inner = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+            case _:
+                self.inner = nn.TransformerEncoder(nn.TransformerEncoderLayer(**options), 2)
+        self.outward = nn.Linear(4, 4)
+
+    def forward(self, x, t, padding):
+        mask = padding.bool()
+        match self.kind:
+            case "attention":
+                x = self.inner(x, x, x, key_padding_mask=mask, need_weights=False)[0]
+            case "decoder":
+                x = self.inner(x, x, tgt_key_padding_mask=mask, memory_key_padding_mask=mask)
+            case _:
+                x = self.inner(x, src_key_padding_mask=mask)
+        return self.outward(x)
+
+
+@pytest.mark.parametrize("kind", ["attention", "decoder", "norm first", "encoder"])
+def test_padded_transformers(kind):
+    """Torch's fast path, which gives zeros for padded tokens, is taken in no run."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Padded(kind).double().eval()
+    padding = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 1, 1], [0, 0, 0, 0, 0]]).double()
+    x0 = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)).double()
+    objective = DenoisingObjective(model, noise_levels())
+    regression = NoisedRegression(objective, {"x0": x0, "padding": padding}, 2)
+    params = list(model.parameters())
+    rows, J = example_gradients(regression, params), ExampleGradientLinearOperator(regression)
+    assert_close(J.rows(), rows, 1e-12)
+    assert_close(J @ rows[0], rows @ rows[0], 1e-12)
+    losses = [b.loss(objective.predict(b)).detach() for b in regression.batches()]
+    assert_close(J.values(), sum(losses) / 2, 1e-12)
+    EK = DiffusionEKFACLinearOperator(regression, fisher_type="type-2")
+    assert_close(EK.trace(), dense_ggn(regression, params).trace(), 1e-11)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Caching(nn.Module):
+    """A table that grows with the longest input, a counter, or numbers of a generator's own."""
+
+    def __init__(self, kind, persistent=False):
+        super().__init__()
+        self.layer, self.kind = nn.Linear(3, 3), kind
+        table = torch.ones(1).double() if kind == "grows" else None
+        self.register_buffer("table", table, persistent=persistent)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long), persistent=persistent)
+
+    def forward(self, x, t):
+        length = x.shape[1]
+        if self.kind in ("grows", "lazy") and (self.table is None or len(self.table) < length):
+            self.table = torch.arange(length).double().cos()
+        table = self.table
+        if self.kind == "counts":
+            self.calls = self.calls + 1
+        elif self.kind == "counts in place":
+            self.calls += 1
+        elif self.kind == "counts for something":
+            self.calls = self.calls + 1
+            table = self.calls.double().expand(length)
+        elif self.kind == "generator":
+            table = torch.rand(length, generator=torch.Generator().manual_seed(0)).double()
+        y = self.layer(x)
+        return y if table is None else y * table[:length].unsqueeze(1)
+
+
+def caching(kind, **options):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Caching(kind, **options).double().eval()
+    x0 = torch.randn(3, 5, 3, generator=torch.Generator().manual_seed(0)).double()
+    return NoisedRegression(DenoisingObjective(model, noise_levels()), x0, 2)
+
+
+@pytest.mark.parametrize("kind", ["grows", "lazy", "counts", "generator"])
+def test_what_is_cached_is_no_change(kind):
+    seen_before, regression = caching(kind), caching(kind)
+    G = dense_ggn(seen_before, list(seen_before.objective.model.parameters()))
+    EK = DiffusionEKFACLinearOperator(regression, fisher_type="type-2")
+    assert_close(EK.trace(), G.trace(), 1e-11)
+    assert_close(to_dense(DiffusionGGNLinearOperator(regression)), G, 1e-11)
+    rows = example_gradients(regression, list(regression.objective.model.parameters()))
+    J = ExampleGradientLinearOperator(regression)
+    assert_close(J.rows(), rows, 1e-12)
+    assert_close(J @ rows[0], rows @ rows[0], 1e-12)
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_what_is_part_of_the_state_does_not_change(kind):
+    """A buffer that is saved with the weights, or that the output depends on."""
+    with pytest.raises(ValueError, match=r"changes \['table'\].*persistent=False"):
+        OPERATORS[kind](caching("grows", persistent=True))
+    regression = caching("counts for something")
+    with pytest.raises(ValueError, match=r"changes \['calls'\] while it runs"):
+        OPERATORS[kind](regression)
+    assert regression.objective.model.calls == 0
+
+
+def test_a_buffer_that_is_written_into():
+    regression = caching("counts in place")
+    DiffusionKFACLinearOperator(regression)
+    with pytest.raises(ValueError, match=r"writes into one of its buffers"):
+        DiffusionGGNLinearOperator(regression) @ torch.ones(12).double()
+
+
+def test_examples_beside_values_that_differ_are_not_tried_out_together():
+    """A value for a whole batch is that of its own batch."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = seeded(nn.Conv2d(1, 1, 3, padding=1))
+
+        def forward(self, x, t, strength):
+            return strength * self.layer(x, t)
+
+    data = [{"x0": images(1), "strength": torch.tensor(s)} for s in (0.5, 2.0)]
+    regression = NoisedRegression(DenoisingObjective(Scaled(), noise_levels()), data, 2)
+    assert list(Trial.of(regression).low.indices) == [0]
+    rows = example_gradients(regression, list(regression.objective.model.parameters()))
+    assert_close(ExampleGradientLinearOperator(regression).rows(), rows, 1e-12)

@@ -216,23 +216,23 @@ def test_flips_are_draws():
     regression, x0 = flip_regression(), images(40, size=4)
     process, mirrored = regression.objective.process, {}
     for batch in regression.batches():
-        eps = regression.draws.noise(batch.indices, batch.draw, (1, 4, 4)).double()
+        eps = regression.draws.noise(batch.indices, batch.common_draw, (1, 4, 4)).double()
         for b, n in enumerate(batch.indices):
             level = batch.level_B[b]
             clean = (batch.x_t[b] - process.sigmas_T[level] * eps[b]) / process.alphas_T[level]
             distances = [(clean - version).norm() for version in (x0[n], x0[n].flip(-1))]
             assert min(distances) < 1e-12
-            mirrored[n, batch.draw] = bool(distances[1] < distances[0])
+            mirrored[n, batch.common_draw] = bool(distances[1] < distances[0])
     share = sum(mirrored.values()) / len(mirrored)
     assert abs(share - 0.5) < 0.1  # four standard deviations
 
     again = {}
     for batch in flip_regression(batch_size=7).batches():
         for b, n in enumerate(batch.indices):
-            again[n, batch.draw] = batch.x_t[b]
+            again[n, batch.common_draw] = batch.x_t[b]
     for batch in regression.batches():
         for b, n in enumerate(batch.indices):
-            assert torch.equal(batch.x_t[b], again[n, batch.draw])
+            assert torch.equal(batch.x_t[b], again[n, batch.common_draw])
 
 
 def test_own_versions():

@@ -21,6 +21,7 @@ from curvlinops_diffusion import (
 )
 from curvlinops_diffusion.cli import program
 from curvlinops_diffusion.diffusion.ancestral import discretised_log_probability
+from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.influence.measurements import registry
 from curvlinops_diffusion.influence.measurements.bounds import ELBO, SimplifiedELBO
 from curvlinops_diffusion.influence.measurements.evaluation import measurement_of
@@ -355,7 +356,7 @@ def test_recorded_states_have_the_steps_distribution():
         # the target is the prediction that would have led there
         assert_close(steps.mean(batch, batch.target_BD), batch.reached_BD, 1e-9)
         std = steps.variance_T[batch.level_B[0]].sqrt()
-        if batch.draw == len(LEVELS) - 1:
+        if batch.common_draw == len(LEVELS) - 1:
             assert residual.abs().max() < 1e-5
         else:
             assert abs(residual.mean() / std) < 0.05
@@ -571,3 +572,144 @@ def test_states_are_not_encoded():
         J = ExampleGradientLinearOperator(trajectories, measurement=trajectories.log_probability)
         found.append(J.rows())
     assert torch.equal(*found)
+
+
+# ---------------------------------------------------------------------------------------------
+# Draws of a batch
+# ---------------------------------------------------------------------------------------------
+
+
+def of_second_draw(batch, prediction):
+    return prediction.square().mean(1) * (batch.draw == 1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_measurements_by_the_number_of_the_draw(batch_size):
+    """One draw alone is a problem of one draw, in whatever batches draws are seen together."""
+    regression = problem(num_draws=4, timesteps=[0, 2, 3, 5], batch_size=batch_size)
+    J = ExampleGradientLinearOperator(regression, measurement=of_second_draw)
+    alone = ExampleGradientLinearOperator(
+        problem(num_draws=4, timesteps=[2] * 4, batch_size=1), measurement=of_second_draw
+    )
+    assert_close(J.rows(), alone.rows(), 1e-12)
+    assert_close(J.values(), alone.values(), 1e-12)
+    v = torch.ones(J.shape[1]).double()
+    assert_close(J @ v, alone.rows() @ v, 1e-12)
+    number = J.measuring(lambda batch, prediction: 0 * prediction[:, 0] + batch.draw)
+    assert torch.equal(number.values(), torch.full((3,), 1.5).double())
+
+
+def test_each_example_keeps_the_number_of_its_draw():
+    """Through parts of batches, draws in a row and lots of examples."""
+    regression = problem(num_draws=3, timesteps="uniform", batch_size=3)
+    draws = list(regression.batches())
+    merged = NoisedBatch.interleaved(draws)
+    assert list(zip(merged.indices, merged.draw.tolist(), strict=True)) == [
+        (n, r) for n in range(3) for r in range(3)
+    ]
+    some = NoisedBatch.joined([merged.select([1, 5]), draws[2].select(range(1))])
+    assert (some.indices, some.draw.tolist()) == ([0, 1, 0], [1, 2, 2])
+    for b, (n, r) in enumerate(zip(some.indices, some.draw.tolist(), strict=True)):
+        assert torch.equal(some.x_t[b], draws[r].x_t[n])
+    assert draws[1].draw.dtype == torch.int64
+
+
+# ---------------------------------------------------------------------------------------------
+# Precision, and levels at the edges
+# ---------------------------------------------------------------------------------------------
+
+
+def process(prediction_type, first, last):
+    """A variance-preserving process with edges of any kind."""
+    angle = torch.linspace(first, last, 30, dtype=torch.float64)
+    alphas = torch.where(angle < torch.pi / 2, angle.cos(), 0.0)
+    return NoiseProcess(alphas, angle.sin(), torch.arange(30), PredictionType(prediction_type))
+
+
+def in_precision(dtype, measurement, prediction_type, first=0.01, last=1.5):
+    model = seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 1)).to(dtype)
+    objective = DenoisingObjective(model, process(prediction_type, first, last))
+    x0 = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
+    regression = NoisedRegression(objective, x0.to(dtype), timesteps="all")
+    return ExampleGradientLinearOperator(regression, measurement=measurement)
+
+
+@pytest.mark.parametrize("measurement", ["elbo", "simplified_elbo"])
+@pytest.mark.parametrize(
+    ("prediction_type", "last"),
+    [
+        ("epsilon", 1.5),
+        ("epsilon", 1.57079),
+        ("sample", 1.5),
+        ("v_prediction", torch.pi / 2),
+        ("flow", torch.pi / 2),
+    ],
+)
+def test_bounds_in_float32(measurement, prediction_type, last):
+    """Finite and right where predicted examples are far from the data: of little signal."""
+    found, exact = (
+        in_precision(dtype, measurement, prediction_type, last=last)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert_close(found.values().double(), exact.values(), 1e-5)
+    assert_close(found.rows().double(), exact.rows(), 1e-5)
+
+
+def test_reconstructions_in_float32_far_from_the_data():
+    """The slope of the tail is the distance from it: ``log Φ(−u)' = u + 1/u − …``."""
+    x = torch.zeros(1, 5)
+    mean = torch.tensor([[-4.0, -2.0, -1e-3, 0.5, 3.0]], requires_grad=True)
+    value = discretised_log_probability(x, mean, 0.01)
+    (gradient,) = torch.autograd.grad(value.sum(), mean)
+    edge = (mean.detach().abs() - 1 / 255) / 0.01
+    hazard = edge + 1 / edge
+    expected = -mean.detach().sign() * hazard / 0.01
+    far = mean[0].abs() > 0.1
+    assert_close(gradient[:, far], expected[:, far], 1e-5)
+    assert value.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("measurement", "prediction_type", "message"),
+    [
+        ("elbo", "epsilon", r"infinite at the noise levels \[1\]"),
+        ("simplified_elbo", "v_prediction", r"infinite at the noise levels \[1\]"),
+        ("log_likelihood", "sample", "Noise level 0 has no noise"),
+    ],
+)
+def test_a_level_without_noise(measurement, prediction_type, message):
+    with pytest.raises(ValueError, match=message):
+        in_precision(torch.float64, measurement, prediction_type, first=0.0)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("first", [0.0, 0.002])
+def test_trajectories_from_and_to_the_edges(prediction_type, first):
+    """In float32 as in float64; a step without noise counts for nothing."""
+    levels = [25, 10, 2, 1, 0] if prediction_type == "epsilon" else [29, 10, 2, 1, 0]
+    last = 1.5 if prediction_type == "epsilon" else torch.pi / 2
+    values, rows = [], []
+    states = None
+    for dtype in (torch.float64, torch.float32):
+        model = seeded(nn.Conv2d(1, 1, 3, padding=1)).to(dtype)
+        objective = DenoisingObjective(model, process(prediction_type, first, last))
+        if states is None:
+            states = record_trajectories(objective, (2, 1, 3, 3), levels)
+        regression = TrajectoryRegression(objective, states.to(dtype), levels)
+        J = ExampleGradientLinearOperator(regression, measurement=regression.log_probability)
+        values.append(J.values().double())
+        rows.append(J.rows().double())
+    assert_close(values[1], values[0], 1e-4)
+    assert_close(rows[1], rows[0], 1e-3)
+
+
+def test_a_measurement_that_is_infinite():
+    """It is named, not the weights."""
+
+    def root(batch, prediction):
+        return (prediction - prediction.detach()).sqrt().sum(1)
+
+    with pytest.raises(
+        ValueError, match=r"gradient of 'layers.*that of the measurement .* \(example 0, noise"
+    ):
+        ExampleGradientLinearOperator(problem(), measurement=root).rows()

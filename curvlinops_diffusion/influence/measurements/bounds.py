@@ -43,10 +43,15 @@ class SimplifiedELBO(ObjectiveMeasurement):
     variance: str | None = None
 
     def bind(self, objective: DenoisingObjective) -> Measurement:
-        """The measurement for an objective."""
+        """The measurement for an objective.
+
+        Raises:
+            ValueError: If the bound is infinite or does not exist for the objective's noise.
+        """
         steps = AncestralSteps.of(objective.process, self.variance)
         factor_T = steps.noise_error_factor_T() * objective.process.num_levels
         factor_T[0] = 0
+        _check_bounded(factor_T)
 
         def value(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
             squares_B = (prediction_BD - batch.target_BD).square().sum(1)
@@ -77,7 +82,11 @@ class ELBO(ObjectiveMeasurement):
     variance: str | None = None
 
     def bind(self, objective: DenoisingObjective) -> Measurement:
-        """The measurement for an objective."""
+        """The measurement for an objective.
+
+        Raises:
+            ValueError: As :meth:`SimplifiedELBO.bind`.
+        """
         process, T = objective.process, objective.process.num_levels
         steps = AncestralSteps.of(process, self.variance)
         transitions = SimplifiedELBO(self.variance).bind(objective)
@@ -86,6 +95,7 @@ class ELBO(ObjectiveMeasurement):
         ratio_T = steps.small_T / steps.variance_T
         constant_T = 0.5 * (ratio_T - 1 - ratio_T.log())
         constant_T[0] = 0
+        _check_bounded(constant_T)
 
         def value(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
             def clean(y_BD: Tensor) -> Tensor:
@@ -96,12 +106,28 @@ class ELBO(ObjectiveMeasurement):
             alpha, sigma = (s.to(x0_BD) for s in (process.alphas_T[last], process.sigmas_T[last]))
             alpha_B1, sigma_B1 = alpha.unsqueeze(1), sigma.unsqueeze(1)
             divergence = sigma_B1.square() + (alpha_B1 * x0_BD).square() - 1 - 2 * sigma_B1.log()
-            reconstruction_B = -discretised_log_probability(
-                x0_BD, clean(prediction_BD), variance**0.5
-            )
             at_first_B = (batch.level_B == 0).to(x0_BD)
+            # elsewhere it does not count, and might be infinite
+            mean_BD = torch.where(at_first_B.bool().unsqueeze(1), clean(prediction_BD), x0_BD)
+            reconstruction_B = -discretised_log_probability(x0_BD, mean_BD, variance**0.5)
             constant_B = x0_BD.shape[1] * constant_T[batch.level_B].to(x0_BD)
             total_B = transitions(batch, prediction_BD) + T * at_first_B * reconstruction_B
             return total_B + T * constant_B + 0.5 * divergence.sum(1)
 
         return value
+
+
+def _check_bounded(table_T: Tensor) -> None:
+    """Check that the bound is finite at every noise level.
+
+    Raises:
+        ValueError: If it is not: the step to a level without noise has no variance.
+    """
+    infinite = (~table_T.isfinite()).nonzero().flatten().tolist()
+    if infinite:
+        raise ValueError(
+            f"The evidence lower bound is infinite at the noise levels {infinite[:4]}: the steps "
+            "from there have no variance, or their levels no signal (is there a level without "
+            "noise?). Leave that level out of the noise process, or measure 'loss' or a "
+            "WeightedLoss."
+        )

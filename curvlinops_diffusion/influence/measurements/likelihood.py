@@ -50,7 +50,7 @@ class LogLikelihood(ObjectiveMeasurement):
 
         Raises:
             ValueError: If there are fewer noise levels than steps, or one has no signal for a
-                network that predicts the noise.
+                network that predicts the noise, or no noise for one that predicts the example.
         """
         check_count("num_steps", self.num_steps)
         T = objective.process.num_levels
@@ -60,6 +60,15 @@ class LogLikelihood(ObjectiveMeasurement):
             )
         levels = torch.linspace(0, T - 1, self.num_steps + 1, dtype=torch.float64).round().long()
         objective.process.check_clean_is_told(levels, "the velocity of the probability flow")
+        of_x_T, of_y_T = objective.process.noise_coefficients()
+        silent = [n for n in levels.tolist() if not (of_x_T[n] + of_y_T[n]).isfinite()]
+        if silent:
+            raise ValueError(
+                f"Noise level {silent[0]} has no noise, where a prediction of the clean example "
+                "says nothing of it, and the velocity of the probability flow does not exist. "
+                "Leave that level out of the noise process, or predict 'epsilon' or "
+                "'v_prediction'."
+            )
         return ExampleFunction(_Flow(objective, levels.tolist()))
 
 

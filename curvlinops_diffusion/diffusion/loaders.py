@@ -1,0 +1,135 @@
+"""``DataLoader``: which examples of its data set come, in which order, and how many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import copy
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
+
+
+def iterated(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Iterate without touching torch's random state, from which a new iterator draws a seed.
+
+    Raises:
+        ValueError: If the data set has no item of a number that the loader asks for.
+    """
+    state = torch.get_rng_state()
+    iterator = iter(_reentrant(loader))
+    torch.set_rng_state(state)
+    try:
+        yield from iterator
+    except (IndexError, KeyError) as error:
+        raise ValueError(
+            f"An item of the data ({type(loader.dataset).__name__}) cannot be read "
+            f"({type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}). Is its "
+            "length the number of its items?"
+        ) from error
+
+
+def _reentrant(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The loader, of which several iterations may go on at the same time.
+
+    One with persistent workers has a single iterator, which a second iteration begins anew.
+    """
+    if not loader.persistent_workers:
+        return loader
+    other = copy(loader)
+    vars(other).update(persistent_workers=False, _iterator=None)
+    return other
+
+
+def check_loader(loader: DataLoader[Any]) -> None:
+    """Check that a loader yields all of its examples, in the same order each time.
+
+    Raises:
+        ValueError: If it shuffles, leaves out a last batch, or yields one process' part.
+    """
+    batches = loader.batch_sampler
+    samplers = [loader.sampler, batches, getattr(batches, "sampler", None)]
+    for sampler in samplers:
+        _check_order(sampler)
+    # the last of which accelerate's loaders have
+    check_whole(*samplers, loader.dataset, getattr(loader, "state", None))
+    _check_last_batch(loader)
+
+
+def check_whole(*parts: Any) -> None:
+    """Check that samplers and data sets give every process all examples.
+
+    Raises:
+        ValueError: If one gives each a part.
+    """
+    for part in (*parts, *(getattr(part, "_distributed", None) for part in parts)):
+        names = ("num_replicas", "num_processes", "world_size")
+        counts = [getattr(part, name, 1) for name in names]
+        if any(isinstance(count, int) and count > 1 for count in counts):
+            raise ValueError(
+                f"Each process gets a part of the examples (of {max(counts)}, by its "
+                f"{type(part).__name__}). Pass the whole data to every process; "
+                "PassOptions(distributed=True) divides the work."
+            )
+
+
+def _check_order(sampler: Any) -> None:
+    drawn = isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler)
+    if drawn or getattr(sampler, "shuffle", False) is True:
+        what = "" if type(sampler) is RandomSampler else f" (its {type(sampler).__name__})"
+        instead = "" if not what else ", or a Subset of the examples that are meant"
+        raise ValueError(
+            f"The DataLoader shuffles{what}. Every pass must see the same examples in the same "
+            f"order: pass shuffle=False{instead}."
+        )
+
+
+def _check_last_batch(loader: DataLoader[Any]) -> None:
+    batches: Any = loader.batch_sampler
+    if isinstance(loader.dataset, IterableDataset):
+        if loader.drop_last:
+            raise ValueError(
+                "The DataLoader has drop_last=True and would leave out the last examples of a "
+                "stream. Pass drop_last=False."
+            )
+        return
+    if not getattr(batches, "drop_last", False):
+        return
+    try:
+        size, batch = len(batches.sampler), int(batches.batch_size)
+    except (TypeError, AttributeError):
+        raise ValueError(
+            f"The DataLoader's {type(batches).__name__} has drop_last=True and may leave out "
+            "examples. Pass drop_last=False."
+        ) from None
+    if size % batch:
+        raise ValueError(
+            f"The DataLoader has drop_last=True and would leave out {size % batch} of {size} "
+            "examples. Pass drop_last=False."
+        )
+
+
+def known_size(loader: DataLoader[Any]) -> int | None:
+    """The number of examples that come; ``None`` where only a pass over them would tell.
+
+    A sampler may leave out examples or repeat them, and what puts items together may, too.
+    """
+    plain = known_batches(loader) is not None and loader.collate_fn is default_collate
+    return len(loader.sampler) if plain else None  # type: ignore[arg-type]
+
+
+def known_batches(loader: DataLoader[Any]) -> int | None:
+    """The number of batches that come; ``None`` likewise."""
+    batches: Any = loader.batch_sampler
+    own = type(batches) is BatchSampler and batches.sampler is loader.sampler
+    every = type(loader.sampler) is SequentialSampler
+    return len(loader) if own and every and type(loader) is DataLoader else None
