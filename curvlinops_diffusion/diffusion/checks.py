@@ -25,7 +25,7 @@ def check_images(x0: Any, first_index: int) -> Tensor:
     if not isinstance(x0, Tensor):
         raise ValueError(
             f"The clean examples arrived as {type(x0).__name__}. Pass a floating-point tensor of "
-            "shape [batch, ...] (of a data set of the library `datasets`: with_format('torch'))."
+            "shape [batch, ...] (of a data set of Hugging Face: with_format('torch'))."
         )
     if not x0.is_floating_point():
         raise ValueError(

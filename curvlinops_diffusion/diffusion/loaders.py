@@ -83,13 +83,17 @@ def check_whole(*parts: Any) -> None:
 
 
 def _check_order(sampler: Any) -> None:
+    if type(sampler) is RandomSampler:
+        raise ValueError(
+            "The DataLoader shuffles. Every pass must see the same examples in the same order: "
+            "pass shuffle=False."
+        )
     drawn = isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler)
     if drawn or getattr(sampler, "shuffle", False) is True:
-        what = "" if type(sampler) is RandomSampler else f" (its {type(sampler).__name__})"
-        instead = "" if not what else ", or a Subset of the examples that are meant"
         raise ValueError(
-            f"The DataLoader shuffles{what}. Every pass must see the same examples in the same "
-            f"order: pass shuffle=False{instead}."
+            f"The DataLoader's {type(sampler).__name__} chooses or shuffles examples anew each "
+            "time. Every pass must see the same ones in the same order: pass a Subset of the data "
+            "set, without this sampler."
         )
 
 
