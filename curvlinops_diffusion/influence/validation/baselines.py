@@ -157,21 +157,9 @@ class ProbedPrediction:
     def __call__(self, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
         """The component of each prediction, ``[B]``."""
         D = prediction_BD.shape[1]
-        rows = zip(batch.indices, _draw_numbers(batch), strict=True)
+        rows = zip(batch.indices, batch.draw_numbers, strict=True)
         signs_BD = torch.stack([self.draws.signs(n, r, self.number, D) for n, r in rows])
         return (prediction_BD * signs_BD.to(prediction_BD)).sum(1)
-
-
-def _draw_numbers(batch: NoisedBatch) -> list[int]:
-    """The number of each row's draw; an example's draws follow each other."""
-    draw = torch.as_tensor(batch.draw)
-    if draw.ndim:
-        return draw.tolist()
-    numbers: list[int] = []
-    for place, n in enumerate(batch.indices):
-        goes_on = place > 0 and n == batch.indices[place - 1]
-        numbers.append(numbers[-1] + 1 if goes_on else int(draw))
-    return numbers
 
 
 class JourneyRegression(NoisedRegression):
