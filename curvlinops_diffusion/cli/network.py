@@ -15,23 +15,23 @@ import torch
 from diffusers.utils import is_transformers_available
 from diffusers.utils import logging as diffusers_logging
 
-from curvlinops_diffusion.cli.adapters import load_adapters, matching_parameters, names_in
 from curvlinops_diffusion.cli.events import event, say
-from curvlinops_diffusion.cli.images.labels import Condition
-from curvlinops_diffusion.cli.images.preprocessing import Form
-from curvlinops_diffusion.cli.misfits import misfits
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions, ValidateMeasureOptions
 from curvlinops_diffusion.cli.processes import is_first, num_processes
-from curvlinops_diffusion.cli.saved_networks import (
+from curvlinops_diffusion.cli.training_arguments import arguments_text, parse_arguments
+from curvlinops_diffusion.diffusion.image_conditions import ControlledDenoiser
+from curvlinops_diffusion.diffusion.objective import DenoisingObjective
+from curvlinops_diffusion.loading.adapters import load_adapters, matching_parameters, names_in
+from curvlinops_diffusion.loading.labels import Condition
+from curvlinops_diffusion.loading.misfits import misfits
+from curvlinops_diffusion.loading.preprocessing import Form
+from curvlinops_diffusion.loading.saved_networks import (
     check_model,
     check_pipeline,
     check_scheduler,
     parts_of,
 )
-from curvlinops_diffusion.cli.training_arguments import arguments_text, parse_arguments
-from curvlinops_diffusion.cli.weights import check_can_load, check_loaded
-from curvlinops_diffusion.diffusion.image_conditions import ControlledDenoiser
-from curvlinops_diffusion.diffusion.objective import DenoisingObjective
+from curvlinops_diffusion.loading.weights import check_can_load, check_loaded
 from curvlinops_diffusion.runtime.messages import quoted
 from curvlinops_diffusion.runtime.sharded_networks import divide
 

@@ -17,14 +17,14 @@ from curvlinops_diffusion.cli.options import (
     ValidatePlanOptions,
 )
 from curvlinops_diffusion.cli.outputs import check_output, check_output_is_new
-from curvlinops_diffusion.cli.saved_networks import (
+from curvlinops_diffusion.influence.score_files import SCORES
+from curvlinops_diffusion.linalg.operator_files import OPERATOR, read_header
+from curvlinops_diffusion.loading.saved_networks import (
     check_adapter,
     check_model,
     check_pipeline,
     check_scheduler,
 )
-from curvlinops_diffusion.influence.score_files import SCORES
-from curvlinops_diffusion.linalg.operator_files import OPERATOR, read_header
 from curvlinops_diffusion.runtime.files import check_can_be_made
 
 _OUTPUTS = {

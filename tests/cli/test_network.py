@@ -14,11 +14,11 @@ from torchvision.transforms import functional as transforms
 
 from curvlinops_diffusion import NoisedRegression
 from curvlinops_diffusion.cli.commands.fit import training_regression
-from curvlinops_diffusion.cli.images.images import open_images
-from curvlinops_diffusion.cli.images.labels import Condition
-from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import FitOptions
+from curvlinops_diffusion.loading.images import open_images
+from curvlinops_diffusion.loading.labels import Condition
+from curvlinops_diffusion.loading.preprocessing import Form
 from tests.diffusion import test_pipelines as pipelines
 
 

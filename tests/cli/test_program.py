@@ -26,7 +26,6 @@ from curvlinops_diffusion import (
     retraining_scores,
 )
 from curvlinops_diffusion.cli.commands import cost
-from curvlinops_diffusion.cli.images.images import open_images
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions
 from curvlinops_diffusion.cli.program import run
@@ -34,6 +33,7 @@ from curvlinops_diffusion.cli.score_files import read_scores
 from curvlinops_diffusion.influence.retraining import RIDGE
 from curvlinops_diffusion.influence.split_half import rank_correlation
 from curvlinops_diffusion.linalg.operator_files import read_header
+from curvlinops_diffusion.loading.images import open_images
 from tests.cli.cases import COUNT, arguments, process, write_images
 from tests.cli.test_start import start
 from tests.comparisons import assert_close

@@ -17,13 +17,13 @@ from curvlinops_diffusion import (
     removal_effects,
 )
 from curvlinops_diffusion.cli.commands.validate_measure import networks_of
-from curvlinops_diffusion.cli.images.images import open_images
-from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.measured_files import read_measured
-from curvlinops_diffusion.cli.page.rankings import rows_of
 from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.cli.score_files import read_scores, write_scores
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
+from curvlinops_diffusion.loading.images import open_images
+from curvlinops_diffusion.loading.preprocessing import Form
+from curvlinops_diffusion.page.rankings import rows_of
 from tests.cases import stopped, tiny_unet
 from tests.cli.cases import COUNT, arguments
 from tests.cli.test_adapters import config, peft_folder, trained

@@ -7,7 +7,6 @@ from typing import Any
 from curvlinops_diffusion.cli.checkpoints import checkpoint_of, going_on, nothing_to_do, remove
 from curvlinops_diffusion.cli.commands.cost import fit_cost
 from curvlinops_diffusion.cli.events import event, say
-from curvlinops_diffusion.cli.images.images import NamedImages, open_images
 from curvlinops_diffusion.cli.network import Network, load_network, of_text_encoders
 from curvlinops_diffusion.cli.options import FitOptions, in_bytes
 from curvlinops_diffusion.cli.outputs import check_output_is_same
@@ -16,6 +15,7 @@ from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
 from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.linalg.operator_files import read_header
+from curvlinops_diffusion.loading.images import NamedImages, open_images
 from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.passes import PassOptions
 

@@ -9,22 +9,9 @@ from typing import Any
 import jinja2
 from torch import Tensor
 
-from curvlinops_diffusion.cli import page
+from curvlinops_diffusion import page
 from curvlinops_diffusion.cli.events import event, say
-from curvlinops_diffusion.cli.images.images import NamedImages, open_images
-from curvlinops_diffusion.cli.images.labels import Condition
-from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.options import ReportOptions
-from curvlinops_diffusion.cli.page.figures import histogram, operator_summary
-from curvlinops_diffusion.cli.page.rankings import (
-    Row,
-    Sizes,
-    common_images,
-    is_regression,
-    meaning,
-    rows_of,
-)
-from curvlinops_diffusion.cli.page.thumbnails import QUERY_SIZE, TRAINING_SIZE, Thumbnails
 from curvlinops_diffusion.cli.score_files import agreement, read_scores
 from curvlinops_diffusion.influence.measurements.registry import (
     MEASUREMENTS,
@@ -32,6 +19,19 @@ from curvlinops_diffusion.influence.measurements.registry import (
     sentence_of,
 )
 from curvlinops_diffusion.linalg.operator_files import read_header
+from curvlinops_diffusion.loading.images import NamedImages, open_images
+from curvlinops_diffusion.loading.labels import Condition
+from curvlinops_diffusion.loading.preprocessing import Form
+from curvlinops_diffusion.page.figures import histogram, operator_summary
+from curvlinops_diffusion.page.rankings import (
+    Row,
+    Sizes,
+    common_images,
+    is_regression,
+    meaning,
+    rows_of,
+)
+from curvlinops_diffusion.page.thumbnails import QUERY_SIZE, TRAINING_SIZE, Thumbnails
 from curvlinops_diffusion.runtime.files import check_same, write_bytes
 
 TEMPLATE = Path(page.__file__).parent / "page.html.j2"

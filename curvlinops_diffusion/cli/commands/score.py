@@ -11,7 +11,6 @@ from curvlinops_diffusion.cli.commands.cost import score_cost
 from curvlinops_diffusion.cli.commands.fit import training_images, training_regression
 from curvlinops_diffusion.cli.commands.scoring import Scoring, inversion_of
 from curvlinops_diffusion.cli.events import event, say
-from curvlinops_diffusion.cli.images.images import NamedImages, open_images
 from curvlinops_diffusion.cli.network import Network, load_network, of_text_encoders
 from curvlinops_diffusion.cli.options import ScoreOptions, in_bytes
 from curvlinops_diffusion.cli.outputs import check_output_is_same
@@ -20,6 +19,7 @@ from curvlinops_diffusion.cli.score_files import agreement, header_and_scores
 from curvlinops_diffusion.curvature.load import load_operator
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.linalg.operator_files import read_header
+from curvlinops_diffusion.loading.images import NamedImages, open_images
 from curvlinops_diffusion.runtime.files import check_same, check_space
 from curvlinops_diffusion.runtime.passes import PassOptions
 

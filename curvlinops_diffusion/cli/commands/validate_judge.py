@@ -10,12 +10,11 @@ from typing import Any
 import jinja2
 from torch import Tensor
 
-from curvlinops_diffusion.cli import page
+from curvlinops_diffusion import page
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.measured_files import read_measured
 from curvlinops_diffusion.cli.options import ValidateJudgeOptions
 from curvlinops_diffusion.cli.outputs import check_output, check_output_is_new
-from curvlinops_diffusion.cli.page.figures import intervals
 from curvlinops_diffusion.cli.score_files import read_scores, whole
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
 from curvlinops_diffusion.influence.validation.judgements import (
@@ -23,6 +22,7 @@ from curvlinops_diffusion.influence.validation.judgements import (
     removal_effects,
 )
 from curvlinops_diffusion.influence.validation.plans import RetrainingPlan
+from curvlinops_diffusion.page.figures import intervals
 from curvlinops_diffusion.runtime.files import write_bytes
 
 TEMPLATE = Path(page.__file__).parent / "validation.html.j2"

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from curvlinops_diffusion.cli.checkpoints import checkpoint_of, going_on, remove
 from curvlinops_diffusion.cli.events import event, say
-from curvlinops_diffusion.cli.images.images import open_images
-from curvlinops_diffusion.cli.images.preprocessing import Form
 from curvlinops_diffusion.cli.measured_files import MEASURED
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import ValidateMeasureOptions
@@ -21,6 +19,8 @@ from curvlinops_diffusion.cli.outputs import check_output, check_output_is_new
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.validation.plans import RetrainingPlan
+from curvlinops_diffusion.loading.images import open_images
+from curvlinops_diffusion.loading.preprocessing import Form
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
 
 _SEED = re.compile(r"_seed(\d+)$")

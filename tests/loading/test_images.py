@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from curvlinops_diffusion.cli.images.images import open_images
-from curvlinops_diffusion.cli.images.labels import Condition
-from curvlinops_diffusion.cli.images.preprocessing import Form
+from curvlinops_diffusion.loading.images import open_images
+from curvlinops_diffusion.loading.labels import Condition
+from curvlinops_diffusion.loading.preprocessing import Form
 from tests.cli.cases import write_images
 
 FORM = Form(1, (8, 8), None)

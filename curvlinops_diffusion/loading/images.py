@@ -12,19 +12,19 @@ import torch
 from torch import Size, Tensor
 from torch.utils.data import Dataset
 
-from curvlinops_diffusion.cli.images.arrays import Arrays
-from curvlinops_diffusion.cli.images.folders import (
+from curvlinops_diffusion.loading.arrays import Arrays
+from curvlinops_diffusion.loading.folders import (
     SUFFIXES,
     Files,
     captions_in_files,
     check_one_part,
     classes_of,
 )
-from curvlinops_diffusion.cli.images.labels import Classes, Condition
-from curvlinops_diffusion.cli.images.metadata import Metadata
-from curvlinops_diffusion.cli.images.opened import Source, opened
-from curvlinops_diffusion.cli.images.preprocessing import Form, upright_size
-from curvlinops_diffusion.cli.images.saved import SavedDataset
+from curvlinops_diffusion.loading.labels import Classes, Condition
+from curvlinops_diffusion.loading.metadata import Metadata
+from curvlinops_diffusion.loading.opened import Source, opened
+from curvlinops_diffusion.loading.preprocessing import Form, upright_size
+from curvlinops_diffusion.loading.saved import SavedDataset
 from curvlinops_diffusion.runtime.digests import digest_of
 
 _ACCEPTED = (

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from curvlinops_diffusion.cli.images.labels import Classes
-from curvlinops_diffusion.cli.images.tables import OTHER_TABLES, TABLES
+from curvlinops_diffusion.loading.labels import Classes
+from curvlinops_diffusion.loading.tables import OTHER_TABLES, TABLES
 
 SUFFIXES = {
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),

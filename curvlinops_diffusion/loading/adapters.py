@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from curvlinops_diffusion.cli.adapter_loading import ACCEPTED, load_adapter, replaced_message
-from curvlinops_diffusion.cli.weights import listed
+from curvlinops_diffusion.loading.adapter_loading import ACCEPTED, load_adapter, replaced_message
+from curvlinops_diffusion.loading.weights import listed
 from curvlinops_diffusion.runtime.adapters import common_names
 
 

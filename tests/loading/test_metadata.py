@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curvlinops_diffusion.cli.images.images import open_images
-from curvlinops_diffusion.cli.images.labels import Condition
-from curvlinops_diffusion.cli.images.preprocessing import Form
+from curvlinops_diffusion.loading.images import open_images
+from curvlinops_diffusion.loading.labels import Condition
+from curvlinops_diffusion.loading.preprocessing import Form
 from tests.cli.cases import write_images
 
 FORM, PROMPT = Form(1, (8, 8), None), Condition("prompt")

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from curvlinops_diffusion import ExampleGradientLinearOperator, NoisedRegression
-from curvlinops_diffusion.cli.adapters import load_adapters, names_in
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import FitOptions
+from curvlinops_diffusion.loading.adapters import load_adapters, names_in
 from tests.comparisons import assert_close
 from tests.diffusion import test_pipelines as pipelines
 from tests.reference import example_gradients, params_of

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from curvlinops_diffusion.cli.images.preprocessing import FILE_CHANNELS, Form
+from curvlinops_diffusion.loading.preprocessing import FILE_CHANNELS, Form
 
 _HOLDS = (
     "It must hold 'images': bytes [N, height, width, channels], or floating point in [-1, 1], "

@@ -9,7 +9,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 from unicodedata import normalize
 
-from curvlinops_diffusion.cli.images.tables import OTHER_TABLES, lines_of
+from curvlinops_diffusion.loading.tables import OTHER_TABLES, lines_of
 
 #: The columns that are read, and what they are called here.
 COLUMNS = {

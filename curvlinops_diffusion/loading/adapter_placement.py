@@ -10,8 +10,8 @@ from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_
 from diffusers.utils.state_dict_utils import StateDictType
 from torch import Tensor, nn
 
-from curvlinops_diffusion.cli.adapter_files import ADDITIONS, AdapterFile, Conversion
-from curvlinops_diffusion.cli.weights import listed
+from curvlinops_diffusion.loading.adapter_files import ADDITIONS, AdapterFile, Conversion
+from curvlinops_diffusion.loading.weights import listed
 from curvlinops_diffusion.runtime.adapters import adapter_of
 
 # which part of a pipeline a name begins with; None is the denoiser

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from curvlinops_diffusion.cli.images.labels import Classes
-from curvlinops_diffusion.cli.images.metadata import COLUMNS, IMAGE_COLUMNS
+from curvlinops_diffusion.loading.labels import Classes
+from curvlinops_diffusion.loading.metadata import COLUMNS, IMAGE_COLUMNS
 from curvlinops_diffusion.runtime.digests import digest_of
 
 # what training scripts take by default, and what is taken among several

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from curvlinops_diffusion.cli.saved_networks import parts_of
+from curvlinops_diffusion.loading.saved_networks import parts_of
 
 
 def misfits(folder: Path) -> list[str]:

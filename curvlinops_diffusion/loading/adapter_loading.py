@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from curvlinops_diffusion.cli.adapter_files import (
+from curvlinops_diffusion.loading.adapter_files import (
     AdapterFile,
     converted,
     of_other_kinds,
@@ -18,7 +18,7 @@ from curvlinops_diffusion.cli.adapter_files import (
     unpaired,
     unplaced_message,
 )
-from curvlinops_diffusion.cli.adapter_placement import (
+from curvlinops_diffusion.loading.adapter_placement import (
     Stored,
     add_to_weights,
     by_part,
@@ -26,7 +26,7 @@ from curvlinops_diffusion.cli.adapter_placement import (
     set_scales,
     settle,
 )
-from curvlinops_diffusion.cli.weights import listed
+from curvlinops_diffusion.loading.weights import listed
 from curvlinops_diffusion.runtime.messages import quoted
 
 _PEFT = "adapter_config.json"

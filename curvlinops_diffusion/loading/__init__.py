@@ -1,0 +1,1 @@
+"""Images, captions, adapters, networks and weights as people have them on disk."""
