@@ -69,8 +69,9 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
     from curvlinops_diffusion.influence.projection import RandomProjection
     from curvlinops_diffusion.influence.retraining import retraining_scores
     from curvlinops_diffusion.influence.scores import (
-        group_and_self_influence,
+        group_influence_scores,
         influence_scores,
+        self_influence_scores,
         stream_gradients,
         top_influences,
     )
@@ -166,7 +167,7 @@ __all__ = [
     "d_trak_scores",
     "das_scores",
     "forward_only_scores",
-    "group_and_self_influence",
+    "group_influence_scores",
     "influence_scores",
     "influence_scores_by_band",
     "influence_scores_by_layer",
@@ -177,6 +178,7 @@ __all__ = [
     "record_trajectories",
     "removal_effects",
     "retraining_scores",
+    "self_influence_scores",
     "split_half_scores",
     "squared_norm",
     "stream_gradients",
@@ -247,7 +249,7 @@ _MODULES = {
     "d_trak_scores": "influence.validation.baselines",
     "das_scores": "influence.validation.baselines",
     "forward_only_scores": "influence.finite_steps",
-    "group_and_self_influence": "influence.scores",
+    "group_influence_scores": "influence.scores",
     "influence_scores": "influence.scores",
     "influence_scores_by_band": "influence.parts",
     "influence_scores_by_layer": "influence.parts",
@@ -258,6 +260,7 @@ _MODULES = {
     "record_trajectories": "influence.measurements.trajectories",
     "removal_effects": "influence.validation.judgements",
     "retraining_scores": "influence.retraining",
+    "self_influence_scores": "influence.scores",
     "split_half_scores": "influence.split_half",
     "squared_norm": "influence.measurements.losses",
     "stream_gradients": "influence.scores",

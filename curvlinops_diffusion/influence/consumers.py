@@ -6,13 +6,12 @@ Legend: Q queries, N training examples, B a batch of them, K groups, P parameter
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.scorers import Scorer
 from curvlinops_diffusion.linalg.operator import check_whole
@@ -28,12 +27,9 @@ class GradientConsumer(ABC):
     def begin(self) -> None:  # noqa: B027  most need nothing
         """Make what is needed; on all processes together, unless the pass was finished before."""
 
-    def prepare(self, clean: CleanBatch) -> None:  # noqa: B027  most need nothing
-        """Compute what else is needed of a batch, before its gradients come."""
-
     @abstractmethod
-    def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
-        """Take the gradients of some training examples."""
+    def add(self, indices: Sequence[int], *rows_BP: Tensor) -> None:
+        """Take the gradients of some training examples, ``[B, P]`` of each stream."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -48,34 +44,36 @@ class ScoringConsumer(GradientConsumer):
     """Something made of the scores of training examples.
 
     Args:
-        scorer: Scores a batch.
+        make_scorer: Makes what scores a batch.
     """
 
-    def __init__(self, scorer: Scorer):
-        self._scorer = scorer
+    def __init__(self, make_scorer: Callable[[], Scorer]):
+        self._make_scorer = make_scorer
+        self._scorer: Scorer | None = None
 
     def begin(self) -> None:
-        """Make what scores need."""
-        self._scorer.begin()
+        """Make the scorer."""
+        self._scorer = self._make_scorer()
 
-    def prepare(self, clean: CleanBatch) -> None:
-        """Compute what scores need of a batch."""
-        self._scorer.prepare(clean)
+    def scores_of(self, *rows_BP: Tensor) -> dict[str, Tensor]:
+        """Scores of a batch, ``[Q, B]``, by name."""
+        assert self._scorer is not None, "begin comes first"
+        return self._scorer(*rows_BP)
 
 
 class PairwiseScores(ScoringConsumer):
     """All scores by name, ``[Q, N]`` each.
 
     Args:
-        scorer: Scores a batch.
+        make_scorer: Makes what scores a batch.
         num_data: ``N``.
 
     Attributes:
         scores: Those seen so far; zero where there are none.
     """
 
-    def __init__(self, scorer: Scorer, num_data: int):
-        super().__init__(scorer)
+    def __init__(self, make_scorer: Callable[[], Scorer], num_data: int):
+        super().__init__(make_scorer)
         self._num_data = num_data
         self.scores: dict[str, Tensor] = {}
 
@@ -84,9 +82,9 @@ class PairwiseScores(ScoringConsumer):
         """The main ones."""
         return self.scores["scores"]
 
-    def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
+    def add(self, indices: Sequence[int], *rows_BP: Tensor) -> None:
         """Fill the examples' columns."""
-        for name, scores_QB in self._scorer.scores(rows_BP).items():
+        for name, scores_QB in self.scores_of(*rows_BP).items():
             if name not in self.scores:
                 self.scores[name] = scores_QB.new_zeros(len(scores_QB), self._num_data)
             self.scores[name][:, list(indices)] = scores_QB
@@ -106,21 +104,21 @@ class OwnScores(ScoringConsumer):
     They are no sums: a pass whose sums are not added up leaves each process with its own.
 
     Args:
-        scorer: Scores a batch.
+        make_scorer: Makes what scores a batch.
         share: The process.
     """
 
     #: The name of the examples' numbers, ``[n]``.
     INDEX = "index"
 
-    def __init__(self, scorer: Scorer, share: Share):
-        super().__init__(scorer)
+    def __init__(self, make_scorer: Callable[[], Scorer], share: Share):
+        super().__init__(make_scorer)
         self._part = str(share.rank)
         self._pieces: list[dict[str, Tensor]] = []
 
-    def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
+    def add(self, indices: Sequence[int], *rows_BP: Tensor) -> None:
         """Keep the examples' scores."""
-        scores = {name: z_QB.cpu() for name, z_QB in self._scorer.scores(rows_BP).items()}
+        scores = {name: z_QB.cpu() for name, z_QB in self.scores_of(*rows_BP).items()}
         self._pieces.append({**scores, self.INDEX: torch.tensor(list(indices))})
 
     @property
@@ -156,9 +154,9 @@ class GradientRows(GradientConsumer):
     def __init__(self, J_train: ExampleGradientLinearOperator):
         self.rows_NP = torch.zeros(J_train.shape, dtype=J_train.dtype, device=J_train.device)
 
-    def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
+    def add(self, indices: Sequence[int], *rows_BP: Tensor) -> None:
         """Fill the examples' rows."""
-        self.rows_NP[list(indices)] = rows_BP
+        (self.rows_NP[list(indices)],) = rows_BP
 
     def tensors(self) -> dict[str, Tensor]:
         """The rows; zero where none were computed."""
@@ -211,7 +209,7 @@ class TopScores(ScoringConsumer):
     """The ``k`` largest, least, and nearest to zero of each query's scores, so far.
 
     Args:
-        scorer: Scores a batch.
+        make_scorer: Makes what scores a batch.
         num_data: ``N``.
         k: How many of each.
         share: The process: what several have found is brought together.
@@ -220,15 +218,15 @@ class TopScores(ScoringConsumer):
     # an order in which the scores sought come first
     ORDERS = ("positive", "negative", "neutral")
 
-    def __init__(self, scorer: Scorer, num_data: int, k: int, share: Share):
-        super().__init__(scorer)
+    def __init__(self, make_scorer: Callable[[], Scorer], num_data: int, k: int, share: Share):
+        super().__init__(make_scorer)
         self._k = min(check_count("k", k), num_data)
         self._part = str(share.rank)
         self._found: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
+    def add(self, indices: Sequence[int], *rows_BP: Tensor) -> None:
         """Compare the examples with the best so far."""
-        scores_QB = self._scorer.scores(rows_BP)["scores"]
+        scores_QB = self.scores_of(*rows_BP)["scores"]
         index_QB = torch.tensor(list(indices), device=scores_QB.device).expand_as(scores_QB)
         for order in self.ORDERS:
             self._merge(order, scores_QB, index_QB)
@@ -283,9 +281,9 @@ class GroupSums(GradientConsumer):
         self._groups_NK = groups_NK
         self.sums_KP = groups_NK.new_zeros(groups_NK.shape[1], num_params)
 
-    def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
+    def add(self, indices: Sequence[int], *rows_BP: Tensor) -> None:
         """Add the gradients to their groups'."""
-        self.sums_KP += self._groups_NK[list(indices)].T @ rows_BP
+        self.sums_KP += self._groups_NK[list(indices)].T @ rows_BP[0]
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums."""
@@ -299,37 +297,25 @@ class GroupSums(GradientConsumer):
 class SelfInfluence(GradientConsumer):
     """``τ(n, n) = 1/N ∇ℓ_nᵀ G_inv ∇ℓ'_n``, ``[N]``.
 
+    ``∇ℓ'`` are those of the second stream, from other draws say, or if there is one alone its own.
+
     Args:
         G_inv: Inverse curvature.
         num_data: ``N``.
-        J_again: Gradients ``∇ℓ'`` of the same examples from other draws; ``None`` for those that
-            stream past.
 
     Raises:
         ValueError: If the curvature's blocks are shared among processes.
     """
 
-    def __init__(
-        self,
-        G_inv: PyTorchLinearOperator,
-        num_data: int,
-        J_again: ExampleGradientLinearOperator | None = None,
-    ):
+    def __init__(self, G_inv: PyTorchLinearOperator, num_data: int):
         check_whole(G_inv, "Self-influence")
         self._G_inv = G_inv
-        self._J_again = J_again
-        self._again_BP: Tensor | None = None
         self.values_N = torch.zeros(num_data, dtype=G_inv.dtype, device=G_inv.device)
 
-    def prepare(self, clean: CleanBatch) -> None:
-        """Compute the gradients from other draws."""
-        if self._J_again is not None:
-            self._again_BP = self._J_again.rows_of(clean)
-
-    def add(self, indices: Sequence[int], rows_BP: Tensor) -> None:
+    def add(self, indices: Sequence[int], *rows_BP: Tensor) -> None:
         """Fill the examples' entries."""
-        products_PB = self._G_inv @ (rows_BP if self._again_BP is None else self._again_BP).T
-        self.values_N[list(indices)] = (rows_BP.T * products_PB).sum(0) / len(self.values_N)
+        products_PB = self._G_inv @ rows_BP[-1].T
+        self.values_N[list(indices)] = (rows_BP[0].T * products_PB).sum(0) / len(self.values_N)
 
     def tensors(self) -> dict[str, Tensor]:
         """The values; zero where none were computed."""

@@ -21,7 +21,7 @@ from curvlinops_diffusion.influence.consumers import (
     SelfInfluence,
 )
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.scorers import InnerProducts
+from curvlinops_diffusion.influence.scorers import inner_products
 from curvlinops_diffusion.influence.scores import (
     batch_columns,
     curvature_settings,
@@ -361,7 +361,8 @@ class _Kernel:
 
     def products(self, vectors_PK: Tensor, name: str, settings: dict[str, Any]) -> Tensor:
         """``[∇f_nᵀ v_k]``, ``[K, N]``."""
-        consumer = PairwiseScores(InnerProducts(vectors_PK, self.num_data), self.num_data)
+        scorer = inner_products(self.num_data)([vectors_PK])
+        consumer = PairwiseScores(lambda: scorer, self.num_data)
         self._stream(consumer, name, settings)
         return consumer.scores_QN * self.num_data
 

@@ -5,10 +5,8 @@ Legend: Q queries, N training examples, P parameters, G parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,13 +16,8 @@ from curvlinops_diffusion.influence.consumers import PairwiseScores
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.measurements.base import ExampleFunction, Measurement
 from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_of
-from curvlinops_diffusion.influence.scorers import InnerProducts, Scorer
-from curvlinops_diffusion.influence.scores import (
-    preconditioned_columns,
-    query_blocks,
-    score_settings,
-    stream_gradients,
-)
+from curvlinops_diffusion.influence.scorers import inner_products, products_by_layer
+from curvlinops_diffusion.influence.scores import scored_blocks
 from curvlinops_diffusion.linalg.operator import check_same_parameters
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
@@ -89,24 +82,16 @@ def influence_scores_by_layer(
     sizes = dict(zip(names, J_train.parameter_sizes, strict=True))
     places = _places(names, sizes, layers)
     N = J_train.shape[0]
-    parts: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-    for queries in query_blocks(J_query, query_block):
-        settings = {
-            **score_settings(J_query, G_inv, queries, passes),
-            "layers": {layer: list(part) for layer, part in layers.items()},
-        }
-        with preconditioned_columns(J_query, G_inv, queries, passes, settings) as columns:
-            consumer = PairwiseScores(_ProductsByLayer(columns, N, places), N)
-            stream_gradients(
-                J_train,
-                {"scores": consumer},
-                name=f"Scores by layer from query {queries.start}",
-                settings=settings,
-                passes=passes,
-            )
-        for layer, scores_QN in consumer.scores.items():
-            parts[layer].append(scores_QN)
-    return {layer: torch.cat(scores) for layer, scores in parts.items()}
+    loop = scored_blocks(
+        *(J_query, G_inv, J_train, products_by_layer(N, places)),
+        lambda make: PairwiseScores(make, N),
+        name="Scores by layer",
+        settings={"layers": {layer: list(part) for layer, part in layers.items()}},
+        query_block=query_block,
+        passes=passes,
+    )
+    parts = [consumer.scores for _, consumer in loop]
+    return {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
 
 
 def influence_scores_by_band(
@@ -165,29 +150,16 @@ def influence_scores_by_band(
         )
         for band in bands
     ]
-    N = J_train.shape[0]
-    parts = []
-    for queries in query_blocks(J_query, max(1, query_block // len(bands))):
-        settings = {
-            **score_settings(J_query, G_inv, queries, passes),
-            "bands": [list(band) for band in bands],
-        }
-        with ExitStack() as stack:
-            columns = [
-                stack.enter_context(preconditioned_columns(J, G_inv, queries, passes, settings))
-                for J in operators
-            ]
-            scorer = InnerProducts(partial(_side_by_side, columns), N)
-            consumer = PairwiseScores(scorer, N)
-            stream_gradients(
-                J_train,
-                {"scores": consumer},
-                name=f"Scores by band from query {queries.start}",
-                settings=settings,
-                passes=passes,
-            )
-        parts.append(consumer.scores_QN.reshape(len(bands), len(queries), N))
-    return torch.cat(parts, 1)
+    N, G = J_train.shape[0], len(bands)
+    loop = scored_blocks(
+        *(operators, G_inv, J_train, inner_products(N)),
+        lambda make: PairwiseScores(make, N),
+        name="Scores by band",
+        settings={"bands": [list(band) for band in bands]},
+        query_block=max(1, query_block // G),
+        passes=passes,
+    )
+    return torch.cat([c.scores_QN.reshape(G, len(queries), N) for queries, c in loop], 1)
 
 
 @dataclass(frozen=True)
@@ -216,45 +188,3 @@ def _places(
         layer: [slice(starts[name], starts[name] + sizes[name]) for name in part]
         for layer, part in layers.items()
     }
-
-
-def _side_by_side(columns: Sequence[Callable[[], Tensor]]) -> Tensor:
-    return torch.cat([make() for make in columns], 1)
-
-
-class _ProductsByLayer(Scorer):
-    """Inner products over each layer's parameters.
-
-    Args:
-        columns: Makes the queries' preconditioned gradients.
-        num_data: ``N``.
-        places: Where each layer's parameters are.
-    """
-
-    def __init__(
-        self,
-        columns: Callable[[], Tensor],
-        num_data: int,
-        places: Mapping[str, Sequence[slice]],
-    ):
-        self._make = columns
-        self._num_data = num_data
-        self._places = places
-        self._products: dict[str, list[tuple[slice, InnerProducts]]] = {}
-
-    def begin(self) -> None:
-        """Make the columns."""
-        columns_PQ = self._make()
-        self._products = {
-            layer: [(place, InnerProducts(columns_PQ[place], self._num_data)) for place in own]
-            for layer, own in self._places.items()
-        }
-
-    def scores(self, rows_BP: Tensor) -> dict[str, Tensor]:
-        """The scores of a batch by layer."""
-        return {
-            layer: torch.stack(
-                [products.scores(rows_BP[:, place])["scores"] for place, products in own]
-            ).sum(0)
-            for layer, own in self._products.items()
-        }

@@ -10,9 +10,9 @@ Legend: Q queries, N training examples, B a batch of them, K groups, P parameter
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,12 +22,13 @@ from curvlinops_diffusion.influence.consumers import (
     GradientConsumer,
     GroupSums,
     PairwiseScores,
+    ScoringConsumer,
     SelfInfluence,
     TopInfluences,
     TopScores,
 )
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.scorers import InnerProducts
+from curvlinops_diffusion.influence.scorers import MakeScorer, Scorer, inner_products
 from curvlinops_diffusion.linalg.operator import check_same_parameters
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.adapters import common_list
@@ -41,7 +42,7 @@ from curvlinops_diffusion.runtime.sums import Together
 
 
 def stream_gradients(
-    J_train: ExampleGradientLinearOperator,
+    J_train: ExampleGradientLinearOperator | Sequence[ExampleGradientLinearOperator],
     consumers: Mapping[str, GradientConsumer],
     *,
     name: str = "Influence",
@@ -52,7 +53,8 @@ def stream_gradients(
     """Stream the training gradients past consumers, in one pass.
 
     Args:
-        J_train: Gradients of the training losses.
+        J_train: Gradients of the training losses; or several of the same examples, of other draws
+            say, which stream side by side.
         consumers: What is made of them, by name.
         name: The name of the pass, for progress and checkpoints.
         settings: What the consumers' results depend on besides the training gradients, as plain
@@ -69,20 +71,21 @@ def stream_gradients(
         for consumer in consumers.values():
             consumer.begin()
 
-    def prepare(clean: CleanBatch) -> tuple[Sequence[int], Tensor]:
-        for consumer in consumers.values():
-            consumer.prepare(clean)
-        return clean.indices, J_train.rows_of(clean)
+    def prepare(clean: CleanBatch) -> tuple[Sequence[int], list[Tensor]]:
+        return clean.indices, [J.rows_of(clean) for J in streams]
 
-    def step(gradients: tuple[Sequence[int], Tensor]) -> None:
+    def step(gradients: tuple[Sequence[int], list[Tensor]]) -> None:
+        indices, rows = gradients
         for consumer in consumers.values():
-            consumer.add(*gradients)
+            consumer.add(indices, *rows)
 
-    own = {"params": common_list(J_train.param_names), "measurement": name_of(J_train.measurement)}
+    streams = [J_train] if isinstance(J_train, ExampleGradientLinearOperator) else list(J_train)
+    first = streams[0]
+    own = {"params": common_list(first.param_names), "measurement": name_of(first.measurement)}
     running = Together(consumers)
     settings = {**own, **(settings or {})}
     run_pass(
-        *(name, J_train.regression, running, step, passes, settings, prepare),
+        *(name, first.regression, running, step, passes, settings, prepare),
         begin=begin,
         summed=summed,
     )
@@ -132,25 +135,22 @@ def influence_scores(
         >>> scores.shape  # [Q, N]
         torch.Size([2, 10])
     """
-    check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
     passes = replace(passes, progressbar=progressbar or passes.progressbar)
-    N, parts = J_train.shape[0], []
-    for queries in query_blocks(J_query, query_block):
-        settings = score_settings(J_query, G_inv, queries, passes)
-        with preconditioned_columns(J_query, G_inv, queries, passes, settings) as columns:
-            if isinstance(J_train, ExampleGradientLinearOperator):
-                consumer = PairwiseScores(InnerProducts(columns, N), N)
-                stream_gradients(
-                    J_train,
-                    {"scores": consumer},
-                    name=f"Scores from query {queries.start}",
-                    settings=settings,
-                    passes=passes,
-                )
-                parts.append(consumer.scores_QN)
-            else:
-                parts.append((J_train @ columns()).T / N)
-    return torch.cat(parts)
+    N = J_train.shape[0]
+    if not isinstance(J_train, ExampleGradientLinearOperator):
+        check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
+        share = Share.of(passes.distributed)
+        blocks = query_blocks(J_query, query_block)
+        return torch.cat(
+            [(J_train @ (G_inv @ gradient_columns(J_query, b, share))).T / N for b in blocks]
+        )
+    loop = scored_blocks(
+        *(J_query, G_inv, J_train, inner_products(N)),
+        lambda make: PairwiseScores(make, N),
+        query_block=query_block,
+        passes=passes,
+    )
+    return torch.cat([consumer.scores_QN for _, consumer in loop])
 
 
 def top_influences(
@@ -187,44 +187,34 @@ def top_influences(
         >>> torch.equal(found.positive.indices, scores.topk(3).indices)
         True
     """
-    check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
-    share, N, parts = Share.of(passes.distributed), J_train.shape[0], []
-    for queries in query_blocks(J_query, query_block):
-        settings = {**score_settings(J_query, G_inv, queries, passes), "k": k}
-        with preconditioned_columns(J_query, G_inv, queries, passes, settings) as columns:
-            consumer = TopScores(InnerProducts(columns, N), N, k, share)
-            stream_gradients(
-                J_train,
-                {"top": consumer},
-                name=f"Top scores from query {queries.start}",
-                settings=settings,
-                passes=passes,
-            )
-        parts.append(consumer.result)
-    return TopInfluences.of_blocks(parts)
+    share, N = Share.of(passes.distributed), J_train.shape[0]
+    loop = scored_blocks(
+        *(J_query, G_inv, J_train, inner_products(N)),
+        lambda make: TopScores(make, N, k, share),
+        name="Top scores",
+        settings={"k": k},
+        query_block=query_block,
+        passes=passes,
+    )
+    return TopInfluences.of_blocks([consumer.result for _, consumer in loop])
 
 
-def group_and_self_influence(
+def group_influence_scores(
     J_query: PyTorchLinearOperator,
     G_inv: PyTorchLinearOperator,
     J_train: ExampleGradientLinearOperator,
     groups: Tensor,
     *,
-    self_seed: int | None = None,
     passes: PassOptions = PLAIN,
-) -> tuple[Tensor, Tensor]:
-    r"""Influence of groups on queries, and of each example on itself, in one pass.
+) -> Tensor:
+    r"""Influence of groups of training examples on queries, in one pass.
 
     No pairwise scores are formed: the gradients of a group are added up first, so that the number
     of queries costs nothing in the pass::
 
-        τ(q, S) = 1/N ∇m_qᵀ G_inv Σ_{n ∈ S} ∇ℓ_n        τ(n, n) = 1/N ∇ℓ_nᵀ G_inv ∇ℓ_n
+        τ(q, S) = 1/N ∇m_qᵀ G_inv Σ_{n ∈ S} ∇ℓ_n
 
-    With the same draws on both sides, the influence of an example on itself is too large on
-    average, by what the gradients vary from draw to draw. ``self_seed`` takes other draws on one
-    side, at the price of a second gradient: without bias for a given ``G_inv``.
-
-    Source: Koh et al., 2019, Equation 2 (groups); Feldman & Zhang, 2020 (self-influence).
+    Source: Koh et al., 2019, Equation 2.
 
     Args:
         J_query: Gradients of the measured values, ``[Q, P]``.
@@ -232,44 +222,83 @@ def group_and_self_influence(
         J_train: Gradients of the training losses, ``[N, P]``.
         groups: The group of each example, integers ``[N]`` (negative for none); or how much of each
             example is in each group, ``[N, K]``.
-        self_seed: The seed of the second set of draws for the influence of examples on themselves,
-            another than that of ``J_train``; ``None`` to use one set on both sides.
         passes: Checkpoints, processes and progress.
 
     Returns:
-        Influence of the groups, ``[Q, K]``; of the examples on themselves, ``[N]``.
+        The influence of each group, ``[Q, K]``.
 
     Raises:
-        ValueError: If ``groups`` has another shape, the operators act on different parameters, or
-            ``self_seed`` is the seed of ``J_train``.
+        ValueError: If ``groups`` has another shape, or the operators act on different parameters.
 
     Examples:
         >>> EK = DiffusionEKFACLinearOperator(train)
         >>> J_train = ExampleGradientLinearOperator(train, EK.param_names)
         >>> J_query = ExampleGradientLinearOperator(query, EK.param_names)
         >>> groups = torch.arange(10) % 3
-        >>> of_groups, of_themselves = group_and_self_influence(
-        ...     J_query, EK.inverse(damping=1e-8), J_train, groups
-        ... )
-        >>> of_groups.shape, of_themselves.shape
-        (torch.Size([2, 3]), torch.Size([10]))
+        >>> group_influence_scores(J_query, EK.inverse(damping=1e-8), J_train, groups).shape
+        torch.Size([2, 3])
     """
     check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
     N = J_train.shape[0]
     groups_NK = _memberships(groups, N).to(G_inv.device, G_inv.dtype)
-    J_again = None if self_seed is None else _of_other_draws(J_train, self_seed)
-    sums, own = GroupSums(groups_NK, J_train.shape[1]), SelfInfluence(G_inv, N, J_again)
+    sums = GroupSums(groups_NK, J_train.shape[1])
     settings = {"curvature": curvature_settings(G_inv), "groups": digest_of(groups_NK)}
-    settings |= {} if self_seed is None else {"self_seed": self_seed}
     stream_gradients(
-        J_train,
-        {"groups": sums, "self": own},
-        name="Group and self-influence",
-        settings=settings,
-        passes=passes,
+        J_train, {"groups": sums}, name="Group influence", settings=settings, passes=passes
     )
-    preconditioned_PK = G_inv @ sums.sums_KP.T
-    return J_query @ preconditioned_PK / N, own.values_N
+    scores: Tensor = J_query @ (G_inv @ sums.sums_KP.T) / N
+    return scores
+
+
+def self_influence_scores(
+    G_inv: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    *,
+    self_seed: int | None = None,
+    passes: PassOptions = PLAIN,
+) -> Tensor:
+    r"""Influence of each training example on itself, in one pass.
+
+    ::
+
+        τ(n, n) = 1/N ∇ℓ_nᵀ G_inv ∇ℓ_n
+
+    With the same draws on both sides it is too large on average, by what the gradients vary from
+    draw to draw. ``self_seed`` takes other draws on one side, at the price of a second gradient:
+    without bias for a given ``G_inv``.
+
+    Source: Feldman & Zhang, 2020.
+
+    Args:
+        G_inv: Inverse curvature, ``[P, P]``.
+        J_train: Gradients of the training losses, ``[N, P]``.
+        self_seed: The seed of the second set of draws, another than that of ``J_train``; ``None``
+            to use one set on both sides.
+        passes: Checkpoints, processes and progress.
+
+    Returns:
+        The influence, ``[N]``.
+
+    Raises:
+        ValueError: If the operators act on different parameters, or ``self_seed`` is the seed of
+            ``J_train``.
+
+    Examples:
+        >>> EK = DiffusionEKFACLinearOperator(train)
+        >>> J_train = ExampleGradientLinearOperator(train, EK.param_names)
+        >>> self_influence_scores(EK.inverse(damping=1e-8), J_train, self_seed=1).shape
+        torch.Size([10])
+    """
+    check_same_parameters({"J_train": J_train}, {"G_inv": G_inv})
+    own, streams = SelfInfluence(G_inv, J_train.shape[0]), [J_train]
+    settings = {"curvature": curvature_settings(G_inv)}
+    if self_seed is not None:
+        streams.append(_of_other_draws(J_train, self_seed))
+        settings |= {"self_seed": self_seed}
+    stream_gradients(
+        streams, {"self": own}, name="Self-influence", settings=settings, passes=passes
+    )
+    return own.values_N
 
 
 def _of_other_draws(J: ExampleGradientLinearOperator, seed: int) -> ExampleGradientLinearOperator:
@@ -290,6 +319,75 @@ def _memberships(groups: Tensor, N: int) -> Tensor:
             f"of each example's group, integers [{N}], or memberships [{N}, groups]."
         )
     return groups
+
+
+C = TypeVar("C", bound=ScoringConsumer)
+
+
+def scored_blocks(
+    J_query: PyTorchLinearOperator | Sequence[ExampleGradientLinearOperator],
+    G_inv: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator | Sequence[ExampleGradientLinearOperator],
+    scorer: MakeScorer,
+    consumer: Callable[[Callable[[], Scorer]], C],
+    *,
+    name: str = "Scores",
+    settings: Mapping[str, Any] | None = None,
+    query_block: int,
+    passes: PassOptions,
+    summed: bool = True,
+    wanted: Callable[[range], bool] = lambda queries: True,
+) -> Iterator[tuple[range, C]]:
+    """Score the training examples for one block of queries after the other.
+
+    The training gradients stream past once for each block.
+
+    Args:
+        J_query: Gradients of the measured values, ``[Q, P]``; or several kinds of the same queries,
+            of which a block holds all.
+        G_inv: Inverse curvature, ``[P, P]``.
+        J_train: Gradients of the training losses, ``[N, P]``; or several streams of them.
+        scorer: Makes a scorer of the queries' preconditioned gradients.
+        consumer: Makes what reduces scores.
+        name: The name of the passes.
+        settings: What results depend on besides gradients and curvature, for checkpoints.
+        query_block: Queries whose preconditioned gradients are held at once.
+        passes: Checkpoints, processes and progress.
+        summed: Whether every process has the result of all examples in the end, or its own.
+        wanted: Whether a block is to be scored.
+
+    Yields:
+        The queries of a block, and its consumer. What was written down of a block is deleted when
+        the next one is asked for.
+
+    Raises:
+        ValueError: If the operators act on different parameters or devices.
+    """
+    kinds = [J_query] if isinstance(J_query, PyTorchLinearOperator) else list(J_query)
+    streams = [J_train] if isinstance(J_train, PyTorchLinearOperator) else list(J_train)
+    check_same_parameters({"J_query": kinds[0], "J_train": streams[0]}, {"G_inv": G_inv})
+    for queries in query_blocks(kinds[0], query_block):
+        if not wanted(queries):
+            continue
+        of_block = [score_settings(J, G_inv, queries, passes) for J in kinds]
+        told = {**of_block[0], **(settings or {})}
+        if len(kinds) > 1 and of_block[0]:
+            told["kinds"] = [own.get("query") for own in of_block]
+        with ExitStack() as stack:
+            columns = [
+                stack.enter_context(preconditioned_columns(J, G_inv, queries, passes, told))
+                for J in kinds
+            ]
+            made = consumer(lambda columns=columns: scorer([make() for make in columns]))  # type: ignore[misc]
+            stream_gradients(
+                streams,
+                {"scores": made},
+                name=f"{name} from query {queries.start}",
+                settings=told,
+                passes=passes,
+                summed=summed,
+            )
+            yield queries, made
 
 
 def query_blocks(J_query: PyTorchLinearOperator, query_block: int) -> Iterator[range]:

@@ -5,28 +5,17 @@ Legend: Q queries, N training examples, B a batch of them, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.consumers import PairwiseScores
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.ranks import mean_ranks
-from curvlinops_diffusion.influence.score_files import HALVES
-from curvlinops_diffusion.influence.scorers import InnerProducts, Scorer
-from curvlinops_diffusion.influence.scores import (
-    preconditioned_columns,
-    query_blocks,
-    score_settings,
-    stream_gradients,
-)
-from curvlinops_diffusion.linalg.operator import check_same_parameters
+from curvlinops_diffusion.influence.scorers import HALVED, halved_products
+from curvlinops_diffusion.influence.scores import scored_blocks
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 
@@ -124,46 +113,15 @@ def split_half_scores(
         >>> found.scores.shape, found.rank_correlation().shape
         (torch.Size([2, 10]), torch.Size([2]))
     """
-    check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
     N = J_train.shape[0]
-    parts = []
-    for queries in query_blocks(J_query, query_block):
-        settings = score_settings(J_query, G_inv, queries, passes)
-        halved = halved_products(J_query, G_inv, J_train, queries, passes, settings)
-        with halved as (scorer, J_streamed):
-            consumer = PairwiseScores(scorer, N)
-            stream_gradients(
-                J_streamed,
-                {"scores": consumer},
-                name=f"Scores from query {queries.start}",
-                settings=settings,
-                passes=passes,
-            )
-        parts.append(consumer.scores)
-    return SplitHalfScores(*(torch.cat([part[name] for part in parts]) for name in _NAMES))
-
-
-@contextmanager
-def halved_products(
-    J_query: ExampleGradientLinearOperator,
-    G_inv: PyTorchLinearOperator,
-    J_train: ExampleGradientLinearOperator,
-    queries: range,
-    passes: PassOptions,
-    settings: Mapping[str, Any],
-) -> Iterator[tuple[Scorer, ExampleGradientLinearOperator]]:
-    """What scores all draws and either half of them, for as long as it is needed.
-
-    Yields:
-        The scorer, and the gradients that are to be streamed past it: those of the first half.
-    """
-    train, query = (_halves(J) for J in (J_train, J_query))
-    with ExitStack() as stack:
-        columns = [
-            stack.enter_context(preconditioned_columns(J, G_inv, queries, passes, settings))
-            for J in query
-        ]
-        yield _HalvedProducts(columns, J_train.shape[0], train[1]), train[0]
+    loop = scored_blocks(
+        *(halves_of(J_query), G_inv, halves_of(J_train), halved_products(N)),
+        lambda make: PairwiseScores(make, N),
+        query_block=query_block,
+        passes=passes,
+    )
+    parts = [consumer.scores for _, consumer in loop]
+    return SplitHalfScores(*(torch.cat([part[name] for part in parts]) for name in HALVED))
 
 
 def can_be_halved(regression: NoisedRegression) -> bool:
@@ -172,54 +130,10 @@ def can_be_halved(regression: NoisedRegression) -> bool:
     return draws.num_draws % (2 * draws.rounded_up(1)) == 0
 
 
-def _halves(J: ExampleGradientLinearOperator) -> list[ExampleGradientLinearOperator]:
-    return [J.on(J.regression.divided(number, 2)) for number in range(2)]
+def halves_of(J: ExampleGradientLinearOperator) -> list[ExampleGradientLinearOperator]:
+    """The gradients from either half of the draws.
 
-
-# of the scores of all draws, and of either half
-_NAMES = ("scores", *HALVES)
-
-
-class _HalvedProducts(Scorer):
-    """Scores of all draws and of either half.
-
-    Args:
-        columns: Make the queries' preconditioned gradients ``[P, Q]``, of either half.
-        num_data: ``N``.
-        J_second: Gradients of the second half; those of the first stream past.
+    Raises:
+        ValueError: If the draws cannot be halved.
     """
-
-    def __init__(
-        self,
-        columns: Sequence[Callable[[], Tensor]],
-        num_data: int,
-        J_second: ExampleGradientLinearOperator,
-    ):
-        self._make = columns
-        self._num_data = num_data
-        self._J_second = J_second
-        self._products: dict[str, InnerProducts] = {}
-        self._second_BP: Tensor | None = None
-
-    def begin(self) -> None:
-        """Make the columns."""
-        first_PQ, second_PQ = (make() for make in self._make)
-        columns = ((first_PQ + second_PQ) / 2, first_PQ, second_PQ)
-        self._products = {
-            name: InnerProducts(z_PQ, self._num_data)
-            for name, z_PQ in zip(_NAMES, columns, strict=True)
-        }
-
-    def prepare(self, clean: CleanBatch) -> None:
-        """Compute the gradients of the second half."""
-        self._second_BP = self._J_second.rows_of(clean)
-
-    def scores(self, rows_BP: Tensor) -> dict[str, Tensor]:
-        """The scores of a batch."""
-        assert self._second_BP is not None, "prepare comes first"
-        second_BP, self._second_BP = self._second_BP, None
-        rows = ((rows_BP + second_BP) / 2, rows_BP, second_BP)
-        return {
-            name: products.scores(own_BP)["scores"]
-            for (name, products), own_BP in zip(self._products.items(), rows, strict=True)
-        }
+    return [J.on(J.regression.divided(number, 2)) for number in range(2)]

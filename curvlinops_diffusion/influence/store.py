@@ -22,7 +22,7 @@ from curvlinops_diffusion.influence.kernel_regression import (
     iterated_solution,
     ridge_solution,
 )
-from curvlinops_diffusion.influence.scorers import InnerProducts
+from curvlinops_diffusion.influence.scorers import inner_products
 from curvlinops_diffusion.influence.whitening import Whitening
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.operator import check_same_parameters
@@ -240,8 +240,10 @@ class GradientStore:
             ValueError: As :meth:`scores`.
         """
         query_Qk = self.query_rows(J_query, curvature)
-        scorer = InnerProducts(query_Qk.T, self.num_data)
-        top = TopScores(scorer, self.num_data, check_count("k", k), ALONE)
+        N = self.num_data
+        scorer = inner_products(N)([query_Qk.T])
+        top = TopScores(lambda: scorer, N, check_count("k", k), ALONE)
+        top.begin()
         for indices, rows_Bk in self.rows(query_Qk.device):
             top.add(indices, rows_Bk)
         return top.result

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from copy import copy
 from glob import escape
 from os import PathLike
@@ -28,16 +27,13 @@ from curvlinops_diffusion.influence.score_files import (
     read_array,
     shards_of,
 )
-from curvlinops_diffusion.influence.scorers import InnerProducts, Scorer
+from curvlinops_diffusion.influence.scorers import halved_products, inner_products
 from curvlinops_diffusion.influence.scores import (
     curvature_settings,
-    preconditioned_columns,
     query_blocks,
-    score_settings,
-    stream_gradients,
+    scored_blocks,
 )
-from curvlinops_diffusion.influence.split_half import halved_products
-from curvlinops_diffusion.linalg.operator import check_same_parameters
+from curvlinops_diffusion.influence.split_half import halves_of
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checkpoints import forget
@@ -219,7 +215,8 @@ class StoredScores:
         """
         found = []
         for block in sorted(self._blocks, key=lambda block: block.start):
-            top = TopScores(_AsTheyAre(), self.shape[1], k, ALONE)
+            top = TopScores(lambda: lambda known_qn: {"scores": known_qn}, self.shape[1], k, ALONE)
+            top.begin()
             for columns, scores_qn in self._columns(block, block):
                 top.add(columns.tolist(), scores_qn)
             found.append(top.result)
@@ -298,17 +295,6 @@ class StoredScores:
                 raise SCORES.damaged(self._path, f"files of other examples than {N}")
 
 
-class _AsTheyAre(Scorer):
-    """Scores that are known already."""
-
-    def begin(self) -> None:
-        """Nothing is needed."""
-
-    def scores(self, rows_BP: Tensor) -> dict[str, Tensor]:
-        """Those that arrive."""
-        return {"scores": rows_BP}
-
-
 def write_shards(
     path: Path,
     J_query: ExampleGradientLinearOperator,
@@ -338,41 +324,35 @@ def write_shards(
     Raises:
         ValueError: As :meth:`StoredScores.create`.
     """
-    check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
     share, N = Share.of(passes.distributed), J_train.shape[0]
     token = digest_of([identity, HALVES if halves else ()])[:12]
-    shards = []
-    for queries in query_blocks(J_query, query_block):
-        prefix = f"{path.stem}.{token}.{queries.start}to{queries.stop}"
-        found = _written(path.parent, prefix)
-        share.check_alike(f"what they see in '{path.parent}'", found)
-        if not found:
-            name = f"Own scores from query {queries.start}"
-            settings = {**score_settings(J_query, G_inv, queries, passes), "halves": halves}
-            with ExitStack() as stack:
-                scorer: Scorer
-                if halves:
-                    both = halved_products(J_query, G_inv, J_train, queries, passes, settings)
-                    scorer, streamed = stack.enter_context(both)
-                else:
-                    made = preconditioned_columns(J_query, G_inv, queries, passes, settings)
-                    scorer, streamed = InnerProducts(stack.enter_context(made), N), J_train
-                own = OwnScores(scorer, share)
-                stream_gradients(
-                    streamed,
-                    {"scores": own},
-                    name=name,
-                    settings=settings,
-                    passes=passes,
-                    summed=False,
-                )
-                found = _write(path.parent, prefix, own, share)
-            forget(passes.checkpoint, name, share)
-        shards += [
-            {"file": file, "queries": [queries.start, queries.stop], "examples": examples}
-            for file, examples in found
-        ]
-    return shards
+    blocks = {
+        queries: f"{path.stem}.{token}.{queries.start}to{queries.stop}"
+        for queries in query_blocks(J_query, query_block)
+    }
+    found = {queries: _written(path.parent, prefix) for queries, prefix in blocks.items()}
+    share.check_alike(f"what they see in '{path.parent}'", list(found.values()))
+    loop = scored_blocks(
+        halves_of(J_query) if halves else J_query,
+        G_inv,
+        halves_of(J_train) if halves else J_train,
+        halved_products(N) if halves else inner_products(N),
+        lambda make: OwnScores(make, share),
+        name="Own scores",
+        settings={"halves": halves},
+        query_block=query_block,
+        passes=passes,
+        summed=False,
+        wanted=lambda queries: not found[queries],
+    )
+    for queries, own in loop:
+        found[queries] = _write(path.parent, blocks[queries], own, share)
+        forget(passes.checkpoint, f"Own scores from query {queries.start}", share)
+    return [
+        {"file": file, "queries": [queries.start, queries.stop], "examples": examples}
+        for queries, written in found.items()
+        for file, examples in written
+    ]
 
 
 def _write(folder: Path, prefix: str, own: OwnScores, share: Share) -> list[tuple[str, int]]:

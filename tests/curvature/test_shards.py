@@ -13,11 +13,11 @@ from curvlinops_diffusion import (
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
     PassOptions,
-    group_and_self_influence,
     influence_scores,
     kernel_regression_scores,
     load_operator,
     retraining_scores,
+    self_influence_scores,
 )
 from curvlinops_diffusion.curvature import shards
 from curvlinops_diffusion.curvature.options import KFACOptions
@@ -230,7 +230,7 @@ def singular(rank):
 def self_influence(rank):
     EK = DiffusionEKFACLinearOperator(problem(), passes=shared())
     J = ExampleGradientLinearOperator(problem())
-    group_and_self_influence(J, EK.inverse(1e-3), J, torch.zeros(COUNT).long())
+    self_influence_scores(EK.inverse(1e-3), J)
 
 
 def test_errors(tmp_path):

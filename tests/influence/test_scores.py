@@ -11,8 +11,9 @@ from curvlinops_diffusion import (
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
     NoisedRegression,
-    group_and_self_influence,
+    group_influence_scores,
     influence_scores,
+    self_influence_scores,
     top_influences,
 )
 from tests.cases import images, plain_regression, seeded, two_convolutions
@@ -194,26 +195,25 @@ def test_groups_and_self(model, train, operators):
     params = params_of(model)
     rows = example_gradients(train, params)
     labels = torch.tensor([0, 2, -1, 2, 0, 0])
-    groups, own = group_and_self_influence(J_query, K_inv, J_train, labels)
+    groups = group_influence_scores(J_query, K_inv, J_train, labels)
+    own = self_influence_scores(K_inv, J_train)
     scores_QN = influence_scores(J_query, K_inv, J_train)
     expected = torch.stack([scores_QN[:, labels == k].sum(1) for k in range(3)], 1)
     assert_close(groups, expected, 1e-10)
     assert_close(own, (rows * (K_inv @ rows.T).T).sum(1) / 6, 1e-10)
 
     weights = torch.rand(6, 2, generator=torch.Generator().manual_seed(0))
-    groups, _ = group_and_self_influence(J_query, K_inv, J_train, weights)
+    groups = group_influence_scores(J_query, K_inv, J_train, weights)
     assert_close(groups, scores_QN @ weights.double(), 1e-10)
 
 
 def test_self_influence_of_other_draws(model, train, operators):
     """Without bias: on average what mean gradients give; those of the same draws give more."""
-    J_query, K_inv, J_train = operators
-    labels = torch.zeros(6, dtype=torch.long)
-    groups, own = group_and_self_influence(J_query, K_inv, J_train, labels, self_seed=9)
+    _, K_inv, J_train = operators
+    own = self_influence_scores(K_inv, J_train, self_seed=9)
     params = params_of(model)
     rows, again = (example_gradients(r, params) for r in (train, train.with_seed(9)))
     assert_close(own, (rows * (K_inv @ again.T).T).sum(1) / 6, 1e-10)
-    assert_close(groups, group_and_self_influence(J_query, K_inv, J_train, labels)[0], 1e-12)
 
     many = train.with_seed(12345).with_draws(1024)  # biased by 0.002 of the truth
     mean = ExampleGradientLinearOperator(many).rows()
@@ -225,8 +225,7 @@ def test_self_influence_of_other_draws(model, train, operators):
         for seed in range(0, 2 * count, 2):
             J = ExampleGradientLinearOperator(several.with_seed(seed))
             self_seed = seed + 1 if other else None
-            own = group_and_self_influence(J_query, K_inv, J, labels, self_seed=self_seed)[1]
-            found.append(own.sum())
+            found.append(self_influence_scores(K_inv, J, self_seed=self_seed).sum())
         return torch.stack(found)
 
     independent = over_seeds(40, train.with_draws(16), other=True)
@@ -237,10 +236,10 @@ def test_self_influence_of_other_draws(model, train, operators):
 
 def test_the_same_seed_twice(operators, train):
     with pytest.raises(ValueError, match=r"self_seed=0 is the seed of J_train's own draws"):
-        group_and_self_influence(*operators, torch.zeros(6).long(), self_seed=train.draws.seed)
+        self_influence_scores(*operators[1:], self_seed=train.draws.seed)
 
 
 def test_bad_groups(operators):
     for groups in (torch.zeros(5, dtype=torch.long), torch.zeros(6), torch.zeros(5, 2)):
         with pytest.raises(ValueError, match=r"groups arrived with shape .* Pass the number"):
-            group_and_self_influence(*operators, groups)
+            group_influence_scores(*operators, groups)

@@ -24,13 +24,14 @@ from curvlinops_diffusion import (
     NoisedRegression,
     PassOptions,
     TrajectoryRegression,
-    group_and_self_influence,
+    group_influence_scores,
     influence_scores,
+    self_influence_scores,
     stream_gradients,
     top_influences,
 )
 from curvlinops_diffusion.influence.consumers import PairwiseScores
-from curvlinops_diffusion.influence.scorers import InnerProducts
+from curvlinops_diffusion.influence.scorers import inner_products
 from curvlinops_diffusion.runtime.checkpoints import CHECKPOINT
 from curvlinops_diffusion.runtime.files import FileKind
 from curvlinops_diffusion.runtime.passes import run_pass
@@ -153,7 +154,8 @@ def test_scores_that_fail_and_go_on(tmp_path, regression, kind):
             return [influence_scores(J, K_inv, J, **options)]
         if kind == "top":
             return list(vars(top_influences(J, K_inv, J, k=2, **options).negative).values())
-        return group_and_self_influence(J, K_inv, J, torch.arange(COUNT) % 2, **options)
+        groups = group_influence_scores(J, K_inv, J, torch.arange(COUNT) % 2, **options)
+        return groups, self_influence_scores(K_inv, J, **options)
 
     expected, whole = forward_passes(regression, run)
     settings = PassOptions(tmp_path, checkpoint_every=0)
@@ -314,9 +316,9 @@ def test_other_groups_and_other_steps_are_refused(tmp_path, regression):
     J = ExampleGradientLinearOperator(regression, LAYERS)
     groups = torch.arange(COUNT) % 2
     options = PassOptions(tmp_path / "groups")
-    group_and_self_influence(J, K_inv, J, groups, passes=options)
+    group_influence_scores(J, K_inv, J, groups, passes=options)
     with pytest.raises(ValueError, match=r"is of something else: groups"):
-        group_and_self_influence(J, K_inv, J, groups.flip(0).roll(2), passes=options)
+        group_influence_scores(J, K_inv, J, groups.flip(0).roll(2), passes=options)
     objective = regression.objective
     states = torch.randn(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
     condition = {"class_labels": torch.tensor([0, 1])}
@@ -349,7 +351,7 @@ def test_a_gradient_that_is_not_finite_keeps_what_was_computed(tmp_path, regress
     own._data_identity["digest"] = "seen"
     J = ExampleGradientLinearOperator(own, LAYERS)
     vector = torch.ones(1, J.shape[1]).double()
-    consumer = PairwiseScores(InnerProducts(vector.T, 6), 6)
+    consumer = PairwiseScores(lambda: inner_products(6)([vector.T]), 6)
     options = PassOptions(tmp_path, checkpoint_every=1e9)
     data.bad = True
     with pytest.raises(ValueError, match=r"gradient of 'conv_in.weight' for examples \[4\]"):
@@ -360,7 +362,7 @@ def test_a_gradient_that_is_not_finite_keeps_what_was_computed(tmp_path, regress
     own = passes_regression(own.objective.model, data)  # started again
     own._data_identity["digest"] = "seen"
     J = ExampleGradientLinearOperator(own, LAYERS)
-    consumer = PairwiseScores(InnerProducts(vector.T, 6), 6)
+    consumer = PairwiseScores(lambda: inner_products(6)([vector.T]), 6)
     stream_gradients(J, {"scores": consumer}, passes=options)
     assert_close(consumer.scores_QN, vector @ J.rows().T / 6, 1e-12)
 

@@ -21,9 +21,10 @@ from curvlinops_diffusion import (
     ExampleGradientLinearOperator,
     PassOptions,
     StoredScores,
-    group_and_self_influence,
+    group_influence_scores,
     influence_scores,
     kernel_regression_scores,
+    self_influence_scores,
     top_influences,
 )
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
@@ -43,7 +44,8 @@ def everything(regression, passes):
     found = {"scores": influence_scores(J, inverse, J, query_block=5, passes=passes)}
     top = top_influences(J, inverse, J, k=3, passes=passes)
     found |= {"top": top.positive.scores, "top index": top.positive.indices}
-    groups, own = group_and_self_influence(J, inverse, J, torch.arange(COUNT) % 2, passes=passes)
+    groups = group_influence_scores(J, inverse, J, torch.arange(COUNT) % 2, passes=passes)
+    own = self_influence_scores(inverse, J, passes=passes)
     options = {"gradient_bytes": 100_000}
     found["regression"] = kernel_regression_scores(J, inverse, J, passes=passes, **options)
     # eigenbases of close eigenvalues may turn: what they make together must not
