@@ -23,7 +23,8 @@ def iterated(loader: DataLoader[Any]) -> Iterator[Any]:
     """Iterate without touching torch's random state, from which a new iterator draws a seed.
 
     Raises:
-        ValueError: If the data set has no item of a number that the loader asks for.
+        ValueError: If the data set has no item of a number that the loader asks for, or allows
+            one iteration at a time.
     """
     state = torch.get_rng_state()
     iterator = iter(_reentrant(loader))
@@ -35,6 +36,14 @@ def iterated(loader: DataLoader[Any]) -> Iterator[Any]:
             f"An item of the data ({type(loader.dataset).__name__}) cannot be read "
             f"({type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}). Is its "
             "length the number of its items?"
+        ) from error
+    except RuntimeError as error:
+        if "has been invalidated" not in str(error):
+            raise
+        raise ValueError(
+            f"The data ({type(loader.dataset).__name__}) allows one iteration at a time, and "
+            "several go on beside each other. Pass a Dataset, or an IterableDataset that starts "
+            "anew in each iteration."
         ) from error
 
 

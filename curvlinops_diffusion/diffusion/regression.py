@@ -68,7 +68,7 @@ class NoisedRegression:
     Args:
         objective: The denoising objective.
         data: Clean examples: a tensor ``[N, ...]``; a ``Dataset``; a ``DataLoader`` or a list of
-            batches. If it has an attribute ``names``, messages name examples by it. Items and
+            batches (or of single images, if the network's convolutions tell one from a batch). If it has an attribute ``names``, messages name examples by it. Items and
             batches are tensors, pairs of these and integer labels or prompts
             (``'class_labels'``, ``'prompt'``), or dicts with key ``'x0'`` whose other entries are
             passed to the model as keyword arguments (``class_labels``,

@@ -125,6 +125,8 @@ class PredictionGradients(ValueGradients):
     @torch.no_grad()
     def reason_of_infinity(self, clean: CleanBatch) -> str:
         """Say where the measurement's gradient is not finite though the prediction is."""
+        if self.regression.in_step:  # others would not run the network
+            return ""
         for batch in self.regression.noised_batches(clean):
             prediction_BD = self.regression.objective.predict(batch)
             pulled_BD = measurement_gradient(self._measurement, batch, prediction_BD)

@@ -24,6 +24,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
     get_worker_info,
 )
+from torch.utils.data.datapipes.iter import IterableWrapper
 
 from curvlinops_diffusion import (
     DenoisingObjective,
@@ -425,6 +426,7 @@ REFUSED = {
     "pairs of a zip": (lambda: zip(pictures(7), range(7), strict=True), "only once"),
     "loader's iterator": (lambda: iter(DataLoader(Items(7), 3)), "only once"),
     "iterator that is shared": (Sharing, "must not share their place"),
+    "data pipe": (lambda: IterableWrapper(list(pictures(7))), "one iteration at a time"),
     "one that shrinks": (Shrinking, "began with different batches|examples came"),
     "table": (lambda: pandas.DataFrame({"x0": [1.0, 2.0]}), "item 0 cannot be read"),
     "plain lists": (lambda: of_library(3).with_format(None), r"arrived as list.*with_format"),
