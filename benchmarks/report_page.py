@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_images
 
 from benchmarks.measure import arguments, report
 from curvlinops_diffusion.cli.program import run
-from curvlinops_diffusion.cli.score_files import write_scores
+from curvlinops_diffusion.influence.score_files import write_scores
 
 SIZES = (32, 64, 256, 512)
 

@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what follows below, as type checkers read it
+    from curvlinops_diffusion.attribution import Attribution
+    from curvlinops_diffusion.attributor import Attributor
     from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
     from curvlinops_diffusion.curvature.ggn import DiffusionGGNLinearOperator
     from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
@@ -67,7 +69,7 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
         influence_scores_by_layer,
     )
     from curvlinops_diffusion.influence.projection import RandomProjection
-    from curvlinops_diffusion.influence.retraining import retraining_scores
+    from curvlinops_diffusion.influence.regression import regression_scores
     from curvlinops_diffusion.influence.scores import (
         group_influence_scores,
         influence_scores,
@@ -109,6 +111,8 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
 __all__ = [
     "ELBO",
     "LAYER_KINDS",
+    "Attribution",
+    "Attributor",
     "BlockDiagonalLinearOperator",
     "CGRefinedInverseLinearOperator",
     "Compression",
@@ -176,8 +180,8 @@ __all__ = [
     "load_operator",
     "loss",
     "record_trajectories",
+    "regression_scores",
     "removal_effects",
-    "retraining_scores",
     "self_influence_scores",
     "split_half_scores",
     "squared_norm",
@@ -191,6 +195,8 @@ __all__ = [
 _MODULES = {
     "ELBO": "influence.measurements.bounds",
     "LAYER_KINDS": "layers",
+    "Attribution": "attribution",
+    "Attributor": "attributor",
     "BlockDiagonalLinearOperator": "linalg.block_diagonal",
     "CGRefinedInverseLinearOperator": "linalg.solvers.conjugate_gradients",
     "Compression": "influence.compression",
@@ -259,7 +265,7 @@ _MODULES = {
     "loss": "influence.measurements.losses",
     "record_trajectories": "influence.measurements.trajectories",
     "removal_effects": "influence.validation.judgements",
-    "retraining_scores": "influence.retraining",
+    "regression_scores": "influence.regression",
     "self_influence_scores": "influence.scores",
     "split_half_scores": "influence.split_half",
     "squared_norm": "influence.measurements.losses",

@@ -37,7 +37,7 @@ from curvlinops_diffusion.influence.kernel_regression import averaged_scores, ri
 from curvlinops_diffusion.influence.measurements.base import Measurement
 from curvlinops_diffusion.influence.measurements.evaluation import measurement_of
 from curvlinops_diffusion.influence.measurements.losses import SignedPrediction
-from curvlinops_diffusion.influence.retraining import RIDGE, WEIGHTS
+from curvlinops_diffusion.influence.regression import RIDGE, WEIGHTS
 from curvlinops_diffusion.influence.validation.baselines import ProbedPrediction
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 
@@ -274,7 +274,7 @@ def prediction_kernel(setting: Setting) -> Kernel:
 
 
 def sign_kernel(setting: Setting) -> Kernel:
-    """The same along one random sign, of all draws, as ``retraining_scores`` has it."""
+    """The same along one random sign, of all draws, as ``regression_scores`` has it."""
     query_QP = setting.query_rows(SignedPrediction())
     rows = setting.rows(SignedPrediction())
     return setting.kernel_of(query_QP.expand(len(MEASUREMENTS), -1, -1), rows)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,10 @@ from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions, ValidateMeasureOptions
 from curvlinops_diffusion.cli.processes import is_first, num_processes
 from curvlinops_diffusion.cli.training_arguments import arguments_text, parse_arguments
-from curvlinops_diffusion.diffusion.image_conditions import ControlledDenoiser
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
-from curvlinops_diffusion.loading.adapters import load_adapters, matching_parameters, names_in
-from curvlinops_diffusion.loading.labels import Condition
+from curvlinops_diffusion.loading.adapters import load_adapters, names_in
 from curvlinops_diffusion.loading.misfits import misfits
-from curvlinops_diffusion.loading.preprocessing import Form
+from curvlinops_diffusion.loading.network import TEXT_ENCODERS, Network
 from curvlinops_diffusion.loading.saved_networks import (
     check_model,
     check_pipeline,
@@ -35,38 +31,7 @@ from curvlinops_diffusion.loading.weights import check_can_load, check_loaded
 from curvlinops_diffusion.runtime.messages import quoted
 from curvlinops_diffusion.runtime.sharded_networks import divide
 
-# diffusers imports it with its first network, and it warns of kernels that nothing here needs
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
 NetworkOptions = FitOptions | ScoreOptions | ValidateMeasureOptions
-
-# what the names of text encoders in a pipeline begin with
-TEXT_ENCODERS = "text_encoder"
-
-
-@dataclass(frozen=True)
-class Network:
-    """An objective, and how it takes images.
-
-    Attributes:
-        objective: The objective.
-        channels: Colour channels of the images.
-        size: Height and width of the images; ``None`` for any.
-        multiple: What height and width must be multiples of.
-        condition: The labels or prompts that are taken.
-        params: Names of the parameters that curvature and gradients are of; ``None`` for all.
-    """
-
-    objective: DenoisingObjective
-    channels: int | None
-    size: tuple[int, int] | None
-    multiple: int
-    condition: Condition
-    params: list[str] | None = None
-
-    def form(self, resolution: int | None) -> Form:
-        """The form in which images are loaded."""
-        return Form(self.channels, self.size, resolution, self.multiple)
 
 
 def load_network(options: NetworkOptions, text_encoders: bool = False) -> Network:
@@ -206,91 +171,14 @@ def _network(
     Raises:
         ValueError: If there is a prompt, and they take none.
     """
-    model: Any = objective.model
-    config: Any = getattr(model, "config", {})
-    autoencoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
-    channels, size, multiple = config.get("in_channels"), config.get("sample_size"), 1
-    if autoencoder is not None:
-        channels = autoencoder.config.get("in_channels", 3)
-        multiple = getattr(pipeline, "vae_scale_factor", None) or 2 ** (
-            len(autoencoder.config.block_out_channels) - 1
-        )
-    sides = None
-    if size is not None and (
-        autoencoder is None or isinstance(model, diffusers.DiTTransformer2DModel)
-    ):
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        sides = (height * multiple, width * multiple)
-    if isinstance(model, diffusers.UNet2DModel):  # its halves must be whole
-        multiple *= 2 ** (len(config["down_block_types"]) - 1)
-    elif type(pipeline).__name__.startswith(("Flux", "ZImage")):  # packs 2×2 latents into a token
-        multiple *= 2
-    elif isinstance(config.get("patch_size"), int):
-        multiple *= config["patch_size"]
-    condition, prompt = _condition(model, config, pipeline), options.prompt
-    if prompt is not None and condition.key != "prompt":
-        raise ValueError(
-            f"--prompt {prompt!r} arrived for a network that takes "
-            f"{'no condition' if condition.key is None else 'labels'}. Leave it out."
-        )
-    condition = replace(condition, prompt=prompt)
-    params = _chosen_parameters(model, options, modules, trained)
-    return Network(objective, channels, sides, multiple, condition, params)
+    names = names_in(objective.model, modules, trained) if options.lora else None
+    patterns = getattr(options, "params", None)  # score takes those of the operator
+    return Network.of(objective, pipeline, patterns, names).with_prompt(options.prompt)
 
 
 def of_text_encoders(names: Iterable[str]) -> bool:
     """Whether names or patterns of parameters are of text encoders, too."""
     return any(name.startswith(TEXT_ENCODERS) for name in names)
-
-
-def _chosen_parameters(
-    model: torch.nn.Module,
-    options: NetworkOptions,
-    modules: Mapping[str, torch.nn.Module],
-    trained: Mapping[str, list[str]],
-) -> list[str] | None:
-    """Those that patterns name; else those of adapters' files, if given, or a ControlNet's.
-
-    Raises:
-        ValueError: If a pattern names none, or the adapters have none in the denoiser.
-    """
-    patterns = getattr(options, "params", None)  # score takes those of the operator
-    if patterns:
-        return matching_parameters(model, patterns)
-    if not options.lora and isinstance(model, ControlledDenoiser):  # its UNet was not trained
-        if hasattr(options, "params") and is_first():
-            say("Covering the ControlNet alone. Pass --params 'unet.*' 'controlnet.*' for both")
-        return matching_parameters(model, ["controlnet.*"])
-    if not options.lora:
-        return None
-    found = names_in(model, modules, trained)
-    for name, names in trained.items():
-        if name.startswith(TEXT_ENCODERS) and names and is_first():
-            say(
-                f"The adapters have weights in the {name} too, which are left out. Pass --params "
-                f"'unet.*lora*' '{name}.*lora*' to cover both"
-            )
-    if not found:
-        raise ValueError(
-            f"The adapters of --lora have no weights in the {type(model).__name__}: there is "
-            "nothing of theirs to take derivatives in."
-        )
-    return found
-
-
-def _condition(model: Any, config: Any, pipeline: Any) -> Condition:
-    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    if any(getattr(pipeline, name, None) is not None for name in encoders):
-        sizes = type(pipeline).__name__.startswith("StableDiffusionXL")
-        return Condition("prompt", sizes=sizes, images=getattr(model, "images", {}))
-    if config.get("num_class_embeds") is not None:
-        return Condition("class_labels", config["num_class_embeds"])
-    if config.get("num_embeds_ada_norm") is not None:
-        # and a last one for no class
-        return Condition("class_labels", config["num_embeds_ada_norm"] + 1)
-    if config.get("class_embed_type") == "timestep":
-        return Condition("class_labels")
-    return Condition()
 
 
 def _loaded(cls: Any, folder: Path, options: NetworkOptions, **parts: None) -> Any:

@@ -1,7 +1,10 @@
 """Saved operators, back as the objects they were."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,10 +12,19 @@ from torch import nn
 from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
 from curvlinops_diffusion.curvature.groups import where_they_fit
 from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
+from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.storage import load_blocks
+from curvlinops_diffusion.runtime.files import check_same
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 from curvlinops_diffusion.runtime.sharded_networks import device_of
+
+# what of a regression's description curvature and gradients must share
+_OBJECTIVE = (
+    *("prediction_type", "reduction", "num_levels", "process", "weighting", "encoder"),
+    *("timesteps", "condition_dropout", "noise_offset", "input_perturbation", "augmentations"),
+    "training_arguments",
+)
 
 _KINDS: dict[str, type[BlockDiagonalLinearOperator]] = {
     cls.KIND: cls
@@ -64,3 +76,37 @@ def load_operator(
     if kind not in _KINDS:
         raise ValueError(f"'{path}' holds an operator of unknown kind {kind!r}.")
     return _KINDS[kind].of_blocks(space, blocks, info, share)
+
+
+def check_same_objective(
+    path: str | PathLike[str], info: Mapping[str, Any], regression: NoisedRegression, advice: str
+) -> None:
+    """Check that a saved operator is of a regression's loss; draws and precision are free.
+
+    Args:
+        path: The operator's file.
+        info: The operator's ``info``.
+        regression: The regression.
+        advice: What to do if it is not.
+
+    Raises:
+        ValueError: If it is of another loss, naming what differs.
+    """
+    # what of a recipe is not used is not described
+    unused: dict[str, Any] = dict.fromkeys(("noise_offset", "input_perturbation"), 0.0)
+    unused["training_arguments"] = {}
+    here = {**unused, **json.loads(json.dumps(regression.description))}
+    there = {**unused, **info.get("regression", {})}
+    known = [key for key in _OBJECTIVE if key in there and key in here]
+    check_same(
+        {key: there[key] for key in known},
+        {key: here[key] for key in known},
+        f"'{path}' was fitted with another objective",
+        advice,
+    )
+
+
+def is_of_same_images(info: Mapping[str, Any], regression: NoisedRegression) -> bool:
+    """Whether a saved operator was fitted to a regression's data, as far as it says."""
+    fitted = (info.get("data") or {}).get("digest")
+    return fitted is None or bool(fitted == regression.data_identity()["digest"])

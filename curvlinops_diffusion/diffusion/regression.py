@@ -68,8 +68,9 @@ class NoisedRegression:
     Args:
         objective: The denoising objective.
         data: Clean examples: a tensor ``[N, ...]``; a ``Dataset``; a ``DataLoader`` or a list of
-            batches (or of single images, if the network's convolutions tell one from a batch). If it has an attribute ``names``, messages name examples by it. Items and
-            batches are tensors, pairs of these and integer labels or prompts
+            batches (or of single images, if the network's convolutions tell one from a batch). If
+            it has an attribute ``names``, messages name examples by it. Items and batches are
+            tensors, pairs of these and integer labels or prompts
             (``'class_labels'``, ``'prompt'``), or dicts with key ``'x0'`` whose other entries are
             passed to the model as keyword arguments (``class_labels``,
             ``encoder_hidden_states``, nested ``added_cond_kwargs``, …); a dict of whole tensors
@@ -229,17 +230,29 @@ class NoisedRegression:
         """The number ``N R`` of terms in the loss; averages divide by it."""
         return self.num_data * self.num_draws
 
+    @property
+    def names(self) -> list[str]:
+        """The examples' names; their numbers where the data has none."""
+        return [f"{n}" for n in range(self.num_data)] if self._names is None else self._names
+
     def name_of(self, n: int) -> str:
         """Name example ``n`` in messages: by its number, and its name if it has one."""
         return f"{n}" if self._names is None else f"{n} ('{self._names[n]}')"
 
-    def with_draws(self, num_draws: int) -> NoisedRegression:
+    def with_draws(self, num_draws: int, *, antithetic: bool | None = None) -> NoisedRegression:
         """The same problem with another number of draws for each example.
+
+        Args:
+            num_draws: The number.
+            antithetic: Whether draws come in pairs; ``None`` for as they do.
 
         Raises:
             ValueError: If the number is not one of whole lists of timesteps, or of whole pairs.
         """
-        return self if num_draws == self.num_draws else self._redrawn(num_draws, self.draws.seed)
+        same = antithetic in (None, self.draws.antithetic)
+        if num_draws == self.num_draws and same:
+            return self
+        return self._redrawn(num_draws, self.draws.seed, antithetic)
 
     def with_seed(self, seed: int) -> NoisedRegression:
         """The same problem with other draws, as many for each example.
@@ -257,9 +270,12 @@ class NoisedRegression:
         """
         return self._with(self.draws.divided(number, count))
 
-    def _redrawn(self, num_draws: int, seed: int) -> NoisedRegression:
+    def _redrawn(
+        self, num_draws: int, seed: int, antithetic: bool | None = None
+    ) -> NoisedRegression:
         own = self.draws
-        made = make_draws(own.timesteps, num_draws, seed, own.num_levels, own.antithetic)
+        in_pairs = own.antithetic if antithetic is None else antithetic
+        made = make_draws(own.timesteps, num_draws, seed, own.num_levels, in_pairs)
         return self._with(replace(made, part=own.part))
 
     def _with(self, draws: Draws) -> NoisedRegression:

@@ -84,7 +84,7 @@ def kernel_regression_scores(
     ``s(q, n)²``, which ``squared`` returns. (As a Gaussian process: without example ``n`` the
     variance at the query rises by ``s(q, n)² / [(K + ρ κ I)⁻¹]_nn``, a divisor that the ridge makes
     nearly constant.) Both together predict retraining best
-    (:func:`~curvlinops_diffusion.retraining_scores`).
+    (:func:`~curvlinops_diffusion.regression_scores`).
 
     Up to ``largest_gram`` training examples, ``K`` is computed in blocks and kept in the main
     memory, in float64, whatever the device: one pass over the training gradients if those of all
@@ -130,6 +130,43 @@ def kernel_regression_scores(
         >>> bool(torch.cosine_similarity(plain, ridged, dim=0) > 0.999)
         True
     """
+    found = kernels_and_scores(
+        J_query,
+        G_inv,
+        J_train,
+        ridge=ridge,
+        squared=squared,
+        weights=weights,
+        largest_gram=largest_gram,
+        gradient_bytes=gradient_bytes,
+        max_iter=max_iter,
+        tolerance=tolerance,
+        passes=passes,
+    )
+    return found[1]
+
+
+def kernels_and_scores(
+    J_query: Gradients,
+    G_inv: PyTorchLinearOperator,
+    J_train: Gradients,
+    *,
+    ridge: float,
+    squared: bool | Sequence[bool] = False,
+    weights: Sequence[float] | None = None,
+    largest_gram: int = 20_000,
+    gradient_bytes: int = GRADIENT_BYTES,
+    max_iter: int = 100,
+    tolerance: float = 1e-3,
+    passes: PassOptions = PLAIN,
+) -> tuple[Tensor, Tensor]:
+    """The kernel ``k(q, n)`` of the first function, and the scores.
+
+    Arguments and errors are those of :func:`kernel_regression_scores`.
+
+    Returns:
+        Kernel and scores, ``[Q, N]`` each.
+    """
     functions = _functions(J_query, J_train)
     M = len(functions)
     are_squared = [squared] * M if isinstance(squared, bool) else list(squared)
@@ -144,7 +181,7 @@ def kernel_regression_scores(
     check_positive("ridge", ridge)
     check_count("largest_gram", largest_gram)
     check_count("gradient_bytes", gradient_bytes)
-    found = []
+    found, crosses = [], []
     number = count()
     for pairs, is_squared in zip(functions, are_squared, strict=True):
         kernels = [
@@ -162,7 +199,8 @@ def kernel_regression_scores(
                 cross_QN, _KernelMatrix(kernels), damping, max_iter, tolerance, passes.progressbar
             )
         found.append((scores_QN.square() if is_squared else scores_QN).to(cross_QN))
-    return found[0] if M == 1 else averaged_scores(found, weights)
+        crosses.append(cross_QN)
+    return crosses[0], found[0] if M == 1 else averaged_scores(found, weights)
 
 
 def averaged_scores(scores: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:

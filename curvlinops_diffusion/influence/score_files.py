@@ -1,16 +1,25 @@
-"""The formats of files of scores; read without PyTorch."""
+"""Files of scores: which training image scores how much for which query.
+
+What a file is of is told without PyTorch.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from curvlinops_diffusion.runtime.files import FileKind, write_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from curvlinops_diffusion.influence.stored_scores import StoredScores
 
 #: A file of scores holds them as ``scores``, or names the files that do (``shards``).
 SCORES = FileKind(
@@ -89,3 +98,95 @@ def _digest(header: dict[str, Any]) -> str:
     """Of all of an index but the digest itself."""
     rest = {key: value for key, value in header.items() if key != "header_sha256"}
     return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def write_scores(
+    path: Path,
+    scores_QN: Tensor,
+    names: Mapping[str, Sequence[str]],
+    identity: dict[str, Any],
+    halves: Sequence[Tensor] | None = None,
+    others: Mapping[str, Tensor] | None = None,
+    **told: Any,
+) -> None:
+    """Write scores with the names of queries and training images.
+
+    Args:
+        path: The file, ``.safetensors`` or ``.npy``.
+        scores_QN: The scores.
+        names: Names of the ``train`` images and the ``queries``.
+        identity: What they were made from.
+        halves: Scores of either half of the draws; left out of an ``.npy`` file.
+        others: Scores of further methods by name, likewise.
+        told: What else is told of them, as plain values.
+
+    Raises:
+        ValueError: If the file cannot be written.
+    """
+    header = {**{key: list(own) for key, own in names.items()}, "identity": identity, **told}
+    tensors = {"scores": scores_QN, **(others or {})}
+    if halves is not None:
+        tensors |= dict(zip(HALVES, halves, strict=True))
+    plain = {name: z.detach().cpu().contiguous() for name, z in tensors.items()}
+    if path.suffix != ".safetensors":
+        write_array(path, plain["scores"].numpy(), header)
+        return
+    old = shards_of(path)
+    SCORES.write(path, plain, header)
+    for other in old:
+        other.unlink(missing_ok=True)
+
+
+def read_scores(path: Path) -> tuple[Tensor | StoredScores, dict[str, Any]]:
+    """Read scores, ``[Q, N]``, and the names and settings that belong to them.
+
+    Scores in several files are read as they are asked for, a query at a time.
+
+    Raises:
+        ValueError: If the file is missing, damaged, or of something else.
+    """
+    header, scores_QN = header_and_scores(path)
+    if scores_QN is None:
+        raise other_array(path)
+    missing = {"queries", "train"} - header.keys()
+    if "identity" in header and missing:
+        raise ValueError(
+            f"'{path}' has no names of images: it was written by StoredScores.create, for Python. "
+            "Read it by StoredScores.open, or make scores with names by curvlinops-diffusion score."
+        )
+    try:
+        sizes = (len(header["queries"]), len(header["train"]))
+        identity = dict(header["identity"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SCORES.damaged(path, f"{type(error).__name__}: {error}") from error
+    if tuple(scores_QN.shape) != sizes:
+        raise SCORES.damaged(path, f"{tuple(scores_QN.shape)} scores for {sizes} names")
+    return scores_QN, {**header, "identity": identity}
+
+
+def whole(scores: Tensor | StoredScores) -> Tensor:
+    """All of them, ``[Q, N]``."""
+    return scores.whole() if hasattr(scores, "whole") else scores
+
+
+def header_and_scores(path: Path) -> tuple[dict[str, Any], Tensor | StoredScores | None]:
+    """Header and scores; no scores where they are not those that the header is of.
+
+    Raises:
+        ValueError: If the file is missing, damaged, or of something else.
+    """
+    import torch
+
+    described = None if path.suffix == ".npy" else SCORES.read_header(path)
+    if isinstance(described, dict) and "shards" in described:
+        from curvlinops_diffusion.influence.stored_scores import StoredScores
+
+        stored = StoredScores.open(path)
+        return stored.header, stored
+    if path.suffix != ".npy":
+        header, tensors = SCORES.read(path)
+        if not isinstance(header, dict):
+            raise SCORES.damaged(path, f"it is of type {type(header).__name__}")
+        return header, tensors.get("scores", torch.empty(0))
+    header, array = read_array(path)
+    return header, None if array is None else torch.from_numpy(array)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -107,6 +107,15 @@ class NamedImages(Dataset[dict[str, Any]]):
             self.digests[n] = digest_of(item)
         return item
 
+    def images(self, numbers: Collection[int]) -> Iterator[tuple[int, Tensor]]:
+        """Yield some of the images in [-1, 1], ``[C, H, W]``, with their numbers."""
+        for n in sorted(numbers):
+            yield n, self[n]["x0"]
+
+    def digest(self, n: int) -> str | None:
+        """A digest of an item; ``None`` before it was read."""
+        return self.digests[n]
+
     def source_digests(self) -> list[str]:
         """A digest of each image as it is stored, whatever form a network takes it in."""
         return [self._source_digest(n) for n in range(len(self))]
@@ -162,21 +171,52 @@ def open_images(
     Raises:
         ValueError: If there are none, or they or their conditions are in no known form.
     """
+    return conditioned(images_at(path, form), path, form, condition, training)
+
+
+def images_at(path: Path, form: Form) -> NamedImages:
+    """Open images with what stands beside them.
+
+    Raises:
+        ValueError: If there are none, or they are in no known form.
+    """
     if path.suffix != ".npz":
         form.check_channels()
     if path.is_dir() and SavedDataset.is_at(path):
-        images = _saved(SavedDataset.of(path), form)
+        images = images_of_dataset(SavedDataset.of(path), form)
     elif path.is_dir():
         images = _folder(path, form)
     elif path.suffix == ".npz" and path.is_file():
         images = _arrays(path, form)
     elif path.is_file() and path.suffix.lower() in SUFFIXES:
-        images = _files([path], [path.name], form)
+        images = images_of_files([path], [path.name], form)
     else:
         what = "is in no known form" if path.exists() else "does not exist"
         raise ValueError(f"'{path}' {what}. {_ACCEPTED}.")
     if len(images) == 0:
         raise ValueError(f"'{path}' holds no images. {_ACCEPTED}.")
+    return images
+
+
+def conditioned(
+    images: NamedImages,
+    path: Path,
+    form: Form,
+    condition: Condition | None,
+    training: NamedImages | None,
+) -> NamedImages:
+    """Reduce what stands beside images to what the network takes.
+
+    Args:
+        images: The images, which are changed.
+        path: Where they are from, for messages.
+        form: As for :func:`open_images`.
+        condition: Likewise.
+        training: Likewise.
+
+    Raises:
+        ValueError: If an image lacks a condition, or has one that the network does not know.
+    """
     if images.classes is not None and (condition is None or condition.key == "class_labels"):
         if training is None and condition is not None and condition.count != 1:
             images.classes.check_sure()
@@ -235,7 +275,7 @@ def _folder(path: Path, form: Form) -> NamedImages:
     metadata = Metadata.of(path, found.tables, list(files))
     others = set() if metadata is None else metadata.others
     names = [name for name in files if name not in others]
-    images = _files([files[name] for name in names], names, form)
+    images = images_of_files([files[name] for name in names], names, form)
     images.left_out = found.left_out
     images.unread = captions_in_files(names, found.left_out)
     if metadata is None:
@@ -250,7 +290,9 @@ def _folder(path: Path, form: Form) -> NamedImages:
     return images
 
 
-def _files(files: Sequence[Path], names: list[str], form: Form) -> NamedImages:
+def images_of_files(files: Sequence[Path], names: list[str], form: Form) -> NamedImages:
+    """Images of files, by names of their own."""
+
     def load(n: int) -> Tensor:
         return _loaded(files[n], names[n], form)
 
@@ -261,7 +303,9 @@ def _files(files: Sequence[Path], names: list[str], form: Form) -> NamedImages:
     return NamedImages(names, load, size_of, lambda n: digest_of(files[n].read_bytes()), form)
 
 
-def _saved(data: SavedDataset, form: Form) -> NamedImages:
+def images_of_dataset(data: SavedDataset, form: Form) -> NamedImages:
+    """The images of a data set of the library ``datasets``."""
+
     def load(n: int) -> Tensor:
         return _loaded(partial(data.image, n), data.names[n], form)
 

@@ -48,9 +48,18 @@ class SavedDataset:
             ValueError: If it cannot be read, holds several splits, or it is not clear which column
                 is of images.
         """
-        data = _opened(path)
+        return cls.of_data(_opened(path), path)
+
+    @classmethod
+    def of_data(cls, data: Any, path: Path) -> SavedDataset:
+        """The columns of a data set that is open, from a folder or of a name.
+
+        Raises:
+            ValueError: As :meth:`of`.
+        """
         import datasets
 
+        data = data.with_format(None)  # whatever form of tensors it has
         pictures = [k for k, v in data.features.items() if isinstance(v, datasets.Image)]
         column = _column(path, pictures, data.column_names)
         for name in pictures:  # whether saved as files alone or not
@@ -114,7 +123,7 @@ def _opened(path: Path) -> Any:
         raise ValueError(
             f"'{path}' holds splits: {', '.join(data)}. Pass the folder of one, {some}."
         )
-    return data.with_format(None)  # whatever form of tensors it was saved with
+    return data
 
 
 def _column(path: Path, pictures: list[str], columns: list[str]) -> str:

@@ -23,14 +23,14 @@ from curvlinops_diffusion import (
     StoredScores,
     influence_scores,
     load_operator,
-    retraining_scores,
+    regression_scores,
 )
 from curvlinops_diffusion.cli.commands import cost
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions
 from curvlinops_diffusion.cli.program import run
-from curvlinops_diffusion.cli.score_files import read_scores
-from curvlinops_diffusion.influence.retraining import RIDGE
+from curvlinops_diffusion.influence.regression import RIDGE
+from curvlinops_diffusion.influence.score_files import read_scores
 from curvlinops_diffusion.influence.split_half import rank_correlation
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.loading.images import open_images
@@ -97,7 +97,7 @@ def test_kernel_regression(fitted, tmp_path, capsys):
 
     def library(*regressions):
         query, train = map(ExampleGradientLinearOperator, regressions)
-        return retraining_scores(query, inverse, train, ridge=0.5)
+        return regression_scores(query, inverse, train, ridge=0.5)
 
     assert_close(scores, library(query, train), 1e-4)
     halves = load_file(output)

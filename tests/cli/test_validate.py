@@ -19,8 +19,8 @@ from curvlinops_diffusion import (
 from curvlinops_diffusion.cli.commands.validate_measure import networks_of
 from curvlinops_diffusion.cli.measured_files import read_measured
 from curvlinops_diffusion.cli.program import run
-from curvlinops_diffusion.cli.score_files import read_scores, write_scores
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
+from curvlinops_diffusion.influence.score_files import read_scores, write_scores
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.loading.preprocessing import Form
 from curvlinops_diffusion.page.rankings import rows_of

@@ -16,7 +16,7 @@ from curvlinops_diffusion import (
     influence_scores,
     kernel_regression_scores,
     load_operator,
-    retraining_scores,
+    regression_scores,
     self_influence_scores,
 )
 from curvlinops_diffusion.curvature import shards
@@ -61,7 +61,7 @@ def made_of(EK, passes):
     }
     J = ExampleGradientLinearOperator(problem())
     found["scores"] = influence_scores(J, inverse, J, query_block=2, passes=passes)
-    found["regression"] = retraining_scores(J, inverse, J, passes=passes)
+    found["regression"] = regression_scores(J, inverse, J, passes=passes)
     # more examples than the kernel matrix is formed for
     found["iterated"] = kernel_regression_scores(J, inverse, J, largest_gram=3, passes=passes)
     return found

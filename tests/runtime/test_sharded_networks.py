@@ -25,7 +25,7 @@ from curvlinops_diffusion import (
     forward_only_scores,
     influence_scores,
     load_operator,
-    retraining_scores,
+    regression_scores,
     split_half_scores,
     top_influences,
 )
@@ -69,7 +69,7 @@ def everything(regression, passes):
         "scores": halves.scores,
         "first half": halves.first,
         "top": top_influences(J, inverse, J, k=2, passes=passes).positive.scores,
-        "retraining": retraining_scores(J, inverse, J, passes=passes),
+        "retraining": regression_scores(J, inverse, J, passes=passes),
     }
 
 

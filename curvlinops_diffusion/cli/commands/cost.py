@@ -22,7 +22,7 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.diffusion.trial import checked_trial
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernel_regression import GRADIENT_BYTES
-from curvlinops_diffusion.influence.retraining import FUNCTIONS
+from curvlinops_diffusion.influence.regression import FUNCTIONS
 from curvlinops_diffusion.influence.split_half import can_be_halved
 from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.layers.observable import observable

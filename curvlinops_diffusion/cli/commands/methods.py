@@ -10,7 +10,7 @@ from torch import Tensor
 from curvlinops_diffusion.cli.options import ScoreOptions
 from curvlinops_diffusion.influence.finite_steps import forward_only_scores
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.retraining import retraining_scores
+from curvlinops_diffusion.influence.regression import regression_scores
 from curvlinops_diffusion.influence.scores import influence_scores
 from curvlinops_diffusion.influence.split_half import (
     SplitHalfScores,
@@ -68,7 +68,7 @@ def _regression(
             if passes.checkpoint is not None:  # whose passes have the same names
                 own = replace(passes, checkpoint=Path(passes.checkpoint) / f"half{half}")
         query, train = operators
-        return retraining_scores(query, inverse, train, ridge=ridge, passes=own)
+        return regression_scores(query, inverse, train, ridge=ridge, passes=own)
 
     scores = of(None)
     return scores, SplitHalfScores(scores, of(0), of(1)) if halved else None

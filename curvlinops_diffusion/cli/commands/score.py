@@ -15,20 +15,18 @@ from curvlinops_diffusion.cli.network import Network, load_network, of_text_enco
 from curvlinops_diffusion.cli.options import ScoreOptions, in_bytes
 from curvlinops_diffusion.cli.outputs import check_output_is_same
 from curvlinops_diffusion.cli.processes import is_first, process_group, with_own_device
-from curvlinops_diffusion.cli.score_files import agreement, header_and_scores
-from curvlinops_diffusion.curvature.load import load_operator
+from curvlinops_diffusion.curvature.load import (
+    check_same_objective,
+    is_of_same_images,
+    load_operator,
+)
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.influence.agreement import Agreement
+from curvlinops_diffusion.influence.score_files import header_and_scores
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.loading.images import NamedImages, open_images
-from curvlinops_diffusion.runtime.files import check_same, check_space
+from curvlinops_diffusion.runtime.files import check_space
 from curvlinops_diffusion.runtime.passes import PassOptions
-
-# what of a regression's description fit and score must share
-_OBJECTIVE = (
-    *("prediction_type", "reduction", "num_levels", "process", "weighting", "encoder"),
-    *("timesteps", "condition_dropout", "noise_offset", "input_perturbation", "augmentations"),
-    "training_arguments",
-)
 
 
 def score(options: ScoreOptions) -> None:
@@ -54,7 +52,13 @@ def score(options: ScoreOptions) -> None:
             max_memory=in_bytes(options.max_memory),
         )
         operator = load_operator(options.operator, network.objective.model, passes=held)
-        _check_same_objective(options, operator.info, train)
+        check_same_objective(
+            options.operator,
+            operator.info,
+            train,
+            "Pass the pipeline, or model and scheduler, that it was fitted with, and the same "
+            "options of training.",
+        )
         if not options.other_data:
             _check_same_images(options, operator.info, train)
         if options.dry_run:
@@ -89,7 +93,7 @@ def score(options: ScoreOptions) -> None:
         Q, N = query.num_data, train.num_data
         event("scored", file=str(options.output), queries=Q, training_images=N, **sure)
         say(f"Wrote {options.output}: {Q} × {N} scores, of queries and training images")
-        say(_how_sure(sure, options.method))
+        say(_how_sure({**sure, **names}, options.method))
 
 
 def _method(options: ScoreOptions) -> dict[str, Any]:
@@ -128,21 +132,16 @@ def _is_done(options: ScoreOptions, identity: dict[str, Any]) -> bool:
     return scores_QN is not None
 
 
-def _how_sure(told: dict[str, Any], method: str) -> str:
+def _how_sure(header: dict[str, Any], method: str) -> str:
     """A line for people."""
-    found = agreement(told)
     if method == "forward-only":
         return "How sure they are is not known: halves of the draws would take as long again"
+    found = Agreement.of_header(header)
     if found is None:
         return (
             "How sure they are is not known: pass multiples of 4 as --num-draws and --query-draws"
         )
-    shared, correlation = found
-    ranks = "undefined" if correlation is None else f"{correlation:.2f}"
-    return (
-        f"Two halves of the draws agree on {shared:.3g} of the top {told['top']} training images "
-        f"(rank correlation {ranks}; medians over queries); all draws together are surer"
-    )
+    return f"How sure: {found}"
 
 
 def in_pairs(num_draws: int) -> bool:
@@ -153,30 +152,8 @@ def in_pairs(num_draws: int) -> bool:
 def _check_same_images(
     options: ScoreOptions, info: dict[str, Any], train: NoisedRegression
 ) -> None:
-    data = info.get("data") or info.get("identity", {}).get("data", {})
-    fitted = data.get("digest")
-    if fitted is not None and fitted != train.data_identity()["digest"]:
+    if not is_of_same_images(info, train):
         raise ValueError(
             f"'{options.operator}' was fitted to other images than those of --data "
             f"'{options.data}'. Pass the same, or --other-data if that is meant."
         )
-
-
-def _check_same_objective(
-    options: ScoreOptions, info: dict[str, Any], train: NoisedRegression
-) -> None:
-    """Curvature and gradients must be of one loss; draws and precision are free."""
-    here = json.loads(json.dumps(train.description))
-    there = info.get("regression", {})
-    # what of a recipe is not used is not described
-    unused: dict[str, Any] = dict.fromkeys(("noise_offset", "input_perturbation"), 0.0)
-    unused["training_arguments"] = {}
-    here, there = ({**unused, **described} for described in (here, there))
-    known = [key for key in _OBJECTIVE if key in there and key in here]
-    check_same(
-        {key: there[key] for key in known},
-        {key: here[key] for key in known},
-        f"'{options.operator}' was fitted with another objective",
-        "Pass the pipeline, or model and scheduler, that it was fitted with, and the same options "
-        "of training.",
-    )

@@ -4,35 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from math import isfinite
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from curvlinops_diffusion.cli.checkpoints import checkpoint_of, going_on
 from curvlinops_diffusion.cli.commands.methods import in_shards, scores_of
 from curvlinops_diffusion.cli.options import ScoreOptions
 from curvlinops_diffusion.cli.processes import is_first
-from curvlinops_diffusion.cli.score_files import write_scores
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.influence.agreement import Agreement, plain_numbers
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.split_half import (
-    SplitHalfScores,
-    can_be_halved,
-    rank_correlation,
-    standard_error,
-    top_shared,
-)
+from curvlinops_diffusion.influence.score_files import write_scores
+from curvlinops_diffusion.influence.split_half import SplitHalfScores, can_be_halved
 from curvlinops_diffusion.influence.stored_scores import StoredScores, write_index, write_shards
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
 
 T = TypeVar("T")
-
-# how many of the largest scores of two halves are compared
-TOP = 10
 
 
 @dataclass(frozen=True)
@@ -76,11 +65,11 @@ class Scoring:
             return (*scores_of(self.options, *operators, passes), values_Q)
 
         scores_QN, halves, values_Q = self._from_checkpoint(run)
-        sure = {"values": _plain(values_Q)}
+        sure = {"values": plain_numbers(values_Q)}
         both = None
         if halves is not None:
             both = (halves.first, halves.second)
-            sure |= _reliability(*both)
+            sure |= Agreement.of_halves(*both).as_header()
         if is_first():
             told = {**sure, **self.told}
             write_scores(self.options.output, scores_QN, self.names, self.identity, both, **told)
@@ -98,14 +87,15 @@ class Scoring:
             return write_shards(output, *operators, self.identity, **options), values_Q
 
         shards, values_Q = self._from_checkpoint(run)
-        sure = {"values": _plain(values_Q)}
+        sure = {"values": plain_numbers(values_Q)}
         if not is_first():
             return sure
         shape = [self.query.num_data, self.train.num_data]
         header = {**self.names, "identity": self.identity, "shape": shape, **self.told}
         stored = StoredScores(output, {**header, "shards": shards})
         if halves:
-            sure |= _reliability(stored.named("first"), stored.named("second"))
+            own = Agreement.of_halves(stored.named("first"), stored.named("second"))
+            sure |= own.as_header()
         write_index(output, {**header, **sure}, shards)
         return sure
 
@@ -147,24 +137,3 @@ def inversion_of(options: ScoreOptions) -> dict[str, Any]:
     more: dict[str, Any] = {"relative": True} if options.relative else {}
     more |= {} if options.rtol is None else {"rtol": options.rtol}
     return {"damping": options.damping, **more}
-
-
-def _reliability(first: Tensor | StoredScores, second: Tensor | StoredScores) -> dict[str, Any]:
-    """How far two halves of the draws agree, for each query; seen one at a time."""
-    k = max(1, min(TOP, first.shape[1] // 2))  # all of them would always be shared
-
-    def each(of: Callable[[Tensor, Tensor], Tensor]) -> list[float | None]:
-        pairs = zip(first, second, strict=True)
-        return _plain(torch.cat([of(a.unsqueeze(0), b.unsqueeze(0)) for a, b in pairs]))
-
-    return {
-        "rank_correlation": each(rank_correlation),
-        "top": k,
-        "top_shared": each(partial(top_shared, k=k)),
-        "standard_error": each(standard_error),
-    }
-
-
-def _plain(values: Tensor) -> list[float | None]:
-    """Numbers for a header of JSON, in which none are undefined."""
-    return [value if isfinite(value) else None for value in values.double().tolist()]

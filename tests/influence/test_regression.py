@@ -8,7 +8,7 @@ from curvlinops_diffusion import (
     ExampleGradientLinearOperator,
     NoisedRegression,
     kernel_regression_scores,
-    retraining_scores,
+    regression_scores,
 )
 from tests.cases import images, plain_regression, two_convolutions
 from tests.comparisons import assert_close
@@ -27,7 +27,7 @@ def problem():
 def test_equals_the_dense_formula(problem, options):
     query, K_inv, train = problem
     J_query, J_train = (ExampleGradientLinearOperator(r) for r in (query, train))
-    ours = retraining_scores(J_query, K_inv, J_train, **options)
+    ours = regression_scores(J_query, K_inv, J_train, **options)
     inverse, ridge = to_dense(K_inv), options.get("ridge", 5.0)
     of_loss = dense([dense_rows(query)], inverse, [dense_rows(train)], ridge)
     signs = [[dense_rows(r, sign(options.get("seed", 0)))] for r in (query, train)]

@@ -1,4 +1,4 @@
-"""Which training examples count for a query if one trains again: the best predictor known here.
+"""Kernel regressions of the loss and of the prediction, squared: an order of training examples.
 
 Legend: Q queries, N training examples, P parameters.
 """
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.kernel_regression import kernel_regression_scores
+from curvlinops_diffusion.influence.kernel_regression import kernels_and_scores
 from curvlinops_diffusion.influence.measurements.losses import SignedPrediction
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 
@@ -23,7 +23,7 @@ RIDGE = 5.0
 WEIGHTS = (1.0, 2.0)
 
 
-def retraining_scores(
+def regression_scores(
     J_query: ExampleGradientLinearOperator,
     G_inv: PyTorchLinearOperator,
     J_train: ExampleGradientLinearOperator,
@@ -66,12 +66,36 @@ def retraining_scores(
         >>> K_inv = DiffusionKFACLinearOperator(train).inverse(damping=1e-3)
         >>> J_train = ExampleGradientLinearOperator(train)
         >>> J_query = ExampleGradientLinearOperator(query)
-        >>> retraining_scores(J_query, K_inv, J_train).shape  # [Q, N]
+        >>> regression_scores(J_query, K_inv, J_train).shape  # [Q, N]
         torch.Size([2, 10])
+    """
+    return influence_and_regression_scores(
+        J_query, G_inv, J_train, ridge=ridge, seed=seed, **options
+    )[1]
+
+
+def influence_and_regression_scores(
+    J_query: ExampleGradientLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    *,
+    ridge: float = RIDGE,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Influence scores and those of :func:`regression_scores`, out of the same gradients.
+
+    The kernel of queries and training examples is ``N`` times the influence.
+
+    Arguments and errors are those of :func:`regression_scores`.
+
+    Returns:
+        The scores of :func:`~curvlinops_diffusion.influence_scores`, and the others, ``[Q, N]``.
     """
     signed = SignedPrediction(seed)
     functions = [[J, J.measuring(signed)] for J in (J_query, J_train)]
     settings: dict[str, Any] = {"squared": [False, True], "weights": WEIGHTS}
-    return kernel_regression_scores(
+    kernel_QN, scores_QN = kernels_and_scores(
         functions[0], G_inv, functions[1], ridge=ridge, **settings, **options
     )
+    return kernel_QN / J_train.shape[0], scores_QN

@@ -1,0 +1,188 @@
+"""Results of attribution: scores of the training images for each query, and how sure they are.
+
+Legend: Q queries, N training images, k the first of a query's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from curvlinops_diffusion.influence.agreement import Agreement
+from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
+from curvlinops_diffusion.influence.score_files import write_scores
+from curvlinops_diffusion.influence.split_half import SplitHalfScores
+from curvlinops_diffusion.page.gallery import Gallery
+from curvlinops_diffusion.runtime.checks import check_count
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class RankedImage(NamedTuple):
+    """A training image among those of a query.
+
+    Attributes:
+        name: Its name.
+        score: Its score.
+        rank: Its place, from 1.
+    """
+
+    name: str
+    score: float
+    rank: int
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """Scores of every training image for every query.
+
+    Attributes:
+        scores: The scores of the first method, ``[Q, N]``. Of ``influence``, predicted changes of
+            the measured value had the model been trained without the image; those of
+            ``regression`` have no unit, only their order says something.
+        by_method: The scores of each method.
+        halves: Those of two halves of the draws, by method; ``None`` where the draws cannot be
+            halved.
+        header: What the scores were made from, as a file of scores holds it.
+        train: The training images, with names and captions.
+        queries: The queries, likewise.
+    """
+
+    by_method: Mapping[str, Tensor]
+    halves: Mapping[str, SplitHalfScores | None]
+    header: Mapping[str, Any]
+    train: Gallery = field(repr=False)
+    queries: Gallery = field(repr=False)
+
+    @property
+    def scores(self) -> Tensor:
+        """The scores of the first method, ``[Q, N]``."""
+        return next(iter(self.by_method.values()))
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """Agreement of two halves of the draws; ``None`` where the draws cannot be halved."""
+        return Agreement.of_header(self.header)
+
+    @property
+    def better(self) -> Better:
+        """Which values of what was measured are good, and so which sign of a score helps."""
+        measured = self.header["identity"]["query"].get("measurement", "")
+        entry = MEASUREMENTS.get(measured)
+        return Better.LOWER if entry is None else entry.better
+
+    def top(self, k: int = 5) -> list[list[RankedImage]]:
+        """The ``k`` training images that helped each query most, the most helpful first.
+
+        Where neither sign means helpful (:attr:`better`), those with the largest scores.
+
+        Args:
+            k: How many.
+
+        Raises:
+            ValueError: If ``k`` is no whole number of at least 1.
+        """
+        k = min(check_count("k", k), self.scores.shape[1])
+        sign = -1 if self.better is Better.HIGHER else 1
+        order_Qk = (sign * self.scores).topk(k).indices
+        return [
+            [
+                RankedImage(self.train.names[n], float(scores_N[n]), rank)
+                for rank, n in enumerate(order_k.tolist(), 1)
+            ]
+            for scores_N, order_k in zip(self.scores, order_Qk, strict=True)
+        ]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The scores as a table: a row for each query, training image and method.
+
+        Columns: ``query``, ``image``, ``score``, ``rank`` (1 is the most helpful), ``caption`` (the
+        image's), and ``method``.
+
+        Raises:
+            ValueError: If pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ValueError("A table needs pandas: pip install pandas.") from error
+        sign = -1 if self.better is Better.HIGHER else 1
+        Q, N = self.scores.shape
+        captions = [self.train.caption(n) for n in range(N)]
+        tables = []
+        for method, scores_QN in self.by_method.items():
+            rank_QN = (-sign * scores_QN).argsort(1).argsort(1) + 1
+            tables.append(
+                pd.DataFrame(
+                    {
+                        "query": [name for name in self.queries.names for _ in range(N)],
+                        "image": list(self.train.names) * Q,
+                        "score": scores_QN.flatten().tolist(),
+                        "rank": rank_QN.flatten().tolist(),
+                        "caption": captions * Q,
+                        "method": method,
+                    }
+                )
+            )
+        return pd.concat(tables, ignore_index=True)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the scores with everything that is known of them to a safetensors file.
+
+        Those of the first method are called ``scores``, those of others by their methods. Never
+        half-written. :class:`~curvlinops_diffusion.StoredScores` and the program's ``report``
+        read it.
+
+        Args:
+            path: Where to.
+
+        Raises:
+            ValueError: If the file cannot be written.
+        """
+        (first, scores_QN), *others = self.by_method.items()
+        halves = self.halves[first]
+        write_scores(
+            Path(path),
+            scores_QN,
+            {"train": self.train.names, "queries": self.queries.names},
+            halves=None if halves is None else (halves.first, halves.second),
+            others=dict(others),
+            **{k: v for k, v in self.header.items() if k not in ("train", "queries")},
+        )
+
+    def report(self, path: str | PathLike[str], *, top: int = 8) -> None:
+        """Write a page with the images that helped and hindered each query most.
+
+        One HTML file, with the images in it.
+
+        Args:
+            path: Where to.
+            top: Training images in each row of a query.
+
+        Raises:
+            ValueError: If the examples are no images, or the page cannot be written.
+        """
+        try:
+            from curvlinops_diffusion.page.report import write_report
+        except ImportError as error:
+            raise ValueError(
+                f"A page needs {error.name}: pip install 'curvlinops-diffusion[cli]'."
+            ) from error
+        write_report(path, self.scores, self.header, self.train, self.queries, top=top)
+
+    def __str__(self) -> str:
+        """Say what there is and how sure it is."""
+        Q, N = self.scores.shape
+        sure = self.agreement
+        told = "How sure they are is not known." if sure is None else f"{sure}"
+        return f"{Q} × {N} scores, of queries and training images, by {self._methods()}. {told}"
+
+    def _methods(self) -> str:
+        names: Sequence[str] = list(self.by_method)
+        return " and ".join(names)

@@ -1,0 +1,110 @@
+"""Methods of attribution by name, several of them out of one pass over the training gradients.
+
+Legend: Q queries, N training examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+
+from torch import Tensor
+
+from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
+from curvlinops_diffusion.influence.regression import influence_and_regression_scores
+from curvlinops_diffusion.influence.scores import influence_scores
+from curvlinops_diffusion.influence.split_half import (
+    SplitHalfScores,
+    can_be_halved,
+    split_half_scores,
+)
+from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
+from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
+
+
+class Method(str, Enum):
+    """What scores are.
+
+    Attributes:
+        INFLUENCE: ``'influence'``, predicted changes of what is measured
+            (:func:`~curvlinops_diffusion.influence_scores`).
+        REGRESSION: ``'regression'``, an order without a unit
+            (:func:`~curvlinops_diffusion.regression_scores`).
+    """
+
+    INFLUENCE = "influence"
+    REGRESSION = "regression"
+
+
+def scores_of(
+    methods: Sequence[Method],
+    J_query: ExampleGradientLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    *,
+    ridge: float,
+    query_block: int,
+    passes: PassOptions = PLAIN,
+) -> dict[Method, tuple[Tensor, SplitHalfScores | None]]:
+    """Scores ``[Q, N]`` by method; with those of halves of the draws, where there are halves.
+
+    Args:
+        methods: The methods.
+        J_query: Gradients of the measured values, ``[Q, P]``.
+        G_inv: Inverse curvature, ``[P, P]``.
+        J_train: Gradients of the training losses, ``[N, P]``.
+        ridge: That of the regression.
+        query_block: Queries whose gradients are held at once, for influence alone.
+        passes: Checkpoints, processes and progress.
+    """
+    halved = can_be_halved(J_train.regression) and can_be_halved(J_query.regression)
+    if Method.REGRESSION not in methods:
+        if halved:
+            halves = split_half_scores(
+                J_query, G_inv, J_train, query_block=query_block, passes=passes
+            )
+            return {Method.INFLUENCE: (halves.scores, halves)}
+        scores = influence_scores(J_query, G_inv, J_train, query_block=query_block, passes=passes)
+        return {Method.INFLUENCE: (scores, None)}
+
+    def of(half: int | None) -> dict[Method, Tensor]:
+        own, query, train = passes, J_query, J_train
+        if half is not None:
+            query, train = (J.on(J.regression.divided(half, 2)) for J in (query, train))
+            if passes.checkpoint is not None:  # whose passes have the same names
+                own = replace(passes, checkpoint=Path(passes.checkpoint) / f"half{half}")
+        influence, regression = influence_and_regression_scores(
+            query, G_inv, train, ridge=ridge, passes=own
+        )
+        return {Method.INFLUENCE: influence, Method.REGRESSION: regression}
+
+    whole = of(None)
+    first, second = (of(0), of(1)) if halved else (None, None)
+    return {
+        method: (
+            whole[method],
+            None
+            if first is None or second is None
+            else SplitHalfScores(whole[method], first[method], second[method]),
+        )
+        for method in methods
+    }
+
+
+def check_measurement(methods: Sequence[Method], measurement: str) -> None:
+    """Check that methods are for what is measured.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    entry = MEASUREMENTS.get(measurement) if isinstance(measurement, str) else None
+    if Method.REGRESSION in methods and (entry is None or entry.better is not Better.LOWER):
+        good = [name for name, one in MEASUREMENTS.items() if one.better is Better.LOWER]
+        raise ValueError(
+            f"`method` 'regression' adds the square of how the prediction would change, which no "
+            f"loss gains by, got `measurement` {measurement!r}. Pass one of {', '.join(good)}, of "
+            "which lower is better, or method='influence'."
+        )

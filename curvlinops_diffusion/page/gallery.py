@@ -1,0 +1,68 @@
+"""Images that are shown: names, captions, and the images themselves when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from curvlinops_diffusion.diffusion.regression import NoisedRegression
+
+
+class Gallery(Protocol):
+    """Images with names.
+
+    Attributes:
+        names: A name for each image.
+    """
+
+    names: Sequence[str]
+
+    def caption(self, n: int) -> str:
+        """The prompt or class of an image; nothing if it has none."""
+
+    def images(self, numbers: Collection[int]) -> Iterator[tuple[int, Tensor]]:
+        """Yield some of the images in [-1, 1], ``[C, H, W]``, with their numbers."""
+
+    def digest(self, n: int) -> str | None:
+        """A digest of an image that was yielded; ``None`` where none is kept."""
+
+
+class RegressionGallery:
+    """The clean examples of a regression, whatever form its data has.
+
+    Args:
+        regression: Objective, data and draws.
+
+    Attributes:
+        names: The data's own names, else numbers.
+    """
+
+    def __init__(self, regression: NoisedRegression):
+        self._regression = regression
+        self.names: Sequence[str] = regression.names or [str(n) for n in range(regression.num_data)]
+
+    def caption(self, n: int) -> str:
+        """Nothing: conditions of such data are in no known form."""
+        return ""
+
+    def images(self, numbers: Collection[int]) -> Iterator[tuple[int, Tensor]]:
+        """Yield images in one pass over the data.
+
+        Raises:
+            ValueError: If the examples are no images.
+        """
+        for clean in self._regression.clean_batches():
+            for n, x in zip(clean.indices, clean.x0, strict=True):
+                if n in numbers:
+                    if x.ndim != 3 or x.shape[0] not in (1, 3):
+                        raise ValueError(
+                            f"Examples must be images [1 or 3, height, width] to be shown, got "
+                            f"shape {tuple(x.shape)}. Use the scores, or to_pandas()."
+                        )
+                    yield n, x.detach().float().cpu()
+
+    def digest(self, n: int) -> str | None:
+        """None is kept."""
+        return None
