@@ -59,13 +59,18 @@ def given_images(
         own = images.conditions.get("prompt", [None] * len(images))
         images.conditions["prompt"] = [prompts if one is None else one for one in own]
         prompts = None
-    for name, key, values in (("prompts", "prompt", prompts), ("labels", "class_labels", labels)):
-        if values is None:
+    beside: list[tuple[str, str, Any]] = [
+        ("prompts", "prompt", prompts),
+        ("labels", "class_labels", labels),
+    ]
+    for name, key, given_values in beside:
+        if given_values is None:
             continue
         if condition.key != key:
             takes = "no condition" if condition.key is None else f"'{condition.key}'"
             raise ValueError(f"The network takes {takes}, got `{name}`. Leave them out.")
-        values = values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values)
+        arrays = isinstance(given_values, Tensor | np.ndarray)
+        values = given_values.tolist() if arrays else list(given_values)
         if len(values) != len(images):
             raise ValueError(
                 f"`{name}` must have one for each image, got {len(values)} for {len(images)} "

@@ -11,13 +11,11 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 
 
 class Gallery(Protocol):
-    """Images with names.
+    """Images with names."""
 
-    Attributes:
-        names: A name for each image.
-    """
-
-    names: Sequence[str]
+    @property
+    def names(self) -> Sequence[str]:
+        """A name for each image."""
 
     def caption(self, n: int) -> str:
         """The prompt or class of an image; nothing if it has none."""
