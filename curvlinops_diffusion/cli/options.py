@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
@@ -326,6 +326,74 @@ class ReportOptions(Checked):
     overwrite: bool = False
     log: Path | None = None
     debug: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributeOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
+    """Fit, score and report: which training images made each query?
+
+    What stands in the folder already is not made again.
+
+    Attributes:
+        data: Training images, as for fit.
+        queries: The images to explain, as for score.
+        output: The folder to write: the operator, scores, a page, a table, and all options.
+        params: The parameters to cover, as for fit.
+        curvature: The approximation of the curvature.
+        fit_draws: The number of draws of timestep and noise for each image of the fit.
+        num_draws: The number of draws for each training image's gradient.
+        query_draws: The number of draws for each query.
+        seed: The seed of the draws.
+        augment: The augmentation that training used.
+        method: What scores are, as for score.
+        ridge: The ridge of --method regression.
+        damping: What is added to the curvature's eigenvalues before it is inverted.
+        relative: Take the damping in units of each block's mean eigenvalue.
+        measurement: What is measured at the queries, a name of the registry of measurements.
+        top: The number of training images in each row of a query on the page.
+    """
+
+    data: Path
+    queries: Path
+    output: Path
+    params: list[str] | None = None
+    curvature: Literal["ekfac", "kfac"] = FitOptions.curvature
+    fit_draws: int = FitOptions.num_draws
+    num_draws: int = ScoreOptions.num_draws
+    query_draws: int = ScoreOptions.query_draws
+    seed: int = FitOptions.seed
+    augment: Literal["flip"] | None = None
+    method: Literal["influence", "regression"] = "influence"
+    ridge: float = ScoreOptions.ridge
+    damping: float = ScoreOptions.damping
+    relative: bool = False
+    measurement: str = field(
+        default="loss", metadata={"choices": MEASUREMENTS, "help": options_text}
+    )
+    top: int = ReportOptions.top
+
+    def steps(self) -> tuple[FitOptions, ScoreOptions, ReportOptions]:
+        """The options of the commands that it runs one after the other.
+
+        Raises:
+            ValueError: If options contradict each other.
+        """
+        operator, scores = (self.output / f"{n}.safetensors" for n in ("operator", "scores"))
+        fit = self._of(FitOptions, output=operator, num_draws=self.fit_draws)
+        score = self._of(ScoreOptions, output=scores, operator=operator)
+        page = self.output / "report.html"
+        report = self._of(
+            ReportOptions, output=page, scores=scores, operator=operator, overwrite=True
+        )
+        return fit, score, report
+
+    def _of(self, cls: type[Any], **changed: Any) -> Any:
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return cls(**{f.name: v for f in fields(cls) for v in _given(f.name, own, changed)})
+
+
+def _given(name: str, own: dict[str, Any], changed: dict[str, Any]) -> list[Any]:
+    return [values[name] for values in (changed, own) if name in values][:1]
 
 
 @dataclass(frozen=True, kw_only=True)

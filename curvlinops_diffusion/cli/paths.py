@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from curvlinops_diffusion.cli.options import (
+    AttributeOptions,
     FitOptions,
     ReportOptions,
     ScoreOptions,
@@ -64,7 +65,7 @@ def check_paths(options: Any) -> None:
         check_output(options.output, suffixes, _inputs(given), kind)
         if not isinstance(options, _GOES_ON):
             check_output_is_new(options.output, options.overwrite)
-    if isinstance(options, ValidatePlanOptions):
+    if isinstance(options, ValidatePlanOptions | AttributeOptions):
         check_can_be_made(options.output, "--output")
     if given.get("latent_cache") is not None:
         check_can_be_made(given["latent_cache"], "--latent-cache")

@@ -25,6 +25,7 @@ from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, DefaultHelp
 from curvlinops_diffusion.cli import lacking
 from curvlinops_diffusion.cli.events import event, say, start_log
 from curvlinops_diffusion.cli.options import (
+    AttributeOptions,
     FitOptions,
     InspectOptions,
     ReportOptions,
@@ -41,6 +42,7 @@ from curvlinops_diffusion.linalg.operator_files import OPERATOR
 #: The options of each command; the command itself is the function of its name in a module of its
 #: name in ``commands/``, imported when it is run: help and refusals need not wait for PyTorch.
 COMMANDS: dict[str, type[Any]] = {
+    "attribute": AttributeOptions,
     "fit": FitOptions,
     "score": ScoreOptions,
     "report": ReportOptions,

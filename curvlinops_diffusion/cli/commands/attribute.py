@@ -1,0 +1,82 @@
+"""``attribute``: from images to a page, by fit, score and report."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from curvlinops_diffusion.cli.commands.fit import fit
+from curvlinops_diffusion.cli.commands.report import report
+from curvlinops_diffusion.cli.commands.score import score
+from curvlinops_diffusion.cli.events import event, say
+from curvlinops_diffusion.cli.options import AttributeOptions
+from curvlinops_diffusion.cli.processes import is_first, num_processes
+from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
+from curvlinops_diffusion.influence.score_files import read_scores
+from curvlinops_diffusion.runtime.files import make_folder, write_bytes
+
+# what says how a run went, and nothing about its result
+_OF_THE_RUN = ("output", "overwrite", "dry_run", "log", "quiet", "debug")
+
+
+def attribute(options: AttributeOptions) -> None:
+    """Run the three commands, and write table and options beside what they write.
+
+    Raises:
+        ValueError: If the folder holds another run, or as the three.
+    """
+    of_fit, of_score, of_report = options.steps()
+    if not options.dry_run:
+        make_folder(options.output)
+        if _is_first():
+            write_bytes(options.output / "run.yaml", _as_yaml(options).encode())
+    fit(of_fit)
+    if options.dry_run:
+        return
+    score(of_score)
+    if not _is_first():
+        return
+    table = options.output / "scores.csv"
+    write_bytes(table, _table(of_score.output).encode())
+    report(of_report)
+    event("attributed", folder=str(options.output))
+    say(f"Open '{of_report.output}'. Scores: '{of_score.output}'; as a table: '{table}'")
+
+
+def _is_first() -> bool:
+    """Whether this process writes; before and after there is a process group, too."""
+    import os
+
+    return int(os.environ.get("RANK", "0")) == 0 if num_processes() > 1 else is_first()
+
+
+def _as_yaml(options: AttributeOptions) -> str:
+    """All that decides the result, as ``--config`` reads it."""
+    plain: dict[str, Any] = {}
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name in _OF_THE_RUN or value is None:
+            continue
+        plain[field.name] = str(value.absolute()) if isinstance(value, Path) else value
+    return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+
+def _table(scores: Path) -> str:
+    """A row for each query and training image, the most helpful first."""
+    scores_QN, header = read_scores(scores)
+    measured = header["identity"].get("query", {}).get("measurement", "")
+    entry = MEASUREMENTS.get(measured)
+    sign = -1 if entry is not None and entry.better.helpful_sign < 0 else 1
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["query", "image", "score", "rank"])
+    for name, scores_N in zip(header["queries"], scores_QN, strict=True):
+        order = (sign * scores_N).argsort(descending=True, stable=True).tolist()
+        for rank, n in enumerate(order, 1):
+            rows.writerow([name, header["train"][n], repr(float(scores_N[n])), rank])
+    return text.getvalue()
