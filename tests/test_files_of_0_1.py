@@ -21,7 +21,7 @@ from curvlinops_diffusion import (
     influence_scores,
     load_operator,
 )
-from curvlinops_diffusion.influence.score_files import read_scores
+from curvlinops_diffusion.influence.read_scores import read_scores
 from tests.cases import TimeBlind, noise_levels
 from tests.comparisons import assert_close
 

@@ -17,7 +17,8 @@ from curvlinops_diffusion import (
     PassOptions,
     load_operator,
 )
-from curvlinops_diffusion.influence.score_files import read_scores, write_scores
+from curvlinops_diffusion.influence.read_scores import read_scores
+from curvlinops_diffusion.influence.score_files import write_scores
 from tests.cases import plain_regression, seeded
 
 MUTATIONS = 300

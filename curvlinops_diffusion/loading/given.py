@@ -55,7 +55,7 @@ def given_images(
     """
     where = Path(given) if isinstance(given, str | os.PathLike) else Path("images")
     images = _opened(given, form)
-    if isinstance(prompts, str):
+    if isinstance(prompts, str) and condition.key == "prompt":
         own = images.conditions.get("prompt", [None] * len(images))
         images.conditions["prompt"] = [prompts if one is None else one for one in own]
         prompts = None

@@ -29,8 +29,8 @@ from curvlinops_diffusion.cli.commands import cost
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions
 from curvlinops_diffusion.cli.program import run
+from curvlinops_diffusion.influence.read_scores import read_scores
 from curvlinops_diffusion.influence.regression import RIDGE
-from curvlinops_diffusion.influence.score_files import read_scores
 from curvlinops_diffusion.influence.split_half import rank_correlation
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.loading.images import open_images

@@ -20,13 +20,14 @@ from curvlinops_diffusion.cli.commands.validate_measure import networks_of
 from curvlinops_diffusion.cli.measured_files import read_measured
 from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
-from curvlinops_diffusion.influence.score_files import read_scores, write_scores
+from curvlinops_diffusion.influence.read_scores import read_scores
+from curvlinops_diffusion.influence.score_files import write_scores
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.loading.preprocessing import Form
 from curvlinops_diffusion.page.rankings import rows_of
 from tests.cases import stopped, tiny_unet
 from tests.cli.cases import COUNT, arguments
-from tests.cli.test_adapters import config, peft_folder, trained
+from tests.loading.test_adapters import config, peft_folder, trained
 
 PARTS, SEEDS = 4, 2
 LIKELY = ["--measurement", "log_likelihood", "--query-draws", "1"]

@@ -33,7 +33,7 @@ from curvlinops_diffusion import (
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import FitOptions
 from curvlinops_diffusion.cli.program import run
-from curvlinops_diffusion.influence.score_files import read_scores
+from curvlinops_diffusion.influence.read_scores import read_scores
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.runtime.adapters import common_names

@@ -14,7 +14,8 @@ from PIL import Image
 
 from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.influence.measurements.registry import Better
-from curvlinops_diffusion.influence.score_files import read_scores, write_scores
+from curvlinops_diffusion.influence.read_scores import read_scores
+from curvlinops_diffusion.influence.score_files import write_scores
 from curvlinops_diffusion.page.rankings import Sizes, common_images, rows_of
 from curvlinops_diffusion.page.thumbnails import Thumbnails
 from tests.cli.cases import arguments as program_arguments

@@ -17,7 +17,7 @@ from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.options import AttributeOptions
 from curvlinops_diffusion.cli.processes import is_first, num_processes
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
-from curvlinops_diffusion.influence.score_files import read_scores
+from curvlinops_diffusion.influence.read_scores import read_scores
 from curvlinops_diffusion.runtime.files import make_folder, write_bytes
 
 # what says how a run went, and nothing about its result

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from curvlinops_diffusion.cli.options import InspectOptions
-from curvlinops_diffusion.influence.score_files import SCORES, read_scores
+from curvlinops_diffusion.influence.read_scores import read_scores
+from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.linalg.operator_files import block_rows, read_header
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.options import ReportOptions
-from curvlinops_diffusion.influence.score_files import read_scores
+from curvlinops_diffusion.influence.read_scores import read_scores
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.loading.images import NamedImages, open_images
 from curvlinops_diffusion.loading.labels import Condition

@@ -22,7 +22,7 @@ from curvlinops_diffusion.curvature.load import (
 )
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.agreement import Agreement
-from curvlinops_diffusion.influence.score_files import header_and_scores
+from curvlinops_diffusion.influence.read_scores import header_and_scores
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.loading.images import NamedImages, open_images
 from curvlinops_diffusion.runtime.files import check_space

@@ -16,7 +16,7 @@ from curvlinops_diffusion.cli.measured_files import read_measured
 from curvlinops_diffusion.cli.options import ValidateJudgeOptions
 from curvlinops_diffusion.cli.outputs import check_output, check_output_is_new
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
-from curvlinops_diffusion.influence.score_files import read_scores, whole
+from curvlinops_diffusion.influence.read_scores import read_scores, whole
 from curvlinops_diffusion.influence.validation.judgements import (
     linear_datamodelling_score,
     removal_effects,

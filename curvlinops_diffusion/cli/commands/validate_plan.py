@@ -10,7 +10,7 @@ import torch
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.options import ValidatePlanOptions
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
-from curvlinops_diffusion.influence.score_files import read_scores, whole
+from curvlinops_diffusion.influence.read_scores import read_scores, whole
 from curvlinops_diffusion.influence.validation.plans import HEADER, Removal, RetrainingPlan
 from curvlinops_diffusion.loading.images import NamedImages, open_images
 from curvlinops_diffusion.loading.preprocessing import Form

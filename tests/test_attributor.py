@@ -1,0 +1,193 @@
+"""The door: from images to scores in one call, equal to the operators below it."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline
+from peft import LoraConfig, inject_adapter_in_model
+from PIL import Image
+
+from curvlinops_diffusion import (
+    Attributor,
+    DiffusionEKFACLinearOperator,
+    ExampleGradientLinearOperator,
+    NoisedRegression,
+    influence_scores,
+    regression_scores,
+)
+from curvlinops_diffusion.influence.read_scores import read_scores
+from tests.cases import images, plain_regression, two_convolutions
+from tests.cli.cases import write_problem
+from tests.comparisons import assert_close
+
+DRAWS = {"num_draws": 4, "damping": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pipeline, training images and queries."""
+    return write_problem(tmp_path_factory.mktemp("door"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    return DDPMPipeline.from_pretrained(folder / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def attributor(folder, pipeline):
+    return Attributor.from_pipeline(pipeline, folder / "train", progressbar=False).fit(num_draws=3)
+
+
+@pytest.fixture(scope="module")
+def result(folder, attributor):
+    return attributor.score(folder / "queries", **DRAWS)
+
+
+@pytest.fixture(scope="module")
+def own():
+    """A network of one's own, its operators by hand, and the attributor of the same."""
+    objective = plain_regression(two_convolutions(), (1, 4, 4)).objective
+    data, queries = images(6, size=4), images(2, size=4) / 2
+    EK = DiffusionEKFACLinearOperator(NoisedRegression(objective, data, 2))
+    options = {"num_draws": 4, "antithetic": True}
+    J_train = ExampleGradientLinearOperator(NoisedRegression(objective, data, **options))
+    J_query = ExampleGradientLinearOperator(NoisedRegression(objective, queries, seed=1, **options))
+    return (J_query, EK.inverse(1e-3), J_train), Attributor(objective, data), queries
+
+
+def test_equals_the_operators(own):
+    operators, attributor, queries = own
+    result = attributor.fit(num_draws=2).score(queries, **DRAWS)
+    assert_close(result.scores, influence_scores(*operators), 1e-12)
+    assert result.scores.shape == (2, 6)
+    assert attributor.operator.trace() > 0
+    J = attributor.gradients(num_draws=4)
+    assert torch.equal(J.rows(), operators[2].rows())
+
+
+def test_several_methods_out_of_one_pass(own):
+    operators, attributor, queries = own
+    result = attributor.fit(num_draws=2).score(
+        queries, method=["regression", "influence"], ridge=2.0, **DRAWS
+    )
+    assert list(result.by_method) == ["regression", "influence"]
+    assert_close(result.scores, regression_scores(*operators, ridge=2.0), 1e-10)
+    assert_close(result.by_method["influence"], influence_scores(*operators), 1e-10)
+    halves = result.halves["influence"]
+    assert_close(halves.scores, result.by_method["influence"], 1e-12)
+    assert not torch.equal(halves.first, halves.second)
+
+
+def opened(path):
+    return [Image.open(file) for file in sorted(path.iterdir())]
+
+
+def as_tensor(path):
+    pixels = [np.asarray(image.convert("L")) for image in opened(path)]
+    return torch.tensor(np.stack(pixels)).unsqueeze(1).float() / 127.5 - 1
+
+
+@pytest.mark.parametrize(
+    "form", [lambda path: str(path), lambda path: sorted(path.iterdir()), opened, as_tensor]
+)
+def test_images_in_whatever_form(folder, pipeline, result, form):
+    own = Attributor.from_pipeline(pipeline, form(folder / "train")).fit(num_draws=3)
+    found = own.score(form(folder / "queries"), **DRAWS)
+    assert torch.equal(found.scores, result.scores)
+
+
+def test_the_first_of_each_query(result):
+    for scores_N, found in zip(result.scores, result.top(3), strict=True):
+        assert [image.rank for image in found] == [1, 2, 3]
+        order = scores_N.argsort(descending=True)[:3].tolist()
+        assert [image.name for image in found] == [f"image{n}.png" for n in order]
+        assert [image.score for image in found] == scores_N[order].tolist()
+
+
+def test_of_a_log_likelihood_the_negative_help(own):
+    _, attributor, queries = own
+    found = attributor.fit(num_draws=2).score(
+        queries, measurement="squared_norm", num_draws=2, damping=1e-3
+    )
+    assert found.agreement is None  # two draws in a pair cannot be halved
+    found.header["identity"]["query"]["measurement"] = "log_likelihood"
+    ((first, *_), _) = found.top(1)
+    assert first.score == float(found.scores[0].min())
+
+
+def test_table_file_and_page(result, tmp_path):
+    table = result.to_pandas()
+    assert len(table) == result.scores.numel()
+    best = table[(table["query"] == "image1.png") & (table["rank"] == 1)]
+    assert best.image.item() == result.top(1)[1][0].name
+    result.save(tmp_path / "scores.safetensors")
+    scores, header = read_scores(tmp_path / "scores.safetensors")
+    assert torch.equal(scores, result.scores)
+    assert header["train"] == [f"image{n}.png" for n in range(7)]
+    result.report(tmp_path / "report.html")
+    assert "image0.png" in (tmp_path / "report.html").read_text()
+    # agreement beside what chance would give, of k = 3 of 7
+    assert f"({9 / 7:.2g} by chance)" in str(result)
+
+
+def test_saved_and_loaded(folder, pipeline, attributor, result, tmp_path):
+    attributor.save(tmp_path / "ekfac.safetensors")
+    loaded = Attributor.load(tmp_path / "ekfac.safetensors", pipeline, folder / "train")
+    assert torch.equal(loaded.score(folder / "queries", **DRAWS).scores, result.scores)
+    with pytest.raises(ValueError, match="was fitted to other images than those given"):
+        Attributor.load(tmp_path / "ekfac.safetensors", pipeline, folder / "queries")
+    with pytest.raises(ValueError, match="was fitted with another objective: reduction"):
+        Attributor.load(tmp_path / "ekfac.safetensors", pipeline, folder / "train", reduction="sum")
+
+
+def test_an_adapter_alone(folder, tmp_path):
+    pipeline = DDPMPipeline.from_pretrained(folder / "pipeline")
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "to_v"]), pipeline.unet)
+    for name, p in pipeline.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    own = Attributor.from_pipeline(pipeline, folder / "train").fit(num_draws=2)
+    assert all("lora_" in name for name in own.operator.param_names)
+    more = Attributor.from_pipeline(pipeline, folder / "train", params=["conv_in.*"])
+    assert more.fit(num_draws=2).operator.param_names == ("conv_in.weight", "conv_in.bias")
+
+
+def test_it_goes_on(folder, pipeline, result, tmp_path):
+    """What is finished is not computed again."""
+    own = Attributor.from_pipeline(pipeline, folder / "train", checkpoint=tmp_path)
+    found = own.fit(num_draws=3).score(folder / "queries", **DRAWS)
+    assert torch.equal(found.scores, result.scores)
+    calls = []
+    hook = pipeline.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    again = Attributor.from_pipeline(pipeline, folder / "train", checkpoint=tmp_path)
+    again.fit(num_draws=3)
+    hook.remove()
+    assert len(calls) < 60  # trials alone; the fit has 2 passes of 21 samples
+
+
+def test_bad_input(folder, pipeline, attributor, own):
+    start = Attributor.from_pipeline(pipeline, folder / "train")
+    with pytest.raises(ValueError, match=r"no curvature yet. Call fit\(\) first"):
+        start.score(folder / "queries")
+    with pytest.raises(ValueError, match="holds the training images"):
+        attributor.score(folder / "train")
+    with pytest.raises(ValueError, match="takes no condition, got `prompts`"):
+        attributor.score(folder / "queries", prompts=["a", "b"])
+    with pytest.raises(ValueError, match="takes no condition, got prompt='a cat'"):
+        Attributor.from_pipeline(pipeline, folder / "train", prompts="a cat")
+    with pytest.raises(ValueError, match="`images` must hold images, got none"):
+        attributor.score([])
+    with pytest.raises(ValueError, match="is no file"):
+        attributor.score(["nothing.png"])
+    with pytest.raises(ValueError, match="holds a int"):
+        attributor.score([1])
+    with pytest.raises(ValueError, match="`curvature` must be one of"):
+        attributor.fit("kfoc")
+    with pytest.raises(ValueError, match="`method` 'regression' adds the square"):
+        attributor.score(folder / "queries", method="regression", measurement="squared_norm")
+    with pytest.raises(ValueError, match="method='unlearning' is unknown"):
+        attributor.score(folder / "queries", method="unlearning")
+    _, of_own, queries = own
+    with pytest.raises(ValueError, match="`prompts` and `labels` are for an attributor of a pipel"):
+        of_own.fit(num_draws=2).score(queries, labels=[0, 1])
