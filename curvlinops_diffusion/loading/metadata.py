@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -62,25 +62,32 @@ class Names:
         for name in sorted(self._names):
             self._alike.setdefault(_folded(name), []).append(name)
 
-    def found(self, inner: Path, written: str) -> str | None:
+    def exact(self, inner: Path, written: str) -> str | None:
         """The image that a metadata file in a folder names; ``None`` for none.
 
-        Backslashes separate folders if no image has them in its name; letters may be composed
-        (macOS) or written large (Windows) in another way where this leaves one image alone.
+        Backslashes separate folders if no image has them in its name.
         """
-        for form in (written, written.replace("\\", "/")):
-            name = self._relative(inner, form)
-            if name in self._names:
-                return name
-            alike = self._alike.get(_folded(name), [])
-            if len(alike) == 1:
-                return alike[0]
-        return None
+        forms = (self._relative(inner, form) for form in (written, written.replace("\\", "/")))
+        return next((name for name in forms if name in self._names), None)
 
-    def path(self, inner: Path, written: str) -> Path:
-        """The path of a file beside an image, whether it is there or not."""
-        found = self.found(inner, written)
-        return self._folder / (self._relative(inner, written) if found is None else found)
+    def alike(self, inner: Path, written: str) -> str | None:
+        """The only image whose name differs in how letters are composed (macOS) or in case."""
+        names = self._alike.get(_folded(self._relative(inner, written.replace("\\", "/"))), [])
+        return names[0] if len(names) == 1 else None
+
+    def beside(self, inner: Path, written: str, taken: Container[str]) -> str:
+        """The name of a file beside an image, whether it is there or not.
+
+        Args:
+            inner: The folder of the metadata file that names it.
+            written: Its name there.
+            taken: Images with lines of their own, which are named exactly or not at all.
+        """
+        found = self.exact(inner, written)
+        alike = self.alike(inner, written)
+        if found is None and alike is not None and alike not in taken:
+            found = alike
+        return self._relative(inner, written) if found is None else found
 
     def _relative(self, inner: Path, written: str) -> str:
         """A name relative to the whole folder, of one relative to a folder in it, or absolute."""
@@ -104,14 +111,16 @@ class Metadata:
     Attributes:
         lines: The line of each image.
         names: What finds images by their names.
-        others: The images that lines name beside theirs, and that have no line of their own.
+        others: The files that lines name beside their images, and that have no line of their own.
         without_image: The lines whose image is not there.
+        alike: The images whose names their lines write in other letters.
     """
 
     lines: dict[str, Line]
     names: Names
     others: set[str] = field(default_factory=set)
     without_image: list[Line] = field(default_factory=list)
+    alike: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, folder: Path, tables: Iterable[Path], names: Sequence[str]) -> Metadata | None:
@@ -130,26 +139,37 @@ class Metadata:
         tables, result = list(tables), cls({}, Names(folder, names))
         if not tables:
             return None
+        inexact = []
         for table in tables:
             if table.name in OTHER_TABLES:
                 raise ValueError(f"'{table}' is not read. Save it as metadata.jsonl or .csv.")
             for number, entries in lines_of(table):
                 line = Line(table, number, entries)
-                name = result.names.found(table.parent, entries["file_name"])
+                name = result.names.exact(table.parent, entries["file_name"])
                 if name is None:
-                    result.without_image.append(line)
-                elif name in result.lines:
-                    raise ValueError(
-                        f"The image '{name}' stands in {result.lines[name]} and in {line}. Keep "
-                        "one line for each image; of several captions, the one that it is to have."
-                    )
+                    inexact.append(line)
                 else:
-                    result.lines[name] = line
+                    result._add(name, line)
+        exact = set(result.lines)
+        for line in inexact:  # of images without a line alone: another one may have been removed
+            name = result.names.alike(line.file.parent, line.entries["file_name"])
+            if name is None or name in exact:
+                result.without_image.append(line)
+            else:
+                result._add(name, line)
+                result.alike.append(name)
         named = [(line, file) for line in result.lines.values() for file in line.files()]
-        beside = {result.names.found(line.file.parent, file) for line, file in named}
-        result.others.update(name for name in beside if name is not None)
-        result.others.difference_update(result.lines)  # it is an image, too
+        beside = {result.names.beside(line.file.parent, f, result.lines) for line, f in named}
+        result.others.update(beside - result.lines.keys())  # those with lines are images, too
         return result
+
+    def _add(self, name: str, line: Line) -> None:
+        if name in self.lines:
+            raise ValueError(
+                f"The image '{name}' stands in {self.lines[name]} and in {line}. Keep one line for "
+                "each image; of several captions, the one that it is to have."
+            )
+        self.lines[name] = line
 
     def unread(self) -> list[str]:
         """The columns that nothing here reads."""
@@ -176,7 +196,9 @@ class Metadata:
             files = [line.entries.get(entry + _FILE, line.entries.get(entry)) for line in lines]
             if any(files):
                 found[entry] = [
-                    None if not file else self.names.path(line.file.parent, str(file))
+                    folder / self.names.beside(line.file.parent, str(file), self.lines)
+                    if file
+                    else None
                     for line, file in zip(lines, files, strict=True)
                 ]
         return found
