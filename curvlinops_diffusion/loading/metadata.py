@@ -62,32 +62,29 @@ class Names:
         for name in sorted(self._names):
             self._alike.setdefault(_folded(name), []).append(name)
 
-    def exact(self, inner: Path, written: str) -> str | None:
+    def found(self, inner: Path, written: str, taken: Container[str] | None = None) -> str | None:
         """The image that a metadata file in a folder names; ``None`` for none.
 
         Backslashes separate folders if no image has them in its name.
-        """
-        forms = (self._relative(inner, form) for form in (written, written.replace("\\", "/")))
-        return next((name for name in forms if name in self._names), None)
-
-    def alike(self, inner: Path, written: str) -> str | None:
-        """The only image whose name differs in how letters are composed (macOS) or in case."""
-        names = self._alike.get(_folded(self._relative(inner, written.replace("\\", "/"))), [])
-        return names[0] if len(names) == 1 else None
-
-    def beside(self, inner: Path, written: str, taken: Container[str]) -> str:
-        """The name of a file beside an image, whether it is there or not.
 
         Args:
-            inner: The folder of the metadata file that names it.
-            written: Its name there.
-            taken: Images with lines of their own, which are named exactly or not at all.
+            inner: The folder of the metadata file.
+            written: The name that stands there.
+            taken: Images that are named exactly or not at all; ``None`` for all. Other names may
+                differ in how letters are composed (macOS) or in case (Windows), if those of no two
+                images differ in that alone.
         """
-        found = self.exact(inner, written)
-        alike = self.alike(inner, written)
-        if found is None and alike is not None and alike not in taken:
-            found = alike
-        return self._relative(inner, written) if found is None else found
+        forms = [self._relative(inner, form) for form in (written, written.replace("\\", "/"))]
+        for name in forms:
+            if name in self._names:
+                return name
+        alike = [] if taken is None else self._alike.get(_folded(forms[-1]), [])
+        return alike[0] if taken is not None and len(alike) == 1 and alike[0] not in taken else None
+
+    def path(self, inner: Path, written: str, taken: Container[str]) -> Path:
+        """The path of a file beside an image, whether it is there or not."""
+        found = self.found(inner, written, taken)
+        return self._folder / (self._relative(inner, written) if found is None else found)
 
     def _relative(self, inner: Path, written: str) -> str:
         """A name relative to the whole folder, of one relative to a folder in it, or absolute."""
@@ -111,7 +108,7 @@ class Metadata:
     Attributes:
         lines: The line of each image.
         names: What finds images by their names.
-        others: The files that lines name beside their images, and that have no line of their own.
+        others: The images that lines name beside theirs, and that have no line of their own.
         without_image: The lines whose image is not there.
         alike: The images whose names their lines write in other letters.
     """
@@ -139,37 +136,38 @@ class Metadata:
         tables, result = list(tables), cls({}, Names(folder, names))
         if not tables:
             return None
-        inexact = []
         for table in tables:
             if table.name in OTHER_TABLES:
                 raise ValueError(f"'{table}' is not read. Save it as metadata.jsonl or .csv.")
-            for number, entries in lines_of(table):
-                line = Line(table, number, entries)
-                name = result.names.exact(table.parent, entries["file_name"])
-                if name is None:
-                    inexact.append(line)
-                else:
-                    result._add(name, line)
+        lines = [Line(table, *line) for table in tables for line in lines_of(table)]
+        lines = result._place(lines, None)
         exact = set(result.lines)
-        for line in inexact:  # of images without a line alone: another one may have been removed
-            name = result.names.alike(line.file.parent, line.entries["file_name"])
-            if name is None or name in exact:
-                result.without_image.append(line)
-            else:
-                result._add(name, line)
-                result.alike.append(name)
-        named = [(line, file) for line in result.lines.values() for file in line.files()]
-        beside = {result.names.beside(line.file.parent, f, result.lines) for line, f in named}
-        result.others.update(beside - result.lines.keys())  # those with lines are images, too
+        # a name alike is of an image without a line alone: another image may have been removed
+        result.without_image.extend(result._place(lines, exact))
+        result.alike.extend(sorted(result.lines.keys() - exact))
+        named = [
+            (line.file.parent, file) for line in result.lines.values() for file in line.files()
+        ]
+        beside = {result.names.found(*one, result.lines) for one in named}
+        result.others.update(name for name in beside if name is not None)
+        result.others.difference_update(result.lines)  # it is an image, too
         return result
 
-    def _add(self, name: str, line: Line) -> None:
-        if name in self.lines:
-            raise ValueError(
-                f"The image '{name}' stands in {self.lines[name]} and in {line}. Keep one line for "
-                "each image; of several captions, the one that it is to have."
-            )
-        self.lines[name] = line
+    def _place(self, lines: Iterable[Line], taken: Container[str] | None) -> list[Line]:
+        """Give images their lines, and return the lines whose image is not found."""
+        left = []
+        for line in lines:
+            name = self.names.found(line.file.parent, line.entries["file_name"], taken)
+            if name is None:
+                left.append(line)
+                continue
+            if name in self.lines:
+                raise ValueError(
+                    f"The image '{name}' stands in {self.lines[name]} and in {line}. Keep one line "
+                    "for each image; of several captions, the one that it is to have."
+                )
+            self.lines[name] = line
+        return left
 
     def unread(self) -> list[str]:
         """The columns that nothing here reads."""
@@ -196,9 +194,7 @@ class Metadata:
             files = [line.entries.get(entry + _FILE, line.entries.get(entry)) for line in lines]
             if any(files):
                 found[entry] = [
-                    folder / self.names.beside(line.file.parent, str(file), self.lines)
-                    if file
-                    else None
+                    self.names.path(line.file.parent, str(file), self.lines) if file else None
                     for line, file in zip(lines, files, strict=True)
                 ]
         return found
