@@ -84,14 +84,14 @@ class Conversion:
 
 
 def read_weights(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Read the tensors of a file, and the strings beside them.
+    """Read the tensors of a file, those of 8 bits in 32, and the strings beside them.
 
     Raises:
         ValueError: If it is no whole safetensors file, or holds numbers that are not finite.
     """
     try:
         with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+            tensors = {k: _widened(file.get_tensor(k)) for k in file.keys()}  # noqa: SIM118 - no mapping
             metadata = file.metadata() or {}
     except Exception as error:
         raise ValueError(
@@ -105,6 +105,11 @@ def read_weights(path: Path) -> tuple[Tensors, dict[str, str]]:
             "diverged, or the file is damaged. Pass an earlier checkpoint."
         )
     return tensors, metadata
+
+
+def _widened(z: Tensor) -> Tensor:
+    """A tensor in a precision that there is arithmetic for."""
+    return z.float() if z.is_floating_point() and z.itemsize == 1 else z
 
 
 def read_adapter(path: Path, given: Path) -> AdapterFile:
@@ -157,10 +162,7 @@ def converted(file: AdapterFile, convert: Callable[[Tensors], Tensors]) -> Conve
     """
     tensors = convert({**file.weights, **unit_alphas(file), **_other_alphas(file)})
     by_number = dict(enumerate(file.weights, 1))
-    marks = {
-        key: torch.where(z != 0, torch.tensor(float(n)), torch.tensor(0.0))
-        for n, (key, z) in enumerate(file.weights.items(), 1)
-    }
+    marks = {key: (z != 0).float() * n for n, (key, z) in enumerate(file.weights.items(), 1)}
     seen: set[str] = set()
     kept: Tensors = {}
     scales: dict[str, float] = {}
@@ -168,7 +170,7 @@ def converted(file: AdapterFile, convert: Callable[[Tensors], Tensors]) -> Conve
     for key, z in convert({**marks, **unit_alphas(file)}).items():
         if key not in tensors or key.endswith(_ALPHA):
             continue
-        sources = {by_number[n] for n in z.unique().tolist() if n in by_number}
+        sources = {by_number[n] for n in _whole_numbers(z, len(by_number))}
         stems = {_stem(source) for source in sources} & ranks.keys()
         factors = {file.scale(stem) for stem in stems}
         if len(factors) > 1:
@@ -182,6 +184,14 @@ def converted(file: AdapterFile, convert: Callable[[Tensors], Tensors]) -> Conve
         scales |= dict.fromkeys([key], *factors) if factors else {}
     unplaced = [key for key, z in file.weights.items() if key not in seen and bool((z != 0).any())]
     return Conversion(kept, scales, unplaced)
+
+
+def _whole_numbers(z: Tensor, last: int) -> list[int]:
+    """The whole numbers from 1 to the last that are among a tensor's entries, without sorting."""
+    z = z.flatten()
+    whole = z.clamp(0, last).int()
+    whole[whole != z] = 0
+    return [n for n in whole.bincount().nonzero().flatten().tolist() if n > 0]
 
 
 def unit_alphas(file: AdapterFile) -> Tensors:

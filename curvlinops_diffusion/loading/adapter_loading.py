@@ -31,6 +31,7 @@ from curvlinops_diffusion.runtime.messages import quoted
 
 _PEFT = "adapter_config.json"
 _PEFT_WEIGHTS = "adapter_model.safetensors"
+_PEFT_PREFIX = "base_model.model."
 _DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 ACCEPTED = (
     "Pass a .safetensors file of diffusers' save_lora_weights or of kohya's scripts, or a folder "
@@ -146,7 +147,7 @@ def _load_peft(
     if not file.is_file():
         raise ValueError(f"'{folder}' holds {_PEFT} and no {_PEFT_WEIGHTS}. {ACCEPTED}.")
     stored, _ = read_weights(file)
-    tensors = {key.removeprefix("base_model.model."): z for key, z in stored.items()}
+    tensors = {key.removeprefix(_PEFT_PREFIX): z for key, z in stored.items()}
     with _telling(folder, {part: tensors}, {part: module}):
         config = peft.PeftConfig.from_pretrained(str(folder))
         config.inference_mode = False
@@ -212,6 +213,11 @@ def _settled(
     )
 
 
+def _is_pefts(file: Path) -> bool:
+    """Whether names are PEFT's; other programs call files the same."""
+    return any(key.startswith(_PEFT_PREFIX) for key in read_weights(file)[0])
+
+
 def _weights_file(path: Path) -> Path:
     """The single file that a path names.
 
@@ -219,7 +225,7 @@ def _weights_file(path: Path) -> Path:
         ValueError: If there is none, or several, or its scales stand in a file that is missing.
     """
     file = path if path.is_file() else path / _PEFT_WEIGHTS
-    if file.name == _PEFT_WEIGHTS and file.is_file():
+    if file.name == _PEFT_WEIGHTS and file.is_file() and _is_pefts(file):
         raise ValueError(
             f"The adapter '{path}' is PEFT's without its {_PEFT}, which holds the scale. Pass the "
             "folder that save_pretrained wrote."

@@ -11,9 +11,8 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from curvlinops_diffusion.loading.preprocessing import FILE_CHANNELS, Form
+from curvlinops_diffusion.loading.preprocessing import FILE_CHANNELS, Form, Loaded
 
 _HOLDS = (
     "It must hold 'images': bytes [N, height, width, channels], or floating point in [-1, 1], "
@@ -78,17 +77,19 @@ class Arrays:
         unread = [name for name in arrays if name not in (key, "labels")]
         return cls(images, names, _labels(path, arrays, len(images)), form, unread, notes)
 
-    def load(self, n: int) -> Tensor:
-        """An image as the network takes it."""
+    def load(self, n: int) -> Loaded:
+        """An image as the network takes it, and its size before."""
         array, name = self.images[n], self.names[n]
         if array.dtype != np.uint8:
             x = torch.from_numpy(np.asarray(array, dtype=np.float32))
-            return self.form.sized(x.unsqueeze(0) if x.ndim == 2 else x, name)
+            x = x.unsqueeze(0) if x.ndim == 2 else x
+            return self.form.sized(x, name), (x.shape[1], x.shape[2])
+        height, width = array.shape[:2]
         if self.form.channels in (None, *FILE_CHANNELS):
             flat = array if array.ndim == 2 or array.shape[-1] > 1 else array[..., 0]
-            return self.form.tensor(Image.fromarray(flat), name)
+            return self.form.tensor(Image.fromarray(flat), name), (height, width)
         x = torch.from_numpy(array).movedim(-1, 0).float() / 127.5 - 1
-        return self.form.sized(x, name)
+        return self.form.sized(x, name), (height, width)
 
 
 def _read(path: Path) -> dict[str, Any]:

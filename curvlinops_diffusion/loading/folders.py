@@ -10,12 +10,14 @@ from pathlib import Path
 from PIL import Image
 
 from curvlinops_diffusion.loading.labels import Classes
-from curvlinops_diffusion.loading.tables import OTHER_TABLES, TABLES
+from curvlinops_diffusion.loading.tables import is_of_images, is_table
 
 SUFFIXES = {
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 }
+# made by systems (macOS, Synology, Windows) beside what people put there
+_MADE = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "__pycache__"}
 # folders of these names are parts of a data set, not classes
 _PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 
@@ -51,22 +53,24 @@ class Files:
                 found.left_out.append(relative.as_posix())
             elif path.suffix.lower() in readable:
                 found.images.append(path)
-            elif path.name in (*TABLES, *OTHER_TABLES):
+            elif is_table(path) and is_of_images(path):
                 found.tables.append(path)
             else:
                 found.left_out.append(relative.as_posix())
         return found
 
 
-def captions_in_files(names: Iterable[str], left_out: Iterable[str]) -> list[str]:
-    """The kinds of files that stand beside images under their names, as some trainers' captions."""
+def captions_left_out(names: Iterable[str], left_out: Iterable[str]) -> list[str]:
+    """What may hold captions and is not read: files under images' names, tables without names."""
     stems = {str(Path(name).with_suffix("")) for name in names}
     beside = {Path(n).suffix for n in left_out if str(Path(n).with_suffix("")) in stems}
-    return sorted(f"files {suffix}" for suffix in beside & {".txt", ".caption"})
+    captions = sorted(f"files {suffix}" for suffix in beside & {".txt", ".caption"})
+    visible = (name for name in left_out if not any(map(_is_hidden, Path(name).parts)))
+    return captions + [f"{n}, without 'file_name'" for n in visible if is_table(Path(n))]
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".")
+    return name.startswith(".") or name in _MADE
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -87,18 +91,10 @@ def first_folders(names: Sequence[str]) -> list[str | None]:
     return [own[0] if len(own) > 1 else None for own in parts]
 
 
-def check_one_part(folder: Path, names: Sequence[str]) -> None:
-    """Check that images are not those of several parts of a data set, training and test say.
-
-    Raises:
-        ValueError: If they are.
-    """
+def parts_of(names: Sequence[str]) -> list[str]:
+    """The first folders if they are parts of a data set, training and test say; else nothing."""
     found = sorted({str(one) for one in first_folders(names)})
-    if len(found) > 1 and all(name.lower() in _PARTS for name in found):
-        raise ValueError(
-            f"'{folder}' holds parts of a data set: {', '.join(found)}. Pass the folder of one, "
-            f"for instance '{folder / found[-1]}'."
-        )
+    return found if len(found) > 1 and all(name.lower() in _PARTS for name in found) else []
 
 
 def classes_of(folder: Path, names: Sequence[str]) -> Classes | None:
@@ -114,8 +110,13 @@ def classes_of(folder: Path, names: Sequence[str]) -> Classes | None:
         return None
     there = sorted(p.name for p in folder.iterdir() if p.is_dir() and not _is_hidden(p.name))
     empty = [name for name in there if name not in known]
-    doubt = ""
-    if empty:
+    doubt, parts = "", parts_of(names)
+    if parts:
+        doubt = (
+            f"'{folder}' holds parts of a data set: {', '.join(parts)}. Pass the folder of one, "
+            f"for instance '{folder / parts[-1]}'"
+        )
+    elif empty:
         doubt = (
             f"The folder '{empty[0]}' of '{folder}' holds no images, and it is not known whether "
             "training counted it as a class. Take it out of the folder"

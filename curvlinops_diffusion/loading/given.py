@@ -20,7 +20,7 @@ from curvlinops_diffusion.loading.images import (
     images_of_files,
 )
 from curvlinops_diffusion.loading.labels import Condition
-from curvlinops_diffusion.loading.preprocessing import Form, upright_size
+from curvlinops_diffusion.loading.preprocessing import Form, Loaded, upright_size
 from curvlinops_diffusion.loading.saved import SavedDataset
 from curvlinops_diffusion.runtime.digests import digest_of
 
@@ -113,25 +113,16 @@ def _opened(given: Any, form: Form) -> NamedImages:
 def _in_memory(things: Sequence[Any], form: Form) -> NamedImages:
     names = [str(n) for n in range(len(things))]
 
-    def load(n: int) -> Tensor:
+    def load(n: int) -> Loaded:
         thing = things[n]
         if isinstance(thing, Image.Image):
-            return form.tensor(thing, names[n])
+            return form.tensor(thing, names[n]), upright_size(thing)
         x = torch.as_tensor(thing)
         if not x.is_floating_point() or x.ndim != 3:
             raise ValueError(
                 f"Image {n} must be floating point in [-1, 1], [C, H, W], got {x.dtype} of shape "
                 f"{tuple(x.shape)}."
             )
-        return form.sized(x, names[n])
+        return form.sized(x, names[n]), (x.shape[1], x.shape[2])
 
-    def size_of(n: int) -> tuple[int, int]:
-        thing = things[n]
-        if isinstance(thing, Image.Image):
-            return upright_size(thing)
-        return int(thing.shape[-2]), int(thing.shape[-1])
-
-    def source_digest(n: int) -> str:
-        return digest_of(load(n))
-
-    return NamedImages(names, load, size_of, source_digest, form)
+    return NamedImages(names, load, lambda n: digest_of(load(n)[0]), form)

@@ -16,14 +16,14 @@ from curvlinops_diffusion.loading.arrays import Arrays
 from curvlinops_diffusion.loading.folders import (
     SUFFIXES,
     Files,
-    captions_in_files,
-    check_one_part,
+    captions_left_out,
     classes_of,
+    parts_of,
 )
 from curvlinops_diffusion.loading.labels import Classes, Condition
 from curvlinops_diffusion.loading.metadata import Metadata
 from curvlinops_diffusion.loading.opened import Source, opened
-from curvlinops_diffusion.loading.preprocessing import Form, upright_size
+from curvlinops_diffusion.loading.preprocessing import Form, Loaded, upright_size
 from curvlinops_diffusion.loading.saved import SavedDataset
 from curvlinops_diffusion.runtime.digests import digest_of
 
@@ -55,8 +55,7 @@ class NamedImages(Dataset[dict[str, Any]]):
     def __init__(
         self,
         names: list[str],
-        load: Callable[[int], Tensor],
-        size_of: Callable[[int], tuple[int, int]],
+        load: Callable[[int], Loaded],
         source_digest: Callable[[int], str],
         form: Form,
         conditions: dict[str, list[Any]] | None = None,
@@ -70,13 +69,13 @@ class NamedImages(Dataset[dict[str, Any]]):
         self.classes = classes
         self.left_out = left_out
         self.unread = list(unread)
-        self.notes = notes
+        self.notes = list(notes)
         self.digests: list[str | None] = [None] * len(names)
         self.tells_sizes = False
         self.beside: dict[str, tuple[int, list[Any]]] = {}
         self._load = load
-        self._size_of = size_of
         self._source_digest = source_digest
+        self._source_digests: list[str] = []
         self._form = form
         self._first: tuple[str, Size] | None = None
 
@@ -84,7 +83,7 @@ class NamedImages(Dataset[dict[str, Any]]):
         return len(self.names)
 
     def __getitem__(self, n: int) -> dict[str, Any]:
-        x0 = self._load(n)
+        x0, (height, width) = self._load(n)
         if self._first is None:
             self._first = (self.names[n], x0.shape)
         name, shape = self._first
@@ -95,14 +94,14 @@ class NamedImages(Dataset[dict[str, Any]]):
             )
         item: dict[str, Any] = {"x0": x0}
         if self.tells_sizes:
-            height, width = self._size_of(n)
             item["original_size"] = torch.tensor([height, width])
             item["crops_coords_top_left"] = torch.tensor(self._form.corner_of(height, width))
         for key, values in self.conditions.items():
             item[key] = torch.tensor(values[n]) if isinstance(values[n], list) else values[n]
         for key, (channels, sources) in self.beside.items():
             form = replace(self._form, channels=channels)
-            item[key] = (_loaded(sources[n], f"{key} of {self.names[n]}", form) + 1) / 2
+            beside, _ = _loaded(sources[n], f"{key} of {self.names[n]}", form)
+            item[key] = (beside + 1) / 2
         if self.digests[n] is None:
             self.digests[n] = digest_of(item)
         return item
@@ -117,8 +116,10 @@ class NamedImages(Dataset[dict[str, Any]]):
         return self.digests[n]
 
     def source_digests(self) -> list[str]:
-        """A digest of each image as it is stored, whatever form a network takes it in."""
-        return [self._source_digest(n) for n in range(len(self))]
+        """A digest of each image as it is stored, whatever form a network takes; read once."""
+        if not self._source_digests:
+            self._source_digests = [self._source_digest(n) for n in range(len(self))]
+        return self._source_digests
 
     def caption(self, n: int) -> str:
         """The prompt or class of an image; nothing if it has none."""
@@ -250,16 +251,10 @@ def _as_in_training(
 
 def _arrays(path: Path, form: Form) -> NamedImages:
     arrays = Arrays.of(path, form)
-
-    def size_of(n: int) -> tuple[int, int]:
-        height, width = arrays.load(n).shape[1:]
-        return height, width
-
     given = {} if arrays.labels is None else {"class_labels": arrays.labels}
     return NamedImages(
         arrays.names,
         arrays.load,
-        size_of,
         lambda n: digest_of(arrays.images[n]),
         form,
         given,
@@ -271,13 +266,14 @@ def _arrays(path: Path, form: Form) -> NamedImages:
 def _folder(path: Path, form: Form) -> NamedImages:
     found = Files.of(path)
     files = {file.relative_to(path).as_posix(): file for file in found.images}
-    check_one_part(path, list(files))
     metadata = Metadata.of(path, found.tables, list(files))
     others = set() if metadata is None else metadata.others
     names = [name for name in files if name not in others]
     images = images_of_files([files[name] for name in names], names, form)
     images.left_out = found.left_out
-    images.unread = captions_in_files(names, found.left_out)
+    images.unread = captions_left_out(names, found.left_out)
+    if parts := parts_of(names):
+        images.notes.append(f"of all parts of a data set: {', '.join(parts)}")
     if metadata is None:
         images.classes = classes_of(path, names)
         return images
@@ -286,37 +282,31 @@ def _folder(path: Path, form: Form) -> NamedImages:
     if metadata.without_image:
         line, count = metadata.without_image[0], len(metadata.without_image)
         name = line.entries["file_name"]
-        images.notes = [f"{_counted(count, 'line')} of metadata without an image ({name}, …)"]
+        images.notes.append(f"{_counted(count, 'line')} of metadata without an image ({name}, …)")
+    if metadata.alike:
+        count, name = len(metadata.alike), metadata.alike[0]
+        images.notes.append(f"{_counted(count, 'line')} of metadata by a name alike ({name}, …)")
     return images
 
 
 def images_of_files(files: Sequence[Path], names: list[str], form: Form) -> NamedImages:
     """Images of files, by names of their own."""
 
-    def load(n: int) -> Tensor:
+    def load(n: int) -> Loaded:
         return _loaded(files[n], names[n], form)
 
-    def size_of(n: int) -> tuple[int, int]:
-        with opened(files[n], names[n]) as image:
-            return upright_size(image)
-
-    return NamedImages(names, load, size_of, lambda n: digest_of(files[n].read_bytes()), form)
+    return NamedImages(names, load, lambda n: digest_of(files[n].read_bytes()), form)
 
 
 def images_of_dataset(data: SavedDataset, form: Form) -> NamedImages:
     """The images of a data set of the library ``datasets``."""
 
-    def load(n: int) -> Tensor:
+    def load(n: int) -> Loaded:
         return _loaded(partial(data.image, n), data.names[n], form)
-
-    def size_of(n: int) -> tuple[int, int]:
-        with opened(partial(data.image, n), data.names[n]) as image:
-            return upright_size(image)
 
     return NamedImages(
         data.names,
         load,
-        size_of,
         data.source_digest,
         form,
         data.conditions,
@@ -325,6 +315,6 @@ def images_of_dataset(data: SavedDataset, form: Form) -> NamedImages:
     )
 
 
-def _loaded(source: Source, name: str, form: Form) -> Tensor:
+def _loaded(source: Source, name: str, form: Form) -> Loaded:
     with opened(source, name) as image:
-        return form.tensor(image, name)
+        return form.tensor(image, name), upright_size(image)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -62,24 +62,28 @@ class Names:
         for name in sorted(self._names):
             self._alike.setdefault(_folded(name), []).append(name)
 
-    def found(self, inner: Path, written: str) -> str | None:
+    def found(self, inner: Path, written: str, taken: Container[str] | None = None) -> str | None:
         """The image that a metadata file in a folder names; ``None`` for none.
 
-        Backslashes separate folders if no image has them in its name; letters may be composed
-        (macOS) or written large (Windows) in another way where this leaves one image alone.
+        Backslashes separate folders if no image has them in its name.
+
+        Args:
+            inner: The folder of the metadata file.
+            written: The name that stands there.
+            taken: Images that are named exactly or not at all; ``None`` for all. Other names may
+                differ in how letters are composed (macOS) or in case (Windows), if those of no two
+                images differ in that alone.
         """
-        for form in (written, written.replace("\\", "/")):
-            name = self._relative(inner, form)
+        forms = [self._relative(inner, form) for form in (written, written.replace("\\", "/"))]
+        for name in forms:
             if name in self._names:
                 return name
-            alike = self._alike.get(_folded(name), [])
-            if len(alike) == 1:
-                return alike[0]
-        return None
+        alike = [] if taken is None else self._alike.get(_folded(forms[-1]), [])
+        return alike[0] if taken is not None and len(alike) == 1 and alike[0] not in taken else None
 
-    def path(self, inner: Path, written: str) -> Path:
+    def path(self, inner: Path, written: str, taken: Container[str]) -> Path:
         """The path of a file beside an image, whether it is there or not."""
-        found = self.found(inner, written)
+        found = self.found(inner, written, taken)
         return self._folder / (self._relative(inner, written) if found is None else found)
 
     def _relative(self, inner: Path, written: str) -> str:
@@ -106,12 +110,14 @@ class Metadata:
         names: What finds images by their names.
         others: The images that lines name beside theirs, and that have no line of their own.
         without_image: The lines whose image is not there.
+        alike: The images whose names their lines write in other letters.
     """
 
     lines: dict[str, Line]
     names: Names
     others: set[str] = field(default_factory=set)
     without_image: list[Line] = field(default_factory=list)
+    alike: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, folder: Path, tables: Iterable[Path], names: Sequence[str]) -> Metadata | None:
@@ -133,23 +139,35 @@ class Metadata:
         for table in tables:
             if table.name in OTHER_TABLES:
                 raise ValueError(f"'{table}' is not read. Save it as metadata.jsonl or .csv.")
-            for number, entries in lines_of(table):
-                line = Line(table, number, entries)
-                name = result.names.found(table.parent, entries["file_name"])
-                if name is None:
-                    result.without_image.append(line)
-                elif name in result.lines:
-                    raise ValueError(
-                        f"The image '{name}' stands in {result.lines[name]} and in {line}. Keep "
-                        "one line for each image; of several captions, the one that it is to have."
-                    )
-                else:
-                    result.lines[name] = line
-        named = [(line, file) for line in result.lines.values() for file in line.files()]
-        beside = {result.names.found(line.file.parent, file) for line, file in named}
+        lines = [Line(table, *line) for table in tables for line in lines_of(table)]
+        lines = result._place(lines, None)
+        exact = set(result.lines)
+        # a name alike is of an image without a line alone: another image may have been removed
+        result.without_image.extend(result._place(lines, exact))
+        result.alike.extend(sorted(result.lines.keys() - exact))
+        named = [
+            (line.file.parent, file) for line in result.lines.values() for file in line.files()
+        ]
+        beside = {result.names.found(*one, result.lines) for one in named}
         result.others.update(name for name in beside if name is not None)
         result.others.difference_update(result.lines)  # it is an image, too
         return result
+
+    def _place(self, lines: Iterable[Line], taken: Container[str] | None) -> list[Line]:
+        """Give images their lines, and return the lines whose image is not found."""
+        left = []
+        for line in lines:
+            name = self.names.found(line.file.parent, line.entries["file_name"], taken)
+            if name is None:
+                left.append(line)
+                continue
+            if name in self.lines:
+                raise ValueError(
+                    f"The image '{name}' stands in {self.lines[name]} and in {line}. Keep one line "
+                    "for each image; of several captions, the one that it is to have."
+                )
+            self.lines[name] = line
+        return left
 
     def unread(self) -> list[str]:
         """The columns that nothing here reads."""
@@ -176,7 +194,7 @@ class Metadata:
             files = [line.entries.get(entry + _FILE, line.entries.get(entry)) for line in lines]
             if any(files):
                 found[entry] = [
-                    None if not file else self.names.path(line.file.parent, str(file))
+                    self.names.path(line.file.parent, str(file), self.lines) if file else None
                     for line, file in zip(lines, files, strict=True)
                 ]
         return found

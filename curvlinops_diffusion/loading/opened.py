@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL import Image
 
+# the tag of a TIFF file's image that says what it is; bits of a smaller copy and of a mask
+_SUBFILE, _NO_PAGE = 254, 1 | 4
 #: A file, or what loads an image from elsewhere.
 Source = Path | Callable[[], Any]
 
@@ -57,4 +59,11 @@ def opened(source: Source, name: str) -> Iterator[Image.Image]:
 
 def _pages(image: Any) -> int:
     """Count the pages of a TIFF file; of an animation, the first frame is what everybody reads."""
-    return getattr(image, "n_frames", 1) if getattr(image, "format", None) == "TIFF" else 1
+    if getattr(image, "format", None) != "TIFF":
+        return 1
+    pages = 1
+    for n in range(1, image.n_frames):
+        image.seek(n)
+        pages += not image.tag_v2.get(_SUBFILE, 0) & _NO_PAGE
+    image.seek(0)
+    return pages

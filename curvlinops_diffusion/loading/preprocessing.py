@@ -11,6 +11,8 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import functional as transforms
 
+#: An image as a network takes it, ``[C, H, W]``, and its height and width before resizing.
+Loaded = tuple[Tensor, tuple[int, int]]
 #: The numbers of channels that image files are read with: grey, and RGB.
 FILE_CHANNELS = (1, 3)
 # Where training scripts differ; said once, whatever image it is

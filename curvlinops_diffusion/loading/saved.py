@@ -21,6 +21,7 @@ class SavedDataset:
 
     Attributes:
         images: The data set, its column of images alone.
+        stored: The same, not decoded.
         column: The name of that column.
         names: A name for each image.
         conditions: The conditions of each image by name; those that are images, as what loads them.
@@ -29,6 +30,7 @@ class SavedDataset:
     """
 
     images: Any
+    stored: Any
     column: str
     names: list[str]
     conditions: dict[str, list[Any]]
@@ -88,13 +90,13 @@ class SavedDataset:
         names = [f"{path.name}[{n}]" for n in range(len(data))]
         read = {column, *COLUMNS, *beside}
         unread = [name for name in data.column_names if name not in read]
-        return cls(data.select_columns(column), column, names, conditions, classes, unread)
+        images = data.select_columns(column)
+        stored = images.cast_column(column, datasets.Image(decode=False))
+        return cls(images, stored, column, names, conditions, classes, unread)
 
     def source_digest(self, n: int) -> str:
         """A digest of an image as it is stored."""
-        from datasets import Image
-
-        stored = self.images.cast_column(self.column, Image(decode=False))[n][self.column]
+        stored = self.stored[n][self.column]
         if stored is not None and stored["bytes"] is None:
             return digest_of(Path(stored["path"]).read_bytes())
         return digest_of(None if stored is None else stored["bytes"])

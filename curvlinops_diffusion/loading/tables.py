@@ -19,6 +19,20 @@ OTHER_TABLES = ("metadata.parquet",)
 _WIDE = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
 
 
+def is_table(path: Path) -> bool:
+    """Whether a file has the name of a metadata file."""
+    return path.name in (*TABLES, *OTHER_TABLES)
+
+
+def is_of_images(path: Path) -> bool:
+    """Whether a file names images as ``datasets`` does; tables of other programs do not.
+
+    An empty file is one of no images.
+    """
+    raw = path.read_bytes().replace(b"\0", b"")  # whatever the encoding
+    return b"file_name" in raw or not raw.strip()
+
+
 def lines_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number of each line, from 1, and its entries by column.
 

@@ -2,16 +2,19 @@
 
 import copy
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from curvlinops_diffusion import ExampleGradientLinearOperator, NoisedRegression
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import FitOptions
+from curvlinops_diffusion.loading.adapter_files import converted, read_adapter
 from curvlinops_diffusion.loading.adapters import load_adapters, names_in
 from tests.comparisons import assert_close
 from tests.diffusion import test_pipelines as pipelines
@@ -455,6 +458,55 @@ def test_the_file_within_pefts_folder(saved, tmp_path):
         load_adapters([str(alone)], parts, pipeline)
 
 
+def test_a_file_of_pefts_name_by_another_program(saved, tmp_path):
+    """It is read as what it holds."""
+    pipeline, parts = again(saved, pipelines.stable_diffusion)
+    layer = parts["unet"].get_submodule(f"{BLOCK}.attn1.to_q")
+    down, up = pair(layer, 2, 0)
+    file = write(kohya({STEM: (down, up, 1.0)}), tmp_path / "adapter_model.safetensors")
+    load_adapters([file], parts, pipeline)
+    layer = parts["unet"].get_submodule(f"{BLOCK}.attn1.to_q")
+    assert_close(effective(layer), product(down, up, 0.5), 1e-12)
+
+
+EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+def test_matrices_of_8_bits(saved, tmp_path, dtype):
+    """They are trained in 32, from the values in the file; NaN is refused as of others."""
+    pipeline, parts = again(saved, pipelines.stable_diffusion)
+    layer = parts["unet"].get_submodule(f"{BLOCK}.attn1.to_q")
+    down, up = (z.to(dtype) for z in pair(layer, 2, 0))
+    tensors = kohya({STEM: (down, up, 1.0)}) | {
+        "lora_unet_conv_in.diff_b": torch.full((4,), 0.5).to(dtype)
+    }
+    bias = parts["unet"].conv_in.bias.detach().clone()
+    load_adapters([write(tensors, tmp_path / "a.safetensors")], parts, pipeline)
+    layer = parts["unet"].get_submodule(f"{BLOCK}.attn1.to_q")
+    assert layer.lora_A["default"].weight.dtype == torch.float32
+    assert_close(effective(layer), product(down, up, 0.5), 1e-12)
+    assert torch.equal(parts["unet"].conv_in.bias, bias + 0.5)
+    tensors["lora_unet_conv_in.diff_b"] = torch.full((4,), torch.nan).to(dtype)
+    with pytest.raises(ValueError, match=r"NaN or infinite numbers in 'lora_unet_conv_in.diff_b'"):
+        load_adapters([write(tensors, tmp_path / "a.safetensors")], parts, pipeline)
+
+
+def test_which_weights_a_result_is_made_of(tmp_path):
+    """Marks are found among whatever else a conversion makes of them."""
+    tensors = kohya({"a": (torch.ones(2, 3), torch.ones(4, 2), 1.0)})
+    tensors |= kohya({"b": (torch.ones(2, 3), torch.zeros(4, 2), 1.0)})
+    file = read_adapter(Path(write(tensors, tmp_path / "a.safetensors")), tmp_path)
+
+    def convert(given):
+        z = given["a.lora_down.weight"]
+        return {"x": torch.cat([given["b.lora_down.weight"], z]), "y": z * 1.5, "z": -z}
+
+    found = converted(file, convert)
+    assert found.scales == {"x": 0.5}
+    assert found.unplaced == ["a.lora_up.weight"]  # that of b is all zeros
+
+
 def test_a_denoiser_alone(saved, tmp_path):
     """The scale that diffusers' ``save_lora_adapter`` writes beside the weights."""
     _, parts = again(saved, pipelines.stable_diffusion)
@@ -468,6 +520,17 @@ def test_a_denoiser_alone(saved, tmp_path):
     _, parts = again(saved, pipelines.stable_diffusion)
     load_adapters([str(tmp_path)], {"model": parts["unet"]}, None)
     assert_close(effective(parts["unet"].get_submodule(f"{BLOCK}.attn1.to_q")), there, 1e-12)
+    # of 8 bits, which diffusers reads itself
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    eight = {key: z.to(EIGHT_BITS[0]) for key, z in load_file(path).items()}
+    write(eight, path, metadata)
+    _, parts = again(saved, pipelines.stable_diffusion)
+    load_adapters([str(tmp_path)], {"model": parts["unet"]}, None)
+    layer = parts["unet"].get_submodule(f"{BLOCK}.attn1.to_q")
+    A, B = (eight[f"{BLOCK}.attn1.to_q.lora_{n}.weight"].float() for n in "AB")
+    assert_close(effective(layer), product(A, B, 3.0), 1e-12)
 
 
 def test_modules_of_several_adapters(saved, tmp_path):

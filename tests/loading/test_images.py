@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch.nn.functional import interpolate
 
 from curvlinops_diffusion.loading.images import open_images
@@ -190,6 +190,38 @@ def test_pages_and_frames(tmp_path):
         assert all((images[n]["x0"] == -1).all() for n in range(count))
 
 
+@pytest.mark.parametrize("kind", [1, 4, 5])
+def test_smaller_copies_and_masks_are_no_pages(tmp_path, kind):
+    """Programs store a smaller copy, or a mask, behind the image of a TIFF file."""
+    whole, small = (Image.fromarray(np.full((n, n), 9 * n, np.uint8)) for n in (8, 4))
+    small.encoderinfo = {"tiffinfo": {254: kind}}
+    whole.save(tmp_path / "a.tif", save_all=True, append_images=[small])
+    with Image.open(tmp_path / "a.tif") as image:
+        image.seek(1)
+        assert (image.size, image.tag_v2[254]) == ((4, 4), kind)
+    assert torch.equal(open_images(tmp_path, FORM)[0]["x0"], FORM.tensor(whole, "a"))
+
+
+def test_every_image_is_decoded_once(tmp_path, monkeypatch):
+    """Its size before resizing is known from when its pixels are read, of every form."""
+    write_images(tmp_path / "data", 1, 0, size=12)
+    file = tmp_path / "data" / "image0.png"
+    save_pictures(tmp_path / "saved", {"image": [str(file)]}, "image")
+    np.savez(tmp_path / "a.npz", images=np.asarray(Image.open(file))[None])
+    count, load = [], PngImagePlugin.PngImageFile.load_end
+    monkeypatch.setattr(
+        PngImagePlugin.PngImageFile, "load_end", lambda self: (count.append(1), load(self))
+    )
+    items = []
+    for name in ("data", "saved", "a.npz"):
+        condition = Condition("prompt", prompt="x", sizes=True)
+        items.append(open_images(tmp_path / name, Form(1, (8, 8), 8), condition)[0])
+    assert len(count) == 2
+    for item in items:
+        assert item["original_size"].tolist() == [12, 12]
+        assert torch.equal(item["x0"], items[0]["x0"])
+
+
 def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     """Whatever the library says of them, the file is named."""
     write_images(tmp_path / "data", 1, 0, size=64)
@@ -313,7 +345,7 @@ def test_what_of_arrays_is_not_read_is_said(tmp_path):
         open_images(tmp_path / "a.npz", FORM)
 
 
-def test_images_are_known_by_what_is_stored(tmp_path):
+def test_images_are_known_by_what_is_stored(tmp_path, monkeypatch):
     """By their bytes, of every form; not by name, time or the form that a network takes."""
     write_images(tmp_path / "data", 2, 0)
     write_images(tmp_path / "other", 2, 1)
@@ -325,6 +357,9 @@ def test_images_are_known_by_what_is_stored(tmp_path):
         assert first != second
         small = open_images(tmp_path / name, Form(3, None, 4))
         assert small.source_digests() == [first, second]
+        with monkeypatch.context() as patch:  # they are kept
+            patch.setattr(small, "_source_digest", None)
+            assert small.source_digests() == [first, second]
     other = open_images(tmp_path / "other", FORM).source_digests()
     assert not set(other) & set(open_images(tmp_path / "data", FORM).source_digests())
 

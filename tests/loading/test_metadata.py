@@ -129,13 +129,20 @@ REFUSED = {
     "cut off": ({"metadata.jsonl": lines()[:-8]}, "not understood in line 2: Unterminated"),
     "another column": (
         {"metadata.jsonl": ONE.replace("file_name", "image")},
-        r"no image's name as 'file_name', but \['image', 'text'\]",
+        r"has no prompt, .* Not read: metadata.jsonl, without 'file_name'\.",
+    ),
+    "one line of another column": (
+        {"metadata.jsonl": ONE + ONE.replace("file_name", "image")},
+        r"in line 2: it has no image's name as 'file_name', but \['image', 'text'\]",
     ),
     "a number for a name": ({"metadata.jsonl": '{"file_name": 3}'}, "but 'file_name': 3"),
     "semicolons": ({"metadata.csv": table(between=";")}, r"are \['file_name;text'\], separated by"),
     "a cell too many": ({"metadata.csv": table(texts=["a", 'b","c'])}, "line 3: 3 cells for 2 col"),
     "quotes not closed": ({"metadata.csv": table() + 'in/x.png,"a'}, "not understood in line 4"),
-    "Parquet": ({"in/metadata.parquet": b"PAR1"}, r"metadata.parquet' is not read. Save it as"),
+    "Parquet": (
+        {"in/metadata.parquet": b"PAR1 file_name"},
+        r"metadata.parquet' is not read. Save it as",
+    ),
     "a list of captions": (
         {"metadata.jsonl": lines(texts=[["a", "b"], "c"])},
         r"prompt of image 'in/image0.png' of .* is \['a', 'b'\], which is no text",
@@ -217,11 +224,90 @@ def test_folders_that_may_be_no_classes(tmp_path):
     with pytest.raises(ValueError, match=r"The folder '8' of .* holds no images"):
         labels(tmp_path / "data" / "train")
     assert len(open_images(tmp_path / "data" / "train", FORM, Condition())) == 2
-    write_images(tmp_path / "data" / "Test", 1, 0)
+
+
+def test_folders_that_systems_make_are_no_classes(tmp_path):
+    """Empty, or with smaller copies of the images."""
+    for name in ("a", "b", "@eaDir", "b/@eaDir"):
+        write_images(tmp_path / name, 1, 0)
+    for name in ("__MACOSX", "__pycache__"):
+        (tmp_path / name).mkdir()
+    assert labels(tmp_path) == [0, 1]
+
+
+def test_one_class_of_several_is_labelled_by_metadata(tmp_path):
+    """As the refusal of a single folder says."""
+    write_images(tmp_path / "cats", 2, 0)
+    with pytest.raises(ValueError, match=r"'cats', and each .*, or give a 'label' for each image"):
+        labels(tmp_path)
+    rows = [{"file_name": f"cats/image{n}.png", "label": 2} for n in range(2)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert labels(tmp_path) == [2, 2]
+
+
+def test_parts_of_a_data_set_are_refused_as_classes_alone(tmp_path):
+    for name in ("train", "Test"):
+        write_images(tmp_path / name, 1, 0)
     with pytest.raises(
-        ValueError, match=r"parts of a data set: Test, train. Pass the folder of one"
+        ValueError, match=r"parts of a data set: Test, train. Pass the folder of one, .*/train'"
     ):
-        open_images(tmp_path / "data", FORM)
+        labels(tmp_path)
+    said = "2 images; of all parts of a data set: Test, train"
+    assert open_images(tmp_path, FORM, Condition()).summary() == said
+    rows = [{"file_name": f"{n}/image0.png", "text": n, "label": 2} for n in ("train", "Test")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert labels(tmp_path) == [2, 2]
+    assert open_images(tmp_path, FORM, PROMPT).conditions["prompt"] == ["Test", "train"]
+
+
+OTHERS = {
+    "metadata.csv": b'image_id;dx\n1;a "quote\n2;\xe9',
+    "metadata.jsonl": b'{"url": 1}\nnot JSON',
+    "metadata.parquet": b"PAR1",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_tables_of_other_programs(tmp_path, name):
+    """They name no images: classes are those of folders, which is what training could take."""
+    for folder in ("a", "b"):
+        write_images(tmp_path / folder, 1, 0)
+    (tmp_path / name).write_bytes(OTHERS[name])
+    assert labels(tmp_path) == [0, 1]
+    images = open_images(tmp_path, FORM, Condition())
+    said = f"left out ({name}); not read: {name}, without 'file_name'"
+    assert images.summary().endswith(said)
+    with pytest.raises(ValueError, match=rf"has no prompt, .* Not read: {name}, without 'file_n"):
+        open_images(tmp_path, FORM, PROMPT)
+
+
+def test_a_caption_of_a_removed_image_is_not_of_another(tmp_path):
+    """Names that differ in case are found where no line names the image itself, which is said."""
+    folder = tmp_path / "in"
+    write_images(folder, 1, 0)
+    both = lines(["IMAGE0.png", "image0.png"], ["removed", "kept"])
+    for written in (both, "\n".join(reversed(both.splitlines()))):
+        (folder / "metadata.jsonl").write_text(written)
+        images = open_images(folder, FORM, PROMPT)
+        assert images[0]["prompt"] == "kept"
+        assert images.summary().endswith("1 line of metadata without an image (IMAGE0.png, …)")
+    (folder / "metadata.jsonl").write_text(lines(["IMAGE0.png"], ["a"]))
+    images = open_images(folder, FORM, PROMPT)
+    assert images[0]["prompt"] == "a"
+    assert images.summary().endswith("; 1 line of metadata by a name alike (image0.png, …)")
+    (folder / "metadata.jsonl").write_text(lines(["IMAGE0.png", "Image0.png"], ["a", "b"]))
+    with pytest.raises(ValueError, match=r"'image0.png' stands in line 1 of .* and in line 2 of"):
+        open_images(folder, FORM, PROMPT)
+
+
+def test_an_image_is_not_shown_beside_itself_by_a_name_alike(tmp_path):
+    folder = tmp_path / "in"
+    write_images(folder, 1, 0)
+    row = {"file_name": "image0.png", "text": "a", "conditioning_image": "IMAGE0.png"}
+    (folder / "metadata.jsonl").write_text(json.dumps(row))
+    images = open_images(folder, FORM, Condition("prompt", images={"conditioning_image": 1}))
+    with pytest.raises(ValueError, match=r"IMAGE0.png' has vanished"):
+        images[0]
 
 
 def test_an_image_that_is_shown_beside_another(tmp_path):

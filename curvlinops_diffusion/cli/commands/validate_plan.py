@@ -68,7 +68,8 @@ def _plan(options: ValidatePlanOptions, images: NamedImages) -> RetrainingPlan:
         )
     scores, header = read_scores(options.scores)
     scored = header.get("sources")
-    if header["train"] != images.names or scored not in (None, images.source_digests()):
+    same = header["train"] == images.names
+    if not same or (scored is not None and scored != images.source_digests()):
         raise ValueError(
             f"'{options.scores}' is of other training images than '{options.data}' holds. Pass "
             "those that were scored."
