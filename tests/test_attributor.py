@@ -174,7 +174,7 @@ def test_bad_input(folder, pipeline, attributor, own):
         attributor.score(folder / "train")
     with pytest.raises(ValueError, match="takes no condition, got `prompts`"):
         attributor.score(folder / "queries", prompts=["a", "b"])
-    with pytest.raises(ValueError, match="takes no condition, got prompt='a cat'"):
+    with pytest.raises(ValueError, match="takes no condition, got `prompts`"):
         Attributor.from_pipeline(pipeline, folder / "train", prompts="a cat")
     with pytest.raises(ValueError, match="`images` must hold images, got none"):
         attributor.score([])
