@@ -51,7 +51,8 @@ def test_names_exist(name):
 
     import curvlinops_diffusion
 
-    known = {"curvlinops", "diffusers", "save_pretrained", "torchrun"}
+    known = {"curvlinops", "diffusers", "save_pretrained", "torchrun", "result", "attribute"}
+    known |= {"fit", "score", "report"}
     assert name in known or any(
         hasattr(library, name) for library in (curvlinops_diffusion, curvlinops, nn)
     )
