@@ -19,13 +19,14 @@ from curvlinops_diffusion.cli.options import (
 from curvlinops_diffusion.cli.outputs import check_output, check_output_is_new
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.linalg.operator_files import OPERATOR, read_header
+from curvlinops_diffusion.loading.adapter_paths import check_adapter
 from curvlinops_diffusion.loading.saved_networks import (
-    check_adapter,
     check_model,
     check_pipeline,
     check_scheduler,
+    parts_of,
 )
-from curvlinops_diffusion.runtime.files import check_can_be_made
+from curvlinops_diffusion.runtime.files import check_can_be_made, files_below, named_path
 
 _OUTPUTS = {
     FitOptions: ((".safetensors",), OPERATOR.key),
@@ -66,10 +67,11 @@ def check_paths(options: Any) -> None:
             check_output_is_new(options.output, options.overwrite)
     if isinstance(options, ValidatePlanOptions):
         check_can_be_made(options.output, "--output")
-    if given.get("latent_cache") is not None:
-        check_can_be_made(given["latent_cache"], "--latent-cache")
+    cache = given.get("latent_cache")
+    if cache is not None and not cache.is_dir():  # a full one need not be written to
+        check_can_be_made(cache, "--latent-cache")
     if "pipeline" in given:
-        _check_network(options)
+        check_network(options)
     for name in ("data", "queries"):
         if given.get(name) is not None:
             _check_images(given[name], name)
@@ -126,13 +128,12 @@ def _inputs(given: dict[str, Any]) -> Iterator[tuple[str, Path]]:
                 yield f"--{name}", each if isinstance(each, Path) else named_path(each)[1]
 
 
-def named_path(text: str) -> tuple[str | None, Path]:
-    """The name and the path of ``name=path``, or ``None`` and a path alone."""
-    name, equals, path = text.partition("=")
-    return (None, Path(text)) if not equals or Path(text).exists() else (name, Path(path))
+def check_network(options: Any) -> None:
+    """Check that options name one network, by folders that hold what is loaded.
 
-
-def _check_network(options: Any) -> None:
+    Raises:
+        ValueError: If they do not.
+    """
     pipeline, model, scheduler = options.pipeline, options.model, options.scheduler
     retrained = isinstance(options, ValidateMeasureOptions)  # of whole networks that stand there
     if not (retrained and pipeline is None and model is None) and (
@@ -152,11 +153,12 @@ def _check_network(options: Any) -> None:
         check_model(model, options.variant)
     if scheduler is not None:
         check_scheduler(scheduler)
+    parts = ["model"] if pipeline is None else list(parts_of(pipeline))
     for text in options.lora or ():
         path = named_path(text)[1]
-        if not path.exists():
-            check_exists(path, "--lora", "Pass the file or folder of an adapter as --lora.")
-        check_adapter(path)
+        check_exists(path, "--lora", "Pass the file or folder of an adapter as --lora.")
+        if pipeline is not None or model is not None:
+            check_adapter(path, parts)
 
 
 def _check_images(path: Path, name: str) -> None:
@@ -171,24 +173,12 @@ def _check_images(path: Path, name: str) -> None:
         return
     if (path / "model_index.json").is_file():
         raise ValueError(f"'{path}' is a pipeline, and --{name} takes images. {accepted}")
-    if not any(_may_be_image(file) for _, _, files in _walk(path) for file in files):
+    if not any(_may_be_image(file) for file in files_below(path)):
         raise ValueError(f"'{path}' holds no images. {accepted}")
 
 
-def _walk(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """The folders below one, through links, each once."""
-    seen = set()
-    for found, folders, files in os.walk(path, followlinks=True):
-        here = os.path.realpath(found)
-        if here in seen:
-            folders.clear()
-            continue
-        seen.add(here)
-        yield found, folders, files
-
-
-def _may_be_image(name: str) -> bool:
-    return not name.startswith(".") and Path(name).suffix.lower() not in _NO_IMAGES | {""}
+def _may_be_image(path: Path) -> bool:
+    return path.name[0] != "." and path.suffix.lower() not in _NO_IMAGES | {""}
 
 
 def _check_readable(path: Path) -> None:

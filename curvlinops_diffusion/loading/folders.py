@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from PIL import Image
 
 from curvlinops_diffusion.loading.labels import Classes
 from curvlinops_diffusion.loading.tables import OTHER_TABLES, TABLES
+from curvlinops_diffusion.runtime.files import files_below
 
 SUFFIXES = {
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
@@ -45,7 +45,7 @@ class Files:
         known = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
         readable = SUFFIXES & known
         found = cls([], [], [])
-        for path in sorted(_walk(folder)):
+        for path in sorted(files_below(folder)):
             relative = path.relative_to(folder)
             if any(_is_hidden(part) for part in relative.parts):
                 found.left_out.append(relative.as_posix())
@@ -67,18 +67,6 @@ def captions_in_files(names: Iterable[str], left_out: Iterable[str]) -> list[str
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".")
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, through links, each folder once."""
-    seen: set[Path] = set()
-    for found, folders, files in os.walk(folder, followlinks=True):
-        here = Path(found)
-        if here.resolve() in seen:  # a link to a folder around it
-            folders.clear()
-            continue
-        seen.add(here.resolve())
-        yield from (here / name for name in files)
 
 
 def first_folders(names: Sequence[str]) -> list[str | None]:

@@ -9,8 +9,8 @@ from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.cli.training_arguments import arguments_text, parse_arguments
 from curvlinops_diffusion.diffusion.weightings import PreconditionedWeighting
 from curvlinops_diffusion.linalg.operator_files import read_header
-from tests.cli.test_adapters import images_with_prompts
 from tests.diffusion.test_pipelines import flux, made
+from tests.loading.test_adapters import images_with_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 

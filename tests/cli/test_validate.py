@@ -26,7 +26,7 @@ from curvlinops_diffusion.loading.preprocessing import Form
 from curvlinops_diffusion.page.rankings import rows_of
 from tests.cases import stopped, tiny_unet
 from tests.cli.cases import COUNT, arguments
-from tests.cli.test_adapters import config, peft_folder, trained
+from tests.loading.test_adapters import config, peft_folder, trained
 
 PARTS, SEEDS = 4, 2
 LIKELY = ["--measurement", "log_likelihood", "--query-draws", "1"]
