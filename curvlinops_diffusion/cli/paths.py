@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from curvlinops_diffusion.cli.outputs import check_output, check_output_is_new
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.linalg.operator_files import OPERATOR, read_header
 from curvlinops_diffusion.loading.adapter_paths import check_adapter
+from curvlinops_diffusion.loading.folders import ACCEPTED
 from curvlinops_diffusion.loading.saved_networks import (
     check_model,
     check_pipeline,
@@ -37,10 +39,6 @@ _OUTPUTS = {
 }
 # those of which a finished output is recognised, and not made again
 _GOES_ON = (FitOptions, ScoreOptions)
-_IMAGES = (
-    "Pass a folder of images (subfolders are classes; metadata.jsonl may give 'text' or 'label'), "
-    "one image, a data set saved by datasets' save_to_disk, or an .npz file with 'images', as --{}."
-)
 # files beside images, or of something else, by their suffixes
 _NO_IMAGES = {".bin", ".ckpt", ".csv", ".json", ".jsonl", ".log", ".md", ".pt", ".pth", ".py"}
 _NO_IMAGES |= {".safetensors", ".txt", ".yaml", ".yml", ".html"}
@@ -144,15 +142,13 @@ def check_network(options: Any) -> None:
             "save_pretrained."
         )
     advice = "Pass a folder of save_pretrained as {}; nothing is downloaded."
-    for option, path in (("--pipeline", pipeline), ("--model", model), ("--scheduler", scheduler)):
+    for option, path, check in (
+        ("--pipeline", pipeline, partial(check_pipeline, variant=options.variant)),
+        ("--model", model, partial(check_model, variant=options.variant)),
+        ("--scheduler", scheduler, check_scheduler),
+    ):
         if path is not None:
-            check_exists(path, option, advice.format(option))
-    if pipeline is not None:
-        check_pipeline(pipeline, options.variant)
-    if model is not None:
-        check_model(model, options.variant)
-    if scheduler is not None:
-        check_scheduler(scheduler)
+            check(check_exists(path, option, advice.format(option)))
     parts = ["model"] if pipeline is None else list(parts_of(pipeline))
     for text in options.lora or ():
         path = named_path(text)[1]
@@ -162,7 +158,7 @@ def check_network(options: Any) -> None:
 
 
 def _check_images(path: Path, name: str) -> None:
-    accepted = _IMAGES.format(name)
+    accepted = f"{ACCEPTED}, as --{name}."
     check_exists(path, f"--{name}", accepted)
     if path.is_file():
         if path.suffix.lower() in _NO_IMAGES:

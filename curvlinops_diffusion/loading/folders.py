@@ -12,6 +12,12 @@ from curvlinops_diffusion.loading.labels import Classes
 from curvlinops_diffusion.loading.tables import OTHER_TABLES, TABLES
 from curvlinops_diffusion.runtime.files import files_below
 
+# what images are given as
+ACCEPTED = (
+    "Pass a folder of images (subfolders are classes; metadata.jsonl or metadata.csv may give "
+    "'text' or 'label' for each 'file_name'), one image, a data set saved by datasets' "
+    "save_to_disk, or an .npz file with 'images' (and 'labels')"
+)
 SUFFIXES = {
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
