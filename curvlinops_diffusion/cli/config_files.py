@@ -11,10 +11,13 @@ from typing import Any
 
 import yaml
 
+from curvlinops_diffusion.cli.options import is_list
+
 # the same reader in C where there is one, which also takes a tab after a colon
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 Options = dict[str, list[str] | None]
+_Pairs = list[tuple[str, list[str | None] | None]]
 
 _FORM = "A file of options has a line 'option: value' for each, and 'option: [a, b]' for a list"
 
@@ -44,12 +47,13 @@ def read_config(path: Path, types: Mapping[str, Any]) -> Options:
             raise ValueError(f"'{path}' has an option '{key}'. {_advice(name, types)}")
         if name in found:
             raise ValueError(f"'{path}' has the option '{key}' twice. Leave one out.")
-        several = types[name] == list[str] | None
-        if not several and values is not None and len(values) != 1:
+        if values is not None and None in values:
+            raise ValueError(f"'{key}' in '{path}' has an empty entry. Leave it out.")
+        if not is_list(types[name]) and values is not None and len(values) != 1:
             raise ValueError(
                 f"'{key}' in '{path}' is a list of {len(values)} values, and takes one."
             )
-        found[name] = values or None
+        found[name] = [value for value in values or () if value is not None] or None
     return found
 
 
@@ -80,7 +84,7 @@ def _text(path: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
-def _json_pairs(path: Path, text: str) -> list[tuple[str, list[str] | None]] | None:
+def _json_pairs(path: Path, text: str) -> _Pairs | None:
     """The options of JSON, numbers as written; ``None`` if it is none (YAML may have braces)."""
     try:
         pairs = json.loads(
@@ -89,14 +93,14 @@ def _json_pairs(path: Path, text: str) -> list[tuple[str, list[str] | None]] | N
     except ValueError:
         return None
 
-    def plain(key: str, value: Any) -> str:
+    def plain(key: str, value: Any) -> str | None:
         if isinstance(value, bool):
             return str(value).lower()
-        if not isinstance(value, str):
+        if not isinstance(value, str | None):
             raise _nested(path, key)
         return value
 
-    found: list[tuple[str, list[str] | None]] = []
+    found: _Pairs = []
     for key, value in pairs:
         if value is None:
             found.append((key, None))
@@ -106,7 +110,7 @@ def _json_pairs(path: Path, text: str) -> list[tuple[str, list[str] | None]] | N
     return found
 
 
-def _yaml_pairs(path: Path, text: str) -> list[tuple[str, list[str] | None]]:
+def _yaml_pairs(path: Path, text: str) -> _Pairs:
     try:
         node = yaml.compose(text, _Loader)
     except yaml.YAMLError as error:
@@ -115,16 +119,13 @@ def _yaml_pairs(path: Path, text: str) -> list[tuple[str, list[str] | None]]:
         return []
     if not isinstance(node, yaml.MappingNode):
         raise ValueError(f"--config: '{path}' holds no options. {_FORM}.")
-    found: list[tuple[str, list[str] | None]] = []
+    found: _Pairs = []
     for key, value in node.value:
         name = _scalar(path, str(getattr(key, "value", key)), key)
         if name is None:
             raise ValueError(f"'{path}' has an option without a name. {_FORM}.")
         if isinstance(value, yaml.SequenceNode):
-            items = [_scalar(path, name, item) for item in value.value]
-            if None in items:
-                raise ValueError(f"'{name}' in '{path}' has an empty entry. Leave it out.")
-            found.append((name, [item for item in items if item is not None]))
+            found.append((name, [_scalar(path, name, item) for item in value.value]))
         else:
             scalar = _scalar(path, name, value)
             found.append((name, None if scalar is None else [scalar]))

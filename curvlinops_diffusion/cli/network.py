@@ -15,18 +15,14 @@ from diffusers.utils import logging as diffusers_logging
 
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions, ValidateMeasureOptions
+from curvlinops_diffusion.cli.paths import check_network
 from curvlinops_diffusion.cli.processes import is_first, num_processes
 from curvlinops_diffusion.cli.training_arguments import arguments_text, parse_arguments
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.loading.adapters import load_adapters, names_in
 from curvlinops_diffusion.loading.misfits import misfits
 from curvlinops_diffusion.loading.network import TEXT_ENCODERS, Network
-from curvlinops_diffusion.loading.saved_networks import (
-    check_model,
-    check_pipeline,
-    check_scheduler,
-    parts_of,
-)
+from curvlinops_diffusion.loading.saved_networks import part_folder, parts_of
 from curvlinops_diffusion.loading.weights import check_can_load, check_loaded
 from curvlinops_diffusion.runtime.messages import quoted
 from curvlinops_diffusion.runtime.sharded_networks import divide
@@ -48,27 +44,21 @@ def load_network(options: NetworkOptions, text_encoders: bool = False) -> Networ
     _set_up_logs(options.quiet)
     objective_options = options.objective_options()
     arguments = parse_arguments(options.training_arguments)
-    given = [options.pipeline is not None, options.model is not None]
-    if sum(given) != 1 or (options.model is None) != (options.scheduler is None):
-        raise ValueError(
-            "Pass --pipeline FOLDER, or --model FOLDER and --scheduler FOLDER, as written by "
-            "save_pretrained."
-        )
+    check_network(options)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} is not to be had here: {quoted(error)}.") from error
+    check_can_load()
     autocast = None if options.autocast is None else getattr(torch, options.autocast)
     if options.pipeline is not None:
-        check_can_load()
-        check_pipeline(options.pipeline, options.variant)
         # the parts that it was saved without, a text encoder say, which loading asks for
-        left_out = {n: None for n, (_, cls) in parts_of(options.pipeline).items() if cls is None}
+        left_out = {n: None for n, kind in parts_of(options.pipeline).items() if kind is None}
         pipeline = _loaded(diffusers.DiffusionPipeline, options.pipeline, options, **left_out)
         modules = _modules(pipeline)
         for name, part in modules.items():
-            check_loaded(part, options.pipeline / name)
+            check_loaded(part, part_folder(options.pipeline, name), options.variant)
         trained = load_adapters(options.lora, modules, pipeline) if options.lora else {}
         if options.shard_network:
             _divide(next(iter(modules.values())), device)
@@ -91,11 +81,8 @@ def load_network(options: NetworkOptions, text_encoders: bool = False) -> Networ
         return _network(objective, pipeline, options, modules, trained)
     assert options.model is not None
     assert options.scheduler is not None
-    check_can_load()
-    check_model(options.model, options.variant)
-    check_scheduler(options.scheduler)
     model = _loaded(diffusers.AutoModel, options.model, options)
-    check_loaded(model, options.model)
+    check_loaded(model, options.model, options.variant)
     modules = {"model": model}
     trained = load_adapters(options.lora, modules, None) if options.lora else {}
     embedded = inspect.signature(model.forward).parameters.get("encoder_hidden_states")
@@ -192,7 +179,7 @@ def _loaded(cls: Any, folder: Path, options: NetworkOptions, **parts: None) -> A
             **parts,
         )
     except Exception as error:
-        reasons = misfits(folder)
+        reasons = misfits(folder, options.variant)
         if reasons:
             raise ValueError(
                 f"'{folder}' cannot be loaded: {'; '.join(reasons)}. Copy configuration and "

@@ -48,6 +48,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def is_list(type_: Any) -> bool:
+    """Whether a field's type takes several values."""
+    return bool(type_ == list[str] | None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Checked):
     """Options of the trained network.

@@ -12,7 +12,7 @@ from curvlinops_diffusion.runtime.files import check_can_be_written, check_same,
 def check_output(
     path: Path,
     suffixes: tuple[str, ...],
-    inputs: Mapping[str, Path] | Iterable[tuple[str, Path]],
+    inputs: Iterable[tuple[str, Path]],
     kind: str | None = None,
 ) -> None:
     """Check, before anything is computed, that a file can be written.
@@ -29,7 +29,7 @@ def check_output(
     """
     try:
         there = path.exists()
-        for option, read in inputs.items() if isinstance(inputs, Mapping) else inputs:
+        for option, read in inputs:
             if there and read.exists() and path.samefile(read):
                 raise ValueError(f"--output {path} is what {option} reads. Pass another file.")
     except OSError as error:  # a name that is too long, say

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from curvlinops_diffusion.cli.options import (
 from curvlinops_diffusion.cli.outputs import check_output, check_output_is_new
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.linalg.operator_files import OPERATOR, read_header
+from curvlinops_diffusion.loading.adapter_paths import check_adapter
+from curvlinops_diffusion.loading.folders import ACCEPTED
 from curvlinops_diffusion.loading.saved_networks import (
-    check_adapter,
     check_model,
     check_pipeline,
     check_scheduler,
+    parts_of,
 )
-from curvlinops_diffusion.runtime.files import check_can_be_made
+from curvlinops_diffusion.runtime.files import check_can_be_made, files_below, named_path
 
 _OUTPUTS = {
     FitOptions: ((".safetensors",), OPERATOR.key),
@@ -37,10 +40,6 @@ _OUTPUTS = {
 }
 # those of which a finished output is recognised, and not made again
 _GOES_ON = (FitOptions, ScoreOptions)
-_IMAGES = (
-    "Pass a folder of images (subfolders are classes; metadata.jsonl may give 'text' or 'label'), "
-    "one image, a data set saved by datasets' save_to_disk, or an .npz file with 'images', as --{}."
-)
 # files beside images, or of something else, by their suffixes
 _NO_IMAGES = {".bin", ".ckpt", ".csv", ".json", ".jsonl", ".log", ".md", ".pt", ".pth", ".py"}
 _NO_IMAGES |= {".safetensors", ".txt", ".yaml", ".yml", ".html"}
@@ -67,10 +66,11 @@ def check_paths(options: Any) -> None:
             check_output_is_new(options.output, options.overwrite)
     if isinstance(options, ValidatePlanOptions | AttributeOptions):
         check_can_be_made(options.output, "--output")
-    if given.get("latent_cache") is not None:
-        check_can_be_made(given["latent_cache"], "--latent-cache")
+    cache = given.get("latent_cache")
+    if cache is not None and not cache.is_dir():  # a full one need not be written to
+        check_can_be_made(cache, "--latent-cache")
     if "pipeline" in given:
-        _check_network(options)
+        check_network(options)
     for name in ("data", "queries"):
         if given.get(name) is not None:
             _check_images(given[name], name)
@@ -127,13 +127,12 @@ def _inputs(given: dict[str, Any]) -> Iterator[tuple[str, Path]]:
                 yield f"--{name}", each if isinstance(each, Path) else named_path(each)[1]
 
 
-def named_path(text: str) -> tuple[str | None, Path]:
-    """The name and the path of ``name=path``, or ``None`` and a path alone."""
-    name, equals, path = text.partition("=")
-    return (None, Path(text)) if not equals or Path(text).exists() else (name, Path(path))
+def check_network(options: Any) -> None:
+    """Check that options name one network, by folders that hold what is loaded.
 
-
-def _check_network(options: Any) -> None:
+    Raises:
+        ValueError: If they do not.
+    """
     pipeline, model, scheduler = options.pipeline, options.model, options.scheduler
     retrained = isinstance(options, ValidateMeasureOptions)  # of whole networks that stand there
     if not (retrained and pipeline is None and model is None) and (
@@ -144,24 +143,23 @@ def _check_network(options: Any) -> None:
             "save_pretrained."
         )
     advice = "Pass a folder of save_pretrained as {}; nothing is downloaded."
-    for option, path in (("--pipeline", pipeline), ("--model", model), ("--scheduler", scheduler)):
+    for option, path, check in (
+        ("--pipeline", pipeline, partial(check_pipeline, variant=options.variant)),
+        ("--model", model, partial(check_model, variant=options.variant)),
+        ("--scheduler", scheduler, check_scheduler),
+    ):
         if path is not None:
-            check_exists(path, option, advice.format(option))
-    if pipeline is not None:
-        check_pipeline(pipeline, options.variant)
-    if model is not None:
-        check_model(model, options.variant)
-    if scheduler is not None:
-        check_scheduler(scheduler)
+            check(check_exists(path, option, advice.format(option)))
+    parts = ["model"] if pipeline is None else list(parts_of(pipeline))
     for text in options.lora or ():
         path = named_path(text)[1]
-        if not path.exists():
-            check_exists(path, "--lora", "Pass the file or folder of an adapter as --lora.")
-        check_adapter(path)
+        check_exists(path, "--lora", "Pass the file or folder of an adapter as --lora.")
+        if pipeline is not None or model is not None:
+            check_adapter(path, parts)
 
 
 def _check_images(path: Path, name: str) -> None:
-    accepted = _IMAGES.format(name)
+    accepted = f"{ACCEPTED}, as --{name}."
     check_exists(path, f"--{name}", accepted)
     if path.is_file():
         if path.suffix.lower() in _NO_IMAGES:
@@ -172,24 +170,12 @@ def _check_images(path: Path, name: str) -> None:
         return
     if (path / "model_index.json").is_file():
         raise ValueError(f"'{path}' is a pipeline, and --{name} takes images. {accepted}")
-    if not any(_may_be_image(file) for _, _, files in _walk(path) for file in files):
+    if not any(_may_be_image(file) for file in files_below(path)):
         raise ValueError(f"'{path}' holds no images. {accepted}")
 
 
-def _walk(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """The folders below one, through links, each once."""
-    seen = set()
-    for found, folders, files in os.walk(path, followlinks=True):
-        here = os.path.realpath(found)
-        if here in seen:
-            folders.clear()
-            continue
-        seen.add(here)
-        yield found, folders, files
-
-
-def _may_be_image(name: str) -> bool:
-    return not name.startswith(".") and Path(name).suffix.lower() not in _NO_IMAGES | {""}
+def _may_be_image(path: Path) -> bool:
+    return path.name[0] != "." and path.suffix.lower() not in _NO_IMAGES | {""}
 
 
 def _check_readable(path: Path) -> None:

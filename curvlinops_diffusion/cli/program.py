@@ -16,7 +16,6 @@ from importlib import import_module
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 import docstring_parser
@@ -34,6 +33,7 @@ from curvlinops_diffusion.cli.options import (
     ValidateMeasureOptions,
     ValidatePlanOptions,
     flag,
+    is_list,
 )
 from curvlinops_diffusion.cli.paths import check_paths
 from curvlinops_diffusion.cli.words import spelled
@@ -138,9 +138,9 @@ def _add_flag(own: Any, field: Any, type_: Any, text: str) -> None:
     if "choices" in field.metadata:
         choices, help_text = list(field.metadata["choices"]), field.metadata["help"]()
         own.add_argument(name, choices=choices, default=field.default, help=help_text)
-    elif type_ == list[str] | None:
-        shown["metavar"] = _LISTS.get(field.name, "PATTERN")
-        own.add_argument(name, nargs="+", type=str, default=field.default, **shown)
+    elif is_list(type_):
+        shown["metavar"] = _LISTS.get(field.name, "PATTERN") + " ..."
+        own.add_argument(name, action="append", type=str, default=field.default, **shown)
     elif type_ is bool:
         own.add_argument(
             name, action=ActionYesNo(no_prefix="no-"), default=field.default, help=text
@@ -154,11 +154,8 @@ def _add_flag(own: Any, field: Any, type_: Any, text: str) -> None:
 
 
 def _taken(type_: Any) -> Any:
-    """How the text of an option is read: never as null, which would drop a prompt of that name."""
-    without = [kind for kind in get_args(type_) if kind is not NoneType]
-    if len(without) == 1 and NoneType in get_args(type_):
-        type_ = without[0]
-    return type_
+    """How an option is read: text never as null, which would drop a prompt of that name."""
+    return str if type_ == str | None else type_
 
 
 def _texts(options: type[Any]) -> dict[str, str]:
@@ -273,6 +270,7 @@ def _plain(text: str) -> str:
     text = re.sub(r'Parser key "(\w+)"', lambda match: flag(match[1]), text)
     text = re.sub(rf"\b(?:{'|'.join(COMMANDS)})\.(\w+)", lambda match: flag(match[1]), text)
     several = r"Does not validate .* Errors: - (.*) Given value type: .* Given value: "
+    text = text.replace(" - Expected a <class 'NoneType'>", "")  # whose options have a default
     text = re.sub(several, lambda m: m[1].replace(" - E", " or e") + ". Got value: ", text)
     text = re.sub(r"(?:a )?<class '(\w+)'>", r"\1", text).replace("a typing.Literal", "one of ")
     return text.replace("required: --file", "required: FILE")

@@ -91,7 +91,7 @@ def training_arguments(
     if optional is None:
         optional = tuple(name for name in _OF_CALL if name in asked)
         for name in ("max_sequence_length", "guidance_scale"):
-            if name in asked:
+            if name in asked and asked[name].default is not None:
                 defaults.setdefault(name, asked[name].default)
         if "original_size" in asked:
             defaults["original_size"] = None  # that of each image
@@ -108,6 +108,12 @@ def training_arguments(
         raise ValueError(
             f"training_arguments names {unknown}, and the network of this "
             f"{type(pipeline).__name__} depends on none of them. Pass some of {sorted(taken)}."
+        )
+    if guided and "guidance_scale" in taken - found.keys():
+        raise ValueError(
+            f"The network of this {type(pipeline).__name__} is shown a guidance_scale, and its "
+            "call has no default. Pass training's: --training-arguments guidance_scale=…, or "
+            "training_arguments={'guidance_scale': …}."
         )
     _check_numbers(found)
     return {k: v for k, v in found.items() if k != "sample_latents" or v is not True}

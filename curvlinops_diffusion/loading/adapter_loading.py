@@ -18,6 +18,13 @@ from curvlinops_diffusion.loading.adapter_files import (
     unpaired,
     unplaced_message,
 )
+from curvlinops_diffusion.loading.adapter_paths import (
+    ACCEPTED,
+    PEFT_PREFIX,
+    PEFT_WEIGHTS,
+    peft_folders,
+    weights_file,
+)
 from curvlinops_diffusion.loading.adapter_placement import (
     Stored,
     add_to_weights,
@@ -28,15 +35,6 @@ from curvlinops_diffusion.loading.adapter_placement import (
 )
 from curvlinops_diffusion.loading.weights import listed
 from curvlinops_diffusion.runtime.messages import quoted
-
-_PEFT = "adapter_config.json"
-_PEFT_WEIGHTS = "adapter_model.safetensors"
-_PEFT_PREFIX = "base_model.model."
-_DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
-ACCEPTED = (
-    "Pass a .safetensors file of diffusers' save_lora_weights or of kohya's scripts, or a folder "
-    "of one of these or of PEFT's save_pretrained"
-)
 
 
 def load_adapter(
@@ -64,24 +62,20 @@ def load_adapter(
         ValueError: If it is of no known form, weights in it find no place, a place is left without
             weights, or it replaces weights that another one holds.
     """
-    denoiser = next(iter(parts))
-    if path.name == _PEFT_WEIGHTS and path.is_file():  # the scales stand beside it
-        path = path.parent
-    folders = {part: path / part for part in parts if (path / part / _PEFT).is_file()}
-    if (path / _PEFT).is_file():
-        folders = {denoiser: path}
+    folders = peft_folders(path, list(parts))
     if folders:
         return {
             part: _load_peft(peft, name, folder, part, parts[part], trained)
             for part, folder in folders.items()
         }
+    denoiser = next(iter(parts))
     loader: Any = parts[denoiser] if pipeline is None else pipeline
     if not hasattr(loader, "load_lora_adapter" if pipeline is None else "load_lora_weights"):
         raise ValueError(
             f"Adapters of a {type(loader).__name__} are read from a folder of PEFT's "
             f"save_pretrained, and '{path}' is none."
         )
-    file = read_adapter(_weights_file(path), path)
+    file = read_adapter(weights_file(path), path)
     loaded = _load_file(peft, name, file, parts, loader) if file.weights else {}
     added, unplaced = add_to_weights(file, parts)
     if unplaced:
@@ -143,11 +137,8 @@ def _load_peft(
     peft: Any, name: str, folder: Path, part: str, module: nn.Module, trained: Set[int]
 ) -> list[str]:
     """An adapter in PEFT's own form, into any network."""
-    file = folder / _PEFT_WEIGHTS
-    if not file.is_file():
-        raise ValueError(f"'{folder}' holds {_PEFT} and no {_PEFT_WEIGHTS}. {ACCEPTED}.")
-    stored, _ = read_weights(file)
-    tensors = {key.removeprefix(_PEFT_PREFIX): z for key, z in stored.items()}
+    stored, _ = read_weights(folder / PEFT_WEIGHTS)
+    tensors = {key.removeprefix(PEFT_PREFIX): z for key, z in stored.items()}
     with _telling(folder, {part: tensors}, {part: module}):
         config = peft.PeftConfig.from_pretrained(str(folder))
         config.inference_mode = False
@@ -210,38 +201,4 @@ def _settled(
     raise ValueError(
         f"The adapter '{path}' is not of this network: {' and '.join(told)}. Pass the network "
         "that it was trained on."
-    )
-
-
-def _is_pefts(file: Path) -> bool:
-    """Whether names are PEFT's; other programs call files the same."""
-    return any(key.startswith(_PEFT_PREFIX) for key in read_weights(file)[0])
-
-
-def _weights_file(path: Path) -> Path:
-    """The single file that a path names.
-
-    Raises:
-        ValueError: If there is none, or several, or its scales stand in a file that is missing.
-    """
-    file = path if path.is_file() else path / _PEFT_WEIGHTS
-    if file.name == _PEFT_WEIGHTS and file.is_file() and _is_pefts(file):
-        raise ValueError(
-            f"The adapter '{path}' is PEFT's without its {_PEFT}, which holds the scale. Pass the "
-            "folder that save_pretrained wrote."
-        )
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise ValueError(f"The adapter '{path}' is no .safetensors file. {ACCEPTED}.")
-        return path
-    if (path / _DIFFUSERS_WEIGHTS).is_file():
-        return path / _DIFFUSERS_WEIGHTS
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) == 1:
-        return files[0]
-    there = (
-        f"{len(files)} .safetensors files ({listed(f.name for f in files)})" if files else "none"
-    )
-    raise ValueError(
-        f"'{path}' should hold the weights of one adapter, and holds {there}. {ACCEPTED}."
     )

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from curvlinops_diffusion.loading.adapter_loading import ACCEPTED, load_adapter, replaced_message
+from curvlinops_diffusion.loading.adapter_loading import load_adapter, replaced_message
+from curvlinops_diffusion.loading.adapter_paths import ACCEPTED
 from curvlinops_diffusion.loading.weights import listed
 from curvlinops_diffusion.runtime.adapters import common_names
+from curvlinops_diffusion.runtime.files import named_path
 
 
 def load_adapters(
@@ -108,10 +110,8 @@ def _named(given: Sequence[str]) -> dict[str, Path]:
     """The adapters' paths by name: the given one, or ``default``, or those of the files."""
     found: dict[str, Path] = {}
     for text in given:
-        name, separator, path = text.partition("=")
-        if not separator or Path(text).exists():
-            path = text
-            name = "default" if len(given) == 1 else Path(text).stem.replace(".", "_")
+        named, path = named_path(text)
+        name = named or ("default" if len(given) == 1 else path.stem.replace(".", "_"))
         if not name.replace("-", "_").isidentifier():
             raise ValueError(
                 f"--lora {text} would name an adapter '{name}'. Pass name={path}, with a name of "
@@ -122,9 +122,9 @@ def _named(given: Sequence[str]) -> dict[str, Path]:
                 f"Two adapters are called '{name}': '{found[name]}' and '{path}'. Pass each as "
                 "name=path."
             )
-        if not Path(path).exists():
+        if not path.exists():
             raise ValueError(f"The adapter '{path}' does not exist. {ACCEPTED}.")
-        found[name] = Path(path)
+        found[name] = path
     return found
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,14 @@ from PIL import Image
 
 from curvlinops_diffusion.loading.labels import Classes
 from curvlinops_diffusion.loading.tables import is_of_images, is_table
+from curvlinops_diffusion.runtime.files import files_below
 
+# what images are given as
+ACCEPTED = (
+    "Pass a folder of images (subfolders are classes; metadata.jsonl or metadata.csv may give "
+    "'text' or 'label' for each 'file_name'), one image, a data set saved by datasets' "
+    "save_to_disk, or an .npz file with 'images' (and 'labels')"
+)
 SUFFIXES = {
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
@@ -47,7 +53,7 @@ class Files:
         known = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
         readable = SUFFIXES & known
         found = cls([], [], [])
-        for path in sorted(_walk(folder)):
+        for path in sorted(files_below(folder)):
             relative = path.relative_to(folder)
             if any(_is_hidden(part) for part in relative.parts):
                 found.left_out.append(relative.as_posix())
@@ -71,18 +77,6 @@ def captions_left_out(names: Iterable[str], left_out: Iterable[str]) -> list[str
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name in _MADE
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, through links, each folder once."""
-    seen: set[Path] = set()
-    for found, folders, files in os.walk(folder, followlinks=True):
-        here = Path(found)
-        if here.resolve() in seen:  # a link to a folder around it
-            folders.clear()
-            continue
-        seen.add(here.resolve())
-        yield from (here / name for name in files)
 
 
 def first_folders(names: Sequence[str]) -> list[str | None]:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from curvlinops_diffusion.loading.arrays import Arrays
 from curvlinops_diffusion.loading.folders import (
+    ACCEPTED,
     SUFFIXES,
     Files,
     captions_left_out,
@@ -26,12 +27,6 @@ from curvlinops_diffusion.loading.opened import Source, opened
 from curvlinops_diffusion.loading.preprocessing import Form, Loaded, upright_size
 from curvlinops_diffusion.loading.saved import SavedDataset
 from curvlinops_diffusion.runtime.digests import digest_of
-
-_ACCEPTED = (
-    "Pass a folder of images (subfolders are classes; metadata.jsonl or metadata.csv may give "
-    "'text' or 'label' for each 'file_name'), one image, a data set saved by datasets' "
-    "save_to_disk, or an .npz file with 'images' (and 'labels')"
-)
 
 
 class NamedImages(Dataset[dict[str, Any]]):
@@ -193,9 +188,9 @@ def images_at(path: Path, form: Form) -> NamedImages:
         images = images_of_files([path], [path.name], form)
     else:
         what = "is in no known form" if path.exists() else "does not exist"
-        raise ValueError(f"'{path}' {what}. {_ACCEPTED}.")
+        raise ValueError(f"'{path}' {what}. {ACCEPTED}.")
     if len(images) == 0:
-        raise ValueError(f"'{path}' holds no images. {_ACCEPTED}.")
+        raise ValueError(f"'{path}' holds no images. {ACCEPTED}.")
     return images
 
 

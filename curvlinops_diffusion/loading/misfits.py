@@ -11,21 +11,22 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from curvlinops_diffusion.loading.saved_networks import parts_of
+from curvlinops_diffusion.loading.saved_networks import part_folder, parts_of, weights_files
 
 
-def misfits(folder: Path) -> list[str]:
+def misfits(folder: Path, variant: str | None) -> list[str]:
     """Say which weights have other shapes than the configuration beside them asks for.
 
     Libraries name one of them, or refer to their log.
 
     Args:
         folder: The folder of a pipeline, or of a network.
+        variant: The variant of the weights that was asked for.
     """
     found = []
     for part, shapes in _expected_shapes(folder):
         other = {}
-        for path in sorted(part.glob("*.safetensors")):
+        for path in weights_files(part, variant):
             with safe_open(path, "np") as file:
                 for key in file.keys():  # noqa: SIM118 - no mapping
                     endings = (key.split(".", n)[n] for n in range(key.count(".") + 1))
@@ -42,13 +43,13 @@ def misfits(folder: Path) -> list[str]:
 
 def _expected_shapes(folder: Path) -> Iterator[tuple[Path, dict[str, tuple[int, ...]]]]:
     """The shapes of a network's tensors by its configuration, without memory for them."""
-    kinds: dict[Path, tuple[str | None, str | None]] = {folder: ("diffusers", None)}
+    kinds = [(folder, "diffusers", "")]
     if (folder / "model_index.json").is_file():
-        kinds = {folder / name: kind for name, kind in parts_of(folder).items()}
-    for part, (library, name) in kinds.items():
+        kinds = [(part_folder(folder, n), *kind) for n, kind in parts_of(folder).items() if kind]
+    for part, library, name in kinds:
         try:
             config = json.loads((part / "config.json").read_text())
-            cls: Any = getattr(sys.modules[library or ""], name or config["_class_name"])
+            cls: Any = getattr(sys.modules[library], name or config["_class_name"])
             with torch.device("meta"):
                 if library == "diffusers":
                     module = cls.from_config(config)

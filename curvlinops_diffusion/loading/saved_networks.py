@@ -7,24 +7,43 @@ import re
 from pathlib import Path
 from typing import Any
 
-_VARIANT = re.compile(r"[^.]+\.([A-Za-z_]\w*)(-\d+-of-\d+)?\.safetensors")
 _PIPELINE, _MODEL, _SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 # what tokenizers keep their words in
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
+# parts that are no networks, by words in the names of their classes: by which files they are known
+_OTHERS = {
+    "ByT5Tokenizer": ("tokenizer_config.json",),  # whose words are bytes
+    "Tokenizer": _VOCABULARIES,
+    "Scheduler": (_SCHEDULER,),
+    "Processor": ("*processor_config.json",),
+    "FeatureExtractor": ("preprocessor_config.json",),
+}
+# the weights that diffusers and transformers read, of which a variant may be in the name
+_STEMS = ("diffusion_pytorch_model", "model")
+_VARIANT = re.compile(rf"(?:{'|'.join(_STEMS)})\.(\w+)(?:-\d+-of-\d+)?\.safetensors")
 _LONGEST_HEADER = 100_000_000
 
 
-def parts_of(folder: Path) -> dict[str, tuple[str | None, str | None]]:
-    """The library and class of each part that a pipeline's index names.
+def parts_of(folder: Path) -> dict[str, tuple[str, str] | None]:
+    """The library and class of each part of a pipeline; ``None`` of what it was saved without.
 
     Raises:
         ValueError: If the folder is no pipeline.
     """
-    return {
-        name: (kind[0], kind[1])
-        for name, kind in _described(folder, _PIPELINE, "--pipeline").items()
-        if isinstance(kind, list) and len(kind) == 2 and not name.startswith("_")
-    }
+    found: dict[str, tuple[str, str] | None] = {}
+    for name, kind in _described(folder, _PIPELINE, "--pipeline").items():
+        # other pairs are numbers, or anything else that a pipeline was made with
+        if isinstance(kind, list) and len(kind) == 2 and not name.startswith("_"):
+            if kind[0] is None:
+                found[name] = None
+            elif isinstance(kind[0], str) and isinstance(kind[1], str):
+                found[name] = (kind[0], kind[1])
+    return found
+
+
+def part_folder(folder: Path, name: str) -> Path:
+    """The folder that diffusers reads a part from: the pipeline's, where it has none of its own."""
+    return folder / name if (folder / name).is_dir() else folder
 
 
 def check_pipeline(folder: Path, variant: str | None) -> None:
@@ -35,22 +54,23 @@ def check_pipeline(folder: Path, variant: str | None) -> None:
     Raises:
         ValueError: If it is none, or a part is missing or damaged.
     """
-    for name, (_, cls) in parts_of(folder).items():
-        if cls is None:
+    for name, kind in parts_of(folder).items():
+        if kind is None:
             continue
-        part = folder / name
-        if not part.is_dir():
+        part = part_folder(folder, name)
+        other = next((word for word in _OTHERS if word in kind[1]), None)
+        known = any(any(part.glob(file)) for file in _OTHERS.get(other or "", (_MODEL,)))
+        if part == folder and not known:
             raise ValueError(
                 f"'{folder}' cannot be loaded: its {_PIPELINE} names a part '{name}', and there is "
                 "no such folder. Copy the whole pipeline, or save it again by save_pretrained."
             )
-        of_words = "Tokenizer" in cls and "ByT5" not in cls  # whose words are bytes
-        if of_words and not any(any(part.glob(pattern)) for pattern in _VOCABULARIES):
+        if other == "Tokenizer" and not known:
             raise ValueError(
                 f"'{folder}' cannot be loaded: the tokenizer in '{part}' has no vocabulary "
                 "(tokenizer.json, vocab.json or another). Copy the whole pipeline."
             )
-        if (part / _MODEL).is_file():
+        if other is None and known:
             _check_weights(folder, part, variant)
 
 
@@ -60,7 +80,7 @@ def check_model(folder: Path, variant: str | None) -> None:
     Raises:
         ValueError: If it does not.
     """
-    if (folder / _PIPELINE).is_file():
+    if (folder / _PIPELINE).is_file() and not (folder / _MODEL).is_file():
         raise ValueError(f"'{folder}' is a pipeline. Pass it as --pipeline, without --scheduler.")
     _described(folder, _MODEL, "--model")
     _check_weights(folder, folder, variant)
@@ -77,29 +97,11 @@ def check_scheduler(folder: Path) -> None:
     _described(folder, _SCHEDULER, "--scheduler")
 
 
-def check_adapter(path: Path) -> None:
-    """Check that a path is a whole file of weights, or a folder with one.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if path.is_dir():
-        files = sorted(path.rglob("*.safetensors"))
-        if not files:
-            raise ValueError(
-                f"'{path}' holds no .safetensors file. Pass the file or folder of an adapter as "
-                "--lora."
-            )
-    elif path.suffix != ".safetensors":
-        raise ValueError(f"The adapter '{path}' is no .safetensors file. Pass one as --lora.")
-    else:
-        files = [path]
-    for file in files:
-        check_whole(file)
-
-
-def check_whole(path: Path) -> None:
+def check_whole(path: Path) -> set[str]:
     """Check that a safetensors file has the length that its header gives it.
+
+    Returns:
+        The names of its tensors.
 
     Raises:
         ValueError: If it has not, as after an interrupted download.
@@ -118,6 +120,7 @@ def check_whole(path: Path) -> None:
         if 8 + length + max(ends, default=0) != size:
             wanted = 8 + length + max(ends, default=0)
             raise ValueError(f"it has {size:,} bytes, and its header tells of {wanted:,}")
+        return header.keys() - {"__metadata__"}
     except OSError as error:
         raise ValueError(f"'{path}' cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -159,43 +162,67 @@ def _described(folder: Path, name: str, option: str) -> dict[str, Any]:
     return found
 
 
+def weights_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files that a network is read from: of a variant, or without one where it has none.
+
+    Raises:
+        ValueError: If an index names files that are missing.
+    """
+    own = [] if variant is None else _of_variant(folder, f".{variant}")
+    return own or _of_variant(folder, "")
+
+
+def _of_variant(folder: Path, own: str) -> list[Path]:
+    """The files of a variant, by the names and in the order in which libraries look for them."""
+    for stem in _STEMS:
+        single = folder / f"{stem}{own}.safetensors"
+        ends = (f"{own}.index.json", f".index{own}.json")
+        indices = [folder / f"{stem}.safetensors{end}" for end in ends]
+        index = next((file for file in indices if file.is_file()), None)
+        # transformers prefers a single file, diffusers an index
+        if single.is_file() and (index is None or stem == "model"):
+            return [single]
+        if index is not None:
+            return _shards(index)
+    return []
+
+
 def _check_weights(whole: Path, folder: Path, variant: str | None) -> None:
     """Check the files of a network that would be read."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        others = [f.name for f in sorted(folder.iterdir()) if f.suffix in (".bin", ".pt", ".pth")]
-        held = f" but '{others[0]}', which is a pickle, and none is opened" if others else ""
-        raise ValueError(
-            f"'{whole}' cannot be loaded: '{folder}' holds no weights{held}. Save it again by "
-            "save_pretrained(…, safe_serialization=True)."
-        )
-    variants = {file: match[1] for file in files if (match := _VARIANT.fullmatch(file.name))}
-    plain = [file for file in files if file not in variants]
-    if variant is None and not plain:
-        there = sorted(set(variants.values()))
+    try:
+        read = weights_files(folder, variant)
+        for file in read:
+            check_whole(file)
+    except ValueError as error:
+        raise ValueError(f"'{whole}' cannot be loaded: {error}") from error
+    if read:
+        return
+    names = sorted(file.name for file in folder.iterdir())
+    there = sorted({match[1] for name in names if (match := _VARIANT.fullmatch(name))})
+    if there:
         raise ValueError(
             f"'{whole}' cannot be loaded: the weights of '{folder}' are of variant "
             f"{' and '.join(there)}. Pass --variant {there[0]}."
         )
-    read = plain if variant is None else [f for f in files if variants.get(f) == variant]
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        read += _shards(whole, folder, index) if variant is None else []
-    for file in dict.fromkeys(read):
-        try:
-            check_whole(file)
-        except ValueError as error:
-            raise ValueError(f"'{whole}' cannot be loaded: {error}") from error
+    others = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    held = f" but '{others[0]}', which is a pickle, and none is opened" if others else ""
+    raise ValueError(
+        f"'{whole}' cannot be loaded: '{folder}' holds no weights{held}. Save it again by "
+        "save_pretrained(…, safe_serialization=True)."
+    )
 
 
-def _shards(whole: Path, folder: Path, index: Path) -> list[Path]:
+def _shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []  # loading says what is wrong
-    missing = [name for name in names if not (folder / name).is_file()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"'{index}' is no index of weights ({error}). Download or copy it again."
+        ) from error
+    missing = [name for name in names if not index.with_name(name).is_file()]
     if missing:
         raise ValueError(
-            f"'{whole}' cannot be loaded: {len(missing)} of the files that '{index.name}' names "
-            f"are missing, '{missing[0]}' first. Download or copy them again."
+            f"{len(missing)} of the files that '{index.name}' names are missing, '{missing[0]}' "
+            "first. Download or copy them again."
         )
-    return [folder / name for name in names]
+    return [index.with_name(name) for name in names]

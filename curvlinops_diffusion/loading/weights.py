@@ -9,10 +9,11 @@ from diffusers.utils import is_accelerate_available
 from safetensors import safe_open
 from torch import nn
 
+from curvlinops_diffusion.loading.saved_networks import weights_files
 from curvlinops_diffusion.runtime.adapters import adapter_of
 
 
-def check_loaded(module: nn.Module, folder: Path) -> None:
+def check_loaded(module: nn.Module, folder: Path, variant: str | None) -> None:
     """Check that a module has the weights of the files in its folder.
 
     What loads them leaves parameters that no file holds without values, or makes them up.
@@ -20,12 +21,13 @@ def check_loaded(module: nn.Module, folder: Path) -> None:
     Args:
         module: The module, before it is moved.
         folder: The folder that it was loaded from.
+        variant: The variant of the weights that was asked for.
 
     Raises:
         ValueError: If a parameter was not loaded, naming what the files hold instead.
     """
     missing = {name for name, p in module.named_parameters() if p.is_meta}
-    stored = _stored(folder)
+    stored = _stored(weights_files(folder, variant))
     if stored and type(module).__module__.startswith("transformers."):  # which makes them up
         missing |= _without_file(module, stored)
     if not missing:
@@ -58,10 +60,10 @@ def check_can_load() -> None:
         )
 
 
-def _stored(folder: Path) -> set[str]:
-    """The names of the tensors in a folder's files."""
+def _stored(files: Iterable[Path]) -> set[str]:
+    """The names of the tensors in files."""
     names: set[str] = set()
-    for path in folder.glob("*.safetensors"):
+    for path in files:
         with safe_open(path, "np") as file:
             names |= set(file.keys())
     return names

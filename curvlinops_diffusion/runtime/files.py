@@ -67,6 +67,28 @@ def make_folder(path: Path) -> None:
         ) from error
 
 
+def named_path(text: str) -> tuple[str | None, Path]:
+    """The name and the path of ``name=path``, or ``None`` and a path alone.
+
+    A path may hold an equals sign, too: what exists, or begins as paths do, is one.
+    """
+    name, equals, path = text.partition("=")
+    alone = not equals or text[0] in "~$/." or os.path.exists(text)
+    return (None, Path(text)) if alone else (name, Path(path))
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, through links, each folder once."""
+    seen: set[str] = set()
+    for found, folders, files in os.walk(folder, followlinks=True):
+        here = os.path.realpath(found)
+        if here in seen:  # a link to a folder around it
+            folders.clear()
+            continue
+        seen.add(here)
+        yield from (Path(found) / name for name in files)
+
+
 def check_can_be_made(path: Path, option: str) -> None:
     """Check that a folder is there and can be written to, or that it can be made.
 

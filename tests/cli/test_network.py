@@ -38,12 +38,35 @@ def test_what_networks_take(tmp_path, make, size, multiple, condition):
     assert network.condition == condition
 
 
+def test_a_pipeline_in_a_single_folder(tmp_path):
+    """As google/ddpm-cifar10-32 is: libraries read its parts from there, and messages name it."""
+    pipelines.ddpm(tmp_path).save_pretrained(tmp_path / "p")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    shutil.copy(tmp_path / "p" / "model_index.json", flat)
+    for part in ("unet", "scheduler"):
+        shutil.copytree(tmp_path / "p" / part, flat, dirs_exist_ok=True)
+    given = {"data": tmp_path, "output": tmp_path}
+    alone = {"model": flat, "scheduler": flat}
+    expected, *found = (
+        dict(load_network(FitOptions(**given, **network)).objective.model.named_parameters())
+        for network in ({"pipeline": tmp_path / "p"}, {"pipeline": flat}, alone)
+    )
+    for own in found:
+        assert own.keys() == expected.keys()
+        assert all(torch.equal(own[name], expected[name]) for name in own)
+    resized(".", "conv_in.w")(flat)
+    with pytest.raises(ValueError, match=r"in 'flat', 'conv_in.weight' is 5×4×4×4 in the file"):
+        load_network(FitOptions(**given, pipeline=flat))
+    (flat / "scheduler_config.json").unlink()
+    with pytest.raises(ValueError, match="names a part 'scheduler', and there is no such folder"):
+        load_network(FitOptions(**given, pipeline=flat))
+
+
 def test_a_prompt_for_a_network_that_takes_none(tmp_path):
     pipelines.dit(tmp_path).save_pretrained(tmp_path / "p")
     options = FitOptions(pipeline=tmp_path / "p", data=tmp_path, output=tmp_path, prompt="a cat")
-    with pytest.raises(
-        ValueError, match="--prompt 'a cat' arrived for a network that takes labels"
-    ):
+    with pytest.raises(ValueError, match="The network takes labels, got prompt='a cat'"):
         load_network(options)
 
 

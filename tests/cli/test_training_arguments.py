@@ -1,12 +1,14 @@
 """Arguments of training in the program: parsed, printed, logged, stored and compared."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from curvlinops_diffusion.cli.options import FitOptions
 from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.cli.training_arguments import arguments_text, parse_arguments
+from curvlinops_diffusion.diffusion.training_arguments import training_arguments
 from curvlinops_diffusion.diffusion.weightings import PreconditionedWeighting
 from curvlinops_diffusion.linalg.operator_files import read_header
 from tests.diffusion.test_pipelines import flux, made
@@ -26,6 +28,26 @@ def test_values():
     for wrong in (["guidance_scale"], ["=3"], ["a=1", "a=2"]):
         with pytest.raises(ValueError, match="Pass each as name=value, once"):
             parse_arguments(wrong)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_call_without_numbers(guided):
+    """Its arguments are taken and left to the pipeline; guidance that is embedded is needed."""
+
+    class Unknown:
+        transformer = SimpleNamespace(config={"guidance_embeds": guided})
+
+        def __call__(self, prompt=None, max_sequence_length=None, guidance_scale=None):
+            raise AssertionError
+
+    length = {"max_sequence_length": 9}
+    if guided:
+        with pytest.raises(ValueError, match=r"--training-arguments guidance_scale=…, or"):
+            training_arguments(Unknown(), length)
+        length["guidance_scale"] = 3.5
+    else:
+        assert training_arguments(Unknown()) == {}
+    assert training_arguments(Unknown(), length) == length
 
 
 def test_the_weights_of_stable_diffusion_3(tmp_path):

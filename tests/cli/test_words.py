@@ -65,6 +65,8 @@ JSON = {"seed": 3, "lora": ["a"], "quiet": True}
             "log: $PLACE/log\nlora: s=${PLACE}/l/",
             {"log": Path("/here/log"), "lora": ["s=/here/l/"]},
         ),
+        ("params: ['-x', b, --seed]", {"params": ["-x", "b", "--seed"]}),
+        ("log: cost$5/a$", {"log": Path("cost$5/a$")}),
         ("seed: &b 3\nnum_draws: *b", {"seed": 3, "num_draws": 3}),
     ],
 )
@@ -82,7 +84,8 @@ def test_a_file_of_options(tmp_path, monkeypatch, text, expected):
         ("Seed: 3", "has an option 'Seed'. Did you mean 'seed'?"),
         ("fit:\n  seed: 3", "'fit' in "),
         ("lora: [[a]]", "'lora' in "),
-        ("lora: [a, null]", "'lora' in "),
+        ("lora: [a, null]", "has an empty entry. Leave it out"),
+        ('{"lora": ["a", null]}', "has an empty entry. Leave it out"),
         ("seed: 1\nseed: 2", "has the option 'seed' twice"),
         ("num-draws: 1\nnum_draws: 2", "has the option 'num_draws' twice"),
         ('{"seed": 1, "seed": 2}', "has the option 'seed' twice"),
@@ -141,6 +144,9 @@ def test_flags_and_later_files_go_first(tmp_path):
         (["--prompt", "null"], {"prompt": "null"}),
         (["--prompt="], {"prompt": ""}),
         (["--variant=null"], {"variant": "null"}),
+        (["--latent-cache=null", "--resolution", "null", "--max-memory", "null"], {}),
+        (["--autocast", "null"], {}),
+        (["--params=-x"], {"params": ["-x"]}),
         (["--log=~/x"], {"log": Path.home() / "x"}),
         (["--lora", "s=~/x", "y"], {"lora": [f"s={Path.home() / 'x'}", "y"]}),
         (["--seed", "1", "--seed", "2"], {"seed": 2}),
@@ -161,6 +167,7 @@ def test_spellings(words, expected):
         (["--prompt", "a", "cat"], "put what has spaces into quotes"),
         (["--config"], "--config needs the name of a YAML file"),
         (["--config", "/"], "--config: '/' cannot be read: Is a directory"),
+        (["--params"], "--params"),
         (["--numdraws", "3"], "Did you mean --num-draws?"),
         (["--quiet=maybe"], "--quiet is 'maybe'. Pass true or false"),
     ],
@@ -169,3 +176,18 @@ def test_spellings_that_are_not_understood(words, told):
     with pytest.raises(ValueError, match=r"\S") as error:
         understood(*words)
     assert told in str(error.value)
+
+
+def test_paths_that_hold_dollars_and_equals_signs(tmp_path, monkeypatch):
+    """What exists is what is meant, and variables are of letters."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PLACE", "/here/r=4")
+    (tmp_path / "$PLACE").mkdir()
+    assert understood("--log", "$PLACE") == {"log": Path("$PLACE")}
+    assert understood("--log", "$PLACE/x") == {"log": Path("/here/r=4/x")}
+    for given, expected in (
+        ("$PLACE/a", "/here/r=4/a"),
+        ("s=$PLACE/a", "s=/here/r=4/a"),
+        ("~/r=4/a", f"{Path.home()}/r=4/a"),
+    ):
+        assert understood("--lora", given) == {"lora": [expected]}

@@ -14,7 +14,6 @@ from curvlinops_diffusion import page
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.measured_files import read_measured
 from curvlinops_diffusion.cli.options import ValidateJudgeOptions
-from curvlinops_diffusion.cli.outputs import check_output, check_output_is_new
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
 from curvlinops_diffusion.influence.read_scores import read_scores, whole
 from curvlinops_diffusion.influence.validation.judgements import (
@@ -23,7 +22,7 @@ from curvlinops_diffusion.influence.validation.judgements import (
 )
 from curvlinops_diffusion.influence.validation.plans import RetrainingPlan
 from curvlinops_diffusion.page.figures import intervals
-from curvlinops_diffusion.runtime.files import write_bytes
+from curvlinops_diffusion.runtime.files import named_path, write_bytes
 
 TEMPLATE = Path(page.__file__).parent / "validation.html.j2"
 
@@ -34,8 +33,6 @@ def validate_judge(options: ValidateJudgeOptions) -> None:
     Raises:
         ValueError: If scores, plan and measurements do not belong together.
     """
-    check_output(options.output, (".html", ".json"), {"--measured": options.measured})
-    check_output_is_new(options.output, options.overwrite)
     plan = RetrainingPlan.open(options.plan)
     values_SMQ, header = read_measured(options.measured)
     if header["plan"] != plan.digest or header["parts"] != list(plan.parts):
@@ -78,9 +75,8 @@ def _named_scores(
     found: dict[str, Tensor] = {}
     better = MEASUREMENTS[header["measurement"]].better
     for word in words:
-        name, equals, rest = word.partition("=")
-        path = Path(rest if equals else word)
-        name = name if equals else path.stem
+        named, path = named_path(word)
+        name = named or path.stem
         scores, own = read_scores(path)
         names = plan.info.get("names")
         if own["queries"] != header["queries"] or names not in (None, own["train"]):

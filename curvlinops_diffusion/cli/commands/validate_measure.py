@@ -15,7 +15,6 @@ from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.measured_files import MEASURED
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import ValidateMeasureOptions
-from curvlinops_diffusion.cli.outputs import check_output, check_output_is_new
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.validation.plans import RetrainingPlan
@@ -32,8 +31,6 @@ def validate_measure(options: ValidateMeasureOptions) -> None:
     Raises:
         ValueError: If a network is missing, or cannot be loaded.
     """
-    check_output(options.output, (".safetensors",), {"--plan": options.plan})
-    check_output_is_new(options.output, options.overwrite)
     plan = RetrainingPlan.open(options.plan)
     found = networks_of(options.retrained, plan.parts)
     if options.dry_run:
