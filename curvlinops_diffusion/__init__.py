@@ -37,7 +37,6 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
     )
     from curvlinops_diffusion.influence.compression import Compression
     from curvlinops_diffusion.influence.consumers import GradientConsumer, TopInfluences
-    from curvlinops_diffusion.influence.finite_steps import forward_only_scores
     from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
     from curvlinops_diffusion.influence.kernel_regression import (
         averaged_scores,
@@ -166,7 +165,6 @@ __all__ = [
     "averaged_scores",
     "d_trak_scores",
     "das_scores",
-    "forward_only_scores",
     "group_influence_scores",
     "influence_scores",
     "influence_scores_by_band",
@@ -248,7 +246,6 @@ _MODULES = {
     "averaged_scores": "influence.kernel_regression",
     "d_trak_scores": "influence.validation.baselines",
     "das_scores": "influence.validation.baselines",
-    "forward_only_scores": "influence.finite_steps",
     "group_influence_scores": "influence.scores",
     "influence_scores": "influence.scores",
     "influence_scores_by_band": "influence.parts",

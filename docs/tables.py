@@ -20,6 +20,9 @@ SCANS = (
     "settings of the regression",
 )
 
+# of which results are kept, and which the package has no more
+GONE = ("EK-FAC, 16 draws", "EK-FAC, forward only, 16 draws")
+
 # of cosines by kind of block, which are many
 SHOWN_DAMPINGS = (1e-8, 1e-4, 1.0)
 
@@ -253,7 +256,8 @@ def removals(result: dict[str, Any]) -> list[Row]:
 def _by_method(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     by_method: dict[str, dict[str, Any]] = {}
     for row in result["methods"]:
-        by_method.setdefault(row["method"], {})[row["cell"]] = row
+        if row["method"] not in GONE:
+            by_method.setdefault(row["method"], {})[row["cell"]] = row
     return by_method
 
 

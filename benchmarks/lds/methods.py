@@ -30,7 +30,6 @@ from curvlinops_diffusion import (
     NoisedRegression,
     RandomProjection,
     WoodburyInverseLinearOperator,
-    forward_only_scores,
 )
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.influence.kernel_regression import averaged_scores, ridge_solution
@@ -55,7 +54,6 @@ TIMESTEPS = 1000
 BANDS = 4
 ITERATIONS = (1, 2, 4, 8)
 REFINED_DRAWS = 2
-FORWARD_DRAWS = 16
 SIGN_COUNTS = (1, 2, 4)
 METRIC_POWERS = (0.5, 0.75, 1.25)
 
@@ -644,26 +642,6 @@ def _sampled(regression: NoisedRegression) -> Tensor:
     return ExampleGradientLinearOperator(regression, measurement=measured).rows()
 
 
-def forward_only(setting: Setting) -> Scores:
-    """Training losses after a finite step for the query and against it, EK-FAC as curvature.
-
-    Of the training loss alone: each measurement would take as long again.
-    """
-    inverse = setting.curvature().inverse(DAMPINGS[0])
-    J_train = ExampleGradientLinearOperator(setting.train(FORWARD_DRAWS, antithetic=True))
-    J_query = ExampleGradientLinearOperator(setting.query_regression())
-    scores_QN = forward_only_scores(J_query, inverse, J_train)
-    unknown = torch.full_like(scores_QN, torch.nan)
-    others = [unknown] * (len(MEASUREMENTS) - 1)
-    yield DAMPINGS[0], torch.stack([scores_QN, *others])
-
-
-def few_draws(setting: Setting) -> Scores:
-    """EK-FAC with as many draws of the training images as :func:`forward_only` has."""
-    rows = setting.rows(draws=FORWARD_DRAWS)
-    yield from curved(setting.curvature(), setting.query_MQP, rows, DAMPINGS[:1])
-
-
 def d_trak(setting: Setting) -> Scores:
     """D-TRAK (Zheng et al., 2024): the prediction's squared norm in place of the loss."""
     yield from kernel(setting.squared_norm_MQP, setting.squared_norm_NP)
@@ -723,8 +701,6 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
     "conjugate gradients from EK-FAC": refined,
     "powers of EK-FAC": powers,
     "settings of the regression": regression_scan,
-    "EK-FAC, 16 draws": few_draws,
-    "EK-FAC, forward only, 16 draws": forward_only,
     "draws, uniform": numbers_of_draws(timesteps="uniform"),
     "draws, antithetic": numbers_of_draws(antithetic=True),
 }

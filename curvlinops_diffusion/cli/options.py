@@ -13,7 +13,7 @@ _COUNTS = (
     *("resolution", "batch_size", "num_draws", "query_draws", "query_block"),
     *("mc_samples", "gradient_group", "max_positions", "top", "num_parts", "bootstrap"),
 )
-_POSITIVE = ("ridge", "step", "max_memory")
+_POSITIVE = ("ridge", "max_memory")
 _NOT_NEGATIVE = (
     *("damping", "rtol", "checkpoint_every", "timeout"),
     *("snr_gamma", "condition_dropout", "noise_offset", "input_perturbation"),
@@ -182,7 +182,7 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
         seed: The seed of the draws.
         augment: The augmentation that training used; drawn anew for each draw.
         fisher_type: Whose curvature: the model's (mc by random loss vectors, type-2 exactly), or
-            that of the loss (empirical); forward-only needs no gradients.
+            that of the loss (empirical).
         mc_samples: The number of random loss vectors for each draw.
         kfac_approx: How Kronecker factors are found: expand and reduce from inputs and outputs,
             shampoo and rank-one from gradients.
@@ -205,7 +205,7 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     num_draws: int = 8
     seed: int = 0
     augment: Literal["flip"] | None = None
-    fisher_type: Literal["mc", "type-2", "empirical", "forward-only"] = "mc"
+    fisher_type: Literal["mc", "type-2", "empirical"] = "mc"
     mc_samples: int = 1
     kfac_approx: Literal["expand", "reduce", "shampoo", "rank-one"] = "expand"
     gradient_group: int = 1
@@ -230,12 +230,10 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
         data: The training images, the same as for fit.
         queries: The images to explain, in the same forms, or one image file.
         output: The scores' file to write: .safetensors, or .npy with an index of names beside it.
-        method: What scores are: influence (predicted changes of what is measured), regression
+        method: What scores are: influence (predicted changes of what is measured), or regression
             (kernel regressions of it and of the prediction, squared, which predict the order that
-            retraining shows better; they have no unit), or forward-only (influence by a finite step
-            for each query, without gradients of training images).
+            retraining shows better; they have no unit).
         ridge: The ridge of --method regression, in units of the kernel's mean diagonal entry.
-        step: The step of --method forward-only, as a part of the norm of the parameters.
         damping: What is added to the curvature's eigenvalues before it is inverted.
         relative: Take the damping in units of each block's mean eigenvalue, as kronfluence does.
         rtol: Leave out eigenvalues of at most this part of the largest (a truncated
@@ -258,9 +256,8 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     data: Path
     queries: Path
     output: Path
-    method: Literal["influence", "regression", "forward-only"] = "influence"
+    method: Literal["influence", "regression"] = "influence"
     ridge: float = 5.0
-    step: float = 1e-2
     damping: float = 1e-8
     relative: bool = False
     rtol: float | None = None
