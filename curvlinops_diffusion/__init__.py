@@ -60,7 +60,6 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
         TrajectoryRegression,
         record_trajectories,
     )
-    from curvlinops_diffusion.influence.nearest import NearestGradients
     from curvlinops_diffusion.influence.parts import (
         influence_scores_by_band,
         influence_scores_by_layer,
@@ -133,7 +132,6 @@ __all__ = [
     "LogLikelihood",
     "LogitNormalTimesteps",
     "MinSNRWeighting",
-    "NearestGradients",
     "NeumannRefinedInverseLinearOperator",
     "NoiseProcess",
     "NoisedBatch",
@@ -214,7 +212,6 @@ _MODULES = {
     "LogLikelihood": "influence.measurements.likelihood",
     "LogitNormalTimesteps": "diffusion.timesteps",
     "MinSNRWeighting": "diffusion.weightings",
-    "NearestGradients": "influence.nearest",
     "NeumannRefinedInverseLinearOperator": "linalg.solvers.neumann",
     "NoiseProcess": "diffusion.noise",
     "NoisedBatch": "diffusion.batch",

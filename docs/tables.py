@@ -90,8 +90,6 @@ def _further(result: dict[str, Any]) -> dict[str, list[Row]]:
         return {"_parts": parts_at_lengths(result)}
     if "counted" in result:
         return {f"_{part}": _of_records(result[part]) for part in ("counted", "sent")}
-    if "indexes" in result:
-        return {"_indexes": _of_records(result["indexes"])}
     if "by_kind" not in result:
         return {}
     return {

@@ -103,9 +103,6 @@ def test_what_the_documentation_says_of_the_results():
         random, leading = (forms[f"bfloat16, {kind} {size}"] for kind in ("random", "leading"))
         assert random["error_of_scores"] < leading["error_of_scores"] - 0.2
         assert random["top_10_found"] > leading["top_10_found"] + 0.1
-    found = {row["index"]: row["top_10_found"] for row in result_of("stored_gradients")["indexes"]}
-    assert found["SQ8"] == 1
-    assert 0.7 < found["IVF16,Flat, 4 of 16 clusters"] < found["IVF16,Flat, 8 of 16 clusters"] < 0.9
     samples = {row["positions"]: row for row in result_of("positions")["positions"]}
     assert 1 < samples["256"]["error_B"] / samples["all"]["error_B"] < 1.015
     assert 1.25 < samples["64"]["error_B"] / samples["all"]["error_B"] < 1.33
