@@ -28,11 +28,9 @@ DAMPING = 1e-8
 def forms(P: int, N: int) -> list[Compression]:
     """What is compared."""
     plain = [Compression(precision) for precision in ("float32", "bfloat16", "int8", "nf4")]
-    leading = [Compression("bfloat16", "leading", size, N) for size in (P // 4, P // 16, P // 64)]
     svd = [Compression("bfloat16", "svd", size, N) for size in (N // 2, N // 4, N // 16)]
     random = [Compression("bfloat16", "random", size) for size in (P // 4, P // 16, P // 64)]
-    both = [Compression("nf4", "leading", P // 16, N), Compression("int8", "svd", N // 4, N)]
-    return plain + leading + svd + random + both
+    return [*plain, *svd, *random, Compression("int8", "svd", N // 4, N)]
 
 
 def main() -> None:

@@ -99,10 +99,6 @@ def test_what_the_documentation_says_of_the_results():
     forms = {row["form"]: row for row in result_of("stored_gradients")["forms"]}
     assert forms["nf4"]["error_of_scores"] < 0.011
     assert forms["float32"]["bytes_for_each_example"] > 7 * forms["nf4"]["bytes_for_each_example"]
-    for size in ("44,212", "11,053", "2,763"):
-        random, leading = (forms[f"bfloat16, {kind} {size}"] for kind in ("random", "leading"))
-        assert random["error_of_scores"] < leading["error_of_scores"] - 0.2
-        assert random["top_10_found"] > leading["top_10_found"] + 0.1
     samples = {row["positions"]: row for row in result_of("positions")["positions"]}
     assert 1 < samples["256"]["error_B"] / samples["all"]["error_B"] < 1.015
     assert 1.25 < samples["64"]["error_B"] / samples["all"]["error_B"] < 1.33
