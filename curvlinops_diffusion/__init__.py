@@ -61,7 +61,6 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
         record_trajectories,
     )
     from curvlinops_diffusion.influence.parts import (
-        influence_scores_by_band,
         influence_scores_by_layer,
     )
     from curvlinops_diffusion.influence.projection import RandomProjection
@@ -165,7 +164,6 @@ __all__ = [
     "das_scores",
     "group_influence_scores",
     "influence_scores",
-    "influence_scores_by_band",
     "influence_scores_by_layer",
     "kernel_regression_scores",
     "linear_datamodelling_score",
@@ -245,7 +243,6 @@ _MODULES = {
     "das_scores": "influence.validation.baselines",
     "group_influence_scores": "influence.scores",
     "influence_scores": "influence.scores",
-    "influence_scores_by_band": "influence.parts",
     "influence_scores_by_layer": "influence.parts",
     "kernel_regression_scores": "influence.kernel_regression",
     "linear_datamodelling_score": "influence.validation.judgements",
