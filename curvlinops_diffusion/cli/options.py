@@ -11,7 +11,7 @@ from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, B
 
 _COUNTS = (
     *("resolution", "batch_size", "num_draws", "query_draws", "query_block"),
-    *("mc_samples", "gradient_group", "max_positions", "top", "num_parts", "bootstrap"),
+    *("mc_samples", "max_positions", "top", "num_parts", "bootstrap"),
 )
 _POSITIVE = ("ridge", "max_memory")
 _NOT_NEGATIVE = (
@@ -186,8 +186,6 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
         mc_samples: The number of random loss vectors for each draw.
         kfac_approx: How Kronecker factors are found: expand and reduce from inputs and outputs,
             shampoo and rank-one from gradients.
-        gradient_group: The number of images whose gradients are added up before they are squared
-            in the second pass of EK-FAC; more is cheaper and less exact.
         max_positions: The number of pixels or tokens of an image and draw that a layer's factors
             are computed from, at most; a random sample where there are more. By default all.
         matmul_precision: On a GPU, whether products that factors are made of are rounded to TF32
@@ -208,7 +206,6 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     fisher_type: Literal["mc", "type-2", "empirical"] = "mc"
     mc_samples: int = 1
     kfac_approx: Literal["expand", "reduce", "shampoo", "rank-one"] = "expand"
-    gradient_group: int = 1
     max_positions: int | None = None
     matmul_precision: Literal["highest", "high"] | None = None
     sharded: bool = False
@@ -216,8 +213,7 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
 
     def kfac_options(self) -> dict[str, Any]:
         """Select the options that K-FAC and EK-FAC take, by their names there."""
-        names = ["fisher_type", "mc_samples", "kfac_approx", "max_positions", "matmul_precision"]
-        names += ["gradient_group"] if self.curvature == "ekfac" else []
+        names = ("fisher_type", "mc_samples", "kfac_approx", "max_positions", "matmul_precision")
         return {name: getattr(self, name) for name in names}
 
 

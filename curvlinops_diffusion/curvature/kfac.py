@@ -71,11 +71,6 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         eigenvalue_draws: EK-FAC only. Draws of each example in the second pass. Default: those of
             the regression, or with ``fisher_type='mc'`` as few as make 32,768 in all; more change
             the eigenvalues by about 2 %.
-        gradient_group: EK-FAC with ``fisher_type='mc'`` only. Sum the gradients of so many
-            successive examples before rotating and squaring them: unbiased, since the loss vectors
-            of different examples are independent with mean zero, and cheaper for wide layers, but
-            of more variance. Beyond 1, results depend on the batch size (within their Monte-Carlo
-            error) unless it is a multiple of the group.
         exact_bias: Whether the block of a bias of its own is the exact ``E[(Σ_s b_s)(Σ_s b_s)ᵀ]``;
             ``False`` for ``curvlinops``' convention, the ``B`` of its weight.
         max_dense: Entries up to which a norm's block, or that of a parameter in no known layer,
@@ -127,7 +122,6 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         separate_weight_and_bias: bool = True,
         probe_type: str | ProbeType = ProbeType.RADEMACHER,
         eigenvalue_draws: int | None = None,
-        gradient_group: int = 1,
         exact_bias: bool = True,
         max_dense: int = 1024,
         max_positions: int | None = None,
@@ -143,7 +137,6 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
             "separate_weight_and_bias": separate_weight_and_bias,
             "probe_type": probe_type,
             "eigenvalue_draws": eigenvalue_draws,
-            "gradient_group": gradient_group,
             "exact_bias": exact_bias,
             "max_dense": max_dense,
             "max_positions": max_positions,
