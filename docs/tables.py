@@ -21,7 +21,10 @@ SCANS = (
 )
 
 # of which results are kept, and which the package has no more
-GONE = ("EK-FAC, 16 draws", "EK-FAC, forward only, 16 draws")
+GONE = (
+    *("EK-FAC, 16 draws", "EK-FAC, forward only, 16 draws"),
+    *("EK-FAC, nearest Kronecker product", "K-FAC, nearest Kronecker product"),
+)
 
 # of cosines by kind of block, which are many
 SHOWN_DAMPINGS = (1e-8, 1e-4, 1.0)

@@ -185,7 +185,7 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
             that of the loss (empirical).
         mc_samples: The number of random loss vectors for each draw.
         kfac_approx: How Kronecker factors are found: expand and reduce from inputs and outputs,
-            shampoo and rank-one from gradients.
+            shampoo from gradients.
         max_positions: The number of pixels or tokens of an image and draw that a layer's factors
             are computed from, at most; a random sample where there are more. By default all.
         matmul_precision: On a GPU, whether products that factors are made of are rounded to TF32
@@ -205,7 +205,7 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     augment: Literal["flip"] | None = None
     fisher_type: Literal["mc", "type-2", "empirical"] = "mc"
     mc_samples: int = 1
-    kfac_approx: Literal["expand", "reduce", "shampoo", "rank-one"] = "expand"
+    kfac_approx: Literal["expand", "reduce", "shampoo"] = "expand"
     max_positions: int | None = None
     matmul_precision: Literal["highest", "high"] | None = None
     sharded: bool = False

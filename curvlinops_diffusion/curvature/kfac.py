@@ -40,20 +40,19 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
 
     or from the gradients ``g = Σ_s b_s a_sᵀ`` of the weight::
 
-        shampoo:   B = E[g gᵀ]             A = E[gᵀ g] / E‖g‖²
-        rank-one:  B = E[g A gᵀ] / ‖A‖²    A = E[gᵀ B g] / ‖B‖²    (alternating, three passes)
+        shampoo:  B = E[g gᵀ]    A = E[gᵀ g] / E‖g‖²
 
     the expectations being over examples, timesteps, noise and loss vectors; one pair for each group
     of a grouped convolution, and a diagonal ``A`` (token frequencies) for an embedding. The other
     blocks are exact, ``E[g gᵀ]`` with ``g`` the gradient of an example, draw and loss vector: those
     of biases, of the scale and shift of a norm, and of any parameter in no known layer (dense up to
     ``max_dense`` entries, their diagonal beyond). Everything is computed on construction, in one
-    pass over the data (three or four for factors from gradients), and not when the model changes
+    pass over the data (three for factors from gradients), and not when the model changes
     later.
 
     Source: Mlodozeniec et al., 2025, Section 2.3 (diffusion); Eschenhagen et al., 2023, Section 3
     (weight sharing); Martens & Grosse, 2015; Gupta et al., 2018, and Morwani et al., 2024
-    (Shampoo); Van Loan & Pitsianis, 1993 (the nearest Kronecker product).
+    (Shampoo).
 
     Args:
         regression: Objective, data and draws.
@@ -64,7 +63,7 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
             ``'forward-only'`` (``B = I``; K-FAC only, and blocks of Kronecker form only: the
             others are listed in a warning).
         mc_samples: Loss vectors for each draw, with ``fisher_type='mc'``.
-        kfac_approx: ``'expand'``, ``'reduce'``, ``'shampoo'`` or ``'rank-one'``.
+        kfac_approx: ``'expand'``, ``'reduce'`` or ``'shampoo'``.
         separate_weight_and_bias: Whether weight and bias are blocks of their own, or one block
             whose inputs are extended by a one.
         probe_type: Distribution of the random loss vectors, ``'rademacher'`` or ``'gaussian'``.

@@ -41,19 +41,16 @@ class KFACApprox(str, Enum):
         REDUCE: ``'reduce'``, positions are averaged (inputs) and summed (gradients) first.
         SHAMPOO: ``'shampoo'``, second moments of the gradients' rows and columns (Gupta et al.,
             2018; the scale is that of Morwani et al., 2024).
-        RANK_ONE: ``'rank-one'``, the Kronecker product that is nearest to the exact block in
-            Frobenius norm (Van Loan & Pitsianis, 1993), by three steps of the power method.
     """
 
     EXPAND = "expand"
     REDUCE = "reduce"
     SHAMPOO = "shampoo"
-    RANK_ONE = "rank-one"
 
     @property
     def from_gradients(self) -> bool:
         """Whether the gradients of single examples must be formed."""
-        return self in (KFACApprox.SHAMPOO, KFACApprox.RANK_ONE)
+        return self is KFACApprox.SHAMPOO
 
 
 @dataclass(frozen=True)
