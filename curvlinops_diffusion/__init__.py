@@ -98,7 +98,6 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
         RefinedInverseLinearOperator,
         Refinement,
     )
-    from curvlinops_diffusion.linalg.solvers.neumann import NeumannRefinedInverseLinearOperator
     from curvlinops_diffusion.linalg.solvers.nystrom import NystromInverseLinearOperator
     from curvlinops_diffusion.linalg.solvers.woodbury import WoodburyInverseLinearOperator
     from curvlinops_diffusion.runtime.passes import PassOptions
@@ -131,7 +130,6 @@ __all__ = [
     "LogLikelihood",
     "LogitNormalTimesteps",
     "MinSNRWeighting",
-    "NeumannRefinedInverseLinearOperator",
     "NoiseProcess",
     "NoisedBatch",
     "NoisedRegression",
@@ -210,7 +208,6 @@ _MODULES = {
     "LogLikelihood": "influence.measurements.likelihood",
     "LogitNormalTimesteps": "diffusion.timesteps",
     "MinSNRWeighting": "diffusion.weightings",
-    "NeumannRefinedInverseLinearOperator": "linalg.solvers.neumann",
     "NoiseProcess": "diffusion.noise",
     "NoisedBatch": "diffusion.batch",
     "NoisedRegression": "diffusion.regression",

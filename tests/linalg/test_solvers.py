@@ -10,7 +10,6 @@ from curvlinops_diffusion import (
     DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
-    NeumannRefinedInverseLinearOperator,
     NystromInverseLinearOperator,
     WoodburyInverseLinearOperator,
     influence_scores,
@@ -128,11 +127,9 @@ def test_residuals_in_float32_are_those_of_the_solution(tolerance, spread):
         assert true.max() < 3e-6 * 10**spread / 10
 
 
-@pytest.mark.parametrize(
-    "kind", [CGRefinedInverseLinearOperator, NeumannRefinedInverseLinearOperator]
-)
-def test_callback_sees_the_iterates(G, dense, kind):
+def test_callback_sees_the_iterates(G, dense):
     """Each is what a run of as many iterations returns."""
+    kind = CGRefinedInverseLinearOperator
     B = right_sides(len(dense))
     iterates = []
     kind(G, DAMPING, max_iter=3, tolerance=0.0, callback=iterates.append) @ B
@@ -191,34 +188,6 @@ def test_bad_rank(G):
         NystromInverseLinearOperator(G, 1.0, 40)
 
 
-def test_neumann_series(regression, G, dense):
-    M = DiffusionEKFACLinearOperator(regression).inverse(DAMPING)
-    inverse = NeumannRefinedInverseLinearOperator(G, DAMPING, M, max_iter=2000, tolerance=1e-5)
-    B = right_sides(len(dense))
-    assert_close(inverse @ B, torch.linalg.solve(dense, B), 1e-3)
-    assert inverse.refinement.converged.all()
-    # the first iterate is a multiple of the preconditioner's solution
-    single = NeumannRefinedInverseLinearOperator(G, DAMPING, M, max_iter=1, step_size=0.5)
-    assert_close(single @ B, 0.5 * (M @ B), 1e-12)
-
-
-def test_stochastic_neumann_series(regression, G):
-    """Matrices of other draws, whose mean is ``G``: nearer to the inverse than the start."""
-    M = DiffusionEKFACLinearOperator(regression).inverse(DAMPING)
-    split = [
-        plain_regression(regression.objective.model, (1, 4, 4), 6, 3, seed=s) for s in range(8)
-    ]
-    dense = [dense_ggn(part, params_of(part.objective.model)) for part in split]
-    matrices = [OfMatrix(G, matrix) for matrix in dense]
-    mean = sum(dense) / len(dense)
-    truth = torch.linalg.solve(damped(mean, DAMPING), B := right_sides(len(mean)))
-    inverse = NeumannRefinedInverseLinearOperator(
-        G, DAMPING, M, matrices=lambda k: matrices[k % 8], max_iter=400, tolerance=0.0
-    )
-    found = inverse @ B
-    assert (found - truth).norm() < 0.25 * (M @ B - truth).norm()
-
-
 def test_scores_with_a_refined_inverse(regression, exact, dense):
     """It goes wherever an inverse goes."""
     J = ExampleGradientLinearOperator(regression)
@@ -235,7 +204,7 @@ def test_bad_options(regression, G, model):
     part = DiffusionKFACLinearOperator(regression, ["layers.0.weight"]).inverse(1.0)
     with pytest.raises(ValueError, match=r"the preconditioner: 1 parameters, 18 entries, G: 4"):
         CGRefinedInverseLinearOperator(G, 1.0, part)
-    wild = NeumannRefinedInverseLinearOperator(G, 1.0, step_size=1e30, max_iter=50)
+    wild = CGRefinedInverseLinearOperator(OfMatrix(G, torch.full(G.shape, torch.inf)), 1.0)
     with pytest.raises(ValueError, match=r"does not converge.*Pass a larger damping"):
         wild @ right_sides(G.shape[1])
 
@@ -251,7 +220,6 @@ def test_parameters_of_one_shape_in_another_order_are_refused():
     told = r"in another order: where .* has 'layers.\d.weight', .* has 'layers.\d.weight'. Pass the"
     for make in (
         lambda: CGRefinedInverseLinearOperator(G, 1.0, K.inverse(1.0)),
-        lambda: NeumannRefinedInverseLinearOperator(G, 1.0, K.inverse(1.0)),
         lambda: NystromInverseLinearOperator(G, 1.0, 2, sketch_from=K),
         lambda: WoodburyInverseLinearOperator(K.inverse(1.0), J),
     ):
