@@ -98,7 +98,6 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
         RefinedInverseLinearOperator,
         Refinement,
     )
-    from curvlinops_diffusion.linalg.solvers.nystrom import NystromInverseLinearOperator
     from curvlinops_diffusion.linalg.solvers.woodbury import WoodburyInverseLinearOperator
     from curvlinops_diffusion.runtime.passes import PassOptions
 
@@ -133,7 +132,6 @@ __all__ = [
     "NoiseProcess",
     "NoisedBatch",
     "NoisedRegression",
-    "NystromInverseLinearOperator",
     "ObjectiveMeasurement",
     "PassOptions",
     "PreconditionedWeighting",
@@ -211,7 +209,6 @@ _MODULES = {
     "NoiseProcess": "diffusion.noise",
     "NoisedBatch": "diffusion.batch",
     "NoisedRegression": "diffusion.regression",
-    "NystromInverseLinearOperator": "linalg.solvers.nystrom",
     "ObjectiveMeasurement": "influence.measurements.base",
     "PassOptions": "runtime.passes",
     "PreconditionedWeighting": "diffusion.weightings",
