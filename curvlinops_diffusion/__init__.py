@@ -98,7 +98,6 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
         RefinedInverseLinearOperator,
         Refinement,
     )
-    from curvlinops_diffusion.linalg.solvers.woodbury import WoodburyInverseLinearOperator
     from curvlinops_diffusion.runtime.passes import PassOptions
 
 __all__ = [
@@ -154,7 +153,6 @@ __all__ = [
     "TrajectoryRegression",
     "UniformTimesteps",
     "WeightedLoss",
-    "WoodburyInverseLinearOperator",
     "averaged_scores",
     "d_trak_scores",
     "das_scores",
@@ -231,7 +229,6 @@ _MODULES = {
     "TrajectoryRegression": "influence.measurements.trajectories",
     "UniformTimesteps": "diffusion.timesteps",
     "WeightedLoss": "influence.measurements.losses",
-    "WoodburyInverseLinearOperator": "linalg.solvers.woodbury",
     "averaged_scores": "influence.kernel_regression",
     "d_trak_scores": "influence.validation.baselines",
     "das_scores": "influence.validation.baselines",

@@ -24,6 +24,9 @@ SCANS = (
 GONE = (
     *("EK-FAC, 16 draws", "EK-FAC, forward only, 16 draws"),
     *("EK-FAC, nearest Kronecker product", "K-FAC, nearest Kronecker product"),
+    *("EK-FAC + low rank", "K-FAC + low rank", "EK-FAC, Shampoo's factors + low rank"),
+    *("EK-FAC + 10 times low rank", "EK-FAC + a tenth of low rank", "K-FAC + sampled GGN"),
+    "K-FAC + low rank, late checkpoints",
 )
 
 # of cosines by kind of block, which are many

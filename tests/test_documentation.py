@@ -215,12 +215,6 @@ def test_what_the_documentation_says_of_the_digits():
         for same in ("EK-FAC, linear and convolutions only", f"{RECIPE}, 250 draws"):
             assert abs(digits[same, cell]["lds"] - own["lds"]) < 0.01
             assert undecided(minus_ekfac(digits, same, cell))
-        for curvature in ("EK-FAC", "K-FAC", "EK-FAC, Shampoo's factors"):
-            low_rank = digits[f"{curvature} + low rank", cell]["lds"]
-            gain = low_rank - digits[curvature, cell]["lds"]
-            assert round(gain, 2) in ([0.02] if cell.startswith("loss") else [0.0, 0.01])
-        sampled = digits["K-FAC + sampled GGN", cell]["lds"]
-        assert round(sampled - digits["K-FAC", cell]["lds"], 2) in (0.01, 0.02)
         assert minus_ekfac(digits, "EK-FAC, reduce", cell)["high"] < 0
         loss_ggn = minus_ekfac(digits, "EK-FAC, GGN of the loss", cell)
         assert (loss_ggn["high"] < 0) == cell.startswith("loss")
@@ -231,9 +225,8 @@ def test_what_the_documentation_says_of_the_digits():
         assert best["low"] > digits[RECIPE, cell]["high"]
         assert best["low"] > digits[f"{RECIPE}, 250 draws", cell]["high"]
     for cell in cells:
-        for curvature in ("EK-FAC", "K-FAC + low rank"):
-            gain = digits[f"{curvature}, late checkpoints", cell]["lds"]
-            assert 0.02 < gain - digits[curvature, cell]["lds"] < 0.045
+        gain = digits["EK-FAC, late checkpoints", cell]["lds"] - digits["EK-FAC", cell]["lds"]
+        assert 0.02 < gain < 0.045
         for method, most in (
             ("K-FAC, regression on loss and prediction", 0.007),
             ("D-TRAK", 0.003),
@@ -250,8 +243,7 @@ def test_what_the_documentation_says_of_the_digits():
         assert 0.02 < lost["both"] - lost["queries"] < 0.04
         assert 0.25 < lost["curvature"] < 0.35
         assert digits["EK-FAC", cell]["lds"] - lost["curvature, summed"] < 0.06
-        for low_rank in ("EK-FAC + low rank", "K-FAC + low rank", "powers of EK-FAC"):
-            assert minus_ekfac(digits, low_rank, cell)["low"] > 0
+        assert minus_ekfac(digits, "powers of EK-FAC", cell)["low"] > 0
         assert digits["powers of EK-FAC", cell]["setting"] == "1.25"
         low = minus_ekfac(digits, "D-TRAK", cell)["high"] < 0
         assert low == (cell != "simplified_elbo, generated")
@@ -411,8 +403,6 @@ def test_what_the_documentation_says_of_the_photograph():
         assert round(shampoo["difference"], 2) in (0.03, 0.04, 0.05, 0.06)
         assert 0 < minus_ekfac(photograph, "EK-FAC, GGN of the loss", cell)["difference"] < 0.021
         assert minus_ekfac(photograph, "sampled GGN", cell)["high"] < 0
-        gain = minus_ekfac(photograph, "EK-FAC + low rank", cell)["difference"]
-        assert round(gain, 2) in (0.0, 0.01)
         assert minus_ekfac(photograph, "EK-FAC, late checkpoints", cell)["low"] > 0
         both = "K-FAC, regression on loss and prediction"
         late = photograph[f"{both}, late checkpoints", cell]["lds"]

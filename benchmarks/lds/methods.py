@@ -29,7 +29,6 @@ from curvlinops_diffusion import (
     JourneyRegression,
     NoisedRegression,
     RandomProjection,
-    WoodburyInverseLinearOperator,
 )
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.influence.kernel_regression import averaged_scores, ridge_solution
@@ -203,25 +202,6 @@ def curved(
     for damping in dampings:
         product = curvature.power(-exponent, damping) @ columns
         yield damping, (product.T @ train_NP.T).reshape(M, Q, -1)
-
-
-def low_rank(
-    curvature: DiffusionKFACLinearOperator,
-    query_MQP: Tensor,
-    train_NP: Tensor,
-    added_KP: Tensor | None = None,
-    dampings: tuple[float, ...] = (1e-8, 1e-6, 1e-4),
-    weight: float = 1.0,
-) -> Scores:
-    """``∇m (F + λ + c/K Σ v vᵀ)⁻¹ ∇ℓ_n`` with vectors ``v``, by default the ``∇ℓ``."""
-    M, Q, P = query_MQP.shape
-    added_KP = train_NP if added_KP is None else added_KP
-    columns = query_MQP.reshape(M * Q, P).T
-    for damping in dampings:
-        inverse = WoodburyInverseLinearOperator(
-            curvature.inverse(damping), added_KP, weight / len(added_KP)
-        )
-        yield damping, ((inverse @ columns).T @ train_NP.T).reshape(M, Q, -1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -485,23 +465,6 @@ def papers_recipe(
     yield from curved(EK, query_MQP, rows)
 
 
-def with_low_rank(weight: float = 1.0, **options: Any) -> Callable[[Setting], Scores]:
-    """Curvature plus the outer products of the training images' gradients."""
-
-    def run(setting: Setting) -> Scores:
-        yield from low_rank(
-            setting.curvature(**options), setting.query_MQP, setting.train_NP, weight=weight
-        )
-
-    return run
-
-
-def with_samples(setting: Setting) -> Scores:
-    """K-FAC plus as much of the sampled GGN: is it exact curvature that low rank adds?"""
-    rows = sampled_rows(setting, 1)
-    yield from low_rank(setting.curvature(ekfac=False), setting.query_MQP, setting.train_NP, rows)
-
-
 def powers(setting: Setting) -> Scores:
     """Powers of the inverse at the default damping; the setting is the power."""
     EK = setting.curvature()
@@ -679,11 +642,6 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
     "K-FAC": of_curvature(ekfac=False),
     "K-FAC, reduce": of_curvature(ekfac=False, kfac_approx="reduce"),
     "K-FAC, Shampoo's factors": of_curvature(ekfac=False, kfac_approx="shampoo"),
-    "EK-FAC + low rank": with_low_rank(),
-    "K-FAC + low rank": with_low_rank(ekfac=False),
-    "EK-FAC, Shampoo's factors + low rank": with_low_rank(kfac_approx="shampoo"),
-    "EK-FAC + 10 times low rank": with_low_rank(10.0),
-    "EK-FAC + a tenth of low rank": with_low_rank(0.1),
     "K-FAC, regression on the loss": regression_on("loss"),
     "K-FAC, regression on the squared norm": regression_on("squared norm"),
     "K-FAC, regression on the prediction": regression_on("prediction"),
@@ -693,7 +651,6 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
     "K-FAC, regression on loss and squared prediction": regression_on(
         "loss", squared="sign", default=RIDGE, weights=WEIGHTS
     ),
-    "K-FAC + sampled GGN": with_samples,
     "sampled GGN": sampled_ggn,
     "bands of levels, EK-FAC": bands_of_levels,
     "conjugate gradients from EK-FAC": refined,
