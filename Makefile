@@ -50,7 +50,7 @@ docs: $(VENV)/.installed-docs  ## the documentation with its gallery, into docs/
 bench: $(VENV)/.installed-bench  ## the benchmarks, about half an hour, into benchmarks/results/
 	$(BIN)/python -m benchmarks.factor_pass --upstream --kronfluence
 	$(BIN)/python -m benchmarks.factor_pass --upstream --kronfluence --problem dit
-	$(BIN)/python -m benchmarks.eigenvalue_groups
+	$(BIN)/python -m benchmarks.eigenvalue_draws
 	$(BIN)/python -m benchmarks.ggn_product
 	$(BIN)/python -m benchmarks.inverse_products --repeats 2
 	$(BIN)/python -m benchmarks.peak_memory

@@ -49,11 +49,9 @@ APPROXIMATIONS: dict[str, Any] = {
     "K-FAC": (DiffusionKFACLinearOperator, {}),
     "K-FAC, reduce": (DiffusionKFACLinearOperator, {"kfac_approx": "reduce"}),
     "K-FAC, Shampoo's factors": (DiffusionKFACLinearOperator, {"kfac_approx": "shampoo"}),
-    "K-FAC, nearest": (DiffusionKFACLinearOperator, {"kfac_approx": "rank-one"}),
     "EK-FAC": (DiffusionEKFACLinearOperator, {}),
     "EK-FAC, reduce": (DiffusionEKFACLinearOperator, {"kfac_approx": "reduce"}),
     "EK-FAC, Shampoo's factors": (DiffusionEKFACLinearOperator, {"kfac_approx": "shampoo"}),
-    "EK-FAC, nearest": (DiffusionEKFACLinearOperator, {"kfac_approx": "rank-one"}),
 }
 
 

@@ -66,10 +66,6 @@ def our_passes(
             for own in matrices
         ]
 
-    def eigenvalues(group: int) -> Callable[[], object]:
-        grouped = BlockPlan.of(coverage, KFACOptions(gradient_group=group))
-        return lambda: eigenvalue_moments(regression, grouped, *bases)
-
     passes: dict[str, Callable[[], object]] = {
         "K-FAC factors": lambda: kronecker_factors(regression, plan)
     }
@@ -78,9 +74,7 @@ def our_passes(
             {key: eigendecomposition(M, key) for key, M in own.items()} for own in matrices
         ]
     return passes | {
-        "EK-FAC eigenvalues": eigenvalues(1),
-        "EK-FAC eigenvalues, groups of 4": eigenvalues(4),
-        "EK-FAC eigenvalues, groups of 8": eigenvalues(8),
+        "EK-FAC eigenvalues": lambda: eigenvalue_moments(regression, plan, *bases),
     }
 
 

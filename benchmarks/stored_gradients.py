@@ -8,7 +8,6 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from typing import Any
 
 from torch import Tensor
 
@@ -19,29 +18,19 @@ from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
     ExampleGradientLinearOperator,
     GradientStore,
-    NearestGradients,
     NoisedRegression,
 )
 from curvlinops_diffusion.influence.split_half import rank_correlation
 
 DAMPING = 1e-8
-# what faiss builds, and how many clusters are looked through
-INDEXES = (
-    ("Flat", 1),
-    ("SQ8", 1),
-    ("SQ4", 1),
-    *(("IVF16,Flat", probes) for probes in (1, 4, 8)),
-)
 
 
 def forms(P: int, N: int) -> list[Compression]:
     """What is compared."""
     plain = [Compression(precision) for precision in ("float32", "bfloat16", "int8", "nf4")]
-    leading = [Compression("bfloat16", "leading", size, N) for size in (P // 4, P // 16, P // 64)]
     svd = [Compression("bfloat16", "svd", size, N) for size in (N // 2, N // 4, N // 16)]
     random = [Compression("bfloat16", "random", size) for size in (P // 4, P // 16, P // 64)]
-    both = [Compression("nf4", "leading", P // 16, N), Compression("int8", "svd", N // 4, N)]
-    return plain + leading + svd + random + both
+    return [*plain, *svd, *random, Compression("int8", "svd", N // 4, N)]
 
 
 def main() -> None:
@@ -76,31 +65,8 @@ def main() -> None:
                 "milliseconds_to_read_1000": round(1e6 * seconds / N, 1),
             }
         )
-    with tempfile.TemporaryDirectory() as folder:
-        compression = Compression("float32", "svd", max(N // 2, 2), N)
-        store = GradientStore.create(f"{folder}/store", J_train, EK, DAMPING, compression)
-        searched = [
-            _searched(store, J_query, EK, f"{folder}/{n}.safetensors", *setting)
-            for n, setting in enumerate(INDEXES)
-        ]
     found = {"parameters": EK.shape[0], "forms": table}
-    report(options, "stored_gradients", __doc__, found | {"indexes": searched})
-
-
-def _searched(
-    store: GradientStore,
-    J_query: ExampleGradientLinearOperator,
-    EK: DiffusionEKFACLinearOperator,
-    path: str,
-    factory: str,
-    probes: int,
-) -> dict[str, Any]:
-    """How many of the store's own ten most helpful examples an index finds."""
-    index, top = NearestGradients.build(store, path, factory), _top(store.scores(J_query, EK))
-    found = index.search(J_query, EK, top.shape[1], probes=probes).indices
-    # of sixteen clusters, so many
-    looked = f", {probes} of 16 clusters" if factory.startswith("IVF") else ""
-    return {"index": factory + looked, "top_10_found": _shared(found, top)}
+    report(options, "stored_gradients", __doc__, found)
 
 
 def _name(compression: Compression) -> str:

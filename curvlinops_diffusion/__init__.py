@@ -39,7 +39,6 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
     )
     from curvlinops_diffusion.influence.compression import Compression
     from curvlinops_diffusion.influence.consumers import GradientConsumer, TopInfluences
-    from curvlinops_diffusion.influence.finite_steps import forward_only_scores
     from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
     from curvlinops_diffusion.influence.kernel_regression import (
         averaged_scores,
@@ -63,9 +62,7 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
         TrajectoryRegression,
         record_trajectories,
     )
-    from curvlinops_diffusion.influence.nearest import NearestGradients
     from curvlinops_diffusion.influence.parts import (
-        influence_scores_by_band,
         influence_scores_by_layer,
     )
     from curvlinops_diffusion.influence.projection import RandomProjection
@@ -103,9 +100,6 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
         RefinedInverseLinearOperator,
         Refinement,
     )
-    from curvlinops_diffusion.linalg.solvers.neumann import NeumannRefinedInverseLinearOperator
-    from curvlinops_diffusion.linalg.solvers.nystrom import NystromInverseLinearOperator
-    from curvlinops_diffusion.linalg.solvers.woodbury import WoodburyInverseLinearOperator
     from curvlinops_diffusion.runtime.passes import PassOptions
 
 __all__ = [
@@ -138,12 +132,9 @@ __all__ = [
     "LogLikelihood",
     "LogitNormalTimesteps",
     "MinSNRWeighting",
-    "NearestGradients",
-    "NeumannRefinedInverseLinearOperator",
     "NoiseProcess",
     "NoisedBatch",
     "NoisedRegression",
-    "NystromInverseLinearOperator",
     "ObjectiveMeasurement",
     "PassOptions",
     "PreconditionedWeighting",
@@ -166,14 +157,11 @@ __all__ = [
     "TrajectoryRegression",
     "UniformTimesteps",
     "WeightedLoss",
-    "WoodburyInverseLinearOperator",
     "averaged_scores",
     "d_trak_scores",
     "das_scores",
-    "forward_only_scores",
     "group_influence_scores",
     "influence_scores",
-    "influence_scores_by_band",
     "influence_scores_by_layer",
     "kernel_regression_scores",
     "linear_datamodelling_score",
@@ -222,12 +210,9 @@ _MODULES = {
     "LogLikelihood": "influence.measurements.likelihood",
     "LogitNormalTimesteps": "diffusion.timesteps",
     "MinSNRWeighting": "diffusion.weightings",
-    "NearestGradients": "influence.nearest",
-    "NeumannRefinedInverseLinearOperator": "linalg.solvers.neumann",
     "NoiseProcess": "diffusion.noise",
     "NoisedBatch": "diffusion.batch",
     "NoisedRegression": "diffusion.regression",
-    "NystromInverseLinearOperator": "linalg.solvers.nystrom",
     "ObjectiveMeasurement": "influence.measurements.base",
     "PassOptions": "runtime.passes",
     "PreconditionedWeighting": "diffusion.weightings",
@@ -250,14 +235,11 @@ _MODULES = {
     "TrajectoryRegression": "influence.measurements.trajectories",
     "UniformTimesteps": "diffusion.timesteps",
     "WeightedLoss": "influence.measurements.losses",
-    "WoodburyInverseLinearOperator": "linalg.solvers.woodbury",
     "averaged_scores": "influence.kernel_regression",
     "d_trak_scores": "influence.validation.baselines",
     "das_scores": "influence.validation.baselines",
-    "forward_only_scores": "influence.finite_steps",
     "group_influence_scores": "influence.scores",
     "influence_scores": "influence.scores",
-    "influence_scores_by_band": "influence.parts",
     "influence_scores_by_layer": "influence.parts",
     "kernel_regression_scores": "influence.kernel_regression",
     "linear_datamodelling_score": "influence.validation.judgements",

@@ -201,7 +201,7 @@ def _exact_ggn() -> dict[str, str]:
     found["largest eigenvalue"] = f"{spectra['exact']['1']:.0f}"
     found["largest eigenvalue of blocks"] = f"{spectra['exact blocks']['1']:.1f}"
     (convolutions,) = (row for row in result["by_kind"] if row["blocks"] == "convolutions")
-    for factors in ("", ", Shampoo's factors", ", nearest"):
+    for factors in ("", ", Shampoo's factors"):
         for name in (f"K-FAC{factors}", f"EK-FAC{factors}"):
             found[f"convolutions, {name}"] = f"{convolutions[name]:.2f}"
     default = result["cosines"][0]

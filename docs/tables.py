@@ -20,6 +20,15 @@ SCANS = (
     "settings of the regression",
 )
 
+# of which results are kept, and which the package has no more
+GONE = (
+    *("EK-FAC, 16 draws", "EK-FAC, forward only, 16 draws"),
+    *("EK-FAC, nearest Kronecker product", "K-FAC, nearest Kronecker product"),
+    *("EK-FAC + low rank", "K-FAC + low rank", "EK-FAC, Shampoo's factors + low rank"),
+    *("EK-FAC + 10 times low rank", "EK-FAC + a tenth of low rank", "K-FAC + sampled GGN"),
+    "K-FAC + low rank, late checkpoints",
+)
+
 # of cosines by kind of block, which are many
 SHOWN_DAMPINGS = (1e-8, 1e-4, 1.0)
 
@@ -87,8 +96,6 @@ def _further(result: dict[str, Any]) -> dict[str, list[Row]]:
         return {"_parts": parts_at_lengths(result)}
     if "counted" in result:
         return {f"_{part}": _of_records(result[part]) for part in ("counted", "sent")}
-    if "indexes" in result:
-        return {"_indexes": _of_records(result["indexes"])}
     if "by_kind" not in result:
         return {}
     return {
@@ -253,7 +260,8 @@ def removals(result: dict[str, Any]) -> list[Row]:
 def _by_method(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     by_method: dict[str, dict[str, Any]] = {}
     for row in result["methods"]:
-        by_method.setdefault(row["method"], {})[row["cell"]] = row
+        if row["method"] not in GONE:
+            by_method.setdefault(row["method"], {})[row["cell"]] = row
     return by_method
 
 

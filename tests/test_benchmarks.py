@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import (
     draws,
-    eigenvalue_groups,
+    eigenvalue_draws,
     exact_ggn,
     gpu,
     peak_memory,
@@ -27,7 +27,7 @@ PROGRAMS = {
     "cost_model": ["cost_model"],
     "coverage": ["coverage"],
     "draws": ["draws"],
-    "eigenvalue_groups": ["eigenvalue_groups"],
+    "eigenvalue_draws": ["eigenvalue_draws"],
     "factor_pass --upstream": ["factor_pass_unet", "factor_pass_cifar", "factor_pass_dit"],
     "factor_pass --upstream --problem dit": [],
     "factor_pass --problem cifar --upstream --not-decomposed": [],
@@ -72,7 +72,7 @@ def shard_in_this_process(command, **options):
 # what is left of programs whose quick form takes long; whole by `make test-slow`
 CUT = {
     "draws": {"SETTINGS": draws.SETTINGS[:2]},
-    "eigenvalue_groups": {"SETTINGS": eigenvalue_groups.SETTINGS[4:6]},
+    "eigenvalue_draws": {"SETTINGS": eigenvalue_draws.SETTINGS[:2]},
     "exact_ggn": {
         "APPROXIMATIONS": {k: exact_ggn.APPROXIMATIONS[k] for k in ("K-FAC", "EK-FAC")},
         "BANDS": 1,

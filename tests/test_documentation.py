@@ -75,7 +75,7 @@ def test_the_documentation_shows_every_method(tmp_path, problem):
     table = {row[0].removesuffix(" (best)"): dict(zip(head, row, strict=True)) for row in rows}
     result = result_of(name)
     for row in result["methods"]:
-        if row["method"].startswith(tables.SCANS):
+        if row["method"].startswith(tables.SCANS) or row["method"] in tables.GONE:
             continue
         shown = row.get("default", row["best"])
         interval = f"[{shown['low']:.2f}, {shown['high']:.2f}]"
@@ -99,13 +99,6 @@ def test_what_the_documentation_says_of_the_results():
     forms = {row["form"]: row for row in result_of("stored_gradients")["forms"]}
     assert forms["nf4"]["error_of_scores"] < 0.011
     assert forms["float32"]["bytes_for_each_example"] > 7 * forms["nf4"]["bytes_for_each_example"]
-    for size in ("44,212", "11,053", "2,763"):
-        random, leading = (forms[f"bfloat16, {kind} {size}"] for kind in ("random", "leading"))
-        assert random["error_of_scores"] < leading["error_of_scores"] - 0.2
-        assert random["top_10_found"] > leading["top_10_found"] + 0.1
-    found = {row["index"]: row["top_10_found"] for row in result_of("stored_gradients")["indexes"]}
-    assert found["SQ8"] == 1
-    assert 0.7 < found["IVF16,Flat, 4 of 16 clusters"] < found["IVF16,Flat, 8 of 16 clusters"] < 0.9
     samples = {row["positions"]: row for row in result_of("positions")["positions"]}
     assert 1 < samples["256"]["error_B"] / samples["all"]["error_B"] < 1.015
     assert 1.25 < samples["64"]["error_B"] / samples["all"]["error_B"] < 1.33
@@ -118,8 +111,7 @@ def test_what_the_documentation_says_of_the_results():
     for row in result_of("refinement")["preconditioners"]:
         best.setdefault(row["damping"], {})[row["preconditioner"]] = row["error_after_60"]
     for errors in best.values():
-        others = [e for name, e in errors.items() if not name.startswith("Nyström")]
-        assert errors["Nyström, rank 64"] <= min(others)
+        assert errors["EK-FAC, 100 times the damping"] <= min(errors.values())
     cost = {
         tuple(row[key] for key in ("timesteps", "draws", "probe_type", "mc_samples")): row[
             "squared_error_B_times_seconds"
@@ -164,8 +156,8 @@ def test_what_the_documentation_says_of_the_exact_ggn():
     order = sorted(
         (name for name in default if "FAC" in name), key=default.__getitem__, reverse=True
     )
-    assert order[:2] == ["EK-FAC, Shampoo's factors", "EK-FAC, nearest"]
-    assert order[-2:] == ["K-FAC, nearest", "K-FAC, reduce"]
+    assert order[0] == "EK-FAC, Shampoo's factors"
+    assert order[-1] == "K-FAC, reduce"
     assert abs(default["K-FAC, reduce"]) < 0.01
     blocks = {row["blocks"]: row for row in result["cosines_by_kind"] if row["damping"] == 1e-8}
     for kind in ("convolutions", "attention"):
@@ -220,18 +212,9 @@ def test_what_the_documentation_says_of_the_digits():
             assert 0.015 < shampoo["difference"] < 0.035
         assert digits["kernel regression on pixels", cell]["lds"] > own["lds"]
         assert undecided(minus_ekfac(digits, "K-FAC", cell))
-        nearest = "nearest Kronecker product"
-        assert minus_ekfac(digits, f"EK-FAC, {nearest}", cell)["low"] > 0
-        assert minus_ekfac(digits, f"K-FAC, {nearest}", cell)["difference"] < 0
         for same in ("EK-FAC, linear and convolutions only", f"{RECIPE}, 250 draws"):
             assert abs(digits[same, cell]["lds"] - own["lds"]) < 0.01
             assert undecided(minus_ekfac(digits, same, cell))
-        for curvature in ("EK-FAC", "K-FAC", "EK-FAC, Shampoo's factors"):
-            low_rank = digits[f"{curvature} + low rank", cell]["lds"]
-            gain = low_rank - digits[curvature, cell]["lds"]
-            assert round(gain, 2) in ([0.02] if cell.startswith("loss") else [0.0, 0.01])
-        sampled = digits["K-FAC + sampled GGN", cell]["lds"]
-        assert round(sampled - digits["K-FAC", cell]["lds"], 2) in (0.01, 0.02)
         assert minus_ekfac(digits, "EK-FAC, reduce", cell)["high"] < 0
         loss_ggn = minus_ekfac(digits, "EK-FAC, GGN of the loss", cell)
         assert (loss_ggn["high"] < 0) == cell.startswith("loss")
@@ -242,9 +225,8 @@ def test_what_the_documentation_says_of_the_digits():
         assert best["low"] > digits[RECIPE, cell]["high"]
         assert best["low"] > digits[f"{RECIPE}, 250 draws", cell]["high"]
     for cell in cells:
-        for curvature in ("EK-FAC", "K-FAC + low rank"):
-            gain = digits[f"{curvature}, late checkpoints", cell]["lds"]
-            assert 0.02 < gain - digits[curvature, cell]["lds"] < 0.045
+        gain = digits["EK-FAC, late checkpoints", cell]["lds"] - digits["EK-FAC", cell]["lds"]
+        assert 0.02 < gain < 0.045
         for method, most in (
             ("K-FAC, regression on loss and prediction", 0.007),
             ("D-TRAK", 0.003),
@@ -261,8 +243,7 @@ def test_what_the_documentation_says_of_the_digits():
         assert 0.02 < lost["both"] - lost["queries"] < 0.04
         assert 0.25 < lost["curvature"] < 0.35
         assert digits["EK-FAC", cell]["lds"] - lost["curvature, summed"] < 0.06
-        for low_rank in ("EK-FAC + low rank", "K-FAC + low rank", "powers of EK-FAC"):
-            assert minus_ekfac(digits, low_rank, cell)["low"] > 0
+        assert minus_ekfac(digits, "powers of EK-FAC", cell)["low"] > 0
         assert digits["powers of EK-FAC", cell]["setting"] == "1.25"
         low = minus_ekfac(digits, "D-TRAK", cell)["high"] < 0
         assert low == (cell != "simplified_elbo, generated")
@@ -380,16 +361,6 @@ def test_what_the_documentation_says_of_the_settings_of_the_regression():
         assert found["power 1.25, 1 sign"] < found["1 sign"] + 0.005
 
 
-def test_what_the_documentation_says_of_finite_steps():
-    """They say what the derivative says."""
-    digits, cells = shown("digits")
-    for cell in cells[:2]:
-        finite, plain = (
-            digits[f"EK-FAC, {how}16 draws", cell]["lds"] for how in ("forward only, ", "")
-        )
-        assert abs(finite - plain) < 0.002
-
-
 def test_what_the_documentation_says_of_draws():
     """64 in antithetic pairs (the rows without a number) among numbers of uniform ones."""
     digits, cells = shown("digits")
@@ -432,8 +403,6 @@ def test_what_the_documentation_says_of_the_photograph():
         assert round(shampoo["difference"], 2) in (0.03, 0.04, 0.05, 0.06)
         assert 0 < minus_ekfac(photograph, "EK-FAC, GGN of the loss", cell)["difference"] < 0.021
         assert minus_ekfac(photograph, "sampled GGN", cell)["high"] < 0
-        gain = minus_ekfac(photograph, "EK-FAC + low rank", cell)["difference"]
-        assert round(gain, 2) in (0.0, 0.01)
         assert minus_ekfac(photograph, "EK-FAC, late checkpoints", cell)["low"] > 0
         both = "K-FAC, regression on loss and prediction"
         late = photograph[f"{both}, late checkpoints", cell]["lds"]

@@ -43,7 +43,6 @@ REFERENCES = {"minus_reference": "EK-FAC, the paper's recipe", "minus_ekfac": "E
 AT_LATE_CHECKPOINTS = (
     "D-TRAK",
     "EK-FAC",
-    "K-FAC + low rank",
     "K-FAC, regression on loss and prediction",
 )
 

@@ -29,8 +29,6 @@ from curvlinops_diffusion import (
     JourneyRegression,
     NoisedRegression,
     RandomProjection,
-    WoodburyInverseLinearOperator,
-    forward_only_scores,
 )
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.influence.kernel_regression import averaged_scores, ridge_solution
@@ -55,7 +53,6 @@ TIMESTEPS = 1000
 BANDS = 4
 ITERATIONS = (1, 2, 4, 8)
 REFINED_DRAWS = 2
-FORWARD_DRAWS = 16
 SIGN_COUNTS = (1, 2, 4)
 METRIC_POWERS = (0.5, 0.75, 1.25)
 
@@ -205,25 +202,6 @@ def curved(
     for damping in dampings:
         product = curvature.power(-exponent, damping) @ columns
         yield damping, (product.T @ train_NP.T).reshape(M, Q, -1)
-
-
-def low_rank(
-    curvature: DiffusionKFACLinearOperator,
-    query_MQP: Tensor,
-    train_NP: Tensor,
-    added_KP: Tensor | None = None,
-    dampings: tuple[float, ...] = (1e-8, 1e-6, 1e-4),
-    weight: float = 1.0,
-) -> Scores:
-    """``∇m (F + λ + c/K Σ v vᵀ)⁻¹ ∇ℓ_n`` with vectors ``v``, by default the ``∇ℓ``."""
-    M, Q, P = query_MQP.shape
-    added_KP = train_NP if added_KP is None else added_KP
-    columns = query_MQP.reshape(M * Q, P).T
-    for damping in dampings:
-        inverse = WoodburyInverseLinearOperator(
-            curvature.inverse(damping), added_KP, weight / len(added_KP)
-        )
-        yield damping, ((inverse @ columns).T @ train_NP.T).reshape(M, Q, -1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -487,23 +465,6 @@ def papers_recipe(
     yield from curved(EK, query_MQP, rows)
 
 
-def with_low_rank(weight: float = 1.0, **options: Any) -> Callable[[Setting], Scores]:
-    """Curvature plus the outer products of the training images' gradients."""
-
-    def run(setting: Setting) -> Scores:
-        yield from low_rank(
-            setting.curvature(**options), setting.query_MQP, setting.train_NP, weight=weight
-        )
-
-    return run
-
-
-def with_samples(setting: Setting) -> Scores:
-    """K-FAC plus as much of the sampled GGN: is it exact curvature that low rank adds?"""
-    rows = sampled_rows(setting, 1)
-    yield from low_rank(setting.curvature(ekfac=False), setting.query_MQP, setting.train_NP, rows)
-
-
 def powers(setting: Setting) -> Scores:
     """Powers of the inverse at the default damping; the setting is the power."""
     EK = setting.curvature()
@@ -644,26 +605,6 @@ def _sampled(regression: NoisedRegression) -> Tensor:
     return ExampleGradientLinearOperator(regression, measurement=measured).rows()
 
 
-def forward_only(setting: Setting) -> Scores:
-    """Training losses after a finite step for the query and against it, EK-FAC as curvature.
-
-    Of the training loss alone: each measurement would take as long again.
-    """
-    inverse = setting.curvature().inverse(DAMPINGS[0])
-    J_train = ExampleGradientLinearOperator(setting.train(FORWARD_DRAWS, antithetic=True))
-    J_query = ExampleGradientLinearOperator(setting.query_regression())
-    scores_QN = forward_only_scores(J_query, inverse, J_train)
-    unknown = torch.full_like(scores_QN, torch.nan)
-    others = [unknown] * (len(MEASUREMENTS) - 1)
-    yield DAMPINGS[0], torch.stack([scores_QN, *others])
-
-
-def few_draws(setting: Setting) -> Scores:
-    """EK-FAC with as many draws of the training images as :func:`forward_only` has."""
-    rows = setting.rows(draws=FORWARD_DRAWS)
-    yield from curved(setting.curvature(), setting.query_MQP, rows, DAMPINGS[:1])
-
-
 def d_trak(setting: Setting) -> Scores:
     """D-TRAK (Zheng et al., 2024): the prediction's squared norm in place of the loss."""
     yield from kernel(setting.squared_norm_MQP, setting.squared_norm_NP)
@@ -696,18 +637,11 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
     "EK-FAC": of_curvature(),
     "EK-FAC, reduce": of_curvature(kfac_approx="reduce"),
     "EK-FAC, Shampoo's factors": of_curvature(kfac_approx="shampoo"),
-    "EK-FAC, nearest Kronecker product": of_curvature(kfac_approx="rank-one"),
     "EK-FAC, joint bias": of_curvature(separate_weight_and_bias=False),
     "EK-FAC, GGN of the loss": of_curvature(fisher_type="empirical"),
     "K-FAC": of_curvature(ekfac=False),
     "K-FAC, reduce": of_curvature(ekfac=False, kfac_approx="reduce"),
     "K-FAC, Shampoo's factors": of_curvature(ekfac=False, kfac_approx="shampoo"),
-    "K-FAC, nearest Kronecker product": of_curvature(ekfac=False, kfac_approx="rank-one"),
-    "EK-FAC + low rank": with_low_rank(),
-    "K-FAC + low rank": with_low_rank(ekfac=False),
-    "EK-FAC, Shampoo's factors + low rank": with_low_rank(kfac_approx="shampoo"),
-    "EK-FAC + 10 times low rank": with_low_rank(10.0),
-    "EK-FAC + a tenth of low rank": with_low_rank(0.1),
     "K-FAC, regression on the loss": regression_on("loss"),
     "K-FAC, regression on the squared norm": regression_on("squared norm"),
     "K-FAC, regression on the prediction": regression_on("prediction"),
@@ -717,14 +651,11 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
     "K-FAC, regression on loss and squared prediction": regression_on(
         "loss", squared="sign", default=RIDGE, weights=WEIGHTS
     ),
-    "K-FAC + sampled GGN": with_samples,
     "sampled GGN": sampled_ggn,
     "bands of levels, EK-FAC": bands_of_levels,
     "conjugate gradients from EK-FAC": refined,
     "powers of EK-FAC": powers,
     "settings of the regression": regression_scan,
-    "EK-FAC, 16 draws": few_draws,
-    "EK-FAC, forward only, 16 draws": forward_only,
     "draws, uniform": numbers_of_draws(timesteps="uniform"),
     "draws, antithetic": numbers_of_draws(antithetic=True),
 }

@@ -11,9 +11,9 @@ from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, B
 
 _COUNTS = (
     *("resolution", "batch_size", "num_draws", "query_draws", "query_block"),
-    *("mc_samples", "gradient_group", "max_positions", "top", "num_parts", "bootstrap"),
+    *("mc_samples", "max_positions", "top", "num_parts", "bootstrap"),
 )
-_POSITIVE = ("ridge", "step", "max_memory")
+_POSITIVE = ("ridge", "max_memory")
 _NOT_NEGATIVE = (
     *("damping", "rtol", "checkpoint_every", "timeout"),
     *("snr_gamma", "condition_dropout", "noise_offset", "input_perturbation"),
@@ -187,12 +187,10 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
         seed: The seed of the draws.
         augment: The augmentation that training used; drawn anew for each draw.
         fisher_type: Whose curvature: the model's (mc by random loss vectors, type-2 exactly), or
-            that of the loss (empirical); forward-only needs no gradients.
+            that of the loss (empirical).
         mc_samples: The number of random loss vectors for each draw.
         kfac_approx: How Kronecker factors are found: expand and reduce from inputs and outputs,
-            shampoo and rank-one from gradients.
-        gradient_group: The number of images whose gradients are added up before they are squared
-            in the second pass of EK-FAC; more is cheaper and less exact.
+            shampoo from gradients.
         max_positions: The number of pixels or tokens of an image and draw that a layer's factors
             are computed from, at most; a random sample where there are more. By default all.
         matmul_precision: On a GPU, whether products that factors are made of are rounded to TF32
@@ -210,10 +208,9 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     num_draws: int = 8
     seed: int = 0
     augment: Literal["flip"] | None = None
-    fisher_type: Literal["mc", "type-2", "empirical", "forward-only"] = "mc"
+    fisher_type: Literal["mc", "type-2", "empirical"] = "mc"
     mc_samples: int = 1
-    kfac_approx: Literal["expand", "reduce", "shampoo", "rank-one"] = "expand"
-    gradient_group: int = 1
+    kfac_approx: Literal["expand", "reduce", "shampoo"] = "expand"
     max_positions: int | None = None
     matmul_precision: Literal["highest", "high"] | None = None
     sharded: bool = False
@@ -221,8 +218,7 @@ class FitOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
 
     def kfac_options(self) -> dict[str, Any]:
         """Select the options that K-FAC and EK-FAC take, by their names there."""
-        names = ["fisher_type", "mc_samples", "kfac_approx", "max_positions", "matmul_precision"]
-        names += ["gradient_group"] if self.curvature == "ekfac" else []
+        names = ("fisher_type", "mc_samples", "kfac_approx", "max_positions", "matmul_precision")
         return {name: getattr(self, name) for name in names}
 
 
@@ -235,12 +231,10 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
         data: The training images, the same as for fit.
         queries: The images to explain, in the same forms, or one image file.
         output: The scores' file to write: .safetensors, or .npy with an index of names beside it.
-        method: What scores are: influence (predicted changes of what is measured), regression
+        method: What scores are: influence (predicted changes of what is measured), or regression
             (kernel regressions of it and of the prediction, squared, which predict the order that
-            retraining shows better; they have no unit), or forward-only (influence by a finite step
-            for each query, without gradients of training images).
+            retraining shows better; they have no unit).
         ridge: The ridge of --method regression, in units of the kernel's mean diagonal entry.
-        step: The step of --method forward-only, as a part of the norm of the parameters.
         damping: What is added to the curvature's eigenvalues before it is inverted.
         relative: Take the damping in units of each block's mean eigenvalue, as kronfluence does.
         rtol: Leave out eigenvalues of at most this part of the largest (a truncated
@@ -263,9 +257,8 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     data: Path
     queries: Path
     output: Path
-    method: Literal["influence", "regression", "forward-only"] = "influence"
+    method: Literal["influence", "regression"] = "influence"
     ridge: float = 5.0
-    step: float = 1e-2
     damping: float = 1e-8
     relative: bool = False
     rtol: float | None = None

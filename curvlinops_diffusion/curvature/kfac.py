@@ -40,20 +40,19 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
 
     or from the gradients ``g = Σ_s b_s a_sᵀ`` of the weight::
 
-        shampoo:   B = E[g gᵀ]             A = E[gᵀ g] / E‖g‖²
-        rank-one:  B = E[g A gᵀ] / ‖A‖²    A = E[gᵀ B g] / ‖B‖²    (alternating, three passes)
+        shampoo:  B = E[g gᵀ]    A = E[gᵀ g] / E‖g‖²
 
     the expectations being over examples, timesteps, noise and loss vectors; one pair for each group
     of a grouped convolution, and a diagonal ``A`` (token frequencies) for an embedding. The other
     blocks are exact, ``E[g gᵀ]`` with ``g`` the gradient of an example, draw and loss vector: those
     of biases, of the scale and shift of a norm, and of any parameter in no known layer (dense up to
     ``max_dense`` entries, their diagonal beyond). Everything is computed on construction, in one
-    pass over the data (three or four for factors from gradients), and not when the model changes
+    pass over the data (three for factors from gradients), and not when the model changes
     later.
 
     Source: Mlodozeniec et al., 2025, Section 2.3 (diffusion); Eschenhagen et al., 2023, Section 3
     (weight sharing); Martens & Grosse, 2015; Gupta et al., 2018, and Morwani et al., 2024
-    (Shampoo); Van Loan & Pitsianis, 1993 (the nearest Kronecker product).
+    (Shampoo).
 
     Args:
         regression: Objective, data and draws.
@@ -64,18 +63,13 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
             ``'forward-only'`` (``B = I``; K-FAC only, and blocks of Kronecker form only: the
             others are listed in a warning).
         mc_samples: Loss vectors for each draw, with ``fisher_type='mc'``.
-        kfac_approx: ``'expand'``, ``'reduce'``, ``'shampoo'`` or ``'rank-one'``.
+        kfac_approx: ``'expand'``, ``'reduce'`` or ``'shampoo'``.
         separate_weight_and_bias: Whether weight and bias are blocks of their own, or one block
             whose inputs are extended by a one.
         probe_type: Distribution of the random loss vectors, ``'rademacher'`` or ``'gaussian'``.
         eigenvalue_draws: EK-FAC only. Draws of each example in the second pass. Default: those of
             the regression, or with ``fisher_type='mc'`` as few as make 32,768 in all; more change
             the eigenvalues by about 2 %.
-        gradient_group: EK-FAC with ``fisher_type='mc'`` only. Sum the gradients of so many
-            successive examples before rotating and squaring them: unbiased, since the loss vectors
-            of different examples are independent with mean zero, and cheaper for wide layers, but
-            of more variance. Beyond 1, results depend on the batch size (within their Monte-Carlo
-            error) unless it is a multiple of the group.
         exact_bias: Whether the block of a bias of its own is the exact ``E[(Σ_s b_s)(Σ_s b_s)ᵀ]``;
             ``False`` for ``curvlinops``' convention, the ``B`` of its weight.
         max_dense: Entries up to which a norm's block, or that of a parameter in no known layer,
@@ -127,7 +121,6 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         separate_weight_and_bias: bool = True,
         probe_type: str | ProbeType = ProbeType.RADEMACHER,
         eigenvalue_draws: int | None = None,
-        gradient_group: int = 1,
         exact_bias: bool = True,
         max_dense: int = 1024,
         max_positions: int | None = None,
@@ -143,7 +136,6 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
             "separate_weight_and_bias": separate_weight_and_bias,
             "probe_type": probe_type,
             "eigenvalue_draws": eigenvalue_draws,
-            "gradient_group": gradient_group,
             "exact_bias": exact_bias,
             "max_dense": max_dense,
             "max_positions": max_positions,

@@ -41,19 +41,16 @@ class KFACApprox(str, Enum):
         REDUCE: ``'reduce'``, positions are averaged (inputs) and summed (gradients) first.
         SHAMPOO: ``'shampoo'``, second moments of the gradients' rows and columns (Gupta et al.,
             2018; the scale is that of Morwani et al., 2024).
-        RANK_ONE: ``'rank-one'``, the Kronecker product that is nearest to the exact block in
-            Frobenius norm (Van Loan & Pitsianis, 1993), by three steps of the power method.
     """
 
     EXPAND = "expand"
     REDUCE = "reduce"
     SHAMPOO = "shampoo"
-    RANK_ONE = "rank-one"
 
     @property
     def from_gradients(self) -> bool:
         """Whether the gradients of single examples must be formed."""
-        return self in (KFACApprox.SHAMPOO, KFACApprox.RANK_ONE)
+        return self is KFACApprox.SHAMPOO
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,6 @@ class KFACOptions:
     separate_weight_and_bias: bool = True
     probe_type: ProbeType = ProbeType.RADEMACHER
     eigenvalue_draws: int | None = None
-    gradient_group: int = 1
     exact_bias: bool = True
     max_dense: int = 1024
     max_positions: int | None = None
@@ -88,7 +84,6 @@ class KFACOptions:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} arrived. Pass True or False.")
         check_count("mc_samples", self.mc_samples)
-        check_count("gradient_group", self.gradient_group)
         if self.eigenvalue_draws is not None:
             check_count("eigenvalue_draws", self.eigenvalue_draws)
         if self.max_dense != 0:
@@ -108,17 +103,11 @@ class KFACOptions:
         """Check what needs random loss vectors."""
         if self.fisher_type is FisherType.MC:
             return
-        arrived = f"arrived with fisher_type={self.fisher_type.value!r}"
         if self.mc_samples != 1:
             raise ValueError(
-                f"mc_samples={self.mc_samples} {arrived}. Only 'mc' draws loss vectors; pass "
+                f"mc_samples={self.mc_samples} arrived with "
+                f"fisher_type={self.fisher_type.value!r}. Only 'mc' draws loss vectors; pass "
                 "mc_samples=1."
-            )
-        if self.gradient_group > 1:
-            raise ValueError(
-                f"gradient_group={self.gradient_group} {arrived}. Only the gradients of 'mc' are "
-                "independent with mean zero, so that squares of their sums are unbiased; pass "
-                "gradient_group=1."
             )
 
     def _check_expanded(self) -> None:

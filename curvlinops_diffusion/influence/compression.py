@@ -40,14 +40,12 @@ class Projection(str, Enum):
 
     Attributes:
         NONE: ``'none'``, all.
-        LEADING: ``'leading'``, the coordinates in the eigenbasis of largest second moment over a
-            sample of training gradients.
-        SVD: ``'svd'``, coordinates along the leading right singular vectors of the sample.
+        SVD: ``'svd'``, coordinates along the leading right singular vectors of a sample of training
+            gradients.
         RANDOM: ``'random'``, a seeded :class:`~curvlinops_diffusion.RandomProjection`.
     """
 
     NONE = "none"
-    LEADING = "leading"
     SVD = "svd"
     RANDOM = "random"
 
@@ -59,7 +57,7 @@ class Compression:
     Attributes:
         precision: ``'float32'``, ``'bfloat16'``, ``'int8'`` or ``'nf4'`` (these two by
             ``bitsandbytes``).
-        projection: ``'none'``, ``'leading'``, ``'svd'`` or ``'random'``.
+        projection: ``'none'``, ``'svd'`` or ``'random'``.
         size: Coordinates kept, with a projection.
         sample: Training examples (evenly spaced) that the projection is chosen from.
         seed: The seed of a random projection.
@@ -85,8 +83,8 @@ class Compression:
         if projection is Projection.NONE:
             if self.size is not None:
                 raise ValueError(
-                    f"size={self.size!r} arrived without a projection. Pass projection="
-                    "'leading', 'svd' or 'random', or no size."
+                    f"size={self.size!r} arrived without a projection. Pass projection='svd' or "
+                    "'random', or no size."
                 )
         else:
             check_count("size", self.size)
@@ -114,17 +112,11 @@ class Compression:
         if self.projection in (Projection.NONE, Projection.RANDOM):
             return {}
         assert self.size is not None
-        assert isinstance(self.projection, Projection)
-        most = P if self.projection is Projection.LEADING else min(B, P)
-        if self.size > most:
+        if self.size > min(B, P):
             raise ValueError(
-                f"size={self.size} arrived; a {self.projection.value!r} projection from {B} "
-                f"gradients of {P} entries has at most {most}. Pass a smaller size"
-                + (" or a larger sample." if self.projection is Projection.SVD else ".")
+                f"size={self.size} arrived; a 'svd' projection from {B} gradients of {P} entries "
+                f"has at most {min(B, P)}. Pass a smaller size or a larger sample."
             )
-        if self.projection is Projection.LEADING:
-            moment_P = sample_BP.square().sum(0)
-            return {"index": moment_P.topk(self.size).indices.sort().values}
         # the sample is small beside P: through its Gram matrix
         gram_BB = sample_BP.double() @ sample_BP.double().T
         values, vectors = torch.linalg.eigh(gram_BB)
@@ -137,8 +129,6 @@ class Compression:
         if self.projection is Projection.RANDOM:
             assert self.size is not None
             return RandomProjection(self.size, self.seed)(rows_BP)
-        if "index" in projection:
-            return rows_BP[:, projection["index"]]
         return rows_BP @ projection["basis"] if "basis" in projection else rows_BP
 
     # -----------------------------------------------------------------------------------------

@@ -1,22 +1,18 @@
-"""Influence in parts that add up: by layer, and by band of the query's noise levels.
+"""Influence in parts that add up: by layer.
 
-Legend: Q queries, N training examples, P parameters, G parts.
+Legend: Q queries, N training examples, P parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.influence.consumers import PairwiseScores
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.measurements.base import ExampleFunction, Measurement
-from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_of
-from curvlinops_diffusion.influence.scorers import inner_products, products_by_layer
+from curvlinops_diffusion.influence.scorers import products_by_layer
 from curvlinops_diffusion.influence.scores import scored_blocks
 from curvlinops_diffusion.linalg.operator import check_same_parameters
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
@@ -92,88 +88,6 @@ def influence_scores_by_layer(
     )
     parts = [consumer.scores for _, consumer in loop]
     return {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
-
-
-def influence_scores_by_band(
-    J_query: ExampleGradientLinearOperator,
-    G_inv: PyTorchLinearOperator,
-    J_train: ExampleGradientLinearOperator,
-    bands: Sequence[tuple[int, int]],
-    *,
-    query_block: int = 64,
-    passes: PassOptions = PLAIN,
-) -> Tensor:
-    """The part of each band of the query's noise levels in the influence scores, in one pass.
-
-    What is measured at a query is an average over draws; that of a band counts the draws with noise
-    levels from ``low`` to ``high − 1``, and the others as zero, so that bands which cover all
-    levels add up to the whole. The gradients of the training examples are computed once.
-
-    Args:
-        J_query: Gradients of the measured values, ``[Q, P]``.
-        G_inv: Inverse curvature, ``[P, P]``.
-        J_train: Gradients of the training losses, ``[N, P]``.
-        bands: Pairs ``(low, high)`` of noise levels, ``0 .. T``.
-        query_block: As in :func:`~curvlinops_diffusion.influence_scores`; of queries and bands.
-        passes: Checkpoints, processes and progress.
-
-    Returns:
-        The scores, ``[G, Q, N]``.
-
-    Raises:
-        ValueError: If the operators act on different parameters or devices, a band is empty or does
-            not exist, or what is measured is no average over draws.
-
-    Examples:
-        >>> K_inv = DiffusionKFACLinearOperator(train).inverse(damping=1e-3)
-        >>> J_train = ExampleGradientLinearOperator(train)
-        >>> J_query = ExampleGradientLinearOperator(query)
-        >>> influence_scores_by_band(J_query, K_inv, J_train, [(0, 500), (500, 1000)]).shape
-        torch.Size([2, 2, 10])
-    """
-    regression, T = J_query.regression, J_query.regression.objective.process.num_levels
-    wrong = [band for band in bands if not 0 <= band[0] < band[1] <= T]
-    if wrong or not bands:
-        raise ValueError(
-            f"bands={list(bands)} arrived. Pass pairs (low, high) of noise levels, 0 to {T}."
-        )
-    measured = measurement_of(J_query.measurement, regression.objective, regression.draws)
-    if isinstance(measured, ExampleFunction):
-        raise ValueError(
-            f"{J_query.measurement!r} is no average over draws, of which bands have a part each. "
-            "Pass a J_query of the loss, or of another function of predictions."
-        )
-    check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
-    operators = [
-        ExampleGradientLinearOperator(
-            regression, J_query.param_names, measurement=_WithinBand(measured, *band)
-        )
-        for band in bands
-    ]
-    N, G = J_train.shape[0], len(bands)
-    loop = scored_blocks(
-        *(operators, G_inv, J_train, inner_products(N)),
-        lambda make: PairwiseScores(make, N),
-        name="Scores by band",
-        settings={"bands": [list(band) for band in bands]},
-        query_block=max(1, query_block // G),
-        passes=passes,
-    )
-    return torch.cat([c.scores_QN.reshape(G, len(queries), N) for queries, c in loop], 1)
-
-
-@dataclass(frozen=True)
-class _WithinBand:
-    """A measurement at some noise levels, zero at the others."""
-
-    measurement: Measurement
-    low: int
-    high: int
-
-    def __call__(self, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
-        values_B = measure(self.measurement, batch, prediction_BD)
-        inside_B = (batch.level_B >= self.low) & (batch.level_B < self.high)
-        return values_B * inside_B.to(values_B)
 
 
 def _places(

@@ -327,9 +327,7 @@ class GradientStore:
         whiten = Whitening(curvature, identity["damping"], identity.get("relative", False))
         projection = {name: z.to(curvature.device) for name, z in self._projection.items()}
         P = curvature.shape[0]
-        if ("index" in projection and int(projection["index"].max()) >= P) or (
-            "basis" in projection and len(projection["basis"]) != P
-        ):
+        if "basis" in projection and len(projection["basis"]) != P:
             raise GRADIENTS.damaged(
                 self._folder / "store.safetensors", f"coordinates of other than {P} parameters"
             )
@@ -417,12 +415,10 @@ def _check_projection(projection: dict[str, Tensor], compression: Compression, s
     Raises:
         ValueError: If it is not what the compression chooses.
     """
-    expected = {Projection.LEADING: {"index"}, Projection.SVD: {"basis"}}
-    if set(projection) != expected.get(Projection(compression.projection), set()):
+    expected = {"basis"} if compression.projection is Projection.SVD else set()
+    if set(projection) != expected:
         raise ValueError(f"a projection that keeps {sorted(projection)}")
-    index, basis = projection.get("index"), projection.get("basis")
-    if index is not None and (index.dtype != torch.int64 or index.ndim != 1 or index.min() < 0):
-        raise ValueError("coordinates that are no numbers of coordinates")
+    basis = projection.get("basis")
     if basis is not None and (basis.ndim != 2 or basis.shape[1] != size):
         raise ValueError("a basis of another shape")
 
@@ -433,6 +429,4 @@ def _size(
     if compression.projection is Projection.RANDOM:
         assert compression.size is not None
         return compression.size
-    if "index" in projection:
-        return len(projection["index"])
     return projection["basis"].shape[1] if "basis" in projection else J_train.shape[1]

@@ -180,7 +180,7 @@ class SharingKind(LayerKind, ABC):
             module: The module.
             xs: Its inputs, call by call.
             gs: The gradients in its outputs.
-            sums: The number of sums of successive examples that are squared.
+            sums: The number of examples, whose entries are summed before they are squared.
             U_A: The input factor's eigenvectors; ``None`` for the identity.
             U_B: The output factor's.
             extended: Whether inputs are extended by a one, for the bias.

@@ -233,7 +233,7 @@ class Part:
         U_A: Tensor | None,
         U_B: Tensor | None,
     ) -> Tensor:
-        """Sum over groups of successive examples of the squared and rotated sums of gradients."""
+        """Sum over ``sums`` examples of their squared and rotated gradients."""
         module = self.layer.module
         if not self.is_bias:
             extended = self.part_kind is PartKind.JOINT

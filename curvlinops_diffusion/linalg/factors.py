@@ -30,11 +30,6 @@ def trace(factor: Tensor) -> Tensor:
     return factor.sum() if factor.ndim == 1 else factor.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def squared_norm(factor: Tensor) -> Tensor:
-    """The squared Frobenius norm of a factor, for each group."""
-    return factor.square().sum() if factor.ndim == 1 else factor.square().sum((-2, -1))
-
-
 @dataclass(frozen=True)
 class Eigendecomposition:
     """``M = U diag(λ) Uᵀ`` with ``λ ≥ 0``.

@@ -3,8 +3,8 @@
 
 EK-FAC's inverse is an approximation; the exact damped inverse of the GGN can be had by conjugate
 gradients, whose every iteration is a pass over the data. A preconditioner saves
-iterations. This compares none, EK-FAC, and a Nyström sketch (:doc:`/attribution` says why EK-FAC
-helps little here, and can be worse than none).
+iterations. This compares none, EK-FAC at the same damping, and at a hundred times as much
+(:doc:`/attribution` says why the former helps little here, and can be worse than none).
 """
 
 # %%
@@ -24,7 +24,6 @@ from curvlinops_diffusion import (
     DiffusionGGNLinearOperator,
     ExampleGradientLinearOperator,
     NoisedRegression,
-    NystromInverseLinearOperator,
 )
 
 warnings.simplefilter("ignore")
@@ -40,14 +39,13 @@ query = NoisedRegression(objective, images[-1:], num_draws=64, antithetic=True)
 gradient = ExampleGradientLinearOperator(query).rows()[0]
 
 # %%
-# Forty iterations each, at a damping where the problem is hard. The sketch costs 64 products once,
-# for all right-hand sides and dampings.
+# Forty iterations each, at a damping where the problem is hard.
 
 damping = 1e-2
 preconditioners = {
     "none": None,
     "EK-FAC": EK.inverse(damping),
-    "Nyström, rank 64": NystromInverseLinearOperator(G, damping, rank=64, sketch_from=EK),
+    "EK-FAC, 100 times the damping": EK.inverse(100 * damping),
 }
 residuals = {}
 for name, preconditioner in preconditioners.items():
@@ -59,18 +57,13 @@ for name, preconditioner in preconditioners.items():
     print(f"{name}: residual {residuals[name][-1]:.1e} after {len(residuals[name]) - 1} iterations")
 
 # %%
-# Counted in products with the GGN, the sketch is behind for a first right-hand side, and ahead of
-# all for each further one. EK-FAC costs no products.
+# With more damping EK-FAC leaves the null space of the GGN nearly alone, and is ahead of both.
 
 figure, axis = plt.subplots(figsize=(6, 4))
 for name, history in residuals.items():
     axis.semilogy(history, label=name)
-sketched = residuals["Nyström, rank 64"]
-axis.semilogy(
-    range(64, 64 + len(sketched)), sketched, "--", color="C2", label="the same, with its sketch"
-)
 axis.set(xlabel="products with the GGN", ylabel="relative residual")
 axis.legend()
 
 last = {name: history[-1].item() for name, history in residuals.items()}
-assert last["Nyström, rank 64"] < 0.1 * min(last["none"], last["EK-FAC"])
+assert last["EK-FAC, 100 times the damping"] < min(last["none"], last["EK-FAC"])

@@ -117,27 +117,6 @@ def test_kernel_regression(fitted, tmp_path, capsys):
     assert "--ridge is 0.0. Pass a finite number above 0" in capsys.readouterr().err
 
 
-def test_forward_only(fitted, tmp_path, capsys):
-    """Influence in the same unit, by finite steps."""
-    output = tmp_path / "f.safetensors"
-    draws = ["--num-draws", 4, "--query-draws", 4, "--output", output]
-    finite = [*draws, "--method", "forward-only", "--step", 1e-2]
-    assert run(arguments(fitted, "score", *finite, "--dry-run")) == 0
-    # a step for each of two queries and one against it: 7 images; the queries' gradients
-    assert f"samples forward and backward   {2 * 2 * 7 * 4 + 2 * 4}" in capsys.readouterr().out
-    assert run(arguments(fitted, "score", *finite)) == 0
-    assert "halves of the draws would take as long again" in capsys.readouterr().err
-    found, header = read_scores(output)
-    assert header["identity"]["query"]["step"] == 1e-2
-    assert run(arguments(fitted, "score", *draws, "--overwrite")) == 0
-    assert_close(found, read_scores(output)[0], 0.05)
-    page = tmp_path / "page.html"
-    assert run(arguments(fitted, "score", *finite, "--overwrite")) == 0
-    words = ["report", "--scores", output, "--data", fitted / "train", "--output", page]
-    assert run([*map(str, words), "--queries", str(fitted / "queries")]) == 0
-    assert "predicted change" in page.read_text()
-
-
 def test_how_sure_scores_are(fitted, tmp_path, capsys):
     """Two halves of the draws in file, log and what is said; the queries' own values as well."""
     draws = ["--num-draws", 8, "--query-draws", 4, "--log", tmp_path / "log"]

@@ -293,48 +293,19 @@ def eigenvalues(operator):
     return torch.cat([block.eigenvalues.flatten() for block in kronecker])
 
 
-def test_squares_of_sums_over_groups_have_the_right_scale():
-    """Unbiased: over seeds, the trace is that of single examples; 5 % would be seen."""
-    ratios = {4: [], 8: []}
-    for seed in range(20):
-        regression = conv_regression(16, 4, seed, batch_size=16)
-        single, *grouped = (
-            DiffusionEKFACLinearOperator(regression, mc_samples=8, gradient_group=group).trace()
-            for group in (1, *ratios)
-        )
-        for of_group, trace in zip(ratios.values(), grouped, strict=True):
-            of_group.append(trace / single)
-    for of_group in ratios.values():
-        deviation, relative = _deviation(of_group, 1.0)
-        assert abs(deviation) < 4
-        assert relative < 0.05 / 6
-
-
-def test_groups_are_the_same_for_batches_that_are_multiples_of_them():
-    reference = DiffusionEKFACLinearOperator(conv_regression(11, 2), gradient_group=4)
-    for batch_size in (4, 16):
-        regression = conv_regression(11, 2, batch_size=batch_size)
-        other = DiffusionEKFACLinearOperator(regression, gradient_group=4)
-        assert_close(eigenvalues(other), eigenvalues(reference), 1e-10)
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 6, 11])
-def test_groups_equal_a_plain_loop(batch_size):
-    """Also where a batch begins or ends within a group, and a group lies within a batch."""
+@pytest.mark.parametrize("batch_size", [3, 11])
+def test_eigenvalues_equal_a_plain_loop(batch_size):
     regression = conv_regression(11, 2, batch_size=batch_size)
-    EK = DiffusionEKFACLinearOperator(regression, gradient_group=4)
+    EK = DiffusionEKFACLinearOperator(regression)
     layer = regression.objective.model.layers[2]
     truth = 0
     for batch in regression.batches():
-        blocks = [n // 4 for n in batch.indices]
         probe = regression.draws.probe(
             batch.indices, batch.common_draw, 0, 16, ProbeType.RADEMACHER
         )
         v = (2 * batch.weight_B).sqrt().unsqueeze(1) * probe
         prediction = regression.objective.predict(batch)
-        for block in sorted(set(blocks)):
-            chosen = torch.tensor([b == block for b in blocks])
-            output = (prediction * v)[chosen].sum()
+        for output in (prediction * v).sum(1):
             (g,) = torch.autograd.grad(output, layer.weight, retain_graph=True)
             bases = next(p.block for p in EK.blocks if p.name == "layers.2.weight")
             rotated = bases.output_basis.T @ g.flatten(1) @ bases.input_basis

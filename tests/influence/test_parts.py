@@ -1,16 +1,14 @@
-"""Influence by layer, by band of noise levels, of regions and of conditions: parts that add up."""
+"""Influence by layer, of regions and of conditions: parts that add up."""
 
 import pytest
 import torch
 
 from curvlinops_diffusion import (
     DiffusionKFACLinearOperator,
-    ExampleFunction,
     ExampleGradientLinearOperator,
     NoisedRegression,
     PassOptions,
     influence_scores,
-    influence_scores_by_band,
     influence_scores_by_layer,
 )
 from tests.cases import (
@@ -71,50 +69,17 @@ def params_of_(J):
     return params_of(J.regression.objective.model)
 
 
-def test_by_band(problem):
-    """Those of a measurement that is the loss in the band, and zero elsewhere."""
-    J_query, G_inv, J_train = problem
-    T = J_query.regression.objective.process.num_levels
-    bands = [(0, T // 3), (T // 3, T // 2), (T // 2, T)]
-    parts = influence_scores_by_band(*problem, bands, query_block=4)
-    assert parts.shape == (3, Q, N)
-    assert_close(parts.sum(0), influence_scores(*problem), 1e-10)
-    for part, (low, high) in zip(parts, bands, strict=True):
-
-        def within(batch, f, b, low=low, high=high):
-            loss = batch.weight_B[b] * ((f[b] - batch.target_BD[b]) ** 2).sum()
-            return loss * float(low <= batch.level_B[b] < high)
-
-        rows_Q = example_gradients(J_query.regression, params_of_(J_query), within)
-        expected = rows_Q @ to_dense(G_inv) @ J_train.rows().T / N
-        assert_close(part, expected, 1e-9)
-    for wrong in ([], [(3, 3)], [(0, T + 1)]):
-        with pytest.raises(ValueError, match="Pass pairs"):
-            influence_scores_by_band(*problem, wrong)
-    function = ExampleFunction(lambda model, example, draws: model.layers[0].weight.sum())
-    J = ExampleGradientLinearOperator(J_query.regression, measurement=function)
-    with pytest.raises(ValueError, match="is no average over draws"):
-        influence_scores_by_band(J, G_inv, J_train, bands)
-
-
 def test_they_go_on(problem, tmp_path):
     """From a checkpoint in the middle, to the same bits."""
-
-    J_train = problem[2]
-    for number, of in enumerate(
-        (influence_scores_by_layer, lambda *o, **k: influence_scores_by_band(*o, [(0, 9)], **k))
-    ):
-        expected = of(*problem)
-        passes = PassOptions(tmp_path / str(number), 0.0)
-        # after one batch of queries, in the last of three
-        with stopped(type(J_train), "rows_of", at=1 + 3) as calls:
-            with pytest.raises(StoppedError):
-                of(*problem, passes=passes)
-            found = of(*problem, passes=passes)
-        assert len(calls) == 4 + 1  # the queries' gradients are read
-        pairs = [(found, expected)] if number else zip(*(d.values() for d in (found, expected)),
-                                                         strict=True)  # fmt: skip
-        assert all(torch.equal(a, b) for a, b in pairs)
+    expected = influence_scores_by_layer(*problem)
+    passes = PassOptions(tmp_path / "checkpoint", 0.0)
+    # after one batch of queries, in the last of three
+    with stopped(type(problem[2]), "rows_of", at=1 + 3) as calls:
+        with pytest.raises(StoppedError):
+            influence_scores_by_layer(*problem, passes=passes)
+        found = influence_scores_by_layer(*problem, passes=passes)
+    assert len(calls) == 4 + 1  # the queries' gradients are read
+    assert all(torch.equal(part, expected[layer]) for layer, part in found.items())
 
 
 def test_a_concept():

@@ -64,7 +64,6 @@ FORMS = {
     "bfloat16": (Compression("bfloat16"), 6e-3),
     "int8": (Compression("int8"), 2e-2),
     "nf4": (Compression("nf4"), 2e-1),
-    "leading, all": (Compression("float32", "leading", 4925), 1e-6),
     "svd, all": (Compression("float32", "svd", COUNT), 1e-5),
     "svd, int8": (Compression("int8", "svd", COUNT), 4e-2),
     "random": (Compression("float32", "random", 4096, seed=1), 3e-1),
@@ -116,15 +115,6 @@ def test_bytes(tmp_path, J_train, EK):
     }
     for name, size in expected.items():
         assert size <= sizes[name] <= size + 300
-
-
-def test_leading_coordinates_are_those_of_largest_second_moment():
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(20, 6, generator=generator) * torch.tensor([1.0, 5.0, 0.1, 3.0, 0.2, 4.0])
-    compression = Compression("float32", "leading", 3)
-    kept = compression.fit(rows)
-    assert kept["index"].tolist() == [1, 3, 5]
-    assert torch.equal(compression.project(rows, kept), rows[:, [1, 3, 5]])
 
 
 def test_svd_is_the_best_approximation():
@@ -187,12 +177,17 @@ def test_scales_that_are_cut_are_refused(tmp_path, J_train, J_query, EK, precisi
 
 
 def test_coordinates_that_do_not_exist_are_refused(tmp_path, J_train, J_query, EK):
-    GradientStore.create(tmp_path, J_train, EK, DAMPING, Compression("float32", "leading", 3))
+    GradientStore.create(tmp_path, J_train, EK, DAMPING, Compression("float32", "svd", 3))
     path = tmp_path / "store.safetensors"
-    header, _ = GRADIENTS.read(path)
-    for index, opens in (([0, 1, EK.shape[0]], True), ([-1, 0, 1], False)):
-        GRADIENTS.write(path, {"index": torch.tensor(index)}, header)
-        with pytest.raises(ValueError, match=r"is damaged .*coordinates"):
+    header, projection = GRADIENTS.read(path)
+    basis = projection["basis"]
+    for damaged, opens in (
+        ({"basis": basis[:-1]}, True),
+        ({"basis": basis[:, :2]}, False),
+        ({}, 0),
+    ):
+        GRADIENTS.write(path, damaged, header)
+        with pytest.raises(ValueError, match="is damaged"):
             GradientStore.open(tmp_path).scores(J_query, EK)
         if not opens:
             with pytest.raises(ValueError, match="is damaged"):
@@ -217,8 +212,6 @@ def test_too_many_coordinates():
     rows = torch.randn(4, 10)
     with pytest.raises(ValueError, match=r"size=5 arrived; a 'svd' projection from 4 .* at most 4"):
         Compression(projection="svd", size=5).fit(rows)
-    with pytest.raises(ValueError, match=r"'leading' .* at most 10. Pass a smaller size\."):
-        Compression(projection="leading", size=11).fit(rows)
 
 
 def test_linear_layers_alone(tmp_path):

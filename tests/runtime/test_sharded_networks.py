@@ -22,7 +22,6 @@ from curvlinops_diffusion import (
     GradientStore,
     PassOptions,
     StoredScores,
-    forward_only_scores,
     influence_scores,
     load_operator,
     regression_scores,
@@ -279,7 +278,6 @@ def refused(rank, folder):
     K = DiffusionKFACLinearOperator(regression, LAYERS)
     attempts = {
         "GGN": lambda: DiffusionGGNLinearOperator(regression),
-        "step": lambda: forward_only_scores(J, K.inverse(1e-3), J),
         "store": lambda: GradientStore.create(folder, J, K, 1e-3),
         "memory": lambda: DiffusionKFACLinearOperator(
             regression, passes=PassOptions(max_memory=1, **SHARDED)
@@ -306,7 +304,6 @@ def test_refused(tmp_path):
     told = processes(2, tmp_path / "run", refused, tmp_path / "folder")[0]
     assert isinstance(told, dict), told
     assert told["GGN"].startswith("A product with the exact GGN needs every parameter at once")
-    assert "Take influence_scores instead" in told["step"]
     assert "or take influence_scores" in told["store"]
     assert "Leave it out, or start more of them" in told["memory"]
     assert "tensor parallelism" in told["tensor parallel"]

@@ -132,14 +132,8 @@ def score_cost(
     first, one = _first_batch(train), _first_batch(query, 1)
     params = operator.param_names
 
-    forward_only = options.method == "forward-only"
-
     def rows(some: NoisedRegression) -> None:
-        J = ExampleGradientLinearOperator(some, params)
-        if forward_only:
-            J.values()
-        else:
-            list(J.row_batches())
+        list(ExampleGradientLinearOperator(some, params).row_batches())
 
     def query_rows(some: NoisedRegression) -> None:
         J = ExampleGradientLinearOperator(some, params, measurement=options.measurement)
@@ -147,7 +141,7 @@ def score_cost(
 
     own, queried = _measured(first, rows), _measured(one, query_rows)
     P, itemsize, n = operator.shape[0], operator.dtype.itemsize, num_processes()
-    halved = can_be_halved(train) and can_be_halved(query) and not forward_only
+    halved = can_be_halved(train) and can_be_halved(query)
     scores = query.num_data * train.num_data * itemsize * (3 if halved else 1)
     if options.method == "regression":
         # of all draws, and of both halves
@@ -158,9 +152,6 @@ def score_cost(
         past = 1 if parts[0] == 1 else 1 + sum(parts)
         passes = (runs * past * train.num_samples, runs * query.num_samples)
         held = 3 * min(block, max(train.num_data, query.num_data))
-    elif forward_only:  # a step there and one back for each query
-        passes = (2 * query.num_data * train.num_samples, query.num_samples)
-        held = 2 * min(options.query_block, query.num_data) + 1
     else:
         blocks = -(-query.num_data // options.query_block)
         passes = (blocks * train.num_samples, query.num_samples)

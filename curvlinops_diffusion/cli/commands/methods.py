@@ -1,4 +1,4 @@
-"""The methods of ``score``: influence, kernel regression, and finite steps."""
+"""The methods of ``score``: influence and kernel regression."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from torch import Tensor
 
 from curvlinops_diffusion.cli.options import ScoreOptions
-from curvlinops_diffusion.influence.finite_steps import forward_only_scores
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.regression import regression_scores
 from curvlinops_diffusion.influence.scores import influence_scores
@@ -30,11 +29,6 @@ def scores_of(
 ) -> tuple[Tensor, SplitHalfScores | None]:
     """The scores ``[Q, N]``, and with them those of halves of the draws, where there are halves."""
     block = options.query_block
-    if options.method == "forward-only":
-        scores = forward_only_scores(
-            J_query, inverse, J_train, step=options.step, query_block=block, passes=passes
-        )
-        return scores, None
     halved = can_be_halved(J_train.regression) and can_be_halved(J_query.regression)
     if options.method == "regression":
         return _regression(options.ridge, J_query, inverse, J_train, passes, halved)
@@ -48,7 +42,7 @@ def scores_of(
 def in_shards(options: ScoreOptions, several: bool) -> bool:
     """Whether each process writes the scores of the training images that it has seen.
 
-    Kernel regression solves a system of all of them, and finite steps divide the queries.
+    Kernel regression solves a system of all of them.
     """
     return several and options.sharded and options.method == "influence"
 

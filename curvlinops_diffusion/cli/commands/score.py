@@ -93,15 +93,14 @@ def score(options: ScoreOptions) -> None:
         Q, N = query.num_data, train.num_data
         event("scored", file=str(options.output), queries=Q, training_images=N, **sure)
         say(f"Wrote {options.output}: {Q} × {N} scores, of queries and training images")
-        say(_how_sure({**sure, **names}, options.method))
+        say(_how_sure({**sure, **names}))
 
 
 def _method(options: ScoreOptions) -> dict[str, Any]:
     """The method, if it is not influence, of which older files say nothing."""
     if options.method == "influence":
         return {}
-    setting = "ridge" if options.method == "regression" else "step"
-    return {"method": options.method, setting: getattr(options, setting)}
+    return {"method": options.method, "ridge": options.ridge}
 
 
 def _query_regression(
@@ -132,10 +131,8 @@ def _is_done(options: ScoreOptions, identity: dict[str, Any]) -> bool:
     return scores_QN is not None
 
 
-def _how_sure(header: dict[str, Any], method: str) -> str:
+def _how_sure(header: dict[str, Any]) -> str:
     """A line for people."""
-    if method == "forward-only":
-        return "How sure they are is not known: halves of the draws would take as long again"
     found = Agreement.of_header(header)
     if found is None:
         return (

@@ -110,8 +110,7 @@ class RefinedInverseLinearOperator(FlatLinearOperator):
         if not residual_K.isfinite().all():
             raise ValueError(
                 "The refinement does not converge: its residual is no longer finite after "
-                f"{self.refinement.num_iterations} iterations. Pass a larger damping, or for the "
-                "Neumann series a smaller step_size."
+                f"{self.refinement.num_iterations} iterations. Pass a larger damping."
             )
         self.refinement.residuals.append(residual_K.detach())
         self.refinement.converged = residual_K <= self.tolerance

@@ -1,8 +1,6 @@
-"""Over how many draws, and sums of how many examples' gradients, are EK-FAC's eigenvalues known?
+"""Over how many draws are EK-FAC's eigenvalues known?
 
-Sums of gradients, squared, save rotations and add variance. What counts is the variance for a given
-time, that is the product of squared error and seconds. The eigenbases are those of a reference with
-many draws.
+The eigenbases are those of a reference with many draws.
 """
 
 from __future__ import annotations
@@ -20,9 +18,8 @@ from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.linalg.factors import eigendecomposition
 
-# (draws of each image, gradients in a sum)
-SETTINGS = [(draws, 1) for draws in (1, 2, 4, 8, 16)]
-SETTINGS += [(4, group) for group in (2, 4, 8, 16, 32, 64)]
+# draws of each image
+SETTINGS = (1, 2, 4, 8, 16)
 
 
 def log_error(estimate: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
@@ -47,10 +44,8 @@ def main() -> None:
     ]
     truth = eigenvalue_moments(reference, plan, *bases)
 
-    def eigenvalues(draws: int, group: int, seed: int) -> dict[str, Tensor]:
-        grouped = BlockPlan.of(problem.coverage, KFACOptions(gradient_group=group))
-        regression = problem.regression(draws, seed)
-        return eigenvalue_moments(regression, grouped, *bases)
+    def eigenvalues(draws: int, seed: int) -> dict[str, Tensor]:
+        return eigenvalue_moments(problem.regression(draws, seed), plan, *bases)
 
     def errors(estimate: dict[str, Tensor]) -> dict[str, float]:
         return {
@@ -59,19 +54,15 @@ def main() -> None:
         }
 
     table = [
-        {"draws": draws * len(problem.x0), "group": group}
-        | accuracy(
-            lambda seed, setting=(draws, group): eigenvalues(*setting, seed),
-            errors,
-            options.repeats,
-        )
-        for draws, group in SETTINGS
+        {"draws": draws * len(problem.x0)}
+        | accuracy(lambda seed, draws=draws: eigenvalues(draws, seed), errors, options.repeats)
+        for draws in SETTINGS
     ]
     report(
         options,
-        "eigenvalue_groups",
+        "eigenvalue_draws",
         __doc__,
-        {"reference_draws": reference.num_samples, "groups": table},
+        {"reference_draws": reference.num_samples, "settings": table},
     )
 
 
