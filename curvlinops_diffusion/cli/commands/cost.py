@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.cli.commands.methods import in_shards
+from curvlinops_diffusion.cli.commands.scoring import in_shards
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions, in_bytes
 from curvlinops_diffusion.cli.processes import num_processes
 from curvlinops_diffusion.curvature.gradient_factors import fitted_factors

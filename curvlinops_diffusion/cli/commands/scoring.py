@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from curvlinops_diffusion.cli.checkpoints import checkpoint_of, going_on
-from curvlinops_diffusion.cli.commands.methods import in_shards, scores_of
 from curvlinops_diffusion.cli.options import ScoreOptions
 from curvlinops_diffusion.cli.processes import is_first
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.agreement import Agreement, plain_numbers
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.methods import Method, scores_of
 from curvlinops_diffusion.influence.score_files import write_scores
 from curvlinops_diffusion.influence.split_half import SplitHalfScores, can_be_halved
 from curvlinops_diffusion.influence.stored_scores import StoredScores, write_index, write_shards
@@ -22,6 +22,14 @@ from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperat
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
 
 T = TypeVar("T")
+
+
+def in_shards(options: ScoreOptions, several: bool) -> bool:
+    """Whether each process writes the scores of the training images that it has seen.
+
+    Kernel regression solves a system of all of them.
+    """
+    return several and options.sharded and options.method == "influence"
 
 
 @dataclass(frozen=True)
@@ -58,11 +66,16 @@ class Scoring:
 
     def _whole(self) -> dict[str, Any]:
         """Every process has all scores, and the first one writes them."""
+        options, block = self.options, self.options.query_block
+        method = Method(options.method)
 
         def run(passes: PassOptions) -> tuple[Tensor, SplitHalfScores | None, Tensor]:
             operators = self._operators()
             values_Q = self._values(operators[0], passes)
-            return (*scores_of(self.options, *operators, passes), values_Q)
+            found = scores_of(
+                [method], *operators, ridge=options.ridge, query_block=block, passes=passes
+            )
+            return (*found[method], values_Q)
 
         scores_QN, halves, values_Q = self._from_checkpoint(run)
         sure = {"values": plain_numbers(values_Q)}
