@@ -6,14 +6,8 @@ import torch
 from curvlinops_diffusion import StoredScores
 from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.influence.consumers import OwnScores
-from curvlinops_diffusion.influence.score_files import (
-    HALVES,
-    SCORES,
-    SHARD,
-    read_scores,
-    whole,
-    write_scores,
-)
+from curvlinops_diffusion.influence.read_scores import read_scores, whole
+from curvlinops_diffusion.influence.score_files import HALVES, SCORES, SHARD, write_scores
 from curvlinops_diffusion.influence.stored_scores import write_index
 
 Q, N = 3, 5
