@@ -116,9 +116,9 @@ def _whole_pair(data: Any) -> Any:
 def _has_items(data: Any) -> bool:
     """Whether items are got by their number; a ``datasets.Dataset`` is no torch one.
 
-    Lists and other sequences of Python may as well be of batches.
+    Lists and other sequences of Python may as well be of batches, if they are no ``Dataset``.
     """
-    if isinstance(data, Sequence | np.ndarray):
+    if isinstance(data, Sequence | np.ndarray) and not isinstance(data, Dataset):
         return False
     return hasattr(data, "__getitem__") and hasattr(data, "__len__")
 

@@ -45,6 +45,7 @@ def check_regression(value: Any) -> None:
             "NoisedRegression(DenoisingObjective(model, scheduler), data)."
         )
     check_surroundings(value.device)
+    check_modes()
 
 
 class NoisedRegression:

@@ -1,10 +1,14 @@
 """Data is the same each time, single examples are told from batches, wrong items at the border."""
 
+from collections.abc import Sequence
+
 import datasets
 import numpy as np
 import pandas
 import pytest
 import torch
+from accelerate.data_loader import IterableDatasetShard
+from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch import nn
 from torch.utils.data import (
@@ -266,6 +270,35 @@ class Order(Sampler):
         return len(self.indices)
 
 
+class Shuffling(Sampler):
+    """Batches of two, in an order that a seed chooses, or of its own each time."""
+
+    shuffle = True
+
+    def __init__(self, count, seed=None):
+        self.count, self.seed = count, seed
+
+    def __iter__(self):
+        generator = torch.Generator()
+        generator.seed() if self.seed is None else generator.manual_seed(self.seed)
+        order = torch.randperm(self.count, generator=generator)
+        return iter([batch.tolist() for batch in order.split(2)])
+
+
+class ItemsInSequence(Items, Sequence):
+    """Both of torch and of Python."""
+
+
+class OfWorlds(Items):
+    """Attributes of users' data sets mean anything."""
+
+    world_size = num_processes = num_replicas = 4
+
+
+class StreamOfWorlds(Stream):
+    world_size = num_processes = num_replicas = 4
+
+
 def every_second(items):
     """What puts items together may leave some out."""
     return torch.stack(items[::2])
@@ -316,10 +349,22 @@ FORMS = {
         DataLoader(Items(n), batch_sampler=[[0], [n - 1, 0, n - 1]]),
         [0, n - 1, 0, n - 1],
     ),
-    "loader that leaves out": lambda n: (
-        DataLoader(Items(n), 3, collate_fn=every_second),
-        [i for i in range(n) if i % 3 != 1],
+    "loader that puts items together": lambda n: (
+        DataLoader(Items(n), 3, collate_fn=torch.stack),
+        range(n),
     ),
+    "loader of one process": lambda n: (
+        # shuffled by a fixed seed
+        DataLoader(Items(n), 3, sampler=DistributedSampler(Items(n), 1, 0)),
+        list(DistributedSampler(range(n), 1, 0)),
+    ),
+    "loader with batches in a fixed order": lambda n: (
+        DataLoader(Items(n), batch_sampler=Shuffling(n, 0)),
+        [i for batch in Shuffling(n, 0) for i in batch],
+    ),
+    "data set that is a sequence": lambda n: (ItemsInSequence(n), range(n)),
+    "data set of many worlds": lambda n: (DataLoader(OfWorlds(n), 3), range(n)),
+    "stream of many worlds": lambda n: (StreamOfWorlds(n), range(n)),
     "loader without batches": lambda n: (DataLoader(Items(n), None), range(n)),
     "loader with a worker": lambda n: (
         DataLoader(Items(n), 1, num_workers=1, persistent_workers=True),
@@ -336,6 +381,11 @@ FORMS = {
     "object of images": lambda n: (Again(lambda: pictures(n)), range(n)),
     "object of dicts": lambda n: (Again(lambda: ({"x0": x} for x in pictures(n))), range(n)),
 }
+
+
+def streamed_by_library(count):
+    columns = {"x0": pictures(count).tolist()}
+    return datasets.Dataset.from_dict(columns).to_iterable_dataset()
 
 
 def counted(data):
@@ -415,6 +465,22 @@ REFUSED = {
     "a process' part": (
         lambda: DataLoader(Items(7), 3, sampler=DistributedSampler(Items(7), 2, 0, shuffle=False)),
         "Each process gets a part .*of 2",
+    ),
+    "a process' part of a stream": (
+        lambda: DataLoader(IterableDatasetShard(Stream(7), 3, num_processes=2), 3),
+        "Each process gets a part .*of 2",
+    ),
+    "a process' part of the library's": (
+        lambda: split_dataset_by_node(streamed_by_library(7), 0, 2),
+        "Each process gets a part .*of 2",
+    ),
+    "batches in another order each time": (
+        lambda: DataLoader(Items(64), batch_sampler=Shuffling(64)),
+        "Shuffling yields another order in each iteration",
+    ),
+    "loader that leaves out": (
+        lambda: DataLoader(Items(7), 3, collate_fn=every_second),
+        "5 examples came .* and 7 are known",
     ),
     "length above": (lambda: Items(7, length=9), "An item of the data .* cannot be read"),
     "loader with a length above": (

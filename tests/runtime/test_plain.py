@@ -277,6 +277,16 @@ def test_contexts_around(expected):
         torch.set_default_dtype(torch.float32)
     objective = DenoisingObjective(network(), noise_levels())
     regression = NoisedRegression(objective, of(), 2)
+    J, G = ExampleGradientLinearOperator(regression), DiffusionGGNLinearOperator(regression)
+    measured = J.measuring(InputSensitivity())  # of single examples
+    with torch.inference_mode():  # in which predictions may be looked at, but not differentiated
+        predicted = [objective.predict(batch) for batch in regression.batches()]
+        for differentiate in (J.rows, measured.rows, lambda: G @ torch.ones(G.shape[1]).double()):
+            with pytest.raises(ValueError, match=r"inference_mode.. is on"):
+                differentiate()
+    again = [objective.predict(batch) for batch in regression.batches()]
+    assert all(torch.equal(a, b) for a, b in zip(predicted, again, strict=True))
+    assert J.rows().isfinite().all()  # whatever was made in that mode is not kept
     for context, told in (
         (torch.inference_mode(), "inference_mode.. is on"),
         (torch.device("meta"), "torch's default device is 'meta'"),
