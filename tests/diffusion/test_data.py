@@ -322,7 +322,6 @@ FORMS = {
     "list of dicts of one": lambda n: ([{"x0": x} for x in pictures(n)], range(n)),
     "data set": lambda n: (Items(n), range(n)),
     "data set that says less": lambda n: (Items(n + 2, length=n), range(n)),
-    "data set of batches": lambda n: (Items(n, lambda x: x[None]), range(n)),
     "subset": lambda n: (Subset(Items(n), [n - 1, 0]), [n - 1, 0]),
     "data sets in a row": lambda n: (ConcatDataset([Items(n)] * 2), [*range(n), *range(n)]),
     "data set of the library": lambda n: (of_library(n), range(n)),
@@ -536,23 +535,96 @@ def test_labels_in_every_form(form):
         assert torch.equal(a.condition["class_labels"], b.condition["class_labels"])
 
 
-def test_what_the_network_does_not_take_is_said():
-    """Of a list of sequences it cannot be told whether each is one, or a batch."""
+class Reshaping(nn.Module):
+    """A network whose layers see other axes than the data has."""
 
-    class Tokens(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(15, 15)
+    def __init__(self, layer, seen):
+        super().__init__()
+        self.layer, self.seen = layer, seen
 
-        def forward(self, x, t):
-            return self.layer(x.flatten(1)).reshape(x.shape)
+    def forward(self, x, t, **condition):
+        return self.layer(self.seen(x)).reshape(x.shape)
 
-    model = Tokens().double()
-    sequences = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0)).double()
+
+def random(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).double()
+
+
+# layer, how it sees the data, all examples, how they are passed
+RESHAPED = {
+    "images as sequences": (nn.Conv1d(3, 3, 1), lambda x: x.flatten(2), random(5, 3, 8, 8), "set"),
+    "videos as images": (
+        nn.Conv2d(2, 2, 1),
+        lambda x: x.transpose(1, 2).flatten(0, 1),
+        random(5, 2, 4, 3, 3),
+        "set",
+    ),
+    "tokens as images": (
+        nn.Conv2d(4, 4, 1),
+        lambda x: x.mT.unflatten(2, (4, 4)),
+        random(8, 16, 4),
+        "batches",
+    ),
+    "single sequences": (nn.Linear(15, 15), lambda x: x.flatten(1), random(5, 5, 3), "list"),
+    "batches of one": (nn.Conv2d(1, 1, 1), lambda x: x, random(4, 1, 3, 3), "batches of one"),
+    "images of one channel": (nn.Conv2d(1, 1, 1), lambda x: x, random(4, 1, 3, 3), "list"),
+    "running statistics": (
+        nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.Dropout(0.5)),
+        lambda x: x,
+        random(4, 2, 3, 3),
+        "list",
+    ),
+}
+PASSED = {
+    "set": lambda x0: Subset(x0, range(len(x0))),
+    "list": list,
+    "batches": lambda x0: x0.split(4),
+    "batches of one": lambda x0: x0.split(1),
+}
+
+
+@pytest.mark.parametrize("case", RESHAPED)
+def test_batches_are_told_from_single_examples_by_what_the_network_takes(case):
+    """Not by its layers, which may see other axes; items of a Dataset are never guessed at."""
+    layer, seen, x0, form = RESHAPED[case]
+    model = Reshaping(layer.double(), seen).train()
     objective = DenoisingObjective(model, noise_levels())
-    with pytest.raises(ValueError, match=r"'x0' of shape \(8, 3\).*torch.stack"):
-        DiffusionKFACLinearOperator(NoisedRegression(objective, list(sequences), 2))
-    DiffusionKFACLinearOperator(NoisedRegression(objective, sequences, 2))
-    more = NoisedRegression(objective, {"x0": sequences, "extra": torch.ones(4, 2)}, 1)
-    with pytest.raises(ValueError, match=r"'extra' of shape \(4, 2\).*unexpected keyword"):
+    state, random_state = (
+        {k: z.clone() for k, z in model.state_dict().items()},
+        torch.get_rng_state(),
+    )
+    found, plain = (NoisedRegression(objective, data, 2) for data in (PASSED[form](x0), x0))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(z, state[k]) for k, z in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert found.num_data == len(x0)
+    model.eval()
+    rows = [ExampleGradientLinearOperator(r).rows() for r in (found, plain)]
+    assert_close(*rows, 1e-12)
+
+
+def test_a_loss_mask_is_not_shown_to_the_network():
+    items = [{"x0": x, "mask": torch.ones(3, 3)} for x in random(4, 2, 3, 3)]
+    objective = DenoisingObjective(nn_of_two(), noise_levels())
+    assert NoisedRegression(objective, items, 2, loss_mask="mask").num_data == 4
+
+
+def nn_of_two():
+    return seeded(nn.Conv2d(2, 2, 1))
+
+
+def test_what_the_network_does_not_take_is_said():
+    model = Reshaping(nn.Linear(15, 15).double(), lambda x: x.flatten(1))
+    sequences = random(4, 5, 3)
+    objective = DenoisingObjective(model, noise_levels())
+    items = Subset(sequences[:, None], range(4))
+    DiffusionKFACLinearOperator(NoisedRegression(objective, items, 2))
+    with pytest.raises(ValueError, match=r"cannot be called with the data .* \[8, 4, 3\]"):
+        DiffusionKFACLinearOperator(NoisedRegression(objective, sequences[:, :4], 2))
+    more = NoisedRegression(
+        DenoisingObjective(nn_of_two(), noise_levels()),
+        {"x0": pictures(4), "extra": torch.ones(4, 2)},
+        1,
+    )
+    with pytest.raises(ValueError, match=r"extra \[4, 2\].*"):
         DiffusionKFACLinearOperator(more)
