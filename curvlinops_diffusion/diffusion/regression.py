@@ -73,10 +73,10 @@ class NoisedRegression:
         data: Clean examples: a tensor ``[N, ...]``; a ``Dataset``; a ``DataLoader`` or a list of
             batches (or of single examples, if the network takes them as no batches). If it has an
             attribute ``names``, messages name examples by it. Items and batches are tensors, pairs
-            of these and integer labels or prompts (``'class_labels'``, ``'prompt'``), or dicts with key ``'x0'`` whose other entries are passed to the model
-            as keyword arguments (``class_labels``, ``encoder_hidden_states``, nested
-            ``added_cond_kwargs``, …); a dict of whole tensors is accepted too. It may live on
-            another device than the model.
+            of these and integer labels or prompts (``'class_labels'``, ``'prompt'``), or dicts with
+            key ``'x0'`` whose other entries are passed to the model as keyword arguments
+            (``class_labels``, ``encoder_hidden_states``, nested ``added_cond_kwargs``, …); a dict
+            of whole tensors is accepted too. It may live on another device than the model.
         num_draws: The number ``R`` of draws for each example. Default: 8, or the length of a list
             of timesteps.
         seed: Seed of the draws.
