@@ -172,8 +172,8 @@ def check_surroundings(device: torch.device) -> None:
     """Check that no context surrounds us that changes what is computed.
 
     Raises:
-        ValueError: If ``torch.autocast`` would round factors and scores; or as
-            :func:`check_modes`.
+        ValueError: If ``torch.autocast`` would round factors and scores, or the default device is
+            ``meta``.
     """
     if torch.is_autocast_enabled(device.type):
         raise ValueError(
@@ -181,7 +181,7 @@ def check_surroundings(device: torch.device) -> None:
             "precision. Leave its context, and pass autocast=torch.bfloat16 to DenoisingObjective "
             "to run the network alone in low precision."
         )
-    check_modes()
+    _check_default_device()
 
 
 def check_modes() -> None:
@@ -195,6 +195,10 @@ def check_modes() -> None:
             "torch.inference_mode() is on, in which nothing can be differentiated. Leave its "
             "context; torch.no_grad() is no obstacle."
         )
+    _check_default_device()
+
+
+def _check_default_device() -> None:
     if torch.empty(0).is_meta:
         raise ValueError(
             "torch's default device is 'meta', on which tensors have no values. Leave the context "

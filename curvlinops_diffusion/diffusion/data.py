@@ -11,9 +11,8 @@ from torch import Tensor
 
 from curvlinops_diffusion.diffusion.checks import check_condition, check_images
 from curvlinops_diffusion.diffusion.conditions import leaves, rows_of
-from curvlinops_diffusion.diffusion.data_forms import ACCEPTED, Wanted, batch_source, split
+from curvlinops_diffusion.diffusion.data_forms import ACCEPTED, Run, Wanted, batch_source, split
 from curvlinops_diffusion.diffusion.masks import loss_mask
-from curvlinops_diffusion.diffusion.signature import InputForm
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.digests import tensor_parts
 
@@ -62,7 +61,7 @@ class CleanData:
         data: See :class:`~curvlinops_diffusion.NoisedRegression`.
         batch_size: Examples in a batch, where the data does not come in batches.
         mask: The name of the entry that is the loss' mask; ``None`` if there is none.
-        form: What the network takes, where that is known.
+        run: Runs the network on clean examples and their condition.
 
     Attributes:
         batch_size: The same; ``None`` where it does.
@@ -73,14 +72,12 @@ class CleanData:
         ValueError: If the data is empty, of no known form, or changes between iterations.
     """
 
-    def __init__(
-        self, data: Any, batch_size: int, mask: str | None = None, form: InputForm | None = None
-    ):
+    def __init__(self, data: Any, batch_size: int, mask: str | None, run: Run):
         check_count("batch_size", batch_size)
         self._mask = mask
         # checksums of the batches that were seen, of what need not be the same each time
         self._digests: dict[int, dict[str, int]] | None = None
-        self._source = batch_source(data, batch_size, form)
+        self._source = batch_source(data, batch_size, lambda x0, c: run(x0, self._shown(c)))
         self.batch_size = self._source.batch_size
         known = self._source.num_examples
         self._counted: int | None = None
@@ -120,8 +117,8 @@ class CleanData:
             check_images(x0, start)
             check_condition(condition, len(x0))
             mask = None if self._mask is None else loss_mask(self._mask, condition, x0)
-            condition = {key: value for key, value in condition.items() if key != self._mask}
-            clean = CleanBatch(range(start, start + len(x0)), x0, condition, mask)
+            indices = range(start, start + len(x0))
+            clean = CleanBatch(indices, x0, self._shown(condition), mask)
             self._check_seen(number, clean)
             yield number, clean
         if end is not None and self._counted is not None and end != self._counted:
@@ -129,6 +126,10 @@ class CleanData:
                 f"{end} examples came in this iteration over the data, and {self._counted} are "
                 f"known from its length or an earlier one. {_SAME_EACH_TIME}"
             )
+
+    def _shown(self, condition: Mapping[str, Any]) -> dict[str, Any]:
+        """The condition that the network sees."""
+        return {key: value for key, value in condition.items() if key != self._mask}
 
     def _check_seen(self, number: int, clean: CleanBatch) -> None:
         """Compare a batch with what it was when it was first seen.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
@@ -21,7 +22,6 @@ from curvlinops_diffusion.diffusion.loaders import (
     known_batches,
     known_size,
 )
-from curvlinops_diffusion.diffusion.signature import InputForm
 from curvlinops_diffusion.runtime.messages import quoted
 from curvlinops_diffusion.runtime.plain import plain, plain_labels
 
@@ -40,6 +40,8 @@ ITEM_ACCEPTED = (
 
 #: Whether the batch of a number is asked for.
 Wanted = Callable[[int], bool]
+#: Runs the network on clean examples and their condition; whatever it raises, it cannot.
+Run = Callable[[Tensor, dict[str, Any]], Any]
 #: A batch with its number and the index of its first example; without the batch, where it is not
 #: asked for, or comes after the last one.
 Numbered = tuple[int, int, Any]
@@ -64,13 +66,13 @@ class BatchSource:
     in_memory: bool = False
 
 
-def batch_source(data: Any, batch_size: int, form: InputForm | None = None) -> BatchSource:
+def batch_source(data: Any, batch_size: int, run: Run) -> BatchSource:
     """The source of batches that some data is.
 
     Args:
         data: See :class:`~curvlinops_diffusion.NoisedRegression`.
         batch_size: Examples in a batch, where the data does not come in batches.
-        form: What the network takes, where that is known: tells an image from a batch of rows.
+        run: Runs the network: tells a single example from a batch where their forms do not.
 
     Raises:
         ValueError: If the data is of no known form, or leaves out examples.
@@ -81,20 +83,20 @@ def batch_source(data: Any, batch_size: int, form: InputForm | None = None) -> B
     if isinstance(data, DataLoader):
         check_loader(data)
         if data.batch_sampler is None:  # what the data set yields, as it is
-            return _of_things(lambda: iterated(data), None, batch_size, form)
+            return _of_things(lambda: iterated(data), None, batch_size, run)
         return BatchSource(_all_of(lambda: iterated(data)), known_size(data), known_batches(data))
     if isinstance(data, IterableDataset):
         check_whole(data)
         raw: DataLoader[Any] = DataLoader(data, batch_size=None)
-        if _is_batch(_first(lambda: iterated(raw)), form):
+        if _is_batch(_first(lambda: iterated(raw)), run):
             return BatchSource(_all_of(lambda: iterated(raw)))
         loader: DataLoader[Any] = DataLoader(data, batch_size, collate_fn=_collated)
         return BatchSource(_all_of(lambda: iterated(loader)), batch_size=batch_size)
     if _has_items(data):
-        return _of_items(data, batch_size, form)
+        return _of_items(data, batch_size)
     if isinstance(data, Iterable) and not isinstance(data, str | bytes | Iterator | np.ndarray):
         items = data if isinstance(data, Sequence) else None
-        return _of_things(lambda: iter(data), items, batch_size, form)
+        return _of_things(lambda: iter(data), items, batch_size, run)
     hint = " (it can be iterated only once)" if isinstance(data, Iterator) else ""
     hint = " (pass torch.from_numpy(...) of it)" if isinstance(data, np.ndarray) else hint
     hint = " (it has neither a length nor an iterator)" if isinstance(data, Dataset) else hint
@@ -116,9 +118,9 @@ def _whole_pair(data: Any) -> Any:
 def _has_items(data: Any) -> bool:
     """Whether items are got by their number; a ``datasets.Dataset`` is no torch one.
 
-    Lists and other sequences of Python may as well be of batches.
+    Lists and other sequences of Python may as well be of batches, if they are no ``Dataset``.
     """
-    if isinstance(data, Sequence | np.ndarray):
+    if isinstance(data, Sequence | np.ndarray) and not isinstance(data, Dataset):
         return False
     return hasattr(data, "__getitem__") and hasattr(data, "__len__")
 
@@ -134,20 +136,17 @@ def _of_rows(data: Tensor | Mapping[str, Any], batch_size: int) -> BatchSource:
     )
 
 
-def _of_items(data: Any, batch_size: int, form: InputForm | None) -> BatchSource:
+def _of_items(data: Any, batch_size: int) -> BatchSource:
     """Batches of items that are got by their number."""
     if len(data) == 0:
         return BatchSource(_all_of(lambda: ()), 0, 0)
     try:
-        first = data[0]
+        data[0]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(
             f"The data arrived as {type(data).__name__}, of which item 0 cannot be read "
             f"({quoted(error)}). Pass {ACCEPTED}."
         ) from error
-    if _is_batch(first, form):
-        raw: DataLoader[Any] = DataLoader(data, batch_size=None)
-        return BatchSource(_all_of(lambda: iterated(raw)), num_batches=len(data))
     return _by_number(len(data), batch_size, lambda chosen: _load(data, chosen))
 
 
@@ -155,7 +154,7 @@ def _of_things(
     again: Callable[[], Iterable[Any]],
     items: Sequence[Any] | None,
     batch_size: int,
-    form: InputForm | None,
+    run: Run,
 ) -> BatchSource:
     """Batches of what yields either batches or single examples.
 
@@ -163,9 +162,9 @@ def _of_things(
         again: Starts an iteration.
         items: The sequence that is iterated over, if it is one.
         batch_size: Examples in a batch, where single ones come.
-        form: What the network takes.
+        run: Runs the network.
     """
-    if not _is_single(_first(again), form):
+    if not _is_single(_first(again), run):
         return BatchSource(
             _all_of(again),
             num_batches=len(items) if isinstance(items, list | tuple) else None,
@@ -242,21 +241,33 @@ def _all_of(batches: Callable[[], Iterable[Any]]) -> Callable[[Wanted], Iterator
 # ---------------------------------------------------------------------------------------------
 
 
-def _is_single(thing: Any, form: InputForm | None) -> bool:
-    """Whether a thing is a single example, rather than a batch of them."""
+def _is_single(thing: Any, run: Run) -> bool:
+    """Whether a thing is a single example, where batches are expected."""
     x0, beside = _parts(thing)
     if not isinstance(x0, Tensor):
         return False
     of_one = [isinstance(z, str | int) or (isinstance(z, Tensor) and z.ndim == 0) for z in beside]
     if of_one and all(of_one) and any(isinstance(z, str) or _whole(z) for z in beside):
         return True  # a label, a prompt or the like for it alone
-    return x0.ndim == 1 or (form is not None and form.is_one(x0))
+    return x0.ndim == 1 or (not _runs_on(thing, run) and _runs_on([thing], run, default_collate))
 
 
-def _is_batch(thing: Any, form: InputForm | None) -> bool:
+def _is_batch(thing: Any, run: Run) -> bool:
     """Whether a thing is a batch, where single examples are expected."""
-    x0, _ = _parts(thing)
-    return form is not None and isinstance(x0, Tensor) and x0.ndim == form.axes
+    return not _runs_on([thing], run, default_collate) and _runs_on(thing, run)
+
+
+def _runs_on(thing: Any, run: Run, batch_of: Callable[[Any], Any] = lambda thing: thing) -> bool:
+    """Whether the network takes some rows of a batch.
+
+    Other numbers of them than there are, as convolutions take an example without an axis of them.
+    """
+    with suppress(Exception):  # whatever a network raises
+        x0, condition = split(batch_of(thing))
+        rows = [0, 0] if len(x0) == 1 else [0]
+        run(x0[rows], rows_of(condition, rows))
+        return True
+    return False
 
 
 def _parts(thing: Any) -> tuple[Any, list[Any]]:

@@ -11,9 +11,33 @@ from torch import Tensor
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.conditions import leaves
+from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 
 _LONGEST = 400
+
+
+def run_once(objective: DenoisingObjective, x0: Tensor, condition: dict[str, Any]) -> None:
+    """Run encoder and network on clean examples, in eval mode, and forget what comes.
+
+    Raises:
+        Exception: Any, if they do not run on these.
+    """
+    model = objective.model
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()  # running statistics stay
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            clean = CleanBatch(range(len(x0)), x0, condition)
+            encoded = objective.encode(clean)
+            x0, level_B = encoded.mean, torch.zeros(len(encoded.mean), dtype=torch.long)
+            eps = torch.zeros_like(x0)
+            objective.predict(
+                objective.noise(x0, encoded.condition, level_B, eps, clean.indices, 0)
+            )
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def first_prediction(objective: DenoisingObjective, batch: NoisedBatch) -> Tensor:

@@ -132,11 +132,6 @@ class LatentEncoder:
         self._known: tuple[Any, list[dict[str, str]]] | None = None
 
     @property
-    def takes_images(self) -> bool:
-        """Whether there is an autoencoder of images."""
-        return self._vae is not None
-
-    @property
     def description(self) -> str:
         """A digest of what the latents and embeddings depend on besides the data."""
         return digest_of(self._made_of())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import copy
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from torch.utils.data import (
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
-    default_collate,
 )
+
+# libraries whose data sets may hold one process' part
+_SHARDING = ("accelerate", "datasets", "transformers")
 
 
 def iterated(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -68,19 +71,24 @@ def check_loader(loader: DataLoader[Any]) -> None:
     batches = loader.batch_sampler
     samplers = [loader.sampler, batches, getattr(batches, "sampler", None)]
     for sampler in samplers:
-        _check_order(sampler)
+        _check_drawn(sampler)
+    _check_order(loader)
     # the last of which accelerate's loaders have
-    check_whole(*samplers, loader.dataset, getattr(loader, "state", None))
+    check_whole(loader.dataset, *samplers, getattr(loader, "state", None))
     _check_last_batch(loader)
 
 
-def check_whole(*parts: Any) -> None:
-    """Check that samplers and data sets give every process all examples.
+def check_whole(dataset: Any, *others: Any) -> None:
+    """Check that a data set, and what chooses of it, give every process all examples.
+
+    Of data sets only those of libraries are looked at: users' have attributes of any meaning.
 
     Raises:
         ValueError: If one gives each a part.
     """
-    for part in (*parts, *(getattr(part, "_distributed", None) for part in parts)):
+    own = (dataset, getattr(dataset, "_distributed", None))
+    shards = [part for part in own if type(part).__module__.split(".")[0] in _SHARDING]
+    for part in (*shards, *others):
         names = ("num_replicas", "num_processes", "world_size")
         counts = [getattr(part, name, 1) for name in names]
         if any(isinstance(count, int) and count > 1 for count in counts):
@@ -91,18 +99,33 @@ def check_whole(*parts: Any) -> None:
             )
 
 
-def _check_order(sampler: Any) -> None:
+def _check_drawn(sampler: Any) -> None:
     if type(sampler) is RandomSampler:
         raise ValueError(
             "The DataLoader shuffles. Every pass must see the same examples in the same order: "
             "pass shuffle=False."
         )
-    drawn = isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler)
-    if drawn or getattr(sampler, "shuffle", False) is True:
+    if isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
         raise ValueError(
             f"The DataLoader's {type(sampler).__name__} chooses or shuffles examples anew each "
             "time. Every pass must see the same ones in the same order: pass a Subset of the data "
             "set, without this sampler."
+        )
+
+
+def _check_order(loader: DataLoader[Any]) -> None:
+    """Compare the numbers of the examples in two iterations, without reading any of them.
+
+    A sampler may shuffle by a fixed seed (``DistributedSampler``, until ``set_epoch`` is called).
+    """
+    if isinstance(loader.dataset, IterableDataset) or known_batches(loader) is not None:
+        return
+    order: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if any(repr(a) != repr(b) for a, b in zip_longest(order, list(order))):
+        raise ValueError(
+            f"The DataLoader's {type(order).__name__} yields another order in each iteration. "
+            "Every pass must see the same examples in the same order: fix its seed, or pass a "
+            "Subset of the data set, without this sampler."
         )
 
 
@@ -134,10 +157,10 @@ def _check_last_batch(loader: DataLoader[Any]) -> None:
 def known_size(loader: DataLoader[Any]) -> int | None:
     """The number of examples that come; ``None`` where only a pass over them would tell.
 
-    A sampler may leave out examples or repeat them, and what puts items together may, too.
+    A sampler may leave out examples or repeat them. What puts items together may, too; that not
+    as many come is then seen at the end of the first iteration.
     """
-    plain = known_batches(loader) is not None and loader.collate_fn is default_collate
-    return len(loader.sampler) if plain else None  # type: ignore[arg-type]
+    return None if known_batches(loader) is None else len(loader.sampler)  # type: ignore[arg-type]
 
 
 def known_batches(loader: DataLoader[Any]) -> int | None:

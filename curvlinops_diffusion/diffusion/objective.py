@@ -25,7 +25,7 @@ from curvlinops_diffusion.diffusion.masks import entry_weights
 from curvlinops_diffusion.diffusion.noise import NoiseProcess
 from curvlinops_diffusion.diffusion.pipelines import pipeline_parts
 from curvlinops_diffusion.diffusion.schedulers import noise_process
-from curvlinops_diffusion.diffusion.signature import InputForm, Signature
+from curvlinops_diffusion.diffusion.signature import Signature
 from curvlinops_diffusion.diffusion.stable_diffusion import with_text_encoders
 from curvlinops_diffusion.diffusion.weightings import Weighting, weight_table
 from curvlinops_diffusion.runtime.checks import check_non_negative, check_option
@@ -273,13 +273,6 @@ class DenoisingObjective:
     def takes_images(self) -> bool:
         """Whether data, if it is images, is usually in [-1, 1]: no unknown function takes it."""
         return self._encode is None or isinstance(self._encode, LatentEncoder)
-
-    @property
-    def input_form(self) -> InputForm | None:
-        """The form of the data, where it is known."""
-        if isinstance(self._encode, LatentEncoder) and self._encode.takes_images:
-            return InputForm(4)
-        return InputForm.of(self.model) if self.takes_images else None
 
     def encode(self, clean: CleanBatch) -> Encoded:
         """Clean examples in the network's terms, on its device: once for all draws of them."""

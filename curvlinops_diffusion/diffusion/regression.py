@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from curvlinops_diffusion.diffusion.data import CleanBatch, CleanData
 from curvlinops_diffusion.diffusion.data_forms import Wanted, batched
 from curvlinops_diffusion.diffusion.data_identity import DataIdentity, can_pass_by
 from curvlinops_diffusion.diffusion.draws import Draws, make_draws
+from curvlinops_diffusion.diffusion.first_call import run_once
 from curvlinops_diffusion.diffusion.noises import Noises
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.recipe import Recipe
@@ -45,6 +47,7 @@ def check_regression(value: Any) -> None:
             "NoisedRegression(DenoisingObjective(model, scheduler), data)."
         )
     check_surroundings(value.device)
+    check_modes()
 
 
 class NoisedRegression:
@@ -68,13 +71,12 @@ class NoisedRegression:
     Args:
         objective: The denoising objective.
         data: Clean examples: a tensor ``[N, ...]``; a ``Dataset``; a ``DataLoader`` or a list of
-            batches (or of single images, if the network's convolutions tell one from a batch). If
-            it has an attribute ``names``, messages name examples by it. Items and batches are
-            tensors, pairs of these and integer labels or prompts (``'class_labels'``,
-            ``'prompt'``), or dicts with key ``'x0'`` whose other entries are passed to the model
-            as keyword arguments (``class_labels``, ``encoder_hidden_states``, nested
-            ``added_cond_kwargs``, …); a dict of whole tensors is accepted too. It may live on
-            another device than the model.
+            batches (or of single examples, if the network takes them as no batches). If it has an
+            attribute ``names``, messages name examples by it. Items and batches are tensors, pairs
+            of these and integer labels or prompts (``'class_labels'``, ``'prompt'``), or dicts with
+            key ``'x0'`` whose other entries are passed to the model as keyword arguments
+            (``class_labels``, ``encoder_hidden_states``, nested ``added_cond_kwargs``, …); a dict
+            of whole tensors is accepted too. It may live on another device than the model.
         num_draws: The number ``R`` of draws for each example. Default: 8, or the length of a list
             of timesteps.
         seed: Seed of the draws.
@@ -157,7 +159,8 @@ class NoisedRegression:
         made = make_draws(timesteps, num_draws, seed, T, antithetic) if draws is None else draws
         self.draws = made
         size = MEASURED[0] if batch_size == "auto" else batch_size
-        self._data = CleanData(data, size, loss_mask, objective.input_form)
+        run = partial(run_once, objective)
+        self._data = CleanData(data, size, loss_mask, run)
         self._augmentations = Augmentations.of(augment, augmented_conditions)
         self.recipe = Recipe.of(
             noise_offset, input_perturbation, example_weights, loss_mask, self._data.num_examples
@@ -170,9 +173,7 @@ class NoisedRegression:
         names = getattr(data, "names", None)  # a tensor's are those of its axes
         self._names: list[str] | None = names if isinstance(names, list) else None
         if batch_size == "auto":
-            self._data = CleanData(
-                data, self._largest_batch_size(), loss_mask, objective.input_form
-            )
+            self._data = CleanData(data, self._largest_batch_size(), loss_mask, run)
         self.model_func = ScaledModel(objective, self._data)
         self.loss_func = nn.MSELoss()
 

@@ -1,4 +1,4 @@
-"""The signature of a network: how it takes image and time, and what images look like."""
+"""The signature of a network: how it takes image and time."""
 
 from __future__ import annotations
 
@@ -6,31 +6,6 @@ import inspect
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-
-
-@dataclass(frozen=True)
-class InputForm:
-    """The form of what a network takes.
-
-    Attributes:
-        axes: Of a batch: four of images ``[B, C, H, W]``.
-        channels: Of one example; ``None`` for any number.
-    """
-
-    axes: int
-    channels: int | None = None
-
-    @classmethod
-    def of(cls, model: nn.Module) -> InputForm | None:
-        """The form that a network's convolutions take, if these are of one kind."""
-        layers = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
-        axes = {len(layer.kernel_size) + 2 for layer in layers}
-        return cls(axes.pop(), layers[0].in_channels) if len(axes) == 1 else None
-
-    def is_one(self, x0: Tensor) -> bool:
-        """Whether a tensor is a single example."""
-        return x0.ndim == self.axes - 1 and self.channels in (None, len(x0))
-
 
 # names of an argument that is the time
 _TIMES = {"t", "time", "times", "timestep", "timesteps", "sigma", "sigmas"}

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.checks import check_modes
 from curvlinops_diffusion.diffusion.conditions import has_rows, leaves, mapped, named
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.first_call import first_prediction
@@ -122,8 +123,9 @@ def check_network(regression: NoisedRegression) -> None:
     """Check, once in each mode of its modules, that the network is a function of single examples.
 
     Raises:
-        ValueError: As :func:`check_trial`.
+        ValueError: As :func:`check_trial` and :func:`check_modes`.
     """
+    check_modes()
     modes = tuple(module.training for module in regression.objective.model.modules())
     if modes not in regression.tried:
         checked_trial(regression)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.checks import check_modes
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.diffusion.trial import Retrial, Trial, check_network
@@ -330,6 +331,7 @@ def _pulled_back(
 @contextmanager
 def _differentiated(regression: NoisedRegression, params: list[nn.Parameter]) -> Iterator[None]:
     """Have gradients in some parameters alone within the context."""
+    check_modes()
     with frozen(regression.objective.model), recomputation_named():
         for p in params:
             p.requires_grad_(True)

@@ -17,11 +17,11 @@ _SHORT_LABELS = (torch.uint8, torch.int8, torch.int16)
 def plain(value: Any, what: str) -> Any:
     """A value of the data as the network's passes take it, with the same numbers.
 
-    Tensors lose their graph and the marks of inference mode, arrays and lists of numbers become
-    tensors; mappings are walked through, other values are as they were.
+    Tensors lose their graph and the marks of inference mode, arrays become tensors; mappings are
+    walked through, other values are as they were (a list of numbers too: the network may want it).
 
     Args:
-        value: A tensor, array, list or mapping of these, or anything else.
+        value: A tensor, array or mapping of these, or anything else.
         what: Its name in messages.
 
     Raises:
@@ -34,13 +34,13 @@ def plain(value: Any, what: str) -> Any:
         return {key: plain(each, f"{what}[{key!r}]") for key, each in value.items()}
     if isinstance(value, np.ndarray):
         return _of_array(value, what)
-    if isinstance(value, list) and value and all(isinstance(z, Number) for z in value):
-        return _of_array(np.array(value), what)
     return value
 
 
 def plain_labels(value: Any) -> Any:
-    """Labels of few bits, as data sets store them, in what tables are looked up by."""
+    """Labels of few bits or in a list, as data sets hold them, in what tables are looked up by."""
+    if isinstance(value, list) and value and all(isinstance(z, Number) for z in value):
+        return torch.as_tensor(value)
     short = isinstance(value, Tensor) and value.dtype in _SHORT_LABELS
     return value.long() if short else value
 

@@ -1,10 +1,14 @@
 """Data is the same each time, single examples are told from batches, wrong items at the border."""
 
+from collections.abc import Sequence
+
 import datasets
 import numpy as np
 import pandas
 import pytest
 import torch
+from accelerate.data_loader import IterableDatasetShard
+from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch import nn
 from torch.utils.data import (
@@ -266,6 +270,35 @@ class Order(Sampler):
         return len(self.indices)
 
 
+class Shuffling(Sampler):
+    """Batches of two, in an order that a seed chooses, or of its own each time."""
+
+    shuffle = True
+
+    def __init__(self, count, seed=None):
+        self.count, self.seed = count, seed
+
+    def __iter__(self):
+        generator = torch.Generator()
+        generator.seed() if self.seed is None else generator.manual_seed(self.seed)
+        order = torch.randperm(self.count, generator=generator)
+        return iter([batch.tolist() for batch in order.split(2)])
+
+
+class ItemsInSequence(Items, Sequence):
+    """Both of torch and of Python."""
+
+
+class OfWorlds(Items):
+    """Attributes of users' data sets mean anything."""
+
+    world_size = num_processes = num_replicas = 4
+
+
+class StreamOfWorlds(Stream):
+    world_size = num_processes = num_replicas = 4
+
+
 def every_second(items):
     """What puts items together may leave some out."""
     return torch.stack(items[::2])
@@ -289,7 +322,6 @@ FORMS = {
     "list of dicts of one": lambda n: ([{"x0": x} for x in pictures(n)], range(n)),
     "data set": lambda n: (Items(n), range(n)),
     "data set that says less": lambda n: (Items(n + 2, length=n), range(n)),
-    "data set of batches": lambda n: (Items(n, lambda x: x[None]), range(n)),
     "subset": lambda n: (Subset(Items(n), [n - 1, 0]), [n - 1, 0]),
     "data sets in a row": lambda n: (ConcatDataset([Items(n)] * 2), [*range(n), *range(n)]),
     "data set of the library": lambda n: (of_library(n), range(n)),
@@ -316,10 +348,22 @@ FORMS = {
         DataLoader(Items(n), batch_sampler=[[0], [n - 1, 0, n - 1]]),
         [0, n - 1, 0, n - 1],
     ),
-    "loader that leaves out": lambda n: (
-        DataLoader(Items(n), 3, collate_fn=every_second),
-        [i for i in range(n) if i % 3 != 1],
+    "loader that puts items together": lambda n: (
+        DataLoader(Items(n), 3, collate_fn=torch.stack),
+        range(n),
     ),
+    "loader of one process": lambda n: (
+        # shuffled by a fixed seed
+        DataLoader(Items(n), 3, sampler=DistributedSampler(Items(n), 1, 0)),
+        list(DistributedSampler(range(n), 1, 0)),
+    ),
+    "loader with batches in a fixed order": lambda n: (
+        DataLoader(Items(n), batch_sampler=Shuffling(n, 0)),
+        [i for batch in Shuffling(n, 0) for i in batch],
+    ),
+    "data set that is a sequence": lambda n: (ItemsInSequence(n), range(n)),
+    "data set of many worlds": lambda n: (DataLoader(OfWorlds(n), 3), range(n)),
+    "stream of many worlds": lambda n: (StreamOfWorlds(n), range(n)),
     "loader without batches": lambda n: (DataLoader(Items(n), None), range(n)),
     "loader with a worker": lambda n: (
         DataLoader(Items(n), 1, num_workers=1, persistent_workers=True),
@@ -336,6 +380,11 @@ FORMS = {
     "object of images": lambda n: (Again(lambda: pictures(n)), range(n)),
     "object of dicts": lambda n: (Again(lambda: ({"x0": x} for x in pictures(n))), range(n)),
 }
+
+
+def streamed_by_library(count):
+    columns = {"x0": pictures(count).tolist()}
+    return datasets.Dataset.from_dict(columns).to_iterable_dataset()
 
 
 def counted(data):
@@ -416,6 +465,22 @@ REFUSED = {
         lambda: DataLoader(Items(7), 3, sampler=DistributedSampler(Items(7), 2, 0, shuffle=False)),
         "Each process gets a part .*of 2",
     ),
+    "a process' part of a stream": (
+        lambda: DataLoader(IterableDatasetShard(Stream(7), 3, num_processes=2), 3),
+        "Each process gets a part .*of 2",
+    ),
+    "a process' part of the library's": (
+        lambda: split_dataset_by_node(streamed_by_library(7), 0, 2),
+        "Each process gets a part .*of 2",
+    ),
+    "batches in another order each time": (
+        lambda: DataLoader(Items(64), batch_sampler=Shuffling(64)),
+        "Shuffling yields another order in each iteration",
+    ),
+    "loader that leaves out": (
+        lambda: DataLoader(Items(7), 3, collate_fn=every_second),
+        "5 examples came .* and 7 are known",
+    ),
     "length above": (lambda: Items(7, length=9), "An item of the data .* cannot be read"),
     "loader with a length above": (
         lambda: DataLoader(Items(7, length=9), 3),
@@ -470,23 +535,87 @@ def test_labels_in_every_form(form):
         assert torch.equal(a.condition["class_labels"], b.condition["class_labels"])
 
 
-def test_what_the_network_does_not_take_is_said():
-    """Of a list of sequences it cannot be told whether each is one, or a batch."""
+class Reshaping(nn.Module):
+    """A network whose layers see other axes than the data has."""
 
-    class Tokens(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(15, 15)
+    def __init__(self, layer, seen):
+        super().__init__()
+        self.layer, self.seen = layer, seen
 
-        def forward(self, x, t):
-            return self.layer(x.flatten(1)).reshape(x.shape)
+    def forward(self, x, t):
+        return self.layer(self.seen(x)).reshape(x.shape)
 
-    model = Tokens().double()
-    sequences = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0)).double()
+
+def random(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).double()
+
+
+# layer, how it sees the data, all examples, how they are passed
+RESHAPED = {
+    "images as sequences": (nn.Conv1d(3, 3, 1), lambda x: x.flatten(2), random(5, 3, 8, 8), "set"),
+    "videos as images": (
+        nn.Conv2d(2, 2, 1),
+        lambda x: x.transpose(1, 2).flatten(0, 1),
+        random(5, 2, 4, 3, 3),
+        "set",
+    ),
+    "tokens as images": (
+        nn.Conv2d(4, 4, 1),
+        lambda x: x.mT.unflatten(2, (4, 4)),
+        random(8, 16, 4),
+        "batches",
+    ),
+    "single sequences": (nn.Linear(15, 15), lambda x: x.flatten(1), random(5, 5, 3), "list"),
+    "batches of one": (nn.Conv2d(1, 1, 1), lambda x: x, random(4, 1, 3, 3), "batches of one"),
+    "images of one channel": (nn.Conv2d(1, 1, 1), lambda x: x, random(4, 1, 3, 3), "list"),
+    "running statistics": (
+        nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.Dropout(0.5)),
+        lambda x: x,
+        random(4, 2, 3, 3),
+        "list",
+    ),
+}
+PASSED = {
+    "set": lambda x0: Subset(x0, range(len(x0))),
+    "list": list,
+    "batches": lambda x0: x0.split(4),
+    "batches of one": lambda x0: x0.split(1),
+}
+
+
+@pytest.mark.parametrize("case", RESHAPED)
+def test_batches_are_told_from_single_examples_by_what_the_network_takes(case):
+    """Not by its layers, which may see other axes; items of a Dataset are never guessed at."""
+    layer, seen, x0, form = RESHAPED[case]
+    model = Reshaping(layer.double(), seen).train()
     objective = DenoisingObjective(model, noise_levels())
-    with pytest.raises(ValueError, match=r"'x0' of shape \(8, 3\).*torch.stack"):
-        DiffusionKFACLinearOperator(NoisedRegression(objective, list(sequences), 2))
-    DiffusionKFACLinearOperator(NoisedRegression(objective, sequences, 2))
+    state, random_state = (
+        {k: z.clone() for k, z in model.state_dict().items()},
+        torch.get_rng_state(),
+    )
+    found, plain = (NoisedRegression(objective, data, 2) for data in (PASSED[form](x0), x0))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(z, state[k]) for k, z in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert found.num_data == len(x0)
+    model.eval()
+    rows = [ExampleGradientLinearOperator(r).rows() for r in (found, plain)]
+    assert_close(*rows, 1e-12)
+
+
+def test_a_loss_mask_is_not_shown_to_the_network():
+    items = [{"x0": x, "mask": torch.ones(3, 3)} for x in random(4, 2, 3, 3)]
+    model = Reshaping(nn.Conv2d(2, 2, 1).double(), lambda x: x)
+    objective = DenoisingObjective(model, noise_levels())
+    assert NoisedRegression(objective, items, 2, loss_mask="mask").num_data == 4
+
+
+def test_what_the_network_does_not_take_is_said():
+    model = Reshaping(nn.Linear(15, 15).double(), lambda x: x.flatten(1))
+    sequences = random(4, 5, 3)
+    objective = DenoisingObjective(model, noise_levels())
+    with pytest.raises(ValueError, match=r"cannot be called with the data .* \[8, 4, 3\]"):
+        DiffusionKFACLinearOperator(NoisedRegression(objective, sequences[:, :4], 2))
     more = NoisedRegression(objective, {"x0": sequences, "extra": torch.ones(4, 2)}, 1)
-    with pytest.raises(ValueError, match=r"'extra' of shape \(4, 2\).*unexpected keyword"):
+    with pytest.raises(ValueError, match=r"unexpected keyword.*extra \[4, 2\]"):
         DiffusionKFACLinearOperator(more)

@@ -10,7 +10,9 @@ from torchvision import tv_tensors
 from curvlinops_diffusion import (
     DenoisingObjective,
     DiffusionEKFACLinearOperator,
+    DiffusionGGNLinearOperator,
     Encoded,
+    ExampleFunction,
     ExampleGradientLinearOperator,
     NoisedRegression,
     influence_scores,
@@ -277,6 +279,16 @@ def test_contexts_around(expected):
         torch.set_default_dtype(torch.float32)
     objective = DenoisingObjective(network(), noise_levels())
     regression = NoisedRegression(objective, of(), 2)
+    J, G = ExampleGradientLinearOperator(regression), DiffusionGGNLinearOperator(regression)
+    measured = J.measuring(ExampleFunction(lambda *_: None))  # of single examples
+    with torch.inference_mode():  # in which predictions may be looked at, but not differentiated
+        predicted = [objective.predict(batch) for batch in regression.batches()]
+        for differentiate in (J.rows, measured.rows, lambda: G @ torch.ones(G.shape[1]).double()):
+            with pytest.raises(ValueError, match=r"inference_mode.. is on"):
+                differentiate()
+    again = [objective.predict(batch) for batch in regression.batches()]
+    assert all(torch.equal(a, b) for a, b in zip(predicted, again, strict=True))
+    assert J.rows().isfinite().all()  # whatever was made in that mode is not kept
     for context, told in (
         (torch.inference_mode(), "inference_mode.. is on"),
         (torch.device("meta"), "torch's default device is 'meta'"),
@@ -289,3 +301,19 @@ def test_contexts_around(expected):
         ):
             with context, pytest.raises(ValueError, match=told):
                 make()
+
+
+def test_lists_of_numbers_are_left_to_the_network():
+    """Only labels are looked up, and so become a tensor."""
+    seen = []
+
+    class Sized(Labelled):
+        def forward(self, x, timestep, class_labels, sizes):
+            seen.append(sizes)
+            factor = torch.tensor([float(size) for size in sizes]).to(x).reshape(-1, 1, 1, 1)
+            return super().forward(x, timestep, class_labels, factor)
+
+    batch = of(labels=LABELS.tolist()) | {"sizes": [1, 2, 3]}
+    regression = NoisedRegression(DenoisingObjective(network(Sized), noise_levels()), [batch], 1)
+    assert ExampleGradientLinearOperator(regression).rows().isfinite().all()
+    assert all(isinstance(sizes, list) for sizes in seen)
