@@ -145,7 +145,7 @@ class LatentEncoder:
 
     def _made_of(self) -> list[Any]:
         """What the result depends on besides the data."""
-        functions = [str(name) for name in self._functions]
+        functions = [name.first for name in self._functions]
         own = [self._transform(), self._settings]
         return [self._fingerprints(), self._sample, *functions, *own]
 
@@ -237,9 +237,11 @@ class LatentEncoder:
 
     def _fingerprints(self) -> list[dict[str, str]]:
         """The encoders' fingerprints, computed until one of them is changed."""
-        now = [touched(module) for module in self._modules]
+        enclosed = [module for name in self._functions for module in name.networks]
+        modules = list(dict.fromkeys([*self._modules, *enclosed]))
+        now = [touched(module) for module in modules]
         if self._known is None or self._known[0] != now:
-            self._known = now, [fingerprint(module) for module in self._modules]
+            self._known = now, [fingerprint(module) for module in modules]
         return self._known[1]
 
     def _digest(self, x0: Tensor, condition: dict[str, Any]) -> str:

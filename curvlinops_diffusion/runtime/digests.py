@@ -122,18 +122,19 @@ class Named:
         value: The function, or an object that is called.
 
     Attributes:
+        first: Its name without their weights.
         networks: The networks within.
     """
 
     def __init__(self, value: Any):
         self.networks: list[nn.Module] = []
         name = getattr(value, "__qualname__", type(value).__qualname__)
-        self._first = f"{name}:{_digest(_parts((value,), set(), self.networks))}"
+        self.first = f"{name}:{_digest(_parts((value,), set(), self.networks))}"
 
     def __str__(self) -> str:
         """The name, :func:`name_of` if there is no network within."""
         weights = [digest_of(*self.networks)] if self.networks else []
-        return ":".join([self._first, *weights])
+        return ":".join([self.first, *weights])
 
 
 def digest_of(*values: Any) -> str:

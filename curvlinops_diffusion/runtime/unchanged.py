@@ -29,30 +29,36 @@ def marks(tensors: Mapping[str, Tensor]) -> list[Any]:
     sums: dict[torch.device, list[Tensor]] = {}
     for z in tensors.values():
         sums.setdefault(z.device, []).append(_sums(z))
-    forms = [(name, z.dtype, tuple(z.shape), z.device.type) for name, z in tensors.items()]
+    forms = [(name, z.dtype, tuple(z.shape)) for name, z in tensors.items()]
     # one wait for each device
     return [*forms, *(torch.stack(own).tolist() for own in sums.values())]
 
 
 def touched(module: nn.Module) -> list[Any]:
-    """Plain values that differ if a network may have changed, without reading its tensors.
+    """List what differs if a network may have changed, without reading its tensors.
 
-    Their places in memory and how often they were changed in place; and modules' plain attributes.
+    Their places in memory and how often they were changed in place; and modules' kinds, plain
+    attributes and configs.
     """
-    return [_marks_of(vars(part)) for part in module.modules()]
+    return [(type(part), _marks_of(vars(part))) for part in module.modules()]
 
 
 def _marks_of(entries: Mapping[str, Any]) -> list[Any]:
     found: list[Any] = []
     for name, z in entries.items():
-        if isinstance(z, Tensor):
-            found.append((name, z.data_ptr(), z.dtype, None if z.is_inference() else z._version))
+        if z is None or name == "_modules":
+            continue
+        if isinstance(z, dict):
+            if z:  # most of a module's are not
+                found.append((name, _marks_of(z)))
         elif isinstance(z, _PLAIN):
             found.append((name, z))
-        elif z and name != "_modules" and isinstance(z, Mapping):
-            found.append((name, _marks_of(z)))
+        elif isinstance(z, Tensor):
+            found.append((name, z.data_ptr(), z.dtype, None if z.is_inference() else z._version))
         elif isinstance(z, list | tuple) and all(isinstance(entry, _PLAIN) for entry in z):
             found.append((name, list(z)))
+        elif name == "config":
+            found.append((name, _marks_of(getattr(z, "__dict__", {}))))
     return found
 
 

@@ -200,7 +200,7 @@ def test_checkpoints_of_functions_that_count(tmp_path):
     assert regression.description == before
 
 
-@pytest.mark.parametrize("how", ["moved", "activation", "module", "enclosed"])
+@pytest.mark.parametrize("how", ["moved", "activation", "kind", "module", "enclosed"])
 def test_encoders_are_looked_at_again_if_touched(tmp_path, monkeypatch, how):
     """A move reads no weights anew; other settings and modules, and what `embed` encloses, do."""
     network = nn.Sequential(nn.Linear(3, 3), nn.LeakyReLU(0.1))
@@ -220,9 +220,11 @@ def test_encoders_are_looked_at_again_if_touched(tmp_path, monkeypatch, how):
         network[0].weight.data = (1 if how == "moved" else 2) * network[0].weight.data
     elif how == "activation":
         network[1].negative_slope = 0.5
+    elif how == "kind":
+        network[1] = nn.SiLU()
     else:
         network[0] = nn.Linear(3, 3)
-    expected = {"moved": [], "activation": [1]}.get(how, ["read", 1])
+    expected = {"moved": [], "activation": [1], "kind": [1]}.get(how, ["read", 1])
     found = encoder(X0, {}).condition["embeds"]
     assert counted == expected
     assert torch.equal(found, network(X0[:, :, 0, 0]))
