@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from curvlinops_diffusion.diffusion.conditions import leaves, mapped, named
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.latents import Encoded
-from curvlinops_diffusion.runtime.digests import name_of
+from curvlinops_diffusion.runtime.digests import Named
 from curvlinops_diffusion.runtime.transfers import sent
 
 #: Maps clean examples ``[B, ...]``, before any autoencoder, to their augmented version.
@@ -68,11 +69,15 @@ class Augmentations:
             )
         return cls(_functions(chosen), None if conditions is None else frozenset(conditions))
 
+    @cached_property
+    def _names(self) -> list[Named]:
+        return [Named(function) for function in self.functions]
+
     @property
     def description(self) -> dict[str, Any]:
         """Describe them, as plain values."""
         moved = {"augmented_conditions": sorted(self.conditions)} if self.conditions else {}
-        return {"augmentations": [name_of(f) for f in self.functions], **moved}
+        return {"augmentations": [str(name) for name in self._names], **moved}
 
     def versions(self, clean: CleanBatch) -> list[CleanBatch]:
         """Every version of some examples, with what is transformed beside them: the mask, always.
@@ -84,6 +89,7 @@ class Augmentations:
         if self.functions == (unchanged,):
             return [clean]
         self._check(clean)
+        _ = self._names  # before they are called
         moved = self.conditions or frozenset()
 
         def version(augment: Augmentation) -> CleanBatch:

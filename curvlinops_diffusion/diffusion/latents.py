@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from os import PathLike
 from pathlib import Path
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.diffusion.conditions import leaves, nested
-from curvlinops_diffusion.runtime.digests import digest_of, fingerprint, raw_bytes
+from curvlinops_diffusion.runtime.digests import Named, digest_of, fingerprint, raw_bytes
 from curvlinops_diffusion.runtime.files import FileKind, make_folder
-from curvlinops_diffusion.runtime.settings import settings_of
+from curvlinops_diffusion.runtime.unchanged import touched
 
 LATENTS = FileKind("condition", "the latents' cache", "Delete it; it will be written again.")
 
@@ -89,8 +90,9 @@ class LatentEncoder:
         pack: Maps latents to the form that the network takes.
         cache: A folder for what is computed: one file for each batch, named by a digest of the
             batch, the encoders' weights and settings, and the code and enclosed values of ``embed``
-            and ``pack``. So a second pass, and a second program, encode nothing.
-        encoders: The modules that ``embed`` runs, for the digest.
+            and ``pack``, as these are at the first batch. So a second pass, and a second program,
+            encode nothing.
+        encoders: The modules that ``embed`` runs, for the digest; those that it encloses are found.
         settings: What else ``embed`` depends on (a tokenizer's length, say), as plain values.
 
     Raises:
@@ -138,9 +140,13 @@ class LatentEncoder:
 
     def _made_of(self) -> list[Any]:
         """What the result depends on besides the data."""
-        functions = [digest_of(function) for function in (self._embed, self._pack)]
+        functions = [name.first for name in self._functions]
         own = [self._transform(), self._settings]
         return [self._fingerprints(), self._sample, *functions, *own]
+
+    @cached_property
+    def _functions(self) -> list[Named]:
+        return [Named(function) for function in (self._embed, self._pack)]
 
     @torch.no_grad()
     def __call__(self, x0: Tensor, condition: dict[str, Any]) -> Encoded:
@@ -150,6 +156,7 @@ class LatentEncoder:
             ValueError: If the cache cannot be written to, or a file in it is damaged.
         """
         if self._cache is None:
+            _ = self._functions  # before they are called
             return self._encode(x0, condition)
         path = self._cache / f"{self._digest(x0, condition)}.safetensors"
         if path.exists():
@@ -225,18 +232,11 @@ class LatentEncoder:
 
     def _fingerprints(self) -> list[dict[str, str]]:
         """The encoders' fingerprints, computed until one of them is changed."""
-        entries = [z for module in self._modules for z in module.state_dict().values()]
-        tensors = [z for z in entries if isinstance(z, Tensor)]
-        versions = [None if z.is_inference() else z._version for z in tensors]
-        now = (
-            [
-                (z.data_ptr(), z.dtype, version)
-                for z, version in zip(tensors, versions, strict=True)
-            ],
-            [settings_of(module) for module in self._modules],
-        )
+        enclosed = [module for name in self._functions for module in name.networks]
+        modules = list(dict.fromkeys([*self._modules, *enclosed]))
+        now = [touched(module) for module in modules]
         if self._known is None or self._known[0] != now:
-            self._known = now, [fingerprint(module) for module in self._modules]
+            self._known = now, [fingerprint(module) for module in modules]
         return self._known[1]
 
     def _digest(self, x0: Tensor, condition: dict[str, Any]) -> str:

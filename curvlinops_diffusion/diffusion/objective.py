@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
+from functools import cached_property
 from os import PathLike
 from typing import Any
 
@@ -29,7 +30,7 @@ from curvlinops_diffusion.diffusion.signature import Signature
 from curvlinops_diffusion.diffusion.stable_diffusion import with_text_encoders
 from curvlinops_diffusion.diffusion.weightings import Weighting, weight_table
 from curvlinops_diffusion.runtime.checks import check_non_negative, check_option
-from curvlinops_diffusion.runtime.digests import digest_of, name_of
+from curvlinops_diffusion.runtime.digests import Named, digest_of
 from curvlinops_diffusion.runtime.modes import (
     derivative_gradients,
     eager,
@@ -224,7 +225,7 @@ class DenoisingObjective:
         ``process``, ``weighting``, ``encoder``, ``null_condition`` and ``model_kwargs`` are
         digests.
         """
-        process, encoder = self.process, self._encode
+        process = self.process
         arguments = self.training_arguments
         return {
             "prediction_type": getattr(process.prediction_type, "value", process.prediction_type),
@@ -233,11 +234,15 @@ class DenoisingObjective:
             "process": digest_of(process.alphas_T, process.sigmas_T, process.timesteps_T),
             "weighting": digest_of(self.weights_T),
             "autocast": str(self.autocast),
-            "encoder": getattr(encoder, "description", None) or name_of(encoder),
+            "encoder": getattr(self._encode, "description", None) or str(self._encoder_name),
             "null_condition": digest_of(self.null_condition),
             "model_kwargs": digest_of(self._model_kwargs),
             **({"training_arguments": arguments} if arguments else {}),
         }
+
+    @cached_property
+    def _encoder_name(self) -> Named:
+        return Named(self._encode)
 
     @property
     def _parameter(self) -> Tensor:
@@ -279,6 +284,8 @@ class DenoisingObjective:
         if self._encode is None:
             encoded = Encoded(clean.x0, None, clean.condition)
         else:
+            if not isinstance(self._encode, LatentEncoder):
+                _ = self._encoder_name  # before it is called
             encoded = self._encode(clean.x0, clean.condition)
             check_encoded(encoded)
 

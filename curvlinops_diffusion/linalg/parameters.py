@@ -148,7 +148,7 @@ def _own_names(own: Collection[str], names: Sequence[str]) -> dict[str, str]:
     """The model's names of parameters that may be called as a wrapper does.
 
     Wrappers' parts of names make no difference, if no two parameters differ by them alone. All
-    names may also be those within one module of the model, the one that it wraps.
+    names may also be those within a module that the model wraps.
 
     Raises:
         ValueError: If a name is none of the model's, or may be that of several parameters.
@@ -159,9 +159,7 @@ def _own_names(own: Collection[str], names: Sequence[str]) -> dict[str, str]:
     for name in own:
         by_bare.setdefault(_bare(name), []).append(name)
     bare = {name: _bare(name) for name in names}
-    first = next(bare[name] for name in names if name not in own)
-    prefixes = [o.removesuffix(first) for o in by_bare if f".{o}".endswith(f".{first}")]
-    fitting = [p for p in prefixes if all(p + b in by_bare for b in bare.values())]
+    fitting = [p for p in _wrapped(by_bare) if all(p + b in by_bare for b in bare.values())]
     if "" in fitting:
         fitting = [""]
     if not fitting:
@@ -172,9 +170,10 @@ def _own_names(own: Collection[str], names: Sequence[str]) -> dict[str, str]:
                 "and unloaded (unload_lora_weights, merge_and_unload), or belongs to another model "
                 "(a text encoder, say). Load it into this model, without merging it."
             )
+        alike = [name for name in own if name.endswith(f".{known}")] or [next(iter(own))]
         raise ValueError(
             f"params names '{known}', which the model does not have. Its parameters are called "
-            f"like '{next(iter(own))}'; see model.named_parameters()."
+            f"like {alike[:4]}; see model.named_parameters()."
         )
     found = {name: [o for p in fitting for o in by_bare[p + b]] for name, b in bare.items()}
     for name, several in found.items():
@@ -189,3 +188,12 @@ def _own_names(own: Collection[str], names: Sequence[str]) -> dict[str, str]:
 def _bare(name: str) -> str:
     """A parameter's name without the parts that wrappers put into it."""
     return _WRAPPERS.sub("", name)
+
+
+def _wrapped(names: Collection[str]) -> list[str]:
+    """List the prefixes of modules that hold all parameters but those of what wraps them."""
+    prefixes, inner = [""], list(names)
+    while len(heads := {name.partition(".")[0] for name in inner if "." in name}) == 1:
+        inner = [name.partition(".")[2] for name in inner if "." in name]
+        prefixes.append(f"{prefixes[-1]}{heads.pop()}.")
+    return prefixes

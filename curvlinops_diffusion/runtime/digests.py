@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
 from functools import partial
 from hashlib import sha256
@@ -113,25 +113,58 @@ def name_of(value: Any) -> str:
     return f"{name}:{digest_of(value)}"
 
 
+class Named:
+    """Name a function as it was at first, however it counts its calls or keeps what it has seen.
+
+    Weights do not change by being used: those of networks within are looked at each time.
+
+    Args:
+        value: The function, or an object that is called.
+
+    Attributes:
+        first: Its name without their weights.
+        networks: The networks within.
+    """
+
+    def __init__(self, value: Any):
+        self.networks: list[nn.Module] = []
+        name = getattr(value, "__qualname__", type(value).__qualname__)
+        self.first = f"{name}:{_digest(_parts((value,), set(), self.networks))}"
+
+    def __str__(self) -> str:
+        """The name, :func:`name_of` if there is no network within."""
+        weights = [digest_of(*self.networks)] if self.networks else []
+        return ":".join([self.first, *weights])
+
+
 def digest_of(*values: Any) -> str:
     """A short digest of values: tensors, models, functions, dataclasses, and plain ones."""
+    return _digest(_parts(values, set()))
+
+
+def _digest(parts: Iterable[bytes | memoryview]) -> str:
     digest = sha256()
-    for part in _parts(values, set()):
+    for part in parts:
         # with its length, so that parts do not run into each other
         digest.update(f"{len(part)};".encode())
         digest.update(part)
     return digest.hexdigest()[:16]
 
 
-def _parts(value: Any, seen: set[int]) -> Iterator[bytes | memoryview]:
+def _parts(
+    value: Any, seen: set[int], networks: list[nn.Module] | None = None
+) -> Iterator[bytes | memoryview]:
     """The bytes that a value is known by.
 
     Args:
         value: The value.
         seen: Identities of the functions on the way to it, which may enclose themselves.
+        networks: Where networks are put, whose bytes are left out then.
     """
     if isinstance(value, Tensor | np.ndarray):
         yield from tensor_parts(torch.as_tensor(value))
+    elif isinstance(value, nn.Module) and networks is not None:
+        networks.append(value)
     elif isinstance(value, nn.Module):
         yield repr(fingerprint(value)).encode()
     elif value is None or isinstance(value, str | bytes | int | float | complex | torch.dtype):
@@ -140,7 +173,7 @@ def _parts(value: Any, seen: set[int]) -> Iterator[bytes | memoryview]:
         yield getattr(value, "__qualname__", type(value).__qualname__).encode()
         if id(value) not in seen:
             for inner in _inside(value):
-                yield from _parts(inner, seen | {id(value)})
+                yield from _parts(inner, seen | {id(value)}, networks)
 
 
 def _inside(value: Any) -> list[Any]:

@@ -5,9 +5,11 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from torch import nn
 
-from curvlinops_diffusion import DenoisingObjective, LatentEncoder
-from tests.cases import images
+from curvlinops_diffusion import DenoisingObjective, Encoded, LatentEncoder, NoisedRegression
+from curvlinops_diffusion.runtime import digests
+from tests.cases import images, noise_levels
 from tests.diffusion.test_pipelines import flux, pixart, stable_diffusion, vae
 
 X0 = images(2, channels=3, dtype=torch.float32)
@@ -149,3 +151,80 @@ def test_the_denoiser_is_no_part_of_it(tmp_path, make):
         objective = DenoisingObjective.from_pipeline(pipeline, latent_cache=tmp_path / "cache")
         objective._encode(X0, {"prompt": ["a", "b"]})
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+class Counting(Scaled):
+    """Counts its calls, too."""
+
+    calls = 0
+
+    def __call__(self, x0, condition):
+        self.calls += 1
+        return super().__call__(x0, condition)
+
+
+def test_an_embedding_that_counts_its_calls(tmp_path):
+    embed = Counting(2.0)
+    encoder = LatentEncoder(embed=embed, cache=tmp_path)
+    before = encoder.description
+    for _ in range(3):
+        assert torch.equal(encoder(X0, {}).condition["embeds"], 2 * X0.flatten(1))
+    assert LatentEncoder(embed=Counting(2.0), cache=tmp_path).description == before
+    assert encoder.description == before
+    assert embed.calls == 1
+
+
+def test_checkpoints_of_functions_that_count(tmp_path):
+    """Of an ``encode`` and an augmentation: what is looked at after calls is as before them."""
+    calls = []
+
+    class Encode(Counting):
+        def __call__(self, x0, condition):
+            return Encoded(x0, None, super().__call__(x0, condition) and {})
+
+    def mirrored(x0):
+        calls.append(1)
+        return x0.flip(-1)
+
+    def described():
+        model = nn.Conv2d(3, 3, 1)
+        model.forward = lambda x, t: nn.Conv2d.forward(model, x)
+        objective = DenoisingObjective(model, noise_levels(), encode=Encode(1.0))
+        return NoisedRegression(objective, X0, 1, augment=[mirrored])
+
+    regression = described()
+    before = regression.description
+    for clean in regression.clean_batches():
+        list(regression.noised_batches(clean))
+    assert calls
+    assert regression.description == before
+
+
+@pytest.mark.parametrize("how", ["moved", "activation", "kind", "module", "enclosed"])
+def test_encoders_are_looked_at_again_if_touched(tmp_path, monkeypatch, how):
+    """A move reads no weights anew; other settings and modules, and what `embed` encloses, do."""
+    network = nn.Sequential(nn.Linear(3, 3), nn.LeakyReLU(0.1))
+    counted = []
+
+    def embed(x0, condition):
+        counted.append(1)
+        return {"embeds": network(x0[:, :, 0, 0])}
+
+    digests_of = digests._digests
+    monkeypatch.setattr(digests, "_digests", lambda z: counted.append("read") or digests_of(z))
+    encoders = [] if how == "enclosed" else [network]
+    encoder = LatentEncoder(embed=embed, encoders=encoders, cache=tmp_path)
+    encoder(X0, {})
+    del counted[:]
+    if how in ("moved", "enclosed"):
+        network[0].weight.data = (1 if how == "moved" else 2) * network[0].weight.data
+    elif how == "activation":
+        network[1].negative_slope = 0.5
+    elif how == "kind":
+        network[1] = nn.SiLU()
+    else:
+        network[0] = nn.Linear(3, 3)
+    expected = {"moved": [], "activation": [1], "kind": [1]}.get(how, ["read", 1])
+    found = encoder(X0, {}).condition["embeds"]
+    assert counted == expected
+    assert torch.equal(found, network(X0[:, :, 0, 0]))

@@ -136,8 +136,8 @@ class Two(nn.Module):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        (["weight"], r"'weight', which may be any of \['a.weight', 'b.weight'\]"),
-        (["weight", "bias"], r"'weight', which may be any of"),
+        (["weight"], r"'weight', which the model does not have.* \['a.weight', 'b.weight'\]"),
+        (["weight", "bias"], r"'weight', which the model does not have"),
         (["a.weight", "weight"], "names 'weight', which the model does not have"),
         (["other.a.weight"], "names 'other.a.weight', which the model does not have"),
         (["eight"], "names 'eight', which the model does not have"),
@@ -149,6 +149,24 @@ class Two(nn.Module):
 def test_names_that_are_not_clear(params, message):
     with pytest.raises(ValueError, match=message):
         select_parameters(Two(), params)
+
+
+@pytest.mark.parametrize("name", ["0.weight", "weight", "enc.weight", "weigh"])
+def test_the_end_of_a_name(name):
+    """Only what holds all other parameters is wrapped: one part of several is none."""
+    part = nn.Sequential(nn.Conv2d(1, 1, 1))
+    whole = nn.ModuleDict({"enc": part, "out": nn.GroupNorm(1, 1, affine=False)})
+    assert list(select_parameters(whole, ["0.weight"])) == ["enc.0.weight"]
+    whole["out"] = nn.ConvTranspose2d(1, 1, 1)
+    with pytest.raises(ValueError, match=f"'{name}', which the model does not have"):
+        select_parameters(whole, [name])
+
+
+def test_names_within_several_wrappers():
+    inner = nn.Module()
+    inner.weight, inner.a = nn.Parameter(torch.ones(1)), nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"may be any of \['b.weight', 'b.a.weight'\]"):
+        select_parameters(nn.ModuleDict({"b": inner}), ["weight"])
 
 
 def test_a_mapping_of_another_parameter():

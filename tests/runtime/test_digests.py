@@ -17,7 +17,7 @@ from curvlinops_diffusion import DiffusionKFACLinearOperator, PassOptions
 from curvlinops_diffusion.influence.measurements.bounds import ELBO, SimplifiedELBO
 from curvlinops_diffusion.influence.measurements.losses import WeightedLoss, loss
 from curvlinops_diffusion.runtime import digests
-from curvlinops_diffusion.runtime.digests import digest_of, fingerprint, name_of
+from curvlinops_diffusion.runtime.digests import Named, digest_of, fingerprint, name_of
 from tests.cases import unet_regression
 
 
@@ -184,3 +184,58 @@ def test_weights_are_read_beside_other_work(monkeypatch, tmp_path, checkpointed)
     assert threads == ["beside_0"]
     assert K.info["fingerprint"] == fingerprint(regression.objective.model)
     assert len(threads) == 1
+
+
+def test_a_network_that_is_moved(monkeypatch):
+    """Offloaded and brought back, in other memory: the same values are not read again."""
+    read = count_readings(monkeypatch)
+    network = nn.Linear(3, 5)
+    one = fingerprint(network)
+    network.weight.data = network.weight.data.clone()
+    network.bias = nn.Parameter(network.bias.detach().clone())
+    assert fingerprint(network) == one
+    assert len(read) == 1
+
+
+def counting():
+    calls, seen = 0, []
+
+    def measured(batch):
+        nonlocal calls
+        calls += 1
+        seen.append(batch)
+
+    return measured
+
+
+class Counting:
+    def __init__(self):
+        self.calls, self.table = 0, None
+
+    def __call__(self, batch):
+        self.calls += 1
+        self.table = torch.ones(self.calls)
+
+
+@pytest.mark.parametrize("make", [counting, Counting])
+def test_names_of_functions_that_remember(make):
+    function = make()
+    name = Named(function)
+    assert str(name) == name_of(function)
+    before = str(name)
+    function(0)
+    assert str(name) == before == str(Named(make()))
+    assert name_of(function) != before
+
+
+def test_names_follow_the_networks_within():
+    """In place, as by another of the same weights; whatever it is that holds them."""
+    network = nn.Linear(2, 2)
+    holders = [Callable(network), partial(scaled, network), scaled(network), network.forward]
+    names = [Named(holder) for holder in holders]
+    before = [str(name) for name in names]
+    assert before == [str(Named(holder)) for holder in holders]
+    network.weight.data.mul_(2)
+    after = [str(name) for name in names]
+    assert not set(before) & set(after)
+    assert after == [str(Named(holder)) for holder in holders]

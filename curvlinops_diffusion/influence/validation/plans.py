@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
@@ -205,23 +206,25 @@ class RetrainingPlan:
         # in any case of letters: some file systems take these for one name
         if method.lower() in (Removal.CONTROL, Removal.NOTHING):
             raise ValueError(f"method={method!r} is what controls are called. Pass another name.")
-        whole = all(isinstance(k, int) and 0 < k < N for k in sizes)
-        if not sizes or not whole or len(set(sizes)) < len(sizes):
+        # NumPy's integers become plain ones, which a plan's file can hold
+        whole = [int(k) for k in sizes if isinstance(k, Integral) and not isinstance(k, bool)]
+        allowed = [k for k in dict.fromkeys(whole) if 0 < k < N]
+        if not allowed or len(allowed) < len(sizes):
             raise ValueError(
                 f"sizes={list(sizes)} arrived. Pass whole numbers from 1 to {N - 1}, each once."
             )
         order_QN = scores.argsort(1, descending=True)
         parts, rows = [Removal.NOTHING], [torch.zeros(N, dtype=torch.bool)]
-        generator = torch.Generator().manual_seed(seed)
-        for k in sizes:
+        generator = torch.Generator().manual_seed(int(seed))
+        for k in allowed:
             for control in range(num_controls):
                 parts.append(Removal(Removal.CONTROL, control, k).part)
                 rows.append(_marked(torch.randperm(N, generator=generator)[:k], N))
             for q in range(Q):
                 parts.append(Removal(method, q, k).part)
                 rows.append(_marked(order_QN[q, :k].cpu(), N))
-        info = {"method": method, "sizes": list(sizes), "queries": Q, "controls": num_controls}
-        return cls(torch.stack(rows), tuple(parts), "removals", info | {"seed": seed})
+        info = {"method": method, "sizes": allowed, "queries": Q, "controls": int(num_controls)}
+        return cls(torch.stack(rows), tuple(parts), "removals", info | {"seed": int(seed)})
 
     def save(self, folder: str | PathLike[str], names: Sequence[str] | None = None) -> None:
         """Write the plan, and for each part a text file ``PART.txt`` with what is trained on.

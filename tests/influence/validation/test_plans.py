@@ -1,5 +1,6 @@
 """Plans: what they leave out, and their files."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,3 +121,25 @@ def test_scores_without_a_place_in_an_order(value):
         RetrainingPlan.removals(scores, [2])
     with pytest.raises(ValueError, match=r"Pass \[queries, examples\]"):
         RetrainingPlan.removals(scores[0], [2])
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8])
+def test_numbers_of_numpy(tmp_path, kind):
+    """Plans of NumPy's integers are those of plain ones, in memory and in a file."""
+    scores = torch.eye(2, 4)
+    one = RetrainingPlan.removals(scores, [1, 3], num_controls=2, seed=5)
+    sizes, count = np.array([1, 3], dtype=kind), kind(2)
+    other = RetrainingPlan.removals(scores, sizes, num_controls=count, seed=kind(5))
+    other.save(tmp_path)
+    for found in (other, RetrainingPlan.open(tmp_path)):
+        assert torch.equal(found.left_out, one.left_out)
+        assert (found.parts, found.info | {"names": None}) == (
+            one.parts,
+            one.info | {"names": None},
+        )
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [4], [1, 1], [1, np.int64(1)], [True], [2.0], ["1"]])
+def test_sizes_that_are_none(sizes):
+    with pytest.raises(ValueError, match=r"Pass whole numbers from 1 to 3, each once"):
+        RetrainingPlan.removals(torch.eye(2, 4), sizes)
