@@ -39,7 +39,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
         (vars(module), key, value)
         for module in modules
         for key in vars(module).keys() - _OF_ANY_MODULE
-        if isinstance(value := vars(module)[key], Tensor) and value.requires_grad
+        if isinstance(value := vars(module)[key], Tensor)
+        and value.requires_grad
         # but for second names of parameters, and views of them
         and id(value if value._base is None else value._base) not in params
     ]
