@@ -161,7 +161,7 @@ class PredictionGradients(ValueGradients):
             v_BD = self._averaged_gradient(batch, prediction_BD)
             own = _pulled_back(prediction_BD, params, v_BD)
         gradients = dict(zip(self.params, own, strict=True))
-        check_effect(self.regression, self.params, lambda: zeros_of(objective, gradients))
+        check_effect(self.regression, self.params, lambda: zeros_of(gradients))
         return {
             name: torch.zeros_like(self.params[name]) if gradient is None else gradient
             for name, gradient in gradients.items()
@@ -293,7 +293,7 @@ class FunctionGradients(ValueGradients):
 
     def rows(self, clean: CleanBatch) -> Tensor:
         """The gradients, shape ``[B, P]``."""
-        check_adapters(self.regression.objective.model, self.params)
+        check_adapters(self.regression, self.params)
         params = list(self.params.values())
         with _differentiated(self.regression, params), twice_differentiable():
             return torch.stack(

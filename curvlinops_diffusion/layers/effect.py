@@ -18,7 +18,7 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.diffusion.trial import Trial
 from curvlinops_diffusion.layers.true_gradients import Value, loss_value, true_gradients
 from curvlinops_diffusion.runtime.adapters import adapter_states, without_part
-from curvlinops_diffusion.runtime.sharded_networks import gathered, is_sharded
+from curvlinops_diffusion.runtime.sharded_networks import nonzero
 
 # names of parameters in a message
 _SHOWN = 4
@@ -48,7 +48,7 @@ def check_effect(
     if state in regression.effects:
         return
     names = [name for name, p in params.items() if p.numel() > 0]
-    check_adapters(model, names)
+    check_adapters(regression, names)
     if found is None:
         batch = Trial.of(regression).few
         suspects = zero_gradients(regression.objective, names, batch, loss_value(batch))
@@ -66,40 +66,40 @@ def check_effect(
         why = _each_once(without_part(model, some))
         warn(
             f"{len(some)} of {len(names)} parameters ({entries:,} of {total:,} entries) have no "
-            f"effect on the prediction of the first examples{why and f' ({why})'}. Their curvature "
-            f"and gradients are zero there. They are {_listed(some)}.",
+            f"effect on the prediction of the first examples{why and f' ({why})'}, on which their "
+            "curvature and gradients are zero; other examples may use them. They are "
+            f"{_listed(some)}.",
             stacklevel=4,
         )
     regression.effects.add(state)
 
 
-def check_adapters(model: nn.Module, names: Collection[str]) -> None:
-    """Check that not all of some parameters are of adapters that take no part.
+def check_adapters(regression: NoisedRegression, names: Collection[str]) -> None:
+    """Check, once for each state of adapters, that some parameter is of none or takes part.
 
     Raises:
-        ValueError: If they are, with what to call.
+        ValueError: If all are of adapters that take no part, with what to call.
     """
+    model = regression.objective.model
+    state = ("adapters", *names, *adapter_states(model))
+    if state in regression.effects:
+        return
     reasons = without_part(model, names)
     if names and len(reasons) == len(names):
         raise ValueError(_without_effect(names, reasons))
+    regression.effects.add(state)
 
 
 def zero_gradients(
     objective: DenoisingObjective, names: Collection[str], batch: NoisedBatch, value: Value
 ) -> list[str]:
     """The parameters in which the gradient of a value is zero."""
-    return zeros_of(objective, true_gradients(objective, list(names), batch, value))
+    return zeros_of(true_gradients(objective, list(names), batch, value))
 
 
-def zeros_of(objective: DenoisingObjective, gradients: Mapping[str, Tensor | None]) -> list[str]:
-    """The names of gradients that are zero; they are looked at together, and waited for once."""
-    own = {name: g for name, g in gradients.items() if g is not None}
-    if is_sharded(objective.model):
-        found = [gathered(g.norm()) for g in own.values()]
-    else:
-        found = [g.any() for g in own.values()]
-    nonzero = torch.stack(found).tolist() if found else []
-    have = {name for name, some in zip(own, nonzero, strict=True) if some}
+def zeros_of(gradients: Mapping[str, Tensor | None]) -> list[str]:
+    """The names of gradients that are zero; they are looked at together."""
+    have = nonzero({name: g for name, g in gradients.items() if g is not None})
     return [name for name in gradients if name not in have]
 
 

@@ -15,24 +15,34 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.layers.layer import Layer
+from curvlinops_diffusion.runtime.modules import modules_of
 from curvlinops_diffusion.runtime.precision import without_autocast
 from curvlinops_diffusion.runtime.processes import answered
+
+# what every module has beside its own attributes
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Exclude all parameters from automatic differentiation within the context.
 
-    So are tensors with gradients that modules hold as plain attributes. Nor do hooks run that users
-    gave parameters (to mask or clip gradients in training, say): what they return is no derivative.
+    So are other tensors with gradients that modules hold as plain attributes. Nor do hooks run that
+    users gave parameters (to mask or clip gradients in training, say): what they return is no
+    derivative.
     """
-    before = [(p, p.requires_grad) for p in model.parameters()]
+    modules = modules_of(model)
+    params = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
+    before = [(p, p.requires_grad) for p in params.values()]
     hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p, _ in before if p._backward_hooks]
     others = [
         (vars(module), key, value)
-        for module in model.modules()
-        for key, value in vars(module).items()
-        if isinstance(value, torch.Tensor) and value.requires_grad
+        for module in modules
+        for key in vars(module).keys() - _OF_ANY_MODULE
+        if isinstance(value := vars(module)[key], Tensor)
+        and value.requires_grad
+        # but for second names of parameters, and views of them
+        and id(value if value._base is None else value._base) not in params
     ]
     try:
         for p, _ in before:

@@ -156,7 +156,7 @@ def _unobservable(
         found = _Vanishing()
         reasons = _seen_otherwise(objective, layers, batch, true, found)
         if vanishing is not None:
-            vanishing.zero, vanishing.rounding = zeros_of(objective, true), found.rounding
+            vanishing.zero, vanishing.rounding = zeros_of(true), found.rounding
         return reasons
 
     return settled(check, objective.device)

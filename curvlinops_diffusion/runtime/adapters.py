@@ -13,12 +13,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from curvlinops_diffusion.runtime.modules import modules_of
+from curvlinops_diffusion.runtime.sharded_networks import nonzero
+
 # a part of an adapted layer, as PEFT calls it, followed by the adapter's name
 _ADAPTER = re.compile(
     r"(?<=\.)(?P<part>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|lora_bias|"
     r"hada_\w+|lokr_\w+|ia3_l|oft_\w+|vera_lambda_\w+|modules_to_save)\.(?P<adapter>[^.]+)(?=\.|$)"
 )
 _COMMON = "default"
+# what a factor is multiplied by, which is zero before training
+_OTHER_FACTOR = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
 
 
 def adapter_of(name: str) -> str | None:
@@ -59,8 +64,7 @@ def adapter_states(model: nn.Module) -> tuple[Any, ...]:
             tuple(_active(module)),
             tuple(_scales(module).items()),
         )
-        for module in model.modules()
-        if _is_adapted(module)
+        for module in _adapted(model)
     )
 
 
@@ -76,18 +80,39 @@ def without_part(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """
     modules = dict(model.named_modules())
     reasons: dict[str, str] = {}
+    others: dict[str, tuple[str, str, Tensor]] = {}
     for name in names:
         found = _ADAPTER.search(name) or _SAVED.search(name)
         module = modules.get(name[: found.start() - 1]) if found else None
-        if found and module is not None and _is_adapted(module):
-            reason = _why_not(module, found["part"], found["adapter"])
-            reasons |= {name: reason} if reason else {}
+        if found and module is not None and _is_adapted(type(module)):
+            adapter = found["adapter"]
+            reason = _why_not(module, adapter)
+            if reason:
+                reasons[name] = reason
+            elif found["part"] in _OTHER_FACTOR:
+                factor = _OTHER_FACTOR[found["part"]]
+                weight = getattr(module, factor)[adapter]
+                others[name] = (factor, adapter, getattr(weight, "weight", weight))
+    have = nonzero({name: weight for name, (*_, weight) in others.items()})
+    for name, (factor, adapter, _) in others.items():
+        if name not in have:
+            reasons[name] = (
+                f"{factor} of adapter '{adapter}' is zero, as before training: load the trained "
+                "adapter if there is one"
+            )
     return reasons
 
 
-def _is_adapted(module: nn.Module) -> bool:
+def _adapted(model: nn.Module) -> list[nn.Module]:
+    """The modules that are PEFT's; types are looked at once, of which there are few."""
+    modules = modules_of(model)
+    types = set(filter(_is_adapted, {type(module) for module in modules}))
+    return [module for module in modules if type(module) in types]
+
+
+def _is_adapted(cls: type[nn.Module]) -> bool:
     """Whether a module is PEFT's; a whole network of diffusers has methods of these names."""
-    own = (getattr(type(module), name, None) for name in ("active_adapters", "disable_adapters"))
+    own = (getattr(cls, name, None) for name in ("active_adapters", "disable_adapters"))
     return all(isinstance(one, property) for one in own)
 
 
@@ -102,7 +127,7 @@ def _scales(module: nn.Module) -> dict[str, float]:
     return {name: float(scale) for name, scale in numbers}
 
 
-def _why_not(module: nn.Module, part: str, adapter: str) -> str:
+def _why_not(module: nn.Module, adapter: str) -> str:
     """Why an adapter takes no part in the output of one of its modules; empty if it does."""
     if module.disable_adapters:
         return (
@@ -124,14 +149,6 @@ def _why_not(module: nn.Module, part: str, adapter: str) -> str:
         return (
             f"adapter '{adapter}' has the scale 0: call set_adapters('{adapter}', 1.0), or pass "
             "the scale of training"
-        )
-    other = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}.get(part)
-    factor = getattr(module, other)[adapter] if other else None
-    weight = getattr(factor, "weight", factor)
-    if isinstance(weight, Tensor) and not weight.any():
-        return (
-            f"{other} of adapter '{adapter}' is zero, as before training: load the trained adapter "
-            "if there is one"
         )
     return ""
 

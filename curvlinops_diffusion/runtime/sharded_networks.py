@@ -7,7 +7,7 @@ for each other for ever.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,13 @@ def gathered(tensor: Tensor) -> Tensor:
         return tensor
     every: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     return every
+
+
+def nonzero(tensors: Mapping[str, Tensor]) -> set[str]:
+    """The names of tensors with an entry that is not zero; the device is waited for once."""
+    found = [gathered(z.norm()) != 0 if is_divided(z) else z.any() for z in tensors.values()]
+    told = torch.stack([some.to(found[0].device) for some in found]).tolist() if found else []
+    return {name for name, some in zip(tensors, told, strict=True) if some}
 
 
 def mean_over_processes(tensor: Tensor) -> Tensor:

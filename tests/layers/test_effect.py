@@ -15,6 +15,8 @@ from curvlinops_diffusion import (
     ExampleGradientLinearOperator,
     load_operator,
 )
+from curvlinops_diffusion.runtime import adapters
+from curvlinops_diffusion.runtime.modules import modules_of
 from tests.cases import TimeBlind, plain_regression, seeded
 from tests.comparisons import assert_close
 from tests.reference import dense_ggn, example_gradients, params_of, to_dense
@@ -101,7 +103,7 @@ def test_what_later_examples_use_is_no_error():
     assert any(used)
     assert not any(used[:2])
     J = ExampleGradientLinearOperator(regression, ["expert.bias"])
-    with pytest.warns(UserWarning, match="have no effect on the prediction of the first examples"):
+    with pytest.warns(UserWarning, match="of the first examples.*other examples may use them"):
         v = J @ torch.ones(3).double()
     assert v.norm() > 0
 
@@ -200,6 +202,25 @@ def test_functions_of_the_network_name_adapters_too():
         J.rows()
 
 
+@pytest.mark.parametrize("measurement", ["loss", ExampleFunction(lambda m, e, d: m(e.x0, 0).sum())])
+def test_the_price_of_looking_at_adapters(measurement, monkeypatch):
+    """Weights are read once for each state, all together, and types of modules once a walk."""
+    reads, kinds = [], []
+    own, is_adapted = adapters.nonzero, adapters._is_adapted
+    monkeypatch.setattr(adapters, "nonzero", lambda z: reads.append(len(z)) or own(z))
+    model = adapted()
+    names = of_adapter(model)
+    J = ExampleGradientLinearOperator(problem(model), names, measurement=measurement)
+    J.rows()
+    assert reads == [2]
+    each(model, lambda layer: layer.scaling.update(style=0.5))
+    J.rows()
+    assert reads == [2, 2]
+    monkeypatch.setattr(adapters, "_is_adapted", lambda cls: kinds.append(cls) or is_adapted(cls))
+    assert len(adapters.adapter_states(model)) == 2
+    assert sorted(map(str, kinds)) == sorted({str(type(module)) for module in model.modules()})
+
+
 def test_what_adapters_save_is_looked_at_as_well():
     """``modules_to_save`` of another adapter, and the module that they replace."""
 
@@ -227,6 +248,17 @@ def test_what_adapters_save_is_looked_at_as_well():
     plain = model.merge_and_unload()
     with pytest.raises(ValueError, match="the model has no adapter: it was unloaded"):
         computed(DiffusionKFACLinearOperator, problem(plain), ["first.lora_A.default.weight"])
+
+
+def test_the_modules_of_a_model():
+    """Those that torch finds, each once: also one under two names, and none in place of one."""
+    shared = nn.Linear(2, 2)
+    model = nn.Sequential(shared, nn.Sequential(nn.ReLU(), shared))
+    model.register_module("none", None)
+    model[1].add_module("back", model[0])
+    assert set(modules_of(model)) == set(model.modules())
+    assert len(modules_of(model)) == len(list(model.modules()))
+    assert modules_of(model)[0] is model
 
 
 # ---------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from curvlinops_diffusion.layers.moments import LatestProduct
 from curvlinops_diffusion.layers.observation import Observer, Observers, WholeLayers, observed
 from tests.cases import plain_regression, seeded, tiny_unet, unet_regression
 from tests.comparisons import assert_close
+from tests.reference import example_gradients, params_of
 
 
 class Diary(Observer):
@@ -272,3 +273,31 @@ def test_shared_products_in_a_pass():
     for placed in K.blocks:
         if placed.kind == "Kronecker":
             assert_close(placed.block.input_factor, rows.T @ rows / len(rows), 1e-13)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("name_of", [lambda p: p, lambda p: p.t(), lambda p: p[:2].t()])
+def test_a_parameter_under_a_second_name(name_of, trainable):
+    """Held as a plain attribute, itself or a view of it: gradients go through both names."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3).double()
+            object.__setattr__(self, "second", name_of(self.layer.weight))
+
+        def forward(self, x, t):
+            h = torch.tanh(x)[:, : len(self.second)] @ self.second
+            return self.layer(x) + h.sum(1, keepdim=True)
+
+    model = Tied()
+    second = model.second
+    regression = plain_regression(model, (3,), num_draws=2, batch_size=2)
+    names = [name for name, _ in model.named_parameters()]
+    truth = example_gradients(regression, params_of(model, names))
+    model.layer.requires_grad_(trainable)
+    J = ExampleGradientLinearOperator(regression)
+    for rows in (J.rows([0]), (J.adjoint() @ torch.eye(5).double()[:, :1]).T):
+        assert_close(rows, truth[:1], 1e-12)
+    assert model.second is second
+    assert model.layer.weight.requires_grad == trainable
