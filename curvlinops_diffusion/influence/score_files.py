@@ -73,9 +73,9 @@ def read_array(path: Path) -> tuple[dict[str, Any], np.ndarray | None]:
         scores_QN = np.load(io.BytesIO(raw), allow_pickle=False)
     except Exception as error:  # numpy's reader raises many kinds
         raise SCORES.damaged(path, f"{type(error).__name__}: {error}") from error
-    if header.get("header_sha256", "") not in ("", _digest(header)):  # older files have none
+    if header.get("header_sha256") != _digest(header):
         raise SCORES.damaged(index_of(path), "it is not what was written")
-    same = header.get("sha256", "") in ("", sha256(raw).hexdigest())
+    same = header.get("sha256") == sha256(raw).hexdigest()
     return header, scores_QN if same else None
 
 

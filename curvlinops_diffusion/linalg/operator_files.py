@@ -14,12 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "curvlinops_diffusion.operator"
-#: The version of a file is the lowest that its tensors need, so that older versions of the library
-#: read what they can: 3 has blocks whose zeros are listed (``null``), 4 names the files that hold
-#: the tensors (``shards``).
 FORMAT_VERSION = 4
-WITHOUT_SHARDS = 3
-WITHOUT_NULL = 2
 OPERATOR = FileKind(
     FORMAT, "an operator of curvlinops_diffusion", "Write it again with operator.save(path)."
 )
@@ -54,7 +49,7 @@ def read_file(
     """Read what an operator's file says of itself, and its tensors, or those of wanted names.
 
     Raises:
-        ValueError: If the file is missing, truncated, foreign or of a newer format.
+        ValueError: If the file is missing, truncated, foreign or of another format.
     """
     header, tensors = OPERATOR.read(path, wanted)
     return _checked(path, header), tensors
@@ -62,14 +57,14 @@ def read_file(
 
 def _checked(path: Path, header: Any) -> dict[str, Any]:
     try:
-        newer = header["format_version"] > FORMAT_VERSION
+        other = header["format_version"] != FORMAT_VERSION
         complete = header.keys() >= {"kind", "parameters", "dtype", "blocks", "info"}
     except (KeyError, TypeError, AttributeError) as error:
         raise OPERATOR.damaged(path, error) from error
-    if newer:
+    if other:
         raise ValueError(
-            f"'{path}' has format version {header['format_version']}; this library reads up to "
-            f"{FORMAT_VERSION}. Install a newer curvlinops_diffusion."
+            f"'{path}' has format version {header['format_version']}; this library reads "
+            f"{FORMAT_VERSION}. Install the curvlinops_diffusion that wrote it, or fit anew."
         )
     if not complete:
         raise OPERATOR.damaged(path, "entries are missing")

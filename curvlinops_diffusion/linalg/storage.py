@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvlinops_diffusion.linalg.blocks import BLOCK_TYPES, Block, DenseBlock
+from curvlinops_diffusion.linalg.blocks import BLOCK_TYPES, Block
 from curvlinops_diffusion.linalg.operator_files import (
     FORMAT,
     FORMAT_VERSION,
     OPERATOR,
-    WITHOUT_NULL,
-    WITHOUT_SHARDS,
     read_file,
     read_header,
 )
@@ -81,7 +79,7 @@ def save_blocks(
         every = [entry | {"shard": n} for n, own in enumerate(listed) for entry in own]
         order = {name: place for place, name in enumerate(space.shapes)}
         every.sort(key=lambda entry: min(order[name] for name in entry["params"]))
-        whole = header | {"format_version": FORMAT_VERSION, "blocks": every, "shards": shards}
+        whole = header | {"blocks": every, "shards": shards}
         OPERATOR.write(path, {}, whole)
         for other in old:
             other.unlink(missing_ok=True)
@@ -122,10 +120,9 @@ def _described(
                 "transposed": placed.transposed,
             }
         )
-    lists_zeros = any("null" in placed.block.tensors() for placed in blocks)
     header = {
         "format": FORMAT,
-        "format_version": WITHOUT_SHARDS if lists_zeros else WITHOUT_NULL,
+        "format_version": FORMAT_VERSION,
         "kind": kind,
         "parameters": [[name, list(shape)] for name, shape in space.shapes.items()],
         "dtype": str(space.dtype).removeprefix("torch."),
@@ -153,7 +150,7 @@ def load_blocks(
         The operator's kind, parameter space, the blocks of this process, and how it was made.
 
     Raises:
-        ValueError: If the file is missing, truncated, foreign or of a newer format, or was made
+        ValueError: If the file is missing, truncated, foreign or of another format, or was made
             for another model or other weights; the message says which.
     """
     path = Path(path)
@@ -231,7 +228,7 @@ def read_blocks(path: str | PathLike[str]) -> tuple[dict[str, Any], list[PlacedB
     """Read what an operator's file says of itself, and its blocks, without the model.
 
     Raises:
-        ValueError: If the file is missing, truncated, foreign or of a newer format.
+        ValueError: If the file is missing, truncated, foreign or of another format.
     """
     path = Path(path)
     header, sources = _sources(path, ALONE)
@@ -275,13 +272,8 @@ def _is_square(block: Block) -> bool:
 
 def _block(entry: dict[str, Any], tensors: dict[str, Tensor]) -> PlacedBlock:
     own = {role: tensors[name] for role, name in entry["tensors"].items()}
-    block: Block
-    if entry["type"] == "kronecker" and "input_factor" not in own:  # a bias, in version 1
-        block = DenseBlock(own["output_factor"])
-    else:
-        block = BLOCK_TYPES[entry["type"]](**own)
-    transposed = entry.get("transposed", False)
-    return PlacedBlock(entry["name"], tuple(entry["params"]), block, transposed)
+    block: Block = BLOCK_TYPES[entry["type"]](**own)
+    return PlacedBlock(entry["name"], tuple(entry["params"]), block, entry["transposed"])
 
 
 def _type_name(placed: PlacedBlock) -> str:

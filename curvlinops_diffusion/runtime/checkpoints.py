@@ -179,20 +179,11 @@ def _unit(entry: Any) -> Unit:
     return number, start, stop
 
 
-def _as_known(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity without the settings of the network, of which older files say nothing."""
-    model = here.get("model")
-    if not isinstance(model, Mapping) or "settings" in there.get("model", {}):
-        return dict(here)
-    return {**here, "model": {k: v for k, v in model.items() if k != "settings"}}
-
-
 def _checked(path: Path, header: Any, identity: Mapping[str, Any]) -> Done:
     """The batches that a file holds, if it is of the same."""
     try:
         done = Done({_unit(entry) for entry in header["batches"]}, int(header["examples"]))
         there = dict(header["identity"])
-        identity = _as_known(there, identity)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CHECKPOINT.damaged(path, f"{type(error).__name__}: {error}") from error
     check_same(

@@ -243,8 +243,7 @@ class FileKind:
                 found = _digest(metadata[self.key], each())
             except (SafetensorError, OSError) as error:
                 raise self._not_whole(path, error) from error
-        # older files have no digest
-        if metadata.get(_DIGEST, "") not in ("", found):
+        if metadata.get(_DIGEST) != found:
             raise ValueError(
                 f"'{path}' is damaged: its numbers are not those that were written. {self.advice}"
             )
