@@ -19,11 +19,6 @@ from curvlinops_diffusion.linalg.summary import Summary
 from curvlinops_diffusion.runtime.checks import check_non_negative
 from curvlinops_diffusion.runtime.processes import ALONE, Share
 
-# Blocks of rounding errors have eigenvalues of up to 0.7 ε² of the operator's largest (measured in
-# float32 and float64: attention's keys, biases before norms); others of 27 ε² and more in float32
-# (twenty layers of tanh, adapters with a small second factor)
-_ROUNDED = 4.0
-
 
 class BlockDiagonalLinearOperator(ParameterSpaceOperator):
     """``P @ blockdiag(F_1, F_2, …) @ Pᵀ``, with ``P`` sorting parameters into blocks.
@@ -184,12 +179,9 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
 
     def logdet(self) -> Tensor:
         """The logarithm of the determinant; minus infinity for a singular operator."""
-        eigen, largest = self._eigen_blocks_and_largest()
-        marked = [
-            block.all_null() if self._is_rounding(placed, block, largest) else block
-            for placed, block in zip(self.blocks, eigen, strict=True)
-        ]
-        return self._total(block.logdet() for block in marked)
+        return self._total(
+            (block.all_null() if null else block).logdet() for block, null in self._told_apart()
+        )
 
     def det(self) -> Tensor:
         """The determinant; under- or overflows for all but the smallest operators."""
@@ -210,33 +202,20 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
             found.append(block)
         return found
 
-    def _eigen_blocks_and_largest(self) -> tuple[list[EigenBlock], float]:
-        """The blocks in their eigenbases, and the largest eigenvalue of all processes."""
-        eigen = self.share.all_or_none(self._eigen_blocks)
-        own = max((block.largest() for block in eigen), default=0.0)
-        return eigen, max(self.share.gathered(own))
-
-    def _is_rounding(self, placed: PlacedBlock, block: EigenBlock, largest: float) -> bool:
-        """Whether a block is zero, perhaps up to rounding.
+    def _told_apart(self) -> list[tuple[EigenBlock, bool]]:
+        """The blocks in their eigenbases, and whether each is zero, perhaps up to rounding.
 
         A gradient that vanishes (of the bias of attention's keys, or of one that a norm subtracts)
-        is computed as rounding errors, of up to about ``ε`` times the largest gradients; its block
-        is of their squares. A network in lower precision than the operator's leaves larger ones;
-        biases of which a trial has found it are listed in ``info['rounding']``. In a power the
-        largest eigenvalues may be those of such blocks, so that nothing can be told from them, and
-        zeros alone count.
-
-        Args:
-            placed: The block in its place.
-            block: The same in its eigenbasis.
-            largest: The operator's largest eigenvalue.
+        is computed as rounding errors, and its block is of their squares. How large they are does
+        not tell them from the small gradients of a branch that has hardly begun to be trained; so
+        a trial of the network finds them, and ``info['rounding']`` lists them. A power has none:
+        there they were dealt with.
         """
-        if "power" in self.info:
-            return block.largest() == 0
-        if placed.params and set(placed.params) <= set(self.info.get("rounding", ())):
-            return True
-        relative = _ROUNDED * torch.finfo(self.dtype).eps ** 2
-        return block.largest() <= relative * largest
+        rounding = set() if "power" in self.info else set(self.info.get("rounding", ()))
+        return [
+            (block, block.largest() == 0 or {*placed.params} <= rounding)
+            for placed, block in zip(self.blocks, self._eigen_blocks(), strict=True)
+        ]
 
     def _total(self, of_blocks: Iterable[Tensor]) -> Tensor:
         """The sum over the blocks of all processes."""
@@ -262,8 +241,8 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
             damping: ``λ ≥ 0``.
             relative: Whether the damping is in units of each block's mean eigenvalue, so that block
                 ``b`` is damped by ``λ trace(F_b) / P_b`` (kronfluence's damping factor). Blocks of
-                parameters without effect, which are zero up to rounding (their eigenvalues at most
-                ``4 ε²`` of the operator's largest), are left out: the power is zero there.
+                parameters without effect, which are zero or listed in ``info['rounding']``, are
+                left out: the power is zero there.
             rtol: Eigenvalues of at most this part of the operator's largest are left out, as by
                 :func:`torch.linalg.pinv`: the power is zero there. ``None`` to leave out none.
 
@@ -276,22 +255,21 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         """
         damping = check_non_negative("damping", damping)
         rtol = None if rtol is None else check_non_negative("rtol", rtol)
-        eigen, largest = self._eigen_blocks_and_largest()
-        null = [
-            self._is_rounding(placed, block, largest)
-            for placed, block in zip(self.blocks, eigen, strict=True)
-        ]
-        if relative and all(self.share.gathered(all(null))):
+        told_apart = self.share.all_or_none(self._told_apart)
+        if relative and all(self.share.gathered(all(null for _, null in told_apart))):
             raise ValueError(
                 "Every block is zero, perhaps up to rounding, and so is a damping of "
                 f"{damping:g} times its mean eigenvalue: none of the parameters has an effect on "
                 "the prediction. Pass parameters that have one, or an absolute damping."
             )
-        floor = None if rtol is None else torch.tensor(rtol * largest, dtype=self.dtype)
+        floor = None
+        if rtol is not None:
+            own = max((block.largest() for block, _ in told_apart), default=0.0)
+            floor = torch.tensor(rtol * max(self.share.gathered(own)), dtype=self.dtype)
 
         def powers() -> list[PlacedBlock]:
             blocks = []
-            for placed, block, is_null in zip(self.blocks, eigen, null, strict=True):
+            for placed, (block, is_null) in zip(self.blocks, told_apart, strict=True):
                 if relative and is_null:
                     power = block.zero()
                 elif damping == 0 and is_null:
@@ -322,8 +300,8 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
 
         Args:
             damping: ``λ ≥ 0``.
-            relative: Whether the damping is in units of each block's mean eigenvalue; blocks that
-                are zero up to rounding are left out, see :meth:`power`.
+            relative: Whether the damping is in units of each block's mean eigenvalue; blocks of
+                parameters without effect are left out, see :meth:`power`.
             rtol: Eigenvalues of at most this part of the operator's largest are left out: the
                 inverse is zero there. ``None`` to leave out none.
             use_exact_damping: ``True`` for ``(F + λ I)⁻¹``; ``False`` to damp the Kronecker
