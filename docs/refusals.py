@@ -19,7 +19,11 @@ PARTS = {
     "linalg": "Operators, inverses and their files",
     "influence": "Gradients, scores and measurements",
     "runtime": "Passes, checkpoints and files",
+    "loading": "Images, captions, adapters and pipelines on disk",
+    "page": "The page of scores",
     "cli": "The program",
+    "attributor.py": "The door",
+    "attribution.py": "The door's results",
 }
 
 
@@ -45,7 +49,7 @@ class Check:
 def checks() -> list[Check]:
     """Every function with messages, in the order of the sources."""
     found = []
-    for path in sorted(path for part in PARTS for path in (PACKAGE / part).rglob("*.py")):
+    for path in sorted(path for part in PARTS for path in _files(PACKAGE / part)):
         where = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
         tree = ast.parse(path.read_text())
         for function, owners in _functions(tree, (tree,)):
@@ -64,13 +68,22 @@ def page() -> str:
     for part, title in PARTS.items():
         lines += [title, "-" * len(title), ""]
         for check in known:
-            if check.where.split(".")[0] != part:
+            if check.where.split(".")[0] != part.removesuffix(".py"):
                 continue
             lines += [f"{check.purpose} {check.reason}".strip() + f" (``{check.where}``)", ""]
-            lines += [f"- ``{message}``" for message in check.refused]
-            lines += [f"- Warned: ``{message}``" for message in check.warned]
+            lines += [f"- {literal(message)}" for message in check.refused]
+            lines += [f"- Warned: {literal(message)}" for message in check.warned]
             lines += [""]
     return "\n".join(lines) + "\n"
+
+
+def literal(message: str) -> str:
+    """A message as an inline literal, which cannot begin or end with a backtick."""
+    return "``{}``".format(message.replace("`", "'"))
+
+
+def _files(part: Path) -> Iterator[Path]:
+    return iter([part]) if part.suffix else part.rglob("*.py")
 
 
 def _functions(
