@@ -73,13 +73,9 @@ class Attributor:
 
     Examples:
         >>> attributor = Attributor(objective, images).fit(num_draws=2)
-        >>> result = attributor.score(samples, num_draws=4, damping=1e-3)
-        >>> result.scores.shape
-        torch.Size([2, 10])
-        >>> [image.name for image in result.top(2)[0]] == result.to_pandas().query(
-        ...     "query == '0' and rank <= 2"
-        ... ).sort_values("rank").image.to_list()
-        True
+        >>> result = attributor.score(images[:2] / 2, num_draws=4, damping=1e-3)
+        >>> result.scores.shape, len(result.top(3)[0])
+        (torch.Size([2, 10]), 3)
     """
 
     def __init__(
