@@ -90,8 +90,8 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         blocks: The blocks.
         param_names: Names of the parameters covered, in order.
         info: Options, draws, coverage (``left_out``: what is not covered, and why; ``others``: what
-            has its gradients from automatic differentiation, and why; ``rounding``: biases whose
-            gradient is rounding errors alone, and their blocks with it).
+            has its gradients from automatic differentiation, and why; ``rounding``: parameters
+            whose gradient is rounding errors alone, and their blocks with it).
 
     Raises:
         ValueError: If an option is unknown, a parameter is not supported, or a factor is not
@@ -179,8 +179,12 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
             "fingerprint": digests(),
             "versions": versions(),
         }
-        if coverage.rounding and options.exact_bias:
-            info["rounding"] = list(coverage.rounding)
+        rounding = set(coverage.rounding)
+        if not options.exact_bias:  # the block of a bias is then the factor of its weight
+            mixed = [layer for layer in coverage.layers if not {*layer.params} <= rounding]
+            rounding -= {name for layer in mixed for name in layer.params}
+        if rounding:
+            info["rounding"] = [name for name in coverage.params if name in rounding]
         super().__init__(ParameterSpace.of(coverage.params), blocks, info, passes.holders)
 
     @staticmethod

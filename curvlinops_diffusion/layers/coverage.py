@@ -59,7 +59,7 @@ class Coverage:
             found by automatic differentiation, example by example.
         left_out: Parameters that are not covered, each with the reason.
         suspects: Parameters whose gradient of the loss is zero in a trial. They may have no effect.
-        rounding: Biases whose gradient is rounding errors alone in a trial, so that their exact
+        rounding: Parameters whose gradient is rounding errors alone in a trial, so that their exact
             block is of the squares of these.
     """
 

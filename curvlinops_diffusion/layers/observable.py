@@ -40,6 +40,8 @@ from curvlinops_diffusion.runtime.sharded_networks import (
 
 # The relative rounding error of the operands of products in TF32
 _TF32 = 2.0**-10
+# Gradients of at most so many rounding errors of the largest one may be rounding errors
+_SMALL = 1000
 
 
 def observable(
@@ -95,8 +97,8 @@ class _Vanishing:
 
     Attributes:
         zero: Those of which it is zero.
-        rounding: Biases of which it is rounding errors: a sum of terms that are not, over the
-            positions, the examples and their loss vectors.
+        rounding: Those of which it is rounding errors: biases of which it is a sum of terms that
+            are not, and any of which it is another at nearly the same inputs.
     """
 
     zero: list[str] = field(default_factory=list)
@@ -156,7 +158,9 @@ def _unobservable(
         found = _Vanishing()
         reasons = _seen_otherwise(objective, layers, batch, true, found)
         if vanishing is not None:
-            vanishing.zero, vanishing.rounding = zeros_of(true), found.rounding
+            vanishing.zero = zeros_of(true)
+            noise = _noise(objective, batch, true)
+            vanishing.rounding = [n for n in own if n in noise or n in found.rounding]
         return reasons
 
     return settled(check, objective.device)
@@ -242,9 +246,40 @@ def _rounding_of_sum(objective: DenoisingObjective, count: float) -> float:
         objective: Supplies the network.
         count: The number of terms.
     """
+    return 4 * _rounding(objective) + 16 * torch.finfo(objective.working_dtype).eps * count**0.5
+
+
+def _rounding(objective: DenoisingObjective) -> float:
+    """The relative rounding error of the network's arithmetic, with that of its products."""
     rounded = products_are_rounded(objective.device) and objective.dtype == torch.float32
-    own = max(objective.rounding, _TF32 if rounded else 0.0)
-    return 4 * own + 16 * torch.finfo(objective.working_dtype).eps * count**0.5
+    return max(objective.rounding, _TF32 if rounded else 0.0)
+
+
+def _noise(
+    objective: DenoisingObjective, batch: NoisedBatch, gradients: Mapping[str, Tensor | None]
+) -> set[str]:
+    """The parameters whose gradient is another one where inputs differ by as much as rounding does.
+
+    Small gradients may be those of a branch that training has hardly begun, which hardly change, or
+    rounding errors, as of an embedding that is added to a channel before a norm subtracts its mean.
+    """
+    own = {name: g for name, g in gradients.items() if g is not None}
+    norms = _norms(own)
+    small = _SMALL * _rounding(objective) * max(norms.values(), default=0.0)
+    looked_at = [name for name, norm in norms.items() if 0 < norm <= small]
+    if not looked_at:
+        return set()
+    steps = torch.rand(batch.x_t.shape, generator=torch.Generator().manual_seed(0))
+    nearly = replace(batch, x_t=batch.x_t * (1 + 4 * _rounding(objective) * steps.to(batch.x_t)))
+    again = true_gradients(objective, looked_at, nearly, loss_value(nearly))
+    changes = {name: own[name] - g for name, g in again.items() if g is not None}
+    return {name for name, change in _norms(changes).items() if change > norms[name] / 2}
+
+
+def _norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """The norms of tensors, which are read together."""
+    found = [gathered(z.norm()) for z in tensors.values()]
+    return dict(zip(tensors, torch.stack(found).tolist() if found else [], strict=True))
 
 
 def _check_all_finite(found: Sequence[tuple[Layer, int, Tensor]]) -> None:
@@ -271,8 +306,7 @@ def _beyond_rounding(
     """
     own = {name: gradient for name, gradient in true.items() if gradient is not None}
     # a gradient that vanishes, as of what a later norm subtracts, arrives as rounding noise
-    norms = [gathered(gradient.norm()) for gradient in own.values()]
-    noise = 10 * rounding * max(torch.stack(norms).tolist(), default=0.0) if norms else 0.0
+    noise = 10 * rounding * max(_norms(own).values(), default=0.0)
     wrong = set(own)
     rows = torch.stack(list(compared.values())).tolist() if compared else []
     for name, (difference, allowed, largest) in zip(compared, rows, strict=True):

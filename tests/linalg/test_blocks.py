@@ -478,6 +478,37 @@ def test_rtol_is_of_the_largest_eigenvalue_of_all_processes():
     assert to_dense(beside.inverse(rtol=1e-6)).norm() == 0
 
 
+@pytest.mark.parametrize(("dtype", "objective"), PRECISIONS, ids=str)
+@pytest.mark.parametrize("kind", [DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator])
+def test_weights_whose_gradients_are_rounding(kind, dtype, objective):
+    """An embedding is added to each channel, whose mean a norm subtracts: its terms vanish too."""
+
+    class Embedded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.first = nn.Linear(2, 4), nn.Conv1d(2, 4, 3, padding=1)
+            self.norm, self.last = nn.GroupNorm(4, 4), nn.Conv1d(4, 2, 3, padding=1)
+
+        def forward(self, x):
+            h = self.first(x) + self.embed(x.mean(2)).unsqueeze(2)
+            return self.last(torch.tanh(self.norm(h)))
+
+    model = seeded(Embedded(), dtype=dtype)
+    regression = plain_regression(
+        model, (2, 8), count=6, num_draws=2, batch_size=4, dtype=dtype, objective=objective
+    )
+    null = {f"layers.0.{name}" for name in ("embed.weight", "embed.bias", "first.bias")}
+    assert set(kind(regression).info["rounding"]) == null
+    coarse = kind(regression, exact_bias=False)  # the bias of first has the factor of its weight
+    assert set(coarse.info["rounding"]) == null - {"layers.0.first.bias"}
+    names = [n for n, _ in model.named_parameters() if n not in null]
+    twin = to_dense(kind(regression, names).inverse(0.1, relative=True))
+    whole = to_dense(kind(regression).inverse(0.1, relative=True))
+    keep = torch.cat([torch.full((p.numel(),), n not in null) for n, p in model.named_parameters()])
+    assert torch.equal(whole[keep][:, keep], twin)
+    assert not whole[~keep].any()
+
+
 @pytest.mark.parametrize("kind", [DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator])
 def test_a_branch_that_training_has_hardly_begun(kind):
     """A residual branch of scale 1e-6 is real: its scores in float32 are those of float64."""
