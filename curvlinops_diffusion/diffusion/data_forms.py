@@ -249,7 +249,17 @@ def _is_single(thing: Any, run: Run) -> bool:
     of_one = [isinstance(z, str | int) or (isinstance(z, Tensor) and z.ndim == 0) for z in beside]
     if of_one and all(of_one) and any(isinstance(z, str) or _whole(z) for z in beside):
         return True  # a label, a prompt or the like for it alone
+    if any(_is_of_rows(z, len(x0)) for z in beside if x0.ndim > 1):
+        return False
     return x0.ndim == 1 or (not _runs_on(thing, run) and _runs_on([thing], run, default_collate))
+
+
+def _is_of_rows(entry: Any, count: int) -> bool:
+    """Whether there is a label or a prompt for each of so many examples."""
+    if isinstance(entry, Tensor):
+        return entry.shape == (count,) and _whole(entry)
+    texts = isinstance(entry, list | tuple) and all(isinstance(z, str) for z in entry)
+    return texts and len(entry) == count
 
 
 def _is_batch(thing: Any, run: Run) -> bool:

@@ -40,11 +40,15 @@ def run_once(objective: DenoisingObjective, x0: Tensor, condition: dict[str, Any
             module.training = training
 
 
+class NetworkCallError(ValueError, RuntimeError):
+    """An error of a network at its first call: of the data's form, or in its own code."""
+
+
 def first_prediction(objective: DenoisingObjective, batch: NoisedBatch) -> Tensor:
     """The network's prediction, with an error that says what it was called with.
 
     Raises:
-        ValueError: If the network, or a function of it, does not take what it is given.
+        NetworkCallError: If the network, or a function of it, does not take what it is given.
     """
     try:
         return objective.predict(batch)
@@ -55,7 +59,7 @@ def first_prediction(objective: DenoisingObjective, batch: NoisedBatch) -> Tenso
         forward = inspect.signature(model.forward)
         given = {"x_t": batch.x_t, "timestep": batch.timestep_B, **dict(leaves(batch.condition))}
         told = " ".join(str(error).split())[:_LONGEST]
-        raise ValueError(
+        raise NetworkCallError(
             f"The network cannot be called with the data ({type(error).__name__}: {told}). It is "
             f"{type(model).__name__}.forward{forward}, and was given "
             f"{', '.join(f'{name} {_form(value)}' for name, value in given.items())}. Name the "

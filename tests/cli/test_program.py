@@ -79,7 +79,7 @@ def test_kernel_regression(fitted, tmp_path, capsys):
     # loss and prediction, each of all draws and of halves: 7 images and 2 queries by 4 draws
     assert f"samples forward and backward   {4 * 9 * 4}" in capsys.readouterr().out
     assert run(arguments(fitted, "score", "--output", output, *draws)) == 0
-    assert "Two halves of the draws agree on" in capsys.readouterr().err
+    assert "in both halves of the draws" in capsys.readouterr().err
     scores, header = read_scores(output)
     network = load_network(FitOptions(pipeline=fitted / "pipeline", data=fitted, output=fitted))
     train, query = (
@@ -123,7 +123,9 @@ def test_how_sure_scores_are(fitted, tmp_path, capsys):
     for name in ("s.safetensors", "s.npy"):
         assert run(arguments(fitted, "score", "--output", tmp_path / name, *draws)) == 0
         told = capsys.readouterr().err
-        assert re.search(r"Two halves of the draws agree on \d\S* of the top 3 training im", told)
+        assert re.search(
+            r"How sure: \d\S* of the top 3 in both halves of the draws \(1.3 by chance\)", told
+        )
         scores, header = read_scores(tmp_path / name)
         assert len(header["rank_correlation"]) == len(header["top_shared"]) == 2
         assert all(-1 <= r <= 1 for r in header["rank_correlation"])
@@ -387,7 +389,7 @@ def test_several_processes_that_divide_everything(fitted, tmp_path):
     assert_same_operator(fitted, operator)
     words = ["--operator", operator, "--output", scores, "--num-draws", "4", *options]
     said = torchrun(*arguments(fitted, "score", *words))
-    assert said.count("Wrote ") == said.count("Two halves of the draws agree") == 1
+    assert said.count("Wrote ") == said.count("in both halves of the draws") == 1
     assert len(list(tmp_path.glob("s.*.safetensors"))) == 2
     assert not list(tmp_path.glob("*.checkpoint"))
     alone = tmp_path / "alone.safetensors"

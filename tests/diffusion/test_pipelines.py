@@ -1232,7 +1232,7 @@ def test_offset_noise_of_packed_latents(make, cached, tmp_path):
     for before, after in zip(plain.batches(), offset.batches(), strict=True):
         B, tokens, entries = after.x_t.shape
         C = entries // 4
-        o = offset.draws.noise_offset(after.indices, after.draw, (C, 1, 1))
+        o = offset.draws.noise_offset(after.indices, after.common_draw, (C, 1, 1))
         expected = 0.5 * o.reshape(B, 1, C, 1).expand(B, tokens, C, 4).reshape(B, -1)
         assert_close(after.target_BD - before.target_BD, expected, 1e-5)
         sigma = plain.objective.process.sigmas_T[after.level_B].float()[:, None]

@@ -318,9 +318,9 @@ def test_adapters_of_the_text_encoder(tmp_path, capsys):
     scores, _ = read_scores(tmp_path / "s.safetensors")
     assert scores.isfinite().all()
     capsys.readouterr()
-    network = loaded(tmp_path, tmp_path / "lora")
+    with pytest.warns(UserWarning, match="have weights in text_encoder too, which are left out"):
+        network = loaded(tmp_path, tmp_path / "lora")
     assert network.params == lora_names(network.objective.model)
-    assert "have weights in the text_encoder too, which are left out" in capsys.readouterr().err
 
 
 def test_precision(tmp_path):
@@ -364,7 +364,7 @@ def test_what_does_not_fit(tmp_path):
     StableDiffusionPipeline.save_lora_weights(tmp_path / "other", weights)
     with pytest.raises(ValueError, match="other' cannot be loaded: "):
         loaded(tmp_path, tmp_path / "other")
-    with pytest.raises(ValueError, match=r"nothing' does not exist. Pass a .safetensors file"):
+    with pytest.raises(ValueError, match=r"nothing' does not exist. Pass the file or folder of an"):
         loaded(tmp_path, tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="should hold the weights of one adapter, and holds none"):
