@@ -99,7 +99,9 @@ class Attributor:
         self._open: Any = None  # opens queries as the training images were
         self._told: dict[str, Any] = {}
         self.regression = NoisedRegression(objective, data, 1, seed, **self._recipe)
-        self._train: Gallery = data if hasattr(data, "caption") else _shown(self.regression)
+        self._train: Gallery = (
+            data if hasattr(data, "caption") else RegressionGallery(self.regression)
+        )
 
     @classmethod
     def from_pipeline(
@@ -357,7 +359,7 @@ class Attributor:
         asked = {"measurement": measurement, **inversion}
         if methods[0] is Method.REGRESSION:
             asked |= {"method": methods[0].value, "ridge": ridge}
-        shown: Gallery = asked_of if hasattr(asked_of, "caption") else _shown(query)
+        shown: Gallery = asked_of if hasattr(asked_of, "caption") else RegressionGallery(query)
         header: dict[str, Any] = {
             "train": list(self._train.names),
             "queries": list(shown.names),
@@ -412,10 +414,6 @@ _OF_TRAINING = ("augment", "augmented_conditions", "example_weights")
 def _drawn(regression: NoisedRegression, num_draws: int) -> NoisedRegression:
     """The problem with so many draws, in antithetic pairs where their number is even."""
     return regression.with_draws(num_draws, antithetic=num_draws % 2 == 0)
-
-
-def _shown(regression: NoisedRegression) -> Gallery:
-    return RegressionGallery(regression)
 
 
 def _is_same_folder(one: Any, other: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -53,3 +54,8 @@ def event(name: str, **fields: Any) -> None:
 def say(text: str) -> None:
     """A line for people."""
     print(text, file=sys.stderr, flush=True)
+
+
+def first_process() -> bool:
+    """Tell whether this process speaks and writes, by the number that ``torchrun`` gives it."""
+    return os.environ.get("RANK", "0") == "0"

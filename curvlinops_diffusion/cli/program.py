@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import sys
 import time
@@ -22,7 +21,7 @@ import docstring_parser
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from curvlinops_diffusion.cli import lacking
-from curvlinops_diffusion.cli.events import event, say, start_log
+from curvlinops_diffusion.cli.events import event, first_process, say, start_log
 from curvlinops_diffusion.cli.options import (
     AttributeOptions,
     FitOptions,
@@ -184,7 +183,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         name, options = understood(words)
         debug = options.debug
-        if _first_process():
+        if first_process():
             start_log(options.log)
         event("start", command=words[0], options={k: str(v) for k, v in vars(options).items()})
         with warnings.catch_warnings():
@@ -241,7 +240,7 @@ def understood(words: list[str]) -> tuple[str, Any]:
         chosen = vars(parsed[parsed.command])
         return parsed.command, options_of(**{key: chosen[key] for key in known & chosen.keys()})
     except (ArgumentError, OSError, ValueError) as error:
-        if _first_process():
+        if first_process():
             start_log(_named_log(words))
         event("start", words=words)
         if isinstance(error, ValueError):
@@ -284,10 +283,6 @@ def _named_log(words: list[str]) -> Path | None:
         if word == "--log" and following:
             return Path(following)
     return None
-
-
-def _first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # as torchrun numbers them
 
 
 if __name__ == "__main__":

@@ -41,6 +41,10 @@ from curvlinops_diffusion.runtime.progress import draws_bar
 
 #: Bytes of gradients that are held at once, unless somebody says otherwise.
 GRADIENT_BYTES = 2**31
+#: Training examples up to which the kernel matrix is formed.
+LARGEST_GRAM = 20_000
+#: Iterations of conjugate gradients at most, and their relative residual.
+MAX_ITER, TOLERANCE = 100, 1e-3
 # units in the last place by which equal scores may differ
 _ROUNDING = 8
 
@@ -56,10 +60,10 @@ def kernel_regression_scores(
     ridge: float = 1.0,
     squared: bool | Sequence[bool] = False,
     weights: Sequence[float] | None = None,
-    largest_gram: int = 20_000,
+    largest_gram: int = LARGEST_GRAM,
     gradient_bytes: int = GRADIENT_BYTES,
-    max_iter: int = 100,
-    tolerance: float = 1e-3,
+    max_iter: int = MAX_ITER,
+    tolerance: float = TOLERANCE,
     passes: PassOptions = PLAIN,
 ) -> Tensor:
     r"""Weights of the training examples in a kernel regression of a query's value.
@@ -154,10 +158,10 @@ def kernels_and_scores(
     ridge: float,
     squared: bool | Sequence[bool] = False,
     weights: Sequence[float] | None = None,
-    largest_gram: int = 20_000,
+    largest_gram: int = LARGEST_GRAM,
     gradient_bytes: int = GRADIENT_BYTES,
-    max_iter: int = 100,
-    tolerance: float = 1e-3,
+    max_iter: int = MAX_ITER,
+    tolerance: float = TOLERANCE,
     passes: PassOptions = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """The kernel ``k(q, n)`` of the first function, and the scores.

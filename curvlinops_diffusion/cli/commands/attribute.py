@@ -13,9 +13,8 @@ import yaml
 from curvlinops_diffusion.cli.commands.fit import fit
 from curvlinops_diffusion.cli.commands.report import report
 from curvlinops_diffusion.cli.commands.score import score
-from curvlinops_diffusion.cli.events import event, say
+from curvlinops_diffusion.cli.events import event, first_process, say
 from curvlinops_diffusion.cli.options import AttributeOptions
-from curvlinops_diffusion.cli.processes import is_first, num_processes
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
 from curvlinops_diffusion.influence.read_scores import read_scores
 from curvlinops_diffusion.runtime.files import make_folder, write_bytes
@@ -33,26 +32,19 @@ def attribute(options: AttributeOptions) -> None:
     of_fit, of_score, of_report = options.steps()
     if not options.dry_run:
         make_folder(options.output)
-        if _is_first():
+        if first_process():
             write_bytes(options.output / "run.yaml", _as_yaml(options).encode())
     fit(of_fit)
     if options.dry_run:
         return
     score(of_score)
-    if not _is_first():
+    if not first_process():
         return
     table = options.output / "scores.csv"
     write_bytes(table, _table(of_score.output).encode())
     report(of_report)
     event("attributed", folder=str(options.output))
     say(f"Open '{of_report.output}'. Scores: '{of_score.output}'; as a table: '{table}'")
-
-
-def _is_first() -> bool:
-    """Whether this process writes; before and after there is a process group, too."""
-    import os
-
-    return int(os.environ.get("RANK", "0")) == 0 if num_processes() > 1 else is_first()
 
 
 def _as_yaml(options: AttributeOptions) -> str:
