@@ -465,3 +465,25 @@ def test_the_loss_of_training(folder, tmp_path, capsys):
     assert "another objective: augmentations (" in capsys.readouterr().err
     assert run([*score, *map(str, RECIPE), "--condition-dropout", "0.1"]) == 2
     assert "pipeline without a condition" in capsys.readouterr().err
+
+
+def test_attribute(folder, tmp_path):
+    """Its options make the same again; another run is refused, and the folder stays as it was."""
+    words = ["--pipeline", folder / "pipeline", "--data", folder / "train", "--quiet"]
+    words += ["--queries", folder / "queries", "--fit-draws", 2, "--num-draws", 2]
+    words += ["--query-draws", 2, "--damping", 1e-3, "--output", tmp_path / "result"]
+    assert run(["attribute", *map(str, words)]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "result").iterdir()}
+    names = {"operator.safetensors", "scores.safetensors", "scores.csv", "report.html", "run.yaml"}
+    assert {path.name for path in before} == names
+    scores, header = read_scores(tmp_path / "result" / "scores.safetensors")
+    table = (tmp_path / "result" / "scores.csv").read_text().splitlines()
+    best = header["train"][int(scores[0].argmax())]
+    assert table[1] == f"image0.png,{best},{float(scores[0].max())!r},1"
+    config = ["--config", str(tmp_path / "result" / "run.yaml"), "--quiet"]
+    other = [*config, "--output", str(tmp_path / "result"), "--damping", "1e-2"]
+    assert run(["attribute", *other]) == 2
+    assert before == {path: path.read_bytes() for path in (tmp_path / "result").iterdir()}
+    assert run(["attribute", *config, "--output", str(tmp_path / "again")]) == 0
+    again = (tmp_path / "again" / "scores.csv").read_text().splitlines()
+    assert again == table

@@ -32,14 +32,14 @@ def attribute(options: AttributeOptions) -> None:
     of_fit, of_score, of_report = options.steps()
     if not options.dry_run:
         make_folder(options.output)
-        if first_process():
-            write_bytes(options.output / "run.yaml", _as_yaml(options).encode())
     fit(of_fit)
     if options.dry_run:
         return
     score(of_score)
     if not first_process():
         return
+    # not before: a folder of another run has been refused by now
+    write_bytes(options.output / "run.yaml", _as_yaml(options).encode())
     table = options.output / "scores.csv"
     write_bytes(table, _table(of_score.output).encode())
     report(of_report)
