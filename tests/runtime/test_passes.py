@@ -42,8 +42,9 @@ from tests.comparisons import assert_close
 COUNT = 7
 LAYERS = ["conv_in.weight", "conv_out.weight"]
 # forward passes of the trial: a batch twice, its eight samples alone, the gradients of autograd and
-# of hooks, and the layers' calls at two noise levels
-TRIAL = 2 + 8 + 2 + 2
+# of hooks, small ones (of key biases) once more at nearly the same inputs, and the layers' calls at
+# two noise levels
+TRIAL = 2 + 8 + 2 + 1 + 2
 # after the fourth batch of a pass: two examples at two levels likewise, without the calls
 RETRIAL = 2 + 4 + 2
 
