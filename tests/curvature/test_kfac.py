@@ -588,7 +588,10 @@ def test_activations_in_place():
         ({"probe_type": "uniform"}, r"probe_type='uniform' is unknown"),
         ({"mc_samples": 0}, r"mc_samples=0 arrived. Pass a whole number of at least 1"),
         ({"mc_samples": 2, "fisher_type": "type-2"}, r"Only 'mc' draws loss vectors"),
-        ({"separate_weight_and_bias": None}, r"separate_weight_and_bias=None arrived"),
+        (
+            {"separate_weight_and_bias": None},
+            "`separate_weight_and_bias` must be True or",
+        ),
         ({"params": []}, r"params is empty"),
         ({"params": ["x"]}, r"params names 'x', which the model does not have"),
         ({"params": {"x": None}}, r"params names 'x', which the model does not have"),
@@ -606,13 +609,16 @@ def test_bad_options(options, message):
 
 
 def test_operators_program_and_options_agree():
-    """Names and defaults are written out where users see them, and checked to be the same."""
+    """Users see names and defaults where they ask for them."""
     own = {field.name: field.default for field in dataclasses.fields(KFACOptions)}
-    arguments = inspect.signature(DiffusionKFACLinearOperator).parameters
-    shown = {name: p.default for name, p in arguments.items() if name in own}
-    assert shown == own
-    documented = inspect.getdoc(DiffusionKFACLinearOperator)
+    for kind in (DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator):
+        arguments = inspect.signature(kind).parameters
+        assert {name: p.default for name, p in arguments.items() if name in own} == own
+        assert [*arguments][:2] == ["regression", "params"]
+    documented = inspect.getdoc(KFACOptions)
     assert all(re.search(rf"^    {name}: ", documented, re.MULTILINE) for name in own)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'kfac_aprox'"):
+        DiffusionKFACLinearOperator(unet_regression(), kfac_aprox="expand")
     program = {field.name: field for field in dataclasses.fields(FitOptions)}
     for name in own.keys() & program.keys():
         assert program[name].default == own[name]
