@@ -46,11 +46,6 @@ class Prepared:
 def prepare(regression: NoisedRegression, params: Parameters, options: KFACOptions) -> Prepared:
     """Choose the blocks, and try the network out, which is not repeated while nothing has changed.
 
-    Args:
-        regression: Objective, data and draws.
-        params: ``None`` for every parameter, or a choice of them.
-        options: How blocks are approximated.
-
     Raises:
         ValueError: If a parameter cannot be covered, or the network is not what derivatives assume;
             see :mod:`~curvlinops_diffusion.layers.probe`.

@@ -45,10 +45,8 @@ class Holders:
 class SharedBatches(Observer):
     """Hands what layers see to the processes that have their blocks.
 
-    Args:
-        regression: Objective, data and draws.
-        holders: Who has which layer; ``None`` if all that is seen here is for here.
-        inner: Sees what the layers of this process see of all examples.
+    There the inner observer sees what the layers of this process see of all examples. Without
+    holders, all that is seen here is for here.
     """
 
     def __init__(self, regression: NoisedRegression, holders: Holders | None, inner: Observer):
