@@ -74,7 +74,8 @@ def fit_cost(regression: NoisedRegression, params: Parameters, options: FitOptio
     """Measure a batch, and extrapolate."""
     kfac = KFACOptions(**options.kfac_options())
     first = _first_batch(regression)
-    plan = prepare(first(1), params, kfac).plan
+    prepared = prepare(first(1), params, kfac)
+    plan = prepared.plan
     sizes = plan.factor_sizes()
 
     def fit(some: NoisedRegression) -> None:
@@ -85,7 +86,7 @@ def fit_cost(regression: NoisedRegression, params: Parameters, options: FitOptio
     seconds = run.once + run.seconds * regression.num_samples
     entries = plan.num_entries
     itemsize, n = regression.objective.working_dtype.itemsize, num_processes()
-    parameters = sum(p.numel() for p in plan.coverage.params.values())
+    parameters = sum(p.numel() for p in prepared.coverage.params.values())
     file_entries, checkpoint_entries = entries, n * entries
     if options.curvature == "ekfac":
         second = regression.with_draws(kfac.num_eigenvalue_draws(regression)).num_samples
