@@ -20,8 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, distributed
 
-from curvlinops_diffusion.curvature.plan import BlockPlan, Unit
-from curvlinops_diffusion.curvature.shared_batches import Holders
+from curvlinops_diffusion.curvature.plan import BlockPlan, Holders, Unit
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers.kind import SharingKind
 from curvlinops_diffusion.layers.layer import Layer
