@@ -37,12 +37,15 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
         PreconditionedWeighting,
         ProcessWeighting,
     )
-    from curvlinops_diffusion.influence.compression import Compression
+    from curvlinops_diffusion.influence.agreement import SplitHalfScores
+    from curvlinops_diffusion.influence.compression import Compression, RandomProjection
     from curvlinops_diffusion.influence.consumers import GradientConsumer, TopInfluences
     from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
     from curvlinops_diffusion.influence.kernel_regression import (
+        KernelOptions,
         averaged_scores,
         kernel_regression_scores,
+        regression_scores,
     )
     from curvlinops_diffusion.influence.measurements.base import (
         Example,
@@ -62,21 +65,17 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
         TrajectoryRegression,
         record_trajectories,
     )
-    from curvlinops_diffusion.influence.parts import (
-        influence_scores_by_layer,
-    )
-    from curvlinops_diffusion.influence.projection import RandomProjection
-    from curvlinops_diffusion.influence.regression import regression_scores
     from curvlinops_diffusion.influence.scores import (
         group_influence_scores,
         influence_scores,
+        influence_scores_by_layer,
         self_influence_scores,
-        stream_gradients,
+        split_half_scores,
         top_influences,
     )
-    from curvlinops_diffusion.influence.split_half import SplitHalfScores, split_half_scores
     from curvlinops_diffusion.influence.store import GradientStore
     from curvlinops_diffusion.influence.stored_scores import StoredScores
+    from curvlinops_diffusion.influence.streaming import stream_gradients
     from curvlinops_diffusion.influence.validation.baselines import (
         JourneyRegression,
         d_trak_scores,
@@ -126,6 +125,7 @@ __all__ = [
     "GradientStore",
     "InverseVarianceWeighting",
     "JourneyRegression",
+    "KernelOptions",
     "LatentEncoder",
     "LinearDatamodellingScore",
     "ListedTimesteps",
@@ -204,6 +204,7 @@ _MODULES = {
     "GradientStore": "influence.store",
     "InverseVarianceWeighting": "diffusion.weightings",
     "JourneyRegression": "influence.validation.baselines",
+    "KernelOptions": "influence.kernel_regression",
     "LatentEncoder": "diffusion.latents",
     "LinearDatamodellingScore": "influence.validation.judgements",
     "ListedTimesteps": "diffusion.timesteps",
@@ -219,7 +220,7 @@ _MODULES = {
     "PredictionType": "diffusion.noise",
     "ProbeType": "diffusion.random_numbers",
     "ProcessWeighting": "diffusion.weightings",
-    "RandomProjection": "influence.projection",
+    "RandomProjection": "influence.compression",
     "RefinedInverseLinearOperator": "linalg.solvers.iterative",
     "Refinement": "linalg.solvers.iterative",
     "RemovalEffect": "influence.validation.judgements",
@@ -227,7 +228,7 @@ _MODULES = {
     "SharingKind": "layers",
     "SignedPrediction": "influence.measurements.losses",
     "SimplifiedELBO": "influence.measurements.bounds",
-    "SplitHalfScores": "influence.split_half",
+    "SplitHalfScores": "influence.agreement",
     "StoredScores": "influence.stored_scores",
     "StratifiedTimesteps": "diffusion.timesteps",
     "TimestepsWithin": "diffusion.timesteps",
@@ -240,18 +241,18 @@ _MODULES = {
     "das_scores": "influence.validation.baselines",
     "group_influence_scores": "influence.scores",
     "influence_scores": "influence.scores",
-    "influence_scores_by_layer": "influence.parts",
+    "influence_scores_by_layer": "influence.scores",
     "kernel_regression_scores": "influence.kernel_regression",
     "linear_datamodelling_score": "influence.validation.judgements",
     "load_operator": "curvature.load",
     "loss": "influence.measurements.losses",
     "record_trajectories": "influence.measurements.trajectories",
-    "regression_scores": "influence.regression",
+    "regression_scores": "influence.kernel_regression",
     "removal_effects": "influence.validation.judgements",
     "self_influence_scores": "influence.scores",
-    "split_half_scores": "influence.split_half",
+    "split_half_scores": "influence.scores",
     "squared_norm": "influence.measurements.losses",
-    "stream_gradients": "influence.scores",
+    "stream_gradients": "influence.streaming",
     "top_influences": "influence.scores",
     "trak_scores": "influence.validation.baselines",
     "values_of_networks": "influence.validation.measured",

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from curvlinops_diffusion.influence.agreement import Agreement
+from curvlinops_diffusion.influence.agreement import Agreement, SplitHalfScores
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
 from curvlinops_diffusion.influence.score_files import write_scores
-from curvlinops_diffusion.influence.split_half import SplitHalfScores
 from curvlinops_diffusion.page.gallery import Gallery
 from curvlinops_diffusion.runtime.checks import check_count
 
@@ -135,7 +134,8 @@ class Attribution:
     def save(self, path: str | PathLike[str]) -> None:
         """Write the scores with everything that is known of them to a safetensors file.
 
-        Those of the first method are called ``scores``, those of others by their methods. Never
+        Those of the first method are called ``scores``, with halves of the draws ``first`` and
+        ``second``; those of others by their methods, with halves ``regression/first``, say. Never
         half-written. :class:`~curvlinops_diffusion.StoredScores` and the program's ``report``
         read it.
 
@@ -145,16 +145,14 @@ class Attribution:
         Raises:
             ValueError: If the file cannot be written.
         """
-        (first, scores_QN), *others = self.by_method.items()
-        halves = self.halves[first]
-        write_scores(
-            Path(path),
-            scores_QN,
-            {"train": self.train.names, "queries": self.queries.names},
-            halves=None if halves is None else (halves.first, halves.second),
-            others=dict(others),
-            **{k: v for k, v in self.header.items() if k not in ("train", "queries")},
-        )
+        tensors: dict[str, Tensor] = {}
+        for place, (method, scores_QN) in enumerate(self.by_method.items()):
+            halves, prefix = self.halves[method], f"{method}/" if place else ""
+            tensors[method if place else "scores"] = scores_QN
+            if halves is not None:
+                tensors[f"{prefix}first"] = halves.first
+                tensors[f"{prefix}second"] = halves.second
+        write_scores(Path(path), tensors, self.header)
 
     def report(self, path: str | PathLike[str], *, top: int = 8) -> None:
         """Write a page with the images that helped and hindered each query most.

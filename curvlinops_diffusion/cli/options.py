@@ -230,7 +230,7 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
         operator: The file that fit wrote.
         data: The training images, the same as for fit.
         queries: The images to explain, in the same forms, or one image file.
-        output: The scores' file to write: .safetensors, or .npy with an index of names beside it.
+        output: The scores' file to write: .safetensors.
         method: What scores are: influence (predicted changes of what is measured), or regression
             (kernel regressions of it and of the prediction, squared, which predict the order that
             retraining shows better; they have no unit).
@@ -275,17 +275,12 @@ class ScoreOptions(ModelOptions, TrainingOptions, ImageOptions, RunOptions):
     max_memory: float | None = None
 
     def __post_init__(self) -> None:
-        """Check that the method is for what is measured, and for how its scores are written.
+        """Check that the method is for what is measured.
 
         Raises:
             ValueError: If it is not.
         """
         super().__post_init__()
-        if self.sharded and self.method == "influence" and self.output.suffix == ".npy":
-            raise ValueError(
-                f"--output {self.output} does not go with --sharded, by which each process writes "
-                "a file of its own. Pass a name that ends in .safetensors."
-            )
         if self.method != "regression":
             return
         if MEASUREMENTS[self.measurement].better is not Better.LOWER:

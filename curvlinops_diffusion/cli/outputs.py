@@ -51,11 +51,6 @@ def _check_own(path: Path, kind: str | None) -> None:
     Raises:
         ValueError: If it holds something else, which ``--overwrite`` would destroy.
     """
-    if path.suffix == ".npy" and not path.with_suffix(".index.json").exists():
-        raise ValueError(
-            f"--output {path} exists, and is an array without an index of names: not one of score. "
-            "Pass another name; it is not replaced, --overwrite or not."
-        )
     if path.suffix != ".safetensors" or kind is None:
         return
     found = kind_of(path)

@@ -33,7 +33,7 @@ from curvlinops_diffusion.runtime.files import check_can_be_made, files_below, n
 
 _OUTPUTS = {
     FitOptions: ((".safetensors",), OPERATOR.key),
-    ScoreOptions: ((".safetensors", ".npy"), SCORES.key),
+    ScoreOptions: ((".safetensors",), SCORES.key),
     ReportOptions: ((".html",), None),
     ValidateMeasureOptions: ((".safetensors",), "curvlinops_diffusion.measured"),
     ValidateJudgeOptions: ((".html", ".json"), None),
@@ -82,7 +82,7 @@ def check_paths(options: Any) -> None:
             check_exists(path, name, "Make it by curvlinops-diffusion fit.")
             _check_shards(path, read_header(path))
         elif name == "--scores":
-            _check_scores(check_exists(path, name, SCORES.advice))
+            _check_shards(path, SCORES.read_header(check_exists(path, name, SCORES.advice)))
         elif name == "--measured":
             check_exists(path, name, "Make it by curvlinops-diffusion validate measure.")
 
@@ -205,12 +205,3 @@ def _check_shards(path: Path, header: Any) -> None:
             f"'{path}' is of {len(names)} files, and {len(missing)} are not beside it: "
             f"'{missing[0]}' first. Copy them to the same folder."
         )
-
-
-def _check_scores(path: Path) -> None:
-    if path.suffix == ".npy":
-        for needed in (path, path.with_suffix(".index.json")):
-            if not needed.is_file():
-                raise ValueError(f"There is no file '{needed}'. {SCORES.advice}")
-        return
-    _check_shards(path, SCORES.read_header(path))

@@ -16,7 +16,7 @@ from curvlinops_diffusion.cli.commands.score import score
 from curvlinops_diffusion.cli.events import event, first_process, say
 from curvlinops_diffusion.cli.options import AttributeOptions
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
-from curvlinops_diffusion.influence.read_scores import read_scores
+from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.runtime.files import make_folder, write_bytes
 
 # what says how a run went, and nothing about its result
@@ -60,7 +60,8 @@ def _as_yaml(options: AttributeOptions) -> str:
 
 def _table(scores: Path) -> str:
     """A row for each query and training image, the most helpful first."""
-    scores_QN, header = read_scores(scores)
+    scores_QN = StoredScores.open(scores)
+    header = scores_QN.header
     measured = header["identity"].get("query", {}).get("measurement", "")
     entry = MEASUREMENTS.get(measured)
     sign = -1 if entry is not None and entry.better.helpful_sign < 0 else 1

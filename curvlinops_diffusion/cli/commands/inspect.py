@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from curvlinops_diffusion.cli.options import InspectOptions
-from curvlinops_diffusion.influence.read_scores import read_scores
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.linalg.operator_files import block_rows, read_header
 
@@ -19,19 +18,22 @@ def inspect(options: InspectOptions) -> None:
     Raises:
         ValueError: If it is of no known kind.
     """
-    if options.file.suffix not in (".safetensors", ".npy"):
+    if options.file.suffix != ".safetensors":
         raise ValueError(
             f"'{options.file}' is neither an operator's file, .safetensors as fit writes it, nor "
-            "one of scores, .safetensors or .npy as score writes it. Pass one of these."
+            "one of scores, .safetensors as score writes it. Pass one of these."
         )
-    if options.file.suffix == ".npy" or SCORES.holds(options.file):
+    if SCORES.holds(options.file):
         _print_scores(options.file)
     else:
         _print_operator(options.file)
 
 
 def _print_scores(path: Path) -> None:
-    scores_QN, header = read_scores(path)
+    from curvlinops_diffusion.influence.stored_scores import StoredScores  # with PyTorch
+
+    scores_QN = StoredScores.open(path)
+    header = scores_QN.header
     Q, N = scores_QN.shape
     print(f"influence scores of {N} training images on {Q} queries")
     least = min(float(scores_N.min()) for scores_N in scores_QN)

@@ -6,7 +6,7 @@ from typing import Any
 
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.options import ReportOptions
-from curvlinops_diffusion.influence.read_scores import read_scores
+from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.loading.images import NamedImages, open_images
 from curvlinops_diffusion.loading.labels import Condition
@@ -21,7 +21,8 @@ def report(options: ReportOptions) -> None:
     Raises:
         ValueError: If images, operator and scores do not belong together.
     """
-    scores_QN, header = read_scores(options.scores)
+    scores_QN = StoredScores.open(options.scores)
+    header = scores_QN.header
     train, queries = _images(options, header)
     if options.operator is not None:
         _check_operator(options, header["identity"])

@@ -22,7 +22,7 @@ from curvlinops_diffusion.curvature.load import (
 )
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.agreement import Agreement
-from curvlinops_diffusion.influence.read_scores import header_and_scores
+from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.loading.images import NamedImages, open_images
 from curvlinops_diffusion.runtime.files import check_space
@@ -86,14 +86,16 @@ def score(options: ScoreOptions) -> None:
             "sources": known.source_digests() if is_first() else [],
         }
         scoring = Scoring(options, train, query, operator, several, names, identity, told)
-        sure = scoring.write()
+        header = scoring.write()
         if not is_first():
             return
         remove(checkpoint_of(options.output))
         Q, N = query.num_data, train.num_data
+        said = ("values", "rank_correlation", "top", "top_shared", "standard_error")
+        sure = {key: header[key] for key in said if key in header}
         event("scored", file=str(options.output), queries=Q, training_images=N, **sure)
         say(f"Wrote {options.output}: {Q} × {N} scores, of queries and training images")
-        say(_how_sure({**sure, **names}))
+        say(_how_sure(header))
 
 
 def _method(options: ScoreOptions) -> dict[str, Any]:
@@ -126,9 +128,8 @@ def _is_done(options: ScoreOptions, identity: dict[str, Any]) -> bool:
     """
     if not options.output.exists() or options.overwrite:
         return False
-    header, scores_QN = header_and_scores(options.output)
-    check_output_is_same(options.output, header, identity)
-    return scores_QN is not None
+    check_output_is_same(options.output, StoredScores.open(options.output).header, identity)
+    return True
 
 
 def _how_sure(header: dict[str, Any]) -> str:

@@ -16,8 +16,8 @@ from curvlinops_diffusion.influence.agreement import Agreement, plain_numbers
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.methods import Method, scores_of
 from curvlinops_diffusion.influence.score_files import write_scores
-from curvlinops_diffusion.influence.split_half import SplitHalfScores, can_be_halved
-from curvlinops_diffusion.influence.stored_scores import StoredScores, write_index, write_shards
+from curvlinops_diffusion.influence.scores import can_be_halved
+from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
 
@@ -60,57 +60,42 @@ class Scoring:
         """Compute the scores, from the checkpoint on if there is one, and write them.
 
         Returns:
-            How sure they are.
+            The header.
         """
-        return self._in_shards() if in_shards(self.options, self.several) else self._whole()
-
-    def _whole(self) -> dict[str, Any]:
-        """Every process has all scores, and the first one writes them."""
-        options, block = self.options, self.options.query_block
+        options = self.options
+        halves = can_be_halved(self.train) and can_be_halved(self.query)
         method = Method(options.method)
 
-        def run(passes: PassOptions) -> tuple[Tensor, SplitHalfScores | None, Tensor]:
-            operators = self._operators()
-            values_Q = self._values(operators[0], passes)
+        def run(passes: PassOptions) -> dict[str, Any]:
+            operators, block = self._operators(), options.query_block
+            header = {
+                **self.names,
+                "identity": self.identity,
+                "values": plain_numbers(self._values(operators[0], passes)),
+                **self.told,
+            }
+            if in_shards(options, self.several):
+                return StoredScores.create(
+                    options.output,
+                    *operators,
+                    query_block=block,
+                    halves=halves,
+                    header=header,
+                    passes=passes,
+                ).header
             found = scores_of(
                 [method], *operators, ridge=options.ridge, query_block=block, passes=passes
             )
-            return (*found[method], values_Q)
+            scores_QN, of_halves = found[method]
+            tensors = {"scores": scores_QN}
+            if of_halves is not None:
+                tensors = vars(of_halves)
+                header |= Agreement.of_halves(of_halves.first, of_halves.second).as_header()
+            if is_first():
+                write_scores(options.output, tensors, header)
+            return header
 
-        scores_QN, halves, values_Q = self._from_checkpoint(run)
-        sure = {"values": plain_numbers(values_Q)}
-        both = None
-        if halves is not None:
-            both = (halves.first, halves.second)
-            sure |= Agreement.of_halves(*both).as_header()
-        if is_first():
-            told = {**sure, **self.told}
-            write_scores(self.options.output, scores_QN, self.names, self.identity, both, **told)
-        return sure
-
-    def _in_shards(self) -> dict[str, Any]:
-        """Each process writes what it has seen, and the first one a file that names them all."""
-        halves = can_be_halved(self.train) and can_be_halved(self.query)
-        output, block = self.options.output, self.options.query_block
-
-        def run(passes: PassOptions) -> tuple[list[dict[str, Any]], Tensor]:
-            operators = self._operators()
-            values_Q = self._values(operators[0], passes)
-            options: dict[str, Any] = {"query_block": block, "halves": halves, "passes": passes}
-            return write_shards(output, *operators, self.identity, **options), values_Q
-
-        shards, values_Q = self._from_checkpoint(run)
-        sure = {"values": plain_numbers(values_Q)}
-        if not is_first():
-            return sure
-        shape = [self.query.num_data, self.train.num_data]
-        header = {**self.names, "identity": self.identity, "shape": shape, **self.told}
-        stored = StoredScores(output, {**header, "shards": shards})
-        if halves:
-            own = Agreement.of_halves(stored.named("first"), stored.named("second"))
-            sure |= own.as_header()
-        write_index(output, {**header, **sure}, shards)
-        return sure
+        return self._from_checkpoint(run)
 
     def _operators(
         self,

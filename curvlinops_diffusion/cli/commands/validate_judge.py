@@ -15,7 +15,7 @@ from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.measured_files import read_measured
 from curvlinops_diffusion.cli.options import ValidateJudgeOptions
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
-from curvlinops_diffusion.influence.read_scores import read_scores, whole
+from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.influence.validation.judgements import (
     linear_datamodelling_score,
     removal_effects,
@@ -77,7 +77,8 @@ def _named_scores(
     for word in words:
         named, path = named_path(word)
         name = named or path.stem
-        scores, own = read_scores(path)
+        scores = StoredScores.open(path)
+        own = scores.header
         names = plan.info.get("names")
         if own["queries"] != header["queries"] or names not in (None, own["train"]):
             raise ValueError(
@@ -97,7 +98,7 @@ def _named_scores(
         of = MEASUREMENTS.get(own["identity"].get("query", {}).get("measurement", ""))
         # a log-likelihood falls where a loss rises
         opposite = of is not None and (of.better is Better.HIGHER) != (better is Better.HIGHER)
-        scores_QN = whole(scores)
+        scores_QN = scores.whole()
         if not scores_QN.isfinite().all():
             count = int((~scores_QN.isfinite()).sum())
             raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.options import ValidatePlanOptions
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
-from curvlinops_diffusion.influence.read_scores import read_scores, whole
+from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.influence.validation.plans import HEADER, Removal, RetrainingPlan
 from curvlinops_diffusion.loading.images import NamedImages, open_images
 from curvlinops_diffusion.loading.preprocessing import Form
@@ -66,7 +66,8 @@ def _plan(options: ValidatePlanOptions, images: NamedImages) -> RetrainingPlan:
             f"Parts are named after '{options.scores}', and controls are called "
             f"'{method.lower()}'. Rename the file."
         )
-    scores, header = read_scores(options.scores)
+    scores = StoredScores.open(options.scores)
+    header = scores.header
     scored = header.get("sources")
     same = header["train"] == images.names
     if not same or (scored is not None and scored != images.source_digests()):
@@ -74,7 +75,7 @@ def _plan(options: ValidatePlanOptions, images: NamedImages) -> RetrainingPlan:
             f"'{options.scores}' is of other training images than '{options.data}' holds. Pass "
             "those that were scored."
         )
-    helpful = _sign_of_help(options.scores, header) * whole(scores)
+    helpful = _sign_of_help(options.scores, header) * scores.whole()
     return RetrainingPlan.removals(helpful, sizes, method=method, seed=seed)
 
 
