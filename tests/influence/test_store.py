@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from curvlinops_diffusion.influence.whitening import Whitening
 from torch import nn
 
 from curvlinops_diffusion import (
@@ -16,7 +17,6 @@ from curvlinops_diffusion import (
     top_influences,
 )
 from curvlinops_diffusion.influence.store import GRADIENTS
-from curvlinops_diffusion.influence.whitening import Whitening
 from tests.cases import images, plain_regression, seeded, tiny_unet, unet_regression
 from tests.comparisons import assert_close
 
