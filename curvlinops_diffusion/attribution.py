@@ -15,7 +15,13 @@ from torch import Tensor
 
 from curvlinops_diffusion.influence.agreement import Agreement, SplitHalfScores
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
-from curvlinops_diffusion.influence.score_files import write_scores
+from curvlinops_diffusion.influence.score_files import (
+    COLUMNS,
+    helpful_sign,
+    table_rows,
+    write_scores,
+    write_table,
+)
 from curvlinops_diffusion.page.gallery import Gallery
 from curvlinops_diffusion.runtime.checks import check_count
 
@@ -88,8 +94,7 @@ class Attribution:
             ValueError: If ``k`` is no whole number of at least 1.
         """
         k = min(check_count("k", k), self.scores.shape[1])
-        sign = -1 if self.better is Better.HIGHER else 1
-        order_Qk = (sign * self.scores).topk(k).indices
+        order_Qk = (helpful_sign(self.header) * self.scores).topk(k).indices
         return [
             [
                 RankedImage(self.train.names[n], float(scores_N[n]), rank)
@@ -99,10 +104,10 @@ class Attribution:
         ]
 
     def to_pandas(self) -> pd.DataFrame:
-        """The scores as a table: a row for each query, training image and method.
+        """The scores as a table, a row for each method, query and training image.
 
-        Columns: ``query``, ``image``, ``score``, ``rank`` (1 is the most helpful), ``caption`` (the
-        image's), and ``method``.
+        The most helpful first. Columns: ``query``, ``image``, ``score``, ``rank`` (1 is the most
+        helpful), ``method``, and ``caption`` (the image's).
 
         Raises:
             ValueError: If pandas is not installed.
@@ -111,28 +116,12 @@ class Attribution:
             import pandas as pd
         except ImportError as error:
             raise ValueError("A table needs pandas: pip install pandas.") from error
-        sign = -1 if self.better is Better.HIGHER else 1
-        Q, N = self.scores.shape
-        captions = [self.train.caption(n) for n in range(N)]
-        tables = []
-        for method, scores_QN in self.by_method.items():
-            rank_QN = (-sign * scores_QN).argsort(1).argsort(1) + 1
-            tables.append(
-                pd.DataFrame(
-                    {
-                        "query": [name for name in self.queries.names for _ in range(N)],
-                        "image": list(self.train.names) * Q,
-                        "score": scores_QN.flatten().tolist(),
-                        "rank": rank_QN.flatten().tolist(),
-                        "caption": captions * Q,
-                        "method": method,
-                    }
-                )
-            )
-        return pd.concat(tables, ignore_index=True)
+        table = pd.DataFrame(table_rows(self.by_method, self.header), columns=COLUMNS)
+        captions = {name: self.train.caption(n) for n, name in enumerate(self.train.names)}
+        return table.assign(caption=table["image"].map(captions))
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the scores with everything that is known of them to a safetensors file.
+        """Write the scores with everything that is known of them to a safetensors file, or a table.
 
         Those of the first method are called ``scores``, with halves of the draws ``first`` and
         ``second``; those of others by their methods, with halves ``regression/first``, say. Never
@@ -140,11 +129,16 @@ class Attribution:
         read it.
 
         Args:
-            path: Where to.
+            path: Where to; ending in ``.csv`` or ``.parquet`` for the table of :meth:`to_pandas`,
+                without captions.
 
         Raises:
             ValueError: If the file cannot be written.
         """
+        path = Path(path)
+        if path.suffix in (".csv", ".parquet"):
+            write_table(path, table_rows(self.by_method, self.header))
+            return
         tensors: dict[str, Tensor] = {}
         for place, (method, scores_QN) in enumerate(self.by_method.items()):
             halves, prefix = self.halves[method], f"{method}/" if place else ""
@@ -152,7 +146,7 @@ class Attribution:
             if halves is not None:
                 tensors[f"{prefix}first"] = halves.first
                 tensors[f"{prefix}second"] = halves.second
-        write_scores(Path(path), tensors, self.header)
+        write_scores(path, tensors, self.header)
 
     def report(self, path: str | PathLike[str], *, top: int = 8) -> None:
         """Write a page with the images that helped and hindered each query most.

@@ -21,7 +21,9 @@ from curvlinops_diffusion.influence.score_files import (
     HALVED,
     INDEX,
     SCORES,
+    table_rows,
     write_scores,
+    write_table,
     written_shards,
 )
 from curvlinops_diffusion.influence.streaming import (
@@ -250,6 +252,22 @@ class StoredScores:
             found.append(top.result)
         return TopInfluences.of_blocks(found)
 
+    def export(self, path: str | PathLike[str]) -> None:
+        """Write a table, a row for each method, query and training example, the most helpful first.
+
+        Columns: ``query``, ``image``, ``score``, ``rank`` (1 is the most helpful) and ``method``.
+
+        Args:
+            path: Where to, ending in ``.csv`` or ``.parquet`` (which needs pandas and pyarrow).
+
+        Raises:
+            ValueError: If it ends in something else, a package is missing, or the file cannot be
+                written.
+        """
+        first, *others = self.header.get("methods", ["influence"])
+        scores = {first: self.named(HALVED[0]), **{name: self.named(name) for name in others}}
+        write_table(Path(path), table_rows(scores, self.header))
+
     # ---------------------------------------------------------------------------------------------
 
     def _columns(self, block: range, queries: range) -> Iterator[tuple[Tensor, Tensor]]:
@@ -277,11 +295,11 @@ class StoredScores:
         if sorted(q for block in self._blocks for q in block) != list(range(Q)):
             raise SCORES.damaged(self._path, f"shards of other queries than {Q}")
         for block in self._blocks:
-            for columns, last_1n in self._columns(block, block[-1:]):
-                if last_1n.shape != (1, len(columns)):
-                    raise SCORES.damaged(self._path, f"other scores than of {len(block)} queries")
-            columns = torch.cat(self._index_of(block)).sort().values
-            if not torch.equal(columns, torch.arange(N)):
+            index, rest = self._index_of(block), slice(len(block) - 1, None)
+            for file, columns in zip(self._blocks[block], index, strict=True):
+                if SCORES.read_rows(file, self._name, rest).shape != (1, len(columns)):
+                    raise SCORES.damaged(file, f"other scores than of {len(block)} queries")
+            if not torch.equal(torch.cat(index).sort().values, torch.arange(N)):
                 raise SCORES.damaged(self._path, f"shards of other examples than {N}")
 
 

@@ -186,7 +186,7 @@ def test_scores_that_are_damaged(fitted, tmp_path, capsys):
     path.write_bytes((fitted / "scores.safetensors").read_bytes()[:300])
     assert run(["inspect", str(path)]) == 2
     assert "not a whole safetensors file" in capsys.readouterr().err
-    assert run(["inspect", str(tmp_path / "none.npy")]) == 2
+    assert run(["inspect", str(tmp_path / "none.safetensors")]) == 2
     assert "There is no file" in capsys.readouterr().err
 
 

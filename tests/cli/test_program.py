@@ -29,9 +29,8 @@ from curvlinops_diffusion.cli.commands import cost
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions
 from curvlinops_diffusion.cli.program import run
-from curvlinops_diffusion.influence.read_scores import read_scores
-from curvlinops_diffusion.influence.regression import RIDGE
-from curvlinops_diffusion.influence.split_half import rank_correlation
+from curvlinops_diffusion.influence.agreement import rank_correlations
+from curvlinops_diffusion.influence.kernel_regression import RIDGE
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.loading.images import open_images
 from tests.cli.cases import COUNT, arguments, process, write_images
@@ -65,7 +64,8 @@ def test_scores_are_those_of_the_library(fitted):
     J_train = ExampleGradientLinearOperator(regression("train", 3, 0))
     J_query = ExampleGradientLinearOperator(regression("queries", 4, 1))
     expected = influence_scores(J_query, EK.inverse(1e-3), J_train)
-    scores, header = read_scores(fitted / "scores.safetensors")
+    stored = StoredScores.open(fitted / "scores.safetensors")
+    scores, header = stored.whole(), stored.header
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     assert header["train"] == [f"image{n}.png" for n in range(COUNT)]
     assert header["queries"] == ["image0.png", "image1.png"]
@@ -80,7 +80,8 @@ def test_kernel_regression(fitted, tmp_path, capsys):
     assert f"samples forward and backward   {4 * 9 * 4}" in capsys.readouterr().out
     assert run(arguments(fitted, "score", "--output", output, *draws)) == 0
     assert "in both halves of the draws" in capsys.readouterr().err
-    scores, header = read_scores(output)
+    stored = StoredScores.open(output)
+    scores, header = stored.whole(), stored.header
     network = load_network(FitOptions(pipeline=fitted / "pipeline", data=fitted, output=fitted))
     train, query = (
         NoisedRegression(
@@ -101,7 +102,7 @@ def test_kernel_regression(fitted, tmp_path, capsys):
 
     assert_close(scores, library(query, train), 1e-4)
     halves = load_file(output)
-    assert_close(halves["second_half"], library(query.divided(1, 2), train.divided(1, 2)), 1e-4)
+    assert_close(halves["second"], library(query.divided(1, 2), train.divided(1, 2)), 1e-4)
     assert header["identity"]["query"]["method"] == "regression"
     page = tmp_path / "page.html"
     words = ["report", "--scores", output, "--data", fitted / "train"]
@@ -120,43 +121,26 @@ def test_kernel_regression(fitted, tmp_path, capsys):
 def test_how_sure_scores_are(fitted, tmp_path, capsys):
     """Two halves of the draws in file, log and what is said; the queries' own values as well."""
     draws = ["--num-draws", 8, "--query-draws", 4, "--log", tmp_path / "log"]
-    for name in ("s.safetensors", "s.npy"):
-        assert run(arguments(fitted, "score", "--output", tmp_path / name, *draws)) == 0
-        told = capsys.readouterr().err
-        assert re.search(
-            r"How sure: \d\S* of the top 3 in both halves of the draws \(1.3 by chance\)", told
-        )
-        scores, header = read_scores(tmp_path / name)
-        assert len(header["rank_correlation"]) == len(header["top_shared"]) == 2
-        assert all(-1 <= r <= 1 for r in header["rank_correlation"])
-        assert all(value > 0 for value in header["values"] + header["standard_error"])
-    halves = load_file(tmp_path / "s.safetensors")
-    first, second = halves["first_half"], halves["second_half"]
-    assert_close(rank_correlation(first, second), torch.tensor(header["rank_correlation"]), 1e-6)
+    output = tmp_path / "s.safetensors"
+    assert run(arguments(fitted, "score", "--output", output, *draws)) == 0
+    told = capsys.readouterr().err
+    assert re.search(
+        r"How sure: \d\S* of the top 3 in both halves of the draws \(1.3 by chance\)", told
+    )
+    stored = StoredScores.open(output)
+    scores, header = stored.whole(), stored.header
+    assert len(header["rank_correlation"]) == len(header["top_shared"]) == 2
+    assert all(-1 <= r <= 1 for r in header["rank_correlation"])
+    assert all(value > 0 for value in header["values"] + header["standard_error"])
+    first, second = (stored.named(half).whole() for half in ("first", "second"))
+    assert_close(rank_correlations(first, second), torch.tensor(header["rank_correlation"]), 1e-6)
     assert_close((first + second) / 2, scores, 0.5)  # but for products of different halves
     events = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    (logged,) = [e for e in events if e["event"] == "scored" and e["file"].endswith("npy")]
+    (logged,) = [e for e in events if e["event"] == "scored"]
     assert logged["top_shared"] == header["top_shared"]
-    assert run(arguments(fitted, "score", "--output", tmp_path / "o.npy")) == 0  # three draws
+    output = tmp_path / "o.safetensors"
+    assert run(arguments(fitted, "score", "--output", output)) == 0  # three draws
     assert "How sure they are is not known: pass multiples of 4" in capsys.readouterr().err
-
-
-def test_npy_with_an_index(fitted, tmp_path):
-    assert run(arguments(fitted, "score", "--output", tmp_path / "s.npy")) == 0
-    expected = load_file(fitted / "scores.safetensors")["scores"]
-    assert np.array_equal(np.load(tmp_path / "s.npy"), expected.numpy())
-    index = json.loads((tmp_path / "s.index.json").read_text())
-    assert index["queries"] == ["image0.png", "image1.png"]
-    # killed between the two files: the index is of other scores than those that are there
-    np.save(tmp_path / "s.npy", np.zeros_like(expected.numpy()))
-    with pytest.raises(ValueError, match=r"s.index.json' is not the index of '.*s.npy'"):
-        read_scores(tmp_path / "s.npy")
-    assert run(arguments(fitted, "score", "--output", tmp_path / "s.npy")) == 0
-    assert np.array_equal(np.load(tmp_path / "s.npy"), expected.numpy())
-    changed = (tmp_path / "s.index.json").read_text().replace('"image0', '"image9', 1)
-    (tmp_path / "s.index.json").write_text(changed)
-    with pytest.raises(ValueError, match=r"header of '.*s.index.json' is damaged \(it is not what"):
-        read_scores(tmp_path / "s.npy")
 
 
 def test_inspect(fitted, capsys):
@@ -405,8 +389,8 @@ def test_a_network_cannot_be_divided_alone(fitted, tmp_path, capsys):
 
 def assert_same_to_readers(folder, in_files, in_one):
     """All that reads scores makes the same of them, but for rounding."""
-    (found, header), (expected, beside) = read_scores(in_files), read_scores(in_one)
-    assert isinstance(found, StoredScores)
+    found, one = map(StoredScores.open, (in_files, in_one))
+    expected, header, beside = one.whole(), found.header, one.header
     least = 1e-4 * float(expected.abs().max())
     for own, other in ((found.whole(), expected), (found[1], expected[1])):
         torch.testing.assert_close(own, other, rtol=1e-3, atol=least)
@@ -417,11 +401,7 @@ def assert_same_to_readers(folder, in_files, in_one):
         atol=least,
     )
     assert header["rank_correlation"] == pytest.approx(beside["rank_correlation"], abs=0.1)
-    assert header.keys() - beside.keys() == {"shards", "shape"}
-    torch.testing.assert_close(
-        StoredScores.open(in_one).whole(),
-        StoredScores.open(in_one, check=False).named("scores").whole(),
-    )
+    assert header.keys() == beside.keys()
     pages = []
     for path in (in_files, in_one):
         page = path.with_suffix(".html")
@@ -476,10 +456,11 @@ def test_attribute(folder, tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "result").iterdir()}
     names = {"operator.safetensors", "scores.safetensors", "scores.csv", "report.html", "run.yaml"}
     assert {path.name for path in before} == names
-    scores, header = read_scores(tmp_path / "result" / "scores.safetensors")
+    stored = StoredScores.open(tmp_path / "result" / "scores.safetensors")
+    scores, header = stored.whole(), stored.header
     table = (tmp_path / "result" / "scores.csv").read_text().splitlines()
     best = header["train"][int(scores[0].argmax())]
-    assert table[1] == f"image0.png,{best},{float(scores[0].max())!r},1"
+    assert table[1] == f"image0.png,{best},{float(scores[0].max())!r},1,influence"
     config = ["--config", str(tmp_path / "result" / "run.yaml"), "--quiet"]
     other = [*config, "--output", str(tmp_path / "result"), "--damping", "1e-2"]
     assert run(["attribute", *other]) == 2

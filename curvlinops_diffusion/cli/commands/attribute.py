@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from curvlinops_diffusion.cli.commands.report import report
 from curvlinops_diffusion.cli.commands.score import score
 from curvlinops_diffusion.cli.events import event, first_process, say
 from curvlinops_diffusion.cli.options import AttributeOptions
-from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.runtime.files import make_folder, write_bytes
 
@@ -41,7 +38,7 @@ def attribute(options: AttributeOptions) -> None:
     # not before: a folder of another run has been refused by now
     write_bytes(options.output / "run.yaml", _as_yaml(options).encode())
     table = options.output / "scores.csv"
-    write_bytes(table, _table(of_score.output).encode())
+    StoredScores.open(of_score.output, check=False).export(table)
     report(of_report)
     event("attributed", folder=str(options.output))
     say(f"Open '{of_report.output}'. Scores: '{of_score.output}'; as a table: '{table}'")
@@ -56,20 +53,3 @@ def _as_yaml(options: AttributeOptions) -> str:
             continue
         plain[field.name] = str(value.absolute()) if isinstance(value, Path) else value
     return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
-
-
-def _table(scores: Path) -> str:
-    """A row for each query and training image, the most helpful first."""
-    scores_QN = StoredScores.open(scores)
-    header = scores_QN.header
-    measured = header["identity"].get("query", {}).get("measurement", "")
-    entry = MEASUREMENTS.get(measured)
-    sign = -1 if entry is not None and entry.better.helpful_sign < 0 else 1
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["query", "image", "score", "rank"])
-    for name, scores_N in zip(header["queries"], scores_QN, strict=True):
-        order = (sign * scores_N).argsort(descending=True, stable=True).tolist()
-        for rank, n in enumerate(order, 1):
-            rows.writerow([name, header["train"][n], repr(float(scores_N[n])), rank])
-    return text.getvalue()
