@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from curvlinops_diffusion.influence.whitening import Whitening
 from torch import nn
 
 from curvlinops_diffusion import (
@@ -17,7 +16,7 @@ from curvlinops_diffusion import (
     kernel_regression_scores,
     top_influences,
 )
-from curvlinops_diffusion.influence.store import GRADIENTS
+from curvlinops_diffusion.influence.store import GRADIENTS, Whitening
 from tests.cases import images, plain_regression, seeded, tiny_unet, unet_regression
 from tests.comparisons import assert_close
 
