@@ -5,11 +5,11 @@ Legend: Q queries, N training images, k the first of a query's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from torch import Tensor
 
@@ -17,13 +17,16 @@ from curvlinops_diffusion.influence.agreement import Agreement, SplitHalfScores
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
 from curvlinops_diffusion.influence.score_files import (
     COLUMNS,
-    helpful_sign,
+    ordered,
     table_rows,
     write_scores,
     write_table,
 )
+from curvlinops_diffusion.influence.stored_scores import StoredScores
+from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.page.gallery import Gallery
 from curvlinops_diffusion.runtime.checks import check_count
+from curvlinops_diffusion.runtime.files import check_same
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,24 +54,67 @@ class Attribution:
         scores: The scores of the first method, ``[Q, N]``. Of ``influence``, predicted changes of
             the measured value had the model been trained without the image; those of
             ``regression`` have no unit, only their order says something.
-        by_method: The scores of each method.
+        by_method: The scores of each method, of which the first orders; in files if each process
+            has written its own.
         halves: Those of two halves of the draws, by method; ``None`` where the draws cannot be
-            halved.
+            halved, and of a file.
         header: What the scores were made from, as a file of scores holds it.
         train: The training images, with names and captions.
         queries: The queries, likewise.
     """
 
-    by_method: Mapping[str, Tensor]
+    by_method: Mapping[str, Tensor | StoredScores]
     halves: Mapping[str, SplitHalfScores | None]
     header: Mapping[str, Any]
     train: Gallery = field(repr=False)
     queries: Gallery = field(repr=False)
 
+    @classmethod
+    def load(cls, path: str | PathLike[str], images: Any, queries: Any) -> Self:
+        """Scores of a file, with the images that they are of.
+
+        Args:
+            path: The file that :meth:`save` or the program wrote.
+            images: The training images, as they were given to
+                :meth:`Attributor.from_pipeline`: a folder, say.
+            queries: The queries, likewise.
+
+        Raises:
+            ValueError: If the file is damaged or of another version, or was made of other images.
+        """
+        path = Path(path)
+        stored = StoredScores.open(path)
+        header = stored.header
+        if not all(hasattr(given, "caption") for given in (images, queries)):
+            try:
+                from curvlinops_diffusion.loading.given import given_images
+                from curvlinops_diffusion.loading.labels import Condition
+                from curvlinops_diffusion.loading.preprocessing import Form
+            except ImportError as error:
+                raise _needs_extra("Reading images", error) from error
+            seen = header.get("form", {"channels": None, "resolution": None})
+            form = Form(seen["channels"], None, seen["resolution"])
+            # whatever stands beside images, where the network's condition is not known
+            condition = Condition(**header["condition"]) if "condition" in header else None
+            images = given_images(images, form, condition)
+            prompt = {"prompts": header.get("prompt")}
+            queries = given_images(queries, form, condition, images, **prompt)
+        for gallery, names, what in (
+            (images, header["train"], "images"),
+            (queries, header["queries"], "queries"),
+        ):
+            if list(gallery.names) != names:
+                raise ValueError(
+                    f"`{what}` are {len(gallery.names)} that are not the {len(names)} that "
+                    f"'{path}' is of. Pass those that were scored."
+                )
+        by_method = stored.by_method
+        return cls(by_method, dict.fromkeys(by_method), header, images, queries)
+
     @property
     def scores(self) -> Tensor:
         """The scores of the first method, ``[Q, N]``."""
-        return next(iter(self.by_method.values()))
+        return _whole(next(iter(self.by_method.values())))
 
     @property
     def agreement(self) -> Agreement | None:
@@ -93,21 +139,30 @@ class Attribution:
         Raises:
             ValueError: If ``k`` is no whole number of at least 1.
         """
-        k = min(check_count("k", k), self.scores.shape[1])
-        order_Qk = (helpful_sign(self.header) * self.scores).topk(k).indices
+        check_count("k", k)
         return [
             [
                 RankedImage(self.train.names[n], float(scores_N[n]), rank)
-                for rank, n in enumerate(order_k.tolist(), 1)
+                for rank, n in enumerate(ordered(scores_N, self.header)[:k], 1)
             ]
-            for scores_N, order_k in zip(self.scores, order_Qk, strict=True)
+            for scores_N in next(iter(self.by_method.values()))
         ]
 
-    def to_pandas(self) -> pd.DataFrame:
-        """The scores as a table, a row for each method, query and training image.
+    def rows(self) -> Iterator[tuple[str, str, float, int, str, str]]:
+        """Yield a row of the table for each method, query and training image, in their order.
 
-        The most helpful first. Columns: ``query``, ``image``, ``score``, ``rank`` (1 is the most
-        helpful), ``method``, and ``caption`` (the image's).
+        The query, the image, the score, its rank (1 is the most helpful), the method, and the
+        image's caption.
+        """
+        captions = {name: self.train.caption(n) for n, name in enumerate(self.train.names)}
+        for row in table_rows(self.by_method, self.header):
+            yield *row, captions[row[1]]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The scores as a table with a row for each method, query and training image.
+
+        Columns: ``query``, ``image``, ``score``, ``rank`` (1 is the most helpful), ``method``, and
+        ``caption`` (the image's).
 
         Raises:
             ValueError: If pandas is not installed.
@@ -116,65 +171,93 @@ class Attribution:
             import pandas as pd
         except ImportError as error:
             raise ValueError("A table needs pandas: pip install pandas.") from error
-        table = pd.DataFrame(table_rows(self.by_method, self.header), columns=COLUMNS)
-        captions = {name: self.train.caption(n) for n, name in enumerate(self.train.names)}
-        return table.assign(caption=table["image"].map(captions))
+        return pd.DataFrame(self.rows(), columns=(*COLUMNS, "caption"))
+
+    def export(self, path: str | PathLike[str]) -> None:
+        """Write the table of :meth:`to_pandas` to a file.
+
+        Args:
+            path: Where to, ending in ``.csv`` or ``.parquet`` (which needs pandas and pyarrow).
+
+        Raises:
+            ValueError: If it ends in something else, a package is missing, or the file cannot be
+                written.
+        """
+        write_table(Path(path), (*COLUMNS, "caption"), self.rows())
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the scores with everything that is known of them to a safetensors file, or a table.
+        """Write the scores with everything that is known of them to a safetensors file.
 
         Those of the first method are called ``scores``, with halves of the draws ``first`` and
         ``second``; those of others by their methods, with halves ``regression/first``, say. Never
-        half-written. :class:`~curvlinops_diffusion.StoredScores` and the program's ``report``
-        read it.
+        half-written. :class:`~curvlinops_diffusion.StoredScores`, :meth:`load` and the program's
+        ``report`` read it.
 
         Args:
-            path: Where to; ending in ``.csv`` or ``.parquet`` for the table of :meth:`to_pandas`,
-                without captions.
+            path: Where to.
 
         Raises:
             ValueError: If the file cannot be written.
         """
-        path = Path(path)
-        if path.suffix in (".csv", ".parquet"):
-            write_table(path, table_rows(self.by_method, self.header))
-            return
         tensors: dict[str, Tensor] = {}
-        for place, (method, scores_QN) in enumerate(self.by_method.items()):
+        for place, (method, scores) in enumerate(self.by_method.items()):
             halves, prefix = self.halves[method], f"{method}/" if place else ""
-            tensors[method if place else "scores"] = scores_QN
+            tensors[method if place else "scores"] = _whole(scores)
             if halves is not None:
-                tensors[f"{prefix}first"] = halves.first
-                tensors[f"{prefix}second"] = halves.second
-        write_scores(path, tensors, self.header)
+                tensors |= {f"{prefix}first": halves.first, f"{prefix}second": halves.second}
+        write_scores(Path(path), tensors, self.header)
 
-    def report(self, path: str | PathLike[str], *, top: int = 8) -> None:
+    def report(
+        self,
+        path: str | PathLike[str],
+        *,
+        top: int = 8,
+        operator: str | PathLike[str] | None = None,
+    ) -> int:
         """Write a page with the images that helped and hindered each query most.
 
-        One HTML file, with the images in it.
+        One HTML file, with the images in it. The first method orders, and each has its number.
 
         Args:
             path: Where to.
             top: Training images in each row of a query.
+            operator: A file of the curvature, to show its spectrum and blocks.
+
+        Returns:
+            The size of the page in bytes.
 
         Raises:
-            ValueError: If the examples are no images, or the page cannot be written.
+            ValueError: If the examples are no images or not those that were scored, the operator is
+                another, or the page cannot be written.
         """
         try:
             from curvlinops_diffusion.page.report import write_report
         except ImportError as error:
-            raise ValueError(
-                f"A page needs {error.name}: pip install 'curvlinops-diffusion[cli]'."
-            ) from error
-        write_report(path, self.scores, self.header, self.train, self.queries, top=top)
+            raise _needs_extra("A page", error) from error
+        if operator is not None:
+            there = {k: v for k, v in read_header(operator)["info"].items() if k != "run"}
+            check_same(
+                self.header["identity"].get("operator", {}),
+                there,
+                f"`operator` '{operator}' is not that of the scores",
+                "Pass the one that they were made with.",
+            )
+        galleries = (self.train, self.queries)
+        shown = {"top": check_count("top", top), "operator": operator}
+        return write_report(path, self.by_method, self.header, *galleries, **shown)
 
     def __str__(self) -> str:
         """Say what there is and how sure it is."""
-        Q, N = self.scores.shape
+        Q, N = next(iter(self.by_method.values())).shape
         sure = self.agreement
-        told = "How sure they are is not known." if sure is None else f"{sure}"
-        return f"{Q} × {N} scores, of queries and training images, by {self._methods()}. {told}"
+        told = f"{sure}" if sure else "How sure they are is not known."
+        methods = " and ".join(self.by_method)
+        return f"{Q} × {N} scores, of queries and training images, by {methods}. {told}"
 
-    def _methods(self) -> str:
-        names: Sequence[str] = list(self.by_method)
-        return " and ".join(names)
+
+def _needs_extra(what: str, error: ImportError) -> ValueError:
+    return ValueError(f"{what} needs {error.name}: pip install 'curvlinops-diffusion[cli]'.")
+
+
+def _whole(scores: Tensor | StoredScores) -> Tensor:
+    return scores.whole() if isinstance(scores, StoredScores) else scores

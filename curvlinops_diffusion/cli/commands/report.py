@@ -28,7 +28,7 @@ def report(options: ReportOptions) -> None:
         _check_operator(options, header["identity"])
     size = write_report(
         options.output,
-        scores_QN,
+        scores_QN.by_method,
         header,
         train,
         queries,

@@ -71,6 +71,7 @@ class Scoring:
             header = {
                 **self.names,
                 "identity": self.identity,
+                "methods": [method.value],
                 "values": plain_numbers(self._values(operators[0], passes)),
                 **self.told,
             }
