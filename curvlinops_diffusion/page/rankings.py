@@ -6,6 +6,7 @@ Legend: Q queries, N training images.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion.influence.measurements.registry import Better, NamedMeasurement
+from curvlinops_diffusion.influence.methods import Method
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 
 # a training image is common if it is among the first of so many queries, and of so large a share
@@ -75,11 +77,17 @@ class Sizes:
     errors_Q: Tensor | None
 
     @classmethod
-    def of(cls, scores_QN: Tensor | StoredScores, header: dict[str, Any]) -> Sizes:
-        """Those of a file of scores."""
-        errors = header.get("standard_error")
+    def of(
+        cls,
+        scores_QN: Tensor | StoredScores,
+        header: Mapping[str, Any],
+        method: str = Method.INFLUENCE,
+        is_first: bool = True,
+    ) -> Sizes:
+        """Those of a method's scores; errors are known of the first method's alone."""
+        errors = header.get("standard_error") if is_first else None
         errors_Q = None if errors is None else torch.tensor(errors, dtype=torch.float64)
-        values = None if is_regression(header) else header.get("values")
+        values = None if method == Method.REGRESSION else header.get("values")
         if values is None or not all(values):  # of an older file; or nothing to be a share of
             return cls(torch.ones(len(scores_QN), dtype=torch.float64), "", errors_Q)
         values_Q = torch.tensor(values, dtype=torch.float64).abs()
@@ -100,11 +108,6 @@ class Sizes:
         return f"± {_rounded(float(self.errors_Q[q])).lstrip('+')}{self.unit}"
 
 
-def is_regression(header: dict[str, Any]) -> bool:
-    """Whether scores are weights of a regression, and no changes of a value."""
-    return bool(header.get("identity", {}).get("query", {}).get("method") == "regression")
-
-
 def _rounded(value: float) -> str:
     """Two significant digits, signed, without an exponent where that is readable."""
     text = f"{value:+.2g}"
@@ -114,20 +117,30 @@ def _rounded(value: float) -> str:
 
 
 def meaning(
-    measurement: NamedMeasurement | None, sizes: Sizes, num_train: int, regression: bool = False
+    measurement: NamedMeasurement | None,
+    sizes: Sizes,
+    num_train: int,
+    method: str,
+    place: int = 0,
+    count: int = 1,
 ) -> str:
-    """What a score means, in a sentence."""
+    """What a method's score means, in a sentence; and which of several it is."""
     what = "measured value" if measurement is None else measurement.quantity
-    if regression:
+    which, order = "The number", ""
+    if count > 1:
+        which = f"The {('first', 'second', 'third')[place]} number"
+        order = f" ({method}), by which they are ordered," if place == 0 else f" ({method})"
+    start = f"{which} under a training image{order} is"
+    if method == Method.REGRESSION:
         return (
-            f"The number under a training image is the mean of its weight, of {num_train:,} "
-            f"images', in a kernel regression of the query's {what}, and of the square of that in "
-            "one of the prediction, in units of their spread. Larger ones predict a larger effect "
-            f"of training without the image; how much the {what} would change they do not say."
+            f"{start} the mean of its weight, of {num_train:,} images', in a kernel regression of "
+            f"the query's {what}, and of the square of that in one of the prediction, in units of "
+            "their spread. Larger ones predict a larger effect of training without the image; how "
+            f"much the {what} would change they do not say."
         )
     share = f", as a share of that {what}" if sizes.unit else ""
     ppm = " (ppm: millionths)" if "ppm" in sizes.unit else ""
     return (
-        f"The number under a training image is the predicted change of the query's {what}{share}"
-        f"{ppm}, had the model been trained without that image, one of {num_train:,}."
+        f"{start} the predicted change of the query's {what}{share}{ppm}, had the model been "
+        f"trained without that image, one of {num_train:,}."
     )

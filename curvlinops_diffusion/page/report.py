@@ -24,7 +24,6 @@ from curvlinops_diffusion.page.rankings import (
     Row,
     Sizes,
     common_images,
-    is_regression,
     meaning,
     rows_of,
 )
@@ -36,7 +35,7 @@ TEMPLATE = Path(__file__).parent / "page.html.j2"
 
 def write_report(
     path: str | PathLike[str],
-    scores_QN: Tensor | StoredScores,
+    by_method: Mapping[str, Tensor | StoredScores],
     header: Mapping[str, Any],
     train: Gallery,
     queries: Gallery,
@@ -48,7 +47,7 @@ def write_report(
 
     Args:
         path: Where to.
-        scores_QN: The scores.
+        by_method: The scores of each method; the first orders, and each has its number.
         header: Their header, as a file of scores holds it.
         train: The training images.
         queries: The queries.
@@ -65,24 +64,26 @@ def write_report(
     measured = identity.get("query", {}).get("measurement", "")
     measurement = MEASUREMENTS.get(measured)
     better = Better.LOWER if measurement is None else measurement.better
-    rows = [rows_of(scores_N, top, better) for scores_N in scores_QN]
-    shown = _Shown(train, queries, header, Sizes.of(scores_QN, dict(header)))
+    first, *_ = by_method.values()
+    rows = [rows_of(scores_N, top, better) for scores_N in first]
+    shown = _Shown(train, queries, header, by_method)
     shown.load(rows)
     agreement = Agreement.of_header(header)
     text = (
         jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         .from_string(TEMPLATE.read_text())
         .render(
-            meaning=meaning(
-                measurement, shown.sizes, len(train.names), is_regression(dict(header))
-            ),
+            meanings=[
+                meaning(measurement, sizes, len(train.names), method, place, len(by_method))
+                for place, (method, sizes) in enumerate(shown.sizes.items())
+            ],
             measured=sentence_of(measured),
             reliability="" if agreement is None else agreement.summary(),
             common=[shown.training(n) | {"count": count} for n, count in common_images(rows)],
-            queries=[shown.query(q, scores_QN[q], rows[q]) for q in range(len(rows))],
+            queries=[shown.query(q, rows[q]) for q in range(len(rows))],
             thumbnails=shown.thumbnails.rules(),
             quantity="value" if measurement is None else measurement.quantity,
-            histogram=histogram(scores_QN),
+            histogram=histogram(first),
             operator=None if operator is None else operator_summary(Path(operator)),
             settings=json.dumps(identity, indent=2),
             scores=Path(path).stem,
@@ -95,11 +96,21 @@ def write_report(
 class _Shown:
     """The images of a page, checked as they are shown to be those that were scored."""
 
-    def __init__(self, train: Gallery, queries: Gallery, header: Mapping[str, Any], sizes: Sizes):
+    def __init__(
+        self,
+        train: Gallery,
+        queries: Gallery,
+        header: Mapping[str, Any],
+        by_method: Mapping[str, Tensor | StoredScores],
+    ):
         self._galleries = {"train": train, "queries": queries}
         self._header = header
         self._agreement = Agreement.of_header(header)
-        self.sizes = sizes
+        self._scores = by_method
+        self.sizes = {
+            method: Sizes.of(scores_QN, header, method, place == 0)
+            for place, (method, scores_QN) in enumerate(by_method.items())
+        }
         self.thumbnails = Thumbnails()
 
     def load(self, rows: list[list[Row]]) -> None:
@@ -125,19 +136,22 @@ class _Shown:
         """A training image."""
         return self._image("train", n)
 
-    def query(self, q: int, scores_N: Tensor, rows: list[Row]) -> dict[str, Any]:
+    def query(self, q: int, rows: list[Row]) -> dict[str, Any]:
         """A query with its training images."""
+        first, *_ = self.sizes.values()
+        scores = [(self.sizes[method], own[q]) for method, own in self._scores.items()]
         values = self._header.get("values")
         return self._image("queries", q) | {
             "value": None if values is None or values[q] is None else f"{values[q]:.4g}",
-            "error": self.sizes.error_text(q),
+            "error": first.error_text(q),
             "reliability": "" if self._agreement is None else self._agreement.of_query(q),
             "rows": [
                 {
                     "title": row.title,
                     "kind": row.kind,
                     "images": [
-                        self.training(n) | {"score": self.sizes.text(q, scores_N[n])}
+                        self.training(n)
+                        | {"scores": [sizes.text(q, own_N[n]) for sizes, own_N in scores]}
                         for n in row.indices
                     ],
                 }

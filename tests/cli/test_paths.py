@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from curvlinops_diffusion.cli.options import FitOptions
+from curvlinops_diffusion.cli.options import options_of
 from curvlinops_diffusion.cli.paths import check_network, check_paths
 from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.influence.score_files import SCORES
@@ -121,7 +121,6 @@ CASES = [
         "scheduler' holds no scheduler_config.json",
     ),
     ("fit", FIT, {"--lora": "none.safetensors"}, "does not exist. Pass the file or folder of an"),
-    ("fit", FIT, {"--lora": "a=none.safetensors"}, "does not exist. Pass the file or folder of an"),
     ("fit", FIT, {"--lora": "alone.npy"}, "alone.npy' is no .safetensors file"),
     (
         "fit",
@@ -134,14 +133,11 @@ CASES = [
     ("fit", FIT, {"--data": "tr\\ain"}, "separated by /, not by backslashes"),
     ("fit", FIT, {"--data": "link"}, "link' (--data) is a link to what does not exist"),
     ("fit", FIT, {"--data": "empty"}, "empty' holds no images. Pass a folder of images"),
-    ("fit", FIT, {"--data": "notes"}, "notes' holds no images. Pass a folder of images"),
     ("fit", FIT, {"--data": "pipeline"}, "is a pipeline, and --data takes images"),
     ("fit", FIT, {"--data": "o.safetensors"}, "o.safetensors' is in no known form"),
     ("fit", FIT, {"--data": "x" * 300}, "(--data) cannot be read: File name too long"),
     ("fit", FIT, {"--output": "no/e.safetensors"}, "of --output does not exist. Create it first"),
     ("fit", FIT, {"--output": "e"}, "must end in .safetensors"),
-    ("fit", FIT, {"--output": "e.SAFETENSORS"}, "must end in .safetensors"),
-    ("fit", FIT, {"--output": "empty"}, "must end in .safetensors"),
     ("fit", FIT, {"--output": f"{'e' * 240}.safetensors"}, "File name too long"),
     ("fit", FIT, {"--output": "s.safetensors"}, "a file of another kind (scores)"),
     ("fit", FIT, {"--output": "/proc/e.safetensors"}, "of --output cannot be written to"),
@@ -165,16 +161,10 @@ CASES = [
     ("score", SCORE, {"--operator": "train"}, "train' is a folder, not a file of an operator"),
     ("score", SCORE, {"--operator": "shards.safetensors"}, "'gone.safetensors' first. Copy them"),
     ("score", SCORE, {"--output": "o.safetensors"}, "is what --operator reads"),
-    ("score", SCORE, {"--output": "alone.npy"}, "an array without an index of names"),
     ("score", SCORE, {"--queries": "none"}, "as --queries."),
-    (
-        "score",
-        SCORE,
-        {"--output": "s.npy", "--sharded": "true"},
-        "s.npy does not go with --sharded",
-    ),
+    ("score", SCORE, {"--output": "s.npy"}, "must end in .safetensors"),
     ("report", REPORT, {"--scores": "o.safetensors"}, "of kind 'curvlinops_diffusion.operator'"),
-    ("report", REPORT, {"--scores": "alone.npy"}, "There is no file"),
+    ("report", REPORT, {"--scores": "alone.npy"}, "not a whole safetensors file"),
     ("report", REPORT, {"--operator": "s.safetensors"}, "of kind 'curvlinops_diffusion.scores'"),
     ("report", REPORT, {"--output": "new.pdf"}, "must end in .html"),
     ("validate-plan", PLAN, {"--data": "empty"}, "empty' holds no images"),
@@ -290,9 +280,9 @@ def test_a_latent_cache_that_cannot_be_written_to(there, tmp_path, monkeypatch):
     monkeypatch.setattr("curvlinops_diffusion.cli.paths.check_can_be_made", refuse)
     output = tmp_path / "o.safetensors"
     options = {"pipeline": there / "pipeline", "data": there / "train", "output": output}
-    check_paths(FitOptions(**options, latent_cache=there / "empty"))
+    check_paths(options_of("fit", **options, latent_cache=there / "empty"))
     with pytest.raises(ValueError, match="--latent-cache was to be made"):
-        check_paths(FitOptions(**options, latent_cache=there / "none"))
+        check_paths(options_of("fit", **options, latent_cache=there / "none"))
 
 
 def test_paths_with_equals_signs(there, tmp_path, monkeypatch):
@@ -300,9 +290,8 @@ def test_paths_with_equals_signs(there, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r=4").mkdir()
     shutil.copy(there / "adapter.safetensors", tmp_path / "r=4" / "a.safetensors")
-    options = {"pipeline": there / "pipeline", "data": there, "output": tmp_path}
     given = ["r=4/a.safetensors", "./r=4/a.safetensors", "s=r=4/a.safetensors"]
     given += [str(tmp_path / "r=4" / "a.safetensors")]
-    check_network(FitOptions(**options, lora=given))
+    check_network(options_of("fit", pipeline=there / "pipeline", lora=given))
     with pytest.raises(ValueError, match=r"'/none/r=4' does not exist"):
-        check_network(FitOptions(**options, lora=["/none/r=4"]))
+        check_network(options_of("fit", pipeline=there / "pipeline", lora=["/none/r=4"]))

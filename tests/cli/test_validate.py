@@ -16,9 +16,8 @@ from curvlinops_diffusion import (
     linear_datamodelling_score,
     removal_effects,
 )
-from curvlinops_diffusion.cli.commands.validate_measure import networks_of
-from curvlinops_diffusion.cli.measured_files import read_measured
 from curvlinops_diffusion.cli.program import run
+from curvlinops_diffusion.cli.validate import networks_of, read_measured
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
 from curvlinops_diffusion.influence.read_scores import read_scores
 from curvlinops_diffusion.influence.score_files import write_scores
