@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from curvlinops_diffusion import (
     Attributor,
     DenoisingObjective,
-    MinSNRWeighting,
     NoisedRegression,
     StoredScores,
     load_operator,
@@ -25,6 +24,7 @@ from curvlinops_diffusion.cli import cost
 from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.influence.read_scores import read_scores
 from curvlinops_diffusion.linalg.operator_files import read_header
+from curvlinops_diffusion.weightings import MinSNRWeighting
 from tests.cli.cases import COUNT, arguments, network, process, write_images
 from tests.cli.test_start import start
 
