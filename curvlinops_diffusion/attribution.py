@@ -5,9 +5,7 @@ Legend: Q queries, N training images, k the first of a query's.
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -15,23 +13,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from torch import Tensor
 
-from curvlinops_diffusion.influence.agreement import Agreement
+from curvlinops_diffusion.influence.agreement import Agreement, SplitHalfScores
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
-from curvlinops_diffusion.influence.read_scores import read_scores, whole
-from curvlinops_diffusion.influence.score_files import SCORES, write_scores
-from curvlinops_diffusion.influence.split_half import SplitHalfScores
+from curvlinops_diffusion.influence.score_files import (
+    COLUMNS,
+    helpful_sign,
+    table_rows,
+    write_scores,
+    write_table,
+)
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.page.gallery import Gallery
 from curvlinops_diffusion.runtime.checks import check_count
-from curvlinops_diffusion.runtime.files import check_same, write_bytes
+from curvlinops_diffusion.runtime.files import check_same
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-#: The columns of the table of scores.
-COLUMNS = ("query", "image", "score", "rank", "caption", "method")
 
 
 class RankedImage(NamedTuple):
@@ -84,8 +82,8 @@ class Attribution:
         Raises:
             ValueError: If the file is damaged or of another version, or was made of other images.
         """
-        path = Path(path)
-        scores, header = read_scores(path)
+        stored = StoredScores.open(path)
+        header = stored.header
         if not all(hasattr(given, "caption") for given in (images, queries)):
             try:
                 from curvlinops_diffusion.loading.given import given_images
@@ -111,14 +109,13 @@ class Attribution:
                     f"'{path}' is of. Pass those that were scored."
                 )
         first, *others = header.get("methods", ["influence"])
-        tensors = SCORES.read(path)[1] if others else {}
-        by_method = {first: scores, **{name: tensors[name] for name in others}}
+        by_method = {first: stored, **{name: stored.named(name) for name in others}}
         return cls(by_method, dict.fromkeys(by_method), header, images, queries)
 
     @property
     def scores(self) -> Tensor:
         """The scores of the first method, ``[Q, N]``."""
-        return whole(next(iter(self.by_method.values())))
+        return _whole(next(iter(self.by_method.values())))
 
     @property
     def agreement(self) -> Agreement | None:
@@ -144,38 +141,20 @@ class Attribution:
             ValueError: If ``k`` is no whole number of at least 1.
         """
         check_count("k", k)
+        sign = helpful_sign(self.header)
         return [
             [
                 RankedImage(self.train.names[n], float(scores_N[n]), rank)
-                for rank, n in enumerate(self._order(scores_N)[:k], 1)
+                for rank, n in enumerate((sign * scores_N).argsort(descending=True).tolist()[:k], 1)
             ]
             for scores_N in next(iter(self.by_method.values()))
         ]
 
-    def _order(self, scores_N: Tensor) -> list[int]:
-        """The numbers of the training images, the most helpful first."""
-        sign = -1 if self.better is Better.HIGHER else 1
-        order: list[int] = (sign * scores_N).argsort(descending=True, stable=True).tolist()
-        return order
-
-    def rows(self) -> Iterator[tuple[str, str, float, int, str, str]]:
-        """Yield a row of the table for each method, query and training image, in their order.
-
-        The query, the image, the score, its rank (1 is the most helpful), the image's caption, and
-        the method.
-        """
-        captions = [self.train.caption(n) for n in range(len(self.train.names))]
-        for method, scores_QN in self.by_method.items():
-            for query, scores_N in zip(self.queries.names, scores_QN, strict=True):
-                for rank, n in enumerate(self._order(scores_N), 1):
-                    image = self.train.names[n]
-                    yield query, image, float(scores_N[n]), rank, captions[n], method
-
     def to_pandas(self) -> pd.DataFrame:
-        """The scores as a table with a row for each method, query and training image.
+        """The scores as a table, a row for each method, query and training image.
 
-        Columns: ``query``, ``image``, ``score``, ``rank`` (1 is the most helpful), ``caption`` (the
-        image's), and ``method``.
+        The most helpful first. Columns: ``query``, ``image``, ``score``, ``rank`` (1 is the most
+        helpful), ``method``, and ``caption`` (the image's).
 
         Raises:
             ValueError: If pandas is not installed.
@@ -184,46 +163,37 @@ class Attribution:
             import pandas as pd
         except ImportError as error:
             raise ValueError("A table needs pandas: pip install pandas.") from error
-        return pd.DataFrame(self.rows(), columns=COLUMNS)
-
-    def to_csv(self, path: str | PathLike[str]) -> None:
-        """Write the table of :meth:`to_pandas` to a file, without pandas.
-
-        Args:
-            path: Where to.
-
-        Raises:
-            ValueError: If the file cannot be written.
-        """
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(COLUMNS)
-        table.writerows(self.rows())
-        write_bytes(Path(path), text.getvalue().encode())
+        table = pd.DataFrame(table_rows(self.by_method, self.header), columns=COLUMNS)
+        captions = {name: self.train.caption(n) for n, name in enumerate(self.train.names)}
+        return table.assign(caption=table["image"].map(captions))
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the scores with everything that is known of them to a safetensors file.
+        """Write the scores with everything that is known of them to a safetensors file, or a table.
 
-        Those of the first method are called ``scores``, those of others by their methods. Never
+        Those of the first method are called ``scores``, with halves of the draws ``first`` and
+        ``second``; those of others by their methods, with halves ``regression/first``, say. Never
         half-written. :class:`~curvlinops_diffusion.StoredScores` and the program's ``report``
         read it.
 
         Args:
-            path: Where to.
+            path: Where to; ending in ``.csv`` or ``.parquet`` for the table of :meth:`to_pandas`,
+                without captions.
 
         Raises:
             ValueError: If the file cannot be written.
         """
-        (first, scores_QN), *others = self.by_method.items()
-        halves = self.halves[first]
-        write_scores(
-            Path(path),
-            whole(scores_QN),
-            {"train": self.train.names, "queries": self.queries.names},
-            halves=None if halves is None else (halves.first, halves.second),
-            others={name: whole(scores) for name, scores in others},
-            **{k: v for k, v in self.header.items() if k not in ("train", "queries")},
-        )
+        path = Path(path)
+        if path.suffix in (".csv", ".parquet"):
+            write_table(path, table_rows(self.by_method, self.header))
+            return
+        tensors: dict[str, Tensor] = {}
+        for place, (method, scores_QN) in enumerate(self.by_method.items()):
+            halves, prefix = self.halves[method], f"{method}/" if place else ""
+            tensors[method if place else "scores"] = _whole(scores_QN)
+            if halves is not None:
+                tensors[f"{prefix}first"] = halves.first
+                tensors[f"{prefix}second"] = halves.second
+        write_scores(path, tensors, self.header)
 
     def report(
         self,
@@ -271,6 +241,10 @@ class Attribution:
         told = f"{sure}" if sure else "How sure they are is not known."
         methods = " and ".join(self.by_method)
         return f"{Q} × {N} scores, of queries and training images, by {methods}. {told}"
+
+
+def _whole(scores: Tensor | StoredScores) -> Tensor:
+    return scores.whole() if isinstance(scores, StoredScores) else scores
 
 
 def _needs_extra(what: str, error: ImportError) -> ValueError:

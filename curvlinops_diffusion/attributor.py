@@ -10,13 +10,12 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, Self, TypeVar
 
-from torch import Tensor, distributed
+from torch import distributed
 
 from curvlinops_diffusion.attribution import Attribution
 from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
@@ -31,11 +30,11 @@ from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.agreement import Agreement, plain_numbers
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.kernel_regression import RIDGE
 from curvlinops_diffusion.influence.methods import Method, check_measurement, scores_of
-from curvlinops_diffusion.influence.regression import RIDGE
 from curvlinops_diffusion.influence.score_files import SCORES
-from curvlinops_diffusion.influence.split_half import can_be_halved
-from curvlinops_diffusion.influence.stored_scores import StoredScores, write_index, write_shards
+from curvlinops_diffusion.influence.scores import can_be_halved
+from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.linalg.parameters import Parameters
@@ -474,25 +473,10 @@ class Attributor:
         # a kernel regression solves a system of all training images
         in_shards = path is not None and self.passes.sharded and methods == [Method.INFLUENCE]
 
-        def run(passes: PassOptions) -> tuple[Tensor, Any]:
-            passes = replace(passes, sharded=False, max_memory=None)
-            measured = {"measurement": measurement}
-            values = computed_once(
-                "Values", query, lambda: {"values": J_query.values()}, passes, measured
-            )["values"]
-            operators = (J_query, inverse, J_train)
-            blocks: dict[str, Any] = {"query_block": query_block, "passes": passes}
-            if in_shards:
-                assert path is not None
-                return values, write_shards(path, *operators, identity, halves=halved, **blocks)
-            return values, scores_of(methods, *operators, ridge=ridge, **blocks)
-
-        values_Q, found = self._going_on("score", path, overwrite, run)
         header: dict[str, Any] = {
             "train": list(self.images.names),
             "queries": list(shown.names),
             "identity": identity,
-            "values": plain_numbers(values_Q),
             "methods": [each.value for each in methods],
             **self._told,
             **({"prompt": prompts} if isinstance(prompts, str) else {}),
@@ -504,27 +488,35 @@ class Attributor:
             header["digests"] = {key: images.digests for key, images in galleries.items()}
             if path is not None and first_process:
                 header["sources"] = self.images.source_digests()
-        by_method: dict[str, Any]
-        halves: dict[str, Any]
-        write: Callable[[], object]
+
+        def run(passes: PassOptions) -> Any:
+            passes = replace(passes, sharded=False, max_memory=None)
+            measured = {"measurement": measurement}
+            values_Q = computed_once(
+                "Values", query, lambda: {"values": J_query.values()}, passes, measured
+            )["values"]
+            header["values"] = plain_numbers(values_Q)
+            operators = (J_query, inverse, J_train)
+            blocks: dict[str, Any] = {"query_block": query_block, "passes": passes}
+            if in_shards:
+                assert path is not None
+                blocks |= {"halves": halved, "header": header}
+                return StoredScores.create(path, *operators, **blocks)
+            return scores_of(methods, *operators, ridge=ridge, **blocks)
+
+        found = self._going_on("score", path, overwrite, run)
         if in_shards:
             assert path is not None
-            header["shape"] = [query.num_data, train.num_data]
-            stored = StoredScores(path, {**header, "shards": found})
-            by_method, halves = {"influence": stored}, {"influence": None}
-            pair = [stored.named(name) for name in ("first", "second")] if halved else None
-            write = partial(write_index, path, header, found)
-        else:
-            by_method = {each.value: scores for each, (scores, _) in found.items()}
-            halves = {each.value: own for each, (_, own) in found.items()}
-            own = halves[methods[0].value]
-            pair = None if own is None else [own.first, own.second]
+            self._forget(path)
+            return Attribution.load(path, self.images, shown)
+        halves = {each.value: own for each, (_, own) in found.items()}
+        first = halves[methods[0].value]
+        if first is not None:
+            header |= Agreement.of_halves(first.first, first.second).as_header()
+        by_method = {each.value: scores for each, (scores, _) in found.items()}
         result = Attribution(by_method, halves, header, self.images, shown)
-        if pair is not None and (first_process or not in_shards):
-            header |= Agreement.of_halves(*pair).as_header()
         if path is not None:
-            write = write if in_shards else partial(result.save, path)
-            Share.of_all().all_or_none(lambda: write() if first_process else None)
+            Share.of_all().all_or_none(lambda: result.save(path) if first_process else None)
             self._forget(path)
         return result
 

@@ -12,10 +12,10 @@ from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
     ExampleGradientLinearOperator,
     NoisedRegression,
+    StoredScores,
     influence_scores,
     regression_scores,
 )
-from curvlinops_diffusion.influence.read_scores import read_scores
 from tests.cases import images, plain_regression, two_convolutions
 from tests.cli.cases import write_problem
 from tests.comparisons import assert_close
@@ -122,9 +122,9 @@ def test_table_file_and_page(result, tmp_path):
     best = table[(table["query"] == "image1.png") & (table["rank"] == 1)]
     assert best.image.item() == result.top(1)[1][0].name
     result.save(tmp_path / "scores.safetensors")
-    scores, header = read_scores(tmp_path / "scores.safetensors")
-    assert torch.equal(scores, result.scores)
-    assert header["train"] == [f"image{n}.png" for n in range(7)]
+    stored = StoredScores.open(tmp_path / "scores.safetensors")
+    assert torch.equal(stored.whole(), result.scores)
+    assert stored.header["train"] == [f"image{n}.png" for n in range(7)]
     result.report(tmp_path / "report.html")
     assert "image0.png" in (tmp_path / "report.html").read_text()
     # agreement beside what chance would give, of k = 3 of 7

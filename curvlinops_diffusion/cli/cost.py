@@ -20,10 +20,9 @@ from curvlinops_diffusion.curvature.shards import batches_are_divided
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.diffusion.trial import checked_trial
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.kernel_regression import GRADIENT_BYTES
+from curvlinops_diffusion.influence.kernel_regression import FUNCTIONS, SOLVED
 from curvlinops_diffusion.influence.methods import Method
-from curvlinops_diffusion.influence.regression import FUNCTIONS
-from curvlinops_diffusion.influence.split_half import can_be_halved
+from curvlinops_diffusion.influence.scores import can_be_halved
 from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.layers.observable import observable
 from curvlinops_diffusion.linalg.factors import eigendecomposition
@@ -151,7 +150,7 @@ def score_cost(
     if Method.REGRESSION in method:
         # of all draws, and of both halves
         runs = FUNCTIONS * (2 if halved else 1)
-        block = max(1, GRADIENT_BYTES // (P * itemsize))
+        block = max(1, SOLVED.gradient_bytes // (P * itemsize))
         parts = [-(-some.num_data // block) for some in (train, query)]
         # all gradients once if they are held, else once for each block that they stream past
         past = 1 if parts[0] == 1 else 1 + sum(parts)

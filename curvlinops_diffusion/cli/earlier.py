@@ -12,7 +12,6 @@ import yaml
 from curvlinops_diffusion.cli.options import NETWORK, TRAINING, commands, flag, options_of
 from curvlinops_diffusion.cli.paths import check_exists
 from curvlinops_diffusion.cli.running import event, say
-from curvlinops_diffusion.influence.read_scores import read_scores
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.linalg.operator_files import block_rows, read_header
 from curvlinops_diffusion.runtime.files import named_path
@@ -132,7 +131,10 @@ def inspect(options: Namespace) -> None:
 
 
 def _print_scores(path: Path) -> dict[str, Any]:
-    scores_QN, header = read_scores(path)
+    from curvlinops_diffusion.influence.stored_scores import StoredScores  # with PyTorch
+
+    scores_QN = StoredScores.open(path)
+    header = scores_QN.header
     Q, N = scores_QN.shape
     methods = " and ".join(header.get("methods", ["influence"]))
     print(f"{methods} scores of {N} training images on {Q} queries")

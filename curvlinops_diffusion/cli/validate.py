@@ -21,7 +21,8 @@ from curvlinops_diffusion.cli.running import event, say
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
-from curvlinops_diffusion.influence.read_scores import read_scores, whole
+from curvlinops_diffusion.influence.score_files import helpful_sign
+from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.influence.validation.judgements import (
     linear_datamodelling_score,
     removal_effects,
@@ -86,7 +87,8 @@ def _plan(options: Namespace, images: NamedImages) -> RetrainingPlan:
         sizes = [int(size) for size in options.remove]
     except ValueError:
         raise ValueError(f"--remove takes whole numbers, got {options.remove}.") from None
-    scores, header = read_scores(options.scores)
+    scores = StoredScores.open(options.scores)
+    header = scores.header
     scored = header.get("sources")
     same = header["train"] == images.names
     if not same or (scored is not None and scored != images.source_digests()):
@@ -103,7 +105,7 @@ def _plan(options: Namespace, images: NamedImages) -> RetrainingPlan:
             f"that nothing is most helpful by it. Pass scores of one of {fit}: score --measurement "
             "…"
         )
-    helpful, method = signs[name] * whole(scores), options.scores.stem
+    helpful, method = helpful_sign(header) * scores.whole(), options.scores.stem
     return RetrainingPlan.removals(helpful, sizes, method=method, seed=options.seed)
 
 
@@ -300,7 +302,8 @@ def _named_scores(
     for word in words:
         named, path = named_path(word)
         name = named or path.stem
-        scores, own = read_scores(path)
+        scores = StoredScores.open(path)
+        own = scores.header
         names = plan.info.get("names")
         if own["queries"] != header["queries"] or names not in (None, own["train"]):
             raise ValueError(
@@ -320,7 +323,7 @@ def _named_scores(
         of = MEASUREMENTS.get(own["identity"].get("query", {}).get("measurement", ""))
         # a log-likelihood falls where a loss rises
         opposite = of is not None and (of.better is Better.HIGHER) != (better is Better.HIGHER)
-        scores_QN = whole(scores)
+        scores_QN = scores.whole()
         if not scores_QN.isfinite().all():
             count = int((~scores_QN.isfinite()).sum())
             raise ValueError(

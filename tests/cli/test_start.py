@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from curvlinops_diffusion.cli.program import run
-from curvlinops_diffusion.influence.score_files import SCORES
+from curvlinops_diffusion.influence.score_files import write_scores
 from tests.cli.cases import write_images
 
 # a stand-in for the installed script that tells afterwards what it has imported
@@ -79,7 +79,7 @@ def test_without_the_extra(words, missing, tmp_path):
     if words == ["report"]:
         write_images(tmp_path / "images", 1, seed=0)
         names = {"train": ["image0.png"], "queries": ["image0.png"], "identity": {}}
-        SCORES.write(tmp_path / "s.safetensors", {"scores": torch.zeros(1, 1)}, names)
+        write_scores(tmp_path / "s.safetensors", {"scores": torch.zeros(1, 1)}, names)
         words = [*words, "--scores", tmp_path / "s.safetensors", "--data", tmp_path / "images"]
         words += ["--queries", tmp_path / "images", "--output", tmp_path / "o.html"]
         told = f"A page needs {missing}"

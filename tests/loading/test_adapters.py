@@ -33,7 +33,7 @@ from curvlinops_diffusion import (
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import FitOptions
 from curvlinops_diffusion.cli.program import run
-from curvlinops_diffusion.influence.read_scores import read_scores
+from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.runtime.adapters import common_names
@@ -147,7 +147,7 @@ def test_a_lora_from_fit_to_scores(make, tmp_path):
     score += ["--operator", tmp_path / "e.safetensors", "--queries", tmp_path / "train"]
     assert run([str(word) for word in fit]) == 0
     assert run([str(word) for word in [*score, "--damping", 1e-3]]) == 0
-    scores, _ = read_scores(tmp_path / "s.safetensors")
+    scores = StoredScores.open(tmp_path / "s.safetensors").whole()
 
     network = loaded(tmp_path, tmp_path / "lora", dtype="float64")
     model = network.objective.model
@@ -315,7 +315,7 @@ def test_adapters_of_the_text_encoder(tmp_path, capsys):
     names = [name for name, _ in header["parameters"]]
     assert {name.split(".")[0] for name in names} == {"unet", "text_encoder"}
     assert all("lora_" in name for name in names)
-    scores, _ = read_scores(tmp_path / "s.safetensors")
+    scores = StoredScores.open(tmp_path / "s.safetensors").whole()
     assert scores.isfinite().all()
     capsys.readouterr()
     with pytest.warns(UserWarning, match="have weights in text_encoder too, which are left out"):

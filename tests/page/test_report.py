@@ -14,8 +14,8 @@ from PIL import Image
 
 from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.influence.measurements.registry import Better
-from curvlinops_diffusion.influence.read_scores import read_scores
 from curvlinops_diffusion.influence.score_files import write_scores
+from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.page.rankings import Sizes, common_images, rows_of
 from curvlinops_diffusion.page.thumbnails import Thumbnails
 from tests.cli.cases import arguments as program_arguments
@@ -69,7 +69,8 @@ def rows_shown(section):
 
 def test_it_names_the_right_images(folder, page):
     """Each row has its own sign alone; numbers are shares of the query's value."""
-    scores, header = read_scores(folder / "scores.safetensors")
+    scores = StoredScores.open(folder / "scores.safetensors")
+    header = scores.header
     sections = sections_of(page.read_text())
     assert len(sections) == QUERIES
     for section, row, query, value in zip(
@@ -247,10 +248,10 @@ def test_others_are_refused(folder, page, tmp_path, capsys):
 )
 def test_it_says_what_the_sign_means(folder, tmp_path, measurement, told):
     """Also for a file without values, halves and digests, as older programs wrote."""
-    scores, header = read_scores(folder / "scores.safetensors")
-    names = {key: header[key] for key in ("train", "queries")}
-    identity = {"query": {"measurement": measurement}}
-    write_scores(tmp_path / "s.safetensors", scores, names, identity)
+    stored = StoredScores.open(folder / "scores.safetensors")
+    header = {key: stored.header[key] for key in ("train", "queries")}
+    header["identity"] = {"query": {"measurement": measurement}}
+    write_scores(tmp_path / "s.safetensors", {"scores": stored.whole()}, header)
     words = ["report", "--scores", tmp_path / "s.safetensors", "--data", folder / "train"]
     words += ["--queries", folder / "queries", "--output", tmp_path / "r.html"]
     assert run([str(word) for word in words]) == 0
@@ -267,8 +268,7 @@ def test_one_query_from_one_file(folder, tmp_path):
     words = ["--scores", tmp_path / "s.safetensors", "--queries", query]
     assert run(arguments(folder, tmp_path / "r.html", *words)) == 0
     assert len(sections_of((tmp_path / "r.html").read_text())) == 1
-    alone, _ = read_scores(tmp_path / "s.safetensors")
-    assert alone.shape == (1, TRAIN)
+    assert StoredScores.open(tmp_path / "s.safetensors").shape == (1, TRAIN)
 
 
 def test_names_are_escaped(tmp_path):
@@ -276,7 +276,7 @@ def test_names_are_escaped(tmp_path):
     (tmp_path / "train" / "image0.png").rename(tmp_path / "train" / "<b>&.png")
     scores, names = torch.zeros(1, 1), ["<b>&.png"]
     path = tmp_path / "scores.safetensors"
-    write_scores(path, scores, {"train": names, "queries": names}, {})
+    write_scores(path, {"scores": scores}, {"train": names, "queries": names, "identity": {}})
     words = ["report", "--scores", path, "--data", tmp_path / "train"]
     words += ["--queries", tmp_path / "train", "--output", tmp_path / "r.html"]
     assert run([str(word) for word in words]) == 0
