@@ -152,7 +152,7 @@ class Attributor:
                 fit together or are not what it takes.
         """
         try:
-            from curvlinops_diffusion.loading.given import given_images
+            from curvlinops_diffusion.loading.images import open_images
             from curvlinops_diffusion.loading.network import Network
         except ImportError as error:
             raise ValueError(
@@ -169,7 +169,7 @@ class Attributor:
             autocast=autocast,
         )
         form, condition = network.form(resolution), network.condition
-        train = given_images(images, form, condition, prompts=prompts, labels=labels)
+        train = open_images(images, form, condition, prompts=prompts, labels=labels)
         beside = list(condition.images) or None  # mirrored with the image
         found = cls(
             network.objective, train, network.params, augmented_conditions=beside, **options
@@ -181,7 +181,7 @@ class Attributor:
                     f"'{queries}' holds the training images. Pass the images to explain; for the "
                     "influence of training images on themselves, self_influence_scores."
                 )
-            return given_images(queries, form, condition, train, **beside)
+            return open_images(queries, form, condition, train, **beside)
 
         found._open = opened
         found._told = {

@@ -20,10 +20,9 @@ from curvlinops_diffusion.cli.processes import is_first, num_processes
 from curvlinops_diffusion.cli.training_arguments import arguments_text, parse_arguments
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.loading.adapters import load_adapters, names_in
-from curvlinops_diffusion.loading.misfits import misfits
 from curvlinops_diffusion.loading.network import TEXT_ENCODERS, Network
 from curvlinops_diffusion.loading.saved_networks import part_folder, parts_of
-from curvlinops_diffusion.loading.weights import check_can_load, check_loaded
+from curvlinops_diffusion.loading.weights import check_can_load, check_loaded, misfits
 from curvlinops_diffusion.runtime.messages import quoted
 from curvlinops_diffusion.runtime.sharded_networks import divide
 

@@ -21,9 +21,9 @@ from curvlinops_diffusion.cli.options import (
 from curvlinops_diffusion.cli.outputs import check_output, check_output_is_new
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.linalg.operator_files import OPERATOR, read_header
-from curvlinops_diffusion.loading.adapter_paths import check_adapter
 from curvlinops_diffusion.loading.folders import ACCEPTED
 from curvlinops_diffusion.loading.saved_networks import (
+    check_adapter,
     check_model,
     check_pipeline,
     check_scheduler,

@@ -9,10 +9,10 @@ from pathlib import Path
 from PIL import Image
 
 from curvlinops_diffusion.loading.labels import Classes
-from curvlinops_diffusion.loading.tables import is_of_images, is_table
+from curvlinops_diffusion.loading.metadata import is_of_images, is_table
 from curvlinops_diffusion.runtime.files import files_below
 
-# what images are given as
+# the forms that images are given in
 ACCEPTED = (
     "Pass a folder of images (subfolders are classes; metadata.jsonl or metadata.csv may give "
     "'text' or 'label' for each 'file_name'), one image, a data set saved by datasets' "
@@ -50,12 +50,11 @@ class Files:
         what people put there; as images or classes they would shift the numbers of all others.
         """
         Image.init()
-        known = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
-        readable = SUFFIXES & known
+        readable = {end for end in SUFFIXES if Image.EXTENSION.get(end) in Image.OPEN}
         found = cls([], [], [])
         for path in sorted(files_below(folder)):
             relative = path.relative_to(folder)
-            if any(_is_hidden(part) for part in relative.parts):
+            if any(map(_is_hidden, relative.parts)):
                 found.left_out.append(relative.as_posix())
             elif path.suffix.lower() in readable:
                 found.images.append(path)
@@ -67,7 +66,7 @@ class Files:
 
 
 def captions_left_out(names: Iterable[str], left_out: Iterable[str]) -> list[str]:
-    """What may hold captions and is not read: files under images' names, tables without names."""
+    """Unread files that may hold captions: under images' names, or tables without names."""
     stems = {str(Path(name).with_suffix("")) for name in names}
     beside = {Path(n).suffix for n in left_out if str(Path(n).with_suffix("")) in stems}
     captions = sorted(f"files {suffix}" for suffix in beside & {".txt", ".caption"})
@@ -79,7 +78,7 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name in _MADE
 
 
-def first_folders(names: Sequence[str]) -> list[str | None]:
+def _first_folders(names: Sequence[str]) -> list[str | None]:
     """The first folder of each name; ``None`` where there is none."""
     parts = [Path(name).parts for name in names]
     return [own[0] if len(own) > 1 else None for own in parts]
@@ -87,7 +86,7 @@ def first_folders(names: Sequence[str]) -> list[str | None]:
 
 def parts_of(names: Sequence[str]) -> list[str]:
     """The first folders if they are parts of a data set, training and test say; else nothing."""
-    found = sorted({str(one) for one in first_folders(names)})
+    found = sorted({str(one) for one in _first_folders(names)})
     return found if len(found) > 1 and all(name.lower() in _PARTS for name in found) else []
 
 
@@ -98,7 +97,7 @@ def classes_of(folder: Path, names: Sequence[str]) -> Classes | None:
         folder: The whole folder.
         names: Names of its images, relative to it.
     """
-    classes = first_folders(names)
+    classes = _first_folders(names)
     known = sorted({one for one in classes if one is not None})
     if not known:
         return None

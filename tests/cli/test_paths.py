@@ -14,8 +14,12 @@ from curvlinops_diffusion.cli.paths import check_network, check_paths
 from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.linalg.operator_files import OPERATOR
-from curvlinops_diffusion.loading.adapter_paths import check_adapter
-from curvlinops_diffusion.loading.saved_networks import check_pipeline, parts_of, weights_files
+from curvlinops_diffusion.loading.saved_networks import (
+    check_adapter,
+    check_pipeline,
+    parts_of,
+    weights_files,
+)
 from tests.cli.cases import arguments, write_images
 
 # runs each list of words, and tells code, error and whether PyTorch was imported

@@ -345,7 +345,7 @@ MORE = {
     "half a pair": (
         "lora_unet_conv_in.lora_up.weight",
         (4, 2),
-        "file lacks 'lora_unet_conv_in.lora_d",
+        "lacks 'lora_unet_conv_in.lora_down.weight', of a",
     ),
     "third encoder": (
         "lora_te3_encoder_block_0_layer_0_SelfAttention_q.diff",
@@ -502,9 +502,9 @@ def test_which_weights_a_result_is_made_of(tmp_path):
         z = given["a.lora_down.weight"]
         return {"x": torch.cat([given["b.lora_down.weight"], z]), "y": z * 1.5, "z": -z}
 
-    found = converted(file, convert)
-    assert found.scales == {"x": 0.5}
-    assert found.unplaced == ["a.lora_up.weight"]  # that of b is all zeros
+    _, scales, unplaced = converted(file, convert)
+    assert scales == {"x": 0.5}
+    assert unplaced == ["a.lora_up.weight"]  # that of b is all zeros
 
 
 def test_a_denoiser_alone(saved, tmp_path):

@@ -15,7 +15,8 @@ from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
 from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.linalg.operator_files import read_header
-from curvlinops_diffusion.loading.images import NamedImages, open_images
+from curvlinops_diffusion.loading.images import open_images
+from curvlinops_diffusion.loading.named_images import NamedImages
 from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.passes import PassOptions
 

@@ -8,8 +8,9 @@ from curvlinops_diffusion.cli.events import event, say
 from curvlinops_diffusion.cli.options import ReportOptions
 from curvlinops_diffusion.influence.read_scores import read_scores
 from curvlinops_diffusion.linalg.operator_files import read_header
-from curvlinops_diffusion.loading.images import NamedImages, open_images
+from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.loading.labels import Condition
+from curvlinops_diffusion.loading.named_images import NamedImages
 from curvlinops_diffusion.loading.preprocessing import Form
 from curvlinops_diffusion.page.report import write_report
 from curvlinops_diffusion.runtime.files import check_same

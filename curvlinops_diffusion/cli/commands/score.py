@@ -24,7 +24,8 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.agreement import Agreement
 from curvlinops_diffusion.influence.read_scores import header_and_scores
 from curvlinops_diffusion.linalg.operator_files import read_header
-from curvlinops_diffusion.loading.images import NamedImages, open_images
+from curvlinops_diffusion.loading.images import open_images
+from curvlinops_diffusion.loading.named_images import NamedImages
 from curvlinops_diffusion.runtime.files import check_space
 from curvlinops_diffusion.runtime.passes import PassOptions
 

@@ -12,7 +12,8 @@ from curvlinops_diffusion.cli.options import ValidatePlanOptions
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
 from curvlinops_diffusion.influence.read_scores import read_scores, whole
 from curvlinops_diffusion.influence.validation.plans import HEADER, Removal, RetrainingPlan
-from curvlinops_diffusion.loading.images import NamedImages, open_images
+from curvlinops_diffusion.loading.images import open_images
+from curvlinops_diffusion.loading.named_images import NamedImages
 from curvlinops_diffusion.loading.preprocessing import Form
 
 
