@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from curvlinops_diffusion.loading.saved_networks import check_whole
 from curvlinops_diffusion.loading.weights import listed
-from curvlinops_diffusion.runtime.messages import quoted
 
 # how the names of the first matrix of a pair end; what comes before is called a stem here
 _DOWN = (
@@ -45,23 +45,14 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A file of an adapter, its tensors by what they are.
-
-    Attributes:
-        path: The file.
-        given: The file or its folder, as messages call it.
-        weights: Tensors of adapters by the file's names, without alphas and additions.
-        alphas: The alphas by their stems.
-        additions: Additions to whole weights by the file's names.
-        configured: Whether the file holds PEFT's configuration, by which its loader sets scales.
-    """
+    """A file of an adapter, its tensors by what they are, by the file's names."""
 
     path: Path
-    given: Path
+    given: Path  # the file or its folder, as messages call it
     weights: Tensors
-    alphas: dict[str, float]
-    additions: Tensors
-    configured: bool
+    alphas: dict[str, float]  # by stem
+    additions: Tensors  # to whole weights
+    configured: bool  # whether it holds PEFT's configuration, by which its loader sets scales
 
     def ranks(self) -> dict[str, int]:
         """The number of rows of each first matrix, by stem."""
@@ -74,15 +65,10 @@ def read_weights(path: Path) -> tuple[Tensors, dict[str, str]]:
     Raises:
         ValueError: If it is no whole safetensors file, or holds numbers that are not finite.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-            metadata = file.metadata() or {}
-    except Exception as error:
-        raise ValueError(
-            f"The adapter '{path}' cannot be read: {quoted(error)}. It is no whole safetensors "
-            "file; copy or save it again."
-        ) from error
+    check_whole(path)
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+        metadata = file.metadata() or {}
     for key, z in tensors.items():
         if z.is_floating_point() and z.itemsize == 1:  # there is no arithmetic of 8 bits
             tensors[key] = z.float()
@@ -97,10 +83,6 @@ def read_weights(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 def read_adapter(path: Path, given: Path) -> AdapterFile:
     """Read a single file, and separate matrices, alphas and additions.
-
-    Args:
-        path: The file.
-        given: The file or its folder, as messages call it.
 
     Raises:
         ValueError: If it cannot be read or is empty, half of a pair is missing, or an alpha is not
@@ -144,10 +126,6 @@ def converted(
     Loaders rename, split and join tensors, and may drop them or their alphas in silence. Here the
     conversion is applied twice: to the weights with alphas equal to ranks (so that no factor is
     multiplied into them), and to marks in their places, which say what each result is made of.
-
-    Args:
-        file: The file.
-        convert: The loader's conversion of tensors by name.
 
     Returns:
         The weights by the loader's names; the factor ``alpha / rank`` of each one's product, but

@@ -100,16 +100,7 @@ def load_adapters(
 def names_in(
     model: nn.Module, parts: Mapping[str, nn.Module], trained: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """Find parameters of parts of a pipeline in the network that holds one or more of them.
-
-    Args:
-        model: The network: a part, or one that several parts were put into.
-        parts: The parts by their names.
-        trained: Names of parameters, by part.
-
-    Returns:
-        Their names in the network, in its order.
-    """
+    """Name parameters of parts of a pipeline in the network that holds some of these parts."""
     chosen = {id(parts[part].get_parameter(n)) for part, names in trained.items() for n in names}
     return [name for name, p in model.named_parameters() if id(p) in chosen]
 
@@ -130,8 +121,6 @@ def _named(given: Sequence[str]) -> dict[str, Path]:
                 f"Two adapters are called '{name}': '{found[name]}' and '{path}'. Pass each as "
                 "name=path."
             )
-        if not path.exists():
-            raise ValueError(f"The adapter '{path}' does not exist. {ACCEPTED_ADAPTERS}.")
         found[name] = path
     return found
 
@@ -245,12 +234,9 @@ def _load_file(
 def _by_part(
     tensors: Tensors, parts: Mapping[str, nn.Module], alone: bool
 ) -> dict[str, dict[str, str]]:
-    """The loader's names of weights by part of the pipeline, there or not, and PEFT's name.
+    """Map parts, there or not, to the loader's names of their weights by PEFT's names.
 
-    Args:
-        tensors: The weights by diffusers' names, which begin with a part's.
-        parts: The networks by their names, the denoiser first.
-        alone: Whether there is no pipeline: all names are of the denoiser, and begin with no part.
+    ``alone`` there is no pipeline: all names are the denoiser's, and begin with no part.
     """
     found: dict[str, dict[str, str]] = {}
     for key in tensors:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -28,41 +27,28 @@ _MADE = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "__p
 _PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 
 
-@dataclass(frozen=True)
-class Files:
-    """The files of a folder.
+def files_in(folder: Path) -> tuple[dict[str, Path], list[Path], list[str]]:
+    """Find the images in a folder and its subfolders; linked ones too, hidden ones never.
 
-    Attributes:
-        images: Those that are read, in order.
-        tables: Metadata files, in order.
-        left_out: The names of the others, in order.
+    Hidden files and folders (``.ipynb_checkpoints``, ``._a.png``) are made by programs beside what
+    people put there; as images or classes they would shift the numbers of all others.
+
+    Returns:
+        The images by name, the metadata files, and the names of all other files, each in order.
     """
-
-    images: list[Path]
-    tables: list[Path]
-    left_out: list[str]
-
-    @classmethod
-    def of(cls, folder: Path) -> Files:
-        """The images in a folder and its subfolders; linked ones too, hidden ones never.
-
-        Hidden files and folders (``.ipynb_checkpoints``, ``._a.png``) are made by programs beside
-        what people put there; as images or classes they would shift the numbers of all others.
-        """
-        Image.init()
-        readable = {end for end in SUFFIXES if Image.EXTENSION.get(end) in Image.OPEN}
-        found = cls([], [], [])
-        for path in sorted(files_below(folder)):
-            relative = path.relative_to(folder)
-            if any(map(_is_hidden, relative.parts)):
-                found.left_out.append(relative.as_posix())
-            elif path.suffix.lower() in readable:
-                found.images.append(path)
-            elif is_table(path) and is_of_images(path):
-                found.tables.append(path)
-            else:
-                found.left_out.append(relative.as_posix())
-        return found
+    Image.init()
+    readable = {end for end in SUFFIXES if Image.EXTENSION.get(end) in Image.OPEN}
+    images, tables, left_out = {}, [], []
+    for path in sorted(files_below(folder)):
+        relative = path.relative_to(folder)
+        hidden = any(map(_is_hidden, relative.parts))
+        if not hidden and path.suffix.lower() in readable:
+            images[relative.as_posix()] = path
+        elif not hidden and is_table(path) and is_of_images(path):
+            tables.append(path)
+        else:
+            left_out.append(relative.as_posix())
+    return images, tables, left_out
 
 
 def captions_left_out(names: Iterable[str], left_out: Iterable[str]) -> list[str]:
@@ -91,12 +77,7 @@ def parts_of(names: Sequence[str]) -> list[str]:
 
 
 def classes_of(folder: Path, names: Sequence[str]) -> Classes | None:
-    """The first folder of each image as its class, numbered alphabetically; ``None`` without any.
-
-    Args:
-        folder: The whole folder.
-        names: Names of its images, relative to it.
-    """
+    """The first folder of each image as its class, numbered alphabetically; ``None`` if none."""
     classes = _first_folders(names)
     known = sorted({one for one in classes if one is not None})
     if not known:

@@ -16,9 +16,9 @@ from torch import Tensor
 from curvlinops_diffusion.loading.folders import (
     ACCEPTED,
     SUFFIXES,
-    Files,
     captions_left_out,
     classes_of,
+    files_in,
     parts_of,
 )
 from curvlinops_diffusion.loading.labels import Condition
@@ -143,13 +143,12 @@ def _of_path(path: Path, form: Form) -> NamedImages:
 
 
 def _of_folder(path: Path, form: Form) -> NamedImages:
-    found = Files.of(path)
-    files = {file.relative_to(path).as_posix(): file for file in found.images}
-    metadata = Metadata(path, found.tables, files) if found.tables else None
+    files, tables, left_out = files_in(path)
+    metadata = Metadata(path, tables, files) if tables else None
     names = [name for name in files if metadata is None or name not in metadata.others]
     images = _of_files([files[name] for name in names], names, form)
-    images.left_out = found.left_out
-    images.unread = captions_left_out(names, found.left_out)
+    images.left_out = left_out
+    images.unread = captions_left_out(names, left_out)
     if parts := parts_of(names):
         images.notes.append(f"of all parts of a data set: {', '.join(parts)}")
     if metadata is None:

@@ -48,16 +48,10 @@ def is_of_images(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a metadata file.
-
-    Attributes:
-        file: The file.
-        number: The line, from 1.
-        entries: Its entries by column, names of files as they stand in it.
-    """
+    """A line of a metadata file, its entries by column."""
 
     file: Path
-    number: int
+    number: int  # from 1
     entries: dict[str, Any]
 
     def __str__(self) -> str:
@@ -81,16 +75,7 @@ class Metadata:
     """
 
     def __init__(self, folder: Path, tables: Sequence[Path], names: Iterable[str]):
-        """Read metadata files.
-
-        Args:
-            folder: The folder of the images.
-            tables: The metadata files in it and its subfolders.
-            names: The names of the images, relative to it.
-
-        Raises:
-            ValueError: If a file is not understood, or an image has several lines.
-        """
+        """Read a folder's metadata files; ValueError if an image has several lines."""
         self._folder, self._names = folder, set(names)
         self._by_letters: dict[str, list[str]] = {}
         for name in sorted(self._names):

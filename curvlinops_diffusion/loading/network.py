@@ -52,17 +52,7 @@ class Network:
     def of_pipeline(
         cls, pipeline: Any, params: Sequence[str] | None = None, **options: Any
     ) -> Network:
-        """Take a pipeline apart.
-
-        Args:
-            pipeline: A pipeline of ``diffusers``, with adapters if there are any.
-            params: Names or patterns of the parameters; ``None`` for those of adapters if there are
-                any, else of a ControlNet if there is one, else all.
-            options: Of :meth:`~curvlinops_diffusion.DenoisingObjective.from_pipeline`.
-
-        Raises:
-            ValueError: If the pipeline is of no known kind, or a pattern names no parameter.
-        """
+        """Take a pipeline apart; ``options`` are those of ``DenoisingObjective.from_pipeline``."""
         of_encoders = any(name.startswith(TEXT_ENCODERS) for name in params or ())
         options = {"text_encoders": of_encoders, **options}
         objective = DenoisingObjective.from_pipeline(pipeline, **options)
@@ -81,7 +71,8 @@ class Network:
         Args:
             objective: The objective.
             pipeline: The pipeline that it is of; ``None`` for a network alone.
-            params: As for :meth:`of_pipeline`.
+            params: Names or patterns of the parameters; ``None`` for those of adapters if there are
+                any, else of a ControlNet if there is one, else all.
             trained: The parameters that adapters' files hold, where these are known.
 
         Raises:

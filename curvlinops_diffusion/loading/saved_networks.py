@@ -1,4 +1,7 @@
-"""Saved networks and adapters on disk, checked by names and headers alone, without PyTorch."""
+"""Saved networks and adapters on disk, checked by names and headers alone, without PyTorch.
+
+Each check raises a ValueError that says what is missing or damaged, and what to do.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +36,7 @@ ACCEPTED_ADAPTERS = (
 
 
 def parts_of(folder: Path) -> dict[str, tuple[str, str] | None]:
-    """Read the library and class of each part of a pipeline; ``None`` if saved without it.
-
-    Raises:
-        ValueError: If the folder is no pipeline.
-    """
+    """Read the library and class of each part of a pipeline; ``None`` if saved without it."""
     found: dict[str, tuple[str, str] | None] = {}
     for name, kind in _described(folder, _PIPELINE, "--pipeline").items():
         # other values are numbers or flags that the pipeline was made with
@@ -58,9 +57,6 @@ def check_pipeline(folder: Path, variant: str | None) -> None:
     """Check that a folder holds the parts of a pipeline, each with its weights or words.
 
     Loaded without its words, a tokenizer makes every prompt the same, in silence.
-
-    Raises:
-        ValueError: If it is none, or a part is missing or damaged.
     """
     for name, kind in parts_of(folder).items():
         if kind is None:
@@ -83,7 +79,7 @@ def check_pipeline(folder: Path, variant: str | None) -> None:
 
 
 def check_model(folder: Path, variant: str | None) -> None:
-    """Check that a folder holds a model of diffusers and its weights, or raise ValueError."""
+    """Check that a folder holds a model of diffusers and its weights."""
     if (folder / _PIPELINE).is_file() and not (folder / _MODEL).is_file():
         raise ValueError(f"'{folder}' is a pipeline. Pass it as --pipeline, without --scheduler.")
     _described(folder, _MODEL, "--model")
@@ -91,20 +87,17 @@ def check_model(folder: Path, variant: str | None) -> None:
 
 
 def check_scheduler(folder: Path) -> None:
-    """Check that a folder holds a scheduler, or raise ValueError."""
+    """Check that a folder holds a scheduler."""
     if not (folder / _SCHEDULER).is_file() and (folder / "scheduler" / _SCHEDULER).is_file():
         raise ValueError(f"'{folder}' is a pipeline. Pass --scheduler {folder / 'scheduler'}.")
     _described(folder, _SCHEDULER, "--scheduler")
 
 
 def check_whole(path: Path) -> set[str]:
-    """Check that a safetensors file has the length that its header gives it.
+    """Check that a safetensors file has its whole length, as not after an interrupted download.
 
     Returns:
         The names of its tensors.
-
-    Raises:
-        ValueError: If it has not, as after an interrupted download.
     """
     try:
         size = path.stat().st_size
@@ -162,9 +155,6 @@ def weights_files(folder: Path, variant: str | None) -> list[Path]:
     """The files that a network is read from: of a variant, or without one where it has none.
 
     Names and their order are those by which libraries look.
-
-    Raises:
-        ValueError: If an index names files that are missing.
     """
     for own in ("",) if variant is None else (f".{variant}", ""):
         for stem in _STEMS:
@@ -224,12 +214,7 @@ def _check_weights(whole: Path, folder: Path, variant: str | None) -> None:
 def check_adapter(path: Path, parts: Sequence[str]) -> None:
     """Check that the files of an adapter that would be read are there and whole.
 
-    Args:
-        path: Its file or folder.
-        parts: The names of the pipeline's parts.
-
-    Raises:
-        ValueError: If they are not.
+    ``parts`` are the names of the pipeline's parts, as below.
     """
     folders = peft_folders(path, parts).values()
     for file in [folder / PEFT_WEIGHTS for folder in folders] or [adapter_file(path)]:
@@ -239,12 +224,7 @@ def check_adapter(path: Path, parts: Sequence[str]) -> None:
 def peft_folders(path: Path, parts: Sequence[str]) -> dict[str, Path]:
     """The folders that PEFT's ``save_pretrained`` wrote, by part; none if it wrote none.
 
-    Args:
-        path: The folder of the first part's adapter, or one with a folder for each part.
-        parts: The names of the pipeline's parts.
-
-    Raises:
-        ValueError: If one lacks its weights.
+    ``path`` is the folder of the first part's adapter, or one with a folder for each part.
     """
     if path.name == PEFT_WEIGHTS and path.is_file():  # the scales stand beside it
         path = path.parent
@@ -260,11 +240,7 @@ def peft_folders(path: Path, parts: Sequence[str]) -> dict[str, Path]:
 
 
 def adapter_file(path: Path) -> Path:
-    """The single file of an adapter that a path names.
-
-    Raises:
-        ValueError: If there is none, or several, or its scales stand in a file that is missing.
-    """
+    """The single file of an adapter that a path names."""
     file = path if path.is_file() else path / PEFT_WEIGHTS
     # other programs call files the same
     pefts = file.name == PEFT_WEIGHTS and file.is_file()

@@ -22,11 +22,6 @@ def check_loaded(module: nn.Module, folder: Path, variant: str | None) -> None:
 
     Libraries leave parameters that no file holds without values, or make values up.
 
-    Args:
-        module: The module, before it is moved.
-        folder: The folder that it was loaded from.
-        variant: The variant of the weights that was asked for.
-
     Raises:
         ValueError: If a parameter was not loaded, naming what the files hold instead.
     """
@@ -77,10 +72,6 @@ def misfits(folder: Path, variant: str | None) -> list[str]:
     """Say which weights have other shapes than the configuration beside them asks for.
 
     Libraries name one of them, or refer to their log.
-
-    Args:
-        folder: The folder of a pipeline, or of a network.
-        variant: The variant of the weights that was asked for.
     """
     found = []
     for part, shapes in _expected_shapes(folder):

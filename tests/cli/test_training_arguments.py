@@ -12,7 +12,7 @@ from curvlinops_diffusion.diffusion.training_arguments import training_arguments
 from curvlinops_diffusion.diffusion.weightings import PreconditionedWeighting
 from curvlinops_diffusion.linalg.operator_files import read_header
 from tests.diffusion.test_pipelines import flux, made
-from tests.loading.test_adapters import images_with_prompts
+from tests.loading.cases import images_with_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
