@@ -111,6 +111,7 @@ class Attributor:
         *,
         prompts: str | Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
+        caption_extension: str | None = None,
         params: Sequence[str] | None = None,
         resolution: int | None = None,
         weighting: Any = None,
@@ -129,9 +130,14 @@ class Attributor:
         Args:
             pipeline: The pipeline.
             images: The training images: a folder, paths, PIL images, a tensor ``[N, C, H, W]`` in
-                [-1, 1], or a data set.
+                [-1, 1], or a data set. Folders may be as trainers lay them out: with metadata.jsonl
+                or metadata.csv, captions in files beside the images, and kohya's ``30_shs dog``,
+                whose repeats become ``example_weights`` and whose name is the prompt of images
+                that have no caption.
             prompts: A prompt for each image, or one for all that have none of their own.
             labels: A class for each image, in the order of ``images``.
+            caption_extension: How the names of captions beside images end; ``None`` for
+                ``.caption`` or ``.txt``.
             params: Names or patterns (``'*attn*'``) of the parameters to cover; ``None`` for those
                 of adapters if there are any, else of a ControlNet, else all.
             resolution: The side that images are resized to (the shorter one, then cut to a square
@@ -168,8 +174,12 @@ class Attributor:
             latent_cache=latent_cache,
             autocast=autocast,
         )
+        if caption_extension is not None:
+            network = network.with_prompts(caption_extension=caption_extension)
         form, condition = network.form(resolution), network.condition
         train = open_images(images, form, condition, prompts=prompts, labels=labels)
+        if train.example_weights is not None:
+            options = {"example_weights": train.example_weights, **options}
         beside = list(condition.images) or None  # mirrored with the image
         found = cls(
             network.objective, train, network.params, augmented_conditions=beside, **options

@@ -159,7 +159,8 @@ def _network(
     """
     names = names_in(objective.model, modules, trained) if options.lora else None
     patterns = getattr(options, "params", None)  # score takes those of the operator
-    return Network.of(objective, pipeline, patterns, names).with_prompt(options.prompt)
+    network = Network.of(objective, pipeline, patterns, names)
+    return network.with_prompts(prompt=options.prompt, caption_extension=options.caption_extension)
 
 
 def of_text_encoders(names: Iterable[str]) -> bool:

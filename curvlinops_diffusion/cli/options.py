@@ -139,10 +139,13 @@ class ImageOptions(Checked):
         resolution: Resize the shorter side of images to this size, and cut a square from the
             middle. Without it, images must have the network's size.
         prompt: The prompt of all images that have none of their own, queries included.
+        caption_extension: How the names of captions beside images end. Without it, .caption or
+            .txt.
     """
 
     resolution: int | None = None
     prompt: str | None = None
+    caption_extension: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

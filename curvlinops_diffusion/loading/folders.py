@@ -1,21 +1,22 @@
-"""The files of a folder of images, and their classes."""
+"""The files of a folder of images, captions beside them, and their classes."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from curvlinops_diffusion.loading.labels import Classes
-from curvlinops_diffusion.loading.metadata import is_of_images, is_table
+from curvlinops_diffusion.loading.metadata import decoded, is_of_images, is_table
 from curvlinops_diffusion.runtime.files import files_below
 
 # the forms that images are given in
 ACCEPTED = (
     "Pass a folder of images (subfolders are classes; metadata.jsonl or metadata.csv may give "
-    "'text' or 'label' for each 'file_name'), one image, a data set saved by datasets' "
-    "save_to_disk, or an .npz file with 'images' (and 'labels')"
+    "'text' or 'label' for each 'file_name', or files beside images captions), one image, a data "
+    "set saved by datasets' save_to_disk, or an .npz file with 'images' (and 'labels')"
 )
 SUFFIXES = {
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
@@ -25,6 +26,10 @@ SUFFIXES = {
 _MADE = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "__pycache__"}
 # folders of these names are parts of a data set, not classes
 _PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
+# the ends of captions' names, as trainers write them
+_CAPTIONS = (".caption", ".txt")
+# kohya's folders: how often an epoch has their images, and the prompt of those without a caption
+_REPEATED = re.compile(r"([1-9]\d*)_(.*)")
 
 
 def files_in(folder: Path) -> tuple[dict[str, Path], list[Path], list[str]]:
@@ -51,13 +56,63 @@ def files_in(folder: Path) -> tuple[dict[str, Path], list[Path], list[str]]:
     return images, tables, left_out
 
 
-def captions_left_out(names: Iterable[str], left_out: Iterable[str]) -> list[str]:
-    """Unread files that may hold captions: under images' names, or tables without names."""
-    stems = {str(Path(name).with_suffix("")) for name in names}
-    beside = {Path(n).suffix for n in left_out if str(Path(n).with_suffix("")) in stems}
-    captions = sorted(f"files {suffix}" for suffix in beside & {".txt", ".caption"})
-    visible = (name for name in left_out if not any(map(_is_hidden, Path(name).parts)))
-    return captions + [f"{n}, without 'file_name'" for n in visible if is_table(Path(n))]
+def captions_beside(
+    names: Sequence[str], others: Iterable[str], end: str | None = None
+) -> dict[str, dict[str, str]]:
+    """Find files that may hold captions, by the ends of their names and the names of their images.
+
+    Args:
+        names: The names of the images.
+        others: The names of other files.
+        end: Another end that the names of captions may have.
+    """
+    others, found = set(others), {}
+    for suffix in dict.fromkeys((*([] if end is None else [end]), *_CAPTIONS)):
+        files = {name: f"{Path(name).with_suffix('')}{suffix}" for name in names}
+        found[suffix] = {name: file for name, file in files.items() if file in others}
+    return {suffix: files for suffix, files in found.items() if files}
+
+
+def read_caption(path: Path) -> tuple[str, bool]:
+    """Read a caption, as kohya's ``sd-scripts`` do: the first line of its file.
+
+    Returns:
+        The caption, and whether other lines follow.
+
+    Raises:
+        ValueError: If the file is empty or not in UTF-8.
+    """
+    first, *more = re.split(r"\r\n|\r|\n", decoded(path))
+    if not first and not more:
+        raise ValueError(f"The caption '{path}' is empty. Write it, or remove the file.")
+    return first.strip(), any(line.strip() for line in more)
+
+
+def repeats_of(folder: Path, names: Sequence[str]) -> list[tuple[int, str]] | None:
+    """Read repeats and prompts off the names of kohya's folders (``30_shs dog``), for each image.
+
+    Raises:
+        ValueError: If some images lie in such folders and others do not: training saw the images
+            directly in such folders, and no others.
+    """
+    found = [_REPEATED.fullmatch(Path(name).parent.as_posix()) for name in names]
+    if not any(found):
+        return None
+    for name, match in zip(names, found, strict=True):
+        if match is None or "/" in match[2]:
+            known = next(match[0].partition("/")[0] for match in found if match)
+            raise ValueError(
+                f"'{folder}' has folders as kohya's sd-scripts name them ('{known}'), which train "
+                f"on the images directly in these, and '{name}' is none. Take it out; or if "
+                "another program trained on it, rename these folders."
+            )
+    return [(int(match[1]), match[2]) for match in found if match]
+
+
+def tables_left_out(names: Iterable[str]) -> list[str]:
+    """Unread tables, among the names of files that were left out."""
+    visible = (name for name in names if not any(map(_is_hidden, Path(name).parts)))
+    return [f"{name}, without 'file_name'" for name in visible if is_table(Path(name))]
 
 
 def _is_hidden(name: str) -> bool:

@@ -16,10 +16,13 @@ from torch import Tensor
 from curvlinops_diffusion.loading.folders import (
     ACCEPTED,
     SUFFIXES,
-    captions_left_out,
+    captions_beside,
     classes_of,
     files_in,
     parts_of,
+    read_caption,
+    repeats_of,
+    tables_left_out,
 )
 from curvlinops_diffusion.loading.labels import Condition
 from curvlinops_diffusion.loading.metadata import Metadata
@@ -65,12 +68,15 @@ def open_images(
     """
     on_disk = isinstance(given, str | os.PathLike)
     where = Path(given) if on_disk else Path("images")
-    images = _of_path(where, form) if on_disk else _of_any(given, form)
+    images = _of_path(where, form, condition) if on_disk else _of_any(given, form)
     takes = None if condition is None else condition.key
     if isinstance(prompts, str) and takes == "prompt":
-        own = images.conditions.get("prompt", [None] * len(images))
-        images.conditions["prompt"] = [prompts if one is None else one for one in own]
-        prompts = None
+        if None not in images.conditions.get("prompt", [None]):
+            raise ValueError(
+                f"`prompts` must be left out where images have prompts of their own, got "
+                f"{prompts!r} for {counted(len(images), 'image')}, all of which have."
+            )
+        condition, prompts = replace(condition, prompt=prompts), None
     beside: list[tuple[str, str, Any]] = [
         ("prompts", "prompt", prompts),
         ("labels", "class_labels", labels),
@@ -115,6 +121,8 @@ def _set_conditions(
         images.conditions["class_labels"] = classes.labels()
     if condition is not None:
         found = images.conditions
+        if condition.key == "prompt" and condition.prompt is not None:
+            _check_prompt(images, path, condition.prompt)
         images.conditions = condition.of(path, images.names, found, images.unread)
         sources = condition.images_of(path, images.names, found)
         images.beside = {key: (condition.images[key], sources[key]) for key in sources}
@@ -123,13 +131,28 @@ def _set_conditions(
         images.tells_sizes = condition.sizes
 
 
-def _of_path(path: Path, form: Form) -> NamedImages:
+def _check_prompt(images: NamedImages, path: Path, prompt: str) -> None:
+    """Refuse one prompt for images beside which their captions lie unread."""
+    own = images.conditions.get("prompt", [None] * len(images))
+    without = [name for name, text in zip(images.names, own, strict=True) if text is None]
+    beside = [images.captions_beside[name] for name in without if name in images.captions_beside]
+    if beside:
+        raise ValueError(
+            f"The prompt {prompt!r} is given for images of '{path}' beside which captions lie, "
+            f"'{beside[0]}' first ({len(beside)} of them). Leave the prompt out and pass "
+            f"--caption-extension {Path(beside[0]).suffix}, or take these files away."
+        )
+    if not without:
+        images.notes.append(f"all have prompts of their own, and {prompt!r} is of none of them")
+
+
+def _of_path(path: Path, form: Form, condition: Condition | None) -> NamedImages:
     if path.suffix != ".npz":
         form.check_channels()
     if path.is_dir() and is_saved_dataset(path):
         images = images_of_dataset(saved_dataset(path), path, form)
     elif path.is_dir():
-        images = _of_folder(path, form)
+        images = _of_folder(path, form, condition)
     elif path.suffix == ".npz" and path.is_file():
         images = images_of_arrays(path, form)
     elif path.is_file() and path.suffix.lower() in SUFFIXES:
@@ -142,27 +165,69 @@ def _of_path(path: Path, form: Form) -> NamedImages:
     return images
 
 
-def _of_folder(path: Path, form: Form) -> NamedImages:
-    files, tables, left_out = files_in(path)
+def _of_folder(path: Path, form: Form, condition: Condition | None) -> NamedImages:
+    files, tables, others = files_in(path)
     metadata = Metadata(path, tables, files) if tables else None
     names = [name for name in files if metadata is None or name not in metadata.others]
     images = _of_files([files[name] for name in names], names, form)
-    images.left_out = left_out
-    images.unread = captions_left_out(names, left_out)
     if parts := parts_of(names):
         images.notes.append(f"of all parts of a data set: {', '.join(parts)}")
+    images.left_out, images.unread = others, tables_left_out(others)
     if metadata is None:
         images.classes = classes_of(path, names)
-        return images
-    images.conditions = metadata.conditions(names)
-    images.unread += metadata.unread()
-    for some, how in (
-        ([line.entries["file_name"] for line in metadata.without_image], "without an image"),
-        (metadata.alike, "by a name alike"),
-    ):
-        if some:
-            images.notes.append(f"{counted(len(some), 'line')} of metadata {how} ({some[0]}, …)")
+    else:
+        images.conditions = metadata.conditions(names)
+        images.unread += metadata.unread()
+        for some, how in (
+            ([line.entries["file_name"] for line in metadata.without_image], "without an image"),
+            (metadata.alike, "by a name alike"),
+        ):
+            if some:
+                lines = counted(len(some), "line")
+                images.notes.append(f"{lines} of metadata {how} ({some[0]}, …)")
+    _read_captions(images, path, condition)
     return images
+
+
+def _read_captions(images: NamedImages, path: Path, condition: Condition | None) -> None:
+    """Read captions in files of their own, and repeats and prompts in the names of folders."""
+    end = None if condition is None else condition.caption_extension
+    end = None if end is None else f".{end.removeprefix('.')}"
+    found, read = captions_beside(images.names, images.left_out, end), {}
+    names, wanted = images.names, condition is None or condition.key == "prompt"
+    if wanted and "prompt" not in images.conditions:
+        if end is None and len(found) > 1:
+            first, second = (next(iter(files.values())) for files in found.values())
+            raise ValueError(
+                f"'{path}' holds captions of two kinds, '{first}' and '{second}'. Pass "
+                "--caption-extension with the end of those that training read."
+            )
+        read = found.pop(end or next(iter(found), ""), {})
+    images.captions_beside = {name: file for own in found.values() for name, file in own.items()}
+    images.unread = [*(f"files {suffix}" for suffix in sorted(found)), *images.unread]
+    files = set(read.values())
+    images.left_out = [name for name in images.left_out if name not in files]
+    texts = {name: read_caption(path / file) for name, file in read.items()}
+    prompts: list[str | None] = [texts[name][0] if name in texts else None for name in names]
+    if longer := [read[name] for name, (_, more) in texts.items() if more]:
+        count = counted(len(longer), "longer caption")
+        images.notes.append(f"the first line of {count} ({longer[0]}, …)")
+    # of networks that take prompts alone: for others such folders may be classes
+    named = condition is not None and wanted and "prompt" not in images.conditions
+    repeats = repeats_of(path, names) if named else None
+    if repeats is not None:
+        if without := [name for name in names if name not in texts]:
+            count = counted(len(without), "image")
+            images.notes.append(f"{count} with the folder's name as prompt ({without[0]}, …)")
+            own = [prompt for _, prompt in repeats]
+            prompts = [b if a is None else a for a, b in zip(prompts, own, strict=True)]
+        counts = [count for count, _ in repeats]
+        times = ", ".join(f"'{text}' {n} times" for n, text in list(dict.fromkeys(repeats))[:5])
+        images.notes.append(f"repeated: {times}{', …' * (len(set(repeats)) > 5)}")
+        if len(set(counts)) > 1:
+            images.example_weights = [n * len(counts) / sum(counts) for n in counts]
+    if texts or repeats:
+        images.conditions["prompt"] = prompts
 
 
 def _of_files(files: Sequence[Path], names: list[str], form: Form) -> NamedImages:

@@ -15,7 +15,8 @@ _HOW = {
     ),
     "prompt": (
         "prompt",
-        "Give a 'text' for each image in metadata.jsonl or the data set, or one by --prompt",
+        "Give a 'text' for each image in metadata.jsonl or the data set, or a file of its name "
+        "and .txt or .caption (or another --caption-extension), or one prompt by --prompt",
     ),
 }
 _SIZES = ("original_size", "crops_coords_top_left", "target_size")
@@ -33,6 +34,8 @@ class Condition:
         prompt: The prompt of images that have none of their own; ``None`` for an error.
         sizes: Whether the network takes each image's original size, and what was cut out of it.
         images: The images that it takes beside each image, masks say, and their channels.
+        caption_extension: How the names of captions beside images end; ``None`` for ``.caption`` or
+            ``.txt``.
     """
 
     key: str | None = None
@@ -40,6 +43,7 @@ class Condition:
     prompt: str | None = None
     sizes: bool = False
     images: dict[str, int] = field(default_factory=dict)
+    caption_extension: str | None = None
 
     def of(
         self, path: Path, names: Sequence[str], conditions: Conditions, unread: Sequence[str] = ()

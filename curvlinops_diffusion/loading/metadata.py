@@ -186,23 +186,28 @@ def _lines_of(path: Path) -> Iterator[Line]:
     A line of ``.jsonl`` ends at a line feed and nowhere else: separators such as U+2028 belong to
     the caption that they stand in.
     """
+    read = _of_csv if path.suffix == ".csv" else _of_json
+    for number, entries in read(path, decoded(path)):
+        name = entries.get("file_name")
+        if not isinstance(name, str) or not name.strip():
+            found = f"'file_name': {name!r}" if "file_name" in entries else f"{sorted(entries)}"
+            raise _wrong(path, number, f"it has no image's name as 'file_name', but {found}")
+        yield Line(path, number, entries)
+
+
+def decoded(path: Path) -> str:
+    """The text of a file in UTF-8, with a byte order mark or without."""
     raw = path.read_bytes()
     if raw.startswith(_WIDE) or b"\0" in raw:
         raise ValueError(f"'{path}' is in UTF-16 or UTF-32. Save it as UTF-8.")
     try:
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = raw.count(b"\n", 0, error.start) + 1
         raise ValueError(
             f"'{path}' is not in UTF-8: line {number} has the byte {raw[error.start]:#04x}. It may "
             "be in Windows-1252 or another encoding; save it as UTF-8."
         ) from error
-    for number, entries in (_of_csv if path.suffix == ".csv" else _of_json)(path, text):
-        name = entries.get("file_name")
-        if not isinstance(name, str) or not name.strip():
-            found = f"'file_name': {name!r}" if "file_name" in entries else f"{sorted(entries)}"
-            raise _wrong(path, number, f"it has no image's name as 'file_name', but {found}")
-        yield Line(path, number, entries)
 
 
 def _of_json(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -28,6 +28,9 @@ class NamedImages(Dataset[dict[str, Any]]):
         left_out: Files beside the images that were not read.
         unread: Columns or arrays beside the images that are not read.
         notes: Other remarks, each a clause.
+        captions_beside: Files that may hold an image's caption and were not read, by its name.
+        example_weights: How much more often than others training saw each image, on average 1;
+            ``None`` if all alike.
         tells_sizes: Whether an item has the size of the original image, and the top left corner
             of what was cut out of it, as Stable Diffusion XL takes them.
         digests: A digest of each item, from when it was read first; ``None`` until then.
@@ -48,6 +51,8 @@ class NamedImages(Dataset[dict[str, Any]]):
         self.conditions = conditions or {}
         self.classes = classes
         self.left_out: list[str] = []
+        self.captions_beside: dict[str, str] = {}
+        self.example_weights: list[float] | None = None
         self.unread = list(unread)
         self.notes = list(notes)
         self.digests: list[str | None] = [None] * len(names)

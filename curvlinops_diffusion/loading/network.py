@@ -103,16 +103,17 @@ class Network:
         condition = _condition(model, config, pipeline)
         return cls(objective, channels, sides, multiple, condition, chosen)
 
-    def with_prompt(self, prompt: str | None) -> Network:
-        """The same, with a prompt for images that have none of their own.
+    def with_prompts(self, **options: str | None) -> Network:
+        """The same, with ``prompt`` and ``caption_extension`` of its condition.
 
         Raises:
             ValueError: If the network takes no prompts.
         """
-        if prompt is not None and self.condition.key != "prompt":
-            takes = "no condition" if self.condition.key is None else "labels"
-            raise ValueError(f"The network takes {takes}, got prompt={prompt!r}. Leave it out.")
-        return replace(self, condition=replace(self.condition, prompt=prompt))
+        for name, value in options.items():
+            if value is not None and self.condition.key != "prompt":
+                takes = "no condition" if self.condition.key is None else "labels"
+                raise ValueError(f"The network takes {takes}, got {name}={value!r}. Leave it out.")
+        return replace(self, condition=replace(self.condition, **options))
 
     def form(self, resolution: int | None) -> Form:
         """The form in which images are loaded."""

@@ -93,5 +93,6 @@ def training_regression(
         augment=options.augment,
         augmented_conditions=list(network.condition.images) or None,  # mirrored with the image
         antithetic=antithetic,
+        example_weights=images.example_weights,
         **options.regression_options(),
     )
