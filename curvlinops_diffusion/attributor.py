@@ -175,7 +175,7 @@ class Attributor:
             autocast=autocast,
         )
         if caption_extension is not None:
-            network = network.with_prompts(caption_extension=caption_extension)
+            network = network.with_prompt(None, caption_extension)
         form, condition = network.form(resolution), network.condition
         train = open_images(images, form, condition, prompts=prompts, labels=labels)
         if train.example_weights is not None:

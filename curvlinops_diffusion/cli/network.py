@@ -160,7 +160,7 @@ def _network(
     names = names_in(objective.model, modules, trained) if options.lora else None
     patterns = getattr(options, "params", None)  # score takes those of the operator
     network = Network.of(objective, pipeline, patterns, names)
-    return network.with_prompts(prompt=options.prompt, caption_extension=options.caption_extension)
+    return network.with_prompt(options.prompt, options.caption_extension)
 
 
 def of_text_encoders(names: Iterable[str]) -> bool:

@@ -56,6 +56,36 @@ def files_in(folder: Path) -> tuple[dict[str, Path], list[Path], list[str]]:
     return images, tables, left_out
 
 
+def check_images(path: Path) -> None:
+    """Check that a path may hold images, by names alone, before anything is loaded.
+
+    Raises:
+        ValueError: If it does not exist, cannot be read, or is of something else.
+    """
+    if not path.exists():
+        raise ValueError(f"'{path}' does not exist. {ACCEPTED}.")
+    if path.is_file():
+        if path.suffix.lower() not in (*SUFFIXES, ".npz"):
+            raise ValueError(f"'{path}' is in no known form. {ACCEPTED}.")
+        if path.stat().st_size == 0:
+            raise ValueError(f"'{path}' is empty. {ACCEPTED}.")
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise ValueError(f"'{path}' cannot be read: {error.strerror}.") from error
+    elif (path / "model_index.json").is_file():
+        raise ValueError(f"'{path}' is a pipeline, not images. {ACCEPTED}.")
+    elif not is_saved_dataset(path) and not any(
+        file.suffix.lower() in SUFFIXES and not _is_hidden(file.name) for file in files_below(path)
+    ):
+        raise ValueError(f"'{path}' holds no images. {ACCEPTED}.")
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Tell whether a folder holds a data set of ``save_to_disk``, or several splits."""
+    return any((path / n).is_file() for n in ("dataset_info.json", "dataset_dict.json"))
+
+
 def captions_beside(
     names: Sequence[str], others: Iterable[str], end: str | None = None
 ) -> dict[str, dict[str, str]]:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from curvlinops_diffusion.loading.folders import (
     ACCEPTED,
-    SUFFIXES,
     captions_beside,
+    check_images,
     classes_of,
     files_in,
+    is_saved_dataset,
     parts_of,
     read_caption,
     repeats_of,
@@ -31,7 +32,6 @@ from curvlinops_diffusion.loading.preprocessing import Form, Loaded, upright_siz
 from curvlinops_diffusion.loading.stored import (
     images_of_arrays,
     images_of_dataset,
-    is_saved_dataset,
     saved_dataset,
 )
 from curvlinops_diffusion.runtime.digests import digest_of
@@ -149,17 +149,15 @@ def _check_prompt(images: NamedImages, path: Path, prompt: str) -> None:
 def _of_path(path: Path, form: Form, condition: Condition | None) -> NamedImages:
     if path.suffix != ".npz":
         form.check_channels()
-    if path.is_dir() and is_saved_dataset(path):
+    check_images(path)
+    if is_saved_dataset(path):
         images = images_of_dataset(saved_dataset(path), path, form)
     elif path.is_dir():
         images = _of_folder(path, form, condition)
-    elif path.suffix == ".npz" and path.is_file():
+    elif path.suffix == ".npz":
         images = images_of_arrays(path, form)
-    elif path.is_file() and path.suffix.lower() in SUFFIXES:
-        images = _of_files([path], [path.name], form)
     else:
-        what = "is in no known form" if path.exists() else "does not exist"
-        raise ValueError(f"'{path}' {what}. {ACCEPTED}.")
+        images = _of_files([path], [path.name], form)
     if len(images) == 0:
         raise ValueError(f"'{path}' holds no images. {ACCEPTED}.")
     return images

@@ -130,11 +130,6 @@ def _check_range(path: Path, images: Any) -> None:
             )
 
 
-def is_saved_dataset(path: Path) -> bool:
-    """Tell whether a folder holds a data set of ``save_to_disk``, or several splits."""
-    return any((path / n).is_file() for n in ("dataset_info.json", "dataset_dict.json"))
-
-
 def saved_dataset(path: Path) -> Any:
     """Open a data set of ``save_to_disk``.
 
