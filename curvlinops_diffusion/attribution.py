@@ -86,7 +86,7 @@ class Attribution:
         header = stored.header
         if not all(hasattr(given, "caption") for given in (images, queries)):
             try:
-                from curvlinops_diffusion.loading.given import given_images
+                from curvlinops_diffusion.loading.images import open_images
                 from curvlinops_diffusion.loading.labels import Condition
                 from curvlinops_diffusion.loading.preprocessing import Form
             except ImportError as error:
@@ -96,9 +96,9 @@ class Attribution:
             # whatever stands beside images, where the network's condition is not known
             known = header.get("condition")
             condition: Any = None if known is None else Condition(**known)
-            images = given_images(images, form, condition)
+            images = open_images(images, form, condition)
             prompt = {"prompts": header.get("prompt")}
-            queries = given_images(queries, form, condition, images, **prompt)
+            queries = open_images(queries, form, condition, images, **prompt)
         for gallery, names, what in (
             (images, header["train"], "images"),
             (queries, header["queries"], "queries"),

@@ -134,6 +134,7 @@ class Attributor:
         *,
         prompts: str | Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
+        caption_extension: str | None = None,
         params: Sequence[str] | None = None,
         resolution: int | None = None,
         weighting: Any = None,
@@ -152,10 +153,15 @@ class Attributor:
         Args:
             pipeline: The pipeline.
             images: The training images: a folder, paths, PIL images, a tensor ``[N, C, H, W]`` in
-                [-1, 1], or a data set.
+                [-1, 1], or a data set. Folders may be as trainers lay them out: with metadata.jsonl
+                or metadata.csv, captions in files beside the images, and kohya's ``30_shs dog``,
+                whose repeats become ``example_weights`` and whose name is the prompt of images
+                that have no caption.
             prompts: A prompt for each image; or one for all that have none of their own, queries
                 included.
             labels: A class for each image, in the order of ``images``.
+            caption_extension: How the names of captions beside images end; ``None`` for
+                ``.caption`` or ``.txt``.
             params: Names or patterns (``'*attn*'``) of the parameters to cover; ``None`` for those
                 of adapters if there are any, else of a ControlNet, else all.
             resolution: The pixels that the shorter side of images is resized to, before a square is
@@ -188,6 +194,7 @@ class Attributor:
             autocast=autocast,
         )
         beside: dict[str, Any] = {"prompts": prompts, "labels": labels}
+        beside |= {"caption_extension": caption_extension}
         return cls.of_network(network, images, resolution=resolution, **beside, **options)
 
     @classmethod
@@ -198,6 +205,7 @@ class Attributor:
         *,
         prompts: str | Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
+        caption_extension: str | None = None,
         resolution: int | None = None,
         **options: Any,
     ) -> Self:
@@ -208,17 +216,22 @@ class Attributor:
             images: As for :meth:`from_pipeline`, and so are the others.
             prompts: Likewise.
             labels: Likewise.
+            caption_extension: Likewise.
             resolution: Likewise.
             options: Likewise.
 
         Raises:
             ValueError: As :meth:`from_pipeline`.
         """
-        given_images = _loading().given_images
+        open_images = _loading().open_images
         if isinstance(prompts, str):  # for queries as well
-            network, prompts = network.with_prompt(prompts), None
+            network, prompts = network.with_prompt(prompts, caption_extension), None
+        elif caption_extension is not None:
+            network = network.with_prompt(None, caption_extension)
         form, condition = network.form(resolution), network.condition
-        train = given_images(images, form, condition, prompts=prompts, labels=labels)
+        train = open_images(images, form, condition, prompts=prompts, labels=labels)
+        if train.example_weights is not None:
+            options = {"example_weights": train.example_weights, **options}
         beside = list(condition.images) or None  # mirrored with the image
         found = cls(
             network.objective, train, network.params, augmented_conditions=beside, **options
@@ -230,7 +243,7 @@ class Attributor:
                     f"`queries` '{queries}' holds the training images. Pass the images to explain; "
                     "for the influence of training images on themselves, self_influence_scores."
                 )
-            return given_images(queries, form, condition, train, **beside)
+            return open_images(queries, form, condition, train, **beside)
 
         found._open = opened
         found._told = {
@@ -592,12 +605,12 @@ def _loading() -> Any:
         ValueError: If a package is missing.
     """
     try:
-        from curvlinops_diffusion.loading import given, network
+        from curvlinops_diffusion.loading import images, network
     except ImportError as error:
         raise ValueError(
             f"Reading images needs {error.name}: pip install 'curvlinops-diffusion[cli]'."
         ) from error
-    return SimpleNamespace(given_images=given.given_images, Network=network.Network)
+    return SimpleNamespace(open_images=images.open_images, Network=network.Network)
 
 
 def _gallery(data: Any, regression: NoisedRegression) -> Any:

@@ -19,10 +19,9 @@ from curvlinops_diffusion.cli.running import event, num_processes, say
 from curvlinops_diffusion.diffusion import weightings
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.loading.adapters import load_adapters, names_in
-from curvlinops_diffusion.loading.misfits import misfits
 from curvlinops_diffusion.loading.network import TEXT_ENCODERS, Network
 from curvlinops_diffusion.loading.saved_networks import part_folder, parts_of
-from curvlinops_diffusion.loading.weights import check_can_load, check_loaded
+from curvlinops_diffusion.loading.weights import check_can_load, check_loaded, misfits
 from curvlinops_diffusion.runtime.messages import quoted
 from curvlinops_diffusion.runtime.sharded_networks import divide
 
@@ -82,7 +81,7 @@ def load_network(options: Namespace, covered: Sequence[str] = ()) -> Network:
             say(arguments_text(objective.training_arguments))
         network = _network(objective, pipeline, options, modules, trained)
     # for queries as well as training images
-    return network if options.prompt is None else network.with_prompt(options.prompt)
+    return network.with_prompt(options.prompt, options.caption_extension)
 
 
 def _of_model(

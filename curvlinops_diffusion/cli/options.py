@@ -143,6 +143,7 @@ _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
         "How training weighted noise levels; by default all alike. The scripts of Stable Diffusion "
         "3 do it as preconditioned.",
     ),
+    "caption_extension": (PIPELINE, str),
     "prompt": (
         f"{PIPELINE} prompts",
         str,
@@ -220,7 +221,7 @@ NETWORK = "pipeline variant model scheduler lora device dtype autocast latent_ca
 #: The loss that it was trained with, and on what; the same for all commands of a run.
 TRAINING = (
     "weighting snr_gamma reduction timesteps condition_dropout noise_offset input_perturbation "
-    "training_arguments augment resolution prompt seed"
+    "training_arguments augment resolution prompt caption_extension seed"
 )
 _RUN = "batch_size sharded max_memory checkpoint_every timeout overwrite dry_run log quiet debug"
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.linalg.operator_files import OPERATOR, read_header
-from curvlinops_diffusion.loading.adapter_paths import check_adapter
-from curvlinops_diffusion.loading.folders import ACCEPTED
+from curvlinops_diffusion.loading.folders import ACCEPTED, check_images
 from curvlinops_diffusion.loading.saved_networks import (
+    check_adapter,
     check_model,
     check_pipeline,
     check_scheduler,
@@ -23,7 +23,6 @@ from curvlinops_diffusion.loading.saved_networks import (
 from curvlinops_diffusion.runtime.files import (
     check_can_be_made,
     check_can_be_written,
-    files_below,
     kind_of,
     named_path,
 )
@@ -38,9 +37,6 @@ _OUTPUTS = {
 }
 # those of which a finished output is recognised, and not made again
 _GOES_ON = ("fit", "score")
-# files beside images, or of something else, by their suffixes
-_NO_IMAGES = {".bin", ".ckpt", ".csv", ".json", ".jsonl", ".log", ".md", ".pt", ".pth", ".py"}
-_NO_IMAGES |= {".safetensors", ".txt", ".yaml", ".yml", ".html"}
 _FOLDERS = {
     "plan": ("Pass the folder that validate plan wrote.", "plan.safetensors"),
     "retrained": ("Pass the folder of the retrained networks.", None),
@@ -71,7 +67,7 @@ def check_paths(options: Namespace) -> None:
         check_network(options)
     for name in ("data", "queries"):
         if given.get(name) is not None:
-            _check_images(given[name], name)
+            check_images(check_exists(given[name], f"--{name}", f"{ACCEPTED}, as --{name}."))
     for name, (advice, header) in _FOLDERS.items():
         if given.get(name) is not None:
             _check_folder(given[name], name, advice, header)
@@ -187,27 +183,6 @@ def check_network(options: Namespace) -> None:
         check_exists(path, "--lora", "Pass the file or folder of an adapter as --lora.")
         if pipeline is not None or model is not None:
             check_adapter(path, parts)
-
-
-def _check_images(path: Path, name: str) -> None:
-    accepted = f"{ACCEPTED}, as --{name}."
-    check_exists(path, f"--{name}", accepted)
-    if path.is_file():
-        if path.suffix.lower() in _NO_IMAGES:
-            raise ValueError(f"'{path}' is in no known form. {accepted}")
-        if path.stat().st_size == 0:
-            raise ValueError(f"'{path}' is empty. {accepted}")
-        try:
-            path.open("rb").close()
-        except OSError as error:
-            raise ValueError(f"'{path}' cannot be read: {error.strerror}.") from error
-        return
-    if (path / "model_index.json").is_file():
-        raise ValueError(f"'{path}' is a pipeline, and --{name} takes images. {accepted}")
-    others = _NO_IMAGES | {""}
-    files = (file for file in files_below(path) if file.name[0] != ".")
-    if all(file.suffix.lower() in others for file in files):
-        raise ValueError(f"'{path}' holds no images. {accepted}")
 
 
 def _check_folder(path: Path, name: str, advice: str, header: str | None) -> None:

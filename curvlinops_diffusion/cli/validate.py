@@ -28,7 +28,8 @@ from curvlinops_diffusion.influence.validation.judgements import (
     removal_effects,
 )
 from curvlinops_diffusion.influence.validation.plans import HEADER, RetrainingPlan
-from curvlinops_diffusion.loading.images import NamedImages, open_images
+from curvlinops_diffusion.loading.images import open_images
+from curvlinops_diffusion.loading.named_images import NamedImages
 from curvlinops_diffusion.loading.preprocessing import Form
 from curvlinops_diffusion.page.figures import intervals
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError

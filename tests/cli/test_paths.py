@@ -14,8 +14,12 @@ from curvlinops_diffusion.cli.paths import check_network, check_paths
 from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.linalg.operator_files import OPERATOR
-from curvlinops_diffusion.loading.adapter_paths import check_adapter
-from curvlinops_diffusion.loading.saved_networks import check_pipeline, parts_of, weights_files
+from curvlinops_diffusion.loading.saved_networks import (
+    check_adapter,
+    check_pipeline,
+    parts_of,
+    weights_files,
+)
 from tests.cli.cases import arguments, write_images
 
 # runs each list of words, and tells code, error and whether PyTorch was imported
@@ -133,7 +137,7 @@ CASES = [
     ("fit", FIT, {"--data": "tr\\ain"}, "separated by /, not by backslashes"),
     ("fit", FIT, {"--data": "link"}, "link' (--data) is a link to what does not exist"),
     ("fit", FIT, {"--data": "empty"}, "empty' holds no images. Pass a folder of images"),
-    ("fit", FIT, {"--data": "pipeline"}, "is a pipeline, and --data takes images"),
+    ("fit", FIT, {"--data": "pipeline"}, "is a pipeline, not images"),
     ("fit", FIT, {"--data": "o.safetensors"}, "o.safetensors' is in no known form"),
     ("fit", FIT, {"--data": "x" * 300}, "(--data) cannot be read: File name too long"),
     ("fit", FIT, {"--output": "no/e.safetensors"}, "of --output does not exist. Create it first"),

@@ -24,7 +24,7 @@ from curvlinops_diffusion.validation import (
 )
 from tests.cases import stopped, tiny_unet
 from tests.cli.cases import COUNT, arguments
-from tests.loading.test_adapters import config, peft_folder, trained
+from tests.loading.cases import lora, peft_folder, trained
 
 PARTS, SEEDS = 4, 2
 LIKELY = ["--measurement", "log_likelihood", "--query-draws", "1"]
@@ -219,7 +219,7 @@ def test_models_and_adapters(planned, tmp_path):
     for part in range(3):
         network(part).save_pretrained(tmp_path / "models" / f"part_{part:03}")
         unet = DDPMPipeline.from_pretrained(planned / "pipeline").unet
-        inject_adapter_in_model(config(), unet)
+        inject_adapter_in_model(lora(), unet)
         trained(unet, part)
         peft_folder(unet, tmp_path / "adapters" / f"part_{part:03}")
         expected.append([values_of(planned, network(part)), values_of(planned, unet)])
