@@ -12,19 +12,20 @@ from torch import Tensor
 
 from curvlinops_diffusion.attributor import Attributor
 from curvlinops_diffusion.cli.running import num_processes
-from curvlinops_diffusion.curvature.gradient_factors import fitted_factors
-from curvlinops_diffusion.curvature.groups import divided_units, needed_memory, num_groups
+from curvlinops_diffusion.curvature.division import (
+    batches_are_divided,
+    divided_units,
+    needed_memory,
+    num_groups,
+)
+from curvlinops_diffusion.curvature.gradient_moments import fitted_factors
 from curvlinops_diffusion.curvature.options import KFACOptions
-from curvlinops_diffusion.curvature.plan import BlockPlan
-from curvlinops_diffusion.curvature.shards import batches_are_divided
+from curvlinops_diffusion.curvature.prepared import prepare
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.diffusion.trial import checked_trial
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernel_regression import FUNCTIONS, SOLVED
 from curvlinops_diffusion.influence.methods import Method
 from curvlinops_diffusion.influence.scores import can_be_halved
-from curvlinops_diffusion.layers import covered_parameters
-from curvlinops_diffusion.layers.observable import observable
 from curvlinops_diffusion.linalg.factors import eigendecomposition
 from curvlinops_diffusion.runtime.passes import PLAIN
 
@@ -72,22 +73,20 @@ def fit_cost(
     """Measure a batch, and extrapolate: the cost of :meth:`Attributor.fit` with these arguments."""
     kfac, passes = KFACOptions(**options), attributor.passes
     regression = attributor.regression.with_draws(num_draws, antithetic=False)
-    coverage = covered_parameters(regression.objective.model, attributor.params, kfac.has_gradients)
+    params = attributor.params
     first = _first_batch(regression)
-    coverage = observable(first.objective, checked_trial(first), coverage, kfac.has_gradients)
-    plan = BlockPlan.of(coverage, kfac)
+    plan = prepare(first(1), params, kfac).plan
     sizes = plan.factor_sizes()
 
     def fit(some: NoisedRegression) -> None:
-        observable(some.objective, checked_trial(some), coverage, kfac.has_gradients)
-        fitted_factors(some, plan, PLAIN)
+        fitted_factors(some, prepare(some, params, kfac).plan, PLAIN)
 
     run = _measured(first, fit)
     samples = run.samples * regression.num_samples
     seconds = run.once + run.seconds * regression.num_samples
     entries = plan.num_entries
     itemsize, n = regression.objective.working_dtype.itemsize, num_processes()
-    parameters = sum(p.numel() for p in coverage.params.values())
+    parameters = sum(p.numel() for p in plan.coverage.params.values())
     file_entries, checkpoint_entries = entries, n * entries
     if curvature == "ekfac":
         second = regression.with_draws(kfac.num_eigenvalue_draws(regression)).num_samples
@@ -191,13 +190,17 @@ class _Measured(NamedTuple):
 _SHORT, _LONG = 2, 4
 
 
-def _measured(regression: NoisedRegression, run: Callable[[NoisedRegression], Any]) -> _Measured:
-    run(regression)  # a first one warms up
-    short, long = (_timed(regression.with_draws(draws), run) for draws in (_SHORT, _LONG))
-    more = (_LONG - _SHORT) * regression.num_data
+def _measured(
+    problem: Callable[[int], NoisedRegression], run: Callable[[NoisedRegression], Any]
+) -> _Measured:
+    run(problem(1))  # a first one warms up
+    # problems of their own, on each of which the network is tried out
+    short, long = (_timed(problem(draws), run) for draws in (_SHORT, _LONG))
+    num_data = problem(1).num_data
+    more = (_LONG - _SHORT) * num_data
     # a busy machine may take longer for less
     seconds = max(long[0] - short[0], long[0] / 10) / more
-    once = max(0.0, short[0] - seconds * _SHORT * regression.num_data)
+    once = max(0.0, short[0] - seconds * _SHORT * num_data)
     return _Measured(seconds, (long[1] - short[1]) / more, once)
 
 
@@ -211,7 +214,6 @@ def _timed(
         tensors = [z for z in (*args, *kwargs.values()) if isinstance(z, Tensor) and z.ndim > 1]
         count += len(tensors[0])
 
-    regression.tried.clear()
     hook = regression.objective.model.register_forward_pre_hook(add, with_kwargs=True)
     start = time.perf_counter()
     try:
@@ -223,13 +225,15 @@ def _timed(
     return time.perf_counter() - start, count
 
 
-def _first_batch(regression: NoisedRegression, most: int | None = None) -> NoisedRegression:
+def _first_batch(
+    regression: NoisedRegression, most: int | None = None
+) -> Callable[[int], NoisedRegression]:
+    """The problem of the first examples, given a number of draws."""
     clean = next(regression.clean_batches())
     clean = clean.select(range(len(clean.indices))[:most])
     data = {"x0": clean.x0, **clean.condition}
-    return NoisedRegression(
-        regression.objective, data, 1, regression.draws.seed, batch_size=len(clean.indices)
-    )
+    seed, size = regression.draws.seed, len(clean.indices)
+    return lambda draws: NoisedRegression(regression.objective, data, draws, seed, batch_size=size)
 
 
 def _decompositions(sizes: list[int]) -> float:

@@ -23,7 +23,7 @@ FIT = "attributor:Attributor.fit"
 SCORE = "attributor:Attributor.score"
 LOAD = "attributor:Attributor.load"
 REPORT = "attribution:Attribution.report"
-KFAC = "curvature.kfac:DiffusionKFACLinearOperator.__init__"
+KFAC = "curvature.options:KFACOptions"
 PASSES = "runtime.passes:PassOptions"
 REGRESSION = "diffusion.regression:NoisedRegression.__init__"
 PLAN = "influence.validation.plans:RetrainingPlan.random_subsets"
@@ -209,13 +209,6 @@ def _options(names: str, **other: Any) -> dict[str, Option]:
     return found
 
 
-@cache
-def kfac_options() -> dict[str, Option]:
-    """The options of K-FAC and EK-FAC, but for how passes are run."""
-    left_out = {"self", "regression", "params", "progressbar", "passes"}
-    return _options(" ".join(name for name in parameters(KFAC) if name not in left_out))
-
-
 #: The trained network.
 NETWORK = "pipeline variant model scheduler lora device dtype autocast latent_cache shard_network"
 #: The loss that it was trained with, and on what; the same for all commands of a run.
@@ -243,7 +236,7 @@ def commands() -> dict[str, Command]:
     }
     # of a command that computes nothing long
     short = {last: _options("overwrite log quiet debug")}
-    curvature = {**_options("params curvature"), **kfac_options()}
+    curvature = _options(" ".join(["params curvature", *parameters(KFAC)]))
     scored = "method measurement damping relative rtol ridge num_draws query_draws query_block"
     scores = _options(scored, num_draws=SCORE)
     draws = {"num_draws": FIT}
