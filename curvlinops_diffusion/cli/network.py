@@ -46,7 +46,9 @@ def load_network(options: Namespace, covered: Sequence[str] = ()) -> Network:
     }
     arguments = parse_arguments(options.training_arguments)
     check_network(options)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or "cpu"
+    if options.device is None and torch.cuda.is_available():
+        device = f"cuda:{torch.cuda.current_device()}"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -75,7 +75,7 @@ def num_processes() -> int:
 def process_group(options: Namespace, timeout: float = 1800.0) -> Iterator[None]:
     """Join the other processes of ``torchrun`` or ``accelerate launch``, if there are any.
 
-    Each has a GPU of its own, which becomes the device.
+    Each has a GPU of its own, if there are any, which becomes the current one.
 
     Args:
         options: Those of the command.
@@ -84,10 +84,8 @@ def process_group(options: Namespace, timeout: float = 1800.0) -> Iterator[None]
     import torch
     from torch import distributed
 
-    local = os.environ.get("LOCAL_RANK")
-    if options.device is None and local is not None and torch.cuda.is_available():
-        torch.cuda.set_device(int(local))
-        options.device = f"cuda:{local}"
+    if options.device is None and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if num_processes() == 1:
         yield
         return

@@ -27,7 +27,7 @@ from curvlinops_diffusion.influence.validation.judgements import (
     linear_datamodelling_score,
     removal_effects,
 )
-from curvlinops_diffusion.influence.validation.plans import HEADER, RetrainingPlan
+from curvlinops_diffusion.influence.validation.plans import HEADER, Removal, RetrainingPlan
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.loading.named_images import NamedImages
 from curvlinops_diffusion.loading.preprocessing import Form
@@ -84,6 +84,12 @@ def _plan(options: Namespace, images: NamedImages) -> RetrainingPlan:
         return RetrainingPlan.leave_one_group_out(numbers, names)
     if options.scores is None or not options.remove:
         raise ValueError("--kind removals needs --scores FILE and --remove N …")
+    method = options.scores.stem
+    if method.lower() in (Removal.NOTHING, Removal.CONTROL):
+        raise ValueError(
+            f"Parts are named after '{options.scores}', and those of controls are called "
+            f"'{method.lower()}'. Rename the file."
+        )
     try:
         sizes = [int(size) for size in options.remove]
     except ValueError:
@@ -106,7 +112,7 @@ def _plan(options: Namespace, images: NamedImages) -> RetrainingPlan:
             f"that nothing is most helpful by it. Pass scores of one of {fit}: score --measurement "
             "…"
         )
-    helpful, method = helpful_sign(header) * scores.whole(), options.scores.stem
+    helpful = helpful_sign(header) * scores.whole()
     return RetrainingPlan.removals(helpful, sizes, method=method, seed=options.seed)
 
 

@@ -4,7 +4,6 @@ import json
 import shutil
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -101,13 +100,6 @@ def test_weights_that_are_not_in_the_files(stable_diffusion, tmp_path, part, nam
     told = f"1 weights of the .* are not in the files of .*{part}', which hold .* instead: '.*"
     with pytest.raises(ValueError, match=f"{told}{name}'. Save"):
         network(tmp_path / "p")
-
-
-@pytest.mark.parametrize("make", [pipelines.stable_diffusion_xl, pipelines.flux, pipelines.ldm])
-def test_weights_that_are(tmp_path, make):
-    """Also those that a text encoder holds under two names."""
-    make(tmp_path).save_pretrained(tmp_path / "p")
-    network(tmp_path / "p")
 
 
 def removed(*parts):
@@ -242,21 +234,6 @@ def test_images_beside_the_images(tmp_path, make, entry, mode):
     torch.testing.assert_close(images[1][entry], pixels, atol=1e-6, rtol=0)
     attributor = Attributor.of_network(found, train, augment="flip")
     assert attributor.regression.description["augmented_conditions"] == [entry]
-
-    data = datasets.Dataset.from_dict(
-        {
-            entry: [str(train / "beside" / name) for name in images.names],
-            "image": [str(train / name) for name in images.names],
-            "text": ["a cat", "a cat"],
-        }
-    )
-    for column in ("image", entry):
-        data = data.cast_column(column, datasets.Image())
-    data.save_to_disk(tmp_path / "saved")
-    same = open_images(tmp_path / "saved", found.form(None), found.condition)
-    for ours, theirs in zip(same, images, strict=True):
-        for key in ("x0", entry):
-            assert torch.equal(ours[key], theirs[key])
 
     (train / "beside" / "b.png").unlink()
     with pytest.raises(ValueError, match=r"b.png' has vanished"):

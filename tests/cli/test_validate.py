@@ -276,10 +276,8 @@ def test_groups(tmp_path, fitted):
     ("name", "measurement", "chosen"),
     [
         ("scores", "loss", [0, 1]),
-        ("scores", "elbo", [0, 1]),
         ("scores", "log_likelihood", [COUNT - 2, COUNT - 1]),  # which falls without them
         ("scores", "squared_norm", None),
-        ("scores", "signed_prediction", None),
         ("scores", "mine:0123", None),
         ("Random", "loss", None),
     ],
