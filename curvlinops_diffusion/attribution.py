@@ -238,7 +238,7 @@ class Attribution:
         """Say what there is and how sure it is."""
         Q, N = next(iter(self.by_method.values())).shape
         sure = self.agreement
-        told = f"{sure}" if sure else "How sure they are is not known: that takes multiples of 4 draws."
+        told = sure or "How sure they are is not known: that takes multiples of 4 draws."
         methods = " and ".join(self.by_method)
         return f"{Q} × {N} scores, of queries and training images, by {methods}. {told}"
 
