@@ -22,7 +22,7 @@ from torch import nn
 
 from benchmarks.measure import arguments, report
 from benchmarks.problems import cifar_unet
-from curvlinops_diffusion.curvature.groups import divided_units, needed_memory, num_groups
+from curvlinops_diffusion.curvature.division import divided_units, needed_memory, num_groups
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.layers import cover, covered_parameters

@@ -5,7 +5,7 @@ Legend: Q queries, N training images, k the first of a query's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -17,7 +17,7 @@ from curvlinops_diffusion.influence.agreement import Agreement, SplitHalfScores
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
 from curvlinops_diffusion.influence.score_files import (
     COLUMNS,
-    ordered,
+    helpful_sign,
     table_rows,
     write_scores,
     write_table,
@@ -82,12 +82,11 @@ class Attribution:
         Raises:
             ValueError: If the file is damaged or of another version, or was made of other images.
         """
-        path = Path(path)
         stored = StoredScores.open(path)
         header = stored.header
         if not all(hasattr(given, "caption") for given in (images, queries)):
             try:
-                from curvlinops_diffusion.loading.given import given_images
+                from curvlinops_diffusion.loading.images import open_images
                 from curvlinops_diffusion.loading.labels import Condition
                 from curvlinops_diffusion.loading.preprocessing import Form
             except ImportError as error:
@@ -95,10 +94,11 @@ class Attribution:
             seen = header.get("form", {"channels": None, "resolution": None})
             form = Form(seen["channels"], None, seen["resolution"])
             # whatever stands beside images, where the network's condition is not known
-            condition = Condition(**header["condition"]) if "condition" in header else None
-            images = given_images(images, form, condition)
+            known = header.get("condition")
+            condition: Any = None if known is None else Condition(**known)
+            images = open_images(images, form, condition)
             prompt = {"prompts": header.get("prompt")}
-            queries = given_images(queries, form, condition, images, **prompt)
+            queries = open_images(queries, form, condition, images, **prompt)
         for gallery, names, what in (
             (images, header["train"], "images"),
             (queries, header["queries"], "queries"),
@@ -140,29 +140,20 @@ class Attribution:
             ValueError: If ``k`` is no whole number of at least 1.
         """
         check_count("k", k)
+        sign = helpful_sign(self.header)
         return [
             [
                 RankedImage(self.train.names[n], float(scores_N[n]), rank)
-                for rank, n in enumerate(ordered(scores_N, self.header)[:k], 1)
+                for rank, n in enumerate((sign * scores_N).argsort(descending=True).tolist()[:k], 1)
             ]
             for scores_N in next(iter(self.by_method.values()))
         ]
 
-    def rows(self) -> Iterator[tuple[str, str, float, int, str, str]]:
-        """Yield a row of the table for each method, query and training image, in their order.
-
-        The query, the image, the score, its rank (1 is the most helpful), the method, and the
-        image's caption.
-        """
-        captions = {name: self.train.caption(n) for n, name in enumerate(self.train.names)}
-        for row in table_rows(self.by_method, self.header):
-            yield *row, captions[row[1]]
-
     def to_pandas(self) -> pd.DataFrame:
-        """The scores as a table with a row for each method, query and training image.
+        """The scores as a table, a row for each method, query and training image.
 
-        Columns: ``query``, ``image``, ``score``, ``rank`` (1 is the most helpful), ``method``, and
-        ``caption`` (the image's).
+        The most helpful first. Columns: ``query``, ``image``, ``score``, ``rank`` (1 is the most
+        helpful), ``method``, and ``caption`` (the image's).
 
         Raises:
             ValueError: If pandas is not installed.
@@ -171,41 +162,37 @@ class Attribution:
             import pandas as pd
         except ImportError as error:
             raise ValueError("A table needs pandas: pip install pandas.") from error
-        return pd.DataFrame(self.rows(), columns=(*COLUMNS, "caption"))
-
-    def export(self, path: str | PathLike[str]) -> None:
-        """Write the table of :meth:`to_pandas` to a file.
-
-        Args:
-            path: Where to, ending in ``.csv`` or ``.parquet`` (which needs pandas and pyarrow).
-
-        Raises:
-            ValueError: If it ends in something else, a package is missing, or the file cannot be
-                written.
-        """
-        write_table(Path(path), (*COLUMNS, "caption"), self.rows())
+        table = pd.DataFrame(table_rows(self.by_method, self.header), columns=COLUMNS)
+        captions = {name: self.train.caption(n) for n, name in enumerate(self.train.names)}
+        return table.assign(caption=table["image"].map(captions))
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the scores with everything that is known of them to a safetensors file.
+        """Write the scores with everything that is known of them to a safetensors file, or a table.
 
         Those of the first method are called ``scores``, with halves of the draws ``first`` and
         ``second``; those of others by their methods, with halves ``regression/first``, say. Never
-        half-written. :class:`~curvlinops_diffusion.StoredScores`, :meth:`load` and the program's
-        ``report`` read it.
+        half-written. :class:`~curvlinops_diffusion.StoredScores` and the program's ``report``
+        read it.
 
         Args:
-            path: Where to.
+            path: Where to; ending in ``.csv`` or ``.parquet`` for the table of :meth:`to_pandas`,
+                without captions.
 
         Raises:
             ValueError: If the file cannot be written.
         """
+        path = Path(path)
+        if path.suffix in (".csv", ".parquet"):
+            write_table(path, table_rows(self.by_method, self.header))
+            return
         tensors: dict[str, Tensor] = {}
-        for place, (method, scores) in enumerate(self.by_method.items()):
+        for place, (method, scores_QN) in enumerate(self.by_method.items()):
             halves, prefix = self.halves[method], f"{method}/" if place else ""
-            tensors[method if place else "scores"] = _whole(scores)
+            tensors[method if place else "scores"] = _whole(scores_QN)
             if halves is not None:
-                tensors |= {f"{prefix}first": halves.first, f"{prefix}second": halves.second}
-        write_scores(Path(path), tensors, self.header)
+                tensors[f"{prefix}first"] = halves.first
+                tensors[f"{prefix}second"] = halves.second
+        write_scores(path, tensors, self.header)
 
     def report(
         self,
@@ -242,22 +229,22 @@ class Attribution:
                 f"`operator` '{operator}' is not that of the scores",
                 "Pass the one that they were made with.",
             )
-        galleries = (self.train, self.queries)
-        shown = {"top": check_count("top", top), "operator": operator}
-        return write_report(path, self.by_method, self.header, *galleries, **shown)
+        check_count("top", top)
+        shown = (self.header, self.train, self.queries)
+        return write_report(path, self.by_method, *shown, top=top, operator=operator)
 
     def __str__(self) -> str:
         """Say what there is and how sure it is."""
         Q, N = next(iter(self.by_method.values())).shape
         sure = self.agreement
-        told = f"{sure}" if sure else "How sure they are is not known."
+        told = sure or "How sure they are is not known: that takes multiples of 4 draws."
         methods = " and ".join(self.by_method)
         return f"{Q} × {N} scores, of queries and training images, by {methods}. {told}"
 
 
-def _needs_extra(what: str, error: ImportError) -> ValueError:
-    return ValueError(f"{what} needs {error.name}: pip install 'curvlinops-diffusion[cli]'.")
-
-
 def _whole(scores: Tensor | StoredScores) -> Tensor:
     return scores.whole() if isinstance(scores, StoredScores) else scores
+
+
+def _needs_extra(what: str, error: ImportError) -> ValueError:
+    return ValueError(f"{what} needs {error.name}: pip install 'curvlinops-diffusion[cli]'.")

@@ -7,9 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from curvlinops_diffusion.curvature.eigenvalues import eigenvalue_moments
-from curvlinops_diffusion.curvature.gradient_factors import fitted_factors
-from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator, exact_part
+from curvlinops_diffusion.curvature.gradient_moments import eigenvalue_moments, fitted_factors
+from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
 from curvlinops_diffusion.curvature.kronecker_factors import KroneckerFactors
 from curvlinops_diffusion.curvature.options import KFACApprox, KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
@@ -69,7 +68,7 @@ class DiffusionEKFACLinearOperator(DiffusionKFACLinearOperator):
             U_A = None if part.is_bias else input_bases[part.input_key].vectors
             U_B = output_bases[part.output_key].vectors
             blocks[part.key] = EigenBlock.of_second_moments(eigenvalues[part.key], U_B, U_A)
-        return blocks | exact_part(plan, factors)
+        return blocks | {exact.key: exact.block(factors.exact[exact.key]) for exact in plan.exact}
 
 
 def _eigenbases(
@@ -78,9 +77,7 @@ def _eigenbases(
     options: KFACOptions,
     passes: PassOptions,
 ) -> tuple[dict[str, Eigendecomposition], dict[str, Eigendecomposition]]:
-    """Eigendecompositions of input and output factors, which are given away for them.
-
-    Divided among the processes.
+    """Decompose input and output factors, which are given away, divided among the processes.
 
     They are written to the checkpoint, too: eigenvectors of close eigenvalues depend on rounding,
     and the second moments must all be taken in one basis.
@@ -97,9 +94,8 @@ def _eigenbases(
     decomposed = partial(_decomposed, lacking)
 
     def compute() -> dict[str, Tensor]:
-        found = divided(
-            Share.of(passes.distributed), pieces, _decomposition_cost, decomposed, device
-        )
+        share = Share.of(passes.distributed)
+        found = divided(share, pieces, lambda M: M.numel() * M.shape[-1], decomposed, device)
         return {f"{key}/{role}": z for key, own in found.items() for role, z in own.items()}
 
     settings = {
@@ -112,10 +108,6 @@ def _eigenbases(
         own = within(f"{side}/{key}", tensors)
         bases[side][key] = Eigendecomposition(own["values"], own.get("vectors"))
     return bases["input"], bases["output"]
-
-
-def _decomposition_cost(matrix: Tensor) -> float:
-    return float(matrix.numel() * matrix.shape[-1])
 
 
 def _decomposed(settle_null: bool, factors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

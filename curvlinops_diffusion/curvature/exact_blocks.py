@@ -6,14 +6,18 @@ beyond (``max_dense``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.layers import Layer
+from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.objective import DenoisingObjective
+from curvlinops_diffusion.layers import Coverage, ExactKind, Layer
+from curvlinops_diffusion.layers.mapped_gradients import mapped_gradients
+from curvlinops_diffusion.layers.observation import Observer, in_precision
 from curvlinops_diffusion.linalg.blocks import Block, DenseBlock, EigenBlock
 from curvlinops_diffusion.linalg.placement import Arrangement
 from curvlinops_diffusion.runtime.sums import Sums
@@ -103,3 +107,60 @@ class ExactSums(Sums):
         """The mean, as of all :class:`~curvlinops_diffusion.runtime.sums.Sums`."""
         self._stacks.clear()
         return super().take_mean(key, count, otherwise)
+
+
+class ExactMoments(Observer):
+    """Sums that become exact blocks: one term for each backward pass, over all calls of a layer.
+
+    Args:
+        objective: Supplies the network.
+        blocks: The blocks.
+        coverage: The parameters, and the layers that hold them.
+    """
+
+    def __init__(
+        self, objective: DenoisingObjective, blocks: Sequence[ExactBlock], coverage: Coverage
+    ):
+        self.sums = ExactSums()
+        self._objective = objective
+        self._blocks = blocks
+        self._dtype = objective.working_dtype
+        self._mapped = {name: coverage.params[name] for name in coverage.others}
+        self._layers = {block.layer.name for block in blocks if block.layer is not None}
+        self._inputs: dict[str, list[Tensor]] = {}  # call by call
+        self._gradients = Sums()  # of single examples, by parameter
+        self._N = 0
+
+    def start(self, batch: NoisedBatch) -> None:
+        """Another batch."""
+        self._N = len(batch.indices)
+
+    def input(self, layer: Layer, x: Tensor) -> None:
+        """Keep what gradients are made of."""
+        if isinstance(layer.kind, ExactKind) and layer.name in self._layers:
+            self._inputs.setdefault(layer.name, []).append(x)
+
+    def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:
+        """Form the gradients of a call."""
+        if layer.name not in self._layers:
+            return
+        g = g.to(self._dtype)
+        if isinstance(layer.kind, ExactKind):
+            (x,) = in_precision([self._inputs[layer.name][call]], self._dtype)
+            for name, gradient in layer.example_gradients([x], [g], self._N).items():
+                self._gradients.add(name, gradient)
+        else:
+            assert layer.bias is not None
+            self._gradients.add(layer.bias, layer.bias_gradients(g, self._N))
+
+    def pulled_back(self, batch: NoisedBatch, v_BD: Tensor) -> None:
+        """Add the gradients of all calls."""
+        mapped = mapped_gradients(self._objective, batch, v_BD, self._mapped)
+        found = dict(self._gradients.pop_all()) | mapped
+        seen = [b for b in self._blocks if any(name in found for name in b.params)]
+        self.sums.add_gradients(seen, found)
+
+    def finish(self) -> None:
+        """Forget the batch."""
+        self._inputs.clear()
+        self._gradients.pop_all()

@@ -8,8 +8,7 @@ from torch.func import jvp, vjp, vmap
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression, check_regression
-from curvlinops_diffusion.diffusion.trial import Retrial, check_network
-from curvlinops_diffusion.layers.effect import check_effect
+from curvlinops_diffusion.layers.probe import Retrial, check_effect, check_network
 from curvlinops_diffusion.linalg.operator import ParameterSpaceOperator
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace, select_parameters
 from curvlinops_diffusion.runtime.checks import check_count

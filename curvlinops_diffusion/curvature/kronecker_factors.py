@@ -1,7 +1,4 @@
-"""One pass over the data: what the layers see, reduced at once to sums.
-
-A pass runs the network on every draw and, for each loss vector, one backward pass. The sums are
-divided by their number of terms here (``means``) and nowhere else.
+"""Kronecker factors from one pass over the data: what the layers see, reduced at once to sums.
 
 Legend: N batch, g an optional axis of groups, S weight-sharing positions, I inputs, O outputs,
 D entries of a prediction.
@@ -11,41 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.curvature.exact_blocks import ExactSums
-from curvlinops_diffusion.curvature.loss_vectors import CheckedLossVectors
+from curvlinops_diffusion.curvature.exact_blocks import ExactMoments
 from curvlinops_diffusion.curvature.options import KFACApprox
+from curvlinops_diffusion.curvature.passes import run_observed
 from curvlinops_diffusion.curvature.plan import BlockPlan, Zeros
-from curvlinops_diffusion.curvature.position_samples import PositionSamples
-from curvlinops_diffusion.curvature.shared_batches import SharedBatches
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.diffusion.draws import Draws
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.layers import ExactKind, Layer
+from curvlinops_diffusion.layers import Layer
 from curvlinops_diffusion.layers.kind import at_positions
-from curvlinops_diffusion.layers.mapped_gradients import mapped_gradients
-from curvlinops_diffusion.layers.moments import LatestProduct, MomentSums, second_moment
-from curvlinops_diffusion.layers.observable import (
-    CallCounter,
-    Calls,
-    ObservedRetrial,
-    call_patterns,
-)
-from curvlinops_diffusion.layers.observation import (
-    Observer,
-    Observers,
-    WithinEach,
-    in_precision,
-    observed,
-)
+from curvlinops_diffusion.layers.moments import LatestProduct, Moment, MomentSums, second_moment
+from curvlinops_diffusion.layers.observation import Observer, Observers, in_precision
+from curvlinops_diffusion.layers.probe import CallCounter, Calls, call_patterns
 from curvlinops_diffusion.layers.products import summable
 from curvlinops_diffusion.linalg.factors import identity_like
-from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, run_pass
-from curvlinops_diffusion.runtime.precision import matmuls_in_tf32
+from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 from curvlinops_diffusion.runtime.sums import Sums, Together, prefixed, within
 
 
@@ -91,53 +72,90 @@ def kronecker_factors(
         ValueError: If a prediction is not finite, the calls of a layer vary in a way that was not
             foreseen, or a checkpoint is of something else.
     """
-    objective, layers = regression.objective, plan.watched
+    dtype = regression.objective.working_dtype
+    samples = PositionSamples(regression.draws, plan.options.max_positions, regression.device)
     with_inputs = [part.layer for part in plan.with_inputs.values()]
     calls = call_patterns(regression, plan.beside or with_inputs)
-    dtype, backward = objective.working_dtype, plan.options.has_gradients
-    samples = PositionSamples(regression.draws, plan.options.max_positions, regression.device)
-    inputs = _InputFactors(plan, dtype, calls, backward, samples)
+    inputs = _InputFactors(plan, dtype, calls, samples)
     outputs = _OutputFactors(plan, dtype, samples)
-    exact = _ExactBlocks(regression, plan, dtype)
-    vectors = CheckedLossVectors(regression, plan.options)
-    running = Together({"inputs": inputs, "outputs": outputs, "exact": exact})
-    observers: Observer = Observers([samples, inputs, outputs, exact])
-    if plan.options.rounds_products(regression.device):
-        observers = WithinEach(observers, matmuls_in_tf32)
-    shared = SharedBatches(regression, plan.holders, observers)
-    retried = ObservedRetrial(regression, layers)
-    with observed(objective, layers, shared, backward) as network:
-
-        def step(clean: CleanBatch) -> None:
-            for batch in shared.noised_batches(clean):
-                network.run(batch, vectors)
-            vectors.settle()
-            retried(clean)
-
-        run_pass(
-            *("Kronecker factors", regression, running, step, passes, plan.settings),
-            together=shared.share,
-            tell=shared.tell,
-        )
+    exact = ExactMoments(regression.objective, plan.exact, plan.coverage)
+    run_observed(
+        "Kronecker factors",
+        regression,
+        plan,
+        passes,
+        plan.beside or plan.coverage.layers,
+        Observers([samples, inputs, outputs, exact]),
+        Together({"inputs": inputs, "outputs": outputs.sums, "exact": exact.sums}),
+    )
+    # sums are divided by their number of terms here and nowhere else
     count = regression.num_samples
-    if not backward:
-        return KroneckerFactors(inputs.means(count), outputs.identities(), exact.identities())
-    return KroneckerFactors(inputs.means(count), outputs.means(count), exact.means(count))
+
+    def means(sums: Sums, zeros: Mapping[str, Zeros]) -> dict[str, Tensor]:
+        if not plan.options.has_gradients:
+            return {key: identity_like(make()) for key, make in zeros.items()}
+        return {key: sums.take_mean(key, count, make) for key, make in zeros.items()}
+
+    return KroneckerFactors(
+        inputs.means(count),
+        means(outputs.sums, plan.output_zeros(dtype)),
+        means(exact.sums, plan.exact_zeros(dtype)),
+    )
+
+
+class PositionSamples(Observer):
+    """A random sample of positions in place of all: a function of seed, example and draw.
+
+    With ``m`` of ``S`` positions, each drawn ``m/S`` times on average, ``S/m Σ`` over the sample is
+    an unbiased estimate of the sum over all. Layers with equally many positions share them.
+
+    Args:
+        draws: Draws them.
+        most: How many there are at most; ``None`` for all.
+        device: Of the network.
+    """
+
+    def __init__(self, draws: Draws, most: int | None, device: torch.device):
+        self._draws = draws
+        self._most = most
+        self._device = device
+        self._batch: NoisedBatch | None = None
+        self._drawn: dict[tuple[int, int], Tensor] = {}
+
+    def start(self, batch: NoisedBatch) -> None:
+        """Another batch."""
+        self._batch, self._drawn = batch, {}
+
+    def of(self, rows: int, positions: int) -> Tensor | None:
+        """The positions ``[rows, m]`` of a layer that are looked at; ``None`` for all.
+
+        Args:
+            rows: Entries of the first axis of what it sees: equally many for each example.
+            positions: The number ``S`` of positions of each of them.
+        """
+        if self._most is None or positions <= self._most:
+            return None
+        key = rows, positions
+        if key not in self._drawn:
+            assert self._batch is not None, "a batch starts first"
+            examples, draw = self._batch.indices, self._batch.common_draw
+            index = self._draws.positions(examples, draw, self._most, positions)
+            index = index.repeat_interleave(rows // len(examples), 0)
+            self._drawn[key] = index.to(self._device, non_blocking=True)
+        return self._drawn[key]
+
+    def finish(self) -> None:
+        """Forget the batch."""
+        self._batch, self._drawn = None, {}
 
 
 class _InputFactors(Observer):
     """Sums that become ``A``: one term for each forward pass, over the calls of a layer.
 
     Only calls that the prediction depends on count. In the forward pass it is not known yet which
-    these are; they are taken to be those of the trial, so that an input need not be held, and
-    looked at again after the backward pass. The inputs of layers whose calls vary are held.
-
-    Args:
-        plan: The blocks.
-        dtype: The working precision.
-        calls: The calls of the layers where these do not vary.
-        backward: Whether there are backward passes.
-        samples: The positions that are looked at.
+    these are; they are taken to be those of the trial (``calls``), so that an input need not be
+    held, and looked at again after the backward pass. The inputs of layers whose calls vary are
+    held.
     """
 
     def __init__(
@@ -145,7 +163,6 @@ class _InputFactors(Observer):
         plan: BlockPlan,
         dtype: torch.dtype,
         calls: Mapping[str, Calls],
-        backward: bool,
         samples: PositionSamples,
     ):
         self._parts = plan.with_inputs
@@ -153,19 +170,14 @@ class _InputFactors(Observer):
         self._expand = plan.options.kfac_approx is not KFACApprox.REDUCE
         self._dtype = dtype
         self._calls = calls
-        self._backward = backward
+        self._backward = plan.options.has_gradients
         self._samples = samples
         self._counter = CallCounter()
         self._undecided = True  # until the batch's first backward pass is over
         self._latest = LatestProduct()
-        self._moments = {
-            name: part.input_moment(self._latest)
-            for name, part in self._parts.items()
-            if self._expand or part.kind.one_hot
-        }
+        self._moments: dict[str, Moment] = {}
         self._sums = Sums()  # with "reduce", or of samples of positions
-        self._seen: set[str] = set()
-        self._arrived: dict[str, list[Tensor]] = {}
+        self._held: dict[str, list[Tensor]] = {}
         self._shown: Tensor | None = None  # the latest input, and in the working precision
         self._x = torch.empty(0)
         self._N = 0
@@ -187,15 +199,15 @@ class _InputFactors(Observer):
             # means over positions are no products
             (z,) = [summable(x, self._dtype)] if self._expand else in_precision([x], self._dtype)
             self._shown, self._x = x, z
-        arrived = self._arrived.setdefault(layer.name, [])
-        arrived.append(self._x)
-        if calls is not None and len(arrived) == len(calls.differentiated):
-            self._add(layer.name, range(len(arrived)))
+        held = self._held.setdefault(layer.name, [])
+        held.append(self._x)
+        if calls is not None and len(held) == len(calls.differentiated):
+            self._add(layer.name, range(len(held)))
 
     def predicted(self, batch: NoisedBatch, prediction_BD: Tensor) -> None:
         if not self._backward:
-            for name, arrived in list(self._arrived.items()):
-                self._add(name, range(len(arrived)))
+            for name, held in list(self._held.items()):
+                self._add(name, range(len(held)))
             self._undecided = False
         self._forget()  # the backward pass needs none of it
 
@@ -222,7 +234,7 @@ class _InputFactors(Observer):
                 )
 
     def finish(self) -> None:
-        self._arrived.clear()
+        self._held.clear()
         self._forget()
 
     def _forget(self) -> None:
@@ -230,154 +242,82 @@ class _InputFactors(Observer):
         self._shown, self._x = None, torch.empty(0)
 
     def _add(self, name: str, numbers: Sequence[int]) -> None:
-        """Add the calls of some numbers among those that arrived."""
-        part, arrived = self._parts[name], self._arrived.pop(name)
-        xs = [arrived[number] for number in numbers]
+        """Add the calls of some numbers among those that are held."""
+        part, held = self._parts[name], self._held.pop(name)
+        xs = [held[number] for number in numbers]
         S = sum(part.positions(x, self._N) for x in xs)
-        if name in self._moments:
-            for x in xs:
-                self._add_call(name, x, S)
-        else:
+        if not (self._expand or part.kind.one_hot):
             sums = [part.input_sum(x, self._N) for x in xs]
             mean_NgI = torch.stack(sums).sum(0) / S
             self._sums.add(name, second_moment(mean_NgI.unsqueeze(-2)))
-
-    def _add_call(self, name: str, x: Tensor, S: int) -> None:
-        """Add the mean over all positions of an example, or what a sample of them tells of it."""
-        part = self._parts[name]
-        own = part.kind.positions(part.layer.module, x)
-        index = None if part.kind.one_hot else self._samples.of(len(x), own)
-        if index is None:
-            self._moments[name].add(x, 1 / S)
-            self._seen.add(name)
             return
-        moment = part.sampled_input_moment(x, index, self._latest)
-        self._sums.add(name, moment * (own / index.shape[1] / S))
+        for x in xs:
+            own = part.kind.positions(part.layer.module, x)
+            index = None if part.kind.one_hot else self._samples.of(len(x), own)
+            if index is None:
+                self._moment(name).add(x, 1 / S)
+            else:
+                moment = part.sampled_input_moment(x, index, self._latest)
+                self._sums.add(name, moment * (own / index.shape[1] / S))
+
+    def _moment(self, name: str) -> Moment:
+        if name not in self._moments:
+            self._moments[name] = self._parts[name].input_moment(self._latest)
+        return self._moments[name]
 
     def tensors(self) -> dict[str, Tensor]:
         result = prefixed("sums", self._sums.tensors())
-        for name in self._seen:
-            result |= prefixed(f"moments/{name}", self._moments[name].tensors())
+        for name, moment in self._moments.items():
+            result |= prefixed(f"moments/{name}", moment.tensors())
         return result
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         self._sums.restore(within("sums", tensors))
-        for name, moment in self._moments.items():
+        self._moments = {}
+        for name in self._parts:
             own = within(f"moments/{name}", tensors)
             if own:
-                moment.restore(own)
-                self._seen.add(name)
+                self._moment(name).restore(own)
 
     def means(self, count: int) -> dict[str, Tensor]:
         result = {}
         for name, part in self._parts.items():
             zeros = self._zeros[part.input_key]
-            if name in self._seen:  # which are given away one by one, as the sums
+            if name in self._moments:  # which are given away one by one, as the sums
                 self._sums.add(name, self._moments.pop(name).total().to(self._dtype))
             result[part.input_key] = self._sums.take_mean(name, count, zeros)
         return result
 
 
-AnySums = TypeVar("AnySums", bound=Sums)
+class _OutputFactors(Observer):
+    """Sums that become ``B``: one term for each backward pass, over all calls of a layer."""
 
-
-class _MeanSums(Observer, Generic[AnySums]):
-    """Sums of one term for each backward pass, over all calls of a layer.
-
-    Args:
-        zeros: Makes what the sums are where nothing arrives, by their key.
-        sums: The sums.
-    """
-
-    def __init__(self, zeros: Mapping[str, Zeros], sums: AnySums):
-        self._zeros = zeros
-        self._sums = sums
+    def __init__(self, plan: BlockPlan, dtype: torch.dtype, samples: PositionSamples):
+        self.sums = MomentSums()
+        self._keys = {part.output_key for part in plan.parts}
+        self._expand = plan.options.kfac_approx is not KFACApprox.REDUCE
+        self._samples = samples
+        self._dtype = dtype
+        self._calls = Sums()
         self._N = 0
 
     def start(self, batch: NoisedBatch) -> None:
         self._N = len(batch.indices)
 
-    def tensors(self) -> dict[str, Tensor]:
-        return self._sums.tensors()
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        self._sums.restore(tensors)
-
-    def means(self, count: int) -> dict[str, Tensor]:
-        return {key: self._sums.take_mean(key, count, zeros) for key, zeros in self._zeros.items()}
-
-    def identities(self) -> dict[str, Tensor]:
-        """For K-FAC without backward passes."""
-        return {key: identity_like(zeros()) for key, zeros in self._zeros.items()}
-
-
-class _OutputFactors(_MeanSums[MomentSums]):
-    """Sums that become ``B``."""
-
-    def __init__(self, plan: BlockPlan, dtype: torch.dtype, samples: PositionSamples):
-        super().__init__(plan.output_zeros(dtype), MomentSums())
-        self._expand = plan.options.kfac_approx is not KFACApprox.REDUCE
-        self._samples = samples
-        self._dtype = dtype
-        self._calls = Sums()
-
     def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:
-        if layer.name not in self._zeros:
+        if layer.name not in self._keys:
             return
-        if self._expand:
-            self._add_positions(layer.name, layer.position_gradients(g))
-        else:
+        if not self._expand:
             b_NgSO = layer.gradients(g.to(self._dtype), self._N)
             self._calls.add(layer.name, b_NgSO.sum(-2, keepdim=True))
-
-    def _add_positions(self, key: str, b_NgSO: Tensor) -> None:
-        """Add the second moment over all positions, or what a sample of them tells of it."""
-        S = b_NgSO.shape[-2]
+            return
+        b_NgSO = layer.position_gradients(g)
+        S, weight = b_NgSO.shape[-2], 1.0
         index = self._samples.of(len(b_NgSO), S)
-        seen = b_NgSO if index is None else at_positions(b_NgSO, index)
-        weight = 1.0 if index is None else S / index.shape[1]
-        self._sums.add_second_moment(key, summable(seen, self._dtype), weight)
+        if index is not None:
+            b_NgSO, weight = at_positions(b_NgSO, index), S / index.shape[1]
+        self.sums.add_second_moment(layer.name, summable(b_NgSO, self._dtype), weight)
 
     def pulled_back(self, batch: NoisedBatch, v_BD: Tensor) -> None:
         for name, total in self._calls.pop_all():  # with "reduce"
-            self._sums.add_second_moment(name, total)
-
-
-class _ExactBlocks(_MeanSums[ExactSums]):
-    """Sums that become exact blocks."""
-
-    def __init__(self, regression: NoisedRegression, plan: BlockPlan, dtype: torch.dtype):
-        super().__init__(plan.exact_zeros(dtype), ExactSums())
-        self._objective = regression.objective
-        self._blocks = plan.exact
-        self._dtype = dtype
-        self._mapped = {name: plan.coverage.params[name] for name in plan.coverage.others}
-        self._layers = {block.layer.name for block in self._blocks if block.layer is not None}
-        self._inputs: dict[str, list[Tensor]] = {}  # call by call
-        self._gradients = Sums()  # of single examples, by parameter
-
-    def input(self, layer: Layer, x: Tensor) -> None:
-        if isinstance(layer.kind, ExactKind) and layer.name in self._layers:
-            self._inputs.setdefault(layer.name, []).append(x)
-
-    def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:
-        if layer.name not in self._layers:
-            return
-        g = g.to(self._dtype)
-        if isinstance(layer.kind, ExactKind):
-            (x,) = in_precision([self._inputs[layer.name][call]], self._dtype)
-            for name, gradient in layer.example_gradients([x], [g], self._N).items():
-                self._gradients.add(name, gradient)
-        else:
-            assert layer.bias is not None
-            self._gradients.add(layer.bias, layer.bias_gradients(g, self._N))
-
-    def pulled_back(self, batch: NoisedBatch, v_BD: Tensor) -> None:
-        mapped = mapped_gradients(self._objective, batch, v_BD, self._mapped)
-        arrived = dict(self._gradients.pop_all()) | mapped
-        seen = [b for b in self._blocks if any(name in arrived for name in b.params)]
-        self._sums.add_gradients(seen, arrived)
-
-    def finish(self) -> None:
-        self._inputs.clear()
-        self._gradients.pop_all()
+            self.sums.add_second_moment(name, total)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal
+from inspect import Signature, signature
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -12,6 +14,7 @@ from curvlinops_diffusion.diffusion.random_numbers import ProbeType
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.runtime.checks import check_count, check_option
 
+Constructor = TypeVar("Constructor", bound=Callable[..., None])
 # More draws in all than this change EK-FAC's eigenvalues by some 2 % (docs/performance.rst)
 ENOUGH_EIGENVALUE_DRAWS = 2**15
 
@@ -47,19 +50,40 @@ class KFACApprox(str, Enum):
     REDUCE = "reduce"
     SHAMPOO = "shampoo"
 
-    @property
-    def from_gradients(self) -> bool:
-        """Whether the gradients of single examples must be formed."""
-        return self is KFACApprox.SHAMPOO
-
 
 @dataclass(frozen=True)
 class KFACOptions:
-    """The options that K-FAC and EK-FAC share, checked.
+    """The options of K-FAC and EK-FAC.
 
-    Operators, program and cost estimate hand this object on; what each option means is said once,
-    by :class:`~curvlinops_diffusion.DiffusionKFACLinearOperator`. Enumerations may be given by
+    The constructors of both take them as keyword arguments, from here. Enumerations may be given by
     their values.
+
+    Attributes:
+        fisher_type: ``'mc'`` (GGN of the model by random loss vectors), ``'type-2'`` (the same
+            exactly, one backward pass for each output entry), ``'empirical'`` (GGN of the loss),
+            ``'forward-only'`` (``B = I``; K-FAC only, and blocks of Kronecker form only: the
+            others are listed in a warning).
+        mc_samples: Loss vectors for each draw, with ``fisher_type='mc'``.
+        kfac_approx: ``'expand'``, ``'reduce'`` or ``'shampoo'``.
+        separate_weight_and_bias: Whether weight and bias are blocks of their own, or one block
+            whose inputs are extended by a one.
+        probe_type: Distribution of the random loss vectors, ``'rademacher'`` or ``'gaussian'``.
+        eigenvalue_draws: EK-FAC only. Draws of each example in the second pass. Default: those of
+            the regression, or with ``fisher_type='mc'`` as few as make 32,768 in all; more change
+            the eigenvalues by about 2 %.
+        exact_bias: Whether the block of a bias of its own is the exact ``E[(Σ_s b_s)(Σ_s b_s)ᵀ]``;
+            ``False`` for ``curvlinops``' convention, the ``B`` of its weight.
+        max_dense: Entries up to which a norm's block, or that of a parameter in no known layer,
+            is dense.
+        max_positions: With ``'expand'``: positions of each example and draw that ``A`` and ``B`` of
+            a layer are computed from, at most; a random sample where there are more (a function of
+            seed, example and draw), unbiased. ``None`` for all. Positions of one image are alike,
+            so that 64 of 4,096 add little to the error that images and draws leave, and cost
+            little (docs/performance.rst).
+        matmul_precision: Of the products that factors and eigenvalues are made of, for networks in
+            float32 on a GPU: ``'high'`` rounds their operands to TF32 (10 bits), and sums them in
+            float32, as is the default there; ``'highest'`` does not. The rounding changes factors
+            by less than a thousandth of what other draws do (docs/performance.rst).
 
     Raises:
         ValueError: If an option is unknown, or two contradict each other.
@@ -78,61 +102,41 @@ class KFACOptions:
 
     def __post_init__(self) -> None:
         """Check the options."""
-        for name, kind in _ENUMERATIONS.items():
+        kinds: dict[str, type[Enum]]
+        kinds = {"fisher_type": FisherType, "kfac_approx": KFACApprox, "probe_type": ProbeType}
+        for name, kind in kinds.items():
             object.__setattr__(self, name, check_option(name, getattr(self, name), kind))
         for name in ("separate_weight_and_bias", "exact_bias"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} arrived. Pass True or False.")
-        check_count("mc_samples", self.mc_samples)
-        if self.eigenvalue_draws is not None:
-            check_count("eigenvalue_draws", self.eigenvalue_draws)
-        if self.max_dense != 0:
-            check_count("max_dense", self.max_dense)
-        if self.max_positions is not None:
-            check_count("max_positions", self.max_positions)
-            self._check_expanded()
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        unset = {"eigenvalue_draws": None, "max_positions": None, "max_dense": 0}
+        for name in ("mc_samples", *unset):
+            if name not in unset or getattr(self, name) != unset[name]:
+                check_count(name, getattr(self, name))
         if self.matmul_precision not in (None, "highest", "high"):
             raise ValueError(
-                f"matmul_precision={self.matmul_precision!r} arrived. Pass 'highest', 'high', or "
-                "None for the device's default."
+                "`matmul_precision` must be 'highest', 'high' or None for the device's default, "
+                f"got {self.matmul_precision!r}."
             )
-        self._check_draws()
-        self._check_gradients()
-
-    def _check_draws(self) -> None:
-        """Check what needs random loss vectors."""
-        if self.fisher_type is FisherType.MC:
-            return
-        if self.mc_samples != 1:
+        if self.max_positions is not None and self.kfac_approx is not KFACApprox.EXPAND:
             raise ValueError(
-                f"mc_samples={self.mc_samples} arrived with "
-                f"fisher_type={self.fisher_type.value!r}. Only 'mc' draws loss vectors; pass "
-                "mc_samples=1."
+                "`max_positions` needs `kfac_approx='expand'`, got "
+                f"{self.kfac_approx.value!r}, which sums over positions before it multiplies."
             )
-
-    def _check_expanded(self) -> None:
-        """Check what samples positions."""
-        if self.kfac_approx is not KFACApprox.EXPAND:
+        if self.fisher_type is not FisherType.MC and self.mc_samples != 1:
             raise ValueError(
-                f"max_positions={self.max_positions} arrived with "
-                f"kfac_approx={self.kfac_approx.value!r}, which sums over positions before it "
-                "multiplies. Leave it out, or pass 'expand'."
+                f"`mc_samples` must be 1 for fisher_type={self.fisher_type.value!r}, got "
+                f"{self.mc_samples}. Only 'mc' draws loss vectors."
             )
-
-    def _check_gradients(self) -> None:
-        """Check what factors from gradients need."""
-        if not self.kfac_approx.from_gradients:
-            return
-        approx = f"kfac_approx={self.kfac_approx.value!r}"
-        if self.fisher_type is FisherType.FORWARD_ONLY:
+        if self.kfac_approx is KFACApprox.SHAMPOO and not self.has_gradients:
             raise ValueError(
-                f"{approx} arrived with fisher_type='forward-only'. It needs gradients: pass 'mc', "
-                "'type-2' or 'empirical', or 'expand' or 'reduce'."
+                "`kfac_approx='shampoo'` needs gradients, got fisher_type='forward-only'. Pass "
+                "'mc', 'type-2' or 'empirical', or 'expand' or 'reduce'."
             )
-        if not self.exact_bias:
+        if self.kfac_approx is KFACApprox.SHAMPOO and not self.exact_bias:
             raise ValueError(
-                f"exact_bias=False arrived with {approx}, whose B has a scale only together with "
-                "its A, so that it is no block of a bias. Leave exact_bias=True."
+                "`exact_bias` must be True for `kfac_approx='shampoo'`, got False: its B has a "
+                "scale only together with its A, so that it is no block of a bias."
             )
 
     @property
@@ -158,8 +162,10 @@ class KFACOptions:
         return {key: getattr(value, "value", value) for key, value in vars(self).items()}
 
 
-_ENUMERATIONS: dict[str, type[Enum]] = {
-    "fisher_type": FisherType,
-    "kfac_approx": KFACApprox,
-    "probe_type": ProbeType,
-}
+def with_kfac_options(init: Constructor) -> Constructor:
+    """Show the options in the signature of a constructor that takes them as ``**options``."""
+    own = [p for p in signature(init).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    options = signature(KFACOptions).parameters.values()
+    named = [p.replace(kind=p.KEYWORD_ONLY) for p in options]
+    init.__signature__ = Signature([*own, *named])  # type: ignore[attr-defined]
+    return init

@@ -90,12 +90,7 @@ class BlockPlan:
         return cls(coverage, options, tuple(parts), tuple(exact))
 
     def restricted(self, names: Collection[str], holders: Holders | None = None) -> BlockPlan:
-        """The part of the plan that is of some parameters, whole layers.
-
-        Args:
-            names: The parameters.
-            holders: Who has the other layers, if these are watched nevertheless.
-        """
+        """The part for some parameters, whole layers; of others' layers, who holds them."""
         coverage = replace(
             self.coverage,
             params={name: p for name, p in self.coverage.params.items() if name in names},
@@ -118,20 +113,10 @@ class BlockPlan:
         names = dict.fromkeys(part.layer.name for part in self.parts)
         return {name: tuple(p for p in self.parts if p.layer.name == name) for name in names}
 
-    @cached_property
-    def layers(self) -> tuple[Layer, ...]:
-        """The layers that have blocks of Kronecker form."""
-        return tuple(own[0].layer for own in self.by_layer.values())
-
     @property
     def without_entries(self) -> tuple[str, ...]:
         """The parameters without entries, of layers of size zero."""
         return tuple(name for name, p in self.coverage.params.items() if p.numel() == 0)
-
-    @property
-    def watched(self) -> tuple[Layer, ...]:
-        """All layers that hooks are attached to."""
-        return self.beside or self.coverage.layers
 
     @cached_property
     def with_inputs(self) -> dict[str, Part]:
@@ -156,14 +141,12 @@ class BlockPlan:
 
     def exact_zeros(self, dtype: torch.dtype) -> dict[str, Zeros]:
         """Exact blocks ``[n, n]``, or their diagonals ``[n]``, of zeros, by their key."""
-        own = self.coverage.params
-        devices = {block.key: device_of(own[block.params[0]]) for block in self.exact}
-        return {
-            block.key: partial(
-                torch.zeros, block.moment_shape, dtype=dtype, device=devices[block.key]
-            )
-            for block in self.exact
-        }
+
+        def zeros(block: ExactBlock) -> Tensor:
+            device = device_of(self.coverage.params[block.params[0]])
+            return torch.zeros(block.moment_shape, dtype=dtype, device=device)
+
+        return {block.key: partial(zeros, block) for block in self.exact}
 
     def factor_sizes(self) -> list[int]:
         """The rows of every factor that is decomposed, one entry for each group."""
@@ -177,26 +160,27 @@ class BlockPlan:
     @cached_property
     def units(self) -> tuple[Unit, ...]:
         """What the plan can be divided into: layers, and parameters in none."""
-        names = [tuple(layer.params) for layer in self.coverage.layers]
-        names += [(name,) for name in (*self.coverage.others, *self.without_entries)]
         parts: dict[str, list[Part]] = {}
         exact: dict[str, list[ExactBlock]] = {}
         for part in self.parts:
             parts.setdefault(part.params[0], []).append(part)
         for block in self.exact:
             exact.setdefault(block.params[0], []).append(block)
-        units = []
-        for own in names:
-            factors = _factor_sizes([part for name in own for part in parts.get(name, [])])
-            blocks = [block for name in own for block in exact.get(name, [])]
-            dense = [b.moment_shape[0] for b in blocks if len(b.moment_shape) > 1]
-            parameters = sum(self.coverage.params[name].numel() for name in own)
-            entries = sum(n * n for n in factors) + sum(prod(b.moment_shape) for b in blocks)
-            decomposed = [*factors, *dense]
-            operations = sum(n**3 for n in decomposed)
-            largest = max(decomposed, default=0)
-            units.append(Unit(own, parameters, entries, largest, operations))
-        return tuple(units)
+
+        def unit(*names: str) -> Unit:
+            factors = _factor_sizes([part for name in names for part in parts.get(name, [])])
+            blocks = [block for name in names for block in exact.get(name, [])]
+            decomposed = [*factors, *(b.moment_shape[0] for b in blocks if b.dense)]
+            return Unit(
+                names,
+                parameters=sum(self.coverage.params[name].numel() for name in names),
+                entries=sum(n * n for n in factors) + sum(prod(b.moment_shape) for b in blocks),
+                largest=max(decomposed, default=0),
+                operations=sum(n**3 for n in decomposed),
+            )
+
+        alone = (*self.coverage.others, *self.without_entries)
+        return (*(unit(*layer.params) for layer in self.coverage.layers), *map(unit, alone))
 
     def place(self, blocks: Mapping[str, Block]) -> list[PlacedBlock]:
         """Blocks by their key, at their place among the parameters, in the parameters' order."""
@@ -231,10 +215,8 @@ def _exact_blocks_of(
     if len({coverage.params[name].shape for name in names}) == len(names) == 2:
         # of a kind whose parameters have no common rows
         return [_exact_block(name, (name,), layer, coverage, max_dense) for name in names]
-    if not names:
-        return []
     key = layer.key("norm" if isinstance(layer.kind, ExactKind) else "bias")
-    return [_exact_block(key, names, layer, coverage, max_dense)]
+    return [_exact_block(key, names, layer, coverage, max_dense)] if names else []
 
 
 def _exact_block(

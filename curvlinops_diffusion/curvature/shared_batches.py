@@ -55,15 +55,11 @@ class SharedBatches(Observer):
         self._regression = regression
         self._holders = holders
         self._inner = inner
+        self.share = ALONE if holders is None else holders.share
         self._whole: Sequence[int] = ()
         self._own = self._rest = 0  # examples of this process, and those that all have
         self._told = inner
         self._latest: tuple[Tensor, int, Tensor | None] | None = None
-
-    @property
-    def share(self) -> Share:
-        """The processes that must go over the same batches together."""
-        return ALONE if self._holders is None else self._holders.share
 
     def tell(self, new: bool) -> None:
         """Say whether what is seen is new for this process, which may have gone on further."""
@@ -71,18 +67,16 @@ class SharedBatches(Observer):
 
     def noised_batches(self, clean: CleanBatch) -> Iterator[NoisedBatch]:
         """Yield every draw of the examples that this process runs the network on."""
-        if self._holders is None:
-            yield from self._regression.noised_batches(clean)
-            return
-        own, rest = in_equal_parts(list(range(len(clean.indices))), self.share)
-        self._whole, self._own, self._rest = clean.indices, len(own), len(rest)
-        # what is left all run, so that all run the network equally often
-        yield from self._regression.noised_batches(clean.select([*own, *rest]))
+        if self._holders is not None:
+            own, rest = in_equal_parts(list(range(len(clean.indices))), self.share)
+            self._whole, self._own, self._rest = clean.indices, len(own), len(rest)
+            # what is left all run, so that all run the network equally often
+            clean = clean.select([*own, *rest])
+        yield from self._regression.noised_batches(clean)
 
     def start(self, batch: NoisedBatch) -> None:
         """A batch begins; its examples are those of all processes."""
-        whole = batch if self._holders is None else replace(batch, indices=self._whole)
-        self._told.start(whole)
+        self._told.start(batch if self._holders is None else replace(batch, indices=self._whole))
 
     def input(self, layer: Layer, x: Tensor) -> None:
         """Hand on the input of a layer."""
@@ -120,18 +114,17 @@ class SharedBatches(Observer):
             return None
         if self._latest is None or self._latest[0] is not z or self._latest[1] != holder:
             # layers that share an input share what is computed from it
-            self._latest = (z, holder, self._sent(z, holder))
+            self._latest = (z, holder, self._gather(z, holder))
         return self._latest[2]
 
-    def _sent(self, z: Tensor, holder: int) -> Tensor | None:
-        count, rank = self.share.count, self.share.rank
-        rows = self._own * (
-            len(z) // (self._own + self._rest)
-        )  # an example may have several in a row
+    def _gather(self, z: Tensor, holder: int) -> Tensor | None:
+        count, here = self.share.count, self.share.rank == holder
+        # an example may have several entries in a row
+        rows = self._own * (len(z) // (self._own + self._rest))
         own, rest = z[:rows].contiguous(), z[rows:]
         if rows == 0:
-            return rest if rank == holder else None
-        received = [torch.empty_like(own) for _ in range(count)] if rank == holder else None
+            return rest if here else None
+        received = [torch.empty_like(own) for _ in range(count)] if here else None
         with answered():
             dist.gather(own, received, dst=holder)
         return None if received is None else torch.cat([*received, rest])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, MutableMapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -166,9 +166,8 @@ class NoisedRegression:
             noise_offset, input_perturbation, example_weights, loss_mask, self._data.num_examples
         )
         self._data_identity: dict[str, Any] = {}  # shared with copies of other draws
-        self.tried: set[tuple[bool, ...]] = set()  # modes in which the network was tried out
-        self.effects: set[tuple[Any, ...]] = set()  # parameters that were found to have one
-        self._looked_at: set[str] = set()  # what need not be looked at again; shared likewise
+        # what probes of the network found, by what it depends on; shared likewise
+        self.findings: dict[tuple[Hashable, ...], Any] = {}
         self._noises = Noises(made, self.recipe, self.num_data, objective.device)
         names = getattr(data, "names", None)  # a tensor's are those of its axes
         self._names: list[str] | None = names if isinstance(names, list) else None
@@ -366,8 +365,8 @@ class NoisedRegression:
     def noised_batches(self, clean: CleanBatch) -> Iterator[NoisedBatch]:
         """Yield every draw of a batch of clean examples."""
         indices, draws = clean.indices, self.draws
-        if self.objective.takes_images and "range" not in self._looked_at:
-            self._looked_at.add("range")
+        if self.objective.takes_images and ("range",) not in self.findings:
+            self.findings["range",] = None
             warn_of_range(clean.x0)
         augmented = self._augmentations.versions(clean)
         versions = [self.objective.encode(version) for version in augmented]

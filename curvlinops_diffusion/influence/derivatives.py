@@ -18,14 +18,19 @@ from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.checks import check_modes
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.diffusion.trial import Retrial, Trial, check_network
 from curvlinops_diffusion.influence.measurements.base import ExampleFunction, Measurement
 from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_gradient
 from curvlinops_diffusion.layers import Coverage, cover
-from curvlinops_diffusion.layers.effect import check_adapters, check_effect, zeros_of
 from curvlinops_diffusion.layers.example_gradients import example_gradients
-from curvlinops_diffusion.layers.hooks import frozen
-from curvlinops_diffusion.layers.observable import ObservedRetrial, observable
+from curvlinops_diffusion.layers.observation import frozen
+from curvlinops_diffusion.layers.probe import (
+    Retrial,
+    check_adapters,
+    check_effect,
+    check_network,
+    probed,
+    zeros_of,
+)
 from curvlinops_diffusion.runtime.modes import (
     forward_mode,
     recomputation_named,
@@ -58,24 +63,24 @@ class ValueGradients(ABC):
         """Say what in the measurement makes gradients of a batch NaN or infinite, if it is that."""
         return ""
 
-    @abstractmethod
     def derivatives(self, clean: CleanBatch, directions: Mapping[str, Tensor]) -> Tensor:
-        """Derivatives in the directions ``[K, *shape]``, shape ``[B, K]``."""
+        """Derivatives in the directions ``[K, *shape]``, shape ``[B, K]``; from the gradients."""
+        columns = torch.cat([directions[name].flatten(1) for name in self.params], 1)
+        rows_BP = self.rows(clean)
+        return rows_BP @ columns.T.to(rows_BP)
 
-    @abstractmethod
     def weighted(self, clean: CleanBatch, weights_BK: Tensor) -> list[Tensor]:
-        """Gradients of weighted sums of the values, ``[*shape, K]`` each."""
+        """Gradients of weighted sums of the values, ``[*shape, K]`` each; from the gradients."""
+        rows_BP = self.rows(clean)
+        total_PK = rows_BP.T @ weights_BK.to(rows_BP)
+        params = list(self.params.values())
+        pieces = total_PK.split([p.numel() for p in params])
+        K = weights_BK.shape[1]
+        return [z.reshape(*p.shape, K) for z, p in zip(pieces, params, strict=True)]
 
 
 class PredictionGradients(ValueGradients):
-    """Averages over draws of a function of the prediction.
-
-    Args:
-        regression: Objective, data and draws.
-        params: The parameters by name.
-        measurement: The function.
-        chunk_size: Directions at once.
-    """
+    """Averages over draws of a function of the prediction."""
 
     def __init__(
         self,
@@ -88,7 +93,7 @@ class PredictionGradients(ValueGradients):
         self._measurement = measurement
         self._chunk_size = chunk_size
         self._coverage: Coverage | None = None
-        self._retried: Retrial = Retrial(regression)
+        self._retried = Retrial(regression)
 
     @torch.no_grad()
     def values(self, clean: CleanBatch) -> Tensor:
@@ -152,9 +157,12 @@ class PredictionGradients(ValueGradients):
         full_precision = objective.autocast is None and objective.dtype == objective.working_dtype
         if examples > 1 or not full_precision or is_sharded(objective.model):
             loss_vector = partial(self._averaged_gradient, batch)
-            coverage = self._checked_coverage()
+            if self._coverage is None:
+                coverage = cover(objective.model, self.params)
+                self._coverage = probed(self.regression, coverage)
+                self._retried = Retrial(self.regression, self._coverage.layers)
             check_effect(self.regression, self.params)  # adapters may have been switched since
-            return example_gradients(coverage, objective, batch, loss_vector, examples)
+            return example_gradients(self._coverage, objective, batch, loss_vector, examples)
         params = list(self.params.values())
         with _differentiated(self.regression, params), torch.enable_grad():
             prediction_BD = objective.predict(batch)
@@ -179,14 +187,17 @@ class PredictionGradients(ValueGradients):
         Of a network that is divided among processes, from the gradients.
         """
         if is_sharded(self.regression.objective.model):
-            flat = [directions[name].flatten(1) for name in self.params]
-            return self.rows(clean) @ torch.cat(flat, 1).to(self._working_dtype).T
+            return super().derivatives(clean, directions)
         self._check(clean)
         check_effect(self.regression, self.params)
         params = {name: p.detach() for name, p in self.params.items()}
 
+        def value(batch: NoisedBatch, params: Mapping[str, Tensor]) -> Tensor:
+            prediction_BD = self.regression.objective.predict(batch, params)
+            return measure(self._measurement, batch, prediction_BD)
+
         def push(batch: NoisedBatch, tangents: dict[str, Tensor]) -> Tensor:
-            derivative: Tensor = jvp(partial(self._value_of, batch), (params,), (tangents,))[1]
+            derivative: Tensor = jvp(partial(value, batch), (params,), (tangents,))[1]
             return derivative
 
         with recomputation_named(), forward_mode():
@@ -205,13 +216,7 @@ class PredictionGradients(ValueGradients):
         Of a network that is divided among processes, from those of single examples.
         """
         if is_sharded(self.regression.objective.model):
-            sums_PK = self.rows(clean).T @ weights_BK.to(self._working_dtype)
-            pieces = sums_PK.split([p.numel() for p in self.params.values()])
-            K = weights_BK.shape[1]
-            return [
-                piece.reshape(*p.shape, K)
-                for piece, p in zip(pieces, self.params.values(), strict=True)
-            ]
+            return super().weighted(clean, weights_BK)
         self._check(clean)
         check_effect(self.regression, self.params)
         params, K = list(self.params.values()), weights_BK.shape[1]
@@ -230,14 +235,6 @@ class PredictionGradients(ValueGradients):
                             total[..., k] += gradient
         return totals
 
-    @property
-    def _working_dtype(self) -> torch.dtype:
-        return self.regression.objective.working_dtype
-
-    def _value_of(self, batch: NoisedBatch, params: Mapping[str, Tensor]) -> Tensor:
-        prediction_BD = self.regression.objective.predict(batch, params)
-        return measure(self._measurement, batch, prediction_BD)
-
     def _average(self, draws: list[Tensor]) -> Tensor:
         """The mean over draws, summed in their order."""
         total = draws[0].to(self.regression.objective.working_dtype)
@@ -249,25 +246,12 @@ class PredictionGradients(ValueGradients):
         check_network(self.regression)
         self._retried(clean)
 
-    def _checked_coverage(self) -> Coverage:
-        if self._coverage is None:
-            coverage = cover(self.regression.objective.model, self.params)
-            # the network was checked on them before the first batch
-            trial = Trial.of(self.regression)
-            coverage = observable(self.regression.objective, trial, coverage)
-            self._coverage = coverage
-            check_effect(self.regression, self.params, lambda: coverage.suspects)
-            self._retried = ObservedRetrial(self.regression, self._coverage.layers)
-        return self._coverage
-
 
 class FunctionGradients(ValueGradients):
     """Any function of the model and an example, one example at a time.
 
-    Args:
-        regression: Objective, data and draws.
-        params: The parameters by name.
-        measured: The function.
+    Its directional derivatives are from the gradients: not every function can be differentiated in
+    forward mode.
     """
 
     def __init__(
@@ -303,19 +287,6 @@ class FunctionGradients(ValueGradients):
                 ]
             )
 
-    def derivatives(self, clean: CleanBatch, directions: Mapping[str, Tensor]) -> Tensor:
-        """From the gradients: not every function can be differentiated in forward mode."""
-        columns = torch.cat([directions[name].flatten(1) for name in self.params], 1)
-        rows_BP = self.rows(clean)
-        return rows_BP @ columns.T.to(rows_BP)
-
-    def weighted(self, clean: CleanBatch, weights_BK: Tensor) -> list[Tensor]:
-        """From the gradients."""
-        total_PK = self.rows(clean).T @ weights_BK
-        sizes = [p.numel() for p in self.params.values()]
-        pieces = total_PK.split(sizes)
-        return [z.reshape(*p.shape, -1) for z, p in zip(pieces, self.params.values(), strict=True)]
-
 
 def _pulled_back(
     prediction_BD: Tensor, params: list[nn.Parameter], v_BD: Tensor, retain_graph: bool = False
@@ -343,15 +314,8 @@ def cheapest_grouping(num_examples: int, num_draws: int, at_once: int) -> tuple[
 
     The multiplications are the same however samples are divided into examples and draws; what
     differs is the memory moved, in units of the parameters: each pass through the network reads the
-    weights twice, and writes and adds a gradient for each of its examples.
-
-    Args:
-        num_examples: Examples.
-        num_draws: Draws of each.
-        at_once: Samples that may go through the network at once.
-
-    Returns:
-        Examples at once, and draws of each at once.
+    weights twice, and writes and adds a gradient for each of its examples. At most ``at_once``
+    samples go through the network at once.
     """
 
     def grouping(most: int) -> tuple[int, int, int]:

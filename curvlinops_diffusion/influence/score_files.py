@@ -91,15 +91,10 @@ def written_shards(folder: Path, prefix: str) -> list[dict[str, Any]]:
     return []
 
 
-def ordered(scores_N: Tensor, header: Mapping[str, Any]) -> list[int]:
-    """The numbers of a query's training examples, the most helpful first by what was measured.
-
-    Where neither sign means helpful, those with the largest scores.
-    """
+def helpful_sign(header: Mapping[str, Any]) -> int:
+    """The sign of the scores that come first: that of helpful ones, 1 where neither sign is."""
     entry = MEASUREMENTS.get(header["identity"].get("query", {}).get("measurement", ""))
-    sign = -1 if entry is not None and entry.better.helpful_sign < 0 else 1
-    order: list[int] = (sign * scores_N).argsort(descending=True, stable=True).tolist()
-    return order
+    return -1 if entry is not None and entry.better.helpful_sign < 0 else 1
 
 
 def table_rows(
@@ -111,13 +106,15 @@ def table_rows(
         scores: The scores by method, ``[N]`` of one query after the other.
         header: Their header.
     """
+    sign = helpful_sign(header)
     for method, scores_QN in scores.items():
         for query, scores_N in zip(header["queries"], scores_QN, strict=True):
-            for rank, n in enumerate(ordered(scores_N, header), 1):
+            order = (sign * scores_N).argsort(descending=True, stable=True).tolist()
+            for rank, n in enumerate(order, 1):
                 yield query, header["train"][n], float(scores_N[n]), rank, method
 
 
-def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def write_table(path: Path, rows: Iterable[tuple[str, str, float, int, str]]) -> None:
     """Write the rows of a table as CSV or, by pandas and what it needs for that, as Parquet.
 
     Raises:
@@ -127,14 +124,14 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]
     if path.suffix == ".csv":
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
-        table.writerow(columns)
+        table.writerow(COLUMNS)
         table.writerows(rows)
         write_bytes(path, text.getvalue().encode())
     elif path.suffix == ".parquet":
         try:
             import pandas as pd
 
-            contents = pd.DataFrame(rows, columns=columns).to_parquet(index=False)
+            contents = pd.DataFrame(rows, columns=COLUMNS).to_parquet(index=False)
         except ImportError as error:
             raise ValueError("Parquet needs pandas and pyarrow: pip install both.") from error
         write_bytes(path, contents)

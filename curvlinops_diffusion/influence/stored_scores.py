@@ -18,7 +18,6 @@ from curvlinops_diffusion.influence.agreement import Agreement
 from curvlinops_diffusion.influence.consumers import OwnScores, TopInfluences, TopScores
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.score_files import (
-    COLUMNS,
     HALVED,
     INDEX,
     SCORES,
@@ -272,7 +271,7 @@ class StoredScores:
             ValueError: If it ends in something else, a package is missing, or the file cannot be
                 written.
         """
-        write_table(Path(path), COLUMNS, table_rows(self.by_method, self.header))
+        write_table(Path(path), table_rows(self.by_method, self.header))
 
     # ---------------------------------------------------------------------------------------------
 

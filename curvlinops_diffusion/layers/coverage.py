@@ -58,7 +58,6 @@ class Coverage:
         others: The reasons why parameters are in none of these, by name. Their gradients are
             found by automatic differentiation, example by example.
         left_out: Parameters that are not covered, each with the reason.
-        suspects: Parameters whose gradient of the loss is zero in a trial. They may have no effect.
         rounding: Parameters whose gradient is rounding errors alone in a trial, so that their exact
             block is of the squares of these.
     """
@@ -67,7 +66,6 @@ class Coverage:
     layers: tuple[Layer, ...]
     others: dict[str, str]
     left_out: dict[str, str]
-    suspects: tuple[str, ...] = ()
     rounding: tuple[str, ...] = ()
 
 

@@ -123,7 +123,7 @@ class LatestProduct:
     """``xᵀ x`` of the latest input, computed once while the same input comes again.
 
     The projections to queries, keys and values of an attention layer read the same tokens. Layers
-    that were given one tensor are shown one (see :class:`~curvlinops_diffusion.layers.hooks.Tap`),
+    that were given one tensor are shown one (see :mod:`~curvlinops_diffusion.layers.observation`),
     so that the same input is the same object.
     """
 

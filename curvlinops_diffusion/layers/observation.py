@@ -1,4 +1,4 @@
-"""The one loop of "tap, freeze, predict, pull back", and its order.
+"""The one loop of "hook, freeze, predict, pull back", and its order.
 
 Everything that reads a network layer by layer is an :class:`Observer`; :func:`observed` attaches
 it, and what it yields runs a batch, each time in this order::
@@ -19,21 +19,26 @@ Legend: N (or B) batch, D entries of a prediction.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
-from curvlinops_diffusion.layers.hooks import Tap, frozen, tapped
 from curvlinops_diffusion.layers.layer import Layer
 from curvlinops_diffusion.runtime.modes import recomputation_named
+from curvlinops_diffusion.runtime.modules import modules_of
+from curvlinops_diffusion.runtime.precision import without_autocast
+from curvlinops_diffusion.runtime.processes import answered
 
 #: Maps a batch and its prediction ``[B, D]`` to the vectors ``[B, D]`` that are pulled back, each
 #: with whether more will follow.
 Vectors = Callable[[NoisedBatch, Tensor], Iterator[tuple[Tensor, bool]]]
+# what every module has beside its own attributes
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))
 
 
 def one_vector(loss_vector: Callable[[Tensor], Tensor]) -> Vectors:
@@ -54,7 +59,7 @@ class Observer:
         """The forward pass is over."""
 
     def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:
-        """The gradient in the output of one of ``calls`` calls of a layer arrived."""
+        """The gradient in the output of one of ``calls`` calls of a layer is there."""
 
     def pulled_back(self, batch: NoisedBatch, v_BD: Tensor) -> None:
         """A backward pass is over; the network may be run here, unobserved."""
@@ -64,110 +69,28 @@ class Observer:
 
 
 class Observers(Observer):
-    """Several observers as one, each told in turn."""
+    """Several observers as one, each told in turn.
 
-    def __init__(self, observers: Sequence[Observer]):
-        self._observers = observers
-
-    def start(self, batch: NoisedBatch) -> None:
-        """A batch begins."""
-        for observer in self._observers:
-            observer.start(batch)
-
-    def input(self, layer: Layer, x: Tensor) -> None:
-        """A layer was called."""
-        for observer in self._observers:
-            observer.input(layer, x)
-
-    def predicted(self, batch: NoisedBatch, prediction_BD: Tensor) -> None:
-        """The forward pass is over."""
-        for observer in self._observers:
-            observer.predicted(batch, prediction_BD)
-
-    def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:
-        """A gradient arrived."""
-        for observer in self._observers:
-            observer.gradient(layer, call, g, calls)
-
-    def pulled_back(self, batch: NoisedBatch, v_BD: Tensor) -> None:
-        """A backward pass is over."""
-        for observer in self._observers:
-            observer.pulled_back(batch, v_BD)
-
-    def finish(self) -> None:
-        """The batch is over."""
-        for observer in self._observers:
-            observer.finish()
-
-
-class WithinEach(Observer):
-    """An observer that is told within a context, such as one of another precision."""
-
-    def __init__(self, observer: Observer, context: Callable[[], AbstractContextManager[None]]):
-        self._observer = observer
-        self._context = context
-
-    def start(self, batch: NoisedBatch) -> None:
-        """A batch begins."""
-        with self._context():
-            self._observer.start(batch)
-
-    def input(self, layer: Layer, x: Tensor) -> None:
-        """A layer was called."""
-        with self._context():
-            self._observer.input(layer, x)
-
-    def predicted(self, batch: NoisedBatch, prediction_BD: Tensor) -> None:
-        """The forward pass is over."""
-        with self._context():
-            self._observer.predicted(batch, prediction_BD)
-
-    def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:
-        """A gradient arrived."""
-        with self._context():
-            self._observer.gradient(layer, call, g, calls)
-
-    def pulled_back(self, batch: NoisedBatch, v_BD: Tensor) -> None:
-        """A backward pass is over."""
-        with self._context():
-            self._observer.pulled_back(batch, v_BD)
-
-    def finish(self) -> None:
-        """The batch is over."""
-        with self._context():
-            self._observer.finish()
-
-
-@dataclass(frozen=True)
-class ObservedPass:
-    """Runs batches through a network whose layers are observed.
-
-    Attributes:
-        objective: Supplies the network.
-        observer: Sees what the layers see.
-        tap: Is attached to the layers.
+    Args:
+        observers: The observers.
+        context: What they are told within, such as another precision.
     """
 
-    objective: DenoisingObjective
-    observer: Observer
-    tap: Tap
+    def __init__(
+        self,
+        observers: Sequence[Observer],
+        context: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ):
+        def told(event: str) -> Callable[..., None]:
+            def tell(*args: Any) -> None:
+                with context():
+                    for observer in observers:
+                        getattr(observer, event)(*args)
 
-    def run(self, batch: NoisedBatch, vectors: Vectors) -> None:
-        """Run a batch forward, and pull each of its vectors back."""
-        try:
-            self.observer.start(batch)
-            # also without a backward pass: what the network does under no_grad is told by it
-            with torch.enable_grad(), self.tap.watching(len(batch.indices)):
-                prediction_BD = self.objective.predict(batch)
-            self.observer.predicted(batch, prediction_BD)
-            for v_BD, more in vectors(batch, prediction_BD.detach()):
-                self.tap.backward(prediction_BD, v_BD, retain_graph=more)
-                self.observer.pulled_back(batch, v_BD)
-        finally:
-            # The graph's hooks refer to the tap and the tap to the graph: let go of it, so that
-            # memory is freed at once rather than when Python looks for such cycles.
-            self.tap.forget()
-            self.observer.finish()
+            return tell
+
+        for event in ("start", "input", "predicted", "gradient", "pulled_back", "finish"):
+            setattr(self, event, told(event))
 
 
 @contextmanager
@@ -188,17 +111,178 @@ def observed(
         unreadable: Called with a layer and the shape of an input whose first axis is not that of
             the batch, in place of an error.
     """
-    tap = Tap(observer.input, observer.gradient if backward else None, unreadable)
-    with tapped(layers, tap), frozen(objective.model), recomputation_named():
-        yield ObservedPass(objective, observer, tap)
+    network = ObservedPass(objective, observer, backward, unreadable)
+    handles = []
+    try:
+        for layer in layers:
+            hook = partial(network.on_call, layer)
+            handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+        with frozen(objective.model), recomputation_named():
+            yield network
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class ObservedPass:
+    """Runs batches through a network whose layers are observed; made by :func:`observed`."""
+
+    def __init__(
+        self,
+        objective: DenoisingObjective,
+        observer: Observer,
+        backward: bool,
+        unreadable: Callable[[Layer, torch.Size], None] | None,
+    ):
+        self._objective = objective
+        self._observer = observer
+        self._backward = backward
+        self._unreadable = unreadable
+        self._sources: list[Tensor] = []  # where the graph begins: backward passes go no further
+        self._calls: dict[str, int] = {}
+        self._latest: tuple[Tensor, int, Tensor] | None = None
+        self._batch_size = 0  # of the batch that is run forward, or zero
+        self._recomputing = False
+
+    def run(self, batch: NoisedBatch, vectors: Vectors) -> None:
+        """Run a batch forward, and pull each of its vectors back."""
+        try:
+            self._observer.start(batch)
+            self._batch_size = len(batch.indices)
+            # also without a backward pass: what the network does under no_grad is told by it
+            with torch.enable_grad():
+                prediction_BD = self._objective.predict(batch)
+            self._batch_size = 0
+            self._observer.predicted(batch, prediction_BD)
+            for v_BD, more in vectors(batch, prediction_BD.detach()):
+                if self._sources and prediction_BD.requires_grad:
+                    self._pull_back(prediction_BD, v_BD, more)
+                self._observer.pulled_back(batch, v_BD)
+        finally:
+            # The graph's hooks refer to this object and it to the graph: let go of it, so that
+            # memory is freed at once rather than when Python looks for such cycles.
+            self._sources, self._calls, self._latest, self._batch_size = [], {}, None, 0
+            self._observer.finish()
+
+    def _pull_back(self, prediction_BD: Tensor, v_BD: Tensor, more: bool) -> None:
+        self._recomputing = True
+        try:
+            with answered():
+                torch.autograd.grad(
+                    prediction_BD, self._sources, v_BD, retain_graph=more, allow_unused=True
+                )
+        finally:
+            self._recomputing = False
+
+    def on_call(
+        self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor
+    ) -> Tensor | None:
+        """Forward hook: report the input, and have the output report its gradient."""
+        if self._recomputing:
+            # a checkpoint runs its part of the network again for the values that it did not keep
+            return None if output.requires_grad else _start_of_graph(output)[1]
+        # gradients are off in a part of the network that no derivative goes through
+        if not self._batch_size or not torch.is_grad_enabled():
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        if layer.kind.has_batch_axis(module, x) and len(x) % self._batch_size == 0:
+            call = self._calls.get(layer.name, 0)
+            self._calls[layer.name] = call + 1
+            # what is computed from the input is not part of the network
+            with without_autocast(x.device.type):
+                self._observer.input(layer, self._shown(x))
+            report = partial(self._report, layer, call)
+        elif self._backward:
+            # no matter if no gradient comes: decomposed adapters (DoRA) call their layers on an
+            # identity matrix for a norm that is detached
+            report = partial(self._refuse, layer, x.shape, self._batch_size)
+        else:
+            self._refuse(layer, x.shape, self._batch_size)
+        if not self._backward:
+            return None
+        replaced = None
+        if not output.requires_grad:
+            output, replaced = _start_of_graph(output)
+            self._sources.append(output)
+        output.register_hook(report)
+        return replaced
+
+    def _shown(self, x: Tensor) -> Tensor:
+        """The input without its graph: one tensor for layers that are given one, unless it changes.
+
+        So they can share what is computed from it.
+        """
+        if self._latest is None or x is not self._latest[0] or x._version != self._latest[1]:
+            self._latest = (x, x._version, x.detach())
+        return self._latest[2]
+
+    def _report(self, layer: Layer, call: int, g: Tensor) -> None:
+        self._observer.gradient(layer, call, g.detach(), self._calls[layer.name])
+
+    def _refuse(
+        self, layer: Layer, shape: torch.Size, batch_size: int, g: Tensor | None = None
+    ) -> None:
+        """Report an input whose first axis is not that of the batch."""
+        if self._unreadable is not None:
+            self._unreadable(layer, shape)
+            return
+        raise ValueError(
+            f"Layer '{layer.name}' was given an input of shape {tuple(shape)} for a batch of "
+            f"{batch_size}. The first axis must be the batch (or the batch times frames), "
+            "or examples cannot be told apart; leave the layer's parameters out of params."
+        )
+
+
+def _start_of_graph(output: Tensor) -> tuple[Tensor, Tensor]:
+    """A leaf with the output's values, and a copy that goes on: leaves must not be changed."""
+    leaf = output.detach().requires_grad_()
+    return leaf, leaf.clone()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Exclude all parameters from automatic differentiation within the context.
+
+    So are other tensors with gradients that modules hold as plain attributes. Nor do hooks run that
+    users gave parameters (to mask or clip gradients in training, say): what they return is no
+    derivative.
+    """
+    modules = modules_of(model)
+    params = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
+    before = [(p, p.requires_grad) for p in params.values()]
+    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p, _ in before if p._backward_hooks]
+    others = [
+        (vars(module), key, value)
+        for module in modules
+        for key in vars(module).keys() - _OF_ANY_MODULE
+        if isinstance(value := vars(module)[key], Tensor)
+        and value.requires_grad
+        # but for second names of parameters, and views of them
+        and id(value if value._base is None else value._base) not in params
+    ]
+    try:
+        for p, _ in before:
+            p.requires_grad_(False)
+        for running, _ in hooks:
+            running.clear()
+        for attributes, key, value in others:
+            attributes[key] = value.detach()
+        yield
+    finally:
+        for p, requires_grad in before:
+            p.requires_grad_(requires_grad)
+        for running, own in hooks:
+            running.update(own)
+        for attributes, key, value in others:
+            attributes[key] = value
 
 
 class WholeLayers(Observer):
     """Brings together what all calls of a layer saw in one backward pass.
 
     A layer may be called several times in a forward pass; its gradient is the sum over the calls,
-    so their positions are laid side by side. A layer is handed on as soon as its last gradient has
-    arrived, so that nothing outlives its layer.
+    so their positions are laid side by side. A layer is handed on as soon as its last gradient is
+    there, so that nothing outlives its layer.
 
     Args:
         consume: Called with (layer, inputs, gradients), each a list over the calls, in precision
@@ -222,9 +306,9 @@ class WholeLayers(Observer):
 
     def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:
         """Hand the layer on if this was the last."""
-        arrived = self._gradients.setdefault(layer.name, {})
-        arrived[call] = g
-        if len(arrived) == calls:
+        own = self._gradients.setdefault(layer.name, {})
+        own[call] = g
+        if len(own) == calls:
             self._hand_on(layer)
 
     def pulled_back(self, batch: NoisedBatch, v_BD: Tensor) -> None:
@@ -238,9 +322,9 @@ class WholeLayers(Observer):
         self._gradients.clear()
 
     def _hand_on(self, layer: Layer) -> None:
-        arrived = self._gradients.pop(layer.name)
-        inputs, order = self._inputs[layer.name], sorted(arrived)
-        xs, gs = [inputs[call] for call in order], [arrived[call] for call in order]
+        own = self._gradients.pop(layer.name)
+        inputs, order = self._inputs[layer.name], sorted(own)
+        xs, gs = [inputs[call] for call in order], [own[call] for call in order]
         self._consume(layer, in_precision(xs, self._dtype), in_precision(gs, self._dtype))
 
 

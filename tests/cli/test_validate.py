@@ -9,9 +9,8 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from peft import inject_adapter_in_model
 
 from curvlinops_diffusion import DenoisingObjective, ExampleGradientLinearOperator, NoisedRegression
-from curvlinops_diffusion.cli.commands.validate_measure import networks_of
-from curvlinops_diffusion.cli.measured_files import read_measured
 from curvlinops_diffusion.cli.program import run
+from curvlinops_diffusion.cli.validate import networks_of, read_measured
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
 from curvlinops_diffusion.influence.score_files import write_scores
 from curvlinops_diffusion.influence.stored_scores import StoredScores
@@ -25,7 +24,7 @@ from curvlinops_diffusion.validation import (
 )
 from tests.cases import stopped, tiny_unet
 from tests.cli.cases import COUNT, arguments
-from tests.loading.test_adapters import config, peft_folder, trained
+from tests.loading.cases import lora, peft_folder, trained
 
 PARTS, SEEDS = 4, 2
 LIKELY = ["--measurement", "log_likelihood", "--query-draws", "1"]
@@ -220,7 +219,7 @@ def test_models_and_adapters(planned, tmp_path):
     for part in range(3):
         network(part).save_pretrained(tmp_path / "models" / f"part_{part:03}")
         unet = DDPMPipeline.from_pretrained(planned / "pipeline").unet
-        inject_adapter_in_model(config(), unet)
+        inject_adapter_in_model(lora(), unet)
         trained(unet, part)
         peft_folder(unet, tmp_path / "adapters" / f"part_{part:03}")
         expected.append([values_of(planned, network(part)), values_of(planned, unet)])
@@ -277,10 +276,8 @@ def test_groups(tmp_path, fitted):
     ("name", "measurement", "chosen"),
     [
         ("scores", "loss", [0, 1]),
-        ("scores", "elbo", [0, 1]),
         ("scores", "log_likelihood", [COUNT - 2, COUNT - 1]),  # which falls without them
         ("scores", "squared_norm", None),
-        ("scores", "signed_prediction", None),
         ("scores", "mine:0123", None),
         ("Random", "loss", None),
     ],

@@ -9,7 +9,7 @@ from curvlinops_diffusion import (
     PassOptions,
     load_operator,
 )
-from curvlinops_diffusion.curvature.groups import divided_units, needed_memory, num_groups
+from curvlinops_diffusion.curvature.division import divided_units, needed_memory, num_groups
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.layers import covered_parameters

@@ -6,8 +6,8 @@ from torch import nn
 
 from curvlinops_diffusion import DiffusionEKFACLinearOperator, DiffusionKFACLinearOperator
 from curvlinops_diffusion.curvature.kronecker_factors import kronecker_factors
-from curvlinops_diffusion.curvature.loss_vectors import CheckedLossVectors
 from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.curvature.passes import CheckedLossVectors
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.draws import make_draws
 from curvlinops_diffusion.layers import covered_parameters

@@ -20,10 +20,10 @@ from curvlinops_diffusion import (
     regression_scores,
     self_influence_scores,
 )
-from curvlinops_diffusion.curvature import shards
+from curvlinops_diffusion.curvature import division
+from curvlinops_diffusion.curvature.division import shard_owners
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
-from curvlinops_diffusion.curvature.shards import shard_owners
 from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.layers.observation import observed, one_vector
 from tests.cases import small_unet, unet_regression
@@ -251,9 +251,9 @@ def chosen(rank, operations_a_byte, count):
     regression = problem()
     coverage = covered_parameters(regression.objective.model, None, True)
     plan = BlockPlan.of(coverage, KFACOptions())
-    shards._operations_a_byte = lambda count: operations_a_byte
+    division._operations_a_byte = lambda count: operations_a_byte
     passes = {sharded: shared(sharded=sharded) for sharded in (True, "layers", "data")}
-    return [shards.batches_are_divided(regression, plan, own) for own in passes.values()]
+    return [division.batches_are_divided(regression, plan, own) for own in passes.values()]
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_what_is_counted():
     regression = problem()
     names = ["conv_in.weight"]
     coverage = covered_parameters(regression.objective.model, names, True)
-    counted = shards._Counted()
+    counted = division._Counted()
     with observed(regression.objective, coverage.layers, counted) as network:
         batch = next(regression.batches())
         network.run(batch, one_vector(batch.loss_gradient))

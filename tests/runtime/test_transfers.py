@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression
-from curvlinops_diffusion.curvature.loss_vectors import loss_vectors
 from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.curvature.passes import loss_vectors
 from curvlinops_diffusion.runtime.transfers import ready_to_send, sent
 from tests.cases import images, seeded
 

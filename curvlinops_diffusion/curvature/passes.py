@@ -1,38 +1,45 @@
-"""The vectors that are pulled back through the network, by kind of Fisher."""
+"""Passes over the data that run every draw forward, and pull loss vectors back through the network.
+
+Legend: B batch, D entries of a prediction.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from math import sqrt
 
 import torch
 from torch import Tensor
 
 from curvlinops_diffusion.curvature.options import FisherType, KFACOptions
+from curvlinops_diffusion.curvature.plan import BlockPlan
+from curvlinops_diffusion.curvature.shared_batches import SharedBatches
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.checks import check_prediction
+from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.draws import Draws
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.layers import ExactKind, Layer
+from curvlinops_diffusion.layers.observation import Observer, Observers, WholeLayers, observed
+from curvlinops_diffusion.layers.probe import Retrial
 from curvlinops_diffusion.runtime.flags import DeviceFlag
+from curvlinops_diffusion.runtime.passes import PassOptions, run_pass
+from curvlinops_diffusion.runtime.precision import matmuls_in_tf32
+from curvlinops_diffusion.runtime.sums import Running, Sums
 from curvlinops_diffusion.runtime.transfers import sent_beside
+
+#: Called with a layer, the batch's examples, and the layer's inputs and gradients, call by call.
+Consume = Callable[[Layer, Sequence[int], list[Tensor], list[Tensor]], None]
 
 
 def loss_vectors(
     batch: NoisedBatch, prediction_BD: Tensor, draws: Draws, options: KFACOptions
 ) -> Iterator[Tensor]:
-    """Yield loss vectors ``v`` with ``E[Σ v vᵀ]`` the curvature of each example's loss.
+    """Yield loss vectors ``v``, ``[B, D]``, with ``E[Σ v vᵀ]`` the curvature of each loss.
 
     For the GGN of the model that is ``2 w_t r I``; for the GGN of the loss the outer product of
     the loss' gradient in the prediction.
-
-    Args:
-        batch: The noised batch.
-        prediction_BD: The network's output on it.
-        draws: The source of random loss vectors.
-        options: Which curvature.
-
-    Yields:
-        Loss vectors for all examples, shape ``[B, D]``.
     """
     prediction_BD = prediction_BD.detach()
     match options.fisher_type:
@@ -69,10 +76,6 @@ class CheckedLossVectors:
 
     Whether a batch's predictions are is looked at when the next batch comes, or by :meth:`settle`,
     so that a GPU need not be waited for in between. Until then sums may hold what is not finite.
-
-    Args:
-        regression: The source of random loss vectors, and of examples' names.
-        options: Which curvature.
     """
 
     def __init__(self, regression: NoisedRegression, options: KFACOptions):
@@ -104,3 +107,70 @@ class CheckedLossVectors:
         if not finite:
             names = map(self._regression.name_of, batch.indices)
             check_prediction(prediction_BD, names, batch.level_B)
+
+
+def run_observed(
+    name: str,
+    regression: NoisedRegression,
+    plan: BlockPlan,
+    passes: PassOptions,
+    layers: Sequence[Layer],
+    observer: Observer,
+    running: Running,
+) -> None:
+    """Run every draw and loss vector, and show an observer what layers see.
+
+    It sees all examples of a batch, whichever process runs the network on them, and adds to what is
+    ``running``.
+
+    Raises:
+        ValueError: If a prediction is not finite, a checkpoint is of something else, or the network
+            is found not to be what was tried out.
+    """
+    options = plan.options
+    if options.rounds_products(regression.device):
+        observer = Observers([observer], matmuls_in_tf32)
+    shared = SharedBatches(regression, plan.holders, observer)
+    vectors, retried = CheckedLossVectors(regression, options), Retrial(regression, layers)
+    with observed(regression.objective, layers, shared, options.has_gradients) as network:
+
+        def step(clean: CleanBatch) -> None:
+            for batch in shared.noised_batches(clean):
+                network.run(batch, vectors)
+            vectors.settle()
+            retried(clean)
+
+        run_pass(
+            *(name, regression, running, step, passes, plan.settings),
+            together=shared.share,
+            tell=shared.tell,
+        )
+
+
+def run_on_gradients(
+    name: str,
+    regression: NoisedRegression,
+    plan: BlockPlan,
+    passes: PassOptions,
+    consume: Consume,
+    sums: Sums,
+) -> None:
+    """Run every draw and loss vector, and reduce what the layers of Kronecker form saw to sums."""
+    indices: Sequence[int] = ()
+
+    class Indexed(WholeLayers):
+        def start(self, batch: NoisedBatch) -> None:
+            nonlocal indices
+            indices = batch.indices
+
+    def on_layer(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
+        if layer.name in plan.by_layer:
+            consume(layer, indices, xs, gs)
+
+    layers = plan.beside or [own[0].layer for own in plan.by_layer.values()]
+    if plan.holders is not None:
+        # of exact blocks no gradients of single examples are wanted
+        factored = {layer.name for layer in layers if not isinstance(layer.kind, ExactKind)}
+        plan = replace(plan, holders=plan.holders.restricted(factored))
+    observer = Indexed(on_layer, regression.objective.working_dtype)
+    run_observed(name, regression, plan, passes, layers, observer, sums)

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.cli.commands.scoring import in_shards
-from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions, in_bytes
-from curvlinops_diffusion.cli.processes import num_processes
-from curvlinops_diffusion.curvature.gradient_factors import fitted_factors
-from curvlinops_diffusion.curvature.groups import divided_units, needed_memory, num_groups
+from curvlinops_diffusion.attributor import Attributor
+from curvlinops_diffusion.cli.running import num_processes
+from curvlinops_diffusion.curvature.division import (
+    batches_are_divided,
+    divided_units,
+    needed_memory,
+    num_groups,
+)
+from curvlinops_diffusion.curvature.gradient_moments import fitted_factors
 from curvlinops_diffusion.curvature.options import KFACOptions
-from curvlinops_diffusion.curvature.plan import BlockPlan
-from curvlinops_diffusion.curvature.shards import batches_are_divided
+from curvlinops_diffusion.curvature.prepared import prepare
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.diffusion.trial import checked_trial
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernel_regression import FUNCTIONS, SOLVED
+from curvlinops_diffusion.influence.methods import Method
 from curvlinops_diffusion.influence.scores import can_be_halved
-from curvlinops_diffusion.layers import covered_parameters
-from curvlinops_diffusion.layers.observable import observable
-from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.factors import eigendecomposition
-from curvlinops_diffusion.linalg.parameters import Parameters
-from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
+from curvlinops_diffusion.runtime.passes import PLAIN
 
 # a decomposition of this size is timed; others take the cube of the ratio
 _PROBE = 512
@@ -68,46 +67,42 @@ class Cost:
         return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
 
 
-def fit_cost(regression: NoisedRegression, params: Parameters, options: FitOptions) -> Cost:
-    """Measure a batch, and extrapolate."""
-    kfac = KFACOptions(**options.kfac_options())
-    coverage = covered_parameters(regression.objective.model, params, kfac.has_gradients)
+def fit_cost(
+    attributor: Attributor, curvature: str, num_draws: int, options: dict[str, Any]
+) -> Cost:
+    """Measure a batch, and extrapolate: the cost of :meth:`Attributor.fit` with these arguments."""
+    kfac, passes = KFACOptions(**options), attributor.passes
+    regression = attributor.regression.with_draws(num_draws, antithetic=False)
+    params = attributor.params
     first = _first_batch(regression)
-    coverage = observable(first.objective, checked_trial(first), coverage, kfac.has_gradients)
-    plan = BlockPlan.of(coverage, kfac)
+    plan = prepare(first(1), params, kfac).plan
     sizes = plan.factor_sizes()
 
     def fit(some: NoisedRegression) -> None:
-        observable(some.objective, checked_trial(some), coverage, kfac.has_gradients)
-        fitted_factors(some, plan, PLAIN)
+        fitted_factors(some, prepare(some, params, kfac).plan, PLAIN)
 
     run = _measured(first, fit)
     samples = run.samples * regression.num_samples
     seconds = run.once + run.seconds * regression.num_samples
     entries = plan.num_entries
     itemsize, n = regression.objective.working_dtype.itemsize, num_processes()
-    parameters = sum(p.numel() for p in coverage.params.values())
+    parameters = sum(p.numel() for p in plan.coverage.params.values())
     file_entries, checkpoint_entries = entries, n * entries
-    if options.curvature == "ekfac":
+    if curvature == "ekfac":
         second = regression.with_draws(kfac.num_eigenvalue_draws(regression)).num_samples
         samples += second
         # a sample of the second pass takes longer (docs/performance.rst)
         seconds += 2 * run.seconds / run.samples * second + _decompositions(sizes)
         file_entries += parameters
         checkpoint_entries += entries + n * parameters  # of the bases, and of the eigenvalues
-    shards = n if options.sharded else 1
-    passes = PassOptions(
-        distributed=shards > 1,
-        sharded=shards > 1,
-        max_memory=in_bytes(options.max_memory),
-    )
+    shards, most = n if passes.sharded else 1, passes.max_memory
     # a shard's process may go over all images, for some of the factors: that these take less time
     # than all is not in the estimate
     divided = shards == 1 or batches_are_divided(regression, plan, passes)
     times = 1 if divided else n
     held = divided_units(plan, shards)
     memory = max(needed_memory(units, itemsize) for units in held)
-    most, groups = in_bytes(options.max_memory), 1
+    groups = 1
     if most is not None:
         owned = [plan.restricted({n for unit in units for n in unit.names}) for units in held]
         groups = max(num_groups(own, most, itemsize) for own in owned if own.units)
@@ -122,12 +117,21 @@ def fit_cost(regression: NoisedRegression, params: Parameters, options: FitOptio
 
 
 def score_cost(
-    train: NoisedRegression,
-    query: NoisedRegression,
-    operator: BlockDiagonalLinearOperator,
-    options: ScoreOptions,
+    attributor: Attributor,
+    queries: Any,
+    *,
+    method: str | Sequence[str],
+    measurement: str,
+    num_draws: int,
+    query_draws: int | None,
+    query_block: int,
+    **others: Any,
 ) -> Cost:
-    """Measure a batch of training images, and one query; extrapolate."""
+    """Measure a batch of training images, and one query; extrapolate: :meth:`Attributor.score`."""
+    operator = attributor.operator
+    train = attributor.gradients(num_draws=num_draws).regression
+    draws = num_draws if query_draws is None else query_draws
+    query = attributor.gradients(queries, num_draws=draws).regression
     first, one = _first_batch(train), _first_batch(query, 1)
     params = operator.param_names
 
@@ -135,14 +139,14 @@ def score_cost(
         list(ExampleGradientLinearOperator(some, params).row_batches())
 
     def query_rows(some: NoisedRegression) -> None:
-        J = ExampleGradientLinearOperator(some, params, measurement=options.measurement)
+        J = ExampleGradientLinearOperator(some, params, measurement=measurement)
         list(J.row_batches())
 
     own, queried = _measured(first, rows), _measured(one, query_rows)
     P, itemsize, n = operator.shape[0], operator.dtype.itemsize, num_processes()
     halved = can_be_halved(train) and can_be_halved(query)
     scores = query.num_data * train.num_data * itemsize * (3 if halved else 1)
-    if options.method == "regression":
+    if Method.REGRESSION in method:
         # of all draws, and of both halves
         runs = FUNCTIONS * (2 if halved else 1)
         block = max(1, SOLVED.gradient_bytes // (P * itemsize))
@@ -152,24 +156,23 @@ def score_cost(
         passes = (runs * past * train.num_samples, runs * query.num_samples)
         held = 3 * min(block, max(train.num_data, query.num_data))
     else:
-        blocks = -(-query.num_data // options.query_block)
+        blocks = -(-query.num_data // query_block)
         passes = (blocks * train.num_samples, query.num_samples)
-        held = min(options.query_block, query.num_data) + min(
+        held = min(query_block, query.num_data) + min(
             train.batch_size or train.num_data, train.num_data
         )
         held *= 2 if halved else 1
     return Cost(
         round(passes[0] * own.samples + passes[1] * queried.samples),
         scores,
-        scores if in_shards(options, n > 1) else n * scores,
+        scores if attributor.passes.sharded else n * scores,
         P * held * itemsize + sum(placed.num_bytes for placed in operator.blocks),
         own.once + queried.once + (passes[0] * own.seconds + passes[1] * queried.seconds) / n,
     )
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """Time and work that a run takes for each sample of its data, and time that it takes once.
+class _Measured(NamedTuple):
+    """What a run takes for each sample of its data, and once.
 
     Attributes:
         seconds: Time of a sample.
@@ -187,20 +190,23 @@ class _Measured:
 _SHORT, _LONG = 2, 4
 
 
-def _measured(regression: NoisedRegression, run: Callable[[NoisedRegression], Any]) -> _Measured:
-    run(regression)  # a first one warms up
-    short, long = (_timed(regression.with_draws(draws), run) for draws in (_SHORT, _LONG))
-    more = (_LONG - _SHORT) * regression.num_data
+def _measured(
+    problem: Callable[[int], NoisedRegression], run: Callable[[NoisedRegression], Any]
+) -> _Measured:
+    run(problem(1))  # a first one warms up
+    # problems of their own, on each of which the network is tried out
+    short, long = (_timed(problem(draws), run) for draws in (_SHORT, _LONG))
+    num_data = problem(1).num_data
+    more = (_LONG - _SHORT) * num_data
     # a busy machine may take longer for less
     seconds = max(long[0] - short[0], long[0] / 10) / more
-    once = max(0.0, short[0] - seconds * _SHORT * regression.num_data)
+    once = max(0.0, short[0] - seconds * _SHORT * num_data)
     return _Measured(seconds, (long[1] - short[1]) / more, once)
 
 
 def _timed(
     regression: NoisedRegression, run: Callable[[NoisedRegression], Any]
 ) -> tuple[float, int]:
-    """Seconds that a run takes, and samples that go through the network."""
     count = 0
 
     def add(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -208,7 +214,6 @@ def _timed(
         tensors = [z for z in (*args, *kwargs.values()) if isinstance(z, Tensor) and z.ndim > 1]
         count += len(tensors[0])
 
-    regression.tried.clear()
     hook = regression.objective.model.register_forward_pre_hook(add, with_kwargs=True)
     start = time.perf_counter()
     try:
@@ -220,13 +225,15 @@ def _timed(
     return time.perf_counter() - start, count
 
 
-def _first_batch(regression: NoisedRegression, most: int | None = None) -> NoisedRegression:
+def _first_batch(
+    regression: NoisedRegression, most: int | None = None
+) -> Callable[[int], NoisedRegression]:
+    """The problem of the first examples, given a number of draws."""
     clean = next(regression.clean_batches())
     clean = clean.select(range(len(clean.indices))[:most])
     data = {"x0": clean.x0, **clean.condition}
-    return NoisedRegression(
-        regression.objective, data, 1, regression.draws.seed, batch_size=len(clean.indices)
-    )
+    seed, size = regression.draws.seed, len(clean.indices)
+    return lambda draws: NoisedRegression(regression.objective, data, draws, seed, batch_size=size)
 
 
 def _decompositions(sizes: list[int]) -> float:

@@ -18,7 +18,7 @@ from curvlinops_diffusion import (
     LatentEncoder,
     NoisedRegression,
 )
-from curvlinops_diffusion.diffusion.trial import Trial
+from curvlinops_diffusion.layers.trial import Trial
 from tests.cases import images, noise_levels, plain_regression, seeded
 from tests.comparisons import assert_close
 from tests.reference import dense_ggn, example_gradients, to_dense

@@ -1,0 +1,82 @@
+"""What a fit starts from: the parameters, their blocks, and what a probe of the network found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.curvature.plan import BlockPlan
+from curvlinops_diffusion.diffusion.regression import NoisedRegression, check_regression
+from curvlinops_diffusion.layers import Coverage, covered_parameters
+from curvlinops_diffusion.layers.probe import probed, trial_of
+from curvlinops_diffusion.layers.trial import Trial
+from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace
+from curvlinops_diffusion.linalg.storage import versions
+from curvlinops_diffusion.runtime.digests import fingerprint_beside
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What operators of one problem, choice of parameters and options start from.
+
+    Attributes:
+        coverage: The parameters, the layers that hold them, and what a probe found of them.
+        plan: The blocks.
+        trial: The examples that the network was tried out on.
+        fingerprint: Waits for the digests of the network, which are read beside the fit.
+        space: The parameters' space.
+        header: Describes all of this, for the header of a file.
+    """
+
+    coverage: Coverage
+    plan: BlockPlan
+    trial: Trial
+    fingerprint: Callable[[], dict[str, str]]
+    space: ParameterSpace
+    header: dict[str, Any]
+
+    def info(self, regression: NoisedRegression) -> dict[str, Any]:
+        """Describe an operator that was fitted: what is known after a pass over the data."""
+        data, fingerprint = regression.data_identity(), self.fingerprint()
+        return {**self.header, "data": data, "fingerprint": fingerprint}
+
+
+def prepare(regression: NoisedRegression, params: Parameters, options: KFACOptions) -> Prepared:
+    """Choose the blocks, and try the network out, which is not repeated while nothing has changed.
+
+    Args:
+        regression: Objective, data and draws.
+        params: ``None`` for every parameter, or a choice of them.
+        options: How blocks are approximated.
+
+    Raises:
+        ValueError: If a parameter cannot be covered, or the network is not what derivatives assume;
+            see :mod:`~curvlinops_diffusion.layers.probe`.
+    """
+    check_regression(regression)
+    model = regression.objective.model
+    coverage = covered_parameters(model, params, options.has_gradients)
+    coverage = probed(regression, coverage, options.has_gradients)
+    header = {
+        "options": options.as_dict(),
+        "regression": regression.description,
+        "left_out": coverage.left_out,
+        "others": coverage.others,
+        "versions": versions(),
+    }
+    rounding = set(coverage.rounding)
+    if not options.exact_bias:  # the block of a bias is then the factor of its weight
+        mixed = [layer for layer in coverage.layers if not {*layer.params} <= rounding]
+        rounding -= {name for layer in mixed for name in layer.params}
+    if rounding:
+        header["rounding"] = [name for name in coverage.params if name in rounding]
+    return Prepared(
+        coverage,
+        BlockPlan.of(coverage, options),
+        trial_of(regression),
+        fingerprint_beside(model, regression.device),
+        ParameterSpace.of(coverage.params),
+        header,
+    )

@@ -1,0 +1,363 @@
+"""A few examples on which a network is tried out, and what must hold of its output there.
+
+Draws are pure functions of ``(seed, n, r)``, and every average is over single examples. A network
+that draws random numbers of its own, or whose output for an example depends on the rest of the
+batch, has no such averages; in which of its modules that happens cannot be told from their types.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NoReturn
+from warnings import warn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.conditions import has_rows, leaves, mapped, named
+from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.diffusion.first_call import first_prediction
+from curvlinops_diffusion.diffusion.objective import DenoisingObjective
+from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.runtime.precision import settled
+
+_EXAMPLES = 4
+#: Enough to compare gradients, and to look again in the middle of a pass.
+FEW = 2
+# Rounding errors may be so much larger in a network's output than in one operation
+_AMPLIFIED = 1e5
+# among so many draws the lowest and the highest noise level are looked for
+_DRAWS = 8
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Four examples (or as many as there are) at the lowest and the highest level of some draws.
+
+    Attributes:
+        low: Their draw with the lowest noise level of the first example.
+        high: The one with the highest; the same if there is only one draw.
+        clean: The examples as the data holds them, where these are encoded.
+    """
+
+    low: NoisedBatch
+    high: NoisedBatch
+    clean: tuple[CleanBatch, ...]
+
+    @property
+    def mixed(self) -> NoisedBatch:
+        """Both in one batch, so that examples and levels are told apart."""
+        same = self.low.common_draw == self.high.common_draw
+        return self.low if same else NoisedBatch.interleaved([self.low, self.high])
+
+    @property
+    def few(self) -> NoisedBatch:
+        """The first two examples of these."""
+        mixed, examples = self.mixed, len(self.low.indices)
+        return mixed.select(range(len(mixed.indices) // examples * min(FEW, examples)))
+
+    @classmethod
+    def of(
+        cls,
+        regression: NoisedRegression,
+        batches: Iterable[CleanBatch] | None = None,
+        examples: int = _EXAMPLES,
+    ) -> Trial:
+        """The first examples of a problem, of one shape, from as many batches as it takes.
+
+        Args:
+            regression: Objective, data and draws.
+            batches: Where to look for them; ``None`` for all of the data.
+            examples: How many to look for.
+        """
+        parts: list[tuple[NoisedBatch, NoisedBatch]] = []
+        cleans: list[CleanBatch] = []
+        found = 0
+        chosen: tuple[int, int] | None = None
+        for clean in regression.clean_batches() if batches is None else batches:
+            some = clean.select(range(min(examples - found, len(clean.indices))))
+            if chosen is None:
+                draws = range(min(_DRAWS, regression.num_draws))
+                levels = [int(regression.draws.levels(some.indices, r)[0]) for r in draws]
+                chosen = levels.index(min(levels)), levels.index(max(levels))
+            draw_of = {}
+            for r, batch in enumerate(regression.noised_batches(some)):
+                if r in chosen:
+                    draw_of[r] = batch
+                if r >= max(chosen):
+                    break
+            low, high = (draw_of[r] for r in chosen)
+            if parts and _sizes(parts[0][0]) != _sizes(low):
+                break
+            parts.append((low, high))
+            cleans.append(some)
+            found += len(some.indices)
+            if found == examples:
+                break
+        lows, highs = zip(*parts, strict=True)
+        encoded = tuple(cleans) if regression.encodes else ()
+        return cls(NoisedBatch.joined(lows), NoisedBatch.joined(highs), encoded)
+
+
+def _sizes(batch: NoisedBatch) -> dict[str, Any]:
+    """What must be the same of batches that are joined: sizes of one example, and plain values."""
+
+    def size(entry: Any) -> Any:
+        if isinstance(entry, Tensor):
+            return entry.shape[1:] if has_rows(entry) else (entry.dtype, entry.item())
+        return list if has_rows(entry) else repr(entry)
+
+    condition = {name: size(entry) for name, entry in leaves(batch.condition)}
+    return {"": batch.x_t.shape[1:], **condition}
+
+
+def check_trial(objective: DenoisingObjective, trial: Trial) -> None:
+    """Check that the network's output is a function of each example alone.
+
+    Raises:
+        ValueError: If what encodes the data is random; if the network changes its buffers or
+            parameters, draws random numbers, makes nothing of an entry of the data, two runs of one
+            batch differ, or an example alone from the same example among others.
+    """
+
+    @torch.no_grad()
+    def check() -> None:
+        for clean in trial.clean:
+            _check_encoding(objective, clean)
+        runs = _Runs(objective, trial.mixed)
+        for looked_for in (_changed_state, _random_numbers, _unused_entries, _coupled_examples):
+            looked_for(runs)
+
+    settled(check, objective.device)
+
+
+class _Runs:
+    """Runs of the network on one batch, and the traces that the first has left.
+
+    Every run is watched for the entries of the condition that are used: some functions of torch do
+    something else under a mode.
+    """
+
+    def __init__(self, objective: DenoisingObjective, batch: NoisedBatch):
+        self.objective, self.model, self.batch = objective, objective.model, batch
+        before, self.state = _random_states(objective.device), _State(objective.model)
+        self.first_BD, self.unused = self.predict(batch)
+        # what is drawn with a small probability may be the same twice
+        self.drew = _random_states(objective.device) != before
+
+    def predict(self, batch: NoisedBatch) -> tuple[Tensor, list[str]]:
+        """The prediction, and the entries of the condition that no function was given."""
+        with _Uses(batch.condition) as uses:
+            return first_prediction(self.objective, batch), sorted(uses.waiting.values())
+
+    @cached_property
+    def repeats(self) -> bool:
+        """Whether a second run gives the same."""
+        return self.equal(self.predict(self.batch)[0])
+
+    def equal(self, other_BD: Tensor) -> bool:
+        """Whether a prediction is the first but for rounding; so is one that is not finite."""
+        first_BD = self.first_BD
+        if not (first_BD.isfinite().all() and other_BD.isfinite().all()):
+            return True  # what names them comes later
+        eps = self.objective.rounding
+        allowed = min(eps**0.5, _AMPLIFIED * eps) * first_BD.norm(dim=1)
+        return bool(((first_BD - other_BD).norm(dim=1) <= allowed).all())
+
+
+def _changed_state(runs: _Runs) -> None:
+    caches = runs.state.caches(runs.model)
+    if set(runs.state.changed(runs.model)) - caches or (caches and not runs.repeats):
+        runs.state.refuse(runs.model)
+
+
+def _random_numbers(runs: _Runs) -> None:
+    if runs.drew or not runs.repeats:
+        raise ValueError(
+            "The network draws random numbers of its own (seen at example "
+            f"{runs.batch.indices[0]}), so that the loss of an example is random in more than "
+            f"timestep and noise. {_advice(runs.model)}"
+        )
+
+
+def _unused_entries(runs: _Runs) -> None:
+    """Entries of the data that no function of torch takes, and that change nothing.
+
+    What the network has an argument for, it may ignore by its own choice, and of what is the same
+    for all examples the effect cannot be seen; these are warned of.
+    """
+    batch, unused = runs.batch, runs.unused
+    if not unused:
+        return
+
+    def rolled(name: str, entry: Any) -> Any:
+        return entry.roll(1, 0) if name in unused and has_rows(entry) else entry
+
+    condition = mapped(rolled, named(batch.condition), batch.condition)
+    entries, others = dict(leaves(batch.condition)), dict(leaves(condition))
+    same = [name for name in unused if torch.equal(entries[name], others[name])]
+    if not torch.equal(runs.predict(replace(batch, condition=condition))[0], runs.first_BD):
+        return
+    message = (
+        f"The network makes nothing of {unused}, which the data holds beside the images "
+        f"({type(runs.model).__name__} ignores it, or is configured to). Leave it out of the "
+        "data if training did not use it; else pass what uses it, for instance the network with "
+        "encode= or in a module of your own."
+    )
+    arguments = inspect.signature(runs.model.forward).parameters
+    if not same and any(name.split("/")[0] not in arguments for name in unused):
+        raise ValueError(message)
+    warn(message, stacklevel=2)
+
+
+def _coupled_examples(runs: _Runs) -> None:
+    alone = [runs.predict(runs.batch.select([b]))[0] for b in range(len(runs.first_BD))]
+    if not runs.equal(torch.cat(alone)):
+        raise ValueError(
+            "The network's output for an example depends on the rest of its batch (on the other "
+            "examples, or on their noise levels): alone, it is another one. "
+            f"{_advice(runs.model)}"
+        )
+
+
+def _advice(model: nn.Module) -> str:
+    names = [name or type(model).__name__ for name, m in model.named_modules() if m.training]
+    if not names:
+        return (
+            "Every module is in eval mode: pass a network that is a function of (x_t, t, "
+            "condition) example by example."
+        )
+    return (
+        f"{len(names)} of its modules are in train mode, the first being '{names[0]}'. Call "
+        "model.eval() first."
+    )
+
+
+def _check_encoding(objective: DenoisingObjective, clean: CleanBatch) -> None:
+    """Check that examples are encoded the same each time; latents are drawn by the draws.
+
+    Raises:
+        ValueError: If they are not, naming what varied.
+    """
+
+    def encoded() -> dict[str, Any]:
+        found = objective.encode(clean)
+        return {"mean": found.mean, "std": found.std, **dict(leaves(found.condition))}
+
+    before, first = _random_states(objective.device), encoded()
+    drew, again = _random_states(objective.device) != before, encoded()
+    names = sorted(first.keys() | again.keys())
+    varied = [name for name in names if not _same_entry(first.get(name), again.get(name))]
+    if varied or drew:
+        what = ", ".join(f"'{name}'" for name in varied) or "a generator of random numbers"
+        raise ValueError(
+            "What encodes the data (autoencoder, text encoder, encode=) is random: of the same "
+            f"examples twice, {what} varied. Put its modules into eval mode, and return mean and "
+            "std of latents, which are drawn for each draw, rather than a sample."
+        )
+
+
+def _same_entry(a: Any, b: Any) -> bool:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return type(a) is type(b) and repr(a) == repr(b)
+    if a.shape != b.shape or not a.is_floating_point():
+        return torch.equal(a, b)
+    rounding = torch.finfo(a.dtype).eps ** 0.5
+    return bool((a - b).norm() <= rounding * a.norm()) or not a.isfinite().all()
+
+
+def _random_states(device: torch.device) -> list[bytes]:
+    """The states of the generators that a network may draw from."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    legacy = np.random.get_state(legacy=False)  # noqa: NPY002  the generator that others draw from
+    python = repr((random.getstate(), legacy)).encode()
+    return [*(state.numpy().tobytes() for state in states), python]
+
+
+class _Uses(TorchFunctionMode):
+    """Sees which tensors of a condition are given to a function of torch.
+
+    Attributes:
+        waiting: The names of the others, by identity.
+    """
+
+    def __init__(self, condition: Mapping[str, Any]):
+        super().__init__()
+        self.waiting = {id(z): name for name, z in leaves(condition) if isinstance(z, Tensor)}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        # not where only its shape, type or device is asked for
+        if self.waiting and getattr(func, "__name__", "") != "__get__":
+            for z in tree_leaves((args, kwargs)):
+                self.waiting.pop(id(z), None)
+        return func(*args, **(kwargs or {}))
+
+
+class _State:
+    """What a network may change while it runs: each parameter and buffer, with its version.
+
+    Buffers are copied, and tables of embeddings with a ``max_norm``, so that they can be put back.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._versions = {name: (z, z._version) for name, z in _held(model)}
+        self._copies = {name: z.clone() for name, z in model.named_buffers()}
+        for prefix, module in model.named_modules():
+            if getattr(module, "max_norm", None) is not None:
+                own = module.named_parameters(prefix, recurse=False)
+                self._copies |= {name: p.clone() for name, p in own}
+
+    def changed(self, model: nn.Module) -> list[str]:
+        """The names of what is another one, or has other entries."""
+
+        def differs(name: str, z: Tensor) -> bool:
+            before, version = self._versions.get(name, (None, 0))
+            if before is None or (z is before and z._version == version):
+                return False
+            copy = self._copies.get(name)
+            return copy is None or z.shape != copy.shape or not torch.equal(z, copy)
+
+        return [name for name, z in _held(model) if differs(name, z)]
+
+    def caches(self, model: nn.Module) -> set[str]:
+        """The changed buffers that are no part of the network's state, of modules in eval mode.
+
+        A table that grows with the longest input, or a counter, need not change the output.
+        """
+        changed = self.changed(model)
+        kept = set(model.state_dict()) if changed else set()
+        return {
+            name
+            for name in changed
+            if name not in kept and not model.get_submodule(name.rpartition(".")[0]).training
+        }
+
+    def refuse(self, model: nn.Module) -> NoReturn:
+        """Put back what can be of what has changed, and raise a ``ValueError`` with the names."""
+        changed, held = self.changed(model), dict(_held(model))
+        for name in changed:
+            copy = self._copies.get(name)
+            if copy is not None and copy.shape == held[name].shape:
+                held[name].copy_(copy)
+        raise ValueError(
+            f"The network changes {changed[:4]} while it runs, so that it is another one for each "
+            "batch (running statistics, spectral norms and others do so in training). A buffer "
+            "that only caches must be registered with persistent=False. "
+            f"{_advice(model)}"
+        )
+
+
+def _held(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
