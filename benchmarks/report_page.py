@@ -46,9 +46,8 @@ def measured(folder: Path, size: int, images: int, queries: int) -> dict[str, fl
     }
     generator = torch.Generator().manual_seed(0)
     scores_QN = torch.randn(queries, images, generator=generator)
-    write_scores(
-        folder / "scores.safetensors", scores_QN, names, {"query": {"measurement": "loss"}}
-    )
+    header = {**names, "identity": {"query": {"measurement": "loss"}}}
+    write_scores(folder / "scores.safetensors", {"scores": scores_QN}, header)
     page = folder / "report.html"
     words = ["report", "--scores", folder / "scores.safetensors", "--data", folder / "train"]
     words += ["--queries", folder / "queries", "--output", page]

@@ -20,7 +20,7 @@ from curvlinops_diffusion import (
     GradientStore,
     NoisedRegression,
 )
-from curvlinops_diffusion.influence.split_half import rank_correlation
+from curvlinops_diffusion.influence.agreement import rank_correlations
 
 DAMPING = 1e-8
 
@@ -60,7 +60,7 @@ def main() -> None:
                 "form": _name(compression),
                 "bytes_for_each_example": round(size),
                 "error_of_scores": round(float((scores - truth).norm() / truth.norm()), 4),
-                "rank_correlation": round(float(rank_correlation(scores, truth).mean()), 4),
+                "rank_correlation": round(float(rank_correlations(scores, truth).mean()), 4),
                 "top_10_found": _shared(_top(scores), _top(truth)),
                 "milliseconds_to_read_1000": round(1e6 * seconds / N, 1),
             }

@@ -32,7 +32,9 @@ from .diffusion.noise import PredictionType as PredictionType
 from .diffusion.objective import DenoisingObjective as DenoisingObjective
 from .diffusion.random_numbers import ProbeType as ProbeType
 from .diffusion.regression import NoisedRegression as NoisedRegression
+from .influence.agreement import SplitHalfScores as SplitHalfScores
 from .influence.compression import Compression as Compression
+from .influence.compression import RandomProjection as RandomProjection
 from .influence.consumers import (
     GradientConsumer as GradientConsumer,
 )
@@ -41,14 +43,17 @@ from .influence.consumers import (
 )
 from .influence.gradients import ExampleGradientLinearOperator as ExampleGradientLinearOperator
 from .influence.kernel_regression import (
+    KernelOptions as KernelOptions,
+)
+from .influence.kernel_regression import (
     averaged_scores as averaged_scores,
 )
 from .influence.kernel_regression import (
     kernel_regression_scores as kernel_regression_scores,
 )
-from .influence.parts import influence_scores_by_layer as influence_scores_by_layer
-from .influence.projection import RandomProjection as RandomProjection
-from .influence.regression import regression_scores as regression_scores
+from .influence.kernel_regression import (
+    regression_scores as regression_scores,
+)
 from .influence.scores import (
     group_influence_scores as group_influence_scores,
 )
@@ -56,22 +61,20 @@ from .influence.scores import (
     influence_scores as influence_scores,
 )
 from .influence.scores import (
+    influence_scores_by_layer as influence_scores_by_layer,
+)
+from .influence.scores import (
     self_influence_scores as self_influence_scores,
 )
 from .influence.scores import (
-    stream_gradients as stream_gradients,
+    split_half_scores as split_half_scores,
 )
 from .influence.scores import (
     top_influences as top_influences,
 )
-from .influence.split_half import (
-    SplitHalfScores as SplitHalfScores,
-)
-from .influence.split_half import (
-    split_half_scores as split_half_scores,
-)
 from .influence.store import GradientStore as GradientStore
 from .influence.stored_scores import StoredScores as StoredScores
+from .influence.streaming import stream_gradients as stream_gradients
 from .linalg.block_diagonal import BlockDiagonalLinearOperator as BlockDiagonalLinearOperator
 from .linalg.solvers.conjugate_gradients import (
     CGRefinedInverseLinearOperator as CGRefinedInverseLinearOperator,

@@ -5,20 +5,28 @@ Legend: Q queries, N training images, k the first of a query's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from torch import Tensor
 
-from curvlinops_diffusion.influence.agreement import Agreement
+from curvlinops_diffusion.influence.agreement import Agreement, SplitHalfScores
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
-from curvlinops_diffusion.influence.score_files import write_scores
-from curvlinops_diffusion.influence.split_half import SplitHalfScores
+from curvlinops_diffusion.influence.score_files import (
+    COLUMNS,
+    helpful_sign,
+    table_rows,
+    write_scores,
+    write_table,
+)
+from curvlinops_diffusion.influence.stored_scores import StoredScores
+from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.page.gallery import Gallery
 from curvlinops_diffusion.runtime.checks import check_count
+from curvlinops_diffusion.runtime.files import check_same
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,24 +54,67 @@ class Attribution:
         scores: The scores of the first method, ``[Q, N]``. Of ``influence``, predicted changes of
             the measured value had the model been trained without the image; those of
             ``regression`` have no unit, only their order says something.
-        by_method: The scores of each method.
+        by_method: The scores of each method, of which the first orders; in files if each process
+            has written its own.
         halves: Those of two halves of the draws, by method; ``None`` where the draws cannot be
-            halved.
+            halved, and of a file.
         header: What the scores were made from, as a file of scores holds it.
         train: The training images, with names and captions.
         queries: The queries, likewise.
     """
 
-    by_method: Mapping[str, Tensor]
+    by_method: Mapping[str, Tensor | StoredScores]
     halves: Mapping[str, SplitHalfScores | None]
     header: Mapping[str, Any]
     train: Gallery = field(repr=False)
     queries: Gallery = field(repr=False)
 
+    @classmethod
+    def load(cls, path: str | PathLike[str], images: Any, queries: Any) -> Self:
+        """Scores of a file, with the images that they are of.
+
+        Args:
+            path: The file that :meth:`save` or the program wrote.
+            images: The training images, as they were given to
+                :meth:`Attributor.from_pipeline`: a folder, say.
+            queries: The queries, likewise.
+
+        Raises:
+            ValueError: If the file is damaged or of another version, or was made of other images.
+        """
+        stored = StoredScores.open(path)
+        header = stored.header
+        if not all(hasattr(given, "caption") for given in (images, queries)):
+            try:
+                from curvlinops_diffusion.loading.images import open_images
+                from curvlinops_diffusion.loading.labels import Condition
+                from curvlinops_diffusion.loading.preprocessing import Form
+            except ImportError as error:
+                raise _needs_extra("Reading images", error) from error
+            seen = header.get("form", {"channels": None, "resolution": None})
+            form = Form(seen["channels"], None, seen["resolution"])
+            # whatever stands beside images, where the network's condition is not known
+            known = header.get("condition")
+            condition: Any = None if known is None else Condition(**known)
+            images = open_images(images, form, condition)
+            prompt = {"prompts": header.get("prompt")}
+            queries = open_images(queries, form, condition, images, **prompt)
+        for gallery, names, what in (
+            (images, header["train"], "images"),
+            (queries, header["queries"], "queries"),
+        ):
+            if list(gallery.names) != names:
+                raise ValueError(
+                    f"`{what}` are {len(gallery.names)} that are not the {len(names)} that "
+                    f"'{path}' is of. Pass those that were scored."
+                )
+        by_method = stored.by_method
+        return cls(by_method, dict.fromkeys(by_method), header, images, queries)
+
     @property
     def scores(self) -> Tensor:
         """The scores of the first method, ``[Q, N]``."""
-        return next(iter(self.by_method.values()))
+        return _whole(next(iter(self.by_method.values())))
 
     @property
     def agreement(self) -> Agreement | None:
@@ -88,22 +139,21 @@ class Attribution:
         Raises:
             ValueError: If ``k`` is no whole number of at least 1.
         """
-        k = min(check_count("k", k), self.scores.shape[1])
-        sign = -1 if self.better is Better.HIGHER else 1
-        order_Qk = (sign * self.scores).topk(k).indices
+        check_count("k", k)
+        sign = helpful_sign(self.header)
         return [
             [
                 RankedImage(self.train.names[n], float(scores_N[n]), rank)
-                for rank, n in enumerate(order_k.tolist(), 1)
+                for rank, n in enumerate((sign * scores_N).argsort(descending=True).tolist()[:k], 1)
             ]
-            for scores_N, order_k in zip(self.scores, order_Qk, strict=True)
+            for scores_N in next(iter(self.by_method.values()))
         ]
 
     def to_pandas(self) -> pd.DataFrame:
-        """The scores as a table: a row for each query, training image and method.
+        """The scores as a table, a row for each method, query and training image.
 
-        Columns: ``query``, ``image``, ``score``, ``rank`` (1 is the most helpful), ``caption`` (the
-        image's), and ``method``.
+        The most helpful first. Columns: ``query``, ``image``, ``score``, ``rank`` (1 is the most
+        helpful), ``method``, and ``caption`` (the image's).
 
         Raises:
             ValueError: If pandas is not installed.
@@ -112,77 +162,89 @@ class Attribution:
             import pandas as pd
         except ImportError as error:
             raise ValueError("A table needs pandas: pip install pandas.") from error
-        sign = -1 if self.better is Better.HIGHER else 1
-        Q, N = self.scores.shape
-        captions = [self.train.caption(n) for n in range(N)]
-        tables = []
-        for method, scores_QN in self.by_method.items():
-            rank_QN = (-sign * scores_QN).argsort(1).argsort(1) + 1
-            tables.append(
-                pd.DataFrame(
-                    {
-                        "query": [name for name in self.queries.names for _ in range(N)],
-                        "image": list(self.train.names) * Q,
-                        "score": scores_QN.flatten().tolist(),
-                        "rank": rank_QN.flatten().tolist(),
-                        "caption": captions * Q,
-                        "method": method,
-                    }
-                )
-            )
-        return pd.concat(tables, ignore_index=True)
+        table = pd.DataFrame(table_rows(self.by_method, self.header), columns=COLUMNS)
+        captions = {name: self.train.caption(n) for n, name in enumerate(self.train.names)}
+        return table.assign(caption=table["image"].map(captions))
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the scores with everything that is known of them to a safetensors file.
+        """Write the scores with everything that is known of them to a safetensors file, or a table.
 
-        Those of the first method are called ``scores``, those of others by their methods. Never
+        Those of the first method are called ``scores``, with halves of the draws ``first`` and
+        ``second``; those of others by their methods, with halves ``regression/first``, say. Never
         half-written. :class:`~curvlinops_diffusion.StoredScores` and the program's ``report``
         read it.
 
         Args:
-            path: Where to.
+            path: Where to; ending in ``.csv`` or ``.parquet`` for the table of :meth:`to_pandas`,
+                without captions.
 
         Raises:
             ValueError: If the file cannot be written.
         """
-        (first, scores_QN), *others = self.by_method.items()
-        halves = self.halves[first]
-        write_scores(
-            Path(path),
-            scores_QN,
-            {"train": self.train.names, "queries": self.queries.names},
-            halves=None if halves is None else (halves.first, halves.second),
-            others=dict(others),
-            **{k: v for k, v in self.header.items() if k not in ("train", "queries")},
-        )
+        path = Path(path)
+        if path.suffix in (".csv", ".parquet"):
+            write_table(path, table_rows(self.by_method, self.header))
+            return
+        tensors: dict[str, Tensor] = {}
+        for place, (method, scores_QN) in enumerate(self.by_method.items()):
+            halves, prefix = self.halves[method], f"{method}/" if place else ""
+            tensors[method if place else "scores"] = _whole(scores_QN)
+            if halves is not None:
+                tensors[f"{prefix}first"] = halves.first
+                tensors[f"{prefix}second"] = halves.second
+        write_scores(path, tensors, self.header)
 
-    def report(self, path: str | PathLike[str], *, top: int = 8) -> None:
+    def report(
+        self,
+        path: str | PathLike[str],
+        *,
+        top: int = 8,
+        operator: str | PathLike[str] | None = None,
+    ) -> int:
         """Write a page with the images that helped and hindered each query most.
 
-        One HTML file, with the images in it.
+        One HTML file, with the images in it. The first method orders, and each has its number.
 
         Args:
             path: Where to.
             top: Training images in each row of a query.
+            operator: A file of the curvature, to show its spectrum and blocks.
+
+        Returns:
+            The size of the page in bytes.
 
         Raises:
-            ValueError: If the examples are no images, or the page cannot be written.
+            ValueError: If the examples are no images or not those that were scored, the operator is
+                another, or the page cannot be written.
         """
         try:
             from curvlinops_diffusion.page.report import write_report
         except ImportError as error:
-            raise ValueError(
-                f"A page needs {error.name}: pip install 'curvlinops-diffusion[cli]'."
-            ) from error
-        write_report(path, self.scores, self.header, self.train, self.queries, top=top)
+            raise _needs_extra("A page", error) from error
+        if operator is not None:
+            there = {k: v for k, v in read_header(operator)["info"].items() if k != "run"}
+            check_same(
+                self.header["identity"].get("operator", {}),
+                there,
+                f"`operator` '{operator}' is not that of the scores",
+                "Pass the one that they were made with.",
+            )
+        check_count("top", top)
+        shown = (self.header, self.train, self.queries)
+        return write_report(path, self.by_method, *shown, top=top, operator=operator)
 
     def __str__(self) -> str:
         """Say what there is and how sure it is."""
-        Q, N = self.scores.shape
+        Q, N = next(iter(self.by_method.values())).shape
         sure = self.agreement
-        told = "How sure they are is not known." if sure is None else f"{sure}"
-        return f"{Q} × {N} scores, of queries and training images, by {self._methods()}. {told}"
+        told = sure or "How sure they are is not known: that takes multiples of 4 draws."
+        methods = " and ".join(self.by_method)
+        return f"{Q} × {N} scores, of queries and training images, by {methods}. {told}"
 
-    def _methods(self) -> str:
-        names: Sequence[str] = list(self.by_method)
-        return " and ".join(names)
+
+def _whole(scores: Tensor | StoredScores) -> Tensor:
+    return scores.whole() if isinstance(scores, StoredScores) else scores
+
+
+def _needs_extra(what: str, error: ImportError) -> ValueError:
+    return ValueError(f"{what} needs {error.name}: pip install 'curvlinops-diffusion[cli]'.")

@@ -6,12 +6,14 @@ Legend: Q queries, N training images.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from types import SimpleNamespace
+from typing import Any, Literal, Self, TypeVar
 
 from torch import distributed
 
@@ -23,18 +25,29 @@ from curvlinops_diffusion.curvature.load import (
     is_of_same_images,
     load_operator,
 )
+from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.agreement import Agreement, plain_numbers
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.kernel_regression import RIDGE
 from curvlinops_diffusion.influence.methods import Method, check_measurement, scores_of
+from curvlinops_diffusion.influence.score_files import SCORES
+from curvlinops_diffusion.influence.scores import can_be_halved
+from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
+from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.linalg.parameters import Parameters
-from curvlinops_diffusion.page.gallery import Gallery, RegressionGallery
+from curvlinops_diffusion.page.gallery import RegressionGallery
+from curvlinops_diffusion.runtime.adapters import common_list
+from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
 from curvlinops_diffusion.runtime.checks import check_option
+from curvlinops_diffusion.runtime.files import check_same, check_space
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
+from curvlinops_diffusion.runtime.processes import Share
 
 OPERATORS = {"ekfac": DiffusionEKFACLinearOperator, "kfac": DiffusionKFACLinearOperator}
+T = TypeVar("T")
 
 
 class Attributor:
@@ -54,12 +67,15 @@ class Attributor:
         data: The training images, in any form of :class:`~curvlinops_diffusion.NoisedRegression`.
         params: The parameters that curvature and gradients are of: ``None`` for all; or their
             names, or the parameters themselves.
-        seed: Of the draws of timestep and noise; queries have the next one.
+        seed: The seed of the draws of timestep and noise; queries have the next one.
         batch_size: Images that the network sees at once; ``"auto"`` for as many as fit into half of
             the free memory.
         checkpoint: A folder in which long work writes down how far it has come, and from which it
-            goes on when it is started again; ``None`` for none. Delete it when all is done.
+            goes on when it is started again; ``None`` for none, or beside an ``output``. Delete it
+            when all is done.
         progressbar: Whether to show progress; ``None`` for at a terminal.
+        passes: Checkpoints, processes, memory and progress, in place of the two; with ``sharded``,
+            each process keeps its share of the curvature and of the scores alone.
         recipe: How training differed from the plain loss: ``timesteps``, ``augment``,
             ``augmented_conditions``, ``noise_offset``, ``input_perturbation``, ``example_weights``
             and ``loss_mask`` of :class:`~curvlinops_diffusion.NoisedRegression`.
@@ -67,6 +83,10 @@ class Attributor:
     Attributes:
         objective: The objective.
         regression: The training images as a (model, loss, data) triple, one draw of each.
+        images: The training images with names and captions.
+        params: The parameters, as they were passed.
+        passes: How long work is run.
+        run: What decided the run, as plain values that files keep in their headers.
 
     Raises:
         ValueError: If data or recipe are of no accepted kind.
@@ -85,23 +105,26 @@ class Attributor:
         params: Parameters = None,
         *,
         seed: int = 0,
-        batch_size: int | str = 32,
+        batch_size: int | Literal["auto"] = 32,
         checkpoint: str | PathLike[str] | None = None,
         progressbar: bool | None = None,
+        passes: PassOptions | None = None,
         **recipe: Any,
     ):
         self.objective = objective
-        self._params = params
+        self.params = params
+        self.run: dict[str, Any] = {}
         self._recipe = {"batch_size": batch_size, **recipe}
-        self._checkpoint = None if checkpoint is None else Path(checkpoint)
-        self._progressbar = sys.stderr.isatty() if progressbar is None else progressbar
+        self.passes = passes or PassOptions(
+            checkpoint,
+            distributed=distributed.is_available() and distributed.is_initialized(),
+            progressbar=sys.stderr.isatty() if progressbar is None else progressbar,
+        )
         self._operator: BlockDiagonalLinearOperator | None = None
-        self._open: Any = None  # opens queries as the training images were
+        self._open: Callable[..., Any] | None = None  # opens queries as the training images were
         self._told: dict[str, Any] = {}
         self.regression = NoisedRegression(objective, data, 1, seed, **self._recipe)
-        self._train: Gallery = (
-            data if hasattr(data, "caption") else RegressionGallery(self.regression)
-        )
+        self.images = _gallery(data, self.regression)
 
     @classmethod
     def from_pipeline(
@@ -111,10 +134,11 @@ class Attributor:
         *,
         prompts: str | Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
+        caption_extension: str | None = None,
         params: Sequence[str] | None = None,
         resolution: int | None = None,
         weighting: Any = None,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum"] = "mean",
         condition_dropout: float = 0.0,
         training_arguments: Mapping[str, Any] | None = None,
         latent_cache: str | PathLike[str] | None = None,
@@ -129,19 +153,27 @@ class Attributor:
         Args:
             pipeline: The pipeline.
             images: The training images: a folder, paths, PIL images, a tensor ``[N, C, H, W]`` in
-                [-1, 1], or a data set.
-            prompts: A prompt for each image, or one for all that have none of their own.
+                [-1, 1], or a data set. Folders may be as trainers lay them out: with metadata.jsonl
+                or metadata.csv, captions in files beside the images, and kohya's ``30_shs dog``,
+                whose repeats become ``example_weights`` and whose name is the prompt of images
+                that have no caption.
+            prompts: A prompt for each image; or one for all that have none of their own, queries
+                included.
             labels: A class for each image, in the order of ``images``.
+            caption_extension: How the names of captions beside images end; ``None`` for
+                ``.caption`` or ``.txt``.
             params: Names or patterns (``'*attn*'``) of the parameters to cover; ``None`` for those
                 of adapters if there are any, else of a ControlNet, else all.
-            resolution: The side that images are resized to (the shorter one, then cut to a square
-                from the middle); ``None`` to take them as they are.
+            resolution: The pixels that the shorter side of images is resized to, before a square is
+                cut from the middle; ``None`` for images of the network's size.
             weighting: The loss' weighting of noise levels, as that of
-                :class:`~curvlinops_diffusion.DenoisingObjective`.
+                :class:`~curvlinops_diffusion.DenoisingObjective`; ``None`` for all alike.
             reduction: ``'mean'`` or ``'sum'`` of squared errors over an image's entries.
             condition_dropout: The probability with which training dropped the prompt or label.
-            training_arguments: What else training gave the network, as for
-                :meth:`~curvlinops_diffusion.DenoisingObjective.from_pipeline`.
+            training_arguments: What else training gave the network, by the names in ``diffusers``'
+                training scripts, see
+                :meth:`~curvlinops_diffusion.DenoisingObjective.from_pipeline`; ``None`` for what
+                these scripts have.
             latent_cache: A folder to keep latents and embeddings in, to compute them once.
             autocast: The precision of the network's passes, if it is lower.
             options: ``seed``, ``batch_size``, ``checkpoint``, ``progressbar`` and the recipe of
@@ -151,14 +183,7 @@ class Attributor:
             ValueError: If the pipeline is of no known kind, or images, prompts and labels do not
                 fit together or are not what it takes.
         """
-        try:
-            from curvlinops_diffusion.loading.given import given_images
-            from curvlinops_diffusion.loading.network import Network
-        except ImportError as error:
-            raise ValueError(
-                f"Reading images needs {error.name}: pip install 'curvlinops-diffusion[cli]'."
-            ) from error
-        network = Network.of_pipeline(
+        network = _loading().Network.of_pipeline(
             pipeline,
             params,
             weighting=weighting,
@@ -168,8 +193,45 @@ class Attributor:
             latent_cache=latent_cache,
             autocast=autocast,
         )
+        beside: dict[str, Any] = {"prompts": prompts, "labels": labels}
+        beside |= {"caption_extension": caption_extension}
+        return cls.of_network(network, images, resolution=resolution, **beside, **options)
+
+    @classmethod
+    def of_network(
+        cls,
+        network: Any,
+        images: Any,
+        *,
+        prompts: str | Sequence[str] | None = None,
+        labels: Sequence[int] | None = None,
+        caption_extension: str | None = None,
+        resolution: int | None = None,
+        **options: Any,
+    ) -> Self:
+        """The attributor of a network that is loaded, and of what it covers.
+
+        Args:
+            network: A ``Network``, which knows the form of images that it takes.
+            images: As for :meth:`from_pipeline`, and so are the others.
+            prompts: Likewise.
+            labels: Likewise.
+            caption_extension: Likewise.
+            resolution: Likewise.
+            options: Likewise.
+
+        Raises:
+            ValueError: As :meth:`from_pipeline`.
+        """
+        open_images = _loading().open_images
+        if isinstance(prompts, str):  # for queries as well
+            network, prompts = network.with_prompt(prompts, caption_extension), None
+        elif caption_extension is not None:
+            network = network.with_prompt(None, caption_extension)
         form, condition = network.form(resolution), network.condition
-        train = given_images(images, form, condition, prompts=prompts, labels=labels)
+        train = open_images(images, form, condition, prompts=prompts, labels=labels)
+        if train.example_weights is not None:
+            options = {"example_weights": train.example_weights, **options}
         beside = list(condition.images) or None  # mirrored with the image
         found = cls(
             network.objective, train, network.params, augmented_conditions=beside, **options
@@ -178,10 +240,10 @@ class Attributor:
         def opened(queries: Any, **beside: Any) -> Any:
             if _is_same_folder(queries, images):
                 raise ValueError(
-                    f"'{queries}' holds the training images. Pass the images to explain; for the "
-                    "influence of training images on themselves, self_influence_scores."
+                    f"`queries` '{queries}' holds the training images. Pass the images to explain; "
+                    "for the influence of training images on themselves, self_influence_scores."
                 )
-            return given_images(queries, form, condition, train, **beside)
+            return open_images(queries, form, condition, train, **beside)
 
         found._open = opened
         found._told = {
@@ -215,7 +277,7 @@ class Attributor:
             beside: ``prompts`` and ``labels`` of queries.
         """
         if queries is not None:
-            return self._gradients_of(self._opened(queries, **beside), num_draws, measurement)
+            return self._gradients_of(self.opened(queries, **beside), num_draws, measurement)
         regression = _drawn(self.regression, num_draws)
         return ExampleGradientLinearOperator(regression, self._covered, measurement=measurement)
 
@@ -230,30 +292,65 @@ class Attributor:
 
     @property
     def _covered(self) -> Parameters:
-        return self._params if self._operator is None else self._operator.param_names
+        return self.params if self._operator is None else self._operator.param_names
 
     # -----------------------------------------------------------------------------------------
 
-    def fit(self, curvature: str = "ekfac", *, num_draws: int = 8, **options: Any) -> Self:
+    def fit(
+        self,
+        curvature: Literal["ekfac", "kfac"] = "ekfac",
+        *,
+        num_draws: int = 8,
+        output: str | PathLike[str] | None = None,
+        overwrite: bool = False,
+        **options: Any,
+    ) -> Self:
         """Fit the curvature of the training loss to the training images.
 
         Args:
-            curvature: ``'ekfac'`` or ``'kfac'``.
+            curvature: The approximation, ``'ekfac'`` or ``'kfac'``.
             num_draws: Draws of timestep and noise for each image.
+            output: A file for the curvature, see :meth:`save`; if it holds this fit already it is
+                read. A checkpoint stands beside it until it is written.
+            overwrite: Replace an output, and a checkpoint, of other weights, data, draws or
+                options.
             options: Of :class:`~curvlinops_diffusion.DiffusionKFACLinearOperator`.
 
         Returns:
             The attributor itself.
 
         Raises:
-            ValueError: As :class:`~curvlinops_diffusion.DiffusionKFACLinearOperator`.
+            ValueError: If the output is of another fit, or as
+                :class:`~curvlinops_diffusion.DiffusionKFACLinearOperator`.
         """
         if curvature not in OPERATORS:
             raise ValueError(f"`curvature` must be one of {list(OPERATORS)}, got {curvature!r}.")
-        passes = options.pop("passes", self._passes("fit"))
+        settings = KFACOptions(**options).as_dict()
         regression = self.regression.with_draws(num_draws, antithetic=False)
+        path = None if output is None else Path(output)
+        identity: dict[str, Any] = {}
+        if path is not None:
+            covered = {} if self.params is None else {"params": common_list(self._names())}
+            identity = regression.identity({"curvature": curvature, **settings, **covered})
+            if path.exists() and not overwrite:
+                _check_same_run(path, read_header(path)["info"], identity)
+                self._operator = load_operator(path, self.objective.model, passes=self.passes)
+                self._forget(path)
+                return self
         make = OPERATORS[curvature]
-        self._operator = make(regression, self._params, passes=passes, **options)
+        self._operator = self._going_on(
+            "fit",
+            path,
+            overwrite,
+            lambda passes: make(regression, self.params, passes=passes, **options),
+        )
+        if path is not None:
+            self._operator.info |= {"identity": identity}
+            if hasattr(self.images, "summary"):
+                self._operator.info |= {"images": self.images.summary()}
+            if self._operator.share.count > 1 or Share.of_all().rank == 0:
+                self.save(path)
+            self._forget(path)
         return self
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -262,30 +359,45 @@ class Attributor:
         Raises:
             ValueError: If there is none, or the file cannot be written.
         """
+        self.operator.info |= {"run": self.run} if self.run else {}
         self.operator.save(path)
 
     @classmethod
-    def load(cls, path: str | PathLike[str], source: Any, images: Any, **options: Any) -> Self:
+    def load(
+        cls,
+        path: str | PathLike[str],
+        source: Any,
+        images: Any,
+        *,
+        other_data: bool = False,
+        **options: Any,
+    ) -> Self:
         """The attributor with a saved curvature.
 
         Args:
             path: The file that :meth:`save` wrote.
             source: The pipeline, or the objective.
             images: The training images.
+            other_data: Accept a curvature that was fitted to other images.
             options: Of :meth:`from_pipeline`, or of :class:`Attributor`.
 
         Raises:
             ValueError: If the file is of another network, other images, another objective or
                 another version; the message says which.
         """
-        make = cls if isinstance(source, DenoisingObjective) else cls.from_pipeline
-        found = make(source, images, **options)
-        operator = load_operator(path, found.objective.model)
-        advice = "Pass the pipeline that it was fitted with, and the same recipe of training."
+        if isinstance(source, DenoisingObjective):
+            found = cls(source, images, **options)
+        elif hasattr(source, "objective"):
+            found = cls.of_network(source, images, **options)
+        else:
+            found = cls.from_pipeline(source, images, **options)
+        operator = load_operator(path, found.objective.model, passes=found.passes)
+        advice = "Pass the network that it was fitted with, and the same recipe of training."
         check_same_objective(path, operator.info, found.regression, advice)
-        if not is_of_same_images(operator.info, found.regression):
+        if not other_data and not is_of_same_images(operator.info, found.regression):
             raise ValueError(
-                f"'{path}' was fitted to other images than those given. Pass the same, or fit anew."
+                f"'{path}' was fitted to other images than those given. Pass the same, fit anew, "
+                "or pass `other_data=True` if that is meant."
             )
         found._operator = operator
         return found
@@ -301,10 +413,12 @@ class Attributor:
         damping: float = 1e-8,
         relative: bool = False,
         rtol: float | None = None,
-        ridge: float = 5.0,
+        ridge: float = RIDGE,
         num_draws: int = 64,
         query_draws: int | None = None,
         query_block: int = 64,
+        output: str | PathLike[str] | None = None,
+        overwrite: bool = False,
     ) -> Attribution:
         """Score every training image for every query.
 
@@ -313,27 +427,33 @@ class Attributor:
 
         Args:
             queries: The images to explain, in the same forms as the training images.
-            prompts: Their prompts, one for each or one for all.
+            prompts: Their prompts, one for each, or one for all that have none of their own.
             labels: Their classes.
-            method: ``'influence'`` or ``'regression'``, or several of them, from one pass over the
-                training images.
+            method: ``'influence'``, predicted changes of what is measured, or ``'regression'``, an
+                order that has no unit; of several, out of one pass over the training images, the
+                first orders and all are shown.
             measurement: What is measured at the queries.
             damping: What is added to the curvature's eigenvalues before it is inverted.
             relative: Take the damping in units of each block's mean eigenvalue.
             rtol: Leave out eigenvalues of at most this part of the largest.
             ridge: That of ``'regression'``, in units of the kernel's mean diagonal entry.
-            num_draws: Draws of timestep and noise for each training image.
+            num_draws: Draws of timestep and noise for each training image; multiples of 4 tell how
+                sure the scores are.
             query_draws: Those for each query; ``None`` for as many.
             query_block: Queries whose gradients are held at once.
+            output: A file for the scores, see :meth:`Attribution.save`; if it holds these scores
+                already they are read. A checkpoint stands beside it until it is written.
+            overwrite: Replace an output, and a checkpoint, of other scores.
 
         Raises:
-            ValueError: If there is no curvature, or the queries are not what the network takes.
+            ValueError: If there is no curvature, the queries are not what the network takes, or the
+                output is of other scores.
         """
         operator = self.operator
         chosen = [method] if isinstance(method, str) else list(method)
-        methods = [check_option("method", name, Method) for name in chosen]
+        methods = [check_option("method", name, Method) for name in dict.fromkeys(chosen)]
         check_measurement(methods, measurement)
-        asked_of = self._opened(queries, prompts=prompts, labels=labels)
+        asked_of = self.opened(queries, prompts=prompts, labels=labels)
         J_train = self.gradients(num_draws=num_draws)
         J_query = self._gradients_of(
             asked_of, num_draws if query_draws is None else query_draws, measurement
@@ -341,57 +461,100 @@ class Attributor:
         inversion: dict[str, Any] = {"damping": damping}
         inversion |= {"relative": True} if relative else {}
         inversion |= {} if rtol is None else {"rtol": rtol}
-        passes, query = self._passes("score"), J_query.regression
-        values_Q = computed_once(
-            *("Values", query, lambda: {"values": J_query.values()}),
-            *(passes, {"measurement": measurement}),
-        )["values"]
-        found = scores_of(
-            methods,
-            J_query,
-            operator.inverse(**inversion),
-            J_train,
-            ridge=ridge,
-            query_block=query_block,
-            passes=passes,
-        )
-        halves = found[methods[0]][1]
+        inverse = operator.inverse(**inversion)
+        train, query = J_train.regression, J_query.regression
+        shown = _gallery(asked_of, query)
         asked = {"measurement": measurement, **inversion}
-        if methods[0] is Method.REGRESSION:
-            asked |= {"method": methods[0].value, "ridge": ridge}
-        shown: Gallery = asked_of if hasattr(asked_of, "caption") else RegressionGallery(query)
+        if methods != [Method.INFLUENCE]:
+            asked |= {"method": " ".join(each.value for each in methods), "ridge": ridge}
+        made = {key: value for key, value in operator.info.items() if key != "run"}
+        inverse.info.pop("run", None)  # where files lay decides nothing
+        identity = {
+            "train": train.identity({}),
+            "query": query.identity(asked),
+            "operator": json.loads(json.dumps(made)),
+        }
+        path = None if output is None else Path(output)
+        if path is not None and path.exists() and not overwrite:
+            _check_same_run(path, SCORES.read_header(path), identity)
+            self._forget(path)
+            return Attribution.load(path, self.images, shown)
+        if path is not None:
+            size = query.num_data * train.num_data * operator.dtype.itemsize
+            check_space(path.parent, 3 * size, "The scores, and those of halves,")
+        halved = can_be_halved(train) and can_be_halved(query)
+        # a kernel regression solves a system of all training images
+        in_shards = path is not None and self.passes.sharded and methods == [Method.INFLUENCE]
+
         header: dict[str, Any] = {
-            "train": list(self._train.names),
+            "train": list(self.images.names),
             "queries": list(shown.names),
-            "identity": {
-                "train": J_train.regression.identity({}),
-                "query": query.identity(asked),
-                "operator": json.loads(json.dumps(operator.info)),
-            },
-            "values": plain_numbers(values_Q),
+            "identity": identity,
             "methods": [each.value for each in methods],
             **self._told,
+            **({"prompt": prompts} if isinstance(prompts, str) else {}),
+            **({"run": self.run} if self.run else {}),
         }
-        if halves is not None:
-            header |= Agreement.of_halves(halves.first, halves.second).as_header()
-        return Attribution(
-            {each.value: scores for each, (scores, _) in found.items()},
-            {each.value: own for each, (_, own) in found.items()},
-            header,
-            self._train,
-            shown,
-        )
+        first_process = Share.of_all().rank == 0
+        galleries = {"train": self.images, "queries": shown}
+        if all(hasattr(images, "source_digests") for images in galleries.values()):
+            header["digests"] = {key: images.digests for key, images in galleries.items()}
+            if path is not None and first_process:
+                header["sources"] = self.images.source_digests()
+
+        def run(passes: PassOptions) -> Any:
+            passes = replace(passes, sharded=False, max_memory=None)
+            measured = {"measurement": measurement}
+            values_Q = computed_once(
+                "Values", query, lambda: {"values": J_query.values()}, passes, measured
+            )["values"]
+            header["values"] = plain_numbers(values_Q)
+            operators = (J_query, inverse, J_train)
+            blocks: dict[str, Any] = {"query_block": query_block, "passes": passes}
+            if in_shards:
+                assert path is not None
+                blocks |= {"halves": halved, "header": header}
+                return StoredScores.create(path, *operators, **blocks)
+            return scores_of(methods, *operators, ridge=ridge, **blocks)
+
+        found = self._going_on("score", path, overwrite, run)
+        if in_shards:
+            assert path is not None
+            self._forget(path)
+            return Attribution.load(path, self.images, shown)
+        halves = {each.value: own for each, (_, own) in found.items()}
+        first = halves[methods[0].value]
+        if first is not None:
+            header |= Agreement.of_halves(first.first, first.second).as_header()
+        by_method = {each.value: scores for each, (scores, _) in found.items()}
+        result = Attribution(by_method, halves, header, self.images, shown)
+        if path is not None:
+            Share.of_all().all_or_none(lambda: result.save(path) if first_process else None)
+            self._forget(path)
+        return result
 
     # -----------------------------------------------------------------------------------------
 
-    def _opened(
+    def opened(
         self,
         queries: Any,
+        *,
         prompts: str | Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
     ) -> Any:
+        """Open queries and check them, before anything is computed; :meth:`score` takes them.
+
+        Args:
+            queries: As for :meth:`score`, and so are the others.
+            prompts: Likewise.
+            labels: Likewise.
+
+        Raises:
+            ValueError: If they are not what the network takes, or are the training images.
+        """
         if self._open is not None:
-            return self._open(queries, prompts=prompts, labels=labels)
+            is_open = hasattr(queries, "source_digests")
+            return queries if is_open else self._open(queries, prompts=prompts, labels=labels)
         if prompts is not None or labels is not None:
             raise ValueError(
                 "`prompts` and `labels` are for an attributor of a pipeline. Pass queries in the "
@@ -399,16 +562,69 @@ class Attributor:
             )
         return queries
 
-    def _passes(self, what: str) -> PassOptions:
-        return PassOptions(
-            None if self._checkpoint is None else self._checkpoint / what,
-            distributed=distributed.is_available() and distributed.is_initialized(),
-            progressbar=self._progressbar,
-        )
+    def _names(self) -> list[str]:
+        """The names of the parameters that were passed."""
+        names = {id(p): name for name, p in self.objective.model.named_parameters()}
+        return [p if isinstance(p, str) else names.get(id(p), "") for p in self.params or ()]
+
+    def _checkpoint(self, what: str, output: Path | None) -> Path | None:
+        if self.passes.checkpoint is not None:
+            return Path(self.passes.checkpoint) / what
+        return None if output is None else output.with_name(f"{output.name}.checkpoint")
+
+    def _going_on(
+        self, what: str, output: Path | None, overwrite: bool, run: Callable[[PassOptions], T]
+    ) -> T:
+        """Run what goes on from a checkpoint; to overwrite, one of something else is replaced."""
+        passes = replace(self.passes, checkpoint=self._checkpoint(what, output))
+        try:
+            return run(passes)
+        except OtherCheckpointError:
+            if not overwrite:
+                raise
+        assert passes.checkpoint is not None
+        if Share.of_all().rank == 0:
+            shutil.rmtree(passes.checkpoint)
+        Share.of_all().barrier()  # all have refused it, and none begins before it is gone
+        return run(passes)
+
+    def _forget(self, output: Path) -> None:
+        """Delete the checkpoint beside an output, which is written."""
+        if self.passes.checkpoint is None and Share.of_all().rank == 0:
+            shutil.rmtree(output.with_name(f"{output.name}.checkpoint"), ignore_errors=True)
 
 
 # of a recipe's parts, those that are of the training images alone: a query is what it is
 _OF_TRAINING = ("augment", "augmented_conditions", "example_weights")
+
+
+def _loading() -> Any:
+    """The room of images and pipelines, which needs the extra ``cli``.
+
+    Raises:
+        ValueError: If a package is missing.
+    """
+    try:
+        from curvlinops_diffusion.loading import images, network
+    except ImportError as error:
+        raise ValueError(
+            f"Reading images needs {error.name}: pip install 'curvlinops-diffusion[cli]'."
+        ) from error
+    return SimpleNamespace(open_images=images.open_images, Network=network.Network)
+
+
+def _gallery(data: Any, regression: NoisedRegression) -> Any:
+    return data if hasattr(data, "caption") else RegressionGallery(regression)
+
+
+def _check_same_run(path: Path, there: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Check that an output that is there is what would be made."""
+    check_same(
+        there.get("identity", {}),
+        identity,
+        f"'{path}' exists, and was made with others",
+        "Pass `overwrite=True`, or another `output`.",
+    )
 
 
 def _drawn(regression: NoisedRegression, num_draws: int) -> NoisedRegression:

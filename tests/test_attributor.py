@@ -12,10 +12,15 @@ from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
     ExampleGradientLinearOperator,
     NoisedRegression,
+    StoredScores,
     influence_scores,
     regression_scores,
 )
-from curvlinops_diffusion.influence.read_scores import read_scores
+from curvlinops_diffusion.attribution import Attribution
+from curvlinops_diffusion.linalg.operator_files import OPERATOR
+from curvlinops_diffusion.loading.images import open_images
+from curvlinops_diffusion.loading.labels import Condition
+from curvlinops_diffusion.loading.preprocessing import Form
 from tests.cases import images, plain_regression, two_convolutions
 from tests.cli.cases import write_problem
 from tests.comparisons import assert_close
@@ -122,9 +127,9 @@ def test_table_file_and_page(result, tmp_path):
     best = table[(table["query"] == "image1.png") & (table["rank"] == 1)]
     assert best.image.item() == result.top(1)[1][0].name
     result.save(tmp_path / "scores.safetensors")
-    scores, header = read_scores(tmp_path / "scores.safetensors")
-    assert torch.equal(scores, result.scores)
-    assert header["train"] == [f"image{n}.png" for n in range(7)]
+    stored = StoredScores.open(tmp_path / "scores.safetensors")
+    assert torch.equal(stored.whole(), result.scores)
+    assert stored.header["train"] == [f"image{n}.png" for n in range(7)]
     result.report(tmp_path / "report.html")
     assert "image0.png" in (tmp_path / "report.html").read_text()
     # agreement beside what chance would give, of k = 3 of 7
@@ -149,6 +154,10 @@ def test_an_adapter_alone(folder, tmp_path):
             torch.nn.init.normal_(p)
     own = Attributor.from_pipeline(pipeline, folder / "train").fit(num_draws=2)
     assert all("lora_" in name for name in own.operator.param_names)
+    own.save(tmp_path / "ekfac.safetensors")
+    plain = DDPMPipeline.from_pretrained(folder / "pipeline")
+    with pytest.raises(ValueError, match="Load the adapter that it is of into the model first"):
+        Attributor.load(tmp_path / "ekfac.safetensors", plain, folder / "train")
     more = Attributor.from_pipeline(pipeline, folder / "train", params=["conv_in.*"])
     assert more.fit(num_draws=2).operator.param_names == ("conv_in.weight", "conv_in.bias")
 
@@ -166,6 +175,45 @@ def test_it_goes_on(folder, pipeline, result, tmp_path):
     assert len(calls) < 60  # trials alone; the fit has 2 passes of 21 samples
 
 
+def test_outputs_are_kept(folder, pipeline, tmp_path):
+    """A file that holds the same is read; one of something else is refused by what differs."""
+    own = Attributor.from_pipeline(pipeline, folder / "train", progressbar=False)
+    operator, scores = tmp_path / "ekfac.safetensors", tmp_path / "scores.safetensors"
+    first = own.fit(num_draws=2, output=operator).score(folder / "queries", output=scores, **DRAWS)
+    written = [path.stat().st_mtime_ns for path in (operator, scores)]
+    again = Attributor.from_pipeline(pipeline, folder / "train", progressbar=False)
+    again.fit(num_draws=2, output=operator)
+    found = again.score(folder / "queries", output=scores, **DRAWS)
+    assert torch.equal(found.scores, first.scores)
+    assert str(found) == str(first)
+    assert [path.stat().st_mtime_ns for path in (operator, scores)] == written
+    assert not list(tmp_path.glob("*.checkpoint"))
+    told = r"exists, and was made with others: regression.num_draws \(2 there, 3 here\). Pass `over"
+    with pytest.raises(ValueError, match=told):
+        again.fit(num_draws=3, output=operator)
+    with pytest.raises(ValueError, match=r"query.damping \(0.001 there, 0.1 here\)"):
+        again.score(folder / "queries", output=scores, num_draws=4, damping=0.1)
+    loaded = Attribution.load(scores, folder / "train", folder / "queries")
+    assert torch.equal(loaded.scores, first.scores)
+    assert loaded.top(2) == first.top(2)
+    with pytest.raises(ValueError, match="`queries` are 7 that are not the 2 that"):
+        Attribution.load(scores, folder / "train", folder / "train")
+
+
+def test_files_of_another_network_or_version(folder, attributor, tmp_path):
+    path = tmp_path / "ekfac.safetensors"
+    attributor.save(path)
+    other = DDPMPipeline.from_pretrained(folder / "pipeline")
+    other.unet.conv_in.weight.data.mul_(2)
+    with pytest.raises(ValueError, match="was made with other weights of this model"):
+        Attributor.load(path, other, folder / "train")
+    header, tensors = OPERATOR.read(path)
+    OPERATOR.write(path, tensors, {**header, "format_version": 99})
+    told = "has format version 99; this library reads .* or fit anew"
+    with pytest.raises(ValueError, match=told):
+        Attributor.load(path, other, folder / "train")
+
+
 def test_bad_input(folder, pipeline, attributor, own):
     start = Attributor.from_pipeline(pipeline, folder / "train")
     with pytest.raises(ValueError, match=r"no curvature yet. Call fit\(\) first"):
@@ -174,8 +222,10 @@ def test_bad_input(folder, pipeline, attributor, own):
         attributor.score(folder / "train")
     with pytest.raises(ValueError, match="takes no condition, got `prompts`"):
         attributor.score(folder / "queries", prompts=["a", "b"])
-    with pytest.raises(ValueError, match="takes no condition, got `prompts`"):
+    with pytest.raises(ValueError, match="takes no condition, got prompt='a cat'"):
         Attributor.from_pipeline(pipeline, folder / "train", prompts="a cat")
+    with pytest.raises(ValueError, match="`prompts` must have one for each image, got 2 for 7 im"):
+        open_images(folder / "train", Form(1, (8, 8), None), Condition("prompt"), prompts=["", ""])
     with pytest.raises(ValueError, match="`images` must hold images, got none"):
         attributor.score([])
     with pytest.raises(ValueError, match="is no file"):

@@ -15,9 +15,9 @@ from curvlinops_diffusion import (
     ExampleGradientLinearOperator,
     GradientStore,
     PassOptions,
+    StoredScores,
     load_operator,
 )
-from curvlinops_diffusion.influence.read_scores import read_scores
 from curvlinops_diffusion.influence.score_files import write_scores
 from tests.cases import plain_regression, seeded
 
@@ -68,15 +68,9 @@ def checkpoint_file(folder, regression):
 
 def scores_file(folder, regression):
     path = folder / "scores.safetensors"
-    names = {"train": ["a", "b"], "queries": ["c"]}
-    write_scores(path, torch.tensor([[1.0, 2.0]]), names, {"x": 1})
-    return path, lambda: read_scores(path)
-
-
-def array_file(folder, regression):
-    path = folder / "scores.npy"
-    write_scores(path, torch.ones(1, 2), {"train": ["a", "b"], "queries": ["c"]}, {"x": 1})
-    return path, lambda: read_scores(path)
+    header = {"train": ["a", "b"], "queries": ["c"], "identity": {"x": 1}}
+    write_scores(path, {"scores": torch.tensor([[1.0, 2.0]])}, header)
+    return path, lambda: StoredScores.open(path).whole()
 
 
 def gradients_file(folder, regression):
@@ -87,9 +81,7 @@ def gradients_file(folder, regression):
     return path, lambda: GradientStore.open(folder / "store").scores(J, EK)
 
 
-@pytest.mark.parametrize(
-    "kind", [operator_file, checkpoint_file, scores_file, array_file, gradients_file]
-)
+@pytest.mark.parametrize("kind", [operator_file, checkpoint_file, scores_file, gradients_file])
 def test_mutated_files(tmp_path, regression, kind):
     """A ValueError, or a file that can still be read: nothing else may come out."""
     path, load = kind(tmp_path, regression)
@@ -114,7 +106,7 @@ def test_nothing_is_unpickled(tmp_path, regression):
         def __reduce__(self):
             return (open, (str(tmp_path / "harm"), "w"))
 
-    for kind in (operator_file, scores_file, array_file, gradients_file):
+    for kind in (operator_file, scores_file, gradients_file):
         (tmp_path / kind.__name__).mkdir()
         path, load = kind(tmp_path / kind.__name__, regression)
         torch.save(Harmful(), path)

@@ -31,11 +31,15 @@ from curvlinops_diffusion import (
 )
 from curvlinops_diffusion.baselines import JourneyRegression
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.influence.kernel_regression import averaged_scores, ridge_solution
+from curvlinops_diffusion.influence.kernel_regression import (
+    RIDGE,
+    WEIGHTS,
+    averaged_scores,
+    ridge_solution,
+)
 from curvlinops_diffusion.influence.measurements.base import Measurement
 from curvlinops_diffusion.influence.measurements.evaluation import measurement_of
 from curvlinops_diffusion.influence.measurements.losses import SignedPrediction
-from curvlinops_diffusion.influence.regression import RIDGE, WEIGHTS
 from curvlinops_diffusion.influence.validation.baselines import ProbedPrediction
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 

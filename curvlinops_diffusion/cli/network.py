@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +14,49 @@ import torch
 from diffusers.utils import is_transformers_available
 from diffusers.utils import logging as diffusers_logging
 
-from curvlinops_diffusion.cli.events import event, say
-from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions, ValidateMeasureOptions
 from curvlinops_diffusion.cli.paths import check_network
-from curvlinops_diffusion.cli.processes import is_first, num_processes
-from curvlinops_diffusion.cli.training_arguments import arguments_text, parse_arguments
+from curvlinops_diffusion.cli.running import event, num_processes, say
+from curvlinops_diffusion.diffusion import weightings
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.loading.adapters import load_adapters, names_in
-from curvlinops_diffusion.loading.misfits import misfits
 from curvlinops_diffusion.loading.network import TEXT_ENCODERS, Network
 from curvlinops_diffusion.loading.saved_networks import part_folder, parts_of
-from curvlinops_diffusion.loading.weights import check_can_load, check_loaded
+from curvlinops_diffusion.loading.weights import check_can_load, check_loaded, misfits
 from curvlinops_diffusion.runtime.messages import quoted
 from curvlinops_diffusion.runtime.sharded_networks import divide
 
-NetworkOptions = FitOptions | ScoreOptions | ValidateMeasureOptions
 
-
-def load_network(options: NetworkOptions, text_encoders: bool = False) -> Network:
+def load_network(options: Namespace, covered: Sequence[str] = ()) -> Network:
     """Load what the options name; weights only from safetensors files.
 
     Args:
-        options: The options.
-        text_encoders: Whether text encoders are part of the network.
+        options: The options of a command.
+        covered: Names or patterns of parameters that are covered: text encoders are part of the
+            network where they begin with theirs.
 
     Raises:
         ValueError: If they name no network, or it cannot be loaded; or if a condition was dropped
             that it does not take.
     """
     _set_up_logs(options.quiet)
-    objective_options = options.objective_options()
+    objective_options: dict[str, Any] = {
+        "weighting": _weighting(options),
+        "reduction": options.reduction,
+        "autocast": None if options.autocast is None else getattr(torch, options.autocast),
+    }
     arguments = parse_arguments(options.training_arguments)
     check_network(options)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or "cpu"
+    if options.device is None and torch.cuda.is_available():
+        device = f"cuda:{torch.cuda.current_device()}"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} is not to be had here: {quoted(error)}.") from error
     check_can_load()
-    autocast = None if options.autocast is None else getattr(torch, options.autocast)
-    if options.pipeline is not None:
+    if options.pipeline is None:
+        network = _of_model(options, arguments, device, objective_options)
+    else:
         # the parts that it was saved without, a text encoder say, which loading asks for
         left_out = {n: None for n, kind in parts_of(options.pipeline).items() if kind is None}
         pipeline = _loaded(diffusers.DiffusionPipeline, options.pipeline, options, **left_out)
@@ -70,17 +74,26 @@ def load_network(options: NetworkOptions, text_encoders: bool = False) -> Networ
             pipeline,
             latent_cache=options.latent_cache,
             condition_dropout=options.condition_dropout,
-            autocast=autocast,
-            text_encoders=text_encoders,
+            text_encoders=any(name.startswith(TEXT_ENCODERS) for name in covered),
             training_arguments=arguments,
             **objective_options,
         )
-        if objective.training_arguments and is_first():
+        if objective.training_arguments:
             event("training arguments", **objective.training_arguments)
             say(arguments_text(objective.training_arguments))
-        return _network(objective, pipeline, options, modules, trained)
-    assert options.model is not None
-    assert options.scheduler is not None
+        network = _network(objective, pipeline, options, modules, trained)
+    # for queries as well as training images
+    return network.with_prompt(options.prompt, options.caption_extension)
+
+
+def _of_model(
+    options: Namespace, arguments: Mapping[str, Any], device: str, objective_options: dict[str, Any]
+) -> Network:
+    """A model and its scheduler.
+
+    Raises:
+        ValueError: If it takes what only a pipeline has.
+    """
     model = _loaded(diffusers.AutoModel, options.model, options)
     check_loaded(model, options.model, options.variant)
     modules = {"model": model}
@@ -91,23 +104,57 @@ def load_network(options: NetworkOptions, text_encoders: bool = False) -> Networ
             f"The network of '{options.model}' takes embeddings of prompts. Pass --pipeline FOLDER "
             "with its text encoder."
         )
-    if options.condition_dropout > 0:
+    if options.condition_dropout > 0 or arguments:
+        name = "--training-arguments" if arguments else "--condition-dropout"
         raise ValueError(
-            f"--condition-dropout {options.condition_dropout} arrived with --model, which does not "
-            "say what a dropped condition is replaced by. Pass --pipeline FOLDER."
-        )
-    if arguments:
-        raise ValueError(
-            f"--training-arguments {' '.join(arguments)} got no pipeline whose network could be "
-            "given them. Pass --pipeline FOLDER instead of --model."
+            f"{name} needs a pipeline, which says how its network is given conditions, got --model "
+            f"'{options.model}'. Pass --pipeline FOLDER instead."
         )
     scheduler = _scheduler(options.scheduler)
     if options.shard_network:
         _divide(model, device)
-    objective = DenoisingObjective(
-        model.to(device).eval(), scheduler, autocast=autocast, **objective_options
-    )
+    objective = DenoisingObjective(model.to(device).eval(), scheduler, **objective_options)
     return _network(objective, None, options, modules, trained)
+
+
+def _weighting(options: Namespace) -> Any:
+    """The loss' weighting of a name."""
+    if options.weighting == "min-snr":
+        return weightings.MinSNRWeighting(options.snr_gamma)
+    made: dict[str, Any] = {
+        "cosmap": weightings.CosmapWeighting,
+        "inverse-variance": weightings.InverseVarianceWeighting,
+        "preconditioned": weightings.PreconditionedWeighting,
+    }
+    return None if options.weighting is None else made[options.weighting]()
+
+
+def parse_arguments(texts: Sequence[str] | None) -> dict[str, Any]:
+    """Parse ``name=value``, whose values are numbers, ``true``, ``null``, lists, or plain text.
+
+    Raises:
+        ValueError: If one has no name, or a name is repeated.
+    """
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        name, equals, value = str(text).partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name or name in found:
+            raise ValueError(
+                f"--training-arguments got '{text}'. Pass each as name=value, once, for instance "
+                "max_sequence_length=77 guidance_scale=3.5."
+            )
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
+def arguments_text(arguments: Mapping[str, Any]) -> str:
+    """A line for people, which can be passed to the program as it is."""
+    pairs = (f"{name}={json.dumps(value)}" for name, value in arguments.items())
+    return "Training gave the network " + " ".join(pairs)
 
 
 def _divide(model: torch.nn.Module, device: str) -> None:
@@ -118,8 +165,8 @@ def _divide(model: torch.nn.Module, device: str) -> None:
     """
     if num_processes() == 1:
         raise ValueError(
-            "--shard-network arrived in a process on its own. Start several: torchrun "
-            "--nproc-per-node=N -m curvlinops_diffusion ..."
+            "--shard-network needs several processes, got one. Start them by torchrun "
+            "--nproc-per-node=N -m curvlinops_diffusion …"
         )
     divide(model, torch.device(device))
 
@@ -149,32 +196,23 @@ def _modules(pipeline: Any) -> dict[str, torch.nn.Module]:
 def _network(
     objective: DenoisingObjective,
     pipeline: Any,
-    options: NetworkOptions,
+    options: Namespace,
     modules: Mapping[str, torch.nn.Module],
     trained: Mapping[str, list[str]],
 ) -> Network:
-    """Read off network and autoencoder which images and conditions they take.
-
-    Raises:
-        ValueError: If there is a prompt, and they take none.
-    """
+    """Read off network and autoencoder which images and conditions they take."""
     names = names_in(objective.model, modules, trained) if options.lora else None
     patterns = getattr(options, "params", None)  # score takes those of the operator
-    return Network.of(objective, pipeline, patterns, names).with_prompt(options.prompt)
+    return Network.of(objective, pipeline, patterns, names)
 
 
-def of_text_encoders(names: Iterable[str]) -> bool:
-    """Whether names or patterns of parameters are of text encoders, too."""
-    return any(name.startswith(TEXT_ENCODERS) for name in names)
-
-
-def _loaded(cls: Any, folder: Path, options: NetworkOptions, **parts: None) -> Any:
+def _loaded(cls: Any, folder: Path, options: Namespace, **parts: None) -> Any:
     try:
         return cls.from_pretrained(
             str(folder),
             local_files_only=True,
             use_safetensors=True,
-            torch_dtype=getattr(torch, options.dtype),
+            torch_dtype=getattr(torch, options.dtype or "", torch.get_default_dtype()),
             variant=options.variant,
             **parts,
         )

@@ -4,52 +4,46 @@ from __future__ import annotations
 
 import difflib
 import os
+from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from curvlinops_diffusion.cli.options import (
-    AttributeOptions,
-    FitOptions,
-    ReportOptions,
-    ScoreOptions,
-    ValidateJudgeOptions,
-    ValidateMeasureOptions,
-    ValidatePlanOptions,
-)
-from curvlinops_diffusion.cli.outputs import check_output, check_output_is_new
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.linalg.operator_files import OPERATOR, read_header
-from curvlinops_diffusion.loading.adapter_paths import check_adapter
-from curvlinops_diffusion.loading.folders import ACCEPTED
+from curvlinops_diffusion.loading.folders import ACCEPTED, check_images
 from curvlinops_diffusion.loading.saved_networks import (
+    check_adapter,
     check_model,
     check_pipeline,
     check_scheduler,
     parts_of,
 )
-from curvlinops_diffusion.runtime.files import check_can_be_made, files_below, named_path
+from curvlinops_diffusion.runtime.files import (
+    check_can_be_made,
+    check_can_be_written,
+    kind_of,
+    named_path,
+)
 
+# the suffixes and the kind of what a command writes
 _OUTPUTS = {
-    FitOptions: ((".safetensors",), OPERATOR.key),
-    ScoreOptions: ((".safetensors", ".npy"), SCORES.key),
-    ReportOptions: ((".html",), None),
-    ValidateMeasureOptions: ((".safetensors",), "curvlinops_diffusion.measured"),
-    ValidateJudgeOptions: ((".html", ".json"), None),
+    "fit": ((".safetensors",), OPERATOR.key),
+    "score": ((".safetensors",), SCORES.key),
+    "report": ((".html",), None),
+    "validate-measure": ((".safetensors",), "curvlinops_diffusion.measured"),
+    "validate-judge": ((".html", ".json"), None),
 }
 # those of which a finished output is recognised, and not made again
-_GOES_ON = (FitOptions, ScoreOptions)
-# files beside images, or of something else, by their suffixes
-_NO_IMAGES = {".bin", ".ckpt", ".csv", ".json", ".jsonl", ".log", ".md", ".pt", ".pth", ".py"}
-_NO_IMAGES |= {".safetensors", ".txt", ".yaml", ".yml", ".html"}
+_GOES_ON = ("fit", "score")
 _FOLDERS = {
     "plan": ("Pass the folder that validate plan wrote.", "plan.safetensors"),
     "retrained": ("Pass the folder of the retrained networks.", None),
 }
 
 
-def check_paths(options: Any) -> None:
+def check_paths(options: Namespace) -> None:
     """Check what a command reads and writes, as far as file names and headers tell.
 
     Args:
@@ -59,12 +53,12 @@ def check_paths(options: Any) -> None:
         ValueError: If a path does not exist, is of another kind or damaged, or cannot be written.
     """
     given = vars(options)
-    if type(options) in _OUTPUTS:
-        suffixes, kind = _OUTPUTS[type(options)]
-        check_output(options.output, suffixes, _inputs(given), kind)
-        if not isinstance(options, _GOES_ON):
-            check_output_is_new(options.output, options.overwrite)
-    if isinstance(options, ValidatePlanOptions | AttributeOptions):
+    if options.command in _OUTPUTS:
+        _check_output(options.output, *_OUTPUTS[options.command], given)
+        new = options.command in _GOES_ON or options.overwrite or not options.output.exists()
+        if not new:
+            raise ValueError(f"'{options.output}' exists. Pass --overwrite, or another --output.")
+    if options.command in ("attribute", "validate-plan"):
         check_can_be_made(options.output, "--output")
     cache = given.get("latent_cache")
     if cache is not None and not cache.is_dir():  # a full one need not be written to
@@ -73,7 +67,7 @@ def check_paths(options: Any) -> None:
         check_network(options)
     for name in ("data", "queries"):
         if given.get(name) is not None:
-            _check_images(given[name], name)
+            check_images(check_exists(given[name], f"--{name}", f"{ACCEPTED}, as --{name}."))
     for name, (advice, header) in _FOLDERS.items():
         if given.get(name) is not None:
             _check_folder(given[name], name, advice, header)
@@ -82,9 +76,42 @@ def check_paths(options: Any) -> None:
             check_exists(path, name, "Make it by curvlinops-diffusion fit.")
             _check_shards(path, read_header(path))
         elif name == "--scores":
-            _check_scores(check_exists(path, name, SCORES.advice))
+            check_exists(path, name, "Make it by curvlinops-diffusion score.")
+            _check_shards(path, SCORES.read_header(path))
         elif name == "--measured":
             check_exists(path, name, "Make it by curvlinops-diffusion validate measure.")
+
+
+def _check_output(
+    path: Path, suffixes: tuple[str, ...], kind: str | None, given: dict[str, Any]
+) -> None:
+    """Check, before anything is computed, that a file can be written.
+
+    Raises:
+        ValueError: If it has another suffix, is a folder, is in none that can be written to, is
+            what the command reads, or is a file of weights or of another command.
+    """
+    try:
+        there = path.exists()
+        for option, read in _inputs(given):
+            if there and read.exists() and path.samefile(read):
+                raise ValueError(f"--output {path} is what {option} reads. Pass another file.")
+    except OSError as error:  # a name that is too long, say
+        raise ValueError(f"--output {path} cannot be written: {error.strerror}.") from error
+    if path.suffix not in suffixes:
+        raise ValueError(f"--output {path} must end in {' or '.join(suffixes)}.")
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder. Pass the name of a file.")
+    if not path.parent.is_dir():
+        raise ValueError(f"The folder '{path.parent}' of --output does not exist. Create it first.")
+    check_can_be_written(path, "--output")
+    found = kind_of(path) if there and kind is not None else None
+    if found not in (None, kind):
+        what = found.rpartition(".")[2].replace("_", " ") if found else "weights"
+        raise ValueError(
+            f"--output {path} exists, and is a file of another kind ({what}). Pass another name; "
+            "it is not replaced, --overwrite or not."
+        )
 
 
 def check_exists(path: Path, option: str, advice: str) -> Path:
@@ -127,20 +154,20 @@ def _inputs(given: dict[str, Any]) -> Iterator[tuple[str, Path]]:
                 yield f"--{name}", each if isinstance(each, Path) else named_path(each)[1]
 
 
-def check_network(options: Any) -> None:
+def check_network(options: Namespace) -> None:
     """Check that options name one network, by folders that hold what is loaded.
 
     Raises:
         ValueError: If they do not.
     """
     pipeline, model, scheduler = options.pipeline, options.model, options.scheduler
-    retrained = isinstance(options, ValidateMeasureOptions)  # of whole networks that stand there
+    retrained = options.command == "validate-measure"  # of whole networks that stand there
     if not (retrained and pipeline is None and model is None) and (
         (pipeline is None) == (model is None) or (model is None) != (scheduler is None)
     ):
         raise ValueError(
-            "Pass --pipeline FOLDER, or --model FOLDER and --scheduler FOLDER, as written by "
-            "save_pretrained."
+            "Pass --pipeline FOLDER, or --model FOLDER and --scheduler FOLDER, as save_pretrained "
+            "writes them."
         )
     advice = "Pass a folder of save_pretrained as {}; nothing is downloaded."
     for option, path, check in (
@@ -156,33 +183,6 @@ def check_network(options: Any) -> None:
         check_exists(path, "--lora", "Pass the file or folder of an adapter as --lora.")
         if pipeline is not None or model is not None:
             check_adapter(path, parts)
-
-
-def _check_images(path: Path, name: str) -> None:
-    accepted = f"{ACCEPTED}, as --{name}."
-    check_exists(path, f"--{name}", accepted)
-    if path.is_file():
-        if path.suffix.lower() in _NO_IMAGES:
-            raise ValueError(f"'{path}' is in no known form. {accepted}")
-        if path.stat().st_size == 0:
-            raise ValueError(f"'{path}' is empty. {accepted}")
-        _check_readable(path)
-        return
-    if (path / "model_index.json").is_file():
-        raise ValueError(f"'{path}' is a pipeline, and --{name} takes images. {accepted}")
-    if not any(_may_be_image(file) for file in files_below(path)):
-        raise ValueError(f"'{path}' holds no images. {accepted}")
-
-
-def _may_be_image(path: Path) -> bool:
-    return path.name[0] != "." and path.suffix.lower() not in _NO_IMAGES | {""}
-
-
-def _check_readable(path: Path) -> None:
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise ValueError(f"'{path}' cannot be read: {error.strerror}.") from error
 
 
 def _check_folder(path: Path, name: str, advice: str, header: str | None) -> None:
@@ -205,12 +205,3 @@ def _check_shards(path: Path, header: Any) -> None:
             f"'{path}' is of {len(names)} files, and {len(missing)} are not beside it: "
             f"'{missing[0]}' first. Copy them to the same folder."
         )
-
-
-def _check_scores(path: Path) -> None:
-    if path.suffix == ".npy":
-        for needed in (path, path.with_suffix(".index.json")):
-            if not needed.is_file():
-                raise ValueError(f"There is no file '{needed}'. {SCORES.advice}")
-        return
-    _check_shards(path, SCORES.read_header(path))

@@ -10,48 +10,32 @@ import traceback
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
 from importlib import import_module
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
-import docstring_parser
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from curvlinops_diffusion.cli import lacking
-from curvlinops_diffusion.cli.events import event, first_process, say, start_log
-from curvlinops_diffusion.cli.options import (
-    AttributeOptions,
-    FitOptions,
-    InspectOptions,
-    ReportOptions,
-    ScoreOptions,
-    ValidateJudgeOptions,
-    ValidateMeasureOptions,
-    ValidatePlanOptions,
-    flag,
-    is_list,
-)
+from curvlinops_diffusion.cli.earlier import completed
+from curvlinops_diffusion.cli.options import Command, Option, commands, flag
 from curvlinops_diffusion.cli.paths import check_paths
+from curvlinops_diffusion.cli.running import event, say, start_log
+from curvlinops_diffusion.cli.signatures import REQUIRED
 from curvlinops_diffusion.cli.words import spelled
 from curvlinops_diffusion.linalg.operator_files import OPERATOR
 
-#: The options of each command; the command itself is the function of its name in a module of its
-#: name in ``commands/``, imported when it is run: help and refusals need not wait for PyTorch.
-COMMANDS: dict[str, type[Any]] = {
-    "attribute": AttributeOptions,
-    "fit": FitOptions,
-    "score": ScoreOptions,
-    "report": ReportOptions,
-    "inspect": InspectOptions,
-    "validate-plan": ValidatePlanOptions,
-    "validate-measure": ValidateMeasureOptions,
-    "validate-judge": ValidateJudgeOptions,
+# the module of each command, in which it is the function of its name; imported when it is run: help
+# and refusals need not wait for PyTorch
+_MODULES = {
+    **dict.fromkeys(("attribute", "fit", "score", "report"), "attribute"),
+    "inspect": "earlier",
+    **dict.fromkeys(("validate-plan", "validate-measure", "validate-judge"), "validate"),
 }
-#: What may stand as two words.
-_PAIRS = {tuple(name.split("-")): name for name in COMMANDS if "-" in name}
+# what may stand as two words
+_PAIRS = {tuple(name.split("-")) for name in _MODULES if "-" in name}
 
 
 def parser() -> ArgumentParser:
@@ -63,25 +47,20 @@ def parser() -> ArgumentParser:
         description="Which training images made a diffusion model generate this?",
         version=version("curvlinops-diffusion"),
     )
-    commands = top.add_subcommands(required=True, dest="command")
-    for name, options in COMMANDS.items():
-        title = _title(options)
+    below = top.add_subcommands(required=True, dest="command")
+    for name, command in commands().items():
         own = ArgumentParser(
-            description=title,
-            usage=_usage(name, options),
+            description=command.title,
+            usage=_usage(name, command),
             exit_on_error=False,
             formatter_class=_Help,
         )
         own.add_argument("--config", action="config", help="A YAML or JSON file of options.")
-        types, texts = get_type_hints(options), _texts(options)
-        for cls in (options, *options.__bases__):
-            group = own.add_argument_group(
-                "Inputs and outputs" if cls is options else _title(cls)[:-1]
-            )
-            for field in fields(options):
-                if field.name in vars(cls).get("__annotations__", {}):
-                    _add_flag(group, field, types[field.name], texts[field.name])
-        commands.add_subcommand(name, own, help=title)
+        for title, options in command.groups.items():
+            group = own.add_argument_group(title)
+            for key, option in options.items():
+                _add_flag(group, key, option)
+        below.add_subcommand(name, own, help=command.title)
     return top
 
 
@@ -96,74 +75,52 @@ class _Help(DefaultHelpFormatter):
         return f"{text} [{action.default}]"
 
 
-def _title(options: type[Any]) -> str:
-    return docstring_parser.parse(options.__doc__ or "").short_description or ""
-
-
-def _usage(name: str, options: type[Any]) -> str:
+def _usage(name: str, command: Command) -> str:
     """The flags that a command needs."""
-    needed = [f for f in fields(options) if f.default is MISSING or f.name == "pipeline"]
-    words = [
-        "FILE" if f.name == "file" else f"{flag(f.name)} {_metavar(f.name, Path)}" for f in needed
-    ]
+    known = command.options.items()
+    shown = [(k, o) for k, o in known if o.default is REQUIRED or (k, name) in _SHOWN]
+    words = ["FILE" if k == "file" else f"{flag(k)} {_metavar(k, o)}" for k, o in shown]
     return f"curvlinops-diffusion {name} {' '.join(words)} [options]"
 
 
-# what a flag is given, for help
-_FOLDERS = {"pipeline", "model", "scheduler", "data", "queries", "latent_cache", "plan"}
-_FOLDERS |= {"retrained"}
-_LISTS = {"lora": "FILE", "scores": "FILE", "remove": "N"}
+# what most need, though there is another way
+_SHOWN = {("pipeline", "attribute"), ("pipeline", "fit")}
 _KINDS = {int: "N", float: "X", str: "TEXT", Path: "FILE"}
+_GIVEN = {"lora": "FILE ...", "remove": "N ...", "params": "PATTERN ..."}
+_GIVEN |= {"training_arguments": "NAME=VALUE ..."}
+_FOLDERS = ("pipeline", "model", "scheduler", "data", "queries", "latent_cache", "plan")
+_GIVEN |= dict.fromkeys((*_FOLDERS, "retrained"), "FOLDER")
 
 
-def _metavar(name: str, type_: Any) -> str | None:
-    if name in _FOLDERS:
-        return "FOLDER"
-    within = [type_, *get_args(type_)]
-    for kind in within:
-        if kind in _KINDS:
-            return _KINDS[kind]
-    words = [word for kind in within for word in (kind, *get_args(kind)) if isinstance(word, str)]
-    return "{" + ",".join(dict.fromkeys(words)) + "}" if words else None
+def _metavar(name: str, option: Option) -> str | None:
+    """What an option is given, for help."""
+    within = [option.type, *get_args(option.type)]
+    within += [word for kind in within for word in get_args(kind)]
+    words = [word for word in within if isinstance(word, str)]
+    known = [_KINDS[kind] for kind in within if isinstance(kind, type) and kind in _KINDS]
+    choices = "{" + ",".join(dict.fromkeys(words)) + "}" if words else None
+    return _GIVEN.get(name) or (known[0] if known else choices)
 
 
-def _add_flag(own: Any, field: Any, type_: Any, text: str) -> None:
-    """A flag for a field of an options class; ``file`` is positional.
-
-    A field's metadata may have ``choices``, and a function that returns its ``help``.
-    """
-    name = flag(field.name)
-    shown: dict[str, Any] = {"help": text, "metavar": _metavar(field.name, type_)}
-    if "choices" in field.metadata:
-        choices, help_text = list(field.metadata["choices"]), field.metadata["help"]()
-        own.add_argument(name, choices=choices, default=field.default, help=help_text)
-    elif is_list(type_):
-        shown["metavar"] = _LISTS.get(field.name, "PATTERN") + " ..."
-        own.add_argument(name, action="append", type=str, default=field.default, **shown)
-    elif type_ is bool:
-        own.add_argument(
-            name, action=ActionYesNo(no_prefix="no-"), default=field.default, help=text
-        )
-    elif field.name == "file":
-        own.add_argument("file", type=type_, metavar="FILE", help=text)
-    elif field.default is MISSING:
-        own.add_argument(name, type=_taken(type_), required=True, **shown)
+def _add_flag(group: Any, name: str, option: Option) -> None:
+    """Add an option to a parser; ``file`` is positional."""
+    shown: dict[str, Any] = {"help": option.help, "metavar": _metavar(name, option)}
+    kind = option.type
+    if option.default is REQUIRED:
+        shown |= {} if name == "file" else {"required": True}
     else:
-        own.add_argument(name, type=_taken(type_), default=field.default, **shown)
-
-
-def _taken(type_: Any) -> Any:
-    """How an option is read: text never as null, which would drop a prompt of that name."""
-    return str if type_ == str | None else type_
-
-
-def _texts(options: type[Any]) -> dict[str, str]:
-    """Collect what the docstrings of an options class and its parents say of each field."""
-    return {
-        entry.arg_name: " ".join((entry.description or "").split())
-        for cls in reversed(options.__mro__)
-        for entry in docstring_parser.parse(cls.__doc__ or "").params
-    }
+        shown["default"] = option.default
+        if option.default is None and kind is not str and not option.several:
+            kind = kind | None  # text never as null, which would drop a prompt of that name
+    if option.several:
+        shown["action"] = "append"
+        kind = str  # what may be chosen is checked with the numbers: jsonargparse knows no lists
+    if option.type is bool:
+        del shown["metavar"]
+        shown["action"] = ActionYesNo(no_prefix="no-")
+    else:
+        shown["type"] = kind
+    group.add_argument("file" if name == "file" else flag(name), **shown)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -174,22 +131,22 @@ def run(arguments: Sequence[str]) -> int:
     """
     words = list(arguments)
     if tuple(words[:2]) in _PAIRS:
-        words[:2] = [_PAIRS[words[0], words[1]]]
+        words[:2] = ["-".join(words[:2])]
     if words in ([], ["help"]):  # somebody looks at it for the first time
         parser().print_help()
         return 0
     debug = "--debug" in words
     start = time.monotonic()
     try:
-        name, options = understood(words)
-        debug = options.debug
-        if first_process():
-            start_log(options.log)
-        event("start", command=words[0], options={k: str(v) for k, v in vars(options).items()})
+        name, given = understood(words)
+        debug = given.get("debug", False)
+        start_log(given.get("log"))
+        event("start", command=name, options={key: str(value) for key, value in given.items()})
         with warnings.catch_warnings():
             # of libraries that the user cannot do anything about
             warnings.simplefilter("ignore", FutureWarning)
             warnings.showwarning = lambda message, *rest, **kw: say(f"warning: {message}")
+            options = completed(name, given)
             check_paths(options)
             _command(name)(options)
     except KeyboardInterrupt:
@@ -201,7 +158,7 @@ def run(arguments: Sequence[str]) -> int:
             traceback.print_exc()
         expected = isinstance(error, ValueError)
         text = " ".join(str(error).split()) or type(error).__name__
-        text = text.replace(OPERATOR.advice, "Make it by curvlinops-diffusion fit.")
+        text = _in_flags(text.replace(OPERATOR.advice, "Make it by curvlinops-diffusion fit."))
         hint = "" if expected else f" ({type(error).__name__}; --debug shows where)"
         say(f"error: {text}{hint}")
         event("error", message=text)
@@ -217,35 +174,32 @@ def _command(name: str) -> Callable[[Any], None]:
         ValueError: If a package is missing that it needs.
     """
     try:
-        name = name.replace("-", "_")
-        module = import_module(f"curvlinops_diffusion.cli.commands.{name}")
+        module = import_module(f"curvlinops_diffusion.cli.{_MODULES[name]}")
     except ModuleNotFoundError as error:
         raise ValueError(lacking(error)) from error
-    command: Callable[[Any], None] = getattr(module, name)
+    command: Callable[[Any], None] = getattr(module, name.replace("-", "_"))
     return command
 
 
-def understood(words: list[str]) -> tuple[str, Any]:
-    """The command's name, and its options.
+def understood(words: list[str]) -> tuple[str, dict[str, Any]]:
+    """The command's name, and the options that are given.
 
     Raises:
         ValueError: If there is no such command or option, or an option is of another kind.
     """
     try:
-        if words and words[0] in COMMANDS:
-            words = [words[0], *spelled(words[1:], get_type_hints(COMMANDS[words[0]]))]
-        parsed = parser().parse_args(words)
-        options_of = COMMANDS[parsed.command]
-        known = {field.name for field in fields(options_of)}
-        chosen = vars(parsed[parsed.command])
-        return parsed.command, options_of(**{key: chosen[key] for key in known & chosen.keys()})
+        if words and words[0] in _MODULES:
+            words = [words[0], *spelled(words[1:], commands()[words[0]].options)]
+        parsed = parser().parse_args(words, defaults=False)
+        known, chosen = commands()[parsed.command].options, vars(parsed[parsed.command])
+        given = {key: value for key, value in chosen.items() if key in known and value is not None}
+        return parsed.command, given
     except (ArgumentError, OSError, ValueError) as error:
-        if first_process():
-            start_log(_named_log(words))
+        start_log(_named_log(words))
         event("start", words=words)
         if isinstance(error, ValueError):
             raise
-        about = [words[0]] if words and words[0] in COMMANDS else []
+        about = [words[0]] if words and words[0] in _MODULES else []
         shown = " ".join(["curvlinops-diffusion", *about, "--help"])
         meant = _meant(words)
         raise ValueError(f"{_plain(str(error))}. {meant}'{shown}' shows what there is.") from error
@@ -253,10 +207,10 @@ def understood(words: list[str]) -> tuple[str, Any]:
 
 def _meant(words: list[str]) -> str:
     """A guess at what was meant by the first word that is unknown."""
-    if words[0] not in COMMANDS:
-        unknown, known = words[0], list(COMMANDS)
+    if words[0] not in _MODULES:
+        unknown, known = words[0], list(_MODULES)
     else:
-        known = [flag(field.name) for field in fields(COMMANDS[words[0]])]
+        known = [flag(name) for name in commands()[words[0]].options]
         flags = [word.partition("=")[0] for word in words[1:] if word.startswith("--")]
         unknown = next((word for word in flags if word not in known), "")
     found = difflib.get_close_matches(unknown.replace("_", "-"), known, 1, cutoff=0.75)
@@ -267,12 +221,26 @@ def _plain(text: str) -> str:
     """A parser's message in one line, with flags for its keys and kinds for its types."""
     text = " ".join(text.split()).rstrip(".")
     text = re.sub(r'Parser key "(\w+)"', lambda match: flag(match[1]), text)
-    text = re.sub(rf"\b(?:{'|'.join(COMMANDS)})\.(\w+)", lambda match: flag(match[1]), text)
+    text = re.sub(rf"\b(?:{'|'.join(_MODULES)})\.(\w+)", lambda match: flag(match[1]), text)
     several = r"Does not validate .* Errors: - (.*) Given value type: .* Given value: "
     text = text.replace(" - Expected a <class 'NoneType'>", "")  # whose options have a default
     text = re.sub(several, lambda m: m[1].replace(" - E", " or e") + ". Got value: ", text)
     text = re.sub(r"(?:a )?<class '(\w+)'>", r"\1", text).replace("a typing.Literal", "one of ")
     return text.replace("required: --file", "required: FILE")
+
+
+def _in_flags(text: str) -> str:
+    """A message of the library, its arguments called as the program's options are."""
+    known = {name for command in commands().values() for name in command.options}
+    known |= {"images": "data", "prompts": "prompt"}.keys()
+    renamed = {"images": "data", "prompts": "prompt"}
+
+    def option(match: re.Match[str]) -> str:
+        name, value = match[1], match[2] or ""
+        value = "" if value == "=True" else value.replace("=", " ").replace("'", "")
+        return f"{flag(renamed.get(name, name))}{value}" if name in known else match[0]
+
+    return re.sub(r"`(\w+)(=[^`]+)?`", option, text)
 
 
 def _named_log(words: list[str]) -> Path | None:

@@ -1,24 +1,37 @@
-"""The words of a command line: options of files put in front, spellings made alike."""
+"""The words of a command line: options of files put in front, spellings made alike.
+
+Files are YAML or JSON, whose values are read as the same words on a command line.
+"""
 
 from __future__ import annotations
 
+import codecs
+import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from curvlinops_diffusion.cli.config_files import read_config
-from curvlinops_diffusion.cli.options import flag, is_list
+import yaml
+
+from curvlinops_diffusion.cli.options import Option, flag
 from curvlinops_diffusion.runtime.files import named_path
 
+# the same reader in C where there is one, which also takes a tab after a colon
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+Options = dict[str, list[str] | None]
+_Pairs = list[tuple[str, list[str | None] | None]]
+
+_FORM = "A file of options has a line 'option: value' for each, and 'option: [a, b]' for a list"
 _TRUE, _FALSE = {"true", "yes", "on", "1", "y"}, {"false", "no", "off", "0", "n"}
 _NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 # dashes that word processors and web pages make of two hyphens
 _OTHER_DASHES = re.compile("^[\u2010-\u2015\u2212]+")
 
 
-def spelled(words: Sequence[str], types: Mapping[str, Any]) -> list[str]:
+def spelled(words: Sequence[str], known: Mapping[str, Option]) -> list[str]:
     """Spell a command's words as its parser takes them.
 
     Options of ``--config`` files come first, so that flags replace them wherever they stand; a
@@ -27,21 +40,23 @@ def spelled(words: Sequence[str], types: Mapping[str, Any]) -> list[str]:
 
     Args:
         words: The words after the command.
-        types: The type of each option, by the name of its field.
+        known: The command's options by name.
 
     Raises:
         ValueError: If a file cannot be read, a switch has no value of truth, a list is given twice,
             or a flag begins with another dash.
     """
-    configs, own, lists = _own_words([word.rstrip("\r") for word in words], types)
-    options: dict[str, list[str] | None] = {}
+    configs, own, lists = _own_words([word.rstrip("\r") for word in words], known)
+    options: Options = {}
     for path in configs:
-        options |= read_config(Path(path).expanduser(), types)
+        options |= read_config(Path(path).expanduser(), known)
     options |= dict.fromkeys(lists)  # whose values are replaced, not added to
-    return [*_as_words(options, types), *own]
+    return [*_as_words(options, known), *own]
 
 
-def _own_words(words: list[str], types: Mapping[str, Any]) -> tuple[list[str], list[str], set[str]]:
+def _own_words(
+    words: list[str], known: Mapping[str, Option]
+) -> tuple[list[str], list[str], set[str]]:
     """The files of ``--config``, the other words, and the lists that are among these."""
     configs: list[str] = []
     found: list[str] = []
@@ -53,12 +68,12 @@ def _own_words(words: list[str], types: Mapping[str, Any]) -> tuple[list[str], l
             meant = _OTHER_DASHES.sub("--", word)
             raise ValueError(f"'{word}' begins with a dash where two hyphens are meant: {meant}.")
         word_flag, equals, value = word.partition("=")
-        name = _name(word_flag, types)
+        name = _name(word_flag, known)
         if name is None:
             found.append(word)
             continue
         following = waiting[-1] if waiting else None
-        if types.get(name) is bool:
+        if name in known and known[name].type is bool:
             if not equals and following is not None and following.lower() in {"true", "false"}:
                 equals, value = "=", waiting.pop()
             found.append(_switch(name, value) if equals else flag(name))
@@ -66,7 +81,7 @@ def _own_words(words: list[str], types: Mapping[str, Any]) -> tuple[list[str], l
             if not equals and (following is None or following.startswith("--")):
                 raise ValueError("--config needs the name of a YAML file.")
             configs.append(value if equals else waiting.pop())
-        elif is_list(types[name]):
+        elif known[name].several:
             if name in lists:
                 raise ValueError(
                     f"{flag(name)} is given twice. Pass all of its values after one: "
@@ -76,11 +91,11 @@ def _own_words(words: list[str], types: Mapping[str, Any]) -> tuple[list[str], l
             values = [value] if equals else []
             while waiting and not waiting[-1].startswith("-"):
                 values.append(waiting.pop())
-            found += _several(name, types[name], values) or [flag(name)]
-        elif equals or (following is not None and _is_value(following)):
+            found += [f"{flag(name)}={_read(name, known[name], v)}" for v in values] or [flag(name)]
+        elif equals or (following is not None and following != "-h" and following[:2] != "--"):
             value = value if equals else waiting.pop()
-            found.append(f"{flag(name)}={_read(name, types[name], value)}")
-            if "file" not in types and waiting and not waiting[-1].startswith("-"):
+            found.append(f"{flag(name)}={_read(name, known[name], value)}")
+            if "file" not in known and waiting and not waiting[-1].startswith("-"):
                 raise ValueError(
                     f"{flag(name)} is given '{value}' and '{waiting[-1]}', and takes one value. "
                     "Pass the folder in place of its files, and put what has spaces into quotes."
@@ -90,42 +105,38 @@ def _own_words(words: list[str], types: Mapping[str, Any]) -> tuple[list[str], l
     return configs, found, lists
 
 
-def _as_words(options: Mapping[str, list[str] | None], types: Mapping[str, Any]) -> Iterable[str]:
+def _as_words(options: Options, known: Mapping[str, Option]) -> Iterable[str]:
     """The words that options of a file stand for."""
     for name, values in options.items():
         if values is None:  # null: the default
             continue
-        if types[name] is bool:
+        if known[name].type is bool:
             yield _switch(name, values[0])
-        elif is_list(types[name]):
-            yield from _several(name, types[name], values)
+        elif known[name].several:
+            # a word each: one that begins with a hyphen is a value, too
+            yield from (f"{flag(name)}={_read(name, known[name], value)}" for value in values)
         else:
-            value = _read(name, types[name], values[0])
+            value = _read(name, known[name], values[0])
             yield value if name == "file" else f"{flag(name)}={value}"
-
-
-def _several(name: str, type_: Any, values: list[str]) -> list[str]:
-    """The values of a list, a word each: one that begins with a hyphen is a value, too."""
-    return [f"{flag(name)}={_read(name, type_, value)}" for value in values]
 
 
 # lists of files, each perhaps as name=file
 _NAMED_FILES = {"lora", "scores"}
 
 
-def _read(name: str, type_: Any, value: str) -> str:
+def _read(name: str, option: Option, value: str) -> str:
     """A value with the home folder for ``~`` and the values of environment variables in paths.
 
     Raises:
         ValueError: If a path is empty, or a variable in it is not set.
     """
-    if is_list(type_):
+    if option.several:
         if name not in _NAMED_FILES:
             return value
         own = named_path(value)[0]
         start = 0 if own is None else len(f"{own}=")
         return value[:start] + _path(name, value[start:])
-    return _path(name, value) if type_ in (Path, Path | None) else value
+    return _path(name, value) if option.type is Path else value
 
 
 def _path(name: str, value: str) -> str:
@@ -140,22 +151,17 @@ def _path(name: str, value: str) -> str:
     return path
 
 
-def _name(word: str, types: Mapping[str, Any]) -> str | None:
+def _name(word: str, known: Mapping[str, Option]) -> str | None:
     """The option that a flag or the beginning of one names, if it is a single one."""
     if not word.startswith("--") or word == "--":
         return None
     meant = word[2:].replace("-", "_")
-    known = [*types, "config"]
-    if meant in known:
+    taken = [*known, "config"]
+    if meant in taken:
         return meant
-    others = ["help", "print_config", *(f"no_{name}" for name in types if types[name] is bool)]
-    found = [name for name in (*known, *others) if name.startswith(meant) and name != "file"]
-    return found[0] if len(found) == 1 and found[0] in known else None
-
-
-def _is_value(word: str) -> bool:
-    """Whether a word after an option is its value, though it may begin with a hyphen."""
-    return not word.startswith("--") and word != "-h"
+    others = ["help", "print_config", *(f"no_{n}" for n, own in known.items() if own.type is bool)]
+    found = [name for name in (*taken, *others) if name.startswith(meant) and name != "file"]
+    return found[0] if len(found) == 1 and found[0] in taken else None
 
 
 def _switch(name: str, value: str) -> str:
@@ -169,3 +175,114 @@ def _switch(name: str, value: str) -> str:
     if value.strip().lower() in _FALSE:
         return flag(f"no_{name}")
     raise ValueError(f"{flag(name)} is {value!r}. Pass true or false.")
+
+
+# ---------------------------------------------------------------------------------------------
+# Files of options
+# ---------------------------------------------------------------------------------------------
+
+
+def read_config(path: Path, known: Mapping[str, Option]) -> Options:
+    """Read the options of a file as texts, by name; ``None`` for null.
+
+    YAML would make 8 of 010, true of ``yes`` and a text of 1e-8: values are taken as they are
+    written, and what they mean is left to the option's type, as for flags.
+
+    Args:
+        path: The file.
+        known: The command's options by name.
+
+    Raises:
+        ValueError: If the file is missing, neither YAML nor JSON, or has an option that is unknown,
+            given twice, or of another form.
+    """
+    found: Options = {}
+    for key, values in _pairs(path, _text(path)):
+        name = key.replace("-", "_")
+        if name not in known:
+            close = difflib.get_close_matches(name.lower(), known, 1, cutoff=0.75)
+            advice = f"Did you mean '{close[0]}'?" if close else "--help lists what there is."
+            if name == "config":
+                advice = "Files of options do not name others: pass --config for each."
+            raise ValueError(f"'{path}' has an option '{key}', which is unknown. {advice}")
+        if name in found:
+            raise ValueError(f"'{path}' has the option '{key}' twice. Leave one out.")
+        if values is not None and None in values:
+            raise ValueError(f"'{key}' in '{path}' has an empty entry. Leave it out.")
+        if not known[name].several and values is not None and len(values) != 1:
+            raise ValueError(
+                f"'{key}' in '{path}' is a list of {len(values)} values, and takes one."
+            )
+        found[name] = [value for value in values or () if value is not None] or None
+    return found
+
+
+def _text(path: Path) -> str:
+    """The text of a file, as editors of Windows write it, too.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"--config: '{path}' cannot be read: {error.strerror}.") from error
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    try:
+        text = raw.decode("utf-16" if raw.startswith(marks) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--config: '{path}' is not text in UTF-8 (byte {error.start}). Save it as that."
+        ) from error
+    return text.replace("\r\n", "\n")
+
+
+def _pairs(path: Path, text: str) -> _Pairs:
+    try:
+        node = yaml.compose(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config: '{path}' cannot be parsed: {_told(error, text)}.") from error
+    if node is None:  # nothing, or comments alone
+        return []
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError(f"--config: '{path}' holds no options. {_FORM}.")
+    found: _Pairs = []
+    for key, value in node.value:
+        name = _scalar(path, str(getattr(key, "value", key)), key)
+        if name is None:
+            raise ValueError(f"'{path}' has an option without a name. {_FORM}.")
+        if isinstance(value, yaml.SequenceNode):
+            found.append((name, [_scalar(path, name, item) for item in value.value]))
+        else:
+            scalar = _scalar(path, name, value)
+            found.append((name, None if scalar is None else [scalar]))
+    return found
+
+
+def _scalar(path: Path, name: str, node: Any) -> str | None:
+    if not isinstance(node, yaml.ScalarNode):
+        raise _nested(path, name)
+    if node.tag == "tag:yaml.org,2002:null":
+        return None
+    return str(node.value)
+
+
+def _nested(path: Path, name: str) -> ValueError:
+    return ValueError(f"'{name}' in '{path}' holds options of its own or a list of lists. {_FORM}.")
+
+
+def _told(error: yaml.YAMLError, text: str) -> str:
+    """A parser's message, with the line and the usual reason for it."""
+    mark = getattr(error, "problem_mark", None)
+    problem = str(getattr(error, "problem", None) or error)
+    if mark is None:
+        return problem
+    line = text.splitlines()[mark.line] if mark.line < len(text.splitlines()) else ""
+    hint = ""
+    if "alias" in str(error):
+        hint = "; patterns that begin with * stand in quotes: '*attn*'"
+    elif "\\" in line and "quoted" in str(error):
+        hint = "; paths with backslashes stand in single quotes, or in none"
+    elif "\t" in line:
+        hint = "; YAML is indented by spaces, not by tabs"
+    return f"line {mark.line + 1}, {problem}{hint}"

@@ -1,13 +1,12 @@
-"""Agreement of the scores of two halves of the draws: how sure scores are.
+"""Agreement of orders: of the scores of two halves of the draws, and rank correlations.
 
-Legend: Q queries, N training examples, k the largest scores that are compared.
+Legend: Q queries or rows, N training examples, M entries of a row, k the largest scores compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from math import isfinite
 from statistics import median
 from typing import Any
@@ -15,17 +14,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.influence.split_half import (
-    rank_correlation,
-    standard_error,
-    top_shared,
-)
-from curvlinops_diffusion.influence.stored_scores import StoredScores
-
 #: The number of largest scores of two halves that are compared.
 TOP = 10
 
 Undefined = float | None
+
+
+@dataclass(frozen=True)
+class SplitHalfScores:
+    r"""Scores, and those of either half of the draws of queries and training examples.
+
+    With gradients ``g = (g₁ + g₂)/2`` of the two halves of the draws, on both sides::
+
+        τ = 1/N q̄ᵀ G_inv ḡ        τ₁ = 1/N q₁ᵀ G_inv g₁        τ₂ = 1/N q₂ᵀ G_inv g₂
+
+    The halves share no noise. Their agreement is that of two runs with half the draws and other
+    seeds; the scores of all draws are surer than either.
+
+    Attributes:
+        scores: ``τ``, shape ``[Q, N]``.
+        first: ``τ₁``, likewise.
+        second: ``τ₂``, likewise.
+    """
+
+    scores: Tensor
+    first: Tensor
+    second: Tensor
+
+    def rank_correlation(self) -> Tensor:
+        """Spearman's correlation of the halves' scores over training examples, ``[Q]``."""
+        return rank_correlations(self.first, self.second)
+
+    def top_shared(self, k: int = 10) -> Tensor:
+        """The share of each half's ``k`` largest scores that the other half has too, ``[Q]``."""
+        k = min(k, self.first.shape[1])
+        one, other = (
+            torch.zeros_like(z, dtype=torch.bool).scatter(1, z.topk(k).indices, True)
+            for z in (self.first, self.second)
+        )
+        return (one & other).sum(1) / k
+
+    def standard_error(self) -> Tensor:
+        """The standard error of a query's scores, root mean square over its examples, ``[Q]``.
+
+        Half the difference of the halves: the error of their mean, which is not below that of
+        ``τ``.
+        """
+        return (self.first - self.second).square().mean(1).sqrt() / 2
 
 
 @dataclass(frozen=True)
@@ -50,18 +85,17 @@ class Agreement:
     standard_error: tuple[Undefined, ...]
 
     @classmethod
-    def of_halves(cls, first: Tensor | StoredScores, second: Tensor | StoredScores) -> Agreement:
+    def of_halves(cls, first: Iterable[Tensor], second: Iterable[Tensor]) -> Agreement:
         """Compare the halves' scores ``[Q, N]``, which are read one query at a time."""
-        N = first.shape[1]
-        k = max(1, min(TOP, N // 2))  # all of them would always be shared
-
-        def each(compare: Callable[[Tensor, Tensor], Tensor]) -> tuple[Undefined, ...]:
-            pairs = zip(first, second, strict=True)
-            found = torch.cat([compare(a.unsqueeze(0), b.unsqueeze(0)) for a, b in pairs])
-            return tuple(plain_numbers(found))
-
-        shared = tuple(k * (share or 0.0) for share in each(partial(top_shared, k=k)))
-        return cls(k, shared, k * k / N, each(rank_correlation), each(standard_error))
+        found = []
+        for first_N, second_N in zip(first, second, strict=True):
+            N = len(first_N)
+            k = max(1, min(TOP, N // 2))  # all of them would always be shared
+            halves = SplitHalfScores(*(z.unsqueeze(0) for z in (first_N, first_N, second_N)))
+            numbers = halves.top_shared(k), halves.rank_correlation(), halves.standard_error()
+            found.append([plain_numbers(number)[0] for number in numbers])
+        shared, correlations, errors = zip(*found, strict=True)
+        return cls(k, tuple(k * (one or 0.0) for one in shared), k * k / N, correlations, errors)
 
     @classmethod
     def of_header(cls, header: Mapping[str, Any]) -> Agreement | None:
@@ -108,5 +142,58 @@ class Agreement:
 
 
 def plain_numbers(values: Tensor) -> list[Undefined]:
-    """Numbers for a header of JSON, in which none are undefined."""
+    """Numbers for a header of JSON, ``None`` where they are undefined or infinite."""
     return [value if isfinite(value) else None for value in values.double().tolist()]
+
+
+def rank_correlations(x_QM: Tensor, y_QM: Tensor) -> Tensor:
+    """Spearman's correlation of corresponding rows, ``[Q]``; NaN where a row is constant."""
+    a_QM, b_QM = (r_QM - r_QM.mean(1, keepdim=True) for r_QM in map(_mean_ranks, (x_QM, y_QM)))
+    covariance_Q, own_Q, other_Q = (
+        z_QM.sum(1) for z_QM in (a_QM * b_QM, a_QM.square(), b_QM.square())
+    )
+    return covariance_Q / (own_Q * other_Q).sqrt()
+
+
+def rank_correlations_without_each(x_M: Tensor, y_M: Tensor) -> Tensor:
+    """Spearman's correlation of two rows without each of the entries, ``[M]``; NaN likewise.
+
+    Without entry ``m`` those above it lose a rank, and those tied with it half of one, so that
+    sums over the others follow from those over all. Multiples of 1/4: exact.
+    """
+    others = len(x_M) - 1
+    ranks, losses = [], []
+    for z_M in (x_M, y_M):
+        ranks.append(_mean_ranks(z_M.unsqueeze(0))[0])
+        lost_MM = (z_M > z_M.unsqueeze(1)).double() + (z_M == z_M.unsqueeze(1)).double() / 2
+        losses.append(lost_MM.fill_diagonal_(0))
+    mean = (others - 1) / 2  # of the ranks that are left
+
+    def product(one: int, two: int) -> Tensor:
+        """Sums over the others of products of their ranks, less the means."""
+        a_M, b_M, a_MM, b_MM = ranks[one], ranks[two], losses[one], losses[two]
+        sum_M = a_M @ b_M - a_M * b_M - a_MM @ b_M - b_MM @ a_M + (a_MM * b_MM).sum(1)
+        return sum_M - others * mean**2
+
+    return product(0, 1) / (product(0, 0) * product(1, 1)).sqrt()
+
+
+def ranks_beyond_rounding(values_QM: Tensor, rounding_Q: Tensor) -> Tensor:
+    """Number the distinct values of each row in order, float64 ``[Q, M]``.
+
+    Args:
+        values_QM: The values.
+        rounding_Q: Neighbours that differ by no more are one value.
+    """
+    sorted_QM, order_QM = values_QM.sort(1)
+    steps_QM = torch.zeros_like(sorted_QM, dtype=torch.float64)
+    steps_QM[:, 1:] = (sorted_QM.diff(dim=1) > rounding_Q.unsqueeze(1)).double()
+    return steps_QM.cumsum(1).gather(1, order_QM.argsort(1))
+
+
+def _mean_ranks(values_QM: Tensor) -> Tensor:
+    """Rank the entries of each row from zero, ties sharing the mean of their ranks."""
+    from scipy.stats import rankdata  # takes most of a second, which few programs need
+
+    ranks_QM = rankdata(values_QM.detach().double().cpu().numpy(), axis=1) - 1
+    return torch.from_numpy(ranks_QM).to(values_QM.device)

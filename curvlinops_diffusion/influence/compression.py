@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.influence.projection import RandomProjection
 from curvlinops_diffusion.runtime.checks import check_count, check_option
 
 # Entries that share a scale
@@ -51,6 +50,55 @@ class Projection(str, Enum):
 
 
 @dataclass(frozen=True)
+class RandomProjection:
+    r"""A sparse random projection, under which inner products are preserved on average.
+
+    Each coordinate goes to one of ``k`` sums, with a random sign (a count sketch)::
+
+        z_j = Σ_{i: h(i) = j} s_i x_i,      E ⟨z, z'⟩ = ⟨x, x'⟩
+        Var ⟨z, z'⟩ = (‖x‖² ‖x'‖² + ⟨x, x'⟩² − 2 Σ_i x_i² x'_i²) / k
+
+    which is the variance of a projection by ``k`` dense vectors of signs, for a ``k``-th of the
+    work and two vectors of ``P`` numbers in place of a matrix.
+
+    Source: Charikar, Chen & Farach-Colton, 2002; Weinberger et al., 2009 (the variance).
+
+    Attributes:
+        size: ``k``.
+        seed: The seed of sums and signs.
+
+    Examples:
+        >>> rows = torch.randn(2, 10_000, generator=torch.Generator().manual_seed(0))
+        >>> projected = RandomProjection(size=2_000)(rows)
+        >>> projected.shape
+        torch.Size([2, 2000])
+        >>> bool((projected.norm(dim=1) / rows.norm(dim=1) - 1).abs().max() < 0.1)
+        True
+    """
+
+    size: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the size.
+
+        Raises:
+            ValueError: If it is no number of at least one.
+        """
+        check_count("size", self.size)
+
+    def __call__(self, rows_BP: Tensor) -> Tensor:
+        """Project, ``[B, P] -> [B, k]``."""
+        P = rows_BP.shape[1]
+        generator = torch.Generator().manual_seed(self.seed)
+        sums_P = torch.randint(self.size, (P,), generator=generator)
+        signs_P = 2 * torch.randint(2, (P,), generator=generator) - 1
+        sums_P, signs_P = sums_P.to(rows_BP.device), signs_P.to(rows_BP)
+        result_Bk = rows_BP.new_zeros(len(rows_BP), self.size)
+        return result_Bk.index_add_(1, sums_P, rows_BP * signs_P)
+
+
+@dataclass(frozen=True)
 class Compression:
     """The form in which whitened gradients are stored.
 
@@ -83,8 +131,8 @@ class Compression:
         if projection is Projection.NONE:
             if self.size is not None:
                 raise ValueError(
-                    f"size={self.size!r} arrived without a projection. Pass projection='svd' or "
-                    "'random', or no size."
+                    f"`size` needs a projection, got {self.size!r} without. Pass projection='svd' "
+                    "or 'random', or no size."
                 )
         else:
             check_count("size", self.size)
@@ -103,19 +151,17 @@ class Compression:
     # -----------------------------------------------------------------------------------------
 
     def fit(self, sample_BP: Tensor) -> dict[str, Tensor]:
-        """Choose what is kept, from a sample of whitened gradients.
+        """Choose the coordinates of an ``'svd'`` projection, from a sample of whitened gradients.
 
         Raises:
             ValueError: If more coordinates are asked for than there are.
         """
         B, P = sample_BP.shape
-        if self.projection in (Projection.NONE, Projection.RANDOM):
-            return {}
         assert self.size is not None
         if self.size > min(B, P):
             raise ValueError(
-                f"size={self.size} arrived; a 'svd' projection from {B} gradients of {P} entries "
-                f"has at most {min(B, P)}. Pass a smaller size or a larger sample."
+                f"`size` must be at most {min(B, P)} for a 'svd' projection from {B} gradients of "
+                f"{P} entries, got {self.size}. Pass a smaller size or a larger sample."
             )
         # the sample is small beside P: through its Gram matrix
         gram_BB = sample_BP.double() @ sample_BP.double().T
@@ -125,7 +171,7 @@ class Compression:
         return {"basis": (sample_BP.T.double() @ (vectors * scale)).to(sample_BP)}
 
     def project(self, rows_BP: Tensor, projection: dict[str, Tensor]) -> Tensor:
-        """The coordinates kept, ``[B, P] -> [B, k]``."""
+        """Take the coordinates kept, ``[B, P] -> [B, k]``."""
         if self.projection is Projection.RANDOM:
             assert self.size is not None
             return RandomProjection(self.size, self.seed)(rows_BP)
@@ -136,7 +182,7 @@ class Compression:
     # -----------------------------------------------------------------------------------------
 
     def encode(self, rows_Bk: Tensor) -> dict[str, Tensor]:
-        """Rows as tensors to be stored."""
+        """Turn rows into tensors to be stored."""
         match self.precision:
             case Precision.FLOAT32:
                 return {"rows": rows_Bk.float()}
@@ -162,7 +208,7 @@ class Compression:
         return (padded if self.precision is Precision.INT8 else padded // 2) + 4 * padded // BLOCK
 
     def decode(self, stored: dict[str, Tensor], size: int) -> Tensor:
-        """Stored tensors as rows ``[B, size]``, float32.
+        """Turn stored tensors into rows ``[B, size]``, float32.
 
         Raises:
             ValueError: If they do not have the shapes and types that :meth:`encode` gives.

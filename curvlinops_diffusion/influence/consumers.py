@@ -1,4 +1,4 @@
-"""Consumers reduce training gradients as they stream past: to scores, the extreme ones, sums.
+"""Consumers reduce rows of training examples as they stream past: gradients, or their scores.
 
 Legend: Q queries, N training examples, B a batch of them, K groups, P parameters.
 """
@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.scorers import Scorer
+from curvlinops_diffusion.influence.score_files import HALVED, INDEX
 from curvlinops_diffusion.linalg.operator import check_whole
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.checks import check_count
@@ -22,104 +21,134 @@ from curvlinops_diffusion.runtime.sums import prefixed, within
 
 
 class GradientConsumer(ABC):
-    """Something made of training gradients as they stream past."""
+    """Something made of rows of training examples, gradients usually, as they stream past.
+
+    Attributes:
+        sums: The result of those seen so far, tensors by name, so that parts can be added up.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
 
     def begin(self) -> None:  # noqa: B027  most need nothing
         """Make what is needed; on all processes together, unless the pass was finished before."""
 
     @abstractmethod
-    def add(self, indices: Sequence[int], *rows_BP: Tensor) -> None:
-        """Take the gradients of some training examples, ``[B, P]`` of each stream."""
+    def add(self, indices: Sequence[int], *rows: Tensor) -> None:
+        """Take rows of some training examples: gradients ``[B, P]`` of each stream.
 
-    @abstractmethod
+        Consumers of scores take those, ``[B, Q]`` of each name.
+        """
+
     def tensors(self) -> dict[str, Tensor]:
-        """The result of those seen so far, as sums, so that parts can be added up."""
+        """The sums, as they are written down and added up over processes."""
+        return dict(self.sums)
 
-    @abstractmethod
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from :meth:`tensors`."""
+        self.sums = dict(tensors)
 
 
-class ScoringConsumer(GradientConsumer):
-    """Something made of the scores of training examples.
+class Scored(GradientConsumer):
+    """Hands the scores of gradients to a consumer.
+
+    ::
+
+        τ(q, n) = 1/N (G_inv ∇m_q)ᵀ ∇ℓ_n
+
+    Of two streams, of halves of the draws, the scores of their mean come first, then those of each.
 
     Args:
-        make_scorer: Makes what scores a batch.
+        consumer: Takes the scores.
+        columns: Make the queries' preconditioned gradients, ``[P, Q]``, one for each stream.
+        num_data: ``N``.
+        layers: Where the parameters of each layer are, to score them one by one.
     """
 
-    def __init__(self, make_scorer: Callable[[], Scorer]):
-        self._make_scorer = make_scorer
-        self._scorer: Scorer | None = None
+    def __init__(
+        self,
+        consumer: GradientConsumer,
+        columns: Sequence[Callable[[], Tensor]],
+        num_data: int,
+        layers: Sequence[Sequence[slice]] = (),
+    ):
+        super().__init__()
+        self._consumer = consumer
+        self._make_columns = columns
+        self._num_data = num_data
+        self._layers = layers
+        self._columns: Sequence[Tensor] = ()
 
     def begin(self) -> None:
-        """Make the scorer."""
-        self._scorer = self._make_scorer()
+        """Make the columns."""
+        self._columns = _with_mean([make() for make in self._make_columns])
 
-    def scores_of(self, *rows_BP: Tensor) -> dict[str, Tensor]:
-        """Scores of a batch, ``[Q, B]``, by name."""
-        assert self._scorer is not None, "begin comes first"
-        return self._scorer(*rows_BP)
-
-
-class PairwiseScores(ScoringConsumer):
-    """All scores by name, ``[Q, N]`` each.
-
-    Args:
-        make_scorer: Makes what scores a batch.
-        num_data: ``N``.
-
-    Attributes:
-        scores: Those seen so far; zero where there are none.
-    """
-
-    def __init__(self, make_scorer: Callable[[], Scorer], num_data: int):
-        super().__init__(make_scorer)
-        self._num_data = num_data
-        self.scores: dict[str, Tensor] = {}
-
-    @property
-    def scores_QN(self) -> Tensor:
-        """The main ones."""
-        return self.scores["scores"]
-
-    def add(self, indices: Sequence[int], *rows_BP: Tensor) -> None:
-        """Fill the examples' columns."""
-        for name, scores_QB in self.scores_of(*rows_BP).items():
-            if name not in self.scores:
-                self.scores[name] = scores_QB.new_zeros(len(scores_QB), self._num_data)
-            self.scores[name][:, list(indices)] = scores_QB
+    def add(self, indices: Sequence[int], *rows: Tensor) -> None:
+        """Score the examples."""
+        N, pairs = self._num_data, zip(_with_mean(rows), self._columns, strict=True)
+        scores = [
+            torch.stack([rows_BP[:, at] @ columns_PQ[at] / N for at in layer]).sum(0)
+            if layer
+            else rows_BP @ columns_PQ / N
+            for rows_BP, columns_PQ in pairs
+            for layer in self._layers or ((),)
+        ]
+        self._consumer.add(indices, *scores)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The scores."""
-        return dict(self.scores)
+        """Those of the consumer."""
+        return self._consumer.tensors()
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from scores."""
-        self.scores = dict(tensors)
+        """Have the consumer go on."""
+        self._consumer.restore(tensors)
 
 
-class OwnScores(ScoringConsumer):
+def _with_mean(several: Sequence[Tensor]) -> Sequence[Tensor]:
+    return several if len(several) == 1 else ((several[0] + several[1]) / 2, *several)
+
+
+class AllRows(GradientConsumer):
+    """The rows themselves: scores, ``[N, Q]`` of each name, or gradients, ``[N, P]``; else zero.
+
+    Args:
+        num_data: ``N``.
+        names: The names of what is given for each example.
+    """
+
+    def __init__(self, num_data: int, names: Sequence[str] = HALVED[:1]):
+        super().__init__()
+        self._num_data = num_data
+        self._names = names
+
+    def add(self, indices: Sequence[int], *rows: Tensor) -> None:
+        """Fill the examples' rows."""
+        for name, own in zip(self._names, rows, strict=True):
+            if name not in self.sums:
+                self.sums[name] = own.new_zeros(self._num_data, own.shape[1])
+            self.sums[name][list(indices)] = own
+
+
+class OwnScores(GradientConsumer):
     """The scores of those examples that this process has seen, ``[Q, n]`` each, in main memory.
 
     They are no sums: a pass whose sums are not added up leaves each process with its own.
 
     Args:
-        make_scorer: Makes what scores a batch.
+        names: Their names.
         share: The process.
     """
 
-    #: The name of the examples' numbers, ``[n]``.
-    INDEX = "index"
-
-    def __init__(self, make_scorer: Callable[[], Scorer], share: Share):
-        super().__init__(make_scorer)
+    def __init__(self, names: Sequence[str], share: Share):
+        super().__init__()
+        self._names = names
         self._part = str(share.rank)
         self._pieces: list[dict[str, Tensor]] = []
 
-    def add(self, indices: Sequence[int], *rows_BP: Tensor) -> None:
+    def add(self, indices: Sequence[int], *rows: Tensor) -> None:
         """Keep the examples' scores."""
-        scores = {name: z_QB.cpu() for name, z_QB in self.scores_of(*rows_BP).items()}
-        self._pieces.append({**scores, self.INDEX: torch.tensor(list(indices))})
+        scores = {name: z_BQ.T.cpu() for name, z_BQ in zip(self._names, rows, strict=True)}
+        self._pieces.append({**scores, INDEX: torch.tensor(list(indices))})
 
     @property
     def found(self) -> dict[str, Tensor]:
@@ -142,29 +171,6 @@ class OwnScores(ScoringConsumer):
         self._pieces = [
             {name: z.cpu() for name, z in within(part, tensors).items()} for part in parts
         ]
-
-
-class GradientRows(GradientConsumer):
-    """The gradients themselves, ``[N, P]``.
-
-    Args:
-        J_train: Whose rows they are.
-    """
-
-    def __init__(self, J_train: ExampleGradientLinearOperator):
-        self.rows_NP = torch.zeros(J_train.shape, dtype=J_train.dtype, device=J_train.device)
-
-    def add(self, indices: Sequence[int], *rows_BP: Tensor) -> None:
-        """Fill the examples' rows."""
-        (self.rows_NP[list(indices)],) = rows_BP
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The rows; zero where none were computed."""
-        return {"rows": self.rows_NP}
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from rows."""
-        self.rows_NP = tensors["rows"]
 
 
 @dataclass(frozen=True)
@@ -196,20 +202,19 @@ class TopInfluences:
 
     @classmethod
     def of_blocks(cls, blocks: Sequence[TopInfluences]) -> TopInfluences:
-        """Those of some queries after those of others."""
+        """Join those of several blocks of queries."""
 
-        def together(order: str) -> Ranked:
+        def joined(order: str) -> Ranked:
             own: list[Ranked] = [getattr(block, order) for block in blocks]
             return Ranked(torch.cat([r.indices for r in own]), torch.cat([r.scores for r in own]))
 
-        return cls(*(together(order) for order in TopScores.ORDERS))
+        return cls(*map(joined, TopScores.ORDERS))
 
 
-class TopScores(ScoringConsumer):
+class TopScores(GradientConsumer):
     """The ``k`` largest, least, and nearest to zero of each query's scores, so far.
 
     Args:
-        make_scorer: Makes what scores a batch.
         num_data: ``N``.
         k: How many of each.
         share: The process: what several have found is brought together.
@@ -218,55 +223,49 @@ class TopScores(ScoringConsumer):
     # an order in which the scores sought come first
     ORDERS = ("positive", "negative", "neutral")
 
-    def __init__(self, make_scorer: Callable[[], Scorer], num_data: int, k: int, share: Share):
-        super().__init__(make_scorer)
+    def __init__(self, num_data: int, k: int, share: Share):
+        super().__init__()
         self._k = min(check_count("k", k), num_data)
         self._part = str(share.rank)
-        self._found: dict[str, tuple[Tensor, Tensor]] = {}
+        self._found: dict[str, Ranked] = {}
 
-    def add(self, indices: Sequence[int], *rows_BP: Tensor) -> None:
+    def add(self, indices: Sequence[int], *rows: Tensor) -> None:
         """Compare the examples with the best so far."""
-        scores_QB = self.scores_of(*rows_BP)["scores"]
-        index_QB = torch.tensor(list(indices), device=scores_QB.device).expand_as(scores_QB)
+        (scores_BQ,) = rows
+        index_QB = torch.tensor(list(indices), device=scores_BQ.device).expand_as(scores_BQ.T)
         for order in self.ORDERS:
-            self._merge(order, scores_QB, index_QB)
+            self._merge(order, Ranked(index_QB, scores_BQ.T))
 
-    def _merge(self, order: str, scores_Qk: Tensor, index_Qk: Tensor) -> None:
-        before = [self._found[order]] if order in self._found else []
-        scores = torch.cat([*(own for own, _ in before), scores_Qk], 1)
-        index = torch.cat([*(own for _, own in before), index_Qk], 1)
+    def _merge(self, order: str, new: Ranked) -> None:
+        both = [*([self._found[order]] if order in self._found else []), new]
+        scores = torch.cat([one.scores for one in both], 1)
+        index = torch.cat([one.indices for one in both], 1)
         key = {"positive": -scores, "negative": scores, "neutral": scores.abs()}[order]
-        # by example first, so that equal scores rank the same whatever came first
+        # by example first, so that equal scores rank the same in whatever order they come
         by_example = index.argsort(1)
         chosen = by_example.gather(1, key.gather(1, by_example).argsort(dim=1, stable=True))
         chosen = chosen[:, : self._k]
-        self._found[order] = (scores.gather(1, chosen), index.gather(1, chosen))
+        self._found[order] = Ranked(index.gather(1, chosen), scores.gather(1, chosen))
 
     @property
     def result(self) -> TopInfluences:
         """The examples found."""
-        return TopInfluences(
-            **{order: Ranked(index, scores) for order, (scores, index) in self._found.items()}
-        )
+        return TopInfluences(**self._found)
 
     def tensors(self) -> dict[str, Tensor]:
         """Scores and indices, under this process' number: they are no sums."""
-        parts = {}
-        for order, (scores, index) in self._found.items():
-            parts[f"{self._part}/{order}/scores"], parts[f"{self._part}/{order}/index"] = (
-                scores,
-                index,
-            )
-        return parts
+        return {
+            f"{self._part}/{order}/{kind}": z
+            for order, found in self._found.items()
+            for kind, z in vars(found).items()
+        }
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Bring together what processes have found."""
         self._found = {}
         for part in sorted({name.split("/")[0] for name in tensors}):
             for order in self.ORDERS:
-                self._merge(
-                    order, tensors[f"{part}/{order}/scores"], tensors[f"{part}/{order}/index"]
-                )
+                self._merge(order, Ranked(**within(f"{part}/{order}", tensors)))
 
 
 class GroupSums(GradientConsumer):
@@ -278,24 +277,17 @@ class GroupSums(GradientConsumer):
     """
 
     def __init__(self, groups_NK: Tensor, num_params: int):
+        super().__init__()
         self._groups_NK = groups_NK
-        self.sums_KP = groups_NK.new_zeros(groups_NK.shape[1], num_params)
+        self.sums["sums"] = groups_NK.new_zeros(groups_NK.shape[1], num_params)
 
-    def add(self, indices: Sequence[int], *rows_BP: Tensor) -> None:
+    def add(self, indices: Sequence[int], *rows: Tensor) -> None:
         """Add the gradients to their groups'."""
-        self.sums_KP += self._groups_NK[list(indices)].T @ rows_BP[0]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The sums."""
-        return {"sums": self.sums_KP}
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from sums."""
-        self.sums_KP = tensors["sums"]
+        self.sums["sums"] += self._groups_NK[list(indices)].T @ rows[0]
 
 
 class SelfInfluence(GradientConsumer):
-    """``τ(n, n) = 1/N ∇ℓ_nᵀ G_inv ∇ℓ'_n``, ``[N]``.
+    """``τ(n, n) = 1/N ∇ℓ_nᵀ G_inv ∇ℓ'_n``, ``[N]``; zero where none were computed.
 
     ``∇ℓ'`` are those of the second stream, from other draws say, or if there is one alone its own.
 
@@ -304,23 +296,17 @@ class SelfInfluence(GradientConsumer):
         num_data: ``N``.
 
     Raises:
-        ValueError: If the curvature's blocks are shared among processes.
+        ValueError: If the curvature's blocks are sharded among processes.
     """
 
     def __init__(self, G_inv: PyTorchLinearOperator, num_data: int):
         check_whole(G_inv, "Self-influence")
+        super().__init__()
         self._G_inv = G_inv
-        self.values_N = torch.zeros(num_data, dtype=G_inv.dtype, device=G_inv.device)
+        self.sums["values"] = torch.zeros(num_data, dtype=G_inv.dtype, device=G_inv.device)
 
-    def add(self, indices: Sequence[int], *rows_BP: Tensor) -> None:
+    def add(self, indices: Sequence[int], *rows: Tensor) -> None:
         """Fill the examples' entries."""
-        products_PB = self._G_inv @ rows_BP[-1].T
-        self.values_N[list(indices)] = (rows_BP[0].T * products_PB).sum(0) / len(self.values_N)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The values; zero where none were computed."""
-        return {"values": self.values_N}
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from values."""
-        self.values_N = tensors["values"]
+        products_PB = self._G_inv @ rows[-1].T
+        values_N = self.sums["values"]
+        values_N[list(indices)] = (rows[0].T * products_PB).sum(0) / len(values_N)

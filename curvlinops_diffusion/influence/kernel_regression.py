@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
 
@@ -15,41 +15,71 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion.influence.consumers import (
-    GradientRows,
+    AllRows,
+    GradientConsumer,
     GroupSums,
-    PairwiseScores,
+    Scored,
     SelfInfluence,
 )
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.scorers import inner_products
-from curvlinops_diffusion.influence.scores import (
+from curvlinops_diffusion.influence.measurements.losses import SignedPrediction
+from curvlinops_diffusion.influence.streaming import (
     batch_columns,
     curvature_settings,
     gradient_columns,
+    of_gradients,
     query_blocks,
     stream_gradients,
 )
 from curvlinops_diffusion.linalg.operator import check_same_parameters
 from curvlinops_diffusion.linalg.solvers.conjugate_gradients import CGRefinedInverseLinearOperator
 from curvlinops_diffusion.linalg.upstream import LinearOperator, PyTorchLinearOperator
-from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checks import check_count, check_positive
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, computed_once
 from curvlinops_diffusion.runtime.processes import ALONE, Share
 from curvlinops_diffusion.runtime.progress import draws_bar
 
-#: Bytes of gradients that are held at once, unless somebody says otherwise.
-GRADIENT_BYTES = 2**31
-#: Training examples up to which the kernel matrix is formed.
-LARGEST_GRAM = 20_000
-#: Iterations of conjugate gradients at most, and their relative residual.
-MAX_ITER, TOLERANCE = 100, 1e-3
 # units in the last place by which equal scores may differ
 _ROUNDING = 8
 
+#: Functions that :func:`regression_scores` regresses: the loss, and the prediction along one sign.
+#: On the digits of docs/evidence.rst two signs, and four, predicted retraining no better than one.
+FUNCTIONS = 2
+#: Settled on the digits, where 3 to 10 for the ridge and one to two for the weights are level; two
+#: for what small photographs say as well.
+RIDGE = 5.0
+WEIGHTS = (1.0, 2.0)
+
 One = ExampleGradientLinearOperator
 Gradients = One | Sequence[One | Sequence[One]]
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """The way in which a kernel regression is solved.
+
+    Attributes:
+        largest_gram: Training examples up to which their kernel matrix is formed.
+        gradient_bytes: Bytes of training gradients that are held at once.
+        max_iter: Iterations of conjugate gradients at most, where it is not formed.
+        tolerance: Their relative residual.
+
+    Raises:
+        ValueError: If a number is not a whole one of at least 1.
+    """
+
+    largest_gram: int = 20_000
+    gradient_bytes: int = 2**31
+    max_iter: int = 100
+    tolerance: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name in ("largest_gram", "gradient_bytes"):
+            check_count(name, getattr(self, name))
+
+
+SOLVED = KernelOptions()
 
 
 def kernel_regression_scores(
@@ -60,10 +90,7 @@ def kernel_regression_scores(
     ridge: float = 1.0,
     squared: bool | Sequence[bool] = False,
     weights: Sequence[float] | None = None,
-    largest_gram: int = LARGEST_GRAM,
-    gradient_bytes: int = GRADIENT_BYTES,
-    max_iter: int = MAX_ITER,
-    tolerance: float = TOLERANCE,
+    options: KernelOptions = SOLVED,
     passes: PassOptions = PLAIN,
 ) -> Tensor:
     r"""Weights of the training examples in a kernel regression of a query's value.
@@ -91,11 +118,11 @@ def kernel_regression_scores(
     nearly constant.) Both together predict retraining best
     (:func:`~curvlinops_diffusion.regression_scores`).
 
-    Up to ``largest_gram`` training examples, ``K`` is computed in blocks and kept in the main
-    memory, in float64, whatever the device: one pass over the training gradients if those of all
-    fit into ``gradient_bytes``, else one more for each block that does. Beyond, the system is
-    solved by conjugate gradients, each iteration two passes; with a relative residual ``r`` the
-    scores' error is at most ``r ‖k(q, ·)‖ / (ρ κ)``.
+    Up to ``options.largest_gram`` training examples, ``K`` is computed in blocks and kept in the
+    main memory, in float64, whatever the device: one pass over the training gradients if those of
+    all fit into ``options.gradient_bytes``, else one more for each block that does. Beyond, the
+    system is solved by conjugate gradients, each iteration two passes; with a relative residual
+    ``r`` the scores' error is at most ``r ‖k(q, ·)‖ / (ρ κ)``.
 
     Source: Park et al., 2023 (TRAK, whose kernel has the identity for ``G_inv``); Zheng et al.,
     2024 (another function than the loss). Saunders et al., 1998, for the regression.
@@ -109,10 +136,7 @@ def kernel_regression_scores(
         ridge: ``ρ > 0``, in units of the mean diagonal entry of ``K``.
         squared: Whether ``s`` is squared; for several functions, one by one or of all.
         weights: Of several functions in the average; ``None`` for equal ones.
-        largest_gram: Training examples up to which ``K`` is formed.
-        gradient_bytes: Bytes of training gradients that are held at once.
-        max_iter: Iterations of conjugate gradients at most.
-        tolerance: Their relative residual.
+        options: How the regression is solved.
         passes: Checkpoints, processes and progress.
 
     Returns:
@@ -135,77 +159,131 @@ def kernel_regression_scores(
         >>> bool(torch.cosine_similarity(plain, ridged, dim=0) > 0.999)
         True
     """
-    found = kernels_and_scores(
-        J_query,
-        G_inv,
-        J_train,
-        ridge=ridge,
-        squared=squared,
-        weights=weights,
-        largest_gram=largest_gram,
-        gradient_bytes=gradient_bytes,
-        max_iter=max_iter,
-        tolerance=tolerance,
-        passes=passes,
+    return _kernels_and_scores(J_query, G_inv, J_train, ridge, squared, weights, options, passes)[1]
+
+
+def regression_scores(
+    J_query: ExampleGradientLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    *,
+    ridge: float = RIDGE,
+    seed: int = 0,
+    options: KernelOptions = SOLVED,
+    passes: PassOptions = PLAIN,
+) -> Tensor:
+    r"""Order the training examples by what training without each would do to a query's loss.
+
+    Training without some examples changes the query's prediction by ``δ``, and its loss by
+    ``2⟨ŷ − y, δ⟩ + ‖δ‖²``. Kernel regression of the loss predicts the first term, the squares of a
+    regression of the prediction ``f = ⟨s, ŷ⟩`` along random signs ``s`` the second::
+
+        s(q, n) = z(w_ℓ(q, n)) + 2 z(w_f(q, n)²),     w = k(q, ·) (K + ρ κ I)⁻¹
+
+    up to a factor, with ``z`` in units of a query's standard deviation over ``n``; ``k``, ``K`` and
+    ``κ`` as in :func:`~curvlinops_diffusion.kernel_regression_scores`. Positive is helpful; the
+    size has no unit, and how much the loss would change is not said.
+
+    Source: ``docs/evidence.rst`` (the decomposition, and how it was settled); Park et al., 2023
+    (regression on gradients).
+
+    Args:
+        J_query: Gradients of the queries' loss, or of something else of which lower is better.
+        G_inv: Inverse curvature, ``[P, P]``: K-FAC's or EK-FAC's at a small damping.
+        J_train: Gradients of the training loss.
+        ridge: ``ρ > 0``.
+        seed: The seed of the signs.
+        options: How the regressions are solved.
+        passes: Checkpoints, processes and progress.
+
+    Returns:
+        The scores, ``[Q, N]``, on the operators' device.
+
+    Raises:
+        ValueError: As :func:`~curvlinops_diffusion.kernel_regression_scores`.
+
+    Examples:
+        >>> K_inv = DiffusionKFACLinearOperator(train).inverse(damping=1e-3)
+        >>> J_train = ExampleGradientLinearOperator(train)
+        >>> J_query = ExampleGradientLinearOperator(query)
+        >>> regression_scores(J_query, K_inv, J_train).shape  # [Q, N]
+        torch.Size([2, 10])
+    """
+    return influence_and_regression_scores(
+        J_query, G_inv, J_train, ridge=ridge, seed=seed, options=options, passes=passes
+    )[1]
+
+
+def influence_and_regression_scores(
+    J_query: ExampleGradientLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    *,
+    ridge: float = RIDGE,
+    seed: int = 0,
+    options: KernelOptions = SOLVED,
+    passes: PassOptions = PLAIN,
+) -> tuple[Tensor, Tensor]:
+    """Influence scores and those of :func:`regression_scores`, out of the same gradients.
+
+    The kernel of queries and training examples is ``N`` times the influence.
+
+    Arguments and errors are those of :func:`regression_scores`.
+
+    Returns:
+        The scores of :func:`~curvlinops_diffusion.influence_scores`, and the others, ``[Q, N]``.
+    """
+    signed = SignedPrediction(seed)
+    queries, examples = ([J, J.measuring(signed)] for J in (J_query, J_train))
+    kernel_QN, scores_QN = _kernels_and_scores(
+        queries, G_inv, examples, ridge, [False, True], WEIGHTS, options, passes
     )
-    return found[1]
+    return kernel_QN / J_train.shape[0], scores_QN
 
 
-def kernels_and_scores(
+def _kernels_and_scores(
     J_query: Gradients,
     G_inv: PyTorchLinearOperator,
     J_train: Gradients,
-    *,
     ridge: float,
-    squared: bool | Sequence[bool] = False,
-    weights: Sequence[float] | None = None,
-    largest_gram: int = LARGEST_GRAM,
-    gradient_bytes: int = GRADIENT_BYTES,
-    max_iter: int = MAX_ITER,
-    tolerance: float = TOLERANCE,
-    passes: PassOptions = PLAIN,
+    squared: bool | Sequence[bool],
+    weights: Sequence[float] | None,
+    options: KernelOptions,
+    passes: PassOptions,
 ) -> tuple[Tensor, Tensor]:
-    """The kernel ``k(q, n)`` of the first function, and the scores.
-
-    Arguments and errors are those of :func:`kernel_regression_scores`.
-
-    Returns:
-        Kernel and scores, ``[Q, N]`` each.
-    """
+    """The kernel ``k(q, n)`` of the first function, and the scores, ``[Q, N]`` each."""
     functions = _functions(J_query, J_train)
     M = len(functions)
     are_squared = [squared] * M if isinstance(squared, bool) else list(squared)
     for name, entries in (("squared", are_squared), ("weights", weights)):
         if entries is not None and len(entries) != M:
             raise ValueError(
-                f"{name} arrived for {len(entries)} functions, the gradients for {M}. Pass one for "
-                "each function, or leave it out."
+                f"`{name}` must have an entry for each of the {M} functions, got {len(entries)}. "
+                "Leave it out to treat all alike."
             )
     for query, train in chain(*functions):
         check_same_parameters({"J_query": query, "J_train": train}, {"G_inv": G_inv})
     check_positive("ridge", ridge)
-    check_count("largest_gram", largest_gram)
-    check_count("gradient_bytes", gradient_bytes)
-    found, crosses = [], []
-    number = count()
+    found, kernel_QN, number = [], None, count()
     for pairs, is_squared in zip(functions, are_squared, strict=True):
         kernels = [
-            _Kernel(train, G_inv, f"function {next(number)}", gradient_bytes, passes)
+            _Kernel(train, G_inv, f"function {next(number)}", options.gradient_bytes, passes)
             for _, train in pairs
         ]
         queries = [query for query, _ in pairs]
-        if kernels[0].num_data <= largest_gram:
+        if kernels[0].num_data <= options.largest_gram:
             cross_QN, gram_NN = _sums(map(_Kernel.both, kernels, queries))
             scores_QN = ridge_solution(cross_QN, gram_NN, ridge)
         else:
             (cross_QN,) = _sums((k.cross(q),) for k, q in zip(kernels, queries, strict=True))
             damping = ridge * sum(kernel.mean_diagonal() for kernel in kernels)
             scores_QN = iterated_solution(
-                cross_QN, _KernelMatrix(kernels), damping, max_iter, tolerance, passes.progressbar
+                cross_QN, _KernelMatrix(kernels), damping, options, passes.progressbar
             )
         found.append((scores_QN.square() if is_squared else scores_QN).to(cross_QN))
-        crosses.append(cross_QN)
-    return crosses[0], found[0] if M == 1 else averaged_scores(found, weights)
+        kernel_QN = cross_QN if kernel_QN is None else kernel_QN
+    assert kernel_QN is not None, "there are functions"
+    return kernel_QN, found[0] if M == 1 else averaged_scores(found, weights)
 
 
 def averaged_scores(scores: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
@@ -224,12 +302,11 @@ def averaged_scores(scores: Sequence[Tensor], weights: Sequence[float] | None = 
     """
     shapes = sorted({tuple(one.shape) for one in scores})
     if len(shapes) != 1 or len(shapes[0]) != 2:
-        raise ValueError(f"Scores of shapes {shapes} arrived. Pass some of one shape, [Q, N].")
+        raise ValueError(f"`scores` must all have one shape [Q, N], got {shapes}.")
     factors = [1.0] * len(scores) if weights is None else [float(weight) for weight in weights]
     if len(factors) != len(scores) or min(factors) <= 0:
         raise ValueError(
-            f"weights={factors} arrived for the scores of {len(scores)} methods. Pass a number "
-            "above 0 for each."
+            f"`weights` must be a positive number for each of {len(scores)} methods, got {factors}."
         )
     total_QN = torch.zeros_like(scores[0])
     for one_QN, factor in zip(scores, factors, strict=True):
@@ -243,7 +320,7 @@ def averaged_scores(scores: Sequence[Tensor], weights: Sequence[float] | None = 
 
 
 def ridge_solution(cross_QN: Tensor, gram_NN: Tensor, ridge: float) -> Tensor:
-    """``cross (gram + ρ κ I)⁻¹`` in float64 on the CPU, ``κ`` being the gram matrix' mean diagonal.
+    """Solve ``cross (gram + ρ κ I)⁻¹`` in float64 on the CPU, ``κ`` being the mean diagonal.
 
     Args:
         cross_QN: The kernel of queries and training examples.
@@ -270,22 +347,24 @@ def iterated_solution(
     cross_QN: Tensor,
     gram: LinearOperator,
     damping: float,
-    max_iter: int,
-    tolerance: float,
+    options: KernelOptions,
     progressbar: bool = False,
 ) -> Tensor:
-    """``cross (gram + λ I)⁻¹`` by conjugate gradients, from products with the gram matrix.
+    """Solve ``cross (gram + λ I)⁻¹`` by conjugate gradients, from products with the gram matrix.
 
     Args:
         cross_QN: The kernel of queries and training examples.
         gram: That of the training examples, ``[N, N]``.
         damping: ``λ``.
-        max_iter: Iterations at most.
-        tolerance: The relative residual; where it is not reached, a warning says so.
+        options: Iterations, and the relative residual; where it is not reached, a warning says so.
         progressbar: Whether to show progress.
     """
     inverse = CGRefinedInverseLinearOperator(
-        gram, damping, max_iter=max_iter, tolerance=tolerance, progressbar=progressbar
+        gram,
+        damping,
+        max_iter=options.max_iter,
+        tolerance=options.tolerance,
+        progressbar=progressbar,
     )
     scores_NQ: Tensor = inverse @ cross_QN.T
     refinement = inverse.refinement
@@ -293,14 +372,14 @@ def iterated_solution(
         warnings.warn(
             "Conjugate gradients ended at a relative residual of "
             f"{float(refinement.residuals[-1].max()):.1e} after {refinement.num_iterations} "
-            f"iterations; {tolerance:.1e} was asked for. Pass a larger ridge or max_iter.",
+            f"iterations; {options.tolerance:.1e} was asked for. Pass a larger ridge or max_iter.",
             stacklevel=3,
         )
     return scores_NQ.T
 
 
 def _sums(several: Iterator[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Sums of corresponding tensors, each of them dropped when it is added."""
+    """Sum corresponding tensors, each of them dropped when it is added."""
     totals = next(several)
     for tensors in several:
         for total, tensor in zip(totals, tensors, strict=True):
@@ -309,7 +388,7 @@ def _sums(several: Iterator[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 
 def _functions(J_query: Gradients, J_train: Gradients) -> list[list[tuple[One, One]]]:
-    """The pairs of queries and training examples whose kernels are added, for each function."""
+    """Pair queries and training examples whose kernels are added, for each function."""
 
     def lists(J: Gradients) -> list[list[One]]:
         several: list[Any] = [J] if isinstance(J, One) else list(J)
@@ -320,23 +399,14 @@ def _functions(J_query: Gradients, J_train: Gradients) -> list[list[tuple[One, O
     alike = [len(some) for some in queries] == [len(some) for some in trains]
     if not alike or not all(queries) or any(len(set(chain(*size))) != 1 for size in sizes):
         raise ValueError(
-            f"J_query arrived for functions of {sizes[0]} queries, J_train of {sizes[1]} training "
-            "examples. Pass one of each, or the same lists of them, of the same queries and "
-            "examples."
+            "`J_query` and `J_train` must be one each, or the same lists, of the same queries and "
+            f"training examples, got functions of {sizes[0]} queries and of {sizes[1]} examples."
         )
     return [list(zip(q, t, strict=True)) for q, t in zip(queries, trains, strict=True)]
 
 
 class _Kernel:
-    """``k(q, n) = ∇m_qᵀ G_inv ∇f_n`` of the training examples, by passes over their gradients.
-
-    Args:
-        J_train: Gradients ``∇f_n``.
-        G_inv: Inverse curvature.
-        name: What the passes are called.
-        gradient_bytes: Bytes of gradients that are held at once.
-        passes: Checkpoints, processes and progress.
-    """
+    """``k(q, n) = ∇m_qᵀ G_inv ∇f_n`` of the training examples, by passes over their gradients."""
 
     def __init__(
         self,
@@ -359,85 +429,75 @@ class _Kernel:
         return self.J_train.shape[0]
 
     def both(self, J_query: One) -> tuple[Tensor, Tensor]:
-        """Those of queries ``[Q, N]`` and of training examples ``[N, N]``, this on the CPU."""
+        """Kernels of queries ``[Q, N]`` and of training examples ``[N, N]``, this on the CPU."""
         if self._block < self.num_data:
             return self.cross(J_query), self._rows_of(self.J_train, "examples")
-        rows = GradientRows(self.J_train)
-        self._stream(rows, "gradients", {})
-        preconditioned_PN = self.G_inv @ rows.rows_NP.T
+        rows_NP = self._stream(AllRows(self.num_data), "gradients", {})["scores"]
+        preconditioned_PN = self.G_inv @ rows_NP.T
         cross_QN = [
             gradient_columns(J_query, block, self._share).T @ preconditioned_PN
             for block in query_blocks(J_query, self._block)
         ]
-        return torch.cat(cross_QN), (rows.rows_NP @ preconditioned_PN).cpu()
+        return torch.cat(cross_QN), (rows_NP @ preconditioned_PN).cpu()
 
-    def cross(self, J_query: ExampleGradientLinearOperator) -> Tensor:
-        """That of queries, ``[Q, N]``."""
+    def cross(self, J_query: One) -> Tensor:
+        """The kernel of queries, ``[Q, N]``."""
         return self._rows_of(J_query, "queries")
 
-    def _rows_of(self, J: ExampleGradientLinearOperator, what: str) -> Tensor:
-        own = {"params": common_list(J.param_names), "measured": name_of(J.measurement)}
-        settings = self.settings({"for": name_of(self.J_train.measurement), **own}, J)
+    def _rows_of(self, J: One, what: str) -> Tensor:
+        of_all = self.settings({"for": name_of(self.J_train.measurement), **of_gradients(J)}, J)
+
+        def compute() -> dict[str, Tensor]:
+            preconditioned_PB = self.G_inv @ gradient_columns(J, block, self._share)
+            name = f"products with {what} from {block.start}"
+            return {"kernel": self.products(preconditioned_PB, name, settings)}
+
+        # rows of all training examples may be too many for the device
+        kept_on = torch.device("cpu") if J is self.J_train else self.J_train.device
         parts = []
         for block in query_blocks(J, self._block):
-            found = computed_once(
-                f"{self._name}, {what} from {block.start}".capitalize(),
-                self.J_train.regression,
-                partial(self._block_rows, J, block, what, settings),
-                self.passes,
-                {**settings, "block": [block.start, block.stop]},
-            )
-            parts.append(found["kernel"].to(self._kept_on(J)))
+            settings = {**of_all, "block": [block.start, block.stop]}
+            name = f"{self._name}, {what} from {block.start}".capitalize()
+            data = self.J_train.regression
+            found = computed_once(name, data, compute, self.passes, settings)
+            parts.append(found["kernel"].to(kept_on))
         return torch.cat(parts)
-
-    def _kept_on(self, J: One) -> torch.device:
-        """Where the kernel's rows are kept: of all training examples they may be too large."""
-        return torch.device("cpu") if J is self.J_train else self.J_train.device
-
-    def _block_rows(
-        self, J: One, block: range, what: str, settings: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        preconditioned_PB = self.G_inv @ gradient_columns(J, block, self._share)
-        name = f"products with {what} from {block.start}"
-        block_settings = {**settings, "block": [block.start, block.stop]}
-        return {"kernel": self.products(preconditioned_PB, name, block_settings)}
 
     def products(self, vectors_PK: Tensor, name: str, settings: dict[str, Any]) -> Tensor:
         """``[∇f_nᵀ v_k]``, ``[K, N]``."""
-        scorer = inner_products(self.num_data)([vectors_PK])
-        consumer = PairwiseScores(lambda: scorer, self.num_data)
-        self._stream(consumer, name, settings)
-        return consumer.scores_QN * self.num_data
+        N = self.num_data
+        scored = Scored(AllRows(N), [lambda: vectors_PK], N)
+        return self._stream(scored, name, settings)["scores"].T.contiguous() * N
 
     def sums(self, weights_NK: Tensor, name: str, settings: dict[str, Any]) -> Tensor:
         """``Σ_n w_nk ∇f_n``, ``[P, K]``."""
         consumer = GroupSums(weights_NK, self.J_train.shape[1])
-        self._stream(consumer, name, settings)
-        return consumer.sums_KP.T
+        return self._stream(consumer, name, settings)["sums"].T
 
     def mean_diagonal(self) -> float:
-        """``κ``; where blocks are shared among processes, these multiply every batch together."""
-        if getattr(self.G_inv, "share", ALONE).count > 1:
-            name = f"{self._name}, shared diagonal of the kernel".capitalize()
-            data, settings = self.J_train.regression, self.settings({})
-            found = computed_once(name, data, self._shared_trace, self.passes, settings)
-            return float(found["trace"]) / self.num_data
-        consumer = SelfInfluence(self.G_inv, self.num_data)
-        self._stream(consumer, "diagonal of the kernel", self.settings({}))
-        return float(consumer.values_N.sum())  # which are divided by N
+        """``κ``; where blocks are sharded among processes, these multiply every batch together."""
+        data, settings = self.J_train.regression, self.settings({})
+        if getattr(self.G_inv, "share", ALONE).count == 1:
+            consumer = SelfInfluence(self.G_inv, self.num_data)
+            found = self._stream(consumer, "diagonal of the kernel", settings)
+            return float(found["values"].sum())  # which are divided by N
 
-    def _shared_trace(self) -> dict[str, Tensor]:
-        """The kernel's trace, batch by batch on all processes."""
-        data, total = self.J_train.regression, 0.0
-        shown = self.passes.progressbar and self._share.rank == 0
-        with draws_bar(data.num_samples, self._name, shown) as bar:
-            for clean in data.clean_batches():
-                columns_PB = batch_columns(self.J_train, clean, self._share)
-                total += float((columns_PB * (self.G_inv @ columns_PB)).sum())
-                bar.update(len(clean.indices) * data.num_draws)
-        return {"trace": torch.tensor(total, dtype=torch.float64)}
+        def compute() -> dict[str, Tensor]:
+            total, shown = 0.0, self.passes.progressbar and self._share.rank == 0
+            with draws_bar(data.num_samples, self._name, shown) as bar:
+                for clean in data.clean_batches():
+                    columns_PB = batch_columns(self.J_train, clean, self._share)
+                    total += float((columns_PB * (self.G_inv @ columns_PB)).sum())
+                    bar.update(len(clean.indices) * data.num_draws)
+            return {"trace": torch.tensor(total, dtype=torch.float64)}
 
-    def _stream(self, consumer: Any, name: str, settings: dict[str, Any]) -> None:
+        name = f"{self._name}, sharded diagonal of the kernel".capitalize()
+        found = computed_once(name, data, compute, self.passes, settings)
+        return float(found["trace"]) / self.num_data
+
+    def _stream(
+        self, consumer: GradientConsumer, name: str, settings: dict[str, Any]
+    ) -> dict[str, Tensor]:
         stream_gradients(
             self.J_train,
             {"kernel": consumer},
@@ -445,6 +505,7 @@ class _Kernel:
             settings=settings,
             passes=self.passes,
         )
+        return consumer.tensors()
 
     def settings(self, more: dict[str, Any], J: One | None = None) -> dict[str, Any]:
         """Describe what passes depend on besides the training gradients, for checkpoints."""

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from curvlinops_diffusion.influence.agreement import SplitHalfScores
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.kernel_regression import influence_and_regression_scores
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
-from curvlinops_diffusion.influence.regression import influence_and_regression_scores
-from curvlinops_diffusion.influence.scores import influence_scores
-from curvlinops_diffusion.influence.split_half import (
-    SplitHalfScores,
+from curvlinops_diffusion.influence.scores import (
     can_be_halved,
+    influence_scores,
     split_half_scores,
 )
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
@@ -82,13 +82,11 @@ def scores_of(
         return {Method.INFLUENCE: influence, Method.REGRESSION: regression}
 
     whole = of(None)
-    first, second = (of(0), of(1)) if halved else (None, None)
+    halves_of = [of(half) for half in range(2)] if halved else []
     return {
         method: (
             whole[method],
-            None
-            if first is None or second is None
-            else SplitHalfScores(whole[method], first[method], second[method]),
+            SplitHalfScores(whole[method], *(own[method] for own in halves_of)) if halved else None,
         )
         for method in methods
     }

@@ -1,135 +1,139 @@
-"""Files of scores: which training image scores how much for which query.
+"""The layout of scores in files: shards with the columns of some examples, and a file over them.
 
-What a file is of is told without PyTorch.
+The file's header names training examples (``train``) and ``queries``, says what the scores were
+made from (``identity``), and lists the shards (``shards``): each with its file, the block of
+queries and the number of examples that it has scores of. Where it lists none, the file is itself
+the one shard. A shard holds, by name, scores ``[q, n]`` of its queries and examples, and the
+numbers of these examples (``index``): ``scores``, of all draws by the first method; ``first`` and
+``second``, of either half of the draws; of further methods ``regression``, ``regression/first``, …
+
+Without PyTorch, so that the program starts without.
 """
 
 from __future__ import annotations
 
+import csv
 import io
-import json
-from collections.abc import Mapping, Sequence
-from hashlib import sha256
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
 from curvlinops_diffusion.runtime.files import FileKind, write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: A file of scores holds them as ``scores``, or names the files that do (``shards``).
 SCORES = FileKind(
     "curvlinops_diffusion.scores",
     "influence scores",
-    "Make it by curvlinops-diffusion score, or StoredScores.create.",
+    "Make it by curvlinops-diffusion score, or StoredScores.create, which go on from whole shards.",
 )
-SHARD = FileKind(
-    "curvlinops_diffusion.scores_shard",
-    "a part of influence scores",
-    "Make the scores again; what other files hold is not computed anew.",
-)
-#: The names of the scores of two halves of the draws, beside ``scores``, in files of either kind.
-HALVES = ("first_half", "second_half")
+#: The names of the scores of all draws, and of either half of them.
+HALVED = ("scores", "first", "second")
+#: The name of the examples' numbers, ``[n]``.
+INDEX = "index"
+#: The columns of a table of scores.
+COLUMNS = ("query", "image", "score", "rank", "method")
 
 
 def shards_of(path: Path) -> set[Path]:
     """The files that a file of scores names, beside it; none if it holds the scores itself."""
-    if path.suffix != ".safetensors" or not SCORES.holds(path):
+    if not SCORES.holds(path):
         return set()
     listed = SCORES.read_header(path).get("shards", [])
     return {path.with_name(Path(entry["file"]).name) for entry in listed}
 
 
-def write_array(path: Path, scores_QN: np.ndarray, header: dict[str, Any]) -> None:
-    """Write scores as an ``.npy`` file, with an index of what else is known beside it.
-
-    Two files cannot appear at once: the index, which comes first, says which array it is of.
-
-    Raises:
-        ValueError: If one cannot be written.
-    """
-    buffer = io.BytesIO()
-    np.save(buffer, scores_QN, allow_pickle=False)
-    header = {**header, "sha256": sha256(buffer.getvalue()).hexdigest()}
-    header["header_sha256"] = _digest(header)
-    write_bytes(index_of(path), json.dumps(header, indent=1).encode())
-    write_bytes(path, buffer.getvalue())
-
-
-def read_array(path: Path) -> tuple[dict[str, Any], np.ndarray | None]:
-    """Read an ``.npy`` file with its index; no scores where the index is of others.
-
-    Raises:
-        ValueError: If a file is missing or damaged.
-    """
-    for needed in (path, index_of(path)):
-        if not needed.is_file():
-            raise ValueError(f"There is no file '{needed}'. {SCORES.advice}")
-    try:
-        raw = path.read_bytes()
-        header = dict(json.loads(index_of(path).read_text()))
-        scores_QN = np.load(io.BytesIO(raw), allow_pickle=False)
-    except Exception as error:  # numpy's reader raises many kinds
-        raise SCORES.damaged(path, f"{type(error).__name__}: {error}") from error
-    if header.get("header_sha256") != _digest(header):
-        raise SCORES.damaged(index_of(path), "it is not what was written")
-    same = header.get("sha256") == sha256(raw).hexdigest()
-    return header, scores_QN if same else None
-
-
-def other_array(path: Path) -> ValueError:
-    """An error that says that array and index do not belong together."""
-    return ValueError(
-        f"'{index_of(path)}' is not the index of '{path}': the program was stopped between the "
-        "two, or one was replaced. Run score again with the same options."
-    )
-
-
-def index_of(path: Path) -> Path:
-    """The index of an ``.npy`` file."""
-    return path.with_suffix(".index.json")
-
-
-def _digest(header: dict[str, Any]) -> str:
-    """Of all of an index but the digest itself."""
-    rest = {key: value for key, value in header.items() if key != "header_sha256"}
-    return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
 def write_scores(
     path: Path,
-    scores_QN: Tensor,
-    names: Mapping[str, Sequence[str]],
-    identity: dict[str, Any],
-    halves: Sequence[Tensor] | None = None,
-    others: Mapping[str, Tensor] | None = None,
-    **told: Any,
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, Any],
+    shards: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write scores with the names of queries and training images.
+    """Write a file of scores, the last of all; then delete the shards of an older one.
 
     Args:
-        path: The file, ``.safetensors`` or ``.npy``.
-        scores_QN: The scores.
-        names: Names of the ``train`` images and the ``queries``.
-        identity: What they were made from.
-        halves: Scores of either half of the draws; left out of an ``.npy`` file.
-        others: Scores of further methods by name, likewise.
-        told: What else is told of them, as plain values.
+        path: The file.
+        tensors: The scores ``[Q, N]`` by name; none if shards hold them.
+        header: What is known of them, as plain values.
+        shards: The entries of the shards.
 
     Raises:
-        ValueError: If the file cannot be written.
+        ValueError: If it cannot be written; an older file of that name is unchanged.
     """
-    header = {**{key: list(own) for key, own in names.items()}, "identity": identity, **told}
-    tensors = {"scores": scores_QN, **(others or {})}
-    if halves is not None:
-        tensors |= dict(zip(HALVES, halves, strict=True))
-    plain = {name: z.detach().cpu().contiguous() for name, z in tensors.items()}
-    if path.suffix != ".safetensors":
-        write_array(path, plain["scores"].numpy(), header)
-        return
+    import torch
+
     old = shards_of(path)
-    SCORES.write(path, plain, header)
-    for other in old:
+    # of a run that was stopped and went on with another number of processes
+    for token in {entry["file"].removeprefix(f"{path.stem}.").split(".")[0] for entry in shards}:
+        old |= set(path.parent.glob(f"{escape(path.stem)}.{token}.*.safetensors"))
+    if tensors:
+        tensors = {**tensors, INDEX: torch.arange(len(header["train"]))}
+    SCORES.write(path, tensors, {**header, "shards": list(shards)})
+    for other in old - shards_of(path):
         other.unlink(missing_ok=True)
+
+
+def written_shards(folder: Path, prefix: str) -> list[dict[str, Any]]:
+    """The shards of a block of queries that an earlier run has written, if all are there."""
+    by_count: dict[int, dict[int, str]] = {}
+    for path in folder.glob(f"{escape(prefix)}.*of*.safetensors"):
+        match = re.fullmatch(re.escape(prefix) + r"\.(\d+)of(\d+)\.safetensors", path.name)
+        if match:
+            rank, count = (int(number) for number in match.groups())
+            by_count.setdefault(count, {})[rank] = path.name
+    for count, files in sorted(by_count.items()):
+        if len(files) == count:
+            return [dict(SCORES.read_header(folder / files[rank])) for rank in range(count)]
+    return []
+
+
+def helpful_sign(header: Mapping[str, Any]) -> int:
+    """The sign of the scores that come first: that of helpful ones, 1 where neither sign is."""
+    entry = MEASUREMENTS.get(header["identity"].get("query", {}).get("measurement", ""))
+    return -1 if entry is not None and entry.better.helpful_sign < 0 else 1
+
+
+def table_rows(
+    scores: Mapping[str, Iterable[Tensor]], header: Mapping[str, Any]
+) -> Iterator[tuple[str, str, float, int, str]]:
+    """Yield the rows of a table of scores, of each method and query the most helpful first.
+
+    Args:
+        scores: The scores by method, ``[N]`` of one query after the other.
+        header: Their header.
+    """
+    sign = helpful_sign(header)
+    for method, scores_QN in scores.items():
+        for query, scores_N in zip(header["queries"], scores_QN, strict=True):
+            order = (sign * scores_N).argsort(descending=True, stable=True).tolist()
+            for rank, n in enumerate(order, 1):
+                yield query, header["train"][n], float(scores_N[n]), rank, method
+
+
+def write_table(path: Path, rows: Iterable[tuple[str, str, float, int, str]]) -> None:
+    """Write the rows of a table as CSV or, by pandas and what it needs for that, as Parquet.
+
+    Raises:
+        ValueError: If the name ends in neither ``.csv`` nor ``.parquet``, a package is missing, or
+            the file cannot be written.
+    """
+    if path.suffix == ".csv":
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(COLUMNS)
+        table.writerows(rows)
+        write_bytes(path, text.getvalue().encode())
+    elif path.suffix == ".parquet":
+        try:
+            import pandas as pd
+
+            contents = pd.DataFrame(rows, columns=COLUMNS).to_parquet(index=False)
+        except ImportError as error:
+            raise ValueError("Parquet needs pandas and pyarrow: pip install both.") from error
+        write_bytes(path, contents)
+    else:
+        raise ValueError(f"`path` must end in .csv or .parquet, got '{path}'.")

@@ -1,94 +1,42 @@
 """Influence: what a measured value would be without a training example, or a group of them.
 
 The queries' preconditioned gradients are kept, and the training gradients streamed past consumers,
-each of which makes something of them: all scores, the extreme ones, sums over groups, or the
-influence of each example on itself.
+each of which makes something of them: all scores, the extreme ones, those of halves of the draws or
+of layers, sums over groups, or the influence of each example on itself.
 
-Legend: Q queries, N training examples, B a batch of them, K groups, P parameters.
+Legend: Q queries, N training examples, K groups, P parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.influence.agreement import SplitHalfScores
 from curvlinops_diffusion.influence.consumers import (
-    GradientConsumer,
+    AllRows,
     GroupSums,
-    PairwiseScores,
-    ScoringConsumer,
     SelfInfluence,
     TopInfluences,
     TopScores,
 )
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.scorers import MakeScorer, Scorer, inner_products
+from curvlinops_diffusion.influence.score_files import HALVED
+from curvlinops_diffusion.influence.streaming import (
+    curvature_settings,
+    gradient_columns,
+    query_blocks,
+    scored_blocks,
+    stream_gradients,
+)
 from curvlinops_diffusion.linalg.operator import check_same_parameters
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
-from curvlinops_diffusion.runtime.adapters import common_list
-from curvlinops_diffusion.runtime.checkpoints import forget
-from curvlinops_diffusion.runtime.checks import check_count
-from curvlinops_diffusion.runtime.digests import digest_of, name_of
-from curvlinops_diffusion.runtime.division import in_equal_parts
-from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, computed_once, run_pass
+from curvlinops_diffusion.runtime.digests import digest_of
+from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 from curvlinops_diffusion.runtime.processes import Share
-from curvlinops_diffusion.runtime.sums import Together
-
-
-def stream_gradients(
-    J_train: ExampleGradientLinearOperator | Sequence[ExampleGradientLinearOperator],
-    consumers: Mapping[str, GradientConsumer],
-    *,
-    name: str = "Influence",
-    settings: Mapping[str, Any] | None = None,
-    passes: PassOptions = PLAIN,
-    summed: bool = True,
-) -> None:
-    """Stream the training gradients past consumers, in one pass.
-
-    Args:
-        J_train: Gradients of the training losses; or several of the same examples, of other draws
-            say, which stream side by side.
-        consumers: What is made of them, by name.
-        name: The name of the pass, for progress and checkpoints.
-        settings: What the consumers' results depend on besides the training gradients, as plain
-            values, for checkpoints.
-        passes: Checkpoints, processes and progress.
-        summed: Whether every process has the result of all examples in the end, or that of its own.
-
-    Raises:
-        ValueError: If a gradient is not finite (naming parameter and examples), or a checkpoint
-            is of something else.
-    """
-
-    def begin() -> None:
-        for consumer in consumers.values():
-            consumer.begin()
-
-    def prepare(clean: CleanBatch) -> tuple[Sequence[int], list[Tensor]]:
-        return clean.indices, [J.rows_of(clean) for J in streams]
-
-    def step(gradients: tuple[Sequence[int], list[Tensor]]) -> None:
-        indices, rows = gradients
-        for consumer in consumers.values():
-            consumer.add(indices, *rows)
-
-    streams = [J_train] if isinstance(J_train, ExampleGradientLinearOperator) else list(J_train)
-    first = streams[0]
-    own = {"params": common_list(first.param_names), "measurement": name_of(first.measurement)}
-    running = Together(consumers)
-    settings = {**own, **(settings or {})}
-    run_pass(
-        *(name, first.regression, running, step, passes, settings, prepare),
-        begin=begin,
-        summed=summed,
-    )
 
 
 def influence_scores(
@@ -97,7 +45,6 @@ def influence_scores(
     J_train: PyTorchLinearOperator,
     *,
     query_block: int = 64,
-    progressbar: bool = False,
     passes: PassOptions = PLAIN,
 ) -> Tensor:
     r"""Predicted changes of the queries' measured values when training examples are left out.
@@ -118,8 +65,7 @@ def influence_scores(
         J_train: Gradients of the training losses, ``[N, P]``.
         query_block: Queries whose preconditioned gradients are held at once, ``[P, query_block]``.
             The training gradients are computed anew for each block, in the batches of their data.
-        progressbar: Whether to show progress.
-        passes: Checkpoints and processes, for an :class:`ExampleGradientLinearOperator`.
+        passes: Checkpoints, processes and progress, for an :class:`ExampleGradientLinearOperator`.
 
     Returns:
         The scores, shape ``[Q, N]``, on the operators' device.
@@ -135,7 +81,6 @@ def influence_scores(
         >>> scores.shape  # [Q, N]
         torch.Size([2, 10])
     """
-    passes = replace(passes, progressbar=progressbar or passes.progressbar)
     N = J_train.shape[0]
     if not isinstance(J_train, ExampleGradientLinearOperator):
         check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
@@ -145,12 +90,132 @@ def influence_scores(
             [(J_train @ (G_inv @ gradient_columns(J_query, b, share))).T / N for b in blocks]
         )
     loop = scored_blocks(
-        *(J_query, G_inv, J_train, inner_products(N)),
-        lambda make: PairwiseScores(make, N),
+        J_query, G_inv, J_train, lambda: AllRows(N), query_block=query_block, passes=passes
+    )
+    return torch.cat([found.sums["scores"].T for _, found in loop])
+
+
+def split_half_scores(
+    J_query: ExampleGradientLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    *,
+    query_block: int = 64,
+    passes: PassOptions = PLAIN,
+) -> SplitHalfScores:
+    """The scores of :func:`~curvlinops_diffusion.influence_scores`, and how sure they are.
+
+    At the same number of passes; twice the memory for gradients of queries and batches.
+
+    Args:
+        J_query: Gradients of the measured values, ``[Q, P]``.
+        G_inv: Inverse curvature, ``[P, P]``; any self-adjoint operator.
+        J_train: Gradients of the training losses, ``[N, P]``.
+        query_block: Queries whose preconditioned gradients are held at once.
+        passes: Checkpoints, processes and progress.
+
+    Raises:
+        ValueError: If the operators act on different parameters or devices, or the draws of one
+            side cannot be halved.
+
+    Examples:
+        >>> EK = DiffusionEKFACLinearOperator(train)
+        >>> J_train = ExampleGradientLinearOperator(train, EK.param_names)
+        >>> J_query = ExampleGradientLinearOperator(query, EK.param_names)
+        >>> found = split_half_scores(J_query, EK.inverse(damping=1e-3), J_train)
+        >>> found.scores.shape, found.rank_correlation().shape
+        (torch.Size([2, 10]), torch.Size([2]))
+    """
+    loop = scored_blocks(
+        J_query,
+        G_inv,
+        J_train,
+        lambda: AllRows(J_train.shape[0], HALVED),
+        halves=True,
         query_block=query_block,
         passes=passes,
     )
-    return torch.cat([consumer.scores_QN for _, consumer in loop])
+    parts = [found.sums for _, found in loop]
+    return SplitHalfScores(*(torch.cat([part[name].T for part in parts]) for name in HALVED))
+
+
+def can_be_halved(regression: NoisedRegression) -> bool:
+    """Whether the draws are an even number of pairs, or of lists of timesteps."""
+    draws = regression.draws
+    return draws.num_draws % (2 * draws.rounded_up(1)) == 0
+
+
+def influence_scores_by_layer(
+    J_query: PyTorchLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    layers: Mapping[str, Sequence[str]] | None = None,
+    *,
+    query_block: int = 64,
+    passes: PassOptions = PLAIN,
+) -> dict[str, Tensor]:
+    """Each layer's part of the influence scores, in one pass.
+
+    With the coordinates ``P_l`` of a layer's parameters::
+
+        τ_l(q, n) = 1/N · (G_inv ∇m_q)_lᵀ (∇ℓ_n)_l,      Σ_l τ_l = τ
+
+    For a block-diagonal ``G_inv`` it is the influence through that layer alone.
+
+    Args:
+        J_query: Gradients of the measured values, ``[Q, P]``.
+        G_inv: Inverse curvature, ``[P, P]``.
+        J_train: Gradients of the training losses, ``[N, P]``.
+        layers: The parameters of each part, by their names; ``None`` for one part for each module
+            with parameters.
+        query_block: As in :func:`~curvlinops_diffusion.influence_scores`.
+        passes: Checkpoints, processes and progress.
+
+    Returns:
+        The scores of each part by its name, ``[Q, N]``.
+
+    Raises:
+        ValueError: If the operators act on different parameters or devices, or the parts do not
+            hold each parameter once.
+
+    Examples:
+        >>> K_inv = DiffusionKFACLinearOperator(train).inverse(damping=1e-3)
+        >>> J_train = ExampleGradientLinearOperator(train)
+        >>> J_query = ExampleGradientLinearOperator(query)
+        >>> parts = influence_scores_by_layer(J_query, K_inv, J_train)
+        >>> total = influence_scores(J_query, K_inv, J_train)
+        >>> bool((sum(parts.values()) - total).norm() < 1e-3 * total.norm())
+        True
+    """
+    names, start, places = J_train.param_names, 0, {}
+    for name, size in zip(names, J_train.parameter_sizes, strict=True):
+        places[name] = slice(start, start + size)
+        start += size
+    if layers is None:
+        modules: dict[str, list[str]] = {}
+        for name in names:
+            modules.setdefault(name.rpartition(".")[0], []).append(name)
+        layers = modules
+    held = [name for layer in layers.values() for name in layer]
+    if sorted(held) != sorted(names):
+        wrong = sorted(set(held) ^ set(names)) or sorted({n for n in held if held.count(n) > 1})
+        raise ValueError(
+            f"`layers` must hold each of the {len(names)} parameters once, got others, or several "
+            f"times: {wrong[:5]}. Name each in one of them, as in J_train.param_names."
+        )
+    loop = scored_blocks(
+        J_query,
+        G_inv,
+        J_train,
+        lambda: AllRows(J_train.shape[0], list(layers)),
+        layers=[[places[name] for name in layer] for layer in layers.values()],
+        name="Scores by layer",
+        settings={"layers": {name: list(layer) for name, layer in layers.items()}},
+        query_block=query_block,
+        passes=passes,
+    )
+    parts = [found.sums for _, found in loop]
+    return {name: torch.cat([part[name].T for part in parts]) for name in layers}
 
 
 def top_influences(
@@ -189,14 +254,16 @@ def top_influences(
     """
     share, N = Share.of(passes.distributed), J_train.shape[0]
     loop = scored_blocks(
-        *(J_query, G_inv, J_train, inner_products(N)),
-        lambda make: TopScores(make, N, k, share),
+        J_query,
+        G_inv,
+        J_train,
+        lambda: TopScores(N, k, share),
         name="Top scores",
         settings={"k": k},
         query_block=query_block,
         passes=passes,
     )
-    return TopInfluences.of_blocks([consumer.result for _, consumer in loop])
+    return TopInfluences.of_blocks([found.result for _, found in loop])
 
 
 def group_influence_scores(
@@ -240,13 +307,21 @@ def group_influence_scores(
     """
     check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
     N = J_train.shape[0]
-    groups_NK = _memberships(groups, N).to(G_inv.device, G_inv.dtype)
+    if groups.shape == (N,) and not groups.is_floating_point():
+        numbers = torch.arange(int(groups.max()) + 1, device=groups.device)
+        groups = groups.unsqueeze(1) == numbers
+    if groups.ndim != 2 or len(groups) != N:
+        raise ValueError(
+            f"`groups` must be the number of each example's group, integers [{N}], or memberships "
+            f"[{N}, groups], got shape {tuple(groups.shape)} of {groups.dtype}."
+        )
+    groups_NK = groups.to(G_inv.device, G_inv.dtype)
     sums = GroupSums(groups_NK, J_train.shape[1])
     settings = {"curvature": curvature_settings(G_inv), "groups": digest_of(groups_NK)}
     stream_gradients(
         J_train, {"groups": sums}, name="Group influence", settings=settings, passes=passes
     )
-    scores: Tensor = J_query @ (G_inv @ sums.sums_KP.T) / N
+    scores: Tensor = J_query @ (G_inv @ sums.sums["sums"].T) / N
     return scores
 
 
@@ -293,227 +368,14 @@ def self_influence_scores(
     own, streams = SelfInfluence(G_inv, J_train.shape[0]), [J_train]
     settings = {"curvature": curvature_settings(G_inv)}
     if self_seed is not None:
-        streams.append(_of_other_draws(J_train, self_seed))
+        if self_seed == J_train.regression.draws.seed:
+            raise ValueError(
+                f"`self_seed` must be another seed than that of J_train's own draws, got "
+                f"{self_seed}. Pass another, or None."
+            )
+        streams.append(J_train.on(J_train.regression.with_seed(self_seed)))
         settings |= {"self_seed": self_seed}
     stream_gradients(
         streams, {"self": own}, name="Self-influence", settings=settings, passes=passes
     )
-    return own.values_N
-
-
-def _of_other_draws(J: ExampleGradientLinearOperator, seed: int) -> ExampleGradientLinearOperator:
-    if seed == J.regression.draws.seed:
-        raise ValueError(
-            f"self_seed={seed} is the seed of J_train's own draws. Pass another, or None."
-        )
-    return J.on(J.regression.with_seed(seed))
-
-
-def _memberships(groups: Tensor, N: int) -> Tensor:
-    if groups.shape == (N,) and not groups.is_floating_point():
-        K = int(groups.max()) + 1
-        return (groups.unsqueeze(1) == torch.arange(K, device=groups.device)).float()
-    if groups.ndim != 2 or len(groups) != N:
-        raise ValueError(
-            f"groups arrived with shape {tuple(groups.shape)} and {groups.dtype}. Pass the number "
-            f"of each example's group, integers [{N}], or memberships [{N}, groups]."
-        )
-    return groups
-
-
-C = TypeVar("C", bound=ScoringConsumer)
-
-
-def scored_blocks(
-    J_query: PyTorchLinearOperator | Sequence[ExampleGradientLinearOperator],
-    G_inv: PyTorchLinearOperator,
-    J_train: ExampleGradientLinearOperator | Sequence[ExampleGradientLinearOperator],
-    scorer: MakeScorer,
-    consumer: Callable[[Callable[[], Scorer]], C],
-    *,
-    name: str = "Scores",
-    settings: Mapping[str, Any] | None = None,
-    query_block: int,
-    passes: PassOptions,
-    summed: bool = True,
-    wanted: Callable[[range], bool] = lambda queries: True,
-) -> Iterator[tuple[range, C]]:
-    """Score the training examples for one block of queries after the other.
-
-    The training gradients stream past once for each block.
-
-    Args:
-        J_query: Gradients of the measured values, ``[Q, P]``; or several kinds of the same queries,
-            of which a block holds all.
-        G_inv: Inverse curvature, ``[P, P]``.
-        J_train: Gradients of the training losses, ``[N, P]``; or several streams of them.
-        scorer: Makes a scorer of the queries' preconditioned gradients.
-        consumer: Makes what reduces scores.
-        name: The name of the passes.
-        settings: What results depend on besides gradients and curvature, for checkpoints.
-        query_block: Queries whose preconditioned gradients are held at once.
-        passes: Checkpoints, processes and progress.
-        summed: Whether every process has the result of all examples in the end, or its own.
-        wanted: Whether a block is to be scored.
-
-    Yields:
-        The queries of a block, and its consumer. What was written down of a block is deleted when
-        the next one is asked for.
-
-    Raises:
-        ValueError: If the operators act on different parameters or devices.
-    """
-    kinds = [J_query] if isinstance(J_query, PyTorchLinearOperator) else list(J_query)
-    streams = [J_train] if isinstance(J_train, PyTorchLinearOperator) else list(J_train)
-    check_same_parameters({"J_query": kinds[0], "J_train": streams[0]}, {"G_inv": G_inv})
-    for queries in query_blocks(kinds[0], query_block):
-        if not wanted(queries):
-            continue
-        of_block = [score_settings(J, G_inv, queries, passes) for J in kinds]
-        told = {**of_block[0], **(settings or {})}
-        if len(kinds) > 1 and of_block[0]:
-            told["kinds"] = [own.get("query") for own in of_block]
-        with ExitStack() as stack:
-            columns = [
-                stack.enter_context(preconditioned_columns(J, G_inv, queries, passes, told))
-                for J in kinds
-            ]
-            made = consumer(lambda columns=columns: scorer([make() for make in columns]))  # type: ignore[misc]
-            stream_gradients(
-                streams,
-                {"scores": made},
-                name=f"{name} from query {queries.start}",
-                settings=told,
-                passes=passes,
-                summed=summed,
-            )
-            yield queries, made
-
-
-def query_blocks(J_query: PyTorchLinearOperator, query_block: int) -> Iterator[range]:
-    """Yield the queries whose gradients are held at once."""
-    check_count("query_block", query_block)
-    for start in range(0, J_query.shape[0], query_block):
-        yield range(start, min(start + query_block, J_query.shape[0]))
-
-
-def score_settings(
-    J_query: PyTorchLinearOperator,
-    G_inv: PyTorchLinearOperator,
-    queries: range,
-    passes: PassOptions,
-) -> dict[str, Any]:
-    """Describe what scores depend on besides the training gradients, for checkpoints."""
-    if passes.checkpoint is None:
-        return {}
-    described: dict[str, Any] = {"queries": [queries.start, queries.stop]}
-    if isinstance(J_query, ExampleGradientLinearOperator):
-        measured = {"measurement": name_of(J_query.measurement)}
-        described["query"] = J_query.regression.identity(measured)
-    return {**described, "curvature": curvature_settings(G_inv)}
-
-
-def curvature_settings(G_inv: PyTorchLinearOperator) -> Any:
-    """Tell how an operator was made, or if it does not say so, what it makes of a fixed vector."""
-    if hasattr(G_inv, "info"):
-        return G_inv.info
-    vector_P = torch.randn(G_inv.shape[1], generator=torch.Generator().manual_seed(0))
-    product_P: Tensor = G_inv @ vector_P.to(G_inv.device, G_inv.dtype)
-    return {"kind": type(G_inv).__name__, "product": digest_of(product_P)}
-
-
-@contextmanager
-def preconditioned_columns(
-    J_query: PyTorchLinearOperator,
-    G_inv: PyTorchLinearOperator,
-    queries: range,
-    passes: PassOptions,
-    settings: Mapping[str, Any],
-) -> Iterator[Callable[[], Tensor]]:
-    """Queries' preconditioned gradients, for as long as scores are computed from them.
-
-    With checkpoints they are written down: inverse-vector products may have taken long. Deleted
-    when what they are for is done.
-
-    Args:
-        J_query: The queries' gradients.
-        G_inv: Inverse curvature.
-        queries: Those whose gradients are made.
-        passes: Checkpoints and processes.
-        settings: Those of the scores, see :func:`score_settings`.
-
-    Yields:
-        Makes them, ``[P, len(queries)]``, or reads them; by all processes together.
-    """
-    share = Share.of(passes.distributed)
-
-    def make() -> dict[str, Tensor]:
-        return {"columns": G_inv @ gradient_columns(J_query, queries, share)}
-
-    if passes.checkpoint is None or not isinstance(J_query, ExampleGradientLinearOperator):
-        yield lambda: make()["columns"]
-        return
-    regression, own = J_query.regression, {"measurement": name_of(J_query.measurement)}
-    settings = {**settings, **own, "params": common_list(J_query.param_names)}
-    name = f"Queries {digest_of([settings, regression.description])[:16]}"
-    yield lambda: computed_once(name, regression, make, passes, settings)["columns"]
-    forget(passes.checkpoint, name, share)
-
-
-def gradient_columns(J_query: PyTorchLinearOperator, queries: range, share: Share) -> Tensor:
-    """The queries' gradients as columns, ``[P, len(queries)]``; each process computes its share."""
-    if isinstance(J_query, ExampleGradientLinearOperator):
-        if share.count == 1:  # nothing beside the gradients
-            return J_query.rows(queries).T
-        rows_QP = torch.zeros(
-            len(queries), J_query.shape[1], dtype=J_query.dtype, device=J_query.device
-        )
-        if J_query.regression.in_step:
-            _fill_in_step(rows_QP, J_query, queries, share)
-        elif queries[share.rank :: share.count]:
-            rows_QP[share.rank :: share.count] = J_query.rows(queries[share.rank :: share.count])
-        return share.summed({"rows": rows_QP}, J_query.device)["rows"].T
-    one_hot = torch.zeros(
-        J_query.shape[0], len(queries), dtype=J_query.dtype, device=J_query.device
-    )
-    one_hot[list(queries), range(len(queries))] = 1
-    columns: Tensor = J_query.adjoint() @ one_hot
-    return columns
-
-
-def _fill_in_step(
-    rows_QP: Tensor, J_query: ExampleGradientLinearOperator, queries: range, share: Share
-) -> None:
-    """Fill the rows of this process' queries; all processes run the network equally often."""
-    for clean in J_query.regression.clean_batches():
-        positions = [p for p, n in enumerate(clean.indices) if n in queries]
-        for indices, found_BP in _own_rows(J_query, clean, positions, share):
-            rows_QP[[n - queries.start for n in indices]] = found_BP
-
-
-def _own_rows(
-    J: ExampleGradientLinearOperator, clean: CleanBatch, positions: list[int], share: Share
-) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """Yield this process' part of a batch' gradients, with the examples' indices.
-
-    All processes run the network equally often: what cannot be divided all compute, and the first
-    keeps.
-    """
-    own, rest = in_equal_parts(positions, share)
-    for some, kept in ((own, True), (rest, share.rank == 0)):
-        if some:
-            part = clean.select(some)
-            found_BP = J.rows_of(part)
-            if kept:
-                yield part.indices, found_BP
-
-
-def batch_columns(J: ExampleGradientLinearOperator, clean: CleanBatch, share: Share) -> Tensor:
-    """A batch' gradients as columns, ``[P, B]``: every process computes a part, and has all."""
-    if share.count == 1:
-        return J.rows_of(clean).T
-    rows_BP = torch.zeros(len(clean.indices), J.shape[1], dtype=J.dtype, device=J.device)
-    first = clean.indices[0]
-    for indices, found_BP in _own_rows(J, clean, list(range(len(clean.indices))), share):
-        rows_BP[[n - first for n in indices]] = found_BP
-    return share.summed({"rows": rows_BP}, J.device)["rows"].T
+    return own.sums["values"]

@@ -1,6 +1,7 @@
-"""Training gradients in a folder, from which the scores of any query are read.
+"""Whitened training gradients in a folder, from which the scores of any query are read.
 
-Legend: Q queries, N training examples, B a batch of them, P parameters, k coordinates kept.
+Legend: Q queries, N training examples, B a batch of them, P parameters, k coordinates kept, g
+groups, O outputs, I inputs.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion.influence.compression import Compression, Projection
-from curvlinops_diffusion.influence.consumers import TopInfluences, TopScores
+from curvlinops_diffusion.influence.consumers import Scored, TopInfluences, TopScores
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernel_regression import (
-    GRADIENT_BYTES,
+    SOLVED,
+    KernelOptions,
     iterated_solution,
     ridge_solution,
 )
-from curvlinops_diffusion.influence.scorers import inner_products
-from curvlinops_diffusion.influence.whitening import Whitening
+from curvlinops_diffusion.influence.streaming import of_gradients
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
-from curvlinops_diffusion.linalg.operator import check_same_parameters
+from curvlinops_diffusion.linalg.operator import check_same_parameters, check_whole
+from curvlinops_diffusion.linalg.placement import Arrangement
 from curvlinops_diffusion.linalg.upstream import LinearOperator
 from curvlinops_diffusion.runtime.adapters import common_list
-from curvlinops_diffusion.runtime.checks import check_count, check_positive
-from curvlinops_diffusion.runtime.digests import name_of
+from curvlinops_diffusion.runtime.checks import check_positive
 from curvlinops_diffusion.runtime.files import FileKind, check_same, check_space, make_folder
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 from curvlinops_diffusion.runtime.processes import ALONE, Share
@@ -41,10 +42,56 @@ GRADIENTS = FileKind(
     "a store of gradients",
     "Delete it, and call GradientStore.create again.",
 )
+# the file in a store's folder that says what it is of, and holds what all batches share
+_HEADER = "store.safetensors"
 
 
-# The file in a store's folder that says what it is of, and holds what all batches share
-HEADER = "store.safetensors"
+class Whitening:
+    r"""``z = (Λ + λ)^{-1/2} Uᵀ g``, with the eigenbasis of a K-FAC or EK-FAC operator.
+
+    Inner products of whitened gradients are those with the damped inverse between them::
+
+        z_q · z_n = ∇m_qᵀ (U Λ Uᵀ + λ)⁻¹ ∇ℓ_n
+
+    Coordinates are ordered block by block.
+
+    Args:
+        curvature: The operator.
+        damping: ``λ ≥ 0``.
+        relative: Whether it is in units of each block's mean eigenvalue.
+
+    Raises:
+        ValueError: If the damping is negative, or zero where an eigenvalue is; or blocks are
+            sharded among processes.
+    """
+
+    def __init__(
+        self, curvature: BlockDiagonalLinearOperator, damping: float, relative: bool = False
+    ):
+        check_whole(curvature, "Whitening")
+        root = curvature.power(-0.5, damping, relative=relative)
+        self._space = curvature.space
+        self._placed = []
+        for placed, rooted in zip(curvature.blocks, root.blocks, strict=True):
+            block, scale = placed.block.eigen(placed.name), rooted.block.eigen(placed.name)
+            self._placed.append((placed, block, scale.eigenvalues))
+
+    def __call__(self, rows_BP: Tensor) -> Tensor:
+        """Whiten gradients, ``[B, P] -> [B, P]``."""
+        shapes = self._space.shapes
+        pieces = rows_BP.split(self._space.sizes, 1)
+        named = {
+            name: piece.T.reshape(*shape, -1)
+            for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
+        }
+        coordinates = []
+        for placed, block, scale in self._placed:
+            arrangement = Arrangement(block.shape, placed.transposed)
+            X_gOIB = arrangement.gather([named[name] for name in placed.params])
+            there = placed.with_block(block).on(rows_BP.device).block.eigen(placed.name)
+            z_gOIB = there.coordinates(X_gOIB) * scale.to(rows_BP.device).unsqueeze(-1)
+            coordinates.append(z_gOIB.flatten(0, -2).T)
+        return torch.cat(coordinates, 1)
 
 
 class GradientStore:
@@ -124,28 +171,28 @@ class GradientStore:
         exponent = curvature.info.get("power", 1)
         if exponent != 1:
             raise ValueError(
-                f"The curvature arrived as its power {exponent:g}. Pass K-FAC or EK-FAC itself: "
-                "the store inverts it, with its own damping."
+                f"`curvature` must be K-FAC or EK-FAC itself, which the store inverts with its own "
+                f"damping, got its power {exponent:g}."
             )
         folder = Path(folder)
         share = Share.of(passes.distributed)
         identity = J_train.regression.identity(
             {
-                "params": common_list(J_train.param_names),
-                "measurement": name_of(J_train.measurement),
+                **of_gradients(J_train),
                 "curvature": curvature.info,
                 "damping": damping,
                 "compression": compression.as_dict(),
-                **({"relative": True} if relative else {}),
+                "relative": relative,
             },
         )
         whiten = Whitening(curvature, damping, relative)
-        if share.rank == 0 and not (folder / HEADER).exists():
+        if share.rank == 0 and not (folder / _HEADER).exists():
             make_folder(folder)
-            projection = _fitted_projection(J_train, whiten, compression)
-            size = _size(J_train, projection, compression)
-            header = {"identity": identity, "size": size}
-            GRADIENTS.write(folder / HEADER, projection, header)
+            N, size, projection = J_train.shape[0], compression.size or J_train.shape[1], {}
+            if compression.projection is Projection.SVD:
+                spaced = torch.linspace(0, N - 1, min(N, compression.sample), dtype=torch.float64)
+                projection = compression.fit(whiten(J_train.rows(spaced.round().long().tolist())))
+            GRADIENTS.write(folder / _HEADER, projection, {"identity": identity, "size": size})
         share.barrier()
         store = cls.open(folder)
         check_same(
@@ -183,11 +230,15 @@ class GradientStore:
             ValueError: If it holds no gradients, or they are damaged.
         """
         folder = Path(folder)
-        path = folder / HEADER
+        path = folder / _HEADER
         header, projection = GRADIENTS.read(path)
         try:
             store = cls(folder, header, projection)
-            _check_projection(projection, store._compression, store.size)
+            expected = {"basis"} if store._compression.projection is Projection.SVD else set()
+            if set(projection) != expected:
+                raise ValueError(f"a projection that keeps {sorted(projection)}")
+            if any(basis.shape[1:] != (store.size,) for basis in projection.values()):
+                raise ValueError("a basis of another shape")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise GRADIENTS.damaged(path, f"{type(error).__name__}: {error}") from error
         return store
@@ -240,12 +291,11 @@ class GradientStore:
             ValueError: As :meth:`scores`.
         """
         query_Qk = self.query_rows(J_query, curvature)
-        N = self.num_data
-        scorer = inner_products(N)([query_Qk.T])
-        top = TopScores(lambda: scorer, N, check_count("k", k), ALONE)
-        top.begin()
+        top = TopScores(self.num_data, k, ALONE)
+        scored = Scored(top, [lambda: query_Qk.T], self.num_data)
+        scored.begin()
         for indices, rows_Bk in self.rows(query_Qk.device):
-            top.add(indices, rows_Bk)
+            scored.add(indices, rows_Bk)
         return top.result
 
     def regression_scores(
@@ -253,54 +303,46 @@ class GradientStore:
         J_query: ExampleGradientLinearOperator,
         curvature: BlockDiagonalLinearOperator,
         ridge: float = 1.0,
-        *,
-        largest_gram: int = 20_000,
-        gradient_bytes: int = GRADIENT_BYTES,
-        max_iter: int = 100,
-        tolerance: float = 1e-3,
+        options: KernelOptions = SOLVED,
     ) -> Tensor:
-        """Those of :func:`~curvlinops_diffusion.kernel_regression_scores` of one function, read.
+        """Scores of :func:`~curvlinops_diffusion.kernel_regression_scores`, of one function.
 
-        The folder is read once if its gradients, in float32, fit into ``gradient_bytes``; else once
-        more for each part that does, or twice an iteration beyond ``largest_gram``.
+        The folder is read once if its gradients, in float32, fit into ``options.gradient_bytes``;
+        else once more for each part that does, or twice an iteration beyond
+        ``options.largest_gram``.
 
         Args:
             J_query: The queries' gradients.
             curvature: The operator that the store was made with.
             ridge: ``ρ``.
-            largest_gram: Training examples up to which their kernel matrix is formed.
-            gradient_bytes: Bytes of training gradients that are held at once.
-            max_iter: Iterations of conjugate gradients at most.
-            tolerance: Their relative residual.
+            options: How the regression is solved.
 
         Raises:
             ValueError: As :meth:`scores`, or if the ridge is too small.
         """
         check_positive("ridge", ridge)
         N, query_Qk = self.num_data, self.query_rows(J_query, curvature)
-        if check_count("largest_gram", largest_gram) < N:
+        if options.largest_gram < N:
             cross_QN = self._products(query_Qk)
             squares = sum(float(rows.square().sum()) for _, rows in self.rows(query_Qk.device))
             gram = _StoredGram(self.rows, N, query_Qk)
-            return iterated_solution(cross_QN, gram, ridge * squares / N, max_iter, tolerance)
+            return iterated_solution(cross_QN, gram, ridge * squares / N, options)
         cross_QN, gram_NN = query_Qk.new_zeros(len(query_Qk), N), torch.zeros(N, N)
-        per_row = 4 * self.size
-        for indices, held_bk in self._parts(check_count("gradient_bytes", gradient_bytes), per_row):
+        for indices, held_bk in self._parts(options.gradient_bytes):
             cross_QN[:, indices] = query_Qk @ held_bk.to(query_Qk).T
             whole = [(indices, held_bk)] if len(indices) == N else self.rows(query_Qk.device)
             for others, rows_Bk in whole:
                 products_bB = held_bk.to(query_Qk) @ rows_Bk.to(query_Qk).T
-                gram_NN[torch.tensor(indices).unsqueeze(1), torch.tensor(others)] = (
-                    products_bB.cpu()
-                )
+                place = torch.tensor(indices).unsqueeze(1), torch.tensor(others)
+                gram_NN[place] = products_bB.cpu()
         return ridge_solution(cross_QN, gram_NN, ridge).to(query_Qk)
 
-    def _parts(self, held: int, per_row: int) -> Iterator[tuple[list[int], Tensor]]:
-        """Rows in parts of so many bytes, of at least one file."""
+    def _parts(self, held: int) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield rows in parts of so many bytes, of at least one file."""
         indices: list[int] = []
         rows: list[Tensor] = []
         for some, rows_Bk in self.rows(torch.device("cpu")):
-            if indices and (len(indices) + len(some)) * per_row > held:
+            if indices and (len(indices) + len(some)) * 4 * self.size > held:
                 yield indices, torch.cat(rows)
                 indices, rows = [], []
             indices = [*indices, *some]
@@ -324,12 +366,12 @@ class GradientStore:
             f"'{self._folder}' holds gradients for another curvature",
             "Pass the operator that it was made with.",
         )
-        whiten = Whitening(curvature, identity["damping"], identity.get("relative", False))
+        whiten = Whitening(curvature, identity["damping"], identity["relative"])
         projection = {name: z.to(curvature.device) for name, z in self._projection.items()}
         P = curvature.shape[0]
         if "basis" in projection and len(projection["basis"]) != P:
             raise GRADIENTS.damaged(
-                self._folder / "store.safetensors", f"coordinates of other than {P} parameters"
+                self._folder / _HEADER, f"coordinates of other than {P} parameters"
             )
         parts = [
             self._compression.project(whiten(rows_BP), projection)
@@ -395,38 +437,3 @@ class _StoredGram(LinearOperator):
         for some, rows_Bk in self._rows(self.device):
             product_NK[some] = rows_Bk.to(X_NK) @ sums_kK
         return [product_NK]
-
-
-def _fitted_projection(
-    J_train: ExampleGradientLinearOperator, whiten: Whitening, compression: Compression
-) -> dict[str, Tensor]:
-    """Choose the coordinates that are kept, from evenly spaced training examples."""
-    if compression.size is None or compression.projection is Projection.RANDOM:
-        return {}
-    N = J_train.shape[0]
-    count = min(N, compression.sample)
-    spaced = torch.linspace(0, N - 1, count, dtype=torch.float64).round().long().tolist()
-    return compression.fit(whiten(J_train.rows(spaced)))
-
-
-def _check_projection(projection: dict[str, Tensor], compression: Compression, size: int) -> None:
-    """Check a projection that was read from a file.
-
-    Raises:
-        ValueError: If it is not what the compression chooses.
-    """
-    expected = {"basis"} if compression.projection is Projection.SVD else set()
-    if set(projection) != expected:
-        raise ValueError(f"a projection that keeps {sorted(projection)}")
-    basis = projection.get("basis")
-    if basis is not None and (basis.ndim != 2 or basis.shape[1] != size):
-        raise ValueError("a basis of another shape")
-
-
-def _size(
-    J_train: ExampleGradientLinearOperator, projection: dict[str, Tensor], compression: Compression
-) -> int:
-    if compression.projection is Projection.RANDOM:
-        assert compression.size is not None
-        return compression.size
-    return projection["basis"].shape[1] if "basis" in projection else J_train.shape[1]

@@ -1,44 +1,40 @@
-"""Scores in files that several processes have written, read a query at a time.
+"""Scores in files, read a query at a time.
 
-Legend: Q queries, N training examples, n those of a file, P parameters, k the most extreme.
+Legend: Q queries, N training examples, n those of a shard, P parameters, k the most extreme.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from copy import copy
-from glob import escape
+from collections.abc import Iterator, Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from curvlinops_diffusion.influence.agreement import Agreement
 from curvlinops_diffusion.influence.consumers import OwnScores, TopInfluences, TopScores
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.score_files import (
-    HALVES,
+    HALVED,
+    INDEX,
     SCORES,
-    SHARD,
-    other_array,
-    read_array,
-    shards_of,
+    table_rows,
+    write_scores,
+    write_table,
+    written_shards,
 )
-from curvlinops_diffusion.influence.scorers import halved_products, inner_products
-from curvlinops_diffusion.influence.scores import (
+from curvlinops_diffusion.influence.streaming import (
     curvature_settings,
+    of_gradients,
     query_blocks,
     scored_blocks,
 )
-from curvlinops_diffusion.influence.split_half import halves_of
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
-from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checkpoints import forget
-from curvlinops_diffusion.runtime.digests import digest_of, name_of
-from curvlinops_diffusion.runtime.files import FileKind
+from curvlinops_diffusion.runtime.digests import digest_of
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 from curvlinops_diffusion.runtime.processes import ALONE, Share
 
@@ -46,15 +42,14 @@ from curvlinops_diffusion.runtime.processes import ALONE, Share
 class StoredScores:
     """Scores ``[Q, N]`` on disk, of which only the queries that are asked for are read.
 
-    Each process has written the columns of the examples that it has seen, a file for each block of
-    queries, beside a file that names them all. ``stored[q]`` are the scores of a query, ``[N]``;
-    ``len(stored)``, iteration and ``stored.shape`` are as a tensor's. Files of the program's
-    ``score`` are opened alike, with ``--sharded`` or without, ``.safetensors`` or ``.npy``.
-
-    Made by :meth:`create`, opened by :meth:`open`.
+    In one file, or in shards that several processes have written (:meth:`create`), beside a file
+    that names them all. ``stored[q]`` are the scores of a query, ``[N]``; ``len(stored)``,
+    iteration and ``stored.shape`` are as a tensor's. :meth:`open` opens every file of scores, those
+    of the program's ``score`` and of :meth:`Attribution.save` as well.
 
     Attributes:
-        header: What is known of the scores, as plain values.
+        header: What is known of the scores, as plain values: the names of the training examples
+            (``train``) and of the ``queries``, and what they were made from (``identity``).
         shape: ``(Q, N)``.
 
     Examples:
@@ -69,17 +64,18 @@ class StoredScores:
         torch.Size([2, 3])
     """
 
-    def __init__(self, path: Path, header: dict[str, Any]):
-        self.header = header
-        self.shape: tuple[int, int] = (int(header["shape"][0]), int(header["shape"][1]))
-        self._path = path
-        self._name = "scores"
-        self._array: np.ndarray | None = None  # of an .npy file, which is read whole
-        self._blocks: dict[range, list[Path]] = {}
+    def __init__(self, path: Path, header: Mapping[str, Any], name: str = HALVED[0]):
+        self.header = dict(header)
+        self.shape = (len(header["queries"]), len(header["train"]))
+        self._path, self._name = path, name
+        blocks: dict[range, list[Path]] = {}
         for entry in header["shards"]:
             if entry["examples"] > 0:
-                own = self._blocks.setdefault(range(*entry["queries"]), [])
-                own.append(path.with_name(Path(entry["file"]).name))
+                files = blocks.setdefault(range(*entry["queries"]), [])
+                files.append(path.with_name(Path(entry["file"]).name))
+        if not header["shards"]:
+            blocks[range(self.shape[0])] = [path]
+        self._blocks = dict(sorted(blocks.items(), key=lambda item: item[0].start))
         self._index: tuple[range, list[Tensor]] = (range(0), [])
 
     @classmethod
@@ -92,6 +88,7 @@ class StoredScores:
         *,
         query_block: int = 64,
         halves: bool = False,
+        header: Mapping[str, Any] | None = None,
         passes: PassOptions = PLAIN,
     ) -> StoredScores:
         """Compute scores, see :func:`~curvlinops_diffusion.influence_scores`, and write them.
@@ -100,61 +97,90 @@ class StoredScores:
         block that is written is not computed again, whatever the number of processes.
 
         Args:
-            path: Of the file that names the others, ending in ``.safetensors``.
+            path: Of the file that names the shards, ending in ``.safetensors``.
             J_query: Gradients of the measured values, ``[Q, P]``.
             G_inv: Inverse curvature, ``[P, P]``; any self-adjoint operator.
             J_train: Gradients of the training losses, ``[N, P]``.
-            query_block: Queries whose scores are in a file, and whose preconditioned gradients are
+            query_block: Queries whose scores are in a shard, and whose preconditioned gradients are
                 held at once.
-            halves: Whether scores of either half of the draws are kept as well, see
-                :func:`~curvlinops_diffusion.split_half_scores`.
+            halves: Whether scores of either half of the draws are kept as well, with how far they
+                agree, see :func:`~curvlinops_diffusion.split_half_scores`.
+            header: What else is known of the scores, or known better than by the operators, as
+                plain values.
             passes: Checkpoints, processes and progress.
 
         Raises:
             ValueError: If the operators act on different parameters or devices, or a file cannot be
                 written.
         """
-        path = Path(path)
-        identity = {
-            "train": J_train.regression.identity(_settings(J_train)),
-            "query": J_query.regression.identity(_settings(J_query)),
-            "curvature": curvature_settings(G_inv),
+        path, share = Path(path), Share.of(passes.distributed)
+        header = {
+            "train": J_train.regression.names,
+            "queries": J_query.regression.names,
+            "methods": ["influence"],
+            **(header or {}),
         }
-        options: dict[str, Any] = {"query_block": query_block, "halves": halves, "passes": passes}
-        shards = write_shards(path, J_query, G_inv, J_train, identity, **options)
-        header = {"identity": identity, "shape": [J_query.shape[0], J_train.shape[0]]}
-        share = Share.of(passes.distributed)
-        share.all_or_none(lambda: None if share.rank else write_index(path, header, shards))
-        return cls(path, {**header, "shards": shards})
+        if "identity" not in header:
+            sides = {"train": J_train, "query": J_query}
+            header["identity"] = {
+                **{side: J.regression.identity(of_gradients(J)) for side, J in sides.items()},
+                "curvature": curvature_settings(G_inv),
+            }
+        names = HALVED if halves else HALVED[:1]
+        token = digest_of([header["identity"], names])[:12]
+        prefixes = {
+            queries: f"{path.stem}.{token}.{queries.start}to{queries.stop}"
+            for queries in query_blocks(J_query, query_block)
+        }
+        shards = {block: written_shards(path.parent, own) for block, own in prefixes.items()}
+        share.check_alike(f"what they see in '{path.parent}'", list(shards.values()))
+        loop = scored_blocks(
+            J_query,
+            G_inv,
+            J_train,
+            lambda: OwnScores(names, share),
+            halves=halves,
+            name="Own scores",
+            settings={"halves": halves},
+            query_block=query_block,
+            passes=passes,
+            summed=False,
+            wanted=lambda block: not shards[block],
+        )
+        for block, own in loop:
+            shards[block] = _write_shards(path.parent, prefixes[block], block, own, share)
+            forget(passes.checkpoint, f"Own scores from query {block.start}", share)
+        every = [entry for entries in shards.values() for entry in entries]
+
+        def finish() -> None:
+            stored = cls(path, {**header, "shards": every})
+            if halves:
+                both = Agreement.of_halves(stored.named("first"), stored.named("second"))
+                header.update(both.as_header())
+            write_scores(path, {}, header, every)
+
+        share.all_or_none(finish if share.rank == 0 else lambda: None)
+        return cls.open(path, check=False)
 
     @classmethod
     def open(cls, path: str | PathLike[str], *, check: bool = True) -> StoredScores:
         """Open scores.
 
         Args:
-            path: The file that names the others.
+            path: The file that names the shards, or holds the scores itself.
             check: Whether to read all of them once, to see that they are as they were written.
 
         Raises:
-            ValueError: If one is missing, damaged or of something else.
+            ValueError: If a file is missing, damaged, or of something else.
         """
         path = Path(path)
-        array = None
-        if path.suffix == ".npy":
-            header, array = read_array(path)
-            if array is None:
-                raise other_array(path)
-        else:
-            header = SCORES.read_header(path)
+        header = SCORES.read_header(path)
+        if isinstance(header, dict) and "shards" not in header:
+            raise ValueError(
+                f"'{path}' is a shard of scores. Pass the file that names it, beside it."
+            )
         try:
-            if "shards" not in header:  # it holds the scores itself
-                shape = [len(header["queries"]), len(header["train"])]
-                header = header | {"shards": [], "shape": shape}
-                stored = cls(path, header)
-                stored._blocks = {range(stored.shape[0]): [path]}
-                stored._array = array
-            else:
-                stored = cls(path, header)
+            stored = cls(path, header)
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise SCORES.damaged(path, f"{type(error).__name__}: {error}") from error
         if check:
@@ -168,39 +194,51 @@ class StoredScores:
     def __getitem__(self, q: int) -> Tensor:
         """The scores of a query, ``[N]``."""
         if not -len(self) <= q < len(self):
-            raise IndexError(f"{q} arrived; there are {len(self)} queries.")
+            raise IndexError(f"Queries are 0 to {len(self) - 1}, got {q}.")
         return self.rows(range(q % len(self), q % len(self) + 1))[0]
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield the scores of each query."""
         return (self[q] for q in range(len(self)))
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the scores in the files: ``'scores'``, perhaps ``'first'`` and others."""
+        file = next((files[0] for files in self._blocks.values()), self._path)
+        return sorted(SCORES.names(file) - {INDEX})
+
     def named(self, name: str) -> StoredScores:
-        """Other scores of the same files: ``first`` or ``second``, of halves of the draws.
+        """Other scores of the same files.
+
+        Args:
+            name: ``'first'`` or ``'second'``, of halves of the draws; or another of :attr:`names`.
 
         Raises:
-            ValueError: If the files have none, or the name is another.
+            ValueError: If the files hold none of that name.
         """
-        of_halves = dict(zip(("first", "second"), HALVES, strict=True))
-        if name not in (*of_halves, *HALVES, "scores"):
-            raise ValueError(f"named({name!r}): pass 'first' or 'second', halves of the draws.")
-        other = copy(self)
-        other._name = of_halves.get(name, name)
-        if other._name not in self._names():
+        if name not in self.names:
             raise ValueError(
-                f"'{self._path}' has no scores of halves of the draws. Make it by "
-                "StoredScores.create with halves=True, or by curvlinops-diffusion score into a "
-                ".safetensors file with multiples of 4 as --num-draws and --query-draws."
+                f"`name` must be one of {self.names}, which '{self._path}' holds, got {name!r}. "
+                "Halves of the draws are scored from multiples of 4 draws, or with halves=True."
             )
-        return other
+        return StoredScores(self._path, self.header, name)
+
+    @property
+    def by_method(self) -> dict[str, StoredScores]:
+        """The scores of each method, of which the first orders."""
+        first, *others = self.header.get("methods", ["influence"])
+        return {first: self.named(HALVED[0]), **{name: self.named(name) for name in others}}
 
     def rows(self, queries: range) -> Tensor:
         """The scores of successive queries, ``[q, N]``."""
-        parts = [
-            self._block_rows(block, range(max(block.start, queries.start), stop))
-            for block in sorted(self._blocks, key=lambda block: block.start)
-            if (stop := min(block.stop, queries.stop)) > max(block.start, queries.start)
-        ]
+        parts = []
+        for block in self._blocks:
+            own = range(max(block.start, queries.start), min(block.stop, queries.stop))
+            if own:
+                columns, scores = zip(*self._columns(block, own), strict=True)
+                found_qN = scores[0].new_empty(len(own), self.shape[1])
+                found_qN[:, torch.cat(columns)] = torch.cat(scores, 1)
+                parts.append(found_qN)
         return torch.cat(parts)
 
     def whole(self) -> Tensor:
@@ -214,58 +252,40 @@ class StoredScores:
             k: How many of each.
         """
         found = []
-        for block in sorted(self._blocks, key=lambda block: block.start):
-            top = TopScores(lambda: lambda known_qn: {"scores": known_qn}, self.shape[1], k, ALONE)
-            top.begin()
+        for block in self._blocks:
+            top = TopScores(self.shape[1], k, ALONE)
             for columns, scores_qn in self._columns(block, block):
-                top.add(columns.tolist(), scores_qn)
+                top.add(columns.tolist(), scores_qn.T)
             found.append(top.result)
         return TopInfluences.of_blocks(found)
 
+    def export(self, path: str | PathLike[str]) -> None:
+        """Write a table, a row for each method, query and training example, the most helpful first.
+
+        Columns: ``query``, ``image``, ``score``, ``rank`` (1 is the most helpful) and ``method``.
+
+        Args:
+            path: Where to, ending in ``.csv`` or ``.parquet`` (which needs pandas and pyarrow).
+
+        Raises:
+            ValueError: If it ends in something else, a package is missing, or the file cannot be
+                written.
+        """
+        write_table(Path(path), table_rows(self.by_method, self.header))
+
     # ---------------------------------------------------------------------------------------------
 
-    def _names(self) -> set[str]:
-        """The names of the scores that the files hold."""
-        if self._array is not None or not self._blocks:
-            return {"scores"}
-        file = next(iter(self._blocks.values()))[0]
-        return self._kind(file).names(file)
-
-    def _kind(self, file: Path) -> FileKind:
-        return SCORES if file == self._path else SHARD
-
-    def _block_rows(self, block: range, queries: range) -> Tensor:
-        found = None
-        for columns, scores_qn in self._columns(block, queries):
-            if found is None:
-                found = scores_qn.new_zeros(len(queries), self.shape[1])
-            found[:, columns] = scores_qn
-        assert found is not None, "a block has files"
-        return found
-
     def _columns(self, block: range, queries: range) -> Iterator[tuple[Tensor, Tensor]]:
-        """Numbers of examples, and the scores of some of a block's queries for them."""
+        """Yield numbers of examples, and the scores of some of a block's queries for them."""
         rows = slice(queries.start - block.start, queries.stop - block.start)
-        index = self._index_of(block)
-        for file, columns in zip(self._blocks[block], index, strict=True):
-            if self._array is None:
-                yield columns, self._kind(file).read_rows(file, self._name, rows)
-            else:
-                yield columns, torch.from_numpy(self._array[rows])
+        for file, columns in zip(self._blocks[block], self._index_of(block), strict=True):
+            yield columns, SCORES.read_rows(file, self._name, rows)
 
     def _index_of(self, block: range) -> list[Tensor]:
         """The examples of each file of a block; those of the latest block are kept."""
         if self._index[0] != block:
-            every = slice(None)
-            self._index = (
-                block,
-                [
-                    torch.arange(self.shape[1])
-                    if file == self._path
-                    else SHARD.read_rows(file, OwnScores.INDEX, every)
-                    for file in self._blocks[block]
-                ],
-            )
+            read = partial(SCORES.read_rows, name=INDEX, rows=slice(None))
+            self._index = (block, list(map(read, self._blocks[block])))
         return self._index[1]
 
     def _check(self) -> None:
@@ -275,146 +295,39 @@ class StoredScores:
             ValueError: If they do not.
         """
         Q, N = self.shape
-        covered = sorted(q for block in self._blocks for q in block)
-        if covered != list(range(Q)):
-            raise SCORES.damaged(self._path, f"files of other queries than {Q}")
-        if self._array is not None:  # whose digest was checked as it was read
-            if self._array.shape != (Q, N):
-                raise SCORES.damaged(self._path, f"{self._array.shape} scores for {Q} x {N} names")
-            return
-        for block, files in self._blocks.items():
-            for file in files:
-                self._kind(file).read(file, wanted=())
-                last_qn = self._kind(file).read_rows(file, "scores", slice(len(block) - 1, None))
-                if len(last_qn) != 1:
-                    raise SCORES.damaged(self._path, f"other queries in '{file.name}'")
-                if file == self._path and last_qn.shape[1] != N:
-                    raise SCORES.damaged(self._path, f"scores of other examples than {N}")
-            columns = torch.cat(self._index_of(block)).sort().values
-            if not torch.equal(columns, torch.arange(N)):
-                raise SCORES.damaged(self._path, f"files of other examples than {N}")
+        for file in {self._path, *(file for files in self._blocks.values() for file in files)}:
+            SCORES.read(file, wanted=())
+        if sorted(q for block in self._blocks for q in block) != list(range(Q)):
+            raise SCORES.damaged(self._path, f"shards of other queries than {Q}")
+        for block in self._blocks:
+            index, rest = self._index_of(block), slice(len(block) - 1, None)
+            for file, columns in zip(self._blocks[block], index, strict=True):
+                if SCORES.read_rows(file, self._name, rest).shape != (1, len(columns)):
+                    raise SCORES.damaged(file, f"other scores than of {len(block)} queries")
+            if not torch.equal(torch.cat(index).sort().values, torch.arange(N)):
+                raise SCORES.damaged(self._path, f"shards of other examples than {N}")
 
 
-def write_shards(
-    path: Path,
-    J_query: ExampleGradientLinearOperator,
-    G_inv: PyTorchLinearOperator,
-    J_train: ExampleGradientLinearOperator,
-    identity: dict[str, Any],
-    *,
-    query_block: int,
-    halves: bool,
-    passes: PassOptions,
+def _write_shards(
+    folder: Path, prefix: str, queries: range, own: OwnScores, share: Share
 ) -> list[dict[str, Any]]:
-    """Compute scores, and write those of this process, a file for each block of queries.
-
-    Args:
-        path: The file that is to name them, :func:`write_index`.
-        J_query: Gradients of the measured values.
-        G_inv: Inverse curvature.
-        J_train: Gradients of the training losses.
-        identity: What the scores depend on, as plain values.
-        query_block: Queries in a file.
-        halves: Whether scores of halves of the draws are written as well.
-        passes: Checkpoints, processes and progress.
-
-    Returns:
-        What is to be said of each file: its name, its queries, and how many examples it holds.
-
-    Raises:
-        ValueError: As :meth:`StoredScores.create`.
-    """
-    share, N = Share.of(passes.distributed), J_train.shape[0]
-    token = digest_of([identity, HALVES if halves else ()])[:12]
-    blocks = {
-        queries: f"{path.stem}.{token}.{queries.start}to{queries.stop}"
-        for queries in query_blocks(J_query, query_block)
+    """Write the shard of this process; return the entries of all."""
+    tensors, file = own.found, f"{prefix}.{share.rank}of{share.count}.safetensors"
+    entry = {
+        "file": file,
+        "queries": [queries.start, queries.stop],
+        "examples": len(tensors[INDEX]) if tensors else 0,
     }
-    found = {queries: _written(path.parent, prefix) for queries, prefix in blocks.items()}
-    share.check_alike(f"what they see in '{path.parent}'", list(found.values()))
-    loop = scored_blocks(
-        halves_of(J_query) if halves else J_query,
-        G_inv,
-        halves_of(J_train) if halves else J_train,
-        halved_products(N) if halves else inner_products(N),
-        lambda make: OwnScores(make, share),
-        name="Own scores",
-        settings={"halves": halves},
-        query_block=query_block,
-        passes=passes,
-        summed=False,
-        wanted=lambda queries: not found[queries],
-    )
-    for queries, own in loop:
-        found[queries] = _write(path.parent, blocks[queries], own, share)
-        forget(passes.checkpoint, f"Own scores from query {queries.start}", share)
-    return [
-        {"file": file, "queries": [queries.start, queries.stop], "examples": examples}
-        for queries, written in found.items()
-        for file, examples in written
-    ]
+    share.all_or_none(lambda: SCORES.write(folder / file, tensors, entry))
+    every = share.gathered(entry)
 
+    def check_seen() -> None:
+        for written in every:
+            if not (folder / written["file"]).exists():
+                raise ValueError(
+                    f"'{folder}' has no '{written['file']}' here, which another process has "
+                    "written. Pass a folder that all processes see."
+                )
 
-def _write(folder: Path, prefix: str, own: OwnScores, share: Share) -> list[tuple[str, int]]:
-    """Write what this process has seen; returns the files of all, with their examples' number."""
-    file = f"{prefix}.{share.rank}of{share.count}.safetensors"
-    tensors = own.found
-    examples = len(tensors[OwnScores.INDEX]) if tensors else 0
-    share.all_or_none(lambda: SHARD.write(folder / file, tensors, {"examples": examples}))
-    written = [(file, examples) for file, examples in share.gathered((file, examples))]
-    share.all_or_none(lambda: _check_seen(folder, [file for file, _ in written]))
-    return written
-
-
-def _check_seen(folder: Path, files: Sequence[str]) -> None:
-    """Check that this process sees what the others have written.
-
-    Raises:
-        ValueError: If it does not.
-    """
-    missing = [file for file in files if not (folder / file).exists()]
-    if missing:
-        raise ValueError(
-            f"'{folder}' has no '{missing[0]}' here, which another process has written. Pass a "
-            "folder that all processes see."
-        )
-
-
-def _written(folder: Path, prefix: str) -> list[tuple[str, int]]:
-    """The files of a block that an earlier run has written, if those of all processes are there."""
-    by_count: dict[int, dict[int, str]] = {}
-    for path in folder.glob(f"{escape(prefix)}.*of*.safetensors"):
-        match = re.fullmatch(re.escape(prefix) + r"\.(\d+)of(\d+)\.safetensors", path.name)
-        if match:
-            rank, count = (int(number) for number in match.groups())
-            by_count.setdefault(count, {})[rank] = path.name
-    for count, files in sorted(by_count.items()):
-        if len(files) == count:
-            names = [files[rank] for rank in range(count)]
-            return [(name, int(SHARD.read_header(folder / name)["examples"])) for name in names]
-    return []
-
-
-def write_index(path: Path, header: dict[str, Any], shards: Sequence[dict[str, Any]]) -> None:
-    """Write the file that names the others, the last of all; then delete those of an older one.
-
-    Args:
-        path: The file.
-        header: What is said of the scores, with their ``shape``.
-        shards: What :func:`write_shards` has returned.
-
-    Raises:
-        ValueError: If it cannot be written; an older file of that name is unchanged.
-    """
-    old = shards_of(path)
-    # of a run that was stopped and went on with another number of processes
-    tokens = {entry["file"].removeprefix(f"{path.stem}.").split(".")[0] for entry in shards}
-    for token in tokens:
-        old |= set(path.parent.glob(f"{escape(path.stem)}.{token}.*.safetensors"))
-    SCORES.write(path, {}, {**header, "shards": list(shards)})
-    for other in old - shards_of(path):
-        other.unlink(missing_ok=True)
-
-
-def _settings(J: ExampleGradientLinearOperator) -> dict[str, Any]:
-    return {"params": common_list(J.param_names), "measurement": name_of(J.measurement)}
+    share.all_or_none(check_seen)
+    return every

@@ -2,18 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+from diffusers.utils.state_dict_utils import StateDictType
+from torch import Tensor, nn
 
-from curvlinops_diffusion.loading.adapter_loading import load_adapter, replaced_message
-from curvlinops_diffusion.loading.adapter_paths import ACCEPTED
+from curvlinops_diffusion.loading.adapter_files import (
+    ADDITIONS,
+    AdapterFile,
+    Tensors,
+    converted,
+    of_other_kinds,
+    read_adapter,
+    read_weights,
+    unplaced_message,
+)
+from curvlinops_diffusion.loading.saved_networks import (
+    ACCEPTED_ADAPTERS,
+    PEFT_PREFIX,
+    PEFT_WEIGHTS,
+    adapter_file,
+    peft_folders,
+)
 from curvlinops_diffusion.loading.weights import listed
-from curvlinops_diffusion.runtime.adapters import common_names
+from curvlinops_diffusion.runtime.adapters import adapter_of
 from curvlinops_diffusion.runtime.files import named_path
+from curvlinops_diffusion.runtime.messages import quoted
+
+# which part of a pipeline a name begins with; nothing is the denoiser
+_PARTS = {
+    "lora_unet_": "",
+    "lora_transformer_": "",
+    "diffusion_model.": "",
+    "unet.": "",
+    "transformer.": "",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+}
+# the side of a layer that each matrix has the size of: its dimension there, and the layer's names
+_SIDES = {
+    "A": (1, "wide", ("in_features", "in_channels")),
+    "B": (0, "wide at its output", ("out_features", "out_channels")),
+}
+
+# weights by part of the pipeline and PEFT's name
+_Stored = Mapping[str, Tensors]
 
 
 def load_adapters(
@@ -41,7 +83,7 @@ def load_adapters(
     found = _named(given)
     trained: set[int] = set()  # an adapter may rename the parameters of those before it
     for name, path in found.items():
-        for part, names in load_adapter(peft, name, path, parts, pipeline, trained).items():
+        for part, names in _load(peft, name, path, parts, pipeline, trained).items():
             trained |= {id(parts[part].get_parameter(n)) for n in names}
     names_of = {
         part: [n for n, p in module.named_parameters() if id(p) in trained]
@@ -51,59 +93,16 @@ def load_adapters(
         _activate(peft, module, list(found), part)
         unused = [n for n in names_of[part] if ".original_module." in n]
         if unused:
-            raise ValueError(replaced_message(list(found), unused))
+            raise _replaced(list(found), unused)
     return names_of
 
 
 def names_in(
     model: nn.Module, parts: Mapping[str, nn.Module], trained: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """Find parameters of parts of a pipeline in the network that holds one or more of them.
-
-    Args:
-        model: The network: a part, or what several parts were put into.
-        parts: The parts by their names.
-        trained: Names of parameters, by part.
-
-    Returns:
-        Their names in the network, in its order.
-    """
-    places = {id(module): name for name, module in model.named_modules()}
-    chosen = {
-        ".".join(filter(None, (places[id(parts[part])], name)))
-        for part, names in trained.items()
-        if id(parts[part]) in places
-        for name in names
-    }
-    return [name for name, _ in model.named_parameters() if name in chosen]
-
-
-def matching_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """The names of a network's parameters that match one of some patterns, in order.
-
-    Args:
-        model: The network.
-        patterns: Shell patterns; the name of an adapter in a parameter's name may be left
-            ``default``.
-
-    Raises:
-        ValueError: If a pattern matches none.
-    """
-    common = common_names(name for name, _ in model.named_parameters())
-    chosen = set()
-    for pattern in patterns:
-        found = {
-            name
-            for name, plain in common.items()
-            if fnmatchcase(name, pattern) or fnmatchcase(plain, pattern)
-        }
-        if not found:
-            raise ValueError(
-                f"--params {pattern!r} matches no parameter of the {type(model).__name__}, which "
-                f"are called like {listed(common)}. Pass names, or patterns such as '*attn*'."
-            )
-        chosen |= found
-    return [name for name in common if name in chosen]
+    """Name parameters of parts of a pipeline in the network that holds some of these parts."""
+    chosen = {id(parts[part].get_parameter(n)) for part, names in trained.items() for n in names}
+    return [name for name, p in model.named_parameters() if id(p) in chosen]
 
 
 def _named(given: Sequence[str]) -> dict[str, Path]:
@@ -122,18 +121,12 @@ def _named(given: Sequence[str]) -> dict[str, Path]:
                 f"Two adapters are called '{name}': '{found[name]}' and '{path}'. Pass each as "
                 "name=path."
             )
-        if not path.exists():
-            raise ValueError(f"The adapter '{path}' does not exist. {ACCEPTED}.")
         found[name] = path
     return found
 
 
 def _activate(peft: Any, module: nn.Module, names: Sequence[str], part: str) -> None:
-    """Make adapters active in a network; of a module that was trained as a whole, its only copy.
-
-    Raises:
-        ValueError: If there are several copies of one.
-    """
+    """Make adapters active in a network; of a module that was trained as a whole, its only copy."""
     for key, layer in module.named_modules():
         if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
             layer.set_adapter(list(names))
@@ -145,3 +138,275 @@ def _activate(peft: Any, module: nn.Module, names: Sequence[str], part: str) -> 
                     "which only one can be used. Pass one of them alone."
                 )
             layer.set_adapter(own)
+
+
+def _load(
+    peft: Any,
+    name: str,
+    path: Path,
+    parts: Mapping[str, nn.Module],
+    pipeline: Any,
+    trained: Set[int],
+) -> dict[str, list[str]]:
+    """Load an adapter of any form; ``trained`` are the ids of other adapters' parameters."""
+    folders = peft_folders(path, list(parts))
+    if folders:
+        return {
+            part: _load_peft(peft, name, folder, part, parts[part], trained)
+            for part, folder in folders.items()
+        }
+    loader: Any = next(iter(parts.values())) if pipeline is None else pipeline
+    if not hasattr(loader, "load_lora_adapter" if pipeline is None else "load_lora_weights"):
+        raise ValueError(
+            f"Adapters of a {type(loader).__name__} are read from a folder of PEFT's "
+            f"save_pretrained, and '{path}' is none."
+        )
+    file = read_adapter(adapter_file(path), path)
+    loaded = _load_file(peft, name, file, parts, loader) if file.weights else {}
+    added = _add_to_weights(file, parts, loader)
+    return {part: loaded.get(part, []) + added.get(part, []) for part in parts}
+
+
+def _load_peft(
+    peft: Any, name: str, folder: Path, part: str, module: nn.Module, trained: Set[int]
+) -> list[str]:
+    """Load an adapter in PEFT's own form, into any network."""
+    stored, _ = read_weights(folder / PEFT_WEIGHTS)
+    tensors = {key.removeprefix(PEFT_PREFIX): z for key, z in stored.items()}
+    with _explained(folder, lambda: _differences({part: tensors}, {part: module})):
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = False
+        peft.inject_adapter_in_model(config, module, adapter_name=name)
+        peft.set_peft_model_state_dict(module, tensors, adapter_name=name)
+    names = _settled(peft, name, folder, part, module, tensors)
+    again = [n for n in names if id(module.get_parameter(n)) in trained]
+    if again:
+        raise _replaced([str(folder)], again)
+    return names
+
+
+def _load_file(
+    peft: Any, name: str, file: AdapterFile, parts: Mapping[str, nn.Module], loader: Any
+) -> dict[str, list[str]]:
+    """Load the matrices of a single file, by diffusers' loader and with the file's own scales."""
+    alone = loader is next(iter(parts.values()))
+
+    def convert(tensors: Tensors) -> Tensors:
+        if alone:
+            return {key: z for key, z in tensors.items() if not key.endswith(".alpha")}
+        config = getattr(getattr(loader, "unet", None), "config", None)
+        own = {} if config is None else {"unet_config": config}
+        result = loader.lora_state_dict(tensors, **own)
+        return dict(result[0] if isinstance(result, tuple) else result)
+
+    with _explained(file.given, lambda: [], of_other_kinds(file.weights), loader):
+        tensors, scales, unplaced = converted(file, convert)
+        keys = _by_part(tensors, parts, alone)
+    if unplaced:
+        raise ValueError(unplaced_message(file.given, unplaced, loader))
+    stored = {part: {n: tensors[k] for n, k in own.items()} for part, own in keys.items()}
+    if not stored.keys() <= parts.keys():
+        raise _misfit(file.given, _differences(stored, parts))
+    configured = file.configured and not file.alphas
+    with _explained(file.given, lambda: _differences(stored, parts)):
+        source: Any = {
+            n if alone else f"{part}.{n}": z for part, own in stored.items() for n, z in own.items()
+        }
+        options: dict[str, Any] = {"adapter_name": name, **({"prefix": None} if alone else {})}
+        if configured:  # which is read with the file alone
+            source = str(file.path.parent)
+            options |= {"weight_name": file.path.name, "local_files_only": True}
+            options |= {"use_safetensors": True}
+        (loader.load_lora_adapter if alone else loader.load_lora_weights)(source, **options)
+    result = {}
+    for part, own in stored.items():
+        result[part] = _settled(peft, name, file.given, part, parts[part], own)
+        for key, theirs in keys[part].items():
+            if configured or theirs not in scales:
+                continue
+            layer: Any = parts[part].get_submodule(key.partition(".lora_")[0])
+            if name in getattr(layer, "scaling", {}):
+                layer.scaling[name] = scales[theirs]
+                layer.lora_alpha[name] = scales[theirs] * layer.r[name]  # PEFT scales anew by it
+    return result
+
+
+def _by_part(
+    tensors: Tensors, parts: Mapping[str, nn.Module], alone: bool
+) -> dict[str, dict[str, str]]:
+    """Map parts, there or not, to the loader's names of their weights by PEFT's names.
+
+    ``alone`` there is no pipeline: all names are the denoiser's, and begin with no part.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for key in tensors:
+        part = next(iter(parts)) if alone else key.split(".")[0]
+        found.setdefault(part, {})[key if alone else key.removeprefix(f"{part}.")] = key
+    for part, keys in found.items():
+        if any("lora_A" in key for key in keys):
+            continue
+        if not part.startswith("text_encoder"):
+            found[part] = dict(convert_unet_state_dict_to_peft(keys))
+            continue
+        for kind in (StateDictType.DIFFUSERS_OLD, StateDictType.DIFFUSERS):
+            keys = convert_state_dict_to_peft(keys, original_type=kind)
+        if not hasattr(parts.get(part), "text_model"):  # as transformers had it before
+            keys = {name.removeprefix("text_model."): key for name, key in keys.items()}
+        found[part] = keys
+    return found
+
+
+def _settled(
+    peft: Any, adapter: str, path: Path, part: str, module: nn.Module, stored: Tensors
+) -> list[str]:
+    """Check that network and file hold the same weights of an adapter; name its parameters.
+
+    Loading gives adapters the precision of the network that they adapt, which may be lower: the
+    matrices get that of the file, at least float32. Whole modules and biases keep the network's,
+    whose arithmetic they take part in.
+
+    Raises:
+        ValueError: If weights of the file are in no parameter, or a parameter is not in the file.
+    """
+    state = module.state_dict(keep_vars=True)
+    names = {id(z): name for name, z in state.items()}
+    # by the names that PEFT would save them under, which a file has
+    placed = peft.get_peft_model_state_dict(
+        module,
+        state_dict=state,
+        adapter_name=adapter,
+        save_embedding_layers=any(key.endswith("base_layer.weight") for key in stored),
+    )
+    found, left = [], []
+    for key, z in stored.items():
+        p = placed.get(key)
+        same = p is not None and not p.is_meta and p.shape == z.shape
+        if not (same and torch.equal(p.detach(), z.to(p.device, p.dtype))):
+            left.append(key)
+        elif isinstance(p, nn.Parameter):
+            name = names[id(p)]
+            found.append(name)
+            whole = ".modules_to_save." in name or ".trainable_tokens_" in name
+            if adapter_of(name) is not None and not whole:
+                p.data = z.to(p.device, torch.promote_types(p.dtype, torch.float32)).clone()
+    lost = [key for key in placed if key not in stored]
+    if not left and not lost:
+        return found
+    reasons = _differences({part: stored}, {part: module})
+    if left and not reasons:
+        reasons.append(f"{len(left)} of its weights have no place in this network ({listed(left)})")
+    if lost:
+        reasons.append(f"{len(lost)} weights of the adapter are not in it ({listed(lost)})")
+    raise _misfit(path, reasons)
+
+
+def _add_to_weights(
+    file: AdapterFile, parts: Mapping[str, nn.Module], loader: Any
+) -> dict[str, list[str]]:
+    """Add a file's differences to the weights and biases of layers; name these by part.
+
+    Scripts name layers by their places in the network, with underscores for dots.
+
+    Raises:
+        ValueError: If one fits no layer; none is added then.
+    """
+    places: list[tuple[str, nn.Parameter, Tensor]] = []
+    unplaced = []
+    layers = {
+        part: {name.replace(".", "_"): layer for name, layer in module.named_modules()}
+        for part, module in parts.items()
+    }
+    for key, z in file.additions.items():
+        end = next(end for end in ADDITIONS if key.endswith(end))
+        stem = key.removesuffix(end)
+        prefix = next((prefix for prefix in _PARTS if stem.startswith(prefix)), "")
+        part = _PARTS.get(prefix) or next(iter(parts))
+        flat, there = stem.removeprefix(prefix).replace(".", "_"), layers.get(part, {})
+        layer = there.get(flat, there.get(flat.removeprefix("text_model_")))
+        p = getattr(layer, ADDITIONS[end], None)
+        if isinstance(p, nn.Parameter) and p.is_floating_point() and p.shape == z.shape:
+            places.append((part, p, z))
+        else:
+            unplaced.append(key)
+    if unplaced:
+        raise ValueError(unplaced_message(file.given, unplaced, loader))
+    for _, p, z in places:
+        wide = torch.promote_types(p.dtype, torch.float32)
+        p.data = (p.data.to(wide) + z.to(p.device, wide)).to(p.dtype)
+    ids = {id(p) for _, p, _ in places}
+    return {
+        part: [name for name, p in module.named_parameters() if id(p) in ids]
+        for part, module in parts.items()
+    }
+
+
+@contextmanager
+def _explained(
+    path: Path, reasons: Callable[[], Sequence[str]], others: Sequence[str] = (), loader: Any = None
+) -> Iterator[None]:
+    """Where a library fails, say how adapter and network differ if they do; else quote its error.
+
+    ``others`` are weights of kinds that the loader may not know.
+    """
+    try:
+        yield
+    except Exception as error:
+        if others:
+            raise ValueError(unplaced_message(path, others, loader)) from error
+        found = reasons()
+        if found:
+            raise _misfit(path, found) from error
+        raise ValueError(
+            f"The adapter '{path}' cannot be loaded: {quoted(error).rstrip('.')}. "
+            f"{ACCEPTED_ADAPTERS}."
+        ) from error
+
+
+def _misfit(path: Path, reasons: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"The adapter '{path}' is not of this network: {'; '.join(reasons)}. Pass the network that "
+        "it was trained on."
+    )
+
+
+def _replaced(adapters: Sequence[str], names: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"Two adapters change the same weights of the network, {listed(names)}, and one replaces "
+        f"what the other added ({listed(adapters)}). Pass one of them alone."
+    )
+
+
+def _differences(stored: _Stored, parts: Mapping[str, nn.Module]) -> list[str]:
+    """Say in phrases how the layers of an adapter differ from those of the networks, if they do."""
+    phrases, unknown, absent = [], [], set()
+    other: dict[str, str] = {}
+    strange = [part for part in stored if part not in parts]
+    if strange:
+        count = sum(len(stored[part]) for part in strange)
+        phrases.append(
+            f"the names of {count} of its weights begin with {listed(strange)}, and the networks "
+            f"are called {', '.join(repr(part) for part in parts)}"
+        )
+    for part in [part for part in stored if part in parts]:
+        modules = dict(parts[part].named_modules())
+        for key, z in stored[part].items():
+            name, found, matrix = key.partition(".lora_")
+            if matrix.startswith(("down", "up")):
+                unknown.append(key)
+            elif found and name not in modules:
+                absent.add(name)
+            elif matrix[:1] in _SIDES:
+                dim, wide, sides = _SIDES[matrix[0]]
+                layer: Any = getattr(modules[name], "base_layer", modules[name])
+                here = next((getattr(layer, side) for side in sides if hasattr(layer, side)), None)
+                if here is not None and z.ndim > dim and z.shape[dim] != here:
+                    sizes = f"{z.shape[dim]} {wide} in the file and {here} in the network"
+                    other.setdefault(name, f"'{name}' is {sizes}")
+    if other:
+        more = f", and {len(other) - 1} more layers are of other sizes" if len(other) > 1 else ""
+        phrases.append(next(iter(other.values())) + more)
+    if unknown:
+        phrases.append(f"{len(unknown)} of its names are of no form known here ({listed(unknown)})")
+    if absent:
+        phrases.append(f"{len(absent)} of its layers are not in the network ({listed(absent)})")
+    return phrases

@@ -1,4 +1,4 @@
-"""Labels and prompts: what the network takes besides images, and whether they are that."""
+"""Labels and prompts: which of them the network takes besides images, and whether it knows them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ _HOW = {
     ),
     "prompt": (
         "prompt",
-        "Give a 'text' for each image in metadata.jsonl or the data set, or one by --prompt",
+        "Give a 'text' for each image in metadata.jsonl or the data set, or a file of its name "
+        "and .txt or .caption (or another --caption-extension), or one prompt by --prompt",
     ),
 }
-
 _SIZES = ("original_size", "crops_coords_top_left", "target_size")
+
+Conditions = dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,10 @@ class Condition:
         key: ``'class_labels'``, ``'prompt'``, or ``None`` for nothing.
         count: How many labels it knows; ``None`` for any.
         prompt: The prompt of images that have none of their own; ``None`` for an error.
-        sizes: Whether the network is told each image's original size, and what was cut out of it.
-        images: What it is shown beside each image, masks say, and of how many channels.
+        sizes: Whether the network takes each image's original size, and what was cut out of it.
+        images: The images that it takes beside each image, masks say, and their channels.
+        caption_extension: How the names of captions beside images end; ``None`` for ``.caption`` or
+            ``.txt``.
     """
 
     key: str | None = None
@@ -39,14 +43,11 @@ class Condition:
     prompt: str | None = None
     sizes: bool = False
     images: dict[str, int] = field(default_factory=dict)
+    caption_extension: str | None = None
 
     def of(
-        self,
-        path: Path,
-        names: Sequence[str],
-        conditions: dict[str, list[Any]],
-        unread: Sequence[str] = (),
-    ) -> dict[str, list[Any]]:
+        self, path: Path, names: Sequence[str], conditions: Conditions, unread: Sequence[str] = ()
+    ) -> Conditions:
         """Select those of the images' conditions that the network takes.
 
         Args:
@@ -64,67 +65,45 @@ class Condition:
         if self.key == "prompt":
             values = [self.prompt if value is None else value for value in values]
         for name, value in zip(names, values, strict=True):
-            self._check(path, name, value, unread)
-        return {self.key: values, **self._sizes_of(path, names, conditions)}
+            self._check(f"image '{name}' of '{path}'", value, unread)
+        noted = {key: conditions[key] for key in _SIZES if self.sizes and key in conditions}
+        for key, sizes in noted.items():
+            for name, size in zip(names, sizes, strict=True):
+                pair = isinstance(size, list | tuple) and len(size) == 2
+                if not pair or not all(type(side) is int for side in size):
+                    raise ValueError(
+                        f"The '{key}' of image '{name}' of '{path}' is {size!r}. Give two whole "
+                        "numbers for each image, height or top first, or leave the column out."
+                    )
+        return {self.key: values, **noted}
 
-    def images_of(
-        self, path: Path, names: Sequence[str], conditions: dict[str, list[Any]]
-    ) -> dict[str, list[Any]]:
-        """Select the images that the network is shown beside the images.
-
-        Raises:
-            ValueError: If one has none.
-        """
+    def images_of(self, path: Path, names: Sequence[str], conditions: Conditions) -> Conditions:
+        """Select the images that the network takes beside each image, or raise ValueError."""
         for entry in self.images:
             for name, value in zip(names, conditions.get(entry, [None] * len(names)), strict=True):
                 if value is None:
                     raise ValueError(
-                        f"The image '{name}' of '{path}' has no '{entry}', which the network is "
-                        f"shown. Name its file as '{entry}_file_name' in the metadata.jsonl of its "
+                        f"The image '{name}' of '{path}' has no '{entry}', which the network "
+                        f"takes. Name its file as '{entry}_file_name' in the metadata.jsonl of its "
                         "folder, or have a column of images in the data set."
                     )
         return {entry: conditions[entry] for entry in self.images}
 
-    def _sizes_of(
-        self, path: Path, names: Sequence[str], conditions: dict[str, list[Any]]
-    ) -> dict[str, list[Any]]:
-        """Sizes and corners that somebody noted, where the network is told them.
-
-        Raises:
-            ValueError: If one is no pair of whole numbers.
-        """
-        noted = {key: conditions[key] for key in _SIZES if self.sizes and key in conditions}
-        for key, values in noted.items():
-            for name, value in zip(names, values, strict=True):
-                pair = isinstance(value, list | tuple) and len(value) == 2
-                if not pair or not all(type(side) is int for side in value):
-                    raise ValueError(
-                        f"The '{key}' of image '{name}' of '{path}' is {value!r}. Give two whole "
-                        "numbers for each image, height or top first, or leave the column out."
-                    )
-        return noted
-
-    def _check(self, path: Path, name: str, value: Any, unread: Sequence[str]) -> None:
+    def _check(self, image: str, value: Any, unread: Sequence[str]) -> None:
         what, how = _HOW[self.key or ""]
         if value is None:
             others = f" Not read: {', '.join(unread)}." if unread else ""
-            raise ValueError(
-                f"The image '{name}' of '{path}' has no {what}, which the network takes. {how}."
-                f"{others}"
-            )
+            raise ValueError(f"The {image} has no {what}, which the network takes. {how}.{others}")
         if self.key == "prompt":
             if not isinstance(value, str):
-                raise ValueError(
-                    f"The prompt of image '{name}' of '{path}' is {value!r}, which is no text. "
-                    f"{how}."
-                )
+                raise ValueError(f"The prompt of {image} is {value!r}, which is no text. {how}.")
             return
         top = "" if self.count is None else f" to {self.count - 1}"
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole or value < 0 or (self.count is not None and value >= self.count):
             raise ValueError(
-                f"The label of image '{name}' of '{path}' is {value!r}, and the network knows the "
-                f"whole numbers from 0{top}. Number the classes as in training."
+                f"The label of {image} is {value!r}, and the network knows the whole numbers from "
+                f"0{top}. Number the classes as in training."
             )
 
 
@@ -144,11 +123,7 @@ class Classes:
     doubt: str = ""
 
     def check_sure(self) -> None:
-        """Check that the classes of training images are numbered as training did.
-
-        Raises:
-            ValueError: If that is not known.
-        """
+        """Check that the classes of training images are numbered as training did."""
         if self.doubt:
             raise ValueError(f"{self.doubt}, or give a 'label' for each image in metadata.jsonl.")
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import posixpath
-from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 from unicodedata import normalize
-
-from curvlinops_diffusion.loading.tables import OTHER_TABLES, lines_of
 
 #: The columns that are read, and what they are called here.
 COLUMNS = {
@@ -23,68 +25,102 @@ COLUMNS = {
 IMAGE_COLUMNS = ("mask_image", "conditioning_image")
 # as data sets of images call columns of files
 _FILE = "_file_name"
+# the files that ``datasets`` looks for beside images, in any folder; of which the last is refused
+_PARQUET = "metadata.parquet"
+_TABLES = ("metadata.jsonl", "metadata.csv", _PARQUET)
+# byte order marks of UTF-16, and of UTF-32, which begins with one
+_WIDE = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
+
+
+def is_table(path: Path) -> bool:
+    """Tell whether a file has the name of a metadata file."""
+    return path.name in _TABLES
+
+
+def is_of_images(path: Path) -> bool:
+    """Tell whether a file names images as ``datasets`` does; tables of other programs do not.
+
+    An empty file is one of no images.
+    """
+    raw = path.read_bytes().replace(b"\0", b"")  # whatever the encoding
+    return b"file_name" in raw or not raw.strip()
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a metadata file.
-
-    Attributes:
-        file: The file.
-        number: The line, from 1.
-        entries: Its entries by column, names of files as they stand in it.
-    """
+    """A line of a metadata file, its entries by column."""
 
     file: Path
-    number: int
+    number: int  # from 1
     entries: dict[str, Any]
 
     def __str__(self) -> str:
         """Where it stands."""
         return f"line {self.number} of '{self.file}'"
 
-    def files(self) -> list[str]:
-        """The files that it names beside its image."""
-        return [
-            value
-            for key, value in self.entries.items()
-            if (key in IMAGE_COLUMNS or key.endswith(_FILE)) and isinstance(value, str)
-        ]
 
+class Metadata:
+    """The lines of a folder's metadata files, by the names of their images.
 
-class Names:
-    """Finds a folder's images by names as other systems write them."""
+    Names in a file are relative to the folder that it lies in, as ``datasets`` takes them, and may
+    be written as other systems do: with backslashes, if no image has them in its name; and for an
+    image that no line names exactly, with letters composed otherwise (macOS) or in another case
+    (Windows), if no two images differ in that alone.
 
-    def __init__(self, folder: Path, names: Iterable[str]):
-        self._folder = folder
-        self._names = set(names)
-        self._alike: dict[str, list[str]] = {}
+    Attributes:
+        lines: The line of each image.
+        others: The images that lines name beside theirs, and that have no line of their own.
+        without_image: The lines whose image is not there.
+        alike: The images whose names their lines write in other letters.
+    """
+
+    def __init__(self, folder: Path, tables: Sequence[Path], names: Iterable[str]):
+        """Read a folder's metadata files; ValueError if an image has several lines."""
+        self._folder, self._names = folder, set(names)
+        self._by_letters: dict[str, list[str]] = {}
         for name in sorted(self._names):
-            self._alike.setdefault(_folded(name), []).append(name)
+            self._by_letters.setdefault(_folded(name), []).append(name)
+        self.lines: dict[str, Line] = {}
+        for table in tables:
+            if table.name == _PARQUET:
+                raise ValueError(f"'{table}' is not read. Save it as metadata.jsonl or .csv.")
+        left = self._place(line for table in tables for line in _lines_of(table))
+        exact = set(self.lines)
+        # a name alike is of an image without a line alone: another image may have been removed
+        self.without_image = self._place(left, exact)
+        self.alike = sorted(self.lines.keys() - exact)
+        found = {
+            self._find(line.file.parent, value, self.lines)
+            for line in self.lines.values()
+            for key, value in line.entries.items()
+            if (key in IMAGE_COLUMNS or key.endswith(_FILE)) and isinstance(value, str)
+        }
+        self.others = {name for name in found if name is not None} - self.lines.keys()
 
-    def found(self, inner: Path, written: str, taken: Container[str] | None = None) -> str | None:
-        """The image that a metadata file in a folder names; ``None`` for none.
+    def _place(self, lines: Iterable[Line], taken: Container[str] | None = None) -> list[Line]:
+        """Give images their lines, and return the lines whose image is not found."""
+        left = []
+        for line in lines:
+            name = self._find(line.file.parent, line.entries["file_name"], taken)
+            if name is None:
+                left.append(line)
+            elif name in self.lines:
+                raise ValueError(
+                    f"The image '{name}' stands in {self.lines[name]} and in {line}. Keep one line "
+                    "for each image; of several captions, the one that it is to have."
+                )
+            else:
+                self.lines[name] = line
+        return left
 
-        Backslashes separate folders if no image has them in its name.
-
-        Args:
-            inner: The folder of the metadata file.
-            written: The name that stands there.
-            taken: Images that are named exactly or not at all; ``None`` for all. Other names may
-                differ in how letters are composed (macOS) or in case (Windows), if those of no two
-                images differ in that alone.
-        """
+    def _find(self, inner: Path, written: str, taken: Container[str] | None) -> str | None:
+        """The image that a file in a folder names; ``taken`` ones, ``None`` for all, exactly."""
         forms = [self._relative(inner, form) for form in (written, written.replace("\\", "/"))]
         for name in forms:
             if name in self._names:
                 return name
-        alike = [] if taken is None else self._alike.get(_folded(forms[-1]), [])
+        alike = [] if taken is None else self._by_letters.get(_folded(forms[-1]), [])
         return alike[0] if taken is not None and len(alike) == 1 and alike[0] not in taken else None
-
-    def path(self, inner: Path, written: str, taken: Container[str]) -> Path:
-        """The path of a file beside an image, whether it is there or not."""
-        found = self.found(inner, written, taken)
-        return self._folder / (self._relative(inner, written) if found is None else found)
 
     def _relative(self, inner: Path, written: str) -> str:
         """A name relative to the whole folder, of one relative to a folder in it, or absolute."""
@@ -96,94 +132,17 @@ class Names:
         here = inner.relative_to(self._folder).as_posix()
         return posixpath.normpath(posixpath.join(here, written))
 
-
-def _folded(name: str) -> str:
-    return normalize("NFC", name).casefold()
-
-
-@dataclass(frozen=True)
-class Metadata:
-    """The lines of all metadata files of a folder, by the names of their images.
-
-    Attributes:
-        lines: The line of each image.
-        names: What finds images by their names.
-        others: The images that lines name beside theirs, and that have no line of their own.
-        without_image: The lines whose image is not there.
-        alike: The images whose names their lines write in other letters.
-    """
-
-    lines: dict[str, Line]
-    names: Names
-    others: set[str] = field(default_factory=set)
-    without_image: list[Line] = field(default_factory=list)
-    alike: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, folder: Path, tables: Iterable[Path], names: Sequence[str]) -> Metadata | None:
-        """Read metadata files; ``None`` if there is none.
-
-        Names in a file are relative to the folder that it lies in, as ``datasets`` takes them.
-
-        Args:
-            folder: The folder of the images.
-            tables: The metadata files in it and its subfolders.
-            names: The names of the images, relative to it.
-
-        Raises:
-            ValueError: If a file is not understood, or an image has several lines.
-        """
-        tables, result = list(tables), cls({}, Names(folder, names))
-        if not tables:
-            return None
-        for table in tables:
-            if table.name in OTHER_TABLES:
-                raise ValueError(f"'{table}' is not read. Save it as metadata.jsonl or .csv.")
-        lines = [Line(table, *line) for table in tables for line in lines_of(table)]
-        lines = result._place(lines, None)
-        exact = set(result.lines)
-        # a name alike is of an image without a line alone: another image may have been removed
-        result.without_image.extend(result._place(lines, exact))
-        result.alike.extend(sorted(result.lines.keys() - exact))
-        named = [
-            (line.file.parent, file) for line in result.lines.values() for file in line.files()
-        ]
-        beside = {result.names.found(*one, result.lines) for one in named}
-        result.others.update(name for name in beside if name is not None)
-        result.others.difference_update(result.lines)  # it is an image, too
-        return result
-
-    def _place(self, lines: Iterable[Line], taken: Container[str] | None) -> list[Line]:
-        """Give images their lines, and return the lines whose image is not found."""
-        left = []
-        for line in lines:
-            name = self.names.found(line.file.parent, line.entries["file_name"], taken)
-            if name is None:
-                left.append(line)
-                continue
-            if name in self.lines:
-                raise ValueError(
-                    f"The image '{name}' stands in {self.lines[name]} and in {line}. Keep one line "
-                    "for each image; of several captions, the one that it is to have."
-                )
-            self.lines[name] = line
-        return left
-
     def unread(self) -> list[str]:
         """The columns that nothing here reads."""
         columns = {key for line in self.lines.values() for key in line.entries}
         read = {"file_name", *COLUMNS, *IMAGE_COLUMNS}
         return sorted(key for key in columns - read if not key.endswith(_FILE))
 
-    def conditions(self, folder: Path, names: Sequence[str]) -> dict[str, list[Any]]:
-        """The entries of some images, ``None`` where one lacks.
-
-        Raises:
-            ValueError: If an image has no line.
-        """
+    def conditions(self, names: Sequence[str]) -> dict[str, list[Any]]:
+        """The entries of some images, ``None`` where one lacks; ValueError if one has no line."""
         for name in names:
             if name not in self.lines:
-                raise ValueError(f"The image '{name}' of '{folder}' {self._where_others_stand()}")
+                raise ValueError(self._no_line(name))
         lines = [self.lines[name] for name in names]
         found = {
             ours: [line.entries.get(theirs) for line in lines]
@@ -194,19 +153,107 @@ class Metadata:
             files = [line.entries.get(entry + _FILE, line.entries.get(entry)) for line in lines]
             if any(files):
                 found[entry] = [
-                    self.names.path(line.file.parent, str(file), self.lines) if file else None
+                    self._path(line.file.parent, str(file)) if file else None
                     for line, file in zip(lines, files, strict=True)
                 ]
         return found
 
-    def _where_others_stand(self) -> str:
-        """End a sentence about an image without a line."""
+    def _path(self, inner: Path, written: str) -> Path:
+        """The path of a file beside an image, whether it is there or not."""
+        found = self._find(inner, written, self.lines)
+        return self._folder / (self._relative(inner, written) if found is None else found)
+
+    def _no_line(self, name: str) -> str:
+        start = f"The image '{name}' of '{self._folder}' has no line in the metadata"
         some = [*self.without_image, *self.lines.values()][:3]
         if not some:
-            return "has no line in the metadata, which is empty. Give each image a line."
+            return f"{start}, which is empty. Give each image a line."
         as_written = ", ".join(f"'{line.entries['file_name']}'" for line in some)
         return (
-            f"has no line in the metadata. '{some[0].file}' names, as it stands there, "
-            f"{as_written}, …; names are relative to the folder of the file. Give each image a "
-            "line, or take it out of the folder."
+            f"{start}. '{some[0].file}' names, as it stands there, {as_written}, …; names are "
+            "relative to the folder of the file. Give each image a line, or take it out of the "
+            "folder."
         )
+
+
+def _folded(name: str) -> str:
+    return normalize("NFC", name).casefold()
+
+
+def _lines_of(path: Path) -> Iterator[Line]:
+    """Yield the lines of a file, each with an image's name.
+
+    A line of ``.jsonl`` ends at a line feed and nowhere else: separators such as U+2028 belong to
+    the caption that they stand in.
+    """
+    read = _of_csv if path.suffix == ".csv" else _of_json
+    for number, entries in read(path, decoded(path)):
+        name = entries.get("file_name")
+        if not isinstance(name, str) or not name.strip():
+            found = f"'file_name': {name!r}" if "file_name" in entries else f"{sorted(entries)}"
+            raise _wrong(path, number, f"it has no image's name as 'file_name', but {found}")
+        yield Line(path, number, entries)
+
+
+def decoded(path: Path) -> str:
+    """The text of a file in UTF-8, with a byte order mark or without."""
+    raw = path.read_bytes()
+    if raw.startswith(_WIDE) or b"\0" in raw:
+        raise ValueError(f"'{path}' is in UTF-16 or UTF-32. Save it as UTF-8.")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"'{path}' is not in UTF-8: line {number} has the byte {raw[error.start]:#04x}. It may "
+            "be in Windows-1252 or another encoding; save it as UTF-8."
+        ) from error
+
+
+def _of_json(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            entries = json.loads(line, object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise _wrong(path, number, str(error)) from error
+        if not isinstance(entries, dict):
+            raise _wrong(path, number, f"it is a {type(entries).__name__}")
+        yield number, entries
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are all different: of two values, one would be lost in silence."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        twice = next(key for key in entries if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"'{twice}' stands in it twice")
+    return entries
+
+
+def _of_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a table with commas; empty cells have no entry, and whole labels are numbers."""
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        columns = next(rows, [])
+        if "file_name" not in columns or len(set(columns)) != len(columns):
+            raise _wrong(path, 1, f"the columns are {columns}, separated by commas")
+        for cells in filter(None, rows):
+            if len(cells) != len(columns):
+                raise _wrong(path, rows.line_num, f"{len(cells)} cells for {len(columns)} columns")
+            entries: dict[str, Any] = {k: v for k, v in zip(columns, cells, strict=True) if v != ""}
+            if re.fullmatch(r"\s*-?\d+\s*", entries.get("label", "")):
+                entries["label"] = int(entries["label"])
+            yield rows.line_num, entries
+    except csv.Error as error:
+        raise _wrong(path, rows.line_num, str(error)) from error
+
+
+def _wrong(path: Path, number: int, why: str) -> ValueError:
+    like = (
+        "The first line must be like file_name,text and each other one like a.png,a cat"
+        if path.suffix == ".csv"
+        else 'Each line must be like {"file_name": "a.png", "text": "a cat"}'
+    )
+    return ValueError(f"'{path}' is not understood in line {number}: {why}. {like}.")

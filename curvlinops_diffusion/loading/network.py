@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 from warnings import warn
 
@@ -13,10 +14,10 @@ from torch import nn
 
 from curvlinops_diffusion.diffusion.image_conditions import ControlledDenoiser
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
-from curvlinops_diffusion.loading.adapters import matching_parameters
 from curvlinops_diffusion.loading.labels import Condition
 from curvlinops_diffusion.loading.preprocessing import Form
-from curvlinops_diffusion.runtime.adapters import adapter_of
+from curvlinops_diffusion.loading.weights import listed
+from curvlinops_diffusion.runtime.adapters import adapter_of, common_names
 
 # diffusers imports it with its first network, and it warns of kernels that nothing here needs
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -51,17 +52,7 @@ class Network:
     def of_pipeline(
         cls, pipeline: Any, params: Sequence[str] | None = None, **options: Any
     ) -> Network:
-        """Take a pipeline apart.
-
-        Args:
-            pipeline: A pipeline of ``diffusers``, with adapters if there are any.
-            params: Names or patterns of the parameters; ``None`` for those of adapters if there are
-                any, else of a ControlNet if there is one, else all.
-            options: Of :meth:`~curvlinops_diffusion.DenoisingObjective.from_pipeline`.
-
-        Raises:
-            ValueError: If the pipeline is of no known kind, or a pattern names no parameter.
-        """
+        """Take a pipeline apart; ``options`` are those of ``DenoisingObjective.from_pipeline``."""
         of_encoders = any(name.startswith(TEXT_ENCODERS) for name in params or ())
         options = {"text_encoders": of_encoders, **options}
         objective = DenoisingObjective.from_pipeline(pipeline, **options)
@@ -80,7 +71,8 @@ class Network:
         Args:
             objective: The objective.
             pipeline: The pipeline that it is of; ``None`` for a network alone.
-            params: As for :meth:`of_pipeline`.
+            params: Names or patterns of the parameters; ``None`` for those of adapters if there are
+                any, else of a ControlNet if there is one, else all.
             trained: The parameters that adapters' files hold, where these are known.
 
         Raises:
@@ -107,53 +99,51 @@ class Network:
             multiple *= 2  # packs 2×2 latents into a token
         elif isinstance(config.get("patch_size"), int):
             multiple *= config["patch_size"]
-        chosen = _chosen_parameters(model, _text_encoders(pipeline), params, trained)
+        chosen = _chosen_parameters(model, pipeline, params, trained)
         condition = _condition(model, config, pipeline)
         return cls(objective, channels, sides, multiple, condition, chosen)
 
-    def with_prompt(self, prompt: str | None) -> Network:
-        """The same, with a prompt for images that have none of their own.
+    def with_prompt(self, prompt: str | None, caption_extension: str | None = None) -> Network:
+        """The same, with a prompt for images that have none, and where the others' stand.
 
         Raises:
             ValueError: If the network takes no prompts.
         """
-        if prompt is not None and self.condition.key != "prompt":
-            takes = "no condition" if self.condition.key is None else "labels"
-            raise ValueError(f"The network takes {takes}, got prompt={prompt!r}. Leave it out.")
-        return replace(self, condition=replace(self.condition, prompt=prompt))
+        given = {"prompt": prompt, "caption_extension": caption_extension}
+        for name, value in given.items():
+            if value is not None and self.condition.key != "prompt":
+                takes = "no condition" if self.condition.key is None else "labels"
+                raise ValueError(f"The network takes {takes}, got {name}={value!r}. Leave it out.")
+        return replace(self, condition=replace(self.condition, **given))
 
     def form(self, resolution: int | None) -> Form:
         """The form in which images are loaded."""
         return Form(self.channels, self.size, resolution, self.multiple)
 
 
-def _text_encoders(pipeline: Any) -> dict[str, nn.Module]:
-    components = {} if pipeline is None else pipeline.components
-    return {
-        name: part
-        for name, part in components.items()
-        if name.startswith(TEXT_ENCODERS) and isinstance(part, nn.Module)
-    }
-
-
 def _chosen_parameters(
     model: nn.Module,
-    text_encoders: dict[str, nn.Module],
+    pipeline: Any,
     patterns: Iterable[str] | None,
     trained: Sequence[str] | None,
 ) -> list[str] | None:
-    """Choose what patterns name; else what was trained.
+    """Choose the parameters that patterns name; else those that were trained.
 
     Raises:
         ValueError: If a pattern names none, or adapters have none in the denoiser.
     """
     if patterns:
-        return matching_parameters(model, list(patterns))
+        return _matching(model, list(patterns))
     adapters = _of_adapters(model) if trained is None else list(trained)
     # text encoders that were trained are part of the network, whose adapters these are then
     inside = {id(module) for module in model.modules()}
-    beside = [n for n, part in text_encoders.items() if id(part) not in inside]
-    beside = [name for name in beside if _of_adapters(text_encoders[name])]
+    components = {} if pipeline is None else pipeline.components
+    beside = [
+        name
+        for name, part in components.items()
+        if name.startswith(TEXT_ENCODERS) and isinstance(part, nn.Module)
+        if id(part) not in inside and _of_adapters(part)
+    ]
     if adapters:
         if beside:
             warn(
@@ -169,12 +159,31 @@ def _chosen_parameters(
         )
     if isinstance(model, ControlledDenoiser):  # its UNet was not trained
         _logger.info("Covering the ControlNet alone; params=['unet.*', 'controlnet.*'] has both")
-        return matching_parameters(model, ["controlnet.*"])
+        return _matching(model, ["controlnet.*"])
     return None
 
 
 def _of_adapters(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if adapter_of(name) is not None]
+
+
+def _matching(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """The parameters that match shell patterns, in order; adapters may be called ``default``."""
+    common = common_names(name for name, _ in model.named_parameters())
+    chosen = set()
+    for pattern in patterns:
+        found = {
+            name
+            for name, plain in common.items()
+            if fnmatchcase(name, pattern) or fnmatchcase(plain, pattern)
+        }
+        if not found:
+            raise ValueError(
+                f"--params {pattern!r} matches no parameter of the {type(model).__name__}, which "
+                f"are called like {listed(common)}. Pass names, or patterns such as '*attn*'."
+            )
+        chosen |= found
+    return [name for name in common if name in chosen]
 
 
 def _condition(model: Any, config: Any, pipeline: Any) -> Condition:

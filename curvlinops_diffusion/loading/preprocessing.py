@@ -1,8 +1,12 @@
-"""The form in which a network takes images: pixels to numbers in [-1, 1]."""
+"""The form in which a network takes images: files opened, pixels to numbers in [-1, 1]."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 from warnings import warn
 
 import numpy as np
@@ -13,9 +17,11 @@ from torchvision.transforms import functional as transforms
 
 #: An image as a network takes it, ``[C, H, W]``, and its height and width before resizing.
 Loaded = tuple[Tensor, tuple[int, int]]
+#: A file, or a function that loads an image from elsewhere.
+Source = Path | Callable[[], Any]
 #: The numbers of channels that image files are read with: grey, and RGB.
 FILE_CHANNELS = (1, 3)
-# Where training scripts differ; said once, whatever image it is
+# where training scripts differ; warned of once, whatever image it is
 _TURNED = (
     "images are turned as their EXIF orientation says, as diffusers' training scripts and viewers "
     "turn them. Trainers that do not (kohya's sd-scripts) saw them as they are stored: save them "
@@ -26,6 +32,8 @@ _DEEP = (
     "image.convert('RGB') saw all above 255 as white: if yours did, save them as it made them"
 )
 _GREY = ("1", "L", "LA", "La", "I")
+# the tag of a TIFF file's image that says what it is; bits of a smaller copy and of a mask
+_SUBFILE, _NO_PAGE = 254, 1 | 4
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Form:
         """Check that image files can have the network's channels.
 
         Args:
-            entry: What of an item the channels are of; nothing for the image itself.
+            entry: The entry of an item that the channels are of; nothing for the image itself.
 
         Raises:
             ValueError: If they are neither grey nor RGB.
@@ -65,6 +73,11 @@ class Form:
         )
         raise ValueError(f"{what}, and image files are read as grey (1) or RGB (3). {how}.")
 
+    def load(self, source: Source, name: str) -> Loaded:
+        """Load an image from its file or elsewhere; errors name the file, or else the name."""
+        with _opened(source, name) as image:
+            return self.tensor(image, name), upright_size(image)
+
     def tensor(self, image: Image.Image, name: str) -> Tensor:
         """The image in [-1, 1], shape ``[C, H, W]``, turned as its EXIF orientation says.
 
@@ -73,13 +86,19 @@ class Form:
                 pixels of unknown range.
         """
         self.check_channels()
-        if _is_turned(image):
+        if _orientation(image) in range(2, 9):
             warn(_TURNED, stacklevel=2)
         image = ImageOps.exif_transpose(image)
         if image.mode == "F" or image.mode.startswith("I"):
             warn(_DEEP, stacklevel=2)
             return self.sized(_deep(image, name).repeat(self.channels or 1, 1, 1), name)
-        _check_opaque(image, name)
+        if image.has_transparency_data:
+            darkest, _ = image.convert("RGBA").getchannel("A").getextrema()
+            if darkest != 255:
+                raise ValueError(
+                    f"The image '{name}' has transparent pixels, and what was behind them in "
+                    "training is not known. Save it without alpha, on that background."
+                )
         grey = self.channels == 1 or (self.channels is None and image.mode in _GREY)
         try:
             flat = image.convert("L" if grey else "RGB")
@@ -100,7 +119,7 @@ class Form:
         return top, left
 
     def sized(self, x: Tensor, name: str) -> Tensor:
-        """Resized where asked for, and checked."""
+        """Resize an image where asked for, and check its size."""
         if self.resolution is not None:
             x = transforms.resize(x, [self.resolution], antialias=True)
             x = transforms.center_crop(x, [self.resolution]).clamp(-1, 1)
@@ -131,10 +150,6 @@ def _orientation(image: Image.Image) -> int:
     return found if isinstance(found, int) else 1
 
 
-def _is_turned(image: Image.Image) -> bool:
-    return _orientation(image) in range(2, 9)
-
-
 def _deep(image: Image.Image, name: str) -> Tensor:
     """Grey in 16 bits, ``[1, H, W]``; Pillow's own conversion to 8 would cut it off at 255."""
     values = np.asarray(image)
@@ -147,12 +162,47 @@ def _deep(image: Image.Image, name: str) -> Tensor:
     return torch.from_numpy(values.astype(np.float32) / 32767.5 - 1).unsqueeze(0)
 
 
-def _check_opaque(image: Image.Image, name: str) -> None:
-    """Refuse transparency: what was behind it in training is not known."""
-    if image.has_transparency_data:
-        darkest, _ = image.convert("RGBA").getchannel("A").getextrema()
-        if darkest != 255:
+@contextmanager
+def _opened(source: Source, name: str) -> Iterator[Image.Image]:
+    """Open an image and load its pixels; refuse what cannot be read, or has several pages."""
+    what = source if isinstance(source, Path) else name
+    try:
+        image = Image.open(source) if isinstance(source, Path) else source()
+        pages = _pages(image)
+        if image is not None and pages == 1:
+            image.load()
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"The image '{what}' has vanished. Put it back, and start again to go on."
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"The image '{what}' is too large for Pillow, and for training scripts that open it by "
+            f"Pillow ({error}). Save it smaller, as training saw it."
+        ) from error
+    except Exception as error:  # of a damaged file, which may be any
+        raise ValueError(
+            f"The image '{what}' cannot be read ({error or type(error).__name__}). Repair it, or "
+            "remove it and start anew."
+        ) from error
+    if image is None:
+        raise ValueError(f"The image '{what}' is missing: there is nothing in its column.")
+    with image:
+        if pages > 1:
             raise ValueError(
-                f"The image '{name}' has transparent pixels, and what was behind them in training "
-                "is not known. Save it without alpha, on that background."
+                f"The image '{what}' has {pages} pages, and training scripts read the first alone. "
+                "Save that one as a file of its own, or each of them if they are all images."
             )
+        yield image
+
+
+def _pages(image: Any) -> int:
+    """Count the pages of a TIFF file; of an animation, the first frame is what everybody reads."""
+    if getattr(image, "format", None) != "TIFF":
+        return 1
+    pages = 1
+    for n in range(1, image.n_frames):
+        image.seek(n)
+        pages += not image.tag_v2.get(_SUBFILE, 0) & _NO_PAGE
+    image.seek(0)
+    return pages

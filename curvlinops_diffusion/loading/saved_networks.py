@@ -1,9 +1,13 @@
-"""Folders of ``save_pretrained`` and files of weights, checked by names and headers alone."""
+"""Saved networks and adapters on disk, checked by names and headers alone, without PyTorch.
+
+Each check raises a ValueError that says what is missing or damaged, and what to do.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +27,19 @@ _STEMS = ("diffusion_pytorch_model", "model")
 _VARIANT = re.compile(rf"(?:{'|'.join(_STEMS)})\.(\w+)(?:-\d+-of-\d+)?\.safetensors")
 _LONGEST_HEADER = 100_000_000
 
+PEFT_WEIGHTS, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
+_PEFT, _DIFFUSERS_WEIGHTS = "adapter_config.json", "pytorch_lora_weights.safetensors"
+ACCEPTED_ADAPTERS = (
+    "Pass a .safetensors file of diffusers' save_lora_weights or of kohya's scripts, or a folder "
+    "of one of these or of PEFT's save_pretrained"
+)
+
 
 def parts_of(folder: Path) -> dict[str, tuple[str, str] | None]:
-    """The library and class of each part of a pipeline; ``None`` of what it was saved without.
-
-    Raises:
-        ValueError: If the folder is no pipeline.
-    """
+    """Read the library and class of each part of a pipeline; ``None`` if saved without it."""
     found: dict[str, tuple[str, str] | None] = {}
     for name, kind in _described(folder, _PIPELINE, "--pipeline").items():
-        # other pairs are numbers, or anything else that a pipeline was made with
+        # other values are numbers or flags that the pipeline was made with
         if isinstance(kind, list) and len(kind) == 2 and not name.startswith("_"):
             if kind[0] is None:
                 found[name] = None
@@ -50,16 +57,13 @@ def check_pipeline(folder: Path, variant: str | None) -> None:
     """Check that a folder holds the parts of a pipeline, each with its weights or words.
 
     Loaded without its words, a tokenizer makes every prompt the same, in silence.
-
-    Raises:
-        ValueError: If it is none, or a part is missing or damaged.
     """
     for name, kind in parts_of(folder).items():
         if kind is None:
             continue
         part = part_folder(folder, name)
-        other = next((word for word in _OTHERS if word in kind[1]), None)
-        known = any(any(part.glob(file)) for file in _OTHERS.get(other or "", (_MODEL,)))
+        other = next((word for word in _OTHERS if word in kind[1]), "")
+        known = any(any(part.glob(file)) for file in _OTHERS.get(other, (_MODEL,)))
         if part == folder and not known:
             raise ValueError(
                 f"'{folder}' cannot be loaded: its {_PIPELINE} names a part '{name}', and there is "
@@ -70,16 +74,12 @@ def check_pipeline(folder: Path, variant: str | None) -> None:
                 f"'{folder}' cannot be loaded: the tokenizer in '{part}' has no vocabulary "
                 "(tokenizer.json, vocab.json or another). Copy the whole pipeline."
             )
-        if other is None and known:
+        if not other and known:
             _check_weights(folder, part, variant)
 
 
 def check_model(folder: Path, variant: str | None) -> None:
-    """Check that a folder holds a model of diffusers and its weights.
-
-    Raises:
-        ValueError: If it does not.
-    """
+    """Check that a folder holds a model of diffusers and its weights."""
     if (folder / _PIPELINE).is_file() and not (folder / _MODEL).is_file():
         raise ValueError(f"'{folder}' is a pipeline. Pass it as --pipeline, without --scheduler.")
     _described(folder, _MODEL, "--model")
@@ -87,24 +87,17 @@ def check_model(folder: Path, variant: str | None) -> None:
 
 
 def check_scheduler(folder: Path) -> None:
-    """Check that a folder holds a scheduler.
-
-    Raises:
-        ValueError: If it does not.
-    """
+    """Check that a folder holds a scheduler."""
     if not (folder / _SCHEDULER).is_file() and (folder / "scheduler" / _SCHEDULER).is_file():
         raise ValueError(f"'{folder}' is a pipeline. Pass --scheduler {folder / 'scheduler'}.")
     _described(folder, _SCHEDULER, "--scheduler")
 
 
 def check_whole(path: Path) -> set[str]:
-    """Check that a safetensors file has the length that its header gives it.
+    """Check that a safetensors file has its whole length, as not after an interrupted download.
 
     Returns:
         The names of its tensors.
-
-    Raises:
-        ValueError: If it has not, as after an interrupted download.
     """
     try:
         size = path.stat().st_size
@@ -116,25 +109,21 @@ def check_whole(path: Path) -> set[str]:
             if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
                 raise ValueError(f"it has {size:,} bytes and no header")
             header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-        if 8 + length + max(ends, default=0) != size:
-            wanted = 8 + length + max(ends, default=0)
-            raise ValueError(f"it has {size:,} bytes, and its header tells of {wanted:,}")
-        return header.keys() - {"__metadata__"}
+        names = header.keys() - {"__metadata__"}
+        wanted = 8 + length + max((header[name]["data_offsets"][1] for name in names), default=0)
+        if wanted != size:
+            raise ValueError(f"it has {size:,} bytes, and {wanted:,} by its header")
     except OSError as error:
         raise ValueError(f"'{path}' cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(
             f"'{path}' is not a whole safetensors file ({error}). Download or copy it again."
         ) from error
+    return set(names)
 
 
 def _described(folder: Path, name: str, option: str) -> dict[str, Any]:
-    """What a folder's JSON file says.
-
-    Raises:
-        ValueError: If there is none, or it is no JSON.
-    """
+    """Read a folder's JSON file, or raise ValueError."""
     if not folder.is_dir():
         raise ValueError(
             f"'{folder}' is a file. Pass a folder that was written by save_pretrained as {option}: "
@@ -165,26 +154,36 @@ def _described(folder: Path, name: str, option: str) -> dict[str, Any]:
 def weights_files(folder: Path, variant: str | None) -> list[Path]:
     """The files that a network is read from: of a variant, or without one where it has none.
 
-    Raises:
-        ValueError: If an index names files that are missing.
+    Names and their order are those by which libraries look.
     """
-    own = [] if variant is None else _of_variant(folder, f".{variant}")
-    return own or _of_variant(folder, "")
-
-
-def _of_variant(folder: Path, own: str) -> list[Path]:
-    """The files of a variant, by the names and in the order in which libraries look for them."""
-    for stem in _STEMS:
-        single = folder / f"{stem}{own}.safetensors"
-        ends = (f"{own}.index.json", f".index{own}.json")
-        indices = [folder / f"{stem}.safetensors{end}" for end in ends]
-        index = next((file for file in indices if file.is_file()), None)
-        # transformers prefers a single file, diffusers an index
-        if single.is_file() and (index is None or stem == "model"):
-            return [single]
-        if index is not None:
-            return _shards(index)
+    for own in ("",) if variant is None else (f".{variant}", ""):
+        for stem in _STEMS:
+            single = folder / f"{stem}{own}.safetensors"
+            ends = (f"{own}.index.json", f".index{own}.json")
+            indices = [folder / f"{stem}.safetensors{end}" for end in ends]
+            index = next((file for file in indices if file.is_file()), None)
+            # transformers prefers a single file, diffusers an index
+            if single.is_file() and (index is None or stem == "model"):
+                return [single]
+            if index is not None:
+                return _shards(index)
     return []
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"'{index}' is no index of weights ({error}). Download or copy it again."
+        ) from error
+    missing = [name for name in names if not index.with_name(name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the files that '{index.name}' names are missing, '{missing[0]}' "
+            "first. Download or copy them again."
+        )
+    return [index.with_name(name) for name in names]
 
 
 def _check_weights(whole: Path, folder: Path, variant: str | None) -> None:
@@ -212,17 +211,55 @@ def _check_weights(whole: Path, folder: Path, variant: str | None) -> None:
     )
 
 
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+def check_adapter(path: Path, parts: Sequence[str]) -> None:
+    """Check that the files of an adapter that would be read are there and whole.
+
+    ``parts`` are the names of the pipeline's parts, as below.
+    """
+    folders = peft_folders(path, parts).values()
+    for file in [folder / PEFT_WEIGHTS for folder in folders] or [adapter_file(path)]:
+        check_whole(file)
+
+
+def peft_folders(path: Path, parts: Sequence[str]) -> dict[str, Path]:
+    """The folders that PEFT's ``save_pretrained`` wrote, by part; none if it wrote none.
+
+    ``path`` is the folder of the first part's adapter, or one with a folder for each part.
+    """
+    if path.name == PEFT_WEIGHTS and path.is_file():  # the scales stand beside it
+        path = path.parent
+    found = {part: path / part for part in parts if (path / part / _PEFT).is_file()}
+    if (path / _PEFT).is_file():
+        found = {parts[0]: path}
+    for folder in found.values():
+        if not (folder / PEFT_WEIGHTS).is_file():
+            raise ValueError(
+                f"'{folder}' holds {_PEFT} and no {PEFT_WEIGHTS}. {ACCEPTED_ADAPTERS}."
+            )
+    return found
+
+
+def adapter_file(path: Path) -> Path:
+    """The single file of an adapter that a path names."""
+    file = path if path.is_file() else path / PEFT_WEIGHTS
+    # other programs call files the same
+    pefts = file.name == PEFT_WEIGHTS and file.is_file()
+    if pefts and any(name.startswith(PEFT_PREFIX) for name in check_whole(file)):
         raise ValueError(
-            f"'{index}' is no index of weights ({error}). Download or copy it again."
-        ) from error
-    missing = [name for name in names if not index.with_name(name).is_file()]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of the files that '{index.name}' names are missing, '{missing[0]}' "
-            "first. Download or copy them again."
+            f"The adapter '{path}' is PEFT's without its {_PEFT}, which holds the scale. Pass the "
+            "folder that save_pretrained wrote."
         )
-    return [index.with_name(name) for name in names]
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ValueError(f"The adapter '{path}' is no .safetensors file. {ACCEPTED_ADAPTERS}.")
+        return path
+    if (path / _DIFFUSERS_WEIGHTS).is_file():
+        return path / _DIFFUSERS_WEIGHTS
+    files = [f for f in sorted(path.glob("*.safetensors")) if f.name[0] != "."]
+    if len(files) == 1:
+        return files[0]
+    some = ", ".join(f"'{f.name}'" for f in files[:3]) + ", …" * (len(files) > 3)
+    there = f"{len(files)} .safetensors files ({some})" if files else "none"
+    raise ValueError(
+        f"'{path}' should hold the weights of one adapter, and holds {there}. {ACCEPTED_ADAPTERS}."
+    )

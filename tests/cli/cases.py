@@ -8,6 +8,8 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
+from curvlinops_diffusion.cli.network import load_network
+from curvlinops_diffusion.cli.options import options_of
 from tests.cases import tiny_unet
 
 COUNT = 7
@@ -31,16 +33,24 @@ def write_problem(folder):
 
 
 def arguments(folder, command, *more):
-    common = ["--pipeline", folder / "pipeline", "--data", folder / "train", "--batch-size", 3]
+    """Words of the program; score is told what is new alone."""
     own = {
-        "fit": ["--output", folder / "ekfac.safetensors", "--num-draws", 3],
+        "fit": [
+            *("--pipeline", folder / "pipeline", "--data", folder / "train", "--batch-size", 3),
+            *("--output", folder / "ekfac.safetensors", "--num-draws", 3),
+        ],
         "score": [
             *("--operator", folder / "ekfac.safetensors", "--queries", folder / "queries"),
             *("--output", folder / "scores.safetensors", "--num-draws", 3, "--query-draws", 4),
             *("--damping", 1e-3),
         ],
     }[command]
-    return [str(word) for word in [command, *common, *own, "--quiet", *more]]
+    return [str(word) for word in [command, *own, "--quiet", *more]]
+
+
+def network(pipeline=None, **more):
+    """What the program loads from the folder of a pipeline."""
+    return load_network(options_of("fit", pipeline=pipeline, quiet=True, **more))
 
 
 def process(*words):

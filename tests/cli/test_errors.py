@@ -31,28 +31,23 @@ def test_where_an_error_arose_is_shown_if_asked_for(folder, capsys):
     [
         (["fit", "--bogus", "3"], "unrecognized arguments: --bogus 3. 'curvlinops-diffusion fit"),
         (["fit", "--data", "x", "--curvature", "hessian"], "--curvature: Expected "),
-        (["fit", "--num-draws", "few"], "--num-draws: Expected int. Got value: few"),
-        (
-            ["fit", "--config", "nowhere.yaml"],
-            "--config: 'nowhere.yaml' cannot be read: No such file",
-        ),
-        (["fit", "--config", "bad.yaml"], "--config: 'bad.yaml' cannot be parsed: line 2, "),
         (["score", "--damping", "nan"], "--damping: Expected float. Got value: nan"),
         (["fit"], "the following arguments are required: --data, --output. "),
         (["train"], "invalid choice: 'train' (choose from "),
         (
             ["report", "--scores=s", "--data=d", "--queries=q", "--output=o.html", "--top=-3"],
-            "--top is -3.",
+            "--top must be a whole number of at least 1, got -3.",
         ),
-        (["fit", "--data=d", "--output=o.safetensors", "--resolution=0"], "--resolution is 0."),
-        (["fit", "--data=d", "--output=o.safetensors", "--checkpoint-every=.nan"], "is nan."),
+        (
+            ["fit", "--data=d", "--output=o.safetensors", "--resolution=0"],
+            "--resolution must be a whole number",
+        ),
         (["inspect", "train/0.png"], "'train/0.png' is neither an operator's file, .safetensors"),
         (["inspect", "none.safetensors"], "'none.safetensors'. Make it by curvlinops-diffusion"),
     ],
 )
 def test_usage_errors_are_one_line(tmp_path, monkeypatch, capsys, words, told):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "bad.yaml").write_text("a: [1\nb: :")
     assert run([*words, "--log", "log"]) == 2
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
@@ -84,16 +79,6 @@ def large_image(folder, tmp_path):
     return ["--data", tmp_path / "large"]
 
 
-def no_images(folder, tmp_path):
-    (tmp_path / "empty").mkdir()
-    return ["--data", tmp_path / "empty"]
-
-
-def folder_as_output(folder, tmp_path):
-    (tmp_path / "d.safetensors").mkdir()
-    return ["--output", tmp_path / "d.safetensors"]
-
-
 def pickled_array(folder, tmp_path):
     np.savez(tmp_path / "p.npz", images=np.array([{"a": 1}], dtype=object))
     return ["--data", tmp_path / "p.npz"]
@@ -111,14 +96,8 @@ ERRORS = {
     broken_pipeline: "broken' cannot be loaded",
     corrupt_image: "image4.png' cannot be read (",
     large_image: "image0.png' is 9×9 pixels, the network was trained on 8×8. Pass --resolution 8",
-    no_images: "empty' holds no images. Pass a folder",
-    folder_as_output: "d.safetensors is a folder. Pass the name of a file.",
     pickled_array: "p.npz' cannot be read (Object arrays cannot be loaded when allow_pickle=False",
     pickled_weights: "pickled' cannot be loaded",
-    lambda f, t: ["--pipeline", f / "train"]: "holds no model_index.json. Pass a folder",
-    lambda f, t: ["--model", f / "pipeline" / "unet"]: "Pass --pipeline FOLDER, or --model",
-    lambda f, t: ["--output", t / "no" / "e.safetensors"]: "of --output does not exist",
-    lambda f, t: ["--output", t / "e.pt"]: "must end in .safetensors",
     lambda f, t: ["--log", t / "no" / "log"]: "cannot be written",
     lambda f, t: ["--device", "cuda:77"]: "--device cuda:77 is not to be had here",
 }
@@ -181,27 +160,14 @@ def test_a_file_that_cannot_be_written(folder, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "o.safetensors.checkpoint").exists()
 
 
-def test_scores_that_are_damaged(fitted, tmp_path, capsys):
-    path = tmp_path / "s.safetensors"
-    path.write_bytes((fitted / "scores.safetensors").read_bytes()[:300])
-    assert run(["inspect", str(path)]) == 2
-    assert "not a whole safetensors file" in capsys.readouterr().err
-    assert run(["inspect", str(tmp_path / "none.npy")]) == 2
-    assert "There is no file" in capsys.readouterr().err
-
-
-def test_an_output_that_is_an_input_is_refused(folder, capsys):
+def test_an_output_that_is_an_input_is_refused(fitted, tmp_path, capsys):
     """Also with ``--overwrite``, and by another name: what was read is not destroyed."""
-    operator, before = folder / "precious.safetensors", b"an operator"
-    operator.write_bytes(before)
-    linked = folder / "linked.safetensors"
+    operator, linked = tmp_path / "e.safetensors", tmp_path / "linked.safetensors"
+    shutil.copy(fitted / "ekfac.safetensors", operator)
+    before = operator.read_bytes()
     linked.symlink_to(operator)
     for output in (operator, linked):
-        words = arguments(
-            folder, "score", "--operator", operator, "--output", output, "--overwrite"
-        )
-        assert run(words) == 2
+        more = ["--operator", operator, "--output", output, "--overwrite"]
+        assert run(arguments(fitted, "score", *more)) == 2
         assert f"--output {output} is what --operator reads. Pass" in capsys.readouterr().err
     assert operator.read_bytes() == before
-    for path in (linked, operator):
-        path.unlink()

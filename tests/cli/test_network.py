@@ -2,9 +2,8 @@
 
 import json
 import shutil
-from dataclasses import replace
+from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -12,13 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms import functional as transforms
 
-from curvlinops_diffusion import NoisedRegression
-from curvlinops_diffusion.cli.commands.fit import training_regression
-from curvlinops_diffusion.cli.network import load_network
-from curvlinops_diffusion.cli.options import FitOptions
+from curvlinops_diffusion import Attributor, DenoisingObjective, NoisedRegression
+from curvlinops_diffusion.cli.network import arguments_text, parse_arguments
+from curvlinops_diffusion.diffusion.training_arguments import training_arguments
+from curvlinops_diffusion.diffusion.weightings import PreconditionedWeighting
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.loading.labels import Condition
 from curvlinops_diffusion.loading.preprocessing import Form
+from tests.cli.cases import network
 from tests.diffusion import test_pipelines as pipelines
 
 
@@ -33,9 +33,9 @@ from tests.diffusion import test_pipelines as pipelines
 def test_what_networks_take(tmp_path, make, size, multiple, condition):
     """Grey images become three channels; sizes that would not fit are known beforehand."""
     make(tmp_path).save_pretrained(tmp_path / "p")
-    network = load_network(FitOptions(pipeline=tmp_path / "p", data=tmp_path, output=tmp_path))
-    assert network.form(None) == Form(3, size, None, multiple)
-    assert network.condition == condition
+    found = network(tmp_path / "p")
+    assert found.form(None) == Form(3, size, None, multiple)
+    assert found.condition == condition
 
 
 def test_a_pipeline_in_a_single_folder(tmp_path):
@@ -46,28 +46,29 @@ def test_a_pipeline_in_a_single_folder(tmp_path):
     shutil.copy(tmp_path / "p" / "model_index.json", flat)
     for part in ("unet", "scheduler"):
         shutil.copytree(tmp_path / "p" / part, flat, dirs_exist_ok=True)
-    given = {"data": tmp_path, "output": tmp_path}
-    alone = {"model": flat, "scheduler": flat}
     expected, *found = (
-        dict(load_network(FitOptions(**given, **network)).objective.model.named_parameters())
-        for network in ({"pipeline": tmp_path / "p"}, {"pipeline": flat}, alone)
+        dict(network(**given).objective.model.named_parameters())
+        for given in (
+            {"pipeline": tmp_path / "p"},
+            {"pipeline": flat},
+            {"model": flat, "scheduler": flat},
+        )
     )
     for own in found:
         assert own.keys() == expected.keys()
         assert all(torch.equal(own[name], expected[name]) for name in own)
     resized(".", "conv_in.w")(flat)
     with pytest.raises(ValueError, match=r"in 'flat', 'conv_in.weight' is 5×4×4×4 in the file"):
-        load_network(FitOptions(**given, pipeline=flat))
+        network(flat)
     (flat / "scheduler_config.json").unlink()
     with pytest.raises(ValueError, match="names a part 'scheduler', and there is no such folder"):
-        load_network(FitOptions(**given, pipeline=flat))
+        network(flat)
 
 
 def test_a_prompt_for_a_network_that_takes_none(tmp_path):
     pipelines.dit(tmp_path).save_pretrained(tmp_path / "p")
-    options = FitOptions(pipeline=tmp_path / "p", data=tmp_path, output=tmp_path, prompt="a cat")
     with pytest.raises(ValueError, match="The network takes labels, got prompt='a cat'"):
-        load_network(options)
+        network(tmp_path / "p", prompt="a cat")
 
 
 def test_variants_of_weights(tmp_path):
@@ -75,25 +76,22 @@ def test_variants_of_weights(tmp_path):
     pipeline.save_pretrained(tmp_path / "p")
     pipeline.unet.conv_in.weight.data.zero_()
     pipeline.save_pretrained(tmp_path / "p", variant="fp16")
-    options = {"pipeline": tmp_path / "p", "data": tmp_path, "output": tmp_path}
     norms = [
-        float(load_network(FitOptions(**options, variant=v)).objective.model.conv_in.weight.norm())
+        float(network(tmp_path / "p", variant=v).objective.model.conv_in.weight.norm())
         for v in (None, "fp16")
     ]
     assert norms[0] > 0 == norms[1]
     with pytest.raises(ValueError, match="cannot be loaded"):
-        load_network(FitOptions(**options, variant="fp8"))
+        network(tmp_path / "p", variant="fp8")
 
 
 @pytest.mark.parametrize(
     ("part", "name"),
     [("unet", "conv_in.weight"), ("vae", "encoder.conv_in.bias"), ("text_encoder", "layer_norm1.")],
 )
-def test_weights_that_are_not_in_the_files(tmp_path, part, name):
+def test_weights_that_are_not_in_the_files(stable_diffusion, tmp_path, part, name):
     """Neither made up nor an error of torch's: named, with what is there instead."""
-    pipelines.stable_diffusion(tmp_path).save_pretrained(tmp_path / "p")
-    options = FitOptions(pipeline=tmp_path / "p", data=tmp_path, output=tmp_path)
-    load_network(options)
+    shutil.copytree(stable_diffusion, tmp_path / "p")
     (path,) = (tmp_path / "p" / part).glob("*.safetensors")
     tensors = load_file(path)
     name = next(key for key in tensors if name in key)
@@ -101,14 +99,7 @@ def test_weights_that_are_not_in_the_files(tmp_path, part, name):
     save_file(tensors, path, metadata={"format": "pt"})
     told = f"1 weights of the .* are not in the files of .*{part}', which hold .* instead: '.*"
     with pytest.raises(ValueError, match=f"{told}{name}'. Save"):
-        load_network(options)
-
-
-@pytest.mark.parametrize("make", [pipelines.stable_diffusion_xl, pipelines.flux, pipelines.ldm])
-def test_weights_that_are(tmp_path, make):
-    """Also those that a text encoder holds under two names."""
-    make(tmp_path).save_pretrained(tmp_path / "p")
-    load_network(FitOptions(pipeline=tmp_path / "p", data=tmp_path, output=tmp_path))
+        network(tmp_path / "p")
 
 
 def removed(*parts):
@@ -172,9 +163,8 @@ def test_pipelines_that_are_broken(stable_diffusion, tmp_path, change, told):
     """The part, the file and the weight are named, in one line."""
     shutil.copytree(stable_diffusion, tmp_path / "p")
     change(tmp_path / "p")
-    options = FitOptions(pipeline=tmp_path / "p", data=tmp_path, output=tmp_path, quiet=True)
     with pytest.raises(ValueError, match=told) as caught:
-        load_network(options)
+        network(tmp_path / "p")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
 
@@ -187,18 +177,16 @@ def stable_diffusion(tmp_path_factory):
 
 
 def test_folders_of_something_else(stable_diffusion, tmp_path):
-    given = {"data": tmp_path, "output": tmp_path}
     (file,) = (stable_diffusion / "unet").glob("*.safetensors")
     for path, told in (
         (file, r"is a file. Pass a folder .*from_single_file"),
         (stable_diffusion / "unet", r"is a network alone: pass it by --model"),
     ):
         with pytest.raises(ValueError, match=told):
-            load_network(FitOptions(pipeline=path, **given))
+            network(path)
     scheduler = tmp_path / "scheduler"
-    alone = {"model": stable_diffusion, "scheduler": scheduler, **given}
     with pytest.raises(ValueError, match=r"is a pipeline. Pass it as --pipeline, without"):
-        load_network(FitOptions(**alone))
+        network(model=stable_diffusion, scheduler=scheduler)
     pipelines.ddpm(tmp_path).save_pretrained(tmp_path / "d")
     shutil.copytree(tmp_path / "d" / "scheduler", scheduler)
     for entries, told in (
@@ -208,7 +196,7 @@ def test_folders_of_something_else(stable_diffusion, tmp_path):
     ):
         changed("scheduler_config.json", **entries)(scheduler)
         with pytest.raises(ValueError, match=told):
-            load_network(FitOptions(**{**alone, "model": tmp_path / "d" / "unet"}))
+            network(model=tmp_path / "d" / "unet", scheduler=scheduler)
 
 
 def write_beside(folder, names, entry, mode, **columns):
@@ -236,33 +224,16 @@ def test_images_beside_the_images(tmp_path, make, entry, mode):
     make(tmp_path).save_pretrained(tmp_path / "p")
     train = tmp_path / "train"
     write_beside(train, ["a.png", "b.png"], entry, mode)
-    options = FitOptions(pipeline=tmp_path / "p", data=train, output=tmp_path, augment="flip")
-    network = load_network(options)
-    images = open_images(train, network.form(None), network.condition)
+    found = network(tmp_path / "p")
+    images = open_images(train, found.form(None), found.condition)
     assert images.names == ["a.png", "b.png"]
     assert images.left_out == []
-    channels = network.condition.images[entry]
+    channels = found.condition.images[entry]
     pixels = transforms.pil_to_tensor(Image.open(train / "beside" / "b.png")) / 255
     assert images[1][entry].shape == (channels, 8, 8)
     torch.testing.assert_close(images[1][entry], pixels, atol=1e-6, rtol=0)
-    regression = training_regression(network, images, options)
-    assert regression.description["augmented_conditions"] == [entry]
-    assert sum(len(batch.indices) for batch in regression.batches()) == 2 * options.num_draws
-
-    data = datasets.Dataset.from_dict(
-        {
-            entry: [str(train / "beside" / name) for name in images.names],
-            "image": [str(train / name) for name in images.names],
-            "text": ["a cat", "a cat"],
-        }
-    )
-    for column in ("image", entry):
-        data = data.cast_column(column, datasets.Image())
-    data.save_to_disk(tmp_path / "saved")
-    same = open_images(tmp_path / "saved", network.form(None), network.condition)
-    for ours, theirs in zip(same, images, strict=True):
-        for key in ("x0", entry):
-            assert torch.equal(ours[key], theirs[key])
+    attributor = Attributor.of_network(found, train, augment="flip")
+    assert attributor.regression.description["augmented_conditions"] == [entry]
 
     (train / "beside" / "b.png").unlink()
     with pytest.raises(ValueError, match=r"b.png' has vanished"):
@@ -272,19 +243,18 @@ def test_images_beside_the_images(tmp_path, make, entry, mode):
     )
     shutil.rmtree(train / "beside")
     with pytest.raises(ValueError, match=f"'a.png' of .* has no '{entry}', .* '{entry}_file_name'"):
-        open_images(train, network.form(None), network.condition)
+        open_images(train, found.form(None), found.condition)
 
 
 def test_a_controlnet_alone(tmp_path):
     """Which is what was trained, unless somebody says otherwise."""
     pipelines.sd_controlled(tmp_path).save_pretrained(tmp_path / "p")
-    options = FitOptions(pipeline=tmp_path / "p", data=tmp_path, output=tmp_path)
-    names = [name for name, _ in load_network(options).objective.model.named_parameters()]
+    found = network(tmp_path / "p")
+    names = [name for name, _ in found.objective.model.named_parameters()]
     own = [name for name in names if name.startswith("controlnet.")]
-    assert load_network(options).params == own
+    assert found.params == own
     assert 0 < len(own) < len(names)
-    both = replace(options, params=["unet.*", "controlnet.*"])
-    assert load_network(both).params == names
+    assert network(tmp_path / "p", params=["unet.*", "controlnet.*"]).params == names
 
 
 def test_sizes_that_stable_diffusion_xl_is_told(tmp_path):
@@ -295,26 +265,64 @@ def test_sizes_that_stable_diffusion_xl_is_told(tmp_path):
     rotated[0x0112] = 6  # to be turned by 90 degrees
     Image.new("RGB", (8, 16), (99, 0, 0)).save(tmp_path / "train" / "a.jpg")
     Image.new("RGB", (24, 12), (0, 99, 0)).save(tmp_path / "train" / "b.jpg", exif=rotated)
-    options = FitOptions(pipeline=tmp_path / "p", data=tmp_path, output=tmp_path, prompt="a cat")
-    network = load_network(options)
-    images = open_images(tmp_path / "train", network.form(8), network.condition)
-    batch = next(NoisedRegression(network.objective, images, 1).batches())
-    told = batch.condition["added_cond_kwargs"]["time_ids"].tolist()
-    assert told == [[16, 8, 4, 0, 8, 8], [24, 12, 4, 0, 8, 8]]
-    uncut = open_images(tmp_path / "train" / "a.jpg", network.form(None), network.condition)
-    batch = next(NoisedRegression(network.objective, uncut, 1).batches())
-    assert batch.condition["added_cond_kwargs"]["time_ids"].tolist() == [[16, 8, 0, 0, 16, 8]]
+    found = network(tmp_path / "p", prompt="a cat")
+
+    def time_ids(path, resolution):
+        images = open_images(path, found.form(resolution), found.condition)
+        batch = next(NoisedRegression(found.objective, images, 1).batches())
+        return batch.condition["added_cond_kwargs"]["time_ids"].tolist()
+
+    train = tmp_path / "train"
+    assert time_ids(train, 8) == [[16, 8, 4, 0, 8, 8], [24, 12, 4, 0, 8, 8]]
+    assert time_ids(train / "a.jpg", None) == [[16, 8, 0, 0, 16, 8]]
     # or what was noted of it
     lines = [
         {"file_name": "a.jpg", "original_size": [64, 32], "crops_coords_top_left": [3, 1]},
         {"file_name": "b.jpg", "original_size": [48, 24], "crops_coords_top_left": [0, 0]},
     ]
-    (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    noted = open_images(tmp_path / "train", network.form(8), network.condition)
-    batch = next(NoisedRegression(network.objective, noted, 1).batches())
-    told = batch.condition["added_cond_kwargs"]["time_ids"].tolist()
-    assert told == [[64, 32, 3, 1, 8, 8], [48, 24, 0, 0, 8, 8]]
+    (train / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert time_ids(train, 8) == [[64, 32, 3, 1, 8, 8], [48, 24, 0, 0, 8, 8]]
     lines[1]["original_size"] = 48
-    (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (train / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(ValueError, match=r"'original_size' of image 'b.jpg' of .* is 48. Give two"):
-        open_images(tmp_path / "train", network.form(8), network.condition)
+        time_ids(train, 8)
+
+
+def test_arguments_of_training():
+    texts = ["max_sequence_length=77", "guidance_scale=3.5", "system_prompt=a = b", "x=null"]
+    values = {"max_sequence_length": 77, "guidance_scale": 3.5, "system_prompt": "a = b", "x": None}
+    assert parse_arguments([*texts, "text-encoder-out-layers=[1, 2]"]) == values | {
+        "text_encoder_out_layers": [1, 2]
+    }
+    assert parse_arguments(None) == {}
+    assert arguments_text({"a": 1, "b": None}) == "Training gave the network a=1 b=null"
+    for wrong in (["guidance_scale"], ["=3"], ["a=1", "a=2"]):
+        with pytest.raises(ValueError, match="Pass each as name=value, once"):
+            parse_arguments(wrong)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_call_without_numbers(guided):
+    """Its arguments are taken and left to the pipeline; guidance that is embedded is needed."""
+
+    class Unknown:
+        transformer = SimpleNamespace(config={"guidance_embeds": guided})
+
+        def __call__(self, prompt=None, max_sequence_length=None, guidance_scale=None):
+            raise AssertionError
+
+    length = {"max_sequence_length": 9}
+    if guided:
+        with pytest.raises(ValueError, match=r"--training-arguments guidance_scale=…, or"):
+            training_arguments(Unknown(), length)
+        length["guidance_scale"] = 3.5
+    else:
+        assert training_arguments(Unknown()) == {}
+    assert training_arguments(Unknown(), length) == length
+
+
+def test_the_weights_of_stable_diffusion_3(tmp_path):
+    pipelines.ddpm(tmp_path).save_pretrained(tmp_path / "p")
+    found = network(tmp_path / "p", weighting="preconditioned").objective
+    expected = DenoisingObjective(found.model, found.process, PreconditionedWeighting())
+    assert torch.equal(found.weights_T, expected.weights_T)

@@ -6,9 +6,10 @@ import sys
 from importlib.metadata import version
 
 import pytest
+import torch
 
 from curvlinops_diffusion.cli.program import run
-from curvlinops_diffusion.influence.score_files import SCORES
+from curvlinops_diffusion.influence.score_files import write_scores
 from tests.cli.cases import write_images
 
 # a stand-in for the installed script that tells afterwards what it has imported
@@ -44,14 +45,10 @@ def start(*words, missing=()):
     [
         (["--help"], 0),
         (["fit", "--help"], 0),
-        (["score", "--help"], 0),
-        (["report", "--help"], 0),
-        (["inspect", "--help"], 0),
+        (["validate-measure", "--help"], 0),
         ([], 0),
-        (["train"], 2),
         (["fit", "--bogus"], 2),
         (["score", "--data", "d", "--damping", "nan"], 2),
-        (["inspect", "image.png"], 2),
         (["inspect", "none.safetensors"], 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -78,15 +75,17 @@ def test_help_and_refusals_do_without_pytorch(words, code):
 )
 def test_without_the_extra(words, missing, tmp_path):
     """One line that says what to install."""
+    told = f"the command line needs {missing}"
     if words == ["report"]:
         write_images(tmp_path / "images", 1, seed=0)
-        SCORES.write(tmp_path / "s.safetensors", {}, {})
+        names = {"train": ["image0.png"], "queries": ["image0.png"], "identity": {}}
+        write_scores(tmp_path / "s.safetensors", {"scores": torch.zeros(1, 1)}, names)
         words = [*words, "--scores", tmp_path / "s.safetensors", "--data", tmp_path / "images"]
         words += ["--queries", tmp_path / "images", "--output", tmp_path / "o.html"]
+        told = f"A page needs {missing}"
     finished, _, _ = start(*words, missing=[missing])
     assert finished.returncode == 2
-    told = f"error: the command line needs {missing}: pip install 'curvlinops-diffusion[cli]'\n"
-    assert finished.stderr == told
+    assert finished.stderr == f"error: {told}: pip install 'curvlinops-diffusion[cli]'.\n"
 
 
 def test_as_a_module():

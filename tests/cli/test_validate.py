@@ -9,12 +9,11 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from peft import inject_adapter_in_model
 
 from curvlinops_diffusion import DenoisingObjective, ExampleGradientLinearOperator, NoisedRegression
-from curvlinops_diffusion.cli.commands.validate_measure import networks_of
-from curvlinops_diffusion.cli.measured_files import read_measured
 from curvlinops_diffusion.cli.program import run
+from curvlinops_diffusion.cli.validate import networks_of, read_measured
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
-from curvlinops_diffusion.influence.read_scores import read_scores
 from curvlinops_diffusion.influence.score_files import write_scores
+from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.loading.preprocessing import Form
 from curvlinops_diffusion.page.rankings import rows_of
@@ -25,7 +24,7 @@ from curvlinops_diffusion.validation import (
 )
 from tests.cases import stopped, tiny_unet
 from tests.cli.cases import COUNT, arguments
-from tests.loading.test_adapters import config, peft_folder, trained
+from tests.loading.cases import lora, peft_folder, trained
 
 PARTS, SEEDS = 4, 2
 LIKELY = ["--measurement", "log_likelihood", "--query-draws", "1"]
@@ -98,7 +97,7 @@ def test_measurements(measured):
 
 def test_a_judgement(measured, capsys):
     """The library's numbers, in lines, a file and a page."""
-    scores, _ = read_scores(measured / "scores.safetensors")
+    scores = StoredScores.open(measured / "scores.safetensors").whole()
     shuffled = arguments(measured, "score", "--output", measured / "other.safetensors", "--seed", 5)
     assert run(shuffled) == 0
     common = ["--plan", measured / "plan", "--measured", measured / "measured.safetensors"]
@@ -129,7 +128,7 @@ def test_a_judgement(measured, capsys):
     assert run(words("validate", "judge", *common[:4], "--scores", likely, *one)) == 0
     (judged,) = json.loads((measured / "likely.json").read_text())["methods"]
     plan = RetrainingPlan.open(measured / "plan")
-    of_loss = linear_datamodelling_score(-read_scores(likely)[0], plan.left_out, values)
+    of_loss = linear_datamodelling_score(-StoredScores.open(likely).whole(), plan.left_out, values)
     assert judged["lds"] == pytest.approx(of_loss.mean)  # it falls where a loss rises
     assert run(words("validate", "judge", *common, "--output", measured / "judged.html")) == 2
     assert "exists. Pass --overwrite" in capsys.readouterr().err
@@ -220,7 +219,7 @@ def test_models_and_adapters(planned, tmp_path):
     for part in range(3):
         network(part).save_pretrained(tmp_path / "models" / f"part_{part:03}")
         unet = DDPMPipeline.from_pretrained(planned / "pipeline").unet
-        inject_adapter_in_model(config(), unet)
+        inject_adapter_in_model(lora(), unet)
         trained(unet, part)
         peft_folder(unet, tmp_path / "adapters" / f"part_{part:03}")
         expected.append([values_of(planned, network(part)), values_of(planned, unet)])
@@ -277,10 +276,8 @@ def test_groups(tmp_path, fitted):
     ("name", "measurement", "chosen"),
     [
         ("scores", "loss", [0, 1]),
-        ("scores", "elbo", [0, 1]),
         ("scores", "log_likelihood", [COUNT - 2, COUNT - 1]),  # which falls without them
         ("scores", "squared_norm", None),
-        ("scores", "signed_prediction", None),
         ("scores", "mine:0123", None),
         ("Random", "loss", None),
     ],
@@ -290,7 +287,8 @@ def test_removals_are_of_helpful_images(fitted, tmp_path, capsys, name, measurem
     scores = torch.linspace(1, -1, COUNT).unsqueeze(0)
     names = {"train": [f"image{n}.png" for n in range(COUNT)], "queries": ["q.png"]}
     path = tmp_path / f"{name}.safetensors"
-    write_scores(path, scores, names, {"query": {"measurement": measurement}})
+    header = {**names, "identity": {"query": {"measurement": measurement}}}
+    write_scores(path, {"scores": scores}, header)
     plan = ["--data", fitted / "train", "--output", tmp_path / "plan", "--kind", "removals"]
     code = run(words("validate", "plan", *plan, "--scores", path, "--remove", 2))
     if chosen is None:
@@ -309,13 +307,12 @@ def test_removals_are_of_helpful_images(fitted, tmp_path, capsys, name, measurem
 
 def test_a_judgement_of_constant_scores(measured, tmp_path, capsys):
     """Undefined, said so, and no invalid JSON; the other query's score stays."""
-    scores, header = read_scores(measured / "scores.safetensors")
-    names = {key: header[key] for key in ("train", "queries")}
+    stored = StoredScores.open(measured / "scores.safetensors")
     common = ["--plan", measured / "plan", "--measured", measured / "measured.safetensors"]
     for name, constant in (("one", [1]), ("both", [0, 1])):
-        changed = scores.clone()
+        changed, header = stored.whole(), stored.header
         changed[constant] = 0.1
-        write_scores(tmp_path / f"{name}.safetensors", changed, names, header["identity"])
+        write_scores(tmp_path / f"{name}.safetensors", {"scores": changed}, header)
     files = [tmp_path / "both.safetensors", tmp_path / "one.safetensors"]
     for output in ("o.json", "o.html"):
         given = [*common, "--scores", *files, "--output", tmp_path / output]

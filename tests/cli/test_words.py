@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from curvlinops_diffusion.cli import program
+from curvlinops_diffusion.cli.options import commands, options_of
 from curvlinops_diffusion.cli.program import run
 
 
@@ -13,12 +14,13 @@ def understood(*words):
     """The options that differ from their defaults."""
     given = [str(word) for word in words]
     needed = [f"--{name}=x.safetensors" for name in ("data", "output") if name not in str(given)]
-    _, options = program.understood(["fit", *given, *needed])
-    defaults = type(options).__dataclass_fields__
+    _, found = program.understood(["fit", *given, *needed])
+    options_of("fit", **found)  # which checks numbers
+    known = commands()["fit"].options
     return {
         name: value
-        for name, value in vars(options).items()
-        if value != defaults[name].default and name not in ("data", "output")
+        for name, value in found.items()
+        if value != known[name].default and name not in ("data", "output")
     }
 
 
@@ -79,9 +81,9 @@ def test_a_file_of_options(tmp_path, monkeypatch, text, expected):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("base: &b 3", "has an option 'base'. It is unknown"),
-        ("num_draw: 3", "has an option 'num_draw'. Did you mean 'num_draws'?"),
-        ("Seed: 3", "has an option 'Seed'. Did you mean 'seed'?"),
+        ("base: &b 3", "has an option 'base', which is unknown. --help"),
+        ("num_draw: 3", "has an option 'num_draw', which is unknown. Did you mean 'num_draws'?"),
+        ("Seed: 3", "has an option 'Seed', which is unknown. Did you mean 'seed'?"),
         ("fit:\n  seed: 3", "'fit' in "),
         ("lora: [[a]]", "'lora' in "),
         ("lora: [a, null]", "has an empty entry. Leave it out"),
@@ -144,7 +146,7 @@ def test_flags_and_later_files_go_first(tmp_path):
         (["--prompt", "null"], {"prompt": "null"}),
         (["--prompt="], {"prompt": ""}),
         (["--variant=null"], {"variant": "null"}),
-        (["--latent-cache=null", "--resolution", "null", "--max-memory", "null"], {}),
+        (["--latent-cache=null", "--resolution", "null", "--max-positions", "null"], {}),
         (["--autocast", "null"], {}),
         (["--params=-x"], {"params": ["-x"]}),
         (["--log=~/x"], {"log": Path.home() / "x"}),
@@ -161,7 +163,10 @@ def test_spellings(words, expected):
     [
         (["--lora", "a", "--lora", "b"], "--lora is given twice. Pass all of its values after one"),
         (["\u2014data", "x"], "begins with a dash where two hyphens are meant: --data"),
-        (["--noise-offset", "-1e-3"], "--noise-offset is -0.001. Pass a finite number"),
+        (
+            ["--noise-offset", "-1e-3"],
+            "--noise-offset must be a finite number of at least 0, got -0.001",
+        ),
         (["--data", ""], "--data is empty"),
         (["--data", "a.png", "b.png"], "--data is given 'a.png' and 'b.png', and takes one value"),
         (["--prompt", "a", "cat"], "put what has spaces into quotes"),

@@ -12,6 +12,7 @@ from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
+    KernelOptions,
     PassOptions,
     influence_scores,
     kernel_regression_scores,
@@ -63,7 +64,8 @@ def made_of(EK, passes):
     found["scores"] = influence_scores(J, inverse, J, query_block=2, passes=passes)
     found["regression"] = regression_scores(J, inverse, J, passes=passes)
     # more examples than the kernel matrix is formed for
-    found["iterated"] = kernel_regression_scores(J, inverse, J, largest_gram=3, passes=passes)
+    options = KernelOptions(largest_gram=3)
+    found["iterated"] = kernel_regression_scores(J, inverse, J, options=options, passes=passes)
     return found
 
 

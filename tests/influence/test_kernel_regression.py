@@ -9,11 +9,13 @@ from torch import nn
 from curvlinops_diffusion import (
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
+    KernelOptions,
     NoisedRegression,
     PassOptions,
     averaged_scores,
     influence_scores,
     kernel_regression_scores,
+    regression_scores,
 )
 from curvlinops_diffusion.measurements import SignedPrediction
 from tests.cases import StoppedError, images, plain_regression, seeded, stopped, two_convolutions
@@ -38,6 +40,11 @@ def query(train):
 @pytest.fixture(scope="module")
 def K_inv(train):
     return DiffusionKFACLinearOperator(train).inverse(DAMPING)
+
+
+@pytest.fixture(scope="module")
+def operators(train, query):
+    return [ExampleGradientLinearOperator(regression) for regression in (query, train)]
 
 
 def dense_rows(regression, measured=None):
@@ -66,15 +73,54 @@ def sign(seed):
     return value
 
 
-@pytest.mark.parametrize("ridge", [0.1, 1.0, 30.0])
-@pytest.mark.parametrize("gradient_bytes", [1, 2000, 2**31])  # one row at a time, some, all
-def test_equal_the_dense_formula(train, query, K_inv, ridge, gradient_bytes):
-    J_query, J_train = (ExampleGradientLinearOperator(r) for r in (query, train))
-    ours = kernel_regression_scores(
-        J_query, K_inv, J_train, ridge=ridge, gradient_bytes=gradient_bytes
-    )
+@pytest.mark.parametrize(
+    ("ridge", "gradient_bytes"),
+    [(0.1, 2**31), (1.0, 2000), (30.0, 1)],  # all, some, one row
+)
+def test_equal_the_dense_formula(operators, query, K_inv, train, ridge, gradient_bytes):
+    J_query, J_train = operators
+    options = KernelOptions(gradient_bytes=gradient_bytes)
+    ours = kernel_regression_scores(J_query, K_inv, J_train, ridge=ridge, options=options)
     truth = dense([dense_rows(query)], to_dense(K_inv), [dense_rows(train)], ridge)
     assert_close(ours, truth, 1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"ridge": 0.7, "seed": 3}])
+def test_the_best_predictor_of_retraining(operators, query, K_inv, train, options):
+    """Of the loss and of the prediction, squared: by the dense formula."""
+    J_query, J_train = operators
+    ours = regression_scores(J_query, K_inv, J_train, **options)
+    inverse, ridge = to_dense(K_inv), options.get("ridge", 5.0)
+    of_loss = dense([dense_rows(query)], inverse, [dense_rows(train)], ridge)
+    signs = [[dense_rows(r, sign(options.get("seed", 0)))] for r in (query, train)]
+    squares = dense(signs[0], inverse, signs[1], ridge) ** 2
+    z_loss, z_squares = (z / z.std(1, keepdim=True) for z in (of_loss, squares))
+    assert_close(ours, (z_loss + 2 * z_squares) / 3, 1e-9)
+
+
+def test_squares_are_rises_of_a_posterior_variance(operators, K_inv):
+    """Of a Gaussian process with the kernel: variance at the query, with and without an example.
+
+    They are the squared weights over the diagonal of the regularised kernel's inverse, which a
+    ridge makes nearly constant.
+    """
+    J_query, J_train = operators
+    ridge, inverse = 5.0, to_dense(K_inv)
+    q_QP, n_NP = J_query.rows(), J_train.rows()
+    gram, cross = n_NP @ inverse @ n_NP.T, q_QP @ inverse @ n_NP.T
+    regularised = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+
+    def explained(kept):
+        solved = torch.linalg.solve(regularised[kept][:, kept], cross[:, kept].T)
+        return (cross[:, kept].T * solved).sum(0)
+
+    everyone = torch.arange(len(gram))
+    rises = [explained(everyone) - explained(everyone[everyone != n]) for n in everyone]
+    squares = kernel_regression_scores(J_query, K_inv, J_train, ridge=ridge, squared=True)
+    diagonal = torch.linalg.inv(regularised).diagonal()
+    assert_close(squares / diagonal, torch.stack(rises, 1), 1e-9)
+    largest = gram.diagonal().max() / gram.diagonal().mean()
+    assert diagonal.max() < (1 + largest / ridge) * diagonal.min()
 
 
 def test_several_functions(train, query, K_inv):
@@ -114,25 +160,28 @@ def test_iterated_where_the_matrix_is_too_large(train, query, K_inv):
         [ExampleGradientLinearOperator(r, measurement=m) for m in (SignedPrediction(), "loss")]
         for r in (query, train)
     ]
-    direct = kernel_regression_scores([J[0]], K_inv, [J[1]], ridge=0.3)
-    options = {"ridge": 0.3, "largest_gram": N - 1}
-    exact = kernel_regression_scores([J[0]], K_inv, [J[1]], tolerance=1e-12, **options)
-    assert_close(exact, direct, 1e-9)
+
+    def solved(**options):
+        return kernel_regression_scores(
+            [J[0]], K_inv, [J[1]], ridge=0.3, options=KernelOptions(**options)
+        )
+
+    direct, below = solved(), {"largest_gram": N - 1}
+    assert_close(solved(tolerance=1e-12, **below), direct, 1e-9)
     inverse = to_dense(K_inv)
     rows = [[J.rows() for J in some] for some in J]
     cross = sum(q @ inverse @ n.T for q, n in zip(*rows, strict=True))
     kappa = sum((n @ inverse @ n.T).diagonal().mean() for n in rows[1])
     for tolerance in (0.3, 0.01):
-        rough = kernel_regression_scores([J[0]], K_inv, [J[1]], tolerance=tolerance, **options)
-        error = (rough - direct).norm(dim=1)
+        error = (solved(tolerance=tolerance, **below) - direct).norm(dim=1)
         assert (error <= tolerance * cross.norm(dim=1) / (0.3 * kappa)).all()
         assert error.max() > 1e-9 * direct.norm()
     with pytest.warns(UserWarning, match=r"ended at a relative residual of .* after 1 iterations"):
-        kernel_regression_scores([J[0]], K_inv, [J[1]], max_iter=1, **options)
+        solved(max_iter=1, **below)
 
 
-def test_a_large_ridge_is_influence(train, query, K_inv):
-    J_query, J_train = (ExampleGradientLinearOperator(r) for r in (query, train))
+def test_a_large_ridge_is_influence(operators, K_inv):
+    J_query, J_train = operators
     rows = J_train.rows()
     kappa = (rows @ to_dense(K_inv) @ rows.T).diagonal().mean()
     scores = kernel_regression_scores(J_query, K_inv, J_train, ridge=1e6)
@@ -140,10 +189,10 @@ def test_a_large_ridge_is_influence(train, query, K_inv):
 
 
 @pytest.mark.parametrize("largest_gram", [N, 2])
-def test_it_goes_on(train, query, K_inv, tmp_path, largest_gram):
+def test_it_goes_on(operators, train, K_inv, tmp_path, largest_gram):
     """From wherever it was stopped, to the same bits."""
-    J_query, J_train = (ExampleGradientLinearOperator(r) for r in (query, train))
-    options = {"largest_gram": largest_gram, "gradient_bytes": 2000, "tolerance": 1e-6}
+    J_query, J_train = operators
+    options = {"options": KernelOptions(largest_gram, gradient_bytes=2000, tolerance=1e-6)}
     expected = kernel_regression_scores(J_query, K_inv, J_train, **options)
     passes = PassOptions(tmp_path / "checkpoint", 0.0)
     with stopped(type(J_train), "rows_of", at=7, every=True) as seen:
@@ -167,7 +216,7 @@ def test_scores_in_units_of_their_spread():
     found = averaged_scores([one, other])
     assert_close(found[0], (one[0] + other[0] / 10) / 2, 1e-6)
     assert_close(found[1], other[1] / other[1].std() / 2, 1e-6)
-    with pytest.raises(ValueError, match="some of one shape"):
+    with pytest.raises(ValueError, match="must all have one shape"):
         averaged_scores([one, other[:1]])
 
 
@@ -195,20 +244,20 @@ def test_equal_scores_count_as_zero(dtype):
     ("options", "message"),
     [
         ({"ridge": 0.0}, "ridge=0.0 arrived. Pass a finite number above 0"),
-        ({"squared": [True, False]}, "squared arrived for 2 functions, the gradients for 1"),
-        ({"weights": [1, 2]}, "weights arrived for 2 functions, the gradients for 1"),
-        ({"largest_gram": 0}, "largest_gram=0 arrived"),
-        ({"J_train": []}, "arrived for functions of"),
-        ({"J_query": [], "J_train": []}, "arrived for functions of"),
+        ({"squared": [True, False]}, "`squared` must have an entry for each of the 1 functions"),
+        ({"weights": [1, 2]}, "`weights` must have an entry for each of the 1 functions, got 2"),
+        ({"J_train": []}, "must be one each, or the same lists"),
+        ({"J_query": [], "J_train": []}, "must be one each, or the same lists"),
     ],
 )
-def test_errors(train, query, K_inv, options, message):
-    J = {"J_query": ExampleGradientLinearOperator(query)}
-    J |= {"J_train": ExampleGradientLinearOperator(train)}
+def test_errors(operators, K_inv, options, message):
+    J = dict(zip(("J_query", "J_train"), operators, strict=True))
     with pytest.raises(ValueError, match=message):
         kernel_regression_scores(**({"G_inv": K_inv} | J | options))
     with pytest.raises(ValueError, match=r"functions of \[\[3\], \[9\]\] queries"):
-        kernel_regression_scores(list(J.values()), K_inv, [J["J_train"]] * 2)
+        kernel_regression_scores(operators, K_inv, [operators[1]] * 2)
+    with pytest.raises(ValueError, match="largest_gram"):
+        KernelOptions(largest_gram=0)
 
 
 def test_a_kernel_that_rounding_makes_indefinite(train, query):

@@ -11,16 +11,29 @@ from curvlinops_diffusion import (
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
     NoisedRegression,
+    PassOptions,
     group_influence_scores,
     influence_scores,
+    influence_scores_by_layer,
     self_influence_scores,
+    split_half_scores,
     top_influences,
 )
-from tests.cases import images, plain_regression, seeded, two_convolutions
+from curvlinops_diffusion.influence.scores import can_be_halved
+from tests.cases import (
+    StoppedError,
+    images,
+    plain_regression,
+    seeded,
+    stopped,
+    tiny_unet,
+    two_convolutions,
+    unet_regression,
+)
 from tests.comparisons import assert_close
 from tests.reference import dense_ggn, example_gradients, params_of, scores, to_dense
 
-DAMPING = 1e-2
+N, Q, DAMPING = 6, 5, 1e-2
 CONVERGED = {"tolerance": 1e-12, "max_iter": 500, "eps": 1e-30, "stop_updating_after": 1e-14}
 
 
@@ -29,59 +42,59 @@ def model():
     return two_convolutions()
 
 
+def drawn(like, x0, num_draws, seed, antithetic=False):
+    return NoisedRegression(
+        like.objective, x0, num_draws, seed, batch_size=4, antithetic=antithetic
+    )
+
+
 @pytest.fixture(scope="module")
 def train(model):
-    return plain_regression(model, (1, 4, 4), count=6, batch_size=4)
+    like = plain_regression(model, (1, 4, 4), count=N)
+    return drawn(like, images(N, size=4), 4, 0, antithetic=True)
 
 
 @pytest.fixture(scope="module")
 def query(train):
-    x0 = images(5, size=4)
-    return NoisedRegression(train.objective, x0, num_draws=2, seed=1, batch_size=2)
+    return drawn(train, images(Q, size=4) / 2, 4, 1, antithetic=True)
 
 
-@pytest.mark.parametrize("query_block", [1, 2, 64])
-@pytest.mark.parametrize("kind", [DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator])
-def test_equal_the_dense_formula(model, train, query, kind, query_block):
-    K = kind(train)
-    J_query = ExampleGradientLinearOperator(query)
-    J_train = ExampleGradientLinearOperator(train)
-    ours = influence_scores(J_query, K.inverse(DAMPING), J_train, query_block=query_block)
-    params = params_of(model)
-    truth = scores(
-        example_gradients(query, params), to_dense(K), DAMPING, example_gradients(train, params)
-    )
-    assert_close(ours, truth, 1e-10)
-
-
-def test_operator_form(train, query):
-    """``1/N J_query @ G_inv @ J_trainᵀ``, for single examples and for groups of them."""
+@pytest.fixture(scope="module")
+def operators(train, query):
     K_inv = DiffusionKFACLinearOperator(train).inverse(DAMPING)
-    J_query = ExampleGradientLinearOperator(query)
-    J_train = ExampleGradientLinearOperator(train)
-    tau = (1 / 6) * (J_query @ K_inv @ J_train.adjoint())
-    dense = influence_scores(J_query, K_inv, J_train)
-    assert_close(to_dense(tau), dense, 1e-10)
+    return ExampleGradientLinearOperator(query), K_inv, ExampleGradientLinearOperator(train)
+
+
+@pytest.mark.parametrize(
+    ("kind", "query_block"),
+    [
+        (DiffusionKFACLinearOperator, 1),
+        (DiffusionEKFACLinearOperator, 2),
+        (DiffusionKFACLinearOperator, 64),
+    ],
+)
+def test_equal_the_dense_formula(model, train, query, operators, kind, query_block):
+    K, (J_query, _, J_train) = kind(train), operators
+    ours = influence_scores(J_query, K.inverse(DAMPING), J_train, query_block=query_block)
+    rows = [example_gradients(regression, params_of(model)) for regression in (query, train)]
+    assert_close(ours, scores(rows[0], to_dense(K), DAMPING, rows[1]), 1e-10)
+
+
+def test_operators_of_any_kind(model, train, query, operators):
+    """As an operator; the exact GGN's damped inverse; Jacobians that are only operators."""
+    J_query, K_inv, J_train = operators
+    tau, expected = (1 / N) * (J_query @ K_inv @ J_train.adjoint()), influence_scores(*operators)
+    assert_close(to_dense(tau), expected, 1e-10)
     group = torch.tensor([1.0, 0, 1, 1, 0, 0]).double()
-    assert_close(tau @ group, dense[:, [0, 2, 3]].sum(1), 1e-10)
+    assert_close(tau @ group, expected[:, [0, 2, 3]].sum(1), 1e-10)
+    assert_close(influence_scores(1.0 * J_query, K_inv, 1.0 * J_train), expected, 1e-10)
 
-
-def test_any_inverse_and_any_jacobian_will_do(model, train, query):
-    """The exact GGN's damped inverse by conjugate gradients; Jacobians that are only operators."""
     G = DiffusionGGNLinearOperator(train)
-    identity = DiffusionKFACLinearOperator(train).power(0.0)
-    G_inv = CGInverseLinearOperator(G + DAMPING * identity, **CONVERGED)
-    J_query = ExampleGradientLinearOperator(query)
-    J_train = ExampleGradientLinearOperator(train)
+    G_inv = CGInverseLinearOperator(G + DAMPING * K_inv.power(0.0), **CONVERGED)
     params = params_of(model)
-    truth = scores(
-        example_gradients(query, params),
-        dense_ggn(train, params),
-        DAMPING,
-        example_gradients(train, params),
-    )
+    rows = [example_gradients(regression, params) for regression in (query, train)]
+    truth = scores(rows[0], dense_ggn(train, params), DAMPING, rows[1])
     assert_close(influence_scores(J_query, G_inv, J_train), truth, 1e-8)
-    assert_close(influence_scores(1.0 * J_query, G_inv, 1.0 * J_train), truth, 1e-8)
 
 
 def test_sign_and_scale_are_those_of_leaving_an_example_out():
@@ -130,49 +143,30 @@ def test_sign_and_scale_are_those_of_leaving_an_example_out():
     assert correlation > 0.995
 
 
-# ---------------------------------------------------------------------------------------------
-# Bad input
-# ---------------------------------------------------------------------------------------------
-
-
-def test_different_parameters_are_refused(train, query):
-    K_inv = DiffusionKFACLinearOperator(train).inverse(DAMPING)
-    some = ["layers.0.weight", "layers.0.bias"]
+def test_bad_input(train, query, operators):
+    """Of two layers of one shape the names are compared, since shapes do not tell them apart."""
+    _, K_inv, J_train = operators
+    some = ExampleGradientLinearOperator(query, ["layers.0.weight", "layers.0.bias"])
     with pytest.raises(ValueError, match=r"different parameters \(J_query: 2 .*G_inv: 4"):
-        influence_scores(
-            ExampleGradientLinearOperator(query, some), K_inv, ExampleGradientLinearOperator(train)
-        )
-
-
-def test_the_same_shapes_in_another_order_are_refused(train, query):
-    """Shapes alone would not tell two layers of one shape apart."""
-    twins = seeded(nn.Linear(3, 3), nn.Linear(3, 3))
-    regression = plain_regression(twins, (3,))
-    first, second = ["layers.0.weight", "layers.1.weight"], ["layers.1.weight", "layers.0.weight"]
-    K_inv = DiffusionKFACLinearOperator(regression, first).inverse(DAMPING)
+        influence_scores(some, K_inv, J_train)
+    twins = plain_regression(seeded(nn.Linear(3, 3), nn.Linear(3, 3)), (3,))
+    names = ["layers.0.weight", "layers.1.weight"]
+    inverse = DiffusionKFACLinearOperator(twins, names).inverse(DAMPING)
+    one, other = (ExampleGradientLinearOperator(twins, order) for order in (names[::-1], names))
     with pytest.raises(ValueError, match="The operators act on different parameters"):
-        influence_scores(
-            ExampleGradientLinearOperator(regression, second),
-            K_inv,
-            ExampleGradientLinearOperator(regression, first),
-        )
-
-
-def test_bad_block(train, query):
-    J = ExampleGradientLinearOperator(train)
-    with pytest.raises(ValueError, match="query_block=0 arrived"):
-        influence_scores(J, DiffusionKFACLinearOperator(train).inverse(1.0), J, query_block=0)
+        influence_scores(one, inverse, other)
+    with pytest.raises(ValueError, match="query_block"):
+        influence_scores(*operators, query_block=0)
+    with pytest.raises(ValueError, match="must be another seed than that of J_train's own draws"):
+        self_influence_scores(K_inv, J_train, self_seed=train.draws.seed)
+    for groups in (torch.zeros(5, dtype=torch.long), torch.zeros(6), torch.zeros(5, 2)):
+        with pytest.raises(ValueError, match=r"`groups` must be the number of each example's gr"):
+            group_influence_scores(*operators, groups)
 
 
 # ---------------------------------------------------------------------------------------------
 # Without all pairs
 # ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def operators(train, query):
-    K_inv = DiffusionKFACLinearOperator(train).inverse(DAMPING)
-    return ExampleGradientLinearOperator(query), K_inv, ExampleGradientLinearOperator(train)
 
 
 @pytest.mark.parametrize("k", [1, 3, 50])
@@ -191,20 +185,17 @@ def test_top_influences(operators, k):
 
 
 def test_groups_and_self(model, train, operators):
-    J_query, K_inv, J_train = operators
-    params = params_of(model)
-    rows = example_gradients(train, params)
+    _, K_inv, J_train = operators
+    scores_QN = influence_scores(*operators)
     labels = torch.tensor([0, 2, -1, 2, 0, 0])
-    groups = group_influence_scores(J_query, K_inv, J_train, labels)
-    own = self_influence_scores(K_inv, J_train)
-    scores_QN = influence_scores(J_query, K_inv, J_train)
     expected = torch.stack([scores_QN[:, labels == k].sum(1) for k in range(3)], 1)
-    assert_close(groups, expected, 1e-10)
-    assert_close(own, (rows * (K_inv @ rows.T).T).sum(1) / 6, 1e-10)
-
-    weights = torch.rand(6, 2, generator=torch.Generator().manual_seed(0))
-    groups = group_influence_scores(J_query, K_inv, J_train, weights)
+    assert_close(group_influence_scores(*operators, labels), expected, 1e-10)
+    weights = torch.rand(N, 2, generator=torch.Generator().manual_seed(0))
+    groups = group_influence_scores(*operators, weights)
     assert_close(groups, scores_QN @ weights.double(), 1e-10)
+    rows = example_gradients(train, params_of(model))
+    own = self_influence_scores(K_inv, J_train)
+    assert_close(own, (rows * (K_inv @ rows.T).T).sum(1) / N, 1e-10)
 
 
 def test_self_influence_of_other_draws(model, train, operators):
@@ -213,11 +204,11 @@ def test_self_influence_of_other_draws(model, train, operators):
     own = self_influence_scores(K_inv, J_train, self_seed=9)
     params = params_of(model)
     rows, again = (example_gradients(r, params) for r in (train, train.with_seed(9)))
-    assert_close(own, (rows * (K_inv @ again.T).T).sum(1) / 6, 1e-10)
+    assert_close(own, (rows * (K_inv @ again.T).T).sum(1) / N, 1e-10)
 
     many = train.with_seed(12345).with_draws(1024)  # biased by 0.002 of the truth
     mean = ExampleGradientLinearOperator(many).rows()
-    truth = (mean * (K_inv @ mean.T).T).sum() / 6
+    truth = (mean * (K_inv @ mean.T).T).sum() / N
 
     def over_seeds(count, several, other):
         """Self-influence, of the same draws or of other ones."""
@@ -231,15 +222,86 @@ def test_self_influence_of_other_draws(model, train, operators):
     independent = over_seeds(40, train.with_draws(16), other=True)
     error = independent.std() / len(independent) ** 0.5
     assert abs(independent.mean() - truth) < 3 * error < 0.03 * truth
-    assert over_seeds(20, train, other=False).mean() - truth > 0.3 * truth
+    few = train.with_draws(3, antithetic=False)
+    assert over_seeds(20, few, other=False).mean() - truth > 0.3 * truth
 
 
-def test_the_same_seed_twice(operators, train):
-    with pytest.raises(ValueError, match=r"self_seed=0 is the seed of J_train's own draws"):
-        self_influence_scores(*operators[1:], self_seed=train.draws.seed)
+# ---------------------------------------------------------------------------------------------
+# Parts that add up, and halves
+# ---------------------------------------------------------------------------------------------
 
 
-def test_bad_groups(operators):
-    for groups in (torch.zeros(5, dtype=torch.long), torch.zeros(6), torch.zeros(5, 2)):
-        with pytest.raises(ValueError, match=r"groups arrived with shape .* Pass the number"):
-            group_influence_scores(*operators, groups)
+def test_by_layer(model, operators):
+    """Each part by dense algebra on its coordinates; a choice of parts of one's own."""
+    J_query, G_inv, J_train = operators
+    parts = influence_scores_by_layer(*operators, query_block=2)
+    assert list(parts) == ["layers.0", "layers.2"]
+    dense, start = to_dense(G_inv), 0
+    rows = [example_gradients(J.regression, params_of(model)) for J in (J_query, J_train)]
+    for layer, found in parts.items():
+        size = sum(p.numel() for name, p in model.named_parameters() if name.startswith(layer))
+        own = slice(start, start + size)
+        expected = rows[0][:, own] @ dense[own, own] @ rows[1][:, own].T / N
+        assert_close(found, expected, 1e-9)
+        start += size
+    total, names = influence_scores(*operators), J_train.param_names
+    assert_close(sum(parts.values()), total, 1e-10)
+    chosen = {kind: [n for n in names if n.endswith(kind)] for kind in ("bias", "weight")}
+    assert_close(sum(influence_scores_by_layer(*operators, chosen).values()), total, 1e-10)
+    for wrong, named in (
+        ({"w": chosen["weight"]}, "bias"),
+        ({**chosen, "again": chosen["weight"]}, "weight"),
+    ):
+        with pytest.raises(ValueError, match=rf"hold each of the 4 parameters once, .*{named}"):
+            influence_scores_by_layer(*operators, wrong)
+
+
+def test_a_concept():
+    """The difference between two conditions at the same draws: an operator's difference."""
+    train = unet_regression(tiny_unet(), count=5)
+    x0 = images(2)
+    J_of, J_other = (
+        ExampleGradientLinearOperator(
+            drawn(train, {"x0": x0, "class_labels": torch.full((2,), label)}, 4, 1)
+        )
+        for label in (0, 2)
+    )
+    J_train = ExampleGradientLinearOperator(train)
+    K_inv = DiffusionKFACLinearOperator(train).inverse(1e-3)
+    found = influence_scores(J_of - J_other, K_inv, J_train)
+    rows = J_of.rows() - J_other.rows()
+    assert rows.norm() > 1e-3 * J_of.rows().norm()
+    assert_close(found, rows @ (K_inv @ J_train.rows().T) / 5, 1e-8)
+
+
+def test_all_draws_and_either_half(operators):
+    J_query, G_inv, J_train = operators
+    found = split_half_scores(*operators, query_block=2)
+    assert_close(found.scores, influence_scores(*operators), 1e-10)
+    for number, half in enumerate((found.first, found.second)):
+        own = [J.on(J.regression.divided(number, 2)) for J in (J_query, J_train)]
+        assert_close(half, influence_scores(own[0], G_inv, own[1]), 1e-10)
+
+
+def test_an_odd_number_of_pairs_cannot_be_halved(train, operators):
+    for num_draws, antithetic, can in ((4, True, True), (6, True, False), (3, False, False)):
+        J = ExampleGradientLinearOperator(drawn(train, images(3, size=4), num_draws, 0, antithetic))
+        assert can_be_halved(J.regression) == can
+    with pytest.raises(ValueError, match=r"divided into 2 parts. Pass a multiple of"):
+        split_half_scores(J, operators[1], J)
+
+
+@pytest.mark.parametrize("score", [influence_scores_by_layer, split_half_scores])
+def test_it_goes_on(operators, tmp_path, score):
+    """From a checkpoint in the middle, to the same bits, without the queries' gradients again."""
+    expected = score(*operators)
+    passes = PassOptions(tmp_path / "checkpoint", 0.0)
+    # after two batches of queries, in the second and last of the training examples
+    halves = 2 if score is split_half_scores else 1
+    with stopped(type(operators[2]), "rows_of", at=halves * (2 + 1) + 1) as calls:
+        with pytest.raises(StoppedError):
+            score(*operators, passes=passes)
+        found = score(*operators, passes=passes)
+    assert len(calls) == halves * (2 + 2) + 1
+    found, expected = (z if isinstance(z, dict) else vars(z) for z in (found, expected))
+    assert all(torch.equal(part, expected[name]) for name, part in found.items())

@@ -6,22 +6,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from curvlinops_diffusion import ExampleGradientLinearOperator, NoisedRegression
+from curvlinops_diffusion import (
+    DiffusionEKFACLinearOperator,
+    ExampleGradientLinearOperator,
+    NoisedRegression,
+)
 from curvlinops_diffusion.cli.network import load_network
-from curvlinops_diffusion.cli.options import FitOptions
+from curvlinops_diffusion.cli.options import options_of
 from curvlinops_diffusion.loading.adapter_files import converted, read_adapter
 from curvlinops_diffusion.loading.adapters import load_adapters, names_in
+from curvlinops_diffusion.loading.images import open_images
 from tests.comparisons import assert_close
 from tests.diffusion import test_pipelines as pipelines
-from tests.reference import example_gradients, params_of
+from tests.loading.cases import TARGETS, images_with_prompts, lora
+from tests.reference import dense_loss_ggn, example_gradients, params_of
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+STEM = f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q"
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +76,12 @@ def effective(layer, adapter="default"):
     return product(A.detach(), B.detach(), layer.scaling[adapter])
 
 
-def kohya(entries, alpha_dtype=torch.float32):
+def kohya(entries):
     """A file's tensors from ``stem: (down, up, alpha)``."""
     tensors = {}
     for stem, (down, up, alpha) in entries.items():
         tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
-        if alpha is not None:
-            tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=alpha_dtype)
+        tensors[f"{stem}.alpha"] = torch.tensor(alpha)
     return tensors
 
 
@@ -89,15 +94,11 @@ def adapted(module):
     return {name for name, layer in module.named_modules() if getattr(layer, "lora_A", None)}
 
 
-@pytest.mark.parametrize("alpha_dtype", [torch.float32, torch.bfloat16])
-def test_scales_of_kohya_files(saved, tmp_path, alpha_dtype):
-    """Alphas and ranks of every layer its own, as ``conv_alpha`` and blocks make them."""
-    pipeline, parts = again(saved, pipelines.stable_diffusion)
-    unet, encoder = parts["unet"], parts["text_encoder"]
-    inner = "" if hasattr(encoder, "embeddings") else "text_model."
-    layers = {
+# by part and layer: rank, alpha, and the name in kohya's file where it is not that of the layer
+MIXED = {
+    "unet": {
         f"{BLOCK}.attn1.to_q": (4, 16.0),
-        f"{BLOCK}.attn1.to_out.0": (4, 12.0),
+        f"{BLOCK}.attn1.to_out.0": (4, 12.0),  # of zeros: it was not trained
         f"{BLOCK}.attn2.to_k": (4, 4.0),
         f"{BLOCK}.attn2.to_v": (4, 1.0),
         f"{BLOCK}.ff.net.0.proj": (2, 4.0),
@@ -105,25 +106,75 @@ def test_scales_of_kohya_files(saved, tmp_path, alpha_dtype):
         "down_blocks.0.attentions.0.proj_in": (2, 3.0),
         "down_blocks.0.resnets.0.conv1": (2, 0.5),
         "down_blocks.0.downsamplers.0.conv": (1, 8.0),
+    },
+    "text_encoder": {
+        "encoder.layers.0.self_attn.q_proj": (2, 3.0),
+        "encoder.layers.0.mlp.fc1": (4, 1.0),
+    },
+}
+# by the names of the original network, which are mapped to those of diffusers
+ORIGINAL = {
+    "unet": {
+        f"{BLOCK}.attn1.to_q": (2, 1.0, "input_blocks_1_1_transformer_blocks_0_attn1_to_q"),
+        f"{BLOCK}.attn2.to_k": (2, 2.0, "input_blocks_1_1_transformer_blocks_0_attn2_to_k"),
+        "down_blocks.0.resnets.0.conv1": (2, 3.0, "input_blocks_1_0_in_layers_2"),
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_v": (
+            *(2, 4.0, "middle_block_1_transformer_blocks_0_attn1_to_v"),
+        ),
+        "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (
+            *(2, 5.0, "output_blocks_2_1_transformer_blocks_0_attn1_to_q"),
+        ),
+    },
+    "text_encoder_2": {"encoder.layers.0.self_attn.v_proj": (2, 5.0)},
+}
+# as ai-toolkit and others write them: alphas beside PEFT's names
+PEFTS = {
+    "transformer": {
+        "transformer_blocks.0.attn.to_q": (4, 16.0),
+        "transformer_blocks.0.attn.to_k": (4, 4.0),
+        "transformer_blocks.0.attn.to_v": (2, 6.0),
     }
-    encoded = {f"{inner}encoder.layers.0.self_attn.q_proj": (2, 3.0)}
-    encoded[f"{inner}encoder.layers.0.mlp.fc1"] = (4, 1.0)
-    zero = f"{BLOCK}.attn1.to_out.0"  # which was not trained
-    entries, expected = {}, {}
-    for prefix, module, own in (("lora_unet_", unet, layers), ("lora_te_", encoder, encoded)):
-        for n, (name, (rank, alpha)) in enumerate(own.items()):
-            full = name if prefix == "lora_unet_" or inner else f"text_model.{name}"
-            down, up = pair(module.get_submodule(name), rank, seed=n + len(expected))
-            up = up * (name != zero)
-            entries[prefix + full.replace(".", "_")] = (down, up, alpha)
-            scale = 1.0 if alpha is None else alpha / rank
-            expected[module, name] = (down, up, scale)
-    file = write(kohya(entries, alpha_dtype), tmp_path / "k.safetensors")
-    trained = load_adapters([file], parts, pipeline)
-    assert {len(names) for names in trained.values()} == {2 * len(layers), 2 * len(encoded), 0}
-    assert (adapted(unet), adapted(encoder)) == (set(layers), set(encoded))
-    for (module, name), (down, up, scale) in expected.items():
-        layer = module.get_submodule(name)
+}
+PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
+
+
+@pytest.mark.parametrize(
+    ("make", "layers", "alpha_dtype"),
+    [
+        (pipelines.stable_diffusion, MIXED, torch.float32),
+        (pipelines.stable_diffusion, MIXED, torch.bfloat16),
+        (pipelines.stable_diffusion_xl, ORIGINAL, torch.float32),
+        (pipelines.flux, PEFTS, torch.float32),
+        (pipelines.stable_diffusion_3, PEFTS, torch.float32),
+    ],
+)
+def test_scales(saved, tmp_path, make, layers, alpha_dtype):
+    """Alphas and ranks of every layer its own, as ``conv_alpha`` and blocks make them."""
+    pipeline, parts = again(saved, make)
+    tensors, expected = {}, {}
+    for part, own in layers.items():
+        modules = dict(parts[part].named_modules())
+        for n, (name, (rank, alpha, *other)) in enumerate(own.items()):
+            inner = next(full for full in modules if full.endswith(name))
+            down, up = pair(modules[inner], rank, seed=n + len(expected))
+            up = up * (name != f"{BLOCK}.attn1.to_out.0")
+            expected[part, inner] = (down, up, 1.0 if alpha is None else alpha / rank)
+            if layers is PEFTS:
+                ends, stem = ("lora_A", "lora_B"), f"transformer.{name}"
+            else:
+                full = f"text_model.{name}" if "text" in part else name
+                stem = PREFIXES[part] + (*other, full.replace(".", "_"))[0]
+                ends = ("lora_down", "lora_up")
+            tensors |= {f"{stem}.{end}.weight": z for end, z in zip(ends, (down, up), strict=True)}
+            if alpha is not None:
+                tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=alpha_dtype)
+    found = load_adapters([write(tensors, tmp_path / "a.safetensors")], parts, pipeline)
+    assert {part: len(names) for part, names in found.items() if names} == {
+        part: 2 * len(own) for part, own in layers.items()
+    }
+    assert {(part, name) for part in parts for name in adapted(parts[part])} == expected.keys()
+    for (part, name), (down, up, scale) in expected.items():
+        layer = parts[part].get_submodule(name)
         assert torch.equal(layer.lora_A["default"].weight, down)
         assert torch.equal(layer.lora_B["default"].weight, up)
         assert layer.scaling["default"] == scale
@@ -131,42 +182,13 @@ def test_scales_of_kohya_files(saved, tmp_path, alpha_dtype):
         assert_close(effective(layer), product(down, up, scale), 1e-12)
 
 
-def test_scales_of_kohya_files_for_xl(saved, tmp_path):
-    """By the names of the original network, which are mapped to those of diffusers."""
+def test_names_of_two_kinds(saved, tmp_path):
+    """Beside diffusers' names the loader drops the original ones in silence."""
     pipeline, parts = again(saved, pipelines.stable_diffusion_xl)
-    unet, second = parts["unet"], parts["text_encoder_2"]
-    names = {
-        "input_blocks_1_1_transformer_blocks_0_attn1_to_q": f"{BLOCK}.attn1.to_q",
-        "input_blocks_1_1_transformer_blocks_0_attn2_to_k": f"{BLOCK}.attn2.to_k",
-        "input_blocks_1_0_in_layers_2": "down_blocks.0.resnets.0.conv1",
-        "middle_block_1_transformer_blocks_0_attn1_to_v": (
-            "mid_block.attentions.0.transformer_blocks.0.attn1.to_v"
-        ),
-        "output_blocks_2_1_transformer_blocks_0_attn1_to_q": (
-            "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-        ),
-    }
-    entries, expected = {}, {}
-    for n, (stem, name) in enumerate(names.items()):
-        down, up = pair(unet.get_submodule(name), 2, seed=n)
-        entries[f"lora_unet_{stem}"] = (down, up, 1.0 + n)
-        expected[name] = product(down, up, (1.0 + n) / 2)
-    key = next(n for n, _ in second.named_modules() if n.endswith("layers.0.self_attn.v_proj"))
-    down, up = pair(second.get_submodule(key), 2, seed=50)
-    stem = f"text_model_{key.removeprefix('text_model.').replace('.', '_')}"
-    entries[f"lora_te2_{stem}"] = (down, up, 5.0)
-    tensors = kohya(entries)
-    load_adapters([write(tensors, tmp_path / "k.safetensors")], parts, pipeline)
-    assert adapted(unet) == set(expected)
-    for name, there in expected.items():
-        assert_close(effective(unet.get_submodule(name)), there, 1e-12)
-    assert_close(effective(second.get_submodule(key)), product(down, up, 2.5), 1e-12)
-
-    # beside diffusers' names the loader drops the original ones in silence
-    pipeline, parts = again(saved, pipelines.stable_diffusion_xl)
-    layer = parts["unet"].get_submodule(f"{BLOCK}.attn1.to_v")
-    tensors |= kohya({f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_v": (*pair(layer, 2, 9), 1.0)})
-    with pytest.raises(ValueError, match=r"10 of its weights have no place .*'lora_unet_input_bl"):
+    layer = parts["unet"].get_submodule(f"{BLOCK}.attn1.to_q")
+    original = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
+    tensors = kohya({name: (*pair(layer, 2, 9), 1.0) for name in (STEM, original)})
+    with pytest.raises(ValueError, match=r"2 of its weights have no place .*'lora_unet_input_bl"):
         load_adapters([write(tensors, tmp_path / "mixed.safetensors")], parts, pipeline)
 
 
@@ -195,28 +217,16 @@ def test_scales_of_kohya_files_for_flux(saved, tmp_path, sparse):
     assert torch.equal(attention.to_q.lora_A["default"].weight, rows)
 
 
-@pytest.mark.parametrize("make", [pipelines.flux, pipelines.stable_diffusion_3])
-def test_alphas_beside_pefts_names(saved, tmp_path, make):
-    """As ai-toolkit and others write them."""
-    pipeline, parts = again(saved, make)
-    block = "transformer_blocks.0.attn"
-    names = {f"{block}.to_q": (4, 16.0), f"{block}.to_k": (4, 4.0), f"{block}.to_v": (2, 6.0)}
-    tensors, expected = {}, {}
-    for n, (name, (rank, alpha)) in enumerate(names.items()):
-        down, up = pair(parts["transformer"].get_submodule(name), rank, seed=n)
-        key = f"transformer.{name}"
-        tensors |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
-        tensors[f"{key}.alpha"] = torch.tensor(alpha)
-        expected[name] = product(down, up, alpha / rank)
-    load_adapters([write(tensors, tmp_path / "a.safetensors")], parts, pipeline)
-    for name, there in expected.items():
-        assert_close(effective(parts["transformer"].get_submodule(name)), there, 1e-12)
-
-
-def peft_folder(module, folder, adapter_config):
+def trained_folder(module, folder, adapter_config):
     """A trained adapter as PEFT saves it, and the network that it is in."""
     wrapped = get_peft_model(type(module).from_config(module.config), adapter_config)
-    wrapped.base_model.model.load_state_dict(_under_new_names(wrapped, module), strict=False)
+    inner = wrapped.base_model.model
+    # the base's weights by the names that they have in an adapted network
+    for key in (state := inner.state_dict()):
+        plain = key.replace(".base_layer.", ".").replace(".original_module.", ".")
+        plain = plain.replace(".modules_to_save.default.", ".")
+        state[key] = module.state_dict().get(plain, state[key])
+    inner.load_state_dict(state)
     generator = torch.Generator().manual_seed(5)
     for p in wrapped.parameters():
         if p.requires_grad:
@@ -225,29 +235,15 @@ def peft_folder(module, folder, adapter_config):
     return wrapped.eval()
 
 
-def _under_new_names(wrapped, module):
-    """The base's weights by the names that they have in an adapted network."""
-    own = wrapped.base_model.model.state_dict()
-    state = {}
-    for key in own:
-        plain = key.replace(".base_layer.", ".").replace(".original_module.", ".")
-        plain = plain.replace(".modules_to_save.default.", ".")
-        if plain in module.state_dict():
-            state[key] = module.state_dict()[plain]
-    return state
-
-
 WHOLE = {
-    "whole modules": {"target_modules": TARGETS, "modules_to_save": ["conv_in", "time_embedding"]},
-    "lora biases": {"target_modules": ["to_out.0", "conv_shortcut", "conv1"], "bias": "lora_only"},
-    "all biases": {"target_modules": TARGETS, "bias": "all"},
-    "patterns": {
-        "target_modules": TARGETS,
-        "rank_pattern": {"attn1.to_q": 1},
-        "alpha_pattern": {"attn1.to_q": 7},
-        "use_rslora": True,
-    },
-    "magnitudes": {"target_modules": ["to_q", "to_v"], "use_dora": True},
+    "whole modules": lora(modules_to_save=["conv_in", "time_embedding"]),
+    "lora biases": lora(target_modules=["to_out.0", "conv_shortcut", "conv1"], bias="lora_only"),
+    "all biases": lora(bias="all"),
+    "patterns": lora(
+        rank_pattern={"attn1.to_q": 1}, alpha_pattern={"attn1.to_q": 7}, use_rslora=True
+    ),
+    "magnitudes": lora(target_modules=["to_q", "to_v"], use_dora=True),
+    "products": LoHaConfig(r=2, alpha=3, target_modules=TARGETS),
 }
 
 
@@ -255,42 +251,31 @@ WHOLE = {
 def test_all_that_was_trained_is_covered(saved, tmp_path, kind):
     """PEFT's folders: values, predictions and gradients are those of the network in training."""
     folder, pipeline = saved(pipelines.stable_diffusion)
-    wrapped = peft_folder(
-        pipeline.unet, tmp_path / "lora", LoraConfig(r=2, lora_alpha=3, **WHOLE[kind])
-    )
-    options = FitOptions(
-        pipeline=folder / "pipeline",
-        data=tmp_path,
-        output=tmp_path,
-        lora=[str(tmp_path / "lora")],
-        quiet=True,
-    )
-    network = load_network(options)
+    wrapped = trained_folder(pipeline.unet, tmp_path / "lora", WHOLE[kind]).double()
+    options = {"pipeline": folder / "pipeline", "quiet": True, "dtype": "float64"}
+    options |= {"lora": [str(tmp_path / "lora")]}
+    network = load_network(options_of("fit", **options))
     model = network.objective.model
-    trained = {
-        name.removeprefix("base_model.model."): p
-        for name, p in wrapped.named_parameters()
-        if p.requires_grad
-    }
+    inner = wrapped.base_model.model
+    trained = {name: p for name, p in inner.named_parameters() if p.requires_grad}
     assert set(network.params) == set(trained)
     own = dict(model.named_parameters())
     for name, p in trained.items():
         assert torch.equal(own[name], p)
-    batch = next(NoisedRegression(network.objective, _data(), 1).batches())
+    images_with_prompts(tmp_path / "train")
+    data = open_images(tmp_path / "train", network.form(None), network.condition)
+    regression = NoisedRegression(network.objective, data, 2)
+    batch = next(regression.batches())
     ours = network.objective.predict(batch)
-    network.objective.model = wrapped.base_model.model
+    network.objective.model = inner
     assert torch.equal(network.objective.predict(batch), ours)
     network.objective.model = model
-    if "all" not in kind and "whole" not in kind:
-        return
-    regression = NoisedRegression(network.objective, _data(), 1)
+    params = params_of(model, network.params)
     J = ExampleGradientLinearOperator(regression, network.params)
-    rows = example_gradients(regression, params_of(model, network.params))
-    assert_close(J.rows().double(), rows, 1e-4)
-
-
-def _data():
-    return pipelines.data_for(pipelines.stable_diffusion)
+    assert_close(J.rows(), example_gradients(regression, params), 1e-8)
+    if kind in ("magnitudes", "products"):
+        EK = DiffusionEKFACLinearOperator(regression, network.params, fisher_type="empirical")
+        assert_close(EK.trace(), dense_loss_ggn(regression, params).trace(), 1e-8)
 
 
 def test_differences_of_whole_weights(saved, tmp_path):
@@ -333,7 +318,6 @@ def test_differences_of_whole_weights(saved, tmp_path):
         assert torch.equal(parts["unet"].conv_in.weight, before)
 
 
-STEM = f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q"
 MORE = {
     "dora_scale": (f"{STEM}.dora_scale", (4, 1), r"1 of its weights \(DoRA magnitudes .*dora_sc"),
     "a core": (f"{STEM}.lora_mid.weight", (2, 2), r"1 of its weights \(Tucker cores\).*lora_mid"),
@@ -342,14 +326,15 @@ MORE = {
     "unknown": (f"{STEM}.scalar", (1,), r"cannot be loaded: .*attn1_to_q\.scalar\. Pass"),
     "alpha of nothing": ("lora_unet_conv_in.alpha", (), "holds 'lora_unet_conv_in.alpha' and no"),
     "alphas": (f"{STEM}.alpha", (2,), r"attn1_to_q.alpha' = \[1.0, 1.0\], which is read"),
+    "alpha 0": (f"{STEM}.alpha", 0.0, "attn1_to_q.alpha' = 0.0, which"),
+    "alpha -1": (f"{STEM}.alpha", -1.0, "attn1_to_q.alpha' = -1.0, which"),
+    "no alpha": (f"{STEM}.alpha", torch.nan, "NaN or infinite .*attn1_to_q.alp"),
     "half a pair": (
-        "lora_unet_conv_in.lora_up.weight",
-        (4, 2),
-        "file lacks 'lora_unet_conv_in.lora_d",
+        *("lora_unet_conv_in.lora_up.weight", (4, 2)),
+        "lacks 'lora_unet_conv_in.lora_down.weight', of a pair",
     ),
     "third encoder": (
-        "lora_te3_encoder_block_0_layer_0_SelfAttention_q.diff",
-        (2, 8),
+        *("lora_te3_encoder_block_0_layer_0_SelfAttention_q.diff", (2, 8)),
         "cannot be loaded: .*lora_te3_encoder",
     ),
 }
@@ -358,9 +343,10 @@ MORE = {
 @pytest.mark.parametrize("case", MORE)
 def test_what_loaders_leave_out_is_named(saved, tmp_path, case):
     pipeline, parts = again(saved, pipelines.stable_diffusion)
-    key, shape, told = MORE[case]
+    key, added, told = MORE[case]
+    z = torch.ones(added) if isinstance(added, tuple) else torch.tensor(added)
     tensors = kohya({STEM: (*pair(parts["unet"].get_submodule(f"{BLOCK}.attn1.to_q"), 2, 0), 1.0)})
-    file = write(tensors | {key: torch.ones(shape)}, tmp_path / "more.safetensors")
+    file = write(tensors | {key: z}, tmp_path / "more.safetensors")
     with pytest.raises(ValueError, match=told) as caught:
         load_adapters([file], parts, pipeline)
     assert "more.safetensors'" in str(caught.value)
@@ -368,68 +354,60 @@ def test_what_loaders_leave_out_is_named(saved, tmp_path, case):
     assert len(str(caught.value)) < 700
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
-def test_alphas_that_are_no_scale(saved, tmp_path, value):
-    pipeline, parts = again(saved, pipelines.stable_diffusion)
-    layer = parts["unet"].get_submodule(f"{BLOCK}.attn1.to_q")
-    file = write(kohya({STEM: (*pair(layer, 2, 0), value)}), tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"attn1_to_q.alpha' = |NaN or infinite .*attn1_to_q.alp"):
-        load_adapters([file], parts, pipeline)
+WIDE = r"attn2.to_k' is 16 wide in the file and 8 in the network, and \d+ more layers"
+DIFFERENT = {
+    "PEFT's": (str, WIDE),
+    "diffusers'": ("unet.{}".format, WIDE),
+    "kohya's": (
+        lambda key: (
+            f"lora_unet_{key.split('.lora_')[0].replace('.', '_')}."
+            f"lora_{'down' if 'lora_A' in key else 'up'}.weight"
+        ),
+        WIDE,
+    ),
+    "another part": (
+        "transformer.{}".format,
+        r"names of 64 of its weights begin with 'transformer', and the networks are .* 'unet'",
+    ),
+    "other layers": (
+        lambda key: (
+            key.replace("down_blocks.0", "unet.down_blocks.7")
+            if f"{BLOCK}.attn1.to_q" in key
+            else ""
+        ),
+        r"1 of its layers are not in the network \('down_blocks.7",
+    ),
+}
 
 
-def test_networks_that_differ(saved, tmp_path):
+@pytest.mark.parametrize("form", DIFFERENT)
+def test_networks_that_differ(saved, tmp_path, form):
     """One line says how, whatever the form and however many layers there are."""
+    named, told = DIFFERENT[form]
     _, parts = again(saved, pipelines.stable_diffusion_xl)
-    wide = r"attn2.to_k' is 16 wide in the file and 8 in the network, and \d+ more layers"
-    peft_folder(parts["unet"], tmp_path / "peft", LoraConfig(r=2, target_modules=TARGETS))
-    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
-    plain = {key.removeprefix("base_model.model."): z for key, z in tensors.items()}
-    forms = {
-        wide: [
-            str(tmp_path / "peft"),
-            write({f"unet.{k}": z for k, z in plain.items()}, tmp_path / "d.safetensors"),
-            write(
-                {
-                    f"lora_unet_{k.split('.lora_')[0].replace('.', '_')}."
-                    f"lora_{'down' if 'lora_A' in k else 'up'}.weight": z
-                    for k, z in plain.items()
-                },
-                tmp_path / "k.safetensors",
-            ),
-        ],
-        r"names of 64 of its weights begin with 'transformer', and the networks are .* 'unet'": [
-            write({f"transformer.{k}": z for k, z in plain.items()}, tmp_path / "t.safetensors")
-        ],
-        r"2 of its layers are not in the network \('down_blocks.7": [
-            write(
-                {
-                    f"unet.{k.replace('down_blocks.0', 'down_blocks.7')}": z
-                    for k, z in plain.items()
-                    if "attn1.to_q" in k or "attn1.to_k" in k
-                    if "down_blocks.0" in k
-                },
-                tmp_path / "l.safetensors",
-            )
-        ],
-    }
-    for told, files in forms.items():
-        for file in files:
-            pipeline, own = again(saved, pipelines.stable_diffusion)
-            with pytest.raises(ValueError, match=told) as caught:
-                load_adapters([file], own, pipeline)
-            assert str(caught.value).endswith("Pass the network that it was trained on.")
-            assert "\n" not in str(caught.value)
-            assert len(str(caught.value)) < 500
+    file = tmp_path / "peft"
+    trained_folder(parts["unet"], file, lora())
+    if named is not str:
+        tensors = load_file(file / "adapter_model.safetensors")
+        tensors = {named(key.removeprefix("base_model.model.")): z for key, z in tensors.items()}
+        tensors.pop("", None)
+        file = write(tensors, tmp_path / "a.safetensors")
+    pipeline, own = again(saved, pipelines.stable_diffusion)
+    with pytest.raises(ValueError, match=told) as caught:
+        load_adapters([str(file)], own, pipeline)
+    assert str(caught.value).endswith("Pass the network that it was trained on.")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
 def test_files_that_are_broken(saved, tmp_path):
     pipeline, parts = again(saved, pipelines.stable_diffusion)
-    peft_folder(parts["unet"], tmp_path / "peft", LoraConfig(r=2, target_modules=TARGETS))
+    trained_folder(parts["unet"], tmp_path / "peft", lora())
     path = tmp_path / "peft" / "adapter_model.safetensors"
     whole, tensors = path.read_bytes(), load_file(path)
     path.write_bytes(whole[:-10])
     for given in (path, path.parent):
-        with pytest.raises(ValueError, match=r"cannot be read: .*It is no whole safetensors file"):
+        with pytest.raises(ValueError, match=r"model.safetensors' is not a whole safetensors file"):
             load_adapters([str(given)], parts, pipeline)
     some = next(iter(tensors))
     save_file(tensors | {some: tensors[some] * torch.nan}, path)
@@ -444,9 +422,7 @@ def test_files_that_are_broken(saved, tmp_path):
 def test_the_file_within_pefts_folder(saved, tmp_path):
     """The scale stands beside it, and is found."""
     _, parts = again(saved, pipelines.stable_diffusion)
-    peft_folder(
-        parts["unet"], tmp_path / "p", LoraConfig(r=2, lora_alpha=6, target_modules=TARGETS)
-    )
+    trained_folder(parts["unet"], tmp_path / "p", lora(lora_alpha=6))
     for given in (tmp_path / "p", tmp_path / "p" / "adapter_model.safetensors"):
         pipeline, parts = again(saved, pipelines.stable_diffusion)
         load_adapters([str(given)], parts, pipeline)
@@ -502,16 +478,16 @@ def test_which_weights_a_result_is_made_of(tmp_path):
         z = given["a.lora_down.weight"]
         return {"x": torch.cat([given["b.lora_down.weight"], z]), "y": z * 1.5, "z": -z}
 
-    found = converted(file, convert)
-    assert found.scales == {"x": 0.5}
-    assert found.unplaced == ["a.lora_up.weight"]  # that of b is all zeros
+    _, scales, unplaced = converted(file, convert)
+    assert scales == {"x": 0.5}
+    assert unplaced == ["a.lora_up.weight"]  # that of b is all zeros
 
 
 def test_a_denoiser_alone(saved, tmp_path):
     """The scale that diffusers' ``save_lora_adapter`` writes beside the weights."""
     _, parts = again(saved, pipelines.stable_diffusion)
     unet = parts["unet"]
-    unet.add_adapter(LoraConfig(r=2, lora_alpha=6, target_modules=TARGETS))
+    unet.add_adapter(lora(lora_alpha=6))
     for name, p in unet.named_parameters():
         if "lora_B" in name:
             p.data.normal_(generator=torch.Generator().manual_seed(0))
@@ -536,13 +512,13 @@ def test_a_denoiser_alone(saved, tmp_path):
 def test_modules_of_several_adapters(saved, tmp_path):
     """A module's trained copy stays in use beside other adapters; two of one are refused."""
     _, parts = again(saved, pipelines.stable_diffusion)
-    whole = LoraConfig(r=2, target_modules=TARGETS, modules_to_save=["conv_in"])
-    with_module = peft_folder(parts["unet"], tmp_path / "a", whole)
-    peft_folder(parts["unet"], tmp_path / "b", whole)
-    peft_folder(parts["unet"], tmp_path / "c", LoraConfig(r=2, target_modules=["to_q"]))
-    biased = {"target_modules": ["to_out.0"], "bias": "lora_only"}
+    whole = lora(modules_to_save=["conv_in"])
+    with_module = trained_folder(parts["unet"], tmp_path / "a", whole)
+    trained_folder(parts["unet"], tmp_path / "b", whole)
+    trained_folder(parts["unet"], tmp_path / "c", lora(target_modules=["to_q"]))
+    biased = lora(target_modules=["to_out.0"], bias="lora_only")
     for name in "de":
-        peft_folder(parts["unet"], tmp_path / name, LoraConfig(r=2, **biased))
+        trained_folder(parts["unet"], tmp_path / name, biased)
     layer = f"{BLOCK}.attn1.to_out.0"
     bias = torch.ones_like(parts["unet"].get_submodule(layer).bias)
     (tmp_path / "f").mkdir()

@@ -14,6 +14,11 @@ from curvlinops_diffusion.loading.preprocessing import Form
 from tests.cli.cases import write_images
 
 FORM = Form(1, (8, 8), None)
+NAMED = {"file_name": "image0.png"}
+
+
+def write_lines(folder, *lines):
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
 def test_classes_from_folders(tmp_path):
@@ -64,8 +69,7 @@ def test_classes_of_queries_are_numbered_as_in_training(tmp_path):
 )
 def test_labels_that_the_network_does_not_know(tmp_path, entry, told):
     write_images(tmp_path / "data", 2, 0)
-    lines = [{"file_name": "image0.png", "label": 2}, {"file_name": "image1.png", **entry}]
-    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_lines(tmp_path / "data", NAMED | {"label": 2}, {"file_name": "image1.png", **entry})
     with pytest.raises(ValueError, match=told):
         open_images(tmp_path / "data", FORM, Condition("class_labels", 3))
     with pytest.raises(ValueError, match=r"image0.png' of '.*' has no prompt, which"):
@@ -73,42 +77,13 @@ def test_labels_that_the_network_does_not_know(tmp_path, entry, told):
     assert set(open_images(tmp_path / "data", FORM, Condition())[0]) == {"x0"}
 
 
-def test_prompts_from_metadata(tmp_path):
-    write_images(tmp_path / "data", 2, 0)
-    lines = [{"file_name": "image1.png", "text": "b"}, {"file_name": "image0.png", "text": "a"}]
-    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    images = open_images(tmp_path / "data", FORM)
-    assert [images[n]["prompt"] for n in range(2)] == ["a", "b"]
-    (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps(lines[0]))
-    with pytest.raises(
-        ValueError, match=r"'image0.png' .* names, as it stands there, 'image1.png'"
-    ):
-        open_images(tmp_path / "data", FORM)
-
-
 def test_one_prompt_for_images_that_have_none(tmp_path):
     write_images(tmp_path / "data", 2, 0)
     images = open_images(tmp_path / "data", FORM, Condition("prompt", prompt="a photo"))
     assert [images[n]["prompt"] for n in range(2)] == ["a photo", "a photo"]
-    lines = [{"file_name": "image1.png", "text": "b"}, {"file_name": "image0.png"}]
-    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_lines(tmp_path / "data", {"file_name": "image1.png", "text": "b"}, NAMED)
     images = open_images(tmp_path / "data", FORM, Condition("prompt", prompt="a photo"))
     assert [images[n]["prompt"] for n in range(2)] == ["a photo", "b"]
-
-
-def test_saved_data_sets(tmp_path):
-    import datasets
-
-    write_images(tmp_path / "data", 3, 0)
-    files = sorted(str(path) for path in (tmp_path / "data").glob("*.png"))
-    saved = datasets.Dataset.from_dict({"image": files, "label": [2, 0, 1]})
-    saved.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "saved"))
-    images = open_images(tmp_path / "saved", FORM)
-    expected = open_images(tmp_path / "data", FORM)
-    assert len(images) == 3
-    for n in range(3):
-        assert torch.equal(images[n]["x0"], expected[n]["x0"])
-    assert images[0]["class_labels"] == 2
 
 
 def test_arrays(tmp_path):
@@ -287,10 +262,12 @@ def test_columns_of_saved_data_sets(tmp_path):
     write_images(tmp_path / "two", 2, 1)
     one, two = ([str(f) for f in sorted((tmp_path / n).iterdir())] for n in ("one", "two"))
     expected = open_images(tmp_path / "two", FORM)
-    save_pictures(tmp_path / "both", {"depth": one, "image": two, "n": [1, 2]}, "depth", "image")
+    columns = {"depth": one, "image": two, "n": [1, 2], "label": [2, 0]}
+    save_pictures(tmp_path / "both", columns, "depth", "image")
     images = open_images(tmp_path / "both", FORM)
     assert torch.equal(images[1]["x0"], expected[1]["x0"])
-    assert images.summary() == "2 images; not read: depth, n"
+    assert [images[n]["class_labels"] for n in range(2)] == [2, 0]
+    assert images.summary() == "2 images, 2 classes; not read: depth, n"
     save_pictures(tmp_path / "only", {"img": two}, "img", decode=False)
     images = open_images(tmp_path / "only", FORM)
     assert torch.equal(images[1]["x0"], expected[1]["x0"])
@@ -395,16 +372,9 @@ def test_resizing(tmp_path, size):
 def test_exif_orientation(tmp_path, orientation):
     """A photograph is read as viewers show it: of one picture, saved turned in eight ways."""
     upright = Image.fromarray(np.arange(6 * 4, dtype=np.uint8).reshape(6, 4) * 10)
-    undo = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }
-    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    undo = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_90 TRANSVERSE ROTATE_270"
+    undo = [getattr(Image.Transpose, name) for name in undo.split()]
+    stored = upright.transpose(undo[orientation - 2]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / "turned.png", exif=exif)
@@ -436,8 +406,3 @@ def test_what_is_hidden_nested_or_linked(tmp_path):
         "4 images, 3 classes (0 = 'a', 1 = 'b', 2 = 'c'); 3 other files left out "
         "(.ipynb_checkpoints/image0.png, b/._image0.png, b/notes.txt)"
     )
-
-
-def test_a_folder_without_classes_is_summarised(tmp_path):
-    write_images(tmp_path / "data", 2, 0)
-    assert open_images(tmp_path / "data", FORM).summary() == "2 images"

@@ -179,18 +179,6 @@ def test_what_is_not_read_is_said(tmp_path):
     )
 
 
-def test_captions_in_files_of_their_own(tmp_path):
-    """As kohya's trainers write them: not read here, which is said, also with --prompt."""
-    write_images(tmp_path / "in", 2, 0)
-    (tmp_path / "in" / "image1.txt").write_text("a hat")
-    with pytest.raises(
-        ValueError, match=r"'in/image0.png' .* has no prompt, .* Not read: files .t"
-    ):
-        open_images(tmp_path, FORM, PROMPT)
-    said = open_images(tmp_path, FORM, Condition("prompt", prompt="x")).summary()
-    assert said.endswith("1 other files left out (in/image1.txt); not read: files .txt")
-
-
 def labels(folder, count=3):
     images = open_images(folder, FORM, Condition("class_labels", count))
     return [images[n]["class_labels"] for n in range(len(images))]

@@ -14,10 +14,10 @@ from PIL import Image
 
 from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.influence.measurements.registry import Better
-from curvlinops_diffusion.influence.read_scores import read_scores
 from curvlinops_diffusion.influence.score_files import write_scores
+from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.page.rankings import Sizes, common_images, rows_of
-from curvlinops_diffusion.page.thumbnails import Thumbnails
+from curvlinops_diffusion.page.report import thumbnail
 from tests.cli.cases import arguments as program_arguments
 from tests.cli.cases import write_images, write_problem
 
@@ -69,7 +69,8 @@ def rows_shown(section):
 
 def test_it_names_the_right_images(folder, page):
     """Each row has its own sign alone; numbers are shares of the query's value."""
-    scores, header = read_scores(folder / "scores.safetensors")
+    scores = StoredScores.open(folder / "scores.safetensors")
+    header = scores.header
     sections = sections_of(page.read_text())
     assert len(sections) == QUERIES
     for section, row, query, value in zip(
@@ -204,10 +205,7 @@ def test_thumbnails(size, kind):
     x = torch.stack(
         [ramp.expand(size, size), ramp.unsqueeze(1).expand(size, size), -ramp.expand(size, size)]
     )
-    thumbnails = Thumbnails()
-    thumbnails.add("train3", x, 192)
-    ((name, rule),) = thumbnails.rules()
-    assert name == "train3"
+    rule = thumbnail(x, 192)
     assert ("pixelated" in rule) == (size <= 64)
     found = re.search(r"data:image/(\w+);base64,([^)]+)", rule)
     assert found[1] == kind
@@ -217,6 +215,14 @@ def test_thumbnails(size, kind):
     expected = torch.nn.functional.interpolate(x[None], image.size, mode="area")[0]
     error = np.abs(again - expected.permute(1, 2, 0).numpy())
     assert error.mean() < (0.005 if kind == "png" else 0.03)
+
+
+def test_thumbnails_of_any_channels():
+    """Of images that are neither grey nor RGB, the first channels that can be shown."""
+    for channels, shown in ((1, "L"), (2, "L"), (3, "RGB"), (5, "RGB")):
+        rule = thumbnail(torch.linspace(-1, 1, channels * 4).reshape(channels, 2, 2), 8)
+        data = re.search(r"base64,([\w+/=]+)", rule)[1]
+        assert Image.open(io.BytesIO(base64.b64decode(data))).mode == shown
 
 
 def test_others_are_refused(folder, page, tmp_path, capsys):
@@ -247,10 +253,10 @@ def test_others_are_refused(folder, page, tmp_path, capsys):
 )
 def test_it_says_what_the_sign_means(folder, tmp_path, measurement, told):
     """Also for a file without values, halves and digests, as older programs wrote."""
-    scores, header = read_scores(folder / "scores.safetensors")
-    names = {key: header[key] for key in ("train", "queries")}
-    identity = {"query": {"measurement": measurement}}
-    write_scores(tmp_path / "s.safetensors", scores, names, identity)
+    stored = StoredScores.open(folder / "scores.safetensors")
+    header = {key: stored.header[key] for key in ("train", "queries")}
+    header["identity"] = {"query": {"measurement": measurement}}
+    write_scores(tmp_path / "s.safetensors", {"scores": stored.whole()}, header)
     words = ["report", "--scores", tmp_path / "s.safetensors", "--data", folder / "train"]
     words += ["--queries", folder / "queries", "--output", tmp_path / "r.html"]
     assert run([str(word) for word in words]) == 0
@@ -267,8 +273,7 @@ def test_one_query_from_one_file(folder, tmp_path):
     words = ["--scores", tmp_path / "s.safetensors", "--queries", query]
     assert run(arguments(folder, tmp_path / "r.html", *words)) == 0
     assert len(sections_of((tmp_path / "r.html").read_text())) == 1
-    alone, _ = read_scores(tmp_path / "s.safetensors")
-    assert alone.shape == (1, TRAIN)
+    assert StoredScores.open(tmp_path / "s.safetensors").shape == (1, TRAIN)
 
 
 def test_names_are_escaped(tmp_path):
@@ -276,18 +281,8 @@ def test_names_are_escaped(tmp_path):
     (tmp_path / "train" / "image0.png").rename(tmp_path / "train" / "<b>&.png")
     scores, names = torch.zeros(1, 1), ["<b>&.png"]
     path = tmp_path / "scores.safetensors"
-    write_scores(path, scores, {"train": names, "queries": names}, {})
+    write_scores(path, {"scores": scores}, {"train": names, "queries": names, "identity": {}})
     words = ["report", "--scores", path, "--data", tmp_path / "train"]
     words += ["--queries", tmp_path / "train", "--output", tmp_path / "r.html"]
     assert run([str(word) for word in words]) == 0
     assert "<b>" not in (tmp_path / "r.html").read_text()
-
-
-@pytest.mark.parametrize(("channels", "shown"), [(1, "L"), (2, "L"), (3, "RGB"), (5, "RGB")])
-def test_thumbnails_of_any_channels(channels, shown):
-    """Of images that are neither grey nor RGB, the first channels that can be shown."""
-    thumbnails = Thumbnails()
-    thumbnails.add("a", torch.linspace(-1, 1, channels * 4).reshape(channels, 2, 2), 8)
-    (rule,) = thumbnails.rules()
-    data = re.search(r"base64,([\w+/=]+)", rule[1])[1]
-    assert Image.open(io.BytesIO(base64.b64decode(data))).mode == shown

@@ -28,8 +28,7 @@ from curvlinops_diffusion import (
     stream_gradients,
     top_influences,
 )
-from curvlinops_diffusion.influence.consumers import PairwiseScores
-from curvlinops_diffusion.influence.scorers import inner_products
+from curvlinops_diffusion.influence.consumers import AllRows, Scored
 from curvlinops_diffusion.measurements import TrajectoryRegression
 from curvlinops_diffusion.runtime.checkpoints import CHECKPOINT
 from curvlinops_diffusion.runtime.files import FileKind
@@ -349,7 +348,7 @@ def test_a_gradient_that_is_not_finite_keeps_what_was_computed(tmp_path, regress
     own._data_identity["digest"] = "seen"
     J = ExampleGradientLinearOperator(own, LAYERS)
     vector = torch.ones(1, J.shape[1]).double()
-    consumer = PairwiseScores(lambda: inner_products(6)([vector.T]), 6)
+    consumer = Scored(AllRows(6), [lambda: vector.T], 6)
     options = PassOptions(tmp_path, checkpoint_every=1e9)
     data.bad = True
     with pytest.raises(ValueError, match=r"gradient of 'conv_in.weight' for examples \[4\]"):
@@ -360,9 +359,9 @@ def test_a_gradient_that_is_not_finite_keeps_what_was_computed(tmp_path, regress
     own = passes_regression(own.objective.model, data)  # started again
     own._data_identity["digest"] = "seen"
     J = ExampleGradientLinearOperator(own, LAYERS)
-    consumer = PairwiseScores(lambda: inner_products(6)([vector.T]), 6)
+    consumer = Scored(AllRows(6), [lambda: vector.T], 6)
     stream_gradients(J, {"scores": consumer}, passes=options)
-    assert_close(consumer.scores_QN, vector @ J.rows().T / 6, 1e-12)
+    assert_close(consumer.tensors()["scores"].T, vector @ J.rows().T / 6, 1e-12)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "foreign"])

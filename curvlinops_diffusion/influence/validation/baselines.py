@@ -21,6 +21,7 @@ from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.draws import Draws, make_draws
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.influence.compression import RandomProjection
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernel_regression import (
     kernel_regression_scores,
@@ -30,7 +31,6 @@ from curvlinops_diffusion.influence.measurements.trajectories import (
     check_states,
     states_as_batch,
 )
-from curvlinops_diffusion.influence.projection import RandomProjection
 from curvlinops_diffusion.linalg.operator import IdentityLinearOperator
 from curvlinops_diffusion.runtime.checks import check_count, check_positive
 from curvlinops_diffusion.runtime.digests import digest_of

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.influence.ranks import (
+from curvlinops_diffusion.influence.agreement import (
     rank_correlations,
     rank_correlations_without_each,
     ranks_beyond_rounding,

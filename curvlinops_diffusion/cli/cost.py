@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.cli.commands.scoring import in_shards
-from curvlinops_diffusion.cli.options import FitOptions, ScoreOptions, in_bytes
-from curvlinops_diffusion.cli.processes import num_processes
+from curvlinops_diffusion.attributor import Attributor
+from curvlinops_diffusion.cli.running import num_processes
 from curvlinops_diffusion.curvature.division import (
     batches_are_divided,
     divided_units,
@@ -24,13 +23,11 @@ from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.prepared import prepare
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.kernel_regression import GRADIENT_BYTES
-from curvlinops_diffusion.influence.regression import FUNCTIONS
-from curvlinops_diffusion.influence.split_half import can_be_halved
-from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
+from curvlinops_diffusion.influence.kernel_regression import FUNCTIONS, SOLVED
+from curvlinops_diffusion.influence.methods import Method
+from curvlinops_diffusion.influence.scores import can_be_halved
 from curvlinops_diffusion.linalg.factors import eigendecomposition
-from curvlinops_diffusion.linalg.parameters import Parameters
-from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
+from curvlinops_diffusion.runtime.passes import PLAIN
 
 # a decomposition of this size is timed; others take the cube of the ratio
 _PROBE = 512
@@ -70,9 +67,13 @@ class Cost:
         return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
 
 
-def fit_cost(regression: NoisedRegression, params: Parameters, options: FitOptions) -> Cost:
-    """Measure a batch, and extrapolate."""
-    kfac = KFACOptions(**options.kfac_options())
+def fit_cost(
+    attributor: Attributor, curvature: str, num_draws: int, options: dict[str, Any]
+) -> Cost:
+    """Measure a batch, and extrapolate: the cost of :meth:`Attributor.fit` with these arguments."""
+    kfac, passes = KFACOptions(**options), attributor.passes
+    regression = attributor.regression.with_draws(num_draws, antithetic=False)
+    params = attributor.params
     first = _first_batch(regression)
     prepared = prepare(first(1), params, kfac)
     plan = prepared.plan
@@ -88,26 +89,21 @@ def fit_cost(regression: NoisedRegression, params: Parameters, options: FitOptio
     itemsize, n = regression.objective.working_dtype.itemsize, num_processes()
     parameters = sum(p.numel() for p in prepared.coverage.params.values())
     file_entries, checkpoint_entries = entries, n * entries
-    if options.curvature == "ekfac":
+    if curvature == "ekfac":
         second = regression.with_draws(kfac.num_eigenvalue_draws(regression)).num_samples
         samples += second
         # a sample of the second pass takes longer (docs/performance.rst)
         seconds += 2 * run.seconds / run.samples * second + _decompositions(sizes)
         file_entries += parameters
         checkpoint_entries += entries + n * parameters  # of the bases, and of the eigenvalues
-    shards = n if options.sharded else 1
-    passes = PassOptions(
-        distributed=shards > 1,
-        sharded=shards > 1,
-        max_memory=in_bytes(options.max_memory),
-    )
+    shards, most = n if passes.sharded else 1, passes.max_memory
     # a shard's process may go over all images, for some of the factors: that these take less time
     # than all is not in the estimate
     divided = shards == 1 or batches_are_divided(regression, plan, passes)
     times = 1 if divided else n
     held = divided_units(plan, shards)
     memory = max(needed_memory(units, itemsize) for units in held)
-    most, groups = in_bytes(options.max_memory), 1
+    groups = 1
     if most is not None:
         owned = [plan.restricted({n for unit in units for n in unit.names}) for units in held]
         groups = max(num_groups(own, most, itemsize) for own in owned if own.units)
@@ -122,12 +118,21 @@ def fit_cost(regression: NoisedRegression, params: Parameters, options: FitOptio
 
 
 def score_cost(
-    train: NoisedRegression,
-    query: NoisedRegression,
-    operator: BlockDiagonalLinearOperator,
-    options: ScoreOptions,
+    attributor: Attributor,
+    queries: Any,
+    *,
+    method: str | Sequence[str],
+    measurement: str,
+    num_draws: int,
+    query_draws: int | None,
+    query_block: int,
+    **others: Any,
 ) -> Cost:
-    """Measure a batch of training images, and one query; extrapolate."""
+    """Measure a batch of training images, and one query; extrapolate: :meth:`Attributor.score`."""
+    operator = attributor.operator
+    train = attributor.gradients(num_draws=num_draws).regression
+    draws = num_draws if query_draws is None else query_draws
+    query = attributor.gradients(queries, num_draws=draws).regression
     first, one = _first_batch(train), _first_batch(query, 1)
     params = operator.param_names
 
@@ -135,41 +140,40 @@ def score_cost(
         list(ExampleGradientLinearOperator(some, params).row_batches())
 
     def query_rows(some: NoisedRegression) -> None:
-        J = ExampleGradientLinearOperator(some, params, measurement=options.measurement)
+        J = ExampleGradientLinearOperator(some, params, measurement=measurement)
         list(J.row_batches())
 
     own, queried = _measured(first, rows), _measured(one, query_rows)
     P, itemsize, n = operator.shape[0], operator.dtype.itemsize, num_processes()
     halved = can_be_halved(train) and can_be_halved(query)
     scores = query.num_data * train.num_data * itemsize * (3 if halved else 1)
-    if options.method == "regression":
+    if Method.REGRESSION in method:
         # of all draws, and of both halves
         runs = FUNCTIONS * (2 if halved else 1)
-        block = max(1, GRADIENT_BYTES // (P * itemsize))
+        block = max(1, SOLVED.gradient_bytes // (P * itemsize))
         parts = [-(-some.num_data // block) for some in (train, query)]
         # all gradients once if they are held, else once for each block that they stream past
         past = 1 if parts[0] == 1 else 1 + sum(parts)
         passes = (runs * past * train.num_samples, runs * query.num_samples)
         held = 3 * min(block, max(train.num_data, query.num_data))
     else:
-        blocks = -(-query.num_data // options.query_block)
+        blocks = -(-query.num_data // query_block)
         passes = (blocks * train.num_samples, query.num_samples)
-        held = min(options.query_block, query.num_data) + min(
+        held = min(query_block, query.num_data) + min(
             train.batch_size or train.num_data, train.num_data
         )
         held *= 2 if halved else 1
     return Cost(
         round(passes[0] * own.samples + passes[1] * queried.samples),
         scores,
-        scores if in_shards(options, n > 1) else n * scores,
+        scores if attributor.passes.sharded else n * scores,
         P * held * itemsize + sum(placed.num_bytes for placed in operator.blocks),
         own.once + queried.once + (passes[0] * own.seconds + passes[1] * queried.seconds) / n,
     )
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """Time and work that a run takes for each sample of its data, and time that it takes once.
+class _Measured(NamedTuple):
+    """What a run takes for each sample of its data, and once.
 
     Attributes:
         seconds: Time of a sample.
@@ -204,7 +208,6 @@ def _measured(
 def _timed(
     regression: NoisedRegression, run: Callable[[NoisedRegression], Any]
 ) -> tuple[float, int]:
-    """Seconds that a run takes, and samples that go through the network."""
     count = 0
 
     def add(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Tell what happens: lines for people on the error stream, lines of JSON in a file."""
+"""The processes of a run, and what they say: lines for people, lines of JSON in a file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import logging
 import os
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,7 @@ class _JSONLines(logging.Formatter):
 
 
 def start_log(path: Path | None) -> None:
-    """Append a line to a file for each event.
+    """Append a line to a file for each event of the first process.
 
     Raises:
         ValueError: If the file cannot be written.
@@ -30,7 +34,7 @@ def start_log(path: Path | None) -> None:
         _logger.removeHandler(handler)
     _logger.setLevel(logging.INFO)
     _logger.propagate = False
-    if path is None:
+    if path is None or not is_first():
         return
     try:
         if path.is_file():
@@ -52,10 +56,42 @@ def event(name: str, **fields: Any) -> None:
 
 
 def say(text: str) -> None:
-    """A line for people."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for people, of the first process."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
-def first_process() -> bool:
-    """Tell whether this process speaks and writes, by the number that ``torchrun`` gives it."""
+def is_first() -> bool:
+    """Whether this process speaks and writes, by the number that ``torchrun`` gives it."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def num_processes() -> int:
+    """The number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def process_group(options: Namespace, timeout: float = 1800.0) -> Iterator[None]:
+    """Join the other processes of ``torchrun`` or ``accelerate launch``, if there are any.
+
+    Each has a GPU of its own, if there are any, which becomes the current one.
+
+    Args:
+        options: Those of the command.
+        timeout: Seconds that a process of torchrun waits for the others.
+    """
+    import torch
+    from torch import distributed
+
+    if options.device is None and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if num_processes() == 1:
+        yield
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,166 @@
+"""``fit``, ``score``, ``report``, and ``attribute``, which is all three: callers of the library."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import distributed
+
+from curvlinops_diffusion.attribution import Attribution
+from curvlinops_diffusion.attributor import Attributor
+from curvlinops_diffusion.cli.cost import fit_cost, score_cost
+from curvlinops_diffusion.cli.earlier import as_yaml, of_run
+from curvlinops_diffusion.cli.network import load_network
+from curvlinops_diffusion.cli.options import ATTRIBUTOR, FIT, KFAC, REGRESSION, SCORE, chosen
+from curvlinops_diffusion.cli.running import event, is_first, process_group, say
+from curvlinops_diffusion.influence.methods import Method, check_measurement
+from curvlinops_diffusion.linalg.operator_files import read_header
+from curvlinops_diffusion.runtime.files import make_folder, write_bytes
+from curvlinops_diffusion.runtime.passes import PassOptions
+
+
+def fit(options: Namespace) -> None:
+    """Fit an operator, and write it.
+
+    Raises:
+        ValueError: If something is missing or does not fit together.
+    """
+    with _opened(options) as attributor:
+        if options.dry_run:
+            cost = fit_cost(attributor, options.curvature, options.num_draws, chosen(options, KFAC))
+            return _print_cost(cost)
+        _fit(attributor, options, options.output, options.num_draws)
+
+
+def _fit(attributor: Attributor, options: Namespace, output: Path, num_draws: int) -> None:
+    there = output.exists() and not options.overwrite
+    arguments = {**chosen(options, FIT), **chosen(options, KFAC), "output": output}
+    attributor.fit(**{**arguments, "num_draws": num_draws})
+    if there:
+        return say(f"'{output}' was made with the same options; nothing to do")
+    operator = attributor.operator
+    blocks = sum(operator.share.gathered(len(operator.blocks)))
+    covered, left_out = operator.shape[0], operator.info.get("left_out", {})
+    event("fitted", file=str(output), parameters=covered, left_out=left_out)
+    say(f"Wrote {output}: {covered:,} parameters in {blocks} blocks")
+
+
+def score(options: Namespace) -> None:
+    """Score every training image for every query, and write the scores.
+
+    Raises:
+        ValueError: If something is missing or does not fit together.
+    """
+    with _opened(options, options.operator) as attributor:
+        queries = _queries(attributor, options)
+        if options.dry_run:
+            return _print_cost(score_cost(attributor, queries, **chosen(options, SCORE)))
+        _score(attributor, queries, options, options.output)
+
+
+def _queries(attributor: Attributor, options: Namespace) -> Any:
+    queries = attributor.opened(options.queries)
+    say(f"Read {queries.summary()} from {options.queries}")
+    return queries
+
+
+def _score(attributor: Attributor, queries: Any, options: Namespace, output: Path) -> Attribution:
+    there = output.exists() and not options.overwrite
+    arguments = chosen(options, SCORE) | {"output": output, "overwrite": options.overwrite}
+    found = attributor.score(queries, **arguments)
+    if there:
+        say(f"'{output}' was made with the same options; nothing to do")
+        return found
+    sure = {} if found.agreement is None else found.agreement.as_header()
+    shape = {"queries": len(queries), "training_images": len(attributor.images.names)}
+    event("scored", file=str(output), values=found.header["values"], **shape, **sure)
+    say(f"Wrote {output}: {found}")
+    return found
+
+
+def report(options: Namespace) -> None:
+    """Write the page of scores.
+
+    Raises:
+        ValueError: If images, operator and scores do not belong together.
+    """
+    found = Attribution.load(options.scores, options.data, options.queries)
+    _report(found, options, options.output, options.operator)
+
+
+def _report(found: Attribution, options: Namespace, output: Path, operator: Path | None) -> None:
+    size = found.report(output, top=options.top, operator=operator)
+    event("reported", file=str(output), bytes=size)
+    say(f"Wrote {output} ({size / 1e6:.1f} MB)")
+
+
+def attribute(options: Namespace) -> None:
+    """Fit, score and report into a folder, with a table and the options beside.
+
+    Raises:
+        ValueError: If the folder holds another run, or as the three.
+    """
+    operator, scores = (options.output / f"{name}.safetensors" for name in ("operator", "scores"))
+    page, table = options.output / "report.html", options.output / "scores.csv"
+    with _opened(options) as attributor:
+        queries = _queries(attributor, options)  # checked before anything is computed
+        if options.dry_run:
+            curvature = (options.curvature, options.fit_draws, chosen(options, KFAC))
+            return _print_cost(fit_cost(attributor, *curvature))
+        if is_first():
+            make_folder(options.output)
+        if distributed.is_initialized():
+            distributed.barrier()
+        _fit(attributor, options, operator, options.fit_draws)
+        attributor.run = of_run(options) | {"operator": str(operator.absolute())}
+        found = _score(attributor, queries, options, scores)
+        if not is_first():
+            return
+        # not before: a folder of another run has been refused by now
+        write_bytes(options.output / "run.yaml", as_yaml(options).encode())
+        found.save(table)
+        _report(found, options, page, operator)
+    event("attributed", folder=str(options.output))
+    say(f"Open '{page}'. Scores: '{scores}'; as a table: '{table}'")
+
+
+@contextmanager
+def _opened(options: Namespace, operator: Path | None = None) -> Iterator[Attributor]:
+    """The attributor of a command, with an operator's file if there is one."""
+    if hasattr(options, "method"):  # before anything is loaded or computed
+        methods = [options.method] if isinstance(options.method, str) else options.method
+        check_measurement([Method(name) for name in methods], options.measurement)
+    with process_group(options, options.timeout):
+        names = getattr(options, "params", None) or ()
+        if operator is not None:
+            names = [name for name, _ in read_header(operator)["parameters"]]
+        network = load_network(options, names)
+        several = distributed.is_available() and distributed.is_initialized()
+        arguments = chosen(options, ATTRIBUTOR) | chosen(options, REGRESSION)
+        arguments["resolution"] = options.resolution
+        gigabytes = options.max_memory
+        arguments["passes"] = PassOptions(
+            None,
+            options.checkpoint_every,
+            distributed=several,
+            sharded=several and options.sharded,
+            max_memory=None if gigabytes is None else max(1, round(gigabytes * 1e9)),
+            progressbar=not options.quiet,
+        )
+        if operator is None:
+            attributor = Attributor.of_network(network, options.data, **arguments)
+        else:
+            arguments["other_data"] = options.other_data
+            attributor = Attributor.load(operator, network, options.data, **arguments)
+        attributor.run = of_run(options)
+        say(f"Read {attributor.images.summary()} from {options.data}")
+        yield attributor
+
+
+def _print_cost(cost: Any) -> None:
+    if is_first():
+        print(cost.text())

@@ -1,0 +1,159 @@
+"""What files hold of the commands that made them: it need not be given again."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from curvlinops_diffusion.cli.options import NETWORK, TRAINING, commands, flag, options_of
+from curvlinops_diffusion.cli.paths import check_exists
+from curvlinops_diffusion.cli.running import event, say
+from curvlinops_diffusion.influence.score_files import SCORES
+from curvlinops_diffusion.linalg.operator_files import block_rows, read_header
+from curvlinops_diffusion.runtime.files import named_path
+
+# what decides nothing about a result
+_OF_THE_RUN = {"command", "output", "overwrite", "dry_run", "log", "quiet", "debug"}
+_PATHS = {"pipeline", "model", "scheduler", "lora", "data", "queries"}
+# what a later command must know, given or not
+_NEEDED = ("data", "queries")
+
+
+def of_run(options: Namespace) -> dict[str, Any]:
+    """What decides the result of a command, as plain values; paths from the root on."""
+    chosen = {k: v for k, v in vars(options).items() if k not in _OF_THE_RUN and v is not None}
+    return {name: _plain(name, value) for name, value in chosen.items()}
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value.absolute())
+    if name == "lora":
+        named = [named_path(text) for text in value]
+        return [f"{own}={p.absolute()}" if own else str(p.absolute()) for own, p in named]
+    return value
+
+
+def as_yaml(options: Namespace) -> str:
+    """All that decides the result, as ``--config`` reads it."""
+    return str(yaml.safe_dump(of_run(options), sort_keys=False, allow_unicode=True))
+
+
+def completed(name: str, given: dict[str, Any]) -> Namespace:
+    """The options of a command: those given, those of the earlier command's file, and defaults.
+
+    Args:
+        name: The command.
+        given: The options that were given.
+
+    Raises:
+        ValueError: If one contradicts the earlier command, a path is no more there, or one is
+            missing.
+    """
+    command = commands()[name]
+    path, taken = given.get(command.earlier or ""), {}
+    if path is not None and command.earlier is not None:
+        by = {"operator": "fit", "scores": "score"}[command.earlier]
+        check_exists(path, flag(command.earlier), f"Make it by curvlinops-diffusion {by}.")
+        header = read_header(path)["info"] if by == "fit" else SCORES.read_header(path)
+        taken = _taken(name, path, header.get("run", {}), given)
+    options = options_of(name, **(taken | given))
+    for key in _NEEDED:
+        if command.earlier is not None and getattr(options, key, "") is None:
+            where = f"'{path}' does not name them" if path else f"there is no --{command.earlier}"
+            raise ValueError(f"{flag(key)} is missing, and {where}. Pass {flag(key)} FOLDER.")
+    return options
+
+
+def _taken(name: str, path: Path, run: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What is taken from a file, said in a line.
+
+    Raises:
+        ValueError: If what is given contradicts it, or a path of it is no more there.
+    """
+    # seeds decide no loss, and arguments are compared by the library, which knows their defaults
+    for key in ({"variant", *TRAINING.split()}) - {"seed", "training_arguments"}:
+        if run and key in given and _plain(key, given[key]) != run.get(key):
+            raise ValueError(
+                f"{flag(key)} {given[key]} contradicts '{path}', which was made with "
+                f"{run.get(key, 'none')}. Leave it out, or begin with fit anew."
+            )
+    kept = {*NETWORK.split(), *TRAINING.split(), "data", "queries", "operator", "batch_size"}
+    kept -= {"device", "shard_network", *given}
+    if name.startswith("validate"):  # other networks, on draws of their own
+        kept -= {"lora", "seed"}
+        kept |= {"measurement"} - given.keys()
+    if given.keys() & {"model", "scheduler"}:
+        kept -= {"pipeline"}
+    if "pipeline" in given:
+        kept -= {"model", "scheduler"}
+    known = commands()[name].options
+    taken = {key: value for key, value in run.items() if key in kept and key in known}
+    if not Path(taken.get("operator", path)).exists():  # which only adds to a page
+        del taken["operator"]
+    for key, value in taken.items():
+        for each in (value if known[key].several else [value]) if key in _PATHS else ():
+            place = named_path(each)[1] if key == "lora" else Path(each)
+            if not place.exists():
+                raise ValueError(
+                    f"'{place}' ({flag(key)}), which '{path}' was made with, is no more there. "
+                    f"Pass {flag(key)} with where it is now."
+                )
+    words = [
+        f"{flag(key)} {' '.join(value) if known[key].several else value}"
+        for key, value in taken.items()
+        if value != known[key].default
+    ]
+    if words:
+        say(f"As '{path}' was made: {' '.join(words)}")
+        event("taken", file=str(path), options=taken)
+    return {k: Path(v) if known[k].type is Path else v for k, v in taken.items()}
+
+
+def inspect(options: Namespace) -> None:
+    """Print a file's header and table.
+
+    Raises:
+        ValueError: If it is of no known kind.
+    """
+    if options.file.suffix != ".safetensors":
+        raise ValueError(
+            f"'{options.file}' is neither an operator's file, .safetensors as fit writes it, nor "
+            "one of scores, as score writes it. Pass one of these."
+        )
+    path = options.file
+    header = _print_scores(path) if SCORES.holds(path) else _print_operator(path)
+    print(json.dumps(header, indent=2))
+
+
+def _print_scores(path: Path) -> dict[str, Any]:
+    from curvlinops_diffusion.influence.stored_scores import StoredScores  # with PyTorch
+
+    scores_QN = StoredScores.open(path)
+    header = scores_QN.header
+    Q, N = scores_QN.shape
+    methods = " and ".join(header.get("methods", ["influence"]))
+    print(f"{methods} scores of {N} training images on {Q} queries")
+    least = min(float(scores_N.min()) for scores_N in scores_QN)
+    most = max(float(scores_N.max()) for scores_N in scores_QN)
+    print(f"from {least:.3g} to {most:.3g}")
+    for q, name in enumerate(header["queries"][:20]):
+        scores_N = scores_QN[q]
+        best = int(scores_N.argmax())
+        print(f"  {name}: most positive {header['train'][best]} ({scores_N[best]:+.3g})")
+    return {key: header[key] for key in ("identity", "run") if key in header}
+
+
+def _print_operator(path: Path) -> dict[str, Any]:
+    header = read_header(path)
+    rows = block_rows(header)
+    entries = sum(row["parameters"] for row in rows)
+    print(f"{header['kind']} with {entries:,} parameters in {len(rows)} blocks")
+    width = max((len(row["name"]) for row in rows), default=0)
+    for row in rows:
+        print(f"  {row['name']:{width}}  {row['kind']:9}  {row['parameters']:>12,}")
+    return dict(header["info"])

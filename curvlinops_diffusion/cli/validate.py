@@ -1,0 +1,425 @@
+"""``validate``: do scores predict what retrained networks do? Plan, measure, judge."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from argparse import Namespace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion import page
+from curvlinops_diffusion.cli.network import load_network
+from curvlinops_diffusion.cli.options import PLAN, REGRESSION, chosen
+from curvlinops_diffusion.cli.running import event, say
+from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
+from curvlinops_diffusion.influence.score_files import helpful_sign
+from curvlinops_diffusion.influence.stored_scores import StoredScores
+from curvlinops_diffusion.influence.validation.judgements import (
+    linear_datamodelling_score,
+    removal_effects,
+)
+from curvlinops_diffusion.influence.validation.plans import HEADER, Removal, RetrainingPlan
+from curvlinops_diffusion.loading.images import open_images
+from curvlinops_diffusion.loading.named_images import NamedImages
+from curvlinops_diffusion.loading.preprocessing import Form
+from curvlinops_diffusion.page.figures import intervals
+from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
+from curvlinops_diffusion.runtime.files import FileKind, named_path, write_bytes
+from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
+
+TEMPLATE = Path(page.__file__).parent / "validation.html.j2"
+MEASURED = FileKind(
+    "curvlinops_diffusion.measured",
+    "measurements of retrained networks",
+    "Make it by curvlinops-diffusion validate measure.",
+)
+_SEED = re.compile(r"_seed(\d+)$")
+
+
+def validate_plan(options: Namespace) -> None:
+    """Write a plan, and a list of files for each part.
+
+    Raises:
+        ValueError: If something is missing, or there is a plan already.
+    """
+    if (options.output / HEADER).exists() and not options.overwrite:
+        raise ValueError(
+            f"'{options.output}' holds a plan, which networks may have been trained by. Pass "
+            "another --output, or --overwrite."
+        )
+    images = open_images(options.data, Form(None, None, None))
+    plan = _plan(options, images)
+    plan.info["digests"] = images.source_digests()
+    plan.save(options.output, images.names)
+    event("planned", folder=str(options.output), parts=len(plan.parts), images=plan.num_data)
+    say(
+        f"Wrote {options.output}: {len(plan.parts)} parts of {plan.num_data:,} images. Train a "
+        f"network on the images that each PART.txt lists, and save it as FOLDER/PART, several "
+        "seeds as FOLDER/PART_seed0, FOLDER/PART_seed1, …"
+    )
+
+
+def _plan(options: Namespace, images: NamedImages) -> RetrainingPlan:
+    kind = options.kind or ("subsets" if options.remove is None else "removals")
+    if kind == "subsets":
+        return RetrainingPlan.random_subsets(len(images), **chosen(options, PLAN))
+    if kind == "groups":
+        labels: list[Any] | None = images.conditions.get("class_labels")
+        if labels is None:
+            raise ValueError(
+                f"'{options.data}' has no classes to leave out. Put each group into a folder of "
+                "its own, or give a 'label' for each image in metadata.jsonl."
+            )
+        numbers = torch.tensor([-1 if label is None else label for label in labels])
+        names = None if images.classes is None else images.classes.order
+        return RetrainingPlan.leave_one_group_out(numbers, names)
+    if options.scores is None or not options.remove:
+        raise ValueError("--kind removals needs --scores FILE and --remove N …")
+    method = options.scores.stem
+    if method.lower() in (Removal.NOTHING, Removal.CONTROL):
+        raise ValueError(
+            f"Parts are named after '{options.scores}', and those of controls are called "
+            f"'{method.lower()}'. Rename the file."
+        )
+    try:
+        sizes = [int(size) for size in options.remove]
+    except ValueError:
+        raise ValueError(f"--remove takes whole numbers, got {options.remove}.") from None
+    scores = StoredScores.open(options.scores)
+    header = scores.header
+    scored = header.get("sources")
+    same = header["train"] == images.names
+    if not same or (scored is not None and scored != images.source_digests()):
+        raise ValueError(
+            f"'{options.scores}' is of other training images than '{options.data}' holds. Pass "
+            "those that were scored."
+        )
+    name = header["identity"].get("query", {}).get("measurement", "loss")
+    signs = {known: entry.better.helpful_sign for known, entry in MEASUREMENTS.items()}
+    if not signs.get(name):
+        fit = ", ".join(known for known, sign in signs.items() if sign)
+        raise ValueError(
+            f"'{options.scores}' has scores of {name}, of which neither sign means helpful, so "
+            f"that nothing is most helpful by it. Pass scores of one of {fit}: score --measurement "
+            "…"
+        )
+    helpful = helpful_sign(header) * scores.whole()
+    return RetrainingPlan.removals(helpful, sizes, method=method, seed=options.seed)
+
+
+def validate_measure(options: Namespace) -> None:
+    """Measure, network by network; what was measured before is kept.
+
+    Raises:
+        ValueError: If a network is missing, or cannot be loaded.
+    """
+    plan = RetrainingPlan.open(options.plan)
+    found = networks_of(options.retrained, plan.parts)
+    if options.dry_run:
+        count = len(open_images(options.queries, Form(None, None, options.resolution)))
+        samples = count * options.query_draws
+        print(f"{len(found):,} networks, {samples:,} samples forward under each")
+        return
+    checkpoint = options.output.with_name(f"{options.output.name}.checkpoint")
+    values, names, digests = [], [], []
+    for seed in sorted({seed for seed, _ in found}):
+        row = []
+        for part in plan.parts:
+            own = _of(options, found[seed, part])
+            label = f"{part}, seed {seed}"
+            try:
+                values_Q, images = measured(own, label, checkpoint, options.seed)
+            except OtherCheckpointError:
+                if not options.overwrite:
+                    raise
+                shutil.rmtree(checkpoint)
+                values_Q, images = measured(own, label, checkpoint, options.seed)
+            row.append(values_Q)
+            names, digests = images.names, images.digests
+            event("measured", part=part, seed=seed, mean=float(values_Q.mean()))
+        values.append(torch.stack(row))
+    values_SMQ = torch.stack(values)
+    header = {
+        "parts": list(plan.parts),
+        "plan": plan.digest,
+        "queries": names,
+        "digests": digests,
+        "measurement": options.measurement,
+        "query_draws": options.query_draws,
+        "seed": options.seed,
+    }
+    MEASURED.write(options.output, {"values": values_SMQ}, header)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    S, M, Q = values_SMQ.shape
+    say(f"Wrote {options.output}: {Q} queries under {M} networks of {S} seeds")
+
+
+def networks_of(folder: Path, parts: tuple[str, ...]) -> dict[tuple[int, str], Path]:
+    """The files or folders of networks, by seed and part.
+
+    Raises:
+        ValueError: If a part has none, or not those of every seed.
+    """
+    found: dict[tuple[int, str], Path] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        name = path.name.removesuffix(".safetensors")
+        match = None if name in parts else _SEED.search(name)
+        seed, part = (0, name) if match is None else (int(match[1]), _SEED.sub("", name))
+        if part in parts:
+            if (seed, part) in found:
+                raise ValueError(f"'{path}' and '{found[seed, part]}' are of one part and seed.")
+            found[seed, part] = path
+    seeds = sorted({seed for seed, _ in found}) or [0]
+    missing = [(s, p) for s in seeds for p in parts if (s, p) not in found]
+    if missing:
+        some = ", ".join(f"{p} (seed {s})" for s, p in missing[:4])
+        raise ValueError(
+            f"'{folder}' has no network for {len(missing)} of {len(seeds) * len(parts)} parts and "
+            f"seeds: {some}{', …' * (len(missing) > 4)}. Save each as '{folder}/{parts[0]}' or "
+            f"'{folder}/{parts[0]}_seed0'."
+        )
+    return found
+
+
+def measured(
+    options: Namespace, label: str, checkpoint: Path, seed: int = 12345
+) -> tuple[Tensor, NamedImages]:
+    """The values of one network ``[Q]``, and the queries; on draws that scores do not have.
+
+    Args:
+        options: The options, with the network's.
+        label: What it is called in the checkpoint.
+        checkpoint: A folder that values are kept in.
+        seed: The seed of the draws.
+    """
+    network = load_network(options)
+    images = open_images(options.queries, network.form(options.resolution), network.condition)
+    recipe = {k: v for k, v in chosen(options, REGRESSION).items() if k != "augment"}
+    query = NoisedRegression(
+        network.objective,
+        images,
+        options.query_draws,
+        seed,
+        batch_size=options.batch_size,
+        **recipe,
+    )
+    J = ExampleGradientLinearOperator(query, measurement=options.measurement)
+    passes = PassOptions(checkpoint, progressbar=not options.quiet)
+    of = {"measurement": options.measurement}
+    found = computed_once(label, query, lambda: {"values": J.values()}, passes, of)
+    return found["values"].cpu(), images
+
+
+def _of(options: Namespace, path: Path) -> Namespace:
+    """The options with a retrained network: a pipeline, a model, or an adapter of the base.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if (path / "model_index.json").is_file():
+        return _replaced(options, pipeline=path, model=None, scheduler=None)
+    if (path / "config.json").is_file():
+        if options.scheduler is None:
+            raise ValueError(f"'{path}' is a model alone: pass --scheduler FOLDER as well.")
+        return _replaced(options, model=path, pipeline=None)
+    if options.pipeline is None and options.model is None:
+        raise ValueError(
+            f"'{path}' holds neither a pipeline nor a model of diffusers. For adapters pass what "
+            "they were trained on, by --pipeline FOLDER."
+        )
+    return _replaced(options, lora=[str(path)])
+
+
+def _replaced(options: Namespace, **changed: Any) -> Namespace:
+    return Namespace(**(vars(options) | changed))
+
+
+def read_measured(path: Path) -> tuple[Tensor, dict[str, Any]]:
+    """Values ``[S, M, Q]``, and what they are of.
+
+    Raises:
+        ValueError: If the file is missing, damaged, or of something else.
+    """
+    header, tensors = MEASURED.read(path)
+    try:
+        values_SMQ, sizes = tensors["values"], (len(header["parts"]), len(header["queries"]))
+    except (KeyError, TypeError) as error:
+        raise MEASURED.damaged(path, f"{type(error).__name__}: {error}") from error
+    if values_SMQ.ndim != 3 or tuple(values_SMQ.shape[1:]) != sizes:
+        raise MEASURED.damaged(path, f"values {tuple(values_SMQ.shape)} of {sizes} names")
+    return values_SMQ, header
+
+
+def validate_judge(options: Namespace) -> None:
+    """Judge scores, and write a page or a file of numbers.
+
+    Raises:
+        ValueError: If scores, plan and measurements do not belong together.
+    """
+    plan = RetrainingPlan.open(options.plan)
+    values_SMQ, header = read_measured(options.measured)
+    if header["plan"] != plan.digest or header["parts"] != list(plan.parts):
+        raise ValueError(
+            f"'{options.measured}' was measured by another plan than '{options.plan}'. Pass the "
+            "plan by which networks were trained."
+        )
+    found: dict[str, Any] = {
+        "measurement": header["measurement"],
+        "plan": plan.kind,
+        "parts": len(plan.parts),
+        "seeds": len(values_SMQ),
+        "queries": len(header["queries"]),
+        "training_images": plan.num_data,
+    }
+    if plan.kind == "removals":
+        found["removals"] = _removals(plan, values_SMQ)
+    else:
+        scores = _named_scores(options.scores or [], plan, header)
+        found |= _scored(plan, values_SMQ, scores, options.bootstrap)
+    found = _plain(found)
+    text = json.dumps(found, indent=1) if options.output.suffix == ".json" else _page(found)
+    write_bytes(options.output, text.encode())
+    event("judged", file=str(options.output), **found)
+    for line in _lines(found):
+        say(line)
+    say(f"Wrote {options.output}")
+
+
+def _named_scores(
+    words: list[str], plan: RetrainingPlan, header: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Scores by their names ``[Q, N]``, of the sign of what was measured.
+
+    Raises:
+        ValueError: If they are of other queries or training images, or two have one name.
+    """
+    if not words:
+        raise ValueError("Pass the scores to judge: --scores FILE …, each perhaps as NAME=FILE.")
+    found: dict[str, Tensor] = {}
+    better = MEASUREMENTS[header["measurement"]].better
+    for word in words:
+        named, path = named_path(word)
+        name = named or path.stem
+        scores = StoredScores.open(path)
+        own = scores.header
+        names = plan.info.get("names")
+        if own["queries"] != header["queries"] or names not in (None, own["train"]):
+            raise ValueError(
+                f"'{path}' is of other queries than '{header['queries'][0]}', …, or of other "
+                "training images than the plan. Score the same images as were planned and measured."
+            )
+        if name in found:
+            raise ValueError(f"Two --scores are called '{name}'. Pass them as NAME=FILE.")
+        digests = own.get("digests", {}).get("queries")
+        if digests is not None and digests != header["digests"]:
+            raise ValueError(f"'{path}' is of queries of the same names, but other images.")
+        planned, scored = plan.info.get("digests"), own.get("sources")
+        if None not in (planned, scored) and planned != scored:
+            raise ValueError(
+                f"'{path}' is of training images of the same names as the plan's, but other images."
+            )
+        of = MEASUREMENTS.get(own["identity"].get("query", {}).get("measurement", ""))
+        # a log-likelihood falls where a loss rises
+        opposite = of is not None and (of.better is Better.HIGHER) != (better is Better.HIGHER)
+        scores_QN = scores.whole()
+        if not scores_QN.isfinite().all():
+            count = int((~scores_QN.isfinite()).sum())
+            raise ValueError(
+                f"'{path}' has {count} scores that are not finite. Pass scores that are."
+            )
+        found[name] = -scores_QN if opposite else scores_QN
+    return found
+
+
+def _scored(
+    plan: RetrainingPlan,
+    values_SMQ: Tensor,
+    scores: dict[str, Tensor],
+    bootstrap: int,
+) -> dict[str, Any]:
+    judged = {
+        name: linear_datamodelling_score(scores_QN, plan.left_out, values_SMQ, bootstrap=bootstrap)
+        for name, scores_QN in scores.items()
+    }
+    first, *_ = judged.values()
+    rows = []
+    for name, one in judged.items():
+        row: dict[str, Any] = {"method": name, "lds": one.mean, "interval": list(one.interval)}
+        if one is not first:
+            difference, interval = one.minus(first)
+            row["minus_first"] = {"difference": difference, "interval": list(interval)}
+        rows.append(row | {"per_query": one.per_query.tolist()})
+    return {"agreement": first.agreement, "ceiling": first.ceiling, "methods": rows}
+
+
+def _removals(plan: RetrainingPlan, values_SMQ: Tensor) -> list[dict[str, Any]]:
+    effects = removal_effects(plan.parts, values_SMQ, plan.info["method"])
+    return [{"removed": k, **vars(effect)} for k, effect in effects.items()]
+
+
+def _plain(value: Any) -> Any:
+    """Plain values with ``None`` in place of undefined numbers, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def _text(value: float | None, form: str) -> str:
+    """A number as text; ``None`` as undefined."""
+    return "undefined" if value is None else format(value, form)
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    """Say what was found, for people."""
+    if "removals" in found:
+        return [
+            f"Without the {row['removed']} most helpful images: {row['change']:+.1%}"
+            + ("" if row["error"] is None else f" ± {row['error']:.1%}")
+            + ("" if row["control"] is None else f"; without random ones {row['control']:+.1%}")
+            for row in found["removals"]
+        ]
+    lines = []
+    for row in found["methods"]:
+        low, high = (_text(end, ".3f") for end in row["interval"])
+        line = f"{row['method']}: {_text(row['lds'], '.3f')} [{low}, {high}]"
+        if "minus_first" in row:
+            minus = row["minus_first"]
+            low, high = (_text(end, "+.3f") for end in minus["interval"])
+            line += f", {_text(minus['difference'], '+.3f')} [{low}, {high}] to the first"
+        undefined = sum(score is None for score in row["per_query"])
+        if undefined:
+            line += f"; undefined for {undefined} of {found['queries']} queries, left out"
+        lines.append(line)
+    if found["ceiling"] is not None:
+        lines.append(
+            f"Two seeds agree by {found['agreement']:.2f}; a perfect predictor would have "
+            f"{found['ceiling']:.2f}"
+        )
+    return lines
+
+
+def _page(found: dict[str, Any]) -> str:
+    figure = None
+    if "methods" in found:
+        rows = [
+            (row["method"], row["lds"], *row["interval"])
+            for row in found["methods"]
+            if row["lds"] is not None
+        ]
+        figure = intervals(rows, found["ceiling"])
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = _text
+    return environment.from_string(TEMPLATE.read_text()).render(
+        figure=figure, quantity=MEASUREMENTS[found["measurement"]].quantity, **found
+    )

@@ -1,0 +1,179 @@
+"""Captions beside images, and the folders of kohya's ``sd-scripts``: as trainers read them."""
+
+import shutil
+
+import pytest
+import torch
+
+from curvlinops_diffusion import Attributor
+from curvlinops_diffusion.cli.network import load_network
+from curvlinops_diffusion.cli.options import options_of
+from curvlinops_diffusion.loading.images import open_images
+from curvlinops_diffusion.loading.labels import Condition
+from curvlinops_diffusion.loading.preprocessing import Form
+from tests.cli.cases import write_images
+from tests.diffusion import test_pipelines as pipelines
+
+FORM, PROMPT = Form(1, (8, 8), None), Condition("prompt")
+
+
+def write(folder, files):
+    """Text files beside images, in text or bytes."""
+    for name, text in files.items():
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def epoch(folder, extension=".caption"):
+    """The images and captions of an epoch, by the documentation of kohya's ``sd-scripts``.
+
+    The images directly in each folder called ``<number of repetitions>_<identifier> <class>``, so
+    many times; the caption is the first line of the file of the image's name with the extension,
+    and without such a file it is what follows the number.
+    """
+    found = []
+    for inner in sorted(folder.iterdir()):
+        number, prompt = inner.name.split("_", 1)
+        for image in sorted(inner.glob("*.png")):
+            file = image.with_suffix(extension)
+            caption = file.read_text().splitlines()[0].strip() if file.is_file() else prompt
+            found += [(f"{inner.name}/{image.name}", caption)] * int(number)
+    return found
+
+
+@pytest.fixture
+def kohya(tmp_path):
+    folder = tmp_path / "train"
+    write_images(folder / "20_sls frog", 3, 0)
+    write_images(folder / "10_cpc rabbit", 2, 1)
+    write(folder / "20_sls frog", {"image0.txt": "sls frog, green\n", "image2.txt": " in a hat "})
+    write(folder / "10_cpc rabbit", {"image1.txt": "cpc rabbit, two ears"})
+    return folder
+
+
+def test_folders_with_repeats(kohya):
+    """Means over images with their weights are means over an epoch of the trainer."""
+    images = open_images(kohya, FORM, PROMPT)
+    expected = epoch(kohya, ".txt")
+    assert images.names == list(dict.fromkeys(name for name, _ in expected))
+    prompts = dict(expected)
+    assert [item["prompt"] for item in images] == [prompts[name] for name in images.names]
+    value = {name: n**2 + 1.0 for n, name in enumerate(images.names)}
+    mean = sum(value[name] for name, _ in expected) / len(expected)
+    weighted = [w * value[n] for w, n in zip(images.example_weights, images.names, strict=True)]
+    assert sum(weighted) / len(images) == pytest.approx(mean, rel=1e-12)
+    assert images.summary() == (
+        "5 images, 5 prompts; 2 images with the folder's name as prompt (10_cpc rabbit/image0.png, "
+        "…); repeated: 'cpc rabbit' 10 times, 'sls frog' 20 times"
+    )
+
+
+def test_folders_of_equal_repeats(tmp_path):
+    """Nothing is weighted; a network that takes no prompts takes them for what they are to it."""
+    for name in ("10_a", "10_b"):
+        write_images(tmp_path / name, 1, 0)
+    assert open_images(tmp_path, FORM, PROMPT).example_weights is None
+    images = open_images(tmp_path, FORM, Condition("class_labels", 2))
+    assert [item["class_labels"] for item in images] == [0, 1]
+    assert images.example_weights is None
+
+
+BESIDE = {
+    "kohya's": {"image0.caption": "a cat", "image1.caption": "a hat"},
+    "others'": {"image0.txt": "a cat\n", "image1.txt": "  a hat  \n\n"},
+    "from Windows": {"image0.txt": b"\xef\xbb\xbfa cat\r\n", "image1.txt": b"a hat\r\n"},
+    "of several lines": {"image0.txt": "a cat\na dog", "image1.txt": "a hat"},
+    "of an extension": {"image0.tags": "a cat", "image1.tags": "a hat", "image0.txt": "no"},
+    "beside others": {"image0.caption": "a cat", "image1.caption": "a hat", "notes.txt": "no"},
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_captions_beside_images(tmp_path, kind):
+    write_images(tmp_path / "a", 2, 0)
+    write(tmp_path / "a", BESIDE[kind])
+    ends = [".tags", "tags"] if "image0.tags" in BESIDE[kind] else [None]
+    for end in ends:
+        images = open_images(tmp_path, FORM, Condition("prompt", caption_extension=end))
+        assert [item["prompt"] for item in images] == ["a cat", "a hat"]
+    said = images.summary()
+    assert ("the first line of 1 longer caption (a/image0.txt, …)" in said) == ("lines" in kind)
+    assert ("1 other files left out (a/notes.txt)" in said) == ("others" in kind.split())
+    assert ("not read: files .txt" in said) == ("extension" in kind)
+
+
+def test_images_without_a_caption(tmp_path):
+    """They take one prompt, an empty line is a caption, and a prompt of none is said."""
+    write_images(tmp_path / "a", 2, 0)
+    write(tmp_path / "a", {"image1.txt": "\n"})
+    with pytest.raises(ValueError, match=r"'a/image0.png' .* has no prompt, .*\.txt or \.caption"):
+        open_images(tmp_path, FORM, PROMPT)
+    images = open_images(tmp_path, FORM, Condition("prompt", prompt="x"))
+    assert [item["prompt"] for item in images] == ["x", ""]
+    assert open_images(tmp_path, FORM, PROMPT, prompts="x").conditions == images.conditions
+    write(tmp_path / "a", {"image0.txt": "a"})
+    said = open_images(tmp_path, FORM, Condition("prompt", prompt="x")).summary()
+    assert said == "2 images, 2 prompts; all have prompts of their own, and 'x' is of none of them"
+    with pytest.raises(ValueError, match=r"`prompts` must be left out .* got 'x' for 2 images"):
+        open_images(tmp_path, FORM, PROMPT, prompts="x")
+
+
+NAMED = '{"file_name": "a/image0.png"}\n{"file_name": "a/image1.png", "text": "b"}'
+REFUSED = {
+    "two kinds": (
+        {"a/image0.txt": "a", "a/image1.caption": "b"},
+        "two kinds, 'a/image1.caption' and 'a/image0.txt'. Pass --caption-extension",
+    ),
+    "an empty file": ({"a/image0.txt": ""}, "image0.txt' is empty. Write it"),
+    "Windows-1252": ({"a/image1.txt": "é".encode("cp1252")}, "line 1 has the byte 0xe9"),
+    "another extension": (
+        {"a/image0.txt": "a", "a/image1.tags": "b"},
+        r"prompt 'x' .* captions lie, 'a/image0.txt' first \(1 of them\).*--caption-extension .txt",
+    ),
+    "metadata": (
+        {"a/image0.txt": "a", "metadata.jsonl": NAMED},
+        "prompt 'x' .* captions lie, 'a/image0.txt' first",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_captions_that_are_refused(tmp_path, kind):
+    files, told = REFUSED[kind]
+    write_images(tmp_path / "a", 2, 0)
+    write(tmp_path, files)
+    end = "tags" if kind == "another extension" else None
+    with pytest.raises(ValueError, match=told):
+        open_images(tmp_path, FORM, Condition("prompt", prompt="x", caption_extension=end))
+
+
+@pytest.mark.parametrize("where", ["image.png", "other/image.png", "20_sls frog/in/image.png"])
+def test_images_that_kohya_does_not_train_on(kohya, where):
+    (kohya / where).parent.mkdir(exist_ok=True)
+    shutil.copy(kohya / "20_sls frog" / "image0.png", kohya / where)
+    with pytest.raises(ValueError, match=rf"\('(10|20)_[a-z ]*'\), which .* and '{where}' is none"):
+        open_images(kohya, FORM, PROMPT)
+
+
+def test_by_the_library_and_the_program(kohya, tmp_path):
+    """What a folder says is what prompts and weights given by hand say."""
+    pipeline = pipelines.made(pipelines.stable_diffusion, tmp_path)
+    for path in kohya.rglob("*.txt"):
+        path.rename(path.with_suffix(".tags"))
+    options = {"params": ["conv_out.*"], "progressbar": False}
+    read = Attributor.from_pipeline(pipeline, kohya, caption_extension="tags", **options)
+    names = list(dict.fromkeys(name for name, _ in epoch(kohya, ".tags")))
+    files = [kohya / name for name in names]
+    given = {"prompts": [dict(epoch(kohya, ".tags"))[name] for name in names]}
+    given["example_weights"] = [5 / 8 if name.startswith("10") else 5 / 4 for name in names]
+    by_hand = Attributor.from_pipeline(pipeline, files, **given, **options)
+    rows = by_hand.gradients(num_draws=2).rows()
+    assert torch.equal(read.gradients(num_draws=2).rows(), rows)
+    alike = Attributor.from_pipeline(pipeline, files, prompts=given["prompts"], **options)
+    assert not torch.allclose(alike.gradients(num_draws=2).rows(), rows)
+
+    options = {"pipeline": tmp_path / "pipeline", "quiet": True, "caption_extension": "tags"}
+    network = load_network(options_of("fit", **options))
+    by_program = Attributor.of_network(network, kohya)
+    assert by_program.images.conditions["prompt"] == given["prompts"]
+    expected = by_hand.regression.description["example_weights"]
+    assert by_program.regression.description["example_weights"] == expected
