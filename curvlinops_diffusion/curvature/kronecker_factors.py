@@ -28,7 +28,12 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers import ExactKind, Layer
 from curvlinops_diffusion.layers.kind import at_positions
 from curvlinops_diffusion.layers.mapped_gradients import mapped_gradients
-from curvlinops_diffusion.layers.moments import LatestProduct, MomentSums, second_moment
+from curvlinops_diffusion.layers.moments import (
+    LatestProduct,
+    MomentSums,
+    second_moment,
+    summable,
+)
 from curvlinops_diffusion.layers.observable import (
     CallCounter,
     Calls,
@@ -42,7 +47,6 @@ from curvlinops_diffusion.layers.observation import (
     in_precision,
     observed,
 )
-from curvlinops_diffusion.layers.products import summable
 from curvlinops_diffusion.linalg.factors import identity_like
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, run_pass
 from curvlinops_diffusion.runtime.precision import matmuls_in_tf32
