@@ -23,8 +23,8 @@ from curvlinops_diffusion.influence.measurements.base import ExampleFunction, Me
 from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_gradient
 from curvlinops_diffusion.layers import Coverage, cover
 from curvlinops_diffusion.layers.effect import check_adapters, check_effect, zeros_of
-from curvlinops_diffusion.layers.mapped_gradients import example_gradients
 from curvlinops_diffusion.layers.hooks import frozen
+from curvlinops_diffusion.layers.mapped_gradients import example_gradients
 from curvlinops_diffusion.layers.observable import ObservedRetrial, observable
 from curvlinops_diffusion.runtime.modes import (
     forward_mode,

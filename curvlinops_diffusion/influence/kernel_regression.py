@@ -29,8 +29,8 @@ from curvlinops_diffusion.influence.scores import (
     query_blocks,
     stream_gradients,
 )
-from curvlinops_diffusion.linalg.operator import check_same_parameters
 from curvlinops_diffusion.linalg.conjugate_gradients import CGRefinedInverseLinearOperator
+from curvlinops_diffusion.linalg.operator import check_same_parameters
 from curvlinops_diffusion.linalg.upstream import LinearOperator, PyTorchLinearOperator
 from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checks import check_count, check_positive

@@ -76,9 +76,8 @@ class CorrelationSums(ABC):
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name, in an order that follows from the geometry."""
-        held = [
-            z for sums in (self._sums, self._strips) for own in sums.values() for z in own.values()
-        ]
+        held = [z for group in self._sums.values() for z in group.values()]
+        held += [z for group in self._strips.values() for z in group.values()]
         return {f"{self.NAME}{i}": z for i, z in enumerate(held)}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:

@@ -52,16 +52,17 @@ class Convolution2d:
         """Read a module as such a convolution, of :func:`as_images`; ``None`` if it is none."""
         if module.groups > 1:
             return None
-        sizes = module.kernel_size, module.stride, module.dilation
+        sizes: Any = (module.kernel_size, module.stride, module.dilation)
         padding = module._reversed_padding_repeated_twice  # strings resolved
         if isinstance(module, nn.Conv1d):  # images of one row
-            sizes, padding = tuple((1, *z) for z in sizes), [*padding, 0, 0]
+            sizes, padding = [(1, *z) for z in sizes], [*padding, 0, 0]
         elif isinstance(module, nn.Conv3d):
             if {*module.kernel_size[1:], *module.stride[1:]} != {1} or any(padding[:4]):
                 return None
             # along time only: rows are times, columns the pixels
-            sizes, padding = tuple((z[0], 1) for z in sizes), [0, 0, *padding[4:]]
-        return cls(*sizes, tuple(padding), module.padding_mode)
+            sizes, padding = [(z[0], 1) for z in sizes], [0, 0, *padding[4:]]
+        kernel, stride, dilation = sizes
+        return cls(kernel, stride, dilation, tuple(padding), module.padding_mode)
 
     def padded(self, x: Tensor) -> tuple[Tensor, Padding]:
         """Images padded with what is not zero, and the zeros that are still to be added."""
@@ -192,7 +193,8 @@ class Geometry:
 
     def column_pairs(self) -> list[tuple[int, int]]:
         """Pairs of horizontal taps."""
-        return list(product(range(len(self.columns.taps)), repeat=2))
+        taps = range(len(self.columns.taps))
+        return list(product(taps, taps))
 
     def row_parts(self) -> list[tuple[Key, Interval]]:
         """The ranges of rows over which is summed: the overlaps, and what windows leave out."""
@@ -216,9 +218,8 @@ class Geometry:
     def shifts(self) -> dict[tuple[int, int], list[int]]:
         """The horizontal shifts that occur, by the pair of phases."""
         shifts: dict[tuple[int, int], list[int]] = {}
-        for first, second, shift in sorted(
-            {self.columns.key(*pair) for pair in self.column_pairs()}
-        ):
+        keys = {self.columns.key(k, l) for k, l in self.column_pairs()}
+        for first, second, shift in sorted(keys):
             shifts.setdefault((first, second), []).append(shift)
         return shifts
 

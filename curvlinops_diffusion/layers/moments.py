@@ -174,7 +174,8 @@ class LatestProduct:
     """
 
     def __init__(self) -> None:
-        self.forget()
+        self._x: Tensor | None = None
+        self._product = torch.empty(0)
 
     def of(self, x: Tensor, chosen: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
         """``Σ x xᵀ`` over all but the last axis, of what is chosen of it, always the same."""
@@ -185,5 +186,4 @@ class LatestProduct:
 
     def forget(self) -> None:
         """Let go of the latest input."""
-        self._x: Tensor | None = None
-        self._product = torch.empty(0)
+        self._x, self._product = None, torch.empty(0)

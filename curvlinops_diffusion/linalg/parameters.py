@@ -87,8 +87,8 @@ def select_parameters(model: nn.Module, params: Parameters) -> dict[str, nn.Para
             "`params` must be None for all that is supported, a list of the model's parameters or "
             f"of their names, or a dict from names to parameters, got {type(params).__name__}."
         )
-    of = _names_of_mapping if isinstance(params, Mapping) else _names_of_sequence
-    names = of(own, {id(p): name for name, p in own.items()}, params)
+    given = _names_of_mapping if isinstance(params, Mapping) else _names_of_sequence
+    names = given(own, {id(p): name for name, p in own.items()}, params)
     if not names:
         raise ValueError("params is empty. Pass at least one parameter, or None for all.")
     if len(set(names)) < len(names):
@@ -111,7 +111,7 @@ def _with_entries(params: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
 
 
 def _names_of_mapping(
-    own: dict[str, nn.Parameter], name_of: dict[int, str], params: Mapping[str, Any]
+    own: dict[str, nn.Parameter], name_of: dict[int, str], params: Any
 ) -> list[str]:
     for name, value in params.items():
         if id(value) not in name_of:
@@ -169,8 +169,8 @@ def _own_names(own: Collection[str], names: Sequence[str]) -> dict[str, str]:
         if adapter_of(unknown) is not None and not any(map(adapter_of, own)):
             raise ValueError(
                 f"params names '{unknown}', and the model has no adapter: it was unloaded, or "
-                "merged and unloaded (unload_lora_weights, merge_and_unload), or belongs to another "
-                "model (a text encoder, say). Load it into this model, without merging it."
+                "merged and unloaded (unload_lora_weights, merge_and_unload), or belongs to "
+                "another model (a text encoder, say). Load it into this model, without merging it."
             )
         alike = [name for name in own if name.endswith(f".{unknown}")] or [next(iter(own))]
         raise ValueError(
