@@ -143,16 +143,7 @@ def _by_window(seen: Tensor, groups: int) -> Tensor:
 
 
 def patches(conv: Convolution2d, x: Tensor) -> Tensor:
-    """The patches that a convolution multiplies with its weight.
-
-    Args:
-        conv: The convolution.
-        x: Its input.
-
-    Returns:
-        One patch for each output pixel, shape ``[N, S, I]``; entries are ordered like
-        ``weight.flatten(1)``.
-    """
+    """One patch for each output pixel, ``[N, S, I]``, ordered like ``weight.flatten(1)``."""
     return _columns(conv, x, 1).mT
 
 
@@ -185,17 +176,7 @@ def patch_sum(conv: Convolution2d, x: Tensor) -> Tensor:
 
 
 def patch_gradients(conv: Convolution2d, x: Tensor, g: Tensor, sums: int) -> Tensor:
-    """Gradients of the weight, summed over equally many successive examples.
-
-    Args:
-        conv: The convolution.
-        x: Its input.
-        g: The gradient in its output.
-        sums: The number of sums.
-
-    Returns:
-        The sums, shape ``[sums, O, I]``.
-    """
+    """Gradients of the weight, ``[sums, O, I]``, summed over equally many successive examples."""
     x, g = as_images(x), as_images(g)
     group = len(x) // sums
     entries = group * x.shape[1] * prod(conv.kernel_size) * prod(g.shape[2:])

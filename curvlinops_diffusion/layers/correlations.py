@@ -269,7 +269,7 @@ class ShiftedSums(CorrelationSums):
             (top, bottom, down), (start, stop) = part
             for (left, right), total in correlations.items():
                 X, Y = images[top, left], images[bottom, right]
-                seen = X.rows(start, stop)
+                seen = X.shifted(start, stop, [0])
                 first = 0
                 for run in _equally_spaced(shifts[left, right]):
                     others = Y.shifted(start + down, stop + down, run)
@@ -289,19 +289,12 @@ class ShiftedSums(CorrelationSums):
 
 @dataclass(frozen=True)
 class _Lines:
-    """Images as lines of pixels, ``[gap + H N (W + gap) + gap, C]`` with zeros in the gaps.
-
-    Attributes:
-        memory: The pixels.
-        gap: Zeros after every line, and before the first.
-        lines: The lines ``N`` of a row of all images.
-        width: The pixels of a line, with its gap.
-    """
+    """Images as lines of pixels, ``[gap + H N (W + gap) + gap, C]`` with zeros in the gaps."""
 
     memory: Tensor
-    gap: int
-    lines: int
-    width: int
+    gap: int  # zeros after every line, and before the first
+    lines: int  # N, of a row of all images
+    width: int  # pixels of a line, with its gap
 
     @classmethod
     def of(cls, image: Tensor, period: int) -> _Lines:
@@ -314,13 +307,8 @@ class _Lines:
         inner[:, :, :W].copy_(image.permute(2, 0, 3, 1))
         return cls(memory, gap, N, width)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """The pixels of a range of rows of all images, ``[M, C]``."""
-        row = self.lines * self.width
-        return self.memory[self.gap + start * row : self.gap + stop * row]
-
     def shifted(self, start: int, stop: int, shifts: Sequence[int]) -> Tensor:
-        """These rows at equally spaced shifts, ``[s, M, C]``, which overlap."""
+        """A range of rows of all images at equally spaced shifts, ``[s, M, C]``, which overlap."""
         return self._strided(start, shifts, (stop - start) * self.lines * self.width, 1)
 
     def columns(self, start: int, stop: int, places: Sequence[int]) -> Tensor:

@@ -72,7 +72,7 @@ class Convolution2d:
         return pad(x, self.padding, mode=self.padding_mode), (0, 0, 0, 0)
 
     def windows(self, x: Tensor) -> Tensor:
-        """What the taps read of an input at every output pixel, see :func:`windows`."""
+        """The windows of an input, see :func:`windows`."""
         x, zeros = self.padded(x)
         return windows(pad(x, zeros), self.kernel_size, self.stride, self.dilation)
 
@@ -93,16 +93,10 @@ def output_sizes(
 def windows(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    """What a kernel's taps read at every output pixel, in any number of dimensions.
+    """The pixels that a kernel's taps read for every output pixel, in any number of dimensions.
 
-    Args:
-        x: The input, already padded, shape ``[N, C, *size]``.
-        kernel: Taps along each axis.
-        stride: Strides.
-        dilation: Dilations.
-
-    Returns:
-        The windows, shape ``[N, C, *output size, *kernel]``, a view: they overlap in memory.
+    Of an input ``[N, C, *size]``, already padded: a view ``[N, C, *output size, *kernel]``, as
+    windows overlap in memory.
     """
     outputs, steps = output_sizes(x.shape[2:], kernel, stride, dilation), x.stride()[2:]
     pixels = [step * s for step, s in zip(steps, stride, strict=True)]

@@ -42,7 +42,7 @@ class LayerKind:
         return ""
 
     def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
-        """Tell whether the first axis of this input is one that examples can be told apart by."""
+        """Whether examples can be distinguished along the first axis of this input."""
         return x.ndim >= 2
 
 

@@ -13,20 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from curvlinops_diffusion.layers.kind import (
-    ExactKind,
-    LayerKind,
-    SharingKind,
-    added,
-    extend,
-    fold,
-)
-from curvlinops_diffusion.layers.moments import (
-    ExtendedMoment,
-    LatestProduct,
-    Moment,
-    second_moment,
-)
+from curvlinops_diffusion.layers.kind import ExactKind, LayerKind, SharingKind, added, extend, fold
+from curvlinops_diffusion.layers.moments import ExtendedMoment, LatestProduct, Moment, second_moment
 from curvlinops_diffusion.linalg.placement import Arrangement
 from curvlinops_diffusion.runtime.sharded_networks import device_of
 
@@ -61,16 +49,7 @@ class Layer:
     def example_gradients(
         self, xs: Sequence[Tensor], gs: Sequence[Tensor], N: int
     ) -> dict[str, Tensor]:
-        """Gradients of the selected parameters for each example, summed over calls.
-
-        Args:
-            xs: The layer's inputs, call by call.
-            gs: The gradients in its outputs.
-            N: The number of examples.
-
-        Returns:
-            Gradients ``[N, *shape]`` by the parameter's name.
-        """
+        """Gradients ``[N, *shape]`` of the selected parameters by name, summed over calls."""
         result: dict[str, Tensor] = {}
         for x, g in zip(xs, gs, strict=True):
             for name, gradient in self._of_call(x, g, N).items():

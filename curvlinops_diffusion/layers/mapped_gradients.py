@@ -90,7 +90,7 @@ def example_gradients(
     loss_vector: Callable[[Tensor], Tensor],
     examples: int | None = None,
 ) -> dict[str, Tensor]:
-    """Per-example gradients of the covered parameters on one noised batch.
+    """Per-example gradients ``[N, *shape]`` of the covered parameters on one noised batch, by name.
 
     Parameters of known layers get theirs from what the layers see, the others by differentiating
     example by example.
@@ -102,9 +102,6 @@ def example_gradients(
         loss_vector: Maps the prediction ``[B, D]`` to the vectors ``[B, D]`` that are pulled back.
         examples: The number ``N`` of examples, each with equally many draws in a row, whose
             gradients are summed; default: ``B``.
-
-    Returns:
-        The gradients, of shape ``[N, *param.shape]``, by the parameter's name.
     """
     dtype, N = objective.working_dtype, examples or len(batch.indices)
     gradients: dict[str, Tensor] = {}

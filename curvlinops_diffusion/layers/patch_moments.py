@@ -33,11 +33,7 @@ _LAUNCH = 200
 
 
 class PatchMoment:
-    """A running sum of the patches' second moments, ``Σ_n Σ_s a_s a_sᵀ``, of shape ``[I, I]``.
-
-    Args:
-        conv: The convolution.
-    """
+    """A running sum of the patches' second moments, ``Σ_n Σ_s a_s a_sᵀ``, of shape ``[I, I]``."""
 
     def __init__(self, conv: Convolution2d):
         self._conv = conv

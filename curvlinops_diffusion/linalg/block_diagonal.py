@@ -159,7 +159,7 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         return [*notes, f"left out: {names}" if names else "nothing selected is left out"]
 
     def to(self, device: torch.device | str | torch.dtype | None = None, dtype: Any = None) -> Self:
-        """The same operator on another device, or in another precision; itself if nothing changes.
+        """Move to another device, or convert to another precision; itself if nothing changes.
 
         Its ``param_names`` stay those of the model, which is not moved.
 

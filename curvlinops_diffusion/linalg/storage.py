@@ -52,14 +52,6 @@ def save_blocks(
 ) -> None:
     """Write a block-diagonal operator to a file, or one for each process and one that names them.
 
-    Args:
-        path: Where to. Written under another name in the same folder, then renamed.
-        kind: The operator's kind.
-        space: Its parameter space.
-        blocks: The blocks of this process.
-        info: How it was made.
-        share: The processes that hold blocks.
-
     Raises:
         ValueError: If the file cannot be written.
     """
@@ -133,16 +125,10 @@ def load_blocks(
     device: torch.device | str | None = None,
     share: Share = ALONE,
 ) -> tuple[str, ParameterSpace, list[PlacedBlock], dict[str, Any]]:
-    """Read a block-diagonal operator of a model from a file.
+    """Read an operator's kind, parameter space, blocks, and how it was made, from a file.
 
-    Args:
-        path: The file.
-        model: The model that the operator was made for.
-        device: Where to put it; ``None`` for the model's device.
-        share: The processes that hold blocks: each reads some, as many bytes as the others.
-
-    Returns:
-        The operator's kind, parameter space, the blocks of this process, and how it was made.
+    Of several processes each reads some blocks, as many bytes as the others. ``device=None`` stands
+    for the model's.
 
     Raises:
         ValueError: If the file is missing, truncated, foreign or of another format, or was made

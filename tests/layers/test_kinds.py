@@ -305,49 +305,37 @@ def test_parameters_of_no_layer(model, max_dense):
 
 
 class Video(nn.Module):
-    """Sees the frames of a video ``[N, C, F, H, W]`` as images, example by example."""
+    """Sees the frames of a video ``[N, C, F, H, W]`` as images, or convolves it as a whole."""
 
-    def __init__(self, frames_first: bool = False):
+    def __init__(self, frames_first=False, whole=False):
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(2, 2, 3, padding=1), nn.GroupNorm(1, 2)
-        self.shared, self.frames_first = nn.Linear(2, 2), frames_first
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+        if whole:
+            self.conv = nn.Conv3d(2, 2, (1, 3, 3), padding=(0, 1, 1))
+        self.norm, self.shared, self.whole = nn.GroupNorm(1, 2), nn.Linear(2, 2), whole
+        self.order = (2, 0, 1, 3, 4) if frames_first else (0, 2, 1, 3, 4)
+
+    def images(self, video):
+        return video.permute(self.order).flatten(0, 1)
 
     def forward(self, x, t):
-        N, C, F, H, W = x.shape
-        order = (2, 0, 1, 3, 4) if self.frames_first else (0, 2, 1, 3, 4)
-        images = x.permute(order).reshape(-1, C, H, W)
-        out = self.norm(torch.tanh(self.conv(images)))
+        out = self.images(self.conv(x)) if self.whole else self.conv(self.images(x))
+        out = self.norm(torch.tanh(out))
         out = self.shared(out.movedim(1, -1)).movedim(-1, 1)
-        if self.frames_first:
-            return out.reshape(F, N, C, H, W).permute(1, 2, 0, 3, 4)
-        return out.reshape(N, F, C, H, W).permute(0, 2, 1, 3, 4)
+        back = [self.order.index(axis) for axis in range(5)]
+        return out.reshape(x.permute(self.order).shape).permute(back)
 
 
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
 def test_frames_are_positions(approx):
-    """The same as one layer on the whole video: a Conv3d that leaves time alone."""
-    model = Video().double()
+    """As of one layer on the whole video: a Conv3d that leaves time alone."""
+    model, whole = Video().double(), Video(whole=True).double()
+    weights = model.state_dict()
+    whole.load_state_dict(weights | {"conv.weight": weights["conv.weight"].unsqueeze(2)})
     regression = regression_of(model, (2, 3, 2, 3))
     names = [name for name, _ in model.named_parameters()]
     J = ExampleGradientLinearOperator(regression, names)
     assert_close(J.rows(), example_gradients(regression, params_of(model, names)), 1e-12)
-
-    class Whole(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv3d(2, 2, (1, 3, 3), padding=(0, 1, 1))
-            self.video = model
-
-        def forward(self, x, t):
-            out = torch.tanh(self.conv(x))
-            N, C, F, H, W = x.shape
-            out = model.norm(out.permute(0, 2, 1, 3, 4).reshape(-1, C, H, W))
-            out = model.shared(out.movedim(1, -1)).movedim(-1, 1)
-            return out.reshape(N, F, C, H, W).permute(0, 2, 1, 3, 4)
-
-    whole = Whole().double()
-    whole.conv.weight.data = model.conv.weight.data.unsqueeze(2)
-    whole.conv.bias.data = model.conv.bias.data
     options = {"fisher_type": "type-2", "kfac_approx": approx, "separate_weight_and_bias": False}
     for kind in (DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator):
         folded = kind(regression, ["conv.weight", "conv.bias"], **options)
