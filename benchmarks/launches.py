@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.gpu import CASES, DRAWS, Case, passes_of
 from benchmarks.measure import Launches, alternating, arguments, report
 from curvlinops_diffusion import NoisedRegression
-from curvlinops_diffusion.layers import products
+from curvlinops_diffusion.layers import moments
 
 EXAMPLES = 4
 UNTRIED = (16, 31)  # batches between which the network is not tried out again
@@ -73,7 +73,7 @@ def main() -> None:
     options = arguments(__doc__).parse_args()
     warnings.simplefilter("ignore")
     rows = []
-    with patch.object(products, "TENSOR_CORES", {"cpu"}):  # as on a GPU
+    with patch.object(moments, "TENSOR_CORES", {"cpu"}):  # as on a GPU
         for case in CASES:
             if case.name not in COUNTED or (options.quick and rows):
                 continue

@@ -76,7 +76,7 @@ from .influence.store import GradientStore as GradientStore
 from .influence.stored_scores import StoredScores as StoredScores
 from .influence.streaming import stream_gradients as stream_gradients
 from .linalg.block_diagonal import BlockDiagonalLinearOperator as BlockDiagonalLinearOperator
-from .linalg.solvers.conjugate_gradients import (
+from .linalg.conjugate_gradients import (
     CGRefinedInverseLinearOperator as CGRefinedInverseLinearOperator,
 )
 from .runtime.passes import PassOptions as PassOptions

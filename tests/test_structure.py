@@ -16,11 +16,10 @@ PACKAGE = "curvlinops_diffusion"
 MAY_IMPORT = {
     "runtime": set(),
     "linalg": {"runtime"},
-    "linalg/solvers": {"runtime", "linalg"},
     "diffusion": {"runtime", "linalg"},
     "layers": {"runtime", "linalg", "diffusion"},
     "curvature": {"runtime", "linalg", "diffusion", "layers"},
-    "influence": {"runtime", "linalg", "linalg/solvers", "diffusion", "layers"},
+    "influence": {"runtime", "linalg", "diffusion", "layers"},
     "influence/measurements": {"runtime", "linalg", "diffusion", "layers"},
     "influence/validation": {"runtime", "linalg", "diffusion", "layers", "influence"},
     "loading": {"runtime", "linalg", "diffusion"},

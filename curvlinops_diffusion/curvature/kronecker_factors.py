@@ -21,10 +21,15 @@ from curvlinops_diffusion.diffusion.draws import Draws
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers import Layer
 from curvlinops_diffusion.layers.kind import at_positions
-from curvlinops_diffusion.layers.moments import LatestProduct, Moment, MomentSums, second_moment
+from curvlinops_diffusion.layers.moments import (
+    LatestProduct,
+    Moment,
+    MomentSums,
+    second_moment,
+    summable,
+)
 from curvlinops_diffusion.layers.observation import Observer, Observers, in_precision
 from curvlinops_diffusion.layers.probe import CallCounter, Calls, call_patterns
-from curvlinops_diffusion.layers.products import summable
 from curvlinops_diffusion.linalg.factors import identity_like
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 from curvlinops_diffusion.runtime.sums import Sums, Together, prefixed, within

@@ -21,7 +21,7 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.measurements.base import ExampleFunction, Measurement
 from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_gradient
 from curvlinops_diffusion.layers import Coverage, cover
-from curvlinops_diffusion.layers.example_gradients import example_gradients
+from curvlinops_diffusion.layers.mapped_gradients import example_gradients
 from curvlinops_diffusion.layers.observation import frozen
 from curvlinops_diffusion.layers.probe import (
     Retrial,

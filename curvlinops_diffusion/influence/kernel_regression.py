@@ -31,8 +31,8 @@ from curvlinops_diffusion.influence.streaming import (
     query_blocks,
     stream_gradients,
 )
+from curvlinops_diffusion.linalg.conjugate_gradients import CGRefinedInverseLinearOperator
 from curvlinops_diffusion.linalg.operator import check_same_parameters
-from curvlinops_diffusion.linalg.solvers.conjugate_gradients import CGRefinedInverseLinearOperator
 from curvlinops_diffusion.linalg.upstream import LinearOperator, PyTorchLinearOperator
 from curvlinops_diffusion.runtime.checks import check_count, check_positive
 from curvlinops_diffusion.runtime.digests import digest_of, name_of

@@ -1,165 +1,107 @@
-"""Convolutions and transposed convolutions, of one to three dimensions, with or without groups."""
+"""Convolutions and transposed convolutions, of one to three dimensions, with or without groups.
+
+Legend: N batch, C channels, H, W image, K kernel taps along an axis, S output pixels, I = C K1 K2.
+"""
 
 from __future__ import annotations
 
+from abc import ABC
+from itertools import product
 from math import prod
+from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.grad import conv2d_weight
 
+from curvlinops_diffusion.layers.geometry import Convolution2d, as_images, output_sizes, windows
 from curvlinops_diffusion.layers.kind import SharingKind
-from curvlinops_diffusion.layers.moments import LatestProduct, Moment
-from curvlinops_diffusion.layers.patch_moments import PatchMoment
-from curvlinops_diffusion.layers.patches import (
-    Convolution2d,
-    patch_gradients,
-    patch_sum,
-    patches,
-    patches_at,
-    windows,
-)
+from curvlinops_diffusion.layers.moments import LatestProduct, Moment, on_tensor_cores
+from curvlinops_diffusion.layers.patch_moments import MAX_ENTRIES, PatchMoment
 
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+# Up to so many entries of a group's patches a product of all groups' patches at once is faster than
+# the convolution's own weight gradient, group by group; on a GPU, where the latter are two launches
+# each, which take as long as writing and reading so many numbers
+_SMALL_GROUP = 2**19
+_SMALL_GROUP_ON_GPU = 2**23
 
 
-class ConvolutionKind(SharingKind):
+class _PixelsKind(SharingKind, ABC):
+    """The positions are pixels."""
+
+    def has_batch_axis(self, module: Any, x: Tensor) -> bool:
+        """Convolutions also take inputs without a batch axis."""
+        return x.ndim == len(module.kernel_size) + 2
+
+    def groups(self, module: Any) -> tuple[int, ...]:
+        """One Kronecker pair for each group."""
+        return () if module.groups == 1 else (module.groups,)
+
+
+class ConvolutionKind(_PixelsKind):
     """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``.
 
     Without groups, and with at most two axes along which the kernel does anything, these are
-    two-dimensional convolutions, for which ``patches.py`` has fast ways; the others form patches.
+    two-dimensional convolutions (:class:`Convolution2d`), for which there are fast ways; the others
+    form patches.
     """
 
-    def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
-        """Convolutions also take inputs without a batch axis."""
-        assert isinstance(module, Convolution)
-        return x.ndim == len(module.kernel_size) + 2
-
-    def groups(self, module: nn.Module) -> tuple[int, ...]:
-        """One Kronecker pair for each group."""
-        assert isinstance(module, Convolution)
-        return () if module.groups == 1 else (module.groups,)
-
-    def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
+    def inputs(self, module: Any, x: Tensor) -> Tensor:
         """One patch for each output pixel."""
-        assert isinstance(module, Convolution)
-        planar = _planar(module)
+        planar = Convolution2d.of(module)
         if planar is not None:
-            return patches(planar, _as_images(module, x))
+            return patches(planar, x)
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = pad(x, tuple(module._reversed_padding_repeated_twice), mode=mode)
-        seen = windows(x, module.kernel_size, module.stride, module.dilation)
-        dims = len(module.kernel_size)
-        by_group = seen.unflatten(1, (module.groups, -1))
-        a_NGSI = by_group.flatten(3, 2 + dims).movedim(2, 3).flatten(3)
-        return a_NGSI if module.groups > 1 else a_NGSI.squeeze(1)
+        return _by_window(
+            windows(x, module.kernel_size, module.stride, module.dilation), module.groups
+        )
 
-    def sampled_inputs(self, module: nn.Module, x: Tensor, index: Tensor) -> Tensor:
+    def sampled_inputs(self, module: Any, x: Tensor, index: Tensor) -> Tensor:
         """The patches of some output pixels alone."""
-        assert isinstance(module, Convolution)
-        planar = _planar(module)
+        planar = Convolution2d.of(module)
         if planar is None:
             return super().sampled_inputs(module, x, index)
-        return patches_at(planar, _as_images(module, x), index)
+        return patches_at(planar, x, index)
 
-    def gradients(self, module: nn.Module, g: Tensor) -> Tensor:
+    def gradients(self, module: Any, g: Tensor) -> Tensor:
         """One entry for each output pixel."""
-        assert isinstance(module, Convolution)
-        by_group = g.flatten(2).unflatten(1, (module.groups, -1)).mT
-        return by_group if module.groups > 1 else by_group.squeeze(1)
+        return _by_pixel(g, module.groups)
 
-    def rotated(self, module: nn.Module, g: Tensor, U: Tensor) -> Tensor | None:
+    def rotated(self, module: Any, g: Tensor, U: Tensor) -> Tensor | None:
         """The channels rotated."""
-        assert isinstance(module, Convolution)
         return (U.T @ g.flatten(2)).view(g.shape) if module.groups == 1 else None
 
-    def weight_gradients(self, module: nn.Module, x: Tensor, g: Tensor, sums: int) -> Tensor:
+    def weight_gradients(self, module: Any, x: Tensor, g: Tensor, sums: int) -> Tensor:
         """By the convolution's own weight gradient."""
-        assert isinstance(module, Convolution)
-        planar = _planar(module)
+        planar = Convolution2d.of(module)
         if planar is None:
             return super().weight_gradients(module, x, g, sums)
-        return patch_gradients(planar, _as_images(module, x), _as_images(module, g), sums)
+        return patch_gradients(planar, x, g, sums)
 
-    def positions(self, module: nn.Module, x: Tensor) -> int:
+    def positions(self, module: Any, x: Tensor) -> int:
         """The number of output pixels."""
-        assert isinstance(module, Convolution)
-        total = 1
-        for size, K, s, d, before, after in zip(
-            x.shape[2:],
-            module.kernel_size,
-            module.stride,
-            module.dilation,
-            module._reversed_padding_repeated_twice[-2::-2],
-            module._reversed_padding_repeated_twice[::-2],
-            strict=True,
-        ):
-            total *= (size + before + after - d * (K - 1) - 1) // s + 1
-        return total
+        padding = module._reversed_padding_repeated_twice
+        sizes = map(sum, zip(x.shape[2:], padding[-2::-2], padding[::-2], strict=True))
+        return prod(output_sizes(sizes, module.kernel_size, module.stride, module.dilation))
 
-    def input_sum(self, module: nn.Module, x: Tensor) -> Tensor:
+    def input_sum(self, module: Any, x: Tensor) -> Tensor:
         """Sums over windows."""
-        assert isinstance(module, Convolution)
-        planar = _planar(module)
-        if planar is None:
-            return super().input_sum(module, x)
-        return patch_sum(planar, _as_images(module, x))
+        planar = Convolution2d.of(module)
+        return super().input_sum(module, x) if planar is None else patch_sum(planar, x)
 
-    def input_norm(self, module: nn.Module, x: Tensor) -> Tensor:
+    def input_norm(self, module: Any, x: Tensor) -> Tensor:
         """From sums over windows."""
         return self.input_sum(module, x.square()).sum().sqrt()
 
-    def input_moment(self, module: nn.Module, latest: LatestProduct) -> Moment:
+    def input_moment(self, module: Any, latest: LatestProduct) -> Moment:
         """Without patches, where that is cheaper."""
-        convolution = module
-        assert isinstance(convolution, Convolution)
-        planar = _planar(convolution)
-        if planar is None:
-            return super().input_moment(module, latest)
-        return PatchMoment(planar, lambda x: _as_images(convolution, x))
+        planar = Convolution2d.of(module)
+        return super().input_moment(module, latest) if planar is None else PatchMoment(planar)
 
 
-def _planar(module: Convolution) -> Convolution2d | None:
-    """The module as a two-dimensional convolution, if it is one."""
-    if module.groups > 1:
-        return None
-    if isinstance(module, nn.Conv2d):
-        return Convolution2d.of(module)
-    padding = tuple(module._reversed_padding_repeated_twice)
-    if isinstance(module, nn.Conv1d):  # images of one row
-        return Convolution2d(
-            (1, module.kernel_size[0]),
-            (1, module.stride[0]),
-            (1, module.dilation[0]),
-            (padding[0], padding[1], 0, 0),
-            module.padding_mode,
-        )
-    if _acts_along_time_only(module):  # rows are times, columns the pixels
-        return Convolution2d(
-            (module.kernel_size[0], 1),
-            (module.stride[0], 1),
-            (module.dilation[0], 1),
-            (0, 0, padding[4], padding[5]),
-            module.padding_mode,
-        )
-    return None
-
-
-def _acts_along_time_only(module: Convolution) -> bool:
-    kernel, stride = module.kernel_size[1:], module.stride[1:]
-    return prod(kernel) == prod(stride) == 1 and not any(
-        module._reversed_padding_repeated_twice[:4]
-    )
-
-
-def _as_images(module: Convolution, z: Tensor) -> Tensor:
-    """Input or output of the module as images ``[N, C, H, W]``, see :func:`_planar`."""
-    if isinstance(module, nn.Conv1d):
-        return z.unsqueeze(2)
-    return z.flatten(3) if isinstance(module, nn.Conv3d) else z
-
-
-class TransposedConvolutionKind(SharingKind):
+class TransposedConvolutionKind(_PixelsKind):
     """``nn.ConvTranspose1d``, ``nn.ConvTranspose2d`` and ``nn.ConvTranspose3d``.
 
     The adjoint of a convolution: at every input pixel ``s`` the weight ``[I, O K]`` multiplies the
@@ -170,46 +112,87 @@ class TransposedConvolutionKind(SharingKind):
     transposed = True
     joint = False
 
-    def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
-        """As for convolutions."""
-        assert isinstance(module, TransposedConvolution)
-        return x.ndim == len(module.kernel_size) + 2
-
-    def groups(self, module: nn.Module) -> tuple[int, ...]:
-        """One Kronecker pair for each group."""
-        assert isinstance(module, TransposedConvolution)
-        return () if module.groups == 1 else (module.groups,)
-
-    def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
+    def inputs(self, module: Any, x: Tensor) -> Tensor:
         """One entry for each input pixel."""
-        assert isinstance(module, TransposedConvolution)
-        by_group = x.flatten(2).unflatten(1, (module.groups, -1)).mT
-        return by_group if module.groups > 1 else by_group.squeeze(1)
+        return _by_pixel(x, module.groups)
 
-    def gradients(self, module: nn.Module, g: Tensor) -> Tensor:
+    def gradients(self, module: Any, g: Tensor) -> Tensor:
         """One patch of the output for each input pixel."""
-        assert isinstance(module, TransposedConvolution)
-        sizes = []
-        for size, K, s, d, p, op in zip(
-            g.shape[2:],
-            module.kernel_size,
-            module.stride,
-            module.dilation,
-            module.padding,
-            module.output_padding,
-            strict=True,
-        ):
-            sizes.append((size - op - 1 - d * (K - 1) + 2 * p) // s + 1)
         padding: list[int] = []
-        for p in reversed(module.padding):
-            padding += [p, p]  # type: ignore[list-item]
+        for p, op in zip(module.padding, module.output_padding, strict=True):
+            padding = [p, p - op, *padding]  # what output_padding added is read by no pixel
         seen = windows(pad(g, padding), module.kernel_size, module.stride, module.dilation)
-        for axis, size in enumerate(sizes, start=2):
-            seen = seen.narrow(axis, 0, size)  # what output_padding added is read by no pixel
-        by_group = seen.unflatten(1, (module.groups, -1))
-        b_NGSO = by_group.flatten(3, 2 + len(sizes)).movedim(2, 3).flatten(3)
-        return b_NGSO if module.groups > 1 else b_NGSO.squeeze(1)
+        return _by_window(seen, module.groups)
 
-    def bias_gradients(self, module: nn.Module, g: Tensor) -> Tensor:
+    def bias_gradients(self, module: Any, g: Tensor) -> Tensor:
         """The sum over output pixels."""
         return g.flatten(2).sum(2)
+
+
+def _by_pixel(z: Tensor, groups: int) -> Tensor:
+    """``[N, g C, *size] -> [N, *g, S, C]``."""
+    by_group = z.flatten(2).unflatten(1, (groups, -1)).mT
+    return by_group if groups > 1 else by_group.squeeze(1)
+
+
+def _by_window(seen: Tensor, groups: int) -> Tensor:
+    """``[N, g C, *size, *kernel] -> [N, *g, S, I]``."""
+    by_group = seen.unflatten(1, (groups, -1)).flatten(3, seen.ndim // 2 + 1)
+    by_group = by_group.movedim(2, 3).flatten(3)
+    return by_group if groups > 1 else by_group.squeeze(1)
+
+
+def patches(conv: Convolution2d, x: Tensor) -> Tensor:
+    """One patch for each output pixel, ``[N, S, I]``, ordered like ``weight.flatten(1)``."""
+    return _columns(conv, x, 1).mT
+
+
+def _columns(conv: Convolution2d, x: Tensor, group: int) -> Tensor:
+    """Patches as columns, those of successive examples side by side: ``[N / group, I, group S]``.
+
+    Copied all at once: PyTorch's ``unfold`` is slower, and on a GPU goes from image to image.
+    """
+    seen = conv.windows(x)
+    I, S = seen.shape[1] * prod(conv.kernel_size), prod(seen.shape[2:4])
+    by_group = seen.unflatten(0, (-1, group)).permute(0, 2, 5, 6, 1, 3, 4)
+    return by_group.reshape(-1, I, group * S)
+
+
+def patches_at(conv: Convolution2d, x: Tensor, index: Tensor) -> Tensor:
+    """The patches of the output pixels of some numbers ``[N, m]``, row by row: ``[N, m, I]``."""
+    seen = conv.windows(x)
+    row, column = index // seen.shape[3], index % seen.shape[3]
+    example = torch.arange(len(seen), device=seen.device).unsqueeze(1)
+    return seen[example, :, row, column].flatten(2)
+
+
+def patch_sum(conv: Convolution2d, x: Tensor) -> Tensor:
+    """The sum of the patches of each example, shape ``[N, I]``, without forming them."""
+    seen = conv.windows(x)
+    sums = seen.new_empty(*seen.shape[:2], *conv.kernel_size)
+    for k, l in product(*map(range, conv.kernel_size)):
+        sums[:, :, k, l] = seen[..., k, l].sum((2, 3))
+    return sums.flatten(1)
+
+
+def patch_gradients(conv: Convolution2d, x: Tensor, g: Tensor, sums: int) -> Tensor:
+    """Gradients of the weight, ``[sums, O, I]``, summed over equally many successive examples."""
+    x, g = as_images(x), as_images(g)
+    group = len(x) // sums
+    entries = group * x.shape[1] * prod(conv.kernel_size) * prod(g.shape[2:])
+    if entries <= (_SMALL_GROUP_ON_GPU if on_tensor_cores(x) else _SMALL_GROUP):
+        chunk = max(1, MAX_ENTRIES // entries) * group
+        found = []
+        for x_part, g_part in zip(x.split(chunk), g.split(chunk), strict=True):
+            b = g_part.flatten(2).unflatten(0, (-1, group)).transpose(1, 2).flatten(2)
+            found.append(b @ _columns(conv, x_part, group).mT)
+        return found[0] if len(found) == 1 else torch.cat(found)
+    x, (left, right, top, bottom) = conv.padded(x)
+    symmetric = (top, left)
+    if symmetric != (bottom, right):
+        x, symmetric = pad(x, (left, right, top, bottom)), (0, 0)
+    shape = (g.shape[1], x.shape[1], *conv.kernel_size)
+    result = x.new_empty(sums, *shape)
+    for total, x_part, g_part in zip(result, x.split(group), g.split(group), strict=True):
+        total.copy_(conv2d_weight(x_part, shape, g_part, conv.stride, symmetric, conv.dilation))
+    return result.flatten(2)

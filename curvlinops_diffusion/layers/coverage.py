@@ -10,17 +10,17 @@ from warnings import warn
 from torch import nn
 
 from curvlinops_diffusion.layers.convolution import ConvolutionKind, TransposedConvolutionKind
-from curvlinops_diffusion.layers.embedding import EmbeddingKind
 from curvlinops_diffusion.layers.kind import LayerKind
 from curvlinops_diffusion.layers.layer import Layer
-from curvlinops_diffusion.layers.linear import LinearKind
-from curvlinops_diffusion.layers.norm import (
+from curvlinops_diffusion.layers.simple_kinds import (
     BATCH_NORM,
     DIFFUSERS_RMS_NORM,
     GROUP_NORM,
     INSTANCE_NORM,
     LAYER_NORM,
     RMS_NORM,
+    EmbeddingKind,
+    LinearKind,
 )
 from curvlinops_diffusion.linalg.parameters import Parameters, select_parameters
 

@@ -13,18 +13,17 @@ first axis (the frames of a video, folded into the batch, example by example); t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.layers.moments import LatestProduct, Moment, SummedMoment, second_moment
-from curvlinops_diffusion.layers.rotated_squares import (
-    rotated_squares,
-    rotated_squares_of_inputs,
-    rotation_of_inputs_is_cheaper,
-)
+
+# Gradients are rotated for so many entries at a time, to bound the memory
+_MAX_ENTRIES = 2**23
 
 
 class LayerKind:
@@ -43,7 +42,7 @@ class LayerKind:
         return ""
 
     def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
-        """Tell whether the first axis of this input is one that examples can be told apart by."""
+        """Whether examples can be distinguished along the first axis of this input."""
         return x.ndim >= 2
 
 
@@ -174,7 +173,12 @@ class SharingKind(LayerKind, ABC):
         U_B: Tensor | None,
         extended: bool,
     ) -> Tensor:
-        """Sum of the squares of the weight's gradients in an eigenbasis, the cheaper way by count.
+        """Second moments of the weight's gradients in an eigenbasis, ``Σ_n (U_Bᵀ g_n U_A)²``.
+
+        Inputs and outputs are rotated apart, or their gradient is, whichever is cheaper by count.
+
+        Source: George et al., 2018, *Fast Approximate Natural Gradient Descent in a
+        Kronecker-factored Eigenbasis*, Section 3.1.
 
         Args:
             module: The module.
@@ -190,25 +194,45 @@ class SharingKind(LayerKind, ABC):
         """
         *_, O, I = self.matrix_shape(module)
         I += extended
-        each = [len(x) // sums * self.positions(module, x) for x in xs]
-        cheaper = rotation_of_inputs_is_cheaper(sum(each), O, I)
-        if cheaper and U_A is not None and U_B is not None:
+        S = sum(len(x) // sums * self.positions(module, x) for x in xs)
+        if S * (O * O + I * I) < O * I * (O + I) and U_A is not None and U_B is not None:
             a = _side_by_side([fold(self.inputs(module, x), sums) for x in xs])
             b = _side_by_side([fold(self.gradients(module, g), sums) for g in gs])
-            return rotated_squares_of_inputs(extend(a) if extended else a, b, U_A, U_B)
-        if sum(each) < I and U_B is not None:  # outputs are fewer than the gradient's columns
+            return reduce(Tensor.add_, _squares_of(extend(a) if extended else a, b, U_A, U_B))
+        if S < I and U_B is not None:  # outputs are fewer than the gradient's columns
             rotated = [self.rotated(module, g, U_B) for g in gs]
             if all(g is not None for g in rotated):
                 gs, U_B = [g for g in rotated if g is not None], None
-        total: Tensor | None = None
-        for x, g in zip(xs, gs, strict=True):
-            gradient = self.weight_gradients(module, x, g, sums)
-            if extended:
-                ones = fold(self.gradients(module, g), sums).sum(-2).unsqueeze(-1)
-                gradient = torch.cat([gradient, ones], -1)
-            total = gradient if total is None else total + gradient
-        assert total is not None
-        return rotated_squares(total, U_A, U_B)
+
+        def gradient(x: Tensor, g: Tensor) -> Tensor:
+            weight = self.weight_gradients(module, x, g, sums)
+            if not extended:
+                return weight
+            bias = fold(self.gradients(module, g), sums).sum(-2)
+            return torch.cat([weight, bias.unsqueeze(-1)], -1)
+
+        return reduce(Tensor.add_, _squares(added(map(gradient, xs, gs)), U_A, U_B))
+
+
+def _squares(g_NgOI: Tensor, U_A: Tensor | None, U_B: Tensor | None) -> Iterator[Tensor]:
+    """Sums of the squares of gradients, rotated some at a time."""
+    for g in g_NgOI.split(max(1, _MAX_ENTRIES // g_NgOI[0].numel())):
+        g = g if U_A is None else g @ U_A
+        g = g if U_B is None else U_B.mT @ g
+        yield g.square().sum(0)
+
+
+def _squares_of(a_NgSI: Tensor, b_NgSO: Tensor, U_A: Tensor, U_B: Tensor) -> Iterator[Tensor]:
+    """Sums of the squares of gradients whose inputs and outputs are rotated, some at a time."""
+    groups, (S, I), O = a_NgSI.shape[1:-2], a_NgSI.shape[-2:], b_NgSO.shape[-1]
+    chunk = max(1, _MAX_ENTRIES // (max(O, S) * I * groups.numel()))
+    for a, b in zip(a_NgSI.split(chunk), b_NgSO.split(chunk), strict=True):
+        yield ((b @ U_B).mT @ (a @ U_A)).square_().sum(0)
+
+
+def added(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of terms; not added to zeros, which would be a kernel launch more."""
+    return reduce(torch.add, terms)
 
 
 def fold(z_NgSI: Tensor, sums: int) -> Tensor:
@@ -223,7 +247,7 @@ def _side_by_side(calls_NgSI: Sequence[Tensor]) -> Tensor:
 
 
 def at_positions(z_NgSI: Tensor, index: Tensor) -> Tensor:
-    """What is at some positions of each entry of the first axis: ``[N, *g, S, I]`` to ``m``."""
+    """Pick some positions ``[N, m]`` of each entry of the first axis: ``[N, *g, m, I]``."""
     index = index.view(len(index), *[1] * (z_NgSI.ndim - 3), -1, 1)
     return z_NgSI.gather(-2, index.expand(*z_NgSI.shape[:-2], -1, z_NgSI.shape[-1]))
 

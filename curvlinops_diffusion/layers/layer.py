@@ -13,19 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from curvlinops_diffusion.layers.kind import (
-    ExactKind,
-    LayerKind,
-    SharingKind,
-    extend,
-    fold,
-)
-from curvlinops_diffusion.layers.moments import (
-    ExtendedMoment,
-    LatestProduct,
-    Moment,
-    second_moment,
-)
+from curvlinops_diffusion.layers.kind import ExactKind, LayerKind, SharingKind, added, extend, fold
+from curvlinops_diffusion.layers.moments import ExtendedMoment, LatestProduct, Moment, second_moment
 from curvlinops_diffusion.linalg.placement import Arrangement
 from curvlinops_diffusion.runtime.sharded_networks import device_of
 
@@ -60,16 +49,7 @@ class Layer:
     def example_gradients(
         self, xs: Sequence[Tensor], gs: Sequence[Tensor], N: int
     ) -> dict[str, Tensor]:
-        """Gradients of the selected parameters for each example, summed over calls.
-
-        Args:
-            xs: The layer's inputs, call by call.
-            gs: The gradients in its outputs.
-            N: The number of examples.
-
-        Returns:
-            Gradients ``[N, *shape]`` by the parameter's name.
-        """
+        """Gradients ``[N, *shape]`` of the selected parameters by name, summed over calls."""
         result: dict[str, Tensor] = {}
         for x, g in zip(xs, gs, strict=True):
             for name, gradient in self._of_call(x, g, N).items():
@@ -102,11 +82,10 @@ class Layer:
 
     def gradients(self, g: Tensor, N: int) -> Tensor:
         """The gradient in the module's output as ``[N, *g, S, O]``."""
-        assert isinstance(self.kind, SharingKind)
-        return fold(self.kind.gradients(self.module, g), N)
+        return fold(self.position_gradients(g), N)
 
     def position_gradients(self, g: Tensor) -> Tensor:
-        """The same entry by entry of the first axis, where an example may have several."""
+        """The gradient entry by entry of the first axis, where an example may have several."""
         assert isinstance(self.kind, SharingKind)
         return self.kind.gradients(self.module, g)
 
@@ -178,12 +157,14 @@ class Part:
         return self.part_kind is PartKind.BIAS
 
     @property
+    def _extended(self) -> bool:
+        return self.part_kind is PartKind.JOINT
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """``(*g, O, I)``: output entries, and inputs that each of them has a coefficient for."""
         *groups, O, I = self.kind.matrix_shape(self.layer.module)
-        if self.is_bias:
-            return (*groups, O, 1)
-        return (*groups, O, I + (self.part_kind is PartKind.JOINT))
+        return (*groups, O, 1 if self.is_bias else I + self._extended)
 
     def new_zeros(self, dtype: torch.dtype, *shape: int) -> Tensor:
         """Zeros on the layer's device."""
@@ -197,33 +178,31 @@ class Part:
     def input_sum(self, x: Tensor, N: int) -> Tensor:
         """``Σ_s a_s`` of each example, shape ``[N, *g, I]``; not for a bias."""
         total = self.kind.input_sum(self.layer.module, x).unflatten(0, (N, -1)).sum(1)
-        extended = self.part_kind is PartKind.JOINT
-        return pad(total, (0, 1), value=float(self.positions(x, N))) if extended else total
+        return pad(total, (0, 1), value=float(self.positions(x, N))) if self._extended else total
 
     def sampled_input_moment(self, x: Tensor, index: Tensor, latest: LatestProduct) -> Tensor:
         """``Σ_n Σ_s a_s a_sᵀ`` over the positions ``index`` ``[len(x), m]``; not for a bias."""
         module = self.layer.module
-        if self.part_kind is not PartKind.JOINT:
+        if not self._extended:
             return self.kind.sampled_input_moment(module, x, index, latest)
         return second_moment(extend(self.kind.sampled_inputs(module, x, index)))
 
     def input_moment(self, latest: LatestProduct) -> Moment:
         """A new running ``Σ_n Σ_s a_s a_sᵀ``; not for a bias."""
         inner = self.kind.input_moment(self.layer.module, latest)
-        if self.part_kind is not PartKind.JOINT:
+        if not self._extended:
             return inner
         return ExtendedMoment(inner, lambda x: self.input_sum(x, len(x)).sum(0))
 
     def weight_gradients(self, xs: Sequence[Tensor], gs: Sequence[Tensor], N: int) -> Tensor:
         """Gradients of the examples, summed over calls, ``[N, *g, O, I]``; not for a bias."""
         calls = zip(xs, gs, strict=True)
-        total = torch.stack(
-            [self.kind.weight_gradients(self.layer.module, x, g, N) for x, g in calls]
-        ).sum(0)
-        if self.part_kind is PartKind.WEIGHT:
-            return total
-        bias = torch.stack([self.layer.gradients(g, N).sum(-2) for g in gs]).sum(0)
-        return torch.cat([total, bias.unsqueeze(-1)], -1)
+        total = added(self.kind.weight_gradients(self.layer.module, x, g, N) for x, g in calls)
+        return torch.cat([total, self._summed(gs, N)], -1) if self._extended else total
+
+    def _summed(self, gs: Sequence[Tensor], N: int) -> Tensor:
+        """Gradients of the outputs, summed over positions and calls, ``[N, *g, O, 1]``."""
+        return added(self.layer.gradients(g, N).sum(-2) for g in gs).unsqueeze(-1)
 
     def squares(
         self,
@@ -234,10 +213,9 @@ class Part:
         U_B: Tensor | None,
     ) -> Tensor:
         """Sum over ``sums`` examples of their squared and rotated gradients."""
-        module = self.layer.module
         if not self.is_bias:
-            extended = self.part_kind is PartKind.JOINT
+            module, extended = self.layer.module, self._extended
             return self.kind.squares(module, xs, gs, sums, U_A, U_B, extended)
-        total = torch.stack([self.layer.gradients(g, sums).sum(-2) for g in gs]).sum(0)
-        rotated = total if U_B is None else (total.unsqueeze(-2) @ U_B).squeeze(-2)
-        return rotated.square().sum(0).unsqueeze(-1)
+        total = self._summed(gs, sums)
+        rotated = total.mT if U_B is None else total.mT @ U_B
+        return rotated.square().sum(0).mT

@@ -1,4 +1,9 @@
-"""Running second moments ``Σ a aᵀ`` of a layer's inputs, whatever form these come in."""
+"""Products of what layers see, and running second moments ``Σ a aᵀ`` of it.
+
+Products of what is in lower precision are summed in float32. On a GPU its tensor cores do so by
+themselves: the factors stay in 16 bits, as the network left them, and their sums are not rounded to
+these.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,51 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from curvlinops_diffusion.layers.products import add_product, product, summed_dtype
 from curvlinops_diffusion.runtime.sums import Running, Sums, prefixed, within
+
+#: Kinds of devices that have tensor cores.
+TENSOR_CORES = {"cuda"}
+_LOW = (torch.bfloat16, torch.float16)
+_SUMS_IN_FLOAT32 = "dtype" in torch.ops.aten.bmm.overloads()  # in this version of PyTorch
+
+
+def on_tensor_cores(z: Tensor) -> bool:
+    """Whether products of a tensor are computed where large ones cost far less than others."""
+    return z.device.type in TENSOR_CORES
+
+
+def stays_low(z: Tensor) -> bool:
+    """Whether products of a tensor are summed in more bits than it has itself."""
+    return z.is_cuda and z.dtype in _LOW and _SUMS_IN_FLOAT32
+
+
+def summed_dtype(z: Tensor) -> torch.dtype:
+    """The precision of sums of products of a tensor."""
+    return torch.float32 if z.dtype in _LOW else z.dtype
+
+
+def summable(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of which products are summed in a precision; tokens as they are."""
+    if not z.is_floating_point() or (stays_low(z) and dtype == torch.float32):
+        return z
+    return z.to(dtype)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a b``, of two matrices or of two batches of matrices."""
+    if not stays_low(a):
+        return a @ b
+    return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, weight: float) -> None:
+    """Add ``weight a b``, of two matrices or of two batches of matrices."""
+    if stays_low(a):
+        total.add_(product(a, b), alpha=weight)
+    elif a.ndim == 2:
+        total.unsqueeze(0).baddbmm_(a.unsqueeze(0), b.unsqueeze(0), alpha=weight)
+    else:
+        total.baddbmm_(a, b, alpha=weight)
 
 
 def second_moment(z_NgSI: Tensor) -> Tensor:
@@ -28,17 +76,15 @@ class MomentSums(Sums):
 
     def add_second_moment(self, key: str, z_NgSI: Tensor, weight: float = 1.0) -> None:
         """Add ``weight`` times the :func:`second_moment`."""
-        z = _in_rows(z_NgSI)
-        if key not in self._sums:
-            self.add(key, product(z.mT, z) * weight)
-        elif z.ndim == 2:
-            add_product(self._sums[key].unsqueeze(0), z.T.unsqueeze(0), z.unsqueeze(0), weight)
-        else:
+        if key in self._sums:
+            z = _in_rows(z_NgSI)
             add_product(self._sums[key], z.mT, z, weight)
+        else:
+            self.add(key, second_moment(z_NgSI) * weight)
 
 
 class Moment(Running, Protocol):
-    """A running weighted sum of second moments."""
+    """A running weighted sum of second moments of a layer's inputs."""
 
     def add(self, x: Tensor, weight: float) -> None:
         """Add ``weight · Σ_n Σ_s a_s a_sᵀ`` of the layer's input ``x``."""

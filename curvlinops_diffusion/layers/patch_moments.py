@@ -1,28 +1,31 @@
-"""Second moments of a convolution's patches, the cheapest way: mostly without making them."""
+"""Second moments of a convolution's patches, the cheapest of three ways: mostly without patches.
+
+Legend: N batch, C channels, H, W image, K kernel taps along an axis, S output pixels, I = C K1 K2.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from math import ceil
+from collections.abc import Mapping, Sequence
+from math import ceil, prod
 
 from torch import Tensor
 
-from curvlinops_diffusion.layers.correlations import CorrelationSums, Geometry, new_sums
-from curvlinops_diffusion.layers.patches import (
-    _MAX_ENTRIES,
-    Convolution2d,
-    _axes,
-    _padded_explicitly,
-    patches_by_tap,
+from curvlinops_diffusion.layers.correlations import (
+    CorrelationSums,
+    Product,
+    ShiftedSums,
+    SpectralSums,
+    new_sums,
 )
-from curvlinops_diffusion.layers.products import add_product, on_tensor_cores
-from curvlinops_diffusion.layers.shifted_sums import ShiftedSums
-from curvlinops_diffusion.layers.spectral_sums import SpectralSums
+from curvlinops_diffusion.layers.geometry import Convolution2d, Geometry, Padding, windows
+from curvlinops_diffusion.layers.moments import add_product, on_tensor_cores
 from curvlinops_diffusion.runtime.sums import prefixed, within
 
+#: Patches are formed for so many entries at a time, to bound the memory.
+MAX_ENTRIES = 2**25
 # Products on a GPU, in units of the time that one tile of a result, of 128 rows and columns, takes
-# for a pixel. They take as long for fewer tiles than are computed at once. What telling of a
-# product takes is for each of 128 examples. With these the ratios of the two ways' times that an
+# for a pixel. They take as long for fewer tiles than are computed at once. A product's launch is
+# shared by 128 examples. With these the ratios of the times of patches and shifted images that an
 # H200 took in single precision for 128 and 256 channels, 1.7 and 0.6, come out to a factor of 1.5.
 _TILE = 128
 _TILES_AT_ONCE = 64
@@ -30,34 +33,19 @@ _LAUNCH = 200
 
 
 class PatchMoment:
-    """A running sum of the patches' second moments, ``Σ_n Σ_s a_s a_sᵀ``, of shape ``[I, I]``.
+    """A running sum of the patches' second moments, ``Σ_n Σ_s a_s a_sᵀ``, of shape ``[I, I]``."""
 
-    Args:
-        conv: The convolution.
-        as_images: Maps the layer's input to images ``[N, C, H, W]``; by default it is these.
-    """
-
-    def __init__(self, conv: Convolution2d, as_images: Callable[[Tensor], Tensor] = lambda x: x):
+    def __init__(self, conv: Convolution2d):
         self._conv = conv
-        self._as_images = as_images
         # one geometry for each image size that occurs
         self._sums: dict[tuple[int, ...], CorrelationSums | PatchSums] = {}
 
     def add(self, x: Tensor, weight: float) -> None:
-        """Add ``weight`` times the second moment of the patches of ``x``."""
-        x, padding = _padded_explicitly(self._conv, self._as_images(x))
+        """Add ``weight`` times the second moment of the patches of the layer's input ``x``."""
+        x, zeros = self._conv.padded(x)
         if x.shape[1:] not in self._sums:
-            self._sums[x.shape[1:]] = self._new_sums(x, padding)
+            self._sums[x.shape[1:]] = cheapest_sums(self._conv, x, zeros)
         self._sums[x.shape[1:]].add(x, weight)
-
-    def _new_sums(self, x: Tensor, padding: Sequence[int]) -> CorrelationSums | PatchSums:
-        geometry = Geometry(*_axes(self._conv, x, padding))
-        if on_tensor_cores(x):
-            if _shifts_are_faster(geometry, x.shape[1]):
-                return ShiftedSums(geometry, x)
-        elif SpectralSums.cost(geometry) < geometry.patch_cost:
-            return SpectralSums(geometry, x)
-        return PatchSums(self._conv, geometry, x)
 
     def total(self) -> Tensor:
         """The sum, shape ``[I, I]``."""
@@ -65,7 +53,7 @@ class PatchMoment:
         return sum((sums.total() for sums in others), first.total())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The sums by the size of the (explicitly padded) image, and name."""
+        """The sums by the size of the padded image, and name."""
         result: dict[str, Tensor] = {}
         for shape, sums in self._sums.items():
             result |= prefixed("x".join(map(str, shape)), sums.tensors())
@@ -75,24 +63,56 @@ class PatchMoment:
         """Go on from sums by name.
 
         Raises:
-            ValueError: If they are sums of something else than is summed here.
+            ValueError: If they were summed another way, on another kind of device.
         """
         self._sums = {}
         for prefix in dict.fromkeys(name.split("/")[0] for name in tensors):
             own = within(prefix, tensors)
             shape = tuple(map(int, prefix.split("x")))
-            # what sums are of follows from the size of the images, and the kind of device
+            # the way follows from the size of the images, and the kind of device
             x = next(iter(own.values())).new_zeros(1, *shape)
-            padding = self._conv.padding if self._conv.padding_mode == "zeros" else (0,) * 4
-            sums = self._new_sums(x, padding)
+            zeros = self._conv.padding if self._conv.padding_mode == "zeros" else (0,) * 4
+            sums = self._sums[shape] = cheapest_sums(self._conv, x, zeros)
             if sums.tensors().keys() != own.keys():
                 raise ValueError(
-                    f"A checkpoint arrived with sums of a convolution that are computed otherwise "
-                    f"on {x.device.type!r}. Go on on the kind of device that it was written on, or "
+                    f"The checkpoint's sums of a convolution are computed otherwise on "
+                    f"{x.device.type!r}. Go on on the kind of device that it was written on, or "
                     "delete it to start anew."
                 )
             sums.restore(own)
-            self._sums[shape] = sums
+
+
+def cheapest_sums(conv: Convolution2d, x: Tensor, zeros: Padding) -> CorrelationSums | PatchSums:
+    """Choose by count how the second moment of patches is summed.
+
+    On a GPU shifted images need fewer multiplications than patches, but results of few channels
+    have few tiles, which leave most of the card idle, and there are more of them to launch.
+    Elsewhere Fourier transforms need the fewest: for a 3×3 convolution of stride 1 on a 16×16 image
+    a fourteenth of those of patches.
+
+    Args:
+        conv: The convolution.
+        x: A padded input, for its size, type and device.
+        zeros: The zeros that are still to be added around it.
+    """
+    geometry, gpu = Geometry.of(conv, x, zeros), on_tensor_cores(x)
+    correlations = ShiftedSums if gpu else SpectralSums
+    by_correlations, by_patches = (
+        sum(cost(own, x.shape[1], gpu) for own in products)
+        for products in (correlations.products(geometry), PatchSums.products(geometry))
+    )
+    if by_correlations < by_patches:
+        return correlations(geometry, x)
+    return PatchSums(conv, geometry, x)
+
+
+def cost(product: Product, channels: int, gpu: bool) -> int:
+    """Multiplications in units of ``C²``, or time on a GPU."""
+    pixels, results, rows = product
+    if not gpu:
+        return pixels * results * rows**2
+    tiles = results * ceil(rows * channels / _TILE) ** 2
+    return pixels * max(tiles, _TILES_AT_ONCE) + _LAUNCH
 
 
 class PatchSums:
@@ -101,7 +121,7 @@ class PatchSums:
     Args:
         conv: The convolution.
         geometry: The pixels that its taps read.
-        x: An explicitly padded input, for its channels, type and device.
+        x: A padded input, for its channels, type and device.
     """
 
     def __init__(self, conv: Convolution2d, geometry: Geometry, x: Tensor):
@@ -111,12 +131,17 @@ class PatchSums:
         # ordered by tap, then by channel
         self._total = new_sums(x, self._taps * self._channels, self._taps * self._channels)
 
+    @staticmethod
+    def products(geometry: Geometry) -> Sequence[Product]:
+        """The one product."""
+        return [(geometry.num_outputs, 1, geometry.num_taps)]
+
     def add(self, x: Tensor, weight: float) -> None:
-        """Add ``weight`` times the second moment of the patches of ``x``, explicitly padded."""
+        """Add ``weight`` times the second moment of the patches of ``x``, padded."""
         entries = self._pixels * len(self._total)  # of an example
-        for part in x.split(max(1, _MAX_ENTRIES // entries)):
-            a = patches_by_tap(self._conv, part)
-            add_product(self._total.unsqueeze(0), a.T.unsqueeze(0), a.unsqueeze(0), weight)
+        for part in x.split(max(1, MAX_ENTRIES // entries)):
+            a = _patches_by_tap(self._conv, part)
+            add_product(self._total, a.T, a, weight)
 
     def total(self) -> Tensor:
         """The sum, shape ``[I, I]``."""
@@ -132,23 +157,20 @@ class PatchSums:
         self._total.copy_(tensors["by_tap"])
 
 
-def _shifts_are_faster(geometry: Geometry, channels: int) -> bool:
-    """Decide by counted time on a GPU whether to multiply shifted images rather than patches.
+def _patches_by_tap(conv: Convolution2d, x: Tensor) -> Tensor:
+    """The patches of a padded input, a row each, ordered by tap and then by channel.
 
-    Shifted images need the fewer multiplications, but results of few channels have few tiles,
-    which leave most of the card idle, and there are more of them to be told of.
+    In this order, ``[N S, K1 K2 C]``, they are copied from where channels lie side by side in runs,
+    and need not be copied once more to be multiplied.
     """
-    shifted = [
-        (pixels, results * _tiles(channels)) for pixels, results in ShiftedSums.products(geometry)
-    ]
-    by_patches = [(geometry.num_outputs, _tiles(geometry.num_taps * channels))]
-    return _time_on_gpu(shifted) < _time_on_gpu(by_patches)
-
-
-def _tiles(rows: int) -> int:
-    return ceil(rows / _TILE) ** 2
-
-
-def _time_on_gpu(told: Sequence[tuple[int, int]]) -> int:
-    """The time of products by their depth and their results' tiles."""
-    return sum(depth * max(tiles, _TILES_AT_ONCE) + _LAUNCH for depth, tiles in told)
+    lines = x.permute(0, 2, 3, 1)
+    if conv.padding_mode == "zeros" and any(conv.padding):
+        left, right, top, bottom = conv.padding
+        N, H, W, C = lines.shape
+        padded = x.new_zeros(N, top + H + bottom, left + W + right, C)
+        padded[:, top : top + H, left : left + W].copy_(lines)
+        lines = padded
+    seen = windows(
+        lines.contiguous().permute(0, 3, 1, 2), conv.kernel_size, conv.stride, conv.dilation
+    )
+    return seen.permute(0, 2, 3, 4, 5, 1).reshape(-1, prod(conv.kernel_size) * x.shape[1])

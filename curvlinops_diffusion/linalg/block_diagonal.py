@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from html import escape
 from os import PathLike
 from typing import Any, ClassVar, Self
 
@@ -15,9 +16,11 @@ from curvlinops_diffusion.linalg.operator import ParameterSpaceOperator
 from curvlinops_diffusion.linalg.parameters import ParameterSpace
 from curvlinops_diffusion.linalg.placement import PlacedBlock, moved
 from curvlinops_diffusion.linalg.storage import save_blocks
-from curvlinops_diffusion.linalg.summary import Summary
 from curvlinops_diffusion.runtime.checks import check_non_negative
 from curvlinops_diffusion.runtime.processes import ALONE, Share
+
+_COLUMNS = ("block", "kind", "parameters", "shape", "MiB", "trace")
+_SHOWN = 12  # rows at the start and at the end of a shortened table
 
 
 class BlockDiagonalLinearOperator(ParameterSpaceOperator):
@@ -112,21 +115,51 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
 
     def __str__(self) -> str:
         """The blocks as a table, and what is covered."""
-        return self._summary().text()
+        return self._text(self._rows())
 
     def __repr__(self) -> str:
-        """The same, the middle of a long table left out."""
-        return self._summary().shortened().text()
+        """The table, the middle of a long one left out."""
+        return self._text(self._shortened_rows())
 
     def _repr_html_(self) -> str:
-        """The same as a table of HTML, as notebooks show it."""
-        return self._summary().shortened().html()
+        """The shortened table in HTML, as notebooks show it."""
+        head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in self._shortened_rows()
+        )
+        notes = "".join(f"<p>{escape(note)}</p>" for note in self._notes())
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return f"<div><p><b>{escape(self._title())}</b></p>{table}{notes}</div>"
 
-    def _summary(self) -> Summary:
-        return Summary.of(type(self).__name__, self.table(), self.info)
+    def _text(self, rows: list[tuple[str, ...]]) -> str:
+        width = max(len(row[0]) for row in rows)
+        table = (_line(row, width) for row in (_COLUMNS, *rows))
+        return "\n".join([self._title(), *table, *self._notes()])
+
+    def _title(self) -> str:
+        covered = sum(placed.num_entries for placed in self.blocks)
+        return f"{type(self).__name__} with {covered:,} parameters in {len(self.blocks)} blocks"
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [_texts(row) for row in self.table()]
+
+    def _shortened_rows(self) -> list[tuple[str, ...]]:
+        rows = self._rows()
+        hidden = len(rows) - 2 * _SHOWN
+        if hidden <= 1:
+            return rows
+        line = (f"… {hidden} more, which print() shows", *[""] * (len(_COLUMNS) - 1))
+        return [*rows[:_SHOWN], line, *rows[-_SHOWN:]]
+
+    def _notes(self) -> list[str]:
+        others, left_out = (self.info.get(key, {}) for key in ("others", "left_out"))
+        notes = [f"by automatic differentiation: {name} ({why})" for name, why in others.items()]
+        names = ", ".join(left_out)
+        return [*notes, f"left out: {names}" if names else "nothing selected is left out"]
 
     def to(self, device: torch.device | str | torch.dtype | None = None, dtype: Any = None) -> Self:
-        """The same operator on another device, or in another precision; itself if nothing changes.
+        """Move to another device, or convert to another precision; itself if nothing changes.
 
         Its ``param_names`` stay those of the model, which is not moved.
 
@@ -142,7 +175,7 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         device = self.device if device is None else torch.device(device)
         dtype = self.dtype if dtype is None else dtype
         if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype={dtype} arrived. Pass torch.float32 or torch.float64.")
+            raise ValueError(f"`dtype` must be torch.float32 or torch.float64, got {dtype}.")
         if (device, dtype) == (self.device, self.dtype):
             return self
         blocks = moved(self.blocks, device, dtype)
@@ -180,7 +213,7 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
     def logdet(self) -> Tensor:
         """The logarithm of the determinant; minus infinity for a singular operator."""
         return self._total(
-            (block.all_null() if null else block).logdet() for block, null in self._told_apart()
+            (block.all_null() if null else block).logdet() for block, null in self._null_or_not()
         )
 
     def det(self) -> Tensor:
@@ -202,13 +235,13 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
             found.append(block)
         return found
 
-    def _told_apart(self) -> list[tuple[EigenBlock, bool]]:
+    def _null_or_not(self) -> list[tuple[EigenBlock, bool]]:
         """The blocks in their eigenbases, and whether each is zero, perhaps up to rounding.
 
         A gradient that vanishes (of the bias of attention's keys, or of one that a norm subtracts)
-        is computed as rounding errors, and its block is of their squares. How large they are does
-        not tell them from the small gradients of a branch that has hardly begun to be trained; so
-        a trial of the network finds them, and ``info['rounding']`` lists them. A power has none:
+        is computed as rounding errors, and its block is of their squares. Their size does not
+        distinguish them from the small gradients of a branch that has hardly begun to be trained;
+        so a trial of the network finds them, and ``info['rounding']`` lists them. A power has none:
         there they were dealt with.
         """
         rounding = set() if "power" in self.info else set(self.info.get("rounding", ()))
@@ -255,8 +288,8 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         """
         damping = check_non_negative("damping", damping)
         rtol = None if rtol is None else check_non_negative("rtol", rtol)
-        told_apart = self.share.all_or_none(self._told_apart)
-        if relative and all(self.share.gathered(all(null for _, null in told_apart))):
+        found = self.share.all_or_none(self._null_or_not)
+        if relative and all(self.share.gathered(all(null for _, null in found))):
             raise ValueError(
                 "Every block is zero, perhaps up to rounding, and so is a damping of "
                 f"{damping:g} times its mean eigenvalue: none of the parameters has an effect on "
@@ -264,12 +297,12 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
             )
         floor = None
         if rtol is not None:
-            own = max((block.largest() for block, _ in told_apart), default=0.0)
+            own = max((block.largest() for block, _ in found), default=0.0)
             floor = torch.tensor(rtol * max(self.share.gathered(own)), dtype=self.dtype)
 
         def powers() -> list[PlacedBlock]:
             blocks = []
-            for placed, (block, is_null) in zip(self.blocks, told_apart, strict=True):
+            for placed, (block, is_null) in zip(self.blocks, found, strict=True):
                 if relative and is_null:
                     power = block.zero()
                 elif damping == 0 and is_null:
@@ -287,71 +320,27 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         return BlockDiagonalLinearOperator(self.space, blocks, info, self.share)
 
     def inverse(
-        self,
-        damping: float = 0.0,
-        *,
-        relative: bool = False,
-        rtol: float | None = None,
-        use_exact_damping: bool | None = None,
-        use_heuristic_damping: bool = False,
-        min_damping: float = 1e-8,
+        self, damping: float = 0.0, *, relative: bool = False, rtol: float | None = None
     ) -> BlockDiagonalLinearOperator:
-        """The damped inverse, or the truncated pseudo-inverse.
+        """The damped inverse ``(F + λ I)⁻¹``, or the truncated pseudo-inverse.
 
-        Args:
-            damping: ``λ ≥ 0``.
-            relative: Whether the damping is in units of each block's mean eigenvalue; blocks of
-                parameters without effect are left out, see :meth:`power`.
-            rtol: Eigenvalues of at most this part of the operator's largest are left out: the
-                inverse is zero there. ``None`` to leave out none.
-            use_exact_damping: ``True`` for ``(F + λ I)⁻¹``; ``False`` to damp the Kronecker
-                factors instead, ``(B + λ I)⁻¹ ⊗ (A + λ I)⁻¹``. Default: exact, unless the
-                heuristic is asked for.
-            use_heuristic_damping: Damp the factors by ``√λ π`` (A) and ``√λ / π`` (B) with ``π²``
-                the ratio of their mean eigenvalues (Martens & Grosse, 2015, Section 6.3).
-            min_damping: Lower bound of the two heuristic dampings.
-
-        Returns:
-            The inverse, block-diagonal as well. Blocks without Kronecker form (biases of their
-            own, norms) are damped exactly in each case.
-
-        Raises:
-            ValueError: If a damping is negative, the options contradict each other, or the matrix
-                to invert is singular.
+        Arguments and errors are those of :meth:`power`.
         """
-        damping = check_non_negative("damping", damping)
-        min_damping = check_non_negative("min_damping", min_damping)
-        if use_exact_damping and use_heuristic_damping:
-            raise ValueError(
-                "use_exact_damping=True and use_heuristic_damping=True arrived together. The "
-                "heuristic damps factors, not the operator; pass only one of them."
-            )
-        if use_exact_damping is None:
-            use_exact_damping = not use_heuristic_damping
-        if use_exact_damping:
-            return self.power(-1.0, damping, relative=relative, rtol=rtol)
-        if relative or rtol is not None:
-            raise ValueError(
-                f"relative={relative} and rtol={rtol} arrived with a damping of the factors, which "
-                "they are not for. Leave them out, or use the exact damping (the default)."
-            )
-        self.share.all_or_none(self._check_factored)
-        blocks = self.share.all_or_none(
-            lambda: [
-                p.with_block(
-                    p.block.factored_inverse(damping, use_heuristic_damping, min_damping, p.name)
-                )
-                for p in self.blocks
-            ]
-        )
-        rule = "heuristic" if use_heuristic_damping else "factored"
-        info = {**self.info, "power": -1.0, "damping": damping, "damping_rule": rule}
-        return BlockDiagonalLinearOperator(self.space, blocks, info, self.share)
+        return self.power(-1.0, damping, relative=relative, rtol=rtol)
 
-    def _check_factored(self) -> None:
-        """Check that there are Kronecker factors to damp."""
-        if any(p.kind == "eigenbasis" and p.block.shape[-1] > 1 for p in self.blocks):
-            raise ValueError(
-                f"{type(self).__name__} has no Kronecker factors to damp apart: its eigenvalues "
-                "are not a product. Use the exact damping (the default)."
-            )
+
+def _texts(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        row["block"],
+        row["kind"],
+        f"{row['parameters']:,}",
+        "×".join(map(str, row["shape"])),
+        f"{row['bytes'] / 2**20:.2f}",
+        f"{row['trace_share']:.2%}",
+    )
+
+
+def _line(row: tuple[str, ...], width: int) -> str:
+    block, kind, parameters, shape, size, trace = row
+    line = f"{block:{width}}  {kind:10}  {parameters:>12}  {shape:>16}  {size:>9}  {trace}"
+    return line.rstrip()

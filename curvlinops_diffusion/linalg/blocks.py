@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.linalg.factors import eigendecomposition
+from curvlinops_diffusion.linalg.factors import eigendecomposition, trace
 
 
 class Block(ABC):
@@ -47,18 +47,9 @@ class Block(ABC):
     def squared_frobenius_norm(self) -> Tensor:
         """The sum of the squared eigenvalues."""
 
-    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that determine the block, by the names of its constructor's arguments."""
-
-    def factored_inverse(
-        self, damping: float, heuristic: bool, min_damping: float, name: str
-    ) -> Block:
-        """Damp Kronecker factors rather than the block, then invert.
-
-        Without Kronecker factors this is the exactly damped inverse.
-        """
-        return self.eigen(name).power(-1, damping, name)
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,10 +172,6 @@ class EigenBlock(Block):
         """``Σ Λ²``."""
         return self.eigenvalues.square().sum()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Bases, eigenvalues, and which of these stand for zeros, if some do."""
-        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
-
 
 @dataclass(frozen=True, eq=False)
 class KroneckerBlock(Block):
@@ -195,13 +182,10 @@ class KroneckerBlock(Block):
         input_factor: ``A``, shape ``[*g, I, I]``; or the diagonal ``[I]`` of a diagonal one.
     """
 
+    kind = "Kronecker"
+
     output_factor: Tensor
     input_factor: Tensor
-
-    @property
-    def kind(self) -> str:
-        """``'Kronecker'``."""
-        return "Kronecker"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -220,40 +204,14 @@ class KroneckerBlock(Block):
         null = B.is_null().unsqueeze(-1) | A.is_null().unsqueeze(-2)
         return EigenBlock(eigenvalues, B.vectors, A.vectors, null)
 
-    def factored_inverse(
-        self, damping: float, heuristic: bool, min_damping: float, name: str
-    ) -> Block:
-        """``(B + λ_B I)⁻¹ ⊗ (A + λ_A I)⁻¹``.
-
-        ``λ_A = λ_B = λ``, or with ``heuristic`` and the ratio ``π²`` of the factors' mean
-        eigenvalues, ``λ_A = π √λ`` and ``λ_B = √λ / π``, so that ``λ_A λ_B = λ`` (Martens &
-        Grosse, 2015, Section 6.3), neither below ``min_damping``.
-        """
-        mean_A, mean_B = (_diagonal(M).mean(-1) for M in (self.input_factor, self.output_factor))
-        damping_A = damping_B = torch.full_like(mean_B, damping)
-        if heuristic:
-            pi = (mean_A / mean_B).sqrt()
-            usable = (mean_A > 0) & (mean_B > 0)
-            damping_A = torch.where(usable, (damping**0.5 * pi).clamp(min=min_damping), damping_A)
-            damping_B = torch.where(usable, (damping**0.5 / pi).clamp(min=min_damping), damping_B)
-        return KroneckerBlock(
-            _damped_inverse(self.output_factor, damping_B, f"The output factor of '{name}'"),
-            _damped_inverse(self.input_factor, damping_A, f"The input factor of '{name}'"),
-        )
-
     def trace(self) -> Tensor:
         """``tr(B) tr(A)``."""
-        A, B = _diagonal(self.input_factor), _diagonal(self.output_factor)
-        return (B.sum(-1) * A.sum(-1)).sum()
+        return (trace(self.output_factor) * trace(self.input_factor)).sum()
 
     def squared_frobenius_norm(self) -> Tensor:
         """``‖B‖² ‖A‖²``."""
         A, B = self.input_factor.square().sum(-1), self.output_factor.square().sum((-2, -1))
         return (B * (A if self.input_factor.ndim == 1 else A.sum(-1))).sum()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The factors."""
-        return dict(vars(self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,12 +222,9 @@ class DenseBlock(Block):
         matrix: The matrix, shape ``[*g, O, O]``; it acts on ``[*g, O, 1]``.
     """
 
-    matrix: Tensor
+    kind = "dense"
 
-    @property
-    def kind(self) -> str:
-        """``'dense'``."""
-        return "dense"
+    matrix: Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -288,15 +243,11 @@ class DenseBlock(Block):
 
     def trace(self) -> Tensor:
         """``tr(F)``."""
-        return _diagonal(self.matrix).sum()
+        return self.matrix.diagonal(dim1=-2, dim2=-1).sum()
 
     def squared_frobenius_norm(self) -> Tensor:
         """``‖F‖²``."""
         return self.matrix.square().sum()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The matrix."""
-        return dict(vars(self))
 
 
 BLOCK_TYPES: dict[str, type[EigenBlock] | type[KroneckerBlock] | type[DenseBlock]] = {
@@ -321,22 +272,3 @@ def _left_right(left: Tensor | None, X_gOIK: Tensor, right: Tensor | None) -> Te
     elif right is not None:
         X_gOKI = (X_gOKI.flatten(-3, -2) @ right).unflatten(-2, (O, K))
     return X_gOKI.transpose(-1, -2)
-
-
-def _diagonal(factor: Tensor) -> Tensor:
-    return factor if factor.ndim == 1 else factor.diagonal(dim1=-2, dim2=-1)
-
-
-def _damped_inverse(factor: Tensor, damping: Tensor, what: str) -> Tensor:
-    decomposition = eigendecomposition(factor, what)
-    damped = decomposition.values + damping.unsqueeze(-1)
-    undamped = (damping == 0).unsqueeze(-1)
-    if (torch.where(undamped, decomposition.is_null(), damped <= 0)).any():
-        remedy = (
-            "Pass a larger damping, or take the exact inverse with rtol= (a pseudo-inverse)."
-            if float(damping.min()) == 0
-            else f"Pass a damping that {damped.dtype} does not round to zero."
-        )
-        raise ValueError(f"{what} is singular at damping={float(damping.min()):g}. {remedy}")
-    U = decomposition.vectors
-    return 1 / damped if U is None else (U / damped.unsqueeze(-2)) @ U.mT

@@ -54,7 +54,7 @@ class Eigendecomposition:
 
 
 def eigendecomposition(matrix: Tensor, what: str, settle_null: bool = False) -> Eigendecomposition:
-    """Decompose a positive semi-definite factor, in float64.
+    """Decompose a positive semi-definite factor in float64; negative rounding noise becomes zero.
 
     Args:
         matrix: The factor: ``[I, I]``, one for each group ``[G, I, I]``, or the diagonal ``[I]``
@@ -62,9 +62,6 @@ def eigendecomposition(matrix: Tensor, what: str, settle_null: bool = False) -> 
         what: What it is a factor of, for the error message.
         settle_null: Whether the eigenvectors of zeros are made a function of the space that they
             span, where rounding would choose them.
-
-    Returns:
-        The decomposition in the factor's precision, negative rounding noise clamped to zero.
 
     Raises:
         ValueError: If the factor has entries that are not finite.
@@ -87,8 +84,8 @@ def _values_and_vectors(matrix: Tensor, settle_null: bool) -> tuple[Tensor, Tens
 def alike(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
     """The names of matrices that are decomposed together: small ones of one shape.
 
-    One after the other, a GPU would be told of hundreds of small ones (of adapters, say) and be
-    done before the next is told of. No more together than take the memory of the largest.
+    One after the other, hundreds of small ones (of adapters, say) would wait for their kernels'
+    launches on a GPU. No more together than take the memory of the largest.
     """
     most = max((shape.numel() for shape in shapes.values()), default=0)
     groups: dict[torch.Size, list[str]] = {}
@@ -106,7 +103,7 @@ def alike(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
 def eigendecompositions(
     matrices: Mapping[str, Tensor], settle_null: bool = False
 ) -> list[Eigendecomposition]:
-    """Those of several factors of one shape, by what they are factors of.
+    """Eigendecompositions of factors of one shape, batched, by what they are factors of.
 
     Raises:
         ValueError: As :func:`eigendecomposition`.

@@ -32,11 +32,7 @@ class ParameterSpaceOperator(LinearOperator):
 
 
 class FlatLinearOperator(LinearOperator):
-    """A self-adjoint operator on the space of another, given by what it does to flat columns.
-
-    Args:
-        other: The other operator.
-    """
+    """A self-adjoint operator on the space of another, given by what it does to flat columns."""
 
     def __init__(self, other: PyTorchLinearOperator):
         self._other = other
@@ -71,14 +67,10 @@ def check_same_parameters(
     operators: Mapping[str, PyTorchLinearOperator],
     square: Mapping[str, PyTorchLinearOperator],
 ) -> None:
-    """Check that operators act on the same parameters in the same order, on one device.
+    """Check that operators ``[*, P]`` and ``[P, P]`` act on the same parameters, on one device.
 
-    Shapes are compared, and the names of parameters where an operator knows them: layers of one
-    shape are many in a network.
-
-    Args:
-        operators: Operators ``[*, P]``, by what messages call them.
-        square: Operators ``[P, P]``.
+    Operators are given by what messages call them. Shapes are compared, and the names of parameters
+    where an operator knows them: layers of one shape are many in a network.
 
     Raises:
         ValueError: If they differ.
@@ -109,11 +101,7 @@ def check_same_parameters(
 
 
 def check_whole(operator: PyTorchLinearOperator, what: str) -> None:
-    """Check that an operator is not shared among processes.
-
-    Args:
-        operator: The operator.
-        what: What is done by each process on its own.
+    """Check that an operator is not sharded, where each process does ``what`` on its own.
 
     Raises:
         ValueError: If it is.

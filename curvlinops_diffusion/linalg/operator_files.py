@@ -1,8 +1,9 @@
-"""The format of an operator's file, and what it says of itself; read without PyTorch."""
+"""The format and the header of an operator's file, read without PyTorch."""
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from math import prod
 from os import PathLike
 from pathlib import Path
@@ -30,6 +31,45 @@ def read_header(path: str | PathLike[str]) -> dict[str, Any]:
     return _checked(path, OPERATOR.read_header(path))
 
 
+def read_file(
+    path: Path, wanted: Container[str] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read an operator's header, and its tensors, or those of wanted names.
+
+    Raises:
+        ValueError: If the file is missing, truncated, foreign or of another format.
+    """
+    header, tensors = OPERATOR.read(path, wanted)
+    return _checked(path, header), tensors
+
+
+def _checked(path: Path, header: Any) -> dict[str, Any]:
+    with damaged_if_malformed(path):
+        found = header["format_version"]
+        complete = header.keys() >= {"kind", "parameters", "dtype", "blocks", "info"}
+    if found != FORMAT_VERSION:
+        raise ValueError(
+            f"'{path}' has format version {found}; this library reads {FORMAT_VERSION}. Install "
+            "the curvlinops_diffusion that wrote it, or fit anew."
+        )
+    if not complete:
+        raise OPERATOR.damaged(path, "entries are missing")
+    return dict(header)
+
+
+@contextmanager
+def damaged_if_malformed(path: Path) -> Iterator[None]:
+    """Report a file as damaged if its header is not made as expected.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError) as error:
+        raise OPERATOR.damaged(path, f"{type(error).__name__}: {error}") from error
+
+
 def block_rows(header: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each block: its ``name``, its ``kind`` and the entries of its ``parameters``."""
     sizes = {name: prod(shape) for name, shape in header["parameters"]}
@@ -41,32 +81,3 @@ def block_rows(header: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for block in header["blocks"]
     ]
-
-
-def read_file(
-    path: Path, wanted: Container[str] | None = None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what an operator's file says of itself, and its tensors, or those of wanted names.
-
-    Raises:
-        ValueError: If the file is missing, truncated, foreign or of another format.
-    """
-    header, tensors = OPERATOR.read(path, wanted)
-    return _checked(path, header), tensors
-
-
-def _checked(path: Path, header: Any) -> dict[str, Any]:
-    try:
-        other = header["format_version"] != FORMAT_VERSION
-        complete = header.keys() >= {"kind", "parameters", "dtype", "blocks", "info"}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise OPERATOR.damaged(path, error) from error
-    if other:
-        raise ValueError(
-            f"'{path}' has format version {header['format_version']}; this library reads "
-            f"{FORMAT_VERSION}. Install the curvlinops_diffusion that wrote it, or fit anew."
-        )
-    if not complete:
-        raise OPERATOR.damaged(path, "entries are missing")
-    checked: dict[str, Any] = header
-    return checked

@@ -84,11 +84,11 @@ def select_parameters(model: nn.Module, params: Parameters) -> dict[str, nn.Para
         return _with_entries({name: p for name, p in own.items() if p.is_floating_point()})
     if isinstance(params, str | Tensor | nn.Module) or not isinstance(params, Sequence | Mapping):
         raise ValueError(
-            f"params arrived as {type(params).__name__}. Pass None for all that is supported, a "
-            "list of the model's parameters or of their names, or a dict from names to parameters."
+            "`params` must be None for all that is supported, a list of the model's parameters or "
+            f"of their names, or a dict from names to parameters, got {type(params).__name__}."
         )
-    names = _names_of_mapping(own, params) if isinstance(params, Mapping) else None
-    names = names if names is not None else _names_of_sequence(own, params)
+    given = _names_of_mapping if isinstance(params, Mapping) else _names_of_sequence
+    names = given(own, {id(p): name for name, p in own.items()}, params)
     if not names:
         raise ValueError("params is empty. Pass at least one parameter, or None for all.")
     if len(set(names)) < len(names):
@@ -110,8 +110,9 @@ def _with_entries(params: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     return params
 
 
-def _names_of_mapping(own: dict[str, nn.Parameter], params: Mapping[str, Any]) -> list[str]:
-    name_of = {id(p): name for name, p in own.items()}
+def _names_of_mapping(
+    own: dict[str, nn.Parameter], name_of: dict[int, str], params: Any
+) -> list[str]:
     for name, value in params.items():
         if id(value) not in name_of:
             _own_names(own, [name])
@@ -123,8 +124,9 @@ def _names_of_mapping(own: dict[str, nn.Parameter], params: Mapping[str, Any]) -
     return [name_of[id(value)] for value in params.values()]
 
 
-def _names_of_sequence(own: dict[str, nn.Parameter], params: Any) -> list[str]:
-    name_of = {id(p): name for name, p in own.items()}
+def _names_of_sequence(
+    own: dict[str, nn.Parameter], name_of: dict[int, str], params: Any
+) -> list[str]:
     called = _own_names(own, [p for p in params if isinstance(p, str)])
     for position, p in enumerate(params):
         if not isinstance(p, str) and id(p) not in name_of:
@@ -157,37 +159,32 @@ def _own_names(own: Collection[str], names: Sequence[str]) -> dict[str, str]:
         return {name: name for name in names}
     by_bare: dict[str, list[str]] = {}
     for name in own:
-        by_bare.setdefault(_bare(name), []).append(name)
-    bare = {name: _bare(name) for name in names}
+        by_bare.setdefault(_WRAPPERS.sub("", name), []).append(name)
+    bare = {name: _WRAPPERS.sub("", name) for name in names}
     fitting = [p for p in _wrapped(by_bare) if all(p + b in by_bare for b in bare.values())]
     if "" in fitting:
         fitting = [""]
     if not fitting:
-        known = next(name for name in names if name not in own)
-        if adapter_of(known) is not None and not any(map(adapter_of, own)):
+        unknown = next(name for name in names if name not in own)
+        if adapter_of(unknown) is not None and not any(map(adapter_of, own)):
             raise ValueError(
-                f"params names '{known}', and the model has no adapter: it was unloaded, or merged "
-                "and unloaded (unload_lora_weights, merge_and_unload), or belongs to another model "
-                "(a text encoder, say). Load it into this model, without merging it."
+                f"params names '{unknown}', and the model has no adapter: it was unloaded, or "
+                "merged and unloaded (unload_lora_weights, merge_and_unload), or belongs to "
+                "another model (a text encoder, say). Load it into this model, without merging it."
             )
-        alike = [name for name in own if name.endswith(f".{known}")] or [next(iter(own))]
+        alike = [name for name in own if name.endswith(f".{unknown}")] or [next(iter(own))]
         raise ValueError(
-            f"params names '{known}', which the model does not have. Its parameters are called "
+            f"params names '{unknown}', which the model does not have. Its parameters are called "
             f"like {alike[:4]}; see model.named_parameters()."
         )
     found = {name: [o for p in fitting for o in by_bare[p + b]] for name, b in bare.items()}
     for name, several in found.items():
         if len(several) > 1:
             raise ValueError(
-                f"params names '{name}', which may be any of {several[:4]} of the model. Pass one "
-                "of these; see model.named_parameters()."
+                f"params names '{name}', which may be any of {several[:4]} of the model. Pass "
+                "one of these; see model.named_parameters()."
             )
     return {name: several[0] for name, several in found.items()}
-
-
-def _bare(name: str) -> str:
-    """A parameter's name without the parts that wrappers put into it."""
-    return _WRAPPERS.sub("", name)
 
 
 def _wrapped(names: Collection[str]) -> list[str]:

@@ -85,7 +85,7 @@ class PlacedBlock:
     @property
     def num_bytes(self) -> int:
         """Memory of the tensors that determine the block; shared ones are counted in each."""
-        return sum(t.numel() * t.element_size() for t in self.block.tensors().values())
+        return sum(z.nbytes for z in self.block.tensors().values())
 
     def with_block(self, block: Block) -> PlacedBlock:
         """Another block in the same place."""

@@ -21,6 +21,7 @@ from curvlinops_diffusion.linalg.operator_files import (
     FORMAT,
     FORMAT_VERSION,
     OPERATOR,
+    damaged_if_malformed,
     read_file,
     read_header,
 )
@@ -31,6 +32,8 @@ from curvlinops_diffusion.runtime.digests import fingerprint
 from curvlinops_diffusion.runtime.modes import unwrapped
 from curvlinops_diffusion.runtime.processes import ALONE, Share
 from curvlinops_diffusion.runtime.sharded_networks import device_of
+
+_TYPE_NAMES: dict[type[Block], str] = {cls: name for name, cls in BLOCK_TYPES.items()}
 
 
 def versions() -> dict[str, str]:
@@ -48,14 +51,6 @@ def save_blocks(
     share: Share = ALONE,
 ) -> None:
     """Write a block-diagonal operator to a file, or one for each process and one that names them.
-
-    Args:
-        path: Where to. Written under another name in the same folder, then renamed.
-        kind: The operator's kind.
-        space: Its parameter space.
-        blocks: The blocks of this process.
-        info: How it was made.
-        share: The processes that hold blocks.
 
     Raises:
         ValueError: If the file cannot be written.
@@ -75,7 +70,8 @@ def save_blocks(
     def write_names() -> None:
         if share.rank > 0:
             return
-        old = shards_of(path)
+        names = OPERATOR.read_header(path).get("shards", []) if OPERATOR.holds(path) else []
+        old = [path.with_name(Path(other).name) for other in names]
         every = [entry | {"shard": n} for n, own in enumerate(listed) for entry in own]
         order = {name: place for place, name in enumerate(space.shapes)}
         every.sort(key=lambda entry: min(order[name] for name in entry["params"]))
@@ -85,15 +81,6 @@ def save_blocks(
             other.unlink(missing_ok=True)
 
     share.all_or_none(write_names)
-
-
-def shards_of(path: Path) -> list[Path]:
-    """The files that an operator's file names, beside it; none if it holds the tensors itself."""
-    if not OPERATOR.holds(path):
-        return []
-    return [
-        path.with_name(Path(name).name) for name in OPERATOR.read_header(path).get("shards", [])
-    ]
 
 
 def _described(
@@ -106,16 +93,16 @@ def _described(
     for number, placed in enumerate(blocks):
         names = {}
         for role, tensor in placed.block.tensors().items():
-            identity = (tensor.data_ptr(), tensor.shape)
-            if identity not in stored:
-                stored[identity] = f"{number}.{placed.name}.{role}"
-                tensors[stored[identity]] = tensor
-            names[role] = stored[identity]
+            name = stored.setdefault(
+                (tensor.data_ptr(), tensor.shape), f"{number}.{placed.name}.{role}"
+            )
+            tensors.setdefault(name, tensor)
+            names[role] = name
         listed.append(
             {
                 "name": placed.name,
                 "params": list(placed.params),
-                "type": _type_name(placed),
+                "type": _TYPE_NAMES[type(placed.block)],
                 "tensors": names,
                 "transposed": placed.transposed,
             }
@@ -138,16 +125,10 @@ def load_blocks(
     device: torch.device | str | None = None,
     share: Share = ALONE,
 ) -> tuple[str, ParameterSpace, list[PlacedBlock], dict[str, Any]]:
-    """Read a block-diagonal operator of a model from a file.
+    """Read an operator's kind, parameter space, blocks, and how it was made, from a file.
 
-    Args:
-        path: The file.
-        model: The model that the operator was made for.
-        device: Where to put it; ``None`` for the model's device.
-        share: The processes that hold blocks: each reads some, as many bytes as the others.
-
-    Returns:
-        The operator's kind, parameter space, the blocks of this process, and how it was made.
+    Of several processes each reads some blocks, as many bytes as the others. ``device=None`` stands
+    for the model's.
 
     Raises:
         ValueError: If the file is missing, truncated, foreign or of another format, or was made
@@ -156,7 +137,7 @@ def load_blocks(
     path = Path(path)
     header, sources = _sources(path, share)
     own = dict(model.named_parameters())
-    try:
+    with damaged_if_malformed(path):
         if not all(name in own for name, _ in header["parameters"]):
             model = unwrapped(model)
             own = dict(model.named_parameters())
@@ -177,14 +158,28 @@ def load_blocks(
         blocks = in_order(blocks, shapes)
         _check_blocks(space, blocks, header)
         return str(header["kind"]), space, blocks, dict(header["info"])
-    except (AttributeError, IndexError, KeyError, StopIteration, TypeError) as error:
-        raise OPERATOR.damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def read_blocks(path: str | PathLike[str]) -> tuple[dict[str, Any], list[PlacedBlock]]:
+    """Read an operator's header and blocks, without the model.
+
+    Raises:
+        ValueError: If the file is missing, truncated, foreign or of another format.
+    """
+    path = Path(path)
+    header, sources = _sources(path, ALONE)
+    with damaged_if_malformed(path):
+        blocks: dict[int, PlacedBlock] = {}
+        for file, numbers in sources.items():
+            _, tensors = read_file(file)
+            blocks |= {n: _block(header["blocks"][n], tensors) for n in numbers}
+        return header, [blocks[n] for n in range(len(header["blocks"]))]
 
 
 def _sources(path: Path, share: Share) -> tuple[dict[str, Any], dict[Path, list[int]]]:
     """The header, and the places in its list of the blocks that this process reads, by file."""
     header = read_header(path)
-    try:
+    with damaged_if_malformed(path):
         sizes = {name: prod(shape) for name, shape in header["parameters"]}
         files = [path.with_name(Path(name).name) for name in header.get("shards", [path.name])]
         together: dict[tuple[int, str], list[int]] = {}  # blocks that share tensors
@@ -205,8 +200,6 @@ def _sources(path: Path, share: Share) -> tuple[dict[str, Any], dict[Path, list[
             if owner == share.rank:
                 shard = header["blocks"][numbers[0]].get("shard", 0)
                 sources.setdefault(files[shard], []).extend(numbers)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise OPERATOR.damaged(path, f"{type(error).__name__}: {error}") from error
     return header, sources
 
 
@@ -222,24 +215,6 @@ def _with_names_of(own: Iterable[str], header: dict[str, Any]) -> dict[str, Any]
             for block in header["blocks"]
         ],
     }
-
-
-def read_blocks(path: str | PathLike[str]) -> tuple[dict[str, Any], list[PlacedBlock]]:
-    """Read what an operator's file says of itself, and its blocks, without the model.
-
-    Raises:
-        ValueError: If the file is missing, truncated, foreign or of another format.
-    """
-    path = Path(path)
-    header, sources = _sources(path, ALONE)
-    try:
-        blocks: dict[int, PlacedBlock] = {}
-        for file, numbers in sources.items():
-            _, tensors = read_file(file)
-            blocks |= {n: _block(header["blocks"][n], tensors) for n in numbers}
-        return header, [blocks[n] for n in range(len(header["blocks"]))]
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise OPERATOR.damaged(path, f"{type(error).__name__}: {error}") from error
 
 
 def _check_blocks(
@@ -276,10 +251,6 @@ def _block(entry: dict[str, Any], tensors: dict[str, Tensor]) -> PlacedBlock:
     return PlacedBlock(entry["name"], tuple(entry["params"]), block, entry["transposed"])
 
 
-def _type_name(placed: PlacedBlock) -> str:
-    return next(name for name, cls in BLOCK_TYPES.items() if type(placed.block) is cls)
-
-
 def _check_model(
     path: Path, header: dict[str, Any], model: nn.Module, own: dict[str, nn.Parameter]
 ) -> None:
@@ -297,18 +268,20 @@ def _check_model(
                 f"{list(own[name].shape)} here. Pass the model that the operator was computed with."
             )
     there, here = header["info"].get("fingerprint"), fingerprint(model)
-    if there is not None and there["structure"] != here["structure"]:
+    if there is None:
+        return
+    if there["structure"] != here["structure"]:
         raise ValueError(
             f"'{path}' was made for another model: names or shapes of its other parameters and "
             "buffers differ. Pass the model that the operator was computed with."
         )
-    if there is not None and there.get("settings", here["settings"]) != here["settings"]:
+    if there.get("settings", here["settings"]) != here["settings"]:
         raise ValueError(
             f"'{path}' was made with other settings of this model: its config, constants of its "
             "layers, or the scale of its adapters and which of them are active. Load it, and its "
             "adapters, as when the operator was computed."
         )
-    if there is not None and there["weights"] != here["weights"]:
+    if there["weights"] != here["weights"]:
         raise ValueError(
             f"'{path}' was made with other weights of this model (or in another precision). Load "
             "the weights that the operator was computed with."

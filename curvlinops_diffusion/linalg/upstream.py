@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,19 +20,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
     from curvlinops._torch_base import PyTorchLinearOperator
 
-__all__ = ["LinearOperator", "Placed", "PyTorchLinearOperator", "input_shapes", "output_shapes"]
-
-
-class Placed(Protocol):
-    """Something with a precision and a device."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision."""
-
-    @property
-    def device(self) -> torch.device:
-        """The device."""
+__all__ = ["LinearOperator", "PyTorchLinearOperator", "input_shapes", "output_shapes"]
 
 
 class LinearOperator(PyTorchLinearOperator, ABC):
@@ -49,7 +37,7 @@ class LinearOperator(PyTorchLinearOperator, ABC):
         self,
         input_shapes: Sequence[Sequence[int]],
         output_shapes: Sequence[Sequence[int]],
-        like: Placed,
+        like: Any,
         self_adjoint: bool = True,
     ):
         self._like = like
@@ -65,12 +53,14 @@ class LinearOperator(PyTorchLinearOperator, ABC):
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the vectors that the operator acts on."""
-        return self._like.dtype
+        dtype: torch.dtype = self._like.dtype
+        return dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the vectors that the operator acts on."""
-        return self._like.device
+        device: torch.device = self._like.device
+        return device
 
     @abstractmethod
     def multiply_tensors(self, X: list[Tensor]) -> list[Tensor]:

@@ -583,7 +583,7 @@ def test_activations_in_place():
         ({"params": ["x"]}, r"params names 'x', which the model does not have"),
         ({"params": {"x": None}}, r"params names 'x', which the model does not have"),
         ({"params": [torch.zeros(2)]}, r"params\[0\] \(\(2,\)\) is not a parameter of the model"),
-        ({"params": torch.zeros(2)}, r"params arrived as Tensor"),
+        ({"params": torch.zeros(2)}, r"`params` must be None.*got Tensor"),
         ({"params": ["layers.0.bias"] * 2}, r"lists \['layers.0.bias'\] more than once"),
         ({"params": {"layers.0.bias": torch.zeros(3)}}, r"is not the model's own parameter"),
         ({"eigenvalue_draws": -1}, "eigenvalue_draws=-1 arrived"),

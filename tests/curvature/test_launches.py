@@ -9,7 +9,7 @@ from curvlinops_diffusion import (
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
 )
-from curvlinops_diffusion.layers import products
+from curvlinops_diffusion.layers import moments
 from curvlinops_diffusion.runtime.flags import DeviceFlag
 from tests.cases import unet_regression
 
@@ -56,7 +56,7 @@ def test_launches_of_a_batch(monkeypatch):
     """
     trained, _ = a_batch_more(training)
     for on_gpu, most in ((False, (2.9, 4.6)), (True, (1.8, 3.5))):
-        monkeypatch.setattr(products, "TENSOR_CORES", {"cpu"} if on_gpu else set())
+        monkeypatch.setattr(moments, "TENSOR_CORES", {"cpu"} if on_gpu else set())
         fitted, waits = a_batch_more(factors)
         both, _ = a_batch_more(eigenvalues)
         print(on_gpu, trained, fitted, both, waits)

@@ -194,7 +194,7 @@ def test_bad_rows():
         ({"params": [nn.Parameter(torch.zeros(2))]}, r"params\[0\] \(\(2,\)\) is not a parameter"),
         ({"params": ["layers.0.bias"] * 2}, r"\['layers.0.bias'\] more than once"),
         ({"params": {"layers.0.bias": torch.zeros(2)}}, "is not the model's own parameter"),
-        ({"params": torch.zeros(3)}, "params arrived as Tensor. Pass None for all"),
+        ({"params": torch.zeros(3)}, "`params` must be None.*got Tensor"),
         ({"chunk_size": 0}, "chunk_size=0 arrived"),
     ],
 )

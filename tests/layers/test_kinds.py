@@ -1,5 +1,6 @@
 """Every kind of layer: its factors against plain loops, its blocks against the exact ones."""
 
+import copy
 from itertools import product
 
 import pytest
@@ -34,127 +35,81 @@ from tests.reference import (
 class Around(nn.Module):
     """A layer between a non-linearity and a map back to the input's shape."""
 
-    def __init__(self, layer: nn.Module, shape: tuple[int, ...], tokens: bool = False):
+    def __init__(self, layer, shape):
         super().__init__()
-        self.layer, self.shape, self.tokens = layer, shape, tokens
-        seen = torch.zeros(1, 2).long() if tokens else torch.zeros(2, *shape)
-        size = layer(seen)[:1].numel()
-        self.back = nn.Linear(size, torch.Size(shape).numel())
+        self.layer, self.tokens = copy.deepcopy(layer).eval(), isinstance(layer, nn.Embedding)
+        seen = torch.zeros(1, 2).long() if self.tokens else torch.zeros(1, *shape)
+        self.back = nn.Linear(self.layer(seen).numel(), torch.Size(shape).numel())
+        generator = torch.Generator().manual_seed(3)
+        for p in self.double().parameters():
+            p.data.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.5)
 
     def forward(self, x, t):
         if self.tokens:  # of which some come twice
             seen = torch.stack([t % 3, (t + 1) % 2], 1)
         else:
             seen = torch.tanh(x)
-        out = torch.tanh(self.layer(seen)).flatten(1)
-        return self.back(out).reshape(x.shape) + 0.1 * x
+        return self.back(torch.tanh(self.layer(seen)).flatten(1)).reshape(x.shape) + 0.1 * x
 
 
-def around(layer, shape, tokens=False):
-    model = Around(layer.eval(), shape, tokens)
-    generator = torch.Generator().manual_seed(3)
-    model = model.double()
-    for p in model.parameters():
-        p.data.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.5)
-    return model
+def problem(case):
+    """A network around a case's layer, and its regression."""
+    layer, shape = (CASES | NORMS)[case]
+    model = Around(layer, shape)
+    return model, regression_of(model, shape)
 
 
-# what a geometry exercises that none before it does, whatever the number of its dimensions
-CONVOLUTIONS = {
-    "one dimension": (nn.Conv1d, (2, 5), {"kernel_size": 3, "padding": 1}),
-    "stride, dilation": (
-        nn.Conv1d,
-        (2, 6),
-        {"kernel_size": 2, "stride": 2, "dilation": 2, "padding": 1},
-    ),
-    "circular padding": (
-        nn.Conv1d,
-        (2, 5),
-        {"kernel_size": 3, "padding": 2, "padding_mode": "circular"},
-    ),
-    "groups": (nn.Conv1d, (4, 5), {"kernel_size": 3, "groups": 2}),
-    "groups of images": (nn.Conv2d, (4, 2, 3), {"kernel_size": 3, "padding": 1, "groups": 2}),
-    "axes that differ": (
-        nn.Conv2d,
-        (2, 3, 4),
-        {"kernel_size": (2, 3), "padding": (1, 0), "groups": 2},
-    ),
-    "more zeros at the end, no bias": (
-        nn.Conv2d,
-        (2, 3, 3),
-        {"kernel_size": 2, "padding": "same", "groups": 2, "bias": False},
-    ),
-    "phases of images": (nn.Conv2d, (2, 4, 4), {"kernel_size": 3, "stride": 2, "padding": 1}),
-    "three dimensions": (nn.Conv3d, (2, 2, 3, 3), {"kernel_size": 2, "padding": 1, "stride": 2}),
-    "along time only": (nn.Conv3d, (2, 4, 1, 2), {"kernel_size": (3, 1, 1), "padding": (1, 0, 0)}),
-    "images only": (nn.Conv3d, (2, 3, 2, 2), {"kernel_size": (1, 2, 2), "padding": (0, 1, 0)}),
-    "groups of volumes": (nn.Conv3d, (2, 3, 2, 2), {"kernel_size": (3, 1, 2), "groups": 2}),
-    "transposed, stride": (
-        nn.ConvTranspose1d,
-        (2, 4),
-        {"kernel_size": 3, "stride": 2, "padding": 1},
-    ),
-    "transposed, dilation, no bias": (
-        nn.ConvTranspose1d,
-        (2, 3),
-        {"kernel_size": 2, "dilation": 2, "bias": False},
-    ),
-    "transposed, groups": (nn.ConvTranspose1d, (4, 3), {"kernel_size": 3, "groups": 2}),
-    "transposed, output padding": (
-        nn.ConvTranspose2d,
-        (2, 2, 3),
-        {"kernel_size": (2, 3), "stride": 2, "output_padding": 1},
-    ),
-    "transposed, a channel a group": (
-        nn.ConvTranspose2d,
-        (4, 2, 2),
-        {"kernel_size": 2, "groups": 4},
-    ),
-    "transposed, output padding beyond the kernel": (
-        nn.ConvTranspose2d,
-        (2, 3, 2),
-        {"kernel_size": 2, "stride": (1, 3), "output_padding": (0, 2)},
-    ),
-    "transposed, three dimensions": (
-        nn.ConvTranspose3d,
-        (2, 1, 2, 2),
-        {"kernel_size": (1, 2, 2), "stride": (1, 2, 1)},
-    ),
-}
+# each with the shape of its input; of convolutions, what a geometry exercises that none before it
+# does, whatever the number of its dimensions
 CASES = {
-    f"{cls.__name__}: {exercised}": (
-        lambda cls=cls, shape=shape, options=options: around(
-            cls(shape[0], 2 * options.get("groups", 1), **options), shape
-        ),
-        shape,
-    )
-    for exercised, (cls, shape, options) in CONVOLUTIONS.items()
-}
-CASES |= {
-    "Conv2d: depthwise": (
-        lambda: around(nn.Conv2d(3, 3, 3, padding=1, groups=3), (3, 3, 3)),
-        (3, 3, 3),
+    "Conv1d": (nn.Conv1d(2, 2, 3, padding=1), (2, 5)),
+    "Conv1d: stride, dilation": (nn.Conv1d(2, 2, 2, stride=2, dilation=2, padding=1), (2, 6)),
+    "Conv1d: circular": (nn.Conv1d(2, 2, 3, padding=2, padding_mode="circular"), (2, 5)),
+    "Conv1d: groups": (nn.Conv1d(4, 4, 3, groups=2), (4, 5)),
+    "Conv2d: groups": (nn.Conv2d(4, 4, 3, padding=1, groups=2), (4, 2, 3)),
+    "Conv2d: axes that differ": (nn.Conv2d(2, 4, (2, 3), padding=(1, 0), groups=2), (2, 3, 4)),
+    "Conv2d: more zeros at the end, no bias": (
+        nn.Conv2d(2, 4, 2, padding="same", groups=2, bias=False),
+        (2, 3, 3),
     ),
-    "Linear": (lambda: around(nn.Linear(3, 2), (2, 3)), (2, 3)),
-    "Embedding": (lambda: around(nn.Embedding(4, 3), (3,), tokens=True), (3,)),
-    "Embedding with padding": (
-        lambda: around(nn.Embedding(4, 3, padding_idx=1), (3,), tokens=True),
-        (3,),
+    "Conv2d: phases of images": (nn.Conv2d(2, 2, 3, stride=2, padding=1), (2, 4, 4)),
+    "Conv2d: depthwise": (nn.Conv2d(3, 3, 3, padding=1, groups=3), (3, 3, 3)),
+    "Conv3d": (nn.Conv3d(2, 2, 2, padding=1, stride=2), (2, 2, 3, 3)),
+    "Conv3d: along time only": (nn.Conv3d(2, 2, (3, 1, 1), padding=(1, 0, 0)), (2, 4, 1, 2)),
+    "Conv3d: images only": (nn.Conv3d(2, 2, (1, 2, 2), padding=(0, 1, 0)), (2, 3, 2, 2)),
+    "Conv3d: groups": (nn.Conv3d(2, 4, (3, 1, 2), groups=2), (2, 3, 2, 2)),
+    "ConvTranspose1d: stride": (nn.ConvTranspose1d(2, 2, 3, stride=2, padding=1), (2, 4)),
+    "ConvTranspose1d: dilation, no bias": (
+        nn.ConvTranspose1d(2, 2, 2, dilation=2, bias=False),
+        (2, 3),
     ),
+    "ConvTranspose1d: groups": (nn.ConvTranspose1d(4, 4, 3, groups=2), (4, 3)),
+    "ConvTranspose2d: output padding": (
+        nn.ConvTranspose2d(2, 2, (2, 3), stride=2, output_padding=1),
+        (2, 2, 3),
+    ),
+    "ConvTranspose2d: a channel a group": (nn.ConvTranspose2d(4, 8, 2, groups=4), (4, 2, 2)),
+    "ConvTranspose2d: output padding beyond the kernel": (
+        nn.ConvTranspose2d(2, 2, 2, stride=(1, 3), output_padding=(0, 2)),
+        (2, 3, 2),
+    ),
+    "ConvTranspose3d": (nn.ConvTranspose3d(2, 2, (1, 2, 2), stride=(1, 2, 1)), (2, 1, 2, 2)),
+    "Linear": (nn.Linear(3, 2), (2, 3)),
+    "Embedding": (nn.Embedding(4, 3), (3,)),
+    "Embedding with padding": (nn.Embedding(4, 3, padding_idx=1), (3,)),
 }
-
 NORMS = {
-    "GroupNorm": (lambda: nn.GroupNorm(2, 4), (4, 2, 3)),
-    "GroupNorm without positions": (lambda: nn.GroupNorm(2, 4), (4,)),
-    "LayerNorm": (lambda: nn.LayerNorm(4), (3, 4)),
-    "LayerNorm over two axes": (lambda: nn.LayerNorm((3, 4)), (2, 3, 4)),
-    "LayerNorm without bias": (lambda: nn.LayerNorm(4, bias=False), (4,)),
-    "RMSNorm": (lambda: nn.RMSNorm(4, eps=1e-5), (3, 4)),
-    "RMSNorm of diffusers": (lambda: RMSNorm(4, 1e-5), (3, 4)),
-    "RMSNorm of diffusers with bias": (lambda: RMSNorm(4, 1e-5, bias=True), (3, 4)),
-    "BatchNorm1d": (lambda: nn.BatchNorm1d(3), (3, 4)),
-    "BatchNorm2d": (lambda: nn.BatchNorm2d(3), (3, 2, 2)),
-    "InstanceNorm2d": (lambda: nn.InstanceNorm2d(3, affine=True), (3, 2, 3)),
+    "GroupNorm": (nn.GroupNorm(2, 4), (4, 2, 3)),
+    "GroupNorm without positions": (nn.GroupNorm(2, 4), (4,)),
+    "LayerNorm": (nn.LayerNorm(4), (3, 4)),
+    "LayerNorm over two axes": (nn.LayerNorm((3, 4)), (2, 3, 4)),
+    "LayerNorm without bias": (nn.LayerNorm(4, bias=False), (4,)),
+    "RMSNorm": (nn.RMSNorm(4, eps=1e-5), (3, 4)),
+    "RMSNorm of diffusers": (RMSNorm(4, 1e-5), (3, 4)),
+    "RMSNorm of diffusers with bias": (RMSNorm(4, 1e-5, bias=True), (3, 4)),
+    "BatchNorm1d": (nn.BatchNorm1d(3), (3, 4)),
+    "BatchNorm2d": (nn.BatchNorm2d(3), (3, 2, 2)),
+    "InstanceNorm2d": (nn.InstanceNorm2d(3, affine=True), (3, 2, 3)),
 }
 
 
@@ -169,15 +124,9 @@ def regression_of(model, shape):
 
 @pytest.mark.parametrize("case", [*CASES, *NORMS])
 def test_gradients_of_single_examples(case):
-    if case in CASES:
-        make, shape = CASES[case]
-        model = make()
-    else:
-        layer, shape = NORMS[case]
-        model = around(layer(), shape)
+    model, regression = problem(case)
     if isinstance(getattr(model.layer, "running_var", None), torch.Tensor):
         model.layer.running_mean.fill_(0.3), model.layer.running_var.fill_(2.0)
-    regression = regression_of(model, shape)
     names = [name for name, _ in model.named_parameters()]
     J = ExampleGradientLinearOperator(regression, names)
     assert_close(J.rows(), example_gradients(regression, params_of(model, names)), 1e-12)
@@ -245,9 +194,7 @@ def factors_by_loops(regression, module, approx):
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
 @pytest.mark.parametrize("case", CASES)
 def test_factors_equal_loops(case, approx):
-    make, shape = CASES[case]
-    model = make()
-    regression = regression_of(model, shape)
+    model, regression = problem(case)
     K = DiffusionKFACLinearOperator(
         regression, ["layer.weight"], fisher_type="type-2", kfac_approx=approx
     )
@@ -277,9 +224,7 @@ def test_blocks_are_those_of_their_own_basis(case, separate):
 
     Being the nearest such matrix, it is no further from the exact block than K-FAC.
     """
-    make, shape = CASES[case]
-    model = make()
-    regression = regression_of(model, shape)
+    model, regression = problem(case)
     options = {"fisher_type": "type-2", "separate_weight_and_bias": separate}
     names = [name for name, _ in model.named_parameters() if name.startswith("layer.")]
     K = DiffusionKFACLinearOperator(regression, names, **options)
@@ -296,9 +241,7 @@ def test_blocks_are_those_of_their_own_basis(case, separate):
 @pytest.mark.parametrize("max_dense", [1024, 0])
 @pytest.mark.parametrize("case", NORMS)
 def test_norms_have_exact_blocks(case, max_dense):
-    layer, shape = NORMS[case]
-    model = around(layer(), shape)
-    regression = regression_of(model, shape)
+    model, regression = problem(case)
     for kind in (DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator):
         K = kind(regression, fisher_type="type-2", max_dense=max_dense)
         (placed,) = [p for p in K.blocks if p.name == "layer.norm"]
@@ -362,49 +305,37 @@ def test_parameters_of_no_layer(model, max_dense):
 
 
 class Video(nn.Module):
-    """Sees the frames of a video ``[N, C, F, H, W]`` as images, example by example."""
+    """Sees the frames of a video ``[N, C, F, H, W]`` as images, or convolves it as a whole."""
 
-    def __init__(self, frames_first: bool = False):
+    def __init__(self, frames_first=False, whole=False):
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(2, 2, 3, padding=1), nn.GroupNorm(1, 2)
-        self.shared, self.frames_first = nn.Linear(2, 2), frames_first
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+        if whole:
+            self.conv = nn.Conv3d(2, 2, (1, 3, 3), padding=(0, 1, 1))
+        self.norm, self.shared, self.whole = nn.GroupNorm(1, 2), nn.Linear(2, 2), whole
+        self.order = (2, 0, 1, 3, 4) if frames_first else (0, 2, 1, 3, 4)
+
+    def images(self, video):
+        return video.permute(self.order).flatten(0, 1)
 
     def forward(self, x, t):
-        N, C, F, H, W = x.shape
-        order = (2, 0, 1, 3, 4) if self.frames_first else (0, 2, 1, 3, 4)
-        images = x.permute(order).reshape(-1, C, H, W)
-        out = self.norm(torch.tanh(self.conv(images)))
+        out = self.images(self.conv(x)) if self.whole else self.conv(self.images(x))
+        out = self.norm(torch.tanh(out))
         out = self.shared(out.movedim(1, -1)).movedim(-1, 1)
-        if self.frames_first:
-            return out.reshape(F, N, C, H, W).permute(1, 2, 0, 3, 4)
-        return out.reshape(N, F, C, H, W).permute(0, 2, 1, 3, 4)
+        back = [self.order.index(axis) for axis in range(5)]
+        return out.reshape(x.permute(self.order).shape).permute(back)
 
 
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
 def test_frames_are_positions(approx):
-    """The same as one layer on the whole video: a Conv3d that leaves time alone."""
-    model = Video().double()
+    """As of one layer on the whole video: a Conv3d that leaves time alone."""
+    model, whole = Video().double(), Video(whole=True).double()
+    weights = model.state_dict()
+    whole.load_state_dict(weights | {"conv.weight": weights["conv.weight"].unsqueeze(2)})
     regression = regression_of(model, (2, 3, 2, 3))
     names = [name for name, _ in model.named_parameters()]
     J = ExampleGradientLinearOperator(regression, names)
     assert_close(J.rows(), example_gradients(regression, params_of(model, names)), 1e-12)
-
-    class Whole(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv3d(2, 2, (1, 3, 3), padding=(0, 1, 1))
-            self.video = model
-
-        def forward(self, x, t):
-            out = torch.tanh(self.conv(x))
-            N, C, F, H, W = x.shape
-            out = model.norm(out.permute(0, 2, 1, 3, 4).reshape(-1, C, H, W))
-            out = model.shared(out.movedim(1, -1)).movedim(-1, 1)
-            return out.reshape(N, F, C, H, W).permute(0, 2, 1, 3, 4)
-
-    whole = Whole().double()
-    whole.conv.weight.data = model.conv.weight.data.unsqueeze(2)
-    whole.conv.bias.data = model.conv.bias.data
     options = {"fisher_type": "type-2", "kfac_approx": approx, "separate_weight_and_bias": False}
     for kind in (DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator):
         folded = kind(regression, ["conv.weight", "conv.bias"], **options)
@@ -487,8 +418,8 @@ def test_every_kind_is_one_of_two():
 
 
 def test_the_table_of_blocks():
-    model = around(nn.Conv2d(4, 4, 3, padding=1, groups=2), (4, 2, 2))
-    K = DiffusionKFACLinearOperator(regression_of(model, (4, 2, 2)), fisher_type="type-2")
+    _, regression = problem("Conv2d: groups")
+    K = DiffusionKFACLinearOperator(regression, fisher_type="type-2")
     rows = {row["block"]: row for row in K.table()}
     assert list(rows) == ["layer.weight", "layer.bias", "back.weight", "back.bias"]
     assert rows["layer.weight"]["kind"] == "Kronecker"

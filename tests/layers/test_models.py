@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -88,27 +89,27 @@ def test_fitted_inverted_saved_loaded_scored(name, tmp_path):
 # Every block type of UNet2DModel
 # ---------------------------------------------------------------------------------------------
 
-BLOCKS = [
-    ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),
-    ("SkipDownBlock2D", "SkipUpBlock2D"),
-    ("AttnSkipDownBlock2D", "AttnSkipUpBlock2D"),
-    ("DownEncoderBlock2D", "UpDecoderBlock2D"),
-    ("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"),
-    ("KDownBlock2D", "KUpBlock2D"),
-    ("AttnDownBlock2D", "AttnUpBlock2D"),
-]
 
-
-@pytest.mark.parametrize("types", BLOCKS, ids=str)
-def test_block_types_of_the_unet(types):
+@pytest.mark.parametrize(
+    ("down", "up"),
+    [
+        ("ResnetDownsample", "ResnetUpsample"),
+        ("SkipDown", "SkipUp"),
+        ("AttnSkipDown", "AttnSkipUp"),
+        ("DownEncoder", "UpDecoder"),
+        ("AttnDownEncoder", "AttnUpDecoder"),
+        ("KDown", "KUp"),
+        ("AttnDown", "AttnUp"),
+    ],
+)
+def test_block_types_of_the_unet(down, up):
     """Those that run in ``UNet2DModel`` at all."""
-    down, up = types
     channels = 32 if "Skip" in down or "K" in down else 4  # these have a fixed number of groups
     x0, labels = images(1, channels=3), torch.tensor([1])
     try:
         unet = tiny_unet(
-            down_block_types=(down, "DownBlock2D"),
-            up_block_types=("UpBlock2D", up),
+            down_block_types=(f"{down}Block2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", f"{up}Block2D"),
             block_out_channels=(channels, channels),
             norm_num_groups=min(channels, 4),
             in_channels=3,
@@ -162,16 +163,26 @@ def test_gradient_checkpointing(truth):
     assert len(calls) > 1.5 * forwards  # or nothing was recomputed, and this test says nothing
 
 
-@pytest.mark.parametrize("in_place", [True, False])
-def test_compiled_networks(in_place, truth):
-    unet = tiny_unet()
-    if in_place:
-        unet.compile()
-    compiled = unet if in_place else torch.compile(unet)
-    regression = unet_regression(compiled)
-    results = everything(regression, list(compiled.parameters()))
-    for result, expected in zip(results, truth, strict=True):
-        assert_close(result, expected, 1e-12)
+def compiled_in_place(unet):
+    unet.compile()
+    return unet
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        torch.compile,
+        compiled_in_place,
+        lambda unet: unet.to(memory_format=torch.channels_last),
+    ],
+    ids=["compiled", "compiled in place", "channels last"],
+)
+def test_other_forms_of_a_network(changed, truth):
+    unet = changed(tiny_unet())
+    for result, expected in zip(
+        everything(unet_regression(unet), list(unet.parameters())), truth, strict=True
+    ):
+        assert_close(result, expected, 1e-10)
 
 
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
@@ -191,13 +202,6 @@ def test_parametrisations(wrap):
             index = columns_of(model, names, placed.params)
             assert placed.kind == "dense"
             assert_close(placed.block.matrix, G[index][:, index], 1e-10)
-
-
-def test_channels_last(truth):
-    unet = tiny_unet().to(memory_format=torch.channels_last)
-    regression = unet_regression(unet)
-    for result, expected in zip(everything(regression), truth, strict=True):
-        assert_close(result, expected, 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -229,65 +233,59 @@ def test_label_dropout_in_train_mode_is_refused():
 # ---------------------------------------------------------------------------------------------
 
 
-def with_adapters():
-    import peft
+ADAPTERS = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v", "conv1"])
 
-    regression = problem("UNet2DConditionModel")
-    unet = copy.deepcopy(regression.objective.model).requires_grad_(False)
-    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v", "conv1"])
+
+def with_adapters():
+    """The regression of a network with adapters that are not zero, and their names."""
+    objective = problem("UNet2DConditionModel").objective
+    unet = copy.deepcopy(objective.model).requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        unet.add_adapter(config)
+        unet.add_adapter(ADAPTERS)
         for name, p in unet.named_parameters():
             if "lora_B" in name:  # zero at first
                 p.data.normal_(std=0.1)
-    unet = unet.double()
-    objective = DenoisingObjective(unet, regression.objective.process)
+    names = [name for name, p in unet.named_parameters() if p.requires_grad]
+    return on_noise(unet.double(), objective.process), names
+
+
+def on_noise(unet, process):
+    generator = torch.Generator().manual_seed(1)
     data = {
-        "x0": torch.randn(3, 2, 4, 4).double(),
-        "encoder_hidden_states": torch.randn(3, 3, 4).double(),
+        "x0": torch.randn(3, 2, 4, 4, generator=generator).double(),
+        "encoder_hidden_states": torch.randn(3, 3, 4, generator=generator).double(),
     }
-    adapters = [name for name, p in unet.named_parameters() if p.requires_grad]
-    return NoisedRegression(objective, data, 2), adapters
+    return NoisedRegression(DenoisingObjective(unet, process), data, 2)
 
 
 def test_a_model_that_peft_wrapped():
     """Names are the network's own, and numbers those of the adapters within it."""
-    import peft
-
-    regression, adapters = with_adapters()
-    inside = regression.objective.model
+    inside, adapters = with_adapters()
     base = copy.deepcopy(problem("UNet2DConditionModel").objective.model).requires_grad_(False)
-    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v", "conv1"])
-    wrapped = peft.get_peft_model(base, config).double()
-    wrapped.get_base_model().load_state_dict(inside.state_dict())
-    objective = DenoisingObjective(wrapped, regression.objective.process)
-    assert objective.model is wrapped.get_base_model()
-    data = {
-        "x0": torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1)).double(),
-        "encoder_hidden_states": torch.randn(3, 3, 4).double(),
-    }
+    wrapped = peft.get_peft_model(base, ADAPTERS).double()
+    wrapped.get_base_model().load_state_dict(inside.objective.model.state_dict())
+    regression = on_noise(wrapped, inside.objective.process)
+    assert regression.objective.model is wrapped.get_base_model()
     found, expected = (
-        ExampleGradientLinearOperator(NoisedRegression(o, data, 2), adapters).rows()
-        for o in (objective, regression.objective)
+        ExampleGradientLinearOperator(r, adapters).rows() for r in (regression, inside)
     )
     assert_close(found, expected, 1e-12)
-    K = DiffusionKFACLinearOperator(NoisedRegression(objective, data, 2), adapters)
-    assert list(K.param_names) == adapters
+    assert list(DiffusionKFACLinearOperator(regression, adapters).param_names) == adapters
 
 
 def test_adapters_on_a_frozen_base():
     """Factors for the adapters alone, and the exact GGN's trace for them."""
     regression, adapters = with_adapters()
-    unet = regression.objective.model
+    params = params_of(regression.objective.model, adapters)
     assert adapters
     assert all("lora_" in name for name in adapters)
     EK = DiffusionEKFACLinearOperator(regression, adapters, fisher_type="type-2")
     assert list(EK.param_names) == adapters
     assert {placed.kind for placed in EK.blocks} == {"eigenbasis"}
-    R = ggn_rows(regression, params_of(unet, adapters))
+    R = ggn_rows(regression, params)
     assert_close(EK.trace(), R.square().sum(), 1e-9)
-    rows = example_gradients(regression, params_of(unet, adapters))
+    rows = example_gradients(regression, params)
     assert_close(ExampleGradientLinearOperator(regression, adapters).rows(), rows, 1e-10)
-    trained = [name for name, p in unet.named_parameters() if p.requires_grad]
+    trained = [name for name, p in regression.objective.model.named_parameters() if p.requires_grad]
     assert trained == adapters

@@ -19,7 +19,7 @@ CHOSEN = ["blocks.0.weight", "blocks.1.bias"]
 
 
 class Network(nn.Module):
-    """Takes the time first, which only its own signature tells."""
+    """Takes the time first, which only its own signature says."""
 
     def __init__(self):
         super().__init__()

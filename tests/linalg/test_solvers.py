@@ -9,8 +9,6 @@ from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
     DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
-    ExampleGradientLinearOperator,
-    influence_scores,
 )
 from tests.cases import OfMatrix, plain_regression, seeded, two_convolutions
 from tests.comparisons import assert_close
@@ -67,11 +65,13 @@ PRECONDITIONERS = {
 def test_conjugate_gradients(regression, exact, dense, preconditioner):
     M = PRECONDITIONERS[preconditioner](regression)
     inverse = CGRefinedInverseLinearOperator(exact, DAMPING, M, tolerance=1e-12, max_iter=200)
-    B = right_sides(len(dense))
-    assert_close(inverse @ B, torch.linalg.solve(dense, B), 1e-9)
+    B = right_sides(len(dense), columns=4)
+    B[:, 1] = 0
+    truth = torch.linalg.solve(dense, B)
+    assert_close(inverse @ B, truth, 1e-9)
     assert inverse.refinement.converged.all()
-    assert_close(inverse @ B[:, 0], torch.linalg.solve(dense, B[:, 0]), 1e-9)
-    assert_close(inverse.adjoint() @ B, torch.linalg.solve(dense, B), 1e-9)
+    assert_close(inverse @ B[:, 0], truth[:, 0], 1e-9)
+    assert_close(inverse.adjoint() @ B, truth, 1e-9)
 
 
 def test_a_preconditioner_that_is_exact_needs_one_iteration(G, dense):
@@ -87,7 +87,7 @@ def test_a_preconditioner_that_is_exact_needs_one_iteration(G, dense):
 
 
 def test_residual_history(G, dense):
-    """The residuals are true ones; a run that is cut short says so."""
+    """The residuals are true ones; a run that is cut short says so, another stops at tolerance."""
     B = right_sides(len(dense))
     inverse = CGRefinedInverseLinearOperator(G, DAMPING, max_iter=4, tolerance=1e-12)
     X = inverse @ B
@@ -96,6 +96,11 @@ def test_residual_history(G, dense):
     assert not refinement.converged.any()
     assert_close(refinement.residuals[0], torch.ones(3).double(), 1e-12)
     assert_close(refinement.residuals[-1], (B - dense @ X).norm(dim=0) / B.norm(dim=0), 1e-9)
+    inverse = CGRefinedInverseLinearOperator(G, DAMPING, tolerance=0.1)
+    X = inverse @ B
+    assert ((B - dense @ X).norm(dim=0) <= 0.1 * B.norm(dim=0)).all()
+    assert 0 < inverse.refinement.num_iterations < 60
+    assert (inverse.refinement.residuals[-2] > 0.1).any()
 
 
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-6, 0.0])
@@ -136,34 +141,8 @@ def test_callback_sees_the_iterates(G, dense):
         assert_close(X, kind(G, DAMPING, max_iter=number, tolerance=0.0) @ B, 1e-12)
 
 
-def test_stopping_rule(G, dense):
-    B = right_sides(len(dense))
-    inverse = CGRefinedInverseLinearOperator(G, DAMPING, tolerance=0.1)
-    X = inverse @ B
-    assert ((B - dense @ X).norm(dim=0) <= 0.1 * B.norm(dim=0)).all()
-    assert 0 < inverse.refinement.num_iterations < 60
-    assert (inverse.refinement.residuals[-2] > 0.1).any()
-
-
-def test_zero_columns(G, dense):
-    B = right_sides(len(dense))
-    B[:, 1] = 0
-    inverse = CGRefinedInverseLinearOperator(G, DAMPING, tolerance=1e-12, max_iter=200)
-    assert_close(inverse @ B, torch.linalg.solve(dense, B), 1e-9)
-
-
-def test_scores_with_a_refined_inverse(regression, exact, dense):
-    """It goes wherever an inverse goes."""
-    J = ExampleGradientLinearOperator(regression)
-    inverse = CGRefinedInverseLinearOperator(exact, DAMPING, tolerance=1e-12, max_iter=200)
-    rows = J.rows()
-    assert_close(
-        influence_scores(J, inverse, J), rows @ torch.linalg.solve(dense, rows.T) / 6, 1e-9
-    )
-
-
 def test_bad_options(regression, G, model):
-    with pytest.raises(ValueError, match="damping=-1 arrived"):
+    with pytest.raises(ValueError, match=r"damping.*-1"):
         CGRefinedInverseLinearOperator(G, -1)
     part = DiffusionKFACLinearOperator(regression, ["layers.0.weight"]).inverse(1.0)
     with pytest.raises(ValueError, match=r"the preconditioner: 1 parameters, 18 entries, G: 4"):
@@ -180,7 +159,7 @@ def test_parameters_of_one_shape_in_another_order_are_refused():
     names = ["layers.0.weight", "layers.1.weight"]
     G = DiffusionGGNLinearOperator(regression, names)
     K = DiffusionKFACLinearOperator(regression, names[::-1])
-    told = r"in another order: where .* has 'layers.\d.weight', .* has 'layers.\d.weight'. Pass the"
-    with pytest.raises(ValueError, match=told):
+    message = r"in another order: where .* has 'layers.\d.weight', .* has 'layers.\d.weight'. Pass"
+    with pytest.raises(ValueError, match=message):
         CGRefinedInverseLinearOperator(G, 1.0, K.inverse(1.0))
     assert G.param_names == tuple(names)

@@ -1,1 +1,0 @@
-"""Inverses by iteration or by formula, one a file."""
