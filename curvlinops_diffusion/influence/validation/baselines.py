@@ -91,7 +91,7 @@ def d_trak_scores(
     Arguments and errors are those of :func:`trak_scores`, of whose operators the draws and
     parameters are taken.
     """
-    query, train = (_measuring(J, "squared_norm") for J in (J_query, J_train))
+    query, train = (J.measuring("squared_norm") for J in (J_query, J_train))
     return trak_scores(query, train, ridge=ridge, size=size, seed=seed)
 
 
@@ -132,7 +132,7 @@ def das_scores(
     draws = replace(J_query.regression.draws, seed=seed)
     crosses = []
     for number in range(num_probes):
-        J = _measuring(J_query, ProbedPrediction(draws, number))
+        J = J_query.measuring(ProbedPrediction(draws, number))
         crosses.append(J.rows() @ train_NP.T)
     scores = ridge_solution(torch.cat(crosses), train_NP @ train_NP.T, ridge)
     squares_QN = scores.reshape(num_probes, -1, len(train_NP)).square().mean(0)
