@@ -50,10 +50,11 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
         ExampleFunction,
         ObjectiveMeasurement,
     )
-    from curvlinops_diffusion.influence.measurements.bounds import ELBO, SimplifiedELBO
-    from curvlinops_diffusion.influence.measurements.likelihood import LogLikelihood
     from curvlinops_diffusion.influence.measurements.losses import (
+        ELBO,
+        LogLikelihood,
         SignedPrediction,
+        SimplifiedELBO,
         WeightedLoss,
         loss,
         squared_norm,
@@ -181,7 +182,7 @@ __all__ = [
 
 # where each name is; tests/test_imports.py compares the three lists
 _MODULES = {
-    "ELBO": "influence.measurements.bounds",
+    "ELBO": "influence.measurements.losses",
     "LAYER_KINDS": "layers",
     "Attribution": "attribution",
     "Attributor": "attributor",
@@ -207,7 +208,7 @@ _MODULES = {
     "LatentEncoder": "diffusion.latents",
     "LinearDatamodellingScore": "influence.validation.judgements",
     "ListedTimesteps": "diffusion.timesteps",
-    "LogLikelihood": "influence.measurements.likelihood",
+    "LogLikelihood": "influence.measurements.losses",
     "LogitNormalTimesteps": "diffusion.timesteps",
     "MinSNRWeighting": "diffusion.weightings",
     "NoiseProcess": "diffusion.noise",
@@ -226,7 +227,7 @@ _MODULES = {
     "RetrainingPlan": "influence.validation.plans",
     "SharingKind": "layers",
     "SignedPrediction": "influence.measurements.losses",
-    "SimplifiedELBO": "influence.measurements.bounds",
+    "SimplifiedELBO": "influence.measurements.losses",
     "SplitHalfScores": "influence.split_half",
     "StoredScores": "influence.stored_scores",
     "StratifiedTimesteps": "diffusion.timesteps",

@@ -182,7 +182,9 @@ def with_intervals(
         measured: Of each cell, ``[S, H, Q]``.
         resamples: For the intervals.
     """
-    scores = {key: judged(z.double(), measured[key.split("/")[1]], resamples) for key, z in ranks.items()}
+    scores = {
+        key: judged(z.double(), measured[key.split("/")[1]], resamples) for key, z in ranks.items()
+    }
     found: list[dict[str, Any]] = []
     limits: dict[str, Any] = {"agreement_of_seeds": {}, "ceilings": {}}
     for row in rows:

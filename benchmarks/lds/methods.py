@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -222,7 +222,9 @@ def regression_on(*kinds: str, default: float = 1.0, **options: Any) -> Callable
 
         def scores(J_query: KeptGradients, ridge: float) -> Tensor:
             queries = [
-                [first.measuring(J.measurement) for J in signed[kind]] if kind in signed else [J_query]
+                [first.measuring(J.measurement) for J in signed[kind]]
+                if kind in signed
+                else [J_query]
                 for kind in kinds
             ]
             return kernel_regression_scores(queries, setting.K_inv, trains, ridge=ridge, **options)
@@ -260,7 +262,7 @@ def published(scores: Callable[..., Tensor]) -> Callable[[Setting], Scores]:
 
     def run(setting: Setting) -> Scores:
         for ridge in KERNEL_RIDGES:
-            yield ridge, setting.scored(lambda J: scores(J, setting.J_train, ridge=ridge))
+            yield ridge, setting.scored(partial(scores, J_train=setting.J_train, ridge=ridge))
 
     return run
 
@@ -289,7 +291,9 @@ def journey(setting: Setting, steps: int = 50) -> Scores:
     J_query = KeptGradients(JourneyRegression(setting.objective, states, levels))
     for ridge in KERNEL_RIDGES:
         scores_QN = trak_scores(J_query, setting.J_train, ridge=ridge)
-        without_QN = torch.full((len(setting.query_x0) - len(states), scores_QN.shape[1]), torch.nan)
+        without_QN = torch.full(
+            (len(setting.query_x0) - len(states), scores_QN.shape[1]), torch.nan
+        )
         yield ridge, _for_all_measurements(torch.cat([without_QN, scores_QN]))
 
 

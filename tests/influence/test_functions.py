@@ -193,7 +193,7 @@ def test_log_likelihood_of_a_network_with_attention():
 
 def test_more_steps_than_levels():
     regression = plain_regression(seeded(nn.Linear(3, 3)), (3,))
-    with pytest.raises(ValueError, match="num_steps=10 arrived for 10 noise levels"):
+    with pytest.raises(ValueError, match="must be below the number of noise levels, 10, got 10"):
         ExampleGradientLinearOperator(regression, measurement=LogLikelihood(num_steps=10))
 
 

@@ -23,9 +23,8 @@ from curvlinops_diffusion.cli import program
 from curvlinops_diffusion.diffusion.ancestral import discretised_log_probability
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.influence.measurements import registry
-from curvlinops_diffusion.influence.measurements.bounds import ELBO, SimplifiedELBO
-from curvlinops_diffusion.influence.measurements.evaluation import measurement_of
-from curvlinops_diffusion.influence.measurements.losses import WeightedLoss
+from curvlinops_diffusion.influence.measurements.base import measurement_of
+from curvlinops_diffusion.influence.measurements.losses import ELBO, SimplifiedELBO, WeightedLoss
 from curvlinops_diffusion.influence.measurements.registry import Better
 from curvlinops_diffusion.influence.measurements.trajectories import (
     TrajectoryRegression,
@@ -340,7 +339,7 @@ def test_log_probability_is_of_trajectories_only():
     regression, _ = trajectories()
     examples = problem()
     J = ExampleGradientLinearOperator(examples, measurement=regression.log_probability)
-    with pytest.raises(ValueError, match="examples that are no trajectories"):
+    with pytest.raises(ValueError, match="got other examples"):
         J.values()
 
 
@@ -366,9 +365,9 @@ def test_recorded_states_have_the_steps_distribution():
 @pytest.mark.parametrize(
     ("shape", "levels", "message"),
     [
-        ((2, 4, 1, 2, 2), LEVELS, r"shape \(2, 4, 1, 2, 2\) arrived with 4 levels"),
-        ((2, 5, 1, 2, 2), LEVELS[::-1], "the falling noise levels"),
-        ((2, 5, 1, 2, 2), [9, 3, 2, 0], r"must be from 0 to 5; \[9, 3, 2, 0\] arrived"),
+        ((2, 4, 1, 2, 2), LEVELS, r"got shape \[2, 4, 1, 2, 2\] with 4 levels"),
+        ((2, 5, 1, 2, 2), LEVELS[::-1], "must fall"),
+        ((2, 5, 1, 2, 2), [9, 3, 2, 0], r"within 0 to 5, got \[9, 3, 2, 0\]"),
     ],
 )
 def test_bad_trajectories(shape, levels, message):
