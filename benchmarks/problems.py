@@ -121,12 +121,6 @@ def separate_patches(size: int) -> Tensor:
     return torch.cat([patches(photograph, size, size) for photograph in photographs()])
 
 
-def spread(band: range, number: int) -> tuple[int, ...]:
-    """Levels in the middle of equal parts of a band."""
-    number = max(number, 1)
-    return tuple(band[(2 * i + 1) * len(band) // (2 * number)] for i in range(number))
-
-
 def example(name: str) -> ModuleType:
     spec = spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None

@@ -141,13 +141,8 @@ def judged(predicted_QH: Tensor, measured_SHQ: Tensor, resamples: int) -> Linear
 
 
 def summary(found: LinearDatamodellingScore) -> dict[str, float]:
-    """The mean over queries, its standard error over them, and its interval."""
-    error = float(found.per_query.std() / len(found.per_query) ** 0.5)
-    return {
-        "lds": round(found.mean, 4),
-        "error_over_queries": round(error, 4),
-        **_rounded(found.interval),
-    }
+    """The mean over queries, and its interval."""
+    return {"lds": round(found.mean, 4), **_rounded(found.interval)}
 
 
 def difference(

@@ -18,7 +18,7 @@ from torch.nn.functional import avg_pool2d, mse_loss, pixel_unshuffle
 from benchmarks.lds.fashion import fashion
 from benchmarks.problems import example, patches, photographs, separate_patches
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression
-from curvlinops_diffusion.influence.measurements.base import measure, measurement_of
+from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_of
 from curvlinops_diffusion.runtime.digests import digest_of
 
 SEEDS = 2

@@ -19,12 +19,8 @@ from curvlinops_diffusion.diffusion.checks import check_modes
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.diffusion.trial import Retrial, Trial, check_network
-from curvlinops_diffusion.influence.measurements.base import (
-    ExampleFunction,
-    Measurement,
-    measure,
-    measurement_gradient,
-)
+from curvlinops_diffusion.influence.measurements.base import ExampleFunction, Measurement
+from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_gradient
 from curvlinops_diffusion.layers import Coverage, cover
 from curvlinops_diffusion.layers.effect import check_adapters, check_effect, zeros_of
 from curvlinops_diffusion.layers.example_gradients import example_gradients

@@ -66,8 +66,8 @@ def test_numbers_of_a_function_belong_to_the_example_and_draw():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda m, e, d: m(e.x0, None), r"returned \(1, 3\) for an example"),
-        (lambda m, e, d: 1.0, "returned float for an example"),
+        (lambda m, e, d: m(e.x0, None), r"for an example, got shape \[1, 3\]"),
+        (lambda m, e, d: 1.0, "for an example, got float"),
         (lambda m, e, d: e.x0.sum(), "does not depend on the model's parameters"),
     ],
 )
