@@ -15,7 +15,7 @@ from diffusers import DDPMScheduler
 from matplotlib.colors import SymLogNorm
 from quoted_numbers import result_of
 from sklearn.datasets import load_digits
-from tables import PROBLEM_NAMES
+from tables import METHODS, PIXELS, PROBLEM_NAMES, REGRESSION
 from torch import nn
 
 from curvlinops_diffusion import (
@@ -28,10 +28,7 @@ from curvlinops_diffusion import (
 
 DOCS = Path(__file__).parent
 BLUE, RED, GREY = "#4a6fa5", "#b4413c", "#8a93a6"
-REGRESSION = "K-FAC, regression on loss and squared prediction"
-PIXELS = "kernel regression on pixels, squared"
-#: Methods of the figures, from the bottom up.
-METHODS = ("TRAK", "D-TRAK", "EK-FAC, the paper's recipe", "EK-FAC", REGRESSION, PIXELS)
+# whose differences to EK-FAC are drawn
 COMPARED = (
     *("no curvature", "Journey-TRAK", "DAS", "TRAK", "D-TRAK", "EK-FAC, the paper's recipe"),
     *("K-FAC", "K-FAC, regression on loss and prediction", REGRESSION, PIXELS),

@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tables import PROBLEM_NAMES, RESULTS, with_interval
+from tables import PIXELS, PROBLEM_NAMES, REGRESSION, RESULTS, with_interval
 
 KINDS = ("held-out", "generated")
 #: Methods whose scores on the digits are quoted, by what sentences call them.
 QUOTED = {
     "influence": "EK-FAC",
-    "regression": "K-FAC, regression on loss and squared prediction",
-    "pixels": "kernel regression on pixels, squared",
+    "regression": REGRESSION,
+    "pixels": PIXELS,
 }
 #: Methods whose differences to EK-FAC are quoted as a range over problems and kinds of pictures.
 RANGES = {
-    "ahead": "K-FAC, regression on loss and squared prediction",
+    "ahead": REGRESSION,
     "recipe": "EK-FAC, the paper's recipe",
     "without the square": "K-FAC, regression on loss and prediction",
 }

@@ -80,11 +80,7 @@ class ExampleFunction:
     function: Callable[[nn.Module, Example, ExampleDraws], Tensor]
 
     def value(self, regression: NoisedRegression, clean: CleanBatch) -> Tensor:
-        """The value of one example, without axes.
-
-        Raises:
-            ValueError: If the function does not return a tensor with one entry.
-        """
+        """The value of one example, without axes."""
         objective = regression.objective
         encoded = objective.encode(clean)
         example = Example(
@@ -103,11 +99,7 @@ class ExampleFunction:
     def gradient(
         self, regression: NoisedRegression, clean: CleanBatch, params: Sequence[nn.Parameter]
     ) -> Tensor:
-        """The gradient of one example's value, shape ``[P]``.
-
-        Raises:
-            ValueError: If the value does not depend on the parameters.
-        """
+        """The gradient of one example's value, shape ``[P]``."""
         with torch.enable_grad():
             value = self.value(regression, clean)
             if not value.requires_grad:

@@ -27,17 +27,7 @@ from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
 def measurement_of(
     measurement: Any, objective: DenoisingObjective, draws: Draws | None = None
 ) -> Measurement | ExampleFunction:
-    """Return the measurement that a user named or passed, for an objective.
-
-    Args:
-        measurement: The name or measurement.
-        objective: The objective.
-        draws: The draws that estimate it, where they are known.
-
-    Raises:
-        ValueError: If it is neither a known name nor callable, or not for this objective or these
-            draws.
-    """
+    """Return the measurement that a user named or passed, for an objective and its draws."""
     if isinstance(measurement, str) and measurement in MEASUREMENTS:
         measurement = MEASUREMENTS[measurement].load()
     if isinstance(measurement, ObjectiveMeasurement):
@@ -58,11 +48,7 @@ def measurement_of(
 
 
 def measure(measurement: Measurement, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
-    """Evaluate a measurement, shape ``[B]``.
-
-    Raises:
-        ValueError: If its values do not have shape ``[B]``.
-    """
+    """Evaluate a measurement, shape ``[B]``."""
     values = measurement(batch, prediction_BD)
     if not isinstance(values, Tensor) or values.shape != (len(batch.indices),):
         raise ValueError(
@@ -75,11 +61,7 @@ def measure(measurement: Measurement, batch: NoisedBatch, prediction_BD: Tensor)
 def measurement_gradient(
     measurement: Measurement, batch: NoisedBatch, prediction_BD: Tensor
 ) -> Tensor:
-    """Gradients of the examples' measured values in the prediction, shape ``[B, D]``.
-
-    Raises:
-        ValueError: If the values are not a differentiable function of the prediction.
-    """
+    """Gradients of the examples' measured values in the prediction, shape ``[B, D]``."""
     with torch.enable_grad():
         prediction_BD = prediction_BD.detach().requires_grad_()
         values_B = measure(measurement, batch, prediction_BD)

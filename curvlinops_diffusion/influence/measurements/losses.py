@@ -110,11 +110,7 @@ class SimplifiedELBO(ObjectiveMeasurement):
     variance: str | None = None
 
     def bind(self, objective: DenoisingObjective) -> Measurement:
-        """The measurement for an objective.
-
-        Raises:
-            ValueError: If the bound is infinite or does not exist for the objective's noise.
-        """
+        """The measurement for an objective, if the bound exists for its noise and is finite."""
         steps = AncestralSteps.of(objective.process, self.variance)
         factor_T = objective.process.num_levels * steps.noise_error_factor_T()
         factor_T[0] = 0
@@ -149,11 +145,7 @@ class ELBO(ObjectiveMeasurement):
     variance: str | None = None
 
     def bind(self, objective: DenoisingObjective) -> Measurement:
-        """The measurement for an objective.
-
-        Raises:
-            ValueError: As :meth:`SimplifiedELBO.bind`.
-        """
+        """The measurement for an objective, likewise."""
         process, T = objective.process, objective.process.num_levels
         steps = AncestralSteps.of(process, self.variance)
         transitions = SimplifiedELBO(self.variance).bind(objective)
@@ -220,12 +212,7 @@ class LogLikelihood(ObjectiveMeasurement):
     num_steps: int = 20
 
     def bind(self, objective: DenoisingObjective) -> ExampleFunction:
-        """The measurement for an objective.
-
-        Raises:
-            ValueError: If there are fewer noise levels than steps, or one has no signal for a
-                network that predicts the noise, or no noise for one that predicts the example.
-        """
+        """The measurement for an objective whose levels all determine the velocity."""
         check_count("num_steps", self.num_steps)
         T = objective.process.num_levels
         if self.num_steps >= T:

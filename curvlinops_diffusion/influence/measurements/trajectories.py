@@ -116,11 +116,7 @@ class TrajectoryRegression(StatesRegression):
         return {**super().description, "steps": variances}
 
     def log_probability(self, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
-        """The log-probability of a step, times the number of steps, shape ``[B]``.
-
-        Raises:
-            ValueError: If the batch is not of trajectories.
-        """
+        """The log-probability of a step, times the number of steps, shape ``[B]``."""
         if not isinstance(batch, _StepBatch):
             raise ValueError(
                 "log_probability needs steps of trajectories, got other examples. Measure it on "
@@ -170,13 +166,7 @@ def _as_batch(
 def _steps_between(
     objective: DenoisingObjective, levels: Sequence[int], variance: str | None
 ) -> AncestralSteps:
-    """The ancestral steps from each of some falling noise levels to the next, the last to the data.
-
-    Raises:
-        ValueError: If the levels do not fall or do not exist, the noise process is not
-            variance-preserving, the variance is unknown, or a level has no signal for a network
-            that predicts the noise.
-    """
+    """The ancestral steps from each of some falling levels to the next, the last to the data."""
     T = objective.process.num_levels
     falling = all(a > b for a, b in pairwise(levels))
     if not falling or not all(0 <= level < T for level in levels):

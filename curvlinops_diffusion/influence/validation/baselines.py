@@ -8,7 +8,7 @@ Legend: Q queries, N training examples, P parameters, k coordinates, V probes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.draws import Draws
+from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernel_regression import (
     kernel_regression_scores,
@@ -182,6 +183,16 @@ class JourneyRegression(StatesRegression):
         ValueError: If states and levels do not fit together, or a level has no noise.
     """
 
+    def __init__(
+        self, objective: DenoisingObjective, states: Tensor, levels: Sequence[int], **options: Any
+    ):
+        if not (objective.process.sigmas_T[list(levels)] > 0).all():
+            raise ValueError(
+                "Every level of a journey must have noise, got one without. Leave it out, with its "
+                "state."
+            )
+        super().__init__(objective, states, levels, **options)
+
     @property
     def description(self) -> dict[str, Any]:
         """Describe what determines the states' levels."""
@@ -195,11 +206,6 @@ class JourneyRegression(StatesRegression):
             alpha, sigma = (
                 z_T[batch.level_B].reshape(shape) for z_T in (process.alphas_T, process.sigmas_T)
             )
-            if not (sigma > 0).all():
-                raise ValueError(
-                    "Every level of a journey must have noise, got one without. Leave it out, with "
-                    "its state."
-                )
             noise = (states.double() - alpha * sample) / sigma
             target = process.target(sample, noise, batch.level_B).flatten(1)
             yield replace(batch, target_BD=target.to(batch.target_BD))

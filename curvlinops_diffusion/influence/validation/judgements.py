@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 
 import torch
 from scipy.special import ndtri, stdtrit
@@ -67,15 +68,11 @@ class CrossedMean:
         return squares, of_rows + of_columns - min(of_cells, max(of_rows, of_columns))
 
     def resampled(self, count: int, seed: int) -> Tensor:
-        """The mean in resamples of rows and of columns, with the variance of the mean, ``[K]``.
+        """The mean in ``K`` resamples of rows and of columns, with the variance of the mean.
 
         Few rows or columns leave the variance itself uncertain: the spread is wider by as much as
         the quantiles of Student's distribution are than those of the normal one, with the degrees
         of freedom of Satterthwaite, 1946, or those of the smaller side if these are more.
-
-        Args:
-            count: ``K``.
-            seed: Of the resamples.
         """
         mean, *effects = self._effects
         total_K = torch.zeros(count, dtype=mean.dtype)
@@ -95,13 +92,7 @@ class CrossedMean:
     def interval(self, count: int, seed: int, estimate: float) -> tuple[float, float]:
         """The interval of as many standard deviations of the resamples as hold 95 % of a normal.
 
-        Extended to the estimate where it ends before. In simulations it holds the truth as often as
-        quantiles of the resamples do, or a little more often, and varies less with the resamples.
-
-        Args:
-            count: The number of resamples.
-            seed: Of the resamples.
-            estimate: The mean with its bias, if the table is freed of that.
+        Extended to the estimate, the mean with its bias, where it ends before.
         """
         mean, *_ = self._effects
         half = float(ndtri(_UPPER)) * float(self.resampled(count, seed).std(correction=0))
@@ -296,21 +287,9 @@ def _sums_over_left_out(scores_QN: Tensor, left_out_MN: Tensor) -> tuple[Tensor,
 
 
 def agreement_of_seeds(measured: Tensor) -> float:
-    """The rank correlation over parts between two seeds, mean over pairs of seeds and queries.
-
-    Queries for which it is undefined are left out; NaN if it is for all of them.
-
-    Args:
-        measured: Measured values of at least two seeds, ``[S, M, Q]``.
-    """
-    values_SQM = measured.double().transpose(1, 2)
-    found = torch.cat(
-        [
-            rank_correlations(values_SQM[s], values_SQM[t])
-            for s in range(len(measured))
-            for t in range(s)
-        ]
-    )
+    """The rank correlation over parts between two seeds of ``[S, M, Q]``, mean where defined."""
+    pairs = combinations(measured.double().transpose(1, 2), 2)
+    found = torch.cat([rank_correlations(one_QM, other_QM) for one_QM, other_QM in pairs])
     return float(found[found.isfinite()].mean())
 
 

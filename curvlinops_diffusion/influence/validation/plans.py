@@ -87,11 +87,7 @@ class RetrainingPlan:
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the parts.
-
-        Raises:
-            ValueError: If they have no names of their own, or one leaves out everything.
-        """
+        """Refuse parts without names of their own, or that leave out everything."""
         if self.left_out.dtype != torch.bool or self.left_out.ndim != 2:
             raise ValueError(
                 "`left_out` must be booleans, [parts, training examples], got "
