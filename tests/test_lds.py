@@ -18,7 +18,8 @@ from benchmarks.lds.evaluate import AT_LATE_CHECKPOINTS, RANKS, earlier
 from benchmarks.lds.methods import METHODS
 from benchmarks.lds.problems import PROBLEMS
 from benchmarks.lds.remove import jobs, relative_change
-from curvlinops_diffusion import DenoisingObjective, NoisedRegression, linear_datamodelling_score
+from curvlinops_diffusion import DenoisingObjective, NoisedRegression
+from curvlinops_diffusion.validation import linear_datamodelling_score
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 

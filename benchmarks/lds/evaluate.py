@@ -34,12 +34,9 @@ from benchmarks.lds.retrain import (
     weights_under,
 )
 from benchmarks.measure import arguments, date, report, version_of
-from curvlinops_diffusion.influence.validation.judgements import (
-    LinearDatamodellingScore,
-    linear_datamodelling_score,
-)
 from curvlinops_diffusion.runtime.digests import digest_of
 from curvlinops_diffusion.runtime.files import FileKind
+from curvlinops_diffusion.validation import LinearDatamodellingScore, linear_datamodelling_score
 
 PREDICTED = FileKind("predicted", "predictions of a method", "Remove it.")
 RANKS = FileKind("ranks", "ranks of predictions", "Evaluate all methods.")

@@ -27,16 +27,16 @@ from curvlinops_diffusion import (
     influence_scores,
     kernel_regression_scores,
 )
-from curvlinops_diffusion.diffusion.data import CleanBatch
-from curvlinops_diffusion.influence.kernel_regression import ridge_solution
-from curvlinops_diffusion.influence.measurements.losses import SignedPrediction
-from curvlinops_diffusion.influence.regression import RIDGE, regression_scores
-from curvlinops_diffusion.influence.validation.baselines import (
+from curvlinops_diffusion.baselines import (
     JourneyRegression,
     d_trak_scores,
     das_scores,
     trak_scores,
 )
+from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.influence.kernel_regression import ridge_solution
+from curvlinops_diffusion.influence.measurements.losses import SignedPrediction
+from curvlinops_diffusion.influence.regression import RIDGE, regression_scores
 from curvlinops_diffusion.linalg.operator import IdentityLinearOperator
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 
