@@ -102,7 +102,7 @@ def ggn_rows(regression: NoisedRegression) -> Tensor:
 
 
 def kind_of(name: str) -> str:
-    """What a block belongs to."""
+    """The kind of layer that a block belongs to."""
     if name.endswith("bias"):
         return "biases"
     if "norm" in name:
@@ -175,7 +175,7 @@ def cosines(
     operators: Mapping[str, DiffusionKFACLinearOperator],
     right_PK: Tensor,
 ) -> list[dict[str, Any]]:
-    """Of damped inverse-vector products, at several dampings."""
+    """Cosines of damped inverse-vector products with the exact ones, at several dampings."""
     rows = []
     for damping in DAMPINGS:
         blockwise = torch.empty_like(right_PK)

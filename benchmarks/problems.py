@@ -117,7 +117,7 @@ def patches(image: Tensor, size: int, stride: int) -> Tensor:
 
 
 def separate_patches(size: int) -> Tensor:
-    """Of both photographs, without overlap, ``[·, 3, size, size]``."""
+    """Patches of both photographs, without overlap, ``[·, 3, size, size]``."""
     return torch.cat([patches(photograph, size, size) for photograph in photographs()])
 
 

@@ -124,7 +124,7 @@ def measured(work: str, quick: bool, device: str, counting: bool) -> dict[str, f
 
 
 def run(work: str, count: int, options: Any, *more: str) -> list[dict[str, float]]:
-    """What each process measured."""
+    """The measurements of each process."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     command = [sys.executable, *(launch if count > 1 else []), "-m", "benchmarks.shards"]
     command += ["--only", work, "--device", options.device] + ["--quick"] * options.quick

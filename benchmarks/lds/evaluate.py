@@ -51,23 +51,23 @@ AT_LATE_CHECKPOINTS = ("EK-FAC",)
 
 
 def key_of(setting: float | str) -> str:
-    """What a method's setting is called in results."""
+    """The name of a method's setting in results."""
     return f"{setting:.0e}" if isinstance(setting, float) else setting
 
 
 def predicted(scores_QN: Tensor, halves_HN: Tensor) -> Tensor:
-    """What scores say of networks trained on halves: the sum over what was left out, ``[Q, H]``."""
+    """Predict networks trained on halves: sums of scores over what was left out, ``[Q, H]``."""
     return scores_QN.double() @ (~halves_HN).double().T
 
 
 def predictions(
     name: str, scores: Scores, halves: Tensor, work: Path, of: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a method predicts of each half, ``[M, Q, H]`` by setting; and when, in which seconds.
+    """A method's predictions of each half, ``[M, Q, H]`` by setting; with date and seconds.
 
-    Kept in the work folder, with a digest ``of`` what it is a prediction from: the networks, the
-    numbers of the problem and of the methods, and the method's own function. Of the functions that
-    it calls the digest says nothing: remove the work folder when they have changed.
+    Kept in the work folder, with a digest ``of`` what they depend on: the networks, the numbers of
+    the problem and of the methods, and the method's own function. It knows nothing of the functions
+    that this one calls: remove the work folder when they have changed.
     """
     path = work / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.safetensors"
     if not is_kept(PREDICTED, path, of=of):
@@ -84,7 +84,7 @@ def predictions(
 
 
 def numbers_of(problem: Problem) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What predictions depend on: the problem's numbers, and the constants of the methods."""
+    """The numbers that predictions depend on: of the problem, and constants of the methods."""
     return (
         {key: value for key, value in vars(problem).items() if isinstance(value, int | tuple)},
         {key: value for key, value in vars(methods).items() if key.isupper() and key != "METHODS"},

@@ -68,7 +68,7 @@ class KeptGradients(ExampleGradientLinearOperator):
         return self._kept[0][list(clean.indices)]
 
     def measuring(self, measurement: Any) -> KeptGradients:
-        """The same of something else, kept as well."""
+        """The gradients of something else, kept as well."""
         others = self._kept[1]
         if measurement not in others:
             others[measurement] = KeptGradients(
@@ -128,7 +128,7 @@ class Setting:
 
     @cached_property
     def queries(self) -> list[KeptGradients]:
-        """Those of all parameters."""
+        """Gradients of every measurement in all parameters."""
         return self.J_queries()
 
     def scored(self, scores: Callable[[KeptGradients], Tensor]) -> Tensor:

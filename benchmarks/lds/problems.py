@@ -70,7 +70,7 @@ class Problem:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What retrained networks depend on, as plain values."""
+        """Describe what retrained networks depend on, as plain values."""
         keys = ("name", "num_train", "steps", "batch", "num_halves", "num_queries")
         own = {key: getattr(self, key) for key in (*keys, "measured_draws")}
         config = self.make_network().config
@@ -176,7 +176,7 @@ def _compiled(name: str) -> UNet2DModel:
 
 
 def _overlapping_patches() -> Tensor:
-    """Of a part of the first photograph, at a quarter of its size, ``[468, 3, 8, 8]``.
+    """Patches of a part of the first photograph, at a quarter of its size, ``[468, 3, 8, 8]``.
 
     Neighbours have half of their pixels in common: of patches without overlap two trainings on a
     half do not agree.
