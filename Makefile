@@ -57,13 +57,11 @@ bench: $(VENV)/.installed-bench  ## the benchmarks, about half an hour, into ben
 	$(BIN)/python -m benchmarks.draws --repeats 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.positions
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.precision
-	$(BIN)/python -m benchmarks.scaling --repeats 2
 	$(BIN)/python -m benchmarks.scoring --kronfluence
 	$(BIN)/python -m benchmarks.stored_gradients
 	$(BIN)/python -m benchmarks.shards
 	$(BIN)/python -m benchmarks.report_page
 	$(BIN)/python -m benchmarks.cost_model
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.launches
 
 bench-full: bench  ## the benchmarks that take longer as well
 	$(BIN)/python -m benchmarks.factor_pass --upstream --problem cifar --num-data 16 --batch-size 8 \
@@ -87,6 +85,7 @@ lds: $(VENV)/.installed-bench  ## the linear data-modelling score, from kept ret
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem digits
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem fashion
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem photographs
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.draws
 
 lds-remove: $(VENV)/.installed-bench  ## retraining without the most helpful digits: five core-hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.remove --problem digits

@@ -48,7 +48,7 @@ def relative_error(estimate: Mapping[str, Tensor], truth: Mapping[str, Tensor]) 
 
 
 def factor_errors(estimate: KroneckerFactors, truth: KroneckerFactors) -> dict[str, float]:
-    """Those of ``A`` and of ``B``."""
+    """The errors of ``A`` and of ``B``."""
     return {
         "error_A": relative_error(estimate.inputs, truth.inputs),
         "error_B": relative_error(estimate.outputs, truth.outputs),

@@ -165,7 +165,7 @@ def rows(name: str, layers: list[Matrix]) -> list[dict[str, Any]]:
 
 
 def sent(name: str, layers: list[Matrix]) -> dict[str, Any]:
-    """What it would take to divide a pass' images where factors are divided by layer.
+    """The cost of dividing a pass' images where factors are divided by layer.
 
     Either what layers see, or each batch's sums, would go to the process that has the layer. It is
     worth it if that takes less than the network's own passes, which each process does for itself
@@ -187,7 +187,7 @@ def sent(name: str, layers: list[Matrix]) -> dict[str, Any]:
 def counted(
     name: str, build: Build, rank: int | None = None, **kfac_options: Any
 ) -> dict[str, Any]:
-    """What the library's own plan of a network says, of its full size: bytes, groups, shards.
+    """Count bytes, groups and shards of a network of full size, by the library's own plan.
 
     Args:
         name: What the row is called.

@@ -74,7 +74,7 @@ def block_inverse_product(
     v: Tensor,
     names: Sequence[str],
 ) -> Tensor:
-    """The same with the exact GGN's blocks, for the parameters' flattened order."""
+    """The damped inverse of the exact GGN's blocks, for the parameters' flattened order."""
     pieces = dict(zip(names, v.split([R[name][0].numel() for name in names]), strict=True))
     for placed in blocks:
         own = torch.cat([R[name].flatten(1) for name in placed.params], 1)

@@ -6,10 +6,8 @@ approximations differ.
 
 - Relative Frobenius errors by kind of block, against the exact block.
 - The whole matrix: leaving out what is between blocks, and then replacing the blocks, apart.
-- Cosines of damped inverse-vector products with the exact ones, mean over 32 gradients; and by kind
-  of block with those of the exact blocks.
-- Spectra: dense, by Lanczos' method, and the approximations'.
-- The trace by band of noise levels, exact and of K-FAC and EK-FAC fitted within the band.
+- Cosines of damped inverse-vector products with the exact ones, mean over 32 gradients.
+- The largest eigenvalues of the exact matrix and of its blocks.
 
 With a ``--seed`` other than 0, of another network, other digits and other noise.
 
@@ -23,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from curvlinops import lanczos_approximate_spectrum
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 from torch.func import functional_call, jacrev, vmap
@@ -31,20 +28,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cosine_similarity, mse_loss
 
 from benchmarks.measure import arguments, report
-from benchmarks.problems import example, spread
+from benchmarks.problems import example
 from curvlinops_diffusion import (
     DenoisingObjective,
     DiffusionEKFACLinearOperator,
-    DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
     NoisedRegression,
 )
 
 DAMPINGS = tuple(10.0**e for e in range(-8, 2))
-BANDS = 4
-LEVELS_OF_A_BAND = 8
-QUANTILES = (0.0, 0.5, 0.9, 0.99, 0.999, 1.0)
 APPROXIMATIONS: dict[str, Any] = {
     "K-FAC": (DiffusionKFACLinearOperator, {}),
     "K-FAC, reduce": (DiffusionKFACLinearOperator, {"kfac_approx": "reduce"}),
@@ -109,7 +102,7 @@ def ggn_rows(regression: NoisedRegression) -> Tensor:
 
 
 def kind_of(name: str) -> str:
-    """What a block belongs to."""
+    """The kind of layer that a block belongs to."""
     if name.endswith("bias"):
         return "biases"
     if "norm" in name:
@@ -181,24 +174,17 @@ def cosines(
     blocks: Tensors,
     operators: Mapping[str, DiffusionKFACLinearOperator],
     right_PK: Tensor,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Of damped inverse-vector products: with those of the whole, and by kind with the blocks'."""
-    whole, by_kind = [], []
-    kinds = {kind: torch.cat(chosen) for kind, chosen in of_kinds(blocks).items()}
+) -> list[dict[str, Any]]:
+    """Cosines of damped inverse-vector products with the exact ones, at several dampings."""
+    rows = []
     for damping in DAMPINGS:
         blockwise = torch.empty_like(right_PK)
         for name, own in blocks.items():
             blockwise[own] = _solved(of_blocks[name], damping, right_PK[own])
-        approximate = {name: F.inverse(damping) @ right_PK for name, F in operators.items()}
-        plain = {"no curvature": right_PK}
-        truth = _solved(exact, damping, right_PK)
-        found = {**plain, "exact blocks": blockwise, **approximate}
-        whole.append({"damping": damping} | _cosines(found, truth))
-        for kind, inside in kinds.items():
-            within = {name: X[inside] for name, X in (plain | approximate).items()}
-            row = {"blocks": kind, "damping": damping}
-            by_kind.append(row | _cosines(within, blockwise[inside]))
-    return whole, by_kind
+        found = {"no curvature": right_PK, "exact blocks": blockwise}
+        found |= {name: F.inverse(damping) @ right_PK for name, F in operators.items()}
+        rows.append({"damping": damping} | _cosines(found, _solved(exact, damping, right_PK)))
+    return rows
 
 
 def _cosines(found: Tensors, truth_PK: Tensor) -> dict[str, float]:
@@ -214,44 +200,6 @@ def _solved(decomposition: Decomposition, damping: float, right: Tensor) -> Tens
     return vectors @ (scale.unsqueeze(1) * (vectors.T @ right))
 
 
-def shares_of_eigenvalues(
-    regression: NoisedRegression, exact: Tensor, vectors: int
-) -> dict[str, list[float]]:
-    """Of those above 1 and 10 % of the largest: dense, and by Lanczos' method."""
-    largest = float(exact[-1])
-    grid, density = lanczos_approximate_spectrum(
-        DiffusionGGNLinearOperator(regression, chunk_size=8),
-        vectors,
-        num_points=512,
-        boundaries=(0.0, largest),
-    )
-    total = density.sum()
-    bounds = [share * largest for share in (0.01, 0.1)]
-    return {
-        "dense": [float((exact > bound).double().mean()) for bound in bounds],
-        "Lanczos": [float(density[grid > bound].sum() / total) for bound in bounds],
-    }
-
-
-def traces_by_band(
-    objective: DenoisingObjective, x0: Tensor, seed: int, number: int
-) -> list[dict[str, Any]]:
-    """The trace over a number of levels in each band: exact, of K-FAC and of EK-FAC."""
-    T, rows = objective.process.num_levels, []
-    for b in range(BANDS):
-        band = range(b * T // BANDS, (b + 1) * T // BANDS)
-        levels = spread(band, number)
-        inside = NoisedRegression(objective, x0, number, seed, timesteps=levels, batch_size=64)
-        found = {"exact": ggn_rows(inside).square().sum()}
-        for kind in ("K-FAC", "EK-FAC"):
-            found[kind] = APPROXIMATIONS[kind][0](inside, fisher_type="type-2").trace()
-        rows.append(
-            {"levels": f"{band[0]} to {band[-1]}"}
-            | {name: round(float(value), 3) for name, value in found.items()}
-        )
-    return rows
-
-
 def main() -> None:
     """Run the program."""
     parser = arguments(__doc__)
@@ -259,8 +207,8 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     seed = options.seed
-    steps, width, images, draws, gradients, query_draws, vectors = (
-        (2, 2, 2, 1, 2, 4, 4) if options.quick else (1000, 4, 64, 8, 32, 64, 64)
+    steps, width, images, draws, gradients, query_draws = (
+        (2, 2, 2, 1, 2, 4) if options.quick else (1000, 4, 64, 8, 32, 64)
     )
     network, x0 = trained_network(steps, width, seed)
     objective = DenoisingObjective(network, DDPMScheduler())
@@ -278,12 +226,6 @@ def main() -> None:
     right_PK = ExampleGradientLinearOperator(others).rows().T
     exact = torch.linalg.eigh(G)
     of_blocks = {name: torch.linalg.eigh(G[o.unsqueeze(1), o]) for name, o in blocks.items()}
-    whole_cosines, kind_cosines = cosines(exact, of_blocks, blocks, operators, right_PK)
-    spectra = {"exact": exact.eigenvalues}
-    spectra["exact blocks"] = torch.cat([found.eigenvalues for found in of_blocks.values()])
-    spectra |= {name: operator.eigenvalues() for name, operator in operators.items()}
-    quantiles = torch.tensor(QUANTILES).double()
-    labels = [f"{q:g}" for q in QUANTILES]
     report(
         options,
         f"exact_ggn_seed_{seed}" if seed else "exact_ggn",
@@ -293,21 +235,11 @@ def main() -> None:
             "by_kind": errors_by_kind(G, blocks, matrices),
             "parameters": P,
             "whole": errors_of_the_whole(G, blocks, matrices),
-            "cosines": whole_cosines,
-            "cosines_by_kind": kind_cosines,
-            "block_of_the_largest_eigenvalue": max(
-                of_blocks, key=lambda name: float(of_blocks[name].eigenvalues[-1])
-            ),
-            "spectra": {
-                name: dict(zip(labels, values.quantile(quantiles).tolist(), strict=True))
-                for name, values in spectra.items()
+            "cosines": cosines(exact, of_blocks, blocks, operators, right_PK),
+            "largest_eigenvalues": {
+                "exact": float(exact.eigenvalues[-1]),
+                "exact blocks": max(float(own.eigenvalues[-1]) for own in of_blocks.values()),
             },
-            "share_of_eigenvalues_above_1_and_10_percent_of_the_largest": shares_of_eigenvalues(
-                regression, exact.eigenvalues, vectors
-            ),
-            "bands": traces_by_band(
-                objective, x0[:images], 2 * seed, 1 if options.quick else LEVELS_OF_A_BAND
-            ),
         },
     )
 

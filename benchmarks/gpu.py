@@ -107,7 +107,7 @@ class Case:
         return NoisedRegression(objective, data, num_draws=1, batch_size=batch)
 
     def params(self, regression: NoisedRegression) -> list[str] | None:
-        """What is covered."""
+        """The covered parameters' names."""
         if not self.lora:
             return None
         named = regression.objective.model.named_parameters()
@@ -128,7 +128,7 @@ CASES = (
 
 @dataclass
 class Findings:
-    """What was measured, written after each.
+    """Measurements, written after each.
 
     Attributes:
         options: The program's.

@@ -33,7 +33,7 @@ class _Batches(Dataset):
 
 
 def _on_host(batch: NoisedBatch) -> list[Tensor]:
-    """What its loaders make batches of."""
+    """The tensors of a batch, on the host, as its loaders want them."""
     return [z.cpu() for z in (batch.x_t, batch.timestep_B, batch.target_BD, batch.weight_B)]
 
 

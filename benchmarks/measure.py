@@ -44,7 +44,7 @@ _START = time.perf_counter()
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations that a GPU would be told of within the context.
+    """Counts kernel launches of a GPU within the context.
 
     Attributes:
         called: How often each operation of torch's core was called, by its name.
@@ -56,7 +56,7 @@ class Launches(TorchDispatchMode):
 
     @property
     def count(self) -> int:
-        """Those that need a kernel."""
+        """The number of operations that need a kernel."""
         return sum(n for name, n in self.called.items() if name not in _WITHOUT_KERNEL)
 
     def __torch_dispatch__(
@@ -93,7 +93,7 @@ def date() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What a result depends on; seeds are constants of the commit's programs or in it."""
+    """Describe what a result depends on; seeds are constants of the programs or in the result."""
     return {
         "date": date(),
         "seconds_until_then": round(time.perf_counter() - _START),

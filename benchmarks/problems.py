@@ -117,14 +117,8 @@ def patches(image: Tensor, size: int, stride: int) -> Tensor:
 
 
 def separate_patches(size: int) -> Tensor:
-    """Of both photographs, without overlap, ``[·, 3, size, size]``."""
+    """Patches of both photographs, without overlap, ``[·, 3, size, size]``."""
     return torch.cat([patches(photograph, size, size) for photograph in photographs()])
-
-
-def spread(band: range, number: int) -> tuple[int, ...]:
-    """Levels in the middle of equal parts of a band."""
-    number = max(number, 1)
-    return tuple(band[(2 * i + 1) * len(band) // (2 * number)] for i in range(number))
 
 
 def example(name: str) -> ModuleType:

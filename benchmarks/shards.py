@@ -18,14 +18,15 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from benchmarks.communication import SentBytes
 from benchmarks.factor_pass import reference_passes
 from benchmarks.measure import arguments, report
 from benchmarks.problems import regression_of, unet
@@ -42,6 +43,44 @@ WORK: dict[str, dict[str, Any]] = {
     "whole, network divided": {"network": True},
     "sharded, batches and network divided": {"network": True, "sharded": True},
 }
+
+
+# bytes that a process of n sends in a ring, in units of (n − 1) / n of the larger side's
+_TIMES = {
+    "allreduce_": 2.0,
+    "allgather_": 1.0,
+    "_allgather_base_": 1.0,
+    "_reduce_scatter_base_": 1.0,
+    "reduce_scatter_": 1.0,
+    "broadcast_": 1.0,
+    "gather_": 1.0,
+}
+
+
+class SentBytes(TorchDispatchMode):
+    """Sees every collective of ``torch.distributed`` within the context.
+
+    Attributes:
+        total: Bytes that this process has sent.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0.0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function, and count what it sends."""
+        if func.namespace == "c10d":
+            name = func.overloadpacket.__name__
+            sizes = [z.nbytes for z in tree_leaves(args[0]) if isinstance(z, Tensor)]
+            if name.startswith(("_reduce_scatter", "reduce_scatter", "gather")):
+                sizes = [z.nbytes for z in tree_leaves(args[1]) if isinstance(z, Tensor)]
+            n = distributed.get_world_size()
+            if name in _TIMES:
+                self.total += _TIMES[name] * sum(sizes) * (n - 1) / n
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -85,7 +124,7 @@ def measured(work: str, quick: bool, device: str, counting: bool) -> dict[str, f
 
 
 def run(work: str, count: int, options: Any, *more: str) -> list[dict[str, float]]:
-    """What each process measured."""
+    """The measurements of each process."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     command = [sys.executable, *(launch if count > 1 else []), "-m", "benchmarks.shards"]
     command += ["--only", work, "--device", options.device] + ["--quick"] * options.quick

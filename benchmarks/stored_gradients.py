@@ -26,7 +26,7 @@ DAMPING = 1e-8
 
 
 def forms(P: int, N: int) -> list[Compression]:
-    """What is compared."""
+    """The compared forms."""
     plain = [Compression(precision) for precision in ("float32", "bfloat16", "int8", "nf4")]
     svd = [Compression("bfloat16", "svd", size, N) for size in (N // 2, N // 4, N // 16)]
     random = [Compression("bfloat16", "random", size) for size in (P // 4, P // 16, P // 64)]
@@ -70,9 +70,9 @@ def main() -> None:
 
 
 def _name(compression: Compression) -> str:
-    told = compression.as_dict()
-    kept = f", {told['projection']} {told['size']:,}" if told["size"] else ""
-    return told["precision"] + kept
+    settings = compression.as_dict()
+    kept = f", {settings['projection']} {settings['size']:,}" if settings["size"] else ""
+    return settings["precision"] + kept
 
 
 def _top(scores_QN: Tensor) -> Tensor:

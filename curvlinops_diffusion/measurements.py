@@ -6,10 +6,11 @@ from curvlinops_diffusion.influence.measurements.base import (
     ExampleFunction,
     ObjectiveMeasurement,
 )
-from curvlinops_diffusion.influence.measurements.bounds import ELBO, SimplifiedELBO
-from curvlinops_diffusion.influence.measurements.likelihood import LogLikelihood
 from curvlinops_diffusion.influence.measurements.losses import (
+    ELBO,
+    LogLikelihood,
     SignedPrediction,
+    SimplifiedELBO,
     WeightedLoss,
     loss,
     squared_norm,

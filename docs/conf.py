@@ -99,7 +99,7 @@ class _Arguments:
         return ["--steps", "700", "--draws", "16", "--output", str(DOCS / "_build" / "demo")]
 
     def __repr__(self) -> str:
-        """The same in each build, so that it is not taken for another setting."""
+        """Return a constant, so that the next build does not take it for another setting."""
         return "arguments"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -14,7 +15,7 @@ from diffusers import DDPMScheduler
 from matplotlib.colors import SymLogNorm
 from quoted_numbers import result_of
 from sklearn.datasets import load_digits
-from tables import PROBLEM_NAMES
+from tables import METHODS, PIXELS, PROBLEM_NAMES, REGRESSION
 from torch import nn
 
 from curvlinops_diffusion import (
@@ -27,26 +28,22 @@ from curvlinops_diffusion import (
 
 DOCS = Path(__file__).parent
 BLUE, RED, GREY = "#4a6fa5", "#b4413c", "#8a93a6"
-#: The methods that the figure of the evidence shows, from the bottom up.
-METHODS = (
-    "TRAK",
-    "D-TRAK",
-    "EK-FAC, the paper's recipe",
-    "EK-FAC",
-    "K-FAC, regression on loss and squared prediction",
-    "kernel regression on pixels, squared",
+# whose differences to EK-FAC are drawn
+COMPARED = (
+    *("no curvature", "Journey-TRAK", "DAS", "TRAK", "D-TRAK", "EK-FAC, the paper's recipe"),
+    *("K-FAC", "K-FAC, regression on loss and prediction", REGRESSION, PIXELS),
 )
-#: The methods of the figure of the training's length, and what it calls them.
+#: Methods against the training's length, and their labels.
 AT_LENGTHS = {
     "EK-FAC": "EK-FAC influence",
     "K-FAC, regression on the prediction, squared": "regression on the prediction, squared",
     "D-TRAK": "D-TRAK (best)",
-    "kernel regression on pixels, squared": "regression on pixels, squared",
+    PIXELS: "regression on pixels, squared",
 }
 
 
 def write_figures(folder: Path = DOCS / "_figures") -> None:
-    """Write all of them; each is the file of its function's name."""
+    """Write all of them, each as its function's name."""
     matplotlib.use("Agg")
     folder.mkdir(exist_ok=True)
     for draw in FIGURES:
@@ -72,7 +69,7 @@ def draws() -> plt.Figure:
 
 
 def influence() -> plt.Figure:
-    """A training loss with and without one image, and what a query's loss does between minima."""
+    """A training loss with and without one image, and a query's loss at both minima."""
     w = np.linspace(-1.2, 2.2, 200)
     full, without, query = 0.5 * w**2, 0.55 * (w - 0.6) ** 2 + 0.1, 0.35 * (w + 0.4) ** 2 + 0.25
     figure, axis = plt.subplots(figsize=(5.2, 2.6))
@@ -91,7 +88,7 @@ def influence() -> plt.Figure:
 
 
 def curvature() -> plt.Figure:
-    """The exact GGN of a network of two layers, and what K-FAC and EK-FAC make of it."""
+    """The exact GGN of a network of two layers, K-FAC and EK-FAC."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 4, bias=False))
     x0 = torch.randn(60, 4) @ torch.tensor(
@@ -127,7 +124,7 @@ def curvature() -> plt.Figure:
 
 
 def damping() -> plt.Figure:
-    """What dampings make of small eigenvalues."""
+    """Small eigenvalues under several dampings."""
     eigenvalues = np.logspace(-10, 1, 200)
     figure, axis = plt.subplots(figsize=(5.2, 2.4))
     for value, color in ((1e-8, BLUE), (1e-4, GREY), (1e-1, RED)):
@@ -141,32 +138,68 @@ def damping() -> plt.Figure:
 
 def retraining() -> plt.Figure:
     """The linear data-modelling score of the loss, with intervals, for each method."""
+    figure = _by_problem(METHODS, lambda row: row, "lds")
+    for axis, problem in zip(figure.axes, PROBLEM_NAMES, strict=True):
+        for kind, color in KINDS.items():
+            ceiling = result_of(f"lds_{problem}")["ceilings"][f"loss, {kind}"]
+            axis.axvline(ceiling, color=color, linestyle=":", linewidth=1)
+        axis.set(xlabel="linear data-modelling score", xlim=(-0.05, 0.95))
+    return figure
+
+
+def differences() -> plt.Figure:
+    """Differences to EK-FAC's score of the loss, with intervals."""
+    figure = _by_problem(COMPARED, lambda row: row["minus_ekfac"], "difference")
+    for axis in figure.axes:
+        axis.axvline(0, color=GREY, linewidth=0.5)
+        axis.set(xlabel="difference to EK-FAC")
+    return figure
+
+
+KINDS = {"held-out": BLUE, "generated": RED}
+
+
+def _by_problem(
+    methods: tuple[str, ...], entry_of: Callable[[dict[str, Any]], dict[str, Any]], key: str
+) -> plt.Figure:
+    """An axis for each problem, a line for each method, with intervals."""
     figure, axes = plt.subplots(
-        1, len(PROBLEM_NAMES), figsize=(2 + 3 * len(PROBLEM_NAMES), 3), sharey=True
+        1, len(PROBLEM_NAMES), figsize=(11, 0.6 + 0.4 * len(methods)), sharey=True
     )
     for axis, (problem, title) in zip(axes, PROBLEM_NAMES.items(), strict=True):
-        result = result_of(f"lds_{problem}")
-        rows = {(row["method"], row["cell"]): row for row in result["methods"]}
-        for kind, color, shift in (("held-out", BLUE, 0.14), ("generated", RED, -0.14)):
-            cell = f"loss, {kind}"
-            shown = [rows[method, cell] for method in METHODS]
-            entries = [row.get("default", row["best"]) for row in shown]
-            middle = np.array([entry["lds"] for entry in entries])
-            ends = np.array([[e["lds"] - e["low"], e["high"] - e["lds"]] for e in entries]).T
-            places = np.arange(len(METHODS)) + shift
-            axis.errorbar(
-                middle,
-                places,
-                xerr=ends.clip(min=0),
-                fmt="o",
-                color=color,
-                markersize=4,
-                label=kind,
-            )
-            axis.axvline(result["ceilings"][cell], color=color, linestyle=":", linewidth=1)
-        axis.set(title=title, xlabel="linear data-modelling score", xlim=(-0.05, 0.95))
-        axis.set_yticks(range(len(METHODS)), [_label(rows, method) for method in METHODS])
+        rows = {(r["method"], r["cell"]): r for r in result_of(f"lds_{problem}")["methods"]}
+        for (kind, color), shift in zip(KINDS.items(), (0.14, -0.14), strict=True):
+            found = {m: rows[m, f"loss, {kind}"] for m in methods if (m, f"loss, {kind}") in rows}
+            entries = [entry_of(row) for row in found.values()]
+            middle = np.array([entry[key] for entry in entries])
+            ends = np.array([[e[key] - e["low"], e["high"] - e[key]] for e in entries]).T
+            places = np.array([methods.index(method) + shift for method in found])
+            style: dict[str, Any] = {"fmt": "o", "color": color, "markersize": 4, "label": kind}
+            axis.errorbar(middle, places, xerr=ends.clip(min=0), **style)
+        axis.set(title=title)
+        chosen = {method for (method, _), row in rows.items() if row["chosen_by_result"]}
+        labels = [f"{method} (best)" if method in chosen else method for method in methods]
+        axis.set_yticks(range(len(methods)), labels)
     axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def draws_needed() -> plt.Figure:
+    """The score of the digits' loss against draws of each training image."""
+    rows = result_of("retraining_draws")["scores"]
+    figure, axis = plt.subplots(figsize=(5.2, 2.6))
+    for scheme, dashes in (("antithetic", "-"), ("uniform", "--")):
+        own = [row for row in rows if row["scheme"] == scheme]
+        for kind, color in KINDS.items():
+            points = [row["draws"] for row in own], [row[f"loss, {kind}"] for row in own]
+            axis.semilogx(
+                *points, f"o{dashes}", color=color, markersize=3, label=f"{kind}, {scheme}"
+            )
+    numbers = [row["draws"] for row in rows]
+    axis.set_xticks(numbers, [str(number) for number in numbers])
+    axis.minorticks_off()
+    axis.set(xlabel="draws of each training image", ylabel="linear data-modelling score")
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -193,13 +226,9 @@ def training_length() -> plt.Figure:
     return figure
 
 
-def _label(rows: dict[tuple[str, str], dict[str, object]], method: str) -> str:
-    return method if "default" in rows[method, "loss, held-out"] else f"{method} (best)"
-
-
 FIGURES: tuple[Callable[[], plt.Figure], ...] = (
     *(draws, influence, curvature, damping),
-    *(retraining, training_length),
+    *(retraining, differences, draws_needed, training_length),
 )
 
 if __name__ == "__main__":

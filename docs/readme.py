@@ -1,7 +1,4 @@
-"""The README's part that the results of the benchmarks make: a table, and what it needs to be read.
-
-``python docs/readme.py`` writes it, between its markers.
-"""
+"""Writes the README's table of retraining and its legend, between their markers."""
 
 from __future__ import annotations
 
@@ -10,19 +7,10 @@ import textwrap
 from pathlib import Path
 
 from quoted_numbers import numbers
-from tables import PROBLEM_NAMES, RESULTS, lds_cells
+from tables import METHODS, PROBLEM_NAMES, RESULTS, lds_cells
 
 README = Path(__file__).parent.parent / "README.md"
 MARKERS = ("<!-- by docs/readme.py -->\n", "<!-- end -->\n")
-# of the README; the documentation has all
-METHODS = (
-    "TRAK",
-    "D-TRAK",
-    "EK-FAC, the paper's recipe",
-    "EK-FAC",
-    "K-FAC, regression on loss and squared prediction",
-    "kernel regression on pixels, squared",
-)
 PARAGRAPHS = (
     """
     In brackets are 95 % intervals. Rows with *(best)* have their settings chosen by the result; the

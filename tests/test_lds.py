@@ -13,37 +13,43 @@ from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks.lds import against_length, evaluate, lengths, remove, retrain, score
-from benchmarks.lds.evaluate import AT_LATE_CHECKPOINTS, kept
-from benchmarks.lds.methods import BANDS, METHODS, TIMESTEPS, Setting, _within
+from benchmarks.lds import against_length, draws, evaluate, lengths, remove, retrain
+from benchmarks.lds.evaluate import AT_LATE_CHECKPOINTS, RANKS, earlier
+from benchmarks.lds.methods import METHODS
 from benchmarks.lds.problems import PROBLEMS
 from benchmarks.lds.remove import jobs, relative_change
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression
-from curvlinops_diffusion.influence.measurements.losses import loss
 from curvlinops_diffusion.validation import linear_datamodelling_score
 
-ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
-def test_predictions_are_judged_as_their_scores():
+def test_ranks_are_judged_as_their_scores():
     """What is kept of scores gives the library's score, its interval and the paired difference."""
-    scores, other = random(5, 40), random(5, 40, seed=1)
     halves = PROBLEMS["digits"].halves()[:, :40]
-    measured = score.predicted(scores, halves).T + random(2, 64, 5, seed=2)
-    found = [score.judged(score.predicted(z, halves), measured, 50) for z in (scores, other)]
-    expected = [
-        linear_datamodelling_score(z, ~halves, measured, bootstrap=50) for z in (scores, other)
-    ]
-    for one, own in zip(found, expected, strict=True):
-        assert torch.allclose(one.per_query, own.per_query)
-        assert score.summary(one)["low"] == pytest.approx(own.interval[0], abs=1e-4)
-    difference = score.difference(*found)
-    assert difference["difference"] == pytest.approx(expected[0].mean - expected[1].mean, abs=1e-4)
-    assert difference["low"] < difference["difference"] < difference["high"]
+    scores = {"other": random(5, 40), "EK-FAC": random(5, 40, seed=1)}
+    measured = evaluate.predicted(scores["other"], halves).T + random(2, 64, 5, seed=2)
+    rows = [{"method": name, "cell": "loss"} for name in scores]
+    ranks = {
+        f"{name}/loss": evaluate.doubled_ranks(evaluate.predicted(z, halves))
+        for name, z in scores.items()
+    }
+    found, limits = evaluate.with_intervals(rows, ranks, {"loss": measured}, 50)
+    one, other = (
+        linear_datamodelling_score(z, ~halves, measured, bootstrap=50) for z in scores.values()
+    )
+    difference, interval = one.minus(other)
+    for row, expected in zip(found, (one, other), strict=True):
+        assert row["lds"] == pytest.approx(expected.mean, abs=1e-4)
+        assert [row["low"], row["high"]] == pytest.approx(expected.interval, abs=1e-4)
+    own = found[0]["minus_ekfac"]
+    assert own["difference"] == pytest.approx(difference, abs=1e-4)
+    assert [own["low"], own["high"]] == pytest.approx(interval, abs=1e-4)
+    assert limits["ceilings"]["loss"] == pytest.approx(one.ceiling, abs=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -144,17 +150,31 @@ def evaluated(folder, output, *more):
 
 
 def test_evaluation_and_removal(retrained, tmp_path):
-    """Of a few methods; what was computed before is not again."""
+    """Of a few methods; what was computed before is not again, and intervals are from ranks."""
     some = "EK-FAC", "TRAK", "kernel regression on pixels"
     names, made = evaluated(retrained, tmp_path, "--methods", *some)
     assert names == set(some)
     assert len(made) == 3
-    assert evaluated(retrained, tmp_path, "--methods", *some) == (names, made)
+    path = tmp_path / "lds_tiny_cpu.json"
+    rows = json.loads(path.read_text())["methods"]
+    for again in (("--methods", *some), ("--again",)):
+        assert evaluated(retrained, tmp_path, *again) == (names, made)
+        assert json.loads(path.read_text())["methods"] == rows
     where = ("--work", retrained, "--output", tmp_path, "--retrained", retrained)
     run(remove, *where, "--evaluated", tmp_path, "--queries", 1, "--methods", "EK-FAC")
     removals = json.loads((tmp_path / "removed_tiny_cpu.json").read_text())["removals"]
     assert [row["method"] for row in removals] == ["random", "EK-FAC"]
     assert removals[0]["change_of_loss"] != removals[1]["change_of_loss"]
+
+
+def test_draws_against_retraining(retrained, tmp_path):
+    run(draws, "--output", tmp_path, "--retrained", retrained, "--device", "cpu")
+    name = "retraining_draws_cpu.json"
+    results = [json.loads((f / name).read_text()) for f in (tmp_path, RESULTS)]
+    assert results[0].keys() == results[1].keys()
+    rows, kept = (result["scores"] for result in results)
+    assert [row.keys() for row in rows] == [kept[0].keys()] * len(rows)
+    assert {row["scheme"] for row in rows} == {row["scheme"] for row in kept}
 
 
 @pytest.mark.slow
@@ -166,22 +186,17 @@ def test_every_method(retrained, tmp_path):
 
 
 def test_rows_of_other_methods_are_kept(tmp_path):
-    """Those of the same settings; with others, or other references, the file is refused."""
-    path = tmp_path / "result.json"
-
-    def rows(**scores):
-        return [
-            {"method": m.replace("_", "-"), "cell": "", "lds": {"": s}} for m, s in scores.items()
-        ]
-
-    new = rows(b=3, c=4, EK_FAC=5)
-    assert kept(path, {"draws": 2}, new) == new
-    path.write_text(json.dumps({"draws": 2, "methods": rows(a=1, b=2, EK_FAC=5)}))
-    assert [row["lds"][""] for row in kept(path, {"draws": 2}, new)] == [1, 3, 4, 5]
+    """Those of the same settings; with others the file is refused."""
+    path, beside = tmp_path / "result.json", tmp_path / "ranks.safetensors"
+    assert earlier(path, beside, {"draws": 2}, ["b"]) == ([], {})
+    rows = [{"method": name} for name in ("a", "b")]
+    path.write_text(json.dumps({"draws": 2, "methods": rows}))
+    RANKS.write(beside, {f"{row['method']}/loss": torch.zeros(1) for row in rows}, {})
+    kept, ranks = earlier(path, beside, {"draws": 2}, ["b"])
+    assert kept == rows[:1]
+    assert list(ranks) == ["a/loss"]
     with pytest.raises(ValueError, match="other draws"):
-        kept(path, {"draws": 3}, new)
-    with pytest.raises(ValueError, match="EK-FAC has other scores"):
-        kept(path, {"draws": 2}, rows(EK_FAC=6))
+        earlier(path, beside, {"draws": 3}, [])
 
 
 def test_relative_change():
@@ -206,21 +221,6 @@ def test_removed_images():
     controls = {job.removed for job in found if job.method == "random"}
     assert len(controls) == 15
     assert len({job.path for job in found}) == len(found) == 5 + 15 + 15
-
-
-def test_bands_of_levels_sum_to_the_whole():
-    """Gradients of the queries' measurement within each band."""
-    tiny = PROBLEMS["tiny"]
-    network = tiny.make_network()
-    setting = Setting(tiny, network.state_dict(), tiny.data()[1])
-    size = TIMESTEPS // BANDS
-    parts = [
-        setting.query_rows(_within(range(first, first + size), loss))
-        for first in range(0, TIMESTEPS, size)
-    ]
-    whole = setting.query_rows("loss")
-    assert all(part.norm() > 0 for part in parts)
-    assert torch.allclose(sum(parts), whole, atol=1e-5 * float(whole.abs().max()))
 
 
 def test_halves():
@@ -302,6 +302,6 @@ def test_the_programs_against_the_length_run(short, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["against_length", *options, *folder])
     against_length.main()
     result = json.loads((tmp_path / "training_length_cpu.json").read_text())
-    kept = json.loads((ROOT / "benchmarks" / "results" / "training_length_cpu.json").read_text())
+    kept = json.loads((RESULTS / "training_length_cpu.json").read_text())
     assert result.keys() == kept.keys()
     assert [row.keys() for row in result["lengths"]] == [row.keys() for row in kept["lengths"][:2]]

@@ -16,8 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.lds import score
-from benchmarks.lds.evaluate import DEFAULT, key_of
+from benchmarks.lds.evaluate import DEFAULT, judged, key_of, predicted, summary
 from benchmarks.lds.lengths import FRACTIONS, PARTS, PROBLEM, measured, weights_at
 from benchmarks.lds.methods import METHODS, Setting
 from benchmarks.lds.retrain import FOLDER, NETWORKS, result
@@ -74,19 +73,16 @@ def main() -> None:
             "methods": {},
         }
         for name in COMPARED:
-            predicted = {
-                key_of(key): score.predicted(scores_MQN[0], halves)
+            by_setting = {
+                key_of(key): predicted(scores_MQN[0], halves)
                 for key, scores_MQN in METHODS[name](setting)
             }
             by_part: dict[str, Any] = {}
             for part, measured_SHQ in parts.items():
-                judged = {
-                    key: score.judged(one_QH, measured_SHQ, 1).mean
-                    for key, one_QH in predicted.items()
-                }
-                key = DEFAULT if DEFAULT in judged else max(judged, key=judged.__getitem__)
-                found = score.judged(predicted[key], measured_SHQ, options.resamples)
-                by_part[part] = {"setting": key} | score.summary(found)
+                each = {key: judged(z, measured_SHQ, 1).mean for key, z in by_setting.items()}
+                key = DEFAULT if DEFAULT in each else max(each, key=each.__getitem__)
+                found = judged(by_setting[key], measured_SHQ, options.resamples)
+                by_part[part] = {"setting": key} | summary(found)
                 row["agreement"][part] = _rounded(found.agreement)
                 row["ceiling"][part] = _rounded(found.ceiling)
             row["methods"][name] = by_part

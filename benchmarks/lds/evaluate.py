@@ -1,8 +1,9 @@
 """Which attribution method predicts retraining best? Linear data-modelling scores.
 
-From the retrained networks in ``benchmarks/lds/digits.safetensors`` (or ``photographs``), made by
+From the retrained networks in ``benchmarks/lds/digits.safetensors`` (or another problem's), made by
 ``benchmarks.lds.retrain``. What each method predicts is kept in a work folder, so that a run that
-was killed goes on.
+was killed goes on; and the ranks of what the tables show beside the result, so that ``--again``
+computes its intervals anew in a minute.
 
 Legend: N training images, Q queries, M measurements, H halves, S seeds.
 """
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
-from benchmarks.lds import methods, score
+from benchmarks.lds import methods
 from benchmarks.lds.methods import METHODS, Scores, Setting
 from benchmarks.lds.problems import LATE, MEASUREMENTS, PROBLEMS, Problem
 from benchmarks.lds.retrain import (
@@ -34,40 +36,44 @@ from benchmarks.lds.retrain import (
 from benchmarks.measure import arguments, date, report, version_of
 from curvlinops_diffusion.runtime.digests import digest_of
 from curvlinops_diffusion.runtime.files import FileKind
-from curvlinops_diffusion.validation import LinearDatamodellingScore
+from curvlinops_diffusion.validation import LinearDatamodellingScore, linear_datamodelling_score
 
 PREDICTED = FileKind("predicted", "predictions of a method", "Remove it.")
+RANKS = FileKind("ranks", "ranks of predictions", "Evaluate all methods.")
 DEFAULT = "1e-08"
-# differences to these are reported, with intervals of their own
-REFERENCES = {"minus_reference": "EK-FAC, the paper's recipe", "minus_ekfac": "EK-FAC"}
-AT_LATE_CHECKPOINTS = (
-    "D-TRAK",
-    "EK-FAC",
-    "K-FAC, regression on loss and prediction",
-)
+# differences to it are reported, with intervals of their own
+REFERENCE = "EK-FAC"
+AT_LATE_CHECKPOINTS = ("EK-FAC",)
+
+# ---------------------------------------------------------------------------------------------
+# Predictions
+# ---------------------------------------------------------------------------------------------
 
 
 def key_of(setting: float | str) -> str:
-    """What a method's setting is called in results."""
+    """The name of a method's setting in results."""
     return f"{setting:.0e}" if isinstance(setting, float) else setting
+
+
+def predicted(scores_QN: Tensor, halves_HN: Tensor) -> Tensor:
+    """Predict networks trained on halves: sums of scores over what was left out, ``[Q, H]``."""
+    return scores_QN.double() @ (~halves_HN).double().T
 
 
 def predictions(
     name: str, scores: Scores, halves: Tensor, work: Path, of: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a method predicts of each half, ``[M, Q, H]`` by setting; and when, in which seconds.
+    """A method's predictions of each half, ``[M, Q, H]`` by setting; with date and seconds.
 
-    Kept in the work folder, with a digest ``of`` what it is a prediction from: the networks, the
-    numbers of the problem and of the methods, and the method's own function. Of the functions that
-    it calls the digest says nothing: remove the work folder when they have changed.
+    Kept in the work folder, with a digest ``of`` what they depend on: the networks, the numbers of
+    the problem and of the methods, and the method's own function. It knows nothing of the functions
+    that this one calls: remove the work folder when they have changed.
     """
     path = work / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.safetensors"
     if not is_kept(PREDICTED, path, of=of):
         start = time.perf_counter()
         found = {
-            key_of(setting): torch.stack(
-                [score.predicted(one_QN, halves) for one_QN in scores_MQN]
-            ).contiguous()
+            key_of(setting): torch.stack([predicted(one_QN, halves) for one_QN in scores_MQN])
             for setting, scores_MQN in scores
         }
         seconds = round(time.perf_counter() - start, 1)
@@ -78,7 +84,7 @@ def predictions(
 
 
 def numbers_of(problem: Problem) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What predictions depend on: the problem's numbers, and the constants of the methods."""
+    """The numbers that predictions depend on: of the problem, and constants of the methods."""
     return (
         {key: value for key, value in vars(problem).items() if isinstance(value, int | tuple)},
         {key: value for key, value in vars(methods).items() if key.isupper() and key != "METHODS"},
@@ -107,22 +113,80 @@ def setting_of(
     return Setting(problem, weights, tensors["generated"], draws), (header, tensors)
 
 
-def late_settings(last: Setting, tensors: dict[str, Tensor]) -> list[Setting]:
-    """Checkpoints before the end of training, and the end."""
-    settings = []
-    for fraction in LATE:
-        weights = weights_under(f"late/{fraction}/", tensors)
-        settings.append(Setting(last.problem, weights, last.generated, last.draws))
-    return [*settings, last]
-
-
-def averaged(run: Callable[[Setting], Scores], settings: Sequence[Setting]) -> Scores:
-    """Scores averaged over checkpoints."""
+def at_late_checkpoints(
+    run: Callable[[Setting], Scores], last: Setting, tensors: dict[str, Tensor]
+) -> Scores:
+    """Scores averaged over checkpoints before the end of training, and the end."""
+    early = (weights_under(f"late/{fraction}/", tensors) for fraction in LATE)
+    settings = [*(Setting(last.problem, w, last.generated, last.draws) for w in early), last]
     totals: dict[float | str, Tensor] = {}
     for setting in settings:
         for damping, scores in run(setting):
             totals[damping] = totals.get(damping, torch.zeros_like(scores)) + scores
     yield from ((damping, total / len(settings)) for damping, total in totals.items())
+
+
+# ---------------------------------------------------------------------------------------------
+# Judgements
+# ---------------------------------------------------------------------------------------------
+
+
+def judged(predicted_QH: Tensor, measured_SHQ: Tensor, resamples: int) -> LinearDatamodellingScore:
+    """The score of predictions: those of a plan whose parts leave out one thing each, a half."""
+    one_each_HH = torch.eye(predicted_QH.shape[1], dtype=torch.bool)
+    return linear_datamodelling_score(predicted_QH, one_each_HH, measured_SHQ, bootstrap=resamples)
+
+
+def summary(found: LinearDatamodellingScore) -> dict[str, float]:
+    """The mean over queries, and its interval."""
+    return {"lds": round(found.mean, 4), **_rounded(found.interval)}
+
+
+def difference(
+    found: LinearDatamodellingScore, reference: LinearDatamodellingScore
+) -> dict[str, float]:
+    """How much better than a reference, over the same halves and queries."""
+    value, interval = found.minus(reference)
+    return {"difference": round(value, 4), **_rounded(interval)}
+
+
+def _rounded(interval: tuple[float, float]) -> dict[str, float]:
+    low, high = interval
+    return {"low": round(low, 4), "high": round(high, 4)}
+
+
+def doubled_ranks(predicted_QH: Tensor) -> Tensor:
+    """Twice the mean ranks of up to 64 predictions from zero, which are whole numbers."""
+    return torch.from_numpy(2 * rankdata(predicted_QH.numpy(), axis=1) - 2).to(torch.int8)
+
+
+def with_intervals(
+    rows: Sequence[dict[str, Any]],
+    ranks: dict[str, Tensor],
+    measured: dict[str, Tensor],
+    resamples: int,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows with score, interval and difference to the reference; agreements and ceilings.
+
+    Args:
+        rows: A method and a cell each.
+        ranks: Those of the predictions, ``[Q, H]``, by ``method/cell``.
+        measured: Of each cell, ``[S, H, Q]``.
+        resamples: For the intervals.
+    """
+    scores = {
+        key: judged(z.double(), measured[key.split("/")[1]], resamples) for key, z in ranks.items()
+    }
+    found: list[dict[str, Any]] = []
+    limits: dict[str, Any] = {"agreement_of_seeds": {}, "ceilings": {}}
+    for row in rows:
+        cell = row["cell"]
+        own, reference = scores[f"{row['method']}/{cell}"], scores.get(f"{REFERENCE}/{cell}")
+        against = {} if reference is None else {"minus_ekfac": difference(own, reference)}
+        found.append({**row, **summary(own), **against})
+        for name, value in (("agreement_of_seeds", own.agreement), ("ceilings", own.ceiling)):
+            limits[name][cell] = None if value is None else round(value, 4)
+    return found, limits
 
 
 def main() -> None:
@@ -135,6 +199,9 @@ def main() -> None:
     parser.add_argument(
         "--methods", nargs="*", help="only these; the others of an earlier result are kept"
     )
+    parser.add_argument(
+        "--again", action="store_true", help="none: intervals anew, of an earlier result"
+    )
     parser.add_argument("--resamples", type=int, default=500)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -143,110 +210,73 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     setting, (header, tensors) = setting_of(problem, options.retrained, options.draws)
     halves, values = tensors["halves"], tensors["values"].double()  # [H, N], [H, S, M, Q]
-    networks = digest_of(setting.weights, setting.generated, halves)
-    numbers = numbers_of(problem)
-    runs = {name: (run(setting), run) for name, run in METHODS.items()}
-    late = late_settings(setting, tensors)
-    for name in AT_LATE_CHECKPOINTS:
-        run = METHODS[name]
-        runs[f"{name}, late checkpoints"] = averaged(run, late), run
-    table: dict[str, Any] = {}
-    for name, (scores, run) in runs.items():
-        if options.methods and name not in options.methods:
-            continue
-        of = digest_of(networks, *numbers, run)
-        made, found = predictions(name, scores, halves, work, of)
-        table[name] = {**made, "predicted": found}
     Q = problem.num_queries
     cells = {
         f"{measurement}, {kind}": (m, own)
         for m, measurement in enumerate(MEASUREMENTS)
         for kind, own in (("held-out", slice(0, Q)), ("generated", slice(Q, None)))
     }
-    measured = {
-        cell: values[:, :, m, own].transpose(0, 1) for cell, (m, own) in cells.items()
-    }  # [S, H, Q]
-
-    def judged(
-        entry: dict[str, Any], key: str, cell: str, resamples: int = options.resamples
-    ) -> LinearDatamodellingScore:
-        m, own = cells[cell]
-        return score.judged(entry["predicted"][key][m, own], measured[cell], resamples)
-
-    references = {
-        key: {cell: judged(table[name], DEFAULT, cell) for cell in cells}
-        for key, name in REFERENCES.items()
-        if name in table
-    }
-    agreements: dict[str, Any] = {}
-    ceilings: dict[str, Any] = {}
-    rows = []
-    for name, entry in table.items():
+    measured = {cell: values[:, :, m, own].transpose(0, 1) for cell, (m, own) in cells.items()}
+    networks = digest_of(setting.weights, setting.generated, halves)
+    runs = {name: (run(setting), run) for name, run in METHODS.items()}
+    for name in AT_LATE_CHECKPOINTS:
+        late = at_late_checkpoints(METHODS[name], setting, tensors)
+        runs[f"{name}, late checkpoints"] = late, METHODS[name]
+    wanted = [] if options.again else options.methods or list(runs)
+    rows: list[dict[str, Any]] = []
+    ranks: dict[str, Tensor] = {}
+    for name in wanted:
+        scores, run = runs[name]
+        of = digest_of(networks, *numbers_of(problem), run)
+        made, found = predictions(name, scores, halves, work, of)
         for cell, (m, own) in cells.items():
-            if next(iter(entry["predicted"].values()))[m, own].isnan().any():
+            by_setting = {key: z[m, own] for key, z in found.items()}
+            if next(iter(by_setting.values())).isnan().any():
                 continue  # a method for other queries
-            by_setting = {key: judged(entry, key, cell, 1).mean for key in entry["predicted"]}
-            best = max(by_setting, key=by_setting.__getitem__)
+            each = {key: judged(z, measured[cell], 1).mean for key, z in by_setting.items()}
+            default = DEFAULT in each
+            shown = DEFAULT if default else max(each, key=each.__getitem__)
             row: dict[str, Any] = {"method": name, "cell": cell}
-            row |= {key: entry[key] for key in ("seconds", "date", "torch")}
-            row["lds"] = {key: round(value, 4) for key, value in by_setting.items()}
-            chosen = {"best": best} | ({"default": DEFAULT} if DEFAULT in by_setting else {})
-            for which, key in chosen.items():
-                found = judged(entry, key, cell)
-                row[which] = {"setting": key} | score.summary(found)
-                for label, reference in references.items():
-                    row[which][label] = score.difference(found, reference[cell])
-                agreements[cell] = None if found.agreement is None else round(found.agreement, 4)
-                ceilings[cell] = None if found.ceiling is None else round(found.ceiling, 4)
+            row |= {key: made[key] for key in ("seconds", "date", "torch")}
+            row["by_setting"] = {key: round(value, 4) for key, value in each.items()}
+            row |= {"setting": shown, "chosen_by_result": not default and len(each) > 1}
             rows.append(row)
-    settings = {
-        "retrained": header,
-        "draws": options.draws,
-        "resamples": options.resamples,
-        # of rows with others, from before, nothing is kept
-        "intervals": score.INTERVALS,
-        "reference": REFERENCES["minus_reference"],
-        "agreement_of_seeds": agreements,
-        "ceilings": ceilings,
-    }
+            ranks[f"{name}/{cell}"] = doubled_ranks(by_setting[shown])
+    settings = {"retrained": header, "draws": options.draws}
     name = f"lds_{problem.name}"
-    if options.methods:
-        rows = kept(options.output / f"{name}_{options.device}.json", settings, rows)
+    beside = options.output / f"{name}_ranks.safetensors"
+    if options.methods or options.again:
+        kept = earlier(options.output / f"{name}_{options.device}.json", beside, settings, wanted)
+        rows, ranks = kept[0] + rows, kept[1] | ranks
     order = {name: place for place, name in enumerate(runs)}
-    rows.sort(
-        key=lambda row: order.get(row["method"], len(order))
-    )  # methods that are no more come last
+    rows.sort(key=lambda row: order.get(row["method"], len(order)))  # those that are no more last
+    rows, limits = with_intervals(rows, ranks, measured, options.resamples)
+    settings |= {"resamples": options.resamples, **limits}
+    options.output.mkdir(parents=True, exist_ok=True)
+    RANKS.write(beside, ranks, settings["retrained"])
     report(options, name, __doc__, {**settings, "methods": rows})
 
 
-def kept(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of an earlier result with the same settings, those of the same methods replaced.
+def earlier(
+    path: Path, beside: Path, settings: dict[str, Any], but: Sequence[str]
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """The rows and ranks of an earlier result with the same settings, but for some methods.
 
     Raises:
-        ValueError: If the settings are others, or a method that differences are to has changed.
+        ValueError: If the settings are others.
     """
     if not path.exists():
-        return rows
-    earlier = json.loads(path.read_text())
-    differing = sorted(key for key, value in settings.items() if earlier.get(key) != value)
+        return [], {}
+    found = json.loads(path.read_text())
+    differing = sorted(key for key, value in settings.items() if found.get(key) != value)
     if differing:
         raise ValueError(
             f"{path} has other {', '.join(differing)}. Evaluate all methods, or give --output "
             "another folder."
         )
-    before = {(row["method"], row["cell"]): row["lds"] for row in earlier["methods"]}
-    for row in rows:
-        place = row["method"], row["cell"]
-        if row["method"] not in REFERENCES.values() or place not in before:
-            continue
-        # sums in another order change the rank of a half or two, and with it the last digits
-        if any(abs(value - row["lds"][key]) > 1e-3 for key, value in before[place].items()):
-            raise ValueError(
-                f"{row['method']} has other scores in {path}, which its differences are to. "
-                "Evaluate all methods, or give --output another folder."
-            )
-    names = {row["method"] for row in rows}
-    return [row for row in earlier["methods"] if row["method"] not in names] + rows
+    rows = [row for row in found["methods"] if row["method"] not in but]
+    ranks = RANKS.read(beside)[1]
+    return rows, {key: z for key, z in ranks.items() if key.split("/")[0] not in but}
 
 
 if __name__ == "__main__":

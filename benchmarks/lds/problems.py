@@ -43,9 +43,7 @@ class Problem:
         num_halves: Random halves on which networks are trained.
         num_queries: Held-out queries, and as many generated ones.
         measured_draws: Draws on which queries are measured.
-        projected: Dimensions onto which TRAK and D-TRAK project.
         draws: Of training images, to see how many are needed.
-        papers_draws: Of training images, in the paper's code; half as many for the curvature.
         probes: Random signs from which DAS' squared norms are estimated.
         constant_rate: Whether the learning rate stays, instead of falling to zero.
         compiled: Whether steps of the training are compiled: half as many again in a second, after
@@ -61,16 +59,14 @@ class Problem:
     num_halves: int = 64
     num_queries: int = 64
     measured_draws: int = 64
-    projected: int = 2048
     draws: tuple[int, ...] = (10, 30, 100, 250, 500)
-    papers_draws: int = 250
     probes: int = 32
     constant_rate: bool = False
     compiled: bool = False
 
     @property
     def description(self) -> dict[str, Any]:
-        """What retrained networks depend on, as plain values."""
+        """Describe what retrained networks depend on, as plain values."""
         keys = ("name", "num_train", "steps", "batch", "num_halves", "num_queries")
         own = {key: getattr(self, key) for key in (*keys, "measured_draws")}
         config = self.make_network().config
@@ -176,7 +172,7 @@ def _compiled(name: str) -> UNet2DModel:
 
 
 def _overlapping_patches() -> Tensor:
-    """Of a part of the first photograph, at a quarter of its size, ``[468, 3, 8, 8]``.
+    """Patches of a part of the first photograph, at a quarter of its size, ``[468, 3, 8, 8]``.
 
     Neighbours have half of their pixels in common: of patches without overlap two trainings on a
     half do not agree.
@@ -252,9 +248,7 @@ PROBLEMS = {
             num_halves=4,
             num_queries=2,
             measured_draws=2,
-            projected=16,
             draws=(2, 4),
-            papers_draws=4,
         ),
     )
 }

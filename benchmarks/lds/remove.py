@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.lds.evaluate import DEFAULT, PREDICTED, key_of, numbers_of, setting_of
+from benchmarks.lds.evaluate import PREDICTED, key_of, numbers_of, setting_of
 from benchmarks.lds.methods import METHODS, Setting
 from benchmarks.lds.problems import PROBLEMS, Problem
 from benchmarks.lds.retrain import FOLDER, NETWORKS, is_kept
@@ -105,8 +105,7 @@ def damping_of(method: str, results: Path) -> str:
     """The default where the method has one, otherwise the best by its prediction of retraining."""
     for row in json.loads(results.read_text())["methods"]:
         if row["method"] == method and row["cell"] == CELL:
-            setting: str = DEFAULT if "default" in row else row["best"]["setting"]
-            return setting
+            return str(row["setting"])
     raise ValueError(f"{results} has no {method}. Evaluate it by benchmarks.lds.evaluate.")
 
 

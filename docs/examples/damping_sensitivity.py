@@ -21,7 +21,6 @@ methods = {
     "EK-FAC": "C0",
     "EK-FAC, Shampoo's factors": "C4",
     "K-FAC": "C2",
-    "sampled GGN": "C5",
     "TRAK": "C1",
     "D-TRAK": "C3",
 }
@@ -30,7 +29,7 @@ methods = {
 def curves(problem, cell):
     """Scores over dampings, by method, of those methods that were measured."""
     return {
-        entry["method"]: {float(damping): score for damping, score in entry["lds"].items()}
+        entry["method"]: {float(damping): score for damping, score in entry["by_setting"].items()}
         for entry in results[problem]["methods"]
         if entry["cell"] == cell and entry["method"] in methods
     }

@@ -209,7 +209,7 @@ def test_bad_options(options, message):
 )
 def test_a_measurement_of_the_wrong_shape(use):
     J = small(measurement=lambda batch, f: f)
-    with pytest.raises(ValueError, match=r"returned \(\d+, 3\) for a batch of \d+. It must"):
+    with pytest.raises(ValueError, match=r"shape \[B\], got shape \[\d+, 3\] for a batch of"):
         use(J)
 
 

@@ -14,8 +14,12 @@ import torch
 from torch import nn
 
 from curvlinops_diffusion import DiffusionKFACLinearOperator, PassOptions
-from curvlinops_diffusion.influence.measurements.bounds import ELBO, SimplifiedELBO
-from curvlinops_diffusion.influence.measurements.losses import WeightedLoss, loss
+from curvlinops_diffusion.influence.measurements.losses import (
+    ELBO,
+    SimplifiedELBO,
+    WeightedLoss,
+    loss,
+)
 from curvlinops_diffusion.runtime import digests
 from curvlinops_diffusion.runtime.digests import Named, digest_of, fingerprint, name_of
 from tests.cases import unet_regression

@@ -80,11 +80,7 @@ class ExampleFunction:
     function: Callable[[nn.Module, Example, ExampleDraws], Tensor]
 
     def value(self, regression: NoisedRegression, clean: CleanBatch) -> Tensor:
-        """The value of one example, without axes.
-
-        Raises:
-            ValueError: If the function does not return a tensor with one entry.
-        """
+        """The value of one example, without axes."""
         objective = regression.objective
         encoded = objective.encode(clean)
         example = Example(
@@ -94,21 +90,16 @@ class ExampleFunction:
         )
         value = self.function(objective.model, example, ExampleDraws(regression, clean))
         if not isinstance(value, Tensor) or value.numel() != 1:
-            arrived = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
-                f"The measured function returned {arrived} for an example. It must return a tensor "
-                "with one entry."
+                "The measured function must return a tensor with one entry for an example, got "
+                f"{kind_of(value)}."
             )
         return value.reshape(()).to(objective.working_dtype)
 
     def gradient(
         self, regression: NoisedRegression, clean: CleanBatch, params: Sequence[nn.Parameter]
     ) -> Tensor:
-        """The gradient of one example's value, shape ``[P]``.
-
-        Raises:
-            ValueError: If the value does not depend on the parameters.
-        """
+        """The gradient of one example's value, shape ``[P]``."""
         with torch.enable_grad():
             value = self.value(regression, clean)
             if not value.requires_grad:
@@ -116,12 +107,10 @@ class ExampleFunction:
                     "The measured function does not depend on the model's parameters, or not "
                     "differentiably. Compute it from its first argument by operations of torch."
                 )
-            gradients = torch.autograd.grad(value, list(params), allow_unused=True)
-        pieces = [
-            torch.zeros_like(p) if gradient is None else gradient
-            for p, gradient in zip(params, gradients, strict=True)
-        ]
-        return torch.cat([piece.flatten().to(value.dtype) for piece in pieces])
+            gradients = torch.autograd.grad(
+                value, list(params), allow_unused=True, materialize_grads=True
+            )
+        return torch.cat([gradient.flatten().to(value.dtype) for gradient in gradients])
 
 
 class ObjectiveMeasurement(ABC):
@@ -140,3 +129,8 @@ class ObjectiveMeasurement(ABC):
         Raises:
             ValueError: If it does not exist for the objective's noise process.
         """
+
+
+def kind_of(value: Any) -> str:
+    """Describe what a function returned: a tensor's shape, or a type."""
+    return f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,10 +1,8 @@
-"""Values and gradients of measured quantities: what an influence score predicts the change of.
+"""Values and gradients of measured quantities, whose change an influence score predicts.
 
 A measurement maps a noised batch and the network's prediction ``[B, D]`` to one value for each
 example, ``[B]``; an example's value is the average over its draws. Measurements that depend on the
 noise process are bound to an objective first.
-
-Legend: T noise levels, B batch, D entries of a prediction.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from curvlinops_diffusion.influence.measurements.base import (
     ExampleFunction,
     Measurement,
     ObjectiveMeasurement,
+    kind_of,
 )
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
 
@@ -28,25 +27,15 @@ from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
 def measurement_of(
     measurement: Any, objective: DenoisingObjective, draws: Draws | None = None
 ) -> Measurement | ExampleFunction:
-    """Return the measurement that a user named or passed, for an objective.
-
-    Args:
-        measurement: The name or measurement.
-        objective: The objective.
-        draws: What it is estimated from, where that is known.
-
-    Raises:
-        ValueError: If it is neither a known name nor callable, or not for this objective or these
-            draws.
-    """
+    """Return the measurement that a user named or passed, for an objective and its draws."""
     if isinstance(measurement, str) and measurement in MEASUREMENTS:
         measurement = MEASUREMENTS[measurement].load()
     if isinstance(measurement, ObjectiveMeasurement):
         if measurement.uniform_levels and draws is not None and not draws.uniform_levels:
             raise ValueError(
-                f"{type(measurement).__name__} arrived with {draws.timesteps}. It is a sum over "
-                "all noise levels, which only timesteps='stratified', 'uniform' and 'all' "
-                "estimate. Take one of these, or a WeightedLoss for some levels."
+                f"{type(measurement).__name__} is a sum over all noise levels, which only "
+                "timesteps='stratified', 'uniform' and 'all' estimate, got "
+                f"{draws.timesteps}. Take one of these, or a WeightedLoss for some levels."
             )
         return measurement.bind(objective)
     if callable(measurement) or isinstance(measurement, ExampleFunction):
@@ -59,17 +48,12 @@ def measurement_of(
 
 
 def measure(measurement: Measurement, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
-    """Evaluate a measurement, shape ``[B]``.
-
-    Raises:
-        ValueError: If its values do not have shape ``[B]``.
-    """
+    """Evaluate a measurement, shape ``[B]``."""
     values = measurement(batch, prediction_BD)
     if not isinstance(values, Tensor) or values.shape != (len(batch.indices),):
-        arrived = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(
-            f"The measurement returned {arrived} for a batch of {len(batch.indices)}. It must "
-            "return one value for each example, shape [B]."
+            "The measurement must return one value for each example, shape [B], got "
+            f"{kind_of(values)} for a batch of {len(batch.indices)}."
         )
     return values
 
@@ -77,11 +61,7 @@ def measure(measurement: Measurement, batch: NoisedBatch, prediction_BD: Tensor)
 def measurement_gradient(
     measurement: Measurement, batch: NoisedBatch, prediction_BD: Tensor
 ) -> Tensor:
-    """Gradients of the examples' measured values in the prediction, shape ``[B, D]``.
-
-    Raises:
-        ValueError: If the values are not a differentiable function of the prediction.
-    """
+    """Gradients of the examples' measured values in the prediction, shape ``[B, D]``."""
     with torch.enable_grad():
         prediction_BD = prediction_BD.detach().requires_grad_()
         values_B = measure(measurement, batch, prediction_BD)

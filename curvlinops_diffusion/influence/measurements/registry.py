@@ -1,7 +1,7 @@
-"""The measurements that have a name, a line each: program, report and documentation read it here.
+"""Named measurements, an entry each, which program, report and documentation read.
 
-Without torch, so that the program can list them before anything is computed. A new one is a file in
-this folder and a line in :data:`MEASUREMENTS`.
+Without torch, so that the program can list them before anything is computed. A new one is a
+function or class in this folder and an entry of :data:`MEASUREMENTS`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class NamedMeasurement:
     """A measurement as users name it.
 
     Attributes:
-        where: Its file in this folder and its name there: a function of (noised batch, prediction),
-            or a class that is made without arguments.
-        summary: What it is, as a phrase.
+        where: ``file:name`` in this folder, of a function of (noised batch, prediction) or of a
+            class without arguments.
+        summary: A phrase that describes it.
         better: Which values are good.
-        quantity: What a value of it is called.
+        quantity: The word for one of its values.
     """
 
     where: str
@@ -64,19 +64,19 @@ MEASUREMENTS: dict[str, NamedMeasurement] = {
         "component",
     ),
     "simplified_elbo": NamedMeasurement(
-        "bounds:SimplifiedELBO",
+        "losses:SimplifiedELBO",
         "the transitions of the negative evidence lower bound, in nats",
         Better.LOWER,
         "bound",
     ),
     "elbo": NamedMeasurement(
-        "bounds:ELBO",
+        "losses:ELBO",
         "the whole negative evidence lower bound, with prior and reconstruction, in nats",
         Better.LOWER,
         "bound",
     ),
     "log_likelihood": NamedMeasurement(
-        "likelihood:LogLikelihood",
+        "losses:LogLikelihood",
         "the log-likelihood by the probability-flow ODE, in nats",
         Better.HIGHER,
         "log-likelihood",
@@ -85,24 +85,17 @@ MEASUREMENTS: dict[str, NamedMeasurement] = {
 
 
 def sentence_of(name: str) -> str:
-    """Say what was measured, and what the sign of a score means; nothing for an unknown name."""
-    if name not in MEASUREMENTS:
-        return ""
-    entry = MEASUREMENTS[name]
-    return f"Measured: {name}, {entry.summary}; {entry.better.value}."
+    """State what was measured and what a score's sign means; empty for an unknown name."""
+    entry = MEASUREMENTS.get(name)
+    return "" if entry is None else f"Measured: {name}, {entry.summary}; {entry.better.value}."
 
 
 def options_text() -> str:
-    """All of them, as the help of an option."""
+    """Describe all of them, as the help of an option."""
     listed = "; ".join(f"{name} ({entry.summary})" for name, entry in MEASUREMENTS.items())
-    signs = ". ".join(
-        f"For {_joined([n for n, e in MEASUREMENTS.items() if e.better is better])} {better.value}"
-        for better in Better
-        if any(e.better is better for e in MEASUREMENTS.values())
-    )
-    return f"What is measured at the queries: {listed}. {signs}."
-
-
-def _joined(names: list[str]) -> str:
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last
+    signs = ""
+    for better in Better:
+        *first, last = [n for n, e in MEASUREMENTS.items() if e.better is better]
+        names = f"{', '.join(first)} and {last}" if first else last
+        signs += f" For {names} {better.value}."
+    return f"What is measured at the queries: {listed}.{signs}"

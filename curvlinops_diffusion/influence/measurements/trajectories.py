@@ -1,4 +1,4 @@
-"""Recorded sampling trajectories, and their log-probability as a measured quantity."""
+"""Recorded sampling trajectories as data, and their log-probability as a measured quantity."""
 
 from __future__ import annotations
 
@@ -24,7 +24,51 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.runtime.digests import digest_of
 
 
-class TrajectoryRegression(NoisedRegression):
+class StatesRegression(NoisedRegression):
+    """Recorded states as inputs of the network, a draw for each step; subclasses add the target.
+
+    Arguments and errors are those of :class:`TrajectoryRegression`.
+    """
+
+    def __init__(
+        self,
+        objective: DenoisingObjective,
+        states: Tensor,
+        levels: Sequence[int],
+        *,
+        condition: Mapping[str, Any] | None = None,
+        num_draws: int | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+    ):
+        if states.ndim < 3 or states.shape[1] != len(levels) + 1:
+            raise ValueError(
+                f"States must be [trajectories, steps + 1, ...], from noise to sample, got shape "
+                f"{list(states.shape)} with {len(levels)} levels. Pass the falling noise levels of "
+                "all states but the last."
+            )
+        timesteps = "all" if num_draws is None else "stratified"
+        draws = make_draws(timesteps, num_draws, seed, len(levels))
+        data = {"x0": states, **(condition or {})}
+        super().__init__(objective, data, batch_size=batch_size, draws=draws)
+        self.levels = torch.tensor(list(levels))
+
+    @property
+    def encodes(self) -> bool:
+        """States are what the network sees."""
+        return False
+
+    def steps(self, clean: CleanBatch) -> Iterator[tuple[NoisedBatch, Tensor, Tensor]]:
+        """Yield states as inputs, without their target; the states; and those that follow them."""
+        rows = torch.arange(len(clean.indices))
+        for r in range(self.num_draws):
+            step_B = self.draws.levels(clean.indices, r)
+            states, level_B = clean.x0[rows, step_B], self.levels[step_B]
+            batch = _as_batch(self.objective, states, clean.condition, level_B, clean.indices, r)
+            yield batch, states, clean.x0[rows, step_B + 1]
+
+
+class TrajectoryRegression(StatesRegression):
     r"""Trajectories of ancestral sampling, as the data of ``ExampleGradientLinearOperator``.
 
     With the states ``x_0, x_1, …, x_S`` that a sampler passed through, from noise to sample, at the
@@ -57,97 +101,55 @@ class TrajectoryRegression(NoisedRegression):
         states: Tensor,
         levels: Sequence[int],
         *,
-        condition: Mapping[str, Any] | None = None,
-        num_draws: int | None = None,
-        seed: int = 0,
         variance: str | None = None,
-        batch_size: int = 64,
+        **options: Any,
     ):
-        steps = steps_between(objective, levels, variance)
-        check_states(states, levels)
-        draws = make_draws(
-            "all" if num_draws is None else "stratified", num_draws, seed, len(levels)
-        )
-        data = {"x0": states, **(condition or {})}
-        super().__init__(objective, data, batch_size=batch_size, draws=draws)
-        self._levels = torch.tensor(list(levels))
-        self._steps = steps
-
-    @property
-    def encodes(self) -> bool:
-        """States are what the network sees."""
-        return False
+        self._steps = _steps_between(objective, levels, variance)
+        super().__init__(objective, states, levels, **options)
 
     @property
     def description(self) -> dict[str, Any]:
         """Describe what determines the steps and their log-probability."""
         steps = self._steps
         clip = [] if steps.clip is None else [z for z in astuple(steps.clip) if z is not None]
-        variances = digest_of(self._levels, steps.previous_T, steps.variance_T, *clip)
+        variances = digest_of(self.levels, steps.previous_T, steps.variance_T, *clip)
         return {**super().description, "steps": variances}
 
     def log_probability(self, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
-        """The log-probability of a step, times the number of steps, shape ``[B]``.
-
-        Raises:
-            ValueError: If the batch is not of trajectories.
-        """
-        if not isinstance(batch, StepBatch):
+        """The log-probability of a step, times the number of steps, shape ``[B]``."""
+        if not isinstance(batch, _StepBatch):
             raise ValueError(
-                "log_probability arrived with examples that are no trajectories. Measure it on the "
-                "TrajectoryRegression that it belongs to."
+                "log_probability needs steps of trajectories, got other examples. Measure it on "
+                "the TrajectoryRegression that it belongs to."
             )
         log_probability_B = self._steps.log_probability(batch, prediction_BD, batch.reached_BD)
-        return len(self._levels) * log_probability_B
+        return len(self.levels) * log_probability_B
 
-    def noised_batches(self, clean: CleanBatch) -> Iterator[StepBatch]:
-        """Yield steps: states as inputs, with the states that they led to."""
-        for r in range(self.num_draws):
-            step_B = self.draws.levels(clean.indices, r)
-            rows, level_B = torch.arange(len(step_B)), self._levels[step_B]
-            states = clean.x0[rows, step_B]
-            batch = states_as_batch(
-                self.objective, states, clean.condition, level_B, clean.indices, r
-            )
-            reached_BD = clean.x0[rows, step_B + 1].flatten(1).to(batch.target_BD)
+    def noised_batches(self, clean: CleanBatch) -> Iterator[NoisedBatch]:
+        """Yield steps: states as inputs, with the states that they led to.
+
+        The target is the prediction whose step has the next state as its mean.
+        """
+        for batch, _, reached in self.steps(clean):
+            reached_BD = reached.flatten(1).to(batch.target_BD)
             own = {field.name: getattr(batch, field.name) for field in fields(batch)}
             own |= {
                 "target_BD": self._steps.prediction_for(batch, reached_BD),
                 "weight_B": torch.ones_like(batch.weight_B),
             }
-            yield StepBatch(**own, reached_BD=reached_BD)
+            yield _StepBatch(**own, reached_BD=reached_BD)
 
 
 @dataclass(frozen=True)
-class StepBatch(NoisedBatch):
-    """States of trajectories as inputs of the network, and the states that they led to.
-
-    The target is the prediction whose step has the next state as its mean.
-
-    Attributes:
-        reached_BD: The next states.
-    """
+class _StepBatch(NoisedBatch):
+    """States of trajectories, and the states that they led to."""
 
     ROWS: ClassVar[tuple[str, ...]] = (*NoisedBatch.ROWS, "reached_BD")
 
     reached_BD: Tensor
 
 
-def check_states(states: Tensor, levels: Sequence[int]) -> None:
-    """Check that there is a state before and after each step.
-
-    Raises:
-        ValueError: If there is not.
-    """
-    if states.ndim < 3 or states.shape[1] != len(levels) + 1:
-        raise ValueError(
-            f"States of shape {tuple(states.shape)} arrived with {len(levels)} levels. Pass "
-            "states [trajectories, steps + 1, ...] from noise to sample, and the falling noise "
-            "levels of all but the last."
-        )
-
-
-def states_as_batch(
+def _as_batch(
     objective: DenoisingObjective,
     states: Tensor,
     condition: Mapping[str, Any],
@@ -155,29 +157,23 @@ def states_as_batch(
     indices: Sequence[int],
     draw: int,
 ) -> NoisedBatch:
-    """States ``[B, ...]`` at given noise levels as what the network sees; without their target."""
+    """States ``[B, ...]`` at given noise levels as inputs of the network, without their target."""
     noised = objective.noise(states, condition, level_B, torch.zeros_like(states), indices, draw)
     states = states.to(objective.device, objective.working_dtype)
     return replace(noised, x_t=states.to(objective.dtype), state_BD=states.flatten(1))
 
 
-def steps_between(
+def _steps_between(
     objective: DenoisingObjective, levels: Sequence[int], variance: str | None
 ) -> AncestralSteps:
-    """The ancestral steps from each of some falling noise levels to the next, the last to the data.
-
-    Raises:
-        ValueError: If the levels do not fall or do not exist, the noise process is not
-            variance-preserving, the variance is unknown, or a level has no signal for a network
-            that predicts the noise.
-    """
+    """The ancestral steps from each of some falling levels to the next, the last to the data."""
     T = objective.process.num_levels
-    if not all(a > b for a, b in pairwise(levels)):
+    falling = all(a > b for a, b in pairwise(levels))
+    if not falling or not all(0 <= level < T for level in levels):
         raise ValueError(
-            f"Pass the falling noise levels, from noise to sample; {list(levels)[:8]} arrived."
+            f"`levels` must fall, from noise to sample, within 0 to {T - 1}, got "
+            f"{list(levels)[:8]}."
         )
-    if not all(0 <= level < T for level in levels):
-        raise ValueError(f"The levels must be from 0 to {T - 1}; {list(levels)[:8]} arrived.")
     index = torch.tensor(list(levels))
     squared_T = objective.process.alphas_T.square()
     previous_T = torch.ones_like(squared_T)
@@ -218,13 +214,13 @@ def record_trajectories(
     check_surroundings(objective.device)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, generator=generator)
-    steps = steps_between(objective, levels, variance)
+    steps = _steps_between(objective, levels, variance)
     condition = dict(condition or {})
     check_condition(condition, shape[0])
     states, indices = [x], range(shape[0])
     for number, level in enumerate(levels):
         level_B = torch.full((shape[0],), level)
-        batch = states_as_batch(objective, states[-1], condition, level_B, indices, number)
+        batch = _as_batch(objective, states[-1], condition, level_B, indices, number)
         mean_BD = steps.mean(batch, objective.predict(batch))
         std = steps.variance_T[level].sqrt().to(mean_BD)
         noise = torch.randn(*shape, generator=generator).to(mean_BD)

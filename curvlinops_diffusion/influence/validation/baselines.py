@@ -1,15 +1,14 @@
-"""Other methods, to compare with: TRAK, D-TRAK, Journey-TRAK, DAS.
+"""TRAK, D-TRAK, Journey-TRAK and DAS, to compare with.
 
-Positive is meant to be helpful where a method has a sign. Their settings have no default: their
-authors choose them by the linear data-modelling score, which flatters a method that is judged by
-the same networks.
+Positive is helpful where a method has a sign. Ridges have no default: the authors choose them by
+the linear data-modelling score, which flatters a method that is judged by the same networks.
 
 Legend: Q queries, N training examples, P parameters, k coordinates, V probes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,19 +17,15 @@ from torch import Tensor
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.data import CleanBatch
-from curvlinops_diffusion.diffusion.draws import Draws, make_draws
+from curvlinops_diffusion.diffusion.draws import Draws
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
-from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.compression import RandomProjection
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernel_regression import (
     kernel_regression_scores,
     ridge_solution,
 )
-from curvlinops_diffusion.influence.measurements.trajectories import (
-    check_states,
-    states_as_batch,
-)
+from curvlinops_diffusion.influence.measurements.trajectories import StatesRegression
 from curvlinops_diffusion.linalg.operator import IdentityLinearOperator
 from curvlinops_diffusion.runtime.checks import check_count, check_positive
 from curvlinops_diffusion.runtime.digests import digest_of
@@ -71,7 +66,10 @@ def trak_scores(
             J_query, IdentityLinearOperator(J_train), J_train, ridge=ridge
         )
     check_positive("ridge", ridge)
-    query_Qk, train_Nk = (_projected(J, RandomProjection(size, seed)) for J in (J_query, J_train))
+    project = RandomProjection(size, seed)
+    query_Qk, train_Nk = (
+        torch.cat([project(rows_BP) for _, rows_BP in J.row_batches()]) for J in (J_query, J_train)
+    )
     scores = ridge_solution(query_Qk @ train_Nk.T, train_Nk @ train_Nk.T, ridge)
     return scores.to(query_Qk)
 
@@ -84,14 +82,14 @@ def d_trak_scores(
     size: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """D-TRAK: the same of the mean square of the prediction, in place of what is measured.
+    """D-TRAK: TRAK with the mean square of the prediction in place of either loss.
 
     Source: Zheng et al., 2024; checked against the primal formula in float64 (``tests``).
 
-    Arguments and errors are those of :func:`trak_scores`, of whose operators the draws and
-    parameters are taken.
+    Arguments and errors are those of :func:`trak_scores`; of the operators only draws and
+    parameters count.
     """
-    query, train = (_measuring(J, "squared_norm") for J in (J_query, J_train))
+    query, train = (J.measuring("squared_norm") for J in (J_query, J_train))
     return trak_scores(query, train, ridge=ridge, size=size, seed=seed)
 
 
@@ -103,13 +101,13 @@ def das_scores(
     num_probes: int = 32,
     seed: int = 0,
 ) -> Tensor:
-    """After the Diffusion Attribution Score: how much a query's prediction would change.
+    """A Diffusion Attribution Score: the size of the change of a query's prediction.
 
     ``1/R² Σ_r ‖J_qr Φᵀ (ΦΦᵀ + λ)⁻¹ e_n‖²`` over the query's draws, with gradients ``Φ`` of the
     training losses (each a residual times a Jacobian), the squared norm being estimated without
-    bias from random signs, independent for every query, draw and probe. It says how much, not
-    whether for better or worse: scores are never negative. The authors' code takes gradients of the
-    output's mean for the kernel, applies residuals apart, and divides by one minus the leverage.
+    bias from random signs, independent for every query, draw and probe. Scores are never negative:
+    they do not tell better from worse. The authors' code takes gradients of the output's mean for
+    the kernel, applies residuals apart, and divides by one minus the leverage.
 
     Source: Lin et al., 2025; checked against a dense squared norm (``tests``).
 
@@ -132,7 +130,7 @@ def das_scores(
     draws = replace(J_query.regression.draws, seed=seed)
     crosses = []
     for number in range(num_probes):
-        J = _measuring(J_query, ProbedPrediction(draws, number))
+        J = J_query.measuring(ProbedPrediction(draws, number))
         crosses.append(J.rows() @ train_NP.T)
     scores = ridge_solution(torch.cat(crosses), train_NP @ train_NP.T, ridge)
     squares_QN = scores.reshape(num_probes, -1, len(train_NP)).square().mean(0)
@@ -162,7 +160,7 @@ class ProbedPrediction:
         return (prediction_BD * signs_BD.to(prediction_BD)).sum(1)
 
 
-class JourneyRegression(NoisedRegression):
+class JourneyRegression(StatesRegression):
     r"""Recorded samplings, whose loss is that at the states they went through, for Journey-TRAK.
 
     At each state ``x_t`` the network should have predicted the noise that leads from there to the
@@ -186,60 +184,28 @@ class JourneyRegression(NoisedRegression):
     """
 
     def __init__(
-        self,
-        objective: DenoisingObjective,
-        states: Tensor,
-        levels: Sequence[int],
-        *,
-        condition: Mapping[str, Any] | None = None,
-        batch_size: int = 64,
+        self, objective: DenoisingObjective, states: Tensor, levels: Sequence[int], **options: Any
     ):
-        check_states(states, levels)
         if not (objective.process.sigmas_T[list(levels)] > 0).all():
             raise ValueError(
-                "A level without noise arrived, from which no noise leads to the sample. Leave it "
-                "out, with its state."
+                "Every level of a journey must have noise, got one without. Leave it out, with its "
+                "state."
             )
-        draws = make_draws("all", None, 0, len(levels))
-        data = {"x0": states, **(condition or {})}
-        super().__init__(objective, data, batch_size=batch_size, draws=draws)
-        self._levels = torch.tensor(list(levels))
-
-    @property
-    def encodes(self) -> bool:
-        """States are what the network sees."""
-        return False
+        super().__init__(objective, states, levels, **options)
 
     @property
     def description(self) -> dict[str, Any]:
         """Describe what determines the states' levels."""
-        return {**super().description, "journey": digest_of(self._levels)}
+        return {**super().description, "journey": digest_of(self.levels)}
 
     def noised_batches(self, clean: CleanBatch) -> Iterator[NoisedBatch]:
         """Yield states as inputs, with what leads from them to the sample as target."""
-        process = self.objective.process
-        for r in range(self.num_draws):
-            step_B = self.draws.levels(clean.indices, r)
-            states = clean.x0[torch.arange(len(step_B)), step_B]
-            level_B = self._levels[step_B]
-            batch = states_as_batch(
-                self.objective, states, clean.condition, level_B, clean.indices, r
-            )
+        process, sample = self.objective.process, clean.x0[:, -1].double()
+        for batch, states, _ in self.steps(clean):
             shape = (-1, *[1] * (states.ndim - 1))
-            alpha, sigma = (z[level_B].reshape(shape) for z in (process.alphas_T, process.sigmas_T))
-            sample = clean.x0[:, -1].double()
+            alpha, sigma = (
+                z_T[batch.level_B].reshape(shape) for z_T in (process.alphas_T, process.sigmas_T)
+            )
             noise = (states.double() - alpha * sample) / sigma
-            target = process.target(sample, noise, level_B).flatten(1)
+            target = process.target(sample, noise, batch.level_B).flatten(1)
             yield replace(batch, target_BD=target.to(batch.target_BD))
-
-
-def _measuring(J: ExampleGradientLinearOperator, measurement: Any) -> ExampleGradientLinearOperator:
-    return ExampleGradientLinearOperator(J.regression, J.param_names, measurement=measurement)
-
-
-def _projected(J: ExampleGradientLinearOperator, projection: RandomProjection) -> Tensor:
-    """Projected rows, ``[N, k]``."""
-    rows_Nk = torch.zeros(J.shape[0], projection.size, dtype=J.dtype, device=J.device)
-    for indices, rows_BP in J.row_batches():
-        rows_Nk[list(indices)] = projection(rows_BP)
-    return rows_Nk

@@ -1,4 +1,4 @@
-"""How well scores predict retraining: the linear data-modelling score, its error and ceiling.
+"""Judges scores by retraining: the linear data-modelling score, its interval and ceiling; removals.
 
 Legend: M parts, S seeds, Q queries, N training examples, K resamples.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 
 import torch
+from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
 from curvlinops_diffusion.influence.agreement import (
@@ -16,9 +18,85 @@ from curvlinops_diffusion.influence.agreement import (
     rank_correlations_without_each,
     ranks_beyond_rounding,
 )
-from curvlinops_diffusion.influence.validation.crossed import CrossedMean
 from curvlinops_diffusion.influence.validation.plans import Removal
 from curvlinops_diffusion.runtime.checks import check_count
+
+_UPPER = 0.975  # of a two-sided interval of 95 %
+
+
+@dataclass(frozen=True, eq=False)
+class CrossedMean:
+    """The mean of a table, under other rows and other columns.
+
+    An entry is a constant, plus an effect of its row, of its column, and of itself, all independent
+    of each other. With the mean squares ``S_M`` of rows' means, ``S_Q`` of columns' and ``S_MQ`` of
+    what is left, each divided by the number of what is averaged, the variance of the mean is::
+
+        S_M + S_Q − min(S_MQ, max(S_M, S_Q))
+
+    since the noise of single entries is a part of either. Drawing rows and columns together counts
+    it three times (Owen, 2007).
+
+    Attributes:
+        table_MQ: The entries, float64. One column speaks of other rows alone; no columns have the
+            mean NaN.
+    """
+
+    table_MQ: Tensor
+
+    @cached_property
+    def _effects(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean, and how far means of rows ``[M]`` and of columns ``[Q]`` are from it."""
+        mean = self.table_MQ.mean()
+        return mean, self.table_MQ.mean(1) - mean, self.table_MQ.mean(0) - mean
+
+    @cached_property
+    def _variances(self) -> tuple[list[tuple[float, int]], float]:
+        """The mean squares with their degrees of freedom, and the variance of the mean."""
+        mean, rows_M, columns_Q = self._effects
+        (M, Q), rest_MQ = self.table_MQ.shape, self.table_MQ - mean
+        rest_MQ = rest_MQ - rows_M.unsqueeze(1) - columns_Q
+        squares = [
+            (float(z.square().sum()) / (max(freedom, 1) * count), freedom)
+            for z, freedom, count in (
+                (rows_M, M - 1, M),
+                (columns_Q, Q - 1, Q),
+                (rest_MQ, (M - 1) * (Q - 1), M * Q),
+            )
+        ]
+        of_rows, of_columns, of_cells = (square for square, _ in squares)
+        return squares, of_rows + of_columns - min(of_cells, max(of_rows, of_columns))
+
+    def resampled(self, count: int, seed: int) -> Tensor:
+        """The mean in ``K`` resamples of rows and of columns, with the variance of the mean.
+
+        Few rows or columns leave the variance itself uncertain: the spread is wider by as much as
+        the quantiles of Student's distribution are than those of the normal one, with the degrees
+        of freedom of Satterthwaite, 1946, or those of the smaller side if these are more.
+        """
+        mean, *effects = self._effects
+        total_K = torch.zeros(count, dtype=mean.dtype)
+        for which, effect in enumerate(effects):
+            generator = torch.Generator().manual_seed(2 * seed + which)
+            chosen = torch.randint(max(len(effect), 1), (count, len(effect)), generator=generator)
+            total_K += effect[chosen].mean(1)
+        drawn = sum(float(effect.square().mean()) / max(len(effect), 1) for effect in effects)
+        if not drawn > 0:  # all entries are the same, or there are none
+            return mean.expand(count).clone()
+        squares, variance = self._variances
+        freedom = variance**2 / sum(square**2 / max(free, 1) for square, free in squares)
+        freedom = max(freedom, min(free for _, free in squares if free > 0))
+        wider = float(stdtrit(freedom, _UPPER) / ndtri(_UPPER))
+        return mean + wider * (variance / drawn) ** 0.5 * total_K
+
+    def interval(self, count: int, seed: int, estimate: float) -> tuple[float, float]:
+        """The interval of as many standard deviations of the resamples as hold 95 % of a normal.
+
+        Extended to the estimate, the mean with its bias, where it ends before.
+        """
+        mean, *_ = self._effects
+        half = float(ndtri(_UPPER)) * float(self.resampled(count, seed).std(correction=0))
+        return min(float(mean) - half, estimate), max(float(mean) + half, estimate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +144,7 @@ class LinearDatamodellingScore:
         return max(low, -1.0), min(high, 1.0)
 
     def minus(self, other: LinearDatamodellingScore) -> tuple[float, tuple[float, float]]:
-        """How much better than another method's, and the 95 % interval of that.
+        """The difference to another method's, and its 95 % interval.
 
         Over the queries for which both are defined. What parts and queries do to both methods
         alike cancels: intervals of two scores may overlap where that of the difference is above
@@ -85,8 +163,8 @@ class LinearDatamodellingScore:
         )
         if own != others:
             raise ValueError(
-                f"The scores are of {own} and of {others}. Judge both by the same measurements, "
-                "with the same options."
+                "Scores are compared on the same measurements with the same options, got "
+                f"{own} and {others}."
             )
         both = self._defined & other._defined
         difference = float(self.per_query[both].mean() - other.per_query[both].mean())
@@ -103,7 +181,7 @@ class LinearDatamodellingScore:
 
     @cached_property
     def _pseudovalues(self) -> Tensor:
-        """Of the jackknife, ``M ρ_q − (M − 1) ρ_q(without part m)``, ``[M, Q]``; NaN as ``ρ_q``.
+        """``M ρ_q − (M − 1) ρ_q(without part m)`` of the jackknife, ``[M, Q]``; NaN as ``ρ_q``.
 
         Their means over parts are ``ρ_q`` without its bias of order ``1 / M``.
         """
@@ -122,7 +200,7 @@ def linear_datamodelling_score(
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> LinearDatamodellingScore:
-    r"""How well scores predict what training on parts of the data does to the queries.
+    r"""Judge how well scores predict what training on parts of the data does to the queries.
 
     Networks are trained on parts of the data (:class:`RetrainingPlan`), and the queries measured
     under each (:func:`values_of_networks`). Scores predict the sum over what was left out, and the
@@ -137,9 +215,8 @@ def linear_datamodelling_score(
 
     The interval speaks of other parts and other queries: with the jackknife's pseudo-values of
     parts ``m`` and queries ``q`` as a two-way table, the variance of their mean is that over parts
-    plus that over queries minus that of single cells, which both contain
-    (:class:`~curvlinops_diffusion.influence.validation.crossed.CrossedMean`). In simulations 0.93
-    to 0.97 of intervals hold the truth (``tests``).
+    plus that over queries minus that of single cells, which both contain. In simulations 0.93 to
+    0.97 of intervals hold the truth (``tests``).
 
     With ``S`` seeds their mean is predicted. With the correlation ``r > 0`` between two seeds it
     has the reliability ``S r / (1 + (S - 1) r)``, whose root is the ceiling (Spearman, 1910; Brown,
@@ -167,7 +244,18 @@ def linear_datamodelling_score(
     """
     measured_SMQ = (measured if measured.ndim == 3 else measured.unsqueeze(0)).cpu().double()
     left_out, scores_QN = left_out.cpu(), scores.detach().cpu().double()
-    _check_shapes(scores_QN, left_out, measured_SMQ, measured)
+    (Q, N), (M, _) = scores_QN.shape, left_out.shape
+    fits = left_out.shape == (M, N) and measured_SMQ.ndim == 3 and measured_SMQ.shape[1:] == (M, Q)
+    if not fits or left_out.dtype != torch.bool:
+        raise ValueError(
+            "Pass scores [queries, examples], booleans [parts, examples], and values "
+            f"[parts, queries] or [seeds, parts, queries], got {list(scores.shape)}, "
+            f"{list(left_out.shape)} ({left_out.dtype}) and {list(measured.shape)}."
+        )
+    if M < 3:
+        raise ValueError(f"A correlation needs at least 3 parts, got {M}.")
+    _check_finite("scores", scores_QN)
+    _check_finite("measured", measured_SMQ)
     check_count("bootstrap", bootstrap)
     predicted_QM = ranks_beyond_rounding(*_sums_over_left_out(scores_QN, left_out))
     measured_QM = measured_SMQ.mean(0).T
@@ -177,15 +265,17 @@ def linear_datamodelling_score(
     S = len(measured_SMQ)
     if S > 1:
         agreement = agreement_of_seeds(measured_SMQ)
-        ceiling = _ceiling(agreement, S)
+        # at an agreement below zero the formula has its pole, and beyond it wrong signs
+        reliability = 0.0 if agreement <= 0 else S * agreement / (1 + (S - 1) * agreement)
+        ceiling = reliability**0.5
     return LinearDatamodellingScore(per_query, compared, bootstrap, seed, agreement, ceiling)
 
 
 def _sums_over_left_out(scores_QN: Tensor, left_out_MN: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of scores over what each part leaves out ``[Q, M]``, and their rounding error ``[Q]``.
 
-    What all scores of a query have in common is counted, not added up, so that it is the same for
-    parts of one size to the last bit.
+    A constant in all scores of a query is counted, not added up, so that parts of one size have the
+    same to the last bit.
     """
     left_out_NM = left_out_MN.double().T
     common_Q1 = (scores_QN.amin(1, keepdim=True) + scores_QN.amax(1, keepdim=True)) / 2
@@ -196,35 +286,16 @@ def _sums_over_left_out(scores_QN: Tensor, left_out_MN: Tensor) -> tuple[Tensor,
     return sums_QM, rounding_Q
 
 
-def _ceiling(agreement: float, seeds: int) -> float:
-    """The root of the reliability of the mean of several seeds; zero if they do not agree."""
-    if agreement <= 0:  # where the formula has its pole, and beyond it wrong signs
-        return 0.0
-    return (seeds * agreement / (1 + (seeds - 1) * agreement)) ** 0.5
-
-
 def agreement_of_seeds(measured: Tensor) -> float:
-    """The rank correlation over parts between two seeds, mean over pairs of seeds and queries.
-
-    Queries for which it is undefined are left out; NaN if it is for all of them.
-
-    Args:
-        measured: Measured values of at least two seeds, ``[S, M, Q]``.
-    """
-    values_SQM = measured.double().transpose(1, 2)
-    found = torch.cat(
-        [
-            rank_correlations(values_SQM[s], values_SQM[t])
-            for s in range(len(measured))
-            for t in range(s)
-        ]
-    )
+    """The rank correlation over parts between two seeds of ``[S, M, Q]``, mean where defined."""
+    pairs = combinations(measured.double().transpose(1, 2), 2)
+    found = torch.cat([rank_correlations(one_QM, other_QM) for one_QM, other_QM in pairs])
     return float(found[found.isfinite()].mean())
 
 
 @dataclass(frozen=True)
 class RemovalEffect:
-    """The change of queries' values by removing the images that were chosen for them.
+    """The change of queries' values without the images that were chosen for them.
 
     Attributes:
         change: The change relative to the size of the value under training on everything, mean over
@@ -241,7 +312,7 @@ class RemovalEffect:
 def removal_effects(
     parts: tuple[str, ...], measured: Tensor, method: str = "scores"
 ) -> dict[int, RemovalEffect]:
-    """Judge what removing each query's most helpful images did to it, by how many were removed.
+    """Judge removals of each query's most helpful images, by how many were removed.
 
     A value of which lower is better should rise, one of which higher is better should fall.
 
@@ -264,14 +335,14 @@ def removal_effects(
     own = [removal for removal in removals if removal.chosen_by == method]
     if Removal.NOTHING not in numbered or not own or method == Removal.CONTROL:
         raise ValueError(
-            f"Parts {list(parts[:4])} … are no removals by '{method}'. Make the plan by "
-            "RetrainingPlan.removals, and pass the method's name in it."
+            f"`parts` must be of RetrainingPlan.removals with method={method!r}, got "
+            f"{list(parts[:4])} …."
         )
     base_Q = values_MQ[numbered[Removal.NOTHING]]
     if not (base_Q != 0).all():
         raise ValueError(
-            f"measured is 0 for query {int((base_Q == 0).nonzero()[0])} under the network of all "
-            "examples, so that no change is relative to it. Measure something that is not 0 there."
+            "Values under the network of all examples must not be 0, as changes are relative to "
+            f"them, got 0 for query {int((base_Q == 0).nonzero()[0])}."
         )
     effects = {}
     for size in sorted({removal.size for removal in own}):
@@ -285,40 +356,13 @@ def removal_effects(
             for removal in removals
             if (removal.chosen_by, removal.size) == (Removal.CONTROL, size)
         ]
-        control = None
-        if random:
-            control_Q = (values_MQ[random].mean(0) - base_Q) / base_Q.abs()
-            control = float(control_Q.mean())
+        change_of_random_Q = (values_MQ[random].mean(0) - base_Q) / base_Q.abs()
+        control = float(change_of_random_Q.mean()) if random else None
         effects[size] = RemovalEffect(float(change_Q.mean()), error, control)
     return effects
-
-
-def _check_shapes(
-    scores_QN: Tensor, left_out: Tensor, measured_SMQ: Tensor, measured: Tensor
-) -> None:
-    """Check what is judged.
-
-    Raises:
-        ValueError: If shapes do not fit together, or values are not finite.
-    """
-    (Q, N), (M, _) = scores_QN.shape, left_out.shape
-    fits = left_out.shape == (M, N) and measured_SMQ.ndim == 3 and measured_SMQ.shape[1:] == (M, Q)
-    if not fits or left_out.dtype != torch.bool:
-        raise ValueError(
-            f"scores {tuple(scores_QN.shape)}, left_out {tuple(left_out.shape)} ({left_out.dtype}) "
-            f"and measured {tuple(measured.shape)} arrived. Pass scores [queries, examples], "
-            "booleans [parts, examples], and values [parts, queries] or [seeds, parts, queries]."
-        )
-    if M < 3:
-        raise ValueError(f"{M} parts arrived, over which nothing correlates. Pass at least 3.")
-    for name, values in (("scores", scores_QN), ("measured", measured_SMQ)):
-        _check_finite(name, values)
 
 
 def _check_finite(name: str, values: Tensor) -> None:
     if not values.isfinite().all():
         count = int((~values.isfinite()).sum())
-        raise ValueError(
-            f"{name} arrived with {count} entries that are not finite. Compute these again, or "
-            "leave them out."
-        )
+        raise ValueError(f"`{name}` must be finite, got {count} entries that are not.")

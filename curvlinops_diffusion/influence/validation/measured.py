@@ -1,12 +1,11 @@
-"""The queries' values under networks that were trained anew.
+"""Measures queries under networks that were trained anew.
 
 Legend: M networks, Q queries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ Weights = nn.Module | Mapping[str, Tensor]
 def values_of_networks(
     query: NoisedRegression, networks: Iterable[Weights], *, measurement: Any = "loss"
 ) -> Tensor:
-    """What is measured at the queries, under each of several networks, on the same draws.
+    """Measure the queries under each of several networks, on the same draws.
 
     The draws are those of ``query``: fixed by its seed, so that values of different networks differ
     by their weights alone. The network of ``query`` is given each one's weights in turn, and its
@@ -45,30 +44,22 @@ def values_of_networks(
         (torch.Size([2, 2]), True)
     """
     J = ExampleGradientLinearOperator(query, measurement=measurement)
-    found = []
-    for network in networks:
-        with _with_weights(query.objective.model, network):
-            found.append(J.values())
-    if not found:
-        raise ValueError("No networks arrived. Pass at least one.")
-    return torch.stack(found)
-
-
-@contextmanager
-def _with_weights(model: nn.Module, other: Weights) -> Iterator[None]:
-    """Give a model another one's weights for a while."""
-    state = other.state_dict() if isinstance(other, nn.Module) else other
+    model, found = query.objective.model, []
     own = {name: value.clone() for name, value in model.state_dict().items()}
-    wrong = sorted(own.keys() ^ state.keys())
-    wrong += [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
-    if wrong:
-        raise ValueError(
-            f"A network arrived whose weights are others: {', '.join(wrong[:5])}"
-            f"{', …' if len(wrong) > 5 else ''} differ in name or shape. Pass networks of the "
-            "queries' architecture."
-        )
-    try:
-        model.load_state_dict(state)
-        yield
-    finally:
-        model.load_state_dict(own)
+    for network in networks:
+        state = network.state_dict() if isinstance(network, nn.Module) else network
+        wrong = sorted(own.keys() ^ state.keys())
+        wrong += [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
+        if wrong:
+            raise ValueError(
+                "Networks must have the queries' architecture, got one that differs in "
+                f"{', '.join(wrong[:5])}{', …' if len(wrong) > 5 else ''}."
+            )
+        try:
+            model.load_state_dict(state)
+            found.append(J.values())
+        finally:
+            model.load_state_dict(own)
+    if not found:
+        raise ValueError("`networks` is empty. Pass at least one.")
+    return torch.stack(found)

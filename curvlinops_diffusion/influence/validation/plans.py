@@ -1,4 +1,4 @@
-"""Plans: on which parts of the training data networks are to be trained anew.
+"""Plans of retraining: the parts of the training data on which networks are trained anew.
 
 Legend: M parts, N training examples, Q queries, k examples removed.
 """
@@ -25,7 +25,7 @@ PLAN = FileKind(
 )
 #: The file of a plan's folder that holds all of it.
 HEADER = "plan.safetensors"
-# a network of the part is kept under its name, with these endings or without
+# of the files of a part's networks
 _ENDINGS = re.compile(r"(_seed[0-9]+|\.safetensors)$")
 _UNFIT = re.compile(r"[/\\\x00-\x1f]")
 
@@ -87,20 +87,16 @@ class RetrainingPlan:
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the parts.
-
-        Raises:
-            ValueError: If they have no names of their own, or one leaves out everything.
-        """
+        """Refuse parts without names of their own, or that leave out everything."""
         if self.left_out.dtype != torch.bool or self.left_out.ndim != 2:
             raise ValueError(
-                f"left_out arrived as {self.left_out.dtype} of shape "
-                f"{tuple(self.left_out.shape)}. Pass booleans, [parts, training examples]."
+                "`left_out` must be booleans, [parts, training examples], got "
+                f"{self.left_out.dtype} of shape {list(self.left_out.shape)}."
             )
         if len(set(self.parts)) != len(self.left_out):
             raise ValueError(
-                f"{len(set(self.parts))} names arrived for {len(self.left_out)} parts. Pass one "
-                "for each."
+                f"`parts` must name each of {len(self.left_out)} parts, got "
+                f"{len(set(self.parts))} names."
             )
         empty = [n for n, out in zip(self.parts, self.left_out, strict=True) if out.all()]
         if empty:
@@ -136,16 +132,17 @@ class RetrainingPlan:
         kept = round(fraction * check_count("num_data", num_data))
         if not 0 < kept < num_data:
             raise ValueError(
-                f"fraction={fraction} of {num_data} examples is {kept}. Pass one that keeps some "
-                "and leaves out some."
+                f"`fraction` must keep some of {num_data} examples and leave out some, got "
+                f"{fraction}."
             )
         left_out = torch.ones(num_parts, num_data, dtype=torch.bool)
         generator = torch.Generator()
         for part, out in enumerate(left_out):
             generator.manual_seed(1_000_003 * seed + part)
             out[torch.randperm(num_data, generator=generator)[:kept]] = False
-        info = {"fraction": fraction, "seed": seed}
-        return cls(left_out, _numbered("part", num_parts), "subsets", info)
+        digits = max(3, len(str(num_parts - 1)))
+        parts = tuple(f"part_{number:0{digits}}" for number in range(num_parts))
+        return cls(left_out, parts, "subsets", {"fraction": fraction, "seed": seed})
 
     @classmethod
     def leave_one_group_out(
@@ -164,18 +161,24 @@ class RetrainingPlan:
         of_numbers = groups_N.ndim == 1 and not groups_N.is_floating_point()
         if not of_numbers or not (groups_N >= 0).any():
             raise ValueError(
-                f"groups arrived as {groups_N.dtype} of shape {tuple(groups_N.shape)}. Pass the "
-                "number of each example's group, [N]."
+                "`groups` must have the number of each example's group, [N], got "
+                f"{groups_N.dtype} of shape {list(groups_N.shape)}."
             )
         found = sorted(set(groups_N[groups_N >= 0].tolist()))
         left_out = torch.stack([groups_N == group for group in found])
         if names is not None and len(names) <= found[-1]:
             raise ValueError(
-                f"{len(names)} names arrived for groups up to number {found[-1]}. Pass one for "
-                "each group."
+                f"`names` must have one for each group up to number {found[-1]}, got {len(names)}."
             )
-        labels = [str(group if names is None else names[group]) for group in found]
-        return cls(left_out, _group_parts(labels, found), "groups", {"groups": found})
+        parts: list[str] = []
+        taken: set[str] = set()
+        for group in found:
+            part = f"without_{_UNFIT.sub('_', str(group if names is None else names[group]))}"
+            while part.casefold() in taken or _ENDINGS.search(part):
+                part = f"{part}_group{group}"
+            taken.add(part.casefold())
+            parts.append(part)
+        return cls(left_out, tuple(parts), "groups", {"groups": found})
 
     @classmethod
     def removals(
@@ -187,13 +190,13 @@ class RetrainingPlan:
         num_controls: int = 4,
         seed: int = 0,
     ) -> RetrainingPlan:
-        """Without each query's ``k`` most helpful examples; and, as controls, without random ones.
+        """Everything but each query's ``k`` most helpful examples; as controls, but random ones.
 
         Args:
             scores: ``[Q, N]``, positive is helpful: those of a measurement of which higher is
                 better (a log-likelihood) with the other sign.
             sizes: The numbers ``k``.
-            method: What the scores are called, in the parts' names.
+            method: The scores' name, for the parts' names.
             num_controls: Random removals of each size, which serve all queries.
             seed: Of these.
 
@@ -201,30 +204,42 @@ class RetrainingPlan:
             ValueError: If scores are not finite, a size is not between one and ``N - 1`` or given
                 twice, or the method is called as controls are.
         """
-        _check_scores(scores)
+        if scores.ndim != 2:
+            raise ValueError(f"`scores` must be [queries, examples], got {list(scores.shape)}.")
+        undefined = (~scores.isfinite()).nonzero()
+        if len(undefined):
+            q, n = undefined[0].tolist()
+            raise ValueError(
+                f"`scores` must be finite to be ordered, got {len(undefined)} entries that are "
+                f"not, the first of query {q} and example {n} ({float(scores[q, n])}). Compute "
+                "these scores again, or leave out their queries."
+            )
         Q, N = scores.shape
         # in any case of letters: some file systems take these for one name
         if method.lower() in (Removal.CONTROL, Removal.NOTHING):
-            raise ValueError(f"method={method!r} is what controls are called. Pass another name.")
+            raise ValueError(f"method={method!r} is the controls' name. Pass another.")
         # NumPy's integers become plain ones, which a plan's file can hold
         whole = [int(k) for k in sizes if isinstance(k, Integral) and not isinstance(k, bool)]
         allowed = [k for k in dict.fromkeys(whole) if 0 < k < N]
         if not allowed or len(allowed) < len(sizes):
             raise ValueError(
-                f"sizes={list(sizes)} arrived. Pass whole numbers from 1 to {N - 1}, each once."
+                f"`sizes` must be whole numbers from 1 to {N - 1}, each once, got {list(sizes)}."
             )
         order_QN = scores.argsort(1, descending=True)
-        parts, rows = [Removal.NOTHING], [torch.zeros(N, dtype=torch.bool)]
+        parts, removed = [Removal.NOTHING], [torch.zeros(0, dtype=torch.long)]
         generator = torch.Generator().manual_seed(int(seed))
         for k in allowed:
             for control in range(num_controls):
                 parts.append(Removal(Removal.CONTROL, control, k).part)
-                rows.append(_marked(torch.randperm(N, generator=generator)[:k], N))
+                removed.append(torch.randperm(N, generator=generator)[:k])
             for q in range(Q):
                 parts.append(Removal(method, q, k).part)
-                rows.append(_marked(order_QN[q, :k].cpu(), N))
+                removed.append(order_QN[q, :k].cpu())
         info = {"method": method, "sizes": allowed, "queries": Q, "controls": int(num_controls)}
-        return cls(torch.stack(rows), tuple(parts), "removals", info | {"seed": int(seed)})
+        left_out = torch.zeros(len(parts), N, dtype=torch.bool)
+        for out, chosen in zip(left_out, removed, strict=True):
+            out[chosen] = True
+        return cls(left_out, tuple(parts), "removals", info | {"seed": int(seed)})
 
     def save(self, folder: str | PathLike[str], names: Sequence[str] | None = None) -> None:
         """Write the plan, and for each part a text file ``PART.txt`` with what is trained on.
@@ -238,9 +253,25 @@ class RetrainingPlan:
             ValueError: If names and examples do not fit, two parts or endings of networks' names
                 would share a file, or the folder cannot be written to.
         """
-        _check_file_names(self.parts)
+        unfit = [p for p in self.parts if not p.strip(".") or "/" in p or _ENDINGS.search(p)]
+        if unfit:
+            raise ValueError(
+                f"Parts {unfit[:4]} cannot be files' names, which have no slash, and to which "
+                "networks add _seed0 or .safetensors. Pass other names."
+            )
+        first: dict[str, str] = {}
+        for part in self.parts:
+            other = first.setdefault(part.casefold(), part)
+            if other != part:
+                raise ValueError(
+                    f"Parts '{other}' and '{part}' are one file where names have no case. Pass "
+                    "names that differ by more."
+                )
         if names is not None and len(names) != self.num_data:
-            raise ValueError(f"{len(names)} names arrived for {self.num_data} training examples.")
+            raise ValueError(
+                f"`names` must have one for each of {self.num_data} training examples, got "
+                f"{len(names)}."
+            )
         folder = Path(folder)
         make_folder(folder)
         for part, out in zip(self.parts, self.left_out, strict=True):
@@ -265,69 +296,3 @@ class RetrainingPlan:
             return cls(tensors["left_out"], tuple(header["parts"]), str(header["kind"]), info)
         except (KeyError, TypeError, ValueError) as error:
             raise PLAN.damaged(path, f"{type(error).__name__}: {error}") from error
-
-
-def _check_scores(scores: Tensor) -> None:
-    """Check that scores can be ordered.
-
-    Raises:
-        ValueError: If they cannot.
-    """
-    if scores.ndim != 2:
-        raise ValueError(
-            f"scores arrived with shape {tuple(scores.shape)}. Pass [queries, examples]."
-        )
-    undefined = (~scores.isfinite()).nonzero()
-    if len(undefined):
-        q, n = undefined[0].tolist()
-        raise ValueError(
-            f"scores has {len(undefined)} entries that are not finite, the first of query {q} and "
-            f"example {n} ({float(scores[q, n])}). They have no place in an order: compute these "
-            "scores again, or leave out their queries."
-        )
-
-
-def _group_parts(labels: Sequence[str], groups: Sequence[int]) -> tuple[str, ...]:
-    """Name each group's part after its label, with its number where that alone is no file's."""
-    parts: list[str] = []
-    taken: set[str] = set()
-    for label, group in zip(labels, groups, strict=True):
-        part = f"without_{_UNFIT.sub('_', label)}"
-        while part.casefold() in taken or _ENDINGS.search(part):
-            part = f"{part}_group{group}"
-        taken.add(part.casefold())
-        parts.append(part)
-    return tuple(parts)
-
-
-def _check_file_names(parts: Sequence[str]) -> None:
-    """Check that parts can be files, each its own, and their networks be told apart.
-
-    Raises:
-        ValueError: If they cannot.
-    """
-    unfit = [p for p in parts if not p or p.strip(".") == "" or "/" in p or _ENDINGS.search(p)]
-    if unfit:
-        raise ValueError(
-            f"Parts {unfit[:4]} cannot be files' names, which have no slash, and to which networks "
-            "add _seed0 or .safetensors. Pass other names."
-        )
-    first: dict[str, str] = {}
-    for part in parts:
-        other = first.setdefault(part.casefold(), part)
-        if other != part:
-            raise ValueError(
-                f"Parts '{other}' and '{part}' are one file where names have no case. Pass names "
-                "that differ by more."
-            )
-
-
-def _marked(indices: Tensor, num_data: int) -> Tensor:
-    marked = torch.zeros(num_data, dtype=torch.bool)
-    marked[indices] = True
-    return marked
-
-
-def _numbered(name: str, count: int) -> tuple[str, ...]:
-    digits = max(3, len(str(count - 1)))
-    return tuple(f"{name}_{number:0{digits}}" for number in range(count))

@@ -138,7 +138,7 @@ def test_journeys():
     train = NoisedRegression(objective, images(N, size=4), 2)
     scores = trak_scores(J, ExampleGradientLinearOperator(train), ridge=0.1)
     assert scores.shape == (Q, N)
-    with pytest.raises(ValueError, match=r"arrived with 3 levels"):
+    with pytest.raises(ValueError, match=r"with 3 levels"):
         JourneyRegression(objective, states, levels[:3])
 
 

@@ -184,7 +184,7 @@ def test_differences_are_paired(plan):
     assert high - low < (better.interval[1] - better.interval[0])
     assert better.minus(better) == (0.0, (0.0, 0.0))
     fewer = linear_datamodelling_score(truth, plan.left_out, measured, bootstrap=10)
-    with pytest.raises(ValueError, match="Judge both by the same"):
+    with pytest.raises(ValueError, match="compared on the same measurements"):
         better.minus(fewer)
 
 
@@ -248,7 +248,7 @@ def test_few_parts_and_queries():
     scores = torch.tensor([[0.0, 0.0, 1.0]])
     found = linear_datamodelling_score(scores, left_out, draws(3, 1))
     assert torch.tensor(found.interval).isfinite().all()
-    with pytest.raises(ValueError, match="2 parts arrived"):
+    with pytest.raises(ValueError, match="at least 3 parts, got 2"):
         linear_datamodelling_score(draws(2, 3), left_out[:2], draws(2, 2))
 
 
@@ -286,7 +286,7 @@ def test_errors(plan):
         with pytest.raises(ValueError, match=r"Pass scores \[queries, examples\]"):
             linear_datamodelling_score(**arguments)
     scores[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="scores arrived with 1 entries that are not finite"):
+    with pytest.raises(ValueError, match="`scores` must be finite, got 1"):
         linear_datamodelling_score(scores, plan.left_out, measured)
 
 
@@ -304,7 +304,7 @@ def test_removals():
         random = plan.left_out[[p.startswith("random") and p.endswith(str(k)) for p in plan.parts]]
         assert effect.control == pytest.approx(float((random.double() @ truth.T / 10).mean()))
         assert effect.control < effect.change
-    with pytest.raises(ValueError, match="are no removals by 'random'"):
+    with pytest.raises(ValueError, match="method='random'"):
         removal_effects(plan.parts, measured, "random")
     one = removal_effects(plan.parts[:6], measured[:6], "K-FAC_influence")[2]  # of two queries
     assert one.error is not None
@@ -313,15 +313,12 @@ def test_removals():
     ).values()
     assert (single.error, single.control) == (None, None)
     assert single.change == pytest.approx(float(truth[0].topk(2).values.sum()) / 10)
-    with pytest.raises(ValueError, match="measured is 0 for query 2"):
+    with pytest.raises(ValueError, match="got 0 for query 2"):
         removal_effects(plan.parts, measured * torch.tensor([1, 1, 0, 1]), "K-FAC_influence")
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="must be finite"):
         removal_effects(plan.parts, measured / 0, "K-FAC_influence")
-    with pytest.raises(ValueError, match="are no removals by 'other'"):
+    with pytest.raises(ValueError, match="method='other'"):
         removal_effects(plan.parts, measured, "other")
-    for sizes in ([N], [0], [2, 2], [2.5], []):
-        with pytest.raises(ValueError, match=r"sizes=\[.*\] arrived"):
-            RetrainingPlan.removals(truth, sizes)
 
 
 @pytest.mark.parametrize(

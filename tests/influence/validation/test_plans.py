@@ -55,20 +55,20 @@ def test_files(tmp_path, names):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RetrainingPlan.random_subsets(10, 4, fraction=0.01), "of 10 examples is 0"),
+        (lambda: RetrainingPlan.random_subsets(10, 4, fraction=0.01), "keep some of 10 examples"),
         (lambda: RetrainingPlan.random_subsets(10, 0), "num_parts=0 arrived"),
         (lambda: RetrainingPlan.leave_one_group_out([0, 0]), "leave out all examples"),
-        (lambda: RetrainingPlan.leave_one_group_out([0.5]), "Pass the number of each example's"),
-        (lambda: RetrainingPlan(torch.zeros(2, 3), ("a", "b"), "x"), "Pass booleans"),
-        (lambda: RetrainingPlan(torch.zeros(2, 3).bool(), ("a", "a"), "x"), "1 names arrived"),
-        (lambda: RetrainingPlan.random_subsets(4, 2).save("/tmp/x", ["a"]), "1 names arrived"),
+        (lambda: RetrainingPlan.leave_one_group_out([0.5]), "number of each example's group"),
+        (lambda: RetrainingPlan(torch.zeros(2, 3), ("a", "b"), "x"), "must be booleans"),
+        (lambda: RetrainingPlan(torch.zeros(2, 3).bool(), ("a", "a"), "x"), "got 1 names"),
+        (lambda: RetrainingPlan.random_subsets(4, 2).save("/tmp/x", ["a"]), "each of 4 training"),
         (
             lambda: RetrainingPlan.removals(torch.randn(2, 4), [1], method="all"),
-            "is what controls are called",
+            "is the controls' name",
         ),
         (
             lambda: RetrainingPlan.removals(torch.randn(2, 4), [1], method="Random"),
-            "is what controls are called",
+            "is the controls' name",
         ),
     ],
 )
@@ -93,7 +93,7 @@ def test_groups_whose_names_are_no_files_of_their_own(tmp_path):
     assert {name.casefold() for name in files} == {f"{part}.txt".casefold() for part in plan.parts}
     assert len(files) == len(names)
     assert RetrainingPlan.open(tmp_path).parts == plan.parts
-    with pytest.raises(ValueError, match="2 names arrived for groups up to number 2"):
+    with pytest.raises(ValueError, match="group up to number 2, got 2"):
         RetrainingPlan.leave_one_group_out([0, 2], ["a", "b"])
 
 
@@ -117,9 +117,9 @@ def test_names_that_would_share_files(tmp_path, parts, message):
 def test_scores_without_a_place_in_an_order(value):
     scores = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     scores[1, 5] = scores[2, 0] = value
-    with pytest.raises(ValueError, match=r"2 entries that are not finite, the first of query 1 an"):
+    with pytest.raises(ValueError, match=r"got 2 entries that are not, the first of query 1 and"):
         RetrainingPlan.removals(scores, [2])
-    with pytest.raises(ValueError, match=r"Pass \[queries, examples\]"):
+    with pytest.raises(ValueError, match=r"must be \[queries, examples\]"):
         RetrainingPlan.removals(scores[0], [2])
 
 
@@ -141,5 +141,5 @@ def test_numbers_of_numpy(tmp_path, kind):
 
 @pytest.mark.parametrize("sizes", [[], [0], [4], [1, 1], [1, np.int64(1)], [True], [2.0], ["1"]])
 def test_sizes_that_are_none(sizes):
-    with pytest.raises(ValueError, match=r"Pass whole numbers from 1 to 3, each once"):
+    with pytest.raises(ValueError, match=r"whole numbers from 1 to 3, each once"):
         RetrainingPlan.removals(torch.eye(2, 4), sizes)
