@@ -17,10 +17,10 @@ if TYPE_CHECKING:  # what follows below, as type checkers read it
     from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
     from curvlinops_diffusion.curvature.load import load_operator
     from curvlinops_diffusion.diffusion.batch import NoisedBatch
+    from curvlinops_diffusion.diffusion.draws import ProbeType
     from curvlinops_diffusion.diffusion.latents import Encoded, LatentEncoder
     from curvlinops_diffusion.diffusion.noise import NoiseProcess, PredictionType
     from curvlinops_diffusion.diffusion.objective import DenoisingObjective
-    from curvlinops_diffusion.diffusion.random_numbers import ProbeType
     from curvlinops_diffusion.diffusion.regression import NoisedRegression
     from curvlinops_diffusion.diffusion.timesteps import (
         ListedTimesteps,
@@ -217,7 +217,7 @@ _MODULES = {
     "PassOptions": "runtime.passes",
     "PreconditionedWeighting": "diffusion.weightings",
     "PredictionType": "diffusion.noise",
-    "ProbeType": "diffusion.random_numbers",
+    "ProbeType": "diffusion.draws",
     "ProcessWeighting": "diffusion.weightings",
     "RandomProjection": "influence.projection",
     "RefinedInverseLinearOperator": "linalg.solvers.iterative",

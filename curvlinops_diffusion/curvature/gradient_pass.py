@@ -10,8 +10,7 @@ from torch import Tensor
 from curvlinops_diffusion.curvature.loss_vectors import CheckedLossVectors
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.curvature.shared_batches import SharedBatches
-from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.diffusion.batch import CleanBatch, NoisedBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers import ExactKind, Layer
 from curvlinops_diffusion.layers.observable import ObservedRetrial

@@ -12,7 +12,7 @@ from curvlinops_diffusion.curvature.kronecker_factors import KroneckerFactors
 from curvlinops_diffusion.curvature.options import FisherType, KFACApprox, KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.curvature.shards import sharded_blocks
-from curvlinops_diffusion.diffusion.random_numbers import ProbeType
+from curvlinops_diffusion.diffusion.draws import ProbeType
 from curvlinops_diffusion.diffusion.regression import NoisedRegression, check_regression
 from curvlinops_diffusion.diffusion.trial import checked_trial
 from curvlinops_diffusion.layers import covered_parameters

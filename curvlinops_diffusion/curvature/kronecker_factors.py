@@ -22,8 +22,7 @@ from curvlinops_diffusion.curvature.options import KFACApprox
 from curvlinops_diffusion.curvature.plan import BlockPlan, Zeros
 from curvlinops_diffusion.curvature.position_samples import PositionSamples
 from curvlinops_diffusion.curvature.shared_batches import SharedBatches
-from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.diffusion.batch import CleanBatch, NoisedBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers import ExactKind, Layer
 from curvlinops_diffusion.layers.kind import at_positions

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.diffusion.batch import CleanBatch, NoisedBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers.layer import Layer
 from curvlinops_diffusion.layers.observation import Observer

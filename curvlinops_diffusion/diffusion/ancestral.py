@@ -79,18 +79,16 @@ class AncestralSteps:
         Raises:
             ValueError: If the process is not variance-preserving, or the variance unknown.
         """
-        if not torch.allclose(process.alphas_T.square() + process.sigmas_T.square(), _one()):
+        squared_T = process.alphas_T.square()
+        total_T = squared_T + process.sigmas_T.square()
+        if not torch.allclose(total_T, torch.ones_like(total_T)):
             raise ValueError(
                 "Ancestral steps (the ELBO, a trajectory's log-probability) exist for "
-                "variance-preserving noise only, and this noise process is not. Measure 'loss' or "
-                "a WeightedLoss."
+                "variance-preserving noise only. Measure 'loss' or a WeightedLoss."
             )
         variance = process.variance if variance is None else variance
         if variance not in ("small", "large"):
-            raise ValueError(
-                f"The sampler's variance is {variance!r}. Pass variance='small' or 'large'."
-            )
-        squared_T = process.alphas_T.square()
+            raise ValueError(f"`variance` must be 'small' or 'large', got {variance!r}.")
         if previous_T is None:
             previous_T = torch.cat([torch.ones(1, dtype=squared_T.dtype), squared_T[:-1]])
         beta_T = 1 - squared_T / previous_T
@@ -171,7 +169,3 @@ class AncestralSteps:
         squares_BD = torch.where(noisy_B1, error_BD, 0.0).square()
         terms_BD = -0.5 * (squares_BD / safe_B1 + safe_B1.log() + log(2 * pi))
         return (terms_BD * noisy_B1).sum(1)
-
-
-def _one() -> Tensor:
-    return torch.ones((), dtype=torch.float64)

@@ -18,8 +18,7 @@ _logger = logging.getLogger("curvlinops_diffusion")
 
 # examples of the two passes that are measured
 MEASURED = (2, 4)
-# no more is faster, on whatever device
-_MOST = 1024
+_MOST = 1024  # more are not faster, on whatever device
 
 
 def largest_batch_size(
@@ -33,9 +32,6 @@ def largest_batch_size(
     Args:
         objective: Supplies the network.
         batch_of: Makes a noised batch of so many examples.
-
-    Returns:
-        The number of examples: from 1 to 1,024.
     """
     device = objective.device
 

@@ -1,4 +1,4 @@
-"""Noise processes: what a scheduler says about noised inputs, targets and weights.
+"""Noise processes: noised inputs, targets and what predictions of them stand for.
 
 Legend: T noise levels, B batch. A *level* is an index ``0 .. T-1`` in order of rising noise; a
 *timestep* is the number that the network is told at that level.
@@ -103,14 +103,12 @@ class NoiseProcess:
     clip: Clip | None = None
 
     def __post_init__(self) -> None:
-        """Check the prediction type.
-
-        Raises:
-            ValueError: If it is unknown.
-        """
+        """Refuse an unknown prediction type."""
         if self.prediction_type not in PREDICTIONS:
             known = sorted(str(getattr(name, "value", name)) for name in PREDICTIONS)
-            raise ValueError(f"prediction_type={self.prediction_type!r} is none of {known}.")
+            raise ValueError(
+                f"`prediction_type` must be one of {known}, got {self.prediction_type!r}."
+            )
 
     @property
     def num_levels(self) -> int:
@@ -159,7 +157,7 @@ class NoiseProcess:
             ValueError: If ``sigma_min`` is not in ``[0, 1)``.
         """
         if not 0 <= sigma_min < 1:
-            raise ValueError(f"sigma_min={sigma_min!r} arrived. Pass a number from 0 to below 1.")
+            raise ValueError(f"`sigma_min` must be from 0 to below 1, got {sigma_min!r}.")
         t_T = 1 - (torch.arange(num_levels, dtype=torch.float64) + 0.5) / num_levels
         sigmas_T = 1 - (1 - sigma_min) * t_T
         return cls(t_T, sigmas_T, t_T, PredictionType.CONDITIONAL_FLOW)
@@ -175,33 +173,25 @@ class NoiseProcess:
         Returns:
             The noised examples, shape ``[B, ...]``.
         """
-        alpha, sigma = self._scales(x0, level)
-        return alpha * x0 + sigma * eps
+        return _combined((self.alphas_T, self.sigmas_T), x0, eps, level)
 
     def target(self, x0: Tensor, eps: Tensor, level: Tensor) -> Tensor:
         """The prediction that is right; arguments and shape as in :meth:`noised`."""
-        a, b = (_of_levels(c_T, x0, level) for c_T in self.target_coefficients())
-        return a * x0 + b * eps
+        return _combined(self.target_coefficients(), x0, eps, level)
 
     def clean(self, x_t: Tensor, y: Tensor, level: Tensor) -> Tensor:
-        """The clean example that a prediction (or the target) stands for.
+        """The clean example that a prediction ``y`` of noised ones stands for, ``[B, ...]``.
 
-        Args:
-            x_t: Noised examples, shape ``[B, ...]``.
-            y: What the network predicts of them, of the same shape.
-            level: Noise level of each example, shape ``[B]``.
-
-        Returns:
-            ``x0 = (b x_t − sigma_t y) / (b alpha_t − a sigma_t)``, shape ``[B, ...]``.
+        ``x0 = (b x_t − sigma_t y) / (b alpha_t − a sigma_t)``.
         """
-        return self._solved(self.clean_coefficients(), x_t, y, level)
+        return _combined(self.clean_coefficients(), x_t, y, level)
 
     def noise(self, x_t: Tensor, y: Tensor, level: Tensor) -> Tensor:
         """The noise that a prediction stands for; arguments and shape as in :meth:`clean`.
 
         ``eps = (alpha_t y − a x_t) / (b alpha_t − a sigma_t)``.
         """
-        return self._solved(self.noise_coefficients(), x_t, y, level)
+        return _combined(self.noise_coefficients(), x_t, y, level)
 
     def target_coefficients(self) -> tuple[Tensor, Tensor]:
         """``a`` and ``b`` of ``y = a x0 + b eps`` at every level, float64, shape ``[T]``."""
@@ -219,11 +209,7 @@ class NoiseProcess:
         return torch.where((determinant_T - 1).abs() < 1e-14, 1.0, determinant_T)
 
     def check_clean_is_told(self, level_B: Tensor, what: str) -> None:
-        """Check that predictions at some levels stand for clean examples.
-
-        Raises:
-            ValueError: If at one there is no signal, and the network predicts the noise.
-        """
+        """Refuse levels without signal where the network predicts the noise."""
         silent = (self.determinant_T() == 0) & (self.target_coefficients()[1] != 0)
         if silent[level_B].any():
             level = int(level_B[silent[level_B]][0])
@@ -253,16 +239,13 @@ class NoiseProcess:
         of_y_T = torch.where(a_T == 0, 1 / b_T, self.alphas_T / determinant_T)
         return torch.where(a_T == 0, 0.0, -a_T / determinant_T), of_y_T
 
-    def _scales(self, x0: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """``alpha_t`` and ``sigma_t`` of each example, ready to multiply ``x0``."""
-        return _of_levels(self.alphas_T, x0, level), _of_levels(self.sigmas_T, x0, level)
 
-    @staticmethod
-    def _solved(
-        coefficients: tuple[Tensor, Tensor], x_t: Tensor, y: Tensor, level: Tensor
-    ) -> Tensor:
-        of_x, of_y = (_of_levels(c_T, y, level) for c_T in coefficients)
-        return of_x * x_t + of_y * y
+def _combined(
+    coefficients: tuple[Tensor, Tensor], first: Tensor, second: Tensor, level: Tensor
+) -> Tensor:
+    """The sum of two tensors ``[B, ...]`` with coefficients of each example's level."""
+    of_first, of_second = (_of_levels(c_T, second, level) for c_T in coefficients)
+    return of_first * first + of_second * second
 
 
 def _of_levels(table_T: Tensor, like: Tensor, level: Tensor) -> Tensor:

@@ -18,34 +18,23 @@ def noise_process(scheduler: Any) -> NoiseProcess:
     rescale the input of the network by ``1 / sqrt(1 + sigma²)``, which is the variance-preserving
     ``x_t`` again.
 
-    Args:
-        scheduler: A scheduler with ``alphas_cumprod`` (DDPM, DDIM, Euler, DPM-Solver, PNDM, …), a
-            ``FlowMatchEulerDiscreteScheduler``, or a :class:`NoiseProcess`, which is returned.
-
-    Returns:
-        The noise process.
-
     Raises:
         ValueError: If the scheduler or its prediction type is of no known kind, or its tables
             contradict each other.
     """
     if isinstance(scheduler, NoiseProcess):
         return scheduler
-    if not hasattr(scheduler, "config"):
-        raise ValueError(
-            f"The scheduler arrived as {type(scheduler).__name__}. Pass a diffusers scheduler (one "
-            "with alphas_cumprod, or FlowMatchEulerDiscreteScheduler) or a NoiseProcess."
-        )
-    fresh = type(scheduler).from_config(scheduler.config)
-    # told by name, as pipelines are: diffusers is slow to import, and need not be there
-    if any(cls.__name__ == "FlowMatchEulerDiscreteScheduler" for cls in type(fresh).__mro__):
-        return _flow_matching(_flow_in_training(scheduler, fresh))
-    if hasattr(fresh, "alphas_cumprod"):
-        _check_betas(scheduler, fresh)
-        return _variance_preserving(scheduler)
+    if hasattr(scheduler, "config"):
+        fresh = type(scheduler).from_config(scheduler.config)
+        # known by name, as pipelines are: diffusers is slow to import, and need not be there
+        if any(cls.__name__ == "FlowMatchEulerDiscreteScheduler" for cls in type(fresh).__mro__):
+            return _flow_matching(_flow_in_training(scheduler, fresh))
+        if hasattr(fresh, "alphas_cumprod"):
+            _check_betas(scheduler, fresh)
+            return _variance_preserving(scheduler)
     raise ValueError(
-        f"{type(scheduler).__name__} has no alphas_cumprod and is not a "
-        "FlowMatchEulerDiscreteScheduler. Pass one of these, or describe the noise by a "
+        f"The scheduler must have alphas_cumprod or be a FlowMatchEulerDiscreteScheduler, got "
+        f"{type(scheduler).__name__}. Pass a scheduler of diffusers, or describe the noise by a "
         "NoiseProcess(alphas_T, sigmas_T, timesteps_T, prediction_type)."
     )
 
@@ -62,11 +51,7 @@ def _flow_in_training(scheduler: Any, fresh: Any) -> Any:
 
 
 def _check_betas(scheduler: Any, fresh: Any) -> None:
-    """Check that ``betas`` were not replaced alone: noise is added by ``alphas_cumprod``.
-
-    Raises:
-        ValueError: If they were.
-    """
+    """Refuse ``betas`` that were replaced alone: noise is added by ``alphas_cumprod``."""
     if not hasattr(fresh, "betas") or scheduler.betas.shape != scheduler.alphas_cumprod.shape:
         return
     replaced = not torch.equal(scheduler.betas, fresh.betas)
@@ -91,16 +76,16 @@ def _variance_preserving(scheduler: Any) -> NoiseProcess:
     discrete = {p.value for p in PredictionType if not p.value.endswith("flow")}
     if name not in discrete:
         raise ValueError(
-            f"{type(scheduler).__name__} has prediction_type={name!r}. Accepted: "
-            f"{sorted(discrete)}; for flow matching pass a FlowMatchEulerDiscreteScheduler."
+            f"The prediction_type of {type(scheduler).__name__} must be one of {sorted(discrete)}, "
+            f"got {name!r}. For flow matching pass a FlowMatchEulerDiscreteScheduler."
         )
     alphas_cumprod_T = scheduler.alphas_cumprod.double().cpu()
     falling = (alphas_cumprod_T.diff() <= 0).all() and alphas_cumprod_T.ndim == 1
     if not falling or not ((alphas_cumprod_T >= 0) & (alphas_cumprod_T <= 1)).all():
         raise ValueError(
-            f"The scheduler's alphas_cumprod has shape {tuple(alphas_cumprod_T.shape)} and entries "
-            f"from {float(alphas_cumprod_T.min()):.3g} to {float(alphas_cumprod_T.max()):.3g}. It "
-            "must fall from level to level, between 1 and 0."
+            "The scheduler's alphas_cumprod must fall from level to level, between 1 and 0, got "
+            f"shape {tuple(alphas_cumprod_T.shape)} and entries from "
+            f"{float(alphas_cumprod_T.min()):.3g} to {float(alphas_cumprod_T.max()):.3g}."
         )
     alphas_T, sigmas_T = alphas_cumprod_T.sqrt(), (1 - alphas_cumprod_T).sqrt()
     timesteps_T = torch.arange(len(alphas_T))
@@ -110,14 +95,10 @@ def _variance_preserving(scheduler: Any) -> NoiseProcess:
         timesteps_T = 0.25 * (sigmas_T / alphas_T).log().float()
     large = str(scheduler.config.get("variance_type", "fixed_small")).startswith("fixed_large")
     variance = "large" if large else "small"
-    clip = _clip(scheduler.config)
-    return NoiseProcess(alphas_T, sigmas_T, timesteps_T, PredictionType(name), variance, clip)
-
-
-def _clip(config: Any) -> Clip | None:
+    config, clip = scheduler.config, None
     if config.get("thresholding", False):
         quantile = float(config.get("dynamic_thresholding_ratio", 0.995))
-        return Clip(float(config.get("sample_max_value", 1.0)), quantile)
-    if config.get("clip_sample", False):
-        return Clip(float(config.get("clip_sample_range", 1.0)))
-    return None
+        clip = Clip(float(config.get("sample_max_value", 1.0)), quantile)
+    elif config.get("clip_sample", False):
+        clip = Clip(float(config.get("clip_sample_range", 1.0)))
+    return NoiseProcess(alphas_T, sigmas_T, timesteps_T, PredictionType(name), variance, clip)

@@ -11,7 +11,7 @@ from warnings import warn
 import diffusers
 from torch import nn
 
-from curvlinops_diffusion.diffusion.image_conditions import ControlledDenoiser
+from curvlinops_diffusion.diffusion.denoisers import ControlledDenoiser
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.loading.adapters import matching_parameters
 from curvlinops_diffusion.loading.labels import Condition

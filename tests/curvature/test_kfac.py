@@ -18,7 +18,7 @@ from curvlinops_diffusion import (
 )
 from curvlinops_diffusion.cli.options import FitOptions
 from curvlinops_diffusion.curvature.options import FisherType, KFACApprox, KFACOptions
-from curvlinops_diffusion.diffusion.random_numbers import ProbeType
+from curvlinops_diffusion.diffusion.draws import ProbeType
 from tests.cases import plain_regression, seeded, tiny_unet, two_convolutions, unet_regression
 from tests.comparisons import assert_close, relative_error
 from tests.reference import (

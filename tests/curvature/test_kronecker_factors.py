@@ -20,8 +20,7 @@ from curvlinops_diffusion.curvature.eigenvalues import eigenvalue_moments
 from curvlinops_diffusion.curvature.kronecker_factors import kronecker_factors
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
-from curvlinops_diffusion.diffusion.draws import make_draws
-from curvlinops_diffusion.diffusion.random_numbers import ProbeType
+from curvlinops_diffusion.diffusion.draws import ProbeType, make_draws
 from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.linalg.factors import eigendecomposition
 from tests.cases import images, noise_levels, plain_regression, seeded, tiny_unet, unet_regression

@@ -15,8 +15,7 @@ from curvlinops_diffusion import (
     ExampleGradientLinearOperator,
     NoisedRegression,
 )
-from curvlinops_diffusion.diffusion.draws import make_draws
-from curvlinops_diffusion.diffusion.random_numbers import ProbeType
+from curvlinops_diffusion.diffusion.draws import ProbeType, make_draws
 from curvlinops_diffusion.diffusion.timesteps import (
     LogitNormalTimesteps,
     StratifiedTimesteps,

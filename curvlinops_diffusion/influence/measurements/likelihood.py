@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvlinops_diffusion.diffusion.conditions import rows_of
+from curvlinops_diffusion.diffusion.batch import rows_of
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.influence.measurements.base import (
     Example,
