@@ -75,9 +75,6 @@ class AncestralSteps:
             variance: ``'small'``, ``'large'``, or ``None`` for what the scheduler says.
             previous_T: ``ᾱ`` of the level that the step from each level leads to; by default that
                 of the next lower one.
-
-        Raises:
-            ValueError: If the process is not variance-preserving, or the variance unknown.
         """
         squared_T = process.alphas_T.square()
         total_T = squared_T + process.sigmas_T.square()
@@ -102,11 +99,7 @@ class AncestralSteps:
         return self.process.alphas_T.square() / self.previous_T
 
     def noise_error_factor_T(self) -> Tensor:
-        """``β_t² / (2 σ_t² α_t (1 − ᾱ_t))`` over the squared error of the network's own target.
-
-        Raises:
-            ValueError: If a noise predictor has a level without signal, where it is infinite.
-        """
+        """``β_t² / (2 σ_t² α_t (1 − ᾱ_t))`` over the squared error of the network's own target."""
         squared_T, alpha_T = self.process.alphas_T.square(), self.alpha_T
         factor_T = (1 - alpha_T).square() / (2 * self.variance_T * (1 - squared_T))
         determinant_T = self.process.determinant_T()

@@ -28,10 +28,6 @@ def largest_batch_size(
 
     The other half is for factors, gradients and scores. A power of two, so that it stays the same
     where a little more or less is free; the same on all processes. On a GPU it is tried out.
-
-    Args:
-        objective: Supplies the network.
-        batch_of: Makes a noised batch of so many examples.
     """
     device = objective.device
 

@@ -27,20 +27,11 @@ class CleanData:
 
     Examples are numbered in the order of iteration, which therefore must be the same each time.
 
-    Args:
-        data: See :class:`~curvlinops_diffusion.NoisedRegression`.
-        batch_size: Examples in a batch, where the data does not come in batches.
-        mask: The name of the entry that is the loss' mask; ``None`` if there is none.
-        run: Runs the network on clean examples and their condition.
-
     Attributes:
         batch_size: The same; ``None`` where the data comes in batches.
         num_examples: The number of examples: of those that come, whatever a length says.
         num_batches: The number of batches; ``None`` if only a pass over them would tell.
         identity: A digest of the data, once all of it has been iterated over.
-
-    Raises:
-        ValueError: If the data is empty, of no known form, or changes between iterations.
     """
 
     def __init__(self, data: Any, batch_size: int, mask: str | None, run: Run):
@@ -75,9 +66,6 @@ class CleanData:
         Args:
             wanted: Whether the batch of a number is asked for.
             identify: Whether to digest the data even if it has to be copied from a GPU.
-
-        Raises:
-            ValueError: If a batch is malformed, or not as many examples come as before.
         """
         end, identity = None, None if self.identity else _Identity()
         for number, start, batch in self._source.start(wanted):

@@ -43,25 +43,20 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield some
 
 
+#: A batch' number, the index of its first example, and the batch; ``None`` for one that is not
+#: wanted, and after the last one of a stream.
+Numbered = tuple[int, int, Any]
+
+
 @dataclass(frozen=True)
 class Source:
-    """Data as raw batches, with what is known of their number.
+    """Data as raw batches; ``None`` for a number that only a pass over them would tell."""
 
-    Attributes:
-        start: Starts an iteration over the wanted batches, which yields a batch' number, the index
-            of its first example, and the batch; ``None`` for one that is not wanted, and after the
-            last one of a stream.
-        num_examples: The number of examples; ``None`` if only a pass over them would tell.
-        num_batches: The number of batches; ``None`` likewise.
-        batch_size: Examples in a batch; ``None`` where the data comes in batches.
-        in_memory: Whether the data is there as a whole, and so the same each time.
-    """
-
-    start: Callable[[Wanted], Iterator[tuple[int, int, Any]]]
+    start: Callable[[Wanted], Iterator[Numbered]]
     num_examples: int | None = None
     num_batches: int | None = None
-    batch_size: int | None = None
-    in_memory: bool = False
+    batch_size: int | None = None  # None where the data comes in batches
+    in_memory: bool = False  # and so the same each time
 
 
 def source_of(data: Any, batch_size: int, run: Run) -> Source:
@@ -152,7 +147,7 @@ def _by_number(
     """Batches of what can be loaded at any place."""
     num_batches = -(-count // batch_size)
 
-    def start(wanted: Wanted) -> Iterator[tuple[int, int, Any]]:
+    def start(wanted: Wanted) -> Iterator[Numbered]:
         numbers = [n for n in range(num_batches) if wanted(n)]
         slices = [slice(n * batch_size, min((n + 1) * batch_size, count)) for n in numbers]
         for number, part, batch in zip(numbers, slices, load(slices), strict=True):
@@ -176,10 +171,10 @@ def _load(data: Any, chosen: list[slice]) -> Iterator[Any]:
 
 def _all_of(
     batches: Callable[[], Iterable[Any]],
-) -> Callable[[Wanted], Iterator[tuple[int, int, Any]]]:
+) -> Callable[[Wanted], Iterator[Numbered]]:
     """Batches of what can only be iterated over."""
 
-    def start(wanted: Wanted) -> Iterator[tuple[int, int, Any]]:
+    def start(wanted: Wanted) -> Iterator[Numbered]:
         number = first = 0
         for number, batch in enumerate(batches(), start=1):  # noqa: B007  how many came
             yield number - 1, first, batch if wanted(number - 1) else None
@@ -241,11 +236,7 @@ def _are_texts(value: Any) -> bool:
 
 
 def split(batch: Any) -> tuple[Any, dict[str, Any]]:
-    """The clean examples and the condition of a batch, as plain tensors.
-
-    Raises:
-        ValueError: If it is of no known form.
-    """
+    """The clean examples and the condition of a batch, as plain tensors."""
     x0, condition = _entries(batch)
     condition = {key: plain(value, f"'{key}' of the data") for key, value in condition.items()}
     if "class_labels" in condition:
@@ -257,7 +248,9 @@ def _entries(batch: Any) -> tuple[Any, dict[str, Any]]:
     """The clean examples and the condition of a batch, as they are given."""
     if isinstance(batch, Mapping):
         if "x0" not in batch:
-            raise ValueError(f"{_ITEM_ACCEPTED}, got keys {sorted(batch)}.")
+            raise ValueError(
+                f"A batch must have the key 'x0', got {sorted(batch)}. {_ITEM_ACCEPTED}."
+            )
         return batch["x0"], {key: value for key, value in batch.items() if key != "x0"}
     if isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[0], Tensor):
         x0, second = batch
@@ -269,16 +262,14 @@ def _entries(batch: Any) -> tuple[Any, dict[str, Any]]:
         batch = batch[0]
     if not isinstance(batch, Tensor):
         size = f" of length {len(batch)}" if isinstance(batch, Sequence) else ""
-        raise ValueError(f"{_ITEM_ACCEPTED}, got {type(batch).__name__}{size}.")
+        raise ValueError(
+            f"A batch must be of a known form, got {type(batch).__name__}{size}. {_ITEM_ACCEPTED}."
+        )
     return batch, {}
 
 
 def _collated(items: list[Any]) -> Any:
-    """Items as a batch.
-
-    Raises:
-        ValueError: If they hold something that no network takes.
-    """
+    """Items as a batch."""
 
     def shown(value: Any) -> str:
         if isinstance(value, Tensor):

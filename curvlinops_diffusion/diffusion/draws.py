@@ -91,11 +91,7 @@ class Draws:
     part: tuple[int, int] = (0, 1)
 
     def divided(self, number: int, count: int) -> Draws:
-        """One of ``count`` parts with equally many draws, of which these are the whole.
-
-        Raises:
-            ValueError: If the draws are no multiple of so many pairs or lists of levels.
-        """
+        """One of ``count`` parts with equally many draws, of which these are the whole."""
         multiple = count * self.rounded_up(1)
         if self.num_draws % multiple or self.part != (0, 1):
             raise ValueError(
@@ -245,13 +241,7 @@ def make_draws(
     num_levels: int,
     antithetic: bool = False,
 ) -> Draws:
-    """Check a user's choice of draws.
-
-    Raises:
-        ValueError: If the seed or the number of draws is out of range, or a list of levels or the
-            pairs would not be passed through a whole number of times (the average would be
-            lopsided).
-    """
+    """Check a user's choice of draws."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ValueError(f"`seed` must be a whole number from 0 to 2**64 - 1, got {seed!r}.")
     scheme = timestep_scheme(timesteps, num_levels)

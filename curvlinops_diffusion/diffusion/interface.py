@@ -46,28 +46,20 @@ _TIMES = ("timestep", "timesteps", "t")
 
 @dataclass
 class Seen:
-    """What was seen of a pipeline's sampling.
+    """What was seen of a pipeline's sampling."""
 
-    Attributes:
-        condition: The network's arguments besides image and time, as in its first call. Lists of
-            tensors of several lengths are :func:`padded`.
-        image: The images that it was given there.
-        listed: Whether it was given them as a list, each with an axis of frames.
-        names: What it calls image and time.
-        ragged: The names of the entries that are padded.
-        times: The times that it was given, and those that the scheduler counts by, of each step.
-        signs: The sign with which its answer reached the scheduler, of each step; zero for none.
-        decoded: What the decoder was given.
-    """
-
+    # the network's arguments besides image and time, as in its first call; lists of tensors of
+    # several lengths are padded, under the names in ``ragged``
     condition: dict[str, Any] = field(default_factory=dict)
-    image: Tensor | None = None
-    listed: bool = False
-    names: tuple[str, str] = ("", "")
     ragged: list[str] = field(default_factory=list)
+    image: Tensor | None = None  # the images that it was given there
+    listed: bool = False  # as a list, each with an axis of frames
+    names: tuple[str, str] = ("", "")  # of its arguments image and time
+    # the times that it was given, and those that the scheduler counts by, of each step
     times: list[tuple[float, float]] = field(default_factory=list)
+    # the sign with which its answer reached the scheduler, of each step; zero for none
     signs: list[int] = field(default_factory=list)
-    decoded: Tensor | None = None
+    decoded: Tensor | None = None  # what the decoder was given
 
 
 class _DecodedError(Exception):
@@ -83,19 +75,7 @@ def seen_of(
     arguments: Mapping[str, Any],
     latents: Tensor | None = None,
 ) -> Seen:
-    """Run a pipeline without running its network.
-
-    Args:
-        pipeline: The pipeline.
-        model: Its network.
-        prompts: The prompts.
-        size: Height and width of the images, in pixels.
-        arguments: Arguments of training, in place of the pipeline's defaults.
-        latents: What sampling starts from, in the network's terms; ``None`` for noise.
-
-    Raises:
-        ValueError: If the pipeline fails.
-    """
+    """Run a pipeline without running its network."""
     seen, asked = Seen(), inspect.signature(pipeline.__call__).parameters
     given: dict[str, Any] = {"height": size[0], "width": size[1], "latents": latents}
     given |= {"num_inference_steps": _STEPS, **_PLAIN, **arguments}
@@ -199,29 +179,17 @@ def _stand_ins(pipeline: Any, model: nn.Module, seen: Seen, length: int | None) 
 
 @dataclass(frozen=True)
 class Interface:
-    """How a pipeline's network is spoken to.
+    """How a pipeline's network is spoken to."""
 
-    Attributes:
-        scale: Factor and summand from the scheduler's times to those that the network is given.
-        sign: The sign with which the network's answer is what the scheduler takes.
-        names: What the network calls images and times.
-        listed: Whether it takes lists of images.
-        ragged: The entries of the condition that are lists of tensors of several lengths.
-        pack: Maps latents to the form that the network takes; ``None`` for the identity.
-        frames: Whether the autoencoder takes images as videos of one frame.
-        shared: The entries of the condition that all examples of a batch share.
-        of_size: Those that depend on the images' size (positions, say), and on no prompt.
-    """
-
-    scale: tuple[float, float]
-    sign: int
-    names: tuple[str, str]
-    listed: bool
-    ragged: list[str]
-    pack: Callable[[Tensor], Tensor] | None
-    frames: bool
-    shared: list[str]
-    of_size: list[str]
+    scale: tuple[float, float]  # factor and summand from the scheduler's times to the network's
+    sign: int  # with which the network's answer is what the scheduler takes
+    names: tuple[str, str]  # of its arguments image and time
+    listed: bool  # whether it takes lists of images
+    ragged: list[str]  # the entries of the condition that are lists of tensors of several lengths
+    pack: Callable[[Tensor], Tensor] | None  # of latents to its form; None for the identity
+    frames: bool  # whether the autoencoder takes images as videos of one frame
+    shared: list[str]  # the entries of the condition that all examples of a batch share
+    of_size: list[str]  # those that depend on the images' size (positions, say), and on no prompt
 
 
 def interface_of(pipeline: Any, model: nn.Module, arguments: Mapping[str, Any]) -> Interface:
@@ -229,9 +197,6 @@ def interface_of(pipeline: Any, model: nn.Module, arguments: Mapping[str, Any]) 
 
     What is put into the pipeline as a latent, scaled and arranged as training would, must come to
     its decoder as it was.
-
-    Raises:
-        ValueError: If the pipeline does something else.
     """
     name, size = type(pipeline).__name__, (SIZE, SIZE)
     first = seen_of(pipeline, model, ["a"], size, arguments)
@@ -322,11 +287,7 @@ def packed(z: Tensor) -> Tensor:
 
 
 def padded(name: str, rows: Sequence[Tensor], length: int | None) -> dict[str, Tensor]:
-    """Embeddings of several lengths ``[L_b, E]`` as one entry ``[B, length, E]``, and the lengths.
-
-    Raises:
-        ValueError: If one is longer.
-    """
+    """Embeddings ``[L_b, E]`` as one entry ``[B, length, E]``, and their lengths."""
     lengths = [len(row) for row in rows]
     if length is None or max(lengths) > length:
         raise ValueError(f"{name} has rows of lengths {lengths}, and the longest is {length}")

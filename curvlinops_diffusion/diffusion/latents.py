@@ -39,23 +39,14 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Packing:
-    """How latents are arranged for the network.
+    """How latents are arranged for the network."""
 
-    Attributes:
-        shape: The shape of an example's latents before, channels first.
-        pack: Maps latents ``[B, *shape]`` to the form that the network takes.
-    """
-
-    shape: tuple[int, ...]
-    pack: Callable[[Tensor], Tensor]
+    shape: tuple[int, ...]  # of an example's latents before, channels first
+    pack: Callable[[Tensor], Tensor]  # of latents ``[B, *shape]``
 
 
 def check_encoded(encoded: Any) -> None:
-    """Check what ``encode`` returns.
-
-    Raises:
-        ValueError: If it is of another kind.
-    """
+    """Check what ``encode`` returns."""
     wrong = f"a {type(encoded).__name__}"
     if all(hasattr(encoded, name) for name in ("mean", "std", "condition")):
         mean, std = encoded.mean, encoded.std

@@ -26,10 +26,6 @@ def iterated(loader: DataLoader[Any]) -> Iterator[Any]:
     """Iterate without touching torch's random state, from which a new iterator draws a seed.
 
     Several iterations may go on at the same time.
-
-    Raises:
-        ValueError: If the data set has no item of a number that the loader asks for, or allows
-            one iteration at a time.
     """
     if loader.persistent_workers:  # a single iterator, which a second iteration begins anew
         loader = copy(loader)
@@ -56,11 +52,7 @@ def iterated(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def check_loader(loader: DataLoader[Any]) -> None:
-    """Check that a loader yields all of its examples, in the same order each time.
-
-    Raises:
-        ValueError: If it shuffles, leaves out a last batch, or yields one process' part.
-    """
+    """Check that a loader yields all of its examples, in the same order each time."""
     batches: Any = loader.batch_sampler
     samplers = [loader.sampler, batches, getattr(batches, "sampler", None)]
     for sampler in samplers:
@@ -108,9 +100,6 @@ def check_whole(dataset: Any, *others: Any) -> None:
     """Check that a data set, and what chooses from it, give every process all examples.
 
     Of data sets only those of libraries are looked at: users' have attributes of any meaning.
-
-    Raises:
-        ValueError: If one gives each a part.
     """
     own = (dataset, getattr(dataset, "_distributed", None))
     shards = [part for part in own if type(part).__module__.split(".")[0] in _SHARDING]

@@ -34,11 +34,6 @@ ModelKwargs = Mapping[str, Any] | Callable[[Tensor, dict[str, Any]], Any]
 class NetworkCall:
     """Calls a network as its derivatives need it.
 
-    Args:
-        model: The network.
-        model_kwargs: Further arguments.
-        autocast: Precision of its passes; ``None`` for that of its parameters.
-
     Attributes:
         model_kwargs: The further arguments, without graphs.
     """
@@ -57,11 +52,7 @@ class NetworkCall:
         condition: dict[str, Any],
         params: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """The prediction from noised examples ``[B, ...]``, times and condition, ``[B, D]``.
-
-        Raises:
-            ValueError: If the output is no tensor of the shape of ``x_t``.
-        """
+        """The prediction from noised examples ``[B, ...]``, times and condition, ``[B, D]``."""
         static = self.model_kwargs
         if callable(static):
             static = _plain_arguments(static(x_t, condition))
@@ -126,17 +117,11 @@ def _plain_arguments(given: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Signature:
-    """How a network takes image and time.
-
-    Attributes:
-        time_first: Whether the time comes first.
-        time_name: By which name it is passed, if not by its place as the second argument.
-        image_name: By which name the image is passed, if not by its place.
-    """
+    """How a network takes image and time."""
 
     time_first: bool = False
-    time_name: str | None = None
-    image_name: str | None = None
+    time_name: str | None = None  # by which it is passed, if not as the second argument
+    image_name: str | None = None  # by which it is passed, if not by its place
 
     @classmethod
     def of(cls, model: nn.Module) -> _Signature:

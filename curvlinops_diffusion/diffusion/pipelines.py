@@ -47,19 +47,7 @@ def pipeline_parts(
     given: Mapping[str, Any] | None = None,
     text_encoders: bool = False,
 ) -> PipelineParts:
-    """Take a pipeline apart.
-
-    Args:
-        pipeline: The pipeline.
-        sample_latents: Whether latents are drawn, or their mean is taken; ``None`` for what its
-            training script does.
-        cache: A folder for latents and embeddings.
-        given: Arguments of training that differ from its script's defaults.
-        text_encoders: Whether text encoders are part of the network.
-
-    Raises:
-        ValueError: If the pipeline is of no known kind.
-    """
+    """Take a pipeline apart."""
     kinds = [cls.__name__ for cls in type(pipeline).__mro__]
     take_apart = next((PIPELINES[kind] for kind in kinds if kind in PIPELINES), None)
     needed = ("vae", "scheduler", "encode_prompt")

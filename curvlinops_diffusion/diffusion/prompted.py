@@ -12,24 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.diffusion.latents import LatentEncoder
+from curvlinops_diffusion.diffusion.network_call import ModelKwargs
 from curvlinops_diffusion.diffusion.noise import NoiseProcess
 from curvlinops_diffusion.diffusion.schedulers import noise_process
 from curvlinops_diffusion.runtime.digests import digest_of
 
 #: Maps images and prompts to the condition that the network takes.
 Embed = Callable[[Tensor, dict[str, Any]], dict[str, Any]]
-#: Maps noised images and their condition to further arguments of the network.
-ModelArguments = Callable[[Tensor, dict[str, Any]], Any]
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a pipeline was trained.
-
-    Attributes:
-        arguments: The arguments (:func:`training_arguments`).
-        cache: A folder for latents and embeddings.
-    """
+    """How a pipeline was trained, and a folder for latents and embeddings."""
 
     arguments: Mapping[str, Any]
     cache: str | PathLike[str] | None = None
@@ -42,23 +36,14 @@ class Training:
 
 @dataclass(frozen=True)
 class PipelineParts:
-    """The parts of an objective.
-
-    Attributes:
-        model: The denoiser.
-        process: The noise process.
-        encode: From images and labels or prompts to latents and embeddings; ``None`` for neither.
-        null_condition: Returns what a dropped condition is replaced by.
-        model_kwargs: Further arguments of the denoiser.
-        arguments: The arguments of training.
-    """
+    """The parts of an objective."""
 
     model: nn.Module
     process: NoiseProcess
-    encode: LatentEncoder | None
-    null_condition: Callable[[], Mapping[str, Any]]
-    model_kwargs: ModelArguments | None = None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    encode: LatentEncoder | None  # from images and labels or prompts to latents and embeddings
+    null_condition: Callable[[], Mapping[str, Any]]  # what a dropped condition is replaced by
+    model_kwargs: ModelKwargs | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of training
 
 
 def prompted_parts(
@@ -67,34 +52,17 @@ def prompted_parts(
     embed: Embed,
     training: Training,
     *,
-    process: NoiseProcess | None = None,
-    pack: Callable[[Tensor], Tensor] | None = None,
-    model_kwargs: ModelArguments | None = None,
-    also: Sequence[str] = (),
-    shared: Sequence[str] = ("img_ids", "guidance"),
-    size: int = 8,
-    vae: Any = None,
-    encoders: Sequence[nn.Module] | None = None,
-    embed_null: Embed | None = None,
+    process: NoiseProcess | None = None,  # that of the scheduler
+    pack: Callable[[Tensor], Tensor] | None = None,  # latents to the form that the denoiser takes
+    model_kwargs: ModelKwargs | None = None,
+    also: Sequence[str] = (),  # entries that ``embed`` reads beside the prompts
+    shared: Sequence[str] = ("img_ids", "guidance"),  # entries that no prompt decides
+    size: int = 8,  # pixels of an image that the pipeline takes
+    vae: Any = None,  # the pipeline's
+    encoders: Sequence[nn.Module] | None = None,  # what ``embed`` runs: the text encoders
+    embed_null: Embed | None = None,  # for the empty prompt: ``embed``
 ) -> PipelineParts:
-    """Take a pipeline with prompts apart.
-
-    Args:
-        pipeline: The pipeline.
-        model: Its denoiser.
-        embed: Maps images and prompts to the condition.
-        training: How it was trained.
-        process: The noise process, if it is not the scheduler's.
-        pack: Maps latents to the form that the denoiser takes.
-        model_kwargs: Further arguments of the denoiser.
-        also: Entries that ``embed`` reads beside the prompts.
-        shared: Entries of the condition that do not depend on the prompt.
-        size: Pixels of an image that the pipeline takes.
-        vae: The autoencoder, if it is not the pipeline's as it is.
-        encoders: What ``embed`` runs; ``None`` for the pipeline's text encoders.
-        embed_null: Maps an empty prompt to what a dropped condition is replaced by; ``None`` for
-            ``embed``.
-    """
+    """Take a pipeline with prompts apart."""
     numbers = ("", "_2", "_3")
     if encoders is None:
         own = [getattr(pipeline, f"text_encoder{i}", None) for i in numbers]
@@ -166,11 +134,7 @@ def _tokenizer_digest(tokenizer: Any) -> str:
 
 
 def check_inputs(pipeline: Any, model: Any) -> None:
-    """Check that the network takes latents and prompts, and nothing else.
-
-    Raises:
-        ValueError: If it takes more.
-    """
+    """Check that the network takes latents and prompts, and nothing else."""
     takes, latents = model.config.get("in_channels"), pipeline.vae.config.latent_channels
     own = "Pass denoiser and scheduler to DenoisingObjective, and what else it takes in the data."
     if takes not in (None, latents, 4 * latents):

@@ -46,12 +46,7 @@ class Recipe:
         loss_mask: str | None,
         count: int,
     ) -> Recipe:
-        """Check a user's choice, for so many examples.
-
-        Raises:
-            ValueError: If a strength is negative, or the weights are not a number of at least zero
-                for each example.
-        """
+        """Check a user's choice, for so many examples."""
         offset = check_non_negative("noise_offset", noise_offset)
         perturbation = check_non_negative("input_perturbation", input_perturbation)
         if example_weights is None:
@@ -126,10 +121,6 @@ def loss_mask(name: str, condition: Mapping[str, Any], x0: Tensor) -> Tensor:
 
     Returns:
         Weights ``[B, ...]``, float32 at least; ``[B, H, W]`` has become ``[B, 1, H, W]``.
-
-    Raises:
-        ValueError: If there is no such entry, or it is no tensor of finite weights of at least
-            zero.
     """
     if name not in condition:
         raise ValueError(
@@ -157,9 +148,6 @@ def entry_weights(mask: Tensor, shape: Sequence[int]) -> Tensor:
 
     Where these are latents of another height and width, weights are averages over the pixels of
     each (``area``, as by the training scripts that have masks).
-
-    Raises:
-        ValueError: If it cannot be brought to that shape.
     """
     if len(shape) == 3 and mask.ndim == 4 and mask.shape[2:] != tuple(shape[1:]):
         mask = interpolate(mask, tuple(shape[1:]), mode="area")
@@ -186,11 +174,7 @@ def unchanged(x0: Tensor) -> Tensor:
 
 
 def flipped(x0: Tensor) -> Tensor:
-    """Images ``[B, ..., H, W]`` mirrored left to right.
-
-    Raises:
-        ValueError: If an example has no height and width.
-    """
+    """Images ``[B, ..., H, W]`` mirrored left to right."""
     if x0.ndim < 3:
         raise ValueError(
             f"augment='flip' mirrors the last axis of images, got examples of shape "
@@ -214,11 +198,7 @@ class Augmentations:
 
     @classmethod
     def of(cls, chosen: Any, conditions: Any) -> Augmentations:
-        """Check a user's ``augment`` and ``augmented_conditions``.
-
-        Raises:
-            ValueError: If they are neither known names nor sequences, of functions and of names.
-        """
+        """Check a user's ``augment`` and ``augmented_conditions``."""
         if isinstance(conditions, str | Mapping):
             raise ValueError(
                 "`augmented_conditions` must be a list of names of entries of the condition, got "
@@ -249,12 +229,7 @@ class Augmentations:
         return {"augmentations": [str(name) for name in self._names], **moved}
 
     def versions(self, clean: CleanBatch) -> list[CleanBatch]:
-        """Every version of some examples, with what is transformed beside them: the mask, always.
-
-        Raises:
-            ValueError: If an entry of the condition may have to be transformed, too, and nobody
-                said; or one that is to be is none of its tensors.
-        """
+        """Every version of some examples, with their mask and the entries that are named."""
         if self.functions == (unchanged,):
             return [clean]
         self._check(clean)

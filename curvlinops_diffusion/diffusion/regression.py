@@ -34,11 +34,7 @@ from curvlinops_diffusion.runtime.transfers import sent_beside
 
 
 def check_regression(value: Any) -> None:
-    """Check what an operator is made of.
-
-    Raises:
-        ValueError: If it is no regression, or a context around us changes what is computed.
-    """
+    """Check what an operator is made of."""
     if not isinstance(value, NoisedRegression):
         raise ValueError(
             "An operator must be made of a NoisedRegression(DenoisingObjective(model, scheduler), "

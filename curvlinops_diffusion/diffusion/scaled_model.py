@@ -25,18 +25,13 @@ class _InBatch:
 
 
 class ScaledModel(nn.Module):
-    """The network as ``curvlinops`` wants it: a mapping in, ``√(w_t r D m) f`` of ``[B, D]`` out.
-
-    Args:
-        objective: Supplies the network.
-        data: Shows the condition's form, should a batch come before one was made here.
-    """
+    """The network for ``curvlinops``: a mapping in, ``√(w_t r D m) f`` of ``[B, D]`` out."""
 
     def __init__(self, objective: DenoisingObjective, data: CleanData):
         super().__init__()
         self.model = objective.model
         self._objective = objective
-        self._data = data
+        self._data = data  # should a batch come before one was made here
         self._form: dict[str, Any] | None = None  # of the condition, without its tensors
 
     def forward(self, X: Mapping[str, Tensor]) -> Tensor:
@@ -58,9 +53,6 @@ class ScaledModel(nn.Module):
 
         Plain values of the condition (a flag, a number), which are the same for every batch, are
         remembered instead.
-
-        Raises:
-            ValueError: If an entry of the condition is a list, or a plain value that changes.
         """
         scale = (batch.weight_B * batch.target_BD.shape[1]).sqrt()
         if batch.mask_BD is not None:

@@ -17,10 +17,6 @@ def noise_process(scheduler: Any) -> NoiseProcess:
     sampling, they are made anew from the config. Schedulers in the variance-exploding form (Euler)
     rescale the input of the network by ``1 / sqrt(1 + sigma²)``, which is the variance-preserving
     ``x_t`` again.
-
-    Raises:
-        ValueError: If the scheduler or its prediction type is of no known kind, or its tables
-            contradict each other.
     """
     if isinstance(scheduler, NoiseProcess):
         return scheduler

@@ -199,11 +199,7 @@ def _embed_xl(
 
 
 def _time_ids(x0: Tensor, condition: Mapping[str, Any]) -> Tensor:
-    """Original size, top left corner of the crop and target size of each image, ``[B, 6]``.
-
-    Raises:
-        ValueError: If an entry has another shape, or contradicts another.
-    """
+    """Original size, top left corner of the crop and target size of each image, ``[B, 6]``."""
     B, _, H, W = x0.shape
     parts = {"original_size": (H, W), "crops_coords_top_left": (0, 0), "target_size": (H, W)}
 

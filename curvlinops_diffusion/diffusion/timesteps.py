@@ -161,11 +161,7 @@ _NAMED_SCHEMES: dict[str, Callable[[int], TimestepScheme]] = {
 
 
 def timestep_scheme(timesteps: Any, num_levels: int) -> TimestepScheme:
-    """Return the scheme that a user's ``timesteps`` names.
-
-    Raises:
-        ValueError: If it names none, or a level does not exist.
-    """
+    """Return the scheme that a user's ``timesteps`` names."""
     accepted = f"{', '.join(map(repr, _NAMED_SCHEMES))}, a sequence of levels, or a scheme"
     if isinstance(timesteps, str) and timesteps in _NAMED_SCHEMES:
         return _NAMED_SCHEMES[timesteps](num_levels)

@@ -50,16 +50,8 @@ def training_arguments(
 ) -> dict[str, Any]:
     """The arguments of a pipeline's training.
 
-    Args:
-        pipeline: The pipeline.
-        given: Those that differ from the defaults.
-        sample_latents: Likewise, for whom this is an argument of its own.
-
     Returns:
         All of them, as plain values. ``sample_latents`` is left out where it is true.
-
-    Raises:
-        ValueError: If the pipeline does not take one, or a number is out of range.
     """
     kinds = [cls.__name__ for cls in type(pipeline).__mro__]
     defaults = dict(next((_DEFAULTS[kind] for kind in kinds if kind in _DEFAULTS), {}))

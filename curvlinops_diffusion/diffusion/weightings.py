@@ -112,11 +112,7 @@ Weighting = ProcessWeighting | Callable[[Tensor], Tensor] | Tensor | None
 
 
 def weight_table(weighting: Weighting, process: NoiseProcess) -> Tensor:
-    """Evaluate a weighting ``w_t`` at every level, float64, shape ``[T]``.
-
-    Raises:
-        ValueError: If the weights are not ``T`` finite numbers of at least zero.
-    """
+    """Evaluate a weighting ``w_t`` at every level, float64, shape ``[T]``."""
     if weighting is None:
         return torch.ones(process.num_levels, dtype=torch.float64)
     weights: Any = weighting
