@@ -87,7 +87,7 @@ class CleanData:
                 f"{end} examples came in this iteration over the data, and {self._counted} are "
                 f"known from its length or an earlier one. {_SAME_EACH_TIME}"
             )
-        if identity is not None and identity.num_examples == (self._counted or end):
+        if identity is not None and 0 < identity.num_examples == (self._counted or end):
             self.identity |= identity.result()
 
     def _shown(self, condition: Mapping[str, Any]) -> dict[str, Any]:

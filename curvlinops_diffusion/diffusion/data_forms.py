@@ -169,9 +169,7 @@ def _load(data: Any, chosen: list[slice]) -> Iterator[Any]:
     return iterated(DataLoader(data, batch_sampler=indices, collate_fn=_collated))
 
 
-def _all_of(
-    batches: Callable[[], Iterable[Any]],
-) -> Callable[[Wanted], Iterator[Numbered]]:
+def _all_of(batches: Callable[[], Iterable[Any]]) -> Callable[[Wanted], Iterator[Numbered]]:
     """Batches of what can only be iterated over."""
 
     def start(wanted: Wanted) -> Iterator[Numbered]:

@@ -235,11 +235,7 @@ class Draws:
 
 
 def make_draws(
-    timesteps: Any,
-    num_draws: int | None,
-    seed: int,
-    num_levels: int,
-    antithetic: bool = False,
+    timesteps: Any, num_draws: int | None, seed: int, num_levels: int, antithetic: bool = False
 ) -> Draws:
     """Check a user's choice of draws."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:

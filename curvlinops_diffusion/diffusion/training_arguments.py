@@ -29,11 +29,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "complex_human_instruction": None,
         "timestep_scale": 1.0,
     },
-    "Lumina2Pipeline": {
-        "max_sequence_length": 256,
-        "system_prompt": None,
-        "mirrored_levels": True,
-    },
+    "Lumina2Pipeline": {"max_sequence_length": 256, "system_prompt": None, "mirrored_levels": True},
     "QwenImagePipeline": {"max_sequence_length": 512},
 }
 _SIZES = ("original_size", "crops_coords_top_left", "target_size")

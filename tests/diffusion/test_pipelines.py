@@ -46,13 +46,7 @@ from diffusers import (
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from benchmarks.models import (
-    tiny_conditional_unet,
-    tiny_dit,
-    tiny_flux,
-    tiny_sd3,
-    tiny_unet,
-)
+from benchmarks.models import tiny_conditional_unet, tiny_dit, tiny_flux, tiny_sd3, tiny_unet
 from curvlinops_diffusion import (
     DenoisingObjective,
     DiffusionEKFACLinearOperator,

@@ -14,14 +14,7 @@ from curvlinops_diffusion import (
 )
 from tests.cases import images, noise_levels, seeded
 from tests.comparisons import assert_close
-from tests.reference import (
-    block_of,
-    dense_block,
-    dense_ggn,
-    example_gradients,
-    params_of,
-    to_dense,
-)
+from tests.reference import block_of, dense_block, dense_ggn, example_gradients, params_of, to_dense
 
 WEIGHTS = [1.0, 0.5, 0.0, 2.0]
 RECIPES = {
