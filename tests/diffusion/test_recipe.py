@@ -17,7 +17,7 @@ from curvlinops_diffusion import (
     LatentEncoder,
     NoisedRegression,
 )
-from curvlinops_diffusion.influence.measurements.losses import WeightedLoss
+from curvlinops_diffusion.measurements import WeightedLoss
 from tests.cases import images, noise_levels, seeded
 from tests.comparisons import assert_close
 from tests.reference import (

@@ -15,11 +15,11 @@ from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
     DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
-    MinSNRWeighting,
     NoisedRegression,
     NoiseProcess,
     PredictionType,
 )
+from curvlinops_diffusion.weightings import MinSNRWeighting
 from tests.cases import TimeBlind, images, noise_levels, plain_regression, seeded, unet_regression
 from tests.comparisons import assert_close
 from tests.reference import example_gradients, params_of, to_dense

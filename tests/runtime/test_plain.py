@@ -12,11 +12,11 @@ from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
     DiffusionGGNLinearOperator,
     Encoded,
-    ExampleFunction,
     ExampleGradientLinearOperator,
     NoisedRegression,
     influence_scores,
 )
+from curvlinops_diffusion.measurements import ExampleFunction
 from tests.cases import noise_levels
 
 LABELS = torch.tensor([2, 0, 1])

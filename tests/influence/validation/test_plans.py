@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from curvlinops_diffusion import RetrainingPlan
 from curvlinops_diffusion.influence.validation.plans import HEADER
+from curvlinops_diffusion.validation import RetrainingPlan
 
 
 def test_random_subsets():
