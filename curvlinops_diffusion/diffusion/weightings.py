@@ -116,10 +116,10 @@ def weight_table(weighting: Weighting, process: NoiseProcess) -> Tensor:
     if weighting is None:
         return torch.ones(process.num_levels, dtype=torch.float64)
     weights: Any = weighting
-    if callable(weighting):
-        weights = weighting(
-            process if isinstance(weighting, ProcessWeighting) else process.timesteps_T
-        )
+    if isinstance(weighting, ProcessWeighting):
+        weights = weighting(process)
+    elif callable(weighting):
+        weights = weighting(process.timesteps_T)
     try:
         weights_T = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):

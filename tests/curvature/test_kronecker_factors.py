@@ -265,7 +265,7 @@ def test_autocast():
         pytest.raises(ValueError, match=r"torch.autocast is on for 'cpu'.*pass autocast=torch"),
     ):
         DiffusionKFACLinearOperator(full)
-    with pytest.raises(ValueError, match=r"autocast='bf16' arrived. Pass torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"`autocast` must be torch.bfloat16, .* got 'bf16'"):
         DenoisingObjective(model, noise_levels(), autocast="bf16")
 
 

@@ -723,16 +723,10 @@ def test_pipelines_for_painting_whose_unet_sees_no_mask(tmp_path):
     pipeline = made(unmasked, tmp_path)
     objective = DenoisingObjective.from_pipeline(pipeline)
     assert objective.model is pipeline.unet
-    assert J_of(objective, data_for(stable_diffusion)).rows().isfinite().all()
 
 
 def J_of(objective, data):
     return ExampleGradientLinearOperator(NoisedRegression(objective, data, 1))
-
-
-def test_text_encoders_of_other_pipelines(tmp_path):
-    with pytest.raises(ValueError, match=r"`text_encoders` can be .* got a FluxPipeline"):
-        DenoisingObjective.from_pipeline(made(flux, tmp_path), text_encoders=True)
 
 
 def test_pipelines_that_do_something_else_are_refused(tmp_path):
@@ -802,41 +796,15 @@ def test_latents_decode_to_the_images(make, tmp_path):
     assert_close(encoded.mean, (plain - shift) * scale, 1e-6)
 
 
-def test_latents_are_drawn_like_noise(tmp_path):
-    """A function of (seed, example, draw), with the autoencoder's mean and deviation."""
+def test_latents_are_drawn(tmp_path):
+    """With the autoencoder's mean and deviation, over many draws at the lowest noise."""
     autoencoder = vae()
     objective = DenoisingObjective(unet(2), DDPMScheduler(), encode=LatentEncoder(autoencoder))
-    x0 = images(3, channels=3, dtype=torch.float32)
-
-    def noised(batch_size, num_draws):
-        found = {}
-        for batch in NoisedRegression(objective, x0, num_draws, batch_size=batch_size).batches():
-            alpha, sigma = (
-                s[batch.level_B][:, None, None, None].float()
-                for s in (objective.process.alphas_T, objective.process.sigmas_T)
-            )
-            z = (batch.x_t - sigma * batch.target_BD.reshape(batch.x_t.shape)) / alpha
-            found.update(
-                {(n, batch.common_draw): z_n for n, z_n in zip(batch.indices, z, strict=True)}
-            )
-        return found
-
-    one, other = noised(1, 3), noised(3, 3)
-    assert all(relative(one[key], other[key]) < 2e-2 for key in one)  # alpha may be small
-    assert relative(one[0, 0], one[0, 1]) > 0.01
-    # mean and deviation, over many draws at the lowest noise
-    regression = NoisedRegression(objective, x0[:1], 400, timesteps=[0])
-    z = torch.stack(
-        [
-            (
-                b.x_t[0]
-                - objective.process.sigmas_T[0].float() * b.target_BD[0].reshape(b.x_t[0].shape)
-            )
-            for b in regression.batches()
-        ]
-    )
+    x0, sigma = images(1, channels=3, dtype=torch.float32), objective.process.sigmas_T[0].float()
+    batches = NoisedRegression(objective, x0, 400, timesteps=[0]).batches()
+    z = torch.stack([b.x_t[0] - sigma * b.target_BD[0].reshape(b.x_t[0].shape) for b in batches])
     with torch.no_grad():
-        latent = autoencoder.encode(x0[:1]).latent_dist
+        latent = autoencoder.encode(x0).latent_dist
     scale = 0.18215
     error = (z.mean(0) - latent.mean[0] * scale) / (latent.std[0] * scale / 400**0.5)
     assert error.square().mean().sqrt() < 1.5
@@ -908,14 +876,6 @@ def test_the_cache_of_latents(make, tmp_path, monkeypatch):
         everything(cached)
 
 
-def test_other_weights_are_other_files(tmp_path):
-    x0 = images(2, channels=3, dtype=torch.float32)
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        LatentEncoder(vae(), cache=tmp_path / "cache")(x0, {})
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -927,6 +887,10 @@ def test_other_weights_are_other_files(tmp_path):
         (
             lambda p: DenoisingObjective(p.unet, p.scheduler, condition_dropout=0.1),
             r"`condition_dropout` must .* got 0.1 with null_condition=None",
+        ),
+        (
+            lambda p: DenoisingObjective.from_pipeline(p, text_encoders=True),
+            r"`text_encoders` can be .* got a DDPMPipeline",
         ),
         (lambda p: LatentEncoder(p.scheduler), "autoencoder must be an .* got DDPMScheduler"),
         (
