@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.diffusion.batch import leaves
-from curvlinops_diffusion.runtime.digests import Named, digest_of, fingerprint, raw_bytes
+from curvlinops_diffusion.runtime.digests import Named, digest_of, fingerprint
 from curvlinops_diffusion.runtime.files import FileKind, make_folder
 from curvlinops_diffusion.runtime.unchanged import touched
 
@@ -144,7 +142,7 @@ class LatentEncoder:
         if self._cache is None:
             _ = self._functions  # before they are called
             return self._encode(x0, condition)
-        path = self._cache / f"{self._digest(x0, condition)}.safetensors"
+        path = self._cache / f"{digest_of(self._made_of(), x0, condition)}.safetensors"
         if path.exists():
             return _read(path)
         encoded = self._encode(x0, condition)
@@ -226,17 +224,6 @@ class LatentEncoder:
         if self._known is None or self._known[0] != now:
             self._known = now, [fingerprint(module) for module in modules]
         return self._known[1]
-
-    def _digest(self, x0: Tensor, condition: dict[str, Any]) -> str:
-        digest = sha256(json.dumps([self._made_of(), str(x0.dtype)]).encode())
-        for name, value in [("x0", x0), *leaves(condition)]:
-            digest.update(name.encode())
-            if isinstance(value, Tensor):
-                digest.update(str((value.dtype, tuple(value.shape))).encode())
-                digest.update(raw_bytes(value))
-            else:
-                digest.update(json.dumps(value).encode())
-        return digest.hexdigest()
 
 
 def _write(path: Path, encoded: Encoded) -> None:

@@ -15,10 +15,9 @@ from curvlinops_diffusion.diffusion.batch import CleanBatch, NoisedBatch, mapped
 from curvlinops_diffusion.diffusion.checks import check_modes, check_parameters
 from curvlinops_diffusion.diffusion.latents import Encoded, LatentEncoder, Packing, check_encoded
 from curvlinops_diffusion.diffusion.network_call import ModelKwargs, NetworkCall
-from curvlinops_diffusion.diffusion.noise import NoiseProcess
+from curvlinops_diffusion.diffusion.noise import NoiseProcess, noise_process
 from curvlinops_diffusion.diffusion.pipelines import pipeline_parts
 from curvlinops_diffusion.diffusion.recipe import entry_weights
-from curvlinops_diffusion.diffusion.schedulers import noise_process
 from curvlinops_diffusion.diffusion.weightings import Weighting, weight_table
 from curvlinops_diffusion.runtime.checks import check_non_negative, check_option
 from curvlinops_diffusion.runtime.digests import Named, digest_of
@@ -306,10 +305,10 @@ class DenoisingObjective:
         input_eps: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> NoisedBatch:
-        """Noise clean examples, on the model's device.
+        """Noise clean examples ``[B, ...]``, on the model's device.
 
         Args:
-            x0: Clean examples, shape ``[B, ...]``.
+            x0: Clean examples.
             condition: Further keyword arguments of the network.
             level_B: Noise levels.
             eps: Noise, of the shape of ``x0``.
@@ -347,17 +346,11 @@ class DenoisingObjective:
         return timestep_B.to(self.working_dtype) if precise else timestep_B
 
     def predict(self, batch: NoisedBatch, params: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The network's output on a noised batch, flattened, in the working precision.
+        """The network's output on a noised batch, ``[B, D]``, in the working precision.
 
         Args:
             batch: The noised batch.
             params: Values that replace the model's own parameters, by name.
-
-        Returns:
-            The prediction, shape ``[B, D]``.
-
-        Raises:
-            ValueError: If the output is no tensor of the shape of ``x_t``.
         """
         return self.predict_from(batch.x_t, batch.timestep_B, batch.condition, params)
 

@@ -23,14 +23,13 @@ from curvlinops_diffusion.diffusion.interface import (
     seen_of,
 )
 from curvlinops_diffusion.diffusion.latents import LatentEncoder
-from curvlinops_diffusion.diffusion.noise import NoiseProcess
+from curvlinops_diffusion.diffusion.noise import NoiseProcess, noise_process
 from curvlinops_diffusion.diffusion.prompted import (
     PipelineParts,
     Training,
     check_inputs,
     prompted_parts,
 )
-from curvlinops_diffusion.diffusion.schedulers import noise_process
 from curvlinops_diffusion.diffusion.stable_diffusion import (
     controlled,
     inpainting,

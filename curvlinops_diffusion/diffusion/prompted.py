@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from curvlinops_diffusion.diffusion.latents import LatentEncoder
 from curvlinops_diffusion.diffusion.network_call import ModelKwargs
-from curvlinops_diffusion.diffusion.noise import NoiseProcess
-from curvlinops_diffusion.diffusion.schedulers import noise_process
+from curvlinops_diffusion.diffusion.noise import NoiseProcess, noise_process
 from curvlinops_diffusion.runtime.digests import digest_of
 
 #: Maps images and prompts to the condition that the network takes.

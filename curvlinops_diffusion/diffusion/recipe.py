@@ -102,13 +102,9 @@ class Recipe:
 
 
 def _shown(weights: Tensor) -> str:
-    """Shape and range of some weights, for messages."""
-    if weights.numel() == 0:
-        return f"shape {tuple(weights.shape)}"
-    return (
-        f"shape {tuple(weights.shape)} and values from {float(weights.min()):g} to "
-        f"{float(weights.max()):g}"
-    )
+    """The shape and, if there is any, the least weight."""
+    least = f" and values from {float(weights.min()):g}" if weights.numel() else ""
+    return f"shape {tuple(weights.shape)}{least}"
 
 
 # ---------------------------------------------------------------------------------------------

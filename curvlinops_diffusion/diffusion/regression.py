@@ -238,30 +238,18 @@ class NoisedRegression:
         return f"{n}" if self._names is None else f"{n} ('{self._names[n]}')"
 
     def with_draws(self, num_draws: int, *, antithetic: bool | None = None) -> NoisedRegression:
-        """The same problem with another number of draws for each example, perhaps in pairs.
-
-        Raises:
-            ValueError: If the number is not one of whole lists of timesteps, or of whole pairs.
-        """
+        """The same problem with another number of draws for each example, perhaps in pairs."""
         pairs = self.draws.antithetic if antithetic is None else antithetic
         if (num_draws, pairs) == (self.num_draws, self.draws.antithetic):
             return self
         return self._redrawn(num_draws, self.draws.seed, pairs)
 
     def with_seed(self, seed: int) -> NoisedRegression:
-        """The same problem with other draws, as many for each example.
-
-        Raises:
-            ValueError: If the seed is out of range.
-        """
+        """The same problem with other draws, as many for each example."""
         return self._redrawn(self.num_draws, seed, self.draws.antithetic)
 
     def divided(self, number: int, count: int) -> NoisedRegression:
-        """The same problem with one of ``count`` parts of the draws of each example.
-
-        Raises:
-            ValueError: If the draws are no multiple of so many pairs or lists of timesteps.
-        """
+        """The same problem with one of ``count`` parts of the draws of each example."""
         return self._with(self.draws.divided(number, count))
 
     def _redrawn(self, num_draws: int, seed: int, antithetic: bool) -> NoisedRegression:
@@ -280,14 +268,7 @@ class NoisedRegression:
         return fingerprint(self.objective.model)
 
     def identity(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Identify a result, so that files of another one are not mistaken for it.
-
-        Args:
-            settings: What else the result depends on, as plain values.
-
-        Returns:
-            Weights, data, draws and settings, as plain values.
-        """
+        """Weights, data, draws and settings: what files of another result differ in."""
         own = {
             "model": self.fingerprint(),
             "data": self.data_identity(),
@@ -331,12 +312,7 @@ class NoisedRegression:
     def numbered_batches(
         self, wanted: Wanted = lambda number: True
     ) -> Iterator[tuple[int, CleanBatch]]:
-        """Yield the wanted batches of clean examples, with their numbers.
-
-        Args:
-            wanted: Whether the batch of a number is asked for; others are not loaded, where the
-                data lets one choose.
-        """
+        """Yield the wanted batches with their numbers; others are not loaded, where possible."""
         check_deterministic_mode(self.objective.model)
         check_surroundings(self.objective.device)
         yield from self._data.numbered(wanted)
@@ -372,16 +348,10 @@ class NoisedRegression:
     def grouped_batches(
         self, clean: CleanBatch, examples: int, draws: int
     ) -> Iterator[tuple[range, NoisedBatch]]:
-        """Yield every draw of a batch of clean examples, several draws of an example in a row.
+        """Yield every draw of a batch, several draws of an example in a row.
 
-        Args:
-            clean: The clean examples.
-            examples: How many of them to see at once, at most.
-            draws: How many draws of each, at most.
-
-        Yields:
-            The examples' positions within the batch; their draws, see
-            :meth:`~curvlinops_diffusion.NoisedBatch.interleaved`.
+        At most so many examples and draws of each at once, after the examples' positions within the
+        batch; see :meth:`~curvlinops_diffusion.NoisedBatch.interleaved`.
         """
         for some in batched(self.noised_batches(clean), draws):
             for start in range(0, len(clean.indices), examples):

@@ -8,7 +8,7 @@ pipelines, and so are the defaults.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import isfinite
 from typing import Any
 
@@ -84,7 +84,9 @@ def training_arguments(
             "call has no default. Pass training's: --training-arguments guidance_scale=…, or "
             "training_arguments={'guidance_scale': …}."
         )
-    _check_numbers(found)
+    for name, (form, fits) in _FORMS.items():
+        if name in found and not fits(found[name]):
+            raise ValueError(f"`{name}` must be {form}, got {found[name]!r}. Pass training's.")
     return {k: v for k, v in found.items() if k != "sample_latents" or v is not True}
 
 
@@ -96,17 +98,17 @@ def _has_layers(pipeline: Any, layers: Any) -> bool:
     return bool(config.get_text_config().num_hidden_layers >= max(layers))
 
 
-def _check_numbers(arguments: Mapping[str, Any]) -> None:
-    length = arguments.get("max_sequence_length", 1)
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise ValueError(
-            f"`max_sequence_length` must be a whole number of at least 1, got {length!r}. Pass the "
-            "number of tokens to which training cut or padded prompts."
-        )
-    for name in ("guidance_scale", "timestep_scale"):
-        value = arguments.get(name, 1.0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-            raise ValueError(f"`{name}` must be a finite number, got {value!r}. Pass training's.")
-    for name in ("mirrored_levels", "sample_latents"):
-        if not isinstance(arguments.get(name, True), bool):
-            raise ValueError(f"`{name}` must be True or False, got {arguments[name]!r}.")
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+_FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "max_sequence_length": (
+        "a whole number of at least 1",
+        lambda z: isinstance(z, int) and _is_number(z) and z >= 1,
+    ),
+    "guidance_scale": ("a finite number", _is_number),
+    "timestep_scale": ("a finite number", _is_number),
+    "mirrored_levels": ("True or False", lambda z: isinstance(z, bool)),
+    "sample_latents": ("True or False", lambda z: isinstance(z, bool)),
+}

@@ -26,8 +26,7 @@ from curvlinops_diffusion import (
     PredictionType,
 )
 from curvlinops_diffusion.diffusion.ancestral import AncestralSteps
-from curvlinops_diffusion.diffusion.noise import PREDICTIONS
-from curvlinops_diffusion.diffusion.schedulers import noise_process
+from curvlinops_diffusion.diffusion.noise import PREDICTIONS, noise_process
 from curvlinops_diffusion.diffusion.weightings import weight_table
 from curvlinops_diffusion.weightings import MinSNRWeighting, PreconditionedWeighting
 from tests.cases import images, noise_levels
