@@ -162,7 +162,7 @@ class NoisedBatch:
 
     @staticmethod
     def joined(batches: Sequence[NoisedBatch]) -> NoisedBatch:
-        """The same draw of several lots of examples as one batch."""
+        """One draw of several lots of examples as one batch."""
 
         def merge(rows: Sequence[Any]) -> Any:
             return torch.cat(list(rows)) if isinstance(rows[0], Tensor) else list(chain(*rows))

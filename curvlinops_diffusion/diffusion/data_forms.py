@@ -188,7 +188,7 @@ def _all_of(batches: Callable[[], Iterable[Any]]) -> Callable[[Wanted], Iterator
 
 
 def _is_single(thing: Any, run: Run) -> bool:
-    """Whether a thing is a single example, where batches are expected."""
+    """Tell a single example from a batch, where batches are expected."""
     x0, beside = thing, []
     if isinstance(thing, Mapping):
         x0, beside = thing.get("x0"), [value for key, value in thing.items() if key != "x0"]
@@ -210,7 +210,7 @@ def _is_single(thing: Any, run: Run) -> bool:
 
 
 def _runs_on(thing: Any, run: Run, batch_of: Callable[[Any], Any] = lambda thing: thing) -> bool:
-    """Whether the network takes some rows of a batch.
+    """Tell whether the network takes some rows of a batch.
 
     Other numbers of them than there are, as convolutions take an example without an axis of them.
     """
@@ -223,7 +223,7 @@ def _runs_on(thing: Any, run: Run, batch_of: Callable[[Any], Any] = lambda thing
 
 
 def _is_label(value: Any) -> bool:
-    """Whether a value may be a label."""
+    """Tell whether a value may be a label."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() and value.dtype != torch.bool
     return isinstance(value, int) and not isinstance(value, bool)
@@ -247,7 +247,7 @@ def _entries(batch: Any) -> tuple[Any, dict[str, Any]]:
     if isinstance(batch, Mapping):
         if "x0" not in batch:
             raise ValueError(
-                f"A batch must have the key 'x0', got {sorted(batch)}. {_ITEM_ACCEPTED}."
+                f"A batch must have the key 'x0', got keys {sorted(batch)}. {_ITEM_ACCEPTED}."
             )
         return batch["x0"], {key: value for key, value in batch.items() if key != "x0"}
     if isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[0], Tensor):

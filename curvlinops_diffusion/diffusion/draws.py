@@ -108,7 +108,7 @@ class Draws:
 
     @property
     def uniform_levels(self) -> bool:
-        """Whether every noise level is drawn equally often on average."""
+        """True if every noise level is drawn equally often on average."""
         if isinstance(self.timesteps, ListedTimesteps):
             counts = np.bincount(self.timesteps.levels, minlength=self.num_levels)
             return bool((counts == counts[0]).all())

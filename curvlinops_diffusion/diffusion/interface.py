@@ -1,4 +1,4 @@
-"""What a pipeline shows its network, found by running it with stand-ins for its parts.
+"""Find what a pipeline shows its network by running it with stand-ins for its parts.
 
 Pipelines of ``diffusers`` differ in the arguments that their network takes, in how latents are
 scaled and arranged, and in how times are passed. All of it can be seen from outside: while the
@@ -46,7 +46,7 @@ _TIMES = ("timestep", "timesteps", "t")
 
 @dataclass
 class Seen:
-    """What was seen of a pipeline's sampling."""
+    """Records a pipeline's sampling."""
 
     # the network's arguments besides image and time, as in its first call; lists of tensors of
     # several lengths are padded, under the names in ``ragged``

@@ -187,7 +187,7 @@ class LatentEncoder:
         return {key: config.get(key) for key in keys if config.get(key) is not None}
 
     def _shift_and_scale(self, latents: Tensor) -> tuple[Any, Any]:
-        """What is subtracted from latents ``[B, C, ...]``, and what they are multiplied by."""
+        """Shift and scale of latents ``[B, C, ...]``: ``(z - shift) * scale``."""
         found = self._transform()
         norm = getattr(self._vae, "bn", None)
         eps = self._vae.config.get("batch_norm_eps")

@@ -1,7 +1,7 @@
 """Noise processes: noised inputs, targets, what predictions stand for; read off schedulers.
 
 Legend: T noise levels, B batch. A *level* is an index ``0 .. T-1`` in order of rising noise; a
-*timestep* is the number that the network is told at that level.
+*timestep* is the number that the network is given at that level.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PredictionType(str, Enum):
 
 @dataclass(frozen=True)
 class Clip:
-    """What ancestral sampling does to predicted clean examples.
+    """Clips predicted clean examples, as ancestral sampling does.
 
     Attributes:
         range: They are clipped to ``[-range, range]``.
@@ -89,7 +89,7 @@ class NoiseProcess:
     Attributes:
         alphas_T: Signal scale of each level, float64, shape ``[T]``.
         sigmas_T: Noise scale of each level, float64, shape ``[T]``.
-        timesteps_T: What the network is told at each level, shape ``[T]``.
+        timesteps_T: The network's time at each level, shape ``[T]``.
         prediction_type: What the network regresses: a key of :data:`PREDICTIONS`.
         variance: Which variance ancestral sampling adds, ``'small'`` (that of the posterior given
             ``x0``) or ``'large'`` (``beta_t``).
@@ -126,7 +126,7 @@ class NoiseProcess:
         """EDM's training noise: ``x_t = x0 + sigma eps`` with log-normal ``sigma``.
 
         The levels are the distribution's quantiles, so that uniform levels are log-normal. The
-        network is told ``sigma`` and predicts ``x0``: it is the whole preconditioned denoiser
+        network is given ``sigma`` and predicts ``x0``: it is the whole preconditioned denoiser
         ``c_skip x_t + c_out F(c_in x_t, c_noise)``. Weight with :class:`EDMWeighting`.
 
         Source: Karras et al., 2022, Table 1 and Section 5.
@@ -142,7 +142,7 @@ class NoiseProcess:
 
     @classmethod
     def flow(cls, sigma_min: float = 0.0, num_levels: int = 1000) -> NoiseProcess:
-        """Conditional flow matching from noise to data, told the time ``t`` in ``(0, 1)``.
+        """Conditional flow matching from noise to data, given the time ``t`` in ``(0, 1)``.
 
         ``x_t = t x0 + (1 − (1 − σ_min) t) eps``, and the network predicts the velocity
         ``x0 − (1 − σ_min) eps``. The levels are the middles of equal parts of the time, so that

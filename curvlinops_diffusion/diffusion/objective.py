@@ -251,12 +251,12 @@ class DenoisingObjective:
 
     @property
     def encodes(self) -> bool:
-        """Whether something is between the data and the network."""
+        """True if something is between the data and the network."""
         return self._encode is not None
 
     @property
     def takes_images(self) -> bool:
-        """Whether data, if it is images, is usually in [-1, 1]: no unknown function takes it."""
+        """True unless a function of the user's takes the data, which may be in any range."""
         return self._encode is None or isinstance(self._encode, LatentEncoder)
 
     def encode(self, clean: CleanBatch) -> Encoded:

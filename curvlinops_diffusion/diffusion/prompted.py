@@ -29,7 +29,7 @@ class Training:
 
     @property
     def sample(self) -> bool:
-        """Whether latents were drawn, not their mean taken."""
+        """True if latents were drawn, not their mean taken."""
         return bool(self.arguments.get("sample_latents", True))
 
 

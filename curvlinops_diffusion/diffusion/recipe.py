@@ -1,4 +1,4 @@
-"""What training did besides noising: augmentation, offset noise, masks, weights of examples."""
+"""Recipes of training besides noising: augmentation, offset noise, masks, weights of examples."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Recipe:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What there is of it, as plain values."""
+        """The choices that were made, as plain values."""
         weights = None if self.weights_N is None else digest_of(self.weights_N)
         entries = {
             "noise_offset": self.noise_offset,

@@ -195,7 +195,7 @@ class NoisedRegression:
 
     @property
     def encodes(self) -> bool:
-        """Whether something is between the data and the network."""
+        """True if something is between the data and the network."""
         return self.objective.encodes
 
     @property
@@ -210,7 +210,7 @@ class NoisedRegression:
 
     @property
     def in_step(self) -> bool:
-        """Whether all processes must run the network equally often: each holds a part of it."""
+        """True if all processes must run the network equally often, as each holds a part of it."""
         return is_sharded(self.objective.model)
 
     @property
@@ -238,18 +238,18 @@ class NoisedRegression:
         return f"{n}" if self._names is None else f"{n} ('{self._names[n]}')"
 
     def with_draws(self, num_draws: int, *, antithetic: bool | None = None) -> NoisedRegression:
-        """The same problem with another number of draws for each example, perhaps in pairs."""
+        """This problem with another number of draws for each example, perhaps in pairs."""
         pairs = self.draws.antithetic if antithetic is None else antithetic
         if (num_draws, pairs) == (self.num_draws, self.draws.antithetic):
             return self
         return self._redrawn(num_draws, self.draws.seed, pairs)
 
     def with_seed(self, seed: int) -> NoisedRegression:
-        """The same problem with other draws, as many for each example."""
+        """This problem with other draws, as many for each example."""
         return self._redrawn(self.num_draws, seed, self.draws.antithetic)
 
     def divided(self, number: int, count: int) -> NoisedRegression:
-        """The same problem with one of ``count`` parts of the draws of each example."""
+        """This problem with one of ``count`` parts of the draws of each example."""
         return self._with(self.draws.divided(number, count))
 
     def _redrawn(self, num_draws: int, seed: int, antithetic: bool) -> NoisedRegression:

@@ -136,7 +136,7 @@ class TimestepsWithin:
 
 @dataclass(frozen=True)
 class ListedTimesteps:
-    """The same levels for every example: draw ``r`` takes the ``r``-th of a list, cyclically.
+    """Listed levels, the same for every example: draw ``r`` takes the ``r``-th, cyclically.
 
     Attributes:
         levels: Noise levels, ``0 .. T-1`` in order of rising noise.

@@ -91,7 +91,7 @@ def training_arguments(
 
 
 def _has_layers(pipeline: Any, layers: Any) -> bool:
-    """Whether the text encoder is as deep as the layers whose states are shown to the network."""
+    """Tell whether the text encoder has the layers whose states are shown to the network."""
     config = getattr(getattr(pipeline, "text_encoder", None), "config", None)
     if not layers or config is None:
         return True

@@ -556,7 +556,7 @@ REFUSED = {
     "integers": (lambda: pictures(4).byte(), "torch.uint8.*floating-point"),
     "NaN": (lambda: with_entry(torch.nan), r"1 example\(s\) hold NaN.*at index \[3\] of the data"),
     "infinity in a batch": (lambda: list(with_entry(torch.inf).split(2)), r"at index \[3\]"),
-    "no x0": (lambda: {"images": pictures(3)}, r"got \['images'\].*dict with key 'x0'"),
+    "no x0": (lambda: {"images": pictures(3)}, r"got keys \['images'\].*dict with key 'x0'"),
     "not tensors": (lambda: [["a", "b"]], "got list of length 2. Each batch"),
     "labelled": (
         lambda: TensorDataset(pictures(3), torch.arange(3.0)),
