@@ -230,18 +230,17 @@ def interface_of(pipeline: Any, model: nn.Module, arguments: Mapping[str, Any]) 
             first.ragged,
             pack,
             frames,
-            # as long for one example as for two
-            shared=[key for key in one if _length(one[key]) == _length(two[key]) is not None],
+            shared=[key for key in one if _is_shared(one[key], two[key])],
             of_size=[key for key in one if digest_of(one[key]) != digest_of(wide.get(key))],
         )
     raise _unknown(name, "latents are scaled or arranged in another way than by its VAE's config")
 
 
-def _length(entry: Any) -> Any:
-    """The form of a tensor or list; ``None`` for anything else."""
-    if isinstance(entry, Tensor):
-        return entry.shape
-    return len(entry) if isinstance(entry, list) else None
+def _is_shared(one: Any, two: Any) -> bool:
+    """Tell whether an entry is as long for one example as for two."""
+    if isinstance(one, Tensor):
+        return bool(one.shape == two.shape)
+    return isinstance(one, list) and len(one) == len(two)
 
 
 def _forms(latents: Tensor, shape: torch.Size, z: Tensor) -> Iterator[Tensor]:
