@@ -25,12 +25,12 @@ from .curvature.ggn import DiffusionGGNLinearOperator as DiffusionGGNLinearOpera
 from .curvature.kfac import DiffusionKFACLinearOperator as DiffusionKFACLinearOperator
 from .curvature.load import load_operator as load_operator
 from .diffusion.batch import NoisedBatch as NoisedBatch
+from .diffusion.draws import ProbeType as ProbeType
 from .diffusion.latents import Encoded as Encoded
 from .diffusion.latents import LatentEncoder as LatentEncoder
 from .diffusion.noise import NoiseProcess as NoiseProcess
 from .diffusion.noise import PredictionType as PredictionType
 from .diffusion.objective import DenoisingObjective as DenoisingObjective
-from .diffusion.random_numbers import ProbeType as ProbeType
 from .diffusion.regression import NoisedRegression as NoisedRegression
 from .influence.agreement import SplitHalfScores as SplitHalfScores
 from .influence.compression import Compression as Compression

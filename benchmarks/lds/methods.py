@@ -34,7 +34,7 @@ from curvlinops_diffusion.baselines import (
     das_scores,
     trak_scores,
 )
-from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.diffusion.batch import CleanBatch
 from curvlinops_diffusion.influence.kernel_regression import RIDGE, ridge_solution
 from curvlinops_diffusion.influence.measurements.losses import SignedPrediction
 from curvlinops_diffusion.linalg.operator import IdentityLinearOperator

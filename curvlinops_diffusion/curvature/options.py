@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from curvlinops_diffusion.diffusion.random_numbers import ProbeType
+from curvlinops_diffusion.diffusion.draws import ProbeType
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.runtime.checks import check_count, check_option
 

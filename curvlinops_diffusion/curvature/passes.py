@@ -15,9 +15,8 @@ from torch import distributed as dist
 
 from curvlinops_diffusion.curvature.options import FisherType, KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan, Holders
-from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.batch import CleanBatch, NoisedBatch
 from curvlinops_diffusion.diffusion.checks import check_prediction
-from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.draws import Draws
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers import ExactKind, Layer

@@ -75,22 +75,17 @@ class AncestralSteps:
             variance: ``'small'``, ``'large'``, or ``None`` for what the scheduler says.
             previous_T: ``ᾱ`` of the level that the step from each level leads to; by default that
                 of the next lower one.
-
-        Raises:
-            ValueError: If the process is not variance-preserving, or the variance unknown.
         """
-        if not torch.allclose(process.alphas_T.square() + process.sigmas_T.square(), _one()):
+        squared_T = process.alphas_T.square()
+        total_T = squared_T + process.sigmas_T.square()
+        if not torch.allclose(total_T, torch.ones_like(total_T)):
             raise ValueError(
                 "Ancestral steps (the ELBO, a trajectory's log-probability) exist for "
-                "variance-preserving noise only, and this noise process is not. Measure 'loss' or "
-                "a WeightedLoss."
+                "variance-preserving noise only. Measure 'loss' or a WeightedLoss."
             )
         variance = process.variance if variance is None else variance
         if variance not in ("small", "large"):
-            raise ValueError(
-                f"The sampler's variance is {variance!r}. Pass variance='small' or 'large'."
-            )
-        squared_T = process.alphas_T.square()
+            raise ValueError(f"`variance` must be 'small' or 'large', got {variance!r}.")
         if previous_T is None:
             previous_T = torch.cat([torch.ones(1, dtype=squared_T.dtype), squared_T[:-1]])
         beta_T = 1 - squared_T / previous_T
@@ -104,11 +99,7 @@ class AncestralSteps:
         return self.process.alphas_T.square() / self.previous_T
 
     def noise_error_factor_T(self) -> Tensor:
-        """``β_t² / (2 σ_t² α_t (1 − ᾱ_t))`` over the squared error of the network's own target.
-
-        Raises:
-            ValueError: If a noise predictor has a level without signal, where it is infinite.
-        """
+        """``β_t² / (2 σ_t² α_t (1 − ᾱ_t))`` over the squared error of the network's own target."""
         squared_T, alpha_T = self.process.alphas_T.square(), self.alpha_T
         factor_T = (1 - alpha_T).square() / (2 * self.variance_T * (1 - squared_T))
         determinant_T = self.process.determinant_T()
@@ -171,7 +162,3 @@ class AncestralSteps:
         squares_BD = torch.where(noisy_B1, error_BD, 0.0).square()
         terms_BD = -0.5 * (squares_BD / safe_B1 + safe_B1.log() + log(2 * pi))
         return (terms_BD * noisy_B1).sum(1)
-
-
-def _one() -> Tensor:
-    return torch.ones((), dtype=torch.float64)

@@ -1,20 +1,90 @@
-"""A batch of noised examples.
+"""Batches of examples, clean and noised, and the conditions beside them.
 
-Legend: B batch, D entries of an image or output.
+A condition is a nested mapping of the network's keyword arguments. Entries with a row for each
+example are tensors with axes, and lists (prompts). Legend: B batch, D entries of an output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.diffusion.conditions import has_rows, mapped, rows_of
 from curvlinops_diffusion.runtime.transfers import sent
+
+
+def mapped(function: Callable[..., Any], first: Any, *others: Any) -> Any:
+    """Apply a function to the corresponding entries of nested mappings, of every kind."""
+    if isinstance(first, Mapping):
+        return {key: mapped(function, *(c[key] for c in (first, *others))) for key in first}
+    return function(first, *others)
+
+
+def has_rows(entry: Any) -> bool:
+    """Tell whether an entry has a row for each example."""
+    return isinstance(entry, list) or (isinstance(entry, Tensor) and entry.ndim > 0)
+
+
+def rows_of(condition: Any, index: slice | list[int]) -> Any:
+    """Select rows of every entry that has them."""
+
+    def rows(entry: Any) -> Any:
+        if isinstance(entry, list) and not isinstance(index, slice):
+            return [entry[i] for i in index]
+        return entry[index] if has_rows(entry) else entry
+
+    return mapped(rows, condition)
+
+
+def leaves(condition: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the entries of a nested mapping, by names joined with a slash."""
+    for key, value in sorted(condition.items()):
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def named(condition: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Build the nested mapping whose entries are the names that :func:`leaves` gives them."""
+    return {
+        key: named(value, f"{prefix}{key}/") if isinstance(value, Mapping) else f"{prefix}{key}"
+        for key, value in condition.items()
+    }
+
+
+@dataclass(frozen=True)
+class CleanBatch:
+    """Successive clean examples.
+
+    Attributes:
+        indices: The examples' indices ``n`` within the data.
+        x0: Clean examples, shape ``[B, ...]``.
+        condition: Keyword arguments of the model; tensors have first axis ``B``, except those
+            without axes.
+        mask: Weights of the examples' entries in the loss, ``[B, ...]``; ``None`` for one.
+    """
+
+    indices: Sequence[int]
+    x0: Tensor
+    condition: dict[str, Any]
+    mask: Tensor | None = None
+
+    def entries(self) -> list[tuple[str, Any]]:
+        """The examples, each entry of the condition, and the mask if there is one, by name."""
+        masks = [] if self.mask is None else [("loss mask", self.mask)]
+        return [("x0", self.x0), *leaves(self.condition), *masks]
+
+    def select(self, positions: Sequence[int]) -> CleanBatch:
+        """The examples at some positions of the batch."""
+        index = list(positions)
+        mask = None if self.mask is None else self.mask[index]
+        indices = [self.indices[i] for i in index]
+        return CleanBatch(indices, self.x0[index], rows_of(self.condition, index), mask)
 
 
 @dataclass(frozen=True)
@@ -29,7 +99,7 @@ class NoisedBatch:
         draw_numbers: The number ``r`` of each example's draw; :attr:`draw` has them as a tensor.
         level_B: Noise levels.
         x_t: Noised examples, shape ``[B, ...]``.
-        timestep_B: What the network is told.
+        timestep_B: The time that the network is given.
         condition: Further keyword arguments of the network.
         target_BD: The target, flattened, in the working precision.
         weight_B: ``w_t r``.
@@ -37,12 +107,6 @@ class NoisedBatch:
         state_BD: ``x_t`` in the working precision, flattened, where the network sees it rounded;
             ``None`` for ``x_t`` itself.
     """
-
-    #: What has a row for each example
-    ROWS: ClassVar[tuple[str, ...]] = (
-        *("level_B", "x_t", "timestep_B", "condition"),
-        *("target_BD", "weight_B", "mask_BD", "state_BD"),
-    )
 
     indices: Sequence[int]
     draw_numbers: Sequence[int]
@@ -72,12 +136,16 @@ class NoisedBatch:
         state_BD = self.x_t.flatten(1) if self.state_BD is None else self.state_BD
         return state_BD.to(self.target_BD)
 
+    def _of_rows(self) -> list[str]:
+        """The fields with a row for each example, besides the numbers of example and draw."""
+        return [f.name for f in fields(self) if f.name not in ("indices", "draw_numbers")]
+
     def select(self, positions: Sequence[int]) -> Self:
         """The examples at some positions of the batch; those of a range are not copied."""
         index: slice | list[int] = list(positions)
         if isinstance(positions, range) and positions.step == 1:
             index = slice(positions.start, positions.stop)
-        rows = {name: rows_of(getattr(self, name), index) for name in self.ROWS}
+        rows = {name: rows_of(getattr(self, name), index) for name in self._of_rows()}
         indices, numbers = ([of[i] for i in positions] for of in (self.indices, self.draw_numbers))
         return replace(self, indices=indices, draw_numbers=numbers, **rows)
 
@@ -94,7 +162,7 @@ class NoisedBatch:
 
     @staticmethod
     def joined(batches: Sequence[NoisedBatch]) -> NoisedBatch:
-        """The same draw of several lots of examples as one batch."""
+        """One draw of several lots of examples as one batch."""
 
         def merge(rows: Sequence[Any]) -> Any:
             return torch.cat(list(rows)) if isinstance(rows[0], Tensor) else list(chain(*rows))
@@ -113,7 +181,9 @@ class NoisedBatch:
         def merged(*entries: Any) -> Any:
             return merge(entries) if has_rows(entries[0]) else entries[0]
 
-        rows = {name: mapped(merged, *(getattr(b, name) for b in batches)) for name in first.ROWS}
+        rows = {
+            name: mapped(merged, *(getattr(b, name) for b in batches)) for name in first._of_rows()
+        }
         for name in ("indices", "draw_numbers"):
             rows[name] = merge([list(getattr(b, name)) for b in batches])
         return replace(first, **rows)

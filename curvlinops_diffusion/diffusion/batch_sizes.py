@@ -18,8 +18,7 @@ _logger = logging.getLogger("curvlinops_diffusion")
 
 # examples of the two passes that are measured
 MEASURED = (2, 4)
-# no more is faster, on whatever device
-_MOST = 1024
+_MOST = 1024  # more are not faster, on whatever device
 
 
 def largest_batch_size(
@@ -29,13 +28,6 @@ def largest_batch_size(
 
     The other half is for factors, gradients and scores. A power of two, so that it stays the same
     where a little more or less is free; the same on all processes. On a GPU it is tried out.
-
-    Args:
-        objective: Supplies the network.
-        batch_of: Makes a noised batch of so many examples.
-
-    Returns:
-        The number of examples: from 1 to 1,024.
     """
     device = objective.device
 

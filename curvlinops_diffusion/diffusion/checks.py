@@ -7,7 +7,7 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 
-from curvlinops_diffusion.diffusion.conditions import has_rows
+from curvlinops_diffusion.diffusion.batch import has_rows
 from curvlinops_diffusion.runtime.sharded_networks import is_divided, is_sharded
 
 

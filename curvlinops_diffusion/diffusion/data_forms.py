@@ -1,4 +1,4 @@
-"""Forms of data: each as a source of batches, with what is known of their number."""
+"""Forms of data: each as a source of raw batches, which are taken apart here."""
 
 from __future__ import annotations
 
@@ -13,15 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from curvlinops_diffusion.diffusion.batch import rows_of
 from curvlinops_diffusion.diffusion.checks import check_condition, check_images
-from curvlinops_diffusion.diffusion.conditions import rows_of
-from curvlinops_diffusion.diffusion.loaders import (
-    check_loader,
-    check_whole,
-    iterated,
-    known_batches,
-    known_size,
-)
+from curvlinops_diffusion.diffusion.loaders import check_loader, check_whole, iterated, known_size
 from curvlinops_diffusion.runtime.messages import quoted
 from curvlinops_diffusion.runtime.plain import plain, plain_labels
 
@@ -31,149 +25,15 @@ ACCEPTED = (
     "a tensor of clean examples [N, ...], a dict of tensors with key 'x0', a Dataset, a "
     "DataLoader, or a list of batches"
 )
-
-ITEM_ACCEPTED = (
+_ITEM_ACCEPTED = (
     "Each batch (or item of a Dataset) must be a tensor of clean examples, a pair of these and "
     "integer labels or prompts, or a dict with key 'x0' whose other entries are passed to the "
     "model as keyword arguments"
 )
-
 #: Whether the batch of a number is asked for.
 Wanted = Callable[[int], bool]
-#: Runs the network on clean examples and their condition; whatever it raises, it cannot.
+#: Runs the network on clean examples and their condition, or raises whatever it raises.
 Run = Callable[[Tensor, dict[str, Any]], Any]
-#: A batch with its number and the index of its first example; without the batch, where it is not
-#: asked for, or comes after the last one.
-Numbered = tuple[int, int, Any]
-
-
-@dataclass(frozen=True)
-class BatchSource:
-    """Data as batches.
-
-    Attributes:
-        start: Starts an iteration over the wanted batches.
-        num_examples: The number of examples; ``None`` if only a pass over them would tell.
-        num_batches: The number of batches; ``None`` likewise.
-        batch_size: Examples in a batch; ``None`` where the data comes in batches.
-        in_memory: Whether the data is there as a whole, and so the same each time.
-    """
-
-    start: Callable[[Wanted], Iterator[Numbered]]
-    num_examples: int | None = None
-    num_batches: int | None = None
-    batch_size: int | None = None
-    in_memory: bool = False
-
-
-def batch_source(data: Any, batch_size: int, run: Run) -> BatchSource:
-    """The source of batches that some data is.
-
-    Args:
-        data: See :class:`~curvlinops_diffusion.NoisedRegression`.
-        batch_size: Examples in a batch, where the data does not come in batches.
-        run: Runs the network: tells a single example from a batch where their forms do not.
-
-    Raises:
-        ValueError: If the data is of no known form, or leaves out examples.
-    """
-    data = _whole_pair(data)
-    if isinstance(data, Tensor | Mapping):
-        return _of_rows(data, batch_size)
-    if isinstance(data, DataLoader):
-        check_loader(data)
-        if data.batch_sampler is None:  # what the data set yields, as it is
-            return _of_things(lambda: iterated(data), None, batch_size, run)
-        return BatchSource(_all_of(lambda: iterated(data)), known_size(data), known_batches(data))
-    if isinstance(data, IterableDataset):
-        check_whole(data)
-        raw: DataLoader[Any] = DataLoader(data, batch_size=None)
-        if _is_batch(_first(lambda: iterated(raw)), run):
-            return BatchSource(_all_of(lambda: iterated(raw)))
-        loader: DataLoader[Any] = DataLoader(data, batch_size, collate_fn=_collated)
-        return BatchSource(_all_of(lambda: iterated(loader)), batch_size=batch_size)
-    if _has_items(data):
-        return _of_items(data, batch_size)
-    if isinstance(data, Iterable) and not isinstance(data, str | bytes | Iterator | np.ndarray):
-        items = data if isinstance(data, Sequence) else None
-        return _of_things(lambda: iter(data), items, batch_size, run)
-    hint = " (it can be iterated only once)" if isinstance(data, Iterator) else ""
-    hint = " (pass torch.from_numpy(...) of it)" if isinstance(data, np.ndarray) else hint
-    hint = " (it has neither a length nor an iterator)" if isinstance(data, Dataset) else hint
-    raise ValueError(f"The data arrived as {type(data).__name__}{hint}. Pass {ACCEPTED}.")
-
-
-def _whole_pair(data: Any) -> Any:
-    """All examples and all labels or prompts, as a mapping; other data as it is."""
-    if isinstance(data, list | tuple) and len(data) == 2 and isinstance(data[0], Tensor):
-        x0, second = data
-        labels = isinstance(second, Tensor) and second.ndim > 0 and _whole(second)
-        prompts = isinstance(second, list | tuple) and all(isinstance(z, str) for z in second)
-        if (labels or prompts) and len(second) == len(x0):
-            x0, condition = split(data)
-            return {"x0": x0, **condition}
-    return data
-
-
-def _has_items(data: Any) -> bool:
-    """Whether items are got by their number; a ``datasets.Dataset`` is no torch one.
-
-    Lists and other sequences of Python may as well be of batches, if they are no ``Dataset``.
-    """
-    if isinstance(data, Sequence | np.ndarray) and not isinstance(data, Dataset):
-        return False
-    return hasattr(data, "__getitem__") and hasattr(data, "__len__")
-
-
-def _of_rows(data: Tensor | Mapping[str, Any], batch_size: int) -> BatchSource:
-    """Batches of what is there as a whole."""
-    x0, condition = split(data)
-    check_images(x0, 0)
-    check_condition(condition, len(x0))
-    whole = {"x0": x0, **condition}
-    return _by_number(
-        len(x0), batch_size, lambda chosen: (rows_of(whole, r) for r in chosen), in_memory=True
-    )
-
-
-def _of_items(data: Any, batch_size: int) -> BatchSource:
-    """Batches of items that are got by their number."""
-    if len(data) == 0:
-        return BatchSource(_all_of(lambda: ()), 0, 0)
-    try:
-        data[0]
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(
-            f"The data arrived as {type(data).__name__}, of which item 0 cannot be read "
-            f"({quoted(error)}). Pass {ACCEPTED}."
-        ) from error
-    return _by_number(len(data), batch_size, lambda chosen: _load(data, chosen))
-
-
-def _of_things(
-    again: Callable[[], Iterable[Any]],
-    items: Sequence[Any] | None,
-    batch_size: int,
-    run: Run,
-) -> BatchSource:
-    """Batches of what yields either batches or single examples.
-
-    Args:
-        again: Starts an iteration.
-        items: The sequence that is iterated over, if it is one.
-        batch_size: Examples in a batch, where single ones come.
-        run: Runs the network.
-    """
-    if not _is_single(_first(again), run):
-        return BatchSource(
-            _all_of(again),
-            num_batches=len(items) if isinstance(items, list | tuple) else None,
-            in_memory=isinstance(items, list | tuple),
-        )
-    if items is not None:
-        return _by_number(len(items), batch_size, lambda chosen: _load(items, chosen))
-    grouped = _all_of(lambda: (_collated(some) for some in batched(again(), batch_size)))
-    return BatchSource(grouped, batch_size=batch_size)
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -183,13 +43,99 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield some
 
 
-def _first(again: Callable[[], Iterable[Any]]) -> Any:
-    return next(iter(again()), None)
+#: A batch' number, the index of its first example, and the batch; ``None`` for one that is not
+#: wanted, and after the last one of a stream.
+Numbered = tuple[int, int, Any]
 
 
-# ---------------------------------------------------------------------------------------------
-# Iterations
-# ---------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Source:
+    """Data as raw batches; ``None`` for a number that only a pass over them would tell."""
+
+    start: Callable[[Wanted], Iterator[Numbered]]
+    num_examples: int | None = None
+    num_batches: int | None = None
+    batch_size: int | None = None  # None where the data comes in batches
+    in_memory: bool = False  # and so the same each time
+
+
+def source_of(data: Any, batch_size: int, run: Run) -> Source:
+    """Read the form of some data; ``run`` tells a single example from a batch where it does not."""
+    data = _whole_pair(data)
+    if isinstance(data, Tensor | Mapping):
+        x0, condition = split(data)
+        check_images(x0, 0)
+        check_condition(condition, len(x0))
+        whole = {"x0": x0, **condition}
+        rows = lambda chosen: (rows_of(whole, r) for r in chosen)  # noqa: E731
+        return _by_number(len(x0), batch_size, rows, in_memory=True)
+    if isinstance(data, DataLoader):
+        check_loader(data)
+        if data.batch_sampler is None:  # what the data set yields, as it is
+            return _of_things(lambda: iterated(data), None, batch_size, run)
+        size = known_size(data)
+        return Source(_all_of(lambda: iterated(data)), size, None if size is None else len(data))
+    if isinstance(data, IterableDataset):
+        check_whole(data)
+        raw: DataLoader[Any] = DataLoader(data, batch_size=None)
+        first = next(iterated(raw), None)
+        if not _runs_on([first], run, default_collate) and _runs_on(first, run):
+            return Source(_all_of(lambda: iterated(raw)))
+        loader: DataLoader[Any] = DataLoader(data, batch_size, collate_fn=_collated)
+        return Source(_all_of(lambda: iterated(loader)), batch_size=batch_size)
+    # lists and other sequences of Python may be of batches, if they are no Dataset; a
+    # datasets.Dataset is no torch one
+    sequence = isinstance(data, Sequence | np.ndarray) and not isinstance(data, Dataset)
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not sequence:
+        return _of_items(data, batch_size)
+    if isinstance(data, Iterable) and not isinstance(data, str | bytes | Iterator | np.ndarray):
+        items = data if isinstance(data, Sequence) else None
+        return _of_things(lambda: iter(data), items, batch_size, run)
+    hints = {
+        Iterator: " (it can be iterated only once)",
+        np.ndarray: " (pass torch.from_numpy(...) of it)",
+        Dataset: " (it has neither a length nor an iterator)",
+    }
+    hint = next((hint for kind, hint in hints.items() if isinstance(data, kind)), "")
+    raise ValueError(f"The data must be {ACCEPTED}, got {type(data).__name__}{hint}.")
+
+
+def _whole_pair(data: Any) -> Any:
+    """All examples and all labels or prompts, as a mapping; other data as it is."""
+    if isinstance(data, list | tuple) and len(data) == 2 and isinstance(data[0], Tensor):
+        x0, second = data
+        labels = isinstance(second, Tensor) and second.ndim > 0 and _is_label(second)
+        if (labels or _are_texts(second)) and len(second) == len(x0):
+            x0, condition = split(data)
+            return {"x0": x0, **condition}
+    return data
+
+
+def _of_items(data: Any, batch_size: int) -> Source:
+    """Batches of items that are looked up by their number."""
+    try:
+        if len(data):
+            data[0]
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"The data must be {ACCEPTED}, got {type(data).__name__}, of which item 0 cannot be "
+            f"read ({quoted(error)})."
+        ) from error
+    return _by_number(len(data), batch_size, lambda chosen: _load(data, chosen))
+
+
+def _of_things(
+    again: Callable[[], Iterable[Any]], items: Sequence[Any] | None, batch_size: int, run: Run
+) -> Source:
+    """Batches of what yields either batches or single examples; ``items`` if it is a sequence."""
+    if not _is_single(next(iter(again()), None), run):
+        there = isinstance(items, list | tuple)
+        num_batches = len(items) if items is not None and there else None
+        return Source(_all_of(again), num_batches=num_batches, in_memory=there)
+    if items is not None:
+        return _by_number(len(items), batch_size, lambda chosen: _load(items, chosen))
+    grouped = _all_of(lambda: map(_collated, batched(again(), batch_size)))
+    return Source(grouped, batch_size=batch_size)
 
 
 def _by_number(
@@ -197,7 +143,7 @@ def _by_number(
     batch_size: int,
     load: Callable[[list[slice]], Iterable[Any]],
     in_memory: bool = False,
-) -> BatchSource:
+) -> Source:
     """Batches of what can be loaded at any place."""
     num_batches = -(-count // batch_size)
 
@@ -206,15 +152,15 @@ def _by_number(
         slices = [slice(n * batch_size, min((n + 1) * batch_size, count)) for n in numbers]
         for number, part, batch in zip(numbers, slices, load(slices), strict=True):
             x0, _ = split(batch)
-            size = len(x0) if isinstance(x0, Tensor) else None
-            if size not in (None, part.stop - part.start):
+            size = part.stop - part.start
+            if isinstance(x0, Tensor) and len(x0) != size:
                 raise ValueError(
-                    f"{size} examples came where items {part.start} to {part.stop - 1} of the data "
-                    f"were asked for. Each of its {count} items must be one example."
+                    f"{len(x0)} examples came where items {part.start} to {part.stop - 1} of the "
+                    f"data were asked for. Each of its {count} items must be one example."
                 )
             yield number, part.start, batch
 
-    return BatchSource(start, count, num_batches, batch_size, in_memory)
+    return Source(start, count, num_batches, batch_size, in_memory)
 
 
 def _load(data: Any, chosen: list[slice]) -> Iterator[Any]:
@@ -242,33 +188,29 @@ def _all_of(batches: Callable[[], Iterable[Any]]) -> Callable[[Wanted], Iterator
 
 
 def _is_single(thing: Any, run: Run) -> bool:
-    """Whether a thing is a single example, where batches are expected."""
-    x0, beside = _parts(thing)
+    """Tell a single example from a batch, where batches are expected."""
+    x0, beside = thing, []
+    if isinstance(thing, Mapping):
+        x0, beside = thing.get("x0"), [value for key, value in thing.items() if key != "x0"]
+    elif isinstance(thing, list | tuple) and len(thing) in (1, 2):
+        x0, beside = thing[0], list(thing[1:])
     if not isinstance(x0, Tensor):
         return False
     of_one = [isinstance(z, str | int) or (isinstance(z, Tensor) and z.ndim == 0) for z in beside]
-    if of_one and all(of_one) and any(isinstance(z, str) or _whole(z) for z in beside):
+    if of_one and all(of_one) and any(isinstance(z, str) or _is_label(z) for z in beside):
         return True  # a label, a prompt or the like for it alone
-    if any(_is_of_rows(z, len(x0)) for z in beside if x0.ndim > 1):
-        return False
+    of_rows = (
+        (_are_texts(z) and len(z) == len(x0))
+        or (isinstance(z, Tensor) and z.shape == (len(x0),) and _is_label(z))
+        for z in beside
+    )
+    if x0.ndim > 1 and any(of_rows):
+        return False  # a label or a prompt for each
     return x0.ndim == 1 or (not _runs_on(thing, run) and _runs_on([thing], run, default_collate))
 
 
-def _is_of_rows(entry: Any, count: int) -> bool:
-    """Whether there is a label or a prompt for each of so many examples."""
-    if isinstance(entry, Tensor):
-        return entry.shape == (count,) and _whole(entry)
-    texts = isinstance(entry, list | tuple) and all(isinstance(z, str) for z in entry)
-    return texts and len(entry) == count
-
-
-def _is_batch(thing: Any, run: Run) -> bool:
-    """Whether a thing is a batch, where single examples are expected."""
-    return not _runs_on([thing], run, default_collate) and _runs_on(thing, run)
-
-
 def _runs_on(thing: Any, run: Run, batch_of: Callable[[Any], Any] = lambda thing: thing) -> bool:
-    """Whether the network takes some rows of a batch.
+    """Tell whether the network takes some rows of a batch.
 
     Other numbers of them than there are, as convolutions take an example without an axis of them.
     """
@@ -280,28 +222,19 @@ def _runs_on(thing: Any, run: Run, batch_of: Callable[[Any], Any] = lambda thing
     return False
 
 
-def _parts(thing: Any) -> tuple[Any, list[Any]]:
-    """The images of a batch or of a single example, and what is beside them."""
-    if isinstance(thing, Mapping):
-        return thing.get("x0"), [value for key, value in thing.items() if key != "x0"]
-    if isinstance(thing, list | tuple) and len(thing) in (1, 2):
-        return thing[0], list(thing[1:])
-    return thing, []
-
-
-def _whole(value: Any) -> bool:
-    """Whether a value may be a label."""
+def _is_label(value: Any) -> bool:
+    """Tell whether a value may be a label."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() and value.dtype != torch.bool
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def split(batch: Any) -> tuple[Any, dict[str, Any]]:
-    """The clean examples and the condition of a batch, as plain tensors.
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
 
-    Raises:
-        ValueError: If it is of no known form.
-    """
+
+def split(batch: Any) -> tuple[Any, dict[str, Any]]:
+    """The clean examples and the condition of a batch, as plain tensors."""
     x0, condition = _entries(batch)
     condition = {key: plain(value, f"'{key}' of the data") for key, value in condition.items()}
     if "class_labels" in condition:
@@ -313,7 +246,9 @@ def _entries(batch: Any) -> tuple[Any, dict[str, Any]]:
     """The clean examples and the condition of a batch, as they are given."""
     if isinstance(batch, Mapping):
         if "x0" not in batch:
-            raise ValueError(f"A batch arrived with keys {sorted(batch)}. {ITEM_ACCEPTED}.")
+            raise ValueError(
+                f"A batch must have the key 'x0', got keys {sorted(batch)}. {_ITEM_ACCEPTED}."
+            )
         return batch["x0"], {key: value for key, value in batch.items() if key != "x0"}
     if isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[0], Tensor):
         x0, second = batch
@@ -325,30 +260,30 @@ def _entries(batch: Any) -> tuple[Any, dict[str, Any]]:
         batch = batch[0]
     if not isinstance(batch, Tensor):
         size = f" of length {len(batch)}" if isinstance(batch, Sequence) else ""
-        raise ValueError(f"A batch arrived as {type(batch).__name__}{size}. {ITEM_ACCEPTED}.")
+        raise ValueError(
+            f"A batch must be of a known form, got {type(batch).__name__}{size}. {_ITEM_ACCEPTED}."
+        )
     return batch, {}
 
 
 def _collated(items: list[Any]) -> Any:
-    """Items as a batch.
+    """Items as a batch."""
 
-    Raises:
-        ValueError: If they hold something that no network takes.
-    """
+    def shown(value: Any) -> str:
+        if isinstance(value, Tensor):
+            return f"a tensor of shape {tuple(value.shape)}"
+        inside = (
+            f" of {type(value[0]).__name__}" if isinstance(value, list | tuple) and value else ""
+        )
+        return type(value).__name__ + inside
+
     try:
         return default_collate(items)
     except (TypeError, RuntimeError, KeyError) as error:
         first = items[0]
         entries = first.items() if isinstance(first, Mapping) else [("item", first)]
-        shown = ", ".join(f"'{key}' as {_shown(value)}" for key, value in entries)
+        held = ", ".join(f"'{key}' as {shown(value)}" for key, value in entries)
         raise ValueError(
-            f"Items of the data cannot be put into a batch: they hold {shown} "
-            f"({quoted(error)}). {ITEM_ACCEPTED}."
+            f"Items of the data cannot be put into a batch: they hold {held} ({quoted(error)}). "
+            f"{_ITEM_ACCEPTED}."
         ) from error
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    inside = f" of {type(value[0]).__name__}" if isinstance(value, list | tuple) and value else ""
-    return type(value).__name__ + inside

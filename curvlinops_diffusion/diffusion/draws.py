@@ -13,18 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import Enum, IntEnum
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.diffusion.random_numbers import (
-    ProbeType,
-    _generator,
-    _Stream,
-    _unit_probe,
-)
 from curvlinops_diffusion.diffusion.timesteps import (
     ListedTimesteps,
     StratifiedTimesteps,
@@ -34,7 +29,43 @@ from curvlinops_diffusion.diffusion.timesteps import (
 )
 from curvlinops_diffusion.runtime.checks import check_count
 
-DEFAULT_NUM_DRAWS = 8
+_DEFAULT_NUM_DRAWS = 8
+
+
+class ProbeType(str, Enum):
+    """Distribution of the entries of a loss vector; both have mean zero and variance one.
+
+    Attributes:
+        RADEMACHER: ``'rademacher'``, ±1 with equal probability (less variance).
+        GAUSSIAN: ``'gaussian'``, standard normal.
+    """
+
+    RADEMACHER = "rademacher"
+    GAUSSIAN = "gaussian"
+
+
+class _Stream(IntEnum):
+    """Independent sequences of random numbers under one seed."""
+
+    TIMESTEP = 0
+    NOISE = 1
+    PROBE = 2
+    LATENT = 3
+    CONDITION = 4
+    AUGMENTATION = 5
+    FUNCTION = 6
+    OFFSET = 7
+    PERTURBATION = 8
+    POSITIONS = 9
+    SIGNS = 10
+
+
+def _unit_probe(generator: np.random.Generator, size: int, probe_type: ProbeType) -> Tensor:
+    """``size`` entries of mean zero and variance one, float32."""
+    if probe_type is ProbeType.GAUSSIAN:
+        return torch.from_numpy(generator.standard_normal(size, dtype=np.float32))
+    bits = np.unpackbits(np.frombuffer(generator.bytes((size + 7) // 8), np.uint8), count=size)
+    return torch.from_numpy(bits.astype(np.float32) * 2 - 1)
 
 
 @dataclass(frozen=True)
@@ -60,15 +91,12 @@ class Draws:
     part: tuple[int, int] = (0, 1)
 
     def divided(self, number: int, count: int) -> Draws:
-        """One of ``count`` parts with equally many draws, of which these are the whole.
-
-        Raises:
-            ValueError: If the draws are no multiple of so many pairs or lists of levels.
-        """
-        if self.num_draws % (count * self.rounded_up(1)) or self.part != (0, 1):
+        """One of ``count`` parts with equally many draws, of which these are the whole."""
+        multiple = count * self.rounded_up(1)
+        if self.num_draws % multiple or self.part != (0, 1):
             raise ValueError(
-                f"num_draws={self.num_draws} arrived to be divided into {count} parts. Pass a "
-                f"multiple of {count * self.rounded_up(1)}."
+                f"`num_draws` must be a multiple of {multiple} to be divided into {count} parts, "
+                f"got {self.num_draws}."
             )
         return replace(self, num_draws=self.num_draws // count, part=(number, count))
 
@@ -80,7 +108,7 @@ class Draws:
 
     @property
     def uniform_levels(self) -> bool:
-        """Whether every noise level is drawn equally often on average."""
+        """True if every noise level is drawn equally often on average."""
         if isinstance(self.timesteps, ListedTimesteps):
             counts = np.bincount(self.timesteps.levels, minlength=self.num_levels)
             return bool((counts == counts[0]).all())
@@ -100,16 +128,28 @@ class Draws:
         """The number of what both draws of a pair share."""
         return self._of_whole(r) // self._copies
 
+    def _generator(
+        self, stream: _Stream, n: int = 0, number: int = 0, k: int = 0
+    ) -> np.random.Generator:
+        """Random numbers at a key and counter, whose lowest word counts them."""
+        philox = np.random.Philox(key=[self.seed, stream], counter=[0, k, number, n])
+        return np.random.Generator(philox)
+
     def levels(self, n_B: Sequence[int], r: int) -> Tensor:
         """Noise level of draw ``r`` of the examples ``n_B``, shape ``[B]``, int64."""
         sampled = self._sampled(r)
         if isinstance(self.timesteps, ListedTimesteps):
             listed = self.timesteps.levels
             return torch.full((len(n_B),), listed[sampled % len(listed)], dtype=torch.int64)
+
+        def uniform(n: int, number: int) -> float:
+            return self._generator(_Stream.TIMESTEP, n, number).random()
+
         different = self.num_draws * self.part[1] // self._copies
-        return torch.from_numpy(
-            self.timesteps.levels(self.seed, np.asarray(n_B), sampled, different, self.num_levels)
+        levels_B = self.timesteps.levels(
+            uniform, np.asarray(n_B), sampled, different, self.num_levels
         )
+        return torch.from_numpy(levels_B)
 
     def noise(self, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
         """Noise of draw ``r`` of the examples ``n_B``, shape ``[B, *shape]``.
@@ -156,39 +196,14 @@ class Draws:
             Their numbers, rising, shape ``[B, count]``.
         """
         number = self._of_whole(r)
-        uniform = [_generator(self.seed, _Stream.POSITIONS, n, number).random(count) for n in n_B]
+        uniform = [self._generator(_Stream.POSITIONS, n, number).random(count) for n in n_B]
         places = (np.stack(uniform) + np.arange(count)) * (size / count)
         return torch.from_numpy(places.astype(np.int64)).clamp_(max=size - 1)
 
-    def _uniform(self, stream: _Stream, n_B: Sequence[int], r: int) -> list[float]:
-        """Numbers that both draws of a pair share."""
-        return [_generator(self.seed, stream, n, self._sampled(r)).random() for n in n_B]
-
-    def _signed(self, stream: _Stream, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
-        """Normal numbers that both draws of a pair share but for the sign."""
-        drawn = self._normal(stream, n_B, self._sampled(r), shape)
-        return -drawn if self.antithetic and r % 2 else drawn
-
-    def _normal(self, stream: _Stream, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
-        size = tuple(shape)
-        # by NumPy alone, in whose functions other threads go on
-        drawn = [_generator(self.seed, stream, n, r) for n in n_B]
-        rows = [generator.standard_normal(size, dtype=np.float32) for generator in drawn]
-        return torch.from_numpy(np.stack(rows))
-
     def probe(self, n_B: Sequence[int], r: int, k: int, size: int, probe_type: ProbeType) -> Tensor:
         """Loss vector ``k`` of draw ``r``: ``E[u uᵀ] = I``, shape ``[B, size]``."""
-        number = self._of_whole(r)
-        return torch.stack(
-            [
-                torch.from_numpy(
-                    _unit_probe(
-                        _generator(self.seed, _Stream.PROBE, n, number, k), size, probe_type
-                    )
-                )
-                for n in n_B
-            ]
-        )
+        of = [self._generator(_Stream.PROBE, n, self._of_whole(r), k) for n in n_B]
+        return torch.stack([_unit_probe(generator, size, probe_type) for generator in of])
 
     def signs(self, n: int, r: int, k: int, size: int) -> Tensor:
         """Random signs ``k`` along which draw ``r`` of example ``n`` is measured, shape ``[size]``.
@@ -196,47 +211,47 @@ class Draws:
         Independent of each other for all ``(n, r, k)``, both draws of a pair included, and of the
         loss vectors that curvature is made from.
         """
-        generator = _generator(self.seed, _Stream.SIGNS, n, self._of_whole(r), k)
-        return torch.from_numpy(_unit_probe(generator, size, ProbeType.RADEMACHER))
+        generator = self._generator(_Stream.SIGNS, n, self._of_whole(r), k)
+        return _unit_probe(generator, size, ProbeType.RADEMACHER)
+
+    def _uniform(self, stream: _Stream, n_B: Sequence[int], r: int) -> list[float]:
+        """Numbers that both draws of a pair share."""
+        return [self._generator(stream, n, self._sampled(r)).random() for n in n_B]
+
+    def _signed(self, stream: _Stream, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
+        """Normal numbers that both draws of a pair share but for the sign."""
+        drawn = self._normal(stream, n_B, self._sampled(r), shape)
+        return -drawn if self.antithetic and r % 2 else drawn
+
+    def _normal(
+        self, stream: _Stream, n_B: Sequence[int], number: int, shape: Sequence[int]
+    ) -> Tensor:
+        size = tuple(shape)
+        # by NumPy alone, in whose functions other threads go on
+        generators = [self._generator(stream, n, number) for n in n_B]
+        return torch.from_numpy(
+            np.stack([each.standard_normal(size, dtype=np.float32) for each in generators])
+        )
 
 
 def make_draws(
-    timesteps: Any,
-    num_draws: int | None,
-    seed: int,
-    num_levels: int,
-    antithetic: bool = False,
+    timesteps: Any, num_draws: int | None, seed: int, num_levels: int, antithetic: bool = False
 ) -> Draws:
-    """Check a user's choice of draws.
-
-    Args:
-        timesteps: See :func:`timestep_scheme`.
-        num_draws: Draws for each example. ``None``: 8, or the length of a list of levels (twice
-            that for pairs).
-        seed: The seed.
-        num_levels: The number of noise levels.
-        antithetic: Whether draws come in pairs of noise and negated noise.
-
-    Raises:
-        ValueError: If the seed or the number of draws is out of range, or a list of levels or the
-            pairs would not be passed through a whole number of times (the average would be
-            lopsided).
-    """
+    """Check a user's choice of draws."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed={seed!r} arrived. Pass a whole number from 0 to 2**64 - 1.")
+        raise ValueError(f"`seed` must be a whole number from 0 to 2**64 - 1, got {seed!r}.")
     scheme = timestep_scheme(timesteps, num_levels)
     draws = Draws(seed, 1, num_levels, scheme, bool(antithetic))
+    multiple = draws.rounded_up(1)
     if num_draws is None:
         listed = isinstance(scheme, ListedTimesteps)
-        num_draws = draws.rounded_up(1 if listed else DEFAULT_NUM_DRAWS)
-    check_count("num_draws", num_draws)
-    multiple = draws.rounded_up(1)
-    if num_draws % multiple != 0:
-        what = f"a list of {multiple} levels" if not antithetic else "antithetic pairs"
-        if antithetic and multiple > 2:
-            what += f" at each of {multiple // 2} listed levels"
+        num_draws = multiple if listed else draws.rounded_up(_DEFAULT_NUM_DRAWS)
+    if check_count("num_draws", num_draws) % multiple != 0:
+        listed_levels = multiple // (2 if antithetic else 1)
+        what = [f"{listed_levels} listed levels"] if listed_levels > 1 else []
+        what += ["antithetic pairs"] if antithetic else []
         raise ValueError(
-            f"num_draws={num_draws} arrived with {what}. Pass a multiple of {multiple}, or "
-            f"num_draws=None for {'8' if multiple == 2 else 'each once'}."
+            f"`num_draws` must be a multiple of {multiple} with {' and '.join(what)}, got "
+            f"{num_draws}."
         )
     return replace(draws, num_draws=num_draws)

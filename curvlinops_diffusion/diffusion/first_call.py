@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.diffusion.conditions import leaves
-from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.diffusion.batch import CleanBatch, NoisedBatch, leaves
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 
 _LONGEST = 400

@@ -1,9 +1,9 @@
-"""What a pipeline shows its network, found by running it with stand-ins for its parts.
+"""Find what a pipeline shows its network by running it with stand-ins for its parts.
 
 Pipelines of ``diffusers`` differ in the arguments that their network takes, in how latents are
-scaled and arranged, and in how times are told. All of it can be seen from outside: while the
+scaled and arranged, and in how times are passed. All of it can be seen from outside: while the
 pipeline samples, its network notes what it is given and answers at random, its scheduler passes
-samples on, and its decoder notes what arrives.
+samples on, and its decoder notes what comes to it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from curvlinops_diffusion.diffusion.adapted_denoiser import length_of
 from curvlinops_diffusion.diffusion.latents import LatentEncoder
 from curvlinops_diffusion.runtime.digests import digest_of
 from curvlinops_diffusion.runtime.messages import quoted
@@ -47,28 +46,20 @@ _TIMES = ("timestep", "timesteps", "t")
 
 @dataclass
 class Seen:
-    """What was seen of a pipeline's sampling.
+    """Records a pipeline's sampling."""
 
-    Attributes:
-        condition: The network's arguments besides image and time, as in its first call. Lists of
-            tensors of several lengths are :func:`padded`.
-        image: The images that it was given there.
-        listed: Whether it was given them as a list, each with an axis of frames.
-        names: What it calls image and time.
-        ragged: The names of the entries that are padded.
-        times: The times that it was told, and those that the scheduler counts by, of each step.
-        signs: The sign with which its answer reached the scheduler, of each step; zero for none.
-        decoded: What the decoder was given.
-    """
-
+    # the network's arguments besides image and time, as in its first call; lists of tensors of
+    # several lengths are padded, under the names in ``ragged``
     condition: dict[str, Any] = field(default_factory=dict)
-    image: Tensor | None = None
-    listed: bool = False
-    names: tuple[str, str] = ("", "")
     ragged: list[str] = field(default_factory=list)
+    image: Tensor | None = None  # the images that it was given there
+    listed: bool = False  # as a list, each with an axis of frames
+    names: tuple[str, str] = ("", "")  # of its arguments image and time
+    # the times that it was given, and those that the scheduler counts by, of each step
     times: list[tuple[float, float]] = field(default_factory=list)
+    # the sign with which its answer reached the scheduler, of each step; zero for none
     signs: list[int] = field(default_factory=list)
-    decoded: Tensor | None = None
+    decoded: Tensor | None = None  # what the decoder was given
 
 
 class _DecodedError(Exception):
@@ -84,19 +75,7 @@ def seen_of(
     arguments: Mapping[str, Any],
     latents: Tensor | None = None,
 ) -> Seen:
-    """Run a pipeline without running its network.
-
-    Args:
-        pipeline: The pipeline.
-        model: Its network.
-        prompts: The prompts.
-        size: Height and width of the images, in pixels.
-        arguments: Arguments of training (:func:`training_arguments`), in place of its defaults.
-        latents: What sampling starts from, in the network's terms; ``None`` for noise.
-
-    Raises:
-        ValueError: If the pipeline fails.
-    """
+    """Run a pipeline without running its network."""
     seen, asked = Seen(), inspect.signature(pipeline.__call__).parameters
     given: dict[str, Any] = {"height": size[0], "width": size[1], "latents": latents}
     given |= {"num_inference_steps": _STEPS, **_PLAIN, **arguments}
@@ -121,8 +100,7 @@ def seen_of(
     except Exception as error:
         raise ValueError(
             f"The {type(pipeline).__name__} failed when it was asked for {size[0]}×{size[1]} "
-            f"pixels, to see what it shows its network ({quoted(error)}). "
-            f"{BY_HAND}"
+            f"pixels, to see what it shows its network ({quoted(error)}). {BY_HAND}"
         ) from error
     return seen
 
@@ -149,7 +127,7 @@ def _stand_ins(pipeline: Any, model: nn.Module, seen: Seen, length: int | None) 
         if seen.image is None:
             seen.image, seen.listed, seen.names = image, listed, (image_name, time_name)
             for name, entry in bound.items():
-                if _is_ragged(entry):
+                if isinstance(entry, list) and all(isinstance(row, Tensor) for row in entry):
                     seen.ragged.append(name)
                     seen.condition |= padded(name, entry, length)
                 elif entry is not None and entry != {}:
@@ -201,46 +179,24 @@ def _stand_ins(pipeline: Any, model: nn.Module, seen: Seen, length: int | None) 
 
 @dataclass(frozen=True)
 class Interface:
-    """How a pipeline's network is spoken to.
+    """How a pipeline's network is spoken to."""
 
-    Attributes:
-        scale: Factor and summand from the scheduler's times to those that the network is told.
-        sign: The sign with which the network's answer is what the scheduler takes.
-        names: What the network calls images and times.
-        listed: Whether it takes lists of images.
-        ragged: The entries of the condition that are lists of tensors of several lengths.
-        pack: Maps latents to the form that the network takes; ``None`` for the identity.
-        frames: Whether the autoencoder takes images as videos of one frame.
-        shared: The entries of the condition that all examples of a batch share.
-        of_size: Those that depend on the images' size (positions, say), and on no prompt.
-    """
-
-    scale: tuple[float, float]
-    sign: int
-    names: tuple[str, str]
-    listed: bool
-    ragged: list[str]
-    pack: Callable[[Tensor], Tensor] | None
-    frames: bool
-    shared: list[str]
-    of_size: list[str]
-
-
-def packed(z: Tensor) -> Tensor:
-    """Latents ``[B, C, H, W]`` as tokens of 2×2, ``[B, H W / 4, 4 C]``."""
-    B, C, H, W = z.shape
-    tokens = z.reshape(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return tokens.reshape(B, H * W // 4, 4 * C)
+    scale: tuple[float, float]  # factor and summand from the scheduler's times to the network's
+    sign: int  # with which the network's answer is what the scheduler takes
+    names: tuple[str, str]  # of its arguments image and time
+    listed: bool  # whether it takes lists of images
+    ragged: list[str]  # the entries of the condition that are lists of tensors of several lengths
+    pack: Callable[[Tensor], Tensor] | None  # of latents to its form; None for the identity
+    frames: bool  # whether the autoencoder takes images as videos of one frame
+    shared: list[str]  # the entries of the condition that all examples of a batch share
+    of_size: list[str]  # those that depend on the images' size (positions, say), and on no prompt
 
 
 def interface_of(pipeline: Any, model: nn.Module, arguments: Mapping[str, Any]) -> Interface:
     """Find out how a pipeline's network is spoken to, and check it.
 
-    What is put into the pipeline as a latent, scaled and arranged as training would, must arrive at
+    What is put into the pipeline as a latent, scaled and arranged as training would, must come to
     its decoder as it was.
-
-    Raises:
-        ValueError: If the pipeline does something else.
     """
     name, size = type(pipeline).__name__, (SIZE, SIZE)
     first = seen_of(pipeline, model, ["a"], size, arguments)
@@ -258,24 +214,33 @@ def interface_of(pipeline: Any, model: nn.Module, arguments: Mapping[str, Any]) 
     put = encoder(torch.zeros(1, 3, *size), {})
     for latents in _forms(put.mean, first.image.shape, z):
         try:
-            arrived = seen_of(pipeline, model, ["a"], size, arguments, latents).decoded
+            found = seen_of(pipeline, model, ["a"], size, arguments, latents).decoded
         except ValueError:  # it takes them in another form
             continue
-        if arrived is not None and arrived.shape == z.shape and _near(arrived.to(z), z):
-            two = seen_of(pipeline, model, ["a", "a"], size, arguments)
-            wide = seen_of(pipeline, model, ["a"], (SIZE, 2 * SIZE), arguments)
-            return Interface(
-                _affine(name, first.times),
-                first.signs[0],
-                first.names,
-                first.listed,
-                first.ragged,
-                pack,
-                frames,
-                _shared_entries(first.condition, two.condition),
-                _other_entries(first.condition, wide.condition),
-            )
+        if found is None or found.shape != z.shape or not _near(found.to(z), z):
+            continue
+        two = seen_of(pipeline, model, ["a", "a"], size, arguments).condition
+        wide = seen_of(pipeline, model, ["a"], (SIZE, 2 * SIZE), arguments).condition
+        one = first.condition
+        return Interface(
+            _affine(name, first.times),
+            first.signs[0],
+            first.names,
+            first.listed,
+            first.ragged,
+            pack,
+            frames,
+            shared=[key for key in one if _is_shared(one[key], two[key])],
+            of_size=[key for key in one if digest_of(one[key]) != digest_of(wide.get(key))],
+        )
     raise _unknown(name, "latents are scaled or arranged in another way than by its VAE's config")
+
+
+def _is_shared(one: Any, two: Any) -> bool:
+    """Tell whether an entry is as long for one example as for two."""
+    if isinstance(one, Tensor):
+        return bool(one.shape == two.shape)
+    return isinstance(one, list) and len(one) == len(two)
 
 
 def _forms(latents: Tensor, shape: torch.Size, z: Tensor) -> Iterator[Tensor]:
@@ -296,57 +261,68 @@ def _near(one: Tensor, other: Tensor) -> bool:
 
 def _affine(name: str, times: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Factor and summand that lead from the scheduler's times to the network's."""
-    (told, counted), *_, (told_last, counted_last) = times
-    factor = (told_last - told) / (counted_last - counted)
-    summand = told - factor * counted
+    (given, counted), *_, (given_last, counted_last) = times
+    factor = (given_last - given) / (counted_last - counted)
+    summand = given - factor * counted
     if any(abs(factor * c + summand - t) > 1e-3 * max(1.0, abs(t)) for t, c in times):
-        raise _unknown(name, "its network is told the time in an unknown form")
+        raise _unknown(name, "its network is given the time in an unknown form")
     return round(factor, 9), 0.0 if abs(summand) < 1e-6 else summand
 
 
 def _unknown(name: str, why: str) -> ValueError:
-    return ValueError(
-        f"The pipeline arrived as {name}, of which the objective cannot be read off: {why}. "
-        f"{BY_HAND}"
-    )
+    return ValueError(f"The objective cannot be read off a {name}: {why}. {BY_HAND}")
 
 
-def _shared_entries(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
-    """The entries that are as long in a condition of one example as in that of two."""
-    return [
-        name
-        for name, entry in one.items()
-        if (isinstance(entry, Tensor) and entry.shape == two[name].shape)
-        or (isinstance(entry, list) and len(entry) == len(two[name]))
-    ]
+# ---------------------------------------------------------------------------------------------
+# Forms of latents and embeddings
+# ---------------------------------------------------------------------------------------------
 
 
-def _other_entries(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """The entries that differ."""
-    return [name for name, entry in one.items() if digest_of(entry) != digest_of(other.get(name))]
-
-
-def _is_ragged(entry: Any) -> bool:
-    """Whether an entry is a list of tensors, one for each example."""
-    return isinstance(entry, list) and all(isinstance(row, Tensor) for row in entry)
+def packed(z: Tensor) -> Tensor:
+    """Latents ``[B, C, H, W]`` as tokens of 2×2, ``[B, H W / 4, 4 C]``."""
+    B, C, H, W = z.shape
+    tokens = z.reshape(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return tokens.reshape(B, H * W // 4, 4 * C)
 
 
 def padded(name: str, rows: Sequence[Tensor], length: int | None) -> dict[str, Tensor]:
-    """Embeddings of several lengths ``[L_b, E]`` as one entry ``[B, length, E]``, and the lengths.
-
-    Raises:
-        ValueError: If one is longer.
-    """
+    """Embeddings ``[L_b, E]`` as one entry ``[B, length, E]``, and their lengths."""
     lengths = [len(row) for row in rows]
     if length is None or max(lengths) > length:
         raise ValueError(f"{name} has rows of lengths {lengths}, and the longest is {length}")
     filled = [pad(row, (0, 0, 0, length - len(row))) for row in rows]
-    return {name: torch.stack(filled), length_of(name): torch.tensor(lengths)}
+    return {name: torch.stack(filled), _length_of(name): torch.tensor(lengths)}
 
 
-def repeated(entry: Any, count: int) -> Any:
-    """An entry that all examples share, once for each of them."""
-    return entry.expand(count, *entry.shape) if isinstance(entry, Tensor) else [entry] * count
+def _length_of(entry: str) -> str:
+    """The entry of a condition with the lengths of a padded one."""
+    return f"{entry}_length"
+
+
+class AdaptedDenoiser(nn.Module):
+    """A pipeline's network, called like any other. Its parameters are called ``transformer.…``."""
+
+    def __init__(self, transformer: nn.Module, interface: Interface):
+        super().__init__()
+        self.transformer = transformer
+        self._interface = interface
+
+    @property
+    def config(self) -> Any:
+        """The network's."""
+        return self.transformer.config
+
+    def forward(self, sample: Tensor, timestep: Tensor, **entries: Any) -> tuple[Tensor]:
+        """Denoise a batch of images; padded entries ``[B, L, E]`` stand beside their lengths."""
+        own = self._interface
+        for name in own.ragged:
+            rows = zip(entries[name], entries.pop(_length_of(name)).tolist(), strict=True)
+            entries[name] = [row[:length] for row, length in rows]
+        image, time = own.names
+        images = list(sample.unsqueeze(2)) if own.listed else sample
+        answer = self.transformer(**{image: images, time: timestep}, **entries, return_dict=False)
+        prediction: Tensor = torch.stack(answer[0]).squeeze(2) if own.listed else answer[0]
+        return (own.sign * prediction,)
 
 
 class Frames:

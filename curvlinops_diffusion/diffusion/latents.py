@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvlinops_diffusion.diffusion.conditions import leaves, nested
-from curvlinops_diffusion.runtime.digests import Named, digest_of, fingerprint, raw_bytes
+from curvlinops_diffusion.diffusion.batch import leaves
+from curvlinops_diffusion.runtime.digests import Named, digest_of, fingerprint
 from curvlinops_diffusion.runtime.files import FileKind, make_folder
 from curvlinops_diffusion.runtime.unchanged import touched
 
-LATENTS = FileKind("condition", "the latents' cache", "Delete it; it will be written again.")
+_LATENTS = FileKind("condition", "the latents' cache", "Delete it; it will be written again.")
 
 
 @dataclass(frozen=True)
@@ -39,35 +37,24 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Packing:
-    """How latents are arranged for the network.
+    """How latents are arranged for the network."""
 
-    Attributes:
-        shape: The shape of an example's latents before, channels first.
-        pack: Maps latents ``[B, *shape]`` to the form that the network takes.
-    """
-
-    shape: tuple[int, ...]
-    pack: Callable[[Tensor], Tensor]
+    shape: tuple[int, ...]  # of an example's latents before, channels first
+    pack: Callable[[Tensor], Tensor]  # of latents ``[B, *shape]``
 
 
 def check_encoded(encoded: Any) -> None:
-    """Check what ``encode`` returns.
-
-    Raises:
-        ValueError: If it is of another kind.
-    """
-    if not all(hasattr(encoded, name) for name in ("mean", "std", "condition")):
-        raise ValueError(
-            f"encode returned a {type(encoded).__name__}. It must return "
-            "curvlinops_diffusion.Encoded(mean, std, condition), with std=None for data that is "
-            "not drawn."
-        )
-    for name in ("mean", "std"):
-        value = getattr(encoded, name)
-        if not isinstance(value, Tensor) and not (name == "std" and value is None):
-            raise ValueError(
-                f"{name} of what encode returned is a {type(value).__name__}. Return a tensor."
-            )
+    """Check what ``encode`` returns."""
+    wrong = f"a {type(encoded).__name__}"
+    if all(hasattr(encoded, name) for name in ("mean", "std", "condition")):
+        mean, std = encoded.mean, encoded.std
+        if isinstance(mean, Tensor) and (std is None or isinstance(std, Tensor)):
+            return
+        wrong = f"mean of type {type(mean).__name__} and std of type {type(std).__name__}"
+    raise ValueError(
+        "`encode` must return curvlinops_diffusion.Encoded(mean, std, condition), with tensors "
+        f"(std=None for data that is not drawn), got {wrong}."
+    )
 
 
 class LatentEncoder:
@@ -113,8 +100,8 @@ class LatentEncoder:
     ):
         if vae is not None and not (hasattr(vae, "encode") and hasattr(vae, "config")):
             raise ValueError(
-                f"The autoencoder arrived as {type(vae).__name__}. Pass an AutoencoderKL or a "
-                "VQModel of diffusers, or None."
+                "The autoencoder must be an AutoencoderKL or a VQModel of diffusers, or None, got "
+                f"{type(vae).__name__}."
             )
         upcast = vae is not None and vae.config.get("force_upcast")
         if upcast and next(vae.parameters()).dtype == torch.float16:
@@ -125,8 +112,7 @@ class LatentEncoder:
         self._vae = vae
         self._sample = sample
         self._embed = embed
-        self._pack = (lambda z: z) if pack is None else pack
-        self._packs = pack is not None
+        self._pack = pack
         self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # of latents, by the images'
         self._cache = None if cache is None else Path(cache)
         self._modules = [m for m in (vae, *encoders) if m is not None]
@@ -139,10 +125,8 @@ class LatentEncoder:
         return digest_of(self._made_of())
 
     def _made_of(self) -> list[Any]:
-        """What the result depends on besides the data."""
         functions = [name.first for name in self._functions]
-        own = [self._transform(), self._settings]
-        return [self._fingerprints(), self._sample, *functions, *own]
+        return [self._fingerprints(), self._sample, *functions, self._transform(), self._settings]
 
     @cached_property
     def _functions(self) -> list[Named]:
@@ -158,7 +142,7 @@ class LatentEncoder:
         if self._cache is None:
             _ = self._functions  # before they are called
             return self._encode(x0, condition)
-        path = self._cache / f"{self._digest(x0, condition)}.safetensors"
+        path = self._cache / f"{digest_of(self._made_of(), x0, condition)}.safetensors"
         if path.exists():
             return _read(path)
         encoded = self._encode(x0, condition)
@@ -168,12 +152,13 @@ class LatentEncoder:
 
     def _encode(self, x0: Tensor, condition: dict[str, Any]) -> Encoded:
         condition = condition if self._embed is None else self._embed(x0, condition)
+        pack = self._pack or (lambda z: z)
         if self._vae is None:
-            return Encoded(self._pack(x0), None, condition)
+            return Encoded(pack(x0), None, condition)
         mean, std = self._latents(x0)
         shift, scale = self._shift_and_scale(mean)
-        std = None if std is None or not self._sample else self._pack(std * scale)
-        return Encoded(self._pack((mean - shift) * scale), std, condition)
+        std = None if std is None or not self._sample else pack(std * scale)
+        return Encoded(pack((mean - shift) * scale), std, condition)
 
     def _latents(self, x0: Tensor) -> tuple[Any, Any]:
         """Mean and deviation of the images' latents, the deviation ``None`` for none."""
@@ -188,7 +173,7 @@ class LatentEncoder:
     @torch.no_grad()
     def packing(self, x0: Tensor) -> Packing | None:
         """The arrangement of the latents of images ``[B, ...]``; ``None`` where it is theirs."""
-        if not self._packs:
+        if self._pack is None:
             return None
         shape = tuple(x0.shape[1:])
         if self._vae is not None and shape not in self._shapes:  # they were read from the cache
@@ -202,17 +187,18 @@ class LatentEncoder:
         return {key: config.get(key) for key in keys if config.get(key) is not None}
 
     def _shift_and_scale(self, latents: Tensor) -> tuple[Any, Any]:
-        """What is subtracted from latents ``[B, C, ...]``, and what they are multiplied by.
-
-        Raises:
-            ValueError: If the autoencoder's config has two shifts.
-        """
+        """Shift and scale of latents ``[B, C, ...]``: ``(z - shift) * scale``."""
         found = self._transform()
         norm = getattr(self._vae, "bn", None)
-        eps = None if self._vae is None else self._vae.config.get("batch_norm_eps")
-        if norm is not None and eps is not None:
-            variance = norm.running_var + eps
-            return _tiled(norm.running_mean, latents), 1 / _tiled(variance.sqrt(), latents)
+        eps = self._vae.config.get("batch_norm_eps")
+        if norm is not None and eps is not None:  # of the channels of 2×2 latents
+            _, C, H, W = latents.shape
+            statistics = (norm.running_mean, (norm.running_var + eps).sqrt())
+            mean, std = (
+                values.to(latents).reshape(1, C, 2, 2).repeat(1, 1, H // 2, W // 2)
+                for values in statistics
+            )
+            return mean, 1 / std
         shift, scale = found.get("shift_factor", 0.0), found.get("scaling_factor") or 1.0
 
         def of_channels(key: str) -> Tensor:
@@ -239,42 +225,28 @@ class LatentEncoder:
             self._known = now, [fingerprint(module) for module in modules]
         return self._known[1]
 
-    def _digest(self, x0: Tensor, condition: dict[str, Any]) -> str:
-        digest = sha256(json.dumps([self._made_of(), str(x0.dtype)]).encode())
-        for name, value in [("x0", x0), *leaves(condition)]:
-            digest.update(name.encode())
-            if isinstance(value, Tensor):
-                digest.update(str((value.dtype, tuple(value.shape))).encode())
-                digest.update(raw_bytes(value))
-            else:
-                digest.update(json.dumps(value).encode())
-        return digest.hexdigest()
-
-
-def _tiled(values: Tensor, latents: Tensor) -> Tensor:
-    """Values of the channels of 2×2 latents, for latents ``[B, C, H, W]`` as they are."""
-    _, C, H, W = latents.shape
-    return values.to(latents).reshape(1, C, 2, 2).repeat(1, 1, H // 2, W // 2)
-
 
 def _write(path: Path, encoded: Encoded) -> None:
-    tensors = {"mean": encoded.mean}
+    entries = dict(leaves(encoded.condition))
+    tensors = {f"condition/{k}": z for k, z in entries.items() if isinstance(z, Tensor)}
+    tensors["mean"] = encoded.mean
     if encoded.std is not None:
         tensors["std"] = encoded.std
-    plain = {}
-    for name, value in leaves(encoded.condition):
-        if isinstance(value, Tensor):
-            tensors[f"condition/{name}"] = value
-        else:
-            plain[name] = value
-    LATENTS.write(path, tensors, plain)
+    plain = {k: value for k, value in entries.items() if not isinstance(value, Tensor)}
+    _LATENTS.write(path, tensors, plain)
 
 
 def _read(path: Path) -> Encoded:
-    plain, tensors = LATENTS.read(path)
+    plain, tensors = _LATENTS.read(path)
     if "mean" not in tensors or not isinstance(plain, dict):
-        raise LATENTS.damaged(path, "there are no latents")
-    mean = tensors.pop("mean")
-    std = tensors.pop("std", None)
-    plain |= {name.removeprefix("condition/"): tensor for name, tensor in tensors.items()}
-    return Encoded(mean, std, nested(plain))
+        raise _LATENTS.damaged(path, "there are no latents")
+    mean, std = tensors.pop("mean"), tensors.pop("std", None)
+    condition: dict[str, Any] = {}
+    named = {name.removeprefix("condition/"): tensor for name, tensor in tensors.items()}
+    for name, value in (plain | named).items():
+        *outer, last = name.split("/")
+        inner = condition
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    return Encoded(mean, std, condition)

@@ -1,7 +1,7 @@
-"""Noise processes: what a scheduler says about noised inputs, targets and weights.
+"""Noise processes: noised inputs, targets, what predictions stand for; read off schedulers.
 
 Legend: T noise levels, B batch. A *level* is an index ``0 .. T-1`` in order of rising noise; a
-*timestep* is the number that the network is told at that level.
+*timestep* is the number that the network is given at that level.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class PredictionType(str, Enum):
 
 @dataclass(frozen=True)
 class Clip:
-    """What ancestral sampling does to predicted clean examples.
+    """Clips predicted clean examples, as ancestral sampling does.
 
     Attributes:
         range: They are clipped to ``[-range, range]``.
@@ -88,7 +89,7 @@ class NoiseProcess:
     Attributes:
         alphas_T: Signal scale of each level, float64, shape ``[T]``.
         sigmas_T: Noise scale of each level, float64, shape ``[T]``.
-        timesteps_T: What the network is told at each level, shape ``[T]``.
+        timesteps_T: The network's time at each level, shape ``[T]``.
         prediction_type: What the network regresses: a key of :data:`PREDICTIONS`.
         variance: Which variance ancestral sampling adds, ``'small'`` (that of the posterior given
             ``x0``) or ``'large'`` (``beta_t``).
@@ -103,14 +104,12 @@ class NoiseProcess:
     clip: Clip | None = None
 
     def __post_init__(self) -> None:
-        """Check the prediction type.
-
-        Raises:
-            ValueError: If it is unknown.
-        """
+        """Refuse an unknown prediction type."""
         if self.prediction_type not in PREDICTIONS:
             known = sorted(str(getattr(name, "value", name)) for name in PREDICTIONS)
-            raise ValueError(f"prediction_type={self.prediction_type!r} is none of {known}.")
+            raise ValueError(
+                f"`prediction_type` must be one of {known}, got {self.prediction_type!r}."
+            )
 
     @property
     def num_levels(self) -> int:
@@ -127,7 +126,7 @@ class NoiseProcess:
         """EDM's training noise: ``x_t = x0 + sigma eps`` with log-normal ``sigma``.
 
         The levels are the distribution's quantiles, so that uniform levels are log-normal. The
-        network is told ``sigma`` and predicts ``x0``: it is the whole preconditioned denoiser
+        network is given ``sigma`` and predicts ``x0``: it is the whole preconditioned denoiser
         ``c_skip x_t + c_out F(c_in x_t, c_noise)``. Weight with :class:`EDMWeighting`.
 
         Source: Karras et al., 2022, Table 1 and Section 5.
@@ -143,7 +142,7 @@ class NoiseProcess:
 
     @classmethod
     def flow(cls, sigma_min: float = 0.0, num_levels: int = 1000) -> NoiseProcess:
-        """Conditional flow matching from noise to data, told the time ``t`` in ``(0, 1)``.
+        """Conditional flow matching from noise to data, given the time ``t`` in ``(0, 1)``.
 
         ``x_t = t x0 + (1 − (1 − σ_min) t) eps``, and the network predicts the velocity
         ``x0 − (1 − σ_min) eps``. The levels are the middles of equal parts of the time, so that
@@ -159,7 +158,7 @@ class NoiseProcess:
             ValueError: If ``sigma_min`` is not in ``[0, 1)``.
         """
         if not 0 <= sigma_min < 1:
-            raise ValueError(f"sigma_min={sigma_min!r} arrived. Pass a number from 0 to below 1.")
+            raise ValueError(f"`sigma_min` must be from 0 to below 1, got {sigma_min!r}.")
         t_T = 1 - (torch.arange(num_levels, dtype=torch.float64) + 0.5) / num_levels
         sigmas_T = 1 - (1 - sigma_min) * t_T
         return cls(t_T, sigmas_T, t_T, PredictionType.CONDITIONAL_FLOW)
@@ -175,33 +174,25 @@ class NoiseProcess:
         Returns:
             The noised examples, shape ``[B, ...]``.
         """
-        alpha, sigma = self._scales(x0, level)
-        return alpha * x0 + sigma * eps
+        return _combined((self.alphas_T, self.sigmas_T), x0, eps, level)
 
     def target(self, x0: Tensor, eps: Tensor, level: Tensor) -> Tensor:
         """The prediction that is right; arguments and shape as in :meth:`noised`."""
-        a, b = (_of_levels(c_T, x0, level) for c_T in self.target_coefficients())
-        return a * x0 + b * eps
+        return _combined(self.target_coefficients(), x0, eps, level)
 
     def clean(self, x_t: Tensor, y: Tensor, level: Tensor) -> Tensor:
-        """The clean example that a prediction (or the target) stands for.
+        """The clean example that a prediction ``y`` of noised ones stands for, ``[B, ...]``.
 
-        Args:
-            x_t: Noised examples, shape ``[B, ...]``.
-            y: What the network predicts of them, of the same shape.
-            level: Noise level of each example, shape ``[B]``.
-
-        Returns:
-            ``x0 = (b x_t − sigma_t y) / (b alpha_t − a sigma_t)``, shape ``[B, ...]``.
+        ``x0 = (b x_t − sigma_t y) / (b alpha_t − a sigma_t)``.
         """
-        return self._solved(self.clean_coefficients(), x_t, y, level)
+        return _combined(self.clean_coefficients(), x_t, y, level)
 
     def noise(self, x_t: Tensor, y: Tensor, level: Tensor) -> Tensor:
         """The noise that a prediction stands for; arguments and shape as in :meth:`clean`.
 
         ``eps = (alpha_t y − a x_t) / (b alpha_t − a sigma_t)``.
         """
-        return self._solved(self.noise_coefficients(), x_t, y, level)
+        return _combined(self.noise_coefficients(), x_t, y, level)
 
     def target_coefficients(self) -> tuple[Tensor, Tensor]:
         """``a`` and ``b`` of ``y = a x0 + b eps`` at every level, float64, shape ``[T]``."""
@@ -219,11 +210,7 @@ class NoiseProcess:
         return torch.where((determinant_T - 1).abs() < 1e-14, 1.0, determinant_T)
 
     def check_clean_is_told(self, level_B: Tensor, what: str) -> None:
-        """Check that predictions at some levels stand for clean examples.
-
-        Raises:
-            ValueError: If at one there is no signal, and the network predicts the noise.
-        """
+        """Refuse levels without signal where the network predicts the noise."""
         silent = (self.determinant_T() == 0) & (self.target_coefficients()[1] != 0)
         if silent[level_B].any():
             level = int(level_B[silent[level_B]][0])
@@ -253,19 +240,112 @@ class NoiseProcess:
         of_y_T = torch.where(a_T == 0, 1 / b_T, self.alphas_T / determinant_T)
         return torch.where(a_T == 0, 0.0, -a_T / determinant_T), of_y_T
 
-    def _scales(self, x0: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """``alpha_t`` and ``sigma_t`` of each example, ready to multiply ``x0``."""
-        return _of_levels(self.alphas_T, x0, level), _of_levels(self.sigmas_T, x0, level)
 
-    @staticmethod
-    def _solved(
-        coefficients: tuple[Tensor, Tensor], x_t: Tensor, y: Tensor, level: Tensor
-    ) -> Tensor:
-        of_x, of_y = (_of_levels(c_T, y, level) for c_T in coefficients)
-        return of_x * x_t + of_y * y
+def _combined(
+    coefficients: tuple[Tensor, Tensor], first: Tensor, second: Tensor, level: Tensor
+) -> Tensor:
+    """The sum of two tensors ``[B, ...]`` with coefficients of each example's level."""
+    of_first, of_second = (_of_levels(c_T, second, level) for c_T in coefficients)
+    return of_first * first + of_second * second
 
 
 def _of_levels(table_T: Tensor, like: Tensor, level: Tensor) -> Tensor:
     """The entries of each example's level, ready to multiply ``[B, ...]``."""
     entries = sent_beside(table_T[level.to(table_T.device)], like)
     return entries.reshape(-1, *[1] * (like.ndim - 1))
+
+
+# ---------------------------------------------------------------------------------------------
+# Schedulers of diffusers
+# ---------------------------------------------------------------------------------------------
+
+
+def noise_process(scheduler: Any) -> NoiseProcess:
+    """Read the noise process that a ``diffusers`` scheduler trains with.
+
+    The tables are those of the object, which training may have replaced after making it (for a
+    terminal signal-to-noise ratio of zero, say). Where ``set_timesteps`` has overwritten them for
+    sampling, they are made anew from the config. Schedulers in the variance-exploding form (Euler)
+    rescale the input of the network by ``1 / sqrt(1 + sigma²)``, which is the variance-preserving
+    ``x_t`` again.
+    """
+    if isinstance(scheduler, NoiseProcess):
+        return scheduler
+    if hasattr(scheduler, "config"):
+        fresh = type(scheduler).from_config(scheduler.config)
+        # known by name, as pipelines are: diffusers is slow to import, and need not be there
+        if any(cls.__name__ == "FlowMatchEulerDiscreteScheduler" for cls in type(fresh).__mro__):
+            return _flow_matching(_flow_in_training(scheduler, fresh))
+        if hasattr(fresh, "alphas_cumprod"):
+            _check_betas(scheduler, fresh)
+            return _variance_preserving(scheduler)
+    raise ValueError(
+        f"The scheduler must have alphas_cumprod or be a FlowMatchEulerDiscreteScheduler, got "
+        f"{type(scheduler).__name__}. Pass a scheduler of diffusers, or describe the noise by a "
+        "NoiseProcess(alphas_T, sigmas_T, timesteps_T, prediction_type)."
+    )
+
+
+def _flow_in_training(scheduler: Any, fresh: Any) -> Any:
+    """The scheduler with its training tables: its own, unless it has sampled."""
+    if getattr(scheduler, "num_inference_steps", None) is None:
+        changed = getattr(scheduler, "shift", None) != getattr(fresh, "shift", None)
+        same = torch.equal(scheduler.sigmas, fresh.sigmas)
+        if not (changed and same):
+            return scheduler
+    # ``set_shift`` takes effect when tables are made
+    return type(scheduler).from_config(scheduler.config, shift=getattr(scheduler, "shift", 1.0))
+
+
+def _check_betas(scheduler: Any, fresh: Any) -> None:
+    """Refuse ``betas`` that were replaced alone: noise is added by ``alphas_cumprod``."""
+    if not hasattr(fresh, "betas") or scheduler.betas.shape != scheduler.alphas_cumprod.shape:
+        return
+    replaced = not torch.equal(scheduler.betas, fresh.betas)
+    product_T = (1 - scheduler.betas.double()).cumprod(0)
+    if replaced and not torch.allclose(product_T, scheduler.alphas_cumprod.double(), atol=1e-4):
+        raise ValueError(
+            "The scheduler's betas were replaced, but not alphas_cumprod, by which noise is added: "
+            "set scheduler.alphas_cumprod = (1 - scheduler.betas).cumprod(0) as well."
+        )
+
+
+def _flow_matching(scheduler: Any) -> NoiseProcess:
+    """``x_t = (1 - s) x0 + s eps``; the scheduler lists its levels from noise to data."""
+    order = scheduler.sigmas.argsort()
+    sigmas_T = scheduler.sigmas[order].double()
+    return NoiseProcess(1 - sigmas_T, sigmas_T, scheduler.timesteps[order], PredictionType.FLOW)
+
+
+def _variance_preserving(scheduler: Any) -> NoiseProcess:
+    """``alpha_t² + sigma_t² = 1`` with ``alpha_t²`` the scheduler's ``alphas_cumprod``."""
+    name = scheduler.config.get("prediction_type", "epsilon")
+    discrete = {p.value for p in PredictionType if not p.value.endswith("flow")}
+    if name not in discrete:
+        raise ValueError(
+            f"The prediction_type of {type(scheduler).__name__} must be one of {sorted(discrete)}, "
+            f"got {name!r}. For flow matching pass a FlowMatchEulerDiscreteScheduler."
+        )
+    alphas_cumprod_T = scheduler.alphas_cumprod.double().cpu()
+    falling = (alphas_cumprod_T.diff() <= 0).all() and alphas_cumprod_T.ndim == 1
+    if not falling or not ((alphas_cumprod_T >= 0) & (alphas_cumprod_T <= 1)).all():
+        raise ValueError(
+            "The scheduler's alphas_cumprod must fall from level to level, between 1 and 0, got "
+            f"shape {tuple(alphas_cumprod_T.shape)} and entries from "
+            f"{float(alphas_cumprod_T.min()):.3g} to {float(alphas_cumprod_T.max()):.3g}."
+        )
+    alphas_T, sigmas_T = alphas_cumprod_T.sqrt(), (1 - alphas_cumprod_T).sqrt()
+    timesteps_T = torch.arange(len(alphas_T))
+    continuous = scheduler.config.get("timestep_type", "discrete") == "continuous"
+    if continuous and name == PredictionType.V:
+        # EulerDiscreteScheduler then tells the network a quarter of the log noise level
+        timesteps_T = 0.25 * (sigmas_T / alphas_T).log().float()
+    large = str(scheduler.config.get("variance_type", "fixed_small")).startswith("fixed_large")
+    variance = "large" if large else "small"
+    config, clip = scheduler.config, None
+    if config.get("thresholding", False):
+        quantile = float(config.get("dynamic_thresholding_ratio", 0.995))
+        clip = Clip(float(config.get("sample_max_value", 1.0)), quantile)
+    elif config.get("clip_sample", False):
+        clip = Clip(float(config.get("clip_sample_range", 1.0)))
+    return NoiseProcess(alphas_T, sigmas_T, timesteps_T, PredictionType(name), variance, clip)

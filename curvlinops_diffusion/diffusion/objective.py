@@ -10,39 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.batch import CleanBatch, NoisedBatch, mapped
 from curvlinops_diffusion.diffusion.checks import check_modes, check_parameters
-from curvlinops_diffusion.diffusion.conditions import mapped, plain_arguments, replaced
-from curvlinops_diffusion.diffusion.data import CleanBatch
-from curvlinops_diffusion.diffusion.latents import (
-    Encoded,
-    LatentEncoder,
-    Packing,
-    check_encoded,
-)
-from curvlinops_diffusion.diffusion.masks import entry_weights
-from curvlinops_diffusion.diffusion.noise import NoiseProcess
+from curvlinops_diffusion.diffusion.latents import Encoded, LatentEncoder, Packing, check_encoded
+from curvlinops_diffusion.diffusion.network_call import ModelKwargs, NetworkCall
+from curvlinops_diffusion.diffusion.noise import NoiseProcess, noise_process
 from curvlinops_diffusion.diffusion.pipelines import pipeline_parts
-from curvlinops_diffusion.diffusion.schedulers import noise_process
-from curvlinops_diffusion.diffusion.signature import Signature
-from curvlinops_diffusion.diffusion.stable_diffusion import with_text_encoders
+from curvlinops_diffusion.diffusion.recipe import entry_weights
 from curvlinops_diffusion.diffusion.weightings import Weighting, weight_table
 from curvlinops_diffusion.runtime.checks import check_non_negative, check_option
 from curvlinops_diffusion.runtime.digests import Named, digest_of
-from curvlinops_diffusion.runtime.modes import (
-    derivative_gradients,
-    eager,
-    replaced_parameters,
-    special_tables,
-    unwrapped,
-    without_checkpoints,
-    without_fast_path,
-)
-from curvlinops_diffusion.runtime.processes import answered
-from curvlinops_diffusion.runtime.sharded_networks import device_of, let_go
-from curvlinops_diffusion.runtime.transfers import sent
+from curvlinops_diffusion.runtime.modes import unwrapped
+from curvlinops_diffusion.runtime.sharded_networks import device_of
+from curvlinops_diffusion.runtime.transfers import sent, sent_beside
 
 
 class Reduction(str, Enum):
@@ -120,37 +101,35 @@ class DenoisingObjective:
         encode: Callable[[Tensor, dict[str, Any]], Encoded] | None = None,
         condition_dropout: float = 0.0,
         null_condition: Mapping[str, Any] | None = None,
-        model_kwargs: Mapping[str, Any] | Callable[[Tensor, dict[str, Any]], Any] | None = None,
+        model_kwargs: ModelKwargs | None = None,
         autocast: torch.dtype | None = None,
     ):
         if not isinstance(model, nn.Module):
-            raise ValueError(f"The model arrived as {type(model).__name__}. Pass an nn.Module.")
+            raise ValueError(f"`model` must be an nn.Module, got {type(model).__name__}.")
         check_modes()
         self.model = unwrapped(model)
         check_parameters(self.model)
         if not any(p.is_floating_point() for p in model.parameters()):
-            raise ValueError("The model has no floating-point parameters to take derivatives in.")
+            raise ValueError("`model` must have floating-point parameters, got one without.")
         self.process: NoiseProcess = noise_process(scheduler)
         self.weights_T = weight_table(weighting, self.process)
         self.reduction = check_option("reduction", reduction, Reduction)
         if autocast not in (None, torch.bfloat16, torch.float16):
             raise ValueError(
-                f"autocast={autocast!r} arrived. Pass torch.bfloat16, torch.float16, or None."
+                f"`autocast` must be torch.bfloat16, torch.float16 or None, got {autocast!r}."
             )
         self.autocast = autocast
         self.condition_dropout = check_non_negative("condition_dropout", condition_dropout)
         if self.condition_dropout > 1 or (self.condition_dropout > 0 and not null_condition):
             raise ValueError(
-                f"condition_dropout={condition_dropout!r} arrived with null_condition="
-                f"{null_condition!r}. Pass a probability, and what a dropped condition is replaced "
-                "by, for instance null_condition={'class_labels': 1000}."
+                "`condition_dropout` must be a probability, with a null_condition that replaces a "
+                f"dropped condition (for instance {{'class_labels': 1000}}), got "
+                f"{condition_dropout!r} with null_condition={null_condition!r}."
             )
         self.null_condition = dict(null_condition or {})
         self.training_arguments: dict[str, Any] = {}
-        self._tables = special_tables(self.model)
         self._encode = encode
-        self._model_kwargs = plain_arguments(model_kwargs or {})
-        self._call = Signature.of(self.model)
+        self._call = NetworkCall(self.model, model_kwargs or {}, autocast)
 
     @classmethod
     def from_pipeline(
@@ -201,8 +180,9 @@ class DenoisingObjective:
         Raises:
             ValueError: If the pipeline is of no known kind, or takes none of the arguments.
         """
-        take_apart = with_text_encoders if text_encoders else pipeline_parts
-        parts = take_apart(pipeline, sample_latents, latent_cache, training_arguments)
+        parts = pipeline_parts(
+            pipeline, sample_latents, latent_cache, training_arguments, text_encoders
+        )
         dropped = condition_dropout > 0
         objective = cls(
             parts.model,
@@ -236,7 +216,7 @@ class DenoisingObjective:
             "autocast": str(self.autocast),
             "encoder": getattr(self._encode, "description", None) or str(self._encoder_name),
             "null_condition": digest_of(self.null_condition),
-            "model_kwargs": digest_of(self._model_kwargs),
+            "model_kwargs": digest_of(self._call.model_kwargs),
             **({"training_arguments": arguments} if arguments else {}),
         }
 
@@ -271,12 +251,12 @@ class DenoisingObjective:
 
     @property
     def encodes(self) -> bool:
-        """Whether something is between the data and the network."""
+        """True if something is between the data and the network."""
         return self._encode is not None
 
     @property
     def takes_images(self) -> bool:
-        """Whether data, if it is images, is usually in [-1, 1]: no unknown function takes it."""
+        """True unless a function of the user's takes the data, which may be in any range."""
         return self._encode is None or isinstance(self._encode, LatentEncoder)
 
     def encode(self, clean: CleanBatch) -> Encoded:
@@ -302,25 +282,17 @@ class DenoisingObjective:
         return encoder.packing(clean.x0) if isinstance(encoder, LatentEncoder) else None
 
     def encode_mask(self, clean: CleanBatch) -> Tensor | None:
-        """Weights of clean examples' entries in the network's terms.
-
-        Raises:
-            ValueError: If they cannot be brought to the shape of the latents.
-        """
+        """Weights of clean examples' entries in the network's terms."""
         if clean.mask is None:
             return None
         packing = self.packing(clean)
-        if packing is None:  # height and width of what is noised tell how to average
+        if packing is None:  # averaged later, to height and width of what is noised
             return sent(clean.mask, self.device)
         return sent(packing.pack(entry_weights(clean.mask, packing.shape)), self.device)
 
     def drop_condition(self, condition: Mapping[str, Any], dropped_B: Tensor) -> dict[str, Any]:
-        """The condition, with that of some examples replaced by :attr:`null_condition`.
-
-        Raises:
-            ValueError: If the null condition has an entry that the condition has not.
-        """
-        return replaced(condition, self.null_condition, dropped_B)
+        """The condition, with that of some examples replaced by :attr:`null_condition`."""
+        return _replaced(condition, self.null_condition, dropped_B)
 
     def noise(
         self,
@@ -333,10 +305,10 @@ class DenoisingObjective:
         input_eps: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> NoisedBatch:
-        """Noise clean examples, on the model's device.
+        """Noise clean examples ``[B, ...]``, on the model's device.
 
         Args:
-            x0: Clean examples, shape ``[B, ...]``.
+            x0: Clean examples.
             condition: Further keyword arguments of the network.
             level_B: Noise levels.
             eps: Noise, of the shape of ``x0``.
@@ -344,12 +316,6 @@ class DenoisingObjective:
             draw: The number of the draw.
             input_eps: The noise of the input, where it is not that of the target.
             mask: Weights of the examples' entries, ``[B, ...]``; ``None`` for one.
-
-        Returns:
-            The noised batch.
-
-        Raises:
-            ValueError: If the mask cannot be brought to the shape of ``x0``.
         """
         mask_BD = None if mask is None else entry_weights(mask, x0.shape[1:]).flatten(1)
         device, dtype = self.device, self.working_dtype
@@ -374,23 +340,17 @@ class DenoisingObjective:
         )
 
     def _timestep(self, level_B: Tensor) -> Tensor:
-        """What the network is told, no more precise than the working precision."""
+        """The times that the network is given, no more precise than the working precision."""
         timestep_B = sent(self.process.timesteps_T[level_B], self.device)
         precise = timestep_B.dtype == torch.float64 != self.working_dtype
         return timestep_B.to(self.working_dtype) if precise else timestep_B
 
     def predict(self, batch: NoisedBatch, params: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The network's output on a noised batch, flattened, in the working precision.
+        """The network's output on a noised batch, ``[B, D]``, in the working precision.
 
         Args:
             batch: The noised batch.
             params: Values that replace the model's own parameters, by name.
-
-        Returns:
-            The prediction, shape ``[B, D]``.
-
-        Raises:
-            ValueError: If the output is no tensor of the shape of ``x_t``.
         """
         return self.predict_from(batch.x_t, batch.timestep_B, batch.condition, params)
 
@@ -401,69 +361,9 @@ class DenoisingObjective:
         condition: dict[str, Any],
         params: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """:meth:`predict` from what the network is told of a batch, and nothing else.
-
-        Args:
-            x_t: Noised examples, shape ``[B, ...]``.
-            timestep_B: Their timesteps.
-            condition: Further keyword arguments of the network.
-            params: Values that replace the model's own parameters, by name.
-
-        Returns:
-            The prediction, shape ``[B, D]``.
-
-        Raises:
-            ValueError: If the output is no tensor of the shape of ``x_t``.
-        """
-        static = self._model_kwargs
-        if callable(static):
-            static = plain_arguments(static(x_t, condition))
-        args, named = self._call.arguments(x_t, timestep_B)
-        kwargs = {**condition, **static, **named}
-        # a cache of weights would outlive a change of parameters
-        with (
-            torch.autocast(
-                self.device.type,
-                self.autocast,
-                enabled=self.autocast is not None,
-                cache_enabled=False,
-            ),
-            eager(),
-            without_fast_path(),
-            derivative_gradients(self._tables),
-        ):
-            if params is None:
-                with answered():  # of a network that is divided among processes
-                    output = self.model(*args, **kwargs)
-                let_go(self.model)
-            else:
-                if isinstance(self.model, torch.jit.ScriptModule):
-                    raise ValueError(
-                        "The model is a TorchScript module, whose parameters cannot be replaced by "
-                        "others, as these derivatives need. Pass the module that it was made from."
-                    )
-                with without_checkpoints(self.model):
-                    values = replaced_parameters(self.model, params)
-                    output = functional_call(self.model, values, args, kwargs, tie_weights=False)
-        return self._flatten(output, x_t.shape)
-
-    def _flatten(self, output: Any, shape: torch.Size) -> Tensor:
-        if not isinstance(output, Tensor):
-            output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-        if not isinstance(output, Tensor):
-            raise ValueError(
-                f"The model returned {type(output).__name__}. It must return a tensor, a tuple "
-                "that starts with one, or an object with .sample."
-            )
-        if output.ndim == len(shape) > 1 and output.shape[1] == 2 * shape[1]:
-            output = output[:, : shape[1]]  # the rest is a learned variance
-        if output.shape != shape:
-            raise ValueError(
-                f"The model returned shape {tuple(output.shape)} for an input of shape "
-                f"{tuple(shape)}. The prediction must have the input's shape, or twice its "
-                "channels if a variance is predicted, too."
-            )
-        return output.flatten(1).to(self.working_dtype)
+        """:meth:`predict` from noised examples ``[B, ...]``, their timesteps and condition."""
+        prediction_BD = self._call(x_t, timestep_B, condition, params)
+        return prediction_BD.to(self.working_dtype)
 
     def to_model(self, value: Any) -> Any:
         """Move a (nested) condition to the model's device, floating point to its precision."""
@@ -475,3 +375,23 @@ class DenoisingObjective:
             return sent(entry.detach(), self.device, dtype)
 
         return mapped(moved, value)
+
+
+def _replaced(
+    condition: Mapping[str, Any], null: Mapping[str, Any], mask_B: Tensor
+) -> dict[str, Any]:
+    """The entries named by ``null`` replaced by its values, for some examples."""
+    result = dict(condition)
+    for key, value in null.items():
+        if key not in condition:
+            raise ValueError(
+                f"The entries of `null_condition` must be those of the condition, "
+                f"{sorted(condition)}, got '{key}'."
+            )
+        given = condition[key]
+        if isinstance(value, Mapping):
+            result[key] = _replaced(given, value, mask_B)
+            continue
+        mask = sent(mask_B, given.device).reshape(-1, *[1] * (given.ndim - 1))
+        result[key] = torch.where(mask, sent_beside(torch.as_tensor(value), given), given)
+    return result

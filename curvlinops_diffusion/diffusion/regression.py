@@ -12,8 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from curvlinops_diffusion.diffusion.augmentation import Augmentations, chosen_versions
-from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.batch import CleanBatch, NoisedBatch
 from curvlinops_diffusion.diffusion.batch_sizes import MEASURED, largest_batch_size
 from curvlinops_diffusion.diffusion.checks import (
     check_deterministic_mode,
@@ -21,14 +20,13 @@ from curvlinops_diffusion.diffusion.checks import (
     check_surroundings,
     warn_of_range,
 )
-from curvlinops_diffusion.diffusion.data import CleanBatch, CleanData
+from curvlinops_diffusion.diffusion.data import CleanData
 from curvlinops_diffusion.diffusion.data_forms import Wanted, batched
-from curvlinops_diffusion.diffusion.data_identity import DataIdentity, can_pass_by
 from curvlinops_diffusion.diffusion.draws import Draws, make_draws
 from curvlinops_diffusion.diffusion.first_call import run_once
 from curvlinops_diffusion.diffusion.noises import Noises
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
-from curvlinops_diffusion.diffusion.recipe import Recipe
+from curvlinops_diffusion.diffusion.recipe import Augmentations, Recipe, chosen_versions
 from curvlinops_diffusion.diffusion.scaled_model import ScaledModel, scaled
 from curvlinops_diffusion.runtime.digests import fingerprint
 from curvlinops_diffusion.runtime.sharded_networks import is_sharded
@@ -36,15 +34,11 @@ from curvlinops_diffusion.runtime.transfers import sent_beside
 
 
 def check_regression(value: Any) -> None:
-    """Check what an operator is made of.
-
-    Raises:
-        ValueError: If it is no regression, or a context around us changes what is computed.
-    """
+    """Check what an operator is made of."""
     if not isinstance(value, NoisedRegression):
         raise ValueError(
-            f"A {type(value).__name__} arrived where a NoisedRegression is needed. Pass "
-            "NoisedRegression(DenoisingObjective(model, scheduler), data)."
+            "An operator must be made of a NoisedRegression(DenoisingObjective(model, scheduler), "
+            f"data), got {type(value).__name__}."
         )
     check_surroundings(value.device)
     check_modes()
@@ -151,36 +145,39 @@ class NoisedRegression:
     ):
         if not isinstance(objective, DenoisingObjective):
             raise ValueError(
-                f"The objective arrived as {type(objective).__name__}. Pass a DenoisingObjective."
+                f"`objective` must be a DenoisingObjective, got {type(objective).__name__}."
             )
         check_modes()
         self.objective = objective
         T = objective.process.num_levels
         made = make_draws(timesteps, num_draws, seed, T, antithetic) if draws is None else draws
         self.draws = made
-        size = MEASURED[0] if batch_size == "auto" else batch_size
-        run = partial(run_once, objective)
-        self._data = CleanData(data, size, loss_mask, run)
+
+        def clean_data(size: int) -> CleanData:
+            return CleanData(data, size, loss_mask, partial(run_once, objective))
+
+        self._data = clean_data(MEASURED[0] if batch_size == "auto" else batch_size)
         self._augmentations = Augmentations.of(augment, augmented_conditions)
         self.recipe = Recipe.of(
             noise_offset, input_perturbation, example_weights, loss_mask, self._data.num_examples
         )
-        self._data_identity: dict[str, Any] = {}  # shared with copies of other draws
-        # what probes of the network found, by what it depends on; shared likewise
+        # what probes of the network found, by what it depends on; shared with copies of other draws
         self.findings: dict[tuple[Hashable, ...], Any] = {}
         self._noises = Noises(made, self.recipe, self.num_data, objective.device)
         names = getattr(data, "names", None)  # a tensor's are those of its axes
         self._names: list[str] | None = names if isinstance(names, list) else None
         if batch_size == "auto":
-            self._data = CleanData(data, self._largest_batch_size(), loss_mask, run)
+            self._data = clean_data(self._largest_batch_size())
+        self._data_identity = self._data.identity
         self.model_func = ScaledModel(objective, self._data)
         self.loss_func = nn.MSELoss()
 
     def _largest_batch_size(self) -> int:
         if self._data.batch_size is None:
             raise ValueError(
-                "batch_size='auto' arrived with data that comes in batches. Pass the examples (a "
-                "tensor, a dict of tensors or a Dataset), or batches of the size that you want."
+                "`batch_size` must be left out for data that comes in batches, got 'auto'. Pass "
+                "the examples (a tensor, a dict of tensors or a Dataset), or batches of the size "
+                "that you want."
             )
         clean = next(self.clean_batches())
 
@@ -197,7 +194,7 @@ class NoisedRegression:
 
     @property
     def encodes(self) -> bool:
-        """Whether something is between the data and the network."""
+        """True if something is between the data and the network."""
         return self.objective.encodes
 
     @property
@@ -212,7 +209,7 @@ class NoisedRegression:
 
     @property
     def in_step(self) -> bool:
-        """Whether all processes must run the network equally often: each holds a part of it."""
+        """True if all processes must run the network equally often, as each holds a part of it."""
         return is_sharded(self.objective.model)
 
     @property
@@ -240,42 +237,23 @@ class NoisedRegression:
         return f"{n}" if self._names is None else f"{n} ('{self._names[n]}')"
 
     def with_draws(self, num_draws: int, *, antithetic: bool | None = None) -> NoisedRegression:
-        """The same problem with another number of draws for each example.
-
-        Args:
-            num_draws: The number.
-            antithetic: Whether draws come in pairs; ``None`` for as they do.
-
-        Raises:
-            ValueError: If the number is not one of whole lists of timesteps, or of whole pairs.
-        """
-        same = antithetic in (None, self.draws.antithetic)
-        if num_draws == self.num_draws and same:
+        """This problem with another number of draws for each example, perhaps in pairs."""
+        pairs = self.draws.antithetic if antithetic is None else antithetic
+        if (num_draws, pairs) == (self.num_draws, self.draws.antithetic):
             return self
-        return self._redrawn(num_draws, self.draws.seed, antithetic)
+        return self._redrawn(num_draws, self.draws.seed, pairs)
 
     def with_seed(self, seed: int) -> NoisedRegression:
-        """The same problem with other draws, as many for each example.
-
-        Raises:
-            ValueError: If the seed is out of range.
-        """
-        return self._redrawn(self.num_draws, seed)
+        """This problem with other draws, as many for each example."""
+        return self._redrawn(self.num_draws, seed, self.draws.antithetic)
 
     def divided(self, number: int, count: int) -> NoisedRegression:
-        """The same problem with one of ``count`` parts of the draws of each example.
-
-        Raises:
-            ValueError: If the draws are no multiple of so many pairs or lists of timesteps.
-        """
+        """This problem with one of ``count`` parts of the draws of each example."""
         return self._with(self.draws.divided(number, count))
 
-    def _redrawn(
-        self, num_draws: int, seed: int, antithetic: bool | None = None
-    ) -> NoisedRegression:
+    def _redrawn(self, num_draws: int, seed: int, antithetic: bool) -> NoisedRegression:
         own = self.draws
-        in_pairs = own.antithetic if antithetic is None else antithetic
-        made = make_draws(own.timesteps, num_draws, seed, own.num_levels, in_pairs)
+        made = make_draws(own.timesteps, num_draws, seed, own.num_levels, antithetic)
         return self._with(replace(made, part=own.part))
 
     def _with(self, draws: Draws) -> NoisedRegression:
@@ -289,14 +267,7 @@ class NoisedRegression:
         return fingerprint(self.objective.model)
 
     def identity(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Identify a result, so that files of another one are not mistaken for it.
-
-        Args:
-            settings: What else the result depends on, as plain values.
-
-        Returns:
-            Weights, data, draws and settings, as plain values.
-        """
+        """Weights, data, draws and settings: what files of another result differ in."""
         own = {
             "model": self.fingerprint(),
             "data": self.data_identity(),
@@ -312,10 +283,8 @@ class NoisedRegression:
         From the first iteration over all of the data, or one of its own if there was none.
         """
         if not self._data_identity:
-            identity = DataIdentity()
-            for clean in self._data:
-                identity.add(clean)
-            self._data_identity |= identity.result()
+            for _ in self._data.numbered(identify=True):
+                pass
         return dict(self._data_identity)
 
     @property
@@ -342,25 +311,10 @@ class NoisedRegression:
     def numbered_batches(
         self, wanted: Wanted = lambda number: True
     ) -> Iterator[tuple[int, CleanBatch]]:
-        """Yield the wanted batches of clean examples, with their numbers.
-
-        Args:
-            wanted: Whether the batch of a number is asked for; others are not loaded, where the
-                data lets one choose.
-        """
+        """Yield the wanted batches with their numbers; others are not loaded, where possible."""
         check_deterministic_mode(self.objective.model)
         check_surroundings(self.objective.device)
-        identity = None if self._data_identity else DataIdentity()
-        for number, clean in self._data.numbered(wanted):
-            yield number, clean
-            # read when the next is asked for, so that nothing waits for it where no next one is
-            follows = identity is not None and clean.indices[0] == identity.num_examples
-            if identity is not None and follows and can_pass_by(clean):
-                identity.add(clean)
-            else:
-                identity = None
-        if identity is not None and identity.num_examples == self.num_data:
-            self._data_identity |= identity.result()
+        yield from self._data.numbered(wanted)
 
     def noised_batches(self, clean: CleanBatch) -> Iterator[NoisedBatch]:
         """Yield every draw of a batch of clean examples."""
@@ -371,12 +325,11 @@ class NoisedRegression:
         augmented = self._augmentations.versions(clean)
         versions = [self.objective.encode(version) for version in augmented]
         masks = [self.objective.encode_mask(version) for version in augmented]
-        shape = versions[0].mean.shape[1:]
         dropout = self.objective.condition_dropout
-        encodes_std = versions[0].std is not None
         packing = self.objective.packing(augmented[0]) if self.recipe.noise_offset > 0 else None
+        shape, of_latents = versions[0].mean.shape[1:], versions[0].std is not None
 
-        noises = self._noises.of(indices, shape, encodes_std, packing)
+        noises = self._noises.of(indices, shape, of_latents, packing)
         for r, (eps, input_eps, latent) in enumerate(noises):
             version_B = draws.versions(indices, r, len(versions))
             encoded, mask = chosen_versions(versions, masks, version_B)
@@ -394,16 +347,10 @@ class NoisedRegression:
     def grouped_batches(
         self, clean: CleanBatch, examples: int, draws: int
     ) -> Iterator[tuple[range, NoisedBatch]]:
-        """Yield every draw of a batch of clean examples, several draws of an example in a row.
+        """Yield every draw of a batch, several draws of an example in a row.
 
-        Args:
-            clean: The clean examples.
-            examples: How many of them to see at once, at most.
-            draws: How many draws of each, at most.
-
-        Yields:
-            The examples' positions within the batch; their draws, see
-            :meth:`~curvlinops_diffusion.NoisedBatch.interleaved`.
+        At most so many examples and draws of each at once, after the examples' positions within the
+        batch; see :meth:`~curvlinops_diffusion.NoisedBatch.interleaved`.
         """
         for some in batched(self.noised_batches(clean), draws):
             for start in range(0, len(clean.indices), examples):

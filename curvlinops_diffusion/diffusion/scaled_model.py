@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.diffusion.conditions import leaves, mapped, named
+from curvlinops_diffusion.diffusion.batch import NoisedBatch, leaves, mapped, named
 from curvlinops_diffusion.diffusion.data import CleanData
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.runtime.modes import twice_differentiable
@@ -20,28 +19,19 @@ _CONDITION = "condition"
 
 @dataclass(frozen=True)
 class _InBatch:
-    """Stands for an entry of the condition that a batch for ``curvlinops`` holds.
-
-    Attributes:
-        key: Its key there.
-    """
+    """Stands for an entry of the condition that a batch for ``curvlinops`` holds under a key."""
 
     key: str
 
 
 class ScaledModel(nn.Module):
-    """The network as ``curvlinops`` wants it: a mapping in, ``√(w_t r D m) f`` of ``[B, D]`` out.
-
-    Args:
-        objective: Supplies the network.
-        data: Tells the condition's form, should a batch arrive before one was made here.
-    """
+    """The network for ``curvlinops``: a mapping in, ``√(w_t r D m) f`` of ``[B, D]`` out."""
 
     def __init__(self, objective: DenoisingObjective, data: CleanData):
         super().__init__()
         self.model = objective.model
         self._objective = objective
-        self._data = data
+        self._data = data  # should a batch come before one was made here
         self._form: dict[str, Any] | None = None  # of the condition, without its tensors
 
     def forward(self, X: Mapping[str, Tensor]) -> Tensor:
@@ -63,9 +53,6 @@ class ScaledModel(nn.Module):
 
         Plain values of the condition (a flag, a number), which are the same for every batch, are
         remembered instead.
-
-        Raises:
-            ValueError: If an entry of the condition is a list, or a plain value that changes.
         """
         scale = (batch.weight_B * batch.target_BD.shape[1]).sqrt()
         if batch.mask_BD is not None:
@@ -76,16 +63,20 @@ class ScaledModel(nn.Module):
                 X[f"{_CONDITION}/{name}"] = value
             elif isinstance(value, list):
                 raise ValueError(
-                    f"The condition '{name}' arrived as a list of {type(value[0]).__name__}. "
-                    "Operators of curvlinops take tensors: embed it by "
+                    f"Operators of curvlinops take tensors, got '{name}' of the condition as a "
+                    f"list of {type(value[0]).__name__}. Embed it by "
                     "encode=LatentEncoder(embed=...) of the objective."
                 )
+
+        def shown(form: Any) -> Any:
+            return mapped(lambda e: "a tensor" if isinstance(e, _InBatch) else e, form)
+
         form = self._form_of(batch.condition)
         if self._form not in (None, form):
             raise ValueError(
-                f"Besides its tensors, the condition is {_shown(self._form)} in one batch and "
-                f"{_shown(form)} in another. Operators of curvlinops take tensors: pass what "
-                "changes as a tensor."
+                "Operators of curvlinops take the same condition for every batch but for its "
+                f"tensors, got {shown(self._form)} in one batch and {shown(form)} in another. Pass "
+                "what changes as a tensor."
             )
         self._form = form
         return X
@@ -102,8 +93,3 @@ class ScaledModel(nn.Module):
 def scaled(X: Mapping[str, Tensor], z_BD: Tensor) -> Tensor:
     """Predictions or targets with the roots of the weights, of examples or of their entries."""
     return X["scale"].reshape(len(z_BD), -1) * z_BD
-
-
-def _shown(form: Any) -> Any:
-    """The form of a condition, for messages."""
-    return mapped(lambda e: "a tensor" if isinstance(e, _InBatch) else e, form)

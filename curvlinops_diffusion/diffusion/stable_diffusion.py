@@ -7,54 +7,36 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from curvlinops_diffusion.diffusion.image_conditions import (
-    ControlledDenoiser,
-    InpaintingDenoiser,
-    checked_image,
-)
 from curvlinops_diffusion.diffusion.latents import LatentEncoder
 from curvlinops_diffusion.diffusion.prompted import (
-    Cache,
+    Embed,
     PipelineParts,
+    Training,
     check_inputs,
     prompted_parts,
 )
-from curvlinops_diffusion.diffusion.text_encoders import (
-    PromptedDenoiser,
-    embedded,
-    embedded_xl,
-    tokenized,
-    tokens_of,
-)
-from curvlinops_diffusion.diffusion.training_arguments import training_arguments
 
-# what of an image's sizes Stable Diffusion XL may be told
+# what of an image's sizes Stable Diffusion XL may be given
 _SIZES_XL = ("original_size", "crops_coords_top_left", "target_size", "time_ids")
 
 
-def stable_diffusion(
-    pipeline: Any, sample: bool, cache: Cache, arguments: Mapping[str, Any]
-) -> PipelineParts:
+def stable_diffusion(pipeline: Any, training: Training) -> PipelineParts:
     """``StableDiffusionPipeline``, versions 1 and 2, and ``StableDiffusionXLPipeline``.
 
-    For XL, what training told the network of each image may stand beside the prompt:
+    For XL, what training gave the network of each image may stand beside the prompt:
     ``original_size`` and ``crops_coords_top_left`` and ``target_size``, ``[B, 2]`` each (height or
     top first), or all of it as ``time_ids``, ``[B, 6]``. Else images count as uncropped and of the
     size they have.
     """
     check_inputs(pipeline, pipeline.unet)
-    embed, also = _prompts_of(pipeline, arguments)
-    return prompted_parts(
-        pipeline, pipeline.unet, embed, sample, cache, also=also, arguments=arguments
-    )
+    embed = _embed_of(pipeline, training)
+    return prompted_parts(pipeline, pipeline.unet, embed, training, also=_sizes_of(pipeline))
 
 
-def inpainting(
-    pipeline: Any, sample: bool, cache: Cache, arguments: Mapping[str, Any]
-) -> PipelineParts:
+def inpainting(pipeline: Any, training: Training) -> PipelineParts:
     """``StableDiffusionInpaintPipeline`` and ``StableDiffusionXLInpaintPipeline``.
 
     ``'mask_image'`` stands beside each image and prompt, ``[B, 1, H, W]``, one where the network
@@ -64,16 +46,16 @@ def inpainting(
     """
     takes, latents = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
     if takes == latents:
-        return stable_diffusion(pipeline, sample, cache, arguments)
+        return stable_diffusion(pipeline, training)
     if takes != 2 * latents + 1:
         raise ValueError(
-            f"The UNet takes {takes} channels. One that paints into images takes latents "
-            f"({latents}), a mask (1) and the masked image's latents ({latents})."
+            f"A UNet that paints into images must take latents ({latents} channels), a mask (1) "
+            f"and the masked image's latents ({latents}), got one of {takes} channels."
         )
-    model, encoder = InpaintingDenoiser(pipeline.unet), LatentEncoder(pipeline.vae, sample=False)
+    encoder = LatentEncoder(pipeline.vae, sample=False)
 
     def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
-        mask = checked_image("mask_image", condition, x0, 1).to(x0)
+        mask = _checked_image("mask_image", condition, x0, 1).to(x0)
         mask = (mask >= 0.5).to(x0)
         masked_latents = encoder(x0 * (1 - mask), {}).mean
         return {
@@ -81,178 +63,77 @@ def inpainting(
             "masked_latents": masked_latents,
         }
 
-    return _with_image(pipeline, model, embed, sample, cache, arguments)
+    return _with_image(pipeline, InpaintingDenoiser(pipeline.unet), embed, training)
 
 
-def controlled(
-    pipeline: Any, sample: bool, cache: Cache, arguments: Mapping[str, Any]
-) -> PipelineParts:
+def controlled(pipeline: Any, training: Training) -> PipelineParts:
     """``StableDiffusionControlNetPipeline`` and ``StableDiffusionXLControlNetPipeline``.
 
     ``'conditioning_image'`` stands beside each image and prompt, ``[B, 3, H, W]`` in [0, 1].
     """
     check_inputs(pipeline, pipeline.unet)
-    controlnet = pipeline.controlnet
-    if not hasattr(controlnet, "config"):
+    if not hasattr(pipeline.controlnet, "config"):
         raise ValueError(
-            f"The pipeline arrived with a {type(controlnet).__name__}. Pass one with a single "
-            "ControlNet: each is trained by itself."
+            "The pipeline must have a single ControlNet, as each is trained by itself, got a "
+            f"{type(pipeline.controlnet).__name__}."
         )
-    model = ControlledDenoiser(pipeline.unet, controlnet)
+    model = ControlledDenoiser(pipeline.unet, pipeline.controlnet)
     ((name, channels),) = model.images.items()
 
     def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
-        return {"controlnet_cond": checked_image(name, condition, x0, channels)}
+        return {"controlnet_cond": _checked_image(name, condition, x0, channels)}
 
-    return _with_image(pipeline, model, embed, sample, cache, arguments)
+    return _with_image(pipeline, model, embed, training)
 
 
 def _with_image(
     pipeline: Any,
     model: InpaintingDenoiser | ControlledDenoiser,
-    embed_image: Callable[[Tensor, dict[str, Any]], dict[str, Any]],
-    sample: bool,
-    cache: Cache,
-    arguments: Mapping[str, Any],
+    embed_image: Embed,
+    training: Training,
 ) -> PipelineParts:
     """The parts of a pipeline whose network is shown another image, which is never dropped."""
-    embed_prompt, also = _prompts_of(pipeline, arguments)
+    embed_prompt = _embed_of(pipeline, training)
 
     def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
         return embed_prompt(x0, condition) | embed_image(x0, condition)
 
-    return prompted_parts(
-        pipeline,
-        model,
-        embed,
-        sample,
-        cache,
-        also=(*model.images, *also),
-        embed_null=embed_prompt,
-        arguments=arguments,
+    also = (*model.images, *_sizes_of(pipeline))
+    return prompted_parts(pipeline, model, embed, training, also=also, embed_null=embed_prompt)
+
+
+def _checked_image(name: str, condition: dict[str, Any], x0: Tensor, channels: int) -> Tensor:
+    """An image in [0, 1] beside the images, of their size."""
+    image, shape = condition.get(name), (len(x0), channels, *x0.shape[2:])
+    if isinstance(image, Tensor) and image.shape == shape:
+        low, high = float(image.min()), float(image.max())
+        if low >= 0 and high <= 1:
+            return image
+        found = f"numbers from {low:g} to {high:g}"
+    else:
+        found = f"shape {tuple(image.shape)}" if isinstance(image, Tensor) else "none"
+    raise ValueError(
+        f"'{name}' must hold numbers in [0, 1] of shape {shape} beside images and prompts, got "
+        f"{found}."
     )
 
 
-def _prompts_of(
-    pipeline: Any, arguments: Mapping[str, Any]
-) -> tuple[Callable[[Tensor, dict[str, Any]], dict[str, Any]], tuple[str, ...]]:
-    """The function that embeds prompts, and the entries that it reads beside them."""
-    xl = hasattr(pipeline, "text_encoder_2")
-    embed, sizes = (_embed_xl, _SIZES_XL) if xl else (_embed, ())
-    clip_skip = arguments.get("clip_skip")
-    if clip_skip is None:
-        return partial(embed, pipeline), sizes
-    return partial(_embed_skipping, pipeline, clip_skip), sizes
-
-
-def _embed(pipeline: Any, x0: Tensor, condition: Mapping[str, Any]) -> dict[str, Any]:
-    """The condition of Stable Diffusion, versions 1 and 2."""
-    device = pipeline.text_encoder.device
-    states, _ = pipeline.encode_prompt(condition["prompt"], device, 1, False)
-    return {"encoder_hidden_states": states}
-
-
-def _embed_xl(pipeline: Any, x0: Tensor, condition: Mapping[str, Any]) -> dict[str, Any]:
-    """The condition of Stable Diffusion XL."""
-    states, _, pooled, _ = pipeline.encode_prompt(
-        condition["prompt"],
-        device=pipeline.text_encoder_2.device,
-        do_classifier_free_guidance=False,
-    )
-    added = {"text_embeds": pooled, "time_ids": _time_ids(x0, condition).to(states)}
-    return {"encoder_hidden_states": states, "added_cond_kwargs": added}
-
-
-def _embed_skipping(
-    pipeline: Any, clip_skip: int, x0: Tensor, condition: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The condition without the text encoders' last layers."""
-    names = _encoders_of(pipeline)
-    encoders, prompts = [getattr(pipeline, name) for name in names], list(condition["prompt"])
-    tokenizers = [getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in names]
-    tokens = [
-        tokenized(tokenizer, prompts).to(encoder.device)
-        for tokenizer, encoder in zip(tokenizers, encoders, strict=True)
-    ]
-    if len(names) == 1:
-        return embedded(encoders, tokens, {}, clip_skip)
-    return embedded_xl(encoders, tokens, {"time_ids": _time_ids(x0, condition)}, clip_skip)
-
-
-def _encoders_of(pipeline: Any) -> list[str]:
-    """The names of the text encoders."""
-    xl = hasattr(pipeline, "text_encoder_2")
-    return ["text_encoder", "text_encoder_2"] if xl else ["text_encoder"]
-
-
-def _time_ids(x0: Tensor, condition: Mapping[str, Any]) -> Tensor:
-    """Original size, top left corner of the crop and target size of each image, ``[B, 6]``.
-
-    Raises:
-        ValueError: If an entry has another shape, or contradicts another.
-    """
-    B, _, H, W = x0.shape
-    parts = {"original_size": (H, W), "crops_coords_top_left": (0, 0), "target_size": (H, W)}
-    given = [name for name in parts if name in condition]
-    if "time_ids" in condition:
-        if given:
-            raise ValueError(f"A batch arrived with time_ids and {given}. Pass only one of them.")
-        return _of_shape("time_ids", condition["time_ids"], (B, 6))
-    columns = [
-        _of_shape(name, condition[name], (B, 2))
-        if name in condition
-        else torch.tensor(default).expand(B, 2)
-        for name, default in parts.items()
-    ]
-    return torch.cat([column.cpu().double() for column in columns], 1)
-
-
-def _of_shape(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
-    found = torch.as_tensor(value)
-    if found.shape != shape:
-        raise ValueError(f"{name} arrived with shape {tuple(found.shape)}. Pass numbers {shape}.")
-    return found
-
-
-def with_text_encoders(
-    pipeline: Any, sample_latents: bool | None, cache: Cache, given: Mapping[str, Any] | None
-) -> PipelineParts:
-    """Take a pipeline apart whose text encoders were trained as well.
-
-    Args:
-        pipeline: A pipeline of Stable Diffusion, 1, 2 or XL.
-        sample_latents: Whether latents are drawn, or their mean is taken; ``None`` for what its
-            training script does.
-        cache: A folder for latents and tokens.
-        given: Arguments of training that differ from its script's defaults.
-
-    Raises:
-        ValueError: If it is another.
-    """
-    kinds = {cls.__name__ for cls in type(pipeline).__mro__}
-    xl = "StableDiffusionXLPipeline" in kinds
-    if not xl and "StableDiffusionPipeline" not in kinds:
-        raise ValueError(
-            f"text_encoders=True arrived for a {type(pipeline).__name__}. Text encoders can be "
-            "part of the network for Stable Diffusion 1, 2 and XL. For others pass a module of "
-            "both to DenoisingObjective, which takes tokens."
-        )
+def with_text_encoders(pipeline: Any, training: Training) -> PipelineParts:
+    """A pipeline of Stable Diffusion whose text encoders were trained as well."""
     check_inputs(pipeline, pipeline.unet)
-    arguments = training_arguments(pipeline, given, sample_latents)
-    names = _encoders_of(pipeline)
-    encoders = {name: getattr(pipeline, name) for name in names}
-    embed_tokens, clip_skip = embedded_xl if xl else embedded, arguments.get("clip_skip")
+    xl, names = _is_xl(pipeline), ["text_encoder"]
+    names += ["text_encoder_2"] if xl else []
+    embed_tokens, clip_skip = embedded_xl if xl else embedded, training.arguments.get("clip_skip")
     if clip_skip is not None:
         embed_tokens = partial(embed_tokens, clip_skip=clip_skip)
+    encoders = {name: getattr(pipeline, name) for name in names}
     model = PromptedDenoiser(pipeline.unet, encoders, embed_tokens)
 
     def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
-        prompts = list(condition["prompt"])
+        tokenizers = [name.replace("text_encoder", "tokenizer") for name in names]
         tokens = {
-            tokens_of(name): tokenized(
-                getattr(pipeline, name.replace("text_encoder", "tokenizer")), prompts
-            )
-            for name in names
+            tokens_of(name): tokenized(getattr(pipeline, tokenizer), list(condition["prompt"]))
+            for name, tokenizer in zip(names, tokenizers, strict=True)
         }
         return tokens | ({"time_ids": _time_ids(x0, condition)} if xl else {})
 
@@ -260,10 +141,200 @@ def with_text_encoders(
         pipeline,
         model,
         embed,
-        arguments.get("sample_latents", True),
-        cache,
-        also=_SIZES_XL if xl else (),
+        training,
+        also=_sizes_of(pipeline),
         shared=("time_ids",),
         encoders=(),  # they belong to the network: tokens do not depend on their weights
-        arguments=arguments,
     )
+
+
+def _is_xl(pipeline: Any) -> bool:
+    return hasattr(pipeline, "text_encoder_2")
+
+
+def _sizes_of(pipeline: Any) -> tuple[str, ...]:
+    """The entries of the data that embedding prompts reads beside them."""
+    return _SIZES_XL if _is_xl(pipeline) else ()
+
+
+def _embed_of(pipeline: Any, training: Training) -> Embed:
+    """The function that embeds prompts."""
+    embed = _embed_xl if _is_xl(pipeline) else _embed
+    return partial(embed, pipeline, training.arguments.get("clip_skip"))
+
+
+def _embed(
+    pipeline: Any, clip_skip: int | None, x0: Tensor, condition: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The condition of Stable Diffusion, versions 1 and 2."""
+    encoder = pipeline.text_encoder
+    if clip_skip is not None:  # for which the pipeline looks for layers of transformers 4
+        tokens = tokenized(pipeline.tokenizer, list(condition["prompt"])).to(encoder.device)
+        return embedded([encoder], [tokens], {}, clip_skip)
+    states, _ = pipeline.encode_prompt(condition["prompt"], encoder.device, 1, False)
+    return {"encoder_hidden_states": states}
+
+
+def _embed_xl(
+    pipeline: Any, clip_skip: int | None, x0: Tensor, condition: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The condition of Stable Diffusion XL."""
+    states, _, pooled, _ = pipeline.encode_prompt(
+        condition["prompt"],
+        device=pipeline.text_encoder_2.device,
+        do_classifier_free_guidance=False,
+        clip_skip=clip_skip,
+    )
+    added = {"text_embeds": pooled, "time_ids": _time_ids(x0, condition).to(states)}
+    return {"encoder_hidden_states": states, "added_cond_kwargs": added}
+
+
+def _time_ids(x0: Tensor, condition: Mapping[str, Any]) -> Tensor:
+    """Original size, top left corner of the crop and target size of each image, ``[B, 6]``."""
+    B, _, H, W = x0.shape
+    parts = {"original_size": (H, W), "crops_coords_top_left": (0, 0), "target_size": (H, W)}
+
+    def of_shape(name: str, default: Any, shape: tuple[int, ...]) -> Tensor:
+        found = torch.as_tensor(condition.get(name, torch.tensor(default).expand(shape)))
+        if found.shape != shape:
+            raise ValueError(f"'{name}' must have shape {shape}, got {tuple(found.shape)}.")
+        return found
+
+    given = [name for name in parts if name in condition]
+    if "time_ids" in condition:
+        if given:
+            raise ValueError(f"A batch must have either 'time_ids' or {given}, got both.")
+        return of_shape("time_ids", 0, (B, 6))
+    columns = [of_shape(name, default, (B, 2)) for name, default in parts.items()]
+    return torch.cat([column.cpu().double() for column in columns], 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# A UNet and what it is trained with, as one network
+# ---------------------------------------------------------------------------------------------
+
+
+class _WithUNet(nn.Module):
+    """A UNet in a larger network; its parameters are called ``unet.…``.
+
+    Attributes:
+        images: The entries of the data that are images, and their channels.
+    """
+
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        self.unet = unet
+        self.images: dict[str, int] = {}
+
+    @property
+    def config(self) -> Any:
+        """The UNet's."""
+        return self.unet.config
+
+
+class InpaintingDenoiser(_WithUNet):
+    """A UNet that takes latents, mask and masked image's latents as channels after each other."""
+
+    def __init__(self, unet: nn.Module):
+        super().__init__(unet)
+        self.images = {"mask_image": 1}
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, mask: Tensor, masked_latents: Tensor, **entries: Any
+    ) -> Any:
+        """Denoise latents ``[B, C, H, W]``, by a mask ``[B, 1, H, W]``."""
+        return self.unet(torch.cat([sample, mask, masked_latents], 1), timestep, **entries)
+
+
+class ControlledDenoiser(_WithUNet):
+    """A UNet and the ControlNet that steers it, whose parameters are called ``controlnet.…``."""
+
+    def __init__(self, unet: nn.Module, controlnet: Any):
+        super().__init__(unet)
+        self.controlnet = controlnet
+        self.images = {"conditioning_image": controlnet.config.conditioning_channels}
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, controlnet_cond: Tensor, **entries: Any
+    ) -> Any:
+        """Denoise latents ``[B, C, H, W]``, by a control image in pixels."""
+        down, mid = self.controlnet(
+            sample, timestep, controlnet_cond=controlnet_cond, **entries, return_dict=False
+        )
+        return self.unet(
+            sample,
+            timestep,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
+            **entries,
+        )
+
+
+class PromptedDenoiser(_WithUNet):
+    """A UNet and its text encoders, which takes tokens in place of embeddings.
+
+    The encoders' parameters are called by their names in the pipeline: ``text_encoder.…``.
+
+    Args:
+        unet: The UNet.
+        encoders: The text encoders by their names.
+        embed: Maps encoders, tokens and further entries to the UNet's condition.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        encoders: dict[str, nn.Module],
+        embed: Callable[[list[nn.Module], list[Tensor], dict[str, Any]], dict[str, Any]],
+    ):
+        super().__init__(unet)
+        self._names = list(encoders)
+        for name, encoder in encoders.items():
+            self.add_module(name, encoder)
+        self._embed = embed
+
+    def forward(self, sample: Tensor, timestep: Tensor, **entries: Any) -> Any:
+        """Denoise, the condition being embedded on the way."""
+        tokens = [entries.pop(tokens_of(name)) for name in self._names]
+        encoders = [self.get_submodule(name) for name in self._names]
+        return self.unet(sample, timestep, **self._embed(encoders, tokens, entries))
+
+
+def tokens_of(encoder: str) -> str:
+    """The entry of a condition with the tokens of a text encoder."""
+    return encoder.replace("text_encoder", "input_ids")
+
+
+def tokenized(tokenizer: Any, prompts: list[str]) -> Tensor:
+    """Tokens of prompts, ``[B, length]``, as the pipelines make them."""
+    ids: Tensor = tokenizer(
+        prompts,
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+    return ids
+
+
+def embedded(
+    encoders: list[Any], tokens: list[Tensor], entries: dict[str, Any], clip_skip: int = 0
+) -> dict[str, Any]:
+    """The condition of Stable Diffusion 1 and 2, without the last ``clip_skip`` layers."""
+    (encoder,), (ids,) = encoders, tokens
+    if clip_skip == 0:
+        return {"encoder_hidden_states": encoder(ids)[0]}
+    states = encoder(ids, output_hidden_states=True).hidden_states[-1 - clip_skip]
+    # transformers 5 has the layers in the model itself
+    norm = getattr(encoder, "text_model", encoder).final_layer_norm
+    return {"encoder_hidden_states": norm(states)}
+
+
+def embedded_xl(
+    encoders: list[Any], tokens: list[Tensor], entries: dict[str, Any], clip_skip: int = 0
+) -> dict[str, Any]:
+    """The condition of Stable Diffusion XL, likewise."""
+    outputs = [e(ids, output_hidden_states=True) for e, ids in zip(encoders, tokens, strict=True)]
+    states = torch.cat([output.hidden_states[-2 - clip_skip] for output in outputs], -1)
+    added = {"text_embeds": outputs[-1][0], "time_ids": entries["time_ids"].to(states)}
+    return {"encoder_hidden_states": states, "added_cond_kwargs": added}

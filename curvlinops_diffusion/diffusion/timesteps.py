@@ -12,29 +12,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.diffusion.random_numbers import _generator, _Stream
-
 _GOLDEN = (sqrt(5) - 1) / 2
+
+#: A uniform number in ``[0, 1)`` for each example and draw.
+Uniform = Callable[[int, int], float]
 
 
 class _Distributed(ABC):
     """A scheme that draws levels from a distribution on ``[0, 1)``, from data to noise."""
 
     @abstractmethod
-    def points(self, seed: int, n_B: np.ndarray, r: int, num_draws: int) -> np.ndarray:
+    def _points(self, uniform: Uniform, n_B: np.ndarray, r: int, num_draws: int) -> np.ndarray:
         """Uniform points in ``[0, 1)``, shape ``[B]``."""
 
-    def quantile(self, points: np.ndarray) -> np.ndarray:
+    def _quantile(self, points: np.ndarray) -> np.ndarray:
         """Points of the distribution for uniform ones."""
         return points
 
-    def cumulative(self, unit: float) -> float:
-        """The probability of what lies below a point, whose inverse is :meth:`quantile`."""
+    def _cumulative(self, unit: float) -> float:
+        """The probability of what lies below a point, whose inverse is :meth:`_quantile`."""
         return unit
 
     def levels(
         self,
-        seed: int,
+        uniform: Uniform,
         n_B: np.ndarray,
         r: int,
         num_draws: int,
@@ -46,9 +47,9 @@ class _Distributed(ABC):
         Those of ``0 .. T-1``, or from the first of ``within`` to before the second.
         """
         lowest, end = within or (0, num_levels)
-        below, up_to = (self.cumulative(level / num_levels) for level in (lowest, end))
-        points = below + (up_to - below) * self.points(seed, n_B, r, num_draws)
-        levels = np.floor(self.quantile(points) * num_levels).astype(np.int64)
+        below, up_to = (self._cumulative(level / num_levels) for level in (lowest, end))
+        points = below + (up_to - below) * self._points(uniform, n_B, r, num_draws)
+        levels = np.floor(self._quantile(points) * num_levels).astype(np.int64)
         return levels.clip(lowest, end - 1)  # a point may round to the end
 
 
@@ -62,19 +63,16 @@ class StratifiedTimesteps(_Distributed):
     unbiased; the positions of successive examples are a low-discrepancy sequence.
     """
 
-    def points(self, seed: int, n_B: np.ndarray, r: int, num_draws: int) -> np.ndarray:
-        """Uniform points in ``[0, 1)``, shape ``[B]``."""
-        offset = _generator(seed, _Stream.TIMESTEP).random()
-        return (r + (n_B * _GOLDEN + offset) % 1.0) / num_draws
+    def _points(self, uniform: Uniform, n_B: np.ndarray, r: int, num_draws: int) -> np.ndarray:
+        return (r + (n_B * _GOLDEN + uniform(0, 0)) % 1.0) / num_draws
 
 
 @dataclass(frozen=True)
 class UniformTimesteps(_Distributed):
     """Independent uniform timesteps, as in training."""
 
-    def points(self, seed: int, n_B: np.ndarray, r: int, num_draws: int) -> np.ndarray:
-        """Uniform points in ``[0, 1)``, shape ``[B]``."""
-        return np.array([_generator(seed, _Stream.TIMESTEP, int(n), r).random() for n in n_B])
+    def _points(self, uniform: Uniform, n_B: np.ndarray, r: int, num_draws: int) -> np.ndarray:
+        return np.array([uniform(int(n), r) for n in n_B])
 
 
 @dataclass(frozen=True)
@@ -94,18 +92,15 @@ class LogitNormalTimesteps(_Distributed):
     std: float = 1.0
     stratified: bool = True
 
-    def points(self, seed: int, n_B: np.ndarray, r: int, num_draws: int) -> np.ndarray:
-        """Uniform points in ``[0, 1)``, shape ``[B]``."""
+    def _points(self, uniform: Uniform, n_B: np.ndarray, r: int, num_draws: int) -> np.ndarray:
         scheme = StratifiedTimesteps() if self.stratified else UniformTimesteps()
-        return scheme.points(seed, n_B, r, num_draws)
+        return scheme._points(uniform, n_B, r, num_draws)
 
-    def quantile(self, points: np.ndarray) -> np.ndarray:
-        """Points of the distribution for uniform ones."""
+    def _quantile(self, points: np.ndarray) -> np.ndarray:
         quantiles = torch.from_numpy(points).clamp(min=torch.finfo(torch.float64).tiny)
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(quantiles)).numpy()
 
-    def cumulative(self, unit: float) -> float:
-        """The probability of what lies below a point."""
+    def _cumulative(self, unit: float) -> float:
         logit = torch.logit(torch.tensor(unit, dtype=torch.float64))
         return float(torch.special.ndtr((logit - self.mean) / self.std))
 
@@ -132,16 +127,16 @@ class TimestepsWithin:
     )
 
     def levels(
-        self, seed: int, n_B: np.ndarray, r: int, num_draws: int, num_levels: int
+        self, uniform: Uniform, n_B: np.ndarray, r: int, num_draws: int, num_levels: int
     ) -> np.ndarray:
         """Levels of the range, shape ``[B]``, int64."""
         within = (self.lowest, self.end)
-        return self.scheme.levels(seed, n_B, r, num_draws, num_levels, within)
+        return self.scheme.levels(uniform, n_B, r, num_draws, num_levels, within)
 
 
 @dataclass(frozen=True)
 class ListedTimesteps:
-    """The same levels for every example: draw ``r`` takes the ``r``-th of a list, cyclically.
+    """Listed levels, the same for every example: draw ``r`` takes the ``r``-th, cyclically.
 
     Attributes:
         levels: Noise levels, ``0 .. T-1`` in order of rising noise.
@@ -166,39 +161,26 @@ _NAMED_SCHEMES: dict[str, Callable[[int], TimestepScheme]] = {
 
 
 def timestep_scheme(timesteps: Any, num_levels: int) -> TimestepScheme:
-    """Return the scheme that a user's ``timesteps`` argument names.
-
-    Args:
-        timesteps: ``'stratified'``, ``'uniform'``, ``'logit-normal'``, ``'all'`` (every level
-            once), a sequence of levels, or a scheme.
-        num_levels: The number of noise levels.
-
-    Raises:
-        ValueError: If it is none of these, or a listed level does not exist.
-    """
+    """Return the scheme that a user's ``timesteps`` names."""
     accepted = f"{', '.join(map(repr, _NAMED_SCHEMES))}, a sequence of levels, or a scheme"
-    if isinstance(timesteps, str):
-        if timesteps not in _NAMED_SCHEMES:
-            raise ValueError(f"timesteps={timesteps!r} is unknown. Pass one of: {accepted}.")
+    if isinstance(timesteps, str) and timesteps in _NAMED_SCHEMES:
         return _NAMED_SCHEMES[timesteps](num_levels)
-    if isinstance(timesteps, Sequence | Tensor | np.ndarray | range):
+    if isinstance(timesteps, Sequence | Tensor | np.ndarray) and not isinstance(timesteps, str):
         timesteps = ListedTimesteps(tuple(int(level) for level in timesteps))
     if not isinstance(timesteps, TimestepScheme):
-        raise ValueError(
-            f"timesteps arrived as {type(timesteps).__name__}. Pass one of: {accepted}."
-        )
+        raise ValueError(f"`timesteps` must be one of {accepted}, got {timesteps!r}.")
     if isinstance(timesteps, ListedTimesteps):
         wrong = [level for level in timesteps.levels if not 0 <= level < num_levels]
         if wrong or not timesteps.levels:
             raise ValueError(
-                f"timesteps lists {len(timesteps.levels)} levels, of which {wrong[:8]} do not "
-                f"exist. List at least one level, from 0 to {num_levels - 1}."
+                f"`timesteps` must list at least one level, from 0 to {num_levels - 1}, got "
+                f"{len(timesteps.levels)} levels, of which {wrong[:8]} do not exist."
             )
     if isinstance(timesteps, TimestepsWithin):
         lowest, end = timesteps.lowest, timesteps.end
         if not 0 <= lowest < end <= num_levels:
             raise ValueError(
-                f"{timesteps} arrived for {num_levels} noise levels. Pass 0 <= lowest < end <= "
-                f"{num_levels}."
+                f"`timesteps` must have 0 <= lowest < end <= {num_levels}, the number of noise "
+                f"levels, got {timesteps}."
             )
     return timesteps

@@ -8,59 +8,36 @@ pipelines, and so are the defaults.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import isfinite
 from typing import Any
 
-_CLIP = ("clip_skip",)
-# arguments that a pipeline with an entry of its own takes, beside those with defaults
-_OPTIONAL: dict[str, tuple[str, ...]] = {
-    "StableDiffusionPipeline": _CLIP,
-    "StableDiffusionXLPipeline": _CLIP,
-    "StableDiffusionInpaintPipeline": _CLIP,
-    "StableDiffusionXLInpaintPipeline": _CLIP,
-    "StableDiffusionControlNetPipeline": _CLIP,
-    "StableDiffusionXLControlNetPipeline": _CLIP,
-    "StableDiffusion3Pipeline": _CLIP,
-    "FluxPipeline": (),
-    "DDPMPipeline": (),
-    "DDIMPipeline": (),
-    "LDMPipeline": (),
-    "DiTPipeline": (),
-}
 # defaults of diffusers' training scripts (examples/dreambooth), by the class of the pipeline
+_FLUX_2 = {
+    "max_sequence_length": 512,
+    "text_encoder_out_layers": [10, 20, 30],
+    "sample_latents": False,
+}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "StableDiffusion3Pipeline": {"max_sequence_length": 77},
     "FluxPipeline": {"max_sequence_length": 512, "guidance_scale": 3.5},
-    "Flux2Pipeline": {
-        "max_sequence_length": 512,
-        "guidance_scale": 3.5,
-        "text_encoder_out_layers": [10, 20, 30],
-        "sample_latents": False,
-    },
-    "Flux2KleinPipeline": {
-        "max_sequence_length": 512,
-        "text_encoder_out_layers": [10, 20, 30],
-        "sample_latents": False,
-    },
+    "Flux2Pipeline": {**_FLUX_2, "guidance_scale": 3.5},
+    "Flux2KleinPipeline": _FLUX_2,
     "ZImagePipeline": {"max_sequence_length": 512, "sample_latents": False},
     "SanaPipeline": {
         "max_sequence_length": 300,
         "complex_human_instruction": None,
         "timestep_scale": 1.0,
     },
-    "Lumina2Pipeline": {
-        "max_sequence_length": 256,
-        "system_prompt": None,
-        "mirrored_levels": True,
-    },
+    "Lumina2Pipeline": {"max_sequence_length": 256, "system_prompt": None, "mirrored_levels": True},
     "QwenImagePipeline": {"max_sequence_length": 512},
 }
+_SIZES = ("original_size", "crops_coords_top_left", "target_size")
 # arguments of a pipeline's call that change what its network is given, and nothing else
 _OF_CALL = (
     *("max_sequence_length", "guidance_scale", "distilled_guidance_scale", "clip_skip"),
     *("system_prompt", "complex_human_instruction", "text_encoder_out_layers", "clean_caption"),
-    *("original_size", "crops_coords_top_left", "target_size", "frame_rate"),
+    *("frame_rate", *_SIZES),
 )
 
 
@@ -69,34 +46,26 @@ def training_arguments(
 ) -> dict[str, Any]:
     """The arguments of a pipeline's training.
 
-    Args:
-        pipeline: The pipeline.
-        given: Those that differ from the defaults.
-        sample_latents: Likewise, for whom this is an argument of its own.
-
     Returns:
         All of them, as plain values. ``sample_latents`` is left out where it is true.
-
-    Raises:
-        ValueError: If the pipeline does not take one, or a number is out of range.
     """
     kinds = [cls.__name__ for cls in type(pipeline).__mro__]
     defaults = dict(next((_DEFAULTS[kind] for kind in kinds if kind in _DEFAULTS), {}))
-    optional = next((_OPTIONAL[kind] for kind in kinds if kind in _OPTIONAL), None)
     network = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
     guided = bool(getattr(network, "config", {}).get("guidance_embeds"))
     asked = inspect.signature(pipeline.__call__).parameters
+    optional = {name for name in _OF_CALL if name in asked}
+    if any(kind.startswith("StableDiffusionXL") for kind in kinds):  # whose sizes are in the data
+        optional -= {*_SIZES}
     if getattr(pipeline, "text_encoder_3", True) is None:  # the scripts are never without
         defaults["max_sequence_length"] = asked["max_sequence_length"].default
-    if optional is None:
-        optional = tuple(name for name in _OF_CALL if name in asked)
-        for name in ("max_sequence_length", "guidance_scale"):
-            if name in asked and asked[name].default is not None:
-                defaults.setdefault(name, asked[name].default)
-        if "original_size" in asked:
-            defaults["original_size"] = None  # that of each image
-        if not _has_layers(pipeline, defaults.get("text_encoder_out_layers", ())):
-            defaults["text_encoder_out_layers"] = list(asked["text_encoder_out_layers"].default)
+    for name in ("max_sequence_length", "guidance_scale"):
+        if name in optional and asked[name].default is not None:
+            defaults.setdefault(name, asked[name].default)
+    if "original_size" in optional:
+        defaults["original_size"] = None  # that of each image
+    if not _has_layers(pipeline, defaults.get("text_encoder_out_layers", ())):
+        defaults["text_encoder_out_layers"] = list(asked["text_encoder_out_layers"].default)
     taken = {*defaults, *optional, "sample_latents"}
     if not guided:  # it is then the weight of a second prediction, which training does not make
         defaults.pop("guidance_scale", None)
@@ -106,8 +75,8 @@ def training_arguments(
     unknown = sorted(found.keys() - taken)
     if unknown:
         raise ValueError(
-            f"training_arguments names {unknown}, and the network of this "
-            f"{type(pipeline).__name__} depends on none of them. Pass some of {sorted(taken)}."
+            f"`training_arguments` must be some of {sorted(taken)}, on which the network of this "
+            f"{type(pipeline).__name__} depends, got {unknown}."
         )
     if guided and "guidance_scale" in taken - found.keys():
         raise ValueError(
@@ -115,29 +84,31 @@ def training_arguments(
             "call has no default. Pass training's: --training-arguments guidance_scale=…, or "
             "training_arguments={'guidance_scale': …}."
         )
-    _check_numbers(found)
+    for name, (form, fits) in _FORMS.items():
+        if name in found and not fits(found[name]):
+            raise ValueError(f"`{name}` must be {form}, got {found[name]!r}. Pass training's.")
     return {k: v for k, v in found.items() if k != "sample_latents" or v is not True}
 
 
 def _has_layers(pipeline: Any, layers: Any) -> bool:
-    """Whether the text encoder is as deep as the layers whose states are shown to the network."""
+    """Tell whether the text encoder has the layers whose states are shown to the network."""
     config = getattr(getattr(pipeline, "text_encoder", None), "config", None)
     if not layers or config is None:
         return True
     return bool(config.get_text_config().num_hidden_layers >= max(layers))
 
 
-def _check_numbers(arguments: Mapping[str, Any]) -> None:
-    length = arguments.get("max_sequence_length", 1)
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise ValueError(
-            f"max_sequence_length must be a whole number of at least 1, got {length!r}. Pass the "
-            "number of tokens to which training cut or padded prompts."
-        )
-    for name in ("guidance_scale", "timestep_scale"):
-        value = arguments.get(name, 1.0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value!r}. Pass training's.")
-    for name in ("mirrored_levels", "sample_latents"):
-        if not isinstance(arguments.get(name, True), bool):
-            raise ValueError(f"{name} must be True or False, got {arguments[name]!r}.")
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+_FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "max_sequence_length": (
+        "a whole number of at least 1",
+        lambda z: isinstance(z, int) and _is_number(z) and z >= 1,
+    ),
+    "guidance_scale": ("a finite number", _is_number),
+    "timestep_scale": ("a finite number", _is_number),
+    "mirrored_levels": ("True or False", lambda z: isinstance(z, bool)),
+    "sample_latents": ("True or False", lambda z: isinstance(z, bool)),
+}

@@ -112,43 +112,29 @@ Weighting = ProcessWeighting | Callable[[Tensor], Tensor] | Tensor | None
 
 
 def weight_table(weighting: Weighting, process: NoiseProcess) -> Tensor:
-    """Evaluate a weighting ``w_t`` at every level.
-
-    Args:
-        weighting: ``None`` for ``w_t = 1``, a :class:`ProcessWeighting`, a callable that maps the
-            timesteps (what the network is told, shape ``[T]``) to weights, or a table of ``T``
-            weights in order of rising noise.
-        process: The noise process.
-
-    Returns:
-        The weights, float64, shape ``[T]``.
-
-    Raises:
-        ValueError: If the weights are not ``T`` finite numbers of at least zero.
-    """
+    """Evaluate a weighting ``w_t`` at every level, float64, shape ``[T]``."""
     if weighting is None:
         return torch.ones(process.num_levels, dtype=torch.float64)
+    weights: Any = weighting
     if isinstance(weighting, ProcessWeighting):
-        weights: Any = weighting(process)
+        weights = weighting(process)
     elif callable(weighting):
         weights = weighting(process.timesteps_T)
-    else:
-        weights = weighting
     try:
         weights_T = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            f"weighting={weighting!r} is none of: None, a weighting like MinSNRWeighting(gamma), a "
-            "callable of the timesteps, or a table with one weight for each noise level."
+            "`weighting` must be None, a weighting like MinSNRWeighting(gamma), a callable of the "
+            f"timesteps, or a table with one weight for each noise level, got {weighting!r}."
         ) from None
     if weights_T.shape != (process.num_levels,):
         raise ValueError(
-            f"The weighting gave weights of shape {tuple(weights_T.shape)}. It must give one for "
-            f"each of the {process.num_levels} noise levels, in order of rising noise."
+            f"`weighting` must give one weight for each of the {process.num_levels} noise levels, "
+            f"in order of rising noise, got shape {tuple(weights_T.shape)}."
         )
     if not (weights_T.isfinite() & (weights_T >= 0)).all():
         raise ValueError(
-            f"The weighting gave weights from {weights_T.min():.3g} to {weights_T.max():.3g}. They "
-            "must be finite and at least 0."
+            "The weights must be finite and at least 0, got values from "
+            f"{weights_T.min():.3g} to {weights_T.max():.3g}."
         )
     return weights_T

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
-from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.batch import CleanBatch, NoisedBatch
 from curvlinops_diffusion.diffusion.checks import check_modes
-from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.measurements.base import ExampleFunction, Measurement
 from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_gradient

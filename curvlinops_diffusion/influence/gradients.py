@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.diffusion.batch import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression, check_regression
 from curvlinops_diffusion.influence.derivatives import (
     FunctionGradients,

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.diffusion.batch import CleanBatch
 from curvlinops_diffusion.influence.consumers import GradientConsumer, Scored
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.linalg.operator import check_same_parameters

@@ -20,9 +20,8 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 
-from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.batch import CleanBatch, NoisedBatch
 from curvlinops_diffusion.diffusion.checks import check_modes
-from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers.coverage import Coverage

@@ -21,9 +21,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.diffusion.conditions import has_rows, leaves, mapped, named
-from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.diffusion.batch import (
+    CleanBatch,
+    NoisedBatch,
+    has_rows,
+    leaves,
+    mapped,
+    named,
+)
 from curvlinops_diffusion.diffusion.first_call import first_prediction
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import NoisedRegression

@@ -12,8 +12,8 @@ from warnings import warn
 import diffusers
 from torch import nn
 
-from curvlinops_diffusion.diffusion.image_conditions import ControlledDenoiser
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
+from curvlinops_diffusion.diffusion.stable_diffusion import ControlledDenoiser
 from curvlinops_diffusion.loading.labels import Condition
 from curvlinops_diffusion.loading.preprocessing import Form
 from curvlinops_diffusion.loading.weights import listed

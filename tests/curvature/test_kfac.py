@@ -16,7 +16,7 @@ from curvlinops_diffusion import (
     ExampleGradientLinearOperator,
 )
 from curvlinops_diffusion.curvature.options import KFACOptions
-from curvlinops_diffusion.diffusion.random_numbers import ProbeType
+from curvlinops_diffusion.diffusion.draws import ProbeType
 from tests.cases import plain_regression, seeded, tiny_unet, two_convolutions, unet_regression
 from tests.comparisons import assert_close, relative_error
 from tests.reference import (

@@ -20,8 +20,7 @@ from curvlinops_diffusion.curvature.gradient_moments import eigenvalue_moments
 from curvlinops_diffusion.curvature.kronecker_factors import kronecker_factors
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
-from curvlinops_diffusion.diffusion.draws import make_draws
-from curvlinops_diffusion.diffusion.random_numbers import ProbeType
+from curvlinops_diffusion.diffusion.draws import ProbeType, make_draws
 from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.linalg.factors import eigendecomposition
 from tests.cases import images, noise_levels, plain_regression, seeded, tiny_unet, unet_regression
@@ -266,7 +265,7 @@ def test_autocast():
         pytest.raises(ValueError, match=r"torch.autocast is on for 'cpu'.*pass autocast=torch"),
     ):
         DiffusionKFACLinearOperator(full)
-    with pytest.raises(ValueError, match=r"autocast='bf16' arrived. Pass torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"`autocast` must be torch.bfloat16, .* got 'bf16'"):
         DenoisingObjective(model, noise_levels(), autocast="bf16")
 
 

@@ -62,9 +62,9 @@ def test_the_result_is_that_of_this_batch_size(monkeypatch):
 
 
 def test_what_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match="'auto' arrived with data that comes in batches"):
+    with pytest.raises(ValueError, match="left out for data that comes in batches, got 'auto'"):
         NoisedRegression(objective(), [images(3)], 1, batch_size="auto")
-    with pytest.raises(ValueError, match="batch_size='most' arrived"):
+    with pytest.raises(ValueError, match=r"batch_size.*whole number of at least 1"):
         NoisedRegression(objective(), images(3), 1, batch_size="most")
 
 

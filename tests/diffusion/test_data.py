@@ -41,7 +41,7 @@ from curvlinops_diffusion import (
 )
 from tests.cases import images, noise_levels, seeded
 from tests.comparisons import assert_close
-from tests.reference import example_gradients
+from tests.reference import example_gradients, params_of
 
 
 class Labelled(nn.Module):
@@ -88,8 +88,7 @@ CONSUMERS = {
 
 
 @pytest.mark.parametrize("consumer", CONSUMERS)
-@pytest.mark.parametrize("varying", ["x0", "class_labels"])
-@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize(("varying", "loaded"), [("x0", True), ("class_labels", False)])
 def test_data_that_vary_in_the_middle(consumer, varying, loaded):
     """Of whatever entry and batch, in the second pass that sees it."""
     data = DataLoader(Varying(varying), batch_size=2) if loaded else Varying(varying)
@@ -106,26 +105,32 @@ def test_data_that_stay_the_same():
         consume(regression)
 
 
-LISTS = {
-    "dicts with numbers": [{"x0": x, "class_labels": n % 5} for n, x in enumerate(images(4))],
-    "dicts with tensors": [
-        {"x0": x, "class_labels": torch.tensor(n % 5)} for n, x in enumerate(images(4))
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x, y: (x, y),
+        lambda x, y: {"x0": x, "class_labels": y.tolist()},
+        lambda x, y: {"x0": x, "class_labels": y.numpy()},
+        lambda x, y: Again(lambda: zip(x, y.tolist(), strict=True)),
+        lambda x, y: DataLoader(TensorDataset(x, y), None),
+        # a label for each says that the first axis of ``x0`` is none of examples
+        lambda x, y: [{"x0": a, "class_labels": b} for a, b in zip(x, y.tolist(), strict=True)],
+        lambda x, y: [{"x0": a, "class_labels": b} for a, b in zip(x, y, strict=True)],
+        lambda x, y: list(zip(x, y.tolist(), strict=True)),
+        lambda x, y: MapStyle(x, y),
+        lambda x, y: of_library(x, y),
     ],
-    "pairs": [(x, n % 5) for n, x in enumerate(images(4))],
-}
-
-
-@pytest.mark.parametrize("form", LISTS)
-def test_lists_of_examples(form):
-    """A label for each says that the first axis of ``x0`` is none of examples."""
+)
+def test_labels_in_every_form(form):
+    x0, labels = images(4), torch.tensor([0, 1, 2, 0])
     found, expected = (
         regression_of(data, batch_size=3)
-        for data in (LISTS[form], {"x0": images(4), "class_labels": torch.arange(4) % 5})
+        for data in (form(x0, labels), {"x0": x0, "class_labels": labels})
     )
     assert found.num_data == 4
     for a, b in zip(found.batches(), expected.batches(), strict=True):
-        assert torch.equal(a.x_t, b.x_t)
-        assert torch.equal(a.condition["class_labels"], b.condition["class_labels"])
+        assert_close(a.x_t, b.x_t, 1e-6)
+        assert torch.equal(a.condition["class_labels"].long(), b.condition["class_labels"])
 
 
 def test_lists_of_batches_with_values_for_all():
@@ -143,6 +148,19 @@ def test_lists_of_batches_with_values_for_all():
     regression = NoisedRegression(DenoisingObjective(Strength(), noise_levels()), batches, 2)
     assert regression.num_data == 6
     DiffusionKFACLinearOperator(regression)
+
+
+class MapStyle:
+    """As many data sets are, without being one of torch."""
+
+    def __init__(self, x0, labels):
+        self.x0, self.labels = x0, labels
+
+    def __len__(self):
+        return len(self.x0)
+
+    def __getitem__(self, n):
+        return {"x0": self.x0[n], "class_labels": self.labels[n]}
 
 
 class OfImages(Dataset):
@@ -164,19 +182,6 @@ class OfSizes(Dataset):
 
     def __getitem__(self, n):
         return torch.zeros(1, 4 + n, 4)
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (OfImages(), "they hold 'image' as Image, 'label' as int .* Each batch"),
-        (Streamed(), "they hold 'image' as Image, 'label' as int"),
-        (OfSizes(), r"they hold 'item' as a tensor of shape \(1, 4, 4\) \(stack expects each"),
-    ],
-)
-def test_items_that_make_no_batch(data, message):
-    with pytest.raises(ValueError, match=message):
-        list(regression_of(data).batches())
 
 
 @pytest.mark.parametrize("loaded", [True, False])
@@ -308,23 +313,28 @@ def batches_of(data, size, **options):
     return BatchSampler(SequentialSampler(data), size, **{"drop_last": False, **options})
 
 
-def of_library(count):
-    rows = [{"x0": x.tolist()} for x in pictures(count)]
-    return datasets.Dataset.from_list(rows).with_format("torch", dtype=torch.float64)
+def of_library(x0, labels=None):
+    """A data set of Hugging Face's library."""
+    columns = {"x0": x0.tolist()} | ({} if labels is None else {"class_labels": labels.tolist()})
+    return datasets.Dataset.from_dict(columns).with_format("torch", dtype=torch.float64)
 
 
 # by the number of examples: the data, and which of the pictures come
 FORMS = {
     "tensor": lambda n: (pictures(n), range(n)),
+    "dict": lambda n: ({"x0": pictures(n)}, range(n)),
     "tuple of batches": lambda n: (pictures(n).split(2), range(n)),
+    "list of dicts": lambda n: ([{"x0": x} for x in pictures(n).split(2)], range(n)),
     "list of images": lambda n: (list(pictures(n)), range(n)),
-    "tuple of images": lambda n: (tuple(pictures(n)), range(n)),
     "list of dicts of one": lambda n: ([{"x0": x} for x in pictures(n)], range(n)),
     "data set": lambda n: (Items(n), range(n)),
+    "data set of dicts": lambda n: (Items(n, lambda x: {"x0": x}), range(n)),
+    "data set of tensors": lambda n: (TensorDataset(pictures(n)), range(n)),
     "data set that says less": lambda n: (Items(n + 2, length=n), range(n)),
     "subset": lambda n: (Subset(Items(n), [n - 1, 0]), [n - 1, 0]),
     "data sets in a row": lambda n: (ConcatDataset([Items(n)] * 2), [*range(n), *range(n)]),
-    "data set of the library": lambda n: (of_library(n), range(n)),
+    "data set of the library": lambda n: (of_library(pictures(n)), range(n)),
+    "data set that is a sequence": lambda n: (ItemsInSequence(n), range(n)),
     "loader": lambda n: (DataLoader(Items(n), 3), range(n)),
     "loader of a subset": lambda n: (DataLoader(Subset(Items(n), [0]), 3), [0]),
     "loader of a list": lambda n: (DataLoader(list(pictures(n)), 3), range(n)),
@@ -332,14 +342,7 @@ FORMS = {
         DataLoader(Items(n), 3, sampler=Order([n - 1, 0, 0, 0])),
         [n - 1, 0, 0, 0],
     ),
-    "loader with nothing to drop": lambda n: (
-        DataLoader(Items(n), n, drop_last=True),
-        range(n),
-    ),
-    "loader with batches": lambda n: (
-        DataLoader(Items(n), batch_sampler=batches_of(Items(n), 3)),
-        range(n),
-    ),
+    "loader with nothing to drop": lambda n: (DataLoader(Items(n), n, drop_last=True), range(n)),
     "loader with some batches": lambda n: (
         DataLoader(Items(n), batch_sampler=batches_of(range(n // 2 + 1), 2)),
         range(n // 2 + 1),
@@ -361,7 +364,6 @@ FORMS = {
         DataLoader(Items(n), batch_sampler=Shuffling(n, 0)),
         [i for batch in Shuffling(n, 0) for i in batch],
     ),
-    "data set that is a sequence": lambda n: (ItemsInSequence(n), range(n)),
     "data set of many worlds": lambda n: (DataLoader(OfWorlds(n), 3), range(n)),
     "stream of many worlds": lambda n: (StreamOfWorlds(n), range(n)),
     "loader without batches": lambda n: (DataLoader(Items(n), None), range(n)),
@@ -392,20 +394,41 @@ def counted(data):
     return NoisedRegression(DenoisingObjective(model, noise_levels()), data, 2, batch_size=3)
 
 
+def everything(regression):
+    """All noised inputs and targets, by example and draw."""
+    return {
+        (n, batch.common_draw): torch.cat([batch.x_t[b].flatten(), batch.target_BD[b]])
+        for batch in regression.batches()
+        for b, n in enumerate(batch.indices)
+    }
+
+
 @pytest.mark.parametrize("count", [1, 7])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.filterwarnings("ignore:Length of IterableDataset")
 def test_data_are_counted_by_what_comes(form, count):
-    """The number of examples, rows, K-FAC's mean and the columns of scores are of one data set."""
+    """In each iteration; and nothing of it is changed."""
     data, coming = FORMS[form](count)
     regression, plain = counted(data), counted(pictures(count)[list(coming)])
     assert regression.num_data == len(coming)
-    params = list(plain.objective.model.parameters())
-    truth = example_gradients(plain, params)
+    expected = everything(plain)
+    assert len(expected) == regression.num_samples
+    for _ in range(2):
+        found = everything(regression)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found)
+    if form in ("tensor", "dict"):
+        assert torch.equal(data if form == "tensor" else data["x0"], pictures(count))
+
+
+@pytest.mark.parametrize("form", ["loader with batches of its own", "stream of batches"])
+def test_counts_reach_the_scores(form):
+    """Rows, K-FAC's mean and the columns of scores are of one data set."""
+    data, coming = FORMS[form](7)
+    regression, plain = counted(data), counted(pictures(7)[list(coming)])
+    truth = example_gradients(plain, params_of(plain.objective.model))
     J = ExampleGradientLinearOperator(regression)
     assert_close(J.rows(), truth, 1e-12)
-    if count == 1:
-        return
     K, same = (DiffusionKFACLinearOperator(r, fisher_type="type-2") for r in (regression, plain))
     assert_close(K.trace(), same.trace(), 1e-12)
     J_query, inverse = ExampleGradientLinearOperator(counted(pictures(2))), same.inverse(0.1)
@@ -434,6 +457,22 @@ class Shrinking:
         return iter(pictures(self.left).split(5))
 
 
+def with_entry(value):
+    x0 = pictures(5)
+    x0[3, 0, 0, 0] = value
+    return x0
+
+
+class RandomCaptions(Items):
+    """The same images, each time with another of their captions."""
+
+    calls = 0
+
+    def __getitem__(self, n):
+        self.calls += 1
+        return {"x0": self.x0[n], "class_labels": torch.tensor(self.calls % 7)}
+
+
 REFUSED = {
     "stream that drops": (
         lambda: DataLoader(Stream(7), 3, drop_last=True),
@@ -441,11 +480,15 @@ REFUSED = {
     ),
     "batches that drop": (
         lambda: DataLoader(Items(7), batch_sampler=batches_of(Items(7), 3, drop_last=True)),
-        "would leave out 1 of 7",
+        "would leave out 1 of 7 examples. Pass drop_last=False",
     ),
     "sampler that drops": (
         lambda: DataLoader(Items(7), 3, sampler=Order(range(5)), drop_last=True),
         "would leave out 2 of 5",
+    ),
+    "shuffling": (
+        lambda: DataLoader(Items(7), shuffle=True),
+        "RandomSampler chooses or shuffles .*pass shuffle=False",
     ),
     "subset in random order": (
         lambda: DataLoader(Items(7), 3, sampler=SubsetRandomSampler(range(7))),
@@ -486,17 +529,55 @@ REFUSED = {
         lambda: DataLoader(Items(7, length=9), 3),
         "An item of the data .* cannot be read",
     ),
-    "empty batch": (lambda: [pictures(2), pictures(0)], r"shape \(0, 2, 4, 4\)"),
+    "augmenting": (
+        lambda: Items(7, lambda x: x + torch.rand(1)),
+        "'x0' varied. .*random augmentation",
+    ),
+    "random captions": (
+        lambda: RandomCaptions(4),
+        r"different batches: 'class_labels' varied. .*of captions\) off",
+    ),
+    "one that shrinks": (Shrinking, "began with different batches|examples came"),
+    "iterator that is shared": (Sharing, "must not share their place"),
+    "data pipe": (lambda: IterableWrapper(list(pictures(7))), "one iteration at a time"),
     "generator": (lambda: (x for x in pictures(7)), "can be iterated only once"),
     "pairs of a zip": (lambda: zip(pictures(7), range(7), strict=True), "only once"),
     "loader's iterator": (lambda: iter(DataLoader(Items(7), 3)), "only once"),
-    "iterator that is shared": (Sharing, "must not share their place"),
-    "data pipe": (lambda: IterableWrapper(list(pictures(7))), "one iteration at a time"),
-    "one that shrinks": (Shrinking, "began with different batches|examples came"),
     "table": (lambda: pandas.DataFrame({"x0": [1.0, 2.0]}), "item 0 cannot be read"),
-    "plain lists": (lambda: of_library(3).with_format(None), r"arrived as list.*with_format"),
+    "array": (lambda: pictures(4).numpy(), r"got ndarray \(pass torch.from_numpy"),
+    "number": (lambda: 3, "The data must be a tensor .*, got int"),
     "no length": (type("Odd", (Dataset,), {}), "neither a length nor an iterator"),
-    "missing batch": (lambda: Again(lambda: [pictures(2), None]), "arrived as NoneType"),
+    "no examples": (lambda: pictures(0), r"shape \(0, 2, 4, 4\)"),
+    "no batches": (lambda: [], "The data is empty. Pass a tensor of clean examples"),
+    "empty dataset": (lambda: TensorDataset(pictures(0)), "The data is empty"),
+    "empty batch": (lambda: [pictures(2), pictures(0)], r"shape \(0, 2, 4, 4\)"),
+    "missing batch": (lambda: Again(lambda: [pictures(2), None]), "got NoneType"),
+    "no axes": (lambda: torch.zeros(4).double(), r"shape \(4,\).* \[batch"),
+    "integers": (lambda: pictures(4).byte(), "torch.uint8.*floating-point"),
+    "NaN": (lambda: with_entry(torch.nan), r"1 example\(s\) hold NaN.*at index \[3\] of the data"),
+    "infinity in a batch": (lambda: list(with_entry(torch.inf).split(2)), r"at index \[3\]"),
+    "no x0": (lambda: {"images": pictures(3)}, r"got keys \['images'\].*dict with key 'x0'"),
+    "not tensors": (lambda: [["a", "b"]], "got list of length 2. Each batch"),
+    "labelled": (
+        lambda: TensorDataset(pictures(3), torch.arange(3.0)),
+        r"list of length 2.*pair of these and integer labels or prompts, or a dict with key 'x0'",
+    ),
+    "x0 no tensor": (lambda: {"x0": [1.0, 2.0]}, "list.*floating-point tensor"),
+    "plain lists": (lambda: of_library(pictures(3)).with_format(None), "list.*with_format"),
+    "short condition": (
+        lambda: {"x0": pictures(3), "class_labels": torch.arange(2)},
+        r"condition\['class_labels'\].* shape \(2,\)",
+    ),
+    "nested condition": (
+        lambda: {"x0": pictures(3), "added": {"ids": torch.zeros(4, 2)}},
+        r"condition\['added'\]\['ids'\].* shape \(4, 2\)",
+    ),
+    "images of PIL": (OfImages, "they hold 'image' as Image, 'label' as int .* Each batch"),
+    "images of PIL in a stream": (Streamed, "they hold 'image' as Image, 'label' as int"),
+    "images of several sizes": (
+        OfSizes,
+        r"they hold 'item' as a tensor of shape \(1, 4, 4\) \(stack expects each",
+    ),
 }
 
 
@@ -510,29 +591,6 @@ def test_data_that_cannot_be_counted_on(form):
 
     with pytest.raises(ValueError, match=message):
         iterate()
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        lambda x, y: (x, y),
-        lambda x, y: [x, y],
-        lambda x, y: {"x0": x, "class_labels": y.tolist()},
-        lambda x, y: {"x0": x, "class_labels": y.numpy()},
-        lambda x, y: Again(lambda: zip(x, y.tolist(), strict=True)),
-        lambda x, y: DataLoader(TensorDataset(x, y), None),
-    ],
-)
-def test_labels_in_every_form(form):
-    x0, labels = images(4), torch.arange(4)
-    found, expected = (
-        regression_of(data, batch_size=3)
-        for data in (form(x0, labels), {"x0": x0, "class_labels": labels})
-    )
-    assert found.num_data == 4
-    for a, b in zip(found.batches(), expected.batches(), strict=True):
-        assert torch.equal(a.x_t, b.x_t)
-        assert torch.equal(a.condition["class_labels"], b.condition["class_labels"])
 
 
 class Reshaping(nn.Module):
@@ -599,8 +657,9 @@ def test_batches_are_told_from_single_examples_by_what_the_network_takes(case):
     assert all(module.training for module in model.modules())
     assert found.num_data == len(x0)
     model.eval()
-    rows = [ExampleGradientLinearOperator(r).rows() for r in (found, plain)]
-    assert_close(*rows, 1e-12)
+    one, other = everything(found), everything(plain)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_a_loss_mask_is_not_shown_to_the_network():
@@ -608,14 +667,3 @@ def test_a_loss_mask_is_not_shown_to_the_network():
     model = Reshaping(nn.Conv2d(2, 2, 1).double(), lambda x: x)
     objective = DenoisingObjective(model, noise_levels())
     assert NoisedRegression(objective, items, 2, loss_mask="mask").num_data == 4
-
-
-def test_what_the_network_does_not_take_is_said():
-    model = Reshaping(nn.Linear(15, 15).double(), lambda x: x.flatten(1))
-    sequences = random(4, 5, 3)
-    objective = DenoisingObjective(model, noise_levels())
-    with pytest.raises(ValueError, match=r"cannot be called with the data .* \[8, 4, 3\]"):
-        DiffusionKFACLinearOperator(NoisedRegression(objective, sequences[:, :4], 2))
-    more = NoisedRegression(objective, {"x0": sequences, "extra": torch.ones(4, 2)}, 1)
-    with pytest.raises(ValueError, match=r"unexpected keyword.*extra \[4, 2\]"):
-        DiffusionKFACLinearOperator(more)

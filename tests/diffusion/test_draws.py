@@ -15,17 +15,14 @@ from curvlinops_diffusion import (
     ExampleGradientLinearOperator,
     NoisedRegression,
 )
-from curvlinops_diffusion.diffusion.draws import make_draws
-from curvlinops_diffusion.diffusion.random_numbers import ProbeType
+from curvlinops_diffusion.diffusion.draws import ProbeType, make_draws
 from curvlinops_diffusion.diffusion.timesteps import (
     LogitNormalTimesteps,
     StratifiedTimesteps,
     TimestepsWithin,
     UniformTimesteps,
 )
-from tests.cases import images, noise_levels, plain_regression, seeded, unet_regression
-from tests.comparisons import assert_close
-from tests.reference import dense_ggn, to_dense
+from tests.cases import noise_levels, plain_regression, seeded, unet_regression
 
 RADEMACHER, GAUSSIAN = ProbeType.RADEMACHER, ProbeType.GAUSSIAN
 
@@ -177,36 +174,8 @@ def test_other_distributions_within_a_range():
     within = torch.bincount(torch.cat([draws.levels(range(5000), r) for r in range(4)]))[6:9]
     assert within.sum() == 20_000
     assert (counts / counts.sum() - within / within.sum()).abs().max() < 2e-3
-    assert (
-        abs(float(counts.sum()) / 20_000 - (whole.cumulative(0.9) - whole.cumulative(0.6))) < 2e-3
-    )
-
-
-def test_experts_by_noise_level_are_problems_of_their_own():
-    """The curvature of both has the share of an expert's levels times its own on the diagonal."""
-
-    class Experts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.experts = nn.ModuleList([seeded(nn.Conv2d(2, 2, 1), seed=s) for s in (0, 1)])
-
-        def forward(self, x, t):
-            expert = self.experts[int(t[0] >= 6)]  # every batch has one level here
-            return expert(x, t)
-
-    ranges = range(6), range(6, 10)
-    for number, levels in enumerate(ranges):
-        both, data = Experts().double(), images(3, 2, 3)
-        every = [*levels, *ranges[1 - number]]  # the same noise for the same levels
-        whole = NoisedRegression(DenoisingObjective(both, noise_levels()), data, timesteps=every)
-        G = dense_ggn(whole, list(both.parameters()))
-        P = len(G) // 2
-        assert G[:P, P:].norm() == 0
-        objective = DenoisingObjective(both.experts[number], noise_levels())
-        own = NoisedRegression(objective, data, timesteps=list(levels))
-        block = G[number * P : (number + 1) * P, number * P : (number + 1) * P]
-        found = to_dense(DiffusionGGNLinearOperator(own))
-        assert_close(len(levels) / 10 * found, block, 1e-12)
+    below = torch.special.ndtr((torch.logit(torch.tensor([0.6, 0.9])) - 0.5) / 1.5)
+    assert abs(float(counts.sum()) / 20_000 - float(below.diff())) < 2e-3
 
 
 def test_lists_and_every_level_once():
@@ -221,26 +190,23 @@ def test_lists_and_every_level_once():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"timesteps": "random"}, r"timesteps='random' is unknown. Pass one of: 'stratified'"),
-        ({"timesteps": 3}, r"timesteps arrived as int"),
-        (
-            {"timesteps": TimestepsWithin(5, 5)},
-            r"TimestepsWithin\(lowest=5, end=5.* Pass 0 <= lowe",
-        ),
-        ({"timesteps": TimestepsWithin(5, 5000)}, r"for \d+ noise levels. Pass 0 <= lowest < end"),
-        ({"timesteps": [1, 1000]}, r"of which \[1000\] do not exist.*from 0 to 999"),
-        ({"timesteps": []}, r"timesteps lists 0 levels"),
-        ({"timesteps": [1, 2, 3], "num_draws": 8}, r"num_draws=8.*multiple of 3, or num"),
-        ({"num_draws": 0}, r"num_draws=0 arrived. Pass a whole number of at least 1"),
-        ({"num_draws": 2.0}, r"num_draws=2.0 arrived"),
-        ({"antithetic": True, "num_draws": 3}, r"antithetic pairs. Pass a multiple of 2"),
+        ({"timesteps": "random"}, r"must be one of 'stratified', .*, got 'random'"),
+        ({"timesteps": 3}, r"`timesteps` must be one of .*, got 3"),
+        ({"timesteps": TimestepsWithin(5, 5)}, r"lowest < end <= 1000.*got .*lowest=5, end=5"),
+        ({"timesteps": TimestepsWithin(5, 5000)}, "0 <= lowest < end <= 1000"),
+        ({"timesteps": [1, 1000]}, r"from 0 to 999, .* of which \[1000\] do not exist"),
+        ({"timesteps": []}, r"at least one level, .* got 0 levels"),
+        ({"timesteps": [1, 2, 3], "num_draws": 8}, "multiple of 3 with 3 listed levels, got 8"),
+        ({"num_draws": 0}, r"num_draws.* whole number of at least 1"),
+        ({"num_draws": 2.0}, r"num_draws.* whole number of at least 1"),
+        ({"antithetic": True, "num_draws": 3}, "multiple of 2 with antithetic pairs, got 3"),
         (
             {"antithetic": True, "timesteps": [1, 2], "num_draws": 6},
-            r"antithetic pairs at each of 2 listed levels. Pass a multiple of 4",
+            "multiple of 4 with 2 listed levels and antithetic pairs, got 6",
         ),
-        ({"seed": -1}, r"seed=-1 arrived. Pass a whole number from 0 to"),
-        ({"seed": None}, r"seed=None arrived"),
-        ({"seed": 2**64}, r"seed=18446744073709551616 arrived"),
+        ({"seed": -1}, r"`seed` must be a whole number from 0 to .* got -1"),
+        ({"seed": None}, "got None"),
+        ({"seed": 2**64}, "got 18446744073709551616"),
     ],
 )
 def test_bad_draws(arguments, message):
@@ -299,18 +265,18 @@ def test_pairs_help_where_gradients_are_linear_in_the_noise():
     """At little noise, ``(W x_t - ε) x_tᵀ ≈ -ε α x0ᵀ``; at much noise, ``-σ ε εᵀ`` is even."""
 
     def variance(antithetic, level):
-        return linear_rows(antithetic, num_draws=2, timesteps=[level])[0].var(0).sum()
+        return linear_rows(antithetic, 500, num_draws=2, timesteps=[level])[0].var(0).sum()
 
     assert variance(True, 0) < 0.2 * variance(False, 0)
     assert variance(True, 9) > variance(False, 9)
 
 
-def linear_rows(antithetic, **options):
+def linear_rows(antithetic, count=4000, **options):
     """Gradients of the same example many times, and the linear network, example and process."""
     model, process = seeded(nn.Linear(3, 3, bias=False)), noise_levels()
     x0 = torch.tensor([[0.5, -1.0, 0.3]]).double()
     regression = NoisedRegression(
-        DenoisingObjective(model, process), x0.expand(4000, 3), antithetic=antithetic, **options
+        DenoisingObjective(model, process), x0.expand(count, 3), antithetic=antithetic, **options
     )
     W = next(model.parameters()).detach()
     return ExampleGradientLinearOperator(regression).rows(), W, x0, process
@@ -343,7 +309,7 @@ def test_parts_are_those_of_the_whole(timesteps, antithetic, num_draws):
             assert [t >= 500 for t, _ in own[::2]] == [False, True]
         if isinstance(timesteps, list):
             assert sorted(t for t, _ in own) == sorted(2 * timesteps)
-    with pytest.raises(ValueError, match=r"divided into 5 parts. Pass a multiple of"):
+    with pytest.raises(ValueError, match=r"multiple of \d+ to be divided into 5 parts, got"):
         whole.divided(0, 5)
     with pytest.raises(ValueError, match="to be divided"):
         parts[0].divided(0, 2)
@@ -354,7 +320,7 @@ def test_pairs_of_a_regression():
     pairs, single = (unet_regression(num_draws=4, antithetic=a) for a in (True, False))
     assert pairs.with_draws(6).draws.antithetic
     assert pairs.description != single.description
-    with pytest.raises(ValueError, match="num_draws=3 arrived with antithetic pairs"):
+    with pytest.raises(ValueError, match="multiple of 2 with antithetic pairs, got 3"):
         pairs.with_draws(3)
 
 
@@ -377,16 +343,15 @@ USES = {
 }
 
 
-@pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
-@pytest.mark.parametrize("workers", [None, 0, 2])
+@pytest.mark.parametrize(
+    ("use", "workers"), [*((use, None) for use in USES), ("iterate", 0), ("iterate", 2)]
+)
 def test_random_states_are_left_alone(use, workers):
-    if workers == 2 and use is not USES["iterate"]:
-        pytest.skip("worker processes are started in the same way by every use")
     model = seeded(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3))
     regression = plain_regression(model, (3,), count=4)
     x0 = torch.cat([b.x0 for b in regression.clean_batches()])
     data = x0 if workers is None else DataLoader(x0, batch_size=2, num_workers=workers)
     before = _states()
     regression = NoisedRegression(regression.objective, data, 2)
-    use(regression)
+    USES[use](regression)
     assert _states() == before

@@ -142,10 +142,13 @@ def test_data_of_other_keys(key):
 @pytest.mark.parametrize(
     ("output", "told"),
     [
-        (lambda z: [z], "The model returned list. It must return a tensor"),
-        (lambda z: {"sample": z}, "The model returned dict"),
-        (lambda z: None, "The model returned NoneType"),
-        (lambda z: z.flatten(1), "The model returned shape"),
+        (
+            lambda z: [z],
+            "The model must return a tensor, a tuple that starts with one, or an object",
+        ),
+        (lambda z: {"sample": z}, ".sample, got dict"),
+        (lambda z: None, ".sample, got NoneType"),
+        (lambda z: z.flatten(1), "The model must return the shape of its input"),
     ],
 )
 def test_outputs_of_other_forms(output, told):

@@ -26,8 +26,7 @@ from curvlinops_diffusion import (
     PredictionType,
 )
 from curvlinops_diffusion.diffusion.ancestral import AncestralSteps
-from curvlinops_diffusion.diffusion.noise import PREDICTIONS
-from curvlinops_diffusion.diffusion.schedulers import noise_process
+from curvlinops_diffusion.diffusion.noise import PREDICTIONS, noise_process
 from curvlinops_diffusion.diffusion.weightings import weight_table
 from curvlinops_diffusion.weightings import MinSNRWeighting, PreconditionedWeighting
 from tests.cases import images, noise_levels
@@ -139,29 +138,6 @@ def test_sampling_before_does_not_matter(scheduler):
     assert after.num_levels == 100
 
 
-@pytest.mark.parametrize("prediction_type", list(PredictionType))
-def test_min_snr_weighting(prediction_type):
-    """In units of the error of ``x0``: ``min(SNR, γ)`` times its ratio to the target's error."""
-    process = noise_levels(prediction_type)
-    snr = (process.alphas_T / process.sigmas_T) ** 2
-    capped = torch.minimum(snr, torch.tensor(0.7, dtype=torch.float64))
-    # in the coordinates of flow matching, in which signal and noise add up to one
-    s_T = process.sigmas_T / (process.alphas_T + process.sigmas_T)
-    straight = (1 - process.sigmas_T[0]) / process.alphas_T[0]
-    expected = {
-        PredictionType.EPSILON: capped / snr,
-        PredictionType.SAMPLE: capped,
-        PredictionType.V: capped / (snr + 1),  # σ² = 1/(SNR + 1) where α² + σ² = 1
-        PredictionType.FLOW: capped * s_T**2,
-        PredictionType.REVERSE_FLOW: capped * s_T**2,
-        PredictionType.CONDITIONAL_FLOW: capped
-        * (process.sigmas_T / (straight * process.alphas_T + process.sigmas_T)) ** 2,
-    }[prediction_type]
-    assert_close(weight_table(MinSNRWeighting(0.7), process), expected, 1e-12)
-    assert (snr > 0.7).any()
-    assert (snr < 0.7).any()
-
-
 def test_weights_of_preconditioned_flows():
     """Errors of the clean example that SD3's script makes of the network's answer."""
     process = noise_process(FlowMatchEulerDiscreteScheduler(shift=3.0))
@@ -176,26 +152,6 @@ def test_weights_of_preconditioned_flows():
     assert_close(weight_table(PreconditionedWeighting(), process)[level] * ours, script, 1e-10)
 
 
-OF_0_1 = [t for t in PredictionType if t.value in ("epsilon", "sample", "v_prediction", "flow")]
-
-
-@pytest.mark.parametrize("prediction_type", OF_0_1)
-def test_min_snr_weights_are_those_of_0_1_to_the_last_bit(prediction_type):
-    """Files of results hold a digest of them."""
-    if prediction_type is PredictionType.FLOW:
-        process = noise_process(FlowMatchEulerDiscreteScheduler(shift=3.0))
-    else:
-        process = noise_process(DDPMScheduler(prediction_type=prediction_type.value))
-    snr = process.snr_T
-    expected = {
-        PredictionType.EPSILON: (5.0 / snr).clamp(max=1.0),
-        PredictionType.SAMPLE: snr.clamp(max=5.0),
-        PredictionType.V: snr.clamp(max=5.0) * process.sigmas_T.square(),
-        PredictionType.FLOW: snr.clamp(max=5.0) * process.sigmas_T.square(),
-    }[prediction_type]
-    assert torch.equal(weight_table(MinSNRWeighting(), process), expected)
-
-
 def test_weightings():
     process = noise_levels(num_levels=4)
     assert weight_table(None, process).tolist() == [1, 1, 1, 1]
@@ -207,10 +163,10 @@ def test_weightings():
 @pytest.mark.parametrize(
     ("weighting", "message"),
     [
-        (torch.ones(3), r"shape \(3,\). It must give one for each of the 4 noise levels"),
-        (lambda t: -t.double(), r"from -3 to -?0. They must be finite and at least 0"),
+        (torch.ones(3), r"one weight for each of the 4 noise levels, .* got shape \(3,\)"),
+        (lambda t: -t.double(), r"must be finite and at least 0, got values from -3 to -?0"),
         (torch.full((4,), torch.nan), "must be finite"),
-        ("snr", r"weighting='snr' is none of: None, a weighting like MinSNRWeighting"),
+        ("snr", r"`weighting` must be None, a weighting like MinSNRWeighting.* got 'snr'"),
     ],
 )
 def test_bad_weightings(weighting, message):
@@ -221,12 +177,12 @@ def test_bad_weightings(weighting, message):
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (EDMEulerScheduler(), "EDMEulerScheduler has no alphas_cumprod and is not a Flow"),
+        (EDMEulerScheduler(), r"must have alphas_cumprod .* got EDMEulerScheduler"),
         (
             UniPCMultistepScheduler(prediction_type="flow_prediction"),
-            r"prediction_type='flow_prediction'. Accepted: \['epsilon', 'sample', 'v_prediction'\]",
+            r"one of \['epsilon', 'sample', 'v_prediction'\], got 'flow_prediction'",
         ),
-        ("ddpm", "The scheduler arrived as str. Pass a diffusers scheduler"),
+        ("ddpm", r"The scheduler must .* got str. Pass a scheduler of diffusers"),
     ],
 )
 def test_bad_schedulers(scheduler, message):
@@ -376,12 +332,15 @@ class Reading(nn.Module):
     def forward(self, x_t, t):
         level = t.long()
         eps = self.inner(x_t)
-        alpha, sigma = self._process._scales(x_t, level)
+        alpha, sigma = (
+            table_T[level].reshape(-1, 1, 1, 1)
+            for table_T in (self._process.alphas_T, self._process.sigmas_T)
+        )
         return self._process.target((x_t - sigma * eps) / alpha, eps, level)
 
 
 @pytest.mark.usefixtures("own_types")
-@pytest.mark.parametrize("name", ALL_TYPES)
+@pytest.mark.parametrize("name", ["v_prediction", "conditional_flow", "edm_f"])
 def test_the_same_network_has_the_same_ggn_in_every_parametrisation(name):
     inner = nn.Conv2d(1, 1, 3, padding=1).double()
     inner.weight.data.copy_(torch.linspace(-1, 1, 9, dtype=torch.float64).reshape(1, 1, 3, 3))
@@ -419,7 +378,7 @@ def test_levels_without_signal_or_noise():
 
 def test_unknown_prediction_types_are_refused():
     with pytest.raises(
-        ValueError, match=r"prediction_type='x0' is none of \['conditional_flow', 'epsilon'"
+        ValueError, match=r"must be one of \['conditional_flow', 'epsilon'.*, got 'x0'"
     ):
         process_of("x0")
 
@@ -517,5 +476,5 @@ def test_conditional_flow_matching(sigma_min):
 
 
 def test_conditional_flow_matching_has_some_signal():
-    with pytest.raises(ValueError, match="sigma_min=1 arrived"):
+    with pytest.raises(ValueError, match="`sigma_min` must be from 0 to below 1, got 1"):
         NoiseProcess.flow(1)

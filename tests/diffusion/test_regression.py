@@ -1,23 +1,18 @@
-"""``NoisedRegression``: all forms of data and model, and every operator of ``curvlinops`` on it."""
-
-from types import SimpleNamespace
+"""``NoisedRegression``: its loss, how the network is called, and curvlinops' operators on it."""
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import mse_loss
-from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from benchmarks.upstream import their_parameters, upstream_operator
 from curvlinops_diffusion import (
     DenoisingObjective,
     DiffusionEKFACLinearOperator,
-    DiffusionGGNLinearOperator,
-    DiffusionKFACLinearOperator,
     NoisedRegression,
     NoiseProcess,
     PredictionType,
@@ -25,7 +20,7 @@ from curvlinops_diffusion import (
 from curvlinops_diffusion.weightings import MinSNRWeighting
 from tests.cases import TimeBlind, images, noise_levels, plain_regression, seeded, unet_regression
 from tests.comparisons import assert_close
-from tests.reference import dense_ggn, example_gradients, params_of, to_dense
+from tests.reference import params_of, to_dense
 
 
 def tiny_model():
@@ -35,64 +30,6 @@ def tiny_model():
 def regression_on(data, model=None, **options):
     objective = DenoisingObjective(tiny_model() if model is None else model, noise_levels())
     return NoisedRegression(objective, data, **({"num_draws": 2} | options))
-
-
-def everything(regression):
-    """All noised inputs and targets, ordered by example and draw."""
-    rows = {}
-    for batch in regression.batches():
-        for b, n in enumerate(batch.indices):
-            rows[n, batch.common_draw] = torch.cat([batch.x_t[b].flatten(), batch.target_BD[b]])
-    return torch.stack([rows[key] for key in sorted(rows)])
-
-
-# ---------------------------------------------------------------------------------------------
-# Forms of data
-# ---------------------------------------------------------------------------------------------
-
-
-class Images(Dataset):
-    def __init__(self, form):
-        self._form = form
-        self._x0 = images(7)
-
-    def __len__(self):
-        return len(self._x0)
-
-    def __getitem__(self, n):
-        return self._x0[n] if self._form == "tensor" else {"x0": self._x0[n]}
-
-
-class Stream:
-    """Batches from an object that can be iterated again and again."""
-
-    def __iter__(self):
-        return iter(images(7).split(4))
-
-
-FORMS = {
-    "tensor": lambda: images(7),
-    "dict": lambda: {"x0": images(7)},
-    "dataset of tensors": lambda: Images("tensor"),
-    "dataset of dicts": lambda: Images("dict"),
-    "tensor dataset": lambda: TensorDataset(images(7)),
-    "loader": lambda: DataLoader(Images("tensor"), batch_size=3),
-    "loader of dicts": lambda: DataLoader(Images("dict"), batch_size=3),
-    "loader with workers": lambda: DataLoader(Images("tensor"), batch_size=3, num_workers=1),
-    "list of tensors": lambda: list(images(7).split(2)),
-    "list of dicts": lambda: [{"x0": x} for x in images(7).split(2)],
-    "stream": Stream,
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_data_gives_the_same_draws(form):
-    regression = regression_on(FORMS[form](), batch_size=3)
-    assert regression.num_data == 7
-    assert regression.num_samples == 14
-    expected = everything(regression_on(images(7)))
-    assert torch.equal(everything(regression), expected)
-    assert torch.equal(everything(regression), expected)  # and in the second iteration
 
 
 class Conditioned(nn.Module):
@@ -133,28 +70,6 @@ def test_conditions_go_to_the_model_example_by_example():
         assert condition["return_dict"] is False
 
 
-class Returning(TimeBlind):
-    def __init__(self, wrap):
-        super().__init__(nn.Conv2d(1, 1, 1))
-        self._wrap = wrap
-
-    def forward(self, x_t, t):
-        return self._wrap(self.layers(x_t))
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [lambda z: z, lambda z: (z, "more"), lambda z: SimpleNamespace(sample=z)],
-    ids=["tensor", "tuple", "sample"],
-)
-def test_forms_of_output(wrap):
-    model = Returning(wrap).double()
-    regression = regression_on(images(3), model)
-    batch = next(regression.batches())
-    expected = model.layers(batch.x_t).flatten(1)
-    assert torch.equal(regression.objective.predict(batch), expected)
-
-
 # ---------------------------------------------------------------------------------------------
 # The loss
 # ---------------------------------------------------------------------------------------------
@@ -165,8 +80,7 @@ def test_loss_is_the_weighted_training_loss(reduction):
     """By a transcription of a training loop with the scheduler's own methods."""
     scheduler = DDPMScheduler(num_train_timesteps=50, prediction_type="v_prediction")
     regression = unet_regression(
-        scheduler=scheduler,
-        objective={"weighting": MinSNRWeighting(5.0), "reduction": reduction},
+        scheduler=scheduler, objective={"weighting": MinSNRWeighting(5.0), "reduction": reduction}
     )
     unet, draws = regression.objective.model, regression.draws
     x0, labels = images(3), torch.arange(3)
@@ -224,25 +138,6 @@ def dense_hessian(regression, params):
     return torch.autograd.functional.hessian(loss, theta)
 
 
-def dense_empirical_fisher(regression, params):
-    """``1/(NR) Σ D ∇ℓ ∇ℓᵀ``: for the mean squared error ``curvlinops`` counts each output entry."""
-    total = 0
-    for batch in regression.batches():
-        losses = batch.loss(regression.objective.predict(batch))
-        for value in losses:
-            gradient = torch.autograd.grad(value, params, retain_graph=True)
-            g = torch.cat([p.flatten() for p in gradient])
-            total = total + torch.outer(g, g)
-    D = batch.target_BD.shape[1]
-    return D * total / regression.num_samples
-
-
-UPSTREAM = [
-    ("HessianLinearOperator", dense_hessian),
-    ("EFLinearOperator", dense_empirical_fisher),
-]
-
-
 def with_functions_that_upstream_cannot_differentiate_twice():
     middle = nn.Conv2d(2, 2, 2), nn.GroupNorm(1, 2), nn.SiLU(inplace=True), nn.Mish()
     return seeded(
@@ -255,25 +150,16 @@ class Unflatten(nn.Module):
         return x.reshape(-1, 1, 2, 2)
 
 
-NETWORKS = {
-    "linear": (lambda: seeded(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3)), (3,)),
-    "functions": (with_functions_that_upstream_cannot_differentiate_twice, (1, 2, 2)),
-}
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize(("kind", "truth"), UPSTREAM, ids=["Hessian", "EF"])
-def test_hessian_and_empirical_fisher_of_curvlinops(kind, truth, network):
-    make, shape = NETWORKS[network]
+def test_the_hessian_of_curvlinops():
+    """Of functions that it cannot differentiate twice as they are."""
     regression = plain_regression(
-        make(),
-        shape,
+        with_functions_that_upstream_cannot_differentiate_twice(),
+        (1, 2, 2),
         objective={"weighting": lambda t: 1 + t / 10},
         batch_size=2,
     )
-    params = params_of(regression.objective.model)
-    operator = upstream_operator(kind, regression)
-    assert_close(to_dense(operator), truth(regression, params), 1e-10)
+    truth = dense_hessian(regression, params_of(regression.objective.model))
+    assert_close(to_dense(upstream_operator("HessianLinearOperator", regression)), truth, 1e-10)
 
 
 def hessian_product(regression, params, vector):
@@ -283,12 +169,6 @@ def hessian_product(regression, params, vector):
     pieces = torch.autograd.grad(total / regression.num_samples, params, create_graph=True)
     along = torch.cat([piece.flatten() for piece in pieces]) @ vector
     return torch.cat([piece.flatten() for piece in torch.autograd.grad(along, params)])
-
-
-def empirical_fisher_product(regression, params, vector):
-    rows = example_gradients(regression, params)  # of a single draw
-    D = next(iter(regression.batches())).target_BD.shape[1]
-    return D * rows.T @ (rows @ vector) / len(rows)
 
 
 def jacobian_product(regression, params, vector, step=1e-6):
@@ -306,41 +186,16 @@ def jacobian_product(regression, params, vector, step=1e-6):
     return (shifted(1) - shifted(-1)) / (2 * step)
 
 
-def ours(kind, **options):
-    def product(regression, params, vector):
-        return kind(regression, params, **options) @ vector
-
-    return product
-
-
-def ours_of_the_loss(kind):
+def ekfac_product(regression, params, vector):
     """``curvlinops``' weighs the gradients of summed squares: ``D`` times that."""
-
-    def product(regression, params, vector):
-        operator = kind(regression, params, fisher_type="empirical", exact_bias=False)
-        return next(iter(regression.batches())).target_BD.shape[1] * (operator @ vector)
-
-    return product
+    EK = DiffusionEKFACLinearOperator(regression, params, fisher_type="empirical", exact_bias=False)
+    return next(iter(regression.batches())).target_BD.shape[1] * (EK @ vector)
 
 
-EMPIRICAL = {"fisher_type": "empirical"}
 ON_ATTENTION = [
-    ("GGNLinearOperator", {}, ours(DiffusionGGNLinearOperator), 1e-10),
     ("HessianLinearOperator", {}, hessian_product, 1e-10),
-    ("EFLinearOperator", {}, empirical_fisher_product, 1e-10),
     ("JacobianLinearOperator", {}, jacobian_product, 1e-6),
-    (
-        "KFACLinearOperator",
-        EMPIRICAL,
-        ours_of_the_loss(DiffusionKFACLinearOperator),
-        1e-10,
-    ),
-    (
-        "EKFACLinearOperator",
-        EMPIRICAL,
-        ours_of_the_loss(DiffusionEKFACLinearOperator),
-        1e-10,
-    ),
+    ("EKFACLinearOperator", {"fisher_type": "empirical"}, ekfac_product, 1e-10),
 ]
 
 
@@ -358,9 +213,7 @@ def random_vectors(size, count=1):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "truth", "tolerance"),
-    ON_ATTENTION,
-    ids=[kind for kind, *_ in ON_ATTENTION],
+    ("kind", "options", "truth", "tolerance"), ON_ATTENTION, ids=[kind for kind, *_ in ON_ATTENTION]
 )
 def test_operators_of_curvlinops_on_a_unet_with_attention(kind, options, truth, tolerance):
     operator, regression, params = on_attention(kind, **options)
@@ -384,80 +237,12 @@ def test_the_monte_carlo_fisher_of_curvlinops_on_a_unet_with_attention():
 # ---------------------------------------------------------------------------------------------
 
 
-def with_entry(value):
-    x0 = images(5)
-    x0[3, 0, 0, 0] = value
-    return x0
-
-
-class Augmented(Images):
-    def __getitem__(self, n):
-        return super().__getitem__(n) + torch.rand(1)
-
-
-class RandomCaptions(Dataset):
-    """The same images, each time with another of their captions."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, n):
-        self.calls += 1
-        return {"x0": images(4)[n], "class_labels": torch.tensor(self.calls % 7)}
-
-
-BAD_DATA = {
-    "random captions": (RandomCaptions(), r"batches: 'class_labels' varied. .*of captions\) off"),
-    "array": (images(4).numpy(), r"arrived as ndarray \(pass torch.from_numpy"),
-    "no examples": (images(0), r"shape \(0, 1, 8, 8\). Pass non-empty batches"),
-    "no batches": ([], r"The data is empty. Pass a tensor of clean examples"),
-    "empty dataset": (TensorDataset(images(0)), "The data is empty"),
-    "no axes": (torch.zeros(4).double(), r"shape \(4,\). Pass non-empty batches of shape \[batch"),
-    "integers": (torch.zeros(4, 1, 8, 8, dtype=torch.uint8), r"torch.uint8. Pass floating-point"),
-    "NaN": (with_entry(torch.nan), r"1 example\(s\) hold NaN.*at index \[3\] of the data"),
-    "infinity in a batch": (list(with_entry(torch.inf).split(2)), r"at index \[3\] of the data"),
-    "no x0": ({"images": images(3)}, r"keys \['images'\].*dict with key 'x0'"),
-    "not tensors": ([["a", "b"]], r"arrived as list of length 2. Each batch"),
-    "labelled": (
-        TensorDataset(images(3), torch.arange(3.0)),
-        r"list of length 2.*pair of these and integer labels or prompts, or a dict with key 'x0'",
-    ),
-    "x0 no tensor": ({"x0": [1.0, 2.0]}, r"arrived as list. Pass a floating-point tensor"),
-    "short condition": (
-        {"x0": images(3), "class_labels": torch.arange(2)},
-        r"condition\['class_labels'\] arrived with shape \(2,\) beside 3 clean",
-    ),
-    "nested condition": (
-        {"x0": images(3), "added": {"ids": torch.zeros(4, 2)}},
-        r"condition\['added'\]\['ids'\] arrived with shape \(4, 2\) beside 3",
-    ),
-    "generator": (iter([images(3)]), "iterated only once"),
-    "number": (3, "The data arrived as int. Pass a tensor"),
-    "shuffling": (DataLoader(Images("tensor"), shuffle=True), "shuffles.*pass shuffle=False"),
-    "dropping": (
-        DataLoader(Images("tensor"), batch_size=4, drop_last=True),
-        "would leave out 3 of 7 examples. Pass drop_last=False",
-    ),
-    "augmenting": (Augmented("tensor"), "'x0' varied. .*random augmentation"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_data(case):
-    data, message = BAD_DATA[case]
-    with pytest.raises(ValueError, match=message):
-        list(regression_on(data))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "batch_size=0 arrived. Pass a whole number of at least 1"),
-        ({"num_draws": -3}, "num_draws=-3 arrived"),
-        ({"timesteps": "often"}, "timesteps='often' is unknown. Pass one of: 'stratified'"),
+        ({"batch_size": 0}, "batch_size.* whole number of at least 1"),
+        ({"num_draws": -3}, "num_draws.* whole number of at least 1"),
+        ({"timesteps": "often"}, "`timesteps` must be one of 'stratified', .* got 'often'"),
     ],
 )
 def test_bad_options(arguments, message):
@@ -467,40 +252,21 @@ def test_bad_options(arguments, message):
 
 def test_bad_objective():
     scheduler = DDPMScheduler()
-    with pytest.raises(ValueError, match="The objective arrived as Conv2d"):
+    with pytest.raises(ValueError, match="`objective` must be a DenoisingObjective, got Conv2d"):
         NoisedRegression(nn.Conv2d(1, 1, 1), images(2))
-    with pytest.raises(ValueError, match=r"The model arrived as str. Pass an nn.Module"):
+    with pytest.raises(ValueError, match=r"`model` must be an nn.Module, got str"):
         DenoisingObjective("unet", scheduler)
     with pytest.raises(ValueError, match="floating-point parameters"):
         DenoisingObjective(nn.ReLU(), scheduler)
-    with pytest.raises(
-        ValueError, match=r"reduction='none' is unknown. Pass one of: 'mean', 'sum'"
-    ):
+    with pytest.raises(ValueError, match=r"reduction.*'mean', 'sum'"):
         DenoisingObjective(tiny_model(), scheduler, reduction="none")
+    with pytest.raises(ValueError, match=r"`model_kwargs` must be a dict .* got list"):
+        DenoisingObjective(tiny_model(), scheduler, model_kwargs=[1])
 
 
-class Flattening(TimeBlind):
-    def forward(self, x_t, t):
-        return self.layers(x_t).flatten(1)
-
-
-class Silent(TimeBlind):
-    def forward(self, x_t, t):
-        return {"output": x_t}
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (Flattening(nn.Conv2d(1, 1, 1)), r"returned shape \(2, 64\) for an input of shape \(2, 1"),
-        (TimeBlind(nn.Conv2d(1, 3, 1)), r"returned shape \(2, 3, 8, 8\).*a variance is predicted"),
-        (Silent(nn.Conv2d(1, 1, 1)), r"returned dict. It must return a tensor, a tuple"),
-    ],
-    ids=["flat", "three times the channels", "dict"],
-)
-def test_bad_output(model, message):
-    regression = regression_on(images(2), model.double())
-    with pytest.raises(ValueError, match=message):
+def test_an_output_of_three_times_the_channels():
+    regression = regression_on(images(2), TimeBlind(nn.Conv2d(1, 3, 1)).double())
+    with pytest.raises(ValueError, match=r"a variance is predicted, too, got \(2, 3, 8, 8\)"):
         regression.objective.predict(next(regression.batches()))
 
 
@@ -522,16 +288,6 @@ def test_batch_norm_without_running_statistics_is_refused():
     model = TimeBlind(nn.BatchNorm2d(1, track_running_stats=False)).eval()
     with pytest.raises(ValueError, match=r"'layers.0' \(BatchNorm2d\) has no running statistics"):
         list(regression_on(images(2), model.double()))
-
-
-def test_batch_is_not_changed_by_iterating():
-    """What a user passes stays as it was."""
-    x0 = images(4)
-    copy: Tensor = x0.clone()
-    data = {"x0": x0}
-    list(regression_on(data))
-    assert torch.equal(x0, copy)
-    assert list(data) == ["x0"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -599,10 +355,14 @@ def test_conditions_that_curvlinops_cannot_see():
     regression = regression_on(data(True, True), Everything().double())
     assert len(list(regression)) == 4
     changing = regression_on(data(True, False), Everything().double())
-    with pytest.raises(ValueError, match=r"the condition is .*True.* and .*False.* as a tensor"):
+    with pytest.raises(
+        ValueError, match=r"the same condition .* got .*True.* and .*False.* as a tensor"
+    ):
         list(changing)
     prompts = {"x0": images(2), "prompt": ["a", "b"]}
-    with pytest.raises(ValueError, match=r"'prompt' arrived as a list of str.*LatentEncoder"):
+    with pytest.raises(
+        ValueError, match=r"got 'prompt' of the condition as a list of str.*LatentEncoder"
+    ):
         list(regression_on(prompts, Everything().double()))
 
 
@@ -624,21 +384,6 @@ class Timed(nn.Module):
         return self.layer(torch.cat([x, t.unsqueeze(1)], 1))
 
 
-class TimeFirst(Timed):
-    def forward(self, t, x, y=None):
-        return super().forward(x, t)
-
-
-class SigmaFirst(Timed):
-    def forward(self, sigma, sample):
-        return super().forward(sample, sigma)
-
-
-class ByName(Timed):
-    def forward(self, *, sample, time):
-        return super().forward(sample, time)
-
-
 class TimeByName(Timed):
     def forward(self, x, *, t):
         return super().forward(x, t)
@@ -650,7 +395,7 @@ class TimeLast(Timed):
         return super().forward(x, sigmas)
 
 
-@pytest.mark.parametrize("kind", [Timed, TimeFirst, SigmaFirst, ByName, TimeByName, TimeLast])
+@pytest.mark.parametrize("kind", [Timed, TimeByName, TimeLast])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_time_comes_as_the_network_takes_it(kind, dtype):
     """Tables are float64; no network in float32 is told a float64."""
@@ -663,52 +408,8 @@ def test_the_time_comes_as_the_network_takes_it(kind, dtype):
     expected = model.layer(torch.cat([batch.x_t, t[batch.level_B].to(dtype).unsqueeze(1)], 1))
     assert_close(regression.objective.predict(batch), expected, 1e-6)
     assert {z.dtype for z in model.told} == {dtype}
-    params = list(model.parameters())
-    G = DiffusionGGNLinearOperator(regression)
-    assert_close(to_dense(G), dense_ggn(regression, params).to(dtype), 1e-5)
 
 
 def test_whole_timesteps_stay_whole():
     regression = unet_regression(dtype=torch.float32)
     assert next(regression.batches()).timestep_B.dtype == torch.int64
-
-
-class Items:
-    """Map-style, as many data sets are, without being one of torch."""
-
-    def __init__(self, x0, labels=None):
-        self._x0, self._labels = x0, labels
-
-    def __len__(self):
-        return len(self._x0)
-
-    def __getitem__(self, n):
-        if self._labels is None:
-            return {"x0": self._x0[n]}
-        return {"x0": self._x0[n], "class_labels": self._labels[n]}
-
-
-def hugging_face(x0, labels=None):
-    import datasets
-
-    columns = {"x0": x0.tolist()} | ({} if labels is None else {"class_labels": labels.tolist()})
-    return datasets.Dataset.from_dict(columns).with_format("torch", dtype=torch.float64)
-
-
-@pytest.mark.parametrize("labels", [None, torch.tensor([0, 1, 2, 0, 1])])
-@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 4), (1, 4, 4)])
-@pytest.mark.parametrize("make", [Items, hugging_face])
-def test_map_style_data_of_any_kind(make, shape, labels):
-    """An item is an example, whatever its class inherits from; never a batch."""
-    x0 = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0)).double()
-    model = TimeBlind(nn.Identity(), nn.Linear(4, 4)).double()
-    whole = {"x0": x0} if labels is None else {"x0": x0, "class_labels": labels}
-    expected = regression_on(whole, model, batch_size=2)
-    found = regression_on(make(x0, labels), model, batch_size=2)
-    assert found.num_data == 5
-    assert found.batch_size == 2
-    for a, b in zip(found.batches(), expected.batches(), strict=True):
-        assert_close(a.x_t, b.x_t, 1e-6)
-        if labels is not None:
-            told = a.condition["class_labels"].long()
-            assert torch.equal(told, b.condition["class_labels"])

@@ -459,7 +459,7 @@ def test_what_encodes_the_data_is_not_random():
     ],
 )
 def test_a_model_in_place_of_a_problem(kind):
-    with pytest.raises(ValueError, match=r"A Conv2d arrived .* Pass NoisedRegression\(Denoising"):
+    with pytest.raises(ValueError, match=r"made of a NoisedRegression\(Denoising.*, got Conv2d"):
         kind(nn.Conv2d(1, 1, 1), images(3))
 
 

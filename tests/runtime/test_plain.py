@@ -187,15 +187,15 @@ def test_what_is_passed_beside_the_data(expected):
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
     assert torch.equal(results(of(), encode=lambda x, c: Encoded(x * weight, None, c)), expected)
     for wrong, told in (
-        (lambda x, c: x, "encode returned a Tensor. It must return"),
-        (lambda x, c: (x, None, c), "encode returned a tuple. It must return"),
-        (lambda x, c: Encoded(x.numpy(), None, c), "mean of what encode returned is a ndarray"),
+        (lambda x, c: x, r"`encode` must return .* got a Tensor"),
+        (lambda x, c: (x, None, c), r"`encode` must return .* got a tuple"),
+        (lambda x, c: Encoded(x.numpy(), None, c), "got mean of type ndarray"),
     ):
         with pytest.raises(ValueError, match=told):
             results(of(), encode=wrong)
     with pytest.raises(ValueError, match="A tensor of model_kwargs has no values"):
         results(of(), model_kwargs={"factor": half.to("meta")})
-    with pytest.raises(ValueError, match="model_kwargs is, or returned, a NoneType"):
+    with pytest.raises(ValueError, match=r"`model_kwargs` must be .* got NoneType"):
         results(of(), model_kwargs=lambda x, c: None)
 
 

@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.diffusion.batch import CleanBatch, NoisedBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 

@@ -17,8 +17,7 @@ from curvlinops_diffusion.diffusion.ancestral import (
     AncestralSteps,
     discretised_log_probability,
 )
-from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.diffusion.conditions import rows_of
+from curvlinops_diffusion.diffusion.batch import NoisedBatch, rows_of
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective, Reduction
 from curvlinops_diffusion.diffusion.weightings import Weighting, weight_table
 from curvlinops_diffusion.influence.measurements.base import (

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvlinops_diffusion.diffusion.ancestral import AncestralSteps
-from curvlinops_diffusion.diffusion.batch import NoisedBatch
+from curvlinops_diffusion.diffusion.batch import CleanBatch, NoisedBatch
 from curvlinops_diffusion.diffusion.checks import (
     check_condition,
     check_deterministic_mode,
     check_surroundings,
 )
-from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.draws import make_draws
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
@@ -143,8 +142,6 @@ class TrajectoryRegression(StatesRegression):
 @dataclass(frozen=True)
 class _StepBatch(NoisedBatch):
     """States of trajectories, and the states that they led to."""
-
-    ROWS: ClassVar[tuple[str, ...]] = (*NoisedBatch.ROWS, "reached_BD")
 
     reached_BD: Tensor
 

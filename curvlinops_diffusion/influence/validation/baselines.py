@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.diffusion.batch import NoisedBatch
-from curvlinops_diffusion.diffusion.data import CleanBatch
+from curvlinops_diffusion.diffusion.batch import CleanBatch, NoisedBatch
 from curvlinops_diffusion.diffusion.draws import Draws
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.influence.compression import RandomProjection
