@@ -24,7 +24,7 @@ from curvlinops_diffusion.loading.misfits import misfits
 from curvlinops_diffusion.loading.network import TEXT_ENCODERS, Network
 from curvlinops_diffusion.loading.saved_networks import part_folder, parts_of
 from curvlinops_diffusion.loading.weights import check_can_load, check_loaded
-from curvlinops_diffusion.runtime.messages import quoted
+from curvlinops_diffusion.runtime.checks import quoted
 from curvlinops_diffusion.runtime.sharded_networks import divide
 
 NetworkOptions = FitOptions | ScoreOptions | ValidateMeasureOptions

@@ -17,7 +17,7 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.linalg.blocks import Block, EigenBlock
 from curvlinops_diffusion.linalg.factors import Eigendecomposition, alike, eigendecompositions
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
-from curvlinops_diffusion.runtime.processes import Share, divided
+from curvlinops_diffusion.runtime.processes import Processes, divided
 from curvlinops_diffusion.runtime.sums import within
 
 
@@ -98,7 +98,7 @@ def _eigenbases(
 
     def compute() -> dict[str, Tensor]:
         found = divided(
-            Share.of(passes.distributed), pieces, _decomposition_cost, decomposed, device
+            Processes.of(passes.distributed), pieces, _decomposition_cost, decomposed, device
         )
         return {f"{key}/{role}": z for key, own in found.items() for role, z in own.items()}
 

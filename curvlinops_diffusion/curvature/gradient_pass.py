@@ -78,6 +78,6 @@ class GradientPass:
 
             run_pass(
                 *(name, self.regression, sums, step, self.passes, plan.settings),
-                together=shared.share,
-                tell=shared.tell,
+                together=shared.processes,
+                on_batch=shared.tell,
             )

@@ -23,7 +23,7 @@ from curvlinops_diffusion.linalg.blocks import Block, DenseBlock, KroneckerBlock
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace
 from curvlinops_diffusion.linalg.placement import PlacedBlock
 from curvlinops_diffusion.linalg.storage import versions
-from curvlinops_diffusion.runtime.digests import fingerprint_beside
+from curvlinops_diffusion.runtime.digests import fingerprint
 from curvlinops_diffusion.runtime.files import check_space
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 
@@ -148,7 +148,6 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
         coverage = observable(regression.objective, trial, coverage, options.has_gradients)
         check_effect(regression, coverage.params, lambda: coverage.suspects)
         plan = BlockPlan.of(coverage, options)
-        digests = fingerprint_beside(model, regression.device)
         if passes.checkpoint is not None:
             # one is held while the next is written, and the operator's own file is as large
             size = 2 * plan.num_entries * regression.objective.working_dtype.itemsize
@@ -176,7 +175,7 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
             "data": regression.data_identity(),
             "left_out": coverage.left_out,
             "others": coverage.others,
-            "fingerprint": digests(),
+            "fingerprint": fingerprint(model),
             "versions": versions(),
         }
         rounding = set(coverage.rounding)

@@ -46,7 +46,7 @@ from curvlinops_diffusion.layers.products import summable
 from curvlinops_diffusion.linalg.factors import identity_like
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, run_pass
 from curvlinops_diffusion.runtime.precision import matmuls_in_tf32
-from curvlinops_diffusion.runtime.sums import Sums, Together, prefixed, within
+from curvlinops_diffusion.runtime.sums import CompositeSums, Sums, prefixed, within
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def kronecker_factors(
     outputs = _OutputFactors(plan, dtype, samples)
     exact = _ExactBlocks(regression, plan, dtype)
     vectors = CheckedLossVectors(regression, plan.options)
-    running = Together({"inputs": inputs, "outputs": outputs, "exact": exact})
+    running = CompositeSums({"inputs": inputs, "outputs": outputs, "exact": exact})
     observers: Observer = Observers([samples, inputs, outputs, exact])
     if plan.options.rounds_products(regression.device):
         observers = WithinEach(observers, matmuls_in_tf32)
@@ -116,8 +116,8 @@ def kronecker_factors(
 
         run_pass(
             *("Kronecker factors", regression, running, step, passes, plan.settings),
-            together=shared.share,
-            tell=shared.tell,
+            together=shared.processes,
+            on_batch=shared.tell,
         )
     count = regression.num_samples
     if not backward:

@@ -13,8 +13,7 @@ from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.checks import check_prediction
 from curvlinops_diffusion.diffusion.draws import Draws
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.runtime.flags import DeviceFlag
-from curvlinops_diffusion.runtime.transfers import sent_beside
+from curvlinops_diffusion.runtime.devices import DeviceFlag, to_like
 
 
 def loss_vectors(
@@ -41,7 +40,7 @@ def loss_vectors(
                 probe_BD = draws.probe(
                     batch.indices, batch.common_draw, k, prediction_BD.shape[1], options.probe_type
                 )
-                probe_BD = sent_beside(probe_BD, prediction_BD)
+                probe_BD = to_like(probe_BD, prediction_BD)
                 yield batch.loss_hessian_root(probe_BD) / sqrt(options.mc_samples)
         case FisherType.TYPE2:
             for d in range(prediction_BD.shape[1]):

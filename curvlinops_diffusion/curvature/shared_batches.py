@@ -21,7 +21,7 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers.layer import Layer
 from curvlinops_diffusion.layers.observation import Observer
 from curvlinops_diffusion.runtime.division import in_equal_parts
-from curvlinops_diffusion.runtime.processes import ALONE, Share, answered
+from curvlinops_diffusion.runtime.processes import ALONE, Processes, lost_processes_named
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,17 @@ class Holders:
     """Which process has the blocks of which layer.
 
     Attributes:
-        share: The processes.
+        processes: The processes.
         of_layer: The rank of a layer's, by the layer's name; of some layers nobody's turn it is.
     """
 
-    share: Share
+    processes: Processes
     of_layer: Mapping[str, int]
 
     def restricted(self, names: Collection[str]) -> Holders:
         """Those of some layers."""
         chosen = {name: rank for name, rank in self.of_layer.items() if name in names}
-        return Holders(self.share, chosen)
+        return Holders(self.processes, chosen)
 
 
 class SharedBatches(Observer):
@@ -61,9 +61,9 @@ class SharedBatches(Observer):
         self._latest: tuple[Tensor, int, Tensor | None] | None = None
 
     @property
-    def share(self) -> Share:
+    def processes(self) -> Processes:
         """The processes that must go over the same batches together."""
-        return ALONE if self._holders is None else self._holders.share
+        return ALONE if self._holders is None else self._holders.processes
 
     def tell(self, new: bool) -> None:
         """Say whether what is seen is new for this process, which may have gone on further."""
@@ -74,7 +74,7 @@ class SharedBatches(Observer):
         if self._holders is None:
             yield from self._regression.noised_batches(clean)
             return
-        own, rest = in_equal_parts(list(range(len(clean.indices))), self.share)
+        own, rest = in_equal_parts(list(range(len(clean.indices))), self.processes)
         self._whole, self._own, self._rest = clean.indices, len(own), len(rest)
         # what is left all run, so that all run the network equally often
         yield from self._regression.noised_batches(clean.select([*own, *rest]))
@@ -124,7 +124,7 @@ class SharedBatches(Observer):
         return self._latest[2]
 
     def _sent(self, z: Tensor, holder: int) -> Tensor | None:
-        count, rank = self.share.count, self.share.rank
+        count, rank = self.processes.count, self.processes.rank
         rows = self._own * (
             len(z) // (self._own + self._rest)
         )  # an example may have several in a row
@@ -132,6 +132,6 @@ class SharedBatches(Observer):
         if rows == 0:
             return rest if rank == holder else None
         received = [torch.empty_like(own) for _ in range(count)] if rank == holder else None
-        with answered():
+        with lost_processes_named():
             dist.gather(own, received, dst=holder)
         return None if received is None else torch.cat([*received, rest])

@@ -13,8 +13,8 @@ from torch import Tensor
 from curvlinops_diffusion.diffusion.conditions import leaves, mapped, named
 from curvlinops_diffusion.diffusion.data import CleanBatch
 from curvlinops_diffusion.diffusion.latents import Encoded
+from curvlinops_diffusion.runtime.devices import to_device
 from curvlinops_diffusion.runtime.digests import Named
-from curvlinops_diffusion.runtime.transfers import sent
 
 #: Maps clean examples ``[B, ...]``, before any autoencoder, to their augmented version.
 Augmentation = Callable[[Tensor], Tensor]
@@ -149,7 +149,7 @@ def chosen_versions(
 
     def choose(*entries: Any) -> Any:
         if isinstance(entries[0], Tensor) and entries[0].ndim > 0:
-            index = sent(version_B, entries[0].device)
+            index = to_device(version_B, entries[0].device)
             return torch.stack(entries)[index, torch.arange(len(index), device=index.device)]
         return entries[0]
 

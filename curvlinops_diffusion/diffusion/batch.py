@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion.diffusion.conditions import has_rows, mapped, rows_of
-from curvlinops_diffusion.runtime.transfers import sent
+from curvlinops_diffusion.runtime.devices import to_device
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class NoisedBatch:
     @property
     def draw(self) -> Tensor:
         """The number ``r`` of each example's draw, shape ``[B]``, int64, beside ``x_t``."""
-        return sent(torch.tensor(self.draw_numbers, dtype=torch.int64), self.x_t.device)
+        return to_device(torch.tensor(self.draw_numbers, dtype=torch.int64), self.x_t.device)
 
     @property
     def common_draw(self) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.runtime.plain import plain_tensor
-from curvlinops_diffusion.runtime.transfers import sent, sent_beside
+from curvlinops_diffusion.runtime.checks import plain_tensor
+from curvlinops_diffusion.runtime.devices import to_device, to_like
 
 
 def mapped(function: Callable[..., Any], first: Any, *others: Any) -> Any:
@@ -83,8 +83,8 @@ def replaced(
         if isinstance(value, Mapping):
             result[key] = replaced(given, value, mask_B)
             continue
-        mask = sent(mask_B, given.device).reshape(-1, *[1] * (given.ndim - 1))
-        result[key] = torch.where(mask, sent_beside(torch.as_tensor(value), given), given)
+        mask = to_device(mask_B, given.device).reshape(-1, *[1] * (given.ndim - 1))
+        result[key] = torch.where(mask, to_like(torch.as_tensor(value), given), given)
     return result
 
 

@@ -22,8 +22,7 @@ from curvlinops_diffusion.diffusion.loaders import (
     known_batches,
     known_size,
 )
-from curvlinops_diffusion.runtime.messages import quoted
-from curvlinops_diffusion.runtime.plain import plain, plain_labels
+from curvlinops_diffusion.runtime.checks import plain, plain_labels, quoted
 
 T = TypeVar("T")
 

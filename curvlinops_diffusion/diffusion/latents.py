@@ -15,9 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.diffusion.conditions import leaves, nested
-from curvlinops_diffusion.runtime.digests import Named, digest_of, fingerprint, raw_bytes
+from curvlinops_diffusion.runtime.digests import (
+    Named,
+    change_marks,
+    digest_of,
+    fingerprint,
+    raw_bytes,
+)
 from curvlinops_diffusion.runtime.files import FileKind, make_folder
-from curvlinops_diffusion.runtime.unchanged import touched
 
 LATENTS = FileKind("condition", "the latents' cache", "Delete it; it will be written again.")
 
@@ -234,7 +239,7 @@ class LatentEncoder:
         """The encoders' fingerprints, computed until one of them is changed."""
         enclosed = [module for name in self._functions for module in name.networks]
         modules = list(dict.fromkeys([*self._modules, *enclosed]))
-        now = [touched(module) for module in modules]
+        now = [change_marks(module) for module in modules]
         if self._known is None or self._known[0] != now:
             self._known = now, [fingerprint(module) for module in modules]
         return self._known[1]

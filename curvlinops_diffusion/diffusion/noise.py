@@ -13,7 +13,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.runtime.transfers import sent_beside
+from curvlinops_diffusion.runtime.devices import to_like
 
 
 class PredictionType(str, Enum):
@@ -267,5 +267,5 @@ class NoiseProcess:
 
 def _of_levels(table_T: Tensor, like: Tensor, level: Tensor) -> Tensor:
     """The entries of each example's level, ready to multiply ``[B, ...]``."""
-    entries = sent_beside(table_T[level.to(table_T.device)], like)
+    entries = to_like(table_T[level.to(table_T.device)], like)
     return entries.reshape(-1, *[1] * (like.ndim - 1))

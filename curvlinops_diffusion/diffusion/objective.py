@@ -30,6 +30,7 @@ from curvlinops_diffusion.diffusion.signature import Signature
 from curvlinops_diffusion.diffusion.stable_diffusion import with_text_encoders
 from curvlinops_diffusion.diffusion.weightings import Weighting, weight_table
 from curvlinops_diffusion.runtime.checks import check_non_negative, check_option
+from curvlinops_diffusion.runtime.devices import to_device
 from curvlinops_diffusion.runtime.digests import Named, digest_of
 from curvlinops_diffusion.runtime.modes import (
     derivative_gradients,
@@ -40,9 +41,8 @@ from curvlinops_diffusion.runtime.modes import (
     without_checkpoints,
     without_fast_path,
 )
-from curvlinops_diffusion.runtime.processes import answered
-from curvlinops_diffusion.runtime.sharded_networks import device_of, let_go
-from curvlinops_diffusion.runtime.transfers import sent
+from curvlinops_diffusion.runtime.processes import lost_processes_named
+from curvlinops_diffusion.runtime.sharded_networks import device_of, reshard
 
 
 class Reduction(str, Enum):
@@ -291,7 +291,7 @@ class DenoisingObjective:
 
         def moved(entry: Any) -> Any:
             # an encoder's own graph is no part of the network
-            return sent(entry.detach(), self.device) if isinstance(entry, Tensor) else entry
+            return to_device(entry.detach(), self.device) if isinstance(entry, Tensor) else entry
 
         mean, std = moved(encoded.mean), moved(encoded.std)
         return Encoded(mean, std, mapped(moved, encoded.condition))
@@ -311,8 +311,8 @@ class DenoisingObjective:
             return None
         packing = self.packing(clean)
         if packing is None:  # height and width of what is noised tell how to average
-            return sent(clean.mask, self.device)
-        return sent(packing.pack(entry_weights(clean.mask, packing.shape)), self.device)
+            return to_device(clean.mask, self.device)
+        return to_device(packing.pack(entry_weights(clean.mask, packing.shape)), self.device)
 
     def drop_condition(self, condition: Mapping[str, Any], dropped_B: Tensor) -> dict[str, Any]:
         """The condition, with that of some examples replaced by :attr:`null_condition`.
@@ -353,10 +353,10 @@ class DenoisingObjective:
         """
         mask_BD = None if mask is None else entry_weights(mask, x0.shape[1:]).flatten(1)
         device, dtype = self.device, self.working_dtype
-        x0, noise = (sent(z, device, dtype) for z in (x0, eps))
+        x0, noise = (to_device(z, device, dtype) for z in (x0, eps))
         of_input = noise
         if input_eps is not None and input_eps is not eps:
-            of_input = sent(input_eps, device, dtype)
+            of_input = to_device(input_eps, device, dtype)
         target_BD = self.process.target(x0, noise, level_B).flatten(1)
         x_t = self.process.noised(x0, of_input, level_B)
         r = 1 / target_BD.shape[1] if self.reduction is Reduction.MEAN else 1.0
@@ -368,14 +368,14 @@ class DenoisingObjective:
             self._timestep(level_B),
             {key: self.to_model(value) for key, value in condition.items()},
             target_BD,
-            sent(self.weights_T[level_B] * r, device, dtype),
-            mask_BD=None if mask_BD is None else sent(mask_BD, device, dtype),
+            to_device(self.weights_T[level_B] * r, device, dtype),
+            mask_BD=None if mask_BD is None else to_device(mask_BD, device, dtype),
             state_BD=x_t.flatten(1),
         )
 
     def _timestep(self, level_B: Tensor) -> Tensor:
         """What the network is told, no more precise than the working precision."""
-        timestep_B = sent(self.process.timesteps_T[level_B], self.device)
+        timestep_B = to_device(self.process.timesteps_T[level_B], self.device)
         precise = timestep_B.dtype == torch.float64 != self.working_dtype
         return timestep_B.to(self.working_dtype) if precise else timestep_B
 
@@ -433,9 +433,9 @@ class DenoisingObjective:
             derivative_gradients(self._tables),
         ):
             if params is None:
-                with answered():  # of a network that is divided among processes
+                with lost_processes_named():  # of a network that is divided among processes
                     output = self.model(*args, **kwargs)
-                let_go(self.model)
+                reshard(self.model)
             else:
                 if isinstance(self.model, torch.jit.ScriptModule):
                     raise ValueError(
@@ -472,6 +472,6 @@ class DenoisingObjective:
             if not isinstance(entry, Tensor):
                 return entry
             dtype = self.dtype if entry.is_floating_point() else None
-            return sent(entry.detach(), self.device, dtype)
+            return to_device(entry.detach(), self.device, dtype)
 
         return mapped(moved, value)

@@ -12,8 +12,8 @@ from torch import Tensor
 from curvlinops_diffusion.diffusion.draws import Draws
 from curvlinops_diffusion.diffusion.latents import Packing
 from curvlinops_diffusion.runtime.checks import check_non_negative
+from curvlinops_diffusion.runtime.devices import to_like
 from curvlinops_diffusion.runtime.digests import digest_of
-from curvlinops_diffusion.runtime.transfers import sent_beside
 
 
 @dataclass(frozen=True)
@@ -108,5 +108,5 @@ class Recipe:
         return (
             weight_B
             if self.weights_N is None
-            else weight_B * sent_beside(self.weights_N[list(n_B)], weight_B)
+            else weight_B * to_like(self.weights_N[list(n_B)], weight_B)
         )

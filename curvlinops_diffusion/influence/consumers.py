@@ -17,7 +17,7 @@ from curvlinops_diffusion.influence.scorers import Scorer
 from curvlinops_diffusion.linalg.operator import check_whole
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.checks import check_count
-from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.processes import Processes
 from curvlinops_diffusion.runtime.sums import prefixed, within
 
 
@@ -105,15 +105,15 @@ class OwnScores(ScoringConsumer):
 
     Args:
         make_scorer: Makes what scores a batch.
-        share: The process.
+        processes: The process.
     """
 
     #: The name of the examples' numbers, ``[n]``.
     INDEX = "index"
 
-    def __init__(self, make_scorer: Callable[[], Scorer], share: Share):
+    def __init__(self, make_scorer: Callable[[], Scorer], processes: Processes):
         super().__init__(make_scorer)
-        self._part = str(share.rank)
+        self._part = str(processes.rank)
         self._pieces: list[dict[str, Tensor]] = []
 
     def add(self, indices: Sequence[int], *rows_BP: Tensor) -> None:
@@ -212,16 +212,18 @@ class TopScores(ScoringConsumer):
         make_scorer: Makes what scores a batch.
         num_data: ``N``.
         k: How many of each.
-        share: The process: what several have found is brought together.
+        processes: The process: what several have found is brought together.
     """
 
     # an order in which the scores sought come first
     ORDERS = ("positive", "negative", "neutral")
 
-    def __init__(self, make_scorer: Callable[[], Scorer], num_data: int, k: int, share: Share):
+    def __init__(
+        self, make_scorer: Callable[[], Scorer], num_data: int, k: int, processes: Processes
+    ):
         super().__init__(make_scorer)
         self._k = min(check_count("k", k), num_data)
-        self._part = str(share.rank)
+        self._part = str(processes.rank)
         self._found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(self, indices: Sequence[int], *rows_BP: Tensor) -> None:

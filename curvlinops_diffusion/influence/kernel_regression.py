@@ -35,9 +35,8 @@ from curvlinops_diffusion.linalg.upstream import LinearOperator, PyTorchLinearOp
 from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checks import check_count, check_positive
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
-from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, computed_once
-from curvlinops_diffusion.runtime.processes import ALONE, Share
-from curvlinops_diffusion.runtime.progress import draws_bar
+from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, computed_once, draws_bar
+from curvlinops_diffusion.runtime.processes import ALONE, Processes
 
 #: Bytes of gradients that are held at once, unless somebody says otherwise.
 GRADIENT_BYTES = 2**31
@@ -349,7 +348,7 @@ class _Kernel:
         self.G_inv = G_inv
         self.passes = passes
         self._name = name
-        self._share = Share.of(passes.distributed)
+        self._processes = Processes.of(passes.distributed)
         self._block = max(1, gradient_bytes // (J_train.shape[1] * J_train.dtype.itemsize))
 
     @property
@@ -365,7 +364,7 @@ class _Kernel:
         self._stream(rows, "gradients", {})
         preconditioned_PN = self.G_inv @ rows.rows_NP.T
         cross_QN = [
-            gradient_columns(J_query, block, self._share).T @ preconditioned_PN
+            gradient_columns(J_query, block, self._processes).T @ preconditioned_PN
             for block in query_blocks(J_query, self._block)
         ]
         return torch.cat(cross_QN), (rows.rows_NP @ preconditioned_PN).cpu()
@@ -396,7 +395,7 @@ class _Kernel:
     def _block_rows(
         self, J: One, block: range, what: str, settings: dict[str, Any]
     ) -> dict[str, Tensor]:
-        preconditioned_PB = self.G_inv @ gradient_columns(J, block, self._share)
+        preconditioned_PB = self.G_inv @ gradient_columns(J, block, self._processes)
         name = f"products with {what} from {block.start}"
         block_settings = {**settings, "block": [block.start, block.stop]}
         return {"kernel": self.products(preconditioned_PB, name, block_settings)}
@@ -416,7 +415,7 @@ class _Kernel:
 
     def mean_diagonal(self) -> float:
         """``κ``; where blocks are shared among processes, these multiply every batch together."""
-        if getattr(self.G_inv, "share", ALONE).count > 1:
+        if getattr(self.G_inv, "processes", ALONE).count > 1:
             name = f"{self._name}, shared diagonal of the kernel".capitalize()
             data, settings = self.J_train.regression, self.settings({})
             found = computed_once(name, data, self._shared_trace, self.passes, settings)
@@ -428,10 +427,10 @@ class _Kernel:
     def _shared_trace(self) -> dict[str, Tensor]:
         """The kernel's trace, batch by batch on all processes."""
         data, total = self.J_train.regression, 0.0
-        shown = self.passes.progressbar and self._share.rank == 0
+        shown = self.passes.progressbar and self._processes.rank == 0
         with draws_bar(data.num_samples, self._name, shown) as bar:
             for clean in data.clean_batches():
-                columns_PB = batch_columns(self.J_train, clean, self._share)
+                columns_PB = batch_columns(self.J_train, clean, self._processes)
                 total += float((columns_PB * (self.G_inv @ columns_PB)).sum())
                 bar.update(len(clean.indices) * data.num_draws)
         return {"trace": torch.tensor(total, dtype=torch.float64)}

@@ -37,8 +37,8 @@ from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
 from curvlinops_diffusion.runtime.division import in_equal_parts
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, computed_once, run_pass
-from curvlinops_diffusion.runtime.processes import Share
-from curvlinops_diffusion.runtime.sums import Together
+from curvlinops_diffusion.runtime.processes import Processes
+from curvlinops_diffusion.runtime.sums import CompositeSums
 
 
 def stream_gradients(
@@ -82,7 +82,7 @@ def stream_gradients(
     streams = [J_train] if isinstance(J_train, ExampleGradientLinearOperator) else list(J_train)
     first = streams[0]
     own = {"params": common_list(first.param_names), "measurement": name_of(first.measurement)}
-    running = Together(consumers)
+    running = CompositeSums(consumers)
     settings = {**own, **(settings or {})}
     run_pass(
         *(name, first.regression, running, step, passes, settings, prepare),
@@ -139,10 +139,10 @@ def influence_scores(
     N = J_train.shape[0]
     if not isinstance(J_train, ExampleGradientLinearOperator):
         check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
-        share = Share.of(passes.distributed)
+        processes = Processes.of(passes.distributed)
         blocks = query_blocks(J_query, query_block)
         return torch.cat(
-            [(J_train @ (G_inv @ gradient_columns(J_query, b, share))).T / N for b in blocks]
+            [(J_train @ (G_inv @ gradient_columns(J_query, b, processes))).T / N for b in blocks]
         )
     loop = scored_blocks(
         *(J_query, G_inv, J_train, inner_products(N)),
@@ -187,10 +187,10 @@ def top_influences(
         >>> torch.equal(found.positive.indices, scores.topk(3).indices)
         True
     """
-    share, N = Share.of(passes.distributed), J_train.shape[0]
+    processes, N = Processes.of(passes.distributed), J_train.shape[0]
     loop = scored_blocks(
         *(J_query, G_inv, J_train, inner_products(N)),
-        lambda make: TopScores(make, N, k, share),
+        lambda make: TopScores(make, N, k, processes),
         name="Top scores",
         settings={"k": k},
         query_block=query_block,
@@ -445,10 +445,10 @@ def preconditioned_columns(
     Yields:
         Makes them, ``[P, len(queries)]``, or reads them; by all processes together.
     """
-    share = Share.of(passes.distributed)
+    processes = Processes.of(passes.distributed)
 
     def make() -> dict[str, Tensor]:
-        return {"columns": G_inv @ gradient_columns(J_query, queries, share)}
+        return {"columns": G_inv @ gradient_columns(J_query, queries, processes)}
 
     if passes.checkpoint is None or not isinstance(J_query, ExampleGradientLinearOperator):
         yield lambda: make()["columns"]
@@ -457,22 +457,26 @@ def preconditioned_columns(
     settings = {**settings, **own, "params": common_list(J_query.param_names)}
     name = f"Queries {digest_of([settings, regression.description])[:16]}"
     yield lambda: computed_once(name, regression, make, passes, settings)["columns"]
-    forget(passes.checkpoint, name, share)
+    forget(passes.checkpoint, name, processes)
 
 
-def gradient_columns(J_query: PyTorchLinearOperator, queries: range, share: Share) -> Tensor:
+def gradient_columns(
+    J_query: PyTorchLinearOperator, queries: range, processes: Processes
+) -> Tensor:
     """The queries' gradients as columns, ``[P, len(queries)]``; each process computes its share."""
     if isinstance(J_query, ExampleGradientLinearOperator):
-        if share.count == 1:  # nothing beside the gradients
+        if processes.count == 1:  # nothing beside the gradients
             return J_query.rows(queries).T
         rows_QP = torch.zeros(
             len(queries), J_query.shape[1], dtype=J_query.dtype, device=J_query.device
         )
         if J_query.regression.in_step:
-            _fill_in_step(rows_QP, J_query, queries, share)
-        elif queries[share.rank :: share.count]:
-            rows_QP[share.rank :: share.count] = J_query.rows(queries[share.rank :: share.count])
-        return share.summed({"rows": rows_QP}, J_query.device)["rows"].T
+            _fill_in_step(rows_QP, J_query, queries, processes)
+        elif queries[processes.rank :: processes.count]:
+            rows_QP[processes.rank :: processes.count] = J_query.rows(
+                queries[processes.rank :: processes.count]
+            )
+        return processes.all_reduce({"rows": rows_QP}, J_query.device)["rows"].T
     one_hot = torch.zeros(
         J_query.shape[0], len(queries), dtype=J_query.dtype, device=J_query.device
     )
@@ -482,25 +486,25 @@ def gradient_columns(J_query: PyTorchLinearOperator, queries: range, share: Shar
 
 
 def _fill_in_step(
-    rows_QP: Tensor, J_query: ExampleGradientLinearOperator, queries: range, share: Share
+    rows_QP: Tensor, J_query: ExampleGradientLinearOperator, queries: range, processes: Processes
 ) -> None:
     """Fill the rows of this process' queries; all processes run the network equally often."""
     for clean in J_query.regression.clean_batches():
         positions = [p for p, n in enumerate(clean.indices) if n in queries]
-        for indices, found_BP in _own_rows(J_query, clean, positions, share):
+        for indices, found_BP in _own_rows(J_query, clean, positions, processes):
             rows_QP[[n - queries.start for n in indices]] = found_BP
 
 
 def _own_rows(
-    J: ExampleGradientLinearOperator, clean: CleanBatch, positions: list[int], share: Share
+    J: ExampleGradientLinearOperator, clean: CleanBatch, positions: list[int], processes: Processes
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Yield this process' part of a batch' gradients, with the examples' indices.
 
     All processes run the network equally often: what cannot be divided all compute, and the first
     keeps.
     """
-    own, rest = in_equal_parts(positions, share)
-    for some, kept in ((own, True), (rest, share.rank == 0)):
+    own, rest = in_equal_parts(positions, processes)
+    for some, kept in ((own, True), (rest, processes.rank == 0)):
         if some:
             part = clean.select(some)
             found_BP = J.rows_of(part)
@@ -508,12 +512,14 @@ def _own_rows(
                 yield part.indices, found_BP
 
 
-def batch_columns(J: ExampleGradientLinearOperator, clean: CleanBatch, share: Share) -> Tensor:
+def batch_columns(
+    J: ExampleGradientLinearOperator, clean: CleanBatch, processes: Processes
+) -> Tensor:
     """A batch' gradients as columns, ``[P, B]``: every process computes a part, and has all."""
-    if share.count == 1:
+    if processes.count == 1:
         return J.rows_of(clean).T
     rows_BP = torch.zeros(len(clean.indices), J.shape[1], dtype=J.dtype, device=J.device)
     first = clean.indices[0]
-    for indices, found_BP in _own_rows(J, clean, list(range(len(clean.indices))), share):
+    for indices, found_BP in _own_rows(J, clean, list(range(len(clean.indices))), processes):
         rows_BP[[n - first for n in indices]] = found_BP
-    return share.summed({"rows": rows_BP}, J.device)["rows"].T
+    return processes.all_reduce({"rows": rows_BP}, J.device)["rows"].T

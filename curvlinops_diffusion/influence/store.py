@@ -31,9 +31,8 @@ from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checks import check_count, check_positive
 from curvlinops_diffusion.runtime.digests import name_of
 from curvlinops_diffusion.runtime.files import FileKind, check_same, check_space, make_folder
-from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
-from curvlinops_diffusion.runtime.processes import ALONE, Share
-from curvlinops_diffusion.runtime.progress import draws_bar
+from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, draws_bar
+from curvlinops_diffusion.runtime.processes import ALONE, Processes
 from curvlinops_diffusion.runtime.sharded_networks import check_whole_parameters
 
 GRADIENTS = FileKind(
@@ -128,7 +127,7 @@ class GradientStore:
                 "the store inverts it, with its own damping."
             )
         folder = Path(folder)
-        share = Share.of(passes.distributed)
+        processes = Processes.of(passes.distributed)
         identity = J_train.regression.identity(
             {
                 "params": common_list(J_train.param_names),
@@ -140,13 +139,13 @@ class GradientStore:
             },
         )
         whiten = Whitening(curvature, damping, relative)
-        if share.rank == 0 and not (folder / HEADER).exists():
+        if processes.rank == 0 and not (folder / HEADER).exists():
             make_folder(folder)
             projection = _fitted_projection(J_train, whiten, compression)
             size = _size(J_train, projection, compression)
             header = {"identity": identity, "size": size}
             GRADIENTS.write(folder / HEADER, projection, header)
-        share.barrier()
+        processes.barrier()
         store = cls.open(folder)
         check_same(
             store.header["identity"],
@@ -156,19 +155,23 @@ class GradientStore:
         )
         whole = compression.bytes_per_row(store.size) * store.num_data
         check_space(folder, whole - store._stored_bytes(), "The gradients of the other examples")
-        share.barrier()  # or a process would measure what another one is writing
-        store._write_missing(J_train, whiten, share, passes.progressbar and share.rank == 0)
-        share.barrier()
+        processes.barrier()  # or a process would measure what another one is writing
+        store._write_missing(J_train, whiten, processes, passes.progressbar and processes.rank == 0)
+        processes.barrier()
         return store
 
     def _write_missing(
-        self, J_train: ExampleGradientLinearOperator, whiten: Whitening, share: Share, shown: bool
+        self,
+        J_train: ExampleGradientLinearOperator,
+        whiten: Whitening,
+        processes: Processes,
+        shown: bool,
     ) -> None:
         """Compute and write the batches that have no file yet; each process its own."""
         regression, compression = J_train.regression, self._compression
         with draws_bar(regression.num_samples, "Storing gradients", shown) as bar:
             for number, clean in regression.numbered_batches(
-                lambda n: share.takes(n) and not self._shard(n).exists()
+                lambda n: processes.takes(n) and not self._shard(n).exists()
             ):
                 z_Bk = compression.project(whiten(J_train.rows_of(clean)), self._projection)
                 header = {"indices": list(clean.indices)}

@@ -40,7 +40,7 @@ from curvlinops_diffusion.runtime.checkpoints import forget
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
 from curvlinops_diffusion.runtime.files import FileKind
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
-from curvlinops_diffusion.runtime.processes import ALONE, Share
+from curvlinops_diffusion.runtime.processes import ALONE, Processes
 
 
 class StoredScores:
@@ -123,8 +123,8 @@ class StoredScores:
         options: dict[str, Any] = {"query_block": query_block, "halves": halves, "passes": passes}
         shards = write_shards(path, J_query, G_inv, J_train, identity, **options)
         header = {"identity": identity, "shape": [J_query.shape[0], J_train.shape[0]]}
-        share = Share.of(passes.distributed)
-        share.all_or_none(lambda: None if share.rank else write_index(path, header, shards))
+        processes = Processes.of(passes.distributed)
+        processes.all_or_none(lambda: None if processes.rank else write_index(path, header, shards))
         return cls(path, {**header, "shards": shards})
 
     @classmethod
@@ -324,20 +324,20 @@ def write_shards(
     Raises:
         ValueError: As :meth:`StoredScores.create`.
     """
-    share, N = Share.of(passes.distributed), J_train.shape[0]
+    processes, N = Processes.of(passes.distributed), J_train.shape[0]
     token = digest_of([identity, HALVES if halves else ()])[:12]
     blocks = {
         queries: f"{path.stem}.{token}.{queries.start}to{queries.stop}"
         for queries in query_blocks(J_query, query_block)
     }
     found = {queries: _written(path.parent, prefix) for queries, prefix in blocks.items()}
-    share.check_alike(f"what they see in '{path.parent}'", list(found.values()))
+    processes.check_alike(f"what they see in '{path.parent}'", list(found.values()))
     loop = scored_blocks(
         halves_of(J_query) if halves else J_query,
         G_inv,
         halves_of(J_train) if halves else J_train,
         halved_products(N) if halves else inner_products(N),
-        lambda make: OwnScores(make, share),
+        lambda make: OwnScores(make, processes),
         name="Own scores",
         settings={"halves": halves},
         query_block=query_block,
@@ -346,8 +346,8 @@ def write_shards(
         wanted=lambda queries: not found[queries],
     )
     for queries, own in loop:
-        found[queries] = _write(path.parent, blocks[queries], own, share)
-        forget(passes.checkpoint, f"Own scores from query {queries.start}", share)
+        found[queries] = _write(path.parent, blocks[queries], own, processes)
+        forget(passes.checkpoint, f"Own scores from query {queries.start}", processes)
     return [
         {"file": file, "queries": [queries.start, queries.stop], "examples": examples}
         for queries, written in found.items()
@@ -355,14 +355,16 @@ def write_shards(
     ]
 
 
-def _write(folder: Path, prefix: str, own: OwnScores, share: Share) -> list[tuple[str, int]]:
+def _write(
+    folder: Path, prefix: str, own: OwnScores, processes: Processes
+) -> list[tuple[str, int]]:
     """Write what this process has seen; returns the files of all, with their examples' number."""
-    file = f"{prefix}.{share.rank}of{share.count}.safetensors"
+    file = f"{prefix}.{processes.rank}of{processes.count}.safetensors"
     tensors = own.found
     examples = len(tensors[OwnScores.INDEX]) if tensors else 0
-    share.all_or_none(lambda: SHARD.write(folder / file, tensors, {"examples": examples}))
-    written = [(file, examples) for file, examples in share.gathered((file, examples))]
-    share.all_or_none(lambda: _check_seen(folder, [file for file, _ in written]))
+    processes.all_or_none(lambda: SHARD.write(folder / file, tensors, {"examples": examples}))
+    written = [(file, examples) for file, examples in processes.all_gather((file, examples))]
+    processes.all_or_none(lambda: _check_seen(folder, [file for file, _ in written]))
     return written
 
 

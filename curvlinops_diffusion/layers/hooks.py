@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.layers.layer import Layer
-from curvlinops_diffusion.runtime.modules import modules_of
+from curvlinops_diffusion.runtime.modes import modules_of
 from curvlinops_diffusion.runtime.precision import without_autocast
-from curvlinops_diffusion.runtime.processes import answered
+from curvlinops_diffusion.runtime.processes import lost_processes_named
 
 # what every module has beside its own attributes
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
@@ -92,7 +92,7 @@ class Tap:
             return
         self._recomputing = True
         try:
-            with answered():
+            with lost_processes_named():
                 torch.autograd.grad(
                     prediction_BD, self.sources, v_BD, retain_graph=retain_graph, allow_unused=True
                 )

@@ -33,7 +33,7 @@ from curvlinops_diffusion.layers.true_gradients import example_shares, loss_valu
 from curvlinops_diffusion.runtime.checks import check_finite_count
 from curvlinops_diffusion.runtime.precision import products_are_rounded, settled
 from curvlinops_diffusion.runtime.sharded_networks import (
-    gathered,
+    full_tensor,
     is_sharded,
     mean_over_processes,
 )
@@ -194,7 +194,7 @@ def _seen_otherwise(
         terms = torch.cat([g.flatten() / largest for g in gs]).norm()
         for name, rows in layer.example_gradients(xs, gs, N).items():
             seen, gradient = torch.tensordot(share_B, rows, 1), true[name]
-            truth = torch.zeros_like(seen) if gradient is None else gathered(gradient).to(dtype)
+            truth = torch.zeros_like(seen) if gradient is None else full_tensor(gradient).to(dtype)
             # the terms of a gradient may cancel, so errors are measured against the terms
             allowed = objective.rounding**0.5 * terms * _input_norm(layer, name, xs, gs)
             if sharded:  # others have other examples, and the true gradient is of all
@@ -278,7 +278,7 @@ def _noise(
 
 def _norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """The norms of tensors, which are read together."""
-    found = [gathered(z.norm()) for z in tensors.values()]
+    found = [full_tensor(z.norm()) for z in tensors.values()]
     return dict(zip(tensors, torch.stack(found).tolist() if found else [], strict=True))
 
 

@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 from torch.nn.grad import conv2d_weight
 
 from curvlinops_diffusion.layers.products import on_tensor_cores
-from curvlinops_diffusion.runtime.transfers import sent
+from curvlinops_diffusion.runtime.devices import to_device
 
 # Up to so many entries of a group's patches a product of all groups' patches at once is faster than
 # the convolution's own weight gradient, group by group; on a GPU, where the latter are two launches
@@ -161,7 +161,7 @@ def patches_at(conv: Convolution2d, x: Tensor, index: Tensor) -> Tensor:
         for l in range(conv.kernel_size[1])
     ]
     first = index // columns.outputs * (down * width) + index % columns.outputs * across
-    pixels_NmK = first.unsqueeze(-1) + sent(torch.tensor(taps), x.device)
+    pixels_NmK = first.unsqueeze(-1) + to_device(torch.tensor(taps), x.device)
     N, C = x.shape[:2]
     seen = x.flatten(2).gather(2, pixels_NmK.view(N, 1, -1).expand(-1, C, -1))
     return seen.view(N, C, -1, len(taps)).transpose(1, 2).flatten(2)

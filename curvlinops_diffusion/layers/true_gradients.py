@@ -11,7 +11,7 @@ from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.layers.hooks import frozen
 from curvlinops_diffusion.runtime.modes import recomputation_named
-from curvlinops_diffusion.runtime.processes import answered
+from curvlinops_diffusion.runtime.processes import lost_processes_named
 from curvlinops_diffusion.runtime.sharded_networks import is_sharded
 
 #: Maps a prediction ``[B, D]`` to a number.
@@ -72,7 +72,7 @@ def _accumulated_gradients(
     try:
         for p in params.values():
             p.grad = None
-        with answered():
+        with lost_processes_named():
             value.backward()
         return {name: p.grad for name, p in params.items()}
     finally:

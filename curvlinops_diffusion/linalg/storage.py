@@ -29,7 +29,7 @@ from curvlinops_diffusion.linalg.placement import PlacedBlock, in_order
 from curvlinops_diffusion.runtime.adapters import adapter_of, common_names
 from curvlinops_diffusion.runtime.digests import fingerprint
 from curvlinops_diffusion.runtime.modes import unwrapped
-from curvlinops_diffusion.runtime.processes import ALONE, Share
+from curvlinops_diffusion.runtime.processes import ALONE, Processes
 from curvlinops_diffusion.runtime.sharded_networks import device_of
 
 
@@ -45,7 +45,7 @@ def save_blocks(
     space: ParameterSpace,
     blocks: Sequence[PlacedBlock],
     info: dict[str, Any],
-    share: Share = ALONE,
+    processes: Processes = ALONE,
 ) -> None:
     """Write a block-diagonal operator to a file, or one for each process and one that names them.
 
@@ -55,25 +55,25 @@ def save_blocks(
         space: Its parameter space.
         blocks: The blocks of this process.
         info: How it was made.
-        share: The processes that hold blocks.
+        processes: The processes that hold blocks.
 
     Raises:
         ValueError: If the file cannot be written.
     """
     path = Path(path)
     header, tensors = _described(kind, space, blocks, info)
-    if share.count == 1:
+    if processes.count == 1:
         OPERATOR.write(path, tensors, header)
         return
     # names of their own, so that an older operator stays whole until the last one is written
-    token = share.gathered(token_hex(4))[0]
-    name = f"{path.stem}.{token}.{share.rank}of{share.count}{path.suffix}"
-    share.all_or_none(lambda: OPERATOR.write(path.with_name(name), tensors, header))
-    listed = share.gathered(header["blocks"])
-    shards = share.gathered(name)
+    token = processes.all_gather(token_hex(4))[0]
+    name = f"{path.stem}.{token}.{processes.rank}of{processes.count}{path.suffix}"
+    processes.all_or_none(lambda: OPERATOR.write(path.with_name(name), tensors, header))
+    listed = processes.all_gather(header["blocks"])
+    shards = processes.all_gather(name)
 
     def write_names() -> None:
-        if share.rank > 0:
+        if processes.rank > 0:
             return
         old = shards_of(path)
         every = [entry | {"shard": n} for n, own in enumerate(listed) for entry in own]
@@ -84,7 +84,7 @@ def save_blocks(
         for other in old:
             other.unlink(missing_ok=True)
 
-    share.all_or_none(write_names)
+    processes.all_or_none(write_names)
 
 
 def shards_of(path: Path) -> list[Path]:
@@ -136,7 +136,7 @@ def load_blocks(
     path: str | PathLike[str],
     model: nn.Module,
     device: torch.device | str | None = None,
-    share: Share = ALONE,
+    processes: Processes = ALONE,
 ) -> tuple[str, ParameterSpace, list[PlacedBlock], dict[str, Any]]:
     """Read a block-diagonal operator of a model from a file.
 
@@ -144,7 +144,7 @@ def load_blocks(
         path: The file.
         model: The model that the operator was made for.
         device: Where to put it; ``None`` for the model's device.
-        share: The processes that hold blocks: each reads some, as many bytes as the others.
+        processes: The processes that hold blocks: each reads some, as many bytes as the others.
 
     Returns:
         The operator's kind, parameter space, the blocks of this process, and how it was made.
@@ -154,7 +154,7 @@ def load_blocks(
             for another model or other weights; the message says which.
     """
     path = Path(path)
-    header, sources = _sources(path, share)
+    header, sources = _sources(path, processes)
     own = dict(model.named_parameters())
     try:
         if not all(name in own for name, _ in header["parameters"]):
@@ -181,7 +181,7 @@ def load_blocks(
         raise OPERATOR.damaged(path, f"{type(error).__name__}: {error}") from error
 
 
-def _sources(path: Path, share: Share) -> tuple[dict[str, Any], dict[Path, list[int]]]:
+def _sources(path: Path, processes: Processes) -> tuple[dict[str, Any], dict[Path, list[int]]]:
     """The header, and the places in its list of the blocks that this process reads, by file."""
     header = read_header(path)
     try:
@@ -201,8 +201,8 @@ def _sources(path: Path, share: Share) -> tuple[dict[str, Any], dict[Path, list[
             for numbers in groups
         ]
         sources: dict[Path, list[int]] = {}
-        for numbers, owner in zip(groups, share.owners(costs), strict=True):
-            if owner == share.rank:
+        for numbers, owner in zip(groups, processes.owners(costs), strict=True):
+            if owner == processes.rank:
                 shard = header["blocks"][numbers[0]].get("shard", 0)
                 sources.setdefault(files[shard], []).extend(numbers)
     except (AttributeError, IndexError, KeyError, TypeError) as error:

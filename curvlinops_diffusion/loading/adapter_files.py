@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from curvlinops_diffusion.loading.weights import listed
-from curvlinops_diffusion.runtime.messages import quoted
+from curvlinops_diffusion.runtime.checks import quoted
 
 # how the names of the first matrix of a pair end; what comes before is called a stem here
 _DOWN = (

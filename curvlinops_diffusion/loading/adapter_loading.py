@@ -34,7 +34,7 @@ from curvlinops_diffusion.loading.adapter_placement import (
     settle,
 )
 from curvlinops_diffusion.loading.weights import listed
-from curvlinops_diffusion.runtime.messages import quoted
+from curvlinops_diffusion.runtime.checks import quoted
 
 
 def load_adapter(

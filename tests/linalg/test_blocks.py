@@ -17,7 +17,7 @@ from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperat
 from curvlinops_diffusion.linalg.blocks import DenseBlock, EigenBlock, KroneckerBlock
 from curvlinops_diffusion.linalg.parameters import ParameterSpace
 from curvlinops_diffusion.linalg.placement import PlacedBlock
-from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.processes import Processes
 from tests.cases import noise_levels, plain_regression, seeded
 from tests.comparisons import assert_close
 from tests.reference import to_dense
@@ -466,8 +466,8 @@ def test_small_blocks_are_kept(dtype):
 
 
 def test_rtol_is_of_the_largest_eigenvalue_of_all_processes():
-    class OneOfTwo(Share):
-        def gathered(self, value):
+    class OneOfTwo(Processes):
+        def all_gather(self, value):
             return [value, {bool: False, float: 1.0}.get(type(value), [])]
 
     block = PlacedBlock("w", ("w",), DenseBlock(1e-8 * torch.eye(2, dtype=torch.float64)))

@@ -10,7 +10,7 @@ import torch
 from curvlinops_diffusion import DiffusionKFACLinearOperator
 from curvlinops_diffusion.diffusion import noises
 from curvlinops_diffusion.diffusion.draws import Draws
-from curvlinops_diffusion.runtime.ahead import Foreseen, one_ahead
+from curvlinops_diffusion.runtime.devices import Foreseen, prefetched
 from tests.cases import tiny_unet, unet_regression
 
 
@@ -22,25 +22,25 @@ def test_one_is_made_while_another_is_used():
         threads.add(threading.current_thread().name)
         return x**2
 
-    found = one_ahead(square, range(5))
+    found = prefetched(square, range(5))
     for expected in range(5):
         assert next(found) == expected**2
         time.sleep(0.05)
         assert made == list(range(min(expected + 2, 5)))
     assert next(found, None) is None
     assert threads == {"one-ahead_0"}
-    assert not list(one_ahead(square, []))
+    assert not list(prefetched(square, []))
 
 
 def test_errors_come_at_their_place():
-    found = one_ahead(lambda x: 1 / x, [1, 0, 2])
+    found = prefetched(lambda x: 1 / x, [1, 0, 2])
     assert next(found) == 1
     with pytest.raises(ZeroDivisionError):
         next(found)
 
 
 def test_nothing_goes_on_when_it_is_closed():
-    found = one_ahead(lambda x: x, range(100))
+    found = prefetched(lambda x: x, range(100))
     next(found)
     found.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("one-ahead")]

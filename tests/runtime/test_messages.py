@@ -2,7 +2,7 @@
 
 import pytest
 
-from curvlinops_diffusion.runtime.messages import quoted
+from curvlinops_diffusion.runtime.checks import quoted
 
 
 def raised_from(cause, text):

@@ -28,7 +28,7 @@ from curvlinops_diffusion import (
     top_influences,
 )
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
-from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.processes import Processes
 from tests.cases import small_unet, unet_regression
 from tests.comparisons import assert_close
 
@@ -320,7 +320,7 @@ def fail(rank):
         return rank
 
     try:
-        Share.of(True).all_or_none(work)
+        Processes.of(True).all_or_none(work)
     except OtherCheckpointError as error:
         return f"as its own kind: {error}"
 
@@ -329,13 +329,13 @@ def test_where_one_fails_all_do(tmp_path):
     told = "as its own kind: Process 1 has stopped: It is of something else."
     own = "as its own kind: It is of something else."
     assert processes(3, tmp_path / "run", fail) == [told, own, told]
-    assert Share().all_or_none(lambda: 3) == 3
+    assert Processes().all_or_none(lambda: 3) == 3
 
 
 def test_costs_are_shared_out():
-    owners = Share(0, 3).owners([5, 1, 1, 9, 4, 3])
+    owners = Processes(0, 3).owners([5, 1, 1, 9, 4, 3])
     loads = [
         sum(c for c, o in zip([5, 1, 1, 9, 4, 3], owners, strict=True) if o == r) for r in range(3)
     ]
     assert sorted(loads) == [7, 7, 9]
-    assert Share(0, 1).owners([1, 2]) == [0, 0]
+    assert Processes(0, 1).owners([1, 2]) == [0, 0]

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression
 from curvlinops_diffusion.curvature.loss_vectors import loss_vectors
 from curvlinops_diffusion.curvature.options import KFACOptions
-from curvlinops_diffusion.runtime.transfers import ready_to_send, sent
+from curvlinops_diffusion.runtime.devices import to_device
 from tests.cases import images, seeded
 
 
@@ -65,7 +65,7 @@ def test_nothing_is_waited_for_on_the_way_to_a_device_alone():
             asked.append(non_blocking)
 
     for device in ("cpu", "meta"):
-        sent(Seen(), torch.device(device))
+        to_device(Seen(), torch.device(device))
     assert asked == [False, True]
 
 
@@ -74,8 +74,8 @@ def test_memory_that_a_gpu_reads(monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda z: pinned.append(z) or z.clone())
     z = torch.ones(2)
-    assert ready_to_send(z, torch.device("cpu")) is z
-    assert ready_to_send(z.to("meta"), torch.device("cuda")).is_meta
+    assert pinned(z, torch.device("cpu")) is z
+    assert pinned(z.to("meta"), torch.device("cuda")).is_meta
     assert not pinned
-    ready_to_send(z, torch.device("cuda"))
+    pinned(z, torch.device("cuda"))
     assert len(pinned) == 1

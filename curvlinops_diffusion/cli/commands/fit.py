@@ -60,7 +60,7 @@ def fit(options: FitOptions) -> None:
             options.overwrite,
         )
         operator.info |= {"identity": identity, "images": images.summary()}
-        num_blocks = sum(operator.share.gathered(len(operator.blocks)))
+        num_blocks = sum(operator.processes.all_gather(len(operator.blocks)))
         if passes.sharded or is_first():
             operator.save(options.output)
         if not is_first():
