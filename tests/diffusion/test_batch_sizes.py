@@ -64,7 +64,7 @@ def test_the_result_is_that_of_this_batch_size(monkeypatch):
 def test_what_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="'auto' arrived with data that comes in batches"):
         NoisedRegression(objective(), [images(3)], 1, batch_size="auto")
-    with pytest.raises(ValueError, match="batch_size='most' arrived"):
+    with pytest.raises(ValueError, match="`batch_size` must be a whole number"):
         NoisedRegression(objective(), images(3), 1, batch_size="most")
 
 

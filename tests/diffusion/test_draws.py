@@ -221,7 +221,7 @@ def test_lists_and_every_level_once():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"timesteps": "random"}, r"timesteps='random' is unknown. Pass one of: 'stratified'"),
+        ({"timesteps": "random"}, r"`timesteps` must be one of 'stratified'"),
         ({"timesteps": 3}, r"timesteps arrived as int"),
         (
             {"timesteps": TimestepsWithin(5, 5)},
@@ -231,8 +231,8 @@ def test_lists_and_every_level_once():
         ({"timesteps": [1, 1000]}, r"of which \[1000\] do not exist.*from 0 to 999"),
         ({"timesteps": []}, r"timesteps lists 0 levels"),
         ({"timesteps": [1, 2, 3], "num_draws": 8}, r"num_draws=8.*multiple of 3, or num"),
-        ({"num_draws": 0}, r"num_draws=0 arrived. Pass a whole number of at least 1"),
-        ({"num_draws": 2.0}, r"num_draws=2.0 arrived"),
+        ({"num_draws": 0}, r"`num_draws` must be a whole number of at least 1, got 0"),
+        ({"num_draws": 2.0}, r"`num_draws` must be a whole number of at least 1, got 2.0"),
         ({"antithetic": True, "num_draws": 3}, r"antithetic pairs. Pass a multiple of 2"),
         (
             {"antithetic": True, "timesteps": [1, 2], "num_draws": 6},

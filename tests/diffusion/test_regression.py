@@ -455,9 +455,9 @@ def test_bad_data(case):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "batch_size=0 arrived. Pass a whole number of at least 1"),
-        ({"num_draws": -3}, "num_draws=-3 arrived"),
-        ({"timesteps": "often"}, "timesteps='often' is unknown. Pass one of: 'stratified'"),
+        ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1, got 0"),
+        ({"num_draws": -3}, "`num_draws` must be a whole number of at least 1, got -3"),
+        ({"timesteps": "often"}, "`timesteps` must be one of 'stratified'"),
     ],
 )
 def test_bad_options(arguments, message):
@@ -474,7 +474,7 @@ def test_bad_objective():
     with pytest.raises(ValueError, match="floating-point parameters"):
         DenoisingObjective(nn.ReLU(), scheduler)
     with pytest.raises(
-        ValueError, match=r"reduction='none' is unknown. Pass one of: 'mean', 'sum'"
+        ValueError, match=r"`reduction` must be one of 'mean', 'sum', got 'none'"
     ):
         DenoisingObjective(tiny_model(), scheduler, reduction="none")
 

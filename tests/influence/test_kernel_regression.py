@@ -194,10 +194,10 @@ def test_equal_scores_count_as_zero(dtype):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ridge": 0.0}, "ridge=0.0 arrived. Pass a finite number above 0"),
+        ({"ridge": 0.0}, "`ridge` must be positive and finite, got 0.0"),
         ({"squared": [True, False]}, "squared arrived for 2 functions, the gradients for 1"),
         ({"weights": [1, 2]}, "weights arrived for 2 functions, the gradients for 1"),
-        ({"largest_gram": 0}, "largest_gram=0 arrived"),
+        ({"largest_gram": 0}, "`largest_gram` must be a whole number of at least 1, got 0"),
         ({"J_train": []}, "arrived for functions of"),
         ({"J_query": [], "J_train": []}, "arrived for functions of"),
     ],

@@ -95,7 +95,7 @@ def test_kernel_regression(tmp_path, J_train, J_query, EK, options):
     expected = kernel_regression_scores(J_query, EK.inverse(DAMPING), J_train, ridge=0.5)
     found = store.regression_scores(J_query, EK, 0.5, tolerance=1e-6, **options)
     assert_close(found.double(), expected, 1e-4)
-    with pytest.raises(ValueError, match="ridge=-1 arrived"):
+    with pytest.raises(ValueError, match="`ridge` must be positive and finite, got -1"):
         store.regression_scores(J_query, EK, -1)
 
 
@@ -197,8 +197,8 @@ def test_coordinates_that_do_not_exist_are_refused(tmp_path, J_train, J_query, E
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "int2"}, "precision='int2' is unknown. Pass one of: 'float32'"),
-        ({"projection": "dense"}, "projection='dense' is unknown"),
+        ({"precision": "int2"}, "`precision` must be one of 'float32'"),
+        ({"projection": "dense"}, "`projection` must be one of"),
         ({"projection": "svd"}, "size=None arrived"),
         ({"size": 4}, "size=4 arrived without a projection"),
     ],

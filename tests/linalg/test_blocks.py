@@ -218,11 +218,11 @@ def test_truncated_inverses_of_singular_operators():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rtol": -1.0}, r"rtol=-1.0 arrived"),
-        ({"damping": -1e-3}, r"damping=-0.001 arrived. Pass a finite number of at least 0"),
-        ({"damping": float("nan")}, r"damping=nan arrived"),
-        ({"damping": "big"}, r"damping='big' arrived"),
-        ({"damping": 1, "min_damping": -1.0}, r"min_damping=-1.0 arrived"),
+        ({"rtol": -1.0}, r"`rtol` must be a finite number of at least 0, got -1.0"),
+        ({"damping": -1e-3}, r"`damping` must be a finite number of at least 0, got -0.001"),
+        ({"damping": float("nan")}, r"`damping` must be a finite number of at least 0, got nan"),
+        ({"damping": "big"}, r"`damping` must be a finite number of at least 0, got 'big'"),
+        ({"damping": 1, "min_damping": -1.0}, r"`min_damping` must be a finite number of at least 0, got -1.0"),
         (
             {"damping": 1, "use_exact_damping": True, "use_heuristic_damping": True},
             r"arrived together.*pass only one",

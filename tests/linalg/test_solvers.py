@@ -163,7 +163,7 @@ def test_scores_with_a_refined_inverse(regression, exact, dense):
 
 
 def test_bad_options(regression, G, model):
-    with pytest.raises(ValueError, match="damping=-1 arrived"):
+    with pytest.raises(ValueError, match="`damping` must be a finite number of at least 0, got -1"):
         CGRefinedInverseLinearOperator(G, -1)
     part = DiffusionKFACLinearOperator(regression, ["layers.0.weight"]).inverse(1.0)
     with pytest.raises(ValueError, match=r"the preconditioner: 1 parameters, 18 entries, G: 4"):
