@@ -35,12 +35,15 @@ from tests.comparisons import assert_close
 
 # nine examples in five batches: neither three processes nor two divide them
 COUNT = 9
+# of each kind of block one
+LAYERS = ["conv_in.weight", "class_embedding.weight", "mid_block.attentions.0.to_q.weight"]
+LAYERS += ["up_blocks.0.resnets.1.norm1.bias", "conv_out.weight"]
 
 
 def everything(regression, passes):
     """All that processes share, as tensors by name."""
-    EK = DiffusionEKFACLinearOperator(regression, passes=passes)
-    J = ExampleGradientLinearOperator(regression)
+    EK = DiffusionEKFACLinearOperator(regression, LAYERS, passes=passes)
+    J = ExampleGradientLinearOperator(regression, LAYERS)
     inverse = EK.inverse(1e-3)
     found = {"scores": influence_scores(J, inverse, J, query_block=5, passes=passes)}
     top = top_influences(J, inverse, J, k=3, passes=passes)
@@ -142,9 +145,8 @@ def iterated(rank):
     """Of too many examples for their kernel matrix: by conjugate gradients."""
     passes = PassOptions(distributed=rank is not None)
     regression = unet_regression(small_unet(), count=COUNT)
-    names = ["conv_in.weight", "conv_out.weight"]
-    inverse = DiffusionEKFACLinearOperator(regression, names, passes=passes).inverse(1e-3)
-    J = ExampleGradientLinearOperator(regression, names)
+    inverse = DiffusionEKFACLinearOperator(regression, LAYERS, passes=passes).inverse(1e-3)
+    J = ExampleGradientLinearOperator(regression, LAYERS)
     options = {"largest_gram": COUNT - 1, "gradient_bytes": 2_000, "tolerance": 1e-12}
     return {"scores": kernel_regression_scores(J, inverse, J, passes=passes, **options)}
 
@@ -220,9 +222,8 @@ def all_of_it(rank, folder, ready):
     (ready / str(rank)).touch()
     regression = unet_regression(small_unet(), count=COUNT)
     sharded = PassOptions(folder / "fit", checkpoint_every=0, distributed=True, sharded=True)
-    names = ["conv_in.weight", "mid_block.resnets.0.conv1.weight", "conv_out.weight"]
-    EK = DiffusionEKFACLinearOperator(regression, names, passes=sharded)
-    J = ExampleGradientLinearOperator(regression, names)
+    EK = DiffusionEKFACLinearOperator(regression, LAYERS, passes=sharded)
+    J = ExampleGradientLinearOperator(regression, LAYERS)
     passes = PassOptions(folder / "scores", checkpoint_every=0, distributed=True)
     stored = StoredScores.create(
         folder / "scores.safetensors", J, EK.inverse(1e-3), J, query_block=5, passes=passes
