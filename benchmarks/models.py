@@ -20,13 +20,8 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from curvlinops_diffusion import (
-    CosmapWeighting,
-    DenoisingObjective,
-    EDMWeighting,
-    NoisedRegression,
-    NoiseProcess,
-)
+from curvlinops_diffusion import DenoisingObjective, NoisedRegression, NoiseProcess
+from curvlinops_diffusion.weightings import CosmapWeighting, EDMWeighting
 
 NUM_DATA = 2
 

@@ -52,6 +52,12 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from curvlinops_diffusion import *
+from curvlinops_diffusion.baselines import *
+from curvlinops_diffusion.layers import *
+from curvlinops_diffusion.measurements import *
+from curvlinops_diffusion.timesteps import *
+from curvlinops_diffusion.validation import *
+from curvlinops_diffusion.weightings import *
 
 warnings.simplefilter("ignore")
 torch.manual_seed(0)

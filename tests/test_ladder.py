@@ -13,8 +13,8 @@ from curvlinops_diffusion import (
     DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
-    MinSNRWeighting,
 )
+from curvlinops_diffusion.weightings import MinSNRWeighting
 from tests.cases import plain_regression, seeded, tiny_unet, unet_regression
 from tests.comparisons import assert_close
 from tests.reference import block_of, dense_block, dense_ggn, params_of, to_dense

@@ -18,8 +18,9 @@ from benchmarks.lds.evaluate import AT_LATE_CHECKPOINTS, kept
 from benchmarks.lds.methods import BANDS, METHODS, TIMESTEPS, Setting, _within
 from benchmarks.lds.problems import PROBLEMS
 from benchmarks.lds.remove import jobs, relative_change
-from curvlinops_diffusion import DenoisingObjective, NoisedRegression, linear_datamodelling_score
+from curvlinops_diffusion import DenoisingObjective, NoisedRegression
 from curvlinops_diffusion.influence.measurements.losses import loss
+from curvlinops_diffusion.validation import linear_datamodelling_score
 
 ROOT = Path(__file__).parent.parent
 

@@ -54,7 +54,15 @@ def test_names_exist(name):
     known = {"curvlinops", "diffusers", "save_pretrained", "torchrun", "result", "attribute"}
     known |= {"fit", "score", "report"}
     assert name in known or any(
-        hasattr(library, name) for library in (curvlinops_diffusion, curvlinops, nn)
+        hasattr(library, name)
+        for library in (
+            curvlinops_diffusion,
+            curvlinops_diffusion.baselines,
+            curvlinops_diffusion.measurements,
+            curvlinops_diffusion.validation,
+            curvlinops,
+            nn,
+        )
     )
 
 

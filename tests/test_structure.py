@@ -43,9 +43,8 @@ MAY_IMPORT["page"] |= {"influence/measurements"}
 MAY_IMPORT["cli"] |= {"loading", "page"}
 MAY_IMPORT["cli"] |= {"influence/measurements", "influence/validation"}
 FILES = sorted(ROOT.rglob("*.py"))
-# the files that import what a string names; tests/test_imports.py looks at the names of the root
+# the files that import what a string names
 BY_NAME = {
-    "root": ROOT / "__init__.py",
     "measurements": ROOT / "influence" / "measurements" / "registry.py",
     "commands": ROOT / "cli" / "program.py",
 }
@@ -130,8 +129,9 @@ def test_few_files_import_by_name():
 
 
 def test_the_root_holds_few_entries():
+    """The folders, the door, and the modules of public names."""
     entries = [path.name for path in ROOT.iterdir() if path.name != "__pycache__"]
-    assert len(entries) <= 14, sorted(entries)
+    assert len(entries) <= 20, sorted(entries)
 
 
 def test_tests_mirror_the_folders():

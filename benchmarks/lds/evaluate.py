@@ -32,9 +32,9 @@ from benchmarks.lds.retrain import (
     weights_under,
 )
 from benchmarks.measure import arguments, date, report, version_of
-from curvlinops_diffusion import LinearDatamodellingScore
 from curvlinops_diffusion.runtime.digests import digest_of
 from curvlinops_diffusion.runtime.files import FileKind
+from curvlinops_diffusion.validation import LinearDatamodellingScore
 
 PREDICTED = FileKind("predicted", "predictions of a method", "Remove it.")
 DEFAULT = "1e-08"

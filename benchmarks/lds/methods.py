@@ -26,10 +26,10 @@ from curvlinops_diffusion import (
     DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
-    JourneyRegression,
     NoisedRegression,
     RandomProjection,
 )
+from curvlinops_diffusion.baselines import JourneyRegression
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.influence.kernel_regression import averaged_scores, ridge_solution
 from curvlinops_diffusion.influence.measurements.base import Measurement

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion import LinearDatamodellingScore, linear_datamodelling_score
+from curvlinops_diffusion.validation import LinearDatamodellingScore, linear_datamodelling_score
 
 INTERVALS = "other halves and queries, the noise of cells counted once"
 

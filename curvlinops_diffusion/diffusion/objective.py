@@ -74,9 +74,9 @@ class DenoisingObjective:
         scheduler: A ``diffusers`` scheduler, from whose config the noise process and the
             prediction type are read, or a :class:`~curvlinops_diffusion.NoiseProcess`.
         weighting: The weight ``w_t``. ``None`` for one, a
-            :class:`~curvlinops_diffusion.ProcessWeighting` like
-            :class:`~curvlinops_diffusion.MinSNRWeighting`, a callable of the timesteps, or a table
-            with one weight for each noise level, in order of rising noise.
+            :class:`~curvlinops_diffusion.weightings.ProcessWeighting` like
+            :class:`~curvlinops_diffusion.weightings.MinSNRWeighting`, a callable of the timesteps,
+            or a table with one weight for each noise level, in order of rising noise.
         reduction: ``'mean'`` or ``'sum'`` over the output's ``D`` entries.
         encode: What turns batches of users' data into what the network sees, a
             :class:`~curvlinops_diffusion.LatentEncoder` or a function of (examples, condition) that

@@ -41,9 +41,9 @@ class ExampleGradientLinearOperator(LinearOperator):
             their names, as in an operator's ``param_names``), or a dict from names to parameters.
         measurement: What is measured: ``'loss'`` or another name (``docs/how_to.rst`` lists
             them, from the registry), an
-            :class:`~curvlinops_diffusion.ObjectiveMeasurement`, a function of (noised
+            :class:`~curvlinops_diffusion.measurements.ObjectiveMeasurement`, a function of (noised
             batch, prediction ``[B, D]``) that returns values ``[B]``, or an
-            :class:`~curvlinops_diffusion.ExampleFunction` of (model, example, draws).
+            :class:`~curvlinops_diffusion.measurements.ExampleFunction` of (model, example, draws).
         progressbar: Whether to show progress.
         chunk_size: Columns of a matrix that are multiplied at once, which bounds the memory.
 

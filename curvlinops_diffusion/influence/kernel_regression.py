@@ -81,8 +81,9 @@ def kernel_regression_scores(
 
     A query's loss ``‖ŷ − y‖²`` changes by ``2⟨ŷ − y, δ⟩ + ‖δ‖²`` if its prediction changes by
     ``δ``. The gradient of the loss knows the first term. Of the second, the regression of the
-    prediction itself (:class:`~curvlinops_diffusion.SignedPrediction`) knows the expectation: if
-    every example tells something of its own, leaving out a set changes the query's prediction by
+    prediction itself (:class:`~curvlinops_diffusion.measurements.SignedPrediction`) knows the
+    expectation: if every example tells something of its own, leaving out a set changes the query's
+    prediction by
     ``δ = −Σ_n s(q, n) ε_n`` over the set, with independent ``ε_n``, so that ``E δ²`` is the sum of
     ``s(q, n)²``, which ``squared`` returns. (As a Gaussian process: without example ``n`` the
     variance at the query rises by ``s(q, n)² / [(K + ρ κ I)⁻¹]_nn``, a divisor that the ridge makes

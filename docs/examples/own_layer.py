@@ -15,13 +15,12 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from curvlinops_diffusion import (
-    LAYER_KINDS,
     DenoisingObjective,
     DiffusionEKFACLinearOperator,
     DiffusionGGNLinearOperator,
     NoisedRegression,
-    SharingKind,
 )
+from curvlinops_diffusion.layers import LAYER_KINDS, SharingKind
 
 
 class Differences(nn.Module):

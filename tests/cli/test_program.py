@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from curvlinops_diffusion import (
     DenoisingObjective,
     ExampleGradientLinearOperator,
-    MinSNRWeighting,
     NoisedRegression,
     StoredScores,
     influence_scores,
@@ -34,6 +33,7 @@ from curvlinops_diffusion.influence.regression import RIDGE
 from curvlinops_diffusion.influence.split_half import rank_correlation
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.loading.images import open_images
+from curvlinops_diffusion.weightings import MinSNRWeighting
 from tests.cli.cases import COUNT, arguments, process, write_images
 from tests.cli.test_start import start
 from tests.comparisons import assert_close

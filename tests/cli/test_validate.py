@@ -8,14 +8,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from peft import inject_adapter_in_model
 
-from curvlinops_diffusion import (
-    DenoisingObjective,
-    ExampleGradientLinearOperator,
-    NoisedRegression,
-    RetrainingPlan,
-    linear_datamodelling_score,
-    removal_effects,
-)
+from curvlinops_diffusion import DenoisingObjective, ExampleGradientLinearOperator, NoisedRegression
 from curvlinops_diffusion.cli.commands.validate_measure import networks_of
 from curvlinops_diffusion.cli.measured_files import read_measured
 from curvlinops_diffusion.cli.program import run
@@ -25,6 +18,11 @@ from curvlinops_diffusion.influence.score_files import write_scores
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.loading.preprocessing import Form
 from curvlinops_diffusion.page.rankings import rows_of
+from curvlinops_diffusion.validation import (
+    RetrainingPlan,
+    linear_datamodelling_score,
+    removal_effects,
+)
 from tests.cases import stopped, tiny_unet
 from tests.cli.cases import COUNT, arguments
 from tests.loading.test_adapters import config, peft_folder, trained

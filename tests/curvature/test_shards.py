@@ -241,7 +241,9 @@ def test_errors(tmp_path):
         assert "Self-influence multiplies each process' own examples" in text
     with pytest.raises(ValueError, match="`sharded` must be False without `distributed`, got True"):
         PassOptions(sharded=True)
-    with pytest.raises(ValueError, match=r"`sharded` must be True, False, 'layers' or 'data', got 'rows'"):
+    with pytest.raises(
+        ValueError, match=r"`sharded` must be True, False, 'layers' or 'data', got 'rows'"
+    ):
         PassOptions(sharded="rows")
 
 

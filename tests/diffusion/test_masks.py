@@ -13,8 +13,8 @@ from curvlinops_diffusion import (
     Encoded,
     ExampleGradientLinearOperator,
     NoisedRegression,
-    WeightedLoss,
 )
+from curvlinops_diffusion.measurements import WeightedLoss
 from tests.cases import images, noise_levels, seeded
 from tests.comparisons import assert_close
 from tests.reference import (

@@ -20,17 +20,16 @@ from torch import nn
 from curvlinops_diffusion import (
     DenoisingObjective,
     DiffusionGGNLinearOperator,
-    MinSNRWeighting,
     NoisedBatch,
     NoisedRegression,
     NoiseProcess,
-    PreconditionedWeighting,
     PredictionType,
 )
 from curvlinops_diffusion.diffusion.ancestral import AncestralSteps
 from curvlinops_diffusion.diffusion.noise import PREDICTIONS
 from curvlinops_diffusion.diffusion.schedulers import noise_process
 from curvlinops_diffusion.diffusion.weightings import weight_table
+from curvlinops_diffusion.weightings import MinSNRWeighting, PreconditionedWeighting
 from tests.cases import images, noise_levels
 from tests.comparisons import assert_close
 from tests.reference import to_dense

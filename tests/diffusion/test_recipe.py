@@ -132,7 +132,10 @@ def test_files_tell_recipes_apart():
     ("options", "message"),
     [
         ({"noise_offset": -0.1}, "`noise_offset` must be a finite number of at least 0, got -0.1"),
-        ({"input_perturbation": float("nan")}, "`input_perturbation` must be a finite number of at least 0, got nan"),
+        (
+            {"input_perturbation": float("nan")},
+            "`input_perturbation` must be a finite number of at least 0, got nan",
+        ),
         ({"example_weights": [1.0, 2.0]}, r"shape \(2,\). Pass a finite number .* of the 4 ex"),
         ({"example_weights": [1.0, -1.0, 1, 1]}, r"number of at least 0 for each"),
     ],

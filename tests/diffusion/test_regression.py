@@ -18,11 +18,11 @@ from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
     DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
-    MinSNRWeighting,
     NoisedRegression,
     NoiseProcess,
     PredictionType,
 )
+from curvlinops_diffusion.weightings import MinSNRWeighting
 from tests.cases import TimeBlind, images, noise_levels, plain_regression, seeded, unet_regression
 from tests.comparisons import assert_close
 from tests.reference import dense_ggn, example_gradients, params_of, to_dense
@@ -473,9 +473,7 @@ def test_bad_objective():
         DenoisingObjective("unet", scheduler)
     with pytest.raises(ValueError, match="floating-point parameters"):
         DenoisingObjective(nn.ReLU(), scheduler)
-    with pytest.raises(
-        ValueError, match=r"`reduction` must be one of 'mean', 'sum', got 'none'"
-    ):
+    with pytest.raises(ValueError, match=r"`reduction` must be one of 'mean', 'sum', got 'none'"):
         DenoisingObjective(tiny_model(), scheduler, reduction="none")
 
 

@@ -8,14 +8,13 @@ from torch import nn
 
 from curvlinops_diffusion import (
     DenoisingObjective,
-    ExampleFunction,
     ExampleGradientLinearOperator,
-    LogLikelihood,
     NoisedRegression,
     NoiseProcess,
     PredictionType,
 )
 from curvlinops_diffusion.influence.derivatives import cheapest_grouping
+from curvlinops_diffusion.measurements import ExampleFunction, LogLikelihood
 from tests.cases import images, noise_levels, plain_regression, seeded, tiny_unet, unet_regression
 from tests.comparisons import assert_close
 from tests.reference import example_gradients, params_of

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from curvlinops_diffusion import ExampleGradientLinearOperator, MinSNRWeighting
+from curvlinops_diffusion import ExampleGradientLinearOperator
+from curvlinops_diffusion.weightings import MinSNRWeighting
 from tests.cases import plain_regression, seeded, tiny_unet, unet_regression
 from tests.comparisons import assert_close
 from tests.reference import example_gradients, params_of

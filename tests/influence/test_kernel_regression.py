@@ -11,11 +11,11 @@ from curvlinops_diffusion import (
     ExampleGradientLinearOperator,
     NoisedRegression,
     PassOptions,
-    SignedPrediction,
     averaged_scores,
     influence_scores,
     kernel_regression_scores,
 )
+from curvlinops_diffusion.measurements import SignedPrediction
 from tests.cases import StoppedError, images, plain_regression, seeded, stopped, two_convolutions
 from tests.comparisons import assert_close
 from tests.reference import example_gradients, params_of, to_dense

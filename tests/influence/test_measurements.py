@@ -11,10 +11,7 @@ from torch.distributions import Normal, kl_divergence
 
 from curvlinops_diffusion import (
     DenoisingObjective,
-    ExampleFunction,
     ExampleGradientLinearOperator,
-    LogLikelihood,
-    MinSNRWeighting,
     NoisedRegression,
     NoiseProcess,
     PredictionType,
@@ -31,6 +28,8 @@ from curvlinops_diffusion.influence.measurements.trajectories import (
     TrajectoryRegression,
     record_trajectories,
 )
+from curvlinops_diffusion.measurements import ExampleFunction, LogLikelihood
+from curvlinops_diffusion.weightings import MinSNRWeighting
 from tests.cases import TimeBlind, seeded
 from tests.comparisons import assert_close
 from tests.reference import example_gradients

@@ -160,7 +160,9 @@ def test_the_same_shapes_in_another_order_are_refused(train, query):
 
 def test_bad_block(train, query):
     J = ExampleGradientLinearOperator(train)
-    with pytest.raises(ValueError, match="`query_block` must be a whole number of at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match="`query_block` must be a whole number of at least 1, got 0"
+    ):
         influence_scores(J, DiffusionKFACLinearOperator(train).inverse(1.0), J, query_block=0)
 
 

@@ -11,10 +11,10 @@ from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
     DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
-    ExampleFunction,
     ExampleGradientLinearOperator,
     load_operator,
 )
+from curvlinops_diffusion.measurements import ExampleFunction
 from curvlinops_diffusion.runtime import adapters
 from curvlinops_diffusion.runtime.modes import modules_of
 from tests.cases import TimeBlind, plain_regression, seeded

@@ -222,7 +222,10 @@ def test_truncated_inverses_of_singular_operators():
         ({"damping": -1e-3}, r"`damping` must be a finite number of at least 0, got -0.001"),
         ({"damping": float("nan")}, r"`damping` must be a finite number of at least 0, got nan"),
         ({"damping": "big"}, r"`damping` must be a finite number of at least 0, got 'big'"),
-        ({"damping": 1, "min_damping": -1.0}, r"`min_damping` must be a finite number of at least 0, got -1.0"),
+        (
+            {"damping": 1, "min_damping": -1.0},
+            r"`min_damping` must be a finite number of at least 0, got -1.0",
+        ),
         (
             {"damping": 1, "use_exact_damping": True, "use_heuristic_damping": True},
             r"arrived together.*pass only one",

@@ -12,10 +12,10 @@ from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
     DiffusionGGNLinearOperator,
     Encoded,
-    ExampleFunction,
     ExampleGradientLinearOperator,
     NoisedRegression,
 )
+from curvlinops_diffusion.measurements import ExampleFunction
 from curvlinops_diffusion.runtime.checks import quoted
 from tests.cases import noise_levels
 

@@ -21,19 +21,19 @@ from curvlinops_diffusion import (
     DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
-    MinSNRWeighting,
     NoisedRegression,
     PassOptions,
-    TrajectoryRegression,
     group_influence_scores,
     influence_scores,
     self_influence_scores,
     top_influences,
 )
+from curvlinops_diffusion.measurements import TrajectoryRegression
 from curvlinops_diffusion.runtime.checkpoints import CHECKPOINT
 from curvlinops_diffusion.runtime.files import FileKind
 from curvlinops_diffusion.runtime.passes import run_pass
 from curvlinops_diffusion.runtime.sums import Sums
+from curvlinops_diffusion.weightings import MinSNRWeighting
 from tests.cases import images, small_unet, tiny_unet, unet_regression
 
 COUNT = 7

@@ -175,8 +175,8 @@ class JourneyRegression(NoisedRegression):
     Args:
         objective: The denoising objective.
         states: The states, ``[Q, S + 1, ...]``, as
-            :func:`~curvlinops_diffusion.record_trajectories` returns them; the last are the
-            samples.
+            :func:`~curvlinops_diffusion.measurements.record_trajectories` returns them; the last
+            are the samples.
         levels: The noise levels of the first ``S``.
         condition: Keyword arguments of the network, one entry for each sample.
         batch_size: Trajectories that are held at once.

@@ -10,15 +10,12 @@ from torch import nn
 from curvlinops_diffusion import (
     DenoisingObjective,
     ExampleGradientLinearOperator,
-    JourneyRegression,
     NoisedRegression,
     RandomProjection,
-    d_trak_scores,
-    das_scores,
-    record_trajectories,
-    trak_scores,
 )
+from curvlinops_diffusion.baselines import JourneyRegression, d_trak_scores, das_scores, trak_scores
 from curvlinops_diffusion.influence.validation.baselines import ProbedPrediction
+from curvlinops_diffusion.measurements import record_trajectories
 from tests.cases import images, plain_regression, seeded, two_convolutions
 from tests.comparisons import assert_close
 from tests.reference import example_gradients, flat_gradient, params_of

@@ -6,12 +6,12 @@ import torch
 from scipy.stats import spearmanr
 from scipy.stats import t as student
 
-from curvlinops_diffusion import (
+from curvlinops_diffusion.influence.validation.judgements import agreement_of_seeds
+from curvlinops_diffusion.validation import (
     RetrainingPlan,
     linear_datamodelling_score,
     removal_effects,
 )
-from curvlinops_diffusion.influence.validation.judgements import agreement_of_seeds
 from tests.comparisons import assert_close
 
 N, Q, M = 20, 4, 30

@@ -3,13 +3,9 @@
 import pytest
 import torch
 
-from curvlinops_diffusion import (
-    DenoisingObjective,
-    ExampleGradientLinearOperator,
-    NoisedRegression,
-    SimplifiedELBO,
-    values_of_networks,
-)
+from curvlinops_diffusion import DenoisingObjective, ExampleGradientLinearOperator, NoisedRegression
+from curvlinops_diffusion.measurements import SimplifiedELBO
+from curvlinops_diffusion.validation import values_of_networks
 from tests.cases import images, tiny_unet, unet_regression
 
 

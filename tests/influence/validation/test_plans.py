@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from curvlinops_diffusion import RetrainingPlan
 from curvlinops_diffusion.influence.validation.plans import HEADER
+from curvlinops_diffusion.validation import RetrainingPlan
 
 
 def test_random_subsets():
@@ -56,7 +56,10 @@ def test_files(tmp_path, names):
     ("make", "message"),
     [
         (lambda: RetrainingPlan.random_subsets(10, 4, fraction=0.01), "of 10 examples is 0"),
-        (lambda: RetrainingPlan.random_subsets(10, 0), "`num_parts` must be a whole number of at least 1, got 0"),
+        (
+            lambda: RetrainingPlan.random_subsets(10, 0),
+            "`num_parts` must be a whole number of at least 1, got 0",
+        ),
         (lambda: RetrainingPlan.leave_one_group_out([0, 0]), "leave out all examples"),
         (lambda: RetrainingPlan.leave_one_group_out([0.5]), "Pass the number of each example's"),
         (lambda: RetrainingPlan(torch.zeros(2, 3), ("a", "b"), "x"), "Pass booleans"),
