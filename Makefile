@@ -41,6 +41,7 @@ lint: $(VENV)/.installed-lint  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # SPHINXOPTS="-D plot_gallery=0" leaves the gallery's programs unrun
 docs: $(VENV)/.installed-docs  ## the documentation with its gallery, into docs/_build/html

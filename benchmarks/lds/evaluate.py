@@ -36,7 +36,7 @@ from curvlinops_diffusion.runtime.digests import digest_of
 from curvlinops_diffusion.runtime.files import FileKind
 from curvlinops_diffusion.validation import LinearDatamodellingScore
 
-PREDICTED = FileKind("predicted", "predictions of a method", "Remove it.")
+PREDICTED = FileKind("predicted", "predictions of a method", "Remove it.", None)
 DEFAULT = "1e-08"
 # differences to these are reported, with intervals of their own
 REFERENCES = {"minus_reference": "EK-FAC, the paper's recipe", "minus_ekfac": "EK-FAC"}

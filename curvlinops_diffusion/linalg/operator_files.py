@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "curvlinops_diffusion.operator"
-FORMAT_VERSION = 4
 OPERATOR = FileKind(
     FORMAT, "an operator of curvlinops_diffusion", "Write it again with operator.save(path)."
 )
@@ -57,15 +56,9 @@ def read_file(
 
 def _checked(path: Path, header: Any) -> dict[str, Any]:
     try:
-        other = header["format_version"] != FORMAT_VERSION
         complete = header.keys() >= {"kind", "parameters", "dtype", "blocks", "info"}
     except (KeyError, TypeError, AttributeError) as error:
         raise OPERATOR.damaged(path, error) from error
-    if other:
-        raise ValueError(
-            f"'{path}' has format version {header['format_version']}; this library reads "
-            f"{FORMAT_VERSION}. Install the curvlinops_diffusion that wrote it, or fit anew."
-        )
     if not complete:
         raise OPERATOR.damaged(path, "entries are missing")
     checked: dict[str, Any] = header

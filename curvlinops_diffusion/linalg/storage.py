@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from curvlinops_diffusion.linalg.blocks import BLOCK_TYPES, Block
 from curvlinops_diffusion.linalg.operator_files import (
     FORMAT,
-    FORMAT_VERSION,
     OPERATOR,
     read_file,
     read_header,
@@ -122,7 +121,6 @@ def _described(
         )
     header = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
         "kind": kind,
         "parameters": [[name, list(shape)] for name, shape in space.shapes.items()],
         "dtype": str(space.dtype).removeprefix("torch."),

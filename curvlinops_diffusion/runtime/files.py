@@ -166,14 +166,14 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 
 
 # entries of a file's metadata: a digest of header and tensors, and the format's version
-DIGEST = "sha256"
-FORMAT_VERSION = "format_version"
+_DIGEST = "sha256"
+_FORMAT_VERSION = "format_version"
 # safetensors takes no more than 100 MB of metadata: longer headers are kept as a tensor of bytes
 _LONGEST = 50_000_000
 _LONG_HEADER = "__header__"
 
 
-def file_digest(header: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
+def _file_digest(header: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Compute the digest of header and tensors, in the order of their names."""
     from curvlinops_diffusion.runtime.digests import tensor_parts
 
@@ -222,8 +222,8 @@ class FileKind:
             plain[_LONG_HEADER] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
             metadata[self.key] = json.dumps(None)
         if self.version is not None:
-            metadata[FORMAT_VERSION] = str(self.version)
-        metadata[DIGEST] = file_digest(metadata[self.key], sorted(plain.items()))
+            metadata[_FORMAT_VERSION] = str(self.version)
+        metadata[_DIGEST] = _file_digest(metadata[self.key], sorted(plain.items()))
         _write(path, lambda temporary: save_file(_unshared(plain), temporary, metadata))
 
     def read(
@@ -253,10 +253,10 @@ class FileKind:
 
             metadata = file.metadata()
             try:
-                found = file_digest(metadata[self.key], each())
+                found = _file_digest(metadata[self.key], each())
             except (SafetensorError, OSError) as error:
                 raise self._not_whole(path, error) from error
-        if metadata.get(DIGEST) != found:
+        if metadata.get(_DIGEST) != found:
             raise ValueError(
                 f"'{path}' is damaged: its numbers are not those that were written. {self.advice}"
             )
@@ -278,6 +278,7 @@ class FileKind:
             ValueError: If the file is missing, not whole, or has no such tensor.
         """
         with self._open(path, framework="pt") as file:
+            self._check_version(path, file.metadata() or {})
             try:
                 found: Tensor = file.get_slice(name)[rows]
             except (SafetensorError, OSError) as error:
@@ -324,12 +325,7 @@ class FileKind:
             raise ValueError(
                 f"'{path}' is a safetensors file, but not of {self.what}{held}. {self.advice}"
             )
-        version = metadata.get(FORMAT_VERSION)
-        if self.version is not None and version != str(self.version):
-            raise ValueError(
-                f"'{path}' has the format version {version}, and this curvlinops_diffusion reads "
-                f"{self.version}. Install the one that wrote it, or do it anew. {self.advice}"
-            )
+        self._check_version(path, metadata)
         try:
             header = json.loads(metadata[self.key])
             if header is None and _LONG_HEADER in file.keys():  # noqa: SIM118 - no mapping
@@ -338,6 +334,14 @@ class FileKind:
             return header
         except (ValueError, RecursionError) as error:
             raise self.damaged(path, error) from error
+
+    def _check_version(self, path: Path, metadata: Mapping[str, str]) -> None:
+        version = metadata.get(_FORMAT_VERSION)
+        if self.version is not None and version != str(self.version):
+            raise ValueError(
+                f"'{path}' has the format version {version}, and this curvlinops_diffusion reads "
+                f"{self.version}. Install the one that wrote it, or make it anew: {self.advice}"
+            )
 
     def _not_whole(self, path: Path, error: Exception) -> ValueError:
         return ValueError(
