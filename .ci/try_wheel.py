@@ -1,6 +1,6 @@
 """The demo's main steps in seconds, with the package as the wheel has it.
 
-python -P .ci/try_wheel.py FOLDER, where the wheel is installed in FOLDER and the checkout is on no path.
+python -P .ci/try_wheel.py FOLDER, with the wheel in FOLDER and the checkout on no path.
 """
 
 import subprocess
@@ -15,7 +15,9 @@ import curvlinops_diffusion
 from curvlinops_diffusion import Attributor, DenoisingObjective
 
 folder = Path(sys.argv[1]).resolve()
-assert folder in Path(curvlinops_diffusion.__file__).resolve().parents, curvlinops_diffusion.__file__
+assert folder in Path(curvlinops_diffusion.__file__).resolve().parents, (
+    curvlinops_diffusion.__file__
+)
 unet = UNet2DModel(
     sample_size=8,
     in_channels=1,

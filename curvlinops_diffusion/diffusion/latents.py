@@ -94,7 +94,7 @@ class LatentEncoder:
             prompts to their embeddings.
         pack: Maps latents to the form that the network takes.
         cache: A folder for what is computed: one file for each batch, named by a digest of the
-            batch, the encoders' weights and settings, and the names and enclosed values of ``embed``
+            batch, the encoders' weights and settings, and names and enclosed values of ``embed``
             and ``pack``, as these are at the first batch. So a second pass, and a second program,
             encode nothing.
         encoders: The modules that ``embed`` runs, for the digest; those that it encloses are found.

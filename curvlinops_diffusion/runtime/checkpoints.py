@@ -152,11 +152,7 @@ def try_to_write(
 def read(
     path: Path, identity: Mapping[str, Any], device: torch.device
 ) -> tuple[dict[str, Tensor], Done]:
-    """Read the sums of a file, and the batches that they are of.
-
-    Raises:
-        ValueError: If the file is damaged, or of something else.
-    """
+    """Read the sums of a file, and the batches that they are of."""
     header, tensors = CHECKPOINT.read(path)
     done = _checked(path, header, identity)
     # copied, since products of tensors that are not aligned in memory round differently

@@ -1,4 +1,4 @@
-"""Checks of what users pass: options, tensors, and other libraries' errors about them."""
+"""Checks of what users pass, which raise a ``ValueError``: of options, tensors and results."""
 
 from __future__ import annotations
 
@@ -23,11 +23,7 @@ _SHORT_LABELS = (torch.uint8, torch.int8, torch.int16)
 
 
 def check_option(name: str, value: Any, options: type[E]) -> E:
-    """Return the member of ``options`` that ``value`` names.
-
-    Raises:
-        ValueError: If ``value`` names none.
-    """
+    """Return the member of ``options`` that ``value`` names."""
     try:
         return options(value)
     except ValueError:
@@ -36,54 +32,34 @@ def check_option(name: str, value: Any, options: type[E]) -> E:
 
 
 def check_count(name: str, value: Any) -> int:
-    """Return ``value`` if it is a whole number of at least one.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Return ``value`` if it is a whole number of at least one."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
     return value
 
 
 def check_non_negative(name: str, value: Any) -> float:
-    """Return ``value`` as a float if it is finite and at least zero.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Return ``value`` as a float if it is finite and at least zero."""
     if not isinstance(value, int | float) or not isfinite(value) or value < 0:
         raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
     return float(value)
 
 
 def check_positive(name: str, value: Any) -> float:
-    """Return ``value`` as a float if it is finite and above zero.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Return ``value`` as a float if it is finite and above zero."""
     if not isinstance(value, int | float) or not isfinite(value) or value <= 0:
         raise ValueError(f"`{name}` must be positive and finite, got {value!r}.")
     return float(value)
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
-    """Check that a computed quantity is finite.
-
-    Raises:
-        ValueError: If it is not; ``what`` says which quantity and layer.
-    """
+    """Check that a computed quantity is finite."""
     if not torch.isfinite(tensor).all():
         check_finite_count(what, int((~torch.isfinite(tensor)).sum()), tensor.numel())
 
 
 def check_finite_count(what: str, count: int, entries: int) -> None:
-    """Check the number of a computed quantity's entries that are not finite.
-
-    Raises:
-        ValueError: If it is not zero; ``what`` says which quantity and layer.
-    """
+    """Check the number of a computed quantity's entries that are not finite."""
     if count:
         raise ValueError(
             f"{what} has {count} entries that are NaN or infinite (of {entries}). Check the "
@@ -100,10 +76,6 @@ def plain(value: Any, what: str) -> Any:
     Args:
         value: A tensor, array or mapping of these, or anything else.
         what: Its name in messages.
-
-    Raises:
-        ValueError: If it is a tensor without values, or stored in another form than numbers one
-            after the other.
     """
     if isinstance(value, Tensor):
         return plain_tensor(value, what)
@@ -130,11 +102,7 @@ def plain_labels(value: Any) -> Any:
 
 
 def plain_tensor(tensor: Tensor, what: str) -> Tensor:
-    """Convert a tensor as :func:`plain` does.
-
-    Raises:
-        ValueError: As there.
-    """
+    """Convert a tensor as :func:`plain` does."""
     reason = _unusual(tensor)
     if reason is not None:
         raise ValueError(f"{what} {reason}.")

@@ -59,11 +59,7 @@ def _write(path: Path, write: Callable[[str], object]) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder where there is none.
-
-    Raises:
-        ValueError: If that is not possible.
-    """
+    """Make a folder where there is none."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -94,11 +90,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def check_can_be_made(path: Path, option: str) -> None:
-    """Check that a folder is there and can be written to, or that it can be made.
-
-    Raises:
-        ValueError: If neither.
-    """
+    """Check that a folder is there and can be written to, or that it can be made."""
     try:
         there = _existing(path)
     except OSError as error:
@@ -112,9 +104,6 @@ def check_can_be_written(path: Path, option: str) -> None:
     """Check that a file of a name can be written, by writing an empty one beside it.
 
     Permissions alone do not tell: a disk may be read-only, and a name may be too long.
-
-    Raises:
-        ValueError: If it cannot be.
     """
     path = _behind_links(path)
     temporary = _temporary(path)
@@ -153,9 +142,6 @@ def check_space(folder: Path, needed: int, what: str) -> None:
         folder: Where they are to be written; it need not exist yet.
         needed: Bytes.
         what: What is to be written, for the message.
-
-    Raises:
-        ValueError: If fewer are free.
     """
     free = shutil.disk_usage(_existing(folder)).free
     if needed > free:
@@ -263,20 +249,12 @@ class FileKind:
         return header, tensors
 
     def read_header(self, path: Path) -> Any:
-        """Read the header alone.
-
-        Raises:
-            ValueError: As :meth:`read`.
-        """
+        """Read the header alone."""
         with self._open(path) as file:
             return self._header(path, file)
 
     def read_rows(self, path: Path, name: str, rows: slice) -> Tensor:
-        """Read some rows of a tensor, without the others and the file's digest.
-
-        Raises:
-            ValueError: If the file is missing, not whole, or has no such tensor.
-        """
+        """Read some rows of a tensor, without the others and the file's digest."""
         with self._open(path, framework="pt") as file:
             self._check_version(path, file.metadata() or {})
             try:
@@ -286,11 +264,7 @@ class FileKind:
         return found
 
     def names(self, path: Path) -> set[str]:
-        """Read the names of the tensors.
-
-        Raises:
-            ValueError: As :meth:`read`.
-        """
+        """Read the names of the tensors."""
         with self._open(path) as file:
             self._header(path, file)
             return set(file.keys()) - {_LONG_HEADER}
@@ -395,9 +369,6 @@ def check_same(
         what: A sentence up to the differences, without a colon.
         advice: What to do, a sentence.
         error: The kind of error.
-
-    Raises:
-        ValueError: If they differ, naming the first differences.
     """
     different = _differences(there, here)
     if different:

@@ -220,11 +220,7 @@ def run_pass(
 
 
 def check_same_pass(processes: Processes, data: _PassData, settings: Mapping[str, Any]) -> None:
-    """Check that all processes go over the same data with the same model and settings.
-
-    Raises:
-        ValueError: If they do not.
-    """
+    """Check that all processes go over the same data with the same model and settings."""
     if processes.count > 1:
         processes.check_alike("weights", data.fingerprint())
         processes.check_alike("data, draws or options", [data.description, dict(settings)])
@@ -250,9 +246,6 @@ def computed_once(
         compute: Computes it, on every process alike.
         options: Checkpoints and processes.
         settings: What else the result depends on, as plain values.
-
-    Raises:
-        ValueError: As :func:`run_pass`.
     """
     if options.checkpoint is None:
         return compute()

@@ -43,11 +43,7 @@ class Processes:
 
     @classmethod
     def of(cls, distributed: bool) -> Processes:
-        """This process among those of the default group.
-
-        Raises:
-            ValueError: If there is no process group.
-        """
+        """This process among those of the default group."""
         if not distributed:
             return cls()
         if not (dist.is_available() and dist.is_initialized()):
@@ -77,11 +73,7 @@ class Processes:
         return owners
 
     def all_reduce(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """Sum tensors by name over processes; a missing one counts as zero.
-
-        Raises:
-            ValueError: If another process has failed.
-        """
+        """Sum tensors by name over processes; a missing one counts as zero."""
         if self.count == 1:
             return dict(tensors)
         forms = {
@@ -101,11 +93,7 @@ class Processes:
     def all_gather_tensors(
         self, tensors: Mapping[str, Tensor], device: torch.device
     ) -> dict[str, Tensor]:
-        """Gather tensors by name, of which every process has some.
-
-        Raises:
-            ValueError: If another process has failed.
-        """
+        """Gather tensors by name, of which every process has some."""
         if self.count == 1:
             return dict(tensors)
         result: dict[str, Tensor] = {}
@@ -115,11 +103,7 @@ class Processes:
         return result
 
     def check_alike(self, what: str, value: Any) -> None:
-        """Check that all processes agree.
-
-        Raises:
-            ValueError: If they do not.
-        """
+        """Check that all processes agree."""
         everyone = self.all_gather(value)
         other = [rank for rank, its in enumerate(everyone) if its != everyone[0]]
         if other:

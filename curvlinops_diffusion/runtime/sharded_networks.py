@@ -104,11 +104,7 @@ def device_of(parameter: Tensor) -> torch.device:
 
 
 def check_whole_parameters(model: nn.Module, what: str, instead: str) -> None:
-    """Refuse what needs all parameters at once for a network that is divided.
-
-    Raises:
-        ValueError: If it is.
-    """
+    """Refuse what needs all parameters at once for a network that is divided."""
     if is_sharded(model):
         raise ValueError(
             f"{what} needs every parameter at once, and the network's are divided among processes "
