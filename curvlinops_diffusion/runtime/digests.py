@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
 from functools import partial
 from hashlib import sha256
-from types import CellType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ def name_of(value: Any) -> str:
     """Name a function, measurement or weighting, with a digest of what identifies it.
 
     A plain string is its own name. Functions are known by their module and qualified name, defaults
-    and enclosed values (a lambda also by its line), and by an attribute ``key`` if there is one:
+    and enclosed values (a lambda also by its place), and by an attribute ``key`` if there is one:
     their code is not read, since it changes with Python, so give a function that computes something
     else than before another name or key. Other objects are known by their type and those of their
     attributes that are plain values, tuples, tensors, networks or functions; lists and mappings are
@@ -169,9 +169,9 @@ def _inside(value: Any) -> list[Any]:
     """List what identifies a function, a dataclass, a collection or an object beside its name."""
     match value:
         case FunctionType():
-            line = value.__code__.co_firstlineno if value.__name__ == "<lambda>" else None
+            place = _place(value.__code__) if value.__name__ == "<lambda>" else None
             enclosed = [_contents(cell) for cell in value.__closure__ or ()]
-            named = [value.__module__, getattr(value, "key", None), line]
+            named = [value.__module__, getattr(value, "key", None), place]
             return [*named, value.__defaults__, value.__kwdefaults__, *enclosed]
         case MethodType():
             return [value.__func__, value.__self__]
@@ -189,6 +189,12 @@ def _inside(value: Any) -> list[Any]:
         return []
     own = getattr(value, "__dict__", {})
     return [(name, own[name]) for name in sorted(own) if isinstance(own[name], _LASTING)]
+
+
+def _place(code: CodeType) -> tuple[int, int, int]:
+    """Say where a lambda, which has no name, stands in its file: its first line, and its end."""
+    ends = [(end, column) for _, end, _, column in code.co_positions() if end and column]
+    return code.co_firstlineno, *max(ends, default=(0, 0))
 
 
 def _contents(cell: CellType) -> Any:

@@ -64,7 +64,7 @@ def test_autoencoders_of_the_same_weights(tmp_path, kind):
 
 
 FUNCTIONS = {
-    "code": [{"embed": lambda x0, c: {"e": x0 + 1}}, {"embed": lambda x0, c: {"e": x0 + 2}}],
+    "lambdas": [{"embed": lambda x0, c: {"e": x0 + 1}}, {"embed": lambda x0, c: {"e": x0 + 2}}],
     "arguments": [{"embed": partial(scaled, 1)}, {"embed": partial(scaled, 2)}],
     "attributes": [{"embed": Scaled(1)}, {"embed": Scaled(2)}],
     "packing": [{"pack": lambda z: z.flatten(1)}, {"pack": lambda z: z.flatten(2)}],

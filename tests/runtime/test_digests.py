@@ -68,10 +68,7 @@ DIFFERENT = {
     "enclosed values": (scaled(1.0), scaled(2.0)),
     "enclosed tensors": (scaled(torch.zeros(2)), scaled(torch.ones(2))),
     "names": (scaled, recursive),
-    "lines of lambdas": (
-        lambda x: x + 1,
-        lambda x: x + 2,
-    ),
+    "places of lambdas": (lambda x: x + 1, lambda x: x + 2),
     "keys": (keyed("1"), keyed("2")),
     "defaults": (lambda x, a=1: x, lambda x, a=2: x),
     "partial": (partial(scaled, 1), partial(scaled, 2)),
