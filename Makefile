@@ -47,7 +47,7 @@ $(FLOORS)/.installed: pyproject.toml .ci/floors.py
 
 test-floors: $(FLOORS)/.installed  ## a part of the tests at the least versions of what is needed
 	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest tests/linalg tests/runtime/test_files.py \
-		tests/runtime/test_modes.py tests/curvature/test_ggn.py tests/test_attributor.py
+		tests/runtime/test_modes.py tests/test_ladder.py tests/test_attributor.py
 
 lint: $(VENV)/.installed-lint  ## style and types
 	$(BIN)/ruff check .
