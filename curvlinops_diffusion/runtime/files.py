@@ -63,8 +63,9 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        message = f"The folder '{path}' cannot be made: {error}. Pass another one."
-        raise ValueError(message) from error
+        raise ValueError(
+            f"The folder '{path}' cannot be made: {error}. Pass another one."
+        ) from error
 
 
 def named_path(text: str) -> tuple[str | None, Path]:
