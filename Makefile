@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-slow test-upstream lint docs bench bench-full bench-gpu lds lds-lengths lds-remove lds-retrain exact-ggn coverage clean
+.PHONY: help demo test test-slow test-upstream test-floors lint docs wheel bench bench-full bench-gpu lds lds-lengths lds-remove lds-retrain exact-ggn coverage clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
@@ -37,10 +37,31 @@ UPSTREAM_TESTS := tests/test_upstream.py tests/test_curvlinops_tools.py tests/te
 test-upstream: $(VENV)/.installed-tests  ## what touches curvlinops, on another version of it
 	PYTHONPATH=$(CURDIR):$(CURVLINOPS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(UPSTREAM_TESTS)
 
+# the least versions that pyproject.toml allows, in an environment of their own
+FLOORS := .venv-floors
+$(FLOORS)/.installed: pyproject.toml .ci/floors.py
+	$(PYTHON) -m venv $(FLOORS)
+	$(PYTHON) .ci/floors.py > $(FLOORS)/constraints.txt
+	$(FLOORS)/bin/python -m pip install --quiet --constraint $(FLOORS)/constraints.txt --editable '.[cli]' pytest
+	@touch $@
+
+test-floors: $(FLOORS)/.installed  ## a part of the tests at the least versions of what is needed
+	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest tests/linalg tests/runtime/test_files.py \
+		tests/runtime/test_modes.py tests/test_ladder.py tests/test_attributor.py
+
 lint: $(VENV)/.installed-lint  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# without the checkout on the path; what is installed in an environment of its own, CI tries out
+wheel: $(VENV)/.installed-release  ## build, check and try out the wheel, into dist/
+	rm -rf dist build
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build dist/*.whl
+	PYTHONPATH=build OMP_NUM_THREADS=1 $(BIN)/python -P .ci/try_wheel.py build
 
 # SPHINXOPTS="-D plot_gallery=0" leaves the gallery's programs unrun
 docs: $(VENV)/.installed-docs  ## the documentation with its gallery, into docs/_build/html
@@ -97,4 +118,4 @@ coverage: $(VENV)/.installed-bench  ## the table of networks and how near their 
 	$(BIN)/python -m benchmarks.coverage
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) demo-output docs/_build docs/_tables docs/_figures docs/gallery
+	rm -rf $(VENV) $(FLOORS) build dist demo-output docs/_build docs/_tables docs/_figures docs/gallery

@@ -164,7 +164,7 @@ def rows(name: str, layers: list[Matrix]) -> list[dict[str, Any]]:
     return result
 
 
-def sent(name: str, layers: list[Matrix]) -> dict[str, Any]:
+def to_device(name: str, layers: list[Matrix]) -> dict[str, Any]:
     """The cost of dividing a pass' images where factors are divided by layer.
 
     Either what layers see, or each batch's sums, would go to the process that has the layer. It is
@@ -243,7 +243,7 @@ def main() -> None:
             counted(f"{name}, exact_bias=False", NETWORKS[name], **factored) for name in names
         ]
         plans.append(counted("12-billion transformer, adapters of rank 16", flux, rank=16))
-    sending = [sent(name, layers[name]) for name in names]
+    sending = [to_device(name, layers[name]) for name in names]
     results = {"computed": table, "counted": plans, "sent": sending}
     report(options, "cost_model", __doc__, results)
 

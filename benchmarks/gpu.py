@@ -48,7 +48,7 @@ from curvlinops_diffusion.layers.observation import Observer, observed, one_vect
 from curvlinops_diffusion.linalg.factors import Eigendecomposition
 
 #: The tests of what a GPU changes.
-TESTS = ("tests/test_cuda.py", "tests/test_ladder.py", "tests/runtime/test_forward_mode.py")
+TESTS = ("tests/test_cuda.py", "tests/test_ladder.py", "tests/runtime/test_modes.py")
 POSITIONS = 64
 DRAWS = 8
 RANK = 16

@@ -44,7 +44,7 @@ from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
 from curvlinops_diffusion.runtime.checks import check_option
 from curvlinops_diffusion.runtime.files import check_same, check_space
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
-from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.processes import Processes
 
 OPERATORS = {"ekfac": DiffusionEKFACLinearOperator, "kfac": DiffusionKFACLinearOperator}
 T = TypeVar("T")
@@ -348,7 +348,7 @@ class Attributor:
             self._operator.info |= {"identity": identity}
             if hasattr(self.images, "summary"):
                 self._operator.info |= {"images": self.images.summary()}
-            if self._operator.share.count > 1 or Share.of_all().rank == 0:
+            if self._operator.processes.count > 1 or Processes.of_all().rank == 0:
                 self.save(path)
             self._forget(path)
         return self
@@ -495,7 +495,7 @@ class Attributor:
             **({"prompt": prompts} if isinstance(prompts, str) else {}),
             **({"run": self.run} if self.run else {}),
         }
-        first_process = Share.of_all().rank == 0
+        first_process = Processes.of_all().rank == 0
         galleries = {"train": self.images, "queries": shown}
         if all(hasattr(images, "source_digests") for images in galleries.values()):
             header["digests"] = {key: images.digests for key, images in galleries.items()}
@@ -529,7 +529,7 @@ class Attributor:
         by_method = {each.value: scores for each, (scores, _) in found.items()}
         result = Attribution(by_method, halves, header, self.images, shown)
         if path is not None:
-            Share.of_all().all_or_none(lambda: result.save(path) if first_process else None)
+            Processes.of_all().all_or_none(lambda: result.save(path) if first_process else None)
             self._forget(path)
         return result
 
@@ -583,14 +583,14 @@ class Attributor:
             if not overwrite:
                 raise
         assert passes.checkpoint is not None
-        if Share.of_all().rank == 0:
+        if Processes.of_all().rank == 0:
             shutil.rmtree(passes.checkpoint)
-        Share.of_all().barrier()  # all have refused it, and none begins before it is gone
+        Processes.of_all().barrier()  # all have refused it, and none begins before it is gone
         return run(passes)
 
     def _forget(self, output: Path) -> None:
         """Delete the checkpoint beside an output, which is written."""
-        if self.passes.checkpoint is None and Share.of_all().rank == 0:
+        if self.passes.checkpoint is None and Processes.of_all().rank == 0:
             shutil.rmtree(output.with_name(f"{output.name}.checkpoint"), ignore_errors=True)
 
 

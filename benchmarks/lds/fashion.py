@@ -35,7 +35,7 @@ from curvlinops_diffusion.runtime.files import FileKind
 
 PACKAGED = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
 KEPT = Path(__file__).parent / "fashion_mnist.safetensors"
-IMAGES = FileKind("images", "images", "Run benchmarks.lds.fashion again.")
+IMAGES = FileKind("images", "images", "Run benchmarks.lds.fashion again.", None)
 NUM_IMAGES = 1100
 
 

@@ -26,7 +26,8 @@ from benchmarks.lds.problems import LATE, MEASUREMENTS, PROBLEMS, SEEDS, Problem
 from benchmarks.measure import machine
 from curvlinops_diffusion.runtime.files import FileKind
 
-NETWORKS = FileKind("retrained", "retrained networks", "Run benchmarks.lds.retrain again.")
+# kept for longer than the package's format
+NETWORKS = FileKind("retrained", "retrained networks", "Run benchmarks.lds.retrain again.", None)
 
 
 FOLDER = Path(__file__).parent

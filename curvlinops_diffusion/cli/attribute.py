@@ -43,7 +43,7 @@ def _fit(attributor: Attributor, options: Namespace, output: Path, num_draws: in
     if there:
         return say(f"'{output}' was made with the same options; nothing to do")
     operator = attributor.operator
-    blocks = sum(operator.share.gathered(len(operator.blocks)))
+    blocks = sum(operator.processes.all_gather(len(operator.blocks)))
     covered, left_out = operator.shape[0], operator.info.get("left_out", {})
     event("fitted", file=str(output), parameters=covered, left_out=left_out)
     say(f"Wrote {output}: {covered:,} parameters in {blocks} blocks")

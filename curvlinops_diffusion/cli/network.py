@@ -22,7 +22,7 @@ from curvlinops_diffusion.loading.adapters import load_adapters, names_in
 from curvlinops_diffusion.loading.network import TEXT_ENCODERS, Network
 from curvlinops_diffusion.loading.saved_networks import part_folder, parts_of
 from curvlinops_diffusion.loading.weights import check_can_load, check_loaded, misfits
-from curvlinops_diffusion.runtime.messages import quoted
+from curvlinops_diffusion.runtime.checks import quoted
 from curvlinops_diffusion.runtime.sharded_networks import divide
 
 

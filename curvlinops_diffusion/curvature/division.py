@@ -30,7 +30,7 @@ from curvlinops_diffusion.linalg.blocks import Block
 from curvlinops_diffusion.linalg.placement import PlacedBlock, in_order, moved
 from curvlinops_diffusion.runtime.files import check_space
 from curvlinops_diffusion.runtime.passes import PassOptions, check_same_pass
-from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.processes import Processes
 
 # where finished blocks wait
 _HOST = torch.device("cpu")
@@ -126,37 +126,37 @@ def _sharded_blocks(
     passes: PassOptions,
     fit: Callable[[BlockPlan, PassOptions], list[PlacedBlock]],
 ) -> list[PlacedBlock]:
-    share = passes.holders
-    check_same_pass(share, regression, plan.settings)
+    processes = passes.holders
+    check_same_pass(processes, regression, plan.settings)
     by_data = batches_are_divided(regression, plan, passes)
     # as many as processes, or as an earlier run was divided into
-    number = parts_begun(passes, "shard") or share.count
+    number = parts_begun(passes, "shard") or processes.count
     owners = shard_owners(plan, number)
 
     def own_passes(shard: int) -> PassOptions:
         folder = _part_folder(passes, "shard", shard, number)
-        shown = passes.progressbar and share.rank == 0
+        shown = passes.progressbar and processes.rank == 0
         return replace(
             passes, distributed=False, sharded=False, checkpoint=folder, progressbar=shown
         )
 
     def own() -> list[PlacedBlock]:
         blocks = []
-        for first in range(0, number, share.count):
-            shard = first + share.rank
+        for first in range(0, number, processes.count):
+            shard = first + processes.rank
             names = {name for name, owner in owners.items() if owner == shard}
             holders = None
             if by_data:
                 layers = {layer.name: owners[layer.params[0]] for layer in plan.coverage.layers}
-                turn = range(first, first + share.count)
+                turn = range(first, first + processes.count)
                 of_layer = {name: s - first for name, s in layers.items() if s in turn}
-                holders = Holders(share, of_layer)
+                holders = Holders(processes, of_layer)
             if names or by_data:
                 own_plan = plan.restricted(names, holders)
                 blocks += fit(own_plan, own_passes(shard))
         return blocks
 
-    return share.all_or_none(own)
+    return processes.all_or_none(own)
 
 
 def batches_are_divided(regression: NoisedRegression, plan: BlockPlan, passes: PassOptions) -> bool:
@@ -227,7 +227,7 @@ def shard_owners(plan: BlockPlan, number: int) -> dict[str, int]:
     costs = [
         unit.entries / total_entries + unit.operations / total_operations for unit in plan.units
     ]
-    owners = Share(0, number).owners(costs)
+    owners = Processes(0, number).owners(costs)
     return {
         name: owner for unit, owner in zip(plan.units, owners, strict=True) for name in unit.names
     }
@@ -240,7 +240,7 @@ def parts_begun(passes: PassOptions, kind: Literal["shard", "group"]) -> int | N
     names = [path.name for path in Path(passes.checkpoint).glob(f"{kind}*of*")]
     found = [re.fullmatch(kind + r"\d+of(\d+)", name) for name in sorted(names)]
     numbers = sorted({int(match.group(1)) for match in found if match})
-    Share.of(passes.distributed).check_alike(f"what they see in '{passes.checkpoint}'", numbers)
+    Processes.of(passes.distributed).check_alike(f"what they see in '{passes.checkpoint}'", numbers)
     return max(numbers, default=None)
 
 

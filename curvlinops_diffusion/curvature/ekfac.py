@@ -16,7 +16,7 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.linalg.blocks import Block, EigenBlock
 from curvlinops_diffusion.linalg.factors import Eigendecomposition, alike, eigendecompositions
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
-from curvlinops_diffusion.runtime.processes import Share, divided
+from curvlinops_diffusion.runtime.processes import Processes, divided
 from curvlinops_diffusion.runtime.sums import within
 
 
@@ -94,8 +94,8 @@ def _eigenbases(
     decomposed = partial(_decomposed, lacking)
 
     def compute() -> dict[str, Tensor]:
-        share = Share.of(passes.distributed)
-        found = divided(share, pieces, lambda M: M.numel() * M.shape[-1], decomposed, device)
+        processes = Processes.of(passes.distributed)
+        found = divided(processes, pieces, lambda M: M.numel() * M.shape[-1], decomposed, device)
         return {f"{key}/{role}": z for key, own in found.items() for role, z in own.items()}
 
     settings = {

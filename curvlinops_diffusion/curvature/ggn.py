@@ -17,7 +17,7 @@ from curvlinops_diffusion.runtime.modes import (
     forward_mode,
     recomputation_named,
 )
-from curvlinops_diffusion.runtime.progress import draws_bar
+from curvlinops_diffusion.runtime.passes import draws_bar
 from curvlinops_diffusion.runtime.sharded_networks import check_whole_parameters
 
 

@@ -32,7 +32,7 @@ from curvlinops_diffusion.layers.observation import Observer, Observers, in_prec
 from curvlinops_diffusion.layers.probe import CallCounter, Calls, call_patterns
 from curvlinops_diffusion.linalg.factors import identity_like
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
-from curvlinops_diffusion.runtime.sums import Sums, Together, prefixed, within
+from curvlinops_diffusion.runtime.sums import CompositeSums, Sums, prefixed, within
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def kronecker_factors(
         passes,
         plan.beside or plan.coverage.layers,
         Observers([samples, inputs, outputs, exact]),
-        Together({"inputs": inputs, "outputs": outputs.sums, "exact": exact.sums}),
+        CompositeSums({"inputs": inputs, "outputs": outputs.sums, "exact": exact.sums}),
     )
     # sums are divided by their number of terms here and nowhere else
     count = regression.num_samples

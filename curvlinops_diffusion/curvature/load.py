@@ -66,16 +66,18 @@ def load_operator(
         >>> type(K).__name__
         'DiffusionKFACLinearOperator'
     """
-    share = passes.holders
+    processes = passes.holders
     there = device if passes.max_memory is None else "cpu"
-    kind, space, blocks, info = share.all_or_none(lambda: load_blocks(path, model, there, share))
+    kind, space, blocks, info = processes.all_or_none(
+        lambda: load_blocks(path, model, there, processes)
+    )
     if passes.max_memory is not None:
         device = device_of(next(model.parameters())) if device is None else torch.device(device)
         space = replace(space, device=device)
         blocks = where_they_fit(blocks, passes.max_memory, device)
     if kind not in _KINDS:
         raise ValueError(f"'{path}' holds an operator of unknown kind {kind!r}.")
-    return _KINDS[kind].of_blocks(space, blocks, info, share)
+    return _KINDS[kind].of_blocks(space, blocks, info, processes)
 
 
 def check_same_objective(

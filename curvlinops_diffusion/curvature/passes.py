@@ -22,13 +22,12 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers import ExactKind, Layer
 from curvlinops_diffusion.layers.observation import Observer, Observers, WholeLayers, observed
 from curvlinops_diffusion.layers.probe import Retrial
+from curvlinops_diffusion.runtime.devices import DeviceFlag, to_like
 from curvlinops_diffusion.runtime.division import in_equal_parts
-from curvlinops_diffusion.runtime.flags import DeviceFlag
 from curvlinops_diffusion.runtime.passes import PassOptions, run_pass
 from curvlinops_diffusion.runtime.precision import matmuls_in_tf32
-from curvlinops_diffusion.runtime.processes import ALONE, answered
+from curvlinops_diffusion.runtime.processes import ALONE, lost_processes_named
 from curvlinops_diffusion.runtime.sums import Running, Sums
-from curvlinops_diffusion.runtime.transfers import sent_beside
 
 #: Called with a layer, the batch's examples, and the layer's inputs and gradients, call by call.
 Consume = Callable[[Layer, Sequence[int], list[Tensor], list[Tensor]], None]
@@ -49,7 +48,7 @@ def loss_vectors(
                 probe_BD = draws.probe(
                     batch.indices, batch.common_draw, k, prediction_BD.shape[1], options.probe_type
                 )
-                probe_BD = sent_beside(probe_BD, prediction_BD)
+                probe_BD = to_like(probe_BD, prediction_BD)
                 yield batch.loss_hessian_root(probe_BD) / sqrt(options.mc_samples)
         case FisherType.TYPE2:
             for d in range(prediction_BD.shape[1]):
@@ -112,7 +111,7 @@ class SharedBatches(Observer):
         self._regression = regression
         self._holders = holders
         self._inner = inner
-        self.share = ALONE if holders is None else holders.share
+        self.processes = ALONE if holders is None else holders.processes
         self._whole: Sequence[int] = ()
         self._own = self._rest = 0  # examples of this process, and those that all have
         self._told = inner
@@ -125,7 +124,7 @@ class SharedBatches(Observer):
     def noised_batches(self, clean: CleanBatch) -> Iterator[NoisedBatch]:
         """Yield every draw of the examples that this process runs the network on."""
         if self._holders is not None:
-            own, rest = in_equal_parts(list(range(len(clean.indices))), self.share)
+            own, rest = in_equal_parts(list(range(len(clean.indices))), self.processes)
             self._whole, self._own, self._rest = clean.indices, len(own), len(rest)
             # what is left all run, so that all run the network equally often
             clean = clean.select([*own, *rest])
@@ -175,14 +174,14 @@ class SharedBatches(Observer):
         return self._latest[2]
 
     def _gather(self, z: Tensor, holder: int) -> Tensor | None:
-        count, here = self.share.count, self.share.rank == holder
+        count, here = self.processes.count, self.processes.rank == holder
         # an example may have several entries in a row
         rows = self._own * (len(z) // (self._own + self._rest))
         own, rest = z[:rows].contiguous(), z[rows:]
         if rows == 0:
             return rest if here else None
         received = [torch.empty_like(own) for _ in range(count)] if here else None
-        with answered():
+        with lost_processes_named():
             dist.gather(own, received, dst=holder)
         return None if received is None else torch.cat([*received, rest])
 
@@ -220,8 +219,8 @@ def run_observed(
 
         run_pass(
             *(name, regression, running, step, passes, plan.settings),
-            together=shared.share,
-            tell=shared.tell,
+            together=shared.processes,
+            on_batch=shared.tell,
         )
 
 

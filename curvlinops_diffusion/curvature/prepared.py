@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from curvlinops_diffusion.layers import Coverage, covered_parameters
 from curvlinops_diffusion.layers.probe import probed
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace
 from curvlinops_diffusion.linalg.storage import versions
-from curvlinops_diffusion.runtime.digests import fingerprint_beside
+from curvlinops_diffusion.runtime.digests import fingerprint
 
 
 @dataclass(frozen=True)
@@ -23,21 +22,21 @@ class Prepared:
     Attributes:
         coverage: The parameters, the layers that hold them, and what a probe found of them.
         plan: The blocks.
-        fingerprint: Waits for the digests of the network, which are read beside the fit.
+        fingerprint: Digests of the network.
         space: The parameters' space.
         header: Describes all of this, for the header of a file.
     """
 
     coverage: Coverage
     plan: BlockPlan
-    fingerprint: Callable[[], dict[str, str]]
+    fingerprint: dict[str, str]
     space: ParameterSpace
     header: dict[str, Any]
 
     def info(self, regression: NoisedRegression) -> dict[str, Any]:
         """Describe an operator that was fitted: what is known after a pass over the data."""
-        data, fingerprint = regression.data_identity(), self.fingerprint()
-        return {**self.header, "data": data, "fingerprint": fingerprint}
+        data = regression.data_identity()
+        return {**self.header, "data": data, "fingerprint": self.fingerprint}
 
 
 def prepare(regression: NoisedRegression, params: Parameters, options: KFACOptions) -> Prepared:
@@ -67,7 +66,7 @@ def prepare(regression: NoisedRegression, params: Parameters, options: KFACOptio
     return Prepared(
         coverage,
         BlockPlan.of(coverage, options),
-        fingerprint_beside(model, regression.device),
+        fingerprint(model),
         ParameterSpace.of(coverage.params),
         header,
     )

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.runtime.transfers import sent
+from curvlinops_diffusion.runtime.devices import to_device
 
 
 def mapped(function: Callable[..., Any], first: Any, *others: Any) -> Any:
@@ -122,7 +122,7 @@ class NoisedBatch:
     @property
     def draw(self) -> Tensor:
         """The number ``r`` of each example's draw, shape ``[B]``, int64, beside ``x_t``."""
-        return sent(torch.tensor(self.draw_numbers, dtype=torch.int64), self.x_t.device)
+        return to_device(torch.tensor(self.draw_numbers, dtype=torch.int64), self.x_t.device)
 
     @property
     def common_draw(self) -> int:

@@ -11,8 +11,8 @@ import torch
 
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
-from curvlinops_diffusion.runtime.memory import free_bytes, peak_bytes
-from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.devices import free_bytes, peak_bytes
+from curvlinops_diffusion.runtime.processes import Processes
 
 _logger = logging.getLogger("curvlinops_diffusion")
 
@@ -46,7 +46,7 @@ def largest_batch_size(
     size = 2 ** (min(max(1, fitting), _MOST).bit_length() - 1)
     while device.type == "cuda" and size > MEASURED[1] and not _fits(run, size):
         size //= 2
-    size = min(Share.of_all().gathered(size))
+    size = min(Processes.of_all().all_gather(size))
     _logger.info(
         "batch size", extra={"fields": {"examples": size, "bytes": one, "free bytes": 2 * budget}}
     )

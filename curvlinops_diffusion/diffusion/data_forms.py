@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from curvlinops_diffusion.diffusion.batch import rows_of
 from curvlinops_diffusion.diffusion.checks import check_condition, check_images
 from curvlinops_diffusion.diffusion.loaders import check_loader, check_whole, iterated, known_size
-from curvlinops_diffusion.runtime.messages import quoted
-from curvlinops_diffusion.runtime.plain import plain, plain_labels
+from curvlinops_diffusion.runtime.checks import plain, plain_labels, quoted
 
 T = TypeVar("T")
 

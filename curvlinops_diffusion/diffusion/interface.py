@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from curvlinops_diffusion.diffusion.latents import LatentEncoder
+from curvlinops_diffusion.runtime.checks import quoted
 from curvlinops_diffusion.runtime.digests import digest_of
-from curvlinops_diffusion.runtime.messages import quoted
 
 # pixels of an image that pipelines of all kinds take, and steps at which times are compared
 SIZE = 128

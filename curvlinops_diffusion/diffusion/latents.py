@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops_diffusion.diffusion.batch import leaves
-from curvlinops_diffusion.runtime.digests import Named, digest_of, fingerprint
+from curvlinops_diffusion.runtime.digests import Named, change_marks, digest_of, fingerprint
 from curvlinops_diffusion.runtime.files import FileKind, make_folder
-from curvlinops_diffusion.runtime.unchanged import touched
 
 _LATENTS = FileKind("condition", "the latents' cache", "Delete it; it will be written again.")
 
@@ -76,7 +75,7 @@ class LatentEncoder:
             prompts to their embeddings.
         pack: Maps latents to the form that the network takes.
         cache: A folder for what is computed: one file for each batch, named by a digest of the
-            batch, the encoders' weights and settings, and the code and enclosed values of ``embed``
+            batch, the encoders' weights and settings, and names and enclosed values of ``embed``
             and ``pack``, as these are at the first batch. So a second pass, and a second program,
             encode nothing.
         encoders: The modules that ``embed`` runs, for the digest; those that it encloses are found.
@@ -220,7 +219,7 @@ class LatentEncoder:
         """The encoders' fingerprints, computed until one of them is changed."""
         enclosed = [module for name in self._functions for module in name.networks]
         modules = list(dict.fromkeys([*self._modules, *enclosed]))
-        now = [touched(module) for module in modules]
+        now = [change_marks(module) for module in modules]
         if self._known is None or self._known[0] != now:
             self._known = now, [fingerprint(module) for module in modules]
         return self._known[1]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from curvlinops_diffusion.diffusion.batch import mapped
+from curvlinops_diffusion.runtime.checks import plain_tensor
 from curvlinops_diffusion.runtime.modes import (
     derivative_gradients,
     eager,
@@ -20,9 +21,8 @@ from curvlinops_diffusion.runtime.modes import (
     without_checkpoints,
     without_fast_path,
 )
-from curvlinops_diffusion.runtime.plain import plain_tensor
-from curvlinops_diffusion.runtime.processes import answered
-from curvlinops_diffusion.runtime.sharded_networks import let_go
+from curvlinops_diffusion.runtime.processes import lost_processes_named
+from curvlinops_diffusion.runtime.sharded_networks import reshard
 
 # names of an argument that is the time
 _TIMES = {"t", "time", "times", "timestep", "timesteps", "sigma", "sigmas"}
@@ -67,9 +67,9 @@ class NetworkCall:
             derivative_gradients(self._tables),
         ):
             if params is None:
-                with answered():  # of a network that is divided among processes
+                with lost_processes_named():  # of a network that is divided among processes
                     output = self._model(*args, **kwargs)
-                let_go(self._model)
+                reshard(self._model)
             else:
                 if isinstance(self._model, torch.jit.ScriptModule):
                     raise ValueError(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.runtime.transfers import sent_beside
+from curvlinops_diffusion.runtime.devices import to_like
 
 
 class PredictionType(str, Enum):
@@ -251,7 +251,7 @@ def _combined(
 
 def _of_levels(table_T: Tensor, like: Tensor, level: Tensor) -> Tensor:
     """The entries of each example's level, ready to multiply ``[B, ...]``."""
-    entries = sent_beside(table_T[level.to(table_T.device)], like)
+    entries = to_like(table_T[level.to(table_T.device)], like)
     return entries.reshape(-1, *[1] * (like.ndim - 1))
 
 

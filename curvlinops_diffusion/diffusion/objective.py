@@ -20,10 +20,10 @@ from curvlinops_diffusion.diffusion.pipelines import pipeline_parts
 from curvlinops_diffusion.diffusion.recipe import entry_weights
 from curvlinops_diffusion.diffusion.weightings import Weighting, weight_table
 from curvlinops_diffusion.runtime.checks import check_non_negative, check_option
+from curvlinops_diffusion.runtime.devices import to_device, to_like
 from curvlinops_diffusion.runtime.digests import Named, digest_of
 from curvlinops_diffusion.runtime.modes import unwrapped
 from curvlinops_diffusion.runtime.sharded_networks import device_of
-from curvlinops_diffusion.runtime.transfers import sent, sent_beside
 
 
 class Reduction(str, Enum):
@@ -271,7 +271,7 @@ class DenoisingObjective:
 
         def moved(entry: Any) -> Any:
             # an encoder's own graph is no part of the network
-            return sent(entry.detach(), self.device) if isinstance(entry, Tensor) else entry
+            return to_device(entry.detach(), self.device) if isinstance(entry, Tensor) else entry
 
         mean, std = moved(encoded.mean), moved(encoded.std)
         return Encoded(mean, std, mapped(moved, encoded.condition))
@@ -287,8 +287,8 @@ class DenoisingObjective:
             return None
         packing = self.packing(clean)
         if packing is None:  # averaged later, to height and width of what is noised
-            return sent(clean.mask, self.device)
-        return sent(packing.pack(entry_weights(clean.mask, packing.shape)), self.device)
+            return to_device(clean.mask, self.device)
+        return to_device(packing.pack(entry_weights(clean.mask, packing.shape)), self.device)
 
     def drop_condition(self, condition: Mapping[str, Any], dropped_B: Tensor) -> dict[str, Any]:
         """The condition, with that of some examples replaced by :attr:`null_condition`."""
@@ -319,10 +319,10 @@ class DenoisingObjective:
         """
         mask_BD = None if mask is None else entry_weights(mask, x0.shape[1:]).flatten(1)
         device, dtype = self.device, self.working_dtype
-        x0, noise = (sent(z, device, dtype) for z in (x0, eps))
+        x0, noise = (to_device(z, device, dtype) for z in (x0, eps))
         of_input = noise
         if input_eps is not None and input_eps is not eps:
-            of_input = sent(input_eps, device, dtype)
+            of_input = to_device(input_eps, device, dtype)
         target_BD = self.process.target(x0, noise, level_B).flatten(1)
         x_t = self.process.noised(x0, of_input, level_B)
         r = 1 / target_BD.shape[1] if self.reduction is Reduction.MEAN else 1.0
@@ -334,14 +334,14 @@ class DenoisingObjective:
             self._timestep(level_B),
             {key: self.to_model(value) for key, value in condition.items()},
             target_BD,
-            sent(self.weights_T[level_B] * r, device, dtype),
-            mask_BD=None if mask_BD is None else sent(mask_BD, device, dtype),
+            to_device(self.weights_T[level_B] * r, device, dtype),
+            mask_BD=None if mask_BD is None else to_device(mask_BD, device, dtype),
             state_BD=x_t.flatten(1),
         )
 
     def _timestep(self, level_B: Tensor) -> Tensor:
         """The times that the network is given, no more precise than the working precision."""
-        timestep_B = sent(self.process.timesteps_T[level_B], self.device)
+        timestep_B = to_device(self.process.timesteps_T[level_B], self.device)
         precise = timestep_B.dtype == torch.float64 != self.working_dtype
         return timestep_B.to(self.working_dtype) if precise else timestep_B
 
@@ -372,7 +372,7 @@ class DenoisingObjective:
             if not isinstance(entry, Tensor):
                 return entry
             dtype = self.dtype if entry.is_floating_point() else None
-            return sent(entry.detach(), self.device, dtype)
+            return to_device(entry.detach(), self.device, dtype)
 
         return mapped(moved, value)
 
@@ -392,6 +392,6 @@ def _replaced(
         if isinstance(value, Mapping):
             result[key] = _replaced(given, value, mask_B)
             continue
-        mask = sent(mask_B, given.device).reshape(-1, *[1] * (given.ndim - 1))
-        result[key] = torch.where(mask, sent_beside(torch.as_tensor(value), given), given)
+        mask = to_device(mask_B, given.device).reshape(-1, *[1] * (given.ndim - 1))
+        result[key] = torch.where(mask, to_like(torch.as_tensor(value), given), given)
     return result

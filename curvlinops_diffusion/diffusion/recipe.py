@@ -15,8 +15,8 @@ from curvlinops_diffusion.diffusion.batch import CleanBatch, leaves, mapped, nam
 from curvlinops_diffusion.diffusion.draws import Draws
 from curvlinops_diffusion.diffusion.latents import Encoded, Packing
 from curvlinops_diffusion.runtime.checks import check_non_negative
+from curvlinops_diffusion.runtime.devices import to_device, to_like
 from curvlinops_diffusion.runtime.digests import Named, digest_of
-from curvlinops_diffusion.runtime.transfers import sent, sent_beside
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Recipe:
         """The weights of the examples' losses."""
         if self.weights_N is None:
             return weight_B
-        return weight_B * sent_beside(self.weights_N[list(n_B)], weight_B)
+        return weight_B * to_like(self.weights_N[list(n_B)], weight_B)
 
 
 def _shown(weights: Tensor) -> str:
@@ -275,7 +275,7 @@ def chosen_versions(
 
     def choose(*entries: Any) -> Any:
         if isinstance(entries[0], Tensor) and entries[0].ndim > 0:
-            index = sent(version_B, entries[0].device)
+            index = to_device(version_B, entries[0].device)
             return torch.stack(entries)[index, torch.arange(len(index), device=index.device)]
         return entries[0]
 

@@ -24,13 +24,13 @@ from curvlinops_diffusion.diffusion.data import CleanData
 from curvlinops_diffusion.diffusion.data_forms import Wanted, batched
 from curvlinops_diffusion.diffusion.draws import Draws, make_draws
 from curvlinops_diffusion.diffusion.first_call import run_once
-from curvlinops_diffusion.diffusion.noises import Noises
+from curvlinops_diffusion.diffusion.noises import noises
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.recipe import Augmentations, Recipe, chosen_versions
 from curvlinops_diffusion.diffusion.scaled_model import ScaledModel, scaled
+from curvlinops_diffusion.runtime.devices import to_like
 from curvlinops_diffusion.runtime.digests import fingerprint
 from curvlinops_diffusion.runtime.sharded_networks import is_sharded
-from curvlinops_diffusion.runtime.transfers import sent_beside
 
 
 def check_regression(value: Any) -> None:
@@ -163,7 +163,6 @@ class NoisedRegression:
         )
         # what probes of the network found, by what it depends on; shared with copies of other draws
         self.findings: dict[tuple[Hashable, ...], Any] = {}
-        self._noises = Noises(made, self.recipe, self.num_data, objective.device)
         names = getattr(data, "names", None)  # a tensor's are those of its axes
         self._names: list[str] | None = names if isinstance(names, list) else None
         if batch_size == "auto":
@@ -259,7 +258,6 @@ class NoisedRegression:
     def _with(self, draws: Draws) -> NoisedRegression:
         other = copy(self)
         other.draws = draws
-        other._noises = Noises(draws, self.recipe, self.num_data, self.objective.device)
         return other
 
     def fingerprint(self) -> dict[str, str]:
@@ -329,14 +327,14 @@ class NoisedRegression:
         packing = self.objective.packing(augmented[0]) if self.recipe.noise_offset > 0 else None
         shape, of_latents = versions[0].mean.shape[1:], versions[0].std is not None
 
-        noises = self._noises.of(indices, shape, of_latents, packing)
-        for r, (eps, input_eps, latent) in enumerate(noises):
+        made = noises(draws, self.recipe, indices, shape, of_latents, packing, self.device)
+        for r, (eps, input_eps, latent) in enumerate(made):
             version_B = draws.versions(indices, r, len(versions))
             encoded, mask = chosen_versions(versions, masks, version_B)
             x0, condition = encoded.mean, encoded.condition
             if encoded.std is not None:
                 assert latent is not None
-                x0 = x0 + encoded.std * sent_beside(latent, x0)
+                x0 = x0 + encoded.std * to_like(latent, x0)
             if dropout > 0:
                 dropped_B = draws.dropped(indices, r, dropout)
                 condition = self.objective.drop_condition(condition, dropped_B)

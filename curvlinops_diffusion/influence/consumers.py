@@ -16,7 +16,7 @@ from curvlinops_diffusion.influence.score_files import HALVED, INDEX
 from curvlinops_diffusion.linalg.operator import check_whole
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.checks import check_count
-from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.processes import Processes
 from curvlinops_diffusion.runtime.sums import prefixed, within
 
 
@@ -136,13 +136,13 @@ class OwnScores(GradientConsumer):
 
     Args:
         names: Their names.
-        share: The process.
+        processes: The process.
     """
 
-    def __init__(self, names: Sequence[str], share: Share):
+    def __init__(self, names: Sequence[str], processes: Processes):
         super().__init__()
         self._names = names
-        self._part = str(share.rank)
+        self._part = str(processes.rank)
         self._pieces: list[dict[str, Tensor]] = []
 
     def add(self, indices: Sequence[int], *rows: Tensor) -> None:
@@ -217,16 +217,16 @@ class TopScores(GradientConsumer):
     Args:
         num_data: ``N``.
         k: How many of each.
-        share: The process: what several have found is brought together.
+        processes: The process: what several have found is brought together.
     """
 
     # an order in which the scores sought come first
     ORDERS = ("positive", "negative", "neutral")
 
-    def __init__(self, num_data: int, k: int, share: Share):
+    def __init__(self, num_data: int, k: int, processes: Processes):
         super().__init__()
         self._k = min(check_count("k", k), num_data)
-        self._part = str(share.rank)
+        self._part = str(processes.rank)
         self._found: dict[str, Ranked] = {}
 
     def add(self, indices: Sequence[int], *rows: Tensor) -> None:

@@ -20,7 +20,7 @@ from curvlinops_diffusion.influence.measurements.evaluation import measurement_o
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace, select_parameters
 from curvlinops_diffusion.linalg.upstream import LinearOperator, input_shapes, output_shapes
 from curvlinops_diffusion.runtime.checks import check_count, check_finite
-from curvlinops_diffusion.runtime.progress import draws_bar
+from curvlinops_diffusion.runtime.passes import draws_bar
 
 
 class ExampleGradientLinearOperator(LinearOperator):

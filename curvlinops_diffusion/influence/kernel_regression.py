@@ -36,9 +36,8 @@ from curvlinops_diffusion.linalg.operator import check_same_parameters
 from curvlinops_diffusion.linalg.upstream import LinearOperator, PyTorchLinearOperator
 from curvlinops_diffusion.runtime.checks import check_count, check_positive
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
-from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, computed_once
-from curvlinops_diffusion.runtime.processes import ALONE, Share
-from curvlinops_diffusion.runtime.progress import draws_bar
+from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, computed_once, draws_bar
+from curvlinops_diffusion.runtime.processes import ALONE, Processes
 
 # units in the last place by which equal scores may differ
 _ROUNDING = 8
@@ -420,7 +419,7 @@ class _Kernel:
         self.G_inv = G_inv
         self.passes = passes
         self._name = name
-        self._share = Share.of(passes.distributed)
+        self._processes = Processes.of(passes.distributed)
         self._block = max(1, gradient_bytes // (J_train.shape[1] * J_train.dtype.itemsize))
 
     @property
@@ -435,7 +434,7 @@ class _Kernel:
         rows_NP = self._stream(AllRows(self.num_data), "gradients", {})["scores"]
         preconditioned_PN = self.G_inv @ rows_NP.T
         cross_QN = [
-            gradient_columns(J_query, block, self._share).T @ preconditioned_PN
+            gradient_columns(J_query, block, self._processes).T @ preconditioned_PN
             for block in query_blocks(J_query, self._block)
         ]
         return torch.cat(cross_QN), (rows_NP @ preconditioned_PN).cpu()
@@ -448,7 +447,7 @@ class _Kernel:
         of_all = self.settings({"for": name_of(self.J_train.measurement), **of_gradients(J)}, J)
 
         def compute() -> dict[str, Tensor]:
-            preconditioned_PB = self.G_inv @ gradient_columns(J, block, self._share)
+            preconditioned_PB = self.G_inv @ gradient_columns(J, block, self._processes)
             name = f"products with {what} from {block.start}"
             return {"kernel": self.products(preconditioned_PB, name, settings)}
 
@@ -483,10 +482,10 @@ class _Kernel:
             return float(found["values"].sum())  # which are divided by N
 
         def compute() -> dict[str, Tensor]:
-            total, shown = 0.0, self.passes.progressbar and self._share.rank == 0
+            total, shown = 0.0, self.passes.progressbar and self._processes.rank == 0
             with draws_bar(data.num_samples, self._name, shown) as bar:
                 for clean in data.clean_batches():
-                    columns_PB = batch_columns(self.J_train, clean, self._share)
+                    columns_PB = batch_columns(self.J_train, clean, self._processes)
                     total += float((columns_PB * (self.G_inv @ columns_PB)).sum())
                     bar.update(len(clean.indices) * data.num_draws)
             return {"trace": torch.tensor(total, dtype=torch.float64)}

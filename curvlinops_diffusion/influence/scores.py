@@ -36,7 +36,7 @@ from curvlinops_diffusion.linalg.operator import check_same_parameters
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.digests import digest_of
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
-from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.processes import Processes
 
 
 def influence_scores(
@@ -84,10 +84,10 @@ def influence_scores(
     N = J_train.shape[0]
     if not isinstance(J_train, ExampleGradientLinearOperator):
         check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
-        share = Share.of(passes.distributed)
+        processes = Processes.of(passes.distributed)
         blocks = query_blocks(J_query, query_block)
         return torch.cat(
-            [(J_train @ (G_inv @ gradient_columns(J_query, b, share))).T / N for b in blocks]
+            [(J_train @ (G_inv @ gradient_columns(J_query, b, processes))).T / N for b in blocks]
         )
     loop = scored_blocks(
         J_query, G_inv, J_train, lambda: AllRows(N), query_block=query_block, passes=passes
@@ -252,12 +252,12 @@ def top_influences(
         >>> torch.equal(found.positive.indices, scores.topk(3).indices)
         True
     """
-    share, N = Share.of(passes.distributed), J_train.shape[0]
+    processes, N = Processes.of(passes.distributed), J_train.shape[0]
     loop = scored_blocks(
         J_query,
         G_inv,
         J_train,
-        lambda: TopScores(N, k, share),
+        lambda: TopScores(N, k, processes),
         name="Top scores",
         settings={"k": k},
         query_block=query_block,

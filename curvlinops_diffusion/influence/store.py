@@ -32,9 +32,8 @@ from curvlinops_diffusion.linalg.upstream import LinearOperator
 from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checks import check_positive
 from curvlinops_diffusion.runtime.files import FileKind, check_same, check_space, make_folder
-from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
-from curvlinops_diffusion.runtime.processes import ALONE, Share
-from curvlinops_diffusion.runtime.progress import draws_bar
+from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, draws_bar
+from curvlinops_diffusion.runtime.processes import ALONE, Processes
 from curvlinops_diffusion.runtime.sharded_networks import check_whole_parameters
 
 GRADIENTS = FileKind(
@@ -175,7 +174,7 @@ class GradientStore:
                 f"damping, got its power {exponent:g}."
             )
         folder = Path(folder)
-        share = Share.of(passes.distributed)
+        processes = Processes.of(passes.distributed)
         identity = J_train.regression.identity(
             {
                 **of_gradients(J_train),
@@ -186,14 +185,14 @@ class GradientStore:
             },
         )
         whiten = Whitening(curvature, damping, relative)
-        if share.rank == 0 and not (folder / _HEADER).exists():
+        if processes.rank == 0 and not (folder / _HEADER).exists():
             make_folder(folder)
             N, size, projection = J_train.shape[0], compression.size or J_train.shape[1], {}
             if compression.projection is Projection.SVD:
                 spaced = torch.linspace(0, N - 1, min(N, compression.sample), dtype=torch.float64)
                 projection = compression.fit(whiten(J_train.rows(spaced.round().long().tolist())))
             GRADIENTS.write(folder / _HEADER, projection, {"identity": identity, "size": size})
-        share.barrier()
+        processes.barrier()
         store = cls.open(folder)
         check_same(
             store.header["identity"],
@@ -203,19 +202,23 @@ class GradientStore:
         )
         whole = compression.bytes_per_row(store.size) * store.num_data
         check_space(folder, whole - store._stored_bytes(), "The gradients of the other examples")
-        share.barrier()  # or a process would measure what another one is writing
-        store._write_missing(J_train, whiten, share, passes.progressbar and share.rank == 0)
-        share.barrier()
+        processes.barrier()  # or a process would measure what another one is writing
+        store._write_missing(J_train, whiten, processes, passes.progressbar and processes.rank == 0)
+        processes.barrier()
         return store
 
     def _write_missing(
-        self, J_train: ExampleGradientLinearOperator, whiten: Whitening, share: Share, shown: bool
+        self,
+        J_train: ExampleGradientLinearOperator,
+        whiten: Whitening,
+        processes: Processes,
+        shown: bool,
     ) -> None:
         """Compute and write the batches that have no file yet; each process its own."""
         regression, compression = J_train.regression, self._compression
         with draws_bar(regression.num_samples, "Storing gradients", shown) as bar:
             for number, clean in regression.numbered_batches(
-                lambda n: share.takes(n) and not self._shard(n).exists()
+                lambda n: processes.takes(n) and not self._shard(n).exists()
             ):
                 z_Bk = compression.project(whiten(J_train.rows_of(clean)), self._projection)
                 header = {"indices": list(clean.indices)}
@@ -245,7 +248,7 @@ class GradientStore:
 
     @property
     def bytes_per_example(self) -> float:
-        """Bytes on disk for each training example, without what all share."""
+        """Bytes on disk for each training example, without what all processes."""
         return self._stored_bytes() / self.num_data
 
     def _stored_bytes(self) -> int:

@@ -36,7 +36,7 @@ from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.checkpoints import forget
 from curvlinops_diffusion.runtime.digests import digest_of
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
-from curvlinops_diffusion.runtime.processes import ALONE, Share
+from curvlinops_diffusion.runtime.processes import ALONE, Processes
 
 
 class StoredScores:
@@ -113,7 +113,7 @@ class StoredScores:
             ValueError: If the operators act on different parameters or devices, or a file cannot be
                 written.
         """
-        path, share = Path(path), Share.of(passes.distributed)
+        path, processes = Path(path), Processes.of(passes.distributed)
         header = {
             "train": J_train.regression.names,
             "queries": J_query.regression.names,
@@ -133,12 +133,12 @@ class StoredScores:
             for queries in query_blocks(J_query, query_block)
         }
         shards = {block: written_shards(path.parent, own) for block, own in prefixes.items()}
-        share.check_alike(f"what they see in '{path.parent}'", list(shards.values()))
+        processes.check_alike(f"what they see in '{path.parent}'", list(shards.values()))
         loop = scored_blocks(
             J_query,
             G_inv,
             J_train,
-            lambda: OwnScores(names, share),
+            lambda: OwnScores(names, processes),
             halves=halves,
             name="Own scores",
             settings={"halves": halves},
@@ -148,8 +148,8 @@ class StoredScores:
             wanted=lambda block: not shards[block],
         )
         for block, own in loop:
-            shards[block] = _write_shards(path.parent, prefixes[block], block, own, share)
-            forget(passes.checkpoint, f"Own scores from query {block.start}", share)
+            shards[block] = _write_shards(path.parent, prefixes[block], block, own, processes)
+            forget(passes.checkpoint, f"Own scores from query {block.start}", processes)
         every = [entry for entries in shards.values() for entry in entries]
 
         def finish() -> None:
@@ -159,7 +159,7 @@ class StoredScores:
                 header.update(both.as_header())
             write_scores(path, {}, header, every)
 
-        share.all_or_none(finish if share.rank == 0 else lambda: None)
+        processes.all_or_none(finish if processes.rank == 0 else lambda: None)
         return cls.open(path, check=False)
 
     @classmethod
@@ -309,17 +309,17 @@ class StoredScores:
 
 
 def _write_shards(
-    folder: Path, prefix: str, queries: range, own: OwnScores, share: Share
+    folder: Path, prefix: str, queries: range, own: OwnScores, processes: Processes
 ) -> list[dict[str, Any]]:
     """Write the shard of this process; return the entries of all."""
-    tensors, file = own.found, f"{prefix}.{share.rank}of{share.count}.safetensors"
+    tensors, file = own.found, f"{prefix}.{processes.rank}of{processes.count}.safetensors"
     entry = {
         "file": file,
         "queries": [queries.start, queries.stop],
         "examples": len(tensors[INDEX]) if tensors else 0,
     }
-    share.all_or_none(lambda: SCORES.write(folder / file, tensors, entry))
-    every = share.gathered(entry)
+    processes.all_or_none(lambda: SCORES.write(folder / file, tensors, entry))
+    every = processes.all_gather(entry)
 
     def check_seen() -> None:
         for written in every:
@@ -329,5 +329,5 @@ def _write_shards(
                     "written. Pass a folder that all processes see."
                 )
 
-    share.all_or_none(check_seen)
+    processes.all_or_none(check_seen)
     return every

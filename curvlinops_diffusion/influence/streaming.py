@@ -22,8 +22,8 @@ from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
 from curvlinops_diffusion.runtime.division import in_equal_parts
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, computed_once, run_pass
-from curvlinops_diffusion.runtime.processes import Share
-from curvlinops_diffusion.runtime.sums import Together
+from curvlinops_diffusion.runtime.processes import Processes
+from curvlinops_diffusion.runtime.sums import CompositeSums
 
 C = TypeVar("C", bound=GradientConsumer)
 
@@ -70,7 +70,7 @@ def stream_gradients(
     run_pass(
         name,
         streams[0].regression,
-        Together(consumers),
+        CompositeSums(consumers),
         step,
         passes,
         {**of_gradients(streams[0]), **(settings or {})},
@@ -126,7 +126,7 @@ def scored_blocks(
     if halves:
         assert isinstance(J_query, ExampleGradientLinearOperator)
         kinds, streams = list(halves_of(J_query)), halves_of(J_train)
-    share = Share.of(passes.distributed)
+    processes = Processes.of(passes.distributed)
     for queries in query_blocks(J_query, query_block):
         if not wanted(queries):
             continue
@@ -156,7 +156,7 @@ def scored_blocks(
         yield queries, made
         for written, _ in columns:
             if written:
-                forget(passes.checkpoint, written, share)
+                forget(passes.checkpoint, written, processes)
 
 
 def halves_of(J: ExampleGradientLinearOperator) -> list[ExampleGradientLinearOperator]:
@@ -202,7 +202,7 @@ def _columns(
     """
 
     def compute() -> dict[str, Tensor]:
-        return {"columns": G_inv @ gradient_columns(J, queries, Share.of(passes.distributed))}
+        return {"columns": G_inv @ gradient_columns(J, queries, Processes.of(passes.distributed))}
 
     if passes.checkpoint is None or not isinstance(J, ExampleGradientLinearOperator):
         return "", lambda: compute()["columns"]
@@ -211,10 +211,12 @@ def _columns(
     return name, lambda: computed_once(name, regression, compute, passes, settings)["columns"]
 
 
-def gradient_columns(J_query: PyTorchLinearOperator, queries: range, share: Share) -> Tensor:
+def gradient_columns(
+    J_query: PyTorchLinearOperator, queries: range, processes: Processes
+) -> Tensor:
     """The queries' gradients as columns, ``[P, len(queries)]``; each process computes its part."""
     if isinstance(J_query, ExampleGradientLinearOperator):
-        if share.count == 1:  # nothing beside the gradients
+        if processes.count == 1:  # nothing beside the gradients
             return J_query.rows(queries).T
         rows_QP = torch.zeros(
             len(queries), J_query.shape[1], dtype=J_query.dtype, device=J_query.device
@@ -222,10 +224,12 @@ def gradient_columns(J_query: PyTorchLinearOperator, queries: range, share: Shar
         if J_query.regression.in_step:  # all processes run the network equally often
             for clean in J_query.regression.clean_batches():
                 positions = [p for p, n in enumerate(clean.indices) if n in queries]
-                _fill_own_rows(rows_QP, queries.start, J_query, clean, positions, share)
-        elif queries[share.rank :: share.count]:
-            rows_QP[share.rank :: share.count] = J_query.rows(queries[share.rank :: share.count])
-        return share.summed({"rows": rows_QP}, J_query.device)["rows"].T
+                _fill_own_rows(rows_QP, queries.start, J_query, clean, positions, processes)
+        elif queries[processes.rank :: processes.count]:
+            rows_QP[processes.rank :: processes.count] = J_query.rows(
+                queries[processes.rank :: processes.count]
+            )
+        return processes.all_reduce({"rows": rows_QP}, J_query.device)["rows"].T
     one_hot = torch.zeros(
         J_query.shape[0], len(queries), dtype=J_query.dtype, device=J_query.device
     )
@@ -234,14 +238,16 @@ def gradient_columns(J_query: PyTorchLinearOperator, queries: range, share: Shar
     return columns
 
 
-def batch_columns(J: ExampleGradientLinearOperator, clean: CleanBatch, share: Share) -> Tensor:
+def batch_columns(
+    J: ExampleGradientLinearOperator, clean: CleanBatch, processes: Processes
+) -> Tensor:
     """A batch' gradients as columns, ``[P, B]``: every process computes a part, and has all."""
-    if share.count == 1:
+    if processes.count == 1:
         return J.rows_of(clean).T
     rows_BP = torch.zeros(len(clean.indices), J.shape[1], dtype=J.dtype, device=J.device)
     every = list(range(len(clean.indices)))
-    _fill_own_rows(rows_BP, clean.indices[0], J, clean, every, share)
-    return share.summed({"rows": rows_BP}, J.device)["rows"].T
+    _fill_own_rows(rows_BP, clean.indices[0], J, clean, every, processes)
+    return processes.all_reduce({"rows": rows_BP}, J.device)["rows"].T
 
 
 def _fill_own_rows(
@@ -250,15 +256,15 @@ def _fill_own_rows(
     J: ExampleGradientLinearOperator,
     clean: CleanBatch,
     positions: list[int],
-    share: Share,
+    processes: Processes,
 ) -> None:
     """Fill in this process' part of a batch' gradients, the first row being that of ``start``.
 
     All processes run the network equally often: what cannot be divided all compute, and the first
     keeps.
     """
-    own, rest = in_equal_parts(positions, share)
-    for some, kept in ((own, True), (rest, share.rank == 0)):
+    own, rest = in_equal_parts(positions, processes)
+    for some, kept in ((own, True), (rest, processes.rank == 0)):
         if some:
             part = clean.select(some)
             found_BP = J.rows_of(part)

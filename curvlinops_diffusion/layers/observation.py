@@ -29,10 +29,9 @@ from torch import Tensor, nn
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.layers.layer import Layer
-from curvlinops_diffusion.runtime.modes import recomputation_named
-from curvlinops_diffusion.runtime.modules import modules_of
+from curvlinops_diffusion.runtime.modes import modules_of, recomputation_named
 from curvlinops_diffusion.runtime.precision import without_autocast
-from curvlinops_diffusion.runtime.processes import answered
+from curvlinops_diffusion.runtime.processes import lost_processes_named
 
 #: Maps a batch and its prediction ``[B, D]`` to the vectors ``[B, D]`` that are pulled back, each
 #: with whether more will follow.
@@ -167,7 +166,7 @@ class ObservedPass:
     def _pull_back(self, prediction_BD: Tensor, v_BD: Tensor, more: bool) -> None:
         self._recomputing = True
         try:
-            with answered():
+            with lost_processes_named():
                 torch.autograd.grad(
                     prediction_BD, self._sources, v_BD, retain_graph=more, allow_unused=True
                 )

@@ -37,16 +37,16 @@ from curvlinops_diffusion.layers.observation import (
 from curvlinops_diffusion.layers.trial import FEW, Trial, check_trial
 from curvlinops_diffusion.runtime.adapters import adapter_states, without_part
 from curvlinops_diffusion.runtime.checks import check_finite_count
+from curvlinops_diffusion.runtime.digests import change_marks
 from curvlinops_diffusion.runtime.modes import recomputation_named
 from curvlinops_diffusion.runtime.precision import products_are_rounded, settled
-from curvlinops_diffusion.runtime.processes import answered
+from curvlinops_diffusion.runtime.processes import lost_processes_named
 from curvlinops_diffusion.runtime.sharded_networks import (
-    gathered,
+    full_tensor,
     is_sharded,
     mean_over_processes,
     nonzero,
 )
-from curvlinops_diffusion.runtime.unchanged import marks
 
 # The relative rounding error of the operands of products in TF32
 _TF32 = 2.0**-10
@@ -109,7 +109,7 @@ def _state(regression: NoisedRegression) -> tuple[Hashable, ...]:
 def _weights(regression: NoisedRegression) -> int:
     """A number that differs if weights do; zero where they are divided among processes."""
     model = regression.objective.model
-    return 0 if is_sharded(model) else hash(repr(marks(dict(model.named_parameters()))))
+    return 0 if is_sharded(model) else hash(repr(change_marks(model)[0]))
 
 
 def probed(regression: NoisedRegression, coverage: Coverage, gradients: bool = True) -> Coverage:
@@ -262,7 +262,7 @@ def _accumulated_gradients(
     try:
         for p in params.values():
             p.grad = None
-        with answered():
+        with lost_processes_named():
             value.backward()
         return {name: p.grad for name, p in params.items()}
     finally:
@@ -278,7 +278,7 @@ def zeros_of(gradients: Mapping[str, Tensor | None]) -> list[str]:
 
 def _norms(tensors: Mapping[str, Tensor | None]) -> dict[str, float]:
     """The norms of those tensors that there are, which are read together."""
-    found = {name: gathered(z.norm()) for name, z in tensors.items() if z is not None}
+    found = {name: full_tensor(z.norm()) for name, z in tensors.items() if z is not None}
     norms = torch.stack(list(found.values())).tolist() if found else []
     return dict(zip(found, norms, strict=True))
 
@@ -353,7 +353,7 @@ def _seen_otherwise(
         terms = torch.cat([g.flatten() / largest for g in gs]).norm()
         for name, rows in layer.example_gradients(xs, gs, N).items():
             seen, gradient = torch.tensordot(share_B, rows, 1), gradients[name]
-            truth = torch.zeros_like(seen) if gradient is None else gathered(gradient).to(dtype)
+            truth = torch.zeros_like(seen) if gradient is None else full_tensor(gradient).to(dtype)
             # the terms of a gradient may cancel, so errors are measured against the terms
             allowed = objective.rounding**0.5 * terms * _input_norm(layer, name, xs, gs)
             if sharded:  # others have other examples, and the true gradient is of all

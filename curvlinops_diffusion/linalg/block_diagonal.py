@@ -17,7 +17,7 @@ from curvlinops_diffusion.linalg.parameters import ParameterSpace
 from curvlinops_diffusion.linalg.placement import PlacedBlock, moved
 from curvlinops_diffusion.linalg.storage import save_blocks
 from curvlinops_diffusion.runtime.checks import check_non_negative
-from curvlinops_diffusion.runtime.processes import ALONE, Share
+from curvlinops_diffusion.runtime.processes import ALONE, Processes
 
 _COLUMNS = ("block", "kind", "parameters", "shape", "MiB", "trace")
 _SHOWN = 12  # rows at the start and at the end of a shortened table
@@ -38,12 +38,12 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         space: The parameter space.
         blocks: The blocks; those of all processes together hold every parameter once.
         info: How the operator was made, for the header of a saved file.
-        share: The processes that hold blocks.
+        processes: The processes that hold blocks.
 
     Attributes:
         blocks: The blocks of this process.
         info: How the operator was made.
-        share: The processes that hold blocks.
+        processes: The processes that hold blocks.
     """
 
     KIND: ClassVar[str] = "block-diagonal"
@@ -53,14 +53,14 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         space: ParameterSpace,
         blocks: Sequence[PlacedBlock],
         info: dict[str, Any],
-        share: Share = ALONE,
+        processes: Processes = ALONE,
     ):
         super().__init__(space)
         self.blocks = tuple(blocks)
         self.info = info
-        self.share = share
+        self.processes = processes
         own = [name for placed in self.blocks for name in placed.params]
-        held = [name for names in share.gathered(own) for name in names]
+        held = [name for names in processes.all_gather(own) for name in names]
         assert sorted(held) == sorted(space.shapes), "blocks must hold every parameter once"
 
     @classmethod
@@ -69,11 +69,11 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         space: ParameterSpace,
         blocks: Sequence[PlacedBlock],
         info: dict[str, Any],
-        share: Share = ALONE,
+        processes: Processes = ALONE,
     ) -> Self:
         """An operator of this class with given blocks, which its own constructor would compute."""
         operator = cls.__new__(cls)
-        BlockDiagonalLinearOperator.__init__(operator, space, blocks, info, share)
+        BlockDiagonalLinearOperator.__init__(operator, space, blocks, info, processes)
         return operator
 
     @property
@@ -88,7 +88,7 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         result: dict[str, Tensor] = {}
         for placed in self.blocks:
             result |= placed.on(self.device).multiply(given)
-        result = self.share.pooled(result, X[0].new_empty(0, dtype=self.dtype))
+        result = self.processes.all_gather_tensors(result, X[0].device)
         return [result[name] for name in self.space.shapes]
 
     def table(self) -> list[dict[str, Any]]:
@@ -180,7 +180,7 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
             return self
         blocks = moved(self.blocks, device, dtype)
         space = replace(self.space, device=device, dtype=dtype)
-        return self.of_blocks(space, blocks, self.info, self.share)
+        return self.of_blocks(space, blocks, self.info, self.processes)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Save to a safetensors file, see :func:`~curvlinops_diffusion.load_operator`.
@@ -195,7 +195,7 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         Raises:
             ValueError: If the file cannot be written there.
         """
-        save_blocks(path, self.KIND, self.space, self.blocks, self.info, self.share)
+        save_blocks(path, self.KIND, self.space, self.blocks, self.info, self.processes)
 
     def eigenvalues(self) -> Tensor:
         """All eigenvalues in descending order, shape ``[P]``."""
@@ -203,7 +203,7 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
             placed.name: block.eigenvalues.flatten().to(self.device)
             for placed, block in zip(self.blocks, self._eigen_blocks(), strict=True)
         }
-        each = self.share.pooled(own, self._zero())
+        each = self.processes.all_gather_tensors(own, self.device)
         return torch.cat(list(each.values())).sort(descending=True).values
 
     def trace(self) -> Tensor:
@@ -254,7 +254,7 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         """The sum over the blocks of all processes."""
         values = [value.to(self.device) for value in of_blocks]
         own = torch.stack(values).sum() if values else self._zero()
-        return self.share.summed({"total": own}, self.device)["total"]
+        return self.processes.all_reduce({"total": own}, self.device)["total"]
 
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=self.dtype, device=self.device)
@@ -288,8 +288,8 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         """
         damping = check_non_negative("damping", damping)
         rtol = None if rtol is None else check_non_negative("rtol", rtol)
-        found = self.share.all_or_none(self._null_or_not)
-        if relative and all(self.share.gathered(all(null for _, null in found))):
+        found = self.processes.all_or_none(self._null_or_not)
+        if relative and all(self.processes.all_gather(all(null for _, null in found))):
             raise ValueError(
                 "Every block is zero, perhaps up to rounding, and so is a damping of "
                 f"{damping:g} times its mean eigenvalue: none of the parameters has an effect on "
@@ -298,7 +298,7 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         floor = None
         if rtol is not None:
             own = max((block.largest() for block, _ in found), default=0.0)
-            floor = torch.tensor(rtol * max(self.share.gathered(own)), dtype=self.dtype)
+            floor = torch.tensor(rtol * max(self.processes.all_gather(own)), dtype=self.dtype)
 
         def powers() -> list[PlacedBlock]:
             blocks = []
@@ -313,11 +313,11 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
                 blocks.append(placed.with_block(power))
             return blocks
 
-        blocks = self.share.all_or_none(powers)
+        blocks = self.processes.all_or_none(powers)
         info = {**self.info, "power": exponent, "damping": damping}
         info |= {"relative": True} if relative else {}
         info |= {} if rtol is None else {"rtol": rtol}
-        return BlockDiagonalLinearOperator(self.space, blocks, info, self.share)
+        return BlockDiagonalLinearOperator(self.space, blocks, info, self.processes)
 
     def inverse(
         self, damping: float = 0.0, *, relative: bool = False, rtol: float | None = None

@@ -106,11 +106,11 @@ def check_whole(operator: PyTorchLinearOperator, what: str) -> None:
     Raises:
         ValueError: If it is.
     """
-    share = getattr(operator, "share", None)
-    if share is not None and share.count > 1:
+    processes = getattr(operator, "processes", None)
+    if processes is not None and processes.count > 1:
         raise ValueError(
             f"{what} multiplies each process' own examples, and the blocks of this "
-            f"{type(operator).__name__} are shared among {share.count} processes. Save it, and "
+            f"{type(operator).__name__} are shared among {processes.count} processes. Save it, and "
             "load it without sharded=True."
         )
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "curvlinops_diffusion.operator"
-FORMAT_VERSION = 4
 OPERATOR = FileKind(
     FORMAT, "an operator of curvlinops_diffusion", "Write it again with operator.save(path)."
 )
@@ -45,13 +44,7 @@ def read_file(
 
 def _checked(path: Path, header: Any) -> dict[str, Any]:
     with damaged_if_malformed(path):
-        found = header["format_version"]
         complete = header.keys() >= {"kind", "parameters", "dtype", "blocks", "info"}
-    if found != FORMAT_VERSION:
-        raise ValueError(
-            f"'{path}' has format version {found}; this library reads {FORMAT_VERSION}. Install "
-            "the curvlinops_diffusion that wrote it, or fit anew."
-        )
     if not complete:
         raise OPERATOR.damaged(path, "entries are missing")
     return dict(header)

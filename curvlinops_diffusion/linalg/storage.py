@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from curvlinops_diffusion.linalg.blocks import BLOCK_TYPES, Block
 from curvlinops_diffusion.linalg.operator_files import (
     FORMAT,
-    FORMAT_VERSION,
     OPERATOR,
     damaged_if_malformed,
     read_file,
@@ -30,7 +29,7 @@ from curvlinops_diffusion.linalg.placement import PlacedBlock, in_order
 from curvlinops_diffusion.runtime.adapters import adapter_of, common_names
 from curvlinops_diffusion.runtime.digests import fingerprint
 from curvlinops_diffusion.runtime.modes import unwrapped
-from curvlinops_diffusion.runtime.processes import ALONE, Share
+from curvlinops_diffusion.runtime.processes import ALONE, Processes
 from curvlinops_diffusion.runtime.sharded_networks import device_of
 
 _TYPE_NAMES: dict[type[Block], str] = {cls: name for name, cls in BLOCK_TYPES.items()}
@@ -48,7 +47,7 @@ def save_blocks(
     space: ParameterSpace,
     blocks: Sequence[PlacedBlock],
     info: dict[str, Any],
-    share: Share = ALONE,
+    processes: Processes = ALONE,
 ) -> None:
     """Write a block-diagonal operator to a file, or one for each process and one that names them.
 
@@ -57,18 +56,18 @@ def save_blocks(
     """
     path = Path(path)
     header, tensors = _described(kind, space, blocks, info)
-    if share.count == 1:
+    if processes.count == 1:
         OPERATOR.write(path, tensors, header)
         return
     # names of their own, so that an older operator stays whole until the last one is written
-    token = share.gathered(token_hex(4))[0]
-    name = f"{path.stem}.{token}.{share.rank}of{share.count}{path.suffix}"
-    share.all_or_none(lambda: OPERATOR.write(path.with_name(name), tensors, header))
-    listed = share.gathered(header["blocks"])
-    shards = share.gathered(name)
+    token = processes.all_gather(token_hex(4))[0]
+    name = f"{path.stem}.{token}.{processes.rank}of{processes.count}{path.suffix}"
+    processes.all_or_none(lambda: OPERATOR.write(path.with_name(name), tensors, header))
+    listed = processes.all_gather(header["blocks"])
+    shards = processes.all_gather(name)
 
     def write_names() -> None:
-        if share.rank > 0:
+        if processes.rank > 0:
             return
         names = OPERATOR.read_header(path).get("shards", []) if OPERATOR.holds(path) else []
         old = [path.with_name(Path(other).name) for other in names]
@@ -80,7 +79,7 @@ def save_blocks(
         for other in old:
             other.unlink(missing_ok=True)
 
-    share.all_or_none(write_names)
+    processes.all_or_none(write_names)
 
 
 def _described(
@@ -109,7 +108,6 @@ def _described(
         )
     header = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
         "kind": kind,
         "parameters": [[name, list(shape)] for name, shape in space.shapes.items()],
         "dtype": str(space.dtype).removeprefix("torch."),
@@ -123,7 +121,7 @@ def load_blocks(
     path: str | PathLike[str],
     model: nn.Module,
     device: torch.device | str | None = None,
-    share: Share = ALONE,
+    processes: Processes = ALONE,
 ) -> tuple[str, ParameterSpace, list[PlacedBlock], dict[str, Any]]:
     """Read an operator's kind, parameter space, blocks, and how it was made, from a file.
 
@@ -135,7 +133,7 @@ def load_blocks(
             for another model or other weights; the message says which.
     """
     path = Path(path)
-    header, sources = _sources(path, share)
+    header, sources = _sources(path, processes)
     own = dict(model.named_parameters())
     with damaged_if_malformed(path):
         if not all(name in own for name, _ in header["parameters"]):
@@ -176,7 +174,7 @@ def read_blocks(path: str | PathLike[str]) -> tuple[dict[str, Any], list[PlacedB
         return header, [blocks[n] for n in range(len(header["blocks"]))]
 
 
-def _sources(path: Path, share: Share) -> tuple[dict[str, Any], dict[Path, list[int]]]:
+def _sources(path: Path, processes: Processes) -> tuple[dict[str, Any], dict[Path, list[int]]]:
     """The header, and the places in its list of the blocks that this process reads, by file."""
     header = read_header(path)
     with damaged_if_malformed(path):
@@ -196,8 +194,8 @@ def _sources(path: Path, share: Share) -> tuple[dict[str, Any], dict[Path, list[
             for numbers in groups
         ]
         sources: dict[Path, list[int]] = {}
-        for numbers, owner in zip(groups, share.owners(costs), strict=True):
-            if owner == share.rank:
+        for numbers, owner in zip(groups, processes.owners(costs), strict=True):
+            if owner == processes.rank:
                 shard = header["blocks"][numbers[0]].get("shard", 0)
                 sources.setdefault(files[shard], []).extend(numbers)
     return header, sources

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from curvlinops_diffusion.loading.saved_networks import check_whole
 from curvlinops_diffusion.loading.weights import listed
-from curvlinops_diffusion.runtime.messages import quoted
+from curvlinops_diffusion.runtime.checks import quoted
 
 # how the names of the first matrix of a pair end; what comes before is called a stem here
 _DOWN = (

@@ -31,8 +31,8 @@ from curvlinops_diffusion.loading.saved_networks import (
 )
 from curvlinops_diffusion.loading.weights import listed
 from curvlinops_diffusion.runtime.adapters import adapter_of
+from curvlinops_diffusion.runtime.checks import quoted
 from curvlinops_diffusion.runtime.files import named_path
-from curvlinops_diffusion.runtime.messages import quoted
 
 # which part of a pipeline a name begins with; nothing is the denoiser
 _PARTS = {

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from curvlinops_diffusion.runtime.modules import modules_of
+from curvlinops_diffusion.runtime.modes import modules_of
 from curvlinops_diffusion.runtime.sharded_networks import nonzero
 
 # a part of an adapted layer, as PEFT calls it, followed by the adapter's name
@@ -27,15 +27,15 @@ _OTHER_FACTOR = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
 
 
 def adapter_of(name: str) -> str | None:
-    """The adapter that a parameter belongs to; ``None`` for none."""
+    """Return the adapter that a parameter belongs to; ``None`` for none."""
     found = _ADAPTER.search(name)
     return found["adapter"] if found else None
 
 
 def common_names(names: Iterable[str]) -> dict[str, str]:
-    """Each parameter's name as if the adapter were called ``default``.
+    """Name each parameter as if the adapter were called ``default``.
 
-    Where there are several adapters, their names tell them apart, and are left.
+    Where there are several adapters, which their names tell apart, these are left.
 
     Args:
         names: All names of a model's parameters, or of a file's.
@@ -47,7 +47,7 @@ def common_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def common_list(names: Iterable[str]) -> list[str]:
-    """The :func:`common_names` alone, in order."""
+    """Return the :func:`common_names` alone, in order."""
     return list(common_names(names).values())
 
 
@@ -57,6 +57,8 @@ _SAVED = re.compile(r"(?<=\.)(?P<part>modules_to_save)\.(?P<adapter>[^.]+)(?=\.)
 
 def adapter_states(model: nn.Module) -> tuple[Any, ...]:
     """Tell which adapters of a model take part, and how much, as plain values to compare."""
+    modules = modules_of(model)
+    types = set(filter(_is_adapted, {type(module) for module in modules}))  # each looked at once
     return tuple(
         (
             bool(getattr(module, "disable_adapters", False)),
@@ -64,7 +66,8 @@ def adapter_states(model: nn.Module) -> tuple[Any, ...]:
             tuple(_active(module)),
             tuple(_scales(module).items()),
         )
-        for module in _adapted(model)
+        for module in modules
+        if type(module) in types
     )
 
 
@@ -103,15 +106,8 @@ def without_part(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return reasons
 
 
-def _adapted(model: nn.Module) -> list[nn.Module]:
-    """The modules that are PEFT's; types are looked at once, of which there are few."""
-    modules = modules_of(model)
-    types = set(filter(_is_adapted, {type(module) for module in modules}))
-    return [module for module in modules if type(module) in types]
-
-
 def _is_adapted(cls: type[nn.Module]) -> bool:
-    """Whether a module is PEFT's; a whole network of diffusers has methods of these names."""
+    """Tell whether modules are PEFT's; a network of diffusers has methods of these names."""
     own = (getattr(cls, name, None) for name in ("active_adapters", "disable_adapters"))
     return all(isinstance(one, property) for one in own)
 
@@ -128,7 +124,7 @@ def _scales(module: nn.Module) -> dict[str, float]:
 
 
 def _why_not(module: nn.Module, adapter: str) -> str:
-    """Why an adapter takes no part in the output of one of its modules; empty if it does."""
+    """Say why an adapter takes no part in the output of one of its modules; empty if it does."""
     if module.disable_adapters:
         return (
             "the adapters are disabled: call enable_lora() of the pipeline, or enable_adapters() "
@@ -136,8 +132,10 @@ def _why_not(module: nn.Module, adapter: str) -> str:
         )
     merged = list(getattr(module, "merged_adapters", ()))
     if merged:
+        names = ", ".join(f"'{name}'" for name in merged)
+        are = "adapter {} is" if len(merged) == 1 else "adapters {} are"
         return (
-            f"{_quoted(merged)} fused into the weights: call unfuse_lora() of the pipeline "
+            f"{are.format(names)} fused into the weights: call unfuse_lora() of the pipeline "
             "(unmerge_adapter() of a PeftModel)"
         )
     if adapter not in _active(module):
@@ -151,8 +149,3 @@ def _why_not(module: nn.Module, adapter: str) -> str:
             "the scale of training"
         )
     return ""
-
-
-def _quoted(names: list[str]) -> str:
-    listed = ", ".join(f"'{name}'" for name in names)
-    return f"adapter {listed} is" if len(names) == 1 else f"adapters {listed} are"

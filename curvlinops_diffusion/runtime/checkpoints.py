@@ -1,4 +1,4 @@
-"""Files in which a pass writes down how far it has come."""
+"""Checkpoints of passes over the data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from curvlinops_diffusion.runtime.division import Unit
 from curvlinops_diffusion.runtime.files import FileKind, check_same, make_folder
-from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.processes import Processes
 from curvlinops_diffusion.runtime.sums import Running
 
 CHECKPOINT = FileKind("curvlinops_diffusion.checkpoint", "a checkpoint", "Delete it to start anew.")
@@ -48,28 +48,30 @@ class Checkpoint:
         self,
         folder: Path,
         name: str,
-        share: Share,
+        processes: Processes,
         identity: dict[str, Any],
         running: Running,
         device: torch.device,
     ):
         self._folder, self._name = folder, name
-        self._share, self._identity = share, identity
+        self._processes, self._identity = processes, identity
         self._running, self._device = running, device
         self.elsewhere: set[Unit] = set()  # what other processes hold
         self._merged: list[Path] = []
 
     def restore(self) -> Done:
-        """Go on from the files of this process.
+        """Resume from the files of this process.
 
         Raises:
             ValueError: If a file is damaged, or of something else.
         """
         make_folder(self._folder)
-        found = sorted(self._folder.glob(f"{_slug(self._name)}.*.safetensors"))
+        found = _files(self._folder, self._name)
         seen = [[path.name, path.stat().st_size] for path in found]
-        self._share.check_alike(f"what they see in '{self._folder}'", seen)
-        batches = {path: _read_done(path, self._identity).batches for path in found}
+        self._processes.check_alike(f"what they see in '{self._folder}'", seen)
+        batches = {}
+        for path in found:
+            batches[path] = _checked(path, CHECKPOINT.read_header(path), self._identity).batches
         current = [
             path
             for i, path in enumerate(found)
@@ -79,11 +81,11 @@ class Checkpoint:
                 if i != j
             )
         ]
-        self._share.barrier()  # before any of them is replaced
+        self._processes.barrier()  # before any of them is replaced
         done = Done()
         tensors: dict[str, Tensor] = {}
         for i, path in enumerate(current):
-            if i % self._share.count != self._share.rank:
+            if not self._processes.takes(i):
                 self.elsewhere |= batches[path]
                 continue
             sums, own = read(path, self._identity, self._device)
@@ -97,11 +99,11 @@ class Checkpoint:
         return done
 
     def write(self, done: Done) -> None:
-        """Write the sums down; a failure is told, but does not stop the pass."""
-        if not done.batches:
-            return
-        path = path_of(self._folder, self._name, self._share.rank)
-        if not try_to_write(path, self._running.tensors(), self._identity, done):
+        """Write the sums; if that fails, warn and go on."""
+        path = path_of(self._folder, self._name, self._processes.rank)
+        if not done.batches or not try_to_write(
+            path, self._running.tensors(), self._identity, done
+        ):
             return
         for other in self._merged:
             if other != path:
@@ -113,59 +115,44 @@ def _slug(name: str) -> str:
     return name.lower().replace(" ", "_")
 
 
+def _files(folder: Path, name: str) -> list[Path]:
+    return sorted(folder.glob(f"{_slug(name)}.*.safetensors"))
+
+
 def path_of(folder: Path, name: str, rank: int) -> Path:
-    """The file of a process."""
+    """Return the file of a process."""
     return folder / f"{_slug(name)}.{rank}.safetensors"
 
 
-def forget(folder: str | PathLike[str] | None, name: str, share: Share) -> None:
-    """Delete what was written down of a pass; nothing if nothing is written down."""
+def forget(folder: str | PathLike[str] | None, name: str, processes: Processes) -> None:
+    """Delete the checkpoints of a pass, if there are any."""
     if folder is None:
         return
-    share.barrier()  # or another process would not find it
-    if share.rank == 0:
-        for path in Path(folder).glob(f"{_slug(name)}.*.safetensors"):
+    processes.barrier()  # or another process would not find it
+    if processes.rank == 0:
+        for path in _files(Path(folder), name):
             path.unlink(missing_ok=True)
 
 
 def try_to_write(
     path: Path, tensors: Mapping[str, Tensor], identity: Mapping[str, Any], done: Done
 ) -> bool:
-    """Write a checkpoint, or tell why not: the pass can go on without."""
+    """Write a checkpoint, or warn why not: the pass can go on without."""
+    units = sorted(done.batches, key=lambda unit: (unit,) if isinstance(unit, int) else unit)
+    header = {"identity": identity, "batches": units, "examples": done.examples}
     try:
-        _write(path, tensors, identity, done)
+        make_folder(path.parent)
+        CHECKPOINT.write(path, tensors, header)
     except ValueError as error:
         warn(f"The checkpoint was not written, and the pass goes on: {error}", stacklevel=4)
         return False
     return True
 
 
-def _write(
-    path: Path, tensors: Mapping[str, Tensor], identity: Mapping[str, Any], done: Done
-) -> None:
-    header = {
-        "identity": identity,
-        "batches": sorted(
-            done.batches, key=lambda unit: (unit,) if isinstance(unit, int) else unit
-        ),
-        "examples": done.examples,
-    }
-    make_folder(path.parent)
-    CHECKPOINT.write(path, tensors, header)
-
-
-def _read_done(path: Path, identity: Mapping[str, Any]) -> Done:
-    return _checked(path, CHECKPOINT.read_header(path), identity)
-
-
 def read(
     path: Path, identity: Mapping[str, Any], device: torch.device
 ) -> tuple[dict[str, Tensor], Done]:
-    """Read the sums of a file, and the batches that they are of.
-
-    Raises:
-        ValueError: If the file is damaged, or of something else.
-    """
+    """Read the sums of a file, and the batches that they are of."""
     header, tensors = CHECKPOINT.read(path)
     done = _checked(path, header, identity)
     # copied, since products of tensors that are not aligned in memory round differently
@@ -180,7 +167,7 @@ def _unit(entry: Any) -> Unit:
 
 
 def _checked(path: Path, header: Any, identity: Mapping[str, Any]) -> Done:
-    """The batches that a file holds, if it is of the same."""
+    """Return the batches that a file holds, if it is of the same."""
     try:
         done = Done({_unit(entry) for entry in header["batches"]}, int(header["examples"]))
         there = dict(header["identity"])

@@ -1,80 +1,155 @@
-"""User-facing checks: every message says what arrived, what is accepted, and what to do."""
+"""Checks of what users pass, which raise a ``ValueError``: of options, tensors and results."""
 
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
 from enum import Enum
 from math import isfinite
+from numbers import Number
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 E = TypeVar("E", bound=Enum)
 
+_LONGEST_QUOTE = 400
+# C++ stacks, which torch appends to its messages
+_STACK = re.compile(r"^(?:frame #|Exception raised from )")
+# tables of embeddings are not indexed by these
+_SHORT_LABELS = (torch.uint8, torch.int8, torch.int16)
+
 
 def check_option(name: str, value: Any, options: type[E]) -> E:
-    """Return the member of ``options`` that ``value`` names.
-
-    Raises:
-        ValueError: If ``value`` names none.
-    """
+    """Return the member of ``options`` that ``value`` names."""
     try:
         return options(value)
     except ValueError:
         accepted = ", ".join(repr(option.value) for option in options)
-        raise ValueError(f"{name}={value!r} is unknown. Pass one of: {accepted}.") from None
+        raise ValueError(f"`{name}` must be one of {accepted}, got {value!r}.") from None
 
 
 def check_count(name: str, value: Any) -> int:
-    """Return ``value`` if it is a whole number of at least one.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Return ``value`` if it is a whole number of at least one."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} arrived. Pass a whole number of at least 1.")
+        raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
     return value
 
 
 def check_non_negative(name: str, value: Any) -> float:
-    """Return ``value`` as a float if it is finite and at least zero.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Return ``value`` as a float if it is finite and at least zero."""
     if not isinstance(value, int | float) or not isfinite(value) or value < 0:
-        raise ValueError(f"{name}={value!r} arrived. Pass a finite number of at least 0.")
+        raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
     return float(value)
 
 
 def check_positive(name: str, value: Any) -> float:
-    """Return ``value`` as a float if it is finite and above zero.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Return ``value`` as a float if it is finite and above zero."""
     if not isinstance(value, int | float) or not isfinite(value) or value <= 0:
-        raise ValueError(f"{name}={value!r} arrived. Pass a finite number above 0.")
+        raise ValueError(f"`{name}` must be positive and finite, got {value!r}.")
     return float(value)
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
-    """Check that a computed quantity is finite.
-
-    Raises:
-        ValueError: If it is not; ``what`` says which quantity and layer.
-    """
+    """Check that a computed quantity is finite."""
     if not torch.isfinite(tensor).all():
         check_finite_count(what, int((~torch.isfinite(tensor)).sum()), tensor.numel())
 
 
 def check_finite_count(what: str, count: int, entries: int) -> None:
-    """Check that of a computed quantity's entries none were found that are not finite.
+    """Check the number of a computed quantity's entries that are not finite."""
+    if count:
+        raise ValueError(
+            f"{what} has {count} entries that are NaN or infinite (of {entries}). Check the "
+            "model's weights and the data; if the model runs in float16 or bfloat16, try float32."
+        )
 
-    Raises:
-        ValueError: If some were; ``what`` says which quantity and layer.
+
+def plain(value: Any, what: str) -> Any:
+    """Convert a value of the data for the network's passes, with the same numbers.
+
+    Tensors lose their graph and the marks of inference mode, arrays become tensors; mappings are
+    walked through, other values are as they were (a list of numbers too: the network may want it).
+
+    Args:
+        value: A tensor, array or mapping of these, or anything else.
+        what: Its name in messages.
     """
-    if count == 0:
-        return
-    raise ValueError(
-        f"{what} has {count} entries that are NaN or infinite (of {entries}). Check the model's "
-        "weights and the data; if the model runs in float16 or bfloat16, try float32."
-    )
+    if isinstance(value, Tensor):
+        return plain_tensor(value, what)
+    if isinstance(value, Mapping):
+        return {key: plain(each, f"{what}[{key!r}]") for key, each in value.items()}
+    if not isinstance(value, np.ndarray):
+        return value
+    try:
+        # a copy: the array may be read-only, reversed, or in another byte order
+        return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
+    except TypeError as error:
+        raise ValueError(
+            f"{what} is an array of {value.dtype}, of which there are no tensors. Pass numbers, or "
+            "a list of texts."
+        ) from error
+
+
+def plain_labels(value: Any) -> Any:
+    """Convert labels of few bits, or in a list, to numbers that index tables of embeddings."""
+    if isinstance(value, list) and value and all(isinstance(z, Number) for z in value):
+        return torch.as_tensor(value)
+    short = isinstance(value, Tensor) and value.dtype in _SHORT_LABELS
+    return value.long() if short else value
+
+
+def plain_tensor(tensor: Tensor, what: str) -> Tensor:
+    """Convert a tensor as :func:`plain` does."""
+    reason = _unusual(tensor)
+    if reason is not None:
+        raise ValueError(f"{what} {reason}.")
+    # Parameters, images of torchvision; not those whose operations are their own (DTensor)
+    usual = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    if type(tensor) is not Tensor and usual:
+        tensor = tensor.as_subclass(Tensor)
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _unusual(tensor: Tensor) -> str | None:
+    """Say why a tensor cannot be used as it is, and what to do."""
+    if tensor.is_meta:
+        return "has no values (it is on the device 'meta'). Load it onto a device"
+    if tensor.is_nested:
+        return "is a nested tensor. Pass examples of one shape, torch.stack(tensor.unbind())"
+    if tensor.is_quantized:
+        return f"is quantised ({tensor.dtype}). Pass tensor.dequantize()"
+    if tensor.layout is not torch.strided:
+        return f"has the layout {tensor.layout}. Pass tensor.to_dense()"
+    if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
+        return f"is of {tensor.dtype}, which cannot be computed with. Pass tensor.float()"
+    return None
+
+
+def quoted(error: BaseException) -> str:
+    """Quote an error of another library in one line.
+
+    The first line alone often ends at a colon, and the cause stands in the next ones or in the
+    last: lines are joined, and of a long message the beginning and the end are kept.
+
+    Returns:
+        The message without line breaks, stacks of C++ and repeated lines, at most 400 characters;
+        with the kind of error where the message alone says little (``KeyError: 'conv_in'``) and
+        the error that it was raised from.
+    """
+    lines = [" ".join(line.split()) for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not _STACK.match(line)]
+    text = " ".join(dict.fromkeys(lines))
+    if not text or isinstance(error, LookupError):
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
+    if error.__cause__ is not None and str(error.__cause__) not in text:
+        text = f"{text.rstrip('.')} ({quoted(error.__cause__)})"
+    if len(text) > _LONGEST_QUOTE:
+        head = text[: _LONGEST_QUOTE * 2 // 3]
+        tail = text[-(_LONGEST_QUOTE // 3 - 3) :]
+        text = f"{head.rpartition(' ')[0] or head} … {tail.partition(' ')[2] or tail}"
+    return text

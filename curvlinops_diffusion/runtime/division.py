@@ -1,4 +1,4 @@
-"""Which examples of which batches fall to a process, of those that nobody has done."""
+"""Division of a pass among processes: which examples of which batches each still has to do."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Protocol, TypeVar
 
-from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.processes import Processes
 
 #: A batch by its number; or of batch `number` the examples at positions `start` to `stop − 1`.
 Unit = int | tuple[int, int, int]
 
 
 class Divisible(Protocol):
-    """A batch of examples, of which some can be taken."""
+    """A batch of examples, of which some can be selected."""
 
     @property
     def indices(self) -> Sequence[int]:
         """The numbers of its examples."""
 
     def select(self: Batch, positions: list[int], /) -> Batch:
-        """The examples at some positions."""
+        """Return the examples at some positions."""
 
 
 Batch = TypeVar("Batch", bound=Divisible)
@@ -33,23 +33,23 @@ class Division:
     have been divided among another number of processes.
 
     Args:
-        share: The process.
+        processes: The processes.
         num_batches: All batches; ``None`` if their number is not known, which are not cut then.
         done: What is done already, by whomever.
         in_step: Whether all processes must have equally many batches of equal sizes. Every batch is
-            cut into equal pieces then, and what is left of it all must do (:meth:`rest`).
+            cut into equal pieces then, and all do what is left of it (:meth:`rest`).
     """
 
     def __init__(
         self,
-        share: Share,
+        processes: Processes,
         num_batches: int | None,
         done: Iterable[Unit],
         in_step: bool = False,
     ):
-        self._share = share
+        self._processes = processes
         self._in_step = in_step
-        self._uncut = None if num_batches is None else num_batches - num_batches % share.count
+        self._uncut = None if num_batches is None else num_batches - num_batches % processes.count
         self._whole: set[int] = set()
         self._pieces: dict[int, set[int]] = {}
         for unit in done:
@@ -61,23 +61,26 @@ class Division:
 
     def wants(self, number: int) -> bool:
         """Tell whether a batch may have examples for this process."""
-        mine = self._in_step or self._share.takes(number) or self._is_cut(number)
+        mine = self._in_step or self._processes.takes(number) or self._is_cut(number)
         return mine and number not in self._whole
 
     def own(self, batches: Iterable[tuple[int, Batch]]) -> Iterator[tuple[list[Unit], Batch]]:
-        """The examples of this process in wanted batches, and what to note of them when done."""
+        """Yield this process' examples of wanted batches, and the units that they make up."""
         for number, clean in batches:
             size = len(clean.indices)
             positions = self._positions(number, size)
             if len(positions) == size:
                 yield [number], clean
             elif positions:
-                yield _pieces(number, positions), clean.select(positions)
+                runs = groupby(enumerate(positions), lambda pair: pair[1] - pair[0])
+                pieces = [[position for _, position in run] for _, run in runs]
+                units: list[Unit] = [(number, piece[0], piece[-1] + 1) for piece in pieces]
+                yield units, clean.select(positions)
 
     def rest(self, batches: Iterable[tuple[int, Batch]]) -> Iterator[Batch]:
-        """The examples that all processes must do, of those in step."""
+        """Yield the examples that all processes do, of those in step."""
         for number, clean in batches:
-            _, rest = in_equal_parts(self._left(number, len(clean.indices)), self._share)
+            _, rest = in_equal_parts(self._left(number, len(clean.indices)), self._processes)
             if rest:
                 yield clean.select(rest)
 
@@ -85,31 +88,24 @@ class Division:
         return self._uncut is not None and number >= self._uncut
 
     def _positions(self, number: int, size: int) -> list[int]:
-        rank, count = self._share.rank, self._share.count
+        left = self._left(number, size)
         if self._in_step:
-            return in_equal_parts(self._left(number, size), self._share)[0]
-        own = range(size)
-        if self._is_cut(number):
-            # larger pieces come last, and in the next batch first
-            rank = count - 1 - rank if number % 2 else rank
-            own = range(rank * size // count, (rank + 1) * size // count)
-        left = set(self._left(number, size))
-        return [position for position in own if position in left]
+            return in_equal_parts(left, self._processes)[0]
+        if not self._is_cut(number):
+            return left
+        rank, count = self._processes.rank, self._processes.count
+        # larger pieces come last, and in the next batch first
+        rank = count - 1 - rank if number % 2 else rank
+        own = range(rank * size // count, (rank + 1) * size // count)
+        return [position for position in left if position in own]
 
     def _left(self, number: int, size: int) -> list[int]:
-        """The positions in a batch that nobody has done."""
+        """Return the positions in a batch that are not done."""
         done = self._pieces.get(number, set())
         return [position for position in range(size) if position not in done]
 
 
-def in_equal_parts(items: list[int], share: Share) -> tuple[list[int], list[int]]:
-    """A process' part of equal ones, and what is left."""
-    size = len(items) // share.count
-    return items[share.rank * size : (share.rank + 1) * size], items[size * share.count :]
-
-
-def _pieces(number: int, positions: list[int]) -> list[Unit]:
-    """Successive positions as one piece."""
-    runs = groupby(enumerate(positions), lambda pair: pair[1] - pair[0])
-    found = [[position for _, position in run] for _, run in runs]
-    return [(number, run[0], run[-1] + 1) for run in found]
+def in_equal_parts(items: list[int], processes: Processes) -> tuple[list[int], list[int]]:
+    """Divide items into equal parts: this process' part, and what is left of all."""
+    rank, size = processes.rank, len(items) // processes.count
+    return items[rank * size : (rank + 1) * size], items[size * processes.count :]

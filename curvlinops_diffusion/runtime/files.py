@@ -1,4 +1,4 @@
-"""Files that are never half-written."""
+"""Files that are never half-written, and one format of tensors with a header of JSON text."""
 
 from __future__ import annotations
 
@@ -18,16 +18,21 @@ if TYPE_CHECKING:  # to say what a file holds, PyTorch need not be imported
     from torch import Tensor
 
 
+# of the format of all files of tensors; raise it with every change of what they hold
+VERSION = 1
+
+
 def write_bytes(path: Path, contents: bytes) -> None:
-    """Write any file in the same way.
+    """Write a file whole, or not at all.
 
     Raises:
         ValueError: If it cannot be written; an older file of that name is unchanged.
     """
-    _written(path, lambda temporary: Path(temporary).write_bytes(contents))
+    _write(path, lambda temporary: Path(temporary).write_bytes(contents))
 
 
-def _written(path: Path, write: Callable[[str], object]) -> None:
+def _write(path: Path, write: Callable[[str], object]) -> None:
+    """Write a file under another name in the same folder, then rename it."""
     if not path.parent.is_dir():
         raise ValueError(f"The folder '{path.parent}' does not exist. Create it first.")
     if path.is_dir():
@@ -54,11 +59,7 @@ def _written(path: Path, write: Callable[[str], object]) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder where there is none.
-
-    Raises:
-        ValueError: If that is not possible.
-    """
+    """Make a folder where there is none."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -68,7 +69,7 @@ def make_folder(path: Path) -> None:
 
 
 def named_path(text: str) -> tuple[str | None, Path]:
-    """The name and the path of ``name=path``, or ``None`` and a path alone.
+    """Split ``name=path`` into name and path; the name is ``None`` for a path alone.
 
     A path may hold an equals sign, too: what exists, or begins as paths do, is one.
     """
@@ -78,7 +79,7 @@ def named_path(text: str) -> tuple[str | None, Path]:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, through links, each folder once."""
+    """Yield every file below a folder, through links, each folder once."""
     seen: set[str] = set()
     for found, folders, files in os.walk(folder, followlinks=True):
         here = os.path.realpath(found)
@@ -90,15 +91,9 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def check_can_be_made(path: Path, option: str) -> None:
-    """Check that a folder is there and can be written to, or that it can be made.
-
-    Raises:
-        ValueError: If neither.
-    """
-    there = path.absolute()
+    """Check that a folder is there and can be written to, or that it can be made."""
     try:
-        while not there.exists() and there != there.parent:
-            there = there.parent
+        there = _existing(path)
     except OSError as error:
         raise ValueError(f"{option} {path} cannot be made: {error.strerror}.") from error
     if not there.is_dir():
@@ -110,9 +105,6 @@ def check_can_be_written(path: Path, option: str) -> None:
     """Check that a file of a name can be written, by writing an empty one beside it.
 
     Permissions alone do not tell: a disk may be read-only, and a name may be too long.
-
-    Raises:
-        ValueError: If it cannot be.
     """
     path = _behind_links(path)
     temporary = _temporary(path)
@@ -127,8 +119,16 @@ def check_can_be_written(path: Path, option: str) -> None:
         ) from error
 
 
+def _existing(path: Path) -> Path:
+    """Return the innermost folder, or file, on the way to a path that exists."""
+    there = path.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    return there
+
+
 def _behind_links(path: Path) -> Path:
-    """The file that a link is of: replaced by a file it would no longer lead there."""
+    """Return the file that a link leads to, so that the link is not replaced."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
@@ -143,14 +143,8 @@ def check_space(folder: Path, needed: int, what: str) -> None:
         folder: Where they are to be written; it need not exist yet.
         needed: Bytes.
         what: What is to be written, for the message.
-
-    Raises:
-        ValueError: If fewer are free.
     """
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(_existing(folder)).free
     if needed > free:
         raise ValueError(
             f"{what} take {needed / 1e9:,.3g} GB, and {free / 1e9:,.3g} GB are free in '{folder}'. "
@@ -158,15 +152,16 @@ def check_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
-# Under which a digest of header and tensors is kept among a file's metadata
+# entries of a file's metadata: a digest of header and tensors, and the format's version
 _DIGEST = "sha256"
+_FORMAT_VERSION = "format_version"
 # safetensors takes no more than 100 MB of metadata: longer headers are kept as a tensor of bytes
 _LONGEST = 50_000_000
 _LONG_HEADER = "__header__"
 
 
-def _digest(header: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Of tensors in the order of their names."""
+def _file_digest(header: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Compute the digest of header and tensors, in the order of their names."""
     from curvlinops_diffusion.runtime.digests import tensor_parts
 
     digest = sha256(header.encode())
@@ -187,11 +182,13 @@ class FileKind:
         key: Under which the header is kept among the file's metadata.
         what: What the file is of, for messages.
         advice: What to do about a file that cannot be read, for messages.
+        version: The format's version; files of another one are refused. ``None`` for any.
     """
 
     key: str
     what: str
     advice: str
+    version: int | None = VERSION
 
     def write(self, path: Path, tensors: Mapping[str, Tensor], header: Any) -> None:
         """Write a file under another name in the same folder, then rename it.
@@ -199,6 +196,7 @@ class FileKind:
         Raises:
             ValueError: If it cannot be written; an older file of that name is unchanged.
         """
+        import torch
         from safetensors.torch import save_file
 
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -208,15 +206,17 @@ class FileKind:
         text = json.dumps(header)
         metadata = {self.key: text}
         if len(text) > _LONGEST:  # the names of a million images
-            plain[_LONG_HEADER] = _as_bytes(text)
+            plain[_LONG_HEADER] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
             metadata[self.key] = json.dumps(None)
-        metadata[_DIGEST] = _digest(metadata[self.key], sorted(plain.items()))
-        _written(path, lambda temporary: save_file(_unshared(plain), temporary, metadata))
+        if self.version is not None:
+            metadata[_FORMAT_VERSION] = str(self.version)
+        metadata[_DIGEST] = _file_digest(metadata[self.key], sorted(plain.items()))
+        _write(path, lambda temporary: save_file(_unshared(plain), temporary, metadata))
 
     def read(
         self, path: Path, wanted: Container[str] | None = None
     ) -> tuple[Any, dict[str, Tensor]]:
-        """The header and the tensors of a file.
+        """Read the header and the tensors of a file.
 
         Args:
             path: The file.
@@ -224,8 +224,8 @@ class FileKind:
                 one after the other, to see that the file is as it was written.
 
         Raises:
-            ValueError: If the file is missing, not whole, or of another kind; or header or tensors
-                are not those that were written.
+            ValueError: If the file is missing, not whole, or of another kind or version; or header
+                or tensors are not those that were written.
         """
         with self._open(path, framework="pt") as file:
             header = self._header(path, file)
@@ -240,7 +240,7 @@ class FileKind:
 
             metadata = file.metadata()
             try:
-                found = _digest(metadata[self.key], each())
+                found = _file_digest(metadata[self.key], each())
             except (SafetensorError, OSError) as error:
                 raise self._not_whole(path, error) from error
         if metadata.get(_DIGEST) != found:
@@ -250,21 +250,14 @@ class FileKind:
         return header, tensors
 
     def read_header(self, path: Path) -> Any:
-        """The header alone.
-
-        Raises:
-            ValueError: As :meth:`read`.
-        """
+        """Read the header alone."""
         with self._open(path) as file:
             return self._header(path, file)
 
     def read_rows(self, path: Path, name: str, rows: slice) -> Tensor:
-        """Some rows of a tensor, of which the others are not read; nor is the file's digest.
-
-        Raises:
-            ValueError: If the file is missing, not whole, or has no such tensor.
-        """
+        """Read some rows of a tensor, without the others and the file's digest."""
         with self._open(path, framework="pt") as file:
+            self._check_version(path, file.metadata() or {})
             try:
                 found: Tensor = file.get_slice(name)[rows]
             except (SafetensorError, OSError) as error:
@@ -272,11 +265,7 @@ class FileKind:
         return found
 
     def names(self, path: Path) -> set[str]:
-        """The names of the tensors, of which none is read.
-
-        Raises:
-            ValueError: As :meth:`read`.
-        """
+        """Read the names of the tensors."""
         with self._open(path) as file:
             self._header(path, file)
             return set(file.keys()) - {_LONG_HEADER}
@@ -290,7 +279,7 @@ class FileKind:
             return False
 
     def damaged(self, path: Path, reason: object) -> ValueError:
-        """An error that says that the header is not what it should be."""
+        """Make an error that says that the header is not what it should be."""
         return ValueError(f"The header of '{path}' is damaged ({reason}). {self.advice}")
 
     def _open(self, path: Path, framework: str = "np") -> Any:
@@ -311,13 +300,23 @@ class FileKind:
             raise ValueError(
                 f"'{path}' is a safetensors file, but not of {self.what}{held}. {self.advice}"
             )
+        self._check_version(path, metadata)
         try:
             header = json.loads(metadata[self.key])
             if header is None and _LONG_HEADER in file.keys():  # noqa: SIM118 - no mapping
-                header = json.loads(bytes(memoryview(_as_array(file.get_tensor(_LONG_HEADER)))))
+                raw = file.get_tensor(_LONG_HEADER)  # an array, or a tensor
+                header = json.loads(bytes(memoryview(getattr(raw, "numpy", lambda: raw)())))
             return header
         except (ValueError, RecursionError) as error:
             raise self.damaged(path, error) from error
+
+    def _check_version(self, path: Path, metadata: Mapping[str, str]) -> None:
+        version = metadata.get(_FORMAT_VERSION)
+        if self.version is not None and version != str(self.version):
+            raise ValueError(
+                f"'{path}' has the format version {version}, and this curvlinops_diffusion reads "
+                f"{self.version}. Install the one that wrote it, or make it anew: {self.advice}"
+            )
 
     def _not_whole(self, path: Path, error: Exception) -> ValueError:
         return ValueError(
@@ -327,10 +326,10 @@ class FileKind:
 
 
 def kind_of(path: Path) -> str | None:
-    """The key of a safetensors file's kind; empty for files of other programs.
+    """Return the key of a safetensors file's kind.
 
     Returns:
-        ``None`` if it is no whole safetensors file.
+        Empty for files of other programs; ``None`` if it is no whole safetensors file.
     """
     try:
         with safe_open(path, "np") as file:
@@ -343,19 +342,8 @@ def _kind_among(metadata: Mapping[str, str]) -> str:
     return next((key for key in metadata if key.startswith("curvlinops_diffusion.")), "")
 
 
-def _as_bytes(text: str) -> Tensor:
-    import torch
-
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-
-
-def _as_array(tensor: Any) -> Any:
-    """What ``memoryview`` takes: of a tensor, or the array that it was read as."""
-    return tensor.numpy() if hasattr(tensor, "numpy") else tensor
-
-
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that share no memory, which the safetensors format refuses."""
+    """Copy tensors that share memory, which the safetensors format refuses."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
@@ -382,22 +370,19 @@ def check_same(
         what: A sentence up to the differences, without a colon.
         advice: What to do, a sentence.
         error: The kind of error.
-
-    Raises:
-        ValueError: If they differ, naming the first differences.
     """
-    different = differences(there, here)
+    different = _differences(there, here)
     if different:
         raise error(f"{what}: {'; '.join(different[:5])}. {advice}")
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
     """List where two identities differ, as ``name (value there, value here)``."""
     found = []
     for key in sorted({*there, *here}):
         a, b = there.get(key), here.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, f"{prefix}{key}.")
+            found += _differences(a, b, f"{prefix}{key}.")
         elif a != b:
             short = [str(v)[:12] + "…" if len(str(v)) > 24 else str(v) for v in (a, b)]
             found.append(f"{prefix}{key} ({short[0]} there, {short[1]} here)")

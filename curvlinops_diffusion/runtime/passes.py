@@ -1,15 +1,15 @@
-"""Passes over the data that can be interrupted and go on, and be split over processes.
+"""Passes over the data that can be interrupted and resumed, and divided among processes.
 
-A pass adds up something over batches. Every so often it writes down what it has, and of which
-batches; started again, it goes on from there. Each process takes its share of the batches, and at
-the end everyone has the sum.
+A pass adds up something over batches. Every so often it writes a checkpoint of the sums, and of
+which batches they are; started again, it resumes from there. Each process takes some of the
+batches, and at the end all have the sum.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -17,74 +17,49 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from curvlinops_diffusion.runtime.checkpoints import Checkpoint, Done, path_of, read, try_to_write
 from curvlinops_diffusion.runtime.checks import check_count, check_non_negative
-from curvlinops_diffusion.runtime.division import Division, Unit
-from curvlinops_diffusion.runtime.processes import ALONE, Share
-from curvlinops_diffusion.runtime.progress import draws_bar
+from curvlinops_diffusion.runtime.devices import warn_if_busy
+from curvlinops_diffusion.runtime.division import Divisible, Division, Unit
+from curvlinops_diffusion.runtime.processes import ALONE, Processes
 from curvlinops_diffusion.runtime.sums import Running
-from curvlinops_diffusion.runtime.threads import warn_if_busy
 
 _logger = logging.getLogger("curvlinops_diffusion")
 
 
-class NumberedExamples(Protocol):
-    """A batch of examples.
-
-    Attributes:
-        indices: The numbers of its examples.
-    """
+class _PassData(Protocol):
+    """Examples in numbered batches, each drawn several times: see ``NoisedRegression``."""
 
     @property
-    def indices(self) -> Sequence[int]:
-        """The numbers of its examples."""
-
-    def select(self, positions: Sequence[int], /) -> NumberedExamples:
-        """The examples at some positions of the batch."""
-
-
-class PassData(Protocol):
-    """Data that a pass can go over: examples in numbered batches, each drawn several times."""
+    def num_data(self) -> int: ...
 
     @property
-    def num_data(self) -> int:
-        """The number of examples."""
+    def num_draws(self) -> int: ...
 
     @property
-    def num_draws(self) -> int:
-        """The number of draws for each example."""
+    def num_samples(self) -> int: ...
 
     @property
-    def num_samples(self) -> int:
-        """The number of examples times draws."""
+    def num_batches(self) -> int | None: ...
 
     @property
-    def num_batches(self) -> int | None:
-        """The number of batches; ``None`` if it is not known before a pass over them."""
+    def in_step(self) -> bool: ...
 
     @property
-    def in_step(self) -> bool:
-        """Whether all processes must do the same at the same time: they share a network."""
+    def device(self) -> torch.device: ...
 
     @property
-    def device(self) -> torch.device:
-        """The device of the sums."""
+    def description(self) -> dict[str, Any]: ...
 
-    @property
-    def description(self) -> dict[str, Any]:
-        """Describe what determines the draws and the loss, as plain values."""
+    def fingerprint(self) -> dict[str, str]: ...
 
-    def fingerprint(self) -> dict[str, str]:
-        """A digest of the network's weights."""
-
-    def identity(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Weights, data, draws and settings, as plain values."""
+    def identity(self, settings: Mapping[str, Any]) -> dict[str, Any]: ...
 
     def numbered_batches(
         self, wanted: Callable[[int], bool]
-    ) -> Iterator[tuple[int, NumberedExamples]]:
-        """Yield the batches whose numbers are wanted."""
+    ) -> Iterator[tuple[int, Divisible]]: ...
 
 
 @dataclass(frozen=True)
@@ -92,22 +67,22 @@ class PassOptions:
     """The way passes over the data are run.
 
     Attributes:
-        checkpoint: A folder in which passes write down how far they have come, and from which they
-            go on when the program is started again: after a crash, with the same result to the last
-            bit on one process. ``None`` for none. A finished pass leaves its sums there as well, so
-            that a program of several passes does none of them again; delete the folder when done.
-            Several processes must see the same folder.
+        checkpoint: A folder of checkpoints, from which passes resume when the program is started
+            again: after a crash, with the same result to the last bit on one process. ``None`` for
+            none. A finished pass leaves its sums there as well, so that a program of several passes
+            does none of them again; delete the folder when done. Several processes must see the
+            same folder.
         checkpoint_every: Seconds between two checkpoints.
         distributed: Whether the processes of ``torch.distributed`` share the work. The default
             process group must be initialised; every process then has the whole result.
         sharded: Whether each of these processes keeps its share of K-FAC's or EK-FAC's blocks only,
             those of some layers. Either it passes over all data for them (``"layers"``), or each
             runs the network on its part of every batch, and sends what layers see to those that
-            have them (``"data"``); ``True`` chooses by counted cost. Everything of such an operator
-            is then done by all processes together, at the same place of their programs.
+            have them (``"data"``); ``True`` chooses by counted cost. All processes must then call
+            everything of such an operator together, at the same place of their programs.
         max_memory: Bytes that factors, and what is made of them, may take beside the network and a
             training pass. Where they are more, layers are fitted in groups, each by passes of its
-            own over all data; finished blocks wait in the host's memory, and are multiplied from
+            own over all data; finished blocks are kept in the host's memory, and multiplied from
             there if they do not fit either. ``None`` for no limit.
         progressbar: Whether to show progress.
     """
@@ -126,23 +101,23 @@ class PassOptions:
             ValueError: If one is of no accepted kind.
         """
         check_non_negative("checkpoint_every", self.checkpoint_every)
-        Share.of(self.distributed)
+        Processes.of(self.distributed)
         if self.max_memory is not None:
             check_count("max_memory", self.max_memory)
         if self.sharded not in (False, True, "layers", "data"):
             raise ValueError(
-                f"sharded={self.sharded!r} arrived. Pass True, or 'layers' or 'data' to say how."
+                f"`sharded` must be True, False, 'layers' or 'data', got {self.sharded!r}."
             )
         if self.sharded and not self.distributed:
             raise ValueError(
-                "sharded=True arrived without distributed=True. Pass both, in a program that "
-                "torchrun has started, or neither."
+                "`sharded` must be False without `distributed`, got True. Pass both, in a program "
+                "that torchrun has started, or neither."
             )
 
     @property
-    def holders(self) -> Share:
-        """The processes that hold an operator's blocks: all of them, or each the whole."""
-        return Share.of(self.distributed) if self.sharded else ALONE
+    def holders(self) -> Processes:
+        """The processes that an operator's blocks are sharded over; one alone if they are not."""
+        return Processes.of(self.distributed) if self.sharded else ALONE
 
 
 #: One process, no checkpoints.
@@ -151,7 +126,7 @@ PLAIN = PassOptions()
 
 def run_pass(
     name: str,
-    data: PassData,
+    data: _PassData,
     running: Running,
     step: Callable[[Any], None],
     options: PassOptions,
@@ -160,8 +135,8 @@ def run_pass(
     *,
     begin: Callable[[], None] = lambda: None,
     summed: bool = True,
-    together: Share = ALONE,
-    tell: Callable[[bool], None] = lambda new: None,
+    together: Processes = ALONE,
+    on_batch: Callable[[bool], None] = lambda new: None,
 ) -> None:
     """Run a step on every batch of clean examples, and add up over processes.
 
@@ -176,42 +151,50 @@ def run_pass(
         step: Adds a batch to it: what ``prepare`` makes of it.
         options: Checkpoints and processes.
         settings: What else the result depends on, as plain values.
-        prepare: What can be computed of a batch while the sums are left alone: if it fails, a
-            checkpoint of them is written first.
+        prepare: Computes what does not touch the sums: if it fails, a checkpoint of them is written
+            first.
         begin: Makes what the steps need; called on all processes together, before the first batch,
             unless the pass was finished before.
-        summed: Whether to add up over processes, or leave each process with what it has seen.
-        together: Processes that go over all batches together, each with sums of its own. After an
-            end some may have come further, who then do again what the others lack.
-        tell: Called before each step with whether the batch is new for this process.
+        summed: Whether to sum over processes, or leave each process with its own sums.
+        together: Processes that go over all batches together, each with sums of its own. After a
+            crash some may be further, who then repeat what the others lack.
+        on_batch: Called before each step with whether the batch is new for this process.
 
     Raises:
         ValueError: If a checkpoint is of another model, other data, draws or settings, is damaged,
             or cannot be written; or if another process has failed.
     """
-    share = Share.of(options.distributed)
-    check_same_pass(share, data, settings)
+    processes = Processes.of(options.distributed)
+    check_same_pass(processes, data, settings)
     device = data.device
     warn_if_busy(device)
     done = Done()
     checkpoint = None
     if options.checkpoint is not None:
         identity = data.identity(settings)
-        checkpoint = Checkpoint(Path(options.checkpoint), name, share, identity, running, device)
+        checkpoint = Checkpoint(
+            Path(options.checkpoint), name, processes, identity, running, device
+        )
         done = checkpoint.restore()
     elsewhere: set[Unit] = set() if checkpoint is None else checkpoint.elsewhere
-    known = set.intersection(*together.gathered(done.batches | elsewhere))
-    division = Division(share, data.num_batches, known, data.in_step)
-    if sum(share.gathered(done.examples)) < data.num_data:
+    known = set.intersection(*together.all_gather(done.batches | elsewhere))
+    division = Division(processes, data.num_batches, known, data.in_step)
+    if sum(processes.all_gather(done.examples)) < data.num_data:
         begin()
-    with draws_bar(data.num_samples, name, options.progressbar and share.rank == 0) as bar:
+
+    def log(message: str) -> None:
+        """Log progress; ``fields`` are for what writes it for machines."""
+        counts = {"examples": done.examples, "of": data.num_data, "draws": data.num_draws}
+        _logger.info(message, extra={"fields": {"pass": name, **counts}})
+
+    with draws_bar(data.num_samples, name, options.progressbar and processes.rank == 0) as bar:
         bar.update(done.examples * data.num_draws)
-        _tell("pass started", name, done, data)
+        log("pass started")
         batches = division.own(data.numbered_batches(division.wants))
         latest, latest_written = time.monotonic(), len(done.batches)
         for units, clean, prepared in _checkpointed_on_failure(batches, prepare, done, checkpoint):
             new = not done.batches.issuperset(units)
-            tell(new)
+            on_batch(new)
             step(prepared)
             del prepared  # not to be held while the next one is made
             if new:
@@ -220,52 +203,42 @@ def run_pass(
             bar.update(len(clean.indices) * data.num_draws)
             if checkpoint and time.monotonic() - latest >= options.checkpoint_every:
                 checkpoint.write(done)
-                _tell("checkpoint written", name, done, data)
+                log("checkpoint written")
                 latest, latest_written = time.monotonic(), len(done.batches)
         if checkpoint and latest_written != len(done.batches):
             checkpoint.write(done)
-    if share.count > 1 and summed:
-        running.restore(share.summed(running.tensors(), device))
-    if share.count > 1 and data.in_step:
+    if processes.count > 1 and summed:
+        running.restore(processes.all_reduce(running.tensors(), device))
+    if processes.count > 1 and data.in_step:
         # after the sum, so that what all add is in it once
         for clean in division.rest(data.numbered_batches(division.wants)):
             prepared = prepare(clean)
-            if summed or share.rank == 0:
+            if summed or processes.rank == 0:
                 step(prepared)
             del prepared
-    _tell("pass finished", name, done, data)
+    log("pass finished")
 
 
-def check_same_pass(share: Share, data: PassData, settings: Mapping[str, Any]) -> None:
-    """Check that all processes go over the same data with the same model and settings.
-
-    Raises:
-        ValueError: If they do not.
-    """
-    if share.count > 1:
-        share.check_alike("weights", data.fingerprint())
-        share.check_alike("data, draws or options", [data.description, dict(settings)])
+def check_same_pass(processes: Processes, data: _PassData, settings: Mapping[str, Any]) -> None:
+    """Check that all processes go over the same data with the same model and settings."""
+    if processes.count > 1:
+        processes.check_alike("weights", data.fingerprint())
+        processes.check_alike("data, draws or options", [data.description, dict(settings)])
 
 
-def _tell(message: str, name: str, done: Done, data: PassData) -> None:
-    """A line of the log; ``fields`` are for what writes it for machines."""
-    fields = {
-        "pass": name,
-        "examples": done.examples,
-        "of": data.num_data,
-        "draws": data.num_draws,
-    }
-    _logger.info(message, extra={"fields": fields})
+def draws_bar(total: int, description: str, shown: bool) -> Any:
+    """Make a progress bar over draws, a context manager; it counts even if it is not shown."""
+    return tqdm(total=total, desc=description, unit="draws", disable=not shown)
 
 
 def computed_once(
     name: str,
-    data: PassData,
+    data: _PassData,
     compute: Callable[[], dict[str, Tensor]],
     options: PassOptions,
     settings: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """Tensors that are computed once, and read from the checkpoint's folder afterwards.
+    """Compute tensors once, and read them from the checkpoint's folder afterwards.
 
     Args:
         name: The name of what is computed.
@@ -273,36 +246,30 @@ def computed_once(
         compute: Computes it, on every process alike.
         options: Checkpoints and processes.
         settings: What else the result depends on, as plain values.
-
-    Raises:
-        ValueError: As :func:`run_pass`.
     """
     if options.checkpoint is None:
         return compute()
-    share = Share.of(options.distributed)
+    processes = Processes.of(options.distributed)
     identity = data.identity(settings)
     path = path_of(Path(options.checkpoint), name, 0)
     existing = path.is_file()
-    share.check_alike(f"what they see in '{path.parent}'", existing)
+    processes.check_alike(f"what they see in '{path.parent}'", existing)
     if existing:
         return read(path, identity, data.device)[0]
     tensors = compute()
-    if share.rank == 0:
+    if processes.rank == 0:
         try_to_write(path, tensors, identity, Done())
-    share.barrier()
+    processes.barrier()
     return tensors
 
 
 def _checkpointed_on_failure(
-    batches: Iterator[tuple[list[Unit], NumberedExamples]],
+    batches: Iterator[tuple[list[Unit], Divisible]],
     prepare: Callable[[Any], Any],
     done: Done,
     checkpoint: Checkpoint | None,
-) -> Iterator[tuple[list[Unit], NumberedExamples, Any]]:
-    """Load and prepare batches; write a checkpoint before an error in that goes on.
-
-    The sums are whole then.
-    """
+) -> Iterator[tuple[list[Unit], Divisible, Any]]:
+    """Load and prepare batches; write a checkpoint before passing on an error, with whole sums."""
     while True:
         try:
             units, clean = next(batches)

@@ -1,4 +1,4 @@
-"""The precision of products of float32 numbers, which PyTorch's defaults or users may have lowered.
+"""Precision of products of float32 numbers, which PyTorch's defaults or users may have lowered.
 
 On a GPU, convolutions round their operands to TF32 (10 bits in place of 23) unless one says
 otherwise; matrix products do if one asks for it. Sums over batches of another size, or with other
@@ -19,7 +19,7 @@ _FULL = ("none", "ieee")
 
 
 def products_are_rounded(device: torch.device) -> bool:
-    """Whether products of float32 numbers may be computed from fewer bits on a device."""
+    """Tell whether products of float32 numbers may be computed from fewer bits on a device."""
     if _has_own_settings():
         return any(owner.fp32_precision not in _FULL for owner in _settings()[device.type == "cpu"])
     if device.type == "cpu":
@@ -84,14 +84,14 @@ def without_autocast(device_type: str) -> Iterator[None]:
 
 
 def settled(check: Callable[[], Result], device: torch.device) -> Result:
-    """What a check of a network finds, but for what rounding alone has made it find.
+    """Run a check again in full precision if reduced precision may have caused its finding.
 
     Args:
         check: Runs the network, and returns what it has found, or raises a ``ValueError``.
         device: The network's.
 
     Returns:
-        Nothing, or what it finds in full precision as well.
+        Nothing, or the finding, in full precision.
 
     Raises:
         ValueError: If the check does, in full precision as well.
@@ -108,12 +108,12 @@ def settled(check: Callable[[], Result], device: torch.device) -> Result:
 
 
 def _has_own_settings() -> bool:
-    """Whether each kind of product has a setting of its own: from torch 2.9 on."""
+    """Tell whether each kind of product has a setting of its own: from torch 2.9 on."""
     return hasattr(torch.backends.cuda.matmul, "fp32_precision")
 
 
 def _settings() -> tuple[list[Any], list[Any]]:
-    """What holds the settings of products on GPUs, and on CPUs."""
+    """List what holds the settings of products on GPUs, and on CPUs."""
     backends: Any = torch.backends
     cudnn, mkldnn = backends.cudnn, backends.mkldnn
     return (

@@ -1,4 +1,4 @@
-"""The share of the work that falls to one of several processes, and what they tell each other.
+"""Collective operations of the processes that share the work, and the division of pieces by cost.
 
 Thin over ``torch.distributed`` (gloo on CPU, NCCL on GPU).
 """
@@ -9,23 +9,29 @@ import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, groupby
+from math import prod
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from curvlinops_diffusion.runtime.messages import quoted
+from curvlinops_diffusion.runtime.checks import quoted
 
 Result = TypeVar("Result")
 
-# Sums travel in buckets of about so many entries
+# shape and type of a tensor
+Form = tuple[tuple[int, ...], torch.dtype]
+
+# tensors are exchanged in buckets of about so many entries
 _BUCKET = 2**24
 
 
 @dataclass(frozen=True)
-class Share:
-    """One of ``count`` processes.
+class Processes:
+    """This process, one of ``count``.
 
     Attributes:
         rank: Its number.
@@ -36,28 +42,24 @@ class Share:
     count: int = 1
 
     @classmethod
-    def of(cls, distributed: bool) -> Share:
-        """This process among those of the default group.
-
-        Raises:
-            ValueError: If there is no process group.
-        """
+    def of(cls, distributed: bool) -> Processes:
+        """This process among those of the default group."""
         if not distributed:
             return cls()
         if not (dist.is_available() and dist.is_initialized()):
             raise ValueError(
-                "distributed=True arrived without a process group. Start the program by torchrun, "
-                "and call torch.distributed.init_process_group first."
+                "`distributed` must be False without a process group, got True. Start the program "
+                "by torchrun, and call torch.distributed.init_process_group first."
             )
         return cls(dist.get_rank(), dist.get_world_size())
 
     @classmethod
-    def of_all(cls) -> Share:
+    def of_all(cls) -> Processes:
         """This process among those of the default group, if there is one."""
         return cls.of(dist.is_available() and dist.is_initialized())
 
     def takes(self, number: int) -> bool:
-        """Tell whether the batch of this number is one of ours."""
+        """Tell whether this process has the batch, or file, of a number."""
         return number % self.count == self.rank
 
     def owners(self, costs: Sequence[float]) -> list[int]:
@@ -70,112 +72,50 @@ class Share:
             heapq.heappush(busy, (load + costs[piece], rank))
         return owners
 
-    def summed(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """The sums over processes of tensors by name; a missing one counts as zero.
-
-        Raises:
-            ValueError: If another process has failed.
-        """
+    def all_reduce(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Sum tensors by name over processes; a missing one counts as zero."""
         if self.count == 1:
             return dict(tensors)
-        result: dict[str, Tensor] = {}
-        described = {name: (tuple(z.shape), z.dtype) for name, z in tensors.items()}
-        with answered(by_message=False):
-            everyone = self.gathered(described)
-            names = {name: kind for own in everyone for name, kind in own.items()}
-            for bucket in _buckets(names):
-                dtype = names[bucket[0]][1]
-                pieces = [
-                    tensors[name].flatten()
-                    if name in tensors
-                    else torch.zeros(names[name][0], dtype=dtype, device=device).flatten()
-                    for name in bucket
-                ]
-                flat = torch.cat(pieces)
-                dist.all_reduce(flat)
-                for name, piece in zip(bucket, flat.split([len(p) for p in pieces]), strict=True):
-                    result[name] = piece.reshape(names[name][0]).clone()
-        return result
+        forms = {
+            name: form for own in self.all_gather(_forms(tensors)) for name, form in own.items()
+        }
+        return _exchanged(forms, tensors, device, dist.all_reduce)
 
-    def gathered(self, value: Any) -> list[Any]:
-        """Gather what every process says, in order of rank; plain values."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """Gather a plain value of every process, in order of rank."""
         if self.count == 1:
             return [value]
         everyone: list[Any] = [None] * self.count
-        with answered(by_message=False):
+        with lost_processes_named(by_message=False):
             dist.all_gather_object(everyone, value)
         return everyone
 
-    def said_by(
-        self, owner: int, tensors: Mapping[str, Tensor] | None, device: torch.device
-    ) -> Any:
-        """Tensors by name, as the owner has them; the others pass ``None``."""
+    def all_gather_tensors(
+        self, tensors: Mapping[str, Tensor], device: torch.device
+    ) -> dict[str, Tensor]:
+        """Gather tensors by name, of which every process has some."""
         if self.count == 1:
-            assert tensors is not None
-            return tensors
-        described = None
-        if self.rank == owner:
-            assert tensors is not None
-            described = {name: (tuple(z.shape), z.dtype) for name, z in tensors.items()}
-        box = [described]
-        result = {}
-        with answered(by_message=False):
-            dist.broadcast_object_list(box, src=owner)
-            assert box[0] is not None
-            for name, (shape, dtype) in box[0].items():
-                if self.rank == owner:
-                    assert tensors is not None
-                    tensor = tensors[name].contiguous()
-                else:
-                    tensor = torch.empty(shape, dtype=dtype, device=device)
-                dist.broadcast(tensor, src=owner)
-                result[name] = tensor
+            return dict(tensors)
+        result: dict[str, Tensor] = {}
+        for rank, forms in enumerate(self.all_gather(_forms(tensors))):
+            own = tensors if rank == self.rank else {}
+            result |= _exchanged(forms, own, device, partial(dist.broadcast, src=rank))
         return result
 
     def check_alike(self, what: str, value: Any) -> None:
-        """Check that all processes agree.
-
-        Raises:
-            ValueError: If they do not.
-        """
-        everyone = self.gathered(value)
-        other = [rank for rank, said in enumerate(everyone) if said != everyone[0]]
+        """Check that all processes agree."""
+        everyone = self.all_gather(value)
+        other = [rank for rank, its in enumerate(everyone) if its != everyone[0]]
         if other:
             raise ValueError(
                 f"Process 0 and process {other[0]} differ in {what}. Give every process the same."
             )
 
-    def pooled(self, tensors: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-        """Tensors by name of which every process has some; every process has all.
-
-        Args:
-            tensors: This process'.
-            like: A tensor of their type, on their device.
-        """
-        if self.count == 1:
-            return dict(tensors)
-        everyone = self.gathered({name: tuple(z.shape) for name, z in tensors.items()})
-        result: dict[str, Tensor] = {}
-        with answered(by_message=False):
-            for rank, shapes in enumerate(everyone):
-                sizes = [torch.Size(shape).numel() for shape in shapes.values()]
-                if rank == self.rank:
-                    own = [tensors[name].flatten() for name in shapes]
-                    flat = torch.cat(own) if own else like.new_empty(0)
-                else:
-                    flat = like.new_empty(sum(sizes))
-                if sizes:
-                    dist.broadcast(flat, src=rank)
-                for (name, shape), piece in zip(shapes.items(), flat.split(sizes), strict=True):
-                    result[name] = piece.reshape(shape)
-        return result
-
     def all_or_none(self, work: Callable[[], Result]) -> Result:
         """Do this process' own work; where one process fails, all do, in place of waiting for it.
 
         Raises:
-            ValueError: If the work of this process has failed, or that of another one, whose kind
-                of error it is then.
+            ValueError: If the work of a process has failed; of the kind of its error.
         """
         if self.count == 1:
             return work()
@@ -184,40 +124,55 @@ class Share:
             result = work()
         except ValueError as error:
             failure = error
-        said = self.gathered(None if failure is None else (type(failure), str(failure)))
+        failures = self.all_gather(None if failure is None else (type(failure), str(failure)))
         if failure is not None:
             raise failure
-        for rank, told in enumerate(said):
-            if told is not None:
-                kind, text = told
+        for rank, failed in enumerate(failures):
+            if failed is not None:
+                kind, text = failed
                 raise kind(f"Process {rank} has stopped: {text}")
         return result
 
     def barrier(self) -> None:
         """Wait for the others."""
-        self.gathered(None)
+        self.all_gather(None)
 
 
 #: A process on its own.
-ALONE = Share()
+ALONE = Processes()
 
 
-def _buckets(names: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> Iterator[list[str]]:
-    """Names of tensors of one type that travel together."""
-    by_dtype: dict[torch.dtype, list[str]] = {}
-    for name, (_, dtype) in sorted(names.items()):
-        by_dtype.setdefault(dtype, []).append(name)
-    for own in by_dtype.values():
-        bucket: list[str] = []
-        size = 0
-        for name in own:
-            bucket.append(name)
-            size += torch.Size(names[name][0]).numel()
-            if size >= _BUCKET:
-                yield bucket
-                bucket, size = [], 0
-        if bucket:
-            yield bucket
+def _forms(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
+    return {name: (tuple(z.shape), z.dtype) for name, z in tensors.items()}
+
+
+def _exchanged(
+    forms: Mapping[str, Form],
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+    exchange: Callable[[Tensor], object],
+) -> dict[str, Tensor]:
+    """Exchange tensors in buckets of one type, in place; zeros where this process has none."""
+    order = sorted(forms, key=lambda name: (str(forms[name][1]), name))
+    sizes = {name: prod(forms[name][0]) for name in order}
+    starts = accumulate(sizes.values(), initial=0)
+    buckets = {n: (forms[n][1], start // _BUCKET) for n, start in zip(order, starts, strict=False)}
+    result: dict[str, Tensor] = {}
+    for (dtype, _), bucket in groupby(order, buckets.__getitem__):
+        names = list(bucket)
+        pieces = [
+            tensors[name].flatten()
+            if name in tensors
+            else torch.zeros(sizes[name], dtype=dtype, device=device)
+            for name in names
+        ]
+        flat = torch.cat(pieces)
+        with lost_processes_named(by_message=False):
+            exchange(flat)
+        for name, piece in zip(names, flat.split([sizes[n] for n in names]), strict=True):
+            # a copy of its own, since products of tensors that are not aligned round differently
+            result[name] = piece.reshape(forms[name][0]).clone()
+    return result
 
 
 # parts of messages of the engines of torch.distributed
@@ -225,11 +180,11 @@ _ENGINES = ("gloo", "NCCL", "ProcessGroup", "process group")
 
 
 @contextmanager
-def answered(by_message: bool = True) -> Iterator[None]:
-    """Say what it means when the others do not answer.
+def lost_processes_named(by_message: bool = True) -> Iterator[None]:
+    """Translate errors of ``torch.distributed`` that mean that another process has stopped.
 
     Args:
-        by_message: Whether other errors may happen, so that one is known by what it says.
+        by_message: Whether other errors may happen, so that these are known by their messages.
 
     Raises:
         ValueError: In place of torch's error.
@@ -246,23 +201,23 @@ def answered(by_message: bool = True) -> Iterator[None]:
 
 
 def divided(
-    share: Share,
+    processes: Processes,
     pieces: dict[str, Any],
     cost: Callable[[Any], float],
     work: Callable[[dict[str, Any]], dict[str, dict[str, Tensor]]],
     device: torch.device,
 ) -> dict[str, dict[str, Tensor]]:
-    """Work whose pieces are divided among processes by cost; every process has all results.
+    """Divide pieces of work among processes by cost; every process has all results.
 
     Pieces are given away: ``work`` takes its own out of what it is given, so that not all of them
     are held beside all results.
     """
+    owners = processes.owners([cost(piece) for piece in pieces.values()])
     keys = list(pieces)
-    owners = share.owners([cost(piece) for piece in pieces.values()])
-    of_this_one = [key for key, owner in zip(keys, owners, strict=True) if owner == share.rank]
-    own = work({key: pieces.pop(key) for key in of_this_one})
+    mine = [key for key, owner in zip(keys, owners, strict=True) if owner == processes.rank]
+    own = work({key: pieces.pop(key) for key in mine})
     results: dict[str, dict[str, Tensor]] = {}
-    for key, owner in zip(keys, owners, strict=True):
+    for key in keys:
         pieces.pop(key, None)
-        results[key] = share.said_by(owner, own.pop(key, None), device)
+        results[key] = processes.all_gather_tensors(own.pop(key, {}), device)
     return results

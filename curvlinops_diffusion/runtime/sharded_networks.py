@@ -1,8 +1,8 @@
 """Networks whose parameters are divided among processes by ``fully_shard`` (FSDP2).
 
-Each process holds a part of every parameter; a module's are gathered when it runs, and let go of
-afterwards. So all processes must run the network equally often, forward and backward, or they wait
-for each other for ever.
+Each process holds a part of every parameter; a module's are gathered when it runs, and sharded
+again afterwards. So all processes must run the network equally often, forward and backward, or they
+wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def _sharded_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether a network's parameters are divided among processes by ``fully_shard``."""
-    return any(True for _ in _sharded_modules(model))
+    return next(_sharded_modules(model), None) is not None
 
 
 def divide(model: nn.Module, device: torch.device) -> None:
-    """Divide a network among all processes by ``fully_shard``: its blocks apart, then the rest.
+    """Shard a network over all processes by ``fully_shard``: its blocks apart, then the rest.
 
     Blocks are the entries of its lists of modules, and other parts of it that are no smaller.
 
@@ -44,19 +44,19 @@ def divide(model: nn.Module, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     lists = [child for child in model.children() if isinstance(child, nn.ModuleList)]
     blocks = [block for child in lists for block in child]
-    least = min((_entries(block) for block in blocks), default=0)
-    others = [child for child in model.children() if not isinstance(child, nn.ModuleList)]
-    for block in [*blocks, *(child for child in others if _entries(child) >= max(1, least))]:
+    least = max(1, min(map(_size, blocks), default=1))
+    others = [c for c in model.children() if c not in lists and _size(c) >= least]
+    for block in [*blocks, *others]:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
-def _entries(module: nn.Module) -> int:
+def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def let_go(model: nn.Module) -> None:
-    """Divide what was gathered: after a forward pass the outermost module's parameters are whole.
+def reshard(model: nn.Module) -> None:
+    """Shard what was gathered: after a forward pass the outermost module's parameters are whole.
 
     They are gathered again when a backward pass needs them.
     """
@@ -69,30 +69,32 @@ def is_divided(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """All of a tensor, gathered by all processes together; as it is if it is not divided."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather all of a tensor, on all processes together; as it is if it is not divided."""
     if not is_divided(tensor):
         return tensor
-    every: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-    return every
+    full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return full
 
 
 def nonzero(tensors: Mapping[str, Tensor]) -> set[str]:
-    """The names of tensors with an entry that is not zero; the device is waited for once."""
-    found = [gathered(z.norm()) != 0 if is_divided(z) else z.any() for z in tensors.values()]
-    told = torch.stack([some.to(found[0].device) for some in found]).tolist() if found else []
-    return {name for name, some in zip(tensors, told, strict=True) if some}
+    """Return the names of tensors with an entry that is not zero; synchronises once."""
+    found = [full_tensor(z.norm()) != 0 if is_divided(z) else z.any() for z in tensors.values()]
+    if not found:
+        return set()
+    flags = torch.stack([some.to(found[0].device) for some in found]).tolist()
+    return {name for name, some in zip(tensors, flags, strict=True) if some}
 
 
 def mean_over_processes(tensor: Tensor) -> Tensor:
-    """The mean of what all processes have, as a training step takes it of gradients."""
+    """Average a tensor over processes, as a training step averages gradients."""
     total = tensor.clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
 
 
 def device_of(parameter: Tensor) -> torch.device:
-    """Where a parameter is computed with; offloaded ones are on the CPU until then."""
+    """Return the device that a parameter is computed with; offloaded ones are elsewhere."""
     if not is_divided(parameter):
         return parameter.device
     kind = parameter.device_mesh.device_type  # type: ignore[attr-defined]
@@ -102,11 +104,7 @@ def device_of(parameter: Tensor) -> torch.device:
 
 
 def check_whole_parameters(model: nn.Module, what: str, instead: str) -> None:
-    """Check that what needs whole parameters at once is not asked of a divided network.
-
-    Raises:
-        ValueError: If it is.
-    """
+    """Refuse what needs all parameters at once for a network that is divided."""
     if is_sharded(model):
         raise ValueError(
             f"{what} needs every parameter at once, and the network's are divided among processes "

@@ -1,7 +1,7 @@
 """Running sums: what a pass over the data accumulates, as named tensors.
 
-A pass can be interrupted and go on, or be split over processes, because everything it has
-accumulated can be written down, added up, and put back.
+A pass can be interrupted and resumed, or divided among processes, because everything that it has
+accumulated can be written to a file, added up, and restored.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch import Tensor
 
 
 class Running(Protocol):
-    """Sums over the batches seen so far."""
+    """Sums over the batches so far."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The sums by name; a name is missing while nothing was added to it."""
+        """Return the sums by name; a name is missing while nothing was added to it."""
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Load a state returned by :meth:`tensors`."""
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by names that start with ``prefix/``."""
+    """Put ``prefix/`` before the names."""
     return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
 
 
@@ -47,29 +47,29 @@ class Sums:
             self._sums[key] = value
 
     def pop_all(self) -> list[tuple[str, Tensor]]:
-        """The sums, which start anew."""
+        """Return the sums, which start anew."""
         items = list(self._sums.items())
         self._sums.clear()
         return items
 
     def take_mean(self, key: str, count: int, otherwise: Callable[[], Tensor]) -> Tensor:
-        """The sum over ``count``, or ``otherwise`` where nothing arrived.
+        """Return the sum over ``count``, or ``otherwise`` where nothing was added.
 
         The sum is given away, so that it is never held beside the mean.
         """
         return self._sums.pop(key).div_(count) if key in self._sums else otherwise()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The sums by name."""
+        """Return the sums by name."""
         return dict(self._sums)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from sums by name."""
+        """Continue from sums by name."""
         self._sums = dict(tensors)
 
 
-class Together:
-    """Several sums as one.
+class CompositeSums:
+    """Several running sums as one.
 
     Args:
         parts: The sums by name.
@@ -79,13 +79,11 @@ class Together:
         self._parts = parts
 
     def tensors(self) -> dict[str, Tensor]:
-        """The sums of all parts."""
-        result: dict[str, Tensor] = {}
-        for name, part in self._parts.items():
-            result |= prefixed(name, part.tensors())
-        return result
+        """Return the sums of all parts."""
+        each = [prefixed(name, part.tensors()) for name, part in self._parts.items()]
+        return {name: z for tensors in each for name, z in tensors.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from sums of all parts."""
+        """Continue from sums of all parts."""
         for name, part in self._parts.items():
             part.restore(within(name, tensors))

@@ -72,9 +72,8 @@ def there(tmp_path_factory):
     shutil.copytree(folder / "pipeline", folder / "cache" / "snapshots" / "abc")
     (folder / "scheduler").mkdir()
     header = {"kind": "ekfac", "parameters": [], "dtype": "", "blocks": [], "info": {}}
-    header["format_version"] = 4
     OPERATOR.write(folder / "o.safetensors", {}, header)
-    shards = header | {"format_version": 4, "shards": ["gone.safetensors"]}
+    shards = header | {"shards": ["gone.safetensors"]}
     OPERATOR.write(folder / "shards.safetensors", {}, shards)
     SCORES.write(folder / "s.safetensors", {}, {})
     np.save(folder / "alone.npy", np.zeros(3))

@@ -13,7 +13,7 @@ from curvlinops_diffusion.curvature.division import divided_units, needed_memory
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.layers import covered_parameters
-from curvlinops_diffusion.runtime.memory import peak_bytes
+from curvlinops_diffusion.runtime.devices import peak_bytes
 from tests.cases import tiny_unet, unet_regression
 from tests.runtime.test_passes import (
     InterruptedTestError,

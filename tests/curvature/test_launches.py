@@ -10,7 +10,7 @@ from curvlinops_diffusion import (
     ExampleGradientLinearOperator,
 )
 from curvlinops_diffusion.layers import moments
-from curvlinops_diffusion.runtime.flags import DeviceFlag
+from curvlinops_diffusion.runtime.devices import DeviceFlag
 from tests.cases import unet_regression
 
 WAITS = {"_local_scalar_dense", "bincount", "nonzero", "equal", "is_nonzero", "masked_select"}

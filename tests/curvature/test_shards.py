@@ -239,9 +239,11 @@ def test_errors(tmp_path):
     assert all("zero eigenvalues" in text for text in found)
     for text in processes(2, tmp_path / "self", self_influence):
         assert "Self-influence multiplies each process' own examples" in text
-    with pytest.raises(ValueError, match="sharded=True arrived without distributed=True"):
+    with pytest.raises(ValueError, match="`sharded` must be False without `distributed`, got True"):
         PassOptions(sharded=True)
-    with pytest.raises(ValueError, match=r"sharded='rows' arrived\. Pass True, or"):
+    with pytest.raises(
+        ValueError, match=r"`sharded` must be True, False, 'layers' or 'data', got 'rows'"
+    ):
         PassOptions(sharded="rows")
 
 

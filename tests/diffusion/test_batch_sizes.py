@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 
 from curvlinops_diffusion import DiffusionKFACLinearOperator, NoisedRegression
 from curvlinops_diffusion.diffusion import batch_sizes
-from curvlinops_diffusion.runtime.memory import peak_bytes
+from curvlinops_diffusion.runtime.devices import peak_bytes
 from tests.cases import images, tiny_unet, unet_regression
 
 CPU = torch.device("cpu")

@@ -174,8 +174,8 @@ def test_what_was_cut_is_refused(tmp_path, J_train, J_query, EK, form):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "int2"}, "precision='int2' is unknown. Pass one of: 'float32'"),
-        ({"projection": "dense"}, "projection='dense' is unknown"),
+        ({"precision": "int2"}, "`precision` must be one of 'float32'"),
+        ({"projection": "dense"}, "`projection` must be one of"),
         ({"projection": "svd"}, "size=None arrived"),
         ({"size": 4}, "`size` needs a projection, got 4 without"),
     ],

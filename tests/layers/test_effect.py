@@ -16,7 +16,7 @@ from curvlinops_diffusion import (
 )
 from curvlinops_diffusion.measurements import ExampleFunction
 from curvlinops_diffusion.runtime import adapters
-from curvlinops_diffusion.runtime.modules import modules_of
+from curvlinops_diffusion.runtime.modes import modules_of
 from tests.cases import TimeBlind, plain_regression, seeded
 from tests.comparisons import assert_close
 from tests.reference import dense_ggn, example_gradients, params_of, to_dense

@@ -17,7 +17,7 @@ from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperat
 from curvlinops_diffusion.linalg.blocks import DenseBlock, EigenBlock, KroneckerBlock
 from curvlinops_diffusion.linalg.parameters import ParameterSpace
 from curvlinops_diffusion.linalg.placement import PlacedBlock
-from curvlinops_diffusion.runtime.processes import ALONE, Share
+from curvlinops_diffusion.runtime.processes import ALONE, Processes
 from tests.cases import noise_levels, plain_regression, seeded
 from tests.comparisons import assert_close
 from tests.reference import to_dense
@@ -365,14 +365,14 @@ def test_blocks_of_rounding_are_left_out(kind, dtype, objective, subset):
         F.inverse(0.0)
 
 
-def of_identities(sizes, dtype=torch.float64, share=ALONE, **info):
+def of_identities(sizes, dtype=torch.float64, processes=ALONE, **info):
     """Multiples of ``[2, 2]`` identities, a block each."""
     blocks = [
         PlacedBlock(name, (name,), DenseBlock(scale * torch.eye(2, dtype=dtype)))
         for name, scale in sizes.items()
     ]
     space = ParameterSpace(dict.fromkeys(sizes, (2,)), dtype, torch.device("cpu"))
-    return BlockDiagonalLinearOperator(space, blocks, info, share)
+    return BlockDiagonalLinearOperator(space, blocks, info, processes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -391,13 +391,13 @@ def test_small_blocks_are_kept(dtype):
 
 
 def test_rtol_is_of_the_largest_eigenvalue_of_all_processes():
-    class OneOfTwo(Share):
-        def gathered(self, value):
+    class OneOfTwo(Processes):
+        def all_gather(self, value):
             return [value, {bool: False, float: 1.0}.get(type(value), [])]
 
     alone = of_identities({"w": 1e-8})
     assert_close(to_dense(alone.inverse(rtol=1e-6)), 1e8 * torch.eye(2).double(), 1e-12)
-    beside = of_identities({"w": 1e-8}, share=OneOfTwo(0, 1))
+    beside = of_identities({"w": 1e-8}, processes=OneOfTwo(0, 1))
     assert to_dense(beside.inverse(rtol=1e-6)).norm() == 0
 
 

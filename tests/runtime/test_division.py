@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from curvlinops_diffusion.runtime.division import Division
-from curvlinops_diffusion.runtime.processes import Share
+from curvlinops_diffusion.runtime.processes import Processes
 
 
 @dataclass
@@ -23,7 +23,7 @@ def batches(num_data, size):
 
 
 def own_of(rank, count, every, done, known=True):
-    division = Division(Share(rank, count), len(every) if known else None, done)
+    division = Division(Processes(rank, count), len(every) if known else None, done)
     return list(division.own((k, batch) for k, batch in every if division.wants(k)))
 
 

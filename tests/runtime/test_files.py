@@ -1,6 +1,7 @@
 """Files hold what was written, or say that they do not."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +38,19 @@ def test_what_is_read_is_what_was_written(tmp_path, change):
     path.write_bytes(change(raw))
     with pytest.raises(ValueError, match="its numbers are not those that were written"):
         kind.read(path)
+
+
+def test_another_version_is_refused(tmp_path):
+    kind, path = FileKind("kind", "tests", "Write it again."), tmp_path / "file.safetensors"
+    replace(kind, version=2).write(path, {"a": torch.ones(2)}, {})
+    reads = [kind.read, kind.read_header, kind.names, lambda p: kind.read_rows(p, "a", slice(1))]
+    for read in reads:
+        with pytest.raises(ValueError, match=r"has the format version 2, and this .* reads 1\."):
+            read(path)
+    replace(kind, version=None).write(path, {"a": torch.ones(2)}, {})
+    with pytest.raises(ValueError, match="has the format version None"):
+        kind.read(path)
+    assert replace(kind, version=None).read(path)[0] == {}
 
 
 def test_a_full_disk_is_told_beforehand(tmp_path, monkeypatch):

@@ -1,10 +1,15 @@
 """The forms in which a network is run: derivatives of all kinds are of one function."""
 
+from functools import partial
+from math import prod
+
 import pytest
 import torch
 from torch import nn
 from torch.autograd import Function
-from torch.func import functional_call
+from torch.func import functional_call, jvp, vmap
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from curvlinops_diffusion import (
@@ -61,11 +66,13 @@ def test_products_leave_a_module_under_two_names_alone():
     J = ExampleGradientLinearOperator(regression)
     rows, G = example_gradients(regression, params), dense_ggn(regression, params)
     v = torch.randn(J.shape[1], generator=torch.Generator().manual_seed(0)).double()
+    before = [p.clone() for p in params]
     for _ in range(2):
         assert_close(DiffusionGGNLinearOperator(regression) @ v, G @ v, 1e-12)
         assert_close(J @ v, rows @ v, 1e-12)
         assert_close(J.rows(), rows, 1e-12)
     assert all(p is q for p, q in zip(model.parameters(), params, strict=True))
+    assert all(map(torch.equal, params, before))
 
 
 @pytest.mark.parametrize("kind", [nn.SiLU, nn.Mish])
@@ -149,24 +156,22 @@ def test_forward_mode_stops_where_gradients_are_off(switched_off, outside):
     assert torch._C._is_fwd_grad_enabled()
 
 
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x, t):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
 def test_the_fast_path_of_attention_is_off():
     """In eval mode ``nn.MultiheadAttention`` has one that no derivative goes through."""
-
-    class Attending(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-
-        def forward(self, x, t):
-            return self.attention(x, x, x, need_weights=False)[0]
-
     model = Attending().double().eval()
     regression = plain_regression(model, (3, 4), count=2, num_draws=1)
-    params = list(model.parameters())
     fast = torch.backends.mha.get_fastpath_enabled()
-    assert_close(
-        to_dense(DiffusionGGNLinearOperator(regression)), dense_ggn(regression, params), 1e-11
-    )
+    G = dense_ggn(regression, list(model.parameters()))
+    assert_close(to_dense(DiffusionGGNLinearOperator(regression)), G, 1e-11)
     assert torch.backends.mha.get_fastpath_enabled() == fast
 
 
@@ -244,14 +249,6 @@ def test_other_errors_of_the_network_are_told_in_its_words():
     assert isinstance(error.value.__cause__, RuntimeError)
 
 
-def test_the_plain_network_is_left_alone():
-    model = seeded(nn.Linear(3, 3), nn.SiLU(inplace=True), nn.Linear(3, 3))
-    regression = plain_regression(model, (3,), count=3)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    DiffusionGGNLinearOperator(regression) @ torch.ones(24).double()
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
 class Tokens(nn.Module):
     """An embedding of the pixels' signs, several of each in an example."""
 
@@ -317,3 +314,102 @@ def test_weight_norm(wrap, dim):
     plain = regression.objective.predict(next(iter(regression.batches())))
     scaled = regression.model_func(X) / X["scale"].unsqueeze(1)
     assert_close(scaled.detach(), plain.detach(), 1e-13)
+
+
+SIZES = (2, 4, 6, 6)
+
+
+def attention(x):
+    q = x.flatten(2).mT.unsqueeze(1)
+    return functional.scaled_dot_product_attention(q, 2 * q, q.tanh())
+
+
+def scaled(x, *shape):
+    return torch.linspace(0.5, 2, prod(shape), dtype=torch.float64, device=x.device).view(shape)
+
+
+FUNCTIONS = {
+    "group_norm": lambda x: functional.group_norm(x, 2, scaled(x, 4), scaled(x, 4)),
+    "group_norm without weight": partial(functional.group_norm, num_groups=2),
+    "layer_norm": lambda x: functional.layer_norm(x, (6,), scaled(x, 6), scaled(x, 6)),
+    "rms_norm": lambda x: functional.rms_norm(x, (6,), scaled(x, 6)),
+    "batch_norm": lambda x: functional.batch_norm(x, scaled(x, 4), scaled(x, 4), scaled(x, 4)),
+    "instance_norm": functional.instance_norm,
+    "normalize": partial(functional.normalize, dim=1),
+    **{
+        function.__name__: function
+        for function in (
+            functional.silu,
+            functional.mish,
+            functional.gelu,
+            functional.relu,
+            functional.leaky_relu,
+            functional.softplus,
+            functional.hardswish,
+            functional.glu,
+            torch.tanh,
+            torch.sigmoid,
+        )
+    },
+    "gelu (tanh)": partial(functional.gelu, approximate="tanh"),
+    "softmax": partial(functional.softmax, dim=-1),
+    "scaled_dot_product_attention": attention,
+    "conv2d": lambda x: functional.conv2d(x, scaled(x, 4, 4, 3, 3), padding=1),
+    "conv2d, strided": lambda x: functional.conv2d(x, scaled(x, 4, 4, 3, 3), stride=2, padding=1),
+    "conv_transpose2d": lambda x: functional.conv_transpose2d(x, scaled(x, 4, 4, 2, 2), stride=2),
+    "linear": lambda x: functional.linear(x, scaled(x, 3, 6)),
+    "interpolate, nearest": partial(functional.interpolate, scale_factor=2.0),
+    "interpolate, bilinear": partial(
+        functional.interpolate, scale_factor=2.0, mode="bilinear", align_corners=False
+    ),
+    "avg_pool2d": partial(functional.avg_pool2d, kernel_size=2),
+    "pad": partial(functional.pad, pad=(0, 1, 0, 1)),
+    "pixel_unshuffle": lambda x: functional.pixel_unshuffle(x, 2),
+}
+
+LAYOUTS = {
+    "contiguous": lambda z: z.contiguous(),
+    "channels last": lambda z: z.movedim(-3, -1).contiguous().movedim(-1, -3),
+    "transposed": lambda z: z.mT.contiguous().mT,
+    "examples last": lambda z: z.movedim(0, -1).contiguous().movedim(-1, 0),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_mapped_over_directions(device, name):
+    """Against the Jacobian that reverse mode gives, contiguous."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(SIZES, generator=generator, dtype=torch.float64).to(device)
+    V = torch.randn(3, *SIZES, generator=generator, dtype=torch.float64).to(device)
+    function = FUNCTIONS[name]
+    J = torch.autograd.functional.jacobian(function, x)
+    expected = torch.einsum("...bchw,kbchw->k...", J, V)
+    for layout in LAYOUTS.values():
+        primal = layout(x)
+        for directions in (layout(V), V.movedim(0, 2).contiguous().movedim(2, 0)):
+            with forward_mode():
+                found = vmap(lambda v, x=primal: jvp(function, (x,), (v,))[1])(directions)
+            assert_close(found, expected, 1e-12)
+
+
+class Functions(TorchDispatchMode):
+    """Notes which functions of torch's core are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.called.add(func.overloadpacket._qualified_op_name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_group_norms_derivative_is_that_of_elementary_functions():
+    """On CUDA that of its kernel refuses what is not contiguous."""
+    norm, x = nn.GroupNorm(2, 4).double(), torch.ones(1, 4, 2, 2).double()
+    with Functions() as outside, torch.no_grad():
+        norm(x)
+    with Functions() as within, torch.no_grad(), forward_mode():
+        norm(x)
+    assert "aten::native_group_norm" in outside.called
+    assert "aten::native_group_norm" not in within.called

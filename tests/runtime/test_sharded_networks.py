@@ -55,8 +55,8 @@ def divided(unet, **options):
 
 def everything(regression, passes):
     """What is made of a network's curvature and gradients, as tensors by name."""
-    EK = DiffusionEKFACLinearOperator(regression, passes=passes)
-    J, inverse = ExampleGradientLinearOperator(regression), EK.inverse(1e-3)
+    EK = DiffusionEKFACLinearOperator(regression, LAYERS, passes=passes)
+    J, inverse = ExampleGradientLinearOperator(regression, LAYERS), EK.inverse(1e-3)
     vectors = torch.randn(J.shape[1], 2, generator=torch.Generator().manual_seed(0)).double()
     weights = torch.randn(J.shape[0], 2, generator=torch.Generator().manual_seed(1)).double()
     halves = split_half_scores(J, inverse, J, query_block=3, passes=passes)
@@ -68,7 +68,7 @@ def everything(regression, passes):
         "scores": halves.scores,
         "first half": halves.first,
         "top": top_influences(J, inverse, J, k=2, passes=passes).positive.scores,
-        "retraining": regression_scores(J, inverse, J, passes=passes),
+        "regression": regression_scores(J, inverse, J, passes=passes),
     }
 
 
@@ -116,16 +116,6 @@ def some_of_it(rank):
     return reduced(problem(divided(small_unet())), PassOptions(**DISTRIBUTED))
 
 
-def alone(rank):
-    return reduced(problem(divided(small_unet())), PassOptions())
-
-
-def test_each_process_on_its_own(tmp_path, expected):
-    """All do the same, and nobody divides the data."""
-    for found in processes(2, tmp_path / "run", alone):
-        assert_all_close(found, {name: expected[name] for name in found})
-
-
 def with_shards(rank, folder):
     """A network and its factors, both divided; saved, and opened for a network that is whole."""
     unet = divided(small_unet())
@@ -162,7 +152,7 @@ def test_with_shards_of_the_factors(tmp_path):
     assert_close(load_operator(tmp_path / "ekfac.safetensors", unet).trace(), EK.trace(), 1e-10)
 
 
-def gathered(rank):
+def full_tensor(rank):
     """The largest share of the parameters that is whole at once, as layers run."""
     unet = divided(tiny_unet(), reshard_after_forward=True)
     total = sum(p.numel() for p in unet.parameters())
@@ -184,12 +174,6 @@ def gathered(rank):
     return max(largest)
 
 
-def test_never_all_parameters_at_once(tmp_path):
-    """The outermost module's, and those of a block or two."""
-    for largest in processes(2, tmp_path / "run", gathered):
-        assert 0 < largest < 0.5
-
-
 def adapted(unet):
     config = LoraConfig(r=2, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False)
     torch.manual_seed(3)
@@ -204,37 +188,43 @@ def of_adapters(regression, passes):
     return {"scores": influence_scores(J, EK.inverse(1e-3), J, passes=passes)}
 
 
-def lora(rank):
-    model = adapted(small_unet())
-    divided(model.base_model.model)
-    return of_adapters(problem(model), PassOptions(**DISTRIBUTED))
+def of_one_example(passes):
+    """Fewer examples than processes: all do them."""
+    regression = unet_regression(divided(small_unet()), count=1)
+    J = ExampleGradientLinearOperator(regression, LAYERS)
+    inverse = DiffusionKFACLinearOperator(regression, LAYERS, passes=passes).inverse(1e-3)
+    return {"rows": J.rows(), "scores": influence_scores(J, inverse, J, passes=passes)}
 
 
-def test_lora(tmp_path):
-    expected = of_adapters(problem(adapted(small_unet())), PassOptions())
-    for found in processes(2, tmp_path / "run", lora):
-        assert_all_close(found, expected)
+def networks(rank):
+    """Results of several networks and ways to divide them."""
+    passes = PassOptions(**DISTRIBUTED)
+    recomputing = small_unet()
+    recomputing.enable_gradient_checkpointing()
+    offloaded = divided(small_unet(), offload_policy=CPUOffloadPolicy(pin_memory=False))
+    lora = adapted(small_unet())
+    divided(lora.base_model.model)
+    return {
+        "on its own": reduced(problem(divided(small_unet())), PassOptions()),
+        "offloaded": reduced(problem(offloaded), passes),
+        "with gradient checkpoints": reduced(problem(divided(recomputing)), passes),
+        "lora": of_adapters(problem(lora), passes),
+        "one example": of_one_example(passes),
+        "largest share": full_tensor(rank),
+    }
 
 
-def offloaded(rank):
-    unet = divided(small_unet(), offload_policy=CPUOffloadPolicy(pin_memory=False))
-    return reduced(problem(unet), PassOptions(**DISTRIBUTED))
-
-
-def test_offloaded_to_the_host(tmp_path, expected):
-    for found in processes(2, tmp_path / "run", offloaded):
-        assert_all_close(found, {name: expected[name] for name in found})
-
-
-def recomputing(rank):
-    unet = small_unet()
-    unet.enable_gradient_checkpointing()
-    return reduced(problem(divided(unet)), PassOptions(**DISTRIBUTED))
-
-
-def test_with_gradient_checkpoints(tmp_path, expected):
-    for found in processes(2, tmp_path / "run", recomputing):
-        assert_all_close(found, {name: expected[name] for name in found})
+def test_networks(tmp_path, expected):
+    """Never are all parameters whole at once: the outermost module's, and of a block or two."""
+    results = processes(2, tmp_path / "run", networks)
+    lora = of_adapters(problem(adapted(small_unet())), PassOptions())
+    for found in results:
+        for name in ("on its own", "offloaded", "with gradient checkpoints"):
+            assert_all_close(found[name], {key: expected[key] for key in found[name]})
+        assert_all_close(found["lora"], lora)
+        assert_all_close(found["one example"], results[0]["one example"])
+        assert 0 < found["largest share"] < 0.5
+    assert float(results[0]["one example"]["scores"]) > 0
 
 
 def stopped(rank, checkpoint, fail_at):
@@ -307,22 +297,3 @@ def test_refused(tmp_path):
     assert "or take influence_scores" in told["store"]
     assert "Leave it out, or start more of them" in told["memory"]
     assert "tensor parallelism" in told["tensor parallel"]
-
-
-def of_one_example(rank):
-    """Fewer examples than processes: all do them."""
-    unet = divided(small_unet())
-    regression = unet_regression(unet, count=1)
-    J = ExampleGradientLinearOperator(regression)
-    inverse = DiffusionKFACLinearOperator(regression, passes=PassOptions(**DISTRIBUTED)).inverse(
-        1e-3
-    )
-    scores = influence_scores(J, inverse, J, passes=PassOptions(**DISTRIBUTED))
-    return {"rows": J.rows(), "scores": scores}
-
-
-def test_of_one_example(tmp_path):
-    torch.manual_seed(0)
-    first, second = processes(2, tmp_path / "run", of_one_example)
-    assert float(first["scores"]) > 0
-    assert_all_close(first, second)

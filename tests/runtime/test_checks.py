@@ -1,4 +1,4 @@
-"""However users' tensors were made: their numbers count, or an error comes before any is used."""
+"""Users' tensors however they were made: their numbers count, or an error comes first; quotes."""
 
 import numpy as np
 import pytest
@@ -14,9 +14,9 @@ from curvlinops_diffusion import (
     Encoded,
     ExampleGradientLinearOperator,
     NoisedRegression,
-    influence_scores,
 )
 from curvlinops_diffusion.measurements import ExampleFunction
+from curvlinops_diffusion.runtime.checks import quoted
 from tests.cases import noise_levels
 
 LABELS = torch.tensor([2, 0, 1])
@@ -49,15 +49,10 @@ def images():
 
 
 def results(data, model=None, **objective):
-    """A product with the curvature, and scores: everything that data goes through."""
+    """Gradients of examples: forward and backward passes of everything that data goes through."""
     model = network() if model is None else model
-    regression = NoisedRegression(
-        DenoisingObjective(model, noise_levels(), **objective), data, 2, batch_size=2
-    )
-    operator = DiffusionEKFACLinearOperator(regression)
-    J = ExampleGradientLinearOperator(regression)
-    ones = torch.ones(operator.shape[0], dtype=torch.float64)
-    return torch.cat([operator @ ones, influence_scores(J, operator.inverse(1e-3), J).flatten()])
+    objective = DenoisingObjective(model, noise_levels(), **objective)
+    return ExampleGradientLinearOperator(NoisedRegression(objective, data, 2, batch_size=2)).rows()
 
 
 def of(x0=None, labels=None):
@@ -179,11 +174,11 @@ def test_what_is_passed_beside_the_data(expected):
     """Its graph is no part of the network's, whether it comes from arguments or an encoder."""
     half = torch.tensor(0.5, dtype=torch.float64)
     scaled = results(of(), model_kwargs={"factor": half})
-    for factor in (half.clone().requires_grad_(), half.clone().requires_grad_() * 1):
+    leaf = half.clone().requires_grad_()
+    for factor in (leaf, leaf * 1, in_inference_mode(half)):
         assert torch.equal(results(of(), model_kwargs={"factor": factor}), scaled)
         found = results(of(), model_kwargs=lambda x, c, factor=factor: {"factor": factor})
         assert torch.equal(found, scaled)
-    assert torch.equal(results(of(), model_kwargs={"factor": in_inference_mode(half)}), scaled)
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
     assert torch.equal(results(of(), encode=lambda x, c: Encoded(x * weight, None, c)), expected)
     for wrong, told in (
@@ -200,7 +195,7 @@ def test_what_is_passed_beside_the_data(expected):
 
 
 def test_hooks_and_graphs_that_training_left(expected):
-    """They change no derivative, and are there afterwards; autograd of each example says so."""
+    """They change no derivative, and are there afterwards."""
 
     class Shifted(Labelled):
         def forward(self, *args, **kwargs):
@@ -317,3 +312,40 @@ def test_lists_of_numbers_are_left_to_the_network():
     regression = NoisedRegression(DenoisingObjective(network(Sized), noise_levels()), [batch], 1)
     assert ExampleGradientLinearOperator(regression).rows().isfinite().all()
     assert all(isinstance(sizes, list) for sizes in seen)
+
+
+def raised_from(cause, text):
+    try:
+        raise ValueError(text) from cause
+    except ValueError as error:
+        return error
+
+
+SIZES = [f"size mismatch for layer{n}.weight: copying a param with shape [2]" for n in range(32)]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("The following keys are left:\n\n a.diff,\tb.diff"), None),
+        (KeyError("conv_in"), "KeyError: 'conv_in'"),
+        (RuntimeError(), "RuntimeError"),
+        (RuntimeError("\n\n"), "RuntimeError"),
+        (RuntimeError("same\nsame\nother"), "same other"),
+        (RuntimeError("no\nException raised from x at y.cpp:1\nframe #0: f\nframe #1: g"), "no"),
+        (raised_from(OSError("file not covered"), "No weights."), "No weights (file not covered)"),
+        (raised_from(OSError("No"), "No weights."), "No weights."),
+    ],
+)
+def test_quotes(error, expected):
+    text = quoted(error)
+    assert text == (expected or "The following keys are left: a.diff, b.diff")
+
+
+def test_long_messages_keep_both_ends():
+    text = quoted(RuntimeError("Errors in loading:\n" + "\n".join([*SIZES, "the cause is y.z"])))
+    assert text.startswith("Errors in loading: size mismatch for layer0.weight: copying")
+    assert text.endswith("the cause is y.z")
+    assert " … " in text
+    assert len(text) <= 400
+    assert len(quoted(RuntimeError("x" * 10_000))) <= 400
