@@ -504,7 +504,7 @@ def check_effect(
                 f"no effect on the prediction of the first examples{why and f' ({why})'}, on which "
                 "their curvature and gradients are zero; other examples may use them. They are "
                 f"{_listed(some)}.",
-                stacklevel=6,
+                stacklevel=7,
             )
 
     if names:
