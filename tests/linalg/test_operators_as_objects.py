@@ -93,9 +93,7 @@ def test_moved(operator, device, dtype):
 def test_moved_nowhere(operator):
     assert operator.to("cpu") is operator
     assert operator.to(torch.float64) is operator
-    with pytest.raises(
-        ValueError, match=r"or torch.float64, got torch.bfloat16"
-    ):
+    with pytest.raises(ValueError, match=r"or torch.float64, got torch.bfloat16"):
         operator.to(torch.bfloat16)
 
 
