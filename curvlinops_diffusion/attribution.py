@@ -105,8 +105,8 @@ class Attribution:
         ):
             if list(gallery.names) != names:
                 raise ValueError(
-                    f"`{what}` are {len(gallery.names)} that are not the {len(names)} that "
-                    f"'{path}' is of. Pass those that were scored."
+                    f"`{what}` must be the {len(names)} images that '{path}' is of, got "
+                    f"{len(gallery.names)} others. Pass those that were scored."
                 )
         by_method = stored.by_method
         return cls(by_method, dict.fromkeys(by_method), header, images, queries)

@@ -54,6 +54,7 @@ def completed(name: str, given: dict[str, Any]) -> Namespace:
         ValueError: If one contradicts the earlier command, a path is no more there, or one is
             missing.
     """
+    options_of(name, **given)  # numbers are checked before files are looked at
     command = commands()[name]
     path, taken = given.get(command.earlier or ""), {}
     if path is not None and command.earlier is not None:

@@ -232,7 +232,7 @@ def test_others_are_refused(folder, page, tmp_path, capsys):
     assert page.read_bytes() == before
     output = tmp_path / "r.html"
     assert run(arguments(folder, output, "--data", folder / "queries")) == 2
-    assert "holds 2 images that are not the 7 that" in capsys.readouterr().err
+    assert "--data must be the 7 images that" in capsys.readouterr().err
     # other images of the same names
     shutil.copytree(folder / "train", tmp_path / "train")
     for path in (tmp_path / "train").rglob("*.png"):
@@ -243,7 +243,7 @@ def test_others_are_refused(folder, page, tmp_path, capsys):
     own = ["--output", str(tmp_path / "e.safetensors"), "--num-draws", "2"]
     assert run(program_arguments(folder, "fit", *own)) == 0
     assert run(arguments(folder, output, "--operator", tmp_path / "e.safetensors")) == 2
-    assert "e.safetensors' is not the operator of '" in capsys.readouterr().err
+    assert "e.safetensors' is not that of the scores: " in capsys.readouterr().err
     assert not output.exists()
 
 
