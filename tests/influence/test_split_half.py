@@ -115,7 +115,7 @@ def test_an_odd_number_of_pairs_cannot_be_halved(train):
     for num_draws, antithetic, can in ((4, True, True), (6, True, False), (3, False, False)):
         J = ExampleGradientLinearOperator(redrawn(train, x0, num_draws, 0, antithetic))
         assert can_be_halved(J.regression) == can
-    with pytest.raises(ValueError, match=r"divided into 2 parts. Pass a multiple of"):
+    with pytest.raises(ValueError, match=r"to be divided into 2 parts, got"):
         split_half_scores(J, DiffusionEKFACLinearOperator(train).inverse(DAMPING), J)
 
 
