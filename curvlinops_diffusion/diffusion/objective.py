@@ -153,10 +153,11 @@ class DenoisingObjective:
         is shown one.
 
         Args:
-            pipeline: A pipeline of ``diffusers``: DDPM, DDIM, LDM, DiT, Stable Diffusion (1, 2, XL,
-                3) or Flux, inpainting and ControlNet of Stable Diffusion (1, 2, XL); or another
-                from prompts to images by latents (PixArt, Sana, Lumina 2, Qwen-Image, Flux.2,
-                Z-Image), which is run with stand-ins for its parts to see what its network sees.
+            pipeline: A pipeline of ``diffusers``: DDPM, DDIM, LDM, DiT, Stable Diffusion (1, 2, XL),
+                Flux, inpainting and ControlNet of Stable Diffusion (1, 2, XL); or another from
+                prompts to images by latents (Stable Diffusion 3, PixArt, Sana, Lumina 2,
+                Qwen-Image, Flux.2, Z-Image), which is run with stand-ins for its parts to see what
+                its network sees.
             weighting: As in the constructor.
             reduction: As in the constructor.
             sample_latents: Whether latents are drawn from the autoencoder's distribution, or are

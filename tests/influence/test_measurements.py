@@ -184,7 +184,7 @@ def test_variances_can_be_chosen():
     )
     truth = ExampleGradientLinearOperator(problem(), measurement="elbo")
     assert_close(small.values(), truth.values(), 1e-12)
-    with pytest.raises(ValueError, match=r"variance is 'big'. Pass variance='small' or 'large'"):
+    with pytest.raises(ValueError, match=r"`variance` must be 'small' or 'large', got 'big'"):
         ExampleGradientLinearOperator(problem(), measurement=ELBO(variance="big"))
 
 
