@@ -196,7 +196,7 @@ def test_outputs_are_kept(folder, pipeline, tmp_path):
     loaded = Attribution.load(scores, folder / "train", folder / "queries")
     assert torch.equal(loaded.scores, first.scores)
     assert loaded.top(2) == first.top(2)
-    with pytest.raises(ValueError, match="`queries` must be the 2 images that .* got 7 others"):
+    with pytest.raises(ValueError, match=r"`queries` must be the 2 images that .* got 7 others"):
         Attribution.load(scores, folder / "train", folder / "train")
 
 
