@@ -120,14 +120,16 @@ class Attributor:
         latent_cache: str | PathLike[str] | None = None,
         autocast: Any = None,
         **options: Any,
-    ) -> Self:
+    ) -> Attributor:
         """The attributor of a ``diffusers`` pipeline and the images that it was trained on.
 
         A pipeline with adapters loaded (``load_lora_weights``) is attributed by their parameters
         alone.
 
         Args:
-            pipeline: The pipeline.
+            pipeline: The pipeline; or several checkpoints of one training, pipelines or functions
+                that load them, whose scores are averaged
+                (:class:`~curvlinops_diffusion.checkpoints.CheckpointAttributor`).
             images: The training images: a folder, paths, PIL images, a tensor ``[N, C, H, W]`` in
                 [-1, 1], or a data set.
             prompts: A prompt for each image, or one for all that have none of their own.
@@ -151,6 +153,12 @@ class Attributor:
             ValueError: If the pipeline is of no known kind, or images, prompts and labels do not
                 fit together or are not what it takes.
         """
+        if isinstance(pipeline, list | tuple):
+            from curvlinops_diffusion.checkpoints import CheckpointAttributor
+
+            # of each the same: all other arguments
+            told = {k: v for k, v in locals().items() if k in _OF_PIPELINE}
+            return CheckpointAttributor(pipeline, images, **told, **options)
         try:
             from curvlinops_diffusion.loading.given import given_images
             from curvlinops_diffusion.loading.network import Network
@@ -202,6 +210,10 @@ class Attributor:
         if self._operator is None:
             raise ValueError("There is no curvature yet. Call fit() first, or Attributor.load.")
         return self._operator
+
+    @operator.setter
+    def operator(self, operator: BlockDiagonalLinearOperator) -> None:
+        self._operator = operator
 
     def gradients(
         self, queries: Any = None, *, num_draws: int = 64, measurement: Any = "loss", **beside: Any
@@ -265,7 +277,9 @@ class Attributor:
         self.operator.save(path)
 
     @classmethod
-    def load(cls, path: str | PathLike[str], source: Any, images: Any, **options: Any) -> Self:
+    def load(
+        cls, path: str | PathLike[str], source: Any, images: Any, **options: Any
+    ) -> Attributor:
         """The attributor with a saved curvature.
 
         Args:
@@ -278,17 +292,28 @@ class Attributor:
             ValueError: If the file is of another network, other images, another objective or
                 another version; the message says which.
         """
+        if isinstance(source, list | tuple):
+            from curvlinops_diffusion.checkpoints import CheckpointAttributor
+
+            return CheckpointAttributor.load(path, source, images, **options)
         make = cls if isinstance(source, DenoisingObjective) else cls.from_pipeline
-        found = make(source, images, **options)
-        operator = load_operator(path, found.objective.model)
+        return make(source, images, **options).with_saved(path)
+
+    def with_saved(self, path: str | PathLike[str]) -> Self:
+        """Take the curvature of a file that :meth:`save` wrote.
+
+        Raises:
+            ValueError: As :meth:`load`.
+        """
+        operator = load_operator(path, self.objective.model)
         advice = "Pass the pipeline that it was fitted with, and the same recipe of training."
-        check_same_objective(path, operator.info, found.regression, advice)
-        if not is_of_same_images(operator.info, found.regression):
+        check_same_objective(path, operator.info, self.regression, advice)
+        if not is_of_same_images(operator.info, self.regression):
             raise ValueError(
                 f"'{path}' was fitted to other images than those given. Pass the same, or fit anew."
             )
-        found._operator = operator
-        return found
+        self._operator = operator
+        return self
 
     def score(
         self,
@@ -407,6 +432,8 @@ class Attributor:
         )
 
 
+# what from_pipeline is told beside pipeline and images
+_OF_PIPELINE = frozenset(Attributor.from_pipeline.__func__.__kwdefaults__)  # type: ignore[attr-defined]
 # of a recipe's parts, those that are of the training images alone: a query is what it is
 _OF_TRAINING = ("augment", "augmented_conditions", "example_weights")
 
