@@ -144,14 +144,16 @@ class Attributor:
         latent_cache: str | PathLike[str] | None = None,
         autocast: Any = None,
         **options: Any,
-    ) -> Self:
+    ) -> Attributor:
         """The attributor of a ``diffusers`` pipeline and the images that it was trained on.
 
         A pipeline with adapters loaded (``load_lora_weights``) is attributed by their parameters
         alone.
 
         Args:
-            pipeline: The pipeline.
+            pipeline: The pipeline; or several checkpoints of one training, pipelines or functions
+                that load them, whose scores are averaged
+                (:class:`~curvlinops_diffusion.checkpoints.CheckpointAttributor`).
             images: The training images: a folder, paths, PIL images, a tensor ``[N, C, H, W]`` in
                 [-1, 1], or a data set. Folders may be as trainers lay them out: with metadata.jsonl
                 or metadata.csv, captions in files beside the images, and kohya's ``30_shs dog``,
@@ -183,6 +185,12 @@ class Attributor:
             ValueError: If the pipeline is of no known kind, or images, prompts and labels do not
                 fit together or are not what it takes.
         """
+        if isinstance(pipeline, list | tuple):
+            from curvlinops_diffusion.checkpoints import CheckpointAttributor
+
+            # of each the same: all other arguments
+            told = {k: v for k, v in locals().items() if k in _OF_PIPELINE}
+            return CheckpointAttributor(pipeline, images, **told, **options)
         network = _loading().Network.of_pipeline(
             pipeline,
             params,
@@ -264,6 +272,10 @@ class Attributor:
         if self._operator is None:
             raise ValueError("There is no curvature yet. Call fit() first, or Attributor.load.")
         return self._operator
+
+    @operator.setter
+    def operator(self, operator: BlockDiagonalLinearOperator) -> None:
+        self._operator = operator
 
     def gradients(
         self, queries: Any = None, *, num_draws: int = 64, measurement: Any = "loss", **beside: Any
@@ -371,7 +383,7 @@ class Attributor:
         *,
         other_data: bool = False,
         **options: Any,
-    ) -> Self:
+    ) -> Attributor:
         """The attributor with a saved curvature.
 
         Args:
@@ -385,22 +397,38 @@ class Attributor:
             ValueError: If the file is of another network, other images, another objective or
                 another version; the message says which.
         """
+        if isinstance(source, list | tuple):
+            from curvlinops_diffusion.checkpoints import CheckpointAttributor
+
+            return CheckpointAttributor.load(path, source, images, other_data=other_data, **options)
         if isinstance(source, DenoisingObjective):
-            found = cls(source, images, **options)
+            found: Attributor = cls(source, images, **options)
         elif hasattr(source, "objective"):
             found = cls.of_network(source, images, **options)
         else:
             found = cls.from_pipeline(source, images, **options)
-        operator = load_operator(path, found.objective.model, passes=found.passes)
+        return found.with_saved(path, other_data=other_data)
+
+    def with_saved(self, path: str | PathLike[str], *, other_data: bool = False) -> Self:
+        """Take the curvature of a file that :meth:`save` wrote.
+
+        Args:
+            path: The file.
+            other_data: Whether it may have been fitted to other images.
+
+        Raises:
+            ValueError: As :meth:`load`.
+        """
+        operator = load_operator(path, self.objective.model, passes=self.passes)
         advice = "Pass the network that it was fitted with, and the same recipe of training."
-        check_same_objective(path, operator.info, found.regression, advice)
-        if not other_data and not is_of_same_images(operator.info, found.regression):
+        check_same_objective(path, operator.info, self.regression, advice)
+        if not other_data and not is_of_same_images(operator.info, self.regression):
             raise ValueError(
                 f"'{path}' was fitted to other images than those given. Pass the same, fit anew, "
                 "or pass `other_data=True` if that is meant."
             )
-        found._operator = operator
-        return found
+        self._operator = operator
+        return self
 
     def score(
         self,
@@ -594,6 +622,8 @@ class Attributor:
             shutil.rmtree(output.with_name(f"{output.name}.checkpoint"), ignore_errors=True)
 
 
+# what from_pipeline is told beside pipeline and images
+_OF_PIPELINE = frozenset(Attributor.from_pipeline.__func__.__kwdefaults__)  # type: ignore[attr-defined]
 # of a recipe's parts, those that are of the training images alone: a query is what it is
 _OF_TRAINING = ("augment", "augmented_conditions", "example_weights")
 

@@ -1,0 +1,232 @@
+"""Attribution averaged over several checkpoints of one training.
+
+Legend: C checkpoints, Q queries, N training images.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from types import FunctionType, MethodType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.attribution import Attribution
+from curvlinops_diffusion.attributor import Attributor
+from curvlinops_diffusion.influence.agreement import Agreement, SplitHalfScores
+from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointAttributor(Attributor):
+    r"""Attribution averaged over ``C`` checkpoints of one training.
+
+    .. math::
+
+        \bar\tau(q, n) = \frac1C \sum_c \tau_c(q, n),
+
+    each :math:`\tau_c` with the curvature and the gradients at its own weights. Every checkpoint is
+    fitted and scored alone, one after the other: ``C`` times the time of one, and the memory of one
+    if the pipelines are given as functions that load them. Late checkpoints are meant, of a network
+    that has learned most of what it will.
+
+    Made by :meth:`Attributor.from_pipeline` of several pipelines. :attr:`operator`,
+    :attr:`regression` and :meth:`gradients` are those of the last checkpoint.
+
+    Source: the average over checkpoints is that of TracIn (Pruthi et al., 2020), of influence in
+    place of inner products.
+
+    Args:
+        pipelines: The pipelines, or functions of no arguments that return one, in the order of
+            training.
+        images: The training images.
+        checkpoint: A folder from which long work goes on, checkpoint by checkpoint.
+        options: As :meth:`Attributor.from_pipeline`.
+
+    Attributes:
+        operators: The curvature of each checkpoint.
+
+    Raises:
+        ValueError: If there are fewer than two, or one is not what
+            :meth:`Attributor.from_pipeline` takes.
+    """
+
+    def __init__(
+        self,
+        pipelines: Sequence[Any],
+        images: Any,
+        *,
+        checkpoint: str | PathLike[str] | None = None,
+        **options: Any,
+    ):
+        if len(pipelines) < 2:
+            raise ValueError(
+                f"`pipeline` must be one pipeline or at least two checkpoints of one training, got "
+                f"a list of {len(pipelines)}."
+            )
+        self._sources = list(pipelines)
+        self._make: Callable[..., Attributor] = partial(
+            Attributor.from_pipeline, images=images, **options
+        )
+        self._folder = None if checkpoint is None else Path(checkpoint)
+        # those that are in memory anyway are read once
+        self._kept: dict[int, Attributor] = {}
+        self.operators: list[BlockDiagonalLinearOperator] = []
+        self._last = self._member(len(self._sources) - 1)
+        self.objective, self.regression = self._last.objective, self._last.regression
+
+    def _member(self, c: int) -> Attributor:
+        """The attributor of one checkpoint."""
+        if c in self._kept:
+            return self._kept[c]
+        source = self._sources[c]
+        loads = isinstance(source, FunctionType | MethodType | partial)
+        folder = None if self._folder is None else self._folder / str(c)
+        member = self._make(source() if loads else source, checkpoint=folder)
+        if not loads:
+            self._kept[c] = member
+        return member
+
+    def _members(self) -> Iterator[tuple[int, Attributor]]:
+        for c in range(len(self._sources)):
+            log.info("checkpoint %d of %d", c + 1, len(self._sources))
+            yield c, self._member(c)
+
+    # -----------------------------------------------------------------------------------------
+
+    @property
+    def operator(self) -> BlockDiagonalLinearOperator:
+        """The curvature at the last checkpoint.
+
+        Raises:
+            ValueError: If it was neither fitted nor loaded.
+        """
+        return self._fitted()[-1]
+
+    @operator.setter
+    def operator(self, operator: BlockDiagonalLinearOperator) -> None:
+        raise AttributeError("Every checkpoint has an operator of its own, see `operators`.")
+
+    def gradients(self, queries: Any = None, **options: Any) -> Any:
+        """Gradients at the last checkpoint, as :meth:`Attributor.gradients`."""
+        return self._last.gradients(queries, **options)
+
+    def fit(
+        self, curvature: Literal["ekfac", "kfac"] = "ekfac", *, num_draws: int = 8, **options: Any
+    ) -> Self:
+        """Fit the curvature at each checkpoint, as :meth:`Attributor.fit`."""
+        log.info("%d checkpoints: as many times the work of one", len(self._sources))
+        operators: list[BlockDiagonalLinearOperator] = []
+        seen: dict[str, int] = {}
+        for c, member in self._members():
+            weights = json.dumps(member.regression.identity({}), sort_keys=True, default=str)
+            if weights in seen:
+                raise ValueError(
+                    f"Checkpoints {seen[weights] + 1} and {c + 1} have the same weights. Pass "
+                    "different checkpoints of one training."
+                )
+            seen[weights] = c
+            operators.append(member.fit(curvature, num_draws=num_draws, **options).operator)
+        self.operators = operators
+        return self
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Save the curvature of each checkpoint to a folder, see :meth:`load`.
+
+        Raises:
+            ValueError: If there is none, or a file cannot be written.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        for c, operator in enumerate(self._fitted()):
+            operator.save(folder / _file(c))
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], source: Any, images: Any, **options: Any) -> Self:
+        """The attributor with the saved curvature of each checkpoint.
+
+        Args:
+            path: The folder that :meth:`save` wrote.
+            source: The pipelines.
+            images: The training images.
+            options: Of :class:`CheckpointAttributor`.
+
+        Raises:
+            ValueError: As :meth:`Attributor.load`, or if the folder is of another number of
+                checkpoints.
+        """
+        found, folder = cls(source, images, **options), Path(path)
+        saved = len(list(folder.glob(_file("*"))))
+        if saved != len(found._sources):
+            raise ValueError(
+                f"'{path}' has the curvature of {saved} checkpoints, got {len(found._sources)} "
+                "pipelines. Pass those that it was fitted to, in the same order."
+            )
+        found.operators = [
+            member.with_saved(folder / _file(c)).operator for c, member in found._members()
+        ]
+        return found
+
+    def score(self, queries: Any, **options: Any) -> Attribution:
+        """Score at each checkpoint, and average, as :meth:`Attributor.score`.
+
+        Raises:
+            ValueError: As :meth:`Attributor.score`.
+        """
+        results = []
+        for (_, member), operator in zip(self._members(), self._fitted(), strict=True):
+            member.operator = operator
+            results.append(member.score(queries, **options))
+        return averaged(results)
+
+    def _fitted(self) -> list[BlockDiagonalLinearOperator]:
+        if not self.operators:
+            raise ValueError("There is no curvature yet. Call fit() first, or Attributor.load.")
+        return self.operators
+
+
+def _file(c: int | str) -> str:
+    return f"checkpoint{c}.safetensors"
+
+
+def averaged(results: Sequence[Attribution]) -> Attribution:
+    """The mean of several results of the same queries and training images.
+
+    Its header is that of the last; it lists the identities of all as ``"checkpoints"``.
+    """
+    last = results[-1]
+
+    def mean(one: Callable[[Attribution], Tensor]) -> Tensor:
+        return torch.stack([one(result) for result in results]).mean(0)
+
+    def halves_of(method: str) -> SplitHalfScores | None:
+        if any(result.halves[method] is None for result in results):
+            return None
+        first, second = (
+            mean(lambda r, half=half: getattr(r.halves[method], half))  # type: ignore[misc]
+            for half in ("first", "second")
+        )
+        return SplitHalfScores(scores[method], first, second)
+
+    scores = {m: mean(lambda r, m=m: r.by_method[m]) for m in last.by_method}  # type: ignore[misc]
+    halves: Mapping[str, SplitHalfScores | None] = {m: halves_of(m) for m in scores}
+    values = [result.header["values"] for result in results]
+    header = {
+        **last.header,
+        "checkpoints": [result.header["identity"] for result in results],
+        "values": [
+            None if None in each else sum(each) / len(each) for each in zip(*values, strict=True)
+        ],
+    }
+    of_first = halves[next(iter(scores))]
+    if of_first is not None:
+        header |= Agreement.of_halves(of_first.first, of_first.second).as_header()
+    return replace(last, by_method=scores, halves=halves, header=header)

@@ -1,0 +1,122 @@
+"""Attribution averaged over checkpoints of one training: the mean of each alone."""
+
+from functools import partial
+
+import pytest
+import torch
+from diffusers import DDPMPipeline
+
+from curvlinops_diffusion import Attributor
+from tests.cli.cases import write_problem
+from tests.comparisons import assert_close
+
+DRAWS = {"num_draws": 4, "damping": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pipeline, a later checkpoint of it, training images and queries."""
+    folder = write_problem(tmp_path_factory.mktemp("checkpoints"))
+    pipeline = DDPMPipeline.from_pretrained(folder / "pipeline")
+    with torch.no_grad():
+        for parameter in pipeline.unet.parameters():
+            parameter.mul_(1.1)
+    pipeline.save_pretrained(folder / "later")
+    return folder
+
+
+def loaded(folder, name):
+    return DDPMPipeline.from_pretrained(folder / name)
+
+
+def both(folder):
+    return [loaded(folder, "pipeline"), loaded(folder, "later")]
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The results of each checkpoint alone, by both methods."""
+    return [
+        Attributor.from_pipeline(pipeline, folder / "train")
+        .fit(num_draws=2)
+        .score(folder / "queries", method=["influence", "regression"], **DRAWS)
+        for pipeline in both(folder)
+    ]
+
+
+@pytest.fixture(scope="module")
+def attributor(folder):
+    return Attributor.from_pipeline(both(folder), folder / "train").fit(num_draws=2)
+
+
+@pytest.fixture(scope="module")
+def result(folder, attributor):
+    return attributor.score(folder / "queries", method=["influence", "regression"], **DRAWS)
+
+
+def test_scores_are_the_mean_of_each_alone(alone, result):
+    for method, scores in result.by_method.items():
+        assert torch.equal(scores, sum(one.by_method[method] for one in alone) / 2)
+        for half in ("first", "second"):
+            mean = sum(getattr(one.halves[method], half) for one in alone) / 2
+            assert torch.equal(getattr(result.halves[method], half), mean)
+    assert not torch.equal(alone[0].scores, alone[1].scores)
+
+
+def test_agreement_and_values_are_of_the_mean(alone, result):
+    assert result.header["values"] == pytest.approx(
+        [sum(each) / 2 for each in zip(*(one.header["values"] for one in alone), strict=True)]
+    )
+    assert len(result.header["checkpoints"]) == 2
+    halves = result.halves["influence"]
+    expected = halves.rank_correlation().tolist()
+    assert list(result.agreement.rank_correlation) == pytest.approx(expected)
+
+
+def test_saved_loaded_one_at_a_time(folder, attributor, result, tmp_path):
+    """From functions that load the pipelines: each is loaded where it is needed."""
+    attributor.save(tmp_path / "curvature")
+    sources = [partial(loaded, folder, name) for name in ("pipeline", "later")]
+    found = Attributor.load(tmp_path / "curvature", sources, folder / "train")
+    scores = found.score(folder / "queries", **DRAWS).scores
+    assert_close(scores, result.scores, 1e-5)  # of influence alone, in blocks of queries
+    result.report(tmp_path / "page.html")
+    assert "image0.png" in (tmp_path / "page.html").read_text()
+
+
+def test_goes_on_at_the_checkpoint_where_it_stopped(folder, monkeypatch, tmp_path):
+    options = {"checkpoint": tmp_path, "progressbar": False}
+    fit, fitted = Attributor.fit, []
+
+    def stopping(self, *args, **kwargs):
+        if len(fitted) == 1:
+            raise KeyboardInterrupt
+        fitted.append(self)
+        return fit(self, *args, **kwargs)
+
+    attributor = Attributor.from_pipeline(both(folder), folder / "train", **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(Attributor, "fit", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            attributor.fit(num_draws=2)
+    written = sorted((tmp_path / "0" / "fit").iterdir())
+    times = [path.stat().st_mtime_ns for path in written]
+    attributor.fit(num_draws=2)
+    assert written
+    assert [path.stat().st_mtime_ns for path in written] == times
+    assert (tmp_path / "1" / "fit").exists()
+
+
+def test_refused(folder, attributor, tmp_path):
+    same = [loaded(folder, "later"), loaded(folder, "later")]
+    with pytest.raises(ValueError, match="Checkpoints 1 and 2 have the same weights"):
+        Attributor.from_pipeline(same, folder / "train").fit(num_draws=1)
+    with pytest.raises(ValueError, match="at least two checkpoints of one training, got a list of"):
+        Attributor.from_pipeline(same[:1], folder / "train")
+    with pytest.raises(ValueError, match=r"Call fit\(\) first"):
+        Attributor.from_pipeline(both(folder), folder / "train").score(folder / "queries")
+    attributor.save(tmp_path)
+    with pytest.raises(ValueError, match="has the curvature of 2 checkpoints, got 3 pipelines"):
+        Attributor.load(tmp_path, [*same, *same[:1]], folder / "train")
+    with pytest.raises(ValueError, match="other weights of this model"):
+        Attributor.load(tmp_path, same, folder / "train")
