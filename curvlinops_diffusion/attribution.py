@@ -109,7 +109,17 @@ class Attribution:
                     f"{len(gallery.names)} others. Pass those that were scored."
                 )
         by_method = stored.by_method
-        return cls(by_method, dict.fromkeys(by_method), header, images, queries)
+
+        def halves_of(place: int, method: str) -> SplitHalfScores | None:
+            names = [f"{method}/{half}" if place else half for half in ("first", "second")]
+            if header.get("shards") or not {*names} <= {*stored.names}:
+                return None  # of many shards too large to be held
+            return SplitHalfScores(
+                by_method[method].whole(), *(stored.named(name).whole() for name in names)
+            )
+
+        halves = {method: halves_of(place, method) for place, method in enumerate(by_method)}
+        return cls(by_method, halves, header, images, queries)
 
     @property
     def scores(self) -> Tensor:

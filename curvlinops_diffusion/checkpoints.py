@@ -21,6 +21,7 @@ from torch import Tensor
 from curvlinops_diffusion.attribution import Attribution
 from curvlinops_diffusion.attributor import Attributor
 from curvlinops_diffusion.influence.agreement import Agreement, SplitHalfScores
+from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 
 log = logging.getLogger(__name__)
@@ -204,8 +205,9 @@ def averaged(results: Sequence[Attribution]) -> Attribution:
     """
     last = results[-1]
 
-    def mean(one: Callable[[Attribution], Tensor]) -> Tensor:
-        return torch.stack([one(result) for result in results]).mean(0)
+    def mean(one: Callable[[Attribution], Tensor | StoredScores]) -> Tensor:
+        found = [one(result) for result in results]
+        return torch.stack([z.whole() if isinstance(z, StoredScores) else z for z in found]).mean(0)
 
     def halves_of(method: str) -> SplitHalfScores | None:
         if any(result.halves[method] is None for result in results):
@@ -219,8 +221,9 @@ def averaged(results: Sequence[Attribution]) -> Attribution:
     scores = {m: mean(lambda r, m=m: r.by_method[m]) for m in last.by_method}  # type: ignore[misc]
     halves: Mapping[str, SplitHalfScores | None] = {m: halves_of(m) for m in scores}
     values = [result.header["values"] for result in results]
+    agreement = dict.fromkeys(("rank_correlation", "top", "top_shared", "standard_error"))
     header = {
-        **last.header,
+        **{key: value for key, value in last.header.items() if key not in agreement},
         "checkpoints": [result.header["identity"] for result in results],
         "values": [
             None if None in each else sum(each) / len(each) for each in zip(*values, strict=True)

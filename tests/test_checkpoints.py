@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import DDPMPipeline
 
-from curvlinops_diffusion import Attributor
+from curvlinops_diffusion import Attribution, Attributor
+from curvlinops_diffusion.cli.program import run
 from tests.cli.cases import write_problem
 from tests.comparisons import assert_close
 
@@ -82,6 +83,25 @@ def test_saved_loaded_one_at_a_time(folder, attributor, result, tmp_path):
     assert_close(scores, result.scores, 1e-5)  # of influence alone, in blocks of queries
     result.report(tmp_path / "page.html")
     assert "image0.png" in (tmp_path / "page.html").read_text()
+
+
+def test_in_the_program(folder, result, tmp_path):
+    """Each stands in a folder of its own, and is not made again; the average beside them."""
+    words = ["--pipeline", folder / "later", "--checkpoints", folder / "pipeline"]
+    words += ["--data", folder / "train", "--queries", folder / "queries", "--quiet"]
+    words += ["--fit-draws", 2, "--num-draws", 4, "--damping", 1e-3, "--output", tmp_path]
+    words += ["--method", "influence", "regression"]
+    assert run(["attribute", *map(str, words)]) == 0
+    images = (folder / "train", folder / "queries")
+    found = Attribution.load(tmp_path / "scores.safetensors", *images)
+    first = found.halves["regression"].first
+    assert_close(first, result.halves["regression"].first, 1e-6)
+    for method, scores in result.by_method.items():
+        assert_close(found.by_method[method].whole(), scores, 1e-6)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("checkpoint0", "checkpoint1", "scores.safetensors", "scores.csv"),
+        *("report.html", "run.yaml"),
+    }
 
 
 def test_goes_on_at_the_checkpoint_where_it_stopped(folder, monkeypatch, tmp_path):

@@ -12,6 +12,7 @@ from torch import distributed
 
 from curvlinops_diffusion.attribution import Attribution
 from curvlinops_diffusion.attributor import Attributor
+from curvlinops_diffusion.checkpoints import averaged
 from curvlinops_diffusion.cli.cost import fit_cost, score_cost
 from curvlinops_diffusion.cli.earlier import as_yaml, of_run
 from curvlinops_diffusion.cli.network import load_network
@@ -101,31 +102,57 @@ def _report(found: Attribution, options: Namespace, output: Path, operator: Path
 def attribute(options: Namespace) -> None:
     """Fit, score and report into a folder, with a table and the options beside.
 
+    Of several checkpoints each is fitted and scored in a folder of its own, and scores are
+    averaged.
+
     Raises:
         ValueError: If the folder holds another run, or as the three.
     """
-    operator, scores = (options.output / f"{name}.safetensors" for name in ("operator", "scores"))
-    page, table = options.output / "report.html", options.output / "scores.csv"
+    earlier = options.checkpoints or []
+    if earlier:
+        say(f"{len(earlier) + 1} checkpoints: {len(earlier) + 1} times the work of one")
+    folders = [options.output / f"checkpoint{c}" for c in range(len(earlier) + 1)]
+    folders = folders if earlier else [options.output]
+    runs = [_at_checkpoint(options, path) for path in earlier] + [options]
+    results = [_fit_and_score(own, folder) for own, folder in zip(runs, folders, strict=True)]
+    found = results[-1]
+    if found is None or not is_first():
+        return
+    scores, page = options.output / "scores.safetensors", options.output / "report.html"
+    if earlier:
+        found = averaged([result for result in results if result is not None])
+        found.save(scores)
+    # not before: a folder of another run has been refused by now
+    write_bytes(options.output / "run.yaml", as_yaml(options).encode())
+    table = options.output / "scores.csv"
+    found.save(table)
+    _report(found, options, page, folders[-1] / "operator.safetensors")
+    event("attributed", folder=str(options.output))
+    say(f"Open '{page}'. Scores: '{scores}'; as a table: '{table}'")
+
+
+def _at_checkpoint(options: Namespace, path: str) -> Namespace:
+    """The options with another checkpoint in place of the adapter, or of the network."""
+    name, value = ("lora", [path]) if options.lora else ("pipeline", Path(path))
+    return Namespace(**{**vars(options), name: value})
+
+
+def _fit_and_score(options: Namespace, folder: Path) -> Attribution | None:
+    """Fit and score into a folder; ``None`` where only the cost is printed."""
+    operator, scores = (folder / f"{name}.safetensors" for name in ("operator", "scores"))
     with _opened(options) as attributor:
         queries = _queries(attributor, options)  # checked before anything is computed
         if options.dry_run:
             curvature = (options.curvature, options.fit_draws, chosen(options, KFAC))
-            return _print_cost(fit_cost(attributor, *curvature))
+            _print_cost(fit_cost(attributor, *curvature))
+            return None
         if is_first():
-            make_folder(options.output)
+            make_folder(folder)
         if distributed.is_initialized():
             distributed.barrier()
         _fit(attributor, options, operator, options.fit_draws)
         attributor.run = of_run(options) | {"operator": str(operator.absolute())}
-        found = _score(attributor, queries, options, scores)
-        if not is_first():
-            return
-        # not before: a folder of another run has been refused by now
-        write_bytes(options.output / "run.yaml", as_yaml(options).encode())
-        found.save(table)
-        _report(found, options, page, operator)
-    event("attributed", folder=str(options.output))
-    say(f"Open '{page}'. Scores: '{scores}'; as a table: '{table}'")
+        return _score(attributor, queries, options, scores)
 
 
 @contextmanager

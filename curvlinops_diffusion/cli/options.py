@@ -115,6 +115,11 @@ _OWN: dict[str, tuple[Any, str]] = {
         "of kohya's scripts, or a folder of PEFT's; several as name=path. Curvature and gradients "
         "are then of their parameters alone.",
     ),
+    "checkpoints": (
+        list[str],
+        "Earlier checkpoints of the same training, adapters (in place of --lora) or pipelines: "
+        "scores are averaged over them and the network, for as many times the work.",
+    ),
     "device": (str, "The device: cpu, cuda, cuda:1; by default cuda, if there is one."),
     "dtype": (
         Literal["float32", "float64", "bfloat16", "float16"],
@@ -245,7 +250,7 @@ def commands() -> dict[str, Command]:
             "Fit, score and report: which training images made each query?",
             {
                 first: _options(
-                    "data! queries! output!",
+                    "data! queries! output! checkpoints",
                     output="The folder to write: curvature, scores, page, table and options.",
                 ),
                 "The curvature": {**_options("fit_draws"), **curvature},

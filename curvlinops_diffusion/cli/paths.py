@@ -147,7 +147,7 @@ def _meant(path: Path) -> str:
 def _inputs(given: dict[str, Any]) -> Iterator[tuple[str, Path]]:
     """What a command reads, by its flags; each of several."""
     names = ("data", "queries", "operator", "scores", "plan", "measured", "model", "pipeline")
-    for name in (*names, "lora"):
+    for name in (*names, "lora", "checkpoints"):
         value = given.get(name)
         for each in value if isinstance(value, list) else [value]:
             if each is not None:

@@ -86,7 +86,7 @@ def _usage(name: str, command: Command) -> str:
 # what most need, though there is another way
 _SHOWN = {("pipeline", "attribute"), ("pipeline", "fit")}
 _KINDS = {int: "N", float: "X", str: "TEXT", Path: "FILE"}
-_GIVEN = {"lora": "FILE ...", "remove": "N ...", "params": "PATTERN ..."}
+_GIVEN = {"lora": "FILE ...", "checkpoints": "FILE ...", "remove": "N ...", "params": "PATTERN ..."}
 _GIVEN |= {"training_arguments": "NAME=VALUE ..."}
 _FOLDERS = ("pipeline", "model", "scheduler", "data", "queries", "latent_cache", "plan")
 _GIVEN |= dict.fromkeys((*_FOLDERS, "retrained"), "FOLDER")
