@@ -19,7 +19,7 @@ from curvlinops_diffusion.layers.geometry import Convolution2d, as_images, outpu
 from curvlinops_diffusion.layers.kind import SharingKind
 from curvlinops_diffusion.layers.moments import LatestProduct, Moment, on_tensor_cores
 from curvlinops_diffusion.layers.patch_moments import MAX_ENTRIES, PatchMoment
-from curvlinops_diffusion.runtime.transfers import sent
+from curvlinops_diffusion.runtime.devices import to_device
 
 # Up to so many entries of a group's patches a product of all groups' patches at once is faster than
 # the convolution's own weight gradient, group by group; on a GPU, where the latter are two launches
@@ -168,7 +168,7 @@ def patches_at(conv: Convolution2d, x: Tensor, index: Tensor) -> Tensor:
     (down, across), (below, beside) = conv.stride, conv.dilation
     taps = [k * below * width + l * beside for k, l in product(*map(range, conv.kernel_size))]
     first = index // outputs * (down * width) + index % outputs * across
-    pixels_NmK = first.unsqueeze(-1) + sent(torch.tensor(taps), x.device)
+    pixels_NmK = first.unsqueeze(-1) + to_device(torch.tensor(taps), x.device)
     N, C = x.shape[:2]
     seen = x.flatten(2).gather(2, pixels_NmK.view(N, 1, -1).expand(-1, C, -1))
     return seen.view(N, C, -1, len(taps)).transpose(1, 2).flatten(2)

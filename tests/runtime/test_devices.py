@@ -7,13 +7,13 @@ import warnings
 
 import pytest
 import torch
-from curvlinops_diffusion.curvature.loss_vectors import loss_vectors
 from diffusers import DDPMScheduler
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvlinops_diffusion import DenoisingObjective, DiffusionKFACLinearOperator, NoisedRegression
 from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.curvature.passes import loss_vectors
 from curvlinops_diffusion.diffusion import noises
 from curvlinops_diffusion.diffusion.draws import Draws
 from curvlinops_diffusion.runtime.devices import pinned, prefetched, to_device

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from curvlinops_diffusion.influence.measurements.bounds import ELBO, SimplifiedELBO
 from diffusers import AutoencoderKL, UNet2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
@@ -21,7 +20,12 @@ from curvlinops_diffusion import (
     PassOptions,
     load_operator,
 )
-from curvlinops_diffusion.influence.measurements.losses import WeightedLoss, loss
+from curvlinops_diffusion.influence.measurements.losses import (
+    ELBO,
+    SimplifiedELBO,
+    WeightedLoss,
+    loss,
+)
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
 from curvlinops_diffusion.runtime.digests import Named, digest_of, fingerprint, name_of
 from tests.cases import TimeBlind, noise_levels
