@@ -151,13 +151,22 @@ class CheckpointAttributor(Attributor):
             operator.save(folder / _file(c))
 
     @classmethod
-    def load(cls, path: str | PathLike[str], source: Any, images: Any, **options: Any) -> Self:
+    def load(
+        cls,
+        path: str | PathLike[str],
+        source: Any,
+        images: Any,
+        *,
+        other_data: bool = False,
+        **options: Any,
+    ) -> Self:
         """The attributor with the saved curvature of each checkpoint.
 
         Args:
             path: The folder that :meth:`save` wrote.
             source: The pipelines.
             images: The training images.
+            other_data: Whether the curvature may have been fitted to other images.
             options: Of :class:`CheckpointAttributor`.
 
         Raises:
@@ -172,7 +181,8 @@ class CheckpointAttributor(Attributor):
                 "pipelines. Pass those that it was fitted to, in the same order."
             )
         found.operators = [
-            member.with_saved(folder / _file(c)).operator for c, member in found._members()
+            member.with_saved(folder / _file(c), other_data=other_data).operator
+            for c, member in found._members()
         ]
         return found
 
