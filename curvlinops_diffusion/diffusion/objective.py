@@ -153,8 +153,8 @@ class DenoisingObjective:
         is shown one.
 
         Args:
-            pipeline: A pipeline of ``diffusers``: DDPM, DDIM, LDM, DiT, Stable Diffusion (1, 2, XL),
-                Flux, inpainting and ControlNet of Stable Diffusion (1, 2, XL); or another from
+            pipeline: A pipeline of ``diffusers``: DDPM, DDIM, LDM, DiT, Stable Diffusion (1, 2,
+                XL), Flux, inpainting and ControlNet of Stable Diffusion (1, 2, XL); or another from
                 prompts to images by latents (Stable Diffusion 3, PixArt, Sana, Lumina 2,
                 Qwen-Image, Flux.2, Z-Image), which is run with stand-ins for its parts to see what
                 its network sees.
