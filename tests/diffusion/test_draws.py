@@ -221,7 +221,7 @@ def test_lists_and_every_level_once():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"timesteps": "random"}, r"`timesteps` must be one of 'stratified'"),
+        ({"timesteps": "random"}, r"timesteps='random' is unknown. Pass one of: 'stratified'"),
         ({"timesteps": 3}, r"timesteps arrived as int"),
         (
             {"timesteps": TimestepsWithin(5, 5)},

@@ -457,7 +457,7 @@ def test_bad_data(case):
     [
         ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1, got 0"),
         ({"num_draws": -3}, "`num_draws` must be a whole number of at least 1, got -3"),
-        ({"timesteps": "often"}, "`timesteps` must be one of 'stratified'"),
+        ({"timesteps": "often"}, "timesteps='often' is unknown. Pass one of: 'stratified'"),
     ],
 )
 def test_bad_options(arguments, message):

@@ -199,7 +199,7 @@ def test_coordinates_that_do_not_exist_are_refused(tmp_path, J_train, J_query, E
     [
         ({"precision": "int2"}, "`precision` must be one of 'float32'"),
         ({"projection": "dense"}, "`projection` must be one of"),
-        ({"projection": "svd"}, "size=None arrived"),
+        ({"projection": "svd"}, "`size` must be a whole number of at least 1, got None"),
         ({"size": 4}, "size=4 arrived without a projection"),
     ],
 )
