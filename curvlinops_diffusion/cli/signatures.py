@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import re
 from dataclasses import dataclass
-from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -75,16 +74,29 @@ def _type_and_default(module: str, annotation: Any, default: Any) -> tuple[Any, 
     members = _members(module, default)
     if members is not None:
         return Literal[tuple(members.values())], members[default.attr]
-    try:
-        plain = {"Literal": Literal, "Path": Path, "__builtins__": {}}
-        plain |= {kind.__name__: kind for kind in (bool, float, int, str)}
-        kind = eval(ast.unparse(annotation), plain)
-    except (NameError, TypeError):
-        kind = None
+    kind = _type(annotation)
     try:
         return kind, _value(module, default)
     except ValueError:  # of an object, which no command line has
         return None, REQUIRED
+
+
+_PLAIN_TYPES = {kind.__name__: kind for kind in (bool, float, int, str, Path)}
+
+
+def _type(node: Any) -> Any:
+    """The type that an annotation of plain types is; ``None`` for any other."""
+    if isinstance(node, ast.Constant) and node.value is None:
+        return type(None)
+    if isinstance(node, ast.Name):
+        return _PLAIN_TYPES.get(node.id)
+    if isinstance(node, ast.BinOp):
+        left, right = _type(node.left), _type(node.right)
+        return None if left is None or right is None else left | right
+    if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal":
+        values = ast.literal_eval(node.slice)
+        return Literal[values]
+    return None
 
 
 def _value(module: str, node: Any) -> Any:
@@ -105,10 +117,8 @@ def _members(module: str, node: Any) -> dict[str, Any] | None:
     own, name = _module(module), node.value.id
     if not any(getattr(entry, "name", None) == name for entry in own.body):
         return _members(_imported_from(own, name), node)
-    made: dict[str, Any] = {"Enum": Enum}
-    code = ast.Module([_named(own, name)], [])
-    exec(compile(code, module, "exec", dont_inherit=True), made)
-    return {member.name: member.value for member in made[name]}
+    members = [entry for entry in _named(own, name).body if isinstance(entry, ast.Assign)]
+    return {ast.unparse(e.targets[0]): ast.literal_eval(e.value) for e in members}
 
 
 def _imported_from(module: ast.Module, name: str) -> str:

@@ -176,7 +176,7 @@ def test_what_was_cut_is_refused(tmp_path, J_train, J_query, EK, form):
     [
         ({"precision": "int2"}, "`precision` must be one of 'float32'"),
         ({"projection": "dense"}, "`projection` must be one of"),
-        ({"projection": "svd"}, "size=None arrived"),
+        ({"projection": "svd"}, "`size` must be a whole number of at least 1, got None"),
         ({"size": 4}, "`size` needs a projection, got 4 without"),
     ],
 )
