@@ -122,7 +122,7 @@ def attribute(options: Namespace) -> None:
             return
         # not before: a folder of another run has been refused by now
         write_bytes(options.output / "run.yaml", as_yaml(options).encode())
-        found.to_csv(table)
+        found.save(table)
         _report(found, options, page, operator)
     event("attributed", folder=str(options.output))
     say(f"Open '{page}'. Scores: '{scores}'; as a table: '{table}'")
