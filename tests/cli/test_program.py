@@ -402,7 +402,7 @@ def test_attribute(folder, tmp_path, capsys):
     scores, header = read(tmp_path / "result" / "scores.safetensors")
     table = (tmp_path / "result" / "scores.csv").read_text().splitlines()
     best = header["train"][int(scores[0].argmax())]
-    assert table[1] == f"image0.png,{best},{float(scores[0].max())!r},1,,influence"
+    assert table[1] == f"image0.png,{best},{float(scores[0].max())!r},1,influence"
     config = ["--config", str(tmp_path / "result" / "run.yaml"), "--quiet"]
     for other in (["--damping", "1e-2"], ["--fit-draws", "3"], ["--queries", folder / "train"]):
         again = [*config, "--output", tmp_path / "result", *other]

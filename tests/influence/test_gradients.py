@@ -195,7 +195,7 @@ def test_bad_rows():
         ({"params": ["layers.0.bias"] * 2}, r"\['layers.0.bias'\] more than once"),
         ({"params": {"layers.0.bias": torch.zeros(2)}}, "is not the model's own parameter"),
         ({"params": torch.zeros(3)}, "`params` must be None.*got Tensor"),
-        ({"chunk_size": 0}, "chunk_size=0 arrived"),
+        ({"chunk_size": 0}, "`chunk_size` must be a whole number of at least 1, got 0"),
     ],
 )
 def test_bad_options(options, message):

@@ -243,7 +243,7 @@ def test_equal_scores_count_as_zero(dtype):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ridge": 0.0}, "ridge=0.0 arrived. Pass a finite number above 0"),
+        ({"ridge": 0.0}, "`ridge` must be .*got 0.0"),
         ({"squared": [True, False]}, "`squared` must have an entry for each of the 1 functions"),
         ({"weights": [1, 2]}, "`weights` must have an entry for each of the 1 functions, got 2"),
         ({"J_train": []}, "must be one each, or the same lists"),
