@@ -154,17 +154,13 @@ class LinearDatamodellingScore:
             ValueError: If it is of other queries, parts or resamples.
         """
         own, others = (
-            {
-                "(queries, parts)": tuple(x.compared[1].shape),
-                "resamples": x.bootstrap,
-                "seed": x.seed,
-            }
+            f"{list(x.compared[1].shape)} with {x.bootstrap} resamples of seed {x.seed}"
             for x in (self, other)
         )
         if own != others:
             raise ValueError(
-                "Scores are compared on the same measurements with the same options, got "
-                f"{own} and {others}."
+                "Scores are compared on the same measurements, [queries, parts], with the same "
+                f"options, got {own} and {others}."
             )
         both = self._defined & other._defined
         difference = float(self.per_query[both].mean() - other.per_query[both].mean())
