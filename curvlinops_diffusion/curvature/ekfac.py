@@ -56,8 +56,8 @@ class DiffusionEKFACLinearOperator(DiffusionKFACLinearOperator):
         """Compute the blocks, by their key."""
         if not plan.options.has_gradients:
             raise ValueError(
-                "fisher_type='forward-only' arrived. EK-FAC needs gradients: pass 'mc', 'type-2' "
-                "or 'empirical', or use DiffusionKFACLinearOperator."
+                "`fisher_type` must be 'mc', 'type-2' or 'empirical' for EK-FAC, which needs "
+                "gradients, got 'forward-only'. Or use DiffusionKFACLinearOperator."
             )
         factors = fitted_factors(regression, plan, passes)
         input_bases, output_bases = _eigenbases(regression, factors, plan.options, passes)

@@ -24,18 +24,18 @@ def check_images(x0: Any, first_index: int) -> Tensor:
     """
     if not isinstance(x0, Tensor):
         raise ValueError(
-            f"The clean examples arrived as {type(x0).__name__}. Pass a floating-point tensor of "
-            "shape [batch, ...] (of a data set of Hugging Face: with_format('torch'))."
+            "Clean examples must be a floating-point tensor of shape [batch, ...], got "
+            f"{type(x0).__name__}. (Of a data set of Hugging Face: with_format('torch').)"
         )
     if not x0.is_floating_point():
         raise ValueError(
-            f"The clean examples arrived as {x0.dtype}. Pass floating-point data, scaled as in "
-            "training (for images usually to [-1, 1])."
+            f"Clean examples must be floating-point numbers, got {x0.dtype}. Scale them as in "
+            "training (images usually to [-1, 1])."
         )
     if x0.ndim < 2 or x0.numel() == 0:
         raise ValueError(
-            f"A batch of clean examples arrived with shape {tuple(x0.shape)}. Pass non-empty "
-            "batches of shape [batch, ...], for images [batch, channels, height, width]."
+            "A batch of clean examples must not be empty, and of shape [batch, ...] (for images "
+            f"[batch, channels, height, width]), got {tuple(x0.shape)}."
         )
     bad = ~x0.flatten(1).isfinite().all(1)
     if bad.any():
@@ -83,9 +83,8 @@ def check_condition(condition: Any, batch_size: int, name: str = "condition") ->
     if has_rows(condition) and len(condition) != batch_size:
         shape = tuple(condition.shape) if isinstance(condition, Tensor) else (len(condition),)
         raise ValueError(
-            f"{name} arrived with shape {shape} beside {batch_size} clean "
-            "examples. Its first axis must have one entry for each example (a tensor without "
-            "axes is passed to the model as it is)."
+            f"The first axis of {name} must have one entry for each of the {batch_size} clean "
+            f"examples, got shape {shape}. (A tensor without axes is passed to the model as it is.)"
         )
 
 

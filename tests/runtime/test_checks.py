@@ -160,7 +160,7 @@ def test_items_of_a_data_set(expected, item):
         (lambda: of(torch.nested.nested_tensor(list(images()))), "is a nested tensor"),
         (lambda: of(images().to(torch.float8_e4m3fn)), "is of torch.float8_e4m3fn"),
         (lambda: of(labels=np.array(["a", "b", "c"])), "'class_labels' of the data is an array of"),
-        (lambda: of((images() * 127).byte()), "arrived as torch.uint8"),
+        (lambda: of((images() * 127).byte()), "got torch.uint8"),
         (lambda: of(images() / 0), "NaN or infinite"),
     ],
 )

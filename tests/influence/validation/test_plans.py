@@ -56,7 +56,10 @@ def test_files(tmp_path, names):
     ("make", "message"),
     [
         (lambda: RetrainingPlan.random_subsets(10, 4, fraction=0.01), "keep some of 10 examples"),
-        (lambda: RetrainingPlan.random_subsets(10, 0), "`num_parts` must be a whole number of at least 1, got 0"),
+        (
+            lambda: RetrainingPlan.random_subsets(10, 0),
+            "`num_parts` must be a whole number of at least 1, got 0",
+        ),
         (lambda: RetrainingPlan.leave_one_group_out([0, 0]), "leave out all examples"),
         (lambda: RetrainingPlan.leave_one_group_out([0.5]), "number of each example's group"),
         (lambda: RetrainingPlan(torch.zeros(2, 3), ("a", "b"), "x"), "must be booleans"),
