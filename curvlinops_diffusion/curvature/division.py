@@ -173,7 +173,8 @@ def batches_are_divided(regression: NoisedRegression, plan: BlockPlan, passes: P
         raise ValueError(
             f"`max_memory` must be None for sharded=True and a network that is divided among "
             f"processes itself (fully_shard), got {passes.max_memory}: these must all run the "
-            "network equally often, and may need different numbers of passes. Start more of them."
+            "network equally often, and may need different numbers of passes. Leave it out, or "
+            "start more of them."
         )
     # parameters in no layer are differentiated example by example, where their block is
     impossible = plan.coverage.others or passes.max_memory is not None
