@@ -108,8 +108,7 @@ class Attribution:
                     f"`{what}` must be the {len(names)} images that '{path}' is of, got "
                     f"{len(gallery.names)} others. Pass those that were scored."
                 )
-        first, *others = header.get("methods", ["influence"])
-        by_method = {first: stored, **{name: stored.named(name) for name in others}}
+        by_method = stored.by_method
         return cls(by_method, dict.fromkeys(by_method), header, images, queries)
 
     @property

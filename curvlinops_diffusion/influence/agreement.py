@@ -47,7 +47,12 @@ class SplitHalfScores:
 
     def top_shared(self, k: int = 10) -> Tensor:
         """The share of each half's ``k`` largest scores that the other half has too, ``[Q]``."""
-        return top_shared(self.first, self.second, k)
+        k = min(k, self.first.shape[1])
+        one, other = (
+            torch.zeros_like(z, dtype=torch.bool).scatter(1, z.topk(k).indices, True)
+            for z in (self.first, self.second)
+        )
+        return (one & other).sum(1) / k
 
     def standard_error(self) -> Tensor:
         """The standard error of a query's scores, root mean square over its examples, ``[Q]``.
@@ -55,7 +60,7 @@ class SplitHalfScores:
         Half the difference of the halves: the error of their mean, which is not below that of
         ``τ``.
         """
-        return standard_error(self.first, self.second)
+        return (self.first - self.second).square().mean(1).sqrt() / 2
 
 
 @dataclass(frozen=True)
@@ -82,17 +87,13 @@ class Agreement:
     @classmethod
     def of_halves(cls, first: Iterable[Tensor], second: Iterable[Tensor]) -> Agreement:
         """Compare the halves' scores ``[Q, N]``, which are read one query at a time."""
-        N, k, found = 0, 1, []
-        for halves in zip(first, second, strict=True):
-            N = len(halves[0])
+        found = []
+        for first_N, second_N in zip(first, second, strict=True):
+            N = len(first_N)
             k = max(1, min(TOP, N // 2))  # all of them would always be shared
-            one, other = (scores_N.unsqueeze(0) for scores_N in halves)
-            numbers = (
-                top_shared(one, other, k),
-                rank_correlations(one, other),
-                standard_error(one, other),
-            )
-            found.append([plain_numbers(number_1)[0] for number_1 in numbers])
+            halves = SplitHalfScores(*(z.unsqueeze(0) for z in (first_N, first_N, second_N)))
+            numbers = halves.top_shared(k), halves.rank_correlation(), halves.standard_error()
+            found.append([plain_numbers(number)[0] for number in numbers])
         shared, correlations, errors = zip(*found, strict=True)
         return cls(k, tuple(k * (one or 0.0) for one in shared), k * k / N, correlations, errors)
 
@@ -143,21 +144,6 @@ class Agreement:
 def plain_numbers(values: Tensor) -> list[Undefined]:
     """Numbers for a header of JSON, ``None`` where they are undefined or infinite."""
     return [value if isfinite(value) else None for value in values.double().tolist()]
-
-
-def top_shared(first_QN: Tensor, second_QN: Tensor, k: int) -> Tensor:
-    """The share of the ``k`` largest entries of corresponding rows that both have, ``[Q]``."""
-    k = min(k, first_QN.shape[1])
-    chosen = [
-        torch.zeros_like(z, dtype=torch.bool).scatter(1, z.topk(k).indices, True)
-        for z in (first_QN, second_QN)
-    ]
-    return (chosen[0] & chosen[1]).sum(1) / k
-
-
-def standard_error(first_QN: Tensor, second_QN: Tensor) -> Tensor:
-    """Half the root mean square difference of corresponding rows, ``[Q]``."""
-    return (first_QN - second_QN).square().mean(1).sqrt() / 2
 
 
 def rank_correlations(x_QM: Tensor, y_QM: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, count
 from typing import Any
 
@@ -321,7 +320,7 @@ def averaged_scores(scores: Sequence[Tensor], weights: Sequence[float] | None = 
 
 
 def ridge_solution(cross_QN: Tensor, gram_NN: Tensor, ridge: float) -> Tensor:
-    """``cross (gram + ρ κ I)⁻¹`` in float64 on the CPU, ``κ`` being the gram matrix' mean diagonal.
+    """Solve ``cross (gram + ρ κ I)⁻¹`` in float64 on the CPU, ``κ`` being the mean diagonal.
 
     Args:
         cross_QN: The kernel of queries and training examples.
@@ -351,7 +350,7 @@ def iterated_solution(
     options: KernelOptions,
     progressbar: bool = False,
 ) -> Tensor:
-    """``cross (gram + λ I)⁻¹`` by conjugate gradients, from products with the gram matrix.
+    """Solve ``cross (gram + λ I)⁻¹`` by conjugate gradients, from products with the gram matrix.
 
     Args:
         cross_QN: The kernel of queries and training examples.
@@ -380,7 +379,7 @@ def iterated_solution(
 
 
 def _sums(several: Iterator[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Sums of corresponding tensors, each of them dropped when it is added."""
+    """Sum corresponding tensors, each of them dropped when it is added."""
     totals = next(several)
     for tensors in several:
         for total, tensor in zip(totals, tensors, strict=True):
@@ -389,7 +388,7 @@ def _sums(several: Iterator[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 
 def _functions(J_query: Gradients, J_train: Gradients) -> list[list[tuple[One, One]]]:
-    """The pairs of queries and training examples whose kernels are added, for each function."""
+    """Pair queries and training examples whose kernels are added, for each function."""
 
     def lists(J: Gradients) -> list[list[One]]:
         several: list[Any] = [J] if isinstance(J, One) else list(J)
@@ -407,15 +406,7 @@ def _functions(J_query: Gradients, J_train: Gradients) -> list[list[tuple[One, O
 
 
 class _Kernel:
-    """``k(q, n) = ∇m_qᵀ G_inv ∇f_n`` of the training examples, by passes over their gradients.
-
-    Args:
-        J_train: Gradients ``∇f_n``.
-        G_inv: Inverse curvature.
-        name: What the passes are called.
-        gradient_bytes: Bytes of gradients that are held at once.
-        passes: Checkpoints, processes and progress.
-    """
+    """``k(q, n) = ∇m_qᵀ G_inv ∇f_n`` of the training examples, by passes over their gradients."""
 
     def __init__(
         self,
@@ -438,7 +429,7 @@ class _Kernel:
         return self.J_train.shape[0]
 
     def both(self, J_query: One) -> tuple[Tensor, Tensor]:
-        """Those of queries ``[Q, N]`` and of training examples ``[N, N]``, this on the CPU."""
+        """Kernels of queries ``[Q, N]`` and of training examples ``[N, N]``, this on the CPU."""
         if self._block < self.num_data:
             return self.cross(J_query), self._rows_of(self.J_train, "examples")
         rows_NP = self._stream(AllRows(self.num_data), "gradients", {})["scores"]
@@ -449,36 +440,28 @@ class _Kernel:
         ]
         return torch.cat(cross_QN), (rows_NP @ preconditioned_PN).cpu()
 
-    def cross(self, J_query: ExampleGradientLinearOperator) -> Tensor:
-        """That of queries, ``[Q, N]``."""
+    def cross(self, J_query: One) -> Tensor:
+        """The kernel of queries, ``[Q, N]``."""
         return self._rows_of(J_query, "queries")
 
-    def _rows_of(self, J: ExampleGradientLinearOperator, what: str) -> Tensor:
-        own = {"for": name_of(self.J_train.measurement), **of_gradients(J)}
-        settings = self.settings(own, J)
+    def _rows_of(self, J: One, what: str) -> Tensor:
+        of_all = self.settings({"for": name_of(self.J_train.measurement), **of_gradients(J)}, J)
+
+        def compute() -> dict[str, Tensor]:
+            preconditioned_PB = self.G_inv @ gradient_columns(J, block, self._share)
+            name = f"products with {what} from {block.start}"
+            return {"kernel": self.products(preconditioned_PB, name, settings)}
+
+        # rows of all training examples may be too many for the device
+        kept_on = torch.device("cpu") if J is self.J_train else self.J_train.device
         parts = []
         for block in query_blocks(J, self._block):
-            found = computed_once(
-                f"{self._name}, {what} from {block.start}".capitalize(),
-                self.J_train.regression,
-                partial(self._block_rows, J, block, what, settings),
-                self.passes,
-                {**settings, "block": [block.start, block.stop]},
-            )
-            parts.append(found["kernel"].to(self._kept_on(J)))
+            settings = {**of_all, "block": [block.start, block.stop]}
+            name = f"{self._name}, {what} from {block.start}".capitalize()
+            data = self.J_train.regression
+            found = computed_once(name, data, compute, self.passes, settings)
+            parts.append(found["kernel"].to(kept_on))
         return torch.cat(parts)
-
-    def _kept_on(self, J: One) -> torch.device:
-        """Where the kernel's rows are kept: of all training examples they may be too large."""
-        return torch.device("cpu") if J is self.J_train else self.J_train.device
-
-    def _block_rows(
-        self, J: One, block: range, what: str, settings: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        preconditioned_PB = self.G_inv @ gradient_columns(J, block, self._share)
-        name = f"products with {what} from {block.start}"
-        block_settings = {**settings, "block": [block.start, block.stop]}
-        return {"kernel": self.products(preconditioned_PB, name, block_settings)}
 
     def products(self, vectors_PK: Tensor, name: str, settings: dict[str, Any]) -> Tensor:
         """``[∇f_nᵀ v_k]``, ``[K, N]``."""
@@ -493,25 +476,24 @@ class _Kernel:
 
     def mean_diagonal(self) -> float:
         """``κ``; where blocks are sharded among processes, these multiply every batch together."""
-        if getattr(self.G_inv, "share", ALONE).count > 1:
-            name = f"{self._name}, shared diagonal of the kernel".capitalize()
-            data, settings = self.J_train.regression, self.settings({})
-            found = computed_once(name, data, self._shared_trace, self.passes, settings)
-            return float(found["trace"]) / self.num_data
-        consumer = SelfInfluence(self.G_inv, self.num_data)
-        found = self._stream(consumer, "diagonal of the kernel", self.settings({}))
-        return float(found["values"].sum())  # which are divided by N
+        data, settings = self.J_train.regression, self.settings({})
+        if getattr(self.G_inv, "share", ALONE).count == 1:
+            consumer = SelfInfluence(self.G_inv, self.num_data)
+            found = self._stream(consumer, "diagonal of the kernel", settings)
+            return float(found["values"].sum())  # which are divided by N
 
-    def _shared_trace(self) -> dict[str, Tensor]:
-        """The kernel's trace, batch by batch on all processes."""
-        data, total = self.J_train.regression, 0.0
-        shown = self.passes.progressbar and self._share.rank == 0
-        with draws_bar(data.num_samples, self._name, shown) as bar:
-            for clean in data.clean_batches():
-                columns_PB = batch_columns(self.J_train, clean, self._share)
-                total += float((columns_PB * (self.G_inv @ columns_PB)).sum())
-                bar.update(len(clean.indices) * data.num_draws)
-        return {"trace": torch.tensor(total, dtype=torch.float64)}
+        def compute() -> dict[str, Tensor]:
+            total, shown = 0.0, self.passes.progressbar and self._share.rank == 0
+            with draws_bar(data.num_samples, self._name, shown) as bar:
+                for clean in data.clean_batches():
+                    columns_PB = batch_columns(self.J_train, clean, self._share)
+                    total += float((columns_PB * (self.G_inv @ columns_PB)).sum())
+                    bar.update(len(clean.indices) * data.num_draws)
+            return {"trace": torch.tensor(total, dtype=torch.float64)}
+
+        name = f"{self._name}, sharded diagonal of the kernel".capitalize()
+        found = computed_once(name, data, compute, self.passes, settings)
+        return float(found["trace"]) / self.num_data
 
     def _stream(
         self, consumer: GradientConsumer, name: str, settings: dict[str, Any]

@@ -41,10 +41,11 @@ COLUMNS = ("query", "image", "score", "rank", "method")
 
 def shards_of(path: Path) -> set[Path]:
     """The files that a file of scores names, beside it; none if it holds the scores itself."""
-    if not SCORES.holds(path):
+    try:
+        listed = SCORES.read_header(path).get("shards", [])
+        return {path.with_name(Path(entry["file"]).name) for entry in listed}
+    except (AttributeError, KeyError, TypeError, ValueError):  # none, damaged, of another version
         return set()
-    listed = SCORES.read_header(path).get("shards", [])
-    return {path.with_name(Path(entry["file"]).name) for entry in listed}
 
 
 def write_scores(

@@ -117,6 +117,7 @@ class StoredScores:
         header = {
             "train": J_train.regression.names,
             "queries": J_query.regression.names,
+            "methods": ["influence"],
             **(header or {}),
         }
         if "identity" not in header:
@@ -222,6 +223,12 @@ class StoredScores:
             )
         return StoredScores(self._path, self.header, name)
 
+    @property
+    def by_method(self) -> dict[str, StoredScores]:
+        """The scores of each method, of which the first orders."""
+        first, *others = self.header.get("methods", ["influence"])
+        return {first: self.named(HALVED[0]), **{name: self.named(name) for name in others}}
+
     def rows(self, queries: range) -> Tensor:
         """The scores of successive queries, ``[q, N]``."""
         parts = []
@@ -264,9 +271,7 @@ class StoredScores:
             ValueError: If it ends in something else, a package is missing, or the file cannot be
                 written.
         """
-        first, *others = self.header.get("methods", ["influence"])
-        scores = {first: self.named(HALVED[0]), **{name: self.named(name) for name in others}}
-        write_table(Path(path), table_rows(scores, self.header))
+        write_table(Path(path), table_rows(self.by_method, self.header))
 
     # ---------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ _MAX_POINTS = 2000
 
 
 def histogram(scores: Tensor | StoredScores) -> str:
-    """How many pairs have which score; seen a query at a time."""
+    """A histogram of the scores, which are read a query at a time."""
     ends = [(float(scores_N.min()), float(scores_N.max())) for scores_N in scores]
     least, most = min(low for low, _ in ends), max(high for _, high in ends)
     edges = np.histogram_bin_edges([least, most], bins=_BINS)
@@ -54,7 +54,7 @@ def intervals(rows: list[tuple[str, float, float, float]], ceiling: float | None
 
 
 def operator_summary(path: Path) -> dict[str, Any]:
-    """An operator's spectrum, and a row for each block."""
+    """An operator's spectrum as a figure, and a row for each block."""
     header, blocks = read_blocks(path)
     rows, spectra = block_rows(header), []
     for row, placed in zip(rows, blocks, strict=True):

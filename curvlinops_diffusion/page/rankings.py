@@ -41,22 +41,21 @@ class Row:
 
 def rows_of(scores_N: Tensor, top: int, better: Better) -> list[Row]:
     """The images with the strongest scores of either sign; each row has only its own."""
-    largest, smallest = _of_sign(scores_N, top, 1), _of_sign(scores_N, top, -1)
-    match better:
-        case Better.LOWER:
-            return [Row("helps", "helps", largest), Row("hinders", "hinders", smallest)]
-        case Better.HIGHER:
-            return [Row("helps", "helps", smallest), Row("hinders", "hinders", largest)]
-    return [Row("lowers it", "plain", largest), Row("raises it", "plain", smallest)]
 
+    def strongest(sign: int) -> list[int]:
+        found = (sign * scores_N).topk(min(top, len(scores_N)))
+        return [int(n) for n, value in zip(found.indices, found.values, strict=True) if value > 0]
 
-def _of_sign(scores_N: Tensor, top: int, sign: int) -> list[int]:
-    found = (sign * scores_N).topk(min(top, len(scores_N)))
-    return [int(n) for n, value in zip(found.indices, found.values, strict=True) if value > 0]
+    sign = better.helpful_sign
+    if sign == 0:
+        rows = ("lowers it", "plain", 1), ("raises it", "plain", -1)
+    else:
+        rows = ("helps", "helps", sign), ("hinders", "hinders", -sign)
+    return [Row(title, kind, strongest(own)) for title, kind, own in rows]
 
 
 def common_images(rows: list[list[Row]]) -> list[tuple[int, int]]:
-    """Training images among the first in the first row of many queries, each with their number."""
+    """Training images in the first row of many queries, each with the number of queries."""
     counts = Counter(n for of_query in rows for n in of_query[0].indices)
     least = max(_COMMON_QUERIES, _COMMON_SHARE * len(rows))
     return [(n, count) for n, count in counts.most_common() if count >= least]
@@ -84,11 +83,11 @@ class Sizes:
         method: str = Method.INFLUENCE,
         is_first: bool = True,
     ) -> Sizes:
-        """Those of a method's scores; errors are known of the first method's alone."""
+        """Choose the unit of a method's scores; errors are known of the first method's alone."""
         errors = header.get("standard_error") if is_first else None
         errors_Q = None if errors is None else torch.tensor(errors, dtype=torch.float64)
         values = None if method == Method.REGRESSION else header.get("values")
-        if values is None or not all(values):  # of an older file; or nothing to be a share of
+        if values is None or not all(values):  # nothing to be a share of
             return cls(torch.ones(len(scores_QN), dtype=torch.float64), "", errors_Q)
         values_Q = torch.tensor(values, dtype=torch.float64).abs()
         largest_Q = torch.stack([scores_N.abs().max() for scores_N in scores_QN])
@@ -109,7 +108,7 @@ class Sizes:
 
 
 def _rounded(value: float) -> str:
-    """Two significant digits, signed, without an exponent where that is readable."""
+    """Write two significant digits, signed, without an exponent where that is readable."""
     text = f"{value:+.2g}"
     if "e" in text and 1e-4 <= abs(value) < 1e6:
         text = f"{float(text):+.0f}" if abs(value) >= 1 else f"{float(text):+.6f}".rstrip("0")
@@ -124,7 +123,7 @@ def meaning(
     place: int = 0,
     count: int = 1,
 ) -> str:
-    """What a method's score means, in a sentence; and which of several it is."""
+    """Say what a method's score means, in a sentence; and which of several it is."""
     what = "measured value" if measurement is None else measurement.quantity
     which, order = "The number", ""
     if count > 1:

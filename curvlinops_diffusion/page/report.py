@@ -1,36 +1,33 @@
-"""Scores as a self-contained page."""
+"""Scores as a self-contained page, in which each image is embedded once."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from PIL import Image, features
 from torch import Tensor
 
 from curvlinops_diffusion.influence.agreement import Agreement
-from curvlinops_diffusion.influence.measurements.registry import (
-    MEASUREMENTS,
-    Better,
-    sentence_of,
-)
+from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better, sentence_of
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.page.figures import histogram, operator_summary
 from curvlinops_diffusion.page.gallery import Gallery
-from curvlinops_diffusion.page.rankings import (
-    Row,
-    Sizes,
-    common_images,
-    meaning,
-    rows_of,
-)
-from curvlinops_diffusion.page.thumbnails import QUERY_SIZE, TRAINING_SIZE, Thumbnails
+from curvlinops_diffusion.page.rankings import Row, Sizes, common_images, meaning, rows_of
 from curvlinops_diffusion.runtime.files import write_bytes
 
 TEMPLATE = Path(__file__).parent / "page.html.j2"
+# pixels of the longer side at most; a training image is shown at half of its size
+_SIZES = {"queries": 288, "train": 192}
+# up to here an image is kept as it is, and enlarged with visible pixels
+_PIXELATED = 64
+_QUALITY = 80
 
 
 def write_report(
@@ -60,28 +57,56 @@ def write_report(
     Raises:
         ValueError: If an image is not the one that was scored, or the page cannot be written.
     """
-    identity = header["identity"]
+    identity, (first, *_) = header["identity"], by_method.values()
     measured = identity.get("query", {}).get("measurement", "")
     measurement = MEASUREMENTS.get(measured)
     better = Better.LOWER if measurement is None else measurement.better
-    first, *_ = by_method.values()
-    rows = [rows_of(scores_N, top, better) for scores_N in first]
-    shown = _Shown(train, queries, header, by_method)
-    shown.load(rows)
     agreement = Agreement.of_header(header)
+    rows = [rows_of(scores_N, top, better) for scores_N in first]
+    values = header.get("values") or [None] * len(rows)
+    galleries = {"train": train, "queries": queries}
+    sizes = [
+        Sizes.of(scores_QN, header, method, place == 0)
+        for place, (method, scores_QN) in enumerate(by_method.items())
+    ]
+
+    def image(kind: str, n: int) -> dict[str, Any]:
+        gallery = galleries[kind]
+        return {"class": f"{kind}{n}", "name": gallery.names[n], "caption": gallery.caption(n)}
+
+    def query(q: int) -> dict[str, Any]:
+        scores = [(size, own[q]) for size, own in zip(sizes, by_method.values(), strict=True)]
+        return image("queries", q) | {
+            "value": None if values[q] is None else f"{values[q]:.4g}",
+            "error": sizes[0].error_text(q),
+            "reliability": "" if agreement is None else agreement.of_query(q),
+            "rows": [
+                {
+                    "title": row.title,
+                    "kind": row.kind,
+                    "images": [
+                        image("train", n)
+                        | {"scores": [size.text(q, scores_N[n]) for size, scores_N in scores]}
+                        for n in row.indices
+                    ],
+                }
+                for row in rows[q]
+            ],
+        }
+
     text = (
         jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         .from_string(TEMPLATE.read_text())
         .render(
             meanings=[
-                meaning(measurement, sizes, len(train.names), method, place, len(by_method))
-                for place, (method, sizes) in enumerate(shown.sizes.items())
+                meaning(measurement, size, len(train.names), method, place, len(sizes))
+                for place, (method, size) in enumerate(zip(by_method, sizes, strict=True))
             ],
             measured=sentence_of(measured),
             reliability="" if agreement is None else agreement.summary(),
-            common=[shown.training(n) | {"count": count} for n, count in common_images(rows)],
-            queries=[shown.query(q, rows[q]) for q in range(len(rows))],
-            thumbnails=shown.thumbnails.rules(),
+            common=[image("train", n) | {"count": count} for n, count in common_images(rows)],
+            queries=[query(q) for q in range(len(rows))],
+            thumbnails=_thumbnails(galleries, rows, header.get("digests", {})),
             quantity="value" if measurement is None else measurement.quantity,
             histogram=histogram(first),
             operator=None if operator is None else operator_summary(Path(operator)),
@@ -93,68 +118,47 @@ def write_report(
     return len(text)
 
 
-class _Shown:
-    """The images of a page, checked as they are shown to be those that were scored."""
+def _thumbnails(
+    galleries: Mapping[str, Gallery],
+    rows: Sequence[Sequence[Row]],
+    digests: Mapping[str, Sequence[str]],
+) -> list[tuple[str, str]]:
+    """Classes of elements and what they look like, of every image that is shown.
 
-    def __init__(
-        self,
-        train: Gallery,
-        queries: Gallery,
-        header: Mapping[str, Any],
-        by_method: Mapping[str, Tensor | StoredScores],
-    ):
-        self._galleries = {"train": train, "queries": queries}
-        self._header = header
-        self._agreement = Agreement.of_header(header)
-        self._scores = by_method
-        self.sizes = {
-            method: Sizes.of(scores_QN, header, method, place == 0)
-            for place, (method, scores_QN) in enumerate(by_method.items())
-        }
-        self.thumbnails = Thumbnails()
+    An image is the background of every element of its class, so that its bytes are there once.
+    """
+    rules = []
+    shown = {n for of_query in rows for row in of_query for n in row.indices}
+    for kind, numbers in {"train": shown, "queries": set(range(len(rows)))}.items():
+        gallery, own = galleries[kind], digests.get(kind)
+        for n, x in gallery.images(numbers):
+            if own is not None and own[n] != gallery.digest(n):
+                option = "data" if kind == "train" else "queries"
+                raise ValueError(
+                    f"The image '{gallery.names[n]}' of the {option} (or its label or prompt) "
+                    "is not the one that was scored. Pass the images that were."
+                )
+            rules.append((f"{kind}{n}", thumbnail(x, _SIZES[kind])))
+    return rules
 
-    def load(self, rows: list[list[Row]]) -> None:
-        """Load every image that is shown, each once."""
-        shown = {n for of_query in rows for row in of_query for n in row.indices}
-        wanted = {"train": (shown, TRAINING_SIZE), "queries": (set(range(len(rows))), QUERY_SIZE)}
-        for kind, (numbers, size) in wanted.items():
-            gallery, digests = self._galleries[kind], self._header.get("digests", {}).get(kind)
-            for n, x in gallery.images(numbers):
-                if digests is not None and digests[n] != gallery.digest(n):
-                    option = "data" if kind == "train" else "queries"
-                    raise ValueError(
-                        f"The image '{gallery.names[n]}' of the {option} (or its label or prompt) "
-                        "is not the one that was scored. Pass the images that were."
-                    )
-                self.thumbnails.add(f"{kind}{n}", x, size)
 
-    def _image(self, kind: str, n: int) -> dict[str, Any]:
-        gallery = self._galleries[kind]
-        return {"class": f"{kind}{n}", "name": gallery.names[n], "caption": gallery.caption(n)}
+def thumbnail(x: Tensor, size: int) -> str:
+    """A style that shows an image.
 
-    def training(self, n: int) -> dict[str, Any]:
-        """A training image."""
-        return self._image("train", n)
-
-    def query(self, q: int, rows: list[Row]) -> dict[str, Any]:
-        """A query with its training images."""
-        first, *_ = self.sizes.values()
-        scores = [(self.sizes[method], own[q]) for method, own in self._scores.items()]
-        values = self._header.get("values")
-        return self._image("queries", q) | {
-            "value": None if values is None or values[q] is None else f"{values[q]:.4g}",
-            "error": first.error_text(q),
-            "reliability": "" if self._agreement is None else self._agreement.of_query(q),
-            "rows": [
-                {
-                    "title": row.title,
-                    "kind": row.kind,
-                    "images": [
-                        self.training(n)
-                        | {"scores": [sizes.text(q, own_N[n]) for sizes, own_N in scores]}
-                        for n in row.indices
-                    ],
-                }
-                for row in rows
-            ],
-        }
+    Args:
+        x: The image in [-1, 1], ``[C, H, W]``; of other channels than grey or RGB, the first that
+            can be shown.
+        size: Pixels of the longer side, at most.
+    """
+    x = x[: 3 if len(x) >= 3 else 1]
+    bytes_HWC = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
+    image, buffer = Image.fromarray(bytes_HWC.squeeze(-1).numpy()), io.BytesIO()
+    if max(image.size) <= _PIXELATED:
+        kind, more = "png", ";image-rendering:pixelated"
+        image.save(buffer, format=kind)
+    else:
+        kind, more = "webp" if features.check("webp") else "jpeg", ""
+        image.thumbnail((size, size), Image.Resampling.LANCZOS)
+        image.save(buffer, format=kind, quality=_QUALITY)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f"background-image:url(data:image/{kind};base64,{data}){more}"

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from curvlinops_diffusion import (
+    Attribution,
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
     PassOptions,
@@ -36,6 +37,7 @@ SHARDED = {
     queries: [(f"s.token.{queries.start}.{rank}of2.safetensors", own) for rank, own in enumerate(n)]
     for queries, n in ((range(2), ([4, 0], [1, 3, 2])), (range(2, Q), ([0, 1, 2, 3, 4], [])))
 }
+METHODS = {"influence": "scores", "regression": "regression"}
 NAMES = {
     "scores": HALVED[:1],
     "halves": HALVED,
@@ -54,8 +56,9 @@ def file(request, numbers, tmp_path):
     """A file of each kind, and what it holds."""
     kind, names = request.param
     path, held = tmp_path / "s.safetensors", {name: numbers[name] for name in NAMES[names]}
+    header = HEADER | {"methods": [m for m, name in METHODS.items() if name in held]}
     if kind == "whole":
-        write_scores(path, held, HEADER)
+        write_scores(path, held, header)
         assert load_file(path).keys() == {*held, INDEX}
         return path, held
     entries = []
@@ -66,8 +69,24 @@ def file(request, numbers, tmp_path):
             tensors = {key: z[queries.start : queries.stop, columns] for key, z in held.items()}
             tensors = tensors | {INDEX: torch.tensor(columns)} if columns else {}
             SCORES.write(tmp_path / name, tensors, entries[-1])
-    write_scores(path, {}, HEADER, entries)
+    write_scores(path, {}, header, entries)
     return path, held
+
+
+class Images:
+    """A gallery of grey images."""
+
+    def __init__(self, kind):
+        self.names = HEADER[kind]
+
+    def caption(self, n):
+        return f"caption {n}"
+
+    def images(self, numbers):
+        return ((n, torch.full((1, 2, 2), n / N)) for n in numbers)
+
+    def digest(self, n):
+        return None
 
 
 def test_every_kind_by_every_reader(file, capsys):
@@ -92,10 +111,23 @@ def test_every_kind_by_every_reader(file, capsys):
     stored.export(path.with_suffix(".parquet"))
     table = pd.read_parquet(path.with_suffix(".parquet"))
     pd.testing.assert_frame_equal(pd.read_csv(path.with_suffix(".csv")), table)
-    best = table[(table["query"] == "1.png") & (table["rank"] == 1)].image.item()
-    assert best == f"{int(held['scores'][1].argmax())}.png"
+    for method, best in table[(table["query"] == "1.png") & (table["rank"] == 1)][
+        ["method", "image"]
+    ].itertuples(index=False):
+        assert best == f"{int(held[METHODS[method]][1].argmax())}.png"
+    loaded = Attribution.load(path, Images("train"), Images("queries"))
+    assert torch.equal(loaded.scores, held["scores"])
+    assert [len(rows) for rows in loaded.top(2)] == [2] * Q
+    assert len(loaded.to_pandas()) == len(table) == len(loaded.by_method) * Q * N
+    for method, scores_QN in loaded.by_method.items():
+        assert torch.equal(scores_QN.whole(), held[METHODS[method]])
+    loaded.report(path.with_suffix(".html"))
+    text = path.with_suffix(".html").read_text()
+    assert all(f">{name}</h2>" in text for name in HEADER["queries"])
+    assert ("The second number" in text) == (len(loaded.by_method) == 2)
     assert run(["inspect", str(path)]) == 0
-    assert "influence scores of 5 training images on 3 queries" in capsys.readouterr().out
+    methods = " and ".join(loaded.by_method)
+    assert f"{methods} scores of 5 training images on 3 queries" in capsys.readouterr().out
 
 
 def test_other_files_are_refused(file, numbers, tmp_path, capsys):

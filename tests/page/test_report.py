@@ -17,7 +17,7 @@ from curvlinops_diffusion.influence.measurements.registry import Better
 from curvlinops_diffusion.influence.score_files import write_scores
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.page.rankings import Sizes, common_images, rows_of
-from curvlinops_diffusion.page.thumbnails import Thumbnails
+from curvlinops_diffusion.page.report import thumbnail
 from tests.cli.cases import arguments as program_arguments
 from tests.cli.cases import write_images, write_problem
 
@@ -205,10 +205,7 @@ def test_thumbnails(size, kind):
     x = torch.stack(
         [ramp.expand(size, size), ramp.unsqueeze(1).expand(size, size), -ramp.expand(size, size)]
     )
-    thumbnails = Thumbnails()
-    thumbnails.add("train3", x, 192)
-    ((name, rule),) = thumbnails.rules()
-    assert name == "train3"
+    rule = thumbnail(x, 192)
     assert ("pixelated" in rule) == (size <= 64)
     found = re.search(r"data:image/(\w+);base64,([^)]+)", rule)
     assert found[1] == kind
@@ -218,6 +215,14 @@ def test_thumbnails(size, kind):
     expected = torch.nn.functional.interpolate(x[None], image.size, mode="area")[0]
     error = np.abs(again - expected.permute(1, 2, 0).numpy())
     assert error.mean() < (0.005 if kind == "png" else 0.03)
+
+
+def test_thumbnails_of_any_channels():
+    """Of images that are neither grey nor RGB, the first channels that can be shown."""
+    for channels, shown in ((1, "L"), (2, "L"), (3, "RGB"), (5, "RGB")):
+        rule = thumbnail(torch.linspace(-1, 1, channels * 4).reshape(channels, 2, 2), 8)
+        data = re.search(r"base64,([\w+/=]+)", rule)[1]
+        assert Image.open(io.BytesIO(base64.b64decode(data))).mode == shown
 
 
 def test_others_are_refused(folder, page, tmp_path, capsys):
@@ -281,13 +286,3 @@ def test_names_are_escaped(tmp_path):
     words += ["--queries", tmp_path / "train", "--output", tmp_path / "r.html"]
     assert run([str(word) for word in words]) == 0
     assert "<b>" not in (tmp_path / "r.html").read_text()
-
-
-@pytest.mark.parametrize(("channels", "shown"), [(1, "L"), (2, "L"), (3, "RGB"), (5, "RGB")])
-def test_thumbnails_of_any_channels(channels, shown):
-    """Of images that are neither grey nor RGB, the first channels that can be shown."""
-    thumbnails = Thumbnails()
-    thumbnails.add("a", torch.linspace(-1, 1, channels * 4).reshape(channels, 2, 2), 8)
-    (rule,) = thumbnails.rules()
-    data = re.search(r"base64,([\w+/=]+)", rule[1])[1]
-    assert Image.open(io.BytesIO(base64.b64decode(data))).mode == shown
