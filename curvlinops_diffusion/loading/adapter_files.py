@@ -14,6 +14,7 @@ from torch import Tensor
 
 from curvlinops_diffusion.loading.saved_networks import check_whole
 from curvlinops_diffusion.loading.weights import listed
+from curvlinops_diffusion.runtime.messages import quoted
 
 # how the names of the first matrix of a pair end; what comes before is called a stem here
 _DOWN = (
@@ -66,9 +67,12 @@ def read_weights(path: Path) -> tuple[Tensors, dict[str, str]]:
         ValueError: If it is no whole safetensors file, or holds numbers that are not finite.
     """
     check_whole(path)
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-        metadata = file.metadata() or {}
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+            metadata = file.metadata() or {}
+    except Exception as error:  # a precision that is not known here, say
+        raise ValueError(f"The adapter '{path}' cannot be read: {quoted(error)}.") from error
     for key, z in tensors.items():
         if z.is_floating_point() and z.itemsize == 1:  # there is no arithmetic of 8 bits
             tensors[key] = z.float()

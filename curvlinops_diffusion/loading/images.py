@@ -70,7 +70,7 @@ def open_images(
     where = Path(given) if on_disk else Path("images")
     images = _of_path(where, form, condition) if on_disk else _of_any(given, form)
     takes = None if condition is None else condition.key
-    if isinstance(prompts, str) and takes == "prompt":
+    if isinstance(prompts, str) and condition is not None and takes == "prompt":
         if None not in images.conditions.get("prompt", [None]):
             raise ValueError(
                 f"`prompts` must be left out where images have prompts of their own, got "
@@ -200,7 +200,10 @@ def _read_captions(images: NamedImages, path: Path, condition: Condition | None)
                 f"'{path}' holds captions of two kinds, '{first}' and '{second}'. Pass "
                 "--caption-extension with the end of those that training read."
             )
-        read = found.pop(end or next(iter(found), ""), {})
+        end = end or next(iter(found), "")
+        read = found.pop(end, {})
+        if read:
+            images.notes.append(f"{counted(len(read), 'caption')} from files {end}")
     images.captions_beside = {name: file for own in found.values() for name, file in own.items()}
     images.unread = [*(f"files {suffix}" for suffix in sorted(found)), *images.unread]
     files = set(read.values())

@@ -109,7 +109,7 @@ class Network:
         Raises:
             ValueError: If the network takes no prompts.
         """
-        given = {"prompt": prompt, "caption_extension": caption_extension}
+        given: dict[str, Any] = {"prompt": prompt, "caption_extension": caption_extension}
         for name, value in given.items():
             if value is not None and self.condition.key != "prompt":
                 takes = "no condition" if self.condition.key is None else "labels"

@@ -62,8 +62,8 @@ def test_folders_with_repeats(kohya):
     weighted = [w * value[n] for w, n in zip(images.example_weights, images.names, strict=True)]
     assert sum(weighted) / len(images) == pytest.approx(mean, rel=1e-12)
     assert images.summary() == (
-        "5 images, 5 prompts; 2 images with the folder's name as prompt (10_cpc rabbit/image0.png, "
-        "…); repeated: 'cpc rabbit' 10 times, 'sls frog' 20 times"
+        "5 images, 5 prompts; 3 captions from files .txt; 2 images with the folder's name as "
+        "prompt (10_cpc rabbit/image0.png, …); repeated: 'cpc rabbit' 10 times, 'sls frog' 20 times"
     )
 
 
@@ -112,7 +112,10 @@ def test_images_without_a_caption(tmp_path):
     assert open_images(tmp_path, FORM, PROMPT, prompts="x").conditions == images.conditions
     write(tmp_path / "a", {"image0.txt": "a"})
     said = open_images(tmp_path, FORM, Condition("prompt", prompt="x")).summary()
-    assert said == "2 images, 2 prompts; all have prompts of their own, and 'x' is of none of them"
+    assert said == (
+        "2 images, 2 prompts; 2 captions from files .txt; all have prompts of their own, and 'x' "
+        "is of none of them"
+    )
     with pytest.raises(ValueError, match=r"`prompts` must be left out .* got 'x' for 2 images"):
         open_images(tmp_path, FORM, PROMPT, prompts="x")
 

@@ -392,6 +392,9 @@ def test_what_is_hidden_nested_or_linked(tmp_path):
     (data / "c").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (data / "c" / "around").symlink_to(data, target_is_directory=True)
     write_images(data / ".ipynb_checkpoints", 1, 3)
+    for name in ("@eaDir", "b/@eaDir"):
+        write_images(data / name, 1, 3)
+    (data / "__MACOSX").mkdir()
     (data / "b" / "._image0.png").write_bytes(b"not an image")
     (data / "b" / "notes.txt").write_text("not an image")
     images = open_images(data, FORM, Condition("class_labels", 3))
@@ -403,6 +406,6 @@ def test_what_is_hidden_nested_or_linked(tmp_path):
     ]
     assert [images[n]["class_labels"] for n in range(4)] == [0, 0, 1, 2]
     assert images.summary() == (
-        "4 images, 3 classes (0 = 'a', 1 = 'b', 2 = 'c'); 3 other files left out "
-        "(.ipynb_checkpoints/image0.png, b/._image0.png, b/notes.txt)"
+        "4 images, 3 classes (0 = 'a', 1 = 'b', 2 = 'c'); 5 other files left out "
+        "(.ipynb_checkpoints/image0.png, @eaDir/image0.png, b/._image0.png, …)"
     )
