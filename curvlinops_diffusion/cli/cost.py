@@ -75,7 +75,8 @@ def fit_cost(
     regression = attributor.regression.with_draws(num_draws, antithetic=False)
     params = attributor.params
     first = _first_batch(regression)
-    plan = prepare(first(1), params, kfac).plan
+    prepared = prepare(first(1), params, kfac)
+    plan = prepared.plan
     sizes = plan.factor_sizes()
 
     def fit(some: NoisedRegression) -> None:
@@ -86,7 +87,7 @@ def fit_cost(
     seconds = run.once + run.seconds * regression.num_samples
     entries = plan.num_entries
     itemsize, n = regression.objective.working_dtype.itemsize, num_processes()
-    parameters = sum(p.numel() for p in plan.coverage.params.values())
+    parameters = sum(p.numel() for p in prepared.coverage.params.values())
     file_entries, checkpoint_entries = entries, n * entries
     if curvature == "ekfac":
         second = regression.with_draws(kfac.num_eigenvalue_draws(regression)).num_samples

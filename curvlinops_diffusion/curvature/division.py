@@ -20,8 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, distributed
 
-from curvlinops_diffusion.curvature.plan import BlockPlan, Unit
-from curvlinops_diffusion.curvature.shared_batches import Holders
+from curvlinops_diffusion.curvature.plan import BlockPlan, Holders, Unit
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers.kind import SharingKind
 from curvlinops_diffusion.layers.layer import Layer
@@ -46,12 +45,6 @@ def fitted_blocks(
     regression: NoisedRegression, plan: BlockPlan, passes: PassOptions, fit: Fit
 ) -> list[PlacedBlock]:
     """Fit the blocks of this process, in one shard or several, and in groups that fit into memory.
-
-    Args:
-        regression: Objective, data and draws.
-        plan: The blocks of all processes.
-        passes: Checkpoints, processes, memory and progress.
-        fit: Fits those of a plan.
 
     Raises:
         ValueError: If the processes' weights, data or options differ, or one of them has failed; if
@@ -180,7 +173,8 @@ def batches_are_divided(regression: NoisedRegression, plan: BlockPlan, passes: P
         raise ValueError(
             f"`max_memory` must be None for sharded=True and a network that is divided among "
             f"processes itself (fully_shard), got {passes.max_memory}: these must all run the "
-            "network equally often, and may need different numbers of passes. Start more of them."
+            "network equally often, and may need different numbers of passes. Leave it out, or start "
+            "more of them."
         )
     # parameters in no layer are differentiated example by example, where their block is
     impossible = plan.coverage.others or passes.max_memory is not None
@@ -197,19 +191,12 @@ def batches_are_divided(regression: NoisedRegression, plan: BlockPlan, passes: P
 
 
 class _Counted(Observer):
-    """Counts the bytes that layers see, and the network's multiplications and additions.
-
-    Attributes:
-        sent: Bytes of inputs and of gradients in outputs.
-        operations: Those of a forward and a backward pass.
-    """
+    """Counts the bytes that layers see, and the network's multiplications and additions."""
 
     def __init__(self) -> None:
-        self.sent = 0
-        self.operations = 0
+        self.sent = self.operations = 0
 
     def input(self, layer: Layer, x: Tensor) -> None:
-        """Count an input, and what is made of it."""
         self.sent += x.nbytes
         if isinstance(layer.kind, SharingKind) and layer.weight is not None:
             *groups, O, I = layer.kind.matrix_shape(layer.module)
@@ -217,7 +204,6 @@ class _Counted(Observer):
             self.operations += 4 * positions * prod(groups) * O * I
 
     def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:
-        """Count a gradient."""
         self.sent += g.nbytes
 
 

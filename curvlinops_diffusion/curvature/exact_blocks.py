@@ -110,13 +110,7 @@ class ExactSums(Sums):
 
 
 class ExactMoments(Observer):
-    """Sums that become exact blocks: one term for each backward pass, over all calls of a layer.
-
-    Args:
-        objective: Supplies the network.
-        blocks: The blocks.
-        coverage: The parameters, and the layers that hold them.
-    """
+    """Sums that become exact blocks: one term for each backward pass, over all calls of a layer."""
 
     def __init__(
         self, objective: DenoisingObjective, blocks: Sequence[ExactBlock], coverage: Coverage

@@ -31,15 +31,7 @@ def eigenvalue_moments(
 ) -> dict[str, Tensor]:
     """Compute EK-FAC's eigenvalues ``Λ_ij = E[(U_Bᵀ g U_A)_ij²]`` in one pass over the data.
 
-    Args:
-        regression: Objective, data and draws.
-        plan: The blocks; its options say the Fisher type, as for the factors.
-        input_bases: Eigenbases of the input factors, by their key.
-        output_bases: Eigenbases of the output factors, by their key.
-        passes: Checkpoints, processes and progress.
-
-    Returns:
-        ``Λ`` of shape ``[*g, O, I]`` for every block of Kronecker form, by its key.
+    ``[*g, O, I]`` for every block of Kronecker form, by its key; eigenbases are by the factor's.
     """
     dtype = regression.objective.working_dtype
     sums = Sums()

@@ -60,14 +60,6 @@ def kronecker_factors(
 
     Source: Eschenhagen et al., 2023, Sections 3.2 and 3.3; Mlodozeniec et al., 2025, Section 2.3.
 
-    Args:
-        regression: Objective, data and draws.
-        plan: The blocks.
-        passes: Checkpoints, processes and progress.
-
-    Returns:
-        The factors, in the working precision.
-
     Raises:
         ValueError: If a prediction is not finite, the calls of a layer vary in a way that was not
             foreseen, or a checkpoint is of something else.
@@ -107,12 +99,8 @@ class PositionSamples(Observer):
     """A random sample of positions in place of all: a function of seed, example and draw.
 
     With ``m`` of ``S`` positions, each drawn ``m/S`` times on average, ``S/m Σ`` over the sample is
-    an unbiased estimate of the sum over all. Layers with equally many positions share them.
-
-    Args:
-        draws: Draws them.
-        most: How many there are at most; ``None`` for all.
-        device: Of the network.
+    an unbiased estimate of the sum over all. There are ``most``, or all if that is ``None``; layers
+    with equally many positions share them.
     """
 
     def __init__(self, draws: Draws, most: int | None, device: torch.device):

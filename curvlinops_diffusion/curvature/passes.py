@@ -11,10 +11,10 @@ from math import sqrt
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from curvlinops_diffusion.curvature.options import FisherType, KFACOptions
-from curvlinops_diffusion.curvature.plan import BlockPlan
-from curvlinops_diffusion.curvature.shared_batches import SharedBatches
+from curvlinops_diffusion.curvature.plan import BlockPlan, Holders
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.checks import check_prediction
 from curvlinops_diffusion.diffusion.data import CleanBatch
@@ -23,9 +23,11 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers import ExactKind, Layer
 from curvlinops_diffusion.layers.observation import Observer, Observers, WholeLayers, observed
 from curvlinops_diffusion.layers.probe import Retrial
+from curvlinops_diffusion.runtime.division import in_equal_parts
 from curvlinops_diffusion.runtime.flags import DeviceFlag
 from curvlinops_diffusion.runtime.passes import PassOptions, run_pass
 from curvlinops_diffusion.runtime.precision import matmuls_in_tf32
+from curvlinops_diffusion.runtime.processes import ALONE, answered
 from curvlinops_diffusion.runtime.sums import Running, Sums
 from curvlinops_diffusion.runtime.transfers import sent_beside
 
@@ -61,16 +63,6 @@ def loss_vectors(
             return
 
 
-def num_loss_vectors(options: KFACOptions, output_size: int) -> int:
-    """Count what :func:`loss_vectors` yields for a prediction ``[B, output_size]``."""
-    return {
-        FisherType.MC: options.mc_samples,
-        FisherType.TYPE2: output_size,
-        FisherType.EMPIRICAL: 1,
-        FisherType.FORWARD_ONLY: 0,
-    }[options.fisher_type]
-
-
 class CheckedLossVectors:
     """Loss vectors of a batch that is run forward and backward, whose predictions are finite.
 
@@ -89,7 +81,8 @@ class CheckedLossVectors:
         # a fraction of the price of looking at every entry
         finite = DeviceFlag(prediction_BD.sum().isfinite())
         self._open = batch, prediction_BD, finite
-        total = num_loss_vectors(self._options, prediction_BD.shape[1])
+        exact = self._options.fisher_type is FisherType.TYPE2
+        total = prediction_BD.shape[1] if exact else self._options.mc_samples
         found = loss_vectors(batch, prediction_BD, self._regression.draws, self._options)
         for number, v_BD in enumerate(found, start=1):
             yield v_BD, number < total
@@ -107,6 +100,92 @@ class CheckedLossVectors:
         if not finite:
             names = map(self._regression.name_of, batch.indices)
             check_prediction(prediction_BD, names, batch.level_B)
+
+
+class SharedBatches(Observer):
+    """Hands what layers see to the processes that have their blocks.
+
+    Each process runs the network on its examples of a batch, and the inner observer sees what the
+    layers that this process holds see of all examples. Without holders it sees what is seen here.
+    """
+
+    def __init__(self, regression: NoisedRegression, holders: Holders | None, inner: Observer):
+        self._regression = regression
+        self._holders = holders
+        self._inner = inner
+        self.share = ALONE if holders is None else holders.share
+        self._whole: Sequence[int] = ()
+        self._own = self._rest = 0  # examples of this process, and those that all have
+        self._told = inner
+        self._latest: tuple[Tensor, int, Tensor | None] | None = None
+
+    def tell(self, new: bool) -> None:
+        """Say whether what is seen is new for this process, which may have gone on further."""
+        self._told = self._inner if new else Observer()
+
+    def noised_batches(self, clean: CleanBatch) -> Iterator[NoisedBatch]:
+        """Yield every draw of the examples that this process runs the network on."""
+        if self._holders is not None:
+            own, rest = in_equal_parts(list(range(len(clean.indices))), self.share)
+            self._whole, self._own, self._rest = clean.indices, len(own), len(rest)
+            # what is left all run, so that all run the network equally often
+            clean = clean.select([*own, *rest])
+        yield from self._regression.noised_batches(clean)
+
+    def start(self, batch: NoisedBatch) -> None:
+        """A batch begins; its examples are those of all processes."""
+        self._told.start(batch if self._holders is None else replace(batch, indices=self._whole))
+
+    def input(self, layer: Layer, x: Tensor) -> None:
+        """Hand on the input of a layer."""
+        seen = self._gathered(layer, x)
+        if seen is not None:
+            self._told.input(layer, seen)
+
+    def predicted(self, batch: NoisedBatch, prediction_BD: Tensor) -> None:
+        """The forward pass is over."""
+        self._latest = None
+        self._told.predicted(batch, prediction_BD)
+
+    def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:
+        """Hand on the gradient in the output of a layer."""
+        seen = self._gathered(layer, g)
+        if seen is not None:
+            self._told.gradient(layer, call, seen, calls)
+
+    def pulled_back(self, batch: NoisedBatch, v_BD: Tensor) -> None:
+        """A backward pass is over."""
+        self._latest = None
+        self._told.pulled_back(batch, v_BD)
+
+    def finish(self) -> None:
+        """The batch is over."""
+        self._latest = None
+        self._told.finish()
+
+    def _gathered(self, layer: Layer, z: Tensor) -> Tensor | None:
+        """What all examples have there, on the process that has the layer."""
+        if self._holders is None:
+            return z
+        holder = self._holders.of_layer.get(layer.name)
+        if holder is None:
+            return None
+        if self._latest is None or self._latest[0] is not z or self._latest[1] != holder:
+            # layers that share an input share what is computed from it
+            self._latest = (z, holder, self._gather(z, holder))
+        return self._latest[2]
+
+    def _gather(self, z: Tensor, holder: int) -> Tensor | None:
+        count, here = self.share.count, self.share.rank == holder
+        # an example may have several entries in a row
+        rows = self._own * (len(z) // (self._own + self._rest))
+        own, rest = z[:rows].contiguous(), z[rows:]
+        if rows == 0:
+            return rest if here else None
+        received = [torch.empty_like(own) for _ in range(count)] if here else None
+        with answered():
+            dist.gather(own, received, dst=holder)
+        return None if received is None else torch.cat([*received, rest])
 
 
 def run_observed(

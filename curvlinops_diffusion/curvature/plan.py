@@ -17,12 +17,12 @@ from torch import Tensor
 
 from curvlinops_diffusion.curvature.exact_blocks import ExactBlock
 from curvlinops_diffusion.curvature.options import KFACOptions
-from curvlinops_diffusion.curvature.shared_batches import Holders
 from curvlinops_diffusion.layers.coverage import Coverage
 from curvlinops_diffusion.layers.kind import ExactKind
 from curvlinops_diffusion.layers.layer import Layer, Part
 from curvlinops_diffusion.linalg.blocks import Block, EigenBlock
 from curvlinops_diffusion.linalg.placement import PlacedBlock, in_order
+from curvlinops_diffusion.runtime.processes import Share
 from curvlinops_diffusion.runtime.sharded_networks import device_of
 
 #: Makes a factor of zeros: not held while there are sums in its place.
@@ -46,6 +46,24 @@ class Unit:
     entries: int
     largest: int
     operations: int
+
+
+@dataclass(frozen=True)
+class Holders:
+    """Which process has the blocks of which layer.
+
+    Attributes:
+        share: The processes.
+        of_layer: The rank of a layer's, by the layer's name; of some layers nobody's turn it is.
+    """
+
+    share: Share
+    of_layer: Mapping[str, int]
+
+    def restricted(self, names: Collection[str]) -> Holders:
+        """Those of some layers."""
+        chosen = {name: rank for name, rank in self.of_layer.items() if name in names}
+        return Holders(self.share, chosen)
 
 
 @dataclass(frozen=True)

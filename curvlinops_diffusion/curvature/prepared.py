@@ -10,8 +10,7 @@ from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.regression import NoisedRegression, check_regression
 from curvlinops_diffusion.layers import Coverage, covered_parameters
-from curvlinops_diffusion.layers.probe import probed, trial_of
-from curvlinops_diffusion.layers.trial import Trial
+from curvlinops_diffusion.layers.probe import probed
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace
 from curvlinops_diffusion.linalg.storage import versions
 from curvlinops_diffusion.runtime.digests import fingerprint_beside
@@ -24,7 +23,6 @@ class Prepared:
     Attributes:
         coverage: The parameters, the layers that hold them, and what a probe found of them.
         plan: The blocks.
-        trial: The examples that the network was tried out on.
         fingerprint: Waits for the digests of the network, which are read beside the fit.
         space: The parameters' space.
         header: Describes all of this, for the header of a file.
@@ -32,7 +30,6 @@ class Prepared:
 
     coverage: Coverage
     plan: BlockPlan
-    trial: Trial
     fingerprint: Callable[[], dict[str, str]]
     space: ParameterSpace
     header: dict[str, Any]
@@ -46,11 +43,6 @@ class Prepared:
 def prepare(regression: NoisedRegression, params: Parameters, options: KFACOptions) -> Prepared:
     """Choose the blocks, and try the network out, which is not repeated while nothing has changed.
 
-    Args:
-        regression: Objective, data and draws.
-        params: ``None`` for every parameter, or a choice of them.
-        options: How blocks are approximated.
-
     Raises:
         ValueError: If a parameter cannot be covered, or the network is not what derivatives assume;
             see :mod:`~curvlinops_diffusion.layers.probe`.
@@ -59,7 +51,7 @@ def prepare(regression: NoisedRegression, params: Parameters, options: KFACOptio
     model = regression.objective.model
     coverage = covered_parameters(model, params, options.has_gradients)
     coverage = probed(regression, coverage, options.has_gradients)
-    header = {
+    header: dict[str, Any] = {
         "options": options.as_dict(),
         "regression": regression.description,
         "left_out": coverage.left_out,
@@ -75,7 +67,6 @@ def prepare(regression: NoisedRegression, params: Parameters, options: KFACOptio
     return Prepared(
         coverage,
         BlockPlan.of(coverage, options),
-        trial_of(regression),
         fingerprint_beside(model, regression.device),
         ParameterSpace.of(coverage.params),
         header,

@@ -25,19 +25,10 @@ def mapped_gradients(
     v_BD: Tensor,
     params: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Gradients of ``v_nᵀ f_n`` for each example ``n``.
+    """Gradients of ``v_nᵀ f_n`` for each example ``n``, ``[B, *shape]`` by name.
 
     By a vectorised map over the examples; where the network has operations that cannot be mapped
     (data-dependent control flow, say), by a loop.
-
-    Args:
-        objective: Supplies the model.
-        batch: The noised batch.
-        v_BD: The vectors that are pulled back.
-        params: Parameters by name.
-
-    Returns:
-        Gradients ``[B, *shape]`` in the working precision, by name.
     """
     if not params:
         return {}

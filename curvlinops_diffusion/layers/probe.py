@@ -101,6 +101,12 @@ def _modes(regression: NoisedRegression) -> tuple[bool, ...]:
     return tuple(module.training for module in regression.objective.model.modules())
 
 
+def _state(regression: NoisedRegression) -> tuple[Hashable, ...]:
+    """What findings about gradients and calls depend on, besides the parameters and layers."""
+    adapters = adapter_states(regression.objective.model)
+    return (repr(regression.draws), _modes(regression), adapters, _weights(regression))
+
+
 def _weights(regression: NoisedRegression) -> int:
     """A number that differs if weights do; zero where they are divided among processes."""
     model = regression.objective.model
@@ -126,16 +132,15 @@ def probed(regression: NoisedRegression, coverage: Coverage, gradients: bool = T
         ValueError: As :func:`check_network` and :func:`check_effect`; if a gradient is not finite;
             or, without ``gradients``, if there is such a layer.
     """
-    layers, weights = coverage.layers, _weights(regression)
+    layers, state = coverage.layers, _state(regression)
     names = [name for name, p in coverage.params.items() if p.numel() > 0]
 
     def look() -> _Gradients:
-        if regression.findings.get(("network", _modes(regression))) != weights:
+        if regression.findings.get(("network", _modes(regression))) != state[-1]:
             _check_network_now(regression)
         return _compared(regression.objective, layers, trial_of(regression).few, names)
 
-    state = (_modes(regression), adapter_states(regression.objective.model), weights)
-    found = _once(regression, ("gradients", *coverage.params, repr(regression.draws), *state), look)
+    found = _once(regression, ("gradients", *coverage.params, *state), look)
     coverage = replace(coverage, rounding=found.rounding)
     reasons = found.reasons
     if reasons and not gradients:
@@ -310,14 +315,7 @@ def _compared(
     batch: NoisedBatch,
     names: Sequence[str] = (),
 ) -> _Gradients:
-    """Compare gradients that hooks see with those of automatic differentiation.
-
-    Args:
-        objective: Supplies the network.
-        layers: The layers with hooks.
-        batch: What is predicted from.
-        names: Parameters of which vanishing gradients are looked for.
-    """
+    """Compare gradients that hooks see with true ones; find those of ``names`` that vanish."""
     own = dict.fromkeys([*names, *(name for layer in layers for name in layer.params)])
 
     def look() -> _Gradients:
@@ -507,7 +505,7 @@ def check_effect(
                 f"no effect on the prediction of the first examples{why and f' ({why})'}, on which "
                 "their curvature and gradients are zero; other examples may use them. They are "
                 f"{_listed(some)}.",
-                stacklevel=6,
+                stacklevel=7,
             )
 
     if names:
@@ -596,11 +594,16 @@ class CallCounter(Observer):
 
 def call_patterns(regression: NoisedRegression, layers: Sequence[Layer]) -> dict[str, Calls]:
     """The calls of each layer by name, where they are the same at a low and a high noise level."""
-    trial, counter = trial_of(regression), CallCounter()
-    patterns: list[dict[str, Calls]] = []
-    with observed(regression.objective, layers, counter) as network:
-        for batch in (trial.low, trial.high):
-            network.run(batch, one_vector(batch.loss_gradient))
-            patterns.append({layer.name: counter.of(layer.name) for layer in layers})
-    low, high = patterns
-    return {name: calls for name, calls in low.items() if high[name] == calls}
+
+    def look() -> dict[str, Calls]:
+        trial, counter = trial_of(regression), CallCounter()
+        patterns: list[dict[str, Calls]] = []
+        with observed(regression.objective, layers, counter) as network:
+            for batch in (trial.low, trial.high):
+                network.run(batch, one_vector(batch.loss_gradient))
+                patterns.append({layer.name: counter.of(layer.name) for layer in layers})
+        low, high = patterns
+        return {name: calls for name, calls in low.items() if high[name] == calls}
+
+    names = (layer.name for layer in layers)
+    return _once(regression, ("calls", *names, *_state(regression)), look)

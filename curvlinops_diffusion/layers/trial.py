@@ -71,13 +71,7 @@ class Trial:
         batches: Iterable[CleanBatch] | None = None,
         examples: int = _EXAMPLES,
     ) -> Trial:
-        """The first examples of a problem, of one shape, from as many batches as it takes.
-
-        Args:
-            regression: Objective, data and draws.
-            batches: Where to look for them; ``None`` for all of the data.
-            examples: How many to look for.
-        """
+        """The first examples of a problem, or of some batches, of one shape."""
         parts: list[tuple[NoisedBatch, NoisedBatch]] = []
         cleans: list[CleanBatch] = []
         found = 0

@@ -62,22 +62,12 @@ AXES_THAT_DIFFER = {
     "stride": (2, 1),
 }
 GEOMETRIES = [
-    {"kernel_size": 1},
     {"kernel_size": 1, "padding": 1},  # pixels that see only the bias
-    {"kernel_size": 2, "padding": 1},
-    {"kernel_size": 3, "padding": 1},
-    {"kernel_size": (2, 3)},
-    {"kernel_size": 4, "padding": 2},
     {"kernel_size": 5, "padding": 1},
     STRIDE_2,
     AXES_THAT_DIFFER,
-    {"kernel_size": 3, "stride": 3},
-    {"kernel_size": 2, "stride": (1, 2)},
     {"kernel_size": 1, "stride": 2},
-    {"kernel_size": 3, "dilation": 2},
-    {"kernel_size": 3, "padding": "same"},
     {"kernel_size": 3, "padding": "same", "dilation": 2},
-    {"kernel_size": 3, "padding": "valid"},
     {"kernel_size": 3, "padding": 1, "bias": False},
 ]
 
@@ -147,11 +137,10 @@ def test_gradients_of_the_loss_have_no_factor_that_the_design_lacks():
 # ---------------------------------------------------------------------------------------------
 
 OTHER_GEOMETRIES = [
-    {"kernel_size": 2, "padding": "same"},  # more padding on one side, which upstream refuses
+    # more padding on one side, which upstream refuses
     {"kernel_size": 4, "padding": "same", "dilation": 2},
     {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
     {"kernel_size": 3, "padding": 2, "padding_mode": "reflect", "stride": 2},
-    {"kernel_size": 3, "padding": 1, "padding_mode": "replicate"},
     {"kernel_size": 5, "padding": 4, "dilation": 2},  # taps that read only padding
 ]
 

@@ -70,20 +70,53 @@ COUPLED = {
 }
 
 
-@pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS)
-@pytest.mark.parametrize("change", RANDOM.values(), ids=RANDOM)
-def test_random_networks_are_refused(change, make):
-    regression = plain_regression(Changed(change).eval(), (1, 4, 4))
+def with_each_operator(changes):
+    """Each change with one operator, and the first with all of them."""
+    first, *_ = changes
+    pairs = [(name, "values") for name in changes]
+    pairs += [(first, kind) for kind in OPERATORS if kind != "values"]
+    return pytest.mark.parametrize(("name", "kind"), pairs)
+
+
+@with_each_operator(RANDOM)
+def test_random_networks_are_refused(name, kind):
+    regression = plain_regression(Changed(RANDOM[name]).eval(), (1, 4, 4))
     with pytest.raises(ValueError, match=r"draws random numbers.*Every module is in eval mode"):
-        make(regression)
+        OPERATORS[kind](regression)
 
 
-@pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS)
-@pytest.mark.parametrize("change", COUPLED.values(), ids=COUPLED)
-def test_networks_that_couple_examples_are_refused(change, make):
-    regression = plain_regression(Changed(change).train(), (1, 4, 4), num_draws=2, timesteps=[2, 7])
+@with_each_operator(COUPLED)
+def test_networks_that_couple_examples_are_refused(name, kind):
+    model = Changed(COUPLED[name]).train()
+    regression = plain_regression(model, (1, 4, 4), num_draws=2, timesteps=[2, 7])
     with pytest.raises(ValueError, match=r"depends on the rest of its.*'Changed'.*model.eval\(\)"):
-        make(regression)
+        OPERATORS[kind](regression)
+
+
+def test_another_operator_tries_nothing_out_again():
+    """Unless the network has changed: its weights in whatever way, its modes, or the draws."""
+    model = seeded(nn.Conv2d(1, 1, 3, padding=1))
+    regression = plain_regression(model, (1, 4, 4), count=4, num_draws=2, batch_size=4)
+    calls = []
+    model.register_forward_pre_hook(lambda *args: calls.append(1))
+
+    def runs(make=DiffusionKFACLinearOperator, of=regression):
+        calls.clear()
+        make(of)
+        return len(calls)
+
+    first, again = runs(), runs()
+    # two runs, eight examples alone, three for gradients, and two in which calls are counted
+    assert first - again >= 14
+    assert again == 2  # draws
+    assert runs(OPERATORS["rows"]) == 2
+    assert runs(OPERATORS["values"]) == 2
+    model.layers[0].weight.data.mul_(2)
+    assert runs() == first
+    assert runs() == again
+    assert runs(of=regression.with_seed(1)) > again
+    model.eval()
+    assert runs() == first
 
 
 def test_the_mode_of_the_network_may_change():
