@@ -476,7 +476,7 @@ class _Kernel:
     def mean_diagonal(self) -> float:
         """``κ``; where blocks are sharded among processes, these multiply every batch together."""
         data, settings = self.J_train.regression, self.settings({})
-        if getattr(self.G_inv, "share", ALONE).count == 1:
+        if getattr(self.G_inv, "processes", ALONE).count == 1:
             consumer = SelfInfluence(self.G_inv, self.num_data)
             found = self._stream(consumer, "diagonal of the kernel", settings)
             return float(found["values"].sum())  # which are divided by N

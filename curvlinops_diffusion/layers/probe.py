@@ -107,9 +107,16 @@ def _state(regression: NoisedRegression) -> tuple[Hashable, ...]:
 
 
 def _weights(regression: NoisedRegression) -> int:
-    """A number that differs if weights do; zero where they are divided among processes."""
+    """A number that differs if weights do; zero where they are divided among processes.
+
+    Sums tell what is written through ``.data``, as averaged weights are swapped in.
+    """
     model = regression.objective.model
-    return 0 if is_sharded(model) else hash(repr(change_marks(model)[0]))
+    if is_sharded(model):
+        return 0
+    sums = [p.detach().sum(dtype=torch.float64) for p in model.parameters()]
+    read = torch.stack([z.to(sums[0].device) for z in sums]).tolist() if sums else []
+    return hash(repr((change_marks(model)[0], read)))
 
 
 def probed(regression: NoisedRegression, coverage: Coverage, gradients: bool = True) -> Coverage:
