@@ -320,13 +320,63 @@ class BlockDiagonalLinearOperator(ParameterSpaceOperator):
         return BlockDiagonalLinearOperator(self.space, blocks, info, self.processes)
 
     def inverse(
-        self, damping: float = 0.0, *, relative: bool = False, rtol: float | None = None
+        self,
+        damping: float = 0.0,
+        *,
+        relative: bool = False,
+        rtol: float | None = None,
+        use_exact_damping: bool | None = None,
+        use_heuristic_damping: bool = False,
+        min_damping: float = 1e-8,
     ) -> BlockDiagonalLinearOperator:
         """The damped inverse ``(F + λ I)⁻¹``, or the truncated pseudo-inverse.
 
-        Arguments and errors are those of :meth:`power`.
+        Args:
+            damping: ``λ ≥ 0``.
+            relative: As for :meth:`power`.
+            rtol: Likewise.
+            use_exact_damping: ``False`` to damp K-FAC's Kronecker factors instead, as
+                ``curvlinops`` does by default: ``(B + λ I)⁻¹ ⊗ (A + λ I)⁻¹``. ``None`` for exact
+                damping, unless the heuristic is asked for.
+            use_heuristic_damping: Damp the factors by ``√λ π`` (A) and ``√λ / π`` (B) with ``π²``
+                the ratio of their mean eigenvalues (Martens & Grosse, 2015, Section 6.3).
+            min_damping: Lower bound of the two heuristic dampings.
+
+        Returns:
+            The inverse, block-diagonal as well. Blocks without Kronecker form (biases of their
+            own, norms) are damped exactly in each case.
+
+        Raises:
+            ValueError: If a damping is negative, the options contradict each other, or the matrix
+                to invert is singular.
         """
-        return self.power(-1.0, damping, relative=relative, rtol=rtol)
+        min_damping = check_non_negative("min_damping", min_damping)
+        if not use_heuristic_damping and use_exact_damping is not False:
+            return self.power(-1.0, damping, relative=relative, rtol=rtol)
+        damping = check_non_negative("damping", damping)
+        if use_exact_damping or relative or rtol is not None:
+            raise ValueError(
+                "`use_exact_damping`, `relative` and `rtol` damp the operator and not its factors, "
+                f"got {use_exact_damping}, {relative} and {rtol} with `use_heuristic_damping` "
+                f"{use_heuristic_damping}. Pass one or the other."
+            )
+        self.processes.all_or_none(self._check_factored)
+
+        def inverted() -> list[PlacedBlock]:
+            arguments = damping, use_heuristic_damping, min_damping
+            return [p.with_block(p.block.factored_inverse(*arguments, p.name)) for p in self.blocks]
+
+        rule = "heuristic" if use_heuristic_damping else "factored"
+        info = {**self.info, "power": -1.0, "damping": damping, "damping_rule": rule}
+        blocks = self.processes.all_or_none(inverted)
+        return BlockDiagonalLinearOperator(self.space, blocks, info, self.processes)
+
+    def _check_factored(self) -> None:
+        if any(p.kind == "eigenbasis" and p.block.shape[-1] > 1 for p in self.blocks):
+            raise ValueError(
+                f"{type(self).__name__} has no Kronecker factors to damp apart: its eigenvalues "
+                "are not a product. Use the exact damping (the default)."
+            )
 
 
 def _texts(row: dict[str, Any]) -> tuple[str, ...]:

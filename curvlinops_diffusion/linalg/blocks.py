@@ -51,6 +51,12 @@ class Block(ABC):
         """The tensors that determine the block, by the names of its constructor's arguments."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
+    def factored_inverse(
+        self, damping: float, heuristic: bool, min_damping: float, name: str
+    ) -> Block:
+        """Damp Kronecker factors rather than the block, then invert; exactly if there are none."""
+        return self.eigen(name).power(-1, damping, name)
+
 
 @dataclass(frozen=True, eq=False)
 class EigenBlock(Block):
@@ -204,6 +210,28 @@ class KroneckerBlock(Block):
         null = B.is_null().unsqueeze(-1) | A.is_null().unsqueeze(-2)
         return EigenBlock(eigenvalues, B.vectors, A.vectors, null)
 
+    def factored_inverse(
+        self, damping: float, heuristic: bool, min_damping: float, name: str
+    ) -> Block:
+        """``(B + λ_B I)⁻¹ ⊗ (A + λ_A I)⁻¹``.
+
+        ``λ_A = λ_B = λ``, or with ``heuristic`` and the ratio ``π²`` of the factors' mean
+        eigenvalues, ``λ_A = π √λ`` and ``λ_B = √λ / π``, so that ``λ_A λ_B = λ`` (Martens &
+        Grosse, 2015, Section 6.3), neither below ``min_damping``.
+        """
+        A, B = self.input_factor, self.output_factor
+        mean_A, mean_B = (trace(M) / M.shape[-1] for M in (A, B))
+        damping_A = damping_B = torch.full_like(mean_B, damping)
+        if heuristic:
+            pi = (mean_A / mean_B).sqrt()
+            usable = (mean_A > 0) & (mean_B > 0)
+            damping_A = torch.where(usable, (damping**0.5 * pi).clamp(min=min_damping), damping_A)
+            damping_B = torch.where(usable, (damping**0.5 / pi).clamp(min=min_damping), damping_B)
+        return KroneckerBlock(
+            _damped_inverse(B, damping_B, f"The output factor of '{name}'"),
+            _damped_inverse(A, damping_A, f"The input factor of '{name}'"),
+        )
+
     def trace(self) -> Tensor:
         """``tr(B) tr(A)``."""
         return (trace(self.output_factor) * trace(self.input_factor)).sum()
@@ -272,3 +300,16 @@ def _left_right(left: Tensor | None, X_gOIK: Tensor, right: Tensor | None) -> Te
     elif right is not None:
         X_gOKI = (X_gOKI.flatten(-3, -2) @ right).unflatten(-2, (O, K))
     return X_gOKI.transpose(-1, -2)
+
+
+def _damped_inverse(factor: Tensor, damping: Tensor, what: str) -> Tensor:
+    decomposition = eigendecomposition(factor, what)
+    damped = decomposition.values + damping.unsqueeze(-1)
+    undamped = (damping == 0).unsqueeze(-1)
+    if (torch.where(undamped, decomposition.is_null(), damped <= 0)).any():
+        raise ValueError(
+            f"{what} is singular at damping={float(damping.min()):g}. Pass a larger damping, or "
+            "take the exact inverse with rtol= (a pseudo-inverse)."
+        )
+    U = decomposition.vectors
+    return 1 / damped if U is None else (U / damped.unsqueeze(-2)) @ U.mT

@@ -124,6 +124,40 @@ def dense_by_blocks(operator, function):
     return result
 
 
+@pytest.mark.parametrize("floor", [{}, {"min_damping": 0.1}])
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("heuristic", [True, False])
+def test_dampings_of_factors_equal_curvlinops(regression, separate, heuristic, floor):
+    """A separate bias is damped exactly in ours; upstream's heuristic splits its damping."""
+    options = {"fisher_type": "type-2", "separate_weight_and_bias": separate}
+    K = DiffusionKFACLinearOperator(regression, exact_bias=False, **options)
+    theirs = upstream_operator(
+        "KFACLinearOperator", regression, check_deterministic=False, **options
+    )
+    rule = {"use_heuristic_damping": True} if heuristic else {"use_exact_damping": False}
+    upstream = upstream_inverse(
+        theirs, damping=DAMPING, use_heuristic_damping=heuristic, **(floor if heuristic else {})
+    )
+    result, truth = to_dense(K.inverse(DAMPING, **rule, **floor)), to_dense(upstream)
+    exact, start = to_dense(K.inverse(DAMPING)), 0
+    for name, shape in K.space.shapes.items():
+        piece = slice(start, start + torch.Size(shape).numel())
+        start = piece.stop
+        expected = exact if separate and heuristic and name.endswith("bias") else truth
+        assert_close(result[piece, piece], expected[piece, piece], 1e-9)
+
+
+def test_dampings_that_contradict_each_other(regression):
+    K = DiffusionKFACLinearOperator(regression)
+    for options in ({"relative": True}, {"rtol": 0.1}, {"use_exact_damping": True}):
+        with pytest.raises(ValueError, match=r"damp the operator and not its factors, got"):
+            K.inverse(DAMPING, use_heuristic_damping=True, **options)
+    with pytest.raises(ValueError, match=r"`min_damping` must be .* got -1"):
+        K.inverse(DAMPING, min_damping=-1.0)
+    with pytest.raises(ValueError, match="has no Kronecker factors to damp apart"):
+        DiffusionEKFACLinearOperator(regression).inverse(DAMPING, use_exact_damping=False)
+
+
 def test_damping_in_units_of_each_blocks_mean_eigenvalue(operator):
     def inverse(block):
         identity = torch.eye(len(block)).double()
