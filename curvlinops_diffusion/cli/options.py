@@ -166,7 +166,6 @@ _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("curvature", "num_draws", "overwrite"), (FIT,)),
     "fit_draws": (f"{FIT} num_draws", None, "Draws for each image of the fit."),
     "method": (SCORE, list[Literal["influence", "regression"]]),
-    "measurement": (SCORE, Literal[tuple(MEASUREMENTS)], options_text()),
     **dict.fromkeys(("damping", "relative", "rtol", "ridge", "query_block"), (SCORE,)),
     "query_draws": (SCORE,),
     "other_data": (LOAD,),
@@ -197,6 +196,8 @@ def _options(names: str, **other: Any) -> dict[str, Option]:
         names: The names.
         other: For options of these names the source in the library, or what they are said to be.
     """
+    # measurements may be added to
+    library = {"measurement": (SCORE, Literal[tuple(MEASUREMENTS)], options_text()), **_OF_LIBRARY}
     found = {}
     for word in names.split():
         name = word.rstrip("!")
@@ -205,7 +206,7 @@ def _options(names: str, **other: Any) -> dict[str, Option]:
             default = REQUIRED if word.endswith("!") else False if kind is bool else None
             found[name] = Option(kind, default, other.get(name, text))
             continue
-        where, kind, text = (*_OF_LIBRARY.get(name, (KFAC,)), None, None)[:3]
+        where, kind, text = (*library.get(name, (KFAC,)), None, None)[:3]
         where, _, there = other.get(name, where).partition(" ")
         source = (where, there or name)
         known = parameters(where)[source[1]]

@@ -134,11 +134,13 @@ def scored_blocks(
         if passes.checkpoint is not None:
             described = {
                 "queries": [queries.start, queries.stop],
-                "kinds": [
-                    J.regression.identity({"measurement": name_of(J.measurement)})
-                    for J in kinds
+                **{  # and those of halves, by number
+                    f"query{n or ''}": J.regression.identity(
+                        {"measurement": name_of(J.measurement)}
+                    )
+                    for n, J in enumerate(kinds)
                     if isinstance(J, ExampleGradientLinearOperator)
-                ],
+                },
                 "curvature": curvature_settings(G_inv),
                 **(settings or {}),
             }

@@ -70,9 +70,15 @@ def change_marks(model: nn.Module) -> list[Any]:
 
     What is written through ``tensor.data`` is not seen.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    memory = [(z.data_ptr(), z.dtype, None if z.is_inference() else z._version) for z in tensors]
-    return [memory, settings_of(model)]
+
+    def mark(z: Tensor) -> tuple[Any, ...]:
+        try:
+            memory = z.data_ptr()
+        except RuntimeError:  # of a tensor without memory
+            memory = 0
+        return memory, z.dtype, None if z.is_inference() else z._version
+
+    return [[mark(z) for z in [*model.parameters(), *model.buffers()]], settings_of(model)]
 
 
 def name_of(value: Any) -> str:

@@ -7,7 +7,7 @@ from torch import nn
 from curvlinops_diffusion import DiffusionEKFACLinearOperator, DiffusionKFACLinearOperator
 from tests.cases import plain_regression, seeded
 from tests.comparisons import assert_close
-from tests.layers.test_kinds import CASES
+from tests.layers.test_kinds import CASES, problem
 from tests.reference import (
     block_of,
     dense_block,
@@ -66,9 +66,7 @@ def test_against_the_exact_block(name, separate):
 @pytest.mark.parametrize("name", CASES)
 def test_every_kind_of_layer(name):
     """Groups, transposed weights, embeddings: what holds in any arrangement of the entries."""
-    make, shape = CASES[name]
-    model = make()
-    regression = plain_regression(model, shape, count=3)
+    model, regression = problem(name)
     names = [n for n, _ in model.named_parameters() if n.startswith("layer.")]
     full = dense_ggn(regression, params_of(model, names))
 

@@ -249,7 +249,7 @@ def test_forward_only_has_identity_output_factors():
         assert torch.equal(B, torch.eye(len(B), dtype=torch.float64))
         if block.kind != "dense":
             assert torch.equal(block.block.input_factor, other.block.input_factor)
-    with pytest.raises(ValueError, match=r"EK-FAC needs gradients: pass 'mc', 'type-2'"):
+    with pytest.raises(ValueError, match="must be 'mc', 'type-2' or 'empirical' for EK-FAC"):
         DiffusionEKFACLinearOperator(regression, fisher_type="forward-only")
 
 

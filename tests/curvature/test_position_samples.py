@@ -87,12 +87,12 @@ def factors(regression, **options):
 
 def looped(regression, plan):
     """``A`` and ``B`` of the only layer, position by position."""
-    (layer,) = plan.layers
+    (layer,) = plan.coverage.layers
     kind, module = layer.kind, layer.module
     A, B, seen = 0.0, 0.0, []
     vectors = CheckedLossVectors(regression, plan.options)
     consume = WholeLayers(lambda layer, xs, gs: seen.extend([xs, gs]), torch.float64)
-    with observed(regression.objective, plan.layers, consume) as network:
+    with observed(regression.objective, plan.coverage.layers, consume) as network:
         for batch in regression.batches():
             seen.clear()
             network.run(batch, vectors)
@@ -196,7 +196,7 @@ def test_the_scale_is_right():
     for kind in ("inputs", "outputs"):
         for key, truth in getattr(whole, kind).items():
             assert relative_error(getattr(sampled, kind)[key], truth) < 0.04, key
-    assert len(plan.layers) == 2
+    assert len(plan.coverage.layers) == 2
 
 
 def test_batches_and_as_many_positions_as_there_are():

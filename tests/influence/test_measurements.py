@@ -17,6 +17,7 @@ from curvlinops_diffusion import (
     PredictionType,
 )
 from curvlinops_diffusion.cli import program
+from curvlinops_diffusion.cli.options import commands
 from curvlinops_diffusion.diffusion.ancestral import discretised_log_probability
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.influence.measurements import registry
@@ -490,6 +491,7 @@ def test_a_measurement_is_one_file_and_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, f"{registry.__package__}.brightness", file)
     line = registry.NamedMeasurement("brightness:brightness", "the mean pixel", Better.HIGHER)
     monkeypatch.setitem(registry.MEASUREMENTS, "brightness", line)
+    monkeypatch.setattr(program, "commands", commands.__wrapped__)  # anew
 
     regression = problem(num_draws=T)
     J = ExampleGradientLinearOperator(regression, measurement="brightness")

@@ -287,7 +287,7 @@ def test_an_odd_number_of_pairs_cannot_be_halved(train, operators):
     for num_draws, antithetic, can in ((4, True, True), (6, True, False), (3, False, False)):
         J = ExampleGradientLinearOperator(drawn(train, images(3, size=4), num_draws, 0, antithetic))
         assert can_be_halved(J.regression) == can
-    with pytest.raises(ValueError, match=r"divided into 2 parts. Pass a multiple of"):
+    with pytest.raises(ValueError, match="must be a multiple of 2 to be divided into 2"):
         split_half_scores(J, operators[1], J)
 
 

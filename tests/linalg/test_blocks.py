@@ -192,7 +192,7 @@ def test_truncated_pseudo_inverse(operator, rtol):
     ("options", "message"),
     [
         ({"rtol": -1.0}, r"rtol.*-1.0"),
-        ({"damping": -1e-3}, r"damping.*-0.001.*finite number of at least 0"),
+        ({"damping": -1e-3}, r"`damping` must be a finite number of at least 0, got -0.001"),
         ({"damping": float("nan")}, r"damping.*nan"),
         ({"damping": "big"}, r"damping.*'big'"),
     ],

@@ -20,6 +20,7 @@ from torch import distributed
 from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
     ExampleGradientLinearOperator,
+    KernelOptions,
     PassOptions,
     StoredScores,
     group_influence_scores,
@@ -50,8 +51,8 @@ def everything(regression, passes):
     found |= {"top": top.positive.scores, "top index": top.positive.indices}
     groups = group_influence_scores(J, inverse, J, torch.arange(COUNT) % 2, passes=passes)
     own = self_influence_scores(inverse, J, passes=passes)
-    options = {"gradient_bytes": 100_000}
-    found["regression"] = kernel_regression_scores(J, inverse, J, passes=passes, **options)
+    options = KernelOptions(gradient_bytes=100_000)
+    found["regression"] = kernel_regression_scores(J, inverse, J, passes=passes, options=options)
     # eigenbases of close eigenvalues may turn: what they make together must not
     identity = torch.eye(EK.shape[0], 40, dtype=torch.float64)
     return {**found, "groups": groups, "self": own, "operator": EK @ identity}
@@ -147,8 +148,8 @@ def iterated(rank):
     regression = unet_regression(small_unet(), count=COUNT)
     inverse = DiffusionEKFACLinearOperator(regression, LAYERS, passes=passes).inverse(1e-3)
     J = ExampleGradientLinearOperator(regression, LAYERS)
-    options = {"largest_gram": COUNT - 1, "gradient_bytes": 2_000, "tolerance": 1e-12}
-    return {"scores": kernel_regression_scores(J, inverse, J, passes=passes, **options)}
+    options = KernelOptions(largest_gram=COUNT - 1, gradient_bytes=2_000, tolerance=1e-12)
+    return {"scores": kernel_regression_scores(J, inverse, J, passes=passes, options=options)}
 
 
 def test_an_iterated_regression(tmp_path):
