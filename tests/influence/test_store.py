@@ -106,7 +106,7 @@ def test_kernel_regression(tmp_path, J_train, J_query, EK, options):
     expected = kernel_regression_scores(J_query, EK.inverse(DAMPING), J_train, ridge=0.5)
     solved = KernelOptions(tolerance=1e-6, **options)
     assert_close(store.regression_scores(J_query, EK, 0.5, solved).double(), expected, 1e-4)
-    with pytest.raises(ValueError, match="`ridge` must be .*got -1"):
+    with pytest.raises(ValueError, match=r"`ridge` must be .*got -1"):
         store.regression_scores(J_query, EK, -1)
 
 
