@@ -611,9 +611,10 @@ class Attributor:
             if not overwrite:
                 raise
         assert passes.checkpoint is not None
+        Processes.of_all().barrier()  # all have refused it: none reads it any more
         if Processes.of_all().rank == 0:
             shutil.rmtree(passes.checkpoint)
-        Processes.of_all().barrier()  # all have refused it, and none begins before it is gone
+        Processes.of_all().barrier()  # none begins before it is gone
         return run(passes)
 
     def _forget(self, output: Path) -> None:

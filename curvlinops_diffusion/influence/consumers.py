@@ -86,12 +86,11 @@ class Scored(GradientConsumer):
     def add(self, indices: Sequence[int], *rows: Tensor) -> None:
         """Score the examples."""
         N, pairs = self._num_data, zip(_with_mean(rows), self._columns, strict=True)
+        whole = ((slice(None),),)
         scores = [
-            torch.stack([rows_BP[:, at] @ columns_PQ[at] / N for at in layer]).sum(0)
-            if layer
-            else rows_BP @ columns_PQ / N
+            torch.stack([rows_BP[:, at] @ columns_PQ[at] / N for at in layer or (slice(0),)]).sum(0)
             for rows_BP, columns_PQ in pairs
-            for layer in self._layers or ((),)
+            for layer in self._layers or whole
         ]
         self._consumer.add(indices, *scores)
 

@@ -248,7 +248,7 @@ class GradientStore:
 
     @property
     def bytes_per_example(self) -> float:
-        """Bytes on disk for each training example, without what all processes."""
+        """Bytes on disk for each training example, without what all share."""
         return self._stored_bytes() / self.num_data
 
     def _stored_bytes(self) -> int:

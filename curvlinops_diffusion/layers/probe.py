@@ -69,11 +69,15 @@ def _once(
 
 
 def trial_of(regression: NoisedRegression) -> Trial:
-    """The examples that the network is tried out on; those of the latest draws are kept."""
-    draws, trial = regression.findings.get(("trial",), (None, None))
-    if draws != repr(regression.draws):
+    """The examples that the network is tried out on; the latest are kept.
+
+    Until the draws change, or the network is moved to another device or precision.
+    """
+    now = repr(regression.draws), regression.objective.device, regression.objective.dtype
+    before, trial = regression.findings.get(("trial",), (None, None))
+    if before != now:
         trial = Trial.of(regression)
-        regression.findings["trial",] = repr(regression.draws), trial
+        regression.findings["trial",] = now, trial
     found: Trial = trial
     return found
 
@@ -109,14 +113,22 @@ def _state(regression: NoisedRegression) -> tuple[Hashable, ...]:
 def _weights(regression: NoisedRegression) -> int:
     """A number that differs if weights do; zero where they are divided among processes.
 
-    Sums tell what is written through ``.data``, as averaged weights are swapped in.
+    By their sums as well: optimisers and averages of weights write through ``.data``, too.
     """
     model = regression.objective.model
     if is_sharded(model):
         return 0
-    sums = [p.detach().sum(dtype=torch.float64) for p in model.parameters()]
-    read = torch.stack([z.to(sums[0].device) for z in sums]).tolist() if sums else []
+    sums: dict[torch.device, list[Tensor]] = {}
+    for z in (*model.parameters(), *model.buffers()):
+        sums.setdefault(z.device, []).append(_sum_of(z.detach()))
+    read = [torch.stack(own).tolist() for own in sums.values()]  # one wait for each device
     return hash(repr((change_marks(model)[0], read)))
+
+
+def _sum_of(z: Tensor) -> Tensor:
+    z = torch.view_as_real(z) if z.is_complex() else z
+    z = z.view(torch.uint8) if z.dtype.itemsize == 1 else z  # not all of these have sums
+    return z.sum(dtype=torch.float32 if z.device.type == "mps" else torch.float64)
 
 
 def probed(regression: NoisedRegression, coverage: Coverage, gradients: bool = True) -> Coverage:

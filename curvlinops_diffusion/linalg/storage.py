@@ -69,8 +69,7 @@ def save_blocks(
     def write_names() -> None:
         if processes.rank > 0:
             return
-        names = OPERATOR.read_header(path).get("shards", []) if OPERATOR.holds(path) else []
-        old = [path.with_name(Path(other).name) for other in names]
+        old = _shards_of(path)
         every = [entry | {"shard": n} for n, own in enumerate(listed) for entry in own]
         order = {name: place for place, name in enumerate(space.shapes)}
         every.sort(key=lambda entry: min(order[name] for name in entry["params"]))
@@ -80,6 +79,15 @@ def save_blocks(
             other.unlink(missing_ok=True)
 
     processes.all_or_none(write_names)
+
+
+def _shards_of(path: Path) -> list[Path]:
+    """The files that an operator's file names, beside it; none if it is none that can be read."""
+    try:
+        names = OPERATOR.read_header(path).get("shards", [])
+        return [path.with_name(Path(name).name) for name in names]
+    except (AttributeError, TypeError, ValueError):  # none, damaged, of another version
+        return []
 
 
 def _described(

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.layers.observation import observed, one_vector
+from curvlinops_diffusion.linalg.operator_files import OPERATOR
 from tests.cases import small_unet, unet_regression
 from tests.runtime.test_processes import assert_all_close, processes
 
@@ -141,7 +143,9 @@ def test_saved_and_opened_by_others(tmp_path, expected, whole, first, second):
 
 
 def test_a_file_replaces_another_with_its_shards(tmp_path):
+    """And one of another version, of which it does not know what it names."""
     path = tmp_path / "ekfac.safetensors"
+    replace(OPERATOR, version=99).write(path, {}, {"shards": ["other"]})
     for run in range(2):
         processes(2, tmp_path / f"run{run}", saved, path)
         assert len(list(tmp_path.glob("*.safetensors"))) == 3

@@ -247,7 +247,9 @@ def test_by_layer(model, operators):
     total, names = influence_scores(*operators), J_train.param_names
     assert_close(sum(parts.values()), total, 1e-10)
     chosen = {kind: [n for n in names if n.endswith(kind)] for kind in ("bias", "weight")}
-    assert_close(sum(influence_scores_by_layer(*operators, chosen).values()), total, 1e-10)
+    found = influence_scores_by_layer(*operators, {"nothing": [], **chosen})
+    assert not found.pop("nothing").any()
+    assert_close(sum(found.values()), total, 1e-10)
     for wrong, named in (
         ({"w": chosen["weight"]}, "bias"),
         ({**chosen, "again": chosen["weight"]}, "weight"),

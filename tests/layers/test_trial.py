@@ -119,6 +119,17 @@ def test_another_operator_tries_nothing_out_again():
     assert runs() == first
 
 
+def test_the_precision_of_the_network_may_change():
+    """The examples that it is tried out on are in its precision, and on its device."""
+    model = seeded(nn.Conv2d(1, 1, 3, padding=1))
+    regression = plain_regression(model, (1, 4, 4))
+    before = DiffusionKFACLinearOperator(regression)
+    model.float()
+    assert DiffusionKFACLinearOperator(regression).dtype == torch.float32
+    model.double()
+    assert_close(to_dense(DiffusionKFACLinearOperator(regression)), to_dense(before), rtol=1e-4)
+
+
 def test_the_mode_of_the_network_may_change():
     """What was tried out in one mode is tried out again in another."""
     model = seeded(nn.Conv2d(1, 1, 3, padding=1), nn.AlphaDropout(0.5)).eval()

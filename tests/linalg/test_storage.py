@@ -171,6 +171,13 @@ def rewritten(change, kind=OPERATOR):
     return write
 
 
+def with_header(**changes):
+    """The file with a header of other entries; those of ``None`` are lacking."""
+    return rewritten(
+        lambda h: {key: value for key, value in (h | changes).items() if value is not None}
+    )
+
+
 def other_tensors(header):
     header["blocks"][0]["tensors"]["output_factor"] = "nowhere"
     return header
@@ -182,19 +189,13 @@ def other_tensors(header):
         (foreign, "is a safetensors file, but not of an operator"),
         (pickled, "not a whole safetensors file"),
         (rewritten(lambda h: [1]), r"header of .* is damaged \("),
-        (
-            rewritten(lambda h: h, replace(OPERATOR, version=99)),
-            r"has the format version 99, and th",
-        ),
-        (
-            rewritten(lambda h: {key: h[key] for key in h if key != "blocks"}),
-            r"header of .* is damaged \(entries are missing\)",
-        ),
-        (rewritten(lambda h: h | {"kind": "hessian"}), "unknown kind 'hessian'"),
+        (rewritten(lambda h: h, replace(OPERATOR, version=99)), "has the format version 99, and"),
+        (with_header(blocks=None), r"header of .* is damaged \(entries are missing\)"),
+        (with_header(kind="hessian"), "unknown kind 'hessian'"),
         (rewritten(other_tensors), r"header of .* is damaged"),
-        (rewritten(lambda h: h | {"shards": 3}), r"header of .* is damaged"),
-        (rewritten(lambda h: h | {"shards": []}), r"header of .* is damaged"),
-        (rewritten(lambda h: h | {"shards": ["elsewhere"]}), "There is no file '.*elsewhere'"),
+        (with_header(shards=3), r"header of .* is damaged"),
+        (with_header(shards=[]), r"header of .* is damaged"),
+        (with_header(shards=["elsewhere"]), "There is no file '.*elsewhere'"),
     ],
     ids=[
         *("foreign", "pickle", "list", "newer", "lacking", "kind", "tensors"),
