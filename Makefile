@@ -30,7 +30,7 @@ test-slow: $(VENV)/.installed-tests  ## the long statistical tests
 
 UPSTREAM_TESTS := tests/test_upstream.py tests/test_curvlinops_tools.py tests/test_ladder.py \
 	tests/test_readme.py tests/diffusion/test_regression.py tests/influence/test_scores.py \
-	tests/influence/test_kernel_regression.py tests/influence/test_parts.py tests/linalg \
+	tests/influence/test_kernel_regression.py tests/linalg \
 	tests/curvature/test_kfac.py
 
 # CURVLINOPS=FOLDER is the root of its checkout
