@@ -40,10 +40,11 @@ from curvlinops_diffusion.runtime.checks import check_finite_count
 from curvlinops_diffusion.runtime.digests import change_marks
 from curvlinops_diffusion.runtime.modes import recomputation_named
 from curvlinops_diffusion.runtime.precision import products_are_rounded, settled
-from curvlinops_diffusion.runtime.processes import lost_processes_named
+from curvlinops_diffusion.runtime.processes import Processes, lost_processes_named
 from curvlinops_diffusion.runtime.sharded_networks import (
     full_tensor,
     is_sharded,
+    local_tensor,
     mean_over_processes,
     nonzero,
 )
@@ -111,18 +112,19 @@ def _state(regression: NoisedRegression) -> tuple[Hashable, ...]:
 
 
 def _weights(regression: NoisedRegression) -> int:
-    """A number that differs if weights do; zero where they are divided among processes.
+    """A number that differs if weights or settings do; alike on processes that share a network.
 
     By their sums as well: optimisers and averages of weights write through ``.data``, too.
     """
     model = regression.objective.model
-    if is_sharded(model):
-        return 0
     sums: dict[torch.device, list[Tensor]] = {}
     for z in (*model.parameters(), *model.buffers()):
-        sums.setdefault(z.device, []).append(_sum_of(z.detach()))
-    read = [torch.stack(own).tolist() for own in sums.values()]  # one wait for each device
-    return hash(repr((change_marks(model)[0], read)))
+        own = local_tensor(z.detach())
+        sums.setdefault(own.device, []).append(_sum_of(own))
+    read = [torch.stack(several).tolist() for several in sums.values()]  # one wait for each device
+    if is_sharded(model):  # of which each process has other parts
+        return hash(tuple(Processes.of_all().all_gather(repr(read))))
+    return hash(repr((change_marks(model), read)))
 
 
 def _sum_of(z: Tensor) -> Tensor:
@@ -131,10 +133,16 @@ def _sum_of(z: Tensor) -> Tensor:
     return z.sum(dtype=torch.float32 if z.device.type == "mps" else torch.float64)
 
 
+def _kinds(layers: Sequence[Layer]) -> tuple[Hashable, ...]:
+    """The layers, and what is taken to be known of each: users may register kinds meanwhile."""
+    return tuple((layer.name, layer.kind) for layer in layers)
+
+
 def probed(regression: NoisedRegression, coverage: Coverage, gradients: bool = True) -> Coverage:
     """Try out what hooks see of each layer, and whether the parameters have an effect.
 
-    Once for each choice of parameters, and for the network's weights, modes and adapters.
+    Once for each choice of parameters, kinds of layers, and the network's weights, modes and
+    adapters.
 
     Args:
         regression: Objective, data and draws.
@@ -158,7 +166,7 @@ def probed(regression: NoisedRegression, coverage: Coverage, gradients: bool = T
             _check_network_now(regression)
         return _compared(regression.objective, layers, trial_of(regression).few, names)
 
-    found = _once(regression, ("gradients", *coverage.params, *state), look)
+    found = _once(regression, ("gradients", *coverage.params, *_kinds(layers), *state), look)
     coverage = replace(coverage, rounding=found.rounding)
     reasons = found.reasons
     if reasons and not gradients:
@@ -623,5 +631,4 @@ def call_patterns(regression: NoisedRegression, layers: Sequence[Layer]) -> dict
         low, high = patterns
         return {name: calls for name, calls in low.items() if high[name] == calls}
 
-    names = (layer.name for layer in layers)
-    return _once(regression, ("calls", *names, *_state(regression)), look)
+    return _once(regression, ("calls", *_kinds(layers), *_state(regression)), look)

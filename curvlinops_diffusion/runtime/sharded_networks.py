@@ -77,6 +77,12 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return full
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this process' part of a tensor; all of it if it is not divided."""
+    local: Tensor = tensor.to_local() if is_divided(tensor) else tensor  # type: ignore[attr-defined]
+    return local
+
+
 def nonzero(tensors: Mapping[str, Tensor]) -> set[str]:
     """Return the names of tensors with an entry that is not zero; synchronises once."""
     found = [full_tensor(z.norm()) != 0 if is_divided(z) else z.any() for z in tensors.values()]

@@ -408,6 +408,19 @@ def test_a_kind_of_ones_own(key, monkeypatch):
         assert_close(dense_block(own, model), dense_block(twin, plain) / 4, 1e-9)
 
 
+def test_a_wrong_kind_is_noticed_whatever_was_tried_out_before(monkeypatch):
+    class Unscaled(ScaledKind):
+        def inputs(self, module, x):
+            return x.reshape(len(x), -1, x.shape[-1])
+
+    regression = regression_of(seeded(nn.Linear(3, 4), nn.Tanh(), Scaled(4, 3)), (2, 3))
+    DiffusionKFACLinearOperator(regression)
+    monkeypatch.setitem(LAYER_KINDS, Scaled, Unscaled())
+    with pytest.warns(UserWarning, match="inputs and outputs do not give its gradient"):
+        K = DiffusionKFACLinearOperator(regression)
+    assert list(K.info["others"]) == ["layers.2.matrix", "layers.2.offset"]
+
+
 def test_every_kind_is_one_of_two():
     assert all(isinstance(kind, SharingKind | ExactKind) for kind in LAYER_KINDS.values())
 

@@ -93,6 +93,20 @@ def all_of_it(rank, options):
     return found
 
 
+def tried_out_again(rank):
+    """How often the network runs for an operator: the first, another, and after a change."""
+    unet, calls = divided(small_unet()), []
+    unet.register_forward_pre_hook(lambda *args: calls.append(1))
+    regression, counts = problem(unet), []
+    for change in (lambda: None, lambda: None, lambda: next(unet.parameters()).data.mul_(1.01)):
+        with torch.no_grad():
+            change()
+        calls.clear()
+        DiffusionKFACLinearOperator(regression, LAYERS, passes=PassOptions(distributed=True))
+        counts.append(len(calls))
+    return counts
+
+
 @pytest.fixture(scope="module")
 def expected():
     with warnings.catch_warnings():
@@ -105,6 +119,11 @@ def test_as_a_whole_network(tmp_path, expected):
     """Five examples in batches of two: each process has one of two, and both the last."""
     for found in processes(2, tmp_path / "run", all_of_it, DISTRIBUTED):
         assert_all_close(found, expected)
+
+
+def test_a_network_is_tried_out_again_when_its_weights_have_changed(tmp_path):
+    for first, again, changed in processes(2, tmp_path / "run", tried_out_again):
+        assert again < first == changed
 
 
 def test_more_processes_than_a_batch_has_examples(tmp_path, expected):
