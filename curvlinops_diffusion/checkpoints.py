@@ -23,6 +23,8 @@ from curvlinops_diffusion.attributor import Attributor
 from curvlinops_diffusion.influence.agreement import Agreement, SplitHalfScores
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
+from curvlinops_diffusion.runtime.files import make_folder
+from curvlinops_diffusion.runtime.processes import Processes
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +37,8 @@ class CheckpointAttributor(Attributor):
         \bar\tau(q, n) = \frac1C \sum_c \tau_c(q, n),
 
     each :math:`\tau_c` with the curvature and the gradients at its own weights. Every checkpoint is
-    fitted and scored alone, one after the other: ``C`` times the time of one, and the memory of one
-    if the pipelines are given as functions that load them. Late checkpoints are meant, of a network
+    fitted and scored alone, one after the other: ``C`` times the time of one, and the memory of two
+    if the pipelines are given as functions that load them, for the last is kept. Late checkpoints are meant, of a network
     that has learned most of what it will.
 
     Made by :meth:`Attributor.from_pipeline` of several pipelines. :attr:`operator`,
@@ -82,7 +84,10 @@ class CheckpointAttributor(Attributor):
         self._kept: dict[int, Attributor] = {}
         self.operators: list[BlockDiagonalLinearOperator] = []
         self._last = self._member(len(self._sources) - 1)
+        self._kept[len(self._sources) - 1] = self._last
         self.objective, self.regression = self._last.objective, self._last.regression
+        self.images, self.params = self._last.images, self._last.params
+        self.passes, self.run = self._last.passes, self._last.run
 
     def _member(self, c: int) -> Attributor:
         """The attributor of one checkpoint."""
@@ -120,10 +125,31 @@ class CheckpointAttributor(Attributor):
         """Gradients at the last checkpoint, as :meth:`Attributor.gradients`."""
         return self._last.gradients(queries, **options)
 
+    def opened(self, queries: Any, **beside: Any) -> Any:
+        """Open queries for the last checkpoint, as :meth:`Attributor.opened`."""
+        return self._last.opened(queries, **beside)
+
     def fit(
-        self, curvature: Literal["ekfac", "kfac"] = "ekfac", *, num_draws: int = 8, **options: Any
+        self,
+        curvature: Literal["ekfac", "kfac"] = "ekfac",
+        *,
+        num_draws: int = 8,
+        output: str | PathLike[str] | None = None,
+        **options: Any,
     ) -> Self:
-        """Fit the curvature at each checkpoint, as :meth:`Attributor.fit`."""
+        """Fit the curvature at each checkpoint, as :meth:`Attributor.fit`.
+
+        Args:
+            curvature: As for :meth:`Attributor.fit`, and so is ``num_draws``.
+            num_draws: Likewise.
+            output: A folder for the curvatures, as :meth:`save` writes it.
+            options: As for :meth:`Attributor.fit`.
+
+        Raises:
+            ValueError: If two checkpoints have the same weights, or as :meth:`Attributor.fit`.
+        """
+        if output is not None:
+            make_folder(Path(output))
         log.info("%d checkpoints: as many times the work of one", len(self._sources))
         operators: list[BlockDiagonalLinearOperator] = []
         seen: dict[str, int] = {}
@@ -135,7 +161,9 @@ class CheckpointAttributor(Attributor):
                     "different checkpoints of one training."
                 )
             seen[weights] = c
-            operators.append(member.fit(curvature, num_draws=num_draws, **options).operator)
+            file = None if output is None else Path(output) / _file(c)
+            told = {**options, "num_draws": num_draws, "output": file}
+            operators.append(member.fit(curvature, **told).operator)
         self.operators = operators
         return self
 
@@ -146,7 +174,7 @@ class CheckpointAttributor(Attributor):
             ValueError: If there is none, or a file cannot be written.
         """
         folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for c, operator in enumerate(self._fitted()):
             operator.save(folder / _file(c))
 
@@ -173,30 +201,56 @@ class CheckpointAttributor(Attributor):
             ValueError: As :meth:`Attributor.load`, or if the folder is of another number of
                 checkpoints.
         """
-        found, folder = cls(source, images, **options), Path(path)
+        return cls(source, images, **options).with_saved(path, other_data=other_data)
+
+    def with_saved(self, path: str | PathLike[str], *, other_data: bool = False) -> Self:
+        """Take the curvatures of a folder that :meth:`save` wrote, as :meth:`load`."""
+        folder = Path(path)
         saved = len(list(folder.glob(_file("*"))))
-        if saved != len(found._sources):
+        if saved != len(self._sources):
             raise ValueError(
-                f"'{path}' has the curvature of {saved} checkpoints, got {len(found._sources)} "
+                f"'{path}' has the curvature of {saved} checkpoints, got {len(self._sources)} "
                 "pipelines. Pass those that it was fitted to, in the same order."
             )
-        found.operators = [
+        self.operators = [
             member.with_saved(folder / _file(c), other_data=other_data).operator
-            for c, member in found._members()
+            for c, member in self._members()
         ]
-        return found
+        return self
 
-    def score(self, queries: Any, **options: Any) -> Attribution:
+    def score(
+        self,
+        queries: Any,
+        *,
+        output: str | PathLike[str] | None = None,
+        overwrite: bool = False,
+        **options: Any,
+    ) -> Attribution:
         """Score at each checkpoint, and average, as :meth:`Attributor.score`.
 
+        Args:
+            queries: As for :meth:`Attributor.score`.
+            output: A file for the averages, written at the end.
+            overwrite: Replace an output.
+            options: As for :meth:`Attributor.score`.
+
         Raises:
-            ValueError: As :meth:`Attributor.score`.
+            ValueError: If the output exists, or as :meth:`Attributor.score`.
         """
+        if output is not None and Path(output).exists() and not overwrite:
+            raise ValueError(
+                f"'{output}' exists. Pass `overwrite=True`, or another `output`; "
+                "Attribution.load reads it."
+            )
         results = []
         for (_, member), operator in zip(self._members(), self._fitted(), strict=True):
             member.operator = operator
-            results.append(member.score(queries, **options))
-        return averaged(results)
+            results.append(member.score(queries, overwrite=overwrite, **options))
+        found, processes = averaged(results), Processes.of_all()
+        if output is not None:
+            first = processes.rank == 0
+            processes.all_or_none(lambda: found.save(output) if first else None)
+        return found
 
     def _fitted(self) -> list[BlockDiagonalLinearOperator]:
         if not self.operators:
@@ -211,7 +265,8 @@ def _file(c: int | str) -> str:
 def averaged(results: Sequence[Attribution]) -> Attribution:
     """The mean of several results of the same queries and training images.
 
-    Its header is that of the last; it lists the identities of all as ``"checkpoints"``.
+    Its header is that of the last; it lists the identities of all as ``"checkpoints"``, and their
+    weights in its identity, so that it is not taken for that of the last alone.
     """
     last = results[-1]
 
@@ -231,10 +286,15 @@ def averaged(results: Sequence[Attribution]) -> Attribution:
     scores = {m: mean(lambda r, m=m: r.by_method[m]) for m in last.by_method}  # type: ignore[misc]
     halves: Mapping[str, SplitHalfScores | None] = {m: halves_of(m) for m in scores}
     values = [result.header["values"] for result in results]
+    identities = [result.header["identity"] for result in results]
     agreement = dict.fromkeys(("rank_correlation", "top", "top_shared", "standard_error"))
     header = {
         **{key: value for key, value in last.header.items() if key not in agreement},
-        "checkpoints": [result.header["identity"] for result in results],
+        "checkpoints": identities,
+        "identity": {
+            **last.header["identity"],
+            "checkpoints": [each["train"]["model"]["weights"] for each in identities],
+        },
         "values": [
             None if None in each else sum(each) / len(each) for each in zip(*values, strict=True)
         ],

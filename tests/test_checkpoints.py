@@ -102,6 +102,53 @@ def test_in_the_program(folder, result, tmp_path):
         *("checkpoint0", "checkpoint1", "scores.safetensors", "scores.csv"),
         *("report.html", "run.yaml"),
     }
+    assert "averages over 2 checkpoints" in (tmp_path / "report.html").read_text()
+
+
+def program(folder, output, *more):
+    words = ["--pipeline", folder / "later", "--data", folder / "train", "--queries"]
+    words += [folder / "queries", "--quiet", "--output", output, "--curvature", "kfac"]
+    words += ["--fit-draws", 1, "--num-draws", 2, *more]
+    return run(["attribute", *map(str, words)])
+
+
+def test_averages_and_scores_of_one_are_not_mixed_up(folder, attributor, tmp_path, capsys):
+    """The identity of averages was that of the last: its scores were taken to be there already."""
+    scores = tmp_path / "scores.safetensors"
+    attributor.score(folder / "queries", num_draws=2).save(scores)
+    written = scores.read_bytes()
+    assert program(folder, tmp_path) == 2
+    assert "of 2 checkpoints of the network, got 1. Pass --overwrite" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="was made with others: checkpoints"):
+        attributor._last.score(folder / "queries", num_draws=2, output=scores)
+    last = Attributor.from_pipeline(loaded(folder, "later"), folder / "train").fit(num_draws=2)
+    last.score(folder / "queries", num_draws=2, output=tmp_path / "one" / scores.name)
+    assert program(folder, tmp_path / "one", "--checkpoints", folder / "pipeline") == 2
+    assert "of 1 checkpoints of the network, got 2" in capsys.readouterr().err
+    assert scores.read_bytes() == written
+    assert [path.name for path in (tmp_path / "one").iterdir()] == [scores.name]
+
+
+def test_a_checkpoint_that_is_not_there_is_named_before_any_is_fitted(folder, tmp_path, capsys):
+    names = folder / "pipeline", folder / "none"
+    assert program(folder, tmp_path / "out", "--checkpoints", *names) == 2
+    assert f"'{names[1]}' does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_outputs_are_of_all(folder, attributor, tmp_path):
+    """Not of one checkpoint after the other in the same file."""
+    fitted = Attributor.from_pipeline(both(folder), folder / "train")
+    fitted.fit("kfac", num_draws=1, output=tmp_path / "curvature")
+    found = Attributor.load(tmp_path / "curvature", both(folder), folder / "train")
+    assert len(found.operators) == 2
+    output, images = tmp_path / "scores.safetensors", (folder / "train", folder / "queries")
+    result = attributor.score(folder / "queries", num_draws=2, output=output)
+    assert torch.equal(Attribution.load(output, *images).scores, result.scores)
+    with pytest.raises(ValueError, match=r"exists\. Pass `overwrite=True`"):
+        attributor.score(folder / "queries", num_draws=2, output=output)
+    assert attributor.images.names == result.train.names
+    assert len(attributor.opened(folder / "queries")) == 2
 
 
 def test_goes_on_at_the_checkpoint_where_it_stopped(folder, monkeypatch, tmp_path):

@@ -17,10 +17,12 @@ from curvlinops_diffusion.cli.cost import fit_cost, score_cost
 from curvlinops_diffusion.cli.earlier import as_yaml, of_run
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import ATTRIBUTOR, FIT, KFAC, REGRESSION, SCORE, chosen
+from curvlinops_diffusion.cli.paths import at_checkpoint
 from curvlinops_diffusion.cli.running import event, is_first, process_group, say
 from curvlinops_diffusion.influence.methods import Method, check_measurement
+from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.linalg.operator_files import read_header
-from curvlinops_diffusion.runtime.files import make_folder, write_bytes
+from curvlinops_diffusion.runtime.files import check_same, make_folder, write_bytes
 from curvlinops_diffusion.runtime.passes import PassOptions
 
 
@@ -109,18 +111,25 @@ def attribute(options: Namespace) -> None:
         ValueError: If the folder holds another run, or as the three.
     """
     earlier = options.checkpoints or []
+    scores, page = options.output / "scores.safetensors", options.output / "report.html"
+    if scores.exists() and not options.overwrite:
+        _check_as_many(scores, len(earlier) + 1)
     if earlier:
         say(f"{len(earlier) + 1} checkpoints: {len(earlier) + 1} times the work of one")
     folders = [options.output / f"checkpoint{c}" for c in range(len(earlier) + 1)]
     folders = folders if earlier else [options.output]
-    runs = [_at_checkpoint(options, path) for path in earlier] + [options]
+    runs = [at_checkpoint(options, path) for path in earlier] + [options]
     results = [_fit_and_score(own, folder) for own, folder in zip(runs, folders, strict=True)]
     found = results[-1]
     if found is None or not is_first():
         return
-    scores, page = options.output / "scores.safetensors", options.output / "report.html"
     if earlier:
         found = averaged([result for result in results if result is not None])
+        if scores.exists() and not options.overwrite:
+            there = SCORES.read_header(scores).get("identity", {})
+            told = f"'{scores}' exists, and was made with others"
+            advice = "Pass --overwrite, or another --output."
+            check_same(there, found.header["identity"], told, advice)
         found.save(scores)
     # not before: a folder of another run has been refused by now
     write_bytes(options.output / "run.yaml", as_yaml(options).encode())
@@ -131,10 +140,18 @@ def attribute(options: Namespace) -> None:
     say(f"Open '{page}'. Scores: '{scores}'; as a table: '{table}'")
 
 
-def _at_checkpoint(options: Namespace, path: str) -> Namespace:
-    """The options with another checkpoint in place of the adapter, or of the network."""
-    name, value = ("lora", [path]) if options.lora else ("pipeline", Path(path))
-    return Namespace(**{**vars(options), name: value})
+def _check_as_many(scores: Path, count: int) -> None:
+    """Check, before anything is computed, that scores are averages over as many checkpoints.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    there = len(SCORES.read_header(scores).get("checkpoints", [None]))
+    if there != count:
+        raise ValueError(
+            f"'{scores}' is of another run, of {there} checkpoints of the network, got {count}. "
+            "Pass --overwrite, or another --output."
+        )
 
 
 def _fit_and_score(options: Namespace, folder: Path) -> Attribution | None:

@@ -32,9 +32,7 @@ def of_run(options: Namespace) -> dict[str, Any]:
 def _plain(name: str, value: Any) -> Any:
     if isinstance(value, Path):
         return str(value.absolute())
-    if name == "checkpoints":
-        return [str(Path(text).absolute()) for text in value]
-    if name == "lora":
+    if name in ("lora", "checkpoints"):
         named = [named_path(text) for text in value]
         return [f"{own}={p.absolute()}" if own else str(p.absolute()) for own, p in named]
     return value

@@ -65,6 +65,8 @@ def check_paths(options: Namespace) -> None:
         check_can_be_made(cache, "--latent-cache")
     if "pipeline" in given:
         check_network(options)
+        for path in given.get("checkpoints") or ():  # not after hours for the one before
+            check_network(at_checkpoint(options, path))
     for name in ("data", "queries"):
         if given.get(name) is not None:
             check_images(check_exists(given[name], f"--{name}", f"{ACCEPTED}, as --{name}."))
@@ -183,6 +185,12 @@ def check_network(options: Namespace) -> None:
         check_exists(path, "--lora", "Pass the file or folder of an adapter as --lora.")
         if pipeline is not None or model is not None:
             check_adapter(path, parts)
+
+
+def at_checkpoint(options: Namespace, path: str) -> Namespace:
+    """The options with another checkpoint in place of the adapter, or of the network."""
+    name, value = ("lora", [path]) if options.lora else ("pipeline", Path(path))
+    return Namespace(**{**vars(options), name: value})
 
 
 def _check_folder(path: Path, name: str, advice: str, header: str | None) -> None:

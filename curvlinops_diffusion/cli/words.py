@@ -121,7 +121,7 @@ def _as_words(options: Options, known: Mapping[str, Option]) -> Iterable[str]:
 
 
 # lists of files, each perhaps as name=file
-_NAMED_FILES = {"lora", "scores"}
+_NAMED_FILES = {"lora", "checkpoints", "scores"}
 
 
 def _read(name: str, option: Option, value: str) -> str:

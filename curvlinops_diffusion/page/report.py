@@ -94,6 +94,11 @@ def write_report(
             ],
         }
 
+    checkpoints = len(header.get("checkpoints", ()))
+    averaged = (
+        f"Scores and values are averages over {checkpoints} checkpoints of one training, the "
+        "curvature shown is that of the last."
+    )
     text = (
         jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         .from_string(TEMPLATE.read_text())
@@ -101,7 +106,8 @@ def write_report(
             meanings=[
                 meaning(measurement, size, len(train.names), method, place, len(sizes))
                 for place, (method, size) in enumerate(zip(by_method, sizes, strict=True))
-            ],
+            ]
+            + ([averaged] if checkpoints else []),
             measured=sentence_of(measured),
             reliability="" if agreement is None else agreement.summary(),
             common=[image("train", n) | {"count": count} for n, count in common_images(rows)],
