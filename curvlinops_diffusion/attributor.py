@@ -111,6 +111,12 @@ class Attributor:
         passes: PassOptions | None = None,
         **recipe: Any,
     ):
+        unknown = sorted(recipe.keys() - _RECIPE)
+        if unknown:
+            raise ValueError(
+                f"`{unknown[0]}` is no option of an attributor; those of the recipe are "
+                f"{', '.join(sorted(_RECIPE))}. Numbers of draws are options of fit() and score()."
+            )
         self.objective = objective
         self.params = params
         self.run: dict[str, Any] = {}
@@ -625,6 +631,12 @@ class Attributor:
 
 # what from_pipeline is told beside pipeline and images
 _OF_PIPELINE = frozenset(Attributor.from_pipeline.__func__.__kwdefaults__)  # type: ignore[attr-defined]
+_RECIPE = frozenset(
+    {
+        *("timesteps", "augment", "augmented_conditions", "noise_offset"),
+        *("input_perturbation", "example_weights", "loss_mask"),
+    }
+)
 # of a recipe's parts, those that are of the training images alone: a query is what it is
 _OF_TRAINING = ("augment", "augmented_conditions", "example_weights")
 

@@ -217,6 +217,8 @@ def test_files_of_another_network_or_version(folder, attributor, tmp_path):
 
 
 def test_bad_input(folder, pipeline, attributor, own):
+    with pytest.raises(ValueError, match=r"`num_draws` is no option .* of fit\(\) and score\(\)"):
+        Attributor.from_pipeline(pipeline, folder / "train", num_draws=3)
     start = Attributor.from_pipeline(pipeline, folder / "train")
     with pytest.raises(ValueError, match=r"no curvature yet. Call fit\(\) first"):
         start.score(folder / "queries")

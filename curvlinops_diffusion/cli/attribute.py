@@ -111,6 +111,11 @@ def attribute(options: Namespace) -> None:
         ValueError: If the folder holds another run, or as the three.
     """
     earlier = options.checkpoints or []
+    if earlier and len(options.lora or ()) > 1:
+        raise ValueError(
+            f"--checkpoints stand in place of one adapter, got {len(options.lora)} for --lora. Pass "
+            "the latest of one training as --lora, the earlier ones as --checkpoints."
+        )
     scores, page = options.output / "scores.safetensors", options.output / "report.html"
     if scores.exists() and not options.overwrite:
         _check_as_many(scores, len(earlier) + 1)
