@@ -38,8 +38,8 @@ class CheckpointAttributor(Attributor):
 
     each :math:`\tau_c` with the curvature and the gradients at its own weights. Every checkpoint is
     fitted and scored alone, one after the other: ``C`` times the time of one, and the memory of two
-    if the pipelines are given as functions that load them, for the last is kept. Late checkpoints are meant, of a network
-    that has learned most of what it will.
+    if the pipelines are given as functions that load them, for the last is kept. Late checkpoints
+    are meant, of a network that has learned most of what it will.
 
     Made by :meth:`Attributor.from_pipeline` of several pipelines. :attr:`operator`,
     :attr:`regression` and :meth:`gradients` are those of the last checkpoint.

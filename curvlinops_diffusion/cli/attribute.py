@@ -113,8 +113,8 @@ def attribute(options: Namespace) -> None:
     earlier = options.checkpoints or []
     if earlier and len(options.lora or ()) > 1:
         raise ValueError(
-            f"--checkpoints stand in place of one adapter, got {len(options.lora)} for --lora. Pass "
-            "the latest of one training as --lora, the earlier ones as --checkpoints."
+            f"--checkpoints stand in place of one adapter, got {len(options.lora)} for --lora. "
+            "Pass the latest of one training as --lora, the earlier ones as --checkpoints."
         )
     scores, page = options.output / "scores.safetensors", options.output / "report.html"
     if scores.exists() and not options.overwrite:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
 from functools import partial
 from hashlib import sha256
+from textwrap import dedent
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -84,13 +85,12 @@ def change_marks(model: nn.Module) -> list[Any]:
 def name_of(value: Any) -> str:
     """Name a function, measurement or weighting, with a digest of what identifies it.
 
-    A plain string is its own name. Functions are known by their module and qualified name, defaults
-    and enclosed values (a lambda also by its place), and by an attribute ``key`` if there is one:
-    their code is not read, since it changes with Python, so give a function that computes something
-    else than before another name or key. Other objects are known by their type and those of their
-    attributes that are plain values, tuples, tensors, networks or functions; lists and mappings are
-    left out, since objects keep what they have seen in them. Those of libraries, a pipeline say,
-    are known by their type alone.
+    A plain string is its own name. Functions are known by their module and qualified name,
+    defaults, enclosed values and text (a lambda also by its place), or by an attribute ``key`` in
+    place of the text: bytecode would change with Python. Other objects are known by their type and
+    those of their attributes that are plain values, tuples, tensors, networks or functions; lists
+    and mappings are left out, since objects keep what they have seen in them. Those of libraries, a
+    pipeline say, are known by their type alone.
     """
     if isinstance(value, str):
         return value
@@ -177,7 +177,8 @@ def _inside(value: Any) -> list[Any]:
         case FunctionType():
             place = _place(value.__code__) if value.__name__ == "<lambda>" else None
             enclosed = [_contents(cell) for cell in value.__closure__ or ()]
-            named = [value.__module__, getattr(value, "key", None), place]
+            key = getattr(value, "key", None)
+            named = [value.__module__, key, place, None if key else _source(value)]
             return [*named, value.__defaults__, value.__kwdefaults__, *enclosed]
         case MethodType():
             return [value.__func__, value.__self__]
@@ -195,6 +196,19 @@ def _inside(value: Any) -> list[Any]:
         return []
     own = getattr(value, "__dict__", {})
     return [(name, own[name]) for name in sorted(own) if isinstance(own[name], _LASTING)]
+
+
+def _source(function: FunctionType) -> str | None:
+    """The text of a user's function, which is the same in every version of Python, if it is kept.
+
+    Of functions of this package and of libraries the name stands for all.
+    """
+    if (function.__module__ or "").partition(".")[0] in {*_LIBRARIES, "curvlinops_diffusion"}:
+        return None
+    try:
+        return dedent(inspect.getsource(function))
+    except (OSError, TypeError, IndentationError):
+        return None
 
 
 def _place(code: CodeType) -> tuple[int, int, int]:
