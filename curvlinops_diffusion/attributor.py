@@ -393,8 +393,8 @@ class Attributor:
         """The attributor with a saved curvature.
 
         Args:
-            path: The file that :meth:`save` wrote.
-            source: The pipeline, or the objective.
+            path: The file that :meth:`save` wrote; of several checkpoints, the folder.
+            source: The pipeline, or several checkpoints; or the objective.
             images: The training images.
             other_data: Accept a curvature that was fitted to other images.
             options: Of :meth:`from_pipeline`, or of :class:`Attributor`.
@@ -403,10 +403,6 @@ class Attributor:
             ValueError: If the file is of another network, other images, another objective or
                 another version; the message says which.
         """
-        if isinstance(source, list | tuple):
-            from curvlinops_diffusion.checkpoints import CheckpointAttributor
-
-            return CheckpointAttributor.load(path, source, images, other_data=other_data, **options)
         if isinstance(source, DenoisingObjective):
             found: Attributor = cls(source, images, **options)
         elif hasattr(source, "objective"):
@@ -629,7 +625,7 @@ class Attributor:
             shutil.rmtree(output.with_name(f"{output.name}.checkpoint"), ignore_errors=True)
 
 
-# what from_pipeline is told beside pipeline and images
+# the keyword arguments of from_pipeline, which checkpoints have in common
 _OF_PIPELINE = frozenset(Attributor.from_pipeline.__func__.__kwdefaults__)  # type: ignore[attr-defined]
 _RECIPE = frozenset(
     {

@@ -178,33 +178,17 @@ class CheckpointAttributor(Attributor):
         for c, operator in enumerate(self._fitted()):
             operator.save(folder / _file(c))
 
-    @classmethod
-    def load(
-        cls,
-        path: str | PathLike[str],
-        source: Any,
-        images: Any,
-        *,
-        other_data: bool = False,
-        **options: Any,
-    ) -> Self:
-        """The attributor with the saved curvature of each checkpoint.
+    def with_saved(self, path: str | PathLike[str], *, other_data: bool = False) -> Self:
+        """Take the curvatures of a folder that :meth:`save` wrote.
 
         Args:
-            path: The folder that :meth:`save` wrote.
-            source: The pipelines.
-            images: The training images.
-            other_data: Whether the curvature may have been fitted to other images.
-            options: Of :class:`CheckpointAttributor`.
+            path: The folder.
+            other_data: Whether they may have been fitted to other images.
 
         Raises:
             ValueError: As :meth:`Attributor.load`, or if the folder is of another number of
                 checkpoints.
         """
-        return cls(source, images, **options).with_saved(path, other_data=other_data)
-
-    def with_saved(self, path: str | PathLike[str], *, other_data: bool = False) -> Self:
-        """Take the curvatures of a folder that :meth:`save` wrote, as :meth:`load`."""
         folder = Path(path)
         saved = len(list(folder.glob(_file("*"))))
         if saved != len(self._sources):
@@ -287,7 +271,7 @@ def averaged(results: Sequence[Attribution]) -> Attribution:
     halves: Mapping[str, SplitHalfScores | None] = {m: halves_of(m) for m in scores}
     values = [result.header["values"] for result in results]
     identities = [result.header["identity"] for result in results]
-    agreement = dict.fromkeys(("rank_correlation", "top", "top_shared", "standard_error"))
+    agreement = {"rank_correlation", "top", "top_shared", "standard_error"}
     header = {
         **{key: value for key, value in last.header.items() if key not in agreement},
         "checkpoints": identities,

@@ -173,7 +173,7 @@ def score_cost(
 
 
 class _Measured(NamedTuple):
-    """What a run takes for each sample of its data, and once.
+    """Time of a run: of each sample of its data, and before the first.
 
     Attributes:
         seconds: Time of a sample.

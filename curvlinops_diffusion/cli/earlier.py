@@ -1,4 +1,4 @@
-"""What files hold of the commands that made them: it need not be given again."""
+"""Options of an earlier command, read from the file that it wrote."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NEEDED = ("data", "queries")
 
 
 def of_run(options: Namespace) -> dict[str, Any]:
-    """What decides the result of a command, as plain values; paths from the root on."""
+    """Options that decide the result of a command, as plain values with absolute paths."""
     chosen = {k: v for k, v in vars(options).items() if k not in _OF_THE_RUN and v is not None}
     return {name: _plain(name, value) for name, value in chosen.items()}
 
@@ -71,7 +71,7 @@ def completed(name: str, given: dict[str, Any]) -> Namespace:
 
 
 def _taken(name: str, path: Path, run: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """What is taken from a file, said in a line.
+    """Read the options that a command takes from a file, and print them in a line.
 
     Raises:
         ValueError: If what is given contradicts it, or a path of it is no more there.

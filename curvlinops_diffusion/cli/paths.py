@@ -147,7 +147,7 @@ def _meant(path: Path) -> str:
 
 
 def _inputs(given: dict[str, Any]) -> Iterator[tuple[str, Path]]:
-    """What a command reads, by its flags; each of several."""
+    """Yield the paths that a command reads, each with its flag."""
     names = ("data", "queries", "operator", "scores", "plan", "measured", "model", "pipeline")
     for name in (*names, "lora", "checkpoints"):
         value = given.get(name)

@@ -93,7 +93,7 @@ _GIVEN |= dict.fromkeys((*_FOLDERS, "retrained"), "FOLDER")
 
 
 def _metavar(name: str, option: Option) -> str | None:
-    """What an option is given, for help."""
+    """The placeholder of an option's value in the help."""
     within = [option.type, *get_args(option.type)]
     within += [word for kind in within for word in get_args(kind)]
     words = [word for word in within if isinstance(word, str)]

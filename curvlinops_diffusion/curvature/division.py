@@ -112,7 +112,7 @@ def num_groups(plan: BlockPlan, max_memory: int, itemsize: int) -> int:
 
 
 def divided_units(plan: BlockPlan, number: int) -> list[list[Unit]]:
-    """What each of so many groups, or shards, is of."""
+    """List the units of each group or shard."""
     owners = shard_owners(plan, number)
     found: list[list[Unit]] = [[] for _ in range(number)]
     for unit in plan.units:

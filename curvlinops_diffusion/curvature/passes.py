@@ -162,7 +162,7 @@ class SharedBatches(Observer):
         self._told.finish()
 
     def _gathered(self, layer: Layer, z: Tensor) -> Tensor | None:
-        """What all examples have there, on the process that has the layer."""
+        """Gather all examples' inputs or gradients on the process that holds the layer."""
         if self._holders is None:
             return z
         holder = self._holders.of_layer.get(layer.name)

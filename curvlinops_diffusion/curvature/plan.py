@@ -61,7 +61,7 @@ class Holders:
     of_layer: Mapping[str, int]
 
     def restricted(self, names: Collection[str]) -> Holders:
-        """Those of some layers."""
+        """The holders of some layers alone."""
         chosen = {name: rank for name, rank in self.of_layer.items() if name in names}
         return Holders(self.processes, chosen)
 
@@ -177,7 +177,7 @@ class BlockPlan:
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
-        """What the plan can be divided into: layers, and parameters in none."""
+        """The units that a plan is divided into: layers, and parameters in none."""
         parts: dict[str, list[Part]] = {}
         exact: dict[str, list[ExactBlock]] = {}
         for part in self.parts:

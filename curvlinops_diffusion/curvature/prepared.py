@@ -1,4 +1,4 @@
-"""What a fit starts from: the parameters, their blocks, and what a probe of the network found."""
+"""Preparation of a fit: the parameters, their blocks, and the findings of a probe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from curvlinops_diffusion.runtime.digests import fingerprint
 
 @dataclass(frozen=True)
 class Prepared:
-    """What operators of one problem, choice of parameters and options start from.
+    """Preparation that operators of one problem, parameters and options share.
 
     Attributes:
         coverage: The parameters, the layers that hold them, and what a probe found of them.

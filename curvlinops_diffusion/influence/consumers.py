@@ -95,7 +95,7 @@ class Scored(GradientConsumer):
         self._consumer.add(indices, *scores)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those of the consumer."""
+        """The consumer's state."""
         return self._consumer.tensors()
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:

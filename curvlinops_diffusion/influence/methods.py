@@ -26,7 +26,7 @@ from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 
 
 class Method(str, Enum):
-    """What scores are.
+    """A method of attribution.
 
     Attributes:
         INFLUENCE: ``'influence'``, predicted changes of what is measured

@@ -127,23 +127,20 @@ def scored_blocks(
         assert isinstance(J_query, ExampleGradientLinearOperator)
         kinds, streams = list(halves_of(J_query)), halves_of(J_train)
     processes = Processes.of(passes.distributed)
-    for queries in query_blocks(J_query, query_block):
-        if not wanted(queries):
-            continue
-        described: dict[str, Any] = {}
-        if passes.checkpoint is not None:
-            described = {
-                "queries": [queries.start, queries.stop],
-                **{  # and those of halves, by number
-                    f"query{n or ''}": J.regression.identity(
-                        {"measurement": name_of(J.measurement)}
-                    )
-                    for n, J in enumerate(kinds)
-                    if isinstance(J, ExampleGradientLinearOperator)
-                },
-                "curvature": curvature_settings(G_inv),
-                **(settings or {}),
-            }
+    blocks = [queries for queries in query_blocks(J_query, query_block) if wanted(queries)]
+    of_all: dict[str, Any] = {}
+    if blocks and passes.checkpoint is not None:  # once: weights and data are hashed
+        of_all = {
+            **{  # and those of halves, by number
+                f"query{n or ''}": J.regression.identity({"measurement": name_of(J.measurement)})
+                for n, J in enumerate(kinds)
+                if isinstance(J, ExampleGradientLinearOperator)
+            },
+            "curvature": curvature_settings(G_inv),
+            **(settings or {}),
+        }
+    for queries in blocks:
+        described = {"queries": [queries.start, queries.stop], **of_all} if of_all else {}
         columns = [_columns(J, G_inv, queries, passes, described) for J in kinds]
         made = consumer()
         scored = Scored(made, [make for _, make in columns], J_train.shape[0], layers)

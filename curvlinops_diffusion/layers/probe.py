@@ -1,4 +1,4 @@
-"""What derivatives assume of a network, looked for on a few examples rather than assumed.
+"""Checks on a few examples of what derivatives assume of a network.
 
 That its output is a function of each example alone (:mod:`~curvlinops_diffusion.layers.trial`);
 that gradients are finite; that the hooks of a layer see the gradients of its parameters, which they
@@ -62,7 +62,7 @@ Finding = TypeVar("Finding")
 def _once(
     regression: NoisedRegression, key: tuple[Hashable, ...], look: Callable[[], Finding]
 ) -> Finding:
-    """What is found, looked for once for each key."""
+    """Look once for each key, and return what was found."""
     if key not in regression.findings:
         regression.findings[key] = look()
     found: Finding = regression.findings[key]
@@ -106,7 +106,7 @@ def _modes(regression: NoisedRegression) -> tuple[bool, ...]:
 
 
 def _state(regression: NoisedRegression) -> tuple[Hashable, ...]:
-    """What findings about gradients and calls depend on, besides the parameters and layers."""
+    """The state that findings depend on: draws, modes, adapters and weights."""
     adapters = adapter_states(regression.objective.model)
     return (repr(regression.draws), _modes(regression), adapters, _weights(regression))
 
@@ -317,7 +317,7 @@ def _norms(tensors: Mapping[str, Tensor | None]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Gradients:
-    """What a comparison of gradients finds.
+    """Findings of a comparison of gradients.
 
     Attributes:
         reasons: The parameters whose gradients hooks do not see, with reasons.

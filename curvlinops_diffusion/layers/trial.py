@@ -107,7 +107,7 @@ class Trial:
 
 
 def _sizes(batch: NoisedBatch) -> dict[str, Any]:
-    """What must be the same of batches that are joined: sizes of one example, and plain values."""
+    """Sizes of one example and plain values, which batches must share to be joined."""
 
     def size(entry: Any) -> Any:
         if isinstance(entry, Tensor):
@@ -305,7 +305,7 @@ class _Uses(TorchFunctionMode):
 
 
 class _State:
-    """What a network may change while it runs: each parameter and buffer, with its version.
+    """Parameters and buffers with their versions, to see what a network changes while it runs.
 
     Buffers are copied, and tables of embeddings with a ``max_norm``, so that they can be put back.
     """

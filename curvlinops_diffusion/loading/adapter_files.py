@@ -194,7 +194,7 @@ def _stem(key: str) -> str:
 
 
 def of_other_kinds(keys: Iterable[str]) -> list[str]:
-    """Those of a file's names that are of kinds that loaders may leave out."""
+    """Names in a file whose kinds loaders may leave out."""
     return [key for key in keys if any(part in key for part in _KINDS if part != "_norm")]
 
 
