@@ -17,6 +17,9 @@ from torchvision.transforms import functional as transforms
 
 #: An image as a network takes it, ``[C, H, W]``, and its height and width before resizing.
 Loaded = tuple[Tensor, tuple[int, int]]
+#: Where a crop lies between the first and the last place that there is, from 0 to 1, down and across;
+#: ``None`` for the middle.
+Place = tuple[float, float] | None
 #: A file, or a function that loads an image from elsewhere.
 Source = Path | Callable[[], Any]
 #: The numbers of channels that image files are read with: grey, and RGB.
@@ -73,12 +76,12 @@ class Form:
         )
         raise ValueError(f"{what}, and image files are read as grey (1) or RGB (3). {how}.")
 
-    def load(self, source: Source, name: str) -> Loaded:
+    def load(self, source: Source, name: str, place: Place = None) -> Loaded:
         """Load an image from its file or elsewhere; errors name the file, or else the name."""
         with _opened(source, name) as image:
-            return self.tensor(image, name), upright_size(image)
+            return self.tensor(image, name, place), upright_size(image)
 
-    def tensor(self, image: Image.Image, name: str) -> Tensor:
+    def tensor(self, image: Image.Image, name: str, place: Place = None) -> Tensor:
         """The image in [-1, 1], shape ``[C, H, W]``, turned as its EXIF orientation says.
 
         Raises:
@@ -91,7 +94,8 @@ class Form:
         image = ImageOps.exif_transpose(image)
         if image.mode == "F" or image.mode.startswith("I"):
             warn(_DEEP, stacklevel=2)
-            return self.sized(_deep(image, name).repeat(self.channels or 1, 1, 1), name)
+            deep = _deep(image, name).repeat(self.channels or 1, 1, 1)
+            return self.sized(deep, name, place)
         if image.has_transparency_data:
             darkest, _ = image.convert("RGBA").getchannel("A").getextrema()
             if darkest != 255:
@@ -107,22 +111,26 @@ class Form:
                 f"The image '{name}' is in the mode {image.mode} ({error}). Save it as RGB."
             ) from error
         x = transforms.pil_to_tensor(flat).float() / 127.5 - 1
-        return self.sized(x, name)
+        return self.sized(x, name, place)
 
-    def corner_of(self, height: int, width: int) -> tuple[int, int]:
+    def corner_of(self, height: int, width: int, place: Place = None) -> tuple[int, int]:
         """Top and left of what is cut out of an image of this size, after it was resized."""
         if self.resolution is None:
             return 0, 0
         shorter = min(height, width)
-        sides = (self.resolution * side // shorter for side in (height, width))
-        top, left = (round((side - self.resolution) / 2) for side in sides)
+        rest = [self.resolution * side // shorter - self.resolution for side in (height, width)]
+        if place is None:
+            top, left = (round(more / 2) for more in rest)
+        else:  # as torch.randint chooses among all that there are
+            top, left = (int(z * (more + 1)) for z, more in zip(place, rest, strict=True))
         return top, left
 
-    def sized(self, x: Tensor, name: str) -> Tensor:
+    def sized(self, x: Tensor, name: str, place: Place = None) -> Tensor:
         """Resize an image where asked for, and check its size."""
         if self.resolution is not None:
+            top, left = self.corner_of(*x.shape[1:], place)
             x = transforms.resize(x, [self.resolution], antialias=True)
-            x = transforms.center_crop(x, [self.resolution]).clamp(-1, 1)
+            x = transforms.crop(x, top, left, self.resolution, self.resolution).clamp(-1, 1)
         height, width = x.shape[1:]
         if self.size is not None and (height, width) != self.size:
             raise ValueError(
