@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -76,10 +76,10 @@ class PassOptions:
         distributed: Whether the processes of ``torch.distributed`` share the work. The default
             process group must be initialised; every process then has the whole result.
         sharded: Whether each of these processes keeps its share of K-FAC's or EK-FAC's blocks only,
-            those of some layers. Either it passes over all data for them (``"layers"``), or each
-            runs the network on its part of every batch, and sends what layers see to those that
-            have them (``"data"``); ``True`` chooses by counted cost. All processes must then call
-            everything of such an operator together, at the same place of their programs.
+            those of some layers: each runs the network on its part of every batch, and sends what
+            layers see to those that have them. (With ``max_memory``, or parameters in no layer,
+            each passes over all data for its own.) All processes must then call everything of such
+            an operator together, at the same place of their programs.
         max_memory: Bytes that factors, and what is made of them, may take beside the network and a
             training pass. Where they are more, layers are fitted in groups, each by passes of its
             own over all data; finished blocks are kept in the host's memory, and multiplied from
@@ -90,7 +90,7 @@ class PassOptions:
     checkpoint: str | PathLike[str] | None = None
     checkpoint_every: float = 300.0
     distributed: bool = False
-    sharded: bool | Literal["layers", "data"] = False
+    sharded: bool = False
     max_memory: int | None = None
     progressbar: bool = False
 
@@ -104,10 +104,6 @@ class PassOptions:
         Processes.of(self.distributed)
         if self.max_memory is not None:
             check_count("max_memory", self.max_memory)
-        if self.sharded not in (False, True, "layers", "data"):
-            raise ValueError(
-                f"`sharded` must be True, False, 'layers' or 'data', got {self.sharded!r}."
-            )
         if self.sharded and not self.distributed:
             raise ValueError(
                 "`sharded` must be False without `distributed`, got True. Pass both, in a program "
