@@ -197,6 +197,10 @@ class Attributor:
             # of each the same: all other arguments
             told = {k: v for k, v in locals().items() if k in _OF_PIPELINE}
             return CheckpointAttributor(pipeline, images, **told, **options)
+        beside: dict[str, Any] = {"prompts": prompts, "labels": labels, "resolution": resolution}
+        beside |= {"caption_extension": caption_extension}
+        if hasattr(pipeline, "objective"):  # a Network, with what the others say
+            return cls.of_network(pipeline, images, **beside, **options)
         network = _loading().Network.of_pipeline(
             pipeline,
             params,
@@ -207,9 +211,7 @@ class Attributor:
             latent_cache=latent_cache,
             autocast=autocast,
         )
-        beside: dict[str, Any] = {"prompts": prompts, "labels": labels}
-        beside |= {"caption_extension": caption_extension}
-        return cls.of_network(network, images, resolution=resolution, **beside, **options)
+        return cls.of_network(network, images, **beside, **options)
 
     @classmethod
     def of_network(
@@ -351,7 +353,7 @@ class Attributor:
             covered = {} if self.params is None else {"params": common_list(self._names())}
             identity = regression.identity({"curvature": curvature, **settings, **covered})
             if path.exists() and not overwrite:
-                _check_same_run(path, read_header(path)["info"], identity)
+                check_same_run(path, read_header(path)["info"], identity)
                 self._operator = load_operator(path, self.objective.model, passes=self.passes)
                 self._forget(path)
                 return self
@@ -405,8 +407,6 @@ class Attributor:
         """
         if isinstance(source, DenoisingObjective):
             found: Attributor = cls(source, images, **options)
-        elif hasattr(source, "objective"):
-            found = cls.of_network(source, images, **options)
         else:
             found = cls.from_pipeline(source, images, **options)
         return found.with_saved(path, other_data=other_data)
@@ -506,7 +506,7 @@ class Attributor:
         }
         path = None if output is None else Path(output)
         if path is not None and path.exists() and not overwrite:
-            _check_same_run(path, SCORES.read_header(path), identity)
+            check_same_run(path, SCORES.read_header(path), identity)
             self._forget(path)
             return Attribution.load(path, self.images, shown)
         if path is not None:
@@ -656,7 +656,7 @@ def _gallery(data: Any, regression: NoisedRegression) -> Any:
     return data if hasattr(data, "caption") else RegressionGallery(regression)
 
 
-def _check_same_run(path: Path, there: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+def check_same_run(path: Path, there: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Check that an output that is there is what would be made."""
     check_same(
         there.get("identity", {}),

@@ -128,7 +128,7 @@ class Form:
     def sized(self, x: Tensor, name: str, place: Place = None) -> Tensor:
         """Resize an image where asked for, and check its size."""
         if self.resolution is not None:
-            top, left = self.corner_of(*x.shape[1:], place)
+            top, left = self.corner_of(x.shape[1], x.shape[2], place)
             x = transforms.resize(x, [self.resolution], antialias=True)
             x = transforms.crop(x, top, left, self.resolution, self.resolution).clamp(-1, 1)
         height, width = x.shape[1:]
