@@ -98,6 +98,7 @@ _OWN: dict[str, tuple[Any, str]] = {
     ),
     "output": (Path, ""),
     "file": (Path, "The file to look into."),
+    "json": (bool, "Print all that the file's header holds, as JSON."),
     "kind": (
         Literal["subsets", "groups", "removals"],
         "What parts are: subsets (random ones of one size, the default), groups (all but one "
@@ -295,8 +296,8 @@ def commands() -> dict[str, Command]:
             "scores",
         ),
         "inspect": Command(
-            "Print what a file of an operator or of scores holds.",
-            {first: _options("file!"), last: _options("log debug")},
+            "Say what a file of an operator or of scores is of, from what, and by what.",
+            {first: _options("file!"), last: _options("json log debug")},
         ),
         "validate-plan": Command(
             "Plan on which parts of the training images networks are to be trained anew.",

@@ -31,7 +31,7 @@ from curvlinops_diffusion.linalg.operator_files import OPERATOR
 # and refusals need not wait for PyTorch
 _MODULES = {
     **dict.fromkeys(("attribute", "fit", "score", "report"), "attribute"),
-    "inspect": "earlier",
+    "inspect": "inspect",
     **dict.fromkeys(("validate-plan", "validate-measure", "validate-judge"), "validate"),
 }
 # what may stand as two words

@@ -101,18 +101,26 @@ def test_several_methods(fitted, tmp_path, capsys):
 
 
 def test_inspect(fitted, capsys):
+    """Ten lines that name what it is of; all as JSON; of an operator without PyTorch."""
     assert run(["inspect", str(fitted / "scores.safetensors")]) == 0
-    told = capsys.readouterr().out
-    assert "influence scores of 7 training images on 2 queries" in told
-    assert '"damping": 0.001' in told
-    assert f'"queries": "{fitted / "queries"}"' in told
+    lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["scores"].startswith("influence, of 7 training images on 2 queries, from ")
+    assert lines["queries"] == str(fitted / "queries")
+    assert lines["measured"] == "loss, damping 0.001"
+    assert lines["draws"] == "3 for each training image, 4 for each query"
+    assert run(["inspect", str(fitted / "scores.safetensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["identity"]["query"]["damping"] == 0.001
     finished, seconds, imported = start("inspect", fitted / "ekfac.safetensors")
     assert finished.returncode == 0
-    assert "ekfac with 4,877 parameters in" in finished.stdout
-    assert "conv_in.weight" in finished.stdout
-    assert '"num_draws": 3' in finished.stdout
+    lines = dict(line.split(None, 1) for line in finished.stdout.splitlines())
+    assert lines["operator"].startswith("EK-FAC of 4,877 parameters in ")
+    assert lines["data"] == f"{fitted / 'train'} (7 images)"
+    assert lines["draws"] == "3 for each image"
     assert "torch" not in imported  # a header is JSON
     assert seconds < 1
+    assert run(["inspect", str(fitted / "ekfac.safetensors"), "--json"]) == 0
+    header = json.loads(capsys.readouterr().out)
+    assert "conv_in.weight" in {row["name"] for row in header["blocks"]}
 
 
 def test_finished_work_is_not_done_again(fitted, capsys):
