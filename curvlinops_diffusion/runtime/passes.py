@@ -8,6 +8,7 @@ batches, and at the end all have the sum.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -175,7 +176,8 @@ def run_pass(
     elsewhere: set[Unit] = set() if checkpoint is None else checkpoint.elsewhere
     known = set.intersection(*together.all_gather(done.batches | elsewhere))
     division = Division(processes, data.num_batches, known, data.in_step)
-    if sum(processes.all_gather(done.examples)) < data.num_data:
+    before = sum(processes.all_gather(done.examples))
+    if before < data.num_data:
         begin()
 
     def log(message: str) -> None:
@@ -184,7 +186,11 @@ def run_pass(
         _logger.info(message, extra={"fields": {"pass": name, **counts}})
 
     with draws_bar(data.num_samples, name, options.progressbar and processes.rank == 0) as bar:
-        bar.update(done.examples * data.num_draws)
+        bar.n = bar.initial = done.examples * data.num_draws  # of which it tells no speed
+        if not bar.disable and checkpoint and checkpoint.written and 0 < before < data.num_data:
+            at = time.strftime("%H:%M", time.localtime(checkpoint.written))
+            part = 100 * before // data.num_data
+            bar.write(f"{name}: going on from {part} %, stopped at {at}", file=sys.stderr)
         log("pass started")
         batches = division.own(data.numbered_batches(division.wants))
         latest, latest_written = time.monotonic(), len(done.batches)
