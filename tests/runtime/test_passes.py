@@ -135,6 +135,7 @@ def test_what_goes_on_says_from_where(tmp_path, regression, capsys):
     def fit():
         return DiffusionKFACLinearOperator(regression, passes=settings)
 
+    DiffusionKFACLinearOperator(regression)  # tries the network out, which is not repeated
     calls = forward_passes(regression, lambda: DiffusionKFACLinearOperator(regression))[1]
     with pytest.raises(InterruptedTestError), hooked(regression, failing_after(calls - 1)):
         fit()
