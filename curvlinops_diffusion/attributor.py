@@ -460,8 +460,9 @@ class Attributor:
             prompts: Their prompts, one for each, or one for all that have none of their own.
             labels: Their classes.
             method: ``'influence'``, predicted changes of what is measured, or ``'regression'``, an
-                order that has no unit; of several, out of one pass over the training images, the
-                first orders and all are shown.
+                order that has no unit; to compare with, ``'pixels'`` or ``'latents'``, which look
+                at the images alone. Of several, out of one pass over the training images, the first
+                orders and all are shown.
             measurement: What is measured at the queries.
             damping: What is added to the curvature's eigenvalues before it is inverted.
             relative: Take the damping in units of each block's mean eigenvalue.

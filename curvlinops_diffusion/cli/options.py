@@ -166,7 +166,7 @@ _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("seed", "batch_size"), (ATTRIBUTOR,)),
     **dict.fromkeys(("curvature", "num_draws", "overwrite"), (FIT,)),
     "fit_draws": (f"{FIT} num_draws", None, "Draws for each image of the fit."),
-    "method": (SCORE, list[Literal["influence", "regression"]]),
+    "method": (SCORE, list[Literal["influence", "regression", "pixels", "latents"]]),
     **dict.fromkeys(("damping", "relative", "rtol", "ridge", "query_block"), (SCORE,)),
     "query_draws": (SCORE,),
     "other_data": (LOAD,),
