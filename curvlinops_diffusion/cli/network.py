@@ -83,7 +83,7 @@ def load_network(options: Namespace, covered: Sequence[str] = ()) -> Network:
             say(arguments_text(objective.training_arguments))
         network = _network(objective, pipeline, options, modules, trained)
     # for queries as well as training images
-    return network.with_prompt(options.prompt, options.caption_extension)
+    return network.with_prompt(options.prompt)
 
 
 def _of_model(

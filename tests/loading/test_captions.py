@@ -10,6 +10,7 @@ from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import options_of
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.loading.labels import Condition
+from curvlinops_diffusion.loading.layout import Layout
 from curvlinops_diffusion.loading.preprocessing import Form
 from tests.cli.cases import write_images
 from tests.diffusion import test_pipelines as pipelines
@@ -63,7 +64,9 @@ def test_folders_with_repeats(kohya):
     assert sum(weighted) / len(images) == pytest.approx(mean, rel=1e-12)
     assert images.summary() == (
         "5 images, 5 prompts; 3 captions from files .txt; 2 images with the folder's name as "
-        "prompt (10_cpc rabbit/image0.png, …); repeated: 'cpc rabbit' 10 times, 'sls frog' 20 times"
+        "prompt: "
+        "'10_cpc rabbit/image0.png', '20_sls frog/image1.png'; repeated: 'cpc rabbit' 10 times, "
+        "'sls frog' 20 times"
     )
 
 
@@ -93,12 +96,13 @@ def test_captions_beside_images(tmp_path, kind):
     write(tmp_path / "a", BESIDE[kind])
     ends = [".tags", "tags"] if "image0.tags" in BESIDE[kind] else [None]
     for end in ends:
-        images = open_images(tmp_path, FORM, Condition("prompt", caption_extension=end))
+        images = open_images(tmp_path, FORM, PROMPT, layout=Layout(caption_extension=end))
         assert [item["prompt"] for item in images] == ["a cat", "a hat"]
     said = images.summary()
-    assert ("the first line of 1 longer caption (a/image0.txt, …)" in said) == ("lines" in kind)
+    assert ("the first line of 1 longer caption: 'a/image0.txt' (--" in said) == ("lines" in kind)
     assert ("1 other files left out (a/notes.txt)" in said) == ("others" in kind.split())
-    assert ("not read: files .txt" in said) == ("extension" in kind)
+    unread = "not read: files .txt (--caption-extension .txt)"
+    assert (unread in said) == ("extension" in kind)
 
 
 def test_images_without_a_caption(tmp_path):
@@ -145,8 +149,9 @@ def test_captions_that_are_refused(tmp_path, kind):
     write_images(tmp_path / "a", 2, 0)
     write(tmp_path, files)
     end = "tags" if kind == "another extension" else None
+    condition, layout = Condition("prompt", prompt="x"), Layout(caption_extension=end)
     with pytest.raises(ValueError, match=told):
-        open_images(tmp_path, FORM, Condition("prompt", prompt="x", caption_extension=end))
+        open_images(tmp_path, FORM, condition, layout=layout)
 
 
 @pytest.mark.parametrize("where", ["image.png", "other/image.png", "20_sls frog/in/image.png"])
@@ -174,9 +179,8 @@ def test_by_the_library_and_the_program(kohya, tmp_path):
     alike = Attributor.from_pipeline(pipeline, files, prompts=given["prompts"], **options)
     assert not torch.allclose(alike.gradients(num_draws=2).rows(), rows)
 
-    options = {"pipeline": tmp_path / "pipeline", "quiet": True, "caption_extension": "tags"}
-    network = load_network(options_of("fit", **options))
-    by_program = Attributor.of_network(network, kohya)
+    network = load_network(options_of("fit", pipeline=tmp_path / "pipeline", quiet=True))
+    by_program = Attributor.of_network(network, kohya, caption_extension="tags")
     assert by_program.images.conditions["prompt"] == given["prompts"]
     expected = by_hand.regression.description["example_weights"]
     assert by_program.regression.description["example_weights"] == expected

@@ -129,7 +129,7 @@ REFUSED = {
     "cut off": ({"metadata.jsonl": lines()[:-8]}, "not understood in line 2: Unterminated"),
     "another column": (
         {"metadata.jsonl": ONE.replace("file_name", "image")},
-        r"has no prompt, .* Not read: metadata.jsonl, without 'file_name'\.",
+        r"have no prompt .* Not read: metadata.jsonl, without 'file_name'\.",
     ),
     "one line of another column": (
         {"metadata.jsonl": ONE + ONE.replace("file_name", "image")},
@@ -141,7 +141,7 @@ REFUSED = {
     "quotes not closed": ({"metadata.csv": table() + 'in/x.png,"a'}, "not understood in line 4"),
     "Parquet": (
         {"in/metadata.parquet": b"PAR1 file_name"},
-        r"metadata.parquet' is not read. Save it as",
+        r"metadata.parquet' cannot be read as Parquet \(",
     ),
     "a list of captions": (
         {"metadata.jsonl": lines(texts=[["a", "b"], "c"])},
@@ -152,11 +152,11 @@ REFUSED = {
     "an empty cell": ({"metadata.csv": table(texts=["a", ""])}, "'in/image1.png' .* has no prompt"),
     "an empty file": (
         {"metadata.jsonl": "\n"},
-        r"'in/image0.png' of .* has no line in the metadata",
+        r"The 2 images of .* have no line in the metadata \('in/image0.png', 'in/image1.png'\), an",
     ),
     "another column of captions": (
         {"metadata.jsonl": lines().replace('"text"', '"caption"')},
-        r"has no prompt, .* Not read: caption\.",
+        r"have no prompt .* Not read: caption\. --caption-column NAME",
     ),
 }
 
@@ -175,7 +175,8 @@ def test_what_is_not_read_is_said(tmp_path):
         prompts(tmp_path, {"metadata.jsonl": written}, Condition("prompt", prompt="x")) == ["x"] * 2
     )
     assert open_images(tmp_path, FORM).summary() == (
-        "2 images; not read: caption; 1 line of metadata without an image (in/gone.png, …)"
+        "2 images; not read: caption; 1 line of metadata without an image: 'in/gone.png'; "
+        "--caption-column takes prompts from another column"
     )
 
 
@@ -195,7 +196,7 @@ def test_labels_within_a_folder(tmp_path, name):
     (tmp_path / "train" / name).write_text(written)
     assert labels(tmp_path) == [2, 0]
     (tmp_path / "train" / name).write_text(written.replace("label", "kind"))
-    with pytest.raises(ValueError, match=r"has no label, .* Not read: kind\."):
+    with pytest.raises(ValueError, match=r"have no label .* Not read: kind\."):
         labels(tmp_path)
 
 
@@ -223,10 +224,10 @@ def test_parts_of_a_data_set_are_refused_as_classes_alone(tmp_path):
     for name in ("train", "Test"):
         write_images(tmp_path / name, 1, 0)
     with pytest.raises(
-        ValueError, match=r"parts of a data set: Test, train. Pass the folder of one, .*/train'"
+        ValueError, match=r"parts of a data set: Test, train. Pass --split train, say, or give"
     ):
         labels(tmp_path)
-    said = "2 images; of all parts of a data set: Test, train"
+    said = "2 images; of all parts of a data set: Test, train (--split takes one)"
     assert open_images(tmp_path, FORM, Condition()).summary() == said
     rows = [{"file_name": f"{n}/image0.png", "text": n, "label": 2} for n in ("train", "Test")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -251,7 +252,7 @@ def test_tables_of_other_programs(tmp_path, name):
     images = open_images(tmp_path, FORM, Condition())
     said = f"left out ({name}); not read: {name}, without 'file_name'"
     assert images.summary().endswith(said)
-    with pytest.raises(ValueError, match=rf"has no prompt, .* Not read: {name}, without 'file_n"):
+    with pytest.raises(ValueError, match=rf"have no prompt .* Not read: {name}, without 'file_n"):
         open_images(tmp_path, FORM, PROMPT)
 
 
@@ -264,11 +265,11 @@ def test_a_caption_of_a_removed_image_is_not_of_another(tmp_path):
         (folder / "metadata.jsonl").write_text(written)
         images = open_images(folder, FORM, PROMPT)
         assert images[0]["prompt"] == "kept"
-        assert images.summary().endswith("1 line of metadata without an image (IMAGE0.png, …)")
+        assert images.summary().endswith("1 line of metadata without an image: 'IMAGE0.png'")
     (folder / "metadata.jsonl").write_text(lines(["IMAGE0.png"], ["a"]))
     images = open_images(folder, FORM, PROMPT)
     assert images[0]["prompt"] == "a"
-    assert images.summary().endswith("; 1 line of metadata by a name alike (image0.png, …)")
+    assert images.summary().endswith("; 1 line of metadata by a name alike: 'image0.png'")
     (folder / "metadata.jsonl").write_text(lines(["IMAGE0.png", "Image0.png"], ["a", "b"]))
     with pytest.raises(ValueError, match=r"'image0.png' stands in line 1 of .* and in line 2 of"):
         open_images(folder, FORM, PROMPT)
