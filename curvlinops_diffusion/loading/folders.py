@@ -94,31 +94,24 @@ def check_images(path: Path) -> None:
             raise ValueError(f"'{path}' cannot be read: {error.strerror}.") from error
     elif (path / "model_index.json").is_file():
         raise ValueError(f"'{path}' is a pipeline, not images. {ACCEPTED}.")
-    elif (
-        not is_saved_dataset(path)
-        and table_kind(path) is None
-        and not any(
-            file.suffix.lower() in SUFFIXES and not is_hidden(file.name)
-            for file in files_below(path)
-        )
-    ):
+    elif kind_of_data(path) is None:
         raise ValueError(f"'{path}' holds no images. {ACCEPTED}.")
 
 
-def is_saved_dataset(path: Path) -> bool:
-    """Tell whether a folder holds a data set of ``save_to_disk``, or several splits."""
-    return any((path / n).is_file() for n in ("dataset_info.json", "dataset_dict.json"))
+def kind_of_data(path: Path) -> str | None:
+    """Tell what a file or folder holds by names alone.
 
-
-def table_kind(path: Path) -> str | None:
-    """How ``datasets`` calls the files of a data set, in a folder without images; else ``None``.
-
-    Metadata files are none of them.
+    Returns:
+        ``'saved'`` for a data set of ``save_to_disk``, or several splits; ``'images'``; where there
+        are none, how ``datasets`` calls the other files; else ``None``.
     """
-    files = sorted(files_below(path)) if path.is_dir() else [path]
-    ends = {file.suffix.lower() for file in files if not (is_hidden(file.name) or is_table(file))}
-    if is_saved_dataset(path) or ends & SUFFIXES:
-        return None
+    if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        return "saved"
+    ends = set()
+    for file in files_below(path) if path.is_dir() else [path]:
+        ends |= set() if is_hidden(file.name) or is_table(file) else {file.suffix.lower()}
+        if ends & SUFFIXES:
+            return "images"
     return next((kind for end, kind in TABLES.items() if end in ends), None)
 
 
@@ -161,10 +154,9 @@ def read_caption(path: Path, layout: Layout) -> tuple[str, bool]:
     Raises:
         ValueError: If the file is empty or not in UTF-8.
     """
-    text = decoded(path)
+    first, *more = re.split(r"\r\n|\r|\n", decoded(path))
     if layout.caption_lines == "all":
-        return text.strip(), False
-    first, *more = re.split(r"\r\n|\r|\n", text)
+        return "\n".join([first, *more]), False
     if not first and not more:
         raise ValueError(f"The caption '{path}' is empty. Write it, or remove the file.")
     return first.strip(), any(line.strip() for line in more)

@@ -44,16 +44,22 @@ def readable(
     broken = [names[n] for n, size in enumerate(sizes) if size is None]
     if broken and not (skip and kept):
         raise ValueError(_refusal(broken, names, why))
-    notes = []
+    notes = cut_to_squares([size for size in sizes if size is not None], form)
     if broken:
-        notes.append(f"{counted(len(broken), 'image')} left out, unreadable: {first_of(broken)}")
-    cut = sum(size is not None and size[0] != size[1] for size in sizes)
-    if cut and form.resolution is not None:
-        notes.append(
-            f"{cut:,} of {counted(len(kept), 'image')} {'is' if cut == 1 else 'are'} not square, "
-            "cut to a square from the middle (--buckets if training did not)"
-        )
+        left_out = counted(len(broken), "image")
+        notes.insert(0, f"{left_out} left out, unreadable: {first_of(broken)}")
     return kept, notes
+
+
+def cut_to_squares(sizes: Sequence[tuple[int, int]], form: Form) -> list[str]:
+    """What is to be said of images that are cut to squares, by their sides."""
+    cut = sum(width != height for width, height in sizes)
+    if not cut or form.resolution is None:
+        return []
+    return [
+        f"{cut:,} of {counted(len(sizes), 'image')} {'is' if cut == 1 else 'are'} not square, "
+        "cut to a square from the middle (--buckets if training did not)"
+    ]
 
 
 def _size(stored: Stored, decode: bool) -> tuple[int, int] | None:

@@ -15,22 +15,22 @@ from torch import Tensor
 
 from curvlinops_diffusion.loading.folders import (
     ACCEPTED,
+    TABLES,
     captions_beside,
     check_images,
     classes_of,
     files_in,
     folders_of_split,
     is_hidden,
-    is_saved_dataset,
+    kind_of_data,
     masks_among,
     parts_of,
     read_caption,
     repeats_below,
     repeats_of,
-    table_kind,
     tables_left_out,
 )
-from curvlinops_diffusion.loading.headers import readable
+from curvlinops_diffusion.loading.headers import cut_to_squares, readable
 from curvlinops_diffusion.loading.labels import Condition
 from curvlinops_diffusion.loading.layout import FILE_NAME, TRIGGERS, Layout
 from curvlinops_diffusion.loading.metadata import Metadata, first_of
@@ -185,14 +185,18 @@ def _of_path(path: Path, form: Form, condition: Condition | None, layout: Layout
     if path.suffix != ".npz":
         form.check_channels()
     check_images(path)
-    if is_saved_dataset(path) or table_kind(path) is not None:
+    if kind_of_data(path) in ("saved", *TABLES.values()):
         images = images_of_dataset(stored_dataset(path, layout), path, form, layout)
     elif path.is_dir():
         images = _of_folder(path, form, condition, layout)
-    elif path.suffix == ".npz":
-        images = images_of_arrays(path, form)
     else:
-        images = _of_files([path], [path.name], form, layout)
+        layout.check_no_columns(f"'{path}'")
+        images = (
+            images_of_arrays(path, form)
+            if path.suffix == ".npz"
+            else _of_files([path], [path.name], form, layout)
+        )
+        split_of(images, path, layout)
     if len(images) == 0:
         raise ValueError(f"'{path}' holds no images. {ACCEPTED}.")
     return images
@@ -213,13 +217,10 @@ def _of_folder(path: Path, form: Form, condition: Condition | None, layout: Layo
         images.notes.append(f"of all parts of a data set: {', '.join(parts)} (--split takes one)")
     images.left_out, images.unread = others, tables_left_out(others, layout)
     if masks := masks_among(others):
-        images.notes.append(f"{counted(len(masks), 'mask')} of OneTrainer's, not used: {masks[0]}")
+        count = counted(len(masks), "mask")
+        images.notes.append(f"{count} of OneTrainer's, not used: {first_of(masks)}")
     if metadata is None:
-        if layout.caption_column not in (None, FILE_NAME) and not layout.of_queries:
-            raise ValueError(
-                f"`caption_column` must be '{FILE_NAME}' where there are no metadata, got "
-                f"{layout.caption_column!r} for '{path}'. Leave it out, or write metadata.jsonl."
-            )
+        layout.check_no_columns(f"'{path}'")
         below = "" if inner == path else f"{inner.relative_to(path)}/"
         images.classes = classes_of(inner, [name.removeprefix(below) for name in names])
     else:
@@ -260,11 +261,9 @@ def _read_captions(
     wanted = wanted and layout.caption_column is None
     if wanted and "prompt" not in images.conditions:
         if end is None and len(found) > 1:
-            twice = [name for name in names if all(name in files for files in found.values())]
-            name = twice[0] if twice else None
+            both = [name for name in names if all(name in files for files in found.values())]
             first, second = (
-                next(iter(files.values())) if name is None else files[name]
-                for files in found.values()
+                files[both[0]] if both else next(iter(files.values())) for files in found.values()
             )
             raise ValueError(
                 f"'{path}' holds captions of two kinds, '{first}' and '{second}'. Pass "
@@ -272,19 +271,22 @@ def _read_captions(
             )
         end = end or next(iter(found), "")
         read = found.pop(end, {})
-        if read:
-            images.notes.append(f"{counted(len(read), 'caption')} from files {end}")
     images.captions_beside = {name: file for own in found.values() for name, file in own.items()}
-    ends = sorted(found)
-    images.unread = [*(f"files {end} (--caption-extension {end})" for end in ends), *images.unread]
+    unread = [f"files {other} (--caption-extension {other})" for other in sorted(found)]
+    images.unread = [*unread, *images.unread]
     files = set(read.values())
     images.left_out = [name for name in images.left_out if name not in files]
     if read:
-        own = set(captions_beside(there, images.left_out, end).get(end, {}).values())
-        alone = [name for name in images.left_out if name.endswith(end) and name not in own]
-        if alone := [name for name in alone if not is_hidden(name)]:
-            files_of = counted(len(alone), "file")
-            images.notes.append(f"{files_of} {end} without an image: {first_of(alone)}")
+        images.notes.append(f"{counted(len(read), 'caption')} from files {end}")
+        of_others = captions_beside(there, images.left_out, end).get(str(end), {}).values()
+        alone = [
+            name
+            for name in images.left_out
+            if name.endswith(str(end)) and name not in of_others and not is_hidden(name)
+        ]
+        if alone:
+            count = counted(len(alone), "file")
+            images.notes.append(f"{count} {end} without an image: {first_of(alone)}")
     texts = {name: read_caption(path / file, layout) for name, file in read.items()}
     prompts: list[str | None] = [texts[name][0] if name in texts else None for name in names]
     if longer := [read[name] for name, (_, more) in texts.items() if more]:
@@ -330,10 +332,10 @@ def _of_files(
 
 def _of_any(given: Any, form: Form, layout: Layout) -> NamedImages:
     """Images that are open already, or a list of files."""
-    if isinstance(given, dict):  # a DatasetDict
-        given = split_of(given, Path("images"), layout)
+    given = split_of(given, Path("images"), layout)
     if hasattr(given, "features") and hasattr(given, "cast_column"):
         return images_of_dataset(given, Path("images"), form, layout)
+    layout.check_no_columns("a list of images")
     if isinstance(given, Image.Image):
         given = [given]
     if isinstance(given, Tensor | np.ndarray) and given.ndim == 3:
@@ -355,6 +357,7 @@ def _of_any(given: Any, form: Form, layout: Layout) -> NamedImages:
     if wrong:
         raise ValueError(f"`images` holds a {type(wrong[0]).__name__}. {_ACCEPTED}.")
     names = [str(n) for n in range(len(things))]
+    sizes = [thing.size for thing in things if isinstance(thing, Image.Image)]
 
     def load(n: int) -> Loaded:
         thing = things[n]
@@ -368,4 +371,5 @@ def _of_any(given: Any, form: Form, layout: Layout) -> NamedImages:
             )
         return form.sized(x, names[n]), (x.shape[1], x.shape[2])
 
-    return NamedImages(names, load, lambda n: digest_of(load(n)[0]), form)
+    notes = cut_to_squares(sizes, form)
+    return NamedImages(names, load, lambda n: digest_of(load(n)[0]), form, notes=notes)

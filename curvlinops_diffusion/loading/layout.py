@@ -87,10 +87,28 @@ class Layout:
         return None if end is None else f".{end.removeprefix('.')}"
 
     @property
-    def file_columns(self) -> tuple[str, str]:
+    def file_columns(self) -> tuple[str, ...]:
         """The columns of metadata that may name the image's file, as ``datasets`` calls them."""
-        column = self.image_column
-        return (FILE_NAME, "image_file_name") if column is None else (column, f"{column}_file_name")
+        column, usual = self.image_column, (FILE_NAME, "image_file_name")
+        asked = () if column is None else (column, f"{column}_file_name")
+        return (*asked, *usual) if self.of_queries or not asked else asked
+
+    def check_no_columns(self, where: str) -> None:
+        """Check that none is asked for of images that have none; ``file_name`` all have.
+
+        Args:
+            where: What has none, for messages.
+
+        Raises:
+            ValueError: If one is.
+        """
+        for name in ("caption_column", "image_column") if not self.of_queries else ():
+            value = getattr(self, name)
+            if value is not None and (name, value) != ("caption_column", FILE_NAME):
+                raise ValueError(
+                    f"`{name}` must be left out, got {value!r}: {where} has no columns, of "
+                    "metadata.jsonl, say."
+                )
 
     def columns(self, found: Collection[str], where: str) -> dict[str, str]:
         """The columns to read, of those there are, and what they are called here.

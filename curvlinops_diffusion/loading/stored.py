@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from curvlinops_diffusion.loading.folders import table_kind
+from curvlinops_diffusion.loading.folders import kind_of_data
 from curvlinops_diffusion.loading.headers import readable
 from curvlinops_diffusion.loading.labels import Classes
 from curvlinops_diffusion.loading.layout import Layout
@@ -149,9 +149,9 @@ def stored_dataset(path: Path, layout: Layout) -> Any:
             f"'{path}' is a data set of the package datasets, which is not installed: pip install "
             "datasets."
         ) from error
-    kind = table_kind(path)
+    kind = kind_of_data(path)
     try:
-        if kind is None:
+        if kind == "saved":
             data = datasets.load_from_disk(str(path))
         elif path.is_dir():  # by splits in the names of files and folders
             data = datasets.load_dataset(kind, data_dir=str(path))
@@ -160,7 +160,7 @@ def stored_dataset(path: Path, layout: Layout) -> Any:
     except Exception as error:  # of a damaged file, which may be any
         raise ValueError(
             f"'{path}' cannot be read as a data set ({quoted(error)}). Save it again"
-            f"{' by save_to_disk' if kind is None else ''}."
+            f"{' by save_to_disk' if kind == 'saved' else ''}."
         ) from error
     return split_of(data, path, layout)
 
@@ -249,6 +249,8 @@ def images_of_dataset(data: Any, path: Path, form: Form, layout: Layout) -> Name
             return digest_of(Path(stored["path"]).read_bytes())
         return digest_of(None if stored is None else stored["bytes"])
 
+    if any(name not in {column, *beside} for name in pictures):
+        notes.append("--image-column takes images from another column")
     unread = [name for name in data.column_names if name not in {column, *read, *beside}]
     return NamedImages(
         names,

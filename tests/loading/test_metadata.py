@@ -9,6 +9,7 @@ from PIL import Image
 
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.loading.labels import Condition
+from curvlinops_diffusion.loading.layout import Layout
 from curvlinops_diffusion.loading.preprocessing import Form
 from tests.cli.cases import write_images
 
@@ -166,6 +167,98 @@ def test_refused_by_file_and_line(tmp_path, kind):
     files, told = REFUSED[kind]
     with pytest.raises(ValueError, match=told):
         prompts(tmp_path, files)
+
+
+def as_imagefolder(folder, monkeypatch):
+    """Prompts and pixels as diffusers' scripts have them: by imagefolder, of all files below."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder.parent / "cache"))
+    files = {"train": str(folder / "**")}
+    return datasets.load_dataset("imagefolder", data_files=files)["train"]
+
+
+def rows_of(kind, rows, folder):
+    """Write the rows of a metadata file."""
+    import pandas
+
+    table = pandas.DataFrame(rows)
+    if kind == "jsonl":
+        table.to_json(folder / "metadata.jsonl", orient="records", lines=True, force_ascii=False)
+    elif kind == "csv":
+        table.to_csv(folder / "metadata.csv", index=False)
+    else:
+        table.to_parquet(folder / "metadata.parquet")
+
+
+@pytest.mark.parametrize("name", ["file_name", "image_file_name"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_as_imagefolder_of_datasets_reads_it(tmp_path, monkeypatch, kind, name):
+    """Nested folders with a metadata file each, in three forms; columns of any name."""
+    found = {}
+    for n, inner in enumerate(("a", "b/in")):
+        write_images(tmp_path / "data" / inner, 2, n)
+        rows = [{name: f"image{k}.png", "said": f"{inner} é, {k}", "id": k} for k in range(2)]
+        rows_of(kind, rows, tmp_path / "data" / inner)
+    for row in as_imagefolder(tmp_path / "data", monkeypatch):
+        found[row["image"].tobytes()] = row["said"]
+    layout = Layout(caption_column="said")
+    images = open_images(tmp_path / "data", FORM, PROMPT, layout=layout)
+    pixels = [((item["x0"] + 1) * 127.5).round().byte().numpy().tobytes() for item in images]
+    assert dict(zip(pixels, images.conditions["prompt"], strict=True)) == found
+    assert images.unread == ["id"]
+    for column, told in (
+        ("say", "There are .*id.*, said: pass one"),
+        (None, "have no prompt .* --ca"),
+    ):
+        layout = Layout(caption_column=column)
+        with pytest.raises(ValueError, match=told):
+            open_images(tmp_path / "data", FORM, PROMPT, layout=layout)
+
+
+def test_a_column_that_names_the_images(tmp_path):
+    """Of several, the one that is asked for; queries need not have it."""
+    write_images(tmp_path / "in", 2, 0)
+    row = {"before_file_name": "image0.png", "after": "image1.png", "text": "a"}
+    rows_of("csv", [row], tmp_path / "in")
+    layout = Layout(image_column="before")
+    with pytest.raises(
+        ValueError, match=r"'image1.png' of .* has no line in the metadata. .*0.png"
+    ):
+        open_images(tmp_path / "in", FORM, PROMPT, layout=layout)
+    (tmp_path / "in" / "image0.png").unlink()
+    layout = Layout(image_column="after")
+    images = open_images(tmp_path / "in", FORM, PROMPT, layout=layout)
+    assert (images.names, images.conditions["prompt"]) == (["image1.png"], ["a"])
+    write_images(tmp_path / "queries", 1, 1)
+    rows_of("jsonl", [{"file_name": "image0.png", "text": "q"}], tmp_path / "queries")
+    queries = open_images(tmp_path / "queries", FORM, PROMPT, images, layout=layout)
+    assert queries.conditions["prompt"] == ["q"]
+
+
+def test_a_split_of_a_folder(tmp_path, monkeypatch):
+    """The folder of a split, by any of its names, with metadata in it or around it."""
+    for n, name in enumerate(("training", "val")):
+        for label in ("a", "b"):
+            write_images(tmp_path / "data" / name / label, 2, n)
+    data = tmp_path / "data"
+    layout = Layout(split="train")
+    expected = as_imagefolder(data / "training", monkeypatch)
+    images = open_images(data, FORM, Condition("class_labels", 2), layout=layout)
+    assert [item["class_labels"] for item in images] == expected["label"]
+    assert images.classes.order == expected.features["label"].names
+    for split in ("validation", "val", "dev"):
+        images = open_images(data, FORM, Condition(), layout=Layout(split=split))
+        assert images.names == [f"val/{x}/image{n}.png" for x in "ab" for n in range(2)]
+    with pytest.raises(ValueError, match=r"folder of '.*', got 'test'. There are training, val"):
+        open_images(data, FORM, Condition(), layout=Layout(split="test"))
+    rows = [
+        {"file_name": str(file.relative_to(data)), "text": file.parts[-3]}
+        for file in data.rglob("*.png")
+    ]
+    rows_of("jsonl", rows, data)
+    images = open_images(data, FORM, PROMPT, layout=layout)
+    assert images.conditions["prompt"] == ["training"] * 4
 
 
 def test_what_is_not_read_is_said(tmp_path):
