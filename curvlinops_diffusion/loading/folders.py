@@ -203,7 +203,7 @@ def tables_left_out(names: Iterable[str], layout: Layout) -> list[str]:
 
 def is_hidden(name: str) -> bool:
     """Tell whether programs made a file or a folder of its relative path, and not people."""
-    return any(part.startswith(".") or part in _MADE for part in Path(name).parts)
+    return any(part.startswith(".") or part in _MADE for part in name.split("/"))
 
 
 def _first_folders(names: Sequence[str]) -> list[str | None]:

@@ -202,6 +202,11 @@ def images_of_dataset(data: Any, path: Path, form: Form, layout: Layout) -> Name
     """
     import datasets
 
+    if not isinstance(data, datasets.Dataset):
+        raise ValueError(
+            f"`images` must be a Dataset, got {type(data).__name__}: images are read by number, "
+            "and more than once. Load it without streaming."
+        )
     data = data.with_format(None)  # whatever form of tensors it has
     pictures = {k: v for k, v in data.features.items() if isinstance(v, datasets.Image)}
     column = _column(path, list(pictures), data.column_names, layout)

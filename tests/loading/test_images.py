@@ -429,6 +429,8 @@ def test_columns_and_splits_that_are_asked_for(tmp_path):
     for given in (data, data["before"], one, tmp_path / "one" / "image0.png"):
         with pytest.raises(ValueError, match=r"`split` .* got 'train': '.*' holds no splits"):
             open_images(given, FORM, layout=Layout(split="train"))
+    with pytest.raises(ValueError, match=r"must be a Dataset, got IterableDataset"):
+        open_images(data.to_iterable_dataset(), FORM)
     for given in (data["before"][:], tmp_path / "one", tmp_path / "one" / "image0.png"):
         with pytest.raises(
             ValueError, match=r"`image_column` .* left out, got 'after': .* no colu"

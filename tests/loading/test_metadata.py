@@ -207,6 +207,9 @@ def test_as_imagefolder_of_datasets_reads_it(tmp_path, monkeypatch, kind, name):
     pixels = [((item["x0"] + 1) * 127.5).round().byte().numpy().tobytes() for item in images]
     assert dict(zip(pixels, images.conditions["prompt"], strict=True)) == found
     assert images.unread == ["id"]
+    layout = Layout(caption_column="file_name")  # of the files, whatever the metadata say
+    by_name = open_images(tmp_path / "data", FORM, PROMPT, layout=layout)
+    assert by_name.conditions["prompt"] == ["image0", "image1"] * 2
     for column, told in (
         ("say", "There are .*id.*, said: pass one"),
         (None, "have no prompt .* --ca"),
