@@ -145,6 +145,16 @@ def captions_beside(
     return {suffix: files for suffix, files in found.items() if files}
 
 
+def captions_alone(names: Sequence[str], others: Sequence[str], end: str | None) -> list[str]:
+    """The files with the end of captions, of several the first, that no image is of."""
+    for suffix in _CAPTIONS if not end else (end,):
+        own = captions_beside(names, others, suffix).get(suffix, {}).values()
+        ending = [name for name in others if name.endswith(suffix) and not is_hidden(name)]
+        if alone := [name for name in ending if name not in own]:
+            return alone
+    return []
+
+
 def read_caption(path: Path, layout: Layout) -> tuple[str, bool]:
     """Read a caption: the first line of its file, as kohya's ``sd-scripts`` do, or all of it.
 

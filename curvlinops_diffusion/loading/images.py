@@ -16,12 +16,12 @@ from torch import Tensor
 from curvlinops_diffusion.loading.folders import (
     ACCEPTED,
     TABLES,
+    captions_alone,
     captions_beside,
     check_images,
     classes_of,
     files_in,
     folders_of_split,
-    is_hidden,
     kind_of_data,
     masks_among,
     parts_of,
@@ -278,15 +278,11 @@ def _read_captions(
     images.left_out = [name for name in images.left_out if name not in files]
     if read:
         images.notes.append(f"{counted(len(read), 'caption')} from files {end}")
-        of_others = captions_beside(there, images.left_out, end).get(str(end), {}).values()
-        alone = [
-            name
-            for name in images.left_out
-            if name.endswith(str(end)) and name not in of_others and not is_hidden(name)
-        ]
-        if alone:
-            count = counted(len(alone), "file")
-            images.notes.append(f"{count} {end} without an image: {first_of(alone)}")
+    alone = captions_alone(there, images.left_out, end)
+    if alone and wanted and condition is not None and "prompt" not in images.conditions:
+        count = counted(len(alone), "file")
+        told = f"{count} {Path(alone[0]).suffix} without an image: {first_of(alone)}"
+        (images.notes if read else images.unread).append(told)
     texts = {name: read_caption(path / file, layout) for name, file in read.items()}
     prompts: list[str | None] = [texts[name][0] if name in texts else None for name in names]
     if longer := [read[name] for name, (_, more) in texts.items() if more]:

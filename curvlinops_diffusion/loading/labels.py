@@ -100,7 +100,7 @@ class Condition:
             many = f"{len(without)} of the {count}" if len(without) < count else f"The {count}"
             start = f"{many} images of '{path}' have no {what} ({first_of(without)})"
         others = f" Not read: {', '.join(unread)}." if unread else ""
-        if unread and self.key == "prompt":
+        if self.key == "prompt" and any(" " not in column for column in unread):
             others += " --caption-column NAME reads the prompts from another column."
         return f"{start}, which the network takes. {how}.{others}"
 

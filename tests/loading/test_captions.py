@@ -1,6 +1,8 @@
 """Captions beside images, and the folders of kohya's ``sd-scripts``: as trainers read them."""
 
 import shutil
+from dataclasses import fields
+from inspect import signature
 from unicodedata import normalize
 
 import pytest
@@ -8,10 +10,11 @@ import torch
 
 from curvlinops_diffusion import Attributor
 from curvlinops_diffusion.cli.network import load_network
-from curvlinops_diffusion.cli.options import options_of
+from curvlinops_diffusion.cli.options import LAYOUT, options_of
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.loading.labels import Condition
 from curvlinops_diffusion.loading.layout import Layout
+from curvlinops_diffusion.loading.network import Network
 from curvlinops_diffusion.loading.preprocessing import Form
 from tests.cli.cases import write_images
 from tests.diffusion import test_pipelines as pipelines
@@ -184,6 +187,11 @@ def test_captions_and_images_that_have_no_other(tmp_path):
     )
     with pytest.raises(ValueError, match=told):
         open_images(tmp_path, FORM, PROMPT)
+    (tmp_path / "a" / "image1.txt").rename(tmp_path / "a" / "image1")  # then none has one
+    told = r"The 6 .* Not read: 4 files .txt without an image: 'a/gone1.txt', .*notes.txt', …\.$"
+    with pytest.raises(ValueError, match=told):
+        open_images(tmp_path, FORM, PROMPT)
+    (tmp_path / "a" / "image1").rename(tmp_path / "a" / "image1.txt")
     (tmp_path / "a" / "image1.png").write_bytes(b"")
     (tmp_path / "a" / "image0.txt").write_text("y")
     layout = Layout(skip_unreadable=True)
@@ -210,6 +218,22 @@ def test_names_of_any_script(tmp_path, name):
     write(tmp_path / "two", {"IMAGE0.txt": "no", "Image0.txt": "no"})
     with pytest.raises(ValueError, match=r"The 2 images of .* have no prompt"):
         open_images(tmp_path, FORM, PROMPT)
+
+
+def test_every_option_is_handed_on(monkeypatch):
+    """From the signature to what opens images, with the same defaults in both and the program."""
+    seen = {}
+    monkeypatch.setattr(Network, "of_pipeline", lambda *args, **options: "network")
+    monkeypatch.setattr(Attributor, "of_network", lambda *args, **options: seen.update(options))
+    names = [field.name for field in fields(Layout) if field.name != "of_queries"]
+    assert sorted(names) == sorted(LAYOUT.split())
+    given = {name: f"{name}'s" for name in names}
+    Attributor.from_pipeline(None, None, **given)
+    assert given.items() <= seen.items()
+    known = signature(Attributor.from_pipeline).parameters
+    assert {name: known[name].default for name in names} == {
+        name: getattr(Layout, name) for name in names
+    }
 
 
 def test_layouts_that_a_network_does_not_take(tmp_path):
