@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from os.path import splitext
 from pathlib import Path
 
 from PIL import Image
@@ -133,7 +134,7 @@ def captions_beside(
         by_letters.setdefault(folded(file), []).append(file)
     found = {}
     for suffix in dict.fromkeys((*([] if end is None else [end]), *_CAPTIONS)):
-        wanted = {name: f"{Path(name).with_suffix('')}{suffix}" for name in names}
+        wanted = {name: f"{splitext(name)[0]}{suffix}" for name in names}
         exact = {name: file for name, file in wanted.items() if file in others}
         own = {*exact.values()}
         alike = {name: by_letters.get(folded(file), []) for name, file in wanted.items()}

@@ -224,8 +224,8 @@ def _of_folder(path: Path, form: Form, condition: Condition | None, layout: Layo
         below = "" if inner == path else f"{inner.relative_to(path)}/"
         images.classes = classes_of(inner, [name.removeprefix(below) for name in names])
     else:
-        images.conditions = metadata.conditions(names)
-        images.unread += metadata.unread()
+        images.conditions, columns = metadata.conditions(names), metadata.unread()
+        images.unread += columns
         for some, how in (
             ([line.name for line in metadata.without_image], "without an image"),
             (metadata.alike, "by a name alike"),
@@ -233,7 +233,7 @@ def _of_folder(path: Path, form: Form, condition: Condition | None, layout: Layo
             if some:
                 lines = counted(len(some), "line")
                 images.notes.append(f"{lines} of metadata {how}: {first_of(some)}")
-        if metadata.unread() and (condition is None or condition.key == "prompt"):
+        if columns and (condition is None or condition.key == "prompt"):
             images.notes.append("--caption-column takes prompts from another column")
     _read_captions(images, path, condition, layout, list(files))
     return images
@@ -258,7 +258,7 @@ def _read_captions(
     end, names = layout.end, images.names
     found, read = captions_beside(names, images.left_out, end), {}
     wanted = condition is None or condition.key == "prompt"
-    wanted = wanted and layout.caption_column is None
+    wanted = wanted and (layout.caption_column is None or layout.of_queries)
     if wanted and "prompt" not in images.conditions:
         if end is None and len(found) > 1:
             both = [name for name in names if all(name in files for files in found.values())]

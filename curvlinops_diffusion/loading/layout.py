@@ -63,7 +63,7 @@ class Layout:
 
     def for_queries(self) -> Self:
         """The layout of queries, which lie elsewhere: columns where there are some of the names."""
-        return replace(self, split=None, skip_unreadable=False, of_queries=True)
+        return replace(self, split=None, of_queries=True)
 
     def check_taken(self, key: str | None) -> None:
         """Check that nothing is said of prompts that the network does not take.

@@ -168,7 +168,9 @@ def test_folders_of_one_trainer(tmp_path):
     images = open_images(folder, FORM, PROMPT, layout=by_name)
     assert images.conditions["prompt"] == ["image0", "image1"]
     assert "not read: files .txt (--caption-extension .txt)" in images.summary()
-    queries = folder.rename(tmp_path / "queries")
+    queries = folder.rename(tmp_path / "queries")  # whose names are no captions
+    found = open_images(queries, FORM, PROMPT, images, layout=by_name)
+    assert found.conditions["prompt"] == ["a cat", "a hat"]
     for file in queries.glob("*.txt"):
         file.unlink()
     with pytest.raises(ValueError, match=r"The 2 images of .* have no prompt"):
