@@ -38,6 +38,7 @@ from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.linalg.parameters import Parameters
+from curvlinops_diffusion.loading.layout import Layout
 from curvlinops_diffusion.page.gallery import RegressionGallery
 from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
@@ -141,6 +142,12 @@ class Attributor:
         prompts: str | Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
         caption_extension: str | None = None,
+        caption_lines: Literal["first", "all"] = "first",
+        caption_column: str | None = None,
+        image_column: str | None = None,
+        trigger_word: str | None = None,
+        split: str | None = None,
+        skip_unreadable: bool = False,
         params: Sequence[str] | None = None,
         resolution: int | None = None,
         weighting: Any = None,
@@ -161,15 +168,27 @@ class Attributor:
                 that load them, whose scores are averaged
                 (:class:`~curvlinops_diffusion.checkpoints.CheckpointAttributor`).
             images: The training images: a folder, paths, PIL images, a tensor ``[N, C, H, W]`` in
-                [-1, 1], or a data set. Folders may be as trainers lay them out: with metadata.jsonl
-                or metadata.csv, captions in files beside the images, and kohya's ``30_shs dog``,
-                whose repeats become ``example_weights`` and whose name is the prompt of images
-                that have no caption.
+                [-1, 1], or a data set. Folders may be as trainers lay them out: with
+                metadata.jsonl, .csv or .parquet, captions in files beside the images, and kohya's
+                ``30_shs dog``, whose repeats become ``example_weights`` and whose name is the
+                prompt of images that have no caption.
             prompts: A prompt for each image; or one for all that have none of their own, queries
                 included.
             labels: A class for each image, in the order of ``images``.
             caption_extension: How the names of captions beside images end; ``None`` for
                 ``.caption`` or ``.txt``.
+            caption_lines: What of a caption beside an image training took, ``'first'`` line or
+                ``'all'`` (ai-toolkit).
+            caption_column: The column of metadata or data sets that holds captions; ``None`` for
+                ``text``. With ``file_name``, captions are the files' names (OneTrainer).
+            image_column: The column that holds images, or names their files; ``None`` for
+                ``image``, or the only one.
+            trigger_word: The word in place of ``[trigger]`` in prompts, in front of those that do
+                not have it (ai-toolkit); ``None`` for none.
+            split: The part of a folder or a data set that was trained on; ``None`` for all there
+                is.
+            skip_unreadable: Leave out images that cannot be read, as training did; each is read
+                once more to find them.
             params: Names or patterns (``'*attn*'``) of the parameters to cover; ``None`` for those
                 of adapters if there are any, else of a ControlNet, else all.
             resolution: The pixels that the shorter side of images is resized to, before a square is
@@ -198,7 +217,10 @@ class Attributor:
             told = {k: v for k, v in locals().items() if k in _OF_PIPELINE}
             return CheckpointAttributor(pipeline, images, **told, **options)
         beside: dict[str, Any] = {"prompts": prompts, "labels": labels, "resolution": resolution}
-        beside |= {"caption_extension": caption_extension}
+        beside |= {"caption_extension": caption_extension, "caption_lines": caption_lines}
+        beside |= {"caption_column": caption_column, "image_column": image_column}
+        beside |= {"trigger_word": trigger_word, "split": split}
+        beside |= {"skip_unreadable": skip_unreadable}
         if hasattr(pipeline, "objective"):  # a Network, with what the others say
             return cls.of_network(pipeline, images, **beside, **options)
         network = _loading().Network.of_pipeline(
@@ -221,7 +243,6 @@ class Attributor:
         *,
         prompts: str | Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
-        caption_extension: str | None = None,
         resolution: int | None = None,
         **options: Any,
     ) -> Self:
@@ -232,20 +253,18 @@ class Attributor:
             images: As for :meth:`from_pipeline`, and so are the others.
             prompts: Likewise.
             labels: Likewise.
-            caption_extension: Likewise.
             resolution: Likewise.
-            options: Likewise.
+            options: Likewise, and how the images lie on disk: ``caption_extension``, say.
 
         Raises:
             ValueError: As :meth:`from_pipeline`.
         """
         open_images = _loading().open_images
+        layout = Layout.taken_from(options)
         if isinstance(prompts, str):  # for queries as well
-            network, prompts = network.with_prompt(prompts, caption_extension), None
-        elif caption_extension is not None:
-            network = network.with_prompt(None, caption_extension)
+            network, prompts = network.with_prompt(prompts), None
         form, condition = network.form(resolution), network.condition
-        train = open_images(images, form, condition, prompts=prompts, labels=labels)
+        train = open_images(images, form, condition, prompts=prompts, labels=labels, layout=layout)
         if train.example_weights is not None:
             options = {"example_weights": train.example_weights, **options}
         beside = list(condition.images) or None  # mirrored with the image
@@ -259,12 +278,13 @@ class Attributor:
                     f"`queries` '{queries}' holds the training images. Pass the images to explain; "
                     "for the influence of training images on themselves, self_influence_scores."
                 )
-            return open_images(queries, form, condition, train, **beside)
+            return open_images(queries, form, condition, train, layout=layout, **beside)
 
         found._open = opened
         found._told = {
             "form": {"channels": network.channels, "resolution": resolution},
             "condition": asdict(condition),
+            "layout": asdict(layout),
         }
         return found
 

@@ -18,7 +18,15 @@ from curvlinops_diffusion.checkpoints import CheckpointAttributor, check_num_che
 from curvlinops_diffusion.cli.cost import fit_cost, score_cost
 from curvlinops_diffusion.cli.earlier import as_yaml, of_run
 from curvlinops_diffusion.cli.network import load_network
-from curvlinops_diffusion.cli.options import ATTRIBUTOR, FIT, KFAC, REGRESSION, SCORE, chosen
+from curvlinops_diffusion.cli.options import (
+    ATTRIBUTOR,
+    FIT,
+    KFAC,
+    LAYOUT,
+    REGRESSION,
+    SCORE,
+    chosen,
+)
 from curvlinops_diffusion.cli.paths import at_checkpoint
 from curvlinops_diffusion.cli.running import event, is_first, process_group, say
 from curvlinops_diffusion.influence.methods import Method, check_measurement
@@ -187,7 +195,7 @@ def _opened(options: Namespace, operator: Path | None = None) -> Iterator[Attrib
         loaders = [partial(load_network, own, names) for own in runs]
         several = distributed.is_available() and distributed.is_initialized()
         arguments = chosen(options, ATTRIBUTOR) | chosen(options, REGRESSION)
-        arguments["resolution"] = options.resolution
+        arguments |= {name: getattr(options, name) for name in ("resolution", *LAYOUT.split())}
         gigabytes = options.max_memory
         arguments["passes"] = PassOptions(
             None,

@@ -136,6 +136,10 @@ _OWN: dict[str, tuple[Any, str]] = {
     "quiet": (bool, "Show no progress."),
     "debug": (bool, "Show the traceback of an error."),
 }
+#: How training images lie on disk.
+LAYOUT = (
+    "caption_extension caption_lines caption_column image_column trigger_word split skip_unreadable"
+)
 # options of the library: where they are, how they are written where the signature does not say it,
 # and what they are where a command line has less of it
 _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
@@ -149,7 +153,7 @@ _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
         "How training weighted noise levels; by default all alike. The scripts of Stable Diffusion "
         "3 do it as preconditioned.",
     ),
-    "caption_extension": (PIPELINE, str),
+    **dict.fromkeys(LAYOUT.split(), (PIPELINE,)),
     "prompt": (
         f"{PIPELINE} prompts",
         str,
@@ -221,7 +225,7 @@ NETWORK = "pipeline variant model scheduler lora device dtype autocast latent_ca
 #: The loss that it was trained with, and on what; the same for all commands of a run.
 TRAINING = (
     "weighting snr_gamma reduction timesteps condition_dropout noise_offset input_perturbation "
-    "training_arguments augment resolution prompt caption_extension seed"
+    f"training_arguments augment resolution prompt {LAYOUT} seed"
 )
 _RUN = "batch_size sharded max_memory checkpoint_every timeout overwrite dry_run log quiet debug"
 
@@ -303,7 +307,7 @@ def commands() -> dict[str, Command]:
             "Plan on which parts of the training images networks are to be trained anew.",
             {
                 first: _options(
-                    "output! data scores kind remove num_parts fraction seed",
+                    f"output! data scores kind remove num_parts fraction seed {LAYOUT}",
                     output="The folder to write: the plan, and a list of images for each part.",
                     data="The training images; by default those of --scores.",
                     seed=PLAN,

@@ -30,6 +30,7 @@ from curvlinops_diffusion.influence.validation.judgements import (
 )
 from curvlinops_diffusion.influence.validation.plans import HEADER, Removal, RetrainingPlan
 from curvlinops_diffusion.loading.images import open_images
+from curvlinops_diffusion.loading.layout import Layout
 from curvlinops_diffusion.loading.named_images import NamedImages
 from curvlinops_diffusion.loading.preprocessing import Form
 from curvlinops_diffusion.page.figures import intervals
@@ -57,7 +58,8 @@ def validate_plan(options: Namespace) -> None:
             f"'{options.output}' holds a plan, which networks may have been trained by. Pass "
             "another --output, or --overwrite."
         )
-    images = open_images(options.data, Form(None, None, None))
+    layout = Layout.taken_from({**vars(options)})
+    images = open_images(options.data, Form(None, None, None), layout=layout)
     plan = _plan(options, images)
     plan.info["digests"] = images.source_digests()
     plan.save(options.output, images.names)
@@ -216,7 +218,9 @@ def measured(
         seed: The seed of the draws.
     """
     network = load_network(options)
-    images = open_images(options.queries, network.form(options.resolution), network.condition)
+    layout = Layout.taken_from({**vars(options)}).for_queries()
+    form = network.form(options.resolution)
+    images = open_images(options.queries, form, network.condition, layout=layout)
     recipe = {k: v for k, v in chosen(options, REGRESSION).items() if k != "augment"}
     query = NoisedRegression(
         network.objective,

@@ -428,3 +428,27 @@ def test_attribute(folder, tmp_path, capsys):
     own = ["--operator", tmp_path / "e.safetensors", "--num-draws", 2, "--query-draws", 2]
     assert run(arguments(folder, "score", *own, "--output", tmp_path / "s.safetensors")) == 0
     assert torch.equal(read(tmp_path / "s.safetensors")[0], scores)
+
+
+def test_how_the_data_lie_is_kept_with_the_scores(folder, tmp_path, capsys):
+    """A split and broken images; later commands are told nothing of it again."""
+    shutil.copytree(folder / "train", tmp_path / "data" / "train")
+    shutil.copytree(folder / "queries", tmp_path / "data" / "test")
+    (tmp_path / "data" / "train" / "image3.png").write_bytes(b"")
+    words = ["attribute", "--pipeline", folder / "pipeline", "--data", tmp_path / "data"]
+    words += ["--queries", tmp_path / "data" / "test", "--output", tmp_path / "result"]
+    words += ["--params", "conv_out.*", "--fit-draws", 1, "--num-draws", 1, "--split", "train"]
+    assert run([*map(str, words), "--quiet"]) == 2
+    told = "train/image3.png' cannot be read ("
+    assert told in (error := capsys.readouterr().err)
+    assert "--skip-unreadable leaves out" in error
+    assert run([*map(str, words), "--quiet", "--skip-unreadable"]) == 0
+    assert "Read 6 images; 1 image left out, unreadable: 'train/" in capsys.readouterr().err
+    scores = tmp_path / "result" / "scores.safetensors"
+    _, header = read(scores)
+    assert header["train"] == [f"train/image{n}.png" for n in range(7) if n != 3]
+    of_scores = ["--scores", str(scores), "--output"]
+    assert run(["report", *of_scores, str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").stat().st_size > 1000
+    assert run(["validate", "plan", *of_scores, str(tmp_path / "plan"), "--num-parts", "2"]) == 0
+    assert "2 parts of 6 images" in capsys.readouterr().err
