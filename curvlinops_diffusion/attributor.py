@@ -77,8 +77,10 @@ class Attributor:
         passes: Checkpoints, processes, memory and progress, in place of the two; with ``sharded``,
             each process keeps its share of the curvature and of the scores alone.
         recipe: How training differed from the plain loss: ``timesteps``, ``augment``,
-            ``augmented_conditions``, ``noise_offset``, ``input_perturbation``, ``example_weights``
-            and ``loss_mask`` of :class:`~curvlinops_diffusion.NoisedRegression`.
+            ``augmented_conditions``, ``random_crop``, ``shuffle_captions``, ``keep_tokens``,
+            ``tag_dropout``, ``noise_offset``, ``input_perturbation``, ``example_weights`` and
+            ``loss_mask`` of :class:`~curvlinops_diffusion.NoisedRegression`. Queries are shown as
+            they are: unmirrored, cut from the middle, with their own captions.
 
     Attributes:
         objective: The objective.
@@ -242,6 +244,11 @@ class Attributor:
             network, prompts = network.with_prompt(prompts, caption_extension), None
         elif caption_extension is not None:
             network = network.with_prompt(None, caption_extension)
+        if options.get("random_crop") and resolution is None:
+            raise ValueError(
+                "`random_crop` must come with a `resolution`, got none: whole images have no "
+                "other parts. Pass the one of training."
+            )
         form, condition = network.form(resolution), network.condition
         train = open_images(images, form, condition, prompts=prompts, labels=labels)
         if train.example_weights is not None:
@@ -630,11 +637,15 @@ _OF_PIPELINE = frozenset(Attributor.from_pipeline.__func__.__kwdefaults__)  # ty
 _RECIPE = frozenset(
     {
         *("timesteps", "augment", "augmented_conditions", "noise_offset"),
-        *("input_perturbation", "example_weights", "loss_mask"),
+        *("input_perturbation", "example_weights", "loss_mask", "random_crop"),
+        *("shuffle_captions", "keep_tokens", "tag_dropout"),
     }
 )
 # of a recipe's parts, those that are of the training images alone: a query is what it is
-_OF_TRAINING = ("augment", "augmented_conditions", "example_weights")
+_OF_TRAINING = {
+    *("augment", "augmented_conditions", "example_weights"),
+    *("random_crop", "shuffle_captions", "keep_tokens", "tag_dropout"),
+}
 
 
 def _loading() -> Any:

@@ -161,7 +161,13 @@ _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
         "How training drew timesteps.",
     ),
     "augment": (REGRESSION, Literal["flip"], "The augmentation that training used."),
-    **dict.fromkeys(("noise_offset", "input_perturbation"), (REGRESSION,)),
+    **dict.fromkeys(("noise_offset", "input_perturbation", "tag_dropout"), (REGRESSION,)),
+    **dict.fromkeys(("random_crop", "shuffle_captions"), (REGRESSION,)),
+    "keep_tokens": (
+        REGRESSION,
+        int,
+        "Tags at the beginning of captions that are neither moved nor left out.",
+    ),
     **dict.fromkeys(("seed", "batch_size"), (ATTRIBUTOR,)),
     **dict.fromkeys(("curvature", "num_draws", "overwrite"), (FIT,)),
     "fit_draws": (f"{FIT} num_draws", None, "Draws for each image of the fit."),
@@ -220,7 +226,8 @@ NETWORK = "pipeline variant model scheduler lora device dtype autocast latent_ca
 #: The loss that it was trained with, and on what; the same for all commands of a run.
 TRAINING = (
     "weighting snr_gamma reduction timesteps condition_dropout noise_offset input_perturbation "
-    "training_arguments augment resolution prompt caption_extension seed"
+    "training_arguments augment random_crop shuffle_captions keep_tokens tag_dropout resolution "
+    "prompt caption_extension seed"
 )
 _RUN = "batch_size sharded max_memory checkpoint_every timeout overwrite dry_run log quiet debug"
 
@@ -357,7 +364,7 @@ def options_of(name: str, **given: Any) -> Namespace:
 
 
 # whole numbers that are no counts
-_ANY = {"seed", "max_dense"}
+_ANY = {"seed", "max_dense", "keep_tokens"}
 
 
 def _check(name: str, kind: Any, value: Any) -> None:

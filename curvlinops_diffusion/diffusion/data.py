@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 from zlib import crc32
@@ -11,7 +12,14 @@ from torch import Tensor
 
 from curvlinops_diffusion.diffusion.batch import CleanBatch, has_rows
 from curvlinops_diffusion.diffusion.checks import check_condition, check_images
-from curvlinops_diffusion.diffusion.data_forms import ACCEPTED, Run, Wanted, source_of, split
+from curvlinops_diffusion.diffusion.data_forms import (
+    ACCEPTED,
+    Run,
+    Wanted,
+    collated,
+    source_of,
+    split,
+)
 from curvlinops_diffusion.diffusion.recipe import loss_mask
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.digests import tensor_parts
@@ -72,11 +80,7 @@ class CleanData:
             if batch is None:
                 end = start
                 continue
-            x0, condition = split(batch)
-            check_images(x0, start)
-            check_condition(condition, len(x0))
-            mask = None if self._mask is None else loss_mask(self._mask, condition, x0)
-            clean = CleanBatch(range(start, start + len(x0)), x0, self._shown(condition), mask)
+            clean = self._clean(batch, start)
             self._check_seen(number, clean)
             yield number, clean
             # when the next is asked for, so that nothing waits for it where no next one is
@@ -89,6 +93,18 @@ class CleanData:
             )
         if identity is not None and 0 < identity.num_examples == (self._counted or end):
             self.identity |= identity.result()
+
+    def of_items(self, items: list[Any], indices: Sequence[int]) -> CleanBatch:
+        """A batch of other versions of some examples."""
+        return replace(self._clean(collated(items), indices[0]), indices=indices)
+
+    def _clean(self, batch: Any, start: int) -> CleanBatch:
+        """A batch that was loaded, checked."""
+        x0, condition = split(batch)
+        check_images(x0, start)
+        check_condition(condition, len(x0))
+        mask = None if self._mask is None else loss_mask(self._mask, condition, x0)
+        return CleanBatch(range(start, start + len(x0)), x0, self._shown(condition), mask)
 
     def _shown(self, condition: Mapping[str, Any]) -> dict[str, Any]:
         """The condition that the network sees."""

@@ -80,7 +80,7 @@ def source_of(data: Any, batch_size: int, run: Run) -> Source:
         first = next(iterated(raw), None)
         if not _runs_on([first], run, default_collate) and _runs_on(first, run):
             return Source(_all_of(lambda: iterated(raw)))
-        loader: DataLoader[Any] = DataLoader(data, batch_size, collate_fn=_collated)
+        loader: DataLoader[Any] = DataLoader(data, batch_size, collate_fn=collated)
         return Source(_all_of(lambda: iterated(loader)), batch_size=batch_size)
     # lists and other sequences of Python may be of batches, if they are no Dataset; a
     # datasets.Dataset is no torch one
@@ -133,7 +133,7 @@ def _of_things(
         return Source(_all_of(again), num_batches=num_batches, in_memory=there)
     if items is not None:
         return _by_number(len(items), batch_size, lambda chosen: _load(items, chosen))
-    grouped = _all_of(lambda: map(_collated, batched(again(), batch_size)))
+    grouped = _all_of(lambda: map(collated, batched(again(), batch_size)))
     return Source(grouped, batch_size=batch_size)
 
 
@@ -165,7 +165,7 @@ def _by_number(
 def _load(data: Any, chosen: list[slice]) -> Iterator[Any]:
     """Items of a data set, in batches."""
     indices = [list(range(part.start, part.stop)) for part in chosen]
-    return iterated(DataLoader(data, batch_sampler=indices, collate_fn=_collated))
+    return iterated(DataLoader(data, batch_sampler=indices, collate_fn=collated))
 
 
 def _all_of(batches: Callable[[], Iterable[Any]]) -> Callable[[Wanted], Iterator[Numbered]]:
@@ -265,7 +265,7 @@ def _entries(batch: Any) -> tuple[Any, dict[str, Any]]:
     return batch, {}
 
 
-def _collated(items: list[Any]) -> Any:
+def collated(items: list[Any]) -> Any:
     """Items as a batch."""
 
     def shown(value: Any) -> str:

@@ -28,7 +28,7 @@ from curvlinops_diffusion.loading.folders import (
 from curvlinops_diffusion.loading.labels import Condition
 from curvlinops_diffusion.loading.metadata import Metadata
 from curvlinops_diffusion.loading.named_images import NamedImages, counted
-from curvlinops_diffusion.loading.preprocessing import Form, Loaded, upright_size
+from curvlinops_diffusion.loading.preprocessing import Form, Loaded, Place, upright_size
 from curvlinops_diffusion.loading.stored import (
     images_of_arrays,
     images_of_dataset,
@@ -234,7 +234,7 @@ def _read_captions(images: NamedImages, path: Path, condition: Condition | None)
 def _of_files(files: Sequence[Path], names: list[str], form: Form) -> NamedImages:
     return NamedImages(
         names,
-        lambda n: form.load(files[n], names[n]),
+        lambda n, place: form.load(files[n], names[n], place),
         lambda n: digest_of(files[n].read_bytes()),
         form,
     )
@@ -266,16 +266,16 @@ def _of_any(given: Any, form: Form) -> NamedImages:
         raise ValueError(f"`images` holds a {type(wrong[0]).__name__}. {_ACCEPTED}.")
     names = [str(n) for n in range(len(things))]
 
-    def load(n: int) -> Loaded:
+    def load(n: int, place: Place) -> Loaded:
         thing = things[n]
         if isinstance(thing, Image.Image):
-            return form.tensor(thing, names[n]), upright_size(thing)
+            return form.tensor(thing, names[n], place), upright_size(thing)
         x = torch.as_tensor(thing)
         if not x.is_floating_point() or x.ndim != 3:
             raise ValueError(
                 f"Image {n} must be floating point in [-1, 1], [C, H, W], got {x.dtype} of shape "
                 f"{tuple(x.shape)}."
             )
-        return form.sized(x, names[n]), (x.shape[1], x.shape[2])
+        return form.sized(x, names[n], place), (x.shape[1], x.shape[2])
 
-    return NamedImages(names, load, lambda n: digest_of(load(n)[0]), form)
+    return NamedImages(names, load, lambda n: digest_of(load(n, None)[0]), form)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from math import nextafter
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Size, Tensor
 from torch.utils.data import Dataset
 
 from curvlinops_diffusion.loading.labels import Classes, Conditions
-from curvlinops_diffusion.loading.preprocessing import Form, Loaded
+from curvlinops_diffusion.loading.preprocessing import Form, Loaded, Place
 from curvlinops_diffusion.runtime.digests import digest_of
 
 
@@ -39,7 +40,7 @@ class NamedImages(Dataset[dict[str, Any]]):
     def __init__(
         self,
         names: list[str],
-        load: Callable[[int], Loaded],
+        load: Callable[[int, Place], Loaded],
         source_digest: Callable[[int], str],
         form: Form,
         conditions: Conditions | None = None,
@@ -68,7 +69,21 @@ class NamedImages(Dataset[dict[str, Any]]):
         return len(self.names)
 
     def __getitem__(self, n: int) -> dict[str, Any]:
-        x0, (height, width) = self._load(n)
+        item = self.cropped(n)
+        if self.digests[n] is None:
+            self.digests[n] = digest_of(item)
+        return item
+
+    def cropped(self, n: int, place: Place = None, mirrored: bool = False) -> dict[str, Any]:
+        """The item of an image of which another part is cut out.
+
+        Args:
+            n: The number of the image.
+            place: Where the part lies, and that of images beside it; ``None`` for the middle.
+            mirrored: Whether it will be mirrored left to right: its corner is that of the mirror
+                image then, as training scripts have it.
+        """
+        x0, (height, width) = self._load(n, place)
         if self._first is None:
             self._first = (self.names[n], x0.shape)
         name, shape = self._first
@@ -78,17 +93,18 @@ class NamedImages(Dataset[dict[str, Any]]):
                 f"{tuple(shape)}. All must have one size: pass --resolution to resize."
             )
         item: dict[str, Any] = {"x0": x0}
-        if self.tells_sizes:
-            item["original_size"] = torch.tensor([height, width])
-            item["crops_coords_top_left"] = torch.tensor(self._form.corner_of(height, width))
-        for key, values in self.conditions.items():
-            item[key] = torch.tensor(values[n]) if isinstance(values[n], list) else values[n]
         for key, (channels, sources) in self.beside.items():
             form = replace(self._form, channels=channels)
-            beside, _ = form.load(sources[n], f"{key} of {self.names[n]}")
+            beside, _ = form.load(sources[n], f"{key} of {self.names[n]}", place)
             item[key] = (beside + 1) / 2
-        if self.digests[n] is None:
-            self.digests[n] = digest_of(item)
+        if self.tells_sizes:
+            item["original_size"] = torch.tensor([height, width])
+            if mirrored and place is not None:
+                place = (place[0], nextafter(1 - place[1], 0))  # below 1, as places are
+            corner = self._form.corner_of(height, width, place)
+            item["crops_coords_top_left"] = torch.tensor(corner)
+        for key, values in self.conditions.items():
+            item[key] = torch.tensor(values[n]) if isinstance(values[n], list) else values[n]
         return item
 
     def images(self, numbers: Collection[int]) -> Iterator[tuple[int, Tensor]]:

@@ -17,8 +17,8 @@ from torchvision.transforms import functional as transforms
 
 #: An image as a network takes it, ``[C, H, W]``, and its height and width before resizing.
 Loaded = tuple[Tensor, tuple[int, int]]
-#: Where a crop lies between the first and the last place that there is, from 0 to 1, down and across;
-#: ``None`` for the middle.
+#: Where a crop lies between the first and the last place that there is, from 0 to 1, down and
+#: across; ``None`` for the middle.
 Place = tuple[float, float] | None
 #: A file, or a function that loads an image from elsewhere.
 Source = Path | Callable[[], Any]

@@ -15,7 +15,7 @@ from PIL import Image
 from curvlinops_diffusion.loading.labels import Classes
 from curvlinops_diffusion.loading.metadata import COLUMNS, IMAGE_COLUMNS
 from curvlinops_diffusion.loading.named_images import NamedImages
-from curvlinops_diffusion.loading.preprocessing import FILE_CHANNELS, Form, Loaded
+from curvlinops_diffusion.loading.preprocessing import FILE_CHANNELS, Form, Loaded, Place
 from curvlinops_diffusion.runtime.digests import digest_of
 
 _HOLDS = (
@@ -67,18 +67,18 @@ def images_of_arrays(path: Path, form: Form) -> NamedImages:
         )
     names = [f"{path.name}[{n}]" for n in range(len(images))]
 
-    def load(n: int) -> Loaded:
+    def load(n: int, place: Place) -> Loaded:
         array = images[n]
         if array.dtype != np.uint8:
             x = torch.from_numpy(np.asarray(array, dtype=np.float32))
             x = x.unsqueeze(0) if x.ndim == 2 else x
-            return form.sized(x, names[n]), (x.shape[1], x.shape[2])
+            return form.sized(x, names[n], place), (x.shape[1], x.shape[2])
         height, width = array.shape[:2]
         if form.channels in (None, *FILE_CHANNELS):
             flat = array if array.ndim == 2 or array.shape[-1] > 1 else array[..., 0]
-            return form.tensor(Image.fromarray(flat), names[n]), (height, width)
+            return form.tensor(Image.fromarray(flat), names[n], place), (height, width)
         x = torch.from_numpy(array).movedim(-1, 0).float() / 127.5 - 1
-        return form.sized(x, names[n]), (height, width)
+        return form.sized(x, names[n], place), (height, width)
 
     return NamedImages(
         names,
@@ -205,7 +205,7 @@ def images_of_dataset(data: Any, path: Path, form: Form) -> NamedImages:
 
     return NamedImages(
         names,
-        lambda n: form.load(partial(picture, images, column, n), names[n]),
+        lambda n, place: form.load(partial(picture, images, column, n), names[n], place),
         source_digest,
         form,
         conditions,
