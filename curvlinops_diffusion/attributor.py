@@ -6,6 +6,7 @@ Legend: Q queries, N training images.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,6 +39,7 @@ from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.linalg.parameters import Parameters
+from curvlinops_diffusion.loading.dataset_config import DatasetConfig, is_config
 from curvlinops_diffusion.page.gallery import RegressionGallery
 from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
@@ -48,6 +50,7 @@ from curvlinops_diffusion.runtime.processes import Processes
 
 OPERATORS = {"ekfac": DiffusionEKFACLinearOperator, "kfac": DiffusionKFACLinearOperator}
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class Attributor:
@@ -148,6 +151,7 @@ class Attributor:
         weighting: Any = None,
         reduction: Literal["mean", "sum"] = "mean",
         condition_dropout: float = 0.0,
+        prior_loss_weight: float = 1.0,
         training_arguments: Mapping[str, Any] | None = None,
         latent_cache: str | PathLike[str] | None = None,
         autocast: Any = None,
@@ -166,7 +170,9 @@ class Attributor:
                 [-1, 1], or a data set. Folders may be as trainers lay them out: with metadata.jsonl
                 or metadata.csv, captions in files beside the images, and kohya's ``30_shs dog``,
                 whose repeats become ``example_weights`` and whose name is the prompt of images
-                that have no caption.
+                that have no caption. Or the ``dataset.toml`` of its scripts, which decides what of
+                ``resolution``, ``buckets``, ``augment``, ``random_crop``, ``shuffle_captions``,
+                ``tag_dropout`` and ``condition_dropout`` is not given.
             prompts: A prompt for each image; or one for all that have none of their own, queries
                 included.
             labels: A class for each image, in the order of ``images``.
@@ -180,6 +186,8 @@ class Attributor:
                 :class:`~curvlinops_diffusion.DenoisingObjective`; ``None`` for all alike.
             reduction: ``'mean'`` or ``'sum'`` of squared errors over an image's entries.
             condition_dropout: The probability with which training dropped the prompt or label.
+            prior_loss_weight: The weight of the loss of regularisation images, which a
+                ``dataset.toml`` lists as ``is_reg``.
             training_arguments: What else training gave the network, by the names in ``diffusers``'
                 training scripts, see
                 :meth:`~curvlinops_diffusion.DenoisingObjective.from_pipeline`; ``None`` for what
@@ -193,12 +201,14 @@ class Attributor:
             ValueError: If the pipeline is of no known kind, or images, prompts and labels do not
                 fit together or are not what it takes.
         """
+        known = {k: v for k, v in locals().items() if k in _OF_PIPELINE}
+        if decided := _decided(images, known, options):
+            return cls.from_pipeline(pipeline, images, **(known | options | decided))
         if isinstance(pipeline, list | tuple):
             from curvlinops_diffusion.checkpoints import CheckpointAttributor
 
             # of each the same: all other arguments
-            told = {k: v for k, v in locals().items() if k in _OF_PIPELINE}
-            return CheckpointAttributor(pipeline, images, **told, **options)
+            return CheckpointAttributor(pipeline, images, **known, **options)
         network = _loading().Network.of_pipeline(
             pipeline,
             params,
@@ -210,7 +220,7 @@ class Attributor:
             autocast=autocast,
         )
         beside: dict[str, Any] = {"prompts": prompts, "labels": labels}
-        beside |= {"caption_extension": caption_extension}
+        beside |= {"caption_extension": caption_extension, "prior_loss_weight": prior_loss_weight}
         return cls.of_network(network, images, resolution=resolution, **beside, **options)
 
     @classmethod
@@ -223,6 +233,7 @@ class Attributor:
         labels: Sequence[int] | None = None,
         caption_extension: str | None = None,
         resolution: int | None = None,
+        prior_loss_weight: float = 1.0,
         **options: Any,
     ) -> Self:
         """The attributor of a network that is loaded, and of what it covers.
@@ -234,6 +245,7 @@ class Attributor:
             labels: Likewise.
             caption_extension: Likewise.
             resolution: Likewise.
+            prior_loss_weight: Likewise.
             options: Likewise.
 
         Raises:
@@ -244,15 +256,18 @@ class Attributor:
             network, prompts = network.with_prompt(prompts, caption_extension), None
         elif caption_extension is not None:
             network = network.with_prompt(None, caption_extension)
-        if options.get("random_crop") and resolution is None:
+        form, condition = network.form(resolution), network.condition
+        train = open_images(images, form, condition, prompts=prompts, labels=labels)
+        if options.get("random_crop") and form.resolution is None:
             raise ValueError(
                 "`random_crop` must come with a `resolution`, got none: whole images have no "
                 "other parts. Pass the one of training."
             )
-        form, condition = network.form(resolution), network.condition
-        train = open_images(images, form, condition, prompts=prompts, labels=labels)
-        if train.example_weights is not None:
-            options = {"example_weights": train.example_weights, **options}
+        weights = train.weights(prior_loss_weight)
+        if weights is not None:
+            options = {"example_weights": weights, **options}
+        if train.keep_tokens is not None and not options.get("keep_tokens"):
+            options["keep_tokens"] = train.keep_tokens
         beside = list(condition.images) or None  # mirrored with the image
         found = cls(
             network.objective, train, network.params, augmented_conditions=beside, **options
@@ -633,7 +648,7 @@ class Attributor:
 
 
 # the keyword arguments of from_pipeline, which checkpoints have in common
-_OF_PIPELINE = frozenset(Attributor.from_pipeline.__func__.__kwdefaults__)  # type: ignore[attr-defined]
+_OF_PIPELINE: Mapping[str, Any] = Attributor.from_pipeline.__func__.__kwdefaults__  # type: ignore[attr-defined]
 _RECIPE = frozenset(
     {
         *("timesteps", "augment", "augmented_conditions", "noise_offset"),
@@ -661,6 +676,20 @@ def _loading() -> Any:
             f"Reading images needs {error.name}: pip install 'curvlinops-diffusion[cli]'."
         ) from error
     return SimpleNamespace(open_images=images.open_images, Network=network.Network)
+
+
+def _decided(images: Any, known: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """What a file that lists the images decides of options that are not given by hand."""
+    if not is_config(images):
+        return {}
+    config = DatasetConfig(images)
+    at_defaults = {k for k in known.keys() & config.settings.keys() if known[k] == _OF_PIPELINE[k]}
+    given = {k: v for k, v in (known | options).items() if k not in at_defaults}
+    found, lines = config.settled(given, {*known, *_RECIPE})
+    decided = {k: v for k, v in found.items() if k not in known or v != known[k]}
+    for line in [*(f"`{k}={v!r}`, by '{images}'" for k, v in decided.items()), *lines]:
+        log.info(line)
+    return decided
 
 
 def _gallery(data: Any, regression: NoisedRegression) -> Any:

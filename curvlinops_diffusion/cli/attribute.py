@@ -190,7 +190,7 @@ def _opened(options: Namespace, operator: Path | None = None) -> Iterator[Attrib
         network = load_network(options, names)
         several = distributed.is_available() and distributed.is_initialized()
         arguments = chosen(options, ATTRIBUTOR) | chosen(options, REGRESSION)
-        arguments["resolution"] = options.resolution
+        arguments |= {k: getattr(options, k) for k in ("resolution", "prior_loss_weight")}
         gigabytes = options.max_memory
         arguments["passes"] = PassOptions(
             None,

@@ -84,7 +84,8 @@ _OWN: dict[str, tuple[Any, str]] = {
     "data": (
         Path,
         "Training images: a folder (subfolders are classes; metadata.jsonl may give text or "
-        "label), a data set of the library datasets saved to disk, or an .npz file.",
+        "label), a data set of the library datasets saved to disk, an .npz file, or the "
+        "dataset.toml of kohya's scripts.",
     ),
     "queries": (Path, "The images to explain, in the same forms, or one image file."),
     "operator": (Path, "The file that fit wrote, which says what that was given."),
@@ -140,6 +141,7 @@ _OWN: dict[str, tuple[Any, str]] = {
 _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("params", "training_arguments"), (PIPELINE, list[str])),
     **dict.fromkeys(("reduction", "condition_dropout", "resolution"), (PIPELINE,)),
+    "prior_loss_weight": (PIPELINE,),
     "autocast": (PIPELINE, Literal["bfloat16", "float16"]),
     "latent_cache": (PIPELINE, Path),
     "weighting": (
@@ -227,7 +229,7 @@ NETWORK = "pipeline variant model scheduler lora device dtype autocast latent_ca
 TRAINING = (
     "weighting snr_gamma reduction timesteps condition_dropout noise_offset input_perturbation "
     "training_arguments augment random_crop shuffle_captions keep_tokens tag_dropout resolution "
-    "prompt caption_extension seed"
+    "prior_loss_weight prompt caption_extension seed"
 )
 _RUN = "batch_size sharded max_memory checkpoint_every timeout overwrite dry_run log quiet debug"
 

@@ -307,7 +307,7 @@ class NoisedRegression:
                 pass
         identity = dict(self._data_identity)
         if self._cropped is not None:  # what lies outside of the middle is seen as well
-            sources = getattr(self._cropped, "source_digests", list)()
+            sources: list[str] = getattr(self._cropped, "source_digests", list)()
             identity["digest"] = digest_of(identity["digest"], *sources)
         return identity
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from curvlinops_diffusion.loading.dataset_config import SUFFIXES as CONFIGS
 from curvlinops_diffusion.loading.labels import Classes
 from curvlinops_diffusion.loading.metadata import decoded, is_of_images, is_table
 from curvlinops_diffusion.runtime.files import files_below
@@ -16,7 +17,8 @@ from curvlinops_diffusion.runtime.files import files_below
 ACCEPTED = (
     "Pass a folder of images (subfolders are classes; metadata.jsonl or metadata.csv may give "
     "'text' or 'label' for each 'file_name', or files beside images captions), one image, a data "
-    "set saved by datasets' save_to_disk, or an .npz file with 'images' (and 'labels')"
+    "set saved by datasets' save_to_disk, an .npz file with 'images' (and 'labels'), or the "
+    "dataset.toml of kohya's scripts"
 )
 SUFFIXES = {
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
@@ -65,7 +67,7 @@ def check_images(path: Path) -> None:
     if not path.exists():
         raise ValueError(f"'{path}' does not exist. {ACCEPTED}.")
     if path.is_file():
-        if path.suffix.lower() not in (*SUFFIXES, ".npz"):
+        if path.suffix.lower() not in (*SUFFIXES, *CONFIGS, ".npz"):
             raise ValueError(f"'{path}' is in no known form. {ACCEPTED}.")
         if path.stat().st_size == 0:
             raise ValueError(f"'{path}' is empty. {ACCEPTED}.")

@@ -13,6 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from curvlinops_diffusion.loading.dataset_config import (
+    DatasetConfig,
+    is_config,
+    names_of,
+    weights_of,
+)
 from curvlinops_diffusion.loading.folders import (
     ACCEPTED,
     captions_beside,
@@ -150,7 +156,9 @@ def _of_path(path: Path, form: Form, condition: Condition | None) -> NamedImages
     if path.suffix != ".npz":
         form.check_channels()
     check_images(path)
-    if is_saved_dataset(path):
+    if is_config(path):
+        images = _of_config(path, form, condition)
+    elif is_saved_dataset(path):
         images = images_of_dataset(saved_dataset(path), path, form)
     elif path.is_dir():
         images = _of_folder(path, form, condition)
@@ -160,6 +168,19 @@ def _of_path(path: Path, form: Form, condition: Condition | None) -> NamedImages
         images = _of_files([path], [path.name], form)
     if len(images) == 0:
         raise ValueError(f"'{path}' holds no images. {ACCEPTED}.")
+    return images
+
+
+def _of_config(path: Path, form: Form, condition: Condition | None) -> NamedImages:
+    """The images that a file of kohya's scripts lists, with their prompts and weights."""
+    config = DatasetConfig(path)
+    listed, notes = config.images(None if condition is None else condition.caption_extension)
+    images = _of_files([image.file for image in listed], names_of(listed), form)
+    images.conditions["prompt"] = [image.prompt for image in listed]
+    images.example_weights = weights_of(listed)
+    images.keep_tokens = [image.kept for image in listed]
+    images.regularises = [image.regularises for image in listed]
+    images.unread, images.notes = list(config.unread), notes
     return images
 
 

@@ -32,6 +32,9 @@ class NamedImages(Dataset[dict[str, Any]]):
         captions_beside: Files that may hold an image's caption and were not read, by its name.
         example_weights: How much more often than others training saw each image, on average 1;
             ``None`` if all alike.
+        keep_tokens: The tags at both ends of each caption that training left where they were, where
+            these differ or the data say so; ``None`` inside for all.
+        regularises: Whether each image is there to preserve a prior.
         tells_sizes: Whether an item has the size of the original image, and the top left corner
             of what was cut out of it, as Stable Diffusion XL takes them.
         digests: A digest of each item, from when it was read first; ``None`` until then.
@@ -54,6 +57,8 @@ class NamedImages(Dataset[dict[str, Any]]):
         self.left_out: list[str] = []
         self.captions_beside: dict[str, str] = {}
         self.example_weights: list[float] | None = None
+        self.keep_tokens: list[tuple[int, int] | None] | None = None
+        self.regularises: list[bool] | None = None
         self.unread = list(unread)
         self.notes = list(notes)
         self.digests: list[str | None] = [None] * len(names)
@@ -121,6 +126,14 @@ class NamedImages(Dataset[dict[str, Any]]):
         if not self._source_digests:
             self._source_digests = [self._source_digest(n) for n in range(len(self))]
         return self._source_digests
+
+    def weights(self, prior_loss_weight: float) -> list[float] | None:
+        """How much more often than others each image was seen, times the weight of its loss."""
+        if prior_loss_weight == 1 or not any(self.regularises or ()):
+            return self.example_weights
+        seen = self.example_weights or [1.0] * len(self)
+        prior = zip(seen, self.regularises or (), strict=True)
+        return [each * (prior_loss_weight if yes else 1) for each, yes in prior]
 
     def caption(self, n: int) -> str:
         """The prompt or class of an image; nothing if it has none."""
