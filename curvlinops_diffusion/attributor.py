@@ -28,7 +28,7 @@ from curvlinops_diffusion.curvature.load import (
 )
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
-from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.diffusion.regression import OF_TRAINING, NoisedRegression
 from curvlinops_diffusion.influence.agreement import Agreement, plain_numbers
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernel_regression import RIDGE
@@ -325,7 +325,7 @@ class Attributor:
         self, data: Any, num_draws: int, measurement: Any
     ) -> ExampleGradientLinearOperator:
         """Gradients of queries that are open."""
-        own = {k: v for k, v in self._recipe.items() if k not in _OF_TRAINING}
+        own = {k: v for k, v in self._recipe.items() if k not in OF_TRAINING}
         seed = self.regression.draws.seed + 1
         regression = _drawn(NoisedRegression(self.objective, data, 1, seed, **own), num_draws)
         return ExampleGradientLinearOperator(regression, self._covered, measurement=measurement)
@@ -656,11 +656,6 @@ _RECIPE = frozenset(
         *("shuffle_captions", "keep_tokens", "tag_dropout"),
     }
 )
-# of a recipe's parts, those that are of the training images alone: a query is what it is
-_OF_TRAINING = {
-    *("augment", "augmented_conditions", "example_weights"),
-    *("random_crop", "shuffle_captions", "keep_tokens", "tag_dropout"),
-}
 
 
 def _loading() -> Any:

@@ -18,7 +18,7 @@ from curvlinops_diffusion import page
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import PLAN, REGRESSION, chosen
 from curvlinops_diffusion.cli.running import event, say
-from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.diffusion.regression import OF_TRAINING, NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
 from curvlinops_diffusion.influence.score_files import helpful_sign
@@ -203,7 +203,7 @@ def measured(
     """
     network = load_network(options)
     images = open_images(options.queries, network.form(options.resolution), network.condition)
-    recipe = {k: v for k, v in chosen(options, REGRESSION).items() if k != "augment"}
+    recipe = {k: v for k, v in chosen(options, REGRESSION).items() if k not in OF_TRAINING}
     query = NoisedRegression(
         network.objective,
         images,

@@ -33,6 +33,12 @@ from curvlinops_diffusion.runtime.devices import to_like
 from curvlinops_diffusion.runtime.digests import digest_of, fingerprint
 from curvlinops_diffusion.runtime.sharded_networks import is_sharded
 
+#: The options that are of training images alone: a query is what it is, with its own caption.
+OF_TRAINING = {
+    *("augment", "augmented_conditions", "example_weights"),
+    *("random_crop", "shuffle_captions", "keep_tokens", "tag_dropout"),
+}
+
 
 def check_regression(value: Any) -> None:
     """Check what an operator is made of."""
