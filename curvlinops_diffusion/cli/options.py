@@ -140,6 +140,9 @@ _OWN: dict[str, tuple[Any, str]] = {
 _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("params", "training_arguments"), (PIPELINE, list[str])),
     **dict.fromkeys(("reduction", "condition_dropout", "resolution"), (PIPELINE,)),
+    **dict.fromkeys(("bucket_step", "bucket_min", "bucket_max"), (PIPELINE,)),
+    **dict.fromkeys(("bucket_no_upscale", "interpolation"), (PIPELINE,)),
+    "buckets": (PIPELINE, bool | str),
     "autocast": (PIPELINE, Literal["bfloat16", "float16"]),
     "latent_cache": (PIPELINE, Path),
     "weighting": (
@@ -220,7 +223,8 @@ NETWORK = "pipeline variant model scheduler lora device dtype autocast latent_ca
 #: The loss that it was trained with, and on what; the same for all commands of a run.
 TRAINING = (
     "weighting snr_gamma reduction timesteps condition_dropout noise_offset input_perturbation "
-    "training_arguments augment resolution prompt caption_extension seed"
+    "training_arguments augment resolution buckets bucket_step bucket_min bucket_max "
+    "bucket_no_upscale interpolation prompt caption_extension seed"
 )
 _RUN = "batch_size sharded max_memory checkpoint_every timeout overwrite dry_run log quiet debug"
 

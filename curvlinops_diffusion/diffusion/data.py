@@ -25,7 +25,8 @@ _SAME_EACH_TIME = (
 class CleanData:
     """A re-iterable of :class:`CleanBatch` over everything that users pass as data.
 
-    Examples are numbered in the order of iteration, which therefore must be the same each time.
+    Examples are numbered in the order of iteration, which therefore must be the same each time, or
+    by the data set that has a shape for each of its items.
 
     Attributes:
         batch_size: The same; ``None`` where the data comes in batches.
@@ -68,19 +69,20 @@ class CleanData:
             identify: Whether to digest the data even if it has to be copied from a GPU.
         """
         end, identity = None, None if self.identity else _Identity()
-        for number, start, batch in self._source.start(wanted):
+        for number, indices, batch in self._source.start(wanted):
             if batch is None:
-                end = start
+                assert isinstance(indices, range), "of a stream"
+                end = indices.start
                 continue
             x0, condition = split(batch)
-            check_images(x0, start)
+            check_images(x0, indices)
             check_condition(condition, len(x0))
             mask = None if self._mask is None else loss_mask(self._mask, condition, x0)
-            clean = CleanBatch(range(start, start + len(x0)), x0, self._shown(condition), mask)
+            clean = CleanBatch(indices, x0, self._shown(condition), mask)
             self._check_seen(number, clean)
             yield number, clean
             # when the next is asked for, so that nothing waits for it where no next one is
-            if identity is not None and not identity.takes(clean, identify):
+            if identity is not None and not identity.takes(number, clean, identify):
                 identity = None
         if end is not None and self._counted is not None and end != self._counted:
             raise ValueError(
@@ -149,15 +151,17 @@ class _Identity:
         self._sizes: list[int] = []
         self.num_examples = 0
 
-    def takes(self, clean: CleanBatch, from_gpu: bool) -> bool:
+    def takes(self, number: int, clean: CleanBatch, from_gpu: bool) -> bool:
         """Take a batch, if it is the next one, and need not be copied from a GPU."""
         entries = clean.entries()
         on_cpu = all(not isinstance(z, Tensor) or z.device.type == "cpu" for _, z in entries)
-        if clean.indices[0] != self.num_examples or not (on_cpu or from_gpu):
+        if number != len(self._sizes) or not (on_cpu or from_gpu):
             return False
         self._sizes.append(len(clean.indices))
-        self.num_examples += len(clean.indices)
-        for position in range(len(clean.indices)):
+        for position, n in enumerate(clean.indices):
+            if n != self.num_examples:  # batches of one shape each leave the order of the data
+                self._digest.update(f"{n}".encode())
+            self.num_examples += 1
             for name, value in entries:
                 self._digest.update(name.encode())
                 one = value[position] if has_rows(value) else value

@@ -95,7 +95,9 @@ class Trial:
                     break
             low, high = (draw_of[r] for r in chosen)
             if parts and _sizes(parts[0][0]) != _sizes(low):
-                break
+                if found >= FEW:
+                    break
+                parts, cleans, found = [], [], 0  # one alone says nothing of a batch
             parts.append((low, high))
             cleans.append(some)
             found += len(some.indices)

@@ -28,7 +28,8 @@ from curvlinops_diffusion.loading.folders import (
 from curvlinops_diffusion.loading.labels import Condition
 from curvlinops_diffusion.loading.metadata import Metadata
 from curvlinops_diffusion.loading.named_images import NamedImages, counted
-from curvlinops_diffusion.loading.preprocessing import Form, Loaded, upright_size
+from curvlinops_diffusion.loading.preprocessing import Form, Loaded
+from curvlinops_diffusion.loading.sizes import Size
 from curvlinops_diffusion.loading.stored import (
     images_of_arrays,
     images_of_dataset,
@@ -237,6 +238,7 @@ def _of_files(files: Sequence[Path], names: list[str], form: Form) -> NamedImage
         lambda n: form.load(files[n], names[n]),
         lambda n: digest_of(files[n].read_bytes()),
         form,
+        size=lambda n: form.size_in(files[n], names[n]),
     )
 
 
@@ -266,16 +268,21 @@ def _of_any(given: Any, form: Form) -> NamedImages:
         raise ValueError(f"`images` holds a {type(wrong[0]).__name__}. {_ACCEPTED}.")
     names = [str(n) for n in range(len(things))]
 
+    def size(n: int) -> Size:
+        thing = things[n]
+        is_image = isinstance(thing, Image.Image)
+        return form.size_of(thing) if is_image else (thing.shape[1], thing.shape[2])
+
     def load(n: int) -> Loaded:
         thing = things[n]
         if isinstance(thing, Image.Image):
-            return form.tensor(thing, names[n]), upright_size(thing)
+            return form.tensor(thing, names[n]), size(n)
         x = torch.as_tensor(thing)
         if not x.is_floating_point() or x.ndim != 3:
             raise ValueError(
                 f"Image {n} must be floating point in [-1, 1], [C, H, W], got {x.dtype} of shape "
                 f"{tuple(x.shape)}."
             )
-        return form.sized(x, names[n]), (x.shape[1], x.shape[2])
+        return form.sized(x, names[n]), size(n)
 
-    return NamedImages(names, load, lambda n: digest_of(load(n)[0]), form)
+    return NamedImages(names, load, lambda n: digest_of(load(n)[0]), form, size=size)
