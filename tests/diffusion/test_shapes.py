@@ -5,10 +5,14 @@ import warnings
 import curvlinops
 import pytest
 import torch
+from diffusers import DDPMScheduler
+from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import to_tensor
 
 from curvlinops_diffusion import (
+    Attributor,
     DenoisingObjective,
     DiffusionEKFACLinearOperator,
     DiffusionGGNLinearOperator,
@@ -20,11 +24,15 @@ from curvlinops_diffusion import (
     regression_scores,
     split_half_scores,
 )
+from curvlinops_diffusion.attribution import Attribution
 from curvlinops_diffusion.diffusion.batch import CleanBatch
 from curvlinops_diffusion.influence.streaming import batch_columns
+from curvlinops_diffusion.loading.sizes import resized
 from curvlinops_diffusion.runtime.processes import ALONE
 from tests.cases import StoppedError, noise_levels, seeded, stopped, tiny_unet
 from tests.comparisons import assert_close
+from tests.diffusion.test_pipelines import made, stable_diffusion_xl
+from tests.loading.test_sizes import folder_of
 from tests.reference import (
     ekfac_block,
     flat_gradient,
@@ -93,7 +101,11 @@ def layer_terms(regression, data, module):
     """A layer's inputs ``[S, I]`` and, for each entry, gradients ``[S, O]`` of its outputs."""
     for _, batch, _ in one_by_one(regression, data):
         seen = []
-        hook = module.register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
+
+        def keep(module, args, out, seen=seen):
+            seen.append((args[0], out))
+
+        hook = module.register_forward_hook(keep)
         prediction = regression.objective.predict(batch)
         hook.remove()
         ((x, out),), D = seen, prediction.shape[1]
@@ -221,6 +233,55 @@ def test_a_unet_on_several_shapes_is_what_it_is_on_one():
         warnings.simplefilter("ignore")
         operators = [DiffusionEKFACLinearOperator(each) for each in pairs]
     assert_close(operators[0].trace(), operators[1].trace(), 1e-9)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_pipeline_with_kohyas_buckets(tmp_path):
+    """Noised latents and condition of every image are those of a training step of its bucket."""
+    pipeline = made(stable_diffusion_xl, tmp_path)
+    sizes = [(10, 31), (20, 18), (31, 9), (9, 30)]
+    folder = folder_of(tmp_path / "data", *sizes)
+    (folder / "metadata.jsonl").write_text(
+        "\n".join(f'{{"file_name": "i{n}.png", "text": "a dog"}}' for n in range(4))
+    )
+    sizing = {"resolution": 16, "buckets": True, "bucket_step": 8, "bucket_min": 8}
+    attributor = Attributor.from_pipeline(
+        *(pipeline, folder),
+        **{**sizing, "bucket_max": 32, "latent_cache": tmp_path / "cache", "progressbar": False},
+        params=["*attn2.to_q*"],
+    )
+    assert "3 buckets (2 of 8×24, 1 of 16×16, 1 of 32×8)" in attributor.images.summary()
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    regression, found = attributor.regression, {}
+    for batch in regression.batches():
+        found |= {n: (batch, b) for b, n in enumerate(batch.indices)}
+    # resized to cover the bucket (8 × 24, 16 × 16, …), with half of what is left over cut off
+    resize_and_cut = [((8, 25), (0, 0)), ((18, 16), (1, 0)), ((32, 9), (0, 0)), ((8, 27), (0, 1))]
+    corners = [(0, 0), (0, 0), (2, 0), (0, 0)]
+    for n, (size, (whole, (top, left))) in enumerate(zip(sizes, resize_and_cut, strict=True)):
+        batch, b = found[n]
+        height, width = bucket = attributor.images.shapes[n]
+        opened = Image.open(folder / f"i{n}.png")
+        pixels = to_tensor(resized(opened, whole, None, True)) * 2 - 1
+        pixels = pixels[:, top : top + height, left : left + width]
+        latents = pipeline.vae.encode(pixels[None]).latent_dist
+        eps = regression.draws.noise([n], 0, latents.mean.shape[1:])
+        eta = regression.draws.latent_noise([n], 0, latents.mean.shape[1:])
+        x0 = (latents.mean + latents.std * eta) * pipeline.vae.config.scaling_factor
+        level = batch.timestep_B[b : b + 1].long()
+        noised = scheduler.add_noise(x0, eps, level)
+        assert_close(batch.x_t[b], noised[0].detach(), 1e-5)
+        told = batch.condition["added_cond_kwargs"]["time_ids"][b]
+        assert told.tolist() == [*size, *corners[n], *bucket]
+    attributor.fit("kfac", num_draws=1)
+    result = attributor.score(
+        folder_of(tmp_path / "queries", (12, 33), (17, 17)), num_draws=4, prompts="a cat"
+    )
+    result.save(tmp_path / "scores.safetensors")
+    again = Attribution.load(tmp_path / "scores.safetensors", folder, tmp_path / "queries")
+    assert again.train[0]["x0"].shape == (3, 8, 24)
+    assert torch.equal(again.scores, result.scores)
+    assert len(list((tmp_path / "cache").iterdir())) == 3 + 2  # a file for each batch
 
 
 def test_networks_are_tried_out_on_another_shape():
