@@ -197,7 +197,7 @@ class Retrial:
 
     What couples examples, or is random, may do so for some of the data only, and what hooks see may
     depend on the example. The price falls with the length of the pass. Where images have several
-    shapes, it does so at the first batch of another shape, too.
+    shapes, it does so at the first batch of two other ones, too.
 
     Args:
         regression: Objective, data and draws.
@@ -218,7 +218,7 @@ class Retrial:
                 not see a gradient, or see one that is not finite.
         """
         number, self._shown = self._shown, self._shown + 1
-        other = len(self._shapes) == 1 and clean.x0.shape[1:] not in self._shapes
+        other = 0 < len(self._shapes) < 3 and clean.x0.shape[1:] not in self._shapes
         self._shapes.add(clean.x0.shape[1:])
         if (number < 3 or number & (number + 1)) and not other:
             return

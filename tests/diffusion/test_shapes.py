@@ -18,17 +18,17 @@ from curvlinops_diffusion import (
     DiffusionGGNLinearOperator,
     DiffusionKFACLinearOperator,
     ExampleGradientLinearOperator,
+    KernelOptions,
     NoisedRegression,
     PassOptions,
     influence_scores,
+    kernel_regression_scores,
     regression_scores,
     split_half_scores,
 )
 from curvlinops_diffusion.attribution import Attribution
 from curvlinops_diffusion.diffusion.batch import CleanBatch
-from curvlinops_diffusion.influence.streaming import batch_columns
 from curvlinops_diffusion.loading.sizes import resized
-from curvlinops_diffusion.runtime.processes import ALONE
 from tests.cases import StoppedError, noise_levels, seeded, stopped, tiny_unet
 from tests.comparisons import assert_close
 from tests.diffusion.test_pipelines import made, stable_diffusion_xl
@@ -41,6 +41,7 @@ from tests.reference import (
     shared_inputs,
     to_dense,
 )
+from tests.runtime.test_processes import processes
 
 SHAPES = [(4, 8), (8, 4), (4, 8), (8, 8), (8, 4), (8, 4)]
 
@@ -127,7 +128,7 @@ def test_batches_are_of_one_shape_and_examples_keep_their_numbers():
 
 def test_the_order_of_the_data_is_part_of_its_identity():
     """Of the same images in the same batches, numbered otherwise, nothing is found again."""
-    first, second, order = Shaped(), Shaped(), [1, 0, 2, 3, 4, 5]
+    first, second, order = Shaped(), Shaped(), [0, 2, 1, 3, 4, 5]
     second.images, second.shapes = ([z[n] for n in order] for z in (first.images, SHAPES))
     kept = [problem(data=data).data_identity() for data in (first, second, first)]
     assert kept[0] == kept[2]
@@ -156,8 +157,6 @@ def test_exact_products_gradients_and_scores_against_a_dense_twin(tmp_path):
     V = torch.randn(len(G), 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert_close(gradients @ V, J @ V, 1e-10)
     assert_close(gradients.adjoint() @ V[:6], J.T @ V[:6], 1e-10)
-    for clean in regression.clean_batches():
-        assert_close(batch_columns(gradients, clean, ALONE), J[list(clean.indices)].T, 1e-10)
     upstream = curvlinops.GGNLinearOperator(
         regression.model_func,
         regression.loss_func,
@@ -235,6 +234,26 @@ def test_a_unet_on_several_shapes_is_what_it_is_on_one():
     assert_close(operators[0].trace(), operators[1].trace(), 1e-9)
 
 
+def scored(rank, sharded=False):
+    """Scores, and those of a regression that is iterated, alone or by several processes."""
+    passes = PassOptions(distributed=rank is not None, sharded=sharded)
+    regression = problem(batch_size=3)
+    inverse = DiffusionKFACLinearOperator(regression, passes=passes).inverse(damping=1e-2)
+    J, options = ExampleGradientLinearOperator(regression), KernelOptions(3, 10_000, tolerance=1e-9)
+    return {
+        "scores": influence_scores(J, inverse, J, query_block=4, passes=passes),
+        "iterated": kernel_regression_scores(J, inverse, J, options=options, passes=passes),
+    }
+
+
+@pytest.mark.parametrize("sharded", [False, "data"])
+def test_two_processes_as_one(tmp_path, sharded):
+    expected = scored(None)
+    for found in processes(2, tmp_path / "run", scored, sharded):
+        for name, tensor in expected.items():
+            assert_close(found[name], tensor, 1e-6)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_pipeline_with_kohyas_buckets(tmp_path):
     """Noised latents and condition of every image are those of a training step of its bucket."""
@@ -285,7 +304,7 @@ def test_a_pipeline_with_kohyas_buckets(tmp_path):
 
 
 def test_networks_are_tried_out_on_another_shape():
-    """What couples examples of one shape alone is found at its first batch."""
+    """What couples examples of one shape alone is found at its first batch, the third here."""
 
     class Coupled(nn.Module):
         def __init__(self):
@@ -296,5 +315,7 @@ def test_networks_are_tried_out_on_another_shape():
             found = self.layer(x_t, t)
             return found + x_t.mean() if x_t.shape[2:] == (8, 4) else found
 
+    data = Shaped()
+    data.images, data.shapes = data.images[:5], SHAPES[:5]
     with pytest.raises(ValueError, match="depends on the rest of its batch"):
-        DiffusionKFACLinearOperator(problem(Coupled()))
+        DiffusionKFACLinearOperator(problem(Coupled(), data=data))
