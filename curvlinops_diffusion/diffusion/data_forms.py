@@ -125,7 +125,7 @@ def _of_items(data: Any, batch_size: int) -> Source:
             f"The data must be {ACCEPTED}, got {type(data).__name__}, of which item 0 cannot be "
             f"read ({quoted(error)})."
         ) from error
-    shapes = getattr(data, "shapes", None)
+    shapes: Any = getattr(data, "shapes", None)
     # a user's data set may call anything that
     fits = isinstance(shapes, list) and {type(shape) for shape in shapes} == {tuple}
     if fits and len(shapes) != len(data):

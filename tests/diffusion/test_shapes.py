@@ -211,6 +211,17 @@ def test_kronecker_factors_against_a_dense_twin(approx):
             assert_close(dense_of(corrected[f"{name}.weight"]), ekfac_block(A, B, F), 1e-8)
 
 
+def test_kfac_of_a_linear_network_is_exact():
+    """As on one shape: the mean over an image's entries weights its positions as ``A`` does."""
+    model, data = seeded(nn.Conv2d(1, 2, 1, bias=False), nn.Conv2d(2, 1, 1, bias=False)), Shaped()
+    regression = problem(model, data=data)
+    G, _ = dense(regression, data)
+    kfac = DiffusionKFACLinearOperator(regression, fisher_type="type-2")
+    first, second = (dense_of(placed.block) for placed in kfac.blocks)
+    assert_close(first, G[:2, :2], 1e-10)
+    assert_close(second, G[2:, 2:], 1e-10)
+
+
 def dense_of(block):
     O, I = block.shape
     X = torch.eye(O * I, dtype=torch.float64).reshape(O, I, O * I)
