@@ -31,7 +31,7 @@ from curvlinops_diffusion.diffusion.batch import CleanBatch
 from curvlinops_diffusion.loading.sizes import resized
 from tests.cases import StoppedError, noise_levels, seeded, stopped, tiny_unet
 from tests.comparisons import assert_close
-from tests.diffusion.test_pipelines import made, stable_diffusion_xl
+from tests.diffusion.test_pipelines import PROMPTS, dit, flux, made, stable_diffusion_xl
 from tests.loading.test_sizes import folder_of
 from tests.reference import (
     ekfac_block,
@@ -312,6 +312,33 @@ def test_a_pipeline_with_kohyas_buckets(tmp_path):
     assert again.train[0]["x0"].shape == (3, 8, 24)
     assert torch.equal(again.scores, result.scores)
     assert len(list((tmp_path / "cache").iterdir())) == 3 + 2  # a file for each batch
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wide_and_high_images_of_equally_many_tokens(tmp_path):
+    """Latents packed into tokens: of one shape, but each pixel has a place of its own."""
+
+    class Prompted(Shaped):
+        def condition(self, n):
+            return {"prompt": PROMPTS[n % 3]}
+
+    data = Prompted()
+    data.shapes = [(8, 16), (16, 8), (8, 16), (16, 8)]
+    data.images = [torch.rand(3, *shape) * 2 - 1 for shape in data.shapes]
+    objective = DenoisingObjective.from_pipeline(made(flux, tmp_path))
+    rows = [
+        ExampleGradientLinearOperator(
+            NoisedRegression(objective, data, 1, batch_size=size), ["x_embedder.weight"]
+        ).rows()
+        for size in (2, 1)
+    ]
+    assert_close(*rows, 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_networks_of_one_size_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`buckets` must be left out: a DiTTransformer2DModel"):
+        Attributor.from_pipeline(made(dit, tmp_path), torch.zeros(1, 3, 8, 8), buckets="8,8")
 
 
 def test_networks_are_tried_out_on_another_shape():
