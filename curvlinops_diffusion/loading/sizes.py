@@ -154,7 +154,7 @@ def resized(
     how = interpolation or ("lanczos" if opencv else "bilinear")
     pixels: Any = None
     if opencv and interpolation is None and all(a >= b for a, b in zip(old, new, strict=True)):
-        pixels = _means(_means(np.asarray(image), 0, new[0]), 1, new[1])
+        pixels = _means(_means(np.asarray(image), 1, new[1]), 0, new[0])
         if old == (2 * new[0], 2 * new[1]):  # of which OpenCV rounds halves up
             pixels = np.floor(pixels + 0.5) if image.mode != "F" else pixels
     elif opencv and how != "lanczos":
