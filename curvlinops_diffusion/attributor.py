@@ -148,6 +148,12 @@ class Attributor:
         caption_extension: str | None = None,
         params: Sequence[str] | None = None,
         resolution: int | None = None,
+        buckets: bool | str | Sequence[tuple[int, int]] = False,
+        bucket_step: int = 64,
+        bucket_min: int = 256,
+        bucket_max: int = 1024,
+        bucket_no_upscale: bool = False,
+        interpolation: Literal["bilinear", "bicubic", "lanczos"] | None = None,
         weighting: Any = None,
         reduction: Literal["mean", "sum"] = "mean",
         condition_dropout: float = 0.0,
@@ -181,7 +187,19 @@ class Attributor:
             params: Names or patterns (``'*attn*'``) of the parameters to cover; ``None`` for those
                 of adapters if there are any, else of a ControlNet, else all.
             resolution: The pixels that the shorter side of images is resized to, before a square is
-                cut from the middle; ``None`` for images of the network's size.
+                cut from the middle; with ``buckets=True`` the side of the square whose area these
+                have; ``None`` for images of the network's size.
+            buckets: The aspect buckets that images are resized and cropped to: ``True`` for those
+                of kohya's scripts, or heights and widths, ``[(672, 1568), …]``, as
+                ``--aspect_ratio_buckets`` of ``diffusers``' scripts, also written
+                ``'672,1568;…'``. Batches are of one bucket each.
+            bucket_step: What the sides of kohya's buckets are multiples of.
+            bucket_min: The shortest side that they have.
+            bucket_max: The longest side that they have.
+            bucket_no_upscale: Whether images smaller than their bucket get one of their own.
+            interpolation: How images are resized; ``None`` for bilinear, or with ``buckets=True``
+                what kohya's scripts do (means of areas, and Lanczos where images grow). Some of
+                ``diffusers``' scripts have ``--image_interpolation_mode``, by default lanczos.
             weighting: The loss' weighting of noise levels, as that of
                 :class:`~curvlinops_diffusion.DenoisingObjective`; ``None`` for all alike.
             reduction: ``'mean'`` or ``'sum'`` of squared errors over an image's entries.
@@ -221,7 +239,8 @@ class Attributor:
         )
         beside: dict[str, Any] = {"prompts": prompts, "labels": labels}
         beside |= {"caption_extension": caption_extension, "prior_loss_weight": prior_loss_weight}
-        return cls.of_network(network, images, resolution=resolution, **beside, **options)
+        beside |= {name: value for name, value in locals().items() if name in _SIZING}
+        return cls.of_network(network, images, **beside, **options)
 
     @classmethod
     def of_network(
@@ -232,7 +251,6 @@ class Attributor:
         prompts: str | Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
         caption_extension: str | None = None,
-        resolution: int | None = None,
         prior_loss_weight: float = 1.0,
         **options: Any,
     ) -> Self:
@@ -244,7 +262,6 @@ class Attributor:
             prompts: Likewise.
             labels: Likewise.
             caption_extension: Likewise.
-            resolution: Likewise.
             prior_loss_weight: Likewise.
             options: Likewise.
 
@@ -256,7 +273,8 @@ class Attributor:
             network, prompts = network.with_prompt(prompts, caption_extension), None
         elif caption_extension is not None:
             network = network.with_prompt(None, caption_extension)
-        form, condition = network.form(resolution), network.condition
+        sizing = {name: options.pop(name) for name in _SIZING if name in options}
+        form, condition = network.form(**{"resolution": None, **sizing}), network.condition
         train = open_images(images, form, condition, prompts=prompts, labels=labels)
         if options.get("random_crop") and form.resolution is None:
             raise ValueError(
@@ -283,7 +301,7 @@ class Attributor:
 
         found._open = opened
         found._told = {
-            "form": {"channels": network.channels, "resolution": resolution},
+            "form": form.told,
             "condition": asdict(condition),
         }
         return found
@@ -649,6 +667,8 @@ class Attributor:
 
 # the keyword arguments of from_pipeline, which checkpoints have in common
 _OF_PIPELINE: Mapping[str, Any] = Attributor.from_pipeline.__func__.__kwdefaults__  # type: ignore[attr-defined]
+# those of them that say how images are resized and cropped
+_SIZING = ("resolution", "interpolation", *(k for k in _OF_PIPELINE if k.startswith("bucket")))
 _RECIPE = frozenset(
     {
         *("timesteps", "augment", "augmented_conditions", "noise_offset"),

@@ -15,7 +15,7 @@ from curvlinops_diffusion.attributor import Attributor
 from curvlinops_diffusion.checkpoints import averaged
 from curvlinops_diffusion.cli.cost import fit_cost, score_cost
 from curvlinops_diffusion.cli.earlier import as_yaml, of_run
-from curvlinops_diffusion.cli.network import load_network
+from curvlinops_diffusion.cli.network import load_network, sizing
 from curvlinops_diffusion.cli.options import ATTRIBUTOR, FIT, KFAC, REGRESSION, SCORE, chosen
 from curvlinops_diffusion.cli.paths import at_checkpoint
 from curvlinops_diffusion.cli.running import event, is_first, process_group, say
@@ -190,7 +190,7 @@ def _opened(options: Namespace, operator: Path | None = None) -> Iterator[Attrib
         network = load_network(options, names)
         several = distributed.is_available() and distributed.is_initialized()
         arguments = chosen(options, ATTRIBUTOR) | chosen(options, REGRESSION)
-        arguments |= {k: getattr(options, k) for k in ("resolution", "prior_loss_weight")}
+        arguments |= sizing(options) | {"prior_loss_weight": options.prior_loss_weight}
         gigabytes = options.max_memory
         arguments["passes"] = PassOptions(
             None,

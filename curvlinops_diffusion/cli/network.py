@@ -20,6 +20,7 @@ from curvlinops_diffusion.diffusion import weightings
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.loading.adapters import load_adapters, names_in
 from curvlinops_diffusion.loading.network import TEXT_ENCODERS, Network
+from curvlinops_diffusion.loading.preprocessing import SIZING
 from curvlinops_diffusion.loading.saved_networks import part_folder, parts_of
 from curvlinops_diffusion.loading.weights import check_can_load, check_loaded, misfits
 from curvlinops_diffusion.runtime.checks import quoted
@@ -84,6 +85,11 @@ def load_network(options: Namespace, covered: Sequence[str] = ()) -> Network:
         network = _network(objective, pipeline, options, modules, trained)
     # for queries as well as training images
     return network.with_prompt(options.prompt, options.caption_extension)
+
+
+def sizing(options: Namespace) -> dict[str, Any]:
+    """The options that say how images are resized and cropped."""
+    return {name: getattr(options, name) for name in SIZING}
 
 
 def _of_model(

@@ -142,6 +142,9 @@ _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("params", "training_arguments"), (PIPELINE, list[str])),
     **dict.fromkeys(("reduction", "condition_dropout", "resolution"), (PIPELINE,)),
     "prior_loss_weight": (PIPELINE,),
+    **dict.fromkeys(("bucket_step", "bucket_min", "bucket_max"), (PIPELINE,)),
+    **dict.fromkeys(("bucket_no_upscale", "interpolation"), (PIPELINE,)),
+    "buckets": (PIPELINE, bool | str),
     "autocast": (PIPELINE, Literal["bfloat16", "float16"]),
     "latent_cache": (PIPELINE, Path),
     "weighting": (
@@ -229,7 +232,8 @@ NETWORK = "pipeline variant model scheduler lora device dtype autocast latent_ca
 TRAINING = (
     "weighting snr_gamma reduction timesteps condition_dropout noise_offset input_perturbation "
     "training_arguments augment random_crop shuffle_captions keep_tokens tag_dropout resolution "
-    "prior_loss_weight prompt caption_extension seed"
+    "buckets bucket_step bucket_min bucket_max bucket_no_upscale interpolation prior_loss_weight "
+    "prompt caption_extension seed"
 )
 _RUN = "batch_size sharded max_memory checkpoint_every timeout overwrite dry_run log quiet debug"
 

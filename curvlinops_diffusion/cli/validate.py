@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion import page
-from curvlinops_diffusion.cli.network import load_network
+from curvlinops_diffusion.cli.network import load_network, sizing
 from curvlinops_diffusion.cli.options import PLAN, REGRESSION, chosen
 from curvlinops_diffusion.cli.running import event, say
 from curvlinops_diffusion.diffusion.regression import OF_TRAINING, NoisedRegression
@@ -125,7 +125,7 @@ def validate_measure(options: Namespace) -> None:
     plan = RetrainingPlan.open(options.plan)
     found = networks_of(options.retrained, plan.parts)
     if options.dry_run:
-        count = len(open_images(options.queries, Form(None, None, options.resolution)))
+        count = len(open_images(options.queries, Form(None, None, **sizing(options))))
         samples = count * options.query_draws
         print(f"{len(found):,} networks, {samples:,} samples forward under each")
         return
@@ -202,7 +202,7 @@ def measured(
         seed: The seed of the draws.
     """
     network = load_network(options)
-    images = open_images(options.queries, network.form(options.resolution), network.condition)
+    images = open_images(options.queries, network.form(**sizing(options)), network.condition)
     recipe = {k: v for k, v in chosen(options, REGRESSION).items() if k not in OF_TRAINING}
     query = NoisedRegression(
         network.objective,

@@ -73,7 +73,9 @@ class NoisedRegression:
         objective: The denoising objective.
         data: Clean examples: a tensor ``[N, ...]``; a ``Dataset``; a ``DataLoader`` or a list of
             batches (or of single examples, if the network takes them as no batches). If it has an
-            attribute ``names``, messages name examples by it. Items and batches are tensors, pairs
+            attribute ``names``, messages name examples by it; if a ``Dataset`` has ``shapes``, a
+            list with a tuple for each item, batches are of one shape each (aspect buckets), and
+            results in the order of the items. Items and batches are tensors, pairs
             of these and integer labels or prompts (``'class_labels'``, ``'prompt'``), or dicts with
             key ``'x0'`` whose other entries are passed to the model as keyword arguments
             (``class_labels``, ``encoder_hidden_states``, nested ``added_cond_kwargs``, …); a dict

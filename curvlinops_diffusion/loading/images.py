@@ -34,7 +34,8 @@ from curvlinops_diffusion.loading.folders import (
 from curvlinops_diffusion.loading.labels import Condition
 from curvlinops_diffusion.loading.metadata import Metadata
 from curvlinops_diffusion.loading.named_images import NamedImages, counted
-from curvlinops_diffusion.loading.preprocessing import Form, Loaded, Place, upright_size
+from curvlinops_diffusion.loading.preprocessing import Form, Loaded, Place
+from curvlinops_diffusion.loading.sizes import Size
 from curvlinops_diffusion.loading.stored import (
     images_of_arrays,
     images_of_dataset,
@@ -258,6 +259,7 @@ def _of_files(files: Sequence[Path], names: list[str], form: Form) -> NamedImage
         lambda n, place: form.load(files[n], names[n], place),
         lambda n: digest_of(files[n].read_bytes()),
         form,
+        size=lambda n: form.size_in(files[n], names[n]),
     )
 
 
@@ -287,16 +289,21 @@ def _of_any(given: Any, form: Form) -> NamedImages:
         raise ValueError(f"`images` holds a {type(wrong[0]).__name__}. {_ACCEPTED}.")
     names = [str(n) for n in range(len(things))]
 
+    def size(n: int) -> Size:
+        thing = things[n]
+        is_image = isinstance(thing, Image.Image)
+        return form.size_of(thing) if is_image else (thing.shape[1], thing.shape[2])
+
     def load(n: int, place: Place) -> Loaded:
         thing = things[n]
         if isinstance(thing, Image.Image):
-            return form.tensor(thing, names[n], place), upright_size(thing)
+            return form.tensor(thing, names[n], place), size(n)
         x = torch.as_tensor(thing)
         if not x.is_floating_point() or x.ndim != 3:
             raise ValueError(
                 f"Image {n} must be floating point in [-1, 1], [C, H, W], got {x.dtype} of shape "
                 f"{tuple(x.shape)}."
             )
-        return form.sized(x, names[n], place), (x.shape[1], x.shape[2])
+        return form.sized(x, names[n], place), size(n)
 
-    return NamedImages(names, load, lambda n: digest_of(load(n, None)[0]), form)
+    return NamedImages(names, load, lambda n: digest_of(load(n, None)[0]), form, size=size)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from math import nextafter
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from curvlinops_diffusion.loading.labels import Classes, Conditions
 from curvlinops_diffusion.loading.preprocessing import Form, Loaded, Place
+from curvlinops_diffusion.loading.sizes import Size
 from curvlinops_diffusion.runtime.digests import digest_of
 
 
@@ -50,6 +53,8 @@ class NamedImages(Dataset[dict[str, Any]]):
         classes: Classes | None = None,
         unread: Sequence[str] = (),
         notes: Sequence[str] = (),
+        *,
+        size: Callable[[int], Size] | None = None,
     ):
         self.names = names
         self.conditions = conditions or {}
@@ -65,13 +70,27 @@ class NamedImages(Dataset[dict[str, Any]]):
         self.tells_sizes = False
         self.beside: dict[str, tuple[int, list[Any]]] = {}
         self._load = load
+        self._size = size or (
+            lambda n: load(n, None)[1]
+        )  # without reading pixels, where there is a way
         self._source_digest = source_digest
         self._source_digests: list[str] = []
         self._form = form
-        self._first: tuple[str, Size] | None = None
+        self._first: tuple[str, torch.Size] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @cached_property
+    def shapes(self) -> list[Size] | None:
+        """Height and width of each item, where there are aspect buckets; ``None`` if all share one.
+
+        Batches are of items of one shape.
+        """
+        if not self._form.buckets:
+            return None
+        sizes = zip(self.names, map(self._size, range(len(self))), strict=True)
+        return [self._form.placed(name, size)[1] for name, size in sizes]
 
     def __getitem__(self, n: int) -> dict[str, Any]:
         item = self.cropped(n)
@@ -92,15 +111,18 @@ class NamedImages(Dataset[dict[str, Any]]):
         if self._first is None:
             self._first = (self.names[n], x0.shape)
         name, shape = self._first
-        if x0.shape != shape:
+        if x0.shape != shape and not self._form.buckets:
             raise ValueError(
                 f"The image '{self.names[n]}' has shape {tuple(x0.shape)}, and '{name}' has "
-                f"{tuple(shape)}. All must have one size: pass --resolution to resize."
+                f"{tuple(shape)}. All must have one size: pass --resolution to resize, and "
+                "--buckets if training had aspect buckets."
             )
         item: dict[str, Any] = {"x0": x0}
         for key, (channels, sources) in self.beside.items():
             form = replace(self._form, channels=channels)
-            beside, _ = form.load(sources[n], f"{key} of {self.names[n]}", place)
+            beside, _ = form.load(
+                sources[n], f"{key} of {self.names[n]}", place, of=(height, width)
+            )
             item[key] = (beside + 1) / 2
         if self.tells_sizes:
             item["original_size"] = torch.tensor([height, width])
@@ -158,6 +180,10 @@ class NamedImages(Dataset[dict[str, Any]]):
             parts.append(counted(len(set(self.conditions["class_labels"])), "class", "classes"))
         elif "prompt" in self.conditions:
             parts.append(counted(len(set(self.conditions["prompt"])), "prompt"))
+        if self.shapes is not None:
+            counts = Counter(self.shapes).most_common()
+            some = ", ".join(f"{count} of {h}×{w}" for (h, w), count in counts[:5])
+            parts.append(f"{counted(len(counts), 'bucket')} ({some}{', …' * (len(counts) > 5)})")
         text = ", ".join(parts)
         if self.left_out:
             some = ", ".join(self.left_out[:3]) + ", …" * (len(self.left_out) > 3)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -88,6 +90,7 @@ def images_of_arrays(path: Path, form: Form) -> NamedImages:
         {} if labels is None else {"class_labels": labels.tolist()},
         unread=[name for name in arrays if name not in (key, "labels")],
         notes=notes,
+        size=lambda n: images.shape[1:3] if images.dtype == np.uint8 else images.shape[-2:],
     )
 
 
@@ -197,6 +200,14 @@ def images_of_dataset(data: Any, path: Path, form: Form) -> NamedImages:
     images = data.select_columns(column)
     encoded = images.cast_column(column, datasets.Image(decode=False))
 
+    def opened(n: int) -> Any:
+        stored = encoded[n][column]
+        if stored is None:
+            return None
+        return Image.open(stored["path"] if stored["bytes"] is None else BytesIO(stored["bytes"]))
+
+    upright = replace(form, buckets=False)  # as the library turns them
+
     def source_digest(n: int) -> str:
         stored = encoded[n][column]
         if stored is not None and stored["bytes"] is None:
@@ -211,6 +222,7 @@ def images_of_dataset(data: Any, path: Path, form: Form) -> NamedImages:
         conditions,
         classes,
         unread=[name for name in data.column_names if name not in {column, *COLUMNS, *beside}],
+        size=lambda n: upright.size_in(partial(opened, n), names[n]),
     )
 
 
