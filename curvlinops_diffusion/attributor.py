@@ -276,10 +276,10 @@ class Attributor:
         sizing = {name: options.pop(name) for name in _SIZING if name in options}
         form, condition = network.form(**{"resolution": None, **sizing}), network.condition
         train = open_images(images, form, condition, prompts=prompts, labels=labels)
-        if options.get("random_crop") and form.resolution is None:
+        if options.get("random_crop") and form.resolution is None and not form.buckets:
             raise ValueError(
-                "`random_crop` must come with a `resolution`, got none: whole images have no "
-                "other parts. Pass the one of training."
+                "`random_crop` must come with a `resolution` or `buckets`, got neither: whole "
+                "images have no other parts. Pass those of training."
             )
         weights = train.weights(prior_loss_weight)
         if weights is not None:

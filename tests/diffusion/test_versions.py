@@ -335,7 +335,7 @@ def test_what_draws_have_in_common_is_encoded_once(folder, tmp_path, monkeypatch
 
 def test_crops_of_whole_images_are_refused(folder, tmp_path):
     pipeline = pipelines.stable_diffusion(tmp_path)
-    with pytest.raises(ValueError, match="`random_crop` must come with a `resolution`, got none"):
+    with pytest.raises(ValueError, match="`random_crop` must come with a `resolution` or"):
         Attributor.from_pipeline(pipeline, folder, random_crop=True)
     both = [
         Attributor.from_pipeline(pipeline, folder, resolution=8, random_crop=True).regression
@@ -349,3 +349,38 @@ def test_crops_of_whole_images_are_refused(folder, tmp_path):
     assert before["digest"] != plain["digest"]
     assert both[1].data_identity()["digest"] != before["digest"]
     assert both[1]._data_identity == plain
+
+
+@torch.no_grad()
+def test_crops_within_buckets(folder, tmp_path):
+    """Of images of two buckets, which need not be resized; the parts of each of its own shape."""
+    generator = np.random.default_rng(1)
+    shapes, parts = [(16, 18), (18, 24), (17, 16)], [(16, 16), (16, 24), (16, 16)]
+    for n, shape in enumerate(shapes):
+        pixel = generator.integers(0, 256, (*shape, 3), dtype=np.uint8)
+        Image.fromarray(pixel).save(folder / f"{n}.png")
+    pipeline = pipelines.stable_diffusion_xl(tmp_path)
+    options = {"buckets": [(16, 16), (16, 24)], "random_crop": True, "augment": "flip"}
+    attributor = Attributor.from_pipeline(pipeline, folder, shuffle_captions=True, **options)
+    regression = attributor.regression.with_draws(6)
+    draws, seen = regression.draws, set()
+    for batch in regression.batches():
+        r = batch.common_draw
+        for b, n in enumerate(batch.indices):
+            (place,), (height, width), (down, across) = draws.places([n], r), shapes[n], parts[n]
+            top = int(place[0] * (height - down + 1))
+            left = int(place[1] * (width - across + 1))
+            x0 = pixels(folder, n)[:, top : top + down, left : left + across]
+            if draws.versions([n], r, 2)[0]:
+                x0, left = x0.flip(-1), width - across - left
+            seen.add((n, top, left))
+            told = batch.condition["added_cond_kwargs"]["time_ids"][b].tolist()
+            assert told == [height, width, top, left, down, across]
+            latent = pipeline.vae.encode(x0[None]).latent_dist
+            eta = draws.latent_noise([n], r, latent.mean.shape[1:])
+            z = (latent.mean + latent.std * eta) * pipeline.vae.config.scaling_factor
+            process, t = regression.objective.process, batch.level_B[b]
+            eps = draws.noise([n], r, z.shape[1:])
+            x_t = (process.alphas_T[t] * z + process.sigmas_T[t] * eps)[0].float()
+            assert_close(batch.x_t[b], x_t, 1e-4)
+    assert len(seen) > 6

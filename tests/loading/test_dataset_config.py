@@ -343,3 +343,22 @@ def test_networks_without_prompts_take_its_images(folder):
     assert set(images[0]) == {"x0"}
     named = open_images(folder / "dataset.toml", FORM, Condition("prompt"))
     assert [named[n]["prompt"] for n in range(3)] == ["a girl, red, hat", "blue", ""]
+
+
+def test_buckets_that_it_decides(folder, tmp_path):
+    write_images(folder / "wide", 2, ["a, b", "c"], size=(16, 40))
+    said = "resolution = 32\nenable_bucket = {}\nmin_bucket_reso = 16\nbucket_reso_steps = 16\n"
+    subset = SUBSET.replace("hoge", "wide")
+    for buckets, options in (
+        ("true", {"bucket_step": 16, "bucket_min": 16}),
+        ("false", {"bucket_step": 32, "bucket_min": 32, "bucket_max": 32}),
+    ):
+        config(folder, f"[general]\n{said.format(buckets)}{subset}")
+        pipeline = pipelines.stable_diffusion(tmp_path)
+        found = Attributor.from_pipeline(pipeline, folder / "dataset.toml")
+        options |= {"resolution": 32, "buckets": True, "prompts": ["a, b", "c"]}
+        files = [folder / "wide" / f"{n}.png" for n in range(2)]
+        by_hand = Attributor.from_pipeline(pipeline, files, **options)
+        assert found.regression.data_identity() == by_hand.regression.data_identity()
+        shape = found.images[0]["x0"].shape
+        assert shape == ((3, 16, 48) if buckets == "true" else (3, 32, 32))
