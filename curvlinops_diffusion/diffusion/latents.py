@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -155,13 +156,21 @@ class LatentEncoder:
     ) -> Encoded:
         """Encode a batch that one draw alone sees, of which the cache would keep one for each.
 
+        Pipelines do not warn of captions that are too long again for each draw.
+
         Args:
             x0: Clean examples.
             condition: What stands beside them.
             latents: What the examples were encoded as already, if they were.
         """
         _ = self._functions  # before they are called
-        return self._encode(x0, condition, latents)
+        logger = logging.getLogger("diffusers")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            return self._encode(x0, condition, latents)
+        finally:
+            logger.setLevel(level)
 
     def _encode(
         self, x0: Tensor, condition: dict[str, Any], latents: Encoded | None = None

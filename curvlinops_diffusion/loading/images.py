@@ -176,12 +176,15 @@ def _of_config(path: Path, form: Form, condition: Condition | None) -> NamedImag
     """The images that a file of kohya's scripts lists, with their prompts and weights."""
     config = DatasetConfig(path)
     listed, notes = config.images(None if condition is None else condition.caption_extension)
-    images = _of_files([image.file for image in listed], names_of(listed), form)
-    images.conditions["prompt"] = [image.prompt for image in listed]
-    images.example_weights = weights_of(listed)
-    images.keep_tokens = [image.kept for image in listed]
-    images.regularises = [image.regularises for image in listed]
-    images.unread, images.notes = list(config.unread), notes
+    by_name = dict(zip(names_of(listed), listed, strict=True))
+    images = _of_files([image.file for image in listed], list(by_name), form)
+    own = [by_name[name] for name in images.names]
+    images.conditions["prompt"] = [image.prompt for image in own]
+    images.example_weights = weights_of(own)
+    images.keep_tokens = [image.kept for image in own]
+    images.regularises = [image.regularises for image in own]
+    images.unread += config.unread
+    images.notes += notes
     return images
 
 

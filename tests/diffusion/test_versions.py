@@ -1,5 +1,6 @@
 """Captions, crops and mirror images that each draw sees, against an enumeration of all of them."""
 
+import logging
 from itertools import permutations, product
 
 import numpy as np
@@ -310,7 +311,11 @@ def test_stable_diffusion_xl_sees_what_training_did(folder, tmp_path):
 def test_what_draws_have_in_common_is_encoded_once(folder, tmp_path, monkeypatch):
     """Images once for all captions; texts once for each pair of draws; nothing drawn is kept."""
     pipeline = pipelines.stable_diffusion(tmp_path)
-    counted = {"images": 0, "texts": 0}
+    counted = {"images": 0, "texts": 0, "warnings": 0}
+    logger = logging.getLogger("diffusers")
+    handler = logging.Handler()
+    handler.emit = lambda record: counted.update(warnings=counted["warnings"] + 1)
+    monkeypatch.setattr(logger, "handlers", [handler])
 
     def counting(name, function):
         def call(*args, **kwargs):
@@ -330,6 +335,7 @@ def test_what_draws_have_in_common_is_encoded_once(folder, tmp_path, monkeypatch
         assert len(list(regression.batches())) == 16
         assert len(list((tmp_path / "cache").iterdir())) == 1
     assert counted["images"] == 1
+    assert counted["warnings"] == 1  # of captions that are too long, as they are
     assert 4 < counted["texts"] <= 1 + 2 * 8  # as captions are, and those of pairs in two passes
 
 
