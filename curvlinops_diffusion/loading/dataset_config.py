@@ -18,9 +18,10 @@ from curvlinops_diffusion.loading.metadata import decoded
 
 #: How the names of such files end.
 SUFFIXES = (".toml", ".json")
+_COUNTS = ("batch_size", "bucket_reso_steps", "max_bucket_reso", "min_bucket_reso", "resolution")
 # options of each table, with what they may be; those of outer tables hold for the inner ones
 _OF_DATASETS: dict[str, Any] = {
-    **dict.fromkeys(("batch_size", "bucket_reso_steps", "max_bucket_reso", "min_bucket_reso"), int),
+    **dict.fromkeys(_COUNTS, int),
     **dict.fromkeys(("bucket_no_upscale", "enable_bucket"), bool),
     **dict.fromkeys(("network_multiplier", "validation_split"), float),
     "validation_seed": int,
@@ -206,6 +207,10 @@ class DatasetConfig:
                 raise ValueError(
                     f"{where} of '{self.path}': {name} must be {wanted}, got {value!r}."
                 )
+            if name in _COUNTS and not isinstance(value, list) and value < 1:
+                raise ValueError(
+                    f"{where} of '{self.path}': {name} must be at least 1, got {value}."
+                )
         return table
 
     # -----------------------------------------------------------------------------------------
@@ -252,6 +257,7 @@ class DatasetConfig:
         if said["caption_dropout_rate"]:
             yield "condition_dropout", float(said["caption_dropout_rate"])
         if said["caption_tag_dropout_rate"]:
+            self._shared("shuffle_caption")  # of captions in order, too, tags are left out
             yield "tag_dropout", float(said["caption_tag_dropout_rate"])
         if any(subset.options.get("shuffle_caption") for subset in self._subsets):
             yield "shuffle_captions", True

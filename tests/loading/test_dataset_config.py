@@ -244,6 +244,14 @@ def test_options_that_it_decides(tmp_path, options, expected):
         ),
         (SUBSET + "num_repeats = 'two'", "num_repeats must be int, got 'two'"),
         (SUBSET + "num_repeats = true", "num_repeats must be int, got True"),
+        ("[general]\nbatch_size = 0\n" + SUBSET, r"\[general\] .* batch_size must be at least 1"),
+        (
+            "[general]\ncaption_tag_dropout_rate = 0.1\n"
+            + SUBSET
+            + "shuffle_caption = true\n"
+            + SUBSET.replace("hoge", "fuga"),
+            "has shuffle_caption True in .* and None",
+        ),
         (SUBSET + "color_aug = true", "has color_aug, which changes colours"),
         (SUBSET + "enable_wildcard = true", "has enable_wildcard, which chooses"),
         ("[general]\nresolution = [512, 768]\n" + SUBSET, r"resolution \[512, 768\], and"),
