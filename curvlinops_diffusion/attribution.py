@@ -92,8 +92,8 @@ class Attribution:
                 from curvlinops_diffusion.loading.preprocessing import Form
             except ImportError as error:
                 raise _needs_extra("Reading images", error) from error
-            seen = header.get("form", {"channels": None, "resolution": None})
-            form = Form(seen["channels"], None, seen["resolution"])
+            seen = {"channels": None, "resolution": None, **header.get("form", {})}
+            form = Form(size=None, **seen)
             # whatever stands beside images, where the network's condition is not known
             known = header.get("condition")
             condition: Any = None if known is None else Condition(**known)

@@ -6,6 +6,7 @@ Legend: Q queries, N training images.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +28,7 @@ from curvlinops_diffusion.curvature.load import (
 )
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
-from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.diffusion.regression import OF_TRAINING, NoisedRegression
 from curvlinops_diffusion.influence.agreement import Agreement, plain_numbers
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernel_regression import RIDGE
@@ -38,6 +39,7 @@ from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.linalg.parameters import Parameters
+from curvlinops_diffusion.loading.dataset_config import DatasetConfig, is_config
 from curvlinops_diffusion.loading.layout import Layout
 from curvlinops_diffusion.page.gallery import RegressionGallery
 from curvlinops_diffusion.runtime.adapters import common_list
@@ -49,6 +51,7 @@ from curvlinops_diffusion.runtime.processes import Processes
 
 OPERATORS = {"ekfac": DiffusionEKFACLinearOperator, "kfac": DiffusionKFACLinearOperator}
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class Attributor:
@@ -78,8 +81,10 @@ class Attributor:
         passes: Checkpoints, processes, memory and progress, in place of the two; with ``sharded``,
             each process keeps its share of the curvature and of the scores alone.
         recipe: How training differed from the plain loss: ``timesteps``, ``augment``,
-            ``augmented_conditions``, ``noise_offset``, ``input_perturbation``, ``example_weights``
-            and ``loss_mask`` of :class:`~curvlinops_diffusion.NoisedRegression`.
+            ``augmented_conditions``, ``random_crop``, ``shuffle_captions``, ``keep_tokens``,
+            ``tag_dropout``, ``noise_offset``, ``input_perturbation``, ``example_weights`` and
+            ``loss_mask`` of :class:`~curvlinops_diffusion.NoisedRegression`. Queries are shown as
+            they are: unmirrored, cut from the middle, with their own captions.
 
     Attributes:
         objective: The objective.
@@ -150,9 +155,16 @@ class Attributor:
         skip_unreadable: bool = False,
         params: Sequence[str] | None = None,
         resolution: int | None = None,
+        buckets: bool | str | Sequence[tuple[int, int]] = False,
+        bucket_step: int = 64,
+        bucket_min: int = 256,
+        bucket_max: int = 1024,
+        bucket_no_upscale: bool = False,
+        interpolation: Literal["bilinear", "bicubic", "lanczos"] | None = None,
         weighting: Any = None,
         reduction: Literal["mean", "sum"] = "mean",
         condition_dropout: float = 0.0,
+        prior_loss_weight: float = 1.0,
         training_arguments: Mapping[str, Any] | None = None,
         latent_cache: str | PathLike[str] | None = None,
         autocast: Any = None,
@@ -171,7 +183,9 @@ class Attributor:
                 [-1, 1], or a data set. Folders may be as trainers lay them out: with
                 metadata.jsonl, .csv or .parquet, captions in files beside the images, and kohya's
                 ``30_shs dog``, whose repeats become ``example_weights`` and whose name is the
-                prompt of images that have no caption.
+                prompt of images that have no caption. Or the ``dataset.toml`` of its scripts, which
+                decides what of ``resolution``, ``buckets``, ``augment``, ``random_crop``,
+                ``shuffle_captions``, ``tag_dropout`` and ``condition_dropout`` is not given.
             prompts: A prompt for each image; or one for all that have none of their own, queries
                 included.
             labels: A class for each image, in the order of ``images``.
@@ -192,11 +206,25 @@ class Attributor:
             params: Names or patterns (``'*attn*'``) of the parameters to cover; ``None`` for those
                 of adapters if there are any, else of a ControlNet, else all.
             resolution: The pixels that the shorter side of images is resized to, before a square is
-                cut from the middle; ``None`` for images of the network's size.
+                cut from the middle; with ``buckets=True`` the side of the square whose area these
+                have; ``None`` for images of the network's size.
+            buckets: The aspect buckets that images are resized and cropped to: ``True`` for those
+                of kohya's scripts, or heights and widths, ``[(672, 1568), …]``, as
+                ``--aspect_ratio_buckets`` of ``diffusers``' scripts, also written
+                ``'672,1568;…'``. Batches are of one bucket each.
+            bucket_step: What the sides of kohya's buckets are multiples of.
+            bucket_min: The shortest side that they have.
+            bucket_max: The longest side that they have.
+            bucket_no_upscale: Whether images smaller than their bucket get one of their own.
+            interpolation: How images are resized; ``None`` for bilinear, or with ``buckets=True``
+                what kohya's scripts do (means of areas, and Lanczos where images grow). Some of
+                ``diffusers``' scripts have ``--image_interpolation_mode``, by default lanczos.
             weighting: The loss' weighting of noise levels, as that of
                 :class:`~curvlinops_diffusion.DenoisingObjective`; ``None`` for all alike.
             reduction: ``'mean'`` or ``'sum'`` of squared errors over an image's entries.
             condition_dropout: The probability with which training dropped the prompt or label.
+            prior_loss_weight: The weight of the loss of regularisation images, which a
+                ``dataset.toml`` lists as ``is_reg``.
             training_arguments: What else training gave the network, by the names in ``diffusers``'
                 training scripts, see
                 :meth:`~curvlinops_diffusion.DenoisingObjective.from_pipeline`; ``None`` for what
@@ -210,30 +238,18 @@ class Attributor:
             ValueError: If the pipeline is of no known kind, or images, prompts and labels do not
                 fit together or are not what it takes.
         """
+        told = {k: v for k, v in locals().items() if k in _OF_PIPELINE}
+        if decided := _decided(images, told, options):
+            return cls.from_pipeline(pipeline, images, **(told | options | decided))
         if isinstance(pipeline, list | tuple):
             from curvlinops_diffusion.checkpoints import CheckpointAttributor
 
-            # of each the same: all other arguments
-            told = {k: v for k, v in locals().items() if k in _OF_PIPELINE}
             return CheckpointAttributor(pipeline, images, **told, **options)
-        beside: dict[str, Any] = {"prompts": prompts, "labels": labels, "resolution": resolution}
-        beside |= {"caption_extension": caption_extension, "caption_lines": caption_lines}
-        beside |= {"caption_column": caption_column, "image_column": image_column}
-        beside |= {"trigger_word": trigger_word, "split": split}
-        beside |= {"skip_unreadable": skip_unreadable}
-        if hasattr(pipeline, "objective"):  # a Network, with what the others say
-            return cls.of_network(pipeline, images, **beside, **options)
-        network = _loading().Network.of_pipeline(
-            pipeline,
-            params,
-            weighting=weighting,
-            reduction=reduction,
-            condition_dropout=condition_dropout,
-            training_arguments=training_arguments,
-            latent_cache=latent_cache,
-            autocast=autocast,
-        )
-        return cls.of_network(network, images, **beside, **options)
+        beside = {k: v for k, v in told.items() if k not in _OF_OBJECTIVE}
+        if not hasattr(pipeline, "objective"):  # else a Network, with what the others say
+            of_objective = {k: told[k] for k in _OF_OBJECTIVE}
+            pipeline = _loading().Network.of_pipeline(pipeline, **of_objective)
+        return cls.of_network(pipeline, images, **beside, **options)
 
     @classmethod
     def of_network(
@@ -243,7 +259,7 @@ class Attributor:
         *,
         prompts: str | Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
-        resolution: int | None = None,
+        prior_loss_weight: float = 1.0,
         **options: Any,
     ) -> Self:
         """The attributor of a network that is loaded, and of what it covers.
@@ -253,8 +269,9 @@ class Attributor:
             images: As for :meth:`from_pipeline`, and so are the others.
             prompts: Likewise.
             labels: Likewise.
-            resolution: Likewise.
-            options: Likewise, and how the images lie on disk: ``caption_extension``, say.
+            prior_loss_weight: Likewise.
+            options: Likewise, with how the images lie on disk (``caption_extension``, say) and are
+                resized (``resolution``).
 
         Raises:
             ValueError: As :meth:`from_pipeline`.
@@ -263,10 +280,19 @@ class Attributor:
         layout = Layout.taken_from(options)
         if isinstance(prompts, str):  # for queries as well
             network, prompts = network.with_prompt(prompts), None
-        form, condition = network.form(resolution), network.condition
+        sizing = {name: options.pop(name) for name in _SIZING if name in options}
+        form, condition = network.form(**{"resolution": None, **sizing}), network.condition
         train = open_images(images, form, condition, prompts=prompts, labels=labels, layout=layout)
-        if train.example_weights is not None:
-            options = {"example_weights": train.example_weights, **options}
+        if options.get("random_crop") and form.resolution is None and not form.buckets:
+            raise ValueError(
+                "`random_crop` must come with a `resolution` or `buckets`, got neither: whole "
+                "images have no other parts. Pass those of training."
+            )
+        weights = train.weights(prior_loss_weight)
+        if weights is not None:
+            options = {"example_weights": weights, **options}
+        if train.keep_tokens is not None and not options.get("keep_tokens"):
+            options["keep_tokens"] = train.keep_tokens
         beside = list(condition.images) or None  # mirrored with the image
         found = cls(
             network.objective, train, network.params, augmented_conditions=beside, **options
@@ -282,7 +308,7 @@ class Attributor:
 
         found._open = opened
         found._told = {
-            "form": {"channels": network.channels, "resolution": resolution},
+            "form": form.told,
             "condition": asdict(condition),
             "layout": asdict(layout),
         }
@@ -325,7 +351,7 @@ class Attributor:
         self, data: Any, num_draws: int, measurement: Any
     ) -> ExampleGradientLinearOperator:
         """Gradients of queries that are open."""
-        own = {k: v for k, v in self._recipe.items() if k not in _OF_TRAINING}
+        own = {k: v for k, v in self._recipe.items() if k not in OF_TRAINING}
         seed = self.regression.draws.seed + 1
         regression = _drawn(NoisedRegression(self.objective, data, 1, seed, **own), num_draws)
         return ExampleGradientLinearOperator(regression, self._covered, measurement=measurement)
@@ -647,15 +673,21 @@ class Attributor:
 
 
 # the keyword arguments of from_pipeline, which checkpoints have in common
-_OF_PIPELINE = frozenset(Attributor.from_pipeline.__func__.__kwdefaults__)  # type: ignore[attr-defined]
+_OF_PIPELINE: Mapping[str, Any] = Attributor.from_pipeline.__func__.__kwdefaults__  # type: ignore[attr-defined]
+# those of them that decide the network and its objective, not the images
+_OF_OBJECTIVE = (
+    *("params", "weighting", "reduction", "condition_dropout"),
+    *("training_arguments", "latent_cache", "autocast"),
+)
+# those of them that say how images are resized and cropped
+_SIZING = ("resolution", "interpolation", *(k for k in _OF_PIPELINE if k.startswith("bucket")))
 _RECIPE = frozenset(
     {
         *("timesteps", "augment", "augmented_conditions", "noise_offset"),
-        *("input_perturbation", "example_weights", "loss_mask"),
+        *("input_perturbation", "example_weights", "loss_mask", "random_crop"),
+        *("shuffle_captions", "keep_tokens", "tag_dropout"),
     }
 )
-# of a recipe's parts, those that are of the training images alone: a query is what it is
-_OF_TRAINING = ("augment", "augmented_conditions", "example_weights")
 
 
 def _loading() -> Any:
@@ -671,6 +703,20 @@ def _loading() -> Any:
             f"Reading images needs {error.name}: pip install 'curvlinops-diffusion[cli]'."
         ) from error
     return SimpleNamespace(open_images=images.open_images, Network=network.Network)
+
+
+def _decided(images: Any, known: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """What a file that lists the images decides of options that are not given by hand."""
+    if not is_config(images):
+        return {}
+    config = DatasetConfig(images)
+    at_defaults = {k for k in known.keys() & config.settings.keys() if known[k] == _OF_PIPELINE[k]}
+    given = {k: v for k, v in (known | options).items() if k not in at_defaults}
+    found, lines = config.settled(given, {*known, *_RECIPE})
+    decided = {k: v for k, v in found.items() if k not in known or v != known[k]}
+    for line in [*(f"`{k}={v!r}`, by '{images}'" for k, v in decided.items()), *lines]:
+        log.info(line)
+    return decided
 
 
 def _gallery(data: Any, regression: NoisedRegression) -> Any:

@@ -26,6 +26,7 @@ from curvlinops_diffusion.cli.options import (
     REGRESSION,
     SCORE,
     chosen,
+    sizing,
 )
 from curvlinops_diffusion.cli.paths import at_checkpoint
 from curvlinops_diffusion.cli.running import event, is_first, process_group, say
@@ -195,7 +196,8 @@ def _opened(options: Namespace, operator: Path | None = None) -> Iterator[Attrib
         loaders = [partial(load_network, own, names) for own in runs]
         several = distributed.is_available() and distributed.is_initialized()
         arguments = chosen(options, ATTRIBUTOR) | chosen(options, REGRESSION)
-        arguments |= {name: getattr(options, name) for name in ("resolution", *LAYOUT.split())}
+        arguments |= sizing(options) | {"prior_loss_weight": options.prior_loss_weight}
+        arguments |= {name: getattr(options, name) for name in LAYOUT.split()}
         gigabytes = options.max_memory
         arguments["passes"] = PassOptions(
             None,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from curvlinops_diffusion.cli.options import NETWORK, TRAINING, commands, flag, options_of
+from curvlinops_diffusion.cli.options import NETWORK, TRAINING, Option, commands, flag, options_of
 from curvlinops_diffusion.cli.paths import check_exists
 from curvlinops_diffusion.cli.running import event, say
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.linalg.operator_files import read_header
+from curvlinops_diffusion.loading.dataset_config import DatasetConfig, is_config
 from curvlinops_diffusion.runtime.files import named_path
 
 # what decides nothing about a result
@@ -61,12 +63,30 @@ def completed(name: str, given: dict[str, Any]) -> Namespace:
         check_exists(path, flag(command.earlier), f"Make it by curvlinops-diffusion {by}.")
         header = read_header(path)["info"] if by == "fit" else SCORES.read_header(path)
         taken = _taken(name, path, header.get("run", {}), given)
+    else:
+        taken = _of_data(name, given)
     options = options_of(name, **(taken | given))
     for key in _NEEDED:
         if command.earlier is not None and getattr(options, key, "") is None:
             where = f"'{path}' does not name them" if path else f"there is no --{command.earlier}"
             raise ValueError(f"{flag(key)} is missing, and {where}. Pass {flag(key)} FOLDER.")
     return options
+
+
+def _of_data(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Options that a file which lists the data decides, each printed with its source."""
+    data = given.get("data")
+    if data is None or not is_config(data):
+        return {}
+    check_exists(data, "--data", "Pass the dataset.toml of kohya's scripts, or a folder.")
+    known = commands()[name].options
+    decided, lines = DatasetConfig(data).settled(given, known)
+    if decided:
+        say(f"As '{data}' says: {_words(known, decided)}")
+    for line in lines:
+        say(line)
+    event("decided", file=str(data), options=decided)
+    return decided
 
 
 def _taken(name: str, path: Path, run: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -103,12 +123,18 @@ def _taken(name: str, path: Path, run: dict[str, Any], given: dict[str, Any]) ->
                     f"'{place}' ({flag(key)}), which '{path}' was made with, is no more there. "
                     f"Pass {flag(key)} with where it is now."
                 )
-    words = [
-        f"{flag(key)} {' '.join(value) if known[key].several else value}"
-        for key, value in taken.items()
-        if value != known[key].default
-    ]
-    if words:
-        say(f"As '{path}' was made: {' '.join(words)}")
+    if words := _words(known, taken):
+        say(f"As '{path}' was made: {words}")
         event("taken", file=str(path), options=taken)
     return {k: Path(v) if known[k].type is Path else v for k, v in taken.items()}
+
+
+def _words(known: Mapping[str, Option], taken: Mapping[str, Any]) -> str:
+    """Options as they are written, without those that are as by default."""
+    return " ".join(
+        flag(key)
+        if value is True
+        else f"{flag(key)} {' '.join(value) if known[key].several else value}"
+        for key, value in taken.items()
+        if value != known[key].default
+    )

@@ -84,7 +84,8 @@ _OWN: dict[str, tuple[Any, str]] = {
     "data": (
         Path,
         "Training images: a folder (subfolders are classes; metadata.jsonl may give text or "
-        "label), a data set of the library datasets saved to disk, or an .npz file.",
+        "label), a data set of the library datasets saved to disk, an .npz file, or the "
+        "dataset.toml of kohya's scripts.",
     ),
     "queries": (Path, "The images to explain, in the same forms, or one image file."),
     "operator": (Path, "The file that fit wrote, which says what that was given."),
@@ -136,6 +137,8 @@ _OWN: dict[str, tuple[Any, str]] = {
     "quiet": (bool, "Show no progress."),
     "debug": (bool, "Show the traceback of an error."),
 }
+#: How images are resized and cropped.
+SIZING = "resolution buckets bucket_step bucket_min bucket_max bucket_no_upscale interpolation"
 #: How training images lie on disk.
 LAYOUT = (
     "caption_extension caption_lines caption_column image_column trigger_word split skip_unreadable"
@@ -145,6 +148,10 @@ LAYOUT = (
 _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("params", "training_arguments"), (PIPELINE, list[str])),
     **dict.fromkeys(("reduction", "condition_dropout", "resolution"), (PIPELINE,)),
+    "prior_loss_weight": (PIPELINE,),
+    **dict.fromkeys(("bucket_step", "bucket_min", "bucket_max"), (PIPELINE,)),
+    **dict.fromkeys(("bucket_no_upscale", "interpolation"), (PIPELINE,)),
+    "buckets": (PIPELINE, bool | str),
     "autocast": (PIPELINE, Literal["bfloat16", "float16"]),
     "latent_cache": (PIPELINE, Path),
     "weighting": (
@@ -166,7 +173,13 @@ _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
         "How training drew timesteps.",
     ),
     "augment": (REGRESSION, Literal["flip"], "The augmentation that training used."),
-    **dict.fromkeys(("noise_offset", "input_perturbation"), (REGRESSION,)),
+    **dict.fromkeys(("noise_offset", "input_perturbation", "tag_dropout"), (REGRESSION,)),
+    **dict.fromkeys(("random_crop", "shuffle_captions"), (REGRESSION,)),
+    "keep_tokens": (
+        REGRESSION,
+        int,
+        "Tags at the beginning of captions that are neither moved nor left out.",
+    ),
     **dict.fromkeys(("seed", "batch_size"), (ATTRIBUTOR,)),
     **dict.fromkeys(("curvature", "num_draws", "overwrite"), (FIT,)),
     "fit_draws": (f"{FIT} num_draws", None, "Draws for each image of the fit."),
@@ -225,7 +238,8 @@ NETWORK = "pipeline variant model scheduler lora device dtype autocast latent_ca
 #: The loss that it was trained with, and on what; the same for all commands of a run.
 TRAINING = (
     "weighting snr_gamma reduction timesteps condition_dropout noise_offset input_perturbation "
-    f"training_arguments augment resolution prompt {LAYOUT} seed"
+    "training_arguments augment random_crop shuffle_captions keep_tokens tag_dropout "
+    f"{SIZING} prior_loss_weight prompt {LAYOUT} seed"
 )
 _RUN = "batch_size sharded max_memory checkpoint_every timeout overwrite dry_run log quiet debug"
 
@@ -362,7 +376,7 @@ def options_of(name: str, **given: Any) -> Namespace:
 
 
 # whole numbers that are no counts
-_ANY = {"seed", "max_dense"}
+_ANY = {"seed", "max_dense", "keep_tokens"}
 
 
 def _check(name: str, kind: Any, value: Any) -> None:
@@ -395,3 +409,8 @@ def chosen(options: Namespace, where: str, **renamed: str) -> dict[str, Any]:
         if option.source is not None and option.source[0] == where
     }
     return found | {key: getattr(options, own) for key, own in renamed.items()}
+
+
+def sizing(options: Namespace) -> dict[str, Any]:
+    """The options that say how images are resized and cropped."""
+    return {name: getattr(options, name) for name in SIZING.split()}

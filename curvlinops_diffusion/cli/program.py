@@ -120,6 +120,8 @@ def _add_flag(group: Any, name: str, option: Option) -> None:
         shown["action"] = ActionYesNo(no_prefix="no-")
     else:
         shown["type"] = kind
+        if bool in get_args(kind):  # alone, or with a value
+            shown |= {"nargs": "?", "const": True}
     group.add_argument("file" if name == "file" else flag(name), **shown)
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from curvlinops_diffusion import page
 from curvlinops_diffusion.cli.network import load_network
-from curvlinops_diffusion.cli.options import PLAN, REGRESSION, chosen
+from curvlinops_diffusion.cli.options import PLAN, REGRESSION, chosen, sizing
 from curvlinops_diffusion.cli.running import event, say
-from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.diffusion.regression import OF_TRAINING, NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
 from curvlinops_diffusion.influence.score_files import helpful_sign
@@ -139,7 +139,7 @@ def validate_measure(options: Namespace) -> None:
     plan = RetrainingPlan.open(options.plan)
     found = networks_of(options.retrained, plan.parts)
     if options.dry_run:
-        count = len(open_images(options.queries, Form(None, None, options.resolution)))
+        count = len(open_images(options.queries, Form(None, None, **sizing(options))))
         samples = count * options.query_draws
         print(f"{len(found):,} networks, {samples:,} samples forward under each")
         return
@@ -219,9 +219,9 @@ def measured(
     """
     network = load_network(options)
     layout = Layout.taken_from({**vars(options)}).for_queries()
-    form = network.form(options.resolution)
+    form = network.form(**sizing(options))
     images = open_images(options.queries, form, network.condition, layout=layout)
-    recipe = {k: v for k, v in chosen(options, REGRESSION).items() if k != "augment"}
+    recipe = {k: v for k, v in chosen(options, REGRESSION).items() if k not in OF_TRAINING}
     query = NoisedRegression(
         network.objective,
         images,

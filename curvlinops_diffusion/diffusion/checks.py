@@ -1,6 +1,6 @@
 """Checks of images, conditions, predictions and of the network's mode."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from warnings import warn
 
@@ -11,12 +11,12 @@ from curvlinops_diffusion.diffusion.batch import has_rows
 from curvlinops_diffusion.runtime.sharded_networks import is_divided, is_sharded
 
 
-def check_images(x0: Any, first_index: int) -> Tensor:
+def check_images(x0: Any, indices: Sequence[int] | None = None) -> Tensor:
     """Return a batch of clean examples if the diffusion can start from it.
 
     Args:
         x0: The batch, of shape ``[batch, ...]``.
-        first_index: The index within the data of the batch's first example, for the message.
+        indices: The examples' indices within the data, for the message; ``None`` for all of it.
 
     Raises:
         ValueError: If the batch is no floating-point tensor with at least one entry and two
@@ -39,9 +39,10 @@ def check_images(x0: Any, first_index: int) -> Tensor:
         )
     bad = ~x0.flatten(1).isfinite().all(1)
     if bad.any():
-        indices = [first_index + int(i) for i in bad.nonzero().flatten()[:8]]
+        places = bad.nonzero().flatten()[:8].tolist()
+        named = places if indices is None else [indices[place] for place in places]
         raise ValueError(
-            f"{int(bad.sum())} example(s) hold NaN or infinite entries, at index {indices} of the "
+            f"{int(bad.sum())} example(s) hold NaN or infinite entries, at index {named} of the "
             "data. Remove or repair them."
         )
     return x0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 from zlib import crc32
@@ -11,7 +11,14 @@ from torch import Tensor
 
 from curvlinops_diffusion.diffusion.batch import CleanBatch, has_rows
 from curvlinops_diffusion.diffusion.checks import check_condition, check_images
-from curvlinops_diffusion.diffusion.data_forms import ACCEPTED, Run, Wanted, source_of, split
+from curvlinops_diffusion.diffusion.data_forms import (
+    ACCEPTED,
+    Run,
+    Wanted,
+    collated,
+    source_of,
+    split,
+)
 from curvlinops_diffusion.diffusion.recipe import loss_mask
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.digests import tensor_parts
@@ -25,7 +32,8 @@ _SAME_EACH_TIME = (
 class CleanData:
     """A re-iterable of :class:`CleanBatch` over everything that users pass as data.
 
-    Examples are numbered in the order of iteration, which therefore must be the same each time.
+    Examples are numbered in the order of iteration, which therefore must be the same each time, or
+    by the data set that has a shape for each of its items.
 
     Attributes:
         batch_size: The same; ``None`` where the data comes in batches.
@@ -68,19 +76,16 @@ class CleanData:
             identify: Whether to digest the data even if it has to be copied from a GPU.
         """
         end, identity = None, None if self.identity else _Identity()
-        for number, start, batch in self._source.start(wanted):
+        for number, indices, batch in self._source.start(wanted):
             if batch is None:
-                end = start
+                assert isinstance(indices, range), "of a stream"
+                end = indices.start
                 continue
-            x0, condition = split(batch)
-            check_images(x0, start)
-            check_condition(condition, len(x0))
-            mask = None if self._mask is None else loss_mask(self._mask, condition, x0)
-            clean = CleanBatch(range(start, start + len(x0)), x0, self._shown(condition), mask)
+            clean = self._clean(batch, indices)
             self._check_seen(number, clean)
             yield number, clean
             # when the next is asked for, so that nothing waits for it where no next one is
-            if identity is not None and not identity.takes(clean, identify):
+            if identity is not None and not identity.takes(number, clean, identify):
                 identity = None
         if end is not None and self._counted is not None and end != self._counted:
             raise ValueError(
@@ -89,6 +94,18 @@ class CleanData:
             )
         if identity is not None and 0 < identity.num_examples == (self._counted or end):
             self.identity |= identity.result()
+
+    def of_items(self, items: list[Any], indices: Sequence[int]) -> CleanBatch:
+        """A batch of other versions of some examples."""
+        return self._clean(collated(items), indices)
+
+    def _clean(self, batch: Any, indices: Sequence[int]) -> CleanBatch:
+        """A batch that was loaded, checked."""
+        x0, condition = split(batch)
+        check_images(x0, indices)
+        check_condition(condition, len(x0))
+        mask = None if self._mask is None else loss_mask(self._mask, condition, x0)
+        return CleanBatch(indices, x0, self._shown(condition), mask)
 
     def _shown(self, condition: Mapping[str, Any]) -> dict[str, Any]:
         """The condition that the network sees."""
@@ -149,15 +166,17 @@ class _Identity:
         self._sizes: list[int] = []
         self.num_examples = 0
 
-    def takes(self, clean: CleanBatch, from_gpu: bool) -> bool:
+    def takes(self, number: int, clean: CleanBatch, from_gpu: bool) -> bool:
         """Take a batch, if it is the next one, and need not be copied from a GPU."""
         entries = clean.entries()
         on_cpu = all(not isinstance(z, Tensor) or z.device.type == "cpu" for _, z in entries)
-        if clean.indices[0] != self.num_examples or not (on_cpu or from_gpu):
+        if number != len(self._sizes) or not (on_cpu or from_gpu):
             return False
         self._sizes.append(len(clean.indices))
-        self.num_examples += len(clean.indices)
-        for position in range(len(clean.indices)):
+        for position, n in enumerate(clean.indices):
+            if n != self.num_examples:  # batches of one shape each leave the order of the data
+                self._digest.update(f"{n}".encode())
+            self.num_examples += 1
             for name, value in entries:
                 self._digest.update(name.encode())
                 one = value[position] if has_rows(value) else value

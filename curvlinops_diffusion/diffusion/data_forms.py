@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from math import prod
 from typing import Any, TypeVar
 
 import numpy as np
@@ -42,9 +44,9 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield some
 
 
-#: A batch' number, the index of its first example, and the batch; ``None`` for one that is not
+#: A batch' number, the indices of its examples, and the batch; ``None`` for one that is not
 #: wanted, and after the last one of a stream.
-Numbered = tuple[int, int, Any]
+Numbered = tuple[int, range | list[int], Any]
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,13 @@ def source_of(data: Any, batch_size: int, run: Run) -> Source:
     data = _whole_pair(data)
     if isinstance(data, Tensor | Mapping):
         x0, condition = split(data)
-        check_images(x0, 0)
+        check_images(x0)
         check_condition(condition, len(x0))
         whole = {"x0": x0, **condition}
-        rows = lambda chosen: (rows_of(whole, r) for r in chosen)  # noqa: E731
+
+        def rows(chosen: list[range | list[int]]) -> Iterator[Any]:
+            return (rows_of(whole, slice(part[0], part[-1] + 1)) for part in chosen)
+
         return _by_number(len(x0), batch_size, rows, in_memory=True)
     if isinstance(data, DataLoader):
         check_loader(data)
@@ -80,7 +85,7 @@ def source_of(data: Any, batch_size: int, run: Run) -> Source:
         first = next(iterated(raw), None)
         if not _runs_on([first], run, default_collate) and _runs_on(first, run):
             return Source(_all_of(lambda: iterated(raw)))
-        loader: DataLoader[Any] = DataLoader(data, batch_size, collate_fn=_collated)
+        loader: DataLoader[Any] = DataLoader(data, batch_size, collate_fn=collated)
         return Source(_all_of(lambda: iterated(loader)), batch_size=batch_size)
     # lists and other sequences of Python may be of batches, if they are no Dataset; a
     # datasets.Dataset is no torch one
@@ -120,7 +125,16 @@ def _of_items(data: Any, batch_size: int) -> Source:
             f"The data must be {ACCEPTED}, got {type(data).__name__}, of which item 0 cannot be "
             f"read ({quoted(error)})."
         ) from error
-    return _by_number(len(data), batch_size, lambda chosen: _load(data, chosen))
+    shapes: Any = getattr(data, "shapes", None)
+    # a user's data set may call anything that
+    fits = isinstance(shapes, list) and {type(shape) for shape in shapes} == {tuple}
+    if fits and len(shapes) != len(data):
+        raise ValueError(
+            f"The data's `shapes` must have one for each of its {len(data)} items, got "
+            f"{len(shapes)}."
+        )
+    load = partial(_load, data)
+    return _by_number(len(data), batch_size, load, shapes if fits else None)
 
 
 def _of_things(
@@ -133,39 +147,52 @@ def _of_things(
         return Source(_all_of(again), num_batches=num_batches, in_memory=there)
     if items is not None:
         return _by_number(len(items), batch_size, lambda chosen: _load(items, chosen))
-    grouped = _all_of(lambda: map(_collated, batched(again(), batch_size)))
+    grouped = _all_of(lambda: map(collated, batched(again(), batch_size)))
     return Source(grouped, batch_size=batch_size)
 
 
 def _by_number(
     count: int,
     batch_size: int,
-    load: Callable[[list[slice]], Iterable[Any]],
+    load: Callable[[list[range | list[int]]], Iterable[Any]],
+    shapes: list[tuple[int, ...]] | None = None,
     in_memory: bool = False,
 ) -> Source:
-    """Batches of what can be loaded at any place."""
-    num_batches = -(-count // batch_size)
+    """Batches of what can be loaded at any place; of one shape each, if items have several.
+
+    The largest shape comes first: what does not fit into memory fails at once.
+    """
+    groups: list[range | list[int]] = [range(count)]
+    if shapes is not None:
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for n, shape in enumerate(shapes):
+            by_shape.setdefault(shape, []).append(n)
+        groups = [by_shape[shape] for shape in sorted(by_shape, key=prod, reverse=True)]
+    parts = [
+        group[start : start + batch_size]
+        for group in groups
+        for start in range(0, len(group), batch_size)
+    ]
 
     def start(wanted: Wanted) -> Iterator[Numbered]:
-        numbers = [n for n in range(num_batches) if wanted(n)]
-        slices = [slice(n * batch_size, min((n + 1) * batch_size, count)) for n in numbers]
-        for number, part, batch in zip(numbers, slices, load(slices), strict=True):
+        numbers = [n for n in range(len(parts)) if wanted(n)]
+        chosen = [parts[n] for n in numbers]
+        for number, part, batch in zip(numbers, chosen, load(chosen), strict=True):
             x0, _ = split(batch)
-            size = part.stop - part.start
-            if isinstance(x0, Tensor) and len(x0) != size:
+            if isinstance(x0, Tensor) and len(x0) != len(part):
                 raise ValueError(
-                    f"{len(x0)} examples came where items {part.start} to {part.stop - 1} of the "
-                    f"data were asked for. Each of its {count} items must be one example."
+                    f"{len(x0)} examples came where items {part[0]} to {part[-1]} of the data "
+                    f"were asked for. Each of its {count} items must be one example."
                 )
-            yield number, part.start, batch
+            yield number, part, batch
 
-    return Source(start, count, num_batches, batch_size, in_memory)
+    return Source(start, count, len(parts), batch_size, in_memory)
 
 
-def _load(data: Any, chosen: list[slice]) -> Iterator[Any]:
+def _load(data: Any, chosen: list[range | list[int]]) -> Iterator[Any]:
     """Items of a data set, in batches."""
-    indices = [list(range(part.start, part.stop)) for part in chosen]
-    return iterated(DataLoader(data, batch_sampler=indices, collate_fn=_collated))
+    indices = [list(part) for part in chosen]
+    return iterated(DataLoader(data, batch_sampler=indices, collate_fn=collated))
 
 
 def _all_of(batches: Callable[[], Iterable[Any]]) -> Callable[[Wanted], Iterator[Numbered]]:
@@ -174,9 +201,10 @@ def _all_of(batches: Callable[[], Iterable[Any]]) -> Callable[[Wanted], Iterator
     def start(wanted: Wanted) -> Iterator[Numbered]:
         number = first = 0
         for number, batch in enumerate(batches(), start=1):  # noqa: B007  how many came
-            yield number - 1, first, batch if wanted(number - 1) else None
-            first += len(split(batch)[0])
-        yield number, first, None
+            indices = range(first, first + len(split(batch)[0]))
+            yield number - 1, indices, batch if wanted(number - 1) else None
+            first = indices.stop
+        yield number, range(first, first), None
 
     return start
 
@@ -265,7 +293,7 @@ def _entries(batch: Any) -> tuple[Any, dict[str, Any]]:
     return batch, {}
 
 
-def _collated(items: list[Any]) -> Any:
+def collated(items: list[Any]) -> Any:
     """Items as a batch."""
 
     def shown(value: Any) -> str:

@@ -58,6 +58,8 @@ class _Stream(IntEnum):
     PERTURBATION = 8
     POSITIONS = 9
     SIGNS = 10
+    CAPTION = 11
+    PLACE = 12
 
 
 def _unit_probe(generator: np.random.Generator, size: int, probe_type: ProbeType) -> Tensor:
@@ -181,6 +183,15 @@ class Draws:
             return torch.zeros(len(n_B), dtype=torch.int64)
         uniform = torch.tensor(self._uniform(_Stream.AUGMENTATION, n_B, r), dtype=torch.float64)
         return (uniform * count).long().clamp(max=count - 1)
+
+    def places(self, n_B: Sequence[int], r: int) -> list[tuple[float, float]]:
+        """Draw where the crop of each example lies, down and across, uniform in [0, 1)."""
+        pairs = [self._generator(_Stream.PLACE, n, self._sampled(r)).random(2) for n in n_B]
+        return [(float(down), float(across)) for down, across in pairs]
+
+    def captions(self, n_B: Sequence[int], r: int) -> list[np.random.Generator]:
+        """Random numbers by which each example's caption is varied."""
+        return [self._generator(_Stream.CAPTION, n, self._sampled(r)) for n in n_B]
 
     def normal(self, n_B: Sequence[int], r: int, shape: Sequence[int]) -> Tensor:
         """Normal numbers for a user's function of the draws, ``[B, *shape]``; as :meth:`noise`."""

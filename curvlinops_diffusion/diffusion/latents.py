@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -149,8 +150,34 @@ class LatentEncoder:
         _write(path, encoded)
         return encoded
 
-    def _encode(self, x0: Tensor, condition: dict[str, Any]) -> Encoded:
+    @torch.no_grad()
+    def encode_drawn(
+        self, x0: Tensor, condition: dict[str, Any], latents: Encoded | None = None
+    ) -> Encoded:
+        """Encode a batch that one draw alone sees, of which the cache would keep one for each.
+
+        Pipelines do not warn of captions that are too long again for each draw.
+
+        Args:
+            x0: Clean examples.
+            condition: What stands beside them.
+            latents: What the examples were encoded as already, if they were.
+        """
+        _ = self._functions  # before they are called
+        logger = logging.getLogger("diffusers")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            return self._encode(x0, condition, latents)
+        finally:
+            logger.setLevel(level)
+
+    def _encode(
+        self, x0: Tensor, condition: dict[str, Any], latents: Encoded | None = None
+    ) -> Encoded:
         condition = condition if self._embed is None else self._embed(x0, condition)
+        if latents is not None:
+            return Encoded(latents.mean, latents.std, condition)
         pack = self._pack or (lambda z: z)
         if self._vae is None:
             return Encoded(pack(x0), None, condition)

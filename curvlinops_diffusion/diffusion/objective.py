@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from typing import Any
 
@@ -262,12 +262,27 @@ class DenoisingObjective:
 
     def encode(self, clean: CleanBatch) -> Encoded:
         """Clean examples in the network's terms, on its device: once for all draws of them."""
-        if self._encode is None:
+        return self._encoded(clean, self._encode)
+
+    def encode_drawn(self, clean: CleanBatch, latents: Encoded | None = None) -> Encoded:
+        """What one draw alone sees of clean examples, which no cache keeps.
+
+        Args:
+            clean: The examples.
+            latents: What their images were encoded as already, if they were.
+        """
+        encoder = self._encode
+        if not isinstance(encoder, LatentEncoder):
+            return self._encoded(clean, encoder)
+        return self._encoded(clean, partial(encoder.encode_drawn, latents=latents))
+
+    def _encoded(self, clean: CleanBatch, encode: Any) -> Encoded:
+        if encode is None:
             encoded = Encoded(clean.x0, None, clean.condition)
         else:
             if not isinstance(self._encode, LatentEncoder):
                 _ = self._encoder_name  # before it is called
-            encoded = self._encode(clean.x0, clean.condition)
+            encoded = encode(clean.x0, clean.condition)
             check_encoded(encoded)
 
         def moved(entry: Any) -> Any:

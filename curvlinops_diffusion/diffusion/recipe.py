@@ -1,22 +1,20 @@
-"""Recipes of training besides noising: augmentation, offset noise, masks, weights of examples."""
+"""Recipes of training besides noising: offset noise, masks, weights of examples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from curvlinops_diffusion.diffusion.batch import CleanBatch, leaves, mapped, named
 from curvlinops_diffusion.diffusion.draws import Draws
-from curvlinops_diffusion.diffusion.latents import Encoded, Packing
+from curvlinops_diffusion.diffusion.latents import Packing
 from curvlinops_diffusion.runtime.checks import check_non_negative
-from curvlinops_diffusion.runtime.devices import to_device, to_like
-from curvlinops_diffusion.runtime.digests import Named, digest_of
+from curvlinops_diffusion.runtime.devices import to_like
+from curvlinops_diffusion.runtime.digests import digest_of
 
 
 @dataclass(frozen=True)
@@ -154,134 +152,3 @@ def entry_weights(mask: Tensor, shape: Sequence[int]) -> Tensor:
             f"The loss mask must have the shape of what the network predicts, {tuple(shape)}, got "
             f"{tuple(mask.shape[1:])}."
         ) from error
-
-
-# ---------------------------------------------------------------------------------------------
-# Augmented versions of training examples, one of which each draw sees
-# ---------------------------------------------------------------------------------------------
-
-#: Maps clean examples ``[B, ...]``, before any autoencoder, to their augmented version.
-Augmentation = Callable[[Tensor], Tensor]
-
-
-def unchanged(x0: Tensor) -> Tensor:
-    """The examples as they are."""
-    return x0
-
-
-def flipped(x0: Tensor) -> Tensor:
-    """Images ``[B, ..., H, W]`` mirrored left to right."""
-    if x0.ndim < 3:
-        raise ValueError(
-            f"augment='flip' mirrors the last axis of images, got examples of shape "
-            f"{tuple(x0.shape[1:])}. Pass a list of functions of examples [B, ...] instead."
-        )
-    return x0.flip(-1)
-
-
-@dataclass(frozen=True)
-class Augmentations:
-    """The versions of an example that training chose from.
-
-    Attributes:
-        functions: What makes each version of the examples, before any autoencoder.
-        conditions: The entries of the condition that are transformed with the examples; ``None`` if
-            nobody said, which is refused where there could be one.
-    """
-
-    functions: tuple[Augmentation, ...]
-    conditions: frozenset[str] | None
-
-    @classmethod
-    def of(cls, chosen: Any, conditions: Any) -> Augmentations:
-        """Check a user's ``augment`` and ``augmented_conditions``."""
-        if isinstance(conditions, str | Mapping):
-            raise ValueError(
-                "`augmented_conditions` must be a list of names of entries of the condition, got "
-                f"{conditions!r}."
-            )
-        functions: tuple[Augmentation, ...]
-        if isinstance(chosen, str):
-            functions = (unchanged, flipped) if chosen == "flip" else ()
-        elif chosen is None:
-            functions = (unchanged,)
-        else:
-            functions = tuple(chosen) if isinstance(chosen, Sequence) else ()
-        if not functions or not all(callable(function) for function in functions):
-            raise ValueError(
-                "`augment` must be None, 'flip' (each draw sees the image or its mirror image), or "
-                f"a list of functions of clean examples [B, ...] to draw from, got {chosen!r}."
-            )
-        return cls(functions, None if conditions is None else frozenset(conditions))
-
-    @cached_property
-    def _names(self) -> list[Named]:
-        return [Named(function) for function in self.functions]
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """The augmentations, as plain values."""
-        moved = {"augmented_conditions": sorted(self.conditions)} if self.conditions else {}
-        return {"augmentations": [str(name) for name in self._names], **moved}
-
-    def versions(self, clean: CleanBatch) -> list[CleanBatch]:
-        """Every version of some examples, with their mask and the entries that are named."""
-        if self.functions == (unchanged,):
-            return [clean]
-        self._check(clean)
-        _ = self._names  # before they are called
-        moved = self.conditions or frozenset()
-
-        def version(augment: Augmentation) -> CleanBatch:
-            condition = mapped(
-                lambda name, entry: augment(entry) if name in moved else entry,
-                named(clean.condition),
-                clean.condition,
-            )
-            mask = None if clean.mask is None else augment(clean.mask)
-            return replace(clean, x0=augment(clean.x0), condition=condition, mask=mask)
-
-        return [version(augment) for augment in self.functions]
-
-    def _check(self, clean: CleanBatch) -> None:
-        x0 = clean.x0
-        tensors = {k: z for k, z in leaves(clean.condition) if isinstance(z, Tensor)}
-        unknown = sorted((self.conditions or frozenset()) - tensors.keys())
-        if unknown:
-            raise ValueError(
-                f"`augmented_conditions` must name tensors of the condition, which are "
-                f"{sorted(tensors)}, got {unknown}."
-            )
-        images = sorted(  # what may lie in the plane of the image
-            name
-            for name, z in tensors.items()
-            if z.ndim >= 3 and (z.ndim == x0.ndim or z.shape[-2:] == x0.shape[-2:])
-        )
-        if images and self.conditions is None:
-            raise ValueError(
-                f"Images are augmented, and the condition holds {images}, of shape "
-                f"{tuple(tensors[images[0]].shape)}: images or masks themselves. Pass "
-                f"augmented_conditions={images} if training transformed them with the image, [] if "
-                "it did not."
-            )
-
-
-def chosen_versions(
-    versions: Sequence[Encoded], masks: Sequence[Tensor | None], version_B: Tensor
-) -> tuple[Encoded, Tensor | None]:
-    """For each example the version that was drawn for it, and its mask."""
-    if len(versions) == 1:
-        return versions[0], masks[0]
-
-    def choose(*entries: Any) -> Any:
-        if isinstance(entries[0], Tensor) and entries[0].ndim > 0:
-            index = to_device(version_B, entries[0].device)
-            return torch.stack(entries)[index, torch.arange(len(index), device=index.device)]
-        return entries[0]
-
-    encoded = Encoded(
-        choose(*(v.mean for v in versions)),
-        choose(*(v.std for v in versions)),
-        mapped(choose, *(v.condition for v in versions)),
-    )
-    return encoded, choose(*masks)

@@ -26,11 +26,18 @@ from curvlinops_diffusion.diffusion.draws import Draws, make_draws
 from curvlinops_diffusion.diffusion.first_call import run_once
 from curvlinops_diffusion.diffusion.noises import noises
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
-from curvlinops_diffusion.diffusion.recipe import Augmentations, Recipe, chosen_versions
+from curvlinops_diffusion.diffusion.recipe import Recipe
 from curvlinops_diffusion.diffusion.scaled_model import ScaledModel, scaled
+from curvlinops_diffusion.diffusion.versions import Augmentations, Captions, SeenByDraws
 from curvlinops_diffusion.runtime.devices import to_like
-from curvlinops_diffusion.runtime.digests import fingerprint
+from curvlinops_diffusion.runtime.digests import digest_of, fingerprint
 from curvlinops_diffusion.runtime.sharded_networks import is_sharded
+
+#: The options that are of training images alone: a query is what it is, with its own caption.
+OF_TRAINING = {
+    *("augment", "augmented_conditions", "example_weights"),
+    *("random_crop", "shuffle_captions", "keep_tokens", "tag_dropout"),
+}
 
 
 def check_regression(value: Any) -> None:
@@ -66,7 +73,9 @@ class NoisedRegression:
         objective: The denoising objective.
         data: Clean examples: a tensor ``[N, ...]``; a ``Dataset``; a ``DataLoader`` or a list of
             batches (or of single examples, if the network takes them as no batches). If it has an
-            attribute ``names``, messages name examples by it. Items and batches are tensors, pairs
+            attribute ``names``, messages name examples by it; if a ``Dataset`` has ``shapes``, a
+            list with a tuple for each item, batches are of one shape each (aspect buckets), and
+            results in the order of the items. Items and batches are tensors, pairs
             of these and integer labels or prompts (``'class_labels'``, ``'prompt'``), or dicts with
             key ``'x0'`` whose other entries are passed to the model as keyword arguments
             (``class_labels``, ``encoder_hidden_states``, nested ``added_cond_kwargs``, …); a dict
@@ -88,6 +97,13 @@ class NoisedRegression:
         augmented_conditions: Names of entries of the condition that are transformed with the
             examples (a control image, say; with a slash between names of nested entries). Needed
             where examples are augmented and an entry looks like an image; ``[]`` for none.
+        random_crop: Whether training cut images out at random places: each draw has one of its own,
+            for images of files that are resized. Images are read and encoded for each draw then.
+        shuffle_captions: Whether training put the tags of captions, which commas separate, into
+            random order: each draw has one of its own, and texts are embedded for each draw.
+        keep_tokens: Tags at the beginning of captions that are neither moved nor left out; or for
+            each example a number, a pair for beginning and end, or ``None`` for the whole caption.
+        tag_dropout: The probability with which training left out each other tag.
         antithetic: Whether draws come in pairs that differ in the sign of the noise alone
             (Hammersley & Morton, 1956). Averages stay unbiased. Those of a trained network's
             gradients vary less, as these are nearly linear in the noise where they are largest,
@@ -136,6 +152,10 @@ class NoisedRegression:
         batch_size: int | Literal["auto"] = 64,
         augment: Any = None,
         augmented_conditions: Sequence[str] | None = None,
+        random_crop: bool = False,
+        shuffle_captions: bool = False,
+        keep_tokens: int | Sequence[Any] = 0,
+        tag_dropout: float = 0.0,
         antithetic: bool = False,
         draws: Draws | None = None,
         noise_offset: float = 0.0,
@@ -158,6 +178,16 @@ class NoisedRegression:
 
         self._data = clean_data(MEASURED[0] if batch_size == "auto" else batch_size)
         self._augmentations = Augmentations.of(augment, augmented_conditions)
+        self._captions = Captions.of(
+            shuffle_captions, keep_tokens, tag_dropout, self._data.num_examples
+        )
+        if random_crop and not hasattr(data, "cropped"):
+            raise ValueError(
+                "`random_crop` needs images that each draw cuts another part out of, got "
+                f"{type(data).__name__}. Pass a folder, paths or PIL images to "
+                "Attributor.from_pipeline, or a Dataset with a method cropped(n, place, mirrored)."
+            )
+        self._cropped = data if random_crop else None
         self.recipe = Recipe.of(
             noise_offset, input_perturbation, example_weights, loss_mask, self._data.num_examples
         )
@@ -283,7 +313,11 @@ class NoisedRegression:
         if not self._data_identity:
             for _ in self._data.numbered(identify=True):
                 pass
-        return dict(self._data_identity)
+        identity = dict(self._data_identity)
+        if self._cropped is not None:  # what lies outside of the middle is seen as well
+            sources: list[str] = getattr(self._cropped, "source_digests", list)()
+            identity["digest"] = digest_of(identity["digest"], *sources)
+        return identity
 
     @property
     def description(self) -> dict[str, Any]:
@@ -297,6 +331,8 @@ class NoisedRegression:
             "num_levels": self.draws.num_levels,
             **({} if self.draws.part == (0, 1) else {"part": list(self.draws.part)}),
             **self._augmentations.description,
+            **({} if self._captions is None else self._captions.description),
+            **({} if self._cropped is None else {"random_crop": True}),
             **self.recipe.description,
             **self.objective.description,
         }
@@ -320,17 +356,16 @@ class NoisedRegression:
         if self.objective.takes_images and ("range",) not in self.findings:
             self.findings["range",] = None
             warn_of_range(clean.x0)
-        augmented = self._augmentations.versions(clean)
-        versions = [self.objective.encode(version) for version in augmented]
-        masks = [self.objective.encode_mask(version) for version in augmented]
+        cut = None if self._cropped is None else self._cut
+        seen = SeenByDraws(self.objective, draws, clean, self._augmentations, self._captions, cut)
+        first, _ = seen(0)
         dropout = self.objective.condition_dropout
-        packing = self.objective.packing(augmented[0]) if self.recipe.noise_offset > 0 else None
-        shape, of_latents = versions[0].mean.shape[1:], versions[0].std is not None
+        packing = self.objective.packing(clean) if self.recipe.noise_offset > 0 else None
+        shape, of_latents = first.mean.shape[1:], first.std is not None
 
         made = noises(draws, self.recipe, indices, shape, of_latents, packing, self.device)
         for r, (eps, input_eps, latent) in enumerate(made):
-            version_B = draws.versions(indices, r, len(versions))
-            encoded, mask = chosen_versions(versions, masks, version_B)
+            encoded, mask = seen(r)
             x0, condition = encoded.mean, encoded.condition
             if encoded.std is not None:
                 assert latent is not None
@@ -341,6 +376,17 @@ class NoisedRegression:
             level_B = draws.levels(indices, r)
             batch = self.objective.noise(x0, condition, level_B, eps, indices, r, input_eps, mask)
             yield replace(batch, weight_B=self.recipe.weighted(batch.weight_B, indices))
+
+    def _cut(
+        self,
+        indices: Sequence[int],
+        places: Sequence[tuple[float, float]],
+        mirrored: Sequence[bool],
+    ) -> CleanBatch:
+        """Examples cut out at other places."""
+        assert self._cropped is not None
+        asked = zip(indices, places, mirrored, strict=True)
+        return self._data.of_items([self._cropped.cropped(*each) for each in asked], indices)
 
     def grouped_batches(
         self, clean: CleanBatch, examples: int, draws: int

@@ -222,8 +222,7 @@ def gradient_columns(
         )
         if J_query.regression.in_step:  # all processes run the network equally often
             for clean in J_query.regression.clean_batches():
-                positions = [p for p, n in enumerate(clean.indices) if n in queries]
-                _fill_own_rows(rows_QP, queries.start, J_query, clean, positions, processes)
+                _fill_own_rows(rows_QP, queries, J_query, clean, processes)
         elif queries[processes.rank :: processes.count]:
             rows_QP[processes.rank :: processes.count] = J_query.rows(
                 queries[processes.rank :: processes.count]
@@ -244,28 +243,27 @@ def batch_columns(
     if processes.count == 1:
         return J.rows_of(clean).T
     rows_BP = torch.zeros(len(clean.indices), J.shape[1], dtype=J.dtype, device=J.device)
-    every = list(range(len(clean.indices)))
-    _fill_own_rows(rows_BP, clean.indices[0], J, clean, every, processes)
+    _fill_own_rows(rows_BP, clean.indices, J, clean, processes)
     return processes.all_reduce({"rows": rows_BP}, J.device)["rows"].T
 
 
 def _fill_own_rows(
     rows: Tensor,
-    start: int,
+    examples: Sequence[int],
     J: ExampleGradientLinearOperator,
     clean: CleanBatch,
-    positions: list[int],
     processes: Processes,
 ) -> None:
-    """Fill in this process' part of a batch' gradients, the first row being that of ``start``.
+    """Fill in this process' part of a batch' gradients, where rows are of these examples.
 
     All processes run the network equally often: what cannot be divided all compute, and the first
     keeps.
     """
+    positions = [p for p, n in enumerate(clean.indices) if n in examples]
     own, rest = in_equal_parts(positions, processes)
     for some, kept in ((own, True), (rest, processes.rank == 0)):
         if some:
             part = clean.select(some)
             found_BP = J.rows_of(part)
             if kept:
-                rows[[n - start for n in part.indices]] = found_BP
+                rows[[examples.index(n) for n in part.indices]] = found_BP

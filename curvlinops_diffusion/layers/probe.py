@@ -196,7 +196,8 @@ class Retrial:
     """Tries a network out again in the course of a pass: at the batches 3, 7, 15, … it is shown.
 
     What couples examples, or is random, may do so for some of the data only, and what hooks see may
-    depend on the example. The price falls with the length of the pass.
+    depend on the example. The price falls with the length of the pass. Where images have several
+    shapes, it does so at the first batch of two other ones, too.
 
     Args:
         regression: Objective, data and draws.
@@ -207,6 +208,7 @@ class Retrial:
         self._regression = regression
         self._layers = layers
         self._shown = 0
+        self._shapes: set[torch.Size] = set()
 
     def __call__(self, clean: CleanBatch) -> None:
         """Show it a batch.
@@ -216,7 +218,9 @@ class Retrial:
                 not see a gradient, or see one that is not finite.
         """
         number, self._shown = self._shown, self._shown + 1
-        if number < 3 or number & (number + 1):
+        other = 0 < len(self._shapes) < 3 and clean.x0.shape[1:] not in self._shapes
+        self._shapes.add(clean.x0.shape[1:])
+        if (number < 3 or number & (number + 1)) and not other:
             return
         objective, trial = self._regression.objective, Trial.of(self._regression, [clean], FEW)
         check_trial(objective, trial)

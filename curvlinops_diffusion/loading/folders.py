@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from curvlinops_diffusion.loading.dataset_config import SUFFIXES as CONFIGS
 from curvlinops_diffusion.loading.labels import Classes
 from curvlinops_diffusion.loading.layout import Layout
 from curvlinops_diffusion.loading.metadata import decoded, folded, is_of_images, is_table
@@ -18,8 +19,8 @@ from curvlinops_diffusion.runtime.files import files_below
 ACCEPTED = (
     "Pass a folder of images (subfolders are classes; metadata.jsonl, .csv or .parquet may give "
     "'text' or 'label' for each 'file_name', or files beside images captions), one image, a data "
-    "set of datasets (save_to_disk, .parquet, or .tar of WebDataset), or an .npz file with "
-    "'images' (and 'labels')"
+    "set of datasets (save_to_disk, .parquet, or .tar of WebDataset), an .npz file with 'images' "
+    "(and 'labels'), or the dataset.toml of kohya's scripts"
 )
 SUFFIXES = {
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
@@ -85,7 +86,7 @@ def check_images(path: Path) -> None:
     if not path.exists():
         raise ValueError(f"'{path}' does not exist. {ACCEPTED}.")
     if path.is_file():
-        if path.suffix.lower() not in (*SUFFIXES, *TABLES, ".npz"):
+        if path.suffix.lower() not in (*SUFFIXES, *TABLES, *CONFIGS, ".npz"):
             raise ValueError(f"'{path}' is in no known form. {ACCEPTED}.")
         if path.stat().st_size == 0:
             raise ValueError(f"'{path}' is empty. {ACCEPTED}.")

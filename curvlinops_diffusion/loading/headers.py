@@ -54,7 +54,7 @@ def readable(
 def cut_to_squares(sizes: Sequence[tuple[int, int]], form: Form) -> list[str]:
     """What is to be said of images that are cut to squares, by their sides."""
     cut = sum(width != height for width, height in sizes)
-    if not cut or form.resolution is None:
+    if not cut or form.resolution is None or form.buckets:
         return []
     return [
         f"{cut:,} of {counted(len(sizes), 'image')} {'is' if cut == 1 else 'are'} not square, "

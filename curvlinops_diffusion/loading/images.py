@@ -13,6 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from curvlinops_diffusion.loading.dataset_config import (
+    DatasetConfig,
+    is_config,
+    names_of,
+    weights_of,
+)
 from curvlinops_diffusion.loading.folders import (
     ACCEPTED,
     TABLES,
@@ -35,7 +41,8 @@ from curvlinops_diffusion.loading.labels import Condition
 from curvlinops_diffusion.loading.layout import FILE_NAME, TRIGGERS, Layout
 from curvlinops_diffusion.loading.metadata import Metadata, first_of
 from curvlinops_diffusion.loading.named_images import NamedImages, counted
-from curvlinops_diffusion.loading.preprocessing import Form, Loaded, upright_size
+from curvlinops_diffusion.loading.preprocessing import Form, Loaded, Place
+from curvlinops_diffusion.loading.sizes import Size
 from curvlinops_diffusion.loading.stored import (
     images_of_arrays,
     images_of_dataset,
@@ -185,7 +192,9 @@ def _of_path(path: Path, form: Form, condition: Condition | None, layout: Layout
     if path.suffix != ".npz":
         form.check_channels()
     check_images(path)
-    if kind_of_data(path) in ("saved", *TABLES.values()):
+    if is_config(path):
+        images = _of_config(path, form, layout)
+    elif kind_of_data(path) in ("saved", *TABLES.values()):
         images = images_of_dataset(stored_dataset(path, layout), path, form, layout)
     elif path.is_dir():
         images = _of_folder(path, form, condition, layout)
@@ -199,6 +208,22 @@ def _of_path(path: Path, form: Form, condition: Condition | None, layout: Layout
         split_of(images, path, layout)
     if len(images) == 0:
         raise ValueError(f"'{path}' holds no images. {ACCEPTED}.")
+    return images
+
+
+def _of_config(path: Path, form: Form, layout: Layout) -> NamedImages:
+    """The images that a file of kohya's scripts lists, with their prompts and weights."""
+    config = DatasetConfig(path)
+    listed, notes = config.images(layout.end)
+    by_name = dict(zip(names_of(listed), listed, strict=True))
+    images = _of_files([image.file for image in listed], list(by_name), form, layout)
+    own = [by_name[name] for name in images.names]
+    images.conditions["prompt"] = [image.prompt for image in own]
+    images.example_weights = weights_of(own)
+    images.keep_tokens = [image.kept for image in own]
+    images.regularises = [image.regularises for image in own]
+    images.unread += config.unread
+    images.notes += notes
     return images
 
 
@@ -319,10 +344,11 @@ def _of_files(
     files, names = [files[n] for n in kept], [names[n] for n in kept]
     return NamedImages(
         names,
-        lambda n: form.load(files[n], names[n]),
+        lambda n, place: form.load(files[n], names[n], place),
         lambda n: digest_of(files[n].read_bytes()),
         form,
         notes=notes,
+        size=lambda n: form.size_in(files[n], names[n]),
     )
 
 
@@ -355,17 +381,24 @@ def _of_any(given: Any, form: Form, layout: Layout) -> NamedImages:
     names = [str(n) for n in range(len(things))]
     sizes = [thing.size for thing in things if isinstance(thing, Image.Image)]
 
-    def load(n: int) -> Loaded:
+    def size(n: int) -> Size:
+        thing = things[n]
+        is_image = isinstance(thing, Image.Image)
+        return form.size_of(thing) if is_image else (thing.shape[1], thing.shape[2])
+
+    def load(n: int, place: Place) -> Loaded:
         thing = things[n]
         if isinstance(thing, Image.Image):
-            return form.tensor(thing, names[n]), upright_size(thing)
+            return form.tensor(thing, names[n], place), size(n)
         x = torch.as_tensor(thing)
         if not x.is_floating_point() or x.ndim != 3:
             raise ValueError(
                 f"Image {n} must be floating point in [-1, 1], [C, H, W], got {x.dtype} of shape "
                 f"{tuple(x.shape)}."
             )
-        return form.sized(x, names[n]), (x.shape[1], x.shape[2])
+        return form.sized(x, names[n], place), size(n)
 
     notes = cut_to_squares(sizes, form)
-    return NamedImages(names, load, lambda n: digest_of(load(n)[0]), form, notes=notes)
+    return NamedImages(
+        names, load, lambda n: digest_of(load(n, None)[0]), form, notes=notes, size=size
+    )

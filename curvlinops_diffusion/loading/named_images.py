@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
+from math import nextafter
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from curvlinops_diffusion.loading.labels import Classes, Conditions
-from curvlinops_diffusion.loading.preprocessing import Form, Loaded
+from curvlinops_diffusion.loading.preprocessing import Form, Loaded, Place
+from curvlinops_diffusion.loading.sizes import Size
 from curvlinops_diffusion.runtime.digests import digest_of
 
 
@@ -31,6 +35,9 @@ class NamedImages(Dataset[dict[str, Any]]):
         captions_beside: Files that may hold an image's caption and were not read, by its name.
         example_weights: How much more often than others training saw each image, on average 1;
             ``None`` if all alike.
+        keep_tokens: The tags at both ends of each caption that training left where they were, where
+            these differ or the data say so; ``None`` inside for all.
+        regularises: Whether each image is there to preserve a prior.
         tells_sizes: Whether an item has the size of the original image, and the top left corner
             of what was cut out of it, as Stable Diffusion XL takes them.
         digests: A digest of each item, from when it was read first; ``None`` until then.
@@ -39,13 +46,15 @@ class NamedImages(Dataset[dict[str, Any]]):
     def __init__(
         self,
         names: list[str],
-        load: Callable[[int], Loaded],
+        load: Callable[[int, Place], Loaded],
         source_digest: Callable[[int], str],
         form: Form,
         conditions: Conditions | None = None,
         classes: Classes | None = None,
         unread: Sequence[str] = (),
         notes: Sequence[str] = (),
+        *,
+        size: Callable[[int], Size] | None = None,
     ):
         self.names = names
         self.conditions = conditions or {}
@@ -53,42 +62,76 @@ class NamedImages(Dataset[dict[str, Any]]):
         self.left_out: list[str] = []
         self.captions_beside: dict[str, str] = {}
         self.example_weights: list[float] | None = None
+        self.keep_tokens: list[tuple[int, int] | None] | None = None
+        self.regularises: list[bool] | None = None
         self.unread = list(unread)
         self.notes = list(notes)
         self.digests: list[str | None] = [None] * len(names)
         self.tells_sizes = False
         self.beside: dict[str, tuple[int, list[Any]]] = {}
         self._load = load
+        self._size = size or (
+            lambda n: load(n, None)[1]
+        )  # without reading pixels, where there is a way
         self._source_digest = source_digest
         self._source_digests: list[str] = []
         self._form = form
-        self._first: tuple[str, Size] | None = None
+        self._first: tuple[str, torch.Size] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
+    @cached_property
+    def shapes(self) -> list[Size] | None:
+        """Height and width of each item, where there are aspect buckets; ``None`` if all share one.
+
+        Batches are of items of one shape.
+        """
+        if not self._form.buckets:
+            return None
+        sizes = zip(self.names, map(self._size, range(len(self))), strict=True)
+        return [self._form.placed(name, size)[1] for name, size in sizes]
+
     def __getitem__(self, n: int) -> dict[str, Any]:
-        x0, (height, width) = self._load(n)
+        item = self.cropped(n)
+        if self.digests[n] is None:
+            self.digests[n] = digest_of(item)
+        return item
+
+    def cropped(self, n: int, place: Place = None, mirrored: bool = False) -> dict[str, Any]:
+        """The item of an image of which another part is cut out.
+
+        Args:
+            n: The number of the image.
+            place: Where the part lies, and that of images beside it; ``None`` for the middle.
+            mirrored: Whether it will be mirrored left to right: its corner is that of the mirror
+                image then, as training scripts have it.
+        """
+        x0, (height, width) = self._load(n, place)
         if self._first is None:
             self._first = (self.names[n], x0.shape)
         name, shape = self._first
-        if x0.shape != shape:
+        if x0.shape != shape and not self._form.buckets:
             raise ValueError(
                 f"The image '{self.names[n]}' has shape {tuple(x0.shape)}, and '{name}' has "
-                f"{tuple(shape)}. All must have one size: pass --resolution to resize."
+                f"{tuple(shape)}. All must have one size: pass --resolution to resize, and "
+                "--buckets if training had aspect buckets."
             )
         item: dict[str, Any] = {"x0": x0}
-        if self.tells_sizes:
-            item["original_size"] = torch.tensor([height, width])
-            item["crops_coords_top_left"] = torch.tensor(self._form.corner_of(height, width))
-        for key, values in self.conditions.items():
-            item[key] = torch.tensor(values[n]) if isinstance(values[n], list) else values[n]
         for key, (channels, sources) in self.beside.items():
             form = replace(self._form, channels=channels)
-            beside, _ = form.load(sources[n], f"{key} of {self.names[n]}")
+            beside, _ = form.load(
+                sources[n], f"{key} of {self.names[n]}", place, of=(height, width)
+            )
             item[key] = (beside + 1) / 2
-        if self.digests[n] is None:
-            self.digests[n] = digest_of(item)
+        if self.tells_sizes:
+            item["original_size"] = torch.tensor([height, width])
+            if mirrored and place is not None:
+                place = (place[0], nextafter(1 - place[1], 0))  # below 1, as places are
+            corner = self._form.corner_of(height, width, place)
+            item["crops_coords_top_left"] = torch.tensor(corner)
+        for key, values in self.conditions.items():
+            item[key] = torch.tensor(values[n]) if isinstance(values[n], list) else values[n]
         return item
 
     def images(self, numbers: Collection[int]) -> Iterator[tuple[int, Tensor]]:
@@ -105,6 +148,14 @@ class NamedImages(Dataset[dict[str, Any]]):
         if not self._source_digests:
             self._source_digests = [self._source_digest(n) for n in range(len(self))]
         return self._source_digests
+
+    def weights(self, prior_loss_weight: float) -> list[float] | None:
+        """How much more often than others each image was seen, times the weight of its loss."""
+        if prior_loss_weight == 1 or not any(self.regularises or ()):
+            return self.example_weights
+        seen = self.example_weights or [1.0] * len(self)
+        prior = zip(seen, self.regularises or (), strict=True)
+        return [each * (prior_loss_weight if yes else 1) for each, yes in prior]
 
     def caption(self, n: int) -> str:
         """The prompt or class of an image; nothing if it has none."""
@@ -129,6 +180,10 @@ class NamedImages(Dataset[dict[str, Any]]):
             parts.append(counted(len(set(self.conditions["class_labels"])), "class", "classes"))
         elif "prompt" in self.conditions:
             parts.append(counted(len(set(self.conditions["prompt"])), "prompt"))
+        if self.shapes is not None:
+            counts = Counter(self.shapes).most_common()
+            some = ", ".join(f"{count} of {h}×{w}" for (h, w), count in counts[:5])
+            parts.append(f"{counted(len(counts), 'bucket')} ({some}{', …' * (len(counts) > 5)})")
         text = ", ".join(parts)
         if self.left_out:
             some = ", ".join(self.left_out[:3]) + ", …" * (len(self.left_out) > 3)

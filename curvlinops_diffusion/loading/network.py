@@ -114,9 +114,18 @@ class Network:
             raise ValueError(f"The network takes {takes}, got prompt={prompt!r}. Leave it out.")
         return replace(self, condition=replace(self.condition, prompt=prompt))
 
-    def form(self, resolution: int | None) -> Form:
-        """The form in which images are loaded."""
-        return Form(self.channels, self.size, resolution, self.multiple)
+    def form(self, resolution: int | None, **sizing: Any) -> Form:
+        """The form in which images are loaded; ``sizing`` are options of :class:`Form`.
+
+        Raises:
+            ValueError: If they do not fit together, or the network takes one size alone.
+        """
+        model = self.objective.model
+        if sizing.get("buckets") and isinstance(model, diffusers.DiTTransformer2DModel):
+            raise ValueError(
+                "`buckets` must be left out: a DiTTransformer2DModel takes squares of one size."
+            )
+        return Form(self.channels, self.size, resolution, self.multiple, **sizing)
 
 
 def _chosen_parameters(

@@ -1,12 +1,12 @@
-"""The form in which a network takes images: files opened, pixels to numbers in [-1, 1]."""
+"""The form in which a network takes images: files opened, resized, pixels to [-1, 1]."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from warnings import warn
 
 import numpy as np
@@ -15,13 +15,32 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import functional as transforms
 
-#: An image as a network takes it, ``[C, H, W]``, and its height and width before resizing.
-Loaded = tuple[Tensor, tuple[int, int]]
-#: Where a crop lies, down and across, from 0 to 1 of all places that there are; ``None`` for the
-#: middle.
+from curvlinops_diffusion.loading.sizes import (
+    Interpolation,
+    Placement,
+    Size,
+    area_bucket,
+    area_buckets,
+    bucket_list,
+    nearest_bucket,
+    resized,
+    shrunk_bucket,
+    told_corner,
+)
+from curvlinops_diffusion.runtime.checks import check_count
+
+#: An image as a network takes it, ``[C, H, W]``, and its size before resizing.
+Loaded = tuple[Tensor, Size]
+#: Where a crop lies between the first and the last place that there is, from 0 to 1, down and
+#: across; ``None`` for the middle.
 Place = tuple[float, float] | None
 #: A file, or a function that loads an image from elsewhere.
 Source = Path | Callable[[], Any]
+#: Options of :class:`Form` that users choose: how images are resized and cropped.
+SIZING = (
+    *("resolution", "buckets", "bucket_step", "bucket_min", "bucket_max", "bucket_no_upscale"),
+    "interpolation",
+)
 #: The numbers of channels that image files are read with: grey, and RGB.
 FILE_CHANNELS = (1, 3)
 # where training scripts differ; warned of once, whatever image it is
@@ -45,15 +64,86 @@ class Form:
 
     Attributes:
         channels: Channels; ``None`` for those of the image.
-        size: Height and width; ``None`` for any.
+        size: Height and width; ``None`` for any. Of no matter where there are buckets.
         resolution: What to resize to; ``None`` for no resizing.
         multiple: What height and width must be multiples of.
+        buckets: The sizes of aspect buckets; True for those of kohya's scripts, False for none.
+        bucket_step: Of kohya's buckets, what their sides are multiples of.
+        bucket_min: Their shortest side.
+        bucket_max: Their longest side.
+        bucket_no_upscale: Whether no image is enlarged for them.
+        interpolation: How images are resized; ``None`` for the trainer's own default.
+
+    Raises:
+        ValueError: If options are of no accepted kind, or do not fit together.
     """
 
     channels: int | None
-    size: tuple[int, int] | None
+    size: Size | None
     resolution: int | None
     multiple: int = 1
+    buckets: bool | str | Sequence[Size] = False
+    bucket_step: int = 64
+    bucket_min: int = 256
+    bucket_max: int = 1024
+    bucket_no_upscale: bool = False
+    interpolation: Interpolation | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options, and read buckets that are written as a text."""
+        object.__setattr__(self, "buckets", bucket_list(self.buckets))
+        if self.interpolation not in (None, *get_args(Interpolation)):
+            raise ValueError(
+                f"`interpolation` must be one of {', '.join(get_args(Interpolation))}, got "
+                f"{self.interpolation!r}."
+            )
+        for name in ("resolution", "bucket_step", "bucket_min", "bucket_max"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        if self.buckets is True:
+            self._check_area_buckets()
+        elif self.buckets:
+            misfits = [
+                f"{h}×{w}" for h, w in self._listed if h % self.multiple or w % self.multiple
+            ]
+            if misfits:
+                raise ValueError(
+                    f"`buckets` must have heights and widths that are multiples of {self.multiple}"
+                    f", which the network takes, got {', '.join(misfits[:4])}."
+                )
+
+    def _check_area_buckets(self) -> None:
+        if self.resolution is None:
+            raise ValueError("`buckets` needs the `resolution` that training had, got none.")
+        if self.bucket_step % self.multiple:
+            raise ValueError(
+                f"`bucket_step` must be a multiple of {self.multiple}, which the network takes, "
+                f"got {self.bucket_step}."
+            )
+        least, most = self._limits
+        if not least <= self.resolution <= most:
+            raise ValueError(
+                f"`resolution` must be from {least} to {most}, the shortest and longest side of a "
+                f"bucket, got {self.resolution}. Pass training's `bucket_min` and `bucket_max`."
+            )
+
+    @property
+    def _limits(self) -> Size:
+        """The shortest and longest side of a bucket, in whole steps."""
+        step = self.bucket_step
+        return self.bucket_min // step * step, -(-self.bucket_max // step) * step
+
+    @property
+    def _listed(self) -> tuple[Size, ...]:
+        assert isinstance(self.buckets, tuple)
+        return self.buckets
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """The options as plain values, :class:`Form`'s arguments: channels, and what is chosen."""
+        plain = Form(None, None, None)
+        chosen = {k: getattr(self, k) for k in SIZING if getattr(self, k) != getattr(plain, k)}
+        return {"channels": self.channels, "resolution": None} | chosen
 
     def check_channels(self, entry: str = "") -> None:
         """Check that image files can have the network's channels.
@@ -76,26 +166,48 @@ class Form:
         )
         raise ValueError(f"{what}, and image files are read as grey (1) or RGB (3). {how}.")
 
-    def load(self, source: Source, name: str, place: Place = None) -> Loaded:
+    def load(
+        self, source: Source, name: str, place: Place = None, of: Size | None = None
+    ) -> Loaded:
         """Load an image from its file or elsewhere; errors name the file, or else the name."""
         with _opened(source, name) as image:
-            return self.tensor(image, name, place), upright_size(image)
+            return self.tensor(image, name, place, of), self.size_of(image)
 
-    def tensor(self, image: Image.Image, name: str, place: Place = None) -> Tensor:
+    def size_in(self, source: Source, name: str) -> Size:
+        """The size of an image as :meth:`load` tells it, without reading pixels."""
+        with _opened(source, name, pixels=False) as image:
+            return self.size_of(image)
+
+    def size_of(self, image: Image.Image) -> Size:
+        """Height and width of an image as it is read, turned or not."""
+        return (image.height, image.width) if self.buckets is True else upright_size(image)
+
+    def tensor(
+        self, image: Image.Image, name: str, place: Place = None, of: Size | None = None
+    ) -> Tensor:
         """The image in [-1, 1], shape ``[C, H, W]``, turned as its EXIF orientation says.
+
+        With kohya's buckets it is not turned: his scripts do not.
+
+        Args:
+            image: The image.
+            name: Its name, for messages.
+            place: Where a crop lies.
+            of: The size of the image that it lies beside, with which it is resized and cropped.
 
         Raises:
             ValueError: If it has another size than the network's, is transparent somewhere, or has
                 pixels of unknown range.
         """
         self.check_channels()
-        if _orientation(image) in range(2, 9):
-            warn(_TURNED, stacklevel=2)
-        image = ImageOps.exif_transpose(image)
+        if self.buckets is not True:
+            if _orientation(image) in range(2, 9):
+                warn(_TURNED, stacklevel=2)
+            image = ImageOps.exif_transpose(image)
         if image.mode == "F" or image.mode.startswith("I"):
             warn(_DEEP, stacklevel=2)
             deep = _deep(image, name).repeat(self.channels or 1, 1, 1)
-            return self.sized(deep, name, place)
+            return self.sized(deep, name, place, of)
         if image.has_transparency_data:
             darkest, _ = image.convert("RGBA").getchannel("A").getextrema()
             if darkest != 255:
@@ -110,29 +222,80 @@ class Form:
             raise ValueError(
                 f"The image '{name}' is in the mode {image.mode} ({error}). Save it as RGB."
             ) from error
-        x = transforms.pil_to_tensor(flat).float() / 127.5 - 1
-        return self.sized(x, name, place)
+        box = self._box(name, of or (flat.height, flat.width), place)
+        if box is not None:  # as images, before they are numbers, as training scripts do
+            whole, (top, left), (height, width) = box
+            flat = resized(flat, whole, self.interpolation, self.buckets is True)
+            flat = flat.crop((left, top, left + width, top + height))
+        return self._checked(transforms.normalize(transforms.to_tensor(flat), [0.5], [0.5]), name)
+
+    def placed(self, name: str, size: Size) -> Placement:
+        """The size that an image is resized to, and that of the part that is kept.
+
+        Raises:
+            ValueError: If there is no bucket for it.
+        """
+        try:
+            return self._placement(size)
+        except ValueError as error:
+            raise ValueError(f"The image '{name}' has no bucket: {error}") from error
+
+    def _placement(self, size: Size) -> Placement:
+        if self.buckets is True:
+            assert self.resolution is not None, "which is checked"
+            if self.bucket_no_upscale:
+                return shrunk_bucket(size, self.resolution, self.bucket_step)
+            buckets = area_buckets(self.resolution, self.bucket_step, *self._limits)
+            return area_bucket(size, buckets)
+        if self.buckets:
+            return nearest_bucket(size, self._listed)
+        if self.resolution is None:
+            return size, size
+        whole = tuple(self.resolution * side // min(size) for side in size)
+        return (whole[0], whole[1]), (self.resolution, self.resolution)
 
     def corner_of(self, height: int, width: int, place: Place = None) -> tuple[int, int]:
-        """Top and left of what is cut out of an image of this size, after it was resized."""
-        if self.resolution is None:
-            return 0, 0
-        shorter = min(height, width)
-        rest = [self.resolution * side // shorter - self.resolution for side in (height, width)]
-        if place is None:
-            top, left = (round(more / 2) for more in rest)
+        """Top and left of what is cut out of an image of this size, as the network is told it.
+
+        After it was resized; kohya's scripts tell something else than where they cut.
+        """
+        whole, part = self._placement((height, width))
+        if self.buckets is True:
+            return told_corner((height, width), part)
+        return self._corner(whole, part, place)
+
+    def _corner(self, whole: Size, part: Size, place: Place) -> tuple[int, int]:
+        rest = [a - b for a, b in zip(whole, part, strict=True)]
+        if place is None:  # torchvision rounds half a pixel to even numbers
+            top, left = (more // 2 if self.buckets is True else round(more / 2) for more in rest)
         else:  # as torch.randint chooses among all that there are
-            top, left = (int(z * (more + 1)) for z, more in zip(place, rest, strict=True))
+            top, left = (min(int(z * (m + 1)), m) for z, m in zip(place, rest, strict=True))
         return top, left
 
-    def sized(self, x: Tensor, name: str, place: Place = None) -> Tensor:
-        """Resize an image where asked for, and check its size."""
-        if self.resolution is not None:
-            top, left = self.corner_of(x.shape[1], x.shape[2], place)
-            x = transforms.resize(x, [self.resolution], antialias=True)
-            x = transforms.crop(x, top, left, self.resolution, self.resolution).clamp(-1, 1)
+    def _box(self, name: str, size: Size, place: Place) -> tuple[Size, Size, Size] | None:
+        """What to resize to, and corner and size of what is cut out; ``None`` for neither."""
+        if self.resolution is None and not self.buckets:
+            return None
+        whole, part = self.placed(name, size)
+        return whole, self._corner(whole, part, place), part
+
+    def sized(self, x: Tensor, name: str, place: Place = None, of: Size | None = None) -> Tensor:
+        """Resize an image ``[C, H, W]`` where asked for, and check its size."""
+        box = self._box(name, of or (x.shape[1], x.shape[2]), place)
+        if box is not None:
+            whole, corner, part = box
+            planes = [Image.fromarray(plane) for plane in x.float().cpu().numpy()]
+            found = [
+                np.asarray(resized(plane, whole, self.interpolation, self.buckets is True))
+                for plane in planes
+            ]
+            resized_x = torch.from_numpy(np.stack(found)).to(x)
+            x = transforms.crop(resized_x, *corner, *part).clamp(-1, 1)
+        return self._checked(x, name)
+
+    def _checked(self, x: Tensor, name: str) -> Tensor:
         height, width = x.shape[1:]
-        if self.size is not None and (height, width) != self.size:
+        if self.size is not None and not self.buckets and (height, width) != self.size:
             raise ValueError(
                 f"The image '{name}' is {height}×{width} pixels, the network was trained "
                 f"on {self.size[0]}×{self.size[1]}. Pass --resolution {self.size[0]} to resize."
@@ -171,13 +334,13 @@ def _deep(image: Image.Image, name: str) -> Tensor:
 
 
 @contextmanager
-def _opened(source: Source, name: str) -> Iterator[Image.Image]:
+def _opened(source: Source, name: str, pixels: bool = True) -> Iterator[Image.Image]:
     """Open an image and load its pixels; refuse what cannot be read, or has several pages."""
     what = source if isinstance(source, Path) else name
     try:
         image = Image.open(source) if isinstance(source, Path) else source()
         pages = _pages(image)
-        if image is not None and pages == 1:
+        if image is not None and pages == 1 and pixels:
             image.load()
     except FileNotFoundError as error:
         raise ValueError(

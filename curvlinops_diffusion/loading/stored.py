@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from curvlinops_diffusion.loading.labels import Classes
 from curvlinops_diffusion.loading.layout import Layout
 from curvlinops_diffusion.loading.metadata import IMAGE_COLUMNS
 from curvlinops_diffusion.loading.named_images import NamedImages
-from curvlinops_diffusion.loading.preprocessing import FILE_CHANNELS, Form, Loaded
+from curvlinops_diffusion.loading.preprocessing import FILE_CHANNELS, Form, Loaded, Place
 from curvlinops_diffusion.runtime.checks import quoted
 from curvlinops_diffusion.runtime.digests import digest_of
 
@@ -71,18 +72,18 @@ def images_of_arrays(path: Path, form: Form) -> NamedImages:
         )
     names = [f"{path.name}[{n}]" for n in range(len(images))]
 
-    def load(n: int) -> Loaded:
+    def load(n: int, place: Place) -> Loaded:
         array = images[n]
         if array.dtype != np.uint8:
             x = torch.from_numpy(np.asarray(array, dtype=np.float32))
             x = x.unsqueeze(0) if x.ndim == 2 else x
-            return form.sized(x, names[n]), (x.shape[1], x.shape[2])
+            return form.sized(x, names[n], place), (x.shape[1], x.shape[2])
         height, width = array.shape[:2]
         if form.channels in (None, *FILE_CHANNELS):
             flat = array if array.ndim == 2 or array.shape[-1] > 1 else array[..., 0]
-            return form.tensor(Image.fromarray(flat), names[n]), (height, width)
+            return form.tensor(Image.fromarray(flat), names[n], place), (height, width)
         x = torch.from_numpy(array).movedim(-1, 0).float() / 127.5 - 1
-        return form.sized(x, names[n]), (height, width)
+        return form.sized(x, names[n], place), (height, width)
 
     return NamedImages(
         names,
@@ -92,6 +93,7 @@ def images_of_arrays(path: Path, form: Form) -> NamedImages:
         {} if labels is None else {"class_labels": labels.tolist()},
         unread=[name for name in arrays if name not in (key, "labels")],
         notes=notes,
+        size=lambda n: images.shape[1:3] if images.dtype == np.uint8 else images.shape[-2:],
     )
 
 
@@ -235,6 +237,7 @@ def images_of_dataset(data: Any, path: Path, form: Form, layout: Layout) -> Name
     if len(kept) < len(data):
         data, names = data.select(kept), [names[n] for n in kept]
         images, encoded = parts(data)
+        rows = encoded.with_format("arrow")
     read = layout.columns(data.column_names, f"'{path}'")
     conditions: dict[str, list[Any]] = {ours: list(data[theirs]) for theirs, ours in read.items()}
     beside = [name for name in pictures if name in IMAGE_COLUMNS]
@@ -248,6 +251,8 @@ def images_of_dataset(data: Any, path: Path, form: Form, layout: Layout) -> Name
         numbers = [-1 if n is None else n for n in conditions.pop("class_labels")]
         classes = Classes(label.names, [label.names[n] if n >= 0 else None for n in numbers])
 
+    upright = replace(form, buckets=False)  # as the library turns them
+
     def source_digest(n: int) -> str:
         stored = encoded[n][column]
         if stored is not None and stored["bytes"] is None:
@@ -259,13 +264,14 @@ def images_of_dataset(data: Any, path: Path, form: Form, layout: Layout) -> Name
     unread = [name for name in data.column_names if name not in {column, *read, *beside}]
     return NamedImages(
         names,
-        lambda n: form.load(partial(picture, images, column, n), names[n]),
+        lambda n, place: form.load(partial(picture, images, column, n), names[n], place),
         source_digest,
         form,
         conditions,
         classes,
         unread=[name for name in unread if not name.startswith("__")],  # WebDataset's own
         notes=notes,
+        size=lambda n: upright.size_in(lambda: Image.open(_stored(rows, column, n)), names[n]),
     )
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
-from torch.nn.functional import interpolate
 
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.loading.labels import Condition
@@ -523,20 +522,6 @@ def test_images_of_several_sizes(tmp_path):
         images[1]
     with pytest.raises(ValueError, match=r"12×12 pixels, and the network takes multiples of 8. "):
         open_images(tmp_path / "data", Form(3, None, None, 8))[1]["x0"]
-
-
-@pytest.mark.parametrize("size", [(20, 20), (20, 31), (25, 16)])
-def test_resizing(tmp_path, size):
-    """The shorter side becomes 8 pixels, and the middle is cut out."""
-    (tmp_path / "data").mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "data" / "image.png")
-    found = open_images(tmp_path / "data", Form(3, (8, 8), 8))[0]["x0"]
-    x = torch.from_numpy(pixels).expand(1, 3, *size) / 127.5 - 1
-    whole = [8 * side // min(size) for side in size]
-    resized = interpolate(x, whole, mode="bilinear", antialias=True)[0]
-    top, left = (round((side - 8) / 2) for side in whole)
-    assert torch.equal(found, resized[:, top : top + 8, left : left + 8].clamp(-1, 1))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -1,0 +1,493 @@
+"""The files by which kohya's ``sd-scripts`` are told their data: ``dataset.toml``, or JSON."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from os.path import commonpath
+from pathlib import Path
+from typing import Any
+
+from curvlinops_diffusion.loading.metadata import decoded
+
+#: How the names of such files end.
+SUFFIXES = (".toml", ".json")
+_COUNTS = ("batch_size", "bucket_reso_steps", "max_bucket_reso", "min_bucket_reso", "resolution")
+# options of each table, with what they may be; those of outer tables hold for the inner ones
+_OF_DATASETS: dict[str, Any] = {
+    **dict.fromkeys(_COUNTS, int),
+    **dict.fromkeys(("bucket_no_upscale", "enable_bucket"), bool),
+    **dict.fromkeys(("network_multiplier", "validation_split"), float),
+    "validation_seed": int,
+    "resolution": (int, list),
+}
+_OF_SUBSETS: dict[str, Any] = {
+    **dict.fromkeys(("color_aug", "flip_aug", "random_crop", "shuffle_caption"), bool),
+    **dict.fromkeys(("enable_wildcard", "cache_info"), bool),
+    **dict.fromkeys(("num_repeats", "keep_tokens", "token_warmup_min"), int),
+    **dict.fromkeys(("caption_extension", "class_tokens", "caption_prefix", "caption_suffix"), str),
+    **dict.fromkeys(("keep_tokens_separator", "secondary_separator", "caption_separator"), str),
+    **dict.fromkeys(("caption_dropout_rate", "caption_tag_dropout_rate"), float),
+    **{"caption_dropout_every_n_epochs": int, "token_warmup_step": float},
+    **{"face_crop_aug_range": list, "custom_attributes": dict, "resize_interpolation": str},
+}
+_OF_ONE: dict[str, Any] = {
+    **dict.fromkeys(("image_dir", "metadata_file", "conditioning_data_dir"), str),
+    **dict.fromkeys(("is_reg", "alpha_mask"), bool),
+}
+# what changes what the network is shown, and no option of ours expresses
+_REFUSED = {
+    "color_aug": "changes colours at random",
+    "face_crop_aug_range": "cuts around faces",
+    "alpha_mask": "weights pixels by their alpha",
+    "enable_wildcard": "chooses lines and words of captions at random",
+    "caption_dropout_every_n_epochs": "drops all captions of some epochs",
+    "conditioning_data_dir": "shows the network another image",
+    "validation_split": "leaves out images that are not named",
+}
+# what decides nothing that is computed here
+_IGNORED = ("validation_seed", "custom_attributes", "cache_info")
+_WARMUP = ("token_warmup_min", "token_warmup_step")
+# what all images must share here
+_SHARED = (
+    *("flip_aug", "random_crop", "caption_dropout_rate", "caption_tag_dropout_rate"),
+    *("resolution", "enable_bucket", "resize_interpolation"),
+)
+_OF_BUCKETS = {
+    "bucket_reso_steps": "bucket_step",
+    "min_bucket_reso": "bucket_min",
+    "max_bucket_reso": "bucket_max",
+    "bucket_no_upscale": "bucket_no_upscale",
+}
+_RESIZED = {
+    **dict.fromkeys(("bilinear", "linear"), "bilinear"),
+    **dict.fromkeys(("bicubic", "cubic"), "bicubic"),
+    "lanczos": "lanczos",
+}
+_IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"}
+
+
+def is_config(given: Any) -> bool:
+    """Tell whether data are given as such a file, by its name alone."""
+    return isinstance(given, str | PathLike) and Path(given).suffix.lower() in SUFFIXES
+
+
+@dataclass(frozen=True)
+class ListedImage:
+    """An image as training saw it.
+
+    Attributes:
+        file: Its file.
+        prompt: Its prompt.
+        kept: The tags at both ends of it that stay where they are; ``None`` for all.
+        times: How often training saw it in an epoch.
+        batch_size: The size of batches that it came in.
+        regularises: Whether it is there to preserve a prior.
+    """
+
+    file: Path
+    prompt: str
+    kept: tuple[int, int] | None
+    times: int
+    batch_size: int
+    regularises: bool
+
+
+def names_of(images: Sequence[ListedImage]) -> list[str]:
+    """Paths below the folder that holds all images, numbered where one is listed again."""
+    whole = [str(image.file.absolute()) for image in images]
+    around = Path(commonpath([str(Path(name).parent) for name in whole]))
+    seen: Counter[str] = Counter()
+    names = []
+    for name in whole:
+        seen[name] += 1
+        again = f" ({seen[name]})" if seen[name] > 1 else ""
+        names.append(Path(name).relative_to(around).as_posix() + again)
+    return names
+
+
+def weights_of(images: Sequence[ListedImage]) -> list[float] | None:
+    """How much more often than others each was seen, on average 1; ``None`` if all alike.
+
+    A loss is the mean over a batch, of which there are more where they are smaller.
+    """
+    times = [image.times / image.batch_size for image in images]
+    return None if len(set(times)) == 1 else [each * len(times) / sum(times) for each in times]
+
+
+class DatasetConfig:
+    """A file that lists data, checked.
+
+    Attributes:
+        path: The file.
+        unread: Options in it that decide nothing here, or are not followed.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: If it cannot be read, an option is unknown or of another kind, or training saw
+            something that cannot be expressed.
+    """
+
+    def __init__(self, path: str | PathLike[str]):
+        self.path = Path(path)
+        tables = self._parsed()
+        general = self._table(tables.get("general", {}), "[general]", _OF_DATASETS | _OF_SUBSETS)
+        self._subsets: list[_Subset] = []
+        found = tables.get("datasets")
+        datasets = found if isinstance(found, list) else []
+        if not datasets or tables.keys() - {"general", "datasets"}:
+            raise ValueError(
+                f"'{self.path}' must hold [[datasets]] with [[datasets.subsets]], and perhaps "
+                f"[general], got {sorted(tables)}. Pass the file that kohya's scripts were given "
+                "as --dataset_config, or a folder of images."
+            )
+        for number, dataset in enumerate(datasets, 1):
+            own = dict(dataset) if isinstance(dataset, dict) else {}
+            subsets = own.pop("subsets", None)
+            where = f"[[datasets]] {number}"
+            outer = self._table(own, where, _OF_DATASETS | _OF_SUBSETS)
+            for place, subset in enumerate(subsets if isinstance(subsets, list) else [], 1):
+                within = f"[[datasets.subsets]] {place} of {where}"
+                inner = self._table(subset, within, _OF_SUBSETS | _OF_ONE)
+                options = general | outer | inner
+                self._subsets.append(_Subset(self.path, within, number, options))
+        if not self._subsets:
+            raise ValueError(f"'{self.path}' has no [[datasets.subsets]]. Name folders of images.")
+        named = {
+            name for subset in self._subsets for name, value in subset.options.items() if value
+        }
+        for name, what in _REFUSED.items():
+            if name in named:
+                raise ValueError(
+                    f"'{self.path}' has {name}, which {what}, and scores would be of another "
+                    "training. Take it out if this training did not have it."
+                )
+        if any(subset.options.get("network_multiplier", 1) != 1 for subset in self._subsets):
+            raise ValueError(f"'{self.path}' has a network_multiplier that is not 1. Take it out.")
+        self.unread = [name for name in (*_IGNORED, *_WARMUP) if name in named]
+        self.settings = dict(self._settings())
+
+    def _parsed(self) -> dict[str, Any]:
+        try:
+            text = decoded(self.path)
+            is_json = self.path.suffix.lower() == ".json"
+            found = json.loads(text) if is_json else tomllib.loads(text)
+        except OSError as error:
+            raise ValueError(f"'{self.path}' cannot be read: {error.strerror}.") from error
+        except (json.JSONDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+            raise ValueError(
+                f"'{self.path}' is not understood: {error}. Write it as kohya's scripts read it "
+                "(in TOML, paths with backslashes stand in single quotes)."
+            ) from error
+        return found if isinstance(found, dict) else {}
+
+    def _table(self, table: Any, where: str, known: Mapping[str, Any]) -> dict[str, Any]:
+        """Check the options of a table."""
+        if not isinstance(table, dict):
+            raise ValueError(f"{where} of '{self.path}' must be a table, got {table!r}.")
+        for name, value in table.items():
+            if name not in known:
+                meant = difflib.get_close_matches(name, known, 1)
+                raise ValueError(
+                    f"{where} of '{self.path}' has the option '{name}', which kohya's scripts do "
+                    f"not know there.{f' Is {meant[0]} meant?' if meant else ' Take it out.'}"
+                )
+            kinds = known[name] if isinstance(known[name], tuple) else (known[name],)
+            kinds = (int, float) if kinds == (float,) else kinds
+            if not isinstance(value, kinds) or (bool not in kinds and isinstance(value, bool)):
+                wanted = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(
+                    f"{where} of '{self.path}': {name} must be {wanted}, got {value!r}."
+                )
+            if name in _COUNTS and not isinstance(value, list) and value < 1:
+                raise ValueError(
+                    f"{where} of '{self.path}': {name} must be at least 1, got {value}."
+                )
+        return table
+
+    # -----------------------------------------------------------------------------------------
+
+    def _settings(self) -> Iterator[tuple[str, Any]]:
+        """Options of ours that it decides."""
+        said = {name: self._shared(name) for name in _SHARED}
+        resolution = said["resolution"]
+        if isinstance(resolution, list):
+            if len(resolution) != 2 or len(set(resolution)) != 1:
+                raise ValueError(
+                    f"'{self.path}' has the resolution {resolution}, and `resolution` is the side "
+                    "of a square. Prepare the images at that size, and pass their folder."
+                )
+            resolution = resolution[0]
+        if resolution is not None:
+            yield "resolution", resolution
+        if said["enable_bucket"]:
+            yield "buckets", True
+            for theirs, ours in _OF_BUCKETS.items():
+                if (value := self._shared(theirs)) is not None:
+                    yield ours, value
+        elif said["enable_bucket"] is False and resolution is not None:
+            # one bucket, to which images are resized as to any other
+            yield "buckets", True
+            yield from ((name, resolution) for name in ("bucket_step", "bucket_min", "bucket_max"))
+        if said["resize_interpolation"] is not None:
+            if said["resize_interpolation"] not in _RESIZED:
+                raise ValueError(
+                    f"'{self.path}' has resize_interpolation '{said['resize_interpolation']}', and "
+                    f"`interpolation` may be {', '.join(dict.fromkeys(_RESIZED.values()))}."
+                )
+            yield "interpolation", _RESIZED[said["resize_interpolation"]]
+        if said["random_crop"]:
+            if said["enable_bucket"] is False:
+                raise ValueError(
+                    f"'{self.path}' has random_crop without enable_bucket: parts of images that "
+                    "are not resized, which cannot be expressed. Take one of them out if it was "
+                    "not so."
+                )
+            yield "random_crop", True
+        if said["flip_aug"]:
+            yield "augment", "flip"
+        if said["caption_dropout_rate"]:
+            yield "condition_dropout", float(said["caption_dropout_rate"])
+        if said["caption_tag_dropout_rate"]:
+            self._shared("shuffle_caption")  # of captions in order, too, tags are left out
+            yield "tag_dropout", float(said["caption_tag_dropout_rate"])
+        if any(subset.options.get("shuffle_caption") for subset in self._subsets):
+            yield "shuffle_captions", True
+
+    def _shared(self, name: str) -> Any:
+        """An option that all subsets must share; ``None`` if it is not there."""
+        first = self._subsets[0]
+        for other in self._subsets:
+            one, two = first.options.get(name), other.options.get(name)
+            if (one or None) != (two or None):  # those that are not there are off
+                raise ValueError(
+                    f"'{self.path}' has {name} {one} in {first.where} and {two} in {other.where}, "
+                    "and here all images of a run share it. Make it the same, or attribute to each "
+                    "with a file of its own."
+                )
+        values = (subset.options.get(name) for subset in self._subsets)
+        return next((value for value in values if value is not None), None)
+
+    def settled(
+        self, given: Mapping[str, Any], known: Collection[str]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Decide options; those that are given by hand stand.
+
+        Args:
+            given: Options that are given by hand.
+            known: The options that there are.
+
+        Returns:
+            The options that are decided, and what is not, a line each.
+        """
+        options, lines = {}, []
+        for name, value in self.settings.items():
+            if name in given:
+                if given[name] != value:
+                    shown = f"`{name}={given[name]!r}`"
+                    lines.append(f"{shown} is given, against {value!r} by '{self.path}'")
+            elif name in known:
+                options[name] = value
+            else:
+                lines.append(f"not applied: `{name}={value!r}` by '{self.path}'")
+        return options, lines
+
+    def images(self, caption_extension: str | None = None) -> tuple[list[ListedImage], list[str]]:
+        """Find the images and read their captions.
+
+        Args:
+            caption_extension: How the names of captions end where the file does not say so;
+                ``None`` for ``.caption``, as of kohya's scripts.
+
+        Returns:
+            The images, and what is to be said of them, a clause each.
+
+        Raises:
+            ValueError: If a folder or file is missing or damaged, or there are no images.
+        """
+        varies = bool(self.settings.keys() & {"shuffle_captions", "tag_dropout"})
+        found: list[ListedImage] = []
+        notes: list[str] = []
+        for number in dict.fromkeys(subset.dataset for subset in self._subsets):
+            first: dict[str, _Subset] = {}  # a folder that is named again is not read again
+            for subset in self._subsets:
+                if subset.dataset == number:
+                    first.setdefault(subset.source, subset)
+            own: list[ListedImage] = []
+            for subset in first.values():
+                images, said = subset.images(caption_extension or ".caption", varies)
+                own += images
+                notes += said
+            train = [image for image in own if not image.regularises]
+            prior = [image for image in own if image.regularises]
+            seen = _balanced([i.times for i in prior], sum(i.times for i in train))
+            if 0 in seen:
+                notes.append(f"{seen.count(0)} regularisation image(s) that training did not reach")
+            found += train
+            found += [replace(i, times=n) for i, n in zip(prior, seen, strict=True) if n]
+        if not found:
+            raise ValueError(f"'{self.path}' names no images: {'; '.join(notes)}.")
+        return found, notes
+
+
+@dataclass(frozen=True)
+class _Subset:
+    """A table of images, with what the tables around it say."""
+
+    path: Path
+    where: str
+    dataset: int
+    options: Mapping[str, Any]
+
+    @property
+    def source(self) -> str:
+        """What it is known by."""
+        return str(self.options.get("metadata_file") or self.options.get("image_dir"))
+
+    def _found(self, option: str) -> Path:
+        """A folder or file as it is named, or relative to the config."""
+        named = str(self.options[option])
+        for place in (Path(named), self.path.parent / named):
+            if place.exists():
+                return place
+        raise ValueError(
+            f"'{named}', the {option} of {self.where} of '{self.path}', does not exist here. Edit "
+            f"{option}; relative paths are below the current folder, or that of the file."
+        )
+
+    def images(self, extension: str, varies: bool) -> tuple[list[ListedImage], list[str]]:
+        """Its images in order, and what is to be said of them.
+
+        Args:
+            extension: How the names of captions end where nothing says so.
+            varies: Whether captions of the whole data differ from draw to draw.
+        """
+        own, text = self.options, self.options.get("class_tokens") or ""
+        times, prior = int(own.get("num_repeats", 1)), bool(own.get("is_reg"))
+        if times < 1:
+            return [], [f"none of '{self.source}', which is repeated {times} times"]
+        captions = list(self._captions(extension))
+        what = "regularisation image(s)" if prior else "image(s)"
+        notes = [f"{times} × {len(captions)} {what} of '{self.source}'"]
+        if bare := [file.name for file, caption in captions if caption is None]:
+            notes.append(f"{len(bare)} without a caption ({bare[0]}, …), with {text!r} as prompt")
+        size = int(own.get("batch_size", 1))
+        made = ((file, self._prompt(text if c is None else c, varies)) for file, c in captions)
+        return [ListedImage(file, *prompt, times, size, prior) for file, prompt in made], notes
+
+    def _captions(self, extension: str) -> Iterator[tuple[Path, str | None]]:
+        """Yield the images with their captions; ``None`` for none."""
+        if "metadata_file" in self.options:
+            yield from self._of_metadata(self._found("metadata_file"))
+            return
+        if "image_dir" not in self.options:
+            raise ValueError(f"{self.where} of '{self.path}' has no image_dir. Name the folder.")
+        folder = self._found("image_dir")
+        if not folder.is_dir():
+            raise ValueError(f"'{folder}', the image_dir of {self.where}, is a file.")
+        end = str(self.options.get("caption_extension") or extension)
+        end = end if end.startswith(".") else f".{end}"
+        for file in sorted(folder.iterdir(), key=str):
+            if file.suffix.lower() in _IMAGES and file.name[0] != "." and file.is_file():
+                yield file, _caption_of(file, end)
+
+    def _of_metadata(self, file: Path) -> Iterator[tuple[Path, str]]:
+        """The images of fine-tuning, whose captions are tags after a sentence."""
+        lines = file.suffix.lower() == ".jsonl"
+        try:
+            text = decoded(file)
+            found = (
+                {
+                    entry["image_path"]: entry
+                    for entry in map(json.loads, filter(str.strip, text.split("\n")))
+                }
+                if lines
+                else json.loads(text)
+            )
+            entries = [(str(key), dict(entry)) for key, entry in found.items()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            wanted = (
+                '{"image_path": "a.png", "caption": "a cat"}'
+                if lines
+                else '{"a.png": {"caption": "a cat"}}'
+            )
+            raise ValueError(
+                f"'{file}' is not understood ({error}). It must be like {wanted}."
+            ) from error
+        folder = self._found("image_dir") if "image_dir" in self.options else file.parent
+        separator = self.options.get("caption_separator", ",")
+        for key, entry in entries:
+            image = folder / key
+            if not image.is_file():
+                alike = [p for p in image.parent.glob("*") if p.stem == image.name]
+                image = next((p for p in alike if p.suffix.lower() in _IMAGES), image)
+            if not image.is_file():
+                raise ValueError(f"'{image}' does not exist, which '{file}' names. Put it there.")
+            parts = [str(entry.get(name) or "") for name in ("caption", "tags")]
+            yield image, separator.join(filter(None, parts))
+
+    def _prompt(self, caption: str, varies: bool) -> tuple[str, tuple[int, int] | None]:
+        """A prompt as training has it, and the tags at its ends that stay where they are."""
+        own, separator = self.options, self.options.get("caption_separator", ",")
+        text = f"{own['caption_prefix']} {caption}" if own.get("caption_prefix") else caption
+        text = f"{text} {own['caption_suffix']}" if own.get("caption_suffix") else text
+        text, inner = text.split("\n")[0], own.get("secondary_separator")
+        kept = max(int(own.get("keep_tokens", 0)), 0), 0
+        if not (own.get("shuffle_caption") or own.get("caption_tag_dropout_rate")):
+            # where no subset says it, the command of training may have, and the user's option
+            stays = varies or "shuffle_caption" in own
+            return text.replace(inner, separator) if inner else text, None if stays else kept
+        if separator != "," or (inner and inner in text):
+            name = "caption_separator" if separator != "," else "secondary_separator"
+            raise ValueError(
+                f"{self.where} of '{self.path}' varies captions by {name} {own[name]!r}, and tags "
+                "are separated by commas here. Write the captions so."
+            )
+        end = own.get("keep_tokens_separator")
+        if end and end in text:
+            parts = [
+                [t.strip() for t in part.split(",") if t.strip()] for part in text.split(end, 2)
+            ]
+            tags = [tag for part in parts for tag in part]
+            return ", ".join(tags), (len(parts[0]), len(parts[2]) if len(parts) > 2 else 0)
+        return text, kept
+
+
+def _caption_of(image: Path, end: str) -> str | None:
+    """The first line of the caption beside an image, whose name may end in a face's place."""
+    stems = [image.stem]
+    if len(words := image.stem.split("_")) >= 5:
+        stems.append("_".join(words[:-4]))
+    for stem in stems:
+        file = image.with_name(stem + end)
+        if file.is_file():
+            text = decoded(file)
+            if not text:
+                raise ValueError(f"The caption '{file}' is empty. Write it, or remove the file.")
+            return re.split(r"\r\n|\r|\n", text)[0].strip()
+    return None
+
+
+def _balanced(repeats: list[int], wanted: int) -> list[int]:
+    """How often each regularisation image is seen, so that all together are as many as wanted.
+
+    First each as often as it is repeated, as far as they are wanted; then one more of each in turn.
+    """
+    seen, left = [0] * len(repeats), wanted
+    first = True
+    while left > 0 and repeats:
+        for n, times in enumerate(repeats):
+            if left <= 0:
+                break
+            seen[n] += times if first else 1
+            left -= times if first else 1
+        first = False
+    return seen
