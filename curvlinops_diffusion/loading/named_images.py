@@ -50,7 +50,7 @@ class NamedImages(Dataset[dict[str, Any]]):
         unread: Sequence[str] = (),
         notes: Sequence[str] = (),
         *,
-        size: Callable[[int], Size] | None = None,
+        size: Callable[[int], Size],
     ):
         self.names = names
         self.conditions = conditions or {}
@@ -64,7 +64,7 @@ class NamedImages(Dataset[dict[str, Any]]):
         self.tells_sizes = False
         self.beside: dict[str, tuple[int, list[Any]]] = {}
         self._load = load
-        self._size = size or (lambda n: load(n)[1])  # without reading pixels, where there is a way
+        self._size = size  # without reading pixels
         self._source_digest = source_digest
         self._source_digests: list[str] = []
         self._form = form
