@@ -54,7 +54,7 @@ class NamedImages(Dataset[dict[str, Any]]):
         unread: Sequence[str] = (),
         notes: Sequence[str] = (),
         *,
-        size: Callable[[int], Size] | None = None,
+        size: Callable[[int], Size],
     ):
         self.names = names
         self.conditions = conditions or {}
@@ -70,9 +70,7 @@ class NamedImages(Dataset[dict[str, Any]]):
         self.tells_sizes = False
         self.beside: dict[str, tuple[int, list[Any]]] = {}
         self._load = load
-        self._size = size or (
-            lambda n: load(n, None)[1]
-        )  # without reading pixels, where there is a way
+        self._size = size  # without reading pixels
         self._source_digest = source_digest
         self._source_digests: list[str] = []
         self._form = form
