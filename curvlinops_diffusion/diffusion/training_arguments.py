@@ -39,6 +39,8 @@ _OF_CALL = (
     *("system_prompt", "complex_human_instruction", "text_encoder_out_layers", "clean_caption"),
     *("frame_rate", *_SIZES),
 )
+#: What training may have set otherwise in the scheduler, and not shown the network.
+OF_SCHEDULER = ("prediction_type", "rescale_betas_zero_snr", "shift")
 
 
 def training_arguments(
@@ -66,7 +68,7 @@ def training_arguments(
         defaults["original_size"] = None  # that of each image
     if not _has_layers(pipeline, defaults.get("text_encoder_out_layers", ())):
         defaults["text_encoder_out_layers"] = list(asked["text_encoder_out_layers"].default)
-    taken = {*defaults, *optional, "sample_latents"}
+    taken = {*defaults, *optional, *_of_scheduler(pipeline), "sample_latents"}
     if not guided:  # it is then the weight of a second prediction, which training does not make
         defaults.pop("guidance_scale", None)
         taken.discard("guidance_scale")
@@ -90,6 +92,14 @@ def training_arguments(
     return {k: v for k, v in found.items() if k != "sample_latents" or v is not True}
 
 
+def _of_scheduler(pipeline: Any) -> set[str]:
+    """The arguments that a pipeline's scheduler has."""
+    scheduler = getattr(pipeline, "scheduler", None)
+    if hasattr(scheduler, "alphas_cumprod"):
+        return {*OF_SCHEDULER} - {"shift"}
+    return {"shift"} if hasattr(scheduler, "sigmas") else set()
+
+
 def _has_layers(pipeline: Any, layers: Any) -> bool:
     """Tell whether the text encoder has the layers whose states are shown to the network."""
     config = getattr(getattr(pipeline, "text_encoder", None), "config", None)
@@ -111,4 +121,14 @@ _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "timestep_scale": ("a finite number", _is_number),
     "mirrored_levels": ("True or False", lambda z: isinstance(z, bool)),
     "sample_latents": ("True or False", lambda z: isinstance(z, bool)),
+    "prediction_type": (
+        "'epsilon', 'sample' or 'v_prediction'",
+        lambda z: z in ("epsilon", "sample", "v_prediction"),
+    ),
+    "rescale_betas_zero_snr": ("True or False", lambda z: isinstance(z, bool)),
+    "shift": ("a finite number above 0", lambda z: _is_number(z) and z > 0),
+    "clip_skip": (
+        "a whole number of at least 0, or None",
+        lambda z: z is None or (isinstance(z, int) and _is_number(z) and z >= 0),
+    ),
 }
