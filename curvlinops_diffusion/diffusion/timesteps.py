@@ -172,10 +172,11 @@ def _named_scheme(text: str, num_levels: int) -> Any:
         if isinstance(scheme, LogitNormalTimesteps):
             mean, std = map(float, numbers)
             return LogitNormalTimesteps(mean, std) if std > 0 and isfinite(mean + std) else text
-        lowest, end = map(int, numbers)
+        if isinstance(scheme, StratifiedTimesteps | UniformTimesteps):
+            return TimestepsWithin(int(numbers[0]), int(numbers[1]), scheme)
     except ValueError:
-        return text
-    return text if isinstance(scheme, ListedTimesteps) else TimestepsWithin(lowest, end, scheme)
+        pass
+    return text
 
 
 def timestep_scheme(timesteps: Any, num_levels: int) -> TimestepScheme:

@@ -16,7 +16,7 @@ from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.stable_diffusion import ControlledDenoiser
 from curvlinops_diffusion.loading.labels import Condition
 from curvlinops_diffusion.loading.preprocessing import Form
-from curvlinops_diffusion.loading.trainers import Base
+from curvlinops_diffusion.loading.trainer_entries import Base
 from curvlinops_diffusion.loading.weights import listed
 from curvlinops_diffusion.runtime.adapters import adapter_of, common_names
 

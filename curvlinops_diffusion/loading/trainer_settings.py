@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from curvlinops_diffusion.loading.saved_networks import check_whole
-from curvlinops_diffusion.loading.trainers import (
-    TRAINERS,
+from curvlinops_diffusion.loading.trainer_entries import (
     Base,
     Entries,
     Setting,
     family_of,
     plain,
 )
+from curvlinops_diffusion.loading.trainers import TRAINERS
 
 _KOHYA, _DIFFUSERS, _ONETRAINER, _AI_TOOLKIT, _SIMPLETUNER = TRAINERS
 # entries that name the base, by its name and by its kind
@@ -26,6 +26,11 @@ _NAMES = (
     *("ss_sd_model_name", "ss_base_model", "pretrained_model_name_or_path", "base_model_name"),
     *("base_model_name_or_path", "base_model"),
 )
+# arguments of kohya's scripts that are called otherwise in a header
+_AS_IN_HEADERS = {
+    "debiased_estimation_loss": "debiased_estimation",
+    "pretrained_model_name_or_path": "sd_model_name",
+}
 _KINDS = ("ss_base_model_version", "modelspec.architecture", "model_type", "model_family", "arch")
 
 
@@ -249,11 +254,15 @@ def _of_config(file: Path) -> TrainerSettings:
     values = _parsed(file)
     if file.suffix == ".toml":
         tables = [values, *(own for own in values.values() if isinstance(own, dict))]
-        flat = {f"ss_{key}": own for table in tables for key, own in table.items()}
-        return TrainerSettings(_KOHYA, file, flat | {"base_model": _named(flat)})
+        given = {key: own for table in tables for key, own in table.items()}
+        entries = {f"ss_{_AS_IN_HEADERS.get(key, key)}": own for key, own in given.items()}
+        if given.keys() & {"min_timestep", "max_timestep"}:
+            levels = f"{given.get('min_timestep', 0)},{given.get('max_timestep', 1000)}"
+            entries["modelspec.timestep_range"] = levels
+        return TrainerSettings(_KOHYA, file, entries)
     process = _nested(values, "config", "process", 0)
     if isinstance(process, dict) and "train" in process:
-        model = process.get("model") if isinstance(process.get("model"), dict) else {}
+        model = process["model"] if isinstance(process.get("model"), dict) else {}
         kinds = {"is_xl": "sdxl", "is_flux": "flux", "is_v3": "sd3", "is_lumina2": "lumina2"}
         arch = next((kind for key, kind in kinds.items() if model.get(key)), model.get("arch"))
         named = {"base_model": model.get("name_or_path"), "arch": arch}
@@ -266,10 +275,6 @@ def _of_config(file: Path) -> TrainerSettings:
     if file.name == "hparams.yml":
         return TrainerSettings(_DIFFUSERS, file, values)
     return TrainerSettings("", file)
-
-
-def _named(flat: Mapping[str, Any]) -> Any:
-    return flat.get("ss_pretrained_model_name_or_path")
 
 
 def _nested(values: Any, *keys: Any) -> Any:

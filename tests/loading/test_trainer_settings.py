@@ -1,12 +1,19 @@
 """What trainers leave of a run, against the trainers' own step and documentation."""
 
+import hashlib
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+import yaml
+from diffusers import (
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -14,9 +21,14 @@ from curvlinops_diffusion import Attributor
 from curvlinops_diffusion.cli.options import options_of
 from curvlinops_diffusion.cli.recipe import read_recipe
 from curvlinops_diffusion.diffusion.noise import NoiseProcess, as_trained, noise_process
-from curvlinops_diffusion.diffusion.timesteps import timestep_scheme
+from curvlinops_diffusion.diffusion.timesteps import (
+    LogitNormalTimesteps,
+    TimestepsWithin,
+    UniformTimesteps,
+    timestep_scheme,
+)
+from curvlinops_diffusion.loading.trainer_entries import Base
 from curvlinops_diffusion.loading.trainer_settings import read_settings, settle
-from curvlinops_diffusion.loading.trainers import Base, onetrainer_buckets
 from curvlinops_diffusion.weightings import DebiasedWeighting
 from tests.comparisons import assert_close
 from tests.diffusion import test_pipelines as pipelines
@@ -232,14 +244,14 @@ def test_levels_of_flux_by_kohyas_scripts(tmp_path, sampling):
         (SD, {"ss_max_token_length": 225}, "shows the network 225 tokens"),
         (SD, {"ss_caption_tag_dropout_rate": 0.1}, "drops tags of captions"),
         (SD, {"ss_color_aug": True}, "ss_color_aug=True changes colours at random"),
-        (SD, {"ss_resolution": "512,768"}, "trains on sizes that are no square"),
+        (SD, {"ss_resolution": "512,768"}, "trains on several sizes, or on none that is square"),
         (SD, {"ss_debiased_estimation": True, "ss_min_snr_gamma": 5}, "multiplies two weightings"),
         (FLUX, {"ss_model_prediction_type": "sigma_scaled"}, "compares other than the velocity"),
         (FLUX, {"ss_timestep_sampling": "new"}, "draws levels in another way"),
         (
             SD,
             {"ss_datasets": '[{"subsets": [{"flip_aug": true}, {"flip_aug": false}]}]'},
-            r"flip_aug \(ss_datasets\) differs by subset \(True, False\)",
+            r"flip_aug of ss_datasets differs by subset \(True, False\)",
         ),
     ],
 )
@@ -266,12 +278,341 @@ def test_what_is_given_by_hand(tmp_path):
     found, lines = settle(read_settings(path), SD, given | {"weighting": None}, KNOWN)
     assert found == {}
     assert lines == [
-        "`training_arguments` clip_skip=1 is given" * 0
-        + "`noise_offset=0.0` is given, against ss_noise_offset=0.1 of 'lora.safetensors'",
+        "`noise_offset=0.0` is given, against ss_noise_offset=0.1 of 'lora.safetensors'",
         "`weighting=None` is given, against ss_min_snr_gamma=5.0 of 'lora.safetensors'",
         "ss_network_dropout=0.1 of 'lora.safetensors': the adapter's dropout is off here, as in "
         "sampling",
-        "`resolution=512` is given, against ss_resolution=512,768 of 'lora.safetensors'",
+        "`resolution=512` is given, against ss_resolution=(512, 768) of 'lora.safetensors'",
         "not applied: ss_bucket_no_upscale=True of 'lora.safetensors' (bucket_no_upscale=True), "
         "for which there is no option",
     ]
+
+
+# ---------------------------------------------------------------------------------------------
+# Others
+# ---------------------------------------------------------------------------------------------
+
+
+def script_of_diffusers(folder, **arguments):
+    """As accelerate lays out what a script is run with, beside its weights."""
+    run = folder / "logs" / "text2image-fine-tune" / "1700000000.5"
+    run.mkdir(parents=True)
+    (run / "hparams.yml").write_text(yaml.dump(arguments))
+    save_file({"w": torch.zeros(1)}, folder / "pytorch_lora_weights.safetensors")
+    return folder
+
+
+def test_a_script_of_diffusers(tmp_path):
+    arguments = {
+        "pretrained_model_name_or_path": "sd",
+        "snr_gamma": 5.0,
+        "noise_offset": 0.1,
+        "prediction_type": "v_prediction",
+        "resolution": 512,
+        "center_crop": False,
+        "random_flip": True,
+        "image_interpolation_mode": "lanczos",
+        "caption_column": "text",
+        "loss_type": "l2",
+        "learning_rate": 1e-4,
+        "max_train_samples": None,
+    }
+    folder = script_of_diffusers(tmp_path, **arguments)
+    expected = {
+        "weighting": "min-snr",
+        "snr_gamma": 5.0,
+        "noise_offset": 0.1,
+        "training_arguments.prediction_type": "v_prediction",
+        "resolution": 512,
+        "random_crop": True,
+        "augment": "flip",
+        "interpolation": "lanczos",
+        "caption_column": "text",
+    }
+    assert decided(folder, SD) == expected
+    assert decided(folder / "pytorch_lora_weights.safetensors", SD) == expected
+    (folder / "checkpoint-500").mkdir()
+    save_file({"w": torch.zeros(1)}, folder / "checkpoint-500" / "pytorch_lora_weights.safetensors")
+    assert decided(folder / "checkpoint-500", SD) == expected
+
+
+@pytest.mark.parametrize(
+    ("base", "precondition", "scheme", "weighting"),
+    [
+        (SD3, 1, "logit_normal", "preconditioned"),
+        (SD3, 1, "sigma_sqrt", None),
+        (SD3, 0, "cosmap", "cosmap"),
+        (FLUX, None, "sigma_sqrt", "inverse-variance"),
+    ],
+)
+def test_weights_of_flow_matching(tmp_path, base, precondition, scheme, weighting):
+    """As compute_loss_weighting_for_sd3 has them, of the clean image or of the velocity."""
+    arguments = {"weighting_scheme": scheme, "logit_mean": 1.0, "logit_std": 1.0}
+    arguments |= {"precondition_outputs": precondition, "guidance_scale": 1.0}
+    found = decided(script_of_diffusers(tmp_path, **arguments), base)
+    assert found.get("weighting") == weighting
+    drawn = scheme == "logit_normal"  # u runs from noise to data there
+    assert found.get("timesteps") == ("logit-normal:-1:1" if drawn else None)
+    assert found.get("training_arguments.guidance_scale") == (1.0 if base is FLUX else None)
+
+
+def test_onetrainer(tmp_path):
+    config = {
+        "model_type": "STABLE_DIFFUSION_15",
+        "training_method": "LORA",
+        "base_model_name": "runwayml/stable-diffusion-v1-5",
+        "offset_noise_weight": 0.05,
+        "perturbation_noise_weight": 0.0,
+        "rescale_noise_scheduler_to_zero_terminal_snr": True,
+        "force_v_prediction": True,
+        "loss_weight_fn": "MIN_SNR_GAMMA",
+        "loss_weight_strength": 5.0,
+        "timestep_distribution": "LOGIT_NORMAL",
+        "noising_bias": 0.5,
+        "noising_weight": 1.0,
+        "resolution": "512",
+        "aspect_ratio_bucketing": True,
+        "text_encoder_layer_skip": 1,
+        "mse_strength": 1.0,
+        "mae_strength": 0.0,
+    }
+    path = tmp_path / "ot.safetensors"
+    save_file({"w": torch.zeros(1)}, path, metadata={"ot_config": json.dumps(config)})
+    found = decided(path, SD)
+    buckets = found.pop("buckets")
+    assert found == {
+        "noise_offset": 0.05,
+        "training_arguments.rescale_betas_zero_snr": True,
+        "training_arguments.prediction_type": "v_prediction",
+        "weighting": "min-snr",
+        "snr_gamma": 5.0,
+        "timesteps": "logit-normal:0.5:2",
+        "training_arguments.clip_skip": 1,
+        "resolution": 512,
+    }
+    # the same area at each of nine ratios, in steps of eight
+    assert buckets[:3] == [(512, 512), (456, 576), (416, 624)]
+    assert buckets[9:] == [(w, h) for h, w in buckets[1:9]]
+    _, lines = settle(read_settings(path), SD, {}, KNOWN)
+    assert "trained on 'runwayml/stable-diffusion-v1-5', got 'sd'" in lines[0]
+    for changed, told in (
+        ({"perturbation_noise_weight": 0.1}, "adds noise to input and target"),
+        ({"text_encoder": {"dropout_probability": 0.1}}, "text_encoder.dropout_probability=0.1 re"),
+        ({"loss_weight_fn": "P2"}, "weights noise levels"),
+        ({"resolution": "512,768"}, "trains on several sizes"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(ValueError, match=told):
+            decided(tmp_path / "config.json", SD)
+
+
+def test_ai_toolkit(tmp_path):
+    process = {
+        "model": {"name_or_path": "black-forest-labs/FLUX.1-dev", "is_flux": True},
+        "train": {"timestep_type": "sigmoid", "noise_scheduler": "flowmatch", "steps": 2000},
+        "datasets": [
+            {
+                "folder_path": "train",
+                "caption_ext": "txt",
+                "caption_dropout_rate": 0.05,
+                "shuffle_tokens": False,
+                "resolution": [512, 768, 1024],
+                "flip_x": True,
+            }
+        ],
+    }
+    config = {"job": "extension", "config": {"name": "dog", "process": [process]}}
+    (tmp_path / "config.yaml").write_text(yaml.dump(config))
+    save_file({"w": torch.zeros(1)}, tmp_path / "dog.safetensors")
+    with pytest.raises(ValueError, match=r"several sizes, .*`timesteps='logit-normal'`"):
+        decided(tmp_path / "dog.safetensors", FLUX)
+    assert decided(tmp_path / "dog.safetensors", FLUX, resolution=512) == {
+        "timesteps": "logit-normal",
+        "training_arguments.guidance_scale": 1.0,
+        "condition_dropout": 0.05,
+        "augment": "flip",
+    }
+    with pytest.raises(
+        ValueError, match=r"trained on a FluxPipeline .*FLUX.1-dev.*, got a StableD"
+    ):
+        decided(tmp_path / "dog.safetensors", SD)
+
+
+def test_simpletuner(tmp_path):
+    config = {
+        "model_family": "flux",
+        "flow_schedule_shift": 2.0,
+        "flow_sigmoid_scale": 0.5,
+        "flux_guidance_value": 1.0,
+        "caption_dropout_probability": 0.2,
+        "resolution": 1024,
+    }
+    (tmp_path / "simpletuner_config.json").write_text(json.dumps(config))
+    save_file({"w": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.safetensors")
+    assert decided(tmp_path, FLUX) == {
+        "timesteps": f"logit-normal:{math.log(2):.9g}:0.5",
+        "training_arguments.guidance_scale": 1.0,
+        "condition_dropout": 0.2,
+        "resolution": 1024,
+    }
+
+
+def test_a_card_and_peft(tmp_path):
+    """Name the base, and the prompt of DreamBooth."""
+    save_file({"w": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.safetensors")
+    card = "---\nbase_model: stabilityai/sdxl\ninstance_prompt: a shs dog\n---\n# A dog\n"
+    (tmp_path / "README.md").write_text(card)
+    found, lines = settle(read_settings(tmp_path), SD, {}, KNOWN)
+    assert found == {"prompt": "a shs dog"}
+    assert lines[0] == "trained on 'stabilityai/sdxl', got 'sd': the same weights are needed"
+    (tmp_path / "README.md").write_text("---\n: [\n---\n")  # a text for people
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "me/sd"}')
+    assert settle(read_settings(tmp_path), SD, {}, KNOWN) == ({}, [])
+
+
+# ---------------------------------------------------------------------------------------------
+# The base, and files that are damaged
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entries", "kind"),
+    [
+        ({"ss_base_model_version": "sdxl_base_v1-0"}, "StableDiffusionXLPipeline"),
+        ({"ss_v2": True, "ss_base_model_version": "sd_v2"}, "StableDiffusionPipeline"),
+        ({"modelspec.architecture": "flux-1-dev/lora"}, "FluxPipeline"),
+        ({"ss_base_model_version": "sd3"}, "StableDiffusion3Pipeline"),
+    ],
+)
+def test_adapters_of_another_kind_of_pipeline(tmp_path, entries, kind):
+    path = kohya_file(tmp_path, **entries)
+    for base in (SD, XL, SD3, FLUX):
+        if base.kind == kind:
+            assert decided(path, base) == {}
+        else:
+            with pytest.raises(ValueError, match=rf"trained on a {kind}.*, got a {base.kind}. Pa"):
+                decided(path, base)
+
+
+def test_the_arguments_in_a_file_of_toml(tmp_path):
+    (tmp_path / "kohya.toml").write_text(
+        "v_parameterization = true\n[loss]\ndebiased_estimation_loss = true\nmin_timestep = 100\n"
+        '[data]\nresolution = "512,512"\nflip_aug = true\n'
+    )
+    assert decided(tmp_path / "kohya.toml", SD) == {
+        "training_arguments.prediction_type": "v_prediction",
+        "weighting": "debiased",
+        "timesteps": "stratified:100:1000",
+        "resolution": 512,
+        "augment": "flip",
+    }
+
+
+def test_the_file_of_the_base(tmp_path):
+    """Compared by the hash of kohya's scripts where it lies beside the pipeline."""
+    data = bytes(range(256)) * 5000
+    (tmp_path / "base.safetensors").write_bytes(data)
+    short = hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+    base = Base(SD.kind, SD.scheduler, name=str(tmp_path / "base"))
+    for value, told in ((short, "is the file"), ("0" * 8, "has another hash than the file")):
+        path = kohya_file(tmp_path, ss_sd_model_name="base.safetensors", ss_sd_model_hash=value)
+        (line,) = settle(read_settings(path), base, {}, KNOWN)[1]
+        assert line == f"'{tmp_path / 'base.safetensors'}' {told} that was trained on"
+
+
+def test_files_that_are_damaged(tmp_path):
+    with pytest.raises(ValueError, match=r"does not exist. Pass an adapter, or a trainer's config"):
+        read_settings(tmp_path / "none")
+    path = kohya_file(tmp_path, ss_noise_offset="many")
+    with pytest.raises(ValueError, match=r"holds ss_noise_offset='many', which must be a finite"):
+        decided(path, SD)
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        read_settings(path)
+    save_file({"w": torch.zeros(1)}, path, metadata={"ot_config": "{"})
+    with pytest.raises(ValueError, match="holds a damaged ot_config"):
+        read_settings(path)
+    for name, text in (("config.json", "{"), ("config.yaml", "a: ["), ("kohya.toml", "a")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"{name}' cannot be read \(.*\). Copy it again"):
+            read_settings(tmp_path / name)
+
+
+# ---------------------------------------------------------------------------------------------
+# The program
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_program(tmp_path, capsys):
+    """Reads the recipe of the adapter before anything is loaded; what is given wins."""
+    pipelines.stable_diffusion(tmp_path).save_pretrained(tmp_path / "p")
+    path = kohya_file(
+        tmp_path, ss_noise_offset=0.1, ss_flip_aug=True, ss_clip_skip=2, ss_min_snr_gamma=1
+    )
+
+    def read(**given):
+        given = {"pipeline": tmp_path / "p", "lora": [str(path)], **given}
+        options = options_of("fit", **given)
+        read_recipe(options, given)
+        return options
+
+    options = read(noise_offset=0.2, training_arguments=["sample_latents=false"])
+    assert (options.noise_offset, options.augment, options.snr_gamma) == (0.2, "flip", 1.0)
+    assert options.training_arguments == ["sample_latents=false", "clip_skip=1"]
+    assert options.recipe == str(path)
+    told = capsys.readouterr().err
+    assert "Recipe: --augment flip, by ss_flip_aug=True of 'lora.safetensors'" in told
+    assert "Recipe: --training-arguments clip_skip=1, by ss_clip_skip=2" in told
+    assert "Recipe: --noise-offset 0.2 is given, against ss_noise_offset=0.1" in told
+    assert read(recipe="none").augment is None
+    assert read(lora=[f"a={path}", f"b={path}"]).augment is None  # of which of them?
+    kohya_file(tmp_path, ss_loss_type="l1")
+    with pytest.raises(ValueError, match=r"ss_loss_type=l1 replaces the squared error. Pass `"):
+        read()
+
+
+# ---------------------------------------------------------------------------------------------
+# What the entries decide
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [DDPMScheduler, PNDMScheduler, EulerDiscreteScheduler])
+def test_schedulers_as_they_were_trained(cls):
+    """As diffusers' own rescaling, of schedulers that have none as well."""
+    scheduler = cls(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    rescaled = DDPMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True)
+    expected = noise_process(rescaled)
+    made = noise_process(as_trained(scheduler, "v_prediction", rescale_betas_zero_snr=True))
+    assert made.prediction_type == "v_prediction"
+    assert made.alphas_T[-1] == 0
+    torch.testing.assert_close(made.alphas_T, expected.alphas_T, atol=1e-5, rtol=0)
+    assert scheduler.config.prediction_type == "epsilon"
+    again = noise_process(as_trained(rescaled, rescale_betas_zero_snr=False))
+    torch.testing.assert_close(again.alphas_T, noise_process(scheduler).alphas_T)
+
+
+def test_levels_with_another_shift():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    u_T = noise_process(scheduler).sigmas_T
+    found = noise_process(as_trained(scheduler, shift=2.0)).sigmas_T
+    torch.testing.assert_close(found, 2 * u_T / (1 + u_T), atol=1e-6, rtol=0)
+
+
+def test_debiased_weights():
+    """apply_debiased_estimation of kohya's scripts."""
+    for kind in ("epsilon", "v_prediction"):
+        process = noise_process(DDPMScheduler(prediction_type=kind))
+        snr_T = (process.alphas_T / process.sigmas_T).square()
+        snr_T = torch.minimum(snr_T, torch.ones_like(snr_T) * 1000)
+        expected = 1 / (snr_T + 1) if kind == "v_prediction" else 1 / torch.sqrt(snr_T)
+        torch.testing.assert_close(DebiasedWeighting()(process), expected)
+    with pytest.raises(ValueError, match=r"got .*flow"):
+        DebiasedWeighting()(NoiseProcess.flow())
+
+
+def test_schemes_by_names_with_numbers():
+    assert timestep_scheme("logit-normal:0.5:2", 10) == LogitNormalTimesteps(0.5, 2.0)
+    assert timestep_scheme("uniform:2:8", 10) == TimestepsWithin(2, 8, UniformTimesteps())
+    for wrong in ("uniform:2", "uniform:8:2", "all:1:2", "logit-normal:0:-1", "logit-normal:a:1"):
+        with pytest.raises(ValueError, match="`timesteps` must"):
+            timestep_scheme(wrong, 10)
