@@ -59,6 +59,8 @@ def training_arguments(
     optional = {name for name in _OF_CALL if name in asked}
     if any(kind.startswith("StableDiffusionXL") for kind in kinds):  # whose sizes are in the data
         optional -= {*_SIZES}
+    if hasattr(pipeline, "unet") and any(kind.startswith("StableDiffusion") for kind in kinds):
+        optional.add("max_token_length")  # of kohya's scripts
     if getattr(pipeline, "text_encoder_3", True) is None:  # the scripts are never without
         defaults["max_sequence_length"] = asked["max_sequence_length"].default
     for name in ("max_sequence_length", "guidance_scale"):
@@ -112,11 +114,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
+_COUNT = "a whole number of at least 1", lambda z: isinstance(z, int) and _is_number(z) and z >= 1
 _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "max_sequence_length": (
-        "a whole number of at least 1",
-        lambda z: isinstance(z, int) and _is_number(z) and z >= 1,
-    ),
+    **dict.fromkeys(("max_sequence_length", "max_token_length"), _COUNT),
     "guidance_scale": ("a finite number", _is_number),
     "timestep_scale": ("a finite number", _is_number),
     "mirrored_levels": ("True or False", lambda z: isinstance(z, bool)),

@@ -99,10 +99,9 @@ def kohya(z: Entries, base: Base) -> Iterator[Setting]:
             skipped = max(int(z.number(name)) - 1, 0)
             yield from z.sets(name, "training_arguments.clip_skip", skipped)
             break
-    tokens = z.get("ss_max_token_length", 75)
-    if tokens != 75 and not base.flow:
-        shown = f"shows the network {tokens} tokens, of several runs of the text encoder"
-        yield from z.refuses("ss_max_token_length", shown)
+    name = "ss_max_token_length"
+    if z.get(name, 75) != 75 and not base.flow:
+        yield from z.sets(name, "training_arguments.max_token_length", z.get(name))
     dropped, total = z.number("ss_caption_dropout_rate"), int(z.number("ss_num_epochs", 1))
     if every := int(z.number("ss_caption_dropout_every_n_epochs")):
         dropped = 1 - (1 - dropped) * (1 - total // every / total)
@@ -226,7 +225,10 @@ def _kohya_data(z: Entries) -> Iterator[Setting]:
     """What images and captions were made to: of one folder, or of data sets with subsets."""
     datasets, name = z.get("ss_datasets"), "ss_datasets"
     several = _of_subsets(datasets) if isinstance(datasets, list) else {}
+    shuffled = z.get("ss_shuffle_caption") or True in several.get("shuffle_caption", ())
     for key in (*_KOHYA_DATA, *_KOHYA_DRAWN):
+        if key.startswith("keep_tokens") and not shuffled:
+            continue
         name = f"ss_{key}" if key not in several else f"{key} of ss_datasets"
         values = several.get(key, [z.get(name)])
         option, value = _KOHYA_DATA.get(key, ""), values[0]
@@ -276,13 +278,16 @@ def diffusers(z: Entries, base: Base) -> Iterator[Setting]:
         yield from _predicts(z, base, "prediction_type", str(z.get("prediction_type")))
     if base.flow and "weighting_scheme" in z:
         name, scheme = "weighting_scheme", str(z.get("weighting_scheme"))
-        mean, std = z.number("logit_mean"), z.number("logit_std", 1.0)
+        mirrored = base.family == "Lumina2"  # whose shares of noise are of data
+        mean, std = z.number("logit_mean") * (1 if mirrored else -1), z.number("logit_std", 1.0)
         if z.get("precondition_outputs"):
             yield from _of_clean_image(z, name, scheme)
+        elif mirrored and scheme == "sigma_sqrt":
+            yield from z.refuses(name, "weights noise levels by the share of data")
         else:
             weighting = {"sigma_sqrt": "inverse-variance", "cosmap": "cosmap"}.get(scheme)
             yield from z.sets(name, "weighting", weighting)
-        yield from _scheme(z, name, scheme, -mean, std)  # from noise to data
+        yield from _scheme(z, name, scheme, mean, std)  # from noise to data
     if base.guided and "guidance_scale" in z:
         yield from z.decides(guidance_scale=_GUIDANCE)
     if base.flow:

@@ -137,6 +137,8 @@ def test_a_step_of_kohyas_scripts(tmp_path):
     [
         (SD, {"ss_clip_skip": 1, "ss_noise_offset": None, "ss_min_snr_gamma": None}, {}),
         (SD, {"ss_clip_skip": 2}, {"training_arguments.clip_skip": 1}),
+        (SD, {"ss_max_token_length": 225}, {"training_arguments.max_token_length": 225}),
+        (SD, {"ss_max_token_length": 75}, {}),
         (XL, {"ss_clip_skip": 2}, {}),  # which always takes the last layer but one
         (SD, {"ss_debiased_estimation": True}, {"weighting": "debiased"}),
         (SD, {"ss_min_snr_gamma": 1}, {"weighting": "min-snr", "snr_gamma": 1.0}),
@@ -241,7 +243,6 @@ def test_levels_of_flux_by_kohyas_scripts(tmp_path, sampling):
         (SD, {"ss_multires_noise_iterations": 6}, "ss_multires_noise_iterations=6 adds noise of l"),
         (SD, {"ss_noise_offset": 0.1, "ss_adaptive_noise_scale": 0.01}, "adaptive_noise_scale=0.0"),
         (SD, {"ss_loss_type": "huber"}, "ss_loss_type=huber replaces the squared error"),
-        (SD, {"ss_max_token_length": 225}, "shows the network 225 tokens"),
         (SD, {"ss_caption_tag_dropout_rate": 0.1}, "drops tags of captions"),
         (SD, {"ss_color_aug": True}, "ss_color_aug=True changes colours at random"),
         (SD, {"ss_resolution": "512,768"}, "trains on several sizes, or on none that is square"),
