@@ -680,7 +680,8 @@ def _as_read(
 ) -> tuple[dict[str, Any], list[str]]:
     """Arguments of :meth:`Attributor.from_pipeline` with those that a recipe decides; its lines."""
     loading, usual = _loading(), {"reduction": "mean", "condition_dropout": 0.0}
-    given = {k: v for k, v in told.items() if v is not None and usual.get(k, ...) != v}
+    plain = [k for k, v in told.items() if v is None or (k in usual and usual[k] == v)]
+    given = {k: v for k, v in told.items() if k not in plain}
     arguments = dict(given.pop("training_arguments", {}))
     given |= {f"training_arguments.{name}": value for name, value in arguments.items()}
     given |= {"prompt": given["prompts"]} if "prompts" in given else {}

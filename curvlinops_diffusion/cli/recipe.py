@@ -34,6 +34,8 @@ def read_recipe(options: Namespace, given: Mapping[str, Any]) -> None:
     adapters = options.lora or []
     if recipe is None and len(adapters) == 1:
         recipe = named_path(adapters[0])[1]
+    elif recipe is None and adapters:
+        say("Recipe: not read of several adapters; --recipe FILE reads that of one")
     if recipe is None or str(recipe) == "none" or options.pipeline is None:
         return
     arguments = parse_arguments(options.training_arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -51,8 +52,9 @@ class TrainerSettings:
     @property
     def base_name(self) -> str | None:
         """The name of the base that was trained on."""
-        found = (self.entries[name] for name in _NAMES if self.entries.get(name))
-        return next((str(name) for name in found if name != "None"), None)
+        found = (self.entries.get(name) for name in _NAMES)
+        found = (name[0] if isinstance(name, list) and name else name for name in found)
+        return next((str(name) for name in found if name and name != "None"), None)
 
     @property
     def base_family(self) -> str | None:
@@ -85,16 +87,18 @@ class TrainerSettings:
         name = self.base_name
         if name is None or not base.name:
             return
-        here = Path(base.name)
+        here, last = Path(base.name), re.split(r"[/\\]", name.rstrip("/\\"))[-1]
         short = self.entries.get("ss_sd_model_hash")
         for folder in (here, here.parent, self.source.parent):
-            file = folder / Path(name).name
+            file = folder / last
             if short and file.is_file():
                 same = _short_hash(file) == short
                 what = "is the file" if same else "has another hash than the file"
                 yield f"'{file}' {what} that was trained on"
                 return
-        if Path(name).stem != here.stem:
+        known = last.removesuffix(".safetensors").removesuffix(".ckpt")
+        # the Hub's folders have slashes as two dashes
+        if known != here.name and name.replace("/", "--") not in base.name:
             yield f"trained on '{name}', got '{base.name}': the same weights are needed"
 
 
@@ -215,7 +219,8 @@ def read_settings(path: Path) -> TrainerSettings:
         return TrainerSettings(_ONETRAINER, weights, {**header, **config})
     if weights is not None and {"ss_session_id", "ss_network_module"} & header.keys():
         return TrainerSettings(_KOHYA, weights, header)
-    for one in (folder, folder.parent):  # of a checkpoint, the folder of the run
+    run = [folder.parent] if folder.name.startswith("checkpoint") else []
+    for one in (folder, *run):
         for name in ("config.yaml", "simpletuner_config.json", "config.json"):
             if (one / name).is_file():
                 found = _of_config(one / name)

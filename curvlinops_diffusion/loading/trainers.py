@@ -102,8 +102,9 @@ def kohya(z: Entries, base: Base) -> Iterator[Setting]:
     name = "ss_max_token_length"
     if z.get(name, 75) != 75 and not base.flow:
         yield from z.sets(name, "training_arguments.max_token_length", z.get(name))
-    dropped, total = z.number("ss_caption_dropout_rate"), int(z.number("ss_num_epochs", 1))
+    dropped = z.number("ss_caption_dropout_rate")
     if every := int(z.number("ss_caption_dropout_every_n_epochs")):
+        total = max(int(z.number("ss_num_epochs", every)), 1)
         dropped = 1 - (1 - dropped) * (1 - total // every / total)
     yield from z.sets("ss_caption_dropout_rate", "condition_dropout", dropped)
     yield from (_kohya_flow if base.flow else _kohya_noise)(z, base)
@@ -120,6 +121,10 @@ def kohya(z: Entries, base: Base) -> Iterator[Setting]:
     yield from z.notes("ss_vae_name", _VAE)
     if z.get("ss_num_reg_images") or z.get("ss_reg_dataset_dirs"):
         yield from _class_images(z, "ss_prior_loss_weight", "ss_prior_loss_weight")
+    folders = z.get("ss_dataset_dirs")
+    for folder, own in (folders if isinstance(folders, dict) else {}).items():
+        times = f"{own.get('img_count')} images, each {own.get('n_repeats')} times"
+        yield Setting(f"'{folder}' of ss_dataset_dirs", note=times)
     yield from _kohya_data(z)
 
 
@@ -133,6 +138,8 @@ def _kohya_noise(z: Entries, base: Base) -> Iterator[Setting]:
     elif z.get(trained) in ("v", "epsilon"):
         predicts = "v_prediction" if z.get(trained) == "v" else "epsilon"
         yield from _predicts(z, base, trained, predicts)
+    elif str(z.get("ss_base_model_version")).endswith("_v"):
+        yield from _predicts(z, base, "ss_base_model_version", "v_prediction")
     yield from z.decides(ss_noise_offset="noise_offset")
     if z.number("ss_noise_offset"):
         for name in ("ss_adaptive_noise_scale", "ss_noise_offset_random_strength"):
@@ -216,8 +223,8 @@ _KOHYA_DRAWN = {
     "face_crop_aug_range": "crops faces at random",
     "enable_wildcard": "draws words of captions",
     "keep_tokens_separator": "separates the tokens of captions that are kept",
-    "caption_prefix": "adds text to captions, which the dataset.toml as `data` says",
-    "caption_suffix": "adds text to captions, which the dataset.toml as `data` says",
+    "caption_prefix": "adds text to captions, as a dataset.toml as `images` says",
+    "caption_suffix": "adds text to captions, as a dataset.toml as `images` says",
 }
 
 

@@ -273,6 +273,7 @@ def test_what_is_given_by_hand(tmp_path):
         ss_clip_skip=2,
         ss_resolution="512,768",
         ss_network_dropout=0.1,
+        ss_dataset_dirs=json.dumps({"10_dog": {"n_repeats": 10, "img_count": 24}}),
         ss_bucket_no_upscale=True,
     )
     given = {"noise_offset": 0.0, "resolution": 512, "training_arguments.clip_skip": 1}
@@ -283,6 +284,7 @@ def test_what_is_given_by_hand(tmp_path):
         "`weighting=None` is given, against ss_min_snr_gamma=5.0 of 'lora.safetensors'",
         "ss_network_dropout=0.1 of 'lora.safetensors': the adapter's dropout is off here, as in "
         "sampling",
+        "'10_dog' of ss_dataset_dirs of 'lora.safetensors': 24 images, each 10 times",
         "`resolution=512` is given, against ss_resolution=(512, 768) of 'lora.safetensors'",
         "not applied: ss_bucket_no_upscale=True of 'lora.safetensors' (bucket_no_upscale=True), "
         "for which there is no option",
@@ -521,6 +523,21 @@ def test_the_file_of_the_base(tmp_path):
         assert line == f"'{tmp_path / 'base.safetensors'}' {told} that was trained on"
 
 
+@pytest.mark.parametrize(
+    ("name", "here", "same"),
+    [
+        ("runwayml/stable-diffusion-v1-5", "/m/stable-diffusion-v1-5", True),
+        ("black/FLUX.1-dev", "/m/models--black--FLUX.1-dev/snapshots/abc", True),
+        ("black/FLUX.1-dev", "/m/FLUX.1-schnell", False),
+        ("C:\\\\models\\\\anime.safetensors", "/m/anime", True),
+    ],
+)
+def test_names_of_the_base(tmp_path, name, here, same):
+    path = kohya_file(tmp_path, ss_sd_model_name=name)
+    lines = settle(read_settings(path), Base(SD.kind, SD.scheduler, name=here), {}, KNOWN)[1]
+    assert (lines == []) == same
+
+
 def test_files_that_are_damaged(tmp_path):
     with pytest.raises(ValueError, match=r"does not exist. Pass an adapter, or a trainer's config"):
         read_settings(tmp_path / "none")
@@ -566,7 +583,8 @@ def test_the_program(tmp_path, capsys):
     assert "Recipe: --training-arguments clip_skip=1, by ss_clip_skip=2" in told
     assert "Recipe: --noise-offset 0.2 is given, against ss_noise_offset=0.1" in told
     assert read(recipe="none").augment is None
-    assert read(lora=[f"a={path}", f"b={path}"]).augment is None  # of which of them?
+    assert read(lora=[f"a={path}", f"b={path}"]).augment is None
+    assert "not read of several adapters" in capsys.readouterr().err
     kohya_file(tmp_path, ss_loss_type="l1")
     with pytest.raises(ValueError, match=r"ss_loss_type=l1 replaces the squared error. Pass `"):
         read()
