@@ -128,19 +128,19 @@ def settle(
             :meth:`TrainerSettings.of`.
     """
     options: dict[str, Any] = {}
-    lines, refused = list(found.about_base(base)), []
+    lines, refused = list(found.about_base(base)), list[Setting]()
     for setting in found.of(base):
         option, value = setting.option, setting.value
-        by_hand, entry = option in given, f"{setting.entry} of '{found.source.name}'"
+        entry = f"{setting.entry} of '{found.source.name}'"
         if option == "snr_gamma" and given.get("weighting", "min-snr") != "min-snr":
             continue  # of the weighting that is not taken
         if setting.note:
             lines.append(f"{entry}: {setting.note}")
-        elif by_hand:
+        elif option in given:
             if setting.refused or not _same(option, given[option], value):
                 lines.append(f"{_shown(option, given[option])} is given, against {entry}")
         elif setting.refused:
-            refused.append(f"{setting.entry} {setting.refused}")
+            refused.append(setting)
         elif value == setting.usual or not (value or setting.usual):
             continue  # as it is without the option
         elif option.partition(".")[0] not in known:
@@ -150,10 +150,12 @@ def settle(
             lines.append(f"{_shown(option, value)}, by {entry}")
     if refused:
         shown = ", ".join(_shown(*item) for item in options.items()) or "none"
+        said = "; ".join(f"{setting.entry} {setting.refused}" for setting in refused)
+        by_hand = list(dict.fromkeys(f"`{setting.option}`" for setting in refused))
+        decide = "" if "``" in by_hand else f"{' and '.join(by_hand)} to decide it by hand, or "
         raise ValueError(
             f"'{found.source}' is of a training by {found.trainer} whose objective no options "
-            f"express: {'; '.join(refused)}. Pass `recipe='none'` to go without; it also says: "
-            f"{shown}."
+            f"express: {said}. Pass {decide}`recipe='none'` to go without; it also says: {shown}."
         )
     return options, lines
 

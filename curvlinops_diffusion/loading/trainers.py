@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import log, sqrt
+from math import exp, log, sqrt
 from typing import Any
 
 from curvlinops_diffusion.loading.trainer_entries import Base, Entries, Setting, plain
@@ -402,7 +402,10 @@ def _onetrainer_levels(z: Entries, base: Base) -> Iterator[Setting]:
     name, how = "timestep_distribution", z.get("timestep_distribution", "UNIFORM")
     low, high = z.number("min_noising_strength"), z.number("max_noising_strength", 1.0)
     shift, within = z.number("timestep_shift", 1.0), (low, high) != (0, 1)
-    if z.get("dynamic_timestep_shifting") and base.flow:
+    dynamic, side = z.get("dynamic_timestep_shifting") and base.flow, _square(z.get("resolution"))
+    if dynamic and side is not None and base.family == "Flux":
+        shift, dynamic = exp(_flux_mean((side // 16) ** 2)), False
+    if dynamic:
         yield from z.refuses("dynamic_timestep_shifting", "draws levels by the size of each image")
     elif how == "LOGIT_NORMAL" and not within:
         mean, std = z.number("noising_bias") + log(shift), z.number("noising_weight") + 1

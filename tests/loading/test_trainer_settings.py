@@ -259,9 +259,39 @@ def test_levels_of_flux_by_kohyas_scripts(tmp_path, sampling):
 def test_what_no_option_expresses(tmp_path, base, entries, told):
     """Refused by name, with what else the file says; gone without where that is asked for."""
     with pytest.raises(ValueError, match=told) as caught:
-        by_kohya(tmp_path, base, ss_flip_aug=entries.keys() < {"ss_loss_type"}, **entries)
+        by_kohya(tmp_path, base, ss_random_crop=True, **entries)
     assert "by kohya's sd-scripts whose objective no options express" in str(caught.value)
-    assert "Pass `recipe='none'` to go without; it also says: " in str(caught.value)
+    assert "`recipe='none'` to go without; it also says: " in str(caught.value)
+    assert "`random_crop=True`" in str(caught.value)
+
+
+def test_entries_as_they_are_by_default(tmp_path):
+    """All that train_network.py writes, of options that nobody gave: nothing is decided."""
+    usual = """
+        learning_rate=0.0001 text_encoder_lr=None unet_lr=None num_train_images=240
+        num_validation_images=0 num_reg_images=0 num_batches_per_epoch=240 num_epochs=10
+        gradient_checkpointing=False gradient_accumulation_steps=1 max_train_steps=2400
+        lr_warmup_steps=0 lr_scheduler=constant network_dim=16 network_alpha=8 network_dropout=None
+        mixed_precision=fp16 full_fp16=False v2=False base_model_version=sd_v1 clip_skip=None
+        max_token_length=None cache_latents=False seed=42 lowram=False noise_offset=None
+        multires_noise_iterations=None multires_noise_discount=0.3 adaptive_noise_scale=None
+        zero_terminal_snr=False training_comment=None optimizer=torch.optim.adamw.AdamW
+        max_grad_norm=1.0 caption_dropout_rate=0.0 caption_dropout_every_n_epochs=0
+        caption_tag_dropout_rate=0.0 face_crop_aug_range=None prior_loss_weight=1.0
+        min_snr_gamma=None scale_weight_norms=None ip_noise_gamma=None debiased_estimation=False
+        noise_offset_random_strength=False ip_noise_gamma_random_strength=False loss_type=l2
+        huber_schedule=snr huber_scale=1.0 huber_c=0.1 fp8_base=False fp8_base_unet=False
+        resize_interpolation=None resolution=None color_aug=False flip_aug=False random_crop=False
+        shuffle_caption=False enable_bucket=False bucket_no_upscale=False min_bucket_reso=None
+        max_bucket_reso=None keep_tokens=0 reg_dataset_dirs={} tag_frequency={} bucket_info=null
+    """
+    entries = dict(word.split("=") for word in usual.split())
+    path = kohya_file(
+        tmp_path,
+        **{f"ss_{name}": value for name, value in entries.items()},
+        **{"modelspec.prediction_type": "epsilon", "modelspec.architecture": "stable-diffusion-v1"},
+    )
+    assert settle(read_settings(path), SD, {}, KNOWN) == ({}, [])
 
 
 def test_what_is_given_by_hand(tmp_path):
@@ -398,6 +428,12 @@ def test_onetrainer(tmp_path):
     assert buckets[9:] == [(w, h) for h, w in buckets[1:9]]
     _, lines = settle(read_settings(path), SD, {}, KNOWN)
     assert "trained on 'runwayml/stable-diffusion-v1-5', got 'sd'" in lines[0]
+    flux = {"model_type": "FLUX_DEV_1", "dynamic_timestep_shifting": True, "noising_weight": 0.0}
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | flux | {"loss_weight_fn": "CONSTANT"})
+    )
+    mean = 0.5 + 0.5 + 0.65 / 3840 * (1024 - 256)  # of the bias, and of 1,024 tokens
+    assert decided(tmp_path / "config.json", FLUX)["timesteps"] == f"logit-normal:{mean:.9g}:1"
     for changed, told in (
         ({"perturbation_noise_weight": 0.1}, "adds noise to input and target"),
         ({"text_encoder": {"dropout_probability": 0.1}}, "text_encoder.dropout_probability=0.1 re"),
@@ -427,7 +463,9 @@ def test_ai_toolkit(tmp_path):
     config = {"job": "extension", "config": {"name": "dog", "process": [process]}}
     (tmp_path / "config.yaml").write_text(yaml.dump(config))
     save_file({"w": torch.zeros(1)}, tmp_path / "dog.safetensors")
-    with pytest.raises(ValueError, match=r"several sizes, .*`timesteps='logit-normal'`"):
+    with pytest.raises(
+        ValueError, match=r"several sizes.* Pass `resolution` to decide it by hand, or"
+    ):
         decided(tmp_path / "dog.safetensors", FLUX)
     assert decided(tmp_path / "dog.safetensors", FLUX, resolution=512) == {
         "timesteps": "logit-normal",
