@@ -91,6 +91,13 @@ def training_arguments(
     for name, (form, fits) in _FORMS.items():
         if name in found and not fits(found[name]):
             raise ValueError(f"`{name}` must be {form}, got {found[name]!r}. Pass training's.")
+    config = getattr(getattr(pipeline, "text_encoder", None), "config", None)
+    layers, skipped = getattr(config, "num_hidden_layers", None), found.get("clip_skip") or 0
+    if layers is not None and skipped >= layers:
+        raise ValueError(
+            f"`clip_skip` must leave one of the text encoder's {layers} layers, got {skipped}. "
+            "Pass training's; kohya's numbers are one larger."
+        )
     return {k: v for k, v in found.items() if k != "sample_latents" or v is not True}
 
 

@@ -1253,8 +1253,15 @@ def test_layers_of_text_encoders_that_were_skipped(make, tmp_path):
     if make is stable_diffusion:
         norms = [m for name, m in encoder.named_modules() if name.endswith("final_layer_norm")]
         assert_close(states, norms[0](hidden[-2]), 1e-6)
+        if not hasattr(encoder, "text_model"):  # as the pipeline looks for it
+            object.__setattr__(encoder, "text_model", encoder)
     else:  # the last layer is never used
         assert_close(states[..., : hidden[-3].shape[-1]], hidden[-3], 1e-6)
+    told = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    own, *_ = pipeline.encode_prompt(PROMPTS[:2], clip_skip=1, **told)
+    assert_close(states, own, 1e-6)
+    with pytest.raises(ValueError, match=r"`clip_skip` must leave one of .* 2 layers, got 2"):
+        DenoisingObjective.from_pipeline(pipeline, training_arguments={"clip_skip": 2})
 
 
 @named(stable_diffusion, stable_diffusion_xl)
