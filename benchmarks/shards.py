@@ -38,8 +38,8 @@ COUNTS = (1, 2, 4)
 WORK: dict[str, dict[str, Any]] = {
     "training pass": {},
     "whole": {},
-    "sharded, all images": {"sharded": "layers"},
-    "sharded, batches divided": {"sharded": "data"},
+    "sharded, all images": {"sharded": True, "max_memory": 2**40},
+    "sharded, batches divided": {"sharded": True},
     "whole, network divided": {"network": True},
     "sharded, batches and network divided": {"network": True, "sharded": True},
 }
@@ -114,8 +114,8 @@ def measured(work: str, quick: bool, device: str, counting: bool) -> dict[str, f
         sent = SentBytes()
         with sent if counting else nullcontext():
             if work != "training pass":
-                sharded = WORK[work].get("sharded", False) if several else False
-                passes = PassOptions(distributed=several, sharded=sharded)
+                chosen = {k: z for k, z in WORK[work].items() if k != "network" and several}
+                passes = PassOptions(distributed=several, **chosen)
                 kept = DiffusionEKFACLinearOperator(regression, passes=passes).nbytes
         seconds = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

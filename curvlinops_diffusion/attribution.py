@@ -88,6 +88,7 @@ class Attribution:
             try:
                 from curvlinops_diffusion.loading.images import open_images
                 from curvlinops_diffusion.loading.labels import Condition
+                from curvlinops_diffusion.loading.layout import Layout
                 from curvlinops_diffusion.loading.preprocessing import Form
             except ImportError as error:
                 raise _needs_extra("Reading images", error) from error
@@ -96,9 +97,10 @@ class Attribution:
             # whatever stands beside images, where the network's condition is not known
             known = header.get("condition")
             condition: Any = None if known is None else Condition(**known)
-            images = open_images(images, form, condition)
-            prompt = {"prompts": header.get("prompt")}
-            queries = open_images(queries, form, condition, images, **prompt)
+            beside: dict[str, Any] = {"layout": Layout(**header.get("layout", {}))}
+            images = open_images(images, form, condition, **beside)
+            beside |= {"prompts": header.get("prompt")}
+            queries = open_images(queries, form, condition, images, **beside)
         for gallery, names, what in (
             (images, header["train"], "images"),
             (queries, header["queries"], "queries"),

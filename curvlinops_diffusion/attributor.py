@@ -40,6 +40,7 @@ from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.linalg.parameters import Parameters
+from curvlinops_diffusion.loading.layout import Layout
 from curvlinops_diffusion.page.gallery import RegressionGallery
 from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
@@ -146,6 +147,12 @@ class Attributor:
         prompts: str | Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
         caption_extension: str | None = None,
+        caption_lines: Literal["first", "all"] = "first",
+        caption_column: str | None = None,
+        image_column: str | None = None,
+        trigger_word: str | None = None,
+        split: str | None = None,
+        skip_unreadable: bool = False,
         params: Sequence[str] | None = None,
         resolution: int | None = None,
         weighting: Any = None,
@@ -167,15 +174,27 @@ class Attributor:
                 that load them, whose scores are averaged
                 (:class:`~curvlinops_diffusion.checkpoints.CheckpointAttributor`).
             images: The training images: a folder, paths, PIL images, a tensor ``[N, C, H, W]`` in
-                [-1, 1], or a data set. Folders may be as trainers lay them out: with metadata.jsonl
-                or metadata.csv, captions in files beside the images, and kohya's ``30_shs dog``,
-                whose repeats become ``example_weights`` and whose name is the prompt of images
-                that have no caption.
+                [-1, 1], or a data set. Folders may be as trainers lay them out: with
+                metadata.jsonl, .csv or .parquet, captions in files beside the images, and kohya's
+                ``30_shs dog``, whose repeats become ``example_weights`` and whose name is the
+                prompt of images that have no caption.
             prompts: A prompt for each image; or one for all that have none of their own, queries
                 included.
             labels: A class for each image, in the order of ``images``.
             caption_extension: How the names of captions beside images end; ``None`` for
                 ``.caption`` or ``.txt``.
+            caption_lines: What of a caption beside an image training took, ``'first'`` line or
+                ``'all'`` (ai-toolkit).
+            caption_column: The column of metadata or data sets that holds captions; ``None`` for
+                ``text``. With ``file_name``, captions are the files' names (OneTrainer).
+            image_column: The column that holds images, or names their files; ``None`` for
+                ``image``, or the only one.
+            trigger_word: The word in place of ``[trigger]`` in prompts, in front of those that do
+                not have it (ai-toolkit); ``None`` for none.
+            split: The part of a folder or a data set that was trained on; ``None`` for all there
+                is.
+            skip_unreadable: Leave out images that cannot be read, as training did; each is read
+                once more to find them.
             params: Names or patterns (``'*attn*'``) of the parameters to cover; ``None`` for those
                 of adapters if there are any, else of a ControlNet, else all.
             resolution: The pixels that the shorter side of images is resized to, before a square is
@@ -208,12 +227,19 @@ class Attributor:
             # of each the same: all other arguments
             told = {k: v for k, v in locals().items() if k in _OF_PIPELINE}
             return CheckpointAttributor(pipeline, images, **told, **options)
-        if recipe not in (None, "none"):
+        if recipe not in (None, "none") and not hasattr(pipeline, "objective"):
             told = {k: v for k, v in locals().items() if k in _OF_PIPELINE - {"recipe"}}
             told, lines = _as_read(Path(recipe), pipeline, {**told, **options})
             read = cls.from_pipeline(pipeline, images, **told)
             read.settings = lines
             return read
+        beside: dict[str, Any] = {"prompts": prompts, "labels": labels, "resolution": resolution}
+        beside |= {"caption_extension": caption_extension, "caption_lines": caption_lines}
+        beside |= {"caption_column": caption_column, "image_column": image_column}
+        beside |= {"trigger_word": trigger_word, "split": split}
+        beside |= {"skip_unreadable": skip_unreadable}
+        if hasattr(pipeline, "objective"):  # a Network, with what the others say
+            return cls.of_network(pipeline, images, **beside, **options)
         network = _loading().Network.of_pipeline(
             pipeline,
             params,
@@ -224,9 +250,7 @@ class Attributor:
             latent_cache=latent_cache,
             autocast=autocast,
         )
-        beside: dict[str, Any] = {"prompts": prompts, "labels": labels}
-        beside |= {"caption_extension": caption_extension}
-        return cls.of_network(network, images, resolution=resolution, **beside, **options)
+        return cls.of_network(network, images, **beside, **options)
 
     @classmethod
     def of_network(
@@ -236,7 +260,6 @@ class Attributor:
         *,
         prompts: str | Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
-        caption_extension: str | None = None,
         resolution: int | None = None,
         **options: Any,
     ) -> Self:
@@ -247,20 +270,18 @@ class Attributor:
             images: As for :meth:`from_pipeline`, and so are the others.
             prompts: Likewise.
             labels: Likewise.
-            caption_extension: Likewise.
             resolution: Likewise.
-            options: Likewise.
+            options: Likewise, and how the images lie on disk: ``caption_extension``, say.
 
         Raises:
             ValueError: As :meth:`from_pipeline`.
         """
         open_images = _loading().open_images
+        layout = Layout.taken_from(options)
         if isinstance(prompts, str):  # for queries as well
-            network, prompts = network.with_prompt(prompts, caption_extension), None
-        elif caption_extension is not None:
-            network = network.with_prompt(None, caption_extension)
+            network, prompts = network.with_prompt(prompts), None
         form, condition = network.form(resolution), network.condition
-        train = open_images(images, form, condition, prompts=prompts, labels=labels)
+        train = open_images(images, form, condition, prompts=prompts, labels=labels, layout=layout)
         if train.example_weights is not None:
             options = {"example_weights": train.example_weights, **options}
         beside = list(condition.images) or None  # mirrored with the image
@@ -274,12 +295,13 @@ class Attributor:
                     f"`queries` '{queries}' holds the training images. Pass the images to explain; "
                     "for the influence of training images on themselves, self_influence_scores."
                 )
-            return open_images(queries, form, condition, train, **beside)
+            return open_images(queries, form, condition, train, layout=layout, **beside)
 
         found._open = opened
         found._told = {
             "form": {"channels": network.channels, "resolution": resolution},
             "condition": asdict(condition),
+            "layout": asdict(layout),
         }
         return found
 
@@ -368,7 +390,7 @@ class Attributor:
             covered = {} if self.params is None else {"params": common_list(self._names())}
             identity = regression.identity({"curvature": curvature, **settings, **covered})
             if path.exists() and not overwrite:
-                _check_same_run(path, read_header(path)["info"], identity)
+                check_same_run(path, read_header(path)["info"], identity)
                 self._operator = load_operator(path, self.objective.model, passes=self.passes)
                 self._forget(path)
                 return self
@@ -422,8 +444,6 @@ class Attributor:
         """
         if isinstance(source, DenoisingObjective):
             found: Attributor = cls(source, images, **options)
-        elif hasattr(source, "objective"):
-            found = cls.of_network(source, images, **options)
         else:
             found = cls.from_pipeline(source, images, **options)
         return found.with_saved(path, other_data=other_data)
@@ -477,8 +497,9 @@ class Attributor:
             prompts: Their prompts, one for each, or one for all that have none of their own.
             labels: Their classes.
             method: ``'influence'``, predicted changes of what is measured, or ``'regression'``, an
-                order that has no unit; of several, out of one pass over the training images, the
-                first orders and all are shown.
+                order that has no unit; to compare with, ``'pixels'`` or ``'latents'``, which look
+                at the images alone. Of several, out of one pass over the training images, the first
+                orders and all are shown.
             measurement: What is measured at the queries.
             damping: What is added to the curvature's eigenvalues before it is inverted.
             relative: Take the damping in units of each block's mean eigenvalue.
@@ -523,7 +544,7 @@ class Attributor:
         }
         path = None if output is None else Path(output)
         if path is not None and path.exists() and not overwrite:
-            _check_same_run(path, SCORES.read_header(path), identity)
+            check_same_run(path, SCORES.read_header(path), identity)
             self._forget(path)
             return Attribution.load(path, self.images, shown)
         if path is not None:
@@ -679,9 +700,9 @@ def _as_read(
     recipe: Path, pipeline: Any, told: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     """Arguments of :meth:`Attributor.from_pipeline` with those that a recipe decides; its lines."""
-    loading, usual = _loading(), {"reduction": "mean", "condition_dropout": 0.0}
-    plain = [k for k, v in told.items() if v is None or (k in usual and usual[k] == v)]
-    given = {k: v for k, v in told.items() if k not in plain}
+    loading, usual = _loading(), Attributor.from_pipeline.__func__.__kwdefaults__  # type: ignore[attr-defined]
+    plain = {k: v for k, v in usual.items() if isinstance(v, str | float | bool)}
+    given = {k: v for k, v in told.items() if v is not None and not (k in plain and v == plain[k])}
     arguments = dict(given.pop("training_arguments", {}))
     given |= {f"training_arguments.{name}": value for name, value in arguments.items()}
     given |= {"prompt": given["prompts"]} if "prompts" in given else {}
@@ -703,7 +724,7 @@ def _gallery(data: Any, regression: NoisedRegression) -> Any:
     return data if hasattr(data, "caption") else RegressionGallery(regression)
 
 
-def _check_same_run(path: Path, there: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+def check_same_run(path: Path, there: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Check that an output that is there is what would be made."""
     check_same(
         there.get("identity", {}),

@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from os import PathLike
 from pathlib import Path
 from types import FunctionType, MethodType
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion.attribution import Attribution
-from curvlinops_diffusion.attributor import Attributor
+from curvlinops_diffusion.attributor import Attributor, check_same_run
 from curvlinops_diffusion.influence.agreement import Agreement, SplitHalfScores
+from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.runtime.files import make_folder
@@ -48,14 +49,15 @@ class CheckpointAttributor(Attributor):
     place of inner products.
 
     Args:
-        pipelines: The pipelines, or functions of no arguments that return one, in the order of
-            training.
+        pipelines: The pipelines (or ``Network``), or functions of no arguments that return one, in
+            the order of training.
         images: The training images.
         checkpoint: A folder from which long work goes on, checkpoint by checkpoint.
         options: As :meth:`Attributor.from_pipeline`.
 
     Attributes:
         operators: The curvature of each checkpoint.
+        runs: What decided the run at each checkpoint, for the headers of its files.
 
     Raises:
         ValueError: If there are fewer than two, or one is not what
@@ -83,6 +85,7 @@ class CheckpointAttributor(Attributor):
         # those that are in memory anyway are read once
         self._kept: dict[int, Attributor] = {}
         self.operators: list[BlockDiagonalLinearOperator] = []
+        self.runs: list[dict[str, Any]] = [{} for _ in self._sources]
         self._last = self._member(len(self._sources) - 1)
         self._kept[len(self._sources) - 1] = self._last
         self.objective, self.regression = self._last.objective, self._last.regression
@@ -105,7 +108,9 @@ class CheckpointAttributor(Attributor):
     def _members(self) -> Iterator[tuple[int, Attributor]]:
         for c in range(len(self._sources)):
             log.info("checkpoint %d of %d", c + 1, len(self._sources))
-            yield c, self._member(c)
+            member = self._member(c)
+            member.run = self.runs[c]
+            yield c, member
 
     # -----------------------------------------------------------------------------------------
 
@@ -166,6 +171,8 @@ class CheckpointAttributor(Attributor):
             told = {**options, "num_draws": num_draws, "output": file}
             operators.append(member.fit(curvature, **told).operator)
         self.operators = operators
+        if output is not None:
+            self._forget_more(Path(output))
         return self
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -174,10 +181,19 @@ class CheckpointAttributor(Attributor):
         Raises:
             ValueError: If there is none, or a file cannot be written.
         """
-        folder = Path(path)
+        folder, operators = Path(path), self._fitted()
         make_folder(folder)
-        for c, operator in enumerate(self._fitted()):
+        for c, operator in enumerate(operators):
             operator.save(folder / _file(c))
+        self._forget_more(folder)
+
+    def _forget_more(self, folder: Path) -> None:
+        """Delete what a training of more checkpoints has left in a folder that is written anew."""
+        if Processes.of_all().rank == 0:
+            own = {_file(c) for c in range(len(self._sources))}
+            for file in folder.glob(_file("*")):
+                if file.name not in own:
+                    file.unlink()
 
     def with_saved(self, path: str | PathLike[str], *, other_data: bool = False) -> Self:
         """Take the curvatures of a folder that :meth:`save` wrote.
@@ -215,32 +231,50 @@ class CheckpointAttributor(Attributor):
 
         Args:
             queries: As for :meth:`Attributor.score`.
-            output: A file for the averages, written at the end.
-            overwrite: Replace an output.
+            output: A file for the averages; those of each checkpoint are written beside it, and
+                read if they are there already.
+            overwrite: Replace outputs of other scores.
             options: As for :meth:`Attributor.score`.
 
         Raises:
-            ValueError: If the output exists, or as :meth:`Attributor.score`.
+            ValueError: If the output is of other scores, or as :meth:`Attributor.score`.
         """
-        if output is not None and Path(output).exists() and not overwrite:
-            raise ValueError(
-                f"'{output}' exists. Pass `overwrite=True`, or another `output`; "
-                "Attribution.load reads it."
-            )
+        path = None if output is None else Path(output)
+        there = path if path is not None and path.exists() and not overwrite else None
+        if there is not None:
+            check_num_checkpoints(there, len(self._sources))
         results = []
-        for (_, member), operator in zip(self._members(), self._fitted(), strict=True):
+        for (c, member), operator in zip(self._members(), self._fitted(), strict=True):
             member.operator = operator
-            results.append(member.score(queries, overwrite=overwrite, **options))
+            file = None if path is None else path.with_name(f"{path.stem}.{_file(c)}")
+            results.append(member.score(queries, output=file, overwrite=overwrite, **options))
         found, processes = averaged(results), Processes.of_all()
-        if output is not None:
+        if there is not None:
+            check_same_run(there, SCORES.read_header(there), found.header["identity"])
+        elif path is not None:
             first = processes.rank == 0
-            processes.all_or_none(lambda: found.save(output) if first else None)
+            processes.all_or_none(lambda: found.save(path) if first else None)
         return found
 
     def _fitted(self) -> list[BlockDiagonalLinearOperator]:
         if not self.operators:
             raise ValueError("There is no curvature yet. Call fit() first, or Attributor.load.")
         return self.operators
+
+
+def check_num_checkpoints(scores: Path, count: int) -> None:
+    """Check, before anything is computed, that scores are averages over as many checkpoints.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    there = len(SCORES.read_header(scores).get("checkpoints", [None]))
+    if there != count:
+        of = "1 checkpoint" if there == 1 else f"{there} checkpoints"
+        raise ValueError(
+            f"'{scores}' is of another run, of {of} of the network, got {count}. Pass "
+            "--overwrite (overwrite=True), or another output."
+        )
 
 
 def _file(c: int | str) -> str:
@@ -257,16 +291,28 @@ def averaged(results: Sequence[Attribution]) -> Attribution:
 
     def mean(one: Callable[[Attribution], Tensor | StoredScores]) -> Tensor:
         found = [one(result) for result in results]
-        return torch.stack([z.whole() if isinstance(z, StoredScores) else z for z in found]).mean(0)
+        whole = (z.whole() if isinstance(z, StoredScores) else z for z in found)
+        return reduce(torch.add, whole) / len(found)
+
+    def half_of(half: str, method: str) -> Callable[[Attribution], Tensor | StoredScores]:
+        def read(result: Attribution) -> Tensor | StoredScores:
+            own, stored = result.halves[method], result.by_method[method]
+            if own is None:  # in shards, or there are none
+                assert isinstance(stored, StoredScores)
+                return stored.named(half)
+            return getattr(own, half)
+
+        return read
 
     def halves_of(method: str) -> SplitHalfScores | None:
-        if any(result.halves[method] is None for result in results):
-            return None
-        first, second = (
-            mean(lambda r, half=half: getattr(r.halves[method], half))  # type: ignore[misc]
-            for half in ("first", "second")
+        for result in results:
+            stored = result.by_method[method]
+            in_shards = isinstance(stored, StoredScores) and "first" in stored.names
+            if result.halves[method] is None and not in_shards:
+                return None
+        return SplitHalfScores(
+            scores[method], mean(half_of("first", method)), mean(half_of("second", method))
         )
-        return SplitHalfScores(scores[method], first, second)
 
     scores = {m: mean(lambda r, m=m: r.by_method[m]) for m in last.by_method}  # type: ignore[misc]
     halves: Mapping[str, SplitHalfScores | None] = {m: halves_of(m) for m in scores}

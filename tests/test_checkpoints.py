@@ -1,12 +1,15 @@
 """Attribution averaged over checkpoints of one training: the mean of each alone."""
 
+import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from diffusers import DDPMPipeline
 
-from curvlinops_diffusion import Attribution, Attributor
+from curvlinops_diffusion import Attribution, Attributor, StoredScores
+from curvlinops_diffusion.checkpoints import averaged
 from curvlinops_diffusion.cli.program import run
 from tests.cli.cases import write_problem
 from tests.comparisons import assert_close
@@ -86,7 +89,7 @@ def test_saved_loaded_one_at_a_time(folder, attributor, result, tmp_path):
 
 
 def test_in_the_program(folder, result, tmp_path):
-    """Each stands in a folder of its own, and is not made again; the average beside them."""
+    """The curvatures stand in a folder, the scores of each beside the average."""
     words = ["--pipeline", folder / "later", "--checkpoints", folder / "pipeline"]
     words += ["--data", folder / "train", "--queries", folder / "queries", "--quiet"]
     words += ["--fit-draws", 2, "--num-draws", 4, "--damping", 1e-3, "--output", tmp_path]
@@ -99,9 +102,12 @@ def test_in_the_program(folder, result, tmp_path):
     for method, scores in result.by_method.items():
         assert_close(found.by_method[method].whole(), scores, 1e-6)
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("checkpoint0", "checkpoint1", "scores.safetensors", "scores.csv"),
-        *("report.html", "run.yaml"),
+        *("operators", "scores.checkpoint0.safetensors", "scores.checkpoint1.safetensors"),
+        *("scores.safetensors", "scores.csv", "report.html", "run.yaml"),
     }
+    first = StoredScores.open(tmp_path / "scores.checkpoint0.safetensors").header["run"]
+    assert first["pipeline"] == str(folder / "pipeline")
+    assert first["operator"] == str(tmp_path / "operators" / "checkpoint0.safetensors")
     assert "averages over 2 checkpoints" in (tmp_path / "report.html").read_text()
 
 
@@ -124,7 +130,7 @@ def test_averages_and_scores_of_one_are_not_mixed_up(folder, attributor, tmp_pat
     last = Attributor.from_pipeline(loaded(folder, "later"), folder / "train").fit(num_draws=2)
     last.score(folder / "queries", num_draws=2, output=tmp_path / "one" / scores.name)
     assert program(folder, tmp_path / "one", "--checkpoints", folder / "pipeline") == 2
-    assert "of 1 checkpoints of the network, got 2" in capsys.readouterr().err
+    assert "of 1 checkpoint of the network, got 2" in capsys.readouterr().err
     assert scores.read_bytes() == written
     assert [path.name for path in (tmp_path / "one").iterdir()] == [scores.name]
 
@@ -145,10 +151,62 @@ def test_outputs_are_of_all(folder, attributor, tmp_path):
     output, images = tmp_path / "scores.safetensors", (folder / "train", folder / "queries")
     result = attributor.score(folder / "queries", num_draws=2, output=output)
     assert torch.equal(Attribution.load(output, *images).scores, result.scores)
-    with pytest.raises(ValueError, match=r"exists\. Pass `overwrite=True`"):
-        attributor.score(folder / "queries", num_draws=2, output=output)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("scores.*")}
+    assert len(times) == 3
+    again = attributor.score(folder / "queries", num_draws=2, output=output)
+    assert torch.equal(again.scores, result.scores)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("scores.*")} == times
+    with pytest.raises(ValueError, match="was made with others"):
+        attributor.score(folder / "queries", num_draws=4, output=output)
     assert attributor.images.names == result.train.names
     assert len(attributor.opened(folder / "queries")) == 2
+
+
+def test_what_more_checkpoints_have_left_is_deleted(attributor, tmp_path):
+    for c in range(4):
+        (tmp_path / f"checkpoint{c}.safetensors").write_bytes(b"of an earlier training")
+    attributor.save(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"checkpoint0.safetensors", "checkpoint1.safetensors"}
+
+
+def test_halves_of_scores_in_shards(alone):
+    """They are read from the shards, whose results hold none."""
+
+    class Shards(StoredScores):
+        def __init__(self, result, name="scores"):
+            self.result, self.name = result, name
+
+        names = ("first", "scores", "second")
+
+        def named(self, name):
+            return Shards(self.result, name)
+
+        def whole(self):
+            half = self.result.halves["influence"]
+            return self.result.scores if self.name == "scores" else getattr(half, self.name)
+
+    in_shards = [
+        replace(one, by_method={"influence": Shards(one)}, halves={"influence": None})
+        for one in alone
+    ]
+    found, expected = averaged(in_shards), averaged(alone)
+    for half in ("first", "second"):
+        of_one = getattr(found.halves["influence"], half)
+        assert torch.equal(of_one, getattr(expected.halves["influence"], half))
+    assert found.agreement == expected.agreement
+
+
+def test_dry_run_adds_up(folder, tmp_path, capsys):
+    """Curvature, scores, and the sum of both at all checkpoints; nothing is written."""
+    words = ("--checkpoints", folder / "pipeline", "--dry-run")
+    assert program(folder, tmp_path / "out", *words) == 0
+    text = capsys.readouterr().out
+    counts = [int(n.replace(",", "")) for n in re.findall(r"forward and backward +([\d,]+)", text)]
+    curvature, scores, both = counts
+    assert both == 2 * (curvature + scores)
+    assert "The scores of each of 2 checkpoints" in text
+    assert not (tmp_path / "out").exists()
 
 
 def test_goes_on_at_the_checkpoint_where_it_stopped(folder, monkeypatch, tmp_path):

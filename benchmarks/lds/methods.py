@@ -35,7 +35,8 @@ from curvlinops_diffusion.baselines import (
     trak_scores,
 )
 from curvlinops_diffusion.diffusion.batch import CleanBatch
-from curvlinops_diffusion.influence.kernel_regression import RIDGE, ridge_solution
+from curvlinops_diffusion.influence.features import feature_regression_scores
+from curvlinops_diffusion.influence.kernel_regression import RIDGE
 from curvlinops_diffusion.influence.measurements.losses import SignedPrediction
 from curvlinops_diffusion.linalg.operator import IdentityLinearOperator
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
@@ -297,37 +298,26 @@ def journey(setting: Setting, steps: int = 50) -> Scores:
         yield ridge, _for_all_measurements(torch.cat([without_QN, scores_QN]))
 
 
-def pixel_kernels(
-    setting: Setting, bandwidths: Sequence[float] = PIXEL_BANDWIDTHS
-) -> Iterator[tuple[float, Tensor, Tensor]]:
-    """Gaussian kernels of the images: (bandwidth, with the queries, with each other).
-
-    Bandwidths are in units of the median distance between training images.
-    """
-    train_ND, query_QD = setting.train_x0.flatten(1), setting.query_x0.flatten(1)
-    distance_NN = torch.cdist(train_ND, train_ND).double()
-    distance_QN = torch.cdist(query_QD, train_ND).double()
+def pixel_scores(setting: Setting, squared: bool, bandwidths: Sequence[float]) -> Scores:
+    """Kernel regression on pixels; the setting is bandwidth and ridge."""
+    features = setting.query_x0.flatten(1), setting.train_x0.flatten(1)
     for bandwidth in bandwidths:
-        scale = 2 * (bandwidth * distance_NN.median()) ** 2
-        cross_QN, gram_NN = ((-(d**2) / scale).exp() for d in (distance_QN, distance_NN))
-        yield bandwidth, cross_QN, gram_NN
+        for ridge in PIXEL_RIDGES:
+            scores_QN = feature_regression_scores(
+                *features, bandwidth=bandwidth, ridge=ridge, squared=squared
+            )
+            chosen = squared and (bandwidth, ridge) == (1.0, 1.0)  # the defaults
+            yield 1e-8 if chosen else f"{bandwidth}, {ridge}", _for_all_measurements(scores_QN)
 
 
 def pixel_regression(setting: Setting) -> Scores:
-    """Weights of kernel ridge regression on pixels; the setting is bandwidth and ridge."""
-    for bandwidth, cross_QN, gram_NN in pixel_kernels(setting):
-        for ridge in PIXEL_RIDGES:
-            scores_QN = ridge_solution(cross_QN, gram_NN, ridge)
-            yield f"{bandwidth}, {ridge}", _for_all_measurements(scores_QN)
+    """The weights themselves."""
+    return pixel_scores(setting, False, PIXEL_BANDWIDTHS)
 
 
 def pixel_regression_squared(setting: Setting) -> Scores:
-    """The squares of such weights, with wider kernels; by default of the median distance."""
-    for bandwidth, cross_QN, gram_NN in pixel_kernels(setting, (*PIXEL_BANDWIDTHS, 1.5, 2.0)):
-        for ridge in PIXEL_RIDGES:
-            scores_QN = ridge_solution(cross_QN, gram_NN, ridge).square()
-            chosen = (bandwidth, ridge) == (1.0, 1.0)
-            yield 1e-8 if chosen else f"{bandwidth}, {ridge}", _for_all_measurements(scores_QN)
+    """The squares of such weights, with wider kernels."""
+    return pixel_scores(setting, True, (*PIXEL_BANDWIDTHS, 1.5, 2.0))
 
 
 def _for_all_measurements(scores_QN: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,24 @@ from torch import distributed
 
 from curvlinops_diffusion.attribution import Attribution
 from curvlinops_diffusion.attributor import Attributor
-from curvlinops_diffusion.checkpoints import averaged
+from curvlinops_diffusion.checkpoints import CheckpointAttributor, check_num_checkpoints
 from curvlinops_diffusion.cli.cost import fit_cost, score_cost
 from curvlinops_diffusion.cli.earlier import as_yaml, of_run
 from curvlinops_diffusion.cli.network import load_network
-from curvlinops_diffusion.cli.options import ATTRIBUTOR, FIT, KFAC, REGRESSION, SCORE, chosen
+from curvlinops_diffusion.cli.options import (
+    ATTRIBUTOR,
+    FIT,
+    KFAC,
+    LAYOUT,
+    REGRESSION,
+    SCORE,
+    chosen,
+)
 from curvlinops_diffusion.cli.paths import at_checkpoint
 from curvlinops_diffusion.cli.running import event, is_first, process_group, say
 from curvlinops_diffusion.influence.methods import Method, check_measurement
-from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.linalg.operator_files import read_header
-from curvlinops_diffusion.runtime.files import check_same, make_folder, write_bytes
+from curvlinops_diffusion.runtime.files import make_folder, write_bytes
 from curvlinops_diffusion.runtime.passes import PassOptions
 
 
@@ -40,7 +49,7 @@ def fit(options: Namespace) -> None:
 
 
 def _fit(attributor: Attributor, options: Namespace, output: Path, num_draws: int) -> None:
-    there = output.exists() and not options.overwrite
+    there = output.is_file() and not options.overwrite
     arguments = {**chosen(options, FIT), **chosen(options, KFAC), "output": output}
     attributor.fit(**{**arguments, "num_draws": num_draws})
     if there:
@@ -104,77 +113,71 @@ def _report(found: Attribution, options: Namespace, output: Path, operator: Path
 def attribute(options: Namespace) -> None:
     """Fit, score and report into a folder, with a table and the options beside.
 
-    Of several checkpoints each is fitted and scored in a folder of its own, and scores are
-    averaged.
+    Of several checkpoints each is fitted and scored, and scores are averaged.
 
     Raises:
         ValueError: If the folder holds another run, or as the three.
     """
-    earlier = options.checkpoints or []
-    if earlier and len(options.lora or ()) > 1:
+    count = len(options.checkpoints or ()) + 1
+    if count > 1 and len(options.lora or ()) > 1:
         raise ValueError(
             f"--checkpoints stand in place of one adapter, got {len(options.lora)} for --lora. "
             "Pass the latest of one training as --lora, the earlier ones as --checkpoints."
         )
-    scores, page = options.output / "scores.safetensors", options.output / "report.html"
+    folder = options.output
+    scores, page, table = (
+        folder / name for name in ("scores.safetensors", "report.html", "scores.csv")
+    )
+    operator = folder / ("operator.safetensors" if count == 1 else "operators")
     if scores.exists() and not options.overwrite:
-        _check_as_many(scores, len(earlier) + 1)
-    if earlier:
-        say(f"{len(earlier) + 1} checkpoints: {len(earlier) + 1} times the work of one")
-    folders = [options.output / f"checkpoint{c}" for c in range(len(earlier) + 1)]
-    folders = folders if earlier else [options.output]
-    runs = [at_checkpoint(options, path) for path in earlier] + [options]
-    results = [_fit_and_score(own, folder) for own, folder in zip(runs, folders, strict=True)]
-    found = results[-1]
-    if found is None or not is_first():
-        return
-    if earlier:
-        found = averaged([result for result in results if result is not None])
-        if scores.exists() and not options.overwrite:
-            there = SCORES.read_header(scores).get("identity", {})
-            told = f"'{scores}' exists, and was made with others"
-            advice = "Pass --overwrite, or another --output."
-            check_same(there, found.header["identity"], told, advice)
-        found.save(scores)
-    # not before: a folder of another run has been refused by now
-    write_bytes(options.output / "run.yaml", as_yaml(options).encode())
-    table = options.output / "scores.csv"
-    found.save(table)
-    _report(found, options, page, folders[-1] / "operator.safetensors")
-    event("attributed", folder=str(options.output))
-    say(f"Open '{page}'. Scores: '{scores}'; as a table: '{table}'")
-
-
-def _check_as_many(scores: Path, count: int) -> None:
-    """Check, before anything is computed, that scores are averages over as many checkpoints.
-
-    Raises:
-        ValueError: If they are not.
-    """
-    there = len(SCORES.read_header(scores).get("checkpoints", [None]))
-    if there != count:
-        raise ValueError(
-            f"'{scores}' is of another run, of {there} checkpoints of the network, got {count}. "
-            "Pass --overwrite, or another --output."
-        )
-
-
-def _fit_and_score(options: Namespace, folder: Path) -> Attribution | None:
-    """Fit and score into a folder; ``None`` where only the cost is printed."""
-    operator, scores = (folder / f"{name}.safetensors" for name in ("operator", "scores"))
+        check_num_checkpoints(scores, count)
+    if count > 1:
+        say(f"{count} checkpoints: {count} times the work of one")
     with _opened(options) as attributor:
         queries = _queries(attributor, options)  # checked before anything is computed
         if options.dry_run:
-            curvature = (options.curvature, options.fit_draws, chosen(options, KFAC))
-            _print_cost(fit_cost(attributor, *curvature))
-            return None
+            return _print_costs(attributor, queries, options, count)
         if is_first():
             make_folder(folder)
         if distributed.is_initialized():
             distributed.barrier()
         _fit(attributor, options, operator, options.fit_draws)
-        attributor.run = of_run(options) | {"operator": str(operator.absolute())}
-        return _score(attributor, queries, options, scores)
+        if isinstance(attributor, CheckpointAttributor):
+            operators = [operator / f"checkpoint{c}.safetensors" for c in range(count)]
+            runs = zip(attributor.runs, operators, strict=True)
+            attributor.runs = [run | {"operator": str(path.absolute())} for run, path in runs]
+            operator = operators[-1]
+        else:
+            attributor.run = of_run(options) | {"operator": str(operator.absolute())}
+        found = _score(attributor, queries, options, scores)
+    if not is_first():
+        return
+    # not before: a folder of another run has been refused by now
+    write_bytes(folder / "run.yaml", as_yaml(options).encode())
+    found.save(table)
+    _report(found, options, page, operator)
+    event("attributed", folder=str(folder))
+    say(f"Open '{page}'. Scores: '{scores}'; as a table: '{table}'")
+
+
+def _print_costs(attributor: Attributor, queries: Any, options: Namespace, count: int) -> None:
+    """Print the cost of the curvature, of the scores, and of both at every checkpoint."""
+    fitted = fit_cost(attributor, options.curvature, options.fit_draws, chosen(options, KFAC))
+    scored = score_cost(attributor, queries, fitted, **chosen(options, SCORE))
+    if not is_first():
+        return
+    for title, cost in (("The curvature", fitted), ("The scores", scored)):
+        of = f" of each of {count} checkpoints" if count > 1 else ""
+        print(f"{title}{of}\n{cost.text()}\n")
+    both = replace(
+        fitted,
+        passes=fitted.passes + scored.passes,
+        file_bytes=fitted.file_bytes + scored.file_bytes,
+        checkpoint_bytes=max(fitted.checkpoint_bytes, scored.checkpoint_bytes),
+        memory_bytes=max(fitted.memory_bytes, scored.memory_bytes),
+        seconds=fitted.seconds + scored.seconds,
+    )
+    print(f"In all\n{both.times(count).text()}")
 
 
 @contextmanager
@@ -187,10 +190,12 @@ def _opened(options: Namespace, operator: Path | None = None) -> Iterator[Attrib
         names = getattr(options, "params", None) or ()
         if operator is not None:
             names = [name for name, _ in read_header(operator)["parameters"]]
-        network = load_network(options, names)
+        paths = getattr(options, "checkpoints", None) or []
+        runs = [at_checkpoint(options, path) for path in paths] + [options]
+        loaders = [partial(load_network, own, names) for own in runs]
         several = distributed.is_available() and distributed.is_initialized()
         arguments = chosen(options, ATTRIBUTOR) | chosen(options, REGRESSION)
-        arguments["resolution"] = options.resolution
+        arguments |= {name: getattr(options, name) for name in ("resolution", *LAYOUT.split())}
         gigabytes = options.max_memory
         arguments["passes"] = PassOptions(
             None,
@@ -200,11 +205,14 @@ def _opened(options: Namespace, operator: Path | None = None) -> Iterator[Attrib
             max_memory=None if gigabytes is None else max(1, round(gigabytes * 1e9)),
             progressbar=not options.quiet,
         )
-        if operator is None:
-            attributor = Attributor.of_network(network, options.data, **arguments)
-        else:
+        if operator is not None:
             arguments["other_data"] = options.other_data
-            attributor = Attributor.load(operator, network, options.data, **arguments)
+            attributor = Attributor.load(operator, loaders[0](), options.data, **arguments)
+        elif paths:
+            attributor = CheckpointAttributor(loaders, options.data, **arguments)
+            attributor.runs = [of_run(own) for own in runs]
+        else:
+            attributor = Attributor.of_network(loaders[0](), options.data, **arguments)
         attributor.run = of_run(options)
         say(f"Read {attributor.images.summary()} from {options.data}")
         yield attributor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +52,15 @@ class Cost:
     memory_bytes: int
     seconds: float
     parameters: int | None = None
+
+    def times(self, count: int) -> Cost:
+        """The cost of several, one after the other."""
+        return replace(
+            self,
+            passes=count * self.passes,
+            file_bytes=count * self.file_bytes,
+            seconds=count * self.seconds,
+        )
 
     def text(self) -> str:
         """A line for each."""
@@ -120,6 +129,7 @@ def fit_cost(
 def score_cost(
     attributor: Attributor,
     queries: Any,
+    fit: Cost | None = None,
     *,
     method: str | Sequence[str],
     measurement: str,
@@ -128,13 +138,23 @@ def score_cost(
     query_block: int,
     **others: Any,
 ) -> Cost:
-    """Measure a batch of training images, and one query; extrapolate: :meth:`Attributor.score`."""
-    operator = attributor.operator
+    """Measure a batch of training images, and one query; extrapolate: :meth:`Attributor.score`.
+
+    ``fit`` is the cost of the curvature where there is none yet.
+    """
+    if fit is None:
+        operator = attributor.operator
+        params: Any = operator.param_names
+        P, itemsize = operator.shape[0], operator.dtype.itemsize
+        curvature_bytes = sum(placed.num_bytes for placed in operator.blocks)
+    else:
+        params, P = attributor.params, fit.parameters or 0
+        itemsize = attributor.objective.working_dtype.itemsize
+        curvature_bytes = fit.file_bytes // (num_processes() if attributor.passes.sharded else 1)
     train = attributor.gradients(num_draws=num_draws).regression
     draws = num_draws if query_draws is None else query_draws
     query = attributor.gradients(queries, num_draws=draws).regression
     first, one = _first_batch(train), _first_batch(query, 1)
-    params = operator.param_names
 
     def rows(some: NoisedRegression) -> None:
         list(ExampleGradientLinearOperator(some, params).row_batches())
@@ -144,7 +164,7 @@ def score_cost(
         list(J.row_batches())
 
     own, queried = _measured(first, rows), _measured(one, query_rows)
-    P, itemsize, n = operator.shape[0], operator.dtype.itemsize, num_processes()
+    n = num_processes()
     halved = can_be_halved(train) and can_be_halved(query)
     scores = query.num_data * train.num_data * itemsize * (3 if halved else 1)
     if Method.REGRESSION in method:
@@ -167,7 +187,7 @@ def score_cost(
         round(passes[0] * own.samples + passes[1] * queried.samples),
         scores,
         scores if attributor.passes.sharded else n * scores,
-        P * held * itemsize + sum(placed.num_bytes for placed in operator.blocks),
+        P * held * itemsize + curvature_bytes,
         own.once + queried.once + (passes[0] * own.seconds + passes[1] * queried.seconds) / n,
     )
 

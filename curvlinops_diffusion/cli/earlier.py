@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from curvlinops_diffusion.cli.options import NETWORK, TRAINING, commands, flag, 
 from curvlinops_diffusion.cli.paths import check_exists
 from curvlinops_diffusion.cli.running import event, say
 from curvlinops_diffusion.influence.score_files import SCORES
-from curvlinops_diffusion.linalg.operator_files import block_rows, read_header
+from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.runtime.files import named_path
 
 # what decides nothing about a result
@@ -113,48 +112,3 @@ def _taken(name: str, path: Path, run: dict[str, Any], given: dict[str, Any]) ->
         say(f"As '{path}' was made: {' '.join(words)}")
         event("taken", file=str(path), options=taken)
     return {k: Path(v) if known[k].type is Path else v for k, v in taken.items()}
-
-
-def inspect(options: Namespace) -> None:
-    """Print a file's header and table.
-
-    Raises:
-        ValueError: If it is of no known kind.
-    """
-    if options.file.suffix != ".safetensors":
-        raise ValueError(
-            f"'{options.file}' is neither an operator's file, .safetensors as fit writes it, nor "
-            "one of scores, as score writes it. Pass one of these."
-        )
-    path = options.file
-    header = _print_scores(path) if SCORES.holds(path) else _print_operator(path)
-    print(json.dumps(header, indent=2))
-
-
-def _print_scores(path: Path) -> dict[str, Any]:
-    from curvlinops_diffusion.influence.stored_scores import StoredScores  # with PyTorch
-
-    scores_QN = StoredScores.open(path)
-    header = scores_QN.header
-    Q, N = scores_QN.shape
-    methods = " and ".join(header.get("methods", ["influence"]))
-    print(f"{methods} scores of {N} training images on {Q} queries")
-    least = min(float(scores_N.min()) for scores_N in scores_QN)
-    most = max(float(scores_N.max()) for scores_N in scores_QN)
-    print(f"from {least:.3g} to {most:.3g}")
-    for q, name in enumerate(header["queries"][:20]):
-        scores_N = scores_QN[q]
-        best = int(scores_N.argmax())
-        print(f"  {name}: most positive {header['train'][best]} ({scores_N[best]:+.3g})")
-    return {key: header[key] for key in ("identity", "run") if key in header}
-
-
-def _print_operator(path: Path) -> dict[str, Any]:
-    header = read_header(path)
-    rows = block_rows(header)
-    entries = sum(row["parameters"] for row in rows)
-    print(f"{header['kind']} with {entries:,} parameters in {len(rows)} blocks")
-    width = max((len(row["name"]) for row in rows), default=0)
-    for row in rows:
-        print(f"  {row['name']:{width}}  {row['kind']:9}  {row['parameters']:>12,}")
-    return dict(header["info"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def load_network(options: Namespace, covered: Sequence[str] = ()) -> Network:
             say(arguments_text(objective.training_arguments))
         network = _network(objective, pipeline, options, modules, trained)
     # for queries as well as training images
-    return network.with_prompt(options.prompt, options.caption_extension)
+    return network.with_prompt(options.prompt)
 
 
 def _of_model(
@@ -146,6 +147,8 @@ def _set_up_logs(quiet: bool) -> None:
         from transformers.utils import logging as transformers_logging
 
         libraries.append(transformers_logging)
+    if quiet:  # not imported before there are data of it
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for library in libraries:
         (library.disable_progress_bar if quiet else library.enable_progress_bar)()
 

@@ -99,6 +99,7 @@ _OWN: dict[str, tuple[Any, str]] = {
     ),
     "output": (Path, ""),
     "file": (Path, "The file to look into."),
+    "json": (bool, "Print all that the file's header holds, as JSON."),
     "kind": (
         Literal["subsets", "groups", "removals"],
         "What parts are: subsets (random ones of one size, the default), groups (all but one "
@@ -136,6 +137,10 @@ _OWN: dict[str, tuple[Any, str]] = {
     "quiet": (bool, "Show no progress."),
     "debug": (bool, "Show the traceback of an error."),
 }
+#: How training images lie on disk.
+LAYOUT = (
+    "caption_extension caption_lines caption_column image_column trigger_word split skip_unreadable"
+)
 # options of the library: where they are, how they are written where the signature does not say it,
 # and what they are where a command line has less of it
 _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
@@ -149,7 +154,7 @@ _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
         "How training weighted noise levels; by default all alike. The scripts of Stable Diffusion "
         "3 do it as preconditioned.",
     ),
-    "caption_extension": (PIPELINE, str),
+    **dict.fromkeys(LAYOUT.split(), (PIPELINE,)),
     "recipe": (
         PIPELINE,
         str,
@@ -174,7 +179,7 @@ _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("seed", "batch_size"), (ATTRIBUTOR,)),
     **dict.fromkeys(("curvature", "num_draws", "overwrite"), (FIT,)),
     "fit_draws": (f"{FIT} num_draws", None, "Draws for each image of the fit."),
-    "method": (SCORE, list[Literal["influence", "regression"]]),
+    "method": (SCORE, list[Literal["influence", "regression", "pixels", "latents"]]),
     **dict.fromkeys(("damping", "relative", "rtol", "ridge", "query_block"), (SCORE,)),
     "query_draws": (SCORE,),
     "other_data": (LOAD,),
@@ -229,7 +234,7 @@ NETWORK = "pipeline variant model scheduler lora device dtype autocast latent_ca
 #: The loss that it was trained with, and on what; the same for all commands of a run.
 TRAINING = (
     "weighting snr_gamma reduction timesteps condition_dropout noise_offset input_perturbation "
-    "training_arguments augment resolution prompt caption_extension seed recipe"
+    f"training_arguments augment resolution prompt {LAYOUT} seed recipe"
 )
 _RUN = "batch_size sharded max_memory checkpoint_every timeout overwrite dry_run log quiet debug"
 
@@ -304,14 +309,14 @@ def commands() -> dict[str, Command]:
             "scores",
         ),
         "inspect": Command(
-            "Print what a file of an operator or of scores holds.",
-            {first: _options("file!"), last: _options("log debug")},
+            "Say what a file of an operator or of scores is of, from what, and by what.",
+            {first: _options("file!"), last: _options("json log debug")},
         ),
         "validate-plan": Command(
             "Plan on which parts of the training images networks are to be trained anew.",
             {
                 first: _options(
-                    "output! data scores kind remove num_parts fraction seed",
+                    f"output! data scores kind remove num_parts fraction seed {LAYOUT}",
                     output="The folder to write: the plan, and a list of images for each part.",
                     data="The training images; by default those of --scores.",
                     seed=PLAN,

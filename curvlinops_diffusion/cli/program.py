@@ -32,11 +32,11 @@ from curvlinops_diffusion.linalg.operator_files import OPERATOR
 # and refusals need not wait for PyTorch
 _MODULES = {
     **dict.fromkeys(("attribute", "fit", "score", "report"), "attribute"),
-    "inspect": "earlier",
+    "inspect": "inspect",
     **dict.fromkeys(("validate-plan", "validate-measure", "validate-judge"), "validate"),
 }
 # what may stand as two words
-_PAIRS = {tuple(name.split("-")) for name in _MODULES if "-" in name}
+_PAIRS = [tuple(name.split("-")) for name in _MODULES if "-" in name]
 
 
 def parser() -> ArgumentParser:
@@ -81,7 +81,7 @@ def _usage(name: str, command: Command) -> str:
     known = command.options.items()
     shown = [(k, o) for k, o in known if o.default is REQUIRED or (k, name) in _SHOWN]
     words = ["FILE" if k == "file" else f"{flag(k)} {_metavar(k, o)}" for k, o in shown]
-    return f"curvlinops-diffusion {name} {' '.join(words)} [options]"
+    return f"curvlinops-diffusion {name.replace('-', ' ')} {' '.join(words)} [options]"
 
 
 # what most need, though there is another way
@@ -136,6 +136,9 @@ def run(arguments: Sequence[str]) -> int:
     if words in ([], ["help"]):  # somebody looks at it for the first time
         parser().print_help()
         return 0
+    if words[0] == "validate" and set(words[1:]) <= {"help", "-h", "--help"}:
+        print(_of_validate())
+        return 0
     debug = "--debug" in words
     start = time.monotonic()
     try:
@@ -167,6 +170,22 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     event("end", seconds=round(time.monotonic() - start, 3))
     return 0
+
+
+def _of_validate() -> str:
+    """The help of the three commands that begin with the same word."""
+    known = commands()
+    lines = [
+        f"  validate {second:8}  {known[f'{first}-{second}'].title}" for first, second in _PAIRS
+    ]
+    return "\n".join(
+        [
+            "usage: curvlinops-diffusion validate {plan,measure,judge} [options]\n",
+            "Do scores predict what happens to networks that are trained without some images?\n",
+            *lines,
+            "\nAfter each of them, --help lists its options.",
+        ]
+    )
 
 
 def _command(name: str) -> Callable[[Any], None]:

@@ -86,6 +86,8 @@ def process_group(options: Namespace, timeout: float = 1800.0) -> Iterator[None]
 
     if options.device is None and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    elif (options.device or "cpu") == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        _choose_threads()
     if num_processes() == 1:
         yield
         return
@@ -95,3 +97,19 @@ def process_group(options: Namespace, timeout: float = 1800.0) -> Iterator[None]
         yield
     finally:
         distributed.destroy_process_group()
+
+
+def _choose_threads() -> None:
+    """Take fewer threads where other programs use the cores, and say so."""
+    import torch
+
+    from curvlinops_diffusion.runtime.devices import machine_load, threads_for
+
+    (load, cores), threads = machine_load(), torch.get_num_threads()
+    chosen = threads_for(load, cores, threads)
+    if chosen < threads:
+        torch.set_num_threads(chosen)
+        say(
+            f"The machine is busy (a load of {load:.1f} on {cores} cores): {chosen} of {threads} "
+            "threads are used. OMP_NUM_THREADS=N says otherwise."
+        )

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from argparse import Namespace
-from math import isfinite
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, B
 from curvlinops_diffusion.influence.score_files import helpful_sign
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.influence.validation.judgements import (
+    RemovalEffect,
     linear_datamodelling_score,
     removal_effects,
 )
 from curvlinops_diffusion.influence.validation.plans import HEADER, Removal, RetrainingPlan
 from curvlinops_diffusion.loading.images import open_images
+from curvlinops_diffusion.loading.layout import Layout
 from curvlinops_diffusion.loading.named_images import NamedImages
 from curvlinops_diffusion.loading.preprocessing import Form
 from curvlinops_diffusion.page.figures import intervals
@@ -56,16 +58,28 @@ def validate_plan(options: Namespace) -> None:
             f"'{options.output}' holds a plan, which networks may have been trained by. Pass "
             "another --output, or --overwrite."
         )
-    images = open_images(options.data, Form(None, None, None))
+    layout = Layout.taken_from({**vars(options)})
+    images = open_images(options.data, Form(None, None, None), layout=layout)
     plan = _plan(options, images)
     plan.info["digests"] = images.source_digests()
     plan.save(options.output, images.names)
     event("planned", folder=str(options.output), parts=len(plan.parts), images=plan.num_data)
     say(
         f"Wrote {options.output}: {len(plan.parts)} parts of {plan.num_data:,} images. Train a "
-        f"network on the images that each PART.txt lists, and save it as FOLDER/PART, several "
-        "seeds as FOLDER/PART_seed0, FOLDER/PART_seed1, …"
+        "network on the images that each PART.txt lists, and save it as retrained/PART, several "
+        "seeds as retrained/PART_seed0, retrained/PART_seed1, …"
     )
+    named = "--pipeline PIPELINE --queries QUERIES"
+    _say_next("measure", options.output, f"--scores {options.scores}" if options.scores else named)
+
+
+def _say_next(step: str, plan: Path, rest: str) -> None:
+    """Print the command of the next step."""
+    own = {
+        "measure": "--retrained retrained --output measured.safetensors",
+        "judge": "--output judged.html",
+    }[step]
+    say(f"Then: curvlinops-diffusion validate {step} --plan {plan} {rest} {own}")
 
 
 def _plan(options: Namespace, images: NamedImages) -> RetrainingPlan:
@@ -161,6 +175,8 @@ def validate_measure(options: Namespace) -> None:
     shutil.rmtree(checkpoint, ignore_errors=True)
     S, M, Q = values_SMQ.shape
     say(f"Wrote {options.output}: {Q} queries under {M} networks of {S} seeds")
+    scores = options.scores or "scores.safetensors"
+    _say_next("judge", options.plan, f"--measured {options.output} --scores {scores}")
 
 
 def networks_of(folder: Path, parts: tuple[str, ...]) -> dict[tuple[int, str], Path]:
@@ -202,7 +218,9 @@ def measured(
         seed: The seed of the draws.
     """
     network = load_network(options)
-    images = open_images(options.queries, network.form(options.resolution), network.condition)
+    layout = Layout.taken_from({**vars(options)}).for_queries()
+    form = network.form(options.resolution)
+    images = open_images(options.queries, form, network.condition, layout=layout)
     recipe = {k: v for k, v in chosen(options, REGRESSION).items() if k != "augment"}
     query = NoisedRegression(
         network.objective,
@@ -357,13 +375,45 @@ def _scored(
         if one is not first:
             difference, interval = one.minus(first)
             row["minus_first"] = {"difference": difference, "interval": list(interval)}
+        row["verdict"] = verdict(one.mean, one.interval, one.ceiling, len(plan.parts))
         rows.append(row | {"per_query": one.per_query.tolist()})
     return {"agreement": first.agreement, "ceiling": first.ceiling, "methods": rows}
 
 
+def verdict(lds: float, interval: tuple[float, float], ceiling: float | None, parts: int) -> str:
+    """Say in a sentence what a linear data-modelling score and its 95 % interval mean."""
+    low, high = interval
+    if not all(map(isfinite, (lds, low, high))):
+        return "Undefined: scores or measurements of all parts are alike."
+    if low > 0:
+        share = "" if ceiling is None else f", {lds / ceiling:.0%} of what training's noise allows"
+        return f"Predicts retraining better than chance{share}."
+    if high < 0:
+        return "Predicts the opposite of what retraining does: look at the sign of what was scored."
+    # an interval is as wide as 1/√parts; of an LDS of zero no number of them tells
+    wanted = ceil(parts * ((high - low) / 2 / abs(lds)) ** 2) if lds else 0
+    more = wanted - parts
+    if not 0 < more <= 100 * parts:
+        return "Not told from chance."
+    return f"Not told from chance: if it is {lds:.2f}, about {more} more parts would show it."
+
+
 def _removals(plan: RetrainingPlan, values_SMQ: Tensor) -> list[dict[str, Any]]:
     effects = removal_effects(plan.parts, values_SMQ, plan.info["method"])
-    return [{"removed": k, **vars(effect)} for k, effect in effects.items()]
+    return [
+        {"removed": k, **vars(effect), "verdict": _verdict_of_removal(effect)}
+        for k, effect in effects.items()
+    ]
+
+
+def _verdict_of_removal(effect: RemovalEffect) -> str | None:
+    """Say in a sentence whether images matter more than random ones, beyond twice the error."""
+    if effect.control is None or effect.error is None:
+        return None
+    more = effect.change - effect.control
+    if abs(more) <= 2 * effect.error:
+        return "Not told from random images: train more seeds, or remove more."
+    return "Matter more than random images." if more > 0 else "Matter less than random images."
 
 
 def _plain(value: Any) -> Any:
@@ -382,17 +432,20 @@ def _text(value: float | None, form: str) -> str:
 
 def _lines(found: dict[str, Any]) -> list[str]:
     """Say what was found, for people."""
+    quantity = MEASUREMENTS[found["measurement"]].quantity
     if "removals" in found:
         return [
-            f"Without the {row['removed']} most helpful images: {row['change']:+.1%}"
+            f"Without the {row['removed']} most helpful images the {quantity} changes by "
+            f"{row['change']:+.1%}"
             + ("" if row["error"] is None else f" ± {row['error']:.1%}")
             + ("" if row["control"] is None else f"; without random ones {row['control']:+.1%}")
+            + ("" if row["verdict"] is None else f". {row['verdict']}")
             for row in found["removals"]
         ]
     lines = []
     for row in found["methods"]:
         low, high = (_text(end, ".3f") for end in row["interval"])
-        line = f"{row['method']}: {_text(row['lds'], '.3f')} [{low}, {high}]"
+        line = f"{row['method']}: LDS of the {quantity} {_text(row['lds'], '.3f')} [{low}, {high}]"
         if "minus_first" in row:
             minus = row["minus_first"]
             low, high = (_text(end, "+.3f") for end in minus["interval"])
@@ -400,7 +453,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         undefined = sum(score is None for score in row["per_query"])
         if undefined:
             line += f"; undefined for {undefined} of {found['queries']} queries, left out"
-        lines.append(line)
+        lines.append(f"{line}. {row['verdict']}")
     if found["ceiling"] is not None:
         lines.append(
             f"Two seeds agree by {found['agreement']:.2f}; a perfect predictor would have "

@@ -13,6 +13,11 @@ from pathlib import Path
 from torch import Tensor
 
 from curvlinops_diffusion.influence.agreement import SplitHalfScores
+from curvlinops_diffusion.influence.features import (
+    feature_regression_scores,
+    latents_of,
+    pixels_of,
+)
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernel_regression import influence_and_regression_scores
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
@@ -33,10 +38,19 @@ class Method(str, Enum):
             (:func:`~curvlinops_diffusion.influence_scores`).
         REGRESSION: ``'regression'``, an order without a unit
             (:func:`~curvlinops_diffusion.regression_scores`).
+        PIXELS: ``'pixels'``, to compare with: a regression on the images alone
+            (:func:`~curvlinops_diffusion.baselines.feature_regression_scores`).
+        LATENTS: ``'latents'``, the same on the autoencoder's latents.
     """
 
     INFLUENCE = "influence"
     REGRESSION = "regression"
+    PIXELS = "pixels"
+    LATENTS = "latents"
+
+
+# those that look at no gradients
+_FEATURES = {Method.PIXELS: pixels_of, Method.LATENTS: latents_of}
 
 
 def scores_of(
@@ -60,6 +74,29 @@ def scores_of(
         query_block: Queries whose gradients are held at once, for influence alone.
         passes: Checkpoints, processes and progress.
     """
+    found: dict[Method, tuple[Tensor, SplitHalfScores | None]] = {
+        method: (feature_regression_scores(of(J_query.regression), of(J_train.regression)), None)
+        for method, of in _FEATURES.items()
+        if method in methods
+    }
+    if rest := [method for method in methods if method not in _FEATURES]:
+        found |= _of_gradients(
+            rest, J_query, G_inv, J_train, ridge=ridge, query_block=query_block, passes=passes
+        )
+    return {method: found[method] for method in methods}
+
+
+def _of_gradients(
+    methods: Sequence[Method],
+    J_query: ExampleGradientLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    *,
+    ridge: float,
+    query_block: int,
+    passes: PassOptions,
+) -> dict[Method, tuple[Tensor, SplitHalfScores | None]]:
+    """Scores of methods that compare gradients."""
     halved = can_be_halved(J_train.regression) and can_be_halved(J_query.regression)
     if Method.REGRESSION not in methods:
         if halved:

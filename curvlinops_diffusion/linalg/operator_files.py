@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FORMAT = "curvlinops_diffusion.operator"
 OPERATOR = FileKind(
-    FORMAT, "an operator of curvlinops_diffusion", "Write it again with operator.save(path)."
+    FORMAT, "an operator of curvlinops_diffusion", "Pass one that operator.save(path) wrote."
 )
 
 

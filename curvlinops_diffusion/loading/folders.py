@@ -4,39 +4,54 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from os.path import splitext
 from pathlib import Path
 
 from PIL import Image
 
 from curvlinops_diffusion.loading.labels import Classes
-from curvlinops_diffusion.loading.metadata import decoded, is_of_images, is_table
+from curvlinops_diffusion.loading.layout import Layout
+from curvlinops_diffusion.loading.metadata import decoded, folded, is_of_images, is_table
 from curvlinops_diffusion.runtime.files import files_below
 
 # the forms that images are given in
 ACCEPTED = (
-    "Pass a folder of images (subfolders are classes; metadata.jsonl or metadata.csv may give "
+    "Pass a folder of images (subfolders are classes; metadata.jsonl, .csv or .parquet may give "
     "'text' or 'label' for each 'file_name', or files beside images captions), one image, a data "
-    "set saved by datasets' save_to_disk, or an .npz file with 'images' (and 'labels')"
+    "set of datasets (save_to_disk, .parquet, or .tar of WebDataset), or an .npz file with "
+    "'images' (and 'labels')"
 )
 SUFFIXES = {
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 }
-# made by systems (macOS, Synology, Windows) beside what people put there
+# the ends of files that the library datasets reads, and its name for them
+TABLES = {".parquet": "parquet", ".tar": "webdataset"}
+# made by systems (macOS, Synology, Windows) beside what people put there, and what ai-toolkit keeps
+# images that a network is shown in
 _MADE = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "__pycache__"}
-# folders of these names are parts of a data set, not classes
-_PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
+_MADE |= {"_controls"}
+# folders of these names are parts of a data set, not classes; as datasets knows them
+_PARTS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+# what OneTrainer takes for masks and images beside those of its training
+_BESIDE = ("-masklabel", "-condlabel")
 # the ends of captions' names, as trainers write them
 _CAPTIONS = (".caption", ".txt")
 # kohya's folders: how often an epoch has their images, and the prompt of those without a caption
-_REPEATED = re.compile(r"([1-9]\d*)_(.*)")
+_REPEATED = re.compile(r"0*([1-9]\d*)_(.*)")
+_KOHYA = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"}
 
 
-def files_in(folder: Path) -> tuple[dict[str, Path], list[Path], list[str]]:
+def files_in(folder: Path, layout: Layout) -> tuple[dict[str, Path], list[Path], list[str]]:
     """Find the images in a folder and its subfolders; linked ones too, hidden ones never.
 
     Hidden files and folders (``.ipynb_checkpoints``, ``._a.png``) are made by programs beside what
-    people put there; as images or classes they would shift the numbers of all others.
+    people put there; as images or classes they would shift the numbers of all others. So would
+    OneTrainer's masks (``a-masklabel.png``).
 
     Returns:
         The images by name, the metadata files, and the names of all other files, each in order.
@@ -46,14 +61,19 @@ def files_in(folder: Path) -> tuple[dict[str, Path], list[Path], list[str]]:
     images, tables, left_out = {}, [], []
     for path in sorted(files_below(folder)):
         relative = path.relative_to(folder)
-        hidden = any(map(_is_hidden, relative.parts))
-        if not hidden and path.suffix.lower() in readable:
+        hidden = is_hidden(relative.as_posix())
+        if not hidden and path.suffix.lower() in readable and not path.stem.endswith(_BESIDE):
             images[relative.as_posix()] = path
-        elif not hidden and is_table(path) and is_of_images(path):
+        elif not hidden and is_table(path) and is_of_images(path, layout):
             tables.append(path)
         else:
             left_out.append(relative.as_posix())
     return images, tables, left_out
+
+
+def masks_among(names: Iterable[str]) -> list[str]:
+    """OneTrainer's masks and images beside, among the names of files that were left out."""
+    return [name for name in names if Path(name).stem.endswith(_BESIDE)]
 
 
 def check_images(path: Path) -> None:
@@ -65,7 +85,7 @@ def check_images(path: Path) -> None:
     if not path.exists():
         raise ValueError(f"'{path}' does not exist. {ACCEPTED}.")
     if path.is_file():
-        if path.suffix.lower() not in (*SUFFIXES, ".npz"):
+        if path.suffix.lower() not in (*SUFFIXES, *TABLES, ".npz"):
             raise ValueError(f"'{path}' is in no known form. {ACCEPTED}.")
         if path.stat().st_size == 0:
             raise ValueError(f"'{path}' is empty. {ACCEPTED}.")
@@ -75,15 +95,25 @@ def check_images(path: Path) -> None:
             raise ValueError(f"'{path}' cannot be read: {error.strerror}.") from error
     elif (path / "model_index.json").is_file():
         raise ValueError(f"'{path}' is a pipeline, not images. {ACCEPTED}.")
-    elif not is_saved_dataset(path) and not any(
-        file.suffix.lower() in SUFFIXES and not _is_hidden(file.name) for file in files_below(path)
-    ):
+    elif kind_of_data(path) is None:
         raise ValueError(f"'{path}' holds no images. {ACCEPTED}.")
 
 
-def is_saved_dataset(path: Path) -> bool:
-    """Tell whether a folder holds a data set of ``save_to_disk``, or several splits."""
-    return any((path / n).is_file() for n in ("dataset_info.json", "dataset_dict.json"))
+def kind_of_data(path: Path) -> str | None:
+    """Tell what a file or folder holds by names alone.
+
+    Returns:
+        ``'saved'`` for a data set of ``save_to_disk``, or several splits; ``'images'``; where there
+        are none, how ``datasets`` calls the other files; else ``None``.
+    """
+    if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        return "saved"
+    ends = set()
+    for file in files_below(path) if path.is_dir() else [path]:
+        ends |= set() if is_hidden(file.name) or is_table(file) else {file.suffix.lower()}
+        if ends & SUFFIXES:
+            return "images"
+    return next((kind for end, kind in TABLES.items() if end in ends), None)
 
 
 def captions_beside(
@@ -91,20 +121,43 @@ def captions_beside(
 ) -> dict[str, dict[str, str]]:
     """Find files that may hold captions, by the ends of their names and the names of their images.
 
+    For an image that has none of its very name, one is found whose name is composed otherwise
+    (macOS) or in another case (Windows), if there is only one.
+
     Args:
         names: The names of the images.
         others: The names of other files.
         end: Another end that the names of captions may have.
     """
-    others, found = set(others), {}
+    by_letters: dict[str, list[str]] = {}
+    for file in (others := set(others)):
+        by_letters.setdefault(folded(file), []).append(file)
+    found = {}
     for suffix in dict.fromkeys((*([] if end is None else [end]), *_CAPTIONS)):
-        files = {name: f"{Path(name).with_suffix('')}{suffix}" for name in names}
-        found[suffix] = {name: file for name, file in files.items() if file in others}
+        wanted = {name: f"{splitext(name)[0]}{suffix}" for name in names}
+        exact = {name: file for name, file in wanted.items() if file in others}
+        own = {*exact.values()}
+        alike = {name: by_letters.get(folded(file), []) for name, file in wanted.items()}
+        found[suffix] = exact | {
+            name: files[0]
+            for name, files in alike.items()
+            if name not in exact and len(files) == 1 and files[0] not in own
+        }
     return {suffix: files for suffix, files in found.items() if files}
 
 
-def read_caption(path: Path) -> tuple[str, bool]:
-    """Read a caption, as kohya's ``sd-scripts`` do: the first line of its file.
+def captions_alone(names: Sequence[str], others: Sequence[str], end: str | None) -> list[str]:
+    """The files with the end of captions, of several the first, that no image is of."""
+    for suffix in _CAPTIONS if not end else (end,):
+        own = captions_beside(names, others, suffix).get(suffix, {}).values()
+        ending = [name for name in others if name.endswith(suffix) and not is_hidden(name)]
+        if alone := [name for name in ending if name not in own]:
+            return alone
+    return []
+
+
+def read_caption(path: Path, layout: Layout) -> tuple[str, bool]:
+    """Read a caption: the first line of its file, as kohya's ``sd-scripts`` do, or all of it.
 
     Returns:
         The caption, and whether other lines follow.
@@ -113,6 +166,8 @@ def read_caption(path: Path) -> tuple[str, bool]:
         ValueError: If the file is empty or not in UTF-8.
     """
     first, *more = re.split(r"\r\n|\r|\n", decoded(path))
+    if layout.caption_lines == "all":
+        return "\n".join([first, *more]), False
     if not first and not more:
         raise ValueError(f"The caption '{path}' is empty. Write it, or remove the file.")
     return first.strip(), any(line.strip() for line in more)
@@ -129,24 +184,37 @@ def repeats_of(folder: Path, names: Sequence[str]) -> list[tuple[int, str]] | No
     if not any(found):
         return None
     for name, match in zip(names, found, strict=True):
-        if match is None or "/" in match[2]:
+        if match is None or "/" in match[2] or Path(name).suffix.lower() not in _KOHYA:
             known = next(match[0].partition("/")[0] for match in found if match)
             raise ValueError(
                 f"'{folder}' has folders as kohya's sd-scripts name them ('{known}'), which train "
-                f"on the images directly in these, and '{name}' is none. Take it out; or if "
-                "another program trained on it, rename these folders."
+                "on the images (.png, .jpg, .webp, .bmp, .avif) directly in these, and "
+                f"'{name}' is none. Take it out; or if another program trained on it, rename these "
+                "folders."
             )
     return [(int(match[1]), match[2]) for match in found if match]
 
 
-def tables_left_out(names: Iterable[str]) -> list[str]:
+def repeats_below(names: Sequence[str]) -> str | None:
+    """The first folder, if there are folders of kohya's in it and not around it."""
+    inner = (Path(name).parent for name in names)
+    return next((i.parent.as_posix() for i in inner if _in_kohyas(i)), None)
+
+
+def _in_kohyas(folder: Path) -> bool:
+    return len(folder.parts) > 1 and _REPEATED.fullmatch(folder.name) is not None
+
+
+def tables_left_out(names: Iterable[str], layout: Layout) -> list[str]:
     """Unread tables, among the names of files that were left out."""
-    visible = (name for name in names if not any(map(_is_hidden, Path(name).parts)))
-    return [f"{name}, without 'file_name'" for name in visible if is_table(Path(name))]
+    visible = (name for name in names if not is_hidden(name))
+    wanted = layout.file_columns[0]
+    return [f"{name}, without '{wanted}'" for name in visible if is_table(Path(name))]
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name in _MADE
+def is_hidden(name: str) -> bool:
+    """Tell whether programs made a file or a folder of its relative path, and not people."""
+    return any(part.startswith(".") or part in _MADE for part in name.split("/"))
 
 
 def _first_folders(names: Sequence[str]) -> list[str | None]:
@@ -161,19 +229,36 @@ def parts_of(names: Sequence[str]) -> list[str]:
     return found if len(found) > 1 and all(name.lower() in _PARTS for name in found) else []
 
 
+def folders_of_split(folder: Path, names: Sequence[str], split: str) -> list[str]:
+    """The first folders of a split's images, by its name or another one for it.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    first = sorted({one for one in _first_folders(names) if one is not None})
+    asked = _PARTS.get(split.lower(), split)
+    found = [one for one in first if split == one or _PARTS.get(one.lower()) == asked]
+    if not found:
+        raise ValueError(
+            f"`split` must be a folder of '{folder}', got {split!r}. There are "
+            f"{', '.join(first[:8]) or 'none'}: pass one of them, or leave it out."
+        )
+    return found
+
+
 def classes_of(folder: Path, names: Sequence[str]) -> Classes | None:
     """The first folder of each image as its class, numbered alphabetically; ``None`` if none."""
     classes = _first_folders(names)
     known = sorted({one for one in classes if one is not None})
     if not known:
         return None
-    there = sorted(p.name for p in folder.iterdir() if p.is_dir() and not _is_hidden(p.name))
+    there = sorted(p.name for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name))
     empty = [name for name in there if name not in known]
     doubt, parts = "", parts_of(names)
     if parts:
         doubt = (
-            f"'{folder}' holds parts of a data set: {', '.join(parts)}. Pass the folder of one, "
-            f"for instance '{folder / parts[-1]}'"
+            f"'{folder}' holds parts of a data set: {', '.join(parts)}. Pass --split "
+            f"{parts[-1]}, say"
         )
     elif empty:
         doubt = (

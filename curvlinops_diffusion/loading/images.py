@@ -15,24 +15,32 @@ from torch import Tensor
 
 from curvlinops_diffusion.loading.folders import (
     ACCEPTED,
+    TABLES,
+    captions_alone,
     captions_beside,
     check_images,
     classes_of,
     files_in,
-    is_saved_dataset,
+    folders_of_split,
+    kind_of_data,
+    masks_among,
     parts_of,
     read_caption,
+    repeats_below,
     repeats_of,
     tables_left_out,
 )
+from curvlinops_diffusion.loading.headers import cut_to_squares, readable
 from curvlinops_diffusion.loading.labels import Condition
-from curvlinops_diffusion.loading.metadata import Metadata
+from curvlinops_diffusion.loading.layout import FILE_NAME, TRIGGERS, Layout
+from curvlinops_diffusion.loading.metadata import Metadata, first_of
 from curvlinops_diffusion.loading.named_images import NamedImages, counted
 from curvlinops_diffusion.loading.preprocessing import Form, Loaded, upright_size
 from curvlinops_diffusion.loading.stored import (
     images_of_arrays,
     images_of_dataset,
-    saved_dataset,
+    split_of,
+    stored_dataset,
 )
 from curvlinops_diffusion.runtime.digests import digest_of
 
@@ -50,6 +58,7 @@ def open_images(
     *,
     prompts: str | Sequence[str] | None = None,
     labels: Sequence[int] | Tensor | None = None,
+    layout: Layout | None = None,
 ) -> NamedImages:
     """Open images with the labels or prompts that the network takes.
 
@@ -61,6 +70,7 @@ def open_images(
         training: For queries, the training images: classes are numbered as those.
         prompts: A prompt for each image, or one for all that have none of their own.
         labels: A class for each image.
+        layout: How the training images lie on disk; ``None`` for what can be read off them.
 
     Raises:
         ValueError: If there are none, they are in no known form, an image lacks a condition or has
@@ -68,8 +78,14 @@ def open_images(
     """
     on_disk = isinstance(given, str | os.PathLike)
     where = Path(given) if on_disk else Path("images")
-    images = _of_path(where, form, condition) if on_disk else _of_any(given, form)
+    layout = Layout() if layout is None else layout
+    layout = layout if training is None else layout.for_queries()
     takes = None if condition is None else condition.key
+    if condition is not None:
+        layout.check_taken(takes)
+    images = _of_path(where, form, condition, layout) if on_disk else _of_any(given, form, layout)
+    if layout.caption_column == FILE_NAME and not layout.of_queries:
+        images.conditions["prompt"] = [Path(name).stem for name in images.names]
     if isinstance(prompts, str) and condition is not None and takes == "prompt":
         if None not in images.conditions.get("prompt", [None]):
             raise ValueError(
@@ -95,6 +111,8 @@ def open_images(
             )
         images.conditions[key], images.classes = values, None
     _set_conditions(images, where, form, condition, training)
+    if takes == "prompt":
+        _put_triggers(images, where, layout)
     return images
 
 
@@ -131,6 +149,20 @@ def _set_conditions(
         images.tells_sizes = condition.sizes
 
 
+def _put_triggers(images: NamedImages, path: Path, layout: Layout) -> None:
+    """Put in the trigger word, or refuse captions that wait for one."""
+    prompts = images.conditions["prompt"]
+    waiting = [n for n, text in enumerate(prompts) if any(place in text for place in TRIGGERS)]
+    if waiting and layout.trigger_word is None:
+        raise ValueError(
+            f"The prompt of '{images.names[waiting[0]]}' of '{path}' is "
+            f"{prompts[waiting[0]]!r}, where ai-toolkit puts its trigger word ({len(waiting)} are "
+            "like it). Pass --trigger-word WORD, '' if training had none."
+        )
+    if layout.trigger_word is not None:
+        images.conditions["prompt"] = [layout.with_trigger(text) for text in prompts]
+
+
 def _check_prompt(images: NamedImages, path: Path, prompt: str) -> None:
     """Refuse one prompt for images beside which their captions lie unread."""
     own = images.conditions.get("prompt", [None] * len(images))
@@ -144,84 +176,131 @@ def _check_prompt(images: NamedImages, path: Path, prompt: str) -> None:
         )
     if not without:
         images.notes.append(f"all have prompts of their own, and {prompt!r} is of none of them")
+    elif len(without) < len(images):
+        count = counted(len(without), "image")
+        images.notes.append(f"{prompt!r} for {count} without a prompt: {first_of(without)}")
 
 
-def _of_path(path: Path, form: Form, condition: Condition | None) -> NamedImages:
+def _of_path(path: Path, form: Form, condition: Condition | None, layout: Layout) -> NamedImages:
     if path.suffix != ".npz":
         form.check_channels()
     check_images(path)
-    if is_saved_dataset(path):
-        images = images_of_dataset(saved_dataset(path), path, form)
+    if kind_of_data(path) in ("saved", *TABLES.values()):
+        images = images_of_dataset(stored_dataset(path, layout), path, form, layout)
     elif path.is_dir():
-        images = _of_folder(path, form, condition)
-    elif path.suffix == ".npz":
-        images = images_of_arrays(path, form)
+        images = _of_folder(path, form, condition, layout)
     else:
-        images = _of_files([path], [path.name], form)
+        layout.check_no_columns(f"'{path}'")
+        images = (
+            images_of_arrays(path, form)
+            if path.suffix == ".npz"
+            else _of_files([path], [path.name], form, layout)
+        )
+        split_of(images, path, layout)
     if len(images) == 0:
         raise ValueError(f"'{path}' holds no images. {ACCEPTED}.")
     return images
 
 
-def _of_folder(path: Path, form: Form, condition: Condition | None) -> NamedImages:
-    files, tables, others = files_in(path)
-    metadata = Metadata(path, tables, files) if tables else None
+def _of_folder(path: Path, form: Form, condition: Condition | None, layout: Layout) -> NamedImages:
+    files, tables, others = files_in(path, layout)
+    metadata = Metadata(path, tables, files, layout) if tables else None
     names = [name for name in files if metadata is None or name not in metadata.others]
-    images = _of_files([files[name] for name in names], names, form)
+    inner = path  # of which folders are classes
+    if layout.split is not None:
+        folders = folders_of_split(path, names, layout.split)
+        names = [name for name in names if Path(name).parts[0] in folders]
+        inner = path / folders[0] if len(folders) == 1 else path
+    images = _of_files([files[name] for name in names], names, form, layout)
+    names = images.names
     if parts := parts_of(names):
-        images.notes.append(f"of all parts of a data set: {', '.join(parts)}")
-    images.left_out, images.unread = others, tables_left_out(others)
+        images.notes.append(f"of all parts of a data set: {', '.join(parts)} (--split takes one)")
+    images.left_out, images.unread = others, tables_left_out(others, layout)
+    if masks := masks_among(others):
+        count = counted(len(masks), "mask")
+        images.notes.append(f"{count} of OneTrainer's, not used: {first_of(masks)}")
     if metadata is None:
-        images.classes = classes_of(path, names)
+        layout.check_no_columns(f"'{path}'")
+        below = "" if inner == path else f"{inner.relative_to(path)}/"
+        images.classes = classes_of(inner, [name.removeprefix(below) for name in names])
     else:
-        images.conditions = metadata.conditions(names)
-        images.unread += metadata.unread()
+        images.conditions, columns = metadata.conditions(names), metadata.unread()
+        images.unread += columns
         for some, how in (
-            ([line.entries["file_name"] for line in metadata.without_image], "without an image"),
+            ([line.name for line in metadata.without_image], "without an image"),
             (metadata.alike, "by a name alike"),
         ):
             if some:
                 lines = counted(len(some), "line")
-                images.notes.append(f"{lines} of metadata {how} ({some[0]}, …)")
-    _read_captions(images, path, condition)
+                images.notes.append(f"{lines} of metadata {how}: {first_of(some)}")
+        if columns and (condition is None or condition.key == "prompt"):
+            images.notes.append("--caption-column takes prompts from another column")
+    _read_captions(images, path, condition, layout, list(files))
     return images
 
 
-def _read_captions(images: NamedImages, path: Path, condition: Condition | None) -> None:
-    """Read captions in files of their own, and repeats and prompts in the names of folders."""
-    end = None if condition is None else condition.caption_extension
-    end = None if end is None else f".{end.removeprefix('.')}"
-    found, read = captions_beside(images.names, images.left_out, end), {}
-    names, wanted = images.names, condition is None or condition.key == "prompt"
+def _read_captions(
+    images: NamedImages,
+    path: Path,
+    condition: Condition | None,
+    layout: Layout,
+    there: Sequence[str],
+) -> None:
+    """Read captions in files of their own, and repeats and prompts in the names of folders.
+
+    Args:
+        images: The images.
+        path: Their folder.
+        condition: What the network takes.
+        layout: Which files hold captions.
+        there: The names of all images in the folder, used or not.
+    """
+    end, names = layout.end, images.names
+    found, read = captions_beside(names, images.left_out, end), {}
+    wanted = condition is None or condition.key == "prompt"
+    wanted = wanted and (layout.caption_column is None or layout.of_queries)
     if wanted and "prompt" not in images.conditions:
         if end is None and len(found) > 1:
-            first, second = (next(iter(files.values())) for files in found.values())
+            both = [name for name in names if all(name in files for files in found.values())]
+            first, second = (
+                files[both[0]] if both else next(iter(files.values())) for files in found.values()
+            )
             raise ValueError(
                 f"'{path}' holds captions of two kinds, '{first}' and '{second}'. Pass "
                 "--caption-extension with the end of those that training read."
             )
         end = end or next(iter(found), "")
         read = found.pop(end, {})
-        if read:
-            images.notes.append(f"{counted(len(read), 'caption')} from files {end}")
     images.captions_beside = {name: file for own in found.values() for name, file in own.items()}
-    images.unread = [*(f"files {suffix}" for suffix in sorted(found)), *images.unread]
+    unread = [f"files {other} (--caption-extension {other})" for other in sorted(found)]
+    images.unread = [*unread, *images.unread]
     files = set(read.values())
     images.left_out = [name for name in images.left_out if name not in files]
-    texts = {name: read_caption(path / file) for name, file in read.items()}
+    if read:
+        images.notes.append(f"{counted(len(read), 'caption')} from files {end}")
+    alone = captions_alone(there, images.left_out, end)
+    if alone and wanted and condition is not None and "prompt" not in images.conditions:
+        count = counted(len(alone), "file")
+        told = f"{count} {Path(alone[0]).suffix} without an image: {first_of(alone)}"
+        (images.notes if read else images.unread).append(told)
+    texts = {name: read_caption(path / file, layout) for name, file in read.items()}
     prompts: list[str | None] = [texts[name][0] if name in texts else None for name in names]
     if longer := [read[name] for name, (_, more) in texts.items() if more]:
         count = counted(len(longer), "longer caption")
-        images.notes.append(f"the first line of {count} ({longer[0]}, …)")
+        images.notes.append(
+            f"the first line of {count}: {first_of(longer)} (--caption-lines all for all of them)"
+        )
     # of networks that take prompts alone: for others such folders may be classes
     named = condition is not None and wanted and "prompt" not in images.conditions
     repeats = repeats_of(path, names) if named else None
+    if named and repeats is None and (below := repeats_below(names)):
+        images.notes.append(f"no repeats of folders in '{below}': pass '{path / below}' for these")
     if repeats is not None:
         if without := [name for name in names if name not in texts]:
             count = counted(len(without), "image")
-            images.notes.append(f"{count} with the folder's name as prompt ({without[0]}, …)")
-            own = [prompt for _, prompt in repeats]
-            prompts = [b if a is None else a for a, b in zip(prompts, own, strict=True)]
+            images.notes.append(f"{count} with the folder's name as prompt: {first_of(without)}")
+            by_folder = [prompt for _, prompt in repeats]
+            prompts = [b if a is None else a for a, b in zip(prompts, by_folder, strict=True)]
         counts = [count for count, _ in repeats]
         times = ", ".join(f"'{text}' {n} times" for n, text in list(dict.fromkeys(repeats))[:5])
         images.notes.append(f"repeated: {times}{', …' * (len(set(repeats)) > 5)}")
@@ -231,19 +310,28 @@ def _read_captions(images: NamedImages, path: Path, condition: Condition | None)
         images.conditions["prompt"] = prompts
 
 
-def _of_files(files: Sequence[Path], names: list[str], form: Form) -> NamedImages:
+def _of_files(
+    files: Sequence[Path], names: Sequence[str], form: Form, layout: Layout
+) -> NamedImages:
+    kept, notes = readable(
+        files, names, form, layout.skip_unreadable, lambda n: form.load(files[n], names[n])
+    )
+    files, names = [files[n] for n in kept], [names[n] for n in kept]
     return NamedImages(
         names,
         lambda n: form.load(files[n], names[n]),
         lambda n: digest_of(files[n].read_bytes()),
         form,
+        notes=notes,
     )
 
 
-def _of_any(given: Any, form: Form) -> NamedImages:
+def _of_any(given: Any, form: Form, layout: Layout) -> NamedImages:
     """Images that are open already, or a list of files."""
+    given = split_of(given, Path("images"), layout)
     if hasattr(given, "features") and hasattr(given, "cast_column"):
-        return images_of_dataset(given, Path("images"), form)
+        return images_of_dataset(given, Path("images"), form, layout)
+    layout.check_no_columns("a list of images")
     if isinstance(given, Image.Image):
         given = [given]
     if isinstance(given, Tensor | np.ndarray) and given.ndim == 3:
@@ -260,11 +348,12 @@ def _of_any(given: Any, form: Form) -> NamedImages:
             raise ValueError(f"'{missing[0]}' is no file ({len(missing)} are not). {_ACCEPTED}.")
         names = [file.name for file in files]
         alike = len(set(names)) < len(names)
-        return _of_files(files, [str(file) for file in files] if alike else names, form)
+        return _of_files(files, [str(f) for f in files] if alike else names, form, layout)
     wrong = [z for z in things if not isinstance(z, Image.Image | Tensor | np.ndarray)]
     if wrong:
         raise ValueError(f"`images` holds a {type(wrong[0]).__name__}. {_ACCEPTED}.")
     names = [str(n) for n in range(len(things))]
+    sizes = [thing.size for thing in things if isinstance(thing, Image.Image)]
 
     def load(n: int) -> Loaded:
         thing = things[n]
@@ -278,4 +367,5 @@ def _of_any(given: Any, form: Form) -> NamedImages:
             )
         return form.sized(x, names[n]), (x.shape[1], x.shape[2])
 
-    return NamedImages(names, load, lambda n: digest_of(load(n)[0]), form)
+    notes = cut_to_squares(sizes, form)
+    return NamedImages(names, load, lambda n: digest_of(load(n)[0]), form, notes=notes)

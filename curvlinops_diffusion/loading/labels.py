@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from curvlinops_diffusion.loading.metadata import first_of
+
 _HOW = {
     "class_labels": (
         "label",
@@ -34,8 +36,6 @@ class Condition:
         prompt: The prompt of images that have none of their own; ``None`` for an error.
         sizes: Whether the network takes each image's original size, and what was cut out of it.
         images: The images that it takes beside each image, masks say, and their channels.
-        caption_extension: How the names of captions beside images end; ``None`` for ``.caption`` or
-            ``.txt``.
     """
 
     key: str | None = None
@@ -43,7 +43,6 @@ class Condition:
     prompt: str | None = None
     sizes: bool = False
     images: dict[str, int] = field(default_factory=dict)
-    caption_extension: str | None = None
 
     def of(
         self, path: Path, names: Sequence[str], conditions: Conditions, unread: Sequence[str] = ()
@@ -64,8 +63,10 @@ class Condition:
         values = conditions.get(self.key, [None] * len(names))
         if self.key == "prompt":
             values = [self.prompt if value is None else value for value in values]
+        if without := [name for name, value in zip(names, values, strict=True) if value is None]:
+            raise ValueError(self._nothing(path, without, len(names), unread))
         for name, value in zip(names, values, strict=True):
-            self._check(f"image '{name}' of '{path}'", value, unread)
+            self._check(f"image '{name}' of '{path}'", value)
         noted = {key: conditions[key] for key in _SIZES if self.sizes and key in conditions}
         for key, sizes in noted.items():
             for name, size in zip(names, sizes, strict=True):
@@ -89,14 +90,26 @@ class Condition:
                     )
         return {entry: conditions[entry] for entry in self.images}
 
-    def _check(self, image: str, value: Any, unread: Sequence[str]) -> None:
+    def _nothing(
+        self, path: Path, without: Sequence[str], count: int, unread: Sequence[str]
+    ) -> str:
+        """Say which images have no condition."""
         what, how = _HOW[self.key or ""]
-        if value is None:
-            others = f" Not read: {', '.join(unread)}." if unread else ""
-            raise ValueError(f"The {image} has no {what}, which the network takes. {how}.{others}")
+        start = f"The image '{without[0]}' of '{path}' has no {what}"
+        if len(without) > 1:
+            many = f"{len(without)} of the {count}" if len(without) < count else f"The {count}"
+            start = f"{many} images of '{path}' have no {what} ({first_of(without)})"
+        others = f" Not read: {', '.join(unread)}." if unread else ""
+        if self.key == "prompt" and any(" " not in column for column in unread):
+            others += " --caption-column NAME reads the prompts from another column."
+        return f"{start}, which the network takes. {how}.{others}"
+
+    def _check(self, image: str, value: Any) -> None:
         if self.key == "prompt":
             if not isinstance(value, str):
-                raise ValueError(f"The prompt of {image} is {value!r}, which is no text. {how}.")
+                raise ValueError(
+                    f"The prompt of {image} is {value!r}, which is no text. {_HOW['prompt'][1]}."
+                )
             return
         top = "" if self.count is None else f" to {self.count - 1}"
         whole = isinstance(value, int) and not isinstance(value, bool)

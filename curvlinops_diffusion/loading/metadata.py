@@ -13,21 +13,14 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 from unicodedata import normalize
 
-#: The columns that are read, and what they are called here.
-COLUMNS = {
-    "text": "prompt",
-    "label": "class_labels",
-    "original_size": "original_size",
-    "crops_coords_top_left": "crops_coords_top_left",
-    "target_size": "target_size",
-}
+from curvlinops_diffusion.loading.layout import Layout
+
 #: The entries of an item that are images themselves, in columns of their name.
 IMAGE_COLUMNS = ("mask_image", "conditioning_image")
 # as data sets of images call columns of files
 _FILE = "_file_name"
-# the files that ``datasets`` looks for beside images, in any folder; of which the last is refused
-_PARQUET = "metadata.parquet"
-_TABLES = ("metadata.jsonl", "metadata.csv", _PARQUET)
+# the files that ``datasets`` looks for beside images, in any folder
+_TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 # byte order marks of UTF-16, and of UTF-32, which begins with one
 _WIDE = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
 
@@ -37,13 +30,13 @@ def is_table(path: Path) -> bool:
     return path.name in _TABLES
 
 
-def is_of_images(path: Path) -> bool:
+def is_of_images(path: Path, layout: Layout) -> bool:
     """Tell whether a file names images as ``datasets`` does; tables of other programs do not.
 
     An empty file is one of no images.
     """
     raw = path.read_bytes().replace(b"\0", b"")  # whatever the encoding
-    return b"file_name" in raw or not raw.strip()
+    return any(name.encode() in raw for name in layout.file_columns) or not raw.strip()
 
 
 @dataclass(frozen=True)
@@ -52,6 +45,7 @@ class Line:
 
     file: Path
     number: int  # from 1
+    name: str  # of the image, as it stands there
     entries: dict[str, Any]
 
     def __str__(self) -> str:
@@ -74,17 +68,14 @@ class Metadata:
         alike: The images whose names their lines write in other letters.
     """
 
-    def __init__(self, folder: Path, tables: Sequence[Path], names: Iterable[str]):
+    def __init__(self, folder: Path, tables: Sequence[Path], names: Iterable[str], layout: Layout):
         """Read a folder's metadata files; ValueError if an image has several lines."""
-        self._folder, self._names = folder, set(names)
+        self._folder, self._names, self._layout = folder, set(names), layout
         self._by_letters: dict[str, list[str]] = {}
         for name in sorted(self._names):
-            self._by_letters.setdefault(_folded(name), []).append(name)
+            self._by_letters.setdefault(folded(name), []).append(name)
         self.lines: dict[str, Line] = {}
-        for table in tables:
-            if table.name == _PARQUET:
-                raise ValueError(f"'{table}' is not read. Save it as metadata.jsonl or .csv.")
-        left = self._place(line for table in tables for line in _lines_of(table))
+        left = self._place(line for table in tables for line in _lines_of(table, layout))
         exact = set(self.lines)
         # a name alike is of an image without a line alone: another image may have been removed
         self.without_image = self._place(left, exact)
@@ -101,7 +92,7 @@ class Metadata:
         """Give images their lines, and return the lines whose image is not found."""
         left = []
         for line in lines:
-            name = self._find(line.file.parent, line.entries["file_name"], taken)
+            name = self._find(line.file.parent, line.name, taken)
             if name is None:
                 left.append(line)
             elif name in self.lines:
@@ -119,7 +110,7 @@ class Metadata:
         for name in forms:
             if name in self._names:
                 return name
-        alike = [] if taken is None else self._by_letters.get(_folded(forms[-1]), [])
+        alike = [] if taken is None else self._by_letters.get(folded(forms[-1]), [])
         return alike[0] if taken is not None and len(alike) == 1 and alike[0] not in taken else None
 
     def _relative(self, inner: Path, written: str) -> str:
@@ -132,22 +123,25 @@ class Metadata:
         here = inner.relative_to(self._folder).as_posix()
         return posixpath.normpath(posixpath.join(here, written))
 
+    def _columns(self) -> dict[str, str]:
+        """The columns that are read, and what they are called here."""
+        found = {key for line in self.lines.values() for key in line.entries}
+        return self._layout.columns(found, f"the metadata of '{self._folder}'")
+
     def unread(self) -> list[str]:
         """The columns that nothing here reads."""
         columns = {key for line in self.lines.values() for key in line.entries}
-        read = {"file_name", *COLUMNS, *IMAGE_COLUMNS}
+        read = {*self._layout.file_columns, *self._columns(), *IMAGE_COLUMNS}
         return sorted(key for key in columns - read if not key.endswith(_FILE))
 
     def conditions(self, names: Sequence[str]) -> dict[str, list[Any]]:
         """The entries of some images, ``None`` where one lacks; ValueError if one has no line."""
-        for name in names:
-            if name not in self.lines:
-                raise ValueError(self._no_line(name))
+        if without := [name for name in names if name not in self.lines]:
+            raise ValueError(self._no_line(without, len(names)))
         lines = [self.lines[name] for name in names]
         found = {
             ours: [line.entries.get(theirs) for line in lines]
-            for theirs, ours in COLUMNS.items()
-            if any(theirs in line.entries for line in lines)
+            for theirs, ours in self._columns().items()
         }
         for entry in IMAGE_COLUMNS:
             files = [line.entries.get(entry + _FILE, line.entries.get(entry)) for line in lines]
@@ -163,36 +157,49 @@ class Metadata:
         found = self._find(inner, written, self.lines)
         return self._folder / (self._relative(inner, written) if found is None else found)
 
-    def _no_line(self, name: str) -> str:
-        start = f"The image '{name}' of '{self._folder}' has no line in the metadata"
+    def _no_line(self, without: Sequence[str], count: int) -> str:
+        start = f"The image '{without[0]}' of '{self._folder}' has no line in the metadata"
+        if len(without) > 1:
+            many = f"{len(without)} of the {count}" if len(without) < count else f"The {count}"
+            start = (
+                f"{many} images of '{self._folder}' have no line in the metadata "
+                f"({first_of(without)})"
+            )
         some = [*self.without_image, *self.lines.values()][:3]
         if not some:
-            return f"{start}, which is empty. Give each image a line."
-        as_written = ", ".join(f"'{line.entries['file_name']}'" for line in some)
+            return f"{start}, and the metadata are empty. Give each image a line."
         return (
-            f"{start}. '{some[0].file}' names, as it stands there, {as_written}, …; names are "
-            "relative to the folder of the file. Give each image a line, or take it out of the "
-            "folder."
+            f"{start}. '{some[0].file}' names, as it stands there, "
+            f"{first_of([line.name for line in some])}, …; names are relative to the folder of the "
+            "file. Give each image a line, or take it out of the folder."
         )
 
 
-def _folded(name: str) -> str:
+def first_of(names: Sequence[str]) -> str:
+    """The first three of some names, for messages."""
+    return ", ".join(f"'{name}'" for name in names[:3]) + ", …" * (len(names) > 3)
+
+
+def folded(name: str) -> str:
+    """A name as other systems may have it: composed otherwise, or in another case."""
     return normalize("NFC", name).casefold()
 
 
-def _lines_of(path: Path) -> Iterator[Line]:
+def _lines_of(path: Path, layout: Layout) -> Iterator[Line]:
     """Yield the lines of a file, each with an image's name.
 
     A line of ``.jsonl`` ends at a line feed and nowhere else: separators such as U+2028 belong to
     the caption that they stand in.
     """
-    read = _of_csv if path.suffix == ".csv" else _of_json
-    for number, entries in read(path, decoded(path)):
-        name = entries.get("file_name")
+    rows = {".csv": _of_csv, ".jsonl": _of_json, ".parquet": _of_parquet}[path.suffix]
+    for number, entries in rows(path, layout):
+        column = next((key for key in layout.file_columns if key in entries), None)
+        name = None if column is None else entries[column]
         if not isinstance(name, str) or not name.strip():
-            found = f"'file_name': {name!r}" if "file_name" in entries else f"{sorted(entries)}"
-            raise _wrong(path, number, f"it has no image's name as 'file_name', but {found}")
-        yield Line(path, number, entries)
+            found = f"{sorted(entries)}" if column is None else f"'{column}': {name!r}"
+            wanted = layout.file_columns[0]
+            raise _wrong(path, number, f"it has no image's name as '{wanted}', but {found}")
+        yield Line(path, number, name, entries)
 
 
 def decoded(path: Path) -> str:
@@ -210,8 +217,8 @@ def decoded(path: Path) -> str:
         ) from error
 
 
-def _of_json(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), 1):
+def _of_json(path: Path, _: Layout) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(decoded(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -232,12 +239,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _of_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _of_csv(path: Path, layout: Layout) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of a table with commas; empty cells have no entry, and whole labels are numbers."""
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows = csv.reader(io.StringIO(decoded(path), newline=""), strict=True)
     try:
         columns = next(rows, [])
-        if "file_name" not in columns or len(set(columns)) != len(columns):
+        if not {*columns} & {*layout.file_columns} or len(set(columns)) != len(columns):
             raise _wrong(path, 1, f"the columns are {columns}, separated by commas")
         for cells in filter(None, rows):
             if len(cells) != len(columns):
@@ -248,6 +255,22 @@ def _of_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             yield rows.line_num, entries
     except csv.Error as error:
         raise _wrong(path, rows.line_num, str(error)) from error
+
+
+def _of_parquet(path: Path, _: Layout) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a table; empty cells have no entry."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise ValueError(f"'{path}' needs the package datasets: pip install datasets.") from error
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError, ValueError) as error:
+        raise ValueError(
+            f"'{path}' cannot be read as Parquet ({error}). Save it again, or as metadata.jsonl."
+        ) from error
+    for number, row in enumerate(rows, 1):
+        yield number, {key: value for key, value in row.items() if value is not None}
 
 
 def _wrong(path: Path, number: int, why: str) -> ValueError:

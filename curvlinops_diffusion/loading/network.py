@@ -104,18 +104,16 @@ class Network:
         condition = _condition(model, config, pipeline)
         return cls(objective, channels, sides, multiple, condition, chosen)
 
-    def with_prompt(self, prompt: str | None, caption_extension: str | None = None) -> Network:
-        """The same, with a prompt for images that have none, and where the others' stand.
+    def with_prompt(self, prompt: str | None) -> Network:
+        """The same, with a prompt for images that have none.
 
         Raises:
             ValueError: If the network takes no prompts.
         """
-        given: dict[str, Any] = {"prompt": prompt, "caption_extension": caption_extension}
-        for name, value in given.items():
-            if value is not None and self.condition.key != "prompt":
-                takes = "no condition" if self.condition.key is None else "labels"
-                raise ValueError(f"The network takes {takes}, got {name}={value!r}. Leave it out.")
-        return replace(self, condition=replace(self.condition, **given))
+        if prompt is not None and self.condition.key != "prompt":
+            takes = "no condition" if self.condition.key is None else "labels"
+            raise ValueError(f"The network takes {takes}, got prompt={prompt!r}. Leave it out.")
+        return replace(self, condition=replace(self.condition, prompt=prompt))
 
     def form(self, resolution: int | None) -> Form:
         """The form in which images are loaded."""

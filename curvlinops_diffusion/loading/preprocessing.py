@@ -17,8 +17,8 @@ from torchvision.transforms import functional as transforms
 
 #: An image as a network takes it, ``[C, H, W]``, and its height and width before resizing.
 Loaded = tuple[Tensor, tuple[int, int]]
-#: Where a crop lies between the first and the last place that there is, from 0 to 1, down and across;
-#: ``None`` for the middle.
+#: Where a crop lies, down and across, from 0 to 1 of all places that there are; ``None`` for the
+#: middle.
 Place = tuple[float, float] | None
 #: A file, or a function that loads an image from elsewhere.
 Source = Path | Callable[[], Any]
@@ -128,7 +128,7 @@ class Form:
     def sized(self, x: Tensor, name: str, place: Place = None) -> Tensor:
         """Resize an image where asked for, and check its size."""
         if self.resolution is not None:
-            top, left = self.corner_of(*x.shape[1:], place)
+            top, left = self.corner_of(x.shape[1], x.shape[2], place)
             x = transforms.resize(x, [self.resolution], antialias=True)
             x = transforms.crop(x, top, left, self.resolution, self.resolution).clamp(-1, 1)
         height, width = x.shape[1:]

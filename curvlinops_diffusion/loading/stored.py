@@ -12,10 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from curvlinops_diffusion.loading.folders import kind_of_data
+from curvlinops_diffusion.loading.headers import readable
 from curvlinops_diffusion.loading.labels import Classes
-from curvlinops_diffusion.loading.metadata import COLUMNS, IMAGE_COLUMNS
+from curvlinops_diffusion.loading.layout import Layout
+from curvlinops_diffusion.loading.metadata import IMAGE_COLUMNS
 from curvlinops_diffusion.loading.named_images import NamedImages
 from curvlinops_diffusion.loading.preprocessing import FILE_CHANNELS, Form, Loaded
+from curvlinops_diffusion.runtime.checks import quoted
 from curvlinops_diffusion.runtime.digests import digest_of
 
 _HOLDS = (
@@ -130,11 +134,13 @@ def _check_range(path: Path, images: Any) -> None:
             )
 
 
-def saved_dataset(path: Path) -> Any:
-    """Open a data set of ``save_to_disk``.
+def stored_dataset(path: Path, layout: Layout) -> Any:
+    """Open a data set of ``save_to_disk``, or files of Parquet or WebDataset.
+
+    The latter are converted once, into the cache of ``datasets``.
 
     Raises:
-        ValueError: If it cannot be read, or holds several splits.
+        ValueError: If it cannot be read, or it is not clear which split is meant.
     """
     try:
         import datasets
@@ -143,46 +149,94 @@ def saved_dataset(path: Path) -> Any:
             f"'{path}' is a data set of the package datasets, which is not installed: pip install "
             "datasets."
         ) from error
+    kind = kind_of_data(path)
     try:
-        data = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if kind == "saved":
+            data = datasets.load_from_disk(str(path))
+        elif path.is_dir():  # by splits in the names of files and folders
+            data = datasets.load_dataset(kind, data_dir=str(path))
+        else:
+            data = datasets.load_dataset(kind, data_files=str(path))["train"]
+    except Exception as error:  # of a damaged file, which may be any
         raise ValueError(
-            f"'{path}' cannot be read as a data set ({error}). Save it again by save_to_disk."
+            f"'{path}' cannot be read as a data set ({quoted(error)}). Save it again"
+            f"{' by save_to_disk' if kind == 'saved' else ''}."
         ) from error
-    if not isinstance(data, datasets.Dataset):
-        some = f"for instance '{path / next(iter(data), 'train')}'"
-        raise ValueError(
-            f"'{path}' holds splits: {', '.join(data)}. Pass the folder of one, {some}."
-        )
-    return data
+    return split_of(data, path, layout)
 
 
-def images_of_dataset(data: Any, path: Path, form: Form) -> NamedImages:
+def split_of(data: Any, path: Path, layout: Layout) -> Any:
+    """A data set, of several the one that is asked for, or the only one.
+
+    Raises:
+        ValueError: If it is not clear which is meant.
+    """
+    if not isinstance(data, dict):
+        if layout.split is not None:
+            raise ValueError(
+                f"`split` must be left out, got {layout.split!r}: '{path}' holds no splits."
+            )
+        return data
+    if layout.split in data:
+        return data[layout.split]
+    if layout.split is None and len(data) == 1:
+        return next(iter(data.values()))
+    asked = "" if layout.split is None else f", got {layout.split!r}"
+    raise ValueError(
+        f"'{path}' holds splits: {', '.join(data)}{asked}. Pass one, for instance --split "
+        f"{next(iter(data), 'train')}."
+    )
+
+
+def images_of_dataset(data: Any, path: Path, form: Form, layout: Layout) -> NamedImages:
     """The images of a ``datasets.Dataset``, with its captions, labels and images beside.
 
     Args:
         data: The data set.
         path: Its folder, or a name for it.
         form: The form in which the network takes images.
+        layout: Its columns.
 
     Raises:
-        ValueError: If it is not clear which column is of images.
+        ValueError: If it is not clear which column is of images, or an image cannot be read.
     """
     import datasets
 
+    if not isinstance(data, datasets.Dataset):
+        raise ValueError(
+            f"`images` must be a Dataset, got {type(data).__name__}: images are read by number, "
+            "and more than once. Load it without streaming."
+        )
     data = data.with_format(None)  # whatever form of tensors it has
-    pictures = [k for k, v in data.features.items() if isinstance(v, datasets.Image)]
-    column = _column(path, pictures, data.column_names)
-    for name in pictures:  # whether saved as files alone or not
-        if not data.features[name].decode:
-            data = data.cast_column(name, datasets.Image(mode=data.features[name].mode))
-    conditions: dict[str, list[Any]] = {
-        ours: list(data[theirs]) for theirs, ours in COLUMNS.items() if theirs in data.column_names
-    }
+    pictures = {k: v for k, v in data.features.items() if isinstance(v, datasets.Image)}
+    column = _column(path, list(pictures), data.column_names, layout)
+    for name in {**pictures, column: None}:  # whether saved as files alone or not
+        if name not in pictures or not pictures[name].decode:
+            mode = pictures[name].mode if name in pictures else None
+            data = data.cast_column(name, datasets.Image(mode=mode))
+    names = [f"{path.name}[{n}]" for n in range(len(data))]
 
     def picture(images: Any, column: str, n: int) -> Any:
         return images[n][column]
 
+    def parts(data: Any) -> tuple[Any, Any]:
+        images = data.select_columns(column)
+        return images, images.cast_column(column, datasets.Image(decode=False))
+
+    images, encoded = parts(data)
+    rows = encoded.with_format("arrow")
+    kept, notes = readable(
+        [partial(_stored, rows, column, n) for n in range(len(data))],
+        names,
+        form,
+        layout.skip_unreadable,
+        lambda n: form.load(partial(picture, images, column, n), names[n]),
+    )
+    if len(kept) < len(data):
+        data, names = data.select(kept), [names[n] for n in kept]
+        images, encoded = parts(data)
+    read = layout.columns(data.column_names, f"'{path}'")
+    conditions: dict[str, list[Any]] = {ours: list(data[theirs]) for theirs, ours in read.items()}
     beside = [name for name in pictures if name in IMAGE_COLUMNS]
     for name in beside:
         # of one column, or those of all others would be decoded, too
@@ -190,12 +244,9 @@ def images_of_dataset(data: Any, path: Path, form: Form) -> NamedImages:
         conditions[name] = [partial(load, n) for n in range(len(data))]
     classes = None
     label = data.features.get("label")
-    if isinstance(label, datasets.ClassLabel):
+    if isinstance(label, datasets.ClassLabel) and "class_labels" in conditions:
         numbers = [-1 if n is None else n for n in conditions.pop("class_labels")]
         classes = Classes(label.names, [label.names[n] if n >= 0 else None for n in numbers])
-    names = [f"{path.name}[{n}]" for n in range(len(data))]
-    images = data.select_columns(column)
-    encoded = images.cast_column(column, datasets.Image(decode=False))
 
     def source_digest(n: int) -> str:
         stored = encoded[n][column]
@@ -203,6 +254,9 @@ def images_of_dataset(data: Any, path: Path, form: Form) -> NamedImages:
             return digest_of(Path(stored["path"]).read_bytes())
         return digest_of(None if stored is None else stored["bytes"])
 
+    if any(name not in {column, *beside} for name in pictures):
+        notes.append("--image-column takes images from another column")
+    unread = [name for name in data.column_names if name not in {column, *read, *beside}]
     return NamedImages(
         names,
         lambda n: form.load(partial(picture, images, column, n), names[n]),
@@ -210,21 +264,39 @@ def images_of_dataset(data: Any, path: Path, form: Form) -> NamedImages:
         form,
         conditions,
         classes,
-        unread=[name for name in data.column_names if name not in {column, *COLUMNS, *beside}],
+        unread=[name for name in unread if not name.startswith("__")],  # WebDataset's own
+        notes=notes,
     )
 
 
-def _column(path: Path, pictures: list[str], columns: list[str]) -> str:
-    """The column of images: 'image' among several, else the only one."""
+def _stored(rows: Any, column: str, n: int) -> Any:
+    """An image as it is stored, of which no more is read than is looked at."""
+    from pyarrow import BufferReader
+
+    row = rows[n][column][0]
+    raw = row["bytes"]
+    return BufferReader(raw.as_buffer()) if raw.is_valid else Path(row["path"].as_py())
+
+
+def _column(path: Path, pictures: list[str], columns: list[str], layout: Layout) -> str:
+    """The column of images: that which is asked for, or 'image' among several, or the only one."""
+    asked = layout.image_column
+    if asked in columns:
+        return str(asked)
+    if asked is not None and not layout.of_queries:
+        raise ValueError(
+            f"`image_column` must be a column of '{path}', got {asked!r}. There are "
+            f"{', '.join(columns)}: pass one of them, or leave it out."
+        )
     images = [name for name in pictures if name not in IMAGE_COLUMNS]
     if not images:
         raise ValueError(
-            f"'{path}' has the columns {columns}, none of which is of images. Cast the one that is "
-            "by data.cast_column(name, datasets.Image()), and save it again."
+            f"'{path}' has the columns {columns}, none of which is of images. Pass --image-column "
+            "with the one that holds them, as bytes or files."
         )
     if _IMAGE in images or len(images) == 1:
         return _IMAGE if _IMAGE in images else images[0]
     raise ValueError(
-        f"'{path}' has several columns of images: {', '.join(images)}. Rename the one that "
-        f"training saw by data.rename_column('{images[0]}', '{_IMAGE}') say, and save it again."
+        f"'{path}' has several columns of images: {', '.join(images)}. Pass --image-column with "
+        "the one that training saw."
     )

@@ -504,8 +504,9 @@ def ai_toolkit(z: Entries, base: Base) -> Iterator[Setting]:
             yield Setting(own.shown(name), option, refused="drops all but the trigger word")
         else:
             yield from own.sets(name, option, "flip" if option == "augment" else value)
-    text = "captions had it in place of [trigger], or before them: write it into captions"
-    yield from z.notes("trigger_word", text)
+    yield from z.sets("trigger_word", "trigger_word", z.get("trigger_word"))
+    if sets:
+        yield Setting("all lines of captions", "caption_lines", "all")
 
 
 def simpletuner(z: Entries, base: Base) -> Iterator[Setting]:

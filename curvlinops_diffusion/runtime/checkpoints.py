@@ -57,6 +57,7 @@ class Checkpoint:
         self._processes, self._identity = processes, identity
         self._running, self._device = running, device
         self.elsewhere: set[Unit] = set()  # what other processes hold
+        self.written: float | None = None  # when the newest file was, in seconds since the epoch
         self._merged: list[Path] = []
 
     def restore(self) -> Done:
@@ -69,6 +70,7 @@ class Checkpoint:
         found = _files(self._folder, self._name)
         seen = [[path.name, path.stat().st_size] for path in found]
         self._processes.check_alike(f"what they see in '{self._folder}'", seen)
+        self.written = max((path.stat().st_mtime for path in found), default=None)
         batches = {}
         for path in found:
             batches[path] = _checked(path, CHECKPOINT.read_header(path), self._identity).batches

@@ -137,22 +137,29 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
     return [z.untyped_storage() for z in tensors if z.layout == torch.strided]
 
 
+def machine_load() -> tuple[float, int]:
+    """The load of the last minute, and the cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0), cores
+
+
 def warn_if_busy(device: torch.device) -> None:
     """Warn of more threads than idle cores, where a pass computes on the CPU.
 
     Small operations of a network are divided among threads, each of which must be scheduled before
     the next operation starts: with neighbours on the cores a pass can take a hundred times as long.
     """
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or not hasattr(os, "getloadavg"):
-        return
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    load = os.getloadavg()[0]
-    if load > _BUSY * cores:
+    threads, (load, cores) = torch.get_num_threads(), machine_load()
+    if device.type == "cpu" and threads > 1 and load > _BUSY * cores:
         warn(
             f"The machine is busy: a load of {load:.1f} on {cores} cores, and PyTorch uses "
             f"{threads} threads. Small networks can be a hundred times slower so: set "
             "OMP_NUM_THREADS=1 before the start, or torch.set_num_threads(1).",
             stacklevel=4,
         )
+
+
+def threads_for(load: float, cores: int, threads: int) -> int:
+    """Threads that find a core of their own beside a load, at least one and at most ``threads``."""
+    return max(1, min(threads, cores - round(load)))

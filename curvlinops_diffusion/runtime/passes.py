@@ -8,12 +8,13 @@ batches, and at the end all have the sum.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -76,10 +77,10 @@ class PassOptions:
         distributed: Whether the processes of ``torch.distributed`` share the work. The default
             process group must be initialised; every process then has the whole result.
         sharded: Whether each of these processes keeps its share of K-FAC's or EK-FAC's blocks only,
-            those of some layers. Either it passes over all data for them (``"layers"``), or each
-            runs the network on its part of every batch, and sends what layers see to those that
-            have them (``"data"``); ``True`` chooses by counted cost. All processes must then call
-            everything of such an operator together, at the same place of their programs.
+            those of some layers: each runs the network on its part of every batch, and sends what
+            layers see to those that have them. (With ``max_memory``, or parameters in no layer,
+            each passes over all data for its own.) All processes must then call everything of such
+            an operator together, at the same place of their programs.
         max_memory: Bytes that factors, and what is made of them, may take beside the network and a
             training pass. Where they are more, layers are fitted in groups, each by passes of its
             own over all data; finished blocks are kept in the host's memory, and multiplied from
@@ -90,7 +91,7 @@ class PassOptions:
     checkpoint: str | PathLike[str] | None = None
     checkpoint_every: float = 300.0
     distributed: bool = False
-    sharded: bool | Literal["layers", "data"] = False
+    sharded: bool = False
     max_memory: int | None = None
     progressbar: bool = False
 
@@ -104,10 +105,6 @@ class PassOptions:
         Processes.of(self.distributed)
         if self.max_memory is not None:
             check_count("max_memory", self.max_memory)
-        if self.sharded not in (False, True, "layers", "data"):
-            raise ValueError(
-                f"`sharded` must be True, False, 'layers' or 'data', got {self.sharded!r}."
-            )
         if self.sharded and not self.distributed:
             raise ValueError(
                 "`sharded` must be False without `distributed`, got True. Pass both, in a program "
@@ -179,7 +176,8 @@ def run_pass(
     elsewhere: set[Unit] = set() if checkpoint is None else checkpoint.elsewhere
     known = set.intersection(*together.all_gather(done.batches | elsewhere))
     division = Division(processes, data.num_batches, known, data.in_step)
-    if sum(processes.all_gather(done.examples)) < data.num_data:
+    before = sum(processes.all_gather(done.examples))
+    if before < data.num_data:
         begin()
 
     def log(message: str) -> None:
@@ -188,7 +186,11 @@ def run_pass(
         _logger.info(message, extra={"fields": {"pass": name, **counts}})
 
     with draws_bar(data.num_samples, name, options.progressbar and processes.rank == 0) as bar:
-        bar.update(done.examples * data.num_draws)
+        bar.n = bar.initial = done.examples * data.num_draws  # of which it tells no speed
+        if not bar.disable and checkpoint and checkpoint.written and 0 < before < data.num_data:
+            at = time.strftime("%H:%M", time.localtime(checkpoint.written))
+            part = 100 * before // data.num_data
+            bar.write(f"{name}: going on from {part} %, stopped at {at}", file=sys.stderr)
         log("pass started")
         batches = division.own(data.numbered_batches(division.wants))
         latest, latest_written = time.monotonic(), len(done.batches)

@@ -101,18 +101,26 @@ def test_several_methods(fitted, tmp_path, capsys):
 
 
 def test_inspect(fitted, capsys):
+    """Ten lines that name what it is of; all as JSON; of an operator without PyTorch."""
     assert run(["inspect", str(fitted / "scores.safetensors")]) == 0
-    told = capsys.readouterr().out
-    assert "influence scores of 7 training images on 2 queries" in told
-    assert '"damping": 0.001' in told
-    assert f'"queries": "{fitted / "queries"}"' in told
+    lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["scores"].startswith("influence, of 7 training images on 2 queries, from ")
+    assert lines["queries"] == str(fitted / "queries")
+    assert lines["measured"] == "loss, damping 0.001"
+    assert lines["draws"] == "3 for each training image, 4 for each query"
+    assert run(["inspect", str(fitted / "scores.safetensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["identity"]["query"]["damping"] == 0.001
     finished, seconds, imported = start("inspect", fitted / "ekfac.safetensors")
     assert finished.returncode == 0
-    assert "ekfac with 4,877 parameters in" in finished.stdout
-    assert "conv_in.weight" in finished.stdout
-    assert '"num_draws": 3' in finished.stdout
+    lines = dict(line.split(None, 1) for line in finished.stdout.splitlines())
+    assert lines["operator"].startswith("EK-FAC of 4,877 parameters in ")
+    assert lines["data"] == f"{fitted / 'train'} (7 images)"
+    assert lines["draws"] == "3 for each image"
     assert "torch" not in imported  # a header is JSON
     assert seconds < 1
+    assert run(["inspect", str(fitted / "ekfac.safetensors"), "--json"]) == 0
+    header = json.loads(capsys.readouterr().out)
+    assert "conv_in.weight" in {row["name"] for row in header["blocks"]}
 
 
 def test_finished_work_is_not_done_again(fitted, capsys):
@@ -420,3 +428,27 @@ def test_attribute(folder, tmp_path, capsys):
     own = ["--operator", tmp_path / "e.safetensors", "--num-draws", 2, "--query-draws", 2]
     assert run(arguments(folder, "score", *own, "--output", tmp_path / "s.safetensors")) == 0
     assert torch.equal(read(tmp_path / "s.safetensors")[0], scores)
+
+
+def test_how_the_data_lie_is_kept_with_the_scores(folder, tmp_path, capsys):
+    """A split and broken images; later commands are told nothing of it again."""
+    shutil.copytree(folder / "train", tmp_path / "data" / "train")
+    shutil.copytree(folder / "queries", tmp_path / "data" / "test")
+    (tmp_path / "data" / "train" / "image3.png").write_bytes(b"")
+    words = ["attribute", "--pipeline", folder / "pipeline", "--data", tmp_path / "data"]
+    words += ["--queries", tmp_path / "data" / "test", "--output", tmp_path / "result"]
+    words += ["--params", "conv_out.*", "--fit-draws", 1, "--num-draws", 1, "--split", "train"]
+    assert run([*map(str, words), "--quiet"]) == 2
+    told = "train/image3.png' cannot be read ("
+    assert told in (error := capsys.readouterr().err)
+    assert "--skip-unreadable leaves out" in error
+    assert run([*map(str, words), "--quiet", "--skip-unreadable"]) == 0
+    assert "Read 6 images; 1 image left out, unreadable: 'train/" in capsys.readouterr().err
+    scores = tmp_path / "result" / "scores.safetensors"
+    _, header = read(scores)
+    assert header["train"] == [f"train/image{n}.png" for n in range(7) if n != 3]
+    of_scores = ["--scores", str(scores), "--output"]
+    assert run(["report", *of_scores, str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").stat().st_size > 1000
+    assert run(["validate", "plan", *of_scores, str(tmp_path / "plan"), "--num-parts", "2"]) == 0
+    assert "2 parts of 6 images" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """``validate``: a plan, measurements under retrained networks, and a judgement, by the program."""
 
+import contextlib
 import json
 import shutil
 
@@ -10,7 +11,7 @@ from peft import inject_adapter_in_model
 
 from curvlinops_diffusion import DenoisingObjective, ExampleGradientLinearOperator, NoisedRegression
 from curvlinops_diffusion.cli.program import run
-from curvlinops_diffusion.cli.validate import networks_of, read_measured
+from curvlinops_diffusion.cli.validate import networks_of, read_measured, verdict
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
 from curvlinops_diffusion.influence.score_files import write_scores
 from curvlinops_diffusion.influence.stored_scores import StoredScores
@@ -118,7 +119,10 @@ def test_a_judgement(measured, capsys):
     assert first["interval"] == pytest.approx(lds.interval)
     assert found["ceiling"] == pytest.approx(lds.ceiling)
     assert second["minus_first"]["difference"] == pytest.approx(second["lds"] - first["lds"])
-    assert f"scores: {lds.mean:.3f} [{lds.interval[0]:.3f}, {lds.interval[1]:.3f}]" in told
+    assert (
+        f"scores: LDS of the loss {lds.mean:.3f} [{lds.interval[0]:.3f}, {lds.interval[1]:.3f}]"
+        in told
+    )
     page = (measured / "judged.html").read_text()
     assert f"<td>scores</td><td>{lds.mean:.3f}</td>" in page
     assert "<script" not in page
@@ -235,6 +239,37 @@ def test_models_and_adapters(planned, tmp_path):
         torch.testing.assert_close(values[0], truth, rtol=1e-4, atol=0)
 
 
+def test_the_next_command_is_printed_as_it_is_run(measured, tmp_path, capsys):
+    plan = ["--scores", measured / "scores.safetensors", "--output", tmp_path / "plan"]
+    assert run(words("validate", "plan", *plan, "--num-parts", 3)) == 0
+    for part in range(3):
+        pipeline = DDPMPipeline(network(part), DDPMScheduler(100))
+        pipeline.save_pretrained(tmp_path / "retrained" / f"part_{part:03}")
+    for step in ("measure", "judge"):
+        (line,) = [row for row in capsys.readouterr().err.splitlines() if row.startswith("Then: ")]
+        _, name, *rest = line.removeprefix("Then: ").split()
+        assert rest[0] == step
+        with contextlib.chdir(tmp_path):
+            assert run([name, *rest, *(["--query-draws", "1"] if step == "measure" else [])]) == 0
+    assert (tmp_path / "judged.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("lds", "interval", "ceiling", "expected"),
+    [
+        (0.4, (0.3, 0.5), 0.8, "Predicts retraining better than chance, 50% of what"),
+        (0.4, (0.3, 0.5), None, "Predicts retraining better than chance."),
+        (-0.4, (-0.5, -0.3), 0.8, "Predicts the opposite of what retraining does"),
+        (0.1, (-0.1, 0.3), 0.8, "if it is 0.10, about 48 more parts would show it."),
+        (0.0, (-0.1, 0.1), 0.8, "Not told from chance."),
+        (float("nan"), (float("nan"), float("nan")), None, "Undefined"),
+    ],
+)
+def test_verdicts(lds, interval, ceiling, expected):
+    """Sixteen parts of half-width 0.2: for half of that it takes four times as many."""
+    assert expected in verdict(lds, interval, ceiling, 16)
+
+
 def test_removals(measured, tmp_path, capsys):
     """Planned by scores, and judged by what the loss did."""
     plan = ["--data", measured / "train", "--output", tmp_path / "plan", "--kind", "removals"]
@@ -318,7 +353,8 @@ def test_a_judgement_of_constant_scores(measured, tmp_path, capsys):
         given = [*common, "--scores", *files, "--output", tmp_path / output]
         assert run(words("validate", "judge", *given)) == 0
     told = capsys.readouterr().err
-    assert "both: undefined [undefined, undefined]; undefined for 2 of 2 queries" in told
+    assert "both: LDS of the loss undefined [undefined, undefined]; undefined for 2" in told
+    assert "Undefined: scores or measurements of all parts are alike." in told
     assert "undefined for 1 of 2 queries, left out" in told
     text = (tmp_path / "o.json").read_text()
     assert "NaN" not in text

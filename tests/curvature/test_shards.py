@@ -21,12 +21,10 @@ from curvlinops_diffusion import (
     regression_scores,
     self_influence_scores,
 )
-from curvlinops_diffusion.curvature import division
 from curvlinops_diffusion.curvature.division import shard_owners
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.layers import covered_parameters
-from curvlinops_diffusion.layers.observation import observed, one_vector
 from curvlinops_diffusion.linalg.operator_files import OPERATOR
 from tests.cases import small_unet, unet_regression
 from tests.runtime.test_processes import assert_all_close, processes
@@ -34,8 +32,12 @@ from tests.runtime.test_processes import assert_all_close, processes
 COUNT = 5
 
 
-def shared(checkpoint=None, sharded="layers"):
-    return PassOptions(checkpoint, checkpoint_every=0, distributed=True, sharded=sharded)
+def shared(checkpoint=None, by="layers"):
+    """A limit of memory keeps processes from passing over the data together."""
+    most = 2**40 if by == "layers" else None
+    return PassOptions(
+        checkpoint, checkpoint_every=0, distributed=True, sharded=True, max_memory=most
+    )
 
 
 def problem():
@@ -78,7 +80,7 @@ def _as_list(EK, column):
 
 
 def fitted(rank, sharded):
-    EK = DiffusionEKFACLinearOperator(problem(), passes=shared(sharded=sharded))
+    EK = DiffusionEKFACLinearOperator(problem(), passes=shared(by=sharded))
     return {**made_of(EK, PassOptions(distributed=True)), "bytes": torch.tensor(EK.nbytes)}
 
 
@@ -155,7 +157,7 @@ def test_a_file_replaces_another_with_its_shards(tmp_path):
 
 
 def kfac(rank, sharded):
-    passes = shared(sharded=sharded)
+    passes = shared(by=sharded)
     K = DiffusionKFACLinearOperator(problem(), kfac_approx="shampoo", passes=passes)
     columns = torch.eye(K.shape[0], 4).double()
     return {"product": K @ columns, "inverse": K.inverse(1e-3) @ columns}
@@ -245,41 +247,6 @@ def test_errors(tmp_path):
         assert "Self-influence multiplies each process' own examples" in text
     with pytest.raises(ValueError, match="`sharded` must be False without `distributed`, got True"):
         PassOptions(sharded=True)
-    with pytest.raises(
-        ValueError, match=r"`sharded` must be True, False, 'layers' or 'data', got 'rows'"
-    ):
-        PassOptions(sharded="rows")
-
-
-def chosen(rank, operations_a_byte, count):
-    regression = problem()
-    coverage = covered_parameters(regression.objective.model, None, True)
-    plan = BlockPlan.of(coverage, KFACOptions())
-    division._operations_a_byte = lambda count: operations_a_byte
-    passes = {sharded: shared(sharded=sharded) for sharded in (True, "layers", "data")}
-    return [division.batches_are_divided(regression, plan, own) for own in passes.values()]
-
-
-@pytest.mark.parametrize(
-    ("operations_a_byte", "expected"), [(1e-3, True), (1e9, False)], ids=["fast", "slow"]
-)
-def test_batches_are_divided_if_sending_is_fast(tmp_path, operations_a_byte, expected):
-    for found in processes(2, tmp_path / "run", chosen, operations_a_byte, 2):
-        assert found == [expected, False, True]
-
-
-def test_what_is_counted():
-    """A network of one layer: its multiplications and additions, and what it sees."""
-    regression = problem()
-    names = ["conv_in.weight"]
-    coverage = covered_parameters(regression.objective.model, names, True)
-    counted = division._Counted()
-    with observed(regression.objective, coverage.layers, counted) as network:
-        batch = next(regression.batches())
-        network.run(batch, one_vector(batch.loss_gradient))
-    B, pixels = len(batch.indices), 64
-    assert counted.operations == 2 * 2 * B * pixels * 4 * 9
-    assert counted.sent == 8 * B * pixels * (1 + 4)
 
 
 @pytest.mark.parametrize("number", [2, 4, 7])

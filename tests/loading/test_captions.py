@@ -1,15 +1,20 @@
 """Captions beside images, and the folders of kohya's ``sd-scripts``: as trainers read them."""
 
 import shutil
+from dataclasses import fields
+from inspect import signature
+from unicodedata import normalize
 
 import pytest
 import torch
 
 from curvlinops_diffusion import Attributor
 from curvlinops_diffusion.cli.network import load_network
-from curvlinops_diffusion.cli.options import options_of
+from curvlinops_diffusion.cli.options import LAYOUT, options_of
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.loading.labels import Condition
+from curvlinops_diffusion.loading.layout import Layout
+from curvlinops_diffusion.loading.network import Network
 from curvlinops_diffusion.loading.preprocessing import Form
 from tests.cli.cases import write_images
 from tests.diffusion import test_pipelines as pipelines
@@ -63,7 +68,9 @@ def test_folders_with_repeats(kohya):
     assert sum(weighted) / len(images) == pytest.approx(mean, rel=1e-12)
     assert images.summary() == (
         "5 images, 5 prompts; 3 captions from files .txt; 2 images with the folder's name as "
-        "prompt (10_cpc rabbit/image0.png, …); repeated: 'cpc rabbit' 10 times, 'sls frog' 20 times"
+        "prompt: "
+        "'10_cpc rabbit/image0.png', '20_sls frog/image1.png'; repeated: 'cpc rabbit' 10 times, "
+        "'sls frog' 20 times"
     )
 
 
@@ -93,12 +100,150 @@ def test_captions_beside_images(tmp_path, kind):
     write(tmp_path / "a", BESIDE[kind])
     ends = [".tags", "tags"] if "image0.tags" in BESIDE[kind] else [None]
     for end in ends:
-        images = open_images(tmp_path, FORM, Condition("prompt", caption_extension=end))
+        images = open_images(tmp_path, FORM, PROMPT, layout=Layout(caption_extension=end))
         assert [item["prompt"] for item in images] == ["a cat", "a hat"]
     said = images.summary()
-    assert ("the first line of 1 longer caption (a/image0.txt, …)" in said) == ("lines" in kind)
+    assert ("the first line of 1 longer caption: 'a/image0.txt' (--" in said) == ("lines" in kind)
     assert ("1 other files left out (a/notes.txt)" in said) == ("others" in kind.split())
-    assert ("not read: files .txt" in said) == ("extension" in kind)
+    unread = "not read: files .txt (--caption-extension .txt)"
+    assert (unread in said) == ("extension" in kind)
+
+
+def of_ai_toolkit(folder, word, default):
+    """Captions by the documentation of ai-toolkit.
+
+    Images of all subfolders but ``_controls``; the caption is the whole text of the file of the
+    image's name and ``.txt``, or else the default; the trigger word replaces ``[trigger]``, and
+    stands in front of captions that do not have it.
+    """
+    found = {}
+    for image in sorted(folder.rglob("*.png")):
+        if image.parent.name != "_controls":
+            file = image.with_suffix(".txt")
+            caption = file.read_text() if file.is_file() else default
+            caption = caption.replace("[trigger]", word)
+            name = image.relative_to(folder).as_posix()
+            found[name] = caption if word in caption else f"{word} {caption}"
+    return found
+
+
+def test_folders_of_ai_toolkit(tmp_path):
+    for name in ("in", "in/_controls"):
+        write_images(tmp_path / name, 4, 0)
+    texts = ["a [trigger] in a hat\r\n\r\nat night\r\n", "a cat", "sls himself"]
+    write(tmp_path / "in", {f"image{n}.txt": text for n, text in enumerate(texts)})
+    layout = Layout(caption_lines="all", trigger_word="sls")
+    images = open_images(tmp_path, FORM, Condition("prompt", prompt="[trigger]!"), layout=layout)
+    assert dict(zip(images.names, images.conditions["prompt"], strict=True)) == of_ai_toolkit(
+        tmp_path, "sls", "[trigger]!"
+    )
+    queries = open_images(
+        tmp_path / "in/_controls", FORM, PROMPT, images, prompts="b", layout=layout
+    )
+    assert queries.conditions["prompt"] == ["sls b"] * 4
+    with pytest.raises(
+        ValueError, match=r"'in/image0.png' .* is 'a \[trigger\] in a hat', where .*\(2 are .*--tr"
+    ):
+        open_images(tmp_path, FORM, Condition("prompt", prompt="[trigger]!"))
+    plain = Layout(trigger_word="")
+    images = open_images(tmp_path, FORM, Condition("prompt", prompt="x"), layout=plain)
+    assert images.conditions["prompt"][0] == "a  in a hat"
+    with pytest.raises(ValueError, match="`caption_lines` must be 'first' or 'all', got 'last'"):
+        Layout(caption_lines="last")
+
+
+def test_folders_of_one_trainer(tmp_path):
+    """Masks are no images; captions are in files, or the files' names."""
+    folder = tmp_path / "in"
+    write_images(folder, 2, 0)
+    for name in ("image0-masklabel.png", "image1-condlabel.png"):
+        shutil.copy(folder / "image0.png", folder / name)
+    write(folder, {"image0.txt": "a cat", "image1.txt": "a hat"})
+    images = open_images(folder, FORM, PROMPT)
+    assert images.names == ["image0.png", "image1.png"]
+    assert images.conditions["prompt"] == ["a cat", "a hat"]
+    said = "2 masks of OneTrainer's, not used: 'image0-masklabel.png', 'image1-condlabel.png'"
+    assert said in images.summary()
+    by_name = Layout(caption_column="file_name")
+    images = open_images(folder, FORM, PROMPT, layout=by_name)
+    assert images.conditions["prompt"] == ["image0", "image1"]
+    assert "not read: files .txt (--caption-extension .txt)" in images.summary()
+    queries = folder.rename(tmp_path / "queries")  # whose names are no captions
+    found = open_images(queries, FORM, PROMPT, images, layout=by_name)
+    assert found.conditions["prompt"] == ["a cat", "a hat"]
+    for file in queries.glob("*.txt"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"The 2 images of .* have no prompt"):
+        open_images(queries, FORM, PROMPT, images, layout=by_name)
+    with pytest.raises(ValueError, match=r"`caption_column` .* left out, got 'a': .* has no col"):
+        open_images(queries, FORM, PROMPT, layout=Layout(caption_column="a"))
+
+
+def test_captions_and_images_that_have_no_other(tmp_path):
+    """How many, the first three; hidden ones, and those of images that cannot be read, are none."""
+    write_images(tmp_path / "a", 6, 0)
+    texts = {f"{name}.txt": "x" for name in ("image1", "gone1", "gone2", "notes", "z", "._image1")}
+    write(tmp_path / "a", texts)
+    told = (
+        r"5 of the 6 images of .* no prompt \('a/image0.png', 'a/image2.png', 'a/image3.png', …\)"
+    )
+    with pytest.raises(ValueError, match=told):
+        open_images(tmp_path, FORM, PROMPT)
+    (tmp_path / "a" / "image1.txt").rename(tmp_path / "a" / "image1")  # then none has one
+    told = r"The 6 .* Not read: 4 files .txt without an image: 'a/gone1.txt', .*notes.txt', …\.$"
+    with pytest.raises(ValueError, match=told):
+        open_images(tmp_path, FORM, PROMPT)
+    (tmp_path / "a" / "image1").rename(tmp_path / "a" / "image1.txt")
+    (tmp_path / "a" / "image1.png").write_bytes(b"")
+    (tmp_path / "a" / "image0.txt").write_text("y")
+    layout = Layout(skip_unreadable=True)
+    images = open_images(tmp_path, FORM, Condition("prompt", prompt="p"), layout=layout)
+    said = images.summary()
+    assert "4 files .txt without an image: 'a/gone1.txt', 'a/gone2.txt', 'a/notes.txt', …" in said
+    said_of_prompts = "'p' for 4 images without a prompt: 'a/image2.png', 'a/image3.png', 'a/image4"
+    assert said_of_prompts in said
+    assert images.conditions["prompt"] == ["y", "p", "p", "p", "p"]
+
+
+@pytest.mark.parametrize("name", ["кот é", "猫 é", "Cafe\u0301", "a.b", "İ"])
+def test_names_of_any_script(tmp_path, name):
+    """Captions are found by names that are composed otherwise, or in another case."""
+    write_images(tmp_path / "in", 1, 0)
+    (tmp_path / "in" / "image0.png").rename(tmp_path / "in" / f"{name}.PNG")
+    for form in ("NFC", "NFD"):
+        file = tmp_path / "in" / f"{normalize(form, name)}.TXT"
+        file.write_text("a cat")
+        assert open_images(tmp_path, FORM, PROMPT)[0]["prompt"] == "a cat"
+        file.unlink()
+    # but not where the caption is another image's, or it is not clear which it is
+    write_images(tmp_path / "two", 1, 0)
+    write(tmp_path / "two", {"IMAGE0.txt": "no", "Image0.txt": "no"})
+    with pytest.raises(ValueError, match=r"The 2 images of .* have no prompt"):
+        open_images(tmp_path, FORM, PROMPT)
+
+
+def test_every_option_is_handed_on(monkeypatch):
+    """From the signature to what opens images, with the same defaults in both and the program."""
+    seen = {}
+    monkeypatch.setattr(Network, "of_pipeline", lambda *args, **options: "network")
+    monkeypatch.setattr(Attributor, "of_network", lambda *args, **options: seen.update(options))
+    names = [field.name for field in fields(Layout) if field.name != "of_queries"]
+    assert sorted(names) == sorted(LAYOUT.split())
+    given = {name: f"{name}'s" for name in names}
+    Attributor.from_pipeline(None, None, **given)
+    assert given.items() <= seen.items()
+    known = signature(Attributor.from_pipeline).parameters
+    assert {name: known[name].default for name in names} == {
+        name: getattr(Layout, name) for name in names
+    }
+
+
+def test_layouts_that_a_network_does_not_take(tmp_path):
+    write_images(tmp_path / "a", 1, 0)
+    for name in ("caption_extension", "caption_column", "trigger_word"):
+        layout = Layout(**{name: "x"})
+        with pytest.raises(ValueError, match=rf"takes labels, got {name}='x'. Leave it out"):
+            open_images(tmp_path, FORM, Condition("class_labels", 1), layout=layout)
 
 
 def test_images_without_a_caption(tmp_path):
@@ -145,16 +290,24 @@ def test_captions_that_are_refused(tmp_path, kind):
     write_images(tmp_path / "a", 2, 0)
     write(tmp_path, files)
     end = "tags" if kind == "another extension" else None
+    condition, layout = Condition("prompt", prompt="x"), Layout(caption_extension=end)
     with pytest.raises(ValueError, match=told):
-        open_images(tmp_path, FORM, Condition("prompt", prompt="x", caption_extension=end))
+        open_images(tmp_path, FORM, condition, layout=layout)
 
 
-@pytest.mark.parametrize("where", ["image.png", "other/image.png", "20_sls frog/in/image.png"])
+@pytest.mark.parametrize(
+    "where", ["image.png", "other/image.png", "20_sls frog/in/image.png", "20_sls frog/a.gif"]
+)
 def test_images_that_kohya_does_not_train_on(kohya, where):
     (kohya / where).parent.mkdir(exist_ok=True)
     shutil.copy(kohya / "20_sls frog" / "image0.png", kohya / where)
     with pytest.raises(ValueError, match=rf"\('(10|20)_[a-z ]*'\), which .* and '{where}' is none"):
         open_images(kohya, FORM, PROMPT)
+
+
+def test_folders_around_those_of_kohya(kohya):
+    said = open_images(kohya.parent, FORM, Condition("prompt", prompt="x")).summary()
+    assert f"no repeats of folders in 'train': pass '{kohya}' for these" in said
 
 
 def test_by_the_library_and_the_program(kohya, tmp_path):
@@ -174,9 +327,8 @@ def test_by_the_library_and_the_program(kohya, tmp_path):
     alike = Attributor.from_pipeline(pipeline, files, prompts=given["prompts"], **options)
     assert not torch.allclose(alike.gradients(num_draws=2).rows(), rows)
 
-    options = {"pipeline": tmp_path / "pipeline", "quiet": True, "caption_extension": "tags"}
-    network = load_network(options_of("fit", **options))
-    by_program = Attributor.of_network(network, kohya)
+    network = load_network(options_of("fit", pipeline=tmp_path / "pipeline", quiet=True))
+    by_program = Attributor.of_network(network, kohya, caption_extension="tags")
     assert by_program.images.conditions["prompt"] == given["prompts"]
     expected = by_hand.regression.description["example_weights"]
     assert by_program.regression.description["example_weights"] == expected

@@ -1,6 +1,7 @@
 """Images of every form, as data: folders, saved data sets, arrays; labels and prompts."""
 
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch.nn.functional import interpolate
 
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.loading.labels import Condition
+from curvlinops_diffusion.loading.layout import Layout
 from curvlinops_diffusion.loading.preprocessing import Form
 from tests.cli.cases import write_images
 
@@ -72,7 +74,7 @@ def test_labels_that_the_network_does_not_know(tmp_path, entry, told):
     write_lines(tmp_path / "data", NAMED | {"label": 2}, {"file_name": "image1.png", **entry})
     with pytest.raises(ValueError, match=told):
         open_images(tmp_path / "data", FORM, Condition("class_labels", 3))
-    with pytest.raises(ValueError, match=r"image0.png' of '.*' has no prompt, which"):
+    with pytest.raises(ValueError, match=r"The 2 images of '.*' have no prompt \('i"):
         open_images(tmp_path / "data", FORM, Condition("prompt"))
     assert set(open_images(tmp_path / "data", FORM, Condition())[0]) == {"x0"}
 
@@ -221,6 +223,87 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
             open_images(tmp_path / "data", form)[0]
 
 
+def test_all_files_that_cannot_be_read_at_once(tmp_path):
+    """Before anything is computed; left out if asked for, pixels that end too early as well."""
+    folder = tmp_path / "data"
+    write_images(folder, 6, 0, size=64)
+    whole = (folder / "image0.png").read_bytes()
+    for n, raw in ((1, b""), (3, b"text"), (4, whole[:20])):
+        (folder / f"image{n}.png").write_bytes(raw)
+    files = sorted(folder.iterdir())
+    told = (
+        r"'.*image1.png' cannot be read \(.*2 more cannot be read: '.*e3.png', '.*e4.png'. --skip"
+    )
+    for given in (folder, files):
+        with pytest.raises(ValueError, match=told):
+            open_images(given, Form(1, None, None))
+    (folder / "image5.png").write_bytes(whole[: len(whole) // 2])  # its header is whole
+    layout = Layout(skip_unreadable=True)
+    for given in (folder, files):
+        images = open_images(given, Form(1, None, None), layout=layout)
+        assert images.names == ["image0.png", "image2.png"]
+        expected = "2 images; 4 images left out, unreadable: 'image1.png', 'image3.png', 'image4.p"
+        assert images.summary().startswith(expected)
+        assert len(list(images)) == 2
+    rows = [NAMED | {"text": "a", "file_name": f"image{n}.png"} for n in range(5)]
+    write_lines(folder, *rows)
+    images = open_images(folder, Form(1, None, None), Condition("prompt"), layout=layout)
+    assert images.conditions["prompt"] == ["a", "a"]
+    queries = open_images(folder, Form(1, None, None), Condition("prompt"), images, layout=layout)
+    assert queries.names == images.names
+    for n in (0, 2):
+        (folder / f"image{n}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"image0.png' cannot be read"):  # all of them
+        open_images(folder, FORM, layout=layout)
+
+
+def test_repeats_of_images_that_can_be_read(tmp_path):
+    """The mean weight is one over the images that are left."""
+    for name, count in (("1_a", 2), ("3_b", 2)):
+        write_images(tmp_path / name, count, 0)
+    (tmp_path / "1_a" / "image0.png").write_bytes(b"")
+    layout = Layout(skip_unreadable=True)
+    images = open_images(tmp_path, FORM, Condition("prompt"), layout=layout)
+    assert images.example_weights == pytest.approx([3 / 7, 9 / 7, 9 / 7])
+
+
+def test_images_that_are_cut_are_counted(tmp_path):
+    """Of folders, files, data sets and images in memory, whatever their orientation."""
+    (tmp_path / "data").mkdir()
+    for n, size in enumerate([(8, 8), (8, 9), (12, 8)]):
+        Image.new("L", size).save(tmp_path / "data" / f"{n}.png")
+    files = sorted((tmp_path / "data").iterdir())
+    save_pictures(tmp_path / "saved", {"image": [str(file) for file in files]}, "image")
+    opened = [Image.open(file) for file in files]
+    said = "2 of 3 images are not square, cut to a square from the middle (--buckets if training"
+    for given in (tmp_path / "data", files, tmp_path / "saved", opened):
+        assert said in open_images(given, Form(1, (8, 8), 8)).summary()
+        assert "square" not in open_images(given, Form(1, None, None)).summary()
+    for file in files[1:]:
+        file.unlink()
+    assert "square" not in open_images(tmp_path / "data", Form(1, (8, 8), 8)).summary()
+
+
+def test_kinds_of_files_as_trainers_convert_them(tmp_path, monkeypatch):
+    """CMYK, palettes, 16 bits in colours, moving pictures, and very large ones."""
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    cmyk, rgb = Image.fromarray(pixels, "CMYK"), Image.fromarray(pixels[..., :3])
+    cmyk.save(tmp_path / "a.tif")
+    cmyk.save(tmp_path / "b.jpg")
+    rgb.convert("P").save(tmp_path / "c.bmp")
+    rgb.save(tmp_path / "d.avif")
+    rgb.save(tmp_path / "e.webp", save_all=True, append_images=[cmyk.convert("RGB")])
+    rgb.save(tmp_path / "F.JPEG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # below which Pillow warns, up to twice it
+    images = open_images(tmp_path, Form(3, (8, 8), None))
+    assert images.names == ["F.JPEG", "a.tif", "b.jpg", "c.bmp", "d.avif", "e.webp"]
+    for n, name in enumerate(images.names):
+        expected = np.asarray(Image.open(tmp_path / name).convert("RGB"))
+        found = ((images[n]["x0"] + 1) * 127.5).round().permute(1, 2, 0)
+        assert np.array_equal(found, expected)
+
+
 def refuses(*arguments):
     raise ValueError("no conversion")
 
@@ -267,15 +350,16 @@ def test_columns_of_saved_data_sets(tmp_path):
     images = open_images(tmp_path / "both", FORM)
     assert torch.equal(images[1]["x0"], expected[1]["x0"])
     assert [images[n]["class_labels"] for n in range(2)] == [2, 0]
-    assert images.summary() == "2 images, 2 classes; not read: depth, n"
+    said = "2 images, 2 classes; --image-column takes images from another column"
+    assert images.summary() == said.replace("; ", "; not read: depth, n; ")
     save_pictures(tmp_path / "only", {"img": two}, "img", decode=False)
     images = open_images(tmp_path / "only", FORM)
     assert torch.equal(images[1]["x0"], expected[1]["x0"])
     save_pictures(tmp_path / "unclear", {"before": one, "after": two}, "before", "after")
-    with pytest.raises(ValueError, match=r"several columns of images: before, after. Rename the"):
+    with pytest.raises(ValueError, match=r"several columns of images: before, after. Pass --ima"):
         open_images(tmp_path / "unclear", FORM)
     save_pictures(tmp_path / "texts", {"image": two})
-    with pytest.raises(ValueError, match=r"columns \['image'\], none of which .*cast_column"):
+    with pytest.raises(ValueError, match=r"columns \['image'\], none of which .*--image-col"):
         open_images(tmp_path / "texts", FORM)
 
 
@@ -290,15 +374,102 @@ def test_saved_data_sets_in_other_states(tmp_path):
     saved.with_format("torch").save_to_disk(str(tmp_path / "formatted"))
     splits = datasets.DatasetDict({"train": saved, "test": saved})
     splits.save_to_disk(str(tmp_path / "splits"))
-    with pytest.raises(ValueError, match=r"holds splits: train, test. Pass .* '.*/splits/train'"):
+    with pytest.raises(ValueError, match=r"holds splits: train, test. Pass one, .* --split"):
         open_images(tmp_path / "splits", FORM)
-    images = open_images(tmp_path / "formatted", FORM)
-    assert torch.equal(images[2]["x0"], open_images(tmp_path / "data", FORM)[2]["x0"])
     with pytest.raises(ValueError, match=r"'formatted\[1\]' is missing: there is nothing in its"):
-        images[1]
+        open_images(tmp_path / "formatted", FORM)
+    images = open_images(tmp_path / "formatted", FORM, layout=Layout(skip_unreadable=True))
+    assert images.names == ["formatted[0]", "formatted[2]"]
+    expected = open_images(tmp_path / "data", FORM)
+    assert torch.equal(images[1]["x0"], expected[2]["x0"])
+    assert images.source_digests() == [expected.source_digests()[n] for n in (0, 2)]
+    assert images.summary() == "2 images; 1 image left out, unreadable: 'formatted[1]'"
     (tmp_path / "formatted" / "data-00000-of-00001.arrow").write_bytes(b"")
     with pytest.raises(ValueError, match=r"formatted' cannot be read as a data set \("):
         open_images(tmp_path / "formatted", FORM)
+
+
+def test_columns_and_splits_that_are_asked_for(tmp_path):
+    """Of saved data sets and those in memory; queries need not have the columns."""
+    import datasets
+
+    for n, name in enumerate(("one", "two")):
+        write_images(tmp_path / name, 2, n)
+    one, two = ([str(f) for f in sorted((tmp_path / n).iterdir())] for n in ("one", "two"))
+    data = datasets.Dataset.from_dict({"before": one, "after": two, "said": ["a", "b"]})
+    data = data.cast_column("before", datasets.Image())
+    splits = datasets.DatasetDict({"train": data, "test": data.select([1])})
+    splits.save_to_disk(str(tmp_path / "splits"))
+    datasets.DatasetDict({"train": data}).save_to_disk(str(tmp_path / "only"))
+    layout = Layout(image_column="after", caption_column="said", split="train")
+    expected = open_images(tmp_path / "two", FORM)
+    for given in (tmp_path / "splits", tmp_path / "only", splits):
+        images = open_images(given, FORM, Condition("prompt"), layout=layout)
+        assert images.conditions["prompt"] == ["a", "b"]
+        assert torch.equal(images[1]["x0"], expected[1]["x0"])
+        assert images.source_digests() == expected.source_digests()
+        said = "not read: before; --image-column takes images from another column"
+        assert images.summary().endswith(said)
+    queries = open_images(tmp_path / "one", FORM, Condition("prompt"), images, prompts="q")
+    assert queries.conditions["prompt"] == ["q", "q"]
+    open_images(tmp_path / "only", FORM, Condition(), layout=Layout())  # the only split
+    for wrong, told in (
+        ({"split": "valid"}, r"holds splits: train, test, got 'valid'. Pass one"),
+        (
+            {"image_column": "c", "split": "test"},
+            "`image_column` .* got 'c'. There are before, aft",
+        ),
+        (
+            {"caption_column": "c", "split": "test"},
+            "`caption_column` .* got 'c'. There are after, b",
+        ),
+    ):
+        with pytest.raises(ValueError, match=told):
+            open_images(tmp_path / "splits", FORM, Condition("prompt"), layout=Layout(**wrong))
+    for given in (data, data["before"], one, tmp_path / "one" / "image0.png"):
+        with pytest.raises(ValueError, match=r"`split` .* got 'train': '.*' holds no splits"):
+            open_images(given, FORM, layout=Layout(split="train"))
+    with pytest.raises(ValueError, match=r"must be a Dataset, got IterableDataset"):
+        open_images(data.to_iterable_dataset(), FORM)
+    for given in (data["before"][:], tmp_path / "one", tmp_path / "one" / "image0.png"):
+        with pytest.raises(
+            ValueError, match=r"`image_column` .* left out, got 'after': .* no colu"
+        ):
+            open_images(given, FORM, layout=Layout(image_column="after"))
+
+
+def test_files_of_parquet_and_web_dataset(tmp_path, monkeypatch):
+    """By datasets, with the splits of their names; WebDataset's captions are its .txt."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write_images(tmp_path / "in", 3, 0)
+    files = sorted((tmp_path / "in").iterdir())
+    expected = open_images(tmp_path / "in", FORM)
+    data = datasets.Dataset.from_dict({"image": list(map(str, files)), "text": list("abc")})
+    data = data.cast_column("image", datasets.Image())
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    for name in ("train", "test"):
+        data.to_parquet(tmp_path / "hub" / "data" / f"{name}-00000-of-00001.parquet")
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "a.tar", "w") as tar:
+        for file, text in zip(files, "abc", strict=True):
+            file.with_suffix(".txt").write_text(text)
+            tar.add(file, file.name)
+            tar.add(file.with_suffix(".txt"), f"{file.stem}.txt")
+    one = tmp_path / "hub" / "data" / "test-00000-of-00001.parquet"
+    for path in (tmp_path / "hub", one, tmp_path / "shards", tmp_path / "shards" / "a.tar"):
+        layout = Layout(split="train" if path.name == "hub" else None)
+        images = open_images(path, FORM, Condition("prompt"), layout=layout)
+        assert images.conditions["prompt"] == ["a", "b", "c"]
+        assert torch.equal(images[2]["x0"], expected[2]["x0"])
+        assert images.source_digests() == expected.source_digests()
+        assert images.unread == []
+    with pytest.raises(ValueError, match=r"holds splits: train, test. Pass one"):
+        open_images(tmp_path / "hub", FORM)
+    (tmp_path / "shards" / "a.tar").write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"a.tar' cannot be read as a data set \("):
+        open_images(tmp_path / "shards" / "a.tar", FORM)
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 3), (3, 8, 8), (8, 8, 1)])

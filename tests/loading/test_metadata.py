@@ -9,6 +9,7 @@ from PIL import Image
 
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.loading.labels import Condition
+from curvlinops_diffusion.loading.layout import Layout
 from curvlinops_diffusion.loading.preprocessing import Form
 from tests.cli.cases import write_images
 
@@ -129,7 +130,7 @@ REFUSED = {
     "cut off": ({"metadata.jsonl": lines()[:-8]}, "not understood in line 2: Unterminated"),
     "another column": (
         {"metadata.jsonl": ONE.replace("file_name", "image")},
-        r"has no prompt, .* Not read: metadata.jsonl, without 'file_name'\.",
+        r"have no prompt .* Not read: metadata.jsonl, without 'file_name'\.",
     ),
     "one line of another column": (
         {"metadata.jsonl": ONE + ONE.replace("file_name", "image")},
@@ -141,7 +142,7 @@ REFUSED = {
     "quotes not closed": ({"metadata.csv": table() + 'in/x.png,"a'}, "not understood in line 4"),
     "Parquet": (
         {"in/metadata.parquet": b"PAR1 file_name"},
-        r"metadata.parquet' is not read. Save it as",
+        r"metadata.parquet' cannot be read as Parquet \(",
     ),
     "a list of captions": (
         {"metadata.jsonl": lines(texts=[["a", "b"], "c"])},
@@ -152,11 +153,11 @@ REFUSED = {
     "an empty cell": ({"metadata.csv": table(texts=["a", ""])}, "'in/image1.png' .* has no prompt"),
     "an empty file": (
         {"metadata.jsonl": "\n"},
-        r"'in/image0.png' of .* has no line in the metadata",
+        r"The 2 images of .* have no line in the metadata \('in/image0.png', 'in/image1.png'\), an",
     ),
     "another column of captions": (
         {"metadata.jsonl": lines().replace('"text"', '"caption"')},
-        r"has no prompt, .* Not read: caption\.",
+        r"have no prompt .* Not read: caption\. --caption-column NAME",
     ),
 }
 
@@ -168,6 +169,101 @@ def test_refused_by_file_and_line(tmp_path, kind):
         prompts(tmp_path, files)
 
 
+def as_imagefolder(folder, monkeypatch):
+    """Prompts and pixels as diffusers' scripts have them: by imagefolder, of all files below."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder.parent / "cache"))
+    files = {"train": str(folder / "**")}
+    return datasets.load_dataset("imagefolder", data_files=files)["train"]
+
+
+def rows_of(kind, rows, folder):
+    """Write the rows of a metadata file."""
+    import pandas
+
+    table = pandas.DataFrame(rows)
+    if kind == "jsonl":
+        table.to_json(folder / "metadata.jsonl", orient="records", lines=True, force_ascii=False)
+    elif kind == "csv":
+        table.to_csv(folder / "metadata.csv", index=False)
+    else:
+        table.to_parquet(folder / "metadata.parquet")
+
+
+@pytest.mark.parametrize("name", ["file_name", "image_file_name"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_as_imagefolder_of_datasets_reads_it(tmp_path, monkeypatch, kind, name):
+    """Nested folders with a metadata file each, in three forms; columns of any name."""
+    found = {}
+    for n, inner in enumerate(("a", "b/in")):
+        write_images(tmp_path / "data" / inner, 2, n)
+        rows = [{name: f"image{k}.png", "said": f"{inner} é, {k}", "id": k} for k in range(2)]
+        rows_of(kind, rows, tmp_path / "data" / inner)
+    for row in as_imagefolder(tmp_path / "data", monkeypatch):
+        found[row["image"].tobytes()] = row["said"]
+    layout = Layout(caption_column="said")
+    images = open_images(tmp_path / "data", FORM, PROMPT, layout=layout)
+    pixels = [((item["x0"] + 1) * 127.5).round().byte().numpy().tobytes() for item in images]
+    assert dict(zip(pixels, images.conditions["prompt"], strict=True)) == found
+    assert images.unread == ["id"]
+    layout = Layout(caption_column="file_name")  # of the files, whatever the metadata say
+    by_name = open_images(tmp_path / "data", FORM, PROMPT, layout=layout)
+    assert by_name.conditions["prompt"] == ["image0", "image1"] * 2
+    for column, told in (
+        ("say", "There are .*id.*, said: pass one"),
+        (None, "have no prompt .* --ca"),
+    ):
+        layout = Layout(caption_column=column)
+        with pytest.raises(ValueError, match=told):
+            open_images(tmp_path / "data", FORM, PROMPT, layout=layout)
+
+
+def test_a_column_that_names_the_images(tmp_path):
+    """Of several, the one that is asked for; queries need not have it."""
+    write_images(tmp_path / "in", 2, 0)
+    row = {"before_file_name": "image0.png", "after": "image1.png", "text": "a"}
+    rows_of("csv", [row], tmp_path / "in")
+    layout = Layout(image_column="before")
+    with pytest.raises(
+        ValueError, match=r"'image1.png' of .* has no line in the metadata. .*0.png"
+    ):
+        open_images(tmp_path / "in", FORM, PROMPT, layout=layout)
+    (tmp_path / "in" / "image0.png").unlink()
+    layout = Layout(image_column="after")
+    images = open_images(tmp_path / "in", FORM, PROMPT, layout=layout)
+    assert (images.names, images.conditions["prompt"]) == (["image1.png"], ["a"])
+    write_images(tmp_path / "queries", 1, 1)
+    rows_of("jsonl", [{"file_name": "image0.png", "text": "q"}], tmp_path / "queries")
+    queries = open_images(tmp_path / "queries", FORM, PROMPT, images, layout=layout)
+    assert queries.conditions["prompt"] == ["q"]
+
+
+def test_a_split_of_a_folder(tmp_path, monkeypatch):
+    """The folder of a split, by any of its names, with metadata in it or around it."""
+    for n, name in enumerate(("training", "val")):
+        for label in ("a", "b"):
+            write_images(tmp_path / "data" / name / label, 2, n)
+    data = tmp_path / "data"
+    layout = Layout(split="train")
+    expected = as_imagefolder(data / "training", monkeypatch)
+    images = open_images(data, FORM, Condition("class_labels", 2), layout=layout)
+    assert [item["class_labels"] for item in images] == expected["label"]
+    assert images.classes.order == expected.features["label"].names
+    for split in ("validation", "val", "dev"):
+        images = open_images(data, FORM, Condition(), layout=Layout(split=split))
+        assert images.names == [f"val/{x}/image{n}.png" for x in "ab" for n in range(2)]
+    with pytest.raises(ValueError, match=r"folder of '.*', got 'test'. There are training, val"):
+        open_images(data, FORM, Condition(), layout=Layout(split="test"))
+    rows = [
+        {"file_name": str(file.relative_to(data)), "text": file.parts[-3]}
+        for file in data.rglob("*.png")
+    ]
+    rows_of("jsonl", rows, data)
+    images = open_images(data, FORM, PROMPT, layout=layout)
+    assert images.conditions["prompt"] == ["training"] * 4
+
+
 def test_what_is_not_read_is_said(tmp_path):
     """Columns without a meaning here, and lines whose image is gone."""
     written = lines([*NAMES, "in/gone.png"], ["a", "b", "c"]).replace("text", "caption")
@@ -175,7 +271,8 @@ def test_what_is_not_read_is_said(tmp_path):
         prompts(tmp_path, {"metadata.jsonl": written}, Condition("prompt", prompt="x")) == ["x"] * 2
     )
     assert open_images(tmp_path, FORM).summary() == (
-        "2 images; not read: caption; 1 line of metadata without an image (in/gone.png, …)"
+        "2 images; not read: caption; 1 line of metadata without an image: 'in/gone.png'; "
+        "--caption-column takes prompts from another column"
     )
 
 
@@ -195,7 +292,7 @@ def test_labels_within_a_folder(tmp_path, name):
     (tmp_path / "train" / name).write_text(written)
     assert labels(tmp_path) == [2, 0]
     (tmp_path / "train" / name).write_text(written.replace("label", "kind"))
-    with pytest.raises(ValueError, match=r"has no label, .* Not read: kind\."):
+    with pytest.raises(ValueError, match=r"have no label .* Not read: kind\."):
         labels(tmp_path)
 
 
@@ -223,10 +320,10 @@ def test_parts_of_a_data_set_are_refused_as_classes_alone(tmp_path):
     for name in ("train", "Test"):
         write_images(tmp_path / name, 1, 0)
     with pytest.raises(
-        ValueError, match=r"parts of a data set: Test, train. Pass the folder of one, .*/train'"
+        ValueError, match=r"parts of a data set: Test, train. Pass --split train, say, or give"
     ):
         labels(tmp_path)
-    said = "2 images; of all parts of a data set: Test, train"
+    said = "2 images; of all parts of a data set: Test, train (--split takes one)"
     assert open_images(tmp_path, FORM, Condition()).summary() == said
     rows = [{"file_name": f"{n}/image0.png", "text": n, "label": 2} for n in ("train", "Test")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -251,7 +348,7 @@ def test_tables_of_other_programs(tmp_path, name):
     images = open_images(tmp_path, FORM, Condition())
     said = f"left out ({name}); not read: {name}, without 'file_name'"
     assert images.summary().endswith(said)
-    with pytest.raises(ValueError, match=rf"has no prompt, .* Not read: {name}, without 'file_n"):
+    with pytest.raises(ValueError, match=rf"have no prompt .* Not read: {name}, without 'file_n"):
         open_images(tmp_path, FORM, PROMPT)
 
 
@@ -264,11 +361,11 @@ def test_a_caption_of_a_removed_image_is_not_of_another(tmp_path):
         (folder / "metadata.jsonl").write_text(written)
         images = open_images(folder, FORM, PROMPT)
         assert images[0]["prompt"] == "kept"
-        assert images.summary().endswith("1 line of metadata without an image (IMAGE0.png, …)")
+        assert images.summary().endswith("1 line of metadata without an image: 'IMAGE0.png'")
     (folder / "metadata.jsonl").write_text(lines(["IMAGE0.png"], ["a"]))
     images = open_images(folder, FORM, PROMPT)
     assert images[0]["prompt"] == "a"
-    assert images.summary().endswith("; 1 line of metadata by a name alike (image0.png, …)")
+    assert images.summary().endswith("; 1 line of metadata by a name alike: 'image0.png'")
     (folder / "metadata.jsonl").write_text(lines(["IMAGE0.png", "Image0.png"], ["a", "b"]))
     with pytest.raises(ValueError, match=r"'image0.png' stands in line 1 of .* and in line 2 of"):
         open_images(folder, FORM, PROMPT)

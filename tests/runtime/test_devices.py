@@ -4,6 +4,7 @@ import os
 import threading
 import time
 import warnings
+from argparse import Namespace
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvlinops_diffusion import DenoisingObjective, DiffusionKFACLinearOperator, NoisedRegression
+from curvlinops_diffusion.cli.running import process_group
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.passes import loss_vectors
 from curvlinops_diffusion.diffusion import noises
 from curvlinops_diffusion.diffusion.draws import Draws
+from curvlinops_diffusion.runtime import devices
 from curvlinops_diffusion.runtime.devices import pinned, prefetched, to_device
 from tests.cases import images, plain_regression, seeded, tiny_unet, unet_regression
 
@@ -154,3 +157,24 @@ def test_a_busy_machine(monkeypatch, threads, load, warned):
     for message in busy:
         assert f"a load of {load * cores:.1f} on {cores} cores, and PyTorch uses 2" in message
         assert "OMP_NUM_THREADS=1" in message
+
+
+@pytest.mark.parametrize(
+    ("load", "cores", "threads", "expected"),
+    [(0.2, 8, 8, 8), (3.0, 8, 8, 5), (7.6, 2, 2, 1), (3.0, 8, 2, 2), (20.0, 8, 8, 1)],
+)
+def test_the_program_takes_threads_for_which_there_are_cores(
+    monkeypatch, capsys, load, cores, threads, expected
+):
+    chosen = [threads]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(devices, "machine_load", lambda: (load, cores))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    with process_group(Namespace(device="cpu")):
+        assert chosen[-1] == expected
+    said = capsys.readouterr().err
+    assert ("The machine is busy" in said) == (expected < threads)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+    with process_group(Namespace(device="cpu")):
+        assert len(chosen) == 1 + (expected < threads)  # the user's own number stays

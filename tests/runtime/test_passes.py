@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 import warnings
@@ -125,6 +126,27 @@ def test_a_fit_that_fails_and_goes_on(tmp_path, regression, fitted, number):
     again, count = forward_passes(regression, fit)
     assert_identical(blocks_of(again), expected)
     assert count == 0  # nothing of a finished one is done again
+
+
+def test_what_goes_on_says_from_where(tmp_path, regression, capsys):
+    """All but the last batch was done when it stopped; of a pass that is finished nothing."""
+    settings = PassOptions(tmp_path, checkpoint_every=0, progressbar=True)
+
+    def fit():
+        return DiffusionKFACLinearOperator(regression, passes=settings)
+
+    DiffusionKFACLinearOperator(regression)  # tries the network out, which is not repeated
+    calls = forward_passes(regression, lambda: DiffusionKFACLinearOperator(regression))[1]
+    with pytest.raises(InterruptedTestError), hooked(regression, failing_after(calls - 1)):
+        fit()
+    assert "going on" not in capsys.readouterr().err
+    fit()
+    at = r"\d\d:\d\d"
+    done = 100 * (COUNT - 1) // COUNT  # a batch of one is the last
+    said = rf"Kronecker factors: going on from {done} %, stopped at {at}"
+    assert re.search(said, capsys.readouterr().err)
+    fit()
+    assert "going on" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["scores", "top", "groups"])

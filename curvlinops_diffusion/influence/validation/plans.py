@@ -121,9 +121,9 @@ class RetrainingPlan:
 
         Args:
             num_data: ``N``.
-            num_parts: ``M``.
+            num_parts: The number of parts, ``M``.
             fraction: The part of the examples that is trained on.
-            seed: Of the subsets: one is a function of it and its number, whatever ``M`` is.
+            seed: The seed of the parts, each of which is a function of it and its own number.
 
         Raises:
             ValueError: If a subset would be empty, or everything.

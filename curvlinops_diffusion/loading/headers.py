@@ -1,0 +1,88 @@
+"""Which images can be read and which are no squares, from the beginnings of their files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+from warnings import catch_warnings, simplefilter
+
+from PIL import Image
+
+from curvlinops_diffusion.loading.metadata import first_of
+from curvlinops_diffusion.loading.named_images import counted
+from curvlinops_diffusion.loading.preprocessing import Form
+
+#: A file, or a function that opens what is stored elsewhere.
+Stored = Path | Callable[[], IO[bytes]]
+
+
+def readable(
+    stored: Sequence[Stored],
+    names: Sequence[str],
+    form: Form,
+    skip: bool,
+    why: Callable[[int], object],
+) -> tuple[list[int], list[str]]:
+    """Find the images that can be read; without their pixels, unless others are to be skipped.
+
+    Args:
+        stored: The images' files.
+        names: Their names.
+        form: The form in which the network takes images.
+        skip: Whether to leave out those that cannot be read; these are decoded, to be sure.
+        why: Loads an image, to raise its error.
+
+    Returns:
+        The numbers of the images, and what is to be said of them.
+
+    Raises:
+        ValueError: If one cannot be read and is not skipped, or all are.
+    """
+    sizes = [_size(file, skip) for file in stored]
+    kept = [n for n, size in enumerate(sizes) if size is not None]
+    broken = [names[n] for n, size in enumerate(sizes) if size is None]
+    if broken and not (skip and kept):
+        raise ValueError(_refusal(broken, names, why))
+    notes = cut_to_squares([size for size in sizes if size is not None], form)
+    if broken:
+        left_out = counted(len(broken), "image")
+        notes.insert(0, f"{left_out} left out, unreadable: {first_of(broken)}")
+    return kept, notes
+
+
+def cut_to_squares(sizes: Sequence[tuple[int, int]], form: Form) -> list[str]:
+    """What is to be said of images that are cut to squares, by their sides."""
+    cut = sum(width != height for width, height in sizes)
+    if not cut or form.resolution is None:
+        return []
+    return [
+        f"{cut:,} of {counted(len(sizes), 'image')} {'is' if cut == 1 else 'are'} not square, "
+        "cut to a square from the middle (--buckets if training did not)"
+    ]
+
+
+def _size(stored: Stored, decode: bool) -> tuple[int, int] | None:
+    """Width and height of an image; ``None`` if it cannot be read."""
+    try:
+        with catch_warnings():
+            simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(stored if isinstance(stored, Path) else stored()) as image:
+                if decode:
+                    image.load()
+                return image.size
+    except Exception:  # of a damaged file, which may be any
+        return None
+
+
+def _refusal(broken: Sequence[str], names: Sequence[str], why: Callable[[int], object]) -> str:
+    """The error of the first, and the names of all others."""
+    try:
+        why(names.index(broken[0]))
+        found = f"The image '{broken[0]}' cannot be read. Repair it, or remove it and start anew."
+    except ValueError as error:
+        found = str(error)
+    if len(broken) > 1:
+        others = ", ".join(f"'{name}'" for name in broken[1:])
+        found += f" {len(broken) - 1} more cannot be read: {others}."
+    return f"{found} --skip-unreadable leaves out those that cannot be read."

@@ -1,0 +1,62 @@
+"""Attribution by features alone, against loops, and as a method beside those of the network."""
+
+from math import dist, exp
+from statistics import median_low
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from curvlinops_diffusion import Attributor, DenoisingObjective
+from curvlinops_diffusion.baselines import feature_regression_scores
+from tests.cases import images, tiny_unet
+
+N, Q, F = 7, 2, 5
+
+
+def features():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(Q, F, generator=generator), torch.randn(N, F, generator=generator)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_as_loops(squared):
+    query, train = features()
+    rows, asked = train.double().tolist(), query.double().tolist()
+    scale = 2 * (0.7 * median_low([dist(a, b) for a in rows for b in rows])) ** 2
+    gram = torch.tensor([[exp(-(dist(a, b) ** 2) / scale) for b in rows] for a in rows])
+    cross = torch.tensor([[exp(-(dist(a, b) ** 2) / scale) for b in rows] for a in asked])
+    expected = cross.double() @ torch.linalg.inv(gram.double() + 0.3 * torch.eye(N).double())
+    found = feature_regression_scores(query, train, bandwidth=0.7, ridge=0.3, squared=squared)
+    torch.testing.assert_close(found, expected**2 if squared else expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_method_beside_those_of_the_network():
+    """It needs no draws, so that no halves of them tell how sure it is."""
+    x = images(N, dtype=torch.float32)
+    objective = DenoisingObjective(
+        tiny_unet(torch.float32, num_class_embeds=None), DDPMScheduler(100)
+    )
+    attributor = Attributor(objective, x, progressbar=False).fit("kfac", num_draws=1)
+    result = attributor.score(x[:Q] / 2, method=["influence", "pixels"], num_draws=4)
+    alone = attributor.score(x[:Q] / 2, num_draws=4)
+    assert torch.equal(result.by_method["influence"], alone.scores)
+    assert result.agreement == alone.agreement
+    expected = feature_regression_scores((x[:Q] / 2).flatten(1), x.flatten(1))
+    assert torch.equal(result.by_method["pixels"], expected)
+    assert result.halves["pixels"] is None
+    only = attributor.score(x[:Q] / 2, method="pixels", num_draws=4)
+    assert torch.equal(only.scores, expected)
+    assert only.agreement is None
+    with pytest.raises(ValueError, match="needs a pipeline with an autoencoder"):
+        attributor.score(x[:Q], method="latents", num_draws=2)
+
+
+def test_refused():
+    query, train = features()
+    with pytest.raises(ValueError, match=r"\[Q, F\] and \[N, F\], got \(2, 4\) and \(7, 5\)"):
+        feature_regression_scores(query[:, :4], train)
+    with pytest.raises(ValueError, match="Half of the training images or more have the same"):
+        feature_regression_scores(query, torch.ones(N, F))
+    with pytest.raises(ValueError, match="`ridge` must be positive"):
+        feature_regression_scores(query, train, ridge=0)
