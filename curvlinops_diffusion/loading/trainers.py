@@ -83,8 +83,10 @@ def _of_clean_image(z: Entries, name: str, scheme: str) -> Iterator[Setting]:
 
 def _class_images(z: Entries, name: str, weight: str) -> Iterator[Setting]:
     """Images of the class, which are trained on beside those of the subject."""
-    text = f"images of the class were trained on too, with weight {z.number(weight, 1.0):g}: they"
-    yield from z.notes(name, f"{text} are training images, of other `example_weights`")
+    if z.get(name):
+        yield from z.sets(weight, "prior_loss_weight", z.number(weight, 1.0), 1.0)
+        text = "images of the class were trained on too, and are training images"
+        yield Setting(z.shown(name), note=text)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -107,20 +109,19 @@ def kohya(z: Entries, base: Base) -> Iterator[Setting]:
         total = max(int(z.number("ss_num_epochs", every)), 1)
         dropped = 1 - (1 - dropped) * (1 - total // every / total)
     yield from z.sets("ss_caption_dropout_rate", "condition_dropout", dropped)
+    yield from z.decides(ss_caption_tag_dropout_rate="tag_dropout")
     yield from (_kohya_flow if base.flow else _kohya_noise)(z, base)
     yield from z.refuses_all(
         ss_loss_type=_ERROR,
         ss_masked_loss=_MASKS,
         ss_alpha_mask=_MASKS,
         ss_weighted_captions="weights words of captions",
-        ss_caption_tag_dropout_rate="drops tags of captions",
         ss_apply_t5_attn_mask=_PADDING,
         ss_apply_lg_attn_mask=_PADDING,
     )
     yield from z.notes("ss_network_dropout", _DROPOUT)
     yield from z.notes("ss_vae_name", _VAE)
-    if z.get("ss_num_reg_images") or z.get("ss_reg_dataset_dirs"):
-        yield from _class_images(z, "ss_prior_loss_weight", "ss_prior_loss_weight")
+    yield from _class_images(z, "ss_num_reg_images", "ss_prior_loss_weight")
     folders = z.get("ss_dataset_dirs")
     for folder, own in (folders if isinstance(folders, dict) else {}).items():
         times = f"{own.get('img_count')} images, each {own.get('n_repeats')} times"
@@ -211,6 +212,8 @@ def _flux_mean(tokens: int) -> float:
 _KOHYA_DATA = {
     "resolution": "resolution",
     "enable_bucket": "buckets",
+    "min_bucket_reso": "bucket_min",
+    "max_bucket_reso": "bucket_max",
     "bucket_no_upscale": "bucket_no_upscale",
     "flip_aug": "augment",
     "random_crop": "random_crop",
@@ -218,6 +221,7 @@ _KOHYA_DATA = {
     "keep_tokens": "keep_tokens",
     "resize_interpolation": "interpolation",
 }
+_KOHYA_USUAL = {"min_bucket_reso": 256, "max_bucket_reso": 1024}
 _KOHYA_DRAWN = {
     "color_aug": "changes colours at random",
     "face_crop_aug_range": "crops faces at random",
@@ -232,7 +236,9 @@ def _kohya_data(z: Entries) -> Iterator[Setting]:
     """What images and captions were made to: of one folder, or of data sets with subsets."""
     datasets, name = z.get("ss_datasets"), "ss_datasets"
     several = _of_subsets(datasets) if isinstance(datasets, list) else {}
-    shuffled = z.get("ss_shuffle_caption") or True in several.get("shuffle_caption", ())
+    # what is kept is not shuffled, nor dropped
+    shuffled = z.get("ss_shuffle_caption") or z.get("ss_caption_tag_dropout_rate")
+    shuffled = shuffled or True in several.get("shuffle_caption", ())
     for key in (*_KOHYA_DATA, *_KOHYA_DRAWN):
         if key.startswith("keep_tokens") and not shuffled:
             continue
@@ -245,9 +251,14 @@ def _kohya_data(z: Entries) -> Iterator[Setting]:
             yield Setting(name, option, refused=f"differs by subset ({said})")
         elif key == "resolution":
             yield from _resolution(own, name)
+        elif option == "interpolation" and value is not None:
+            how = {"linear": "bilinear", "cubic": "bicubic"}.get(value, value)
+            known = how in ("bilinear", "bicubic", "lanczos")
+            refused = "" if known else "resizes images in another way"
+            yield Setting(own.shown(name), option, how, refused=refused)
         elif option and value is not None:
             shown = ("flip" if value else None) if option == "augment" else value
-            yield from own.sets(name, option, shown)
+            yield from own.sets(name, option, shown, _KOHYA_USUAL.get(key))
         else:
             yield from own.refuses(name, _KOHYA_DRAWN.get(key, ""))
 
@@ -311,14 +322,9 @@ def diffusers(z: Entries, base: Base) -> Iterator[Setting]:
     if z.get("tokenizer_max_length") != 77:
         yield from z.refuses("tokenizer_max_length", "shows another number of tokens")
     yield from _resolution(z)
-    if z.get("aspect_ratio_buckets"):
-        pairs = str(z.get("aspect_ratio_buckets")).split(";")
-        sides = [tuple(int(side) for side in pair.split(",")) for pair in pairs if pair.strip()]
-        yield from z.sets("aspect_ratio_buckets", "buckets", sides)
-    else:
-        centred = bool(z.get("center_crop"))
-        yield from z.sets("center_crop", "center_crop", centred)
-        yield from z.sets("center_crop", "random_crop", not centred)
+    name = "aspect_ratio_buckets"
+    yield from z.sets(name, "buckets", str(z.values.get(name) or "") or False)
+    yield from z.sets("center_crop", "random_crop", not z.get("center_crop"))
     yield from z.sets("random_flip", "augment", "flip" if z.get("random_flip") else None)
     name = "image_interpolation_mode"
     yield from z.sets(name, "interpolation", z.get(name))
@@ -373,7 +379,7 @@ def onetrainer(z: Entries, base: Base) -> Iterator[Setting]:
     side, name = _square(z.get("resolution")), "aspect_ratio_bucketing"
     if side is not None and z.get(name):
         step = {"StableDiffusion": 8, "PixArt": 16, "Sana": 32}.get(base.family or "", 64)
-        yield from z.sets(name, "buckets", onetrainer_buckets(side, step))
+        yield from z.sets(name, "buckets", _onetrainer_buckets(side, step))
 
 
 def _onetrainer_text(z: Entries, base: Base) -> Iterator[Setting]:
@@ -420,12 +426,13 @@ def _onetrainer_levels(z: Entries, base: Base) -> Iterator[Setting]:
         yield from z.refuses(name, _LEVELS)
 
 
-def onetrainer_buckets(side: int, step: int) -> list[tuple[int, int]]:
+def _onetrainer_buckets(side: int, step: int) -> str:
     """OneTrainer's sizes (height, width) of about the area of a square: nine shapes, both ways."""
     shapes = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4)
     sides = [(side / sqrt(shape), side * sqrt(shape)) for shape in shapes]
     sizes = [(round(h / step) * step, round(w / step) * step) for h, w in sides]
-    return list(dict.fromkeys([*sizes, *((w, h) for h, w in sizes)]))
+    both = dict.fromkeys([*sizes, *((w, h) for h, w in sizes)])
+    return ";".join(f"{h},{w}" for h, w in both)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -474,7 +481,6 @@ def ai_toolkit(z: Entries, base: Base) -> Iterator[Setting]:
     sets = [Entries(own, z.source) for own in z.get("datasets", ()) if isinstance(own, Mapping)]
     for own in sets:
         yield from own.refuses_all(
-            token_dropout_rate="drops tags of captions",
             flip_y="mirrors images upside down",
             random_scale="scales images at random",
             augmentations="changes images at random",
@@ -485,6 +491,7 @@ def ai_toolkit(z: Entries, base: Base) -> Iterator[Setting]:
         "caption_dropout_rate": "condition_dropout",
         "shuffle_tokens": "shuffle_captions",
         "keep_tokens": "keep_tokens",
+        "token_dropout_rate": "tag_dropout",
         "random_crop": "random_crop",
         "flip_x": "augment",
         "caption_ext": "caption_extension",

@@ -41,7 +41,8 @@ SD3 = Base("StableDiffusion3Pipeline", _FLOW)
 KNOWN = {
     *("noise_offset", "input_perturbation", "condition_dropout", "weighting", "snr_gamma"),
     *("augment", "resolution", "training_arguments", "timesteps", "buckets", "random_crop"),
-    *("shuffle_captions", "keep_tokens", "prompt", "caption_column", "interpolation"),
+    *("shuffle_captions", "keep_tokens", "tag_dropout", "prior_loss_weight", "prompt"),
+    *("bucket_min", "bucket_max", "caption_column", "interpolation"),
 }
 KOHYA = {"ss_session_id": "1", "ss_network_module": "networks.lora"}
 
@@ -163,11 +164,15 @@ def test_a_step_of_kohyas_scripts(tmp_path):
             SD,
             {
                 **{"ss_resolution": "512,512", "ss_enable_bucket": True, "ss_random_crop": True},
-                **{"ss_shuffle_caption": True, "ss_keep_tokens": 2},
+                **{"ss_shuffle_caption": True, "ss_keep_tokens": 2, "ss_max_bucket_reso": 2048},
+                **{"ss_min_bucket_reso": 256, "ss_caption_tag_dropout_rate": 0.2},
+                **{"ss_num_reg_images": 9, "ss_prior_loss_weight": 0.5},
+                **{"ss_resize_interpolation": "cubic"},
             },
             {
-                **{"resolution": 512, "buckets": True, "random_crop": True},
-                **{"shuffle_captions": True, "keep_tokens": 2},
+                **{"resolution": 512, "buckets": True, "random_crop": True, "bucket_max": 2048},
+                **{"shuffle_captions": True, "keep_tokens": 2, "tag_dropout": 0.2},
+                **{"prior_loss_weight": 0.5, "interpolation": "bicubic"},
             },
         ),
         (
@@ -243,7 +248,7 @@ def test_levels_of_flux_by_kohyas_scripts(tmp_path, sampling):
         (SD, {"ss_multires_noise_iterations": 6}, "ss_multires_noise_iterations=6 adds noise of l"),
         (SD, {"ss_noise_offset": 0.1, "ss_adaptive_noise_scale": 0.01}, "adaptive_noise_scale=0.0"),
         (SD, {"ss_loss_type": "huber"}, "ss_loss_type=huber replaces the squared error"),
-        (SD, {"ss_caption_tag_dropout_rate": 0.1}, "drops tags of captions"),
+        (SD, {"ss_resize_interpolation": "area"}, "resizes images in another way"),
         (SD, {"ss_color_aug": True}, "ss_color_aug=True changes colours at random"),
         (SD, {"ss_resolution": "512,768"}, "trains on several sizes, or on none that is square"),
         (SD, {"ss_debiased_estimation": True, "ss_min_snr_gamma": 5}, "multiplies two weightings"),
@@ -345,6 +350,7 @@ def test_a_script_of_diffusers(tmp_path):
         "center_crop": False,
         "random_flip": True,
         "image_interpolation_mode": "lanczos",
+        "aspect_ratio_buckets": "512,768",
         "caption_column": "text",
         "loss_type": "l2",
         "learning_rate": 1e-4,
@@ -360,6 +366,7 @@ def test_a_script_of_diffusers(tmp_path):
         "random_crop": True,
         "augment": "flip",
         "interpolation": "lanczos",
+        "buckets": "512,768",
         "caption_column": "text",
     }
     assert decided(folder, SD) == expected
@@ -424,8 +431,9 @@ def test_onetrainer(tmp_path):
         "resolution": 512,
     }
     # the same area at each of nine ratios, in steps of eight
-    assert buckets[:3] == [(512, 512), (456, 576), (416, 624)]
-    assert buckets[9:] == [(w, h) for h, w in buckets[1:9]]
+    sizes = [tuple(map(int, pair.split(","))) for pair in buckets.split(";")]
+    assert sizes[:3] == [(512, 512), (456, 576), (416, 624)]
+    assert sizes[9:] == [(w, h) for h, w in sizes[1:9]]
     _, lines = settle(read_settings(path), SD, {}, KNOWN)
     assert "trained on 'runwayml/stable-diffusion-v1-5', got 'sd'" in lines[0]
     flux = {"model_type": "FLUX_DEV_1", "dynamic_timestep_shifting": True, "noising_weight": 0.0}
