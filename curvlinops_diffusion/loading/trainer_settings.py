@@ -129,6 +129,8 @@ def settle(
     """
     options: dict[str, Any] = {}
     lines, refused = list(found.about_base(base)), list[Setting]()
+    if not found.trainer:
+        lines.append(f"no settings of a trainer known here are in or beside '{found.source}'")
     for setting in found.of(base):
         option, value = setting.option, setting.value
         entry = f"{setting.entry} of '{found.source.name}'"
@@ -207,7 +209,11 @@ def read_settings(path: Path) -> TrainerSettings:
     if not path.exists():
         raise ValueError(f"'{path}' does not exist. Pass an adapter, or a trainer's config.")
     if path.is_file() and path.suffix != ".safetensors":
-        return _of_config(path)
+        found = _of_config(path)
+        if not found.trainer:
+            known = ", ".join(TRAINERS)
+            raise ValueError(f"'{path}' is no config of {known}. Pass an adapter, or one of these.")
+        return found
     weights = _weights(path)
     folder = path if path.is_dir() else path.parent
     header = {} if weights is None else _header(weights)

@@ -17,7 +17,7 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import save_file
 
-from curvlinops_diffusion import Attributor
+from curvlinops_diffusion import Attributor, DenoisingObjective
 from curvlinops_diffusion.cli.options import options_of
 from curvlinops_diffusion.cli.recipe import read_recipe
 from curvlinops_diffusion.diffusion.noise import NoiseProcess, as_trained, noise_process
@@ -516,7 +516,9 @@ def test_a_card_and_peft(tmp_path):
     assert lines[0] == "trained on 'stabilityai/sdxl', got 'sd': the same weights are needed"
     (tmp_path / "README.md").write_text("---\n: [\n---\n")  # a text for people
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "me/sd"}')
-    assert settle(read_settings(tmp_path), SD, {}, KNOWN) == ({}, [])
+    found, (line,) = settle(read_settings(tmp_path), SD, {}, KNOWN)
+    assert found == {}
+    assert line.startswith("no settings of a trainer known here are in or beside '")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -596,6 +598,9 @@ def test_files_that_are_damaged(tmp_path):
     save_file({"w": torch.zeros(1)}, path, metadata={"ot_config": "{"})
     with pytest.raises(ValueError, match="holds a damaged ot_config"):
         read_settings(path)
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=r"is no config of kohya's sd-scripts, diffusers' scripts"):
+        read_settings(tmp_path / "config.json")
     for name, text in (("config.json", "{"), ("config.yaml", "a: ["), ("kohya.toml", "a")):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=rf"{name}' cannot be read \(.*\). Copy it again"):
@@ -656,11 +661,15 @@ def test_schedulers_as_they_were_trained(cls):
     torch.testing.assert_close(again.alphas_T, noise_process(scheduler).alphas_T)
 
 
-def test_levels_with_another_shift():
+def test_levels_with_another_shift(tmp_path):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     u_T = noise_process(scheduler).sigmas_T
     found = noise_process(as_trained(scheduler, shift=2.0)).sigmas_T
     torch.testing.assert_close(found, 2 * u_T / (1 + u_T), atol=1e-6, rtol=0)
+    pipeline = pipelines.stable_diffusion_3(tmp_path)  # which is read by its interface
+    objective = DenoisingObjective.from_pipeline(pipeline, training_arguments={"shift": 1.0})
+    torch.testing.assert_close(objective.process.sigmas_T, u_T, atol=1e-6, rtol=0)
+    assert pipeline.scheduler.config.shift == 3.0
 
 
 def test_debiased_weights():
