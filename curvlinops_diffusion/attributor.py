@@ -706,6 +706,9 @@ def _as_read(
     arguments = dict(given.pop("training_arguments", {}))
     given |= {f"training_arguments.{name}": value for name, value in arguments.items()}
     given |= {"prompt": given["prompts"]} if "prompts" in given else {}
+    # of objects, tensors say, their kind is compared and shown
+    values = str | float | list | tuple
+    given = {k: v if isinstance(v, values) else type(v).__name__ for k, v in given.items()}
     known = {*_OF_PIPELINE, *_RECIPE, "snr_gamma", "prompt"}
     found, lines = loading.settle(
         loading.read_settings(recipe), loading.base_of(pipeline), given, known

@@ -641,6 +641,25 @@ def test_the_program(tmp_path, capsys):
         read()
 
 
+def test_objects_that_are_given_in_python(tmp_path):
+    """Stand for what a trainer left by another name."""
+    write_images(tmp_path / "train")
+    attributor = Attributor.from_pipeline(
+        pipelines.stable_diffusion(tmp_path),
+        tmp_path / "train",
+        prompts="a cat",
+        recipe=kohya_file(tmp_path, ss_min_snr_gamma=5, ss_noise_offset=0.1),
+        weighting=torch.ones(1000),
+        noise_offset=0.2,
+    )
+    assert attributor.settings == [
+        "`noise_offset=0.2` is given, against ss_noise_offset=0.1 of 'lora.safetensors'",
+        "`weighting='Tensor'` is given, against ss_min_snr_gamma=5 of 'lora.safetensors'",
+    ]
+    assert attributor.regression.recipe.noise_offset == 0.2
+    assert (attributor.objective.weights_T == 1).all()
+
+
 # ---------------------------------------------------------------------------------------------
 # What the entries decide
 # ---------------------------------------------------------------------------------------------
