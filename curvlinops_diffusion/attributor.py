@@ -29,6 +29,7 @@ from curvlinops_diffusion.curvature.load import (
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import OF_TRAINING, NoisedRegression
+from curvlinops_diffusion.diffusion.weightings import weighting_of
 from curvlinops_diffusion.influence.agreement import Agreement, plain_numbers
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernel_regression import RIDGE
@@ -93,6 +94,7 @@ class Attributor:
         params: The parameters, as they were passed.
         passes: How long work is run.
         run: What decided the run, as plain values that files keep in their headers.
+        settings: What was read of a trainer's recipe, a line each.
 
     Raises:
         ValueError: If data or recipe are of no accepted kind.
@@ -126,6 +128,7 @@ class Attributor:
         self.objective = objective
         self.params = params
         self.run: dict[str, Any] = {}
+        self.settings: list[str] = []
         self._recipe = {"batch_size": batch_size, **recipe}
         self.passes = passes or PassOptions(
             checkpoint,
@@ -168,6 +171,7 @@ class Attributor:
         training_arguments: Mapping[str, Any] | None = None,
         latent_cache: str | PathLike[str] | None = None,
         autocast: Any = None,
+        recipe: str | PathLike[str] | None = None,
         **options: Any,
     ) -> Attributor:
         """The attributor of a ``diffusers`` pipeline and the images that it was trained on.
@@ -231,12 +235,17 @@ class Attributor:
                 these scripts have.
             latent_cache: A folder to keep latents and embeddings in, to compute them once.
             autocast: The precision of the network's passes, if it is lower.
+            recipe: The adapter's file or folder, or the config of its trainer (kohya's scripts,
+                ``diffusers``', OneTrainer, ai-toolkit, SimpleTuner), of which the options are read
+                that are not given by hand, each with a line in :attr:`settings`; ``None`` or
+                ``'none'`` to read none.
             options: ``seed``, ``batch_size``, ``checkpoint``, ``progressbar`` and the recipe of
                 :class:`Attributor`.
 
         Raises:
             ValueError: If the pipeline is of no known kind, or images, prompts and labels do not
-                fit together or are not what it takes.
+                fit together or are not what it takes; if the recipe is damaged, of another kind of
+                pipeline, or changes the objective in a way that no option expresses.
         """
         told = {k: v for k, v in locals().items() if k in _OF_PIPELINE}
         if decided := _decided(images, told, options):
@@ -245,7 +254,13 @@ class Attributor:
             from curvlinops_diffusion.checkpoints import CheckpointAttributor
 
             return CheckpointAttributor(pipeline, images, **told, **options)
-        beside = {k: v for k, v in told.items() if k not in _OF_OBJECTIVE}
+        if recipe not in (None, "none") and not hasattr(pipeline, "objective"):
+            del told["recipe"]
+            settled, lines = _as_read(Path(recipe), pipeline, {**told, **options})
+            read = cls.from_pipeline(pipeline, images, **settled)
+            read.settings = lines
+            return read
+        beside = {k: v for k, v in told.items() if k not in (*_OF_OBJECTIVE, "recipe")}
         if not hasattr(pipeline, "objective"):  # else a Network, with what the others say
             of_objective = {k: told[k] for k in _OF_OBJECTIVE}
             pipeline = _loading().Network.of_pipeline(pipeline, **of_objective)
@@ -697,12 +712,45 @@ def _loading() -> Any:
         ValueError: If a package is missing.
     """
     try:
-        from curvlinops_diffusion.loading import images, network
+        from curvlinops_diffusion.loading import images, network, trainer_settings
     except ImportError as error:
         raise ValueError(
             f"Reading images needs {error.name}: pip install 'curvlinops-diffusion[cli]'."
         ) from error
-    return SimpleNamespace(open_images=images.open_images, Network=network.Network)
+    return SimpleNamespace(
+        open_images=images.open_images,
+        Network=network.Network,
+        base_of=network.base_of,
+        read_settings=trainer_settings.read_settings,
+        settle=trainer_settings.settle,
+    )
+
+
+def _as_read(
+    recipe: Path, pipeline: Any, told: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Arguments of :meth:`Attributor.from_pipeline` with those that a recipe decides; its lines."""
+    loading, usual = _loading(), Attributor.from_pipeline.__func__.__kwdefaults__  # type: ignore[attr-defined]
+    plain = {k: v for k, v in usual.items() if isinstance(v, str | float | bool)}
+    given = {k: v for k, v in told.items() if v is not None and not (k in plain and v == plain[k])}
+    arguments = dict(given.pop("training_arguments", {}))
+    given |= {f"training_arguments.{name}": value for name, value in arguments.items()}
+    given |= {"prompt": given["prompts"]} if "prompts" in given else {}
+    # of objects, tensors say, their kind is compared and shown
+    values = str | float | list | tuple
+    given = {k: v if isinstance(v, values) else type(v).__name__ for k, v in given.items()}
+    known = {*_OF_PIPELINE, *_RECIPE, "snr_gamma", "prompt"}
+    found, lines = loading.settle(
+        loading.read_settings(recipe), loading.base_of(pipeline), given, known
+    )
+    for line in lines:
+        log.info(line)
+    if "weighting" in found:
+        found["weighting"] = weighting_of(found["weighting"], found.pop("snr_gamma", 5.0))
+    of_network = {k: found.pop(k) for k in list(found) if "." in k}
+    arguments |= {name.partition(".")[2]: value for name, value in of_network.items()}
+    renamed = {"prompts": found.pop("prompt")} if "prompt" in found else {}
+    return {**told, **found, **renamed, "training_arguments": arguments or None}, lines
 
 
 def _decided(images: Any, known: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:

@@ -91,6 +91,7 @@ class CheckpointAttributor(Attributor):
         self.objective, self.regression = self._last.objective, self._last.regression
         self.images, self.params = self._last.images, self._last.params
         self.passes, self.run = self._last.passes, self._last.run
+        self.settings = self._last.settings
 
     def _member(self, c: int) -> Attributor:
         """The attributor of one checkpoint."""

@@ -2,6 +2,7 @@
 
 from curvlinops_diffusion.diffusion.weightings import (
     CosmapWeighting,
+    DebiasedWeighting,
     EDMWeighting,
     InverseVarianceWeighting,
     MinSNRWeighting,
@@ -11,6 +12,7 @@ from curvlinops_diffusion.diffusion.weightings import (
 
 __all__ = [
     "CosmapWeighting",
+    "DebiasedWeighting",
     "EDMWeighting",
     "InverseVarianceWeighting",
     "MinSNRWeighting",

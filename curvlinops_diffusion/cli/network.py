@@ -16,9 +16,10 @@ from diffusers.utils import is_transformers_available
 from diffusers.utils import logging as diffusers_logging
 
 from curvlinops_diffusion.cli.paths import check_network
+from curvlinops_diffusion.cli.recipe import parse_arguments
 from curvlinops_diffusion.cli.running import event, num_processes, say
-from curvlinops_diffusion.diffusion import weightings
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
+from curvlinops_diffusion.diffusion.weightings import weighting_of
 from curvlinops_diffusion.loading.adapters import load_adapters, names_in
 from curvlinops_diffusion.loading.network import TEXT_ENCODERS, Network
 from curvlinops_diffusion.loading.saved_networks import part_folder, parts_of
@@ -41,7 +42,7 @@ def load_network(options: Namespace, covered: Sequence[str] = ()) -> Network:
     """
     _set_up_logs(options.quiet)
     objective_options: dict[str, Any] = {
-        "weighting": _weighting(options),
+        "weighting": weighting_of(options.weighting, options.snr_gamma),
         "reduction": options.reduction,
         "autocast": None if options.autocast is None else getattr(torch, options.autocast),
     }
@@ -116,40 +117,6 @@ def _of_model(
         _divide(model, device)
     objective = DenoisingObjective(model.to(device).eval(), scheduler, **objective_options)
     return _network(objective, None, options, modules, trained)
-
-
-def _weighting(options: Namespace) -> Any:
-    """The loss' weighting of a name."""
-    if options.weighting == "min-snr":
-        return weightings.MinSNRWeighting(options.snr_gamma)
-    made: dict[str, Any] = {
-        "cosmap": weightings.CosmapWeighting,
-        "inverse-variance": weightings.InverseVarianceWeighting,
-        "preconditioned": weightings.PreconditionedWeighting,
-    }
-    return None if options.weighting is None else made[options.weighting]()
-
-
-def parse_arguments(texts: Sequence[str] | None) -> dict[str, Any]:
-    """Parse ``name=value``, whose values are numbers, ``true``, ``null``, lists, or plain text.
-
-    Raises:
-        ValueError: If one has no name, or a name is repeated.
-    """
-    found: dict[str, Any] = {}
-    for text in texts or ():
-        name, equals, value = str(text).partition("=")
-        name = name.strip().replace("-", "_")
-        if not equals or not name or name in found:
-            raise ValueError(
-                f"--training-arguments got '{text}'. Pass each as name=value, once, for instance "
-                "max_sequence_length=77 guidance_scale=3.5."
-            )
-        try:
-            found[name] = json.loads(value)
-        except json.JSONDecodeError:
-            found[name] = value
-    return found
 
 
 def arguments_text(arguments: Mapping[str, Any]) -> str:

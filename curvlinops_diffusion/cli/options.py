@@ -6,6 +6,7 @@ only how its values are written. Those of the program alone have no default but 
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -156,11 +157,18 @@ _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
     "latent_cache": (PIPELINE, Path),
     "weighting": (
         PIPELINE,
-        Literal["min-snr", "cosmap", "inverse-variance", "preconditioned"],
+        Literal["min-snr", "debiased", "cosmap", "inverse-variance", "preconditioned"],
         "How training weighted noise levels; by default all alike. The scripts of Stable Diffusion "
         "3 do it as preconditioned.",
     ),
     **dict.fromkeys(LAYOUT.split(), (PIPELINE,)),
+    "recipe": (
+        PIPELINE,
+        str,
+        "The adapter's file or folder, or the config of its trainer (kohya's scripts, diffusers', "
+        "OneTrainer, ai-toolkit, SimpleTuner), of which the options are read that are not given; "
+        "by default that of --lora. none reads none.",
+    ),
     "prompt": (
         f"{PIPELINE} prompts",
         str,
@@ -169,8 +177,9 @@ _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
     "snr_gamma": ("diffusion.weightings:MinSNRWeighting gamma",),
     "timesteps": (
         REGRESSION,
-        Literal["stratified", "uniform", "logit-normal"],
-        "How training drew timesteps.",
+        str,
+        "How training drew timesteps: stratified or uniform, perhaps of some levels "
+        "(uniform:LOW:END), or logit-normal (logit-normal:MEAN:STD, from data to noise).",
     ),
     "augment": (REGRESSION, Literal["flip"], "The augmentation that training used."),
     **dict.fromkeys(("noise_offset", "input_perturbation", "tag_dropout"), (REGRESSION,)),
@@ -239,7 +248,7 @@ NETWORK = "pipeline variant model scheduler lora device dtype autocast latent_ca
 TRAINING = (
     "weighting snr_gamma reduction timesteps condition_dropout noise_offset input_perturbation "
     "training_arguments augment random_crop shuffle_captions keep_tokens tag_dropout "
-    f"{SIZING} prior_loss_weight prompt {LAYOUT} seed"
+    f"{SIZING} prior_loss_weight prompt {LAYOUT} seed recipe"
 )
 _RUN = "batch_size sharded max_memory checkpoint_every timeout overwrite dry_run log quiet debug"
 
@@ -373,6 +382,19 @@ def options_of(name: str, **given: Any) -> Namespace:
     for key, option in known.items():
         _check(key, option.type, getattr(options, key))
     return options
+
+
+def in_flags(text: str) -> str:
+    """A message of the library, its arguments called as the program's options are."""
+    renamed = {"images": "data", "prompts": "prompt"}
+    known = {name for command in commands().values() for name in command.options} | renamed.keys()
+
+    def option(match: re.Match[str]) -> str:
+        name, value = match[1], match[2] or ""
+        value = "" if value == "=True" else value.replace("=", " ").replace("'", "")
+        return f"{flag(renamed.get(name, name))}{value}" if name in known else match[0]
+
+    return re.sub(r"`(\w+)(=[^`]+)?`", option, text)
 
 
 # whole numbers that are no counts

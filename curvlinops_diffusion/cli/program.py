@@ -20,8 +20,9 @@ from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, DefaultHelp
 
 from curvlinops_diffusion.cli import lacking
 from curvlinops_diffusion.cli.earlier import completed
-from curvlinops_diffusion.cli.options import Command, Option, commands, flag
+from curvlinops_diffusion.cli.options import Command, Option, commands, flag, in_flags
 from curvlinops_diffusion.cli.paths import check_paths
+from curvlinops_diffusion.cli.recipe import read_recipe
 from curvlinops_diffusion.cli.running import event, say, start_log
 from curvlinops_diffusion.cli.signatures import REQUIRED
 from curvlinops_diffusion.cli.words import spelled
@@ -153,6 +154,7 @@ def run(arguments: Sequence[str]) -> int:
             warnings.showwarning = lambda message, *rest, **kw: say(f"warning: {message}")
             options = completed(name, given)
             check_paths(options)
+            read_recipe(options, given)
             _command(name)(options)
     except KeyboardInterrupt:
         say("interrupted; start again with the same options to go on")
@@ -163,7 +165,7 @@ def run(arguments: Sequence[str]) -> int:
             traceback.print_exc()
         expected = isinstance(error, ValueError)
         text = " ".join(str(error).split()) or type(error).__name__
-        text = _in_flags(text.replace(OPERATOR.advice, "Make it by curvlinops-diffusion fit."))
+        text = in_flags(text.replace(OPERATOR.advice, "Make it by curvlinops-diffusion fit."))
         hint = "" if expected else f" ({type(error).__name__}; --debug shows where)"
         say(f"error: {text}{hint}")
         event("error", message=text)
@@ -248,20 +250,6 @@ def _plain(text: str) -> str:
     text = re.sub(several, lambda m: m[1].replace(" - E", " or e") + ". Got value: ", text)
     text = re.sub(r"(?:a )?<class '(\w+)'>", r"\1", text).replace("a typing.Literal", "one of ")
     return text.replace("required: --file", "required: FILE")
-
-
-def _in_flags(text: str) -> str:
-    """A message of the library, its arguments called as the program's options are."""
-    known = {name for command in commands().values() for name in command.options}
-    known |= {"images": "data", "prompts": "prompt"}.keys()
-    renamed = {"images": "data", "prompts": "prompt"}
-
-    def option(match: re.Match[str]) -> str:
-        name, value = match[1], match[2] or ""
-        value = "" if value == "=True" else value.replace("=", " ").replace("'", "")
-        return f"{flag(renamed.get(name, name))}{value}" if name in known else match[0]
-
-    return re.sub(r"`(\w+)(=[^`]+)?`", option, text)
 
 
 def _named_log(words: list[str]) -> Path | None:

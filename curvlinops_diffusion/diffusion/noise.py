@@ -7,6 +7,7 @@ Legend: T noise levels, B batch. A *level* is an index ``0 .. T-1`` in order of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -284,6 +285,37 @@ def noise_process(scheduler: Any) -> NoiseProcess:
         f"{type(scheduler).__name__}. Pass a scheduler of diffusers, or describe the noise by a "
         "NoiseProcess(alphas_T, sigmas_T, timesteps_T, prediction_type)."
     )
+
+
+def as_trained(
+    scheduler: Any,
+    prediction_type: str | None = None,
+    rescale_betas_zero_snr: bool | None = None,
+    shift: float | None = None,
+) -> Any:
+    """A copy of a scheduler with what training set otherwise; ``None`` for what it has.
+
+    Args:
+        scheduler: The scheduler of a pipeline.
+        prediction_type: What the network regresses.
+        rescale_betas_zero_snr: Whether no signal is left at the last level (Lin et al., 2024,
+            Algorithm 1), for any class of schedulers.
+        shift: The shift of flow matching's levels.
+    """
+    if shift is not None:
+        return type(scheduler).from_config(
+            scheduler.config, shift=shift, use_dynamic_shifting=False
+        )
+    made = deepcopy(scheduler)
+    if rescale_betas_zero_snr is False and made.config.get("rescale_betas_zero_snr"):
+        made = type(made).from_config(made.config, rescale_betas_zero_snr=False)
+    if prediction_type is not None:
+        made.register_to_config(prediction_type=prediction_type)
+    if rescale_betas_zero_snr:
+        alphas_T = made.alphas_cumprod.double().sqrt()
+        alphas_T = (alphas_T - alphas_T[-1]) * alphas_T[0] / (alphas_T[0] - alphas_T[-1])
+        made.alphas_cumprod = alphas_T.square()
+    return made
 
 
 def _flow_in_training(scheduler: Any, fresh: Any) -> Any:

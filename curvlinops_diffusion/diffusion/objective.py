@@ -173,10 +173,13 @@ class DenoisingObjective:
             training_arguments: What else training gave the network and no file of the pipeline
                 says, by the names in ``diffusers``' training scripts and pipelines:
                 ``max_sequence_length`` of prompts, ``guidance_scale`` of networks that it is
-                distilled into, ``clip_skip``, ``system_prompt``, ``complex_human_instruction``,
+                distilled into, ``clip_skip``, ``max_token_length`` of kohya's scripts (of Stable
+                Diffusion 1, 2, XL: 150, 225), ``system_prompt``, ``complex_human_instruction``,
                 ``text_encoder_out_layers``; for Lumina 2 ``mirrored_levels`` (whether the
-                scheduler's levels are shares of data), for Sana ``timestep_scale``. Those left out
-                are the scripts' defaults; :attr:`training_arguments` has them all.
+                scheduler's levels are shares of data), for Sana ``timestep_scale``; and what
+                training set otherwise in the scheduler: ``prediction_type`` and
+                ``rescale_betas_zero_snr``, or of flow matching ``shift``. Those left out are the
+                scripts' defaults and the scheduler's; :attr:`training_arguments` has them all.
 
         Raises:
             ValueError: If the pipeline is of no known kind, or takes none of the arguments.

@@ -6,6 +6,7 @@ A kind of pipeline is an entry of :data:`PIPELINES`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -23,7 +24,7 @@ from curvlinops_diffusion.diffusion.interface import (
     seen_of,
 )
 from curvlinops_diffusion.diffusion.latents import LatentEncoder
-from curvlinops_diffusion.diffusion.noise import NoiseProcess, noise_process
+from curvlinops_diffusion.diffusion.noise import NoiseProcess, as_trained, noise_process
 from curvlinops_diffusion.diffusion.prompted import (
     PipelineParts,
     Training,
@@ -36,7 +37,7 @@ from curvlinops_diffusion.diffusion.stable_diffusion import (
     stable_diffusion,
     with_text_encoders,
 )
-from curvlinops_diffusion.diffusion.training_arguments import training_arguments
+from curvlinops_diffusion.diffusion.training_arguments import OF_SCHEDULER, training_arguments
 
 
 def pipeline_parts(
@@ -64,6 +65,9 @@ def pipeline_parts(
             f"by latents, got {type(pipeline).__name__}. {BY_HAND}"
         )
     arguments = training_arguments(pipeline, given, sample_latents)
+    if scheduled := {name: arguments[name] for name in OF_SCHEDULER if name in arguments}:
+        pipeline = copy(pipeline)  # that of the user stays as it is
+        pipeline.scheduler = as_trained(pipeline.scheduler, **scheduled)
     take_apart = with_text_encoders if text_encoders else take_apart
     return replace(take_apart(pipeline, Training(arguments, cache)), arguments=arguments)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from curvlinops_diffusion.diffusion.latents import LatentEncoder
 from curvlinops_diffusion.diffusion.network_call import ModelKwargs
 from curvlinops_diffusion.diffusion.noise import NoiseProcess, noise_process
+from curvlinops_diffusion.diffusion.training_arguments import OF_SCHEDULER
 from curvlinops_diffusion.runtime.digests import digest_of
 
 #: Maps images and prompts to the condition that the network takes.
@@ -71,7 +72,7 @@ def prompted_parts(
     settings = [
         {k: v for k, v in sorted(plain.items()) if not k.startswith("_")},
         [_tokenizer_digest(t) for t in tokenizers if t is not None],
-        {k: v for k, v in training.arguments.items() if k != "sample_latents"},
+        {k: v for k, v in training.arguments.items() if k not in ("sample_latents", *OF_SCHEDULER)},
     ]
 
     def embed_prompts(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:

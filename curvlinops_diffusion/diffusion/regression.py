@@ -86,7 +86,9 @@ class NoisedRegression:
         timesteps: ``'stratified'`` (over draws and examples), ``'uniform'``, ``'logit-normal'``,
             ``'all'`` (every level once), a list of levels (``0 .. T-1`` in order of rising
             noise), or a scheme such as
-            :class:`~curvlinops_diffusion.timesteps.LogitNormalTimesteps`.
+            :class:`~curvlinops_diffusion.timesteps.LogitNormalTimesteps`. Of names, with numbers:
+            ``'logit-normal:MEAN:STD'``, and of levels from one to before another
+            ``'stratified:LOW:END'``.
         batch_size: Examples that the network sees at once, where the data is not in batches.
             ``"auto"`` for the most, a power of two up to 1,024, whose forward and backward pass
             takes half of the memory that is free now (:attr:`batch_size` says how many; where a

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -121,21 +121,16 @@ def _checked_image(name: str, condition: dict[str, Any], x0: Tensor, channels: i
 def with_text_encoders(pipeline: Any, training: Training) -> PipelineParts:
     """A pipeline of Stable Diffusion whose text encoders were trained as well."""
     check_inputs(pipeline, pipeline.unet)
-    xl, names = _is_xl(pipeline), ["text_encoder"]
-    names += ["text_encoder_2"] if xl else []
-    embed_tokens, clip_skip = embedded_xl if xl else embedded, training.arguments.get("clip_skip")
-    if clip_skip is not None:
-        embed_tokens = partial(embed_tokens, clip_skip=clip_skip)
+    xl, names = _is_xl(pipeline), _encoders_of(pipeline)
+    skipped = training.arguments.get("clip_skip") or 0
+    embed_tokens = partial(embedded_xl if xl else embedded, clip_skip=skipped)
     encoders = {name: getattr(pipeline, name) for name in names}
     model = PromptedDenoiser(pipeline.unet, encoders, embed_tokens)
 
     def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
-        tokenizers = [name.replace("text_encoder", "tokenizer") for name in names]
-        tokens = {
-            tokens_of(name): tokenized(getattr(pipeline, tokenizer), list(condition["prompt"]))
-            for name, tokenizer in zip(names, tokenizers, strict=True)
-        }
-        return tokens | ({"time_ids": _time_ids(x0, condition)} if xl else {})
+        tokens = _tokens(pipeline, training, condition["prompt"])
+        named = {tokens_of(name): ids for name, ids in zip(names, tokens, strict=True)}
+        return named | ({"time_ids": _time_ids(x0, condition)} if xl else {})
 
     return prompted_parts(
         pipeline,
@@ -152,6 +147,18 @@ def _is_xl(pipeline: Any) -> bool:
     return hasattr(pipeline, "text_encoder_2")
 
 
+def _encoders_of(pipeline: Any) -> list[str]:
+    """The names of the text encoders."""
+    return ["text_encoder", "text_encoder_2"] if _is_xl(pipeline) else ["text_encoder"]
+
+
+def _tokens(pipeline: Any, training: Training, prompts: Iterable[str]) -> list[Tensor]:
+    """The tokens of prompts for each text encoder."""
+    length, texts = training.arguments.get("max_token_length"), list(prompts)
+    names = [name.replace("text_encoder", "tokenizer") for name in _encoders_of(pipeline)]
+    return [tokenized(getattr(pipeline, name), texts, length) for name in names]
+
+
 def _sizes_of(pipeline: Any) -> tuple[str, ...]:
     """The entries of the data that embedding prompts reads beside them."""
     return _SIZES_XL if _is_xl(pipeline) else ()
@@ -159,26 +166,33 @@ def _sizes_of(pipeline: Any) -> tuple[str, ...]:
 
 def _embed_of(pipeline: Any, training: Training) -> Embed:
     """The function that embeds prompts."""
-    embed = _embed_xl if _is_xl(pipeline) else _embed
-    return partial(embed, pipeline, training.arguments.get("clip_skip"))
+    return partial(_embed_xl if _is_xl(pipeline) else _embed, pipeline, training)
 
 
 def _embed(
-    pipeline: Any, clip_skip: int | None, x0: Tensor, condition: Mapping[str, Any]
+    pipeline: Any, training: Training, x0: Tensor, condition: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The condition of Stable Diffusion, versions 1 and 2."""
-    encoder = pipeline.text_encoder
-    if clip_skip is not None:  # for which the pipeline looks for layers of transformers 4
-        tokens = tokenized(pipeline.tokenizer, list(condition["prompt"])).to(encoder.device)
-        return embedded([encoder], [tokens], {}, clip_skip)
+    encoder, clip_skip = pipeline.text_encoder, training.arguments.get("clip_skip")
+    # for which the pipeline looks for layers of transformers 4, or which it does not know
+    if clip_skip is not None or training.arguments.get("max_token_length"):
+        tokens = _tokens(pipeline, training, condition["prompt"])[0].to(encoder.device)
+        return embedded([encoder], [tokens], {}, clip_skip or 0)
     states, _ = pipeline.encode_prompt(condition["prompt"], encoder.device, 1, False)
     return {"encoder_hidden_states": states}
 
 
 def _embed_xl(
-    pipeline: Any, clip_skip: int | None, x0: Tensor, condition: Mapping[str, Any]
+    pipeline: Any, training: Training, x0: Tensor, condition: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The condition of Stable Diffusion XL."""
+    clip_skip = training.arguments.get("clip_skip")
+    if training.arguments.get("max_token_length"):
+        encoders = [getattr(pipeline, name) for name in _encoders_of(pipeline)]
+        every = zip(_tokens(pipeline, training, condition["prompt"]), encoders, strict=True)
+        tokens = [ids.to(encoder.device) for ids, encoder in every]
+        sizes = {"time_ids": _time_ids(x0, condition)}
+        return embedded_xl(encoders, tokens, sizes, clip_skip or 0)
     states, _, pooled, _ = pipeline.encode_prompt(
         condition["prompt"],
         device=pipeline.text_encoder_2.device,
@@ -305,16 +319,43 @@ def tokens_of(encoder: str) -> str:
     return encoder.replace("text_encoder", "input_ids")
 
 
-def tokenized(tokenizer: Any, prompts: list[str]) -> Tensor:
-    """Tokens of prompts, ``[B, length]``, as the pipelines make them."""
+def tokenized(tokenizer: Any, prompts: list[str], length: int | None = None) -> Tensor:
+    """Tokens of prompts, ``[B, L]``, as the pipelines make them, of the encoder's length ``L``.
+
+    Or ``[B, K, L]`` for a longer ``length`` of ``K`` times ``L - 2`` tokens between the first and
+    the last, which are those of each part (kohya's ``--max_token_length``).
+    """
+    L = tokenizer.model_max_length
+    inner = L - 2 if length is None else length
+    if inner % (L - 2) != 0:
+        raise ValueError(
+            f"`max_token_length` must be a multiple of {L - 2}, got {length}. Pass training's."
+        )
     ids: Tensor = tokenizer(
-        prompts,
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
+        prompts, padding="max_length", max_length=inner + 2, truncation=True, return_tensors="pt"
     ).input_ids
-    return ids
+    if inner == L - 2:
+        return ids
+    inside = ids[:, 1:-1].unflatten(1, (-1, L - 2))
+    first, last = (ids[:, n, None, None].expand(*inside.shape[:2], 1) for n in (0, -1))
+    parts = torch.cat([first, inside, last], 2)
+    # a part of words alone ends with the end, a part of none begins with it
+    full = (inside[..., -1] != tokenizer.eos_token_id) & (inside[..., -1] != tokenizer.pad_token_id)
+    parts[..., -1] = torch.where(full, tokenizer.eos_token_id, parts[..., -1])
+    empty = parts[..., 1] == tokenizer.pad_token_id
+    parts[..., 1] = torch.where(empty, tokenizer.eos_token_id, parts[..., 1])
+    return parts
+
+
+def _joined(states: Tensor, ids: Tensor) -> Tensor:
+    """The states of the parts of prompts, one after the other: the first, those inside, the last.
+
+    ``[B K, L, C]`` becomes ``[B, K (L - 2) + 2, C]``; without parts they are as they are.
+    """
+    if ids.ndim == 2:
+        return states
+    parts = states.unflatten(0, ids.shape[:2])
+    return torch.cat([parts[:, 0, :1], parts[:, :, 1:-1].flatten(1, 2), parts[:, -1, -1:]], 1)
 
 
 def embedded(
@@ -322,19 +363,26 @@ def embedded(
 ) -> dict[str, Any]:
     """The condition of Stable Diffusion 1 and 2, without the last ``clip_skip`` layers."""
     (encoder,), (ids,) = encoders, tokens
+    flat = ids.reshape(-1, ids.shape[-1])
     if clip_skip == 0:
-        return {"encoder_hidden_states": encoder(ids)[0]}
-    states = encoder(ids, output_hidden_states=True).hidden_states[-1 - clip_skip]
+        return {"encoder_hidden_states": _joined(encoder(flat)[0], ids)}
+    states = encoder(flat, output_hidden_states=True).hidden_states[-1 - clip_skip]
     # transformers 5 has the layers in the model itself
     norm = getattr(encoder, "text_model", encoder).final_layer_norm
-    return {"encoder_hidden_states": norm(states)}
+    return {"encoder_hidden_states": _joined(norm(states), ids)}
 
 
 def embedded_xl(
     encoders: list[Any], tokens: list[Tensor], entries: dict[str, Any], clip_skip: int = 0
 ) -> dict[str, Any]:
     """The condition of Stable Diffusion XL, likewise."""
-    outputs = [e(ids, output_hidden_states=True) for e, ids in zip(encoders, tokens, strict=True)]
-    states = torch.cat([output.hidden_states[-2 - clip_skip] for output in outputs], -1)
-    added = {"text_embeds": outputs[-1][0], "time_ids": entries["time_ids"].to(states)}
+    outputs = [
+        encoder(ids.reshape(-1, ids.shape[-1]), output_hidden_states=True)
+        for encoder, ids in zip(encoders, tokens, strict=True)
+    ]
+    layers = [output.hidden_states[-2 - clip_skip] for output in outputs]
+    states = torch.cat([_joined(z, ids) for z, ids in zip(layers, tokens, strict=True)], -1)
+    parts = len(layers[-1]) // len(tokens[-1])  # of which the first is pooled
+    pooled = outputs[-1][0][::parts]
+    added = {"text_embeds": pooled, "time_ids": entries["time_ids"].to(states)}
     return {"encoder_hidden_states": states, "added_cond_kwargs": added}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import sqrt
+from math import isfinite, sqrt
 from typing import Any
 
 import numpy as np
@@ -160,11 +160,30 @@ _NAMED_SCHEMES: dict[str, Callable[[int], TimestepScheme]] = {
 }
 
 
+def _named_scheme(text: str, num_levels: int) -> Any:
+    """The scheme of a name, perhaps with two numbers; the text itself where it is of none."""
+    name, *numbers = text.split(":")
+    if name not in _NAMED_SCHEMES or len(numbers) not in (0, 2):
+        return text
+    scheme = _NAMED_SCHEMES[name](num_levels)
+    if not numbers:
+        return scheme
+    try:
+        if isinstance(scheme, LogitNormalTimesteps):
+            mean, std = map(float, numbers)
+            return LogitNormalTimesteps(mean, std) if std > 0 and isfinite(mean + std) else text
+        if isinstance(scheme, StratifiedTimesteps | UniformTimesteps):
+            return TimestepsWithin(int(numbers[0]), int(numbers[1]), scheme)
+    except ValueError:
+        pass
+    return text
+
+
 def timestep_scheme(timesteps: Any, num_levels: int) -> TimestepScheme:
     """Return the scheme that a user's ``timesteps`` names."""
     accepted = f"{', '.join(map(repr, _NAMED_SCHEMES))}, a sequence of levels, or a scheme"
-    if isinstance(timesteps, str) and timesteps in _NAMED_SCHEMES:
-        return _NAMED_SCHEMES[timesteps](num_levels)
+    if isinstance(timesteps, str):
+        timesteps = _named_scheme(timesteps, num_levels)
     if isinstance(timesteps, Sequence | Tensor | np.ndarray) and not isinstance(timesteps, str):
         timesteps = ListedTimesteps(tuple(int(level) for level in timesteps))
     if not isinstance(timesteps, TimestepScheme):

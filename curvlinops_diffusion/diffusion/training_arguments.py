@@ -39,6 +39,8 @@ _OF_CALL = (
     *("system_prompt", "complex_human_instruction", "text_encoder_out_layers", "clean_caption"),
     *("frame_rate", *_SIZES),
 )
+#: What training may have set otherwise in the scheduler, and not shown the network.
+OF_SCHEDULER = ("prediction_type", "rescale_betas_zero_snr", "shift")
 
 
 def training_arguments(
@@ -57,6 +59,8 @@ def training_arguments(
     optional = {name for name in _OF_CALL if name in asked}
     if any(kind.startswith("StableDiffusionXL") for kind in kinds):  # whose sizes are in the data
         optional -= {*_SIZES}
+    if hasattr(pipeline, "unet") and any(kind.startswith("StableDiffusion") for kind in kinds):
+        optional.add("max_token_length")  # of kohya's scripts
     if getattr(pipeline, "text_encoder_3", True) is None:  # the scripts are never without
         defaults["max_sequence_length"] = asked["max_sequence_length"].default
     for name in ("max_sequence_length", "guidance_scale"):
@@ -66,7 +70,7 @@ def training_arguments(
         defaults["original_size"] = None  # that of each image
     if not _has_layers(pipeline, defaults.get("text_encoder_out_layers", ())):
         defaults["text_encoder_out_layers"] = list(asked["text_encoder_out_layers"].default)
-    taken = {*defaults, *optional, "sample_latents"}
+    taken = {*defaults, *optional, *_of_scheduler(pipeline), "sample_latents"}
     if not guided:  # it is then the weight of a second prediction, which training does not make
         defaults.pop("guidance_scale", None)
         taken.discard("guidance_scale")
@@ -87,7 +91,22 @@ def training_arguments(
     for name, (form, fits) in _FORMS.items():
         if name in found and not fits(found[name]):
             raise ValueError(f"`{name}` must be {form}, got {found[name]!r}. Pass training's.")
+    config = getattr(getattr(pipeline, "text_encoder", None), "config", None)
+    layers, skipped = getattr(config, "num_hidden_layers", None), found.get("clip_skip") or 0
+    if layers is not None and skipped >= layers:
+        raise ValueError(
+            f"`clip_skip` must leave one of the text encoder's {layers} layers, got {skipped}. "
+            "Pass training's; kohya's numbers are one larger."
+        )
     return {k: v for k, v in found.items() if k != "sample_latents" or v is not True}
+
+
+def _of_scheduler(pipeline: Any) -> set[str]:
+    """The arguments that a pipeline's scheduler has."""
+    scheduler = getattr(pipeline, "scheduler", None)
+    if hasattr(scheduler, "alphas_cumprod"):
+        return {*OF_SCHEDULER} - {"shift"}
+    return {"shift"} if hasattr(scheduler, "sigmas") else set()
 
 
 def _has_layers(pipeline: Any, layers: Any) -> bool:
@@ -102,13 +121,21 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
+_COUNT = "a whole number of at least 1", lambda z: isinstance(z, int) and _is_number(z) and z >= 1
 _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "max_sequence_length": (
-        "a whole number of at least 1",
-        lambda z: isinstance(z, int) and _is_number(z) and z >= 1,
-    ),
+    **dict.fromkeys(("max_sequence_length", "max_token_length"), _COUNT),
     "guidance_scale": ("a finite number", _is_number),
     "timestep_scale": ("a finite number", _is_number),
     "mirrored_levels": ("True or False", lambda z: isinstance(z, bool)),
     "sample_latents": ("True or False", lambda z: isinstance(z, bool)),
+    "prediction_type": (
+        "'epsilon', 'sample' or 'v_prediction'",
+        lambda z: z in ("epsilon", "sample", "v_prediction"),
+    ),
+    "rescale_betas_zero_snr": ("True or False", lambda z: isinstance(z, bool)),
+    "shift": ("a finite number above 0", lambda z: _is_number(z) and z > 0),
+    "clip_skip": (
+        "a whole number of at least 0, or None",
+        lambda z: z is None or (isinstance(z, int) and _is_number(z) and z >= 0),
+    ),
 }

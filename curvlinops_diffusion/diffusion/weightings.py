@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.diffusion.noise import NoiseProcess
+from curvlinops_diffusion.diffusion.noise import NoiseProcess, PredictionType
 
 
 class ProcessWeighting(ABC):
@@ -51,6 +51,24 @@ class MinSNRWeighting(ProcessWeighting):
             (self.gamma / snr_T).clamp(max=1) * eps_of_y_T.square(),
             snr_T.clamp(max=self.gamma) * x0_of_y_T.square(),
         )
+
+
+class DebiasedWeighting(ProcessWeighting):
+    """``w_t = 1 / √SNR`` for ``eps``, ``1 / (SNR + 1)`` for ``v``, with ``SNR`` at most 1,000.
+
+    The debiased estimation loss of kohya's scripts (Yu et al., 2023, for ``eps``).
+    """
+
+    def __call__(self, process: NoiseProcess) -> Tensor:
+        """The weight of each level, float64, shape ``[T]``."""
+        snr_T = process.snr_T.clamp(max=1000)
+        weights = {PredictionType.EPSILON: snr_T.rsqrt(), PredictionType.V: 1 / (snr_T + 1)}
+        if process.prediction_type not in weights:
+            raise ValueError(
+                "The debiased weighting is that of networks that predict 'epsilon' or "
+                f"'v_prediction', got {process.prediction_type!r}. Pass another weighting."
+            )
+        return weights[PredictionType(process.prediction_type)]
 
 
 @dataclass(frozen=True)
@@ -109,6 +127,19 @@ class PreconditionedWeighting(ProcessWeighting):
 
 
 Weighting = ProcessWeighting | Callable[[Tensor], Tensor] | Tensor | None
+
+
+def weighting_of(name: str | None, snr_gamma: float = 5.0) -> ProcessWeighting | None:
+    """The weighting of a name; ``None`` for none."""
+    if name == "min-snr":
+        return MinSNRWeighting(snr_gamma)
+    made: dict[str, type[ProcessWeighting]] = {
+        "debiased": DebiasedWeighting,
+        "cosmap": CosmapWeighting,
+        "inverse-variance": InverseVarianceWeighting,
+        "preconditioned": PreconditionedWeighting,
+    }
+    return None if name is None else made[name]()
 
 
 def weight_table(weighting: Weighting, process: NoiseProcess) -> Tensor:

@@ -16,6 +16,7 @@ from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.stable_diffusion import ControlledDenoiser
 from curvlinops_diffusion.loading.labels import Condition
 from curvlinops_diffusion.loading.preprocessing import Form
+from curvlinops_diffusion.loading.trainer_entries import Base
 from curvlinops_diffusion.loading.weights import listed
 from curvlinops_diffusion.runtime.adapters import adapter_of, common_names
 
@@ -126,6 +127,16 @@ class Network:
                 "`buckets` must be left out: a DiTTransformer2DModel takes squares of one size."
             )
         return Form(self.channels, self.size, resolution, self.multiple, **sizing)
+
+
+def base_of(pipeline: Any) -> Base:
+    """What a trainer's entries depend on of a pipeline."""
+    scheduler, kind = getattr(pipeline, "scheduler", None), type(pipeline).__name__
+    config = {"_class_name": type(scheduler).__name__, **getattr(scheduler, "config", {})}
+    network = getattr(pipeline, "transformer", None)
+    guided = bool(getattr(network, "config", {}).get("guidance_embeds"))
+    name = getattr(pipeline, "config", {}).get("_name_or_path")
+    return Base(kind, config, guided, str(name or ""))
 
 
 def _chosen_parameters(

@@ -1253,5 +1253,66 @@ def test_layers_of_text_encoders_that_were_skipped(make, tmp_path):
     if make is stable_diffusion:
         norms = [m for name, m in encoder.named_modules() if name.endswith("final_layer_norm")]
         assert_close(states, norms[0](hidden[-2]), 1e-6)
+        if not hasattr(encoder, "text_model"):  # as the pipeline looks for it
+            object.__setattr__(encoder, "text_model", encoder)
     else:  # the last layer is never used
         assert_close(states[..., : hidden[-3].shape[-1]], hidden[-3], 1e-6)
+    told = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    own, *_ = pipeline.encode_prompt(PROMPTS[:2], clip_skip=1, **told)
+    assert_close(states, own, 1e-6)
+    with pytest.raises(ValueError, match=r"`clip_skip` must leave one of .* 2 layers, got 2"):
+        DenoisingObjective.from_pipeline(pipeline, training_arguments={"clip_skip": 2})
+
+
+@named(stable_diffusion, stable_diffusion_xl)
+def test_prompts_in_several_parts(make, tmp_path):
+    """As the tokens and states of kohya's strategy_base.py and strategy_sdxl.py, row by row."""
+    pipeline, texts = made(make, tmp_path), ["a cat", "twodogsa" * 2, "abcdefghijkl"]
+    xl = make is stable_diffusion_xl
+    if xl:  # whose second tokenizer pads with another token
+        pipeline.tokenizer_2.pad_token = "q"
+        assert pipeline.tokenizer_2.pad_token_id != pipeline.tokenizer_2.eos_token_id
+    names = ["", "_2"] if xl else [""]
+    found = []
+    for trained in (False, True):
+        objective = DenoisingObjective.from_pipeline(
+            pipeline,
+            sample_latents=False,
+            text_encoders=trained,
+            training_arguments={"max_token_length": 18, "clip_skip": 0 if xl else 1},
+        )
+        data = [(images(3, 3, 8, torch.float32), texts)]
+        batch = next(NoisedRegression(objective, data, 1).batches())
+        found.append(objective.predict(batch).double())
+        if not trained:
+            condition = batch.condition
+    assert_close(found[1], found[0], 1e-5)
+    columns = []
+    for name in names:
+        tokenizer = getattr(pipeline, f"tokenizer{name}")
+        encoder = getattr(pipeline, f"text_encoder{name}")
+        norms = [m for key, m in encoder.named_modules() if key.endswith("final_layer_norm")]
+        eos, pad, rows = tokenizer.eos_token_id, tokenizer.pad_token_id, []
+        for text in texts:
+            ids = tokenizer(text, padding="max_length", max_length=20, truncation=True).input_ids
+            chunks = []
+            for start in (1, 7, 13):
+                chunk = [ids[0], *ids[start : start + 6], ids[-1]]
+                if chunk[-2] not in (eos, pad):
+                    chunk[-1] = eos
+                if chunk[1] == pad:
+                    chunk[1] = eos
+                chunks.append(chunk)
+            output = encoder(torch.tensor(chunks), output_hidden_states=True)
+            z = output.hidden_states[-2]
+            z = z if xl else norms[0](z)
+            rows.append(torch.cat([z[0, :1], z[0, 1:-1], z[1, 1:-1], z[2, 1:-1], z[2, -1:]]))
+            if name == "_2":
+                pooled = condition["added_cond_kwargs"]["text_embeds"][len(rows) - 1]
+                assert_close(pooled, output.text_embeds[0], 1e-5)
+        columns.append(torch.stack(rows))
+    assert_close(condition["encoder_hidden_states"], torch.cat(columns, -1), 1e-5)
+    with pytest.raises(ValueError, match="`max_token_length` must be a multiple of 6, got 20"):
+        DenoisingObjective.from_pipeline(
+            pipeline, condition_dropout=0.1, training_arguments={"max_token_length": 20}
+        )

@@ -1,0 +1,344 @@
+"""The recipe of a training, read from what the trainer left in an adapter's file or beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from curvlinops_diffusion.loading.saved_networks import check_whole
+from curvlinops_diffusion.loading.trainer_entries import (
+    Base,
+    Entries,
+    Setting,
+    family_of,
+    plain,
+)
+from curvlinops_diffusion.loading.trainers import TRAINERS
+
+_KOHYA, _DIFFUSERS, _ONETRAINER, _AI_TOOLKIT, _SIMPLETUNER = TRAINERS
+# entries that name the base, by its name and by its kind
+_NAMES = (
+    *("ss_sd_model_name", "ss_base_model", "pretrained_model_name_or_path", "base_model_name"),
+    *("base_model_name_or_path", "base_model"),
+)
+# arguments of kohya's scripts that are called otherwise in a header
+_AS_IN_HEADERS = {
+    "debiased_estimation_loss": "debiased_estimation",
+    "pretrained_model_name_or_path": "sd_model_name",
+}
+_KINDS = ("ss_base_model_version", "modelspec.architecture", "model_type", "model_family", "arch")
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """What a trainer left of a run.
+
+    Attributes:
+        trainer: The trainer; empty if none is known by what is there.
+        source: The file that its entries were read from.
+        entries: Its entries.
+    """
+
+    trainer: str
+    source: Path
+    entries: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def base_name(self) -> str | None:
+        """The name of the base that was trained on."""
+        found = (self.entries.get(name) for name in _NAMES)
+        found = (name[0] if isinstance(name, list) and name else name for name in found)
+        return next((str(name) for name in found if name and name != "None"), None)
+
+    @property
+    def base_family(self) -> str | None:
+        """The beginning of the class of its pipeline."""
+        if str(self.entries.get("ss_v2")) == "True":
+            return "StableDiffusion"
+        found = (family_of(str(self.entries.get(name, ""))) for name in _KINDS)
+        return next((family for family in found if family), None)
+
+    def of(self, base: Base) -> list[Setting]:
+        """What each entry comes to for a pipeline.
+
+        Raises:
+            ValueError: If it was trained on a pipeline of another kind, or an entry is damaged.
+        """
+        trained_on, here = self.base_family, base.family
+        if trained_on and here and trained_on != here:
+            raise ValueError(
+                f"'{self.source}' was trained on a {trained_on}Pipeline"
+                f"{f' ({self.base_name})' if self.base_name else ''}, got a {base.kind}. Pass the "
+                "pipeline that it was trained on."
+            )
+        if not self.trainer:
+            prompt = self.entries.get("instance_prompt")
+            return [Setting(f"instance_prompt={prompt}", "prompt", prompt)] if prompt else []
+        return list(TRAINERS[self.trainer](Entries(self.entries, str(self.source)), base))
+
+    def about_base(self, base: Base) -> Iterator[str]:
+        """Compare the base by the hash of its file where that lies there, else by its name."""
+        name = self.base_name
+        if name is None or not base.name:
+            return
+        here, last = Path(base.name), re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+        short = self.entries.get("ss_sd_model_hash")
+        for folder in (here, here.parent, self.source.parent):
+            file = folder / last
+            if short and file.is_file():
+                same = _short_hash(file) == short
+                what = "is the file" if same else "has another hash than the file"
+                yield f"'{file}' {what} that was trained on"
+                return
+        known = last.removesuffix(".safetensors").removesuffix(".ckpt")
+        # the Hub's folders have slashes as two dashes
+        if known != here.name and name.replace("/", "--") not in base.name:
+            yield f"trained on '{name}', got '{base.name}': the same weights are needed"
+
+
+def _short_hash(file: Path) -> str:
+    """The hash of a part of a checkpoint by which kohya's scripts name it."""
+    with file.open("rb") as opened:
+        opened.seek(0x100000)
+        return hashlib.sha256(opened.read(0x10000)).hexdigest()[:8]
+
+
+def settle(
+    found: TrainerSettings, base: Base, given: Mapping[str, Any], known: Collection[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Decide options by what a trainer left; those that are given by hand stand.
+
+    Args:
+        found: What it left.
+        base: The pipeline.
+        given: Options that are given by hand, with ``training_arguments.…`` apart.
+        known: The options that there are.
+
+    Returns:
+        The options that are decided, and what people are told, a line each.
+
+    Raises:
+        ValueError: If the trainer changed the objective in a way that no option expresses; or as
+            :meth:`TrainerSettings.of`.
+    """
+    options: dict[str, Any] = {}
+    lines, refused = list(found.about_base(base)), list[Setting]()
+    if not found.trainer:
+        lines.append(f"no settings of a trainer known here are in or beside '{found.source}'")
+    for setting in found.of(base):
+        option, value = setting.option, setting.value
+        entry = f"{setting.entry} of '{found.source.name}'"
+        if option == "snr_gamma" and given.get("weighting", "min-snr") != "min-snr":
+            continue  # of the weighting that is not taken
+        if setting.note:
+            lines.append(f"{entry}: {setting.note}")
+        elif option in given:
+            if setting.refused or not _same(option, given[option], value):
+                lines.append(f"{_shown(option, given[option])} is given, against {entry}")
+        elif setting.refused:
+            refused.append(setting)
+        elif value == setting.usual or not (value or setting.usual):
+            continue  # as it is without the option
+        elif option.partition(".")[0] not in known:
+            lines.append(f"not applied: {entry} ({option}={value!r}), for which there is no option")
+        elif option not in options:
+            options[option] = value
+            lines.append(f"{_shown(option, value)}, by {entry}")
+    if refused:
+        shown = ", ".join(_shown(*item) for item in options.items()) or "none"
+        said = "; ".join(f"{setting.entry} {setting.refused}" for setting in refused)
+        by_hand = list(dict.fromkeys(f"`{setting.option}`" for setting in refused))
+        decide = "" if "``" in by_hand else f"{' and '.join(by_hand)} to decide it by hand, or "
+        raise ValueError(
+            f"'{found.source}' is of a training by {found.trainer} whose objective no options "
+            f"express: {said}. Pass {decide}`recipe='none'` to go without; it also says: {shown}."
+        )
+    return options, lines
+
+
+def _same(option: str, given: Any, value: Any) -> bool:
+    """Whether an option that is given is what a trainer left."""
+    if option == "timesteps" and value is None:
+        return given in ("uniform", "stratified")
+    return bool(given == value or (not given and not value))
+
+
+def _shown(option: str, value: Any) -> str:
+    """An option with its value, as messages have it."""
+    outer, dot, name = option.partition(".")
+    return f"`{outer}` {name}={json.dumps(value)}" if dot else f"`{option}={value!r}`"
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------
+
+
+def base_in(folder: Path) -> Base:
+    """The pipeline that ``save_pretrained`` wrote to a folder, by its configs alone."""
+
+    def config(*parts: str) -> dict[str, Any]:
+        file = folder.joinpath(*parts)
+        return _parsed(file) if file.is_file() else {}
+
+    guided = bool(config("transformer", "config.json").get("guidance_embeds"))
+    scheduler = config("scheduler", "scheduler_config.json")
+    kind = str(config("model_index.json").get("_class_name", ""))
+    return Base(kind, scheduler, guided, str(folder))
+
+
+def read_settings(path: Path) -> TrainerSettings:
+    """Read what a trainer left in an adapter's file or folder, or in a file of its own.
+
+    The header of the weights; of ai-toolkit, SimpleTuner and OneTrainer the config in the folder;
+    of ``diffusers``' scripts what ``accelerate`` logged; else PEFT's config and the model card,
+    which name the base.
+
+    Args:
+        path: The adapter's file or folder, or a config of one of these trainers.
+
+    Raises:
+        ValueError: If there is no such file, or it is damaged.
+    """
+    if not path.exists():
+        raise ValueError(f"'{path}' does not exist. Pass an adapter, or a trainer's config.")
+    if path.is_file() and path.suffix != ".safetensors":
+        found = _of_config(path)
+        if not found.trainer:
+            known = ", ".join(TRAINERS)
+            raise ValueError(f"'{path}' is no config of {known}. Pass an adapter, or one of these.")
+        return found
+    weights = _weights(path)
+    folder = path if path.is_dir() else path.parent
+    header = {} if weights is None else _header(weights)
+    if weights is not None and "ot_config" in header:
+        config = plain(header["ot_config"])
+        if not isinstance(config, dict):
+            raise ValueError(
+                f"'{weights}' holds a damaged ot_config. Pass `recipe='none'`, and what training "
+                "did by the options."
+            )
+        return TrainerSettings(_ONETRAINER, weights, {**header, **config})
+    if weights is not None and {"ss_session_id", "ss_network_module"} & header.keys():
+        return TrainerSettings(_KOHYA, weights, header)
+    run = [folder.parent] if folder.name.startswith("checkpoint") else []
+    for one in (folder, *run):
+        for name in ("config.yaml", "simpletuner_config.json", "config.json"):
+            if (one / name).is_file():
+                found = _of_config(one / name)
+                if found.trainer:
+                    return found
+        logs = sorted(one.glob("logs/*/*/hparams.yml"), key=lambda file: file.stat().st_mtime)
+        if logs:
+            return _of_config(logs[-1])
+    named = header | _card(folder) | _peft(folder)
+    return TrainerSettings("", weights or folder, named)
+
+
+def _weights(path: Path) -> Path | None:
+    """The file of weights whose header is read; of several, which are of one run, the last."""
+    if path.is_file():
+        return path
+    files = [file for file in sorted(path.glob("*.safetensors")) if file.name[0] != "."]
+    return files[-1] if files else None
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """The strings in the header of a safetensors file."""
+    check_whole(file)
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        found = json.loads(opened.read(length)).get("__metadata__")
+    if found is not None and not (
+        isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+    ):
+        raise ValueError(f"'{file}' has a damaged header. Download or copy it again.")
+    return found or {}
+
+
+def _of_config(file: Path) -> TrainerSettings:
+    """A config of a trainer, by what is in it; of no known one, nothing."""
+    values = _parsed(file)
+    if file.suffix == ".toml":
+        tables = [values, *(own for own in values.values() if isinstance(own, dict))]
+        given = {key: own for table in tables for key, own in table.items()}
+        entries = {f"ss_{_AS_IN_HEADERS.get(key, key)}": own for key, own in given.items()}
+        if given.keys() & {"min_timestep", "max_timestep"}:
+            levels = f"{given.get('min_timestep', 0)},{given.get('max_timestep', 1000)}"
+            entries["modelspec.timestep_range"] = levels
+        return TrainerSettings(_KOHYA, file, entries)
+    process = _nested(values, "config", "process", 0)
+    if isinstance(process, dict) and "train" in process:
+        model = process["model"] if isinstance(process.get("model"), dict) else {}
+        kinds = {"is_xl": "sdxl", "is_flux": "flux", "is_v3": "sd3", "is_lumina2": "lumina2"}
+        arch = next((kind for key, kind in kinds.items() if model.get(key)), model.get("arch"))
+        named = {"base_model": model.get("name_or_path"), "arch": arch}
+        return TrainerSettings(_AI_TOOLKIT, file, process | named)
+    plainly = {key.removeprefix("--"): value for key, value in values.items()}
+    if "model_family" in plainly:
+        return TrainerSettings(_SIMPLETUNER, file, plainly)
+    if {"training_method", "model_type"} <= values.keys():
+        return TrainerSettings(_ONETRAINER, file, values)
+    if file.name == "hparams.yml":
+        return TrainerSettings(_DIFFUSERS, file, values)
+    return TrainerSettings("", file)
+
+
+def _nested(values: Any, *keys: Any) -> Any:
+    for key in keys:
+        try:
+            values = values[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return values
+
+
+def _parsed(file: Path) -> dict[str, Any]:
+    """The values of a file of JSON, TOML or YAML."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        if file.suffix == ".toml":
+            return tomllib.loads(text)
+        if file.suffix == ".json":
+            values = json.loads(text)
+        else:
+            import yaml
+
+            values = yaml.safe_load(text)
+    except Exception as error:  # of three parsers
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"'{file}' cannot be read ({said}). Copy it again, or pass `recipe='none'`."
+        ) from error
+    return values if isinstance(values, dict) else {}
+
+
+def _card(folder: Path) -> dict[str, Any]:
+    """The entries at the top of a model card."""
+    file = folder / "README.md"
+    text = file.read_text(encoding="utf-8-sig", errors="replace") if file.is_file() else ""
+    parts = text.split("---", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    import yaml
+
+    try:
+        found = yaml.safe_load(parts[1])
+    except yaml.YAMLError:  # of a text for people, which decides nothing by itself
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _peft(folder: Path) -> dict[str, Any]:
+    """The name of the base in PEFT's config, of the first part that has one."""
+    name = "adapter_config.json"
+    for file in (*folder.glob(name), *sorted(folder.glob(f"*/{name}"))):
+        if base := _parsed(file).get("base_model_name_or_path"):
+            return {"base_model_name_or_path": base}
+    return {}

@@ -1,0 +1,562 @@
+"""Trainers, each a function of the entries that it leaves of a run.
+
+An entry decides an option, changes the objective in a way that no option expresses, is worth a
+sentence, or is of the optimiser, of files, of logs. What each does is that of the trainer's source.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import exp, log, sqrt
+from typing import Any
+
+from curvlinops_diffusion.loading.trainer_entries import Base, Entries, Setting, plain
+
+# what several trainers have
+_MASKS, _ERROR = "weights pixels by masks", "replaces the squared error"
+_PADDING, _LEVELS = "masks the padding of prompts", "draws levels in another way"
+_DROPOUT = "the adapter's dropout is off here, as in sampling"
+_VAE = "latents were those of this autoencoder, not of the base's"
+_SHIFT, _GUIDANCE = "training_arguments.shift", "training_arguments.guidance_scale"
+
+
+def _square(value: Any) -> int | None:
+    """The side of a square resolution: a number, ``512,512``, a pair; ``None`` for any other."""
+    if isinstance(value, str):
+        value = [plain(part) for part in re.split(r"[,x]", value)]
+    sides = set(value) if isinstance(value, list | tuple) else {value}
+    found = sides.pop() if len(sides) == 1 else None
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
+def _resolution(z: Entries, name: str = "resolution") -> Iterator[Setting]:
+    if z.get(name) is not None:
+        side = _square(z.get(name))
+        refused = "" if side else "trains on several sizes, or on none that is square"
+        yield Setting(z.shown(name), "resolution", side, refused=refused)
+
+
+def _logit_normal(mean: float, std: float) -> str:
+    return "logit-normal" if (mean, std) == (0, 1) else f"logit-normal:{mean:.9g}:{std:.9g}"
+
+
+def _min_snr(z: Entries, name: str, base: Base) -> Iterator[Setting]:
+    """Min-SNR weights, which networks of flow matching are not trained with."""
+    if name in z and not base.flow:
+        gamma = z.number(name)
+        yield from z.sets(name, "weighting", "min-snr" if gamma else None)
+        if gamma:
+            yield from z.sets(name, "snr_gamma", gamma)
+
+
+def _predicts(z: Entries, base: Base, name: str, predicts: str) -> Iterator[Setting]:
+    """A prediction type, perhaps other than that of the base's scheduler."""
+    option = "training_arguments.prediction_type"
+    yield from z.sets(name, option, predicts, base.prediction_type)
+
+
+def _zero_snr(z: Entries, base: Base, name: str) -> Iterator[Setting]:
+    """Whether the last level has no signal, perhaps other than by the base's scheduler."""
+    option = "rescale_betas_zero_snr"
+    here = bool(base.scheduler.get(option, False))
+    yield from z.sets(name, f"training_arguments.{option}", bool(z.get(name)), here)
+
+
+def _scheme(z: Entries, name: str, scheme: str, mean: float, std: float) -> Iterator[Setting]:
+    """The draws of levels that goes with a scheme of weights of flow matching."""
+    if scheme == "mode":
+        yield from z.refuses(name, "draws levels by a heavy-tailed distribution")
+    else:
+        levels = _logit_normal(mean, std) if scheme == "logit_normal" else None
+        yield from z.sets(name, "timesteps", levels)
+
+
+def _of_clean_image(z: Entries, name: str, scheme: str) -> Iterator[Setting]:
+    """The weights of a scheme where errors are of the clean image, which are ``σ²`` times."""
+    if scheme == "cosmap":
+        yield from z.refuses(name, "weights noise levels by cosmap times σ²")
+    else:
+        yield from z.sets(name, "weighting", None if scheme == "sigma_sqrt" else "preconditioned")
+
+
+def _class_images(z: Entries, name: str, weight: str) -> Iterator[Setting]:
+    """Images of the class, which are trained on beside those of the subject."""
+    if z.get(name):
+        yield from z.sets(weight, "prior_loss_weight", z.number(weight, 1.0), 1.0)
+        text = "images of the class were trained on too, and are training images"
+        yield Setting(z.shown(name), note=text)
+
+
+# ---------------------------------------------------------------------------------------------
+# kohya's sd-scripts
+# ---------------------------------------------------------------------------------------------
+
+
+def kohya(z: Entries, base: Base) -> Iterator[Setting]:
+    """``ss_*`` in a file's header, or the arguments in a file of TOML under these names."""
+    for name in ("ss_clip_skip", "modelspec.encoder_layer"):
+        if z.get(name) is not None and base.clip_alone:  # 1 is the last layer
+            skipped = max(int(z.number(name)) - 1, 0)
+            yield from z.sets(name, "training_arguments.clip_skip", skipped)
+            break
+    name = "ss_max_token_length"
+    if z.get(name, 75) != 75 and not base.flow:
+        yield from z.sets(name, "training_arguments.max_token_length", z.get(name))
+    dropped = z.number("ss_caption_dropout_rate")
+    if every := int(z.number("ss_caption_dropout_every_n_epochs")):
+        total = max(int(z.number("ss_num_epochs", every)), 1)
+        dropped = 1 - (1 - dropped) * (1 - total // every / total)
+    yield from z.sets("ss_caption_dropout_rate", "condition_dropout", dropped)
+    yield from z.decides(ss_caption_tag_dropout_rate="tag_dropout")
+    yield from (_kohya_flow if base.flow else _kohya_noise)(z, base)
+    yield from z.refuses_all(
+        ss_loss_type=_ERROR,
+        ss_masked_loss=_MASKS,
+        ss_alpha_mask=_MASKS,
+        ss_weighted_captions="weights words of captions",
+        ss_apply_t5_attn_mask=_PADDING,
+        ss_apply_lg_attn_mask=_PADDING,
+    )
+    yield from z.notes("ss_network_dropout", _DROPOUT)
+    yield from z.notes("ss_vae_name", _VAE)
+    yield from _class_images(z, "ss_num_reg_images", "ss_prior_loss_weight")
+    folders = z.get("ss_dataset_dirs")
+    for folder, own in (folders if isinstance(folders, dict) else {}).items():
+        times = f"{own.get('img_count')} images, each {own.get('n_repeats')} times"
+        yield Setting(f"'{folder}' of ss_dataset_dirs", note=times)
+    yield from _kohya_data(z)
+
+
+def _kohya_noise(z: Entries, base: Base) -> Iterator[Setting]:
+    """Noise, target and weights of Stable Diffusion 1, 2 and XL."""
+    yield from _zero_snr(z, base, "ss_zero_terminal_snr")
+    name, trained = "ss_v_parameterization", "modelspec.prediction_type"
+    if name in z:
+        predicts = "v_prediction" if z.get(name) else "epsilon"
+        yield from _predicts(z, base, name, predicts)
+    elif z.get(trained) in ("v", "epsilon"):
+        predicts = "v_prediction" if z.get(trained) == "v" else "epsilon"
+        yield from _predicts(z, base, trained, predicts)
+    elif str(z.get("ss_base_model_version")).endswith("_v"):
+        yield from _predicts(z, base, "ss_base_model_version", "v_prediction")
+    yield from z.decides(ss_noise_offset="noise_offset")
+    if z.number("ss_noise_offset"):
+        for name in ("ss_adaptive_noise_scale", "ss_noise_offset_random_strength"):
+            yield from z.refuses(name, "makes the offset of the noise another one")
+    yield from _kohya_perturbation(z)
+    yield from _min_snr(z, "ss_min_snr_gamma", base)
+    if z.get("ss_debiased_estimation"):
+        name, both = "ss_debiased_estimation", bool(z.get("ss_min_snr_gamma"))
+        refused = "multiplies two weightings" if both else ""
+        yield Setting(z.shown(name), "weighting", "debiased", refused=refused)
+    yield from z.refuses_all(
+        ss_multires_noise_iterations="adds noise of lower resolutions",
+        ss_v_pred_like_loss="weights noise levels",
+        ss_scale_v_pred_loss_like_noise_pred="weights noise levels",
+    )
+    within, name = z.get("modelspec.timestep_range"), "modelspec.timestep_range"
+    if within is not None:
+        lowest, end = re.findall(r"\d+", str(within))
+        yield from z.sets(name, "timesteps", f"stratified:{lowest}:{end}")
+
+
+def _kohya_perturbation(z: Entries) -> Iterator[Setting]:
+    yield from z.decides(ss_ip_noise_gamma="input_perturbation")
+    if z.number("ss_ip_noise_gamma"):
+        yield from z.refuses(
+            "ss_ip_noise_gamma_random_strength", "draws the perturbation's strength"
+        )
+
+
+def _kohya_flow(z: Entries, base: Base) -> Iterator[Setting]:
+    """Levels, target and weights of flow matching."""
+    sampling, scheme = z.get("ss_timestep_sampling"), str(z.get("ss_weighting_scheme", "none"))
+    mean, std = z.number("ss_logit_mean"), z.number("ss_logit_std", 1.0)
+    if base.family == "StableDiffusion3":  # whose levels have no shift
+        name = "ss_weighting_scheme"
+        yield from z.sets(name, _SHIFT, 1.0, base.shift)
+        yield from _of_clean_image(z, name, scheme)
+        yield from _scheme(z, name, scheme, mean, std)
+        return
+    yield from _kohya_perturbation(z)
+    if base.guided and "ss_guidance_scale" in z:
+        yield from z.decides(ss_guidance_scale=_GUIDANCE)
+    if "schnell" in str(z.get("modelspec.architecture")):
+        yield from z.sets("modelspec.architecture", "training_arguments.max_sequence_length", 256)
+    yield from z.refuses("ss_model_prediction_type", "compares other than the velocity")
+    scale, shift = z.number("ss_sigmoid_scale", 1.0), z.number("ss_discrete_flow_shift", 1.0)
+    name, side = "ss_timestep_sampling", _square(z.get("ss_resolution"))
+    if sampling == "sigma":
+        yield from z.sets("ss_discrete_flow_shift", _SHIFT, shift, base.shift)
+        yield from _scheme(z, "ss_weighting_scheme", scheme, -mean, std)  # from noise to data
+        return
+    # tokens of two by two latents, of eight by eight pixels each
+    means = {"sigmoid": 0.0, "shift": log(shift)}
+    means |= {} if side is None else {"flux_shift": _flux_mean((side // 16) ** 2)}
+    if sampling == "uniform" or sampling in means:
+        levels = _logit_normal(means[sampling], scale) if sampling in means else None
+        yield from z.sets(name, _SHIFT, 1.0, base.shift)
+        yield from z.sets(name, "timesteps", levels)
+    else:
+        yield from z.refuses(name, _LEVELS)
+
+
+def _flux_mean(tokens: int) -> float:
+    """The shift of Flux's levels by the number of an image's tokens: a line through two points."""
+    return 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
+
+
+# what a subset says of its images, and the options that it decides
+_KOHYA_DATA = {
+    "resolution": "resolution",
+    "enable_bucket": "buckets",
+    "min_bucket_reso": "bucket_min",
+    "max_bucket_reso": "bucket_max",
+    "bucket_no_upscale": "bucket_no_upscale",
+    "flip_aug": "augment",
+    "random_crop": "random_crop",
+    "shuffle_caption": "shuffle_captions",
+    "keep_tokens": "keep_tokens",
+    "resize_interpolation": "interpolation",
+}
+_KOHYA_USUAL = {"min_bucket_reso": 256, "max_bucket_reso": 1024}
+_KOHYA_DRAWN = {
+    "color_aug": "changes colours at random",
+    "face_crop_aug_range": "crops faces at random",
+    "enable_wildcard": "draws words of captions",
+    "keep_tokens_separator": "separates the tokens of captions that are kept",
+    "caption_prefix": "adds text to captions, as a dataset.toml as `images` says",
+    "caption_suffix": "adds text to captions, as a dataset.toml as `images` says",
+}
+
+
+def _kohya_data(z: Entries) -> Iterator[Setting]:
+    """What images and captions were made to: of one folder, or of data sets with subsets."""
+    datasets, name = z.get("ss_datasets"), "ss_datasets"
+    several = _of_subsets(datasets) if isinstance(datasets, list) else {}
+    # what is kept is not shuffled, nor dropped
+    shuffled = z.get("ss_shuffle_caption") or z.get("ss_caption_tag_dropout_rate")
+    shuffled = shuffled or True in several.get("shuffle_caption", ())
+    for key in (*_KOHYA_DATA, *_KOHYA_DRAWN):
+        if key.startswith("keep_tokens") and not shuffled:
+            continue
+        name = f"ss_{key}" if key not in several else f"{key} of ss_datasets"
+        values = several.get(key, [z.get(name)])
+        option, value = _KOHYA_DATA.get(key, ""), values[0]
+        own = Entries({name: value}, z.source)
+        if len(values) > 1:
+            said = ", ".join(map(str, values))
+            yield Setting(name, option, refused=f"differs by subset ({said})")
+        elif key == "resolution":
+            yield from _resolution(own, name)
+        elif option == "interpolation" and value is not None:
+            how = {"linear": "bilinear", "cubic": "bicubic"}.get(value, value)
+            known = how in ("bilinear", "bicubic", "lanczos")
+            refused = "" if known else "resizes images in another way"
+            yield Setting(own.shown(name), option, how, refused=refused)
+        elif option and value is not None:
+            shown = ("flip" if value else None) if option == "augment" else value
+            yield from own.sets(name, option, shown, _KOHYA_USUAL.get(key))
+        else:
+            yield from own.refuses(name, _KOHYA_DRAWN.get(key, ""))
+
+
+def _of_subsets(datasets: Sequence[Any]) -> dict[str, list[Any]]:
+    """The different values of each key in data sets and their subsets, but those of the class."""
+    found: dict[str, list[Any]] = {}
+    for dataset in datasets:
+        own = [subset for subset in dataset.get("subsets", ()) if not subset.get("is_reg")]
+        # of a data set and of its subsets: what these leave open
+        for one in (dataset, *own):
+            for key, value in one.items():
+                values = found.setdefault(key, [])
+                if value is not None and value not in values:
+                    values.append(value)
+    return {key: values for key, values in found.items() if values}
+
+
+# ---------------------------------------------------------------------------------------------
+# The training scripts of diffusers
+# ---------------------------------------------------------------------------------------------
+
+
+def diffusers(z: Entries, base: Base) -> Iterator[Setting]:
+    """The arguments of a script, as ``accelerate`` writes them for TensorBoard."""
+    yield from _min_snr(z, "snr_gamma", base)
+    yield from z.decides(
+        noise_offset="noise_offset",
+        input_perturbation="input_perturbation",
+        proportion_empty_prompts="condition_dropout",
+    )
+    # of the scripts of DreamBooth, whose strength is fixed
+    yield from z.sets("offset_noise", "noise_offset", 0.1 if z.get("offset_noise") else 0.0)
+    if not base.flow and z.get("prediction_type"):
+        yield from _predicts(z, base, "prediction_type", str(z.get("prediction_type")))
+    if base.flow and "weighting_scheme" in z:
+        name, scheme = "weighting_scheme", str(z.get("weighting_scheme"))
+        mirrored = base.family == "Lumina2"  # whose shares of noise are of data
+        mean, std = z.number("logit_mean") * (1 if mirrored else -1), z.number("logit_std", 1.0)
+        if z.get("precondition_outputs"):
+            yield from _of_clean_image(z, name, scheme)
+        elif mirrored and scheme == "sigma_sqrt":
+            yield from z.refuses(name, "weights noise levels by the share of data")
+        else:
+            weighting = {"sigma_sqrt": "inverse-variance", "cosmap": "cosmap"}.get(scheme)
+            yield from z.sets(name, "weighting", weighting)
+        yield from _scheme(z, name, scheme, mean, std)  # from noise to data
+    if base.guided and "guidance_scale" in z:
+        yield from z.decides(guidance_scale=_GUIDANCE)
+    if base.flow:
+        tokens = z.get("max_sequence_length")
+        yield from z.sets("max_sequence_length", "training_arguments.max_sequence_length", tokens)
+    yield from z.refuses_all(
+        loss_type=_ERROR,
+        dream_training="adds what the network predicts to the target",
+        do_edm_style_training="noises as EDM does",
+        clip_skip="skips layers of the text encoder",
+        text_encoder_use_attention_mask=_PADDING,
+        timestep_bias_strategy=_LEVELS,
+    )
+    if z.get("tokenizer_max_length") != 77:
+        yield from z.refuses("tokenizer_max_length", "shows another number of tokens")
+    yield from _resolution(z)
+    name = "aspect_ratio_buckets"
+    yield from z.sets(name, "buckets", str(z.values.get(name) or "") or False)
+    yield from z.sets("center_crop", "random_crop", not z.get("center_crop"))
+    yield from z.sets("random_flip", "augment", "flip" if z.get("random_flip") else None)
+    name = "image_interpolation_mode"
+    yield from z.sets(name, "interpolation", z.get(name))
+    for name in ("image_column", "caption_column"):
+        yield from z.sets(name, name, z.get(name))
+    if not z.get("caption_column"):
+        yield from z.sets("instance_prompt", "prompt", z.get("instance_prompt"))
+    yield from _class_images(z, "with_prior_preservation", "prior_loss_weight")
+    yield from z.notes("pretrained_vae_model_name_or_path", _VAE)
+    yield from z.notes("max_train_samples", "training took so many of the images, shuffled")
+
+
+# ---------------------------------------------------------------------------------------------
+# OneTrainer
+# ---------------------------------------------------------------------------------------------
+
+
+def onetrainer(z: Entries, base: Base) -> Iterator[Setting]:
+    """``ot_config`` in a file's header, or a config of its own."""
+    yield from z.decides(offset_noise_weight="noise_offset")
+    if z.number("offset_noise_weight") and not base.flow:
+        yield from z.refuses("generalized_offset_noise", "scales offset noise by the level")
+    predicts = base.prediction_type
+    if not base.flow:
+        yield from _zero_snr(z, base, "rescale_noise_scheduler_to_zero_terminal_snr")
+        for name, kind in (
+            ("force_v_prediction", "v_prediction"),
+            ("force_epsilon_prediction", "epsilon"),
+        ):
+            if z.get(name):
+                predicts = kind
+                yield from _predicts(z, base, name, kind)
+    name, weight = "loss_weight_fn", z.get("loss_weight_fn", "CONSTANT")
+    if weight == "MIN_SNR_GAMMA":
+        yield from z.sets(name, "weighting", "min-snr")
+        yield from z.decides(loss_weight_strength="snr_gamma")
+    elif weight == "CONSTANT" or (weight == "DEBIASED_ESTIMATION" and predicts == "epsilon"):
+        yield from z.sets(name, "weighting", None if weight == "CONSTANT" else "debiased")
+    else:
+        yield from z.refuses(name, "weights noise levels")
+    yield from _onetrainer_levels(z, base)
+    yield from _onetrainer_text(z, base)
+    yield from z.refuses_all(
+        mae_strength=_ERROR,
+        log_cosh_strength=_ERROR,
+        huber_strength=_ERROR,
+        perturbation_noise_weight="adds noise to input and target",
+        masked_training=_MASKS,
+    )
+    yield from z.notes("dropout_probability", _DROPOUT)
+    yield from _resolution(z)
+    side, name = _square(z.get("resolution")), "aspect_ratio_bucketing"
+    if side is not None and z.get(name):
+        step = {"StableDiffusion": 8, "PixArt": 16, "Sana": 32}.get(base.family or "", 64)
+        yield from z.sets(name, "buckets", _onetrainer_buckets(side, step))
+
+
+def _onetrainer_text(z: Entries, base: Base) -> Iterator[Setting]:
+    """What the network was shown of captions."""
+    name, layers = "text_encoder_layer_skip", "training_arguments.clip_skip"
+    skipped = [z.get(name, 0)]
+    if base.family == "StableDiffusionXL":
+        skipped.append(z.get("text_encoder_2_layer_skip", 0))
+    if base.clip_alone or base.family == "StableDiffusionXL":
+        refused = "" if len(set(skipped)) == 1 else "skips unlike layers of two text encoders"
+        yield Setting(z.shown(name), layers, skipped[0], refused=refused)
+    elif base.family == "Flux":
+        name = "text_encoder_2_sequence_length"
+        yield from z.sets(name, "training_arguments.max_sequence_length", z.get(name))
+    parts = {name: z.get(name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
+    for name, part in parts.items():
+        own = Entries(part if isinstance(part, Mapping) else {}, z.source)
+        for setting in own.refuses("dropout_probability", "replaces its output by zeros"):
+            yield replace(setting, entry=f"{name}.{setting.entry}")
+    network = z.get("transformer")
+    if base.guided and isinstance(network, Mapping) and "guidance_scale" in network:
+        yield from Entries(network, z.source).decides(guidance_scale=_GUIDANCE)
+
+
+def _onetrainer_levels(z: Entries, base: Base) -> Iterator[Setting]:
+    name, how = "timestep_distribution", z.get("timestep_distribution", "UNIFORM")
+    low, high = z.number("min_noising_strength"), z.number("max_noising_strength", 1.0)
+    shift, within = z.number("timestep_shift", 1.0), (low, high) != (0, 1)
+    dynamic, side = z.get("dynamic_timestep_shifting") and base.flow, _square(z.get("resolution"))
+    if dynamic and side is not None and base.family == "Flux":
+        shift, dynamic = exp(_flux_mean((side // 16) ** 2)), False
+    if dynamic:
+        yield from z.refuses("dynamic_timestep_shifting", "draws levels by the size of each image")
+    elif how == "LOGIT_NORMAL" and not within:
+        mean, std = z.number("noising_bias") + log(shift), z.number("noising_weight") + 1
+        yield from z.sets(name, _SHIFT, 1.0, base.shift)
+        yield from z.sets(name, "timesteps", _logit_normal(mean, std))
+    elif how == "UNIFORM" and (shift == 1 or (base.flow and not within)):
+        if base.flow:
+            yield from z.sets("timestep_shift", _SHIFT, shift, base.shift)
+        levels = f"stratified:{int(1000 * low)}:{int(1000 * high)}" if within else None
+        yield from z.sets(name, "timesteps", levels)
+    else:
+        yield from z.refuses(name, _LEVELS)
+
+
+def _onetrainer_buckets(side: int, step: int) -> str:
+    """OneTrainer's sizes (height, width) of about the area of a square: nine shapes, both ways."""
+    shapes = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4)
+    sides = [(side / sqrt(shape), side * sqrt(shape)) for shape in shapes]
+    sizes = [(round(h / step) * step, round(w / step) * step) for h, w in sides]
+    both = dict.fromkeys([*sizes, *((w, h) for h, w in sizes)])
+    return ";".join(f"{h},{w}" for h, w in both)
+
+
+# ---------------------------------------------------------------------------------------------
+# ai-toolkit and SimpleTuner
+# ---------------------------------------------------------------------------------------------
+
+
+def ai_toolkit(z: Entries, base: Base) -> Iterator[Setting]:
+    """``config.yaml`` of the output folder: train and data sets of its process."""
+    train = Entries(z.get("train", {}), z.source)
+    yield from train.decides(noise_offset="noise_offset")
+    yield from _min_snr(train, "min_snr_gamma", base)
+    model = Entries(z.get("model", {}), z.source)
+    if not base.flow:
+        predicts = "v_prediction" if model.get("is_v_pred") else "epsilon"
+        yield from _predicts(model, base, "is_v_pred", predicts)
+    yield from model.notes("vae_path", _VAE)
+    yield from train.refuses_all(
+        loss_type=_ERROR,
+        snr_gamma="weights noise levels by a fixed scale",
+        learnable_snr_gos="learns weights of noise levels",
+        linear_timesteps="weights noise levels",
+        linear_timesteps2="weights noise levels",
+        content_or_style=_LEVELS,
+        dynamic_noise_offset="adds the images' means to the noise",
+        diff_output_preservation="adds a loss of the class",
+        blank_prompt_preservation="adds a loss of the empty prompt",
+        inverted_mask_prior="adds a loss outside masks",
+        do_guidance_loss="replaces the target",
+        do_differential_guidance="replaces the target",
+        bypass_guidance_embedding="shows the network no guidance",
+        short_and_long_captions="shows two captions of each image",
+        prompt_dropout_prob="drops prompts of single text encoders",
+    )
+    if base.flow:
+        how = train.get("timestep_type", "sigmoid")
+        entry, known = f"timestep_type={how}", {"sigmoid": "logit-normal", "linear": None}
+        if how in known:
+            yield Setting(entry, _SHIFT, 1.0, base.shift)
+            yield Setting(entry, "timesteps", known[how])
+        else:
+            yield Setting(entry, refused=_LEVELS)
+    if base.guided:
+        scale = train.number("cfg_scale", 1.0)
+        yield Setting(f"cfg_scale={scale:g}", _GUIDANCE, scale)
+    sets = [Entries(own, z.source) for own in z.get("datasets", ()) if isinstance(own, Mapping)]
+    for own in sets:
+        yield from own.refuses_all(
+            flip_y="mirrors images upside down",
+            random_scale="scales images at random",
+            augmentations="changes images at random",
+            mask_path=_MASKS,
+            alpha_mask=_MASKS,
+        )
+    decided = {
+        "caption_dropout_rate": "condition_dropout",
+        "shuffle_tokens": "shuffle_captions",
+        "keep_tokens": "keep_tokens",
+        "token_dropout_rate": "tag_dropout",
+        "random_crop": "random_crop",
+        "flip_x": "augment",
+        "caption_ext": "caption_extension",
+        "default_caption": "prompt",
+        "resolution": "resolution",
+    }
+    for name, option in decided.items():
+        found = [own for own in sets if own.get(name)]
+        if not found:
+            continue
+        own, value = found[0], found[0].get(name)
+        if any(other.get(name) != value for other in sets):
+            yield Setting(own.shown(name), option, refused="differs by data set")
+        elif name == "resolution":
+            yield from _resolution(own)
+        elif name == "caption_dropout_rate" and z.get("trigger_word"):
+            yield Setting(own.shown(name), option, refused="drops all but the trigger word")
+        else:
+            yield from own.sets(name, option, "flip" if option == "augment" else value)
+    yield from z.sets("trigger_word", "trigger_word", z.get("trigger_word"))
+    if sets:
+        yield Setting("all lines of captions", "caption_lines", "all")
+
+
+def simpletuner(z: Entries, base: Base) -> Iterator[Setting]:
+    """``simpletuner_config.json`` of the output folder, or the config it was started with."""
+    if not base.flow:
+        yield from _min_snr(z, "snr_gamma", base)
+        offset = z.number("noise_offset", 0.1) if z.get("offset_noise") else 0.0
+        some = offset and z.number("noise_offset_probability", 0.25) != 1
+        refused = "offsets some of the noise alone" if some else ""
+        yield Setting(f"offset_noise={offset > 0}", "noise_offset", offset, refused=refused)
+        if z.get("prediction_type"):
+            yield from _predicts(z, base, "prediction_type", str(z.get("prediction_type")))
+        yield from _zero_snr(z, base, "rescale_betas_zero_snr")
+    else:
+        shift = z.number("flow_schedule_shift", 3.0) or 1.0
+        scale, uniform = z.number("flow_sigmoid_scale", 1.0), z.get("flow_use_uniform_schedule")
+        entry = f"flow_schedule_shift={shift:g}"
+        yield Setting(entry, _SHIFT, shift if uniform else 1.0, base.shift)
+        yield Setting(entry, "timesteps", None if uniform else _logit_normal(log(shift), scale))
+    yield from z.decides(input_perturbation="input_perturbation")
+    if z.number("input_perturbation"):
+        yield from z.refuses("input_perturbation_steps", "lowers the perturbation by the step")
+    dropped = z.number("caption_dropout_probability", 0.1)
+    yield Setting(f"caption_dropout_probability={dropped:g}", "condition_dropout", dropped)
+    yield from z.refuses_all(
+        loss_type=_ERROR,
+        flow_use_beta_schedule=_LEVELS,
+        flow_schedule_auto_shift=_LEVELS,
+        flux_fast_schedule=_LEVELS,
+    )
+    if base.guided:
+        scale, constant = z.number("flux_guidance_value", 1.0), "constant"
+        drawn = z.get("flux_guidance_mode", constant) != constant
+        refused = "draws the guidance scale" if drawn else ""
+        yield Setting(f"flux_guidance_value={scale:g}", _GUIDANCE, scale, refused=refused)
+    if z.get("resolution_type", "pixel_area") != "area":
+        yield from _resolution(z)
+
+
+TRAINERS: dict[str, Callable[[Entries, Base], Iterator[Setting]]] = {
+    "kohya's sd-scripts": kohya,
+    "diffusers' scripts": diffusers,
+    "OneTrainer": onetrainer,
+    "ai-toolkit": ai_toolkit,
+    "SimpleTuner": simpletuner,
+}

@@ -1,0 +1,711 @@
+"""What trainers leave of a run, against the trainers' own step and documentation."""
+
+import hashlib
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import (
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
+from PIL import Image
+from safetensors.torch import save_file
+
+from curvlinops_diffusion import Attributor, DenoisingObjective
+from curvlinops_diffusion.cli.options import options_of
+from curvlinops_diffusion.cli.recipe import read_recipe
+from curvlinops_diffusion.diffusion.noise import NoiseProcess, as_trained, noise_process
+from curvlinops_diffusion.diffusion.timesteps import (
+    LogitNormalTimesteps,
+    TimestepsWithin,
+    UniformTimesteps,
+    timestep_scheme,
+)
+from curvlinops_diffusion.loading.trainer_entries import Base
+from curvlinops_diffusion.loading.trainer_settings import read_settings, settle
+from curvlinops_diffusion.weightings import DebiasedWeighting
+from tests.comparisons import assert_close
+from tests.diffusion import test_pipelines as pipelines
+
+SD = Base("StableDiffusionPipeline", {"_class_name": "PNDMScheduler"}, name="sd")
+XL = Base("StableDiffusionXLPipeline", {"_class_name": "EulerDiscreteScheduler"})
+_FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+FLUX = Base("FluxPipeline", _FLOW | {"use_dynamic_shifting": True}, guided=True)
+SD3 = Base("StableDiffusion3Pipeline", _FLOW)
+KNOWN = {
+    *("noise_offset", "input_perturbation", "condition_dropout", "weighting", "snr_gamma"),
+    *("augment", "resolution", "training_arguments", "timesteps", "buckets", "random_crop"),
+    *("shuffle_captions", "keep_tokens", "tag_dropout", "prior_loss_weight", "prompt"),
+    *("bucket_min", "bucket_max", "caption_column", "interpolation"),
+}
+KOHYA = {"ss_session_id": "1", "ss_network_module": "networks.lora"}
+
+
+def kohya_file(folder, name="lora.safetensors", **entries):
+    """A file whose header is as the scripts write it: all values as Python spells them."""
+    header = {key: str(value) for key, value in (KOHYA | entries).items()}
+    save_file({"w": torch.zeros(1)}, folder / name, metadata=header)
+    return folder / name
+
+
+def decided(path, base, **given):
+    return settle(read_settings(path), base, given, KNOWN)[0]
+
+
+def by_kohya(tmp_path, base, **entries):
+    return decided(kohya_file(tmp_path, **entries), base)
+
+
+# ---------------------------------------------------------------------------------------------
+# kohya's scripts
+# ---------------------------------------------------------------------------------------------
+
+
+def write_images(folder, count=3):
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    for n in range(count):
+        Image.fromarray(pixels[n]).save(folder / f"{n}.png")
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def test_a_step_of_kohyas_scripts(tmp_path):
+    """Input, target, condition and weight of each image as in the scripts' own step."""
+    torch.manual_seed(0)
+    pipeline = pipelines.stable_diffusion(tmp_path)
+    x = write_images(tmp_path / "train")
+    file = kohya_file(
+        tmp_path,
+        ss_base_model_version="sd_v1",
+        ss_clip_skip=2,
+        ss_noise_offset=0.1,
+        ss_ip_noise_gamma=0.2,
+        ss_min_snr_gamma=3.0,
+        ss_zero_terminal_snr=True,
+        ss_flip_aug=True,
+        ss_resolution=(8, 8),
+        **{"modelspec.prediction_type": "v"},
+    )
+    attributor = Attributor.from_pipeline(
+        pipeline,
+        tmp_path / "train",
+        prompts="a cat",
+        recipe=file,
+        training_arguments={"sample_latents": False},
+    )
+    assert len(attributor.settings) == 9
+    assert pipeline.scheduler.config.prediction_type == "epsilon"  # the user's stays as it is
+    regression = attributor.regression.with_draws(4, antithetic=False)
+    ids = pipeline.tokenizer(["a cat"] * 3, padding="max_length", max_length=8, return_tensors="pt")
+    hidden = pipeline.text_encoder(ids.input_ids, output_hidden_states=True).hidden_states[-2]
+    parts = pipeline.text_encoder.named_modules()
+    (norm,) = (part for name, part in parts if name.endswith("final_layer_norm"))
+
+    # custom_train_functions.py: shifted so that the last root is zero, the first as it was
+    root = torch.cumprod(1 - pipeline.scheduler.betas.double(), 0).sqrt()
+    first, last = float(root[0]), float(root[-1])
+    root = (root - last) * first / (first - last)
+    alpha_T, sigma_T = root.float(), (1 - root**2).sqrt().float()
+    seen, draws = [], regression.draws
+    for r, batch in enumerate(regression.batches()):
+        indices, shape = [0, 1, 2], batch.x_t.shape[1:]
+        flipped = draws.versions(indices, r, 2).bool()
+        shown = torch.where(flipped[:, None, None, None], x.flip(-1), x)
+        with torch.no_grad():
+            x0 = pipeline.vae.encode(shown).latent_dist.mean * pipeline.vae.config.scaling_factor
+        noise = draws.noise(indices, r, shape) + 0.1 * draws.noise_offset(indices, r, shape)
+        alpha, sigma = (z[batch.level_B].reshape(-1, 1, 1, 1) for z in (alpha_T, sigma_T))
+        perturbed = noise + 0.2 * draws.perturbation(indices, r, shape)
+        assert_close(batch.x_t, alpha * x0 + sigma * perturbed, 1e-5)
+        assert_close(batch.target_BD, (alpha * noise - sigma * x0).flatten(1), 1e-5)
+        assert_close(batch.condition["encoder_hidden_states"], norm(hidden), 1e-5)
+        snr = (alpha / sigma).square().flatten()
+        weight = snr.clamp(max=3.0) / (snr + 1)
+        assert_close(batch.weight_B, weight / x0[0].numel(), 1e-4)
+        assert torch.equal(batch.timestep_B, batch.level_B)
+        seen += flipped.tolist()
+    assert len(set(seen)) == 2
+
+
+@pytest.mark.parametrize(
+    ("base", "entries", "expected"),
+    [
+        (SD, {"ss_clip_skip": 1, "ss_noise_offset": None, "ss_min_snr_gamma": None}, {}),
+        (SD, {"ss_clip_skip": 2}, {"training_arguments.clip_skip": 1}),
+        (SD, {"ss_max_token_length": 225}, {"training_arguments.max_token_length": 225}),
+        (SD, {"ss_max_token_length": 75}, {}),
+        (XL, {"ss_clip_skip": 2}, {}),  # which always takes the last layer but one
+        (SD, {"ss_debiased_estimation": True}, {"weighting": "debiased"}),
+        (SD, {"ss_min_snr_gamma": 1}, {"weighting": "min-snr", "snr_gamma": 1.0}),
+        (SD, {"ss_caption_dropout_rate": 0.1}, {"condition_dropout": 0.1}),
+        (SD, {"modelspec.timestep_range": "200,800"}, {"timesteps": "stratified:200:800"}),
+        (SD, {"modelspec.prediction_type": "epsilon", "ss_zero_terminal_snr": False}, {}),
+        (
+            Base("StableDiffusionXLPipeline", {"rescale_betas_zero_snr": True}),
+            {"ss_zero_terminal_snr": False},
+            {"training_arguments.rescale_betas_zero_snr": False},
+        ),
+        (
+            SD,
+            {
+                "ss_caption_dropout_rate": 0.5,
+                "ss_caption_dropout_every_n_epochs": 4,
+                "ss_num_epochs": 10,  # the fourth and eighth, and half of the others
+            },
+            {"condition_dropout": 0.6},
+        ),
+        (
+            SD,
+            {
+                **{"ss_resolution": "512,512", "ss_enable_bucket": True, "ss_random_crop": True},
+                **{"ss_shuffle_caption": True, "ss_keep_tokens": 2, "ss_max_bucket_reso": 2048},
+                **{"ss_min_bucket_reso": 256, "ss_caption_tag_dropout_rate": 0.2},
+                **{"ss_num_reg_images": 9, "ss_prior_loss_weight": 0.5},
+                **{"ss_resize_interpolation": "cubic"},
+            },
+            {
+                **{"resolution": 512, "buckets": True, "random_crop": True, "bucket_max": 2048},
+                **{"shuffle_captions": True, "keep_tokens": 2, "tag_dropout": 0.2},
+                **{"prior_loss_weight": 0.5, "interpolation": "bicubic"},
+            },
+        ),
+        (
+            SD,
+            {
+                "ss_datasets": json.dumps(
+                    [
+                        {
+                            "resolution": [768, 768],
+                            "enable_bucket": False,
+                            "subsets": [
+                                {"flip_aug": True, "image_dir": "1_dog"},
+                                {"flip_aug": True, "is_reg": False},
+                                {"flip_aug": False, "is_reg": True},  # images of the class
+                            ],
+                        }
+                    ]
+                )
+            },
+            {"resolution": 768, "augment": "flip"},
+        ),
+        (
+            SD3,
+            {"ss_weighting_scheme": "logit_normal", "ss_logit_mean": 0.5, "ss_logit_std": 2.0},
+            {
+                "training_arguments.shift": 1.0,
+                "weighting": "preconditioned",
+                "timesteps": "logit-normal:0.5:2",
+            },
+        ),
+        (
+            FLUX,
+            {
+                **{"ss_timestep_sampling": "sigma", "ss_weighting_scheme": "logit_normal"},
+                **{"ss_logit_mean": 0.5, "ss_logit_std": 1.0, "ss_guidance_scale": 1.0},
+                **{"ss_discrete_flow_shift": 3.0, "ss_model_prediction_type": "raw"},
+            },
+            {  # from noise to data
+                "training_arguments.guidance_scale": 1.0,
+                "training_arguments.shift": 3.0,
+                "timesteps": "logit-normal:-0.5:1",
+            },
+        ),
+    ],
+)
+def test_entries_of_kohyas_scripts(tmp_path, base, entries, expected):
+    found = by_kohya(tmp_path, base, **entries)
+    assert found == pytest.approx(expected) if "condition_dropout" in found else found == expected
+
+
+@pytest.mark.parametrize("sampling", ["sigmoid", "shift", "flux_shift"])
+def test_levels_of_flux_by_kohyas_scripts(tmp_path, sampling):
+    """Quantiles of the share of noise as in flux_train_utils.py, of images of 512 pixels."""
+    entries = {"ss_timestep_sampling": sampling, "ss_sigmoid_scale": 0.8, "ss_resolution": 512}
+    found = by_kohya(tmp_path, FLUX, **entries, ss_discrete_flow_shift=3.1582)
+    assert "training_arguments.shift" not in found  # levels are the pipeline's, without a shift
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    sigmas_T = noise_process(scheduler).sigmas_T
+    quantiles = np.array([0.1, 0.4, 0.9])
+    scheme = timestep_scheme(found["timesteps"], 1000)
+    levels = np.floor(scheme._quantile(quantiles) * 1000).astype(int)
+
+    sigma = torch.sigmoid(0.8 * torch.special.ndtri(torch.from_numpy(quantiles)))
+    mu = 0.5 + (1.15 - 0.5) / (4096 - 256) * (32 * 32 - 256)
+    shift = {"sigmoid": 1.0, "shift": 3.1582, "flux_shift": math.exp(mu)}[sampling]
+    sigma = shift * sigma / (1 + (shift - 1) * sigma)
+    torch.testing.assert_close(sigmas_T[levels], sigma, atol=1.1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("base", "entries", "told"),
+    [
+        (SD, {"ss_multires_noise_iterations": 6}, "ss_multires_noise_iterations=6 adds noise of l"),
+        (SD, {"ss_noise_offset": 0.1, "ss_adaptive_noise_scale": 0.01}, "adaptive_noise_scale=0.0"),
+        (SD, {"ss_loss_type": "huber"}, "ss_loss_type=huber replaces the squared error"),
+        (SD, {"ss_resize_interpolation": "area"}, "resizes images in another way"),
+        (SD, {"ss_color_aug": True}, "ss_color_aug=True changes colours at random"),
+        (SD, {"ss_resolution": "512,768"}, "trains on several sizes, or on none that is square"),
+        (SD, {"ss_debiased_estimation": True, "ss_min_snr_gamma": 5}, "multiplies two weightings"),
+        (FLUX, {"ss_model_prediction_type": "sigma_scaled"}, "compares other than the velocity"),
+        (FLUX, {"ss_timestep_sampling": "new"}, "draws levels in another way"),
+        (
+            SD,
+            {"ss_datasets": '[{"subsets": [{"flip_aug": true}, {"flip_aug": false}]}]'},
+            r"flip_aug of ss_datasets differs by subset \(True, False\)",
+        ),
+    ],
+)
+def test_what_no_option_expresses(tmp_path, base, entries, told):
+    """Refused by name, with what else the file says; gone without where that is asked for."""
+    with pytest.raises(ValueError, match=told) as caught:
+        by_kohya(tmp_path, base, ss_random_crop=True, **entries)
+    assert "by kohya's sd-scripts whose objective no options express" in str(caught.value)
+    assert "`recipe='none'` to go without; it also says: " in str(caught.value)
+    assert "`random_crop=True`" in str(caught.value)
+
+
+def test_entries_as_they_are_by_default(tmp_path):
+    """All that train_network.py writes, of options that nobody gave: nothing is decided."""
+    usual = """
+        learning_rate=0.0001 text_encoder_lr=None unet_lr=None num_train_images=240
+        num_validation_images=0 num_reg_images=0 num_batches_per_epoch=240 num_epochs=10
+        gradient_checkpointing=False gradient_accumulation_steps=1 max_train_steps=2400
+        lr_warmup_steps=0 lr_scheduler=constant network_dim=16 network_alpha=8 network_dropout=None
+        mixed_precision=fp16 full_fp16=False v2=False base_model_version=sd_v1 clip_skip=None
+        max_token_length=None cache_latents=False seed=42 lowram=False noise_offset=None
+        multires_noise_iterations=None multires_noise_discount=0.3 adaptive_noise_scale=None
+        zero_terminal_snr=False training_comment=None optimizer=torch.optim.adamw.AdamW
+        max_grad_norm=1.0 caption_dropout_rate=0.0 caption_dropout_every_n_epochs=0
+        caption_tag_dropout_rate=0.0 face_crop_aug_range=None prior_loss_weight=1.0
+        min_snr_gamma=None scale_weight_norms=None ip_noise_gamma=None debiased_estimation=False
+        noise_offset_random_strength=False ip_noise_gamma_random_strength=False loss_type=l2
+        huber_schedule=snr huber_scale=1.0 huber_c=0.1 fp8_base=False fp8_base_unet=False
+        resize_interpolation=None resolution=None color_aug=False flip_aug=False random_crop=False
+        shuffle_caption=False enable_bucket=False bucket_no_upscale=False min_bucket_reso=None
+        max_bucket_reso=None keep_tokens=0 reg_dataset_dirs={} tag_frequency={} bucket_info=null
+    """
+    entries = dict(word.split("=") for word in usual.split())
+    path = kohya_file(
+        tmp_path,
+        **{f"ss_{name}": value for name, value in entries.items()},
+        **{"modelspec.prediction_type": "epsilon", "modelspec.architecture": "stable-diffusion-v1"},
+    )
+    assert settle(read_settings(path), SD, {}, KNOWN) == ({}, [])
+
+
+def test_what_is_given_by_hand(tmp_path):
+    """Wins, is said where it differs, and stands for a setting that no option expresses."""
+    path = kohya_file(
+        tmp_path,
+        ss_noise_offset=0.1,
+        ss_min_snr_gamma=5.0,
+        ss_clip_skip=2,
+        ss_resolution="512,768",
+        ss_network_dropout=0.1,
+        ss_dataset_dirs=json.dumps({"10_dog": {"n_repeats": 10, "img_count": 24}}),
+        ss_bucket_no_upscale=True,
+    )
+    given = {"noise_offset": 0.0, "resolution": 512, "training_arguments.clip_skip": 1}
+    found, lines = settle(read_settings(path), SD, given | {"weighting": None}, KNOWN)
+    assert found == {}
+    assert lines == [
+        "`noise_offset=0.0` is given, against ss_noise_offset=0.1 of 'lora.safetensors'",
+        "`weighting=None` is given, against ss_min_snr_gamma=5.0 of 'lora.safetensors'",
+        "ss_network_dropout=0.1 of 'lora.safetensors': the adapter's dropout is off here, as in "
+        "sampling",
+        "'10_dog' of ss_dataset_dirs of 'lora.safetensors': 24 images, each 10 times",
+        "`resolution=512` is given, against ss_resolution=(512, 768) of 'lora.safetensors'",
+        "not applied: ss_bucket_no_upscale=True of 'lora.safetensors' (bucket_no_upscale=True), "
+        "for which there is no option",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------
+# Others
+# ---------------------------------------------------------------------------------------------
+
+
+def script_of_diffusers(folder, **arguments):
+    """As accelerate lays out what a script is run with, beside its weights."""
+    run = folder / "logs" / "text2image-fine-tune" / "1700000000.5"
+    run.mkdir(parents=True)
+    (run / "hparams.yml").write_text(yaml.dump(arguments))
+    save_file({"w": torch.zeros(1)}, folder / "pytorch_lora_weights.safetensors")
+    return folder
+
+
+def test_a_script_of_diffusers(tmp_path):
+    arguments = {
+        "pretrained_model_name_or_path": "sd",
+        "snr_gamma": 5.0,
+        "noise_offset": 0.1,
+        "prediction_type": "v_prediction",
+        "resolution": 512,
+        "center_crop": False,
+        "random_flip": True,
+        "image_interpolation_mode": "lanczos",
+        "aspect_ratio_buckets": "512,768",
+        "caption_column": "text",
+        "loss_type": "l2",
+        "learning_rate": 1e-4,
+        "max_train_samples": None,
+    }
+    folder = script_of_diffusers(tmp_path, **arguments)
+    expected = {
+        "weighting": "min-snr",
+        "snr_gamma": 5.0,
+        "noise_offset": 0.1,
+        "training_arguments.prediction_type": "v_prediction",
+        "resolution": 512,
+        "random_crop": True,
+        "augment": "flip",
+        "interpolation": "lanczos",
+        "buckets": "512,768",
+        "caption_column": "text",
+    }
+    assert decided(folder, SD) == expected
+    assert decided(folder / "pytorch_lora_weights.safetensors", SD) == expected
+    (folder / "checkpoint-500").mkdir()
+    save_file({"w": torch.zeros(1)}, folder / "checkpoint-500" / "pytorch_lora_weights.safetensors")
+    assert decided(folder / "checkpoint-500", SD) == expected
+
+
+@pytest.mark.parametrize(
+    ("base", "precondition", "scheme", "weighting"),
+    [
+        (SD3, 1, "logit_normal", "preconditioned"),
+        (SD3, 1, "sigma_sqrt", None),
+        (SD3, 0, "cosmap", "cosmap"),
+        (FLUX, None, "sigma_sqrt", "inverse-variance"),
+    ],
+)
+def test_weights_of_flow_matching(tmp_path, base, precondition, scheme, weighting):
+    """As compute_loss_weighting_for_sd3 has them, of the clean image or of the velocity."""
+    arguments = {"weighting_scheme": scheme, "logit_mean": 1.0, "logit_std": 1.0}
+    arguments |= {"precondition_outputs": precondition, "guidance_scale": 1.0}
+    found = decided(script_of_diffusers(tmp_path, **arguments), base)
+    assert found.get("weighting") == weighting
+    drawn = scheme == "logit_normal"  # u runs from noise to data there
+    assert found.get("timesteps") == ("logit-normal:-1:1" if drawn else None)
+    assert found.get("training_arguments.guidance_scale") == (1.0 if base is FLUX else None)
+
+
+def test_onetrainer(tmp_path):
+    config = {
+        "model_type": "STABLE_DIFFUSION_15",
+        "training_method": "LORA",
+        "base_model_name": "runwayml/stable-diffusion-v1-5",
+        "offset_noise_weight": 0.05,
+        "perturbation_noise_weight": 0.0,
+        "rescale_noise_scheduler_to_zero_terminal_snr": True,
+        "force_v_prediction": True,
+        "loss_weight_fn": "MIN_SNR_GAMMA",
+        "loss_weight_strength": 5.0,
+        "timestep_distribution": "LOGIT_NORMAL",
+        "noising_bias": 0.5,
+        "noising_weight": 1.0,
+        "resolution": "512",
+        "aspect_ratio_bucketing": True,
+        "text_encoder_layer_skip": 1,
+        "mse_strength": 1.0,
+        "mae_strength": 0.0,
+    }
+    path = tmp_path / "ot.safetensors"
+    save_file({"w": torch.zeros(1)}, path, metadata={"ot_config": json.dumps(config)})
+    found = decided(path, SD)
+    buckets = found.pop("buckets")
+    assert found == {
+        "noise_offset": 0.05,
+        "training_arguments.rescale_betas_zero_snr": True,
+        "training_arguments.prediction_type": "v_prediction",
+        "weighting": "min-snr",
+        "snr_gamma": 5.0,
+        "timesteps": "logit-normal:0.5:2",
+        "training_arguments.clip_skip": 1,
+        "resolution": 512,
+    }
+    # the same area at each of nine ratios, in steps of eight
+    sizes = [tuple(map(int, pair.split(","))) for pair in buckets.split(";")]
+    assert sizes[:3] == [(512, 512), (456, 576), (416, 624)]
+    assert sizes[9:] == [(w, h) for h, w in sizes[1:9]]
+    _, lines = settle(read_settings(path), SD, {}, KNOWN)
+    assert "trained on 'runwayml/stable-diffusion-v1-5', got 'sd'" in lines[0]
+    flux = {"model_type": "FLUX_DEV_1", "dynamic_timestep_shifting": True, "noising_weight": 0.0}
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | flux | {"loss_weight_fn": "CONSTANT"})
+    )
+    mean = 0.5 + 0.5 + 0.65 / 3840 * (1024 - 256)  # of the bias, and of 1,024 tokens
+    assert decided(tmp_path / "config.json", FLUX)["timesteps"] == f"logit-normal:{mean:.9g}:1"
+    for changed, told in (
+        ({"perturbation_noise_weight": 0.1}, "adds noise to input and target"),
+        ({"text_encoder": {"dropout_probability": 0.1}}, "text_encoder.dropout_probability=0.1 re"),
+        ({"loss_weight_fn": "P2"}, "weights noise levels"),
+        ({"resolution": "512,768"}, "trains on several sizes"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(ValueError, match=told):
+            decided(tmp_path / "config.json", SD)
+
+
+def test_ai_toolkit(tmp_path):
+    process = {
+        "model": {"name_or_path": "black-forest-labs/FLUX.1-dev", "is_flux": True},
+        "train": {"timestep_type": "sigmoid", "noise_scheduler": "flowmatch", "steps": 2000},
+        "datasets": [
+            {
+                "folder_path": "train",
+                "caption_ext": "txt",
+                "caption_dropout_rate": 0.05,
+                "shuffle_tokens": False,
+                "resolution": [512, 768, 1024],
+                "flip_x": True,
+            }
+        ],
+    }
+    config = {"job": "extension", "config": {"name": "dog", "process": [process]}}
+    (tmp_path / "config.yaml").write_text(yaml.dump(config))
+    save_file({"w": torch.zeros(1)}, tmp_path / "dog.safetensors")
+    with pytest.raises(
+        ValueError, match=r"several sizes.* Pass `resolution` to decide it by hand, or"
+    ):
+        decided(tmp_path / "dog.safetensors", FLUX)
+    assert decided(tmp_path / "dog.safetensors", FLUX, resolution=512) == {
+        "timesteps": "logit-normal",
+        "training_arguments.guidance_scale": 1.0,
+        "condition_dropout": 0.05,
+        "augment": "flip",
+    }
+    with pytest.raises(
+        ValueError, match=r"trained on a FluxPipeline .*FLUX.1-dev.*, got a StableD"
+    ):
+        decided(tmp_path / "dog.safetensors", SD)
+
+
+def test_simpletuner(tmp_path):
+    config = {
+        "model_family": "flux",
+        "flow_schedule_shift": 2.0,
+        "flow_sigmoid_scale": 0.5,
+        "flux_guidance_value": 1.0,
+        "caption_dropout_probability": 0.2,
+        "resolution": 1024,
+    }
+    (tmp_path / "simpletuner_config.json").write_text(json.dumps(config))
+    save_file({"w": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.safetensors")
+    assert decided(tmp_path, FLUX) == {
+        "timesteps": f"logit-normal:{math.log(2):.9g}:0.5",
+        "training_arguments.guidance_scale": 1.0,
+        "condition_dropout": 0.2,
+        "resolution": 1024,
+    }
+
+
+def test_a_card_and_peft(tmp_path):
+    """Name the base, and the prompt of DreamBooth."""
+    save_file({"w": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.safetensors")
+    card = "---\nbase_model: stabilityai/sdxl\ninstance_prompt: a shs dog\n---\n# A dog\n"
+    (tmp_path / "README.md").write_text(card)
+    found, lines = settle(read_settings(tmp_path), SD, {}, KNOWN)
+    assert found == {"prompt": "a shs dog"}
+    assert lines[0] == "trained on 'stabilityai/sdxl', got 'sd': the same weights are needed"
+    (tmp_path / "README.md").write_text("---\n: [\n---\n")  # a text for people
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "me/sd"}')
+    found, (line,) = settle(read_settings(tmp_path), SD, {}, KNOWN)
+    assert found == {}
+    assert line.startswith("no settings of a trainer known here are in or beside '")
+
+
+# ---------------------------------------------------------------------------------------------
+# The base, and files that are damaged
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entries", "kind"),
+    [
+        ({"ss_base_model_version": "sdxl_base_v1-0"}, "StableDiffusionXLPipeline"),
+        ({"ss_v2": True, "ss_base_model_version": "sd_v2"}, "StableDiffusionPipeline"),
+        ({"modelspec.architecture": "flux-1-dev/lora"}, "FluxPipeline"),
+        ({"ss_base_model_version": "sd3"}, "StableDiffusion3Pipeline"),
+    ],
+)
+def test_adapters_of_another_kind_of_pipeline(tmp_path, entries, kind):
+    path = kohya_file(tmp_path, **entries)
+    for base in (SD, XL, SD3, FLUX):
+        if base.kind == kind:
+            assert decided(path, base) == {}
+        else:
+            with pytest.raises(ValueError, match=rf"trained on a {kind}.*, got a {base.kind}. Pa"):
+                decided(path, base)
+
+
+def test_the_arguments_in_a_file_of_toml(tmp_path):
+    (tmp_path / "kohya.toml").write_text(
+        "v_parameterization = true\n[loss]\ndebiased_estimation_loss = true\nmin_timestep = 100\n"
+        '[data]\nresolution = "512,512"\nflip_aug = true\n'
+    )
+    assert decided(tmp_path / "kohya.toml", SD) == {
+        "training_arguments.prediction_type": "v_prediction",
+        "weighting": "debiased",
+        "timesteps": "stratified:100:1000",
+        "resolution": 512,
+        "augment": "flip",
+    }
+
+
+def test_the_file_of_the_base(tmp_path):
+    """Compared by the hash of kohya's scripts where it lies beside the pipeline."""
+    data = bytes(range(256)) * 5000
+    (tmp_path / "base.safetensors").write_bytes(data)
+    short = hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+    base = Base(SD.kind, SD.scheduler, name=str(tmp_path / "base"))
+    for value, told in ((short, "is the file"), ("0" * 8, "has another hash than the file")):
+        path = kohya_file(tmp_path, ss_sd_model_name="base.safetensors", ss_sd_model_hash=value)
+        (line,) = settle(read_settings(path), base, {}, KNOWN)[1]
+        assert line == f"'{tmp_path / 'base.safetensors'}' {told} that was trained on"
+
+
+@pytest.mark.parametrize(
+    ("name", "here", "same"),
+    [
+        ("runwayml/stable-diffusion-v1-5", "/m/stable-diffusion-v1-5", True),
+        ("black/FLUX.1-dev", "/m/models--black--FLUX.1-dev/snapshots/abc", True),
+        ("black/FLUX.1-dev", "/m/FLUX.1-schnell", False),
+        ("C:\\\\models\\\\anime.safetensors", "/m/anime", True),
+    ],
+)
+def test_names_of_the_base(tmp_path, name, here, same):
+    path = kohya_file(tmp_path, ss_sd_model_name=name)
+    lines = settle(read_settings(path), Base(SD.kind, SD.scheduler, name=here), {}, KNOWN)[1]
+    assert (lines == []) == same
+
+
+def test_files_that_are_damaged(tmp_path):
+    with pytest.raises(ValueError, match=r"does not exist. Pass an adapter, or a trainer's config"):
+        read_settings(tmp_path / "none")
+    path = kohya_file(tmp_path, ss_noise_offset="many")
+    with pytest.raises(ValueError, match=r"holds ss_noise_offset='many', which must be a finite"):
+        decided(path, SD)
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        read_settings(path)
+    save_file({"w": torch.zeros(1)}, path, metadata={"ot_config": "{"})
+    with pytest.raises(ValueError, match="holds a damaged ot_config"):
+        read_settings(path)
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=r"is no config of kohya's sd-scripts, diffusers' scripts"):
+        read_settings(tmp_path / "config.json")
+    for name, text in (("config.json", "{"), ("config.yaml", "a: ["), ("kohya.toml", "a")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"{name}' cannot be read \(.*\). Copy it again"):
+            read_settings(tmp_path / name)
+
+
+# ---------------------------------------------------------------------------------------------
+# The program
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_program(tmp_path, capsys):
+    """Reads the recipe of the adapter before anything is loaded; what is given wins."""
+    pipelines.stable_diffusion(tmp_path).save_pretrained(tmp_path / "p")
+    path = kohya_file(
+        tmp_path, ss_noise_offset=0.1, ss_flip_aug=True, ss_clip_skip=2, ss_min_snr_gamma=1
+    )
+
+    def read(**given):
+        given = {"pipeline": tmp_path / "p", "lora": [str(path)], **given}
+        options = options_of("fit", **given)
+        read_recipe(options, given)
+        return options
+
+    options = read(noise_offset=0.2, training_arguments=["sample_latents=false"])
+    assert (options.noise_offset, options.augment, options.snr_gamma) == (0.2, "flip", 1.0)
+    assert options.training_arguments == ["sample_latents=false", "clip_skip=1"]
+    assert options.recipe == str(path)
+    told = capsys.readouterr().err
+    assert "Recipe: --augment flip, by ss_flip_aug=True of 'lora.safetensors'" in told
+    assert "Recipe: --training-arguments clip_skip=1, by ss_clip_skip=2" in told
+    assert "Recipe: --noise-offset 0.2 is given, against ss_noise_offset=0.1" in told
+    assert read(recipe="none").augment is None
+    assert read(lora=[f"a={path}", f"b={path}"]).augment is None
+    assert "not read of several adapters" in capsys.readouterr().err
+    kohya_file(tmp_path, ss_loss_type="l1")
+    with pytest.raises(ValueError, match=r"ss_loss_type=l1 replaces the squared error. Pass `"):
+        read()
+
+
+def test_objects_that_are_given_in_python(tmp_path):
+    """Stand for what a trainer left by another name."""
+    write_images(tmp_path / "train")
+    attributor = Attributor.from_pipeline(
+        pipelines.stable_diffusion(tmp_path),
+        tmp_path / "train",
+        prompts="a cat",
+        recipe=kohya_file(tmp_path, ss_min_snr_gamma=5, ss_noise_offset=0.1),
+        weighting=torch.ones(1000),
+        noise_offset=0.2,
+    )
+    assert attributor.settings == [
+        "`noise_offset=0.2` is given, against ss_noise_offset=0.1 of 'lora.safetensors'",
+        "`weighting='Tensor'` is given, against ss_min_snr_gamma=5 of 'lora.safetensors'",
+    ]
+    assert attributor.regression.recipe.noise_offset == 0.2
+    assert (attributor.objective.weights_T == 1).all()
+
+
+# ---------------------------------------------------------------------------------------------
+# What the entries decide
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [DDPMScheduler, PNDMScheduler, EulerDiscreteScheduler])
+def test_schedulers_as_they_were_trained(cls):
+    """As diffusers' own rescaling, of schedulers that have none as well."""
+    scheduler = cls(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    rescaled = DDPMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True)
+    expected = noise_process(rescaled)
+    made = noise_process(as_trained(scheduler, "v_prediction", rescale_betas_zero_snr=True))
+    assert made.prediction_type == "v_prediction"
+    assert made.alphas_T[-1] == 0
+    torch.testing.assert_close(made.alphas_T, expected.alphas_T, atol=1e-5, rtol=0)
+    assert scheduler.config.prediction_type == "epsilon"
+    again = noise_process(as_trained(rescaled, rescale_betas_zero_snr=False))
+    torch.testing.assert_close(again.alphas_T, noise_process(scheduler).alphas_T)
+
+
+def test_levels_with_another_shift(tmp_path):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    u_T = noise_process(scheduler).sigmas_T
+    found = noise_process(as_trained(scheduler, shift=2.0)).sigmas_T
+    torch.testing.assert_close(found, 2 * u_T / (1 + u_T), atol=1e-6, rtol=0)
+    pipeline = pipelines.stable_diffusion_3(tmp_path)  # which is read by its interface
+    objective = DenoisingObjective.from_pipeline(pipeline, training_arguments={"shift": 1.0})
+    torch.testing.assert_close(objective.process.sigmas_T, u_T, atol=1e-6, rtol=0)
+    assert pipeline.scheduler.config.shift == 3.0
+
+
+def test_debiased_weights():
+    """apply_debiased_estimation of kohya's scripts."""
+    for kind in ("epsilon", "v_prediction"):
+        process = noise_process(DDPMScheduler(prediction_type=kind))
+        snr_T = (process.alphas_T / process.sigmas_T).square()
+        snr_T = torch.minimum(snr_T, torch.ones_like(snr_T) * 1000)
+        expected = 1 / (snr_T + 1) if kind == "v_prediction" else 1 / torch.sqrt(snr_T)
+        torch.testing.assert_close(DebiasedWeighting()(process), expected)
+    with pytest.raises(ValueError, match=r"got .*flow"):
+        DebiasedWeighting()(NoiseProcess.flow())
+
+
+def test_schemes_by_names_with_numbers():
+    assert timestep_scheme("logit-normal:0.5:2", 10) == LogitNormalTimesteps(0.5, 2.0)
+    assert timestep_scheme("uniform:2:8", 10) == TimestepsWithin(2, 8, UniformTimesteps())
+    for wrong in ("uniform:2", "uniform:8:2", "all:1:2", "logit-normal:0:-1", "logit-normal:a:1"):
+        with pytest.raises(ValueError, match="`timesteps` must"):
+            timestep_scheme(wrong, 10)
