@@ -319,9 +319,7 @@ def test_differences_of_whole_weights(saved, tmp_path):
 
 
 MORE = {
-    "dora_scale": (f"{STEM}.dora_scale", (4, 1), r"1 of its weights \(DoRA magnitudes .*dora_sc"),
-    "a core": (f"{STEM}.lora_mid.weight", (2, 2), r"1 of its weights \(Tucker cores\).*lora_mid"),
-    "LoHa": (f"{STEM}.hada_w1_a", (4, 2), r"1 of its weights \(LoHa\).*hada_w1_a'"),
+    "two products": (f"{STEM}.hada_w1_a", (4, 2), "'hada_w1_a', 'lora_A', 'lora_B' of .* one"),
     "OFT": (f"{STEM}.oft_blocks", (2, 2, 2), r"1 of its weights \(OFT\).*oft_blocks'"),
     "unknown": (f"{STEM}.scalar", (1,), r"cannot be loaded: .*attn1_to_q\.scalar\. Pass"),
     "alpha of nothing": ("lora_unet_conv_in.alpha", (), "holds 'lora_unet_conv_in.alpha' and no"),
