@@ -21,7 +21,7 @@ from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, DefaultHelp
 from curvlinops_diffusion.cli import lacking
 from curvlinops_diffusion.cli.earlier import completed
 from curvlinops_diffusion.cli.options import Command, Option, commands, flag
-from curvlinops_diffusion.cli.paths import check_paths
+from curvlinops_diffusion.cli.paths import check_paths, find_paths
 from curvlinops_diffusion.cli.running import event, say, start_log
 from curvlinops_diffusion.cli.signatures import REQUIRED
 from curvlinops_diffusion.cli.words import spelled
@@ -147,6 +147,7 @@ def run(arguments: Sequence[str]) -> int:
             warnings.simplefilter("ignore", FutureWarning)
             warnings.showwarning = lambda message, *rest, **kw: say(f"warning: {message}")
             options = completed(name, given)
+            find_paths(options)
             check_paths(options)
             _command(name)(options)
     except KeyboardInterrupt:
