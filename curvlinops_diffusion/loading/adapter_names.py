@@ -125,6 +125,7 @@ class Names:
             for part, module in self._parts.items()
         }
         found: dict[str, list[Place]] = {}
+        kohyas: dict[str, str] = {}  # as kohya's scripts would have it: the name in the file
         for stem in outputs:
             prefix = next((prefix for prefix in _PARTS if stem.startswith(prefix)), "")
             part = _PARTS.get(prefix) or next(iter(self._parts))
@@ -134,9 +135,15 @@ class Names:
             layer = there.get(flat, there.get(flat.removeprefix("text_model_")))
             if layer:
                 found[stem] = [Place(part, layer)]
+            elif not _PARTS.get(prefix):
+                kohyas[f"lora_unet_{flat}"] = stem
         left = {stem: rows for stem, rows in outputs.items() if stem not in found}
         names = {part: set(own.values()) for part, own in layers.items()}
-        for stem, places in (self._of_joint_blocks(left) | self._asked(left)).items():
+        counts = {name: outputs[stem] for name, stem in kohyas.items()}
+        asked = self._asked(left)
+        for other in (self._of_joint_blocks(counts), {} if asked else self._asked(counts)):
+            asked |= {kohyas[name]: places for name, places in other.items()}
+        for stem, places in asked.items():
             if all(place.layer in names[place.part] for place in places):
                 found[stem] = places
         return found
@@ -161,6 +168,8 @@ class Names:
 
     def _asked(self, outputs: Mapping[str, int]) -> dict[str, list[Place]]:
         """The layers that the loader has for names, there or not."""
+        if not outputs:
+            return {}
         pairs = {}
         for n, (stem, rows) in enumerate(outputs.items(), 1):
             pairs[f"{stem}.lora_down.weight"] = torch.full((1, 1), float(n))

@@ -199,13 +199,22 @@ SPLIT = {
 }
 
 
-@pytest.mark.parametrize("make", SPLIT)
+QKV = [f"transformer.transformer_blocks.0.attn.to_{n}" for n in "qkv"]
+# and as ai-toolkit has them
+FILES = [
+    *SPLIT.items(),
+    (pipelines.flux, {"diffusion_model.double_blocks.0.img_attn.qkv": QKV}),
+    (pipelines.stable_diffusion_3, {"diffusion_model.joint_blocks.0.x_block.attn.qkv": QKV}),
+]
+
+
+@pytest.mark.parametrize(("make", "stems"), FILES)
 @pytest.mark.parametrize("form", [matrices, loha, lokr_of_products])
-def test_original_names(saved, tmp_path, make, form):  # noqa: F811
+def test_original_names(saved, tmp_path, make, stems, form):  # noqa: F811
     """The joint layer's rows are those of its parts, magnitudes of rows included."""
     pipeline, parts = doubled(saved, make)
     written, expected = Written(), {}
-    for stem, names in SPLIT[make].items():
+    for stem, names in stems.items():
         layers = [parts[n.split(".")[0]].get_submodule(n.split(".", 1)[1]) for n in names]
         whole = torch.cat([layer.weight for layer in layers])
         if form is lokr_of_products and len(layers) > 1:  # of which the first is divided
