@@ -187,9 +187,9 @@ class Names:
                 up = keys.get(f"{layer}.lora_B{side}")
                 if not end or up is None or part not in self._parts:
                     continue
-                stem, rows = stems[int(tensors[key].max()) - 1], tensors[up].flatten().long() - 1
-                whole = torch.equal(rows, torch.arange(outputs[stem]))
-                found.setdefault(stem, []).append(Place(part, layer, None if whole else rows))
+                stem, own = stems[int(tensors[key].max()) - 1], tensors[up].flatten().long() - 1
+                whole = torch.equal(own, torch.arange(outputs[stem]))
+                found.setdefault(stem, []).append(Place(part, layer, None if whole else own))
         return found
 
 

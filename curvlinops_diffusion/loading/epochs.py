@@ -59,7 +59,7 @@ def _by_step(folder: Path) -> list[Path]:
             f"'{folder}' holds adapters of several trainings ({some}). Pass the file of one as "
             "--lora, and earlier ones of the same training as --checkpoints."
         )
-    order = {path: number for path, (_, _, number) in steps.items()}
+    order: dict[Path, int | None] = {path: number for path, (_, _, number) in steps.items()}
     if len({counted for counted, _, _ in steps.values()}) > 1:
         order = {path: _counted_steps(path) for path in steps}
         if None in order.values():

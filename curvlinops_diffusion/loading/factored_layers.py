@@ -32,11 +32,12 @@ _MATRICES = ("lora_A", "lora_mid", "lora_B")
 _FIRST = ("lokr_w1", "lokr_w1_b", "lokr_w1_a")
 _SECOND = ("lokr_w2", "lokr_w2_b", "lokr_t2", "lokr_w2_a")
 _HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_t1", "hada_w2_a", "hada_w2_b", "hada_t2")
+_OF_ALL = (*_MATRICES, *_FIRST, *_SECOND, *_HADAMARD)
 # those with as many rows as the product has rank, where there is one
 _OF_RANK = ("lora_A", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
 
 
-class FactoredLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class FactoredLayer(nn.Module, BaseTunerLayer):
     """A linear layer or convolution, with what one adapter adds to its weight.
 
     Args:
@@ -49,7 +50,7 @@ class FactoredLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         ValueError: If they are no factors of a change of this layer's weight.
     """
 
-    adapter_layer_names = (*_MATRICES, *_FIRST, *_SECOND, *_HADAMARD, MAGNITUDE)
+    adapter_layer_names = (*_OF_ALL, MAGNITUDE)
     other_param_names = ("scaling",)
 
     def __init__(
@@ -86,7 +87,7 @@ class FactoredLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if not fits:
             there = "×".join(map(str, layer.weight.shape))
             raise ValueError(f"has factors {shapes}, which make no weight of {there}")
-        self.set_adapter([adapter])
+        BaseTunerLayer.set_adapter(self, [adapter])
 
     def _magnitudes_fit(self, shape: Sequence[int]) -> bool:
         magnitude = self._of(MAGNITUDE)
@@ -94,7 +95,7 @@ class FactoredLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     @property
     def _layer(self) -> Any:
-        return self.get_base_layer()
+        return BaseTunerLayer.get_base_layer(self)
 
     def _of(self, name: str) -> Any:
         held = getattr(self, name)
@@ -108,7 +109,7 @@ class FactoredLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         scale, kernel = self.scaling[self.adapter], self._layer.weight.shape[2:]
         if self._of("hada_w1_a") is not None:
             pairs = _HADAMARD[:3], _HADAMARD[3:]
-            one, two = (_multiplied(*map(self._of, names), kernel) for names in pairs)
+            one, two = (_multiplied([self._of(n) for n in names], kernel) for names in pairs)
             return scale * one * two
         if self._of("lora_A") is not None:
             return scale * _composed(self._steps(_MATRICES))
@@ -118,11 +119,12 @@ class FactoredLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer with what the adapter adds."""
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.adapter not in self.active_adapters:
+        active: Any = self.active_adapters
+        if self.disable_adapters or self.adapter not in active:
             return result
         layer, magnitude = self._layer, self._of(MAGNITUDE)
-        own = next(p for name, p in self.named_parameters() if not name.startswith("base_layer."))
-        z = x.to(own.dtype)
+        # the precision that factors have, which may be more than the layer's
+        z = x.to(next(p.dtype for name in _OF_ALL for p in getattr(self, name).parameters()))
         if magnitude is None:
             return (result + self._added(z)).to(result.dtype)
         with torch.no_grad():
@@ -178,7 +180,7 @@ def _unbiased(weight: Tensor, like: Any = None) -> nn.Module:
         cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(kernel) - 1]
         names = () if like is None else ("stride", "padding", "dilation", "padding_mode")
         options = {name: getattr(like, name) for name in names}
-        made = cls(I, O, tuple(kernel), bias=False, device="meta", **options)
+        made = cls(I, O, tuple(kernel), bias=False, device="meta", **options)  # type: ignore
     else:
         made = nn.Linear(I, O, bias=False, device="meta")
     made.weight = nn.Parameter(weight.clone())
@@ -199,11 +201,13 @@ def _composed(steps: Sequence[Any]) -> Tensor:
     return weight
 
 
-def _multiplied(a: Tensor, b: Tensor, core: Tensor | None, kernel: Sequence[int]) -> Tensor:
+def _multiplied(factors: Sequence[Any], kernel: Sequence[int]) -> Tensor:
     """One of the two products of LoHa as a weight."""
+    a, b, core = factors
     if core is not None:
         return torch.einsum("ij...,io,jp->op...", core, a, b)
-    return (a.flatten(1) @ b.flatten(1)).unflatten(1, (-1, *kernel))
+    product: Tensor = a.flatten(1) @ b.flatten(1)
+    return product.unflatten(1, (-1, *kernel))
 
 
 def _run(layer: Any, x: Tensor, weight: Tensor | None = None) -> Tensor:

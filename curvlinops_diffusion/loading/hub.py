@@ -57,16 +57,15 @@ def on_hub(
     from huggingface_hub import constants, snapshot_download
 
     name, file = match[1], match[2]
-    chosen = {"allow_patterns": [file] if file else _PATTERNS[kind]}
-    if kind == "pipeline":
-        chosen["ignore_patterns"] = [p for p in _VARIANTS if variant is None or variant not in p]
+    others = [p for p in _VARIANTS if variant is None or variant not in p]
 
     def found(local: bool) -> Path:
         there = snapshot_download(
             name,
             repo_type="dataset" if kind == "data" else "model",
+            allow_patterns=[file] if file else _PATTERNS[kind],
+            ignore_patterns=others if kind == "pipeline" else None,
             local_files_only=local,
-            **chosen,
         )
         whole = Path(there) / file if file else Path(there)
         if not whole.exists():
