@@ -174,7 +174,7 @@ def test_downloads(cache, monkeypatch):
 
     def download(name, local_files_only=False, **options):
         asked.append((name, local_files_only, options))
-        if local_files_only:
+        if local_files_only and name != "two/half":
             raise FileNotFoundError("nothing here")
         if name == "two/none":
             raise OSError("404 Client Error\n(Request ID: 1)")
@@ -195,5 +195,11 @@ def test_downloads(cache, monkeypatch):
     assert matches("tokenizer/vocab.json")
     for path in ("unet/m.bin", "pipeline.py", "model.ckpt", "unet/m.bf16.safetensors"):
         assert not matches(path)
+
+    def incomplete(path):
+        raise ValueError("it lacks weights")
+
+    assert on_hub("two/half", "adapter", incomplete) == cache
+    assert [local for name, local, _ in asked if name == "two/half"] == [True, False]
     with pytest.raises(ValueError, match=r"cannot be had from the Hub: 404 Client Error \(Req.*Pa"):
         on_hub("two/none", "adapter", str)
