@@ -82,6 +82,12 @@ def load_adapters(
     return names_of
 
 
+def networks_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The networks of a pipeline by their names there, the denoiser first."""
+    found = {n: part for n, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return dict(sorted(found.items(), key=lambda item: item[0] not in ("unet", "transformer")))
+
+
 def names_in(
     model: nn.Module, parts: Mapping[str, nn.Module], trained: Mapping[str, Sequence[str]]
 ) -> list[str]:

@@ -9,7 +9,6 @@ import torch
 from peft import LoHaConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
@@ -19,7 +18,7 @@ from curvlinops_diffusion import (
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import options_of
 from curvlinops_diffusion.loading.adapter_files import converted, read_adapter
-from curvlinops_diffusion.loading.adapters import load_adapters, names_in
+from curvlinops_diffusion.loading.adapters import load_adapters, names_in, networks_of
 from curvlinops_diffusion.loading.images import open_images
 from tests.comparisons import assert_close
 from tests.diffusion import test_pipelines as pipelines
@@ -47,9 +46,7 @@ def saved(tmp_path_factory):
 def again(saved, make):
     """A pipeline as it is on disk, and its networks."""
     pipeline = copy.deepcopy(saved(make)[1])
-    modules = {n: m for n, m in pipeline.components.items() if isinstance(m, nn.Module)}
-    order = sorted(modules, key=lambda name: name not in ("unet", "transformer"))
-    return pipeline, {name: modules[name] for name in order}
+    return pipeline, networks_of(pipeline)
 
 
 def random(*shape, seed):
