@@ -54,7 +54,6 @@ _KINDS = {
     "oft_": "OFT",
     "on_input": "(IA)³",
     "lora_mid": "Tucker cores",
-    "dora_scale": "DoRA magnitudes",
     ".diff": "differences of whole weights",
     "_norm": "differences of whole weights",
 }

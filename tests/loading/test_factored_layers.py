@@ -373,3 +373,25 @@ def test_beside_another_adapter(saved, tmp_path):  # noqa: F811
         found = load_adapters(order, parts, pipeline)
         acts_as(parts["unet"].get_submodule(name), base + change)
         assert len(found["unet"]) == 4
+
+
+def test_differences_by_original_names(saved, tmp_path):  # noqa: F811
+    """Of layers that were one, each gets its rows."""
+    names = {
+        pipelines.stable_diffusion_xl: ("lora_unet_input_blocks_1_0_in_layers_2", "conv1"),
+        pipelines.flux: ("lora_unet_double_blocks_0_img_attn_qkv", "attn.to_"),
+    }
+    for make, (stem, end) in names.items():
+        pipeline, parts = doubled(saved, make)
+        block = "down_blocks.0.resnets.0" if end == "conv1" else "transformer_blocks.0"
+        model = next(iter(parts.values()))
+        layers = [f"{block}.{end}{n}" for n in ("qkv" if end == "attn.to_" else [""])]
+        before = torch.cat([model.get_parameter(f"{n}.weight").detach() for n in layers])
+        bias = torch.cat([model.get_parameter(f"{n}.bias").detach() for n in layers])
+        tensors = {f"{stem}.diff": random(*before.shape), f"{stem}.diff_b": random(len(bias))}
+        found = load_adapters([write(tensors, tmp_path / "a.safetensors")], parts, pipeline)
+        after = torch.cat([model.get_parameter(f"{n}.weight") for n in layers])
+        assert torch.equal(after, before + tensors[f"{stem}.diff"])
+        after = torch.cat([model.get_parameter(f"{n}.bias") for n in layers])
+        assert torch.equal(after, bias + tensors[f"{stem}.diff_b"])
+        assert sum(map(len, found.values())) == 2 * len(layers)
