@@ -189,7 +189,7 @@ class ObservedPass:
         x = args[0] if args else next(iter(kwargs.values()))
         # decomposed adapters (DoRA) call both of their layers for the norm of a product, whatever
         # the batch; a gradient that goes through it is missed, which the probe finds
-        if x is self._aside or (_is_identity(x) and adapter_of(layer.name) is not None):
+        if x is self._aside or (adapter_of(layer.name) is not None and _is_identity(x)):
             self._aside = output
             return None
         if layer.kind.has_batch_axis(module, x) and len(x) % self._batch_size == 0:

@@ -63,6 +63,13 @@ def loha(O, I, *k):
     return file, change
 
 
+def loha_of_convolutions(O, I, *k):
+    """As OneTrainer has them, whose factors are those of two convolutions."""
+    file, change = loha(O, I, *k)
+    shapes = {"a": (O, RANK, *[1] * len(k)), "b": (RANK, I, *k)}
+    return {key: z.view(shapes[key[-1]]) for key, z in file.items()}, change
+
+
 def loha_with_core(O, I, *k):
     file, change = {}, 1
     for n in (1, 2):
@@ -91,7 +98,7 @@ def lokr_with_core(O, I, *k):
 
 
 FORMS = [loha, lokr, lokr_of_products, matrices]
-CORES = [matrices_with_core, loha_with_core, lokr_with_core]
+CORES = [matrices_with_core, loha_with_core, lokr_with_core, loha_of_convolutions]
 
 
 class Written:
