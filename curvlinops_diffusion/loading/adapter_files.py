@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,8 +151,21 @@ def read_adapter(path: Path, given: Path) -> AdapterFile:
                 f"The adapter '{given}' holds {listed(names)} of '{stem}', which are not the "
                 "factors of one product. Save the file again."
             )
+        if {"lokr_w1", "lokr_w2"} <= names.keys():  # without a rank, so that alpha means nothing
+            alpha = alphas.pop(stem, 1.0)
+            if _scaled_by_root(metadata):  # alpha is the rank that was asked for to the power 3/2
+                alphas[stem] = alpha ** (1 / 3)
     configured = _CONFIGURATION in metadata
     return AdapterFile(path, given, weights, factors, alphas, additions, configured)
+
+
+def _scaled_by_root(metadata: Mapping[str, str]) -> bool:
+    """Tell whether LyCORIS, by kohya's scripts, scaled products by the root of their rank."""
+    try:
+        found = json.loads(metadata["ss_network_args"])["rs_lora"]
+    except (KeyError, TypeError, ValueError):
+        return False
+    return str(found).lower() in ("true", "1", "yes", "y", "on", "t")
 
 
 def _factor(key: str, of_pairs: bool = False) -> str | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
 from safetensors import safe_open
 
-from curvlinops_diffusion.loading.saved_networks import holds_adapter
+from curvlinops_diffusion.loading.saved_networks import check_whole, weights_in
 
 # by what is counted: the names of kohya's epochs and steps, ai-toolkit's and OneTrainer's steps
 _FILES = (
@@ -29,18 +30,21 @@ def adapters_by_step(folder: Path, last: int | None = 1) -> list[Path]:
             these, for as many times the work.
 
     Raises:
-        ValueError: If the folder holds adapters of several trainings, or their order is unknown.
+        ValueError: If the folder holds adapters of several trainings, or a damaged one, or their
+            order is unknown.
     """
     found = _by_step(folder) if folder.is_dir() else [folder]
+    if len(found) > 1 and _weights(found[-1]) == _weights(found[-2]):  # of the last step
+        del found[-2]
     return found if last is None else found[-last:]
 
 
 def _by_step(folder: Path) -> list[Path]:
     there = sorted(path for path in folder.iterdir() if path.name[0] != ".")
     numbers = {path: match for path in there if (match := _FOLDER.fullmatch(path.name))}
-    folders = [path for path in numbers if holds_adapter(path)]
+    folders = [path for path in numbers if weights_in(path)]
     if folders:
-        final = [folder] if holds_adapter(folder) else []
+        final = [folder] if weights_in(folder) else []
         return sorted(folders, key=lambda path: int(numbers[path][1])) + final
     files = [path for path in there if path.suffix == ".safetensors" and path.is_file()]
     steps: dict[Path, tuple[str, str, int]] = {}
@@ -71,8 +75,19 @@ def _by_step(folder: Path) -> list[Path]:
     return sorted(steps, key=lambda path: order[path] or 0) + final
 
 
+def _weights(path: Path) -> bytes:
+    """What a file holds behind its header, which names it otherwise at the end of training."""
+    file = path if path.is_file() else weights_in(path)
+    assert file is not None
+    check_whole(file)
+    with file.open("rb") as opened:
+        opened.seek(8 + int.from_bytes(opened.read(8), "little"))
+        return hashlib.file_digest(opened, "sha256").digest()
+
+
 def _counted_steps(path: Path) -> int | None:
     """The steps that kohya's scripts write into a file."""
+    check_whole(path)
     with safe_open(path, "np") as file:
         text = (file.metadata() or {}).get("ss_steps", "")
     return int(text) if text.isdecimal() else None

@@ -44,7 +44,8 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         base_layer: The layer, perhaps adapted already.
         adapter: The adapter's name.
         factors: All factors of a product by name, shaped as in files.
-        alpha: The factor of the product, in units of one over its rank; ``None`` for the rank.
+        alpha: The factor of the product, in units of one over its rank if it has one; ``None`` for
+            no other factor than 1.
 
     Raises:
         ValueError: If they are no factors of a change of this layer's weight.
@@ -70,8 +71,7 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         if getattr(layer, "groups", 1) != 1 or not layer.weight.is_floating_point():
             raise ValueError("belongs to a layer that is quantised, or a convolution in groups")
         rank = next((len(factors[name]) for name in _OF_RANK if name in factors), None)
-        # a Kronecker product of two whole factors has no rank, and training does not scale it
-        self.scaling = {adapter: 1.0 if alpha is None or rank is None else alpha / rank}
+        self.scaling = {adapter: 1.0 if alpha is None else alpha / (rank or 1)}
         # the dimension of the weight that magnitudes are along: of columns they are a single row
         self.along = int(MAGNITUDE in factors and len(factors[MAGNITUDE]) == 1)
         shapes = ", ".join(f"{name} {tuple(z.shape)}" for name, z in factors.items())

@@ -220,10 +220,11 @@ def check_adapter(path: Path, parts: Sequence[str]) -> None:
         check_whole(file)
 
 
-def holds_adapter(folder: Path) -> bool:
-    """Tell whether a folder itself holds an adapter of diffusers' or PEFT's form."""
+def weights_in(folder: Path) -> Path | None:
+    """The file of an adapter of PEFT's or diffusers' form that a folder itself holds, if any."""
     peft = (folder / _PEFT).is_file() and (folder / PEFT_WEIGHTS).is_file()
-    return peft or (folder / _DIFFUSERS_WEIGHTS).is_file()
+    file = folder / (PEFT_WEIGHTS if peft else _DIFFUSERS_WEIGHTS)
+    return file if file.is_file() else None
 
 
 def peft_folders(path: Path, parts: Sequence[str]) -> dict[str, Path]:

@@ -1,5 +1,6 @@
 """Adapters of one training by step, as trainers name them, and repositories in the Hub's cache."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -13,11 +14,14 @@ from curvlinops_diffusion.cli.options import options_of
 from curvlinops_diffusion.cli.paths import find_paths
 from curvlinops_diffusion.loading.epochs import adapters_by_step
 from curvlinops_diffusion.loading.hub import on_hub
+from tests.cli.cases import write_images
+
+NUMBERS = itertools.count()
 
 
 def weights(path, **metadata):
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"w": np.zeros(1)}, path, metadata)
+    save_file({"w": np.array([next(NUMBERS)])}, path, metadata)  # of another step each
     return path
 
 
@@ -56,6 +60,15 @@ def test_in_order(tmp_path, trainer):
     assert adapters_by_step(tmp_path) == expected[:1]
     assert adapters_by_step(tmp_path, 2) == expected[:2][::-1]
     assert adapters_by_step(expected[0]) == [expected[0]]
+
+
+def test_the_last_step_and_the_end_of_training(tmp_path):
+    """Both hold the same weights, which are one checkpoint."""
+    for name in ("checkpoint-10", "checkpoint-20", "."):
+        weights(tmp_path / name / DIFFUSERS)
+    save_file({"w": np.array([1])}, tmp_path / DIFFUSERS, {"end": "of training"})
+    save_file({"w": np.array([1])}, tmp_path / "checkpoint-20" / DIFFUSERS)
+    assert adapters_by_step(tmp_path, None) == [tmp_path / "checkpoint-10", tmp_path]
 
 
 def test_folders_of_peft(tmp_path):
@@ -121,26 +134,27 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    for name in ("one/base", "one/style"):
-        repository = folder / f"models--{name.replace('/', '--')}"
+    for name in ("models--one--base", "models--one--style", "datasets--one--cats"):
+        repository = folder / name
         (repository / "refs").mkdir(parents=True)
         (repository / "refs" / "main").write_text("0a")
         (repository / "blobs").mkdir()
-        (repository / "snapshots" / "0a" / "unet").mkdir(parents=True)
     base = folder / "models--one--base" / "snapshots" / "0a"
     blob = base.parent.parent / "blobs" / "ff"
     blob.write_text(json.dumps({"_class_name": "X", "unet": ["diffusers", "UNet2DModel"]}))
-    (base / "model_index.json").symlink_to(blob)
     weights(base / "unet" / "diffusion_pytorch_model.safetensors")
+    (base / "model_index.json").symlink_to(blob)
     weights(folder / "models--one--style" / "snapshots" / "0a" / "a-000001.safetensors")
     weights(folder / "models--one--style" / "snapshots" / "0a" / "a.safetensors")
+    write_images(folder / "datasets--one--cats" / "snapshots" / "0a", 2, seed=0)
     return folder
 
 
 def test_ids_in_the_cache(cache):
     base, style = (cache / f"models--one--{n}" / "snapshots" / "0a" for n in ("base", "style"))
-    options = found(pipeline=Path("one/base"), lora=["one/style"], last=2)
-    assert options.pipeline == base
+    data = cache / "datasets--one--cats" / "snapshots" / "0a"
+    options = found(pipeline=Path("one/base"), data=Path("one/cats"), lora=["one/style"], last=2)
+    assert (options.pipeline, options.data) == (base, data)
     assert options.lora == [str(style / "a.safetensors")]
     assert options.checkpoints == [str(style / "a-000001.safetensors")]
     for text in ("one/style/a-000001.safetensors", "one/style:a-000001.safetensors"):

@@ -1,5 +1,6 @@
 """Files of LyCORIS and of DoRA: layers act as with the weight that training ran them with."""
 
+import json
 import warnings
 from itertools import cycle
 
@@ -311,6 +312,22 @@ def test_decomposed_adapters_in_unequal_batches(saved):  # noqa: F811
         for size in (2, 3)
     ]
     assert_close(*traces, 1e-10)
+
+
+@pytest.mark.parametrize(("given", "scale"), [("True", 3.0), ("False", 1.0)])
+def test_two_whole_factors_scaled_by_the_root_of_the_rank(saved, tmp_path, given, scale):  # noqa: F811
+    """LyCORIS' rs_lora has the root of the rank for a scale, and writes its third power."""
+    pipeline, parts = doubled(saved, pipelines.stable_diffusion)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    weight = parts["unet"].get_parameter(f"{name}.weight").detach()
+    file, change = lokr(*weight.shape)
+    tensors = {f"{STEM}.{key}": z for key, z in file.items()} | {
+        f"{STEM}.alpha": torch.tensor(27.0)
+    }
+    metadata = {"ss_network_args": json.dumps({"algo": "lokr", "rs_lora": given})}
+    file = write(tensors, tmp_path / "a.safetensors", metadata)
+    load_adapters([file], parts, pipeline)
+    acts_as(parts["unet"].get_submodule(name), weight + scale * change)
 
 
 STEM = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
