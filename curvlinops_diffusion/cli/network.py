@@ -20,7 +20,7 @@ from curvlinops_diffusion.cli.recipe import parse_arguments
 from curvlinops_diffusion.cli.running import event, num_processes, say
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.weightings import weighting_of
-from curvlinops_diffusion.loading.adapters import load_adapters, names_in
+from curvlinops_diffusion.loading.adapters import load_adapters, names_in, networks_of
 from curvlinops_diffusion.loading.network import TEXT_ENCODERS, Network
 from curvlinops_diffusion.loading.saved_networks import part_folder, parts_of
 from curvlinops_diffusion.loading.weights import check_can_load, check_loaded, misfits
@@ -62,7 +62,7 @@ def load_network(options: Namespace, covered: Sequence[str] = ()) -> Network:
         # the parts that it was saved without, a text encoder say, which loading asks for
         left_out = {n: None for n, kind in parts_of(options.pipeline).items() if kind is None}
         pipeline = _loaded(diffusers.DiffusionPipeline, options.pipeline, options, **left_out)
-        modules = _modules(pipeline)
+        modules = networks_of(pipeline)
         for name, part in modules.items():
             check_loaded(part, part_folder(options.pipeline, name), options.variant)
         trained = load_adapters(options.lora, modules, pipeline) if options.lora else {}
@@ -151,16 +151,6 @@ def _set_up_logs(quiet: bool) -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for library in libraries:
         (library.disable_progress_bar if quiet else library.enable_progress_bar)()
-
-
-def _modules(pipeline: Any) -> dict[str, torch.nn.Module]:
-    """The networks of a pipeline by their names there, the denoiser first."""
-    found = {
-        name: part
-        for name, part in pipeline.components.items()
-        if isinstance(part, torch.nn.Module)
-    }
-    return dict(sorted(found.items(), key=lambda item: item[0] not in ("unet", "transformer")))
 
 
 def _network(

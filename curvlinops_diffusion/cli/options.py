@@ -108,19 +108,26 @@ _OWN: dict[str, tuple[Any, str]] = {
         "default with --remove).",
     ),
     "remove": (list[str], "How many images are removed, for removals."),
-    "pipeline": (Path, "The folder of a diffusers pipeline, of save_pretrained."),
+    "pipeline": (
+        Path,
+        "The folder of a diffusers pipeline, of save_pretrained; or an id on the Hub (owner/name), "
+        "which is downloaded unless it is in the cache or HF_HUB_OFFLINE is set.",
+    ),
     "variant": (str, "The kind of weights files, where there are several: fp16, say."),
     "model": (Path, "A diffusers model in place of a pipeline; needs --scheduler."),
     "scheduler": (Path, "The folder of the model's scheduler."),
     "lora": (
         list[str],
-        "Adapters that the network was fine-tuned by: a .safetensors file of save_lora_weights or "
-        "of kohya's scripts, or a folder of PEFT's; several as name=path. Curvature and gradients "
-        "are then of their parameters alone.",
+        "Adapters that the network was fine-tuned by: a .safetensors file of save_lora_weights, of "
+        "kohya's scripts, LyCORIS or OneTrainer; a folder of PEFT's, or of all that a trainer has "
+        "saved on its way, of which the final one is taken; or an id on the Hub (owner/name, "
+        "owner/name/file); several as name=path. Curvature and gradients are then of their "
+        "parameters alone.",
     ),
     "checkpoints": (
         list[str],
-        "Earlier checkpoints of the same training, adapters (in place of --lora) or pipelines: "
+        "Earlier checkpoints of the same training, adapters (in place of --lora; of a folder all "
+        "that it holds) or pipelines: "
         "scores are averaged over them and the network, for as many times the work.",
     ),
     "device": (str, "The device: cpu, cuda, cuda:1; by default cuda, if there is one."),
@@ -196,6 +203,7 @@ _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("damping", "relative", "rtol", "ridge", "query_block"), (SCORE,)),
     "query_draws": (SCORE,),
     "other_data": (LOAD,),
+    "last": ("loading.epochs:adapters_by_step", int),
     "top": (REPORT,),
     "bootstrap": (JUDGE, None, "Resamples for intervals."),
     **dict.fromkeys(("num_parts", "fraction"), (PLAN,)),
@@ -279,7 +287,7 @@ def commands() -> dict[str, Command]:
             "Fit, score and report: which training images made each query?",
             {
                 first: _options(
-                    "data! queries! output! checkpoints",
+                    "data! queries! output! checkpoints last",
                     output="The folder to write: curvature, scores, page, table and options.",
                 ),
                 "The curvature": {**_options("fit_draws"), **curvature},

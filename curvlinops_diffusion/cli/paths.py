@@ -5,14 +5,17 @@ from __future__ import annotations
 import difflib
 import os
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from curvlinops_diffusion.cli.running import say
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.linalg.operator_files import OPERATOR, read_header
+from curvlinops_diffusion.loading.epochs import adapters_by_step
 from curvlinops_diffusion.loading.folders import ACCEPTED, check_images
+from curvlinops_diffusion.loading.hub import on_hub
 from curvlinops_diffusion.loading.saved_networks import (
     check_adapter,
     check_model,
@@ -82,6 +85,61 @@ def check_paths(options: Namespace) -> None:
             _check_shards(path, SCORES.read_header(path))
         elif name == "--measured":
             check_exists(path, name, "Make it by curvlinops-diffusion validate measure.")
+
+
+def find_paths(options: Namespace) -> None:
+    """Put paths in the place of ids on the Hub, and adapters in that of folders of several.
+
+    Args:
+        options: The options of a command, which are changed.
+
+    Raises:
+        ValueError: If something is neither on disk nor to be had.
+    """
+    given = vars(options)
+    variant = given.get("variant")
+    for name, check in (
+        ("pipeline", partial(check_pipeline, variant=variant)),
+        ("data", check_images),
+    ):
+        if given.get(name) is not None:
+            kind: Any = name
+            given[name] = on_hub(str(given[name]), kind, check, variant)
+    latest, earlier = [], []
+    for text in given.get("lora") or ():
+        named, path = named_path(text)
+        path = on_hub(str(path), "adapter", _check_some_adapter)
+        steps = adapters_by_step(path, None)
+        taken = steps[-given.get("last", 1) :]
+        if len(steps) > 1:
+            others = ", ".join(f"'{step.name}'" for step in taken[:-1])
+            also = f"with {others} as earlier checkpoints" if others else "the final one"
+            say(f"Of {len(steps)} adapters in '{path}' took '{taken[-1].name}', {also}")
+        latest.append(f"{named}={taken[-1]}" if named else str(taken[-1]))
+        earlier += [str(step) for step in taken[:-1]]
+    if given.get("lora"):
+        checkpoints = [s for text in given.get("checkpoints") or () for s in _steps(text, latest)]
+        given["lora"], own = latest, [*checkpoints, *earlier]
+        if "checkpoints" in given:
+            given["checkpoints"] = own or None
+    if given.get("last", 1) > 1:
+        if not earlier:
+            raise ValueError(
+                f"--last {given['last']} needs a folder of several adapters of one training as "
+                "--lora. Pass that, or leave it out."
+            )
+        given["last"] = 1  # they are among the checkpoints now
+
+
+def _steps(text: str, latest: Sequence[str]) -> list[str]:
+    """An earlier adapter; or those of a folder of several, but for the latest."""
+    path = on_hub(text, "adapter", _check_some_adapter)
+    return [str(step) for step in adapters_by_step(path, None) if str(step) not in latest]
+
+
+def _check_some_adapter(path: Path) -> None:
+    if path.is_dir() and not any(path.rglob("*.safetensors")):
+        raise ValueError(f"'{path}' holds no adapter")
 
 
 def _check_output(
@@ -171,7 +229,7 @@ def check_network(options: Namespace) -> None:
             "Pass --pipeline FOLDER, or --model FOLDER and --scheduler FOLDER, as save_pretrained "
             "writes them."
         )
-    advice = "Pass a folder of save_pretrained as {}; nothing is downloaded."
+    advice = "Pass a folder of save_pretrained as {}."
     for option, path, check in (
         ("--pipeline", pipeline, partial(check_pipeline, variant=options.variant)),
         ("--model", model, partial(check_model, variant=options.variant)),

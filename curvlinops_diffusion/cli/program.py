@@ -21,7 +21,7 @@ from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, DefaultHelp
 from curvlinops_diffusion.cli import lacking
 from curvlinops_diffusion.cli.earlier import completed
 from curvlinops_diffusion.cli.options import Command, Option, commands, flag, in_flags
-from curvlinops_diffusion.cli.paths import check_paths
+from curvlinops_diffusion.cli.paths import check_paths, find_paths
 from curvlinops_diffusion.cli.recipe import read_recipe
 from curvlinops_diffusion.cli.running import event, say, start_log
 from curvlinops_diffusion.cli.signatures import REQUIRED
@@ -153,6 +153,7 @@ def run(arguments: Sequence[str]) -> int:
             warnings.simplefilter("ignore", FutureWarning)
             warnings.showwarning = lambda message, *rest, **kw: say(f"warning: {message}")
             options = completed(name, given)
+            find_paths(options)
             check_paths(options)
             read_recipe(options, given)
             _command(name)(options)

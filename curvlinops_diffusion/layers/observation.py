@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.layers.layer import Layer
+from curvlinops_diffusion.runtime.adapters import adapter_of
 from curvlinops_diffusion.runtime.modes import modules_of, recomputation_named
 from curvlinops_diffusion.runtime.precision import without_autocast
 from curvlinops_diffusion.runtime.processes import lost_processes_named
@@ -140,6 +141,7 @@ class ObservedPass:
         self._sources: list[Tensor] = []  # where the graph begins: backward passes go no further
         self._calls: dict[str, int] = {}
         self._latest: tuple[Tensor, int, Tensor] | None = None
+        self._aside: Tensor | None = None  # what the latest layer made of an identity matrix
         self._batch_size = 0  # of the batch that is run forward, or zero
         self._recomputing = False
 
@@ -161,6 +163,7 @@ class ObservedPass:
             # The graph's hooks refer to this object and it to the graph: let go of it, so that
             # memory is freed at once rather than when Python looks for such cycles.
             self._sources, self._calls, self._latest, self._batch_size = [], {}, None, 0
+            self._aside = None
             self._observer.finish()
 
     def _pull_back(self, prediction_BD: Tensor, v_BD: Tensor, more: bool) -> None:
@@ -184,6 +187,11 @@ class ObservedPass:
         if not self._batch_size or not torch.is_grad_enabled():
             return None
         x = args[0] if args else next(iter(kwargs.values()))
+        # decomposed adapters (DoRA) call both of their layers for the norm of a product, whatever
+        # the batch; a gradient that goes through it is missed, which the probe finds
+        if x is self._aside or (adapter_of(layer.name) is not None and _is_identity(x)):
+            self._aside = output
+            return None
         if layer.kind.has_batch_axis(module, x) and len(x) % self._batch_size == 0:
             call = self._calls.get(layer.name, 0)
             self._calls[layer.name] = call + 1
@@ -192,8 +200,7 @@ class ObservedPass:
                 self._observer.input(layer, self._shown(x))
             report = partial(self._report, layer, call)
         elif self._backward:
-            # no matter if no gradient comes: decomposed adapters (DoRA) call their layers on an
-            # identity matrix for a norm that is detached
+            # no matter if no gradient comes
             report = partial(self._refuse, layer, x.shape, self._batch_size)
         else:
             self._refuse(layer, x.shape, self._batch_size)
@@ -230,6 +237,11 @@ class ObservedPass:
             f"{batch_size}. The first axis must be the batch (or the batch times frames), "
             "or examples cannot be told apart; leave the layer's parameters out of params."
         )
+
+
+def _is_identity(x: Tensor) -> bool:
+    square = x.ndim == 2 and len(x) == x.shape[1] and not x.requires_grad
+    return square and torch.equal(x, torch.eye(len(x), dtype=x.dtype, device=x.device))
 
 
 def _start_of_graph(output: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,11 @@
-"""Single files of adapters: pairs of matrices, their scales, and differences of whole weights."""
+"""Single files of adapters: pairs of matrices or other factors, their scales, and differences."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from curvlinops_diffusion.loading.adapter_names import has_no_loader
 from curvlinops_diffusion.loading.saved_networks import check_whole
 from curvlinops_diffusion.loading.weights import listed
 from curvlinops_diffusion.runtime.checks import quoted
@@ -26,6 +29,21 @@ _DOWN = (
 )
 _UP = tuple(end.replace("down", "up").replace("_A", "_B") for end in _DOWN)
 _ALPHA = ".alpha"
+# factors that no loader reads; a pair of matrices beside them is of such factors as well
+_FACTOR = re.compile(r"\.(hada_\w+|lokr_\w+|lora_mid\.weight|dora_scale)")
+_FACTORS = {"lora_mid.weight": "lora_mid", "dora_scale": "lora_magnitude_vector"}
+_HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+_LOKR = [
+    {f"lokr_w{n}"} if whole else {f"lokr_w{n}_a", f"lokr_w{n}_b"}
+    for n in (1, 2)
+    for whole in (True, False)
+]
+# those that make a product, each perhaps with magnitudes
+_PRODUCTS = [
+    *({"lora_A", "lora_B"}, {"lora_A", "lora_mid", "lora_B"}),
+    *(_HADA, {*_HADA, "hada_t1", "hada_t2"}),
+    *(one | two for one in _LOKR[:2] for two in (*_LOKR[2:], _LOKR[3] | {"lokr_t2"})),
+]
 # additions to a layer's weight and bias, by how their names end (LyCORIS: full layers and norms)
 ADDITIONS = {".diff": "weight", ".diff_b": "bias", ".w_norm": "weight", ".b_norm": "bias"}
 # the key under which diffusers keeps PEFT's configuration, scales and all
@@ -35,8 +53,8 @@ _KINDS = {
     "hada_": "LoHa",
     "lokr_": "LoKr",
     "oft_": "OFT",
+    "on_input": "(IA)³",
     "lora_mid": "Tucker cores",
-    "dora_scale": "DoRA magnitudes of kohya's or LyCORIS' scripts",
     ".diff": "differences of whole weights",
     "_norm": "differences of whole weights",
 }
@@ -50,7 +68,8 @@ class AdapterFile:
 
     path: Path
     given: Path  # the file or its folder, as messages call it
-    weights: Tensors
+    weights: Tensors  # that loaders read
+    factors: dict[str, Tensors]  # that none reads, by stem and name
     alphas: dict[str, float]  # by stem
     additions: Tensors  # to whole weights
     configured: bool  # whether it holds PEFT's configuration, by which its loader sets scales
@@ -89,12 +108,13 @@ def read_adapter(path: Path, given: Path) -> AdapterFile:
     """Read a single file, and separate matrices, alphas and additions.
 
     Raises:
-        ValueError: If it cannot be read or is empty, half of a pair is missing, or an alpha is not
-            a positive number or belongs to nothing.
+        ValueError: If it cannot be read or is empty, factors are missing or unknown, or an alpha is
+            not a positive number or belongs to nothing.
     """
     tensors, metadata = read_weights(path)
     additions = {k: z for k, z in tensors.items() if k.endswith(tuple(ADDITIONS))}
     weights = {k: z for k, z in tensors.items() if k not in additions and not k.endswith(_ALPHA)}
+    named = set(weights) | set(additions)
     if not weights and not additions:
         raise ValueError(f"The adapter '{given}' holds no weights. Pass another file.")
     ends = (*zip(_DOWN, _UP, strict=True), *zip(_UP, _DOWN, strict=True))
@@ -104,9 +124,9 @@ def read_adapter(path: Path, given: Path) -> AdapterFile:
             f"The adapter '{given}' lacks {listed(pairs - weights.keys())}, of a pair of which it "
             "holds the other matrix. Save the file again."
         )
-    stems = {_stem(key) for key in (*weights, *additions)}
+    stems = {_stem(key) for key in named}
     alphas = {}
-    for key in sorted(tensors.keys() - weights.keys() - additions.keys()):
+    for key in sorted(tensors.keys() - named):
         z, stem = tensors[key], key.removesuffix(_ALPHA)
         if stem not in stems:
             raise ValueError(
@@ -119,7 +139,41 @@ def read_adapter(path: Path, given: Path) -> AdapterFile:
                 "ways. Store the positive number alpha that the layer was trained with."
             )
         alphas[stem] = float(z.item())
-    return AdapterFile(path, given, weights, alphas, additions, _CONFIGURATION in metadata)
+    factors: dict[str, Tensors] = {}
+    own = {_stem(key) for key in weights if _factor(key) or has_no_loader(key)}
+    for key in [key for key in weights if _stem(key) in own]:
+        name = _factor(key, of_pairs=True)
+        if name is not None:
+            factors.setdefault(_stem(key), {})[name] = weights.pop(key)
+    for stem, names in factors.items():
+        if names.keys() - {"lora_magnitude_vector"} not in _PRODUCTS:
+            raise ValueError(
+                f"The adapter '{given}' holds {listed(names)} of '{stem}', which are not the "
+                "factors of one product. Save the file again."
+            )
+        if {"lokr_w1", "lokr_w2"} <= names.keys():  # without a rank, so that alpha means nothing
+            alpha = alphas.pop(stem, 1.0)
+            if _scaled_by_root(metadata):  # alpha is the rank that was asked for to the power 3/2
+                alphas[stem] = alpha ** (1 / 3)
+    configured = _CONFIGURATION in metadata
+    return AdapterFile(path, given, weights, factors, alphas, additions, configured)
+
+
+def _scaled_by_root(metadata: Mapping[str, str]) -> bool:
+    """Tell whether LyCORIS, by kohya's scripts, scaled products by the root of their rank."""
+    try:
+        found = json.loads(metadata["ss_network_args"])["rs_lora"]
+    except (KeyError, TypeError, ValueError):
+        return False
+    return str(found).lower() in ("true", "1", "yes", "y", "on", "t")
+
+
+def _factor(key: str, of_pairs: bool = False) -> str | None:
+    """The name of a factor that a tensor is; ``None`` for none that loaders do not read."""
+    found = _FACTOR.fullmatch(key, len(_stem(key)))
+    if found is None and of_pairs:
+        return "lora_A" if key.endswith(_DOWN) else "lora_B" if key.endswith(_UP) else None
+    return None if found is None else _FACTORS.get(found[1], found[1])
 
 
 def converted(
@@ -138,20 +192,14 @@ def converted(
     Raises:
         ValueError: If one pair of matrices is made of pairs with different scales.
     """
-    ranks, stems = file.ranks(), {_stem(key) for key in file.weights}
+    ranks = file.ranks()
     # by kohya's names alone: some loaders refuse alphas beside PEFT's
     unit = {
         f"{stem}{_ALPHA}": torch.tensor(float(rank))
         for stem, rank in ranks.items()
         if stem in file.alphas and f"{stem}{_DOWN[0]}" in file.weights
     }
-    # of weights that are no pairs, which loaders multiply into them
-    others = {
-        f"{stem}{_ALPHA}": torch.tensor(alpha)
-        for stem, alpha in file.alphas.items()
-        if stem not in ranks and stem in stems
-    }
-    tensors = convert({**file.weights, **unit, **others})
+    tensors = convert({**file.weights, **unit})
     by_number = dict(enumerate(file.weights, 1))
     marks = {key: (z != 0).float() * n for n, (key, z) in enumerate(file.weights.items(), 1)}
     seen: set[str] = set()

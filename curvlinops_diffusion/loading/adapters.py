@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
-from diffusers.utils.state_dict_utils import StateDictType
 from torch import Tensor, nn
 
 from curvlinops_diffusion.loading.adapter_files import (
@@ -22,6 +20,7 @@ from curvlinops_diffusion.loading.adapter_files import (
     read_weights,
     unplaced_message,
 )
+from curvlinops_diffusion.loading.adapter_names import Names
 from curvlinops_diffusion.loading.saved_networks import (
     ACCEPTED_ADAPTERS,
     PEFT_PREFIX,
@@ -34,20 +33,6 @@ from curvlinops_diffusion.runtime.adapters import adapter_of
 from curvlinops_diffusion.runtime.checks import quoted
 from curvlinops_diffusion.runtime.files import named_path
 
-# which part of a pipeline a name begins with; nothing is the denoiser
-_PARTS = {
-    "lora_unet_": "",
-    "lora_transformer_": "",
-    "diffusion_model.": "",
-    "unet.": "",
-    "transformer.": "",
-    "lora_te_": "text_encoder",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "lora_te3_": "text_encoder_3",
-    "text_encoder.": "text_encoder",
-    "text_encoder_2.": "text_encoder_2",
-}
 # the side of a layer that each matrix has the size of: its dimension there, and the layer's names
 _SIDES = {
     "A": (1, "wide", ("in_features", "in_channels")),
@@ -95,6 +80,12 @@ def load_adapters(
         if unused:
             raise _replaced(list(found), unused)
     return names_of
+
+
+def networks_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The networks of a pipeline by their names there, the denoiser first."""
+    found = {n: part for n, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return dict(sorted(found.items(), key=lambda item: item[0] not in ("unet", "transformer")))
 
 
 def names_in(
@@ -161,10 +152,16 @@ def _load(
             f"Adapters of a {type(loader).__name__} are read from a folder of PEFT's "
             f"save_pretrained, and '{path}' is none."
         )
-    file = read_adapter(adapter_file(path), path)
-    loaded = _load_file(peft, name, file, parts, loader) if file.weights else {}
-    added = _add_to_weights(file, parts, loader)
-    return {part: loaded.get(part, []) + added.get(part, []) for part in parts}
+    file, names = read_adapter(adapter_file(path), path), Names(parts, loader)
+    loaded = _load_file(peft, name, file, parts, loader, names) if file.weights else {}
+    added = _add_to_weights(file, parts, loader, names)
+    factored = _load_factors(name, file, parts, loader, names) if file.factors else set()
+    own = {id(parts[part].get_parameter(n)) for part in loaded for n in loaded[part]}
+    ids = own | added | factored
+    return {
+        part: [n for n, p in module.named_parameters() if id(p) in ids]
+        for part, module in parts.items()
+    }
 
 
 def _load_peft(
@@ -186,28 +183,24 @@ def _load_peft(
 
 
 def _load_file(
-    peft: Any, name: str, file: AdapterFile, parts: Mapping[str, nn.Module], loader: Any
+    peft: Any,
+    name: str,
+    file: AdapterFile,
+    parts: Mapping[str, nn.Module],
+    loader: Any,
+    names: Names,
 ) -> dict[str, list[str]]:
     """Load the matrices of a single file, by diffusers' loader and with the file's own scales."""
-    alone = loader is next(iter(parts.values()))
-
-    def convert(tensors: Tensors) -> Tensors:
-        if alone:
-            return {key: z for key, z in tensors.items() if not key.endswith(".alpha")}
-        config = getattr(getattr(loader, "unet", None), "config", None)
-        own = {} if config is None else {"unet_config": config}
-        result = loader.lora_state_dict(tensors, **own)
-        return dict(result[0] if isinstance(result, tuple) else result)
-
+    alone = names.alone
     with _explained(file.given, lambda: [], of_other_kinds(file.weights), loader):
-        tensors, scales, unplaced = converted(file, convert)
-        keys = _by_part(tensors, parts, alone)
+        tensors, scales, unplaced = converted(file, names.converted)
+        keys = names.by_part(tensors)
     if unplaced:
         raise ValueError(unplaced_message(file.given, unplaced, loader))
     stored = {part: {n: tensors[k] for n, k in own.items()} for part, own in keys.items()}
     if not stored.keys() <= parts.keys():
         raise _misfit(file.given, _differences(stored, parts))
-    configured = file.configured and not file.alphas
+    configured = file.configured and not (file.alphas or file.factors)
     with _explained(file.given, lambda: _differences(stored, parts)):
         source: Any = {
             n if alone else f"{part}.{n}": z for part, own in stored.items() for n, z in own.items()
@@ -231,31 +224,6 @@ def _load_file(
     return result
 
 
-def _by_part(
-    tensors: Tensors, parts: Mapping[str, nn.Module], alone: bool
-) -> dict[str, dict[str, str]]:
-    """Map parts, there or not, to the loader's names of their weights by PEFT's names.
-
-    ``alone`` there is no pipeline: all names are the denoiser's, and begin with no part.
-    """
-    found: dict[str, dict[str, str]] = {}
-    for key in tensors:
-        part = next(iter(parts)) if alone else key.split(".")[0]
-        found.setdefault(part, {})[key if alone else key.removeprefix(f"{part}.")] = key
-    for part, keys in found.items():
-        if any("lora_A" in key for key in keys):
-            continue
-        if not part.startswith("text_encoder"):
-            found[part] = dict(convert_unet_state_dict_to_peft(keys))
-            continue
-        for kind in (StateDictType.DIFFUSERS_OLD, StateDictType.DIFFUSERS):
-            keys = convert_state_dict_to_peft(keys, original_type=kind)
-        if not hasattr(parts.get(part), "text_model"):  # as transformers had it before
-            keys = {name.removeprefix("text_model."): key for name, key in keys.items()}
-        found[part] = keys
-    return found
-
-
 def _settled(
     peft: Any, adapter: str, path: Path, part: str, module: nn.Module, stored: Tensors
 ) -> list[str]:
@@ -277,6 +245,7 @@ def _settled(
         adapter_name=adapter,
         save_embedding_layers=any(key.endswith("base_layer.weight") for key in stored),
     )
+    own = (adapter, None)  # in the names of whole modules and biases there may be none
     found, left = [], []
     for key, z in stored.items():
         p = placed.get(key)
@@ -289,7 +258,8 @@ def _settled(
             whole = ".modules_to_save." in name or ".trainable_tokens_" in name
             if adapter_of(name) is not None and not whole:
                 p.data = z.to(p.device, torch.promote_types(p.dtype, torch.float32)).clone()
-    lost = [key for key in placed if key not in stored]
+    others = {key for key, p in placed.items() if adapter_of(names.get(id(p), "")) not in own}
+    lost = [key for key in placed.keys() - others if key not in stored]
     if not left and not lost:
         return found
     reasons = _differences({part: stored}, {part: module})
@@ -301,42 +271,68 @@ def _settled(
 
 
 def _add_to_weights(
-    file: AdapterFile, parts: Mapping[str, nn.Module], loader: Any
-) -> dict[str, list[str]]:
-    """Add a file's differences to the weights and biases of layers; name these by part.
-
-    Scripts name layers by their places in the network, with underscores for dots.
+    file: AdapterFile, parts: Mapping[str, nn.Module], loader: Any, names: Names
+) -> set[int]:
+    """Add a file's differences to the weights and biases of layers; return the ids of these.
 
     Raises:
         ValueError: If one fits no layer; none is added then.
     """
-    places: list[tuple[str, nn.Parameter, Tensor]] = []
+    ends = {key: next(end for end in ADDITIONS if key.endswith(end)) for key in file.additions}
+    stems = {key: key.removesuffix(end) for key, end in ends.items()}
+    places = names.places({stems[key]: len(z) for key, z in file.additions.items() if z.ndim})
+    found: list[tuple[nn.Parameter, Tensor]] = []
     unplaced = []
-    layers = {
-        part: {name.replace(".", "_"): layer for name, layer in module.named_modules()}
-        for part, module in parts.items()
-    }
-    for key, z in file.additions.items():
-        end = next(end for end in ADDITIONS if key.endswith(end))
-        stem = key.removesuffix(end)
-        prefix = next((prefix for prefix in _PARTS if stem.startswith(prefix)), "")
-        part = _PARTS.get(prefix) or next(iter(parts))
-        flat, there = stem.removeprefix(prefix).replace(".", "_"), layers.get(part, {})
-        layer = there.get(flat, there.get(flat.removeprefix("text_model_")))
-        p = getattr(layer, ADDITIONS[end], None)
-        if isinstance(p, nn.Parameter) and p.is_floating_point() and p.shape == z.shape:
-            places.append((part, p, z))
-        else:
-            unplaced.append(key)
+    for key, whole in file.additions.items():
+        fits = bool(places.get(stems[key]))
+        for place in places.get(stems[key], ()):
+            z = whole if place.rows is None else whole[place.rows]
+            p = getattr(parts[place.part].get_submodule(place.layer), ADDITIONS[ends[key]], None)
+            if isinstance(p, nn.Parameter) and p.is_floating_point() and p.shape == z.shape:
+                found.append((p, z))
+            else:
+                fits = False
+        unplaced += [] if fits else [key]
     if unplaced:
         raise ValueError(unplaced_message(file.given, unplaced, loader))
-    for _, p, z in places:
+    for p, z in found:
         wide = torch.promote_types(p.dtype, torch.float32)
         p.data = (p.data.to(wide) + z.to(p.device, wide)).to(p.dtype)
-    ids = {id(p) for _, p, _ in places}
+    return {id(p) for p, _ in found}
+
+
+def _load_factors(
+    name: str, file: AdapterFile, parts: Mapping[str, nn.Module], loader: Any, names: Names
+) -> set[int]:
+    """Wrap layers that a file has other factors of than pairs; return the ids of their parameters.
+
+    Raises:
+        ValueError: If a layer is missing or factors are not of it; none is wrapped then.
+    """
+    from curvlinops_diffusion.loading.factored_layers import FactoredLayer, of_rows, outputs_of
+
+    outputs = {stem: outputs_of(factors) for stem, factors in file.factors.items()}
+    places = names.places(outputs)
+    missing = [stem for stem in outputs if not places.get(stem)]
+    if missing:
+        keys = [f"{stem}.{factor}" for stem in missing for factor in file.factors[stem]]
+        raise ValueError(unplaced_message(file.given, keys, loader))
+    wrapped: dict[tuple[str, str], nn.Module] = {}
+    for stem, factors in file.factors.items():
+        for part, layer, rows in ((at.part, at.layer, at.rows) for at in places[stem]):
+            inner = parts[part].get_submodule(layer)
+            try:
+                own = factors if rows is None else of_rows(factors, rows, outputs[stem])
+                wrapped[part, layer] = FactoredLayer(inner, name, own, file.alphas.get(stem))
+            except ValueError as error:
+                raise _misfit(file.given, [f"'{stem}' {error}"]) from error
+    for (part, layer), made in wrapped.items():
+        parts[part].set_submodule(layer, made)
     return {
-        part: [name for name, p in module.named_parameters() if id(p) in ids]
-        for part, module in parts.items()
+        id(p)
+        for made in wrapped.values()
+        for key, p in made.named_parameters()
+        if not key.startswith("base_layer.")
     }
 
 

@@ -137,8 +137,7 @@ def _described(folder: Path, name: str, option: str) -> dict[str, Any]:
         if name == _PIPELINE and (folder / _MODEL).is_file():
             hint = f" '{folder}' is a network alone: pass it by --model."
         raise ValueError(
-            f"'{folder}' holds no {name}. Pass a folder on this machine that was written by "
-            f"save_pretrained; nothing is downloaded.{hint}"
+            f"'{folder}' holds no {name}. Pass a folder that was written by save_pretrained.{hint}"
         )
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -219,6 +218,13 @@ def check_adapter(path: Path, parts: Sequence[str]) -> None:
     folders = peft_folders(path, parts).values()
     for file in [folder / PEFT_WEIGHTS for folder in folders] or [adapter_file(path)]:
         check_whole(file)
+
+
+def weights_in(folder: Path) -> Path | None:
+    """The file of an adapter of PEFT's or diffusers' form that a folder itself holds, if any."""
+    peft = (folder / _PEFT).is_file() and (folder / PEFT_WEIGHTS).is_file()
+    file = folder / (PEFT_WEIGHTS if peft else _DIFFUSERS_WEIGHTS)
+    return file if file.is_file() else None
 
 
 def peft_folders(path: Path, parts: Sequence[str]) -> dict[str, Path]:

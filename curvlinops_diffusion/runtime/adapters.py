@@ -18,7 +18,7 @@ from curvlinops_diffusion.runtime.sharded_networks import nonzero
 
 # a part of an adapted layer, as PEFT calls it, followed by the adapter's name
 _ADAPTER = re.compile(
-    r"(?<=\.)(?P<part>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|lora_bias|"
+    r"(?<=\.)(?P<part>lora_(?:A|B|mid|embedding_A|embedding_B|magnitude_vector)|lora_bias|"
     r"hada_\w+|lokr_\w+|ia3_l|oft_\w+|vera_lambda_\w+|modules_to_save)\.(?P<adapter>[^.]+)(?=\.|$)"
 )
 _COMMON = "default"

@@ -145,7 +145,7 @@ BROKEN = [
     (removed("tokenizer"), r"names a part 'tokenizer', and there is no such folder"),
     (removed("tokenizer", "tokenizer.json"), r"tokenizer' has no vocabulary"),
     (removed("unet", "config.json"), r"no file named config.json found in directory .*unet"),
-    (removed("model_index.json"), r"holds no model_index.json. Pass a folder on this machine"),
+    (removed("model_index.json"), r"holds no model_index.json. Pass a folder that was written"),
     (resized("unet", "conv_in.w"), r"in 'unet', 'conv_in.weight' is 5×3×4×4 in the file and 4×2×"),
     (resized("text_encoder", "q_proj.w"), r"in 'text_encoder', '.*q_proj.weight' is 9×9 in the f"),
     (

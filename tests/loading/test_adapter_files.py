@@ -9,7 +9,6 @@ import torch
 from peft import LoHaConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from curvlinops_diffusion import (
     DiffusionEKFACLinearOperator,
@@ -19,7 +18,7 @@ from curvlinops_diffusion import (
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import options_of
 from curvlinops_diffusion.loading.adapter_files import converted, read_adapter
-from curvlinops_diffusion.loading.adapters import load_adapters, names_in
+from curvlinops_diffusion.loading.adapters import load_adapters, names_in, networks_of
 from curvlinops_diffusion.loading.images import open_images
 from tests.comparisons import assert_close
 from tests.diffusion import test_pipelines as pipelines
@@ -47,9 +46,7 @@ def saved(tmp_path_factory):
 def again(saved, make):
     """A pipeline as it is on disk, and its networks."""
     pipeline = copy.deepcopy(saved(make)[1])
-    modules = {n: m for n, m in pipeline.components.items() if isinstance(m, nn.Module)}
-    order = sorted(modules, key=lambda name: name not in ("unet", "transformer"))
-    return pipeline, {name: modules[name] for name in order}
+    return pipeline, networks_of(pipeline)
 
 
 def random(*shape, seed):
@@ -319,9 +316,7 @@ def test_differences_of_whole_weights(saved, tmp_path):
 
 
 MORE = {
-    "dora_scale": (f"{STEM}.dora_scale", (4, 1), r"1 of its weights \(DoRA magnitudes .*dora_sc"),
-    "a core": (f"{STEM}.lora_mid.weight", (2, 2), r"1 of its weights \(Tucker cores\).*lora_mid"),
-    "LoHa": (f"{STEM}.hada_w1_a", (4, 2), r"1 of its weights \(LoHa\).*hada_w1_a'"),
+    "two products": (f"{STEM}.hada_w1_a", (4, 2), "'hada_w1_a', 'lora_A', 'lora_B' of .* one"),
     "OFT": (f"{STEM}.oft_blocks", (2, 2, 2), r"1 of its weights \(OFT\).*oft_blocks'"),
     "unknown": (f"{STEM}.scalar", (1,), r"cannot be loaded: .*attn1_to_q\.scalar\. Pass"),
     "alpha of nothing": ("lora_unet_conv_in.alpha", (), "holds 'lora_unet_conv_in.alpha' and no"),

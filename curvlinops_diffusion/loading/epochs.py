@@ -1,0 +1,93 @@
+"""Adapters that one training saved on its way, by the names that trainers give them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from safetensors import safe_open
+
+from curvlinops_diffusion.loading.saved_networks import check_whole, weights_in
+
+# by what is counted: the names of kohya's epochs and steps, ai-toolkit's and OneTrainer's steps
+_FILES = (
+    ("epochs", re.compile(r"(.+)-(\d{6})")),
+    ("steps", re.compile(r"(.+)-step(\d{8})")),
+    ("steps", re.compile(r"(.+)_(\d{9})")),
+    ("steps", re.compile(r"(.*?)(?:\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)?-save-(\d+)-\d+-\d+")),
+)
+_FOLDER = re.compile(r"checkpoint-(\d+)")  # of diffusers' scripts and SimpleTuner
+
+
+def adapters_by_step(folder: Path, last: int | None = 1) -> list[Path]:
+    """Find the adapters that one training saved, in its order, the final one last.
+
+    Args:
+        folder: The folder that it wrote; or one adapter, of any form.
+        last: How many adapters of a folder that holds several of one training are taken, counted
+            from its end. Scores are of the final one; with more than 1 they are averaged over
+            these, for as many times the work.
+
+    Raises:
+        ValueError: If the folder holds adapters of several trainings, or a damaged one, or their
+            order is unknown.
+    """
+    found = _by_step(folder) if folder.is_dir() else [folder]
+    if len(found) > 1 and _weights(found[-1]) == _weights(found[-2]):  # of the last step
+        del found[-2]
+    return found if last is None else found[-last:]
+
+
+def _by_step(folder: Path) -> list[Path]:
+    there = sorted(path for path in folder.iterdir() if path.name[0] != ".")
+    numbers = {path: match for path in there if (match := _FOLDER.fullmatch(path.name))}
+    folders = [path for path in numbers if weights_in(path)]
+    if folders:
+        final = [folder] if weights_in(folder) else []
+        return sorted(folders, key=lambda path: int(numbers[path][1])) + final
+    files = [path for path in there if path.suffix == ".safetensors" and path.is_file()]
+    steps: dict[Path, tuple[str, str, int]] = {}
+    for path in files:
+        for counted, form in _FILES:
+            match = form.fullmatch(path.stem)
+            if match:
+                steps[path] = counted, match[1], int(match[2])
+    if not steps:
+        return [folder]
+    final = [path for path in files if path not in steps]
+    names = {*(name for _, name, _ in steps.values()), *(path.stem for path in final)}
+    if len(names) > 1:
+        some = ", ".join(f"'{name}'" for name in sorted(names)[:3])
+        raise ValueError(
+            f"'{folder}' holds adapters of several trainings ({some}). Pass the file of one as "
+            "--lora, and earlier ones of the same training as --checkpoints."
+        )
+    order: dict[Path, int | None] = {path: number for path, (_, _, number) in steps.items()}
+    if len({counted for counted, _, _ in steps.values()}) > 1:
+        order = {path: _counted_steps(path) for path in steps}
+        if None in order.values():
+            raise ValueError(
+                f"The adapters in '{folder}' are numbered by epochs and by steps, and do not say "
+                "(ss_steps) how these follow each other. Pass the last as --lora, and earlier ones "
+                "in their order as --checkpoints."
+            )
+    return sorted(steps, key=lambda path: order[path] or 0) + final
+
+
+def _weights(path: Path) -> bytes:
+    """What a file holds behind its header, which names it otherwise at the end of training."""
+    file = path if path.is_file() else weights_in(path)
+    assert file is not None
+    check_whole(file)
+    with file.open("rb") as opened:
+        opened.seek(8 + int.from_bytes(opened.read(8), "little"))
+        return hashlib.file_digest(opened, "sha256").digest()
+
+
+def _counted_steps(path: Path) -> int | None:
+    """The steps that kohya's scripts write into a file."""
+    check_whole(path)
+    with safe_open(path, "np") as file:
+        text = (file.metadata() or {}).get("ss_steps", "")
+    return int(text) if text.isdecimal() else None
