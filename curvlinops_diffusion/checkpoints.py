@@ -23,7 +23,7 @@ from curvlinops_diffusion.attributor import Attributor
 from curvlinops_diffusion.influence.agreement import Agreement, SplitHalfScores
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
-from curvlinops_diffusion.runtime.files import make_folder
+from curvlinops_diffusion.runtime.files import check_file_name, make_folder
 from curvlinops_diffusion.runtime.processes import Processes
 
 log = logging.getLogger(__name__)
@@ -221,6 +221,8 @@ class CheckpointAttributor(Attributor):
         Raises:
             ValueError: If the output exists, or as :meth:`Attributor.score`.
         """
+        if output is not None:
+            check_file_name(Path(output), ".safetensors")
         if output is not None and Path(output).exists() and not overwrite:
             raise ValueError(
                 f"'{output}' exists. Pass `overwrite=True`, or another `output`; "
