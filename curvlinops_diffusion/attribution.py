@@ -225,7 +225,7 @@ class Attribution:
         numbers, paths = range(len(self.train.names)), getattr(self.train, "paths", None)
         beside: dict[str, Sequence[str | None]] = {
             "caption": [self.train.caption(n) for n in numbers],
-            "path": [None for n in numbers] if paths is None else [str(path) for path in paths],
+            "path": [None for n in numbers] if paths is None else paths,
         }
         return table_blocks(self.by_method, self.header, halves, beside=beside)
 

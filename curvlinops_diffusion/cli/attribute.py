@@ -116,8 +116,7 @@ def report(options: Namespace) -> None:
 
 
 def _report(found: Attribution, options: Namespace, output: Path, operator: Path | None) -> None:
-    arguments = chosen(options, REPORT) | {"operator": operator}
-    size = found.report(output, **arguments)
+    size = found.report(output, top=options.top, group_by=options.group_by, operator=operator)
     event("reported", file=str(output), bytes=size)
     say(f"Wrote {output} ({size / 1e6:.1f} MB)")
 

@@ -239,7 +239,7 @@ def _of_files(files: Sequence[Path], names: list[str], form: Form) -> NamedImage
         lambda n: digest_of(files[n].read_bytes()),
         form,
     )
-    images.paths = [file.absolute() for file in files]
+    images.paths = [str(file.absolute()) for file in files]
     return images
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,8 +52,8 @@ class NamedImages(Dataset[dict[str, Any]]):
         self.names = names
         self.conditions = conditions or {}
         self.classes = classes
-        self.paths: list[Path] | None = None
-        self.columns: Mapping[str, Sequence[Any]] = {}
+        self.paths: list[str] | None = None
+        self.columns: dict[str, Sequence[Any]] = {}
         self.left_out: list[str] = []
         self.captions_beside: dict[str, str] = {}
         self.example_weights: list[float] | None = None
