@@ -53,7 +53,7 @@ class NamedImages(Dataset[dict[str, Any]]):
         self.conditions = conditions or {}
         self.classes = classes
         self.paths: list[str] | None = None
-        self.columns: dict[str, Sequence[Any]] = {}
+        self.columns: dict[str, Any] = {}
         self.left_out: list[str] = []
         self.captions_beside: dict[str, str] = {}
         self.example_weights: list[float] | None = None
