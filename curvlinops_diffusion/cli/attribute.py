@@ -16,15 +16,7 @@ from curvlinops_diffusion.checkpoints import averaged
 from curvlinops_diffusion.cli.cost import fit_cost, score_cost
 from curvlinops_diffusion.cli.earlier import as_yaml, of_run
 from curvlinops_diffusion.cli.network import load_network
-from curvlinops_diffusion.cli.options import (
-    ATTRIBUTOR,
-    FIT,
-    KFAC,
-    REGRESSION,
-    REPORT,
-    SCORE,
-    chosen,
-)
+from curvlinops_diffusion.cli.options import ATTRIBUTOR, FIT, KFAC, REGRESSION, SCORE, chosen
 from curvlinops_diffusion.cli.paths import at_checkpoint
 from curvlinops_diffusion.cli.running import event, is_first, process_group, say
 from curvlinops_diffusion.influence.methods import Method, check_measurement
