@@ -60,7 +60,9 @@ class Recipe:
         found["training_arguments"] = arguments
         if self.kept is not None:
             found |= {"shuffle_captions": True, "keep_tokens": self.kept}
-        return {name: z for name, z in {**found, "buckets": self.buckets}.items() if z}
+        if self.buckets:
+            found |= {"buckets": True, "bucket_min": 64, "bucket_max": 256}
+        return {name: z for name, z in found.items() if z}
 
 
 @dataclass(frozen=True)
