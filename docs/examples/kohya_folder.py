@@ -160,8 +160,10 @@ for name, matrix in get_peft_model_state_dict(unet).items():
     stem = f"lora_unet_{layer.replace('.', '_')}"
     weights[f"{stem}.lora_{'down' if side == 'A' else 'up'}.weight"] = matrix.contiguous()
     weights[f"{stem}.alpha"] = torch.tensor(8.0)
-told = {"ss_clip_skip": None, "ss_min_snr_gamma": 5.0, "ss_noise_offset": 0.05, "ss_v2": False}
-told |= {"ss_base_model_version": "sd_v1", "ss_resolution": (SIZE, SIZE), "ss_epoch": 1}
+told = {"ss_network_module": "networks.lora", "ss_network_dim": 8, "ss_network_alpha": 8}
+told |= {"ss_base_model_version": "sd_v1", "ss_v2": False, "ss_sd_model_name": "base"}
+told |= {"ss_clip_skip": None, "ss_min_snr_gamma": 5.0, "ss_noise_offset": 0.05}
+told |= {"ss_resolution": (SIZE, SIZE), "ss_enable_bucket": False, "ss_flip_aug": False}
 (folder / "out").mkdir()
 output = folder / "out" / "discs.safetensors"
 save_file(weights, output, {key: str(value) for key, value in told.items()})
