@@ -20,7 +20,7 @@ from curvlinops_diffusion import (
     StoredScores,
     load_operator,
 )
-from curvlinops_diffusion.cli import cost
+from curvlinops_diffusion.cli import attribute, cost
 from curvlinops_diffusion.cli.program import run
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.weightings import MinSNRWeighting
@@ -390,7 +390,7 @@ def test_the_loss_of_training(folder, tmp_path, capsys):
         assert f"error: {flag} {words[-1]} contradicts '{output}'" in capsys.readouterr().err, value
 
 
-def test_attribute(folder, tmp_path, capsys):
+def test_attribute(folder, tmp_path, capsys, monkeypatch):
     """Its options make the same again; another run is refused, and the folder stays as it was."""
     words = ["--pipeline", folder / "pipeline", "--data", folder / "train", "--quiet"]
     words += ["--queries", folder / "queries", "--fit-draws", 2, "--num-draws", 2]
@@ -420,6 +420,12 @@ def test_attribute(folder, tmp_path, capsys):
     assert run(["attribute", *config, "--output", str(tmp_path / "again")]) == 0
     again = (tmp_path / "again" / "scores.csv").read_text().splitlines()
     assert again == table
+    (tmp_path / "again" / "scores.csv").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(attribute, "_ROWS", 13)
+        assert run(["attribute", *config, "--output", str(tmp_path / "again")]) == 0
+    assert "for a table of all 14, report --scores" in capsys.readouterr().err
+    assert not (tmp_path / "again" / "scores.csv").exists()
     # as the three commands make it
     three = arguments(folder, "fit", "--output", tmp_path / "e.safetensors", "--num-draws", 2)
     at = three.index("--batch-size")
