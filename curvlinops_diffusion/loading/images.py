@@ -250,6 +250,7 @@ def _of_folder(path: Path, form: Form, condition: Condition | None, layout: Layo
         images.classes = classes_of(inner, [name.removeprefix(below) for name in names])
     else:
         images.conditions, columns = metadata.conditions(names), metadata.unread()
+        images.columns = metadata.columns(names)
         images.unread += columns
         for some, how in (
             ([line.name for line in metadata.without_image], "without an image"),
@@ -342,7 +343,7 @@ def _of_files(
         files, names, form, layout.skip_unreadable, lambda n: form.load(files[n], names[n])
     )
     files, names = [files[n] for n in kept], [names[n] for n in kept]
-    return NamedImages(
+    images = NamedImages(
         names,
         lambda n, place: form.load(files[n], names[n], place),
         lambda n: digest_of(files[n].read_bytes()),
@@ -350,6 +351,8 @@ def _of_files(
         notes=notes,
         size=lambda n: form.size_in(files[n], names[n]),
     )
+    images.paths = [str(file.absolute()) for file in files]
+    return images
 
 
 def _of_any(given: Any, form: Form, layout: Layout) -> NamedImages:

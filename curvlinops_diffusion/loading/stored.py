@@ -262,7 +262,7 @@ def images_of_dataset(data: Any, path: Path, form: Form, layout: Layout) -> Name
     if any(name not in {column, *beside} for name in pictures):
         notes.append("--image-column takes images from another column")
     unread = [name for name in data.column_names if name not in {column, *read, *beside}]
-    return NamedImages(
+    found = NamedImages(
         names,
         lambda n, place: form.load(partial(picture, images, column, n), names[n], place),
         source_digest,
@@ -273,6 +273,8 @@ def images_of_dataset(data: Any, path: Path, form: Form, layout: Layout) -> Name
         notes=notes,
         size=lambda n: upright.size_in(lambda: Image.open(_stored(rows, column, n)), names[n]),
     )
+    found.columns = {name: data[name] for name in data.column_names if name not in pictures}
+    return found
 
 
 def _stored(rows: Any, column: str, n: int) -> Any:
