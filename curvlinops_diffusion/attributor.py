@@ -215,7 +215,8 @@ class Attributor:
             buckets: The aspect buckets that images are resized and cropped to: ``True`` for those
                 of kohya's scripts, or heights and widths, ``[(672, 1568), …]``, as
                 ``--aspect_ratio_buckets`` of ``diffusers``' scripts, also written
-                ``'672,1568;…'``. Batches are of one bucket each.
+                ``'672,1568;…'``, or ``'auto'`` for their ``--use_aspect_ratio_buckets``. Batches
+                are of one bucket each.
             bucket_step: What the sides of kohya's buckets are multiples of.
             bucket_min: The shortest side that they have.
             bucket_max: The longest side that they have.

@@ -16,12 +16,14 @@ from torch import Tensor
 from torchvision.transforms import functional as transforms
 
 from curvlinops_diffusion.loading.sizes import (
+    AUTO,
     Interpolation,
     Placement,
     Size,
     area_bucket,
     area_buckets,
     bucket_list,
+    made_bucket,
     nearest_bucket,
     resized,
     shrunk_bucket,
@@ -67,7 +69,8 @@ class Form:
         size: Height and width; ``None`` for any. Of no matter where there are buckets.
         resolution: What to resize to; ``None`` for no resizing.
         multiple: What height and width must be multiples of.
-        buckets: The sizes of aspect buckets; True for those of kohya's scripts, False for none.
+        buckets: The sizes of aspect buckets; True for those of kohya's scripts, ``'auto'`` for
+            those that ``diffusers``' scripts make, False for none.
         bucket_step: Of kohya's buckets, what their sides are multiples of.
         bucket_min: Their shortest side.
         bucket_max: Their longest side.
@@ -100,8 +103,8 @@ class Form:
         for name in ("resolution", "bucket_step", "bucket_min", "bucket_max"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
-        if self.buckets is True:
-            self._check_area_buckets()
+        if self.buckets in (True, AUTO):
+            self._check_made_buckets()
         elif self.buckets:
             misfits = [
                 f"{h}×{w}" for h, w in self._listed if h % self.multiple or w % self.multiple
@@ -112,9 +115,11 @@ class Form:
                     f", which the network takes, got {', '.join(misfits[:4])}."
                 )
 
-    def _check_area_buckets(self) -> None:
+    def _check_made_buckets(self) -> None:
         if self.resolution is None:
             raise ValueError("`buckets` needs the `resolution` that training had, got none.")
+        if self.buckets == AUTO:
+            return
         if self.bucket_step % self.multiple:
             raise ValueError(
                 f"`bucket_step` must be a multiple of {self.multiple}, which the network takes, "
@@ -247,10 +252,12 @@ class Form:
                 return shrunk_bucket(size, self.resolution, self.bucket_step)
             buckets = area_buckets(self.resolution, self.bucket_step, *self._limits)
             return area_bucket(size, buckets)
-        if self.buckets:
+        if self.buckets and self.buckets != AUTO:
             return nearest_bucket(size, self._listed)
         if self.resolution is None:
             return size, size
+        if self.buckets:
+            return made_bucket(size, self.resolution)
         whole = tuple(self.resolution * side // min(size) for side in size)
         return (whole[0], whole[1]), (self.resolution, self.resolution)
 

@@ -24,18 +24,26 @@ Placement = tuple[Size, Size]
 Interpolation = Literal["bilinear", "bicubic", "lanczos"]
 
 
-def bucket_list(given: Any) -> bool | tuple[Size, ...]:
+#: Buckets that are made for each image, as diffusers' scripts do if none are listed.
+AUTO: Literal["auto"] = "auto"
+# their width over height, and what their sides are multiples of
+_ASPECTS = [a / b for a, b in ((1, 1), (4, 5), (2, 3), (3, 4), (9, 16), (1, 2))]
+_MULTIPLE = 16
+
+
+def bucket_list(given: Any) -> bool | Literal["auto"] | tuple[Size, ...]:
     """Check a user's ``buckets``, and read ``'h,w;h,w'`` as ``diffusers``' scripts do.
 
     Raises:
-        ValueError: If they are neither True, False nor sizes.
+        ValueError: If they are neither True, False, 'auto' nor sizes.
     """
     if isinstance(given, bool):
         return given
     pairs: Any = given
     if isinstance(given, str):
-        if given.strip().lower() in ("true", "false"):
-            return given.strip().lower() == "true"
+        word = given.strip().lower()
+        if word in ("true", "false", AUTO):
+            return AUTO if word == AUTO else word == "true"
         found = [re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text) for text in given.split(";")]
         pairs = [(0, 0) if match is None else tuple(map(int, match.groups())) for match in found]
     try:
@@ -44,7 +52,7 @@ def bucket_list(given: Any) -> bool | tuple[Size, ...]:
         sizes = ()
     if not sizes or min(min(size) for size in sizes) < 1:
         raise ValueError(
-            "`buckets` must be True for those of kohya's scripts, or heights and widths, "
+            "`buckets` must be True for those of kohya's scripts, 'auto', or heights and widths, "
             f"[(672, 1568), …] or '672,1568;…', got {given!r}."
         )
     return sizes
@@ -60,6 +68,24 @@ def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Placement:
     nearest = max(n for n, distance in enumerate(distances) if distance == min(distances))
     scale = max(new / old for new, old in zip(buckets[nearest], size, strict=True))
     return (round(height * scale), round(width * scale)), buckets[nearest]
+
+
+def made_bucket(size: Size, resolution: int) -> Placement:
+    """Choose the bucket of an image as ``--use_aspect_ratio_buckets`` of ``diffusers``' scripts.
+
+    Of the square's area, or the image's own if that is smaller, in eleven aspect ratios.
+    """
+    side = min(resolution, round((size[0] * size[1]) ** 0.5))
+    return nearest_bucket(size, _made_buckets(side))
+
+
+@cache
+def _made_buckets(side: int) -> tuple[Size, ...]:
+    aspects = [z for aspect in _ASPECTS for z in dict.fromkeys((aspect, 1 / aspect))]
+    heights = [(side * side / aspect) ** 0.5 for aspect in aspects]
+    exact = [(height, height * aspect) for height, aspect in zip(heights, aspects, strict=True)]
+    rounded = [[max(1, round(z / _MULTIPLE)) * _MULTIPLE for z in sides] for sides in exact]
+    return tuple(dict.fromkeys((height, width) for height, width in rounded))
 
 
 @cache

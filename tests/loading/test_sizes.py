@@ -67,6 +67,28 @@ def test_listed_buckets_as_the_scripts_of_diffusers(size, place):
     assert Form(3, None, 4, buckets="8,8; 8,16;16,8;8,12") == Form(3, None, 4, buckets=buckets)
 
 
+# what training_utils of diffusers 0.42 computed: the resolution, the image, its bucket
+MADE = [
+    (512, (768, 1024), (448, 592)),
+    (1024, (4000, 900), (1456, 720)),
+    (1024, (300, 317), (304, 304)),
+    (768, (1080, 1920), (576, 1024)),
+    (640, (333, 1000), (416, 816)),
+    (1024, (2000, 1333), (1248, 832)),
+    (512, (20, 9), (16, 16)),
+    (1024, (1250, 1000), (1152, 912)),
+]
+
+
+@pytest.mark.parametrize(("resolution", "size", "bucket"), MADE)
+def test_buckets_that_the_scripts_of_diffusers_make(resolution, size, bucket):
+    form = Form(3, (8, 8), resolution, 8, "auto")
+    whole, part = form.placed("", size)
+    assert part == bucket
+    scale = max(bucket[0] / size[0], bucket[1] / size[1])
+    assert whole == (round(size[0] * scale), round(size[1] * scale))
+
+
 # what sd-scripts (commit 48d368f) computed: its options, the image, resized to, bucket, corner told
 KOHYA = [
     ((512, 64, 256, 1024, False), (768, 1024), (448, 597), (448, 576), (8, 0)),
@@ -183,7 +205,8 @@ def test_kohyas_scripts_do_not_turn_images(tmp_path):
     ("options", "message"),
     [
         ({"buckets": True}, "`buckets` needs the `resolution` that training had"),
-        ({"buckets": []}, r"`buckets` must be True for those of kohya's scripts, or heights"),
+        ({"buckets": "auto"}, "`buckets` needs the `resolution` that training had"),
+        ({"buckets": []}, r"`buckets` must be True for those of kohya's scripts, 'auto', or h"),
         ({"buckets": "64x64"}, r"or '672,1568;…', got '64x64'"),
         ({"buckets": [(0, 8)]}, r"got \[\(0, 8\)\]"),
         ({"buckets": [(8, 12), (16, 8)], "multiple": 8}, "multiples of 8, .* got 8×12"),
