@@ -368,7 +368,7 @@ def onetrainer(z: Entries, base: Base) -> Iterator[Setting]:
     yield from _onetrainer_levels(z, base)
     yield from _onetrainer_text(z, base)
     # its text-to-image loaders take the means of latents, which no entry says
-    yield Setting("latents of OneTrainer", "training_arguments.sample_latents", False)
+    yield Setting("latents of OneTrainer", "training_arguments.sample_latents", False, True)
     yield from z.refuses_all(
         mae_strength=_ERROR,
         log_cosh_strength=_ERROR,
