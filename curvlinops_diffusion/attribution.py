@@ -5,7 +5,7 @@ Legend: Q queries, N training images, k the first of a query's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -14,17 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from torch import Tensor
 
 from curvlinops_diffusion.influence.agreement import Agreement, SplitHalfScores
-from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
-from curvlinops_diffusion.influence.score_files import (
-    COLUMNS,
-    helpful_sign,
-    table_rows,
-    write_scores,
-    write_table,
-)
+from curvlinops_diffusion.influence.measurements.registry import Better
+from curvlinops_diffusion.influence.score_files import better_of, helpful_sign, write_scores
 from curvlinops_diffusion.influence.stored_scores import StoredScores
+from curvlinops_diffusion.influence.tables import Columns, lines_of, table_blocks, write_table
 from curvlinops_diffusion.linalg.operator_files import read_header
-from curvlinops_diffusion.page.gallery import Gallery
+from curvlinops_diffusion.page.gallery import Gallery, group_names
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.files import check_same
 
@@ -44,6 +39,38 @@ class RankedImage(NamedTuple):
     name: str
     score: float
     rank: int
+
+
+@dataclass(frozen=True)
+class GroupInfluence:
+    """The influence of a group of training images on a query.
+
+    Attributes:
+        query: The query's name.
+        group: The group's.
+        sum: The sum of its images' scores: the predicted change of the measured value had the model
+            been trained without any of them, to first order (Koh et al., 2019).
+        count: How many images it has.
+        mean: The sum of one image, on average.
+        share: The sum as a share of the query's measured value; ``None`` where that is not known.
+        rank: Its place among the groups, from 1, the most helpful.
+        effect: ``'helps'`` or ``'hinders'``; ``'lowers it'`` or ``'raises it'`` where neither sign
+            of what was measured is good.
+        agreement: Whether the sums of either half of the draws have the same sign; ``None`` where
+            the draws cannot be halved.
+        method: The method.
+    """
+
+    query: str
+    group: str
+    sum: float
+    count: int
+    mean: float
+    share: float | None
+    rank: int
+    effect: str
+    agreement: bool | None
+    method: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,17 +135,11 @@ class Attribution:
                     f"`{what}` must be the {len(names)} images that '{path}' is of, got "
                     f"{len(gallery.names)} others. Pass those that were scored."
                 )
-        by_method = stored.by_method
-
-        def halves_of(place: int, method: str) -> SplitHalfScores | None:
-            names = [f"{method}/{half}" if place else half for half in ("first", "second")]
-            if header.get("shards") or not {*names} <= {*stored.names}:
-                return None  # of many shards too large to be held
-            return SplitHalfScores(
-                by_method[method].whole(), *(stored.named(name).whole() for name in names)
-            )
-
-        halves = {method: halves_of(place, method) for place, method in enumerate(by_method)}
+        by_method, halves = stored.by_method, dict.fromkeys(stored.by_method)
+        if not header.get("shards"):  # of many shards too large to be held
+            for method, pair in stored.halves.items():
+                whole = [scores.whole() for scores in (by_method[method], *(pair or ()))]
+                halves[method] = None if pair is None else SplitHalfScores(*whole)
         return cls(by_method, halves, header, images, queries)
 
     @property
@@ -134,9 +155,7 @@ class Attribution:
     @property
     def better(self) -> Better:
         """Which values of what was measured are good, and so which sign of a score helps."""
-        measured = self.header["identity"]["query"].get("measurement", "")
-        entry = MEASUREMENTS.get(measured)
-        return Better.LOWER if entry is None else entry.better
+        return better_of(self.header)
 
     def top(self, k: int = 5) -> list[list[RankedImage]]:
         """The ``k`` training images that helped each query most, the most helpful first.
@@ -159,11 +178,29 @@ class Attribution:
             for scores_N in next(iter(self.by_method.values()))
         ]
 
+    def groups(self, by: str | Sequence[str]) -> list[GroupInfluence]:
+        """The influence of groups of training images on each query, the most helpful first.
+
+        By several methods the first comes first. ``pandas.DataFrame`` makes a table of them.
+
+        Args:
+            by: ``'folder'`` of the images; ``'class'``; a column of the metadata or data set,
+                ``'artist'`` say; or the name of a group for each image.
+
+        Raises:
+            ValueError: If the images have nothing of that name, or names are not one for each.
+        """
+        blocks = self._blocks(by)
+        return [GroupInfluence(*line) for block in blocks for line in lines_of(block)]
+
     def to_pandas(self) -> pd.DataFrame:
         """The scores as a table, a row for each method, query and training image.
 
-        The most helpful first. Columns: ``query``, ``image``, ``score``, ``rank`` (1 is the most
-        helpful), ``method``, and ``caption`` (the image's).
+        The most helpful first. Columns: ``query``; ``image``; ``score``; ``share``, the score
+        divided by the query's measured value; ``rank``, from 1; ``effect``, what the image does
+        (``helps``, ``hinders``); ``agreement``, whether either half of the draws gives the score
+        the same sign, which of noise alone at most half of the rows have; ``method``; and the
+        image's ``caption`` and ``path``, if it has any.
 
         Raises:
             ValueError: If pandas is not installed.
@@ -172,11 +209,29 @@ class Attribution:
             import pandas as pd
         except ImportError as error:
             raise ValueError("A table needs pandas: pip install pandas.") from error
-        table = pd.DataFrame(table_rows(self.by_method, self.header), columns=COLUMNS)
-        captions = {name: self.train.caption(n) for n, name in enumerate(self.train.names)}
-        return table.assign(caption=table["image"].map(captions))
+        return pd.concat(map(pd.DataFrame, self._blocks()), ignore_index=True)
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def _blocks(self, group_by: str | Sequence[str] | None = None) -> Iterator[Columns]:
+        """Blocks of a table of images, or of groups."""
+        halves: dict[str, Any] = {}
+        for method, scores in self.by_method.items():
+            pair = self.halves[method]
+            halves[method] = None if pair is None else (pair.first, pair.second)
+            if pair is None and isinstance(scores, StoredScores):
+                halves[method] = scores.halves[method]
+        if group_by is not None:
+            groups = group_names(self.train, group_by)
+            return table_blocks(self.by_method, self.header, halves, groups=groups)
+        numbers, paths = range(len(self.train.names)), getattr(self.train, "paths", None)
+        beside: dict[str, Sequence[str | None]] = {
+            "caption": [self.train.caption(n) for n in numbers],
+            "path": [None for n in numbers] if paths is None else [str(path) for path in paths],
+        }
+        return table_blocks(self.by_method, self.header, halves, beside=beside)
+
+    def save(
+        self, path: str | PathLike[str], *, group_by: str | Sequence[str] | None = None
+    ) -> None:
         """Write the scores with everything that is known of them to a safetensors file, or a table.
 
         Those of the first method are called ``scores``, with halves of the draws ``first`` and
@@ -185,16 +240,22 @@ class Attribution:
         read it.
 
         Args:
-            path: Where to; ending in ``.csv`` or ``.parquet`` for the table of :meth:`to_pandas`,
-                without captions.
+            path: Where to; ending in ``.safetensors``, or in ``.csv`` or ``.parquet`` for the table
+                of :meth:`to_pandas`, which is written as it is made, however long.
+            group_by: For a table of groups, what :meth:`groups` takes.
 
         Raises:
-            ValueError: If the file cannot be written.
+            ValueError: If the name ends in something else, or the file cannot be written.
         """
         path = Path(path)
-        if path.suffix in (".csv", ".parquet"):
-            write_table(path, table_rows(self.by_method, self.header))
+        if path.suffix != ".safetensors":
+            write_table(path, self._blocks(group_by))
             return
+        if group_by is not None:
+            raise ValueError(
+                f"`group_by` must be left out for a file of scores, got '{path}'. Pass a name that "
+                "ends in .csv or .parquet."
+            )
         tensors: dict[str, Tensor] = {}
         for place, (method, scores_QN) in enumerate(self.by_method.items()):
             halves, prefix = self.halves[method], f"{method}/" if place else ""
@@ -209,6 +270,7 @@ class Attribution:
         path: str | PathLike[str],
         *,
         top: int = 8,
+        group_by: str | Sequence[str] | None = None,
         operator: str | PathLike[str] | None = None,
     ) -> int:
         """Write a page with the images that helped and hindered each query most.
@@ -218,6 +280,8 @@ class Attribution:
         Args:
             path: Where to.
             top: Training images in each row of a query.
+            group_by: What groups of training images do to each query is shown, too: by their
+                ``'folder'`` or ``'class'``, by a column of their metadata, or by a name for each.
             operator: A file of the curvature, to show its spectrum and blocks.
 
         Returns:
@@ -241,7 +305,8 @@ class Attribution:
             )
         check_count("top", top)
         shown = (self.header, self.train, self.queries)
-        return write_report(path, self.by_method, *shown, top=top, operator=operator)
+        groups = () if group_by is None else self.groups(group_by)
+        return write_report(path, self.by_method, *shown, top=top, groups=groups, operator=operator)
 
     def __str__(self) -> str:
         """Say what there is and how sure it is."""

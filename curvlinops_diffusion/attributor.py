@@ -42,7 +42,7 @@ from curvlinops_diffusion.page.gallery import RegressionGallery
 from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
 from curvlinops_diffusion.runtime.checks import check_option
-from curvlinops_diffusion.runtime.files import check_same, check_space
+from curvlinops_diffusion.runtime.files import check_file_name, check_same, check_space
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
 from curvlinops_diffusion.runtime.processes import Processes
 
@@ -350,6 +350,7 @@ class Attributor:
         path = None if output is None else Path(output)
         identity: dict[str, Any] = {}
         if path is not None:
+            check_file_name(path)
             covered = {} if self.params is None else {"params": common_list(self._names())}
             identity = regression.identity({"curvature": curvature, **settings, **covered})
             if path.exists() and not overwrite:
@@ -480,6 +481,9 @@ class Attributor:
                 output is of other scores.
         """
         operator = self.operator
+        path = None if output is None else Path(output)
+        if path is not None:
+            check_file_name(path, ".safetensors")
         chosen = [method] if isinstance(method, str) else list(method)
         methods = [check_option("method", name, Method) for name in dict.fromkeys(chosen)]
         check_measurement(methods, measurement)
@@ -504,7 +508,6 @@ class Attributor:
             "query": query.identity(asked),
             "operator": json.loads(json.dumps(made)),
         }
-        path = None if output is None else Path(output)
         if path is not None and path.exists() and not overwrite:
             check_same_run(path, SCORES.read_header(path), identity)
             self._forget(path)

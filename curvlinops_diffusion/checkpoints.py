@@ -24,7 +24,7 @@ from curvlinops_diffusion.influence.agreement import Agreement, SplitHalfScores
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
-from curvlinops_diffusion.runtime.files import make_folder
+from curvlinops_diffusion.runtime.files import check_file_name, make_folder
 from curvlinops_diffusion.runtime.processes import Processes
 
 log = logging.getLogger(__name__)
@@ -239,6 +239,8 @@ class CheckpointAttributor(Attributor):
             ValueError: If the output is of other scores, or as :meth:`Attributor.score`.
         """
         path = None if output is None else Path(output)
+        if path is not None:
+            check_file_name(path, ".safetensors")
         there = path if path is not None and path.exists() and not overwrite else None
         if there is not None:
             check_num_checkpoints(there, len(self._sources))

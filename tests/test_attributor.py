@@ -15,6 +15,7 @@ from curvlinops_diffusion import (
     ExampleGradientLinearOperator,
     NoisedRegression,
     StoredScores,
+    group_influence_scores,
     influence_scores,
     regression_scores,
 )
@@ -73,6 +74,19 @@ def test_equals_the_operators(own):
     assert torch.equal(J.rows(), operators[2].rows())
 
 
+def test_groups_are_those_of_summed_gradients(own):
+    """Of which no scores of single images are made."""
+    operators, attributor, queries = own
+    result = attributor.fit(num_draws=2).score(queries, **DRAWS)
+    numbers = [0, 1, 1, 0, 2, 1]
+    expected_QK = group_influence_scores(*operators, torch.tensor(numbers))
+    found = result.groups([f"group {k}" for k in numbers])
+    for q, query in enumerate(result.queries.names):
+        sums = {row.group: row.sum for row in found if row.query == query}
+        ours_K = torch.tensor([sums[f"group {k}"] for k in range(3)], dtype=torch.float64)
+        assert_close(ours_K, expected_QK[q].double(), 1e-10)
+
+
 def test_several_methods_out_of_one_pass(own):
     operators, attributor, queries = own
     result = attributor.fit(num_draws=2).score(
@@ -123,7 +137,8 @@ def test_of_a_log_likelihood_the_negative_help(own):
     assert first.score == float(found.scores[0].min())
 
 
-def test_table_file_and_page(result, tmp_path):
+def test_table_file_and_page(folder, attributor, result, tmp_path):
+    missing = tmp_path / "missing"
     table = result.to_pandas()
     assert len(table) == result.scores.numel()
     best = table[(table["query"] == "image1.png") & (table["rank"] == 1)]
@@ -132,6 +147,12 @@ def test_table_file_and_page(result, tmp_path):
     stored = StoredScores.open(tmp_path / "scores.safetensors")
     assert torch.equal(stored.whole(), result.scores)
     assert stored.header["train"] == [f"image{n}.png" for n in range(7)]
+    for write, output in ((attributor.fit, "e.safetensors"), (attributor.score, "s.safetensors")):
+        with pytest.raises(ValueError, match=r"The folder '.*missing' does not exist. Create it"):
+            write(*[folder / "queries"] * (write == attributor.score), output=missing / output)
+    with pytest.raises(ValueError, match=r"must end in .safetensors, got '.*x.npy'"):
+        attributor.score(folder / "queries", output=tmp_path / "x.npy")
+    assert not missing.exists()
     result.report(tmp_path / "report.html")
     assert "image0.png" in (tmp_path / "report.html").read_text()
     # agreement beside what chance would give, of k = 3 of 7

@@ -128,6 +128,7 @@ def test_averages_and_scores_of_one_are_not_mixed_up(folder, attributor, tmp_pat
     with pytest.raises(ValueError, match="was made with others: checkpoints"):
         attributor._last.score(folder / "queries", num_draws=2, output=scores)
     last = Attributor.from_pipeline(loaded(folder, "later"), folder / "train").fit(num_draws=2)
+    (tmp_path / "one").mkdir()
     last.score(folder / "queries", num_draws=2, output=tmp_path / "one" / scores.name)
     assert program(folder, tmp_path / "one", "--checkpoints", folder / "pipeline") == 2
     assert "of 1 checkpoint of the network, got 2" in capsys.readouterr().err

@@ -18,13 +18,26 @@ from curvlinops_diffusion.checkpoints import CheckpointAttributor, check_num_che
 from curvlinops_diffusion.cli.cost import fit_cost, score_cost
 from curvlinops_diffusion.cli.earlier import as_yaml, of_run
 from curvlinops_diffusion.cli.network import load_network
-from curvlinops_diffusion.cli.options import ATTRIBUTOR, FIT, KFAC, REGRESSION, SCORE, chosen
+from curvlinops_diffusion.cli.options import (
+    ATTRIBUTOR,
+    FIT,
+    KFAC,
+    REGRESSION,
+    REPORT,
+    SCORE,
+    chosen,
+)
 from curvlinops_diffusion.cli.paths import at_checkpoint
 from curvlinops_diffusion.cli.running import event, is_first, process_group, say
 from curvlinops_diffusion.influence.methods import Method, check_measurement
+from curvlinops_diffusion.influence.tables import check_table
 from curvlinops_diffusion.linalg.operator_files import read_header
+from curvlinops_diffusion.page.gallery import group_names
 from curvlinops_diffusion.runtime.files import make_folder, write_bytes
 from curvlinops_diffusion.runtime.passes import PassOptions
+
+# rows of a table that is written beside a page unasked
+_ROWS = 10_000_000
 
 
 def fit(options: Namespace) -> None:
@@ -87,23 +100,31 @@ def _score(attributor: Attributor, queries: Any, options: Namespace, output: Pat
 
 
 def report(options: Namespace) -> None:
-    """Write the page of scores.
+    """Write the page of scores, or a table.
 
     Raises:
         ValueError: If images, operator and scores do not belong together.
     """
+    is_table = options.output.suffix != ".html"
+    if is_table:
+        check_table(options.output)
     found = Attribution.load(options.scores, options.data, options.queries)
+    if is_table:
+        found.save(options.output, group_by=options.group_by)
+        event("reported", file=str(options.output), bytes=options.output.stat().st_size)
+        return say(f"Wrote {options.output}")
     _report(found, options, options.output, options.operator)
 
 
 def _report(found: Attribution, options: Namespace, output: Path, operator: Path | None) -> None:
-    size = found.report(output, top=options.top, operator=operator)
+    arguments = chosen(options, REPORT) | {"operator": operator}
+    size = found.report(output, **arguments)
     event("reported", file=str(output), bytes=size)
     say(f"Wrote {output} ({size / 1e6:.1f} MB)")
 
 
 def attribute(options: Namespace) -> None:
-    """Fit, score and report into a folder, with a table and the options beside.
+    """Fit, score and report into a folder, with tables and the options beside.
 
     Of several checkpoints each is fitted and scored, and scores are averaged.
 
@@ -127,6 +148,8 @@ def attribute(options: Namespace) -> None:
         say(f"{count} checkpoints: {count} times the work of one")
     with _opened(options) as attributor:
         queries = _queries(attributor, options)  # checked before anything is computed
+        if options.group_by is not None:
+            group_names(attributor.images, options.group_by)
         if options.dry_run:
             return _print_costs(attributor, queries, options, count)
         if is_first():
@@ -146,10 +169,17 @@ def attribute(options: Namespace) -> None:
         return
     # not before: a folder of another run has been refused by now
     write_bytes(folder / "run.yaml", as_yaml(options).encode())
-    found.save(table)
+    Q, N = next(iter(found.by_method.values())).shape
+    if Q * N > _ROWS:
+        told = f"for a table of all {Q * N:,}, report --scores {scores} --output FILE.parquet"
+    else:
+        found.save(table)
+        told = f"as a table: '{table}'"
+    if options.group_by is not None:
+        found.save(folder / "groups.csv", group_by=options.group_by)
     _report(found, options, page, operator)
     event("attributed", folder=str(folder))
-    say(f"Open '{page}'. Scores: '{scores}'; as a table: '{table}'")
+    say(f"Open '{page}'. Scores: '{scores}'; {told}")
 
 
 def _print_costs(attributor: Attributor, queries: Any, options: Namespace, count: int) -> None:

@@ -170,6 +170,12 @@ _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
     "query_draws": (SCORE,),
     "other_data": (LOAD,),
     "top": (REPORT,),
+    "group_by": (
+        REPORT,
+        str,
+        "What groups of training images do to each query is shown, too: by folder, by class, or by "
+        "a column of their metadata.",
+    ),
     "bootstrap": (JUDGE, None, "Resamples for intervals."),
     **dict.fromkeys(("num_parts", "fraction"), (PLAN,)),
     "checkpoint_every": (PASSES,),
@@ -255,7 +261,7 @@ def commands() -> dict[str, Command]:
                     output="The folder to write: curvature, scores, page, table and options.",
                 ),
                 "The curvature": {**_options("fit_draws"), **curvature},
-                "The scores": {**scores, **_options("top")},
+                "The scores": {**scores, **_options("top group_by")},
                 **common,
             },
         ),
@@ -281,11 +287,13 @@ def commands() -> dict[str, Command]:
             "operator",
         ),
         "report": Command(
-            "Write a page with the training images that helped and hindered each query most.",
+            "Write a page with the training images that helped and hindered each query most, or a "
+            "table.",
             {
                 first: _options(
-                    "scores! output! data queries operator top",
-                    output="The page to write, .html.",
+                    "scores! output! data queries operator top group_by",
+                    output="The page to write, .html; or a table of all scores, or with --group-by "
+                    "of groups, .csv or .parquet.",
                     data="The training images, if they have moved.",
                     queries="The queries, if they have moved.",
                     operator="The curvature, if it has moved, of which the page has a spectrum.",

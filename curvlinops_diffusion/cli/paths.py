@@ -31,7 +31,7 @@ from curvlinops_diffusion.runtime.files import (
 _OUTPUTS = {
     "fit": ((".safetensors",), OPERATOR.key),
     "score": ((".safetensors",), SCORES.key),
-    "report": ((".html",), None),
+    "report": ((".html", ".csv", ".parquet"), None),
     "validate-measure": ((".safetensors",), "curvlinops_diffusion.measured"),
     "validate-judge": ((".html", ".json"), None),
 }

@@ -12,16 +12,14 @@ Without PyTorch, so that the program starts without.
 
 from __future__ import annotations
 
-import csv
-import io
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
-from curvlinops_diffusion.runtime.files import FileKind, write_bytes
+from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
+from curvlinops_diffusion.runtime.files import FileKind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +33,6 @@ SCORES = FileKind(
 HALVED = ("scores", "first", "second")
 #: The name of the examples' numbers, ``[n]``.
 INDEX = "index"
-#: The columns of a table of scores.
-COLUMNS = ("query", "image", "score", "rank", "method")
 
 
 def shards_of(path: Path) -> set[Path]:
@@ -92,49 +88,12 @@ def written_shards(folder: Path, prefix: str) -> list[dict[str, Any]]:
     return []
 
 
+def better_of(header: Mapping[str, Any]) -> Better:
+    """Which values of what was measured are good, lower ones where that is not known."""
+    entry = MEASUREMENTS.get(header["identity"].get("query", {}).get("measurement", ""))
+    return Better.LOWER if entry is None else entry.better
+
+
 def helpful_sign(header: Mapping[str, Any]) -> int:
     """The sign of the scores that come first: that of helpful ones, 1 where neither sign is."""
-    entry = MEASUREMENTS.get(header["identity"].get("query", {}).get("measurement", ""))
-    return -1 if entry is not None and entry.better.helpful_sign < 0 else 1
-
-
-def table_rows(
-    scores: Mapping[str, Iterable[Tensor]], header: Mapping[str, Any]
-) -> Iterator[tuple[str, str, float, int, str]]:
-    """Yield the rows of a table of scores, of each method and query the most helpful first.
-
-    Args:
-        scores: The scores by method, ``[N]`` of one query after the other.
-        header: Their header.
-    """
-    sign = helpful_sign(header)
-    for method, scores_QN in scores.items():
-        for query, scores_N in zip(header["queries"], scores_QN, strict=True):
-            order = (sign * scores_N).argsort(descending=True, stable=True).tolist()
-            for rank, n in enumerate(order, 1):
-                yield query, header["train"][n], float(scores_N[n]), rank, method
-
-
-def write_table(path: Path, rows: Iterable[tuple[str, str, float, int, str]]) -> None:
-    """Write the rows of a table as CSV or, by pandas and what it needs for that, as Parquet.
-
-    Raises:
-        ValueError: If the name ends in neither ``.csv`` nor ``.parquet``, a package is missing, or
-            the file cannot be written.
-    """
-    if path.suffix == ".csv":
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(COLUMNS)
-        table.writerows(rows)
-        write_bytes(path, text.getvalue().encode())
-    elif path.suffix == ".parquet":
-        try:
-            import pandas as pd
-
-            contents = pd.DataFrame(rows, columns=COLUMNS).to_parquet(index=False)
-        except ImportError as error:
-            raise ValueError("Parquet needs pandas and pyarrow: pip install both.") from error
-        write_bytes(path, contents)
-    else:
-        raise ValueError(f"`path` must end in .csv or .parquet, got '{path}'.")
+    return better_of(header).helpful_sign or 1

@@ -21,9 +21,7 @@ from curvlinops_diffusion.influence.score_files import (
     HALVED,
     INDEX,
     SCORES,
-    table_rows,
     write_scores,
-    write_table,
     written_shards,
 )
 from curvlinops_diffusion.influence.streaming import (
@@ -32,6 +30,7 @@ from curvlinops_diffusion.influence.streaming import (
     query_blocks,
     scored_blocks,
 )
+from curvlinops_diffusion.influence.tables import table_blocks, write_table
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.checkpoints import forget
 from curvlinops_diffusion.runtime.digests import digest_of
@@ -229,6 +228,17 @@ class StoredScores:
         first, *others = self.header.get("methods", ["influence"])
         return {first: self.named(HALVED[0]), **{name: self.named(name) for name in others}}
 
+    @property
+    def halves(self) -> dict[str, tuple[StoredScores, StoredScores] | None]:
+        """The scores of either half of the draws by method; ``None`` where there are none."""
+        found: dict[str, tuple[StoredScores, StoredScores] | None] = {}
+        names = set(self.names)
+        for place, method in enumerate(self.by_method):
+            first, second = (f"{method}/{half}" if place else half for half in HALVED[1:])
+            there = {first, second} <= names
+            found[method] = (self.named(first), self.named(second)) if there else None
+        return found
+
     def rows(self, queries: range) -> Tensor:
         """The scores of successive queries, ``[q, N]``."""
         parts = []
@@ -262,16 +272,16 @@ class StoredScores:
     def export(self, path: str | PathLike[str]) -> None:
         """Write a table, a row for each method, query and training example, the most helpful first.
 
-        Columns: ``query``, ``image``, ``score``, ``rank`` (1 is the most helpful) and ``method``.
+        Its columns are those of :meth:`Attribution.to_pandas`, but for captions and paths.
 
         Args:
-            path: Where to, ending in ``.csv`` or ``.parquet`` (which needs pandas and pyarrow).
+            path: Where to, ending in ``.csv`` or ``.parquet`` (which needs pyarrow).
 
         Raises:
             ValueError: If it ends in something else, a package is missing, or the file cannot be
                 written.
         """
-        write_table(Path(path), table_rows(self.by_method, self.header))
+        write_table(Path(path), table_blocks(self.by_method, self.header, self.halves))
 
     # ---------------------------------------------------------------------------------------------
 

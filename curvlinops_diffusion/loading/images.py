@@ -175,6 +175,7 @@ def _of_folder(path: Path, form: Form, condition: Condition | None) -> NamedImag
         images.classes = classes_of(path, names)
     else:
         images.conditions = metadata.conditions(names)
+        images.columns = metadata.columns(names)
         images.unread += metadata.unread()
         for some, how in (
             ([line.entries["file_name"] for line in metadata.without_image], "without an image"),
@@ -232,12 +233,14 @@ def _read_captions(images: NamedImages, path: Path, condition: Condition | None)
 
 
 def _of_files(files: Sequence[Path], names: list[str], form: Form) -> NamedImages:
-    return NamedImages(
+    images = NamedImages(
         names,
         lambda n: form.load(files[n], names[n]),
         lambda n: digest_of(files[n].read_bytes()),
         form,
     )
+    images.paths = [file.absolute() for file in files]
+    return images
 
 
 def _of_any(given: Any, form: Form) -> NamedImages:

@@ -138,6 +138,12 @@ class Metadata:
         read = {"file_name", *COLUMNS, *IMAGE_COLUMNS}
         return sorted(key for key in columns - read if not key.endswith(_FILE))
 
+    def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
+        """The columns of some images as they are, ``None`` where an image has no entry."""
+        lines = [self.lines[name].entries for name in names]
+        keys = dict.fromkeys(key for line in lines for key in line)
+        return {key: [line.get(key) for line in lines] for key in keys}
+
     def conditions(self, names: Sequence[str]) -> dict[str, list[Any]]:
         """The entries of some images, ``None`` where one lacks; ValueError if one has no line."""
         for name in names:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ class NamedImages(Dataset[dict[str, Any]]):
         beside: Images that an item has beside its image: for each entry, its channels and either
             their files or functions that load them.
         classes: The classes that the labels are numbers of, where these have names.
+        paths: The images' files, where they are files.
+        columns: What else stands beside the images, by the names of columns: an artist, say.
         left_out: Files beside the images that were not read.
         unread: Columns or arrays beside the images that are not read.
         notes: Other remarks, each a clause.
@@ -50,6 +53,8 @@ class NamedImages(Dataset[dict[str, Any]]):
         self.names = names
         self.conditions = conditions or {}
         self.classes = classes
+        self.paths: list[Path] | None = None
+        self.columns: Mapping[str, Sequence[Any]] = {}
         self.left_out: list[str] = []
         self.captions_beside: dict[str, str] = {}
         self.example_weights: list[float] | None = None

@@ -203,7 +203,7 @@ def images_of_dataset(data: Any, path: Path, form: Form) -> NamedImages:
             return digest_of(Path(stored["path"]).read_bytes())
         return digest_of(None if stored is None else stored["bytes"])
 
-    return NamedImages(
+    found = NamedImages(
         names,
         lambda n: form.load(partial(picture, images, column, n), names[n]),
         source_digest,
@@ -212,6 +212,8 @@ def images_of_dataset(data: Any, path: Path, form: Form) -> NamedImages:
         classes,
         unread=[name for name in data.column_names if name not in {column, *COLUMNS, *beside}],
     )
+    found.columns = {name: data[name] for name in data.column_names if name not in pictures}
+    return found
 
 
 def _column(path: Path, pictures: list[str], columns: list[str]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -64,3 +65,46 @@ class RegressionGallery:
     def digest(self, n: int) -> str | None:
         """None is kept."""
         return None
+
+
+#: The group of images that have no class, or nothing in a column.
+NO_GROUP = "(none)"
+
+
+def group_names(gallery: Gallery, by: str | Sequence[str]) -> list[str]:
+    """The name of a group for each image of a gallery.
+
+    Args:
+        gallery: The images.
+        by: ``'folder'``, ``'class'``, a column of the metadata, or the names themselves.
+
+    Raises:
+        ValueError: If the images have nothing of that name, or names are not one for each.
+    """
+    names = list(gallery.names)
+    if not isinstance(by, str):
+        given = by.tolist() if hasattr(by, "tolist") else list(by)
+        if len(given) != len(names):
+            raise ValueError(
+                f"Groups must have a name for each of the {len(names)} training images, got "
+                f"{len(given)}. Pass one for each, in their order."
+            )
+        return [_group(value) for value in given]
+    known: dict[str, Sequence[Any]] = dict(getattr(gallery, "columns", None) or {})
+    conditions: Mapping[str, Sequence[Any]] = getattr(gallery, "conditions", None) or {}
+    classes = getattr(gallery, "classes", None)
+    if classes is not None or "class_labels" in conditions:
+        known["class"] = conditions["class_labels"] if classes is None else classes.names
+    files = names if any("/" in name for name in names) else getattr(gallery, "paths", None)
+    if files is not None:
+        known["folder"] = [Path(file).parent for file in files]
+    if by not in known:
+        found = f"{', '.join(sorted(known))}, or" if known else "the images have none:"
+        raise ValueError(
+            f"Groups of training images are by {found} a list of a name for each, got '{by}'."
+        )
+    return [_group(value) for value in known[by]]
+
+
+def _group(value: Any) -> str:
+    return NO_GROUP if value in (None, "") else str(value)

@@ -96,7 +96,7 @@ class Sizes:
         scale_Q = values_Q / factor
         return cls(scale_Q, unit, None if errors_Q is None else errors_Q / scale_Q)
 
-    def text(self, q: int, score: Tensor) -> str:
+    def text(self, q: int, score: Tensor | float) -> str:
         """A score as text."""
         return f"{_rounded(float(score) / float(self.scale_Q[q]))}{self.unit}"
 

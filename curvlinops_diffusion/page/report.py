@@ -38,6 +38,7 @@ def write_report(
     queries: Gallery,
     *,
     top: int = 8,
+    groups: Sequence[Any] = (),
     operator: str | PathLike[str] | None = None,
 ) -> int:
     """Write the page with the training images that helped and hindered each query most.
@@ -48,7 +49,8 @@ def write_report(
         header: Their header, as a file of scores holds it.
         train: The training images.
         queries: The queries.
-        top: Training images in each row of a query.
+        top: Training images in each row of a query, and groups of either sign.
+        groups: The influence of groups on each query, those of the first method in front.
         operator: An operator's file, whose spectrum and blocks are shown.
 
     Returns:
@@ -74,6 +76,19 @@ def write_report(
         gallery = galleries[kind]
         return {"class": f"{kind}{n}", "name": gallery.names[n], "caption": gallery.caption(n)}
 
+    count = len(groups) // (len(rows) * len(by_method))
+
+    def groups_of(q: int) -> list[dict[str, Any]]:
+        """The groups with the largest sums of either sign."""
+        own = groups[q * count : (q + 1) * count]
+        return [
+            vars(each)
+            | {key: sizes[0].text(q, getattr(each, key)) for key in ("sum", "mean")}
+            | {"halves": {None: "", True: "agree", False: "do not agree"}[each.agreement]}
+            for number, each in enumerate(own)
+            if number < top or number >= count - top
+        ]
+
     def query(q: int) -> dict[str, Any]:
         scores = [(size, own[q]) for size, own in zip(sizes, by_method.values(), strict=True)]
         return image("queries", q) | {
@@ -92,6 +107,8 @@ def write_report(
                 }
                 for row in rows[q]
             ],
+            "groups": groups_of(q),
+            "left_out": max(0, count - 2 * top),
         }
 
     checkpoints = len(header.get("checkpoints", ()))
@@ -119,7 +136,7 @@ def write_report(
             settings=json.dumps(identity, indent=2),
             scores=Path(path).stem,
         )
-    ).encode()
+    ).encode(errors="backslashreplace")  # file names may be no text
     write_bytes(Path(path), text)
     return len(text)
 

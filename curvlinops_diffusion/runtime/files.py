@@ -28,15 +28,16 @@ def write_bytes(path: Path, contents: bytes) -> None:
     Raises:
         ValueError: If it cannot be written; an older file of that name is unchanged.
     """
-    _write(path, lambda temporary: Path(temporary).write_bytes(contents))
+    write_whole(path, lambda temporary: Path(temporary).write_bytes(contents))
 
 
-def _write(path: Path, write: Callable[[str], object]) -> None:
-    """Write a file under another name in the same folder, then rename it."""
-    if not path.parent.is_dir():
-        raise ValueError(f"The folder '{path.parent}' does not exist. Create it first.")
-    if path.is_dir():
-        raise ValueError(f"'{path}' is a folder. Pass the name of a file.")
+def write_whole(path: Path, write: Callable[[str], object]) -> None:
+    """Write a file by a function of a name under another one in the same folder, then rename it.
+
+    Raises:
+        ValueError: If it cannot be written; an older file of that name is unchanged.
+    """
+    check_file_name(path)
     path = _behind_links(path)
     temporary = _temporary(path)
     try:
@@ -56,6 +57,20 @@ def _write(path: Path, write: Callable[[str], object]) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_file_name(path: Path, suffix: str = "") -> None:
+    """Check, before what it is to hold is computed, that a file may have a name.
+
+    Raises:
+        ValueError: If it lies in no folder, is one, or does not end in the suffix.
+    """
+    if not path.name.endswith(suffix):
+        raise ValueError(f"The name of a file must end in {suffix}, got '{path}'.")
+    if not path.parent.is_dir():
+        raise ValueError(f"The folder '{path.parent}' does not exist. Create it first.")
+    if path.is_dir():
+        raise ValueError(f"'{path}' is a folder. Pass the name of a file.")
 
 
 def make_folder(path: Path) -> None:
@@ -211,7 +226,7 @@ class FileKind:
         if self.version is not None:
             metadata[_FORMAT_VERSION] = str(self.version)
         metadata[_DIGEST] = _file_digest(metadata[self.key], sorted(plain.items()))
-        _write(path, lambda temporary: save_file(_unshared(plain), temporary, metadata))
+        write_whole(path, lambda temporary: save_file(_unshared(plain), temporary, metadata))
 
     def read(
         self, path: Path, wanted: Container[str] | None = None

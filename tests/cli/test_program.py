@@ -394,15 +394,23 @@ def test_attribute(folder, tmp_path, capsys):
     """Its options make the same again; another run is refused, and the folder stays as it was."""
     words = ["--pipeline", folder / "pipeline", "--data", folder / "train", "--quiet"]
     words += ["--queries", folder / "queries", "--fit-draws", 2, "--num-draws", 2]
-    words += ["--damping", 1e-3, "--output", tmp_path / "result"]
-    assert run(["attribute", *map(str, words)]) == 0
+    words += ["--damping", 1e-3, "--output", tmp_path / "result", "--group-by"]
+    assert run(["attribute", *map(str, words), "artist"]) == 2
+    assert "by folder, or a list of a name for each, got 'artist'" in capsys.readouterr().err
+    assert not (tmp_path / "result").exists()
+    assert run(["attribute", *map(str, words), "folder"]) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "result").iterdir()}
     names = {"operator.safetensors", "scores.safetensors", "scores.csv", "report.html", "run.yaml"}
+    names |= {"groups.csv"}
     assert {path.name for path in before} == names
     scores, header = read(tmp_path / "result" / "scores.safetensors")
     table = (tmp_path / "result" / "scores.csv").read_text().splitlines()
     best = header["train"][int(scores[0].argmax())]
-    assert table[1] == f"image0.png,{best},{float(scores[0].max())!r},1,influence"
+    assert table[1].startswith(f"image0.png,{best},{float(scores[0].max())!r},")
+    assert table[1].endswith(f",1,helps,,influence,,{folder / 'train' / best}")
+    group = (tmp_path / "result" / "groups.csv").read_text().splitlines()[1].split(",")
+    assert group[:2] == ["image0.png", str(folder / "train")]
+    assert float(group[2]) == pytest.approx(float(scores[0].sum()), rel=1e-5)
     config = ["--config", str(tmp_path / "result" / "run.yaml"), "--quiet"]
     for other in (["--damping", "1e-2"], ["--fit-draws", "3"], ["--queries", folder / "train"]):
         again = [*config, "--output", tmp_path / "result", *other]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -99,6 +100,25 @@ def test_classes_are_under_the_images(page):
     found = re.findall(r'<span class="name">(even|odd)/[^<]+</span><i>(\w+)</i>', section)
     assert found
     assert all(folder == caption for folder, caption in found)
+
+
+def test_groups_by_the_program(folder, tmp_path, capsys):
+    """On the page and as a table, which are no page's business; others are refused by name."""
+    groups = tmp_path / "groups.csv"
+    for output in (tmp_path / "r.html", groups, tmp_path / "s.parquet"):
+        more = ["--group-by", "class"] if output.suffix != ".parquet" else []
+        assert run(arguments(folder, output, *more)) == 0
+    scores = StoredScores.open(folder / "scores.safetensors").whole()
+    table = pd.read_csv(groups).set_index(["query", "group"])
+    sections = sections_of((tmp_path / "r.html").read_text())
+    for q, (query, section) in enumerate(zip(("image0.png", "image1.png"), sections, strict=True)):
+        for name, own in (("even", slice(0, 4)), ("odd", slice(4, 7))):
+            row = table.loc[query, name]
+            assert row["sum"] == pytest.approx(float(scores[q, own].sum()), rel=1e-5)
+            assert f"<td>{name}</td><td>{row['count']}</td>" in section
+    assert len(pd.read_parquet(tmp_path / "s.parquet")) == scores.numel()
+    assert run(arguments(folder, tmp_path / "x.html", "--group-by", "artist")) == 2
+    assert "Groups of training images are by class, folder, or a list" in capsys.readouterr().err
 
 
 def test_it_needs_nothing_else(page):
