@@ -23,6 +23,8 @@ Undefined = float | None
 _CHANCE, _DEVIATIONS = 0.025, 1.96
 # of fewer examples even one and the same order is no evidence
 _LEAST_ORDERED = 5
+# the share of the largest scores that the halves have in common where more draws change little
+_SETTLED = 0.8
 #: Scores within so many standard errors are not told from zero.
 NOT_TOLD = 2
 #: What is said of a query of whose scores the halves agree no better than chance.
@@ -151,6 +153,11 @@ class Agreement:
             return False
         correlation = self.rank_correlation[q] or 0.0
         return correlation * sqrt(self.num_train - 1) < _DEVIATIONS
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the halves share eight of ten of the largest scores of half of the queries."""
+        return median(self.shared) >= _SETTLED * self.top
 
     def verdict(self, q: int) -> str:
         """What a query's scores cannot tell, as a clause; nothing where they can."""

@@ -64,6 +64,11 @@ def test_chance_is_hypergeometric():
         assert found.is_top_told(0) == (hypergeom.sf(shared - 1, 24, 10, 10) <= 0.025)
 
 
+@pytest.mark.parametrize(("shared", "settled"), [((8, 8, 0), True), ((10, 7, 7), False)])
+def test_settled_where_half_of_the_queries_are(shared, settled):
+    assert Agreement(10, shared, 24, (None,) * 3, (None,) * 3).is_settled == settled
+
+
 def test_standard_error_is_that_of_the_mean_of_halves():
     """Of numbers of known spread: a 5 % wrong scale would be seen."""
     generator = torch.Generator().manual_seed(0)
