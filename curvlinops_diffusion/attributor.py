@@ -30,7 +30,7 @@ from curvlinops_diffusion.curvature.load import (
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.influence.agreement import Agreement, plain_numbers
+from curvlinops_diffusion.influence.agreement import MAX_DRAWS, Agreement, plain_numbers
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernel_regression import RIDGE
 from curvlinops_diffusion.influence.methods import Method, check_measurement, scores_of
@@ -49,8 +49,8 @@ from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
 from curvlinops_diffusion.runtime.processes import Processes
 
 log = logging.getLogger(__name__)
-# the number of draws that "auto" begins with, and those that it takes at most unless told
-_FIRST_DRAWS, MAX_DRAWS = 16, 256
+# the number of draws that "auto" begins with
+_FIRST_DRAWS = 16
 OPERATORS = {"ekfac": DiffusionEKFACLinearOperator, "kfac": DiffusionKFACLinearOperator}
 T = TypeVar("T")
 

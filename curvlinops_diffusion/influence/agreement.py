@@ -17,6 +17,9 @@ from torch import Tensor
 #: The number of largest scores of two halves that are compared.
 TOP = 10
 
+#: Draws at most where they are taken until the halves agree.
+MAX_DRAWS = 256
+
 Undefined = float | None
 # the halves agree no better than chance if they would as well with a probability of more than this;
 # and the number of standard deviations that a correlation then has at most

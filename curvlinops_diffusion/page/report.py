@@ -33,7 +33,7 @@ _HERE = Path(__file__).parent
 # pixels of the longer side at most, of queries, of images among the first of one, and of all others
 _QUERY, _FIRST, _OTHER = 288, 192, 80
 # the page holds so many scores, else the first and last of each query; and so many pictures more
-_SCORES, _EACH, _OTHERS = 200_000, 100, 2000
+_SCORES, _EACH, _OTHERS = 200_000, 100, 1000
 
 
 def write_report(
