@@ -1,6 +1,6 @@
 """How large is the page of scores, and how long does it take to write?
 
-1,000 training images and 50 queries of several sizes, cut at random from two photographs; scores
+1,000 training images and 20 queries of several sizes, cut at random from two photographs; scores
 are random, as nothing of the page's size depends on them.
 """
 
@@ -63,7 +63,7 @@ def measured(folder: Path, size: int, images: int, queries: int) -> dict[str, fl
 def main() -> None:
     """Run the program."""
     options = arguments(__doc__).parse_args()
-    images, queries = (20, 3) if options.quick else (1000, 50)
+    images, queries = (20, 3) if options.quick else (1000, 20)
     rows = []
     for size in SIZES[:1] if options.quick else SIZES:
         with tempfile.TemporaryDirectory() as folder:

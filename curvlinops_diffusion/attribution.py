@@ -201,8 +201,10 @@ class Attribution:
         The most helpful first. Columns: ``query``; ``image``; ``score``; ``share``, the score
         divided by the query's measured value; ``rank``, from 1; ``effect``, what the image does
         (``helps``, ``hinders``); ``agreement``, whether either half of the draws gives the score
-        the same sign, which of noise alone at most half of the rows have; ``method``; and the
-        image's ``caption`` and ``path``, if it has any.
+        the same sign, which of noise alone at most half of the rows have; ``told``, ``yes``, ``no``
+        for what is within twice its uncertainty, or ``noise`` where the halves agree about the
+        query no better than chance; ``method``; and the image's ``caption`` and ``path``, if it has
+        any.
 
         Raises:
             ValueError: If pandas is not installed.

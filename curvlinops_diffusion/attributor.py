@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any, Literal, Self, TypeVar
 
 from torch import distributed
+from tqdm import tqdm
 
 from curvlinops_diffusion.attribution import Attribution
 from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
@@ -30,7 +31,7 @@ from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import OF_TRAINING, NoisedRegression
 from curvlinops_diffusion.diffusion.weightings import weighting_of
-from curvlinops_diffusion.influence.agreement import Agreement, plain_numbers
+from curvlinops_diffusion.influence.agreement import MAX_DRAWS, Agreement, plain_numbers
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernel_regression import RIDGE
 from curvlinops_diffusion.influence.methods import Method, check_measurement, scores_of
@@ -45,11 +46,14 @@ from curvlinops_diffusion.loading.layout import Layout
 from curvlinops_diffusion.page.gallery import RegressionGallery
 from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
-from curvlinops_diffusion.runtime.checks import check_option
+from curvlinops_diffusion.runtime.checks import check_count, check_option
 from curvlinops_diffusion.runtime.files import check_file_name, check_same, check_space
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
 from curvlinops_diffusion.runtime.processes import Processes
 
+log = logging.getLogger(__name__)
+# the number of draws that "auto" begins with
+_FIRST_DRAWS = 16
 OPERATORS = {"ekfac": DiffusionEKFACLinearOperator, "kfac": DiffusionKFACLinearOperator}
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -507,7 +511,8 @@ class Attributor:
         relative: bool = False,
         rtol: float | None = None,
         ridge: float = RIDGE,
-        num_draws: int = 64,
+        num_draws: int | Literal["auto"] = 64,
+        max_draws: int = MAX_DRAWS,
         query_draws: int | None = None,
         query_block: int = 64,
         output: str | PathLike[str] | None = None,
@@ -532,7 +537,11 @@ class Attributor:
             rtol: Leave out eigenvalues of at most this part of the largest.
             ridge: That of ``'regression'``, in units of the kernel's mean diagonal entry.
             num_draws: Draws of timestep and noise for each training image; multiples of 4 tell how
-                sure the scores are.
+                sure the scores are. ``"auto"`` for 16 and then twice as many, again and again,
+                until the halves share eight of ten of the most helpful images of half of the
+                queries, or ``max_draws`` are spent. Each time all is computed anew, as stratified
+                draws depend on how many there are: less than twice the work of the last in all.
+            max_draws: Draws at most, for ``"auto"``.
             query_draws: Those for each query; ``None`` for as many.
             query_block: Queries whose gradients are held at once.
             output: A file for the scores, see :meth:`Attribution.save`; if it holds these scores
@@ -543,6 +552,11 @@ class Attributor:
             ValueError: If there is no curvature, the queries are not what the network takes, or the
                 output is of other scores.
         """
+        if isinstance(num_draws, str):
+            if num_draws != "auto":
+                raise ValueError(f"`num_draws` must be a number or 'auto', got {num_draws!r}.")
+            told = {k: v for k, v in locals().items() if k not in ("self", "num_draws")}
+            return self._score_until_told(**told)
         operator = self.operator
         path = None if output is None else Path(output)
         if path is not None:
@@ -628,6 +642,64 @@ class Attributor:
             Processes.of_all().all_or_none(lambda: result.save(path) if first_process else None)
             self._forget(path)
         return result
+
+    def _score_until_told(
+        self,
+        output: str | PathLike[str] | None,
+        overwrite: bool,
+        max_draws: int = MAX_DRAWS,
+        query_draws: int | None = None,
+        **told: Any,
+    ) -> Attribution:
+        """Score with twice as many draws until the first images are told apart.
+
+        An output always holds the last scores that are whole, from which a run that was stopped
+        goes on.
+        """
+        numbers = self.numbers_of_draws(max_draws)
+        unit = 4 * self.regression.draws.rounded_up(1)
+        if query_draws is not None and query_draws % unit:
+            raise ValueError(
+                f"`query_draws` must be a multiple of {unit} to be halved, for "
+                f"`num_draws='auto'`, got {query_draws}."
+            )
+        path = None if output is None else Path(output)
+        start = numbers[0]
+        if path is not None and path.exists() and not overwrite:
+            there = SCORES.read_header(path)["identity"]["train"]["regression"]["num_draws"]
+            start = there if there in numbers else start  # of another number it is refused
+        for number in numbers[numbers.index(start) :]:
+            told |= {"num_draws": number, "query_draws": query_draws}
+            found = self.score(output=path, overwrite=overwrite, **told)
+            agreement, overwrite = found.agreement, True  # what has fewer draws
+            assert agreement is not None
+            if Processes.of_all().rank == 0:
+                log.info("%d draws: %s", number, agreement.summary())
+                if self.passes.progressbar:
+                    tqdm.write(f"{number} draws: {agreement.summary()}", file=sys.stderr)
+            if agreement.is_settled:
+                break
+        return found
+
+    def numbers_of_draws(self, max_draws: int) -> list[int]:
+        """The numbers of draws that ``num_draws="auto"`` tries, one after the other.
+
+        Args:
+            max_draws: Draws at most.
+
+        Raises:
+            ValueError: If not even the first is allowed.
+        """
+        unit = 4 * self.regression.draws.rounded_up(1)
+        found = [-(-_FIRST_DRAWS // unit) * unit]
+        if check_count("max_draws", max_draws) < found[0]:
+            raise ValueError(
+                f"`max_draws` must be at least {found[0]}, the number of draws to begin with, got "
+                f"{max_draws}."
+            )
+        while 2 * found[-1] <= max_draws:
+            found.append(2 * found[-1])
+        return found
 
     # -----------------------------------------------------------------------------------------
 

@@ -239,6 +239,11 @@ class CheckpointAttributor(Attributor):
         Raises:
             ValueError: If the output is of other scores, or as :meth:`Attributor.score`.
         """
+        if options.get("num_draws") == "auto":
+            own = {k: v for k, v in options.items() if k != "num_draws"}
+            return self._score_until_told(
+                queries=queries, output=output, overwrite=overwrite, **own
+            )
         path = None if output is None else Path(output)
         if path is not None:
             check_file_name(path, ".safetensors")

@@ -19,7 +19,10 @@ from curvlinops_diffusion import (
     influence_scores,
     regression_scores,
 )
+from curvlinops_diffusion import attributor as attributor_module
 from curvlinops_diffusion.attribution import Attribution
+from curvlinops_diffusion.influence.agreement import Agreement
+from curvlinops_diffusion.influence.methods import scores_of
 from curvlinops_diffusion.linalg.operator_files import OPERATOR
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.loading.labels import Condition
@@ -98,6 +101,45 @@ def test_several_methods_out_of_one_pass(own):
     halves = result.halves["influence"]
     assert_close(halves.scores, result.by_method["influence"], 1e-12)
     assert not torch.equal(halves.first, halves.second)
+
+
+def test_draws_until_the_first_images_are_told(own, tmp_path, monkeypatch):
+    """The first number of draws that is enough, at which it is the plain result; goes on later."""
+    _, attributor, queries = own
+    attributor.fit(num_draws=2)
+    asked, path = {"damping": 1e-3}, tmp_path / "s.safetensors"
+    plain = {n: attributor.score(queries, num_draws=n, **asked) for n in (16, 32, 64)}
+    computed = []
+
+    def counted(methods, J_query, G_inv, J_train, **options):
+        computed.append((J_train.regression.draws.num_draws, J_query.regression.draws.num_draws))
+        return scores_of(methods, J_query, G_inv, J_train, **options)
+
+    monkeypatch.setattr(attributor_module, "scores_of", counted)
+    for last in (32, 64):
+        answers = iter([n == last for n in (16, 32, 128)])  # 128 are more than there may be
+        monkeypatch.setattr(Agreement, "is_settled", property(lambda self: next(answers)))  # noqa: B023
+        computed.clear()
+        told = {"num_draws": "auto", "max_draws": 127, **asked}
+        found = attributor.score(queries, **told)
+        assert torch.equal(found.scores, plain[last].scores)
+        assert computed == [(n, n) for n in (16, 32, 64) if n <= last]
+    monkeypatch.setattr(Agreement, "is_settled", False)
+    computed.clear()
+    for max_draws in (16, 32, 32):  # stopped, and started again
+        told |= {"max_draws": max_draws, "output": path}
+        found = attributor.score(queries, query_draws=8, **told)
+    assert computed == [(16, 8), (32, 8)]
+    assert torch.equal(StoredScores.open(path).whole(), found.scores)
+    with pytest.raises(ValueError, match=r"made with others: .*damping"):
+        attributor.score(queries, query_draws=8, **{**told, "damping": 1.0})
+    for wrong, message in (
+        ({"max_draws": 15}, "`max_draws` must be at least 16, the number of draws to begin with"),
+        ({"query_draws": 6}, "`query_draws` must be a multiple of 4 to be halved"),
+        ({"num_draws": "all"}, "must be a number or 'auto', got 'all'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attributor.score(queries, **{"num_draws": "auto", **wrong})
 
 
 def opened(path):

@@ -88,6 +88,16 @@ def test_saved_loaded_one_at_a_time(folder, attributor, result, tmp_path):
     assert "image0.png" in (tmp_path / "page.html").read_text()
 
 
+def test_draws_until_told(folder, attributor, tmp_path):
+    """At every checkpoint as many."""
+    told = {"damping": 1e-3, "output": tmp_path / "s.safetensors"}
+    found = attributor.score(folder / "queries", num_draws="auto", max_draws=16, **told)
+    expected = attributor.score(folder / "queries", num_draws=16, damping=1e-3)
+    assert torch.equal(found.scores, expected.scores)
+    again = attributor.score(folder / "queries", num_draws="auto", max_draws=16, **told)
+    assert torch.equal(again.scores, expected.scores)
+
+
 def test_in_the_program(folder, result, tmp_path):
     """The curvatures stand in a folder, the scores of each beside the average."""
     words = ["--pipeline", folder / "later", "--checkpoints", folder / "pipeline"]

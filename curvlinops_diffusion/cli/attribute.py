@@ -90,7 +90,7 @@ def _score(attributor: Attributor, queries: Any, options: Namespace, output: Pat
     there = output.exists() and not options.overwrite
     arguments = chosen(options, SCORE) | {"output": output, "overwrite": options.overwrite}
     found = attributor.score(queries, **arguments)
-    if there:
+    if there and options.num_draws != "auto":  # which goes on from what is there
         say(f"'{output}' was made with the same options; nothing to do")
         return found
     sure = {} if found.agreement is None else found.agreement.as_header()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,7 +133,8 @@ def score_cost(
     *,
     method: str | Sequence[str],
     measurement: str,
-    num_draws: int,
+    num_draws: int | Literal["auto"],
+    max_draws: int,
     query_draws: int | None,
     query_block: int,
     **others: Any,
@@ -151,6 +152,10 @@ def score_cost(
         params, P = attributor.params, fit.parameters or 0
         itemsize = attributor.objective.working_dtype.itemsize
         curvature_bytes = fit.file_bytes // (num_processes() if attributor.passes.sharded else 1)
+    if isinstance(num_draws, str):  # at most, each of them anew
+        numbers = attributor.numbers_of_draws(max_draws)
+        num_draws = sum(numbers)
+        query_draws = None if query_draws is None else len(numbers) * query_draws
     train = attributor.gradients(num_draws=num_draws).regression
     draws = num_draws if query_draws is None else query_draws
     query = attributor.gradients(queries, num_draws=draws).regression

@@ -201,7 +201,7 @@ _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
     "fit_draws": (f"{FIT} num_draws", None, "Draws for each image of the fit."),
     "method": (SCORE, list[Literal["influence", "regression", "pixels", "latents"]]),
     **dict.fromkeys(("damping", "relative", "rtol", "ridge", "query_block"), (SCORE,)),
-    "query_draws": (SCORE,),
+    **dict.fromkeys(("max_draws", "query_draws"), (SCORE,)),
     "other_data": (LOAD,),
     "last": ("loading.epochs:adapters_by_step", int),
     "top": (REPORT,),
@@ -285,8 +285,10 @@ def commands() -> dict[str, Command]:
     # of a command that computes nothing long
     short = {last: _options("overwrite log quiet debug")}
     curvature = _options(" ".join(["params curvature", *parameters(KFAC)]))
-    scored = "method measurement damping relative rtol ridge num_draws query_draws query_block"
-    scores = _options(scored, num_draws=SCORE)
+    scored = (
+        "method measurement damping relative rtol ridge num_draws max_draws query_draws query_block"
+    )
+    scores = _options(f"{scored} query_block", num_draws=SCORE)
     draws = {"num_draws": FIT}
     return {
         "attribute": Command(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import isfinite
+from math import comb, isfinite, sqrt
 from statistics import median
 from typing import Any
 
@@ -17,7 +17,21 @@ from torch import Tensor
 #: The number of largest scores of two halves that are compared.
 TOP = 10
 
+#: Draws at most where they are taken until the halves agree.
+MAX_DRAWS = 256
+
 Undefined = float | None
+# the halves agree no better than chance if they would as well with a probability of more than this;
+# and the number of standard deviations that a correlation then has at most
+_CHANCE, _DEVIATIONS = 0.025, 1.96
+# of fewer examples even one and the same order is no evidence
+_LEAST_ORDERED = 5
+# the share of the largest scores that the halves have in common where more draws change little
+_SETTLED = 0.8
+#: Scores within so many standard errors are not told from zero.
+NOT_TOLD = 2
+#: What is said of a query of whose scores the halves agree no better than chance.
+NOISE = "these scores are noise: take more draws"
 
 
 @dataclass(frozen=True)
@@ -73,14 +87,14 @@ class Agreement:
     Attributes:
         top: The number ``k`` of largest scores that are compared.
         shared: How many of these both halves have, ``[Q]``.
-        by_chance: How many two random choices of ``k`` share on average, ``k² / N``.
+        num_train: The number ``N`` of training examples.
         rank_correlation: Spearman's, over training examples; ``None`` where it is undefined.
         standard_error: That of a query's scores, root mean square over its examples.
     """
 
     top: int
     shared: tuple[float, ...]
-    by_chance: float
+    num_train: int
     rank_correlation: tuple[Undefined, ...]
     standard_error: tuple[Undefined, ...]
 
@@ -95,7 +109,7 @@ class Agreement:
             numbers = halves.top_shared(k), halves.rank_correlation(), halves.standard_error()
             found.append([plain_numbers(number)[0] for number in numbers])
         shared, correlations, errors = zip(*found, strict=True)
-        return cls(k, tuple(k * (one or 0.0) for one in shared), k * k / N, correlations, errors)
+        return cls(k, tuple(k * (one or 0.0) for one in shared), N, correlations, errors)
 
     @classmethod
     def of_header(cls, header: Mapping[str, Any]) -> Agreement | None:
@@ -106,7 +120,7 @@ class Agreement:
         return cls(
             k,
             tuple(k * share for share in header["top_shared"]),
-            k * k / len(header["train"]),
+            len(header["train"]),
             tuple(header["rank_correlation"]),
             tuple(header["standard_error"]),
         )
@@ -119,6 +133,45 @@ class Agreement:
             "top_shared": [share / self.top for share in self.shared],
             "standard_error": list(self.standard_error),
         }
+
+    @property
+    def by_chance(self) -> float:
+        """How many two random choices of ``k`` share on average: ``k² / N``, hypergeometric."""
+        return self.top**2 / self.num_train
+
+    def is_top_told(self, q: int) -> bool:
+        """Whether the halves share more of a query's largest scores than chance would."""
+        k, N = self.top, self.num_train
+        shared = range(round(self.shared[q]), k + 1)
+        ways = sum(comb(k, s) * comb(N - k, k - s) for s in shared)
+        return ways / comb(N, k) <= _CHANCE
+
+    def is_noise(self, q: int) -> bool:
+        """Whether the halves agree about a query no better than chance.
+
+        Neither about the largest scores nor about the order of all. Of fewer than five examples no
+        order can be told from chance, and ``False`` is the answer.
+        """
+        if self.num_train < _LEAST_ORDERED or self.is_top_told(q):
+            return False
+        correlation = self.rank_correlation[q] or 0.0
+        return correlation * sqrt(self.num_train - 1) < _DEVIATIONS
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the halves share eight of ten of the largest scores of half of the queries."""
+        return median(self.shared) >= _SETTLED * self.top
+
+    def verdict(self, q: int) -> str:
+        """What a query's scores cannot tell, as a clause; nothing where they can."""
+        if self.is_noise(q):
+            return NOISE
+        if self.num_train < _LEAST_ORDERED or self.is_top_told(q):
+            return ""
+        return (
+            "the order as a whole is told from chance, which images come first is not: take more "
+            "draws"
+        )
 
     def of_query(self, q: int) -> str:
         """Agreement about a query, as text."""
@@ -137,8 +190,11 @@ class Agreement:
         )
 
     def __str__(self) -> str:
-        """The medians over queries, as a sentence."""
-        return f"{self.summary()}; medians over queries. All draws together are surer."
+        """The medians over queries, as a sentence, and of how many queries the scores are noise."""
+        noise, Q = sum(map(self.is_noise, range(len(self.shared)))), len(self.shared)
+        told = f" The scores of {noise} of {Q} queries are noise: take more draws."
+        told = f" {NOISE.capitalize()}." if noise == Q else told if noise else ""
+        return f"{self.summary()}; medians over queries. All draws together are surer.{told}"
 
 
 def plain_numbers(values: Tensor) -> list[Undefined]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvlinops_diffusion.influence.agreement import NOT_TOLD, Agreement
 from curvlinops_diffusion.influence.measurements.registry import Better
 from curvlinops_diffusion.influence.score_files import better_of, helpful_sign
 from curvlinops_diffusion.runtime.files import write_whole
@@ -26,7 +27,8 @@ _LINES = 1 << 14
 _NUMBERS = dict.fromkeys(("score", "sum", "mean", "share"), "float64")
 _TYPES = {**_NUMBERS, "rank": "int64", "count": "int64", "agreement": "bool"}
 _OF_ROWS = ("image", "group", "score", "sum", "count", "mean")
-_ORDER = ("query", *_OF_ROWS, "share", "rank", "effect", "agreement", "method")
+_ORDER = ("query", *_OF_ROWS, "share", "rank", "effect", "agreement", "told", "method")
+_TOLD = np.array(["no", "yes", "noise"], dtype=object)
 # what a score says, of either sign
 _EFFECTS = {
     Better.LOWER: ("helps", "hinders"),
@@ -49,7 +51,9 @@ def table_blocks(
     ``share`` (of the query's measured value; none of methods without a unit), ``rank`` (from 1, the
     most helpful), ``effect`` (``helps``, ``hinders``; ``lowers it``, ``raises it`` where neither is
     good), ``agreement`` (whether either half of the draws gives it the same sign, which of noise
-    alone at most half of the rows have), ``method``.
+    alone at most half of the rows have), ``told`` (of images: ``yes``; ``no`` for what is within
+    twice its uncertainty; ``noise`` for all of a query about which the halves agree no better than
+    chance), ``method``.
 
     Args:
         by_method: The scores of each method, ``[Q, N]``: tensors, or scores in files.
@@ -79,10 +83,14 @@ def table_blocks(
             order_qM = (sign * z_qM).argsort(dim=1, descending=True, stable=True)
             numbers, (q, M) = order_qM.flatten().numpy(), z_qM.shape
             z = z_qM.gather(1, order_qM).flatten().numpy()
-            agreement = np.full(q * M, None, dtype=object)
+            agreement, told = (np.full(q * M, None, dtype=object) for _ in range(2))
             if pair is not None:
-                alike = [of_rows(_block(half, block)).sign() == z_qM.sign() for half in pair]
-                agreement = (alike[0] & alike[1]).gather(1, order_qM).flatten().numpy()
+                one_qM, other_qM = (of_rows(_block(half, block)) for half in pair)
+                alike_qM = (one_qM.sign() == z_qM.sign()) & (other_qM.sign() == z_qM.sign())
+                agreement = alike_qM.gather(1, order_qM).flatten().numpy()
+                if groups is None:
+                    told_qN = _told(z_qM, one_qM, other_qM)
+                    told = _TOLD[told_qN.gather(1, order_qM).flatten().numpy()]
             found = {
                 **{name: column[numbers] for name, column in own.items()},
                 "query": queries[block].repeat(M),
@@ -91,11 +99,21 @@ def table_blocks(
                 "rank": np.tile(np.arange(1, M + 1), q),
                 "effect": effects[1 * (z > 0) + 2 * (z < 0)],
                 "agreement": agreement,
+                **({} if groups is not None else {"told": told}),
                 "method": _texts([method]).repeat(q * M),
             }
             if groups is not None:
                 found["mean"] = z / found["count"]
             yield {name: found[name] for name in (*_ORDER, *(beside or ())) if name in found}
+
+
+def _told(z_qN: Tensor, one_qN: Tensor, other_qN: Tensor) -> Tensor:
+    """Whether scores are told from zero, as numbers of :data:`_TOLD`."""
+    found = Agreement.of_halves(one_qN, other_qN)
+    error_q1 = (one_qN - other_qN).square().mean(1, keepdim=True).sqrt() / 2
+    told_qN = (z_qN.abs() > NOT_TOLD * error_q1).long()
+    told_qN[[q for q in range(len(z_qN)) if found.is_noise(q)]] = 2
+    return told_qN
 
 
 def _of_groups(groups: Sequence[str]) -> tuple[Columns, Callable[[Tensor], Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.operator_files import block_rows
 from curvlinops_diffusion.linalg.storage import read_blocks
+from curvlinops_diffusion.page.rankings import Sizes
 
 matplotlib.use("Agg")  # draws to files, needs no screen
 
@@ -22,18 +25,29 @@ _BLUE = "#4a6fa5"
 _BINS = 80
 # beyond, more points change nothing that can be seen
 _MAX_POINTS = 2000
+# numbers as they are written elsewhere on the page, no powers in small print
+_PLAIN = FuncFormatter(
+    lambda z, _: f"{z:,.10g}" if z == 0 or 1e-4 <= abs(z) < 1e7 else f"{z:.0e}".replace("e-0", "e-")
+)
 
 
-def histogram(scores: Tensor | StoredScores) -> str:
-    """A histogram of the scores, which are read a query at a time."""
-    ends = [(float(scores_N.min()), float(scores_N.max())) for scores_N in scores]
-    least, most = min(low for low, _ in ends), max(high for _, high in ends)
+def histogram(scores: Tensor | StoredScores, sizes: Sizes) -> str:
+    """A histogram of the scores in units that people read, a query at a time."""
+
+    def numbers() -> Iterator[np.ndarray]:
+        for q, scores_N in enumerate(scores):
+            yield scores_N.double().numpy() / float(sizes.scale_Q[q])
+
+    least = min(float(own.min()) for own in numbers())
+    most = max(float(own.max()) for own in numbers())
     edges = np.histogram_bin_edges([least, most], bins=_BINS)
-    counts = sum(np.histogram(scores_N.double().numpy(), edges)[0] for scores_N in scores)
+    counts = sum(np.histogram(own, edges)[0] for own in numbers())
     figure, axis = plt.subplots(figsize=(7, 2.2))
     axis.stairs(counts, edges, fill=True, color=_BLUE)
     axis.set_yscale("log")
-    axis.set_xlabel("score")
+    axis.yaxis.set_major_formatter(_PLAIN)
+    axis.xaxis.set_major_formatter(_PLAIN)
+    axis.set_xlabel(f"number under an image{sizes.unit and f' ({sizes.unit.strip()})'}")
     axis.set_ylabel("pairs")
     return _svg(figure)
 
@@ -68,6 +82,8 @@ def operator_summary(path: Path) -> dict[str, Any]:
     figure, axis = plt.subplots(figsize=(7, 2.6))
     axis.loglog(numbers.numpy(), values[numbers - 1].double().numpy(), color=_BLUE)
     axis.set_ylim(bottom=max(float(values[0]) * 1e-14, 1e-30))
+    axis.xaxis.set_major_formatter(_PLAIN)
+    axis.yaxis.set_major_formatter(_PLAIN)
     axis.set_xlabel("number")
     axis.set_ylabel("eigenvalue")
     covered = sum(row["parameters"] for row in rows)

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvlinops_diffusion.influence.agreement import NOT_TOLD
 from curvlinops_diffusion.influence.measurements.registry import Better, NamedMeasurement
 from curvlinops_diffusion.influence.methods import Method
 from curvlinops_diffusion.influence.stored_scores import StoredScores
@@ -30,7 +32,8 @@ class Row:
 
     Attributes:
         title: What they do.
-        kind: ``'helps'``, ``'hinders'``, or ``'plain'`` where no sign is good.
+        kind: ``'helps'``, ``'hinders'``, ``'plain'`` where no sign is good, or ``'untold'`` of
+            those that are not told from zero.
         indices: The images, the strongest first.
     """
 
@@ -39,26 +42,46 @@ class Row:
     indices: list[int]
 
 
-def rows_of(scores_N: Tensor, top: int, better: Better) -> list[Row]:
-    """The images with the strongest scores of either sign; each row has only its own."""
+def rows_of(scores_N: Tensor, top: int, better: Better, error: float | None = None) -> list[Row]:
+    """The images with the strongest scores of either sign; each row has only its own.
+
+    Args:
+        scores_N: The scores.
+        top: The images of a row at most.
+        better: Which values of what was measured are good.
+        error: The scores' standard error, if it is known. Those within twice of it are in a row of
+            their own, the third, if there are any among the strongest.
+    """
+    least = NOT_TOLD * (error or 0.0)
+    untold: list[int] = []
 
     def strongest(sign: int) -> list[int]:
         found = (sign * scores_N).topk(min(top, len(scores_N)))
-        return [int(n) for n, value in zip(found.indices, found.values, strict=True) if value > 0]
+        own = [int(n) for n, z in zip(found.indices, found.values, strict=True) if z > 0]
+        untold.extend(n for n in own if abs(float(scores_N[n])) <= least)
+        return [n for n in own if abs(float(scores_N[n])) > least]
 
     sign = better.helpful_sign
     if sign == 0:
         rows = ("lowers it", "plain", 1), ("raises it", "plain", -1)
     else:
         rows = ("helps", "helps", sign), ("hinders", "hinders", -sign)
-    return [Row(title, kind, strongest(own)) for title, kind, own in rows]
+    found = [Row(title, kind, strongest(own)) for title, kind, own in rows]
+    if untold:
+        untold.sort(key=lambda n: -abs(float(scores_N[n])))
+        found.append(Row("not told from zero", "untold", untold[:top]))
+    return found
 
 
-def common_images(rows: list[list[Row]]) -> list[tuple[int, int]]:
-    """Training images in the first row of many queries, each with the number of queries."""
-    counts = Counter(n for of_query in rows for n in of_query[0].indices)
-    least = max(_COMMON_QUERIES, _COMMON_SHARE * len(rows))
-    return [(n, count) for n, count in counts.most_common() if count >= least]
+def common_images(rows: list[list[Row]]) -> tuple[list[tuple[int, int]], int]:
+    """Training images in the first row of many queries, each with the number of queries.
+
+    Returns:
+        The images, the most common first, and the least number of queries that is many.
+    """
+    counts = Counter(n for of_query in rows for n in (of_query[0].indices if of_query else ()))
+    least = max(_COMMON_QUERIES, ceil(_COMMON_SHARE * len(rows)))
+    return [(n, count) for n, count in counts.most_common() if count >= least], least
 
 
 @dataclass(frozen=True)
@@ -100,11 +123,14 @@ class Sizes:
         """A score as text."""
         return f"{_rounded(float(score) / float(self.scale_Q[q]))}{self.unit}"
 
+    def error(self, q: int) -> float | None:
+        """The uncertainty of a query's scores; ``None`` where it is not known."""
+        return None if self.errors_Q is None else float(self.errors_Q[q])
+
     def error_text(self, q: int) -> str:
         """The uncertainty of a query's scores; nothing where it is not known."""
-        if self.errors_Q is None:
-            return ""
-        return f"± {_rounded(float(self.errors_Q[q])).lstrip('+')}{self.unit}"
+        error = self.error(q)
+        return "" if error is None else f"± {_rounded(error).lstrip('+')}{self.unit}"
 
 
 def _rounded(value: float) -> str:
@@ -132,10 +158,9 @@ def meaning(
     start = f"{which} under a training image{order} is"
     if method == Method.REGRESSION:
         return (
-            f"{start} the mean of its weight, of {num_train:,} images', in a kernel regression of "
-            f"the query's {what}, and of the square of that in one of the prediction, in units of "
-            "their spread. Larger ones predict a larger effect of training without the image; how "
-            f"much the {what} would change they do not say."
+            f"{start} its part in a kernel regression of the query's {what}, and of the square of "
+            f"the prediction, on {num_train:,} images: only the order of these numbers means "
+            "something, not their size."
         )
     share = f", as a share of that {what}" if sizes.unit else ""
     ppm = " (ppm: millionths)" if "ppm" in sizes.unit else ""

@@ -1,33 +1,39 @@
-"""Scores as a self-contained page, in which each image is embedded once."""
+"""Scores as a self-contained page, in which each image is embedded once.
+
+Legend: Q queries, N training images.
+"""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
-from PIL import Image, features
+import torch
+from markupsafe import Markup
 from torch import Tensor
 
-from curvlinops_diffusion.influence.agreement import Agreement
+from curvlinops_diffusion.influence.agreement import NOT_TOLD, Agreement
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better, sentence_of
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.page.figures import histogram, operator_summary
 from curvlinops_diffusion.page.gallery import Gallery
-from curvlinops_diffusion.page.rankings import Row, Sizes, common_images, meaning, rows_of
+from curvlinops_diffusion.page.pictures import features_of, is_twin, thumbnail, twins, uncropped
+from curvlinops_diffusion.page.rankings import Sizes, common_images, meaning, rows_of
+from curvlinops_diffusion.page.settings import settings_of
 from curvlinops_diffusion.runtime.files import write_bytes
 
-TEMPLATE = Path(__file__).parent / "page.html.j2"
-# pixels of the longer side at most; a training image is shown at half of its size
-_SIZES = {"queries": 288, "train": 192}
-# up to here an image is kept as it is, and enlarged with visible pixels
-_PIXELATED = 64
-_QUALITY = 80
+_HERE = Path(__file__).parent
+# pixels of the longer side at most, of queries, of images among the first of one, and of all others
+_QUERY, _FIRST, _OTHER = 288, 192, 80
+# the page holds so many scores, else the first and last of each query; and so many pictures more
+_SCORES, _EACH, _OTHERS = 200_000, 100, 1000
 
 
 def write_report(
@@ -59,24 +65,42 @@ def write_report(
     Raises:
         ValueError: If an image is not the one that was scored, or the page cannot be written.
     """
-    identity, (first, *_) = header["identity"], by_method.values()
+    path, identity, first = Path(path), header["identity"], next(iter(by_method.values()))
     measured = identity.get("query", {}).get("measurement", "")
     measurement = MEASUREMENTS.get(measured)
     better = Better.LOWER if measurement is None else measurement.better
     agreement = Agreement.of_header(header)
-    rows = [rows_of(scores_N, top, better) for scores_N in first]
-    values = header.get("values") or [None] * len(rows)
-    galleries = {"train": train, "queries": queries}
+    Q, N = len(first), len(train.names)
+    noise = [agreement is not None and agreement.is_noise(q) for q in range(Q)]
+    errors = header.get("standard_error") or [None] * Q
+    rows = [
+        [] if noise[q] else rows_of(scores_N, top, better, errors[q])
+        for q, scores_N in enumerate(first)
+    ]
+    values = header.get("values") or [None] * Q
     sizes = [
         Sizes.of(scores_QN, header, method, place == 0)
         for place, (method, scores_QN) in enumerate(by_method.items())
     ]
+    orders = _orders(first, better.helpful_sign or 1)
+    listed = sorted({n for order in orders for n in order})
+    pictures = _Pictures(path.absolute().parent, header.get("digests", {}))
+    pictures.add("queries", queries, range(Q), range(Q), _QUERY)
+    pictures.add(
+        "train",
+        train,
+        {n for of_query in rows for row in of_query for n in row.indices},
+        listed,
+        _FIRST,
+    )
+    place_of = {n: place for place, n in enumerate(listed)}
 
     def image(kind: str, n: int) -> dict[str, Any]:
-        gallery = galleries[kind]
-        return {"class": f"{kind}{n}", "name": gallery.names[n], "caption": gallery.caption(n)}
+        gallery = train if kind == "train" else queries
+        found = {"class": f"{kind}{n}", "name": gallery.names[n], "caption": gallery.caption(n)}
+        return found | ({"place": place_of[n]} if kind == "train" else {})
 
-    count = len(groups) // (len(rows) * len(by_method))
+    count = len(groups) // (Q * len(by_method))
 
     def groups_of(q: int) -> list[dict[str, Any]]:
         """The groups with the largest sums of either sign."""
@@ -89,16 +113,26 @@ def write_report(
             if number < top or number >= count - top
         ]
 
+    def is_like(q: int, n: int) -> bool:
+        """Whether a training image is nearly a query, or has its caption."""
+        caption = queries.caption(q)
+        return (caption != "" and caption == train.caption(n)) or is_twin(
+            pictures.features["queries"][q], pictures.features["train"][n]
+        )
+
     def query(q: int) -> dict[str, Any]:
         scores = [(size, own[q]) for size, own in zip(sizes, by_method.values(), strict=True)]
         return image("queries", q) | {
             "value": None if values[q] is None else f"{values[q]:.4g}",
             "error": sizes[0].error_text(q),
             "reliability": "" if agreement is None else agreement.of_query(q),
+            "verdict": "" if agreement is None else agreement.verdict(q),
+            "noise": noise[q],
             "rows": [
                 {
                     "title": row.title,
                     "kind": row.kind,
+                    "like": row.kind == "hinders" and any(is_like(q, n) for n in row.indices),
                     "images": [
                         image("train", n)
                         | {"scores": [size.text(q, scores_N[n]) for size, scores_N in scores]}
@@ -116,72 +150,157 @@ def write_report(
         f"Scores and values are averages over {checkpoints} checkpoints of one training, the "
         "curvature shown is that of the last."
     )
+    common, many = common_images(rows)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["name"] = name_html
     text = (
-        jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        .from_string(TEMPLATE.read_text())
-        .render(
+        environment.from_string((_HERE / "page.html.j2").read_text()).render(
+            style=Markup((_HERE / "page.css").read_text()),
+            script=Markup((_HERE / "page.js").read_text()),
             meanings=[
-                meaning(measurement, size, len(train.names), method, place, len(sizes))
+                meaning(measurement, size, N, method, place, len(sizes))
                 for place, (method, size) in enumerate(zip(by_method, sizes, strict=True))
             ]
             + ([averaged] if checkpoints else []),
             measured=sentence_of(measured),
-            reliability="" if agreement is None else agreement.summary(),
-            common=[image("train", n) | {"count": count} for n, count in common_images(rows)],
-            queries=[query(q) for q in range(len(rows))],
-            thumbnails=_thumbnails(galleries, rows, header.get("digests", {})),
+            agreement=agreement,
+            num_noise=sum(noise),
+            not_told=NOT_TOLD,
+            common=[image("train", n) | {"count": count} for n, count in common],
+            many=many,
+            top=top,
+            kinds=[row.title for row in rows_of(torch.zeros(1), 1, better)],
+            queries=[query(q) for q in range(Q)],
+            pictures=pictures.rules,
             quantity="value" if measurement is None else measurement.quantity,
-            histogram=histogram(first),
+            histogram=histogram(first, sizes[0]),
             operator=None if operator is None else operator_summary(Path(operator)),
+            summary=settings_of(header, Q, N),
             settings=json.dumps(identity, indent=2),
-            scores=Path(path).stem,
+            scores=path.stem,
+            data=_as_script(
+                {
+                    "N": N,
+                    "listed": len(listed),
+                    "sign": better.helpful_sign,
+                    "methods": list(by_method),
+                    "units": [size.unit for size in sizes],
+                    "train": pictures.entries("train", train, listed),
+                    "queries": pictures.entries("queries", queries, range(Q)),
+                    "scores": [
+                        {
+                            "images": [place_of[n] for n in order],
+                            "numbers": [
+                                _plain(own[q][order] / size.scale_Q[q])
+                                for size, own in zip(sizes, by_method.values(), strict=True)
+                            ],
+                            "error": sizes[0].error(q),
+                            "noise": noise[q],
+                            "agreement": agreement and agreement.rank_correlation[q],
+                        }
+                        for q, order in enumerate(orders)
+                    ],
+                }
+            ),
         )
     ).encode(errors="backslashreplace")  # file names may be no text
-    write_bytes(Path(path), text)
+    write_bytes(path, text)
     return len(text)
 
 
-def _thumbnails(
-    galleries: Mapping[str, Gallery],
-    rows: Sequence[Sequence[Row]],
-    digests: Mapping[str, Sequence[str]],
-) -> list[tuple[str, str]]:
-    """Classes of elements and what they look like, of every image that is shown.
+def _orders(scores: Tensor | StoredScores, sign: int) -> list[list[int]]:
+    """The images that the page lists for each query, the most helpful first: all where it can."""
+    found = []
+    whole = len(scores) * scores.shape[1] <= _SCORES
+    for scores_N in scores:
+        if whole or len(scores_N) <= 2 * _EACH:
+            found.append((sign * scores_N).argsort(descending=True, stable=True).tolist())
+            continue
+        ends = [(own * scores_N).topk(_EACH).indices.tolist() for own in (sign, -sign)]
+        found.append([*ends[0], *reversed(ends[1])])
+    return found
+
+
+def _plain(numbers: Tensor) -> list[float]:
+    return [float(f"{number:.3g}") for number in numbers.tolist()]
+
+
+def _as_script(data: Mapping[str, Any]) -> Markup:
+    """Data as JSON that no text in it can end."""
+    text = json.dumps(data, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace("&", "\\u0026"))
+
+
+def name_html(name: str) -> Markup:
+    """A name, in whose suffix no line is broken."""
+    stem, suffix = os.path.splitext(name)
+    if len(suffix) > 12:
+        stem, suffix = name, ""
+    end = Markup('<span class="end">{}</span>').format(suffix) if suffix else ""
+    parts = Markup("<wbr>").join(re.split(r"(?<=[/_-])(?=.)", stem))
+    return Markup('<span class="name">{}{}</span>').format(parts, end)
+
+
+class _Pictures:
+    """Pictures of a page: classes of elements with what they look like, files, and twins.
 
     An image is the background of every element of its class, so that its bytes are there once.
+
+    Attributes:
+        rules: The classes and their styles.
+        features: What pictures are compared by, by kind and number.
     """
-    rules = []
-    shown = {n for of_query in rows for row in of_query for n in row.indices}
-    for kind, numbers in {"train": shown, "queries": set(range(len(rows)))}.items():
-        gallery, own = galleries[kind], digests.get(kind)
-        for n, x in gallery.images(numbers):
+
+    def __init__(self, folder: Path, digests: Mapping[str, Sequence[str]]):
+        self.rules: list[tuple[str, str]] = []
+        self.features: dict[str, dict[int, Tensor]] = {}
+        self._folder, self._digests = folder, digests
+
+    def add(
+        self, kind: str, gallery: Gallery, first: Any, listed: Sequence[int], size: int
+    ) -> None:
+        """Add those that are shown at once, and small ones of others that are listed."""
+        own, paths = self._digests.get(kind), getattr(gallery, "paths", None)
+        found = self.features.setdefault(kind, {})
+        others = [n for n in listed if n not in first][:_OTHERS]
+        for n, x in gallery.images({*first, *others}):
             if own is not None and own[n] != gallery.digest(n):
                 option = "data" if kind == "train" else "queries"
                 raise ValueError(
                     f"The image '{gallery.names[n]}' of the {option} (or its label or prompt) "
                     "is not the one that was scored. Pass the images that were."
                 )
-            rules.append((f"{kind}{n}", thumbnail(x, _SIZES[kind])))
-    return rules
+            found[n] = features_of(x)
+            self.rules.append((f"{kind}{n}", thumbnail(x, size if n in first else _OTHER)))
+            if paths is not None and n in first:
+                whole = uncropped(paths[n], x, size)
+                if whole is not None:
+                    self.rules.append((f"{kind}{n}-whole", whole))
 
+    def entries(self, kind: str, gallery: Gallery, listed: Sequence[int]) -> list[list[Any]]:
+        """Class, name, caption, file and twins (as places among these) of the listed images."""
+        paths = getattr(gallery, "paths", None)
+        seen = [n for n in listed if n in self.features[kind]]
+        place_of = {n: place for place, n in enumerate(listed)}
+        alike = twins(torch.stack([self.features[kind][n] for n in seen])) if seen else []
+        twins_of = {
+            n: [place_of[seen[other]] for other in others]
+            for n, others in zip(seen, alike, strict=True)
+        }
+        return [
+            [
+                f"{kind}{n}",
+                gallery.names[n],
+                gallery.caption(n),
+                None if paths is None else self._address(paths[n]),
+                twins_of.get(n, []),
+            ]
+            for n in listed
+        ]
 
-def thumbnail(x: Tensor, size: int) -> str:
-    """A style that shows an image.
-
-    Args:
-        x: The image in [-1, 1], ``[C, H, W]``; of other channels than grey or RGB, the first that
-            can be shown.
-        size: Pixels of the longer side, at most.
-    """
-    x = x[: 3 if len(x) >= 3 else 1]
-    bytes_HWC = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
-    image, buffer = Image.fromarray(bytes_HWC.squeeze(-1).numpy()), io.BytesIO()
-    if max(image.size) <= _PIXELATED:
-        kind, more = "png", ";image-rendering:pixelated"
-        image.save(buffer, format=kind)
-    else:
-        kind, more = "webp" if features.check("webp") else "jpeg", ""
-        image.thumbnail((size, size), Image.Resampling.LANCZOS)
-        image.save(buffer, format=kind, quality=_QUALITY)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f"background-image:url(data:image/{kind};base64,{data}){more}"
+    def _address(self, file: Path) -> str:
+        """A file's address from the page, so that both can be moved together."""
+        try:
+            return quote(os.fsencode(Path(os.path.relpath(file, self._folder)).as_posix()))
+        except ValueError:  # on another drive
+            return file.as_uri()

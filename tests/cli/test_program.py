@@ -90,11 +90,12 @@ def test_several_methods(fitted, tmp_path, capsys):
     assert "The second number under a training image (influence) is the predicted change" in text
     best = int(scores[0].argmax())
     by_influence = load_file(output)["influence"][0, best] / header["values"][0]
-    shown = re.search(rf"<b>([^<]*)</b><b>([^<]*)</b><span class=\"name\">image{best}", text)
-    assert float(shown[1].replace("−", "-")) == pytest.approx(float(scores[0, best]), rel=0.1)
-    number, unit = shown[2].replace("−", "-").split()
-    scale = {"%": 100, "ppm": 1e6}[unit]
-    assert float(number) == pytest.approx(scale * float(by_influence), rel=0.1)
+    told = json.loads(re.findall(r'id="data">(.+)</script>', text)[0])
+    assert told["scores"][0]["images"][0] == best
+    (first, *_), (second, *_) = told["scores"][0]["numbers"]
+    assert first == pytest.approx(float(scores[0, best]), rel=0.01)
+    scale = {" %": 100, " ppm": 1e6}[told["units"][1]]
+    assert second == pytest.approx(scale * float(by_influence), rel=0.01)
     unlike = [*draws, "--measurement", "log_likelihood", "--output", tmp_path / "x.safetensors"]
     assert run(arguments(fitted, "score", *unlike)) == 2
     assert "--method 'regression' adds the square of how" in capsys.readouterr().err
@@ -415,7 +416,7 @@ def test_attribute(folder, tmp_path, capsys, monkeypatch):
     table = (tmp_path / "result" / "scores.csv").read_text().splitlines()
     best = header["train"][int(scores[0].argmax())]
     assert table[1].startswith(f"image0.png,{best},{float(scores[0].max())!r},")
-    assert table[1].endswith(f",1,helps,,influence,,{folder / 'train' / best}")
+    assert table[1].endswith(f",1,helps,,,influence,,{folder / 'train' / best}")
     group = (tmp_path / "result" / "groups.csv").read_text().splitlines()[1].split(",")
     assert group[:2] == ["image0.png", str(folder / "train")]
     assert float(group[2]) == pytest.approx(float(scores[0].sum()), rel=1e-5)

@@ -9,7 +9,7 @@ import torch
 
 from curvlinops_diffusion import Attribution, StoredScores
 from curvlinops_diffusion.influence import tables
-from curvlinops_diffusion.influence.agreement import SplitHalfScores
+from curvlinops_diffusion.influence.agreement import Agreement, SplitHalfScores
 from curvlinops_diffusion.influence.score_files import INDEX, SCORES, write_scores
 from curvlinops_diffusion.influence.tables import table_blocks, write_table
 
@@ -104,6 +104,11 @@ def expected_rows(numbers, groups=None, measurement="loss"):
                 row = {"query": query.replace("\udcff", r"\udcff")}
                 row |= {"image": name, "score": z, "group": name, "sum": z, "count": len(own)}
                 row |= {"mean": z / len(own), "share": share, "agreement": same, "method": method}
+                one, other = (half[q : q + 1] for half in numbers[method][1:])
+                uncertain = 2 * math.sqrt(float(((one - other) ** 2).mean())) / 2
+                noise = Agreement.of_halves(one, other)
+                row |= {"told": "yes" if abs(z) > uncertain else "no"}
+                row |= {"told": "noise"} if noise.is_noise(0) else {}
                 row |= {"effect": plus if z > 0 else minus if z < 0 else ""}
                 row |= {"caption": f"caption\n{own[0]}", "path": f"/data/{name}"}
                 rows.append(row)
@@ -126,7 +131,7 @@ def assert_same_rows(found, expected):
                 assert str(value) == str(row[name]), (name, row)
 
 
-COLUMNS = ["query", "image", "score", "share", "rank", "effect", "agreement", "method"]
+COLUMNS = ["query", "image", "score", "share", "rank", "effect", "agreement", "told", "method"]
 
 
 @pytest.mark.parametrize("block", [1, 1000])
@@ -194,7 +199,7 @@ def test_without_halves_and_values(numbers, tmp_path):
     result = Attribution(scores, {"influence": None}, plain, *IMAGES)
     result.save(tmp_path / "t.parquet")
     table = pd.read_parquet(tmp_path / "t.parquet")
-    assert table[["share", "agreement"]].isna().all(axis=None)
+    assert table[["share", "agreement", "told"]].isna().all(axis=None)
     assert {row.agreement for row in result.groups("folder")} == {None}
 
 
