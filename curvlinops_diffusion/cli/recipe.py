@@ -40,7 +40,12 @@ def read_recipe(options: Namespace, given: Mapping[str, Any]) -> None:
         return
     arguments = parse_arguments(options.training_arguments)
     by_hand = {f"training_arguments.{name}": value for name, value in arguments.items()}
-    by_hand |= {name: value for name, value in given.items() if name != "training_arguments"}
+    known = {k: v for k, v in vars(options).items() if k in command.options}
+    by_hand |= {  # or by a file that lists the data
+        name: value
+        for name, value in known.items()
+        if name != "training_arguments" and (name in given or value != command.options[name].default)
+    }
     found, lines = settle(
         read_settings(Path(recipe)), base_in(options.pipeline), by_hand, command.options
     )
