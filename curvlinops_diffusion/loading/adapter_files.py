@@ -14,7 +14,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from curvlinops_diffusion.loading.adapter_names import has_no_loader
 from curvlinops_diffusion.loading.saved_networks import check_whole
 from curvlinops_diffusion.loading.weights import listed
 from curvlinops_diffusion.runtime.checks import quoted
@@ -104,8 +103,15 @@ def read_weights(path: Path) -> tuple[Tensors, dict[str, str]]:
     return tensors, metadata
 
 
-def read_adapter(path: Path, given: Path) -> AdapterFile:
-    """Read a single file, and separate matrices, alphas and additions.
+def read_adapter(
+    path: Path, given: Path, has_no_loader: Callable[[str], bool] = lambda key: False
+) -> AdapterFile:
+    """Read a single file, and separate matrices, other factors, alphas and additions.
+
+    Args:
+        path: The file.
+        given: The file or its folder, for messages.
+        has_no_loader: Whether a pair by its name in the file is one that no loader knows.
 
     Raises:
         ValueError: If it cannot be read or is empty, factors are missing or unknown, or an alpha is

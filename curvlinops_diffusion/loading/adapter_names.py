@@ -28,8 +28,9 @@ _PARTS = {
     "text_encoder_2.": "text_encoder_2",
     "text_encoder_3.": "text_encoder_3",
 }
-# names that loaders do not know, whose layers are found here
-_OF_NO_LOADER = re.compile(r"lora_te3_|lycoris_|lora_unet_joint_blocks_")
+# names that loaders do not know, whose layers are found here; and that of Stable Diffusion 3
+_OF_NO_LOADER = re.compile(r"lora_te3_|lycoris_")
+_OF_NO_LOADER_3 = re.compile(r"lora_te\d_|lycoris_|lora_unet_|diffusion_model\.")
 # blocks of Stable Diffusion 3 by their original names, as kohya's scripts have them: the layers
 # in diffusers, several where they were one
 _JOINT_BLOCK = re.compile(r"lora_unet_joint_blocks_(\d+)_(x|context)_block_(\w+)")
@@ -78,6 +79,11 @@ class Names:
     def __init__(self, parts: Mapping[str, nn.Module], loader: Any):
         self.alone = loader is next(iter(parts.values()))
         self._parts, self._loader = parts, loader
+
+    def has_no_loader(self, name: str) -> bool:
+        """Tell whether the loader does not know such names in files."""
+        of_3 = type(self._loader).__name__.startswith("StableDiffusion3")
+        return (_OF_NO_LOADER_3 if of_3 else _OF_NO_LOADER).match(name) is not None
 
     def converted(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rename, split and join tensors as the loader does."""
@@ -191,8 +197,3 @@ class Names:
                 whole = torch.equal(own, torch.arange(outputs[stem]))
                 found.setdefault(stem, []).append(Place(part, layer, None if whole else own))
         return found
-
-
-def has_no_loader(stem: str) -> bool:
-    """Tell whether loaders do not know a name in a file."""
-    return _OF_NO_LOADER.match(stem) is not None

@@ -152,7 +152,8 @@ def _load(
             f"Adapters of a {type(loader).__name__} are read from a folder of PEFT's "
             f"save_pretrained, and '{path}' is none."
         )
-    file, names = read_adapter(adapter_file(path), path), Names(parts, loader)
+    names = Names(parts, loader)
+    file = read_adapter(adapter_file(path), path, names.has_no_loader)
     loaded = _load_file(peft, name, file, parts, loader, names) if file.weights else {}
     added = _add_to_weights(file, parts, loader, names)
     factored = _load_factors(name, file, parts, loader, names) if file.factors else set()

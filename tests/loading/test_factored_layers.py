@@ -177,8 +177,8 @@ SPLIT = {
             "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
         ],
         "lora_unet_input_blocks_1_0_in_layers_2": ["unet.down_blocks.0.resnets.0.conv1"],
-        "lora_te2_text_model_encoder_layers_1_mlp_fc1": [
-            "text_encoder_2.text_model.encoder.layers.1.mlp.fc1"
+        "lora_te2_text_model_encoder_layers_1_self_attn_q_proj": [
+            "text_encoder_2.text_model.encoder.layers.1.self_attn.q_proj"
         ],
     },
     pipelines.flux: {
@@ -188,7 +188,9 @@ SPLIT = {
         "lora_unet_double_blocks_0_txt_attn_proj": [
             "transformer.transformer_blocks.0.attn.to_add_out"
         ],
-        "lora_te1_text_model_encoder_layers_1_mlp_fc1": ["text_encoder.encoder.layers.1.mlp.fc1"],
+        "lora_te1_text_model_encoder_layers_1_self_attn_q_proj": [
+            "text_encoder.encoder.layers.1.self_attn.q_proj"
+        ],
         "lora_te3_encoder_block_0_layer_0_SelfAttention_q": [
             "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
         ],
@@ -199,6 +201,10 @@ SPLIT = {
         ],
         "lora_unet_joint_blocks_0_context_block_attn_qkv": [
             f"transformer.transformer_blocks.0.attn.add_{n}_proj" for n in "qkv"
+        ],
+        "lora_unet_context_embedder": ["transformer.context_embedder"],
+        "lora_te1_text_model_encoder_layers_1_self_attn_q_proj": [
+            "text_encoder.text_model.encoder.layers.1.self_attn.q_proj"
         ],
         "lora_unet_joint_blocks_0_x_block_mlp_fc2": ["transformer.transformer_blocks.0.ff.net.2"],
         "lycoris_transformer_blocks_0_ff_net_0_proj": [
@@ -220,7 +226,7 @@ FILES = [
 @pytest.mark.parametrize(("make", "stems"), FILES)
 @pytest.mark.parametrize("form", [matrices, loha, lokr_of_products])
 def test_original_names(saved, tmp_path, make, stems, form):  # noqa: F811
-    """The joint layer's rows are those of its parts, magnitudes of rows included."""
+    """A joint layer's rows are those of its parts, pairs and magnitudes of rows included."""
     pipeline, parts = doubled(saved, make)
     written, expected = Written(), {}
     for stem, names in stems.items():
@@ -239,7 +245,7 @@ def test_original_names(saved, tmp_path, make, stems, form):  # noqa: F811
                 return file, kron(a @ b, c @ d)
         else:
             own = form
-        weight = written.add(stem, own, whole, along=0)
+        weight = written.add(stem, own, whole, None if form is matrices else 0)
         expected |= zip(names, weight.chunk(len(names)), strict=True)
     load_adapters([write(written.tensors, tmp_path / "a.safetensors")], parts, pipeline)
     for name, weight in expected.items():
