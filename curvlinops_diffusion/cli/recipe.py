@@ -44,7 +44,8 @@ def read_recipe(options: Namespace, given: Mapping[str, Any]) -> None:
     by_hand |= {  # or by a file that lists the data
         name: value
         for name, value in known.items()
-        if name != "training_arguments" and (name in given or value != command.options[name].default)
+        if name != "training_arguments"
+        and (name in given or value != command.options[name].default)
     }
     found, lines = settle(
         read_settings(Path(recipe)), base_in(options.pipeline), by_hand, command.options
