@@ -167,7 +167,7 @@
     const left = Q - rows.length;
     return [make("h3", {}, "which pictures did it help?"),
       make("div", { className: "scroll", tabIndex: 0 }, make("table", {}, make("thead", {}, make("tr", {}, ...["query", ...data.methods, "rank", ""].map((head) => make("th", {}, head)))),
-        make("tbody", {}, ...rows.map(([q, i]) => make("tr", {}, make("td", {}, make("a", { href: `#${data.queries[q][0]}`, onclick: () => viewer.close() }, data.queries[q][1])), ...numbersOf(q, i).map((text) => make("td", {}, text)), make("td", {}, `${rankOf(q, i).toLocaleString("en")}`), make("td", {}, titles[kindOf(q, i)])))))),
+        make("tbody", {}, ...rows.map(([q, i]) => make("tr", {}, make("td", {}, make("a", { href: `#${data.queries[q][0]}`, onclick: () => viewer.close() }, nameOf(data.queries[q][1]))), ...numbersOf(q, i).map((text) => make("td", {}, text)), make("td", {}, `${rankOf(q, i).toLocaleString("en")}`), make("td", {}, titles[kindOf(q, i)])))))),
       ...(left ? [make("p", { className: "none" }, `Of ${left} other queries it is neither among the first nor the last.`)] : [])];
   };
   const step = (by) => {
