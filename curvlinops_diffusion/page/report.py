@@ -183,6 +183,7 @@ def write_report(
                     "N": N,
                     "listed": len(listed),
                     "sign": better.helpful_sign,
+                    "notTold": NOT_TOLD,
                     "methods": list(by_method),
                     "units": [size.unit for size in sizes],
                     "train": pictures.entries("train", train, listed),
