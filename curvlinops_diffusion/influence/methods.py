@@ -74,11 +74,13 @@ def scores_of(
         query_block: Queries whose gradients are held at once, for influence alone.
         passes: Checkpoints, processes and progress.
     """
-    found: dict[Method, tuple[Tensor, SplitHalfScores | None]] = {
-        method: (feature_regression_scores(of(J_query.regression), of(J_train.regression)), None)
-        for method, of in _FEATURES.items()
-        if method in methods
-    }
+    found: dict[Method, tuple[Tensor, SplitHalfScores | None]] = {}
+    for method, of in _FEATURES.items():
+        if method in methods:
+            train = of(J_train.regression)
+            query = of(J_query.regression, train.shape[1:])
+            scores = feature_regression_scores(query.flatten(1), train.flatten(1))
+            found[method] = scores, None
     if rest := [method for method in methods if method not in _FEATURES]:
         found |= _of_gradients(
             rest, J_query, G_inv, J_train, ridge=ridge, query_block=query_block, passes=passes

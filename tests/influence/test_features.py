@@ -6,10 +6,14 @@ from statistics import median_low
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from torch.nn.functional import interpolate
 
-from curvlinops_diffusion import Attributor, DenoisingObjective
+from curvlinops_diffusion import Attributor, DenoisingObjective, ExampleGradientLinearOperator
 from curvlinops_diffusion.baselines import feature_regression_scores
+from curvlinops_diffusion.influence.features import pixels_of
+from curvlinops_diffusion.influence.methods import Method, scores_of
 from tests.cases import images, tiny_unet
+from tests.diffusion.test_shapes import Shaped, problem
 
 N, Q, F = 7, 2, 5
 
@@ -50,6 +54,22 @@ def test_a_method_beside_those_of_the_network():
     assert only.agreement is None
     with pytest.raises(ValueError, match="needs a pipeline with an autoencoder"):
         attributor.score(x[:Q], method="latents", num_draws=2)
+
+
+def test_images_of_several_shapes_keep_their_places():
+    """Though batches are of one shape each, of which the largest comes first."""
+    data, query = Shaped(), Shaped()
+    query.images, query.shapes = query.images[1:3], query.shapes[1:3]
+    regressions = problem(data=data), problem(data=query)
+    train, asked = pixels_of(regressions[0]), pixels_of(regressions[1], (1, 8, 8))
+    assert train.shape == (6, 1, 8, 8)
+    for found, of in ((train, data), (asked, query)):
+        expected = [interpolate(z[None].float(), (8, 8), mode="area")[0] for z in of.images]
+        assert torch.equal(found, torch.stack(expected))
+    J_train, J_query = map(ExampleGradientLinearOperator, regressions)
+    found = scores_of([Method.PIXELS], J_query, None, J_train, ridge=1.0, query_block=1)
+    scores, _ = found[Method.PIXELS]
+    assert scores.argmax(1).tolist() == [1, 2]
 
 
 def test_refused():
