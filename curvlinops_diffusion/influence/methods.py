@@ -49,8 +49,8 @@ class Method(str, Enum):
     LATENTS = "latents"
 
 
-# those that look at no gradients
-_FEATURES = {Method.PIXELS: pixels_of, Method.LATENTS: latents_of}
+#: Those that look at no gradients.
+FEATURES = {Method.PIXELS: pixels_of, Method.LATENTS: latents_of}
 
 
 def scores_of(
@@ -75,13 +75,13 @@ def scores_of(
         passes: Checkpoints, processes and progress.
     """
     found: dict[Method, tuple[Tensor, SplitHalfScores | None]] = {}
-    for method, of in _FEATURES.items():
+    for method, of in FEATURES.items():
         if method in methods:
             train = of(J_train.regression)
             query = of(J_query.regression, train.shape[1:])
             scores = feature_regression_scores(query.flatten(1), train.flatten(1))
             found[method] = scores, None
-    if rest := [method for method in methods if method not in _FEATURES]:
+    if rest := [method for method in methods if method not in FEATURES]:
         found |= _of_gradients(
             rest, J_query, G_inv, J_train, ridge=ridge, query_block=query_block, passes=passes
         )
@@ -144,4 +144,10 @@ def check_measurement(methods: Sequence[Method], measurement: str) -> None:
             f"`method` 'regression' adds the square of how the prediction would change, which no "
             f"loss gains by, got `measurement` {measurement!r}. Pass one of {', '.join(good)}, of "
             "which lower is better, or method='influence'."
+        )
+    alike = next((method.value for method in methods if method in FEATURES), None)
+    if alike is not None and entry is not None and entry.better is Better.HIGHER:
+        raise ValueError(
+            f"`method` {alike!r} has no negative scores, which all would be of images that hinder, "
+            f"got `measurement` {measurement!r}, of which higher is better. Leave it out."
         )

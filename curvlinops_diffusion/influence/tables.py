@@ -77,7 +77,7 @@ def table_blocks(
     size = max(1, _ROWS // len(header["train"]))
     for method, scores in by_method.items():
         pair = None if halves is None else halves.get(method)
-        unit_Q = values_Q * (np.nan if method == "regression" else 1)
+        unit_Q = values_Q * (1 if method == "influence" else np.nan)  # others have no unit
         for block in (slice(start, start + size) for start in range(0, len(queries), size)):
             z_qM = of_rows(_block(scores, block))
             order_qM = (sign * z_qM).argsort(dim=1, descending=True, stable=True)

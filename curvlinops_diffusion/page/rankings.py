@@ -16,7 +16,7 @@ from torch import Tensor
 
 from curvlinops_diffusion.influence.agreement import NOT_TOLD
 from curvlinops_diffusion.influence.measurements.registry import Better, NamedMeasurement
-from curvlinops_diffusion.influence.methods import Method
+from curvlinops_diffusion.influence.methods import FEATURES, Method
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 
 # a training image is common if it is among the first of so many queries, and of so large a share
@@ -109,7 +109,7 @@ class Sizes:
         """Choose the unit of a method's scores; errors are known of the first method's alone."""
         errors = header.get("standard_error") if is_first else None
         errors_Q = None if errors is None else torch.tensor(errors, dtype=torch.float64)
-        values = None if method == Method.REGRESSION else header.get("values")
+        values = header.get("values") if method == Method.INFLUENCE else None
         if values is None or not all(values):  # nothing to be a share of
             return cls(torch.ones(len(scores_QN), dtype=torch.float64), "", errors_Q)
         values_Q = torch.tensor(values, dtype=torch.float64).abs()
@@ -153,7 +153,7 @@ def meaning(
     what = "measured value" if measurement is None else measurement.quantity
     which, order = "The number", ""
     if count > 1:
-        which = f"The {('first', 'second', 'third')[place]} number"
+        which = f"The {('first', 'second', 'third', 'fourth')[place]} number"
         order = f" ({method}), by which they are ordered," if place == 0 else f" ({method})"
     start = f"{which} under a training image{order} is"
     if method == Method.REGRESSION:
@@ -161,6 +161,11 @@ def meaning(
             f"{start} its part in a kernel regression of the query's {what}, and of the square of "
             f"the prediction, on {num_train:,} images: only the order of these numbers means "
             "something, not their size."
+        )
+    if method in FEATURES:
+        return (
+            f"{start} its part in a kernel regression on the {method} of {num_train:,} images, "
+            "without the network: what looks alike, never negative, to compare with."
         )
     share = f", as a share of that {what}" if sizes.unit else ""
     ppm = " (ppm: millionths)" if "ppm" in sizes.unit else ""

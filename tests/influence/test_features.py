@@ -11,7 +11,8 @@ from torch.nn.functional import interpolate
 from curvlinops_diffusion import Attributor, DenoisingObjective, ExampleGradientLinearOperator
 from curvlinops_diffusion.baselines import feature_regression_scores
 from curvlinops_diffusion.influence.features import pixels_of
-from curvlinops_diffusion.influence.methods import Method, scores_of
+from curvlinops_diffusion.influence.methods import Method, check_measurement, scores_of
+from curvlinops_diffusion.page.rankings import Sizes, meaning
 from tests.cases import images, tiny_unet
 from tests.diffusion.test_shapes import Shaped, problem
 
@@ -35,7 +36,7 @@ def test_as_loops(squared):
     torch.testing.assert_close(found, expected**2 if squared else expected, rtol=1e-6, atol=1e-9)
 
 
-def test_a_method_beside_those_of_the_network():
+def test_a_method_beside_those_of_the_network(tmp_path):
     """It needs no draws, so that no halves of them tell how sure it is."""
     x = images(N, dtype=torch.float32)
     objective = DenoisingObjective(
@@ -49,6 +50,11 @@ def test_a_method_beside_those_of_the_network():
     expected = feature_regression_scores((x[:Q] / 2).flatten(1), x.flatten(1))
     assert torch.equal(result.by_method["pixels"], expected)
     assert result.halves["pixels"] is None
+    table = result.to_pandas()
+    shares = table.groupby("method")["share"].count()
+    assert dict(shares) == {"influence": Q * N, "pixels": 0}  # which are shares of nothing
+    result.report(tmp_path / "page.html")
+    assert "a kernel regression on the pixels of 7 images" in (tmp_path / "page.html").read_text()
     only = attributor.score(x[:Q] / 2, method="pixels", num_draws=4)
     assert torch.equal(only.scores, expected)
     assert only.agreement is None
@@ -72,7 +78,18 @@ def test_images_of_several_shapes_keep_their_places():
     assert scores.argmax(1).tolist() == [1, 2]
 
 
+def test_each_of_all_methods_has_a_sentence():
+    sizes = Sizes.of(torch.ones(Q, N), {"values": [2.0] * Q}, "latents")
+    assert sizes.text(0, 0.5) == "+0.5"
+    texts = [meaning(None, sizes, N, method, k, 4) for k, method in enumerate(Method)]
+    assert [text.split()[1] for text in texts] == ["first", "second", "third", "fourth"]
+    assert ["predicted change" in text for text in texts] == [True, False, False, False]
+
+
 def test_refused():
+    check_measurement([Method.PIXELS], "loss")
+    with pytest.raises(ValueError, match="'pixels' has no negative scores"):
+        check_measurement([Method.PIXELS], "log_likelihood")
     query, train = features()
     with pytest.raises(ValueError, match=r"\[Q, F\] and \[N, F\], got \(2, 4\) and \(7, 5\)"):
         feature_regression_scores(query[:, :4], train)
