@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import exp, log, sqrt
+from math import exp, log
 from typing import Any
 
 from curvlinops_diffusion.loading.trainer_entries import Base, Entries, Setting, plain
@@ -385,7 +385,8 @@ def onetrainer(z: Entries, base: Base) -> Iterator[Setting]:
     side, name = _square(z.get("resolution")), "aspect_ratio_bucketing"
     if side is not None and z.get(name):
         step = {"StableDiffusion": 8, "PixArt": 16, "Sana": 32}.get(base.family or "", 64)
-        yield from z.sets(name, "buckets", _onetrainer_buckets(side, step))
+        yield from z.sets(name, "buckets", "onetrainer")
+        yield from z.sets(name, "bucket_step", step, 64)
 
 
 def _onetrainer_text(z: Entries, base: Base) -> Iterator[Setting]:
@@ -430,15 +431,6 @@ def _onetrainer_levels(z: Entries, base: Base) -> Iterator[Setting]:
         yield from z.sets(name, "timesteps", levels)
     else:
         yield from z.refuses(name, _LEVELS)
-
-
-def _onetrainer_buckets(side: int, step: int) -> str:
-    """OneTrainer's sizes (height, width) of about the area of a square: nine shapes, both ways."""
-    shapes = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4)
-    sides = [(side / sqrt(shape), side * sqrt(shape)) for shape in shapes]
-    sizes = [(round(h / step) * step, round(w / step) * step) for h, w in sides]
-    both = dict.fromkeys([*sizes, *((w, h) for h, w in sizes)])
-    return ";".join(f"{h},{w}" for h, w in both)
 
 
 # ---------------------------------------------------------------------------------------------
