@@ -34,7 +34,7 @@ from curvlinops_diffusion.diffusion.weightings import weighting_of
 from curvlinops_diffusion.influence.agreement import MAX_DRAWS, Agreement, plain_numbers
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernel_regression import RIDGE
-from curvlinops_diffusion.influence.methods import Method, check_measurement, scores_of
+from curvlinops_diffusion.influence.methods import Method, methods_named, scores_of
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.influence.scores import can_be_halved
 from curvlinops_diffusion.influence.stored_scores import StoredScores
@@ -46,12 +46,11 @@ from curvlinops_diffusion.loading.layout import Layout
 from curvlinops_diffusion.page.gallery import RegressionGallery
 from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
-from curvlinops_diffusion.runtime.checks import check_count, check_option
+from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.files import check_file_name, check_same, check_space
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
 from curvlinops_diffusion.runtime.processes import Processes
 
-log = logging.getLogger(__name__)
 # the number of draws that "auto" begins with
 _FIRST_DRAWS = 16
 OPERATORS = {"ekfac": DiffusionEKFACLinearOperator, "kfac": DiffusionKFACLinearOperator}
@@ -561,9 +560,7 @@ class Attributor:
         path = None if output is None else Path(output)
         if path is not None:
             check_file_name(path, ".safetensors")
-        chosen = [method] if isinstance(method, str) else list(method)
-        methods = [check_option("method", name, Method) for name in dict.fromkeys(chosen)]
-        check_measurement(methods, measurement)
+        methods = methods_named(method, measurement, num_draws)
         asked_of = self.opened(queries, prompts=prompts, labels=labels)
         J_train = self.gradients(num_draws=num_draws)
         J_query = self._gradients_of(
@@ -656,6 +653,8 @@ class Attributor:
         An output always holds the last scores that are whole, from which a run that was stopped
         goes on.
         """
+        asked = {"method": "influence", "measurement": "loss", **told}
+        methods_named(asked["method"], asked["measurement"], "auto")
         numbers = self.numbers_of_draws(max_draws)
         unit = 4 * self.regression.draws.rounded_up(1)
         if query_draws is not None and query_draws % unit:

@@ -364,7 +364,7 @@ def commands() -> dict[str, Command]:
                     "plan! retrained! output! scores queries measurement query_draws",
                     output="The file to write, .safetensors.",
                     queries="The images to measure; by default those of --scores.",
-                    query_draws=f"{SCORE} num_draws",
+                    query_draws="cli.validate:measured",
                 ),
                 **common,
                 "Its training": _options(TRAINING, seed="cli.validate:measured"),

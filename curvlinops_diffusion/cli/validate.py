@@ -150,8 +150,9 @@ def validate_measure(options: Namespace) -> None:
         for part in plan.parts:
             own = _of(options, found[seed, part])
             label = f"{part}, seed {seed}"
+            draws = options.seed, options.query_draws
             try:
-                values_Q, images = measured(own, label, checkpoint, options.seed)
+                values_Q, images = measured(own, label, checkpoint, *draws)
             except OtherCheckpointError:
                 if not options.overwrite:
                     raise
@@ -207,7 +208,7 @@ def networks_of(folder: Path, parts: tuple[str, ...]) -> dict[tuple[int, str], P
 
 
 def measured(
-    options: Namespace, label: str, checkpoint: Path, seed: int = 12345
+    options: Namespace, label: str, checkpoint: Path, seed: int = 12345, query_draws: int = 64
 ) -> tuple[Tensor, NamedImages]:
     """The values of one network ``[Q]``, and the queries; on draws that scores do not have.
 
@@ -216,6 +217,7 @@ def measured(
         label: What it is called in the checkpoint.
         checkpoint: A folder that values are kept in.
         seed: The seed of the draws.
+        query_draws: Draws of timestep and noise for each query.
     """
     network = load_network(options)
     layout = Layout.taken_from({**vars(options)}).for_queries()
@@ -225,7 +227,7 @@ def measured(
     query = NoisedRegression(
         network.objective,
         images,
-        options.query_draws,
+        query_draws,
         seed,
         batch_size=options.batch_size,
         **recipe,

@@ -80,32 +80,45 @@ def feature_regression_scores(
     return scores_QN.square() if squared else scores_QN
 
 
-def pixels_of(regression: NoisedRegression) -> Tensor:
-    """The pixels of a problem's images, ``[N, F]``; of several shapes all as the first."""
-    return _features(regression, lambda clean: clean.x0)
+def pixels_of(query: NoisedRegression, train: NoisedRegression) -> tuple[Tensor, Tensor]:
+    """The pixels of queries and training images, ``[Q, F]`` and ``[N, F]``.
+
+    Of several shapes all are resized to one of the training images'.
+    """
+    return _features(query, train, lambda regression, clean: clean.x0)
 
 
-def latents_of(regression: NoisedRegression) -> Tensor:
-    """The means of a problem's latents, ``[N, F]``.
+def latents_of(query: NoisedRegression, train: NoisedRegression) -> tuple[Tensor, Tensor]:
+    """The means of their latents, likewise.
 
     Raises:
-        ValueError: If its pipeline has no autoencoder.
+        ValueError: If the pipeline has no autoencoder.
     """
-    if not regression.encodes:
+    if not train.encodes:
         raise ValueError(
             "`method` 'latents' needs a pipeline with an autoencoder, and this network is given "
             "pixels. Pass 'pixels'."
         )
-    return _features(regression, lambda clean: regression.objective.encode(clean).mean)
+    return _features(
+        query, train, lambda regression, clean: regression.objective.encode(clean).mean
+    )
 
 
-def _features(regression: NoisedRegression, of: Callable[[CleanBatch], Tensor]) -> Tensor:
-    rows: list[Tensor] = []
+def _features(
+    query: NoisedRegression,
+    train: NoisedRegression,
+    of: Callable[[NoisedRegression, CleanBatch], Tensor],
+) -> tuple[Tensor, Tensor]:
     shape: torch.Size | None = None
-    for clean in regression.clean_batches():
-        x = of(clean).detach().cpu().float()
-        shape = x.shape[1:] if shape is None else shape
-        if x.shape[1:] != shape:
-            x = interpolate(x, shape[-2:], mode="area")
-        rows.append(x.flatten(1))
-    return torch.cat(rows)
+    found: list[Tensor] = []
+    for regression in (train, query):
+        rows: list[Tensor] = [torch.empty(0)] * regression.num_data
+        for clean in regression.clean_batches():  # of one shape each, in no order then
+            x = of(regression, clean).detach().cpu().float()
+            shape = x.shape[1:] if shape is None else shape
+            if x.shape[1:] != shape:
+                x = interpolate(x, shape[-2:], mode="area")
+            for n, row in zip(clean.indices, x.flatten(1), strict=True):
+                rows[n] = row
+        found.append(torch.stack(rows))
+    return found[1], found[0]

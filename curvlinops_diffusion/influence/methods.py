@@ -5,10 +5,11 @@ Legend: Q queries, N training examples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from curvlinops_diffusion.influence.scores import (
     split_half_scores,
 )
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
+from curvlinops_diffusion.runtime.checks import check_option
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 
 
@@ -47,6 +49,16 @@ class Method(str, Enum):
     REGRESSION = "regression"
     PIXELS = "pixels"
     LATENTS = "latents"
+
+    @property
+    def has_unit(self) -> bool:
+        """Whether a score is a predicted change of what is measured, not an order alone."""
+        return self is Method.INFLUENCE
+
+    @property
+    def takes_draws(self) -> bool:
+        """Whether it looks at gradients, averaged over draws, and not at the images alone."""
+        return self not in _FEATURES
 
 
 # those that look at no gradients
@@ -75,11 +87,11 @@ def scores_of(
         passes: Checkpoints, processes and progress.
     """
     found: dict[Method, tuple[Tensor, SplitHalfScores | None]] = {
-        method: (feature_regression_scores(of(J_query.regression), of(J_train.regression)), None)
+        method: (feature_regression_scores(*of(J_query.regression, J_train.regression)), None)
         for method, of in _FEATURES.items()
         if method in methods
     }
-    if rest := [method for method in methods if method not in _FEATURES]:
+    if rest := [method for method in methods if method.takes_draws]:
         found |= _of_gradients(
             rest, J_query, G_inv, J_train, ridge=ridge, query_block=query_block, passes=passes
         )
@@ -129,17 +141,38 @@ def _of_gradients(
     }
 
 
-def check_measurement(methods: Sequence[Method], measurement: str) -> None:
-    """Check that methods are for what is measured.
+def methods_named(
+    method: str | Iterable[str], measurement: str, num_draws: int | Literal["auto"]
+) -> list[Method]:
+    """The methods of some names, once each, checked before anything is computed.
+
+    Args:
+        method: One or more names, of which the first orders.
+        measurement: What is measured.
+        num_draws: Draws of timestep and noise, ``"auto"`` to take them until the first images are
+            told.
 
     Raises:
-        ValueError: If one is not.
+        ValueError: If there is no method of a name, or one is not for what is measured or drawn.
     """
+    names = [method] if isinstance(method, str) else list(method)
+    methods = [check_option("method", name, Method) for name in dict.fromkeys(names)]
     entry = MEASUREMENTS.get(measurement) if isinstance(measurement, str) else None
-    if Method.REGRESSION in methods and (entry is None or entry.better is not Better.LOWER):
+    ordering = [each for each in methods if not each.has_unit]
+    if ordering and (entry is None or entry.better is not Better.LOWER):
         good = [name for name, one in MEASUREMENTS.items() if one.better is Better.LOWER]
+        why = "is never negative, as what helps is of a loss"
+        if Method.REGRESSION in methods:
+            ordering = [Method.REGRESSION]
+            why = "adds the square of how the prediction would change, which no loss gains by"
         raise ValueError(
-            f"`method` 'regression' adds the square of how the prediction would change, which no "
-            f"loss gains by, got `measurement` {measurement!r}. Pass one of {', '.join(good)}, of "
-            "which lower is better, or method='influence'."
+            f"`method` '{ordering[0].value}' {why}, got `measurement` {measurement!r}. Pass one of "
+            f"{', '.join(good)}, of which lower is better, or method='influence'."
         )
+    if num_draws == "auto" and not methods[0].takes_draws:
+        raise ValueError(
+            f"`num_draws='auto'` needs a first method whose order draws make surer, got "
+            f"'{methods[0].value}', which looks at the images alone. Pass a number, or another "
+            "method first."
+        )
+    return methods

@@ -1,14 +1,20 @@
 """Attribution by features alone, against loops, and as a method beside those of the network."""
 
+import json
+import re
 from math import dist, exp
 from statistics import median_low
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from torch.utils.data import Dataset
 
-from curvlinops_diffusion import Attributor, DenoisingObjective
+from curvlinops_diffusion import Attributor, DenoisingObjective, NoisedRegression
 from curvlinops_diffusion.baselines import feature_regression_scores
+from curvlinops_diffusion.influence.features import pixels_of
+from curvlinops_diffusion.influence.methods import Method
+from curvlinops_diffusion.page.rankings import Sizes, meaning
 from tests.cases import images, tiny_unet
 
 N, Q, F = 7, 2, 5
@@ -50,6 +56,72 @@ def test_a_method_beside_those_of_the_network():
     assert only.agreement is None
     with pytest.raises(ValueError, match="needs a pipeline with an autoencoder"):
         attributor.score(x[:Q], method="latents", num_draws=2)
+
+
+class Shaped(Dataset):
+    """Images of several shapes."""
+
+    def __init__(self, items):
+        self.items, self.shapes = items, [tuple(item["x0"].shape[1:]) for item in items]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, n):
+        return self.items[n]
+
+
+def test_images_of_several_shapes_keep_their_order():
+    """Batches are of one shape each; a query is next to the training image that it is."""
+    objective = DenoisingObjective(
+        tiny_unet(torch.float32, num_class_embeds=None), DDPMScheduler(100)
+    )
+    generator = torch.Generator().manual_seed(0)
+    high, wide = (torch.randn(4, 1, *hw, generator=generator) for hw in ((16, 8), (8, 16)))
+    data = [{"x0": x[n]} for n in range(4) for x in (high, wide)]
+    train, query = (
+        NoisedRegression(objective, Shaped(items), 1, batch_size=3)
+        for items in (data, [data[1], data[4]])
+    )
+    scores = feature_regression_scores(*pixels_of(query, train))
+    assert scores.argmax(1).tolist() == [1, 4]
+
+
+def test_an_order_without_a_unit(tmp_path):
+    """Neither shares of a loss nor helpful signs; nothing that draws could make surer."""
+    x = images(N, dtype=torch.float32)
+    objective = DenoisingObjective(
+        tiny_unet(torch.float32, num_class_embeds=None), DDPMScheduler(100)
+    )
+    attributor = Attributor(objective, x, progressbar=False).fit("kfac", num_draws=1)
+    result = attributor.score(x[:Q] / 2, method=["pixels", "influence"], num_draws=4)
+    table = result.to_pandas()
+    own, other = table[table.method == "pixels"], table[table.method == "influence"]
+    assert own.share.isna().all()
+    assert other.share.notna().all()
+    assert set(own.effect) == {"alike"}
+    assert set(other.effect) <= {"helps", "hinders"}
+    assert str(result).endswith("They look at the images alone: no draws could make them surer.")
+    result.report(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    told = json.loads(re.findall(r'id="data">(.+)</script>', page)[0])
+    assert (told["units"][0], told["sign"]) == ("", 0)
+    assert "<h3>alike</h3>" in page
+    assert "<h3>helps" not in page
+    assert "No training image does" not in page
+    assert "(pixels), by which they are ordered, is the square of its weight in a kernel" in page
+    for options, match in (
+        ({"num_draws": "auto"}, "needs a first method whose order draws make surer, got 'pixels'"),
+        ({"measurement": "log_likelihood"}, "'pixels' is never negative, as what helps is of a lo"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            attributor.score(x[:Q] / 2, method="pixels", **options)
+
+
+def test_a_sentence_for_each_of_all_methods():
+    sizes = Sizes(torch.ones(1), "", None)
+    told = [meaning(None, sizes, N, each.value, n, 4) for n, each in enumerate(Method)]
+    assert [text.split()[1] for text in told] == ["first", "second", "third", "fourth"]
 
 
 def test_refused():
