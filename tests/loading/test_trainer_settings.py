@@ -660,6 +660,39 @@ def test_objects_that_are_given_in_python(tmp_path):
     assert (attributor.objective.weights_T == 1).all()
 
 
+def test_numbers_at_their_defaults_are_not_given_in_python(tmp_path):
+    """A trainer decides them; those that are given beside it are the user's."""
+    write_images(tmp_path / "train")
+    sizes = {"ss_resolution": (16, 16), "ss_enable_bucket": True, "ss_min_bucket_reso": 16}
+    attributor = Attributor.from_pipeline(
+        pipelines.stable_diffusion(tmp_path),
+        tmp_path / "train",
+        prompts="a cat",
+        recipe=kohya_file(tmp_path, **sizes, ss_max_bucket_reso=512),
+        bucket_max=2048,
+    )
+    assert "`bucket_min=16`, by ss_min_bucket_reso=16 of 'lora.safetensors'" in attributor.settings
+    told = "`bucket_max=2048` is given, against ss_max_bucket_reso=512 of 'lora.safetensors'"
+    assert told in attributor.settings
+    assert attributor.images[0]["x0"].shape == (3, 16, 16)
+
+
+def test_a_recipe_that_is_given_is_read_or_refused(tmp_path, capsys):
+    """Without a pipeline it is not understood; where scores' files do not tell it is read."""
+    pipelines.stable_diffusion(tmp_path).save_pretrained(tmp_path / "p")
+    path = kohya_file(tmp_path, ss_flip_aug=True, ss_noise_offset=0.1)
+    given = {"recipe": str(path), "model": tmp_path, "scheduler": tmp_path}
+    with pytest.raises(ValueError, match=r"--recipe .* needs --pipeline FOLDER, by which it is"):
+        read_recipe(options_of("fit", **given), given)
+    given = {"recipe": str(path), "pipeline": tmp_path / "p"}
+    options = options_of("validate-measure", **given)
+    read_recipe(options, given)
+    assert (options.noise_offset, options.augment) == (0.1, "flip")
+    options = options_of("validate-measure", scores=tmp_path / "s.safetensors", **given)
+    read_recipe(options, given)
+    assert options.augment is None  # these say all of it
+
+
 # ---------------------------------------------------------------------------------------------
 # What the entries decide
 # ---------------------------------------------------------------------------------------------
