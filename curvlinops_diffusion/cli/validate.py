@@ -32,6 +32,7 @@ from curvlinops_diffusion.influence.validation.plans import HEADER, Removal, Ret
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.loading.layout import Layout
 from curvlinops_diffusion.loading.named_images import NamedImages
+from curvlinops_diffusion.loading.part_folders import write_part_folders
 from curvlinops_diffusion.loading.preprocessing import Form
 from curvlinops_diffusion.page.figures import intervals
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
@@ -62,11 +63,18 @@ def validate_plan(options: Namespace) -> None:
     images = open_images(options.data, Form(None, None, None), layout=layout)
     plan = _plan(options, images)
     plan.info["digests"] = images.source_digests()
+    if options.folders:
+        of_parts = {
+            part: [images.names[n] for n in kept.nonzero().flatten().tolist()]
+            for part, kept in zip(plan.parts, ~plan.left_out, strict=True)
+        }
+        write_part_folders(options.data, layout, of_parts, options.output)
     plan.save(options.output, images.names)
     event("planned", folder=str(options.output), parts=len(plan.parts), images=plan.num_data)
+    where = "folder PART holds" if options.folders else "PART.txt lists"
     say(
         f"Wrote {options.output}: {len(plan.parts)} parts of {plan.num_data:,} images. Train a "
-        "network on the images that each PART.txt lists, and save it as retrained/PART, several "
+        f"network on the images that each {where}, and save it as retrained/PART, several "
         "seeds as retrained/PART_seed0, retrained/PART_seed1, …"
     )
     named = "--pipeline PIPELINE --queries QUERIES"

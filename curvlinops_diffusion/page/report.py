@@ -186,6 +186,7 @@ def write_report(
                     "N": N,
                     "listed": len(listed),
                     "sign": better.helpful_sign if ordering.takes_draws else 0,
+                    "notTold": NOT_TOLD,
                     "methods": list(by_method),
                     "units": [size.unit for size in sizes],
                     "train": pictures.entries("train", train, listed),
