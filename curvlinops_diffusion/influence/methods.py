@@ -86,11 +86,13 @@ def scores_of(
         query_block: Queries whose gradients are held at once, for influence alone.
         passes: Checkpoints, processes and progress.
     """
-    found: dict[Method, tuple[Tensor, SplitHalfScores | None]] = {
-        method: (feature_regression_scores(*of(J_query.regression, J_train.regression)), None)
-        for method, of in _FEATURES.items()
-        if method in methods
-    }
+    found: dict[Method, tuple[Tensor, SplitHalfScores | None]] = {}
+    for method, of in _FEATURES.items():
+        if method in methods:
+            train = of(J_train.regression)
+            query = of(J_query.regression, train.shape[1:])
+            scores = feature_regression_scores(query.flatten(1), train.flatten(1))
+            found[method] = scores, None
     if rest := [method for method in methods if method.takes_draws]:
         found |= _of_gradients(
             rest, J_query, G_inv, J_train, ridge=ridge, query_block=query_block, passes=passes
@@ -158,16 +160,19 @@ def methods_named(
     names = [method] if isinstance(method, str) else list(method)
     methods = [check_option("method", name, Method) for name in dict.fromkeys(names)]
     entry = MEASUREMENTS.get(measurement) if isinstance(measurement, str) else None
-    ordering = [each for each in methods if not each.has_unit]
-    if ordering and (entry is None or entry.better is not Better.LOWER):
+    if Method.REGRESSION in methods and (entry is None or entry.better is not Better.LOWER):
         good = [name for name, one in MEASUREMENTS.items() if one.better is Better.LOWER]
-        why = "is never negative, as what helps is of a loss"
-        if Method.REGRESSION in methods:
-            ordering = [Method.REGRESSION]
-            why = "adds the square of how the prediction would change, which no loss gains by"
         raise ValueError(
-            f"`method` '{ordering[0].value}' {why}, got `measurement` {measurement!r}. Pass one of "
-            f"{', '.join(good)}, of which lower is better, or method='influence'."
+            f"`method` 'regression' adds the square of how the prediction would change, which no "
+            f"loss gains by, got `measurement` {measurement!r}. Pass one of {', '.join(good)}, of "
+            "which lower is better, or method='influence'."
+        )
+    alike = [each for each in methods if not each.takes_draws]
+    if alike and entry is not None and entry.better is Better.HIGHER:
+        raise ValueError(
+            f"`method` '{alike[0].value}' has no negative scores, which all would be of images "
+            f"that hinder, got `measurement` {measurement!r}, of which higher is better. Leave it "
+            "out."
         )
     if num_draws == "auto" and not methods[0].takes_draws:
         raise ValueError(

@@ -8,14 +8,15 @@ from statistics import median_low
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from torch.utils.data import Dataset
+from torch.nn.functional import interpolate
 
-from curvlinops_diffusion import Attributor, DenoisingObjective, NoisedRegression
+from curvlinops_diffusion import Attributor, DenoisingObjective, ExampleGradientLinearOperator
 from curvlinops_diffusion.baselines import feature_regression_scores
 from curvlinops_diffusion.influence.features import pixels_of
-from curvlinops_diffusion.influence.methods import Method
+from curvlinops_diffusion.influence.methods import Method, scores_of
 from curvlinops_diffusion.page.rankings import Sizes, meaning
 from tests.cases import images, tiny_unet
+from tests.diffusion.test_shapes import Shaped, problem
 
 N, Q, F = 7, 2, 5
 
@@ -37,7 +38,7 @@ def test_as_loops(squared):
     torch.testing.assert_close(found, expected**2 if squared else expected, rtol=1e-6, atol=1e-9)
 
 
-def test_a_method_beside_those_of_the_network():
+def test_a_method_beside_those_of_the_network(tmp_path):
     """It needs no draws, so that no halves of them tell how sure it is."""
     x = images(N, dtype=torch.float32)
     objective = DenoisingObjective(
@@ -51,6 +52,13 @@ def test_a_method_beside_those_of_the_network():
     expected = feature_regression_scores((x[:Q] / 2).flatten(1), x.flatten(1))
     assert torch.equal(result.by_method["pixels"], expected)
     assert result.halves["pixels"] is None
+    table = result.to_pandas()
+    shares = table.groupby("method")["share"].count()
+    assert dict(shares) == {"influence": Q * N, "pixels": 0}  # which are shares of nothing
+    result.report(tmp_path / "page.html")
+    assert (
+        "a kernel regression on the pixels of the 7 images" in (tmp_path / "page.html").read_text()
+    )
     only = attributor.score(x[:Q] / 2, method="pixels", num_draws=4)
     assert torch.equal(only.scores, expected)
     assert only.agreement is None
@@ -58,33 +66,28 @@ def test_a_method_beside_those_of_the_network():
         attributor.score(x[:Q], method="latents", num_draws=2)
 
 
-class Shaped(Dataset):
-    """Images of several shapes."""
+def test_images_of_several_shapes_keep_their_places():
+    """Though batches are of one shape each, of which the largest comes first."""
+    data, query = Shaped(), Shaped()
+    query.images, query.shapes = query.images[1:3], query.shapes[1:3]
+    regressions = problem(data=data), problem(data=query)
+    train, asked = pixels_of(regressions[0]), pixels_of(regressions[1], (1, 8, 8))
+    assert train.shape == (6, 1, 8, 8)
+    for found, of in ((train, data), (asked, query)):
+        expected = [interpolate(z[None].float(), (8, 8), mode="area")[0] for z in of.images]
+        assert torch.equal(found, torch.stack(expected))
+    J_train, J_query = map(ExampleGradientLinearOperator, regressions)
+    found = scores_of([Method.PIXELS], J_query, None, J_train, ridge=1.0, query_block=1)
+    scores, _ = found[Method.PIXELS]
+    assert scores.argmax(1).tolist() == [1, 2]
 
-    def __init__(self, items):
-        self.items, self.shapes = items, [tuple(item["x0"].shape[1:]) for item in items]
 
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, n):
-        return self.items[n]
-
-
-def test_images_of_several_shapes_keep_their_order():
-    """Batches are of one shape each; a query is next to the training image that it is."""
-    objective = DenoisingObjective(
-        tiny_unet(torch.float32, num_class_embeds=None), DDPMScheduler(100)
-    )
-    generator = torch.Generator().manual_seed(0)
-    high, wide = (torch.randn(4, 1, *hw, generator=generator) for hw in ((16, 8), (8, 16)))
-    data = [{"x0": x[n]} for n in range(4) for x in (high, wide)]
-    train, query = (
-        NoisedRegression(objective, Shaped(items), 1, batch_size=3)
-        for items in (data, [data[1], data[4]])
-    )
-    scores = feature_regression_scores(*pixels_of(query, train))
-    assert scores.argmax(1).tolist() == [1, 4]
+def test_each_of_all_methods_has_a_sentence():
+    sizes = Sizes.of(torch.ones(Q, N), {"values": [2.0] * Q}, "latents")
+    assert sizes.text(0, 0.5) == "+0.5"
+    texts = [meaning(None, sizes, N, method, k, 4) for k, method in enumerate(Method)]
+    assert [text.split()[1] for text in texts] == ["first", "second", "third", "fourth"]
+    assert ["predicted change" in text for text in texts] == [True, False, False, False]
 
 
 def test_an_order_without_a_unit(tmp_path):
@@ -112,16 +115,13 @@ def test_an_order_without_a_unit(tmp_path):
     assert "(pixels), by which they are ordered, is the square of its weight in a kernel" in page
     for options, match in (
         ({"num_draws": "auto"}, "needs a first method whose order draws make surer, got 'pixels'"),
-        ({"measurement": "log_likelihood"}, "'pixels' is never negative, as what helps is of a lo"),
+        (
+            {"measurement": "log_likelihood"},
+            "'pixels' has no negative scores, which all would be of",
+        ),
     ):
         with pytest.raises(ValueError, match=match):
             attributor.score(x[:Q] / 2, method="pixels", **options)
-
-
-def test_a_sentence_for_each_of_all_methods():
-    sizes = Sizes(torch.ones(1), "", None)
-    told = [meaning(None, sizes, N, each.value, n, 4) for n, each in enumerate(Method)]
-    assert [text.split()[1] for text in told] == ["first", "second", "third", "fourth"]
 
 
 def test_refused():
