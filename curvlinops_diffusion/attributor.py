@@ -261,7 +261,7 @@ class Attributor:
             return CheckpointAttributor(pipeline, images, **told, **options)
         if recipe not in (None, "none") and not hasattr(pipeline, "objective"):
             del told["recipe"]
-            settled, lines = _as_read(Path(recipe), pipeline, {**told, **options})
+            settled, lines = _as_read(Path(recipe), pipeline, {**told, **options}, images)
             read = cls.from_pipeline(pipeline, images, **settled)
             read.settings = lines
             return read
@@ -803,7 +803,7 @@ def _loading() -> Any:
 
 
 def _as_read(
-    recipe: Path, pipeline: Any, told: Mapping[str, Any]
+    recipe: Path, pipeline: Any, told: Mapping[str, Any], images: Any
 ) -> tuple[dict[str, Any], list[str]]:
     """Arguments of :meth:`Attributor.from_pipeline` with those that a recipe decides; its lines."""
     loading, usual = _loading(), Attributor.from_pipeline.__func__.__kwdefaults__  # type: ignore[attr-defined]
@@ -817,7 +817,7 @@ def _as_read(
     given = {k: v if isinstance(v, values) else type(v).__name__ for k, v in given.items()}
     known = {*_OF_PIPELINE, *_RECIPE, "snr_gamma", "prompt"}
     found, lines = loading.settle(
-        loading.read_settings(recipe), loading.base_of(pipeline), given, known
+        loading.read_settings(recipe), loading.base_of(pipeline), given, known, is_config(images)
     )
     for line in lines:
         log.info(line)

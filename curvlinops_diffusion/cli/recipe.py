@@ -10,6 +10,7 @@ from typing import Any
 
 from curvlinops_diffusion.cli.options import commands, in_flags
 from curvlinops_diffusion.cli.running import event, say
+from curvlinops_diffusion.loading.dataset_config import is_config
 from curvlinops_diffusion.loading.trainer_settings import base_in, read_settings, settle
 from curvlinops_diffusion.runtime.files import named_path
 
@@ -47,8 +48,9 @@ def read_recipe(options: Namespace, given: Mapping[str, Any]) -> None:
         if name != "training_arguments"
         and (name in given or value != command.options[name].default)
     }
+    listed = is_config(getattr(options, "data", None))
     found, lines = settle(
-        read_settings(Path(recipe)), base_in(options.pipeline), by_hand, command.options
+        read_settings(Path(recipe)), base_in(options.pipeline), by_hand, command.options, listed
     )
     options.recipe = str(Path(recipe).absolute())
     for line in lines:
