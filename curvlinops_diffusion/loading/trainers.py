@@ -141,6 +141,7 @@ def kohya(z: Entries, base: Base) -> Iterator[Setting]:
         yield from Entries(own, z.source).notes("dora_wd", text)
     yield from z.notes("ss_vae_name", _VAE)
     yield from z.notes("ss_token_warmup_step", "training began with some of the tags")
+    yield from z.notes("ss_validation_split", "so much of the images was kept from training")
     yield from _class_images(z, "ss_num_reg_images", "ss_prior_loss_weight")
     folders = z.get("ss_dataset_dirs")
     for folder, own in (folders if isinstance(folders, dict) else {}).items():
@@ -449,8 +450,9 @@ def _onetrainer_text(z: Entries, base: Base) -> Iterator[Setting]:
         refused = "" if len(set(skipped)) == 1 else "skips unlike layers of two text encoders"
         yield Setting(z.shown(name), layers, skipped[0], refused=refused)
     else:
-        for name in (name, "text_encoder_2_layer_skip", "text_encoder_3_layer_skip"):
-            yield from z.refuses(name, "skips layers of a text encoder")
+        for which in ("", "_2", "_3"):
+            skips = "skips layers of a text encoder"
+            yield from z.refuses(f"text_encoder{which}_layer_skip", skips)
     if base.family == "Flux":
         name = "text_encoder_2_sequence_length"
         yield from z.sets(name, "training_arguments.max_sequence_length", z.get(name))

@@ -674,9 +674,7 @@ def test_files_that_are_damaged(tmp_path):
     with pytest.raises(ValueError, match=r"holds ss_noise_offset='many', which must be a finite"):
         decided(path, SD)
     path = kohya_file(tmp_path, **{"modelspec.timestep_range": "700"})
-    with pytest.raises(
-        ValueError, match="timestep_range=700, which must be two numbers. Pass `rec"
-    ):
+    with pytest.raises(ValueError, match="timestep_range=700, which must be two numbers"):
         decided(path, SD)
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
