@@ -32,6 +32,8 @@ def read_recipe(options: Namespace, given: Mapping[str, Any]) -> None:
     command, recipe = commands()[options.command], getattr(options, "recipe", None)
     if "recipe" not in command.options or command.earlier is not None:
         return
+    if recipe not in (None, "none") and options.pipeline is None:
+        raise ValueError("--recipe is of a --pipeline, got --model alone. Leave it out.")
     adapters = options.lora or []
     if recipe is None and len(adapters) == 1:
         recipe = named_path(adapters[0])[1]

@@ -16,10 +16,12 @@ from curvlinops_diffusion.loading.trainer_entries import Base, Entries, Setting,
 
 # what several trainers have
 _MASKS, _ERROR = "weights pixels by masks", "replaces the squared error"
+_ZEROS = "replaces a text encoder's output by zeros"
 _PADDING, _LEVELS = "masks the padding of prompts", "draws levels in another way"
 _DROPOUT = "the adapter's dropout is off here, as in sampling"
 _VAE = "latents were those of this autoencoder, not of the base's"
 _SHIFT, _GUIDANCE = "training_arguments.shift", "training_arguments.guidance_scale"
+_TOKENS = "training_arguments.max_sequence_length"
 
 
 def _square(value: Any) -> int | None:
@@ -133,6 +135,9 @@ def kohya(z: Entries, base: Base) -> Iterator[Setting]:
         ss_weighted_captions="weights words of captions",
         ss_apply_t5_attn_mask=_PADDING,
         ss_apply_lg_attn_mask=_PADDING,
+        ss_clip_l_dropout_rate=_ZEROS,
+        ss_clip_g_dropout_rate=_ZEROS,
+        ss_t5_dropout_rate=_ZEROS,
     )
     yield from z.notes("ss_network_dropout", _DROPOUT)
     own = z.get("ss_network_args")
@@ -229,6 +234,8 @@ def _kohya_flow(z: Entries, base: Base) -> Iterator[Setting]:
         yield from z.sets(name, _SHIFT, shift, base.shift)
         yield from _of_clean_image(z, name, scheme)
         yield from _scheme(z, name, scheme, mean, std)
+        tokens = int(z.number("ss_t5xxl_max_token_length", 256))
+        yield Setting(f"t5xxl_max_token_length={tokens}", _TOKENS, tokens)
         if scheme == "logit_normal" or shift != 1:
             yield from z.refuses("modelspec.timestep_range", "draws levels within a range")
         else:
@@ -237,8 +244,10 @@ def _kohya_flow(z: Entries, base: Base) -> Iterator[Setting]:
     yield from _kohya_perturbation(z)
     if base.guided and "ss_guidance_scale" in z:
         yield from z.decides(ss_guidance_scale=_GUIDANCE)
-    if "schnell" in str(z.get("modelspec.architecture")):
-        yield from z.sets("modelspec.architecture", "training_arguments.max_sequence_length", 256)
+    if (name := "ss_t5xxl_max_token_length") in z:
+        yield from z.sets(name, _TOKENS, z.get(name))
+    elif "schnell" in str(z.get("modelspec.architecture")):
+        yield from z.sets("modelspec.architecture", _TOKENS, 256)
     yield from z.refuses("ss_model_prediction_type", "compares other than the velocity")
     scale, shift = z.number("ss_sigmoid_scale", 1.0), z.number("ss_discrete_flow_shift", 1.0)
     name, side = "ss_timestep_sampling", _square(z.get("ss_resolution"))
@@ -366,7 +375,7 @@ def diffusers(z: Entries, base: Base) -> Iterator[Setting]:
         yield from z.decides(guidance_scale=_GUIDANCE)
     if base.flow:
         tokens = z.get("max_sequence_length")
-        yield from z.sets("max_sequence_length", "training_arguments.max_sequence_length", tokens)
+        yield from z.sets("max_sequence_length", _TOKENS, tokens)
     yield from z.refuses_all(
         loss_type=_ERROR,
         dream_training="adds what the network predicts to the target",
@@ -455,15 +464,18 @@ def _onetrainer_text(z: Entries, base: Base) -> Iterator[Setting]:
             yield from z.refuses(f"text_encoder{which}_layer_skip", skips)
     if base.family == "Flux":
         name = "text_encoder_2_sequence_length"
-        yield from z.sets(name, "training_arguments.max_sequence_length", z.get(name))
+        yield from z.sets(name, _TOKENS, z.get(name))
     parts = {name: z.get(name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
     for name, part in parts.items():
         own = Entries(part if isinstance(part, Mapping) else {}, z.source)
-        for setting in own.refuses("dropout_probability", "replaces its output by zeros"):
+        for setting in own.refuses("dropout_probability", _ZEROS):
             yield replace(setting, entry=f"{name}.{setting.entry}")
     network = z.get("transformer")
-    if base.guided and isinstance(network, Mapping) and "guidance_scale" in network:
-        yield from Entries(network, z.source).decides(guidance_scale=_GUIDANCE)
+    own = Entries(network if isinstance(network, Mapping) else {}, z.source)
+    if base.guided and "guidance_scale" in own:
+        yield from own.decides(guidance_scale=_GUIDANCE)
+    if base.family in ("Flux", "StableDiffusion3"):
+        yield from own.refuses("attention_mask", _PADDING)
 
 
 def _onetrainer_levels(z: Entries, base: Base) -> Iterator[Setting]:
@@ -515,6 +527,9 @@ def ai_toolkit(z: Entries, base: Base) -> Iterator[Setting]:
         predicts = "v_prediction" if model.get("is_v_pred") else "epsilon"
         yield from _predicts(model, base, "is_v_pred", predicts)
     yield from model.notes("vae_path", _VAE)
+    yield from model.refuses("attn_masking", _PADDING)
+    if base.family == "StableDiffusion3":
+        yield Setting("prompts of 256 tokens", _TOKENS, 256)
     yield from train.refuses_all(
         loss_type=_ERROR,
         snr_gamma="weights noise levels by a fixed scale",
@@ -638,8 +653,14 @@ def simpletuner(z: Entries, base: Base) -> Iterator[Setting]:
         yield from z.refuses("input_perturbation_steps", "lowers the perturbation by the step")
     dropped = z.number("caption_dropout_probability", 0.1)
     yield Setting(f"caption_dropout_probability={dropped:g}", "condition_dropout", dropped)
+    if base.family == "StableDiffusion3":
+        tokens = min(int(z.number("tokenizer_max_length", 154)), 154)
+        yield Setting(f"tokenizer_max_length={tokens}", _TOKENS, tokens)
+    padded = z.get("t5_padding") == "zero" and base.family in ("Flux", "StableDiffusion3")
+    yield from z.refuses("t5_padding", "shows zeros for padding") if padded else ()
     yield from z.refuses_all(
         loss_type=_ERROR,
+        flux_attention_masked_training=_PADDING,
         flow_use_beta_schedule=_LEVELS,
         flow_schedule_auto_shift=_LEVELS,
         flux_fast_schedule=_LEVELS,

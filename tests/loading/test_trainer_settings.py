@@ -148,7 +148,11 @@ def test_a_step_of_kohyas_scripts(tmp_path):
         (SD, {"ss_caption_dropout_every_n_epochs": 4}, {"condition_dropout": 0.25}),
         (SD, {"modelspec.timestep_range": "0,1000"}, {}),
         (SD, {"modelspec.timestep_range": "700,700"}, {"timesteps": "stratified:700:701"}),
-        (SD3, {"modelspec.timestep_range": "200,800"}, {"timesteps": "stratified:200:800"}),
+        (
+            SD3,
+            {"modelspec.timestep_range": "200,800"},
+            {"timesteps": "stratified:200:800", "training_arguments.max_sequence_length": 256},
+        ),
         (
             Base("StableDiffusionXLPipeline", {"rescale_betas_zero_snr": True}),
             {"ss_zero_terminal_snr": True, "ss_debiased_estimation": True},
@@ -211,6 +215,7 @@ def test_a_step_of_kohyas_scripts(tmp_path):
                 "training_arguments.shift": 1.0,
                 "weighting": "preconditioned",
                 "timesteps": "logit-normal:0.5:2",
+                "training_arguments.max_sequence_length": 256,
             },
         ),
         (
@@ -474,6 +479,10 @@ def test_onetrainer(tmp_path):
     flux |= {"loss_weight_fn": "CONSTANT", "text_encoder_layer_skip": 0}
     (tmp_path / "config.json").write_text(json.dumps(config | flux))
     assert decided(tmp_path / "config.json", FLUX)["timesteps"] == f"logit-normal:{mean:.9g}:1"
+    flux |= {"transformer": {"attention_mask": True}}
+    (tmp_path / "config.json").write_text(json.dumps(config | flux))
+    with pytest.raises(ValueError, match="attention_mask=True masks the padding of prompts"):
+        decided(tmp_path / "config.json", FLUX)
     for changed, told in (
         ({"perturbation_noise_weight": 0.1}, "adds noise to input and target"),
         ({"text_encoder": {"dropout_probability": 0.1}}, "text_encoder.dropout_probability=0.1 re"),
@@ -547,6 +556,16 @@ def test_simpletuner(tmp_path):
         "condition_dropout": 0.2,
         "resolution": 1024,
     }
+    for changed, told in (
+        ({"t5_padding": "zero"}, "t5_padding=zero shows zeros for padding"),
+        ({"flux_attention_masked_training": True}, "masks the padding of prompts"),
+        ({"flow_custom_timesteps": "100,200"}, "draws levels in another way"),
+    ):
+        (tmp_path / "simpletuner_config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(ValueError, match=told):
+            decided(tmp_path, FLUX)
+    (tmp_path / "simpletuner_config.json").write_text('{"model_family": "sd3"}')
+    assert decided(tmp_path, SD3)["training_arguments.max_sequence_length"] == 154
 
 
 def test_a_card_and_peft(tmp_path):
@@ -581,8 +600,9 @@ def test_a_card_and_peft(tmp_path):
 def test_adapters_of_another_kind_of_pipeline(tmp_path, entries, kind):
     path = kohya_file(tmp_path, **entries)
     for base in (SD, XL, SD3, FLUX):
-        if base.kind == kind:
-            assert decided(path, base) == {}
+        if base.kind == kind:  # T5's tokens are of no entry
+            usual = {"training_arguments.max_sequence_length": 256} if base is SD3 else {}
+            assert decided(path, base) == usual
         else:
             with pytest.raises(ValueError, match=rf"trained on a {kind}.*, got a {base.kind}. Pa"):
                 decided(path, base)
@@ -620,7 +640,15 @@ def test_a_run_by_arguments_in_a_file(tmp_path):
     }
     file.write_text(run + "training_shift = 3.0\n[more]\nweighting_scheme = 'sigma_sqrt'\n")
     base = Base("StableDiffusion3Pipeline", _FLOW | {"shift": 1.0})
-    assert decided(file, base) == {"training_arguments.shift": 3.0}
+    assert decided(file, base) == {
+        "training_arguments.shift": 3.0,
+        "training_arguments.max_sequence_length": 256,
+    }
+    file.write_text(run + 'model_prediction_type = "raw"\nt5xxl_max_token_length = 128\n')
+    assert decided(file, FLUX)["training_arguments.max_sequence_length"] == 128
+    file.write_text(run + "t5_dropout_rate = 0.1\n")
+    with pytest.raises(ValueError, match=r"ss_t5_dropout_rate=0\.1 replaces a text encoder's out"):
+        decided(file, SD3)
 
 
 def test_what_a_file_that_lists_the_images_says_itself(tmp_path):
@@ -720,6 +748,8 @@ def test_the_program(tmp_path, capsys):
     assert read(recipe="none").augment is None
     assert read(lora=[f"a={path}", f"b={path}"]).augment is None
     assert "not read of several adapters" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"--recipe is of a --pipeline, got --model alone\. Leave"):
+        read(pipeline=None, recipe=str(path))
     kohya_file(tmp_path, ss_loss_type="l1")
     with pytest.raises(ValueError, match=r"ss_loss_type=l1 replaces the squared error. Pass `"):
         read()
