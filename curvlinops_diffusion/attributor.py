@@ -804,7 +804,7 @@ def _read(images: Any, pipeline: Any, told: Mapping[str, Any]) -> tuple[dict[str
     if isinstance(pipeline, list | tuple) or hasattr(pipeline, "objective"):
         recipe = None
     if recipe not in (None, "none"):
-        found, said = _as_trained(Path(recipe), pipeline, told)
+        found, said = _as_trained(Path(recipe), pipeline, told, images)
         told, lines = {**told, **found, "recipe": None}, lines + said
     for line in lines:
         log.info(line)
@@ -812,7 +812,7 @@ def _read(images: Any, pipeline: Any, told: Mapping[str, Any]) -> tuple[dict[str
 
 
 def _as_trained(
-    recipe: Path, pipeline: Any, told: Mapping[str, Any]
+    recipe: Path, pipeline: Any, told: Mapping[str, Any], images: Any
 ) -> tuple[dict[str, Any], list[str]]:
     """What a trainer left, in terms of :meth:`Attributor.from_pipeline`."""
     loading, given = _loading(), by_hand(told, _OF_PIPELINE)
@@ -821,7 +821,7 @@ def _as_trained(
     values = str | float | int | list | tuple | Mapping
     given = {k: v if isinstance(v, values) else type(v).__name__ for k, v in given.items()}
     known = {*_OF_PIPELINE, *_RECIPE, "snr_gamma", "prompt"}
-    found, lines = by_recipe(recipe, loading.base_of(pipeline), given, known)
+    found, lines = by_recipe(recipe, loading.base_of(pipeline), given, known, images)
     if "weighting" in found:
         found["weighting"] = weighting_of(found["weighting"], found.pop("snr_gamma", 5.0))
     return found | ({"prompts": found.pop("prompt")} if "prompt" in found else {}), lines

@@ -43,16 +43,13 @@ def read_recipe(options: Namespace, given: Mapping[str, Any]) -> None:
     if options.pipeline is None:
         if "recipe" not in given:
             return
-        raise ValueError(
-            f"--recipe {recipe} needs --pipeline FOLDER, by which it is understood. Pass that in "
-            "place of --model, or what training did by the options."
-        )
+        raise ValueError("--recipe is of a --pipeline, got --model alone. Leave it out.")
     known = {k: v for k, v in vars(options).items() if k in command.options}
     defaults = {name: option.default for name, option in command.options.items()}
     known[ARGUMENTS] = parse_arguments(options.training_arguments)
-    found, lines = by_recipe(
-        Path(recipe), base_in(options.pipeline), by_hand(known, defaults, given), command.options
-    )
+    decided, data = by_hand(known, defaults, given), getattr(options, "data", None)
+    base = base_in(options.pipeline)
+    found, lines = by_recipe(Path(recipe), base, decided, command.options, data)
     options.recipe = str(Path(recipe).absolute())
     for line in lines:
         say(f"Recipe: {in_flags(line)}")

@@ -60,7 +60,7 @@ def by_data(
 
 
 def by_recipe(
-    recipe: Path, base: Base, given: Mapping[str, Any], known: Collection[str]
+    recipe: Path, base: Base, given: Mapping[str, Any], known: Collection[str], data: Any = None
 ) -> tuple[dict[str, Any], list[str]]:
     """Options that the files of a trainer decide.
 
@@ -69,6 +69,7 @@ def by_recipe(
         base: The pipeline.
         given: Options that are decided already; ``training_arguments`` by their names.
         known: The options that there are.
+        data: The training images; of a ``dataset.toml`` it says itself what was made of them.
 
     Returns:
         The options, ``training_arguments`` with those that are given, and what people are told, a
@@ -81,7 +82,7 @@ def by_recipe(
     arguments = dict(given.get(ARGUMENTS) or {})
     flat = {name: value for name, value in given.items() if name != ARGUMENTS}
     flat |= {f"{ARGUMENTS}.{name}": value for name, value in arguments.items()}
-    found, lines = settle(read_settings(recipe), base, flat, known)
+    found, lines = settle(read_settings(recipe), base, flat, known, is_config(data))
     inner = {name: found.pop(name) for name in list(found) if "." in name}
     if inner:
         inner = {name.partition(".")[2]: value for name, value in inner.items()}
