@@ -218,10 +218,10 @@ class Attributor:
             buckets: The aspect buckets that images are resized and cropped to: ``True`` for those
                 of kohya's scripts, or heights and widths, ``[(672, 1568), …]``, as
                 ``--aspect_ratio_buckets`` of ``diffusers``' scripts, also written
-                ``'672,1568;…'``, or ``'auto'`` for their ``--use_aspect_ratio_buckets``. Batches
-                are of one bucket each.
-            bucket_step: What the sides of kohya's buckets are multiples of.
-            bucket_min: The shortest side that they have.
+                ``'672,1568;…'``, or ``'auto'`` for their ``--use_aspect_ratio_buckets``, or
+                ``'ai-toolkit'`` for its own. Batches are of one bucket each.
+            bucket_step: What the sides of kohya's and ai-toolkit's buckets are multiples of.
+            bucket_min: The shortest side that kohya's have.
             bucket_max: The longest side that they have.
             bucket_no_upscale: Whether images smaller than their bucket get one of their own.
             interpolation: How images are resized; ``None`` for bilinear, or with ``buckets=True``

@@ -17,6 +17,7 @@ from torchvision.transforms import functional as transforms
 
 from curvlinops_diffusion.loading.sizes import (
     AUTO,
+    TOOLKIT,
     Interpolation,
     Placement,
     Size,
@@ -28,6 +29,7 @@ from curvlinops_diffusion.loading.sizes import (
     resized,
     shrunk_bucket,
     told_corner,
+    toolkit_bucket,
 )
 from curvlinops_diffusion.runtime.checks import check_count
 
@@ -70,8 +72,8 @@ class Form:
         resolution: What to resize to; ``None`` for no resizing.
         multiple: What height and width must be multiples of.
         buckets: The sizes of aspect buckets; True for those of kohya's scripts, ``'auto'`` for
-            those that ``diffusers``' scripts make, False for none.
-        bucket_step: Of kohya's buckets, what their sides are multiples of.
+            those that ``diffusers``' scripts make, ``'ai-toolkit'`` for its own, False for none.
+        bucket_step: Of kohya's and ai-toolkit's, what their sides are multiples of.
         bucket_min: Their shortest side.
         bucket_max: Their longest side.
         bucket_no_upscale: Whether no image is enlarged for them.
@@ -103,7 +105,7 @@ class Form:
         for name in ("resolution", "bucket_step", "bucket_min", "bucket_max"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
-        if self.buckets in (True, AUTO):
+        if self.buckets in (True, AUTO, TOOLKIT):
             self._check_made_buckets()
         elif self.buckets:
             misfits = [
@@ -125,6 +127,8 @@ class Form:
                 f"`bucket_step` must be a multiple of {self.multiple}, which the network takes, "
                 f"got {self.bucket_step}."
             )
+        if self.buckets == TOOLKIT:
+            return
         least, most = self._limits
         if not least:
             raise ValueError(
@@ -235,7 +239,7 @@ class Form:
         box = self._box(name, of or (flat.height, flat.width), place)
         if box is not None:  # as images, before they are numbers, as training scripts do
             whole, (top, left), (height, width) = box
-            flat = resized(flat, whole, self.interpolation, self.buckets is True)
+            flat = resized(flat, whole, self._how, self.buckets is True)
             flat = flat.crop((left, top, left + width, top + height))
         return self._checked(transforms.normalize(transforms.to_tensor(flat), [0.5], [0.5]), name)
 
@@ -257,29 +261,44 @@ class Form:
                 return shrunk_bucket(size, self.resolution, self.bucket_step)
             buckets = area_buckets(self.resolution, self.bucket_step, *self._limits)
             return area_bucket(size, buckets)
-        if self.buckets and self.buckets != AUTO:
+        if self.buckets and self.buckets not in (AUTO, TOOLKIT):
             return nearest_bucket(size, self._listed)
         if self.resolution is None:
             return size, size
+        if self.buckets == TOOLKIT:
+            return toolkit_bucket(size, self.resolution, self.bucket_step)
         if self.buckets:
             return made_bucket(size, self.resolution)
         whole = tuple(self.resolution * side // min(size) for side in size)
         return (whole[0], whole[1]), (self.resolution, self.resolution)
 
+    @property
+    def _how(self) -> Interpolation | None:
+        """How images are resized, of ai-toolkit bicubic."""
+        return self.interpolation or ("bicubic" if self.buckets == TOOLKIT else None)
+
+    def told_size(self, size: Size) -> Size:
+        """The original size of an image as the network is told it; ai-toolkit tells its bucket."""
+        return self._placement(size)[1] if self.buckets == TOOLKIT else size
+
     def corner_of(self, height: int, width: int, place: Place = None) -> tuple[int, int]:
         """Top and left of what is cut out of an image of this size, as the network is told it.
 
-        After it was resized; kohya's scripts tell something else than where they cut.
+        After it was resized; kohya's scripts tell something else than where they cut, ai-toolkit
+        nothing.
         """
         whole, part = self._placement((height, width))
         if self.buckets is True:
             return told_corner((height, width), part)
+        if self.buckets == TOOLKIT:
+            return 0, 0
         return self._corner(whole, part, place)
 
     def _corner(self, whole: Size, part: Size, place: Place) -> tuple[int, int]:
         rest = [a - b for a, b in zip(whole, part, strict=True)]
         if place is None:  # torchvision rounds half a pixel to even numbers
-            top, left = (more // 2 if self.buckets is True else round(more / 2) for more in rest)
+            down = self.buckets in (True, TOOLKIT)
+            top, left = (more // 2 if down else round(more / 2) for more in rest)
         else:  # as torch.randint chooses among all that there are
             top, left = (min(int(z * (m + 1)), m) for z, m in zip(place, rest, strict=True))
         return top, left
@@ -298,7 +317,7 @@ class Form:
             whole, corner, part = box
             planes = [Image.fromarray(plane) for plane in x.float().cpu().numpy()]
             found = [
-                np.asarray(resized(plane, whole, self.interpolation, self.buckets is True))
+                np.asarray(resized(plane, whole, self._how, self.buckets is True))
                 for plane in planes
             ]
             resized_x = torch.from_numpy(np.stack(found)).to(x)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache
-from math import sqrt
-from typing import Any, Literal
+from math import ceil, floor, sqrt
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -26,24 +26,30 @@ Interpolation = Literal["bilinear", "bicubic", "lanczos"]
 
 #: Buckets that are made for each image, as diffusers' scripts do if none are listed.
 AUTO: Literal["auto"] = "auto"
-# their width over height, and what their sides are multiples of
+#: Buckets that ai-toolkit makes for each image.
+TOOLKIT: Literal["ai-toolkit"] = "ai-toolkit"
+#: Buckets by a word, which need a resolution.
+Named = Literal["auto", "ai-toolkit"]
+# of diffusers' scripts, their width over height, and what their sides are multiples of
 _ASPECTS = [a / b for a, b in ((1, 1), (4, 5), (2, 3), (3, 4), (9, 16), (1, 2))]
 _MULTIPLE = 16
 
 
-def bucket_list(given: Any) -> bool | Literal["auto"] | tuple[Size, ...]:
+def bucket_list(given: Any) -> bool | Named | tuple[Size, ...]:
     """Check a user's ``buckets``, and read ``'h,w;h,w'`` as ``diffusers``' scripts do.
 
     Raises:
-        ValueError: If they are neither True, False, 'auto' nor sizes.
+        ValueError: If they are neither True, False, a known word nor sizes.
     """
     if isinstance(given, bool):
         return given
     pairs: Any = given
     if isinstance(given, str):
         word = given.strip().lower()
-        if word in ("true", "false", AUTO):
-            return AUTO if word == AUTO else word == "true"
+        if word in ("true", "false"):
+            return word == "true"
+        if word in get_args(Named):
+            return AUTO if word == AUTO else TOOLKIT
         found = [re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text) for text in given.split(";")]
         pairs = [(0, 0) if match is None else tuple(map(int, match.groups())) for match in found]
     try:
@@ -52,8 +58,8 @@ def bucket_list(given: Any) -> bool | Literal["auto"] | tuple[Size, ...]:
         sizes = ()
     if not sizes or min(min(size) for size in sizes) < 1:
         raise ValueError(
-            "`buckets` must be True for those of kohya's scripts, 'auto', or heights and widths, "
-            f"[(672, 1568), …] or '672,1568;…', got {given!r}."
+            "`buckets` must be True for those of kohya's scripts, 'auto', 'ai-toolkit', or heights "
+            f"and widths, [(672, 1568), …] or '672,1568;…', got {given!r}."
         )
     return sizes
 
@@ -86,6 +92,27 @@ def _made_buckets(side: int) -> tuple[Size, ...]:
     exact = [(height, height * aspect) for height, aspect in zip(heights, aspects, strict=True)]
     rounded = [[max(1, round(z / _MULTIPLE)) * _MULTIPLE for z in sides] for sides in exact]
     return tuple(dict.fromkeys((height, width) for height, width in rounded))
+
+
+def toolkit_bucket(size: Size, resolution: int, step: int) -> Placement:
+    """Choose the bucket of an image as ai-toolkit.
+
+    Of the image's shape and at most the square's area, sides down or up to whole steps: what is
+    nearest to that area without being larger. The resized image covers it.
+    """
+    area = size[0] * size[1]
+    wanted = min(area, resolution**2)
+    down, across = ((side * (wanted / area) ** 0.5) / step for side in size)
+    sides = [
+        (h * step, w * step)
+        for w in (floor(across), ceil(across))
+        for h in (floor(down), ceil(down))
+        if 0 < h * w * step**2 <= resolution**2
+    ]
+    least = (max(1, floor(down)) * step, max(1, floor(across)) * step)
+    part = min(sides or [least], key=lambda each: abs(each[0] * each[1] - wanted))
+    scale = max(new / old for new, old in zip(part, size, strict=True))
+    return (ceil(size[0] * scale), ceil(size[1] * scale)), part
 
 
 @cache

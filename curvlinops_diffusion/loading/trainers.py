@@ -304,6 +304,7 @@ def _kohya_data(z: Entries) -> Iterator[Setting]:
     # what is kept is not shuffled, nor dropped
     shuffled = z.get("ss_shuffle_caption") or z.get("ss_caption_tag_dropout_rate")
     shuffled = shuffled or True in several.get("shuffle_caption", ())
+    bucketed = several.get("enable_bucket", [z.get("ss_enable_bucket")])
     for key in (*_KOHYA_DATA, *_KOHYA_DRAWN):
         if key.startswith(("keep_tokens", "caption_separator")) and not shuffled:
             continue
@@ -316,6 +317,9 @@ def _kohya_data(z: Entries) -> Iterator[Setting]:
             yield Setting(name, option, refused=f"differs by subset ({said})")
         elif key == "resolution":
             yield from _resolution(own, name)
+        elif key == "random_crop" and value and bucketed == [False]:
+            refused = "cuts parts out of images that are not resized"
+            yield Setting(own.shown(name), option, refused=refused)
         elif option == "interpolation" and value is not None:
             how = {"linear": "bilinear", "cubic": "bicubic"}.get(value, value)
             known = how in ("bilinear", "bicubic", "lanczos")
@@ -627,8 +631,30 @@ def ai_toolkit(z: Entries, base: Base) -> Iterator[Setting]:
         else:
             yield from own.sets(name, option, "flip" if option == "augment" else value)
     yield from z.sets("trigger_word", "trigger_word", z.get("trigger_word"))
+    yield from _toolkit_sizes(sets, base)
     if sets:
         yield Setting("all lines of captions", "caption_lines", "all")
+
+
+def _toolkit_sizes(sets: Sequence[Entries], base: Base) -> Iterator[Setting]:
+    """Buckets, which ai-toolkit has unless it is told otherwise, and how images are resized."""
+    shaped = {own.get("buckets", True) and not own.get("square_crop") for own in sets}
+    entry = f"buckets={', '.join(map(str, sorted(shaped)))}"
+    if len(shaped) > 1:
+        yield Setting(entry, "buckets", refused="differs by data set")
+    elif True in shaped:
+        # of autoencoders, and of patches where its class for several networks doubles them
+        coarse = base.family in ("Flux", "StableDiffusion3", "QwenImage", "Chroma")
+        step = 32 if coarse and not base.kind.startswith("FluxKontext") else 16
+        yield Setting(entry, "buckets", "ai-toolkit")
+        yield Setting(entry, "bucket_step", step, 64)
+        if not any("resolution" in own for own in sets):
+            yield Setting("resolution=512, which is its default", "resolution", 512)
+    elif sets:
+        yield Setting(entry, "interpolation", "bicubic")
+        if any(own.get("random_crop") and not own.get("square_crop") for own in sets):
+            refused = "cuts parts out of images that are not resized"
+            yield Setting("random_crop=True without buckets", "random_crop", refused=refused)
 
 
 def simpletuner(z: Entries, base: Base) -> Iterator[Setting]:

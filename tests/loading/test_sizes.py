@@ -89,6 +89,34 @@ def test_buckets_that_the_scripts_of_diffusers_make(resolution, size, bucket):
     assert whole == (round(size[0] * scale), round(size[1] * scale))
 
 
+# what ai-toolkit (commit 27a03a91) computed: resolution and step, the image, resized to, its bucket
+TOOLKIT = [
+    ((512, 16), (768, 1024), (448, 598), (448, 576)),
+    ((1024, 32), (4000, 900), (2176, 490), (2176, 480)),
+    ((1024, 16), (300, 317), (304, 322), (304, 320)),
+    ((768, 32), (1080, 1920), (576, 1024), (576, 1024)),
+    ((512, 16), (9, 20), (16, 36), (16, 16)),
+    ((512, 32), (2000, 12), (5334, 32), (1984, 32)),
+]
+
+
+@pytest.mark.parametrize(("options", "size", "whole", "bucket"), TOOLKIT)
+def test_buckets_of_ai_toolkit(options, size, whole, bucket):
+    form = Form(3, (8, 8), options[0], 8, "ai-toolkit", options[1])
+    assert form.placed("", size) == (whole, bucket)
+    assert (form.told_size(size), form.corner_of(*size)) == (bucket, (0, 0))
+
+
+def test_resizing_of_ai_toolkit():
+    """Bicubic, by Pillow, and cut from the middle; an odd pixel stays at the end."""
+    image, form = picture(40, 71), Form(3, None, 32, 8, "ai-toolkit", 8)
+    (height, width), (down, across) = form.placed("", (40, 71))
+    assert ((height, width), (down, across)) == ((24, 43), (24, 40))
+    large = image.resize((width, height), Image.Resampling.BICUBIC)
+    x = transforms.functional.to_tensor(large.crop((1, 0, 41, 24)))
+    assert torch.equal(form.tensor(image, ""), transforms.functional.normalize(x, [0.5], [0.5]))
+
+
 # what sd-scripts (commit 48d368f) computed: its options, the image, resized to, bucket, corner told
 KOHYA = [
     ((512, 64, 256, 1024, False), (768, 1024), (448, 597), (448, 576), (8, 0)),
@@ -206,7 +234,7 @@ def test_kohyas_scripts_do_not_turn_images(tmp_path):
     [
         ({"buckets": True}, "`buckets` needs the `resolution` that training had"),
         ({"buckets": "auto"}, "`buckets` needs the `resolution` that training had"),
-        ({"buckets": []}, r"`buckets` must be True for those of kohya's scripts, 'auto', or h"),
+        ({"buckets": []}, r"`buckets` must be True for those of kohya's scripts, 'auto', 'ai"),
         ({"buckets": "64x64"}, r"or '672,1568;…', got '64x64'"),
         ({"buckets": [(0, 8)]}, r"got \[\(0, 8\)\]"),
         ({"buckets": [(8, 12), (16, 8)], "multiple": 8}, "multiples of 8, .* got 8×12"),

@@ -42,7 +42,7 @@ KNOWN = {
     *("noise_offset", "input_perturbation", "condition_dropout", "weighting", "snr_gamma"),
     *("augment", "resolution", "training_arguments", "timesteps", "buckets", "random_crop"),
     *("shuffle_captions", "keep_tokens", "tag_dropout", "prior_loss_weight", "prompt"),
-    *("bucket_min", "bucket_max", "caption_column", "interpolation"),
+    *("bucket_min", "bucket_max", "bucket_step", "caption_column", "interpolation"),
 }
 KOHYA = {"ss_session_id": "1", "ss_network_module": "networks.lora"}
 
@@ -521,6 +521,8 @@ def test_ai_toolkit(tmp_path):
         "training_arguments.guidance_scale": 1.0,
         "condition_dropout": 0.05,
         "augment": "flip",
+        "buckets": "ai-toolkit",
+        "bucket_step": 32,
     }
     with pytest.raises(
         ValueError, match=r"trained on a FluxPipeline .*FLUX.1-dev.*, got a StableD"
@@ -537,6 +539,35 @@ def test_ai_toolkit(tmp_path):
         (tmp_path / "config.yaml").write_text(yaml.dump(config))
         with pytest.raises(ValueError, match=told):
             decided(tmp_path / "dog.safetensors", SD, resolution=512)
+
+
+def test_random_crops_of_kohyas_scripts_without_buckets(tmp_path):
+    """They cut parts out of images as these are; ours are resized before."""
+    entries = {"ss_random_crop": True, "ss_enable_bucket": False, "ss_resolution": "512,512"}
+    with pytest.raises(ValueError, match=r"images that are not resized.* Pass `random_crop` to"):
+        by_kohya(tmp_path, SD, **entries)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ([{}], {"buckets": "ai-toolkit", "bucket_step": 16, "resolution": 512}),
+        ([{"buckets": False, "resolution": 256}], {"resolution": 256, "interpolation": "bicubic"}),
+        ([{"square_crop": True}], {"interpolation": "bicubic"}),
+        ([{"resolution": 256}, {"buckets": False, "resolution": 256}], "False, True differs by"),
+        ([{"buckets": False, "random_crop": True}], "images that are not resized"),
+    ],
+)
+def test_sizes_of_ai_toolkit(tmp_path, data, expected):
+    """Buckets where nothing is said of them."""
+    config = {"config": {"name": "dog", "process": [{"train": {}, "datasets": data}]}}
+    (tmp_path / "config.yaml").write_text(yaml.dump(config))
+    save_file({"w": torch.zeros(1)}, tmp_path / "dog.safetensors")
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            decided(tmp_path / "dog.safetensors", SD)
+    else:
+        assert decided(tmp_path / "dog.safetensors", SD) == expected
 
 
 def test_simpletuner(tmp_path):
