@@ -30,7 +30,7 @@ from curvlinops_diffusion.cli.options import (
 )
 from curvlinops_diffusion.cli.paths import at_checkpoint
 from curvlinops_diffusion.cli.running import event, is_first, process_group, say
-from curvlinops_diffusion.influence.methods import Method, check_measurement
+from curvlinops_diffusion.influence.methods import methods_named
 from curvlinops_diffusion.influence.tables import check_table
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.page.gallery import group_names
@@ -206,8 +206,7 @@ def _print_costs(attributor: Attributor, queries: Any, options: Namespace, count
 def _opened(options: Namespace, operator: Path | None = None) -> Iterator[Attributor]:
     """The attributor of a command, with an operator's file if there is one."""
     if hasattr(options, "method"):  # before anything is loaded or computed
-        methods = [options.method] if isinstance(options.method, str) else options.method
-        check_measurement([Method(name) for name in methods], options.measurement)
+        methods_named(options.method, options.measurement, options.num_draws)
     with process_group(options, options.timeout):
         names = getattr(options, "params", None) or ()
         if operator is not None:

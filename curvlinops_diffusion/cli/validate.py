@@ -32,6 +32,7 @@ from curvlinops_diffusion.influence.validation.plans import HEADER, Removal, Ret
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.loading.layout import Layout
 from curvlinops_diffusion.loading.named_images import NamedImages
+from curvlinops_diffusion.loading.part_folders import write_part_folders
 from curvlinops_diffusion.loading.preprocessing import Form
 from curvlinops_diffusion.page.figures import intervals
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
@@ -62,11 +63,18 @@ def validate_plan(options: Namespace) -> None:
     images = open_images(options.data, Form(None, None, None), layout=layout)
     plan = _plan(options, images)
     plan.info["digests"] = images.source_digests()
+    if options.folders:
+        of_parts = {
+            part: [images.names[n] for n in kept.nonzero().flatten().tolist()]
+            for part, kept in zip(plan.parts, ~plan.left_out, strict=True)
+        }
+        write_part_folders(options.data, layout, of_parts, options.output)
     plan.save(options.output, images.names)
     event("planned", folder=str(options.output), parts=len(plan.parts), images=plan.num_data)
+    where = "folder PART holds" if options.folders else "PART.txt lists"
     say(
         f"Wrote {options.output}: {len(plan.parts)} parts of {plan.num_data:,} images. Train a "
-        "network on the images that each PART.txt lists, and save it as retrained/PART, several "
+        f"network on the images that each {where}, and save it as retrained/PART, several "
         "seeds as retrained/PART_seed0, retrained/PART_seed1, …"
     )
     named = "--pipeline PIPELINE --queries QUERIES"
@@ -150,8 +158,9 @@ def validate_measure(options: Namespace) -> None:
         for part in plan.parts:
             own = _of(options, found[seed, part])
             label = f"{part}, seed {seed}"
+            draws = options.seed, options.query_draws
             try:
-                values_Q, images = measured(own, label, checkpoint, options.seed)
+                values_Q, images = measured(own, label, checkpoint, *draws)
             except OtherCheckpointError:
                 if not options.overwrite:
                     raise
@@ -207,7 +216,7 @@ def networks_of(folder: Path, parts: tuple[str, ...]) -> dict[tuple[int, str], P
 
 
 def measured(
-    options: Namespace, label: str, checkpoint: Path, seed: int = 12345
+    options: Namespace, label: str, checkpoint: Path, seed: int = 12345, query_draws: int = 64
 ) -> tuple[Tensor, NamedImages]:
     """The values of one network ``[Q]``, and the queries; on draws that scores do not have.
 
@@ -216,6 +225,7 @@ def measured(
         label: What it is called in the checkpoint.
         checkpoint: A folder that values are kept in.
         seed: The seed of the draws.
+        query_draws: Draws of timestep and noise for each query.
     """
     network = load_network(options)
     layout = Layout.taken_from({**vars(options)}).for_queries()
@@ -225,7 +235,7 @@ def measured(
     query = NoisedRegression(
         network.objective,
         images,
-        options.query_draws,
+        query_draws,
         seed,
         batch_size=options.batch_size,
         **recipe,

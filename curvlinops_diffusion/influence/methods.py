@@ -5,10 +5,11 @@ Legend: Q queries, N training examples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from curvlinops_diffusion.influence.scores import (
     split_half_scores,
 )
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
+from curvlinops_diffusion.runtime.checks import check_option
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 
 
@@ -48,9 +50,19 @@ class Method(str, Enum):
     PIXELS = "pixels"
     LATENTS = "latents"
 
+    @property
+    def has_unit(self) -> bool:
+        """Whether a score is a predicted change of what is measured, not an order alone."""
+        return self is Method.INFLUENCE
 
-#: Those that look at no gradients.
-FEATURES = {Method.PIXELS: pixels_of, Method.LATENTS: latents_of}
+    @property
+    def takes_draws(self) -> bool:
+        """Whether it looks at gradients, averaged over draws, and not at the images alone."""
+        return self not in _FEATURES
+
+
+# those that look at no gradients
+_FEATURES = {Method.PIXELS: pixels_of, Method.LATENTS: latents_of}
 
 
 def scores_of(
@@ -75,13 +87,13 @@ def scores_of(
         passes: Checkpoints, processes and progress.
     """
     found: dict[Method, tuple[Tensor, SplitHalfScores | None]] = {}
-    for method, of in FEATURES.items():
+    for method, of in _FEATURES.items():
         if method in methods:
             train = of(J_train.regression)
             query = of(J_query.regression, train.shape[1:])
             scores = feature_regression_scores(query.flatten(1), train.flatten(1))
             found[method] = scores, None
-    if rest := [method for method in methods if method not in FEATURES]:
+    if rest := [method for method in methods if method.takes_draws]:
         found |= _of_gradients(
             rest, J_query, G_inv, J_train, ridge=ridge, query_block=query_block, passes=passes
         )
@@ -131,12 +143,22 @@ def _of_gradients(
     }
 
 
-def check_measurement(methods: Sequence[Method], measurement: str) -> None:
-    """Check that methods are for what is measured.
+def methods_named(
+    method: str | Iterable[str], measurement: str, num_draws: int | Literal["auto"]
+) -> list[Method]:
+    """The methods of some names, once each, checked before anything is computed.
+
+    Args:
+        method: One or more names, of which the first orders.
+        measurement: What is measured.
+        num_draws: Draws of timestep and noise, ``"auto"`` to take them until the first images are
+            told.
 
     Raises:
-        ValueError: If one is not.
+        ValueError: If there is no method of a name, or one is not for what is measured or drawn.
     """
+    names = [method] if isinstance(method, str) else list(method)
+    methods = [check_option("method", name, Method) for name in dict.fromkeys(names)]
     entry = MEASUREMENTS.get(measurement) if isinstance(measurement, str) else None
     if Method.REGRESSION in methods and (entry is None or entry.better is not Better.LOWER):
         good = [name for name, one in MEASUREMENTS.items() if one.better is Better.LOWER]
@@ -145,9 +167,17 @@ def check_measurement(methods: Sequence[Method], measurement: str) -> None:
             f"loss gains by, got `measurement` {measurement!r}. Pass one of {', '.join(good)}, of "
             "which lower is better, or method='influence'."
         )
-    alike = next((method.value for method in methods if method in FEATURES), None)
-    if alike is not None and entry is not None and entry.better is Better.HIGHER:
+    alike = [each for each in methods if not each.takes_draws]
+    if alike and entry is not None and entry.better is Better.HIGHER:
         raise ValueError(
-            f"`method` {alike!r} has no negative scores, which all would be of images that hinder, "
-            f"got `measurement` {measurement!r}, of which higher is better. Leave it out."
+            f"`method` '{alike[0].value}' has no negative scores, which all would be of images "
+            f"that hinder, got `measurement` {measurement!r}, of which higher is better. Leave it "
+            "out."
         )
+    if num_draws == "auto" and not methods[0].takes_draws:
+        raise ValueError(
+            f"`num_draws='auto'` needs a first method whose order draws make surer, got "
+            f"'{methods[0].value}', which looks at the images alone. Pass a number, or another "
+            "method first."
+        )
+    return methods

@@ -130,6 +130,11 @@ class Form:
         if self.buckets is not True:
             return
         least, most = self._limits
+        if not least:
+            raise ValueError(
+                f"`bucket_min` must be at least `bucket_step`, got {self.bucket_min} and "
+                f"{self.bucket_step}. Pass those of training."
+            )
         if not least <= self.resolution <= most:
             raise ValueError(
                 f"`resolution` must be from {least} to {most}, the shortest and longest side of a "

@@ -110,7 +110,11 @@ def _short_hash(file: Path) -> str:
 
 
 def settle(
-    found: TrainerSettings, base: Base, given: Mapping[str, Any], known: Collection[str]
+    found: TrainerSettings,
+    base: Base,
+    given: Mapping[str, Any],
+    known: Collection[str],
+    listed: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """Decide options by what a trainer left; those that are given by hand stand.
 
@@ -119,6 +123,8 @@ def settle(
         base: The pipeline.
         given: Options that are given by hand, with ``training_arguments.…`` apart.
         known: The options that there are.
+        listed: Whether the images are those of a trainer's file that lists them, which says itself
+            what was made of them.
 
     Returns:
         The options that are decided, and what people are told, a line each.
@@ -136,6 +142,8 @@ def settle(
         entry = f"{setting.entry} of '{found.source.name}'"
         if option == "snr_gamma" and given.get("weighting", "min-snr") != "min-snr":
             continue  # of the weighting that is not taken
+        if listed and setting.of_data and setting.refused:
+            continue
         if setting.note:
             lines.append(f"{entry}: {setting.note}")
         elif option in given:

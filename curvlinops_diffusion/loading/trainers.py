@@ -16,10 +16,12 @@ from curvlinops_diffusion.loading.trainer_entries import Base, Entries, Setting,
 
 # what several trainers have
 _MASKS, _ERROR = "weights pixels by masks", "replaces the squared error"
+_ZEROS = "replaces a text encoder's output by zeros"
 _PADDING, _LEVELS = "masks the padding of prompts", "draws levels in another way"
 _DROPOUT = "the adapter's dropout is off here, as in sampling"
 _VAE = "latents were those of this autoencoder, not of the base's"
 _SHIFT, _GUIDANCE = "training_arguments.shift", "training_arguments.guidance_scale"
+_TOKENS = "training_arguments.max_sequence_length"
 
 
 def _square(value: Any) -> int | None:
@@ -93,9 +95,23 @@ def _class_images(z: Entries, name: str, weight: str) -> Iterator[Setting]:
 # kohya's sd-scripts
 # ---------------------------------------------------------------------------------------------
 
+_FLUX = {
+    "ss_timestep_sampling": "sigma",
+    "ss_discrete_flow_shift": 3.0,
+    "ss_model_prediction_type": "sigma_scaled",
+    "ss_guidance_scale": 3.5,
+}
+# by which the scripts run where they are not given
+_KOHYA_FLOW: dict[str, dict[str, Any]] = {
+    "Flux": _FLUX,
+    "Chroma": _FLUX,
+    "Lumina2": {"ss_timestep_sampling": "shift", "ss_discrete_flow_shift": 6.0},
+}
+
 
 def kohya(z: Entries, base: Base) -> Iterator[Setting]:
     """``ss_*`` in a file's header, or the arguments in a file of TOML under these names."""
+    z = _kohya_run(z, base)
     for name in ("ss_clip_skip", "modelspec.encoder_layer"):
         if z.get(name) is not None and base.clip_alone:  # 1 is the last layer
             skipped = max(int(z.number(name)) - 1, 0)
@@ -104,11 +120,12 @@ def kohya(z: Entries, base: Base) -> Iterator[Setting]:
     name = "ss_max_token_length"
     if z.get(name, 75) != 75 and not base.flow:
         yield from z.sets(name, "training_arguments.max_token_length", z.get(name))
-    dropped = z.number("ss_caption_dropout_rate")
+    name, dropped = "ss_caption_dropout_rate", z.number("ss_caption_dropout_rate")
     if every := int(z.number("ss_caption_dropout_every_n_epochs")):
+        name = "ss_caption_dropout_every_n_epochs"
         total = max(int(z.number("ss_num_epochs", every)), 1)
         dropped = 1 - (1 - dropped) * (1 - total // every / total)
-    yield from z.sets("ss_caption_dropout_rate", "condition_dropout", dropped)
+    yield from z.sets(name, "condition_dropout", dropped)
     yield from z.decides(ss_caption_tag_dropout_rate="tag_dropout")
     yield from (_kohya_flow if base.flow else _kohya_noise)(z, base)
     yield from z.refuses_all(
@@ -118,15 +135,35 @@ def kohya(z: Entries, base: Base) -> Iterator[Setting]:
         ss_weighted_captions="weights words of captions",
         ss_apply_t5_attn_mask=_PADDING,
         ss_apply_lg_attn_mask=_PADDING,
+        ss_clip_l_dropout_rate=_ZEROS,
+        ss_clip_g_dropout_rate=_ZEROS,
+        ss_t5_dropout_rate=_ZEROS,
     )
     yield from z.notes("ss_network_dropout", _DROPOUT)
+    own = z.get("ss_network_args")
+    if "lycoris" in str(z.get("ss_network_module")) and isinstance(own, dict):
+        text = "its derivatives went through the norms of weights, and here none does"
+        yield from Entries(own, z.source).notes("dora_wd", text)
     yield from z.notes("ss_vae_name", _VAE)
+    yield from z.notes("ss_token_warmup_step", "training began with some of the tags")
+    yield from z.notes("ss_validation_split", "so much of the images was kept from training")
     yield from _class_images(z, "ss_num_reg_images", "ss_prior_loss_weight")
     folders = z.get("ss_dataset_dirs")
     for folder, own in (folders if isinstance(folders, dict) else {}).items():
         times = f"{own.get('img_count')} images, each {own.get('n_repeats')} times"
         yield Setting(f"'{folder}' of ss_dataset_dirs", note=times)
-    yield from _kohya_data(z)
+    for setting in _kohya_data(z):
+        yield replace(setting, of_data=True)
+
+
+def _kohya_run(z: Entries, base: Base) -> Entries:
+    """A header, which has everything; or a run's arguments with those that scripts run by else."""
+    if "ss_session_id" in z or "ss_sd_model_name" not in z:
+        return z
+    usual: dict[str, Any] = {"ss_v_parameterization": False, "ss_zero_terminal_snr": False}
+    if base.flow and base.family in _KOHYA_FLOW:
+        usual |= _KOHYA_FLOW[base.family]
+    return replace(z, values={**usual, **z.values})
 
 
 def _kohya_noise(z: Entries, base: Base) -> Iterator[Setting]:
@@ -147,6 +184,10 @@ def _kohya_noise(z: Entries, base: Base) -> Iterator[Setting]:
             yield from z.refuses(name, "makes the offset of the noise another one")
     yield from _kohya_perturbation(z)
     yield from _min_snr(z, "ss_min_snr_gamma", base)
+    weighed = z.get("ss_min_snr_gamma") or z.get("ss_debiased_estimation")
+    if weighed and z.get("ss_zero_terminal_snr"):  # they are made before levels are rescaled
+        name = "training_arguments.weights_before_rescaling"
+        yield Setting(z.shown("ss_zero_terminal_snr"), name, True)
     if z.get("ss_debiased_estimation"):
         name, both = "ss_debiased_estimation", bool(z.get("ss_min_snr_gamma"))
         refused = "multiplies two weightings" if both else ""
@@ -156,10 +197,24 @@ def _kohya_noise(z: Entries, base: Base) -> Iterator[Setting]:
         ss_v_pred_like_loss="weights noise levels",
         ss_scale_v_pred_loss_like_noise_pred="weights noise levels",
     )
-    within, name = z.get("modelspec.timestep_range"), "modelspec.timestep_range"
-    if within is not None:
-        lowest, end = re.findall(r"\d+", str(within))
-        yield from z.sets(name, "timesteps", f"stratified:{lowest}:{end}")
+    yield from _kohya_range(z)
+
+
+def _kohya_range(z: Entries) -> Iterator[Setting]:
+    """The levels from one to before another; where these are one level, that alone."""
+    name = "modelspec.timestep_range"
+    if z.get(name) is None:
+        return
+    ends = [int(end) for end in re.findall(r"\d+", str(z.values[name]))]
+    if len(ends) != 2:
+        raise ValueError(
+            f"'{z.source}' holds {z.shown(name)}, which must be two numbers. Pass "
+            "`recipe='none'`, and what training did by the options."
+        )
+    lowest, end = ends if ends[0] < ends[1] else (ends[1], ends[1] + 1)
+    yield from z.sets(
+        name, "timesteps", None if ends == [0, 1000] else f"stratified:{lowest}:{end}"
+    )
 
 
 def _kohya_perturbation(z: Entries) -> Iterator[Setting]:
@@ -174,17 +229,25 @@ def _kohya_flow(z: Entries, base: Base) -> Iterator[Setting]:
     """Levels, target and weights of flow matching."""
     sampling, scheme = z.get("ss_timestep_sampling"), str(z.get("ss_weighting_scheme", "none"))
     mean, std = z.number("ss_logit_mean"), z.number("ss_logit_std", 1.0)
-    if base.family == "StableDiffusion3":  # whose levels have no shift
-        name = "ss_weighting_scheme"
-        yield from z.sets(name, _SHIFT, 1.0, base.shift)
+    if base.family == "StableDiffusion3":  # whose levels have none of the scheduler's shift
+        name, shift = "ss_weighting_scheme", z.number("ss_training_shift", 1.0)
+        yield from z.sets(name, _SHIFT, shift, base.shift)
         yield from _of_clean_image(z, name, scheme)
         yield from _scheme(z, name, scheme, mean, std)
+        tokens = int(z.number("ss_t5xxl_max_token_length", 256))
+        yield Setting(f"t5xxl_max_token_length={tokens}", _TOKENS, tokens)
+        if scheme == "logit_normal" or shift != 1:
+            yield from z.refuses("modelspec.timestep_range", "draws levels within a range")
+        else:
+            yield from _kohya_range(z)
         return
     yield from _kohya_perturbation(z)
     if base.guided and "ss_guidance_scale" in z:
         yield from z.decides(ss_guidance_scale=_GUIDANCE)
-    if "schnell" in str(z.get("modelspec.architecture")):
-        yield from z.sets("modelspec.architecture", "training_arguments.max_sequence_length", 256)
+    if (name := "ss_t5xxl_max_token_length") in z:
+        yield from z.sets(name, _TOKENS, z.get(name))
+    elif "schnell" in str(z.get("modelspec.architecture")):
+        yield from z.sets("modelspec.architecture", _TOKENS, 256)
     yield from z.refuses("ss_model_prediction_type", "compares other than the velocity")
     scale, shift = z.number("ss_sigmoid_scale", 1.0), z.number("ss_discrete_flow_shift", 1.0)
     name, side = "ss_timestep_sampling", _square(z.get("ss_resolution"))
@@ -227,6 +290,8 @@ _KOHYA_DRAWN = {
     "face_crop_aug_range": "crops faces at random",
     "enable_wildcard": "draws words of captions",
     "keep_tokens_separator": "separates the tokens of captions that are kept",
+    "secondary_separator": "joins tags, and becomes a comma",
+    "caption_separator": "separates tags by another sign",
     "caption_prefix": "adds text to captions, as a dataset.toml as `images` says",
     "caption_suffix": "adds text to captions, as a dataset.toml as `images` says",
 }
@@ -241,7 +306,7 @@ def _kohya_data(z: Entries) -> Iterator[Setting]:
     shuffled = shuffled or True in several.get("shuffle_caption", ())
     bucketed = several.get("enable_bucket", [z.get("ss_enable_bucket")])
     for key in (*_KOHYA_DATA, *_KOHYA_DRAWN):
-        if key.startswith("keep_tokens") and not shuffled:
+        if key.startswith(("keep_tokens", "caption_separator")) and not shuffled:
             continue
         name = f"ss_{key}" if key not in several else f"{key} of ss_datasets"
         values = several.get(key, [z.get(name)])
@@ -314,7 +379,7 @@ def diffusers(z: Entries, base: Base) -> Iterator[Setting]:
         yield from z.decides(guidance_scale=_GUIDANCE)
     if base.flow:
         tokens = z.get("max_sequence_length")
-        yield from z.sets("max_sequence_length", "training_arguments.max_sequence_length", tokens)
+        yield from z.sets("max_sequence_length", _TOKENS, tokens)
     yield from z.refuses_all(
         loss_type=_ERROR,
         dream_training="adds what the network predicts to the target",
@@ -351,16 +416,16 @@ def onetrainer(z: Entries, base: Base) -> Iterator[Setting]:
     yield from z.decides(offset_noise_weight="noise_offset")
     if z.number("offset_noise_weight") and not base.flow:
         yield from z.refuses("generalized_offset_noise", "scales offset noise by the level")
-    predicts = base.prediction_type
+    predicts, name = base.prediction_type, "rescale_noise_scheduler_to_zero_terminal_snr"
     if not base.flow:
-        yield from _zero_snr(z, base, "rescale_noise_scheduler_to_zero_terminal_snr")
-        for name, kind in (
-            ("force_v_prediction", "v_prediction"),
-            ("force_epsilon_prediction", "epsilon"),
-        ):
-            if z.get(name):
-                predicts = kind
-                yield from _predicts(z, base, name, kind)
+        if z.get(name):  # a scheduler that has it stays as it is without
+            yield from _zero_snr(z, base, name)
+        forced = {name: "v_prediction"}
+        if z.get("training_method") == "FINE_TUNE":  # adapters have the base's, whatever is said
+            forced |= {"force_v_prediction": "v_prediction", "force_epsilon_prediction": "epsilon"}
+        if name := next(filter(z.get, forced), ""):
+            predicts = forced[name]
+            yield from _predicts(z, base, name, predicts)
     name, weight = "loss_weight_fn", z.get("loss_weight_fn", "CONSTANT")
     if weight == "MIN_SNR_GAMMA":
         yield from z.sets(name, "weighting", "min-snr")
@@ -398,17 +463,24 @@ def _onetrainer_text(z: Entries, base: Base) -> Iterator[Setting]:
     if base.clip_alone or base.family == "StableDiffusionXL":
         refused = "" if len(set(skipped)) == 1 else "skips unlike layers of two text encoders"
         yield Setting(z.shown(name), layers, skipped[0], refused=refused)
-    elif base.family == "Flux":
+    else:
+        for which in ("", "_2", "_3"):
+            skips = "skips layers of a text encoder"
+            yield from z.refuses(f"text_encoder{which}_layer_skip", skips)
+    if base.family == "Flux":
         name = "text_encoder_2_sequence_length"
-        yield from z.sets(name, "training_arguments.max_sequence_length", z.get(name))
+        yield from z.sets(name, _TOKENS, z.get(name))
     parts = {name: z.get(name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
     for name, part in parts.items():
         own = Entries(part if isinstance(part, Mapping) else {}, z.source)
-        for setting in own.refuses("dropout_probability", "replaces its output by zeros"):
+        for setting in own.refuses("dropout_probability", _ZEROS):
             yield replace(setting, entry=f"{name}.{setting.entry}")
     network = z.get("transformer")
-    if base.guided and isinstance(network, Mapping) and "guidance_scale" in network:
-        yield from Entries(network, z.source).decides(guidance_scale=_GUIDANCE)
+    own = Entries(network if isinstance(network, Mapping) else {}, z.source)
+    if base.guided and "guidance_scale" in own:
+        yield from own.decides(guidance_scale=_GUIDANCE)
+    if base.family in ("Flux", "StableDiffusion3"):
+        yield from own.refuses("attention_mask", _PADDING)
 
 
 def _onetrainer_levels(z: Entries, base: Base) -> Iterator[Setting]:
@@ -442,12 +514,18 @@ def ai_toolkit(z: Entries, base: Base) -> Iterator[Setting]:
     """``config.yaml`` of the output folder: train and data sets of its process."""
     train = Entries(z.get("train", {}), z.source)
     yield from train.decides(noise_offset="noise_offset")
-    yield from _min_snr(train, "min_snr_gamma", base)
     model = Entries(z.get("model", {}), z.source)
+    if model.get("is_v_pred"):
+        yield from train.refuses("min_snr_gamma", "weighs velocities as it does noise")
+    else:
+        yield from _min_snr(train, "min_snr_gamma", base)
     if not base.flow:
         predicts = "v_prediction" if model.get("is_v_pred") else "epsilon"
         yield from _predicts(model, base, "is_v_pred", predicts)
     yield from model.notes("vae_path", _VAE)
+    yield from model.refuses("attn_masking", _PADDING)
+    if base.family == "StableDiffusion3":
+        yield Setting("prompts of 256 tokens", _TOKENS, 256)
     yield from train.refuses_all(
         loss_type=_ERROR,
         snr_gamma="weights noise levels by a fixed scale",
@@ -464,7 +542,42 @@ def ai_toolkit(z: Entries, base: Base) -> Iterator[Setting]:
         bypass_guidance_embedding="shows the network no guidance",
         short_and_long_captions="shows two captions of each image",
         prompt_dropout_prob="drops prompts of single text encoders",
+        prompt_saturation_chance="repeats prompts",
+        random_noise_multiplier="scales the noise at random",
+        random_noise_shift="shifts the noise at random",
+        blended_blur_noise="blurs the noise",
+        force_consistent_noise="keeps the noise of each image",
+        do_signal_correction_noise="adds the image to the noise",
+        do_batch_noise_correction="adds other images to the noise",
+        do_signal_amplification="amplifies the image",
+        standardize_images="standardises images",
+        standardize_latents="standardises latents",
+        adaptive_scaling_factor="scales latents by the image",
+        match_noise_norm="rescales what the network predicts",
+        correct_pred_norm="rescales the target",
+        t0_loss_target="compares other than the velocity",
+        do_fft_loss="adds a loss of frequencies",
+        do_prior_divergence="subtracts a loss of the base's prediction",
+        target_norm_std="adds a loss of the prediction's deviation",
+        train_turbo="trains several steps at once",
+        do_cfg="guides what the network predicts",
+        do_random_cfg="guides what the network predicts",
     )
+    for name, usual, does in (
+        ("loss_target", "noise", "replaces the target"),
+        ("min_denoising_steps", 0, _LEVELS),
+        ("noise_multiplier", 1, "scales the noise"),
+        ("target_noise_multiplier", 1, "scales the target"),
+        ("img_multiplier", 1, "scales images"),
+        ("latent_multiplier", 1, "scales latents"),
+        ("noisy_latent_multiplier", 1, "scales noised latents"),
+        ("pred_scaler", 1, "scales what the network predicts"),
+        ("optimal_noise_pairing_samples", 1, "chooses the noise by the image"),
+    ):
+        if train.get(name, usual) != usual:
+            yield Setting(train.shown(name), refused=does)
+    if train.number("max_denoising_steps", 999) < 999:
+        yield Setting(train.shown("max_denoising_steps"), refused=_LEVELS)
     if base.flow:
         how = train.get("timestep_type", "sigmoid")
         entry, known = f"timestep_type={how}", {"sigmoid": "logit-normal", "linear": None}
@@ -558,11 +671,23 @@ def simpletuner(z: Entries, base: Base) -> Iterator[Setting]:
         yield from z.refuses("input_perturbation_steps", "lowers the perturbation by the step")
     dropped = z.number("caption_dropout_probability", 0.1)
     yield Setting(f"caption_dropout_probability={dropped:g}", "condition_dropout", dropped)
+    if base.family == "StableDiffusion3":
+        tokens = min(int(z.number("tokenizer_max_length", 154)), 154)
+        yield Setting(f"tokenizer_max_length={tokens}", _TOKENS, tokens)
+    padded = z.get("t5_padding") == "zero" and base.family in ("Flux", "StableDiffusion3")
+    yield from z.refuses("t5_padding", "shows zeros for padding") if padded else ()
     yield from z.refuses_all(
         loss_type=_ERROR,
+        flux_attention_masked_training=_PADDING,
         flow_use_beta_schedule=_LEVELS,
         flow_schedule_auto_shift=_LEVELS,
         flux_fast_schedule=_LEVELS,
+        flow_cubic_schedule_weights=_LEVELS,
+        flow_custom_timesteps=_LEVELS,
+        timestep_bias_strategy=_LEVELS,
+        mixflow_enabled="mixes the noise of several levels",
+        diff2flow_enabled="replaces the target",
+        twinflow_enabled="adds losses of twin trajectories",
     )
     if base.guided:
         scale, constant = z.number("flux_guidance_value", 1.0), "constant"

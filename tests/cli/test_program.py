@@ -66,6 +66,10 @@ def test_several_methods(fitted, tmp_path, capsys):
     assert run(arguments(fitted, "score", "--dry-run", "--output", output, *draws)) == 0
     # loss and prediction, each of all draws and of halves: 7 images and 2 queries by 4 draws
     assert f"samples forward and backward   {4 * 9 * 4}" in capsys.readouterr().out
+    # of influence alone, with 16 draws and then 32 at most, those of the two queries each time
+    more = ["--num-draws", "auto", "--max-draws", 40, "--query-draws", 4, "--output", output]
+    assert run(arguments(fitted, "score", "--dry-run", *more)) == 0
+    assert f"backward   {7 * 48 + 2 * 2 * 4}" in capsys.readouterr().out
     log = ["--log", tmp_path / "log"]
     assert run(arguments(fitted, "score", "--output", output, *draws, *log)) == 0
     assert re.search(

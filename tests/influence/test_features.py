@@ -1,5 +1,7 @@
 """Attribution by features alone, against loops, and as a method beside those of the network."""
 
+import json
+import re
 from math import dist, exp
 from statistics import median_low
 
@@ -11,7 +13,7 @@ from torch.nn.functional import interpolate
 from curvlinops_diffusion import Attributor, DenoisingObjective, ExampleGradientLinearOperator
 from curvlinops_diffusion.baselines import feature_regression_scores
 from curvlinops_diffusion.influence.features import pixels_of
-from curvlinops_diffusion.influence.methods import Method, check_measurement, scores_of
+from curvlinops_diffusion.influence.methods import Method, scores_of
 from curvlinops_diffusion.page.rankings import Sizes, meaning
 from tests.cases import images, tiny_unet
 from tests.diffusion.test_shapes import Shaped, problem
@@ -54,7 +56,9 @@ def test_a_method_beside_those_of_the_network(tmp_path):
     shares = table.groupby("method")["share"].count()
     assert dict(shares) == {"influence": Q * N, "pixels": 0}  # which are shares of nothing
     result.report(tmp_path / "page.html")
-    assert "a kernel regression on the pixels of 7 images" in (tmp_path / "page.html").read_text()
+    assert (
+        "a kernel regression on the pixels of the 7 images" in (tmp_path / "page.html").read_text()
+    )
     only = attributor.score(x[:Q] / 2, method="pixels", num_draws=4)
     assert torch.equal(only.scores, expected)
     assert only.agreement is None
@@ -86,10 +90,41 @@ def test_each_of_all_methods_has_a_sentence():
     assert ["predicted change" in text for text in texts] == [True, False, False, False]
 
 
+def test_an_order_without_a_unit(tmp_path):
+    """Neither shares of a loss nor helpful signs; nothing that draws could make surer."""
+    x = images(N, dtype=torch.float32)
+    objective = DenoisingObjective(
+        tiny_unet(torch.float32, num_class_embeds=None), DDPMScheduler(100)
+    )
+    attributor = Attributor(objective, x, progressbar=False).fit("kfac", num_draws=1)
+    result = attributor.score(x[:Q] / 2, method=["pixels", "influence"], num_draws=4)
+    table = result.to_pandas()
+    own, other = table[table.method == "pixels"], table[table.method == "influence"]
+    assert own.share.isna().all()
+    assert other.share.notna().all()
+    assert set(own.effect) == {"alike"}
+    assert set(other.effect) <= {"helps", "hinders"}
+    assert str(result).endswith("They look at the images alone: no draws could make them surer.")
+    result.report(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    told = json.loads(re.findall(r'id="data">(.+)</script>', page)[0])
+    assert (told["units"][0], told["sign"]) == ("", 0)
+    assert "<h3>alike</h3>" in page
+    assert "<h3>helps" not in page
+    assert "No training image does" not in page
+    assert "(pixels), by which they are ordered, is the square of its weight in a kernel" in page
+    for options, match in (
+        ({"num_draws": "auto"}, "needs a first method whose order draws make surer, got 'pixels'"),
+        (
+            {"measurement": "log_likelihood"},
+            "'pixels' has no negative scores, which all would be of",
+        ),
+    ):
+        with pytest.raises(ValueError, match=match):
+            attributor.score(x[:Q] / 2, method="pixels", **options)
+
+
 def test_refused():
-    check_measurement([Method.PIXELS], "loss")
-    with pytest.raises(ValueError, match="'pixels' has no negative scores"):
-        check_measurement([Method.PIXELS], "log_likelihood")
     query, train = features()
     with pytest.raises(ValueError, match=r"\[Q, F\] and \[N, F\], got \(2, 4\) and \(7, 5\)"):
         feature_regression_scores(query[:, :4], train)

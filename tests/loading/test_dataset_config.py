@@ -328,7 +328,11 @@ def test_an_attributor_is_that_of_the_same_options_by_hand(folder, tmp_path):
     assert one.data_identity() == two.data_identity()
     assert found.images.names[0] == "hoge/0.png"
     assert "3 × 3 image(s) of 'hoge'" in found.images.summary()
+    assert f"`resolution=8`, by '{folder / 'dataset.toml'}'" in found.settings
     given = Attributor.from_pipeline(pipeline, folder / "dataset.toml", shuffle_captions=False)
+    assert [line for line in given.settings if "against" in line] == [
+        f"`shuffle_captions=False` is given, against True by '{folder / 'dataset.toml'}'"
+    ]
     assert "shuffle_captions" not in given.regression.description
     assert given.regression.description["condition_dropout"] == 0.25
 
@@ -342,7 +346,10 @@ def test_the_program_takes_what_it_decides(folder, capsys):
     assert options.condition_dropout == 0.25
     told = capsys.readouterr().err
     assert "dataset.toml' says: --augment flip --condition-dropout 0.25 --shuffle-captions" in told
-    assert "`resolution=16` is given, against 8 by" in told
+    assert "--resolution 16 is given, against 8 by" in told
+    # a plan shows nothing to a network
+    completed("validate-plan", {"data": data, "output": folder / "plan"})
+    assert capsys.readouterr().err == ""
 
 
 def test_networks_without_prompts_take_its_images(folder):

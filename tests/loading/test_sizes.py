@@ -255,6 +255,7 @@ def test_kohyas_scripts_do_not_turn_images(tmp_path):
         ({"buckets": [(0, 8)]}, r"got \[\(0, 8\)\]"),
         ({"buckets": [(8, 12), (16, 8)], "multiple": 8}, "multiples of 8, .* got 8×12"),
         ({"buckets": True, "resolution": 2048}, "`resolution` must be from 256 to 1024, .* got"),
+        ({"buckets": True, "resolution": 64, "bucket_min": 32}, "`bucket_min` .*, got 32 and 64"),
         ({"buckets": True, "resolution": 512, "bucket_step": 4, "multiple": 8}, "multiple of 8"),
         ({"resolution": 0}, "`resolution` must be a whole number of at least 1"),
         ({"interpolation": "area"}, "`interpolation` must be one of bilinear, bicubic, lanczos"),
