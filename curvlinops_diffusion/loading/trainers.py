@@ -664,9 +664,18 @@ def ai_toolkit(z: Entries, base: Base) -> Iterator[Setting]:
             flip_y="mirrors images upside down",
             random_scale="scales images at random",
             augmentations="changes images at random",
+            augments="changes images at random",
+            standardize_images="standardises images",
+            random_triggers="adds words to captions at random",
+            replacements="replaces words of captions",
+            use_short_captions="shows short captions",
+            poi="cuts around a part of each image",
             mask_path=_MASKS,
             alpha_mask=_MASKS,
         )
+    if any(own.get("buckets", True) for own in sets):
+        text = "images kept their shapes, and here those that are not square are cut"
+        yield Setting("buckets=True", note=text)
     decided = {
         "caption_dropout_rate": "condition_dropout",
         "shuffle_tokens": "shuffle_captions",

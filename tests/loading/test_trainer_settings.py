@@ -554,6 +554,8 @@ def test_ai_toolkit(tmp_path):
         "condition_dropout": 0.05,
         "augment": "flip",
     }
+    told = settle(read_settings(tmp_path / "config.yaml"), FLUX, {"resolution": 512}, KNOWN)[1]
+    assert any(line.endswith("here those that are not square are cut") for line in told)
     with pytest.raises(
         ValueError, match=r"trained on a FluxPipeline .*FLUX.1-dev.*, got a StableD"
     ):
@@ -564,7 +566,9 @@ def test_ai_toolkit(tmp_path):
         ({"max_denoising_steps": 500}, "max_denoising_steps=500 draws levels in another way"),
         ({"noise_multiplier": 1.1}, "noise_multiplier=1.1 scales the noise"),
         ({"loss_target": "source"}, "loss_target=source replaces the target"),
+        ({}, "use_short_captions=True shows short captions"),
     ):
+        process["datasets"][0]["use_short_captions"] = not train
         process["train"] = train
         (tmp_path / "config.yaml").write_text(yaml.dump(config))
         with pytest.raises(ValueError, match=told):
