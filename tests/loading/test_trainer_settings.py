@@ -491,6 +491,38 @@ def test_onetrainer(tmp_path):
             decided(tmp_path / "config.json", SD)
 
 
+def test_concepts_of_onetrainer(tmp_path):
+    def read(*concepts):
+        config = {"training_method": "LORA", "model_type": "STABLE_DIFFUSION_15"}
+        config |= {"concepts": [{"name": f"c{n}", **own} for n, own in enumerate(concepts)]}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        found, lines = settle(read_settings(tmp_path / "config.json"), SD, {}, KNOWN)
+        return {k: z for k, z in found.items() if k != "training_arguments.sample_latents"}, lines
+
+    text = {"prompt_source": "filename", "enable_tag_shuffling": True, "tag_dropout_enable": True}
+    text |= {"tag_dropout_mode": "RANDOM", "tag_dropout_probability": 0.2, "keep_tags_count": 2}
+    image = {"enable_random_flip": True, "enable_crop_jitter": False}
+    off, other = {"enabled": False, "image": {"enable_fixed_hue": True}}, {"type": "VALIDATION"}
+    found, lines = read({"text": text, "image": image}, off, other)
+    assert found == {
+        **{"shuffle_captions": True, "tag_dropout": 0.2, "keep_tokens": 2, "augment": "flip"},
+        "caption_column": "file_name",
+    }
+    assert read({"text": {"keep_tags_count": 1}})[0] == {"random_crop": True}  # as it is usually
+    _, lines = read({"balancing": 2.0}, {"balancing": 1.0})
+    assert "balancing of concepts of 'config.json': images were not seen alike often ('c0' 2" in (
+        "".join(lines)
+    )
+    for concepts, told in (
+        ([{"image": image}, {}], "enable_crop_jitter of concepts differs by concept"),
+        ([{"image": {"enable_random_hue": True}}], "enable_random_hue=True changes hues"),
+        ([{"text": text | {"tag_dropout_mode": "FULL"}}], "drops tags in another way"),
+        ([{"text": text | {"tag_delimiter": ";"}}], "tag_delimiter=; separates tags by another"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            read(*concepts)
+
+
 def test_ai_toolkit(tmp_path):
     process = {
         "model": {"name_or_path": "black-forest-labs/FLUX.1-dev", "is_flux": True},
@@ -521,6 +553,8 @@ def test_ai_toolkit(tmp_path):
         "buckets": "ai-toolkit",
         "bucket_step": 32,
     }
+    told = settle(read_settings(tmp_path / "config.yaml"), FLUX, {"resolution": 512}, KNOWN)[1]
+    assert any(line.endswith("here those that are not square are cut") for line in told)
     with pytest.raises(
         ValueError, match=r"trained on a FluxPipeline .*FLUX.1-dev.*, got a StableD"
     ):
@@ -531,7 +565,9 @@ def test_ai_toolkit(tmp_path):
         ({"max_denoising_steps": 500}, "max_denoising_steps=500 draws levels in another way"),
         ({"noise_multiplier": 1.1}, "noise_multiplier=1.1 scales the noise"),
         ({"loss_target": "source"}, "loss_target=source replaces the target"),
+        ({}, "use_short_captions=True shows short captions"),
     ):
+        process["datasets"][0]["use_short_captions"] = not train
         process["train"] = train
         (tmp_path / "config.yaml").write_text(yaml.dump(config))
         with pytest.raises(ValueError, match=told):
