@@ -669,9 +669,6 @@ def ai_toolkit(z: Entries, base: Base) -> Iterator[Setting]:
             mask_path=_MASKS,
             alpha_mask=_MASKS,
         )
-    if any(own.get("buckets", True) for own in sets):
-        text = "images kept their shapes, and here those that are not square are cut"
-        yield Setting("buckets=True", note=text)
     decided = {
         "caption_dropout_rate": "condition_dropout",
         "shuffle_tokens": "shuffle_captions",
