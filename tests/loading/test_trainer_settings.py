@@ -206,7 +206,7 @@ def test_a_step_of_kohyas_scripts(tmp_path):
                     ]
                 )
             },
-            {"resolution": 768, "augment": "flip"},
+            {"resolution": 768, "augment": "flip", "buckets": "square"},
         ),
         (
             SD3,
