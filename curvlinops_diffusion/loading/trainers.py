@@ -305,7 +305,7 @@ def _kohya_data(z: Entries) -> Iterator[Setting]:
     shuffled = z.get("ss_shuffle_caption") or z.get("ss_caption_tag_dropout_rate")
     shuffled = shuffled or True in several.get("shuffle_caption", ())
     bucketed = several.get("enable_bucket", [z.get("ss_enable_bucket")])
-    said = several | ({"resolution": []} if z.get("ss_resolution") else {})
+    sized = "resolution" in several or bool(z.get("ss_resolution"))
     for key in (*_KOHYA_DATA, *_KOHYA_DRAWN):
         if key.startswith(("keep_tokens", "caption_separator")) and not shuffled:
             continue
@@ -318,7 +318,7 @@ def _kohya_data(z: Entries) -> Iterator[Setting]:
             yield Setting(name, option, refused=f"differs by subset ({said})")
         elif key == "resolution":
             yield from _resolution(own, name)
-        elif key == "enable_bucket" and value is False and "resolution" in said:
+        elif key == "enable_bucket" and value is False and sized:
             yield Setting(own.shown(name), option, "square")
         elif key == "random_crop" and value and bucketed == [False]:
             refused = "cuts parts out of images that are not resized"
