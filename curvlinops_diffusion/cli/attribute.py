@@ -237,6 +237,10 @@ def _opened(options: Namespace, operator: Path | None = None) -> Iterator[Attrib
             attributor = Attributor.of_network(loaders[0](), options.data, **arguments)
         attributor.run = of_run(options)
         say(f"Read {attributor.images.summary()} from {options.data}")
+        if hasattr(options, "method"):  # before the fit
+            methods_named(
+                options.method, options.measurement, options.num_draws, attributor.regression
+            )
         yield attributor
 
 

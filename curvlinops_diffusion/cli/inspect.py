@@ -123,7 +123,13 @@ def _training(run: Mapping[str, Any]) -> str:
 
 
 def _settings(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
+    return ", ".join(f"{name.replace('_', ' ')}{_value(value)}" for name, value in values.items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return f" {' '.join(map(str, value))}"
+    return "" if value is True else f" {value}"
 
 
 def _written(path: Path, versions: Mapping[str, str]) -> str:
