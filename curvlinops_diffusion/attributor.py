@@ -219,8 +219,8 @@ class Attributor:
                 of kohya's scripts, or heights and widths, ``[(672, 1568), …]``, as
                 ``--aspect_ratio_buckets`` of ``diffusers``' scripts, also written
                 ``'672,1568;…'``, or ``'auto'`` for their ``--use_aspect_ratio_buckets``, or
-                ``'ai-toolkit'`` for its own. Batches are of one bucket each.
-            bucket_step: What the sides of kohya's and ai-toolkit's buckets are multiples of.
+                ``'onetrainer'`` or ``'ai-toolkit'`` for theirs. Batches are of one bucket each.
+            bucket_step: What the sides of these, and of kohya's, are multiples of.
             bucket_min: The shortest side that kohya's have.
             bucket_max: The longest side that they have.
             bucket_no_upscale: Whether images smaller than their bucket get one of their own.

@@ -16,8 +16,6 @@ from torch import Tensor
 from torchvision.transforms import functional as transforms
 
 from curvlinops_diffusion.loading.sizes import (
-    AUTO,
-    TOOLKIT,
     Interpolation,
     Placement,
     Size,
@@ -26,6 +24,7 @@ from curvlinops_diffusion.loading.sizes import (
     bucket_list,
     made_bucket,
     nearest_bucket,
+    onetrainer_bucket,
     resized,
     shrunk_bucket,
     told_corner,
@@ -72,8 +71,9 @@ class Form:
         resolution: What to resize to; ``None`` for no resizing.
         multiple: What height and width must be multiples of.
         buckets: The sizes of aspect buckets; True for those of kohya's scripts, ``'auto'`` for
-            those that ``diffusers``' scripts make, ``'ai-toolkit'`` for its own, False for none.
-        bucket_step: Of kohya's and ai-toolkit's, what their sides are multiples of.
+            those that ``diffusers``' scripts make, ``'onetrainer'`` or ``'ai-toolkit'`` for theirs,
+            False for none.
+        bucket_step: What their sides are multiples of, where nothing else says it.
         bucket_min: Their shortest side.
         bucket_max: Their longest side.
         bucket_no_upscale: Whether no image is enlarged for them.
@@ -105,7 +105,7 @@ class Form:
         for name in ("resolution", "bucket_step", "bucket_min", "bucket_max"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
-        if self.buckets in (True, AUTO, TOOLKIT):
+        if self.buckets is True or isinstance(self.buckets, str):
             self._check_made_buckets()
         elif self.buckets:
             misfits = [
@@ -120,14 +120,14 @@ class Form:
     def _check_made_buckets(self) -> None:
         if self.resolution is None:
             raise ValueError("`buckets` needs the `resolution` that training had, got none.")
-        if self.buckets == AUTO:
+        if self.buckets == "auto":
             return
         if self.bucket_step % self.multiple:
             raise ValueError(
                 f"`bucket_step` must be a multiple of {self.multiple}, which the network takes, "
                 f"got {self.bucket_step}."
             )
-        if self.buckets == TOOLKIT:
+        if self.buckets is not True:
             return
         least, most = self._limits
         if not least:
@@ -261,11 +261,13 @@ class Form:
                 return shrunk_bucket(size, self.resolution, self.bucket_step)
             buckets = area_buckets(self.resolution, self.bucket_step, *self._limits)
             return area_bucket(size, buckets)
-        if self.buckets and self.buckets not in (AUTO, TOOLKIT):
+        if self.buckets and not isinstance(self.buckets, str):
             return nearest_bucket(size, self._listed)
         if self.resolution is None:
             return size, size
-        if self.buckets == TOOLKIT:
+        if self.buckets == "onetrainer":
+            return onetrainer_bucket(size, self.resolution, self.bucket_step)
+        if self.buckets == "ai-toolkit":
             return toolkit_bucket(size, self.resolution, self.bucket_step)
         if self.buckets:
             return made_bucket(size, self.resolution)
@@ -275,11 +277,11 @@ class Form:
     @property
     def _how(self) -> Interpolation | None:
         """How images are resized, of ai-toolkit bicubic."""
-        return self.interpolation or ("bicubic" if self.buckets == TOOLKIT else None)
+        return self.interpolation or ("bicubic" if self.buckets == "ai-toolkit" else None)
 
     def told_size(self, size: Size) -> Size:
         """The original size of an image as the network is told it; ai-toolkit tells its bucket."""
-        return self._placement(size)[1] if self.buckets == TOOLKIT else size
+        return self._placement(size)[1] if self.buckets == "ai-toolkit" else size
 
     def corner_of(self, height: int, width: int, place: Place = None) -> tuple[int, int]:
         """Top and left of what is cut out of an image of this size, as the network is told it.
@@ -290,14 +292,14 @@ class Form:
         whole, part = self._placement((height, width))
         if self.buckets is True:
             return told_corner((height, width), part)
-        if self.buckets == TOOLKIT:
+        if self.buckets == "ai-toolkit":
             return 0, 0
         return self._corner(whole, part, place)
 
     def _corner(self, whole: Size, part: Size, place: Place) -> tuple[int, int]:
         rest = [a - b for a, b in zip(whole, part, strict=True)]
         if place is None:  # torchvision rounds half a pixel to even numbers
-            down = self.buckets in (True, TOOLKIT)
+            down = self.buckets is True or self.buckets in ("onetrainer", "ai-toolkit")
             top, left = (more // 2 if down else round(more / 2) for more in rest)
         else:  # as torch.randint chooses among all that there are
             top, left = (min(int(z * (m + 1)), m) for z, m in zip(place, rest, strict=True))

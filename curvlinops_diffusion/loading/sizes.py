@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from math import ceil, floor, sqrt
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -24,12 +24,9 @@ Placement = tuple[Size, Size]
 Interpolation = Literal["bilinear", "bicubic", "lanczos"]
 
 
-#: Buckets that are made for each image, as diffusers' scripts do if none are listed.
-AUTO: Literal["auto"] = "auto"
-#: Buckets that ai-toolkit makes for each image.
-TOOLKIT: Literal["ai-toolkit"] = "ai-toolkit"
-#: Buckets by a word, which need a resolution.
-Named = Literal["auto", "ai-toolkit"]
+#: Buckets by a word, which need a resolution: those that diffusers' scripts make if none are
+#: listed, OneTrainer's, ai-toolkit's.
+Named = Literal["auto", "onetrainer", "ai-toolkit"]
 # of diffusers' scripts, their width over height, and what their sides are multiples of
 _ASPECTS = [a / b for a, b in ((1, 1), (4, 5), (2, 3), (3, 4), (9, 16), (1, 2))]
 _MULTIPLE = 16
@@ -49,7 +46,7 @@ def bucket_list(given: Any) -> bool | Named | tuple[Size, ...]:
         if word in ("true", "false"):
             return word == "true"
         if word in get_args(Named):
-            return AUTO if word == AUTO else TOOLKIT
+            return cast(Named, word)
         found = [re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text) for text in given.split(";")]
         pairs = [(0, 0) if match is None else tuple(map(int, match.groups())) for match in found]
     try:
@@ -58,8 +55,9 @@ def bucket_list(given: Any) -> bool | Named | tuple[Size, ...]:
         sizes = ()
     if not sizes or min(min(size) for size in sizes) < 1:
         raise ValueError(
-            "`buckets` must be True for those of kohya's scripts, 'auto', 'ai-toolkit', or heights "
-            f"and widths, [(672, 1568), …] or '672,1568;…', got {given!r}."
+            "`buckets` must be True for those of kohya's scripts, "
+            f"{', '.join(get_args(Named))}, or heights and widths, [(672, 1568), …] or "
+            f"'672,1568;…', got {given!r}."
         )
     return sizes
 
@@ -92,6 +90,28 @@ def _made_buckets(side: int) -> tuple[Size, ...]:
     exact = [(height, height * aspect) for height, aspect in zip(heights, aspects, strict=True)]
     rounded = [[max(1, round(z / _MULTIPLE)) * _MULTIPLE for z in sides] for sides in exact]
     return tuple(dict.fromkeys((height, width) for height, width in rounded))
+
+
+def onetrainer_bucket(size: Size, resolution: int, step: int) -> Placement:
+    """Choose the bucket of an image as OneTrainer: of nine shapes and the same on their side.
+
+    The nearest by height over width, which the resized image covers.
+    """
+    (height, width), buckets = size, _onetrainer_buckets(resolution, step)
+    aspect = height / width
+    part = min(buckets, key=lambda bucket: abs(bucket[0] / bucket[1] - aspect))
+    if aspect > part[0] / part[1]:
+        return (round(height * (part[1] / width)), part[1]), part
+    return (part[0], round(width * (part[0] / height))), part
+
+
+@cache
+def _onetrainer_buckets(side: int, step: int) -> tuple[Size, ...]:
+    shapes = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4)
+    sides = [(side / sqrt(shape), side * sqrt(shape)) for shape in shapes]
+    sizes = [(round(h / step) * step, round(w / step) * step) for h, w in sides]
+    found = dict.fromkeys([*sizes, *((w, h) for h, w in sizes)])
+    return tuple(size for size in found if all(size))
 
 
 def toolkit_bucket(size: Size, resolution: int, step: int) -> Placement:

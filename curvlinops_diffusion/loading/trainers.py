@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import exp, log, sqrt
+from math import exp, log
 from typing import Any
 
 from curvlinops_diffusion.loading.trainer_entries import Base, Entries, Setting, plain
@@ -447,10 +447,12 @@ def onetrainer(z: Entries, base: Base) -> Iterator[Setting]:
     )
     yield from z.notes("dropout_probability", _DROPOUT)
     yield from _resolution(z)
+    yield from _onetrainer_concepts(z)
     side, name = _square(z.get("resolution")), "aspect_ratio_bucketing"
     if side is not None and z.get(name):
         step = {"StableDiffusion": 8, "PixArt": 16, "Sana": 32}.get(base.family or "", 64)
-        yield from z.sets(name, "buckets", _onetrainer_buckets(side, step))
+        yield from z.sets(name, "buckets", "onetrainer")
+        yield from z.sets(name, "bucket_step", step, 64)
 
 
 def _onetrainer_text(z: Entries, base: Base) -> Iterator[Setting]:
@@ -482,6 +484,70 @@ def _onetrainer_text(z: Entries, base: Base) -> Iterator[Setting]:
         yield from own.refuses("attention_mask", _PADDING)
 
 
+# what a concept does to images that no option expresses, at random or always
+_CHANGES = {
+    "flip": "mirrors images",
+    "rotate": "rotates images",
+    "brightness": "changes brightness",
+    "contrast": "changes contrast",
+    "saturation": "changes saturation",
+    "hue": "changes hues",
+}
+
+
+def _onetrainer_concepts(z: Entries) -> Iterator[Setting]:
+    """What was made of the images and captions of concepts, where a config has these."""
+    found = [own for own in z.get("concepts") or () if isinstance(own, Mapping)]
+    found = [own for own in found if own.get("enabled", True)]
+    if any(own.get("type") == "PRIOR_PREDICTION" for own in found):
+        yield Setting("concepts", note="the base's predictions of others were trained on too")
+    found = [own for own in found if own.get("type", "STANDARD") == "STANDARD"]
+    if not found:
+        return
+    image, text = ([Entries(c.get(k) or {}, z.source) for c in found] for k in ("image", "text"))
+    for own in image:
+        for what, does in _CHANGES.items():
+            yield from own.refuses(f"enable_fixed_{what}", does)
+            if what != "flip":
+                yield from own.refuses(f"enable_random_{what}", does)
+        yield from own.refuses("enable_resolution_override", "trains on several sizes")
+    shuffled = [bool(own.get("enable_tag_shuffling")) for own in text]
+    dropped = [
+        own.number("tag_dropout_probability") if own.get("tag_dropout_enable") else 0.0
+        for own in text
+    ]
+    for own, varied, rate in zip(text, shuffled, dropped, strict=True):
+        yield from own.refuses("caps_randomize_enable", "changes capitals of captions")
+        special = own.get("tag_dropout_special_tags_mode", "NONE") != "NONE"
+        if rate and (special or own.get("tag_dropout_mode", "FULL") != "RANDOM"):
+            yield from own.refuses("tag_dropout_enable", "drops tags in another way")
+        if (rate or varied) and own.get("tag_delimiter", ",") != ",":
+            yield from own.refuses("tag_delimiter", "separates tags by another sign")
+    flips = ["flip" if own.get("enable_random_flip") else None for own in image]
+    named = ["file_name" if own.get("prompt_source") == "filename" else None for own in text]
+    kept = [own.get("keep_tags_count", 1) for own in text]
+    kept = [n if a or b else 0 for n, a, b in zip(kept, shuffled, dropped, strict=True)]
+    decided: dict[str, tuple[str, Sequence[Any]]] = {
+        "enable_crop_jitter": ("random_crop", [o.get("enable_crop_jitter", True) for o in image]),
+        "enable_random_flip": ("augment", flips),
+        "enable_tag_shuffling": ("shuffle_captions", shuffled),
+        "tag_dropout_probability": ("tag_dropout", dropped),
+        "keep_tags_count": ("keep_tokens", kept),
+        "prompt_source": ("caption_column", named),
+    }
+    for name, (option, values) in decided.items():
+        refused = "" if all(value == values[0] for value in values) else "differs by concept"
+        yield Setting(f"{name} of concepts", option, values[0], refused=refused)
+    for name, does in (
+        ("balancing", "images were not seen alike often"),
+        ("loss_weight", "images did not weigh alike"),
+    ):
+        numbers = {own.get(name, 1.0) for own in found}
+        if len(numbers) > 1:
+            said = ", ".join(f"'{own.get('name', '')}' {own.get(name, 1.0)}" for own in found)
+            yield Setting(f"{name} of concepts", note=f"{does} ({said})")
+
+
 def _onetrainer_levels(z: Entries, base: Base) -> Iterator[Setting]:
     name, how = "timestep_distribution", z.get("timestep_distribution", "UNIFORM")
     low, high = z.number("min_noising_strength"), z.number("max_noising_strength", 1.0)
@@ -502,15 +568,6 @@ def _onetrainer_levels(z: Entries, base: Base) -> Iterator[Setting]:
         yield from z.sets(name, "timesteps", levels)
     else:
         yield from z.refuses(name, _LEVELS)
-
-
-def _onetrainer_buckets(side: int, step: int) -> str:
-    """OneTrainer's sizes (height, width) of about the area of a square: nine shapes, both ways."""
-    shapes = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4)
-    sides = [(side / sqrt(shape), side * sqrt(shape)) for shape in shapes]
-    sizes = [(round(h / step) * step, round(w / step) * step) for h, w in sides]
-    both = dict.fromkeys([*sizes, *((w, h) for h, w in sizes)])
-    return ";".join(f"{h},{w}" for h, w in both)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -603,6 +660,12 @@ def ai_toolkit(z: Entries, base: Base) -> Iterator[Setting]:
             flip_y="mirrors images upside down",
             random_scale="scales images at random",
             augmentations="changes images at random",
+            augments="changes images at random",
+            standardize_images="standardises images",
+            random_triggers="adds words to captions at random",
+            replacements="replaces words of captions",
+            use_short_captions="shows short captions",
+            poi="cuts around a part of each image",
             mask_path=_MASKS,
             alpha_mask=_MASKS,
         )

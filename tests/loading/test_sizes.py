@@ -107,6 +107,22 @@ def test_buckets_of_ai_toolkit(options, size, whole, bucket):
     assert (form.told_size(size), form.corner_of(*size)) == (bucket, (0, 0))
 
 
+@pytest.mark.parametrize("size", [(40, 40), (40, 90), (91, 40), (40, 50), (10, 95), (37, 52)])
+def test_buckets_of_onetrainer(size):
+    """Areas of a square in nine ratios, both ways; the nearest ratio, though not by products."""
+    buckets = []
+    for ratio in (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4):
+        short, long = (8 * round(64 * z / 8) for z in (ratio**-0.5, ratio**0.5))
+        buckets += [(short, long), (long, short)]
+    distances = [abs(h / w - size[0] / size[1]) for h, w in buckets]
+    part = buckets[distances.index(min(distances))]
+    scale = max(part[0] / size[0], part[1] / size[1])
+    form = Form(3, None, 64, 8, "onetrainer", 8)
+    whole, found = form.placed("", size)
+    assert (whole, found) == (tuple(round(side * scale) for side in size), part)
+    assert form.corner_of(*size) == tuple((a - b) // 2 for a, b in zip(whole, part, strict=True))
+
+
 def test_resizing_of_ai_toolkit():
     """Bicubic, by Pillow, and cut from the middle; an odd pixel stays at the end."""
     image, form = picture(40, 71), Form(3, None, 32, 8, "ai-toolkit", 8)
@@ -234,7 +250,7 @@ def test_kohyas_scripts_do_not_turn_images(tmp_path):
     [
         ({"buckets": True}, "`buckets` needs the `resolution` that training had"),
         ({"buckets": "auto"}, "`buckets` needs the `resolution` that training had"),
-        ({"buckets": []}, r"`buckets` must be True for those of kohya's scripts, 'auto', 'ai"),
+        ({"buckets": []}, r"`buckets` must be True for those of kohya's scripts, auto, one"),
         ({"buckets": "64x64"}, r"or '672,1568;…', got '64x64'"),
         ({"buckets": [(0, 8)]}, r"got \[\(0, 8\)\]"),
         ({"buckets": [(8, 12), (16, 8)], "multiple": 8}, "multiples of 8, .* got 8×12"),

@@ -444,8 +444,9 @@ def test_onetrainer(tmp_path):
     path = tmp_path / "ot.safetensors"
     save_file({"w": torch.zeros(1)}, path, metadata={"ot_config": json.dumps(config)})
     found = decided(path, SD)
-    buckets = found.pop("buckets")
     assert found == {
+        "buckets": "onetrainer",
+        "bucket_step": 8,
         "noise_offset": 0.05,
         "training_arguments.rescale_betas_zero_snr": True,
         "training_arguments.prediction_type": "v_prediction",
@@ -463,10 +464,6 @@ def test_onetrainer(tmp_path):
     assert option not in decided(tmp_path / "config.json", SD)  # adapters have the base's
     (tmp_path / "config.json").write_text(json.dumps(config | {"training_method": "FINE_TUNE"}))
     assert decided(tmp_path / "config.json", SD)[option] == "v_prediction"
-    # the same area at each of nine ratios, in steps of eight
-    sizes = [tuple(map(int, pair.split(","))) for pair in buckets.split(";")]
-    assert sizes[:3] == [(512, 512), (456, 576), (416, 624)]
-    assert sizes[9:] == [(w, h) for h, w in sizes[1:9]]
     _, lines = settle(read_settings(path), SD, {}, KNOWN)
     assert "trained on 'runwayml/stable-diffusion-v1-5', got 'sd'" in lines[0]
     flux = {"model_type": "FLUX_DEV_1", "dynamic_timestep_shifting": True, "noising_weight": 0.0}
@@ -492,6 +489,38 @@ def test_onetrainer(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | changed))
         with pytest.raises(ValueError, match=told):
             decided(tmp_path / "config.json", SD)
+
+
+def test_concepts_of_onetrainer(tmp_path):
+    def read(*concepts):
+        config = {"training_method": "LORA", "model_type": "STABLE_DIFFUSION_15"}
+        config |= {"concepts": [{"name": f"c{n}", **own} for n, own in enumerate(concepts)]}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        found, lines = settle(read_settings(tmp_path / "config.json"), SD, {}, KNOWN)
+        return {k: z for k, z in found.items() if k != "training_arguments.sample_latents"}, lines
+
+    text = {"prompt_source": "filename", "enable_tag_shuffling": True, "tag_dropout_enable": True}
+    text |= {"tag_dropout_mode": "RANDOM", "tag_dropout_probability": 0.2, "keep_tags_count": 2}
+    image = {"enable_random_flip": True, "enable_crop_jitter": False}
+    off, other = {"enabled": False, "image": {"enable_fixed_hue": True}}, {"type": "VALIDATION"}
+    found, lines = read({"text": text, "image": image}, off, other)
+    assert found == {
+        **{"shuffle_captions": True, "tag_dropout": 0.2, "keep_tokens": 2, "augment": "flip"},
+        "caption_column": "file_name",
+    }
+    assert read({"text": {"keep_tags_count": 1}})[0] == {"random_crop": True}  # as it is usually
+    _, lines = read({"balancing": 2.0}, {"balancing": 1.0})
+    assert "balancing of concepts of 'config.json': images were not seen alike often ('c0' 2" in (
+        "".join(lines)
+    )
+    for concepts, told in (
+        ([{"image": image}, {}], "enable_crop_jitter of concepts differs by concept"),
+        ([{"image": {"enable_random_hue": True}}], "enable_random_hue=True changes hues"),
+        ([{"text": text | {"tag_dropout_mode": "FULL"}}], "drops tags in another way"),
+        ([{"text": text | {"tag_delimiter": ";"}}], "tag_delimiter=; separates tags by another"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            read(*concepts)
 
 
 def test_ai_toolkit(tmp_path):
@@ -534,7 +563,9 @@ def test_ai_toolkit(tmp_path):
         ({"max_denoising_steps": 500}, "max_denoising_steps=500 draws levels in another way"),
         ({"noise_multiplier": 1.1}, "noise_multiplier=1.1 scales the noise"),
         ({"loss_target": "source"}, "loss_target=source replaces the target"),
+        ({}, "use_short_captions=True shows short captions"),
     ):
+        process["datasets"][0]["use_short_captions"] = not train
         process["train"] = train
         (tmp_path / "config.yaml").write_text(yaml.dump(config))
         with pytest.raises(ValueError, match=told):
