@@ -87,10 +87,10 @@ def _queries(attributor: Attributor, options: Namespace) -> Any:
 
 
 def _score(attributor: Attributor, queries: Any, options: Namespace, output: Path) -> Attribution:
-    there = output.exists() and not options.overwrite
+    before = output.stat().st_mtime_ns if output.exists() else None
     arguments = chosen(options, SCORE) | {"output": output, "overwrite": options.overwrite}
     found = attributor.score(queries, **arguments)
-    if there and options.num_draws != "auto":  # which goes on from what is there
+    if before is not None and output.stat().st_mtime_ns == before:
         say(f"'{output}' was made with the same options; nothing to do")
         return found
     sure = {} if found.agreement is None else found.agreement.as_header()

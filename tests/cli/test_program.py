@@ -118,9 +118,13 @@ def test_what_a_method_needs_is_missed_before_the_fit(folder, tmp_path, capsys):
 
 
 def test_images_alone_cost_no_pass(fitted, tmp_path, capsys):
-    output = ["--output", tmp_path / "p.safetensors", "--dry-run"]
-    assert run(arguments(fitted, "score", "--method", "pixels", *output)) == 0
+    output = ["--method", "pixels", "--output", tmp_path / "p.safetensors"]
+    assert run(arguments(fitted, "score", *output, "--dry-run")) == 0
     assert "samples forward and backward   0\n" in capsys.readouterr().out
+    assert run(arguments(fitted, "score", *output)) == 0
+    assert run(["inspect", str(tmp_path / "p.safetensors")]) == 0
+    told = capsys.readouterr().out
+    assert "pixels look at the images alone: no draws could make them surer" in told
 
 
 def test_inspect(fitted, capsys):
