@@ -53,6 +53,7 @@ def inspect(options: Namespace) -> None:
 
 def _of_scores(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     from curvlinops_diffusion.influence.agreement import Agreement  # with PyTorch
+    from curvlinops_diffusion.influence.methods import Method
     from curvlinops_diffusion.influence.stored_scores import StoredScores
 
     scores_QN = StoredScores.open(path)
