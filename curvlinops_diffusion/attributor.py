@@ -556,7 +556,7 @@ class Attributor:
         path = None if output is None else Path(output)
         if path is not None:
             check_file_name(path, ".safetensors")
-        methods = methods_named(method, measurement, num_draws)
+        methods = methods_named(method, measurement, num_draws, self.regression)
         asked_of = self.opened(queries, prompts=prompts, labels=labels)
         J_train = self.gradients(num_draws=num_draws)
         J_query = self._gradients_of(

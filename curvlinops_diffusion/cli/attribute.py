@@ -87,10 +87,10 @@ def _queries(attributor: Attributor, options: Namespace) -> Any:
 
 
 def _score(attributor: Attributor, queries: Any, options: Namespace, output: Path) -> Attribution:
-    there = output.exists() and not options.overwrite
+    before = output.stat().st_mtime_ns if output.exists() else None
     arguments = chosen(options, SCORE) | {"output": output, "overwrite": options.overwrite}
     found = attributor.score(queries, **arguments)
-    if there and options.num_draws != "auto":  # which goes on from what is there
+    if before is not None and output.stat().st_mtime_ns == before:
         say(f"'{output}' was made with the same options; nothing to do")
         return found
     sure = {} if found.agreement is None else found.agreement.as_header()
@@ -237,6 +237,10 @@ def _opened(options: Namespace, operator: Path | None = None) -> Iterator[Attrib
             attributor = Attributor.of_network(loaders[0](), options.data, **arguments)
         attributor.run = of_run(options)
         say(f"Read {attributor.images.summary()} from {options.data}")
+        if hasattr(options, "method"):  # before the fit
+            methods_named(
+                options.method, options.measurement, options.num_draws, attributor.regression
+            )
         yield attributor
 
 

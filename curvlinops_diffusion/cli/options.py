@@ -84,9 +84,10 @@ def flag(name: str) -> str:
 _OWN: dict[str, tuple[Any, str]] = {
     "data": (
         Path,
-        "Training images: a folder (subfolders are classes; metadata.jsonl may give text or "
-        "label), a data set of the library datasets saved to disk, an .npz file, or the "
-        "dataset.toml of kohya's scripts.",
+        "Training images: a folder as its trainer had it (captions beside the images or metadata, "
+        "kohya's 30_name, or subfolders that are classes), the dataset.toml of kohya's scripts, a "
+        "data set of the library datasets saved to disk or by its id on the Hub (owner/name), or "
+        "an .npz file.",
     ),
     "queries": (Path, "The images to explain, in the same forms, or one image file."),
     "operator": (Path, "The file that fit wrote, which says what that was given."),

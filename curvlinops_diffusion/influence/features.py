@@ -83,6 +83,19 @@ def feature_regression_scores(
     return scores_QN.square() if squared else scores_QN
 
 
+def check_encodes(regression: NoisedRegression) -> None:
+    """Check that there are latents.
+
+    Raises:
+        ValueError: If there is no autoencoder.
+    """
+    if not regression.encodes:
+        raise ValueError(
+            "`method` 'latents' needs a pipeline with an autoencoder, and this network is given "
+            "pixels. Pass 'pixels'."
+        )
+
+
 def pixels_of(regression: NoisedRegression, like: Size | None = None) -> Tensor:
     """The pixels of a problem's images, ``[N, ...]``; all of the size of the first, or ``like``."""
     return _features(regression, lambda clean: clean.x0, like)
@@ -95,11 +108,7 @@ def latents_of(regression: NoisedRegression, like: Size | None = None) -> Tensor
         ValueError: If its pipeline has no autoencoder, or latents of several shapes are packed into
             tokens, of which none is in the place of another.
     """
-    if not regression.encodes:
-        raise ValueError(
-            "`method` 'latents' needs a pipeline with an autoencoder, and this network is given "
-            "pixels. Pass 'pixels'."
-        )
+    check_encodes(regression)
     return _features(regression, lambda clean: regression.objective.encode(clean).mean, like)
 
 

@@ -13,8 +13,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.agreement import SplitHalfScores
 from curvlinops_diffusion.influence.features import (
+    check_encodes,
     feature_regression_scores,
     latents_of,
     pixels_of,
@@ -144,7 +146,10 @@ def _of_gradients(
 
 
 def methods_named(
-    method: str | Iterable[str], measurement: str, num_draws: int | Literal["auto"]
+    method: str | Iterable[str],
+    measurement: str,
+    num_draws: int | Literal["auto"],
+    regression: NoisedRegression | None = None,
 ) -> list[Method]:
     """The methods of some names, once each, checked before anything is computed.
 
@@ -153,9 +158,11 @@ def methods_named(
         measurement: What is measured.
         num_draws: Draws of timestep and noise, ``"auto"`` to take them until the first images are
             told.
+        regression: The training images, if they are open.
 
     Raises:
-        ValueError: If there is no method of a name, or one is not for what is measured or drawn.
+        ValueError: If there is no method of a name, or one is not for what is measured or drawn, or
+            not for these images.
     """
     names = [method] if isinstance(method, str) else list(method)
     methods = [check_option("method", name, Method) for name in dict.fromkeys(names)]
@@ -180,4 +187,6 @@ def methods_named(
             f"'{methods[0].value}', which looks at the images alone. Pass a number, or another "
             "method first."
         )
+    if Method.LATENTS in methods and regression is not None:
+        check_encodes(regression)
     return methods

@@ -31,6 +31,9 @@ _NAMES = (
 _AS_IN_HEADERS = {
     "debiased_estimation_loss": "debiased_estimation",
     "pretrained_model_name_or_path": "sd_model_name",
+    "vae": "vae_name",
+    "max_train_epochs": "num_epochs",
+    "caption_extention": "caption_extension",
 }
 _KINDS = ("ss_base_model_version", "modelspec.architecture", "model_type", "model_family", "arch")
 

@@ -147,7 +147,8 @@ def kohya(z: Entries, base: Base) -> Iterator[Setting]:
     yield from z.notes("ss_vae_name", _VAE)
     yield from z.notes("ss_token_warmup_step", "training began with some of the tags")
     yield from z.notes("ss_validation_split", "so much of the images was kept from training")
-    yield from _class_images(z, "ss_num_reg_images", "ss_prior_loss_weight")
+    for name in ("ss_num_reg_images", "ss_reg_data_dir"):
+        yield from _class_images(z, name, "ss_prior_loss_weight")
     folders = z.get("ss_dataset_dirs")
     for folder, own in (folders if isinstance(folders, dict) else {}).items():
         times = f"{own.get('img_count')} images, each {own.get('n_repeats')} times"
@@ -278,13 +279,15 @@ _KOHYA_DATA = {
     "min_bucket_reso": "bucket_min",
     "max_bucket_reso": "bucket_max",
     "bucket_no_upscale": "bucket_no_upscale",
+    "bucket_reso_steps": "bucket_step",  # of a file of arguments alone, as the extension
+    "caption_extension": "caption_extension",
     "flip_aug": "augment",
     "random_crop": "random_crop",
     "shuffle_caption": "shuffle_captions",
     "keep_tokens": "keep_tokens",
     "resize_interpolation": "interpolation",
 }
-_KOHYA_USUAL = {"min_bucket_reso": 256, "max_bucket_reso": 1024}
+_KOHYA_USUAL = {"min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64}
 _KOHYA_DRAWN = {
     "color_aug": "changes colours at random",
     "face_crop_aug_range": "crops faces at random",

@@ -673,7 +673,9 @@ def test_adapters_of_another_kind_of_pipeline(tmp_path, entries, kind):
 def test_the_arguments_in_a_file_of_toml(tmp_path):
     (tmp_path / "kohya.toml").write_text(
         "v_parameterization = true\n[loss]\ndebiased_estimation_loss = true\nmin_timestep = 100\n"
-        '[data]\nresolution = "512,512"\nflip_aug = true\n'
+        '[data]\nresolution = "512,512"\nflip_aug = true\nbucket_reso_steps = 32\n'
+        'reg_data_dir = "reg"\nprior_loss_weight = 0.5\nmax_train_epochs = 10\n'
+        "caption_dropout_every_n_epochs = 4\n"
     )
     assert decided(tmp_path / "kohya.toml", SD) == {
         "training_arguments.prediction_type": "v_prediction",
@@ -681,6 +683,9 @@ def test_the_arguments_in_a_file_of_toml(tmp_path):
         "timesteps": "stratified:100:1000",
         "resolution": 512,
         "augment": "flip",
+        "bucket_step": 32,
+        "prior_loss_weight": 0.5,
+        "condition_dropout": pytest.approx(0.2),
     }
 
 
