@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -396,6 +397,11 @@ def test_a_script_of_diffusers(tmp_path):
     }
     assert decided(folder, SD) == expected
     assert decided(folder / "pytorch_lora_weights.safetensors", SD) == expected
+    (log,) = folder.glob("logs/*/*/hparams.yml")  # with whatever objects of Python
+    objects = {"betas": (0.9, 0.99), "logging_dir": Path("logs")}
+    log.write_text(yaml.dump(arguments | objects, Dumper=yaml.Dumper))
+    assert "python/object" in log.read_text()
+    assert decided(folder, SD) == expected
     (folder / "checkpoint-500").mkdir()
     save_file({"w": torch.zeros(1)}, folder / "checkpoint-500" / "pytorch_lora_weights.safetensors")
     assert decided(folder / "checkpoint-500", SD) == expected
