@@ -718,7 +718,13 @@ def simpletuner(z: Entries, base: Base) -> Iterator[Setting]:
         yield Setting(f"offset_noise={offset > 0}", "noise_offset", offset, refused=refused)
         if z.get("prediction_type"):
             yield from _predicts(z, base, "prediction_type", str(z.get("prediction_type")))
-        yield from _zero_snr(z, base, "rescale_betas_zero_snr")
+        name = "rescale_betas_zero_snr"  # without it false, whatever the base has
+        yield from _zero_snr(replace(z, values={name: False, **z.values}), base, name)
+        if base.family == "StableDiffusionXL":
+            text = (
+                "the network was told sizes after resizing, and zeros where captions were dropped"
+            )
+            yield Setting("sizes of SimpleTuner", note=text)
     else:
         shift = z.number("flow_schedule_shift", 3.0) or 1.0
         scale, uniform = z.number("flow_sigmoid_scale", 1.0), z.get("flow_use_uniform_schedule")

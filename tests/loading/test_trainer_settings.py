@@ -608,6 +608,14 @@ def test_simpletuner(tmp_path):
             decided(tmp_path, FLUX)
     (tmp_path / "simpletuner_config.json").write_text('{"model_family": "sd3"}')
     assert decided(tmp_path, SD3)["training_arguments.max_sequence_length"] == 154
+    (tmp_path / "simpletuner_config.json").write_text('{"model_family": "sdxl"}')
+    base = Base("StableDiffusionXLPipeline", {"rescale_betas_zero_snr": True})
+    found, lines = settle(read_settings(tmp_path), base, {}, KNOWN)
+    assert found == {
+        "condition_dropout": 0.1,
+        "training_arguments.rescale_betas_zero_snr": False,
+    }
+    assert any("told sizes after resizing" in line for line in lines)
 
 
 def test_a_card_and_peft(tmp_path):
