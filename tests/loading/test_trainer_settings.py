@@ -244,6 +244,9 @@ def test_levels_of_flux_by_kohyas_scripts(tmp_path, sampling):
     """Quantiles of the share of noise as in flux_train_utils.py, of images of 512 pixels."""
     entries = {"ss_timestep_sampling": sampling, "ss_sigmoid_scale": 0.8, "ss_resolution": 512}
     found = by_kohya(tmp_path, FLUX, **entries, ss_discrete_flow_shift=3.1582)
+    datasets = json.dumps([{"resolution": [512, 512], "subsets": []}])
+    own = {k: z for k, z in entries.items() if k != "ss_resolution"} | {"ss_datasets": datasets}
+    assert by_kohya(tmp_path, FLUX, **own, ss_discrete_flow_shift=3.1582) == found
     assert "training_arguments.shift" not in found  # levels are the pipeline's, without a shift
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     sigmas_T = noise_process(scheduler).sigmas_T
