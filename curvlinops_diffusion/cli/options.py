@@ -84,9 +84,10 @@ def flag(name: str) -> str:
 _OWN: dict[str, tuple[Any, str]] = {
     "data": (
         Path,
-        "Training images: a folder (subfolders are classes; metadata.jsonl may give text or "
-        "label), a data set of the library datasets saved to disk, an .npz file, or the "
-        "dataset.toml of kohya's scripts.",
+        "Training images: a folder as its trainer had it (captions beside the images or metadata, "
+        "kohya's 30_name, or subfolders that are classes), the dataset.toml of kohya's scripts, a "
+        "data set of the library datasets saved to disk or by its id on the Hub (owner/name), or "
+        "an .npz file.",
     ),
     "queries": (Path, "The images to explain, in the same forms, or one image file."),
     "operator": (Path, "The file that fit wrote, which says what that was given."),
@@ -369,7 +370,7 @@ def commands() -> dict[str, Command]:
                     "plan! retrained! output! scores queries measurement query_draws",
                     output="The file to write, .safetensors.",
                     queries="The images to measure; by default those of --scores.",
-                    query_draws=f"{SCORE} num_draws",
+                    query_draws="cli.validate:measured",
                 ),
                 **common,
                 "Its training": _options(TRAINING, seed="cli.validate:measured"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -95,6 +95,8 @@ class NoiseProcess:
         variance: Which variance ancestral sampling adds, ``'small'`` (that of the posterior given
             ``x0``) or ``'large'`` (``beta_t``).
         clip: What ancestral sampling does to predicted clean examples; ``None`` for nothing.
+        weighed_alphas_T: The signal scales by which training weighed levels whose variance is
+            preserved, where these were other ones; ``None`` for ``alphas_T``.
     """
 
     alphas_T: Tensor
@@ -103,6 +105,7 @@ class NoiseProcess:
     prediction_type: PredictionType | str
     variance: str = "small"
     clip: Clip | None = None
+    weighed_alphas_T: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Refuse an unknown prediction type."""
@@ -116,6 +119,15 @@ class NoiseProcess:
     def num_levels(self) -> int:
         """The number of noise levels ``T``."""
         return len(self.timesteps_T)
+
+    @property
+    def weighed(self) -> NoiseProcess:
+        """The process by whose levels weightings are made."""
+        alphas_T = self.weighed_alphas_T
+        if alphas_T is None:
+            return self
+        sigmas_T = (1 - alphas_T.square()).sqrt()
+        return replace(self, alphas_T=alphas_T, sigmas_T=sigmas_T, weighed_alphas_T=None)
 
     @property
     def snr_T(self) -> Tensor:
@@ -292,6 +304,7 @@ def as_trained(
     prediction_type: str | None = None,
     rescale_betas_zero_snr: bool | None = None,
     shift: float | None = None,
+    weights_before_rescaling: bool | None = None,
 ) -> Any:
     """A copy of a scheduler with what training set otherwise; ``None`` for what it has.
 
@@ -301,20 +314,27 @@ def as_trained(
         rescale_betas_zero_snr: Whether no signal is left at the last level (Lin et al., 2024,
             Algorithm 1), for any class of schedulers.
         shift: The shift of flow matching's levels.
+        weights_before_rescaling: Whether levels are weighed by the signal that they had before
+            none was left at the last, as by kohya's scripts.
     """
     if shift is not None:
         return type(scheduler).from_config(
             scheduler.config, shift=shift, use_dynamic_shifting=False
         )
-    made = deepcopy(scheduler)
-    if rescale_betas_zero_snr is False and made.config.get("rescale_betas_zero_snr"):
-        made = type(made).from_config(made.config, rescale_betas_zero_snr=False)
+    made = before = deepcopy(scheduler)
+    if made.config.get("rescale_betas_zero_snr"):
+        before = type(made).from_config(made.config, rescale_betas_zero_snr=False)
+    if rescale_betas_zero_snr is False:
+        made = before
+    weighed = before.alphas_cumprod if weights_before_rescaling else None
     if prediction_type is not None:
         made.register_to_config(prediction_type=prediction_type)
     if rescale_betas_zero_snr:
         alphas_T = made.alphas_cumprod.double().sqrt()
         alphas_T = (alphas_T - alphas_T[-1]) * alphas_T[0] / (alphas_T[0] - alphas_T[-1])
         made.alphas_cumprod = alphas_T.square()
+    if weighed is not None:
+        made.weighed_alphas_cumprod = weighed
     return made
 
 
@@ -380,4 +400,7 @@ def _variance_preserving(scheduler: Any) -> NoiseProcess:
         clip = Clip(float(config.get("sample_max_value", 1.0)), quantile)
     elif config.get("clip_sample", False):
         clip = Clip(float(config.get("clip_sample_range", 1.0)))
-    return NoiseProcess(alphas_T, sigmas_T, timesteps_T, PredictionType(name), variance, clip)
+    weighed = getattr(scheduler, "weighed_alphas_cumprod", None)
+    weighed_T = None if weighed is None else weighed.double().cpu().sqrt()
+    kind = PredictionType(name)
+    return NoiseProcess(alphas_T, sigmas_T, timesteps_T, kind, variance, clip, weighed_T)

@@ -40,7 +40,7 @@ _OF_CALL = (
     *("frame_rate", *_SIZES),
 )
 #: What training may have set otherwise in the scheduler, and not shown the network.
-OF_SCHEDULER = ("prediction_type", "rescale_betas_zero_snr", "shift")
+OF_SCHEDULER = ("prediction_type", "rescale_betas_zero_snr", "weights_before_rescaling", "shift")
 
 
 def training_arguments(
@@ -132,7 +132,10 @@ _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "'epsilon', 'sample' or 'v_prediction'",
         lambda z: z in ("epsilon", "sample", "v_prediction"),
     ),
-    "rescale_betas_zero_snr": ("True or False", lambda z: isinstance(z, bool)),
+    **dict.fromkeys(
+        ("rescale_betas_zero_snr", "weights_before_rescaling"),
+        ("True or False", lambda z: isinstance(z, bool)),
+    ),
     "shift": ("a finite number above 0", lambda z: _is_number(z) and z > 0),
     "clip_skip": (
         "a whole number of at least 0, or None",

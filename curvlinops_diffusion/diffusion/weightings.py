@@ -148,7 +148,7 @@ def weight_table(weighting: Weighting, process: NoiseProcess) -> Tensor:
         return torch.ones(process.num_levels, dtype=torch.float64)
     weights: Any = weighting
     if isinstance(weighting, ProcessWeighting):
-        weights = weighting(process)
+        weights = weighting(process.weighed)
     elif callable(weighting):
         weights = weighting(process.timesteps_T)
     try:

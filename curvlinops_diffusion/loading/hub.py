@@ -16,7 +16,8 @@ _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:[:/](.+))?")
 _TEXTS = ["*.json", "*.txt", "*.model", "*.tiktoken"]
 _PATTERNS = {
     "pipeline": [*_TEXTS, "*/*.safetensors"],  # none beside model_index.json, of another form
-    "adapter": ["*.json", "*.safetensors"],
+    # and what trainers leave of their settings
+    "adapter": ["*.json", "*.safetensors", "config.yaml", "*hparams.yml", "README.md"],
     "data": [
         *(f"*{end}" for end in sorted(SUFFIXES)),
         *("*.json", "*.jsonl", "*.csv", "*.txt", "*.caption", "*.toml"),

@@ -87,6 +87,7 @@ class Setting:
         usual: What it is without the option, by the base.
         refused: What it does to the objective that no option expresses.
         note: A sentence for people.
+        of_data: Whether a file that lists the images would say it as well.
     """
 
     entry: str
@@ -95,10 +96,11 @@ class Setting:
     usual: Any = None
     refused: str = ""
     note: str = ""
+    of_data: bool = False
 
 
 # values of entries that say of a choice that it is the plain one
-_PLAIN = ("none", "l2", "mse", "balanced", "raw")
+_PLAIN = ("none", "l2", "mse", "balanced", "raw", ",")
 
 
 @dataclass(frozen=True)

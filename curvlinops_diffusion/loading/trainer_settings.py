@@ -31,6 +31,9 @@ _NAMES = (
 _AS_IN_HEADERS = {
     "debiased_estimation_loss": "debiased_estimation",
     "pretrained_model_name_or_path": "sd_model_name",
+    "vae": "vae_name",
+    "max_train_epochs": "num_epochs",
+    "caption_extention": "caption_extension",
 }
 _KINDS = ("ss_base_model_version", "modelspec.architecture", "model_type", "model_family", "arch")
 
@@ -110,7 +113,11 @@ def _short_hash(file: Path) -> str:
 
 
 def settle(
-    found: TrainerSettings, base: Base, given: Mapping[str, Any], known: Collection[str]
+    found: TrainerSettings,
+    base: Base,
+    given: Mapping[str, Any],
+    known: Collection[str],
+    listed: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """Decide options by what a trainer left; those that are given by hand stand.
 
@@ -119,6 +126,8 @@ def settle(
         base: The pipeline.
         given: Options that are given by hand, with ``training_arguments.…`` apart.
         known: The options that there are.
+        listed: Whether the images are those of a trainer's file that lists them, which says itself
+            what was made of them.
 
     Returns:
         The options that are decided, and what people are told, a line each.
@@ -136,6 +145,8 @@ def settle(
         entry = f"{setting.entry} of '{found.source.name}'"
         if option == "snr_gamma" and given.get("weighting", "min-snr") != "min-snr":
             continue  # of the weighting that is not taken
+        if listed and setting.of_data and setting.refused:
+            continue
         if setting.note:
             lines.append(f"{entry}: {setting.note}")
         elif option in given:
@@ -308,15 +319,27 @@ def _parsed(file: Path) -> dict[str, Any]:
         if file.suffix == ".json":
             values = json.loads(text)
         else:
-            import yaml
-
-            values = yaml.safe_load(text)
+            values = _of_yaml(text)
     except Exception as error:  # of three parsers
         said = " ".join(str(error).split())
         raise ValueError(
             f"'{file}' cannot be read ({said}). Copy it again, or pass `recipe='none'`."
         ) from error
     return values if isinstance(values, dict) else {}
+
+
+def _of_yaml(text: str) -> Any:
+    """The values of a text; of tuples the entries, of other objects of Python nothing."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def plainly(loader: Any, kind: str, node: Any) -> Any:
+        return loader.construct_sequence(node) if kind == "tuple" else None
+
+    Loader.add_multi_constructor("tag:yaml.org,2002:python/", plainly)
+    return yaml.load(text, Loader)  # noqa: S506 - a safe one
 
 
 def _card(folder: Path) -> dict[str, Any]:

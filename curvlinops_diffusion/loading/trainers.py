@@ -9,17 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import exp, log, sqrt
+from math import exp, log
 from typing import Any
 
 from curvlinops_diffusion.loading.trainer_entries import Base, Entries, Setting, plain
 
 # what several trainers have
 _MASKS, _ERROR = "weights pixels by masks", "replaces the squared error"
+_ZEROS = "replaces a text encoder's output by zeros"
 _PADDING, _LEVELS = "masks the padding of prompts", "draws levels in another way"
 _DROPOUT = "the adapter's dropout is off here, as in sampling"
 _VAE = "latents were those of this autoencoder, not of the base's"
 _SHIFT, _GUIDANCE = "training_arguments.shift", "training_arguments.guidance_scale"
+_TOKENS = "training_arguments.max_sequence_length"
 
 
 def _square(value: Any) -> int | None:
@@ -93,9 +95,23 @@ def _class_images(z: Entries, name: str, weight: str) -> Iterator[Setting]:
 # kohya's sd-scripts
 # ---------------------------------------------------------------------------------------------
 
+_FLUX = {
+    "ss_timestep_sampling": "sigma",
+    "ss_discrete_flow_shift": 3.0,
+    "ss_model_prediction_type": "sigma_scaled",
+    "ss_guidance_scale": 3.5,
+}
+# by which the scripts run where they are not given
+_KOHYA_FLOW: dict[str, dict[str, Any]] = {
+    "Flux": _FLUX,
+    "Chroma": _FLUX,
+    "Lumina2": {"ss_timestep_sampling": "shift", "ss_discrete_flow_shift": 6.0},
+}
+
 
 def kohya(z: Entries, base: Base) -> Iterator[Setting]:
     """``ss_*`` in a file's header, or the arguments in a file of TOML under these names."""
+    z = _kohya_run(z, base)
     for name in ("ss_clip_skip", "modelspec.encoder_layer"):
         if z.get(name) is not None and base.clip_alone:  # 1 is the last layer
             skipped = max(int(z.number(name)) - 1, 0)
@@ -104,11 +120,12 @@ def kohya(z: Entries, base: Base) -> Iterator[Setting]:
     name = "ss_max_token_length"
     if z.get(name, 75) != 75 and not base.flow:
         yield from z.sets(name, "training_arguments.max_token_length", z.get(name))
-    dropped = z.number("ss_caption_dropout_rate")
+    name, dropped = "ss_caption_dropout_rate", z.number("ss_caption_dropout_rate")
     if every := int(z.number("ss_caption_dropout_every_n_epochs")):
+        name = "ss_caption_dropout_every_n_epochs"
         total = max(int(z.number("ss_num_epochs", every)), 1)
         dropped = 1 - (1 - dropped) * (1 - total // every / total)
-    yield from z.sets("ss_caption_dropout_rate", "condition_dropout", dropped)
+    yield from z.sets(name, "condition_dropout", dropped)
     yield from z.decides(ss_caption_tag_dropout_rate="tag_dropout")
     yield from (_kohya_flow if base.flow else _kohya_noise)(z, base)
     yield from z.refuses_all(
@@ -118,15 +135,36 @@ def kohya(z: Entries, base: Base) -> Iterator[Setting]:
         ss_weighted_captions="weights words of captions",
         ss_apply_t5_attn_mask=_PADDING,
         ss_apply_lg_attn_mask=_PADDING,
+        ss_clip_l_dropout_rate=_ZEROS,
+        ss_clip_g_dropout_rate=_ZEROS,
+        ss_t5_dropout_rate=_ZEROS,
     )
     yield from z.notes("ss_network_dropout", _DROPOUT)
+    own = z.get("ss_network_args")
+    if "lycoris" in str(z.get("ss_network_module")) and isinstance(own, dict):
+        text = "its derivatives went through the norms of weights, and here none does"
+        yield from Entries(own, z.source).notes("dora_wd", text)
     yield from z.notes("ss_vae_name", _VAE)
-    yield from _class_images(z, "ss_num_reg_images", "ss_prior_loss_weight")
+    yield from z.notes("ss_token_warmup_step", "training began with some of the tags")
+    yield from z.notes("ss_validation_split", "so much of the images was kept from training")
+    for name in ("ss_num_reg_images", "ss_reg_data_dir"):
+        yield from _class_images(z, name, "ss_prior_loss_weight")
     folders = z.get("ss_dataset_dirs")
     for folder, own in (folders if isinstance(folders, dict) else {}).items():
         times = f"{own.get('img_count')} images, each {own.get('n_repeats')} times"
         yield Setting(f"'{folder}' of ss_dataset_dirs", note=times)
-    yield from _kohya_data(z)
+    for setting in _kohya_data(z):
+        yield replace(setting, of_data=True)
+
+
+def _kohya_run(z: Entries, base: Base) -> Entries:
+    """A header, which has everything; or a run's arguments with those that scripts run by else."""
+    if "ss_session_id" in z or "ss_sd_model_name" not in z:
+        return z
+    usual: dict[str, Any] = {"ss_v_parameterization": False, "ss_zero_terminal_snr": False}
+    if base.flow and base.family in _KOHYA_FLOW:
+        usual |= _KOHYA_FLOW[base.family]
+    return replace(z, values={**usual, **z.values})
 
 
 def _kohya_noise(z: Entries, base: Base) -> Iterator[Setting]:
@@ -147,6 +185,10 @@ def _kohya_noise(z: Entries, base: Base) -> Iterator[Setting]:
             yield from z.refuses(name, "makes the offset of the noise another one")
     yield from _kohya_perturbation(z)
     yield from _min_snr(z, "ss_min_snr_gamma", base)
+    weighed = z.get("ss_min_snr_gamma") or z.get("ss_debiased_estimation")
+    if weighed and z.get("ss_zero_terminal_snr"):  # they are made before levels are rescaled
+        name = "training_arguments.weights_before_rescaling"
+        yield Setting(z.shown("ss_zero_terminal_snr"), name, True)
     if z.get("ss_debiased_estimation"):
         name, both = "ss_debiased_estimation", bool(z.get("ss_min_snr_gamma"))
         refused = "multiplies two weightings" if both else ""
@@ -156,10 +198,24 @@ def _kohya_noise(z: Entries, base: Base) -> Iterator[Setting]:
         ss_v_pred_like_loss="weights noise levels",
         ss_scale_v_pred_loss_like_noise_pred="weights noise levels",
     )
-    within, name = z.get("modelspec.timestep_range"), "modelspec.timestep_range"
-    if within is not None:
-        lowest, end = re.findall(r"\d+", str(within))
-        yield from z.sets(name, "timesteps", f"stratified:{lowest}:{end}")
+    yield from _kohya_range(z)
+
+
+def _kohya_range(z: Entries) -> Iterator[Setting]:
+    """The levels from one to before another; where these are one level, that alone."""
+    name = "modelspec.timestep_range"
+    if z.get(name) is None:
+        return
+    ends = [int(end) for end in re.findall(r"\d+", str(z.values[name]))]
+    if len(ends) != 2:
+        raise ValueError(
+            f"'{z.source}' holds {z.shown(name)}, which must be two numbers. Pass "
+            "`recipe='none'`, and what training did by the options."
+        )
+    lowest, end = ends if ends[0] < ends[1] else (ends[1], ends[1] + 1)
+    yield from z.sets(
+        name, "timesteps", None if ends == [0, 1000] else f"stratified:{lowest}:{end}"
+    )
 
 
 def _kohya_perturbation(z: Entries) -> Iterator[Setting]:
@@ -174,20 +230,30 @@ def _kohya_flow(z: Entries, base: Base) -> Iterator[Setting]:
     """Levels, target and weights of flow matching."""
     sampling, scheme = z.get("ss_timestep_sampling"), str(z.get("ss_weighting_scheme", "none"))
     mean, std = z.number("ss_logit_mean"), z.number("ss_logit_std", 1.0)
-    if base.family == "StableDiffusion3":  # whose levels have no shift
-        name = "ss_weighting_scheme"
-        yield from z.sets(name, _SHIFT, 1.0, base.shift)
+    if base.family == "StableDiffusion3":  # whose levels have none of the scheduler's shift
+        name, shift = "ss_weighting_scheme", z.number("ss_training_shift", 1.0)
+        yield from z.sets(name, _SHIFT, shift, base.shift)
         yield from _of_clean_image(z, name, scheme)
         yield from _scheme(z, name, scheme, mean, std)
+        tokens = int(z.number("ss_t5xxl_max_token_length", 256))
+        yield Setting(f"t5xxl_max_token_length={tokens}", _TOKENS, tokens)
+        if scheme == "logit_normal" or shift != 1:
+            yield from z.refuses("modelspec.timestep_range", "draws levels within a range")
+        else:
+            yield from _kohya_range(z)
         return
     yield from _kohya_perturbation(z)
     if base.guided and "ss_guidance_scale" in z:
         yield from z.decides(ss_guidance_scale=_GUIDANCE)
-    if "schnell" in str(z.get("modelspec.architecture")):
-        yield from z.sets("modelspec.architecture", "training_arguments.max_sequence_length", 256)
+    if (name := "ss_t5xxl_max_token_length") in z:
+        yield from z.sets(name, _TOKENS, z.get(name))
+    elif "schnell" in str(z.get("modelspec.architecture")):
+        yield from z.sets("modelspec.architecture", _TOKENS, 256)
     yield from z.refuses("ss_model_prediction_type", "compares other than the velocity")
     scale, shift = z.number("ss_sigmoid_scale", 1.0), z.number("ss_discrete_flow_shift", 1.0)
-    name, side = "ss_timestep_sampling", _square(z.get("ss_resolution"))
+    datasets, name = z.get("ss_datasets"), "ss_timestep_sampling"
+    sides = _of_subsets(datasets).get("resolution", []) if isinstance(datasets, list) else []
+    side = _square(z.get("ss_resolution") if len(sides) != 1 else sides[0])
     if sampling == "sigma":
         yield from z.sets("ss_discrete_flow_shift", _SHIFT, shift, base.shift)
         yield from _scheme(z, "ss_weighting_scheme", scheme, -mean, std)  # from noise to data
@@ -199,6 +265,8 @@ def _kohya_flow(z: Entries, base: Base) -> Iterator[Setting]:
         levels = _logit_normal(means[sampling], scale) if sampling in means else None
         yield from z.sets(name, _SHIFT, 1.0, base.shift)
         yield from z.sets(name, "timesteps", levels)
+        if sampling == "flux_shift":
+            yield from z.notes(name, "levels are those of a square, for images of other shapes too")
     else:
         yield from z.refuses(name, _LEVELS)
 
@@ -215,18 +283,22 @@ _KOHYA_DATA = {
     "min_bucket_reso": "bucket_min",
     "max_bucket_reso": "bucket_max",
     "bucket_no_upscale": "bucket_no_upscale",
+    "bucket_reso_steps": "bucket_step",  # of a file of arguments alone, as the extension
+    "caption_extension": "caption_extension",
     "flip_aug": "augment",
     "random_crop": "random_crop",
     "shuffle_caption": "shuffle_captions",
     "keep_tokens": "keep_tokens",
     "resize_interpolation": "interpolation",
 }
-_KOHYA_USUAL = {"min_bucket_reso": 256, "max_bucket_reso": 1024}
+_KOHYA_USUAL = {"min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64}
 _KOHYA_DRAWN = {
     "color_aug": "changes colours at random",
     "face_crop_aug_range": "crops faces at random",
     "enable_wildcard": "draws words of captions",
     "keep_tokens_separator": "separates the tokens of captions that are kept",
+    "secondary_separator": "joins tags, and becomes a comma",
+    "caption_separator": "separates tags by another sign",
     "caption_prefix": "adds text to captions, as a dataset.toml as `images` says",
     "caption_suffix": "adds text to captions, as a dataset.toml as `images` says",
 }
@@ -239,8 +311,10 @@ def _kohya_data(z: Entries) -> Iterator[Setting]:
     # what is kept is not shuffled, nor dropped
     shuffled = z.get("ss_shuffle_caption") or z.get("ss_caption_tag_dropout_rate")
     shuffled = shuffled or True in several.get("shuffle_caption", ())
+    bucketed = several.get("enable_bucket", [z.get("ss_enable_bucket")])
+    sized = "resolution" in several or bool(z.get("ss_resolution"))
     for key in (*_KOHYA_DATA, *_KOHYA_DRAWN):
-        if key.startswith("keep_tokens") and not shuffled:
+        if key.startswith(("keep_tokens", "caption_separator")) and not shuffled:
             continue
         name = f"ss_{key}" if key not in several else f"{key} of ss_datasets"
         values = several.get(key, [z.get(name)])
@@ -251,6 +325,11 @@ def _kohya_data(z: Entries) -> Iterator[Setting]:
             yield Setting(name, option, refused=f"differs by subset ({said})")
         elif key == "resolution":
             yield from _resolution(own, name)
+        elif key == "enable_bucket" and value is False and sized:
+            yield Setting(own.shown(name), option, "square")
+        elif key == "random_crop" and value and bucketed == [False]:
+            refused = "cuts parts out of images that are not resized"
+            yield Setting(own.shown(name), option, refused=refused)
         elif option == "interpolation" and value is not None:
             how = {"linear": "bilinear", "cubic": "bicubic"}.get(value, value)
             known = how in ("bilinear", "bicubic", "lanczos")
@@ -310,7 +389,7 @@ def diffusers(z: Entries, base: Base) -> Iterator[Setting]:
         yield from z.decides(guidance_scale=_GUIDANCE)
     if base.flow:
         tokens = z.get("max_sequence_length")
-        yield from z.sets("max_sequence_length", "training_arguments.max_sequence_length", tokens)
+        yield from z.sets("max_sequence_length", _TOKENS, tokens)
     yield from z.refuses_all(
         loss_type=_ERROR,
         dream_training="adds what the network predicts to the target",
@@ -347,16 +426,16 @@ def onetrainer(z: Entries, base: Base) -> Iterator[Setting]:
     yield from z.decides(offset_noise_weight="noise_offset")
     if z.number("offset_noise_weight") and not base.flow:
         yield from z.refuses("generalized_offset_noise", "scales offset noise by the level")
-    predicts = base.prediction_type
+    predicts, name = base.prediction_type, "rescale_noise_scheduler_to_zero_terminal_snr"
     if not base.flow:
-        yield from _zero_snr(z, base, "rescale_noise_scheduler_to_zero_terminal_snr")
-        for name, kind in (
-            ("force_v_prediction", "v_prediction"),
-            ("force_epsilon_prediction", "epsilon"),
-        ):
-            if z.get(name):
-                predicts = kind
-                yield from _predicts(z, base, name, kind)
+        if z.get(name):  # a scheduler that has it stays as it is without
+            yield from _zero_snr(z, base, name)
+        forced = {name: "v_prediction"}
+        if z.get("training_method") == "FINE_TUNE":  # adapters have the base's, whatever is said
+            forced |= {"force_v_prediction": "v_prediction", "force_epsilon_prediction": "epsilon"}
+        if name := next(filter(z.get, forced), ""):
+            predicts = forced[name]
+            yield from _predicts(z, base, name, predicts)
     name, weight = "loss_weight_fn", z.get("loss_weight_fn", "CONSTANT")
     if weight == "MIN_SNR_GAMMA":
         yield from z.sets(name, "weighting", "min-snr")
@@ -378,10 +457,12 @@ def onetrainer(z: Entries, base: Base) -> Iterator[Setting]:
     )
     yield from z.notes("dropout_probability", _DROPOUT)
     yield from _resolution(z)
+    yield from _onetrainer_concepts(z)
     side, name = _square(z.get("resolution")), "aspect_ratio_bucketing"
     if side is not None and z.get(name):
         step = {"StableDiffusion": 8, "PixArt": 16, "Sana": 32}.get(base.family or "", 64)
-        yield from z.sets(name, "buckets", _onetrainer_buckets(side, step))
+        yield from z.sets(name, "buckets", "onetrainer")
+        yield from z.sets(name, "bucket_step", step, 64)
 
 
 def _onetrainer_text(z: Entries, base: Base) -> Iterator[Setting]:
@@ -393,17 +474,88 @@ def _onetrainer_text(z: Entries, base: Base) -> Iterator[Setting]:
     if base.clip_alone or base.family == "StableDiffusionXL":
         refused = "" if len(set(skipped)) == 1 else "skips unlike layers of two text encoders"
         yield Setting(z.shown(name), layers, skipped[0], refused=refused)
-    elif base.family == "Flux":
+    else:
+        for which in ("", "_2", "_3"):
+            skips = "skips layers of a text encoder"
+            yield from z.refuses(f"text_encoder{which}_layer_skip", skips)
+    if base.family == "Flux":
         name = "text_encoder_2_sequence_length"
-        yield from z.sets(name, "training_arguments.max_sequence_length", z.get(name))
+        yield from z.sets(name, _TOKENS, z.get(name))
     parts = {name: z.get(name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
     for name, part in parts.items():
         own = Entries(part if isinstance(part, Mapping) else {}, z.source)
-        for setting in own.refuses("dropout_probability", "replaces its output by zeros"):
+        for setting in own.refuses("dropout_probability", _ZEROS):
             yield replace(setting, entry=f"{name}.{setting.entry}")
     network = z.get("transformer")
-    if base.guided and isinstance(network, Mapping) and "guidance_scale" in network:
-        yield from Entries(network, z.source).decides(guidance_scale=_GUIDANCE)
+    own = Entries(network if isinstance(network, Mapping) else {}, z.source)
+    if base.guided and "guidance_scale" in own:
+        yield from own.decides(guidance_scale=_GUIDANCE)
+    if base.family in ("Flux", "StableDiffusion3"):
+        yield from own.refuses("attention_mask", _PADDING)
+
+
+# what a concept does to images that no option expresses, at random or always
+_CHANGES = {
+    "flip": "mirrors images",
+    "rotate": "rotates images",
+    "brightness": "changes brightness",
+    "contrast": "changes contrast",
+    "saturation": "changes saturation",
+    "hue": "changes hues",
+}
+
+
+def _onetrainer_concepts(z: Entries) -> Iterator[Setting]:
+    """What was made of the images and captions of concepts, where a config has these."""
+    found = [own for own in z.get("concepts") or () if isinstance(own, Mapping)]
+    found = [own for own in found if own.get("enabled", True)]
+    if any(own.get("type") == "PRIOR_PREDICTION" for own in found):
+        yield Setting("concepts", note="the base's predictions of others were trained on too")
+    found = [own for own in found if own.get("type", "STANDARD") == "STANDARD"]
+    if not found:
+        return
+    image, text = ([Entries(c.get(k) or {}, z.source) for c in found] for k in ("image", "text"))
+    for own in image:
+        for what, does in _CHANGES.items():
+            yield from own.refuses(f"enable_fixed_{what}", does)
+            if what != "flip":
+                yield from own.refuses(f"enable_random_{what}", does)
+        yield from own.refuses("enable_resolution_override", "trains on several sizes")
+    shuffled = [bool(own.get("enable_tag_shuffling")) for own in text]
+    dropped = [
+        own.number("tag_dropout_probability") if own.get("tag_dropout_enable") else 0.0
+        for own in text
+    ]
+    for own, varied, rate in zip(text, shuffled, dropped, strict=True):
+        yield from own.refuses("caps_randomize_enable", "changes capitals of captions")
+        special = own.get("tag_dropout_special_tags_mode", "NONE") != "NONE"
+        if rate and (special or own.get("tag_dropout_mode", "FULL") != "RANDOM"):
+            yield from own.refuses("tag_dropout_enable", "drops tags in another way")
+        if (rate or varied) and own.get("tag_delimiter", ",") != ",":
+            yield from own.refuses("tag_delimiter", "separates tags by another sign")
+    flips = ["flip" if own.get("enable_random_flip") else None for own in image]
+    named = ["file_name" if own.get("prompt_source") == "filename" else None for own in text]
+    kept = [own.get("keep_tags_count", 1) for own in text]
+    kept = [n if a or b else 0 for n, a, b in zip(kept, shuffled, dropped, strict=True)]
+    decided: dict[str, tuple[str, Sequence[Any]]] = {
+        "enable_crop_jitter": ("random_crop", [o.get("enable_crop_jitter", True) for o in image]),
+        "enable_random_flip": ("augment", flips),
+        "enable_tag_shuffling": ("shuffle_captions", shuffled),
+        "tag_dropout_probability": ("tag_dropout", dropped),
+        "keep_tags_count": ("keep_tokens", kept),
+        "prompt_source": ("caption_column", named),
+    }
+    for name, (option, values) in decided.items():
+        refused = "" if all(value == values[0] for value in values) else "differs by concept"
+        yield Setting(f"{name} of concepts", option, values[0], refused=refused)
+    for name, does in (
+        ("balancing", "images were not seen alike often"),
+        ("loss_weight", "images did not weigh alike"),
+    ):
+        numbers = {own.get(name, 1.0) for own in found}
+        if len(numbers) > 1:
+            said = ", ".join(f"'{own.get('name', '')}' {own.get(name, 1.0)}" for own in found)
+            yield Setting(f"{name} of concepts", note=f"{does} ({said})")
 
 
 def _onetrainer_levels(z: Entries, base: Base) -> Iterator[Setting]:
@@ -428,15 +580,6 @@ def _onetrainer_levels(z: Entries, base: Base) -> Iterator[Setting]:
         yield from z.refuses(name, _LEVELS)
 
 
-def _onetrainer_buckets(side: int, step: int) -> str:
-    """OneTrainer's sizes (height, width) of about the area of a square: nine shapes, both ways."""
-    shapes = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4)
-    sides = [(side / sqrt(shape), side * sqrt(shape)) for shape in shapes]
-    sizes = [(round(h / step) * step, round(w / step) * step) for h, w in sides]
-    both = dict.fromkeys([*sizes, *((w, h) for h, w in sizes)])
-    return ";".join(f"{h},{w}" for h, w in both)
-
-
 # ---------------------------------------------------------------------------------------------
 # ai-toolkit and SimpleTuner
 # ---------------------------------------------------------------------------------------------
@@ -446,12 +589,18 @@ def ai_toolkit(z: Entries, base: Base) -> Iterator[Setting]:
     """``config.yaml`` of the output folder: train and data sets of its process."""
     train = Entries(z.get("train", {}), z.source)
     yield from train.decides(noise_offset="noise_offset")
-    yield from _min_snr(train, "min_snr_gamma", base)
     model = Entries(z.get("model", {}), z.source)
+    if model.get("is_v_pred"):
+        yield from train.refuses("min_snr_gamma", "weighs velocities as it does noise")
+    else:
+        yield from _min_snr(train, "min_snr_gamma", base)
     if not base.flow:
         predicts = "v_prediction" if model.get("is_v_pred") else "epsilon"
         yield from _predicts(model, base, "is_v_pred", predicts)
     yield from model.notes("vae_path", _VAE)
+    yield from model.refuses("attn_masking", _PADDING)
+    if base.family == "StableDiffusion3":
+        yield Setting("prompts of 256 tokens", _TOKENS, 256)
     yield from train.refuses_all(
         loss_type=_ERROR,
         snr_gamma="weights noise levels by a fixed scale",
@@ -468,7 +617,42 @@ def ai_toolkit(z: Entries, base: Base) -> Iterator[Setting]:
         bypass_guidance_embedding="shows the network no guidance",
         short_and_long_captions="shows two captions of each image",
         prompt_dropout_prob="drops prompts of single text encoders",
+        prompt_saturation_chance="repeats prompts",
+        random_noise_multiplier="scales the noise at random",
+        random_noise_shift="shifts the noise at random",
+        blended_blur_noise="blurs the noise",
+        force_consistent_noise="keeps the noise of each image",
+        do_signal_correction_noise="adds the image to the noise",
+        do_batch_noise_correction="adds other images to the noise",
+        do_signal_amplification="amplifies the image",
+        standardize_images="standardises images",
+        standardize_latents="standardises latents",
+        adaptive_scaling_factor="scales latents by the image",
+        match_noise_norm="rescales what the network predicts",
+        correct_pred_norm="rescales the target",
+        t0_loss_target="compares other than the velocity",
+        do_fft_loss="adds a loss of frequencies",
+        do_prior_divergence="subtracts a loss of the base's prediction",
+        target_norm_std="adds a loss of the prediction's deviation",
+        train_turbo="trains several steps at once",
+        do_cfg="guides what the network predicts",
+        do_random_cfg="guides what the network predicts",
     )
+    for name, usual, does in (
+        ("loss_target", "noise", "replaces the target"),
+        ("min_denoising_steps", 0, _LEVELS),
+        ("noise_multiplier", 1, "scales the noise"),
+        ("target_noise_multiplier", 1, "scales the target"),
+        ("img_multiplier", 1, "scales images"),
+        ("latent_multiplier", 1, "scales latents"),
+        ("noisy_latent_multiplier", 1, "scales noised latents"),
+        ("pred_scaler", 1, "scales what the network predicts"),
+        ("optimal_noise_pairing_samples", 1, "chooses the noise by the image"),
+    ):
+        if train.get(name, usual) != usual:
+            yield Setting(train.shown(name), refused=does)
+    if train.number("max_denoising_steps", 999) < 999:
+        yield Setting(train.shown("max_denoising_steps"), refused=_LEVELS)
     if base.flow:
         how = train.get("timestep_type", "sigmoid")
         entry, known = f"timestep_type={how}", {"sigmoid": "logit-normal", "linear": None}
@@ -486,6 +670,12 @@ def ai_toolkit(z: Entries, base: Base) -> Iterator[Setting]:
             flip_y="mirrors images upside down",
             random_scale="scales images at random",
             augmentations="changes images at random",
+            augments="changes images at random",
+            standardize_images="standardises images",
+            random_triggers="adds words to captions at random",
+            replacements="replaces words of captions",
+            use_short_captions="shows short captions",
+            poi="cuts around a part of each image",
             mask_path=_MASKS,
             alpha_mask=_MASKS,
         )
@@ -514,8 +704,30 @@ def ai_toolkit(z: Entries, base: Base) -> Iterator[Setting]:
         else:
             yield from own.sets(name, option, "flip" if option == "augment" else value)
     yield from z.sets("trigger_word", "trigger_word", z.get("trigger_word"))
+    yield from _toolkit_sizes(sets, base)
     if sets:
         yield Setting("all lines of captions", "caption_lines", "all")
+
+
+def _toolkit_sizes(sets: Sequence[Entries], base: Base) -> Iterator[Setting]:
+    """Buckets, which ai-toolkit has unless it is told otherwise, and how images are resized."""
+    shaped = {own.get("buckets", True) and not own.get("square_crop") for own in sets}
+    entry = f"buckets={', '.join(map(str, sorted(shaped)))}"
+    if len(shaped) > 1:
+        yield Setting(entry, "buckets", refused="differs by data set")
+    elif True in shaped:
+        # of autoencoders, and of patches where its class for several networks doubles them
+        coarse = base.family in ("Flux", "StableDiffusion3", "QwenImage", "Chroma")
+        step = 32 if coarse and not base.kind.startswith("FluxKontext") else 16
+        yield Setting(entry, "buckets", "ai-toolkit")
+        yield Setting(entry, "bucket_step", step, 64)
+        if not any("resolution" in own for own in sets):
+            yield Setting("resolution=512, which is its default", "resolution", 512)
+    elif sets:
+        yield Setting(entry, "interpolation", "bicubic")
+        if any(own.get("random_crop") and not own.get("square_crop") for own in sets):
+            refused = "cuts parts out of images that are not resized"
+            yield Setting("random_crop=True without buckets", "random_crop", refused=refused)
 
 
 def simpletuner(z: Entries, base: Base) -> Iterator[Setting]:
@@ -528,7 +740,13 @@ def simpletuner(z: Entries, base: Base) -> Iterator[Setting]:
         yield Setting(f"offset_noise={offset > 0}", "noise_offset", offset, refused=refused)
         if z.get("prediction_type"):
             yield from _predicts(z, base, "prediction_type", str(z.get("prediction_type")))
-        yield from _zero_snr(z, base, "rescale_betas_zero_snr")
+        name = "rescale_betas_zero_snr"  # without it false, whatever the base has
+        yield from _zero_snr(replace(z, values={name: False, **z.values}), base, name)
+        if base.family == "StableDiffusionXL":
+            text = (
+                "the network was told sizes after resizing, and zeros where captions were dropped"
+            )
+            yield Setting("sizes of SimpleTuner", note=text)
     else:
         shift = z.number("flow_schedule_shift", 3.0) or 1.0
         scale, uniform = z.number("flow_sigmoid_scale", 1.0), z.get("flow_use_uniform_schedule")
@@ -540,11 +758,23 @@ def simpletuner(z: Entries, base: Base) -> Iterator[Setting]:
         yield from z.refuses("input_perturbation_steps", "lowers the perturbation by the step")
     dropped = z.number("caption_dropout_probability", 0.1)
     yield Setting(f"caption_dropout_probability={dropped:g}", "condition_dropout", dropped)
+    if base.family == "StableDiffusion3":
+        tokens = min(int(z.number("tokenizer_max_length", 154)), 154)
+        yield Setting(f"tokenizer_max_length={tokens}", _TOKENS, tokens)
+    padded = z.get("t5_padding") == "zero" and base.family in ("Flux", "StableDiffusion3")
+    yield from z.refuses("t5_padding", "shows zeros for padding") if padded else ()
     yield from z.refuses_all(
         loss_type=_ERROR,
+        flux_attention_masked_training=_PADDING,
         flow_use_beta_schedule=_LEVELS,
         flow_schedule_auto_shift=_LEVELS,
         flux_fast_schedule=_LEVELS,
+        flow_cubic_schedule_weights=_LEVELS,
+        flow_custom_timesteps=_LEVELS,
+        timestep_bias_strategy=_LEVELS,
+        mixflow_enabled="mixes the noise of several levels",
+        diff2flow_enabled="replaces the target",
+        twinflow_enabled="adds losses of twin trajectories",
     )
     if base.guided:
         scale, constant = z.number("flux_guidance_value", 1.0), "constant"

@@ -165,7 +165,7 @@
   const effectsOf = (place) => {
     const rows = at.map((own, q) => [q, own.get(place)]).filter(([, i]) => i !== undefined).sort(([p, i], [q, j]) => rankOf(p, i) - rankOf(q, j));
     const left = Q - rows.length;
-    return [make("h3", {}, "which pictures did it help?"),
+    return [make("h3", {}, data.sign ? "which pictures did it help?" : "what is it to each picture?"),
       make("div", { className: "scroll", tabIndex: 0 }, make("table", {}, make("thead", {}, make("tr", {}, ...["query", ...data.methods, "rank", ""].map((head) => make("th", {}, head)))),
         make("tbody", {}, ...rows.map(([q, i]) => make("tr", {}, make("td", {}, make("a", { href: `#${data.queries[q][0]}`, onclick: () => viewer.close() }, nameOf(data.queries[q][1]))), ...numbersOf(q, i).map((text) => make("td", {}, text)), make("td", {}, `${rankOf(q, i).toLocaleString("en")}`), make("td", {}, titles[kindOf(q, i)])))))),
       ...(left ? [make("p", { className: "none" }, `Of ${left} other queries it is neither among the first nor the last.`)] : [])];

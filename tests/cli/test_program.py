@@ -105,6 +105,28 @@ def test_several_methods(fitted, tmp_path, capsys):
     assert "--method 'regression' adds the square of how" in capsys.readouterr().err
 
 
+def test_what_a_method_needs_is_missed_before_the_fit(folder, tmp_path, capsys):
+    words = ["--pipeline", folder / "pipeline", "--data", folder / "train", "--quiet"]
+    words += ["--queries", folder / "queries", "--output", tmp_path / "result"]
+    for more, told in (
+        (["--method", "latents"], "--method 'latents' needs a pipeline with an autoencoder"),
+        (["--method", "pixels", "--num-draws", "auto"], "--num-draws auto needs a first method"),
+    ):
+        assert run(["attribute", *map(str, words), *more]) == 2
+        assert told in capsys.readouterr().err
+        assert not (tmp_path / "result").exists()
+
+
+def test_images_alone_cost_no_pass(fitted, tmp_path, capsys):
+    output = ["--method", "pixels", "--output", tmp_path / "p.safetensors"]
+    assert run(arguments(fitted, "score", *output, "--dry-run")) == 0
+    assert "samples forward and backward   0\n" in capsys.readouterr().out
+    assert run(arguments(fitted, "score", *output)) == 0
+    assert run(["inspect", str(tmp_path / "p.safetensors")]) == 0
+    told = capsys.readouterr().out
+    assert "pixels look at the images alone: no draws could make them surer" in told
+
+
 def test_inspect(fitted, capsys):
     """Ten lines that name what it is of; all as JSON; of an operator without PyTorch."""
     assert run(["inspect", str(fitted / "scores.safetensors")]) == 0

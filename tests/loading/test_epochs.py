@@ -215,5 +215,8 @@ def test_downloads(cache, monkeypatch):
 
     assert on_hub("two/half", "adapter", incomplete) == cache
     assert [local for name, local, _ in asked if name == "two/half"] == [True, False]
+    allowed, ignored = asked[-1][2]["allow_patterns"], []
+    for path in ("README.md", "config.yaml", "simpletuner_config.json", "logs/a/1/hparams.yml"):
+        assert matches(path)  # by which the recipe is known
     with pytest.raises(ValueError, match=r"cannot be had from the Hub: 404 Client Error \(Req.*Pa"):
         on_hub("two/none", "adapter", str)

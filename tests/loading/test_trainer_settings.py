@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ KNOWN = {
     *("noise_offset", "input_perturbation", "condition_dropout", "weighting", "snr_gamma"),
     *("augment", "resolution", "training_arguments", "timesteps", "buckets", "random_crop"),
     *("shuffle_captions", "keep_tokens", "tag_dropout", "prior_loss_weight", "prompt"),
-    *("bucket_min", "bucket_max", "caption_column", "interpolation"),
+    *("bucket_min", "bucket_max", "bucket_step", "caption_column", "interpolation"),
 }
 KOHYA = {"ss_session_id": "1", "ss_network_module": "networks.lora"}
 
@@ -99,7 +100,7 @@ def test_a_step_of_kohyas_scripts(tmp_path):
         recipe=file,
         training_arguments={"sample_latents": False},
     )
-    assert len(attributor.settings) == 9
+    assert len(attributor.settings) == 10
     assert pipeline.scheduler.config.prediction_type == "epsilon"  # the user's stays as it is
     regression = attributor.regression.with_draws(4, antithetic=False)
     ids = pipeline.tokenizer(["a cat"] * 3, padding="max_length", max_length=8, return_tensors="pt")
@@ -109,6 +110,7 @@ def test_a_step_of_kohyas_scripts(tmp_path):
 
     # custom_train_functions.py: shifted so that the last root is zero, the first as it was
     root = torch.cumprod(1 - pipeline.scheduler.betas.double(), 0).sqrt()
+    snr_T = (root**2 / (1 - root**2)).float()  # before that, by which they weigh
     first, last = float(root[0]), float(root[-1])
     root = (root - last) * first / (first - last)
     alpha_T, sigma_T = root.float(), (1 - root**2).sqrt().float()
@@ -125,7 +127,7 @@ def test_a_step_of_kohyas_scripts(tmp_path):
         assert_close(batch.x_t, alpha * x0 + sigma * perturbed, 1e-5)
         assert_close(batch.target_BD, (alpha * noise - sigma * x0).flatten(1), 1e-5)
         assert_close(batch.condition["encoder_hidden_states"], norm(hidden), 1e-5)
-        snr = (alpha / sigma).square().flatten()
+        snr = snr_T[batch.level_B]
         weight = snr.clamp(max=3.0) / (snr + 1)
         assert_close(batch.weight_B, weight / x0[0].numel(), 1e-4)
         assert torch.equal(batch.timestep_B, batch.level_B)
@@ -144,6 +146,19 @@ def test_a_step_of_kohyas_scripts(tmp_path):
         (SD, {"ss_debiased_estimation": True}, {"weighting": "debiased"}),
         (SD, {"ss_min_snr_gamma": 1}, {"weighting": "min-snr", "snr_gamma": 1.0}),
         (SD, {"ss_caption_dropout_rate": 0.1}, {"condition_dropout": 0.1}),
+        (SD, {"ss_caption_dropout_every_n_epochs": 4}, {"condition_dropout": 0.25}),
+        (SD, {"modelspec.timestep_range": "0,1000"}, {}),
+        (SD, {"modelspec.timestep_range": "700,700"}, {"timesteps": "stratified:700:701"}),
+        (
+            SD3,
+            {"modelspec.timestep_range": "200,800"},
+            {"timesteps": "stratified:200:800", "training_arguments.max_sequence_length": 256},
+        ),
+        (
+            Base("StableDiffusionXLPipeline", {"rescale_betas_zero_snr": True}),
+            {"ss_zero_terminal_snr": True, "ss_debiased_estimation": True},
+            {"weighting": "debiased", "training_arguments.weights_before_rescaling": True},
+        ),
         (SD, {"modelspec.timestep_range": "200,800"}, {"timesteps": "stratified:200:800"}),
         (SD, {"modelspec.prediction_type": "epsilon", "ss_zero_terminal_snr": False}, {}),
         (
@@ -192,7 +207,7 @@ def test_a_step_of_kohyas_scripts(tmp_path):
                     ]
                 )
             },
-            {"resolution": 768, "augment": "flip"},
+            {"resolution": 768, "augment": "flip", "buckets": "square"},
         ),
         (
             SD3,
@@ -201,6 +216,7 @@ def test_a_step_of_kohyas_scripts(tmp_path):
                 "training_arguments.shift": 1.0,
                 "weighting": "preconditioned",
                 "timesteps": "logit-normal:0.5:2",
+                "training_arguments.max_sequence_length": 256,
             },
         ),
         (
@@ -228,6 +244,9 @@ def test_levels_of_flux_by_kohyas_scripts(tmp_path, sampling):
     """Quantiles of the share of noise as in flux_train_utils.py, of images of 512 pixels."""
     entries = {"ss_timestep_sampling": sampling, "ss_sigmoid_scale": 0.8, "ss_resolution": 512}
     found = by_kohya(tmp_path, FLUX, **entries, ss_discrete_flow_shift=3.1582)
+    datasets = json.dumps([{"resolution": [512, 512], "subsets": []}])
+    own = {k: z for k, z in entries.items() if k != "ss_resolution"} | {"ss_datasets": datasets}
+    assert by_kohya(tmp_path, FLUX, **own, ss_discrete_flow_shift=3.1582) == found
     assert "training_arguments.shift" not in found  # levels are the pipeline's, without a shift
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     sigmas_T = noise_process(scheduler).sigmas_T
@@ -254,6 +273,16 @@ def test_levels_of_flux_by_kohyas_scripts(tmp_path, sampling):
         (SD, {"ss_debiased_estimation": True, "ss_min_snr_gamma": 5}, "multiplies two weightings"),
         (FLUX, {"ss_model_prediction_type": "sigma_scaled"}, "compares other than the velocity"),
         (FLUX, {"ss_timestep_sampling": "new"}, "draws levels in another way"),
+        (
+            SD3,
+            {"ss_weighting_scheme": "logit_normal", "modelspec.timestep_range": "200,800"},
+            r"modelspec.timestep_range=200,800 draws levels within a range",
+        ),
+        (
+            SD,
+            {"ss_datasets": '[{"subsets": [{"secondary_separator": ";;;"}]}]'},
+            "secondary_separator of ss_datasets=;;; joins tags, and becomes a comma",
+        ),
         (
             SD,
             {"ss_datasets": '[{"subsets": [{"flip_aug": true}, {"flip_aug": false}]}]'},
@@ -371,6 +400,11 @@ def test_a_script_of_diffusers(tmp_path):
     }
     assert decided(folder, SD) == expected
     assert decided(folder / "pytorch_lora_weights.safetensors", SD) == expected
+    (log,) = folder.glob("logs/*/*/hparams.yml")  # with whatever objects of Python
+    objects = {"betas": (0.9, 0.99), "logging_dir": Path("logs")}
+    log.write_text(yaml.dump(arguments | objects, Dumper=yaml.Dumper))
+    assert "python/object" in log.read_text()
+    assert decided(folder, SD) == expected
     (folder / "checkpoint-500").mkdir()
     save_file({"w": torch.zeros(1)}, folder / "checkpoint-500" / "pytorch_lora_weights.safetensors")
     assert decided(folder / "checkpoint-500", SD) == expected
@@ -404,7 +438,7 @@ def test_onetrainer(tmp_path):
         "offset_noise_weight": 0.05,
         "perturbation_noise_weight": 0.0,
         "rescale_noise_scheduler_to_zero_terminal_snr": True,
-        "force_v_prediction": True,
+        "force_v_prediction": False,  # as rescaling does
         "loss_weight_fn": "MIN_SNR_GAMMA",
         "loss_weight_strength": 5.0,
         "timestep_distribution": "LOGIT_NORMAL",
@@ -419,8 +453,9 @@ def test_onetrainer(tmp_path):
     path = tmp_path / "ot.safetensors"
     save_file({"w": torch.zeros(1)}, path, metadata={"ot_config": json.dumps(config)})
     found = decided(path, SD)
-    buckets = found.pop("buckets")
     assert found == {
+        "buckets": "onetrainer",
+        "bucket_step": 8,
         "noise_offset": 0.05,
         "training_arguments.rescale_betas_zero_snr": True,
         "training_arguments.prediction_type": "v_prediction",
@@ -428,12 +463,16 @@ def test_onetrainer(tmp_path):
         "snr_gamma": 5.0,
         "timesteps": "logit-normal:0.5:2",
         "training_arguments.clip_skip": 1,
+        "training_arguments.sample_latents": False,
         "resolution": 512,
     }
-    # the same area at each of nine ratios, in steps of eight
-    sizes = [tuple(map(int, pair.split(","))) for pair in buckets.split(";")]
-    assert sizes[:3] == [(512, 512), (456, 576), (416, 624)]
-    assert sizes[9:] == [(w, h) for h, w in sizes[1:9]]
+    del config["rescale_noise_scheduler_to_zero_terminal_snr"]
+    config["force_v_prediction"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    option = "training_arguments.prediction_type"
+    assert option not in decided(tmp_path / "config.json", SD)  # adapters have the base's
+    (tmp_path / "config.json").write_text(json.dumps(config | {"training_method": "FINE_TUNE"}))
+    assert decided(tmp_path / "config.json", SD)[option] == "v_prediction"
     _, lines = settle(read_settings(path), SD, {}, KNOWN)
     assert "trained on 'runwayml/stable-diffusion-v1-5', got 'sd'" in lines[0]
     flux = {"model_type": "FLUX_DEV_1", "dynamic_timestep_shifting": True, "noising_weight": 0.0}
@@ -441,7 +480,15 @@ def test_onetrainer(tmp_path):
         json.dumps(config | flux | {"loss_weight_fn": "CONSTANT"})
     )
     mean = 0.5 + 0.5 + 0.65 / 3840 * (1024 - 256)  # of the bias, and of 1,024 tokens
+    with pytest.raises(ValueError, match="text_encoder_layer_skip=1 skips layers of a text enc"):
+        decided(tmp_path / "config.json", FLUX)
+    flux |= {"loss_weight_fn": "CONSTANT", "text_encoder_layer_skip": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config | flux))
     assert decided(tmp_path / "config.json", FLUX)["timesteps"] == f"logit-normal:{mean:.9g}:1"
+    flux |= {"transformer": {"attention_mask": True}}
+    (tmp_path / "config.json").write_text(json.dumps(config | flux))
+    with pytest.raises(ValueError, match="attention_mask=True masks the padding of prompts"):
+        decided(tmp_path / "config.json", FLUX)
     for changed, told in (
         ({"perturbation_noise_weight": 0.1}, "adds noise to input and target"),
         ({"text_encoder": {"dropout_probability": 0.1}}, "text_encoder.dropout_probability=0.1 re"),
@@ -451,6 +498,38 @@ def test_onetrainer(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | changed))
         with pytest.raises(ValueError, match=told):
             decided(tmp_path / "config.json", SD)
+
+
+def test_concepts_of_onetrainer(tmp_path):
+    def read(*concepts):
+        config = {"training_method": "LORA", "model_type": "STABLE_DIFFUSION_15"}
+        config |= {"concepts": [{"name": f"c{n}", **own} for n, own in enumerate(concepts)]}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        found, lines = settle(read_settings(tmp_path / "config.json"), SD, {}, KNOWN)
+        return {k: z for k, z in found.items() if k != "training_arguments.sample_latents"}, lines
+
+    text = {"prompt_source": "filename", "enable_tag_shuffling": True, "tag_dropout_enable": True}
+    text |= {"tag_dropout_mode": "RANDOM", "tag_dropout_probability": 0.2, "keep_tags_count": 2}
+    image = {"enable_random_flip": True, "enable_crop_jitter": False}
+    off, other = {"enabled": False, "image": {"enable_fixed_hue": True}}, {"type": "VALIDATION"}
+    found, lines = read({"text": text, "image": image}, off, other)
+    assert found == {
+        **{"shuffle_captions": True, "tag_dropout": 0.2, "keep_tokens": 2, "augment": "flip"},
+        "caption_column": "file_name",
+    }
+    assert read({"text": {"keep_tags_count": 1}})[0] == {"random_crop": True}  # as it is usually
+    _, lines = read({"balancing": 2.0}, {"balancing": 1.0})
+    assert "balancing of concepts of 'config.json': images were not seen alike often ('c0' 2" in (
+        "".join(lines)
+    )
+    for concepts, told in (
+        ([{"image": image}, {}], "enable_crop_jitter of concepts differs by concept"),
+        ([{"image": {"enable_random_hue": True}}], "enable_random_hue=True changes hues"),
+        ([{"text": text | {"tag_dropout_mode": "FULL"}}], "drops tags in another way"),
+        ([{"text": text | {"tag_delimiter": ";"}}], "tag_delimiter=; separates tags by another"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            read(*concepts)
 
 
 def test_ai_toolkit(tmp_path):
@@ -480,11 +559,55 @@ def test_ai_toolkit(tmp_path):
         "training_arguments.guidance_scale": 1.0,
         "condition_dropout": 0.05,
         "augment": "flip",
+        "buckets": "ai-toolkit",
+        "bucket_step": 32,
     }
     with pytest.raises(
         ValueError, match=r"trained on a FluxPipeline .*FLUX.1-dev.*, got a StableD"
     ):
         decided(tmp_path / "dog.safetensors", SD)
+    process["model"] = {"name_or_path": "sd", "is_v_pred": True}
+    for train, told in (
+        ({"min_snr_gamma": 5.0}, "min_snr_gamma=5.0 weighs velocities as it does noise"),
+        ({"max_denoising_steps": 500}, "max_denoising_steps=500 draws levels in another way"),
+        ({"noise_multiplier": 1.1}, "noise_multiplier=1.1 scales the noise"),
+        ({"loss_target": "source"}, "loss_target=source replaces the target"),
+        ({}, "use_short_captions=True shows short captions"),
+    ):
+        process["datasets"][0]["use_short_captions"] = not train
+        process["train"] = train
+        (tmp_path / "config.yaml").write_text(yaml.dump(config))
+        with pytest.raises(ValueError, match=told):
+            decided(tmp_path / "dog.safetensors", SD, resolution=512)
+
+
+def test_random_crops_of_kohyas_scripts_without_buckets(tmp_path):
+    """They cut parts out of images as these are; ours are resized before."""
+    entries = {"ss_random_crop": True, "ss_enable_bucket": False, "ss_resolution": "512,512"}
+    with pytest.raises(ValueError, match=r"images that are not resized.* Pass `random_crop` to"):
+        by_kohya(tmp_path, SD, **entries)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ([{}], {"buckets": "ai-toolkit", "bucket_step": 16, "resolution": 512}),
+        ([{"buckets": False, "resolution": 256}], {"resolution": 256, "interpolation": "bicubic"}),
+        ([{"square_crop": True}], {"interpolation": "bicubic"}),
+        ([{"resolution": 256}, {"buckets": False, "resolution": 256}], "False, True differs by"),
+        ([{"buckets": False, "random_crop": True}], "images that are not resized"),
+    ],
+)
+def test_sizes_of_ai_toolkit(tmp_path, data, expected):
+    """Buckets where nothing is said of them."""
+    config = {"config": {"name": "dog", "process": [{"train": {}, "datasets": data}]}}
+    (tmp_path / "config.yaml").write_text(yaml.dump(config))
+    save_file({"w": torch.zeros(1)}, tmp_path / "dog.safetensors")
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            decided(tmp_path / "dog.safetensors", SD)
+    else:
+        assert decided(tmp_path / "dog.safetensors", SD) == expected
 
 
 def test_simpletuner(tmp_path):
@@ -504,6 +627,24 @@ def test_simpletuner(tmp_path):
         "condition_dropout": 0.2,
         "resolution": 1024,
     }
+    for changed, told in (
+        ({"t5_padding": "zero"}, "t5_padding=zero shows zeros for padding"),
+        ({"flux_attention_masked_training": True}, "masks the padding of prompts"),
+        ({"flow_custom_timesteps": "100,200"}, "draws levels in another way"),
+    ):
+        (tmp_path / "simpletuner_config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(ValueError, match=told):
+            decided(tmp_path, FLUX)
+    (tmp_path / "simpletuner_config.json").write_text('{"model_family": "sd3"}')
+    assert decided(tmp_path, SD3)["training_arguments.max_sequence_length"] == 154
+    (tmp_path / "simpletuner_config.json").write_text('{"model_family": "sdxl"}')
+    base = Base("StableDiffusionXLPipeline", {"rescale_betas_zero_snr": True})
+    found, lines = settle(read_settings(tmp_path), base, {}, KNOWN)
+    assert found == {
+        "condition_dropout": 0.1,
+        "training_arguments.rescale_betas_zero_snr": False,
+    }
+    assert any("told sizes after resizing" in line for line in lines)
 
 
 def test_a_card_and_peft(tmp_path):
@@ -538,8 +679,9 @@ def test_a_card_and_peft(tmp_path):
 def test_adapters_of_another_kind_of_pipeline(tmp_path, entries, kind):
     path = kohya_file(tmp_path, **entries)
     for base in (SD, XL, SD3, FLUX):
-        if base.kind == kind:
-            assert decided(path, base) == {}
+        if base.kind == kind:  # T5's tokens are of no entry
+            usual = {"training_arguments.max_sequence_length": 256} if base is SD3 else {}
+            assert decided(path, base) == usual
         else:
             with pytest.raises(ValueError, match=rf"trained on a {kind}.*, got a {base.kind}. Pa"):
                 decided(path, base)
@@ -548,7 +690,9 @@ def test_adapters_of_another_kind_of_pipeline(tmp_path, entries, kind):
 def test_the_arguments_in_a_file_of_toml(tmp_path):
     (tmp_path / "kohya.toml").write_text(
         "v_parameterization = true\n[loss]\ndebiased_estimation_loss = true\nmin_timestep = 100\n"
-        '[data]\nresolution = "512,512"\nflip_aug = true\n'
+        '[data]\nresolution = "512,512"\nflip_aug = true\nbucket_reso_steps = 32\n'
+        'reg_data_dir = "reg"\nprior_loss_weight = 0.5\nmax_train_epochs = 10\n'
+        "caption_dropout_every_n_epochs = 4\n"
     )
     assert decided(tmp_path / "kohya.toml", SD) == {
         "training_arguments.prediction_type": "v_prediction",
@@ -556,7 +700,56 @@ def test_the_arguments_in_a_file_of_toml(tmp_path):
         "timesteps": "stratified:100:1000",
         "resolution": 512,
         "augment": "flip",
+        "bucket_step": 32,
+        "prior_loss_weight": 0.5,
+        "condition_dropout": pytest.approx(0.2),
     }
+
+
+def test_a_run_by_arguments_in_a_file(tmp_path):
+    """What is not in it is as the scripts have it without, whatever the pipeline's scheduler."""
+    file, run = tmp_path / "kohya.toml", 'pretrained_model_name_or_path = "sd"\n'
+    file.write_text(run)
+    scheduler = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    assert decided(file, Base("StableDiffusionXLPipeline", scheduler)) == {
+        "training_arguments.prediction_type": "epsilon",
+        "training_arguments.rescale_betas_zero_snr": False,
+    }
+    with pytest.raises(ValueError, match="ss_model_prediction_type=sigma_scaled compares other"):
+        decided(file, FLUX)
+    file.write_text(run + 'model_prediction_type = "raw"\n')
+    assert decided(file, FLUX) == {
+        "training_arguments.shift": 3.0,
+        "training_arguments.guidance_scale": 3.5,
+    }
+    file.write_text(run + "training_shift = 3.0\n[more]\nweighting_scheme = 'sigma_sqrt'\n")
+    base = Base("StableDiffusion3Pipeline", _FLOW | {"shift": 1.0})
+    assert decided(file, base) == {
+        "training_arguments.shift": 3.0,
+        "training_arguments.max_sequence_length": 256,
+    }
+    file.write_text(run + 'model_prediction_type = "raw"\nt5xxl_max_token_length = 128\n')
+    assert decided(file, FLUX)["training_arguments.max_sequence_length"] == 128
+    file.write_text(run + "t5_dropout_rate = 0.1\n")
+    with pytest.raises(ValueError, match=r"ss_t5_dropout_rate=0\.1 replaces a text encoder's out"):
+        decided(file, SD3)
+
+
+def test_what_a_file_that_lists_the_images_says_itself(tmp_path):
+    """Does not refuse the rest of the recipe."""
+    subsets = [{"caption_prefix": "photo", "flip_aug": True}, {"flip_aug": False}]
+    path = kohya_file(tmp_path, ss_clip_skip=2, ss_datasets=json.dumps([{"subsets": subsets}]))
+    with pytest.raises(ValueError, match="caption_prefix of ss_datasets=photo adds text"):
+        decided(path, SD)
+    found, _ = settle(read_settings(path), SD, {}, KNOWN, listed=True)
+    assert found == {"training_arguments.clip_skip": 1}
+
+
+def test_derivatives_through_norms(tmp_path):
+    args = json.dumps({"algo": "lokr", "dora_wd": "True"})
+    entries = {"ss_network_module": "lycoris.kohya", "ss_network_args": args}
+    _, (line,) = settle(read_settings(kohya_file(tmp_path, **entries)), SD, {}, KNOWN)
+    assert line.startswith("dora_wd=True of 'lora.safetensors': its derivatives went through")
 
 
 def test_the_file_of_the_base(tmp_path):
@@ -591,6 +784,9 @@ def test_files_that_are_damaged(tmp_path):
         read_settings(tmp_path / "none")
     path = kohya_file(tmp_path, ss_noise_offset="many")
     with pytest.raises(ValueError, match=r"holds ss_noise_offset='many', which must be a finite"):
+        decided(path, SD)
+    path = kohya_file(tmp_path, **{"modelspec.timestep_range": "700"})
+    with pytest.raises(ValueError, match="timestep_range=700, which must be two numbers"):
         decided(path, SD)
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
@@ -636,6 +832,8 @@ def test_the_program(tmp_path, capsys):
     assert read(recipe="none").augment is None
     assert read(lora=[f"a={path}", f"b={path}"]).augment is None
     assert "not read of several adapters" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"--recipe is of a --pipeline, got --model alone\. Leave"):
+        read(pipeline=None, recipe=str(path))
     kohya_file(tmp_path, ss_loss_type="l1")
     with pytest.raises(ValueError, match=r"ss_loss_type=l1 replaces the squared error. Pass `"):
         read()
@@ -658,6 +856,36 @@ def test_objects_that_are_given_in_python(tmp_path):
     ]
     assert attributor.regression.recipe.noise_offset == 0.2
     assert (attributor.objective.weights_T == 1).all()
+
+
+def test_numbers_at_their_defaults_are_not_given_in_python(tmp_path):
+    """A trainer decides them; those that are given beside it are the user's."""
+    write_images(tmp_path / "train")
+    sizes = {"ss_resolution": (16, 16), "ss_enable_bucket": True, "ss_min_bucket_reso": 16}
+    attributor = Attributor.from_pipeline(
+        pipelines.stable_diffusion(tmp_path),
+        tmp_path / "train",
+        prompts="a cat",
+        recipe=kohya_file(tmp_path, **sizes, ss_max_bucket_reso=512),
+        bucket_max=2048,
+        bucket_step=8,
+    )
+    assert "`bucket_min=16`, by ss_min_bucket_reso=16 of 'lora.safetensors'" in attributor.settings
+    told = "`bucket_max=2048` is given, against ss_max_bucket_reso=512 of 'lora.safetensors'"
+    assert told in attributor.settings
+    assert attributor.images[0]["x0"].shape == (3, 16, 16)
+
+
+def test_a_recipe_that_is_given_is_read_where_scores_do_not_tell(tmp_path):
+    pipelines.stable_diffusion(tmp_path).save_pretrained(tmp_path / "p")
+    path = kohya_file(tmp_path, ss_flip_aug=True, ss_noise_offset=0.1)
+    given = {"recipe": str(path), "pipeline": tmp_path / "p"}
+    options = options_of("validate-measure", **given)
+    read_recipe(options, given)
+    assert (options.noise_offset, options.augment) == (0.1, "flip")
+    options = options_of("validate-measure", scores=tmp_path / "s.safetensors", **given)
+    read_recipe(options, given)
+    assert options.augment is None  # these say all of it
 
 
 # ---------------------------------------------------------------------------------------------

@@ -37,8 +37,9 @@ class Recipe:
         flips: Whether images are mirrored at random.
         dropout: How often a caption is dropped.
         kept: Tags in front of those that are shuffled; ``None`` if none are.
-        buckets: Whether images keep their shapes.
+        buckets: Whether images keep their shapes; ``'ai-toolkit'`` for its own buckets.
         means: Whether latents are means of the autoencoder's distribution, and not drawn from it.
+        crops: Whether images are cut at random, where they are larger.
     """
 
     resolution: int = 64
@@ -48,20 +49,27 @@ class Recipe:
     flips: bool = False
     dropout: float = 0.0
     kept: int | None = None
-    buckets: bool = False
+    buckets: bool | str = False
     means: bool = False
+    crops: bool = False
 
     def options(self):
         """The recipe in our words, without what is none."""
         found = {"resolution": self.resolution, "noise_offset": self.offset}
-        found |= {"condition_dropout": self.dropout, "augment": "flip" if self.flips else None}
+        found |= {
+            "random_crop": self.crops,
+            "condition_dropout": self.dropout,
+            "augment": "flip" if self.flips else None,
+        }
         arguments = {"clip_skip": self.skipped} if self.skipped else {}
         arguments |= {"sample_latents": False} if self.means else {}
         found["training_arguments"] = arguments
         if self.kept is not None:
             found |= {"shuffle_captions": True, "keep_tokens": self.kept}
-        if self.buckets:
+        if self.buckets is True:
             found |= {"buckets": True, "bucket_min": 64, "bucket_max": 256}
+        elif self.buckets:
+            found |= {"buckets": self.buckets, "bucket_step": 16}
         return {name: z for name, z in found.items() if z}
 
 
@@ -276,8 +284,12 @@ def onetrainer(folder, base, recipe):
             "balancing": 1.0,
             "balancing_strategy": "REPEATS",
             "loss_weight": 1.0,
-            "image": {"enable_crop_jitter": True, "enable_random_flip": recipe.flips},
-            "text": {"prompt_source": "sample", "enable_tag_shuffling": recipe.kept is not None},
+            "image": {"enable_crop_jitter": recipe.crops, "enable_random_flip": recipe.flips},
+            "text": {
+                "prompt_source": "sample",
+                "enable_tag_shuffling": recipe.kept is not None,
+                "keep_tags_count": recipe.kept or 0,
+            },
         }
         for name in ("cats", "dogs")
     ]
@@ -319,13 +331,14 @@ def onetrainer(folder, base, recipe):
     path.parent.mkdir()
     save_file(as_kohya(*adapter(base)), path, metadata)
     read = ("offset_noise_weight", "loss_weight_fn", "text_encoder_layer_skip", "resolution")
+    read += ("enable_random_flip", "enable_crop_jitter", "enable_tag_shuffling", "keep_tags_count")
     return Trained(base, path, folder / "train", recipe, captions, read=read)
 
 
 def ai_toolkit(folder, base, recipe):
     """A folder with texts beside images; the job's ``config.yaml`` beside what it wrote."""
     captions = {"a.png": "a, b, c", "b.png": "two d"}
-    write_images(folder / "train", dict.fromkeys(captions, (recipe.resolution,) * 2))
+    write_images(folder / "train", {"a.png": (80, 48), "b.png": (recipe.resolution,) * 2})
     for name, text in captions.items():
         (folder / "train" / name).with_suffix(".txt").write_text(text)
     data = {
@@ -371,8 +384,8 @@ WEIGHTED = {"gamma": 5.0, "offset": 0.05}
 PLAIN = {
     kohya: Recipe(skipped=1, flips=True, dropout=0.3, **WEIGHTED),
     diffusers: Recipe(),
-    onetrainer: Recipe(skipped=1, means=True, **WEIGHTED),
-    ai_toolkit: Recipe(flips=True, dropout=0.3, **WEIGHTED),
+    onetrainer: Recipe(skipped=1, means=True, crops=True, flips=True, kept=1, **WEIGHTED),
+    ai_toolkit: Recipe(flips=True, dropout=0.3, buckets="ai-toolkit", **WEIGHTED),
 }
 FULL = {
     **PLAIN,
