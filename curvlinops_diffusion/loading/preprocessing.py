@@ -56,6 +56,11 @@ _DEEP = (
     "grey images of more than 8 bits are read from 0 to 65535. Training scripts that call "
     "image.convert('RGB') saw all above 255 as white: if yours did, save them as it made them"
 )
+_TRANSPARENT = (
+    "transparent pixels have the colours that their files hold behind them, as kohya's scripts, "
+    "diffusers', OneTrainer and ai-toolkit read them (image.convert('RGB')). If yours were shown "
+    "on a background, save them on it, without alpha"
+)
 _GREY = ("1", "L", "LA", "La", "I")
 # the tag of a TIFF file's image that says what it is; bits of a smaller copy and of a mask
 _SUBFILE, _NO_PAGE = 254, 1 | 4
@@ -215,8 +220,7 @@ class Form:
             of: The size of the image that it lies beside, with which it is resized and cropped.
 
         Raises:
-            ValueError: If it has another size than the network's, is transparent somewhere, or has
-                pixels of unknown range.
+            ValueError: If it has another size than the network's, or pixels of unknown range.
         """
         self.check_channels()
         if not self._is_kohyas:
@@ -230,10 +234,7 @@ class Form:
         if image.has_transparency_data:
             darkest, _ = image.convert("RGBA").getchannel("A").getextrema()
             if darkest != 255:
-                raise ValueError(
-                    f"The image '{name}' has transparent pixels, and what was behind them in "
-                    "training is not known. Save it without alpha, on that background."
-                )
+                warn(_TRANSPARENT, stacklevel=2)
         grey = self.channels == 1 or (self.channels is None and image.mode in _GREY)
         try:
             flat = image.convert("L" if grey else "RGB")

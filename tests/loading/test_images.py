@@ -135,9 +135,9 @@ def test_sixteen_bits_and_transparency(tmp_path):
     for mode in ("LA", "RGBA"):
         image = opaque.convert(mode)
         assert torch.equal(FORM.tensor(image, "a"), FORM.tensor(opaque, "a"))
-        image.putpixel((3, 3), (*image.getpixel((3, 3))[:-1], 254))
-        with pytest.raises(ValueError, match=r"The image 'a' has transparent pixels, and what"):
-            FORM.tensor(image, "a")
+        image.putpixel((3, 3), (*image.getpixel((3, 3))[:-1], 4))
+        with pytest.warns(UserWarning, match=r"transparent pixels have the colours that their"):
+            assert torch.equal(FORM.tensor(image, "a"), FORM.tensor(opaque, "a"))
 
 
 def test_where_training_scripts_differ_is_said(tmp_path):
