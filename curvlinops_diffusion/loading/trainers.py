@@ -533,8 +533,8 @@ def _onetrainer_concepts(z: Entries) -> Iterator[Setting]:
     once = z.get("latent_caching", True) and all(c.get("image_variations", 1) == 1 for c in found)
     cut = [bool(own.get("enable_crop_jitter", True)) for own in image]
     if once and any(cut):
-        text = "images were cut once, at places that nothing tells, and here in the middle"
-        yield Setting("enable_crop_jitter of concepts", note=text)
+        said = "images were cut once, at places that nothing tells, and here in the middle"
+        yield Setting("enable_crop_jitter of concepts", note=said)
     decided: dict[str, tuple[str, Sequence[Any]]] = {
         "enable_crop_jitter": ("random_crop", [each and not once for each in cut]),
         "enable_random_flip": ("augment", flips),
