@@ -34,7 +34,7 @@ def write_photographs(folder: Path, count: int, size: int, seed: int) -> list[st
         top = int(generator.integers(photograph.height - side))
         cut = photograph.crop((left, top, left + side, top + side)).resize((size, size))
         names.append(f"{n:04}.png")
-        cut.save(folder / names[-1])
+        cut.save(folder / names[-1], compress_level=1)
     return names
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from curvlinops_diffusion.influence.agreement import Agreement, SplitHalfScores
 from curvlinops_diffusion.influence.measurements.registry import Better
+from curvlinops_diffusion.influence.methods import Method
 from curvlinops_diffusion.influence.score_files import better_of, helpful_sign, write_scores
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.influence.tables import Columns, lines_of, table_blocks, write_table
@@ -48,14 +49,14 @@ class GroupInfluence:
     Attributes:
         query: The query's name.
         group: The group's.
-        sum: The sum of its images' scores: the predicted change of the measured value had the model
-            been trained without any of them, to first order (Koh et al., 2019).
+        sum: The sum of its images' scores: of ``influence`` the predicted change of the measured
+            value had the model been trained without any of them, to first order (Koh et al., 2019).
         count: How many images it has.
         mean: The sum of one image, on average.
         share: The sum as a share of the query's measured value; ``None`` where that is not known.
         rank: Its place among the groups, from 1, the most helpful.
         effect: ``'helps'`` or ``'hinders'``; ``'lowers it'`` or ``'raises it'`` where neither sign
-            of what was measured is good.
+            of what was measured is good; ``'alike'`` of methods that look at the images alone.
         agreement: Whether the sums of either half of the draws have the same sign; ``None`` where
             the draws cannot be halved.
         method: The method.
@@ -79,8 +80,8 @@ class Attribution:
 
     Attributes:
         scores: The scores of the first method, ``[Q, N]``. Of ``influence``, predicted changes of
-            the measured value had the model been trained without the image; those of
-            ``regression`` have no unit, only their order says something.
+            the measured value had the model been trained without the image; those of the
+            other methods have no unit, only their order says something.
         by_method: The scores of each method, of which the first orders; in files if each process
             has written its own.
         halves: Those of two halves of the draws, by method; ``None`` where the draws cannot be
@@ -317,6 +318,8 @@ class Attribution:
         Q, N = next(iter(self.by_method.values())).shape
         sure = self.agreement
         told = sure or "How sure they are is not known: that takes multiples of 4 draws."
+        if not Method(next(iter(self.by_method))).takes_draws:
+            told = "They look at the images alone: no draws could make them surer."
         methods = " and ".join(self.by_method)
         return f"{Q} × {N} scores, of queries and training images, by {methods}. {told}"
 

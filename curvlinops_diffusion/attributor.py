@@ -34,24 +34,23 @@ from curvlinops_diffusion.diffusion.weightings import weighting_of
 from curvlinops_diffusion.influence.agreement import MAX_DRAWS, Agreement, plain_numbers
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernel_regression import RIDGE
-from curvlinops_diffusion.influence.methods import Method, check_measurement, scores_of
+from curvlinops_diffusion.influence.methods import Method, methods_named, scores_of
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.influence.scores import can_be_halved
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.linalg.parameters import Parameters
-from curvlinops_diffusion.loading.dataset_config import DatasetConfig, is_config
+from curvlinops_diffusion.loading.decided import by_data, by_hand, by_recipe
 from curvlinops_diffusion.loading.layout import Layout
 from curvlinops_diffusion.page.gallery import RegressionGallery
 from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
-from curvlinops_diffusion.runtime.checks import check_count, check_option
+from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.files import check_file_name, check_same, check_space
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
 from curvlinops_diffusion.runtime.processes import Processes
 
-log = logging.getLogger(__name__)
 # the number of draws that "auto" begins with
 _FIRST_DRAWS = 16
 OPERATORS = {"ekfac": DiffusionEKFACLinearOperator, "kfac": DiffusionKFACLinearOperator}
@@ -98,7 +97,7 @@ class Attributor:
         params: The parameters, as they were passed.
         passes: How long work is run.
         run: What decided the run, as plain values that files keep in their headers.
-        settings: What was read of a trainer's recipe, a line each.
+        settings: What was read of a trainer's recipe and of its list of the data, a line each.
 
     Raises:
         ValueError: If data or recipe are of no accepted kind.
@@ -217,12 +216,12 @@ class Attributor:
                 cut from the middle; with ``buckets=True`` the side of the square whose area these
                 have; ``None`` for images of the network's size.
             buckets: The aspect buckets that images are resized and cropped to: ``True`` for those
-                of kohya's scripts, or heights and widths, ``[(672, 1568), …]``, as
-                ``--aspect_ratio_buckets`` of ``diffusers``' scripts, also written
-                ``'672,1568;…'``, or ``'auto'`` for their ``--use_aspect_ratio_buckets``. Batches
-                are of one bucket each.
-            bucket_step: What the sides of kohya's buckets are multiples of.
-            bucket_min: The shortest side that they have.
+                of kohya's scripts, ``'square'`` for the one that they have without; heights and
+                widths, ``[(672, 1568), …]`` or ``'672,1568;…'``, as ``--aspect_ratio_buckets`` of
+                ``diffusers``' scripts, ``'auto'`` for their ``--use_aspect_ratio_buckets``;
+                ``'onetrainer'`` or ``'ai-toolkit'`` for theirs. Batches are of one bucket each.
+            bucket_step: What the sides of these, and of kohya's, are multiples of.
+            bucket_min: The shortest side that kohya's have.
             bucket_max: The longest side that they have.
             bucket_no_upscale: Whether images smaller than their bucket get one of their own.
             interpolation: How images are resized; ``None`` for bilinear, or with ``buckets=True``
@@ -253,23 +252,19 @@ class Attributor:
                 pipeline, or changes the objective in a way that no option expresses.
         """
         told = {k: v for k, v in locals().items() if k in _OF_PIPELINE}
-        if decided := _decided(images, told, options):
-            return cls.from_pipeline(pipeline, images, **(told | options | decided))
+        told, lines = _read(images, pipeline, told | options)
         if isinstance(pipeline, list | tuple):
             from curvlinops_diffusion.checkpoints import CheckpointAttributor
 
-            return CheckpointAttributor(pipeline, images, **told, **options)
-        if recipe not in (None, "none") and not hasattr(pipeline, "objective"):
-            del told["recipe"]
-            settled, lines = _as_read(Path(recipe), pipeline, {**told, **options}, images)
-            read = cls.from_pipeline(pipeline, images, **settled)
-            read.settings = lines
-            return read
-        beside = {k: v for k, v in told.items() if k not in (*_OF_OBJECTIVE, "recipe")}
-        if not hasattr(pipeline, "objective"):  # else a Network, with what the others say
-            of_objective = {k: told[k] for k in _OF_OBJECTIVE}
-            pipeline = _loading().Network.of_pipeline(pipeline, **of_objective)
-        return cls.of_network(pipeline, images, **beside, **options)
+            found: Attributor = CheckpointAttributor(pipeline, images, **told)
+        else:
+            if not hasattr(pipeline, "objective"):  # else a Network, with what the others say
+                of_objective = {k: told[k] for k in _OF_OBJECTIVE}
+                pipeline = _loading().Network.of_pipeline(pipeline, **of_objective)
+            beside = {k: v for k, v in told.items() if k not in (*_OF_OBJECTIVE, "recipe")}
+            found = cls.of_network(pipeline, images, **beside)
+        found.settings = lines + found.settings
+        return found
 
     @classmethod
     def of_network(
@@ -561,9 +556,7 @@ class Attributor:
         path = None if output is None else Path(output)
         if path is not None:
             check_file_name(path, ".safetensors")
-        chosen = [method] if isinstance(method, str) else list(method)
-        methods = [check_option("method", name, Method) for name in dict.fromkeys(chosen)]
-        check_measurement(methods, measurement)
+        methods = methods_named(method, measurement, num_draws, self.regression)
         asked_of = self.opened(queries, prompts=prompts, labels=labels)
         J_train = self.gradients(num_draws=num_draws)
         J_query = self._gradients_of(
@@ -656,6 +649,8 @@ class Attributor:
         An output always holds the last scores that are whole, from which a run that was stopped
         goes on.
         """
+        asked = {"method": "influence", "measurement": "loss", **told}
+        methods_named(asked["method"], asked["measurement"], "auto")
         numbers = self.numbers_of_draws(max_draws)
         unit = 4 * self.regression.draws.rounded_up(1)
         if query_draws is not None and query_draws % unit:
@@ -788,7 +783,7 @@ def _loading() -> Any:
         ValueError: If a package is missing.
     """
     try:
-        from curvlinops_diffusion.loading import images, network, trainer_settings
+        from curvlinops_diffusion.loading import images, network
     except ImportError as error:
         raise ValueError(
             f"Reading images needs {error.name}: pip install 'curvlinops-diffusion[cli]'."
@@ -797,50 +792,39 @@ def _loading() -> Any:
         open_images=images.open_images,
         Network=network.Network,
         base_of=network.base_of,
-        read_settings=trainer_settings.read_settings,
-        settle=trainer_settings.settle,
     )
 
 
-def _as_read(
-    recipe: Path, pipeline: Any, told: Mapping[str, Any], images: Any
-) -> tuple[dict[str, Any], list[str]]:
-    """Arguments of :meth:`Attributor.from_pipeline` with those that a recipe decides; its lines."""
-    loading, usual = _loading(), Attributor.from_pipeline.__func__.__kwdefaults__  # type: ignore[attr-defined]
-    plain = {k: v for k, v in usual.items() if isinstance(v, str | float | bool)}
-    given = {k: v for k, v in told.items() if v is not None and not (k in plain and v == plain[k])}
-    arguments = dict(given.pop("training_arguments", {}))
-    given |= {f"training_arguments.{name}": value for name, value in arguments.items()}
-    given |= {"prompt": given["prompts"]} if "prompts" in given else {}
-    # of objects, tensors say, their kind is compared and shown
-    values = str | float | list | tuple
-    given = {k: v if isinstance(v, values) else type(v).__name__ for k, v in given.items()}
-    known = {*_OF_PIPELINE, *_RECIPE, "snr_gamma", "prompt"}
-    found, lines = loading.settle(
-        loading.read_settings(recipe), loading.base_of(pipeline), given, known, is_config(images)
-    )
+def _read(images: Any, pipeline: Any, told: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Arguments of :meth:`Attributor.from_pipeline` with those that files decide; what is said."""
+    found, said = by_data(images, by_hand(told, _OF_PIPELINE), {*_OF_PIPELINE, *_RECIPE})
+    lines = [*(f"`{name}={value!r}`, by '{images}'" for name, value in found.items()), *said]
+    told, recipe = {**told, **found}, told["recipe"]
+    # the recipe of several is read at each; a Network has its own
+    if isinstance(pipeline, list | tuple) or hasattr(pipeline, "objective"):
+        recipe = None
+    if recipe not in (None, "none"):
+        found, said = _as_trained(Path(recipe), pipeline, told, images)
+        told, lines = {**told, **found, "recipe": None}, lines + said
     for line in lines:
         log.info(line)
+    return told, lines
+
+
+def _as_trained(
+    recipe: Path, pipeline: Any, told: Mapping[str, Any], images: Any
+) -> tuple[dict[str, Any], list[str]]:
+    """What a trainer left, in terms of :meth:`Attributor.from_pipeline`."""
+    loading, given = _loading(), by_hand(told, _OF_PIPELINE)
+    given |= {"prompt": given["prompts"]} if "prompts" in given else {}
+    # of objects, tensors say, their kind is compared and shown
+    values = str | float | int | list | tuple | Mapping
+    given = {k: v if isinstance(v, values) else type(v).__name__ for k, v in given.items()}
+    known = {*_OF_PIPELINE, *_RECIPE, "snr_gamma", "prompt"}
+    found, lines = by_recipe(recipe, loading.base_of(pipeline), given, known, images)
     if "weighting" in found:
         found["weighting"] = weighting_of(found["weighting"], found.pop("snr_gamma", 5.0))
-    of_network = {k: found.pop(k) for k in list(found) if "." in k}
-    arguments |= {name.partition(".")[2]: value for name, value in of_network.items()}
-    renamed = {"prompts": found.pop("prompt")} if "prompt" in found else {}
-    return {**told, **found, **renamed, "training_arguments": arguments or None}, lines
-
-
-def _decided(images: Any, known: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """What a file that lists the images decides of options that are not given by hand."""
-    if not is_config(images):
-        return {}
-    config = DatasetConfig(images)
-    at_defaults = {k for k in known.keys() & config.settings.keys() if known[k] == _OF_PIPELINE[k]}
-    given = {k: v for k, v in (known | options).items() if k not in at_defaults}
-    found, lines = config.settled(given, {*known, *_RECIPE})
-    decided = {k: v for k, v in found.items() if k not in known or v != known[k]}
-    for line in [*(f"`{k}={v!r}`, by '{images}'" for k, v in decided.items()), *lines]:
-        log.info(line)
-    return decided
+    return found | ({"prompts": found.pop("prompt")} if "prompt" in found else {}), lines
 
 
 def _gallery(data: Any, regression: NoisedRegression) -> Any:

@@ -325,7 +325,7 @@ def averaged(results: Sequence[Attribution]) -> Attribution:
     halves: Mapping[str, SplitHalfScores | None] = {m: halves_of(m) for m in scores}
     values = [result.header["values"] for result in results]
     identities = [result.header["identity"] for result in results]
-    agreement = {"rank_correlation", "top", "top_shared", "standard_error"}
+    agreement = {"rank_correlation", "top", "top_shared", "standard_error", "same_first"}
     header = {
         **{key: value for key, value in last.header.items() if key not in agreement},
         "checkpoints": identities,

@@ -30,7 +30,7 @@ from curvlinops_diffusion.cli.options import (
 )
 from curvlinops_diffusion.cli.paths import at_checkpoint
 from curvlinops_diffusion.cli.running import event, is_first, process_group, say
-from curvlinops_diffusion.influence.methods import Method, check_measurement
+from curvlinops_diffusion.influence.methods import methods_named
 from curvlinops_diffusion.influence.tables import check_table
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.page.gallery import group_names
@@ -87,10 +87,10 @@ def _queries(attributor: Attributor, options: Namespace) -> Any:
 
 
 def _score(attributor: Attributor, queries: Any, options: Namespace, output: Path) -> Attribution:
-    there = output.exists() and not options.overwrite
+    before = output.stat().st_mtime_ns if output.exists() else None
     arguments = chosen(options, SCORE) | {"output": output, "overwrite": options.overwrite}
     found = attributor.score(queries, **arguments)
-    if there and options.num_draws != "auto":  # which goes on from what is there
+    if before is not None and output.stat().st_mtime_ns == before:
         say(f"'{output}' was made with the same options; nothing to do")
         return found
     sure = {} if found.agreement is None else found.agreement.as_header()
@@ -206,8 +206,7 @@ def _print_costs(attributor: Attributor, queries: Any, options: Namespace, count
 def _opened(options: Namespace, operator: Path | None = None) -> Iterator[Attributor]:
     """The attributor of a command, with an operator's file if there is one."""
     if hasattr(options, "method"):  # before anything is loaded or computed
-        methods = [options.method] if isinstance(options.method, str) else options.method
-        check_measurement([Method(name) for name in methods], options.measurement)
+        methods_named(options.method, options.measurement, options.num_draws)
     with process_group(options, options.timeout):
         names = getattr(options, "params", None) or ()
         if operator is not None:
@@ -238,6 +237,10 @@ def _opened(options: Namespace, operator: Path | None = None) -> Iterator[Attrib
             attributor = Attributor.of_network(loaders[0](), options.data, **arguments)
         attributor.run = of_run(options)
         say(f"Read {attributor.images.summary()} from {options.data}")
+        if hasattr(options, "method"):  # before the fit
+            methods_named(
+                options.method, options.measurement, options.num_draws, attributor.regression
+            )
         yield attributor
 
 

@@ -172,7 +172,11 @@ def score_cost(
     n = num_processes()
     halved = can_be_halved(train) and can_be_halved(query)
     scores = query.num_data * train.num_data * itemsize * (3 if halved else 1)
-    if Method.REGRESSION in method:
+    methods = [Method(name) for name in ([method] if isinstance(method, str) else method)]
+    if not any(each.takes_draws for each in methods):
+        passes, held = (0, 0), 0  # a kernel matrix of the images
+        curvature_bytes += 24 * train.num_data**2
+    elif Method.REGRESSION in methods:
         # of all draws, and of both halves
         runs = FUNCTIONS * (2 if halved else 1)
         block = max(1, SOLVED.gradient_bytes // (P * itemsize))

@@ -9,12 +9,21 @@ from typing import Any
 
 import yaml
 
-from curvlinops_diffusion.cli.options import NETWORK, TRAINING, Option, commands, flag, options_of
+from curvlinops_diffusion.cli.options import (
+    NETWORK,
+    TRAINING,
+    Option,
+    commands,
+    flag,
+    in_flags,
+    options_of,
+)
 from curvlinops_diffusion.cli.paths import check_exists
 from curvlinops_diffusion.cli.running import event, say
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.linalg.operator_files import read_header
-from curvlinops_diffusion.loading.dataset_config import DatasetConfig, is_config
+from curvlinops_diffusion.loading.dataset_config import is_config
+from curvlinops_diffusion.loading.decided import by_data
 from curvlinops_diffusion.runtime.files import named_path
 
 # what decides nothing about a result
@@ -31,8 +40,8 @@ def of_run(options: Namespace) -> dict[str, Any]:
 
 
 def _plain(name: str, value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value.absolute())
+    if isinstance(value, Path) or (name == "recipe" and value != "none"):
+        return str(Path(value).absolute())
     if name in ("lora", "checkpoints"):
         named = [named_path(text) for text in value]
         return [f"{own}={p.absolute()}" if own else str(p.absolute()) for own, p in named]
@@ -75,16 +84,15 @@ def completed(name: str, given: dict[str, Any]) -> Namespace:
 
 def _of_data(name: str, given: dict[str, Any]) -> dict[str, Any]:
     """Options that a file which lists the data decides, each printed with its source."""
-    data = given.get("data")
-    if data is None or not is_config(data):
+    data, known = given.get("data"), commands()[name].options
+    if data is None or not is_config(data) or "recipe" not in known:  # which computes nothing
         return {}
     check_exists(data, "--data", "Pass the dataset.toml of kohya's scripts, or a folder.")
-    known = commands()[name].options
-    decided, lines = DatasetConfig(data).settled(given, known)
+    decided, lines = by_data(data, given, known)
     if decided:
         say(f"As '{data}' says: {_words(known, decided)}")
     for line in lines:
-        say(line)
+        say(in_flags(line))
     event("decided", file=str(data), options=decided)
     return decided
 

@@ -53,6 +53,7 @@ def inspect(options: Namespace) -> None:
 
 def _of_scores(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     from curvlinops_diffusion.influence.agreement import Agreement  # with PyTorch
+    from curvlinops_diffusion.influence.methods import Method
     from curvlinops_diffusion.influence.stored_scores import StoredScores
 
     scores_QN = StoredScores.open(path)
@@ -66,15 +67,19 @@ def _of_scores(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     asked = {k: v for k, v in identity["query"].items() if k in ("damping", "relative", "rtol")}
     measured = identity["query"].get("measurement", "loss")
     of = header.get("checkpoints")
+    methods = header.get("methods", ["influence"])
+    not_known = "not known: that takes multiples of 4"
+    if not Method(methods[0]).takes_draws:
+        not_known = f"{methods[0]} look at the images alone: no draws could make them surer"
     lines = {
-        "scores": f"{' and '.join(header.get('methods', ['influence']))}, of {N:,} training images "
+        "scores": f"{' and '.join(methods)}, of {N:,} training images "
         f"on {Q:,} queries, from {least:.3g} to {most:.3g}"
         + (f"; averages over {len(of)} checkpoints" if of else ""),
         **_inputs(run),
         "training": _training(run),
         "measured": f"{measured}, {_settings(asked)}",
         "draws": f"{train} for each training image, {query} for each query",
-        "agreement": str(Agreement.of_header(header) or "not known: that takes multiples of 4"),
+        "agreement": str(Agreement.of_header(header) or not_known),
         "written": _written(path, identity.get("operator", {}).get("versions", {})),
     }
     return header, lines
@@ -123,7 +128,13 @@ def _training(run: Mapping[str, Any]) -> str:
 
 
 def _settings(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
+    return ", ".join(f"{name.replace('_', ' ')}{_value(value)}" for name, value in values.items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return f" {' '.join(map(str, value))}"
+    return "" if value is True else f" {value}"
 
 
 def _written(path: Path, versions: Mapping[str, str]) -> str:

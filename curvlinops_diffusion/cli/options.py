@@ -84,9 +84,10 @@ def flag(name: str) -> str:
 _OWN: dict[str, tuple[Any, str]] = {
     "data": (
         Path,
-        "Training images: a folder (subfolders are classes; metadata.jsonl may give text or "
-        "label), a data set of the library datasets saved to disk, an .npz file, or the "
-        "dataset.toml of kohya's scripts.",
+        "Training images: a folder as its trainer had it (captions beside the images or metadata, "
+        "kohya's 30_name, or subfolders that are classes), the dataset.toml of kohya's scripts, a "
+        "data set of the library datasets saved to disk or by its id on the Hub (owner/name), or "
+        "an .npz file.",
     ),
     "queries": (Path, "The images to explain, in the same forms, or one image file."),
     "operator": (Path, "The file that fit wrote, which says what that was given."),
@@ -100,6 +101,11 @@ _OWN: dict[str, tuple[Any, str]] = {
     ),
     "output": (Path, ""),
     "file": (Path, "The file to look into."),
+    "folders": (
+        bool,
+        "Write a folder of each part as well, as trainers take --data: links to its images, with "
+        "their captions and metadata.",
+    ),
     "json": (bool, "Print all that the file's header holds, as JSON."),
     "kind": (
         Literal["subsets", "groups", "removals"],
@@ -348,7 +354,7 @@ def commands() -> dict[str, Command]:
             "Plan on which parts of the training images networks are to be trained anew.",
             {
                 first: _options(
-                    f"output! data scores kind remove num_parts fraction seed {LAYOUT}",
+                    f"output! data scores kind remove num_parts fraction seed folders {LAYOUT}",
                     output="The folder to write: the plan, and a list of images for each part.",
                     data="The training images; by default those of --scores.",
                     seed=PLAN,
@@ -364,7 +370,7 @@ def commands() -> dict[str, Command]:
                     "plan! retrained! output! scores queries measurement query_draws",
                     output="The file to write, .safetensors.",
                     queries="The images to measure; by default those of --scores.",
-                    query_draws=f"{SCORE} num_draws",
+                    query_draws="cli.validate:measured",
                 ),
                 **common,
                 "Its training": _options(TRAINING, seed="cli.validate:measured"),

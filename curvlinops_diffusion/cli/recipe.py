@@ -10,8 +10,8 @@ from typing import Any
 
 from curvlinops_diffusion.cli.options import commands, in_flags
 from curvlinops_diffusion.cli.running import event, say
-from curvlinops_diffusion.loading.dataset_config import is_config
-from curvlinops_diffusion.loading.trainer_settings import base_in, read_settings, settle
+from curvlinops_diffusion.loading.decided import ARGUMENTS, by_hand, by_recipe
+from curvlinops_diffusion.loading.trainer_settings import base_in
 from curvlinops_diffusion.runtime.files import named_path
 
 
@@ -27,44 +27,36 @@ def read_recipe(options: Namespace, given: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: If what it left is damaged, of another kind of pipeline, or changes the
-            objective in a way that no option expresses; or if several adapters are given.
+            objective in a way that no option expresses; or if it is given without a pipeline.
     """
     command, recipe = commands()[options.command], getattr(options, "recipe", None)
-    if "recipe" not in command.options or command.earlier is not None:
+    taken = command.earlier is not None and getattr(options, command.earlier) is not None
+    if "recipe" not in command.options or taken:
         return
-    if recipe not in (None, "none") and options.pipeline is None:
-        raise ValueError("--recipe is of a --pipeline, got --model alone. Leave it out.")
     adapters = options.lora or []
     if recipe is None and len(adapters) == 1:
         recipe = named_path(adapters[0])[1]
     elif recipe is None and adapters:
         say("Recipe: not read of several adapters; --recipe FILE reads that of one")
-    if recipe is None or str(recipe) == "none" or options.pipeline is None:
+    if recipe is None or str(recipe) == "none":
         return
-    arguments = parse_arguments(options.training_arguments)
-    by_hand = {f"training_arguments.{name}": value for name, value in arguments.items()}
+    if options.pipeline is None:
+        if "recipe" not in given:
+            return
+        raise ValueError("--recipe is of a --pipeline, got --model alone. Leave it out.")
     known = {k: v for k, v in vars(options).items() if k in command.options}
-    by_hand |= {  # or by a file that lists the data
-        name: value
-        for name, value in known.items()
-        if name != "training_arguments"
-        and (name in given or value != command.options[name].default)
-    }
-    listed = is_config(getattr(options, "data", None))
-    found, lines = settle(
-        read_settings(Path(recipe)), base_in(options.pipeline), by_hand, command.options, listed
-    )
+    defaults = {name: option.default for name, option in command.options.items()}
+    known[ARGUMENTS] = parse_arguments(options.training_arguments)
+    decided, data = by_hand(known, defaults, given), getattr(options, "data", None)
+    base = base_in(options.pipeline)
+    found, lines = by_recipe(Path(recipe), base, decided, command.options, data)
     options.recipe = str(Path(recipe).absolute())
     for line in lines:
         say(f"Recipe: {in_flags(line)}")
-    for name, value in found.items():
-        outer, dot, argument = name.partition(".")
-        if dot:
-            texts = [*(options.training_arguments or ()), f"{argument}={json.dumps(value)}"]
-            options.training_arguments = texts
-        else:
-            setattr(options, outer, value)
     event("recipe", file=str(recipe), options=found, lines=lines)
+    if ARGUMENTS in found:
+        found[ARGUMENTS] = [f"{k}={json.dumps(v)}" for k, v in found[ARGUMENTS].items()]
+    vars(options).update(found)
 
 
 def parse_arguments(texts: Sequence[str] | None) -> dict[str, Any]:

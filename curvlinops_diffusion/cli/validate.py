@@ -32,6 +32,7 @@ from curvlinops_diffusion.influence.validation.plans import HEADER, Removal, Ret
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.loading.layout import Layout
 from curvlinops_diffusion.loading.named_images import NamedImages
+from curvlinops_diffusion.loading.part_folders import write_part_folders
 from curvlinops_diffusion.loading.preprocessing import Form
 from curvlinops_diffusion.page.figures import intervals
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
@@ -62,11 +63,18 @@ def validate_plan(options: Namespace) -> None:
     images = open_images(options.data, Form(None, None, None), layout=layout)
     plan = _plan(options, images)
     plan.info["digests"] = images.source_digests()
+    if options.folders:
+        of_parts = {
+            part: [images.names[n] for n in kept.nonzero().flatten().tolist()]
+            for part, kept in zip(plan.parts, ~plan.left_out, strict=True)
+        }
+        write_part_folders(options.data, layout, of_parts, options.output)
     plan.save(options.output, images.names)
     event("planned", folder=str(options.output), parts=len(plan.parts), images=plan.num_data)
+    where = "folder PART holds" if options.folders else "PART.txt lists"
     say(
         f"Wrote {options.output}: {len(plan.parts)} parts of {plan.num_data:,} images. Train a "
-        "network on the images that each PART.txt lists, and save it as retrained/PART, several "
+        f"network on the images that each {where}, and save it as retrained/PART, several "
         "seeds as retrained/PART_seed0, retrained/PART_seed1, …"
     )
     named = "--pipeline PIPELINE --queries QUERIES"
@@ -150,8 +158,9 @@ def validate_measure(options: Namespace) -> None:
         for part in plan.parts:
             own = _of(options, found[seed, part])
             label = f"{part}, seed {seed}"
+            draws = options.seed, options.query_draws
             try:
-                values_Q, images = measured(own, label, checkpoint, options.seed)
+                values_Q, images = measured(own, label, checkpoint, *draws)
             except OtherCheckpointError:
                 if not options.overwrite:
                     raise
@@ -207,7 +216,7 @@ def networks_of(folder: Path, parts: tuple[str, ...]) -> dict[tuple[int, str], P
 
 
 def measured(
-    options: Namespace, label: str, checkpoint: Path, seed: int = 12345
+    options: Namespace, label: str, checkpoint: Path, seed: int = 12345, query_draws: int = 64
 ) -> tuple[Tensor, NamedImages]:
     """The values of one network ``[Q]``, and the queries; on draws that scores do not have.
 
@@ -216,6 +225,7 @@ def measured(
         label: What it is called in the checkpoint.
         checkpoint: A folder that values are kept in.
         seed: The seed of the draws.
+        query_draws: Draws of timestep and noise for each query.
     """
     network = load_network(options)
     layout = Layout.taken_from({**vars(options)}).for_queries()
@@ -225,7 +235,7 @@ def measured(
     query = NoisedRegression(
         network.objective,
         images,
-        options.query_draws,
+        query_draws,
         seed,
         batch_size=options.batch_size,
         **recipe,
@@ -315,7 +325,7 @@ def validate_judge(options: Namespace) -> None:
 def _named_scores(
     words: list[str], plan: RetrainingPlan, header: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """Scores by their names ``[Q, N]``, of the sign of what was measured.
+    """Scores by their names ``[Q, N]``, of the sign of what was measured; of all methods of a file.
 
     Raises:
         ValueError: If they are of other queries or training images, or two have one name.
@@ -323,6 +333,7 @@ def _named_scores(
     if not words:
         raise ValueError("Pass the scores to judge: --scores FILE …, each perhaps as NAME=FILE.")
     found: dict[str, Tensor] = {}
+    taken: set[str] = set()
     better = MEASUREMENTS[header["measurement"]].better
     for word in words:
         named, path = named_path(word)
@@ -335,8 +346,9 @@ def _named_scores(
                 f"'{path}' is of other queries than '{header['queries'][0]}', …, or of other "
                 "training images than the plan. Score the same images as were planned and measured."
             )
-        if name in found:
+        if name in taken:
             raise ValueError(f"Two --scores are called '{name}'. Pass them as NAME=FILE.")
+        taken.add(name)
         digests = own.get("digests", {}).get("queries")
         if digests is not None and digests != header["digests"]:
             raise ValueError(f"'{path}' is of queries of the same names, but other images.")
@@ -348,13 +360,16 @@ def _named_scores(
         of = MEASUREMENTS.get(own["identity"].get("query", {}).get("measurement", ""))
         # a log-likelihood falls where a loss rises
         opposite = of is not None and (of.better is Better.HIGHER) != (better is Better.HIGHER)
-        scores_QN = scores.whole()
-        if not scores_QN.isfinite().all():
-            count = int((~scores_QN.isfinite()).sum())
-            raise ValueError(
-                f"'{path}' has {count} scores that are not finite. Pass scores that are."
-            )
-        found[name] = -scores_QN if opposite else scores_QN
+        several = len(scores.by_method) > 1
+        for method, stored in scores.by_method.items():
+            scores_QN = stored.whole()
+            if not scores_QN.isfinite().all():
+                count = int((~scores_QN.isfinite()).sum())
+                raise ValueError(
+                    f"'{path}' has {count} scores that are not finite. Pass scores that are."
+                )
+            own_name = f"{name}, {method}" if several else name
+            found[own_name] = -scores_QN if opposite else scores_QN
     return found
 
 

@@ -90,6 +90,8 @@ class Agreement:
         num_train: The number ``N`` of training examples.
         rank_correlation: Spearman's, over training examples; ``None`` where it is undefined.
         standard_error: That of a query's scores, root mean square over its examples.
+        same_first: Whether the largest is the same, ``[Q]``: of a copy of one training image the
+            other places may well be noise.
     """
 
     top: int
@@ -97,6 +99,7 @@ class Agreement:
     num_train: int
     rank_correlation: tuple[Undefined, ...]
     standard_error: tuple[Undefined, ...]
+    same_first: tuple[bool, ...]
 
     @classmethod
     def of_halves(cls, first: Iterable[Tensor], second: Iterable[Tensor]) -> Agreement:
@@ -107,9 +110,10 @@ class Agreement:
             k = max(1, min(TOP, N // 2))  # all of them would always be shared
             halves = SplitHalfScores(*(z.unsqueeze(0) for z in (first_N, first_N, second_N)))
             numbers = halves.top_shared(k), halves.rank_correlation(), halves.standard_error()
-            found.append([plain_numbers(number)[0] for number in numbers])
-        shared, correlations, errors = zip(*found, strict=True)
-        return cls(k, tuple(k * (one or 0.0) for one in shared), N, correlations, errors)
+            same = bool(first_N.argmax() == second_N.argmax())
+            found.append((*(plain_numbers(number)[0] for number in numbers), same))
+        shared, correlations, errors, firsts = zip(*found, strict=True)
+        return cls(k, tuple(k * (one or 0.0) for one in shared), N, correlations, errors, firsts)
 
     @classmethod
     def of_header(cls, header: Mapping[str, Any]) -> Agreement | None:
@@ -123,6 +127,7 @@ class Agreement:
             len(header["train"]),
             tuple(header["rank_correlation"]),
             tuple(header["standard_error"]),
+            tuple(header["same_first"]),
         )
 
     def as_header(self) -> dict[str, Any]:
@@ -132,6 +137,7 @@ class Agreement:
             "top": self.top,
             "top_shared": [share / self.top for share in self.shared],
             "standard_error": list(self.standard_error),
+            "same_first": list(self.same_first),
         }
 
     @property
@@ -140,8 +146,10 @@ class Agreement:
         return self.top**2 / self.num_train
 
     def is_top_told(self, q: int) -> bool:
-        """Whether the halves share more of a query's largest scores than chance would."""
+        """Whether the halves share more of a query's largest scores, or the first, than chance."""
         k, N = self.top, self.num_train
+        if self.same_first[q] and 1 / N <= _CHANCE:
+            return True
         shared = range(round(self.shared[q]), k + 1)
         ways = sum(comb(k, s) * comb(N - k, k - s) for s in shared)
         return ways / comb(N, k) <= _CHANCE

@@ -5,7 +5,7 @@ Legend: Q queries, N training images, F features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from curvlinops_diffusion.diffusion.batch import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.kernel_regression import SOLVED, ridge_solution
 from curvlinops_diffusion.runtime.checks import check_positive
+
+#: The shape of one image, or of its latents.
+Size = Sequence[int]
 
 
 def feature_regression_scores(
@@ -80,32 +83,50 @@ def feature_regression_scores(
     return scores_QN.square() if squared else scores_QN
 
 
-def pixels_of(regression: NoisedRegression) -> Tensor:
-    """The pixels of a problem's images, ``[N, F]``; of several shapes all as the first."""
-    return _features(regression, lambda clean: clean.x0)
-
-
-def latents_of(regression: NoisedRegression) -> Tensor:
-    """The means of a problem's latents, ``[N, F]``.
+def check_encodes(regression: NoisedRegression) -> None:
+    """Check that there are latents.
 
     Raises:
-        ValueError: If its pipeline has no autoencoder.
+        ValueError: If there is no autoencoder.
     """
     if not regression.encodes:
         raise ValueError(
             "`method` 'latents' needs a pipeline with an autoencoder, and this network is given "
             "pixels. Pass 'pixels'."
         )
-    return _features(regression, lambda clean: regression.objective.encode(clean).mean)
 
 
-def _features(regression: NoisedRegression, of: Callable[[CleanBatch], Tensor]) -> Tensor:
-    rows: list[Tensor] = []
-    shape: torch.Size | None = None
+def pixels_of(regression: NoisedRegression, like: Size | None = None) -> Tensor:
+    """The pixels of a problem's images, ``[N, ...]``; all of the size of the first, or ``like``."""
+    return _features(regression, lambda clean: clean.x0, like)
+
+
+def latents_of(regression: NoisedRegression, like: Size | None = None) -> Tensor:
+    """The means of a problem's latents, likewise.
+
+    Raises:
+        ValueError: If its pipeline has no autoencoder, or latents of several shapes are packed into
+            tokens, of which none is in the place of another.
+    """
+    check_encodes(regression)
+    return _features(regression, lambda clean: regression.objective.encode(clean).mean, like)
+
+
+def _features(
+    regression: NoisedRegression, of: Callable[[CleanBatch], Tensor], like: Size | None
+) -> Tensor:
+    rows: dict[int, Tensor] = {}  # batches of one shape each leave the order of the data
+    shapes: set[torch.Size] = set()
     for clean in regression.clean_batches():
         x = of(clean).detach().cpu().float()
-        shape = x.shape[1:] if shape is None else shape
-        if x.shape[1:] != shape:
-            x = interpolate(x, shape[-2:], mode="area")
-        rows.append(x.flatten(1))
-    return torch.cat(rows)
+        shapes.add(clean.x0.shape[1:])
+        like = x.shape[1:] if like is None else like
+        if x.ndim != clean.x0.ndim and (len(shapes) > 1 or x.shape[1:] != like):
+            raise ValueError(
+                "`method` 'latents' needs images of one shape where latents are packed into "
+                f"tokens, as here, got {sorted(map(tuple, shapes))}. Pass 'pixels'."
+            )
+        if x.ndim == 4 and x.shape[1:] != like:
+            x = interpolate(x, like[-2:], mode="area")
+        rows |= zip(clean.indices, x, strict=True)
+    return torch.stack([rows[n] for n in range(regression.num_data)])

@@ -5,15 +5,18 @@ Legend: Q queries, N training examples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
+from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.agreement import SplitHalfScores
 from curvlinops_diffusion.influence.features import (
+    check_encodes,
     feature_regression_scores,
     latents_of,
     pixels_of,
@@ -27,6 +30,7 @@ from curvlinops_diffusion.influence.scores import (
     split_half_scores,
 )
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
+from curvlinops_diffusion.runtime.checks import check_option
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 
 
@@ -47,6 +51,16 @@ class Method(str, Enum):
     REGRESSION = "regression"
     PIXELS = "pixels"
     LATENTS = "latents"
+
+    @property
+    def has_unit(self) -> bool:
+        """Whether a score is a predicted change of what is measured, not an order alone."""
+        return self is Method.INFLUENCE
+
+    @property
+    def takes_draws(self) -> bool:
+        """Whether it looks at gradients, averaged over draws, and not at the images alone."""
+        return self not in _FEATURES
 
 
 # those that look at no gradients
@@ -74,12 +88,14 @@ def scores_of(
         query_block: Queries whose gradients are held at once, for influence alone.
         passes: Checkpoints, processes and progress.
     """
-    found: dict[Method, tuple[Tensor, SplitHalfScores | None]] = {
-        method: (feature_regression_scores(of(J_query.regression), of(J_train.regression)), None)
-        for method, of in _FEATURES.items()
-        if method in methods
-    }
-    if rest := [method for method in methods if method not in _FEATURES]:
+    found: dict[Method, tuple[Tensor, SplitHalfScores | None]] = {}
+    for method, of in _FEATURES.items():
+        if method in methods:
+            train = of(J_train.regression)
+            query = of(J_query.regression, train.shape[1:])
+            scores = feature_regression_scores(query.flatten(1), train.flatten(1))
+            found[method] = scores, None
+    if rest := [method for method in methods if method.takes_draws]:
         found |= _of_gradients(
             rest, J_query, G_inv, J_train, ridge=ridge, query_block=query_block, passes=passes
         )
@@ -129,12 +145,27 @@ def _of_gradients(
     }
 
 
-def check_measurement(methods: Sequence[Method], measurement: str) -> None:
-    """Check that methods are for what is measured.
+def methods_named(
+    method: str | Iterable[str],
+    measurement: str,
+    num_draws: int | Literal["auto"],
+    regression: NoisedRegression | None = None,
+) -> list[Method]:
+    """The methods of some names, once each, checked before anything is computed.
+
+    Args:
+        method: One or more names, of which the first orders.
+        measurement: What is measured.
+        num_draws: Draws of timestep and noise, ``"auto"`` to take them until the first images are
+            told.
+        regression: The training images, if they are open.
 
     Raises:
-        ValueError: If one is not.
+        ValueError: If there is no method of a name, or one is not for what is measured or drawn, or
+            not for these images.
     """
+    names = [method] if isinstance(method, str) else list(method)
+    methods = [check_option("method", name, Method) for name in dict.fromkeys(names)]
     entry = MEASUREMENTS.get(measurement) if isinstance(measurement, str) else None
     if Method.REGRESSION in methods and (entry is None or entry.better is not Better.LOWER):
         good = [name for name, one in MEASUREMENTS.items() if one.better is Better.LOWER]
@@ -143,3 +174,19 @@ def check_measurement(methods: Sequence[Method], measurement: str) -> None:
             f"loss gains by, got `measurement` {measurement!r}. Pass one of {', '.join(good)}, of "
             "which lower is better, or method='influence'."
         )
+    alike = [each for each in methods if not each.takes_draws]
+    if alike and entry is not None and entry.better is Better.HIGHER:
+        raise ValueError(
+            f"`method` '{alike[0].value}' has no negative scores, which all would be of images "
+            f"that hinder, got `measurement` {measurement!r}, of which higher is better. Leave it "
+            "out."
+        )
+    if num_draws == "auto" and not methods[0].takes_draws:
+        raise ValueError(
+            f"`num_draws='auto'` needs a first method whose order draws make surer, got "
+            f"'{methods[0].value}', which looks at the images alone. Pass a number, or another "
+            "method first."
+        )
+    if Method.LATENTS in methods and regression is not None:
+        check_encodes(regression)
+    return methods

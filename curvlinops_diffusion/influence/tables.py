@@ -16,6 +16,7 @@ from torch import Tensor
 
 from curvlinops_diffusion.influence.agreement import NOT_TOLD, Agreement
 from curvlinops_diffusion.influence.measurements.registry import Better
+from curvlinops_diffusion.influence.methods import Method
 from curvlinops_diffusion.influence.score_files import better_of, helpful_sign
 from curvlinops_diffusion.runtime.files import write_whole
 
@@ -29,12 +30,13 @@ _TYPES = {**_NUMBERS, "rank": "int64", "count": "int64", "agreement": "bool"}
 _OF_ROWS = ("image", "group", "score", "sum", "count", "mean")
 _ORDER = ("query", *_OF_ROWS, "share", "rank", "effect", "agreement", "told", "method")
 _TOLD = np.array(["no", "yes", "noise"], dtype=object)
-# what a score says, of either sign
+# what a score says, of either sign; and one that looks at the images alone, and is never negative
 _EFFECTS = {
     Better.LOWER: ("helps", "hinders"),
     Better.HIGHER: ("hinders", "helps"),
     Better.NEITHER: ("lowers it", "raises it"),
 }
+_ALIKE = ("alike", "unlike")
 
 
 def table_blocks(
@@ -50,10 +52,10 @@ def table_blocks(
     Columns: ``query``; ``image`` and ``score``, or ``group``, ``sum``, ``count`` and ``mean``;
     ``share`` (of the query's measured value; none of methods without a unit), ``rank`` (from 1, the
     most helpful), ``effect`` (``helps``, ``hinders``; ``lowers it``, ``raises it`` where neither is
-    good), ``agreement`` (whether either half of the draws gives it the same sign, which of noise
-    alone at most half of the rows have), ``told`` (of images: ``yes``; ``no`` for what is within
-    twice its uncertainty; ``noise`` for all of a query about which the halves agree no better than
-    chance), ``method``.
+    good; ``alike`` of methods that look at the images alone), ``agreement`` (whether either half of
+    the draws gives it the same sign, which of noise alone at most half of the rows have), ``told``
+    (of images: ``yes``; ``no`` for what is within twice its uncertainty; ``noise`` for all of a
+    query about which the halves agree no better than chance), ``method``.
 
     Args:
         by_method: The scores of each method, ``[Q, N]``: tensors, or scores in files.
@@ -64,7 +66,6 @@ def table_blocks(
         beside: Further columns, with an entry for each training image.
     """
     queries, sign = _texts(header["queries"]), helpful_sign(header)
-    effects = _texts(("", *_EFFECTS[better_of(header)]))
     own = {"image": _texts(header["train"])}
     own |= {name: _texts(column) for name, column in (beside or {}).items()}
     of_rows: Callable[[Tensor], Tensor] = torch.Tensor.double
@@ -77,7 +78,9 @@ def table_blocks(
     size = max(1, _ROWS // len(header["train"]))
     for method, scores in by_method.items():
         pair = None if halves is None else halves.get(method)
-        unit_Q = values_Q * (np.nan if method == "regression" else 1)
+        named = Method(method)
+        unit_Q = values_Q * (1 if named.has_unit else np.nan)
+        effects = _texts(("", *(_EFFECTS[better_of(header)] if named.takes_draws else _ALIKE)))
         for block in (slice(start, start + size) for start in range(0, len(queries), size)):
             z_qM = of_rows(_block(scores, block))
             order_qM = (sign * z_qM).argsort(dim=1, descending=True, stable=True)

@@ -80,13 +80,17 @@ class Metadata:
         # a name alike is of an image without a line alone: another image may have been removed
         self.without_image = self._place(left, exact)
         self.alike = sorted(self.lines.keys() - exact)
-        found = {
+        found = {name for line in self.lines.values() for name in self.beside(line)}
+        self.others = found - self.lines.keys()
+
+    def beside(self, line: Line) -> list[str]:
+        """The images that a line names beside its own."""
+        found = [
             self._find(line.file.parent, value, self.lines)
-            for line in self.lines.values()
             for key, value in line.entries.items()
             if (key in IMAGE_COLUMNS or key.endswith(_FILE)) and isinstance(value, str)
-        }
-        self.others = {name for name in found if name is not None} - self.lines.keys()
+        ]
+        return [name for name in found if name is not None]
 
     def _place(self, lines: Iterable[Line], taken: Container[str] | None = None) -> list[Line]:
         """Give images their lines, and return the lines whose image is not found."""

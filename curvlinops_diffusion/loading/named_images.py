@@ -127,7 +127,7 @@ class NamedImages(Dataset[dict[str, Any]]):
             )
             item[key] = (beside + 1) / 2
         if self.tells_sizes:
-            item["original_size"] = torch.tensor([height, width])
+            item["original_size"] = torch.tensor(self._form.told_size((height, width)))
             if mirrored and place is not None:
                 place = (place[0], nextafter(1 - place[1], 0))  # below 1, as places are
             corner = self._form.corner_of(height, width, place)

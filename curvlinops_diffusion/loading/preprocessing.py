@@ -16,7 +16,6 @@ from torch import Tensor
 from torchvision.transforms import functional as transforms
 
 from curvlinops_diffusion.loading.sizes import (
-    AUTO,
     Interpolation,
     Placement,
     Size,
@@ -25,9 +24,11 @@ from curvlinops_diffusion.loading.sizes import (
     bucket_list,
     made_bucket,
     nearest_bucket,
+    onetrainer_bucket,
     resized,
     shrunk_bucket,
     told_corner,
+    toolkit_bucket,
 )
 from curvlinops_diffusion.runtime.checks import check_count
 
@@ -69,9 +70,10 @@ class Form:
         size: Height and width; ``None`` for any. Of no matter where there are buckets.
         resolution: What to resize to; ``None`` for no resizing.
         multiple: What height and width must be multiples of.
-        buckets: The sizes of aspect buckets; True for those of kohya's scripts, ``'auto'`` for
-            those that ``diffusers``' scripts make, False for none.
-        bucket_step: Of kohya's buckets, what their sides are multiples of.
+        buckets: The sizes of aspect buckets; True for those of kohya's scripts, ``'square'`` for
+            the one that these have without, ``'auto'`` for those that ``diffusers``' scripts make,
+            ``'onetrainer'`` or ``'ai-toolkit'`` for theirs, False for none.
+        bucket_step: What their sides are multiples of, where nothing else says it.
         bucket_min: Their shortest side.
         bucket_max: Their longest side.
         bucket_no_upscale: Whether no image is enlarged for them.
@@ -103,7 +105,7 @@ class Form:
         for name in ("resolution", "bucket_step", "bucket_min", "bucket_max"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
-        if self.buckets in (True, AUTO):
+        if self.buckets is True or isinstance(self.buckets, str):
             self._check_made_buckets()
         elif self.buckets:
             misfits = [
@@ -118,19 +120,31 @@ class Form:
     def _check_made_buckets(self) -> None:
         if self.resolution is None:
             raise ValueError("`buckets` needs the `resolution` that training had, got none.")
-        if self.buckets == AUTO:
+        if self.buckets in ("auto", "square"):
             return
         if self.bucket_step % self.multiple:
             raise ValueError(
                 f"`bucket_step` must be a multiple of {self.multiple}, which the network takes, "
                 f"got {self.bucket_step}."
             )
+        if self.buckets is not True:
+            return
         least, most = self._limits
+        if not least:
+            raise ValueError(
+                f"`bucket_min` must be at least `bucket_step`, got {self.bucket_min} and "
+                f"{self.bucket_step}. Pass those of training."
+            )
         if not least <= self.resolution <= most:
             raise ValueError(
                 f"`resolution` must be from {least} to {most}, the shortest and longest side of a "
                 f"bucket, got {self.resolution}. Pass training's `bucket_min` and `bucket_max`."
             )
+
+    @property
+    def _is_kohyas(self) -> bool:
+        """Whether images are resized and told as kohya's scripts do."""
+        return self.buckets is True or self.buckets == "square"
 
     @property
     def _limits(self) -> Size:
@@ -185,7 +199,7 @@ class Form:
 
     def size_of(self, image: Image.Image) -> Size:
         """Height and width of an image as it is read, turned or not."""
-        return (image.height, image.width) if self.buckets is True else upright_size(image)
+        return (image.height, image.width) if self._is_kohyas else upright_size(image)
 
     def tensor(
         self, image: Image.Image, name: str, place: Place = None, of: Size | None = None
@@ -205,7 +219,7 @@ class Form:
                 pixels of unknown range.
         """
         self.check_channels()
-        if self.buckets is not True:
+        if not self._is_kohyas:
             if _orientation(image) in range(2, 9):
                 warn(_TURNED, stacklevel=2)
             image = ImageOps.exif_transpose(image)
@@ -230,7 +244,7 @@ class Form:
         box = self._box(name, of or (flat.height, flat.width), place)
         if box is not None:  # as images, before they are numbers, as training scripts do
             whole, (top, left), (height, width) = box
-            flat = resized(flat, whole, self.interpolation, self.buckets is True)
+            flat = resized(flat, whole, self._how, self._is_kohyas)
             flat = flat.crop((left, top, left + width, top + height))
         return self._checked(transforms.normalize(transforms.to_tensor(flat), [0.5], [0.5]), name)
 
@@ -246,35 +260,54 @@ class Form:
             raise ValueError(f"The image '{name}' has no bucket: {error}") from error
 
     def _placement(self, size: Size) -> Placement:
-        if self.buckets is True:
+        if self._is_kohyas:
             assert self.resolution is not None, "which is checked"
+            if self.buckets == "square":
+                return area_bucket(size, [(self.resolution, self.resolution)])
             if self.bucket_no_upscale:
                 return shrunk_bucket(size, self.resolution, self.bucket_step)
             buckets = area_buckets(self.resolution, self.bucket_step, *self._limits)
             return area_bucket(size, buckets)
-        if self.buckets and self.buckets != AUTO:
+        if self.buckets and not isinstance(self.buckets, str):
             return nearest_bucket(size, self._listed)
         if self.resolution is None:
             return size, size
+        if self.buckets == "onetrainer":
+            return onetrainer_bucket(size, self.resolution, self.bucket_step)
+        if self.buckets == "ai-toolkit":
+            return toolkit_bucket(size, self.resolution, self.bucket_step)
         if self.buckets:
             return made_bucket(size, self.resolution)
         whole = tuple(self.resolution * side // min(size) for side in size)
         return (whole[0], whole[1]), (self.resolution, self.resolution)
 
+    @property
+    def _how(self) -> Interpolation | None:
+        """How images are resized, of ai-toolkit bicubic."""
+        return self.interpolation or ("bicubic" if self.buckets == "ai-toolkit" else None)
+
+    def told_size(self, size: Size) -> Size:
+        """The original size of an image as the network is told it; ai-toolkit tells its bucket."""
+        return self._placement(size)[1] if self.buckets == "ai-toolkit" else size
+
     def corner_of(self, height: int, width: int, place: Place = None) -> tuple[int, int]:
         """Top and left of what is cut out of an image of this size, as the network is told it.
 
-        After it was resized; kohya's scripts tell something else than where they cut.
+        After it was resized; kohya's scripts tell something else than where they cut, ai-toolkit
+        nothing.
         """
         whole, part = self._placement((height, width))
-        if self.buckets is True:
+        if self._is_kohyas:
             return told_corner((height, width), part)
+        if self.buckets == "ai-toolkit":
+            return 0, 0
         return self._corner(whole, part, place)
 
     def _corner(self, whole: Size, part: Size, place: Place) -> tuple[int, int]:
         rest = [a - b for a, b in zip(whole, part, strict=True)]
         if place is None:  # torchvision rounds half a pixel to even numbers
-            top, left = (more // 2 if self.buckets is True else round(more / 2) for more in rest)
+            down = self._is_kohyas or self.buckets in ("onetrainer", "ai-toolkit")
+            top, left = (more // 2 if down else round(more / 2) for more in rest)
         else:  # as torch.randint chooses among all that there are
             top, left = (min(int(z * (m + 1)), m) for z, m in zip(place, rest, strict=True))
         return top, left
@@ -293,8 +326,7 @@ class Form:
             whole, corner, part = box
             planes = [Image.fromarray(plane) for plane in x.float().cpu().numpy()]
             found = [
-                np.asarray(resized(plane, whole, self.interpolation, self.buckets is True))
-                for plane in planes
+                np.asarray(resized(plane, whole, self._how, self._is_kohyas)) for plane in planes
             ]
             resized_x = torch.from_numpy(np.stack(found)).to(x)
             x = transforms.crop(resized_x, *corner, *part).clamp(-1, 1)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache
-from math import sqrt
-from typing import Any, Literal
+from math import ceil, floor, sqrt
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -24,26 +24,29 @@ Placement = tuple[Size, Size]
 Interpolation = Literal["bilinear", "bicubic", "lanczos"]
 
 
-#: Buckets that are made for each image, as diffusers' scripts do if none are listed.
-AUTO: Literal["auto"] = "auto"
-# their width over height, and what their sides are multiples of
+#: Buckets by a word, which need a resolution: the one of kohya's scripts without buckets, those
+#: that diffusers' scripts make if none are listed, OneTrainer's, ai-toolkit's.
+Named = Literal["square", "auto", "onetrainer", "ai-toolkit"]
+# of diffusers' scripts, their width over height, and what their sides are multiples of
 _ASPECTS = [a / b for a, b in ((1, 1), (4, 5), (2, 3), (3, 4), (9, 16), (1, 2))]
 _MULTIPLE = 16
 
 
-def bucket_list(given: Any) -> bool | Literal["auto"] | tuple[Size, ...]:
+def bucket_list(given: Any) -> bool | Named | tuple[Size, ...]:
     """Check a user's ``buckets``, and read ``'h,w;h,w'`` as ``diffusers``' scripts do.
 
     Raises:
-        ValueError: If they are neither True, False, 'auto' nor sizes.
+        ValueError: If they are neither True, False, a known word nor sizes.
     """
     if isinstance(given, bool):
         return given
     pairs: Any = given
     if isinstance(given, str):
         word = given.strip().lower()
-        if word in ("true", "false", AUTO):
-            return AUTO if word == AUTO else word == "true"
+        if word in ("true", "false"):
+            return word == "true"
+        if word in get_args(Named):
+            return cast(Named, word)
         found = [re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text) for text in given.split(";")]
         pairs = [(0, 0) if match is None else tuple(map(int, match.groups())) for match in found]
     try:
@@ -52,8 +55,9 @@ def bucket_list(given: Any) -> bool | Literal["auto"] | tuple[Size, ...]:
         sizes = ()
     if not sizes or min(min(size) for size in sizes) < 1:
         raise ValueError(
-            "`buckets` must be True for those of kohya's scripts, 'auto', or heights and widths, "
-            f"[(672, 1568), …] or '672,1568;…', got {given!r}."
+            "`buckets` must be True for those of kohya's scripts, "
+            f"{', '.join(get_args(Named))}, or heights and widths, [(672, 1568), …] or "
+            f"'672,1568;…', got {given!r}."
         )
     return sizes
 
@@ -86,6 +90,49 @@ def _made_buckets(side: int) -> tuple[Size, ...]:
     exact = [(height, height * aspect) for height, aspect in zip(heights, aspects, strict=True)]
     rounded = [[max(1, round(z / _MULTIPLE)) * _MULTIPLE for z in sides] for sides in exact]
     return tuple(dict.fromkeys((height, width) for height, width in rounded))
+
+
+def onetrainer_bucket(size: Size, resolution: int, step: int) -> Placement:
+    """Choose the bucket of an image as OneTrainer: of nine shapes and the same on their side.
+
+    The nearest by height over width, which the resized image covers.
+    """
+    (height, width), buckets = size, _onetrainer_buckets(resolution, step)
+    aspect = height / width
+    part = min(buckets, key=lambda bucket: abs(bucket[0] / bucket[1] - aspect))
+    if aspect > part[0] / part[1]:
+        return (round(height * (part[1] / width)), part[1]), part
+    return (part[0], round(width * (part[0] / height))), part
+
+
+@cache
+def _onetrainer_buckets(side: int, step: int) -> tuple[Size, ...]:
+    shapes = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4)
+    sides = [(side / sqrt(shape), side * sqrt(shape)) for shape in shapes]
+    sizes = [(round(h / step) * step, round(w / step) * step) for h, w in sides]
+    found = dict.fromkeys([*sizes, *((w, h) for h, w in sizes)])
+    return tuple(size for size in found if all(size))
+
+
+def toolkit_bucket(size: Size, resolution: int, step: int) -> Placement:
+    """Choose the bucket of an image as ai-toolkit.
+
+    Of the image's shape and at most the square's area, sides down or up to whole steps: what is
+    nearest to that area without being larger. The resized image covers it.
+    """
+    area = size[0] * size[1]
+    wanted = min(area, resolution**2)
+    down, across = ((side * (wanted / area) ** 0.5) / step for side in size)
+    sides = [
+        (h * step, w * step)
+        for w in (floor(across), ceil(across))
+        for h in (floor(down), ceil(down))
+        if 0 < h * w * step**2 <= resolution**2
+    ]
+    least = (max(1, floor(down)) * step, max(1, floor(across)) * step)
+    part = min(sides or [least], key=lambda each: abs(each[0] * each[1] - wanted))
+    scale = max(new / old for new, old in zip(part, size, strict=True))
+    return (ceil(size[0] * scale), ceil(size[1] * scale)), part
 
 
 @cache

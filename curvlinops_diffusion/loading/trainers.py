@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import exp, log, sqrt
+from math import exp, log
 from typing import Any
 
 from curvlinops_diffusion.loading.trainer_entries import Base, Entries, Setting, plain
@@ -311,6 +311,8 @@ def _kohya_data(z: Entries) -> Iterator[Setting]:
     # what is kept is not shuffled, nor dropped
     shuffled = z.get("ss_shuffle_caption") or z.get("ss_caption_tag_dropout_rate")
     shuffled = shuffled or True in several.get("shuffle_caption", ())
+    bucketed = several.get("enable_bucket", [z.get("ss_enable_bucket")])
+    sized = "resolution" in several or bool(z.get("ss_resolution"))
     for key in (*_KOHYA_DATA, *_KOHYA_DRAWN):
         if key.startswith(("keep_tokens", "caption_separator")) and not shuffled:
             continue
@@ -323,6 +325,11 @@ def _kohya_data(z: Entries) -> Iterator[Setting]:
             yield Setting(name, option, refused=f"differs by subset ({said})")
         elif key == "resolution":
             yield from _resolution(own, name)
+        elif key == "enable_bucket" and value is False and sized:
+            yield Setting(own.shown(name), option, "square")
+        elif key == "random_crop" and value and bucketed == [False]:
+            refused = "cuts parts out of images that are not resized"
+            yield Setting(own.shown(name), option, refused=refused)
         elif option == "interpolation" and value is not None:
             how = {"linear": "bilinear", "cubic": "bicubic"}.get(value, value)
             known = how in ("bilinear", "bicubic", "lanczos")
@@ -454,7 +461,8 @@ def onetrainer(z: Entries, base: Base) -> Iterator[Setting]:
     side, name = _square(z.get("resolution")), "aspect_ratio_bucketing"
     if side is not None and z.get(name):
         step = {"StableDiffusion": 8, "PixArt": 16, "Sana": 32}.get(base.family or "", 64)
-        yield from z.sets(name, "buckets", _onetrainer_buckets(side, step))
+        yield from z.sets(name, "buckets", "onetrainer")
+        yield from z.sets(name, "bucket_step", step, 64)
 
 
 def _onetrainer_text(z: Entries, base: Base) -> Iterator[Setting]:
@@ -578,15 +586,6 @@ def _onetrainer_levels(z: Entries, base: Base) -> Iterator[Setting]:
         yield from z.refuses(name, _LEVELS)
 
 
-def _onetrainer_buckets(side: int, step: int) -> str:
-    """OneTrainer's sizes (height, width) of about the area of a square: nine shapes, both ways."""
-    shapes = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4)
-    sides = [(side / sqrt(shape), side * sqrt(shape)) for shape in shapes]
-    sizes = [(round(h / step) * step, round(w / step) * step) for h, w in sides]
-    both = dict.fromkeys([*sizes, *((w, h) for h, w in sizes)])
-    return ";".join(f"{h},{w}" for h, w in both)
-
-
 # ---------------------------------------------------------------------------------------------
 # ai-toolkit and SimpleTuner
 # ---------------------------------------------------------------------------------------------
@@ -686,9 +685,6 @@ def ai_toolkit(z: Entries, base: Base) -> Iterator[Setting]:
             mask_path=_MASKS,
             alpha_mask=_MASKS,
         )
-    if any(own.get("buckets", True) for own in sets):
-        text = "images kept their shapes, and here those that are not square are cut"
-        yield Setting("buckets=True", note=text)
     decided = {
         "caption_dropout_rate": "condition_dropout",
         "shuffle_tokens": "shuffle_captions",
@@ -714,8 +710,30 @@ def ai_toolkit(z: Entries, base: Base) -> Iterator[Setting]:
         else:
             yield from own.sets(name, option, "flip" if option == "augment" else value)
     yield from z.sets("trigger_word", "trigger_word", z.get("trigger_word"))
+    yield from _toolkit_sizes(sets, base)
     if sets:
         yield Setting("all lines of captions", "caption_lines", "all")
+
+
+def _toolkit_sizes(sets: Sequence[Entries], base: Base) -> Iterator[Setting]:
+    """Buckets, which ai-toolkit has unless it is told otherwise, and how images are resized."""
+    shaped = {own.get("buckets", True) and not own.get("square_crop") for own in sets}
+    entry = f"buckets={', '.join(map(str, sorted(shaped)))}"
+    if len(shaped) > 1:
+        yield Setting(entry, "buckets", refused="differs by data set")
+    elif True in shaped:
+        # of autoencoders, and of patches where its class for several networks doubles them
+        coarse = base.family in ("Flux", "StableDiffusion3", "QwenImage", "Chroma")
+        step = 32 if coarse and not base.kind.startswith("FluxKontext") else 16
+        yield Setting(entry, "buckets", "ai-toolkit")
+        yield Setting(entry, "bucket_step", step, 64)
+        if not any("resolution" in own for own in sets):
+            yield Setting("resolution=512, which is its default", "resolution", 512)
+    elif sets:
+        yield Setting(entry, "interpolation", "bicubic")
+        if any(own.get("random_crop") and not own.get("square_crop") for own in sets):
+            refused = "cuts parts out of images that are not resized"
+            yield Setting("random_crop=True without buckets", "random_crop", refused=refused)
 
 
 def simpletuner(z: Entries, base: Base) -> Iterator[Setting]:

@@ -17,7 +17,7 @@
   const trainTexts = texts(data.train), queryTexts = texts(data.queries);
   const kindOf = (q, i) => {
     const { numbers: [first], error, noise } = data.scores[q];
-    if (noise || Math.abs(first[i]) <= 2 * (error ?? 0) || first[i] === 0) return noise ? "noise" : "untold";
+    if (noise || Math.abs(first[i]) <= data.notTold * (error ?? 0) || first[i] === 0) return noise ? "noise" : "untold";
     return first[i] * (data.sign || 1) > 0 ? "helps" : "hinders";
   };
   const rankOf = (q, i) => {
@@ -121,8 +121,9 @@
         const { helps, hinders } = counts[place];
         return make("li", {}, figureOf(place, [`${titles.helps} ${helps} of ${Q}`, `${titles.hinders} ${hinders}`]));
       }
-      const i = at[q].get(place);
-      return make("li", { className: kindOf(q, i).replace("noise", "untold") }, figureOf(place, [...numbersOf(q, i), `rank ${rankOf(q, i).toLocaleString("en")}`]));
+      const i = at[q].get(place), kind = kindOf(q, i), told = ["helps", "hinders"].includes(kind);
+      const notes = [...numbersOf(q, i), `rank ${rankOf(q, i).toLocaleString("en")}`, ...(told ? [] : [titles[kind]])];
+      return make("li", { className: told ? (data.sign ? kind : "plain") : "untold" }, figureOf(place, notes));
     });
     $("listed").append(...items);
     $("more").hidden = limit >= shown.length;
@@ -148,7 +149,7 @@
     $("save").href = address(name) ?? "";
     $("save").download = title.split("/").pop().replace(/\.[^.]*$/, "") + "." + (/^data:image\/(\w+)/.exec(address(name))?.[1] ?? "png");
     const sides = [];
-    if (address(name)) sides.push(side(pictureOf(entry, false), "as the network saw it"));
+    if (address(name)) sides.push(side(pictureOf(entry, false), `as the network saw it${rules.get(name).imageRendering ? "" : " (thumbnail)"}`));
     if (file) {
       const whole = make("img", { src: file, alt: `${title}, the file` }), kept = address(`${name}-whole`);
       const own = side(whole, "the file, uncropped");
@@ -164,9 +165,9 @@
   const effectsOf = (place) => {
     const rows = at.map((own, q) => [q, own.get(place)]).filter(([, i]) => i !== undefined).sort(([p, i], [q, j]) => rankOf(p, i) - rankOf(q, j));
     const left = Q - rows.length;
-    return [make("h3", {}, "which pictures did it help?"),
+    return [make("h3", {}, data.sign ? "which pictures did it help?" : "what is it to each picture?"),
       make("div", { className: "scroll", tabIndex: 0 }, make("table", {}, make("thead", {}, make("tr", {}, ...["query", ...data.methods, "rank", ""].map((head) => make("th", {}, head)))),
-        make("tbody", {}, ...rows.map(([q, i]) => make("tr", {}, make("td", {}, make("a", { href: `#${data.queries[q][0]}`, onclick: () => viewer.close() }, data.queries[q][1])), ...numbersOf(q, i).map((text) => make("td", {}, text)), make("td", {}, `${rankOf(q, i).toLocaleString("en")}`), make("td", {}, titles[kindOf(q, i)])))))),
+        make("tbody", {}, ...rows.map(([q, i]) => make("tr", {}, make("td", {}, make("a", { href: `#${data.queries[q][0]}`, onclick: () => viewer.close() }, nameOf(data.queries[q][1]))), ...numbersOf(q, i).map((text) => make("td", {}, text)), make("td", {}, `${rankOf(q, i).toLocaleString("en")}`), make("td", {}, titles[kindOf(q, i)])))))),
       ...(left ? [make("p", { className: "none" }, `Of ${left} other queries it is neither among the first nor the last.`)] : [])];
   };
   const step = (by) => {

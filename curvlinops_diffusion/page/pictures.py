@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, features
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
-# up to here an image is kept as it is, and enlarged with visible pixels
+# up to here, and to half of the size, an image is kept as it is, and enlarged with visible pixels
 _PIXELATED = 64
 _QUALITY = 80
 # images are compared by so many cells a side, and are nearly the same from this correlation on
@@ -59,7 +59,7 @@ def uncropped(path: Path, x: Tensor, size: int) -> str | None:
 
 def _style(image: Image.Image, size: int) -> str:
     buffer = io.BytesIO()
-    if max(image.size) <= _PIXELATED:
+    if max(image.size) <= min(_PIXELATED, size // 2):
         kind, more = "png", ";image-rendering:pixelated"
         image.save(buffer, format=kind)
     else:

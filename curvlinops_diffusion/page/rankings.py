@@ -42,7 +42,20 @@ class Row:
     indices: list[int]
 
 
-def rows_of(scores_N: Tensor, top: int, better: Better, error: float | None = None) -> list[Row]:
+def titles_of(better: Better, method: str = Method.INFLUENCE) -> tuple[str, str]:
+    """What the images of the first and of the second row do."""
+    if not Method(method).takes_draws:
+        return "alike", "unlike"
+    return ("helps", "hinders") if better.helpful_sign else ("lowers it", "raises it")
+
+
+def rows_of(
+    scores_N: Tensor,
+    top: int,
+    better: Better,
+    error: float | None = None,
+    method: str = Method.INFLUENCE,
+) -> list[Row]:
     """The images with the strongest scores of either sign; each row has only its own.
 
     Args:
@@ -50,7 +63,8 @@ def rows_of(scores_N: Tensor, top: int, better: Better, error: float | None = No
         top: The images of a row at most.
         better: Which values of what was measured are good.
         error: The scores' standard error, if it is known. Those within twice of it are in a row of
-            their own, the third, if there are any among the strongest.
+            their own, the last, if there are any among the strongest.
+        method: The method; of those that look at the images alone there is one row.
     """
     least = NOT_TOLD * (error or 0.0)
     untold: list[int] = []
@@ -61,12 +75,15 @@ def rows_of(scores_N: Tensor, top: int, better: Better, error: float | None = No
         untold.extend(n for n in own if abs(float(scores_N[n])) <= least)
         return [n for n in own if abs(float(scores_N[n])) > least]
 
-    sign = better.helpful_sign
-    if sign == 0:
-        rows = ("lowers it", "plain", 1), ("raises it", "plain", -1)
-    else:
-        rows = ("helps", "helps", sign), ("hinders", "hinders", -sign)
-    found = [Row(title, kind, strongest(own)) for title, kind, own in rows]
+    titles, takes_draws = titles_of(better, method), Method(method).takes_draws
+    sign = better.helpful_sign if takes_draws else 0
+    kinds = titles if sign else ("plain", "plain")
+    found = [
+        Row(title, kind, strongest(own))
+        for title, kind, own in zip(titles, kinds, (sign or 1, -sign or -1), strict=True)
+    ]
+    if not takes_draws:
+        del found[1]  # never negative
     if untold:
         untold.sort(key=lambda n: -abs(float(scores_N[n])))
         found.append(Row("not told from zero", "untold", untold[:top]))
@@ -109,7 +126,7 @@ class Sizes:
         """Choose the unit of a method's scores; errors are known of the first method's alone."""
         errors = header.get("standard_error") if is_first else None
         errors_Q = None if errors is None else torch.tensor(errors, dtype=torch.float64)
-        values = None if method == Method.REGRESSION else header.get("values")
+        values = header.get("values") if Method(method).has_unit else None
         if values is None or not all(values):  # nothing to be a share of
             return cls(torch.ones(len(scores_QN), dtype=torch.float64), "", errors_Q)
         values_Q = torch.tensor(values, dtype=torch.float64).abs()
@@ -153,7 +170,7 @@ def meaning(
     what = "measured value" if measurement is None else measurement.quantity
     which, order = "The number", ""
     if count > 1:
-        which = f"The {('first', 'second', 'third')[place]} number"
+        which = f"The {('first', 'second', 'third', 'fourth')[place]} number"
         order = f" ({method}), by which they are ordered," if place == 0 else f" ({method})"
     start = f"{which} under a training image{order} is"
     if method == Method.REGRESSION:
@@ -161,6 +178,12 @@ def meaning(
             f"{start} its part in a kernel regression of the query's {what}, and of the square of "
             f"the prediction, on {num_train:,} images: only the order of these numbers means "
             "something, not their size."
+        )
+    if not Method(method).has_unit:
+        return (
+            f"{start} the square of its weight in a kernel regression on the {method} of the "
+            f"{num_train:,} images alone, to compare with: it does not know the network, and only "
+            "the order of these numbers means something, not their size."
         )
     share = f", as a share of that {what}" if sizes.unit else ""
     ppm = " (ppm: millionths)" if "ppm" in sizes.unit else ""

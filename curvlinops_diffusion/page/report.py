@@ -21,11 +21,12 @@ from torch import Tensor
 
 from curvlinops_diffusion.influence.agreement import NOT_TOLD, Agreement
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better, sentence_of
+from curvlinops_diffusion.influence.methods import Method
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.page.figures import histogram, operator_summary
 from curvlinops_diffusion.page.gallery import Gallery
 from curvlinops_diffusion.page.pictures import features_of, is_twin, thumbnail, twins, uncropped
-from curvlinops_diffusion.page.rankings import Sizes, common_images, meaning, rows_of
+from curvlinops_diffusion.page.rankings import Sizes, common_images, meaning, rows_of, titles_of
 from curvlinops_diffusion.page.settings import settings_of
 from curvlinops_diffusion.runtime.files import write_bytes
 
@@ -66,6 +67,7 @@ def write_report(
         ValueError: If an image is not the one that was scored, or the page cannot be written.
     """
     path, identity, first = Path(path), header["identity"], next(iter(by_method.values()))
+    ordering = Method(next(iter(by_method)))
     measured = identity.get("query", {}).get("measurement", "")
     measurement = MEASUREMENTS.get(measured)
     better = Better.LOWER if measurement is None else measurement.better
@@ -74,7 +76,7 @@ def write_report(
     noise = [agreement is not None and agreement.is_noise(q) for q in range(Q)]
     errors = header.get("standard_error") or [None] * Q
     rows = [
-        [] if noise[q] else rows_of(scores_N, top, better, errors[q])
+        [] if noise[q] else rows_of(scores_N, top, better, errors[q], ordering)
         for q, scores_N in enumerate(first)
     ]
     values = header.get("values") or [None] * Q
@@ -162,14 +164,15 @@ def write_report(
                 for place, (method, size) in enumerate(zip(by_method, sizes, strict=True))
             ]
             + ([averaged] if checkpoints else []),
-            measured=sentence_of(measured),
+            measured=sentence_of(measured) if ordering.takes_draws else "",
+            sums=ordering.has_unit,
             agreement=agreement,
             num_noise=sum(noise),
             not_told=NOT_TOLD,
             common=[image("train", n) | {"count": count} for n, count in common],
             many=many,
             top=top,
-            kinds=[row.title for row in rows_of(torch.zeros(1), 1, better)],
+            kinds=titles_of(better, ordering),
             queries=[query(q) for q in range(Q)],
             pictures=pictures.rules,
             quantity="value" if measurement is None else measurement.quantity,
@@ -182,7 +185,8 @@ def write_report(
                 {
                     "N": N,
                     "listed": len(listed),
-                    "sign": better.helpful_sign,
+                    "sign": better.helpful_sign if ordering.takes_draws else 0,
+                    "notTold": NOT_TOLD,
                     "methods": list(by_method),
                     "units": [size.unit for size in sizes],
                     "train": pictures.entries("train", train, listed),

@@ -94,6 +94,24 @@ def test_what_is_taken_from_an_operator(there, capsys):
     assert "num-draws" not in told
 
 
+def test_a_recipe_by_another_path_is_the_same(there, monkeypatch):
+    header = {"kind": "ekfac", "parameters": [], "dtype": "", "blocks": [], "format_version": 4}
+    run = {"pipeline": str(there / "base"), "data": str(there / "train")}
+    run |= {"recipe": str(there / "a.safetensors")}
+    OPERATOR.write(there / "e.safetensors", {}, header | {"info": {"run": run}})
+    monkeypatch.chdir(there)
+    assert score(there, recipe="a.safetensors").recipe == "a.safetensors"
+    with pytest.raises(ValueError, match="--recipe none contradicts"):
+        score(there, recipe="none")
+
+
+def test_draws_of_other_networks_are_a_number():
+    """They have no scores to be told apart."""
+    with pytest.raises(ValueError, match=r"--query-draws"):
+        understood(["validate-measure", "--query-draws", "auto"])
+    assert options_of("validate-measure").query_draws == options_of("score").num_draws
+
+
 def test_what_is_given_anew_goes_first(there):
     assert score(there, data=there / "moved", seed=6).data == there / "moved"
     assert score(there, seed=6, noise_offset=0.1).seed == 6

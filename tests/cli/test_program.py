@@ -66,6 +66,10 @@ def test_several_methods(fitted, tmp_path, capsys):
     assert run(arguments(fitted, "score", "--dry-run", "--output", output, *draws)) == 0
     # loss and prediction, each of all draws and of halves: 7 images and 2 queries by 4 draws
     assert f"samples forward and backward   {4 * 9 * 4}" in capsys.readouterr().out
+    # of influence alone, with 16 draws and then 32 at most, those of the two queries each time
+    more = ["--num-draws", "auto", "--max-draws", 40, "--query-draws", 4, "--output", output]
+    assert run(arguments(fitted, "score", "--dry-run", *more)) == 0
+    assert f"backward   {7 * 48 + 2 * 2 * 4}" in capsys.readouterr().out
     log = ["--log", tmp_path / "log"]
     assert run(arguments(fitted, "score", "--output", output, *draws, *log)) == 0
     assert re.search(
@@ -99,6 +103,28 @@ def test_several_methods(fitted, tmp_path, capsys):
     unlike = [*draws, "--measurement", "log_likelihood", "--output", tmp_path / "x.safetensors"]
     assert run(arguments(fitted, "score", *unlike)) == 2
     assert "--method 'regression' adds the square of how" in capsys.readouterr().err
+
+
+def test_what_a_method_needs_is_missed_before_the_fit(folder, tmp_path, capsys):
+    words = ["--pipeline", folder / "pipeline", "--data", folder / "train", "--quiet"]
+    words += ["--queries", folder / "queries", "--output", tmp_path / "result"]
+    for more, told in (
+        (["--method", "latents"], "--method 'latents' needs a pipeline with an autoencoder"),
+        (["--method", "pixels", "--num-draws", "auto"], "--num-draws auto needs a first method"),
+    ):
+        assert run(["attribute", *map(str, words), *more]) == 2
+        assert told in capsys.readouterr().err
+        assert not (tmp_path / "result").exists()
+
+
+def test_images_alone_cost_no_pass(fitted, tmp_path, capsys):
+    output = ["--method", "pixels", "--output", tmp_path / "p.safetensors"]
+    assert run(arguments(fitted, "score", *output, "--dry-run")) == 0
+    assert "samples forward and backward   0\n" in capsys.readouterr().out
+    assert run(arguments(fitted, "score", *output)) == 0
+    assert run(["inspect", str(tmp_path / "p.safetensors")]) == 0
+    told = capsys.readouterr().out
+    assert "pixels look at the images alone: no draws could make them surer" in told
 
 
 def test_inspect(fitted, capsys):

@@ -96,6 +96,26 @@ def test_measurements(measured):
     assert not (measured / "measured.safetensors.checkpoint").exists()
 
 
+def test_all_methods_of_a_file_are_judged(measured):
+    both, output = measured / "both.safetensors", measured / "both.json"
+    assert (
+        run(arguments(measured, "score", "--output", both, "--method", "influence", "pixels")) == 0
+    )
+    given = ["--plan", measured / "plan", "--measured", measured / "measured.safetensors"]
+    assert run(words("validate", "judge", *given, "--scores", both, "--output", output)) == 0
+    plan, (values, _) = (
+        RetrainingPlan.open(measured / "plan"),
+        read_measured(measured / "measured.safetensors"),
+    )
+    expected = {
+        f"both, {method}": linear_datamodelling_score(own.whole(), plan.left_out, values).mean
+        for method, own in StoredScores.open(both).by_method.items()
+    }
+    found = {one["method"]: one["lds"] for one in json.loads(output.read_text())["methods"]}
+    assert found == pytest.approx(expected)
+    assert list(found) == ["both, influence", "both, pixels"]
+
+
 def test_a_judgement(measured, capsys):
     """The library's numbers, in lines, a file and a page."""
     scores = StoredScores.open(measured / "scores.safetensors").whole()

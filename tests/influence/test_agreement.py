@@ -59,14 +59,14 @@ def test_noise_is_called_noise():
 def test_chance_is_hypergeometric():
     """Of 24 images two random top tens share 4.2; and as often as scipy says."""
     for shared in range(11):
-        found = Agreement(10, (shared,), 24, (None,), (None,))
+        found = Agreement(10, (shared,), 24, (None,), (None,), (False,))
         assert f"{found.by_chance:.1f}" == "4.2"
         assert found.is_top_told(0) == (hypergeom.sf(shared - 1, 24, 10, 10) <= 0.025)
 
 
 @pytest.mark.parametrize(("shared", "settled"), [((8, 8, 0), True), ((10, 7, 7), False)])
 def test_settled_where_half_of_the_queries_are(shared, settled):
-    assert Agreement(10, shared, 24, (None,) * 3, (None,) * 3).is_settled == settled
+    assert Agreement(10, shared, 24, (None,) * 3, (None,) * 3, (False,) * 3).is_settled == settled
 
 
 def test_standard_error_is_that_of_the_mean_of_halves():
@@ -78,3 +78,17 @@ def test_standard_error_is_that_of_the_mean_of_halves():
     )
     error = ((first + second) / 2 - truth).square().mean().sqrt()
     assert_close(SplitHalfScores(truth, first, second).standard_error()[0], error, 0.02)
+
+
+def test_a_copy_of_one_image_is_no_noise():
+    """One training image stands out in both halves, and of all others there is noise alone."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 1, 200, generator=generator)
+    assert Agreement.of_halves(first, second).is_noise(0)
+    first[:, 7], second[:, 7] = 6, 7
+    found = Agreement.of_halves(first, second)
+    assert found.same_first == (True,)
+    assert found.is_top_told(0)
+    assert not found.is_noise(0)
+    header = found.as_header() | {"train": ["image"] * 200}
+    assert Agreement.of_header(header) == found

@@ -1,15 +1,22 @@
 """Attribution by features alone, against loops, and as a method beside those of the network."""
 
+import json
+import re
 from math import dist, exp
 from statistics import median_low
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from torch.nn.functional import interpolate
 
-from curvlinops_diffusion import Attributor, DenoisingObjective
+from curvlinops_diffusion import Attributor, DenoisingObjective, ExampleGradientLinearOperator
 from curvlinops_diffusion.baselines import feature_regression_scores
+from curvlinops_diffusion.influence.features import pixels_of
+from curvlinops_diffusion.influence.methods import Method, scores_of
+from curvlinops_diffusion.page.rankings import Sizes, meaning
 from tests.cases import images, tiny_unet
+from tests.diffusion.test_shapes import Shaped, problem
 
 N, Q, F = 7, 2, 5
 
@@ -31,7 +38,7 @@ def test_as_loops(squared):
     torch.testing.assert_close(found, expected**2 if squared else expected, rtol=1e-6, atol=1e-9)
 
 
-def test_a_method_beside_those_of_the_network():
+def test_a_method_beside_those_of_the_network(tmp_path):
     """It needs no draws, so that no halves of them tell how sure it is."""
     x = images(N, dtype=torch.float32)
     objective = DenoisingObjective(
@@ -45,11 +52,76 @@ def test_a_method_beside_those_of_the_network():
     expected = feature_regression_scores((x[:Q] / 2).flatten(1), x.flatten(1))
     assert torch.equal(result.by_method["pixels"], expected)
     assert result.halves["pixels"] is None
+    table = result.to_pandas()
+    shares = table.groupby("method")["share"].count()
+    assert dict(shares) == {"influence": Q * N, "pixels": 0}  # which are shares of nothing
+    result.report(tmp_path / "page.html")
+    assert (
+        "a kernel regression on the pixels of the 7 images" in (tmp_path / "page.html").read_text()
+    )
     only = attributor.score(x[:Q] / 2, method="pixels", num_draws=4)
     assert torch.equal(only.scores, expected)
     assert only.agreement is None
     with pytest.raises(ValueError, match="needs a pipeline with an autoencoder"):
         attributor.score(x[:Q], method="latents", num_draws=2)
+
+
+def test_images_of_several_shapes_keep_their_places():
+    """Though batches are of one shape each, of which the largest comes first."""
+    data, query = Shaped(), Shaped()
+    query.images, query.shapes = query.images[1:3], query.shapes[1:3]
+    regressions = problem(data=data), problem(data=query)
+    train, asked = pixels_of(regressions[0]), pixels_of(regressions[1], (1, 8, 8))
+    assert train.shape == (6, 1, 8, 8)
+    for found, of in ((train, data), (asked, query)):
+        expected = [interpolate(z[None].float(), (8, 8), mode="area")[0] for z in of.images]
+        assert torch.equal(found, torch.stack(expected))
+    J_train, J_query = map(ExampleGradientLinearOperator, regressions)
+    found = scores_of([Method.PIXELS], J_query, None, J_train, ridge=1.0, query_block=1)
+    scores, _ = found[Method.PIXELS]
+    assert scores.argmax(1).tolist() == [1, 2]
+
+
+def test_each_of_all_methods_has_a_sentence():
+    sizes = Sizes.of(torch.ones(Q, N), {"values": [2.0] * Q}, "latents")
+    assert sizes.text(0, 0.5) == "+0.5"
+    texts = [meaning(None, sizes, N, method, k, 4) for k, method in enumerate(Method)]
+    assert [text.split()[1] for text in texts] == ["first", "second", "third", "fourth"]
+    assert ["predicted change" in text for text in texts] == [True, False, False, False]
+
+
+def test_an_order_without_a_unit(tmp_path):
+    """Neither shares of a loss nor helpful signs; nothing that draws could make surer."""
+    x = images(N, dtype=torch.float32)
+    objective = DenoisingObjective(
+        tiny_unet(torch.float32, num_class_embeds=None), DDPMScheduler(100)
+    )
+    attributor = Attributor(objective, x, progressbar=False).fit("kfac", num_draws=1)
+    result = attributor.score(x[:Q] / 2, method=["pixels", "influence"], num_draws=4)
+    table = result.to_pandas()
+    own, other = table[table.method == "pixels"], table[table.method == "influence"]
+    assert own.share.isna().all()
+    assert other.share.notna().all()
+    assert set(own.effect) == {"alike"}
+    assert set(other.effect) <= {"helps", "hinders"}
+    assert str(result).endswith("They look at the images alone: no draws could make them surer.")
+    result.report(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    told = json.loads(re.findall(r'id="data">(.+)</script>', page)[0])
+    assert (told["units"][0], told["sign"]) == ("", 0)
+    assert "<h3>alike</h3>" in page
+    assert "<h3>helps" not in page
+    assert "No training image does" not in page
+    assert "(pixels), by which they are ordered, is the square of its weight in a kernel" in page
+    for options, match in (
+        ({"num_draws": "auto"}, "needs a first method whose order draws make surer, got 'pixels'"),
+        (
+            {"measurement": "log_likelihood"},
+            "'pixels' has no negative scores, which all would be of",
+        ),
+    ):
+        with pytest.raises(ValueError, match=match):
+            attributor.score(x[:Q] / 2, method="pixels", **options)
 
 
 def test_refused():

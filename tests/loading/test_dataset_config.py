@@ -213,7 +213,7 @@ BUCKETS = {"resolution": 512, "buckets": True}
         ),
         (
             "resolution = 512\nenable_bucket = false",
-            BUCKETS | {"bucket_step": 512, "bucket_min": 512, "bucket_max": 512},
+            {"resolution": 512, "buckets": "square"},
         ),
         ("resize_interpolation = 'cubic'", {"interpolation": "bicubic"}),
         (
@@ -328,7 +328,11 @@ def test_an_attributor_is_that_of_the_same_options_by_hand(folder, tmp_path):
     assert one.data_identity() == two.data_identity()
     assert found.images.names[0] == "hoge/0.png"
     assert "3 × 3 image(s) of 'hoge'" in found.images.summary()
+    assert f"`resolution=8`, by '{folder / 'dataset.toml'}'" in found.settings
     given = Attributor.from_pipeline(pipeline, folder / "dataset.toml", shuffle_captions=False)
+    assert [line for line in given.settings if "against" in line] == [
+        f"`shuffle_captions=False` is given, against True by '{folder / 'dataset.toml'}'"
+    ]
     assert "shuffle_captions" not in given.regression.description
     assert given.regression.description["condition_dropout"] == 0.25
 
@@ -342,7 +346,10 @@ def test_the_program_takes_what_it_decides(folder, capsys):
     assert options.condition_dropout == 0.25
     told = capsys.readouterr().err
     assert "dataset.toml' says: --augment flip --condition-dropout 0.25 --shuffle-captions" in told
-    assert "`resolution=16` is given, against 8 by" in told
+    assert "--resolution 16 is given, against 8 by" in told
+    # a plan shows nothing to a network
+    completed("validate-plan", {"data": data, "output": folder / "plan"})
+    assert capsys.readouterr().err == ""
 
 
 def test_networks_without_prompts_take_its_images(folder):
@@ -359,14 +366,16 @@ def test_buckets_that_it_decides(folder, tmp_path):
     subset = SUBSET.replace("hoge", "wide")
     for buckets, options in (
         ("true", {"bucket_step": 16, "bucket_min": 16}),
-        ("false", {"bucket_step": 32, "bucket_min": 32, "bucket_max": 32}),
+        ("false", {"buckets": "square"}),
     ):
         config(folder, f"[general]\n{said.format(buckets)}{subset}")
         pipeline = pipelines.stable_diffusion(tmp_path)
         found = Attributor.from_pipeline(pipeline, folder / "dataset.toml")
-        options |= {"resolution": 32, "buckets": True, "prompts": ["a, b", "c"]}
+        options = {"resolution": 32, "buckets": True, "prompts": ["a, b", "c"], **options}
         files = [folder / "wide" / f"{n}.png" for n in range(2)]
         by_hand = Attributor.from_pipeline(pipeline, files, **options)
         assert found.regression.data_identity() == by_hand.regression.data_identity()
         shape = found.images[0]["x0"].shape
         assert shape == ((3, 16, 48) if buckets == "true" else (3, 32, 32))
+    given = Attributor.from_pipeline(pipeline, folder / "dataset.toml", resolution=16)
+    assert given.images[0]["x0"].shape == (3, 16, 16)  # by hand, of the one bucket as well

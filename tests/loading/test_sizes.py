@@ -89,6 +89,50 @@ def test_buckets_that_the_scripts_of_diffusers_make(resolution, size, bucket):
     assert whole == (round(size[0] * scale), round(size[1] * scale))
 
 
+# what ai-toolkit (commit 27a03a91) computed: resolution and step, the image, resized to, its bucket
+TOOLKIT = [
+    ((512, 16), (768, 1024), (448, 598), (448, 576)),
+    ((1024, 32), (4000, 900), (2176, 490), (2176, 480)),
+    ((1024, 16), (300, 317), (304, 322), (304, 320)),
+    ((768, 32), (1080, 1920), (576, 1024), (576, 1024)),
+    ((512, 16), (9, 20), (16, 36), (16, 16)),
+    ((512, 32), (2000, 12), (5334, 32), (1984, 32)),
+]
+
+
+@pytest.mark.parametrize(("options", "size", "whole", "bucket"), TOOLKIT)
+def test_buckets_of_ai_toolkit(options, size, whole, bucket):
+    form = Form(3, (8, 8), options[0], 8, "ai-toolkit", options[1])
+    assert form.placed("", size) == (whole, bucket)
+    assert (form.told_size(size), form.corner_of(*size)) == (bucket, (0, 0))
+
+
+@pytest.mark.parametrize("size", [(40, 40), (40, 90), (91, 40), (40, 50), (10, 95), (37, 52)])
+def test_buckets_of_onetrainer(size):
+    """Areas of a square in nine ratios, both ways; the nearest ratio, though not by products."""
+    buckets = []
+    for ratio in (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4):
+        short, long = (8 * round(64 * z / 8) for z in (ratio**-0.5, ratio**0.5))
+        buckets += [(short, long), (long, short)]
+    distances = [abs(h / w - size[0] / size[1]) for h, w in buckets]
+    part = buckets[distances.index(min(distances))]
+    scale = max(part[0] / size[0], part[1] / size[1])
+    form = Form(3, None, 64, 8, "onetrainer", 8)
+    whole, found = form.placed("", size)
+    assert (whole, found) == (tuple(round(side * scale) for side in size), part)
+    assert form.corner_of(*size) == tuple((a - b) // 2 for a, b in zip(whole, part, strict=True))
+
+
+def test_resizing_of_ai_toolkit():
+    """Bicubic, by Pillow, and cut from the middle; an odd pixel stays at the end."""
+    image, form = picture(40, 71), Form(3, None, 32, 8, "ai-toolkit", 8)
+    (height, width), (down, across) = form.placed("", (40, 71))
+    assert ((height, width), (down, across)) == ((24, 43), (24, 40))
+    large = image.resize((width, height), Image.Resampling.BICUBIC)
+    x = transforms.functional.to_tensor(large.crop((1, 0, 41, 24)))
+    assert torch.equal(form.tensor(image, ""), transforms.functional.normalize(x, [0.5], [0.5]))
+
+
 # what sd-scripts (commit 48d368f) computed: its options, the image, resized to, bucket, corner told
 KOHYA = [
     ((512, 64, 256, 1024, False), (768, 1024), (448, 597), (448, 576), (8, 0)),
@@ -113,6 +157,16 @@ def test_buckets_of_kohyas_scripts(options, size, whole, bucket, told):
     form = Form(3, (8, 8), resolution, 8, True, *others)
     assert form.placed("", size) == (whole, bucket)
     assert form.corner_of(*size) == form.corner_of(*size, (0.9, 0.9)) == told
+
+
+@pytest.mark.parametrize("size", [(20, 31), (31, 20), (9, 40)])
+def test_the_square_of_kohyas_scripts_is_a_bucket(size):
+    """Without buckets they have one, for which images are resized and told as for others."""
+    image, limits = picture(*size), {"bucket_step": 16, "bucket_min": 16, "bucket_max": 16}
+    square, bucket = Form(3, None, 16, 8, "square"), Form(3, None, 16, 8, True, **limits)
+    assert square.placed("", size) == bucket.placed("", size)
+    assert torch.equal(square.tensor(image, ""), bucket.tensor(image, ""))
+    assert square.corner_of(*size) == bucket.corner_of(*size) != Form(3, None, 16).corner_of(*size)
 
 
 def test_resizing_of_kohyas_scripts():
@@ -206,11 +260,12 @@ def test_kohyas_scripts_do_not_turn_images(tmp_path):
     [
         ({"buckets": True}, "`buckets` needs the `resolution` that training had"),
         ({"buckets": "auto"}, "`buckets` needs the `resolution` that training had"),
-        ({"buckets": []}, r"`buckets` must be True for those of kohya's scripts, 'auto', or h"),
+        ({"buckets": []}, r"`buckets` must be True for those of kohya's scripts, square, a"),
         ({"buckets": "64x64"}, r"or '672,1568;…', got '64x64'"),
         ({"buckets": [(0, 8)]}, r"got \[\(0, 8\)\]"),
         ({"buckets": [(8, 12), (16, 8)], "multiple": 8}, "multiples of 8, .* got 8×12"),
         ({"buckets": True, "resolution": 2048}, "`resolution` must be from 256 to 1024, .* got"),
+        ({"buckets": True, "resolution": 64, "bucket_min": 32}, "`bucket_min` .*, got 32 and 64"),
         ({"buckets": True, "resolution": 512, "bucket_step": 4, "multiple": 8}, "multiple of 8"),
         ({"resolution": 0}, "`resolution` must be a whole number of at least 1"),
         ({"interpolation": "area"}, "`interpolation` must be one of bilinear, bicubic, lanczos"),

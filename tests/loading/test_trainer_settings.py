@@ -207,7 +207,7 @@ def test_a_step_of_kohyas_scripts(tmp_path):
                     ]
                 )
             },
-            {"resolution": 768, "augment": "flip"},
+            {"resolution": 768, "augment": "flip", "buckets": "square"},
         ),
         (
             SD3,
@@ -453,8 +453,9 @@ def test_onetrainer(tmp_path):
     path = tmp_path / "ot.safetensors"
     save_file({"w": torch.zeros(1)}, path, metadata={"ot_config": json.dumps(config)})
     found = decided(path, SD)
-    buckets = found.pop("buckets")
     assert found == {
+        "buckets": "onetrainer",
+        "bucket_step": 8,
         "noise_offset": 0.05,
         "training_arguments.rescale_betas_zero_snr": True,
         "training_arguments.prediction_type": "v_prediction",
@@ -472,10 +473,6 @@ def test_onetrainer(tmp_path):
     assert option not in decided(tmp_path / "config.json", SD)  # adapters have the base's
     (tmp_path / "config.json").write_text(json.dumps(config | {"training_method": "FINE_TUNE"}))
     assert decided(tmp_path / "config.json", SD)[option] == "v_prediction"
-    # the same area at each of nine ratios, in steps of eight
-    sizes = [tuple(map(int, pair.split(","))) for pair in buckets.split(";")]
-    assert sizes[:3] == [(512, 512), (456, 576), (416, 624)]
-    assert sizes[9:] == [(w, h) for h, w in sizes[1:9]]
     _, lines = settle(read_settings(path), SD, {}, KNOWN)
     assert "trained on 'runwayml/stable-diffusion-v1-5', got 'sd'" in lines[0]
     flux = {"model_type": "FLUX_DEV_1", "dynamic_timestep_shifting": True, "noising_weight": 0.0}
@@ -565,9 +562,9 @@ def test_ai_toolkit(tmp_path):
         "training_arguments.guidance_scale": 1.0,
         "condition_dropout": 0.05,
         "augment": "flip",
+        "buckets": "ai-toolkit",
+        "bucket_step": 32,
     }
-    told = settle(read_settings(tmp_path / "config.yaml"), FLUX, {"resolution": 512}, KNOWN)[1]
-    assert any(line.endswith("here those that are not square are cut") for line in told)
     with pytest.raises(
         ValueError, match=r"trained on a FluxPipeline .*FLUX.1-dev.*, got a StableD"
     ):
@@ -585,6 +582,35 @@ def test_ai_toolkit(tmp_path):
         (tmp_path / "config.yaml").write_text(yaml.dump(config))
         with pytest.raises(ValueError, match=told):
             decided(tmp_path / "dog.safetensors", SD, resolution=512)
+
+
+def test_random_crops_of_kohyas_scripts_without_buckets(tmp_path):
+    """They cut parts out of images as these are; ours are resized before."""
+    entries = {"ss_random_crop": True, "ss_enable_bucket": False, "ss_resolution": "512,512"}
+    with pytest.raises(ValueError, match=r"images that are not resized.* Pass `random_crop` to"):
+        by_kohya(tmp_path, SD, **entries)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ([{}], {"buckets": "ai-toolkit", "bucket_step": 16, "resolution": 512}),
+        ([{"buckets": False, "resolution": 256}], {"resolution": 256, "interpolation": "bicubic"}),
+        ([{"square_crop": True}], {"interpolation": "bicubic"}),
+        ([{"resolution": 256}, {"buckets": False, "resolution": 256}], "False, True differs by"),
+        ([{"buckets": False, "random_crop": True}], "images that are not resized"),
+    ],
+)
+def test_sizes_of_ai_toolkit(tmp_path, data, expected):
+    """Buckets where nothing is said of them."""
+    config = {"config": {"name": "dog", "process": [{"train": {}, "datasets": data}]}}
+    (tmp_path / "config.yaml").write_text(yaml.dump(config))
+    save_file({"w": torch.zeros(1)}, tmp_path / "dog.safetensors")
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            decided(tmp_path / "dog.safetensors", SD)
+    else:
+        assert decided(tmp_path / "dog.safetensors", SD) == expected
 
 
 def test_simpletuner(tmp_path):
@@ -833,6 +859,36 @@ def test_objects_that_are_given_in_python(tmp_path):
     ]
     assert attributor.regression.recipe.noise_offset == 0.2
     assert (attributor.objective.weights_T == 1).all()
+
+
+def test_numbers_at_their_defaults_are_not_given_in_python(tmp_path):
+    """A trainer decides them; those that are given beside it are the user's."""
+    write_images(tmp_path / "train")
+    sizes = {"ss_resolution": (16, 16), "ss_enable_bucket": True, "ss_min_bucket_reso": 16}
+    attributor = Attributor.from_pipeline(
+        pipelines.stable_diffusion(tmp_path),
+        tmp_path / "train",
+        prompts="a cat",
+        recipe=kohya_file(tmp_path, **sizes, ss_max_bucket_reso=512),
+        bucket_max=2048,
+        bucket_step=8,
+    )
+    assert "`bucket_min=16`, by ss_min_bucket_reso=16 of 'lora.safetensors'" in attributor.settings
+    told = "`bucket_max=2048` is given, against ss_max_bucket_reso=512 of 'lora.safetensors'"
+    assert told in attributor.settings
+    assert attributor.images[0]["x0"].shape == (3, 16, 16)
+
+
+def test_a_recipe_that_is_given_is_read_where_scores_do_not_tell(tmp_path):
+    pipelines.stable_diffusion(tmp_path).save_pretrained(tmp_path / "p")
+    path = kohya_file(tmp_path, ss_flip_aug=True, ss_noise_offset=0.1)
+    given = {"recipe": str(path), "pipeline": tmp_path / "p"}
+    options = options_of("validate-measure", **given)
+    read_recipe(options, given)
+    assert (options.noise_offset, options.augment) == (0.1, "flip")
+    options = options_of("validate-measure", scores=tmp_path / "s.safetensors", **given)
+    read_recipe(options, given)
+    assert options.augment is None  # these say all of it
 
 
 # ---------------------------------------------------------------------------------------------

@@ -3,10 +3,12 @@
 import csv
 import time
 from math import isclose
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from curvlinops_diffusion.page import report
 from tests.page.browser import PROGRAM, Browser
 from tests.page.cases import LIKE_THE_QUERY, NUM_QUERIES, NUM_TRAIN, TWINS, made
 
@@ -178,3 +180,29 @@ def test_tab_reaches_what_can_be_done(browser):
         seen.append(browser.run("document.activeElement.id || document.activeElement.className"))
     wanted = ["view", "search", "order", "csv", "open", "every"]
     assert [name for name in dict.fromkeys(seen) if name in wanted] == wanted
+
+
+def test_of_many_scores_the_ends(window, result, tmp_path, monkeypatch):
+    """Each by its rank among all; and the files stand in where no thumbnails are kept."""
+    for name, value in (("_SCORES", 10), ("_EACH", 6), ("_OTHERS", 1)):
+        monkeypatch.setattr(report, name, value)
+    folder = Path(result.header["run"]["data"]).parent
+    result.report(folder / "ends.html", top=2)
+    window.open(folder / "ends.html")
+    window.click(".every", 0)
+    order = result.scores[0].argsort(descending=True).tolist()
+    expected = [result.train.names[n] for n in [*order[:6], *order[-6:]]]
+    assert window.run(NAMES) == expected
+    ranks = window.run(f"{FIGURES}.map(f => f.innerText.match(/rank (\\d+)/)[1])")
+    assert list(map(int, ranks)) == [*range(1, 7), *range(NUM_TRAIN - 5, NUM_TRAIN + 1)]
+    assert "; the page lists 12" in window.run("document.querySelector('#status').textContent")
+    window.click("#listed .open", 11)
+    row = "document.querySelector('#viewer-body tbody tr:last-child').textContent"
+    assert str(NUM_TRAIN) in window.run(row)
+    window.key("Escape")
+    widths = window.run(
+        "Promise.all([...document.querySelectorAll('#listed img')].map(async image => {"
+        "await image.decode(); return image.naturalWidth }))"
+    )
+    assert set(widths) == {72, 120}  # thumbnails, and files
+    assert window.errors == []

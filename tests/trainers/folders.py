@@ -37,7 +37,7 @@ class Recipe:
         flips: Whether images are mirrored at random.
         dropout: How often a caption is dropped.
         kept: Tags in front of those that are shuffled; ``None`` if none are.
-        buckets: Whether images keep their shapes.
+        buckets: Whether images keep their shapes; ``'ai-toolkit'`` for its own buckets.
         means: Whether latents are means of the autoencoder's distribution, and not drawn from it.
         crops: Whether images are cut at random, where they are larger.
     """
@@ -49,7 +49,7 @@ class Recipe:
     flips: bool = False
     dropout: float = 0.0
     kept: int | None = None
-    buckets: bool = False
+    buckets: bool | str = False
     means: bool = False
     crops: bool = False
 
@@ -66,8 +66,10 @@ class Recipe:
         found["training_arguments"] = arguments
         if self.kept is not None:
             found |= {"shuffle_captions": True, "keep_tokens": self.kept}
-        if self.buckets:
+        if self.buckets is True:
             found |= {"buckets": True, "bucket_min": 64, "bucket_max": 256}
+        elif self.buckets:
+            found |= {"buckets": self.buckets, "bucket_step": 16}
         return {name: z for name, z in found.items() if z}
 
 
@@ -337,7 +339,7 @@ def onetrainer(folder, base, recipe):
 def ai_toolkit(folder, base, recipe):
     """A folder with texts beside images; the job's ``config.yaml`` beside what it wrote."""
     captions = {"a.png": "a, b, c", "b.png": "two d"}
-    write_images(folder / "train", dict.fromkeys(captions, (recipe.resolution,) * 2))
+    write_images(folder / "train", {"a.png": (80, 48), "b.png": (recipe.resolution,) * 2})
     for name, text in captions.items():
         (folder / "train" / name).with_suffix(".txt").write_text(text)
     data = {
@@ -384,7 +386,7 @@ PLAIN = {
     kohya: Recipe(skipped=1, flips=True, dropout=0.3, **WEIGHTED),
     diffusers: Recipe(),
     onetrainer: Recipe(skipped=1, means=True, crops=True, flips=True, kept=1, **WEIGHTED),
-    ai_toolkit: Recipe(flips=True, dropout=0.3, **WEIGHTED),
+    ai_toolkit: Recipe(flips=True, dropout=0.3, buckets="ai-toolkit", **WEIGHTED),
 }
 FULL = {
     **PLAIN,
