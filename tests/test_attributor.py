@@ -141,10 +141,11 @@ def test_draws_until_the_first_images_are_told(own, tmp_path, monkeypatch):
     # what a run that is stopped in the middle has begun with more draws stays
     begun = path.with_name(f"{path.name}.checkpoint")
     begun.mkdir()
+    (begun / "part").touch()
 
     def stopped(methods, J_query, G_inv, J_train, **options):
         assert J_train.regression.draws.num_draws == 64
-        assert begun.exists()
+        assert (begun / "part").exists()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(attributor_module, "scores_of", stopped)
