@@ -218,9 +218,9 @@ class Attributor:
                 cut from the middle; with ``buckets=True`` the side of the square whose area these
                 have; ``None`` for images of the network's size.
             buckets: The aspect buckets that images are resized and cropped to: ``True`` for those
-                of kohya's scripts, or heights and widths, ``[(672, 1568), …]``, as
-                ``--aspect_ratio_buckets`` of ``diffusers``' scripts, also written
-                ``'672,1568;…'``, or ``'auto'`` for their ``--use_aspect_ratio_buckets``, or
+                of kohya's scripts, ``'square'`` for the one that they have without; heights and
+                widths, ``[(672, 1568), …]`` or ``'672,1568;…'``, as ``--aspect_ratio_buckets`` of
+                ``diffusers``' scripts, ``'auto'`` for their ``--use_aspect_ratio_buckets``;
                 ``'onetrainer'`` or ``'ai-toolkit'`` for theirs. Batches are of one bucket each.
             bucket_step: What the sides of these, and of kohya's, are multiples of.
             bucket_min: The shortest side that kohya's have.

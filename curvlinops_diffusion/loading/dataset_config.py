@@ -234,9 +234,7 @@ class DatasetConfig:
                 if (value := self._shared(theirs)) is not None:
                     yield ours, value
         elif said["enable_bucket"] is False and resolution is not None:
-            # one bucket, to which images are resized as to any other
-            yield "buckets", True
-            yield from ((name, resolution) for name in ("bucket_step", "bucket_min", "bucket_max"))
+            yield "buckets", "square"  # to which images are resized as to any other bucket
         if said["resize_interpolation"] is not None:
             if said["resize_interpolation"] not in _RESIZED:
                 raise ValueError(

@@ -70,9 +70,9 @@ class Form:
         size: Height and width; ``None`` for any. Of no matter where there are buckets.
         resolution: What to resize to; ``None`` for no resizing.
         multiple: What height and width must be multiples of.
-        buckets: The sizes of aspect buckets; True for those of kohya's scripts, ``'auto'`` for
-            those that ``diffusers``' scripts make, ``'onetrainer'`` or ``'ai-toolkit'`` for theirs,
-            False for none.
+        buckets: The sizes of aspect buckets; True for those of kohya's scripts, ``'square'`` for
+            the one that these have without, ``'auto'`` for those that ``diffusers``' scripts make,
+            ``'onetrainer'`` or ``'ai-toolkit'`` for theirs, False for none.
         bucket_step: What their sides are multiples of, where nothing else says it.
         bucket_min: Their shortest side.
         bucket_max: Their longest side.
@@ -120,7 +120,7 @@ class Form:
     def _check_made_buckets(self) -> None:
         if self.resolution is None:
             raise ValueError("`buckets` needs the `resolution` that training had, got none.")
-        if self.buckets == "auto":
+        if self.buckets in ("auto", "square"):
             return
         if self.bucket_step % self.multiple:
             raise ValueError(
@@ -140,6 +140,11 @@ class Form:
                 f"`resolution` must be from {least} to {most}, the shortest and longest side of a "
                 f"bucket, got {self.resolution}. Pass training's `bucket_min` and `bucket_max`."
             )
+
+    @property
+    def _is_kohyas(self) -> bool:
+        """Whether images are resized and told as kohya's scripts do."""
+        return self.buckets is True or self.buckets == "square"
 
     @property
     def _limits(self) -> Size:
@@ -194,7 +199,7 @@ class Form:
 
     def size_of(self, image: Image.Image) -> Size:
         """Height and width of an image as it is read, turned or not."""
-        return (image.height, image.width) if self.buckets is True else upright_size(image)
+        return (image.height, image.width) if self._is_kohyas else upright_size(image)
 
     def tensor(
         self, image: Image.Image, name: str, place: Place = None, of: Size | None = None
@@ -214,7 +219,7 @@ class Form:
                 pixels of unknown range.
         """
         self.check_channels()
-        if self.buckets is not True:
+        if not self._is_kohyas:
             if _orientation(image) in range(2, 9):
                 warn(_TURNED, stacklevel=2)
             image = ImageOps.exif_transpose(image)
@@ -239,7 +244,7 @@ class Form:
         box = self._box(name, of or (flat.height, flat.width), place)
         if box is not None:  # as images, before they are numbers, as training scripts do
             whole, (top, left), (height, width) = box
-            flat = resized(flat, whole, self._how, self.buckets is True)
+            flat = resized(flat, whole, self._how, self._is_kohyas)
             flat = flat.crop((left, top, left + width, top + height))
         return self._checked(transforms.normalize(transforms.to_tensor(flat), [0.5], [0.5]), name)
 
@@ -255,8 +260,10 @@ class Form:
             raise ValueError(f"The image '{name}' has no bucket: {error}") from error
 
     def _placement(self, size: Size) -> Placement:
-        if self.buckets is True:
+        if self._is_kohyas:
             assert self.resolution is not None, "which is checked"
+            if self.buckets == "square":
+                return area_bucket(size, [(self.resolution, self.resolution)])
             if self.bucket_no_upscale:
                 return shrunk_bucket(size, self.resolution, self.bucket_step)
             buckets = area_buckets(self.resolution, self.bucket_step, *self._limits)
@@ -290,7 +297,7 @@ class Form:
         nothing.
         """
         whole, part = self._placement((height, width))
-        if self.buckets is True:
+        if self._is_kohyas:
             return told_corner((height, width), part)
         if self.buckets == "ai-toolkit":
             return 0, 0
@@ -299,7 +306,7 @@ class Form:
     def _corner(self, whole: Size, part: Size, place: Place) -> tuple[int, int]:
         rest = [a - b for a, b in zip(whole, part, strict=True)]
         if place is None:  # torchvision rounds half a pixel to even numbers
-            down = self.buckets is True or self.buckets in ("onetrainer", "ai-toolkit")
+            down = self._is_kohyas or self.buckets in ("onetrainer", "ai-toolkit")
             top, left = (more // 2 if down else round(more / 2) for more in rest)
         else:  # as torch.randint chooses among all that there are
             top, left = (min(int(z * (m + 1)), m) for z, m in zip(place, rest, strict=True))
@@ -319,8 +326,7 @@ class Form:
             whole, corner, part = box
             planes = [Image.fromarray(plane) for plane in x.float().cpu().numpy()]
             found = [
-                np.asarray(resized(plane, whole, self._how, self.buckets is True))
-                for plane in planes
+                np.asarray(resized(plane, whole, self._how, self._is_kohyas)) for plane in planes
             ]
             resized_x = torch.from_numpy(np.stack(found)).to(x)
             x = transforms.crop(resized_x, *corner, *part).clamp(-1, 1)

@@ -24,9 +24,9 @@ Placement = tuple[Size, Size]
 Interpolation = Literal["bilinear", "bicubic", "lanczos"]
 
 
-#: Buckets by a word, which need a resolution: those that diffusers' scripts make if none are
-#: listed, OneTrainer's, ai-toolkit's.
-Named = Literal["auto", "onetrainer", "ai-toolkit"]
+#: Buckets by a word, which need a resolution: the one of kohya's scripts without buckets, those
+#: that diffusers' scripts make if none are listed, OneTrainer's, ai-toolkit's.
+Named = Literal["square", "auto", "onetrainer", "ai-toolkit"]
 # of diffusers' scripts, their width over height, and what their sides are multiples of
 _ASPECTS = [a / b for a, b in ((1, 1), (4, 5), (2, 3), (3, 4), (9, 16), (1, 2))]
 _MULTIPLE = 16

@@ -319,15 +319,27 @@ def _parsed(file: Path) -> dict[str, Any]:
         if file.suffix == ".json":
             values = json.loads(text)
         else:
-            import yaml
-
-            values = yaml.safe_load(text)
+            values = _of_yaml(text)
     except Exception as error:  # of three parsers
         said = " ".join(str(error).split())
         raise ValueError(
             f"'{file}' cannot be read ({said}). Copy it again, or pass `recipe='none'`."
         ) from error
     return values if isinstance(values, dict) else {}
+
+
+def _of_yaml(text: str) -> Any:
+    """The values of a text; of tuples the entries, of other objects of Python nothing."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def plainly(loader: Any, kind: str, node: Any) -> Any:
+        return loader.construct_sequence(node) if kind == "tuple" else None
+
+    Loader.add_multi_constructor("tag:yaml.org,2002:python/", plainly)
+    return yaml.load(text, Loader)  # noqa: S506 - a safe one
 
 
 def _card(folder: Path) -> dict[str, Any]:

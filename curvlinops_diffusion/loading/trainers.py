@@ -251,7 +251,9 @@ def _kohya_flow(z: Entries, base: Base) -> Iterator[Setting]:
         yield from z.sets("modelspec.architecture", _TOKENS, 256)
     yield from z.refuses("ss_model_prediction_type", "compares other than the velocity")
     scale, shift = z.number("ss_sigmoid_scale", 1.0), z.number("ss_discrete_flow_shift", 1.0)
-    name, side = "ss_timestep_sampling", _square(z.get("ss_resolution"))
+    datasets, name = z.get("ss_datasets"), "ss_timestep_sampling"
+    sides = _of_subsets(datasets).get("resolution", []) if isinstance(datasets, list) else []
+    side = _square(z.get("ss_resolution") if len(sides) != 1 else sides[0])
     if sampling == "sigma":
         yield from z.sets("ss_discrete_flow_shift", _SHIFT, shift, base.shift)
         yield from _scheme(z, "ss_weighting_scheme", scheme, -mean, std)  # from noise to data
@@ -263,6 +265,8 @@ def _kohya_flow(z: Entries, base: Base) -> Iterator[Setting]:
         levels = _logit_normal(means[sampling], scale) if sampling in means else None
         yield from z.sets(name, _SHIFT, 1.0, base.shift)
         yield from z.sets(name, "timesteps", levels)
+        if sampling == "flux_shift":
+            yield from z.notes(name, "levels are those of a square, for images of other shapes too")
     else:
         yield from z.refuses(name, _LEVELS)
 
@@ -308,6 +312,7 @@ def _kohya_data(z: Entries) -> Iterator[Setting]:
     shuffled = z.get("ss_shuffle_caption") or z.get("ss_caption_tag_dropout_rate")
     shuffled = shuffled or True in several.get("shuffle_caption", ())
     bucketed = several.get("enable_bucket", [z.get("ss_enable_bucket")])
+    sized = "resolution" in several or bool(z.get("ss_resolution"))
     for key in (*_KOHYA_DATA, *_KOHYA_DRAWN):
         if key.startswith(("keep_tokens", "caption_separator")) and not shuffled:
             continue
@@ -320,6 +325,8 @@ def _kohya_data(z: Entries) -> Iterator[Setting]:
             yield Setting(name, option, refused=f"differs by subset ({said})")
         elif key == "resolution":
             yield from _resolution(own, name)
+        elif key == "enable_bucket" and value is False and sized:
+            yield Setting(own.shown(name), option, "square")
         elif key == "random_crop" and value and bucketed == [False]:
             refused = "cuts parts out of images that are not resized"
             yield Setting(own.shown(name), option, refused=refused)
@@ -733,7 +740,13 @@ def simpletuner(z: Entries, base: Base) -> Iterator[Setting]:
         yield Setting(f"offset_noise={offset > 0}", "noise_offset", offset, refused=refused)
         if z.get("prediction_type"):
             yield from _predicts(z, base, "prediction_type", str(z.get("prediction_type")))
-        yield from _zero_snr(z, base, "rescale_betas_zero_snr")
+        name = "rescale_betas_zero_snr"  # without it false, whatever the base has
+        yield from _zero_snr(replace(z, values={name: False, **z.values}), base, name)
+        if base.family == "StableDiffusionXL":
+            text = (
+                "the network was told sizes after resizing, and zeros where captions were dropped"
+            )
+            yield Setting("sizes of SimpleTuner", note=text)
     else:
         shift = z.number("flow_schedule_shift", 3.0) or 1.0
         scale, uniform = z.number("flow_sigmoid_scale", 1.0), z.get("flow_use_uniform_schedule")

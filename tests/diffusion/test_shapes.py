@@ -257,7 +257,7 @@ def scored(rank, sharded=False):
     }
 
 
-@pytest.mark.parametrize("sharded", [False, "data"])
+@pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_as_one(tmp_path, sharded):
     expected = scored(None)
     for found in processes(2, tmp_path / "run", scored, sharded):

@@ -213,7 +213,7 @@ BUCKETS = {"resolution": 512, "buckets": True}
         ),
         (
             "resolution = 512\nenable_bucket = false",
-            BUCKETS | {"bucket_step": 512, "bucket_min": 512, "bucket_max": 512},
+            {"resolution": 512, "buckets": "square"},
         ),
         ("resize_interpolation = 'cubic'", {"interpolation": "bicubic"}),
         (
@@ -366,14 +366,16 @@ def test_buckets_that_it_decides(folder, tmp_path):
     subset = SUBSET.replace("hoge", "wide")
     for buckets, options in (
         ("true", {"bucket_step": 16, "bucket_min": 16}),
-        ("false", {"bucket_step": 32, "bucket_min": 32, "bucket_max": 32}),
+        ("false", {"buckets": "square"}),
     ):
         config(folder, f"[general]\n{said.format(buckets)}{subset}")
         pipeline = pipelines.stable_diffusion(tmp_path)
         found = Attributor.from_pipeline(pipeline, folder / "dataset.toml")
-        options |= {"resolution": 32, "buckets": True, "prompts": ["a, b", "c"]}
+        options = {"resolution": 32, "buckets": True, "prompts": ["a, b", "c"], **options}
         files = [folder / "wide" / f"{n}.png" for n in range(2)]
         by_hand = Attributor.from_pipeline(pipeline, files, **options)
         assert found.regression.data_identity() == by_hand.regression.data_identity()
         shape = found.images[0]["x0"].shape
         assert shape == ((3, 16, 48) if buckets == "true" else (3, 32, 32))
+    given = Attributor.from_pipeline(pipeline, folder / "dataset.toml", resolution=16)
+    assert given.images[0]["x0"].shape == (3, 16, 16)  # by hand, of the one bucket as well

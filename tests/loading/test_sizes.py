@@ -159,6 +159,16 @@ def test_buckets_of_kohyas_scripts(options, size, whole, bucket, told):
     assert form.corner_of(*size) == form.corner_of(*size, (0.9, 0.9)) == told
 
 
+@pytest.mark.parametrize("size", [(20, 31), (31, 20), (9, 40)])
+def test_the_square_of_kohyas_scripts_is_a_bucket(size):
+    """Without buckets they have one, for which images are resized and told as for others."""
+    image, limits = picture(*size), {"bucket_step": 16, "bucket_min": 16, "bucket_max": 16}
+    square, bucket = Form(3, None, 16, 8, "square"), Form(3, None, 16, 8, True, **limits)
+    assert square.placed("", size) == bucket.placed("", size)
+    assert torch.equal(square.tensor(image, ""), bucket.tensor(image, ""))
+    assert square.corner_of(*size) == bucket.corner_of(*size) != Form(3, None, 16).corner_of(*size)
+
+
 def test_resizing_of_kohyas_scripts():
     """What ``cv2.resize`` (OpenCV 5.0) gives with ``INTER_AREA`` and ``INTER_LINEAR``; crops."""
     wave = Image.fromarray((np.arange(35).reshape(5, 7) ** 2 % 256).astype(np.uint8))
@@ -250,7 +260,7 @@ def test_kohyas_scripts_do_not_turn_images(tmp_path):
     [
         ({"buckets": True}, "`buckets` needs the `resolution` that training had"),
         ({"buckets": "auto"}, "`buckets` needs the `resolution` that training had"),
-        ({"buckets": []}, r"`buckets` must be True for those of kohya's scripts, auto, one"),
+        ({"buckets": []}, r"`buckets` must be True for those of kohya's scripts, square, a"),
         ({"buckets": "64x64"}, r"or '672,1568;…', got '64x64'"),
         ({"buckets": [(0, 8)]}, r"got \[\(0, 8\)\]"),
         ({"buckets": [(8, 12), (16, 8)], "multiple": 8}, "multiples of 8, .* got 8×12"),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,7 +207,7 @@ def test_a_step_of_kohyas_scripts(tmp_path):
                     ]
                 )
             },
-            {"resolution": 768, "augment": "flip"},
+            {"resolution": 768, "augment": "flip", "buckets": "square"},
         ),
         (
             SD3,
@@ -243,6 +244,9 @@ def test_levels_of_flux_by_kohyas_scripts(tmp_path, sampling):
     """Quantiles of the share of noise as in flux_train_utils.py, of images of 512 pixels."""
     entries = {"ss_timestep_sampling": sampling, "ss_sigmoid_scale": 0.8, "ss_resolution": 512}
     found = by_kohya(tmp_path, FLUX, **entries, ss_discrete_flow_shift=3.1582)
+    datasets = json.dumps([{"resolution": [512, 512], "subsets": []}])
+    own = {k: z for k, z in entries.items() if k != "ss_resolution"} | {"ss_datasets": datasets}
+    assert by_kohya(tmp_path, FLUX, **own, ss_discrete_flow_shift=3.1582) == found
     assert "training_arguments.shift" not in found  # levels are the pipeline's, without a shift
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     sigmas_T = noise_process(scheduler).sigmas_T
@@ -396,6 +400,11 @@ def test_a_script_of_diffusers(tmp_path):
     }
     assert decided(folder, SD) == expected
     assert decided(folder / "pytorch_lora_weights.safetensors", SD) == expected
+    (log,) = folder.glob("logs/*/*/hparams.yml")  # with whatever objects of Python
+    objects = {"betas": (0.9, 0.99), "logging_dir": Path("logs")}
+    log.write_text(yaml.dump(arguments | objects, Dumper=yaml.Dumper))
+    assert "python/object" in log.read_text()
+    assert decided(folder, SD) == expected
     (folder / "checkpoint-500").mkdir()
     save_file({"w": torch.zeros(1)}, folder / "checkpoint-500" / "pytorch_lora_weights.safetensors")
     assert decided(folder / "checkpoint-500", SD) == expected
@@ -628,6 +637,14 @@ def test_simpletuner(tmp_path):
             decided(tmp_path, FLUX)
     (tmp_path / "simpletuner_config.json").write_text('{"model_family": "sd3"}')
     assert decided(tmp_path, SD3)["training_arguments.max_sequence_length"] == 154
+    (tmp_path / "simpletuner_config.json").write_text('{"model_family": "sdxl"}')
+    base = Base("StableDiffusionXLPipeline", {"rescale_betas_zero_snr": True})
+    found, lines = settle(read_settings(tmp_path), base, {}, KNOWN)
+    assert found == {
+        "condition_dropout": 0.1,
+        "training_arguments.rescale_betas_zero_snr": False,
+    }
+    assert any("told sizes after resizing" in line for line in lines)
 
 
 def test_a_card_and_peft(tmp_path):
