@@ -14,7 +14,7 @@ def blocks(language):
 
 
 def test_the_example_runs_as_printed(tmp_path, monkeypatch, capsys):
-    """It prints five different training images of the twenty for each of three queries."""
+    """For each noisy copy of a training image five different ones, the original first."""
     (example,) = blocks("python")
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():
@@ -22,9 +22,10 @@ def test_the_example_runs_as_printed(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     rows = [re.findall(r"\d+", row) for row in re.findall(r"\[([\d, ]+)\]", printed)]
     assert len(rows) == 3
-    for row in rows:
+    for original, row in enumerate(rows):
         assert len({*row}) == len(row) == 5
-        assert all(0 <= int(image) < 20 for image in row)
+        assert int(row[0]) == original
+        assert all(0 <= int(image) < 50 for image in row)
     (shown,) = blocks("text")
     assert without_numbers(printed) == without_numbers(shown)
 

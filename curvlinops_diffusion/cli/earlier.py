@@ -85,7 +85,7 @@ def completed(name: str, given: dict[str, Any]) -> Namespace:
 def _of_data(name: str, given: dict[str, Any]) -> dict[str, Any]:
     """Options that a file which lists the data decides, each printed with its source."""
     data, known = given.get("data"), commands()[name].options
-    if not is_config(data) or "recipe" not in known:  # which computes nothing
+    if data is None or not is_config(data) or "recipe" not in known:  # which computes nothing
         return {}
     check_exists(data, "--data", "Pass the dataset.toml of kohya's scripts, or a folder.")
     decided, lines = by_data(data, given, known)

@@ -110,8 +110,8 @@ class Agreement:
             k = max(1, min(TOP, N // 2))  # all of them would always be shared
             halves = SplitHalfScores(*(z.unsqueeze(0) for z in (first_N, first_N, second_N)))
             numbers = halves.top_shared(k), halves.rank_correlation(), halves.standard_error()
-            first = bool(first_N.argmax() == second_N.argmax())
-            found.append((*(plain_numbers(number)[0] for number in numbers), first))
+            same = bool(first_N.argmax() == second_N.argmax())
+            found.append((*(plain_numbers(number)[0] for number in numbers), same))
         shared, correlations, errors, firsts = zip(*found, strict=True)
         return cls(k, tuple(k * (one or 0.0) for one in shared), N, correlations, errors, firsts)
 
