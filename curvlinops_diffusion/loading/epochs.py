@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from itertools import pairwise
 from pathlib import Path
 
 from safetensors import safe_open
@@ -17,6 +18,7 @@ _FILES = (
     ("steps", re.compile(r"(.+)_(\d{9})")),
     ("steps", re.compile(r"(.*?)(?:\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)?-save-(\d+)-\d+-\d+")),
 )
+_SAVED = re.compile(r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)-save-")  # when OneTrainer did
 _FOLDER = re.compile(r"checkpoint-(\d+)")  # of diffusers' scripts and SimpleTuner
 
 
@@ -72,7 +74,27 @@ def _by_step(folder: Path) -> list[Path]:
                 "(ss_steps) how these follow each other. Pass the last as --lora, and earlier ones "
                 "in their order as --checkpoints."
             )
-    return sorted(steps, key=lambda path: order[path] or 0) + final
+    found = sorted(steps, key=lambda path: order[path] or 0) + final
+    # of a run that went on from another later steps are later; of one that replaced some files not
+    times = [(when, path) for path in found if (when := _when(path))]
+    for (one, before), (other, after) in pairwise(times):
+        if other < one:
+            raise ValueError(
+                f"'{folder}' holds adapters of several trainings: '{after.name}' is of a later "
+                f"step than '{before.name}', and of an earlier run. Pass the file of one as "
+                "--lora, and earlier ones of the same training as --checkpoints."
+            )
+    return found
+
+
+def _when(path: Path) -> float | None:
+    """When OneTrainer saved a file, or kohya's run of it began; ``None`` if it does not say."""
+    if saved := _SAVED.search(path.stem):
+        return float(re.sub(r"\D", "", saved[1]))
+    try:
+        return float(_entry(path, "ss_training_started_at"))
+    except ValueError:
+        return None
 
 
 def _weights(path: Path) -> bytes:
@@ -87,7 +109,11 @@ def _weights(path: Path) -> bytes:
 
 def _counted_steps(path: Path) -> int | None:
     """The steps that kohya's scripts write into a file."""
+    text = _entry(path, "ss_steps")
+    return int(text) if text.isdecimal() else None
+
+
+def _entry(path: Path, name: str) -> str:
     check_whole(path)
     with safe_open(path, "np") as file:
-        text = (file.metadata() or {}).get("ss_steps", "")
-    return int(text) if text.isdecimal() else None
+        return str((file.metadata() or {}).get(name, ""))

@@ -19,6 +19,7 @@ from curvlinops_diffusion.loading.dataset_config import (
     names_of,
     weights_of,
 )
+from curvlinops_diffusion.loading.embedded_prompts import embedded_prompt
 from curvlinops_diffusion.loading.folders import (
     ACCEPTED,
     TABLES,
@@ -117,10 +118,25 @@ def open_images(
                 "images."
             )
         images.conditions[key], images.classes = values, None
+    if training is not None and takes == "prompt":
+        _read_embedded_prompts(images)
     _set_conditions(images, where, form, condition, training)
     if takes == "prompt":
         _put_triggers(images, where, layout)
     return images
+
+
+def _read_embedded_prompts(images: NamedImages) -> None:
+    """Give queries without a prompt the one that the program which made them has written."""
+    own = list(images.conditions.get("prompt", [None] * len(images)))
+    without = [n for n, text in enumerate(own) if text is None]
+    if images.paths is None or not without:
+        return
+    found = {n: text for n in without if (text := embedded_prompt(Path(images.paths[n])))}
+    if found:
+        images.conditions["prompt"] = [found.get(n, text) for n, text in enumerate(own)]
+        count = counted(len(found), "prompt")
+        images.notes.append(f"{count} as the images' files have them, without weights of words")
 
 
 def _set_conditions(

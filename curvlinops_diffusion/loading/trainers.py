@@ -537,8 +537,14 @@ def _onetrainer_concepts(z: Entries) -> Iterator[Setting]:
     named = ["file_name" if own.get("prompt_source") == "filename" else None for own in text]
     kept = [own.get("keep_tags_count", 1) for own in text]
     kept = [n if a or b else 0 for n, a, b in zip(kept, shuffled, dropped, strict=True)]
+    # of one variation, whose latents are kept, each image was cut at one place
+    once = z.get("latent_caching", True) and all(c.get("image_variations", 1) == 1 for c in found)
+    cut = [bool(own.get("enable_crop_jitter", True)) for own in image]
+    if once and any(cut):
+        said = "images were cut once, at places that nothing tells, and here in the middle"
+        yield Setting("enable_crop_jitter of concepts", note=said)
     decided: dict[str, tuple[str, Sequence[Any]]] = {
-        "enable_crop_jitter": ("random_crop", [o.get("enable_crop_jitter", True) for o in image]),
+        "enable_crop_jitter": ("random_crop", [each and not once for each in cut]),
         "enable_random_flip": ("augment", flips),
         "enable_tag_shuffling": ("shuffle_captions", shuffled),
         "tag_dropout_probability": ("tag_dropout", dropped),

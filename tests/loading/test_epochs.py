@@ -35,7 +35,7 @@ WRITTEN = {
     "kohya's steps": (["cat-step00000500", "cat-step00001000"], []),
     "ai-toolkit": (["cat_000000250", "cat_000000500", "cat"], ["optimizer.pt", "config.yaml"]),
     "OneTrainer": (
-        ["2024-05-02_09-00-00-save-90-1-0", "2024-05-01_09-00-00-save-100-2-0"],
+        ["2024-05-01_09-00-00-save-90-1-0", "2024-05-02_09-00-00-save-100-2-0"],
         ["config.json", "._x.safetensors"],
     ),
     "diffusers": (["checkpoint-500", "checkpoint-1000", "."], ["checkpoint-1500/optimizer.bin"]),
@@ -94,6 +94,21 @@ def test_several_trainings(tmp_path):
         weights(tmp_path / f"{name}.safetensors")
     with pytest.raises(ValueError, match=r"several trainings \('a', 'b'\)\. Pass the file of one"):
         adapters_by_step(tmp_path)
+
+
+def test_what_an_earlier_run_left(tmp_path):
+    """Under the names of later steps is refused; a run that went on is one training."""
+    for name, began in (("a-000001", 2.5), ("a-000002", 7.0), ("a", 7.0)):
+        weights(tmp_path / f"{name}.safetensors", ss_training_started_at=str(began))
+    assert len(adapters_by_step(tmp_path, None)) == 3
+    weights(tmp_path / "a-000003.safetensors", ss_training_started_at="1.5")
+    told = r"'a-000003\.safetensors' is of a later step than 'a-000002\.safetensors', and of an ear"
+    with pytest.raises(ValueError, match=told):
+        adapters_by_step(tmp_path)
+    for name in ("2024-05-02_09-00-00-save-90-1-0", "2024-05-01_09-00-00-save-100-2-0"):
+        weights(tmp_path / "ot" / f"{name}.safetensors")
+    with pytest.raises(ValueError, match="and of an earlier run"):
+        adapters_by_step(tmp_path / "ot")
 
 
 def found(**given):

@@ -517,13 +517,16 @@ def test_concepts_of_onetrainer(tmp_path):
         **{"shuffle_captions": True, "tag_dropout": 0.2, "keep_tokens": 2, "augment": "flip"},
         "caption_column": "file_name",
     }
-    assert read({"text": {"keep_tags_count": 1}})[0] == {"random_crop": True}  # as it is usually
+    found, lines = read({"text": {"keep_tags_count": 1}})  # as it is usually
+    assert found == {}
+    assert "images were cut once" in "".join(lines)
+    assert read({"image_variations": 5})[0] == {"random_crop": True}
     _, lines = read({"balancing": 2.0}, {"balancing": 1.0})
     assert "balancing of concepts of 'config.json': images were not seen alike often ('c0' 2" in (
         "".join(lines)
     )
     for concepts, told in (
-        ([{"image": image}, {}], "enable_crop_jitter of concepts differs by concept"),
+        ([{"image": image}, {}], "enable_random_flip of concepts differs by concept"),
         ([{"image": {"enable_random_hue": True}}], "enable_random_hue=True changes hues"),
         ([{"text": text | {"tag_dropout_mode": "FULL"}}], "drops tags in another way"),
         ([{"text": text | {"tag_delimiter": ";"}}], "tag_delimiter=; separates tags by another"),

@@ -301,6 +301,7 @@ def onetrainer(folder, base, recipe):
         "output_model_destination": "models/lora.safetensors",
         "aspect_ratio_bucketing": False,
         "resolution": str(recipe.resolution),
+        "latent_caching": not recipe.crops,
         "concepts": concepts,
         "loss_weight_fn": "CONSTANT" if recipe.gamma is None else "MIN_SNR_GAMMA",
         "loss_weight_strength": recipe.gamma or 5.0,
