@@ -55,6 +55,8 @@ from curvlinops_diffusion.runtime.processes import Processes
 _FIRST_DRAWS = 16
 OPERATORS = {"ekfac": DiffusionEKFACLinearOperator, "kfac": DiffusionKFACLinearOperator}
 T = TypeVar("T")
+#: Whether scores that are there are replaced.
+Overwrite = bool | Literal["fewer draws"]
 log = logging.getLogger(__name__)
 
 
@@ -511,7 +513,7 @@ class Attributor:
         query_draws: int | None = None,
         query_block: int = 64,
         output: str | PathLike[str] | None = None,
-        overwrite: bool = False,
+        overwrite: Overwrite = False,
     ) -> Attribution:
         """Score every training image for every query.
 
@@ -541,7 +543,8 @@ class Attributor:
             query_block: Queries whose gradients are held at once.
             output: A file for the scores, see :meth:`Attribution.save`; if it holds these scores
                 already they are read. A checkpoint stands beside it until it is written.
-            overwrite: Replace an output, and a checkpoint, of other scores.
+            overwrite: Replace an output, and a checkpoint, of other scores; ``"fewer draws"`` of
+                those alone that differ by fewer draws.
 
         Raises:
             ValueError: If there is no curvature, the queries are not what the network takes, or the
@@ -578,8 +581,7 @@ class Attributor:
             "query": query.identity(asked),
             "operator": json.loads(json.dumps(made)),
         }
-        if path is not None and path.exists() and not overwrite:
-            check_same_run(path, SCORES.read_header(path), identity)
+        if path is not None and is_same_run(path, identity, overwrite):
             self._forget(path)
             return Attribution.load(path, self.images, shown)
         if path is not None:
@@ -639,7 +641,7 @@ class Attributor:
     def _score_until_told(
         self,
         output: str | PathLike[str] | None,
-        overwrite: bool,
+        overwrite: Overwrite,
         max_draws: int = MAX_DRAWS,
         query_draws: int | None = None,
         **told: Any,
@@ -659,14 +661,19 @@ class Attributor:
                 f"`num_draws='auto'`, got {query_draws}."
             )
         path = None if output is None else Path(output)
-        start = numbers[0]
-        if path is not None and path.exists() and not overwrite:
-            there = SCORES.read_header(path)["identity"]["train"]["regression"]["num_draws"]
-            start = there if there in numbers else start  # of another number it is refused
-        for number in numbers[numbers.index(start) :]:
+        start = 0
+        if path is not None and path.exists() and overwrite is not True:
+            header = SCORES.read_header(path)
+            there = _draws_of(header["identity"], "train")
+            if there in numbers:  # of another number it is refused
+                start, agreement = numbers.index(there), Agreement.of_header(header)
+                if agreement and not agreement.is_settled and there < numbers[-1]:
+                    # what was begun with more draws is gone on from
+                    start, overwrite = start + 1, "fewer draws"
+        for number in numbers[start:]:
             told |= {"num_draws": number, "query_draws": query_draws}
             found = self.score(output=path, overwrite=overwrite, **told)
-            agreement, overwrite = found.agreement, True  # what has fewer draws
+            agreement, overwrite = found.agreement, "fewer draws"
             assert agreement is not None
             if Processes.of_all().rank == 0:
                 log.info("%d draws: %s", number, agreement.summary())
@@ -736,7 +743,7 @@ class Attributor:
         return None if output is None else output.with_name(f"{output.name}.checkpoint")
 
     def _going_on(
-        self, what: str, output: Path | None, overwrite: bool, run: Callable[[PassOptions], T]
+        self, what: str, output: Path | None, overwrite: Overwrite, run: Callable[[PassOptions], T]
     ) -> T:
         """Run what goes on from a checkpoint; to overwrite, one of something else is replaced."""
         passes = replace(self.passes, checkpoint=self._checkpoint(what, output))
@@ -839,6 +846,31 @@ def check_same_run(path: Path, there: Mapping[str, Any], identity: Mapping[str, 
         f"'{path}' exists, and was made with others",
         "Pass `overwrite=True`, or another `output`.",
     )
+
+
+def is_same_run(path: Path, identity: Mapping[str, Any], overwrite: Overwrite) -> bool:
+    """Tell whether a file holds the scores that would be made; ``False`` if it is to be replaced.
+
+    Raises:
+        ValueError: If it holds others, which are not to be replaced.
+    """
+    if not path.exists() or overwrite is True:
+        return False
+    header = SCORES.read_header(path)
+    there = header.get("identity", {})
+    if overwrite and _draws_of(there, "train") < _draws_of(identity, "train"):
+        there = json.loads(json.dumps(there))
+        for side in ("train", "query"):
+            there[side]["regression"]["num_draws"] = _draws_of(identity, side)
+        check_same_run(path, {"identity": there}, identity)
+        return False
+    check_same_run(path, header, identity)
+    return True
+
+
+def _draws_of(identity: Mapping[str, Any], side: str) -> int:
+    found: int = identity[side]["regression"]["num_draws"]
+    return found
 
 
 def _drawn(regression: NoisedRegression, num_draws: int) -> NoisedRegression:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion.attribution import Attribution
-from curvlinops_diffusion.attributor import Attributor, check_same_run
+from curvlinops_diffusion.attributor import Attributor, Overwrite, is_same_run
 from curvlinops_diffusion.influence.agreement import Agreement, SplitHalfScores
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.influence.stored_scores import StoredScores
@@ -224,7 +224,7 @@ class CheckpointAttributor(Attributor):
         queries: Any,
         *,
         output: str | PathLike[str] | None = None,
-        overwrite: bool = False,
+        overwrite: Overwrite = False,
         **options: Any,
     ) -> Attribution:
         """Score at each checkpoint, and average, as :meth:`Attributor.score`.
@@ -233,7 +233,7 @@ class CheckpointAttributor(Attributor):
             queries: As for :meth:`Attributor.score`.
             output: A file for the averages; those of each checkpoint are written beside it, and
                 read if they are there already.
-            overwrite: Replace outputs of other scores.
+            overwrite: As for :meth:`Attributor.score`.
             options: As for :meth:`Attributor.score`.
 
         Raises:
@@ -247,18 +247,15 @@ class CheckpointAttributor(Attributor):
         path = None if output is None else Path(output)
         if path is not None:
             check_file_name(path, ".safetensors")
-        there = path if path is not None and path.exists() and not overwrite else None
-        if there is not None:
-            check_num_checkpoints(there, len(self._sources))
+        if path is not None and path.exists() and overwrite is not True:
+            check_num_checkpoints(path, len(self._sources))
         results = []
         for (c, member), operator in zip(self._members(), self._fitted(), strict=True):
             member.operator = operator
             file = None if path is None else path.with_name(f"{path.stem}.{_file(c)}")
             results.append(member.score(queries, output=file, overwrite=overwrite, **options))
         found, processes = averaged(results), Processes.of_all()
-        if there is not None:
-            check_same_run(there, SCORES.read_header(there), found.header["identity"])
-        elif path is not None:
+        if path is not None and not is_same_run(path, found.header["identity"], overwrite):
             first = processes.rank == 0
             processes.all_or_none(lambda: found.save(path) if first else None)
         return found

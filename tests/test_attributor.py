@@ -131,8 +131,26 @@ def test_draws_until_the_first_images_are_told(own, tmp_path, monkeypatch):
         found = attributor.score(queries, query_draws=8, **told)
     assert computed == [(16, 8), (32, 8)]
     assert torch.equal(StoredScores.open(path).whole(), found.scores)
-    with pytest.raises(ValueError, match=r"made with others: .*damping"):
-        attributor.score(queries, query_draws=8, **{**told, "damping": 1.0})
+    told |= {"max_draws": 64}
+    for other in ({"damping": 1.0}, {"damping": 1.0, "num_draws": 64, "overwrite": "fewer draws"}):
+        with pytest.raises(ValueError, match=r"made with others: .*damping"):
+            attributor.score(queries, **{"query_draws": 8, **told, **other})
+    more = {"num_draws": 16, "overwrite": "fewer draws"}
+    with pytest.raises(ValueError, match=r"made with others: .*num_draws"):
+        attributor.score(queries, query_draws=8, output=path, **asked, **more)
+    # what a run that is stopped in the middle has begun with more draws stays
+    begun = path.with_name(f"{path.name}.checkpoint")
+    begun.mkdir()
+    (begun / "part").touch()
+
+    def stopped(methods, J_query, G_inv, J_train, **options):
+        assert J_train.regression.draws.num_draws == 64
+        assert (begun / "part").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attributor_module, "scores_of", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        attributor.score(queries, query_draws=8, **told)
     for wrong, message in (
         ({"max_draws": 15}, "`max_draws` must be at least 16, the number of draws to begin with"),
         ({"query_draws": 6}, "`query_draws` must be a multiple of 4 to be halved"),

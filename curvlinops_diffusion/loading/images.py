@@ -330,7 +330,8 @@ def _read_captions(
     if longer := [read[name] for name, (_, more) in texts.items() if more]:
         count = counted(len(longer), "longer caption")
         images.notes.append(
-            f"the first line of {count}: {first_of(longer)} (--caption-lines all for all of them)"
+            f"the first line of {count}: {first_of(longer)} (--caption-lines all for all of them; "
+            "OneTrainer draws one, which no option does)"
         )
     # of networks that take prompts alone: for others such folders may be classes
     named = condition is not None and wanted and "prompt" not in images.conditions

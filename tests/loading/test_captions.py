@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import fields
 from inspect import signature
+from types import SimpleNamespace
 from unicodedata import normalize
 
 import pytest
@@ -225,8 +226,13 @@ def test_names_of_any_script(tmp_path, name):
 def test_every_option_is_handed_on(monkeypatch):
     """From the signature to what opens images, with the same defaults in both and the program."""
     seen = {}
+
+    def of_network(*args, **options):
+        seen.update(options)
+        return SimpleNamespace(settings=[])
+
     monkeypatch.setattr(Network, "of_pipeline", lambda *args, **options: "network")
-    monkeypatch.setattr(Attributor, "of_network", lambda *args, **options: seen.update(options))
+    monkeypatch.setattr(Attributor, "of_network", of_network)
     names = [field.name for field in fields(Layout) if field.name != "of_queries"]
     assert sorted(names) == sorted(LAYOUT.split())
     given = {name: f"{name}'s" for name in names}
