@@ -63,9 +63,10 @@ def _of_scores(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         each([float(end(scores_N)) for scores_N in scores_QN])
         for each, end in ((min, lambda z: z.min()), (max, lambda z: z.max()))
     )
-    train, query = (identity[side]["regression"]["num_draws"] for side in ("train", "query"))
-    asked = {k: v for k, v in identity["query"].items() if k in ("damping", "relative", "rtol")}
-    measured = identity["query"].get("measurement", "loss")
+    sides = [identity.get(side, {}) for side in ("train", "query")]
+    train, query = (side.get("regression", {}).get("num_draws", "unknown") for side in sides)
+    asked = {k: v for k, v in sides[1].items() if k in ("damping", "relative", "rtol")}
+    measured = sides[1].get("measurement", "loss")
     of = header.get("checkpoints")
     methods = header.get("methods", ["influence"])
     not_known = "not known: that takes multiples of 4"
