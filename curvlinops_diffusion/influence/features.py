@@ -74,9 +74,11 @@ def feature_regression_scores(
     train_NF, query_QF = (z.to("cpu", torch.float64) for z in (train_NF, query_QF))
     distance_NN = torch.cdist(train_NF, train_NF, compute_mode="donot_use_mm_for_euclid_dist")
     distance_QN = torch.cdist(query_QF, train_NF, compute_mode="donot_use_mm_for_euclid_dist")
-    median = float(distance_NN.median())
+    N = len(train_NF)
+    pairs = distance_NN[tuple(torch.triu_indices(N, N, offset=1))]
+    median = float(pairs.median()) if N > 1 else 0.0
     if not median > 0:
-        raise ValueError("Half of the training images or more have the same features.")
+        raise ValueError("Half of the pairs of training images or more have the same features.")
     scale = 2 * (bandwidth * median) ** 2
     cross_QN, gram_NN = ((-(z**2) / scale).exp() for z in (distance_QN, distance_NN))
     scores_QN = ridge_solution(cross_QN, gram_NN, ridge)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import combinations
 from math import dist, exp
 from statistics import median_low
 
@@ -30,7 +31,7 @@ def features():
 def test_as_loops(squared):
     query, train = features()
     rows, asked = train.double().tolist(), query.double().tolist()
-    scale = 2 * (0.7 * median_low([dist(a, b) for a in rows for b in rows])) ** 2
+    scale = 2 * (0.7 * median_low([dist(a, b) for a, b in combinations(rows, 2)])) ** 2
     gram = torch.tensor([[exp(-(dist(a, b) ** 2) / scale) for b in rows] for a in rows])
     cross = torch.tensor([[exp(-(dist(a, b) ** 2) / scale) for b in rows] for a in asked])
     expected = cross.double() @ torch.linalg.inv(gram.double() + 0.3 * torch.eye(N).double())
@@ -128,7 +129,7 @@ def test_refused():
     query, train = features()
     with pytest.raises(ValueError, match=r"\[Q, F\] and \[N, F\], got \(2, 4\) and \(7, 5\)"):
         feature_regression_scores(query[:, :4], train)
-    with pytest.raises(ValueError, match="Half of the training images or more have the same"):
+    with pytest.raises(ValueError, match="Half of the pairs of training images or more have"):
         feature_regression_scores(query, torch.ones(N, F))
     with pytest.raises(ValueError, match="`ridge` must be positive"):
         feature_regression_scores(query, train, ridge=0)

@@ -128,7 +128,7 @@ def test_every_kind_by_every_reader(file, capsys):
     assert ("The second number" in text) == (len(loaded.by_method) == 2)
     assert run(["inspect", str(path)]) == 0
     methods = " and ".join(loaded.by_method)
-    assert f"{methods} scores of 5 training images on 3 queries" in capsys.readouterr().out
+    assert f"{methods}, of 5 training images on 3 queries" in capsys.readouterr().out
 
 
 def test_other_files_are_refused(file, numbers, tmp_path, capsys):
