@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any, Literal, Self, TypeVar
 
 from torch import distributed
-from tqdm import tqdm
 
 from curvlinops_diffusion.attribution import Attribution
 from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
@@ -35,7 +34,6 @@ from curvlinops_diffusion.influence.agreement import MAX_DRAWS, Agreement, plain
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernel_regression import RIDGE
 from curvlinops_diffusion.influence.methods import Method, methods_named, scores_of
-from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.influence.scores import can_be_halved
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
@@ -43,20 +41,21 @@ from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.linalg.parameters import Parameters
 from curvlinops_diffusion.loading.decided import by_data, by_hand, by_recipe
 from curvlinops_diffusion.loading.layout import Layout
+from curvlinops_diffusion.more_draws import (
+    Overwrite,
+    check_same_run,
+    is_same_run,
+    score_until_told,
+)
 from curvlinops_diffusion.page.gallery import RegressionGallery
 from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
-from curvlinops_diffusion.runtime.checks import check_count
-from curvlinops_diffusion.runtime.files import check_file_name, check_same, check_space
+from curvlinops_diffusion.runtime.files import check_file_name, check_space
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
 from curvlinops_diffusion.runtime.processes import Processes
 
-# the number of draws that "auto" begins with
-_FIRST_DRAWS = 16
 OPERATORS = {"ekfac": DiffusionEKFACLinearOperator, "kfac": DiffusionKFACLinearOperator}
 T = TypeVar("T")
-#: Whether scores that are there are replaced.
-Overwrite = bool | Literal["fewer draws"]
 log = logging.getLogger(__name__)
 
 
@@ -554,7 +553,7 @@ class Attributor:
             if num_draws != "auto":
                 raise ValueError(f"`num_draws` must be a number or 'auto', got {num_draws!r}.")
             told = {k: v for k, v in locals().items() if k not in ("self", "num_draws")}
-            return self._score_until_told(**told)
+            return score_until_told(self, **told)
         operator = self.operator
         path = None if output is None else Path(output)
         if path is not None:
@@ -637,71 +636,6 @@ class Attributor:
             Processes.of_all().all_or_none(lambda: result.save(path) if first_process else None)
             self._forget(path)
         return result
-
-    def _score_until_told(
-        self,
-        output: str | PathLike[str] | None,
-        overwrite: Overwrite,
-        max_draws: int = MAX_DRAWS,
-        query_draws: int | None = None,
-        **told: Any,
-    ) -> Attribution:
-        """Score with twice as many draws until the first images are told apart.
-
-        An output always holds the last scores that are whole, from which a run that was stopped
-        goes on.
-        """
-        asked = {"method": "influence", "measurement": "loss", **told}
-        methods_named(asked["method"], asked["measurement"], "auto")
-        numbers = self.numbers_of_draws(max_draws)
-        unit = 4 * self.regression.draws.rounded_up(1)
-        if query_draws is not None and query_draws % unit:
-            raise ValueError(
-                f"`query_draws` must be a multiple of {unit} to be halved, for "
-                f"`num_draws='auto'`, got {query_draws}."
-            )
-        path = None if output is None else Path(output)
-        start = 0
-        if path is not None and path.exists() and overwrite is not True:
-            header = SCORES.read_header(path)
-            there = _draws_of(header["identity"], "train")
-            if there in numbers:  # of another number it is refused
-                start, agreement = numbers.index(there), Agreement.of_header(header)
-                if agreement and not agreement.is_settled and there < numbers[-1]:
-                    # what was begun with more draws is gone on from
-                    start, overwrite = start + 1, "fewer draws"
-        for number in numbers[start:]:
-            told |= {"num_draws": number, "query_draws": query_draws}
-            found = self.score(output=path, overwrite=overwrite, **told)
-            agreement, overwrite = found.agreement, "fewer draws"
-            assert agreement is not None
-            if Processes.of_all().rank == 0:
-                log.info("%d draws: %s", number, agreement.summary())
-                if self.passes.progressbar:
-                    tqdm.write(f"{number} draws: {agreement.summary()}", file=sys.stderr)
-            if agreement.is_settled:
-                break
-        return found
-
-    def numbers_of_draws(self, max_draws: int) -> list[int]:
-        """The numbers of draws that ``num_draws="auto"`` tries, one after the other.
-
-        Args:
-            max_draws: Draws at most.
-
-        Raises:
-            ValueError: If not even the first is allowed.
-        """
-        unit = 4 * self.regression.draws.rounded_up(1)
-        found = [-(-_FIRST_DRAWS // unit) * unit]
-        if check_count("max_draws", max_draws) < found[0]:
-            raise ValueError(
-                f"`max_draws` must be at least {found[0]}, the number of draws to begin with, got "
-                f"{max_draws}."
-            )
-        while 2 * found[-1] <= max_draws:
-            found.append(2 * found[-1])
-        return found
 
     # -----------------------------------------------------------------------------------------
 
@@ -836,41 +770,6 @@ def _as_trained(
 
 def _gallery(data: Any, regression: NoisedRegression) -> Any:
     return data if hasattr(data, "caption") else RegressionGallery(regression)
-
-
-def check_same_run(path: Path, there: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Check that an output that is there is what would be made."""
-    check_same(
-        there.get("identity", {}),
-        identity,
-        f"'{path}' exists, and was made with others",
-        "Pass `overwrite=True`, or another `output`.",
-    )
-
-
-def is_same_run(path: Path, identity: Mapping[str, Any], overwrite: Overwrite) -> bool:
-    """Tell whether a file holds the scores that would be made; ``False`` if it is to be replaced.
-
-    Raises:
-        ValueError: If it holds others, which are not to be replaced.
-    """
-    if not path.exists() or overwrite is True:
-        return False
-    header = SCORES.read_header(path)
-    there = header.get("identity", {})
-    if overwrite and _draws_of(there, "train") < _draws_of(identity, "train"):
-        there = json.loads(json.dumps(there))
-        for side in ("train", "query"):
-            there[side]["regression"]["num_draws"] = _draws_of(identity, side)
-        check_same_run(path, {"identity": there}, identity)
-        return False
-    check_same_run(path, header, identity)
-    return True
-
-
-def _draws_of(identity: Mapping[str, Any], side: str) -> int:
-    found: int = identity[side]["regression"]["num_draws"]
-    return found
 
 
 def _drawn(regression: NoisedRegression, num_draws: int) -> NoisedRegression:

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion.attribution import Attribution
-from curvlinops_diffusion.attributor import Attributor, Overwrite, is_same_run
+from curvlinops_diffusion.attributor import Attributor
 from curvlinops_diffusion.influence.agreement import Agreement, SplitHalfScores
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
+from curvlinops_diffusion.more_draws import Overwrite, is_same_run, score_until_told
 from curvlinops_diffusion.runtime.files import check_file_name, make_folder
 from curvlinops_diffusion.runtime.processes import Processes
 
@@ -241,8 +242,8 @@ class CheckpointAttributor(Attributor):
         """
         if options.get("num_draws") == "auto":
             own = {k: v for k, v in options.items() if k != "num_draws"}
-            return self._score_until_told(
-                queries=queries, output=output, overwrite=overwrite, **own
+            return score_until_told(
+                self, queries=queries, output=output, overwrite=overwrite, **own
             )
         path = None if output is None else Path(output)
         if path is not None:

@@ -27,6 +27,7 @@ from curvlinops_diffusion.influence.kernel_regression import FUNCTIONS, SOLVED
 from curvlinops_diffusion.influence.methods import Method
 from curvlinops_diffusion.influence.scores import can_be_halved
 from curvlinops_diffusion.linalg.factors import eigendecomposition
+from curvlinops_diffusion.more_draws import numbers_of_draws
 from curvlinops_diffusion.runtime.passes import PLAIN
 
 # a decomposition of this size is timed; others take the cube of the ratio
@@ -153,7 +154,7 @@ def score_cost(
         itemsize = attributor.objective.working_dtype.itemsize
         curvature_bytes = fit.file_bytes // (num_processes() if attributor.passes.sharded else 1)
     if isinstance(num_draws, str):  # at most, each of them anew
-        numbers = attributor.numbers_of_draws(max_draws)
+        numbers = numbers_of_draws(attributor.regression, max_draws)
         num_draws = sum(numbers)
         query_draws = None if query_draws is None else len(numbers) * query_draws
     train = attributor.gradients(num_draws=num_draws).regression
