@@ -34,6 +34,12 @@ from curvlinops_diffusion.influence.agreement import MAX_DRAWS, Agreement, plain
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernel_regression import RIDGE
 from curvlinops_diffusion.influence.methods import Method, methods_named, scores_of
+from curvlinops_diffusion.influence.more_draws import (
+    Overwrite,
+    check_same_run,
+    is_same_run,
+    score_until_told,
+)
 from curvlinops_diffusion.influence.scores import can_be_halved
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
@@ -41,12 +47,6 @@ from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.linalg.parameters import Parameters
 from curvlinops_diffusion.loading.decided import by_data, by_hand, by_recipe
 from curvlinops_diffusion.loading.layout import Layout
-from curvlinops_diffusion.more_draws import (
-    Overwrite,
-    check_same_run,
-    is_same_run,
-    score_until_told,
-)
 from curvlinops_diffusion.page.gallery import RegressionGallery
 from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError

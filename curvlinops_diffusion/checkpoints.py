@@ -21,10 +21,10 @@ from torch import Tensor
 from curvlinops_diffusion.attribution import Attribution
 from curvlinops_diffusion.attributor import Attributor
 from curvlinops_diffusion.influence.agreement import Agreement, SplitHalfScores
+from curvlinops_diffusion.influence.more_draws import Overwrite, is_same_run, score_until_told
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
-from curvlinops_diffusion.more_draws import Overwrite, is_same_run, score_until_told
 from curvlinops_diffusion.runtime.files import check_file_name, make_folder
 from curvlinops_diffusion.runtime.processes import Processes
 

@@ -25,9 +25,9 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernel_regression import FUNCTIONS, SOLVED
 from curvlinops_diffusion.influence.methods import Method
+from curvlinops_diffusion.influence.more_draws import numbers_of_draws
 from curvlinops_diffusion.influence.scores import can_be_halved
 from curvlinops_diffusion.linalg.factors import eigendecomposition
-from curvlinops_diffusion.more_draws import numbers_of_draws
 from curvlinops_diffusion.runtime.passes import PLAIN
 
 # a decomposition of this size is timed; others take the cube of the ratio

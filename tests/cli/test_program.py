@@ -335,6 +335,7 @@ def test_several_processes(fitted, tmp_path):
     assert_same_operator(fitted, output)
 
 
+@pytest.mark.slow  # a minute and a half; the library's parts are tested in runtime and curvature
 def test_several_processes_that_divide_everything(fitted, tmp_path):
     """Network, factors and scores."""
     operator, scores = tmp_path / "e.safetensors", tmp_path / "s.safetensors"

@@ -308,7 +308,7 @@ def test_stable_diffusion_xl_sees_what_training_did(folder, tmp_path):
     assert [name.partition(":")[0] for name in asked.description["augmentations"]] == ["unchanged"]
 
 
-def test_what_draws_have_in_common_is_encoded_once(folder, tmp_path, monkeypatch):
+def test_what_draws_have_in_common_is_encoded_once(folder, tmp_path, monkeypatch, caplog):
     """Images once for all captions; texts once for each pair of draws; nothing drawn is kept."""
     pipeline = pipelines.stable_diffusion(tmp_path)
     counted = {"images": 0, "texts": 0, "warnings": 0}
@@ -316,6 +316,7 @@ def test_what_draws_have_in_common_is_encoded_once(folder, tmp_path, monkeypatch
     handler = logging.Handler()
     handler.emit = lambda record: counted.update(warnings=counted["warnings"] + 1)
     monkeypatch.setattr(logger, "handlers", [handler])
+    caplog.set_level(logging.WARNING, "diffusers")  # of which the program has turned it off
 
     def counting(name, function):
         def call(*args, **kwargs):

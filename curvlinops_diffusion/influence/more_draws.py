@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from curvlinops_diffusion.attribution import Attribution
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.agreement import MAX_DRAWS, Agreement
 from curvlinops_diffusion.influence.methods import methods_named
@@ -35,11 +34,11 @@ def score_until_told(
     max_draws: int = MAX_DRAWS,
     query_draws: int | None = None,
     **told: Any,
-) -> Attribution:
+) -> Any:
     """Score with twice as many draws until the first images are told apart.
 
-    An output always holds the last scores that are whole, from which a run that was stopped
-    goes on.
+    ``attributor`` is an ``Attributor``, and the others are arguments of its ``score``. An output
+    always holds the last scores that are whole, from which a run that was stopped goes on.
     """
     asked = {"method": "influence", "measurement": "loss", **told}
     methods_named(asked["method"], asked["measurement"], "auto")
