@@ -101,10 +101,11 @@ class Names:
             part = next(iter(self._parts)) if self.alone else key.split(".")[0]
             found.setdefault(part, {})[key if self.alone else key.removeprefix(f"{part}.")] = key
         for part, keys in found.items():
-            if any("lora_A" in key for key in keys):
-                continue
             if not part.startswith("text_encoder"):
+                # also where some are PEFT's: diffusers' scripts rename those of attention alone
                 found[part] = dict(convert_unet_state_dict_to_peft(keys))
+                continue
+            if any("lora_A" in key for key in keys):
                 continue
             for kind in (StateDictType.DIFFUSERS_OLD, StateDictType.DIFFUSERS):
                 keys = convert_state_dict_to_peft(keys, original_type=kind)

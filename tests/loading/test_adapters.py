@@ -36,6 +36,7 @@ from tests.comparisons import assert_close
 from tests.diffusion import test_pipelines as pipelines
 from tests.loading.cases import (
     COUNT,
+    TARGETS,
     images_with_prompts,
     lora,
     lora_names,
@@ -115,6 +116,22 @@ def assert_same_prediction(pipeline, network, make=pipelines.stable_diffusion):
     batch = next(NoisedRegression(ours, pipelines.data_for(make), 1).batches())
     theirs = network.objective.predict(batch)
     assert_close(theirs.double(), ours.predict(batch).double(), 1e-5)
+
+
+def test_a_lora_of_convolutions_by_diffusers_scripts(tmp_path):
+    """Their names are half of diffusers' (attention) and half of PEFT's (all else)."""
+    pipeline = pipelines.made(pipelines.stable_diffusion, tmp_path)
+    inject_adapter_in_model(lora(target_modules=[*TARGETS, "conv1"]), pipeline.unet)
+    trained(pipeline.unet)
+    weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+    assert {"lora_A" in key for key in weights if key.endswith(("down.weight", "A.weight"))} == {
+        True,
+        False,
+    }
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", weights)
+    network = loaded(tmp_path, tmp_path / "lora")
+    assert network.params == lora_names(network.objective.model)
+    assert_same_adapters(network.objective.model, pipeline.unet)
 
 
 @pytest.mark.parametrize("make", [pipelines.stable_diffusion, pipelines.flux])
