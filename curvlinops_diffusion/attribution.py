@@ -216,14 +216,20 @@ class Attribution:
             raise ValueError("A table needs pandas: pip install pandas.") from error
         return pd.concat(map(pd.DataFrame, self._blocks()), ignore_index=True)
 
+    def pair_of(self, method: str) -> tuple[Tensor | StoredScores, Tensor | StoredScores] | None:
+        """The scores of either half of the draws, in memory or in files; ``None`` without halves.
+
+        Args:
+            method: The method.
+        """
+        held, scores = self.halves[method], self.by_method[method]
+        if held is not None:
+            return held.first, held.second
+        return scores.halves[method] if isinstance(scores, StoredScores) else None
+
     def _blocks(self, group_by: str | Sequence[str] | None = None) -> Iterator[Columns]:
         """Blocks of a table of images, or of groups."""
-        halves: dict[str, Any] = {}
-        for method, scores in self.by_method.items():
-            pair = self.halves[method]
-            halves[method] = None if pair is None else (pair.first, pair.second)
-            if pair is None and isinstance(scores, StoredScores):
-                halves[method] = scores.halves[method]
+        halves = {method: self.pair_of(method) for method in self.by_method}
         if group_by is not None:
             groups = group_names(self.train, group_by)
             return table_blocks(self.by_method, self.header, halves, groups=groups)

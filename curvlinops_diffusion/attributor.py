@@ -755,7 +755,7 @@ def _read(images: Any, pipeline: Any, told: Mapping[str, Any]) -> tuple[dict[str
 def _as_trained(
     recipe: Path, pipeline: Any, told: Mapping[str, Any], images: Any
 ) -> tuple[dict[str, Any], list[str]]:
-    """What a trainer left, in terms of :meth:`Attributor.from_pipeline`."""
+    """Read a trainer's settings as arguments of :meth:`Attributor.from_pipeline`."""
     loading, given = _loading(), by_hand(told, _OF_PIPELINE)
     given |= {"prompt": given["prompts"]} if "prompts" in given else {}
     # of objects, tensors say, their kind is compared and shown

@@ -294,32 +294,18 @@ def averaged(results: Sequence[Attribution]) -> Attribution:
     """
     last = results[-1]
 
-    def mean(one: Callable[[Attribution], Tensor | StoredScores]) -> Tensor:
-        found = [one(result) for result in results]
+    def mean(found: Sequence[Tensor | StoredScores]) -> Tensor:
         whole = (z.whole() if isinstance(z, StoredScores) else z for z in found)
         return reduce(torch.add, whole) / len(found)
 
-    def half_of(half: str, method: str) -> Callable[[Attribution], Tensor | StoredScores]:
-        def read(result: Attribution) -> Tensor | StoredScores:
-            own, stored = result.halves[method], result.by_method[method]
-            if own is None:  # in shards, or there are none
-                assert isinstance(stored, StoredScores)
-                return stored.named(half)
-            return getattr(own, half)
-
-        return read
-
     def halves_of(method: str) -> SplitHalfScores | None:
-        for result in results:
-            stored = result.by_method[method]
-            in_shards = isinstance(stored, StoredScores) and "first" in stored.names
-            if result.halves[method] is None and not in_shards:
-                return None
-        return SplitHalfScores(
-            scores[method], mean(half_of("first", method)), mean(half_of("second", method))
-        )
+        pairs = [pair for result in results if (pair := result.pair_of(method)) is not None]
+        if len(pairs) < len(results):
+            return None
+        first, second = zip(*pairs, strict=True)
+        return SplitHalfScores(scores[method], mean(first), mean(second))
 
-    scores = {m: mean(lambda r, m=m: r.by_method[m]) for m in last.by_method}  # type: ignore[misc]
+    scores = {m: mean([result.by_method[m] for result in results]) for m in last.by_method}
     halves: Mapping[str, SplitHalfScores | None] = {m: halves_of(m) for m in scores}
     values = [result.header["values"] for result in results]
     identities = [result.header["identity"] for result in results]

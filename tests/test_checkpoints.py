@@ -213,6 +213,7 @@ def test_halves_of_scores_in_shards(alone):
             self.result, self.name = result, name
 
         names = ("first", "scores", "second")
+        by_method = ("influence",)
 
         def named(self, name):
             return Shards(self.result, name)

@@ -268,7 +268,7 @@ class DenoisingObjective:
         return self._encoded(clean, self._encode)
 
     def encode_drawn(self, clean: CleanBatch, latents: Encoded | None = None) -> Encoded:
-        """What one draw alone sees of clean examples, which no cache keeps.
+        """Encode the version of clean examples that a single draw sees; no cache keeps it.
 
         Args:
             clean: The examples.

@@ -171,14 +171,14 @@ class Agreement:
         return median(self.shared) >= _SETTLED * self.top
 
     def verdict(self, q: int) -> str:
-        """What a query's scores cannot tell, as a clause; nothing where they can."""
+        """A clause on what is uncertain about a query's scores; empty where nothing is."""
         if self.is_noise(q):
             return NOISE
         if self.num_train < _LEAST_ORDERED or self.is_top_told(q):
             return ""
         return (
-            "the order as a whole is told from chance, which images come first is not: take more "
-            "draws"
+            "the order as a whole differs from chance, which images come first is uncertain: take "
+            "more draws"
         )
 
     def of_query(self, q: int) -> str:

@@ -1,4 +1,4 @@
-"""Scores that are there already, and more draws until the first images are told."""
+"""Existing scores, kept or replaced, and draws doubled until their halves agree."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def score_until_told(
     query_draws: int | None = None,
     **told: Any,
 ) -> Any:
-    """Score with twice as many draws until the first images are told apart.
+    """Double the draws until their halves agree on the most helpful images.
 
     ``attributor`` is an ``Attributor``, and the others are arguments of its ``score``. An output
     always holds the last scores that are whole, from which a run that was stopped goes on.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.influence.agreement import NOT_TOLD, Agreement
+from curvlinops_diffusion.influence.agreement import NOT_TOLD, Agreement, SplitHalfScores
 from curvlinops_diffusion.influence.measurements.registry import Better
 from curvlinops_diffusion.influence.methods import Method
 from curvlinops_diffusion.influence.score_files import better_of, helpful_sign
@@ -111,10 +111,10 @@ def table_blocks(
 
 
 def _told(z_qN: Tensor, one_qN: Tensor, other_qN: Tensor) -> Tensor:
-    """Whether scores are told from zero, as numbers of :data:`_TOLD`."""
+    """Flag the scores that differ from zero by more than noise, by their places in ``_TOLD``."""
     found = Agreement.of_halves(one_qN, other_qN)
-    error_q1 = (one_qN - other_qN).square().mean(1, keepdim=True).sqrt() / 2
-    told_qN = (z_qN.abs() > NOT_TOLD * error_q1).long()
+    error_q = SplitHalfScores(z_qN, one_qN, other_qN).standard_error()
+    told_qN = (z_qN.abs() > NOT_TOLD * error_q.unsqueeze(1)).long()
     told_qN[[q for q in range(len(z_qN)) if found.is_noise(q)]] = 2
     return told_qN
 

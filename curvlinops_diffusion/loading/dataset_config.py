@@ -1,4 +1,4 @@
-"""The files by which kohya's ``sd-scripts`` are told their data: ``dataset.toml``, or JSON."""
+"""Reads the data set configuration of kohya's ``sd-scripts``: ``dataset.toml``, or JSON."""
 
 from __future__ import annotations
 

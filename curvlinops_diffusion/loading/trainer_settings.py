@@ -40,7 +40,7 @@ _KINDS = ("ss_base_model_version", "modelspec.architecture", "model_type", "mode
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """What a trainer left of a run.
+    """Settings of a run, as its trainer left them.
 
     Attributes:
         trainer: The trainer; empty if none is known by what is there.
