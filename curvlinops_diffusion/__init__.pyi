@@ -43,17 +43,13 @@ from .influence.consumers import (
 )
 from .influence.gradients import ExampleGradientLinearOperator as ExampleGradientLinearOperator
 from .influence.kernel_regression import (
-    KernelOptions as KernelOptions,
-)
-from .influence.kernel_regression import (
     averaged_scores as averaged_scores,
 )
 from .influence.kernel_regression import (
     kernel_regression_scores as kernel_regression_scores,
 )
-from .influence.kernel_regression import (
-    regression_scores as regression_scores,
-)
+from .influence.kernels import KernelOptions as KernelOptions
+from .influence.regression import regression_scores as regression_scores
 from .influence.scores import (
     group_influence_scores as group_influence_scores,
 )

@@ -32,7 +32,6 @@ from curvlinops_diffusion.diffusion.regression import OF_TRAINING, NoisedRegress
 from curvlinops_diffusion.diffusion.weightings import weighting_of
 from curvlinops_diffusion.influence.agreement import MAX_DRAWS, Agreement, plain_numbers
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.kernel_regression import RIDGE
 from curvlinops_diffusion.influence.methods import Method, methods_named, scores_of
 from curvlinops_diffusion.influence.more_draws import (
     Overwrite,
@@ -40,6 +39,7 @@ from curvlinops_diffusion.influence.more_draws import (
     is_same_run,
     score_until_told,
 )
+from curvlinops_diffusion.influence.regression import RIDGE
 from curvlinops_diffusion.influence.scores import can_be_halved
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator

@@ -23,9 +23,10 @@ from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.prepared import prepare
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.kernel_regression import FUNCTIONS, SOLVED
+from curvlinops_diffusion.influence.kernels import SOLVED
 from curvlinops_diffusion.influence.methods import Method
 from curvlinops_diffusion.influence.more_draws import numbers_of_draws
+from curvlinops_diffusion.influence.regression import FUNCTIONS
 from curvlinops_diffusion.influence.scores import can_be_halved
 from curvlinops_diffusion.linalg.factors import eigendecomposition
 from curvlinops_diffusion.runtime.passes import PLAIN
@@ -178,14 +179,14 @@ def score_cost(
         passes, held = (0, 0), 0  # a kernel matrix of the images
         curvature_bytes += 24 * train.num_data**2
     elif Method.REGRESSION in methods:
-        # of all draws, and of both halves
-        runs = FUNCTIONS * (2 if halved else 1)
-        block = max(1, SOLVED.gradient_bytes // (P * itemsize))
+        # halves of the draws are held side by side
+        runs, streams = FUNCTIONS, 2 if halved else 1
+        block = max(1, SOLVED.gradient_bytes // (P * itemsize * streams))
         parts = [-(-some.num_data // block) for some in (train, query)]
         # all gradients once if they are held, else once for each block that they stream past
         past = 1 if parts[0] == 1 else 1 + sum(parts)
         passes = (runs * past * train.num_samples, runs * query.num_samples)
-        held = 3 * min(block, max(train.num_data, query.num_data))
+        held = 3 * streams * min(block, max(train.num_data, query.num_data))
     else:
         blocks = -(-query.num_data // query_block)
         passes = (blocks * train.num_samples, query.num_samples)

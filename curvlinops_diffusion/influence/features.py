@@ -13,7 +13,8 @@ from torch.nn.functional import interpolate
 
 from curvlinops_diffusion.diffusion.batch import CleanBatch
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.influence.kernel_regression import SOLVED, ridge_solution
+from curvlinops_diffusion.influence.kernel_regression import ridge_solution
+from curvlinops_diffusion.influence.kernels import SOLVED
 from curvlinops_diffusion.runtime.checks import check_positive
 
 #: The shape of one image, or of its latents.

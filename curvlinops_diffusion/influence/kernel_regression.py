@@ -7,78 +7,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, count
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion.influence.consumers import (
-    AllRows,
-    GradientConsumer,
-    GroupSums,
-    Scored,
-    SelfInfluence,
-)
-from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.measurements.losses import SignedPrediction
-from curvlinops_diffusion.influence.streaming import (
-    batch_columns,
-    curvature_settings,
-    gradient_columns,
-    of_gradients,
-    query_blocks,
-    stream_gradients,
+from curvlinops_diffusion.influence.kernels import (
+    SOLVED,
+    KernelMatrix,
+    KernelOptions,
+    Kernels,
+    One,
 )
 from curvlinops_diffusion.linalg.conjugate_gradients import CGRefinedInverseLinearOperator
 from curvlinops_diffusion.linalg.operator import check_same_parameters
 from curvlinops_diffusion.linalg.upstream import LinearOperator, PyTorchLinearOperator
-from curvlinops_diffusion.runtime.checks import check_count, check_positive
-from curvlinops_diffusion.runtime.digests import digest_of, name_of
-from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, computed_once, draws_bar
-from curvlinops_diffusion.runtime.processes import ALONE, Processes
+from curvlinops_diffusion.runtime.checks import check_positive
+from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 
 # units in the last place by which equal scores may differ
 _ROUNDING = 8
 
-#: Functions that :func:`regression_scores` regresses: the loss, and the prediction along one sign.
-#: On the digits of docs/evidence.rst two signs, and four, predicted retraining no better than one.
-FUNCTIONS = 2
-#: Settled on the digits, where 3 to 10 for the ridge and one to two for the weights are level; two
-#: for what small photographs say as well.
-RIDGE = 5.0
-WEIGHTS = (1.0, 2.0)
-
-One = ExampleGradientLinearOperator
 Gradients = One | Sequence[One | Sequence[One]]
-
-
-@dataclass(frozen=True)
-class KernelOptions:
-    """The way in which a kernel regression is solved.
-
-    Attributes:
-        largest_gram: Training examples up to which their kernel matrix is formed.
-        gradient_bytes: Bytes of training gradients that are held at once.
-        max_iter: Iterations of conjugate gradients at most, where it is not formed.
-        tolerance: Their relative residual.
-
-    Raises:
-        ValueError: If a number is not a whole one of at least 1.
-    """
-
-    largest_gram: int = 20_000
-    gradient_bytes: int = 2**31
-    max_iter: int = 100
-    tolerance: float = 1e-3
-
-    def __post_init__(self) -> None:
-        for name in ("largest_gram", "gradient_bytes"):
-            check_count(name, getattr(self, name))
-
-
-SOLVED = KernelOptions()
 
 
 def kernel_regression_scores(
@@ -158,99 +108,6 @@ def kernel_regression_scores(
         >>> bool(torch.cosine_similarity(plain, ridged, dim=0) > 0.999)
         True
     """
-    return _kernels_and_scores(J_query, G_inv, J_train, ridge, squared, weights, options, passes)[1]
-
-
-def regression_scores(
-    J_query: ExampleGradientLinearOperator,
-    G_inv: PyTorchLinearOperator,
-    J_train: ExampleGradientLinearOperator,
-    *,
-    ridge: float = RIDGE,
-    seed: int = 0,
-    options: KernelOptions = SOLVED,
-    passes: PassOptions = PLAIN,
-) -> Tensor:
-    r"""Order the training examples by what training without each would do to a query's loss.
-
-    Training without some examples changes the query's prediction by ``δ``, and its loss by
-    ``2⟨ŷ − y, δ⟩ + ‖δ‖²``. Kernel regression of the loss predicts the first term, the squares of a
-    regression of the prediction ``f = ⟨s, ŷ⟩`` along random signs ``s`` the second::
-
-        s(q, n) = z(w_ℓ(q, n)) + 2 z(w_f(q, n)²),     w = k(q, ·) (K + ρ κ I)⁻¹
-
-    up to a factor, with ``z`` in units of a query's standard deviation over ``n``; ``k``, ``K`` and
-    ``κ`` as in :func:`~curvlinops_diffusion.kernel_regression_scores`. Positive is helpful; the
-    size has no unit, and how much the loss would change is not said.
-
-    Source: ``docs/evidence.rst`` (the decomposition, and how it was settled); Park et al., 2023
-    (regression on gradients).
-
-    Args:
-        J_query: Gradients of the queries' loss, or of something else of which lower is better.
-        G_inv: Inverse curvature, ``[P, P]``: K-FAC's or EK-FAC's at a small damping.
-        J_train: Gradients of the training loss.
-        ridge: ``ρ > 0``.
-        seed: The seed of the signs.
-        options: How the regressions are solved.
-        passes: Checkpoints, processes and progress.
-
-    Returns:
-        The scores, ``[Q, N]``, on the operators' device.
-
-    Raises:
-        ValueError: As :func:`~curvlinops_diffusion.kernel_regression_scores`.
-
-    Examples:
-        >>> K_inv = DiffusionKFACLinearOperator(train).inverse(damping=1e-3)
-        >>> J_train = ExampleGradientLinearOperator(train)
-        >>> J_query = ExampleGradientLinearOperator(query)
-        >>> regression_scores(J_query, K_inv, J_train).shape  # [Q, N]
-        torch.Size([2, 10])
-    """
-    return influence_and_regression_scores(
-        J_query, G_inv, J_train, ridge=ridge, seed=seed, options=options, passes=passes
-    )[1]
-
-
-def influence_and_regression_scores(
-    J_query: ExampleGradientLinearOperator,
-    G_inv: PyTorchLinearOperator,
-    J_train: ExampleGradientLinearOperator,
-    *,
-    ridge: float = RIDGE,
-    seed: int = 0,
-    options: KernelOptions = SOLVED,
-    passes: PassOptions = PLAIN,
-) -> tuple[Tensor, Tensor]:
-    """Influence scores and those of :func:`regression_scores`, out of the same gradients.
-
-    The kernel of queries and training examples is ``N`` times the influence.
-
-    Arguments and errors are those of :func:`regression_scores`.
-
-    Returns:
-        The scores of :func:`~curvlinops_diffusion.influence_scores`, and the others, ``[Q, N]``.
-    """
-    signed = SignedPrediction(seed)
-    queries, examples = ([J, J.measuring(signed)] for J in (J_query, J_train))
-    kernel_QN, scores_QN = _kernels_and_scores(
-        queries, G_inv, examples, ridge, [False, True], WEIGHTS, options, passes
-    )
-    return kernel_QN / J_train.shape[0], scores_QN
-
-
-def _kernels_and_scores(
-    J_query: Gradients,
-    G_inv: PyTorchLinearOperator,
-    J_train: Gradients,
-    ridge: float,
-    squared: bool | Sequence[bool],
-    weights: Sequence[float] | None,
-    options: KernelOptions,
-    passes: PassOptions,
-) -> tuple[Tensor, Tensor]:
-    """The kernel ``k(q, n)`` of the first function, and the scores, ``[Q, N]`` each."""
     functions = _functions(J_query, J_train)
     M = len(functions)
     are_squared = [squared] * M if isinstance(squared, bool) else list(squared)
@@ -263,26 +120,24 @@ def _kernels_and_scores(
     for query, train in chain(*functions):
         check_same_parameters({"J_query": query, "J_train": train}, {"G_inv": G_inv})
     check_positive("ridge", ridge)
-    found, kernel_QN, number = [], None, count()
+    found, number = [], count()
     for pairs, is_squared in zip(functions, are_squared, strict=True):
         kernels = [
-            _Kernel(train, G_inv, f"function {next(number)}", options.gradient_bytes, passes)
+            Kernels(train, G_inv, f"function {next(number)}", options.gradient_bytes, passes)
             for _, train in pairs
         ]
-        queries = [query for query, _ in pairs]
+        queries = [[query] for query, _ in pairs]
         if kernels[0].num_data <= options.largest_gram:
-            cross_QN, gram_NN = _sums(map(_Kernel.both, kernels, queries))
+            cross_QN, gram_NN = _sums(map(Kernels.both, kernels, queries))
             scores_QN = ridge_solution(cross_QN, gram_NN, ridge)
         else:
             (cross_QN,) = _sums((k.cross(q),) for k, q in zip(kernels, queries, strict=True))
             damping = ridge * sum(kernel.mean_diagonal() for kernel in kernels)
             scores_QN = iterated_solution(
-                cross_QN, _KernelMatrix(kernels), damping, options, passes.progressbar
+                cross_QN, KernelMatrix(kernels), damping, options, passes.progressbar
             )
         found.append((scores_QN.square() if is_squared else scores_QN).to(cross_QN))
-        kernel_QN = cross_QN if kernel_QN is None else kernel_QN
-    assert kernel_QN is not None, "there are functions"
-    return kernel_QN, found[0] if M == 1 else averaged_scores(found, weights)
+    return found[0] if M == 1 else averaged_scores(found, weights)
 
 
 def averaged_scores(scores: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
@@ -329,6 +184,20 @@ def ridge_solution(cross_QN: Tensor, gram_NN: Tensor, ridge: float) -> Tensor:
     Raises:
         ValueError: If the matrix is not positive definite.
     """
+    root_NN, _ = regularised_root(gram_NN, ridge)
+    return torch.cholesky_solve(cross_QN.to(root_NN).T, root_NN).T
+
+
+def regularised_root(gram_NN: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """Cholesky factor of ``K + ρ κ I`` in float64 on the CPU, and ``ρ κ``.
+
+    Args:
+        gram_NN: ``K``, the kernel of the training examples, ``κ`` its mean diagonal entry.
+        ridge: ``ρ``.
+
+    Raises:
+        ValueError: If the matrix is not positive definite.
+    """
     gram_NN = gram_NN.to("cpu", torch.float64)
     gram_NN = (gram_NN + gram_NN.T) / 2
     mean = float(gram_NN.diagonal().mean())
@@ -339,7 +208,7 @@ def ridge_solution(cross_QN: Tensor, gram_NN: Tensor, ridge: float) -> Tensor:
             f"The kernel matrix is not positive definite with a ridge of {ridge:g} (mean diagonal "
             f"entry {mean:g}): rounding is larger. Pass a larger ridge, or operators in float64."
         )
-    return torch.cholesky_solve(cross_QN.to(gram_NN).T, root_NN).T
+    return root_NN, ridge * mean
 
 
 def iterated_solution(
@@ -379,10 +248,10 @@ def iterated_solution(
 
 def _sums(several: Iterator[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Sum corresponding tensors, each of them dropped when it is added."""
-    totals = next(several)
+    totals = tuple(z[0, 0] for z in next(several))  # of the one stream
     for tensors in several:
         for total, tensor in zip(totals, tensors, strict=True):
-            total += tensor
+            total += tensor[0, 0]
     return totals
 
 
@@ -402,133 +271,3 @@ def _functions(J_query: Gradients, J_train: Gradients) -> list[list[tuple[One, O
             f"training examples, got functions of {sizes[0]} queries and of {sizes[1]} examples."
         )
     return [list(zip(q, t, strict=True)) for q, t in zip(queries, trains, strict=True)]
-
-
-class _Kernel:
-    """``k(q, n) = ∇m_qᵀ G_inv ∇f_n`` of the training examples, by passes over their gradients."""
-
-    def __init__(
-        self,
-        J_train: ExampleGradientLinearOperator,
-        G_inv: PyTorchLinearOperator,
-        name: str,
-        gradient_bytes: int,
-        passes: PassOptions,
-    ):
-        self.J_train = J_train
-        self.G_inv = G_inv
-        self.passes = passes
-        self._name = name
-        self._processes = Processes.of(passes.distributed)
-        self._block = max(1, gradient_bytes // (J_train.shape[1] * J_train.dtype.itemsize))
-
-    @property
-    def num_data(self) -> int:
-        """``N``."""
-        return self.J_train.shape[0]
-
-    def both(self, J_query: One) -> tuple[Tensor, Tensor]:
-        """Kernels of queries ``[Q, N]`` and of training examples ``[N, N]``, this on the CPU."""
-        if self._block < self.num_data:
-            return self.cross(J_query), self._rows_of(self.J_train, "examples")
-        rows_NP = self._stream(AllRows(self.num_data), "gradients", {})["scores"]
-        preconditioned_PN = self.G_inv @ rows_NP.T
-        cross_QN = [
-            gradient_columns(J_query, block, self._processes).T @ preconditioned_PN
-            for block in query_blocks(J_query, self._block)
-        ]
-        return torch.cat(cross_QN), (rows_NP @ preconditioned_PN).cpu()
-
-    def cross(self, J_query: One) -> Tensor:
-        """The kernel of queries, ``[Q, N]``."""
-        return self._rows_of(J_query, "queries")
-
-    def _rows_of(self, J: One, what: str) -> Tensor:
-        of_all = self.settings({"for": name_of(self.J_train.measurement), **of_gradients(J)}, J)
-
-        def compute() -> dict[str, Tensor]:
-            preconditioned_PB = self.G_inv @ gradient_columns(J, block, self._processes)
-            name = f"products with {what} from {block.start}"
-            return {"kernel": self.products(preconditioned_PB, name, settings)}
-
-        # rows of all training examples may be too many for the device
-        kept_on = torch.device("cpu") if J is self.J_train else self.J_train.device
-        parts = []
-        for block in query_blocks(J, self._block):
-            settings = {**of_all, "block": [block.start, block.stop]}
-            name = f"{self._name}, {what} from {block.start}".capitalize()
-            data = self.J_train.regression
-            found = computed_once(name, data, compute, self.passes, settings)
-            parts.append(found["kernel"].to(kept_on))
-        return torch.cat(parts)
-
-    def products(self, vectors_PK: Tensor, name: str, settings: dict[str, Any]) -> Tensor:
-        """``[∇f_nᵀ v_k]``, ``[K, N]``."""
-        N = self.num_data
-        scored = Scored(AllRows(N), [lambda: vectors_PK], N)
-        return self._stream(scored, name, settings)["scores"].T.contiguous() * N
-
-    def sums(self, weights_NK: Tensor, name: str, settings: dict[str, Any]) -> Tensor:
-        """``Σ_n w_nk ∇f_n``, ``[P, K]``."""
-        consumer = GroupSums(weights_NK, self.J_train.shape[1])
-        return self._stream(consumer, name, settings)["sums"].T
-
-    def mean_diagonal(self) -> float:
-        """``κ``; where blocks are sharded among processes, these multiply every batch together."""
-        data, settings = self.J_train.regression, self.settings({})
-        if getattr(self.G_inv, "processes", ALONE).count == 1:
-            consumer = SelfInfluence(self.G_inv, self.num_data)
-            found = self._stream(consumer, "diagonal of the kernel", settings)
-            return float(found["values"].sum())  # which are divided by N
-
-        def compute() -> dict[str, Tensor]:
-            total, shown = 0.0, self.passes.progressbar and self._processes.rank == 0
-            with draws_bar(data.num_samples, self._name, shown) as bar:
-                for clean in data.clean_batches():
-                    columns_PB = batch_columns(self.J_train, clean, self._processes)
-                    total += float((columns_PB * (self.G_inv @ columns_PB)).sum())
-                    bar.update(len(clean.indices) * data.num_draws)
-            return {"trace": torch.tensor(total, dtype=torch.float64)}
-
-        name = f"{self._name}, sharded diagonal of the kernel".capitalize()
-        found = computed_once(name, data, compute, self.passes, settings)
-        return float(found["trace"]) / self.num_data
-
-    def _stream(
-        self, consumer: GradientConsumer, name: str, settings: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        stream_gradients(
-            self.J_train,
-            {"kernel": consumer},
-            name=f"{self._name}, {name}".capitalize(),
-            settings=settings,
-            passes=self.passes,
-        )
-        return consumer.tensors()
-
-    def settings(self, more: dict[str, Any], J: One | None = None) -> dict[str, Any]:
-        """Describe what passes depend on besides the training gradients, for checkpoints."""
-        if self.passes.checkpoint is None:
-            return {}
-        of = more if J is None else {"of": J.regression.identity(more)}
-        return {**of, "curvature": curvature_settings(self.G_inv)}
-
-
-class _KernelMatrix(LinearOperator):
-    """The sum of kernel matrices of the training examples, ``[N, N]``, which is never formed."""
-
-    def __init__(self, kernels: Sequence[_Kernel]):
-        self._kernels = kernels
-        self._number = count()
-        shapes = [(kernels[0].num_data,)]
-        super().__init__(shapes, shapes, like=kernels[0].J_train)
-
-    def multiply_tensors(self, X: list[Tensor]) -> list[Tensor]:
-        """``K X``, by two passes for each kernel."""
-        name, (X_NK,) = f"product {next(self._number)}", X
-        total_NK = torch.zeros_like(X_NK)
-        for kernel in self._kernels:
-            settings = kernel.settings({"of": digest_of(X_NK)})
-            sums_PK = kernel.sums(X_NK, f"{name}, sums", settings)
-            total_NK += kernel.products(kernel.G_inv @ sums_PK, f"{name}, rows", settings).T
-        return [total_NK]

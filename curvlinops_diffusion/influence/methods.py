@@ -6,9 +6,7 @@ Legend: Q queries, N training examples.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from enum import Enum
-from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
@@ -22,8 +20,8 @@ from curvlinops_diffusion.influence.features import (
     pixels_of,
 )
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.kernel_regression import influence_and_regression_scores
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
+from curvlinops_diffusion.influence.regression import influence_and_regression_scores
 from curvlinops_diffusion.influence.scores import (
     can_be_halved,
     influence_scores,
@@ -123,25 +121,13 @@ def _of_gradients(
         scores = influence_scores(J_query, G_inv, J_train, query_block=query_block, passes=passes)
         return {Method.INFLUENCE: (scores, None)}
 
-    def of(half: int | None) -> dict[Method, Tensor]:
-        own, query, train = passes, J_query, J_train
-        if half is not None:
-            query, train = (J.on(J.regression.divided(half, 2)) for J in (query, train))
-            if passes.checkpoint is not None:  # whose passes have the same names
-                own = replace(passes, checkpoint=Path(passes.checkpoint) / f"half{half}")
-        influence, regression = influence_and_regression_scores(
-            query, G_inv, train, ridge=ridge, passes=own
-        )
-        return {Method.INFLUENCE: influence, Method.REGRESSION: regression}
-
-    whole = of(None)
-    halves_of = [of(half) for half in range(2)] if halved else []
+    by_method = influence_and_regression_scores(
+        J_query, G_inv, J_train, ridge=ridge, halved=halved, passes=passes
+    )
     return {
-        method: (
-            whole[method],
-            SplitHalfScores(whole[method], *(own[method] for own in halves_of)) if halved else None,
-        )
-        for method in methods
+        method: (own[0], SplitHalfScores(*own) if halved else None)
+        for method, own in zip((Method.INFLUENCE, Method.REGRESSION), by_method, strict=True)
+        if method in methods
     }
 
 

@@ -18,12 +18,8 @@ from torch import Tensor
 from curvlinops_diffusion.influence.compression import Compression, Projection
 from curvlinops_diffusion.influence.consumers import Scored, TopInfluences, TopScores
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.kernel_regression import (
-    SOLVED,
-    KernelOptions,
-    iterated_solution,
-    ridge_solution,
-)
+from curvlinops_diffusion.influence.kernel_regression import iterated_solution, ridge_solution
+from curvlinops_diffusion.influence.kernels import SOLVED, KernelOptions
 from curvlinops_diffusion.influence.streaming import of_gradients
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.operator import check_same_parameters, check_whole

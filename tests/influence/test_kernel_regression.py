@@ -17,6 +17,7 @@ from curvlinops_diffusion import (
     kernel_regression_scores,
     regression_scores,
 )
+from curvlinops_diffusion.influence.regression import SQUARE, influence_and_regression_scores
 from curvlinops_diffusion.measurements import SignedPrediction
 from tests.cases import StoppedError, images, plain_regression, seeded, stopped, two_convolutions
 from tests.comparisons import assert_close
@@ -85,17 +86,60 @@ def test_equal_the_dense_formula(operators, query, K_inv, train, ridge, gradient
     assert_close(ours, truth, 1e-9)
 
 
-@pytest.mark.parametrize("options", [{}, {"ridge": 0.7, "seed": 3}])
-def test_the_best_predictor_of_retraining(operators, query, K_inv, train, options):
-    """Of the loss and of the prediction, squared: by the dense formula."""
+@pytest.mark.parametrize(
+    ("options", "solved"),
+    [
+        ({}, {}),
+        ({"ridge": 0.7, "seed": 3, "gap": 0.25}, {"gradient_bytes": 3000}),
+        ({}, {"largest_gram": 1, "tolerance": 1e-9}),
+    ],
+)
+def test_the_best_predictor_of_retraining(operators, query, K_inv, train, options, solved):
+    """Of the loss and of the prediction's variance: by the dense formula."""
     J_query, J_train = operators
-    ours = regression_scores(J_query, K_inv, J_train, **options)
+    ours = regression_scores(J_query, K_inv, J_train, **options, options=KernelOptions(**solved))
     inverse, ridge = to_dense(K_inv), options.get("ridge", 5.0)
-    of_loss = dense([dense_rows(query)], inverse, [dense_rows(train)], ridge)
-    signs = [[dense_rows(r, sign(options.get("seed", 0)))] for r in (query, train)]
-    squares = dense(signs[0], inverse, signs[1], ridge) ** 2
-    z_loss, z_squares = (z / z.std(1, keepdim=True) for z in (of_loss, squares))
-    assert_close(ours, (z_loss + 2 * z_squares) / 3, 1e-9)
+
+    def solve(function):
+        q, n = (dense_rows(r, *function) for r in (query, train))
+        gram, cross = n @ inverse @ n.T, q @ inverse @ n.T
+        damping = ridge * gram.diagonal().mean()
+        M = torch.linalg.inv(gram + damping * torch.eye(N).double())
+        return cross @ M, (gram @ M).diagonal().mean(), M.diagonal(), damping
+
+    w, mean, *_ = solve([])
+    w_f, _, diagonal, damping = solve([sign(options.get("seed", 0))])
+    if "largest_gram" in solved:  # estimated from one column of signs
+        signs = torch.randint(2, (1, N), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+        estimates = []
+        for function in ([], [sign(0)]):
+            n = dense_rows(train, *function)
+            gram = n @ inverse @ n.T
+            kappa = gram.diagonal().mean()
+            M = torch.linalg.inv(gram + ridge * kappa * torch.eye(N).double())
+            estimates.append((signs.double() @ M @ signs.double().T / N, ridge * kappa))
+        (of_loss, of_all), (diagonal, damping) = estimates
+        mean = 1 - of_loss * of_all
+    own = (1 / diagonal).mean() - damping
+    expected = w / mean + SQUARE * w_f**2 / diagonal / own
+    assert_close(ours, options.get("gap", 1.0) * expected, 1e-6 if solved else 1e-9)
+
+
+def test_halves_out_of_one_pass_are_those_of_their_draws(operators, K_inv):
+    """With all draws together; the network runs as often as for these alone."""
+    J_query, J_train = (J.on(J.regression.with_draws(4)) for J in operators)
+    for options in (KernelOptions(), KernelOptions(gradient_bytes=5000)):
+        influence, regression = influence_and_regression_scores(
+            J_query, K_inv, J_train, options=options
+        )
+        parts = [
+            [J.on(J.regression.divided(half, 2)) for J in (J_query, J_train)] for half in range(2)
+        ]
+        for (query, train), first, second in zip(
+            [(J_query, J_train), *parts], influence, regression, strict=True
+        ):
+            assert_close(first, influence_scores(query, K_inv, train), 1e-9)
+            assert_close(second, regression_scores(query, K_inv, train), 1e-9)
 
 
 def test_squares_are_rises_of_a_posterior_variance(operators, K_inv):

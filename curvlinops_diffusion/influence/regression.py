@@ -1,0 +1,239 @@
+"""Regression scores: by how much a query's loss would rise without each training image.
+
+Legend: Q queries, N training examples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.kernel_regression import (
+    iterated_solution,
+    regularised_root,
+)
+from curvlinops_diffusion.influence.kernels import (
+    SOLVED,
+    KernelMatrix,
+    KernelOptions,
+    Kernels,
+)
+from curvlinops_diffusion.influence.measurements.losses import SignedPrediction
+from curvlinops_diffusion.influence.streaming import halves_of
+from curvlinops_diffusion.linalg.operator import check_same_parameters
+from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
+from curvlinops_diffusion.runtime.checks import check_positive
+from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
+
+#: Functions that are regressed: the loss, and the prediction along one sign.
+FUNCTIONS = 2
+#: In units of the kernel's mean diagonal entry.
+RIDGE = 5.0
+#: The weight ``β`` of the rises of the variance.
+SQUARE = 24.0
+
+
+def regression_scores(
+    J_query: ExampleGradientLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    *,
+    ridge: float = RIDGE,
+    gap: float = 1.0,
+    seed: int = 0,
+    options: KernelOptions = SOLVED,
+    passes: PassOptions = PLAIN,
+) -> Tensor:
+    r"""Predict by how much training without each example would raise a query's loss.
+
+    Training without some examples changes the query's prediction by ``δ``, and its loss by
+    ``2⟨ŷ − y, δ⟩ + ‖δ‖²``. Kernel regression of the loss ``ℓ`` predicts the first term; the second
+    is the rise of a Gaussian process' variance, of the prediction ``f = ⟨s, ŷ⟩`` along random signs
+    ``s``, at the query without the example::
+
+        s(q, n) = gap · ( w_ℓ(q, n) / h̄  +  β w_f(q, n)² / (M_nn v̄) )
+        w = k(q, ·) M,    M = (K + ρ κ I)⁻¹,    h̄ = mean_n [K M]_nn,    v̄ = mean_n 1/M_nn − ρ κ
+
+    with ``k``, ``K`` and ``κ`` as in :func:`~curvlinops_diffusion.kernel_regression_scores`, those
+    of ``ℓ`` in the first part and of ``f`` in the second. ``h̄`` is the mean weight of an example in
+    the regression of its own loss, ``v̄`` the mean variance at an example without itself, so that
+    both parts are in units of what an example adds to itself: in the mean over examples, the
+    generalisation *gap*, the held-out loss less the training loss. Positive is helpful.
+
+    Source: ``docs/evidence.rst`` (the decomposition, and how ``ρ = 5`` and ``β`` were chosen); Park
+    et al., 2023 (regression on gradients); Rasmussen and Williams, 2006, Section 5.4.2 (variances
+    without an example).
+
+    Args:
+        J_query: Gradients of the queries' loss, or of something else of which lower is better.
+        G_inv: Inverse curvature, ``[P, P]``: K-FAC's or EK-FAC's at a small damping.
+        J_train: Gradients of the training loss.
+        ridge: ``ρ > 0``.
+        gap: The held-out loss less the training loss, by which the scores are multiplied.
+        seed: The seed of the signs.
+        options: How the regressions are solved.
+        passes: Checkpoints, processes and progress.
+
+    Returns:
+        The scores, ``[Q, N]``, on the operators' device.
+
+    Raises:
+        ValueError: If the operators act on different parameters or devices, the ridge is not
+            positive, or so small that rounding makes a matrix indefinite.
+
+    Examples:
+        >>> K_inv = DiffusionKFACLinearOperator(train).inverse(damping=1e-3)
+        >>> J_train = ExampleGradientLinearOperator(train)
+        >>> J_query = ExampleGradientLinearOperator(query)
+        >>> regression_scores(J_query, K_inv, J_train).shape  # [Q, N]
+        torch.Size([2, 10])
+    """
+    _, (scores_QN,) = influence_and_regression_scores(
+        *(J_query, G_inv, J_train),
+        ridge=ridge,
+        seed=seed,
+        halved=False,
+        options=options,
+        passes=passes,
+    )
+    return gap * scores_QN
+
+
+def influence_and_regression_scores(
+    J_query: ExampleGradientLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    *,
+    ridge: float = RIDGE,
+    seed: int = 0,
+    halved: bool = True,
+    options: KernelOptions = SOLVED,
+    passes: PassOptions = PLAIN,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Influence scores and those of :func:`regression_scores`, out of the same gradients.
+
+    The kernel of queries and training examples is ``N`` times the influence.
+
+    Args:
+        J_query: As for :func:`regression_scores`, and so are the others.
+        G_inv: Likewise.
+        J_train: Likewise.
+        ridge: Likewise.
+        seed: Likewise.
+        halved: Whether to score either half of the draws, too: with all draws together, out of one
+            pass over the halves' gradients.
+        options: Likewise.
+        passes: Likewise.
+
+    Returns:
+        The scores of :func:`~curvlinops_diffusion.influence_scores`, and those of
+        :func:`regression_scores` with a gap of one, ``[Q, N]``: of all draws, and then of either
+        half.
+    """
+    check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
+    check_positive("ridge", ridge)
+    signed = SignedPrediction(seed)
+
+    def solved(number: int) -> list[_Solved]:
+        query, train = (J.measuring(signed) if number else J for J in (J_query, J_train))
+        solve = _formed if J_train.shape[0] <= options.largest_gram else _iterated
+        return solve(query, G_inv, train, f"function {number}", ridge, halved, options, passes)
+
+    of_loss, of_prediction = map(solved, range(FUNCTIONS))
+    influence = [loss.cross_QN / J_train.shape[0] for loss in of_loss]
+    pairs = zip(of_loss, of_prediction, strict=True)
+    return influence, [loss.parts() + SQUARE * f.rises() for loss, f in pairs]
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """A regularised kernel's inverse ``M = (K + λ I)⁻¹``.
+
+    Attributes:
+        cross_QN: The kernel ``k`` of queries and training examples.
+        weights_QN: ``k M``.
+        diagonal: That of ``M``, ``[N]``, or its mean.
+        damping: ``λ``.
+    """
+
+    cross_QN: Tensor
+    weights_QN: Tensor
+    diagonal: Tensor
+    damping: float
+
+    def parts(self) -> Tensor:
+        """Weights in units of an example's mean weight in its own regression, ``[K M]_nn``."""
+        return (self.weights_QN / (1 - self.damping * self.diagonal.mean())).to(self.cross_QN)
+
+    def rises(self) -> Tensor:
+        """Rises of the variance in units of its mean at an example without itself."""
+        mean = (1 / self.diagonal).mean() - self.damping
+        return (self.weights_QN.square() / (self.diagonal * mean)).to(self.cross_QN)
+
+
+def _formed(
+    J_query: ExampleGradientLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    name: str,
+    ridge: float,
+    halved: bool,
+    options: KernelOptions,
+    passes: PassOptions,
+) -> list[_Solved]:
+    """Solve by a factorisation; kernels of all draws are the means of those of halves."""
+    queries, trains = ([J] if not halved else halves_of(J) for J in (J_query, J_train))
+    kernels = Kernels(trains, G_inv, name, options.gradient_bytes, passes)
+    cross_SSQN, gram_SSNN = kernels.both(queries)
+
+    def solved(cross_QN: Tensor, gram_NN: Tensor) -> _Solved:
+        root_NN, damping = regularised_root(gram_NN, ridge)
+        weights_QN = torch.cholesky_solve(cross_QN.to(root_NN).T, root_NN).T
+        return _Solved(cross_QN, weights_QN, torch.cholesky_inverse(root_NN).diagonal(), damping)
+
+    whole = solved(cross_SSQN.mean((0, 1)), gram_SSNN.mean((0, 1)))
+    halves = range(2) if halved else ()
+    return [whole, *(solved(cross_SSQN[half, half], gram_SSNN[half, half]) for half in halves)]
+
+
+def _iterated(
+    J_query: ExampleGradientLinearOperator,
+    G_inv: PyTorchLinearOperator,
+    J_train: ExampleGradientLinearOperator,
+    name: str,
+    ridge: float,
+    halved: bool,
+    options: KernelOptions,
+    passes: PassOptions,
+) -> list[_Solved]:
+    """Solve by conjugate gradients, for all draws and each half by itself.
+
+    The mean diagonal is Hutchinson's estimate from one more column of random signs, whose relative
+    error is below ``1 / sqrt(N)``.
+    """
+
+    def solved(half: int | None) -> _Solved:
+        own, query, train = passes, J_query, J_train
+        if half is not None:
+            query, train = (J.on(J.regression.divided(half, 2)) for J in (query, train))
+            if passes.checkpoint is not None:  # whose passes have the same names
+                own = replace(passes, checkpoint=Path(passes.checkpoint) / f"half{half}")
+        kernels = Kernels(train, G_inv, name, options.gradient_bytes, own)
+        cross_QN = kernels.cross([query])[0, 0]
+        signs = torch.randint(2, (1, cross_QN.shape[1]), generator=torch.Generator().manual_seed(0))
+        signs_1N = (2 * signs - 1).to(cross_QN)
+        damping = ridge * kernels.mean_diagonal()
+        found = iterated_solution(
+            torch.cat([cross_QN, signs_1N]),
+            KernelMatrix([kernels]),
+            damping,
+            options,
+            passes.progressbar,
+        )
+        return _Solved(cross_QN, found[:-1], (found[-1:] * signs_1N).mean(), damping)
+
+    return [solved(half) for half in ((None, 0, 1) if halved else (None,))]
