@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from os import PathLike
@@ -31,6 +32,7 @@ from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import OF_TRAINING, NoisedRegression
 from curvlinops_diffusion.diffusion.weightings import weighting_of
 from curvlinops_diffusion.influence.agreement import MAX_DRAWS, Agreement, plain_numbers
+from curvlinops_diffusion.influence.gap import GeneralisationGap, generalisation_gap
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.methods import Method, methods_named, scores_of
 from curvlinops_diffusion.influence.more_draws import (
@@ -54,6 +56,8 @@ from curvlinops_diffusion.runtime.files import check_file_name, check_space
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
 from curvlinops_diffusion.runtime.processes import Processes
 
+# draws of each image from which the generalisation gap is estimated
+_GAP_DRAWS = 32
 OPERATORS = {"ekfac": DiffusionEKFACLinearOperator, "kfac": DiffusionKFACLinearOperator}
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -142,6 +146,7 @@ class Attributor:
         self._operator: BlockDiagonalLinearOperator | None = None
         self._open: Callable[..., Any] | None = None  # opens queries as the training images were
         self._told: dict[str, Any] = {}
+        self._data = data
         self.regression = NoisedRegression(objective, data, 1, seed, **self._recipe)
         self.images = _gallery(data, self.regression)
 
@@ -372,6 +377,22 @@ class Attributor:
         regression = _drawn(NoisedRegression(self.objective, data, 1, seed, **own), num_draws)
         return ExampleGradientLinearOperator(regression, self._covered, measurement=measurement)
 
+    def _gap(
+        self, unseen: ExampleGradientLinearOperator, passes: PassOptions
+    ) -> GeneralisationGap | None:
+        """Estimate the generalisation gap; ``None``, and a warning, if it is not told from zero."""
+        seen = self._gradients_of(self._data, _GAP_DRAWS, "loss")  # shown as queries are
+        found = generalisation_gap(seen, unseen, passes)
+        if found.is_told:
+            return found
+        warnings.warn(
+            f"The held-out images' loss exceeds that of the training images by {found}: not told "
+            "from zero. Scores of 'regression' stay without a unit. Pass more images that training "
+            "has not seen.",
+            stacklevel=2,
+        )
+        return None
+
     @property
     def _covered(self) -> Parameters:
         return self.params if self._operator is None else self._operator.param_names
@@ -507,6 +528,7 @@ class Attributor:
         relative: bool = False,
         rtol: float | None = None,
         ridge: float = RIDGE,
+        held_out: Any = None,
         num_draws: int | Literal["auto"] = 64,
         max_draws: int = MAX_DRAWS,
         query_draws: int | None = None,
@@ -523,15 +545,18 @@ class Attributor:
             queries: The images to explain, in the same forms as the training images.
             prompts: Their prompts, one for each, or one for all that have none of their own.
             labels: Their classes.
-            method: ``'influence'``, predicted changes of what is measured, or ``'regression'``, an
-                order that has no unit; to compare with, ``'pixels'`` or ``'latents'``, which look
-                at the images alone. Of several, out of one pass over the training images, the first
-                orders and all are shown.
+            method: ``'influence'``, changes of what is measured by the curvature, or
+                ``'regression'``, as training anew shows them; to compare with, ``'pixels'`` or
+                ``'latents'``, which look at the images alone. Of several, out of one pass over the
+                training images, the first orders and all are shown.
             measurement: What is measured at the queries.
             damping: What is added to the curvature's eigenvalues before it is inverted.
             relative: Take the damping in units of each block's mean eigenvalue.
             rtol: Leave out eigenvalues of at most this part of the largest.
             ridge: That of ``'regression'``, in units of the kernel's mean diagonal entry.
+            held_out: Images like the training images that training has not seen, a hundred say, in
+                the same forms: scores of ``'regression'`` then are changes of the loss. Without,
+                only their order means something.
             num_draws: Draws of timestep and noise for each training image; multiples of 4 tell how
                 sure the scores are. ``"auto"`` for 16 and then twice as many, again and again,
                 until the halves share eight of ten of the most helpful images of half of the
@@ -559,6 +584,11 @@ class Attributor:
         if path is not None:
             check_file_name(path, ".safetensors")
         methods = methods_named(method, measurement, num_draws, self.regression)
+        if held_out is not None and Method.REGRESSION not in methods:
+            raise ValueError(
+                "`held_out` gives the scores of 'regression' their unit, got `method` "
+                f"{', '.join(each.value for each in methods)}. Add 'regression', or leave it out."
+            )
         asked_of = self.opened(queries, prompts=prompts, labels=labels)
         J_train = self.gradients(num_draws=num_draws)
         J_query = self._gradients_of(
@@ -569,10 +599,15 @@ class Attributor:
         inversion |= {} if rtol is None else {"rtol": rtol}
         inverse = operator.inverse(**inversion)
         train, query = J_train.regression, J_query.regression
+        unseen = None
+        if held_out is not None:
+            unseen = self._gradients_of(self.opened(held_out), _GAP_DRAWS, "loss")
         shown = _gallery(asked_of, query)
         asked = {"measurement": measurement, **inversion}
         if methods != [Method.INFLUENCE]:
             asked |= {"method": " ".join(each.value for each in methods), "ridge": ridge}
+        if unseen is not None:
+            asked |= {"held_out": unseen.regression.data_identity()}
         made = {key: value for key, value in operator.info.items() if key != "run"}
         inverse.info.pop("run", None)  # where files lay decides nothing
         identity = {
@@ -613,13 +648,17 @@ class Attributor:
                 "Values", query, lambda: {"values": J_query.values()}, passes, measured
             )["values"]
             header["values"] = plain_numbers(values_Q)
+            gap = None if unseen is None else self._gap(unseen, passes)
+            if gap is not None:
+                header["gap"] = asdict(gap)
             operators = (J_query, inverse, J_train)
             blocks: dict[str, Any] = {"query_block": query_block, "passes": passes}
             if in_shards:
                 assert path is not None
                 blocks |= {"halves": halved, "header": header}
                 return StoredScores.create(path, *operators, **blocks)
-            return scores_of(methods, *operators, ridge=ridge, **blocks)
+            scale = 1.0 if gap is None else gap.value
+            return scores_of(methods, *operators, ridge=ridge, gap=scale, **blocks)
 
         found = self._going_on("score", path, overwrite, run)
         if in_shards:

@@ -5,9 +5,9 @@ Legend: Q queries, N training examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -38,8 +38,9 @@ class Method(str, Enum):
     Attributes:
         INFLUENCE: ``'influence'``, predicted changes of what is measured
             (:func:`~curvlinops_diffusion.influence_scores`).
-        REGRESSION: ``'regression'``, an order without a unit
-            (:func:`~curvlinops_diffusion.regression_scores`).
+        REGRESSION: ``'regression'``, predicted changes as training anew shows them
+            (:func:`~curvlinops_diffusion.regression_scores`): with held-out images in the loss'
+            unit, without them an order.
         PIXELS: ``'pixels'``, to compare with: a regression on the images alone
             (:func:`~curvlinops_diffusion.baselines.feature_regression_scores`).
         LATENTS: ``'latents'``, the same on the autoencoder's latents.
@@ -50,10 +51,13 @@ class Method(str, Enum):
     PIXELS = "pixels"
     LATENTS = "latents"
 
-    @property
-    def has_unit(self) -> bool:
-        """Whether a score is a predicted change of what is measured, not an order alone."""
-        return self is Method.INFLUENCE
+    def has_unit(self, header: Mapping[str, Any]) -> bool:
+        """Whether scores are predicted changes of what is measured, not an order alone.
+
+        Args:
+            header: The header of the scores.
+        """
+        return self is Method.INFLUENCE or (self is Method.REGRESSION and "gap" in header)
 
     @property
     def takes_draws(self) -> bool:
@@ -72,6 +76,7 @@ def scores_of(
     J_train: ExampleGradientLinearOperator,
     *,
     ridge: float,
+    gap: float = 1.0,
     query_block: int,
     passes: PassOptions = PLAIN,
 ) -> dict[Method, tuple[Tensor, SplitHalfScores | None]]:
@@ -83,6 +88,7 @@ def scores_of(
         G_inv: Inverse curvature, ``[P, P]``.
         J_train: Gradients of the training losses, ``[N, P]``.
         ridge: That of the regression.
+        gap: The generalisation gap, by which its scores are multiplied.
         query_block: Queries whose gradients are held at once, for influence alone.
         passes: Checkpoints, processes and progress.
     """
@@ -94,9 +100,8 @@ def scores_of(
             scores = feature_regression_scores(query.flatten(1), train.flatten(1))
             found[method] = scores, None
     if rest := [method for method in methods if method.takes_draws]:
-        found |= _of_gradients(
-            rest, J_query, G_inv, J_train, ridge=ridge, query_block=query_block, passes=passes
-        )
+        of = rest, J_query, G_inv, J_train
+        found |= _of_gradients(*of, ridge=ridge, gap=gap, query_block=query_block, passes=passes)
     return {method: found[method] for method in methods}
 
 
@@ -107,6 +112,7 @@ def _of_gradients(
     J_train: ExampleGradientLinearOperator,
     *,
     ridge: float,
+    gap: float,
     query_block: int,
     passes: PassOptions,
 ) -> dict[Method, tuple[Tensor, SplitHalfScores | None]]:
@@ -121,9 +127,10 @@ def _of_gradients(
         scores = influence_scores(J_query, G_inv, J_train, query_block=query_block, passes=passes)
         return {Method.INFLUENCE: (scores, None)}
 
-    by_method = influence_and_regression_scores(
+    influence, regression = influence_and_regression_scores(
         J_query, G_inv, J_train, ridge=ridge, halved=halved, passes=passes
     )
+    by_method = influence, [gap * z for z in regression]
     return {
         method: (own[0], SplitHalfScores(*own) if halved else None)
         for method, own in zip((Method.INFLUENCE, Method.REGRESSION), by_method, strict=True)

@@ -69,7 +69,8 @@ def regression_scores(
     without an example).
 
     Args:
-        J_query: Gradients of the queries' loss, or of something else of which lower is better.
+        J_query: Gradients of the queries' loss, or of something else of which lower is better,
+            whose squares count as much more than the loss' as its value is larger.
         G_inv: Inverse curvature, ``[P, P]``: K-FAC's or EK-FAC's at a small damping.
         J_train: Gradients of the training loss.
         ridge: ``ρ > 0``.
@@ -144,9 +145,14 @@ def influence_and_regression_scores(
         return solve(query, G_inv, train, f"function {number}", ridge, halved, options, passes)
 
     of_loss, of_prediction = map(solved, range(FUNCTIONS))
+    square: float | Tensor = SQUARE
+    if J_query.measurement != J_train.measurement:  # a square weighted otherwise, by the values
+        of_both = (J_query, J_query.measuring(J_train.measurement))
+        values_Q, losses_Q = (J.values().abs() for J in of_both)
+        square = (SQUARE * values_Q / losses_Q).unsqueeze(1)
     influence = [loss.cross_QN / J_train.shape[0] for loss in of_loss]
     pairs = zip(of_loss, of_prediction, strict=True)
-    return influence, [loss.parts() + SQUARE * f.rises() for loss, f in pairs]
+    return influence, [loss.parts() + square * f.rises() for loss, f in pairs]
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def table_blocks(
     for method, scores in by_method.items():
         pair = None if halves is None else halves.get(method)
         named = Method(method)
-        unit_Q = values_Q * (1 if named.has_unit else np.nan)
+        unit_Q = values_Q * (1 if named.has_unit(header) else np.nan)
         effects = _texts(("", *(_EFFECTS[better_of(header)] if named.takes_draws else _ALIKE)))
         for block in (slice(start, start + size) for start in range(0, len(queries), size)):
             z_qM = of_rows(_block(scores, block))

@@ -126,7 +126,7 @@ class Sizes:
         """Choose the unit of a method's scores; errors are known of the first method's alone."""
         errors = header.get("standard_error") if is_first else None
         errors_Q = None if errors is None else torch.tensor(errors, dtype=torch.float64)
-        values = header.get("values") if Method(method).has_unit else None
+        values = header.get("values") if Method(method).has_unit(header) else None
         if values is None or not all(values):  # nothing to be a share of
             return cls(torch.ones(len(scores_QN), dtype=torch.float64), "", errors_Q)
         values_Q = torch.tensor(values, dtype=torch.float64).abs()
@@ -173,20 +173,26 @@ def meaning(
         which = f"The {('first', 'second', 'third', 'fourth')[place]} number"
         order = f" ({method}), by which they are ordered," if place == 0 else f" ({method})"
     start = f"{which} under a training image{order} is"
+    share = f", as a share of that {what}" if sizes.unit else ""
+    ppm = " (ppm: millionths)" if "ppm" in sizes.unit else ""
+    if method == Method.REGRESSION and sizes.unit:
+        return (
+            f"{start} the change of the query's {what}{share}{ppm}, that a kernel regression "
+            f"predicts for a training without that image, one of {num_train:,}; its size is that "
+            "of the held-out images' loss above the training images'."
+        )
     if method == Method.REGRESSION:
         return (
-            f"{start} its part in a kernel regression of the query's {what}, and of the square of "
-            f"the prediction, on {num_train:,} images: only the order of these numbers means "
-            "something, not their size."
+            f"{start} its part in a kernel regression of the query's {what}, and of the variance "
+            f"of the prediction, on {num_train:,} images: only the order of these numbers means "
+            "something, not their size, unless held-out images are given."
         )
-    if not Method(method).has_unit:
+    if not Method(method).takes_draws:
         return (
             f"{start} the square of its weight in a kernel regression on the {method} of the "
             f"{num_train:,} images alone, to compare with: it does not know the network, and only "
             "the order of these numbers means something, not their size."
         )
-    share = f", as a share of that {what}" if sizes.unit else ""
-    ppm = " (ppm: millionths)" if "ppm" in sizes.unit else ""
     return (
         f"{start} the predicted change of the query's {what}{share}{ppm}, had the model been "
         f"trained without that image, one of {num_train:,}."

@@ -165,7 +165,7 @@ def write_report(
             ]
             + ([averaged] if checkpoints else []),
             measured=sentence_of(measured) if ordering.takes_draws else "",
-            sums=ordering.has_unit,
+            sums=ordering.has_unit(header),
             agreement=agreement,
             num_noise=sum(noise),
             not_told=NOT_TOLD,

@@ -8,7 +8,8 @@ called ``default`` in training may be called ``default_0`` when it is loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,6 +70,23 @@ def adapter_states(model: nn.Module) -> tuple[Any, ...]:
         for module in modules
         if type(module) in types
     )
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[bool]:
+    """Disable a model's adapters within the context; yields whether there are any at work."""
+    modules = [module for module in modules_of(model) if _is_adapted(type(module))]
+    active = [module for module in modules if not module.disable_adapters]
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    try:
+        for module in active:
+            module.enable_adapters(False)
+        yield bool(active)
+    finally:
+        for module in active:
+            module.enable_adapters(True)
+        for name, parameter in model.named_parameters():  # which PEFT sets as well
+            parameter.requires_grad_(trained[name])
 
 
 def without_part(model: nn.Module, names: Iterable[str]) -> dict[str, str]:

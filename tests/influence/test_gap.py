@@ -1,0 +1,88 @@
+"""The generalisation gap: against losses by hand, with a base network's as a control variate."""
+
+import pytest
+import torch
+
+from curvlinops_diffusion import Attributor, DenoisingObjective, ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.gap import generalisation_gap
+from tests.cases import images, plain_regression, two_convolutions
+from tests.comparisons import assert_close
+
+
+@pytest.fixture(scope="module")
+def train():
+    return plain_regression(two_convolutions(), (1, 4, 4), count=6, batch_size=4)
+
+
+def test_equals_the_difference_of_mean_losses(train):
+    x0 = images(5, size=4) * 3
+    held_out = train.__class__(train.objective, x0, train.num_draws, seed=3)
+    J, other = (ExampleGradientLinearOperator(r) for r in (train, held_out))
+    gap = generalisation_gap(J, other)
+    one, two = J.values(), other.values()
+    assert gap.value == pytest.approx(float(two.mean() - one.mean()))
+    assert gap.error == pytest.approx(float((two.var() / 5 + one.var() / 6) ** 0.5))
+    assert gap.is_told == (gap.value > 2 * gap.error)
+    with pytest.raises(ValueError, match="at least two images"):
+        generalisation_gap(J, J.on(train.__class__(train.objective, x0[:1], 2)))
+
+
+def test_the_base_network_says_how_hard_images_are():
+    """Of an adapter that scales the loss of every image alike, no spread is left."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = two_convolutions()
+    inject_adapter_in_model(LoraConfig(r=1, target_modules=["0"]), model)
+    trained = [p for name, p in model.named_parameters() if "lora" in name]
+    assert trained
+    flags = [p.requires_grad for p in model.parameters()]
+    objective = DenoisingObjective(model, plain_regression(model, (1, 4, 4)).objective.process)
+    make = train_of(objective)
+    J, other = (ExampleGradientLinearOperator(make(n, seed)) for n, seed in ((8, 0), (7, 1)))
+    gap = generalisation_gap(J, other)
+    raw = other.values().mean() - J.values().mean()
+    # an adapter of zero is the base network: nothing is left of difficulty, and no gap
+    assert abs(gap.value) < 1e-12 < abs(float(raw))
+    assert [p.requires_grad for p in model.parameters()] == flags
+    with torch.no_grad():
+        for p in trained:
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    assert generalisation_gap(J, other).error < 0.5 * float(
+        (J.values().var() / 8 + other.values().var() / 7) ** 0.5
+    )
+
+
+def train_of(objective):
+    from curvlinops_diffusion import NoisedRegression
+
+    def make(count, seed):
+        generator = torch.Generator().manual_seed(seed)
+        scale = torch.rand(count, 1, 1, 1, generator=generator).double() * 4
+        x0 = torch.randn(count, 1, 4, 4, generator=generator).double() * scale
+        return NoisedRegression(objective, x0, 8, seed=seed)
+
+    return make
+
+
+def test_regression_takes_the_gap_for_its_unit(train):
+    """Scores of an attributor are multiplied by it; where it is not told they keep their order."""
+    data = images(6, size=4)
+    attributor = Attributor(train.objective, data).fit("kfac", num_draws=2)
+    queries = data[:2] / 2
+    options = {"num_draws": 4, "damping": 1e-3, "method": ["regression", "influence"]}
+    plain = attributor.score(queries, **options)
+    far = images(40, size=4)[10:] * 100
+    found = attributor.score(queries, held_out=far, **options)
+    gap = found.header["gap"]
+    assert gap["num_held_out"] == 30
+    assert gap["value"] > 2 * gap["error"]
+    assert_close(found.scores, gap["value"] * plain.scores, 1e-12)
+    one, two = (r.halves["regression"].first for r in (found, plain))
+    assert_close(one, gap["value"] * two, 1e-12)
+    assert_close(found.by_method["influence"], plain.by_method["influence"], 1e-12)
+    assert "gap" not in plain.header
+    with pytest.warns(UserWarning, match="not told from zero"):
+        untold = attributor.score(queries, held_out=data[:3] * 0.9, **options)
+    assert_close(untold.scores, plain.scores, 1e-12)
+    with pytest.raises(ValueError, match="Add 'regression'"):
+        attributor.score(queries, held_out=far, method="influence", num_draws=4)
