@@ -36,7 +36,7 @@ from curvlinops_diffusion.linalg.operator import check_same_parameters
 from curvlinops_diffusion.linalg.upstream import LinearOperator, PyTorchLinearOperator
 from curvlinops_diffusion.runtime.checks import check_count, check_positive
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
-from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, computed_once, draws_bar
+from curvlinops_diffusion.runtime.passes import PLAIN, DrawsBar, PassOptions, computed_once
 from curvlinops_diffusion.runtime.processes import ALONE, Processes
 
 # units in the last place by which equal scores may differ
@@ -483,11 +483,11 @@ class _Kernel:
 
         def compute() -> dict[str, Tensor]:
             total, shown = 0.0, self.passes.progressbar and self._processes.rank == 0
-            with draws_bar(data.num_samples, self._name, shown) as bar:
+            with DrawsBar(data.num_samples, self._name, shown) as bar:
                 for clean in data.clean_batches():
                     columns_PB = batch_columns(self.J_train, clean, self._processes)
                     total += float((columns_PB * (self.G_inv @ columns_PB)).sum())
-                    bar.update(len(clean.indices) * data.num_draws)
+                    bar.batch_done(len(clean.indices) * data.num_draws)
             return {"trace": torch.tensor(total, dtype=torch.float64)}
 
         name = f"{self._name}, sharded diagonal of the kernel".capitalize()
