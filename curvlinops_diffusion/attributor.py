@@ -579,7 +579,6 @@ class Attributor:
                 raise ValueError(f"`num_draws` must be a number or 'auto', got {num_draws!r}.")
             told = {k: v for k, v in locals().items() if k not in ("self", "num_draws")}
             return score_until_told(self, **told)
-        operator = self.operator
         path = None if output is None else Path(output)
         if path is not None:
             check_file_name(path, ".safetensors")
@@ -589,6 +588,9 @@ class Attributor:
                 "`held_out` gives the scores of 'regression' their unit, got `method` "
                 f"{', '.join(each.value for each in methods)}. Add 'regression', or leave it out."
             )
+        # images alone need no curvature; one that is there belongs to the run all the same
+        of_curvature = any(each.takes_draws for each in methods)
+        operator = self.operator if of_curvature else self._operator
         asked_of = self.opened(queries, prompts=prompts, labels=labels)
         J_train = self.gradients(num_draws=num_draws)
         J_query = self._gradients_of(
@@ -597,7 +599,7 @@ class Attributor:
         inversion: dict[str, Any] = {"damping": damping}
         inversion |= {"relative": True} if relative else {}
         inversion |= {} if rtol is None else {"rtol": rtol}
-        inverse = operator.inverse(**inversion)
+        inverse: Any = None if operator is None else operator.inverse(**inversion)
         train, query = J_train.regression, J_query.regression
         unseen = None
         if held_out is not None:
@@ -608,8 +610,10 @@ class Attributor:
             asked |= {"method": " ".join(each.value for each in methods), "ridge": ridge}
         if unseen is not None:
             asked |= {"held_out": unseen.regression.data_identity()}
-        made = {key: value for key, value in operator.info.items() if key != "run"}
-        inverse.info.pop("run", None)  # where files lay decides nothing
+        made = {}
+        if operator is not None:
+            made = {key: value for key, value in operator.info.items() if key != "run"}
+            inverse.info.pop("run", None)  # where files lay decides nothing
         identity = {
             "train": train.identity({}),
             "query": query.identity(asked),
@@ -619,7 +623,7 @@ class Attributor:
             self._forget(path)
             return Attribution.load(path, self.images, shown)
         if path is not None:
-            size = query.num_data * train.num_data * operator.dtype.itemsize
+            size = query.num_data * train.num_data * self.objective.working_dtype.itemsize
             check_space(path.parent, 3 * size, "The scores, and those of halves,")
         halved = can_be_halved(train) and can_be_halved(query)
         # a kernel regression solves a system of all training images
@@ -645,7 +649,12 @@ class Attributor:
             passes = replace(passes, sharded=False, max_memory=None)
             measured = {"measurement": measurement}
             values_Q = computed_once(
-                "Values", query, lambda: {"values": J_query.values()}, passes, measured
+                "Values",
+                query,
+                lambda: {"values": J_query.values()},
+                passes,
+                measured,
+                query.num_samples,
             )["values"]
             header["values"] = plain_numbers(values_Q)
             gap = None if unseen is None else self._gap(unseen, passes)
@@ -780,8 +789,12 @@ def _read(images: Any, pipeline: Any, told: Mapping[str, Any]) -> tuple[dict[str
     found, said = by_data(images, by_hand(told, _OF_PIPELINE), {*_OF_PIPELINE, *_RECIPE})
     lines = [*(f"`{name}={value!r}`, by '{images}'" for name, value in found.items()), *said]
     told, recipe = {**told, **found}, told["recipe"]
-    # the recipe of several is read at each; a Network has its own
-    if isinstance(pipeline, list | tuple) or hasattr(pipeline, "objective"):
+    if hasattr(pipeline, "objective") and recipe not in (None, "none"):
+        raise ValueError(
+            f"`recipe` is of a pipeline, got {recipe!r} for a Network, whose loss is decided. Pass "
+            "the pipeline, or leave it out."
+        )
+    if isinstance(pipeline, list | tuple):  # it is read at each
         recipe = None
     if recipe not in (None, "none"):
         found, said = _as_trained(Path(recipe), pipeline, told, images)

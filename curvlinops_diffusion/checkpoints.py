@@ -251,8 +251,9 @@ class CheckpointAttributor(Attributor):
         if path is not None and path.exists() and overwrite is not True:
             check_num_checkpoints(path, len(self._sources))
         results = []
-        for (c, member), operator in zip(self._members(), self._fitted(), strict=True):
-            member.operator = operator
+        for c, member in self._members():
+            if self.operators:  # else a member says that it has none, if it needs one
+                member.operator = self.operators[c]
             file = None if path is None else path.with_name(f"{path.stem}.{_file(c)}")
             results.append(member.score(queries, output=file, overwrite=overwrite, **options))
         found, processes = averaged(results), Processes.of_all()

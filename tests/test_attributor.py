@@ -26,6 +26,7 @@ from curvlinops_diffusion.influence.methods import scores_of
 from curvlinops_diffusion.linalg.operator_files import OPERATOR
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.loading.labels import Condition
+from curvlinops_diffusion.loading.network import Network
 from curvlinops_diffusion.loading.preprocessing import Form
 from tests.cases import images, plain_regression, two_convolutions
 from tests.cli.cases import write_problem
@@ -311,6 +312,8 @@ def test_bad_input(folder, pipeline, attributor, own):
         Attributor.from_pipeline(pipeline, folder / "train", prompts="a cat")
     with pytest.raises(ValueError, match="`prompts` must have one for each image, got 2 for 7 im"):
         open_images(folder / "train", Form(1, (8, 8), None), Condition("prompt"), prompts=["", ""])
+    with pytest.raises(ValueError, match=r"`recipe` is of a pipeline, got 'a.toml' for a Network"):
+        Attributor.from_pipeline(Network.of_pipeline(pipeline), folder / "train", recipe="a.toml")
     with pytest.raises(ValueError, match="`images` must hold images, got none"):
         attributor.score([])
     with pytest.raises(ValueError, match="is no file"):

@@ -170,6 +170,18 @@ def test_averages_and_scores_of_one_are_not_mixed_up(folder, attributor, tmp_pat
     assert [path.name for path in (tmp_path / "one").iterdir()] == [scores.name]
 
 
+def test_what_is_there_is_said_to_be(folder, tmp_path, capsys):
+    """Of the curvatures, a file for each checkpoint, as well as of the scores."""
+    words = ("--checkpoints", folder / "pipeline", "--params", "conv_out.*")
+    assert program(folder, tmp_path, *words) == 0
+    capsys.readouterr()
+    assert program(folder, tmp_path, *words) == 0
+    told = capsys.readouterr().err
+    for name in ("operators", "scores.safetensors"):
+        assert f"'{tmp_path / name}' was made with the same options; nothing to do" in told
+    assert f"Wrote {tmp_path / 'operators'}" not in told
+
+
 def test_a_checkpoint_that_is_not_there_is_named_before_any_is_fitted(folder, tmp_path, capsys):
     names = folder / "pipeline", folder / "none"
     assert program(folder, tmp_path / "out", "--checkpoints", *names) == 2

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import distributed
 from curvlinops_diffusion.attribution import Attribution
 from curvlinops_diffusion.attributor import Attributor
 from curvlinops_diffusion.checkpoints import CheckpointAttributor, check_num_checkpoints
-from curvlinops_diffusion.cli.cost import fit_cost, score_cost
+from curvlinops_diffusion.cli.cost import COUNTED, MEASURED, Cost, fit_cost, score_cost
 from curvlinops_diffusion.cli.earlier import as_yaml, of_run
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import (
@@ -48,23 +47,33 @@ def fit(options: Namespace) -> None:
         ValueError: If something is missing or does not fit together.
     """
     with _opened(options) as attributor:
-        if options.dry_run:
-            cost = fit_cost(attributor, options.curvature, options.num_draws, chosen(options, KFAC))
-            return _print_cost(cost)
+        if options.dry_run or options.time:
+            return _print_cost({"": _fit_cost(attributor, options, options.num_draws)})
         _fit(attributor, options, options.output, options.num_draws)
 
 
+def _fit_cost(attributor: Attributor, options: Namespace, num_draws: int) -> Cost:
+    kfac = chosen(options, KFAC)
+    return fit_cost(attributor, options.curvature, num_draws, kfac, timed=options.time)
+
+
 def _fit(attributor: Attributor, options: Namespace, output: Path, num_draws: int) -> None:
-    there = output.is_file() and not options.overwrite
+    before = _written(output)
     arguments = {**chosen(options, FIT), **chosen(options, KFAC), "output": output}
     attributor.fit(**{**arguments, "num_draws": num_draws})
-    if there:
-        return say(f"'{output}' was made with the same options; nothing to do")
     operator = attributor.operator
     blocks = sum(operator.processes.all_gather(len(operator.blocks)))
+    if before and _written(output) == before:
+        return say(f"'{output}' was made with the same options; nothing to do")
     covered, left_out = operator.shape[0], operator.info.get("left_out", {})
     event("fitted", file=str(output), parameters=covered, left_out=left_out)
     say(f"Wrote {output}: {covered:,} parameters in {blocks} blocks")
+
+
+def _written(output: Path) -> dict[Path, int]:
+    """When a file, or each in a folder, was written; nothing if there is none."""
+    files = output.glob("*.safetensors") if output.is_dir() else [output]
+    return {file: file.stat().st_mtime_ns for file in files if file.exists()}
 
 
 def score(options: Namespace) -> None:
@@ -75,8 +84,9 @@ def score(options: Namespace) -> None:
     """
     with _opened(options, options.operator) as attributor:
         queries = _queries(attributor, options)
-        if options.dry_run:
-            return _print_cost(score_cost(attributor, queries, **chosen(options, SCORE)))
+        if options.dry_run or options.time:
+            given = chosen(options, SCORE)
+            return _print_cost({"": score_cost(attributor, queries, timed=options.time, **given)})
         _score(attributor, queries, options, options.output)
 
 
@@ -87,10 +97,10 @@ def _queries(attributor: Attributor, options: Namespace) -> Any:
 
 
 def _score(attributor: Attributor, queries: Any, options: Namespace, output: Path) -> Attribution:
-    before = output.stat().st_mtime_ns if output.exists() else None
+    before = _written(output)
     arguments = chosen(options, SCORE) | {"output": output, "overwrite": options.overwrite}
     found = attributor.score(queries, **arguments)
-    if before is not None and output.stat().st_mtime_ns == before:
+    if before and _written(output) == before:
         say(f"'{output}' was made with the same options; nothing to do")
         return found
     sure = {} if found.agreement is None else found.agreement.as_header()
@@ -150,14 +160,19 @@ def attribute(options: Namespace) -> None:
         queries = _queries(attributor, options)  # checked before anything is computed
         if options.group_by is not None:
             group_names(attributor.images, options.group_by)
-        if options.dry_run:
-            return _print_costs(attributor, queries, options, count)
+        named = methods_named(options.method, options.measurement, options.num_draws)
+        fits = any(each.takes_draws for each in named)  # images alone need no curvature
+        if options.dry_run or options.time:
+            return _print_costs(attributor, queries, options, count, fits)
         if is_first():
             make_folder(folder)
         if distributed.is_initialized():
             distributed.barrier()
-        _fit(attributor, options, operator, options.fit_draws)
-        if isinstance(attributor, CheckpointAttributor):
+        if fits:
+            _fit(attributor, options, operator, options.fit_draws)
+        if not fits:
+            attributor.run = of_run(options)
+        elif isinstance(attributor, CheckpointAttributor):
             operators = [operator / f"checkpoint{c}.safetensors" for c in range(count)]
             runs = zip(attributor.runs, operators, strict=True)
             attributor.runs = [run | {"operator": str(path.absolute())} for run, path in runs]
@@ -177,29 +192,25 @@ def attribute(options: Namespace) -> None:
         told = f"as a table: '{table}'"
     if options.group_by is not None:
         found.save(folder / "groups.csv", group_by=options.group_by)
-    _report(found, options, page, operator)
+    _report(found, options, page, operator if fits else None)
     event("attributed", folder=str(folder))
     say(f"Open '{page}'. Scores: '{scores}'; {told}")
 
 
-def _print_costs(attributor: Attributor, queries: Any, options: Namespace, count: int) -> None:
+def _print_costs(
+    attributor: Attributor, queries: Any, options: Namespace, count: int, fits: bool
+) -> None:
     """Print the cost of the curvature, of the scores, and of both at every checkpoint."""
-    fitted = fit_cost(attributor, options.curvature, options.fit_draws, chosen(options, KFAC))
-    scored = score_cost(attributor, queries, fitted, **chosen(options, SCORE))
-    if not is_first():
-        return
-    for title, cost in (("The curvature", fitted), ("The scores", scored)):
-        of = f" of each of {count} checkpoints" if count > 1 else ""
-        print(f"{title}{of}\n{cost.text()}\n")
-    both = replace(
-        fitted,
-        passes=fitted.passes + scored.passes,
-        file_bytes=fitted.file_bytes + scored.file_bytes,
-        checkpoint_bytes=max(fitted.checkpoint_bytes, scored.checkpoint_bytes),
-        memory_bytes=max(fitted.memory_bytes, scored.memory_bytes),
-        seconds=fitted.seconds + scored.seconds,
-    )
-    print(f"In all\n{both.times(count).text()}")
+    of = f" of each of {count} checkpoints" if count > 1 else ""
+    fitted = _fit_cost(attributor, options, options.fit_draws)
+    given = chosen(options, SCORE)
+    scored = score_cost(attributor, queries, fitted, timed=options.time, **given)
+    costs = {f"The scores{of}": scored}
+    if fits:
+        costs = {f"The curvature{of}": fitted, **costs, "In all": fitted.then(scored)}
+    if count > 1:
+        costs["In all"] = costs.get("In all", scored).times(count)
+    _print_cost(costs)
 
 
 @contextmanager
@@ -244,6 +255,11 @@ def _opened(options: Namespace, operator: Path | None = None) -> Iterator[Attrib
         yield attributor
 
 
-def _print_cost(cost: Any) -> None:
-    if is_first():
-        print(cost.text())
+def _print_cost(costs: Mapping[str, Cost]) -> None:
+    """Print costs by their titles, and what they are known by."""
+    if not is_first():
+        return
+    for title, cost in costs.items():
+        print("\n".join([*([title] if title else []), cost.text(), ""]))
+    timed = all(cost.seconds is not None for cost in costs.values())
+    print(MEASURED if timed else COUNTED)

@@ -1,4 +1,4 @@
-"""``--dry-run``: estimate what a command will cost, from a measured batch."""
+"""``--dry-run`` counts what a command will cost; ``--time`` estimates its time from a batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from curvlinops_diffusion.attributor import Attributor
 from curvlinops_diffusion.cli.running import num_processes
@@ -20,17 +19,26 @@ from curvlinops_diffusion.curvature.division import (
 )
 from curvlinops_diffusion.curvature.gradient_moments import fitted_factors
 from curvlinops_diffusion.curvature.options import KFACOptions
+from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.curvature.prepared import prepare
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernels import SOLVED
+from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
 from curvlinops_diffusion.influence.methods import Method
 from curvlinops_diffusion.influence.more_draws import numbers_of_draws
 from curvlinops_diffusion.influence.regression import FUNCTIONS
 from curvlinops_diffusion.influence.scores import can_be_halved
+from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.linalg.factors import eigendecomposition
 from curvlinops_diffusion.runtime.passes import PLAIN
 
+#: What a cost is known by, for people.
+COUNTED = (
+    "Counted from images, draws and layers: the network was not run. --time runs a batch, and adds "
+    "how long it takes."
+)
+MEASURED = "Counted, and the time estimated from a batch on this machine as it is now."
 # a decomposition of this size is timed; others take the cube of the ratio
 _PROBE = 512
 
@@ -44,7 +52,8 @@ class Cost:
         file_bytes: Size of the output.
         checkpoint_bytes: Size of the checkpoints at the end, before they are removed.
         memory_bytes: Memory of each process for what a training pass does not hold.
-        seconds: Time, with the machine as it is now; the others are taken to be as fast.
+        seconds: Time, with the machine as it is now, others taken to be as fast; ``None`` if it was
+            not measured.
         parameters: Entries covered by a fit.
     """
 
@@ -52,7 +61,7 @@ class Cost:
     file_bytes: int
     checkpoint_bytes: int
     memory_bytes: int
-    seconds: float
+    seconds: float | None = None
     parameters: int | None = None
 
     def times(self, count: int) -> Cost:
@@ -61,7 +70,21 @@ class Cost:
             self,
             passes=count * self.passes,
             file_bytes=count * self.file_bytes,
-            seconds=count * self.seconds,
+            seconds=None if self.seconds is None else count * self.seconds,
+        )
+
+    def then(self, other: Cost) -> Cost:
+        """The cost of another one after this."""
+        seconds = None
+        if self.seconds is not None and other.seconds is not None:
+            seconds = self.seconds + other.seconds
+        return replace(
+            self,
+            passes=self.passes + other.passes,
+            file_bytes=self.file_bytes + other.file_bytes,
+            checkpoint_bytes=max(self.checkpoint_bytes, other.checkpoint_bytes),
+            memory_bytes=max(self.memory_bytes, other.memory_bytes),
+            seconds=seconds,
         )
 
     def text(self) -> str:
@@ -73,38 +96,36 @@ class Cost:
         lines["memory beyond a training pass"] = _bytes(self.memory_bytes)
         if num_processes() > 1:
             lines["processes, of such memory"] = f"{num_processes()}"
-        lines["time"] = _duration(self.seconds)
+        if self.seconds is not None:
+            lines["time"] = _duration(self.seconds)
         width = max(map(len, lines))
         return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
 
 
 def fit_cost(
-    attributor: Attributor, curvature: str, num_draws: int, options: dict[str, Any]
+    attributor: Attributor,
+    curvature: str,
+    num_draws: int,
+    options: dict[str, Any],
+    *,
+    timed: bool,
 ) -> Cost:
-    """Measure a batch, and extrapolate: the cost of :meth:`Attributor.fit` with these arguments."""
+    """Count the cost of :meth:`Attributor.fit` with these arguments, ``timed`` with its time.
+
+    Layers are counted as their types say; a fit tries out whether they behave so.
+    """
     kfac, passes = KFACOptions(**options), attributor.passes
     regression = attributor.regression.with_draws(num_draws, antithetic=False)
     params = attributor.params
-    first = _first_batch(regression)
-    prepared = prepare(first(1), params, kfac)
-    plan = prepared.plan
-    sizes = plan.factor_sizes()
-
-    def fit(some: NoisedRegression) -> None:
-        fitted_factors(some, prepare(some, params, kfac).plan, PLAIN)
-
-    run = _measured(first, fit)
-    samples = run.samples * regression.num_samples
-    seconds = run.once + run.seconds * regression.num_samples
+    coverage = covered_parameters(regression.objective.model, params, kfac.has_gradients)
+    plan = BlockPlan.of(coverage, kfac)
+    samples, second = regression.num_samples, 0
     entries = plan.num_entries
     itemsize, n = regression.objective.working_dtype.itemsize, num_processes()
-    parameters = sum(p.numel() for p in prepared.coverage.params.values())
+    parameters = sum(p.numel() for p in coverage.params.values())
     file_entries, checkpoint_entries = entries, n * entries
     if curvature == "ekfac":
         second = regression.with_draws(kfac.num_eigenvalue_draws(regression)).num_samples
-        samples += second
-        # a sample of the second pass takes longer (docs/performance.rst)
-        seconds += 2 * run.seconds / run.samples * second + _decompositions(sizes)
         file_entries += parameters
         checkpoint_entries += entries + n * parameters  # of the bases, and of the eigenvalues
     shards, most = n if passes.sharded else 1, passes.max_memory
@@ -118,12 +139,23 @@ def fit_cost(
     if most is not None:
         owned = [plan.restricted({n for unit in units for n in unit.names}) for units in held]
         groups = max(num_groups(own, most, itemsize) for own in owned if own.units)
+
+    def fit(some: NoisedRegression) -> None:
+        fitted_factors(some, prepare(some, params, kfac).plan, PLAIN)
+
+    seconds = None
+    if timed:
+        run = _measured(_first_batch(regression), fit)
+        # a sample of the second pass takes longer (docs/performance.rst)
+        seconds = run.once + run.seconds * (samples + 2 * second)
+        seconds += _decompositions(plan.factor_sizes()) if second else 0.0
+        seconds *= groups * times / n
     return Cost(
-        round(groups * times * samples),
+        groups * times * (samples + second),
         file_entries * itemsize,
         checkpoint_entries // shards * itemsize,
         memory if most is None else min(memory, most),
-        groups * seconds * times / n,
+        seconds,
         parameters,
     )
 
@@ -139,9 +171,10 @@ def score_cost(
     max_draws: int,
     query_draws: int | None,
     query_block: int,
+    timed: bool,
     **others: Any,
 ) -> Cost:
-    """Measure a batch of training images, and one query; extrapolate: :meth:`Attributor.score`.
+    """Count the cost of :meth:`Attributor.score` with these arguments, ``timed`` with its time.
 
     ``fit`` is the cost of the curvature where there is none yet.
     """
@@ -161,7 +194,6 @@ def score_cost(
     train = attributor.gradients(num_draws=num_draws).regression
     draws = num_draws if query_draws is None else query_draws
     query = attributor.gradients(queries, num_draws=draws).regression
-    first, one = _first_batch(train), _first_batch(query, 1)
 
     def rows(some: NoisedRegression) -> None:
         list(ExampleGradientLinearOperator(some, params).row_batches())
@@ -170,7 +202,6 @@ def score_cost(
         J = ExampleGradientLinearOperator(some, params, measurement=measurement)
         list(J.row_batches())
 
-    own, queried = _measured(first, rows), _measured(one, query_rows)
     n = num_processes()
     halved = can_be_halved(train) and can_be_halved(query)
     scores = query.num_data * train.num_data * itemsize * (3 if halved else 1)
@@ -194,26 +225,26 @@ def score_cost(
             train.batch_size or train.num_data, train.num_data
         )
         held *= 2 if halved else 1
+    calls = getattr(MEASUREMENTS[measurement].load(), "calls", 1)
+    seconds = None
+    if timed:
+        own = _measured(_first_batch(train), rows)
+        queried = _measured(_first_batch(query, 1), query_rows)
+        seconds = own.once + queried.once
+        seconds += (passes[0] * own.seconds + passes[1] * queried.seconds) / n
     return Cost(
-        round(passes[0] * own.samples + passes[1] * queried.samples),
+        passes[0] + calls * passes[1],
         scores,
         scores if attributor.passes.sharded else n * scores,
         P * held * itemsize + curvature_bytes,
-        own.once + queried.once + (passes[0] * own.seconds + passes[1] * queried.seconds) / n,
+        seconds,
     )
 
 
 class _Measured(NamedTuple):
-    """Time of a run: of each sample of its data, and before the first.
-
-    Attributes:
-        seconds: Time of a sample.
-        samples: Samples that go through the network: more than one where it is called repeatedly.
-        once: Time before the first sample: the network is tried out.
-    """
+    """Time of a run: of each sample, and once, of trying out the network before the first."""
 
     seconds: float
-    samples: float
     once: float
 
 
@@ -225,36 +256,19 @@ _SHORT, _LONG = 2, 4
 def _measured(
     problem: Callable[[int], NoisedRegression], run: Callable[[NoisedRegression], Any]
 ) -> _Measured:
+    def timed(draws: int) -> float:
+        some, start = problem(draws), time.perf_counter()  # each tries out the network
+        run(some)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
     run(problem(1))  # a first one warms up
-    # problems of their own, on each of which the network is tried out
-    short, long = (_timed(problem(draws), run) for draws in (_SHORT, _LONG))
+    short, long = timed(_SHORT), timed(_LONG)
     num_data = problem(1).num_data
-    more = (_LONG - _SHORT) * num_data
     # a busy machine may take longer for less
-    seconds = max(long[0] - short[0], long[0] / 10) / more
-    once = max(0.0, short[0] - seconds * _SHORT * num_data)
-    return _Measured(seconds, (long[1] - short[1]) / more, once)
-
-
-def _timed(
-    regression: NoisedRegression, run: Callable[[NoisedRegression], Any]
-) -> tuple[float, int]:
-    count = 0
-
-    def add(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal count
-        tensors = [z for z in (*args, *kwargs.values()) if isinstance(z, Tensor) and z.ndim > 1]
-        count += len(tensors[0])
-
-    hook = regression.objective.model.register_forward_pre_hook(add, with_kwargs=True)
-    start = time.perf_counter()
-    try:
-        run(regression)
-    finally:
-        hook.remove()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, count
+    seconds = max(long - short, long / 10) / ((_LONG - _SHORT) * num_data)
+    return _Measured(seconds, max(0.0, short - seconds * _SHORT * num_data))
 
 
 def _first_batch(

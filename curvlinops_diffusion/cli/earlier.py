@@ -27,8 +27,8 @@ from curvlinops_diffusion.loading.decided import by_data
 from curvlinops_diffusion.runtime.files import named_path
 
 # what decides nothing about a result
-_OF_THE_RUN = {"command", "output", "overwrite", "dry_run", "log", "quiet", "debug"}
-_PATHS = {"pipeline", "model", "scheduler", "lora", "data", "queries"}
+_OF_THE_RUN = {"command", "output", "overwrite", "dry_run", "time", "log", "quiet", "debug"}
+_PATHS = {"pipeline", "pipeline_config", "model", "scheduler", "lora", "data", "queries"}
 # what a later command must know, given or not
 _NEEDED = ("data", "queries")
 
@@ -116,9 +116,9 @@ def _taken(name: str, path: Path, run: dict[str, Any], given: dict[str, Any]) ->
         kept -= {"lora", "seed"}
         kept |= {"measurement"} - given.keys()
     if given.keys() & {"model", "scheduler"}:
-        kept -= {"pipeline"}
+        kept -= {"pipeline", "pipeline_config"}
     if "pipeline" in given:
-        kept -= {"model", "scheduler"}
+        kept -= {"model", "scheduler", "pipeline_config"}
     known = commands()[name].options
     taken = {key: value for key, value in run.items() if key in kept and key in known}
     if not Path(taken.get("operator", path)).exists():  # which only adds to a page

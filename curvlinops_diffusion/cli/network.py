@@ -22,7 +22,7 @@ from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.weightings import weighting_of
 from curvlinops_diffusion.loading.adapters import load_adapters, names_in, networks_of
 from curvlinops_diffusion.loading.network import TEXT_ENCODERS, Network
-from curvlinops_diffusion.loading.saved_networks import part_folder, parts_of
+from curvlinops_diffusion.loading.saved_networks import configs_of, part_folder, parts_of
 from curvlinops_diffusion.loading.weights import check_can_load, check_loaded, misfits
 from curvlinops_diffusion.runtime.checks import quoted
 from curvlinops_diffusion.runtime.sharded_networks import divide
@@ -59,9 +59,13 @@ def load_network(options: Namespace, covered: Sequence[str] = ()) -> Network:
     if options.pipeline is None:
         network = _of_model(options, arguments, device, objective_options)
     else:
+        configs = configs_of(options.pipeline, options.pipeline_config)
         # the parts that it was saved without, a text encoder say, which loading asks for
-        left_out = {n: None for n, kind in parts_of(options.pipeline).items() if kind is None}
-        pipeline = _loaded(diffusers.DiffusionPipeline, options.pipeline, options, **left_out)
+        left_out = {n: None for n, kind in parts_of(configs).items() if kind is None}
+        if options.pipeline.is_file():
+            pipeline = _of_single_file(options, configs, left_out)
+        else:
+            pipeline = _loaded(diffusers.DiffusionPipeline, options.pipeline, options, **left_out)
         modules = networks_of(pipeline)
         for name, part in modules.items():
             check_loaded(part, part_folder(options.pipeline, name), options.variant)
@@ -166,13 +170,50 @@ def _network(
     return Network.of(objective, pipeline, patterns, names)
 
 
+def _of_single_file(options: Namespace, configs: Path, left_out: Mapping[str, None]) -> Any:
+    """A pipeline of a single file, by diffusers' own loader and a folder that describes it.
+
+    Raises:
+        ValueError: If this kind of pipeline has no such loader, or the file lacks weights or has
+            others.
+    """
+    name = json.loads((configs / "model_index.json").read_text())["_class_name"]
+    load = getattr(getattr(diffusers, str(name), None), "from_single_file", None)
+    if load is None:
+        raise ValueError(
+            f"'{options.pipeline}' is of a {name}, by '{configs}', which diffusers does not load "
+            "from a single file. Pass a folder of save_pretrained as --pipeline."
+        )
+    try:
+        return load(
+            str(options.pipeline),
+            config=str(configs),
+            local_files_only=True,
+            torch_dtype=_dtype(options),
+            **left_out,
+        )
+    except Exception as error:
+        told = quoted(error)
+        if "meta tensor" in told:  # as torch calls parameters that nothing was loaded into
+            told = "it lacks some of the weights."
+        raise ValueError(
+            f"'{options.pipeline}' cannot be loaded as '{configs}' describes it: {told} Pass "
+            "--pipeline-config with a pipeline of the same kind."
+        ) from error
+
+
+def _dtype(options: Namespace) -> torch.dtype:
+    found: torch.dtype = getattr(torch, options.dtype or "", torch.get_default_dtype())
+    return found
+
+
 def _loaded(cls: Any, folder: Path, options: Namespace, **parts: None) -> Any:
     try:
         return cls.from_pretrained(
             str(folder),
             local_files_only=True,
             use_safetensors=True,
-            torch_dtype=getattr(torch, options.dtype or "", torch.get_default_dtype()),
+            torch_dtype=_dtype(options),
             variant=options.variant,
             **parts,
         )

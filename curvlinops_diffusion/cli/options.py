@@ -119,6 +119,12 @@ _OWN: dict[str, tuple[Any, str]] = {
         "The folder of a diffusers pipeline, of save_pretrained; or an id on the Hub (owner/name), "
         "which is downloaded unless it is in the cache or HF_HUB_OFFLINE is set.",
     ),
+    "pipeline_config": (
+        Path,
+        "Where --pipeline is a single .safetensors file: the folder that says what it is made of, "
+        "as save_pretrained writes it (model_index.json, configs, tokenizers; weights are not "
+        "needed); by default one beside the file, of its name.",
+    ),
     "variant": (str, "The kind of weights files, where there are several: fp16, say."),
     "model": (Path, "A diffusers model in place of a pipeline; needs --scheduler."),
     "scheduler": (Path, "The folder of the model's scheduler."),
@@ -146,7 +152,11 @@ _OWN: dict[str, tuple[Any, str]] = {
         "Each process of torchrun keeps a part of the network's parameters only, for networks that "
         "no device holds; each module's are gathered when it runs.",
     ),
-    "dry_run": (bool, "Print the cost in samples, memory, disk and time, and stop."),
+    "dry_run": (bool, "Print the cost in samples, memory and disk, counted, and stop."),
+    "time": (
+        bool,
+        "As --dry-run, and how long it takes, estimated from a batch that the network is run on.",
+    ),
     "log": (Path, "A file to which a line of JSON is appended for each event."),
     "quiet": (bool, "Show no progress."),
     "debug": (bool, "Show the traceback of an error."),
@@ -165,7 +175,15 @@ _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
     "prior_loss_weight": (PIPELINE,),
     **dict.fromkeys(("bucket_step", "bucket_min", "bucket_max"), (PIPELINE,)),
     **dict.fromkeys(("bucket_no_upscale", "interpolation"), (PIPELINE,)),
-    "buckets": (PIPELINE, bool | str),
+    "buckets": (
+        PIPELINE,
+        bool | str,
+        "The aspect buckets that images are resized and cropped to: --buckets alone for those of "
+        "kohya's scripts, square for the one that they have without; heights and widths, "
+        "'672,1568;…', as --aspect_ratio_buckets of diffusers' scripts, auto for their "
+        "--use_aspect_ratio_buckets; onetrainer or ai-toolkit for theirs. Batches are of one "
+        "bucket each.",
+    ),
     "autocast": (PIPELINE, Literal["bfloat16", "float16"]),
     "latent_cache": (PIPELINE, Path),
     "weighting": (
@@ -257,13 +275,19 @@ def _options(names: str, **other: Any) -> dict[str, Option]:
         where, _, there = other.get(name, where).partition(" ")
         source = (where, there or name)
         known = parameters(where)[source[1]]
-        found[name] = Option(kind or known.type, known.default, text or known.help, source)
+        told = in_flags(text or known.help).replace("`", "")
+        if known.type is bool:
+            told = told.replace("False for", f"{flag(f'no_{name}')} for")
+        found[name] = Option(kind or known.type, known.default, told, source)
         assert found[name].type is not None, f"{where} does not say how {name} is written"
     return found
 
 
 #: The trained network.
-NETWORK = "pipeline variant model scheduler lora device dtype autocast latent_cache shard_network"
+NETWORK = (
+    "pipeline pipeline_config variant model scheduler lora device dtype autocast latent_cache "
+    "shard_network"
+)
 #: The loss that it was trained with, and on what; the same for all commands of a run.
 TRAINING = (
     "weighting snr_gamma reduction timesteps condition_dropout noise_offset input_perturbation "
@@ -286,7 +310,7 @@ def commands() -> dict[str, Command]:
     common = {
         "The network": _options(NETWORK),
         "Its training": _options(TRAINING),
-        last: _options(_RUN),
+        last: _options(f"{_RUN} time"),
     }
     # of a command that computes nothing long
     short = {last: _options("overwrite log quiet debug")}
@@ -373,6 +397,7 @@ def commands() -> dict[str, Command]:
                     query_draws="cli.validate:measured",
                 ),
                 **common,
+                last: _options(_RUN),
                 "Its training": _options(TRAINING, seed="cli.validate:measured"),
             },
             "scores",
@@ -411,7 +436,7 @@ def options_of(name: str, **given: Any) -> Namespace:
 def in_flags(text: str) -> str:
     """A message of the library, its arguments called as the program's options are."""
     renamed = {"images": "data", "prompts": "prompt"}
-    known = {name for command in commands().values() for name in command.options} | renamed.keys()
+    known = {*_OWN, *_OF_LIBRARY, *parameters(KFAC), "measurement", *renamed}
 
     def option(match: re.Match[str]) -> str:
         name, value = match[1], match[2] or ""

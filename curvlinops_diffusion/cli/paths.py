@@ -21,6 +21,7 @@ from curvlinops_diffusion.loading.saved_networks import (
     check_model,
     check_pipeline,
     check_scheduler,
+    configs_of,
     parts_of,
 )
 from curvlinops_diffusion.runtime.files import (
@@ -97,9 +98,9 @@ def find_paths(options: Namespace) -> None:
         ValueError: If something is neither on disk nor to be had.
     """
     given = vars(options)
-    variant = given.get("variant")
+    variant, config = given.get("variant"), given.get("pipeline_config")
     for name, check in (
-        ("pipeline", partial(check_pipeline, variant=variant)),
+        ("pipeline", partial(check_pipeline, variant=variant, config=config)),
         ("data", check_images),
     ):
         if given.get(name) is not None:
@@ -229,15 +230,17 @@ def check_network(options: Namespace) -> None:
             "Pass --pipeline FOLDER, or --model FOLDER and --scheduler FOLDER, as save_pretrained "
             "writes them."
         )
-    advice = "Pass a folder of save_pretrained as {}."
+    advice, config = "Pass a folder of save_pretrained as {}.", options.pipeline_config
+    if config is not None:
+        check_exists(config, "--pipeline-config", "Pass the folder of a pipeline's configs.")
     for option, path, check in (
-        ("--pipeline", pipeline, partial(check_pipeline, variant=options.variant)),
+        ("--pipeline", pipeline, partial(check_pipeline, variant=options.variant, config=config)),
         ("--model", model, partial(check_model, variant=options.variant)),
         ("--scheduler", scheduler, check_scheduler),
     ):
         if path is not None:
             check(check_exists(path, option, advice.format(option)))
-    parts = ["model"] if pipeline is None else list(parts_of(pipeline))
+    parts = ["model"] if pipeline is None else list(parts_of(configs_of(pipeline, config)))
     for text in options.lora or ():
         path = named_path(text)[1]
         check_exists(path, "--lora", "Pass the file or folder of an adapter as --lora.")

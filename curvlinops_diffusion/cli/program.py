@@ -39,8 +39,8 @@ _MODULES = {
 _PAIRS = [tuple(name.split("-")) for name in _MODULES if "-" in name]
 
 
-def parser() -> ArgumentParser:
-    """Flags of all commands, each of which may also come from ``--config FILE.yaml``."""
+def parser(only: str | None = None) -> ArgumentParser:
+    """Flags of all commands, or of one; each may also come from ``--config FILE.yaml``."""
     top = ArgumentParser(
         prog="curvlinops-diffusion",
         formatter_class=_Help,
@@ -57,7 +57,7 @@ def parser() -> ArgumentParser:
             formatter_class=_Help,
         )
         own.add_argument("--config", action="config", help="A YAML or JSON file of options.")
-        for title, options in command.groups.items():
+        for title, options in command.groups.items() if only in (None, name) else ():
             group = own.add_argument_group(title)
             for key, option in options.items():
                 _add_flag(group, key, option)
@@ -89,8 +89,8 @@ _SHOWN = {("pipeline", "attribute"), ("pipeline", "fit")}
 _KINDS = {int: "N", float: "X", str: "TEXT", Path: "FILE"}
 _GIVEN = {"lora": "FILE ...", "checkpoints": "FILE ...", "remove": "N ...", "params": "PATTERN ..."}
 _GIVEN |= {"training_arguments": "NAME=VALUE ..."}
-_FOLDERS = ("pipeline", "model", "scheduler", "data", "queries", "latent_cache", "plan")
-_GIVEN |= dict.fromkeys((*_FOLDERS, "retrained"), "FOLDER")
+_FOLDERS = ("pipeline", "pipeline_config", "model", "data", "queries", "latent_cache")
+_GIVEN |= dict.fromkeys(_FOLDERS, "FOLDER")
 
 
 def _metavar(name: str, option: Option) -> str | None:
@@ -100,6 +100,8 @@ def _metavar(name: str, option: Option) -> str | None:
     words = [word for word in within if isinstance(word, str)]
     known = [_KINDS[kind] for kind in within if isinstance(kind, type) and kind in _KINDS]
     choices = "{" + ",".join(dict.fromkeys(words)) + "}" if words else None
+    if option.help.startswith("The folder"):
+        return "FOLDER"
     return _GIVEN.get(name) or (known[0] if known else choices)
 
 
@@ -214,7 +216,9 @@ def understood(words: list[str]) -> tuple[str, dict[str, Any]]:
     try:
         if words and words[0] in _MODULES:
             words = [words[0], *spelled(words[1:], commands()[words[0]].options)]
-        parsed = parser().parse_args(words, defaults=False)
+        parsed = parser(words[0] if words[:1] and words[0] in _MODULES else None).parse_args(
+            words, defaults=False
+        )
         known, chosen = commands()[parsed.command].options, vars(parsed[parsed.command])
         given = {key: value for key, value in chosen.items() if key in known and value is not None}
         return parsed.command, given

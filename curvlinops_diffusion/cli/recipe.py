@@ -11,6 +11,7 @@ from typing import Any
 from curvlinops_diffusion.cli.options import commands, in_flags
 from curvlinops_diffusion.cli.running import event, say
 from curvlinops_diffusion.loading.decided import ARGUMENTS, by_hand, by_recipe
+from curvlinops_diffusion.loading.saved_networks import configs_of
 from curvlinops_diffusion.loading.trainer_settings import base_in
 from curvlinops_diffusion.runtime.files import named_path
 
@@ -48,7 +49,8 @@ def read_recipe(options: Namespace, given: Mapping[str, Any]) -> None:
     defaults = {name: option.default for name, option in command.options.items()}
     known[ARGUMENTS] = parse_arguments(options.training_arguments)
     decided, data = by_hand(known, defaults, given), getattr(options, "data", None)
-    base = base_in(options.pipeline)
+    configs = configs_of(options.pipeline, options.pipeline_config)
+    base = base_in(configs, options.pipeline)
     found, lines = by_recipe(Path(recipe), base, decided, command.options, data)
     options.recipe = str(Path(recipe).absolute())
     for line in lines:

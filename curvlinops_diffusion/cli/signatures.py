@@ -139,10 +139,15 @@ def _named(around: Any, name: str) -> Any:
 
 
 def _plain(text: str) -> str:
-    """Text without the marks of reStructuredText, in one line."""
+    """Text without the marks of reStructuredText, in one line.
+
+    Names, and names with values, keep single backticks: which of them are options, is known above.
+    """
     text = " ".join(text.split())
+    text = re.sub(r",? see\s+:\w+:`[^`]+`", "", text)  # which a command line does not
     text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", text)
     text = re.sub(r"(^|\. )``None`` (?:for|to)\b", r"\1By default", text)
     text = re.sub(r"``None`` (?:for|to)\b", "by default", text)
+    text = re.sub(r"``(\w+(?:=[^`]+)?)``", r"`\1`", text)
     text = re.sub(r"``(['\"]?)([^`]+?)\1``", r"\2", text)
     return text[:1].upper() + text[1:]

@@ -6,6 +6,7 @@ from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
+from tqdm import tqdm
 
 from curvlinops_diffusion.curvature.gradient_moments import eigenvalue_moments, fitted_factors
 from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
@@ -91,7 +92,8 @@ def _eigenbases(
     # in a basis of rounding errors would have no meaning there
     other_draws = options.num_eigenvalue_draws(regression) != regression.num_draws
     lacking = options.kfac_approx is KFACApprox.REDUCE or other_draws
-    decomposed = partial(_decomposed, lacking)
+    shown = passes.progressbar and Processes.of(passes.distributed).rank == 0
+    decomposed = partial(_decomposed, lacking, shown)
 
     def compute() -> dict[str, Tensor]:
         processes = Processes.of(passes.distributed)
@@ -110,12 +112,17 @@ def _eigenbases(
     return bases["input"], bases["output"]
 
 
-def _decomposed(settle_null: bool, factors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _decomposed(
+    settle_null: bool, shown: bool, factors: dict[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
     """Decompose factors, which are taken out of ``factors``; small ones of one shape together."""
     results: dict[str, dict[str, Tensor]] = {}
+    bar = tqdm(total=len(factors), desc="Eigenbases", unit="factors", disable=not shown)
     for keys in alike({key: factor.shape for key, factor in factors.items()}):
         named = {key: "The {} factor of '{}'".format(*key.split("/", 1)) for key in keys}
         found = eigendecompositions({named[k]: factors.pop(k) for k in keys}, settle_null)
         for key, one in zip(keys, found, strict=True):
             results[key] = {k: z for k, z in vars(one).items() if z is not None}
+        bar.update(len(keys))
+    bar.close()
     return results

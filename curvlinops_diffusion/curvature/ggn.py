@@ -17,7 +17,7 @@ from curvlinops_diffusion.runtime.modes import (
     forward_mode,
     recomputation_named,
 )
-from curvlinops_diffusion.runtime.passes import draws_bar
+from curvlinops_diffusion.runtime.passes import DrawsBar
 from curvlinops_diffusion.runtime.sharded_networks import check_whole_parameters
 
 
@@ -89,13 +89,13 @@ class DiffusionGGNLinearOperator(ParameterSpaceOperator):
         with (
             recomputation_named(),
             differentiable_attention(),
-            draws_bar(self._regression.num_samples, "G @ X", self._progressbar) as bar,
+            DrawsBar(self._regression.num_samples, "G @ X", self._progressbar) as bar,
         ):
             for clean in self._regression.clean_batches():
                 self._retried(clean)
                 for batch in self._regression.noised_batches(clean):
                     self._add_batch_product(product, batch, columns)
-                    bar.update(len(batch.indices))
+                bar.batch_done(len(clean.indices) * self._regression.num_draws)
         return [total.movedim(0, -1) / self._regression.num_samples for total in product]
 
     def _add_batch_product(

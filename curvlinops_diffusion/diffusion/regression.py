@@ -31,6 +31,7 @@ from curvlinops_diffusion.diffusion.scaled_model import ScaledModel, scaled
 from curvlinops_diffusion.diffusion.versions import Augmentations, Captions, SeenByDraws
 from curvlinops_diffusion.runtime.devices import to_like
 from curvlinops_diffusion.runtime.digests import digest_of, fingerprint
+from curvlinops_diffusion.runtime.passes import DrawsBar
 from curvlinops_diffusion.runtime.sharded_networks import is_sharded
 
 #: The options that are of training images alone: a query is what it is, with its own caption.
@@ -378,6 +379,7 @@ class NoisedRegression:
             level_B = draws.levels(indices, r)
             batch = self.objective.noise(x0, condition, level_B, eps, indices, r, input_eps, mask)
             yield replace(batch, weight_B=self.recipe.weighted(batch.weight_B, indices))
+            DrawsBar.draw_done(len(indices))
 
     def _cut(
         self,

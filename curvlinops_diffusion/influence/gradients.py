@@ -20,7 +20,7 @@ from curvlinops_diffusion.influence.measurements.evaluation import measurement_o
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace, select_parameters
 from curvlinops_diffusion.linalg.upstream import LinearOperator, input_shapes, output_shapes
 from curvlinops_diffusion.runtime.checks import check_count, check_finite
-from curvlinops_diffusion.runtime.passes import draws_bar
+from curvlinops_diffusion.runtime.passes import DrawsBar
 
 
 class ExampleGradientLinearOperator(LinearOperator):
@@ -208,10 +208,10 @@ class ExampleGradientLinearOperator(LinearOperator):
     # -----------------------------------------------------------------------------------------
 
     def _batches(self, description: str) -> Iterator[CleanBatch]:
-        with draws_bar(self.regression.num_samples, description, self._progressbar) as bar:
+        with DrawsBar(self.regression.num_samples, description, self._progressbar) as bar:
             for clean in self.regression.clean_batches():
                 yield clean
-                bar.update(len(clean.indices) * self.regression.num_draws)
+                bar.batch_done(len(clean.indices) * self.regression.num_draws)
 
     def _raise_not_finite(self, rows_BP: Tensor, clean: CleanBatch) -> None:
         sizes = [p.numel() for p in self._params.values()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import chain, count
+from typing import Any
 
 import torch
 from torch import Tensor

@@ -30,11 +30,10 @@ from curvlinops_diffusion.influence.streaming import (
     query_blocks,
     stream_gradients,
 )
-from curvlinops_diffusion.linalg.operator import check_same_parameters
 from curvlinops_diffusion.linalg.upstream import LinearOperator, PyTorchLinearOperator
 from curvlinops_diffusion.runtime.checks import check_count
 from curvlinops_diffusion.runtime.digests import digest_of, name_of
-from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, computed_once, draws_bar
+from curvlinops_diffusion.runtime.passes import PLAIN, DrawsBar, PassOptions, computed_once
 from curvlinops_diffusion.runtime.processes import ALONE, Processes
 
 One = ExampleGradientLinearOperator
@@ -158,9 +157,7 @@ class Kernels:
         """``[∇f_nᵀ v_k]``, ``[K, N]``, of the first stream."""
         return self._products(vectors_PK, name, settings)[0]
 
-    def _products(
-        self, vectors_PK: Tensor, name: str, settings: dict[str, Any]
-    ) -> list[Tensor]:
+    def _products(self, vectors_PK: Tensor, name: str, settings: dict[str, Any]) -> list[Tensor]:
         N, S = self.num_data, len(self._trains)
         names = HALVED[:1] if S == 1 else HALVED  # of two streams those of their mean come first
         scored = Scored(AllRows(N, names), [lambda: vectors_PK] * S, N)
@@ -182,11 +179,11 @@ class Kernels:
 
         def compute() -> dict[str, Tensor]:
             total, shown = 0.0, self.passes.progressbar and self._processes.rank == 0
-            with draws_bar(data.num_samples, self._name, shown) as bar:
+            with DrawsBar(data.num_samples, self._name, shown) as bar:
                 for clean in data.clean_batches():
                     columns_PB = batch_columns(self.J_train, clean, self._processes)
                     total += float((columns_PB * (self.G_inv @ columns_PB)).sum())
-                    bar.update(len(clean.indices) * data.num_draws)
+                    bar.batch_done(len(clean.indices) * data.num_draws)
             return {"trace": torch.tensor(total, dtype=torch.float64)}
 
         name = f"{self._name}, sharded diagonal of the kernel".capitalize()

@@ -28,7 +28,7 @@ from curvlinops_diffusion.linalg.upstream import LinearOperator
 from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checks import check_positive
 from curvlinops_diffusion.runtime.files import FileKind, check_same, check_space, make_folder
-from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, draws_bar
+from curvlinops_diffusion.runtime.passes import PLAIN, DrawsBar, PassOptions
 from curvlinops_diffusion.runtime.processes import ALONE, Processes
 from curvlinops_diffusion.runtime.sharded_networks import check_whole_parameters
 
@@ -212,14 +212,14 @@ class GradientStore:
     ) -> None:
         """Compute and write the batches that have no file yet; each process its own."""
         regression, compression = J_train.regression, self._compression
-        with draws_bar(regression.num_samples, "Storing gradients", shown) as bar:
+        with DrawsBar(regression.num_samples, "Storing gradients", shown) as bar:
             for number, clean in regression.numbered_batches(
                 lambda n: processes.takes(n) and not self._shard(n).exists()
             ):
                 z_Bk = compression.project(whiten(J_train.rows_of(clean)), self._projection)
                 header = {"indices": list(clean.indices)}
                 GRADIENTS.write(self._shard(number), compression.encode(z_Bk), header)
-                bar.update(len(clean.indices) * regression.num_draws)
+                bar.batch_done(len(clean.indices) * regression.num_draws)
 
     @classmethod
     def open(cls, folder: str | PathLike[str]) -> GradientStore:

@@ -77,6 +77,7 @@ def stream_gradients(
         prepare,
         begin=begin,
         summed=summed,
+        streams=len(streams),
     )
 
 
@@ -207,7 +208,10 @@ def _columns(
         return "", lambda: compute()["columns"]
     regression, settings = J.regression, {**settings, **of_gradients(J)}
     name = f"Queries {digest_of([settings, regression.description])[:16]}"
-    return name, lambda: computed_once(name, regression, compute, passes, settings)["columns"]
+    draws = len(queries) * regression.num_draws
+    return name, lambda: computed_once(name, regression, compute, passes, settings, draws)[
+        "columns"
+    ]
 
 
 def gradient_columns(

@@ -52,7 +52,12 @@ def readable(
 
 
 def cut_to_squares(sizes: Sequence[tuple[int, int]], form: Form) -> list[str]:
-    """What is to be said of images that are cut to squares, by their sides."""
+    """What is to be said of images that are cut to squares, or of another size, by their sides."""
+    resized, side = form.resolution is not None or bool(form.buckets), form.made_for
+    if not resized and side is not None:
+        others = sum(size != (side, side) for size in sizes)
+        told = f"{others:,} of {counted(len(sizes), 'image')} of another size than {side}×{side}"
+        return [f"{told}, which the network was made for (--resolution {side})"] if others else []
     cut = sum(width != height for width, height in sizes)
     if not cut or form.resolution is None or form.buckets:
         return []

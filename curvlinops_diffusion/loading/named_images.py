@@ -116,8 +116,8 @@ class NamedImages(Dataset[dict[str, Any]]):
         if x0.shape != shape and not self._form.buckets:
             raise ValueError(
                 f"The image '{self.names[n]}' has shape {tuple(x0.shape)}, and '{name}' has "
-                f"{tuple(shape)}. All must have one size: pass --resolution to resize, and "
-                "--buckets if training had aspect buckets."
+                f"{tuple(shape)}. All must have one size. {self._form.proposal()} With --buckets, "
+                "too, if training had aspect buckets."
             )
         item: dict[str, Any] = {"x0": x0}
         for key, (channels, sources) in self.beside.items():

@@ -39,6 +39,7 @@ class Network:
         size: Height and width of the images; ``None`` for any.
         multiple: What height and width must be multiples of.
         condition: The labels or prompts that are taken.
+        made_for: The side of the images that it was made for; ``None`` where that is not known.
         params: Names of the parameters that curvature and gradients are of; ``None`` for all.
     """
 
@@ -48,6 +49,7 @@ class Network:
     multiple: int
     condition: Condition
     params: list[str] | None = None
+    made_for: int | None = None
 
     @classmethod
     def of_pipeline(
@@ -88,7 +90,8 @@ class Network:
             multiple = getattr(pipeline, "vae_scale_factor", None) or 2 ** (
                 len(autoencoder.config.block_out_channels) - 1
             )
-        sides = None
+        # of latents; of a video's there are three
+        sides, made_for = None, size * multiple if isinstance(size, int) else None
         if size is not None and (
             autoencoder is None or isinstance(model, diffusers.DiTTransformer2DModel)
         ):
@@ -102,7 +105,7 @@ class Network:
             multiple *= config["patch_size"]
         chosen = _chosen_parameters(model, pipeline, params, trained)
         condition = _condition(model, config, pipeline)
-        return cls(objective, channels, sides, multiple, condition, chosen)
+        return cls(objective, channels, sides, multiple, condition, chosen, made_for)
 
     def with_prompt(self, prompt: str | None) -> Network:
         """The same, with a prompt for images that have none.
@@ -126,7 +129,14 @@ class Network:
             raise ValueError(
                 "`buckets` must be left out: a DiTTransformer2DModel takes squares of one size."
             )
-        return Form(self.channels, self.size, resolution, self.multiple, **sizing)
+        return Form(
+            self.channels,
+            self.size,
+            resolution,
+            self.multiple,
+            made_for=self.made_for if self.size is None else None,
+            **sizing,
+        )
 
 
 def base_of(pipeline: Any) -> Base:

@@ -83,6 +83,8 @@ class Form:
         bucket_max: Their longest side.
         bucket_no_upscale: Whether no image is enlarged for them.
         interpolation: How images are resized; ``None`` for the trainer's own default.
+        made_for: The side of the images that the network was made for, which takes others too;
+            ``None`` where that is not known.
 
     Raises:
         ValueError: If options are of no accepted kind, or do not fit together.
@@ -98,6 +100,7 @@ class Form:
     bucket_max: int = 1024
     bucket_no_upscale: bool = False
     interpolation: Interpolation | None = None
+    made_for: int | None = None
 
     def __post_init__(self) -> None:
         """Check the options, and read buckets that are written as a text."""
@@ -168,6 +171,15 @@ class Form:
         plain = Form(None, None, None)
         chosen = {k: getattr(self, k) for k in SIZING if getattr(self, k) != getattr(plain, k)}
         return {"channels": self.channels, "resolution": None} | chosen
+
+    def proposal(self, otherwise: int | None = None) -> str:
+        """Say which ``resolution`` to pass: that which the network was made for, or another."""
+        if self.made_for is None:
+            return f"Pass --resolution {otherwise or 'N'} to resize."
+        return (
+            f"This network was made for images of {self.made_for} pixels: pass --resolution "
+            f"{self.made_for}, or what training had, to resize."
+        )
 
     def check_channels(self, entry: str = "") -> None:
         """Check that image files can have the network's channels.
@@ -344,7 +356,7 @@ class Form:
             nearest = max(min(height, width) // self.multiple, 1) * self.multiple
             raise ValueError(
                 f"The image '{name}' is {height}×{width} pixels, and the network takes multiples "
-                f"of {self.multiple}. Pass --resolution {nearest} to resize."
+                f"of {self.multiple}. {self.proposal(nearest)}"
             )
         return x
 

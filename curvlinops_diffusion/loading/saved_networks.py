@@ -25,6 +25,8 @@ _OTHERS = {
 # the weights that diffusers and transformers read, of which a variant may be in the name
 _STEMS = ("diffusion_pytorch_model", "model")
 _VARIANT = re.compile(rf"(?:{'|'.join(_STEMS)})\.(\w+)(?:-\d+-of-\d+)?\.safetensors")
+# of the names of an adapter's tensors
+_OF_ADAPTER = re.compile(r"\blora_(?:up|down|A|B)\b|\.(?:lokr|hada)_w\d")
 _LONGEST_HEADER = 100_000_000
 
 PEFT_WEIGHTS, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
@@ -53,11 +55,55 @@ def part_folder(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_dir() else folder
 
 
-def check_pipeline(folder: Path, variant: str | None) -> None:
+def configs_of(pipeline: Path, given: Path | None) -> Path:
+    """The folder that says what a pipeline is made of.
+
+    That of ``save_pretrained`` itself; of a single file the one that is given, or that lies beside
+    it: of its name without the suffix, or its own. Nothing is looked for on the Hub.
+    """
+    if pipeline.is_dir():
+        if given is not None:
+            raise ValueError(
+                f"--pipeline-config is of a single file, got the folder '{pipeline}' as --pipeline,"
+                " which says itself what it is made of. Leave it out."
+            )
+        return pipeline
+    if given is not None:
+        return given
+    beside = (pipeline.with_suffix(""), pipeline.parent)
+    for folder in beside:
+        if (folder / _PIPELINE).is_file():
+            return folder
+    raise ValueError(
+        f"'{pipeline}' is a single file, which does not say what networks it is of, and diffusers "
+        f"would ask the Hub: pass --pipeline-config with the folder of a pipeline of the same kind "
+        f"({_PIPELINE} and the configs of its parts; weights are not needed), or put it beside the "
+        f"file as '{beside[0]}'."
+    )
+
+
+def _check_single_file(path: Path) -> None:
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"'{path}' is no .safetensors file, and no other is opened: a .ckpt is a pickle, which "
+            "may hold a program. Save it as .safetensors, or by save_pretrained as a folder."
+        )
+    if any(_OF_ADAPTER.search(name) for name in check_whole(path)):
+        raise ValueError(
+            f"'{path}' is an adapter. Pass it by --lora, and what it was trained on as --pipeline."
+        )
+
+
+def check_pipeline(pipeline: Path, variant: str | None, config: Path | None = None) -> None:
     """Check that a folder holds the parts of a pipeline, each with its weights or words.
 
-    Loaded without its words, a tokenizer makes every prompt the same, in silence.
+    Loaded without its words, a tokenizer makes every prompt the same, in silence. Of a single file
+    the words and configs are in another folder, see :func:`configs_of`.
     """
+    single = pipeline.is_file()
+    if single:
+        _check_single_file(pipeline)
+    folder = configs_of(pipeline, config)
     for name, kind in parts_of(folder).items():
         if kind is None:
             continue
@@ -74,7 +120,7 @@ def check_pipeline(folder: Path, variant: str | None) -> None:
                 f"'{folder}' cannot be loaded: the tokenizer in '{part}' has no vocabulary "
                 "(tokenizer.json, vocab.json or another). Copy the whole pipeline."
             )
-        if not other and known:
+        if not other and known and not single:
             _check_weights(folder, part, variant)
 
 
@@ -126,9 +172,8 @@ def _described(folder: Path, name: str, option: str) -> dict[str, Any]:
     """Read a folder's JSON file, or raise ValueError."""
     if not folder.is_dir():
         raise ValueError(
-            f"'{folder}' is a file. Pass a folder that was written by save_pretrained as {option}: "
-            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER) makes one of a "
-            "single file, and adapters are passed by --lora."
+            f"'{folder}' is a file. Pass a folder that was written by save_pretrained as {option}; "
+            "adapters are passed by --lora."
         )
     path = folder / name
     if not path.is_file():

@@ -191,8 +191,8 @@ def _shown(option: str, value: Any) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def base_in(folder: Path) -> Base:
-    """The pipeline that ``save_pretrained`` wrote to a folder, by its configs alone."""
+def base_in(folder: Path, name: Path | None = None) -> Base:
+    """A pipeline by the folder of its configs alone; ``name`` is the single file that it is in."""
 
     def config(*parts: str) -> dict[str, Any]:
         file = folder.joinpath(*parts)
@@ -201,7 +201,7 @@ def base_in(folder: Path) -> Base:
     guided = bool(config("transformer", "config.json").get("guidance_embeds"))
     scheduler = config("scheduler", "scheduler_config.json")
     kind = str(config("model_index.json").get("_class_name", ""))
-    return Base(kind, scheduler, guided, str(folder))
+    return Base(kind, scheduler, guided, str(name or folder))
 
 
 def read_settings(path: Path) -> TrainerSettings:

@@ -18,7 +18,7 @@ from curvlinops_diffusion.runtime.adapters import adapter_of
 
 
 def check_loaded(module: nn.Module, folder: Path, variant: str | None) -> None:
-    """Check that a module has the weights of the files in its folder.
+    """Check that a module has the weights of the files in its folder, or of a single file.
 
     Libraries leave parameters that no file holds without values, or make values up.
 
@@ -27,7 +27,7 @@ def check_loaded(module: nn.Module, folder: Path, variant: str | None) -> None:
     """
     missing = {name for name, p in module.named_parameters() if p.is_meta}
     stored: set[str] = set()
-    for path in weights_files(folder, variant):
+    for path in weights_files(folder, variant):  # of a single file none: its names are others
         with safe_open(path, "np") as file:
             stored |= set(file.keys())
     if stored and type(module).__module__.startswith("transformers."):  # which makes them up

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -134,6 +134,7 @@ def run_pass(
     summed: bool = True,
     together: Processes = ALONE,
     on_batch: Callable[[bool], None] = lambda new: None,
+    streams: int = 1,
 ) -> None:
     """Run a step on every batch of clean examples, and add up over processes.
 
@@ -156,6 +157,7 @@ def run_pass(
         together: Processes that go over all batches together, each with sums of its own. After a
             crash some may be further, who then repeat what the others lack.
         on_batch: Called before each step with whether the batch is new for this process.
+        streams: Times that each draw of the data stands for one, halves of the draws say.
 
     Raises:
         ValueError: If a checkpoint is of another model, other data, draws or settings, is damaged,
@@ -185,8 +187,8 @@ def run_pass(
         counts = {"examples": done.examples, "of": data.num_data, "draws": data.num_draws}
         _logger.info(message, extra={"fields": {"pass": name, **counts}})
 
-    with draws_bar(data.num_samples, name, options.progressbar and processes.rank == 0) as bar:
-        bar.n = bar.initial = done.examples * data.num_draws  # of which it tells no speed
+    draws, shown = data.num_draws * streams, options.progressbar and processes.rank == 0
+    with DrawsBar(data.num_data * draws, name, shown, done.examples * draws) as bar:
         if not bar.disable and checkpoint and checkpoint.written and 0 < before < data.num_data:
             at = time.strftime("%H:%M", time.localtime(checkpoint.written))
             part = 100 * before // data.num_data
@@ -202,7 +204,7 @@ def run_pass(
             if new:
                 done.batches.update(units)
                 done.examples += len(clean.indices)
-            bar.update(len(clean.indices) * data.num_draws)
+            bar.batch_done(len(clean.indices) * draws)
             if checkpoint and time.monotonic() - latest >= options.checkpoint_every:
                 checkpoint.write(done)
                 log("checkpoint written")
@@ -228,9 +230,42 @@ def check_same_pass(processes: Processes, data: _PassData, settings: Mapping[str
         processes.check_alike("data, draws or options", [data.description, dict(settings)])
 
 
-def draws_bar(total: int, description: str, shown: bool) -> Any:
-    """Make a progress bar over draws, a context manager; it counts even if it is not shown."""
-    return tqdm(total=total, desc=description, unit="draws", disable=not shown)
+class DrawsBar(tqdm):
+    """A progress bar over draws of examples, which moves within a batch as well.
+
+    With every draw that is noised: a batch may take minutes. At its end the count is made exact.
+    """
+
+    _shown: ClassVar[list[DrawsBar]] = []
+
+    def __init__(self, total: int, description: str, shown: bool, before: int = 0):
+        self._done = before
+        super().__init__(
+            total=total, initial=before, desc=description, unit="draws", disable=not shown
+        )
+
+    def __enter__(self) -> DrawsBar:
+        """Move with draws from now on."""
+        if not self.disable:
+            self._shown.append(self)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop."""
+        if not self.disable:
+            self._shown.remove(self)
+        super().__exit__(*error)
+
+    def batch_done(self, draws: int) -> None:
+        """Count the draws of a batch that is done."""
+        self._done += draws
+        self.update(self._done - self.n)
+
+    @classmethod
+    def draw_done(cls, examples: int) -> None:
+        """Count a draw of some examples on the innermost bar that is shown."""
+        for bar in cls._shown[-1:]:
+            bar.update(min(examples, (bar.total or 0) - bar.n))
 
 
 def computed_once(
@@ -239,6 +274,7 @@ def computed_once(
     compute: Callable[[], dict[str, Tensor]],
     options: PassOptions,
     settings: Mapping[str, Any],
+    draws: int = 0,
 ) -> dict[str, Tensor]:
     """Compute tensors once, and read them from the checkpoint's folder afterwards.
 
@@ -248,17 +284,24 @@ def computed_once(
         compute: Computes it, on every process alike.
         options: Checkpoints and processes.
         settings: What else the result depends on, as plain values.
+        draws: Draws of examples that it takes, for a bar; 0 for none.
     """
-    if options.checkpoint is None:
-        return compute()
     processes = Processes.of(options.distributed)
+    shown = draws > 0 and options.progressbar and processes.rank == 0
+
+    def computed() -> dict[str, Tensor]:
+        with DrawsBar(draws, name.partition(" ")[0], shown):
+            return compute()
+
+    if options.checkpoint is None:
+        return computed()
     identity = data.identity(settings)
     path = path_of(Path(options.checkpoint), name, 0)
     existing = path.is_file()
     processes.check_alike(f"what they see in '{path.parent}'", existing)
     if existing:
         return read(path, identity, data.device)[0]
-    tensors = compute()
+    tensors = computed()
     if processes.rank == 0:
         try_to_write(path, tensors, identity, Done())
     processes.barrier()

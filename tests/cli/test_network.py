@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms import functional as transforms
@@ -20,21 +21,23 @@ from curvlinops_diffusion.loading.labels import Condition
 from curvlinops_diffusion.loading.preprocessing import Form
 from tests.cli.cases import network
 from tests.diffusion import test_pipelines as pipelines
+from tests.loading.cases import as_single_file
+from tests.trainers.folders import write_base
 
 
 @pytest.mark.parametrize(
-    ("make", "size", "multiple", "condition"),
+    ("make", "size", "multiple", "made_for", "condition"),
     [
-        (pipelines.ddpm, (8, 8), 2, Condition()),
-        (pipelines.ldm, None, 4, Condition()),
-        (pipelines.dit, (8, 8), 4, Condition("class_labels", 4)),
+        (pipelines.ddpm, (8, 8), 2, None, Condition()),
+        (pipelines.ldm, None, 4, 8, Condition()),
+        (pipelines.dit, (8, 8), 4, None, Condition("class_labels", 4)),
     ],
 )
-def test_what_networks_take(tmp_path, make, size, multiple, condition):
+def test_what_networks_take(tmp_path, make, size, multiple, made_for, condition):
     """Grey images become three channels; sizes that would not fit are known beforehand."""
     make(tmp_path).save_pretrained(tmp_path / "p")
     found = network(tmp_path / "p")
-    assert found.form(None) == Form(3, size, None, multiple)
+    assert found.form(None) == Form(3, size, None, multiple, made_for=made_for)
     assert found.condition == condition
 
 
@@ -176,10 +179,36 @@ def stable_diffusion(tmp_path_factory):
     return folder / "pipeline"
 
 
+def test_a_single_file(tmp_path):
+    """All of its weights, by diffusers' own loader; a folder beside it says what it is made of."""
+    base = write_base(tmp_path)
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    weights, file = as_single_file(pipeline), tmp_path / "single.safetensors"
+    save_file(weights, file)
+    with pytest.raises(ValueError, match="would ask the Hub: pass --pipeline-config with"):
+        network(file)
+    configs = tmp_path / "configs"
+    shutil.copytree(base, configs, ignore=shutil.ignore_patterns("*.safetensors"))
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def losses(*path, **more):
+        own = Attributor.of_network(network(*path, **more), images, prompts=["a", "b, a"])
+        return own.gradients(num_draws=2).values()
+
+    found = losses(file, pipeline_config=configs)
+    assert torch.equal(found, losses(base))
+    configs.rename(tmp_path / "single")
+    assert torch.equal(found, losses(file))
+    lost = next(name for name in weights if name.endswith("in_layers.2.weight"))
+    save_file({name: z for name, z in weights.items() if name != lost}, file)
+    with pytest.raises(ValueError, match="describes it: it lacks some of the weights"):
+        network(file)
+
+
 def test_folders_of_something_else(stable_diffusion, tmp_path):
     (file,) = (stable_diffusion / "unet").glob("*.safetensors")
     for path, told in (
-        (file, r"is a file. Pass a folder .*from_single_file"),
+        (file, r"is a single file, which does not say"),
         (stable_diffusion / "unet", r"is a network alone: pass it by --model"),
     ):
         with pytest.raises(ValueError, match=told):

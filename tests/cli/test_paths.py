@@ -77,7 +77,9 @@ def there(tmp_path_factory):
     OPERATOR.write(folder / "shards.safetensors", {}, shards)
     SCORES.write(folder / "s.safetensors", {}, {})
     np.save(folder / "alone.npy", np.zeros(3))
-    shutil.copy(folder / "pipeline" / weights, folder / "adapter.safetensors")
+    for name in ("single.safetensors", "model.ckpt"):
+        shutil.copy(folder / "pipeline" / weights, folder / name)
+    save_file({"unet.lora_A.weight": np.zeros(3)}, folder / "adapter.safetensors")
     (folder / "cut.safetensors").write_bytes(whole[:-8])
     (folder / "link").symlink_to(folder / "nowhere")
     (folder / "precious.safetensors").write_bytes(whole)
@@ -93,7 +95,22 @@ PLAN = {"--data": "train", "--output": "plan"}
 CASES = [
     ("fit", FIT, {"--pipeline": "pipelin"}, "does not exist. Pass a folder of save_pretrained"),
     ("fit", FIT, {"--pipeline": "pipelin"}, "pipeline'?"),
-    ("fit", FIT, {"--pipeline": "adapter.safetensors"}, "is a file. Pass a folder"),
+    (
+        "fit",
+        FIT,
+        {"--pipeline": "single.safetensors"},
+        "diffusers would ask the Hub: pass --pipeline",
+    ),
+    ("fit", FIT, {"--pipeline": "model.ckpt"}, "a .ckpt is a pickle, which may hold a program"),
+    ("fit", FIT, {"--pipeline": "adapter.safetensors"}, "is an adapter. Pass it by --lora"),
+    ("fit", FIT, {"--pipeline": "cut.safetensors"}, "is not a whole safetensors file (it has "),
+    ("fit", FIT, {"--pipeline-config": "pipeline"}, "is of a single file, got the folder"),
+    (
+        "fit",
+        FIT,
+        {"--pipeline": "single.safetensors", "--pipeline-config": "empty"},
+        "empty' holds no model_index.json",
+    ),
     ("fit", FIT, {"--pipeline": "train"}, "holds no model_index.json. Pass a folder"),
     ("fit", FIT, {"--pipeline": "cache"}, "snapshots/abc'?"),
     ("fit", FIT, {"--pipeline": "no_json"}, "'model_index.json' is not as save_pretrained"),

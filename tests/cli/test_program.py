@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_hook
 
 from curvlinops_diffusion import (
     Attributor,
@@ -125,6 +126,16 @@ def test_images_alone_cost_no_pass(fitted, tmp_path, capsys):
     assert run(["inspect", str(tmp_path / "p.safetensors")]) == 0
     told = capsys.readouterr().out
     assert "pixels look at the images alone: no draws could make them surer" in told
+    # nor a curvature
+    words = ["--pipeline", fitted / "pipeline", "--data", fitted / "train", "--method", "pixels"]
+    words += ["--queries", fitted / "queries", "--output", tmp_path / "result", "--quiet"]
+    for _ in range(2):
+        assert run(["attribute", *map(str, words)]) == 0
+        told = capsys.readouterr().err
+    assert f"'{tmp_path / 'result' / 'scores.safetensors'}' was made with the same" in told
+    assert not list((tmp_path / "result").glob("operator*"))
+    alone = read(tmp_path / "result" / "scores.safetensors")[0]
+    assert torch.equal(alone, read(tmp_path / "p.safetensors")[0])
 
 
 def test_inspect(fitted, capsys):
@@ -203,15 +214,26 @@ def test_overwrite(fitted, tmp_path):
 
 
 def test_dry_run(fitted, capsys):
-    for command in ("fit", "score"):
+    """Counts, and runs no network; with --time it does."""
+    ran = []
+    hook = register_module_forward_hook(lambda *called: ran.append(called[0]))
+    for command, passes in (("fit", 7 * (3 + 3)), ("score", 7 * 3 + 2 * 4)):
         assert run(arguments(fitted, command, "--dry-run", "--overwrite")) == 0
         told = capsys.readouterr().out
-        for word in ("samples forward and backward", "file", "memory beyond", "time  "):
+        assert re.search(rf"samples forward and backward +{passes}\n", told)
+        for word in ("file", "memory beyond", "Counted from images", "--time runs a batch"):
             assert word in told
-    assert "samples forward and backward   29" in told  # 7 images × 3 draws and 2 queries × 4
+        assert "time  " not in told
     # two network calls for each of 20 steps
     assert run(arguments(fitted, "score", "--dry-run", "--measurement", "log_likelihood")) == 0
     assert f"samples forward and backward   {21 + 8 * 40}" in capsys.readouterr().out
+    assert not ran
+    for command in ("fit", "score"):
+        assert run(arguments(fitted, command, "--time", "--overwrite")) == 0
+        told = capsys.readouterr().out
+        assert re.search(r"time +about \S+ s\n\nCounted, and the time estimated", told)
+    assert ran
+    hook.remove()
 
 
 def test_the_largest_batch(folder, tmp_path):

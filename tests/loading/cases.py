@@ -1,6 +1,7 @@
 """Adapters as training leaves them, and images with prompts."""
 
 import json
+import re
 
 import numpy as np
 import torch
@@ -51,3 +52,56 @@ def images_with_prompts(folder, size=8, beside=()):
             Image.fromarray(pixels[::-1]).convert(mode).save(folder / "beside" / f"i{n}.png")
             lines[-1][f"{name}_file_name"] = f"beside/i{n}.png"
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+# names of diffusers in the networks that it has taken apart, and of the original ones
+_IN_UNET = {
+    **{"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"},
+    **{"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"},
+    **{"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"},
+    **{"conv_norm_out": "out.0", "conv_out": "out.2", "conv_in": "input_blocks.0.0"},
+}
+_IN_VAE = {
+    **{"conv_shortcut": "nin_shortcut", "mid_block.attentions.0": "mid.attn_1"},
+    **{"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"},
+    **{"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2"},
+    **{"conv_norm_out": "norm_out", "samplers.0.conv": "sample.conv", "resnets": "block"},
+}
+
+
+def as_single_file(pipeline):
+    """The weights of a Stable Diffusion by the names of the original checkpoints."""
+    found, L = {}, pipeline.unet.config.layers_per_block + 1
+
+    for name, z in pipeline.unet.state_dict().items():
+        if match := re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", name):
+            side, block, kind, n, rest = match.groups()
+            place = int(block) * L + (int(n) if kind in ("resnets", "attentions") else L - 1)
+            whole = f"input_blocks.{place + 1}" if side == "down" else f"output_blocks.{place}"
+            below = {"resnets": "0", "attentions": "1", "downsamplers": "0.op"}.get(kind)
+            if kind == "upsamplers":  # after attention, where there is any
+                has = hasattr(pipeline.unet.up_blocks[int(block)], "attentions")
+                below = f"{2 if has else 1}.conv"
+            if kind.endswith("samplers"):
+                rest = rest.removeprefix("conv.")
+            name = f"{whole}.{below}.{rest}"
+        elif match := re.match(r"mid_block\.(\w+)\.(\d+)\.(.*)", name):
+            kind, n, rest = match.groups()
+            name = f"middle_block.{2 * int(n) if kind == 'resnets' else 1}.{rest}"
+        for ours, theirs in _IN_UNET.items():
+            if ".attn" not in name and ".transformer_blocks" not in name:
+                name = re.sub(rf"(^|\.){re.escape(ours)}\.", rf"\g<1>{theirs}.", name)
+        found[f"model.diffusion_model.{name}"] = z
+    last = len(pipeline.vae.config.block_out_channels) - 1
+    for name, z in pipeline.vae.state_dict().items():
+        if "attentions" in name and name.endswith("weight") and z.ndim == 2:
+            z = z[..., None, None]
+        for ours, theirs in _IN_VAE.items():
+            name = re.sub(rf"{re.escape(ours)}\.", f"{theirs}.", name)
+        name = re.sub(r"down_blocks\.(\d+)", r"down.\1", name)
+        name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{last - int(m[1])}", name)
+        found[f"first_stage_model.{name}"] = z
+    for name, z in pipeline.text_encoder.state_dict().items():
+        inner = name.removeprefix("text_model.")
+        found[f"cond_stage_model.transformer.text_model.{inner}"] = z
+    return {name: z.contiguous() for name, z in found.items()}

@@ -27,12 +27,13 @@ from curvlinops_diffusion import (
     group_influence_scores,
     influence_scores,
     self_influence_scores,
+    split_half_scores,
     top_influences,
 )
 from curvlinops_diffusion.measurements import TrajectoryRegression
 from curvlinops_diffusion.runtime.checkpoints import CHECKPOINT
 from curvlinops_diffusion.runtime.files import FileKind
-from curvlinops_diffusion.runtime.passes import run_pass
+from curvlinops_diffusion.runtime.passes import DrawsBar, run_pass
 from curvlinops_diffusion.runtime.sums import Sums
 from curvlinops_diffusion.weightings import MinSNRWeighting
 from tests.cases import images, small_unet, tiny_unet, unet_regression
@@ -147,6 +148,22 @@ def test_what_goes_on_says_from_where(tmp_path, regression, capsys):
     assert re.search(said, capsys.readouterr().err)
     fit()
     assert "going on" not in capsys.readouterr().err
+
+
+def test_bars_move_within_a_batch(regression, capsys):
+    """With every draw; of halves, which stream side by side, the count is of both."""
+    some = regression.with_draws(4)
+    clean = next(some.clean_batches())
+    size = len(clean.indices)
+    with DrawsBar(some.num_samples, "Draws", True, before=1) as bar:
+        assert [bar.n for _ in some.noised_batches(clean)] == [1 + size * r for r in range(4)]
+        bar.batch_done(4 * size)
+        assert bar.n == 1 + 4 * size
+    capsys.readouterr()
+    K_inv = DiffusionKFACLinearOperator(regression, LAYERS).inverse(1e-3)
+    J = ExampleGradientLinearOperator(some, LAYERS)
+    split_half_scores(J, K_inv, J, passes=PassOptions(progressbar=True))
+    assert f"100%|██████████| {4 * COUNT}/{4 * COUNT} " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["scores", "top", "groups"])

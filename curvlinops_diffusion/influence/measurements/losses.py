@@ -210,6 +210,11 @@ class LogLikelihood(ObjectiveMeasurement):
 
     num_steps: int = 20
 
+    @property
+    def calls(self) -> int:
+        """Runs of the network for each draw."""
+        return 2 * self.num_steps
+
     def bind(self, objective: DenoisingObjective) -> ExampleFunction:
         """The measurement for an objective whose levels all determine the velocity."""
         check_count("num_steps", self.num_steps)
