@@ -36,8 +36,8 @@ from curvlinops_diffusion.baselines import (
 )
 from curvlinops_diffusion.diffusion.batch import CleanBatch
 from curvlinops_diffusion.influence.features import feature_regression_scores
-from curvlinops_diffusion.influence.regression import RIDGE
 from curvlinops_diffusion.influence.measurements.losses import SignedPrediction
+from curvlinops_diffusion.influence.regression import RIDGE
 from curvlinops_diffusion.linalg.operator import IdentityLinearOperator
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 

@@ -224,6 +224,7 @@ _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("curvature", "num_draws", "overwrite"), (FIT,)),
     "fit_draws": (f"{FIT} num_draws", None, "Draws for each image of the fit."),
     "method": (SCORE, list[Literal["influence", "regression", "pixels", "latents"]]),
+    "held_out": (SCORE, Path),
     **dict.fromkeys(("damping", "relative", "rtol", "ridge", "query_block"), (SCORE,)),
     **dict.fromkeys(("max_draws", "query_draws"), (SCORE,)),
     "other_data": (LOAD,),
@@ -315,9 +316,7 @@ def commands() -> dict[str, Command]:
     # of a command that computes nothing long
     short = {last: _options("overwrite log quiet debug")}
     curvature = _options(" ".join(["params curvature", *parameters(KFAC)]))
-    scored = (
-        "method measurement damping relative rtol ridge num_draws max_draws query_draws query_block"
-    )
+    scored = "method held_out measurement damping relative rtol ridge num_draws max_draws query_draws query_block"
     scores = _options(f"{scored} query_block", num_draws=SCORE)
     draws = {"num_draws": FIT}
     return {

@@ -71,9 +71,10 @@ def check_paths(options: Namespace) -> None:
         check_network(options)
         for path in given.get("checkpoints") or ():  # not after hours for the one before
             check_network(at_checkpoint(options, path))
-    for name in ("data", "queries"):
+    for name in ("data", "queries", "held_out"):
         if given.get(name) is not None:
-            check_images(check_exists(given[name], f"--{name}", f"{ACCEPTED}, as --{name}."))
+            flag = f"--{name.replace('_', '-')}"
+            check_images(check_exists(given[name], flag, f"{ACCEPTED}, as {flag}."))
     for name, (advice, header) in _FOLDERS.items():
         if given.get(name) is not None:
             _check_folder(given[name], name, advice, header)
@@ -207,12 +208,15 @@ def _meant(path: Path) -> str:
 
 def _inputs(given: dict[str, Any]) -> Iterator[tuple[str, Path]]:
     """Yield the paths that a command reads, each with its flag."""
-    names = ("data", "queries", "operator", "scores", "plan", "measured", "model", "pipeline")
-    for name in (*names, "lora", "checkpoints"):
+    names = ("data", "queries", "held_out", "operator", "scores", "plan", "measured")
+    for name in (*names, "model", "pipeline", "lora", "checkpoints"):
         value = given.get(name)
         for each in value if isinstance(value, list) else [value]:
             if each is not None:
-                yield f"--{name}", each if isinstance(each, Path) else named_path(each)[1]
+                yield (
+                    f"--{name.replace('_', '-')}",
+                    each if isinstance(each, Path) else named_path(each)[1],
+                )
 
 
 def check_network(options: Namespace) -> None:

@@ -89,7 +89,7 @@ _SHOWN = {("pipeline", "attribute"), ("pipeline", "fit")}
 _KINDS = {int: "N", float: "X", str: "TEXT", Path: "FILE"}
 _GIVEN = {"lora": "FILE ...", "checkpoints": "FILE ...", "remove": "N ...", "params": "PATTERN ..."}
 _GIVEN |= {"training_arguments": "NAME=VALUE ..."}
-_FOLDERS = ("pipeline", "pipeline_config", "model", "data", "queries", "latent_cache")
+_FOLDERS = ("pipeline", "pipeline_config", "model", "data", "queries", "held_out", "latent_cache")
 _GIVEN |= dict.fromkeys(_FOLDERS, "FOLDER")
 
 

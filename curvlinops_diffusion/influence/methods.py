@@ -100,8 +100,9 @@ def scores_of(
             scores = feature_regression_scores(query.flatten(1), train.flatten(1))
             found[method] = scores, None
     if rest := [method for method in methods if method.takes_draws]:
-        of = rest, J_query, G_inv, J_train
-        found |= _of_gradients(*of, ridge=ridge, gap=gap, query_block=query_block, passes=passes)
+        operators = rest, J_query, G_inv, J_train
+        options: dict[str, Any] = {"ridge": ridge, "gap": gap, "query_block": query_block}
+        found |= _of_gradients(*operators, **options, passes=passes)
     return {method: found[method] for method in methods}
 
 

@@ -75,7 +75,7 @@ def adapter_states(model: nn.Module) -> tuple[Any, ...]:
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[bool]:
     """Disable a model's adapters within the context; yields whether there are any at work."""
-    modules = [module for module in modules_of(model) if _is_adapted(type(module))]
+    modules: list[Any] = [m for m in modules_of(model) if _is_adapted(type(m))]
     active = [module for module in modules if not module.disable_adapters]
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
