@@ -377,6 +377,21 @@ class Attributor:
         regression = _drawn(NoisedRegression(self.objective, data, 1, seed, **own), num_draws)
         return ExampleGradientLinearOperator(regression, self._covered, measurement=measurement)
 
+    def methods(
+        self, method: str | Iterable[str] | None, measurement: str, num_draws: int | Literal["auto"]
+    ) -> list[Method]:
+        """The methods by which :meth:`score` would score, checked before anything is computed.
+
+        Args:
+            method: As for :meth:`score`, and so are the others.
+            measurement: Likewise.
+            num_draws: Likewise.
+
+        Raises:
+            ValueError: If there is no such method, or it is not for what is measured or drawn.
+        """
+        return methods_named(method, measurement, num_draws, self.gradients(num_draws=2))
+
     def _gap(
         self, unseen: ExampleGradientLinearOperator, passes: PassOptions
     ) -> GeneralisationGap | None:
@@ -522,7 +537,7 @@ class Attributor:
         *,
         prompts: str | Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
-        method: str | Iterable[str] = "influence",
+        method: str | Iterable[str] | None = None,
         measurement: str = "loss",
         damping: float = 1e-8,
         relative: bool = False,
@@ -545,10 +560,12 @@ class Attributor:
             queries: The images to explain, in the same forms as the training images.
             prompts: Their prompts, one for each, or one for all that have none of their own.
             labels: Their classes.
-            method: ``'influence'``, changes of what is measured by the curvature, or
-                ``'regression'``, as training anew shows them; to compare with, ``'pixels'`` or
+            method: ``'regression'``, changes of what is measured as training anew shows them, or
+                ``'influence'``, those that the curvature predicts; to compare with, ``'pixels'`` or
                 ``'latents'``, which look at the images alone. Of several, out of one pass over the
-                training images, the first orders and all are shown.
+                training images, the first orders and all are shown. ``None`` for the regression,
+                or for influence where the regression would take more than five passes over the
+                training images, as all their gradients are compared, or is not of a loss.
             measurement: What is measured at the queries.
             damping: What is added to the curvature's eigenvalues before it is inverted.
             relative: Take the damping in units of each block's mean eigenvalue.
@@ -582,7 +599,7 @@ class Attributor:
         path = None if output is None else Path(output)
         if path is not None:
             check_file_name(path, ".safetensors")
-        methods = methods_named(method, measurement, num_draws, self.regression)
+        methods = self.methods(method, measurement, num_draws)
         if held_out is not None and Method.REGRESSION not in methods:
             raise ValueError(
                 "`held_out` gives the scores of 'regression' their unit, got `method` "

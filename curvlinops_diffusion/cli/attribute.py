@@ -160,7 +160,7 @@ def attribute(options: Namespace) -> None:
         queries = _queries(attributor, options)  # checked before anything is computed
         if options.group_by is not None:
             group_names(attributor.images, options.group_by)
-        named = methods_named(options.method, options.measurement, options.num_draws)
+        named = attributor.methods(options.method, options.measurement, options.num_draws)
         fits = any(each.takes_draws for each in named)  # images alone need no curvature
         if options.dry_run or options.time:
             return _print_costs(attributor, queries, options, count, fits)
@@ -249,9 +249,7 @@ def _opened(options: Namespace, operator: Path | None = None) -> Iterator[Attrib
         attributor.run = of_run(options)
         say(f"Read {attributor.images.summary()} from {options.data}")
         if hasattr(options, "method"):  # before the fit
-            methods_named(
-                options.method, options.measurement, options.num_draws, attributor.regression
-            )
+            attributor.methods(options.method, options.measurement, options.num_draws)
         yield attributor
 
 

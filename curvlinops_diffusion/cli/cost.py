@@ -165,7 +165,7 @@ def score_cost(
     queries: Any,
     fit: Cost | None = None,
     *,
-    method: str | Sequence[str],
+    method: str | Sequence[str] | None,
     measurement: str,
     num_draws: int | Literal["auto"],
     max_draws: int,
@@ -205,7 +205,7 @@ def score_cost(
     n = num_processes()
     halved = can_be_halved(train) and can_be_halved(query)
     scores = query.num_data * train.num_data * itemsize * (3 if halved else 1)
-    methods = [Method(name) for name in ([method] if isinstance(method, str) else method)]
+    methods = attributor.methods(method, measurement, num_draws)
     if not any(each.takes_draws for each in methods):
         passes, held = (0, 0), 0  # a kernel matrix of the images
         curvature_bytes += 24 * train.num_data**2

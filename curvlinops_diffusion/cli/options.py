@@ -316,7 +316,10 @@ def commands() -> dict[str, Command]:
     # of a command that computes nothing long
     short = {last: _options("overwrite log quiet debug")}
     curvature = _options(" ".join(["params curvature", *parameters(KFAC)]))
-    scored = "method held_out measurement damping relative rtol ridge num_draws max_draws query_draws query_block"
+    scored = (
+        "method held_out measurement damping relative rtol ridge "
+        "num_draws max_draws query_draws query_block"
+    )
     scores = _options(f"{scored} query_block", num_draws=SCORE)
     draws = {"num_draws": FIT}
     return {

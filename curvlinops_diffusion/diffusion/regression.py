@@ -279,6 +279,11 @@ class NoisedRegression:
         """This problem with other draws, as many for each example."""
         return self._redrawn(self.num_draws, seed, self.draws.antithetic)
 
+    def with_fewest_draws(self) -> NoisedRegression:
+        """This problem with one draw of each example, or of each listed timestep."""
+        own = replace(self.draws, antithetic=False, part=(0, 1))
+        return self._with(replace(own, num_draws=own.rounded_up(1)))
+
     def divided(self, number: int, count: int) -> NoisedRegression:
         """This problem with one of ``count`` parts of the draws of each example."""
         return self._with(self.draws.divided(number, count))

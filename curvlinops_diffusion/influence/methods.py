@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.agreement import SplitHalfScores
 from curvlinops_diffusion.influence.features import (
     check_encodes,
@@ -20,6 +19,7 @@ from curvlinops_diffusion.influence.features import (
     pixels_of,
 )
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.kernels import SOLVED
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better
 from curvlinops_diffusion.influence.regression import influence_and_regression_scores
 from curvlinops_diffusion.influence.scores import (
@@ -65,6 +65,8 @@ class Method(str, Enum):
         return self not in _FEATURES
 
 
+# parts of the training gradients up to which the regression is the default
+_PARTS = 4
 # those that look at no gradients
 _FEATURES = {Method.PIXELS: pixels_of, Method.LATENTS: latents_of}
 
@@ -139,25 +141,45 @@ def _of_gradients(
     }
 
 
+def default_method(measurement: str, J_train: ExampleGradientLinearOperator) -> Method:
+    """The method where none is named: the regression, where it can be had at a small cost.
+
+    It compares the training images' gradients with each other: where these do not fit into memory
+    they are computed several times, for one part after the other.
+
+    Args:
+        measurement: What is measured, of which lower must be better.
+        J_train: Gradients of the training losses.
+    """
+    N, P = J_train.shape
+    entry = MEASUREMENTS.get(measurement)
+    parts = 2 * N * P * J_train.dtype.itemsize / SOLVED.gradient_bytes
+    is_loss = entry is not None and entry.better is Better.LOWER
+    small = SOLVED.largest_gram >= N and parts <= _PARTS
+    return Method.REGRESSION if is_loss and small else Method.INFLUENCE
+
+
 def methods_named(
-    method: str | Iterable[str],
+    method: str | Iterable[str] | None,
     measurement: str,
     num_draws: int | Literal["auto"],
-    regression: NoisedRegression | None = None,
+    J_train: ExampleGradientLinearOperator | None = None,
 ) -> list[Method]:
     """The methods of some names, once each, checked before anything is computed.
 
     Args:
-        method: One or more names, of which the first orders.
+        method: One or more names, of which the first orders; ``None`` for the default.
         measurement: What is measured.
         num_draws: Draws of timestep and noise, ``"auto"`` to take them until the first images are
             told.
-        regression: The training images, if they are open.
+        J_train: Gradients of the training images, if they are open.
 
     Raises:
         ValueError: If there is no method of a name, or one is not for what is measured or drawn, or
             not for these images.
     """
+    if method is None:
+        return [] if J_train is None else [default_method(measurement, J_train)]
     names = [method] if isinstance(method, str) else list(method)
     methods = [check_option("method", name, Method) for name in dict.fromkeys(names)]
     entry = MEASUREMENTS.get(measurement) if isinstance(measurement, str) else None
@@ -181,6 +203,6 @@ def methods_named(
             f"'{methods[0].value}', which looks at the images alone. Pass a number, or another "
             "method first."
         )
-    if Method.LATENTS in methods and regression is not None:
-        check_encodes(regression)
+    if Method.LATENTS in methods and J_train is not None:
+        check_encodes(J_train.regression)
     return methods

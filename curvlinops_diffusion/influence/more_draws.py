@@ -40,7 +40,7 @@ def score_until_told(
     ``attributor`` is an ``Attributor``, and the others are arguments of its ``score``. An output
     always holds the last scores that are whole, from which a run that was stopped goes on.
     """
-    asked = {"method": "influence", "measurement": "loss", **told}
+    asked = {"method": None, "measurement": "loss", **told}
     methods_named(asked["method"], asked["measurement"], "auto")
     numbers = numbers_of_draws(attributor.regression, max_draws)
     unit = 4 * attributor.regression.draws.rounded_up(1)

@@ -34,7 +34,7 @@ FUNCTIONS = 2
 #: In units of the kernel's mean diagonal entry.
 RIDGE = 5.0
 #: The weight ``β`` of the rises of the variance.
-SQUARE = 24.0
+SQUARE = 2.0
 
 
 def regression_scores(
@@ -55,14 +55,17 @@ def regression_scores(
     is the rise of a Gaussian process' variance, of the prediction ``f = ⟨s, ŷ⟩`` along random signs
     ``s``, at the query without the example::
 
-        s(q, n) = gap · ( w_ℓ(q, n) / h̄  +  β w_f(q, n)² / (M_nn v̄) )
+        s(q, n) = gap · ( w_ℓ(q, n) / h̄  +  β (κ₁ / κ) w_f(q, n)² / (M_nn v̄) )
         w = k(q, ·) M,    M = (K + ρ κ I)⁻¹,    h̄ = mean_n [K M]_nn,    v̄ = mean_n 1/M_nn − ρ κ
 
     with ``k``, ``K`` and ``κ`` as in :func:`~curvlinops_diffusion.kernel_regression_scores`, those
     of ``ℓ`` in the first part and of ``f`` in the second. ``h̄`` is the mean weight of an example in
     the regression of its own loss, ``v̄`` the mean variance at an example without itself, so that
     both parts are in units of what an example adds to itself: in the mean over examples, the
-    generalisation *gap*, the held-out loss less the training loss. Positive is helpful.
+    generalisation *gap*, the held-out loss less the training loss. Gradients that are averaged over
+    draws know of ``δ`` what draws have in common alone, while the loss is a mean of squares:
+    ``κ₁ / κ`` is how much longer gradients of single draws are, ``κ₁`` being ``κ`` of one draw of
+    each example. Positive is helpful.
 
     Source: ``docs/evidence.rst`` (the decomposition, and how ``ρ = 5`` and ``β`` were chosen); Park
     et al., 2023 (regression on gradients); Rasmussen and Williams, 2006, Section 5.4.2 (variances
@@ -139,6 +142,9 @@ def influence_and_regression_scores(
     check_positive("ridge", ridge)
     signed = SignedPrediction(seed)
 
+    one = J_train.measuring(signed).on(J_train.regression.with_fewest_draws())
+    single = Kernels(one, G_inv, "single draws", options.gradient_bytes, passes).mean_diagonal()
+
     def solved(number: int) -> list[_Solved]:
         query, train = (J.measuring(signed) if number else J for J in (J_query, J_train))
         solve = _formed if J_train.shape[0] <= options.largest_gram else _iterated
@@ -152,7 +158,9 @@ def influence_and_regression_scores(
         square = (SQUARE * values_Q / losses_Q).unsqueeze(1)
     influence = [loss.cross_QN / J_train.shape[0] for loss in of_loss]
     pairs = zip(of_loss, of_prediction, strict=True)
-    return influence, [loss.parts() + square * f.rises() for loss, f in pairs]
+    return influence, [
+        loss.parts() + square * single / (f.damping / ridge) * f.rises() for loss, f in pairs
+    ]
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def test_a_method_beside_those_of_the_network(tmp_path):
     )
     attributor = Attributor(objective, x, progressbar=False).fit("kfac", num_draws=1)
     result = attributor.score(x[:Q] / 2, method=["influence", "pixels"], num_draws=4)
-    alone = attributor.score(x[:Q] / 2, num_draws=4)
+    alone = attributor.score(x[:Q] / 2, method="influence", num_draws=4)
     assert torch.equal(result.by_method["influence"], alone.scores)
     assert result.agreement == alone.agreement
     expected = feature_regression_scores((x[:Q] / 2).flatten(1), x.flatten(1))

@@ -121,7 +121,9 @@ def test_the_best_predictor_of_retraining(operators, query, K_inv, train, option
         (of_loss, of_all), (diagonal, damping) = estimates
         mean = 1 - of_loss * of_all
     own = (1 / diagonal).mean() - damping
-    expected = w / mean + SQUARE * w_f**2 / diagonal / own
+    one = dense_rows(train.with_draws(1), sign(options.get("seed", 0)))
+    longer = ((one @ inverse) * one).sum(1).mean() / (damping / ridge)
+    expected = w / mean + SQUARE * longer * w_f**2 / diagonal / own
     assert_close(ours, options.get("gap", 1.0) * expected, 1e-6 if solved else 1e-9)
 
 
