@@ -70,8 +70,10 @@ def own():
 
 def test_equals_the_operators(own):
     operators, attributor, queries = own
-    result = attributor.fit(num_draws=2).score(queries, **DRAWS)
+    result = attributor.fit(num_draws=2).score(queries, method="influence", **DRAWS)
     assert_close(result.scores, influence_scores(*operators), 1e-12)
+    default = attributor.score(queries, **DRAWS)
+    assert_close(default.scores, regression_scores(*operators), 1e-10)
     assert result.scores.shape == (2, 6)
     assert attributor.operator.trace() > 0
     J = attributor.gradients(num_draws=4)
@@ -81,7 +83,7 @@ def test_equals_the_operators(own):
 def test_groups_are_those_of_summed_gradients(own):
     """Of which no scores of single images are made."""
     operators, attributor, queries = own
-    result = attributor.fit(num_draws=2).score(queries, **DRAWS)
+    result = attributor.fit(num_draws=2).score(queries, method="influence", **DRAWS)
     numbers = [0, 1, 1, 0, 2, 1]
     expected_QK = group_influence_scores(*operators, torch.tensor(numbers))
     found = result.groups([f"group {k}" for k in numbers])
