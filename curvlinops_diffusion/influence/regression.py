@@ -35,6 +35,8 @@ FUNCTIONS = 2
 RIDGE = 5.0
 #: The weight ``β`` of the rises of the variance.
 SQUARE = 2.0
+#: The factor ``η``: retraining shows less than what noisy predictions say.
+SHRINKAGE = 0.4
 
 
 def regression_scores(
@@ -55,19 +57,20 @@ def regression_scores(
     is the rise of a Gaussian process' variance, of the prediction ``f = ⟨s, ŷ⟩`` along random signs
     ``s``, at the query without the example::
 
-        s(q, n) = gap · ( w_ℓ(q, n) / h̄  +  β (κ₁ / κ) w_f(q, n)² / (M_nn v̄) )
+        s(q, n) = η gap · ( w_ℓ(q, n) / h̄  +  β (κ₁ / κ) w_f(q, n)² / (M_nn v̄) )
         w = k(q, ·) M,    M = (K + ρ κ I)⁻¹,    h̄ = mean_n [K M]_nn,    v̄ = mean_n 1/M_nn − ρ κ
 
     with ``k``, ``K`` and ``κ`` as in :func:`~curvlinops_diffusion.kernel_regression_scores`, those
     of ``ℓ`` in the first part and of ``f`` in the second. ``h̄`` is the mean weight of an example in
     the regression of its own loss, ``v̄`` the mean variance at an example without itself, so that
     both parts are in units of what an example adds to itself: in the mean over examples, the
-    generalisation *gap*, the held-out loss less the training loss. Gradients that are averaged over
+    generalisation *gap*, the held-out loss less the training loss; ``η`` shrinks them to what
+    retraining was found to show. Gradients that are averaged over
     draws know of ``δ`` what draws have in common alone, while the loss is a mean of squares:
     ``κ₁ / κ`` is how much longer gradients of single draws are, ``κ₁`` being ``κ`` of one draw of
     each example. Positive is helpful.
 
-    Source: ``docs/evidence.rst`` (the decomposition, and how ``ρ = 5`` and ``β`` were chosen); Park
+    Source: ``docs/evidence.rst`` (the decomposition, and how ``ρ``, ``β`` and ``η`` were chosen); Park
     et al., 2023 (regression on gradients); Rasmussen and Williams, 2006, Section 5.4.2 (variances
     without an example).
 
@@ -159,7 +162,8 @@ def influence_and_regression_scores(
     influence = [loss.cross_QN / J_train.shape[0] for loss in of_loss]
     pairs = zip(of_loss, of_prediction, strict=True)
     return influence, [
-        loss.parts() + square * single / (f.damping / ridge) * f.rises() for loss, f in pairs
+        SHRINKAGE * (loss.parts() + square * single / (f.damping / ridge) * f.rises())
+        for loss, f in pairs
     ]
 
 

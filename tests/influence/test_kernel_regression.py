@@ -17,7 +17,11 @@ from curvlinops_diffusion import (
     kernel_regression_scores,
     regression_scores,
 )
-from curvlinops_diffusion.influence.regression import SQUARE, influence_and_regression_scores
+from curvlinops_diffusion.influence.regression import (
+    SHRINKAGE,
+    SQUARE,
+    influence_and_regression_scores,
+)
 from curvlinops_diffusion.measurements import SignedPrediction
 from tests.cases import StoppedError, images, plain_regression, seeded, stopped, two_convolutions
 from tests.comparisons import assert_close
@@ -123,7 +127,7 @@ def test_the_best_predictor_of_retraining(operators, query, K_inv, train, option
     own = (1 / diagonal).mean() - damping
     one = dense_rows(train.with_draws(1), sign(options.get("seed", 0)))
     longer = ((one @ inverse) * one).sum(1).mean() / (damping / ridge)
-    expected = w / mean + SQUARE * longer * w_f**2 / diagonal / own
+    expected = SHRINKAGE * (w / mean + SQUARE * longer * w_f**2 / diagonal / own)
     assert_close(ours, options.get("gap", 1.0) * expected, 1e-6 if solved else 1e-9)
 
 
