@@ -14,7 +14,7 @@ from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
 # of figures and README, from the bottom up
-REGRESSION = "K-FAC, regression on loss and squared prediction"
+REGRESSION = "K-FAC, regression"
 PIXELS = "kernel regression on pixels, squared"
 METHODS = ("TRAK", "D-TRAK", "EK-FAC, the paper's recipe", "EK-FAC", REGRESSION, PIXELS)
 #: The retrained problems' names.

@@ -236,7 +236,7 @@ def regression_on(*kinds: str, default: float = 1.0, **options: Any) -> Callable
 
 
 def default_regression(setting: Setting) -> Scores:
-    """``regression_scores``, of the loss and of the prediction along one sign, squared."""
+    """``regression_scores``, of the loss and of the prediction's variance."""
 
     def scores(J_query: KeptGradients, ridge: float) -> Tensor:
         return regression_scores(J_query, setting.K_inv, setting.J_train, ridge=ridge)
@@ -344,5 +344,5 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
         "sign", squared=True, default=RIDGE
     ),
     "K-FAC, regression on loss and prediction": regression_on("loss", "prediction"),
-    "K-FAC, regression on loss and squared prediction": default_regression,
+    "K-FAC, regression": default_regression,
 }

@@ -65,12 +65,12 @@ def regression_scores(
     the regression of its own loss, ``v̄`` the mean variance at an example without itself, so that
     both parts are in units of what an example adds to itself: in the mean over examples, the
     generalisation *gap*, the held-out loss less the training loss; ``η`` shrinks them to what
-    retraining was found to show. Gradients that are averaged over
-    draws know of ``δ`` what draws have in common alone, while the loss is a mean of squares:
-    ``κ₁ / κ`` is how much longer gradients of single draws are, ``κ₁`` being ``κ`` of one draw of
-    each example. Positive is helpful.
+    retraining was found to show. Gradients that are averaged over draws know of ``δ`` what draws
+    have in common alone, while the loss is a mean of squares: ``κ₁ / κ`` is how much longer
+    gradients of single draws are, ``κ₁`` being ``κ`` of one draw of each example. Positive is
+    helpful.
 
-    Source: ``docs/evidence.rst`` (the decomposition, and how ``ρ``, ``β`` and ``η`` were chosen); Park
+    Source: ``docs/evidence.rst`` (the decomposition; how ``ρ``, ``β`` and ``η`` were chosen); Park
     et al., 2023 (regression on gradients); Rasmussen and Williams, 2006, Section 5.4.2 (variances
     without an example).
 
