@@ -33,7 +33,7 @@ COMPARED = (
     "K-FAC, regression on the prediction",
     "K-FAC, regression on the prediction, squared",
     "K-FAC, regression on loss and prediction",
-    "K-FAC, regression on loss and squared prediction",
+    "K-FAC, regression",
 )
 
 
