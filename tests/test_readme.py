@@ -30,6 +30,13 @@ def test_the_example_runs_as_printed(tmp_path, monkeypatch, capsys):
     assert without_numbers(printed) == without_numbers(shown)
 
 
+def test_the_picture_s_command_is_the_example_s():
+    example = README.parent / "docs" / "examples" / "lora_styles.py"
+    told = re.sub(r'"\s+"', "", example.read_text())
+    *_, command = blocks("console")[0].splitlines()
+    assert f'"{command.removeprefix("$ ")}"' in told
+
+
 def without_numbers(text):
     """What is printed on every machine."""
     return re.sub(r"\d+", "#", "".join(text.split()))

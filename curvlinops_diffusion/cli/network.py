@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -144,8 +145,8 @@ def _divide(model: torch.nn.Module, device: str) -> None:
 
 
 def _set_up_logs(quiet: bool) -> None:
-    """Bars of loading unless told to be quiet; no warnings of weights, which are checked here."""
-    diffusers_logging.set_verbosity_error()
+    """Bars of loading unless told to be quiet; what is wrong with weights is told here, once."""
+    diffusers_logging.set_verbosity(logging.CRITICAL)
     libraries = [diffusers_logging]
     if is_transformers_available():
         from transformers.utils import logging as transformers_logging

@@ -1,10 +1,11 @@
-"""Which images can be read and which are no squares, from the beginnings of their files."""
+"""Which images can be read and which are no squares, from both ends of their files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from os import SEEK_END
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from warnings import catch_warnings, simplefilter
 
 from PIL import Image
@@ -15,6 +16,8 @@ from curvlinops_diffusion.loading.preprocessing import Form
 
 #: A file, or a function that opens what is stored elsewhere.
 Stored = Path | Callable[[], IO[bytes]]
+# how files begin, and what is among their last bytes
+_ENDS = {b"\x89PNG": b"IEND", b"\xff\xd8": b"\xff\xd9", b"GIF8": b";"}
 
 
 def readable(
@@ -68,16 +71,34 @@ def cut_to_squares(sizes: Sequence[tuple[int, int]], form: Form) -> list[str]:
 
 
 def _size(stored: Stored, decode: bool) -> tuple[int, int] | None:
-    """Width and height of an image; ``None`` if it cannot be read."""
+    """Width and height of an image; ``None`` if it cannot be read.
+
+    It is decoded where its end is missing, as after a copy that was interrupted.
+    """
     try:
-        with catch_warnings():
+        source: Any = stored if isinstance(stored, Path) else stored()
+        with catch_warnings(), source.open("rb") if isinstance(source, Path) else source as file:
             simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(stored if isinstance(stored, Path) else stored()) as image:
+            decode = decode or not _is_whole(file)
+            with Image.open(file) as image:
                 if decode:
                     image.load()
                 return image.size
     except Exception:  # of a damaged file, which may be any
         return None
+
+
+def _is_whole(file: IO[bytes]) -> bool:
+    """Tell whether a file ends as files that begin like it do."""
+    start = file.read(8)
+    file.seek(0, SEEK_END)
+    length = file.tell()
+    file.seek(max(0, length - 32))
+    end = file.read()
+    file.seek(0)
+    if start.startswith(b"RIFF"):  # WebP says how long it is
+        return int.from_bytes(start[4:], "little") + 8 <= length
+    return all(mark in end for first, mark in _ENDS.items() if start.startswith(first))
 
 
 def _refusal(broken: Sequence[str], names: Sequence[str], why: Callable[[int], object]) -> str:
