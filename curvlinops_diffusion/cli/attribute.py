@@ -47,7 +47,7 @@ def fit(options: Namespace) -> None:
     Raises:
         ValueError: If something is missing or does not fit together.
     """
-    with _opened(options) as attributor:
+    with opened_attributor(options) as attributor:
         if options.dry_run:
             cost = fit_cost(attributor, options.curvature, options.num_draws, chosen(options, KFAC))
             return _print_cost(cost)
@@ -73,7 +73,7 @@ def score(options: Namespace) -> None:
     Raises:
         ValueError: If something is missing or does not fit together.
     """
-    with _opened(options, options.operator) as attributor:
+    with opened_attributor(options, options.operator) as attributor:
         queries = _queries(attributor, options)
         if options.dry_run:
             return _print_cost(score_cost(attributor, queries, **chosen(options, SCORE)))
@@ -146,7 +146,7 @@ def attribute(options: Namespace) -> None:
         check_num_checkpoints(scores, count)
     if count > 1:
         say(f"{count} checkpoints: {count} times the work of one")
-    with _opened(options) as attributor:
+    with opened_attributor(options) as attributor:
         queries = _queries(attributor, options)  # checked before anything is computed
         if options.group_by is not None:
             group_names(attributor.images, options.group_by)
@@ -203,7 +203,7 @@ def _print_costs(attributor: Attributor, queries: Any, options: Namespace, count
 
 
 @contextmanager
-def _opened(options: Namespace, operator: Path | None = None) -> Iterator[Attributor]:
+def opened_attributor(options: Namespace, operator: Path | None = None) -> Iterator[Attributor]:
     """The attributor of a command, with an operator's file if there is one."""
     if hasattr(options, "method"):  # before anything is loaded or computed
         methods_named(options.method, options.measurement, options.num_draws)
