@@ -51,14 +51,15 @@ PROBED = FileKind("probed", "scores that are checked", "Remove it.")
 ASKED = 16
 FIT_DRAWS = 8
 SHUFFLED_DRAWS = 2
-UNTRAINED = 5  # the seed of such a network
-# draws of images and queries, and the dampings at which they are scored
-TRAINED: tuple[tuple[int, tuple[float, ...]], ...] = (
-    (16, (1e-8, 1e-2, 1e4)),
-    (4, (1e-8,)),
-    (64, (1e-8,)),
-)
-MANY = 500  # images beyond which there is neither time for 64 draws nor for an untrained network
+UNTRAINED_SEED = 5
+DEGRADED = (1e-8, 1e-2, 1e4)
+# draws of images and queries with the dampings at which they are scored; fewer of larger problems
+TRAINED: dict[str, dict[int, tuple[float, ...]]] = {
+    "photographs": {16: DEGRADED, 4: DAMPINGS[:1], 64: DAMPINGS[:1]},
+    "digits": {16: DEGRADED, 4: DAMPINGS[:1]},
+    "fashion": {8: DEGRADED},
+}
+UNTRAINED_DRAWS = {"photographs": 16}
 KINDS = ("held-out", "generated")
 
 
@@ -148,11 +149,11 @@ def kept(problem: Problem, folder: Path, work: Path) -> Iterator[tuple[str, Prob
     """The same for every network, number of draws and damping; kept in the work folder."""
     setting, _ = setting_of(problem, folder)
     with torch.random.fork_rng():
-        torch.manual_seed(UNTRAINED)
+        torch.manual_seed(UNTRAINED_SEED)
         untrained = problem.make_network().state_dict()
-    few = problem.num_train <= MANY
-    runs = [("trained", setting.weights, *run) for run in TRAINED if few or run[0] < 64]
-    runs += [("untrained", untrained, 16, DAMPINGS[:1])] * few
+    runs = [("trained", setting.weights, *run) for run in TRAINED[problem.name].items()]
+    if problem.name in UNTRAINED_DRAWS:
+        runs.append(("untrained", untrained, UNTRAINED_DRAWS[problem.name], DAMPINGS[:1]))
     for of, weights, draws, dampings in runs:
         path = work / f"{problem.name}-{of}-{draws}.safetensors"
         if not path.exists():
