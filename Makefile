@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-slow test-upstream test-floors lint docs wheel bench bench-full bench-gpu lds lds-lengths lds-remove lds-retrain exact-ggn coverage clean
+.PHONY: help demo test test-slow test-upstream test-floors test-quanda lint docs wheel bench bench-full bench-gpu lds lds-lengths lds-remove lds-retrain exact-ggn coverage clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
@@ -48,6 +48,17 @@ $(FLOORS)/.installed: pyproject.toml .ci/floors.py
 test-floors: $(FLOORS)/.installed  ## a part of the tests at the least versions of what is needed
 	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest tests/linalg tests/runtime/test_files.py \
 		tests/runtime/test_modes.py tests/test_ladder.py tests/test_attributor.py
+
+# captum, which quanda needs, holds NumPy below 2, which pyarrow refuses; omegaconf it does not name
+QUANDA := .venv-quanda
+$(QUANDA)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(QUANDA)
+	$(QUANDA)/bin/python -m pip install --quiet --editable '.[cli]' pytest quanda omegaconf
+	$(QUANDA)/bin/python -m pip install --quiet --no-deps --upgrade 'numpy>=2'
+	@touch $@
+
+test-quanda: $(QUANDA)/.installed  ## quanda's metrics on our scores
+	OMP_NUM_THREADS=1 $(QUANDA)/bin/python -m pytest tests/validation/test_quanda.py
 
 lint: $(VENV)/.installed-lint  ## style and types
 	$(BIN)/ruff check .
@@ -107,6 +118,7 @@ lds: $(VENV)/.installed-bench  ## the linear data-modelling score, from kept ret
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem fashion
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem photographs
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.draws
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.checks
 
 lds-remove: $(VENV)/.installed-bench  ## retraining without the most helpful digits: five core-hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.remove --problem digits
@@ -118,4 +130,4 @@ coverage: $(VENV)/.installed-bench  ## the table of networks and how near their 
 	$(BIN)/python -m benchmarks.coverage
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) $(FLOORS) build dist demo-output docs/_build docs/_tables docs/_figures docs/gallery
+	rm -rf $(VENV) $(FLOORS) $(QUANDA) build dist demo-output docs/_build docs/_tables docs/_figures docs/gallery

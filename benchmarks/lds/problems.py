@@ -171,6 +171,13 @@ def _compiled(name: str) -> UNet2DModel:
     return network
 
 
+def classes_of_digits() -> list[str]:
+    """The classes of the digits that are trained on."""
+    images, classes = _demo.digits()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return [str(c) for c in classes[order[: PROBLEMS["digits"].num_train]].tolist()]
+
+
 def _overlapping_patches() -> Tensor:
     """Patches of a part of the first photograph, at a quarter of its size, ``[468, 3, 8, 8]``.
 

@@ -46,7 +46,7 @@ def fit(options: Namespace) -> None:
     Raises:
         ValueError: If something is missing or does not fit together.
     """
-    with _opened(options) as attributor:
+    with opened_attributor(options) as attributor:
         if options.dry_run or options.time:
             return _print_cost({"": _fit_cost(attributor, options, options.num_draws)})
         _fit(attributor, options, options.output, options.num_draws)
@@ -82,7 +82,7 @@ def score(options: Namespace) -> None:
     Raises:
         ValueError: If something is missing or does not fit together.
     """
-    with _opened(options, options.operator) as attributor:
+    with opened_attributor(options, options.operator) as attributor:
         queries = _queries(attributor, options)
         if options.dry_run or options.time:
             given = chosen(options, SCORE)
@@ -156,7 +156,7 @@ def attribute(options: Namespace) -> None:
         check_num_checkpoints(scores, count)
     if count > 1:
         say(f"{count} checkpoints: {count} times the work of one")
-    with _opened(options) as attributor:
+    with opened_attributor(options) as attributor:
         queries = _queries(attributor, options)  # checked before anything is computed
         if options.group_by is not None:
             group_names(attributor.images, options.group_by)
@@ -214,7 +214,7 @@ def _print_costs(
 
 
 @contextmanager
-def _opened(options: Namespace, operator: Path | None = None) -> Iterator[Attributor]:
+def opened_attributor(options: Namespace, operator: Path | None = None) -> Iterator[Attributor]:
     """The attributor of a command, with an operator's file if there is one."""
     if hasattr(options, "method"):  # before anything is loaded or computed
         methods_named(options.method, options.measurement, options.num_draws)

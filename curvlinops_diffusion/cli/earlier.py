@@ -112,7 +112,7 @@ def _taken(name: str, path: Path, run: dict[str, Any], given: dict[str, Any]) ->
             )
     kept = {*NETWORK.split(), *TRAINING.split(), "data", "queries", "operator", "batch_size"}
     kept -= {"device", "shard_network", *given}
-    if name.startswith("validate"):  # other networks, on draws of their own
+    if name == "validate-measure":  # other networks, on draws of their own
         kept -= {"lora", "seed"}
         kept |= {"measurement"} - given.keys()
     if given.keys() & {"model", "scheduler"}:

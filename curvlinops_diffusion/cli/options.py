@@ -28,6 +28,7 @@ KFAC = "curvature.options:KFACOptions"
 PASSES = "runtime.passes:PassOptions"
 REGRESSION = "diffusion.regression:NoisedRegression.__init__"
 PLAN = "influence.validation.plans:RetrainingPlan.random_subsets"
+CHECK = "validation.checking:check"
 JUDGE = "influence.validation.judgements:linear_datamodelling_score"
 
 
@@ -238,6 +239,7 @@ _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
     ),
     "bootstrap": (JUDGE, None, "Resamples for intervals."),
     **dict.fromkeys(("num_parts", "fraction"), (PLAN,)),
+    **dict.fromkeys(("num_queries", "shuffle_weights"), (CHECK,)),
     "checkpoint_every": (PASSES,),
     "sharded": (
         PASSES,
@@ -302,6 +304,7 @@ _JUDGED = (
     "Files that score wrote for the same queries, each perhaps as name=file; differences are to "
     "the first."
 )
+_CHECKED = "The method that is checked, one at a time."
 
 
 @cache
@@ -375,6 +378,26 @@ def commands() -> dict[str, Command]:
         "inspect": Command(
             "Say what a file of an operator or of scores is of, from what, and by what.",
             {first: _options("file!"), last: _options("json log debug")},
+        ),
+        "validate-check": Command(
+            "Check how far scores are to be trusted, in minutes and without training.",
+            {
+                first: _options(
+                    "operator! output! data other_data",
+                    output="The page (.html) or file of numbers (.json) to write.",
+                    data="The training images; by default those of the operator.",
+                ),
+                "The checks": {
+                    "method": Option(Literal["influence", "regression"], "influence", _CHECKED),
+                    **_options("num_queries num_draws shuffle_weights", num_draws=CHECK),
+                    **_options("damping relative rtol ridge"),
+                    "group_by": Option(str, None, parameters(CHECK)["group_by"].help),
+                },
+                "The network": common["The network"],
+                "Its training": common["Its training"],
+                last: _options("batch_size max_memory timeout overwrite dry_run log quiet debug"),
+            },
+            "operator",
         ),
         "validate-plan": Command(
             "Plan on which parts of the training images networks are to be trained anew.",

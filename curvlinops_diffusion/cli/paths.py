@@ -36,6 +36,7 @@ _OUTPUTS = {
     "fit": ((".safetensors",), OPERATOR.key),
     "score": ((".safetensors",), SCORES.key),
     "report": ((".html", ".csv", ".parquet"), None),
+    "validate-check": ((".html", ".json"), None),
     "validate-measure": ((".safetensors",), "curvlinops_diffusion.measured"),
     "validate-judge": ((".html", ".json"), None),
 }

@@ -33,6 +33,7 @@ from curvlinops_diffusion.linalg.operator_files import OPERATOR
 _MODULES = {
     **dict.fromkeys(("attribute", "fit", "score", "report"), "attribute"),
     "inspect": "inspect",
+    "validate-check": "check",
     **dict.fromkeys(("validate-plan", "validate-measure", "validate-judge"), "validate"),
 }
 # what may stand as two words
@@ -178,15 +179,17 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _of_validate() -> str:
-    """The help of the three commands that begin with the same word."""
+    """The help of the commands that begin with the same word."""
     known = commands()
     lines = [
         f"  validate {second:8}  {known[f'{first}-{second}'].title}" for first, second in _PAIRS
     ]
     return "\n".join(
         [
-            "usage: curvlinops-diffusion validate {plan,measure,judge} [options]\n",
-            "Do scores predict what happens to networks that are trained without some images?\n",
+            "usage: curvlinops-diffusion validate {check,plan,measure,judge} [options]\n",
+            "How far are scores to be trusted? check looks for faults, in minutes and without "
+            "training.\nThe others ask whether scores predict what happens to networks that are "
+            "trained without some images.\n",
             *lines,
             "\nAfter each of them, --help lists its options.",
         ]

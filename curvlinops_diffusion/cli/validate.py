@@ -10,11 +10,9 @@ from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from torch import Tensor
 
-from curvlinops_diffusion import page
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import PLAN, REGRESSION, chosen, sizing
 from curvlinops_diffusion.cli.running import event, say
@@ -35,11 +33,11 @@ from curvlinops_diffusion.loading.named_images import NamedImages
 from curvlinops_diffusion.loading.part_folders import write_part_folders
 from curvlinops_diffusion.loading.preprocessing import Form
 from curvlinops_diffusion.page.figures import intervals
+from curvlinops_diffusion.page.plain import number_text, plain_page
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
 from curvlinops_diffusion.runtime.files import FileKind, named_path, write_bytes
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
 
-TEMPLATE = Path(page.__file__).parent / "validation.html.j2"
 MEASURED = FileKind(
     "curvlinops_diffusion.measured",
     "measurements of retrained networks",
@@ -440,11 +438,6 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def _text(value: float | None, form: str) -> str:
-    """A number as text; ``None`` as undefined."""
-    return "undefined" if value is None else format(value, form)
-
-
 def _lines(found: dict[str, Any]) -> list[str]:
     """Say what was found, for people."""
     quantity = MEASUREMENTS[found["measurement"]].quantity
@@ -459,12 +452,13 @@ def _lines(found: dict[str, Any]) -> list[str]:
         ]
     lines = []
     for row in found["methods"]:
-        low, high = (_text(end, ".3f") for end in row["interval"])
-        line = f"{row['method']}: LDS of the {quantity} {_text(row['lds'], '.3f')} [{low}, {high}]"
+        low, high = (number_text(end, ".3f") for end in row["interval"])
+        lds = number_text(row["lds"], ".3f")
+        line = f"{row['method']}: LDS of the {quantity} {lds} [{low}, {high}]"
         if "minus_first" in row:
             minus = row["minus_first"]
-            low, high = (_text(end, "+.3f") for end in minus["interval"])
-            line += f", {_text(minus['difference'], '+.3f')} [{low}, {high}] to the first"
+            low, high = (number_text(end, "+.3f") for end in minus["interval"])
+            line += f", {number_text(minus['difference'], '+.3f')} [{low}, {high}] to the first"
         undefined = sum(score is None for score in row["per_query"])
         if undefined:
             line += f"; undefined for {undefined} of {found['queries']} queries, left out"
@@ -486,8 +480,5 @@ def _page(found: dict[str, Any]) -> str:
             if row["lds"] is not None
         ]
         figure = intervals(rows, found["ceiling"])
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = _text
-    return environment.from_string(TEMPLATE.read_text()).render(
-        figure=figure, quantity=MEASUREMENTS[found["measurement"]].quantity, **found
-    )
+    quantity = MEASUREMENTS[found["measurement"]].quantity
+    return plain_page("validation", figure=figure, quantity=quantity, **found)

@@ -1,5 +1,6 @@
-"""Validation of scores by retraining."""
+"""Validation of scores: by retraining, and by checks without."""
 
+from curvlinops_diffusion.influence.validation.checks import Check
 from curvlinops_diffusion.influence.validation.judgements import (
     LinearDatamodellingScore,
     RemovalEffect,
@@ -8,11 +9,15 @@ from curvlinops_diffusion.influence.validation.judgements import (
 )
 from curvlinops_diffusion.influence.validation.measured import values_of_networks
 from curvlinops_diffusion.influence.validation.plans import RetrainingPlan
+from curvlinops_diffusion.validation.checking import CheckResult, check
 
 __all__ = [
+    "Check",
+    "CheckResult",
     "LinearDatamodellingScore",
     "RemovalEffect",
     "RetrainingPlan",
+    "check",
     "linear_datamodelling_score",
     "removal_effects",
     "values_of_networks",

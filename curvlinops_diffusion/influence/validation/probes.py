@@ -1,0 +1,148 @@
+"""Probes of attribution that need no retraining: copies of training images, shuffled weights.
+
+Legend: Q training images that are asked about, N training images.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvlinops_diffusion.diffusion.batch import CleanBatch, mapped
+from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.runtime.checks import check_count
+
+Altered = Callable[[CleanBatch], CleanBatch]
+#: The quality that images are recompressed with, the default of many programs.
+JPEG_QUALITY = 75
+
+
+def mirrored(clean: CleanBatch) -> CleanBatch:
+    """Mirror images left to right, with masks and images among their conditions."""
+
+    def flipped(entry: Any) -> Any:
+        return entry.flip(-1) if isinstance(entry, Tensor) and entry.ndim == 4 else entry
+
+    mask = None if clean.mask is None else clean.mask.flip(-1)
+    return replace(
+        clean, x0=clean.x0.flip(-1), condition=mapped(flipped, clean.condition), mask=mask
+    )
+
+
+def recompressed(clean: CleanBatch) -> CleanBatch:
+    """Write images as JPEG and read them again."""
+    return replace(clean, x0=torch.stack([_as_jpeg(x) for x in clean.x0]))
+
+
+def _as_jpeg(x_CHW: Tensor) -> Tensor:
+    from PIL import Image  # of the extra cli
+    from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+    buffer = io.BytesIO()
+    pixels = ((x_CHW.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    to_pil_image(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return (pil_to_tensor(Image.open(buffer)).to(x_CHW) / 127.5) - 1
+
+
+#: How images are altered, by the names of what becomes of them.
+COPIES: Mapping[str, Altered] = {"mirrored": mirrored, "recompressed": recompressed}
+
+
+def copies_of(
+    regression: NoisedRegression,
+    numbers: Sequence[int],
+    num_draws: int,
+    copies: Mapping[str, Altered] = COPIES,
+) -> tuple[list[str], NoisedRegression]:
+    """Some training images and altered copies of them, as queries.
+
+    Args:
+        regression: The training images.
+        numbers: The numbers of those that are asked about, in order.
+        num_draws: Draws of each, of another seed than those of the training images.
+        copies: How they are altered. Nothing else than images is, and JPEG knows one channel or
+            three.
+
+    Returns:
+        ``'itself'`` and the names of the copies; all images, first the training images as they are
+        and then each kind of copies, ``[C Q]``.
+    """
+    own: dict[int, CleanBatch] = {}
+    for clean in regression.clean_batches():
+        places = [place for place, n in enumerate(clean.indices) if n in set(numbers)]
+        own |= {clean.indices[place]: clean.select([place]) for place in places}
+    asked = [own[n] for n in numbers]
+    shapes = {clean.x0.shape[1:] for clean in asked}
+    kinds: dict[str, Altered] = {"itself": lambda clean: clean}
+    if all(len(shape) == 3 for shape in shapes):
+        coloured = all(shape[0] in (1, 3) for shape in shapes)
+        kinds |= {k: f for k, f in copies.items() if coloured or f is not recompressed}
+    every = [_as_data(alter(clean), regression) for alter in kinds.values() for clean in asked]
+    pairs = regression.with_seed(regression.draws.seed + 1)
+    recipe = regression.recipe
+    return list(kinds), NoisedRegression(
+        regression.objective,
+        _joined(every) if len(shapes) == 1 else every,  # aspect buckets: one shape each
+        draws=pairs.with_draws(num_draws, antithetic=num_draws % 2 == 0).draws,
+        noise_offset=recipe.noise_offset,
+        input_perturbation=recipe.input_perturbation,
+        loss_mask=recipe.loss_mask,
+        batch_size=regression.batch_size or len(asked),
+    )
+
+
+def _as_data(clean: CleanBatch, regression: NoisedRegression) -> dict[str, Any]:
+    mask = {} if clean.mask is None else {str(regression.recipe.loss_mask): clean.mask}
+    return {"x0": clean.x0, **clean.condition, **mask}
+
+
+def _joined(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Batches as one."""
+
+    def join(*entries: Any) -> Any:
+        if isinstance(entries[0], list):
+            return list(chain(*entries))
+        rows = isinstance(entries[0], Tensor) and entries[0].ndim > 0
+        return torch.cat(entries) if rows else entries[0]
+
+    joined: dict[str, Any] = mapped(join, *batches)
+    return joined
+
+
+def chosen(num_data: int, count: int, seed: int) -> list[int]:
+    """The numbers of some training images, in a random order."""
+    check_count("num_queries", count)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(num_data, generator=generator)[:count].tolist()
+
+
+@contextmanager
+def shuffled(model: nn.Module, names: Sequence[str], seed: int) -> Iterator[None]:
+    """Shuffle the entries of each of some parameters, as long as the context is open.
+
+    Their sizes stay what training has made them, and what it has learned is gone.
+
+    Args:
+        model: The network.
+        names: Names of its parameters.
+        seed: The seed of the permutations.
+    """
+    params, generator = dict(model.named_parameters()), torch.Generator().manual_seed(seed)
+    own = {name: params[name].detach().clone() for name in names}
+    try:
+        with torch.no_grad():
+            for name, value in own.items():
+                order = torch.randperm(value.numel(), generator=generator).to(value.device)
+                params[name].copy_(value.flatten()[order].view_as(value))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in own.items():
+                params[name].copy_(value)
