@@ -197,12 +197,20 @@ def test_slopes_and_intervals_of_changes():
 
 
 def test_calibration_from_kept_retrainings(retrained, tmp_path):
+    """Groups are judged as the scores of their images are."""
     run(calibration, "--output", tmp_path, "--retrained", retrained, "--draws", 2)
     name = "calibration_cpu.json"
     results = [json.loads((f / name).read_text()) for f in (tmp_path, RESULTS)]
     for part in ("slopes", "crossed", "spread"):
         found, kept = ([row.keys() for row in result[part]] for result in results)
         assert found == kept[: len(found)]
+    evaluated(retrained, tmp_path, "--methods", "EK-FAC")
+    rows = json.loads((tmp_path / "lds_tiny_cpu.json").read_text())["methods"]
+    expected = {row["cell"]: row["lds"] for row in rows}
+    for row in results[0]["crossed"]:
+        of, kind = row["scores_of"], row["queries"]
+        if of in ("loss", "simplified_elbo"):
+            assert row[of]["lds"] == expected[f"{of}, {kind}"]
 
 
 def test_unlearning(retrained, tmp_path):

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.lds.evaluate import difference as difference_of
-from benchmarks.lds.evaluate import judged, key_of, predicted, setting_of, summary
+from benchmarks.lds.evaluate import difference, judged, key_of, setting_of, summary
 from benchmarks.lds.methods import KeptGradients, Setting
 from benchmarks.lds.problems import MEASURED_SEED, MEASUREMENTS, PROBLEMS
 from benchmarks.lds.retrain import FOLDER
 from benchmarks.measure import arguments, report
-from curvlinops_diffusion import NoisedRegression, influence_scores
+from curvlinops_diffusion import NoisedRegression
 from curvlinops_diffusion.influence.validation.judgements import CrossedMean
 
 COMPARED = ("digits", "fashion", "photographs")
@@ -198,7 +197,8 @@ def queries_of(setting: Setting) -> dict[str, KeptGradients]:
     first = setting.queries[0]
     found: dict[Any, KeptGradients] = dict(zip(MEASUREMENTS, setting.queries, strict=True))
     found |= {m: first.measuring(m) for m in OTHERS}
-    draws = setting.problem.measured_draws
+    # together as many as of all levels
+    draws = max(setting.problem.measured_draws // len(BANDS), 1)
     for low, end in BANDS:
         of_band = NoisedRegression(
             *(setting.objective, setting.query_x0, draws, MEASURED_SEED),
@@ -209,17 +209,19 @@ def queries_of(setting: Setting) -> dict[str, KeptGradients]:
 
 
 def predictions_of(setting: Setting, halves: Tensor) -> dict[str, dict[str, Tensor]]:
-    """Predicted changes ``[Q, H]``, by curvature and by what the scores are of."""
+    """Predicted changes ``[Q, H]``, by curvature and by what the scores are of.
+
+    Of groups, in place of images that are added up: one product for each half and curvature.
+    """
     found: dict[str, dict[str, Tensor]] = {}
-    queries = queries_of(setting)
+    left_out_NH = (~halves.T).float() / halves.shape[1]
+    left_out_PH = setting.J_train.rows().T @ left_out_NH
+    rows_QP = {of: J.rows() for of, J in queries_of(setting).items()}
     operators = {ekfac: setting.curvature(ekfac=ekfac) for ekfac in (True, False)}
     for label, (ekfac, damping) in CURVATURES.items():
-        inverse = operators[ekfac].inverse(damping)
-        wanted = queries if label == CROSSED else {m: queries[m] for m in MEASUREMENTS}
-        found[label] = {
-            m: predicted(influence_scores(J, inverse, setting.J_train), halves)
-            for m, J in wanted.items()
-        }
+        shifts_PH = operators[ekfac].inverse(damping) @ left_out_PH
+        wanted = rows_QP if label == CROSSED else MEASUREMENTS
+        found[label] = {of: (rows_QP[of] @ shifts_PH).double() for of in wanted}
         print(setting.problem.name, label, "done", flush=True)
     return found
 
@@ -242,7 +244,7 @@ def crossed(
             found, reference = scores[of, measured], scores[measured, measured]
             row[measured] = summary(found)
             if of != measured:
-                row[measured]["minus_own"] = difference_of(found, reference)
+                row[measured]["minus_own"] = difference(found, reference)
         yield row
 
 

@@ -42,12 +42,12 @@ from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 from curvlinops_diffusion.runtime.digests import digest_of
 
 DERIVATIVE = "derivative"
-DRAWS = 16  # of each training image
+DRAWS = 8  # of each training image
 STEP = 1e-2  # of EK-FAC, as a part of the parameters' norm
 STEPS = (1, 4, 16)  # after which training losses are measured
 MOST_STEPS = 256
 # of Adam, as in the authors' code
-RATE, PART, TOLERANCE, BATCH = LEARNING_RATE / 10, 0.2, 0.05, 64
+RATE, PART, TOLERANCE, BATCH = LEARNING_RATE / 10, 0.2, 0.05, 32
 WITHOUT_ZERO = 1e-3  # in the relative difference
 
 Stage = tuple[str, nn.Module]
