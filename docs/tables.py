@@ -20,6 +20,13 @@ METHODS = ("TRAK", "D-TRAK", "EK-FAC, the paper's recipe", "EK-FAC", REGRESSION,
 #: The retrained problems' names.
 PROBLEM_NAMES = {"digits": "digits", "fashion": "Fashion-MNIST", "photographs": "photograph"}
 
+# of predicted and measured changes
+SLOPES = (
+    *("problem", "queries", "measured", "slope", "error", "same_sign_about_the_mean"),
+    *("predicted_improvements", "measured_improvements"),
+    *("mean_predicted_change", "mean_measured_change"),
+)
+
 Row = Sequence[object]
 
 
@@ -53,6 +60,10 @@ def _cells(result: dict[str, Any]) -> list[Row]:
         return lengths(result)
     if "by_kind" in result:
         return _of_records(result["by_kind"])
+    if "slopes" in result:
+        return _of_ekfac(result["slopes"], SLOPES)
+    if "unlearned" in result:
+        return unlearned(result)
     if "training_passes" in result:
         return [
             ("", "seconds", "training passes"),
@@ -78,6 +89,12 @@ def _further(result: dict[str, Any]) -> dict[str, list[Row]]:
         return {"_minus_ekfac": lds_differences(result)}
     if "counted" in result:
         return {f"_{part}": _of_records(result[part]) for part in ("counted", "sent")}
+    if "slopes" in result:
+        return {
+            "_spread": _of_records(result["spread"]),
+            "_coverage": _of_ekfac(result["coverage"], ()),
+            **{f"_by_scores_of_{m}": crossed(result, m) for m in ("loss", "simplified_elbo")},
+        }
     if "by_kind" not in result:
         return {}
     whole: list[Row] = [("", "relative error"), *result["whole"].items()]
@@ -141,6 +158,40 @@ def lengths(result: dict[str, Any]) -> list[Row]:
         label = method if parts["loss"]["setting"] == "1e-08" else f"{method} (best)"
         rows.append((label, *map(with_interval, found)))
     return rows
+
+
+def _of_ekfac(records: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[Row]:
+    """Columns of the records of EK-FAC, those that say where and the given; all if none are."""
+    chosen = [
+        {k: v for k, v in record.items() if k != "method" and (not columns or k in columns)}
+        for record in records
+        if record["method"] == "EK-FAC"
+    ]
+    return _of_records(chosen)
+
+
+def crossed(result: dict[str, Any], measured: str) -> list[Row]:
+    """Linear data-modelling scores of one measured value, by what the scores are of."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in result["crossed"]:
+        place = f"{row['problem']}, {row['queries']}"
+        cells.setdefault(row["scores_of"], {})[place] = with_interval(row[measured])
+    head: Row = ("scores of", *next(iter(cells.values())))
+    return [head, *((of.replace("_", " "), *own.values()) for of, own in cells.items())]
+
+
+def unlearned(result: dict[str, Any]) -> list[Row]:
+    """Linear data-modelling scores of unlearning, with intervals, and seconds for a query."""
+    kinds = ("held-out", "generated")
+    head: Row = ("", *kinds, "loss of the query", "seconds for a query")
+    return [head] + [
+        (
+            row["method"],
+            *(with_interval(row[kind]) for kind in kinds),
+            *(f"{row[key]:.2g}" if key in row else "–" for key in ("loss", "seconds")),
+        )
+        for row in result["unlearned"]
+    ]
 
 
 def removals(result: dict[str, Any]) -> list[Row]:

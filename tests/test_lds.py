@@ -13,7 +13,16 @@ from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks.lds import against_length, draws, evaluate, lengths, remove, retrain
+from benchmarks.lds import (
+    against_length,
+    calibration,
+    draws,
+    evaluate,
+    lengths,
+    remove,
+    retrain,
+    unlearning,
+)
 from benchmarks.lds.evaluate import AT_LATE_CHECKPOINTS, RANKS, earlier
 from benchmarks.lds.methods import METHODS
 from benchmarks.lds.problems import PROBLEMS
@@ -165,6 +174,57 @@ def test_evaluation_and_removal(retrained, tmp_path):
     removals = json.loads((tmp_path / "removed_tiny_cpu.json").read_text())["removals"]
     assert [row["method"] for row in removals] == ["random", "EK-FAC"]
     assert removals[0]["change_of_loss"] != removals[1]["change_of_loss"]
+
+
+def test_slopes_and_intervals_of_changes():
+    """Where the slope is known, the error too; and the interval holds nine of ten elsewhere."""
+    queries_Q1 = random(40, 1, seed=4).exp()
+
+    def changes(seed):
+        x = queries_Q1 * random(40, 60, seed=seed) + 5
+        return x, 0.05 * x + 0.1 * random(40, 60, seed=seed + 1) + queries_Q1
+
+    slopes = torch.tensor([calibration.slope_of(*changes(2 * n), 200) for n in range(40)])
+    assert slopes[:, 0].mean() == pytest.approx(0.05, rel=0.01)
+    assert slopes[:, 1].mean() == pytest.approx(float(slopes[:, 0].std()), rel=0.35)
+    x, y = changes(100)
+    centred = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    assert calibration.slope_of(*centred, 20)[0] == calibration.slope_of(x, y, 20)[0]
+    pairs = {str(n): tuple(z - z.mean(1, keepdim=True) for z in changes(n)) for n in (1, 3, 5)}
+    for row in calibration.covered(pairs):
+        assert row["coverage"] == pytest.approx(0.9, abs=0.02)
+        assert row["half_width"] == pytest.approx(0.1645, rel=0.05)
+
+
+def test_calibration_from_kept_retrainings(retrained, tmp_path):
+    """Groups are judged as the scores of their images are."""
+    run(calibration, "--output", tmp_path, "--retrained", retrained, "--draws", 2)
+    name = "calibration_cpu.json"
+    results = [json.loads((f / name).read_text()) for f in (tmp_path, RESULTS)]
+    for part in ("slopes", "crossed", "spread"):
+        found, kept = ([row.keys() for row in result[part]] for result in results)
+        assert found == kept[: len(found)]
+    evaluated(retrained, tmp_path, "--methods", "EK-FAC")
+    rows = json.loads((tmp_path / "lds_tiny_cpu.json").read_text())["methods"]
+    expected = {row["cell"]: row["lds"] for row in rows}
+    for row in results[0]["crossed"]:
+        of, kind = row["scores_of"], row["queries"]
+        if of in ("loss", "simplified_elbo"):
+            assert row[of]["lds"] == expected[f"{of}, {kind}"]
+
+
+def test_unlearning(retrained, tmp_path):
+    """Short steps give what the derivative gives, and the caps hold."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in {"STEP": 1e-4, "STEPS": (1, 2), "MOST_STEPS": 2, "DRAWS": 2}.items():
+            patched.setattr(unlearning, name, value)
+        where = ("--work", tmp_path, "--output", tmp_path, "--retrained", retrained)
+        run(unlearning, *where, "--queries", 2)
+    rows = json.loads((tmp_path / "unlearned_tiny_cpu.json").read_text())["unlearned"]
+    assert len(rows) == 1 + 1 + 2 * 2 + 3 * 2
+    found = {row["method"]: row["held-out"]["lds"] for row in rows}
+    assert found["one finite step"] == found["derivative"]
+    assert found["EK-FAC steps, 1"] == found["derivative"]
 
 
 def test_draws_against_retraining(retrained, tmp_path):

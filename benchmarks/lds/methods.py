@@ -183,8 +183,12 @@ def influence(
 
 
 def of_curvature(**options: Any) -> Callable[[Setting], Scores]:
-    """Influence by some curvature."""
-    return lambda s: influence(s.curvature(**options), s.queries, s.J_train)
+    """Influence by some curvature, which is computed when the first scores are asked for."""
+
+    def run(setting: Setting) -> Scores:
+        yield from influence(setting.curvature(**options), setting.queries, setting.J_train)
+
+    return run
 
 
 def papers_recipe(setting: Setting) -> Scores:
@@ -268,7 +272,7 @@ def published(scores: Callable[..., Tensor]) -> Callable[[Setting], Scores]:
     return run
 
 
-def das(setting: Setting) -> Scores:
+def das(setting: Setting, scalar: bool = False) -> Scores:
     """DAS, the same for all measurements."""
     J_query, *_ = setting.J_queries()  # the probes' gradients go with it
     for ridge in KERNEL_RIDGES:
@@ -278,6 +282,7 @@ def das(setting: Setting) -> Scores:
             ridge=ridge,
             num_probes=setting.problem.probes,
             seed=MEASURED_SEED,
+            scalar=scalar,
         )
         yield ridge, _for_all_measurements(scores_QN)
 
@@ -332,12 +337,19 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
     "D-TRAK": published(d_trak_scores),
     "Journey-TRAK": journey,
     "DAS": das,
+    "DAS, the authors' scalar form": partial(das, scalar=True),
     "EK-FAC, the paper's recipe": papers_recipe,
     "EK-FAC": of_curvature(),
     "EK-FAC, reduce": of_curvature(kfac_approx="reduce"),
     "EK-FAC, Shampoo's factors": of_curvature(kfac_approx="shampoo"),
     "EK-FAC, GGN of the loss": of_curvature(fisher_type="empirical"),
+    "EK-FAC, GGN of the loss, reduce": of_curvature(fisher_type="empirical", kfac_approx="reduce"),
     "K-FAC": of_curvature(ekfac=False),
+    "K-FAC, reduce": of_curvature(ekfac=False, kfac_approx="reduce"),
+    "K-FAC, GGN of the loss": of_curvature(ekfac=False, fisher_type="empirical"),
+    "K-FAC, GGN of the loss, reduce": of_curvature(
+        ekfac=False, fisher_type="empirical", kfac_approx="reduce"
+    ),
     "K-FAC, regression on the loss": regression_on("loss"),
     "K-FAC, regression on the prediction": regression_on("prediction"),
     "K-FAC, regression on the prediction, squared": regression_on(

@@ -99,23 +99,32 @@ def das_scores(
     ridge: float,
     num_probes: int = 32,
     seed: int = 0,
+    scalar: bool = False,
 ) -> Tensor:
     """A Diffusion Attribution Score: the size of the change of a query's prediction.
 
     ``1/R² Σ_r ‖J_qr Φᵀ (ΦΦᵀ + λ)⁻¹ e_n‖²`` over the query's draws, with gradients ``Φ`` of the
     training losses (each a residual times a Jacobian), the squared norm being estimated without
     bias from random signs, independent for every query, draw and probe. Scores are never negative:
-    they do not tell better from worse. The authors' code takes gradients of the output's mean for
-    the kernel, applies residuals apart, and divides by one minus the leverage.
+    they do not tell better from worse.
 
-    Source: Lin et al., 2025; checked against a dense squared norm (``tests``).
+    The authors compute the norm of one number, with gradients ``Ψ`` of the output's mean for both
+    kernels and the residual's size apart, which is the ``scalar`` form::
+
+        [ψ_q Ψᵀ (ΨΨᵀ + λ)⁻¹ e_n · r_n / (1 − h_n)]²,    h = diag(ΨΨᵀ (ΨΨᵀ + λ)⁻¹)
+
+    with the root mean square residual ``r_n``. Their code also scales each draw's gradient to
+    length one and the residuals of an image's draws likewise, and projects.
+
+    Source: Lin et al., 2025; checked against a dense squared norm and the primal form (``tests``).
 
     Args:
         J_query: Gives queries, draws and parameters.
         J_train: Gradients of the training losses, ``[N, P]``.
         ridge: In units of the kernel's mean diagonal entry.
-        num_probes: Random signs ``V``.
+        num_probes: Random signs ``V``, which the scalar form has no need of.
         seed: Their seed.
+        scalar: Whether in the authors' scalar form.
 
     Returns:
         The scores, ``[Q, N]``.
@@ -125,6 +134,8 @@ def das_scores(
     """
     check_positive("ridge", ridge)
     check_count("num_probes", num_probes)
+    if scalar:
+        return _scalar_das_scores(J_query, J_train, ridge)
     train_NP = J_train.rows()
     draws = replace(J_query.regression.draws, seed=seed)
     crosses = []
@@ -134,6 +145,26 @@ def das_scores(
     scores = ridge_solution(torch.cat(crosses), train_NP @ train_NP.T, ridge)
     squares_QN = scores.reshape(num_probes, -1, len(train_NP)).square().mean(0)
     return squares_QN.to(train_NP)
+
+
+def _scalar_das_scores(
+    J_query: ExampleGradientLinearOperator, J_train: ExampleGradientLinearOperator, ridge: float
+) -> Tensor:
+    query_QP, train_NP = (J.measuring(_mean).rows() for J in (J_query, J_train))
+    gram_NN = train_NP @ train_NP.T
+    both = ridge_solution(torch.cat([query_QP @ train_NP.T, gram_NN]), gram_NN, ridge)
+    weights_QN, hat_NN = both.split([len(query_QP), len(train_NP)])
+    residual_N = J_train.measuring(_mean_squared_residual).values().to(hat_NN).sqrt()
+    scores_QN = weights_QN * residual_N / (1 - hat_NN.diagonal())
+    return scores_QN.square().to(train_NP)
+
+
+def _mean(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
+    return prediction_BD.mean(1)
+
+
+def _mean_squared_residual(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
+    return batch.squares(prediction_BD) / prediction_BD.shape[1]
 
 
 @dataclass(frozen=True)

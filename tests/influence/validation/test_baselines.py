@@ -80,6 +80,23 @@ def test_das_is_a_squared_norm(problem, shared):
     assert abs(ours.mean() / exact.mean() - 1) < 0.07
 
 
+def test_das_in_its_scalar_form(problem):
+    """As published, in the primal form: gradients of the mean, residuals and leverages apart."""
+    query, train, J_query, J_train = problem
+    params = params_of(train.objective.model)
+    query_QP, train_NP = (
+        example_gradients(r, params, lambda batch, f, b: f[b].mean()) for r in (query, train)
+    )
+    hat_NN = primal(train_NP, train_NP, 0.1)
+    squares_N = torch.zeros(N).double()
+    for batch in train.batches():
+        residual_B = (train.objective.predict(batch) - batch.target_BD).square().mean(1)
+        squares_N.index_add_(0, torch.tensor(batch.indices), residual_B.detach().double())
+    residual_N = (squares_N / train.num_draws).sqrt()
+    expected = (primal(query_QP, train_NP, 0.1) * residual_N / (1 - hat_NN.diagonal())) ** 2
+    assert_close(das_scores(J_query, J_train, ridge=0.1, scalar=True), expected, 1e-9)
+
+
 def signs_of(draws, number, batch):
     """The signs of each row ``[B, D]``, from components of unit vectors."""
     B, D = batch.target_BD.shape
