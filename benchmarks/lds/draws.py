@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.lds.adapters import PROBLEMS
 from benchmarks.lds.evaluate import judged, predicted, setting_of
 from benchmarks.lds.methods import DAMPINGS, Setting
-from benchmarks.lds.problems import PROBLEMS
 from benchmarks.lds.retrain import FOLDER
 from benchmarks.measure import arguments, report
 from curvlinops_diffusion import ExampleGradientLinearOperator

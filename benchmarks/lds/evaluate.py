@@ -23,8 +23,9 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from benchmarks.lds import methods
-from benchmarks.lds.methods import METHODS, Scores, Setting
-from benchmarks.lds.problems import LATE, MEASUREMENTS, PROBLEMS, Problem
+from benchmarks.lds.adapters import PROBLEMS
+from benchmarks.lds.methods import METHODS, Scores, Setting, methods_for
+from benchmarks.lds.problems import LATE, MEASUREMENTS, Problem
 from benchmarks.lds.retrain import (
     FOLDER,
     NETWORKS,
@@ -87,7 +88,11 @@ def numbers_of(problem: Problem) -> tuple[dict[str, Any], dict[str, Any]]:
     """The numbers that predictions depend on: of the problem, and constants of the methods."""
     return (
         {key: value for key, value in vars(problem).items() if isinstance(value, int | tuple)},
-        {key: value for key, value in vars(methods).items() if key.isupper() and key != "METHODS"},
+        {
+            key: value
+            for key, value in vars(methods).items()
+            if key.isupper() and key not in ("METHODS", "OF_ADAPTERS", "OF_PIXELS")
+        },
     )
 
 
@@ -218,7 +223,7 @@ def main() -> None:
     }
     measured = {cell: values[:, :, m, own].transpose(0, 1) for cell, (m, own) in cells.items()}
     networks = digest_of(setting.weights, setting.generated, halves)
-    runs = {name: (run(setting), run) for name, run in METHODS.items()}
+    runs = {name: (run(setting), run) for name, run in methods_for(problem).items()}
     for name in AT_LATE_CHECKPOINTS:
         late = at_late_checkpoints(METHODS[name], setting, tensors)
         runs[f"{name}, late checkpoints"] = late, METHODS[name]

@@ -14,10 +14,10 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from benchmarks.lds.problems import MEASURED_SEED, MEASUREMENTS, Problem
+from benchmarks.lds.adapters import AdapterProblem
+from benchmarks.lds.problems import MEASURED_SEED, MEASUREMENTS, Data, Problem
 from curvlinops_diffusion import (
     DenoisingObjective,
     DiffusionEKFACLinearOperator,
@@ -42,9 +42,11 @@ from curvlinops_diffusion.linalg.operator import IdentityLinearOperator
 from curvlinops_diffusion.linalg.upstream import PyTorchLinearOperator
 
 DAMPINGS = tuple(10.0**e for e in range(-8, 1))
+RELATIVE_DAMPINGS = (0.001, 0.01, 0.1, 1.0)
 # of TRAK, D-TRAK and the like
 KERNEL_RIDGES = tuple(10.0**e for e in range(-6, 3))
 PIXEL_BANDWIDTHS = (0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0)
+WIDER_BANDWIDTHS = (*PIXEL_BANDWIDTHS, 1.5, 2.0)
 PIXEL_RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 RIDGES = (1.0, 0.1, 0.3, 3.0, 5.0, 10.0, 30.0)
 SIGNS = 2
@@ -97,40 +99,45 @@ class Setting:
     @cached_property
     def objective(self) -> DenoisingObjective:
         """The denoising objective of the network."""
-        return DenoisingObjective(self.problem.loaded(self.weights), DDPMScheduler())
+        return self.problem.objective(self.weights)
 
     @cached_property
-    def train_x0(self) -> Tensor:
+    def params(self) -> list[str] | None:
+        """The names of the parameters that were trained, ``None`` for all."""
+        return self.problem.params
+
+    @cached_property
+    def train_data(self) -> Data:
         """The training images."""
         return self.problem.data()[0]
 
     @cached_property
-    def query_x0(self) -> Tensor:
+    def query_data(self) -> Data:
         """Held-out images, then generated ones."""
-        return torch.cat([self.problem.data()[1], self.generated])
+        return self.problem.queries(self.generated)
 
     def train(self, draws: int | None = None, **options: Any) -> NoisedRegression:
         """The training images with draws; by default stratified."""
         draws = self.draws if draws is None else draws
-        return NoisedRegression(self.objective, self.train_x0, draws, batch_size=BATCH, **options)
+        return NoisedRegression(self.objective, self.train_data, draws, batch_size=BATCH, **options)
 
     @cached_property
     def J_train(self) -> KeptGradients:
         """Gradients of the training losses, of draws in antithetic pairs."""
-        return KeptGradients(self.train(antithetic=True))
+        return KeptGradients(self.train(antithetic=True), self.params)
 
     def J_queries(self, names: list[str] | None = None) -> list[KeptGradients]:
         """Gradients of every measurement, of the draws that retrained networks are measured on."""
         draws = self.problem.measured_draws
         query = NoisedRegression(
-            self.objective, self.query_x0, draws, MEASURED_SEED, batch_size=BATCH
+            self.objective, self.query_data, draws, MEASURED_SEED, batch_size=BATCH
         )
         return [KeptGradients(query, names, measurement=m) for m in MEASUREMENTS]
 
     @cached_property
     def queries(self) -> list[KeptGradients]:
         """Gradients of every measurement in all parameters."""
-        return self.J_queries()
+        return self.J_queries(self.params)
 
     def scored(self, scores: Callable[[KeptGradients], Tensor]) -> Tensor:
         """The scores of every measurement, ``[M, Q, N]``."""
@@ -146,7 +153,7 @@ class Setting:
         """The prediction of the training images along random signs, with fewer draws of each."""
         train = self.train(DRAWS_A_SIGN, antithetic=True)
         signs = map(SignedPrediction, range(SIGNS))
-        return [KeptGradients(train, measurement=sign) for sign in signs]
+        return [KeptGradients(train, self.params, measurement=sign) for sign in signs]
 
     def curvature(
         self, ekfac: bool = True, names: list[str] | None = None, **options: Any
@@ -154,7 +161,8 @@ class Setting:
         """K-FAC or EK-FAC of the training images."""
         kind = DiffusionEKFACLinearOperator if ekfac else DiffusionKFACLinearOperator
         timesteps = options.pop("timesteps", "stratified")
-        return kind(self.train(CURVATURE_DRAWS, timesteps=timesteps), names, **options)
+        train = self.train(CURVATURE_DRAWS, timesteps=timesteps)
+        return kind(train, self.params if names is None else names, **options)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -182,6 +190,15 @@ def influence(
         yield damping, torch.stack(scores)
 
 
+def relative_damping(setting: Setting) -> Scores:
+    """Influence by EK-FAC at dampings relative to each block's mean eigenvalue."""
+    EK = setting.curvature()
+    for damping in RELATIVE_DAMPINGS:
+        inverse = EK.inverse(damping, relative=True)
+        scores = setting.scored(lambda J, inv=inverse: influence_scores(J, inv, setting.J_train))
+        yield f"relative {damping}", scores
+
+
 def of_curvature(**options: Any) -> Callable[[Setting], Scores]:
     """Influence by some curvature, which is computed when the first scores are asked for."""
 
@@ -199,6 +216,8 @@ def papers_recipe(setting: Setting) -> Scores:
         if isinstance(module, nn.Linear | nn.Conv2d)
         for key, _ in module.named_parameters(recurse=False)
     ]
+    if setting.params is not None:
+        names = [name for name in names if name in setting.params]
     EK = setting.curvature(names=names, timesteps="uniform", exact_bias=False)
     J_train = KeptGradients(setting.train(timesteps="uniform"), names)
     yield from influence(EK, setting.J_queries(names), J_train)
@@ -274,7 +293,7 @@ def published(scores: Callable[..., Tensor]) -> Callable[[Setting], Scores]:
 
 def das(setting: Setting, scalar: bool = False) -> Scores:
     """DAS, the same for all measurements."""
-    J_query, *_ = setting.J_queries()  # the probes' gradients go with it
+    J_query, *_ = setting.J_queries(setting.params)  # the probes' gradients go with it
     for ridge in KERNEL_RIDGES:
         scores_QN = das_scores(
             J_query,
@@ -297,19 +316,19 @@ def journey(setting: Setting, steps: int = 50) -> Scores:
     J_query = KeptGradients(JourneyRegression(setting.objective, states, levels))
     for ridge in KERNEL_RIDGES:
         scores_QN = trak_scores(J_query, setting.J_train, ridge=ridge)
-        without_QN = torch.full(
-            (len(setting.query_x0) - len(states), scores_QN.shape[1]), torch.nan
-        )
+        without_QN = torch.full((setting.problem.num_queries, scores_QN.shape[1]), torch.nan)
         yield ridge, _for_all_measurements(torch.cat([without_QN, scores_QN]))
 
 
-def pixel_scores(setting: Setting, squared: bool, bandwidths: Sequence[float]) -> Scores:
-    """Kernel regression on pixels; the setting is bandwidth and ridge."""
-    features = setting.query_x0.flatten(1), setting.train_x0.flatten(1)
+def on_features(
+    features: tuple[Tensor, Tensor], squared: bool, bandwidths: Sequence[float]
+) -> Scores:
+    """Kernel regression on features of training images and queries, by bandwidth and ridge."""
+    train, queries = (z.flatten(1) for z in features)
     for bandwidth in bandwidths:
         for ridge in PIXEL_RIDGES:
             scores_QN = feature_regression_scores(
-                *features, bandwidth=bandwidth, ridge=ridge, squared=squared
+                queries, train, bandwidth=bandwidth, ridge=ridge, squared=squared
             )
             chosen = squared and (bandwidth, ridge) == (1.0, 1.0)  # the defaults
             yield 1e-8 if chosen else f"{bandwidth}, {ridge}", _for_all_measurements(scores_QN)
@@ -317,12 +336,25 @@ def pixel_scores(setting: Setting, squared: bool, bandwidths: Sequence[float]) -
 
 def pixel_regression(setting: Setting) -> Scores:
     """The weights themselves."""
-    return pixel_scores(setting, False, PIXEL_BANDWIDTHS)
+    return on_features(setting.problem.pixels(setting.generated), False, PIXEL_BANDWIDTHS)
 
 
 def pixel_regression_squared(setting: Setting) -> Scores:
     """The squares of such weights, with wider kernels."""
-    return pixel_scores(setting, True, (*PIXEL_BANDWIDTHS, 1.5, 2.0))
+    return on_features(setting.problem.pixels(setting.generated), True, WIDER_BANDWIDTHS)
+
+
+def latent_regression_squared(setting: Setting) -> Scores:
+    """The same on latents."""
+    latents = setting.train_data["x0"], setting.query_data["x0"]
+    return on_features(latents, True, WIDER_BANDWIDTHS)
+
+
+def same_words(setting: Setting) -> Scores:
+    """The number of words that two captions share."""
+    train, queries = ([set(c.split()) for c in captions] for captions in setting.problem.words())
+    shared = torch.tensor([[len(q & n) for n in train] for q in queries])
+    yield "", _for_all_measurements(shared.float())
 
 
 def _for_all_measurements(scores_QN: Tensor) -> Tensor:
@@ -358,3 +390,17 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
     "K-FAC, regression on loss and prediction": regression_on("loss", "prediction"),
     "K-FAC, regression": default_regression,
 }
+# what an adapter has beside them, and what it has not
+OF_ADAPTERS: dict[str, Callable[[Setting], Scores]] = {
+    "kernel regression on latents, squared": latent_regression_squared,
+    "same words": same_words,
+    "EK-FAC, relative damping": relative_damping,
+}
+OF_PIXELS = ("Journey-TRAK",)
+
+
+def methods_for(problem: Problem) -> dict[str, Callable[[Setting], Scores]]:
+    """The methods that apply to a problem."""
+    if not isinstance(problem, AdapterProblem):
+        return METHODS
+    return {name: m for name, m in METHODS.items() if name not in OF_PIXELS} | OF_ADAPTERS

@@ -14,6 +14,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, mse_loss, pixel_unshuffle
+from torch.utils._pytree import tree_map
 
 from benchmarks.lds.fashion import fashion
 from benchmarks.problems import example, patches, photographs, separate_patches
@@ -26,6 +27,9 @@ MEASUREMENTS = ("loss", "simplified_elbo")
 MEASURED_SEED = 12345
 LATE = (0.7, 0.8, 0.9)  # of the training, at which its weights are kept as well
 LEARNING_RATE = 2e-3
+
+#: Images ``[N, ...]``, or a dictionary of them and of what the network is given with them.
+Data = Any
 
 _demo = example("influence_digits")
 
@@ -73,12 +77,28 @@ class Problem:
         network = {key: value for key, value in config.items() if not key.startswith("_")}
         return {**own, "network": digest_of(network)}
 
-    def data(self) -> tuple[Tensor, Tensor]:
+    @property
+    def params(self) -> list[str] | None:
+        """The names of the parameters that are trained, ``None`` for all."""
+        return None
+
+    def order(self) -> Tensor:
+        """Which images are those of the training, and then the held-out ones."""
+        order = torch.randperm(len(self.images()), generator=torch.Generator().manual_seed(0))
+        return order[: self.num_train + self.num_queries]
+
+    def data(self) -> tuple[Data, Data]:
         """Training images ``[N, C, H, W]`` and held-out ones, ``[Q, C, H, W]``."""
-        images = self.images()
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        chosen = images[order[: self.num_train + self.num_queries]]
+        chosen = self.images()[self.order()]
         return chosen[: self.num_train], chosen[self.num_train :]
+
+    def queries(self, generated: Tensor) -> Data:
+        """Held-out images, then generated ones."""
+        return torch.cat([self.data()[1], generated])
+
+    def pixels(self, generated: Tensor) -> tuple[Tensor, Tensor]:
+        """The pixels of training images and of queries."""
+        return self.data()[0], self.queries(generated)
 
     def halves(self) -> Tensor:
         """Random halves of the training images, ``[H, N]``."""
@@ -90,7 +110,7 @@ class Problem:
 
     def trained(
         self,
-        x0: Tensor,
+        x0: Data,
         steps: int,
         seed: int,
         keep: Callable[[int, UNet2DModel], None] | None = None,
@@ -126,11 +146,32 @@ class Problem:
                 optimizer.step()
         return self.loaded(network.state_dict())
 
+    def kept(self, network: UNet2DModel) -> dict[str, Tensor]:
+        """The weights that are kept."""
+        return dict(network.state_dict())
+
     def loaded(self, weights: Mapping[str, Tensor]) -> UNet2DModel:
         """A network with given weights."""
         network = self.make_network()
         network.load_state_dict({name: weight.float() for name, weight in weights.items()})
         return network.eval()
+
+    @property
+    def scheduler(self) -> DDPMScheduler:
+        """The noise levels of the training."""
+        return DDPMScheduler()
+
+    def objective(self, weights: Mapping[str, Tensor]) -> DenoisingObjective:
+        """The denoising objective of a network with given weights."""
+        return DenoisingObjective(self.loaded(weights), self.scheduler)
+
+    def generated(self, network: UNet2DModel) -> Tensor:
+        """Samples of the network."""
+        return self.trajectories(network)[-1].contiguous()
+
+    def beside(self, network: UNet2DModel, generated: Tensor) -> dict[str, Tensor]:
+        """What is kept beside the network and its samples."""
+        return {}
 
     def trajectories(self, network: UNet2DModel) -> Tensor:
         """Sampling by DDPM: the noised images and then the image, ``[1001, Q, C, H, W]``."""
@@ -146,14 +187,15 @@ class Problem:
         states[-1] = states[-1].clamp(-1, 1)
         return torch.stack(states)
 
-    def measured(self, network: UNet2DModel, queries: Tensor) -> Tensor:
+    def measured(self, network: UNet2DModel, queries: Data) -> Tensor:
         """Each measurement of each query, on draws that all networks share, ``[M, Q]``."""
-        objective = DenoisingObjective(network, DDPMScheduler())
+        objective = DenoisingObjective(network, self.scheduler)
+        Q = len(queries["x0"] if isinstance(queries, dict) else queries)
         regression = NoisedRegression(
-            objective, queries, self.measured_draws, MEASURED_SEED, batch_size=len(queries)
+            objective, queries, self.measured_draws, MEASURED_SEED, batch_size=Q
         )
         measured = [measurement_of(name, objective) for name in MEASUREMENTS]
-        total_MQ = torch.zeros(len(measured), len(queries))
+        total_MQ = torch.zeros(len(measured), Q)
         (clean,) = regression.clean_batches()
         with torch.no_grad():
             # one prediction for all measurements
@@ -161,6 +203,11 @@ class Problem:
                 prediction = objective.predict(batch)
                 total_MQ += torch.stack([measure(m, batch, prediction) for m in measured])
         return total_MQ / self.measured_draws
+
+
+def rows(data: Data, which: Tensor) -> Data:
+    """Some of the examples, with what the network is given with them."""
+    return tree_map(lambda z: z[which], data)
 
 
 @lru_cache

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.lds.adapters import PROBLEMS
 from benchmarks.lds.evaluate import PREDICTED, key_of, numbers_of, setting_of
 from benchmarks.lds.methods import METHODS, Setting
-from benchmarks.lds.problems import PROBLEMS, Problem
+from benchmarks.lds.problems import Problem
 from benchmarks.lds.retrain import FOLDER, NETWORKS, is_kept
 from benchmarks.measure import RESULTS, arguments, report
 from curvlinops_diffusion.runtime.digests import digest_of

@@ -22,7 +22,8 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.lds.problems import LATE, MEASUREMENTS, PROBLEMS, SEEDS, Problem
+from benchmarks.lds.adapters import PROBLEMS
+from benchmarks.lds.problems import LATE, MEASUREMENTS, SEEDS, Problem, rows
 from benchmarks.measure import machine
 from curvlinops_diffusion.runtime.files import FileKind
 
@@ -76,14 +77,15 @@ def base(problem: Problem, work: Path) -> dict[str, Tensor]:
         def keep(step: int, network: UNet2DModel) -> None:
             for fraction in LATE:
                 if step == round(fraction * problem.steps):
-                    for name, weight in network.state_dict().items():
+                    for name, weight in problem.kept(network).items():
                         late[f"late/{fraction}/{name}"] = weight.half().clone()
 
         network = problem.trained(problem.data()[0], problem.steps, 100, keep)
-        weights = {f"weights/{k}": v.contiguous() for k, v in network.state_dict().items()}
-        samples = problem.trajectories(network)[-1].contiguous()
+        weights = {f"weights/{k}": v.contiguous() for k, v in problem.kept(network).items()}
+        samples = problem.generated(network)
+        beside = problem.beside(network, samples)
         header = {"problem": problem.description}
-        NETWORKS.write(path, {**weights, **late, "generated": samples}, header)
+        NETWORKS.write(path, {**weights, **late, "generated": samples, **beside}, header)
     return load_file(path)
 
 
@@ -96,9 +98,8 @@ def retrain(job: tuple[str, Path, int, int]) -> float:
         return 0.0
     start = time.perf_counter()
     torch.set_num_threads(1)
-    train, held_out = problem.data()
-    queries = torch.cat([held_out, load_file(work / "base.safetensors")["generated"]])
-    some = train[problem.halves()[half]]
+    queries = problem.queries(load_file(work / "base.safetensors")["generated"])
+    some = rows(problem.data()[0], problem.halves()[half])
     network = problem.trained(some, problem.steps // 2, 1000 * (seed + 1) + half)
     values = problem.measured(network, queries).contiguous()
     seconds = time.perf_counter() - start
