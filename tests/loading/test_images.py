@@ -523,6 +523,14 @@ def test_images_of_several_sizes(tmp_path):
         images[1]
     with pytest.raises(ValueError, match=r"12×12 pixels, and the network takes multiples of 8. "):
         open_images(tmp_path / "data", Form(3, None, None, 8))[1]["x0"]
+    # what the network was made for is proposed
+    images = open_images(tmp_path / "data", Form(3, None, None, 4, made_for=8))
+    told = "1 of 2 images of another size than 8×8, which the network was made for (--resolution 8)"
+    assert told in images.summary()
+    images[0]
+    with pytest.raises(ValueError, match=r"for images of 8 pixels: pass --resolution 8, or what"):
+        images[1]
+    assert "made for" not in open_images(tmp_path / "data", Form(3, None, 8, made_for=8)).summary()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
