@@ -16,6 +16,7 @@ from torch import nn
 from benchmarks.lds import (
     against_length,
     calibration,
+    checks,
     draws,
     evaluate,
     lengths,
@@ -235,6 +236,21 @@ def test_draws_against_retraining(retrained, tmp_path):
     rows, kept = (result["scores"] for result in results)
     assert [row.keys() for row in rows] == [kept[0].keys()] * len(rows)
     assert {row["scheme"] for row in rows} == {row["scheme"] for row in kept}
+
+
+def test_checks_against_retraining(retrained, tmp_path):
+    """Scores that are kept are judged again without a gradient."""
+    given = ["--retrained", retrained, "--work", tmp_path, "--output", tmp_path, "--device", "cpu"]
+    run(checks, *given)
+    first = json.loads((tmp_path / "checks_cpu.json").read_text())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delattr(checks, "probed")
+        run(checks, *given)
+    assert json.loads((tmp_path / "checks_cpu.json").read_text())["rows"] == first["rows"]
+    own, mixed, pixels = first["rows"]
+    assert mixed["halves"] != ""
+    assert pixels["shuffled weights"] == 1
+    assert {"itself", "recompressed", "LDS, held-out"} <= own.keys()
 
 
 @pytest.mark.slow

@@ -24,7 +24,6 @@ def validate_check(options: Namespace) -> None:
         Namespace(**vars(options), **long, measurement="loss"), options.operator
     ) as attributor:
         arguments = chosen(options, CHECK) | chosen(options, SCORE)
-        arguments |= {"method": options.method, "group_by": options.group_by}
         images, draws = attributor.regression.num_data, options.num_draws
         asked = 3 * min(options.num_queries, images)
         scored = (1 + options.shuffle_weights) * (images + asked) * draws

@@ -304,7 +304,6 @@ _JUDGED = (
     "Files that score wrote for the same queries, each perhaps as name=file; differences are to "
     "the first."
 )
-_CHECKED = "The method that is checked, one at a time."
 
 
 @cache
@@ -388,10 +387,17 @@ def commands() -> dict[str, Command]:
                     data="The training images; by default those of the operator.",
                 ),
                 "The checks": {
-                    "method": Option(Literal["influence", "regression"], "influence", _CHECKED),
+                    "method": Option(
+                        Literal["influence", "regression"],
+                        "influence",
+                        "The method that is checked, one at a time.",
+                        (CHECK, "method"),
+                    ),
                     **_options("num_queries num_draws shuffle_weights", num_draws=CHECK),
                     **_options("damping relative rtol ridge"),
-                    "group_by": Option(str, None, parameters(CHECK)["group_by"].help),
+                    "group_by": Option(
+                        str, None, parameters(CHECK)["group_by"].help, (CHECK, "group_by")
+                    ),
                 },
                 "The network": common["The network"],
                 "Its training": common["Its training"],
