@@ -90,11 +90,12 @@ def _further(result: dict[str, Any]) -> dict[str, list[Row]]:
     if "counted" in result:
         return {f"_{part}": _of_records(result[part]) for part in ("counted", "sent")}
     if "slopes" in result:
-        return {
-            "_spread": _of_records(result["spread"]),
-            "_coverage": _of_ekfac(result["coverage"], ()),
-            **{f"_by_scores_of_{m}": crossed(result, m) for m in ("loss", "simplified_elbo")},
-        }
+        measured = ("loss", "simplified_elbo")
+        found = {f"_by_scores_{m}": crossed(result, m) for m in measured}
+        found["_spread"] = _of_records(result["spread"])
+        if result["coverage"]:  # of several problems
+            found["_coverage"] = _of_ekfac(result["coverage"], ())
+        return found
     if "by_kind" not in result:
         return {}
     whole: list[Row] = [("", "relative error"), *result["whole"].items()]

@@ -280,14 +280,15 @@ def main() -> None:
                     found["slopes"].append(of | {"method": label} | rounded(slopes))
                     pair = changes.relative(z_QH, m, own)
                     pairs.setdefault((kind, measured, label), {})[name] = pair
-    found["coverage"] = [
-        dict(zip(("queries", "measured", "method"), key, strict=True)) | rounded(row)
-        for key, by_problem in pairs.items()
-        for row in covered(by_problem)
-    ]
-    settings = {"draws": options.draws, "resamples": options.resamples, "share": SHARE}
-    dampings = {label: key_of(damping) for label, (_, damping) in CURVATURES.items()}
-    report(options, "calibration", __doc__, {**settings, "dampings": dampings, **found})
+        # after each problem, as one takes long
+        found["coverage"] = [
+            dict(zip(("queries", "measured", "method"), key, strict=True)) | rounded(row)
+            for key, by_problem in pairs.items()
+            for row in covered(by_problem)
+        ]
+        settings = {"draws": options.draws, "resamples": options.resamples, "share": SHARE}
+        dampings = {label: key_of(damping) for label, (_, damping) in CURVATURES.items()}
+        report(options, "calibration", __doc__, {**settings, "dampings": dampings, **found})
 
 
 def rounded(row: dict[str, Any]) -> dict[str, Any]:
