@@ -9,7 +9,7 @@ Legend: N training images, Q queries, M measurements.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,7 +50,7 @@ class AdapterProblem(Problem):
         width: The pipeline's.
     """
 
-    captions: Callable[[], list[str]] = list
+    captions: Callable[[], Sequence[str]] = tuple
     rank: int = 4
     rate: float = 1e-2
     width: int = 32
@@ -195,6 +195,7 @@ PROBLEMS: dict[str, Problem] = {
                 _styles,
                 name="tiny-adapter",
                 make_network=lambda: _with_adapter(8, 2),
+                rank=2,
                 num_train=12,
                 steps=10,
                 batch=4,
