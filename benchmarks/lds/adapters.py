@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -60,14 +61,14 @@ class AdapterProblem(Problem):
         """The pipeline, without an adapter."""
         return pipeline(self.width)
 
-    @property
+    @cached_property
     def description(self) -> dict[str, Any]:
         """Describe what retrained adapters depend on, as plain values."""
         own = {"steps": self.steps, "rank": self.rank, "rate": self.rate}
         depends = digest_of(self.pipeline.unet.state_dict(), *super().data(), TARGETS)
         return {**super().description, **own, "data": depends}
 
-    @property
+    @cached_property
     def params(self) -> list[str]:
         """The names of the adapter's parameters."""
         return list(self.kept(self.make_network()))
