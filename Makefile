@@ -108,6 +108,8 @@ lds-retrain: $(VENV)/.installed-bench  ## the linear data-modelling score from n
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem digits
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem fashion
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem photographs
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem styles
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem dreambooth
 
 lds-lengths: $(VENV)/.installed-bench  ## retraining against the training's length: two core-hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.lengths
@@ -117,6 +119,8 @@ lds: $(VENV)/.installed-bench  ## the linear data-modelling score, from kept ret
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem digits
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem fashion
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem photographs
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem styles
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem dreambooth
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.draws
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.checks
 

@@ -24,9 +24,9 @@ from benchmarks.lds import (
     retrain,
     unlearning,
 )
-from benchmarks.lds.evaluate import AT_LATE_CHECKPOINTS, RANKS, earlier
-from benchmarks.lds.methods import METHODS
-from benchmarks.lds.problems import PROBLEMS
+from benchmarks.lds.adapters import PROBLEMS
+from benchmarks.lds.evaluate import AVERAGED, RANKS, earlier
+from benchmarks.lds.methods import METHODS, Setting, same_words
 from benchmarks.lds.remove import jobs, relative_change
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression
 from curvlinops_diffusion.validation import linear_datamodelling_score
@@ -77,9 +77,9 @@ class Here:
         return multiprocessing.dummy.Pool(1)
 
 
-def run(program, *arguments):
+def run(program, *arguments, problem="tiny"):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sys, "argv", [program.__name__, "--problem", "tiny", *map(str, arguments)])
+        patched.setattr(sys, "argv", [program.__name__, "--problem", problem, *map(str, arguments)])
         patched.setattr("multiprocessing.get_context", Here)
         program.main()
 
@@ -228,6 +228,34 @@ def test_unlearning(retrained, tmp_path):
     assert found["EK-FAC steps, 1"] == found["derivative"]
 
 
+def test_adapters(tmp_path):
+    """Kept are the adapter's weights alone, and scores are of these."""
+    problem, folder = PROBLEMS["tiny-adapter"], ("--work", tmp_path, "--output", tmp_path)
+    run(retrain, *folder, problem=problem.name)
+    setting, (_, tensors) = evaluate.setting_of(problem, tmp_path, 2)
+    second = retrain.weights_under("second/", tensors)
+    queries = problem.queries(tensors["generated"])
+    networks = problem.pipeline.unet, problem.loaded(setting.weights), problem.loaded(second)
+    measured = torch.stack([problem.measured(network, queries) for network in networks])
+    assert torch.allclose(measured, tensors["base_first_second"], rtol=1e-5)
+    sizes = [z.numel() for z in setting.weights.values()]
+    assert setting.J_train.shape == (12, sum(sizes))
+    assert sum(sizes) < sum(z.numel() for z in problem.pipeline.unet.parameters()) / 4
+    wanted = ["EK-FAC", "same words", "kernel regression on latents, squared"]
+    options = ("--retrained", tmp_path, "--draws", 2, "--resamples", 3, "--methods", *wanted)
+    run(evaluate, *folder, *options, problem=problem.name)
+    rows = json.loads((tmp_path / "lds_tiny-adapter_cpu.json").read_text())["methods"]
+    assert {row["method"] for row in rows} == set(wanted)
+
+
+def test_words_in_common():
+    train, asked = PROBLEMS["tiny-adapter"].words()
+    ((_, scores_MQN),) = same_words(Setting(PROBLEMS["tiny-adapter"], {}, torch.zeros(0)))
+    for q, own in enumerate(asked):
+        shared = [sum(word in caption.split() for word in own.split()) for caption in train]
+        assert scores_MQN[0, q].tolist() == shared
+
+
 def test_draws_against_retraining(retrained, tmp_path):
     run(draws, "--output", tmp_path, "--retrained", retrained, "--device", "cpu")
     name = "retraining_draws_cpu.json"
@@ -256,7 +284,7 @@ def test_checks_against_retraining(retrained, tmp_path):
 @pytest.mark.slow
 def test_every_method(retrained, tmp_path):
     names, made = evaluated(retrained, tmp_path)
-    assert names == {*METHODS, *(f"{name}, late checkpoints" for name in AT_LATE_CHECKPOINTS)}
+    assert names == {*METHODS, *(f"{name}, late checkpoints" for name in AVERAGED)}
     assert len(made) == len(names)
     assert evaluated(retrained, tmp_path) == (names, made)
 

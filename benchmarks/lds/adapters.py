@@ -9,9 +9,10 @@ Legend: N training images, Q queries, M measurements.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class AdapterProblem(Problem):
         width: The pipeline's.
     """
 
-    captions: Callable[[], list[str]] = list
+    captions: Callable[[], Sequence[str]] = tuple
     rank: int = 4
     rate: float = 1e-2
     width: int = 32
@@ -60,14 +61,14 @@ class AdapterProblem(Problem):
         """The pipeline, without an adapter."""
         return pipeline(self.width)
 
-    @property
+    @cached_property
     def description(self) -> dict[str, Any]:
         """Describe what retrained adapters depend on, as plain values."""
         own = {"steps": self.steps, "rank": self.rank, "rate": self.rate}
         depends = digest_of(self.pipeline.unet.state_dict(), *super().data(), TARGETS)
         return {**super().description, **own, "data": depends}
 
-    @property
+    @cached_property
     def params(self) -> list[str]:
         """The names of the adapter's parameters."""
         return list(self.kept(self.make_network()))
@@ -195,6 +196,7 @@ PROBLEMS: dict[str, Problem] = {
                 _styles,
                 name="tiny-adapter",
                 make_network=lambda: _with_adapter(8, 2),
+                rank=2,
                 num_train=12,
                 steps=10,
                 batch=4,

@@ -10,11 +10,13 @@ Legend: N training images, Q queries, M measurements, H halves, S seeds.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ RANKS = FileKind("ranks", "ranks of predictions", "Evaluate all methods.")
 DEFAULT = "1e-08"
 # differences to it are reported, with intervals of their own
 REFERENCE = "EK-FAC"
-AT_LATE_CHECKPOINTS = ("EK-FAC",)
+AVERAGED = ("EK-FAC",)
 
 # ---------------------------------------------------------------------------------------------
 # Predictions
@@ -118,17 +120,26 @@ def setting_of(
     return Setting(problem, weights, tensors["generated"], draws), (header, tensors)
 
 
-def at_late_checkpoints(
-    run: Callable[[Setting], Scores], last: Setting, tensors: dict[str, Tensor]
-) -> Scores:
-    """Scores averaged over checkpoints before the end of training, and the end."""
-    early = (weights_under(f"late/{fraction}/", tensors) for fraction in LATE)
-    settings = [*(Setting(last.problem, w, last.generated, last.draws) for w in early), last]
+def averaged(run: Callable[[Setting], Scores], settings: Sequence[Setting]) -> Scores:
+    """Scores averaged over networks."""
     totals: dict[float | str, Tensor] = {}
     for setting in settings:
         for damping, scores in run(setting):
             totals[damping] = totals.get(damping, torch.zeros_like(scores)) + scores
     yield from ((damping, total / len(settings)) for damping, total in totals.items())
+
+
+def other_networks(first: Setting, tensors: Mapping[str, Tensor]) -> dict[str, list[Setting]]:
+    """Networks over which scores are averaged: late checkpoints, and a second training if any."""
+
+    def setting(prefix: str) -> Setting:
+        return replace(first, weights=weights_under(prefix, tensors))
+
+    found = {"late checkpoints": [*(setting(f"late/{fraction}/") for fraction in LATE), first]}
+    second = setting("second/")
+    if second.weights:
+        found |= {"second training": [second], "two trainings": [first, second]}
+    return found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -224,9 +235,10 @@ def main() -> None:
     measured = {cell: values[:, :, m, own].transpose(0, 1) for cell, (m, own) in cells.items()}
     networks = digest_of(setting.weights, setting.generated, halves)
     runs = {name: (run(setting), run) for name, run in methods_for(problem).items()}
-    for name in AT_LATE_CHECKPOINTS:
-        late = at_late_checkpoints(METHODS[name], setting, tensors)
-        runs[f"{name}, late checkpoints"] = late, METHODS[name]
+    for name, (label, settings) in itertools.product(
+        AVERAGED, other_networks(setting, tensors).items()
+    ):
+        runs[f"{name}, {label}"] = averaged(METHODS[name], settings), METHODS[name]
     wanted = [] if options.again else options.methods or list(runs)
     rows: list[dict[str, Any]] = []
     ranks: dict[str, Tensor] = {}

@@ -88,13 +88,15 @@ def picture(
     return torch.where(inside, one * mixed + other * (1 - mixed), ground)
 
 
-def pictures(captions: Iterable[str], seed: int) -> Tensor:
+@lru_cache
+def pictures(captions: tuple[str, ...], seed: int) -> Tensor:
     """Pictures of captions such as ``'striped disc'``, ``[N, 3, 16, 16]``."""
     generator = torch.Generator().manual_seed(seed)
     words = (caption.split() for caption in captions)
     return torch.stack([picture(style, shape, generator) for style, shape in words])
 
 
+@lru_cache
 def things(count: int, seed: int) -> Tensor:
     """Pictures of one thing in many places, ``[N, 3, 16, 16]``."""
     generator = torch.Generator().manual_seed(seed)
@@ -102,10 +104,10 @@ def things(count: int, seed: int) -> Tensor:
     return torch.stack([picture("ringed", "cross", generator, colours) for _ in range(count)])
 
 
-def all_captions(styles: Sequence[str], count: int) -> list[str]:
+def all_captions(styles: Sequence[str], count: int) -> tuple[str, ...]:
     """Captions of every style and shape in turn."""
     S = len(styles)
-    return [f"{styles[n % S]} {SHAPES[n // S % len(SHAPES)]}" for n in range(count)]
+    return tuple(f"{styles[n % S]} {SHAPES[n // S % len(SHAPES)]}" for n in range(count))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -267,6 +269,8 @@ def pipeline(width: int = 32) -> TextToImage:
                 if k.startswith(f"{part}/")
             }
             getattr(made, part).load_state_dict(own)
+    else:
+        made.autoencoder.fit(pictures(all_captions(STYLES, 20), seed=1))
     for part in PARTS:
         getattr(made, part).eval().requires_grad_(False)
     return made
