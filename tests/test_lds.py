@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks.lds import against_length, draws, evaluate, lengths, remove, retrain
-from benchmarks.lds.evaluate import AT_LATE_CHECKPOINTS, RANKS, earlier
+from benchmarks.lds.evaluate import AT_LATE_CHECKPOINTS, OF_TWO_TRAININGS, RANKS, earlier
 from benchmarks.lds.methods import METHODS
 from benchmarks.lds.problems import PROBLEMS
 from benchmarks.lds.remove import jobs, relative_change
@@ -180,7 +180,8 @@ def test_draws_against_retraining(retrained, tmp_path):
 @pytest.mark.slow
 def test_every_method(retrained, tmp_path):
     names, made = evaluated(retrained, tmp_path)
-    assert names == {*METHODS, *(f"{name}, late checkpoints" for name in AT_LATE_CHECKPOINTS)}
+    late = (f"{name}, late checkpoints" for name in AT_LATE_CHECKPOINTS)
+    assert names == {*METHODS, *late, *(f"{name}, two trainings" for name in OF_TWO_TRAININGS)}
     assert len(made) == len(names)
     assert evaluated(retrained, tmp_path) == (names, made)
 

@@ -44,6 +44,7 @@ DEFAULT = "1e-08"
 # differences to it are reported, with intervals of their own
 REFERENCE = "EK-FAC"
 AT_LATE_CHECKPOINTS = ("EK-FAC",)
+OF_TWO_TRAININGS = (REFERENCE, "K-FAC, regression on loss and squared prediction")
 
 # ---------------------------------------------------------------------------------------------
 # Predictions
@@ -113,12 +114,15 @@ def setting_of(
     return Setting(problem, weights, tensors["generated"], draws), (header, tensors)
 
 
-def at_late_checkpoints(
-    run: Callable[[Setting], Scores], last: Setting, tensors: dict[str, Tensor]
+def averaged(
+    run: Callable[[Setting], Scores],
+    last: Setting,
+    tensors: dict[str, Tensor],
+    prefixes: Sequence[str],
 ) -> Scores:
-    """Scores averaged over checkpoints before the end of training, and the end."""
-    early = (weights_under(f"late/{fraction}/", tensors) for fraction in LATE)
-    settings = [*(Setting(last.problem, w, last.generated, last.draws) for w in early), last]
+    """Scores averaged over networks that are kept under some prefixes, and the last."""
+    others = (weights_under(prefix, tensors) for prefix in prefixes)
+    settings = [*(Setting(last.problem, w, last.generated, last.draws) for w in others), last]
     totals: dict[float | str, Tensor] = {}
     for setting in settings:
         for damping, scores in run(setting):
@@ -219,9 +223,13 @@ def main() -> None:
     measured = {cell: values[:, :, m, own].transpose(0, 1) for cell, (m, own) in cells.items()}
     networks = digest_of(setting.weights, setting.generated, halves)
     runs = {name: (run(setting), run) for name, run in METHODS.items()}
-    for name in AT_LATE_CHECKPOINTS:
-        late = at_late_checkpoints(METHODS[name], setting, tensors)
-        runs[f"{name}, late checkpoints"] = late, METHODS[name]
+    late = [f"late/{fraction}/" for fraction in LATE]
+    several = [(name, "late checkpoints", late) for name in AT_LATE_CHECKPOINTS]
+    if any(key.startswith("second/") for key in tensors):  # older files have none
+        several += [(name, "two trainings", ["second/"]) for name in OF_TWO_TRAININGS]
+    for name, label, prefixes in several:
+        scores = averaged(METHODS[name], setting, tensors, prefixes)
+        runs[f"{name}, {label}"] = scores, METHODS[name]
     wanted = [] if options.again else options.methods or list(runs)
     rows: list[dict[str, Any]] = []
     ranks: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Problems on which networks are retrained: digits, Fashion-MNIST, and patches of photographs.
+"""Problems on which networks are retrained: digits, Fashion-MNIST, photographs, textures, faces.
 
 Legend: N training images, Q queries, M measurements.
 """
@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from skimage import data
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, mse_loss, pixel_unshuffle
+from torch.nn.functional import avg_pool2d, interpolate, mse_loss, pixel_unshuffle
 
 from benchmarks.lds.fashion import fashion
 from benchmarks.problems import example, patches, photographs, separate_patches
@@ -181,6 +182,30 @@ def _overlapping_patches() -> Tensor:
     return patches(part, size=8, stride=4)
 
 
+def _texture_patches(size: int, region: int, count: int) -> Tensor:
+    """Patches at random places of brick, grass and gravel, ``[3 count, 1, size, size]``.
+
+    Each texture at half of its size, with mean zero and a standard deviation of one half. The
+    places are anywhere in a square of ``region`` pixels: patches show much in common, but seldom at
+    the same pixels.
+    """
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for texture in (data.brick(), data.grass(), data.gravel()):
+        small = avg_pool2d(torch.from_numpy(texture).float()[None], 2)[:, :region, :region]
+        small = ((small - small.mean()) / (2 * small.std())).clamp(-1, 1)
+        every = patches(small, size, 1)
+        found.append(every[torch.randperm(len(every), generator=generator)[:count]])
+    return torch.cat(found)
+
+
+def _faces() -> Tensor:
+    """100 faces and 100 other clippings of Labeled Faces in the Wild, ``[200, 1, 16, 16]``."""
+    images = torch.from_numpy(data.lfw_subset()).float()[:, None]
+    small = interpolate(images, (16, 16), mode="bilinear", antialias=True, align_corners=False)
+    return 2 * small.clamp(0, 1) - 1
+
+
 def _in_patches(images: Tensor) -> Tensor:
     """Patches of 2×2 pixels as channels, as a network with such patches sees them.
 
@@ -236,6 +261,28 @@ PROBLEMS = {
             batch=64,
             num_halves=32,
             constant_rate=True,
+        ),
+        Problem(
+            "textures",
+            lambda: _in_patches(_texture_patches(16, 48, 40)),
+            lambda: _unet(8, 4, (16, 32)),
+            num_train=72,
+            steps=1200,
+            batch=16,
+            num_halves=32,
+            num_queries=48,
+            compiled=True,
+        ),
+        Problem(
+            "faces",
+            lambda: _in_patches(_faces()),
+            lambda: _unet(8, 4, (16, 32)),
+            num_train=120,
+            steps=1200,
+            batch=16,
+            num_halves=32,
+            num_queries=48,
+            compiled=True,
         ),
         # to see that the programs run
         replace(

@@ -68,7 +68,10 @@ def run_all(
 
 
 def base(problem: Problem, work: Path) -> dict[str, Tensor]:
-    """The network trained on all images, its late checkpoints (float16), and its samples."""
+    """The network trained on all images, its late checkpoints, a second one, and its samples.
+
+    The late ones, and the second, of another seed, are kept in float16.
+    """
     path = work / "base.safetensors"
     if not is_kept(NETWORKS, path, problem=problem.description):
         late: dict[str, Tensor] = {}
@@ -83,7 +86,9 @@ def base(problem: Problem, work: Path) -> dict[str, Tensor]:
         weights = {f"weights/{k}": v.contiguous() for k, v in network.state_dict().items()}
         samples = problem.trajectories(network)[-1].contiguous()
         header = {"problem": problem.description}
-        NETWORKS.write(path, {**weights, **late, "generated": samples}, header)
+        again = problem.trained(problem.data()[0], problem.steps, 101)
+        second = {f"second/{k}": v.half().contiguous() for k, v in again.state_dict().items()}
+        NETWORKS.write(path, {**weights, **late, **second, "generated": samples}, header)
     return load_file(path)
 
 
