@@ -98,7 +98,6 @@ lds-retrain: $(VENV)/.installed-bench  ## the linear data-modelling score from n
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem fashion
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem photographs
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem textures
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem faces
 
 lds-lengths: $(VENV)/.installed-bench  ## retraining against the training's length: two core-hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.lengths
@@ -109,7 +108,6 @@ lds: $(VENV)/.installed-bench  ## the linear data-modelling score, from kept ret
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem fashion
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem photographs
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem textures
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem faces
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.draws
 
 lds-remove: $(VENV)/.installed-bench  ## retraining without the most helpful digits: five core-hours

@@ -1,4 +1,4 @@
-"""Problems on which networks are retrained: digits, Fashion-MNIST, photographs, textures, faces.
+"""Problems on which networks are retrained: digits, Fashion-MNIST, photographs and textures.
 
 Legend: N training images, Q queries, M measurements.
 """
@@ -14,7 +14,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from skimage import data
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, interpolate, mse_loss, pixel_unshuffle
+from torch.nn.functional import avg_pool2d, mse_loss, pixel_unshuffle
 
 from benchmarks.lds.fashion import fashion
 from benchmarks.problems import example, patches, photographs, separate_patches
@@ -199,13 +199,6 @@ def _texture_patches(size: int, region: int, count: int) -> Tensor:
     return torch.cat(found)
 
 
-def _faces() -> Tensor:
-    """100 faces and 100 other clippings of Labeled Faces in the Wild, ``[200, 1, 16, 16]``."""
-    images = torch.from_numpy(data.lfw_subset()).float()[:, None]
-    small = interpolate(images, (16, 16), mode="bilinear", antialias=True, align_corners=False)
-    return 2 * small.clamp(0, 1) - 1
-
-
 def _in_patches(images: Tensor) -> Tensor:
     """Patches of 2×2 pixels as channels, as a network with such patches sees them.
 
@@ -269,18 +262,7 @@ PROBLEMS = {
             num_train=72,
             steps=1200,
             batch=16,
-            num_halves=32,
-            num_queries=48,
-            compiled=True,
-        ),
-        Problem(
-            "faces",
-            lambda: _in_patches(_faces()),
-            lambda: _unet(8, 4, (16, 32)),
-            num_train=120,
-            steps=1200,
-            batch=16,
-            num_halves=32,
+            num_halves=20,
             num_queries=48,
             compiled=True,
         ),
