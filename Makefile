@@ -110,6 +110,7 @@ lds-retrain: $(VENV)/.installed-bench  ## the linear data-modelling score from n
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem photographs
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem styles
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem dreambooth
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem textures
 
 lds-lengths: $(VENV)/.installed-bench  ## retraining against the training's length: two core-hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.lengths
@@ -121,6 +122,7 @@ lds: $(VENV)/.installed-bench  ## the linear data-modelling score, from kept ret
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem photographs
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem styles
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem dreambooth
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem textures
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.draws
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.checks
 

@@ -36,10 +36,10 @@ def _table() -> str:
     """Linear data-modelling scores of the loss."""
     labels: list[object] = []
     columns: list[list[object]] = []
-    for path in sorted(RESULTS.glob("lds_*_cpu.json")):
+    for name, problem in PROBLEM_NAMES.items():
+        path = RESULTS / f"lds_{name}_cpu.json"
         head, *rows = lds_cells(json.loads(path.read_text()), METHODS)
         labels = ["", *(row[0] for row in rows)]
-        problem = PROBLEM_NAMES[path.stem.split("_")[1]]
         for column, cell in enumerate(head):
             if str(cell).startswith("loss, "):
                 title = f"{problem}, {str(cell).removeprefix('loss, ')}"

@@ -21,7 +21,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from benchmarks.lds import problems
-from benchmarks.lds.problems import Data, Problem
+from benchmarks.lds.problems import SECOND_SEED, Data, Problem
 from benchmarks.lds.text_to_image import (
     STYLES,
     TextToImage,
@@ -37,7 +37,6 @@ from curvlinops_diffusion.runtime.digests import digest_of
 
 #: Layers that have an adapter: those of attention, as in diffusers' scripts, and convolutions.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
-SECOND_SEED = 101
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Problems on which networks are retrained: digits, Fashion-MNIST, and patches of photographs.
+"""Problems on which networks are retrained: digits, Fashion-MNIST, photographs and textures.
 
 Legend: N training images, Q queries, M measurements.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from skimage import data
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, mse_loss, pixel_unshuffle
 from torch.utils._pytree import tree_map
@@ -25,6 +26,7 @@ from curvlinops_diffusion.runtime.digests import digest_of
 SEEDS = 2
 MEASUREMENTS = ("loss", "simplified_elbo")
 MEASURED_SEED = 12345
+SECOND_SEED = 101
 LATE = (0.7, 0.8, 0.9)  # of the training, at which its weights are kept as well
 LEARNING_RATE = 2e-3
 
@@ -170,8 +172,9 @@ class Problem:
         return self.trajectories(network)[-1].contiguous()
 
     def beside(self, network: UNet2DModel, generated: Tensor) -> dict[str, Tensor]:
-        """What is kept beside the network and its samples."""
-        return {}
+        """What is kept beside the network and its samples: a second training's weights, float16."""
+        second = self.trained(self.data()[0], self.steps, SECOND_SEED).state_dict()
+        return {f"second/{name}": z.half().contiguous() for name, z in second.items()}
 
     def trajectories(self, network: UNet2DModel) -> Tensor:
         """Sampling by DDPM: the noised images and then the image, ``[1001, Q, C, H, W]``."""
@@ -235,6 +238,23 @@ def _overlapping_patches() -> Tensor:
     return patches(part, size=8, stride=4)
 
 
+def _texture_patches(size: int, region: int, count: int) -> Tensor:
+    """Patches at random places of brick, grass and gravel, ``[3 count, 1, size, size]``.
+
+    Each texture at half of its size, with mean zero and a standard deviation of one half. The
+    places are anywhere in a square of ``region`` pixels: patches show much in common, but seldom at
+    the same pixels.
+    """
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for texture in (data.brick(), data.grass(), data.gravel()):
+        small = avg_pool2d(torch.from_numpy(texture).float()[None], 2)[:, :region, :region]
+        small = ((small - small.mean()) / (2 * small.std())).clamp(-1, 1)
+        every = patches(small, size, 1)
+        found.append(every[torch.randperm(len(every), generator=generator)[:count]])
+    return torch.cat(found)
+
+
 def _in_patches(images: Tensor) -> Tensor:
     """Patches of 2×2 pixels as channels, as a network with such patches sees them.
 
@@ -290,6 +310,17 @@ PROBLEMS = {
             batch=64,
             num_halves=32,
             constant_rate=True,
+        ),
+        Problem(
+            "textures",
+            lambda: _in_patches(_texture_patches(16, 48, 40)),
+            lambda: _unet(8, 4, (16, 32)),
+            num_train=72,
+            steps=1200,
+            batch=16,
+            num_halves=20,
+            num_queries=48,
+            compiled=True,
         ),
         # to see that the programs run
         replace(

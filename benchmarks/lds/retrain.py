@@ -69,7 +69,10 @@ def run_all(
 
 
 def base(problem: Problem, work: Path) -> dict[str, Tensor]:
-    """The network trained on all images, its late checkpoints (float16), and its samples."""
+    """The network trained on all images, its late checkpoints, a second one, and its samples.
+
+    The late ones, and the second, of another seed, are kept in float16.
+    """
     path = work / "base.safetensors"
     if not is_kept(NETWORKS, path, problem=problem.description):
         late: dict[str, Tensor] = {}

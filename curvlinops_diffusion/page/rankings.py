@@ -195,6 +195,6 @@ def meaning(
         )
     return (
         f"{start} the predicted change of the query's {what}{share}{ppm}, had the model been "
-        f"trained without that image, one of {num_train:,}. Networks that were trained anew changed "
-        "5 to 60 times less: compare these sizes, do not read them."
+        f"trained without that image, one of {num_train:,}. Networks that were trained anew "
+        "changed 5 to 60 times less: compare these sizes, do not read them."
     )
