@@ -185,7 +185,7 @@ def meaning(
         return (
             f"{start} its part in a kernel regression of the query's {what}, and of the variance "
             f"of the prediction, on {num_train:,} images: only the order of these numbers means "
-            "something, not their size, unless held-out images are given."
+            "something, not their size, which takes held-out images (a hundred or more) to tell."
         )
     if not Method(method).takes_draws:
         return (
@@ -195,6 +195,6 @@ def meaning(
         )
     return (
         f"{start} the predicted change of the query's {what}{share}{ppm}, had the model been "
-        f"trained without that image, one of {num_train:,}. Networks that were trained anew changed "
-        "5 to 60 times less: compare these sizes, do not read them."
+        f"trained without that image, one of {num_train:,}. Networks that were trained anew "
+        "changed 5 to 60 times less: compare these sizes, do not read them."
     )
