@@ -49,8 +49,8 @@ class GroupInfluence:
     Attributes:
         query: The query's name.
         group: The group's.
-        sum: The sum of its images' scores: of ``influence`` the predicted change of the measured
-            value had the model been trained without any of them, to first order (Koh et al., 2019).
+        sum: The sum of its images' scores: where these are predicted changes of the measured value,
+            that had the model been trained without any of them, to first order (Koh et al., 2019).
         count: How many images it has.
         mean: The sum of one image, on average.
         share: The sum as a share of the query's measured value; ``None`` where that is not known.
@@ -79,9 +79,10 @@ class Attribution:
     """Scores of every training image for every query.
 
     Attributes:
-        scores: The scores of the first method, ``[Q, N]``. Of ``influence``, predicted changes of
-            the measured value had the model been trained without the image; those of the
-            other methods have no unit, only their order says something.
+        scores: The scores of the first method, ``[Q, N]``. Of ``influence``, and of ``regression``
+            with held-out images that tell the generalisation gap, predicted changes of the measured
+            value had the model been trained without the image; of others, only their order says
+            something.
         by_method: The scores of each method, of which the first orders; in files if each process
             has written its own.
         halves: Those of two halves of the draws, by method; ``None`` where the draws cannot be

@@ -56,8 +56,8 @@ from curvlinops_diffusion.runtime.files import check_file_name, check_space
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
 from curvlinops_diffusion.runtime.processes import Processes
 
-# draws of each image from which the generalisation gap is estimated
-_GAP_DRAWS = 32
+#: Draws of each image from which the generalisation gap is estimated.
+GAP_DRAWS = 32
 OPERATORS = {"ekfac": DiffusionEKFACLinearOperator, "kfac": DiffusionKFACLinearOperator}
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -319,12 +319,15 @@ class Attributor:
             network.objective, train, network.params, augmented_conditions=beside, **options
         )
 
-        def opened(queries: Any, **beside: Any) -> Any:
+        def opened(queries: Any, what: str, **beside: Any) -> Any:
             if _is_same_folder(queries, images):
-                raise ValueError(
-                    f"`queries` '{queries}' holds the training images. Pass the images to explain; "
-                    "for the influence of training images on themselves, self_influence_scores."
+                advice = (
+                    "images like them that training has not seen"
+                    if what == "held_out"
+                    else "the images to explain; for the influence of training images on "
+                    "themselves, self_influence_scores"
                 )
+                raise ValueError(f"`{what}` '{queries}' holds the training images. Pass {advice}.")
             return open_images(queries, form, condition, train, layout=layout, **beside)
 
         found._open = opened
@@ -378,7 +381,11 @@ class Attributor:
         return ExampleGradientLinearOperator(regression, self._covered, measurement=measurement)
 
     def methods(
-        self, method: str | Iterable[str] | None, measurement: str, num_draws: int | Literal["auto"]
+        self,
+        method: str | Iterable[str] | None,
+        measurement: str,
+        num_draws: int | Literal["auto"],
+        held_out: Any = None,
     ) -> list[Method]:
         """The methods by which :meth:`score` would score, checked before anything is computed.
 
@@ -386,27 +393,26 @@ class Attributor:
             method: As for :meth:`score`, and so are the others.
             measurement: Likewise.
             num_draws: Likewise.
+            held_out: Likewise.
 
         Raises:
-            ValueError: If there is no such method, or it is not for what is measured or drawn.
+            ValueError: If there is no such method, or it is not for what is measured or drawn, or
+                held-out images are none of its arguments.
         """
-        return methods_named(method, measurement, num_draws, self.gradients(num_draws=2))
+        some = self.regression.draws.rounded_up(2)
+        found = methods_named(method, measurement, num_draws, self.gradients(num_draws=some))
+        if held_out is not None and Method.REGRESSION not in found:
+            raise ValueError(
+                "`held_out` gives the scores of 'regression' their unit, got `method` "
+                f"{', '.join(each.value for each in found)}. Add 'regression', or leave it out."
+            )
+        return found
 
-    def _gap(
-        self, unseen: ExampleGradientLinearOperator, passes: PassOptions
-    ) -> GeneralisationGap | None:
-        """Estimate the generalisation gap; ``None``, and a warning, if it is not told from zero."""
-        seen = self._gradients_of(self._data, _GAP_DRAWS, "loss")  # shown as queries are
-        found = generalisation_gap(seen, unseen, passes)
-        if found.is_told:
-            return found
-        warnings.warn(
-            f"The held-out images' loss exceeds that of the training images by {found}: not told "
-            "from zero. Scores of 'regression' stay without a unit. Pass more images that training "
-            "has not seen.",
-            stacklevel=2,
-        )
-        return None
+    def _gap(self, unseen: ExampleGradientLinearOperator, passes: PassOptions) -> GeneralisationGap:
+        """Estimate the generalisation gap."""
+        # shown as queries are
+        seen = self._gradients_of(self._data, unseen.regression.num_draws, "loss")
+        return generalisation_gap(seen, unseen, passes)
 
     @property
     def _covered(self) -> Parameters:
@@ -564,8 +570,9 @@ class Attributor:
                 ``'influence'``, those that the curvature predicts; to compare with, ``'pixels'`` or
                 ``'latents'``, which look at the images alone. Of several, out of one pass over the
                 training images, the first orders and all are shown. ``None`` for the regression,
-                or for influence where the regression would take more than five passes over the
-                training images, as all their gradients are compared, or is not of a loss.
+                which compares all training images' gradients, where these take 4 GiB at most, of
+                20,000 images at most, and lower values of what is measured are better; else for
+                influence.
             measurement: What is measured at the queries.
             damping: What is added to the curvature's eigenvalues before it is inverted.
             relative: Take the damping in units of each block's mean eigenvalue.
@@ -599,12 +606,7 @@ class Attributor:
         path = None if output is None else Path(output)
         if path is not None:
             check_file_name(path, ".safetensors")
-        methods = self.methods(method, measurement, num_draws)
-        if held_out is not None and Method.REGRESSION not in methods:
-            raise ValueError(
-                "`held_out` gives the scores of 'regression' their unit, got `method` "
-                f"{', '.join(each.value for each in methods)}. Add 'regression', or leave it out."
-            )
+        methods = self.methods(method, measurement, num_draws, held_out)
         # images alone need no curvature; one that is there belongs to the run all the same
         of_curvature = any(each.takes_draws for each in methods)
         operator = self.operator if of_curvature else self._operator
@@ -620,7 +622,8 @@ class Attributor:
         train, query = J_train.regression, J_query.regression
         unseen = None
         if held_out is not None:
-            unseen = self._gradients_of(self.opened(held_out), _GAP_DRAWS, "loss")
+            own = self.opened(held_out, what="held_out")
+            unseen = self._gradients_of(own, self.regression.draws.rounded_up(GAP_DRAWS), "loss")
         shown = _gallery(asked_of, query)
         asked = {"measurement": measurement, **inversion}
         if methods != [Method.INFLUENCE]:
@@ -638,7 +641,9 @@ class Attributor:
         }
         if path is not None and is_same_run(path, identity, overwrite):
             self._forget(path)
-            return Attribution.load(path, self.images, shown)
+            loaded = Attribution.load(path, self.images, shown)
+            _warn_if_untold(GeneralisationGap.of_header(loaded.header))
+            return loaded
         if path is not None:
             size = query.num_data * train.num_data * self.objective.working_dtype.itemsize
             check_space(path.parent, 3 * size, "The scores, and those of halves,")
@@ -676,6 +681,7 @@ class Attributor:
             header["values"] = plain_numbers(values_Q)
             gap = None if unseen is None else self._gap(unseen, passes)
             if gap is not None:
+                _warn_if_untold(gap)
                 header["gap"] = asdict(gap)
             operators = (J_query, inverse, J_train)
             blocks: dict[str, Any] = {"query_block": query_block, "passes": passes}
@@ -683,7 +689,7 @@ class Attributor:
                 assert path is not None
                 blocks |= {"halves": halved, "header": header}
                 return StoredScores.create(path, *operators, **blocks)
-            scale = 1.0 if gap is None else gap.value
+            scale = gap.value if gap is not None and gap.is_told else 1.0
             return scores_of(methods, *operators, ridge=ridge, gap=scale, **blocks)
 
         found = self._going_on("score", path, overwrite, run)
@@ -710,20 +716,27 @@ class Attributor:
         *,
         prompts: str | Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
+        what: Literal["queries", "held_out"] = "queries",
     ) -> Any:
-        """Open queries and check them, before anything is computed; :meth:`score` takes them.
+        """Open images and check them, before anything is computed; :meth:`score` takes them.
 
         Args:
             queries: As for :meth:`score`, and so are the others.
             prompts: Likewise.
             labels: Likewise.
+            what: Which of its arguments they are.
 
         Raises:
             ValueError: If they are not what the network takes, or are the training images.
         """
         if self._open is not None:
             is_open = hasattr(queries, "source_digests")
-            return queries if is_open else self._open(queries, prompts=prompts, labels=labels)
+            if is_open:
+                return queries
+            found = self._open(queries, prompts=prompts, labels=labels, what=what)
+            if what == "held_out":
+                _check_unseen(found, self.images)
+            return found
         if prompts is not None or labels is not None:
             raise ValueError(
                 "`prompts` and `labels` are for an attributor of a pipeline. Pass queries in the "
@@ -844,6 +857,31 @@ def _gallery(data: Any, regression: NoisedRegression) -> Any:
 def _drawn(regression: NoisedRegression, num_draws: int) -> NoisedRegression:
     """The problem with so many draws, in antithetic pairs where their number is even."""
     return regression.with_draws(num_draws, antithetic=num_draws % 2 == 0)
+
+
+def _check_unseen(held_out: Any, train: Any) -> None:
+    """Check that no held-out image is a training image.
+
+    Raises:
+        ValueError: If one is.
+    """
+    known = set(train.source_digests())
+    digests = zip(held_out.names, held_out.source_digests(), strict=True)
+    if seen := [name for name, digest in digests if digest in known]:
+        raise ValueError(
+            f"`held_out` must be images that training has not seen, got {len(seen)} that are "
+            f"training images, '{seen[0]}' first. Leave them out."
+        )
+
+
+def _warn_if_untold(gap: GeneralisationGap | None) -> None:
+    if gap is not None and not gap.is_told:
+        warnings.warn(
+            f"The held-out images' loss exceeds that of the training images by {gap}: not told "
+            "from zero. Scores of 'regression' stay without a unit. Pass more images that training "
+            "has not seen.",
+            stacklevel=3,
+        )
 
 
 def _is_same_folder(one: Any, other: Any) -> bool:

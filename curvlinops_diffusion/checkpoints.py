@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial, reduce
 from os import PathLike
 from pathlib import Path
@@ -21,6 +21,8 @@ from torch import Tensor
 from curvlinops_diffusion.attribution import Attribution
 from curvlinops_diffusion.attributor import Attributor
 from curvlinops_diffusion.influence.agreement import Agreement, SplitHalfScores
+from curvlinops_diffusion.influence.gap import GeneralisationGap
+from curvlinops_diffusion.influence.methods import Method
 from curvlinops_diffusion.influence.more_draws import Overwrite, is_same_run, score_until_told
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.influence.stored_scores import StoredScores
@@ -291,12 +293,17 @@ def averaged(results: Sequence[Attribution]) -> Attribution:
     """The mean of several results of the same queries and training images.
 
     Its header is that of the last; it lists the identities of all as ``"checkpoints"``, and their
-    weights in its identity, so that it is not taken for that of the last alone.
+    weights in its identity, so that it is not taken for that of the last alone. Scores of the
+    regression are in the unit of the generalisation gap if this is told at every checkpoint.
     """
     last = results[-1]
+    gaps = [GeneralisationGap.of_header(result.header) for result in results]
+    units = [gap.value if gap is not None and gap.is_told else None for gap in gaps]
 
-    def mean(found: Sequence[Tensor | StoredScores]) -> Tensor:
-        whole = (z.whole() if isinstance(z, StoredScores) else z for z in found)
+    def mean(method: str, found: Sequence[Tensor | StoredScores]) -> Tensor:
+        whole = [z.whole() if isinstance(z, StoredScores) else z for z in found]
+        if method == Method.REGRESSION and None in units:  # of none
+            whole = [z / (unit or 1.0) for z, unit in zip(whole, units, strict=True)]
         return reduce(torch.add, whole) / len(found)
 
     def halves_of(method: str) -> SplitHalfScores | None:
@@ -304,9 +311,9 @@ def averaged(results: Sequence[Attribution]) -> Attribution:
         if len(pairs) < len(results):
             return None
         first, second = zip(*pairs, strict=True)
-        return SplitHalfScores(scores[method], mean(first), mean(second))
+        return SplitHalfScores(scores[method], mean(method, first), mean(method, second))
 
-    scores = {m: mean([result.by_method[m] for result in results]) for m in last.by_method}
+    scores = {m: mean(m, [result.by_method[m] for result in results]) for m in last.by_method}
     halves: Mapping[str, SplitHalfScores | None] = {m: halves_of(m) for m in scores}
     values = [result.header["values"] for result in results]
     identities = [result.header["identity"] for result in results]
@@ -322,6 +329,11 @@ def averaged(results: Sequence[Attribution]) -> Attribution:
             None if None in each else sum(each) / len(each) for each in zip(*values, strict=True)
         ],
     }
+    found = [asdict(gap) for gap in gaps if gap is not None]
+    if found:  # of the same images: errors do not average out
+        least = min(found, key=lambda gap: gap["value"] - 2 * gap["error"])
+        whole = {key: sum(gap[key] for gap in found) / len(found) for key in ("value", "error")}
+        header["gap"] = {**least, **(whole if None not in units else {})}
     of_first = halves[next(iter(scores))]
     if of_first is not None:
         header |= Agreement.of_halves(of_first.first, of_first.second).as_header()

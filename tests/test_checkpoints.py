@@ -85,7 +85,7 @@ def test_saved_loaded_one_at_a_time(folder, attributor, result, tmp_path):
     attributor.save(tmp_path / "curvature")
     sources = [partial(loaded, folder, name) for name in ("pipeline", "later")]
     found = Attributor.load(tmp_path / "curvature", sources, folder / "train")
-    scores = found.score(folder / "queries", **DRAWS).scores
+    scores = found.score(folder / "queries", method="influence", **DRAWS).scores
     assert_close(scores, result.scores, 1e-5)  # of influence alone, in blocks of queries
     result.report(tmp_path / "page.html")
     assert "image0.png" in (tmp_path / "page.html").read_text()

@@ -83,28 +83,32 @@ def score(options: Namespace) -> None:
         ValueError: If something is missing or does not fit together.
     """
     with opened_attributor(options, options.operator) as attributor:
-        queries = _queries(attributor, options)
+        asked = _asked(attributor, options)
         if options.dry_run or options.time:
-            given = chosen(options, SCORE)
-            return _print_cost({"": score_cost(attributor, queries, timed=options.time, **given)})
-        _score(attributor, queries, options, options.output)
+            return _print_cost({"": score_cost(attributor, timed=options.time, **asked)})
+        _score(attributor, asked, options, options.output)
 
 
-def _queries(attributor: Attributor, options: Namespace) -> Any:
-    queries = attributor.opened(options.queries)
-    say(f"Read {queries.summary()} from {options.queries}")
-    return queries
+def _asked(attributor: Attributor, options: Namespace) -> dict[str, Any]:
+    """The arguments of ``score``, its images open, which are checked before a fit."""
+    found = chosen(options, SCORE) | {"queries": options.queries}
+    for name in ("queries", "held_out"):
+        if (folder := found[name]) is not None:
+            found[name] = attributor.opened(folder, what=name)
+            say(f"Read {found[name].summary()} from {folder}")
+    return found
 
 
-def _score(attributor: Attributor, queries: Any, options: Namespace, output: Path) -> Attribution:
+def _score(
+    attributor: Attributor, asked: dict[str, Any], options: Namespace, output: Path
+) -> Attribution:
     before = _written(output)
-    arguments = chosen(options, SCORE) | {"output": output, "overwrite": options.overwrite}
-    found = attributor.score(queries, **arguments)
+    found = attributor.score(**{**asked, "output": output, "overwrite": options.overwrite})
     if before and _written(output) == before:
         say(f"'{output}' was made with the same options; nothing to do")
         return found
     sure = {} if found.agreement is None else found.agreement.as_header()
-    shape = {"queries": len(queries), "training_images": len(attributor.images.names)}
+    shape = {"queries": len(asked["queries"]), "training_images": len(attributor.images.names)}
     event("scored", file=str(output), values=found.header["values"], **shape, **sure)
     say(f"Wrote {output}: {found}")
     return found
@@ -157,13 +161,13 @@ def attribute(options: Namespace) -> None:
     if count > 1:
         say(f"{count} checkpoints: {count} times the work of one")
     with opened_attributor(options) as attributor:
-        queries = _queries(attributor, options)  # checked before anything is computed
+        asked = _asked(attributor, options)  # checked before anything is computed
         if options.group_by is not None:
             group_names(attributor.images, options.group_by)
         named = attributor.methods(options.method, options.measurement, options.num_draws)
         fits = any(each.takes_draws for each in named)  # images alone need no curvature
         if options.dry_run or options.time:
-            return _print_costs(attributor, queries, options, count, fits)
+            return _print_costs(attributor, asked, options, count, fits)
         if is_first():
             make_folder(folder)
         if distributed.is_initialized():
@@ -179,7 +183,7 @@ def attribute(options: Namespace) -> None:
             operator = operators[-1]
         else:
             attributor.run = of_run(options) | {"operator": str(operator.absolute())}
-        found = _score(attributor, queries, options, scores)
+        found = _score(attributor, asked, options, scores)
     if not is_first():
         return
     # not before: a folder of another run has been refused by now
@@ -198,13 +202,12 @@ def attribute(options: Namespace) -> None:
 
 
 def _print_costs(
-    attributor: Attributor, queries: Any, options: Namespace, count: int, fits: bool
+    attributor: Attributor, asked: dict[str, Any], options: Namespace, count: int, fits: bool
 ) -> None:
     """Print the cost of the curvature, of the scores, and of both at every checkpoint."""
     of = f" of each of {count} checkpoints" if count > 1 else ""
     fitted = _fit_cost(attributor, options, options.fit_draws)
-    given = chosen(options, SCORE)
-    scored = score_cost(attributor, queries, fitted, timed=options.time, **given)
+    scored = score_cost(attributor, fit=fitted, timed=options.time, **asked)
     costs = {f"The scores{of}": scored}
     if fits:
         costs = {f"The curvature{of}": fitted, **costs, "In all": fitted.then(scored)}
@@ -249,7 +252,8 @@ def opened_attributor(options: Namespace, operator: Path | None = None) -> Itera
         attributor.run = of_run(options)
         say(f"Read {attributor.images.summary()} from {options.data}")
         if hasattr(options, "method"):  # before the fit
-            attributor.methods(options.method, options.measurement, options.num_draws)
+            held_out = getattr(options, "held_out", None)
+            attributor.methods(options.method, options.measurement, options.num_draws, held_out)
         yield attributor
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from curvlinops_diffusion.attributor import Attributor
+from curvlinops_diffusion.attributor import GAP_DRAWS, Attributor
 from curvlinops_diffusion.cli.running import num_processes
 from curvlinops_diffusion.curvature.division import (
     batches_are_divided,
@@ -27,10 +27,11 @@ from curvlinops_diffusion.influence.kernels import SOLVED
 from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS
 from curvlinops_diffusion.influence.methods import Method
 from curvlinops_diffusion.influence.more_draws import numbers_of_draws
-from curvlinops_diffusion.influence.regression import FUNCTIONS
+from curvlinops_diffusion.influence.regression import FUNCTIONS, SINGLE_DRAWS
 from curvlinops_diffusion.influence.scores import can_be_halved
 from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.linalg.factors import eigendecomposition
+from curvlinops_diffusion.runtime.adapters import without_adapters
 from curvlinops_diffusion.runtime.passes import PLAIN
 
 #: What a cost is known by, for people.
@@ -171,6 +172,7 @@ def score_cost(
     max_draws: int,
     query_draws: int | None,
     query_block: int,
+    held_out: Any = None,
     timed: bool,
     **others: Any,
 ) -> Cost:
@@ -187,10 +189,11 @@ def score_cost(
         params, P = attributor.params, fit.parameters or 0
         itemsize = attributor.objective.working_dtype.itemsize
         curvature_bytes = fit.file_bytes // (num_processes() if attributor.passes.sharded else 1)
+    times = 1
     if isinstance(num_draws, str):  # at most, each of them anew
         numbers = numbers_of_draws(attributor.regression, max_draws)
-        num_draws = sum(numbers)
-        query_draws = None if query_draws is None else len(numbers) * query_draws
+        num_draws, times = sum(numbers), len(numbers)
+        query_draws = None if query_draws is None else times * query_draws
     train = attributor.gradients(num_draws=num_draws).regression
     draws = num_draws if query_draws is None else query_draws
     query = attributor.gradients(queries, num_draws=draws).regression
@@ -216,7 +219,13 @@ def score_cost(
         parts = [-(-some.num_data // block) for some in (train, query)]
         # all gradients once if they are held, else once for each block that they stream past
         past = 1 if parts[0] == 1 else 1 + sum(parts)
-        passes = (runs * past * train.num_samples, runs * query.num_samples)
+        singles = train.single_draws(SINGLE_DRAWS)
+        passes = (
+            runs * past * train.num_samples + times * len(singles) * singles[0].num_samples,
+            runs * query.num_samples,
+        )
+        # kernels of halves with each other, and what is solved of them
+        curvature_bytes += (2 * streams**2 * itemsize + 4 * 8) * train.num_data**2
         held = 3 * streams * min(block, max(train.num_data, query.num_data))
     else:
         blocks = -(-query.num_data // query_block)
@@ -233,12 +242,21 @@ def score_cost(
         seconds = own.once + queried.once
         seconds += (passes[0] * own.seconds + passes[1] * queried.seconds) / n
     return Cost(
-        passes[0] + calls * passes[1],
+        passes[0]
+        + calls * passes[1]
+        + times * (0 if held_out is None else _of_gap(train, held_out)),
         scores,
         scores if attributor.passes.sharded else n * scores,
         P * held * itemsize + curvature_bytes,
         seconds,
     )
+
+
+def _of_gap(train: NoisedRegression, held_out: Any) -> int:
+    """Samples of the generalisation gap, of network and base network; forward alone."""
+    with without_adapters(train.objective.model) as there_are:
+        networks = 2 if there_are else 1
+    return networks * train.draws.rounded_up(GAP_DRAWS) * (train.num_data + len(held_out))
 
 
 class _Measured(NamedTuple):

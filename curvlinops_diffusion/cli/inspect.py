@@ -53,6 +53,7 @@ def inspect(options: Namespace) -> None:
 
 def _of_scores(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     from curvlinops_diffusion.influence.agreement import Agreement  # with PyTorch
+    from curvlinops_diffusion.influence.gap import GeneralisationGap
     from curvlinops_diffusion.influence.methods import Method
     from curvlinops_diffusion.influence.stored_scores import StoredScores
 
@@ -67,7 +68,7 @@ def _of_scores(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     train, query = (side.get("regression", {}).get("num_draws", "unknown") for side in sides)
     asked = {k: v for k, v in sides[1].items() if k in ("damping", "relative", "rtol")}
     measured = sides[1].get("measurement", "loss")
-    of = header.get("checkpoints")
+    of, gap = header.get("checkpoints"), GeneralisationGap.of_header(header)
     methods = header.get("methods", ["influence"])
     not_known = "not known: that takes multiples of 4"
     if not Method(methods[0]).takes_draws:
@@ -79,6 +80,7 @@ def _of_scores(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         **_inputs(run),
         "training": _training(run),
         "measured": f"{measured}, {_settings(asked)}",
+        **({} if gap is None else {"gap": f"held-out less training loss {gap}"}),
         "draws": f"{train} for each training image, {query} for each query",
         "agreement": str(Agreement.of_header(header) or not_known),
         "written": _written(path, identity.get("operator", {}).get("versions", {})),

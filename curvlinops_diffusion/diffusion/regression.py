@@ -279,10 +279,17 @@ class NoisedRegression:
         """This problem with other draws, as many for each example."""
         return self._redrawn(self.num_draws, seed, self.draws.antithetic)
 
-    def with_fewest_draws(self) -> NoisedRegression:
-        """This problem with one draw of each example, or of each listed timestep."""
+    def single_draws(self, least: int) -> list[NoisedRegression]:
+        """Problems with one draw of each example, or of each listed timestep, by itself.
+
+        Args:
+            least: The number of draws of all examples that they have together, at least.
+        """
         own = replace(self.draws, antithetic=False, part=(0, 1))
-        return self._with(replace(own, num_draws=own.rounded_up(1)))
+        one = own.rounded_up(1)
+        count = -(-least // (one * self.num_data))
+        whole = replace(own, num_draws=count * one)
+        return [self._with(whole.divided(number, count)) for number in range(count)]
 
     def divided(self, number: int, count: int) -> NoisedRegression:
         """This problem with one of ``count`` parts of the draws of each example."""

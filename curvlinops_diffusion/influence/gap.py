@@ -5,16 +5,21 @@ Legend: N training images, H held-out images.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from curvlinops_diffusion.influence.consumers import AllRows
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
+from curvlinops_diffusion.influence.score_files import HALVED
+from curvlinops_diffusion.influence.streaming import of_gradients
 from curvlinops_diffusion.runtime.adapters import without_adapters
-from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, computed_once
+from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, run_pass
 
-_KINDS = ("train", "held_out")
+_KINDS = ("training images", "held-out images")
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,11 @@ class GeneralisationGap:
     value: float
     error: float
     num_held_out: int
+
+    @classmethod
+    def of_header(cls, header: Mapping[str, Any]) -> Self | None:
+        """That of scores, from their header; ``None`` if there were no held-out images."""
+        return cls(**header["gap"]) if "gap" in header else None
 
     @property
     def is_told(self) -> bool:
@@ -58,7 +68,7 @@ def generalisation_gap(
     Args:
         J_train: Losses of the training images, without augmentation.
         J_held_out: Those of images like them that no training has seen, of as many draws.
-        passes: Checkpoints and processes.
+        passes: Checkpoints, processes and progress.
 
     Raises:
         ValueError: If there are fewer than two images of either kind.
@@ -70,20 +80,32 @@ def generalisation_gap(
             f"training images and {of[1].shape[0]} held-out ones. Pass more, a hundred say."
         )
 
-    def compute() -> dict[str, Tensor]:
-        losses = [J.values().double().cpu() for J in of]
-        with without_adapters(J_train.regression.objective.model) as there_are:
-            if there_are:
-                losses = _less_difficulty(losses, [J.values().double().cpu() for J in of])
-        return dict(zip(_KINDS, losses, strict=True))
-
-    settings = {"held_out": J_held_out.regression.identity({})} if passes.checkpoint else {}
-    found = computed_once("Gap", J_train.regression, compute, passes, settings)
-    train_N, held_out_H = losses = [found[kind] for kind in _KINDS]
+    losses = [_losses(J, kind, passes) for J, kind in zip(of, _KINDS, strict=True)]
+    with without_adapters(J_train.regression.objective.model) as there_are:
+        if there_are:
+            kinds = [f"{kind} by the base network" for kind in _KINDS]
+            base = [_losses(J, kind, passes) for J, kind in zip(of, kinds, strict=True)]
+            losses = _less_difficulty(losses, base)
+    train_N, held_out_H = losses
     error = sum(z.var() / len(z) for z in losses) ** 0.5
     return GeneralisationGap(
         float(held_out_H.mean() - train_N.mean()), float(error), len(held_out_H)
     )
+
+
+def _losses(J: ExampleGradientLinearOperator, of: str, passes: PassOptions) -> Tensor:
+    """Losses of images, one by one, in float64 on the CPU."""
+    found = AllRows(J.shape[0])
+    run_pass(
+        f"Losses of {of}",
+        J.regression,
+        found,
+        lambda values: found.add(*values),
+        passes,
+        of_gradients(J),
+        lambda clean: (clean.indices, J.values_of(clean).unsqueeze(1)),
+    )
+    return found.tensors()[HALVED[0]].squeeze(1).cpu().double()
 
 
 def _less_difficulty(losses: list[Tensor], base: list[Tensor]) -> list[Tensor]:

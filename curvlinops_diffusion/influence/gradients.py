@@ -120,8 +120,13 @@ class ExampleGradientLinearOperator(LinearOperator):
         """The measured values, averaged over draws, shape ``[N]``."""
         values_N = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
         for clean in self._batches("values"):
-            values_N[list(clean.indices)] = self._gradients.values(clean)
+            values_N[list(clean.indices)] = self.values_of(clean)
         return values_N
+
+    @torch.no_grad()
+    def values_of(self, clean: CleanBatch) -> Tensor:
+        """The measured values of a batch of clean examples, shape ``[B]``."""
+        return self._gradients.values(clean)
 
     def multiply_tensors(self, X: list[Tensor]) -> list[Tensor]:
         """Directional derivatives ``J @ X``: ``[*shape, K] -> [N, K]``."""

@@ -37,6 +37,8 @@ RIDGE = 5.0
 SQUARE = 2.0
 #: The factor ``η``: retraining shows less than what noisy predictions say.
 SHRINKAGE = 0.4
+#: Single draws from which their gradients' length is estimated, at least.
+SINGLE_DRAWS = 64
 
 
 def regression_scores(
@@ -89,8 +91,8 @@ def regression_scores(
         The scores, ``[Q, N]``, on the operators' device.
 
     Raises:
-        ValueError: If the operators act on different parameters or devices, the ridge is not
-            positive, or so small that rounding makes a matrix indefinite.
+        ValueError: If the operators act on different parameters or devices, the ridge or the gap is
+            not positive, or the ridge so small that rounding makes a matrix indefinite.
 
     Examples:
         >>> K_inv = DiffusionKFACLinearOperator(train).inverse(damping=1e-3)
@@ -99,6 +101,7 @@ def regression_scores(
         >>> regression_scores(J_query, K_inv, J_train).shape  # [Q, N]
         torch.Size([2, 10])
     """
+    check_positive("gap", gap)
     _, (scores_QN,) = influence_and_regression_scores(
         *(J_query, G_inv, J_train),
         ridge=ridge,
@@ -145,8 +148,15 @@ def influence_and_regression_scores(
     check_positive("ridge", ridge)
     signed = SignedPrediction(seed)
 
-    one = J_train.measuring(signed).on(J_train.regression.with_fewest_draws())
-    single = Kernels(one, G_inv, "single draws", options.gradient_bytes, passes).mean_diagonal()
+    lengths = [  # of few images one draw each tells it badly
+        Kernels(
+            *(J_train.measuring(signed).on(one), G_inv, f"single draws {number}"),
+            options.gradient_bytes,
+            passes,
+        ).mean_diagonal()
+        for number, one in enumerate(J_train.regression.single_draws(SINGLE_DRAWS))
+    ]
+    single = sum(lengths) / len(lengths)
 
     def solved(number: int) -> list[_Solved]:
         query, train = (J.measuring(signed) if number else J for J in (J_query, J_train))
@@ -230,8 +240,10 @@ def _iterated(
 ) -> list[_Solved]:
     """Solve by conjugate gradients, for all draws and each half by itself.
 
-    The mean diagonal is Hutchinson's estimate from one more column of random signs, whose relative
-    error is below ``1 / sqrt(N)``.
+    The mean diagonal is Hutchinson's estimate from one more column of random signs. The mean
+    weight ``h̄`` of an example in its own regression is then known with a relative standard error of
+    ``sqrt(2 / (N h̄))`` at most, ``N h̄`` being the regression's degrees of freedom: all scores of a
+    part share it.
     """
 
     def solved(half: int | None) -> _Solved:

@@ -185,7 +185,7 @@ def meaning(
         return (
             f"{start} its part in a kernel regression of the query's {what}, and of the variance "
             f"of the prediction, on {num_train:,} images: only the order of these numbers means "
-            "something, not their size, unless held-out images are given."
+            "something, not their size, which takes held-out images (a hundred or more) to tell."
         )
     if not Method(method).takes_draws:
         return (

@@ -74,9 +74,12 @@ def adapter_states(model: nn.Module) -> tuple[Any, ...]:
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[bool]:
-    """Disable a model's adapters within the context; yields whether there are any at work."""
+    """Disable a model's adapters within the context; yields whether there are any at work.
+
+    Those that are fused into the weights stay: PEFT would take them out for good.
+    """
     modules: list[Any] = [m for m in modules_of(model) if _is_adapted(type(m))]
-    active = [module for module in modules if not module.disable_adapters]
+    active = [m for m in modules if not (m.disable_adapters or getattr(m, "merged_adapters", ()))]
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
         for module in active:

@@ -65,8 +65,9 @@ def test_several_methods(fitted, tmp_path, capsys):
     draws = ["--num-draws", 4, "--query-draws", 4, "--method", "regression", "influence"]
     output = tmp_path / "r.safetensors"
     assert run(arguments(fitted, "score", "--dry-run", "--output", output, *draws)) == 0
-    # loss and prediction, each of all draws and of halves: 7 images and 2 queries by 4 draws
-    assert f"samples forward and backward   {4 * 9 * 4}" in capsys.readouterr().out
+    # loss and prediction, each of all draws and of halves: 7 images and 2 queries by 4 draws; and
+    # at least 64 single draws
+    assert f"samples forward and backward   {2 * 9 * 4 + 7 * 10}" in capsys.readouterr().out
     # of influence alone, with 16 draws and then 32 at most, those of the two queries each time
     more = ["--num-draws", "auto", "--max-draws", 40, "--query-draws", 4, "--output", output]
     assert run(arguments(fitted, "score", "--dry-run", *more)) == 0
@@ -116,6 +117,50 @@ def test_what_a_method_needs_is_missed_before_the_fit(folder, tmp_path, capsys):
         assert run(["attribute", *map(str, words), *more]) == 2
         assert told in capsys.readouterr().err
         assert not (tmp_path / "result").exists()
+
+
+def test_held_out_images(fitted, tmp_path, capsys):
+    """Are opened and counted before the fit, and belong to the run."""
+    words = ["--pipeline", fitted / "pipeline", "--data", fitted / "train", "--num-draws", 4]
+    words += ["--queries", fitted / "queries", "--output", tmp_path / "result", "--quiet"]
+    words += ["--params", "conv_out.*", "--fit-draws", 1]
+    write_images(tmp_path / "unseen", 3, seed=5)
+    shutil.copytree(tmp_path / "unseen", tmp_path / "seen")
+    shutil.copy(fitted / "train" / "image0.png", tmp_path / "seen" / "other.png")
+
+    def attributed(*more):
+        code = run(["attribute", *map(str, [*words, *more])])
+        return code, capsys.readouterr()
+
+    for folder, more, told in (
+        ("unseen", ["--method", "influence"], "--held-out gives the scores of 'regression' their"),
+        ("seen", [], "got 1 that are training images, 'other.png' first"),
+        (fitted / "train", [], "holds the training images. Pass images like them"),
+    ):
+        code, said = attributed("--held-out", tmp_path / folder, *more)
+        assert code == 2
+        assert told in said.err
+    assert not (tmp_path / "result").exists()
+    held_out = ["--held-out", tmp_path / "unseen"]
+    (_, with_gap), (_, without) = (attributed(*more, "--dry-run") for more in (held_out, []))
+    counts = [
+        [int(n) for n in re.findall(r"backward +(\d+)", said.out)] for said in (with_gap, without)
+    ]
+    assert [a - b for a, b in zip(*counts, strict=True)] == [0, 32 * 10, 32 * 10]
+    code, said = attributed(*held_out)
+    assert code == 0
+    scores = tmp_path / "result" / "scores.safetensors"
+    header = read(scores)[1]
+    assert header["methods"] == ["regression"]
+    assert header["gap"]["num_held_out"] == 3
+    code, said = attributed()
+    assert code == 2
+    assert "exists, and was made with others: query.held_out" in said.err
+    again = ["--config", tmp_path / "result" / "run.yaml", "--output", tmp_path / "result"]
+    assert run(["attribute", *map(str, again)]) == 0
+    assert f"'{scores}' was made with the same options" in capsys.readouterr().err
+    assert run(["inspect", str(scores)]) == 0
+    assert "from 3 held-out images" in capsys.readouterr().out
 
 
 def test_images_alone_cost_no_pass(fitted, tmp_path, capsys):

@@ -1,11 +1,22 @@
 """The generalisation gap: against losses by hand, with a base network's as a control variate."""
 
+from contextlib import suppress
+from dataclasses import replace
+
 import pytest
 import torch
 
-from curvlinops_diffusion import Attributor, DenoisingObjective, ExampleGradientLinearOperator
+from curvlinops_diffusion import (
+    Attributor,
+    DenoisingObjective,
+    ExampleGradientLinearOperator,
+    PassOptions,
+)
+from curvlinops_diffusion.checkpoints import averaged
 from curvlinops_diffusion.influence.gap import generalisation_gap
-from tests.cases import images, plain_regression, two_convolutions
+from curvlinops_diffusion.influence.methods import Method
+from curvlinops_diffusion.runtime.adapters import without_adapters
+from tests.cases import StoppedError, images, plain_regression, stopped, two_convolutions
 from tests.comparisons import assert_close
 
 
@@ -46,7 +57,7 @@ def test_the_base_network_says_how_hard_images_are():
     assert [p.requires_grad for p in model.parameters()] == flags
     with torch.no_grad():
         for p in trained:
-            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+            p.copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
     assert generalisation_gap(J, other).error < 0.5 * float(
         (J.values().var() / 8 + other.values().var() / 7) ** 0.5
     )
@@ -64,7 +75,38 @@ def train_of(objective):
     return make
 
 
-def test_regression_takes_the_gap_for_its_unit(train):
+def test_a_fused_adapter_is_of_the_base_network():
+    """PEFT would take it out of the weights, and not put it back."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = two_convolutions()
+    inject_adapter_in_model(LoraConfig(r=1, target_modules=["0"]), model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora" in name:
+                p.fill_(0.5)
+    model[0].merge()
+    before = model[0].base_layer.weight.clone()
+    with without_adapters(model) as there_are:
+        assert not there_are
+        model(images(1, size=4))
+    assert torch.equal(model[0].base_layer.weight, before)
+
+
+def test_losses_are_gone_on_with(train, tmp_path):
+    """From the batch at which a pass was stopped."""
+    J = ExampleGradientLinearOperator(train)
+    other = ExampleGradientLinearOperator(train.with_seed(5))
+    expected = generalisation_gap(J, other)
+    passes = PassOptions(tmp_path, 0.0)
+    with stopped(type(J), "values_of", at=3), suppress(StoppedError):
+        generalisation_gap(J, other, passes)
+    with stopped(type(J), "values_of", at=100) as seen:
+        assert generalisation_gap(J, other, passes) == expected
+    assert len(seen) == 2
+
+
+def test_regression_takes_the_gap_for_its_unit(train, tmp_path):
     """Scores of an attributor are multiplied by it; where it is not told they keep their order."""
     data = images(6, size=4)
     attributor = Attributor(train.objective, data).fit("kfac", num_draws=2)
@@ -81,8 +123,21 @@ def test_regression_takes_the_gap_for_its_unit(train):
     assert_close(one, gap["value"] * two, 1e-12)
     assert_close(found.by_method["influence"], plain.by_method["influence"], 1e-12)
     assert "gap" not in plain.header
-    with pytest.warns(UserWarning, match="not told from zero"):
-        untold = attributor.score(queries, held_out=data[:3] * 0.9, **options)
-    assert_close(untold.scores, plain.scores, 1e-12)
+    output = tmp_path / "untold.safetensors"
+    for _ in range(2):  # and of the file
+        with pytest.warns(UserWarning, match="not told from zero"):
+            untold = attributor.score(queries, held_out=data[:3] * 0.9, output=output, **options)
+        assert torch.equal(torch.as_tensor(untold.scores), plain.scores)
+        assert not Method.REGRESSION.has_unit(untold.header)
+        assert Method.REGRESSION.has_unit(found.header)
+    with pytest.raises(ValueError, match=r"query.held_out"):
+        attributor.score(queries, output=output, **options)
+    # averages over checkpoints are in the unit of the gap if all are
+    both = averaged([found, found])
+    assert_close(both.scores, found.scores, 1e-12)
+    assert both.header["gap"] == gap
+    mixed = averaged([found, replace(plain, header=untold.header)])
+    assert_close(mixed.scores, plain.scores, 1e-12)
+    assert not Method.REGRESSION.has_unit(mixed.header)
     with pytest.raises(ValueError, match="Add 'regression'"):
         attributor.score(queries, held_out=far, method="influence", num_draws=4)

@@ -125,8 +125,12 @@ def test_the_best_predictor_of_retraining(operators, query, K_inv, train, option
         (of_loss, of_all), (diagonal, damping) = estimates
         mean = 1 - of_loss * of_all
     own = (1 / diagonal).mean() - damping
-    one = dense_rows(train.with_draws(1), sign(options.get("seed", 0)))
-    longer = ((one @ inverse) * one).sum(1).mean() / (damping / ridge)
+    singles = train.single_draws(64)  # of nine images
+    assert [r.num_samples for r in singles] == [N] * 8
+    assert len({float(next(iter(r.batches())).level_B[0]) for r in singles}) == 8
+    ones = [dense_rows(r, sign(options.get("seed", 0))) for r in singles]
+    lengths = [((one @ inverse) * one).sum(1).mean() for one in ones]
+    longer = sum(lengths) / 8 / (damping / ridge)
     expected = SHRINKAGE * (w / mean + SQUARE * longer * w_f**2 / diagonal / own)
     assert_close(ours, options.get("gap", 1.0) * expected, 1e-6 if solved else 1e-9)
 
