@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def predicted(scores_QN: Tensor, halves_HN: Tensor) -> Tensor:
 
 
 def predictions(
-    name: str, scores: Scores, halves: Tensor, work: Path, of: str
+    name: str, scores: Callable[[], Scores], halves: Tensor, work: Path, of: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A method's predictions of each half, ``[M, Q, H]`` by setting; with date and seconds.
 
@@ -77,7 +78,7 @@ def predictions(
         start = time.perf_counter()
         found = {
             key_of(setting): torch.stack([predicted(one_QN, halves) for one_QN in scores_MQN])
-            for setting, scores_MQN in scores
+            for setting, scores_MQN in scores()
         }
         seconds = round(time.perf_counter() - start, 1)
         made = {"seconds": seconds, "date": date(), "torch": version_of("torch")}
@@ -234,11 +235,11 @@ def main() -> None:
     }
     measured = {cell: values[:, :, m, own].transpose(0, 1) for cell, (m, own) in cells.items()}
     networks = digest_of(setting.weights, setting.generated, halves)
-    runs = {name: (run(setting), run) for name, run in methods_for(problem).items()}
+    runs = {name: (partial(run, setting), run) for name, run in methods_for(problem).items()}
     for name, (label, settings) in itertools.product(
         AVERAGED, other_networks(setting, tensors).items()
     ):
-        runs[f"{name}, {label}"] = averaged(METHODS[name], settings), METHODS[name]
+        runs[f"{name}, {label}"] = partial(averaged, METHODS[name], settings), METHODS[name]
     wanted = [] if options.again else options.methods or list(runs)
     rows: list[dict[str, Any]] = []
     ranks: dict[str, Tensor] = {}

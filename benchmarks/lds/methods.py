@@ -403,4 +403,5 @@ def methods_for(problem: Problem) -> dict[str, Callable[[Setting], Scores]]:
     """The methods that apply to a problem."""
     if not isinstance(problem, AdapterProblem):
         return METHODS
-    return {name: m for name, m in METHODS.items() if name not in OF_PIXELS} | OF_ADAPTERS
+    left_out = [*OF_PIXELS, *(["same words"] if len(set(problem.captions())) == 1 else [])]
+    return {k: method for k, method in (METHODS | OF_ADAPTERS).items() if k not in left_out}
