@@ -28,10 +28,12 @@ from curvlinops_diffusion import (
 
 DOCS = Path(__file__).parent
 BLUE, RED, GREY = "#4a6fa5", "#b4413c", "#8a93a6"
+# whose setting is chosen by the result
+BEST = ("Journey-TRAK", "DAS", "TRAK", "D-TRAK")
 # whose differences to EK-FAC are drawn
 COMPARED = (
     *("no curvature", "Journey-TRAK", "DAS", "TRAK", "D-TRAK", "EK-FAC, the paper's recipe"),
-    *("K-FAC", "K-FAC, regression on loss and prediction", REGRESSION, PIXELS),
+    *("K-FAC", "K-FAC, regression on the loss", REGRESSION, PIXELS),
 )
 #: Methods against the training's length, and their labels.
 AT_LENGTHS = {
@@ -163,10 +165,10 @@ def _by_problem(
     methods: tuple[str, ...], entry_of: Callable[[dict[str, Any]], dict[str, Any]], key: str
 ) -> plt.Figure:
     """An axis for each problem, a line for each method, with intervals."""
-    figure, axes = plt.subplots(
-        1, len(PROBLEM_NAMES), figsize=(11, 0.6 + 0.4 * len(methods)), sharey=True
-    )
-    for axis, (problem, title) in zip(axes, PROBLEM_NAMES.items(), strict=True):
+    figure, axes = plt.subplots(2, 3, figsize=(11, 1.2 + 0.8 * len(methods)), sharey=True)
+    for axis in axes.flat[len(PROBLEM_NAMES) :]:
+        axis.remove()
+    for axis, (problem, title) in zip(axes.flat, PROBLEM_NAMES.items(), strict=False):
         rows = {(r["method"], r["cell"]): r for r in result_of(f"lds_{problem}")["methods"]}
         for (kind, color), shift in zip(KINDS.items(), (0.14, -0.14), strict=True):
             found = {m: rows[m, f"loss, {kind}"] for m in methods if (m, f"loss, {kind}") in rows}
@@ -177,10 +179,9 @@ def _by_problem(
             style: dict[str, Any] = {"fmt": "o", "color": color, "markersize": 4, "label": kind}
             axis.errorbar(middle, places, xerr=ends.clip(min=0), **style)
         axis.set(title=title)
-        chosen = {method for (method, _), row in rows.items() if row["chosen_by_result"]}
-        labels = [f"{method} (best)" if method in chosen else method for method in methods]
+        labels = [f"{method} (best)" if method in BEST else method for method in methods]
         axis.set_yticks(range(len(methods)), labels)
-    axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -12,18 +12,16 @@ from typing import Any
 from tables import PIXELS, PROBLEM_NAMES, REGRESSION, RESULTS, with_interval
 
 KINDS = ("held-out", "generated")
-#: Methods whose scores on the digits are quoted, by what sentences call them.
+#: Methods whose scores are quoted, by what sentences call them.
 QUOTED = {
+    "latents": "kernel regression on latents, squared",
+    "words": "same words",
     "influence": "EK-FAC",
     "regression": REGRESSION,
     "pixels": PIXELS,
 }
 #: Methods whose differences to EK-FAC are quoted as a range over problems and kinds of pictures.
-RANGES = {
-    "ahead": REGRESSION,
-    "recipe": "EK-FAC, the paper's recipe",
-    "without the square": "K-FAC, regression on loss and prediction",
-}
+RANGES = {"ahead": REGRESSION, "recipe": "EK-FAC, the paper's recipe"}
 
 
 def result_of(name: str) -> dict[str, Any]:
@@ -39,7 +37,7 @@ def substitutions() -> str:
 
 def numbers() -> dict[str, str]:
     """Every number by its name."""
-    return _draws() | _retraining() | _lengths() | _exact_ggn()
+    return _draws() | _retraining() | _sizes() | _exact_ggn()
 
 
 def _draws() -> dict[str, str]:
@@ -72,13 +70,21 @@ def _retraining() -> dict[str, str]:
         for row in result["methods"]
     }
     found = {
-        f"{label}, {kind}": with_interval(rows["digits", method, f"loss, {kind}"])
+        f"{label}{'' if problem == 'digits' else f' on {problem}'}, {kind}": with_interval(
+            rows[problem, method, f"loss, {kind}"]
+        )
+        for problem in PROBLEM_NAMES
         for label, method in QUOTED.items()
         for kind in KINDS
+        if (problem, method, f"loss, {kind}") in rows
     }
     cells = [(problem, f"loss, {kind}") for problem in PROBLEM_NAMES for kind in KINDS]
     ranges = {
-        label: [abs(rows[p, method, cell]["minus_ekfac"]["difference"]) for p, cell in cells]
+        label: [
+            abs(rows[p, method, cell]["minus_ekfac"]["difference"])
+            for p, cell in cells
+            if (p, method, cell) in rows
+        ]
         for label, method in RANGES.items()
     }
     ranges["two seeds"] = [results[p]["agreement_of_seeds"][cell] for p, cell in cells]
@@ -90,24 +96,15 @@ def _retraining() -> dict[str, str]:
     return found
 
 
-def _lengths() -> dict[str, str]:
-    """Scores of each part of a loss' change, against the training's length."""
-    rows = result_of("training_length")["lengths"]
-    linear = [row["methods"]["EK-FAC"]["linear"]["lds"] for row in rows[1:]]
-    agreement = [row["agreement"]["loss"] for row in rows]
-    numbers = {
-        "least linear": min(linear),
-        "most linear": max(linear),
-        "least agreement at lengths": min(agreement),
-        "most agreement at lengths": max(agreement),
+def _sizes() -> dict[str, str]:
+    """Slopes of measured on predicted changes, by problem and kind of pictures."""
+    rows = result_of("sizes")["sizes"]
+    found = {
+        f"slope on {row['problem']}, {row['queries']}": f"{row['slope']:.2f} ± {row['error']:.2f}"
+        for row in rows
     }
-    for label, method in (
-        ("prediction", "K-FAC, regression on the prediction, squared"),
-        ("EK-FAC", "EK-FAC"),
-    ):
-        for part in ("squared", "loss"):
-            numbers[f"{part} at last, {label}"] = rows[-1]["methods"][method][part]["lds"]
-    return {name: f"{value:.2f}".replace("-", "−") for name, value in numbers.items()}
+    slopes = [row["slope"] for row in rows]
+    return found | {"least slope": f"{min(slopes):.1f}", "most slope": f"{max(slopes):.1f}"}
 
 
 def _exact_ggn() -> dict[str, str]:

@@ -18,7 +18,13 @@ REGRESSION = "K-FAC, regression"
 PIXELS = "kernel regression on pixels, squared"
 METHODS = ("TRAK", "D-TRAK", "EK-FAC, the paper's recipe", "EK-FAC", REGRESSION, PIXELS)
 #: The retrained problems' names.
-PROBLEM_NAMES = {"digits": "digits", "fashion": "Fashion-MNIST", "photographs": "photograph"}
+PROBLEM_NAMES = {
+    "digits": "digits",
+    "fashion": "Fashion-MNIST",
+    "photographs": "photograph",
+    "textures": "textures",
+    "styles": "adapter, four styles",
+}
 
 # of predicted and measured changes
 SLOPES = (
@@ -138,7 +144,7 @@ def _lds_rows(
         by_method.setdefault(row["method"], {})[row["cell"]] = row
     rows: list[Row] = [("", *(cell.replace("_", " ") for cell in result["ceilings"]))]
     for name in by_method if methods is None else methods:
-        entries = by_method[name]
+        entries = by_method.get(name, {})  # the costly ones were not evaluated everywhere
         chosen = any(entry["chosen_by_result"] for entry in entries.values())
         texts = (shown(entries[cell]) if cell in entries else "–" for cell in result["ceilings"])
         rows.append((f"{name} (best)" if chosen else name, *texts))
