@@ -43,7 +43,8 @@ from curvlinops_diffusion.runtime.files import FileKind
 from curvlinops_diffusion.validation import LinearDatamodellingScore, linear_datamodelling_score
 
 PREDICTED = FileKind("predicted", "predictions of a method", "Remove it.")
-RANKS = FileKind("ranks", "ranks of predictions", "Evaluate all methods.")
+# kept for longer than the package's format
+RANKS = FileKind("ranks", "ranks of predictions", "Evaluate all methods.", None)
 DEFAULT = "1e-08"
 # differences to it are reported, with intervals of their own
 REFERENCE = "EK-FAC"
