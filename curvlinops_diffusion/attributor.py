@@ -716,7 +716,7 @@ class Attributor:
         *,
         prompts: str | Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
-        what: Literal["queries", "held_out"] = "queries",
+        what: str = "queries",
     ) -> Any:
         """Open images and check them, before anything is computed; :meth:`score` takes them.
 
@@ -724,7 +724,7 @@ class Attributor:
             queries: As for :meth:`score`, and so are the others.
             prompts: Likewise.
             labels: Likewise.
-            what: Which of its arguments they are.
+            what: Which of its arguments they are, ``"queries"`` or ``"held_out"``.
 
         Raises:
             ValueError: If they are not what the network takes, or are the training images.

@@ -45,6 +45,8 @@ def arguments(folder, command, *more):
             *("--damping", 1e-3),
         ],
     }[command]
+    if command == "score" and "--method" not in more:
+        own += ["--method", "influence"]
     return [str(word) for word in [command, *own, "--quiet", *more]]
 
 

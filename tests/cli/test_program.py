@@ -50,7 +50,7 @@ def test_scores_are_those_of_the_library(fitted):
     options = {"batch_size": 3, "progressbar": False}
     own = Attributor.load(
         fitted / "ekfac.safetensors", pipeline, fitted / "train", **options
-    ).score(fitted / "queries", num_draws=3, query_draws=4, damping=1e-3)
+    ).score(fitted / "queries", method="influence", num_draws=3, query_draws=4, damping=1e-3)
     scores, header = read(fitted / "scores.safetensors")
     assert torch.equal(scores, own.scores)
     assert header["train"] == [f"image{n}.png" for n in range(COUNT)]
