@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tables import PIXELS, PROBLEM_NAMES, REGRESSION, RESULTS, with_interval
+from tables import LATENTS, PIXELS, PROBLEM_NAMES, REGRESSION, RESULTS
 
 KINDS = ("held-out", "generated")
-#: Methods whose scores are quoted, by what sentences call them.
+#: Methods whose scores are quoted, by problem and by what sentences call them.
 QUOTED = {
-    "latents": "kernel regression on latents, squared",
-    "words": "same words",
-    "influence": "EK-FAC",
-    "regression": REGRESSION,
-    "pixels": PIXELS,
+    "digits": {"influence": "EK-FAC", "regression": REGRESSION, "pixels": PIXELS},
+    "textures": {"regression": REGRESSION, "pixels": PIXELS},
+    "styles": {
+        **{"influence": "EK-FAC", "regression": REGRESSION, "pixels": PIXELS},
+        **{"latents": LATENTS, "words": "same words"},
+    },
+    "dreambooth": {"influence": "EK-FAC", "regression": REGRESSION, "latents": LATENTS},
 }
 #: Methods whose differences to EK-FAC are quoted as a range over problems and kinds of pictures.
-RANGES = {"ahead": REGRESSION, "recipe": "EK-FAC, the paper's recipe"}
+RANGES = {"recipe": "EK-FAC, the paper's recipe"}
 
 
 def result_of(name: str) -> dict[str, Any]:
@@ -70,13 +72,11 @@ def _retraining() -> dict[str, str]:
         for row in result["methods"]
     }
     found = {
-        f"{label}{'' if problem == 'digits' else f' on {problem}'}, {kind}": with_interval(
-            rows[problem, method, f"loss, {kind}"]
+        label if problem == "digits" else f"{label} on {problem}": " / ".join(
+            f"{rows[problem, method, f'loss, {kind}']['lds']:.2f}" for kind in KINDS
         )
-        for problem in PROBLEM_NAMES
-        for label, method in QUOTED.items()
-        for kind in KINDS
-        if (problem, method, f"loss, {kind}") in rows
+        for problem, methods in QUOTED.items()
+        for label, method in methods.items()
     }
     cells = [(problem, f"loss, {kind}") for problem in PROBLEM_NAMES for kind in KINDS]
     ranges = {
@@ -98,13 +98,9 @@ def _retraining() -> dict[str, str]:
 
 def _sizes() -> dict[str, str]:
     """Slopes of measured on predicted changes, by problem and kind of pictures."""
-    rows = result_of("sizes")["sizes"]
-    found = {
-        f"slope on {row['problem']}, {row['queries']}": f"{row['slope']:.2f} ± {row['error']:.2f}"
-        for row in rows
-    }
-    slopes = [row["slope"] for row in rows]
-    return found | {"least slope": f"{min(slopes):.1f}", "most slope": f"{max(slopes):.1f}"}
+    slopes = [row["slope"] for row in result_of("sizes")["sizes"]]
+    ends = {"least slope": min(slopes), "most slope": max(slopes)}
+    return {name: f"{value:.1f}" for name, value in ends.items()}
 
 
 def _exact_ggn() -> dict[str, str]:

@@ -16,6 +16,7 @@ RESULTS = DOCS.parent / "benchmarks" / "results"
 # of figures and README, from the bottom up
 REGRESSION = "K-FAC, regression"
 PIXELS = "kernel regression on pixels, squared"
+LATENTS = "kernel regression on latents, squared"
 METHODS = ("TRAK", "D-TRAK", "EK-FAC, the paper's recipe", "EK-FAC", REGRESSION, PIXELS)
 #: The retrained problems' names.
 PROBLEM_NAMES = {
@@ -24,6 +25,7 @@ PROBLEM_NAMES = {
     "photographs": "photograph",
     "textures": "textures",
     "styles": "adapter, four styles",
+    "dreambooth": "adapter, one thing",
 }
 
 # of predicted and measured changes

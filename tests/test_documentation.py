@@ -36,8 +36,9 @@ def test_numbers_in_sentences():
 
 def test_the_readme_is_up_to_date():
     assert readme.readme() == readme.README.read_text(), "run `python docs/readme.py`"
-    intervals = re.findall(r"\d \[-?0\.\d\d, 0\.\d\d\]", readme.README.read_text())
-    assert len(intervals) == 2 * len(LDS) * len(tables.METHODS)
+    pairs = re.findall(r"\| -?0\.\d\d / -?0\.\d\d(?= \|)", readme.README.read_text())
+    # latents of those alone that have an autoencoder
+    assert len(pairs) == len(LDS) * (len(tables.METHODS) + 2) - 1 + 2
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +88,27 @@ def test_tables_show_every_method(written, name):
 # ---------------------------------------------------------------------------------------------
 
 EVERYWHERE = tuple(tables.PROBLEM_NAMES)
+FROM_NOTHING = ("digits", "fashion", "photographs")
 RECIPE = "EK-FAC, the paper's recipe"
-REGRESSION, PIXELS = tables.REGRESSION, tables.PIXELS
+REGRESSION, PIXELS, LATENTS = tables.REGRESSION, tables.PIXELS, tables.LATENTS
 BOTH = quoted_numbers.KINDS
 # of the loss, by the intervals of differences to EK-FAC
 BEHIND = [
-    *((p, m, "held-out") for p in EVERYWHERE for m in ("no curvature", "TRAK", "D-TRAK", "DAS")),
+    *((p, m, "held-out") for p in FROM_NOTHING for m in ("no curvature", "TRAK", "D-TRAK", "DAS")),
     *(("digits", m, "generated") for m in ("TRAK", "D-TRAK", "DAS", "Journey-TRAK")),
-    *((p, "TRAK", "generated") for p in EVERYWHERE),
+    *((p, "TRAK", "generated") for p in FROM_NOTHING),
+    *(("styles", m, kind) for m in ("TRAK", "D-TRAK", PIXELS, LATENTS) for kind in BOTH),
 ]
-LEVEL = [(p, "D-TRAK", "generated") for p in ("fashion", "photographs")]
-AHEAD = [(p, m, kind) for p in EVERYWHERE for m in (REGRESSION, PIXELS) for kind in BOTH]
+LEVEL = [
+    *((p, "D-TRAK", "generated") for p in ("fashion", "photographs")),
+    *(("styles", REGRESSION, kind) for kind in BOTH),
+    ("textures", REGRESSION, "held-out"),
+]
+AHEAD = [
+    *((p, m, kind) for p in FROM_NOTHING for m in (REGRESSION, PIXELS) for kind in BOTH),
+    *(("dreambooth", m, kind) for m in (REGRESSION, LATENTS) for kind in BOTH),
+    ("textures", REGRESSION, "generated"),
+]
 
 
 def loss_rows(problem):
@@ -117,11 +128,16 @@ def test_what_is_said_of_methods():
     for problem in EVERYWHERE:
         for kind in BOTH:
             scores = {method: row["lds"] for (method, k), row in rows[problem].items() if k == kind}
-            network = {m: value for m, value in scores.items() if "pixels" not in m}
-            assert max(network, key=network.__getitem__) == REGRESSION
-            assert abs(scores[PIXELS] - scores[REGRESSION]) < 0.04
+            others = ("pixels", "latents", "words", "checkpoints", "training")
+            network = {m: z for m, z in scores.items() if not any(word in m for word in others)}
+            assert max(network.values()) - scores[REGRESSION] < 0.06
+            assert max(scores["TRAK"], scores["D-TRAK"]) < scores[REGRESSION]
             assert abs(scores["K-FAC"] - scores["EK-FAC"]) < 0.035
             assert abs(scores["K-FAC, regression on the loss"] - scores["EK-FAC"]) < 0.035
+    for problem in FROM_NOTHING:
+        for kind in BOTH:
+            scores = {method: row["lds"] for (method, k), row in rows[problem].items() if k == kind}
+            assert abs(scores[PIXELS] - scores[REGRESSION]) < 0.04
             assert scores[RECIPE] < scores["EK-FAC"]
             for method in ("K-FAC", "EK-FAC"):
                 by_damping = rows[problem][method, kind]["by_setting"]

@@ -27,7 +27,7 @@ from curvlinops_diffusion.influence.gap import GeneralisationGap, generalisation
 from curvlinops_diffusion.runtime.digests import digest_of
 
 METHOD = "K-FAC, regression"
-COMPARED = ("digits", "fashion", "photographs", "textures", "styles")
+COMPARED = ("digits", "fashion", "photographs", "textures", "styles", "dreambooth")
 DRAWS = 32
 
 
