@@ -105,16 +105,14 @@ def _sizes() -> dict[str, str]:
 
 def _exact_ggn() -> dict[str, str]:
     result = result_of("exact_ggn")
-    whole, largest = result["whole"], result["largest_eigenvalues"]
+    whole = result["whole"]
     between = whole["between blocks, left out"]
     found = {"parameters of the exact GGN": f"{result['parameters']:,}"}
     found["between blocks"] = f"{between:.2f}"
     for name in ("EK-FAC", "K-FAC"):
         found[f"added by {name}"] = f"{whole[f'{name}, in all'] - between:.2f}"
-    found["largest eigenvalue"] = f"{largest['exact']:.0f}"
-    found["largest eigenvalue of blocks"] = f"{largest['exact blocks']:.0f}"
     (convolutions,) = (row for row in result["by_kind"] if row["blocks"] == "convolutions")
-    for name in ("K-FAC", "EK-FAC", "EK-FAC, Shampoo's factors"):
+    for name in ("K-FAC", "EK-FAC"):
         found[f"convolutions, {name}"] = f"{convolutions[name]:.2f}"
     found["cosine of exact blocks"] = f"{result['cosines'][0]['exact blocks']:.2f}"
     return found
