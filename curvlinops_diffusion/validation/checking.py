@@ -138,7 +138,8 @@ def check(
         num_queries: Training images that are asked about.
         num_draws: Draws of timestep and noise for each image; multiples of 4 for the check of
             halves. Take as many as your scores have.
-        method: As for :meth:`Attributor.score`, and so are the next four.
+        method: As for :meth:`Attributor.score`, and so are the next four; by default influence,
+            with which the thresholds were set.
         damping: Likewise.
         relative: Likewise.
         rtol: Likewise.
