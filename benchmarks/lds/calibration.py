@@ -201,7 +201,7 @@ def queries_of(setting: Setting) -> dict[str, KeptGradients]:
     draws = max(setting.problem.measured_draws // len(BANDS), 1)
     for low, end in BANDS:
         of_band = NoisedRegression(
-            *(setting.objective, setting.query_x0, draws, MEASURED_SEED),
+            *(setting.objective, setting.query_data, draws, MEASURED_SEED),
             timesteps=f"stratified:{low}:{end}",
         )
         found[f"loss, levels {low} to {end - 1}"] = KeptGradients(of_band)
@@ -263,7 +263,7 @@ def main() -> None:
     for name in options.problem:
         problem = PROBLEMS[name]
         setting, (_, tensors) = setting_of(problem, options.retrained, options.draws)
-        full_MQ = problem.measured(setting.objective.model, setting.query_x0).double()
+        full_MQ = problem.measured(setting.objective.model, setting.query_data).double()
         changes = Changes(tensors["values"].double().movedim(1, 0), full_MQ)
         predictions = predictions_of(setting, tensors["halves"])
         Q = problem.num_queries

@@ -112,13 +112,18 @@ def probed(
     train = setting.train(draws, antithetic=True)
     kinds, asked = copies_of(train, numbers, draws, copies)
     measured = NoisedRegression(
-        setting.objective, setting.query_x0, draws, MEASURED_SEED, batch_size=BATCH, antithetic=True
+        setting.objective,
+        setting.query_data,
+        draws,
+        MEASURED_SEED,
+        batch_size=BATCH,
+        antithetic=True,
     )
     curvature = DiffusionEKFACLinearOperator(setting.train(FIT_DRAWS))
     names = curvature.param_names
     J_train, J_asked, J_query = (HalvedGradients(each, names) for each in (train, asked, measured))
     x0 = torch.cat([clean.x0 for clean in asked.clean_batches()])[:Q]
-    pixels = feature_regression_scores(x0.flatten(1), setting.train_x0.flatten(1)).float()
+    pixels = feature_regression_scores(x0.flatten(1), setting.train_data.flatten(1)).float()
     with shuffled(setting.objective.model, names, 0):
         other = DiffusionKFACLinearOperator(setting.train(SHUFFLED_DRAWS))
         others = [KeptGradients(each, names) for each in (asked, train)]
@@ -215,7 +220,7 @@ def variants(problem: Problem, folder: Path, work: Path) -> Iterator[tuple[str, 
             shuffled=found.shuffled[:, order],
         )
         yield f"{said}, mixed up", mixed, scores[:, order]
-        train, queries = problem.data()[0], setting_of(problem, folder)[0].query_x0
+        train, queries = problem.data()[0], setting_of(problem, folder)[0].query_data
         own = found.features["pixels"]
         alone = replace(found, scores={"itself": own}, halves=None, shuffled=own)
         of_queries = feature_regression_scores(queries.flatten(1), train.flatten(1))

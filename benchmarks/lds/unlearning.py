@@ -182,7 +182,7 @@ class Unlearning:
     def scores(self, q: int) -> dict[str, Tensor]:
         """The scores of a query ``[N]``, with the seconds of each method under ``seconds/…``."""
         setting, start = self.setting, time.perf_counter()
-        x0 = setting.query_x0[q]
+        x0 = setting.query_data[q]
         query = Draws(setting.queries[0].regression, [q])
         network = self._network()
         norm = torch.cat([p.detach().flatten() for p in network.parameters()]).norm()
@@ -199,7 +199,7 @@ class Unlearning:
         found["seconds/one finite step"] = torch.tensor(time.perf_counter() - start)
         for stages in (
             ekfac_steps(deepcopy(network), query, self.inverse, self.cap),
-            adam_steps(setting.problem, network, x0, setting.train_x0, self.cap),
+            adam_steps(setting.problem, network, x0, setting.train_data, self.cap),
         ):
             spent, start = 0.0, time.perf_counter()
             for label, unlearned in stages:

@@ -510,7 +510,7 @@ def test_attribute(folder, tmp_path, capsys, monkeypatch):
     table = (tmp_path / "result" / "scores.csv").read_text().splitlines()
     best = header["train"][int(scores[0].argmax())]
     assert table[1].startswith(f"image0.png,{best},{float(scores[0].max())!r},")
-    assert table[1].endswith(f",1,helps,,,influence,,{folder / 'train' / best}")
+    assert table[1].endswith(f",1,helps,,,regression,,{folder / 'train' / best}")
     group = (tmp_path / "result" / "groups.csv").read_text().splitlines()[1].split(",")
     assert group[:2] == ["image0.png", str(folder / "train")]
     assert float(group[2]) == pytest.approx(float(scores[0].sum()), rel=1e-5)

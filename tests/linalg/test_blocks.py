@@ -390,7 +390,8 @@ def test_blocks_of_rounding_are_left_out(kind, dtype, objective, subset):
         found = to_dense(F.power(exponent, 0.1, relative=True))
         assert (found[~keep] == 0).all()
         right = to_dense(twin.power(exponent, 0.1, relative=True))
-        assert torch.equal(found[keep][:, keep], right)
+        # products of other numbers of blocks round differently on some processors
+        assert_close(found[keep][:, keep], right, 1e-12 if dtype == torch.float64 else 1e-4)
     dense, identity = to_dense(F), torch.eye(len(keep), dtype=dtype)
     tolerance = 1e-9 if dtype == torch.float64 else 1e-3
     assert_close(to_dense(F.inverse(0.1)), torch.linalg.inv(dense + 0.1 * identity), tolerance)

@@ -160,7 +160,7 @@ def scores_of(tmp_path, *more, params=()):
     fit = ["fit", *words, "--output", tmp_path / "e.safetensors", "--curvature", "kfac", *params]
     score = ["score", *words, "--output", tmp_path / "s.safetensors", "--query-draws", 2]
     score += ["--operator", tmp_path / "e.safetensors", "--queries", tmp_path / "copies"]
-    for command in (fit, [*score, "--damping", 1e-3]):
+    for command in (fit, [*score, "--damping", 1e-3, "--method", "influence"]):
         assert run([str(word) for word in command]) == 0
     return StoredScores.open(tmp_path / "s.safetensors").whole()
 
