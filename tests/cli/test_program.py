@@ -497,7 +497,8 @@ def test_attribute(folder, tmp_path, capsys, monkeypatch):
     """Its options make the same again; another run is refused, and the folder stays as it was."""
     words = ["--pipeline", folder / "pipeline", "--data", folder / "train", "--quiet"]
     words += ["--queries", folder / "queries", "--fit-draws", 2, "--num-draws", 2]
-    words += ["--damping", 1e-3, "--output", tmp_path / "result", "--group-by"]
+    words += ["--method", "influence", "--damping", 1e-3]
+    words += ["--output", tmp_path / "result", "--group-by"]
     assert run(["attribute", *map(str, words), "artist"]) == 2
     assert "by folder, or a list of a name for each, got 'artist'" in capsys.readouterr().err
     assert not (tmp_path / "result").exists()
@@ -510,7 +511,7 @@ def test_attribute(folder, tmp_path, capsys, monkeypatch):
     table = (tmp_path / "result" / "scores.csv").read_text().splitlines()
     best = header["train"][int(scores[0].argmax())]
     assert table[1].startswith(f"image0.png,{best},{float(scores[0].max())!r},")
-    assert table[1].endswith(f",1,helps,,,regression,,{folder / 'train' / best}")
+    assert table[1].endswith(f",1,helps,,,influence,,{folder / 'train' / best}")
     group = (tmp_path / "result" / "groups.csv").read_text().splitlines()[1].split(",")
     assert group[:2] == ["image0.png", str(folder / "train")]
     assert float(group[2]) == pytest.approx(float(scores[0].sum()), rel=1e-5)
