@@ -165,7 +165,8 @@ def _by_problem(
     methods: tuple[str, ...], entry_of: Callable[[dict[str, Any]], dict[str, Any]], key: str
 ) -> plt.Figure:
     """An axis for each problem, a line for each method, with intervals."""
-    figure, axes = plt.subplots(2, 3, figsize=(11, 1.2 + 0.8 * len(methods)), sharey=True)
+    size = (11, 1.2 + 0.8 * len(methods))
+    figure, axes = plt.subplots(2, 3, figsize=size, sharey=True, layout="constrained")
     for axis in axes.flat[len(PROBLEM_NAMES) :]:
         axis.remove()
     for axis, (problem, title) in zip(axes.flat, PROBLEM_NAMES.items(), strict=False):
@@ -181,7 +182,9 @@ def _by_problem(
         axis.set(title=title)
         labels = [f"{method} (best)" if method in BEST else method for method in methods]
         axis.set_yticks(range(len(methods)), labels)
-    figure.axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside right upper"
+    )
     return figure
 
 
