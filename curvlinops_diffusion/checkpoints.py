@@ -294,7 +294,7 @@ def averaged(results: Sequence[Attribution]) -> Attribution:
 
     Its header is that of the last; it lists the identities of all as ``"checkpoints"``, and their
     weights in its identity, so that it is not taken for that of the last alone. Scores of the
-    regression are in the unit of the generalisation gap if this is told at every checkpoint.
+    regression keep the unit of the generalisation gap only if all checkpoints have one.
     """
     last = results[-1]
     gaps = [GeneralisationGap.of_header(result.header) for result in results]

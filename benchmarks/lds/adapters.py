@@ -21,7 +21,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from benchmarks.lds import problems
-from benchmarks.lds.problems import SECOND_SEED, Data, Problem
+from benchmarks.lds.problems import SECOND_SEED, TINY, Data, Problem
 from benchmarks.lds.text_to_image import (
     STYLES,
     TextToImage,
@@ -190,20 +190,13 @@ PROBLEMS: dict[str, Problem] = {
                 steps=160,
                 num_halves=32,
             ),
-            # to see that the programs run
             replace(
                 _styles,
                 name="tiny-adapter",
                 make_network=lambda: _with_adapter(8, 2),
                 rank=2,
-                num_train=12,
-                steps=10,
-                batch=4,
-                num_halves=4,
-                num_queries=2,
-                measured_draws=2,
-                draws=(2, 4),
                 width=8,
+                **TINY,
             ),
         )
     },

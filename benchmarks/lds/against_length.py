@@ -11,7 +11,6 @@ Legend: H halves, S seeds, Q queries, M what is measured, N training images.
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -19,8 +18,8 @@ from torch import Tensor
 from benchmarks.lds.evaluate import DEFAULT, judged, key_of, predicted, summary
 from benchmarks.lds.lengths import FRACTIONS, PARTS, PROBLEM, measured, weights_at
 from benchmarks.lds.methods import METHODS, Setting
-from benchmarks.lds.retrain import FOLDER, NETWORKS, result
-from benchmarks.measure import arguments, report
+from benchmarks.lds.retrain import NETWORKS, arguments_of_retrained, result
+from benchmarks.measure import report
 
 # those without a default have their best setting, chosen by the result
 COMPARED = (
@@ -45,10 +44,7 @@ def correlation(x_SHQ: Tensor, y_SHQ: Tensor) -> float:
 
 def main() -> None:
     """Run the program."""
-    parser = arguments(__doc__)
-    parser.add_argument("--retrained", type=Path, default=FOLDER, help="folder of its result")
-    parser.add_argument("--draws", type=int, default=64, help="draws of each training image")
-    parser.add_argument("--resamples", type=int, default=500)
+    parser = arguments_of_retrained(__doc__)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     header, tensors = NETWORKS.read(result(PROBLEM, options.retrained))

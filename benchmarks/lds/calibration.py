@@ -12,7 +12,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +20,8 @@ from torch import Tensor
 from benchmarks.lds.evaluate import difference, judged, key_of, setting_of, summary
 from benchmarks.lds.methods import KeptGradients, Setting
 from benchmarks.lds.problems import MEASURED_SEED, MEASUREMENTS, PROBLEMS
-from benchmarks.lds.retrain import FOLDER
-from benchmarks.measure import arguments, report
+from benchmarks.lds.retrain import arguments_of_retrained
+from benchmarks.measure import report
 from curvlinops_diffusion import NoisedRegression
 from curvlinops_diffusion.influence.validation.judgements import CrossedMean
 
@@ -250,11 +249,8 @@ def crossed(
 
 def main() -> None:
     """Run the program."""
-    parser = arguments(__doc__)
+    parser = arguments_of_retrained(__doc__)
     parser.add_argument("--problem", nargs="*", choices=PROBLEMS, default=COMPARED)
-    parser.add_argument("--retrained", type=Path, default=FOLDER, help="folder of its result")
-    parser.add_argument("--draws", type=int, default=64, help="draws of each training image")
-    parser.add_argument("--resamples", type=int, default=500)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -30,14 +30,14 @@ from benchmarks.lds.adapters import PROBLEMS
 from benchmarks.lds.methods import METHODS, Scores, Setting, methods_for
 from benchmarks.lds.problems import LATE, MEASUREMENTS, Problem
 from benchmarks.lds.retrain import (
-    FOLDER,
     NETWORKS,
+    arguments_of_retrained,
     is_kept,
     networks_done,
     result,
     weights_under,
 )
-from benchmarks.measure import arguments, date, report, version_of
+from benchmarks.measure import date, report, version_of
 from curvlinops_diffusion.runtime.digests import digest_of
 from curvlinops_diffusion.runtime.files import FileKind
 from curvlinops_diffusion.validation import LinearDatamodellingScore, linear_datamodelling_score
@@ -98,6 +98,12 @@ def numbers_of(problem: Problem) -> tuple[dict[str, Any], dict[str, Any]]:
             if key.isupper() and key not in ("METHODS", "OF_ADAPTERS", "OF_PIXELS")
         },
     )
+
+
+def dependencies(setting: Setting, halves: Tensor, run: Any) -> str:
+    """A digest of what a method's predictions depend on."""
+    networks = digest_of(setting.weights, setting.generated, halves)
+    return digest_of(networks, *numbers_of(setting.problem), run)
 
 
 def setting_of(
@@ -209,18 +215,15 @@ def with_intervals(
 
 def main() -> None:
     """Run the program."""
-    parser = arguments(__doc__)
+    parser = arguments_of_retrained(__doc__)
     parser.add_argument("--problem", choices=PROBLEMS, default="digits")
     parser.add_argument("--work", type=Path, default=Path("lds-work"), help="work folder")
-    parser.add_argument("--retrained", type=Path, default=FOLDER, help="folder of its result")
-    parser.add_argument("--draws", type=int, default=64, help="draws of each training image")
     parser.add_argument(
         "--methods", nargs="*", help="only these; the others of an earlier result are kept"
     )
     parser.add_argument(
         "--again", action="store_true", help="none: intervals anew, of an earlier result"
     )
-    parser.add_argument("--resamples", type=int, default=500)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     problem = PROBLEMS[options.problem]
@@ -235,7 +238,6 @@ def main() -> None:
         for kind, own in (("held-out", slice(0, Q)), ("generated", slice(Q, None)))
     }
     measured = {cell: values[:, :, m, own].transpose(0, 1) for cell, (m, own) in cells.items()}
-    networks = digest_of(setting.weights, setting.generated, halves)
     runs = {name: (partial(run, setting), run) for name, run in methods_for(problem).items()}
     for name, (label, settings) in itertools.product(
         AVERAGED, other_networks(setting, tensors).items()
@@ -246,7 +248,7 @@ def main() -> None:
     ranks: dict[str, Tensor] = {}
     for name in wanted:
         scores, run = runs[name]
-        of = digest_of(networks, *numbers_of(problem), run)
+        of = dependencies(setting, halves, run)
         made, found = predictions(name, scores, halves, work, of)
         for cell, (m, own) in cells.items():
             by_setting = {key: z[m, own] for key, z in found.items()}

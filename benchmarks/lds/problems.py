@@ -34,6 +34,11 @@ LEARNING_RATE = 2e-3
 Data = Any
 
 _demo = example("influence_digits")
+# to see that the programs run
+TINY: dict[str, Any] = {
+    **{"num_train": 12, "steps": 10, "batch": 4, "num_halves": 4, "num_queries": 2},
+    **{"measured_draws": 2, "draws": (2, 4)},
+}
 
 
 @dataclass(frozen=True)
@@ -322,18 +327,6 @@ PROBLEMS = {
             num_queries=48,
             compiled=True,
         ),
-        # to see that the programs run
-        replace(
-            _digits,
-            name="tiny",
-            make_network=lambda: _unet(8, 1, (2, 2)),
-            num_train=12,
-            steps=10,
-            batch=4,
-            num_halves=4,
-            num_queries=2,
-            measured_draws=2,
-            draws=(2, 4),
-        ),
+        replace(_digits, name="tiny", make_network=lambda: _unet(8, 1, (2, 2)), **TINY),
     )
 }

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.lds.adapters import PROBLEMS
 from benchmarks.lds.problems import LATE, MEASUREMENTS, SEEDS, Problem, rows
-from benchmarks.measure import machine
+from benchmarks.measure import arguments, machine
 from curvlinops_diffusion.runtime.files import FileKind
 
 # kept for longer than the package's format
@@ -39,6 +39,15 @@ SAVED_EVERY = 8
 def result(problem: Problem, folder: Path = FOLDER) -> Path:
     """The file of a problem's retrained networks."""
     return folder / f"{problem.name}.safetensors"
+
+
+def arguments_of_retrained(description: str | None) -> argparse.ArgumentParser:
+    """Options of programs that judge scores by retrained networks."""
+    parser = arguments(description)
+    parser.add_argument("--retrained", type=Path, default=FOLDER, help="folder of its result")
+    parser.add_argument("--draws", type=int, default=64, help="draws of each training image")
+    parser.add_argument("--resamples", type=int, default=500)
+    return parser
 
 
 def is_kept(kind: FileKind, path: Path, **expected: Any) -> bool:

@@ -17,14 +17,13 @@ import torch
 
 from benchmarks.lds.adapters import PROBLEMS
 from benchmarks.lds.calibration import KINDS, rounded, slope_of
-from benchmarks.lds.evaluate import DEFAULT, numbers_of, predictions, setting_of
+from benchmarks.lds.evaluate import DEFAULT, dependencies, predictions, setting_of
 from benchmarks.lds.methods import METHODS, Setting
 from benchmarks.lds.problems import MEASURED_SEED
-from benchmarks.lds.retrain import FOLDER
-from benchmarks.measure import arguments, report
+from benchmarks.lds.retrain import arguments_of_retrained
+from benchmarks.measure import report
 from curvlinops_diffusion import ExampleGradientLinearOperator, NoisedRegression
 from curvlinops_diffusion.influence.gap import GeneralisationGap, generalisation_gap
-from curvlinops_diffusion.runtime.digests import digest_of
 
 METHOD = "K-FAC, regression"
 COMPARED = ("digits", "fashion", "photographs", "textures", "styles", "dreambooth")
@@ -45,12 +44,9 @@ def gap_of(setting: Setting) -> GeneralisationGap:
 
 def main() -> None:
     """Run the program."""
-    parser = arguments(__doc__)
+    parser = arguments_of_retrained(__doc__)
     parser.add_argument("--problem", nargs="*", choices=PROBLEMS, default=COMPARED)
     parser.add_argument("--work", type=Path, default=Path("lds-work"), help="work folder")
-    parser.add_argument("--retrained", type=Path, default=FOLDER, help="folder of its result")
-    parser.add_argument("--draws", type=int, default=64, help="draws of each training image")
-    parser.add_argument("--resamples", type=int, default=500)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     rows: list[dict[str, Any]] = []
@@ -60,8 +56,7 @@ def main() -> None:
         work = options.work / name / f"evaluated-{options.draws}"
         work.mkdir(parents=True, exist_ok=True)
         halves, run = tensors["halves"], METHODS[METHOD]
-        networks = digest_of(setting.weights, setting.generated, halves)
-        of = digest_of(networks, *numbers_of(problem), run)
+        of = dependencies(setting, halves, run)
         _, found = predictions(METHOD, lambda: run(setting), halves, work, of)  # noqa: B023
         gap = gap_of(setting)
         measured_QH = tensors["values"].double().mean(1)[:, 0].T

@@ -31,7 +31,7 @@ from curvlinops_diffusion.influence.regression import FUNCTIONS, SINGLE_DRAWS
 from curvlinops_diffusion.influence.scores import can_be_halved
 from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.linalg.factors import eigendecomposition
-from curvlinops_diffusion.runtime.adapters import without_adapters
+from curvlinops_diffusion.runtime.adapters import adapted_modules
 from curvlinops_diffusion.runtime.passes import PLAIN
 
 #: What a cost is known by, for people.
@@ -254,8 +254,7 @@ def score_cost(
 
 def _of_gap(train: NoisedRegression, held_out: Any) -> int:
     """Samples of the generalisation gap, of network and base network; forward alone."""
-    with without_adapters(train.objective.model) as there_are:
-        networks = 2 if there_are else 1
+    networks = 2 if adapted_modules(train.objective.model) else 1
     return networks * train.draws.rounded_up(GAP_DRAWS) * (train.num_data + len(held_out))
 
 

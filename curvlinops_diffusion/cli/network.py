@@ -145,7 +145,10 @@ def _divide(model: torch.nn.Module, device: str) -> None:
 
 
 def _set_up_logs(quiet: bool) -> None:
-    """Bars of loading unless told to be quiet; what is wrong with weights is told here, once."""
+    """Show loading bars unless ``quiet``, and silence the libraries' warnings about weights.
+
+    The program reports wrong weights itself, in one line.
+    """
     diffusers_logging.set_verbosity(logging.CRITICAL)
     libraries = [diffusers_logging]
     if is_transformers_available():

@@ -29,6 +29,16 @@ def has_rows(entry: Any) -> bool:
     return isinstance(entry, list) or (isinstance(entry, Tensor) and entry.ndim > 0)
 
 
+def merged_rows(merge: Callable[[Sequence[Any]], Any], *several: Any) -> Any:
+    """Merge corresponding entries that have rows; what has none is that of the first."""
+    return mapped(lambda *own: merge(own) if has_rows(own[0]) else own[0], *several)
+
+
+def joined_rows(rows: Sequence[Any]) -> Any:
+    """Join rows of one kind, tensors or lists."""
+    return torch.cat(list(rows)) if isinstance(rows[0], Tensor) else list(chain(*rows))
+
+
 def rows_of(condition: Any, index: slice | list[int]) -> Any:
     """Select rows of every entry that has them."""
 
@@ -163,11 +173,7 @@ class NoisedBatch:
     @staticmethod
     def joined(batches: Sequence[NoisedBatch]) -> NoisedBatch:
         """One draw of several lots of examples as one batch."""
-
-        def merge(rows: Sequence[Any]) -> Any:
-            return torch.cat(list(rows)) if isinstance(rows[0], Tensor) else list(chain(*rows))
-
-        return NoisedBatch._merged(batches, merge)
+        return NoisedBatch._merged(batches, joined_rows)
 
     @staticmethod
     def _merged(
@@ -177,12 +183,9 @@ class NoisedBatch:
         first = batches[0]
         if len(batches) == 1:
             return first
-
-        def merged(*entries: Any) -> Any:
-            return merge(entries) if has_rows(entries[0]) else entries[0]
-
         rows = {
-            name: mapped(merged, *(getattr(b, name) for b in batches)) for name in first._of_rows()
+            name: merged_rows(merge, *(getattr(b, name) for b in batches))
+            for name in first._of_rows()
         }
         for name in ("indices", "draw_numbers"):
             rows[name] = merge([list(getattr(b, name)) for b in batches])

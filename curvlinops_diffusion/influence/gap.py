@@ -16,7 +16,7 @@ from curvlinops_diffusion.influence.consumers import AllRows
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.score_files import HALVED
 from curvlinops_diffusion.influence.streaming import of_gradients
-from curvlinops_diffusion.runtime.adapters import without_adapters
+from curvlinops_diffusion.runtime.adapters import adapted_modules, without_adapters
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, run_pass
 
 _KINDS = ("training images", "held-out images")
@@ -38,7 +38,7 @@ class GeneralisationGap:
 
     @classmethod
     def of_header(cls, header: Mapping[str, Any]) -> Self | None:
-        """That of scores, from their header; ``None`` if there were no held-out images."""
+        """Read the gap from the header of scores; ``None`` if there were no held-out images."""
         return cls(**header["gap"]) if "gap" in header else None
 
     @property
@@ -81,11 +81,12 @@ def generalisation_gap(
         )
 
     losses = [_losses(J, kind, passes) for J, kind in zip(of, _KINDS, strict=True)]
-    with without_adapters(J_train.regression.objective.model) as there_are:
-        if there_are:
-            kinds = [f"{kind} by the base network" for kind in _KINDS]
+    model = J_train.regression.objective.model
+    if adapted_modules(model):
+        kinds = [f"{kind} by the base network" for kind in _KINDS]
+        with without_adapters(model):
             base = [_losses(J, kind, passes) for J, kind in zip(of, kinds, strict=True)]
-            losses = _less_difficulty(losses, base)
+        losses = _less_difficulty(losses, base)
     train_N, held_out_H = losses
     error = sum(z.var() / len(z) for z in losses) ** 0.5
     return GeneralisationGap(

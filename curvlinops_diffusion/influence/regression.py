@@ -5,6 +5,7 @@ Legend: Q queries, N training examples.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from curvlinops_diffusion.influence.kernels import (
     KernelMatrix,
     KernelOptions,
     Kernels,
+    One,
 )
 from curvlinops_diffusion.influence.measurements.losses import SignedPrediction
 from curvlinops_diffusion.influence.streaming import halves_of
@@ -148,22 +150,18 @@ def influence_and_regression_scores(
     check_positive("ridge", ridge)
     signed = SignedPrediction(seed)
 
+    solver = _Solver(G_inv, ridge, halved, options, passes)
     lengths = [  # of few images one draw each tells it badly
-        Kernels(
-            *(J_train.measuring(signed).on(one), G_inv, f"single draws {number}"),
-            options.gradient_bytes,
-            passes,
+        solver.kernels(
+            J_train.measuring(signed).on(one), f"single draws {number}", passes
         ).mean_diagonal()
         for number, one in enumerate(J_train.regression.single_draws(SINGLE_DRAWS))
     ]
     single = sum(lengths) / len(lengths)
-
-    def solved(number: int) -> list[_Solved]:
-        query, train = (J.measuring(signed) if number else J for J in (J_query, J_train))
-        solve = _formed if J_train.shape[0] <= options.largest_gram else _iterated
-        return solve(query, G_inv, train, f"function {number}", ridge, halved, options, passes)
-
-    of_loss, of_prediction = map(solved, range(FUNCTIONS))
+    of_loss = solver.solved(J_query, J_train, "function 0")
+    of_prediction = solver.solved(
+        J_query.measuring(signed), J_train.measuring(signed), "function 1"
+    )
     square: float | Tensor = SQUARE
     if J_query.measurement != J_train.measurement:  # a square weighted otherwise, by the values
         of_both = (J_query, J_query.measuring(J_train.measurement))
@@ -203,67 +201,81 @@ class _Solved:
         return (self.weights_QN.square() / (self.diagonal * mean)).to(self.cross_QN)
 
 
-def _formed(
-    J_query: ExampleGradientLinearOperator,
-    G_inv: PyTorchLinearOperator,
-    J_train: ExampleGradientLinearOperator,
-    name: str,
-    ridge: float,
-    halved: bool,
-    options: KernelOptions,
-    passes: PassOptions,
-) -> list[_Solved]:
-    """Solve by a factorisation; kernels of all draws are the means of those of halves."""
-    queries, trains = ([J] if not halved else halves_of(J) for J in (J_query, J_train))
-    kernels = Kernels(trains, G_inv, name, options.gradient_bytes, passes)
-    cross_SSQN, gram_SSNN = kernels.both(queries)
+@dataclass(frozen=True)
+class _Solver:
+    """Solves the regressions of one function, of all draws and then of either half of them.
 
-    def solved(cross_QN: Tensor, gram_NN: Tensor) -> _Solved:
-        root_NN, damping = regularised_root(gram_NN, ridge)
-        weights_QN = torch.cholesky_solve(cross_QN.to(root_NN).T, root_NN).T
-        return _Solved(cross_QN, weights_QN, torch.cholesky_inverse(root_NN).diagonal(), damping)
-
-    whole = solved(cross_SSQN.mean((0, 1)), gram_SSNN.mean((0, 1)))
-    halves = range(2) if halved else ()
-    return [whole, *(solved(cross_SSQN[half, half], gram_SSNN[half, half]) for half in halves)]
-
-
-def _iterated(
-    J_query: ExampleGradientLinearOperator,
-    G_inv: PyTorchLinearOperator,
-    J_train: ExampleGradientLinearOperator,
-    name: str,
-    ridge: float,
-    halved: bool,
-    options: KernelOptions,
-    passes: PassOptions,
-) -> list[_Solved]:
-    """Solve by conjugate gradients, for all draws and each half by itself.
-
-    The mean diagonal is Hutchinson's estimate from one more column of random signs. The mean
-    weight ``h̄`` of an example in its own regression is then known with a relative standard error of
-    ``sqrt(2 / (N h̄))`` at most, ``N h̄`` being the regression's degrees of freedom: all scores of a
-    part share it.
+    Attributes:
+        G_inv: Inverse curvature.
+        ridge: ``ρ``.
+        halved: Whether to solve those of halves, too.
+        options: How they are solved.
+        passes: Checkpoints, processes and progress.
     """
 
-    def solved(half: int | None) -> _Solved:
-        own, query, train = passes, J_query, J_train
-        if half is not None:
-            query, train = (J.on(J.regression.divided(half, 2)) for J in (query, train))
-            if passes.checkpoint is not None:  # whose passes have the same names
-                own = replace(passes, checkpoint=Path(passes.checkpoint) / f"half{half}")
-        kernels = Kernels(train, G_inv, name, options.gradient_bytes, own)
-        cross_QN = kernels.cross([query])[0, 0]
-        signs = torch.randint(2, (1, cross_QN.shape[1]), generator=torch.Generator().manual_seed(0))
-        signs_1N = (2 * signs - 1).to(cross_QN)
-        damping = ridge * kernels.mean_diagonal()
-        found = iterated_solution(
-            torch.cat([cross_QN, signs_1N]),
-            KernelMatrix([kernels]),
-            damping,
-            options,
-            passes.progressbar,
-        )
-        return _Solved(cross_QN, found[:-1], (found[-1:] * signs_1N).mean(), damping)
+    G_inv: PyTorchLinearOperator
+    ridge: float
+    halved: bool
+    options: KernelOptions
+    passes: PassOptions
 
-    return [solved(half) for half in ((None, 0, 1) if halved else (None,))]
+    def solved(self, query: One, train: One, name: str) -> list[_Solved]:
+        """Solve by a factorisation, or by iteration if there are too many training examples."""
+        formed = train.shape[0] <= self.options.largest_gram
+        return (self._formed if formed else self._iterated)(query, train, name)
+
+    def kernels(self, train: One | Sequence[One], name: str, passes: PassOptions) -> Kernels:
+        """Kernels of training examples."""
+        return Kernels(train, self.G_inv, name, self.options.gradient_bytes, passes)
+
+    def _formed(self, query: One, train: One, name: str) -> list[_Solved]:
+        """Solve by a factorisation; kernels of all draws are the means of those of halves."""
+        queries, trains = ([J] if not self.halved else halves_of(J) for J in (query, train))
+        cross_SSQN, gram_SSNN = self.kernels(trains, name, self.passes).both(queries)
+
+        def solved(cross_QN: Tensor, gram_NN: Tensor) -> _Solved:
+            root_NN, damping = regularised_root(gram_NN, self.ridge)
+            weights_QN = torch.cholesky_solve(cross_QN.to(root_NN).T, root_NN).T
+            diagonal_N = torch.cholesky_inverse(root_NN).diagonal()
+            return _Solved(cross_QN, weights_QN, diagonal_N, damping)
+
+        whole = solved(cross_SSQN.mean((0, 1)), gram_SSNN.mean((0, 1)))
+        halves = range(2) if self.halved else ()
+        return [whole, *(solved(cross_SSQN[half, half], gram_SSNN[half, half]) for half in halves)]
+
+    def _iterated(self, query: One, train: One, name: str) -> list[_Solved]:
+        """Solve by conjugate gradients, for all draws and each half by itself.
+
+        The mean diagonal is Hutchinson's estimate from one more column of random signs. The mean
+        weight ``h̄`` of an example in its own regression is then known with a relative standard
+        error of ``sqrt(2 / (N h̄))`` at most, ``N h̄`` being the regression's degrees of freedom:
+        all scores of a part share it.
+        """
+
+        def solved(J_query: One, J_train: One, passes: PassOptions) -> _Solved:
+            kernels = self.kernels(J_train, name, passes)
+            cross_QN = kernels.cross([J_query])[0, 0]
+            generator = torch.Generator().manual_seed(0)
+            signs = torch.randint(2, (1, cross_QN.shape[1]), generator=generator)
+            signs_1N = (2 * signs - 1).to(cross_QN)
+            damping = self.ridge * kernels.mean_diagonal()
+            found = iterated_solution(
+                torch.cat([cross_QN, signs_1N]),
+                KernelMatrix([kernels]),
+                damping,
+                self.options,
+                passes.progressbar,
+            )
+            return _Solved(cross_QN, found[:-1], (found[-1:] * signs_1N).mean(), damping)
+
+        parts = [(query, train, self.passes)]
+        if self.halved:
+            of_halves = zip(halves_of(query), halves_of(train), strict=True)
+            parts += [(q, t, self._of_half(half)) for half, (q, t) in enumerate(of_halves)]
+        return [solved(*part) for part in parts]
+
+    def _of_half(self, half: int) -> PassOptions:
+        """Passes with a checkpoint of their own, as those of both halves have the same names."""
+        if self.passes.checkpoint is None:
+            return self.passes
+        return replace(self.passes, checkpoint=Path(self.passes.checkpoint) / f"half{half}")

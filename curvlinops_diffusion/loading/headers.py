@@ -55,7 +55,7 @@ def readable(
 
 
 def cut_to_squares(sizes: Sequence[tuple[int, int]], form: Form) -> list[str]:
-    """What is to be said of images that are cut to squares, or of another size, by their sides."""
+    """Notes on images that are cut to squares or differ from the network's size."""
     resized, side = form.resolution is not None or bool(form.buckets), form.made_for
     if not resized and side is not None:
         others = sum(size != (side, side) for size in sizes)

@@ -72,19 +72,24 @@ def adapter_states(model: nn.Module) -> tuple[Any, ...]:
     )
 
 
+def adapted_modules(model: nn.Module) -> list[Any]:
+    """Return the modules with adapters at work that are not fused into the weights."""
+    modules: list[Any] = [m for m in modules_of(model) if _is_adapted(type(m))]
+    return [m for m in modules if not (m.disable_adapters or getattr(m, "merged_adapters", ()))]
+
+
 @contextmanager
-def without_adapters(model: nn.Module) -> Iterator[bool]:
-    """Disable a model's adapters within the context; yields whether there are any at work.
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Disable a model's adapters within the context.
 
     Those that are fused into the weights stay: PEFT would take them out for good.
     """
-    modules: list[Any] = [m for m in modules_of(model) if _is_adapted(type(m))]
-    active = [m for m in modules if not (m.disable_adapters or getattr(m, "merged_adapters", ()))]
+    active = adapted_modules(model)
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
         for module in active:
             module.enable_adapters(False)
-        yield bool(active)
+        yield
     finally:
         for module in active:
             module.enable_adapters(True)

@@ -35,7 +35,7 @@ SHUFFLED_DRAWS = 2
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What checks of an attributor found.
+    """Results of the checks of an attributor.
 
     Attributes:
         checks: The checks, in order.
@@ -52,7 +52,7 @@ class CheckResult:
 
     @property
     def summary(self) -> str:
-        """What all checks say together, in a sentence."""
+        """Summarise all checks in a sentence."""
         judged = [check for check in self.checks if check.passed is not None]
         failed = [check.name for check in judged if not check.passed]
         if failed:

@@ -9,14 +9,14 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from curvlinops_diffusion.diffusion.batch import CleanBatch, mapped
+from curvlinops_diffusion.diffusion.batch import CleanBatch, joined_rows, leaves, merged_rows
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
+from curvlinops_diffusion.diffusion.versions import Augmentations, flipped
 from curvlinops_diffusion.runtime.checks import check_count
 
 Altered = Callable[[CleanBatch], CleanBatch]
@@ -26,14 +26,10 @@ JPEG_QUALITY = 75
 
 def mirrored(clean: CleanBatch) -> CleanBatch:
     """Mirror images left to right, with masks and images among their conditions."""
-
-    def flipped(entry: Any) -> Any:
-        return entry.flip(-1) if isinstance(entry, Tensor) and entry.ndim == 4 else entry
-
-    mask = None if clean.mask is None else clean.mask.flip(-1)
-    return replace(
-        clean, x0=clean.x0.flip(-1), condition=mapped(flipped, clean.condition), mask=mask
-    )
+    entries = leaves(clean.condition)
+    images = frozenset(name for name, z in entries if isinstance(z, Tensor) and z.ndim == 4)
+    (found,) = Augmentations((flipped,), images).versions(clean)
+    return found
 
 
 def recompressed(clean: CleanBatch) -> CleanBatch:
@@ -89,7 +85,9 @@ def copies_of(
     recipe = regression.recipe
     return list(kinds), NoisedRegression(
         regression.objective,
-        _joined(every) if len(shapes) == 1 else every,  # aspect buckets: one shape each
+        merged_rows(joined_rows, *every)
+        if len(shapes) == 1
+        else every,  # aspect buckets: one shape each
         draws=pairs.with_draws(num_draws, antithetic=num_draws % 2 == 0).draws,
         noise_offset=recipe.noise_offset,
         input_perturbation=recipe.input_perturbation,
@@ -101,19 +99,6 @@ def copies_of(
 def _as_data(clean: CleanBatch, regression: NoisedRegression) -> dict[str, Any]:
     mask = {} if clean.mask is None else {str(regression.recipe.loss_mask): clean.mask}
     return {"x0": clean.x0, **clean.condition, **mask}
-
-
-def _joined(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Batches as one."""
-
-    def join(*entries: Any) -> Any:
-        if isinstance(entries[0], list):
-            return list(chain(*entries))
-        rows = isinstance(entries[0], Tensor) and entries[0].ndim > 0
-        return torch.cat(entries) if rows else entries[0]
-
-    joined: dict[str, Any] = mapped(join, *batches)
-    return joined
 
 
 def chosen(num_data: int, count: int, seed: int) -> list[int]:
