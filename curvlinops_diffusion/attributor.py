@@ -47,8 +47,8 @@ from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.linalg.parameters import Parameters
-from curvlinops_diffusion.loading.decided import by_data, by_hand, by_recipe
 from curvlinops_diffusion.loading.layout import Layout
+from curvlinops_diffusion.loading.trainer_settings import by_data, by_hand, by_recipe
 from curvlinops_diffusion.page.gallery import RegressionGallery
 from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError

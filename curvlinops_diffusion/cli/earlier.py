@@ -23,7 +23,7 @@ from curvlinops_diffusion.cli.running import event, say
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.loading.dataset_config import is_config
-from curvlinops_diffusion.loading.decided import by_data
+from curvlinops_diffusion.loading.trainer_settings import by_data
 from curvlinops_diffusion.runtime.files import named_path
 
 # what decides nothing about a result

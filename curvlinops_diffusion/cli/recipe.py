@@ -10,9 +10,8 @@ from typing import Any
 
 from curvlinops_diffusion.cli.options import commands, in_flags
 from curvlinops_diffusion.cli.running import event, say
-from curvlinops_diffusion.loading.decided import ARGUMENTS, by_hand, by_recipe
 from curvlinops_diffusion.loading.saved_networks import configs_of
-from curvlinops_diffusion.loading.trainer_settings import base_in
+from curvlinops_diffusion.loading.trainer_settings import ARGUMENTS, base_in, by_hand, by_recipe
 from curvlinops_diffusion.runtime.files import named_path
 
 

@@ -7,7 +7,7 @@ import json
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from os.path import commonpath
@@ -19,28 +19,35 @@ from curvlinops_diffusion.loading.metadata import decoded
 #: How the names of such files end.
 SUFFIXES = (".toml", ".json")
 _COUNTS = ("batch_size", "bucket_reso_steps", "max_bucket_reso", "min_bucket_reso", "resolution")
-# options of each table, with what they may be; those of outer tables hold for the inner ones
-_OF_DATASETS: dict[str, Any] = {
-    **dict.fromkeys(_COUNTS, int),
-    **dict.fromkeys(("bucket_no_upscale", "enable_bucket"), bool),
-    **dict.fromkeys(("network_multiplier", "validation_split"), float),
-    "validation_seed": int,
-    "resolution": (int, list),
-}
-_OF_SUBSETS: dict[str, Any] = {
-    **dict.fromkeys(("color_aug", "flip_aug", "random_crop", "shuffle_caption"), bool),
-    **dict.fromkeys(("enable_wildcard", "cache_info"), bool),
-    **dict.fromkeys(("num_repeats", "keep_tokens", "token_warmup_min"), int),
-    **dict.fromkeys(("caption_extension", "class_tokens", "caption_prefix", "caption_suffix"), str),
-    **dict.fromkeys(("keep_tokens_separator", "secondary_separator", "caption_separator"), str),
-    **dict.fromkeys(("caption_dropout_rate", "caption_tag_dropout_rate"), float),
-    **{"caption_dropout_every_n_epochs": int, "token_warmup_step": float},
-    **{"face_crop_aug_range": list, "custom_attributes": dict, "resize_interpolation": str},
-}
-_OF_ONE: dict[str, Any] = {
-    **dict.fromkeys(("image_dir", "metadata_file", "conditioning_data_dir"), str),
-    **dict.fromkeys(("is_reg", "alpha_mask"), bool),
-}
+
+
+def _kinds(**names: str) -> dict[str, tuple[type, ...]]:
+    """The options of a table, with the types that each may be of."""
+    kinds: dict[str, tuple[type, ...]] = {"count": (int,), "number": (int, float), "flag": (bool,)}
+    kinds |= {"text": (str,), "list": (list,), "table": (dict,), "side": (int, list)}
+    return {name: kinds[kind] for kind, own in names.items() for name in own.split()}
+
+
+# options of outer tables hold for the inner ones
+_OF_DATASETS = _kinds(
+    count="batch_size bucket_reso_steps max_bucket_reso min_bucket_reso validation_seed",
+    flag="bucket_no_upscale enable_bucket",
+    number="network_multiplier validation_split",
+    side="resolution",
+)
+_OF_SUBSETS = _kinds(
+    flag="color_aug flip_aug random_crop shuffle_caption enable_wildcard cache_info",
+    count="num_repeats keep_tokens token_warmup_min caption_dropout_every_n_epochs",
+    text="caption_extension class_tokens caption_prefix caption_suffix keep_tokens_separator "
+    "secondary_separator caption_separator resize_interpolation",
+    number="caption_dropout_rate caption_tag_dropout_rate token_warmup_step",
+    list="face_crop_aug_range",
+    table="custom_attributes",
+)
+_OF_ONE = _kinds(
+    text="image_dir metadata_file conditioning_data_dir",
+    flag="is_reg alpha_mask",
+)
 # what changes what the network is shown, and no option of ours expresses
 _REFUSED = {
     "color_aug": "changes colours at random",
@@ -51,13 +58,13 @@ _REFUSED = {
     "conditioning_data_dir": "shows the network another image",
     "validation_split": "leaves out images that are not named",
 }
-# what decides nothing that is computed here
-_IGNORED = ("validation_seed", "custom_attributes", "cache_info")
-_WARMUP = ("token_warmup_min", "token_warmup_step")
-# what all images must share here
-_SHARED = (
-    *("flip_aug", "random_crop", "caption_dropout_rate", "caption_tag_dropout_rate"),
-    *("resolution", "enable_bucket", "resize_interpolation"),
+# what decides nothing that is computed here, or is not followed
+_UNREAD = (
+    "validation_seed",
+    "custom_attributes",
+    "cache_info",
+    "token_warmup_min",
+    "token_warmup_step",
 )
 _OF_BUCKETS = {
     "bucket_reso_steps": "bucket_step",
@@ -66,8 +73,10 @@ _OF_BUCKETS = {
     "bucket_no_upscale": "bucket_no_upscale",
 }
 _RESIZED = {
-    **dict.fromkeys(("bilinear", "linear"), "bilinear"),
-    **dict.fromkeys(("bicubic", "cubic"), "bicubic"),
+    "bilinear": "bilinear",
+    "linear": "bilinear",
+    "bicubic": "bicubic",
+    "cubic": "bicubic",
     "lanczos": "lanczos",
 }
 _IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"}
@@ -127,6 +136,7 @@ class DatasetConfig:
     Attributes:
         path: The file.
         unread: Options in it that decide nothing here, or are not followed.
+        settings: The options of ours that it decides.
 
     Args:
         path: The file.
@@ -172,7 +182,7 @@ class DatasetConfig:
                 )
         if any(subset.options.get("network_multiplier", 1) != 1 for subset in self._subsets):
             raise ValueError(f"'{self.path}' has a network_multiplier that is not 1. Take it out.")
-        self.unread = [name for name in (*_IGNORED, *_WARMUP) if name in named]
+        self.unread = [name for name in _UNREAD if name in named]
         self.settings = dict(self._settings())
 
     def _parsed(self) -> dict[str, Any]:
@@ -189,7 +199,9 @@ class DatasetConfig:
             ) from error
         return found if isinstance(found, dict) else {}
 
-    def _table(self, table: Any, where: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    def _table(
+        self, table: Any, where: str, known: Mapping[str, tuple[type, ...]]
+    ) -> dict[str, Any]:
         """Check the options of a table."""
         if not isinstance(table, dict):
             raise ValueError(f"{where} of '{self.path}' must be a table, got {table!r}.")
@@ -200,25 +212,20 @@ class DatasetConfig:
                     f"{where} of '{self.path}' has the option '{name}', which kohya's scripts do "
                     f"not know there.{f' Is {meant[0]} meant?' if meant else ' Take it out.'}"
                 )
-            kinds = known[name] if isinstance(known[name], tuple) else (known[name],)
-            kinds = (int, float) if kinds == (float,) else kinds
+            kinds, wanted = known[name], ""
             if not isinstance(value, kinds) or (bool not in kinds and isinstance(value, bool)):
                 wanted = " or ".join(kind.__name__ for kind in kinds)
+            elif name in _COUNTS and isinstance(value, int) and value < 1:
+                wanted = "at least 1"
+            if wanted:
                 raise ValueError(
                     f"{where} of '{self.path}': {name} must be {wanted}, got {value!r}."
                 )
-            if name in _COUNTS and not isinstance(value, list) and value < 1:
-                raise ValueError(
-                    f"{where} of '{self.path}': {name} must be at least 1, got {value}."
-                )
         return table
 
-    # -----------------------------------------------------------------------------------------
-
     def _settings(self) -> Iterator[tuple[str, Any]]:
-        """Options of ours that it decides."""
-        said = {name: self._shared(name) for name in _SHARED}
-        resolution = said["resolution"]
+        """Yield the options of ours that it decides."""
+        resolution, bucketed = self._shared("resolution"), self._shared("enable_bucket")
         if isinstance(resolution, list):
             if len(resolution) != 2 or len(set(resolution)) != 1:
                 raise ValueError(
@@ -228,35 +235,35 @@ class DatasetConfig:
             resolution = resolution[0]
         if resolution is not None:
             yield "resolution", resolution
-        if said["enable_bucket"]:
+        if bucketed:
             yield "buckets", True
             for theirs, ours in _OF_BUCKETS.items():
                 if (value := self._shared(theirs)) is not None:
                     yield ours, value
-        elif said["enable_bucket"] is False and resolution is not None:
+        elif bucketed is False and resolution is not None:
             yield "buckets", "square"  # to which images are resized as to any other bucket
-        if said["resize_interpolation"] is not None:
-            if said["resize_interpolation"] not in _RESIZED:
+        if (how := self._shared("resize_interpolation")) is not None:
+            if how not in _RESIZED:
                 raise ValueError(
-                    f"'{self.path}' has resize_interpolation '{said['resize_interpolation']}', and "
-                    f"`interpolation` may be {', '.join(dict.fromkeys(_RESIZED.values()))}."
+                    f"'{self.path}' has resize_interpolation '{how}', and `interpolation` may be "
+                    f"{', '.join(dict.fromkeys(_RESIZED.values()))}."
                 )
-            yield "interpolation", _RESIZED[said["resize_interpolation"]]
-        if said["random_crop"]:
-            if said["enable_bucket"] is False:
+            yield "interpolation", _RESIZED[how]
+        if self._shared("random_crop"):
+            if bucketed is False:
                 raise ValueError(
                     f"'{self.path}' has random_crop without enable_bucket: parts of images that "
                     "are not resized, which cannot be expressed. Take one of them out if it was "
                     "not so."
                 )
             yield "random_crop", True
-        if said["flip_aug"]:
+        if self._shared("flip_aug"):
             yield "augment", "flip"
-        if said["caption_dropout_rate"]:
-            yield "condition_dropout", float(said["caption_dropout_rate"])
-        if said["caption_tag_dropout_rate"]:
+        if dropped := self._shared("caption_dropout_rate"):
+            yield "condition_dropout", float(dropped)
+        if dropped := self._shared("caption_tag_dropout_rate"):
             self._shared("shuffle_caption")  # of captions in order, too, tags are left out
-            yield "tag_dropout", float(said["caption_tag_dropout_rate"])
+            yield "tag_dropout", float(dropped)
         if any(subset.options.get("shuffle_caption") for subset in self._subsets):
             yield "shuffle_captions", True
 
@@ -273,30 +280,6 @@ class DatasetConfig:
                 )
         values = (subset.options.get(name) for subset in self._subsets)
         return next((value for value in values if value is not None), None)
-
-    def settled(
-        self, given: Mapping[str, Any], known: Collection[str]
-    ) -> tuple[dict[str, Any], list[str]]:
-        """Decide options; those that are given by hand stand.
-
-        Args:
-            given: Options that are given by hand.
-            known: The options that there are.
-
-        Returns:
-            The options that are decided, and what is not, a line each.
-        """
-        options, lines = {}, []
-        for name, value in self.settings.items():
-            if name in given:
-                if given[name] != value:
-                    shown = f"`{name}={given[name]!r}`"
-                    lines.append(f"{shown} is given, against {value!r} by '{self.path}'")
-            elif name in known:
-                options[name] = value
-            else:
-                lines.append(f"not applied: `{name}={value!r}` by '{self.path}'")
-        return options, lines
 
     def images(self, caption_extension: str | None = None) -> tuple[list[ListedImage], list[str]]:
         """Find the images and read their captions.
@@ -373,8 +356,9 @@ class _Subset:
         if times < 1:
             return [], [f"none of '{self.source}', which is repeated {times} times"]
         captions = list(self._captions(extension))
-        what = "regularisation image(s)" if prior else "image(s)"
-        notes = [f"{times} × {len(captions)} {what} of '{self.source}'"]
+        notes = [
+            f"{times} × {len(captions)} {'regularisation ' * prior}image(s) of '{self.source}'"
+        ]
         if bare := [file.name for file, caption in captions if caption is None]:
             notes.append(f"{len(bare)} without a caption ({bare[0]}, …), with {text!r} as prompt")
         size = int(own.get("batch_size", 1))
@@ -402,21 +386,12 @@ class _Subset:
         lines = file.suffix.lower() == ".jsonl"
         try:
             text = decoded(file)
-            found = (
-                {
-                    entry["image_path"]: entry
-                    for entry in map(json.loads, filter(str.strip, text.split("\n")))
-                }
-                if lines
-                else json.loads(text)
-            )
+            rows = map(json.loads, filter(str.strip, text.split("\n"))) if lines else ()
+            found = {row["image_path"]: row for row in rows} if lines else json.loads(text)
             entries = [(str(key), dict(entry)) for key, entry in found.items()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            wanted = (
-                '{"image_path": "a.png", "caption": "a cat"}'
-                if lines
-                else '{"a.png": {"caption": "a cat"}}'
-            )
+            wanted = '{"a.png": {"caption": "a cat"}}'
+            wanted = '{"image_path": "a.png", "caption": "a cat"}' if lines else wanted
             raise ValueError(
                 f"'{file}' is not understood ({error}). It must be like {wanted}."
             ) from error
@@ -479,13 +454,11 @@ def _balanced(repeats: list[int], wanted: int) -> list[int]:
 
     First each as often as it is repeated, as far as they are wanted; then one more of each in turn.
     """
-    seen, left = [0] * len(repeats), wanted
-    first = True
-    while left > 0 and repeats:
-        for n, times in enumerate(repeats):
-            if left <= 0:
-                break
-            seen[n] += times if first else 1
-            left -= times if first else 1
-        first = False
+    seen, turn = [0] * len(repeats), repeats
+    while wanted > 0 and repeats:
+        for n, times in enumerate(turn):
+            if wanted > 0:
+                seen[n] += times
+                wanted -= times
+        turn = [1] * len(repeats)
     return seen

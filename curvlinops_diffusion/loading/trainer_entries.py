@@ -54,19 +54,14 @@ class Base:
         return "FlowMatch" in str(self.scheduler.get("_class_name", ""))
 
     @property
-    def clip_alone(self) -> bool:
-        """Whether it is Stable Diffusion 1 or 2, whose only text encoder is CLIP."""
-        return self.family == "StableDiffusion"
-
-    @property
     def family(self) -> str | None:
-        """What the name of its class begins with."""
+        """The beginning of the name of its class."""
         found = (kind for kind in _FAMILIES.values() if self.kind.startswith(kind))
         return next(found, None)
 
     @property
     def prediction_type(self) -> str:
-        """What its network regresses, by its scheduler."""
+        """The quantity that its network regresses, by its scheduler."""
         return str(self.scheduler.get("prediction_type", "epsilon"))
 
     @property
@@ -78,14 +73,14 @@ class Base:
 
 @dataclass(frozen=True)
 class Setting:
-    """What an entry of a trainer comes to.
+    """The meaning of an entry of a trainer.
 
     Attributes:
         entry: Its name and value, as the trainer has them.
         option: The option that it decides; ``training_arguments.…`` for one of these.
         value: The option's value; ``None``, zero or false for that without the option.
-        usual: What it is without the option, by the base.
-        refused: What it does to the objective that no option expresses.
+        usual: The value without the option, by the base.
+        refused: A change of the objective that no option expresses.
         note: A sentence for people.
         of_data: Whether a file that lists the images would say it as well.
     """
@@ -114,16 +109,17 @@ class Entries:
         return name in self.values
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value of an entry; of text, what it spells."""
+        """Read the value of an entry; of text, what it spells."""
         value = plain(self.values.get(name))
         return default if value is None else value
 
-    def number(self, name: str, default: float = 0.0) -> float:
-        """The number that an entry is.
+    def table(self, name: str) -> Entries:
+        """Read the entries of a table among these; none where it is no table."""
+        found = self.get(name)
+        return Entries(found if isinstance(found, Mapping) else {}, self.source)
 
-        Raises:
-            ValueError: If it is none.
-        """
+    def number(self, name: str, default: float = 0.0) -> float:
+        """Read a number; ValueError if it is none."""
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
             raise ValueError(
@@ -132,28 +128,26 @@ class Entries:
             )
         return float(value)
 
-    def sets(self, name: str, option: str, value: Any, usual: Any = None) -> Iterator[Setting]:
-        """What an entry decides, if it is there."""
+    def sets(
+        self, name: str, option: str, value: Any, usual: Any = None, refused: str = ""
+    ) -> Iterator[Setting]:
+        """Decide an option by an entry that is there."""
         if name in self:
-            yield Setting(self.shown(name), option, value, usual)
+            yield Setting(self.shown(name), option, value, usual, refused)
 
     def decides(self, **options: str) -> Iterator[Setting]:
-        """Numbers that are the values of options, by name."""
+        """Decide options by numbers."""
         for name, option in options.items():
             yield from self.sets(name, option, self.number(name))
 
-    def refuses(self, name: str, does: str) -> Iterator[Setting]:
-        """An entry that no option expresses, where it says anything but the plain."""
-        if self.get(name) and self.get(name) not in _PLAIN:
-            yield Setting(self.shown(name), refused=does)
-
-    def refuses_all(self, **does: str) -> Iterator[Setting]:
-        """Several entries that no option expresses."""
-        for name, text in does.items():
-            yield from self.refuses(name, text)
+    def refuses(self, does: str, *names: str) -> Iterator[Setting]:
+        """Refuse entries that no option expresses, where they say anything but the plain."""
+        for name in names:
+            if self.get(name) and self.get(name) not in _PLAIN:
+                yield Setting(self.shown(name), refused=does)
 
     def notes(self, name: str, text: str) -> Iterator[Setting]:
-        """An entry that people should know of."""
+        """Note an entry that people should know of."""
         if self.get(name):
             yield Setting(self.shown(name), note=text)
 
@@ -164,7 +158,7 @@ class Entries:
 
 
 def plain(value: Any) -> Any:
-    """What a text spells in JSON or Python; the text itself if it spells nothing."""
+    """Read a text as JSON or Python; one that is neither, and any other value, as it is."""
     if not isinstance(value, str):
         return value
     for parse in (json.loads, ast.literal_eval):

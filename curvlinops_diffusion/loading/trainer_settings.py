@@ -1,4 +1,7 @@
-"""The recipe of a training, read from what the trainer left in an adapter's file or beside it."""
+"""The recipe of a training, read from the files of its trainer, and the options that it decides.
+
+The door and the program have it from here. Without PyTorch, so that the program starts without.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from curvlinops_diffusion.loading.dataset_config import DatasetConfig, is_config
 from curvlinops_diffusion.loading.saved_networks import check_whole
 from curvlinops_diffusion.loading.trainer_entries import (
     Base,
@@ -21,11 +25,17 @@ from curvlinops_diffusion.loading.trainer_entries import (
 )
 from curvlinops_diffusion.loading.trainers import TRAINERS
 
+#: The option that holds others, and what they are called beside the rest.
+ARGUMENTS = "training_arguments"
 _KOHYA, _DIFFUSERS, _ONETRAINER, _AI_TOOLKIT, _SIMPLETUNER = TRAINERS
 # entries that name the base, by its name and by its kind
 _NAMES = (
-    *("ss_sd_model_name", "ss_base_model", "pretrained_model_name_or_path", "base_model_name"),
-    *("base_model_name_or_path", "base_model"),
+    "ss_sd_model_name",
+    "ss_base_model",
+    "pretrained_model_name_or_path",
+    "base_model_name",
+    "base_model_name_or_path",
+    "base_model",
 )
 # arguments of kohya's scripts that are called otherwise in a header
 _AS_IN_HEADERS = {
@@ -112,6 +122,254 @@ def _short_hash(file: Path) -> str:
         return hashlib.sha256(opened.read(0x10000)).hexdigest()[:8]
 
 
+def base_in(folder: Path, name: Path | None = None) -> Base:
+    """A pipeline by the folder of its configs alone; ``name`` is the single file that it is in."""
+
+    def config(*parts: str) -> dict[str, Any]:
+        file = folder.joinpath(*parts)
+        return _parsed(file) if file.is_file() else {}
+
+    guided = bool(config("transformer", "config.json").get("guidance_embeds"))
+    scheduler = config("scheduler", "scheduler_config.json")
+    kind = str(config("model_index.json").get("_class_name", ""))
+    return Base(kind, scheduler, guided, str(name or folder))
+
+
+def read_settings(path: Path) -> TrainerSettings:
+    """Read what a trainer left in an adapter's file or folder, or in a file of its own.
+
+    The header of the weights; of ai-toolkit, SimpleTuner and OneTrainer the config in the folder;
+    of ``diffusers``' scripts what ``accelerate`` logged; else PEFT's config and the model card,
+    which name the base.
+
+    Args:
+        path: The adapter's file or folder, or a config of one of these trainers.
+
+    Raises:
+        ValueError: If there is no such file, or it is damaged.
+    """
+    if not path.exists():
+        raise ValueError(f"'{path}' does not exist. Pass an adapter, or a trainer's config.")
+    if path.is_file() and path.suffix != ".safetensors":
+        found = _of_config(path)
+        if not found.trainer:
+            known = ", ".join(TRAINERS)
+            raise ValueError(f"'{path}' is no config of {known}. Pass an adapter, or one of these.")
+        return found
+    folder = path if path.is_dir() else path.parent
+    files = [file for file in sorted(path.glob("*.safetensors")) if file.name[0] != "."]
+    # of several files, which are of one run, the last
+    weights = path if path.is_file() else files[-1] if files else None
+    header = {} if weights is None else _header(weights)
+    if weights is not None and "ot_config" in header:
+        config = plain(header["ot_config"])
+        if not isinstance(config, dict):
+            raise ValueError(
+                f"'{weights}' holds a damaged ot_config. Pass `recipe='none'`, and what training "
+                "did by the options."
+            )
+        return TrainerSettings(_ONETRAINER, weights, {**header, **config})
+    if weights is not None and {"ss_session_id", "ss_network_module"} & header.keys():
+        return TrainerSettings(_KOHYA, weights, header)
+    run = [folder.parent] if folder.name.startswith("checkpoint") else []
+    for one in (folder, *run):
+        for name in ("config.yaml", "simpletuner_config.json", "config.json"):
+            if (one / name).is_file():
+                found = _of_config(one / name)
+                if found.trainer:
+                    return found
+        logs = sorted(one.glob("logs/*/*/hparams.yml"), key=lambda file: file.stat().st_mtime)
+        if logs:
+            return _of_config(logs[-1])
+    named = header | _card(folder) | _peft(folder)
+    return TrainerSettings("", weights or folder, named)
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """The strings in the header of a safetensors file."""
+    check_whole(file)
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        found = json.loads(opened.read(length)).get("__metadata__")
+    if found is not None and not (
+        isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+    ):
+        raise ValueError(f"'{file}' has a damaged header. Download or copy it again.")
+    return found or {}
+
+
+def _of_config(file: Path) -> TrainerSettings:
+    """A config of a trainer, by what is in it; of no known one, nothing."""
+    values = _parsed(file)
+    if file.suffix == ".toml":
+        tables = [values, *(own for own in values.values() if isinstance(own, dict))]
+        given = {key: own for table in tables for key, own in table.items()}
+        entries = {f"ss_{_AS_IN_HEADERS.get(key, key)}": own for key, own in given.items()}
+        if given.keys() & {"min_timestep", "max_timestep"}:
+            levels = f"{given.get('min_timestep', 0)},{given.get('max_timestep', 1000)}"
+            entries["modelspec.timestep_range"] = levels
+        return TrainerSettings(_KOHYA, file, entries)
+    try:
+        process = values["config"]["process"][0]
+    except (KeyError, IndexError, TypeError):
+        process = None
+    if isinstance(process, dict) and "train" in process:
+        model = process["model"] if isinstance(process.get("model"), dict) else {}
+        kinds = {"is_xl": "sdxl", "is_flux": "flux", "is_v3": "sd3", "is_lumina2": "lumina2"}
+        arch = next((kind for key, kind in kinds.items() if model.get(key)), model.get("arch"))
+        named = {"base_model": model.get("name_or_path"), "arch": arch}
+        return TrainerSettings(_AI_TOOLKIT, file, process | named)
+    plainly = {key.removeprefix("--"): value for key, value in values.items()}
+    if "model_family" in plainly:
+        return TrainerSettings(_SIMPLETUNER, file, plainly)
+    if {"training_method", "model_type"} <= values.keys():
+        return TrainerSettings(_ONETRAINER, file, values)
+    if file.name == "hparams.yml":
+        return TrainerSettings(_DIFFUSERS, file, values)
+    return TrainerSettings("", file)
+
+
+def _parsed(file: Path) -> dict[str, Any]:
+    """The values of a file of JSON, TOML or YAML."""
+    try:
+        parse = {".toml": tomllib.loads, ".json": json.loads}.get(file.suffix, _of_yaml)
+        values = parse(file.read_text(encoding="utf-8-sig"))
+    except Exception as error:  # of three parsers
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"'{file}' cannot be read ({said}). Copy it again, or pass `recipe='none'`."
+        ) from error
+    return values if isinstance(values, dict) else {}
+
+
+def _of_yaml(text: str) -> Any:
+    """The values of a text; of tuples the entries, of other objects of Python nothing."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def plainly(loader: Any, kind: str, node: Any) -> Any:
+        return loader.construct_sequence(node) if kind == "tuple" else None
+
+    Loader.add_multi_constructor("tag:yaml.org,2002:python/", plainly)
+    loader = Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def _card(folder: Path) -> dict[str, Any]:
+    """The entries at the top of a model card."""
+    file = folder / "README.md"
+    text = file.read_text(encoding="utf-8-sig", errors="replace") if file.is_file() else ""
+    parts = text.split("---", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    import yaml
+
+    try:
+        found = yaml.safe_load(parts[1])
+    except yaml.YAMLError:  # of a text for people, which decides nothing by itself
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _peft(folder: Path) -> dict[str, Any]:
+    """The name of the base in PEFT's config, of the first part that has one."""
+    file_name, name = "adapter_config.json", "base_model_name_or_path"
+    files = (*folder.glob(file_name), *sorted(folder.glob(f"*/{file_name}")))
+    named = ({name: base} for file in files if (base := _parsed(file).get(name)))
+    return next(named, {})
+
+
+# ---------------------------------------------------------------------------------------------
+# Deciding options
+# ---------------------------------------------------------------------------------------------
+
+
+def by_hand(
+    values: Mapping[str, Any], defaults: Mapping[str, Any], named: Collection[str] = ()
+) -> dict[str, Any]:
+    """The options that are decided already: those that were named, or are not at their defaults.
+
+    Args:
+        values: The options; ``None`` is what nobody decides.
+        defaults: Their defaults; options without are decided.
+        named: Those that were given, perhaps at their defaults.
+    """
+
+    def is_usual(name: str, value: Any) -> bool:
+        usual, plainly = defaults.get(name), str | float | int
+        return isinstance(usual, plainly) and isinstance(value, plainly) and value == usual
+
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not None and (name in named or not is_usual(name, value))
+    }
+
+
+def by_data(
+    data: Any, given: Mapping[str, Any], known: Collection[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """The options that a ``dataset.toml`` decides; of other data none.
+
+    Args:
+        data: The training images, as they are passed.
+        given: Options that are decided already, which stand.
+        known: The options that there are.
+
+    Returns:
+        The options, and notes for people, a line each.
+
+    Raises:
+        ValueError: If it is damaged, or training saw something that cannot be expressed.
+    """
+    options, lines = dict[str, Any](), list[str]()
+    for name, value in DatasetConfig(data).settings.items() if is_config(data) else ():
+        by = f"by '{Path(data)}'"
+        if name not in given and name in known:
+            options[name] = value
+        elif name not in given:
+            lines.append(f"not applied: `{name}={value!r}` {by}")
+        elif given[name] != value:
+            lines.append(f"`{name}={given[name]!r}` is given, against {value!r} {by}")
+    return options, lines
+
+
+def by_recipe(
+    recipe: Path, base: Base, given: Mapping[str, Any], known: Collection[str], data: Any = None
+) -> tuple[dict[str, Any], list[str]]:
+    """The options that the files of a trainer decide.
+
+    Args:
+        recipe: The adapter's file or folder, or the config of its trainer.
+        base: The pipeline.
+        given: Options that are decided already; ``training_arguments`` by their names.
+        known: The options that there are.
+        data: The training images; a ``dataset.toml`` says itself what was made of them.
+
+    Returns:
+        The options, ``training_arguments`` with those that are given, and notes for people, a
+        line each.
+
+    Raises:
+        ValueError: If the files are damaged, of another kind of pipeline, or change the objective
+            in a way that no option expresses.
+    """
+    arguments = dict(given.get(ARGUMENTS) or {})
+    flat = {name: value for name, value in given.items() if name != ARGUMENTS}
+    flat |= {f"{ARGUMENTS}.{name}": value for name, value in arguments.items()}
+    found, lines = settle(read_settings(recipe), base, flat, known, is_config(data))
+    inner = {name: found.pop(name) for name in list(found) if "." in name}
+    if inner:
+        inner = {name.partition(".")[2]: value for name, value in inner.items()}
+        found[ARGUMENTS] = {**arguments, **inner}
+    return found, lines
+
+
 def settle(
     found: TrainerSettings,
     base: Base,
@@ -130,7 +388,7 @@ def settle(
             what was made of them.
 
     Returns:
-        The options that are decided, and what people are told, a line each.
+        The options that are decided, and notes for people, a line each.
 
     Raises:
         ValueError: If the trainer changed the objective in a way that no option expresses; or as
@@ -184,188 +442,3 @@ def _shown(option: str, value: Any) -> str:
     """An option with its value, as messages have it."""
     outer, dot, name = option.partition(".")
     return f"`{outer}` {name}={json.dumps(value)}" if dot else f"`{option}={value!r}`"
-
-
-# ---------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------
-
-
-def base_in(folder: Path, name: Path | None = None) -> Base:
-    """A pipeline by the folder of its configs alone; ``name`` is the single file that it is in."""
-
-    def config(*parts: str) -> dict[str, Any]:
-        file = folder.joinpath(*parts)
-        return _parsed(file) if file.is_file() else {}
-
-    guided = bool(config("transformer", "config.json").get("guidance_embeds"))
-    scheduler = config("scheduler", "scheduler_config.json")
-    kind = str(config("model_index.json").get("_class_name", ""))
-    return Base(kind, scheduler, guided, str(name or folder))
-
-
-def read_settings(path: Path) -> TrainerSettings:
-    """Read what a trainer left in an adapter's file or folder, or in a file of its own.
-
-    The header of the weights; of ai-toolkit, SimpleTuner and OneTrainer the config in the folder;
-    of ``diffusers``' scripts what ``accelerate`` logged; else PEFT's config and the model card,
-    which name the base.
-
-    Args:
-        path: The adapter's file or folder, or a config of one of these trainers.
-
-    Raises:
-        ValueError: If there is no such file, or it is damaged.
-    """
-    if not path.exists():
-        raise ValueError(f"'{path}' does not exist. Pass an adapter, or a trainer's config.")
-    if path.is_file() and path.suffix != ".safetensors":
-        found = _of_config(path)
-        if not found.trainer:
-            known = ", ".join(TRAINERS)
-            raise ValueError(f"'{path}' is no config of {known}. Pass an adapter, or one of these.")
-        return found
-    weights = _weights(path)
-    folder = path if path.is_dir() else path.parent
-    header = {} if weights is None else _header(weights)
-    if weights is not None and "ot_config" in header:
-        config = plain(header["ot_config"])
-        if not isinstance(config, dict):
-            raise ValueError(
-                f"'{weights}' holds a damaged ot_config. Pass `recipe='none'`, and what training "
-                "did by the options."
-            )
-        return TrainerSettings(_ONETRAINER, weights, {**header, **config})
-    if weights is not None and {"ss_session_id", "ss_network_module"} & header.keys():
-        return TrainerSettings(_KOHYA, weights, header)
-    run = [folder.parent] if folder.name.startswith("checkpoint") else []
-    for one in (folder, *run):
-        for name in ("config.yaml", "simpletuner_config.json", "config.json"):
-            if (one / name).is_file():
-                found = _of_config(one / name)
-                if found.trainer:
-                    return found
-        logs = sorted(one.glob("logs/*/*/hparams.yml"), key=lambda file: file.stat().st_mtime)
-        if logs:
-            return _of_config(logs[-1])
-    named = header | _card(folder) | _peft(folder)
-    return TrainerSettings("", weights or folder, named)
-
-
-def _weights(path: Path) -> Path | None:
-    """The file of weights whose header is read; of several, which are of one run, the last."""
-    if path.is_file():
-        return path
-    files = [file for file in sorted(path.glob("*.safetensors")) if file.name[0] != "."]
-    return files[-1] if files else None
-
-
-def _header(file: Path) -> dict[str, Any]:
-    """The strings in the header of a safetensors file."""
-    check_whole(file)
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        found = json.loads(opened.read(length)).get("__metadata__")
-    if found is not None and not (
-        isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
-    ):
-        raise ValueError(f"'{file}' has a damaged header. Download or copy it again.")
-    return found or {}
-
-
-def _of_config(file: Path) -> TrainerSettings:
-    """A config of a trainer, by what is in it; of no known one, nothing."""
-    values = _parsed(file)
-    if file.suffix == ".toml":
-        tables = [values, *(own for own in values.values() if isinstance(own, dict))]
-        given = {key: own for table in tables for key, own in table.items()}
-        entries = {f"ss_{_AS_IN_HEADERS.get(key, key)}": own for key, own in given.items()}
-        if given.keys() & {"min_timestep", "max_timestep"}:
-            levels = f"{given.get('min_timestep', 0)},{given.get('max_timestep', 1000)}"
-            entries["modelspec.timestep_range"] = levels
-        return TrainerSettings(_KOHYA, file, entries)
-    process = _nested(values, "config", "process", 0)
-    if isinstance(process, dict) and "train" in process:
-        model = process["model"] if isinstance(process.get("model"), dict) else {}
-        kinds = {"is_xl": "sdxl", "is_flux": "flux", "is_v3": "sd3", "is_lumina2": "lumina2"}
-        arch = next((kind for key, kind in kinds.items() if model.get(key)), model.get("arch"))
-        named = {"base_model": model.get("name_or_path"), "arch": arch}
-        return TrainerSettings(_AI_TOOLKIT, file, process | named)
-    plainly = {key.removeprefix("--"): value for key, value in values.items()}
-    if "model_family" in plainly:
-        return TrainerSettings(_SIMPLETUNER, file, plainly)
-    if {"training_method", "model_type"} <= values.keys():
-        return TrainerSettings(_ONETRAINER, file, values)
-    if file.name == "hparams.yml":
-        return TrainerSettings(_DIFFUSERS, file, values)
-    return TrainerSettings("", file)
-
-
-def _nested(values: Any, *keys: Any) -> Any:
-    for key in keys:
-        try:
-            values = values[key]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return values
-
-
-def _parsed(file: Path) -> dict[str, Any]:
-    """The values of a file of JSON, TOML or YAML."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        if file.suffix == ".toml":
-            return tomllib.loads(text)
-        if file.suffix == ".json":
-            values = json.loads(text)
-        else:
-            values = _of_yaml(text)
-    except Exception as error:  # of three parsers
-        said = " ".join(str(error).split())
-        raise ValueError(
-            f"'{file}' cannot be read ({said}). Copy it again, or pass `recipe='none'`."
-        ) from error
-    return values if isinstance(values, dict) else {}
-
-
-def _of_yaml(text: str) -> Any:
-    """The values of a text; of tuples the entries, of other objects of Python nothing."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    def plainly(loader: Any, kind: str, node: Any) -> Any:
-        return loader.construct_sequence(node) if kind == "tuple" else None
-
-    Loader.add_multi_constructor("tag:yaml.org,2002:python/", plainly)
-    loader = Loader(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
-def _card(folder: Path) -> dict[str, Any]:
-    """The entries at the top of a model card."""
-    file = folder / "README.md"
-    text = file.read_text(encoding="utf-8-sig", errors="replace") if file.is_file() else ""
-    parts = text.split("---", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return {}
-    import yaml
-
-    try:
-        found = yaml.safe_load(parts[1])
-    except yaml.YAMLError:  # of a text for people, which decides nothing by itself
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _peft(folder: Path) -> dict[str, Any]:
-    """The name of the base in PEFT's config, of the first part that has one."""
-    name = "adapter_config.json"
-    for file in (*folder.glob(name), *sorted(folder.glob(f"*/{name}"))):
-        if base := _parsed(file).get("base_model_name_or_path"):
-            return {"base_model_name_or_path": base}
-    return {}

@@ -20,6 +20,8 @@ _ZEROS = "replaces a text encoder's output by zeros"
 _PADDING, _LEVELS = "masks the padding of prompts", "draws levels in another way"
 _DROPOUT = "the adapter's dropout is off here, as in sampling"
 _VAE = "latents were those of this autoencoder, not of the base's"
+_LOSS, _TARGET = "adds another loss", "replaces the target"
+_NOT_RESIZED = "cuts parts out of images that are not resized"
 _SHIFT, _GUIDANCE = "training_arguments.shift", "training_arguments.guidance_scale"
 _TOKENS = "training_arguments.max_sequence_length"
 
@@ -69,7 +71,7 @@ def _zero_snr(z: Entries, base: Base, name: str) -> Iterator[Setting]:
 def _scheme(z: Entries, name: str, scheme: str, mean: float, std: float) -> Iterator[Setting]:
     """The draws of levels that goes with a scheme of weights of flow matching."""
     if scheme == "mode":
-        yield from z.refuses(name, "draws levels by a heavy-tailed distribution")
+        yield from z.refuses("draws levels by a heavy-tailed distribution", name)
     else:
         levels = _logit_normal(mean, std) if scheme == "logit_normal" else None
         yield from z.sets(name, "timesteps", levels)
@@ -78,7 +80,7 @@ def _scheme(z: Entries, name: str, scheme: str, mean: float, std: float) -> Iter
 def _of_clean_image(z: Entries, name: str, scheme: str) -> Iterator[Setting]:
     """The weights of a scheme where errors are of the clean image, which are ``σ²`` times."""
     if scheme == "cosmap":
-        yield from z.refuses(name, "weights noise levels by cosmap times σ²")
+        yield from z.refuses("weights noise levels by cosmap times σ²", name)
     else:
         yield from z.sets(name, "weighting", None if scheme == "sigma_sqrt" else "preconditioned")
 
@@ -111,9 +113,12 @@ _KOHYA_FLOW: dict[str, dict[str, Any]] = {
 
 def kohya(z: Entries, base: Base) -> Iterator[Setting]:
     """``ss_*`` in a file's header, or the arguments in a file of TOML under these names."""
-    z = _kohya_run(z, base)
+    if "ss_session_id" not in z and "ss_sd_model_name" in z:  # no header, which has everything
+        usual = {"ss_v_parameterization": False, "ss_zero_terminal_snr": False}
+        flow = _KOHYA_FLOW.get(base.family or "", {}) if base.flow else {}
+        z = replace(z, values={**usual, **flow, **z.values})
     for name in ("ss_clip_skip", "modelspec.encoder_layer"):
-        if z.get(name) is not None and base.clip_alone:  # 1 is the last layer
+        if z.get(name) is not None and base.family == "StableDiffusion":  # 1 is the last layer
             skipped = max(int(z.number(name)) - 1, 0)
             yield from z.sets(name, "training_arguments.clip_skip", skipped)
             break
@@ -128,76 +133,55 @@ def kohya(z: Entries, base: Base) -> Iterator[Setting]:
     yield from z.sets(name, "condition_dropout", dropped)
     yield from z.decides(ss_caption_tag_dropout_rate="tag_dropout")
     yield from (_kohya_flow if base.flow else _kohya_noise)(z, base)
-    yield from z.refuses_all(
-        ss_loss_type=_ERROR,
-        ss_masked_loss=_MASKS,
-        ss_alpha_mask=_MASKS,
-        ss_weighted_captions="weights words of captions",
-        ss_apply_t5_attn_mask=_PADDING,
-        ss_apply_lg_attn_mask=_PADDING,
-        ss_clip_l_dropout_rate=_ZEROS,
-        ss_clip_g_dropout_rate=_ZEROS,
-        ss_t5_dropout_rate=_ZEROS,
-    )
+    yield from z.refuses(_ERROR, "ss_loss_type")
+    yield from z.refuses(_MASKS, "ss_masked_loss", "ss_alpha_mask")
+    yield from z.refuses("weights words of captions", "ss_weighted_captions")
+    yield from z.refuses(_PADDING, "ss_apply_t5_attn_mask", "ss_apply_lg_attn_mask")
+    zeros = (f"ss_{encoder}_dropout_rate" for encoder in ("clip_l", "clip_g", "t5"))
+    yield from z.refuses(_ZEROS, *zeros)
     yield from z.notes("ss_network_dropout", _DROPOUT)
-    own = z.get("ss_network_args")
-    if "lycoris" in str(z.get("ss_network_module")) and isinstance(own, dict):
+    if "lycoris" in str(z.get("ss_network_module")):
         text = "its derivatives went through the norms of weights, and here none does"
-        yield from Entries(own, z.source).notes("dora_wd", text)
+        yield from z.table("ss_network_args").notes("dora_wd", text)
     yield from z.notes("ss_vae_name", _VAE)
     yield from z.notes("ss_token_warmup_step", "training began with some of the tags")
     yield from z.notes("ss_validation_split", "so much of the images was kept from training")
     for name in ("ss_num_reg_images", "ss_reg_data_dir"):
         yield from _class_images(z, name, "ss_prior_loss_weight")
-    folders = z.get("ss_dataset_dirs")
-    for folder, own in (folders if isinstance(folders, dict) else {}).items():
+    for folder, own in z.table("ss_dataset_dirs").values.items():
         times = f"{own.get('img_count')} images, each {own.get('n_repeats')} times"
         yield Setting(f"'{folder}' of ss_dataset_dirs", note=times)
     for setting in _kohya_data(z):
         yield replace(setting, of_data=True)
 
 
-def _kohya_run(z: Entries, base: Base) -> Entries:
-    """A header, which has everything; or a run's arguments with those that scripts run by else."""
-    if "ss_session_id" in z or "ss_sd_model_name" not in z:
-        return z
-    usual: dict[str, Any] = {"ss_v_parameterization": False, "ss_zero_terminal_snr": False}
-    if base.flow and base.family in _KOHYA_FLOW:
-        usual |= _KOHYA_FLOW[base.family]
-    return replace(z, values={**usual, **z.values})
-
-
 def _kohya_noise(z: Entries, base: Base) -> Iterator[Setting]:
     """Noise, target and weights of Stable Diffusion 1, 2 and XL."""
     yield from _zero_snr(z, base, "ss_zero_terminal_snr")
-    name, trained = "ss_v_parameterization", "modelspec.prediction_type"
-    if name in z:
-        predicts = "v_prediction" if z.get(name) else "epsilon"
-        yield from _predicts(z, base, name, predicts)
-    elif z.get(trained) in ("v", "epsilon"):
-        predicts = "v_prediction" if z.get(trained) == "v" else "epsilon"
-        yield from _predicts(z, base, trained, predicts)
-    elif str(z.get("ss_base_model_version")).endswith("_v"):
-        yield from _predicts(z, base, "ss_base_model_version", "v_prediction")
+    name = "ss_v_parameterization"
+    velocity = bool(z.get(name))
+    if name not in z and z.get("modelspec.prediction_type") in ("v", "epsilon"):
+        name = "modelspec.prediction_type"
+        velocity = z.get(name) == "v"
+    elif name not in z and str(z.get("ss_base_model_version")).endswith("_v"):
+        name, velocity = "ss_base_model_version", True
+    yield from _predicts(z, base, name, "v_prediction" if velocity else "epsilon")
     yield from z.decides(ss_noise_offset="noise_offset")
     if z.number("ss_noise_offset"):
-        for name in ("ss_adaptive_noise_scale", "ss_noise_offset_random_strength"):
-            yield from z.refuses(name, "makes the offset of the noise another one")
+        names = ("ss_adaptive_noise_scale", "ss_noise_offset_random_strength")
+        yield from z.refuses("makes the offset of the noise another one", *names)
     yield from _kohya_perturbation(z)
     yield from _min_snr(z, "ss_min_snr_gamma", base)
     weighed = z.get("ss_min_snr_gamma") or z.get("ss_debiased_estimation")
     if weighed and z.get("ss_zero_terminal_snr"):  # they are made before levels are rescaled
-        name = "training_arguments.weights_before_rescaling"
-        yield Setting(z.shown("ss_zero_terminal_snr"), name, True)
+        option = "training_arguments.weights_before_rescaling"
+        yield from z.sets("ss_zero_terminal_snr", option, True)
     if z.get("ss_debiased_estimation"):
-        name, both = "ss_debiased_estimation", bool(z.get("ss_min_snr_gamma"))
-        refused = "multiplies two weightings" if both else ""
-        yield Setting(z.shown(name), "weighting", "debiased", refused=refused)
-    yield from z.refuses_all(
-        ss_multires_noise_iterations="adds noise of lower resolutions",
-        ss_v_pred_like_loss="weights noise levels",
-        ss_scale_v_pred_loss_like_noise_pred="weights noise levels",
-    )
+        refused = "multiplies two weightings" if z.get("ss_min_snr_gamma") else ""
+        yield from z.sets("ss_debiased_estimation", "weighting", "debiased", refused=refused)
+    yield from z.refuses("adds noise of lower resolutions", "ss_multires_noise_iterations")
+    names = ("ss_v_pred_like_loss", "ss_scale_v_pred_loss_like_noise_pred")
+    yield from z.refuses("weights noise levels", *names)
     yield from _kohya_range(z)
 
 
@@ -213,17 +197,15 @@ def _kohya_range(z: Entries) -> Iterator[Setting]:
             "`recipe='none'`, and what training did by the options."
         )
     lowest, end = ends if ends[0] < ends[1] else (ends[1], ends[1] + 1)
-    yield from z.sets(
-        name, "timesteps", None if ends == [0, 1000] else f"stratified:{lowest}:{end}"
-    )
+    levels = None if ends == [0, 1000] else f"stratified:{lowest}:{end}"
+    yield from z.sets(name, "timesteps", levels)
 
 
 def _kohya_perturbation(z: Entries) -> Iterator[Setting]:
     yield from z.decides(ss_ip_noise_gamma="input_perturbation")
     if z.number("ss_ip_noise_gamma"):
-        yield from z.refuses(
-            "ss_ip_noise_gamma_random_strength", "draws the perturbation's strength"
-        )
+        name = "ss_ip_noise_gamma_random_strength"
+        yield from z.refuses("draws the perturbation's strength", name)
 
 
 def _kohya_flow(z: Entries, base: Base) -> Iterator[Setting]:
@@ -238,7 +220,7 @@ def _kohya_flow(z: Entries, base: Base) -> Iterator[Setting]:
         tokens = int(z.number("ss_t5xxl_max_token_length", 256))
         yield Setting(f"t5xxl_max_token_length={tokens}", _TOKENS, tokens)
         if scheme == "logit_normal" or shift != 1:
-            yield from z.refuses("modelspec.timestep_range", "draws levels within a range")
+            yield from z.refuses("draws levels within a range", "modelspec.timestep_range")
         else:
             yield from _kohya_range(z)
         return
@@ -249,7 +231,7 @@ def _kohya_flow(z: Entries, base: Base) -> Iterator[Setting]:
         yield from z.sets(name, _TOKENS, z.get(name))
     elif "schnell" in str(z.get("modelspec.architecture")):
         yield from z.sets("modelspec.architecture", _TOKENS, 256)
-    yield from z.refuses("ss_model_prediction_type", "compares other than the velocity")
+    yield from z.refuses("compares other than the velocity", "ss_model_prediction_type")
     scale, shift = z.number("ss_sigmoid_scale", 1.0), z.number("ss_discrete_flow_shift", 1.0)
     datasets, name = z.get("ss_datasets"), "ss_timestep_sampling"
     sides = _of_subsets(datasets).get("resolution", []) if isinstance(datasets, list) else []
@@ -268,7 +250,7 @@ def _kohya_flow(z: Entries, base: Base) -> Iterator[Setting]:
         if sampling == "flux_shift":
             yield from z.notes(name, "levels are those of a square, for images of other shapes too")
     else:
-        yield from z.refuses(name, _LEVELS)
+        yield from z.refuses(_LEVELS, name)
 
 
 def _flux_mean(tokens: int) -> float:
@@ -326,20 +308,19 @@ def _kohya_data(z: Entries) -> Iterator[Setting]:
         elif key == "resolution":
             yield from _resolution(own, name)
         elif key == "enable_bucket" and value is False and sized:
-            yield Setting(own.shown(name), option, "square")
+            yield from own.sets(name, option, "square")
         elif key == "random_crop" and value and bucketed == [False]:
-            refused = "cuts parts out of images that are not resized"
-            yield Setting(own.shown(name), option, refused=refused)
+            yield from own.sets(name, option, None, refused=_NOT_RESIZED)
         elif option == "interpolation" and value is not None:
             how = {"linear": "bilinear", "cubic": "bicubic"}.get(value, value)
             known = how in ("bilinear", "bicubic", "lanczos")
             refused = "" if known else "resizes images in another way"
-            yield Setting(own.shown(name), option, how, refused=refused)
+            yield from own.sets(name, option, how, refused=refused)
         elif option and value is not None:
             shown = ("flip" if value else None) if option == "augment" else value
             yield from own.sets(name, option, shown, _KOHYA_USUAL.get(key))
         else:
-            yield from own.refuses(name, _KOHYA_DRAWN.get(key, ""))
+            yield from own.refuses(_KOHYA_DRAWN.get(key, ""), name)
 
 
 def _of_subsets(datasets: Sequence[Any]) -> dict[str, list[Any]]:
@@ -380,7 +361,7 @@ def diffusers(z: Entries, base: Base) -> Iterator[Setting]:
         if z.get("precondition_outputs"):
             yield from _of_clean_image(z, name, scheme)
         elif mirrored and scheme == "sigma_sqrt":
-            yield from z.refuses(name, "weights noise levels by the share of data")
+            yield from z.refuses("weights noise levels by the share of data", name)
         else:
             weighting = {"sigma_sqrt": "inverse-variance", "cosmap": "cosmap"}.get(scheme)
             yield from z.sets(name, "weighting", weighting)
@@ -390,16 +371,14 @@ def diffusers(z: Entries, base: Base) -> Iterator[Setting]:
     if base.flow:
         tokens = z.get("max_sequence_length")
         yield from z.sets("max_sequence_length", _TOKENS, tokens)
-    yield from z.refuses_all(
-        loss_type=_ERROR,
-        dream_training="adds what the network predicts to the target",
-        do_edm_style_training="noises as EDM does",
-        clip_skip="skips layers of the text encoder",
-        text_encoder_use_attention_mask=_PADDING,
-        timestep_bias_strategy=_LEVELS,
-    )
+    yield from z.refuses(_ERROR, "loss_type")
+    yield from z.refuses("adds what the network predicts to the target", "dream_training")
+    yield from z.refuses("noises as EDM does", "do_edm_style_training")
+    yield from z.refuses("skips layers of the text encoder", "clip_skip")
+    yield from z.refuses(_PADDING, "text_encoder_use_attention_mask")
+    yield from z.refuses(_LEVELS, "timestep_bias_strategy")
     if z.get("tokenizer_max_length") != 77:
-        yield from z.refuses("tokenizer_max_length", "shows another number of tokens")
+        yield from z.refuses("shows another number of tokens", "tokenizer_max_length")
     yield from _resolution(z)
     name = "aspect_ratio_buckets"
     yield from z.sets(name, "buckets", str(z.values.get(name) or "") or False)
@@ -425,7 +404,7 @@ def onetrainer(z: Entries, base: Base) -> Iterator[Setting]:
     """``ot_config`` in a file's header, or a config of its own."""
     yield from z.decides(offset_noise_weight="noise_offset")
     if z.number("offset_noise_weight") and not base.flow:
-        yield from z.refuses("generalized_offset_noise", "scales offset noise by the level")
+        yield from z.refuses("scales offset noise by the level", "generalized_offset_noise")
     predicts, name = base.prediction_type, "rescale_noise_scheduler_to_zero_terminal_snr"
     if not base.flow:
         if z.get(name):  # a scheduler that has it stays as it is without
@@ -443,18 +422,14 @@ def onetrainer(z: Entries, base: Base) -> Iterator[Setting]:
     elif weight == "CONSTANT" or (weight == "DEBIASED_ESTIMATION" and predicts == "epsilon"):
         yield from z.sets(name, "weighting", None if weight == "CONSTANT" else "debiased")
     else:
-        yield from z.refuses(name, "weights noise levels")
+        yield from z.refuses("weights noise levels", name)
     yield from _onetrainer_levels(z, base)
     yield from _onetrainer_text(z, base)
     # its text-to-image loaders take the means of latents, which no entry says
     yield Setting("latents of OneTrainer", "training_arguments.sample_latents", False, True)
-    yield from z.refuses_all(
-        mae_strength=_ERROR,
-        log_cosh_strength=_ERROR,
-        huber_strength=_ERROR,
-        perturbation_noise_weight="adds noise to input and target",
-        masked_training=_MASKS,
-    )
+    yield from z.refuses(_ERROR, "mae_strength", "log_cosh_strength", "huber_strength")
+    yield from z.refuses("adds noise to input and target", "perturbation_noise_weight")
+    yield from z.refuses(_MASKS, "masked_training")
     yield from z.notes("dropout_probability", _DROPOUT)
     yield from _resolution(z)
     yield from _onetrainer_concepts(z)
@@ -471,27 +446,23 @@ def _onetrainer_text(z: Entries, base: Base) -> Iterator[Setting]:
     skipped = [z.get(name, 0)]
     if base.family == "StableDiffusionXL":
         skipped.append(z.get("text_encoder_2_layer_skip", 0))
-    if base.clip_alone or base.family == "StableDiffusionXL":
+    if base.family in ("StableDiffusion", "StableDiffusionXL"):
         refused = "" if len(set(skipped)) == 1 else "skips unlike layers of two text encoders"
         yield Setting(z.shown(name), layers, skipped[0], refused=refused)
     else:
-        for which in ("", "_2", "_3"):
-            skips = "skips layers of a text encoder"
-            yield from z.refuses(f"text_encoder{which}_layer_skip", skips)
+        names = (f"text_encoder{which}_layer_skip" for which in ("", "_2", "_3"))
+        yield from z.refuses("skips layers of a text encoder", *names)
     if base.family == "Flux":
         name = "text_encoder_2_sequence_length"
         yield from z.sets(name, _TOKENS, z.get(name))
-    parts = {name: z.get(name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
-    for name, part in parts.items():
-        own = Entries(part if isinstance(part, Mapping) else {}, z.source)
-        for setting in own.refuses("dropout_probability", _ZEROS):
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        for setting in z.table(name).refuses(_ZEROS, "dropout_probability"):
             yield replace(setting, entry=f"{name}.{setting.entry}")
-    network = z.get("transformer")
-    own = Entries(network if isinstance(network, Mapping) else {}, z.source)
+    own = z.table("transformer")
     if base.guided and "guidance_scale" in own:
         yield from own.decides(guidance_scale=_GUIDANCE)
     if base.family in ("Flux", "StableDiffusion3"):
-        yield from own.refuses("attention_mask", _PADDING)
+        yield from own.refuses(_PADDING, "attention_mask")
 
 
 # what a concept does to images that no option expresses, at random or always
@@ -514,25 +485,25 @@ def _onetrainer_concepts(z: Entries) -> Iterator[Setting]:
     found = [own for own in found if own.get("type", "STANDARD") == "STANDARD"]
     if not found:
         return
-    image, text = ([Entries(c.get(k) or {}, z.source) for c in found] for k in ("image", "text"))
+    concepts = [Entries(own, z.source) for own in found]
+    image, text = ([own.table(name) for own in concepts] for name in ("image", "text"))
     for own in image:
         for what, does in _CHANGES.items():
-            yield from own.refuses(f"enable_fixed_{what}", does)
-            if what != "flip":
-                yield from own.refuses(f"enable_random_{what}", does)
-        yield from own.refuses("enable_resolution_override", "trains on several sizes")
+            drawn = () if what == "flip" else (f"enable_random_{what}",)
+            yield from own.refuses(does, f"enable_fixed_{what}", *drawn)
+        yield from own.refuses("trains on several sizes", "enable_resolution_override")
     shuffled = [bool(own.get("enable_tag_shuffling")) for own in text]
     dropped = [
         own.number("tag_dropout_probability") if own.get("tag_dropout_enable") else 0.0
         for own in text
     ]
     for own, varied, rate in zip(text, shuffled, dropped, strict=True):
-        yield from own.refuses("caps_randomize_enable", "changes capitals of captions")
+        yield from own.refuses("changes capitals of captions", "caps_randomize_enable")
         special = own.get("tag_dropout_special_tags_mode", "NONE") != "NONE"
         if rate and (special or own.get("tag_dropout_mode", "FULL") != "RANDOM"):
-            yield from own.refuses("tag_dropout_enable", "drops tags in another way")
+            yield from own.refuses("drops tags in another way", "tag_dropout_enable")
         if (rate or varied) and own.get("tag_delimiter", ",") != ",":
-            yield from own.refuses("tag_delimiter", "separates tags by another sign")
+            yield from own.refuses("separates tags by another sign", "tag_delimiter")
     flips = ["flip" if own.get("enable_random_flip") else None for own in image]
     named = ["file_name" if own.get("prompt_source") == "filename" else None for own in text]
     kept = [own.get("keep_tags_count", 1) for own in text]
@@ -572,7 +543,7 @@ def _onetrainer_levels(z: Entries, base: Base) -> Iterator[Setting]:
     if dynamic and side is not None and base.family == "Flux":
         shift, dynamic = exp(_flux_mean((side // 16) ** 2)), False
     if dynamic:
-        yield from z.refuses("dynamic_timestep_shifting", "draws levels by the size of each image")
+        yield from z.refuses("draws levels by the size of each image", "dynamic_timestep_shifting")
     elif how == "LOGIT_NORMAL" and not within:
         mean, std = z.number("noising_bias") + log(shift), z.number("noising_weight") + 1
         yield from z.sets(name, _SHIFT, 1.0, base.shift)
@@ -583,7 +554,7 @@ def _onetrainer_levels(z: Entries, base: Base) -> Iterator[Setting]:
         levels = f"stratified:{int(1000 * low)}:{int(1000 * high)}" if within else None
         yield from z.sets(name, "timesteps", levels)
     else:
-        yield from z.refuses(name, _LEVELS)
+        yield from z.refuses(_LEVELS, name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -591,72 +562,72 @@ def _onetrainer_levels(z: Entries, base: Base) -> Iterator[Setting]:
 # ---------------------------------------------------------------------------------------------
 
 
+# changes of its step that no option expresses, with the entries that make them
+_TOOLKIT_STEP = {
+    _ERROR: "loss_type",
+    _LEVELS: "content_or_style",
+    _TARGET: "do_guidance_loss do_differential_guidance",
+    _LOSS: "diff_output_preservation blank_prompt_preservation inverted_mask_prior do_fft_loss "
+    "do_prior_divergence target_norm_std",
+    "weights noise levels": "snr_gamma learnable_snr_gos linear_timesteps linear_timesteps2",
+    "changes the noise": "dynamic_noise_offset random_noise_multiplier random_noise_shift "
+    "blended_blur_noise force_consistent_noise do_signal_correction_noise "
+    "do_batch_noise_correction",
+    "changes images or latents": "do_signal_amplification standardize_images standardize_latents "
+    "adaptive_scaling_factor",
+    "changes captions": "short_and_long_captions prompt_saturation_chance",
+    "drops prompts of single text encoders": "prompt_dropout_prob",
+    "shows the network no guidance": "bypass_guidance_embedding",
+    "rescales what is compared": "match_noise_norm correct_pred_norm",
+    "compares other than the velocity": "t0_loss_target",
+    "trains several steps at once": "train_turbo",
+    "guides what the network predicts": "do_cfg do_random_cfg",
+}
+_TOOLKIT_FACTORS = {
+    "noise_multiplier": "scales the noise",
+    "target_noise_multiplier": "scales the target",
+    "img_multiplier": "scales images",
+    "latent_multiplier": "scales latents",
+    "noisy_latent_multiplier": "scales noised latents",
+    "pred_scaler": "scales what the network predicts",
+    "optimal_noise_pairing_samples": "chooses the noise by the image",
+}
+# and of images and captions
+_TOOLKIT_DATA = {
+    "mirrors images upside down": "flip_y",
+    "changes images at random": "random_scale augmentations augments",
+    "standardises images": "standardize_images",
+    "changes captions": "random_triggers replacements",
+    "shows short captions": "use_short_captions",
+    "cuts around a part of each image": "poi",
+    _MASKS: "mask_path alpha_mask",
+}
+
+
 def ai_toolkit(z: Entries, base: Base) -> Iterator[Setting]:
     """``config.yaml`` of the output folder: train and data sets of its process."""
-    train = Entries(z.get("train", {}), z.source)
+    train, model = z.table("train"), z.table("model")
     yield from train.decides(noise_offset="noise_offset")
-    model = Entries(z.get("model", {}), z.source)
     if model.get("is_v_pred"):
-        yield from train.refuses("min_snr_gamma", "weighs velocities as it does noise")
+        yield from train.refuses("weighs velocities as it does noise", "min_snr_gamma")
     else:
         yield from _min_snr(train, "min_snr_gamma", base)
     if not base.flow:
         predicts = "v_prediction" if model.get("is_v_pred") else "epsilon"
         yield from _predicts(model, base, "is_v_pred", predicts)
     yield from model.notes("vae_path", _VAE)
-    yield from model.refuses("attn_masking", _PADDING)
+    yield from model.refuses(_PADDING, "attn_masking")
     if base.family == "StableDiffusion3":
         yield Setting("prompts of 256 tokens", _TOKENS, 256)
-    yield from train.refuses_all(
-        loss_type=_ERROR,
-        snr_gamma="weights noise levels by a fixed scale",
-        learnable_snr_gos="learns weights of noise levels",
-        linear_timesteps="weights noise levels",
-        linear_timesteps2="weights noise levels",
-        content_or_style=_LEVELS,
-        dynamic_noise_offset="adds the images' means to the noise",
-        diff_output_preservation="adds a loss of the class",
-        blank_prompt_preservation="adds a loss of the empty prompt",
-        inverted_mask_prior="adds a loss outside masks",
-        do_guidance_loss="replaces the target",
-        do_differential_guidance="replaces the target",
-        bypass_guidance_embedding="shows the network no guidance",
-        short_and_long_captions="shows two captions of each image",
-        prompt_dropout_prob="drops prompts of single text encoders",
-        prompt_saturation_chance="repeats prompts",
-        random_noise_multiplier="scales the noise at random",
-        random_noise_shift="shifts the noise at random",
-        blended_blur_noise="blurs the noise",
-        force_consistent_noise="keeps the noise of each image",
-        do_signal_correction_noise="adds the image to the noise",
-        do_batch_noise_correction="adds other images to the noise",
-        do_signal_amplification="amplifies the image",
-        standardize_images="standardises images",
-        standardize_latents="standardises latents",
-        adaptive_scaling_factor="scales latents by the image",
-        match_noise_norm="rescales what the network predicts",
-        correct_pred_norm="rescales the target",
-        t0_loss_target="compares other than the velocity",
-        do_fft_loss="adds a loss of frequencies",
-        do_prior_divergence="subtracts a loss of the base's prediction",
-        target_norm_std="adds a loss of the prediction's deviation",
-        train_turbo="trains several steps at once",
-        do_cfg="guides what the network predicts",
-        do_random_cfg="guides what the network predicts",
-    )
-    for name, usual, does in (
-        ("loss_target", "noise", "replaces the target"),
-        ("min_denoising_steps", 0, _LEVELS),
-        ("noise_multiplier", 1, "scales the noise"),
-        ("target_noise_multiplier", 1, "scales the target"),
-        ("img_multiplier", 1, "scales images"),
-        ("latent_multiplier", 1, "scales latents"),
-        ("noisy_latent_multiplier", 1, "scales noised latents"),
-        ("pred_scaler", 1, "scales what the network predicts"),
-        ("optimal_noise_pairing_samples", 1, "chooses the noise by the image"),
-    ):
-        if train.get(name, usual) != usual:
+    for does, names in _TOOLKIT_STEP.items():
+        yield from train.refuses(does, *names.split())
+    for name, does in _TOOLKIT_FACTORS.items():
+        if train.get(name, 1) != 1:
             yield Setting(train.shown(name), refused=does)
+    if train.get("loss_target", "noise") != "noise":
+        yield Setting(train.shown("loss_target"), refused=_TARGET)
+    if train.get("min_denoising_steps"):
+        yield Setting(train.shown("min_denoising_steps"), refused=_LEVELS)
     if train.number("max_denoising_steps", 999) < 999:
         yield Setting(train.shown("max_denoising_steps"), refused=_LEVELS)
     if base.flow:
@@ -672,19 +643,8 @@ def ai_toolkit(z: Entries, base: Base) -> Iterator[Setting]:
         yield Setting(f"cfg_scale={scale:g}", _GUIDANCE, scale)
     sets = [Entries(own, z.source) for own in z.get("datasets", ()) if isinstance(own, Mapping)]
     for own in sets:
-        yield from own.refuses_all(
-            flip_y="mirrors images upside down",
-            random_scale="scales images at random",
-            augmentations="changes images at random",
-            augments="changes images at random",
-            standardize_images="standardises images",
-            random_triggers="adds words to captions at random",
-            replacements="replaces words of captions",
-            use_short_captions="shows short captions",
-            poi="cuts around a part of each image",
-            mask_path=_MASKS,
-            alpha_mask=_MASKS,
-        )
+        for does, names in _TOOLKIT_DATA.items():
+            yield from own.refuses(does, *names.split())
     decided = {
         "caption_dropout_rate": "condition_dropout",
         "shuffle_tokens": "shuffle_captions",
@@ -732,8 +692,7 @@ def _toolkit_sizes(sets: Sequence[Entries], base: Base) -> Iterator[Setting]:
     elif sets:
         yield Setting(entry, "interpolation", "bicubic")
         if any(own.get("random_crop") and not own.get("square_crop") for own in sets):
-            refused = "cuts parts out of images that are not resized"
-            yield Setting("random_crop=True without buckets", "random_crop", refused=refused)
+            yield Setting("random_crop=True without buckets", "random_crop", refused=_NOT_RESIZED)
 
 
 def simpletuner(z: Entries, base: Base) -> Iterator[Setting]:
@@ -761,27 +720,22 @@ def simpletuner(z: Entries, base: Base) -> Iterator[Setting]:
         yield Setting(entry, "timesteps", None if uniform else _logit_normal(log(shift), scale))
     yield from z.decides(input_perturbation="input_perturbation")
     if z.number("input_perturbation"):
-        yield from z.refuses("input_perturbation_steps", "lowers the perturbation by the step")
+        yield from z.refuses("lowers the perturbation by the step", "input_perturbation_steps")
     dropped = z.number("caption_dropout_probability", 0.1)
     yield Setting(f"caption_dropout_probability={dropped:g}", "condition_dropout", dropped)
     if base.family == "StableDiffusion3":
         tokens = min(int(z.number("tokenizer_max_length", 154)), 154)
         yield Setting(f"tokenizer_max_length={tokens}", _TOKENS, tokens)
     padded = z.get("t5_padding") == "zero" and base.family in ("Flux", "StableDiffusion3")
-    yield from z.refuses("t5_padding", "shows zeros for padding") if padded else ()
-    yield from z.refuses_all(
-        loss_type=_ERROR,
-        flux_attention_masked_training=_PADDING,
-        flow_use_beta_schedule=_LEVELS,
-        flow_schedule_auto_shift=_LEVELS,
-        flux_fast_schedule=_LEVELS,
-        flow_cubic_schedule_weights=_LEVELS,
-        flow_custom_timesteps=_LEVELS,
-        timestep_bias_strategy=_LEVELS,
-        mixflow_enabled="mixes the noise of several levels",
-        diff2flow_enabled="replaces the target",
-        twinflow_enabled="adds losses of twin trajectories",
-    )
+    yield from z.refuses("shows zeros for padding", "t5_padding") if padded else ()
+    yield from z.refuses(_ERROR, "loss_type")
+    yield from z.refuses(_PADDING, "flux_attention_masked_training")
+    levels = ("use_beta_schedule", "schedule_auto_shift", "cubic_schedule_weights")
+    names = (f"flow_{name}" for name in (*levels, "custom_timesteps"))
+    yield from z.refuses(_LEVELS, *names, "flux_fast_schedule", "timestep_bias_strategy")
+    yield from z.refuses("mixes the noise of several levels", "mixflow_enabled")
+    yield from z.refuses(_TARGET, "diff2flow_enabled")
+    yield from z.refuses("adds losses of twin trajectories", "twinflow_enabled")
     if base.guided:
         scale, constant = z.number("flux_guidance_value", 1.0), "constant"
         drawn = z.get("flux_guidance_mode", constant) != constant
