@@ -74,31 +74,32 @@ class Names:
 
     Attributes:
         alone: Whether there is no pipeline, so that all names are the denoiser's.
+        parts, loader: As given.
     """
 
     def __init__(self, parts: Mapping[str, nn.Module], loader: Any):
         self.alone = loader is next(iter(parts.values()))
-        self._parts, self._loader = parts, loader
+        self.parts, self.loader = dict(parts), loader
 
     def has_no_loader(self, name: str) -> bool:
         """Tell whether the loader does not know such names in files."""
-        of_3 = type(self._loader).__name__.startswith("StableDiffusion3")
+        of_3 = type(self.loader).__name__.startswith("StableDiffusion3")
         return (_OF_NO_LOADER_3 if of_3 else _OF_NO_LOADER).match(name) is not None
 
     def converted(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rename, split and join tensors as the loader does."""
         if self.alone:
             return {key: z for key, z in tensors.items() if not key.endswith(".alpha")}
-        config = getattr(getattr(self._loader, "unet", None), "config", None)
+        config = getattr(getattr(self.loader, "unet", None), "config", None)
         own = {} if config is None else {"unet_config": config}
-        result = self._loader.lora_state_dict(dict(tensors), **own)
+        result = self.loader.lora_state_dict(dict(tensors), **own)
         return dict(result[0] if isinstance(result, tuple) else result)
 
     def by_part(self, converted: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
         """Map parts, there or not, to the loader's names of their weights by PEFT's names."""
         found: dict[str, dict[str, str]] = {}
         for key in converted:
-            part = next(iter(self._parts)) if self.alone else key.split(".")[0]
+            part = next(iter(self.parts)) if self.alone else key.split(".")[0]
             found.setdefault(part, {})[key if self.alone else key.removeprefix(f"{part}.")] = key
         for part, keys in found.items():
             if not part.startswith("text_encoder"):
@@ -109,7 +110,7 @@ class Names:
                 continue
             for kind in (StateDictType.DIFFUSERS_OLD, StateDictType.DIFFUSERS):
                 keys = convert_state_dict_to_peft(keys, original_type=kind)
-            if not hasattr(self._parts.get(part), "text_model"):  # as transformers had it before
+            if not hasattr(self.parts.get(part), "text_model"):  # as transformers had it before
                 keys = {name.removeprefix("text_model."): key for name, key in keys.items()}
             found[part] = keys
         return found
@@ -129,14 +130,14 @@ class Names:
         """
         layers = {
             part: {name.replace(".", "_"): name for name, _ in module.named_modules()}
-            for part, module in self._parts.items()
+            for part, module in self.parts.items()
         }
         found: dict[str, list[Place]] = {}
         kohyas: dict[str, str] = {}  # as kohya's scripts would have it: the name in the file
         for stem in outputs:
             prefix = next((prefix for prefix in _PARTS if stem.startswith(prefix)), "")
-            part = _PARTS.get(prefix) or next(iter(self._parts))
-            if part == "text_encoder_3" and part not in self._parts:
+            part = _PARTS.get(prefix) or next(iter(self.parts))
+            if part == "text_encoder_3" and part not in self.parts:
                 part = "text_encoder_2"
             flat, there = stem.removeprefix(prefix).replace(".", "_"), layers.get(part, {})
             layer = there.get(flat, there.get(flat.removeprefix("text_model_")))
@@ -144,10 +145,9 @@ class Names:
                 found[stem] = [Place(part, layer)]
             elif not _PARTS.get(prefix):
                 kohyas[f"lora_unet_{flat}"] = stem
-        left = {stem: rows for stem, rows in outputs.items() if stem not in found}
         names = {part: set(own.values()) for part, own in layers.items()}
         counts = {name: outputs[stem] for name, stem in kohyas.items()}
-        asked = self._asked(left)
+        asked = self._asked({stem: n for stem, n in outputs.items() if stem not in found})
         for other in (self._of_joint_blocks(counts), {} if asked else self._asked(counts)):
             asked |= {kohyas[name]: places for name, places in other.items()}
         for stem, places in asked.items():
@@ -157,14 +157,13 @@ class Names:
 
     def _of_joint_blocks(self, outputs: Mapping[str, int]) -> dict[str, list[Place]]:
         """The layers of names of Stable Diffusion 3's blocks, there or not."""
-        part, model = next(iter(self._parts.items()))
-        modules = dict(model.named_modules())
-        found: dict[str, list[Place]] = {}
+        part, model = next(iter(self.parts.items()))
+        modules, found = dict(model.named_modules()), dict[str, list[Place]]()
         for stem, count in outputs.items():
             match = _JOINT_BLOCK.fullmatch(stem)
-            own = _OF_JOINT_BLOCK.get((match[2], match[3])) if match else None
-            if match is None or own is None:
+            if match is None or (match[2], match[3]) not in _OF_JOINT_BLOCK:
                 continue
+            own = _OF_JOINT_BLOCK[match[2], match[3]]
             layers = [f"transformer_blocks.{match[1]}.{name}" for name in own]
             rows = list(torch.arange(count).chunk(len(layers)))
             norm = modules.get(layers[0].removesuffix(".linear"))
@@ -192,7 +191,7 @@ class Names:
             for name, key in keys.items():
                 layer, end, side = name.partition(".lora_A")
                 up = keys.get(f"{layer}.lora_B{side}")
-                if not end or up is None or part not in self._parts:
+                if not end or up is None or part not in self.parts:
                     continue
                 stem, own = stems[int(tensors[key].max()) - 1], tensors[up].flatten().long() - 1
                 whole = torch.equal(own, torch.arange(outputs[stem]))

@@ -68,8 +68,7 @@ def load_adapters(
     found = _named(given)
     trained: set[int] = set()  # an adapter may rename the parameters of those before it
     for name, path in found.items():
-        for part, names in _load(peft, name, path, parts, pipeline, trained).items():
-            trained |= {id(parts[part].get_parameter(n)) for n in names}
+        trained |= _load(peft, name, path, parts, pipeline, trained)
     names_of = {
         part: [n for n, p in module.named_parameters() if id(p) in trained]
         for part, module in parts.items()
@@ -138,14 +137,18 @@ def _load(
     parts: Mapping[str, nn.Module],
     pipeline: Any,
     trained: Set[int],
-) -> dict[str, list[str]]:
-    """Load an adapter of any form; ``trained`` are the ids of other adapters' parameters."""
-    folders = peft_folders(path, list(parts))
-    if folders:
-        return {
-            part: _load_peft(peft, name, folder, part, parts[part], trained)
-            for part, folder in folders.items()
-        }
+) -> set[int]:
+    """Load an adapter of any form; ``trained`` and the result are ids of parameters."""
+    if folders := peft_folders(path, list(parts)):
+        own = set[int]()
+        for part, folder in folders.items():
+            own |= _load_peft(peft, name, folder, part, parts[part])
+        if again := own & trained:
+            names_of = (
+                n for part in parts.values() for n, p in part.named_parameters() if id(p) in again
+            )
+            raise _replaced([str(path)], list(names_of))
+        return own
     loader: Any = next(iter(parts.values())) if pipeline is None else pipeline
     if not hasattr(loader, "load_lora_adapter" if pipeline is None else "load_lora_weights"):
         raise ValueError(
@@ -154,20 +157,12 @@ def _load(
         )
     names = Names(parts, loader)
     file = read_adapter(adapter_file(path), path, names.has_no_loader)
-    loaded = _load_file(peft, name, file, parts, loader, names) if file.weights else {}
-    added = _add_to_weights(file, parts, loader, names)
-    factored = _load_factors(name, file, parts, loader, names) if file.factors else set()
-    own = {id(parts[part].get_parameter(n)) for part in loaded for n in loaded[part]}
-    ids = own | added | factored
-    return {
-        part: [n for n, p in module.named_parameters() if id(p) in ids]
-        for part, module in parts.items()
-    }
+    loaded = _load_file(peft, name, file, names) if file.weights else set()
+    added = _add_to_weights(file, names)
+    return loaded | added | (_load_factors(name, file, names) if file.factors else set())
 
 
-def _load_peft(
-    peft: Any, name: str, folder: Path, part: str, module: nn.Module, trained: Set[int]
-) -> list[str]:
+def _load_peft(peft: Any, name: str, folder: Path, part: str, module: nn.Module) -> set[int]:
     """Load an adapter in PEFT's own form, into any network."""
     stored, _ = read_weights(folder / PEFT_WEIGHTS)
     tensors = {key.removeprefix(PEFT_PREFIX): z for key, z in stored.items()}
@@ -176,23 +171,12 @@ def _load_peft(
         config.inference_mode = False
         peft.inject_adapter_in_model(config, module, adapter_name=name)
         peft.set_peft_model_state_dict(module, tensors, adapter_name=name)
-    names = _settled(peft, name, folder, part, module, tensors)
-    again = [n for n in names if id(module.get_parameter(n)) in trained]
-    if again:
-        raise _replaced([str(folder)], again)
-    return names
+    return _settled(peft, name, folder, part, module, tensors)
 
 
-def _load_file(
-    peft: Any,
-    name: str,
-    file: AdapterFile,
-    parts: Mapping[str, nn.Module],
-    loader: Any,
-    names: Names,
-) -> dict[str, list[str]]:
+def _load_file(peft: Any, name: str, file: AdapterFile, names: Names) -> set[int]:
     """Load the matrices of a single file, by diffusers' loader and with the file's own scales."""
-    alone = names.alone
+    alone, parts, loader = names.alone, names.parts, names.loader
     with _explained(file.given, lambda: [], of_other_kinds(file.weights), loader):
         tensors, scales, unplaced = converted(file, names.converted)
         keys = names.by_part(tensors)
@@ -212,9 +196,9 @@ def _load_file(
             options |= {"weight_name": file.path.name, "local_files_only": True}
             options |= {"use_safetensors": True}
         (loader.load_lora_adapter if alone else loader.load_lora_weights)(source, **options)
-    result = {}
+    result = set[int]()
     for part, own in stored.items():
-        result[part] = _settled(peft, name, file.given, part, parts[part], own)
+        result |= _settled(peft, name, file.given, part, parts[part], own)
         for key, theirs in keys[part].items():
             if configured or theirs not in scales:
                 continue
@@ -227,8 +211,8 @@ def _load_file(
 
 def _settled(
     peft: Any, adapter: str, path: Path, part: str, module: nn.Module, stored: Tensors
-) -> list[str]:
-    """Check that network and file hold the same weights of an adapter; name its parameters.
+) -> set[int]:
+    """Check that network and file hold the same weights of an adapter; return their ids.
 
     Loading gives adapters the precision of the network that they adapt, which may be lower: the
     matrices get that of the file, at least float32. Whole modules and biases keep the network's,
@@ -247,7 +231,7 @@ def _settled(
         save_embedding_layers=any(key.endswith("base_layer.weight") for key in stored),
     )
     own = (adapter, None)  # in the names of whole modules and biases there may be none
-    found, left = [], []
+    found, left = set[int](), []
     for key, z in stored.items():
         p = placed.get(key)
         same = p is not None and not p.is_meta and p.shape == z.shape
@@ -255,7 +239,7 @@ def _settled(
             left.append(key)
         elif isinstance(p, nn.Parameter):
             name = names[id(p)]
-            found.append(name)
+            found.add(id(p))
             whole = ".modules_to_save." in name or ".trainable_tokens_" in name
             if adapter_of(name) is not None and not whole:
                 p.data = z.to(p.device, torch.promote_types(p.dtype, torch.float32)).clone()
@@ -271,9 +255,7 @@ def _settled(
     raise _misfit(path, reasons)
 
 
-def _add_to_weights(
-    file: AdapterFile, parts: Mapping[str, nn.Module], loader: Any, names: Names
-) -> set[int]:
+def _add_to_weights(file: AdapterFile, names: Names) -> set[int]:
     """Add a file's differences to the weights and biases of layers; return the ids of these.
 
     Raises:
@@ -288,23 +270,22 @@ def _add_to_weights(
         fits = bool(places.get(stems[key]))
         for place in places.get(stems[key], ()):
             z = whole if place.rows is None else whole[place.rows]
-            p = getattr(parts[place.part].get_submodule(place.layer), ADDITIONS[ends[key]], None)
+            layer = names.parts[place.part].get_submodule(place.layer)
+            p = getattr(layer, ADDITIONS[ends[key]], None)
             if isinstance(p, nn.Parameter) and p.is_floating_point() and p.shape == z.shape:
                 found.append((p, z))
             else:
                 fits = False
         unplaced += [] if fits else [key]
     if unplaced:
-        raise ValueError(unplaced_message(file.given, unplaced, loader))
+        raise ValueError(unplaced_message(file.given, unplaced, names.loader))
     for p, z in found:
         wide = torch.promote_types(p.dtype, torch.float32)
         p.data = (p.data.to(wide) + z.to(p.device, wide)).to(p.dtype)
     return {id(p) for p, _ in found}
 
 
-def _load_factors(
-    name: str, file: AdapterFile, parts: Mapping[str, nn.Module], loader: Any, names: Names
-) -> set[int]:
+def _load_factors(name: str, file: AdapterFile, names: Names) -> set[int]:
     """Wrap layers that a file has other factors of than pairs; return the ids of their parameters.
 
     Raises:
@@ -317,22 +298,23 @@ def _load_factors(
     missing = [stem for stem in outputs if not places.get(stem)]
     if missing:
         keys = [f"{stem}.{factor}" for stem in missing for factor in file.factors[stem]]
-        raise ValueError(unplaced_message(file.given, keys, loader))
+        raise ValueError(unplaced_message(file.given, keys, names.loader))
     wrapped: dict[tuple[str, str], nn.Module] = {}
     for stem, factors in file.factors.items():
-        for part, layer, rows in ((at.part, at.layer, at.rows) for at in places[stem]):
-            inner = parts[part].get_submodule(layer)
+        for at in places[stem]:
+            inner = names.parts[at.part].get_submodule(at.layer)
             try:
-                own = factors if rows is None else of_rows(factors, rows, outputs[stem])
-                wrapped[part, layer] = FactoredLayer(inner, name, own, file.alphas.get(stem))
+                own = factors if at.rows is None else of_rows(factors, at.rows, outputs[stem])
+                made = FactoredLayer(inner, name, own, file.alphas.get(stem))
+                wrapped[at.part, at.layer] = made
             except ValueError as error:
                 raise _misfit(file.given, [f"'{stem}' {error}"]) from error
-    for (part, layer), made in wrapped.items():
-        parts[part].set_submodule(layer, made)
+    for (part, layer), new in wrapped.items():
+        names.parts[part].set_submodule(layer, new)
     return {
         id(p)
-        for made in wrapped.values()
-        for key, p in made.named_parameters()
+        for new in wrapped.values()
+        for key, p in new.named_parameters()
         if not key.startswith("base_layer.")
     }
 
@@ -350,8 +332,7 @@ def _explained(
     except Exception as error:
         if others:
             raise ValueError(unplaced_message(path, others, loader)) from error
-        found = reasons()
-        if found:
+        if found := reasons():
             raise _misfit(path, found) from error
         raise ValueError(
             f"The adapter '{path}' cannot be loaded: {quoted(error).rstrip('.')}. "
