@@ -27,10 +27,10 @@ from curvlinops_diffusion.influence.validation.judgements import (
     removal_effects,
 )
 from curvlinops_diffusion.influence.validation.plans import HEADER, Removal, RetrainingPlan
+from curvlinops_diffusion.loading.folders import write_part_folders
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.loading.layout import Layout
 from curvlinops_diffusion.loading.named_images import NamedImages
-from curvlinops_diffusion.loading.part_folders import write_part_folders
 from curvlinops_diffusion.loading.preprocessing import Form
 from curvlinops_diffusion.page.figures import intervals
 from curvlinops_diffusion.page.plain import number_text, plain_page

@@ -36,7 +36,7 @@ def embedded_prompt(file: Path) -> str | None:
     if isinstance(comment, bytes):
         comment = _decoded(comment)
     text = _in_entries({**entries, **({"parameters": comment} if comment else {})})
-    return None if text is None or not (words := plain_words(text)) else words
+    return (plain_words(text) or None) if isinstance(text, str) else None
 
 
 def plain_words(prompt: str) -> str:
@@ -50,30 +50,22 @@ def plain_words(prompt: str) -> str:
     return re.sub(r"(?: ?, ?)+", ", ", prompt).strip(" ,")
 
 
-def _in_entries(entries: Mapping[str, Any]) -> str | None:
+def _in_entries(entries: Mapping[str, Any]) -> Any:
     parameters = entries.get("parameters")
     if isinstance(parameters, str):
-        own = _read(parameters)
-        if isinstance(own, Mapping):  # SwarmUI
-            found = own.get("sui_image_params", {})
-            return _text(found.get("prompt") if isinstance(found, Mapping) else None)
-        return _AFTER.split(f"{parameters}\n", 1)[0]
-    invoke = _read(entries.get("invokeai_metadata"))
-    if isinstance(invoke, Mapping):
-        return _text(invoke.get("positive_prompt"))
-    graph = _read(entries.get("prompt"))
-    return _in_graph(graph) if isinstance(graph, Mapping) else None
+        own = _table(parameters)
+        if own is None:
+            return _AFTER.split(f"{parameters}\n", 1)[0]
+        return (_table(own.get("sui_image_params")) or {}).get("prompt")  # SwarmUI
+    if (invoke := _table(entries.get("invokeai_metadata"))) is not None:
+        return invoke.get("positive_prompt")
+    return _in_graph(_table(entries.get("prompt")) or {})
 
 
 def _in_graph(graph: Mapping[str, Any]) -> str | None:
     """The text that leads to the positive input of ComfyUI's sampler; ``None`` if it is not one."""
-    found = {
-        text
-        for node in graph.values()
-        if isinstance(node, Mapping) and "positive" in _inputs(node)
-        for text in [_leading_to(graph, _inputs(node)["positive"], 16)]
-        if text is not None
-    }
+    given = [_inputs(node).get("positive") for node in graph.values()]
+    found = {_leading_to(graph, each, 16) for each in given} - {None}
     return found.pop() if len(found) == 1 else None
 
 
@@ -90,19 +82,16 @@ def _leading_to(graph: Mapping[str, Any], value: Any, depth: int) -> str | None:
 
 
 def _inputs(node: Any) -> Mapping[str, Any]:
-    found = node.get("inputs", {}) if isinstance(node, Mapping) else {}
-    return found if isinstance(found, Mapping) else {}
+    return _table((_table(node) or {}).get("inputs")) or {}
 
 
-def _read(text: Any) -> Any:
+def _table(value: Any) -> Mapping[str, Any] | None:
+    """A table, or the JSON text of one; ``None`` for anything else."""
     try:
-        return json.loads(text) if isinstance(text, str) else None
+        found = json.loads(value) if isinstance(value, str) else value
     except ValueError:
         return None
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+    return found if isinstance(found, Mapping) else None
 
 
 def _decoded(comment: bytes) -> str | None:

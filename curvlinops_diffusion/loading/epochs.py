@@ -36,24 +36,21 @@ def adapters_by_step(folder: Path, last: int | None = 1) -> list[Path]:
             order is unknown.
     """
     found = _by_step(folder) if folder.is_dir() else [folder]
-    if len(found) > 1 and _weights(found[-1]) == _weights(found[-2]):  # of the last step
+    if len(found) > 1 and _digest(found[-1]) == _digest(found[-2]):  # of the last step
         del found[-2]
     return found if last is None else found[-last:]
 
 
 def _by_step(folder: Path) -> list[Path]:
     there = sorted(path for path in folder.iterdir() if path.name[0] != ".")
-    numbers = {path: match for path in there if (match := _FOLDER.fullmatch(path.name))}
-    folders = [path for path in numbers if weights_in(path)]
-    if folders:
-        final = [folder] if weights_in(folder) else []
-        return sorted(folders, key=lambda path: int(numbers[path][1])) + final
+    numbers = {path: int(match[1]) for path in there if (match := _FOLDER.fullmatch(path.name))}
+    if folders := [path for path in numbers if weights_in(path)]:
+        return sorted(folders, key=numbers.__getitem__) + [folder] * bool(weights_in(folder))
     files = [path for path in there if path.suffix == ".safetensors" and path.is_file()]
     steps: dict[Path, tuple[str, str, int]] = {}
     for path in files:
         for counted, form in _FILES:
-            match = form.fullmatch(path.stem)
-            if match:
+            if match := form.fullmatch(path.stem):
                 steps[path] = counted, match[1], int(match[2])
     if not steps:
         return [folder]
@@ -65,16 +62,17 @@ def _by_step(folder: Path) -> list[Path]:
             f"'{folder}' holds adapters of several trainings ({some}). Pass the file of one as "
             "--lora, and earlier ones of the same training as --checkpoints."
         )
-    order: dict[Path, int | None] = {path: number for path, (_, _, number) in steps.items()}
+    order = {path: number for path, (_, _, number) in steps.items()}
     if len({counted for counted, _, _ in steps.values()}) > 1:
-        order = {path: _counted_steps(path) for path in steps}
-        if None in order.values():
+        told = {path: _entry(path, "ss_steps") for path in steps}  # by kohya's scripts
+        order = {path: int(text) for path, text in told.items() if text.isdecimal()}
+        if len(order) < len(steps):
             raise ValueError(
                 f"The adapters in '{folder}' are numbered by epochs and by steps, and do not say "
                 "(ss_steps) how these follow each other. Pass the last as --lora, and earlier ones "
                 "in their order as --checkpoints."
             )
-    found = sorted(steps, key=lambda path: order[path] or 0) + final
+    found = sorted(steps, key=order.__getitem__) + final
     # of a run that went on from another later steps are later; of one that replaced some files not
     times = [(when, path) for path in found if (when := _when(path))]
     for (one, before), (other, after) in pairwise(times):
@@ -97,20 +95,14 @@ def _when(path: Path) -> float | None:
         return None
 
 
-def _weights(path: Path) -> bytes:
-    """What a file holds behind its header, which names it otherwise at the end of training."""
+def _digest(path: Path) -> bytes:
+    """The digest of a file behind its header, which names it otherwise at the end of training."""
     file = path if path.is_file() else weights_in(path)
     assert file is not None
     check_whole(file)
     with file.open("rb") as opened:
         opened.seek(8 + int.from_bytes(opened.read(8), "little"))
         return hashlib.file_digest(opened, "sha256").digest()
-
-
-def _counted_steps(path: Path) -> int | None:
-    """The steps that kohya's scripts write into a file."""
-    text = _entry(path, "ss_steps")
-    return int(text) if text.isdecimal() else None
 
 
 def _entry(path: Path, name: str) -> str:

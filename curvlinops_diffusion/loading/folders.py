@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from os.path import splitext
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
 from curvlinops_diffusion.loading.dataset_config import SUFFIXES as CONFIGS
 from curvlinops_diffusion.loading.labels import Classes
 from curvlinops_diffusion.loading.layout import Layout
-from curvlinops_diffusion.loading.metadata import decoded, folded, is_of_images, is_table
-from curvlinops_diffusion.runtime.files import files_below
+from curvlinops_diffusion.loading.metadata import Metadata, decoded, folded, is_of_images, is_table
+from curvlinops_diffusion.runtime.files import files_below, make_folder, write_bytes
 
 # the forms that images are given in
 ACCEPTED = (
@@ -48,27 +50,24 @@ _KOHYA = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"}
 
 
 def files_in(folder: Path, layout: Layout) -> tuple[dict[str, Path], list[Path], list[str]]:
-    """Find the images in a folder and its subfolders; linked ones too, hidden ones never.
+    """Find the images by name, the metadata files and the names of all others, each in order.
 
-    Hidden files and folders (``.ipynb_checkpoints``, ``._a.png``) are made by programs beside what
-    people put there; as images or classes they would shift the numbers of all others. So would
-    OneTrainer's masks (``a-masklabel.png``).
-
-    Returns:
-        The images by name, the metadata files, and the names of all other files, each in order.
+    In subfolders and through links, too. Hidden files and folders (``.ipynb_checkpoints``,
+    ``._a.png``) are made by programs; as images or classes they would shift the numbers of all
+    others. So would OneTrainer's masks (``a-masklabel.png``).
     """
     Image.init()
     readable = {end for end in SUFFIXES if Image.EXTENSION.get(end) in Image.OPEN}
     images, tables, left_out = {}, [], []
     for path in sorted(files_below(folder)):
-        relative = path.relative_to(folder)
-        hidden = is_hidden(relative.as_posix())
+        name = path.relative_to(folder).as_posix()
+        hidden = is_hidden(name)
         if not hidden and path.suffix.lower() in readable and not path.stem.endswith(_BESIDE):
-            images[relative.as_posix()] = path
+            images[name] = path
         elif not hidden and is_table(path) and is_of_images(path, layout):
             tables.append(path)
         else:
-            left_out.append(relative.as_posix())
+            left_out.append(name)
     return images, tables, left_out
 
 
@@ -103,9 +102,8 @@ def check_images(path: Path) -> None:
 def kind_of_data(path: Path) -> str | None:
     """Tell what a file or folder holds by names alone.
 
-    Returns:
-        ``'saved'`` for a data set of ``save_to_disk``, or several splits; ``'images'``; where there
-        are none, how ``datasets`` calls the other files; else ``None``.
+    ``'saved'`` is a data set of ``save_to_disk``, or several splits; ``'images'``; where there are
+    none, the name that ``datasets`` has for the other files; else ``None``.
     """
     if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         return "saved"
@@ -199,11 +197,8 @@ def repeats_of(folder: Path, names: Sequence[str]) -> list[tuple[int, str]] | No
 def repeats_below(names: Sequence[str]) -> str | None:
     """The first folder, if there are folders of kohya's in it and not around it."""
     inner = (Path(name).parent for name in names)
-    return next((i.parent.as_posix() for i in inner if _in_kohyas(i)), None)
-
-
-def _in_kohyas(folder: Path) -> bool:
-    return len(folder.parts) > 1 and _REPEATED.fullmatch(folder.name) is not None
+    found = (i.parent for i in inner if len(i.parts) > 1 and _REPEATED.fullmatch(i.name))
+    return next((folder.as_posix() for folder in found), None)
 
 
 def tables_left_out(names: Iterable[str], layout: Layout) -> list[str]:
@@ -272,3 +267,50 @@ def classes_of(folder: Path, names: Sequence[str]) -> Classes | None:
             f"label 0. Pass '{folder / known[0]}' if the classes are the folders in it"
         )
     return Classes(known, classes, doubt)
+
+
+def write_part_folders(
+    data: Path, layout: Layout, parts: Mapping[str, Collection[str]], output: Path
+) -> None:
+    """Write a folder for each part of a folder's images, with the folders within it.
+
+    Images, and what lies beside them under the same name (captions, masks), are links, or copies
+    where there are no links. Lines of metadata become a ``metadata.jsonl``, which every trainer
+    reads that reads one of the other forms. ``parts`` are the names of the images of each part.
+
+    Raises:
+        ValueError: If ``data`` is no folder of images, or a folder cannot be written.
+    """
+    images, tables, others = files_in(data, layout) if data.is_dir() else ({}, [], [])
+    if not images:
+        raise ValueError(
+            f"`folders` are written of folders of images alone, got '{data}'. Leave it out, and "
+            "let the trainer take the images that each PART.txt lists."
+        )
+    metadata = Metadata(data, tables, images, layout) if tables else None
+    beside: dict[str, list[str]] = {}
+    for name in others:
+        beside.setdefault(str(PurePosixPath(name).with_suffix("")), []).append(name)
+    for part, names in parts.items():
+        lines: dict[Path, list[str]] = {}
+        for name in names:
+            own = [name, *beside.get(str(PurePosixPath(name).with_suffix("")), [])]
+            if metadata is not None and name in metadata.lines:
+                line = metadata.lines[name]
+                folder = line.file.parent.relative_to(data)
+                lines.setdefault(folder, []).append(json.dumps(line.entries, ensure_ascii=False))
+                own += [each for each in metadata.beside(line) if each not in own]
+            for each in own:
+                _link(data / each, output / part / each)
+        for folder, texts in lines.items():
+            target = output / part / folder / "metadata.jsonl"
+            write_bytes(target, "".join(f"{text}\n" for text in texts).encode())
+
+
+def _link(file: Path, target: Path) -> None:
+    make_folder(target.parent)
+    target.unlink(missing_ok=True)
+    try:
+        target.symlink_to(file.resolve())
+    except OSError:  # a file system, or Windows' users, without links
+        shutil.copy2(file, target)

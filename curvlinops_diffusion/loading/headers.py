@@ -27,17 +27,10 @@ def readable(
     skip: bool,
     why: Callable[[int], object],
 ) -> tuple[list[int], list[str]]:
-    """Find the images that can be read; without their pixels, unless others are to be skipped.
+    """Find the numbers of the images that can be read, and notes on them.
 
-    Args:
-        stored: The images' files.
-        names: Their names.
-        form: The form in which the network takes images.
-        skip: Whether to leave out those that cannot be read; these are decoded, to be sure.
-        why: Loads an image, to raise its error.
-
-    Returns:
-        The numbers of the images, and what is to be said of them.
+    Without their pixels, unless others are to be skipped: these are decoded, to be sure. ``why``
+    loads an image, to raise its error.
 
     Raises:
         ValueError: If one cannot be read and is not skipped, or all are.
@@ -46,7 +39,16 @@ def readable(
     kept = [n for n, size in enumerate(sizes) if size is not None]
     broken = [names[n] for n, size in enumerate(sizes) if size is None]
     if broken and not (skip and kept):
-        raise ValueError(_refusal(broken, names, why))
+        try:
+            why(names.index(broken[0]))
+            told = (
+                f"The image '{broken[0]}' cannot be read. Repair it, or remove it and start anew."
+            )
+        except ValueError as error:
+            told = str(error)
+        others = ", ".join(f"'{name}'" for name in broken[1:])
+        told += f" {len(broken) - 1} more cannot be read: {others}." if others else ""
+        raise ValueError(f"{told} --skip-unreadable leaves out those that cannot be read.")
     notes = cut_to_squares([size for size in sizes if size is not None], form)
     if broken:
         left_out = counted(len(broken), "image")
@@ -71,14 +73,12 @@ def cut_to_squares(sizes: Sequence[tuple[int, int]], form: Form) -> list[str]:
 
 
 def _size(stored: Stored, decode: bool) -> tuple[int, int] | None:
-    """Width and height of an image; ``None`` if it cannot be read.
-
-    It is decoded where its end is missing, as after a copy that was interrupted.
-    """
+    """Width and height of an image; ``None`` if it cannot be read."""
     try:
         source: Any = stored if isinstance(stored, Path) else stored()
         with catch_warnings(), source.open("rb") if isinstance(source, Path) else source as file:
             simplefilter("ignore", Image.DecompressionBombWarning)
+            # where its end is missing, as after a copy that was interrupted
             decode = decode or not _is_whole(file)
             with Image.open(file) as image:
                 if decode:
@@ -99,16 +99,3 @@ def _is_whole(file: IO[bytes]) -> bool:
     if start.startswith(b"RIFF"):  # WebP says how long it is
         return int.from_bytes(start[4:], "little") + 8 <= length
     return all(mark in end for first, mark in _ENDS.items() if start.startswith(first))
-
-
-def _refusal(broken: Sequence[str], names: Sequence[str], why: Callable[[int], object]) -> str:
-    """The error of the first, and the names of all others."""
-    try:
-        why(names.index(broken[0]))
-        found = f"The image '{broken[0]}' cannot be read. Repair it, or remove it and start anew."
-    except ValueError as error:
-        found = str(error)
-    if len(broken) > 1:
-        others = ", ".join(f"'{name}'" for name in broken[1:])
-        found += f" {len(broken) - 1} more cannot be read: {others}."
-    return f"{found} --skip-unreadable leaves out those that cannot be read."

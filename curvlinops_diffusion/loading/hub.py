@@ -18,15 +18,14 @@ _PATTERNS = {
     "pipeline": [*_TEXTS, "*/*.safetensors"],  # none beside model_index.json, of another form
     # and what trainers leave of their settings
     "adapter": ["*.json", "*.safetensors", "config.yaml", "*hparams.yml", "README.md"],
-    "data": [
-        *(f"*{end}" for end in sorted(SUFFIXES)),
-        *("*.json", "*.jsonl", "*.csv", "*.txt", "*.caption", "*.toml"),
-        *("*.parquet", "*.arrow", "*.npz"),
-    ],
+    "data": [f"*{end}" for end in sorted(SUFFIXES)],
 }
+_PATTERNS["data"] += ["*.json", "*.jsonl", "*.csv", "*.txt", "*.caption", "*.toml"]
+_PATTERNS["data"] += ["*.parquet", "*.arrow", "*.npz"]
 # the same weights once more
-_VARIANTS = ["*.fp16.safetensors", "*.fp16-*.safetensors", "*.bf16.safetensors", "*.bf16-*"]
-_VARIANTS += ["*.non_ema.safetensors", "*.non_ema-*"]
+_VARIANTS = [
+    f"*.{name}{end}" for name in ("fp16", "bf16", "non_ema") for end in (".safetensors", "-*")
+]
 
 
 def on_hub(
@@ -35,17 +34,10 @@ def on_hub(
     check: Callable[[Path], None],
     variant: str | None = None,
 ) -> Path:
-    """Find what a text names on disk, or as a repository on the Hub.
+    """Find a path on disk, or a repository or file in the Hub's cache or on the Hub.
 
-    Args:
-        text: A path, or an id; what exists on disk is a path.
-        kind: What is wanted, which says what is downloaded.
-        check: Raises ValueError if files that are there are not all that is needed.
-        variant: The variant of the weights files of a pipeline.
-
-    Returns:
-        The path, or where the repository or file is in the Hub's cache. What is all there is not
-        asked for on the network, and nothing is if ``HF_HUB_OFFLINE`` is set.
+    What is all there, by ``check``, is not asked for on the network, and nothing is if
+    ``HF_HUB_OFFLINE`` is set.
 
     Raises:
         ValueError: If nothing is on disk and nothing can be downloaded.

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from curvlinops_diffusion.loading import folders as disk
 from curvlinops_diffusion.loading.dataset_config import (
     DatasetConfig,
     is_config,
@@ -20,23 +21,6 @@ from curvlinops_diffusion.loading.dataset_config import (
     weights_of,
 )
 from curvlinops_diffusion.loading.embedded_prompts import embedded_prompt
-from curvlinops_diffusion.loading.folders import (
-    ACCEPTED,
-    TABLES,
-    captions_alone,
-    captions_beside,
-    check_images,
-    classes_of,
-    files_in,
-    folders_of_split,
-    kind_of_data,
-    masks_among,
-    parts_of,
-    read_caption,
-    repeats_below,
-    repeats_of,
-    tables_left_out,
-)
 from curvlinops_diffusion.loading.headers import cut_to_squares, readable
 from curvlinops_diffusion.loading.labels import Condition
 from curvlinops_diffusion.loading.layout import FILE_NAME, TRIGGERS, Layout
@@ -101,13 +85,11 @@ def open_images(
                 f"{prompts!r} for {counted(len(images), 'image')}, all of which have."
             )
         condition, prompts = replace(condition, prompt=prompts), None
-    beside: list[tuple[str, str, Any]] = [
-        ("prompts", "prompt", prompts),
-        ("labels", "class_labels", labels),
-    ]
-    for name, key, values in beside:
+    beside: dict[str, Any] = {"prompt": prompts, "class_labels": labels}
+    for key, values in beside.items():
         if values is None:
             continue
+        name = "prompts" if key == "prompt" else "labels"
         if takes != key:
             what = "no condition" if takes is None else f"'{takes}'"
             raise ValueError(f"The network takes {what}, got `{name}`. Leave them out.")
@@ -118,21 +100,19 @@ def open_images(
                 "images."
             )
         images.conditions[key], images.classes = values, None
-    if training is not None and takes == "prompt":
-        _read_embedded_prompts(images)
+    if training is not None and takes == "prompt" and images.paths is not None:
+        _read_embedded_prompts(images, images.paths)
     _set_conditions(images, where, form, condition, training)
     if takes == "prompt":
         _put_triggers(images, where, layout)
     return images
 
 
-def _read_embedded_prompts(images: NamedImages) -> None:
+def _read_embedded_prompts(images: NamedImages, paths: Sequence[str]) -> None:
     """Give queries without a prompt the one that the program which made them has written."""
-    own = list(images.conditions.get("prompt", [None] * len(images)))
+    own = images.conditions.get("prompt", [None] * len(images))
     without = [n for n, text in enumerate(own) if text is None]
-    if images.paths is None or not without:
-        return
-    found = {n: text for n in without if (text := embedded_prompt(Path(images.paths[n])))}
+    found = {n: text for n in without if (text := embedded_prompt(Path(paths[n])))}
     if found:
         images.conditions["prompt"] = [found.get(n, text) for n, text in enumerate(own)]
         count = counted(len(found), "prompt")
@@ -146,7 +126,7 @@ def _set_conditions(
     condition: Condition | None,
     training: NamedImages | None,
 ) -> None:
-    """Reduce what stands beside images to what the network takes."""
+    """Reduce the conditions of images to those that the network takes."""
     classes = images.classes
     if classes is not None and (condition is None or condition.key == "class_labels"):
         if training is None and condition is not None and condition.count != 1:
@@ -207,10 +187,10 @@ def _check_prompt(images: NamedImages, path: Path, prompt: str) -> None:
 def _of_path(path: Path, form: Form, condition: Condition | None, layout: Layout) -> NamedImages:
     if path.suffix != ".npz":
         form.check_channels()
-    check_images(path)
+    disk.check_images(path)
     if is_config(path):
         images = _of_config(path, form, layout)
-    elif kind_of_data(path) in ("saved", *TABLES.values()):
+    elif disk.kind_of_data(path) in ("saved", *disk.TABLES.values()):
         images = images_of_dataset(stored_dataset(path, layout), path, form, layout)
     elif path.is_dir():
         images = _of_folder(path, form, condition, layout)
@@ -223,7 +203,7 @@ def _of_path(path: Path, form: Form, condition: Condition | None, layout: Layout
         )
         split_of(images, path, layout)
     if len(images) == 0:
-        raise ValueError(f"'{path}' holds no images. {ACCEPTED}.")
+        raise ValueError(f"'{path}' holds no images. {disk.ACCEPTED}.")
     return images
 
 
@@ -244,26 +224,26 @@ def _of_config(path: Path, form: Form, layout: Layout) -> NamedImages:
 
 
 def _of_folder(path: Path, form: Form, condition: Condition | None, layout: Layout) -> NamedImages:
-    files, tables, others = files_in(path, layout)
+    files, tables, others = disk.files_in(path, layout)
     metadata = Metadata(path, tables, files, layout) if tables else None
     names = [name for name in files if metadata is None or name not in metadata.others]
     inner = path  # of which folders are classes
     if layout.split is not None:
-        folders = folders_of_split(path, names, layout.split)
+        folders = disk.folders_of_split(path, names, layout.split)
         names = [name for name in names if Path(name).parts[0] in folders]
         inner = path / folders[0] if len(folders) == 1 else path
     images = _of_files([files[name] for name in names], names, form, layout)
     names = images.names
-    if parts := parts_of(names):
+    if parts := disk.parts_of(names):
         images.notes.append(f"of all parts of a data set: {', '.join(parts)} (--split takes one)")
-    images.left_out, images.unread = others, tables_left_out(others, layout)
-    if masks := masks_among(others):
+    images.left_out, images.unread = others, disk.tables_left_out(others, layout)
+    if masks := disk.masks_among(others):
         count = counted(len(masks), "mask")
         images.notes.append(f"{count} of OneTrainer's, not used: {first_of(masks)}")
     if metadata is None:
         layout.check_no_columns(f"'{path}'")
         below = "" if inner == path else f"{inner.relative_to(path)}/"
-        images.classes = classes_of(inner, [name.removeprefix(below) for name in names])
+        images.classes = disk.classes_of(inner, [name.removeprefix(below) for name in names])
     else:
         images.conditions, columns = metadata.conditions(names), metadata.unread()
         images.columns = metadata.columns(names)
@@ -290,15 +270,10 @@ def _read_captions(
 ) -> None:
     """Read captions in files of their own, and repeats and prompts in the names of folders.
 
-    Args:
-        images: The images.
-        path: Their folder.
-        condition: What the network takes.
-        layout: Which files hold captions.
-        there: The names of all images in the folder, used or not.
+    ``there`` are the names of all images in the folder, used or not.
     """
     end, names = layout.end, images.names
-    found, read = captions_beside(names, images.left_out, end), {}
+    found, read = disk.captions_beside(names, images.left_out, end), {}
     wanted = condition is None or condition.key == "prompt"
     wanted = wanted and (layout.caption_column is None or layout.of_queries)
     if wanted and "prompt" not in images.conditions:
@@ -320,12 +295,12 @@ def _read_captions(
     images.left_out = [name for name in images.left_out if name not in files]
     if read:
         images.notes.append(f"{counted(len(read), 'caption')} from files {end}")
-    alone = captions_alone(there, images.left_out, end)
+    alone = disk.captions_alone(there, images.left_out, end)
     if alone and wanted and condition is not None and "prompt" not in images.conditions:
         count = counted(len(alone), "file")
         told = f"{count} {Path(alone[0]).suffix} without an image: {first_of(alone)}"
         (images.notes if read else images.unread).append(told)
-    texts = {name: read_caption(path / file, layout) for name, file in read.items()}
+    texts = {name: disk.read_caption(path / file, layout) for name, file in read.items()}
     prompts: list[str | None] = [texts[name][0] if name in texts else None for name in names]
     if longer := [read[name] for name, (_, more) in texts.items() if more]:
         count = counted(len(longer), "longer caption")
@@ -335,8 +310,8 @@ def _read_captions(
         )
     # of networks that take prompts alone: for others such folders may be classes
     named = condition is not None and wanted and "prompt" not in images.conditions
-    repeats = repeats_of(path, names) if named else None
-    if named and repeats is None and (below := repeats_below(names)):
+    repeats = disk.repeats_of(path, names) if named else None
+    if named and repeats is None and (below := disk.repeats_below(names)):
         images.notes.append(f"no repeats of folders in '{below}': pass '{path / below}' for these")
     if repeats is not None:
         if without := [name for name in names if name not in texts]:

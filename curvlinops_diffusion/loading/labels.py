@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from curvlinops_diffusion.loading.metadata import first_of
+from curvlinops_diffusion.loading.metadata import lacking
 
 _HOW = {
     "class_labels": (
@@ -49,11 +49,7 @@ class Condition:
     ) -> Conditions:
         """Select those of the images' conditions that the network takes.
 
-        Args:
-            path: Where the images are from.
-            names: Their names.
-            conditions: Their conditions.
-            unread: Columns that stand beside these and are not read, for messages.
+        ``unread`` are columns that stand beside these and are not read, for messages.
 
         Raises:
             ValueError: If an image has none, or one that the network does not know.
@@ -64,7 +60,12 @@ class Condition:
         if self.key == "prompt":
             values = [self.prompt if value is None else value for value in values]
         if without := [name for name, value in zip(names, values, strict=True) if value is None]:
-            raise ValueError(self._nothing(path, without, len(names), unread))
+            what, how = _HOW[self.key]
+            others = f" Not read: {', '.join(unread)}." if unread else ""
+            if self.key == "prompt" and any(" " not in column for column in unread):
+                others += " --caption-column NAME reads the prompts from another column."
+            start = lacking(without, len(names), path, what)
+            raise ValueError(f"{start}, which the network takes. {how}.{others}")
         for name, value in zip(names, values, strict=True):
             self._check(f"image '{name}' of '{path}'", value)
         noted = {key: conditions[key] for key in _SIZES if self.sizes and key in conditions}
@@ -89,20 +90,6 @@ class Condition:
                         "folder, or have a column of images in the data set."
                     )
         return {entry: conditions[entry] for entry in self.images}
-
-    def _nothing(
-        self, path: Path, without: Sequence[str], count: int, unread: Sequence[str]
-    ) -> str:
-        """Say which images have no condition."""
-        what, how = _HOW[self.key or ""]
-        start = f"The image '{without[0]}' of '{path}' has no {what}"
-        if len(without) > 1:
-            many = f"{len(without)} of the {count}" if len(without) < count else f"The {count}"
-            start = f"{many} images of '{path}' have no {what} ({first_of(without)})"
-        others = f" Not read: {', '.join(unread)}." if unread else ""
-        if self.key == "prompt" and any(" " not in column for column in unread):
-            others += " --caption-column NAME reads the prompts from another column."
-        return f"{start}, which the network takes. {how}.{others}"
 
     def _check(self, image: str, value: Any) -> None:
         if self.key == "prompt":

@@ -66,10 +66,7 @@ class Layout:
         return replace(self, split=None, of_queries=True)
 
     def check_taken(self, key: str | None) -> None:
-        """Check that nothing is said of prompts that the network does not take.
-
-        Args:
-            key: The condition that it takes.
+        """Check that nothing is said of prompts to a network of another condition ``key``.
 
         Raises:
             ValueError: If something is.
@@ -94,10 +91,7 @@ class Layout:
         return (*asked, *usual) if self.of_queries or not asked else asked
 
     def check_no_columns(self, where: str) -> None:
-        """Check that none is asked for of images that have none; ``file_name`` all have.
-
-        Args:
-            where: What has none, for messages.
+        """Check that no column is asked for of images that have none; ``file_name`` all have.
 
         Raises:
             ValueError: If one is.
@@ -111,11 +105,7 @@ class Layout:
                 )
 
     def columns(self, found: Collection[str], where: str) -> dict[str, str]:
-        """The columns to read, of those there are, and what they are called here.
-
-        Args:
-            found: The columns there are.
-            where: What has them, for messages.
+        """The columns to read, of those that are found, with their names here.
 
         Raises:
             ValueError: If that of captions is none of them.

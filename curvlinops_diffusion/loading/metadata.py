@@ -82,15 +82,16 @@ class Metadata:
         self.alike = sorted(self.lines.keys() - exact)
         found = {name for line in self.lines.values() for name in self.beside(line)}
         self.others = found - self.lines.keys()
+        self._keys = {key for line in self.lines.values() for key in line.entries}
 
     def beside(self, line: Line) -> list[str]:
         """The images that a line names beside its own."""
-        found = [
-            self._find(line.file.parent, value, self.lines)
+        return [
+            name
             for key, value in line.entries.items()
             if (key in IMAGE_COLUMNS or key.endswith(_FILE)) and isinstance(value, str)
+            if (name := self._find(line.file.parent, value, self.lines)) is not None
         ]
-        return [name for name in found if name is not None]
 
     def _place(self, lines: Iterable[Line], taken: Container[str] | None = None) -> list[Line]:
         """Give images their lines, and return the lines whose image is not found."""
@@ -128,15 +129,13 @@ class Metadata:
         return posixpath.normpath(posixpath.join(here, written))
 
     def _columns(self) -> dict[str, str]:
-        """The columns that are read, and what they are called here."""
-        found = {key for line in self.lines.values() for key in line.entries}
-        return self._layout.columns(found, f"the metadata of '{self._folder}'")
+        """The columns that are read, with their names here."""
+        return self._layout.columns(self._keys, f"the metadata of '{self._folder}'")
 
     def unread(self) -> list[str]:
         """The columns that nothing here reads."""
-        columns = {key for line in self.lines.values() for key in line.entries}
         read = {*self._layout.file_columns, *self._columns(), *IMAGE_COLUMNS}
-        return sorted(key for key in columns - read if not key.endswith(_FILE))
+        return sorted(key for key in self._keys - read if not key.endswith(_FILE))
 
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
         """The columns of some images as they are, ``None`` where an image has no entry."""
@@ -168,13 +167,7 @@ class Metadata:
         return self._folder / (self._relative(inner, written) if found is None else found)
 
     def _no_line(self, without: Sequence[str], count: int) -> str:
-        start = f"The image '{without[0]}' of '{self._folder}' has no line in the metadata"
-        if len(without) > 1:
-            many = f"{len(without)} of the {count}" if len(without) < count else f"The {count}"
-            start = (
-                f"{many} images of '{self._folder}' have no line in the metadata "
-                f"({first_of(without)})"
-            )
+        start = lacking(without, count, self._folder, "line in the metadata")
         some = [*self.without_image, *self.lines.values()][:3]
         if not some:
             return f"{start}, and the metadata are empty. Give each image a line."
@@ -183,6 +176,14 @@ class Metadata:
             f"{first_of([line.name for line in some])}, …; names are relative to the folder of the "
             "file. Give each image a line, or take it out of the folder."
         )
+
+
+def lacking(without: Sequence[str], count: int, where: Path, what: str) -> str:
+    """Say how many of the images have no such thing, without a full stop."""
+    if len(without) == 1:
+        return f"The image '{without[0]}' of '{where}' has no {what}"
+    many = f"{len(without)} of the {count}" if len(without) < count else f"The {count}"
+    return f"{many} images of '{where}' have no {what} ({first_of(without)})"
 
 
 def first_of(names: Sequence[str]) -> str:

@@ -15,21 +15,8 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import functional as transforms
 
-from curvlinops_diffusion.loading.sizes import (
-    Interpolation,
-    Placement,
-    Size,
-    area_bucket,
-    area_buckets,
-    bucket_list,
-    made_bucket,
-    nearest_bucket,
-    onetrainer_bucket,
-    resized,
-    shrunk_bucket,
-    told_corner,
-    toolkit_bucket,
-)
+from curvlinops_diffusion.loading import sizes
+from curvlinops_diffusion.loading.sizes import Interpolation, Placement, Size
 from curvlinops_diffusion.runtime.checks import check_count
 
 #: An image as a network takes it, ``[C, H, W]``, and its size before resizing.
@@ -41,7 +28,12 @@ Place = tuple[float, float] | None
 Source = Path | Callable[[], Any]
 #: Options of :class:`Form` that users choose: how images are resized and cropped.
 SIZING = (
-    *("resolution", "buckets", "bucket_step", "bucket_min", "bucket_max", "bucket_no_upscale"),
+    "resolution",
+    "buckets",
+    "bucket_step",
+    "bucket_min",
+    "bucket_max",
+    "bucket_no_upscale",
     "interpolation",
 )
 #: The numbers of channels that image files are read with: grey, and RGB.
@@ -104,7 +96,7 @@ class Form:
 
     def __post_init__(self) -> None:
         """Check the options, and read buckets that are written as a text."""
-        object.__setattr__(self, "buckets", bucket_list(self.buckets))
+        object.__setattr__(self, "buckets", sizes.bucket_list(self.buckets))
         if self.interpolation not in (None, *get_args(Interpolation)):
             raise ValueError(
                 f"`interpolation` must be one of {', '.join(get_args(Interpolation))}, got "
@@ -116,10 +108,8 @@ class Form:
         if self.buckets is True or isinstance(self.buckets, str):
             self._check_made_buckets()
         elif self.buckets:
-            misfits = [
-                f"{h}×{w}" for h, w in self._listed if h % self.multiple or w % self.multiple
-            ]
-            if misfits:
+            m = self.multiple
+            if misfits := [f"{h}×{w}" for h, w in self._listed if h % m or w % m]:
                 raise ValueError(
                     f"`buckets` must have heights and widths that are multiples of {self.multiple}"
                     f", which the network takes, got {', '.join(misfits[:4])}."
@@ -182,10 +172,7 @@ class Form:
         )
 
     def check_channels(self, entry: str = "") -> None:
-        """Check that image files can have the network's channels.
-
-        Args:
-            entry: The entry of an item that the channels are of; nothing for the image itself.
+        """Check that image files can have the network's channels, of an ``entry`` beside or not.
 
         Raises:
             ValueError: If they are neither grey nor RGB.
@@ -223,13 +210,8 @@ class Form:
     ) -> Tensor:
         """The image in [-1, 1], shape ``[C, H, W]``, turned as its EXIF orientation says.
 
-        With kohya's buckets it is not turned: his scripts do not.
-
-        Args:
-            image: The image.
-            name: Its name, for messages.
-            place: Where a crop lies.
-            of: The size of the image that it lies beside, with which it is resized and cropped.
+        With kohya's buckets it is not turned: his scripts do not. ``of`` is the size of the image
+        that it lies beside, with which it is resized and cropped.
 
         Raises:
             ValueError: If it has another size than the network's, or pixels of unknown range.
@@ -257,7 +239,7 @@ class Form:
         box = self._box(name, of or (flat.height, flat.width), place)
         if box is not None:  # as images, before they are numbers, as training scripts do
             whole, (top, left), (height, width) = box
-            flat = resized(flat, whole, self._how, self._is_kohyas)
+            flat = sizes.resized(flat, whole, self._how, self._is_kohyas)
             flat = flat.crop((left, top, left + width, top + height))
         return self._checked(transforms.normalize(transforms.to_tensor(flat), [0.5], [0.5]), name)
 
@@ -267,30 +249,24 @@ class Form:
         Raises:
             ValueError: If there is no bucket for it.
         """
-        try:
-            return self._placement(size)
-        except ValueError as error:
-            raise ValueError(f"The image '{name}' has no bucket: {error}") from error
-
-    def _placement(self, size: Size) -> Placement:
         if self._is_kohyas:
             assert self.resolution is not None, "which is checked"
             if self.buckets == "square":
-                return area_bucket(size, [(self.resolution, self.resolution)])
+                return sizes.area_bucket(size, [(self.resolution, self.resolution)])
             if self.bucket_no_upscale:
-                return shrunk_bucket(size, self.resolution, self.bucket_step)
-            buckets = area_buckets(self.resolution, self.bucket_step, *self._limits)
-            return area_bucket(size, buckets)
+                return sizes.shrunk_bucket(name, size, self.resolution, self.bucket_step)
+            buckets = sizes.area_buckets(self.resolution, self.bucket_step, *self._limits)
+            return sizes.area_bucket(size, buckets)
         if self.buckets and not isinstance(self.buckets, str):
-            return nearest_bucket(size, self._listed)
+            return sizes.nearest_bucket(size, self._listed)
         if self.resolution is None:
             return size, size
         if self.buckets == "onetrainer":
-            return onetrainer_bucket(size, self.resolution, self.bucket_step)
+            return sizes.onetrainer_bucket(size, self.resolution, self.bucket_step)
         if self.buckets == "ai-toolkit":
-            return toolkit_bucket(size, self.resolution, self.bucket_step)
+            return sizes.toolkit_bucket(size, self.resolution, self.bucket_step)
         if self.buckets:
-            return made_bucket(size, self.resolution)
+            return sizes.made_bucket(size, self.resolution)
         whole = tuple(self.resolution * side // min(size) for side in size)
         return (whole[0], whole[1]), (self.resolution, self.resolution)
 
@@ -301,17 +277,16 @@ class Form:
 
     def told_size(self, size: Size) -> Size:
         """The original size of an image as the network is told it; ai-toolkit tells its bucket."""
-        return self._placement(size)[1] if self.buckets == "ai-toolkit" else size
+        return self.placed("", size)[1] if self.buckets == "ai-toolkit" else size
 
     def corner_of(self, height: int, width: int, place: Place = None) -> tuple[int, int]:
-        """Top and left of what is cut out of an image of this size, as the network is told it.
+        """Top and left of the part of a resized image, as the network is told them.
 
-        After it was resized; kohya's scripts tell something else than where they cut, ai-toolkit
-        nothing.
+        Kohya's scripts tell something else than where they cut, ai-toolkit nothing.
         """
-        whole, part = self._placement((height, width))
+        whole, part = self.placed("", (height, width))
         if self._is_kohyas:
-            return told_corner((height, width), part)
+            return sizes.told_corner((height, width), part)
         if self.buckets == "ai-toolkit":
             return 0, 0
         return self._corner(whole, part, place)
@@ -337,12 +312,10 @@ class Form:
         box = self._box(name, of or (x.shape[1], x.shape[2]), place)
         if box is not None:
             whole, corner, part = box
-            planes = [Image.fromarray(plane) for plane in x.float().cpu().numpy()]
-            found = [
-                np.asarray(resized(plane, whole, self._how, self._is_kohyas)) for plane in planes
-            ]
-            resized_x = torch.from_numpy(np.stack(found)).to(x)
-            x = transforms.crop(resized_x, *corner, *part).clamp(-1, 1)
+            planes = map(Image.fromarray, x.float().cpu().numpy())
+            found = [sizes.resized(plane, whole, self._how, self._is_kohyas) for plane in planes]
+            resized = torch.from_numpy(np.stack(list(map(np.asarray, found)))).to(x)
+            x = transforms.crop(resized, *corner, *part).clamp(-1, 1)
         return self._checked(x, name)
 
     def _checked(self, x: Tensor, name: str) -> Tensor:

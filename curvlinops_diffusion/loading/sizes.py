@@ -162,7 +162,7 @@ def area_bucket(size: Size, buckets: Sequence[Size]) -> Placement:
     return (int(height * scale + 0.5), int(width * scale + 0.5)), part
 
 
-def shrunk_bucket(size: Size, resolution: int, step: int) -> Placement:
+def shrunk_bucket(name: str, size: Size, resolution: int, step: int) -> Placement:
     """Choose the bucket of an image as kohya's scripts with ``--bucket_no_upscale``.
 
     Images of more than the square's area are shrunk to it, so that one side is a multiple of the
@@ -191,8 +191,9 @@ def shrunk_bucket(size: Size, resolution: int, step: int) -> Placement:
     part = (whole[0] // step * step, whole[1] // step * step)
     if not all(part):
         raise ValueError(
-            f"it is {height}×{width} pixels, of which no bucket in steps of {step} can be filled "
-            "without enlarging it. Leave it out, or leave out `bucket_no_upscale`."
+            f"The image '{name}' has no bucket: it is {height}×{width} pixels, of which none in "
+            f"steps of {step} is filled without enlarging it. Leave it out, or leave out "
+            "`bucket_no_upscale`."
         )
     return whole, part
 

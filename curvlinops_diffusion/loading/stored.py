@@ -193,12 +193,6 @@ def split_of(data: Any, path: Path, layout: Layout) -> Any:
 def images_of_dataset(data: Any, path: Path, form: Form, layout: Layout) -> NamedImages:
     """The images of a ``datasets.Dataset``, with its captions, labels and images beside.
 
-    Args:
-        data: The data set.
-        path: Its folder, or a name for it.
-        form: The form in which the network takes images.
-        layout: Its columns.
-
     Raises:
         ValueError: If it is not clear which column is of images, or an image cannot be read.
     """
@@ -221,12 +215,12 @@ def images_of_dataset(data: Any, path: Path, form: Form, layout: Layout) -> Name
     def picture(images: Any, column: str, n: int) -> Any:
         return images[n][column]
 
-    def parts(data: Any) -> tuple[Any, Any]:
+    def parts(data: Any) -> tuple[Any, Any, Any]:
         images = data.select_columns(column)
-        return images, images.cast_column(column, datasets.Image(decode=False))
+        encoded = images.cast_column(column, datasets.Image(decode=False))
+        return images, encoded, encoded.with_format("arrow")
 
-    images, encoded = parts(data)
-    rows = encoded.with_format("arrow")
+    images, encoded, rows = parts(data)
     kept, notes = readable(
         [partial(_stored, rows, column, n) for n in range(len(data))],
         names,
@@ -236,8 +230,7 @@ def images_of_dataset(data: Any, path: Path, form: Form, layout: Layout) -> Name
     )
     if len(kept) < len(data):
         data, names = data.select(kept), [names[n] for n in kept]
-        images, encoded = parts(data)
-        rows = encoded.with_format("arrow")
+        images, encoded, rows = parts(data)
     read = layout.columns(data.column_names, f"'{path}'")
     conditions: dict[str, list[Any]] = {ours: list(data[theirs]) for theirs, ours in read.items()}
     beside = [name for name in pictures if name in IMAGE_COLUMNS]
