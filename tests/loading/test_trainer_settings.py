@@ -33,6 +33,7 @@ from curvlinops_diffusion.loading.trainer_settings import read_settings, settle
 from curvlinops_diffusion.weightings import DebiasedWeighting
 from tests.comparisons import assert_close
 from tests.diffusion import test_pipelines as pipelines
+from tests.loading.cases import USUAL_HEADER
 
 SD = Base("StableDiffusionPipeline", {"_class_name": "PNDMScheduler"}, name="sd")
 XL = Base("StableDiffusionXLPipeline", {"_class_name": "EulerDiscreteScheduler"})
@@ -300,31 +301,9 @@ def test_what_no_option_expresses(tmp_path, base, entries, told):
 
 
 def test_entries_as_they_are_by_default(tmp_path):
-    """All that train_network.py writes, of options that nobody gave: nothing is decided."""
-    usual = """
-        learning_rate=0.0001 text_encoder_lr=None unet_lr=None num_train_images=240
-        num_validation_images=0 num_reg_images=0 num_batches_per_epoch=240 num_epochs=10
-        gradient_checkpointing=False gradient_accumulation_steps=1 max_train_steps=2400
-        lr_warmup_steps=0 lr_scheduler=constant network_dim=16 network_alpha=8 network_dropout=None
-        mixed_precision=fp16 full_fp16=False v2=False base_model_version=sd_v1 clip_skip=None
-        max_token_length=None cache_latents=False seed=42 lowram=False noise_offset=None
-        multires_noise_iterations=None multires_noise_discount=0.3 adaptive_noise_scale=None
-        zero_terminal_snr=False training_comment=None optimizer=torch.optim.adamw.AdamW
-        max_grad_norm=1.0 caption_dropout_rate=0.0 caption_dropout_every_n_epochs=0
-        caption_tag_dropout_rate=0.0 face_crop_aug_range=None prior_loss_weight=1.0
-        min_snr_gamma=None scale_weight_norms=None ip_noise_gamma=None debiased_estimation=False
-        noise_offset_random_strength=False ip_noise_gamma_random_strength=False loss_type=l2
-        huber_schedule=snr huber_scale=1.0 huber_c=0.1 fp8_base=False fp8_base_unet=False
-        resize_interpolation=None resolution=None color_aug=False flip_aug=False random_crop=False
-        shuffle_caption=False enable_bucket=False bucket_no_upscale=False min_bucket_reso=None
-        max_bucket_reso=None keep_tokens=0 reg_dataset_dirs={} tag_frequency={} bucket_info=null
-    """
-    entries = dict(word.split("=") for word in usual.split())
-    path = kohya_file(
-        tmp_path,
-        **{f"ss_{name}": value for name, value in entries.items()},
-        **{"modelspec.prediction_type": "epsilon", "modelspec.architecture": "stable-diffusion-v1"},
-    )
+    """Of options that nobody gave nothing is decided."""
+    more = {"modelspec.prediction_type": "epsilon", "modelspec.architecture": "stable-diffusion-v1"}
+    path = kohya_file(tmp_path, **USUAL_HEADER, **more)
     assert settle(read_settings(path), SD, {}, KNOWN) == ({}, [])
 
 

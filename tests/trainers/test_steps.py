@@ -1,12 +1,15 @@
-"""Noised inputs, targets, conditions and weights of each trainer's own step, for every image."""
+"""Each trainer's own step for every image, and one command without any option to be read."""
+
+import copy
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from curvlinops_diffusion import Attributor
-from curvlinops_diffusion.cli.network import load_network
-from curvlinops_diffusion.cli.options import options_of
+from curvlinops_diffusion import Attributor, StoredScores
+from curvlinops_diffusion.cli import attribute
+from curvlinops_diffusion.cli.program import run
+from curvlinops_diffusion.loading.adapters import load_adapters, networks_of
 from curvlinops_diffusion.weightings import MinSNRWeighting
 from tests.comparisons import relative_error
 from tests.trainers import folders
@@ -61,10 +64,15 @@ def assert_steps_are_the_trainers(trained, pipeline, attributor, draws=DRAWS):
         assert captions == set(trained.shown(name))
 
 
-@pytest.mark.parametrize("make", folders.PLAIN, ids=lambda make: make.__name__)
-def test_steps_are_the_trainers(make, base, pipeline, tmp_path):
-    trained = make(tmp_path, base, folders.PLAIN[make])
-    assert_steps_are_the_trainers(trained, pipeline, attributor_of(pipeline, trained))
+# each alone, and kohya's with shuffled tags and buckets
+RECIPES = [*folders.PLAIN.items(), (folders.kohya, folders.FULL[folders.kohya])]
+
+
+@pytest.mark.parametrize(("make", "recipe"), RECIPES)
+def test_steps_are_the_trainers(make, recipe, base, pipeline, tmp_path):
+    trained = make(tmp_path, base, recipe)
+    draws = 16 if recipe.buckets is True else DRAWS
+    assert_steps_are_the_trainers(trained, pipeline, attributor_of(pipeline, trained), draws)
 
 
 def test_other_recipes_are_told_apart(base, pipeline, tmp_path):
@@ -85,15 +93,61 @@ def test_other_recipes_are_told_apart(base, pipeline, tmp_path):
             )
 
 
-def test_adapters_load(base, tmp_path):
+def test_adapters_load(base, pipeline, tmp_path):
     """The four files hold the same matrices and scale, under the names of each trainer."""
     found = []
     for make, recipe in folders.PLAIN.items():
-        trained = make(tmp_path / make.__name__, base, recipe)
-        options = {"pipeline": base, "lora": [str(trained.lora)], "quiet": True}
-        network = load_network(options_of("fit", **options))
-        model, params = network.objective.model, network.params
-        found.append([model.get_parameter(name) for name in params])
+        trained, own = make(tmp_path / make.__name__, base, recipe), copy.deepcopy(pipeline)
+        names = load_adapters([str(trained.lora)], networks_of(own), own)["unet"]
+        found.append([own.unet.get_parameter(name) for name in names])
     assert found[0]
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+# what no file says, and decides nothing of the loss
+DRAWN = ["--fit-draws", "1", "--num-draws", "4", "--damping", "1e-3", "--curvature", "kfac"]
+DRAWN += ["--params", "down_blocks*attn1.to_q.lora*"]
+
+
+def words_of(trained, output, options=None):
+    """The command; options of the library as flags of the program."""
+    words = ["attribute", "--pipeline", trained.base, "--lora", trained.lora, "--quiet", *DRAWN]
+    words += ["--data", trained.data, "--queries", trained.data.parent / "queries"]
+    for name, value in (options or {}).items():
+        words.append(f"--{name.replace('_', '-')}")
+        if isinstance(value, dict):
+            words += [f"{key}={str(each).lower()}" for key, each in value.items()]
+        elif value is not True:
+            words.append(value)
+    return [str(word) for word in [*words, "--output", output]]
+
+
+def made(make, base, folder):
+    recipe = folders.FULL[make]
+    folders.write_queries(folder / "queries", recipe.resolution)
+    return make(folder, base, recipe)
+
+
+@pytest.mark.parametrize("make", folders.FULL, ids=lambda make: make.__name__)
+def test_what_is_read_is_what_is_given_by_hand(make, base, tmp_path, capsys, monkeypatch):
+    """The same options, which decide all that is computed, and each told with its entry."""
+    seen, trained = [], made(make, base, tmp_path)
+    monkeypatch.setattr(attribute, "attribute", lambda options: seen.append(vars(options)))
+    assert run(words_of(trained, tmp_path / "out")) == 0
+    told = capsys.readouterr().err
+    assert [entry for entry in trained.read if entry not in told] == []
+    own = trained.recipe.options() if trained.read else {}
+    if trained.recipe.gamma is not None:
+        own |= {"weighting": "min-snr", "snr_gamma": trained.recipe.gamma}
+    assert run(words_of(trained, tmp_path / "out", own)) == 0
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.slow  # the options above decide all of it
+def test_one_command(base, tmp_path):
+    trained = made(folders.kohya, base, tmp_path)
+    assert run(words_of(trained, tmp_path / "out")) == 0
+    scores = StoredScores.open(tmp_path / "out" / "scores.safetensors").whole()
+    assert scores.shape == (1, 3)
+    assert scores.isfinite().all()
