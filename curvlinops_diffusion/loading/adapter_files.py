@@ -214,7 +214,9 @@ def converted(
     for key, z in convert({**marks, **unit}).items():
         if key not in tensors or key.endswith(_ALPHA):
             continue
-        sources = {by_number[n] for n in _whole_numbers(z, len(by_number))}
+        whole = z.flatten().clamp(0, len(by_number)).int()  # counted, which needs no sorting
+        whole[whole != z.flatten()] = 0
+        sources = {by_number[n] for n in whole.bincount().nonzero().flatten().tolist() if n}
         paired = {_stem(source) for source in sources} & ranks.keys()
         factors = {file.alphas.get(stem, ranks[stem]) / ranks[stem] for stem in paired}
         if len(factors) > 1:
@@ -228,14 +230,6 @@ def converted(
         scales |= dict.fromkeys([key], *factors) if factors else {}
     unplaced = [key for key, z in file.weights.items() if key not in seen and bool((z != 0).any())]
     return kept, scales, unplaced
-
-
-def _whole_numbers(z: Tensor, last: int) -> list[int]:
-    """The whole numbers from 1 to the last that are among a tensor's entries, without sorting."""
-    z = z.flatten()
-    whole = z.clamp(0, last).int()
-    whole[whole != z] = 0
-    return [n for n in whole.bincount().nonzero().flatten().tolist() if n > 0]
 
 
 def _stem(key: str) -> str:

@@ -323,7 +323,7 @@ def _load_factors(name: str, file: AdapterFile, names: Names) -> set[int]:
 def _explained(
     path: Path, reasons: Callable[[], Sequence[str]], others: Sequence[str] = (), loader: Any = None
 ) -> Iterator[None]:
-    """Where a library fails, say how adapter and network differ if they do; else quote its error.
+    """Explain a library's error by the difference of adapter and network, else quote it.
 
     ``others`` are weights of kinds that the loader may not know.
     """

@@ -122,7 +122,7 @@ def names_of(images: Sequence[ListedImage]) -> list[str]:
 
 
 def weights_of(images: Sequence[ListedImage]) -> list[float] | None:
-    """How much more often than others each was seen, on average 1; ``None`` if all alike.
+    """Weigh images by how often each was seen, on average 1; ``None`` if all alike.
 
     A loss is the mean over a batch, of which there are more where they are smaller.
     """
@@ -330,7 +330,7 @@ class _Subset:
 
     @property
     def source(self) -> str:
-        """What it is known by."""
+        """Its file or folder, by which a second table of it is known."""
         return str(self.options.get("metadata_file") or self.options.get("image_dir"))
 
     def _found(self, option: str) -> Path:
@@ -382,7 +382,7 @@ class _Subset:
                 yield file, _caption_of(file, end)
 
     def _of_metadata(self, file: Path) -> Iterator[tuple[Path, str]]:
-        """The images of fine-tuning, whose captions are tags after a sentence."""
+        """Yield the images of fine-tuning, whose captions are tags after a sentence."""
         lines = file.suffix.lower() == ".jsonl"
         try:
             text = decoded(file)
@@ -435,7 +435,7 @@ class _Subset:
 
 
 def _caption_of(image: Path, end: str) -> str | None:
-    """The first line of the caption beside an image, whose name may end in a face's place."""
+    """Read the first line of the caption beside an image, whose name may end in a face's place."""
     stems = [image.stem]
     if len(words := image.stem.split("_")) >= 5:
         stems.append("_".join(words[:-4]))
@@ -450,7 +450,7 @@ def _caption_of(image: Path, end: str) -> str | None:
 
 
 def _balanced(repeats: list[int], wanted: int) -> list[int]:
-    """How often each regularisation image is seen, so that all together are as many as wanted.
+    """Count how often each regularisation image is seen, as many in all as are wanted.
 
     First each as often as it is repeated, as far as they are wanted; then one more of each in turn.
     """

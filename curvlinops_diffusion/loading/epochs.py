@@ -86,7 +86,7 @@ def _by_step(folder: Path) -> list[Path]:
 
 
 def _when(path: Path) -> float | None:
-    """When OneTrainer saved a file, or kohya's run of it began; ``None`` if it does not say."""
+    """The time when OneTrainer saved a file, or kohya's run of it began; ``None`` if unknown."""
     if saved := _SAVED.search(path.stem):
         return float(re.sub(r"\D", "", saved[1]))
     try:

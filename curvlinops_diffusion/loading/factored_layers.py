@@ -80,18 +80,15 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
             for name in self.adapter_layer_names:
                 held = nn.ModuleDict if isinstance(own.get(name), nn.Module) else nn.ParameterDict
                 setattr(self, name, held({adapter: own[name]} if name in own else {}))
-            shape = tuple(self.added_weight().shape)
-            fits = shape == layer.weight.shape and self._magnitudes_fit(layer.weight.shape)
+            shape, magnitude = self.added_weight().shape, self._of(MAGNITUDE)
+            fits = shape == layer.weight.shape
+            fits &= magnitude is None or magnitude.numel() == shape[self.along]
         except (RuntimeError, IndexError):  # nor of any other layer
             fits = False
         if not fits:
             there = "×".join(map(str, layer.weight.shape))
             raise ValueError(f"has factors {shapes}, which make no weight of {there}")
         BaseTunerLayer.set_adapter(self, [adapter])
-
-    def _magnitudes_fit(self, shape: Sequence[int]) -> bool:
-        magnitude = self._of(MAGNITUDE)
-        return magnitude is None or magnitude.numel() == shape[self.along]
 
     @property
     def _layer(self) -> Any:
@@ -138,7 +135,7 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         return (result + more).to(result.dtype)
 
     def _added(self, x: Tensor) -> Tensor:
-        """What is added to the output, before DoRA."""
+        """Compute the addition to the output, before DoRA."""
         if self._of("hada_w1_a") is not None:
             return _run(self._layer, x, self.added_weight())
         scale = self.scaling[self.adapter]

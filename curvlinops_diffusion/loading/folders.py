@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from os.path import splitext
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from PIL import Image
 
@@ -41,7 +41,7 @@ _PARTS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 # what OneTrainer takes for masks and images beside those of its training
-_BESIDE = ("-masklabel", "-condlabel")
+BESIDE = ("-masklabel", "-condlabel")
 # the ends of captions' names, as trainers write them
 _CAPTIONS = (".caption", ".txt")
 # kohya's folders: how often an epoch has their images, and the prompt of those without a caption
@@ -62,18 +62,13 @@ def files_in(folder: Path, layout: Layout) -> tuple[dict[str, Path], list[Path],
     for path in sorted(files_below(folder)):
         name = path.relative_to(folder).as_posix()
         hidden = is_hidden(name)
-        if not hidden and path.suffix.lower() in readable and not path.stem.endswith(_BESIDE):
+        if not hidden and path.suffix.lower() in readable and not path.stem.endswith(BESIDE):
             images[name] = path
         elif not hidden and is_table(path) and is_of_images(path, layout):
             tables.append(path)
         else:
             left_out.append(name)
     return images, tables, left_out
-
-
-def masks_among(names: Iterable[str]) -> list[str]:
-    """OneTrainer's masks and images beside, among the names of files that were left out."""
-    return [name for name in names if Path(name).stem.endswith(_BESIDE)]
 
 
 def check_images(path: Path) -> None:
@@ -290,27 +285,24 @@ def write_part_folders(
     metadata = Metadata(data, tables, images, layout) if tables else None
     beside: dict[str, list[str]] = {}
     for name in others:
-        beside.setdefault(str(PurePosixPath(name).with_suffix("")), []).append(name)
+        beside.setdefault(splitext(name)[0], []).append(name)
     for part, names in parts.items():
         lines: dict[Path, list[str]] = {}
         for name in names:
-            own = [name, *beside.get(str(PurePosixPath(name).with_suffix("")), [])]
+            own = [name, *beside.get(splitext(name)[0], [])]
             if metadata is not None and name in metadata.lines:
                 line = metadata.lines[name]
                 folder = line.file.parent.relative_to(data)
                 lines.setdefault(folder, []).append(json.dumps(line.entries, ensure_ascii=False))
                 own += [each for each in metadata.beside(line) if each not in own]
             for each in own:
-                _link(data / each, output / part / each)
+                target = output / part / each
+                make_folder(target.parent)
+                target.unlink(missing_ok=True)
+                try:
+                    target.symlink_to((data / each).resolve())
+                except OSError:  # a file system, or Windows' users, without links
+                    shutil.copy2(data / each, target)
         for folder, texts in lines.items():
             target = output / part / folder / "metadata.jsonl"
             write_bytes(target, "".join(f"{text}\n" for text in texts).encode())
-
-
-def _link(file: Path, target: Path) -> None:
-    make_folder(target.parent)
-    target.unlink(missing_ok=True)
-    try:
-        target.symlink_to(file.resolve())
-    except OSError:  # a file system, or Windows' users, without links
-        shutil.copy2(file, target)

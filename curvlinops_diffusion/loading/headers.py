@@ -1,4 +1,4 @@
-"""Which images can be read and which are no squares, from both ends of their files."""
+"""Finds the images that cannot be read or are no squares, from both ends of their files."""
 
 from __future__ import annotations
 

@@ -162,8 +162,11 @@ def _put_triggers(images: NamedImages, path: Path, layout: Layout) -> None:
             f"{prompts[waiting[0]]!r}, where ai-toolkit puts its trigger word ({len(waiting)} are "
             "like it). Pass --trigger-word WORD, '' if training had none."
         )
-    if layout.trigger_word is not None:
-        images.conditions["prompt"] = [layout.with_trigger(text) for text in prompts]
+    if (word := layout.trigger_word) is not None:
+        for place in TRIGGERS:
+            prompts = [text.replace(place, word) for text in prompts]
+        put = [text if word in text else f"{word} {text}" for text in prompts]
+        images.conditions["prompt"] = put
 
 
 def _check_prompt(images: NamedImages, path: Path, prompt: str) -> None:
@@ -237,7 +240,7 @@ def _of_folder(path: Path, form: Form, condition: Condition | None, layout: Layo
     if parts := disk.parts_of(names):
         images.notes.append(f"of all parts of a data set: {', '.join(parts)} (--split takes one)")
     images.left_out, images.unread = others, disk.tables_left_out(others, layout)
-    if masks := disk.masks_among(others):
+    if masks := [name for name in others if Path(name).stem.endswith(disk.BESIDE)]:
         count = counted(len(masks), "mask")
         images.notes.append(f"{count} of OneTrainer's, not used: {first_of(masks)}")
     if metadata is None:

@@ -133,7 +133,7 @@ class Classes:
         return [None if name is None else numbers[name] for name in self.names]
 
     def numbered_as(self, training: Classes, images: Sequence[str]) -> Classes:
-        """The same images, their classes numbered as those of the training data.
+        """Number the classes as those of the training data.
 
         Raises:
             ValueError: If a class is unknown there.

@@ -1,4 +1,4 @@
-"""How training data lie on disk, where that cannot be read off them."""
+"""Options that say how training data lie on disk, where that cannot be read off them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _OF_PROMPTS = ("caption_extension", "caption_lines", "caption_column", "trigger_
 
 @dataclass(frozen=True)
 class Layout:
-    """The options of :meth:`~curvlinops_diffusion.Attributor.from_pipeline` that say it.
+    """Options of :meth:`~curvlinops_diffusion.Attributor.from_pipeline` on how data lie on disk.
 
     Attributes:
         caption_extension: As there, and so are all but the last.
@@ -122,12 +122,3 @@ class Layout:
             known = {theirs: ours for theirs, ours in known.items() if ours != "prompt"}
             known |= {str(wanted): "prompt"} if there else {}
         return {theirs: ours for theirs, ours in known.items() if theirs in found}
-
-    def with_trigger(self, prompt: str) -> str:
-        """A prompt with the trigger word, as ai-toolkit puts it in."""
-        word = self.trigger_word
-        if word is None:
-            return prompt
-        for place in TRIGGERS:
-            prompt = prompt.replace(place, word)
-        return prompt if word in prompt else f"{word} {prompt}"

@@ -49,7 +49,7 @@ class Line:
     entries: dict[str, Any]
 
     def __str__(self) -> str:
-        """Where it stands."""
+        """Its place, for messages."""
         return f"line {self.number} of '{self.file}'"
 
 

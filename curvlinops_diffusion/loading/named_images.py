@@ -152,7 +152,7 @@ class NamedImages(Dataset[dict[str, Any]]):
         return self._source_digests
 
     def weights(self, prior_loss_weight: float) -> list[float] | None:
-        """How much more often than others each image was seen, times the weight of its loss."""
+        """The weight of each image: how often it was seen, times the weight of its loss."""
         if prior_loss_weight == 1 or not any(self.regularises or ()):
             return self.example_weights
         seen = self.example_weights or [1.0] * len(self)
@@ -160,7 +160,7 @@ class NamedImages(Dataset[dict[str, Any]]):
         return [each * (prior_loss_weight if yes else 1) for each, yes in prior]
 
     def caption(self, n: int) -> str:
-        """The prompt or class of an image; nothing if it has none."""
+        """The prompt or class of an image; empty if it has none."""
         if "prompt" in self.conditions:
             return str(self.conditions["prompt"][n])
         if self.classes is not None:

@@ -108,7 +108,7 @@ class Network:
         return cls(objective, channels, sides, multiple, condition, chosen, made_for)
 
     def with_prompt(self, prompt: str | None) -> Network:
-        """The same, with a prompt for images that have none.
+        """Set the prompt of images that have none.
 
         Raises:
             ValueError: If the network takes no prompts.
@@ -140,7 +140,7 @@ class Network:
 
 
 def base_of(pipeline: Any) -> Base:
-    """What a trainer's entries depend on of a pipeline."""
+    """Describe a pipeline as far as trainers' entries depend on it."""
     scheduler, kind = getattr(pipeline, "scheduler", None), type(pipeline).__name__
     config = {"_class_name": type(scheduler).__name__, **getattr(scheduler, "config", {})}
     network = getattr(pipeline, "transformer", None)

@@ -141,7 +141,7 @@ class Form:
 
     @property
     def _is_kohyas(self) -> bool:
-        """Whether images are resized and told as kohya's scripts do."""
+        """True if images are resized, and their sizes told, as by kohya's scripts."""
         return self.buckets is True or self.buckets == "square"
 
     @property
@@ -272,7 +272,7 @@ class Form:
 
     @property
     def _how(self) -> Interpolation | None:
-        """How images are resized, of ai-toolkit bicubic."""
+        """The interpolation that is chosen, of ai-toolkit bicubic."""
         return self.interpolation or ("bicubic" if self.buckets == "ai-toolkit" else None)
 
     def told_size(self, size: Size) -> Size:
@@ -301,7 +301,7 @@ class Form:
         return top, left
 
     def _box(self, name: str, size: Size, place: Place) -> tuple[Size, Size, Size] | None:
-        """What to resize to, and corner and size of what is cut out; ``None`` for neither."""
+        """The size to resize to, and corner and size of the part; ``None`` for neither."""
         if self.resolution is None and not self.buckets:
             return None
         whole, part = self.placed(name, size)

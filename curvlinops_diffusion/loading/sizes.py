@@ -1,4 +1,4 @@
-"""How trainers resize and crop: aspect buckets, and resizing as their libraries do it.
+"""Resizing and cropping as trainers do it: aspect buckets, and their libraries' arithmetic.
 
 Sizes are ``(height, width)``, whatever the trainer writes.
 """

@@ -50,7 +50,7 @@ class Base:
 
     @property
     def flow(self) -> bool:
-        """Whether it is of flow matching."""
+        """True if it is of flow matching."""
         return "FlowMatch" in str(self.scheduler.get("_class_name", ""))
 
     @property

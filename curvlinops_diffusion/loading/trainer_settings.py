@@ -78,7 +78,7 @@ class TrainerSettings:
         return next((family for family in found if family), None)
 
     def of(self, base: Base) -> list[Setting]:
-        """What each entry comes to for a pipeline.
+        """Read the meaning of each entry for a pipeline.
 
         Raises:
             ValueError: If it was trained on a pipeline of another kind, or an entry is damaged.
@@ -105,7 +105,9 @@ class TrainerSettings:
         for folder in (here, here.parent, self.source.parent):
             file = folder / last
             if short and file.is_file():
-                same = _short_hash(file) == short
+                with file.open("rb") as opened:  # a part of it is hashed by kohya's scripts
+                    opened.seek(0x100000)
+                    same = hashlib.sha256(opened.read(0x10000)).hexdigest()[:8] == short
                 what = "is the file" if same else "has another hash than the file"
                 yield f"'{file}' {what} that was trained on"
                 return
@@ -113,13 +115,6 @@ class TrainerSettings:
         # the Hub's folders have slashes as two dashes
         if known != here.name and name.replace("/", "--") not in base.name:
             yield f"trained on '{name}', got '{base.name}': the same weights are needed"
-
-
-def _short_hash(file: Path) -> str:
-    """The hash of a part of a checkpoint by which kohya's scripts name it."""
-    with file.open("rb") as opened:
-        opened.seek(0x100000)
-        return hashlib.sha256(opened.read(0x10000)).hexdigest()[:8]
 
 
 def base_in(folder: Path, name: Path | None = None) -> Base:
@@ -432,7 +427,7 @@ def settle(
 
 
 def _same(option: str, given: Any, value: Any) -> bool:
-    """Whether an option that is given is what a trainer left."""
+    """Compare an option that is given with the value that a trainer left."""
     if option == "timesteps" and value is None:
         return given in ("uniform", "stratified")
     return bool(given == value or (not given and not value))

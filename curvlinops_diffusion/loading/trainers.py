@@ -62,14 +62,14 @@ def _predicts(z: Entries, base: Base, name: str, predicts: str) -> Iterator[Sett
 
 
 def _zero_snr(z: Entries, base: Base, name: str) -> Iterator[Setting]:
-    """Whether the last level has no signal, perhaps other than by the base's scheduler."""
+    """Decide if the last level has no signal, perhaps other than by the base's scheduler."""
     option = "rescale_betas_zero_snr"
     here = bool(base.scheduler.get(option, False))
     yield from z.sets(name, f"training_arguments.{option}", bool(z.get(name)), here)
 
 
 def _scheme(z: Entries, name: str, scheme: str, mean: float, std: float) -> Iterator[Setting]:
-    """The draws of levels that goes with a scheme of weights of flow matching."""
+    """Decide the draws of levels that go with a scheme of weights of flow matching."""
     if scheme == "mode":
         yield from z.refuses("draws levels by a heavy-tailed distribution", name)
     else:
@@ -287,7 +287,7 @@ _KOHYA_DRAWN = {
 
 
 def _kohya_data(z: Entries) -> Iterator[Setting]:
-    """What images and captions were made to: of one folder, or of data sets with subsets."""
+    """Changes of images and captions: of one folder, or of data sets with subsets."""
     datasets, name = z.get("ss_datasets"), "ss_datasets"
     several = _of_subsets(datasets) if isinstance(datasets, list) else {}
     # what is kept is not shuffled, nor dropped
@@ -441,7 +441,7 @@ def onetrainer(z: Entries, base: Base) -> Iterator[Setting]:
 
 
 def _onetrainer_text(z: Entries, base: Base) -> Iterator[Setting]:
-    """What the network was shown of captions."""
+    """Tokens and layers of text encoders, and their guidance."""
     name, layers = "text_encoder_layer_skip", "training_arguments.clip_skip"
     skipped = [z.get(name, 0)]
     if base.family == "StableDiffusionXL":
@@ -477,7 +477,7 @@ _CHANGES = {
 
 
 def _onetrainer_concepts(z: Entries) -> Iterator[Setting]:
-    """What was made of the images and captions of concepts, where a config has these."""
+    """Changes of the images and captions of concepts, where a config has these."""
     found = [own for own in z.get("concepts") or () if isinstance(own, Mapping)]
     found = [own for own in found if own.get("enabled", True)]
     if any(own.get("type") == "PRIOR_PREDICTION" for own in found):
