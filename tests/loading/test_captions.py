@@ -138,13 +138,11 @@ def test_folders_of_ai_toolkit(tmp_path):
     assert dict(zip(images.names, images.conditions["prompt"], strict=True)) == of_ai_toolkit(
         tmp_path, "sls", "[trigger]!"
     )
-    queries = open_images(
-        tmp_path / "in/_controls", FORM, PROMPT, images, prompts="b", layout=layout
-    )
+    controls = tmp_path / "in/_controls"
+    queries = open_images(controls, FORM, PROMPT, images, prompts="b", layout=layout)
     assert queries.conditions["prompt"] == ["sls b"] * 4
-    with pytest.raises(
-        ValueError, match=r"'in/image0.png' .* is 'a \[trigger\] in a hat', where .*\(2 are .*--tr"
-    ):
+    told = r"'in/image0.png' .* is 'a \[trigger\] in a hat', where .*\(2 are .*--tr"
+    with pytest.raises(ValueError, match=told):
         open_images(tmp_path, FORM, Condition("prompt", prompt="[trigger]!"))
     plain = Layout(trigger_word="")
     images = open_images(tmp_path, FORM, Condition("prompt", prompt="x"), layout=plain)
@@ -185,9 +183,7 @@ def test_captions_and_images_that_have_no_other(tmp_path):
     write_images(tmp_path / "a", 6, 0)
     texts = {f"{name}.txt": "x" for name in ("image1", "gone1", "gone2", "notes", "z", "._image1")}
     write(tmp_path / "a", texts)
-    told = (
-        r"5 of the 6 images of .* no prompt \('a/image0.png', 'a/image2.png', 'a/image3.png', …\)"
-    )
+    told = r"5 of the 6 images of .* no prompt \('a/image0.png', 'a/image2.png', 'a/im.*, …\)"
     with pytest.raises(ValueError, match=told):
         open_images(tmp_path, FORM, PROMPT)
     (tmp_path / "a" / "image1.txt").rename(tmp_path / "a" / "image1")  # then none has one

@@ -21,6 +21,8 @@ from tests.diffusion import test_pipelines as pipelines
 
 FORM = Form(3, None, None)
 SUBSET = "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'hoge'\n"
+OTHER = SUBSET.replace("hoge", "fuga")
+UNLIKE = f"[general]\ncaption_tag_dropout_rate = 0.1\n{SUBSET}shuffle_caption = true\n{OTHER}"
 
 
 def write_images(folder, count, captions=(), end=".caption", size=(8, 8)):
@@ -116,7 +118,7 @@ def test_regularisation_images_are_as_many_as_the_others(folder, repeats, expect
     assert [note for note in notes if "reach" in note] == told
 
 
-KEPT = "a, b ||| c,d, e ||| f,, g"
+KEPT, SEPARATOR = "a, b ||| c,d, e ||| f,, g", "keep_tokens_separator = '|||'"
 
 
 @pytest.mark.parametrize(
@@ -127,19 +129,9 @@ KEPT = "a, b ||| c,d, e ||| f,, g"
         ("shuffle_caption = false", "a,b", "a,b", None),
         ("shuffle_caption = true\nkeep_tokens = 1", "a,b", "a,b", (1, 0)),
         ("caption_tag_dropout_rate = 0.1", "a,b", "a,b", (0, 0)),
-        (
-            "shuffle_caption = true\nkeep_tokens_separator = '|||'",
-            KEPT,
-            "a, b, c, d, e, f, g",
-            (2, 2),
-        ),
-        (
-            "shuffle_caption = true\nkeep_tokens_separator = '|||'\nkeep_tokens = 1",
-            "a",
-            "a",
-            (1, 0),
-        ),
-        ("keep_tokens_separator = '|||'", KEPT, KEPT, (0, 0)),
+        (f"shuffle_caption = true\n{SEPARATOR}", KEPT, "a, b, c, d, e, f, g", (2, 2)),
+        (f"shuffle_caption = true\n{SEPARATOR}\nkeep_tokens = 1", "a", "a", (1, 0)),
+        (SEPARATOR, KEPT, KEPT, (0, 0)),
         ("secondary_separator = ';'\ncaption_separator = '.'", "a;b", "a.b", (0, 0)),
         ("caption_prefix = 'p'\ncaption_suffix = 's'", "a", "p a s", (0, 0)),
     ],
@@ -198,6 +190,7 @@ def test_the_same_folder_again(folder):
     assert weights_of(images) == pytest.approx([4 / 3, 4 / 3, 2 / 3, 2 / 3])
 
 
+BUCKETED = "resolution = 512\nenable_bucket = true"
 BUCKETS = {"resolution": 512, "buckets": True}
 
 
@@ -206,20 +199,12 @@ BUCKETS = {"resolution": 512, "buckets": True}
     [
         ("", {}),
         ("resolution = [64, 64]", {"resolution": 64}),
-        ("resolution = 512\nenable_bucket = true", BUCKETS),
-        (
-            "resolution = 512\nenable_bucket = true\nbucket_reso_steps = 32\nmin_bucket_reso = 128",
-            BUCKETS | {"bucket_step": 32, "bucket_min": 128},
-        ),
-        (
-            "resolution = 512\nenable_bucket = false",
-            {"resolution": 512, "buckets": "square"},
-        ),
+        (BUCKETED, BUCKETS),
+        (f"{BUCKETED}\nbucket_reso_steps = 32", BUCKETS | {"bucket_step": 32}),
+        (f"{BUCKETED}\nmin_bucket_reso = 128", BUCKETS | {"bucket_min": 128}),
+        ("resolution = 512\nenable_bucket = false", {"resolution": 512, "buckets": "square"}),
         ("resize_interpolation = 'cubic'", {"interpolation": "bicubic"}),
-        (
-            "random_crop = true\nresolution = 512\nenable_bucket = true",
-            BUCKETS | {"random_crop": True},
-        ),
+        (f"{BUCKETED}\nrandom_crop = true", BUCKETS | {"random_crop": True}),
         ("caption_dropout_rate = 0.1", {"condition_dropout": 0.1}),
         ("caption_tag_dropout_rate = 0.1\nflip_aug = false", {"tag_dropout": 0.1}),
         ("color_aug = false\nvalidation_split = 0", {}),
@@ -245,22 +230,13 @@ def test_options_that_it_decides(tmp_path, options, expected):
         (SUBSET + "num_repeats = 'two'", "num_repeats must be int, got 'two'"),
         (SUBSET + "num_repeats = true", "num_repeats must be int, got True"),
         ("[general]\nbatch_size = 0\n" + SUBSET, r"\[general\] .* batch_size must be at least 1"),
-        (
-            "[general]\ncaption_tag_dropout_rate = 0.1\n"
-            + SUBSET
-            + "shuffle_caption = true\n"
-            + SUBSET.replace("hoge", "fuga"),
-            "has shuffle_caption True in .* and None",
-        ),
+        (UNLIKE, "has shuffle_caption True in .* and None"),
         (SUBSET + "color_aug = true", "has color_aug, which changes colours"),
         (SUBSET + "enable_wildcard = true", "has enable_wildcard, which chooses"),
         ("[general]\nresolution = [512, 768]\n" + SUBSET, r"resolution \[512, 768\], and"),
         ("[general]\nenable_bucket = false\nrandom_crop = true\n" + SUBSET, "random_crop without"),
         ("[general]\nresize_interpolation = 'box'\n" + SUBSET, "'box', and `interpolation` may be"),
-        (
-            SUBSET + "flip_aug = true\n" + SUBSET.replace("hoge", "fuga"),
-            "flip_aug True in .* and None",
-        ),
+        (SUBSET + "flip_aug = true\n" + OTHER, "flip_aug True in .* and None"),
         (SUBSET.replace("hoge", "gone"), "'gone', the image_dir of .* does not exist here"),
         (SUBSET.replace("image_dir = 'hoge'", "num_repeats = 1"), "has no image_dir"),
         (SUBSET + "num_repeats = 0", "names no images: none of 'hoge', which is repeated 0"),

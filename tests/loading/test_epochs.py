@@ -39,6 +39,7 @@ WRITTEN = {
         ["config.json", "._x.safetensors"],
     ),
     "diffusers": (["checkpoint-500", "checkpoint-1000", "."], ["checkpoint-1500/optimizer.bin"]),
+    "PEFT": (["checkpoint-20", "checkpoint-100"], []),
     "one": (["."], ["notes.txt"]),
 }
 
@@ -49,7 +50,9 @@ def test_in_order(tmp_path, trainer):
     expected = []
     for name in reversed(names):
         if name.startswith("checkpoint") or name == ".":
-            weights(tmp_path / name / DIFFUSERS)
+            weights(tmp_path / name / (PEFT if trainer == "PEFT" else DIFFUSERS))
+            if trainer == "PEFT":
+                (tmp_path / name / "adapter_config.json").write_text("{}")
             expected.append(tmp_path / name)
         else:
             expected.append(weights(tmp_path / f"{name}.safetensors"))
@@ -71,14 +74,6 @@ def test_the_last_step_and_the_end_of_training(tmp_path):
     assert adapters_by_step(tmp_path, None) == [tmp_path / "checkpoint-10", tmp_path]
 
 
-def test_folders_of_peft(tmp_path):
-    for name in ("checkpoint-20", "checkpoint-100"):
-        weights(tmp_path / name / PEFT)
-        (tmp_path / name / "adapter_config.json").write_text("{}")
-    found = adapters_by_step(tmp_path, None)
-    assert found == [tmp_path / "checkpoint-20", tmp_path / "checkpoint-100"]
-
-
 def test_epochs_beside_steps(tmp_path):
     """In the order of the steps that the files count; without, none is guessed."""
     epoch = weights(tmp_path / "a-000001.safetensors", ss_steps="700")
@@ -90,14 +85,7 @@ def test_epochs_beside_steps(tmp_path):
 
 
 def test_several_trainings(tmp_path):
-    for name in ("a-000001", "a", "b"):
-        weights(tmp_path / f"{name}.safetensors")
-    with pytest.raises(ValueError, match=r"several trainings \('a', 'b'\)\. Pass the file of one"):
-        adapters_by_step(tmp_path)
-
-
-def test_what_an_earlier_run_left(tmp_path):
-    """Under the names of later steps is refused; a run that went on is one training."""
+    """Files of an earlier run by later names are refused; a run that went on is one training."""
     for name, began in (("a-000001", 2.5), ("a-000002", 7.0), ("a", 7.0)):
         weights(tmp_path / f"{name}.safetensors", ss_training_started_at=str(began))
     assert len(adapters_by_step(tmp_path, None)) == 3
@@ -109,6 +97,9 @@ def test_what_an_earlier_run_left(tmp_path):
         weights(tmp_path / "ot" / f"{name}.safetensors")
     with pytest.raises(ValueError, match="and of an earlier run"):
         adapters_by_step(tmp_path / "ot")
+    weights(tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"several trainings \('a', 'b'\)\. Pass the file of one"):
+        adapters_by_step(tmp_path)
 
 
 def found(**given):

@@ -216,15 +216,14 @@ SPLIT = {
 
 QKV = [f"transformer.transformer_blocks.0.attn.to_{n}" for n in "qkv"]
 # and as ai-toolkit has them
-FILES = [
-    *SPLIT.items(),
-    (pipelines.flux, {"diffusion_model.double_blocks.0.img_attn.qkv": QKV}),
-    (pipelines.stable_diffusion_3, {"diffusion_model.joint_blocks.0.x_block.attn.qkv": QKV}),
+FILES = [(*own, form) for own in SPLIT.items() for form in (matrices, loha, lokr_of_products)]
+FILES += [
+    (pipelines.flux, {"diffusion_model.double_blocks.0.img_attn.qkv": QKV}, loha),
+    (pipelines.stable_diffusion_3, {"diffusion_model.joint_blocks.0.x_block.attn.qkv": QKV}, loha),
 ]
 
 
-@pytest.mark.parametrize(("make", "stems"), FILES)
-@pytest.mark.parametrize("form", [matrices, loha, lokr_of_products])
+@pytest.mark.parametrize(("make", "stems", "form"), FILES)
 def test_original_names(saved, tmp_path, make, stems, form):  # noqa: F811
     """A joint layer's rows are those of its parts, pairs and magnitudes of rows included."""
     pipeline, parts = doubled(saved, make)
@@ -235,12 +234,8 @@ def test_original_names(saved, tmp_path, make, stems, form):  # noqa: F811
         if form is lokr_of_products and len(layers) > 1:  # of which the first is divided
 
             def own(O, I):
-                a, b, c, d = (
-                    random(6, RANK),
-                    random(RANK, 2),
-                    random(O // 6, RANK),
-                    random(RANK, I // 2),
-                )
+                a, b = random(6, RANK), random(RANK, 2)
+                c, d = random(O // 6, RANK), random(RANK, I // 2)
                 file = {"lokr_w1_a": a, "lokr_w1_b": b, "lokr_w2_a": c, "lokr_w2_b": d}
                 return file, kron(a @ b, c @ d)
         else:
@@ -327,9 +322,8 @@ def test_two_whole_factors_scaled_by_the_root_of_the_rank(saved, tmp_path, given
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     weight = parts["unet"].get_parameter(f"{name}.weight").detach()
     file, change = lokr(*weight.shape)
-    tensors = {f"{STEM}.{key}": z for key, z in file.items()} | {
-        f"{STEM}.alpha": torch.tensor(27.0)
-    }
+    tensors = {f"{STEM}.{key}": z for key, z in file.items()}
+    tensors[f"{STEM}.alpha"] = torch.tensor(27.0)
     metadata = {"ss_network_args": json.dumps({"algo": "lokr", "rs_lora": given})}
     file = write(tensors, tmp_path / "a.safetensors", metadata)
     load_adapters([file], parts, pipeline)
@@ -368,9 +362,8 @@ def test_what_makes_no_layer(saved, tmp_path, case):  # noqa: F811
     pipeline, parts = again(saved, pipelines.stable_diffusion)
     shapes, told = BAD[case]
     before = [name for name, _ in parts["unet"].named_parameters()]
-    file = write(
-        {key: torch.ones(shape) for key, shape in shapes.items()}, tmp_path / "a.safetensors"
-    )
+    tensors = {key: torch.ones(shape) for key, shape in shapes.items()}
+    file = write(tensors, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=told) as caught:
         load_adapters([file], parts, pipeline)
     assert "\n" not in str(caught.value)

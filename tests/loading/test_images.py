@@ -22,15 +22,6 @@ def write_lines(folder, *lines):
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
-def test_classes_from_folders(tmp_path):
-    write_images(tmp_path / "data" / "cats", 2, 0)
-    write_images(tmp_path / "data" / "dogs", 1, 1)
-    images = open_images(tmp_path / "data", FORM)
-    assert images.names == ["cats/image0.png", "cats/image1.png", "dogs/image0.png"]
-    assert [images[n]["class_labels"] for n in range(3)] == [0, 0, 1]
-    assert "class_labels" not in open_images(tmp_path / "data", FORM, Condition())[0]
-
-
 def classes(folder, *names):
     for name in names:
         write_images(folder / name, 1, 0)
@@ -52,9 +43,7 @@ def test_classes_of_queries_are_numbered_as_in_training(tmp_path):
     only = open_images(classes(tmp_path / "only", "a"), FORM)
     assert only[0]["class_labels"] == 0
     np.savez(tmp_path / "n.npz", images=np.zeros((2, 8, 8), np.uint8), labels=np.array([1, 0]))
-    with pytest.raises(
-        ValueError, match=r"have names \(b, c\), those of the training data numbers"
-    ):
+    with pytest.raises(ValueError, match=r"have names \(b, c\), those of the training data num"):
         open_images(tmp_path / "queries", FORM, None, open_images(tmp_path / "n.npz", FORM))
 
 
@@ -70,34 +59,15 @@ def test_classes_of_queries_are_numbered_as_in_training(tmp_path):
 )
 def test_labels_that_the_network_does_not_know(tmp_path, entry, told):
     write_images(tmp_path / "data", 2, 0)
-    write_lines(tmp_path / "data", NAMED | {"label": 2}, {"file_name": "image1.png", **entry})
+    other = {"file_name": "image1.png", "text": "b", **entry}
+    write_lines(tmp_path / "data", NAMED | {"label": 2}, other)
     with pytest.raises(ValueError, match=told):
         open_images(tmp_path / "data", FORM, Condition("class_labels", 3))
-    with pytest.raises(ValueError, match=r"The 2 images of '.*' have no prompt \('i"):
+    with pytest.raises(ValueError, match=r"'image0.png' of '.*' has no prompt"):
         open_images(tmp_path / "data", FORM, Condition("prompt"))
-    assert set(open_images(tmp_path / "data", FORM, Condition())[0]) == {"x0"}
-
-
-def test_one_prompt_for_images_that_have_none(tmp_path):
-    write_images(tmp_path / "data", 2, 0)
-    images = open_images(tmp_path / "data", FORM, Condition("prompt", prompt="a photo"))
-    assert [images[n]["prompt"] for n in range(2)] == ["a photo", "a photo"]
-    write_lines(tmp_path / "data", {"file_name": "image1.png", "text": "b"}, NAMED)
     images = open_images(tmp_path / "data", FORM, Condition("prompt", prompt="a photo"))
     assert [images[n]["prompt"] for n in range(2)] == ["a photo", "b"]
-
-
-def test_arrays(tmp_path):
-    generator = np.random.default_rng(0)
-    pixels = generator.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
-    np.savez(tmp_path / "bytes.npz", images=pixels, labels=np.array([3, 1, 2, 0]))
-    images = open_images(tmp_path / "bytes.npz", Form(3, (8, 8), None))
-    assert torch.equal(images[1]["x0"], torch.from_numpy(pixels[1]).permute(2, 0, 1) / 127.5 - 1)
-    assert images[0]["class_labels"] == 3
-    floats = generator.random((4, 1, 8, 8)).astype(np.float32)
-    np.savez(tmp_path / "floats.npz", images=floats)
-    images = open_images(tmp_path / "floats.npz", FORM)
-    assert torch.equal(images[2]["x0"], torch.from_numpy(floats[2]))
+    assert set(open_images(tmp_path / "data", FORM, Condition())[0]) == {"x0"}
 
 
 BYTES, FLOATS = np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 3, 8, 8), np.float32)
@@ -125,7 +95,8 @@ def test_arrays_that_are_wrong(tmp_path, arrays, told):
 
 def test_sixteen_bits_and_transparency(tmp_path):
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    x = Form(3, (8, 8), None).tensor(Image.fromarray(ramp), "ramp")
+    with pytest.warns(UserWarning, match=r"more than 8 bits .* saw all above 255 as white"):
+        x = Form(3, (8, 8), None).tensor(Image.fromarray(ramp), "ramp")
     torch.testing.assert_close(x[2], torch.from_numpy(ramp.astype(np.float32)) / 32767.5 - 1)
     assert torch.equal(x[:1], FORM.tensor(Image.fromarray(ramp.astype(np.int32)), "ramp"))
     for values in (ramp.astype(np.int32) - 1, ramp.astype(np.float32)):
@@ -138,18 +109,6 @@ def test_sixteen_bits_and_transparency(tmp_path):
         image.putpixel((3, 3), (*image.getpixel((3, 3))[:-1], 4))
         with pytest.warns(UserWarning, match=r"transparent pixels have the colours that their"):
             assert torch.equal(FORM.tensor(image, "a"), FORM.tensor(opaque, "a"))
-
-
-def test_where_training_scripts_differ_is_said(tmp_path):
-    """Grey in 16 bits, which convert('RGB') makes white; turned photographs, which kohya leaves."""
-    deep = Image.fromarray(np.full((8, 8), 4000, np.uint16))
-    with pytest.warns(UserWarning, match=r"more than 8 bits .* saw all above 255 as white"):
-        FORM.tensor(deep, "deep")
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "turned.png", exif=exif)
-    with pytest.warns(UserWarning, match=r"EXIF orientation .* saw them as they are stored"):
-        open_images(tmp_path, FORM)[0]
 
 
 def test_pages_and_frames(tmp_path):
@@ -216,9 +175,7 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     path.write_bytes(whole)
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "convert", refuses)
-        with pytest.raises(
-            ValueError, match=r"image0.png' is in the mode L \(no conversion\). Save"
-        ):
+        with pytest.raises(ValueError, match=r"0.png' is in the mode L \(no conversion\). Save"):
             open_images(tmp_path / "data", form)[0]
 
 
@@ -231,10 +188,7 @@ def test_all_files_that_cannot_be_read_at_once(tmp_path):
     for n, raw in ((1, b""), (3, b"text"), (4, whole[:20]), (5, whole[: len(whole) // 2])):
         (folder / f"image{n}.png").write_bytes(raw)
     files = sorted(folder.iterdir())
-    told = (
-        r"'.*image1.png' cannot be read \(.*3 more cannot be read: '.*e3.png', '.*e4.png', "
-        r"'.*e5.png'. --skip"
-    )
+    told = r"1.png' cannot be read \(.*3 more cannot be read: '.*3.png', '.*4.png', '.*5.png'. --s"
     for given in (folder, files):
         with pytest.raises(ValueError, match=told):
             open_images(given, Form(1, None, None))
@@ -308,22 +262,24 @@ def refuses(*arguments):
     raise ValueError("no conversion")
 
 
-@pytest.mark.parametrize("channels", [2, 4, 5])
-def test_channels_that_files_do_not_have(tmp_path, channels):
-    """Refused, whatever the files hold, with the way out: an array of that many."""
+@pytest.mark.parametrize("channels", [1, 3, 4, 5])
+def test_arrays_and_channels(tmp_path, channels):
+    """Files are grey or RGB, whatever they hold; arrays may have any number of channels."""
     form = Form(channels, (8, 8), None)
-    (tmp_path / "data").mkdir()
-    bands = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
-    Image.fromarray(bands, "CMYK").save(tmp_path / "data" / "four.tif")
-    for path in (tmp_path / "data", tmp_path / "data" / "four.tif"):
-        with pytest.raises(ValueError, match=rf"takes {channels} channels, and .* Pass an .npz fi"):
-            open_images(path, form)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, channels), dtype=np.uint8)
     expected = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
     for name, array in (("bytes", pixels), ("floats", expected.numpy())):
-        np.savez(tmp_path / f"{name}.npz", images=array)
+        np.savez(tmp_path / f"{name}.npz", images=array, labels=np.array([3, 1, 2]))
         images = open_images(tmp_path / f"{name}.npz", form)
         assert torch.equal(images[2]["x0"], expected[2])
+        assert images[0]["class_labels"] == 3
+    if channels < 4:
+        return
+    (tmp_path / "data").mkdir()
+    Image.fromarray(pixels[0, ..., :4], "CMYK").save(tmp_path / "data" / "four.tif")
+    for path in (tmp_path / "data", tmp_path / "data" / "four.tif"):
+        with pytest.raises(ValueError, match=rf"takes {channels} channels, and .* Pass an .npz fi"):
+            open_images(path, form)
     np.savez(tmp_path / "rgb.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match=rf"3 channels, and {channels} can be taken"):
         open_images(tmp_path / "rgb.npz", form)
@@ -415,14 +371,8 @@ def test_columns_and_splits_that_are_asked_for(tmp_path):
     open_images(tmp_path / "only", FORM, Condition(), layout=Layout())  # the only split
     for wrong, told in (
         ({"split": "valid"}, r"holds splits: train, test, got 'valid'. Pass one"),
-        (
-            {"image_column": "c", "split": "test"},
-            "`image_column` .* got 'c'. There are before, aft",
-        ),
-        (
-            {"caption_column": "c", "split": "test"},
-            "`caption_column` .* got 'c'. There are after, b",
-        ),
+        ({"image_column": "c", "split": "test"}, "`image_column` .* 'c'. There are before, af"),
+        ({"caption_column": "c", "split": "test"}, "`caption_column` .* 'c'. There are after, b"),
     ):
         with pytest.raises(ValueError, match=told):
             open_images(tmp_path / "splits", FORM, Condition("prompt"), layout=Layout(**wrong))
@@ -432,9 +382,7 @@ def test_columns_and_splits_that_are_asked_for(tmp_path):
     with pytest.raises(ValueError, match=r"must be a Dataset, got IterableDataset"):
         open_images(data.to_iterable_dataset(), FORM)
     for given in (data["before"][:], tmp_path / "one", tmp_path / "one" / "image0.png"):
-        with pytest.raises(
-            ValueError, match=r"`image_column` .* left out, got 'after': .* no colu"
-        ):
+        with pytest.raises(ValueError, match=r"`image_column` .* left out, got 'after': .* no c"):
             open_images(given, FORM, layout=Layout(image_column="after"))
 
 
@@ -517,9 +465,7 @@ def test_images_of_several_sizes(tmp_path):
     write_images(tmp_path / "data" / "large", 1, 0, size=12)
     images = open_images(tmp_path / "data", Form(3, None, None))
     assert images[0]["x0"].shape == (3, 8, 8)
-    with pytest.raises(
-        ValueError, match=r"'large/image0.png' has shape \(3, 12, 12\), and 'image0"
-    ):
+    with pytest.raises(ValueError, match=r"'large/image0.png' has shape \(3, 12, 12\), and 'im"):
         images[1]
     with pytest.raises(ValueError, match=r"12×12 pixels, and the network takes multiples of 8. "):
         open_images(tmp_path / "data", Form(3, None, None, 8))[1]["x0"]
@@ -563,12 +509,8 @@ def test_what_is_hidden_nested_or_linked(tmp_path):
     (data / "b" / "._image0.png").write_bytes(b"not an image")
     (data / "b" / "notes.txt").write_text("not an image")
     images = open_images(data, FORM, Condition("class_labels", 3))
-    assert images.names == [
-        "a/inner/image0.png",
-        "a/inner/image1.png",
-        "b/image0.jfif",
-        "c/image0.png",
-    ]
+    expected = "a/inner/image0.png a/inner/image1.png b/image0.jfif c/image0.png"
+    assert images.names == expected.split()
     assert [images[n]["class_labels"] for n in range(4)] == [0, 0, 1, 2]
     assert images.summary() == (
         "4 images, 3 classes (0 = 'a', 1 = 'b', 2 = 'c'); 5 other files left out "

@@ -426,6 +426,7 @@ TEXT |= {"tag_dropout_mode": "RANDOM", "tag_dropout_probability": 0.2, "keep_tag
 IMAGE = {"enable_random_flip": True, "enable_crop_jitter": False}
 UNUSED = [{"enabled": False, "image": {"enable_fixed_hue": True}}, {"type": "VALIDATION"}]
 BY_CONCEPT = {"shuffle_captions": True, "tag_dropout": 0.2, "keep_tokens": 2, "augment": "flip"}
+BY_CONCEPT |= {"caption_column": "file_name", **MEANS}
 VELOCITY = {"name_or_path": "sd", "is_v_pred": True}
 TOOLKIT = {
     "model": {"name_or_path": "black-forest-labs/FLUX.1-dev", "is_flux": True},
@@ -468,112 +469,85 @@ def concepts(*own):
     return {"concepts": [{"name": f"c{n}", **each} for n, each in enumerate(own)]}
 
 
-# of entries the options, or why they are refused
-BY_OTHERS = [
-    ("diffusers", SD, SCRIPT, BY_SCRIPT),
-    # the weights of compute_loss_weighting_for_sd3, of the clean image or of the velocity
-    (
-        *(
-            "diffusers",
+PRECONDITIONED = {"weighting": "preconditioned", "timesteps": "logit-normal:-1:1"}
+COSMAP = {"weighting_scheme": "cosmap", "precondition_outputs": 0}
+INVERSE = {"weighting": "inverse-variance", "training_arguments.guidance_scale": 1.0}
+FINE_TUNE = FORCED | {"training_method": "FINE_TUNE"}
+VELOCITIES = {"training_arguments.prediction_type": "v_prediction", **MEANS}
+ZEROED = {"text_encoder": {"dropout_probability": 0.1}}
+BY_DEV = {"timesteps": f"logit-normal:{SHIFTED:.9g}:1", "resolution": 512, **MEANS}
+WEIGHED = {"model": VELOCITY, "train": {"min_snr_gamma": 5.0}}
+BUCKETED = {"buckets": "ai-toolkit", "bucket_step": 16, "resolution": 512}
+PLAIN = {"buckets": False, "resolution": 256}
+BY_SD3 = {"timesteps": f"logit-normal:{math.log(3):.9g}:1", "training_arguments.shift": 1.0}
+BY_SD3 |= {"condition_dropout": 0.1, TOKENS: 154}
+BY_XL = {"condition_dropout": 0.1, "training_arguments.rescale_betas_zero_snr": False}
+# of a base and entries the options, or why they are refused
+BY_OTHERS = {
+    "diffusers": [
+        (SD, SCRIPT, BY_SCRIPT),
+        # the weights of compute_loss_weighting_for_sd3, of the clean image or of the velocity
+        (
             SD3,
-            {"weighting_scheme": "logit_normal", "precondition_outputs": 1, **MEAN},
+            {"weighting_scheme": "logit_normal", "precondition_outputs": 1} | MEAN,
+            PRECONDITIONED,
         ),
-        {"weighting": "preconditioned", "timesteps": "logit-normal:-1:1"},
-    ),
-    ("diffusers", SD3, {"weighting_scheme": "sigma_sqrt", "precondition_outputs": 1}, {}),
-    (
-        *("diffusers", SD3, {"weighting_scheme": "cosmap", "precondition_outputs": 0}),
-        {"weighting": "cosmap"},
-    ),
-    (
-        *("diffusers", FLUX, OF_FLUX),
-        {"weighting": "inverse-variance", "training_arguments.guidance_scale": 1.0},
-    ),
-    ("OneTrainer", SD, ONETRAINER, BY_ONETRAINER),
-    ("OneTrainer", SD, FORCED, MEANS),
-    (
-        *("OneTrainer", SD, FORCED | {"training_method": "FINE_TUNE"}),
-        {"training_arguments.prediction_type": "v_prediction", **MEANS},
-    ),
-    (
-        *("OneTrainer", FLUX, DEV),
-        {"timesteps": f"logit-normal:{SHIFTED:.9g}:1", "resolution": 512, **MEANS},
-    ),
-    ("OneTrainer", FLUX, DEV | {"text_encoder_layer_skip": 1}, "=1 skips layers of a text encoder"),
-    ("OneTrainer", FLUX, DEV | {"transformer": {"attention_mask": True}}, "masks the padding of p"),
-    ("OneTrainer", SD, {"perturbation_noise_weight": 0.1}, "adds noise to input and target"),
-    (
-        *("OneTrainer", SD, {"text_encoder": {"dropout_probability": 0.1}}),
-        "text_encoder.dropout_probability=0.1 replaces",
-    ),
-    ("OneTrainer", SD, {"loss_weight_fn": "P2"}, "weights noise levels"),
-    ("OneTrainer", SD, {"resolution": "512,768"}, "trains on several sizes"),
-    (
-        *("OneTrainer", SD, concepts({"text": TEXT, "image": IMAGE}, *UNUSED)),
-        BY_CONCEPT | {"caption_column": "file_name", **MEANS},
-    ),
-    ("OneTrainer", SD, concepts({"text": {"keep_tags_count": 1}}), MEANS),  # as it is usually
-    ("OneTrainer", SD, concepts({"image_variations": 5}), {"random_crop": True, **MEANS}),
-    ("OneTrainer", SD, concepts({"image": IMAGE}, {}), "flip of concepts differs by concept"),
-    ("OneTrainer", SD, concepts({"image": {"enable_random_hue": True}}), "hue=True changes hues"),
-    (
-        *("OneTrainer", SD, concepts({"text": TEXT | {"tag_dropout_mode": "FULL"}})),
-        "drops tags in another way",
-    ),
-    (
-        *("OneTrainer", SD, concepts({"text": TEXT | {"tag_delimiter": ";"}})),
-        "tag_delimiter=; separates tags by another",
-    ),
-    ("ai-toolkit", FLUX, TOOLKIT | data_sets(IMAGES | {"resolution": [512]}), BY_TOOLKIT),
-    (
-        *("ai-toolkit", FLUX, TOOLKIT | data_sets(IMAGES | {"resolution": [512, 768]})),
-        "several sizes.* Pass `resolution` to decide it by hand, or",
-    ),
-    ("ai-toolkit", SD, TOOLKIT, r"trained on a FluxPipeline .*FLUX.1-dev.*, got a StableD"),
-    (
-        *("ai-toolkit", SD, {"model": VELOCITY, "train": {"min_snr_gamma": 5.0}}),
-        "min_snr_gamma=5.0 weighs velocities as it does noise",
-    ),
-    ("ai-toolkit", SD, {"train": {"max_denoising_steps": 500}}, "=500 draws levels in another way"),
-    ("ai-toolkit", SD, {"train": {"noise_multiplier": 1.1}}, "=1.1 scales the noise"),
-    ("ai-toolkit", SD, {"train": {"loss_target": "source"}}, "=source replaces the target"),
-    ("ai-toolkit", SD, {"train": {"do_fft_loss": True}}, "do_fft_loss=True adds another loss"),
-    ("ai-toolkit", SD, data_sets({"use_short_captions": True}), "=True shows short captions"),
-    # buckets where nothing is said of them
-    (
-        *("ai-toolkit", SD, data_sets({})),
-        {"buckets": "ai-toolkit", "bucket_step": 16, "resolution": 512},
-    ),
-    (
-        *("ai-toolkit", SD, data_sets({"buckets": False, "resolution": 256})),
-        {"resolution": 256, "interpolation": "bicubic"},
-    ),
-    ("ai-toolkit", SD, data_sets({"square_crop": True}), {"interpolation": "bicubic"}),
-    (
-        *("ai-toolkit", SD, data_sets({"resolution": 256}, {"buckets": False, "resolution": 256})),
-        "False, True differs by",
-    ),
-    (
-        *("ai-toolkit", SD, data_sets({"buckets": False, "random_crop": True})),
-        "images that are not resized",
-    ),
-    ("SimpleTuner", FLUX, TUNER, BY_TUNER),
-    ("SimpleTuner", FLUX, TUNER | {"t5_padding": "zero"}, "=zero shows zeros for padding"),
-    ("SimpleTuner", FLUX, TUNER | {"flux_attention_masked_training": True}, "masks the padding of"),
-    ("SimpleTuner", FLUX, TUNER | {"flow_custom_timesteps": "100,200"}, "draws levels in another"),
-    (
-        *("SimpleTuner", SD3, {"model_family": "sd3"}),
-        {TOKENS: 154, "condition_dropout": 0.1, "timesteps": f"logit-normal:{math.log(3):.9g}:1"}
-        | {"training_arguments.shift": 1.0},
-    ),
-    (
-        *("SimpleTuner", RESCALED, {"model_family": "sdxl"}),
-        {"condition_dropout": 0.1, "training_arguments.rescale_betas_zero_snr": False},
-    ),
-]
+        (SD3, {"weighting_scheme": "sigma_sqrt", "precondition_outputs": 1}, {}),
+        (SD3, COSMAP, {"weighting": "cosmap"}),
+        (FLUX, OF_FLUX, INVERSE),
+    ],
+    "OneTrainer": [
+        (SD, ONETRAINER, BY_ONETRAINER),
+        (SD, FORCED, MEANS),
+        (SD, FINE_TUNE, VELOCITIES),
+        (FLUX, DEV, BY_DEV),
+        (FLUX, DEV | {"text_encoder_layer_skip": 1}, "=1 skips layers of a text encoder"),
+        (FLUX, DEV | {"transformer": {"attention_mask": True}}, "masks the padding of prompts"),
+        (SD, {"perturbation_noise_weight": 0.1}, "adds noise to input and target"),
+        (SD, ZEROED, "text_encoder.dropout_probability=0.1 replaces"),
+        (SD, {"loss_weight_fn": "P2"}, "weights noise levels"),
+        (SD, {"resolution": "512,768"}, "trains on several sizes"),
+        (SD, concepts({"text": TEXT, "image": IMAGE}, *UNUSED), BY_CONCEPT),
+        (SD, concepts({"text": {"keep_tags_count": 1}}), MEANS),  # as it is usually
+        (SD, concepts({"image_variations": 5}), {"random_crop": True, **MEANS}),
+        (SD, concepts({"image": IMAGE}, {}), "enable_random_flip of concepts differs by concept"),
+        (SD, concepts({"image": {"enable_random_hue": True}}), "random_hue=True changes hues"),
+        (SD, concepts({"text": TEXT | {"tag_dropout_mode": "FULL"}}), "drops tags in another way"),
+        (SD, concepts({"text": TEXT | {"tag_delimiter": ";"}}), "delimiter=; separates tags by an"),
+    ],
+    "ai-toolkit": [
+        (FLUX, TOOLKIT | data_sets(IMAGES | {"resolution": [512]}), BY_TOOLKIT),
+        (
+            FLUX,
+            data_sets(IMAGES | {"resolution": [512, 768]}),
+            "several .* Pass `resolution` to de",
+        ),
+        (SD, TOOLKIT, r"trained on a FluxPipeline .*FLUX.1-dev.*, got a StableD"),
+        (SD, WEIGHED, "min_snr_gamma=5.0 weighs velocities as it does noise"),
+        (SD, {"train": {"max_denoising_steps": 500}}, "=500 draws levels in another way"),
+        (SD, {"train": {"noise_multiplier": 1.1}}, "noise_multiplier=1.1 scales the noise"),
+        (SD, {"train": {"loss_target": "source"}}, "loss_target=source replaces the target"),
+        (SD, {"train": {"do_fft_loss": True}}, "do_fft_loss=True adds another loss"),
+        (SD, data_sets({"use_short_captions": True}), "use_short_captions=True shows short capt"),
+        (SD, data_sets({}), BUCKETED),  # where nothing is said of them
+        (SD, data_sets(PLAIN), {"resolution": 256, "interpolation": "bicubic"}),
+        (SD, data_sets({"square_crop": True}), {"interpolation": "bicubic"}),
+        (SD, data_sets({"resolution": 256}, PLAIN), "False, True differs by"),
+        (SD, data_sets({"buckets": False, "random_crop": True}), "images that are not resized"),
+    ],
+    "SimpleTuner": [
+        (FLUX, TUNER, BY_TUNER),
+        (FLUX, TUNER | {"t5_padding": "zero"}, "t5_padding=zero shows zeros for padding"),
+        (FLUX, TUNER | {"flux_attention_masked_training": True}, "masks the padding of prompts"),
+        (FLUX, TUNER | {"flow_custom_timesteps": "100,200"}, "draws levels in another way"),
+        (SD3, {"model_family": "sd3"}, BY_SD3),
+        (RESCALED, {"model_family": "sdxl"}, BY_XL),
+    ],
+}
+ROWS = [(trainer, *row) for trainer, rows in BY_OTHERS.items() for row in rows]
 
 
-@pytest.mark.parametrize(("trainer", "base", "entries", "expected"), BY_OTHERS)
+@pytest.mark.parametrize(("trainer", "base", "entries", "expected"), ROWS)
 def test_entries_of_other_trainers(tmp_path, trainer, base, entries, expected):
     path = written(trainer, tmp_path, entries)
     if isinstance(expected, str):
