@@ -212,15 +212,7 @@ def _load_file(peft: Any, name: str, file: AdapterFile, names: Names) -> set[int
 def _settled(
     peft: Any, adapter: str, path: Path, part: str, module: nn.Module, stored: Tensors
 ) -> set[int]:
-    """Check that network and file hold the same weights of an adapter; return their ids.
-
-    Loading gives adapters the precision of the network that they adapt, which may be lower: the
-    matrices get that of the file, at least float32. Whole modules and biases keep the network's,
-    whose arithmetic they take part in.
-
-    Raises:
-        ValueError: If weights of the file are in no parameter, or a parameter is not in the file.
-    """
+    """Check that network and file hold the same weights of an adapter; return their ids."""
     state = module.state_dict(keep_vars=True)
     names = {id(z): name for name, z in state.items()}
     # by the names that PEFT would save them under, which a file has
@@ -240,6 +232,8 @@ def _settled(
         elif isinstance(p, nn.Parameter):
             name = names[id(p)]
             found.add(id(p))
+            # matrices have got the precision of the network, which may be lower than the file's;
+            # whole modules and biases take part in its arithmetic
             whole = ".modules_to_save." in name or ".trainable_tokens_" in name
             if adapter_of(name) is not None and not whole:
                 p.data = z.to(p.device, torch.promote_types(p.dtype, torch.float32)).clone()
@@ -256,11 +250,7 @@ def _settled(
 
 
 def _add_to_weights(file: AdapterFile, names: Names) -> set[int]:
-    """Add a file's differences to the weights and biases of layers; return the ids of these.
-
-    Raises:
-        ValueError: If one fits no layer; none is added then.
-    """
+    """Add all differences of a file to weights and biases, or none; return the ids of these."""
     ends = {key: next(end for end in ADDITIONS if key.endswith(end)) for key in file.additions}
     stems = {key: key.removesuffix(end) for key, end in ends.items()}
     places = names.places({stems[key]: len(z) for key, z in file.additions.items() if z.ndim})
@@ -286,11 +276,7 @@ def _add_to_weights(file: AdapterFile, names: Names) -> set[int]:
 
 
 def _load_factors(name: str, file: AdapterFile, names: Names) -> set[int]:
-    """Wrap layers that a file has other factors of than pairs; return the ids of their parameters.
-
-    Raises:
-        ValueError: If a layer is missing or factors are not of it; none is wrapped then.
-    """
+    """Wrap all layers that a file has other factors of than pairs, or none; return their ids."""
     from curvlinops_diffusion.loading.factored_layers import FactoredLayer, of_rows, outputs_of
 
     outputs = {stem: outputs_of(factors) for stem, factors in file.factors.items()}
@@ -323,14 +309,11 @@ def _load_factors(name: str, file: AdapterFile, names: Names) -> set[int]:
 def _explained(
     path: Path, reasons: Callable[[], Sequence[str]], others: Sequence[str] = (), loader: Any = None
 ) -> Iterator[None]:
-    """Explain a library's error by the difference of adapter and network, else quote it.
-
-    ``others`` are weights of kinds that the loader may not know.
-    """
+    """Explain a library's error by the difference of adapter and network, else quote it."""
     try:
         yield
     except Exception as error:
-        if others:
+        if others:  # weights of kinds that the loader may not know
             raise ValueError(unplaced_message(path, others, loader)) from error
         if found := reasons():
             raise _misfit(path, found) from error

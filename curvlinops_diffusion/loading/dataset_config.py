@@ -450,10 +450,8 @@ def _caption_of(image: Path, end: str) -> str | None:
 
 
 def _balanced(repeats: list[int], wanted: int) -> list[int]:
-    """Count how often each regularisation image is seen, as many in all as are wanted.
-
-    First each as often as it is repeated, as far as they are wanted; then one more of each in turn.
-    """
+    """Count how often each regularisation image is seen, as many in all as are wanted."""
+    # first each as often as it is repeated, while they are wanted; then one more of each in turn
     seen, turn = [0] * len(repeats), repeats
     while wanted > 0 and repeats:
         for n, times in enumerate(turn):

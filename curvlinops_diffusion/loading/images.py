@@ -269,12 +269,9 @@ def _read_captions(
     path: Path,
     condition: Condition | None,
     layout: Layout,
-    there: Sequence[str],
+    there: Sequence[str],  # all images in the folder, used or not
 ) -> None:
-    """Read captions in files of their own, and repeats and prompts in the names of folders.
-
-    ``there`` are the names of all images in the folder, used or not.
-    """
+    """Read captions in files of their own, and repeats and prompts in the names of folders."""
     end, names = layout.end, images.names
     found, read = disk.captions_beside(names, images.left_out, end), {}
     wanted = condition is None or condition.key == "prompt"
@@ -338,16 +335,15 @@ def _of_files(
         files, names, form, layout.skip_unreadable, lambda n: form.load(files[n], names[n])
     )
     files, names = [files[n] for n in kept], [names[n] for n in kept]
-    images = NamedImages(
+    return NamedImages(
         names,
         lambda n, place: form.load(files[n], names[n], place),
         lambda n: digest_of(files[n].read_bytes()),
         form,
+        lambda n: form.size_in(files[n], names[n]),
         notes=notes,
-        size=lambda n: form.size_in(files[n], names[n]),
+        paths=[str(file.absolute()) for file in files],
     )
-    images.paths = [str(file.absolute()) for file in files]
-    return images
 
 
 def _of_any(given: Any, form: Form, layout: Layout) -> NamedImages:
@@ -396,7 +392,5 @@ def _of_any(given: Any, form: Form, layout: Layout) -> NamedImages:
             )
         return form.sized(x, names[n], place), size(n)
 
-    notes = cut_to_squares(sizes, form)
-    return NamedImages(
-        names, load, lambda n: digest_of(load(n, None)[0]), form, notes=notes, size=size
-    )
+    digest, notes = (lambda n: digest_of(load(n, None)[0])), cut_to_squares(sizes, form)
+    return NamedImages(names, load, digest, form, size, notes=notes)

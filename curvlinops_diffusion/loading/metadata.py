@@ -197,11 +197,7 @@ def folded(name: str) -> str:
 
 
 def _lines_of(path: Path, layout: Layout) -> Iterator[Line]:
-    """Yield the lines of a file, each with an image's name.
-
-    A line of ``.jsonl`` ends at a line feed and nowhere else: separators such as U+2028 belong to
-    the caption that they stand in.
-    """
+    """Yield the lines of a file, each with an image's name."""
     rows = {".csv": _of_csv, ".jsonl": _of_json, ".parquet": _of_parquet}[path.suffix]
     for number, entries in rows(path, layout):
         column = next((key for key in layout.file_columns if key in entries), None)
@@ -229,6 +225,7 @@ def decoded(path: Path) -> str:
 
 
 def _of_json(path: Path, _: Layout) -> Iterator[tuple[int, dict[str, Any]]]:
+    # at line feeds alone: separators such as U+2028 belong to the caption that they stand in
     for number, line in enumerate(decoded(path).split("\n"), 1):
         if not line.strip():
             continue

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import nextafter
 from typing import Any
@@ -19,11 +19,16 @@ from curvlinops_diffusion.loading.sizes import Size
 from curvlinops_diffusion.runtime.digests import digest_of
 
 
+@dataclass(eq=False)
 class NamedImages(Dataset[dict[str, Any]]):
     """Images with names, and labels or prompts if there are any.
 
     Attributes:
         names: A name for each image.
+        load: Loads an image, cut at a place, with its size before resizing.
+        source_digest: Computes the digest of an image as it is stored.
+        form: The form in which the network takes images.
+        size: The size of an image, without reading pixels.
         conditions: Further entries of each item: ``'class_labels'`` or ``'prompt'``, and noted
             sizes.
         beside: Images that an item has beside its image: for each entry, its channels and either
@@ -45,40 +50,29 @@ class NamedImages(Dataset[dict[str, Any]]):
         digests: A digest of each item, from when it was read first; ``None`` until then.
     """
 
-    def __init__(
-        self,
-        names: list[str],
-        load: Callable[[int, Place], Loaded],
-        source_digest: Callable[[int], str],
-        form: Form,
-        conditions: Conditions | None = None,
-        classes: Classes | None = None,
-        unread: Sequence[str] = (),
-        notes: Sequence[str] = (),
-        *,
-        size: Callable[[int], Size],
-    ):
-        self.names = names
-        self.conditions = conditions or {}
-        self.classes = classes
-        self.paths: list[str] | None = None
-        self.columns: dict[str, Any] = {}
-        self.left_out: list[str] = []
-        self.captions_beside: dict[str, str] = {}
-        self.example_weights: list[float] | None = None
-        self.keep_tokens: list[tuple[int, int] | None] | None = None
-        self.regularises: list[bool] | None = None
-        self.unread = list(unread)
-        self.notes = list(notes)
-        self.digests: list[str | None] = [None] * len(names)
-        self.tells_sizes = False
-        self.beside: dict[str, tuple[int, list[Any]]] = {}
-        self._load = load
-        self._size = size  # without reading pixels
-        self._source_digest = source_digest
+    names: list[str]
+    load: Callable[[int, Place], Loaded]
+    source_digest: Callable[[int], str]
+    form: Form
+    size: Callable[[int], Size]
+    conditions: Conditions = field(default_factory=dict)
+    classes: Classes | None = None
+    unread: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    beside: dict[str, tuple[int, list[Any]]] = field(default_factory=dict)
+    paths: list[str] | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    captions_beside: dict[str, str] = field(default_factory=dict)
+    example_weights: list[float] | None = None
+    keep_tokens: list[tuple[int, int] | None] | None = None
+    regularises: list[bool] | None = None
+    tells_sizes: bool = False
+    _first: tuple[str, torch.Size] | None = None
+
+    def __post_init__(self) -> None:
+        self.digests: list[str | None] = [None] * len(self)
         self._source_digests: list[str] = []
-        self._form = form
-        self._first: tuple[str, torch.Size] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -89,10 +83,10 @@ class NamedImages(Dataset[dict[str, Any]]):
 
         Batches are of items of one shape.
         """
-        if not self._form.buckets:
+        if not self.form.buckets:
             return None
-        sizes = zip(self.names, map(self._size, range(len(self))), strict=True)
-        return [self._form.placed(name, size)[1] for name, size in sizes]
+        sizes = zip(self.names, map(self.size, range(len(self))), strict=True)
+        return [self.form.placed(name, size)[1] for name, size in sizes]
 
     def __getitem__(self, n: int) -> dict[str, Any]:
         item = self.cropped(n)
@@ -109,28 +103,28 @@ class NamedImages(Dataset[dict[str, Any]]):
             mirrored: Whether it will be mirrored left to right: its corner is that of the mirror
                 image then, as training scripts have it.
         """
-        x0, (height, width) = self._load(n, place)
+        x0, (height, width) = self.load(n, place)
         if self._first is None:
             self._first = (self.names[n], x0.shape)
         name, shape = self._first
-        if x0.shape != shape and not self._form.buckets:
+        if x0.shape != shape and not self.form.buckets:
             raise ValueError(
                 f"The image '{self.names[n]}' has shape {tuple(x0.shape)}, and '{name}' has "
-                f"{tuple(shape)}. All must have one size. {self._form.proposal()} With --buckets, "
+                f"{tuple(shape)}. All must have one size. {self.form.proposal()} With --buckets, "
                 "too, if training had aspect buckets."
             )
         item: dict[str, Any] = {"x0": x0}
         for key, (channels, sources) in self.beside.items():
-            form = replace(self._form, channels=channels)
+            form = replace(self.form, channels=channels)
             beside, _ = form.load(
                 sources[n], f"{key} of {self.names[n]}", place, of=(height, width)
             )
             item[key] = (beside + 1) / 2
         if self.tells_sizes:
-            item["original_size"] = torch.tensor(self._form.told_size((height, width)))
+            item["original_size"] = torch.tensor(self.form.told_size((height, width)))
             if mirrored and place is not None:
                 place = (place[0], nextafter(1 - place[1], 0))  # below 1, as places are
-            corner = self._form.corner_of(height, width, place)
+            corner = self.form.corner_of(height, width, place)
             item["crops_coords_top_left"] = torch.tensor(corner)
         for key, values in self.conditions.items():
             item[key] = torch.tensor(values[n]) if isinstance(values[n], list) else values[n]
@@ -148,7 +142,7 @@ class NamedImages(Dataset[dict[str, Any]]):
     def source_digests(self) -> list[str]:
         """A digest of each image as it is stored, whatever form a network takes; read once."""
         if not self._source_digests:
-            self._source_digests = [self._source_digest(n) for n in range(len(self))]
+            self._source_digests = [self.source_digest(n) for n in range(len(self))]
         return self._source_digests
 
     def weights(self, prior_loss_weight: float) -> list[float] | None:

@@ -155,11 +155,7 @@ def _chosen_parameters(
     patterns: Iterable[str] | None,
     trained: Sequence[str] | None,
 ) -> list[str] | None:
-    """Choose the parameters that patterns name; else those that were trained.
-
-    Raises:
-        ValueError: If a pattern names none, or adapters have none in the denoiser.
-    """
+    """Choose the parameters that patterns name; else those that were trained."""
     if patterns:
         return _matching(model, list(patterns))
     adapters = _of_adapters(model) if trained is None else list(trained)

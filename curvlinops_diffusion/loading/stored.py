@@ -90,10 +90,10 @@ def images_of_arrays(path: Path, form: Form) -> NamedImages:
         load,
         lambda n: digest_of(images[n]),
         form,
+        lambda n: images.shape[1:3] if images.dtype == np.uint8 else images.shape[-2:],
         {} if labels is None else {"class_labels": labels.tolist()},
         unread=[name for name in arrays if name not in (key, "labels")],
         notes=notes,
-        size=lambda n: images.shape[1:3] if images.dtype == np.uint8 else images.shape[-2:],
     )
 
 
@@ -255,19 +255,18 @@ def images_of_dataset(data: Any, path: Path, form: Form, layout: Layout) -> Name
     if any(name not in {column, *beside} for name in pictures):
         notes.append("--image-column takes images from another column")
     unread = [name for name in data.column_names if name not in {column, *read, *beside}]
-    found = NamedImages(
+    return NamedImages(
         names,
         lambda n, place: form.load(partial(picture, images, column, n), names[n], place),
         source_digest,
         form,
+        lambda n: upright.size_in(lambda: Image.open(_stored(rows, column, n)), names[n]),
         conditions,
         classes,
-        unread=[name for name in unread if not name.startswith("__")],  # WebDataset's own
-        notes=notes,
-        size=lambda n: upright.size_in(lambda: Image.open(_stored(rows, column, n)), names[n]),
+        [name for name in unread if not name.startswith("__")],  # WebDataset's own
+        notes,
+        columns={name: data[name] for name in data.column_names if name not in pictures},
     )
-    found.columns = {name: data[name] for name in data.column_names if name not in pictures}
-    return found
 
 
 def _stored(rows: Any, column: str, n: int) -> Any:

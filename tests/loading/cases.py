@@ -1,5 +1,6 @@
 """Adapters as training leaves them, and images with prompts."""
 
+import copy
 import json
 import re
 
@@ -7,7 +8,9 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import save_file
 
+from curvlinops_diffusion.loading.adapters import networks_of
 from tests.diffusion import test_pipelines as pipelines
 
 # all that train_network.py of kohya's scripts writes of options that nobody gave
@@ -32,6 +35,17 @@ max_bucket_reso=None keep_tokens=0 reg_dataset_dirs={} tag_frequency={} bucket_i
 USUAL_HEADER = dict(f"ss_{word}".split("=") for word in _USUAL.split())
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 COUNT = 3
+
+
+def again(saved, make):
+    """A pipeline as it is on disk, and its networks."""
+    pipeline = copy.deepcopy(saved(make)[1])
+    return pipeline, networks_of(pipeline)
+
+
+def write(tensors, path, metadata=None):
+    save_file({key: z.contiguous() for key, z in tensors.items()}, path, metadata)
+    return str(path)
 
 
 def lora(**options):

@@ -1,6 +1,5 @@
 """Adapters' files against the networks they are loaded into: scales, values, what is refused."""
 
-import copy
 import shutil
 from pathlib import Path
 
@@ -18,35 +17,15 @@ from curvlinops_diffusion import (
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import options_of
 from curvlinops_diffusion.loading.adapter_files import converted, read_adapter
-from curvlinops_diffusion.loading.adapters import load_adapters, names_in, networks_of
+from curvlinops_diffusion.loading.adapters import load_adapters, names_in
 from curvlinops_diffusion.loading.images import open_images
 from tests.comparisons import assert_close
 from tests.diffusion import test_pipelines as pipelines
-from tests.loading.cases import TARGETS, images_with_prompts, lora
+from tests.loading.cases import TARGETS, again, images_with_prompts, lora, write
 from tests.reference import dense_loss_ggn, example_gradients, params_of
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 STEM = f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q"
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Pipelines by their makers, each written once."""
-    made = {}
-
-    def of(make):
-        if make not in made:
-            folder = tmp_path_factory.mktemp(make.__name__)
-            made[make] = (folder, pipelines.made(make, folder))
-        return made[make]
-
-    return of
-
-
-def again(saved, make):
-    """A pipeline as it is on disk, and its networks."""
-    pipeline = copy.deepcopy(saved(make)[1])
-    return pipeline, networks_of(pipeline)
 
 
 def random(*shape, seed):
@@ -80,11 +59,6 @@ def kohya(entries):
         tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
         tensors[f"{stem}.alpha"] = torch.tensor(alpha)
     return tensors
-
-
-def write(tensors, path, metadata=None):
-    save_file({key: z.contiguous() for key, z in tensors.items()}, path, metadata)
-    return str(path)
 
 
 def adapted(module):

@@ -20,8 +20,7 @@ from curvlinops_diffusion.layers.coverage import cover
 from curvlinops_diffusion.loading.adapters import load_adapters, names_in
 from tests.comparisons import assert_close
 from tests.diffusion import test_pipelines as pipelines
-from tests.loading.cases import lora, lora_names, trained
-from tests.loading.test_adapter_files import again, saved, write  # noqa: F401  a fixture
+from tests.loading.cases import again, lora, lora_names, trained, write
 from tests.reference import dense_loss_ggn, example_gradients, params_of
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -136,7 +135,7 @@ def acts_as(layer, weight):
     assert_close(layer(x).detach(), expected.detach(), 1e-10)
 
 
-def doubled(saved, make):  # noqa: F811
+def doubled(saved, make):
     pipeline, parts = again(saved, make)
     for module in parts.values():
         module.double()
@@ -144,7 +143,7 @@ def doubled(saved, make):  # noqa: F811
 
 
 @pytest.mark.parametrize("along", [None, 0, 1])
-def test_every_layer_in_every_form(saved, tmp_path, along):  # noqa: F811
+def test_every_layer_in_every_form(saved, tmp_path, along):
     """By kohya's names of the U-Net and the text encoder, with magnitudes of rows or columns."""
     pipeline, parts = doubled(saved, pipelines.stable_diffusion)
     written, expected = Written(), {}
@@ -224,7 +223,7 @@ FILES += [
 
 
 @pytest.mark.parametrize(("make", "stems", "form"), FILES)
-def test_original_names(saved, tmp_path, make, stems, form):  # noqa: F811
+def test_original_names(saved, tmp_path, make, stems, form):
     """A joint layer's rows are those of its parts, pairs and magnitudes of rows included."""
     pipeline, parts = doubled(saved, make)
     written, expected = Written(), {}
@@ -248,7 +247,7 @@ def test_original_names(saved, tmp_path, make, stems, form):  # noqa: F811
         acts_as(parts[part].get_submodule(layer), weight)
 
 
-def test_scale_and_shift_of_the_last_block(saved, tmp_path):  # noqa: F811
+def test_scale_and_shift_of_the_last_block(saved, tmp_path):
     """Diffusers has them in the other order."""
     pipeline, parts = doubled(saved, pipelines.stable_diffusion_3)
     name = "transformer_blocks.0.norm1_context.linear"
@@ -261,7 +260,7 @@ def test_scale_and_shift_of_the_last_block(saved, tmp_path):  # noqa: F811
     acts_as(parts["transformer"].get_submodule(name), torch.cat(weight.chunk(2)[::-1]))
 
 
-def test_curvature(saved, tmp_path):  # noqa: F811
+def test_curvature(saved, tmp_path):
     """Gradients are autograd's; factors that are run one by one are layers to K-FAC."""
     pipeline, parts = doubled(saved, pipelines.stable_diffusion)
     block = "mid_block.attentions.0.transformer_blocks.0"
@@ -296,7 +295,7 @@ def test_curvature(saved, tmp_path):  # noqa: F811
     assert_close(EK.trace(), dense_loss_ggn(regression, params).trace(), 1e-8)
 
 
-def test_decomposed_adapters_in_unequal_batches(saved):  # noqa: F811
+def test_decomposed_adapters_in_unequal_batches(saved):
     """PEFT's norm of an identity matrix is no input of an example, however many there are."""
     pipeline, parts = doubled(saved, pipelines.stable_diffusion)
     one = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -316,7 +315,7 @@ def test_decomposed_adapters_in_unequal_batches(saved):  # noqa: F811
 
 
 @pytest.mark.parametrize(("given", "scale"), [("True", 3.0), ("False", 1.0)])
-def test_two_whole_factors_scaled_by_the_root_of_the_rank(saved, tmp_path, given, scale):  # noqa: F811
+def test_two_whole_factors_scaled_by_the_root_of_the_rank(saved, tmp_path, given, scale):
     """LyCORIS' rs_lora has the root of the rank for a scale, and writes its third power."""
     pipeline, parts = doubled(saved, pipelines.stable_diffusion)
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -358,7 +357,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_makes_no_layer(saved, tmp_path, case):  # noqa: F811
+def test_what_makes_no_layer(saved, tmp_path, case):
     pipeline, parts = again(saved, pipelines.stable_diffusion)
     shapes, told = BAD[case]
     before = [name for name, _ in parts["unet"].named_parameters()]
@@ -371,7 +370,7 @@ def test_what_makes_no_layer(saved, tmp_path, case):  # noqa: F811
 
 
 @pytest.mark.parametrize(("along", "w1", "told"), [(1, 6, "magnitudes of col"), (0, 2, "divided")])
-def test_rows_that_several_layers_have_in_common(saved, tmp_path, along, w1, told):  # noqa: F811
+def test_rows_that_several_layers_have_in_common(saved, tmp_path, along, w1, told):
     pipeline, parts = again(saved, pipelines.flux)
     stem = "lora_unet_double_blocks_0_img_attn_qkv"
     tensors = {"lokr_w1": random(w1, 2), "lokr_w2": random(24 // w1, 4)}
@@ -381,7 +380,7 @@ def test_rows_that_several_layers_have_in_common(saved, tmp_path, along, w1, tol
         load_adapters([file], parts, pipeline)
 
 
-def test_beside_another_adapter(saved, tmp_path):  # noqa: F811
+def test_beside_another_adapter(saved, tmp_path):
     """Adapters on the same layer add up, whichever comes first."""
     pipeline, parts = doubled(saved, pipelines.stable_diffusion)
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -398,7 +397,7 @@ def test_beside_another_adapter(saved, tmp_path):  # noqa: F811
         assert len(found["unet"]) == 4
 
 
-def test_differences_by_original_names(saved, tmp_path):  # noqa: F811
+def test_differences_by_original_names(saved, tmp_path):
     """Of layers that were one, each gets its rows."""
     names = {
         pipelines.stable_diffusion_xl: ("lora_unet_input_blocks_1_0_in_layers_2", "conv1"),

@@ -454,7 +454,7 @@ def test_images_are_known_by_what_is_stored(tmp_path, monkeypatch):
         small = open_images(tmp_path / name, Form(3, None, 4))
         assert small.source_digests() == [first, second]
         with monkeypatch.context() as patch:  # they are kept
-            patch.setattr(small, "_source_digest", None)
+            patch.setattr(small, "source_digest", None)
             assert small.source_digests() == [first, second]
     other = open_images(tmp_path / "other", FORM).source_digests()
     assert not set(other) & set(open_images(tmp_path / "data", FORM).source_digests())

@@ -28,10 +28,10 @@ from curvlinops_diffusion.diffusion.timesteps import (
     UniformTimesteps,
     timestep_scheme,
 )
+from curvlinops_diffusion.diffusion.weightings import weight_table
 from curvlinops_diffusion.loading.trainer_entries import Base
 from curvlinops_diffusion.loading.trainer_settings import read_settings, settle
-from curvlinops_diffusion.weightings import DebiasedWeighting
-from tests.comparisons import assert_close
+from curvlinops_diffusion.weightings import DebiasedWeighting, MinSNRWeighting
 from tests.diffusion import test_pipelines as pipelines
 from tests.loading.cases import USUAL_HEADER
 
@@ -77,63 +77,21 @@ def write_images(folder, count=3):
     return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def test_a_step_of_kohyas_scripts(tmp_path):
-    """Input, target, condition and weight of each image as in the scripts' own step."""
-    torch.manual_seed(0)
-    pipeline = pipelines.stable_diffusion(tmp_path)
-    x = write_images(tmp_path / "train")
-    file = kohya_file(
-        tmp_path,
-        ss_base_model_version="sd_v1",
-        ss_clip_skip=2,
-        ss_noise_offset=0.1,
-        ss_ip_noise_gamma=0.2,
-        ss_min_snr_gamma=3.0,
-        ss_zero_terminal_snr=True,
-        ss_flip_aug=True,
-        ss_resolution=(8, 8),
-        **{"modelspec.prediction_type": "v"},
-    )
-    attributor = Attributor.from_pipeline(
-        pipeline,
-        tmp_path / "train",
-        prompts="a cat",
-        recipe=file,
-        training_arguments={"sample_latents": False},
-    )
-    assert len(attributor.settings) == 10
-    assert pipeline.scheduler.config.prediction_type == "epsilon"  # the user's stays as it is
-    regression = attributor.regression.with_draws(4, antithetic=False)
-    ids = pipeline.tokenizer(["a cat"] * 3, padding="max_length", max_length=8, return_tensors="pt")
-    hidden = pipeline.text_encoder(ids.input_ids, output_hidden_states=True).hidden_states[-2]
-    parts = pipeline.text_encoder.named_modules()
-    (norm,) = (part for name, part in parts if name.endswith("final_layer_norm"))
-
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_weights_of_kohyas_scripts_before_they_rescale(prediction):
+    """Levels are noised with the rescaled betas, and weighed by the signal before that."""
+    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    options = {"rescale_betas_zero_snr": True, "weights_before_rescaling": True}
+    process = noise_process(as_trained(scheduler, prediction, **options))
     # custom_train_functions.py: shifted so that the last root is zero, the first as it was
-    root = torch.cumprod(1 - pipeline.scheduler.betas.double(), 0).sqrt()
-    snr_T = (root**2 / (1 - root**2)).float()  # before that, by which they weigh
-    first, last = float(root[0]), float(root[-1])
-    root = (root - last) * first / (first - last)
-    alpha_T, sigma_T = root.float(), (1 - root**2).sqrt().float()
-    seen, draws = [], regression.draws
-    for r, batch in enumerate(regression.batches()):
-        indices, shape = [0, 1, 2], batch.x_t.shape[1:]
-        flipped = draws.versions(indices, r, 2).bool()
-        shown = torch.where(flipped[:, None, None, None], x.flip(-1), x)
-        with torch.no_grad():
-            x0 = pipeline.vae.encode(shown).latent_dist.mean * pipeline.vae.config.scaling_factor
-        noise = draws.noise(indices, r, shape) + 0.1 * draws.noise_offset(indices, r, shape)
-        alpha, sigma = (z[batch.level_B].reshape(-1, 1, 1, 1) for z in (alpha_T, sigma_T))
-        perturbed = noise + 0.2 * draws.perturbation(indices, r, shape)
-        assert_close(batch.x_t, alpha * x0 + sigma * perturbed, 1e-5)
-        assert_close(batch.target_BD, (alpha * noise - sigma * x0).flatten(1), 1e-5)
-        assert_close(batch.condition["encoder_hidden_states"], norm(hidden), 1e-5)
-        snr = snr_T[batch.level_B]
-        weight = snr.clamp(max=3.0) / (snr + 1)
-        assert_close(batch.weight_B, weight / x0[0].numel(), 1e-4)
-        assert torch.equal(batch.timestep_B, batch.level_B)
-        seen += flipped.tolist()
-    assert len(set(seen)) == 2
+    root_T = torch.cumprod(1 - scheduler.betas.double(), 0).sqrt()
+    snr_T = root_T**2 / (1 - root_T**2)
+    first, last = float(root_T[0]), float(root_T[-1])
+    expected_T = (root_T - last) * first / (first - last)
+    torch.testing.assert_close(process.alphas_T.double(), expected_T, atol=1e-5, rtol=0)
+    weight_T = snr_T.clamp(max=3.0) / (snr_T + int(prediction == "v_prediction"))
+    found_T = weight_table(MinSNRWeighting(3.0), process)
+    torch.testing.assert_close(found_T, weight_T, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
