@@ -108,10 +108,8 @@ def read_adapter(
 ) -> AdapterFile:
     """Read a single file, and separate matrices, other factors, alphas and additions.
 
-    Args:
-        path: The file.
-        given: The file or its folder, for messages.
-        has_no_loader: Whether a pair by its name in the file is one that no loader knows.
+    ``given`` is the file or its folder, for messages; ``has_no_loader`` tells by its name in the
+    file that no loader knows a pair.
 
     Raises:
         ValueError: If it cannot be read or is empty, factors are missing or unknown, or an alpha is

@@ -120,13 +120,7 @@ class Names:
 
         Scripts name layers by their places in the network, with underscores for dots; or by those
         in the original network. These are asked of the loader, by a pair of matrices for each name
-        whose rows are numbered.
-
-        Args:
-            outputs: The outputs of the layer by its name in the file.
-
-        Returns:
-            The layers, for those names that have some.
+        whose rows are numbered. ``outputs`` are the outputs of each layer by its name in the file.
         """
         layers = {
             part: {name.replace(".", "_"): name for name, _ in module.named_modules()}

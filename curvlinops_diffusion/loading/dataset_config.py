@@ -138,9 +138,6 @@ class DatasetConfig:
         unread: Options in it that decide nothing here, or are not followed.
         settings: The options of ours that it decides.
 
-    Args:
-        path: The file.
-
     Raises:
         ValueError: If it cannot be read, an option is unknown or of another kind, or training saw
             something that cannot be expressed.
@@ -282,14 +279,10 @@ class DatasetConfig:
         return next((value for value in values if value is not None), None)
 
     def images(self, caption_extension: str | None = None) -> tuple[list[ListedImage], list[str]]:
-        """Find the images and read their captions.
+        """Find the images and read their captions; return notes on them, too, a clause each.
 
-        Args:
-            caption_extension: How the names of captions end where the file does not say so;
-                ``None`` for ``.caption``, as of kohya's scripts.
-
-        Returns:
-            The images, and what is to be said of them, a clause each.
+        The names of captions end in ``caption_extension`` where the file does not say so; without,
+        in ``.caption``, as of kohya's scripts.
 
         Raises:
             ValueError: If a folder or file is missing or damaged, or there are no images.
@@ -345,12 +338,7 @@ class _Subset:
         )
 
     def images(self, extension: str, varies: bool) -> tuple[list[ListedImage], list[str]]:
-        """Its images in order, and what is to be said of them.
-
-        Args:
-            extension: How the names of captions end where nothing says so.
-            varies: Whether captions of the whole data differ from draw to draw.
-        """
+        """Find its images in order, with notes; ``varies`` if any captions differ by draw."""
         own, text = self.options, self.options.get("class_tokens") or ""
         times, prior = int(own.get("num_repeats", 1)), bool(own.get("is_reg"))
         if times < 1:

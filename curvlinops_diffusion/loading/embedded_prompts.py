@@ -21,10 +21,7 @@ def embedded_prompt(file: Path) -> str | None:
     """The prompt in an image file, of A1111's and ComfyUI's programs, InvokeAI and SwarmUI.
 
     Weights of words, ``(word:1.2)``, and networks that the prompt names, ``<lora:name:1>``, are
-    left out: the words alone are what a network is trained with.
-
-    Args:
-        file: The image; one that cannot be read has none.
+    left out: the words alone are what a network is trained with. A damaged file has none.
     """
     try:
         with Image.open(file) as image:

@@ -228,12 +228,7 @@ def outputs_of(factors: Mapping[str, Tensor]) -> int:
 
 
 def of_rows(factors: Mapping[str, Tensor], rows: Tensor, outputs: int) -> dict[str, Tensor]:
-    """The factors of some rows of a weight: of one of several layers that training had as one.
-
-    Args:
-        factors: The factors of the whole.
-        rows: The numbers of the rows.
-        outputs: How many rows the whole has.
+    """Take the factors of some rows of a weight: of one of several layers trained as one.
 
     Raises:
         ValueError: If these rows are no product of such factors.

@@ -116,12 +116,7 @@ def captions_beside(
     """Find files that may hold captions, by the ends of their names and the names of their images.
 
     For an image that has none of its very name, one is found whose name is composed otherwise
-    (macOS) or in another case (Windows), if there is only one.
-
-    Args:
-        names: The names of the images.
-        others: The names of other files.
-        end: Another end that the names of captions may have.
+    (macOS) or in another case (Windows), if there is only one. ``end`` is another end of captions.
     """
     by_letters: dict[str, list[str]] = {}
     for file in (others := set(others)):
@@ -151,10 +146,7 @@ def captions_alone(names: Sequence[str], others: Sequence[str], end: str | None)
 
 
 def read_caption(path: Path, layout: Layout) -> tuple[str, bool]:
-    """Read a caption: the first line of its file, as kohya's ``sd-scripts`` do, or all of it.
-
-    Returns:
-        The caption, and whether other lines follow.
+    """Read a caption and whether other lines follow: the first line, as kohya's scripts, or all.
 
     Raises:
         ValueError: If the file is empty or not in UTF-8.

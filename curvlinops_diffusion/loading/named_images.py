@@ -97,11 +97,8 @@ class NamedImages(Dataset[dict[str, Any]]):
     def cropped(self, n: int, place: Place = None, mirrored: bool = False) -> dict[str, Any]:
         """The item of an image of which another part is cut out.
 
-        Args:
-            n: The number of the image.
-            place: Where the part lies, and that of images beside it; ``None`` for the middle.
-            mirrored: Whether it will be mirrored left to right: its corner is that of the mirror
-                image then, as training scripts have it.
+        If it will be mirrored left to right, its corner is that of the mirror image, as training
+        scripts have it.
         """
         x0, (height, width) = self.load(n, place)
         if self._first is None:

@@ -140,11 +140,7 @@ def check_scheduler(folder: Path) -> None:
 
 
 def check_whole(path: Path) -> set[str]:
-    """Check that a safetensors file has its whole length, as not after an interrupted download.
-
-    Returns:
-        The names of its tensors.
-    """
+    """Check that a file has its whole length; return the names of its tensors."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -137,9 +137,6 @@ def read_settings(path: Path) -> TrainerSettings:
     of ``diffusers``' scripts what ``accelerate`` logged; else PEFT's config and the model card,
     which name the base.
 
-    Args:
-        path: The adapter's file or folder, or a config of one of these trainers.
-
     Raises:
         ValueError: If there is no such file, or it is damaged.
     """
@@ -309,15 +306,7 @@ def by_hand(
 def by_data(
     data: Any, given: Mapping[str, Any], known: Collection[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The options that a ``dataset.toml`` decides; of other data none.
-
-    Args:
-        data: The training images, as they are passed.
-        given: Options that are decided already, which stand.
-        known: The options that there are.
-
-    Returns:
-        The options, and notes for people, a line each.
+    """Decide options by a ``dataset.toml``; other data decide none. As :func:`by_recipe`.
 
     Raises:
         ValueError: If it is damaged, or training saw something that cannot be expressed.
@@ -337,7 +326,7 @@ def by_data(
 def by_recipe(
     recipe: Path, base: Base, given: Mapping[str, Any], known: Collection[str], data: Any = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The options that the files of a trainer decide.
+    """Decide options by the files of a trainer; those that are given stand.
 
     Args:
         recipe: The adapter's file or folder, or the config of its trainer.
@@ -372,18 +361,9 @@ def settle(
     known: Collection[str],
     listed: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Decide options by what a trainer left; those that are given by hand stand.
+    """Decide options by settings, as :func:`by_recipe`; ``training_arguments.…`` stand apart.
 
-    Args:
-        found: What it left.
-        base: The pipeline.
-        given: Options that are given by hand, with ``training_arguments.…`` apart.
-        known: The options that there are.
-        listed: Whether the images are those of a trainer's file that lists them, which says itself
-            what was made of them.
-
-    Returns:
-        The options that are decided, and notes for people, a line each.
+    ``listed`` if the images are those of a trainer's file, which says itself what was made of them.
 
     Raises:
         ValueError: If the trainer changed the objective in a way that no option expresses; or as

@@ -43,6 +43,14 @@ def again(saved, make):
     return pipeline, networks_of(pipeline)
 
 
+def doubled(saved, make):
+    """In double precision."""
+    pipeline, parts = again(saved, make)
+    for module in parts.values():
+        module.double()
+    return pipeline, parts
+
+
 def write(tensors, path, metadata=None):
     save_file({key: z.contiguous() for key, z in tensors.items()}, path, metadata)
     return str(path)

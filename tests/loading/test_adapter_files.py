@@ -10,18 +10,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from curvlinops_diffusion import (
+    DenoisingObjective,
     DiffusionEKFACLinearOperator,
     ExampleGradientLinearOperator,
     NoisedRegression,
 )
-from curvlinops_diffusion.cli.network import load_network
-from curvlinops_diffusion.cli.options import options_of
 from curvlinops_diffusion.loading.adapter_files import converted, read_adapter
 from curvlinops_diffusion.loading.adapters import load_adapters, names_in
-from curvlinops_diffusion.loading.images import open_images
 from tests.comparisons import assert_close
 from tests.diffusion import test_pipelines as pipelines
-from tests.loading.cases import TARGETS, again, images_with_prompts, lora, write
+from tests.loading.cases import TARGETS, again, doubled, lora, write
 from tests.reference import dense_loss_ggn, example_gradients, params_of
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
@@ -222,31 +220,26 @@ WHOLE = {
 @pytest.mark.parametrize("kind", WHOLE)
 def test_all_that_was_trained_is_covered(saved, tmp_path, kind):
     """PEFT's folders: values, predictions and gradients are those of the network in training."""
-    folder, pipeline = saved(pipelines.stable_diffusion)
-    wrapped = trained_folder(pipeline.unet, tmp_path / "lora", WHOLE[kind]).double()
-    options = {"pipeline": folder / "pipeline", "quiet": True, "dtype": "float64"}
-    options |= {"lora": [str(tmp_path / "lora")]}
-    network = load_network(options_of("fit", **options))
-    model = network.objective.model
-    inner = wrapped.base_model.model
+    pipeline, parts = doubled(saved, pipelines.stable_diffusion)
+    inner = trained_folder(parts["unet"], tmp_path / "lora", WHOLE[kind]).double().base_model.model
+    found = load_adapters([str(tmp_path / "lora")], parts, pipeline)
+    objective = DenoisingObjective.from_pipeline(pipeline, sample_latents=False)
+    model = objective.model
+    names, own = names_in(model, parts, found), dict(model.named_parameters())
     trained = {name: p for name, p in inner.named_parameters() if p.requires_grad}
-    assert set(network.params) == set(trained)
-    own = dict(model.named_parameters())
-    for name, p in trained.items():
-        assert torch.equal(own[name], p)
-    images_with_prompts(tmp_path / "train")
-    data = open_images(tmp_path / "train", network.form(None), network.condition)
-    regression = NoisedRegression(network.objective, data, 2)
+    assert set(names) == set(trained)
+    assert all(torch.equal(own[name], p) for name, p in trained.items())
+    regression = NoisedRegression(objective, pipelines.data_for(pipelines.stable_diffusion), 2)
     batch = next(regression.batches())
-    ours = network.objective.predict(batch)
-    network.objective.model = inner
-    assert torch.equal(network.objective.predict(batch), ours)
-    network.objective.model = model
+    ours = objective.predict(batch)
+    objective.model = inner
+    assert torch.equal(objective.predict(batch), ours)
+    objective.model = model
     if kind in ("magnitudes", "products"):
-        params = params_of(model, network.params)
-        J = ExampleGradientLinearOperator(regression, network.params)
+        params = params_of(model, names)
+        J = ExampleGradientLinearOperator(regression, names)
         assert_close(J.rows(), example_gradients(regression, params), 1e-8)
-        EK = DiffusionEKFACLinearOperator(regression, network.params, fisher_type="empirical")
+        EK = DiffusionEKFACLinearOperator(regression, names, fisher_type="empirical")
         assert_close(EK.trace(), dense_loss_ggn(regression, params).trace(), 1e-8)
 
 

@@ -20,7 +20,7 @@ from curvlinops_diffusion.layers.coverage import cover
 from curvlinops_diffusion.loading.adapters import load_adapters, names_in
 from tests.comparisons import assert_close
 from tests.diffusion import test_pipelines as pipelines
-from tests.loading.cases import again, lora, lora_names, trained, write
+from tests.loading.cases import again, doubled, lora, lora_names, trained, write
 from tests.reference import dense_loss_ggn, example_gradients, params_of
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -133,13 +133,6 @@ def acts_as(layer, weight):
         x = random(3, inner.in_channels, 6, 6)
         expected = functional.conv2d(x, weight, inner.bias, inner.stride, inner.padding)
     assert_close(layer(x).detach(), expected.detach(), 1e-10)
-
-
-def doubled(saved, make):
-    pipeline, parts = again(saved, make)
-    for module in parts.values():
-        module.double()
-    return pipeline, parts
 
 
 @pytest.mark.parametrize("along", [None, 0, 1])
