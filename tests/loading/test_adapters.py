@@ -125,9 +125,7 @@ def test_a_lora_of_convolutions_by_diffusers_scripts(tmp_path):
     inject_adapter_in_model(lora(target_modules=[*TARGETS, "conv1"]), pipeline.unet)
     trained(pipeline.unet)
     weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
-    assert {end for key in weights for end in ("lora_A.w", "down.w") if end in key} == {
-        *("lora_A.w", "down.w")
-    }
+    assert all(any(end in key for key in weights) for end in ("lora_A.weight", "down.weight"))
     StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", weights)
     found = load_adapters([str(tmp_path / "lora")], networks_of(base), base)
     assert found["unet"] == lora_names(base.unet)
