@@ -224,7 +224,7 @@ def test_all_that_was_trained_is_covered(saved, tmp_path, kind):
     inner = trained_folder(parts["unet"], tmp_path / "lora", WHOLE[kind]).double().base_model.model
     found = load_adapters([str(tmp_path / "lora")], parts, pipeline)
     objective = DenoisingObjective.from_pipeline(pipeline, sample_latents=False)
-    model = objective.model
+    model = objective.model.eval()  # which the program does
     names, own = names_in(model, parts, found), dict(model.named_parameters())
     trained = {name: p for name, p in inner.named_parameters() if p.requires_grad}
     assert set(names) == set(trained)
