@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from curvlinops_diffusion.curvature.division import where_they_fit
-from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
-from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
+from curvlinops_diffusion.curvature.kfac import (
+    DiffusionEKFACLinearOperator,
+    DiffusionKFACLinearOperator,
+)
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.storage import load_blocks

@@ -29,8 +29,8 @@ from curvlinops_diffusion.runtime.precision import matmuls_in_tf32
 from curvlinops_diffusion.runtime.processes import ALONE, lost_processes_named
 from curvlinops_diffusion.runtime.sums import Running, Sums
 
-#: Called with a layer, the batch's examples, and the layer's inputs and gradients, call by call.
-Consume = Callable[[Layer, Sequence[int], list[Tensor], list[Tensor]], None]
+#: Called with a layer, its inputs and gradients, call by call, and the number of examples.
+Consume = Callable[[Layer, list[Tensor], list[Tensor], int], None]
 
 
 def loss_vectors(
@@ -233,21 +233,16 @@ def run_on_gradients(
     sums: Sums,
 ) -> None:
     """Run every draw and loss vector, and reduce what the layers of Kronecker form saw to sums."""
-    indices: Sequence[int] = ()
 
-    class Indexed(WholeLayers):
-        def start(self, batch: NoisedBatch) -> None:
-            nonlocal indices
-            indices = batch.indices
-
-    def on_layer(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
-        if layer.name in plan.by_layer:
-            consume(layer, indices, xs, gs)
+    class Reduced(WholeLayers):
+        def whole(self, layer: Layer, xs: list[Tensor], gs: list[Tensor], N: int) -> None:
+            if layer.name in plan.by_layer:
+                consume(layer, xs, gs, N)
 
     layers = plan.beside or [own[0].layer for own in plan.by_layer.values()]
     if plan.holders is not None:
         # of exact blocks no gradients of single examples are wanted
         factored = {layer.name for layer in layers if not isinstance(layer.kind, ExactKind)}
         plan = replace(plan, holders=plan.holders.restricted(factored))
-    observer = Indexed(on_layer, regression.objective.working_dtype)
+    observer = Reduced(regression.objective.working_dtype)
     run_observed(name, regression, plan, passes, layers, observer, sums)

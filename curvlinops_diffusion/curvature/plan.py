@@ -6,27 +6,27 @@ cost. Below it nothing asks again how a layer's parameters fall into blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from curvlinops_diffusion.curvature.exact_blocks import ExactBlock
 from curvlinops_diffusion.curvature.options import KFACOptions
-from curvlinops_diffusion.layers.coverage import Coverage
+from curvlinops_diffusion.diffusion.regression import NoisedRegression, check_regression
+from curvlinops_diffusion.layers.coverage import Coverage, covered_parameters
 from curvlinops_diffusion.layers.kind import ExactKind
 from curvlinops_diffusion.layers.layer import Layer, Part
+from curvlinops_diffusion.layers.probe import probed
 from curvlinops_diffusion.linalg.blocks import Block, EigenBlock
+from curvlinops_diffusion.linalg.parameters import Parameters
 from curvlinops_diffusion.linalg.placement import PlacedBlock, in_order
+from curvlinops_diffusion.linalg.storage import versions
 from curvlinops_diffusion.runtime.processes import Processes
 from curvlinops_diffusion.runtime.sharded_networks import device_of
-
-#: Makes a factor of zeros: not held while there are sums in its place.
-Zeros = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,23 @@ class BlockPlan:
         beside = () if holders is None else self.coverage.layers
         return BlockPlan(coverage, self.options, parts, exact, beside, holders)
 
+    def info(self, regression: NoisedRegression) -> dict[str, Any]:
+        """Describe an operator that was fitted, for the header of its file."""
+        coverage, rounding = self.coverage, set(self.coverage.rounding)
+        if not self.options.exact_bias:  # the block of a bias is then the factor of its weight
+            mixed = [layer for layer in coverage.layers if not {*layer.params} <= rounding]
+            rounding -= {name for layer in mixed for name in layer.params}
+        names = [name for name in coverage.params if name in rounding]
+        return {
+            "options": self.options.as_dict(),
+            "regression": regression.description,
+            "data": regression.data_identity(),
+            "left_out": coverage.left_out,
+            "others": coverage.others,
+            "versions": versions(),
+            **({"rounding": names} if names else {}),
+        }
+
     @property
     def settings(self) -> dict[str, Any]:
         """Describe the plan for a model as plain values, for checkpoints."""
@@ -140,31 +157,6 @@ class BlockPlan:
     def with_inputs(self) -> dict[str, Part]:
         """The block of each layer that has an input factor, by the name of the layer."""
         return {part.layer.name: part for part in self.parts if not part.is_bias}
-
-    def input_zeros(self, dtype: torch.dtype) -> dict[str, Zeros]:
-        """Input factors ``[*g, I, I]``, or ``[I]`` for diagonal ones, of zeros, by their key."""
-        zeros: dict[str, Zeros] = {}
-        for part in self.with_inputs.values():
-            *groups, _, I = part.shape
-            shape = (I,) if part.kind.one_hot else (*groups, I, I)
-            zeros[part.input_key] = partial(part.new_zeros, dtype, *shape)
-        return zeros
-
-    def output_zeros(self, dtype: torch.dtype) -> dict[str, Zeros]:
-        """Output factors ``[*g, O, O]`` of zeros, by their key."""
-        return {
-            part.output_key: partial(part.new_zeros, dtype, *part.shape[:-1], part.shape[-2])
-            for part in self.parts
-        }
-
-    def exact_zeros(self, dtype: torch.dtype) -> dict[str, Zeros]:
-        """Exact blocks ``[n, n]``, or their diagonals ``[n]``, of zeros, by their key."""
-
-        def zeros(block: ExactBlock) -> Tensor:
-            device = device_of(self.coverage.params[block.params[0]])
-            return torch.zeros(block.moment_shape, dtype=dtype, device=device)
-
-        return {block.key: partial(zeros, block) for block in self.exact}
 
     def factor_sizes(self) -> list[int]:
         """The rows of every factor that is decomposed, one entry for each group."""
@@ -221,7 +213,7 @@ def _factor_sizes(parts: Iterable[Part]) -> list[int]:
         *groups, O, I = part.shape
         sizes[part.output_key, "output"] = [O] * prod(groups)
         if not part.kind.one_hot and not part.is_bias:
-            sizes[part.input_key, "input"] = [I] * prod(groups)
+            sizes[part.key, "input"] = [I] * prod(groups)
     return [size for own in sizes.values() for size in own]
 
 
@@ -245,3 +237,15 @@ def _exact_block(
     is_bias = layer is not None and not isinstance(layer.kind, ExactKind)
     dense = is_bias or sum(map(prod, shapes)) <= max_dense
     return ExactBlock(key, names, shapes, dense, layer)
+
+
+def prepare(regression: NoisedRegression, params: Parameters, options: KFACOptions) -> BlockPlan:
+    """Choose the blocks, and try the network out, which is not repeated while nothing has changed.
+
+    Raises:
+        ValueError: If a parameter cannot be covered, or the network is not what derivatives assume;
+            see :mod:`~curvlinops_diffusion.layers.probe`.
+    """
+    check_regression(regression)
+    coverage = covered_parameters(regression.objective.model, params, options.has_gradients)
+    return BlockPlan.of(probed(regression, coverage, options.has_gradients), options)

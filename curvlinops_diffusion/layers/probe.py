@@ -12,9 +12,10 @@ Findings are kept with the problem, by what they depend on, and shared by its co
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 from warnings import warn
 
 import torch
@@ -346,95 +347,98 @@ def _compared(
     names: Sequence[str] = (),
 ) -> _Gradients:
     """Compare gradients that hooks see with true ones; find those of ``names`` that vanish."""
-    own = dict.fromkeys([*names, *(name for layer in layers for name in layer.params)])
+    seen_by_hooks = [name for layer in layers for name in layer.params]
 
     def look() -> _Gradients:
+        own = dict.fromkeys([*names, *seen_by_hooks])
         true = _true_gradients(objective, own, batch, _weighted_loss(batch))
-        reasons, cancelled = _seen_otherwise(objective, layers, batch, true) if layers else ({}, [])
+        found = _Comparison(objective, batch, {name: true[name] for name in seen_by_hooks})
+        if layers:
+            with observed(objective, layers, found) as network:
+                network.run(batch, one_vector(batch.loss_gradient))
+        reasons = found.reasons(layers)
         if not names:
             return _Gradients(reasons)
         noise = _noise(objective, batch, true)
-        rounding = tuple(name for name in own if name in noise or name in cancelled)
+        rounding = tuple(name for name in own if name in noise or name in found.cancelled)
         return _Gradients(reasons, tuple(zeros_of(true)), rounding)
 
     return settled(look, objective.device)
 
 
-def _seen_otherwise(
-    objective: DenoisingObjective,
-    layers: Sequence[Layer],
-    batch: NoisedBatch,
-    gradients: Mapping[str, Tensor | None],
-) -> tuple[dict[str, str], list[str]]:
-    """Find parameters of which hooks see other gradients, and biases of which all terms cancel."""
-    N, dtype = len(batch.indices), objective.working_dtype
-    sharded = is_sharded(objective.model)
-    share_B = _shares(batch, dtype)
-    shapes: dict[str, str] = {}
-    # of all layers, read together at the end: a GPU would be waited for at each
-    not_finite: list[tuple[Layer, int, Tensor]] = []
-    compared: dict[str, Tensor] = {}
-    sizes: dict[str, Tensor] = {}
-    counts: dict[str, float] = {}
+class _Comparison(WholeLayers):
+    """Finds parameters of which hooks see other gradients, and biases of which all terms cancel."""
 
-    def compare(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
-        not_finite.extend((layer, g.numel(), (~g.isfinite()).sum()) for g in gs)
-        largest = torch.stack([g.abs().max() for g in gs]).max()
-        largest = scale = torch.where(largest == 0, 1, largest)  # or norms overflow
-        terms = torch.cat([g.flatten() / largest for g in gs]).norm()
-        for name, rows in layer.example_gradients(xs, gs, N).items():
-            seen, gradient = torch.tensordot(share_B, rows, 1), gradients[name]
-            truth = torch.zeros_like(seen) if gradient is None else full_tensor(gradient).to(dtype)
-            # the terms of a gradient may cancel, so errors are measured against the terms
-            allowed = objective.rounding**0.5 * terms * _input_norm(layer, name, xs, gs)
-            if sharded:  # others have other examples, and the true gradient is of all
-                seen, largest = mean_over_processes(seen), torch.ones_like(scale)
-                allowed = mean_over_processes(allowed * scale)
-            difference = ((seen - truth) / largest).norm()
-            compared[name] = torch.stack([difference, allowed, largest])
-            if name == layer.bias and isinstance(layer.kind, SharingKind) and not sharded:
-                sizes[name] = torch.stack([(truth / largest).norm(), terms])
-                counts[name] = sum(g.numel() for g in gs) / len(truth.flatten())
+    def __init__(
+        self,
+        objective: DenoisingObjective,
+        batch: NoisedBatch,
+        gradients: Mapping[str, Tensor | None],
+    ):
+        super().__init__(objective.working_dtype)
+        self._objective = objective
+        self._true = gradients
+        self._shares_B = _shares(batch, objective.working_dtype)
+        norms = _norms(gradients)
+        # a gradient that vanishes, as of what a later norm subtracts, arrives as rounding noise
+        self._noise = 10 * objective.rounding * max(norms.values(), default=0.0)
+        self._wrong = set(norms)  # until they are seen
+        self._shapes: dict[str, str] = {}
+        self._not_finite: list[tuple[str, int, int]] = []
+        self.cancelled: set[str] = set()
 
-    def unreadable(layer: Layer, shape: torch.Size) -> None:
-        shapes[layer.name] = (
-            f"its layer was given an input of shape {tuple(shape)} for a batch of {N}, whose "
-            "first axis does not hold the examples"
+    def unreadable(self, layer: Layer, shape: torch.Size, batch_size: int) -> None:
+        """Remember the reason."""
+        self._shapes[layer.name] = (
+            f"its layer was given an input of shape {tuple(shape)} for a batch of {batch_size}, "
+            "whose first axis does not hold the examples"
         )
 
-    whole = WholeLayers(compare, dtype)
-    with observed(objective, layers, whole, unreadable=unreadable) as network:
-        network.run(batch, one_vector(batch.loss_gradient))
-    found = torch.stack([count for *_, count in not_finite]).tolist() if not_finite else []
-    for (layer, entries, _), count in zip(not_finite, found, strict=True):
-        what = f"The gradient in the output of the layer of '{layer.params[0]}'"
-        check_finite_count(what, count, entries)
-    true = _norms({name: gradients[name] for layer in layers for name in layer.params})
-    # a gradient that vanishes, as of what a later norm subtracts, arrives as rounding noise
-    noise = 10 * objective.rounding * max(true.values(), default=0.0)
-    wrong = true.keys() - compared.keys()
-    rows = torch.stack(list(compared.values())).tolist() if compared else []
-    for name, (difference, allowed, largest) in zip(compared, rows, strict=True):
-        if not (difference <= allowed or difference * largest <= noise):
-            wrong.add(name)
-    rounded = torch.stack(list(sizes.values())).tolist() if sizes else []
-    cancelled = [
-        name
-        for name, (gradient, terms) in zip(sizes, rounded, strict=True)
-        if 0 < gradient <= _rounding_of_sum(objective, counts[name]) * terms
-    ]
-    reason = (
-        "its layer's inputs and outputs do not give its gradient (it is used outside the layer's "
-        "call, the layer computes more than its type says, or the first axis does not hold one "
-        f"example after the other); they differ by more than {objective.autocast or dtype} rounds"
-    )
-    reasons = {
-        name: shapes.get(layer.name, reason)
-        for layer in layers
-        for name in layer.params
-        if layer.name in shapes or wrong & set(layer.params)
-    }
-    return reasons, cancelled
+    def whole(self, layer: Layer, xs: list[Tensor], gs: list[Tensor], N: int) -> None:
+        """Compare the gradients of a layer's parameters."""
+        objective, sharded = self._objective, is_sharded(self._objective.model)
+        for g in gs:
+            what = f"The gradient in the output of the layer of '{layer.params[0]}'"
+            self._not_finite.append((what, int((~g.isfinite()).sum()), g.numel()))
+        largest = torch.stack([g.abs().max() for g in gs]).max()
+        largest = torch.where(largest == 0, 1, largest)  # or norms overflow
+        terms = torch.cat([g.flatten() / largest for g in gs]).norm()
+        for name, rows in layer.example_gradients(xs, gs, N).items():
+            seen, gradient = torch.tensordot(self._shares_B, rows, 1), self._true[name]
+            truth = torch.zeros_like(seen) if gradient is None else full_tensor(gradient).to(seen)
+            # the terms of a gradient may cancel, so errors are measured against the terms
+            allowed = objective.rounding**0.5 * terms * _input_norm(layer, name, xs, gs)
+            unit = largest
+            if sharded:  # others have other examples, and the true gradient is of all
+                seen, unit = mean_over_processes(seen), torch.ones_like(largest)
+                allowed = mean_over_processes(allowed * largest)
+            numbers = [((seen - truth) / unit).norm(), allowed, unit, (truth / unit).norm(), terms]
+            error, most, scale, size, of_terms = torch.stack(numbers).tolist()
+            if error <= most or error * scale <= self._noise:
+                self._wrong.discard(name)
+            else:
+                self._wrong.add(name)
+            if name == layer.bias and isinstance(layer.kind, SharingKind) and not sharded:
+                count = sum(g.numel() for g in gs) / truth.numel()
+                if 0 < size <= _rounding_of_sum(objective, count) * of_terms:
+                    self.cancelled.add(name)
+
+    def reasons(self, layers: Sequence[Layer]) -> dict[str, str]:
+        """The parameters of layers whose gradients hooks do not see, with reasons."""
+        for finding in self._not_finite:
+            check_finite_count(*finding)
+        rounding = self._objective.autocast or self._objective.working_dtype
+        reason = (
+            "its layer's inputs and outputs do not give its gradient (it is used outside the "
+            "layer's call, the layer computes more than its type says, or the first axis does not "
+            f"hold one example after the other); they differ by more than {rounding} rounds"
+        )
+        return {
+            name: self._shapes.get(layer.name, reason)
+            for layer in layers
+            for name in layer.params
+            if layer.name in self._shapes or self._wrong & set(layer.params)
+        }
 
 
 def _input_norm(
@@ -584,16 +588,15 @@ def _listed(names: Collection[str]) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Calls:
+class Calls(NamedTuple):
     """The calls of a layer in one forward pass.
 
     Attributes:
-        count: How many there are; calls under ``torch.no_grad()`` do not count.
+        number: How many there are; calls under ``torch.no_grad()`` do not count.
         differentiated: The numbers of those that the prediction depends on.
     """
 
-    count: int
+    number: int
     differentiated: tuple[int, ...]
 
 
@@ -601,16 +604,16 @@ class CallCounter(Observer):
     """Counts the calls of each layer, and the gradients of their outputs in a backward pass."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
+        self._numbers: Counter[str] = Counter()
         self._differentiated: dict[str, set[int]] = {}
 
     def start(self, batch: NoisedBatch) -> None:
         """Begin anew."""
-        self._counts, self._differentiated = {}, {}
+        self._numbers, self._differentiated = Counter(), {}
 
     def input(self, layer: Layer, x: Tensor) -> None:
         """Count a call."""
-        self._counts[layer.name] = self._counts.get(layer.name, 0) + 1
+        self._numbers[layer.name] += 1
 
     def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:
         """Note that the prediction depends on a call."""
@@ -618,8 +621,7 @@ class CallCounter(Observer):
 
     def of(self, name: str) -> Calls:
         """The calls of a layer, once a backward pass is over."""
-        differentiated = tuple(sorted(self._differentiated.get(name, ())))
-        return Calls(self._counts.get(name, 0), differentiated)
+        return Calls(self._numbers[name], tuple(sorted(self._differentiated.get(name, ()))))
 
 
 def call_patterns(regression: NoisedRegression, layers: Sequence[Layer]) -> dict[str, Calls]:
@@ -633,6 +635,6 @@ def call_patterns(regression: NoisedRegression, layers: Sequence[Layer]) -> dict
                 network.run(batch, one_vector(batch.loss_gradient))
                 patterns.append({layer.name: counter.of(layer.name) for layer in layers})
         low, high = patterns
-        return {name: calls for name, calls in low.items() if high[name] == calls}
+        return dict(low.items() & high.items())
 
     return _once(regression, ("calls", *_kinds(layers), *_state(regression)), look)

@@ -91,8 +91,12 @@ def looped(regression, plan):
     kind, module = layer.kind, layer.module
     A, B, seen = 0.0, 0.0, []
     vectors = CheckedLossVectors(regression, plan.options)
-    consume = WholeLayers(lambda layer, xs, gs: seen.extend([xs, gs]), torch.float64)
-    with observed(regression.objective, plan.coverage.layers, consume) as network:
+
+    class Seen(WholeLayers):
+        def whole(self, layer, xs, gs, N):
+            seen.extend([xs, gs])
+
+    with observed(regression.objective, plan.coverage.layers, Seen(torch.float64)) as network:
         for batch in regression.batches():
             seen.clear()
             network.run(batch, vectors)
@@ -131,10 +135,10 @@ def test_as_a_plain_loop(name):
     found, plan = factors(regression, max_positions=MOST)
     A, B = looped(regression, plan)
     (part,) = (part for part in plan.parts if not part.is_bias)
-    assert_close(found.inputs[part.input_key], A, 1e-12)
+    assert_close(found.inputs[part.key], A, 1e-12)
     assert_close(found.outputs[part.output_key], B, 1e-12)
     whole, _ = factors(regression)
-    differs = relative_error(whole.inputs[part.input_key], A) > 1e-3
+    differs = relative_error(whole.inputs[part.key], A) > 1e-3
     assert differs == (name != "few positions")
 
 

@@ -93,12 +93,13 @@ def test_without_backward_passes(regression):
 def test_calls_are_brought_together(regression):
     seen = {}
 
-    def consume(layer, xs, gs):
-        seen.setdefault(layer.name, []).append((xs, gs))
+    class Seen(WholeLayers):
+        def whole(self, layer, xs, gs, N):
+            assert N == 2
+            seen.setdefault(layer.name, []).append((xs, gs))
 
-    whole = WholeLayers(consume, torch.float64)
     batch = next(regression.batches())
-    with observed(regression.objective, layers_of(regression), whole) as network:
+    with observed(regression.objective, layers_of(regression), Seen(torch.float64)) as network:
         network.run(batch, two_vectors)
     for name, vectors in seen.items():
         (xs, gs), (xs_again, gs_again) = vectors

@@ -1,6 +1,5 @@
 """Second moments of patches, by each of three ways, against patches that are cut out one by one."""
 
-from functools import partial
 from itertools import product
 
 import pytest
@@ -9,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.measure import Launches
-from curvlinops_diffusion.layers import convolution, correlations, moments, patch_moments
+from curvlinops_diffusion.layers import convolution, moments, patch_moments
 from curvlinops_diffusion.layers.convolution import (
     ConvolutionKind,
     patch_gradients,
@@ -17,10 +16,14 @@ from curvlinops_diffusion.layers.convolution import (
     patches,
     patches_at,
 )
-from curvlinops_diffusion.layers.correlations import ShiftedSums, SpectralSums
 from curvlinops_diffusion.layers.geometry import Convolution2d, Geometry
 from curvlinops_diffusion.layers.moments import LatestProduct, second_moment
-from curvlinops_diffusion.layers.patch_moments import PatchMoment, PatchSums
+from curvlinops_diffusion.layers.patch_moments import (
+    GatheredSums,
+    PatchMoment,
+    ShiftedSums,
+    SpectralSums,
+)
 from tests.comparisons import assert_close
 from tests.reference import shared_inputs
 
@@ -90,13 +93,13 @@ def summed(kind, module, x):
     """The second moment by one way, whatever is cheaper."""
     conv = Convolution2d.of(module)
     padded, _ = conv.padded(x)
-    sums = kind(geometry_of(module, x), padded)
+    sums = kind(conv, geometry_of(module, x), padded)
     sums.add(padded, 1.0)
     return sums.total()
 
 
 def by_patches(module, x):
-    return summed(partial(PatchSums, Convolution2d.of(module)), module, x)
+    return summed(GatheredSums, module, x)
 
 
 def moment_of(module, *parts, weight=1.0):
@@ -125,7 +128,7 @@ def assert_moments_equal_patches(module, x):
     assert torch.equal(patches_at(conv, x, index), a[torch.arange(2).unsqueeze(1), index])
     assert_close(patch_sum(conv, x), a.sum(1), 1e-12)
     truth = dense(module, x)
-    for way in (SpectralSums, ShiftedSums, partial(PatchSums, conv)):
+    for way in (SpectralSums, ShiftedSums, GatheredSums):
         assert_close(summed(way, module, x), truth, 1e-12)
     assert_close(moment_of(module, x[:1], x[1:]).total(), truth, 1e-12)
 
@@ -146,7 +149,7 @@ def test_moments_equal_patches(kernel):
 @pytest.mark.parametrize("kernel", [1, 3, (2, 4)], ids=lambda kernel: f"kernel {kernel}")
 def test_products_of_spectra(kernel, keep, monkeypatch):
     """Kept until the end where they take little memory, else transformed back at once."""
-    monkeypatch.setattr(correlations, "_MAX_PRODUCTS", keep)
+    monkeypatch.setattr(patch_moments, "_MAX_PRODUCTS", keep)
     for module, x in representatives(kernel)[::4]:
         assert_close(summed(SpectralSums, module, x), dense(module, x), 1e-12)
 
@@ -155,7 +158,7 @@ def test_products_of_spectra(kernel, keep, monkeypatch):
 @keep
 @kernels
 def test_every_geometry(kernel, keep, monkeypatch):
-    monkeypatch.setattr(correlations, "_MAX_PRODUCTS", keep)
+    monkeypatch.setattr(patch_moments, "_MAX_PRODUCTS", keep)
     count = 0
     for module, x in geometries(kernel):
         assert_moments_equal_patches(module, x)
@@ -227,8 +230,7 @@ def test_counted_multiplications():
     """A 3×3 convolution of stride 1 on 16×16 pixels: the figure of the description."""
     geometry = geometry_of(nn.Conv2d(1, 1, 3, padding=1), torch.zeros(1, 1, 16, 16))
     by_patches, spectral, shifted = (
-        sum(patch_moments.cost(own, 1, gpu=False) for own in kind.products(geometry))
-        for kind in (PatchSums, SpectralSums, ShiftedSums)
+        kind.cost(geometry, 1, gpu=False) for kind in (GatheredSums, SpectralSums, ShiftedSums)
     )
     assert 13.5 < by_patches / spectral < 14.5
     assert 4.75 < by_patches / shifted < 4.85
@@ -238,14 +240,14 @@ def test_counted_multiplications():
     ("device", "kernel", "channels", "size", "kind"),
     [
         ("cpu", 3, 2, 16, SpectralSums),
-        ("cpu", 1, 2, 16, PatchSums),
+        ("cpu", 1, 2, 16, GatheredSums),
         # as measured in single precision on a GPU for 256 and 128 channels; else it is counted
         ("cuda", 3, 256, 16, ShiftedSums),
-        ("cuda", 3, 128, 32, PatchSums),
-        ("cuda", 3, 64, 16, PatchSums),
+        ("cuda", 3, 128, 32, GatheredSums),
+        ("cuda", 3, 64, 16, GatheredSums),
         ("cuda", 3, 320, 64, ShiftedSums),
         ("cuda", 3, 1280, 8, ShiftedSums),
-        ("cuda", 1, 1280, 64, PatchSums),
+        ("cuda", 1, 1280, 64, GatheredSums),
     ],
 )
 def test_the_fastest_way_is_taken(device, kernel, channels, size, kind):
@@ -267,7 +269,7 @@ def test_sums_on_a_gpu(monkeypatch, channels):
     module = nn.Conv2d(channels, 2, 3, padding=1).double()
     x = torch.randn(3, channels, 16, 16, dtype=torch.float64)
     moment = moment_of(module, *x.split(2), weight=0.5)
-    assert way_of(moment) is (PatchSums if channels == 2 else ShiftedSums)
+    assert way_of(moment) is (GatheredSums if channels == 2 else ShiftedSums)
     assert_close(moment.total(), 0.5 * dense(module, x), 1e-12)
     again = PatchMoment(Convolution2d.of(module))
     again.restore(moment.tensors())
