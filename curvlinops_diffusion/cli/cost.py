@@ -117,7 +117,7 @@ def fit_cost(
     kfac, passes = KFACOptions(**options), attributor.passes
     regression = attributor.regression.with_draws(num_draws, antithetic=False)
     params = attributor.params
-    coverage = covered_parameters(regression.objective.model, params, kfac.has_gradients)
+    coverage = covered_parameters(regression.objective.model, params)
     plan = BlockPlan.of(coverage, kfac)
     samples, second = regression.num_samples, 0
     entries = plan.num_entries

@@ -65,7 +65,7 @@ class DiffusionKFACLinearOperator(BlockDiagonalLinearOperator):
     Attributes:
         blocks: The blocks.
         param_names: Names of the parameters covered, in order.
-        info: Options, draws, coverage (``left_out``: what is not covered, and why; ``others``: what
+        info: Options, draws, coverage (``others``: what
             has its gradients from automatic differentiation, and why; ``rounding``: parameters
             whose gradient is rounding errors alone, and their blocks with it).
 
@@ -133,8 +133,7 @@ class DiffusionEKFACLinearOperator(DiffusionKFACLinearOperator):
     Source: George et al., 2018, Section 3.1; Mlodozeniec et al., 2025, Section 2.3.
 
     Arguments, attributes and errors are those of
-    :class:`~curvlinops_diffusion.DiffusionKFACLinearOperator`, except that
-    ``fisher_type='forward-only'`` does not exist: it has no gradients.
+    :class:`~curvlinops_diffusion.DiffusionKFACLinearOperator`.
 
     Examples:
         >>> EK = DiffusionEKFACLinearOperator(train)
@@ -152,11 +151,6 @@ class DiffusionEKFACLinearOperator(DiffusionKFACLinearOperator):
         regression: NoisedRegression, plan: BlockPlan, passes: PassOptions
     ) -> dict[str, Block]:
         """Compute the blocks, by their key."""
-        if not plan.options.has_gradients:
-            raise ValueError(
-                "`fisher_type` must be 'mc', 'type-2' or 'empirical' for EK-FAC, which needs "
-                "gradients, got 'forward-only'. Or use DiffusionKFACLinearOperator."
-            )
         factors = fitted_factors(regression, plan, passes)
         input_bases, output_bases = _eigenbases(regression, factors, plan.options, passes)
         second = regression.with_draws(plan.options.num_eigenvalue_draws(regression))

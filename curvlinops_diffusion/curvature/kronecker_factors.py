@@ -26,7 +26,7 @@ from curvlinops_diffusion.layers.kind import at_positions
 from curvlinops_diffusion.layers.moments import LatestProduct, MomentSums, second_moment, summable
 from curvlinops_diffusion.layers.observation import Observer, Observers, in_precision
 from curvlinops_diffusion.layers.probe import CallCounter, Calls, call_patterns
-from curvlinops_diffusion.linalg.factors import Eigendecomposition, identity_like, trace
+from curvlinops_diffusion.linalg.factors import Eigendecomposition, trace
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 from curvlinops_diffusion.runtime.sums import CompositeSums, Sums
 
@@ -165,16 +165,12 @@ def kronecker_factors(
         CompositeSums({"inputs": inputs.running, "outputs": outputs.sums, "exact": exact.sums}),
     )
 
-    def mean(sums: Sums, key: str, shape: tuple[int, ...]) -> Tensor:
-        found = _mean(sums, key, regression, shape)
-        return found if plan.options.has_gradients else identity_like(found)
-
     by_block = exact.by_block()
     output_shapes = {part.output_key: part.output_shape for part in plan.parts}
     return KroneckerFactors(
         {part.key: inputs.mean(part, regression) for part in plan.with_inputs.values()},
-        {key: mean(outputs.sums, key, shape) for key, shape in output_shapes.items()},
-        {block.key: mean(by_block, block.key, block.moment_shape) for block in plan.exact},
+        {key: _mean(outputs.sums, key, regression, shape) for key, shape in output_shapes.items()},
+        {b.key: _mean(by_block, b.key, regression, b.moment_shape) for b in plan.exact},
     )
 
 
@@ -240,7 +236,6 @@ class _InputFactors(Observer):
         self._expand = plan.options.kfac_approx is not KFACApprox.REDUCE
         self._dtype = dtype
         self._calls = calls
-        self._backward = plan.options.has_gradients
         self._samples = samples
         self._counter = CallCounter()
         self._undecided = True  # until the batch's first backward pass is over
@@ -279,10 +274,6 @@ class _InputFactors(Observer):
             self._add(layer.name, range(len(held)))
 
     def predicted(self, batch: NoisedBatch, prediction_BD: Tensor) -> None:
-        if not self._backward:
-            for name, held in list(self._held.items()):
-                self._add(name, range(len(held)))
-            self._undecided = False
         self._forget()  # the backward pass needs none of it
 
     def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:

@@ -57,8 +57,6 @@ def loss_vectors(
                 yield batch.loss_hessian_root(unit_BD)
         case FisherType.EMPIRICAL:
             yield batch.loss_gradient(prediction_BD)
-        case FisherType.FORWARD_ONLY:
-            return
 
 
 class CheckedLossVectors:
@@ -209,7 +207,7 @@ def run_observed(
         observer = Observers([observer], matmuls_in_tf32)
     shared = SharedBatches(regression, plan.holders, observer)
     vectors, retried = CheckedLossVectors(regression, options), Retrial(regression, layers)
-    with observed(regression.objective, layers, shared, options.has_gradients) as network:
+    with observed(regression.objective, layers, shared) as network:
 
         def step(clean: CleanBatch) -> None:
             for batch in shared.noised_batches(clean):

@@ -131,7 +131,6 @@ class BlockPlan:
             "options": self.options.as_dict(),
             "regression": regression.description,
             "data": regression.data_identity(),
-            "left_out": coverage.left_out,
             "others": coverage.others,
             "versions": versions(),
             **({"rounding": names} if names else {}),
@@ -247,5 +246,5 @@ def prepare(regression: NoisedRegression, params: Parameters, options: KFACOptio
             see :mod:`~curvlinops_diffusion.layers.probe`.
     """
     check_regression(regression)
-    coverage = covered_parameters(regression.objective.model, params, options.has_gradients)
-    return BlockPlan.of(probed(regression, coverage, options.has_gradients), options)
+    coverage = covered_parameters(regression.objective.model, params)
+    return BlockPlan.of(probed(regression, coverage), options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from warnings import warn
 
 from torch import nn
 
@@ -57,7 +56,6 @@ class Coverage:
         layers: The layers of known kinds that hold them, in the model's order.
         others: The reasons why parameters are in none of these, by name. Their gradients are
             found by automatic differentiation, example by example.
-        left_out: Parameters that are not covered, each with the reason.
         rounding: Parameters whose gradient is rounding errors alone in a trial, so that their exact
             block is of the squares of these.
     """
@@ -65,7 +63,6 @@ class Coverage:
     params: dict[str, nn.Parameter]
     layers: tuple[Layer, ...]
     others: dict[str, str]
-    left_out: dict[str, str]
     rounding: tuple[str, ...] = ()
 
 
@@ -97,7 +94,7 @@ def cover(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> Coverage:
         else:
             weight, bias = (own.get(name) for name in (kind.weight_name, kind.bias_name))
             layers.append(Layer(module_name, module, kind, weight, bias))
-    return Coverage(dict(selected), tuple(layers), others, {})
+    return Coverage(dict(selected), tuple(layers), others)
 
 
 def _holders(model: nn.Module) -> dict[int, list[str]]:
@@ -129,46 +126,10 @@ def _kind_of_type(cls: type[Any]) -> LayerKind | None:
     return LAYER_KINDS.get(cls) or LAYER_KINDS.get(f"{cls.__module__}.{cls.__qualname__}")
 
 
-def covered_parameters(model: nn.Module, params: Parameters, gradients: bool = True) -> Coverage:
-    """Find how a user's choice of parameters is covered.
-
-    Args:
-        model: The model.
-        params: ``None`` for every parameter, or a choice of them.
-        gradients: Whether gradients are there to fill blocks with that have no Kronecker form.
-            Without, those parameters are left out, with a warning, or refused if they were chosen.
+def covered_parameters(model: nn.Module, params: Parameters) -> Coverage:
+    """Find how a user's choice of parameters is covered; ``None`` for every parameter.
 
     Raises:
-        ValueError: If a chosen parameter, or every parameter, cannot be covered.
+        ValueError: If the choice is not of the model's parameters, or empty.
     """
-    coverage = cover(model, select_parameters(model, params))
-    return coverage if gradients else _kronecker_only(model, coverage, params is not None)
-
-
-def _kronecker_only(model: nn.Module, coverage: Coverage, chosen: bool) -> Coverage:
-    left_out = dict(coverage.others)
-    layers = []
-    for layer in coverage.layers:
-        if layer.parts(separate=True, exact_bias=False):
-            layers.append(layer)
-            continue
-        reason = f"the block of a {type(layer.module).__name__} has no Kronecker form"
-        left_out |= dict.fromkeys(layer.params, reason)
-    if not left_out:
-        return coverage
-    why = "fisher_type='forward-only' computes no gradients, which this block is made of"
-    if chosen or len(left_out) == len(coverage.params):
-        name, reason = next(iter(left_out.items()))
-        raise ValueError(
-            f"{len(left_out)} of the parameters cannot be covered, the first being '{name}' "
-            f"({reason}): {why}. Leave them out of params, or pass another fisher_type."
-        )
-    own = dict(model.named_parameters())
-    entries, total = (sum(own[name].numel() for name in names) for names in (left_out, own))
-    warn(
-        f"{len(left_out)} parameters with {entries:,} of {total:,} entries ({entries / total:.2%}) "
-        f"are left out: {why}. {', '.join(left_out)}.",
-        stacklevel=5,
-    )
-    params = {name: p for name, p in coverage.params.items() if name not in left_out}
-    return Coverage(params, tuple(layers), {}, left_out)
+    return cover(model, select_parameters(model, params))

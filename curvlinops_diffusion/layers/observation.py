@@ -103,7 +103,6 @@ def observed(
     objective: DenoisingObjective,
     layers: Sequence[Layer],
     observer: Observer,
-    backward: bool = True,
 ) -> Iterator[ObservedPass]:
     """Attach an observer to layers; hooks are removed on leaving, also after an exception.
 
@@ -111,9 +110,8 @@ def observed(
         objective: Supplies the network.
         layers: The layers to observe.
         observer: Sees what they see.
-        backward: Whether there are backward passes.
     """
-    network = ObservedPass(objective, observer, backward)
+    network = ObservedPass(objective, observer)
     handles = []
     try:
         for layer in layers:
@@ -129,10 +127,9 @@ def observed(
 class ObservedPass:
     """Runs batches through a network whose layers are observed; made by :func:`observed`."""
 
-    def __init__(self, objective: DenoisingObjective, observer: Observer, backward: bool):
+    def __init__(self, objective: DenoisingObjective, observer: Observer):
         self._objective = objective
         self._observer = observer
-        self._backward = backward
         self._sources: list[Tensor] = []  # where the graph begins: backward passes go no further
         self._calls: dict[str, int] = {}
         self._latest: tuple[Tensor, int, Tensor] | None = None
@@ -198,15 +195,11 @@ class ObservedPass:
             def report(g: Tensor) -> None:
                 observer.gradient(layer, call, g.detach(), self._calls[layer.name])
 
-        elif self._backward:  # no matter if no gradient comes
+        else:  # no matter if no gradient comes
 
             def report(g: Tensor) -> None:
                 observer.unreadable(layer, shape, batch_size)
 
-        else:
-            observer.unreadable(layer, shape, batch_size)
-        if not self._backward:
-            return None
         replaced = None
         if not output.requires_grad:
             output, replaced = _start_of_graph(output)

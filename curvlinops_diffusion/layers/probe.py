@@ -139,7 +139,7 @@ def _kinds(layers: Sequence[Layer]) -> tuple[Hashable, ...]:
     return tuple((layer.name, layer.kind) for layer in layers)
 
 
-def probed(regression: NoisedRegression, coverage: Coverage, gradients: bool = True) -> Coverage:
+def probed(regression: NoisedRegression, coverage: Coverage) -> Coverage:
     """Try out what hooks see of each layer, and whether the parameters have an effect.
 
     Once for each choice of parameters, kinds of layers, and the network's weights, modes and
@@ -148,7 +148,6 @@ def probed(regression: NoisedRegression, coverage: Coverage, gradients: bool = T
     Args:
         regression: Objective, data and draws.
         coverage: The parameters, and the layers that hold them.
-        gradients: Whether other gradients than those that hooks see are of use.
 
     Returns:
         The same coverage, but for layers of which hooks see something else than the gradients of
@@ -156,8 +155,8 @@ def probed(regression: NoisedRegression, coverage: Coverage, gradients: bool = T
         rounding errors alone are listed.
 
     Raises:
-        ValueError: As :func:`check_network` and :func:`check_effect`; if a gradient is not finite;
-            or, without ``gradients``, if there is such a layer.
+        ValueError: As :func:`check_network` and :func:`check_effect`, or if a gradient is not
+            finite.
     """
     layers, state = coverage.layers, _state(regression)
     names = [name for name, p in coverage.params.items() if p.numel() > 0]
@@ -170,13 +169,6 @@ def probed(regression: NoisedRegression, coverage: Coverage, gradients: bool = T
     found = _once(regression, ("gradients", *coverage.params, *_kinds(layers), *state), look)
     coverage = replace(coverage, rounding=found.rounding)
     reasons = found.reasons
-    if reasons and not gradients:
-        name = min(reasons)
-        raise ValueError(
-            f"Hooks do not see the inputs of '{name}' ({len(reasons)} parameters in all): "
-            f"{reasons[name]}. Leave it out of params, or pass another fisher_type than "
-            "'forward-only', which computes no gradients."
-        )
     if reasons:
         entries = sum(coverage.params[name].numel() for name in reasons)
         some = "; ".join(f"'{name}': {reason}" for name, reason in list(reasons.items())[:3])

@@ -35,7 +35,7 @@ def regression():
 
 @pytest.fixture(scope="module")
 def plan():
-    return BlockPlan.of(covered_parameters(tiny_unet(), None, True), KFACOptions())
+    return BlockPlan.of(covered_parameters(tiny_unet(), None), KFACOptions())
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_the_estimate_is_what_a_fit_takes(kind, width):
     """Of tensors, beside a training pass; what decompositions take for themselves comes to it."""
     unet = tiny_unet(block_out_channels=(width, 2 * width))
     regression = unet_regression(unet, count=4, num_draws=1, batch_size=2)
-    plan = BlockPlan.of(covered_parameters(unet, None, True), KFACOptions())
+    plan = BlockPlan.of(covered_parameters(unet, None), KFACOptions())
     kept = []
 
     def train():

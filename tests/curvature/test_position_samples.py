@@ -80,7 +80,7 @@ def problem(layer, shape, **options):
 
 def factors(regression, **options):
     plan = BlockPlan.of(
-        covered_parameters(regression.objective.model, None, True), KFACOptions(**options)
+        covered_parameters(regression.objective.model, None), KFACOptions(**options)
     )
     return kronecker_factors(regression, plan), plan
 
@@ -170,7 +170,7 @@ def test_layers_of_one_input_share_their_product():
     for name, p in regression.objective.model.named_parameters():
         if name.endswith("weight"):
             plan = BlockPlan.of(
-                covered_parameters(regression.objective.model, {name: p}, True),
+                covered_parameters(regression.objective.model, {name: p}),
                 KFACOptions(max_positions=MOST),
             )
             alone = kronecker_factors(regression, plan)

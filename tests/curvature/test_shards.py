@@ -253,7 +253,7 @@ def test_errors(tmp_path):
 def test_shards_are_balanced(number):
     regression = problem()
     options = KFACOptions()
-    coverage = covered_parameters(regression.objective.model, None, True)
+    coverage = covered_parameters(regression.objective.model, None)
     plan = BlockPlan.of(coverage, options)
     owners = shard_owners(plan, number)
     assert owners.keys() == coverage.params.keys()
