@@ -111,6 +111,6 @@ def check_same_objective(
 
 
 def is_of_same_images(info: Mapping[str, Any], regression: NoisedRegression) -> bool:
-    """Whether a saved operator was fitted to a regression's data, as far as it says."""
+    """Tell whether a saved operator was fitted to a regression's data, as far as it says."""
     fitted = (info.get("data") or {}).get("digest")
     return fitted is None or bool(fitted == regression.data_identity()["digest"])

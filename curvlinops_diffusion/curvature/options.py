@@ -121,7 +121,7 @@ class KFACOptions:
             )
 
     def rounds_products(self, device: torch.device) -> bool:
-        """Whether products of float32 numbers are rounded to TF32 on a device."""
+        """Tell whether products of float32 numbers are rounded to TF32 on a device."""
         return device.type == "cuda" and self.matmul_precision != "highest"
 
     def num_eigenvalue_draws(self, regression: NoisedRegression) -> int:

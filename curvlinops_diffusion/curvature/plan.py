@@ -50,7 +50,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Holders:
-    """Which process has the blocks of which layer.
+    """The processes that have the blocks of layers.
 
     Attributes:
         processes: The processes.
@@ -59,11 +59,6 @@ class Holders:
 
     processes: Processes
     of_layer: Mapping[str, int]
-
-    def restricted(self, names: Collection[str]) -> Holders:
-        """The holders of some layers alone."""
-        chosen = {name: rank for name, rank in self.of_layer.items() if name in names}
-        return Holders(self.processes, chosen)
 
 
 @dataclass(frozen=True)
@@ -96,15 +91,25 @@ class BlockPlan:
             for part in layer.parts(options.separate_weight_and_bias, options.exact_bias)
         ]
         inside = {name for part in parts for name in part.params}
-        exact = [
-            block
-            for layer in coverage.layers
-            for block in _exact_blocks_of(layer, inside, coverage, options.max_dense)
-        ]
-        exact += [
-            _exact_block(name, (name,), None, coverage, options.max_dense)
-            for name in coverage.others
-        ]
+        exact: list[ExactBlock] = []
+
+        def add_exact(key: str, names: tuple[str, ...], layer: Layer | None = None) -> None:
+            shapes = tuple(tuple(coverage.params[name].shape) for name in names)
+            # a bias' block is no larger than its layer's output factor
+            is_bias = layer is not None and not isinstance(layer.kind, ExactKind)
+            dense = is_bias or sum(map(prod, shapes)) <= options.max_dense
+            exact.append(ExactBlock(key, names, shapes, dense, layer))
+
+        for layer in coverage.layers:
+            names = tuple(name for name in layer.params if name not in inside)
+            if len({coverage.params[name].shape for name in names}) == len(names) == 2:
+                for name in names:  # of a kind whose parameters have no common rows
+                    add_exact(name, (name,), layer)
+            elif names:
+                kind = "norm" if isinstance(layer.kind, ExactKind) else "bias"
+                add_exact(layer.key(kind), names, layer)
+        for name in coverage.others:
+            add_exact(name, (name,))
         return cls(coverage, options, tuple(parts), tuple(exact))
 
     def restricted(self, names: Collection[str], holders: Holders | None = None) -> BlockPlan:
@@ -214,28 +219,6 @@ def _factor_sizes(parts: Iterable[Part]) -> list[int]:
         if not part.kind.one_hot and not part.is_bias:
             sizes[part.key, "input"] = [I] * prod(groups)
     return [size for own in sizes.values() for size in own]
-
-
-def _exact_blocks_of(
-    layer: Layer, inside: set[str], coverage: Coverage, max_dense: int
-) -> list[ExactBlock]:
-    """The exact blocks of a layer: what is in no block of Kronecker form."""
-    names = tuple(name for name in layer.params if name not in inside)
-    if len({coverage.params[name].shape for name in names}) == len(names) == 2:
-        # of a kind whose parameters have no common rows
-        return [_exact_block(name, (name,), layer, coverage, max_dense) for name in names]
-    key = layer.key("norm" if isinstance(layer.kind, ExactKind) else "bias")
-    return [_exact_block(key, names, layer, coverage, max_dense)] if names else []
-
-
-def _exact_block(
-    key: str, names: tuple[str, ...], layer: Layer | None, coverage: Coverage, max_dense: int
-) -> ExactBlock:
-    shapes = tuple(tuple(coverage.params[name].shape) for name in names)
-    # a bias' block is no larger than its layer's output factor
-    is_bias = layer is not None and not isinstance(layer.kind, ExactKind)
-    dense = is_bias or sum(map(prod, shapes)) <= max_dense
-    return ExactBlock(key, names, shapes, dense, layer)
 
 
 def prepare(regression: NoisedRegression, params: Parameters, options: KFACOptions) -> BlockPlan:

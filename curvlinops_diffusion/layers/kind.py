@@ -39,11 +39,11 @@ class LayerKind:
     bias_name = "bias"
 
     def unsupported(self, module: nn.Module) -> str:
-        """Why this module cannot be read that way; empty if it can."""
+        """Say why this module cannot be read that way; empty if it can."""
         return ""
 
     def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
-        """Whether examples can be distinguished along the first axis of this input."""
+        """Tell whether the first axis of this input distinguishes examples."""
         return x.ndim >= 2
 
 

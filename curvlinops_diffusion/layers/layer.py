@@ -134,12 +134,12 @@ class Part:
 
     @property
     def is_bias(self) -> bool:
-        """Whether there is no input: all are one."""
+        """True if there is no input: all are one."""
         return self.params == (self.layer.bias,)
 
     @property
     def joint(self) -> bool:
-        """Whether inputs are extended by a one, for the bias."""
+        """True if inputs are extended by a one, for the bias."""
         return len(self.params) > 1
 
     @property

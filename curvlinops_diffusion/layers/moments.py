@@ -21,12 +21,12 @@ _SUMS_IN_FLOAT32 = "dtype" in torch.ops.aten.bmm.overloads()  # in this version 
 
 
 def on_tensor_cores(z: Tensor) -> bool:
-    """Whether products of a tensor are computed where large ones cost far less than others."""
+    """Tell whether products are computed where large ones cost far less than others."""
     return z.device.type in TENSOR_CORES
 
 
 def stays_low(z: Tensor) -> bool:
-    """Whether products of a tensor are summed in more bits than it has itself."""
+    """Tell whether products of a tensor are summed in more bits than it has itself."""
     return z.is_cuda and z.dtype in _LOW and _SUMS_IN_FLOAT32
 
 

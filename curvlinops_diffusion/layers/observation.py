@@ -142,7 +142,7 @@ class ObservedPass:
         try:
             self._observer.start(batch)
             self._batch_size = len(batch.indices)
-            # also without a backward pass: what the network does under no_grad is told by it
+            # or what the network does under no_grad could not be distinguished
             with torch.enable_grad():
                 prediction_BD = self._objective.predict(batch)
             self._batch_size = 0

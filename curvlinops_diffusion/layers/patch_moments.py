@@ -243,7 +243,7 @@ class CorrelationSums(PatchSums):
                 self._begin((part, strip), C, C)
 
     def _num_kept(self, shifts: Sequence[int]) -> int:
-        """How many matrices ``[C, C]`` are kept: the correlations at each shift."""
+        """Count the matrices ``[C, C]`` that are kept: the correlations at each shift."""
         return len(shifts)
 
     def _correlations(self, part: Part, phases: tuple[int, int]) -> Tensor:
@@ -318,7 +318,7 @@ class SpectralSums(CorrelationSums):
 
     @staticmethod
     def products(geometry: Geometry) -> Sequence[Product]:
-        """Of each range of rows: for all frequencies, and for the strips."""
+        """Two for each range of rows: of all frequencies, and of the strips."""
         results = 3 * (geometry.columns.period // 2 + 1) * len(geometry.shifts)
         results += sum(stop - start for _, (start, stop) in geometry.column_parts)
         return [(stop - start, results, 1) for _, (start, stop) in geometry.row_parts]
@@ -402,7 +402,7 @@ class ShiftedSums(CorrelationSums):
 
     @staticmethod
     def products(geometry: Geometry) -> Sequence[Product]:
-        """Of each range of rows: at all shifts, and column by column of the strips."""
+        """Those at all shifts, and of each column of the strips, for each range of rows."""
         period, shifts = geometry.columns.period, geometry.shifts.values()
         strips = [len(own) for _, own in _strips_together(geometry) for _ in range(*own[0])]
         parts = [stop - start for _, (start, stop) in geometry.row_parts]

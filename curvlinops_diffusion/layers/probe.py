@@ -328,7 +328,7 @@ class _Gradients:
     rounding: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        """Whether there is something that rounding may have made."""
+        """True if there is something that rounding may have made."""
         return bool(self.reasons)
 
 

@@ -164,7 +164,7 @@ def check_trial(objective: DenoisingObjective, trial: Trial) -> None:
 
 
 def _equal(objective: DenoisingObjective, first_BD: Tensor, other_BD: Tensor) -> bool:
-    """Whether a prediction is the first but for rounding; so is one that is not finite."""
+    """Tell whether a prediction is the first but for rounding; so is one that is not finite."""
     if not (first_BD.isfinite().all() and other_BD.isfinite().all()):
         return True  # what names them comes later
     eps = objective.rounding
@@ -312,7 +312,7 @@ class _State:
         return [name for name, z in self._held().items() if differs(name, z)]
 
     def caches(self, changed: set[str]) -> set[str]:
-        """Those of changed buffers that are no part of the state, of modules in eval mode.
+        """Changed buffers that are no part of the state, of modules in eval mode.
 
         A table that grows with the longest input, or a counter, need not change the output.
         """
