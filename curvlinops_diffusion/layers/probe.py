@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from warnings import warn
 
 import torch
@@ -57,17 +57,12 @@ _SMALL = 1000
 # names of parameters in a message
 _SHOWN = 4
 
-Finding = TypeVar("Finding")
 
-
-def _once(
-    regression: NoisedRegression, key: tuple[Hashable, ...], look: Callable[[], Finding]
-) -> Finding:
+def _once(regression: NoisedRegression, key: tuple[Hashable, ...], look: Callable[[], Any]) -> Any:
     """Look once for each key, and return what was found."""
     if key not in regression.findings:
         regression.findings[key] = look()
-    found: Finding = regression.findings[key]
-    return found
+    return regression.findings[key]
 
 
 def trial_of(regression: NoisedRegression) -> Trial:
@@ -76,12 +71,12 @@ def trial_of(regression: NoisedRegression) -> Trial:
     Until the draws change, or the network is moved to another device or precision.
     """
     now = repr(regression.draws), regression.objective.device, regression.objective.dtype
-    before, trial = regression.findings.get(("trial",), (None, None))
+    before, found = regression.findings.get(("trial",), (None, None))
     if before != now:
-        trial = Trial.of(regression)
-        regression.findings["trial",] = now, trial
-    found: Trial = trial
-    return found
+        found = Trial.of(regression)
+        regression.findings["trial",] = now, found
+    trial: Trial = found
+    return trial
 
 
 def check_network(regression: NoisedRegression) -> None:
@@ -92,8 +87,7 @@ def check_network(regression: NoisedRegression) -> None:
             are made now cannot be differentiated.
     """
     check_modes()
-    key = ("network", _modes(regression))
-    if key not in regression.findings:
+    if ("network", _modes(regression)) not in regression.findings:
         _check_network_now(regression)
 
 
@@ -113,25 +107,23 @@ def _state(regression: NoisedRegression) -> tuple[Hashable, ...]:
 
 
 def _weights(regression: NoisedRegression) -> int:
-    """A number that differs if weights or settings do; alike on processes that share a network.
+    """A number that differs if weights or settings do; alike on processes that share a network."""
 
-    By their sums as well: optimisers and averages of weights write through ``.data``, too.
-    """
+    def sum_of(z: Tensor) -> Tensor:
+        z = torch.view_as_real(z) if z.is_complex() else z
+        z = z.view(torch.uint8) if z.dtype.itemsize == 1 else z  # not all of these have sums
+        return z.sum(dtype=torch.float32 if z.device.type == "mps" else torch.float64)
+
     model = regression.objective.model
+    # by sums as well: optimisers and averages of weights write through .data, too
     sums: dict[torch.device, list[Tensor]] = {}
     for z in (*model.parameters(), *model.buffers()):
         own = local_tensor(z.detach())
-        sums.setdefault(own.device, []).append(_sum_of(own))
+        sums.setdefault(own.device, []).append(sum_of(own))
     read = [torch.stack(several).tolist() for several in sums.values()]  # one wait for each device
     if is_sharded(model):  # of which each process has other parts
         return hash(tuple(Processes.of_all().all_gather(repr(read))))
     return hash(repr((change_marks(model), read)))
-
-
-def _sum_of(z: Tensor) -> Tensor:
-    z = torch.view_as_real(z) if z.is_complex() else z
-    z = z.view(torch.uint8) if z.dtype.itemsize == 1 else z  # not all of these have sums
-    return z.sum(dtype=torch.float32 if z.device.type == "mps" else torch.float64)
 
 
 def _kinds(layers: Sequence[Layer]) -> tuple[Hashable, ...]:
@@ -166,9 +158,9 @@ def probed(regression: NoisedRegression, coverage: Coverage) -> Coverage:
             _check_network_now(regression)
         return _compared(regression.objective, layers, trial_of(regression).few, names)
 
-    found = _once(regression, ("gradients", *coverage.params, *_kinds(layers), *state), look)
-    coverage = replace(coverage, rounding=found.rounding)
-    reasons = found.reasons
+    key = ("gradients", *coverage.params, *_kinds(layers), *state)
+    found: _Gradients = _once(regression, key, look)
+    coverage, reasons = replace(coverage, rounding=found.rounding), found.reasons
     if reasons:
         entries = sum(coverage.params[name].numel() for name in reasons)
         some = "; ".join(f"'{name}': {reason}" for name, reason in list(reasons.items())[:3])
@@ -228,10 +220,6 @@ class Retrial:
             )
 
 
-# ---------------------------------------------------------------------------------------------
-# Gradients by automatic differentiation alone
-# ---------------------------------------------------------------------------------------------
-
 #: Maps a prediction ``[B, D]`` to a number.
 Value = Callable[[Tensor], Tensor]
 
@@ -277,11 +265,9 @@ def _true_gradients(
 def _accumulated_gradients(
     value: Tensor, params: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor | None]:
-    """Gradients as a training step forms them; those that were there before are put back.
-
-    Of a network that is divided among processes, these get a part of the processes' mean each,
-    which is the gradient if all have the same value.
-    """
+    """Gradients as a training step forms them; those that were there before are put back."""
+    # of a network that is divided among processes, these get a part of the processes' mean each,
+    # which is the gradient if all have the same value
     before = {name: p.grad for name, p in params.items()}
     try:
         for p in params.values():
@@ -307,24 +293,14 @@ def _norms(tensors: Mapping[str, Tensor | None]) -> dict[str, float]:
     return dict(zip(found, norms, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------
-# Gradients that hooks see
-# ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Gradients:
-    """Findings of a comparison of gradients.
+    """Findings of a comparison of gradients."""
 
-    Attributes:
-        reasons: The parameters whose gradients hooks do not see, with reasons.
-        zero: Those whose gradient of the loss is zero.
-        rounding: Those of which it is rounding errors: biases of which it is a sum of terms that
-            are not, and any of which it is another at nearly the same inputs.
-    """
-
-    reasons: dict[str, str]
-    zero: tuple[str, ...] = ()
+    reasons: dict[str, str]  # why hooks do not see the gradients of these parameters
+    zero: tuple[str, ...] = ()  # whose gradient of the loss is zero
+    # biases of which it is a sum of terms that are not, and any of which it is another at nearly
+    # the same inputs
     rounding: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
@@ -449,22 +425,19 @@ def _rounding(objective: DenoisingObjective) -> float:
 
 
 def _rounding_of_sum(objective: DenoisingObjective, count: float) -> float:
-    """The most that rounding leaves of a vanishing sum of ``count`` terms, in units of their norm.
-
-    Terms are rounded one by one in the network's arithmetic. Those that a norm has made have lost a
-    mean, whose rounding is common to all of them and in the precision of sums.
-    """
+    """The most that rounding leaves of a vanishing sum of ``count`` terms, over their norm."""
+    # terms are rounded one by one in the network's arithmetic; those that a norm has made have lost
+    # a mean, whose rounding is common to all of them and in the precision of sums
     return 4 * _rounding(objective) + 16 * torch.finfo(objective.working_dtype).eps * count**0.5
 
 
 def _noise(
     objective: DenoisingObjective, batch: NoisedBatch, gradients: Mapping[str, Tensor | None]
 ) -> set[str]:
-    """The parameters whose gradient is another one where inputs differ by as much as rounding does.
-
-    Small gradients may be those of a branch that training has hardly begun, which hardly change, or
-    rounding errors, as of an embedding that is added to a channel before a norm subtracts its mean.
-    """
+    """Parameters whose gradient is another one where inputs differ by as much as rounding does."""
+    # small gradients may be those of a branch that training has hardly begun, which hardly change,
+    # or rounding errors, as of an embedding that is added to a channel before a norm subtracts its
+    # mean
     norms = _norms(gradients)
     small = _SMALL * _rounding(objective) * max(norms.values(), default=0.0)
     looked_at = [name for name, norm in norms.items() if 0 < norm <= small]
@@ -476,11 +449,6 @@ def _noise(
     pairs = {name: (gradients[name], g) for name, g in again.items()}
     changes = {n: a - b for n, (a, b) in pairs.items() if a is not None and b is not None}
     return {name for name, change in _norms(changes).items() if change > norms[name] / 2}
-
-
-# ---------------------------------------------------------------------------------------------
-# Effect
-# ---------------------------------------------------------------------------------------------
 
 
 def check_effect(
@@ -575,11 +543,6 @@ def _listed(names: Collection[str]) -> str:
     return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-# ---------------------------------------------------------------------------------------------
-# Calls
-# ---------------------------------------------------------------------------------------------
-
-
 class Calls(NamedTuple):
     """The calls of a layer in one forward pass.
 
@@ -629,4 +592,7 @@ def call_patterns(regression: NoisedRegression, layers: Sequence[Layer]) -> dict
         low, high = patterns
         return dict(low.items() & high.items())
 
-    return _once(regression, ("calls", *_kinds(layers), *_state(regression)), look)
+    found: dict[str, Calls] = _once(
+        regression, ("calls", *_kinds(layers), *_state(regression)), look
+    )
+    return found
