@@ -6,9 +6,11 @@ D entries of a prediction.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +26,14 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.layers import Layer, Part
 from curvlinops_diffusion.layers.kind import at_positions
 from curvlinops_diffusion.layers.moments import LatestProduct, MomentSums, second_moment, summable
-from curvlinops_diffusion.layers.observation import Observer, Observers, in_precision
-from curvlinops_diffusion.layers.probe import CallCounter, Calls, call_patterns
+from curvlinops_diffusion.layers.observation import (
+    Observer,
+    Observers,
+    in_precision,
+    observed,
+    one_vector,
+)
+from curvlinops_diffusion.layers.probe import once, state_of, trial_of
 from curvlinops_diffusion.linalg.factors import Eigendecomposition, trace
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 from curvlinops_diffusion.runtime.sums import CompositeSums, Sums
@@ -172,6 +180,59 @@ def kronecker_factors(
         {key: _mean(outputs.sums, key, regression, shape) for key, shape in output_shapes.items()},
         {b.key: _mean(by_block, b.key, regression, b.moment_shape) for b in plan.exact},
     )
+
+
+class Calls(NamedTuple):
+    """The calls of a layer in one forward pass.
+
+    Attributes:
+        number: How many there are; calls under ``torch.no_grad()`` do not count.
+        differentiated: The numbers of those that the prediction depends on.
+    """
+
+    number: int
+    differentiated: tuple[int, ...]
+
+
+class CallCounter(Observer):
+    """Counts the calls of each layer, and the gradients of their outputs in a backward pass."""
+
+    def __init__(self) -> None:
+        self._numbers: Counter[str] = Counter()
+        self._differentiated: dict[str, set[int]] = {}
+
+    def start(self, batch: NoisedBatch) -> None:
+        """Begin anew."""
+        self._numbers, self._differentiated = Counter(), {}
+
+    def input(self, layer: Layer, x: Tensor) -> None:
+        """Count a call."""
+        self._numbers[layer.name] += 1
+
+    def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:
+        """Note that the prediction depends on a call."""
+        self._differentiated.setdefault(layer.name, set()).add(call)
+
+    def of(self, name: str) -> Calls:
+        """The calls of a layer, once a backward pass is over."""
+        return Calls(self._numbers[name], tuple(sorted(self._differentiated.get(name, ()))))
+
+
+def call_patterns(regression: NoisedRegression, layers: Sequence[Layer]) -> dict[str, Calls]:
+    """The calls of each layer by name, where they are the same at a low and a high noise level."""
+
+    def look() -> dict[str, Calls]:
+        trial, counter = trial_of(regression), CallCounter()
+        patterns: list[dict[str, Calls]] = []
+        with observed(regression.objective, layers, counter) as network:
+            for batch in (trial.low, trial.high):
+                network.run(batch, one_vector(batch.loss_gradient))
+                patterns.append({layer.name: counter.of(layer.name) for layer in layers})
+        low, high = patterns
+        return dict(low.items() & high.items())
+
+    found: dict[str, Calls] = once(regression, ("calls", *state_of(regression, layers)), look)
+    return found
 
 
 class PositionSamples(Observer):

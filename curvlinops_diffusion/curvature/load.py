@@ -22,11 +22,20 @@ from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 from curvlinops_diffusion.runtime.sharded_networks import device_of
 
 # what of a regression's description curvature and gradients must share
-_OBJECTIVE = (
-    *("prediction_type", "reduction", "num_levels", "process", "weighting", "encoder"),
-    *("timesteps", "condition_dropout", "noise_offset", "input_perturbation", "augmentations"),
+_OBJECTIVE = [
+    "prediction_type",
+    "reduction",
+    "num_levels",
+    "process",
+    "weighting",
+    "encoder",
+    "timesteps",
+    "condition_dropout",
+    "noise_offset",
+    "input_perturbation",
+    "augmentations",
     "training_arguments",
-)
+]
 
 _KINDS: dict[str, type[BlockDiagonalLinearOperator]] = {
     cls.KIND: cls

@@ -210,7 +210,12 @@ def run_observed(
             retried(clean)
 
         run_pass(
-            *(name, regression, running, step, passes, plan.settings),
+            name,
+            regression,
+            running,
+            step,
+            passes,
+            plan.settings,
             together=shared.processes,
             on_batch=shared.begin,
         )

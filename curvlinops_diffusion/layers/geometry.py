@@ -171,11 +171,10 @@ class Geometry:
     def of(cls, conv: Convolution2d, x: Tensor, zeros: Padding) -> Geometry:
         """The geometry of a convolution on images of a size, and the zeros around them."""
         left, right, top, bottom = zeros
+        sizes, steps = x.shape[2:], (conv.kernel_size, conv.stride, conv.dilation)
         axes = []
         for size, before, after, K, s, d in zip(
-            *(x.shape[2:], (top, left), (bottom, right)),
-            *(conv.kernel_size, conv.stride, conv.dilation),
-            strict=True,
+            sizes, (top, left), (bottom, right), *steps, strict=True
         ):
             (outputs,) = output_sizes([size + before + after], [K], [s], [d])
             taps = tuple(divmod(k * d - before, s)[::-1] for k in range(K))

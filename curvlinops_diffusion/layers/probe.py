@@ -5,17 +5,16 @@ that gradients are finite; that the hooks of a layer see the gradients of its pa
 do if each is used in the layer's calls alone, the calls compute what the layer's type says, and the
 first axis of what they see holds one example after the other; that the prediction depends on the
 parameters, which may be those of an adapter that is fused, disabled, not active or of scale zero,
-or of a layer that is not used; and how often layers are called.
+or of a layer that is not used.
 
 Findings are kept with the problem, by what they depend on, and shared by its copies of other draws.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 from warnings import warn
 
 import torch
@@ -29,7 +28,6 @@ from curvlinops_diffusion.layers.coverage import Coverage
 from curvlinops_diffusion.layers.kind import SharingKind
 from curvlinops_diffusion.layers.layer import Layer
 from curvlinops_diffusion.layers.observation import (
-    Observer,
     WholeLayers,
     frozen,
     observed,
@@ -58,7 +56,7 @@ _SMALL = 1000
 _SHOWN = 4
 
 
-def _once(regression: NoisedRegression, key: tuple[Hashable, ...], look: Callable[[], Any]) -> Any:
+def once(regression: NoisedRegression, key: tuple[Hashable, ...], look: Callable[[], Any]) -> Any:
     """Look once for each key, and return what was found."""
     if key not in regression.findings:
         regression.findings[key] = look()
@@ -100,10 +98,12 @@ def _modes(regression: NoisedRegression) -> tuple[bool, ...]:
     return tuple(module.training for module in regression.objective.model.modules())
 
 
-def _state(regression: NoisedRegression) -> tuple[Hashable, ...]:
-    """The state that findings depend on: draws, modes, adapters and weights."""
+def state_of(regression: NoisedRegression, layers: Sequence[Layer]) -> tuple[Hashable, ...]:
+    """The state that findings depend on: layers, draws, modes, adapters and, last, weights."""
+    # users may register kinds meanwhile
+    kinds = [(layer.name, layer.kind) for layer in layers]
     adapters = adapter_states(regression.objective.model)
-    return (repr(regression.draws), _modes(regression), adapters, _weights(regression))
+    return (*kinds, repr(regression.draws), _modes(regression), adapters, _weights(regression))
 
 
 def _weights(regression: NoisedRegression) -> int:
@@ -126,11 +126,6 @@ def _weights(regression: NoisedRegression) -> int:
     return hash(repr((change_marks(model), read)))
 
 
-def _kinds(layers: Sequence[Layer]) -> tuple[Hashable, ...]:
-    """The layers, and what is taken to be known of each: users may register kinds meanwhile."""
-    return tuple((layer.name, layer.kind) for layer in layers)
-
-
 def probed(regression: NoisedRegression, coverage: Coverage) -> Coverage:
     """Try out what hooks see of each layer, and whether the parameters have an effect.
 
@@ -150,7 +145,7 @@ def probed(regression: NoisedRegression, coverage: Coverage) -> Coverage:
         ValueError: As :func:`check_network` and :func:`check_effect`, or if a gradient is not
             finite.
     """
-    layers, state = coverage.layers, _state(regression)
+    layers, state = coverage.layers, state_of(regression, coverage.layers)
     names = [name for name, p in coverage.params.items() if p.numel() > 0]
 
     def look() -> _Gradients:
@@ -158,8 +153,7 @@ def probed(regression: NoisedRegression, coverage: Coverage) -> Coverage:
             _check_network_now(regression)
         return _compared(regression.objective, layers, trial_of(regression).few, names)
 
-    key = ("gradients", *coverage.params, *_kinds(layers), *state)
-    found: _Gradients = _once(regression, key, look)
+    found: _Gradients = once(regression, ("gradients", *coverage.params, *state), look)
     coverage, reasons = replace(coverage, rounding=found.rounding), found.reasons
     if reasons:
         entries = sum(coverage.params[name].numel() for name in reasons)
@@ -493,7 +487,7 @@ def check_effect(
         if suspects:
             some = [name for name in names if name in set(suspects)]
             entries, total = (sum(params[name].numel() for name in own) for own in (some, names))
-            why = _each_once(without_part(model, some))
+            why = _eachonce(without_part(model, some))
             warn(
                 f"{len(some)} of {len(names)} parameters ({entries:,} of {total:,} entries) have "
                 f"no effect on the prediction of the first examples{why and f' ({why})'}, on which "
@@ -503,7 +497,7 @@ def check_effect(
             )
 
     if names:
-        _once(regression, ("effect", *params, *adapter_states(model)), look)
+        once(regression, ("effect", *params, *adapter_states(model)), look)
 
 
 def check_adapters(regression: NoisedRegression, names: Collection[str]) -> None:
@@ -519,11 +513,11 @@ def check_adapters(regression: NoisedRegression, names: Collection[str]) -> None
         if names and len(reasons) == len(names):
             raise ValueError(_without_effect(names, reasons))
 
-    _once(regression, ("adapters", *names, *adapter_states(model)), look)
+    once(regression, ("adapters", *names, *adapter_states(model)), look)
 
 
 def _without_effect(names: Collection[str], reasons: Mapping[str, str]) -> str:
-    why = _each_once(reasons) or (
+    why = _eachonce(reasons) or (
         "the network does not use them, detaches what they give, runs them under torch.no_grad(), "
         "or multiplies it by zero (a scale of adapters among its arguments, say, or a layer that "
         "was initialised at zero)"
@@ -534,65 +528,10 @@ def _without_effect(names: Collection[str], reasons: Mapping[str, str]) -> str:
     )
 
 
-def _each_once(reasons: Mapping[str, str]) -> str:
+def _eachonce(reasons: Mapping[str, str]) -> str:
     return "; ".join(dict.fromkeys(reasons.values()))
 
 
 def _listed(names: Collection[str]) -> str:
     shown = ", ".join(f"'{name}'" for name in list(names)[:_SHOWN])
     return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-
-
-class Calls(NamedTuple):
-    """The calls of a layer in one forward pass.
-
-    Attributes:
-        number: How many there are; calls under ``torch.no_grad()`` do not count.
-        differentiated: The numbers of those that the prediction depends on.
-    """
-
-    number: int
-    differentiated: tuple[int, ...]
-
-
-class CallCounter(Observer):
-    """Counts the calls of each layer, and the gradients of their outputs in a backward pass."""
-
-    def __init__(self) -> None:
-        self._numbers: Counter[str] = Counter()
-        self._differentiated: dict[str, set[int]] = {}
-
-    def start(self, batch: NoisedBatch) -> None:
-        """Begin anew."""
-        self._numbers, self._differentiated = Counter(), {}
-
-    def input(self, layer: Layer, x: Tensor) -> None:
-        """Count a call."""
-        self._numbers[layer.name] += 1
-
-    def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:
-        """Note that the prediction depends on a call."""
-        self._differentiated.setdefault(layer.name, set()).add(call)
-
-    def of(self, name: str) -> Calls:
-        """The calls of a layer, once a backward pass is over."""
-        return Calls(self._numbers[name], tuple(sorted(self._differentiated.get(name, ()))))
-
-
-def call_patterns(regression: NoisedRegression, layers: Sequence[Layer]) -> dict[str, Calls]:
-    """The calls of each layer by name, where they are the same at a low and a high noise level."""
-
-    def look() -> dict[str, Calls]:
-        trial, counter = trial_of(regression), CallCounter()
-        patterns: list[dict[str, Calls]] = []
-        with observed(regression.objective, layers, counter) as network:
-            for batch in (trial.low, trial.high):
-                network.run(batch, one_vector(batch.loss_gradient))
-                patterns.append({layer.name: counter.of(layer.name) for layer in layers})
-        low, high = patterns
-        return dict(low.items() & high.items())
-
-    found: dict[str, Calls] = _once(
-        regression, ("calls", *_kinds(layers), *_state(regression)), look
-    )
-    return found

@@ -62,13 +62,17 @@ def test_against_the_exact_block(name):
     assert seen == 2
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("Conv2d: groups", "Conv3d", "ConvTranspose2d: a channel a group", "Linear"),
-        *("ConvTranspose1d: stride", "Embedding with padding"),
-    ],
-)
+KINDS = [
+    "Conv2d: groups",
+    "Conv3d",
+    "ConvTranspose1d: stride",
+    "ConvTranspose2d: a channel a group",
+    "Embedding with padding",
+    "Linear",
+]
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_layer(name):
     """Groups, transposed weights, embeddings: what holds in any arrangement of the entries."""
     model, regression = problem(name)

@@ -12,7 +12,7 @@ from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.draws import make_draws
 from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.layers.observation import WholeLayers, observed
-from tests.cases import plain_regression, seeded, tiny_unet, unet_regression
+from tests.cases import plain_regression, seeded, small_unet, unet_regression
 from tests.comparisons import assert_close, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in no supported layer")
@@ -171,7 +171,7 @@ def test_the_scale_is_right():
 
 
 def test_batches_and_as_many_positions_as_there_are():
-    unet = tiny_unet()
+    unet = small_unet()
     options = {"max_positions": 6, "separate_weight_and_bias": False}
     one, other = (
         DiffusionKFACLinearOperator(
@@ -189,7 +189,7 @@ def test_batches_and_as_many_positions_as_there_are():
 
 def test_exact_parts_stay_exact():
     """Eigenvalues, biases and norms are those of all positions."""
-    regression = unet_regression(tiny_unet())
+    regression = unet_regression(small_unet())
     whole = DiffusionEKFACLinearOperator(regression)
     sampled = DiffusionEKFACLinearOperator(regression, max_positions=6)
     assert_close(sampled.trace(), whole.trace(), 1e-10)

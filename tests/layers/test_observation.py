@@ -75,9 +75,7 @@ def test_the_order(regression):
     batch = next(regression.batches())
     with observed(regression.objective, layers_of(regression), Observers([one, two])) as network:
         network.run(batch, two_vectors)
-    backward = [
-        *("gradient two 0 of 1", "gradient one 1 of 2", "gradient one 0 of 2", "pulled back"),
-    ]
+    backward = ["gradient two 0 of 1", "gradient one 1 of 2", "gradient one 0 of 2", "pulled back"]
     forward = ["input one", "input one", "input two"]
     assert one.pages == ["start", *forward, "predicted", *backward, *backward, "finish"]
     assert two.pages == one.pages
