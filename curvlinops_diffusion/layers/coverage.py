@@ -76,7 +76,10 @@ def cover(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> Coverage:
     Returns:
         The layers, and the parameters in none; those without entries are in neither.
     """
-    holders = _holders(model)
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for p in module.parameters(recurse=False):
+            holders.setdefault(id(p), []).append(name)
     name_of = {id(p): name for name, p in selected.items()}
     layers: list[Layer] = []
     others: dict[str, str] = {}
@@ -88,37 +91,19 @@ def cover(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> Coverage:
         }
         if not own:
             continue
-        kind, reason = _kind_of(module, own, holders)
-        if kind is None:
+        kind = next(filter(None, map(_kind_of_type, type(module).__mro__)), None)
+        held = [holders[id(p)] for p in module.parameters(recurse=False)]
+        if kind is None or not own.keys() <= {kind.weight_name, kind.bias_name}:
+            reason = f"held by a {type(module).__name__}"
+        else:
+            shared = [f"shared by the modules {names}" for names in held if len(names) > 1]
+            reason = kind.unsupported(module) or next(iter(shared), "")
+        if kind is None or reason:
             others.update(dict.fromkeys(own.values(), reason))
         else:
             weight, bias = (own.get(name) for name in (kind.weight_name, kind.bias_name))
             layers.append(Layer(module_name, module, kind, weight, bias))
     return Coverage(dict(selected), tuple(layers), others)
-
-
-def _holders(model: nn.Module) -> dict[int, list[str]]:
-    """The names of the modules that hold each parameter."""
-    holders: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for p in module.parameters(recurse=False):
-            holders.setdefault(id(p), []).append(name)
-    return holders
-
-
-def _kind_of(
-    module: nn.Module, own: Mapping[str, str], holders: Mapping[int, list[str]]
-) -> tuple[LayerKind | None, str]:
-    kind = next(filter(None, map(_kind_of_type, type(module).__mro__)), None)
-    if kind is None or not own.keys() <= {kind.weight_name, kind.bias_name}:
-        return None, f"held by a {type(module).__name__}"
-    reason = kind.unsupported(module)
-    if reason:
-        return None, reason
-    for p in module.parameters(recurse=False):
-        if len(holders[id(p)]) > 1:
-            return None, f"shared by the modules {holders[id(p)]}"
-    return kind, ""
 
 
 def _kind_of_type(cls: type[Any]) -> LayerKind | None:

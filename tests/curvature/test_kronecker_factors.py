@@ -50,35 +50,6 @@ def test_batch_size_does_not_matter(approx):
                 assert_close(other.block.multiply(X), one.block.multiply(X), 1e-10)
 
 
-def _error_and_draws(seeds, draws, model):
-    """Relative errors of the Monte-Carlo GGN's factors over seeds, for each number of draws."""
-
-    def B_of(seed, num_draws):
-        regression = plain_regression(
-            model, (6,), count=2, num_draws=num_draws, seed=seed, timesteps="uniform", batch_size=2
-        )
-        K = DiffusionKFACLinearOperator(regression, ["layers.0.weight"])
-        return K.blocks[0].block.output_factor
-
-    # without non-linearity B is the same for all draws but for the loss vectors
-    truth = sum(w.T @ w for w in [model.layers[1].weight.detach()]) * 2 / 6
-    return truth, [[B_of(s, R) for s in range(seeds)] for R in draws]
-
-
-def test_monte_carlo_error_falls_like_one_over_the_root_of_the_draws():
-    model = seeded(nn.Linear(6, 4), nn.Linear(4, 6))
-    draws = (4, 16, 64)
-    truth, estimates = _error_and_draws(24, draws, model)
-    errors = [
-        torch.stack([(B - truth).square().sum() for B in row]).mean().sqrt() for row in estimates
-    ]
-    log_draws = torch.tensor(draws).double().log()
-    log_errors = torch.stack(errors).log()
-    centred = log_draws - log_draws.mean()
-    slope = (centred * (log_errors - log_errors.mean())).sum() / centred.square().sum()
-    assert abs(slope + 0.5) < 0.1
-
-
 def _deviation(samples, truth):
     """The mean's distance from the truth in standard errors, and one of these relative."""
     samples = torch.stack(samples)

@@ -269,12 +269,8 @@ EMPTY = {
     "no inputs": (lambda: nn.Linear(0, 6), lambda module, h: h + module(h[..., :0])),
     "no features": (lambda: nn.LayerNorm(0), _of_nothing),
     "parameter": (EmptyParameter, lambda module, h: h + module.p.sum()),
-    "unused": (lambda: nn.Linear(6, 0), None),
-    "convolution": (lambda: nn.Conv2d(3, 0, 3), None),
     "transposed": (lambda: nn.ConvTranspose2d(3, 0, 3), None),
     "embedding": (lambda: nn.Embedding(0, 4), None),
-    "embedding of width zero": (lambda: nn.Embedding(4, 0), None),
-    "norm": (lambda: nn.GroupNorm(1, 0), None),
 }
 
 
