@@ -144,11 +144,8 @@ def kronecker_factors(
 ) -> KroneckerFactors:
     """Compute the Kronecker factors, and the blocks that have none, in one pass over the data.
 
-    With positions ``s = 1..S`` and the expectation over examples, draws and loss vectors::
-
-        expand:  A = E[1/S Σ_s a_s a_sᵀ]                  B = E[Σ_s b_s b_sᵀ]
-        reduce:  A = E[(1/S Σ_s a_s)(1/S Σ_s a_s)ᵀ]       B = E[(Σ_s b_s)(Σ_s b_s)ᵀ]
-        exact:   F = E[g gᵀ]
+    By the formulas of :class:`~curvlinops_diffusion.DiffusionKFACLinearOperator`, the expectation
+    being over examples, draws and loss vectors.
 
     Source: Eschenhagen et al., 2023, Sections 3.2 and 3.3; Mlodozeniec et al., 2025, Section 2.3.
 
