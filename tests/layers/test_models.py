@@ -74,7 +74,9 @@ def check_against_autograd(regression, names=None):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_network(name):
-    check_against_autograd(problem(name, num_draws=1))
+    regression = problem(name, num_draws=1)
+    regression.objective.model.requires_grad_(True)  # for the twin
+    check_against_autograd(regression)
 
 
 @pytest.mark.parametrize("name", ["DiTTransformer2DModel", "EDM-preconditioned network"])
