@@ -116,7 +116,8 @@ def test_interrupted_and_gone_on_with(plan, regression, expected, tmp_path):
     assert_identical(blocks_of(found), expected)
     assert rest < count * 2 // 3
     names = {path.name for path in tmp_path.iterdir()}
-    assert len(names) == num_groups(plan, third(plan), ITEMSIZE)
+    number = num_groups(plan, third(plan), ITEMSIZE)
+    assert names == {f"group{part}of{number}" for part in range(number)}
 
 
 def sharded(rank, most):
