@@ -221,6 +221,20 @@ def run_observed(
         )
 
 
+class _Reduced(WholeLayers):
+    """Hands layers of Kronecker form on; a class made in a pass would be a cycle that holds it."""
+
+    def __init__(self, plan: BlockPlan, consume: Consume, dtype: torch.dtype):
+        super().__init__(dtype)
+        self._plan = plan
+        self._reduce = consume
+
+    def whole(self, layer: Layer, xs: list[Tensor], gs: list[Tensor], N: int) -> None:
+        """Reduce what a layer saw."""
+        if layer.name in self._plan.by_layer:
+            self._reduce(layer, xs, gs, N)
+
+
 def run_on_gradients(
     name: str,
     regression: NoisedRegression,
@@ -230,17 +244,11 @@ def run_on_gradients(
     sums: Sums,
 ) -> None:
     """Run every draw and loss vector, and reduce what the layers of Kronecker form saw to sums."""
-
-    class Reduced(WholeLayers):
-        def whole(self, layer: Layer, xs: list[Tensor], gs: list[Tensor], N: int) -> None:
-            if layer.name in plan.by_layer:
-                consume(layer, xs, gs, N)
-
     layers = plan.beside or [own[0].layer for own in plan.by_layer.values()]
     if plan.holders is not None:
         # of exact blocks no gradients of single examples are wanted
         factored = {layer.name for layer in layers if not isinstance(layer.kind, ExactKind)}
         of_layer = {k: r for k, r in plan.holders.of_layer.items() if k in factored}
         plan = replace(plan, holders=replace(plan.holders, of_layer=of_layer))
-    observer = Reduced(regression.objective.working_dtype)
+    observer = _Reduced(plan, consume, regression.objective.working_dtype)
     run_observed(name, regression, plan, passes, layers, observer, sums)
