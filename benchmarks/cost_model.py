@@ -204,7 +204,7 @@ def counted(
         with torch.device("meta"):
             inject_adapter_in_model(config, network)
         params = [name for name, _ in network.named_parameters() if "lora_" in name]
-    plan = BlockPlan.of(covered_parameters(network, params, True), KFACOptions(**kfac_options))
+    plan = BlockPlan.of(covered_parameters(network, params), KFACOptions(**kfac_options))
     shards = divided_units(plan, SHARDS)
     kept = [4 * sum(unit.entries + unit.parameters for unit in units) for units in shards]
     # a layer is more than an even share from so many shards on

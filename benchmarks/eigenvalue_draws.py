@@ -12,8 +12,7 @@ from torch import Tensor
 
 from benchmarks.accuracy import DigitsProblem, accuracy, relative_error
 from benchmarks.measure import arguments, report
-from curvlinops_diffusion.curvature.gradient_moments import eigenvalue_moments
-from curvlinops_diffusion.curvature.kronecker_factors import kronecker_factors
+from curvlinops_diffusion.curvature.kronecker_factors import eigenvalue_moments, kronecker_factors
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.linalg.factors import eigendecomposition

@@ -16,8 +16,7 @@ from benchmarks.measure import arguments, report_passes
 from benchmarks.problems import NETWORKS, random_regression
 from benchmarks.upstream import upstream_passes
 from curvlinops_diffusion import NoisedRegression
-from curvlinops_diffusion.curvature.gradient_moments import eigenvalue_moments
-from curvlinops_diffusion.curvature.kronecker_factors import kronecker_factors
+from curvlinops_diffusion.curvature.kronecker_factors import eigenvalue_moments, kronecker_factors
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.layers import covered_parameters

@@ -20,8 +20,8 @@ from . import (
 )
 from .attribution import Attribution as Attribution
 from .attributor import Attributor as Attributor
-from .curvature.ekfac import DiffusionEKFACLinearOperator as DiffusionEKFACLinearOperator
 from .curvature.ggn import DiffusionGGNLinearOperator as DiffusionGGNLinearOperator
+from .curvature.kfac import DiffusionEKFACLinearOperator as DiffusionEKFACLinearOperator
 from .curvature.kfac import DiffusionKFACLinearOperator as DiffusionKFACLinearOperator
 from .curvature.load import load_operator as load_operator
 from .diffusion.batch import NoisedBatch as NoisedBatch

@@ -20,8 +20,10 @@ from typing import Any, Literal, Self, TypeVar
 from torch import distributed
 
 from curvlinops_diffusion.attribution import Attribution
-from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
-from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
+from curvlinops_diffusion.curvature.kfac import (
+    DiffusionEKFACLinearOperator,
+    DiffusionKFACLinearOperator,
+)
 from curvlinops_diffusion.curvature.load import (
     check_same_objective,
     is_of_same_images,

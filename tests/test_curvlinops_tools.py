@@ -1,7 +1,5 @@
 """Every tool of ``curvlinops`` on every operator from here, against the dense matrix."""
 
-from math import log
-
 import curvlinops
 import numpy as np
 import pytest
@@ -89,17 +87,6 @@ def test_neumann_series(damped, dense):
     assert_close(converged @ b, solution(dense, b), 1e-8)
 
 
-def test_neumann_series_with_kfac_as_preconditioner(regression):
-    """``(G + λI)⁻¹ b = (P⁻¹ (G + λI))⁻¹ P⁻¹ b``, in few terms if ``P`` is near ``G + λI``."""
-    K = DiffusionKFACLinearOperator(regression, fisher_type="type-2")
-    G = DiffusionGGNLinearOperator(regression)
-    damped = G + DAMPING * K.power(0.0)
-    b = right_side(damped)
-    P_inv = K.inverse(DAMPING)
-    inverse = curvlinops.NeumannInverseLinearOperator(P_inv @ damped, num_terms=400, scale=0.5)
-    assert_close(inverse @ (P_inv @ b), solution(to_dense(G), b), 1e-8)
-
-
 def test_lsmr(damped, dense):
     b = right_side(damped)
     inverse = curvlinops.LSMRInverseLinearOperator(damped, atol=1e-14, btol=1e-14, maxiter=500)
@@ -124,20 +111,16 @@ def test_sums_multiples_and_products(operator, dense):
 
 
 # ---------------------------------------------------------------------------------------------
-# Traces, diagonals and norms: estimators, so the average of many lies near the truth
+# Traces, diagonals and norms
 # ---------------------------------------------------------------------------------------------
 
 ESTIMATORS = {
-    "hutchinson_trace": (curvlinops.hutchinson_trace, 4, torch.trace),
-    "hutchpp_trace": (curvlinops.hutchpp_trace, 6, torch.trace),
-    "xtrace": (curvlinops.xtrace, 6, torch.trace),
-    "hutchinson_diag": (curvlinops.hutchinson_diag, 4, torch.diag),
-    "xdiag": (curvlinops.xdiag, 6, torch.diag),
-    "hutchinson_squared_fro": (
-        curvlinops.hutchinson_squared_fro,
-        4,
-        lambda matrix: matrix.square().sum(),
-    ),
+    "hutchinson_trace": 4,
+    "hutchpp_trace": 6,
+    "xtrace": 6,
+    "hutchinson_diag": 4,
+    "xdiag": 6,
+    "hutchinson_squared_fro": 4,
 }
 
 
@@ -149,28 +132,11 @@ def full_rank(dense):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_estimators(damped, dense, name):
     """With the same random vectors as of the matrix."""
-    estimator, num_matvecs, _ = ESTIMATORS[name]
+    estimator, num_matvecs = getattr(curvlinops, name), ESTIMATORS[name]
     torch.manual_seed(0)
     direct = estimator(damped, num_matvecs)
     torch.manual_seed(0)
     assert_close(direct, estimator(full_rank(dense), num_matvecs), 1e-8)
-
-
-@pytest.mark.parametrize("name", ESTIMATORS)
-@pytest.mark.parametrize("operator", ["GGN"], indirect=True)
-def test_estimators_are_unbiased(dense, name):
-    """Within five standard errors, which are small enough to show a scale that is 5 % wrong.
-
-    Of a matrix, since the operators make no difference.
-    """
-    estimator, num_matvecs, statistic = ESTIMATORS[name]
-    matrix = full_rank(dense)
-    torch.manual_seed(0)
-    samples = torch.stack([estimator(matrix, num_matvecs) for _ in range(4000)])
-    truth = statistic(matrix)
-    error = samples.std(0) / len(samples) ** 0.5
-    assert ((samples.mean(0) - truth).abs() <= 5 * error + 1e-10 * truth.abs().max()).all()
-    assert 5 * error.norm() < 0.25 * truth.norm()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -179,35 +145,20 @@ def test_estimators_are_unbiased(dense, name):
 
 
 def test_spectral_density(operator, dense):
-    """Against the eigenvalues, each smeared out to a bump as wide as the estimator's."""
+    """With the same random vectors as of the matrix."""
     eigenvalues = torch.linalg.eigvalsh(dense)
     low, high = float(eigenvalues[0]), float(eigenvalues[-1])
-    ncv, kappa, margin = len(dense) - 1, 10.0, 0.5
 
-    def estimated(operator, ncv, num_repeats):
+    def estimated(operator):
         torch.manual_seed(0)
+        # of few steps, since the directions lost to rounding are others after many
         return curvlinops.lanczos_approximate_spectrum(
-            operator,
-            ncv=ncv,
-            num_points=512,
-            num_repeats=num_repeats,
-            kappa=kappa,
-            boundaries=(low, high),
-            margin=margin,
+            operator, ncv=4, num_points=512, num_repeats=2, kappa=10.0, boundaries=(low, high)
         )
 
     twin = OfMatrix(operator, dense)
-    # of few steps, since the directions lost to rounding are others after many
-    for direct, expected in zip(estimated(operator, 4, 2), estimated(twin, 4, 2), strict=True):
+    for direct, expected in zip(estimated(operator), estimated(twin), strict=True):
         assert_close(direct, expected, 1e-8)
-    grid, density = estimated(twin, ncv, 100)
-    half = (0.5 + margin) * (high - low)
-    width = half * 2 / (ncv - 1) / (8 * log(kappa)) ** 0.5
-    truth = torch.distributions.Normal(eigenvalues.unsqueeze(1), width)
-    expected = truth.log_prob(grid).exp().mean(0)
-    step = float(grid[1] - grid[0])
-    assert float(expected.sum()) * step == pytest.approx(1, abs=1e-2)
-    assert float((density - expected).abs().sum()) * step < 0.15
 
 
 def test_largest_eigenvalues_through_scipy(operator, dense):

@@ -336,7 +336,7 @@ def compare_random(networks, count):
 
 
 def test_random_networks():
-    compare_random(networks, 30)
+    compare_random(networks, 20)
 
 
 @pytest.mark.slow

@@ -1,19 +1,13 @@
-"""Both interfaces of ``curvlinops``: the installed one, and stand-ins of the other's."""
-
-from collections.abc import Callable, Iterable, MutableMapping
-from types import SimpleNamespace
-from typing import Any
+"""The interface of the installed ``curvlinops``; ``make test-upstream`` installs its next one."""
 
 import curvlinops
 import pytest
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.upstream import (
     params_are_named,
     takes,
     their_parameters,
-    upstream_inverse,
     upstream_operator,
     upstream_passes,
     upstream_trace,
@@ -31,108 +25,6 @@ def network():
 @pytest.fixture
 def regression():
     return plain_regression(network(), (1, 4, 4), count=5, num_draws=2, batch_size=2)
-
-
-# ---------------------------------------------------------------------------------------------
-# Stand-ins, which remember how they were called
-# ---------------------------------------------------------------------------------------------
-
-
-class Operator:
-    def __init__(self, model_func, *arguments, **options):
-        *self.losses, self.params, self.data = arguments
-        self.model_func, self.options = model_func, options
-
-
-class NamedOperator(Operator):
-    def __init__(
-        self,
-        model_func: nn.Module,
-        loss_func: nn.MSELoss,
-        params: dict[str, Tensor],
-        data: Iterable[tuple[Tensor | MutableMapping, Tensor]],
-        batch_size_fn: Callable[[MutableMapping | Tensor], int] | None = None,
-        **options: Any,
-    ):
-        super().__init__(
-            model_func, loss_func, params, data, batch_size_fn=batch_size_fn, **options
-        )
-
-    def inverse(self, damping: float = 0.0, use_exact_damping: bool = False):
-        return "inverse", damping, use_exact_damping
-
-    def trace(self):
-        return torch.tensor(2.0)
-
-
-class ListedOperator(Operator):
-    def __init__(
-        self, model_func, loss_func, params: list[Tensor], data, batch_size_fn=None, **options
-    ):
-        super().__init__(
-            model_func, loss_func, params, data, batch_size_fn=batch_size_fn, **options
-        )
-
-    trace = torch.tensor(3.0)
-
-
-class NamedEKFAC(NamedOperator):
-    def inverse(self, damping: float = 0.0):
-        return "inverse", damping
-
-
-NEXT = SimpleNamespace(
-    GGNLinearOperator=NamedOperator,
-    KFACLinearOperator=NamedOperator,
-    EKFACLinearOperator=NamedEKFAC,
-)
-RELEASED = SimpleNamespace(
-    GGNLinearOperator=ListedOperator,
-    FisherMCLinearOperator=ListedOperator,
-    KFACLinearOperator=ListedOperator,
-    KFACInverseLinearOperator=lambda K, **options: ("inverse of", K, options),
-)
-
-
-def test_parameters(regression):
-    own = dict(regression.objective.model.named_parameters())
-    names = ["layers.2.weight", "layers.0.bias"]
-    named = upstream_operator("KFACLinearOperator", regression, names, library=NEXT, seed=3)
-    assert list(named.params) == [f"model.{name}" for name in names]
-    # what the dict names are parameters of the module that is passed with it
-    model = dict(regression.model_func.named_parameters())
-    assert all(named.params[name] is model[name] for name in named.params)
-    assert named.options == {"batch_size_fn": regression.batch_size_fn, "seed": 3}
-    listed = upstream_operator("KFACLinearOperator", regression, names, library=RELEASED)
-    assert [id(p) for p in listed.params] == [id(own[name]) for name in names]
-    assert len(upstream_operator("GGNLinearOperator", regression, library=NEXT).params) == len(own)
-
-
-def test_monte_carlo_fisher(regression):
-    new = upstream_operator("FisherMCLinearOperator", regression, library=NEXT, mc_samples=2)
-    assert type(new) is NamedOperator
-    assert new.options["mc_samples"] == 2
-    one = upstream_operator("FisherMCLinearOperator", regression, library=NEXT)
-    assert one.options["mc_samples"] == 1  # the GGN's own default is the exact one
-    old = upstream_operator("FisherMCLinearOperator", regression, library=RELEASED, mc_samples=2)
-    assert type(old) is ListedOperator
-
-
-def test_inverses_and_traces(regression):
-    K = upstream_operator("KFACLinearOperator", regression, library=NEXT)
-    options = {"damping": 0.1, "use_exact_damping": True}
-    assert upstream_inverse(K, library=NEXT, **options) == ("inverse", 0.1, True)
-    EK = upstream_operator("EKFACLinearOperator", regression, library=NEXT)
-    assert upstream_inverse(EK, library=NEXT, **options) == ("inverse", 0.1)
-    old = upstream_operator("KFACLinearOperator", regression, library=RELEASED)
-    assert upstream_inverse(old, library=RELEASED, **options) == ("inverse of", old, options)
-    assert upstream_trace(K) == 2
-    assert upstream_trace(old) == 3
-
-
-# ---------------------------------------------------------------------------------------------
-# The installed library
-# ---------------------------------------------------------------------------------------------
 
 
 def test_the_installed_interface_is_recognised(regression):

@@ -17,10 +17,9 @@ from curvlinops_diffusion.curvature.division import (
     needed_memory,
     num_groups,
 )
-from curvlinops_diffusion.curvature.gradient_moments import fitted_factors
+from curvlinops_diffusion.curvature.kronecker_factors import fitted_factors
 from curvlinops_diffusion.curvature.options import KFACOptions
-from curvlinops_diffusion.curvature.plan import BlockPlan
-from curvlinops_diffusion.curvature.prepared import prepare
+from curvlinops_diffusion.curvature.plan import BlockPlan, prepare
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.kernels import SOLVED
@@ -118,7 +117,7 @@ def fit_cost(
     kfac, passes = KFACOptions(**options), attributor.passes
     regression = attributor.regression.with_draws(num_draws, antithetic=False)
     params = attributor.params
-    coverage = covered_parameters(regression.objective.model, params, kfac.has_gradients)
+    coverage = covered_parameters(regression.objective.model, params)
     plan = BlockPlan.of(coverage, kfac)
     samples, second = regression.num_samples, 0
     entries = plan.num_entries
@@ -142,7 +141,7 @@ def fit_cost(
         groups = max(num_groups(own, most, itemsize) for own in owned if own.units)
 
     def fit(some: NoisedRegression) -> None:
-        fitted_factors(some, prepare(some, params, kfac).plan, PLAIN)
+        fitted_factors(some, prepare(some, params, kfac), PLAIN)
 
     seconds = None
     if timed:

@@ -148,7 +148,7 @@ def divided_units(plan: BlockPlan, number: int) -> list[list[Unit]]:
 
 
 def batches_are_divided(regression: NoisedRegression, plan: BlockPlan, passes: PassOptions) -> bool:
-    """Whether processes pass over the data once together, and send what layers see.
+    """Tell whether processes pass over the data once together, and send what layers see.
 
     They do where they can: parameters in no layer are differentiated example by example where their
     block is, and processes that fit groups by memory may need different numbers of passes.

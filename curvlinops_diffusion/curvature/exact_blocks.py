@@ -6,7 +6,7 @@ beyond (``max_dense``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -17,10 +17,14 @@ from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.layers import Coverage, ExactKind, Layer
 from curvlinops_diffusion.layers.mapped_gradients import mapped_gradients
+from curvlinops_diffusion.layers.moments import MomentSums
 from curvlinops_diffusion.layers.observation import Observer, in_precision
 from curvlinops_diffusion.linalg.blocks import Block, DenseBlock, EigenBlock
 from curvlinops_diffusion.linalg.placement import Arrangement
 from curvlinops_diffusion.runtime.sums import Sums
+
+# between the keys of blocks, of which no module's name is empty
+_TOGETHER = ".."
 
 
 @dataclass(frozen=True)
@@ -61,64 +65,19 @@ class ExactBlock:
         return DenseBlock(moment) if self.dense else EigenBlock(moment.unsqueeze(1))
 
 
-class ExactSums(Sums):
-    """Running sums ``Σ_n g_n g_nᵀ`` of exact blocks, or of their diagonals, by the blocks' keys.
-
-    Dense blocks of one size are added to together: they are small, and there are many of them.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._stacks: dict[tuple[str, ...], Tensor] = {}  # of which sums are rows
-
-    def add_gradients(self, blocks: Iterable[ExactBlock], gradients: Mapping[str, Tensor]) -> None:
-        """Add what is from gradients ``[N, *shape]`` by the parameters' names."""
-        dense: dict[int, dict[str, Tensor]] = {}
-        for block in blocks:
-            g_nN = block.columns(gradients)
-            if block.dense:
-                dense.setdefault(len(g_nN), {})[block.key] = g_nN
-            else:
-                self.add(block.key, g_nN.square().sum(1))
-        for columns in dense.values():
-            g_LnN = torch.stack(list(columns.values()))
-            self._stack(tuple(columns), g_LnN).baddbmm_(g_LnN, g_LnN.mT)
-
-    def _stack(self, keys: tuple[str, ...], like: Tensor) -> Tensor:
-        """The sums of some keys in one tensor, of which they are rows from now on."""
-        stack = self._stacks.get(keys)
-        if stack is None:
-            stack = like.new_zeros(len(keys), like.shape[1], like.shape[1])
-            for own, key in zip(stack, keys, strict=True):
-                if key in self._sums:
-                    own.copy_(self._sums[key])
-                self._sums[key] = own
-            changed = set(keys)
-            self._stacks = {k: z for k, z in self._stacks.items() if not changed & set(k)}
-            self._stacks[keys] = stack
-        return stack
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from sums by name."""
-        super().restore(tensors)
-        self._stacks.clear()
-
-    def take_mean(self, key: str, count: int, otherwise: Callable[[], Tensor]) -> Tensor:
-        """The mean, as of all :class:`~curvlinops_diffusion.runtime.sums.Sums`."""
-        self._stacks.clear()
-        return super().take_mean(key, count, otherwise)
-
-
 class ExactMoments(Observer):
-    """Sums that become exact blocks: one term for each backward pass, over all calls of a layer."""
+    """Sums that become exact blocks: one term for each backward pass, over all calls of a layer.
+
+    Dense blocks of one size are added to together: they are small, and there are many of them. They
+    may join others in one batch and not in another.
+    """
 
     def __init__(
         self, objective: DenoisingObjective, blocks: Sequence[ExactBlock], coverage: Coverage
     ):
-        self.sums = ExactSums()
+        self.sums = MomentSums()  # of blocks together, by their keys
         self._objective = objective
         self._blocks = blocks
-        self._dtype = objective.working_dtype
         self._mapped = {name: coverage.params[name] for name in coverage.others}
         self._layers = {block.layer.name for block in blocks if block.layer is not None}
         self._inputs: dict[str, list[Tensor]] = {}  # call by call
@@ -138,9 +97,9 @@ class ExactMoments(Observer):
         """Form the gradients of a call."""
         if layer.name not in self._layers:
             return
-        g = g.to(self._dtype)
+        g = g.to(self._objective.working_dtype)
         if isinstance(layer.kind, ExactKind):
-            (x,) = in_precision([self._inputs[layer.name][call]], self._dtype)
+            x = in_precision(self._inputs[layer.name][call], g.dtype)
             for name, gradient in layer.example_gradients([x], [g], self._N).items():
                 self._gradients.add(name, gradient)
         else:
@@ -149,10 +108,28 @@ class ExactMoments(Observer):
 
     def pulled_back(self, batch: NoisedBatch, v_BD: Tensor) -> None:
         """Add the gradients of all calls."""
-        mapped = mapped_gradients(self._objective, batch, v_BD, self._mapped)
-        found = dict(self._gradients.pop_all()) | mapped
-        seen = [b for b in self._blocks if any(name in found for name in b.params)]
-        self.sums.add_gradients(seen, found)
+        found = dict(self._gradients.pop_all())
+        found |= mapped_gradients(self._objective, batch, v_BD, self._mapped)
+        dense: dict[int, dict[str, Tensor]] = {}
+        for block in self._blocks:
+            if not any(name in found for name in block.params):
+                continue
+            g_nN = block.columns(found)
+            if block.dense:
+                dense.setdefault(len(g_nN), {})[block.key] = g_nN.T
+            else:
+                self.sums.add(block.key, g_nN.square().sum(1).unsqueeze(0))
+        for rows in dense.values():
+            g_NL1n = torch.stack(list(rows.values()), 1).unsqueeze(2)
+            self.sums.add_second_moment(_TOGETHER.join(rows), g_NL1n)
+
+    def by_block(self) -> Sums:
+        """The sums block by block, which are given away."""
+        found = Sums()
+        for keys, total in self.sums.pop_all():
+            for key, own in zip(keys.split(_TOGETHER), total, strict=True):
+                found.add(key, own)
+        return found
 
     def finish(self) -> None:
         """Forget the batch."""

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from curvlinops_diffusion.curvature.division import where_they_fit
-from curvlinops_diffusion.curvature.ekfac import DiffusionEKFACLinearOperator
-from curvlinops_diffusion.curvature.kfac import DiffusionKFACLinearOperator
+from curvlinops_diffusion.curvature.kfac import (
+    DiffusionEKFACLinearOperator,
+    DiffusionKFACLinearOperator,
+)
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.linalg.block_diagonal import BlockDiagonalLinearOperator
 from curvlinops_diffusion.linalg.storage import load_blocks
@@ -20,11 +22,20 @@ from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions
 from curvlinops_diffusion.runtime.sharded_networks import device_of
 
 # what of a regression's description curvature and gradients must share
-_OBJECTIVE = (
-    *("prediction_type", "reduction", "num_levels", "process", "weighting", "encoder"),
-    *("timesteps", "condition_dropout", "noise_offset", "input_perturbation", "augmentations"),
+_OBJECTIVE = [
+    "prediction_type",
+    "reduction",
+    "num_levels",
+    "process",
+    "weighting",
+    "encoder",
+    "timesteps",
+    "condition_dropout",
+    "noise_offset",
+    "input_perturbation",
+    "augmentations",
     "training_arguments",
-)
+]
 
 _KINDS: dict[str, type[BlockDiagonalLinearOperator]] = {
     cls.KIND: cls
@@ -109,6 +120,6 @@ def check_same_objective(
 
 
 def is_of_same_images(info: Mapping[str, Any], regression: NoisedRegression) -> bool:
-    """Whether a saved operator was fitted to a regression's data, as far as it says."""
+    """Tell whether a saved operator was fitted to a regression's data, as far as it says."""
     fitted = (info.get("data") or {}).get("digest")
     return fitted is None or bool(fitted == regression.data_identity()["digest"])

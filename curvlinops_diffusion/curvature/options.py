@@ -20,31 +20,15 @@ ENOUGH_EIGENVALUE_DRAWS = 2**15
 
 
 class FisherType(str, Enum):
-    """The curvature matrix that is approximated, and the way its expectation over ``v`` is taken.
-
-    Attributes:
-        MC: ``'mc'``, GGN of the model; ``mc_samples`` random loss vectors for each draw.
-        TYPE2: ``'type-2'``, GGN of the model, exactly: one backward pass for each output entry.
-        EMPIRICAL: ``'empirical'``, GGN of the loss (empirical Fisher): ``v = ∂ℓ_t/∂f``.
-        FORWARD_ONLY: ``'forward-only'``, output factors are the identity (FOOF, Benzing, 2022).
-    """
+    """The curvature matrix that is approximated, and how its expectation over ``v`` is taken."""
 
     MC = "mc"
     TYPE2 = "type-2"
     EMPIRICAL = "empirical"
-    FORWARD_ONLY = "forward-only"
 
 
 class KFACApprox(str, Enum):
-    """The way the Kronecker factors are found, weight sharing above all.
-
-    Attributes:
-        EXPAND: ``'expand'``, positions count as independent examples (Eschenhagen et al., 2023,
-            Section 3).
-        REDUCE: ``'reduce'``, positions are averaged (inputs) and summed (gradients) first.
-        SHAMPOO: ``'shampoo'``, second moments of the gradients' rows and columns (Gupta et al.,
-            2018; the scale is that of Morwani et al., 2024).
-    """
+    """The way the Kronecker factors are found, weight sharing above all."""
 
     EXPAND = "expand"
     REDUCE = "reduce"
@@ -60,11 +44,13 @@ class KFACOptions:
 
     Attributes:
         fisher_type: ``'mc'`` (GGN of the model by random loss vectors), ``'type-2'`` (the same
-            exactly, one backward pass for each output entry), ``'empirical'`` (GGN of the loss),
-            ``'forward-only'`` (``B = I``; K-FAC only, and blocks of Kronecker form only: the
-            others are listed in a warning).
+            exactly, one backward pass for each output entry) or ``'empirical'`` (GGN of the loss,
+            ``v = ∂ℓ_t/∂f``).
         mc_samples: Loss vectors for each draw, with ``fisher_type='mc'``.
-        kfac_approx: ``'expand'``, ``'reduce'`` or ``'shampoo'``.
+        kfac_approx: ``'expand'`` (positions count as independent examples; Eschenhagen et al.,
+            2023, Section 3), ``'reduce'`` (positions are averaged for inputs, and summed for
+            gradients, first) or ``'shampoo'`` (second moments of the gradients' rows and columns;
+            Gupta et al., 2018, with the scale of Morwani et al., 2024).
         separate_weight_and_bias: Whether weight and bias are blocks of their own, or one block
             whose inputs are extended by a one.
         probe_type: Distribution of the random loss vectors, ``'rademacher'`` or ``'gaussian'``.
@@ -128,24 +114,14 @@ class KFACOptions:
                 f"`mc_samples` must be 1 for fisher_type={self.fisher_type.value!r}, got "
                 f"{self.mc_samples}. Only 'mc' draws loss vectors."
             )
-        if self.kfac_approx is KFACApprox.SHAMPOO and not self.has_gradients:
-            raise ValueError(
-                "`kfac_approx='shampoo'` needs gradients, got fisher_type='forward-only'. Pass "
-                "'mc', 'type-2' or 'empirical', or 'expand' or 'reduce'."
-            )
         if self.kfac_approx is KFACApprox.SHAMPOO and not self.exact_bias:
             raise ValueError(
                 "`exact_bias` must be True for `kfac_approx='shampoo'`, got False: its B has a "
                 "scale only together with its A, so that it is no block of a bias."
             )
 
-    @property
-    def has_gradients(self) -> bool:
-        """Whether there are backward passes."""
-        return self.fisher_type is not FisherType.FORWARD_ONLY
-
     def rounds_products(self, device: torch.device) -> bool:
-        """Whether products of float32 numbers are rounded to TF32 on a device."""
+        """Tell whether products of float32 numbers are rounded to TF32 on a device."""
         return device.type == "cuda" and self.matmul_precision != "highest"
 
     def num_eigenvalue_draws(self, regression: NoisedRegression) -> int:

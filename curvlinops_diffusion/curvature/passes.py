@@ -29,8 +29,8 @@ from curvlinops_diffusion.runtime.precision import matmuls_in_tf32
 from curvlinops_diffusion.runtime.processes import ALONE, lost_processes_named
 from curvlinops_diffusion.runtime.sums import Running, Sums
 
-#: Called with a layer, the batch's examples, and the layer's inputs and gradients, call by call.
-Consume = Callable[[Layer, Sequence[int], list[Tensor], list[Tensor]], None]
+#: Called with a layer, its inputs and gradients, call by call, and the number of examples.
+Consume = Callable[[Layer, list[Tensor], list[Tensor], int], None]
 
 
 def loss_vectors(
@@ -57,8 +57,6 @@ def loss_vectors(
                 yield batch.loss_hessian_root(unit_BD)
         case FisherType.EMPIRICAL:
             yield batch.loss_gradient(prediction_BD)
-        case FisherType.FORWARD_ONLY:
-            return
 
 
 class CheckedLossVectors:
@@ -92,10 +90,8 @@ class CheckedLossVectors:
             ValueError: If a prediction is not finite, naming its example and level.
         """
         latest, self._open = self._open, None
-        if latest is None:
-            return
-        batch, prediction_BD, finite = latest
-        if not finite:
+        if latest is not None and not latest[2]:
+            batch, prediction_BD, _ = latest
             names = map(self._regression.name_of, batch.indices)
             check_prediction(prediction_BD, names, batch.level_B)
 
@@ -110,16 +106,15 @@ class SharedBatches(Observer):
     def __init__(self, regression: NoisedRegression, holders: Holders | None, inner: Observer):
         self._regression = regression
         self._holders = holders
-        self._inner = inner
+        self._inner = self._shown = inner
         self.processes = ALONE if holders is None else holders.processes
         self._whole: Sequence[int] = ()
         self._own = self._rest = 0  # examples of this process, and those that all have
-        self._told = inner
         self._latest: tuple[Tensor, int, Tensor | None] | None = None
 
-    def tell(self, new: bool) -> None:
-        """Say whether what is seen is new for this process, which may have gone on further."""
-        self._told = self._inner if new else Observer()
+    def begin(self, new: bool) -> None:
+        """Begin a batch that is new for this process, or that it has seen before."""
+        self._shown = self._inner if new else Observer()
 
     def noised_batches(self, clean: CleanBatch) -> Iterator[NoisedBatch]:
         """Yield every draw of the examples that this process runs the network on."""
@@ -132,34 +127,33 @@ class SharedBatches(Observer):
 
     def start(self, batch: NoisedBatch) -> None:
         """A batch begins; its examples are those of all processes."""
-        self._told.start(batch if self._holders is None else replace(batch, indices=self._whole))
+        self._shown.start(batch if self._holders is None else replace(batch, indices=self._whole))
 
     def input(self, layer: Layer, x: Tensor) -> None:
         """Hand on the input of a layer."""
         seen = self._gathered(layer, x)
         if seen is not None:
-            self._told.input(layer, seen)
+            self._shown.input(layer, seen)
 
     def predicted(self, batch: NoisedBatch, prediction_BD: Tensor) -> None:
         """The forward pass is over."""
-        self._latest = None
-        self._told.predicted(batch, prediction_BD)
+        self._shown.predicted(batch, prediction_BD)
 
     def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:
         """Hand on the gradient in the output of a layer."""
         seen = self._gathered(layer, g)
         if seen is not None:
-            self._told.gradient(layer, call, seen, calls)
+            self._shown.gradient(layer, call, seen, calls)
 
     def pulled_back(self, batch: NoisedBatch, v_BD: Tensor) -> None:
         """A backward pass is over."""
         self._latest = None
-        self._told.pulled_back(batch, v_BD)
+        self._shown.pulled_back(batch, v_BD)
 
     def finish(self) -> None:
         """The batch is over."""
         self._latest = None
-        self._told.finish()
+        self._shown.finish()
 
     def _gathered(self, layer: Layer, z: Tensor) -> Tensor | None:
         """Gather all examples' inputs or gradients on the process that holds the layer."""
@@ -168,22 +162,20 @@ class SharedBatches(Observer):
         holder = self._holders.of_layer.get(layer.name)
         if holder is None:
             return None
+        # layers that share an input share what is computed from it
         if self._latest is None or self._latest[0] is not z or self._latest[1] != holder:
-            # layers that share an input share what is computed from it
-            self._latest = (z, holder, self._gather(z, holder))
+            here = self.processes.rank == holder
+            # an example may have several entries in a row
+            rows = self._own * (len(z) // (self._own + self._rest))
+            own, rest = z[:rows].contiguous(), z[rows:]
+            whole = rest if here else None
+            if rows > 0:
+                parts = [torch.empty_like(own) for _ in range(here * self.processes.count)]
+                with lost_processes_named():
+                    dist.gather(own, parts or None, dst=holder)
+                whole = torch.cat([*parts, rest]) if here else None
+            self._latest = (z, holder, whole)
         return self._latest[2]
-
-    def _gather(self, z: Tensor, holder: int) -> Tensor | None:
-        count, here = self.processes.count, self.processes.rank == holder
-        # an example may have several entries in a row
-        rows = self._own * (len(z) // (self._own + self._rest))
-        own, rest = z[:rows].contiguous(), z[rows:]
-        if rows == 0:
-            return rest if here else None
-        received = [torch.empty_like(own) for _ in range(count)] if here else None
-        with lost_processes_named():
-            dist.gather(own, received, dst=holder)
-        return None if received is None else torch.cat([*received, rest])
 
 
 def run_observed(
@@ -209,7 +201,7 @@ def run_observed(
         observer = Observers([observer], matmuls_in_tf32)
     shared = SharedBatches(regression, plan.holders, observer)
     vectors, retried = CheckedLossVectors(regression, options), Retrial(regression, layers)
-    with observed(regression.objective, layers, shared, options.has_gradients) as network:
+    with observed(regression.objective, layers, shared) as network:
 
         def step(clean: CleanBatch) -> None:
             for batch in shared.noised_batches(clean):
@@ -218,10 +210,29 @@ def run_observed(
             retried(clean)
 
         run_pass(
-            *(name, regression, running, step, passes, plan.settings),
+            name,
+            regression,
+            running,
+            step,
+            passes,
+            plan.settings,
             together=shared.processes,
-            on_batch=shared.tell,
+            on_batch=shared.begin,
         )
+
+
+class _Reduced(WholeLayers):
+    """Hands layers of Kronecker form on; a class made in a pass would be a cycle that holds it."""
+
+    def __init__(self, plan: BlockPlan, consume: Consume, dtype: torch.dtype):
+        super().__init__(dtype)
+        self._plan = plan
+        self._reduce = consume
+
+    def whole(self, layer: Layer, xs: list[Tensor], gs: list[Tensor], N: int) -> None:
+        """Reduce what a layer saw."""
+        if layer.name in self._plan.by_layer:
+            self._reduce(layer, xs, gs, N)
 
 
 def run_on_gradients(
@@ -233,21 +244,11 @@ def run_on_gradients(
     sums: Sums,
 ) -> None:
     """Run every draw and loss vector, and reduce what the layers of Kronecker form saw to sums."""
-    indices: Sequence[int] = ()
-
-    class Indexed(WholeLayers):
-        def start(self, batch: NoisedBatch) -> None:
-            nonlocal indices
-            indices = batch.indices
-
-    def on_layer(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
-        if layer.name in plan.by_layer:
-            consume(layer, indices, xs, gs)
-
     layers = plan.beside or [own[0].layer for own in plan.by_layer.values()]
     if plan.holders is not None:
         # of exact blocks no gradients of single examples are wanted
         factored = {layer.name for layer in layers if not isinstance(layer.kind, ExactKind)}
-        plan = replace(plan, holders=plan.holders.restricted(factored))
-    observer = Indexed(on_layer, regression.objective.working_dtype)
+        of_layer = {k: r for k, r in plan.holders.of_layer.items() if k in factored}
+        plan = replace(plan, holders=replace(plan.holders, of_layer=of_layer))
+    observer = _Reduced(plan, consume, regression.objective.working_dtype)
     run_observed(name, regression, plan, passes, layers, observer, sums)

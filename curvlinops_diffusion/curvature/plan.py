@@ -6,27 +6,27 @@ cost. Below it nothing asks again how a layer's parameters fall into blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from curvlinops_diffusion.curvature.exact_blocks import ExactBlock
 from curvlinops_diffusion.curvature.options import KFACOptions
-from curvlinops_diffusion.layers.coverage import Coverage
+from curvlinops_diffusion.diffusion.regression import NoisedRegression, check_regression
+from curvlinops_diffusion.layers.coverage import Coverage, covered_parameters
 from curvlinops_diffusion.layers.kind import ExactKind
 from curvlinops_diffusion.layers.layer import Layer, Part
+from curvlinops_diffusion.layers.probe import probed
 from curvlinops_diffusion.linalg.blocks import Block, EigenBlock
+from curvlinops_diffusion.linalg.parameters import Parameters
 from curvlinops_diffusion.linalg.placement import PlacedBlock, in_order
+from curvlinops_diffusion.linalg.storage import versions
 from curvlinops_diffusion.runtime.processes import Processes
 from curvlinops_diffusion.runtime.sharded_networks import device_of
-
-#: Makes a factor of zeros: not held while there are sums in its place.
-Zeros = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Holders:
-    """Which process has the blocks of which layer.
+    """The processes that have the blocks of layers.
 
     Attributes:
         processes: The processes.
@@ -59,11 +59,6 @@ class Holders:
 
     processes: Processes
     of_layer: Mapping[str, int]
-
-    def restricted(self, names: Collection[str]) -> Holders:
-        """The holders of some layers alone."""
-        chosen = {name: rank for name, rank in self.of_layer.items() if name in names}
-        return Holders(self.processes, chosen)
 
 
 @dataclass(frozen=True)
@@ -96,15 +91,25 @@ class BlockPlan:
             for part in layer.parts(options.separate_weight_and_bias, options.exact_bias)
         ]
         inside = {name for part in parts for name in part.params}
-        exact = [
-            block
-            for layer in coverage.layers
-            for block in _exact_blocks_of(layer, inside, coverage, options.max_dense)
-        ]
-        exact += [
-            _exact_block(name, (name,), None, coverage, options.max_dense)
-            for name in coverage.others
-        ]
+        exact: list[ExactBlock] = []
+
+        def add_exact(key: str, names: tuple[str, ...], layer: Layer | None = None) -> None:
+            shapes = tuple(tuple(coverage.params[name].shape) for name in names)
+            # a bias' block is no larger than its layer's output factor
+            is_bias = layer is not None and not isinstance(layer.kind, ExactKind)
+            dense = is_bias or sum(map(prod, shapes)) <= options.max_dense
+            exact.append(ExactBlock(key, names, shapes, dense, layer))
+
+        for layer in coverage.layers:
+            names = tuple(name for name in layer.params if name not in inside)
+            if len({coverage.params[name].shape for name in names}) == len(names) == 2:
+                for name in names:  # of a kind whose parameters have no common rows
+                    add_exact(name, (name,), layer)
+            elif names:
+                kind = "norm" if isinstance(layer.kind, ExactKind) else "bias"
+                add_exact(layer.key(kind), names, layer)
+        for name in coverage.others:
+            add_exact(name, (name,))
         return cls(coverage, options, tuple(parts), tuple(exact))
 
     def restricted(self, names: Collection[str], holders: Holders | None = None) -> BlockPlan:
@@ -119,6 +124,22 @@ class BlockPlan:
         exact = tuple(block for block in self.exact if block.params[0] in names)
         beside = () if holders is None else self.coverage.layers
         return BlockPlan(coverage, self.options, parts, exact, beside, holders)
+
+    def info(self, regression: NoisedRegression) -> dict[str, Any]:
+        """Describe an operator that was fitted, for the header of its file."""
+        coverage, rounding = self.coverage, set(self.coverage.rounding)
+        if not self.options.exact_bias:  # the block of a bias is then the factor of its weight
+            mixed = [layer for layer in coverage.layers if not {*layer.params} <= rounding]
+            rounding -= {name for layer in mixed for name in layer.params}
+        names = [name for name in coverage.params if name in rounding]
+        return {
+            "options": self.options.as_dict(),
+            "regression": regression.description,
+            "data": regression.data_identity(),
+            "others": coverage.others,
+            "versions": versions(),
+            **({"rounding": names} if names else {}),
+        }
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -140,31 +161,6 @@ class BlockPlan:
     def with_inputs(self) -> dict[str, Part]:
         """The block of each layer that has an input factor, by the name of the layer."""
         return {part.layer.name: part for part in self.parts if not part.is_bias}
-
-    def input_zeros(self, dtype: torch.dtype) -> dict[str, Zeros]:
-        """Input factors ``[*g, I, I]``, or ``[I]`` for diagonal ones, of zeros, by their key."""
-        zeros: dict[str, Zeros] = {}
-        for part in self.with_inputs.values():
-            *groups, _, I = part.shape
-            shape = (I,) if part.kind.one_hot else (*groups, I, I)
-            zeros[part.input_key] = partial(part.new_zeros, dtype, *shape)
-        return zeros
-
-    def output_zeros(self, dtype: torch.dtype) -> dict[str, Zeros]:
-        """Output factors ``[*g, O, O]`` of zeros, by their key."""
-        return {
-            part.output_key: partial(part.new_zeros, dtype, *part.shape[:-1], part.shape[-2])
-            for part in self.parts
-        }
-
-    def exact_zeros(self, dtype: torch.dtype) -> dict[str, Zeros]:
-        """Exact blocks ``[n, n]``, or their diagonals ``[n]``, of zeros, by their key."""
-
-        def zeros(block: ExactBlock) -> Tensor:
-            device = device_of(self.coverage.params[block.params[0]])
-            return torch.zeros(block.moment_shape, dtype=dtype, device=device)
-
-        return {block.key: partial(zeros, block) for block in self.exact}
 
     def factor_sizes(self) -> list[int]:
         """The rows of every factor that is decomposed, one entry for each group."""
@@ -221,27 +217,17 @@ def _factor_sizes(parts: Iterable[Part]) -> list[int]:
         *groups, O, I = part.shape
         sizes[part.output_key, "output"] = [O] * prod(groups)
         if not part.kind.one_hot and not part.is_bias:
-            sizes[part.input_key, "input"] = [I] * prod(groups)
+            sizes[part.key, "input"] = [I] * prod(groups)
     return [size for own in sizes.values() for size in own]
 
 
-def _exact_blocks_of(
-    layer: Layer, inside: set[str], coverage: Coverage, max_dense: int
-) -> list[ExactBlock]:
-    """The exact blocks of a layer: what is in no block of Kronecker form."""
-    names = tuple(name for name in layer.params if name not in inside)
-    if len({coverage.params[name].shape for name in names}) == len(names) == 2:
-        # of a kind whose parameters have no common rows
-        return [_exact_block(name, (name,), layer, coverage, max_dense) for name in names]
-    key = layer.key("norm" if isinstance(layer.kind, ExactKind) else "bias")
-    return [_exact_block(key, names, layer, coverage, max_dense)] if names else []
+def prepare(regression: NoisedRegression, params: Parameters, options: KFACOptions) -> BlockPlan:
+    """Choose the blocks, and try the network out, which is not repeated while nothing has changed.
 
-
-def _exact_block(
-    key: str, names: tuple[str, ...], layer: Layer | None, coverage: Coverage, max_dense: int
-) -> ExactBlock:
-    shapes = tuple(tuple(coverage.params[name].shape) for name in names)
-    # a bias' block is no larger than its layer's output factor
-    is_bias = layer is not None and not isinstance(layer.kind, ExactKind)
-    dense = is_bias or sum(map(prod, shapes)) <= max_dense
-    return ExactBlock(key, names, shapes, dense, layer)
+    Raises:
+        ValueError: If a parameter cannot be covered, or the network is not what derivatives assume;
+            see :mod:`~curvlinops_diffusion.layers.probe`.
+    """
+    check_regression(regression)
+    coverage = covered_parameters(regression.objective.model, params)
+    return BlockPlan.of(probed(regression, coverage), options)

@@ -17,7 +17,7 @@ from torch.nn.grad import conv2d_weight
 
 from curvlinops_diffusion.layers.geometry import Convolution2d, as_images, output_sizes, windows
 from curvlinops_diffusion.layers.kind import SharingKind
-from curvlinops_diffusion.layers.moments import LatestProduct, Moment, on_tensor_cores
+from curvlinops_diffusion.layers.moments import on_tensor_cores
 from curvlinops_diffusion.layers.patch_moments import MAX_ENTRIES, PatchMoment
 from curvlinops_diffusion.runtime.devices import to_device
 
@@ -96,10 +96,10 @@ class ConvolutionKind(_PixelsKind):
         """From sums over windows."""
         return self.input_sum(module, x.square()).sum().sqrt()
 
-    def input_moment(self, module: Any, latest: LatestProduct) -> Moment:
+    def patch_moment(self, module: Any) -> PatchMoment | None:
         """Without patches, where that is cheaper."""
         planar = Convolution2d.of(module)
-        return super().input_moment(module, latest) if planar is None else PatchMoment(planar)
+        return None if planar is None else PatchMoment(planar)
 
 
 class TransposedConvolutionKind(_PixelsKind):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from warnings import warn
 
 from torch import nn
 
@@ -57,7 +56,6 @@ class Coverage:
         layers: The layers of known kinds that hold them, in the model's order.
         others: The reasons why parameters are in none of these, by name. Their gradients are
             found by automatic differentiation, example by example.
-        left_out: Parameters that are not covered, each with the reason.
         rounding: Parameters whose gradient is rounding errors alone in a trial, so that their exact
             block is of the squares of these.
     """
@@ -65,7 +63,6 @@ class Coverage:
     params: dict[str, nn.Parameter]
     layers: tuple[Layer, ...]
     others: dict[str, str]
-    left_out: dict[str, str]
     rounding: tuple[str, ...] = ()
 
 
@@ -79,7 +76,10 @@ def cover(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> Coverage:
     Returns:
         The layers, and the parameters in none; those without entries are in neither.
     """
-    holders = _holders(model)
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for p in module.parameters(recurse=False):
+            holders.setdefault(id(p), []).append(name)
     name_of = {id(p): name for name, p in selected.items()}
     layers: list[Layer] = []
     others: dict[str, str] = {}
@@ -91,37 +91,19 @@ def cover(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> Coverage:
         }
         if not own:
             continue
-        kind, reason = _kind_of(module, own, holders)
-        if kind is None:
+        kind = next(filter(None, map(_kind_of_type, type(module).__mro__)), None)
+        held = [holders[id(p)] for p in module.parameters(recurse=False)]
+        if kind is None or not own.keys() <= {kind.weight_name, kind.bias_name}:
+            reason = f"held by a {type(module).__name__}"
+        else:
+            shared = [f"shared by the modules {names}" for names in held if len(names) > 1]
+            reason = kind.unsupported(module) or next(iter(shared), "")
+        if kind is None or reason:
             others.update(dict.fromkeys(own.values(), reason))
         else:
             weight, bias = (own.get(name) for name in (kind.weight_name, kind.bias_name))
             layers.append(Layer(module_name, module, kind, weight, bias))
-    return Coverage(dict(selected), tuple(layers), others, {})
-
-
-def _holders(model: nn.Module) -> dict[int, list[str]]:
-    """The names of the modules that hold each parameter."""
-    holders: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for p in module.parameters(recurse=False):
-            holders.setdefault(id(p), []).append(name)
-    return holders
-
-
-def _kind_of(
-    module: nn.Module, own: Mapping[str, str], holders: Mapping[int, list[str]]
-) -> tuple[LayerKind | None, str]:
-    kind = next(filter(None, map(_kind_of_type, type(module).__mro__)), None)
-    if kind is None or not own.keys() <= {kind.weight_name, kind.bias_name}:
-        return None, f"held by a {type(module).__name__}"
-    reason = kind.unsupported(module)
-    if reason:
-        return None, reason
-    for p in module.parameters(recurse=False):
-        if len(holders[id(p)]) > 1:
-            return None, f"shared by the modules {holders[id(p)]}"
-    return kind, ""
+    return Coverage(dict(selected), tuple(layers), others)
 
 
 def _kind_of_type(cls: type[Any]) -> LayerKind | None:
@@ -129,46 +111,10 @@ def _kind_of_type(cls: type[Any]) -> LayerKind | None:
     return LAYER_KINDS.get(cls) or LAYER_KINDS.get(f"{cls.__module__}.{cls.__qualname__}")
 
 
-def covered_parameters(model: nn.Module, params: Parameters, gradients: bool = True) -> Coverage:
-    """Find how a user's choice of parameters is covered.
-
-    Args:
-        model: The model.
-        params: ``None`` for every parameter, or a choice of them.
-        gradients: Whether gradients are there to fill blocks with that have no Kronecker form.
-            Without, those parameters are left out, with a warning, or refused if they were chosen.
+def covered_parameters(model: nn.Module, params: Parameters) -> Coverage:
+    """Find how a user's choice of parameters is covered; ``None`` for every parameter.
 
     Raises:
-        ValueError: If a chosen parameter, or every parameter, cannot be covered.
+        ValueError: If the choice is not of the model's parameters, or empty.
     """
-    coverage = cover(model, select_parameters(model, params))
-    return coverage if gradients else _kronecker_only(model, coverage, params is not None)
-
-
-def _kronecker_only(model: nn.Module, coverage: Coverage, chosen: bool) -> Coverage:
-    left_out = dict(coverage.others)
-    layers = []
-    for layer in coverage.layers:
-        if layer.parts(separate=True, exact_bias=False):
-            layers.append(layer)
-            continue
-        reason = f"the block of a {type(layer.module).__name__} has no Kronecker form"
-        left_out |= dict.fromkeys(layer.params, reason)
-    if not left_out:
-        return coverage
-    why = "fisher_type='forward-only' computes no gradients, which this block is made of"
-    if chosen or len(left_out) == len(coverage.params):
-        name, reason = next(iter(left_out.items()))
-        raise ValueError(
-            f"{len(left_out)} of the parameters cannot be covered, the first being '{name}' "
-            f"({reason}): {why}. Leave them out of params, or pass another fisher_type."
-        )
-    own = dict(model.named_parameters())
-    entries, total = (sum(own[name].numel() for name in names) for names in (left_out, own))
-    warn(
-        f"{len(left_out)} parameters with {entries:,} of {total:,} entries ({entries / total:.2%}) "
-        f"are left out: {why}. {', '.join(left_out)}.",
-        stacklevel=5,
-    )
-    params = {name: p for name, p in coverage.params.items() if name not in left_out}
-    return Coverage(params, tuple(layers), {}, left_out)
+    return cover(model, select_parameters(model, params))

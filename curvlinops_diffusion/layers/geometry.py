@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations_with_replacement, product
 from typing import Any
 
@@ -170,57 +171,52 @@ class Geometry:
     def of(cls, conv: Convolution2d, x: Tensor, zeros: Padding) -> Geometry:
         """The geometry of a convolution on images of a size, and the zeros around them."""
         left, right, top, bottom = zeros
+        sizes, steps = x.shape[2:], (conv.kernel_size, conv.stride, conv.dilation)
         axes = []
         for size, before, after, K, s, d in zip(
-            *(x.shape[2:], (top, left), (bottom, right)),
-            *(conv.kernel_size, conv.stride, conv.dilation),
-            strict=True,
+            sizes, (top, left), (bottom, right), *steps, strict=True
         ):
             (outputs,) = output_sizes([size + before + after], [K], [s], [d])
             taps = tuple(divmod(k * d - before, s)[::-1] for k in range(K))
             axes.append(Axis(size, outputs, s, taps))
         return cls(*axes)
 
+    @cached_property
     def row_pairs(self) -> list[tuple[int, int]]:
         """Pairs of vertical taps; the others follow by transposition."""
         return list(combinations_with_replacement(range(len(self.rows.taps)), 2))
 
+    @cached_property
     def column_pairs(self) -> list[tuple[int, int]]:
         """Pairs of horizontal taps."""
         taps = range(len(self.columns.taps))
         return list(product(taps, taps))
 
+    @cached_property
     def row_parts(self) -> list[tuple[Key, Interval]]:
         """The ranges of rows over which is summed: the overlaps, and what windows leave out."""
         parts: dict[tuple[Key, Interval], None] = {}  # a set in order
-        for k, l in self.row_pairs():
+        for k, l in self.row_pairs:
             key = self.rows.key(k, l)
             for interval in [self.rows.overlap(key), *self.rows.outside(k, l)]:
                 parts[key, interval] = None
         return list(parts)
 
+    @cached_property
     def column_parts(self) -> list[tuple[Key, Interval]]:
         """The ranges of columns that windows leave out."""
+        columns = self.columns
         return sorted(
-            {
-                (self.columns.key(k, l), interval)
-                for k, l in self.column_pairs()
-                for interval in self.columns.outside(k, l)
-            }
+            {(columns.key(k, l), i) for k, l in self.column_pairs for i in columns.outside(k, l)}
         )
 
+    @cached_property
     def shifts(self) -> dict[tuple[int, int], list[int]]:
         """The horizontal shifts that occur, by the pair of phases."""
         shifts: dict[tuple[int, int], list[int]] = {}
-        keys = {self.columns.key(k, l) for k, l in self.column_pairs()}
-        for first, second, shift in sorted(keys):
+        for first, second, shift in sorted({self.columns.key(k, l) for k, l in self.column_pairs}):
             shifts.setdefault((first, second), []).append(shift)
         return shifts
-
-    @property
-    def num_frequencies(self) -> int:
-        """Frequencies of a row; those of a real signal's other half are conjugates."""
-        return self.columns.period // 2 + 1
 
     @property
     def num_taps(self) -> int:

@@ -20,7 +20,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from curvlinops_diffusion.layers.moments import LatestProduct, Moment, SummedMoment, second_moment
+from curvlinops_diffusion.layers.moments import LatestProduct, second_moment
+from curvlinops_diffusion.layers.patch_moments import PatchMoment
 
 # Gradients are rotated for so many entries at a time, to bound the memory
 _MAX_ENTRIES = 2**23
@@ -38,11 +39,11 @@ class LayerKind:
     bias_name = "bias"
 
     def unsupported(self, module: nn.Module) -> str:
-        """Why this module cannot be read that way; empty if it can."""
+        """Say why this module cannot be read that way; empty if it can."""
         return ""
 
     def has_batch_axis(self, module: nn.Module, x: Tensor) -> bool:
-        """Whether examples can be distinguished along the first axis of this input."""
+        """Tell whether the first axis of this input distinguishes examples."""
         return x.ndim >= 2
 
 
@@ -112,33 +113,27 @@ class SharingKind(LayerKind, ABC):
         """The root of ``Σ_n Σ_s ‖a_s‖²``, which bounds rounding errors."""
         return self.inputs(module, x).norm()
 
-    def input_moment(self, module: nn.Module, latest: LatestProduct) -> Moment:
-        """A new running ``Σ_n Σ_s a_s a_sᵀ`` of the module's inputs.
-
-        Args:
-            module: The module.
-            latest: Shares products among layers whose inputs are rows of one tensor.
-        """
-        return SummedMoment(lambda x: second_moment(self.inputs(module, x)))
-
     def sampled_inputs(self, module: nn.Module, x: Tensor, index: Tensor) -> Tensor:
-        """The inputs at some positions of each entry of the first axis.
+        """The inputs at the positions ``index``, ``[N, m]``, of each entry: ``[N, *g, m, I]``."""
+        return at_positions(self.inputs(module, x), index)
+
+    def input_moment(
+        self, module: nn.Module, x: Tensor, index: Tensor | None, latest: LatestProduct
+    ) -> Tensor:
+        """``Σ_n Σ_s a_s a_sᵀ``, ``[*g, I, I]``, or its diagonal ``[I]`` if inputs are one-hot.
 
         Args:
             module: The module.
             x: Its input.
-            index: The positions, ``[N, m]``.
-
-        Returns:
-            ``[N, *g, m, I]``.
+            index: The positions that are summed over, ``[N, m]``; ``None`` for all.
+            latest: Shares products among layers whose inputs are rows of one tensor.
         """
-        return at_positions(self.inputs(module, x), index)
+        a = self.inputs(module, x) if index is None else self.sampled_inputs(module, x, index)
+        return second_moment(a)
 
-    def sampled_input_moment(
-        self, module: nn.Module, x: Tensor, index: Tensor, latest: LatestProduct
-    ) -> Tensor:
-        """``Σ_n Σ_s a_s a_sᵀ`` over some positions, see :meth:`sampled_inputs`."""
-        return second_moment(self.sampled_inputs(module, x, index))
+    def patch_moment(self, module: nn.Module) -> PatchMoment | None:
+        """A new running sum of the moments of all positions, where there is a faster one."""
+        return None
 
     def bias_gradients(self, module: nn.Module, g: Tensor) -> Tensor:
         """The bias' gradients, shape ``[N, bias entries]``."""

@@ -99,15 +99,15 @@ def example_gradients(
     mapped = {name: coverage.params[name] for name in coverage.others}
 
     class Gradients(WholeLayers):
+        def whole(self, layer: Layer, xs: list[Tensor], gs: list[Tensor], batch_size: int) -> None:
+            gradients.update(layer.example_gradients(xs, gs, N))
+
         def pulled_back(self, batch: NoisedBatch, v_BD: Tensor) -> None:
             super().pulled_back(batch, v_BD)
             for name, gradient in mapped_gradients(objective, batch, v_BD, mapped).items():
                 gradients[name] = gradient.unflatten(0, (N, -1)).sum(1)
 
-    def consume(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
-        gradients.update(layer.example_gradients(xs, gs, N))
-
-    with observed(objective, coverage.layers, Gradients(consume, dtype)) as network:
+    with observed(objective, coverage.layers, Gradients(dtype)) as network:
         network.run(batch, one_vector(loss_vector))
     for name, p in coverage.params.items():
         if name not in gradients:  # no influence on the prediction

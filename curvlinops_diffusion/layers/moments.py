@@ -7,14 +7,12 @@ these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from curvlinops_diffusion.runtime.sums import Running, Sums, prefixed, within
+from curvlinops_diffusion.runtime.sums import Sums
 
 #: Kinds of devices that have tensor cores.
 TENSOR_CORES = {"cuda"}
@@ -23,12 +21,12 @@ _SUMS_IN_FLOAT32 = "dtype" in torch.ops.aten.bmm.overloads()  # in this version 
 
 
 def on_tensor_cores(z: Tensor) -> bool:
-    """Whether products of a tensor are computed where large ones cost far less than others."""
+    """Tell whether products are computed where large ones cost far less than others."""
     return z.device.type in TENSOR_CORES
 
 
 def stays_low(z: Tensor) -> bool:
-    """Whether products of a tensor are summed in more bits than it has itself."""
+    """Tell whether products of a tensor are summed in more bits than it has itself."""
     return z.is_cuda and z.dtype in _LOW and _SUMS_IN_FLOAT32
 
 
@@ -82,87 +80,12 @@ class MomentSums(Sums):
         else:
             self.add(key, second_moment(z_NgSI) * weight)
 
-
-class Moment(Running, Protocol):
-    """A running weighted sum of second moments of a layer's inputs."""
-
-    def add(self, x: Tensor, weight: float) -> None:
-        """Add ``weight · Σ_n Σ_s a_s a_sᵀ`` of the layer's input ``x``."""
-
-    def total(self) -> Tensor:
-        """The sum, ``[*g, I, I]``, or its diagonal ``[I]``."""
-
-
-class SummedMoment:
-    """A moment whose terms are added up as they are.
-
-    Args:
-        product: Maps a layer's input to ``Σ_n Σ_s a_s a_sᵀ``; the result is not changed, and may be
-            held on to by others.
-    """
-
-    def __init__(self, product: Callable[[Tensor], Tensor]):
-        self._product = product
-        self._total: Tensor | None = None
-
-    def add(self, x: Tensor, weight: float) -> None:
-        """Add ``weight`` times the product."""
-        product = self._product(x)
-        if self._total is None:
-            self._total = product * weight
+    def add_times(self, key: str, value: Tensor, weight: float) -> None:
+        """Add ``weight`` times a value, which is neither kept nor changed."""
+        if key in self._sums:
+            self._sums[key].add_(value, alpha=weight)
         else:
-            self._total.add_(product, alpha=weight)
-
-    def total(self) -> Tensor:
-        """The sum."""
-        assert self._total is not None
-        return self._total
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The sum by name."""
-        return {} if self._total is None else {"total": self._total}
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from a sum."""
-        self._total = tensors.get("total")
-
-
-class ExtendedMoment:
-    """The second moment of inputs that are extended by a one, from that of the inputs.
-
-    Args:
-        inner: The moment of the inputs.
-        extended_sum: Maps a layer's input to ``Σ_n Σ_s [a_s, 1]``, ``[*g, I + 1]``.
-    """
-
-    def __init__(self, inner: Moment, extended_sum: Callable[[Tensor], Tensor]):
-        self._inner = inner
-        self._extended_sum = extended_sum
-        self._last_row: Tensor | None = None
-
-    def add(self, x: Tensor, weight: float) -> None:
-        """Add ``weight`` times the extended inputs' moment."""
-        self._inner.add(x, weight)
-        new = self._extended_sum(x.to(summed_dtype(x))) * weight
-        self._last_row = new if self._last_row is None else self._last_row + new
-
-    def total(self) -> Tensor:
-        """The sum, ``[*g, I + 1, I + 1]``."""
-        assert self._last_row is not None
-        total = pad(self._inner.total(), (0, 1, 0, 1))
-        total[..., -1, :], total[..., :, -1] = self._last_row, self._last_row
-        return total
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The sums by name."""
-        if self._last_row is None:
-            return {}
-        return {"extended": self._last_row, **prefixed("inner", self._inner.tensors())}
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from sums."""
-        self._last_row = tensors.get("extended")
-        self._inner.restore(within("inner", tensors))
+            self.add(key, value * weight)
 
 
 class LatestProduct:

@@ -19,7 +19,7 @@ Legend: N (or B) batch, D entries of a prediction.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -64,16 +64,24 @@ class Observer:
     def pulled_back(self, batch: NoisedBatch, v_BD: Tensor) -> None:
         """A backward pass is over; the network may be run here, unobserved."""
 
+    def unreadable(self, layer: Layer, shape: torch.Size, batch_size: int) -> None:
+        """A layer was given an input whose first axis is not that of the batch."""
+        raise ValueError(
+            f"Layer '{layer.name}' was given an input of shape {tuple(shape)} for a batch of "
+            f"{batch_size}. The first axis must be the batch (or the batch times frames), "
+            "or examples cannot be told apart; leave the layer's parameters out of params."
+        )
+
     def finish(self) -> None:
         """The batch is over, or has failed: let go of it."""
 
 
 class Observers(Observer):
-    """Several observers as one, each told in turn.
+    """Several observers as one, called in turn.
 
     Args:
         observers: The observers.
-        context: What they are told within, such as another precision.
+        context: The context that they are called in, such as another precision.
     """
 
     def __init__(
@@ -81,16 +89,13 @@ class Observers(Observer):
         observers: Sequence[Observer],
         context: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
-        def told(event: str) -> Callable[..., None]:
-            def tell(*args: Any) -> None:
-                with context():
-                    for observer in observers:
-                        getattr(observer, event)(*args)
-
-            return tell
+        def call(event: str, *args: Any) -> None:
+            with context():
+                for observer in observers:
+                    getattr(observer, event)(*args)
 
         for event in ("start", "input", "predicted", "gradient", "pulled_back", "finish"):
-            setattr(self, event, told(event))
+            setattr(self, event, partial(call, event))
 
 
 @contextmanager
@@ -98,8 +103,6 @@ def observed(
     objective: DenoisingObjective,
     layers: Sequence[Layer],
     observer: Observer,
-    backward: bool = True,
-    unreadable: Callable[[Layer, torch.Size], None] | None = None,
 ) -> Iterator[ObservedPass]:
     """Attach an observer to layers; hooks are removed on leaving, also after an exception.
 
@@ -107,11 +110,8 @@ def observed(
         objective: Supplies the network.
         layers: The layers to observe.
         observer: Sees what they see.
-        backward: Whether there are backward passes.
-        unreadable: Called with a layer and the shape of an input whose first axis is not that of
-            the batch, in place of an error.
     """
-    network = ObservedPass(objective, observer, backward, unreadable)
+    network = ObservedPass(objective, observer)
     handles = []
     try:
         for layer in layers:
@@ -127,17 +127,9 @@ def observed(
 class ObservedPass:
     """Runs batches through a network whose layers are observed; made by :func:`observed`."""
 
-    def __init__(
-        self,
-        objective: DenoisingObjective,
-        observer: Observer,
-        backward: bool,
-        unreadable: Callable[[Layer, torch.Size], None] | None,
-    ):
+    def __init__(self, objective: DenoisingObjective, observer: Observer):
         self._objective = objective
         self._observer = observer
-        self._backward = backward
-        self._unreadable = unreadable
         self._sources: list[Tensor] = []  # where the graph begins: backward passes go no further
         self._calls: dict[str, int] = {}
         self._latest: tuple[Tensor, int, Tensor] | None = None
@@ -150,7 +142,7 @@ class ObservedPass:
         try:
             self._observer.start(batch)
             self._batch_size = len(batch.indices)
-            # also without a backward pass: what the network does under no_grad is told by it
+            # or what the network does under no_grad could not be distinguished
             with torch.enable_grad():
                 prediction_BD = self._objective.predict(batch)
             self._batch_size = 0
@@ -192,20 +184,22 @@ class ObservedPass:
         if x is self._aside or (adapter_of(layer.name) is not None and _is_identity(x)):
             self._aside = output
             return None
-        if layer.kind.has_batch_axis(module, x) and len(x) % self._batch_size == 0:
+        observer, shape, batch_size = self._observer, x.shape, self._batch_size
+        if layer.kind.has_batch_axis(module, x) and len(x) % batch_size == 0:
             call = self._calls.get(layer.name, 0)
             self._calls[layer.name] = call + 1
             # what is computed from the input is not part of the network
             with without_autocast(x.device.type):
-                self._observer.input(layer, self._shown(x))
-            report = partial(self._report, layer, call)
-        elif self._backward:
-            # no matter if no gradient comes
-            report = partial(self._refuse, layer, x.shape, self._batch_size)
-        else:
-            self._refuse(layer, x.shape, self._batch_size)
-        if not self._backward:
-            return None
+                observer.input(layer, self._shown(x))
+
+            def report(g: Tensor) -> None:
+                observer.gradient(layer, call, g.detach(), self._calls[layer.name])
+
+        else:  # no matter if no gradient comes
+
+            def report(g: Tensor) -> None:
+                observer.unreadable(layer, shape, batch_size)
+
         replaced = None
         if not output.requires_grad:
             output, replaced = _start_of_graph(output)
@@ -221,22 +215,6 @@ class ObservedPass:
         if self._latest is None or x is not self._latest[0] or x._version != self._latest[1]:
             self._latest = (x, x._version, x.detach())
         return self._latest[2]
-
-    def _report(self, layer: Layer, call: int, g: Tensor) -> None:
-        self._observer.gradient(layer, call, g.detach(), self._calls[layer.name])
-
-    def _refuse(
-        self, layer: Layer, shape: torch.Size, batch_size: int, g: Tensor | None = None
-    ) -> None:
-        """Report an input whose first axis is not that of the batch."""
-        if self._unreadable is not None:
-            self._unreadable(layer, shape)
-            return
-        raise ValueError(
-            f"Layer '{layer.name}' was given an input of shape {tuple(shape)} for a batch of "
-            f"{batch_size}. The first axis must be the batch (or the batch times frames), "
-            "or examples cannot be told apart; leave the layer's parameters out of params."
-        )
 
 
 def _is_identity(x: Tensor) -> bool:
@@ -260,32 +238,23 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """
     modules = modules_of(model)
     params = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
-    before = [(p, p.requires_grad) for p in params.values()]
-    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p, _ in before if p._backward_hooks]
-    others = [
-        (vars(module), key, value)
-        for module in modules
-        for key in vars(module).keys() - _OF_ANY_MODULE
-        if isinstance(value := vars(module)[key], Tensor)
-        and value.requires_grad
-        # but for second names of parameters, and views of them
-        and id(value if value._base is None else value._base) not in params
-    ]
-    try:
-        for p, _ in before:
+    with ExitStack() as stack:
+        for p in params.values():
+            stack.callback(p.requires_grad_, p.requires_grad)
             p.requires_grad_(False)
-        for running, _ in hooks:
-            running.clear()
-        for attributes, key, value in others:
-            attributes[key] = value.detach()
+            if p._backward_hooks:
+                stack.callback(p._backward_hooks.update, dict(p._backward_hooks))
+                p._backward_hooks.clear()
+        for attributes in map(vars, modules):
+            for key in attributes.keys() - _OF_ANY_MODULE:
+                value = attributes[key]
+                if not isinstance(value, Tensor) or not value.requires_grad:
+                    continue
+                # but for second names of parameters, and views of them
+                if id(value if value._base is None else value._base) not in params:
+                    stack.callback(attributes.__setitem__, key, value)
+                    attributes[key] = value.detach()
         yield
-    finally:
-        for p, requires_grad in before:
-            p.requires_grad_(requires_grad)
-        for running, own in hooks:
-            running.update(own)
-        for attributes, key, value in others:
-            attributes[key] = value
 
 
 class WholeLayers(Observer):
@@ -296,19 +265,22 @@ class WholeLayers(Observer):
     there, so that nothing outlives its layer.
 
     Args:
-        consume: Called with (layer, inputs, gradients), each a list over the calls, in precision
-            ``dtype``.
         dtype: The working precision; tokens stay as they are.
     """
 
-    def __init__(
-        self, consume: Callable[[Layer, list[Tensor], list[Tensor]], None], dtype: torch.dtype
-    ):
-        self._consume = consume
+    def __init__(self, dtype: torch.dtype):
         self._dtype = dtype
+        self._N = 0
         self._layers: dict[str, Layer] = {}
         self._inputs: dict[str, list[Tensor]] = {}
         self._gradients: dict[str, dict[int, Tensor]] = {}
+
+    def whole(self, layer: Layer, xs: list[Tensor], gs: list[Tensor], N: int) -> None:
+        """All inputs and gradients of a layer are there, call by call, of so many examples."""
+
+    def start(self, batch: NoisedBatch) -> None:
+        """Count the examples."""
+        self._N = len(batch.indices)
 
     def input(self, layer: Layer, x: Tensor) -> None:
         """Remember the input."""
@@ -333,12 +305,12 @@ class WholeLayers(Observer):
         self._gradients.clear()
 
     def _hand_on(self, layer: Layer) -> None:
-        own = self._gradients.pop(layer.name)
-        inputs, order = self._inputs[layer.name], sorted(own)
-        xs, gs = [inputs[call] for call in order], [own[call] for call in order]
-        self._consume(layer, in_precision(xs, self._dtype), in_precision(gs, self._dtype))
+        inputs, own = self._inputs[layer.name], self._gradients.pop(layer.name)
+        calls = sorted(own)
+        xs, gs = ([in_precision(of[c], self._dtype) for c in calls] for of in (inputs, own))
+        self.whole(layer, xs, gs, self._N)
 
 
-def in_precision(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Floating-point tensors in a precision; tokens as they are."""
-    return [z.to(dtype) if z.is_floating_point() else z for z in tensors]
+def in_precision(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """A floating-point tensor in a precision; tokens as they are."""
+    return z.to(dtype) if z.is_floating_point() else z

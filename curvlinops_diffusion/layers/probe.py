@@ -5,7 +5,7 @@ that gradients are finite; that the hooks of a layer see the gradients of its pa
 do if each is used in the layer's calls alone, the calls compute what the layer's type says, and the
 first axis of what they see holds one example after the other; that the prediction depends on the
 parameters, which may be those of an adapter that is fused, disabled, not active or of scale zero,
-or of a layer that is not used; and how often layers are called.
+or of a layer that is not used.
 
 Findings are kept with the problem, by what they depend on, and shared by its copies of other draws.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any
 from warnings import warn
 
 import torch
@@ -28,7 +28,6 @@ from curvlinops_diffusion.layers.coverage import Coverage
 from curvlinops_diffusion.layers.kind import SharingKind
 from curvlinops_diffusion.layers.layer import Layer
 from curvlinops_diffusion.layers.observation import (
-    Observer,
     WholeLayers,
     frozen,
     observed,
@@ -56,17 +55,12 @@ _SMALL = 1000
 # names of parameters in a message
 _SHOWN = 4
 
-Finding = TypeVar("Finding")
 
-
-def _once(
-    regression: NoisedRegression, key: tuple[Hashable, ...], look: Callable[[], Finding]
-) -> Finding:
+def once(regression: NoisedRegression, key: tuple[Hashable, ...], look: Callable[[], Any]) -> Any:
     """Look once for each key, and return what was found."""
     if key not in regression.findings:
         regression.findings[key] = look()
-    found: Finding = regression.findings[key]
-    return found
+    return regression.findings[key]
 
 
 def trial_of(regression: NoisedRegression) -> Trial:
@@ -75,12 +69,12 @@ def trial_of(regression: NoisedRegression) -> Trial:
     Until the draws change, or the network is moved to another device or precision.
     """
     now = repr(regression.draws), regression.objective.device, regression.objective.dtype
-    before, trial = regression.findings.get(("trial",), (None, None))
+    before, found = regression.findings.get(("trial",), (None, None))
     if before != now:
-        trial = Trial.of(regression)
-        regression.findings["trial",] = now, trial
-    found: Trial = trial
-    return found
+        found = Trial.of(regression)
+        regression.findings["trial",] = now, found
+    trial: Trial = found
+    return trial
 
 
 def check_network(regression: NoisedRegression) -> None:
@@ -91,8 +85,7 @@ def check_network(regression: NoisedRegression) -> None:
             are made now cannot be differentiated.
     """
     check_modes()
-    key = ("network", _modes(regression))
-    if key not in regression.findings:
+    if ("network", _modes(regression)) not in regression.findings:
         _check_network_now(regression)
 
 
@@ -105,40 +98,35 @@ def _modes(regression: NoisedRegression) -> tuple[bool, ...]:
     return tuple(module.training for module in regression.objective.model.modules())
 
 
-def _state(regression: NoisedRegression) -> tuple[Hashable, ...]:
-    """The state that findings depend on: draws, modes, adapters and weights."""
+def state_of(regression: NoisedRegression, layers: Sequence[Layer]) -> tuple[Hashable, ...]:
+    """The state that findings depend on: layers, draws, modes, adapters and, last, weights."""
+    # users may register kinds meanwhile
+    kinds = [(layer.name, layer.kind) for layer in layers]
     adapters = adapter_states(regression.objective.model)
-    return (repr(regression.draws), _modes(regression), adapters, _weights(regression))
+    return (*kinds, repr(regression.draws), _modes(regression), adapters, _weights(regression))
 
 
 def _weights(regression: NoisedRegression) -> int:
-    """A number that differs if weights or settings do; alike on processes that share a network.
+    """A number that differs if weights or settings do; alike on processes that share a network."""
 
-    By their sums as well: optimisers and averages of weights write through ``.data``, too.
-    """
+    def sum_of(z: Tensor) -> Tensor:
+        z = torch.view_as_real(z) if z.is_complex() else z
+        z = z.view(torch.uint8) if z.dtype.itemsize == 1 else z  # not all of these have sums
+        return z.sum(dtype=torch.float32 if z.device.type == "mps" else torch.float64)
+
     model = regression.objective.model
+    # by sums as well: optimisers and averages of weights write through .data, too
     sums: dict[torch.device, list[Tensor]] = {}
     for z in (*model.parameters(), *model.buffers()):
         own = local_tensor(z.detach())
-        sums.setdefault(own.device, []).append(_sum_of(own))
+        sums.setdefault(own.device, []).append(sum_of(own))
     read = [torch.stack(several).tolist() for several in sums.values()]  # one wait for each device
     if is_sharded(model):  # of which each process has other parts
         return hash(tuple(Processes.of_all().all_gather(repr(read))))
     return hash(repr((change_marks(model), read)))
 
 
-def _sum_of(z: Tensor) -> Tensor:
-    z = torch.view_as_real(z) if z.is_complex() else z
-    z = z.view(torch.uint8) if z.dtype.itemsize == 1 else z  # not all of these have sums
-    return z.sum(dtype=torch.float32 if z.device.type == "mps" else torch.float64)
-
-
-def _kinds(layers: Sequence[Layer]) -> tuple[Hashable, ...]:
-    """The layers, and what is taken to be known of each: users may register kinds meanwhile."""
-    return tuple((layer.name, layer.kind) for layer in layers)
-
-
-def probed(regression: NoisedRegression, coverage: Coverage, gradients: bool = True) -> Coverage:
+def probed(regression: NoisedRegression, coverage: Coverage) -> Coverage:
     """Try out what hooks see of each layer, and whether the parameters have an effect.
 
     Once for each choice of parameters, kinds of layers, and the network's weights, modes and
@@ -147,7 +135,6 @@ def probed(regression: NoisedRegression, coverage: Coverage, gradients: bool = T
     Args:
         regression: Objective, data and draws.
         coverage: The parameters, and the layers that hold them.
-        gradients: Whether other gradients than those that hooks see are of use.
 
     Returns:
         The same coverage, but for layers of which hooks see something else than the gradients of
@@ -155,10 +142,10 @@ def probed(regression: NoisedRegression, coverage: Coverage, gradients: bool = T
         rounding errors alone are listed.
 
     Raises:
-        ValueError: As :func:`check_network` and :func:`check_effect`; if a gradient is not finite;
-            or, without ``gradients``, if there is such a layer.
+        ValueError: As :func:`check_network` and :func:`check_effect`, or if a gradient is not
+            finite.
     """
-    layers, state = coverage.layers, _state(regression)
+    layers, state = coverage.layers, state_of(regression, coverage.layers)
     names = [name for name, p in coverage.params.items() if p.numel() > 0]
 
     def look() -> _Gradients:
@@ -166,16 +153,8 @@ def probed(regression: NoisedRegression, coverage: Coverage, gradients: bool = T
             _check_network_now(regression)
         return _compared(regression.objective, layers, trial_of(regression).few, names)
 
-    found = _once(regression, ("gradients", *coverage.params, *_kinds(layers), *state), look)
-    coverage = replace(coverage, rounding=found.rounding)
-    reasons = found.reasons
-    if reasons and not gradients:
-        name = min(reasons)
-        raise ValueError(
-            f"Hooks do not see the inputs of '{name}' ({len(reasons)} parameters in all): "
-            f"{reasons[name]}. Leave it out of params, or pass another fisher_type than "
-            "'forward-only', which computes no gradients."
-        )
+    found: _Gradients = once(regression, ("gradients", *coverage.params, *state), look)
+    coverage, reasons = replace(coverage, rounding=found.rounding), found.reasons
     if reasons:
         entries = sum(coverage.params[name].numel() for name in reasons)
         some = "; ".join(f"'{name}': {reason}" for name, reason in list(reasons.items())[:3])
@@ -235,10 +214,6 @@ class Retrial:
             )
 
 
-# ---------------------------------------------------------------------------------------------
-# Gradients by automatic differentiation alone
-# ---------------------------------------------------------------------------------------------
-
 #: Maps a prediction ``[B, D]`` to a number.
 Value = Callable[[Tensor], Tensor]
 
@@ -284,11 +259,9 @@ def _true_gradients(
 def _accumulated_gradients(
     value: Tensor, params: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor | None]:
-    """Gradients as a training step forms them; those that were there before are put back.
-
-    Of a network that is divided among processes, these get a part of the processes' mean each,
-    which is the gradient if all have the same value.
-    """
+    """Gradients as a training step forms them; those that were there before are put back."""
+    # of a network that is divided among processes, these get a part of the processes' mean each,
+    # which is the gradient if all have the same value
     before = {name: p.grad for name, p in params.items()}
     try:
         for p in params.values():
@@ -314,28 +287,18 @@ def _norms(tensors: Mapping[str, Tensor | None]) -> dict[str, float]:
     return dict(zip(found, norms, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------
-# Gradients that hooks see
-# ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Gradients:
-    """Findings of a comparison of gradients.
+    """Findings of a comparison of gradients."""
 
-    Attributes:
-        reasons: The parameters whose gradients hooks do not see, with reasons.
-        zero: Those whose gradient of the loss is zero.
-        rounding: Those of which it is rounding errors: biases of which it is a sum of terms that
-            are not, and any of which it is another at nearly the same inputs.
-    """
-
-    reasons: dict[str, str]
-    zero: tuple[str, ...] = ()
+    reasons: dict[str, str]  # why hooks do not see the gradients of these parameters
+    zero: tuple[str, ...] = ()  # whose gradient of the loss is zero
+    # biases of which it is a sum of terms that are not, and any of which it is another at nearly
+    # the same inputs
     rounding: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        """Whether there is something that rounding may have made."""
+        """True if there is something that rounding may have made."""
         return bool(self.reasons)
 
 
@@ -346,95 +309,98 @@ def _compared(
     names: Sequence[str] = (),
 ) -> _Gradients:
     """Compare gradients that hooks see with true ones; find those of ``names`` that vanish."""
-    own = dict.fromkeys([*names, *(name for layer in layers for name in layer.params)])
+    seen_by_hooks = [name for layer in layers for name in layer.params]
 
     def look() -> _Gradients:
+        own = dict.fromkeys([*names, *seen_by_hooks])
         true = _true_gradients(objective, own, batch, _weighted_loss(batch))
-        reasons, cancelled = _seen_otherwise(objective, layers, batch, true) if layers else ({}, [])
+        found = _Comparison(objective, batch, {name: true[name] for name in seen_by_hooks})
+        if layers:
+            with observed(objective, layers, found) as network:
+                network.run(batch, one_vector(batch.loss_gradient))
+        reasons = found.reasons(layers)
         if not names:
             return _Gradients(reasons)
         noise = _noise(objective, batch, true)
-        rounding = tuple(name for name in own if name in noise or name in cancelled)
+        rounding = tuple(name for name in own if name in noise or name in found.cancelled)
         return _Gradients(reasons, tuple(zeros_of(true)), rounding)
 
     return settled(look, objective.device)
 
 
-def _seen_otherwise(
-    objective: DenoisingObjective,
-    layers: Sequence[Layer],
-    batch: NoisedBatch,
-    gradients: Mapping[str, Tensor | None],
-) -> tuple[dict[str, str], list[str]]:
-    """Find parameters of which hooks see other gradients, and biases of which all terms cancel."""
-    N, dtype = len(batch.indices), objective.working_dtype
-    sharded = is_sharded(objective.model)
-    share_B = _shares(batch, dtype)
-    shapes: dict[str, str] = {}
-    # of all layers, read together at the end: a GPU would be waited for at each
-    not_finite: list[tuple[Layer, int, Tensor]] = []
-    compared: dict[str, Tensor] = {}
-    sizes: dict[str, Tensor] = {}
-    counts: dict[str, float] = {}
+class _Comparison(WholeLayers):
+    """Finds parameters of which hooks see other gradients, and biases of which all terms cancel."""
 
-    def compare(layer: Layer, xs: list[Tensor], gs: list[Tensor]) -> None:
-        not_finite.extend((layer, g.numel(), (~g.isfinite()).sum()) for g in gs)
-        largest = torch.stack([g.abs().max() for g in gs]).max()
-        largest = scale = torch.where(largest == 0, 1, largest)  # or norms overflow
-        terms = torch.cat([g.flatten() / largest for g in gs]).norm()
-        for name, rows in layer.example_gradients(xs, gs, N).items():
-            seen, gradient = torch.tensordot(share_B, rows, 1), gradients[name]
-            truth = torch.zeros_like(seen) if gradient is None else full_tensor(gradient).to(dtype)
-            # the terms of a gradient may cancel, so errors are measured against the terms
-            allowed = objective.rounding**0.5 * terms * _input_norm(layer, name, xs, gs)
-            if sharded:  # others have other examples, and the true gradient is of all
-                seen, largest = mean_over_processes(seen), torch.ones_like(scale)
-                allowed = mean_over_processes(allowed * scale)
-            difference = ((seen - truth) / largest).norm()
-            compared[name] = torch.stack([difference, allowed, largest])
-            if name == layer.bias and isinstance(layer.kind, SharingKind) and not sharded:
-                sizes[name] = torch.stack([(truth / largest).norm(), terms])
-                counts[name] = sum(g.numel() for g in gs) / len(truth.flatten())
+    def __init__(
+        self,
+        objective: DenoisingObjective,
+        batch: NoisedBatch,
+        gradients: Mapping[str, Tensor | None],
+    ):
+        super().__init__(objective.working_dtype)
+        self._objective = objective
+        self._true = gradients
+        self._shares_B = _shares(batch, objective.working_dtype)
+        norms = _norms(gradients)
+        # a gradient that vanishes, as of what a later norm subtracts, arrives as rounding noise
+        self._noise = 10 * objective.rounding * max(norms.values(), default=0.0)
+        self._wrong = set(norms)  # until they are seen
+        self._shapes: dict[str, str] = {}
+        self._not_finite: list[tuple[str, int, int]] = []
+        self.cancelled: set[str] = set()
 
-    def unreadable(layer: Layer, shape: torch.Size) -> None:
-        shapes[layer.name] = (
-            f"its layer was given an input of shape {tuple(shape)} for a batch of {N}, whose "
-            "first axis does not hold the examples"
+    def unreadable(self, layer: Layer, shape: torch.Size, batch_size: int) -> None:
+        """Remember the reason."""
+        self._shapes[layer.name] = (
+            f"its layer was given an input of shape {tuple(shape)} for a batch of {batch_size}, "
+            "whose first axis does not hold the examples"
         )
 
-    whole = WholeLayers(compare, dtype)
-    with observed(objective, layers, whole, unreadable=unreadable) as network:
-        network.run(batch, one_vector(batch.loss_gradient))
-    found = torch.stack([count for *_, count in not_finite]).tolist() if not_finite else []
-    for (layer, entries, _), count in zip(not_finite, found, strict=True):
-        what = f"The gradient in the output of the layer of '{layer.params[0]}'"
-        check_finite_count(what, count, entries)
-    true = _norms({name: gradients[name] for layer in layers for name in layer.params})
-    # a gradient that vanishes, as of what a later norm subtracts, arrives as rounding noise
-    noise = 10 * objective.rounding * max(true.values(), default=0.0)
-    wrong = true.keys() - compared.keys()
-    rows = torch.stack(list(compared.values())).tolist() if compared else []
-    for name, (difference, allowed, largest) in zip(compared, rows, strict=True):
-        if not (difference <= allowed or difference * largest <= noise):
-            wrong.add(name)
-    rounded = torch.stack(list(sizes.values())).tolist() if sizes else []
-    cancelled = [
-        name
-        for name, (gradient, terms) in zip(sizes, rounded, strict=True)
-        if 0 < gradient <= _rounding_of_sum(objective, counts[name]) * terms
-    ]
-    reason = (
-        "its layer's inputs and outputs do not give its gradient (it is used outside the layer's "
-        "call, the layer computes more than its type says, or the first axis does not hold one "
-        f"example after the other); they differ by more than {objective.autocast or dtype} rounds"
-    )
-    reasons = {
-        name: shapes.get(layer.name, reason)
-        for layer in layers
-        for name in layer.params
-        if layer.name in shapes or wrong & set(layer.params)
-    }
-    return reasons, cancelled
+    def whole(self, layer: Layer, xs: list[Tensor], gs: list[Tensor], N: int) -> None:
+        """Compare the gradients of a layer's parameters."""
+        objective, sharded = self._objective, is_sharded(self._objective.model)
+        for g in gs:
+            what = f"The gradient in the output of the layer of '{layer.params[0]}'"
+            self._not_finite.append((what, int((~g.isfinite()).sum()), g.numel()))
+        largest = torch.stack([g.abs().max() for g in gs]).max()
+        largest = torch.where(largest == 0, 1, largest)  # or norms overflow
+        terms = torch.cat([g.flatten() / largest for g in gs]).norm()
+        for name, rows in layer.example_gradients(xs, gs, N).items():
+            seen, gradient = torch.tensordot(self._shares_B, rows, 1), self._true[name]
+            truth = torch.zeros_like(seen) if gradient is None else full_tensor(gradient).to(seen)
+            # the terms of a gradient may cancel, so errors are measured against the terms
+            allowed = objective.rounding**0.5 * terms * _input_norm(layer, name, xs, gs)
+            unit = largest
+            if sharded:  # others have other examples, and the true gradient is of all
+                seen, unit = mean_over_processes(seen), torch.ones_like(largest)
+                allowed = mean_over_processes(allowed * largest)
+            numbers = [((seen - truth) / unit).norm(), allowed, unit, (truth / unit).norm(), terms]
+            error, most, scale, size, of_terms = torch.stack(numbers).tolist()
+            if error <= most or error * scale <= self._noise:
+                self._wrong.discard(name)
+            else:
+                self._wrong.add(name)
+            if name == layer.bias and isinstance(layer.kind, SharingKind) and not sharded:
+                count = sum(g.numel() for g in gs) / truth.numel()
+                if 0 < size <= _rounding_of_sum(objective, count) * of_terms:
+                    self.cancelled.add(name)
+
+    def reasons(self, layers: Sequence[Layer]) -> dict[str, str]:
+        """The parameters of layers whose gradients hooks do not see, with reasons."""
+        for finding in self._not_finite:
+            check_finite_count(*finding)
+        rounding = self._objective.autocast or self._objective.working_dtype
+        reason = (
+            "its layer's inputs and outputs do not give its gradient (it is used outside the "
+            "layer's call, the layer computes more than its type says, or the first axis does not "
+            f"hold one example after the other); they differ by more than {rounding} rounds"
+        )
+        return {
+            name: self._shapes.get(layer.name, reason)
+            for layer in layers
+            for name in layer.params
+            if layer.name in self._shapes or self._wrong & set(layer.params)
+        }
 
 
 def _input_norm(
@@ -453,22 +419,19 @@ def _rounding(objective: DenoisingObjective) -> float:
 
 
 def _rounding_of_sum(objective: DenoisingObjective, count: float) -> float:
-    """The most that rounding leaves of a vanishing sum of ``count`` terms, in units of their norm.
-
-    Terms are rounded one by one in the network's arithmetic. Those that a norm has made have lost a
-    mean, whose rounding is common to all of them and in the precision of sums.
-    """
+    """The most that rounding leaves of a vanishing sum of ``count`` terms, over their norm."""
+    # terms are rounded one by one in the network's arithmetic; those that a norm has made have lost
+    # a mean, whose rounding is common to all of them and in the precision of sums
     return 4 * _rounding(objective) + 16 * torch.finfo(objective.working_dtype).eps * count**0.5
 
 
 def _noise(
     objective: DenoisingObjective, batch: NoisedBatch, gradients: Mapping[str, Tensor | None]
 ) -> set[str]:
-    """The parameters whose gradient is another one where inputs differ by as much as rounding does.
-
-    Small gradients may be those of a branch that training has hardly begun, which hardly change, or
-    rounding errors, as of an embedding that is added to a channel before a norm subtracts its mean.
-    """
+    """Parameters whose gradient is another one where inputs differ by as much as rounding does."""
+    # small gradients may be those of a branch that training has hardly begun, which hardly change,
+    # or rounding errors, as of an embedding that is added to a channel before a norm subtracts its
+    # mean
     norms = _norms(gradients)
     small = _SMALL * _rounding(objective) * max(norms.values(), default=0.0)
     looked_at = [name for name, norm in norms.items() if 0 < norm <= small]
@@ -480,11 +443,6 @@ def _noise(
     pairs = {name: (gradients[name], g) for name, g in again.items()}
     changes = {n: a - b for n, (a, b) in pairs.items() if a is not None and b is not None}
     return {name for name, change in _norms(changes).items() if change > norms[name] / 2}
-
-
-# ---------------------------------------------------------------------------------------------
-# Effect
-# ---------------------------------------------------------------------------------------------
 
 
 def check_effect(
@@ -529,7 +487,7 @@ def check_effect(
         if suspects:
             some = [name for name in names if name in set(suspects)]
             entries, total = (sum(params[name].numel() for name in own) for own in (some, names))
-            why = _each_once(without_part(model, some))
+            why = _eachonce(without_part(model, some))
             warn(
                 f"{len(some)} of {len(names)} parameters ({entries:,} of {total:,} entries) have "
                 f"no effect on the prediction of the first examples{why and f' ({why})'}, on which "
@@ -539,7 +497,7 @@ def check_effect(
             )
 
     if names:
-        _once(regression, ("effect", *params, *adapter_states(model)), look)
+        once(regression, ("effect", *params, *adapter_states(model)), look)
 
 
 def check_adapters(regression: NoisedRegression, names: Collection[str]) -> None:
@@ -555,11 +513,11 @@ def check_adapters(regression: NoisedRegression, names: Collection[str]) -> None
         if names and len(reasons) == len(names):
             raise ValueError(_without_effect(names, reasons))
 
-    _once(regression, ("adapters", *names, *adapter_states(model)), look)
+    once(regression, ("adapters", *names, *adapter_states(model)), look)
 
 
 def _without_effect(names: Collection[str], reasons: Mapping[str, str]) -> str:
-    why = _each_once(reasons) or (
+    why = _eachonce(reasons) or (
         "the network does not use them, detaches what they give, runs them under torch.no_grad(), "
         "or multiplies it by zero (a scale of adapters among its arguments, say, or a layer that "
         "was initialised at zero)"
@@ -570,69 +528,10 @@ def _without_effect(names: Collection[str], reasons: Mapping[str, str]) -> str:
     )
 
 
-def _each_once(reasons: Mapping[str, str]) -> str:
+def _eachonce(reasons: Mapping[str, str]) -> str:
     return "; ".join(dict.fromkeys(reasons.values()))
 
 
 def _listed(names: Collection[str]) -> str:
     shown = ", ".join(f"'{name}'" for name in list(names)[:_SHOWN])
     return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-
-
-# ---------------------------------------------------------------------------------------------
-# Calls
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Calls:
-    """The calls of a layer in one forward pass.
-
-    Attributes:
-        count: How many there are; calls under ``torch.no_grad()`` do not count.
-        differentiated: The numbers of those that the prediction depends on.
-    """
-
-    count: int
-    differentiated: tuple[int, ...]
-
-
-class CallCounter(Observer):
-    """Counts the calls of each layer, and the gradients of their outputs in a backward pass."""
-
-    def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
-        self._differentiated: dict[str, set[int]] = {}
-
-    def start(self, batch: NoisedBatch) -> None:
-        """Begin anew."""
-        self._counts, self._differentiated = {}, {}
-
-    def input(self, layer: Layer, x: Tensor) -> None:
-        """Count a call."""
-        self._counts[layer.name] = self._counts.get(layer.name, 0) + 1
-
-    def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:
-        """Note that the prediction depends on a call."""
-        self._differentiated.setdefault(layer.name, set()).add(call)
-
-    def of(self, name: str) -> Calls:
-        """The calls of a layer, once a backward pass is over."""
-        differentiated = tuple(sorted(self._differentiated.get(name, ())))
-        return Calls(self._counts.get(name, 0), differentiated)
-
-
-def call_patterns(regression: NoisedRegression, layers: Sequence[Layer]) -> dict[str, Calls]:
-    """The calls of each layer by name, where they are the same at a low and a high noise level."""
-
-    def look() -> dict[str, Calls]:
-        trial, counter = trial_of(regression), CallCounter()
-        patterns: list[dict[str, Calls]] = []
-        with observed(regression.objective, layers, counter) as network:
-            for batch in (trial.low, trial.high):
-                network.run(batch, one_vector(batch.loss_gradient))
-                patterns.append({layer.name: counter.of(layer.name) for layer in layers})
-        low, high = patterns
-        return {name: calls for name, calls in low.items() if high[name] == calls}
-
-    return _once(regression, ("calls", *_kinds(layers), *_state(regression)), look)

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from curvlinops_diffusion.layers.kind import ExactKind, SharingKind
-from curvlinops_diffusion.layers.moments import LatestProduct, Moment, SummedMoment
+from curvlinops_diffusion.layers.moments import LatestProduct
 
 
 class LinearKind(SharingKind):
@@ -34,14 +34,12 @@ class LinearKind(SharingKind):
         """The last axis rotated."""
         return g @ U
 
-    def input_moment(self, module: nn.Module, latest: LatestProduct) -> Moment:
-        """Layers that share an input share its product."""
-        return SummedMoment(latest.of)
-
-    def sampled_input_moment(
-        self, module: nn.Module, x: Tensor, index: Tensor, latest: LatestProduct
+    def input_moment(
+        self, module: nn.Module, x: Tensor, index: Tensor | None, latest: LatestProduct
     ) -> Tensor:
         """Layers that share an input share its product."""
+        if index is None:
+            return latest.of(x)
         return latest.of(x, lambda x: self.sampled_inputs(module, x, index))
 
 
@@ -85,16 +83,14 @@ class EmbeddingKind(SharingKind):
         """One-hot vectors have norm one."""
         return torch.tensor(float(x.numel()), device=x.device).sqrt()
 
-    def input_moment(self, module: Any, latest: LatestProduct) -> Moment:
+    def input_moment(
+        self, module: Any, x: Tensor, index: Tensor | None, latest: LatestProduct
+    ) -> Tensor:
         """Count each token: the diagonal of the second moment, in float64."""
-
-        def frequencies(x: Tensor) -> Tensor:
-            tokens = x.flatten()
-            weights = _counts(module, tokens).double()
-            counts = weights.new_zeros(module.num_embeddings)
-            return counts.index_add_(0, tokens, weights)  # without synchronising a GPU
-
-        return SummedMoment(frequencies)
+        tokens = x.flatten()
+        weights = _counts(module, tokens).double()
+        counts = weights.new_zeros(module.num_embeddings)
+        return counts.index_add_(0, tokens, weights)  # without synchronising a GPU
 
     def weight_gradients(self, module: Any, x: Tensor, g: Tensor, sums: int) -> Tensor:
         """Each token's gradients, added up."""

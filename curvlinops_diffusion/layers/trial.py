@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from itertools import islice
 from typing import Any, NoReturn
 from warnings import warn
 
@@ -79,29 +79,24 @@ class Trial:
         """The first examples of a problem, or of some batches, of one shape."""
         parts: list[tuple[NoisedBatch, NoisedBatch]] = []
         cleans: list[CleanBatch] = []
-        found = 0
-        chosen: tuple[int, int] | None = None
+        lowest = highest = 0
+        sizes: Any = None
         for clean in regression.clean_batches() if batches is None else batches:
-            some = clean.select(range(min(examples - found, len(clean.indices))))
-            if chosen is None:
+            left = examples - sum(len(one.indices) for one in cleans)
+            some = clean.select(range(min(left, len(clean.indices))))
+            if not parts:
                 draws = range(min(_DRAWS, regression.num_draws))
                 levels = [int(regression.draws.levels(some.indices, r)[0]) for r in draws]
-                chosen = levels.index(min(levels)), levels.index(max(levels))
-            draw_of = {}
-            for r, batch in enumerate(regression.noised_batches(some)):
-                if r in chosen:
-                    draw_of[r] = batch
-                if r >= max(chosen):
-                    break
-            low, high = (draw_of[r] for r in chosen)
+                lowest, highest = levels.index(min(levels)), levels.index(max(levels))
+            noised = list(islice(regression.noised_batches(some), max(lowest, highest) + 1))
             # packed into tokens, latents of a wide and of a high image have one shape
-            same = not parts or cleans[0].x0.shape[1:] == clean.x0.shape[1:]
-            if not same or (parts and _sizes(parts[0][0]) != _sizes(low)):
+            own = clean.x0.shape[1:], _sizes(noised[lowest])
+            if sizes not in (None, own):
                 break
-            parts.append((low, high))
+            sizes = own
+            parts.append((noised[lowest], noised[highest]))
             cleans.append(some)
-            found += len(some.indices)
-            if found == examples:
+            if len(some.indices) == left:
                 break
         lows, highs = zip(*parts, strict=True)
         encoded = tuple(cleans) if regression.encodes else ()
@@ -128,105 +123,85 @@ def check_trial(objective: DenoisingObjective, trial: Trial) -> None:
             parameters, draws random numbers, makes nothing of an entry of the data, two runs of one
             batch differ, or an example alone from the same example among others.
     """
+    model, batch, device = objective.model, trial.mixed, objective.device
+
+    def predicted(batch: NoisedBatch) -> tuple[Tensor, list[str]]:
+        """The prediction, and the entries of the condition that no function was given."""
+        # every run is watched: some functions of torch do something else under a mode
+        with _Uses(batch.condition) as uses:
+            return first_prediction(objective, batch), sorted(uses.waiting.values())
 
     @torch.no_grad()
     def check() -> None:
         for clean in trial.clean:
             _check_encoding(objective, clean)
-        runs = _Runs(objective, trial.mixed)
-        for looked_for in (_changed_state, _random_numbers, _unused_entries, _coupled_examples):
-            looked_for(runs)
-
-    settled(check, objective.device)
-
-
-class _Runs:
-    """Runs of the network on one batch, and the traces that the first has left.
-
-    Every run is watched for the entries of the condition that are used: some functions of torch do
-    something else under a mode.
-    """
-
-    def __init__(self, objective: DenoisingObjective, batch: NoisedBatch):
-        self.objective, self.model, self.batch = objective, objective.model, batch
-        before, self.state = _random_states(objective.device), _State(objective.model)
-        self.first_BD, self.unused = self.predict(batch)
+        before, state = _random_states(device), _State(model)
+        first_BD, unused = predicted(batch)
         # what is drawn with a small probability may be the same twice
-        self.drew = _random_states(objective.device) != before
+        drew, changed = _random_states(device) != before, set(state.changed())
+        repeats = _equal(objective, first_BD, predicted(batch)[0])
+        if changed - state.caches(changed) or (changed and not repeats):
+            state.refuse()
+        if drew or not repeats:
+            raise ValueError(
+                "The network draws random numbers of its own (seen at example "
+                f"{batch.indices[0]}), so that the loss of an example is random in more than "
+                f"timestep and noise. {_advice(model)}"
+            )
+        if unused:
+            _check_unused(
+                model, batch, unused, lambda other: torch.equal(predicted(other)[0], first_BD)
+            )
+        alone = [predicted(batch.select([b]))[0] for b in range(len(first_BD))]
+        if not _equal(objective, first_BD, torch.cat(alone)):
+            raise ValueError(
+                "The network's output for an example depends on the rest of its batch (on the "
+                "other examples, or on their noise levels): alone, it is another one. "
+                f"{_advice(model)}"
+            )
 
-    def predict(self, batch: NoisedBatch) -> tuple[Tensor, list[str]]:
-        """The prediction, and the entries of the condition that no function was given."""
-        with _Uses(batch.condition) as uses:
-            return first_prediction(self.objective, batch), sorted(uses.waiting.values())
-
-    @cached_property
-    def repeats(self) -> bool:
-        """Whether a second run gives the same."""
-        return self.equal(self.predict(self.batch)[0])
-
-    def equal(self, other_BD: Tensor) -> bool:
-        """Whether a prediction is the first but for rounding; so is one that is not finite."""
-        first_BD = self.first_BD
-        if not (first_BD.isfinite().all() and other_BD.isfinite().all()):
-            return True  # what names them comes later
-        eps = self.objective.rounding
-        allowed = min(eps**0.5, _AMPLIFIED * eps) * first_BD.norm(dim=1)
-        return bool(((first_BD - other_BD).norm(dim=1) <= allowed).all())
-
-
-def _changed_state(runs: _Runs) -> None:
-    caches = runs.state.caches(runs.model)
-    if set(runs.state.changed(runs.model)) - caches or (caches and not runs.repeats):
-        runs.state.refuse(runs.model)
+    settled(check, device)
 
 
-def _random_numbers(runs: _Runs) -> None:
-    if runs.drew or not runs.repeats:
-        raise ValueError(
-            "The network draws random numbers of its own (seen at example "
-            f"{runs.batch.indices[0]}), so that the loss of an example is random in more than "
-            f"timestep and noise. {_advice(runs.model)}"
-        )
+def _equal(objective: DenoisingObjective, first_BD: Tensor, other_BD: Tensor) -> bool:
+    """Tell whether a prediction is the first but for rounding; so is one that is not finite."""
+    if not (first_BD.isfinite().all() and other_BD.isfinite().all()):
+        return True  # what names them comes later
+    eps = objective.rounding
+    allowed = min(eps**0.5, _AMPLIFIED * eps) * first_BD.norm(dim=1)
+    return bool(((first_BD - other_BD).norm(dim=1) <= allowed).all())
 
 
-def _unused_entries(runs: _Runs) -> None:
-    """Entries of the data that no function of torch takes, and that change nothing.
+def _check_unused(
+    model: nn.Module,
+    batch: NoisedBatch,
+    unused: Sequence[str],
+    changes_nothing: Callable[[NoisedBatch], bool],
+) -> None:
+    """Refuse entries of the data that no function of torch takes, and that change nothing.
 
     What the network has an argument for, it may ignore by its own choice, and of what is the same
     for all examples the effect cannot be seen; these are warned of.
     """
-    batch, unused = runs.batch, runs.unused
-    if not unused:
-        return
 
     def rolled(name: str, entry: Any) -> Any:
         return entry.roll(1, 0) if name in unused and has_rows(entry) else entry
 
     condition = mapped(rolled, named(batch.condition), batch.condition)
     entries, others = dict(leaves(batch.condition)), dict(leaves(condition))
-    same = [name for name in unused if torch.equal(entries[name], others[name])]
-    if not torch.equal(runs.predict(replace(batch, condition=condition))[0], runs.first_BD):
+    if not changes_nothing(replace(batch, condition=condition)):
         return
     message = (
         f"The network makes nothing of {unused}, which the data holds beside the images "
-        f"({type(runs.model).__name__} ignores it, or is configured to). Leave it out of the "
+        f"({type(model).__name__} ignores it, or is configured to). Leave it out of the "
         "data if training did not use it; else pass what uses it, for instance the network with "
         "encode= or in a module of your own."
     )
-    arguments = inspect.signature(runs.model.forward).parameters
-    if not same and any(name.split("/")[0] not in arguments for name in unused):
+    arguments = inspect.signature(model.forward).parameters
+    differ = not any(torch.equal(entries[name], others[name]) for name in unused)
+    if differ and any(name.split("/")[0] not in arguments for name in unused):
         raise ValueError(message)
     warn(message, stacklevel=2)
-
-
-def _coupled_examples(runs: _Runs) -> None:
-    alone = [runs.predict(runs.batch.select([b]))[0] for b in range(len(runs.first_BD))]
-    if not runs.equal(torch.cat(alone)):
-        raise ValueError(
-            "The network's output for an example depends on the rest of its batch (on the other "
-            "examples, or on their noise levels): alone, it is another one. "
-            f"{_advice(runs.model)}"
-        )
 
 
 def _advice(model: nn.Module) -> str:
@@ -313,14 +288,18 @@ class _State:
     """
 
     def __init__(self, model: nn.Module):
-        self._versions = {name: (z, z._version) for name, z in _held(model)}
+        self._model = model
+        self._versions = {name: (z, z._version) for name, z in self._held().items()}
         self._copies = {name: z.clone() for name, z in model.named_buffers()}
         for prefix, module in model.named_modules():
             if getattr(module, "max_norm", None) is not None:
                 own = module.named_parameters(prefix, recurse=False)
                 self._copies |= {name: p.clone() for name, p in own}
 
-    def changed(self, model: nn.Module) -> list[str]:
+    def _held(self) -> dict[str, Tensor]:
+        return dict([*self._model.named_parameters(), *self._model.named_buffers()])
+
+    def changed(self) -> list[str]:
         """The names of what is another one, or has other entries."""
 
         def differs(name: str, z: Tensor) -> bool:
@@ -330,24 +309,20 @@ class _State:
             copy = self._copies.get(name)
             return copy is None or z.shape != copy.shape or not torch.equal(z, copy)
 
-        return [name for name, z in _held(model) if differs(name, z)]
+        return [name for name, z in self._held().items() if differs(name, z)]
 
-    def caches(self, model: nn.Module) -> set[str]:
-        """The changed buffers that are no part of the network's state, of modules in eval mode.
+    def caches(self, changed: set[str]) -> set[str]:
+        """Changed buffers that are no part of the state, of modules in eval mode.
 
         A table that grows with the longest input, or a counter, need not change the output.
         """
-        changed = self.changed(model)
-        kept = set(model.state_dict()) if changed else set()
-        return {
-            name
-            for name in changed
-            if name not in kept and not model.get_submodule(name.rpartition(".")[0]).training
-        }
+        kept = set(self._model.state_dict()) if changed else set()
+        owners = {name: self._model.get_submodule(name.rpartition(".")[0]) for name in changed}
+        return {name for name in changed - kept if not owners[name].training}
 
-    def refuse(self, model: nn.Module) -> NoReturn:
+    def refuse(self) -> NoReturn:
         """Put back what can be of what has changed, and raise a ``ValueError`` with the names."""
-        changed, held = self.changed(model), dict(_held(model))
+        changed, held = self.changed(), self._held()
         for name in changed:
             copy = self._copies.get(name)
             if copy is not None and copy.shape == held[name].shape:
@@ -355,10 +330,5 @@ class _State:
         raise ValueError(
             f"The network changes {changed[:4]} while it runs, so that it is another one for each "
             "batch (running statistics, spectral norms and others do so in training). A buffer "
-            "that only caches must be registered with persistent=False. "
-            f"{_advice(model)}"
+            f"that only caches must be registered with persistent=False. {_advice(self._model)}"
         )
-
-
-def _held(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]

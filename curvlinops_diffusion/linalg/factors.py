@@ -18,13 +18,6 @@ from curvlinops_diffusion.runtime.checks import check_finite
 _SMALL = 512
 
 
-def identity_like(factor: Tensor) -> Tensor:
-    """The identity, for each group; of a diagonal factor ``[I]``, its diagonal."""
-    if factor.ndim == 1:
-        return torch.ones_like(factor)
-    return torch.eye(factor.shape[-1]).to(factor).expand_as(factor)
-
-
 def trace(factor: Tensor) -> Tensor:
     """The trace of a factor, for each group."""
     return factor.sum() if factor.ndim == 1 else factor.diagonal(dim1=-2, dim2=-1).sum(-1)

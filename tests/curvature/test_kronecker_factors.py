@@ -16,29 +16,28 @@ from curvlinops_diffusion import (
     NoisedRegression,
     PredictionType,
 )
-from curvlinops_diffusion.curvature.gradient_moments import eigenvalue_moments
-from curvlinops_diffusion.curvature.kronecker_factors import kronecker_factors
+from curvlinops_diffusion.curvature.kronecker_factors import eigenvalue_moments, kronecker_factors
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.plan import BlockPlan
 from curvlinops_diffusion.diffusion.draws import ProbeType, make_draws
 from curvlinops_diffusion.layers import covered_parameters
 from curvlinops_diffusion.linalg.factors import eigendecomposition
-from tests.cases import images, noise_levels, plain_regression, seeded, tiny_unet, unet_regression
+from tests.cases import images, noise_levels, plain_regression, seeded, small_unet, unet_regression
 from tests.comparisons import assert_close, relative_error
-from tests.reference import dense_ggn, to_dense
+from tests.reference import to_dense
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in no supported layer")
 
 
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
 def test_batch_size_does_not_matter(approx):
-    unet = tiny_unet()
+    unet = small_unet()
     operators = [
         [
-            operator(unet_regression(unet, count=22, num_draws=1, batch_size=b), kfac_approx=approx)
+            operator(unet_regression(unet, count=6, num_draws=1, batch_size=b), kfac_approx=approx)
             for operator in (DiffusionKFACLinearOperator, DiffusionEKFACLinearOperator)
         ]
-        for b in (1, 7, 22)
+        for b in (1, 4, 6)
     ]
     V = torch.randn(operators[0][0].shape[1], 4, dtype=torch.float64)
     for others in operators[1:]:
@@ -49,35 +48,6 @@ def test_batch_size_does_not_matter(approx):
             if one.name == "conv_in.weight":  # full-rank factors: the basis is unique
                 X = torch.randn(*one.block.shape, 3, dtype=torch.float64)
                 assert_close(other.block.multiply(X), one.block.multiply(X), 1e-10)
-
-
-def _error_and_draws(seeds, draws, model):
-    """Relative errors of the Monte-Carlo GGN's factors over seeds, for each number of draws."""
-
-    def B_of(seed, num_draws):
-        regression = plain_regression(
-            model, (6,), count=2, num_draws=num_draws, seed=seed, timesteps="uniform", batch_size=2
-        )
-        K = DiffusionKFACLinearOperator(regression, ["layers.0.weight"])
-        return K.blocks[0].block.output_factor
-
-    # without non-linearity B is the same for all draws but for the loss vectors
-    truth = sum(w.T @ w for w in [model.layers[1].weight.detach()]) * 2 / 6
-    return truth, [[B_of(s, R) for s in range(seeds)] for R in draws]
-
-
-def test_monte_carlo_error_falls_like_one_over_the_root_of_the_draws():
-    model = seeded(nn.Linear(6, 4), nn.Linear(4, 6))
-    draws = (4, 16, 64)
-    truth, estimates = _error_and_draws(24, draws, model)
-    errors = [
-        torch.stack([(B - truth).square().sum() for B in row]).mean().sqrt() for row in estimates
-    ]
-    log_draws = torch.tensor(draws).double().log()
-    log_errors = torch.stack(errors).log()
-    centred = log_draws - log_draws.mean()
-    slope = (centred * (log_errors - log_errors.mean())).sum() / centred.square().sum()
-    assert abs(slope + 0.5) < 0.1
 
 
 def _deviation(samples, truth):
@@ -102,7 +72,7 @@ def traces(seed, reduction="mean"):
         timesteps=[2, 5, 6, 8],
         objective={"reduction": reduction},
     )
-    options = {probe: {"probe_type": probe, "mc_samples": 16} for probe in PROBES}
+    options = {probe: {"probe_type": probe, "mc_samples": 40} for probe in PROBES}
     options["exact"] = {"fisher_type": "type-2"}
     last = ["layers.2.weight"]
     return {
@@ -119,7 +89,7 @@ def test_the_monte_carlo_ggn_has_the_right_scale():
 
     The noise is that of each seed's exact GGN, so that only loss vectors are random.
     """
-    found = [traces(seed) for seed in range(40)]
+    found = [traces(seed) for seed in range(16)]
     for probe, number in itertools.product(PROBES, (0, 1)):
         samples = [of_seed[probe][number] / of_seed["exact"][number] for of_seed in found]
         # the last layer's b is the loss vector: for Rademacher entries |b|² is not even random
@@ -138,24 +108,6 @@ def test_sums_are_as_many_times_means_as_there_are_outputs():
     for name, pair in means.items():
         for mean, total in zip(pair, sums[name], strict=True):
             assert_close(total, 8 * mean, 1e-10)
-
-
-def test_timesteps_are_averaged_with_equal_weight():
-    """Every timestep once: the GGN is the mean of the GGNs at each."""
-    model = seeded(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
-    process = noise_levels(num_levels=4)
-    levels = [
-        dense_ggn(
-            plain_regression(model, (3,), 2, None, process, timesteps=[t] * 40),
-            list(model.parameters()),
-        )
-        for t in range(4)
-    ]
-    mean = sum(levels) / 4
-    whole = plain_regression(model, (3,), 2, 160, process, timesteps="all")
-    result = to_dense(DiffusionGGNLinearOperator(whole))
-    assert relative_error(result, mean) < 0.1  # other noise, but the same mixture of levels
-    assert relative_error(levels[0], mean) > 0.2
 
 
 class Reparametrised(nn.Module):
@@ -292,9 +244,8 @@ def eigenvalues(operator):
     return torch.cat([block.eigenvalues.flatten() for block in kronecker])
 
 
-@pytest.mark.parametrize("batch_size", [3, 11])
-def test_eigenvalues_equal_a_plain_loop(batch_size):
-    regression = conv_regression(11, 2, batch_size=batch_size)
+def test_eigenvalues_equal_a_plain_loop():
+    regression = conv_regression(11, 2, batch_size=3)
     EK = DiffusionEKFACLinearOperator(regression)
     layer = regression.objective.model.layers[2]
     truth = 0
@@ -370,32 +321,3 @@ def test_ekfac_of_a_unet_has_an_unbiased_trace():
     deviation, relative = _deviation(ratios, 1.0)
     assert abs(deviation) < 4
     assert relative < 0.05 / 8
-
-
-@pytest.mark.slow
-def test_schemes_of_timesteps_have_one_expectation():
-    """Stratified, uniform, every timestep once; stratifying halves the variance at least."""
-    traces = {}
-    for scheme, num_draws in [("stratified", 4), ("uniform", 4), ("all", None)]:
-        traces[scheme] = []
-        for seed in range(20 if scheme == "all" else 800):
-            regression = plain_regression(
-                seeded(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)),
-                (4,),
-                count=6,
-                num_draws=num_draws,
-                seed=seed,
-                timesteps=scheme,
-                process=noise_levels(num_levels=40),
-                objective={"weighting": lambda t: 1 + t / 10},
-            )
-            traces[scheme].append(
-                DiffusionEKFACLinearOperator(regression, fisher_type="type-2").trace()
-            )
-    means = {scheme: torch.stack(values).mean() for scheme, values in traces.items()}
-    errors = {s: torch.stack(v).std() / len(v) ** 0.5 for s, v in traces.items()}
-    for scheme in ("stratified", "uniform"):
-        error = (errors[scheme] ** 2 + errors["all"] ** 2).sqrt()
-        assert abs(means[scheme] - means["all"]) < 4 * error
-        assert error < 0.05 / 8 * means["all"]
-    assert errors["stratified"] ** 2 < 0.5 * errors["uniform"] ** 2
