@@ -12,16 +12,7 @@ from curvlinops_diffusion.runtime.sharded_networks import is_divided, is_sharded
 
 
 def check_images(x0: Any, indices: Sequence[int] | None = None) -> Tensor:
-    """Return a batch of clean examples if the diffusion can start from it.
-
-    Args:
-        x0: The batch, of shape ``[batch, ...]``.
-        indices: The examples' indices within the data, for the message; ``None`` for all of it.
-
-    Raises:
-        ValueError: If the batch is no floating-point tensor with at least one entry and two
-            axes, or has an entry that is not finite.
-    """
+    """Return clean examples ``[batch, ...]`` of some indices if the diffusion can start there."""
     if not isinstance(x0, Tensor):
         raise ValueError(
             "Clean examples must be a floating-point tensor of shape [batch, ...], got "
@@ -53,11 +44,7 @@ _ENOUGH = 256
 
 
 def warn_of_range(x0: Tensor) -> None:
-    """Warn if a batch of images seems to be in [0, 1] or [0, 255].
-
-    Args:
-        x0: Clean examples; images if there are four axes.
-    """
+    """Warn if a batch of images (of four axes) seems to be in [0, 1] or [0, 255]."""
     if x0.ndim != 4 or x0.numel() < _ENOUGH:
         return
     low, high = float(x0.min()), float(x0.max())
@@ -72,11 +59,7 @@ def warn_of_range(x0: Tensor) -> None:
 
 
 def check_condition(condition: Any, batch_size: int, name: str = "condition") -> None:
-    """Check that every tensor of a (nested) condition has one entry for each example.
-
-    Raises:
-        ValueError: If one has another number of entries, named by its key.
-    """
+    """Check that every tensor of a (nested) condition has one entry for each example."""
     if isinstance(condition, Mapping):
         for key, value in condition.items():
             check_condition(value, batch_size, f"{name}[{key!r}]")
@@ -90,12 +73,7 @@ def check_condition(condition: Any, batch_size: int, name: str = "condition") ->
 
 
 def check_parameters(model: nn.Module) -> None:
-    """Check that the parameters are there, whole, and can be differentiated.
-
-    Raises:
-        ValueError: If they are divided among processes, elsewhere, not yet made, made in inference
-            mode, or stored in another form than numbers one after the other.
-    """
+    """Check that the parameters are there, whole, and can be differentiated."""
     wrapped = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
     for name, p in model.named_parameters():
         if isinstance(p, nn.UninitializedParameter):
@@ -142,14 +120,7 @@ def check_parameters(model: nn.Module) -> None:
 
 
 def check_deterministic_mode(model: nn.Module) -> None:
-    """Check that no layer draws random numbers or couples the examples of a batch.
-
-    The draws of a diffusion are pure functions of ``(seed, n, r)``; a dropout mask is not, and
-    batch statistics make an example's loss depend on its neighbours.
-
-    Raises:
-        ValueError: If an active dropout or batch-norm layer is found, named.
-    """
+    """Check that no layer draws random numbers or couples the examples of a batch."""
     for name, module in model.named_modules():
         dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -169,12 +140,7 @@ def check_deterministic_mode(model: nn.Module) -> None:
 
 
 def check_surroundings(device: torch.device) -> None:
-    """Check that no context surrounds us that changes what is computed.
-
-    Raises:
-        ValueError: If ``torch.autocast`` would round factors and scores, or the default device is
-            ``meta``.
-    """
+    """Check that no autocast rounds factors and scores, and that tensors have values."""
     if torch.is_autocast_enabled(device.type):
         raise ValueError(
             f"torch.autocast is on for '{device.type}', and would compute curvature in low "
@@ -185,11 +151,7 @@ def check_surroundings(device: torch.device) -> None:
 
 
 def check_modes() -> None:
-    """Check that tensors that are made now have values, and can be differentiated.
-
-    Raises:
-        ValueError: If ``torch.inference_mode`` is on, or the default device is ``meta``.
-    """
+    """Check that tensors that are made now have values, and can be differentiated."""
     if torch.is_inference_mode_enabled():
         raise ValueError(
             "torch.inference_mode() is on, in which nothing can be differentiated. Leave its "
@@ -208,11 +170,7 @@ def _check_default_device() -> None:
 
 
 def check_prediction(prediction_BD: Tensor, names: Iterable[str], level_B: Tensor) -> None:
-    """Check that the network's output on a batch is finite, before anything is made of it.
-
-    Raises:
-        ValueError: If it is not; the message names the examples and their noise levels.
-    """
+    """Check that the network's output on a batch is finite, before anything is made of it."""
     bad = (~prediction_BD.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
         known = list(names)

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 from math import prod
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 from curvlinops_diffusion.diffusion.batch import rows_of
 from curvlinops_diffusion.diffusion.checks import check_condition, check_images
-from curvlinops_diffusion.diffusion.loaders import check_loader, check_whole, iterated, known_size
 from curvlinops_diffusion.runtime.checks import plain, plain_labels, quoted
 
 T = TypeVar("T")
@@ -31,6 +41,8 @@ _ITEM_ACCEPTED = (
     "integer labels or prompts, or a dict with key 'x0' whose other entries are passed to the "
     "model as keyword arguments"
 )
+# libraries whose data sets may hold one process' part
+_SHARDING = ("accelerate", "datasets", "transformers")
 #: Whether the batch of a number is asked for.
 Wanted = Callable[[int], bool]
 #: Runs the network on clean examples and their condition, or raises whatever it raises.
@@ -74,19 +86,19 @@ def source_of(data: Any, batch_size: int, run: Run) -> Source:
 
         return _by_number(len(x0), batch_size, rows, in_memory=True)
     if isinstance(data, DataLoader):
-        check_loader(data)
+        _check_loader(data)
         if data.batch_sampler is None:  # what the data set yields, as it is
-            return _of_things(lambda: iterated(data), None, batch_size, run)
-        size = known_size(data)
-        return Source(_all_of(lambda: iterated(data)), size, None if size is None else len(data))
+            return _of_things(lambda: _iterated(data), None, batch_size, run)
+        size = _known_size(data)
+        return Source(_all_of(lambda: _iterated(data)), size, None if size is None else len(data))
     if isinstance(data, IterableDataset):
-        check_whole(data)
+        _check_whole(data)
         raw: DataLoader[Any] = DataLoader(data, batch_size=None)
-        first = next(iterated(raw), None)
+        first = next(_iterated(raw), None)
         if not _runs_on([first], run, default_collate) and _runs_on(first, run):
-            return Source(_all_of(lambda: iterated(raw)))
+            return Source(_all_of(lambda: _iterated(raw)))
         loader: DataLoader[Any] = DataLoader(data, batch_size, collate_fn=collated)
-        return Source(_all_of(lambda: iterated(loader)), batch_size=batch_size)
+        return Source(_all_of(lambda: _iterated(loader)), batch_size=batch_size)
     # lists and other sequences of Python may be of batches, if they are no Dataset; a
     # datasets.Dataset is no torch one
     sequence = isinstance(data, Sequence | np.ndarray) and not isinstance(data, Dataset)
@@ -192,7 +204,7 @@ def _by_number(
 def _load(data: Any, chosen: list[range | list[int]]) -> Iterator[Any]:
     """Items of a data set, in batches."""
     indices = [list(part) for part in chosen]
-    return iterated(DataLoader(data, batch_sampler=indices, collate_fn=collated))
+    return _iterated(DataLoader(data, batch_sampler=indices, collate_fn=collated))
 
 
 def _all_of(batches: Callable[[], Iterable[Any]]) -> Callable[[Wanted], Iterator[Numbered]]:
@@ -207,6 +219,115 @@ def _all_of(batches: Callable[[], Iterable[Any]]) -> Callable[[Wanted], Iterator
         yield number, range(first, first), None
 
     return start
+
+
+# ---------------------------------------------------------------------------------------------
+# Loaders: which examples of a data set come, in which order, and how many
+# ---------------------------------------------------------------------------------------------
+
+
+def _iterated(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Iterate without touching torch's random state, from which a new iterator draws a seed.
+
+    Several iterations may go on at the same time.
+    """
+    if loader.persistent_workers:  # a single iterator, which a second iteration begins anew
+        loader = copy(loader)
+        vars(loader).update(persistent_workers=False, _iterator=None)
+    state = torch.get_rng_state()
+    iterator = iter(loader)
+    torch.set_rng_state(state)
+    kind = type(loader.dataset).__name__
+    try:
+        yield from iterator
+    except (IndexError, KeyError) as error:
+        last = str(error).strip().splitlines()[-1][:200]  # a worker's whole stack may come first
+        raise ValueError(
+            f"An item of the data ({kind}) cannot be read ({type(error).__name__}: {last}). Is "
+            "its length the number of its items?"
+        ) from error
+    except RuntimeError as error:
+        if "has been invalidated" not in str(error):
+            raise
+        raise ValueError(
+            f"The data ({kind}) allows one iteration at a time, and several go on beside each "
+            "other. Pass a Dataset, or an IterableDataset that starts anew in each iteration."
+        ) from error
+
+
+def _check_loader(loader: DataLoader[Any]) -> None:
+    """Check that a loader yields all of its examples, in the same order each time."""
+    batches: Any = loader.batch_sampler
+    samplers = [loader.sampler, batches, getattr(batches, "sampler", None)]
+    for sampler in samplers:
+        if isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
+            raise ValueError(
+                f"The DataLoader's {type(sampler).__name__} chooses or shuffles examples anew each "
+                "time. Every pass must see the same ones in the same order: pass shuffle=False, or "
+                "a Subset of the data set, without this sampler."
+            )
+    streamed = isinstance(loader.dataset, IterableDataset)
+    if not streamed and _known_size(loader) is None:
+        order: Any = loader.sampler if batches is None else batches
+        # a sampler may shuffle by a fixed seed (DistributedSampler, until set_epoch is called)
+        if any(repr(a) != repr(b) for a, b in zip_longest(order, list(order))):
+            raise ValueError(
+                f"The DataLoader's {type(order).__name__} yields another order in each iteration. "
+                "Every pass must see the same examples in the same order: fix its seed, or pass a "
+                "Subset of the data set, without this sampler."
+            )
+    # the last of which accelerate's loaders have
+    _check_whole(loader.dataset, *samplers, getattr(loader, "state", None))
+    dropped = _dropped(loader, streamed)
+    if dropped:
+        raise ValueError(
+            f"The DataLoader has drop_last=True and would leave out {dropped}. Pass "
+            "drop_last=False."
+        )
+
+
+def _dropped(loader: DataLoader[Any], streamed: bool) -> str:
+    """Say which examples a loader leaves out; empty for none."""
+    batches: Any = loader.batch_sampler
+    if streamed:
+        return "the last examples of a stream" if loader.drop_last else ""
+    if not getattr(batches, "drop_last", False):
+        return ""
+    try:
+        size, batch = len(batches.sampler), int(batches.batch_size)
+    except (TypeError, AttributeError):
+        return f"examples of its {type(batches).__name__}"
+    return f"{size % batch} of {size} examples" if size % batch else ""
+
+
+def _check_whole(dataset: Any, *others: Any) -> None:
+    """Check that a data set, and what chooses from it, give every process all examples.
+
+    Of data sets only those of libraries are looked at: users' have attributes of any meaning.
+    """
+    own = (dataset, getattr(dataset, "_distributed", None))
+    shards = [part for part in own if type(part).__module__.split(".")[0] in _SHARDING]
+    for part in (*shards, *others):
+        names = ("num_replicas", "num_processes", "world_size")
+        counts = [getattr(part, name, 1) for name in names]
+        if any(isinstance(count, int) and count > 1 for count in counts):
+            raise ValueError(
+                f"Each process gets a part of the examples (of {max(counts)}, by its "
+                f"{type(part).__name__}). Pass the whole data to every process; "
+                "PassOptions(distributed=True) divides the work."
+            )
+
+
+def _known_size(loader: DataLoader[Any]) -> int | None:
+    """The number of examples that come; ``None`` where only a pass over them would tell.
+
+    A sampler may leave out examples or repeat them. What puts items together may, too; that not
+    as many come is then seen at the end of the first iteration.
+    """
+    batches: Any = loader.batch_sampler
+    own = type(batches) is BatchSampler and batches.sampler is loader.sampler
+    every = type(loader.sampler) is SequentialSampler and type(loader) is DataLoader
+    return len(loader.sampler) if own and every else None  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------

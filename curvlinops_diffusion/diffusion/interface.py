@@ -179,7 +179,7 @@ def _stand_ins(pipeline: Any, model: nn.Module, seen: Seen, length: int | None) 
 
 @dataclass(frozen=True)
 class Interface:
-    """How a pipeline's network is spoken to."""
+    """Describes how a pipeline's network is called."""
 
     scale: tuple[float, float]  # factor and summand from the scheduler's times to the network's
     sign: int  # with which the network's answer is what the scheduler takes

@@ -37,7 +37,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Packing:
-    """How latents are arranged for the network."""
+    """An arrangement of latents for the network."""
 
     shape: tuple[int, ...]  # of an example's latents before, channels first
     pack: Callable[[Tensor], Tensor]  # of latents ``[B, *shape]``
@@ -121,7 +121,7 @@ class LatentEncoder:
 
     @property
     def description(self) -> str:
-        """A digest of what the latents and embeddings depend on besides the data."""
+        """The digest of what latents and embeddings depend on besides the data."""
         return digest_of(self._made_of())
 
     def _made_of(self) -> list[Any]:
@@ -154,19 +154,11 @@ class LatentEncoder:
     def encode_drawn(
         self, x0: Tensor, condition: dict[str, Any], latents: Encoded | None = None
     ) -> Encoded:
-        """Encode a batch that one draw alone sees, of which the cache would keep one for each.
-
-        Pipelines do not warn of captions that are too long again for each draw.
-
-        Args:
-            x0: Clean examples.
-            condition: What stands beside them.
-            latents: What the examples were encoded as already, if they were.
-        """
+        """Encode a batch that one draw alone sees, of which the cache would keep one for each."""
         _ = self._functions  # before they are called
         logger = logging.getLogger("diffusers")
         level = logger.level
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.ERROR)  # not again for each draw that captions are too long
         try:
             return self._encode(x0, condition, latents)
         finally:

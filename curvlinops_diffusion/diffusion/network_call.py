@@ -1,4 +1,4 @@
-"""How a network is called: its arguments, under which conditions, and what it may return."""
+"""Calls of a network: its arguments, under which conditions, and what it may return."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _plain_arguments(given: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Signature:
-    """How a network takes image and time."""
+    """Names and places of image and time among a network's arguments."""
 
     time_first: bool = False
     time_name: str | None = None  # by which it is passed, if not as the second argument

@@ -61,25 +61,20 @@ class Clip:
         return x0_BD.clamp(-s_B1, s_B1) / s_B1
 
 
-Coefficient = Tensor | float
-
-
-def _slope(alpha_T: Tensor, sigma_T: Tensor) -> float:
-    """``1 − σ_min`` of the path ``sigma = 1 − (1 − σ_min) alpha``."""
-    most = int(alpha_T.argmax())
-    return float((1 - sigma_T[most]) / alpha_T[most])
-
-
 #: What the network regresses, ``y = a x0 + b eps``: ``(a, b)`` from the scales ``alpha_t`` and
 #: ``sigma_t`` of every level. Targets, weights, predicted examples and noise, the means of
 #: ancestral steps and the drift of the probability flow all follow from a type's line.
-PREDICTIONS: dict[str, Callable[[Tensor, Tensor], tuple[Coefficient, Coefficient]]] = {
+PREDICTIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor | float, Tensor | float]]] = {
     PredictionType.EPSILON: lambda alpha, sigma: (0.0, 1.0),
     PredictionType.SAMPLE: lambda alpha, sigma: (1.0, 0.0),
     PredictionType.V: lambda alpha, sigma: (-sigma, alpha),
     PredictionType.FLOW: lambda alpha, sigma: (-1.0, 1.0),
     PredictionType.REVERSE_FLOW: lambda alpha, sigma: (1.0, -1.0),
-    PredictionType.CONDITIONAL_FLOW: lambda alpha, sigma: (1.0, -_slope(alpha, sigma)),
+    # 1 − σ_min of the path sigma = 1 − (1 − σ_min) alpha, where the signal is largest
+    PredictionType.CONDITIONAL_FLOW: lambda alpha, sigma: (
+        1.0,
+        ((sigma - 1) / alpha)[alpha.argmax()],
+    ),
 }
 
 
@@ -257,15 +252,12 @@ class NoiseProcess:
 def _combined(
     coefficients: tuple[Tensor, Tensor], first: Tensor, second: Tensor, level: Tensor
 ) -> Tensor:
-    """The sum of two tensors ``[B, ...]`` with coefficients of each example's level."""
-    of_first, of_second = (_of_levels(c_T, second, level) for c_T in coefficients)
+    """Sum two tensors ``[B, ...]`` with coefficients of each example's level."""
+    of_first, of_second = (
+        to_like(c_T[level.to(c_T.device)], second).reshape(-1, *[1] * (second.ndim - 1))
+        for c_T in coefficients
+    )
     return of_first * first + of_second * second
-
-
-def _of_levels(table_T: Tensor, like: Tensor, level: Tensor) -> Tensor:
-    """The entries of each example's level, ready to multiply ``[B, ...]``."""
-    entries = to_like(table_T[level.to(table_T.device)], like)
-    return entries.reshape(-1, *[1] * (like.ndim - 1))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -288,7 +280,10 @@ def noise_process(scheduler: Any) -> NoiseProcess:
         fresh = type(scheduler).from_config(scheduler.config)
         # known by name, as pipelines are: diffusers is slow to import, and need not be there
         if any(cls.__name__ == "FlowMatchEulerDiscreteScheduler" for cls in type(fresh).__mro__):
-            return _flow_matching(_flow_in_training(scheduler, fresh))
+            scheduler = _flow_in_training(scheduler, fresh)
+            order = scheduler.sigmas.argsort()  # it lists its levels from noise to data
+            s_T = scheduler.sigmas[order].double()
+            return NoiseProcess(1 - s_T, s_T, scheduler.timesteps[order], PredictionType.FLOW)
         if hasattr(fresh, "alphas_cumprod"):
             _check_betas(scheduler, fresh)
             return _variance_preserving(scheduler)
@@ -340,11 +335,10 @@ def as_trained(
 
 def _flow_in_training(scheduler: Any, fresh: Any) -> Any:
     """The scheduler with its training tables: its own, unless it has sampled."""
-    if getattr(scheduler, "num_inference_steps", None) is None:
-        changed = getattr(scheduler, "shift", None) != getattr(fresh, "shift", None)
-        same = torch.equal(scheduler.sigmas, fresh.sigmas)
-        if not (changed and same):
-            return scheduler
+    changed = getattr(scheduler, "shift", None) != getattr(fresh, "shift", None)
+    sampled = getattr(scheduler, "num_inference_steps", None) is not None
+    if not sampled and not (changed and torch.equal(scheduler.sigmas, fresh.sigmas)):
+        return scheduler
     # ``set_shift`` takes effect when tables are made
     return type(scheduler).from_config(scheduler.config, shift=getattr(scheduler, "shift", 1.0))
 
@@ -362,16 +356,10 @@ def _check_betas(scheduler: Any, fresh: Any) -> None:
         )
 
 
-def _flow_matching(scheduler: Any) -> NoiseProcess:
-    """``x_t = (1 - s) x0 + s eps``; the scheduler lists its levels from noise to data."""
-    order = scheduler.sigmas.argsort()
-    sigmas_T = scheduler.sigmas[order].double()
-    return NoiseProcess(1 - sigmas_T, sigmas_T, scheduler.timesteps[order], PredictionType.FLOW)
-
-
 def _variance_preserving(scheduler: Any) -> NoiseProcess:
     """``alpha_t² + sigma_t² = 1`` with ``alpha_t²`` the scheduler's ``alphas_cumprod``."""
-    name = scheduler.config.get("prediction_type", "epsilon")
+    config = scheduler.config
+    name = config.get("prediction_type", "epsilon")
     discrete = {p.value for p in PredictionType if not p.value.endswith("flow")}
     if name not in discrete:
         raise ValueError(
@@ -388,13 +376,11 @@ def _variance_preserving(scheduler: Any) -> NoiseProcess:
         )
     alphas_T, sigmas_T = alphas_cumprod_T.sqrt(), (1 - alphas_cumprod_T).sqrt()
     timesteps_T = torch.arange(len(alphas_T))
-    continuous = scheduler.config.get("timestep_type", "discrete") == "continuous"
-    if continuous and name == PredictionType.V:
+    if config.get("timestep_type") == "continuous" and name == PredictionType.V:
         # EulerDiscreteScheduler then tells the network a quarter of the log noise level
         timesteps_T = 0.25 * (sigmas_T / alphas_T).log().float()
-    large = str(scheduler.config.get("variance_type", "fixed_small")).startswith("fixed_large")
-    variance = "large" if large else "small"
-    config, clip = scheduler.config, None
+    large = str(config.get("variance_type")).startswith("fixed_large")
+    variance, clip = "large" if large else "small", None
     if config.get("thresholding", False):
         quantile = float(config.get("dynamic_thresholding_ratio", 0.995))
         clip = Clip(float(config.get("sample_max_value", 1.0)), quantile)
@@ -402,5 +388,6 @@ def _variance_preserving(scheduler: Any) -> NoiseProcess:
         clip = Clip(float(config.get("clip_sample_range", 1.0)))
     weighed = getattr(scheduler, "weighed_alphas_cumprod", None)
     weighed_T = None if weighed is None else weighed.double().cpu().sqrt()
-    kind = PredictionType(name)
-    return NoiseProcess(alphas_T, sigmas_T, timesteps_T, kind, variance, clip, weighed_T)
+    return NoiseProcess(
+        alphas_T, sigmas_T, timesteps_T, PredictionType(name), variance, clip, weighed_T
+    )

@@ -154,10 +154,9 @@ class DenoisingObjective:
 
         Args:
             pipeline: A pipeline of ``diffusers``: DDPM, DDIM, LDM, DiT, Stable Diffusion (1, 2,
-                XL), Flux, inpainting and ControlNet of Stable Diffusion (1, 2, XL); or another from
-                prompts to images by latents (Stable Diffusion 3, PixArt, Sana, Lumina 2,
-                Qwen-Image, Flux.2, Z-Image), which is run with stand-ins for its parts to see what
-                its network sees.
+                XL; inpainting and ControlNet of these, too); or another from prompts to images by
+                latents (Stable Diffusion 3, Flux, PixArt, Sana, Lumina 2, Qwen-Image, Flux.2,
+                Z-Image), which is run with stand-ins for its parts to see what its network sees.
             weighting: As in the constructor.
             reduction: As in the constructor.
             sample_latents: Whether latents are drawn from the autoencoder's distribution, or are
@@ -268,16 +267,11 @@ class DenoisingObjective:
         return self._encoded(clean, self._encode)
 
     def encode_drawn(self, clean: CleanBatch, latents: Encoded | None = None) -> Encoded:
-        """Encode the version of clean examples that a single draw sees; no cache keeps it.
-
-        Args:
-            clean: The examples.
-            latents: What their images were encoded as already, if they were.
-        """
-        encoder = self._encode
-        if not isinstance(encoder, LatentEncoder):
-            return self._encoded(clean, encoder)
-        return self._encoded(clean, partial(encoder.encode_drawn, latents=latents))
+        """Encode examples as a single draw sees them, perhaps their captions alone, uncached."""
+        encode = self._encode
+        if isinstance(encode, LatentEncoder):
+            encode = partial(encode.encode_drawn, latents=latents)
+        return self._encoded(clean, encode)
 
     def _encoded(self, clean: CleanBatch, encode: Any) -> Encoded:
         if encode is None:
@@ -344,25 +338,22 @@ class DenoisingObjective:
             of_input = to_device(input_eps, device, dtype)
         target_BD = self.process.target(x0, noise, level_B).flatten(1)
         x_t = self.process.noised(x0, of_input, level_B)
+        timestep_B = to_device(self.process.timesteps_T[level_B], device)
+        if timestep_B.dtype == torch.float64:  # which a network in float32 does not take
+            timestep_B = timestep_B.to(dtype)
         r = 1 / target_BD.shape[1] if self.reduction is Reduction.MEAN else 1.0
         return NoisedBatch(
             indices,
             [draw] * len(indices),
             level_B,
             x_t.to(self.dtype),
-            self._timestep(level_B),
+            timestep_B,
             {key: self.to_model(value) for key, value in condition.items()},
             target_BD,
             to_device(self.weights_T[level_B] * r, device, dtype),
             mask_BD=None if mask_BD is None else to_device(mask_BD, device, dtype),
             state_BD=x_t.flatten(1),
         )
-
-    def _timestep(self, level_B: Tensor) -> Tensor:
-        """The times that the network is given, no more precise than the working precision."""
-        timestep_B = to_device(self.process.timesteps_T[level_B], self.device)
-        precise = timestep_B.dtype == torch.float64 != self.working_dtype
-        return timestep_B.to(self.working_dtype) if precise else timestep_B
 
     def predict(self, batch: NoisedBatch, params: Mapping[str, Tensor] | None = None) -> Tensor:
         """The network's output on a noised batch, ``[B, D]``, in the working precision.

@@ -11,7 +11,6 @@ from dataclasses import replace
 from os import PathLike
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from curvlinops_diffusion.diffusion.interface import (
@@ -20,15 +19,13 @@ from curvlinops_diffusion.diffusion.interface import (
     AdaptedDenoiser,
     Frames,
     interface_of,
-    packed,
     seen_of,
 )
 from curvlinops_diffusion.diffusion.latents import LatentEncoder
-from curvlinops_diffusion.diffusion.noise import NoiseProcess, as_trained, noise_process
+from curvlinops_diffusion.diffusion.noise import as_trained, noise_process
 from curvlinops_diffusion.diffusion.prompted import (
     PipelineParts,
     Training,
-    check_inputs,
     prompted_parts,
 )
 from curvlinops_diffusion.diffusion.stable_diffusion import (
@@ -99,47 +96,6 @@ def _dit(pipeline: Any, training: Training) -> PipelineParts:
     return PipelineParts(model, process, encode, lambda: null)
 
 
-def _flux(pipeline: Any, training: Training) -> PipelineParts:
-    """``FluxPipeline``: flow matching on latents packed into tokens, guidance distilled in."""
-    check_inputs(pipeline, pipeline.transformer)
-    process = noise_process(pipeline.scheduler)
-    process = replace(process, timesteps_T=process.timesteps_T / 1000)  # the model multiplies
-    arguments = training.arguments
-
-    def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
-        prompt = condition["prompt"]
-        length = arguments["max_sequence_length"]
-        states, pooled, _ = pipeline.encode_prompt(prompt, prompt, max_sequence_length=length)
-        H, W = (size // (2 * pipeline.vae_scale_factor) for size in x0.shape[2:])
-        ids = torch.zeros(H, W, 3, device=states.device)
-        ids[..., 1] = torch.arange(H).unsqueeze(1)
-        ids[..., 2] = torch.arange(W)
-        embedded = {
-            "encoder_hidden_states": states,
-            "pooled_projections": pooled,
-            "img_ids": ids.flatten(0, 1).repeat(len(states), 1, 1),
-        }
-        if "guidance_scale" in arguments:
-            guidance = float(arguments["guidance_scale"])
-            embedded["guidance"] = torch.full((len(states),), guidance, device=states.device)
-        return embedded
-
-    def positions(x_t: Tensor, condition: dict[str, Any]) -> dict[str, Tensor]:
-        tokens = condition["encoder_hidden_states"].shape[-2]
-        # the model wants those of one example, which all share
-        return {"img_ids": condition["img_ids"][0], "txt_ids": torch.zeros(tokens, 3).to(x_t)}
-
-    return prompted_parts(
-        pipeline,
-        pipeline.transformer,
-        embed,
-        training,
-        process=process,
-        pack=packed,
-        model_kwargs=positions,
-    )
-
-
 def by_interface(pipeline: Any, training: Training) -> PipelineParts:
     """Any other pipeline from prompts to images: what it shows its network is what training did."""
     network, arguments = _denoiser(pipeline), training.arguments
@@ -149,7 +105,11 @@ def by_interface(pipeline: Any, training: Training) -> PipelineParts:
         model = AdaptedDenoiser(network, found)
     process, (factor, summand) = noise_process(pipeline.scheduler), found.scale
     if arguments.get("mirrored_levels"):
-        process = _mirrored(process, pipeline.scheduler)
+        # train_dreambooth_lora_lumina2.py takes the scheduler's (shifted) share of noise for the
+        # share of data; the network is given the time of the share of noise, as ever
+        alphas_T, sigmas_T = process.sigmas_T.flip(0), process.alphas_T.flip(0)
+        times_T = pipeline.scheduler.config.num_train_timesteps - process.timesteps_T.flip(0)
+        process = replace(process, alphas_T=alphas_T, sigmas_T=sigmas_T, timesteps_T=times_T)
     factor = arguments.get("timestep_scale", factor)  # Sana's script leaves the config's out
     if (factor, summand) != (1.0, 0.0):
         process = replace(process, timesteps_T=process.timesteps_T * factor + summand)
@@ -181,22 +141,6 @@ def by_interface(pipeline: Any, training: Training) -> PipelineParts:
     )
 
 
-def _mirrored(process: NoiseProcess, scheduler: Any) -> NoiseProcess:
-    """A flow whose share of data at each level is the scheduler's share of noise.
-
-    So ``train_dreambooth_lora_lumina2.py`` draws its levels: ``x_t = (1 - s) eps + s x0`` with the
-    scheduler's (shifted) ``s``. The network is given the time of the share of noise, as ever; only
-    how often each share is drawn differs, where the scheduler has a shift.
-    """
-    end = scheduler.config.num_train_timesteps
-    return replace(
-        process,
-        alphas_T=process.sigmas_T.flip(0),
-        sigmas_T=process.alphas_T.flip(0),
-        timesteps_T=(end - process.timesteps_T).flip(0),
-    )
-
-
 PIPELINES: dict[str, Callable[[Any, Training], PipelineParts]] = {
     "DDPMPipeline": _pixels,
     "DDIMPipeline": _pixels,
@@ -208,5 +152,4 @@ PIPELINES: dict[str, Callable[[Any, Training], PipelineParts]] = {
     "StableDiffusionXLInpaintPipeline": inpainting,
     "StableDiffusionControlNetPipeline": controlled,
     "StableDiffusionXLControlNetPipeline": controlled,
-    "FluxPipeline": _flux,
 }

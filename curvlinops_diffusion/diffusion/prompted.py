@@ -23,7 +23,7 @@ Embed = Callable[[Tensor, dict[str, Any]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Training:
-    """How a pipeline was trained, and a folder for latents and embeddings."""
+    """Arguments of a pipeline's training, and a folder for latents and embeddings."""
 
     arguments: Mapping[str, Any]
     cache: str | PathLike[str] | None = None
@@ -56,7 +56,7 @@ def prompted_parts(
     pack: Callable[[Tensor], Tensor] | None = None,  # latents to the form that the denoiser takes
     model_kwargs: ModelKwargs | None = None,
     also: Sequence[str] = (),  # entries that ``embed`` reads beside the prompts
-    shared: Sequence[str] = ("img_ids", "guidance"),  # entries that no prompt decides
+    shared: Sequence[str] = (),  # entries that no prompt decides
     size: int = 8,  # pixels of an image that the pipeline takes
     vae: Any = None,  # the pipeline's
     encoders: Sequence[nn.Module] | None = None,  # what ``embed`` runs: the text encoders
@@ -131,19 +131,3 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     special = {key: str(token) for key, token in tokenizer.special_tokens_map.items()}
     own = [tokenizer.model_max_length, len(tokenizer), tokenizer.padding_side, special]
     return digest_of(json.dumps([own, lasting, vocabulary, template], sort_keys=True))
-
-
-def check_inputs(pipeline: Any, model: Any) -> None:
-    """Check that the network takes latents and prompts, and nothing else."""
-    takes, latents = model.config.get("in_channels"), pipeline.vae.config.latent_channels
-    own = "Pass denoiser and scheduler to DenoisingObjective, and what else it takes in the data."
-    if takes not in (None, latents, 4 * latents):
-        raise ValueError(
-            f"The network takes {takes} channels, and latents have {latents}: it was trained on "
-            f"more (a mask, another image) than a {type(pipeline).__name__} gives it. {own}"
-        )
-    if model.config.get("time_cond_proj_dim") is not None:
-        raise ValueError(
-            "The network takes an embedding of the guidance scale (time_cond_proj_dim, as latent "
-            f"consistency models do), which training chose. {own}"
-        )

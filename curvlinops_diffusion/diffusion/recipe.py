@@ -1,9 +1,10 @@
-"""Recipes of training besides noising: offset noise, masks, weights of examples."""
+"""Recipes of training besides noising: offset noise, masks, weights of examples; and all noise."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ from torch.nn.functional import interpolate
 from curvlinops_diffusion.diffusion.draws import Draws
 from curvlinops_diffusion.diffusion.latents import Packing
 from curvlinops_diffusion.runtime.checks import check_non_negative
-from curvlinops_diffusion.runtime.devices import to_like
+from curvlinops_diffusion.runtime.devices import pinned, prefetched, to_like
 from curvlinops_diffusion.runtime.digests import digest_of
+
+# so many entries of noise take longer than a thread takes to start
+_WORTH_A_THREAD = 2**15
 
 
 @dataclass(frozen=True)
@@ -69,18 +73,43 @@ class Recipe:
         }
         return {name: value for name, value in entries.items() if value}
 
-    def noise(
+    def noises(
         self,
         draws: Draws,
         n_B: Sequence[int],
-        r: int,
         shape: Sequence[int],
-        packing: Packing | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The noise of the target and that of the input, ``[B, *shape]`` each.
+        of_latents: bool,
+        packing: Packing | None,
+        device: torch.device,
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield the noise of every draw of some examples, prefetched, for which a GPU would wait.
 
-        ``packing`` is how latents were arranged; ``None`` if channels come first.
+        Args:
+            draws: The source of the noise.
+            n_B: The examples.
+            shape: That of what is noised of one of them.
+            of_latents: Whether latents are drawn as well.
+            packing: How what is noised was arranged; ``None`` if channels come first.
+            device: The device that the noise is for.
+
+        Yields:
+            The noise of the target and of the input, ``[B, ...]``, and that of latents, if so.
         """
+
+        def noise(r: int) -> tuple[Tensor, Tensor, Tensor | None]:
+            eps, input_eps = self._noise(draws, n_B, r, shape, packing)
+            of_target = pinned(eps, device)
+            of_input = of_target if input_eps is eps else pinned(input_eps, device)
+            latent = pinned(draws.latent_noise(n_B, r, shape), device) if of_latents else None
+            return of_target, of_input, latent
+
+        make = map if len(n_B) * prod(shape) < _WORTH_A_THREAD else prefetched
+        return iter(make(noise, range(draws.num_draws)))
+
+    def _noise(
+        self, draws: Draws, n_B: Sequence[int], r: int, shape: Sequence[int], packing: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The noise of the target and that of the input, ``[B, *shape]`` each."""
         eps = draws.noise(n_B, r, shape)
         if self.noise_offset > 0:
             offset = draws.noise_offset(n_B, r, shape if packing is None else packing.shape)

@@ -24,7 +24,6 @@ from curvlinops_diffusion.diffusion.data import CleanData
 from curvlinops_diffusion.diffusion.data_forms import Wanted, batched
 from curvlinops_diffusion.diffusion.draws import Draws, make_draws
 from curvlinops_diffusion.diffusion.first_call import run_once
-from curvlinops_diffusion.diffusion.noises import noises
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.recipe import Recipe
 from curvlinops_diffusion.diffusion.scaled_model import ScaledModel, scaled
@@ -378,7 +377,7 @@ class NoisedRegression:
         packing = self.objective.packing(clean) if self.recipe.noise_offset > 0 else None
         shape, of_latents = first.mean.shape[1:], first.std is not None
 
-        made = noises(draws, self.recipe, indices, shape, of_latents, packing, self.device)
+        made = self.recipe.noises(draws, indices, shape, of_latents, packing, self.device)
         for r, (eps, input_eps, latent) in enumerate(made):
             encoded, mask = seen(r)
             x0, condition = encoded.mean, encoded.condition

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,13 +16,6 @@ from curvlinops_diffusion.runtime.modes import twice_differentiable
 _CONDITION = "condition"
 
 
-@dataclass(frozen=True)
-class _InBatch:
-    """Stands for an entry of the condition that a batch for ``curvlinops`` holds under a key."""
-
-    key: str
-
-
 class ScaledModel(nn.Module):
     """The network for ``curvlinops``: a mapping in, ``√(w_t r D m) f`` of ``[B, D]`` out."""
 
@@ -32,7 +24,7 @@ class ScaledModel(nn.Module):
         self.model = objective.model
         self._objective = objective
         self._data = data  # should a batch come before one was made here
-        self._form: dict[str, Any] | None = None  # of the condition, without its tensors
+        self._form: Any = None  # of the condition, with the class in place of each tensor
 
     def forward(self, X: Mapping[str, Tensor]) -> Tensor:
         """Predict, in a form that can be differentiated in forward mode and twice.
@@ -41,9 +33,12 @@ class ScaledModel(nn.Module):
         for another.
         """
         if self._form is None:
-            first = self._objective.encode(next(iter(self._data)))
-            self._form = self._form_of(first.condition)
-        condition = mapped(lambda e: X[e.key] if isinstance(e, _InBatch) else e, self._form)
+            self._form = _form_of(self._objective.encode(next(iter(self._data))).condition)
+        condition = mapped(
+            lambda name, e: X[f"{_CONDITION}/{name}"] if e is Tensor else e,
+            named(self._form),
+            self._form,
+        )
         with twice_differentiable():
             prediction_BD = self._objective.predict_from(X["x_t"], X["timestep"], condition)
             return scaled(X, prediction_BD)
@@ -68,26 +63,19 @@ class ScaledModel(nn.Module):
                     "encode=LatentEncoder(embed=...) of the objective."
                 )
 
-        def shown(form: Any) -> Any:
-            return mapped(lambda e: "a tensor" if isinstance(e, _InBatch) else e, form)
-
-        form = self._form_of(batch.condition)
+        form = _form_of(batch.condition)
         if self._form not in (None, form):
             raise ValueError(
                 "Operators of curvlinops take the same condition for every batch but for its "
-                f"tensors, got {shown(self._form)} in one batch and {shown(form)} in another. Pass "
-                "what changes as a tensor."
+                f"tensors, got {self._form} in one batch and {form} in another. Pass what changes "
+                "as a tensor."
             )
         self._form = form
         return X
 
-    @staticmethod
-    def _form_of(condition: Mapping[str, Any]) -> dict[str, Any]:
-        def formed(name: str, entry: Any) -> Any:
-            return _InBatch(f"{_CONDITION}/{name}") if isinstance(entry, Tensor) else entry
 
-        form: dict[str, Any] = mapped(formed, named(condition), condition)
-        return form
+def _form_of(condition: Mapping[str, Any]) -> Any:
+    return mapped(lambda entry: Tensor if isinstance(entry, Tensor) else entry, condition)
 
 
 def scaled(X: Mapping[str, Tensor], z_BD: Tensor) -> Tensor:

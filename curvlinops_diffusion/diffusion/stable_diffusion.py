@@ -15,7 +15,6 @@ from curvlinops_diffusion.diffusion.prompted import (
     Embed,
     PipelineParts,
     Training,
-    check_inputs,
     prompted_parts,
 )
 
@@ -31,8 +30,8 @@ def stable_diffusion(pipeline: Any, training: Training) -> PipelineParts:
     top first), or all of it as ``time_ids``, ``[B, 6]``. Else images count as uncropped and of the
     size they have.
     """
-    check_inputs(pipeline, pipeline.unet)
-    embed = _embed_of(pipeline, training)
+    _check_inputs(pipeline, pipeline.unet)
+    embed = partial(_embed, pipeline, training)
     return prompted_parts(pipeline, pipeline.unet, embed, training, also=_sizes_of(pipeline))
 
 
@@ -71,7 +70,7 @@ def controlled(pipeline: Any, training: Training) -> PipelineParts:
 
     ``'conditioning_image'`` stands beside each image and prompt, ``[B, 3, H, W]`` in [0, 1].
     """
-    check_inputs(pipeline, pipeline.unet)
+    _check_inputs(pipeline, pipeline.unet)
     if not hasattr(pipeline.controlnet, "config"):
         raise ValueError(
             "The pipeline must have a single ControlNet, as each is trained by itself, got a "
@@ -93,7 +92,7 @@ def _with_image(
     training: Training,
 ) -> PipelineParts:
     """The parts of a pipeline whose network is shown another image, which is never dropped."""
-    embed_prompt = _embed_of(pipeline, training)
+    embed_prompt = partial(_embed, pipeline, training)
 
     def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
         return embed_prompt(x0, condition) | embed_image(x0, condition)
@@ -120,7 +119,7 @@ def _checked_image(name: str, condition: dict[str, Any], x0: Tensor, channels: i
 
 def with_text_encoders(pipeline: Any, training: Training) -> PipelineParts:
     """A pipeline of Stable Diffusion whose text encoders were trained as well."""
-    check_inputs(pipeline, pipeline.unet)
+    _check_inputs(pipeline, pipeline.unet)
     xl, names = _is_xl(pipeline), _encoders_of(pipeline)
     skipped = training.arguments.get("clip_skip") or 0
     embed_tokens = partial(embedded_xl if xl else embedded, clip_skip=skipped)
@@ -141,6 +140,22 @@ def with_text_encoders(pipeline: Any, training: Training) -> PipelineParts:
         shared=("time_ids",),
         encoders=(),  # they belong to the network: tokens do not depend on their weights
     )
+
+
+def _check_inputs(pipeline: Any, model: Any) -> None:
+    """Check that the network takes latents and prompts, and nothing else."""
+    takes, latents = model.config.get("in_channels"), pipeline.vae.config.latent_channels
+    own = "Pass denoiser and scheduler to DenoisingObjective, and what else it takes in the data."
+    if takes not in (None, latents):
+        raise ValueError(
+            f"The network takes {takes} channels, and latents have {latents}: it was trained on "
+            f"more (a mask, another image) than a {type(pipeline).__name__} gives it. {own}"
+        )
+    if model.config.get("time_cond_proj_dim") is not None:
+        raise ValueError(
+            "The network takes an embedding of the guidance scale (time_cond_proj_dim, as latent "
+            f"consistency models do), which training chose. {own}"
+        )
 
 
 def _is_xl(pipeline: Any) -> bool:
@@ -164,42 +179,28 @@ def _sizes_of(pipeline: Any) -> tuple[str, ...]:
     return _SIZES_XL if _is_xl(pipeline) else ()
 
 
-def _embed_of(pipeline: Any, training: Training) -> Embed:
-    """The function that embeds prompts."""
-    return partial(_embed_xl if _is_xl(pipeline) else _embed, pipeline, training)
-
-
 def _embed(
     pipeline: Any, training: Training, x0: Tensor, condition: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The condition of Stable Diffusion, versions 1 and 2."""
-    encoder, clip_skip = pipeline.text_encoder, training.arguments.get("clip_skip")
-    # for which the pipeline looks for layers of transformers 4, or which it does not know
-    if clip_skip is not None or training.arguments.get("max_token_length"):
-        tokens = _tokens(pipeline, training, condition["prompt"])[0].to(encoder.device)
-        return embedded([encoder], [tokens], {}, clip_skip or 0)
-    states, _ = pipeline.encode_prompt(condition["prompt"], encoder.device, 1, False)
-    return {"encoder_hidden_states": states}
-
-
-def _embed_xl(
-    pipeline: Any, training: Training, x0: Tensor, condition: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The condition of Stable Diffusion XL."""
-    clip_skip = training.arguments.get("clip_skip")
-    if training.arguments.get("max_token_length"):
-        encoders = [getattr(pipeline, name) for name in _encoders_of(pipeline)]
+    """Embed prompts, with the images' sizes beside them for XL."""
+    xl, clip_skip = _is_xl(pipeline), training.arguments.get("clip_skip")
+    encoders = [getattr(pipeline, name) for name in _encoders_of(pipeline)]
+    added = {"time_ids": _time_ids(x0, condition)} if xl else {}
+    # parts no pipeline knows; to skip layers, that of 1 and 2 looks for those of transformers 4
+    if training.arguments.get("max_token_length") or (clip_skip is not None and not xl):
         every = zip(_tokens(pipeline, training, condition["prompt"]), encoders, strict=True)
         tokens = [ids.to(encoder.device) for ids, encoder in every]
-        sizes = {"time_ids": _time_ids(x0, condition)}
-        return embedded_xl(encoders, tokens, sizes, clip_skip or 0)
-    states, _, pooled, _ = pipeline.encode_prompt(
+        return (embedded_xl if xl else embedded)(encoders, tokens, added, clip_skip or 0)
+    states, _, *pooled = pipeline.encode_prompt(
         condition["prompt"],
-        device=pipeline.text_encoder_2.device,
+        device=encoders[-1].device,
+        num_images_per_prompt=1,
         do_classifier_free_guidance=False,
         clip_skip=clip_skip,
     )
-    added = {"text_embeds": pooled, "time_ids": _time_ids(x0, condition).to(states)}
+    if not xl:
+        return {"encoder_hidden_states": states}
+    added = {"text_embeds": pooled[0], "time_ids": added["time_ids"].to(states)}
     return {"encoder_hidden_states": states, "added_cond_kwargs": added}
 
 

@@ -131,7 +131,7 @@ class Augmentations:
 
 @dataclass(frozen=True)
 class Captions:
-    """How training varied captions of tags with commas between.
+    """Variation of captions in training, of tags with commas between.
 
     Attributes:
         shuffle: Whether tags came in random order.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from curvlinops_diffusion import DiffusionKFACLinearOperator, NoisedRegression
+from curvlinops_diffusion import NoisedRegression
 from curvlinops_diffusion.diffusion import batch_sizes
 from curvlinops_diffusion.runtime.devices import peak_bytes
 from tests.cases import images, tiny_unet, unet_regression
@@ -45,7 +45,6 @@ def test_twice_the_memory_for_twice_the_batch(monkeypatch, caplog):
 
 def test_limits(monkeypatch):
     assert found(monkeypatch, 0).batch_size == 1
-    assert found(monkeypatch, 10**15).batch_size == 1024
     assert found(monkeypatch, 10**15, count=1).batch_size == 1024
     data = TensorDataset(images(3))
     assert NoisedRegression(objective(), data, 1, batch_size="auto").batch_size > 1
@@ -56,9 +55,8 @@ def test_the_result_is_that_of_this_batch_size(monkeypatch):
     given = NoisedRegression(auto.objective, images(5), 2, batch_size=auto.batch_size)
     assert auto.batch_size < 5
     assert auto.data_identity() == given.data_identity()
-    v = torch.ones(sum(p.numel() for p in auto.objective.model.parameters())).double()
-    one, other = (DiffusionKFACLinearOperator(r) for r in (auto, given))
-    assert torch.equal(one @ v, other @ v)
+    for one, other in zip(auto.batches(), given.batches(), strict=True):
+        assert torch.equal(one.x_t, other.x_t)
 
 
 def test_what_is_refused(monkeypatch):

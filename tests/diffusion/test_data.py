@@ -14,7 +14,6 @@ from torch import nn
 from torch.utils.data import (
     BatchSampler,
     ChainDataset,
-    ConcatDataset,
     DataLoader,
     Dataset,
     DistributedSampler,
@@ -328,16 +327,12 @@ FORMS = {
     "list of images": lambda n: (list(pictures(n)), range(n)),
     "list of dicts of one": lambda n: ([{"x0": x} for x in pictures(n)], range(n)),
     "data set": lambda n: (Items(n), range(n)),
-    "data set of dicts": lambda n: (Items(n, lambda x: {"x0": x}), range(n)),
     "data set of tensors": lambda n: (TensorDataset(pictures(n)), range(n)),
     "data set that says less": lambda n: (Items(n + 2, length=n), range(n)),
     "subset": lambda n: (Subset(Items(n), [n - 1, 0]), [n - 1, 0]),
-    "data sets in a row": lambda n: (ConcatDataset([Items(n)] * 2), [*range(n), *range(n)]),
     "data set of the library": lambda n: (of_library(pictures(n)), range(n)),
     "data set that is a sequence": lambda n: (ItemsInSequence(n), range(n)),
     "loader": lambda n: (DataLoader(Items(n), 3), range(n)),
-    "loader of a subset": lambda n: (DataLoader(Subset(Items(n), [0]), 3), [0]),
-    "loader of a list": lambda n: (DataLoader(list(pictures(n)), 3), range(n)),
     "loader with a sampler": lambda n: (
         DataLoader(Items(n), 3, sampler=Order([n - 1, 0, 0, 0])),
         [n - 1, 0, 0, 0],
@@ -350,10 +345,6 @@ FORMS = {
     "loader with batches of its own": lambda n: (
         DataLoader(Items(n), batch_sampler=[[0], [n - 1, 0, n - 1]]),
         [0, n - 1, 0, n - 1],
-    ),
-    "loader that puts items together": lambda n: (
-        DataLoader(Items(n), 3, collate_fn=torch.stack),
-        range(n),
     ),
     "loader of one process": lambda n: (
         # shuffled by a fixed seed
@@ -379,7 +370,6 @@ FORMS = {
     "loader of a stream with a length": lambda n: (DataLoader(StreamWithLength(n), 3), range(n)),
     "loader of a stream of batches": lambda n: (DataLoader(Stream(n, 3), None), range(n)),
     "object": lambda n: (Again(lambda: pictures(n).split(2)), range(n)),
-    "object of images": lambda n: (Again(lambda: pictures(n)), range(n)),
     "object of dicts": lambda n: (Again(lambda: ({"x0": x} for x in pictures(n))), range(n)),
 }
 
@@ -541,8 +531,6 @@ REFUSED = {
     "iterator that is shared": (Sharing, "must not share their place"),
     "data pipe": (lambda: IterableWrapper(list(pictures(7))), "one iteration at a time"),
     "generator": (lambda: (x for x in pictures(7)), "can be iterated only once"),
-    "pairs of a zip": (lambda: zip(pictures(7), range(7), strict=True), "only once"),
-    "loader's iterator": (lambda: iter(DataLoader(Items(7), 3)), "only once"),
     "table": (lambda: pandas.DataFrame({"x0": [1.0, 2.0]}), "item 0 cannot be read"),
     "array": (lambda: pictures(4).numpy(), r"got ndarray \(pass torch.from_numpy"),
     "number": (lambda: 3, "The data must be a tensor .*, got int"),

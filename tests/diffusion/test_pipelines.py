@@ -514,6 +514,18 @@ def made(make, tmp_path):
     return loaded
 
 
+def fresh(make, folder):
+    """A pipeline, as it would be loaded."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = make(folder)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def data_for(make, size=None):
     size = size_of(make) if size is None else size
     x0 = images(3, channels=3, size=size, dtype=torch.float32).tanh()
@@ -544,19 +556,20 @@ def named(*makes):
 
 @named(stable_diffusion, z_image)
 def test_from_pipeline_to_scores(make, tmp_path):
-    objective = DenoisingObjective.from_pipeline(made(make, tmp_path), condition_dropout=0.3)
+    objective = DenoisingObjective.from_pipeline(fresh(make, tmp_path), condition_dropout=0.3)
     regression = NoisedRegression(objective, data_for(make), 2)
     EK = DiffusionEKFACLinearOperator(regression)
     assert list(EK.param_names) == [name for name, _ in objective.model.named_parameters()]
     J = ExampleGradientLinearOperator(regression)
     rows = example_gradients(regression, params_of(objective.model))
     assert_close(J.rows().double(), rows, 1e-4)
-    scores = influence_scores(J, EK.inverse(1e-3), J)
-    assert_close(scores, J.rows() @ (EK.inverse(1e-3) @ J.rows().T) / 3, 1e-4)
+    inverse = EK.inverse(1e-3)
+    scores = influence_scores(J, inverse, J)
+    assert_close(scores, rows.float() @ (inverse @ rows.float().T) / 3, 1e-3)
     assert (scores.diag() > 0).all()
 
 
-@named(*PIPELINES)
+@named(*(make for make in PIPELINES if make not in (ddim, sd_inpainting, xl_controlled)))
 def test_what_the_network_sees_is_what_the_pipeline_shows_it(make, tmp_path, monkeypatch):
     """The pipeline's own sampling, one step, against our arguments for a prediction."""
     pipeline = made(make, tmp_path)
@@ -628,15 +641,14 @@ def test_what_the_network_sees_is_what_the_pipeline_shows_it(make, tmp_path, mon
         assert 0 < float(theirs["timestep"].max()) <= 1
 
 
-@named(stable_diffusion, flux)
-def test_the_interface_tells_what_was_written_by_hand(make, tmp_path):
-    """Pipelines that have entries of their own, taken apart by looking at what they do."""
-    pipeline = made(make, tmp_path)
+def test_the_interface_tells_what_was_written_by_hand(tmp_path):
+    """A pipeline that has an entry of its own, taken apart by looking at what it does."""
+    pipeline = fresh(stable_diffusion, tmp_path)
     by_hand = pipeline_parts(pipeline, False)
     seen = by_interface(pipeline, Training(training_arguments(pipeline, None, False)))
     assert seen.model is by_hand.model
     assert_close(seen.process.timesteps_T.double(), by_hand.process.timesteps_T.double(), 1e-6)
-    x0, prompts = data_for(make)[0]
+    x0, prompts = data_for(stable_diffusion)[0]
     ours, theirs = (parts.encode(x0, {"prompt": list(prompts)}) for parts in (seen, by_hand))
     assert torch.equal(ours.mean, theirs.mean)
     x_t = ours.mean
@@ -650,10 +662,10 @@ def test_the_interface_tells_what_was_written_by_hand(make, tmp_path):
     assert null[0].keys() == null[1].keys()
 
 
-@named(flux_2, z_image, xl_inpainting)
+@named(flux_2, z_image)
 def test_pipelines_in_low_precision(make, tmp_path):
     """Taken apart all the same: what rounding does to latents is no other arrangement."""
-    objective = DenoisingObjective.from_pipeline(made(make, tmp_path).to(torch.bfloat16))
+    objective = DenoisingObjective.from_pipeline(fresh(make, tmp_path).to(torch.bfloat16))
     assert objective.dtype == torch.bfloat16
     batch = next(NoisedRegression(objective, data_for(make), 1).batches())
     assert objective.predict(batch).isfinite().all()
@@ -662,7 +674,7 @@ def test_pipelines_in_low_precision(make, tmp_path):
 @named(stable_diffusion, stable_diffusion_xl)
 def test_text_encoders_that_were_trained_too(make, tmp_path):
     """The same predictions, from tokens on; gradients of the encoders, against autograd."""
-    pipeline = made(make, tmp_path)
+    pipeline = fresh(make, tmp_path)
     data = data_for(make)
     own, joint = (
         DenoisingObjective.from_pipeline(
@@ -686,7 +698,7 @@ def test_text_encoders_that_were_trained_too(make, tmp_path):
 @named(sd_inpainting, xl_controlled)
 def test_images_beside_the_images(make, tmp_path):
     """They are needed, of the images' size and in their range; another one, another loss."""
-    objective = DenoisingObjective.from_pipeline(made(make, tmp_path), sample_latents=False)
+    objective = DenoisingObjective.from_pipeline(fresh(make, tmp_path), sample_latents=False)
     first = data_for(make)[0]
     name = next(iter(objective.model.images))
 
@@ -717,10 +729,7 @@ def test_images_beside_the_images(make, tmp_path):
 
 
 def test_pipelines_for_painting_whose_unet_sees_no_mask(tmp_path):
-    def unmasked(folder):
-        return StableDiffusionInpaintPipeline(**sd_parts(folder), requires_safety_checker=False)
-
-    pipeline = made(unmasked, tmp_path)
+    pipeline = StableDiffusionInpaintPipeline(**sd_parts(tmp_path), requires_safety_checker=False)
     objective = DenoisingObjective.from_pipeline(pipeline)
     assert objective.model is pipeline.unet
 
@@ -731,7 +740,7 @@ def J_of(objective, data):
 
 def test_pipelines_that_do_something_else_are_refused(tmp_path):
     """With the reason; and nothing of what was put in its place to look at it stays."""
-    pipeline = made(pixart, tmp_path)
+    pipeline = fresh(pixart, tmp_path)
 
     class Scaled(PixArtSigmaPipeline):
         def prepare_latents(self, *args, **kwargs):
@@ -781,7 +790,7 @@ def _assert_equal(ours, theirs, key):
 @named(ldm, dit, stable_diffusion_3)
 def test_latents_decode_to_the_images(make, tmp_path):
     """Scaled and shifted as the pipeline undoes it before decoding."""
-    pipeline = made(make, tmp_path)
+    pipeline = fresh(make, tmp_path)
     objective = DenoisingObjective.from_pipeline(pipeline, sample_latents=False)
     regression = NoisedRegression(objective, data_for(make), 1)
     clean = next(regression.clean_batches())
@@ -849,13 +858,12 @@ def test_condition_dropout_is_drawn_like_noise():
     assert abs(deviation) < 4
 
 
-@named(dit, flux)
-def test_the_cache_of_latents(make, tmp_path, monkeypatch):
+def test_the_cache_of_latents(tmp_path, monkeypatch):
     """The same with and without; a second pass encodes nothing; other images are other files."""
-    pipeline = made(make, tmp_path)
+    pipeline = fresh(flux, tmp_path)
     plain = DenoisingObjective.from_pipeline(pipeline)
     cached = DenoisingObjective.from_pipeline(pipeline, latent_cache=tmp_path / "cache")
-    data = data_for(make)
+    data = data_for(flux)
 
     def everything(objective):
         batches = list(NoisedRegression(objective, data, 2).batches())
@@ -918,7 +926,7 @@ def test_prompts_beside_the_images(tmp_path):
     clean = list(NoisedRegression(regression.objective, loader).clean_batches())
     assert [p for c in clean for p in c.condition["prompt"]] == PROMPTS
     assert clean[0].select([1]).condition["prompt"] == PROMPTS[1:2]
-    objective = DenoisingObjective.from_pipeline(made(stable_diffusion, tmp_path))
+    objective = DenoisingObjective.from_pipeline(fresh(stable_diffusion, tmp_path))
     x0 = images(3, channels=3, dtype=torch.float32)
     for beside in ({}, {"prompt": PROMPTS, "promt_2": torch.arange(3)}):
         with pytest.raises(ValueError, match=r"takes 'prompt' .*Pass pairs \(images, prompts\)"):
@@ -946,7 +954,7 @@ def told(objective, **beside):
 
 def test_sizes_and_crops_of_stable_diffusion_xl(tmp_path):
     """What training told the network of each image is what it is told."""
-    objective = DenoisingObjective.from_pipeline(made(stable_diffusion_xl, tmp_path))
+    objective = DenoisingObjective.from_pipeline(fresh(stable_diffusion_xl, tmp_path))
     plain = torch.tensor([[8.0, 8.0, 0.0, 0.0, 8.0, 8.0]]).expand(2, 6)
     assert torch.equal(told(objective), plain)
     whole = torch.cat([SIZES, CROPS, plain[:, 4:]], 1)
@@ -1016,7 +1024,7 @@ def test_autoencoders_that_overflow():
 @named(stable_diffusion, flux)
 def test_masks_of_pixels(make, tmp_path):
     """A latent's weight is the average over its pixels, in whatever form the network takes it."""
-    pipeline = made(make, tmp_path)
+    pipeline = fresh(make, tmp_path)
     objective = DenoisingObjective.from_pipeline(pipeline)
     mask = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0))
     x0, prompts = data_for(make, 16)[0]
@@ -1101,12 +1109,7 @@ def step_of(make, pipeline, z, eps, s, t):
 @named(sd3_with_t5, flux, sana, shifted_lumina_2)
 def test_a_step_of_the_training_script(make, tmp_path, monkeypatch):
     """Noised input, time, condition and target, in the script's formulas."""
-    torch.manual_seed(0)
-    pipeline = make(tmp_path)
-    pipeline.set_progress_bar_config(disable=True)
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.eval()
+    pipeline = fresh(make, tmp_path)
     objective = DenoisingObjective.from_pipeline(pipeline, sample_latents=False)
     size = size_of(lumina_2 if make is shifted_lumina_2 else make)
     x0 = images(2, channels=3, size=size, dtype=torch.float32).tanh()
@@ -1132,11 +1135,12 @@ def test_a_step_of_the_training_script(make, tmp_path, monkeypatch):
 
     def forward(self, *args, **kwargs):
         seen.update(dict(zip(_arguments(original), args, strict=False)), **kwargs)
-        return original(self, *args, **kwargs)
+        answers.append(original(self, *args, **kwargs))
+        return answers[-1]
 
-    original = type(pipeline.transformer).forward
+    answers, original = [], type(pipeline.transformer).forward
     monkeypatch.setattr(type(pipeline.transformer), "forward", forward)
-    objective.predict(batch)
+    prediction = objective.predict(batch)
     for name, value in expected.items():
         found = seen[name]
         if make is sd3_with_t5 and name == "encoder_hidden_states":  # CLIP's come first
@@ -1145,6 +1149,7 @@ def test_a_step_of_the_training_script(make, tmp_path, monkeypatch):
         _assert_equal(found, value, name)
     sign = -1 if make is shifted_lumina_2 else 1  # its network answers in the other direction
     assert_close(sign * batch.target_BD, right.flatten(1), 1e-5)
+    assert_close(sign * prediction, answers[0][0].flatten(1), 1e-6)
 
 
 def test_levels_of_lumina_2(tmp_path):
@@ -1171,11 +1176,10 @@ def test_latents_of_the_scripts(tmp_path):
         assert objective.training_arguments.get("sample_latents", True) == drawn
 
 
-@named(flux, flux_2)
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(("make", "cached"), [(flux, False), (flux_2, True)])
 def test_offset_noise_of_packed_latents(make, cached, tmp_path):
     """One number for each channel of the latents: for all tokens, and all four pixels of them."""
-    pipeline = made(make, tmp_path)
+    pipeline = fresh(make, tmp_path)
     cache = tmp_path / "cache" if cached else None
     size = 2 * size_of(make)
     data = [(images(2, 3, size, torch.float32).tanh(), PROMPTS[:2])]
@@ -1230,7 +1234,7 @@ def test_arguments_of_training(tmp_path):
 @named(stable_diffusion, stable_diffusion_xl)
 def test_layers_of_text_encoders_that_were_skipped(make, tmp_path):
     """Whether the encoders are part of the network or not."""
-    pipeline = made(make, tmp_path)
+    pipeline = fresh(make, tmp_path)
     found = {}
     for skip in (None, 0, 1):
         given = {} if skip is None else {"clip_skip": skip}
@@ -1267,7 +1271,7 @@ def test_layers_of_text_encoders_that_were_skipped(make, tmp_path):
 @named(stable_diffusion, stable_diffusion_xl)
 def test_prompts_in_several_parts(make, tmp_path):
     """As the tokens and states of kohya's strategy_base.py and strategy_sdxl.py, row by row."""
-    pipeline, texts = made(make, tmp_path), ["a cat", "twodogsa" * 2, "abcdefghijkl"]
+    pipeline, texts = fresh(make, tmp_path), ["a cat", "twodogsa" * 2, "abcdefghijkl"]
     xl = make is stable_diffusion_xl
     if xl:  # whose second tokenizer pads with another token
         pipeline.tokenizer_2.pad_token = "q"

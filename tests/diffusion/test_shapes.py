@@ -24,14 +24,12 @@ from curvlinops_diffusion import (
     influence_scores,
     kernel_regression_scores,
     regression_scores,
-    split_half_scores,
 )
-from curvlinops_diffusion.attribution import Attribution
 from curvlinops_diffusion.diffusion.batch import CleanBatch
 from curvlinops_diffusion.loading.sizes import resized
-from tests.cases import StoppedError, noise_levels, seeded, stopped, tiny_unet
+from tests.cases import StoppedError, noise_levels, seeded, small_unet, stopped
 from tests.comparisons import assert_close
-from tests.diffusion.test_pipelines import PROMPTS, dit, flux, made, stable_diffusion_xl
+from tests.diffusion.test_pipelines import PROMPTS, dit, flux, fresh, stable_diffusion_xl
 from tests.loading.test_sizes import folder_of
 from tests.reference import (
     ekfac_block,
@@ -172,10 +170,6 @@ def test_exact_products_gradients_and_scores_against_a_dense_twin(tmp_path):
     with stopped(ExampleGradientLinearOperator, "rows_of", 6), pytest.raises(StoppedError):
         influence_scores(gradients, inverse, gradients, passes=passes)
     assert_close(influence_scores(gradients, inverse, gradients, passes=passes), expected, 1e-8)
-    several = problem(data=data, num_draws=4)
-    many = ExampleGradientLinearOperator(several)
-    halves = split_half_scores(many, inverse, many)
-    assert_close(halves.scores, influence_scores(many, inverse, many), 1e-8)
     alone = ExampleGradientLinearOperator(problem(data=data, batch_size=1))
     assert_close(
         regression_scores(gradients, inverse, gradients),
@@ -229,25 +223,24 @@ def dense_of(block):
 
 
 def test_a_unet_on_several_shapes_is_what_it_is_on_one():
-    """With attention, norms and labels: batches of two against batches of one, and a pass of it."""
-    unet, data = tiny_unet(), Shaped(labels=True)
+    """With attention, norms and labels: batches of two against examples, and batches of one."""
+    unet, data = small_unet(), Shaped(labels=True)
     pairs = [problem(unet, batch_size=b, data=data, num_draws=1) for b in (2, 1)]
-    rows = [ExampleGradientLinearOperator(each).rows() for each in pairs]
-    assert_close(*rows, 1e-9)
+    rows = ExampleGradientLinearOperator(pairs[0]).rows()
     params = params_of(unet)
-    expected = torch.zeros_like(rows[0])
+    expected = torch.zeros_like(rows)
     for n, batch, prediction in one_by_one(pairs[0], data):
         expected[n] = flat_gradient((prediction - batch.target_BD).square().mean(), params)
-    assert_close(rows[0], expected, 1e-9)
+    assert_close(rows, expected, 1e-9)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         operators = [DiffusionEKFACLinearOperator(each) for each in pairs]
     assert_close(operators[0].trace(), operators[1].trace(), 1e-9)
 
 
-def scored(rank, sharded=False):
+def scored(rank):
     """Scores, and those of a regression that is iterated, alone or by several processes."""
-    passes = PassOptions(distributed=rank is not None, sharded=sharded)
+    passes = PassOptions(distributed=rank is not None, sharded=rank is not None)
     regression = problem(batch_size=3)
     inverse = DiffusionKFACLinearOperator(regression, passes=passes).inverse(damping=1e-2)
     J, options = ExampleGradientLinearOperator(regression), KernelOptions(3, 10_000, tolerance=1e-9)
@@ -257,10 +250,9 @@ def scored(rank, sharded=False):
     }
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_two_processes_as_one(tmp_path, sharded):
+def test_two_processes_as_one(tmp_path):
     expected = scored(None)
-    for found in processes(2, tmp_path / "run", scored, sharded):
+    for found in processes(2, tmp_path / "run", scored):
         for name, tensor in expected.items():
             assert_close(found[name], tensor, 1e-6)
 
@@ -268,7 +260,7 @@ def test_two_processes_as_one(tmp_path, sharded):
 @pytest.mark.filterwarnings("ignore")
 def test_a_pipeline_with_kohyas_buckets(tmp_path):
     """Noised latents and condition of every image are those of a training step of its bucket."""
-    pipeline = made(stable_diffusion_xl, tmp_path)
+    pipeline = fresh(stable_diffusion_xl, tmp_path)
     sizes = [(10, 31), (20, 18), (31, 9), (9, 30)]
     folder = folder_of(tmp_path / "data", *sizes)
     (folder / "metadata.jsonl").write_text(
@@ -278,7 +270,6 @@ def test_a_pipeline_with_kohyas_buckets(tmp_path):
     attributor = Attributor.from_pipeline(
         *(pipeline, folder),
         **{**sizing, "bucket_max": 32, "latent_cache": tmp_path / "cache", "progressbar": False},
-        params=["*attn2.to_q*"],
     )
     assert "3 buckets (2 of 8×24, 1 of 16×16, 1 of 32×8)" in attributor.images.summary()
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -303,15 +294,7 @@ def test_a_pipeline_with_kohyas_buckets(tmp_path):
         assert_close(batch.x_t[b], noised[0].detach(), 1e-5)
         told = batch.condition["added_cond_kwargs"]["time_ids"][b]
         assert told.tolist() == [*size, *corners[n], *bucket]
-    attributor.fit("kfac", num_draws=1)
-    result = attributor.score(
-        folder_of(tmp_path / "queries", (12, 33), (17, 17)), num_draws=4, prompts="a cat"
-    )
-    result.save(tmp_path / "scores.safetensors")
-    again = Attribution.load(tmp_path / "scores.safetensors", folder, tmp_path / "queries")
-    assert again.train[0]["x0"].shape == (3, 8, 24)
-    assert torch.equal(again.scores, result.scores)
-    assert len(list((tmp_path / "cache").iterdir())) == 3 + 2  # a file for each batch
+    assert len(list((tmp_path / "cache").iterdir())) == 3  # a file for each batch
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -325,7 +308,7 @@ def test_wide_and_high_images_of_equally_many_tokens(tmp_path):
     data = Prompted()
     data.shapes = [(8, 16), (16, 8), (8, 16), (16, 8)]
     data.images = [torch.rand(3, *shape) * 2 - 1 for shape in data.shapes]
-    objective = DenoisingObjective.from_pipeline(made(flux, tmp_path))
+    objective = DenoisingObjective.from_pipeline(fresh(flux, tmp_path))
     rows = [
         ExampleGradientLinearOperator(
             NoisedRegression(objective, data, 1, batch_size=size), ["x_embedder.weight"]
@@ -338,7 +321,7 @@ def test_wide_and_high_images_of_equally_many_tokens(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_networks_of_one_size_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`buckets` must be left out: a DiTTransformer2DModel"):
-        Attributor.from_pipeline(made(dit, tmp_path), torch.zeros(1, 3, 8, 8), buckets="8,8")
+        Attributor.from_pipeline(fresh(dit, tmp_path), torch.zeros(1, 3, 8, 8), buckets="8,8")
 
 
 def test_networks_are_tried_out_on_another_shape():

@@ -262,46 +262,46 @@ def pixels(folder, n):
     return torch.from_numpy(image / 127.5 - 1).movedim(-1, 0)
 
 
+def parts_seen(pipeline, regression, folder, shapes, parts):
+    """Check latents and corners of each draw's part; yields batch, row and corner."""
+    draws, process = regression.draws, regression.objective.process
+    for batch in regression.batches():
+        r = batch.common_draw
+        for b, n in enumerate(batch.indices):
+            (place,), (height, width), (down, across) = draws.places([n], r), shapes[n], parts[n]
+            top = int(place[0] * (height - down + 1))
+            left = int(place[1] * (width - across + 1))
+            x0 = pixels(folder, n)[:, top : top + down, left : left + across]
+            if draws.versions([n], r, 2)[0]:
+                x0, left = x0.flip(-1), width - across - left
+            told = batch.condition["added_cond_kwargs"]["time_ids"][b].tolist()
+            assert told == [height, width, top, left, down, across]
+            latent = pipeline.vae.encode(x0[None]).latent_dist
+            eta = draws.latent_noise([n], r, latent.mean.shape[1:])
+            z = (latent.mean + latent.std * eta) * pipeline.vae.config.scaling_factor
+            t, eps = batch.level_B[b], draws.noise([n], r, z.shape[1:])
+            x_t = (process.alphas_T[t] * z + process.sigmas_T[t] * eps)[0].float()
+            assert_close(batch.x_t[b], x_t, 1e-4)
+            yield batch, b, (n, top, left)
+
+
 @torch.no_grad()
 def test_stable_diffusion_xl_sees_what_training_did(folder, tmp_path):
     """Latents of the part, its corner of the image as it was mirrored, and the caption's order."""
     pipeline = pipelines.stable_diffusion_xl(tmp_path)
     options = {"augment": "flip", "random_crop": True, "shuffle_captions": True, "keep_tokens": 1}
     attributor = Attributor.from_pipeline(pipeline, folder, resolution=8, batch_size=2, **options)
-    regression = attributor.regression.with_draws(6)
-    draws, lefts = regression.draws, set()
-    for batch in regression.batches():
-        r = batch.common_draw
-        for b, n in enumerate(batch.indices):
-            (place,), (random,) = draws.places([n], r), draws.captions([n], r)
-            height, width = SHAPES[n]
-            top, left = (
-                int(z * (side - 7)) for z, side in zip(place, (height, width), strict=True)
-            )
-            x0 = pixels(folder, n)[:, top : top + 8, left : left + 8]
-            if draws.versions([n], r, 2)[0]:
-                x0, left = x0.flip(-1), width - 8 - left
-            lefts.add((n, left))
-            first, *tags = TAGS[n].split(", ")
-            prompt = ", ".join([first, *(tags[i] for i in random.permutation(len(tags)))])
-            states, _, pooled, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
-            seen = batch.condition["added_cond_kwargs"]
-            assert_close(batch.condition["encoder_hidden_states"][b], states[0], 1e-5)
-            assert_close(seen["text_embeds"][b], pooled[0], 1e-5)
-            assert seen["time_ids"][b].tolist() == [height, width, top, left, 8, 8]
-            latent = pipeline.vae.encode(x0[None]).latent_dist
-            eta = draws.latent_noise([n], r, latent.mean.shape[1:])
-            z = (latent.mean + latent.std * eta) * pipeline.vae.config.scaling_factor
-            alpha, sigma = (
-                of[batch.level_B[b]]
-                for of in (
-                    regression.objective.process.alphas_T,
-                    regression.objective.process.sigmas_T,
-                )
-            )
-            eps = draws.noise([n], r, z.shape[1:])
-            assert_close(batch.x_t[b], (alpha * z + sigma * eps)[0].float(), 1e-4)
-    assert len(lefts) > 5
+    regression, corners = attributor.regression.with_draws(6), set()
+    for batch, b, corner in parts_seen(pipeline, regression, folder, SHAPES, [(8, 8)] * 3):
+        corners.add(corner)
+        (random,) = regression.draws.captions([corner[0]], batch.common_draw)
+        first, *tags = TAGS[corner[0]].split(", ")
+        prompt = ", ".join([first, *(tags[i] for i in random.permutation(len(tags)))])
+        states, _, pooled, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
+        assert_close(batch.condition["encoder_hidden_states"][b], states[0], 1e-5)
+        added = batch.condition["added_cond_kwargs"]
+        assert_close(added["text_embeds"][b], pooled[0], 1e-5)
+    assert len(corners) > 5
     # a query is what it is
     asked = attributor.gradients(folder / "0.png", num_draws=2, prompts=TAGS[0]).regression
     assert not asked.description.keys() & {"random_crop", "shuffle_captions"}
@@ -370,24 +370,5 @@ def test_crops_within_buckets(folder, tmp_path):
     options = {"buckets": [(16, 16), (16, 24)], "random_crop": True, "augment": "flip"}
     attributor = Attributor.from_pipeline(pipeline, folder, shuffle_captions=True, **options)
     regression = attributor.regression.with_draws(6)
-    draws, seen = regression.draws, set()
-    for batch in regression.batches():
-        r = batch.common_draw
-        for b, n in enumerate(batch.indices):
-            (place,), (height, width), (down, across) = draws.places([n], r), shapes[n], parts[n]
-            top = int(place[0] * (height - down + 1))
-            left = int(place[1] * (width - across + 1))
-            x0 = pixels(folder, n)[:, top : top + down, left : left + across]
-            if draws.versions([n], r, 2)[0]:
-                x0, left = x0.flip(-1), width - across - left
-            seen.add((n, top, left))
-            told = batch.condition["added_cond_kwargs"]["time_ids"][b].tolist()
-            assert told == [height, width, top, left, down, across]
-            latent = pipeline.vae.encode(x0[None]).latent_dist
-            eta = draws.latent_noise([n], r, latent.mean.shape[1:])
-            z = (latent.mean + latent.std * eta) * pipeline.vae.config.scaling_factor
-            process, t = regression.objective.process, batch.level_B[b]
-            eps = draws.noise([n], r, z.shape[1:])
-            x_t = (process.alphas_T[t] * z + process.sigmas_T[t] * eps)[0].float()
-            assert_close(batch.x_t[b], x_t, 1e-4)
-    assert len(seen) > 6
+    found = parts_seen(pipeline, regression, folder, shapes, parts)
+    assert len({corner for _, _, corner in found}) > 6

@@ -16,7 +16,7 @@ from curvlinops_diffusion import DenoisingObjective, DiffusionKFACLinearOperator
 from curvlinops_diffusion.cli.running import process_group
 from curvlinops_diffusion.curvature.options import KFACOptions
 from curvlinops_diffusion.curvature.passes import loss_vectors
-from curvlinops_diffusion.diffusion import noises
+from curvlinops_diffusion.diffusion import recipe
 from curvlinops_diffusion.diffusion.draws import Draws
 from curvlinops_diffusion.runtime import devices
 from curvlinops_diffusion.runtime.devices import pinned, prefetched, to_device
@@ -64,7 +64,7 @@ def test_prefetched_noise_is_the_same(monkeypatch):
     monkeypatch.setattr(Draws, "noise", noted)
     found = []
     for worth_it, thread in ((2**40, "MainThread"), (0, "prefetch")):
-        monkeypatch.setattr(noises, "_WORTH_A_THREAD", worth_it)
+        monkeypatch.setattr(recipe, "_WORTH_A_THREAD", worth_it)
         drawn.clear()
         regression = unet_regression(tiny_unet(), count=3, num_draws=4, batch_size=2)
         found.append([batch.x_t for batch in regression.batches()])
