@@ -17,8 +17,12 @@ from torch.func import jvp, vmap
 from curvlinops_diffusion.diffusion.batch import CleanBatch, NoisedBatch
 from curvlinops_diffusion.diffusion.checks import check_modes
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.influence.measurements.base import ExampleFunction, Measurement
-from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_gradient
+from curvlinops_diffusion.influence.measurements.base import (
+    ExampleFunction,
+    Measurement,
+    measure,
+    measurement_gradient,
+)
 from curvlinops_diffusion.layers import Coverage, cover
 from curvlinops_diffusion.layers.mapped_gradients import example_gradients
 from curvlinops_diffusion.layers.observation import frozen

@@ -15,8 +15,7 @@ from curvlinops_diffusion.influence.derivatives import (
     PredictionGradients,
     ValueGradients,
 )
-from curvlinops_diffusion.influence.measurements.base import ExampleFunction
-from curvlinops_diffusion.influence.measurements.evaluation import measurement_of
+from curvlinops_diffusion.influence.measurements.base import ExampleFunction, measurement_of
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace, select_parameters
 from curvlinops_diffusion.linalg.upstream import LinearOperator, input_shapes, output_shapes
 from curvlinops_diffusion.runtime.checks import check_count, check_finite

@@ -21,7 +21,7 @@ from curvlinops_diffusion.cli.options import commands
 from curvlinops_diffusion.diffusion.ancestral import discretised_log_probability
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.influence.measurements import registry
-from curvlinops_diffusion.influence.measurements.evaluation import measurement_of
+from curvlinops_diffusion.influence.measurements.base import measurement_of
 from curvlinops_diffusion.influence.measurements.losses import ELBO, SimplifiedELBO, WeightedLoss
 from curvlinops_diffusion.influence.measurements.registry import Better
 from curvlinops_diffusion.influence.measurements.trajectories import (
