@@ -103,7 +103,7 @@ def split_half_scores(
     query_block: int = 64,
     passes: PassOptions = PLAIN,
 ) -> SplitHalfScores:
-    """The scores of :func:`~curvlinops_diffusion.influence_scores`, and how sure they are.
+    """Scores of :func:`~curvlinops_diffusion.influence_scores`, and how sure they are.
 
     At the same number of passes; twice the memory for gradients of queries and batches.
 

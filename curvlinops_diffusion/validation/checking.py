@@ -67,10 +67,9 @@ class CheckResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ``None`` where a number is undefined."""
-        rows = []
-        for check in self.checks:
-            row = asdict(check) | {"verdict": check.verdict}
-            rows.append({k: None if _undefined(v) else v for k, v in row.items()})
+        rows = [asdict(check) | {"verdict": check.verdict} for check in self.checks]
+        for row in rows:
+            row["value"] = row["value"] if isfinite(row["value"]) else None
         return {"summary": self.summary, **self.settings, "checks": rows}
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -101,10 +100,6 @@ class CheckResult:
             for check in self.checks
         ]
         return "\n".join([*lines, self.summary])
-
-
-def _undefined(value: Any) -> bool:
-    return isinstance(value, float) and not isfinite(value)
 
 
 def check(
@@ -198,12 +193,12 @@ def check(
         with shuffled(attributor.objective.model, names, seed):
             other.fit("kfac", num_draws=SHUFFLED_DRAWS)
             under_shuffled = scored([own], other.operator)[own][0][:Q]
+    if halves is not None:
+        halves = SplitHalfScores(*(z[:Q].cpu() for z in vars(halves).values()))
     probes = Probes(
         numbers,
         dict(zip(kinds, scores.split(Q), strict=True)),
-        None
-        if halves is None
-        else SplitHalfScores(*(z[:Q].cpu() for z in (halves.scores, halves.first, halves.second))),
+        halves,
         under_shuffled,
         {each.value: found[each][0][:Q] for each in alone},
         groups,
@@ -219,7 +214,7 @@ def check(
 
 
 def _groups(gallery: Gallery, by: str | Sequence[str] | None) -> dict[str, list[str]]:
-    """The groups of training images by their kind, of kinds that tell some images apart."""
+    """Groups of training images by their kind, of kinds that differ for some images."""
     if by is not None:
         return {by if isinstance(by, str) else "group": group_names(gallery, by)}
     found: dict[str, list[str]] = {}

@@ -140,7 +140,7 @@ class ObjectiveMeasurement(ABC):
 def measurement_of(
     measurement: Any, objective: DenoisingObjective, draws: Draws | None = None
 ) -> Measurement | ExampleFunction:
-    """Return the measurement that a user named or passed, for an objective and its draws."""
+    """Bind the measurement that a user named or passed to an objective and its draws."""
     if isinstance(measurement, str) and measurement in MEASUREMENTS:
         measurement = MEASUREMENTS[measurement].load()
     if isinstance(measurement, ObjectiveMeasurement):
