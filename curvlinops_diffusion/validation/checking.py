@@ -67,9 +67,13 @@ class CheckResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ``None`` where a number is undefined."""
-        rows = [asdict(check) | {"verdict": check.verdict} for check in self.checks]
-        for row in rows:
-            row["value"] = row["value"] if isfinite(row["value"]) else None
+        rows = [
+            {
+                name: None if isinstance(z, float) and not isfinite(z) else z
+                for name, z in (asdict(check) | {"verdict": check.verdict}).items()
+            }
+            for check in self.checks
+        ]
         return {"summary": self.summary, **self.settings, "checks": rows}
 
     def save(self, path: str | PathLike[str]) -> None:
