@@ -56,9 +56,7 @@ def test_trak_and_d_trak(problem, size):
         assert_close(ours, primal(*rows, 0.1), 1e-9)
 
 
-@pytest.mark.parametrize(
-    "shared", [{}, {"antithetic": True}, {"timesteps": [3]}, {"timesteps": [3, 7], "batch_size": 1}]
-)
+@pytest.mark.parametrize("shared", [{"antithetic": True}, {"timesteps": [3, 7], "batch_size": 1}])
 def test_das_is_a_squared_norm(problem, shared):
     """Of the predictions' change at each draw, whatever the draws share; estimated from probes."""
     first, train, _, J_train = problem
@@ -177,8 +175,7 @@ def test_random_projections():
         RandomProjection(0)
 
 
-@pytest.mark.parametrize("method", [trak_scores, d_trak_scores, das_scores])
-def test_errors(problem, method):
-    _, _, J_query, J_train = problem
-    with pytest.raises(ValueError, match="`ridge` must be positive and finite, got 0"):
-        method(J_query, J_train, ridge=0)
+def test_errors(problem):
+    for method in (trak_scores, d_trak_scores, das_scores):
+        with pytest.raises(ValueError, match="`ridge` must be positive and finite, got 0"):
+            method(*problem[2:], ridge=0)
