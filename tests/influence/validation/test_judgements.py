@@ -142,8 +142,8 @@ def coverage(queries, parts, repeats, **how):
 
 def test_the_interval_is_as_wide_as_it_should_be():
     """Not 1.3 times as wide: a resampling of parts and queries together is 1.5 times here."""
-    shares, widths = coverage(24, 48, 60)
-    assert (shares >= 0.88).all()
+    shares, widths = coverage(24, 48, 100)
+    assert (shares >= 0.9).all()
     assert (widths > 0.85).all()
     assert (widths < 1.22).all()
 
