@@ -132,11 +132,11 @@ class Agreement:
 
     @property
     def by_chance(self) -> float:
-        """How many two random choices of ``k`` share on average: ``k² / N``, hypergeometric."""
+        """Mean number that two random choices of ``k`` share: ``k² / N``, hypergeometric."""
         return self.top**2 / self.num_train
 
     def is_top_told(self, q: int) -> bool:
-        """Whether the halves share more of a query's largest scores, or the first, than chance."""
+        """Tell if the halves share more of a query's largest scores, or the first, than chance."""
         k, N = self.top, self.num_train
         if self.same_first[q] and 1 / N <= _CHANCE:
             return True
@@ -145,7 +145,7 @@ class Agreement:
         return ways / comb(N, k) <= _CHANCE
 
     def is_noise(self, q: int) -> bool:
-        """Whether they agree no better than chance about a query's largest scores and its order.
+        """Tell if they agree no better than chance about a query's largest scores and its order.
 
         Of fewer than five examples no order differs from chance, and ``False`` is the answer.
         """
@@ -156,7 +156,7 @@ class Agreement:
 
     @property
     def is_settled(self) -> bool:
-        """Whether the halves share eight of ten of the largest scores of half of the queries."""
+        """Tell if the halves share eight of ten of the largest scores of half of the queries."""
         return median(self.shared) >= _SETTLED * self.top
 
     def verdict(self, q: int) -> str:

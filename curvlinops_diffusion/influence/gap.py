@@ -41,7 +41,7 @@ class GeneralisationGap:
 
     @property
     def is_told(self) -> bool:
-        """Whether it is positive by at least two standard errors."""
+        """Tell if the gap is positive by at least two standard errors."""
         return self.value > 2 * self.error
 
     def __str__(self) -> str:

@@ -99,13 +99,13 @@ class ExampleGradientLinearOperator(LinearOperator):
         return self._space.sizes
 
     def on(self, regression: NoisedRegression) -> ExampleGradientLinearOperator:
-        """The same of another problem with the same network, other draws say."""
+        """Gradients of another problem with the same network, other draws say."""
         return ExampleGradientLinearOperator(
             regression, self.param_names, measurement=self.measurement
         )
 
     def measuring(self, measurement: Any) -> ExampleGradientLinearOperator:
-        """The same of something else that is measured."""
+        """Gradients of something else that is measured."""
         return ExampleGradientLinearOperator(
             self.regression, self.param_names, measurement=measurement
         )

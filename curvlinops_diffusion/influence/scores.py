@@ -140,7 +140,7 @@ def split_half_scores(
 
 
 def can_be_halved(regression: NoisedRegression) -> bool:
-    """Whether the draws are an even number of pairs, or of lists of timesteps."""
+    """Tell if the draws are an even number of pairs, or of lists of timesteps."""
     draws = regression.draws
     return draws.num_draws % (2 * draws.rounded_up(1)) == 0
 

@@ -47,7 +47,7 @@ class CheckResult:
 
     @property
     def passed(self) -> bool:
-        """Whether no check failed."""
+        """Tell if no check failed."""
         return all(check.passed is not False for check in self.checks)
 
     @property

@@ -98,7 +98,7 @@ class Check:
 
 
 def checks_of(probes: Probes) -> list[Check]:
-    """Every check that the probes suffice for."""
+    """Make every check that the probes suffice for."""
     return [
         *(_copies(probes, kind) for kind in probes.scores),
         *([] if probes.halves is None else [_halves(probes, probes.halves)]),
