@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from benchmarks.lds.fashion import fashion
 from benchmarks.problems import example, patches, photographs, separate_patches
 from curvlinops_diffusion import DenoisingObjective, NoisedRegression
-from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_of
+from curvlinops_diffusion.influence.measurements.base import measure, measurement_of
 from curvlinops_diffusion.runtime.digests import digest_of
 
 SEEDS = 2

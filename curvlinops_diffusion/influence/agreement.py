@@ -20,7 +20,6 @@ TOP = 10
 #: Draws at most where they are taken until the halves agree.
 MAX_DRAWS = 256
 
-Undefined = float | None
 # the halves agree no better than chance if they would as well with a probability of more than this;
 # and the number of standard deviations that a correlation then has at most
 _CHANCE, _DEVIATIONS = 0.025, 1.96
@@ -79,10 +78,7 @@ class SplitHalfScores:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Agreement of two halves of the draws, for each query.
-
-    The halves share no noise, so that it is the agreement of two runs with half the draws and
-    other seeds; the scores of all draws are surer than either.
+    """Agreement of two halves of the draws, for each query, as of :class:`SplitHalfScores`.
 
     Attributes:
         top: The number ``k`` of largest scores that are compared.
@@ -97,8 +93,8 @@ class Agreement:
     top: int
     shared: tuple[float, ...]
     num_train: int
-    rank_correlation: tuple[Undefined, ...]
-    standard_error: tuple[Undefined, ...]
+    rank_correlation: tuple[float | None, ...]
+    standard_error: tuple[float | None, ...]
     same_first: tuple[bool, ...]
 
     @classmethod
@@ -111,7 +107,7 @@ class Agreement:
             halves = SplitHalfScores(*(z.unsqueeze(0) for z in (first_N, first_N, second_N)))
             numbers = halves.top_shared(k), halves.rank_correlation(), halves.standard_error()
             same = bool(first_N.argmax() == second_N.argmax())
-            found.append((*(plain_numbers(number)[0] for number in numbers), same))
+            found.append((*plain_numbers(torch.cat(numbers)), same))
         shared, correlations, errors, firsts = zip(*found, strict=True)
         return cls(k, tuple(k * (one or 0.0) for one in shared), N, correlations, errors, firsts)
 
@@ -120,15 +116,9 @@ class Agreement:
         """Read it from the header of a file of scores; ``None`` where there were no halves."""
         if "top_shared" not in header:
             return None
-        k = header["top"]
-        return cls(
-            k,
-            tuple(k * share for share in header["top_shared"]),
-            len(header["train"]),
-            tuple(header["rank_correlation"]),
-            tuple(header["standard_error"]),
-            tuple(header["same_first"]),
-        )
+        k, names = header["top"], ("rank_correlation", "standard_error", "same_first")
+        shared = tuple(k * share for share in header["top_shared"])
+        return cls(k, shared, len(header["train"]), *(tuple(header[name]) for name in names))
 
     def as_header(self) -> dict[str, Any]:
         """The entries of a header, as plain values."""
@@ -142,11 +132,11 @@ class Agreement:
 
     @property
     def by_chance(self) -> float:
-        """How many two random choices of ``k`` share on average: ``k² / N``, hypergeometric."""
+        """Mean number that two random choices of ``k`` share: ``k² / N``, hypergeometric."""
         return self.top**2 / self.num_train
 
     def is_top_told(self, q: int) -> bool:
-        """Whether the halves share more of a query's largest scores, or the first, than chance."""
+        """Tell if the halves share more of a query's largest scores, or the first, than chance."""
         k, N = self.top, self.num_train
         if self.same_first[q] and 1 / N <= _CHANCE:
             return True
@@ -155,10 +145,9 @@ class Agreement:
         return ways / comb(N, k) <= _CHANCE
 
     def is_noise(self, q: int) -> bool:
-        """Whether the halves agree about a query no better than chance.
+        """Tell if they agree no better than chance about a query's largest scores and its order.
 
-        Neither about the largest scores nor about the order of all. Of fewer than five examples no
-        order can be told from chance, and ``False`` is the answer.
+        Of fewer than five examples no order differs from chance, and ``False`` is the answer.
         """
         if self.num_train < _LEAST_ORDERED or self.is_top_told(q):
             return False
@@ -167,11 +156,11 @@ class Agreement:
 
     @property
     def is_settled(self) -> bool:
-        """Whether the halves share eight of ten of the largest scores of half of the queries."""
+        """Tell if the halves share eight of ten of the largest scores of half of the queries."""
         return median(self.shared) >= _SETTLED * self.top
 
     def verdict(self, q: int) -> str:
-        """A clause on what is uncertain about a query's scores; empty where nothing is."""
+        """State what is uncertain about a query's scores; empty where nothing is."""
         if self.is_noise(q):
             return NOISE
         if self.num_train < _LEAST_ORDERED or self.is_top_told(q):
@@ -190,7 +179,7 @@ class Agreement:
         known = [r for r in self.rank_correlation if r is not None]
         return self._text(median(self.shared), median(known) if known else None)
 
-    def _text(self, shared: float, correlation: Undefined) -> str:
+    def _text(self, shared: float, correlation: float | None) -> str:
         ranks = "" if correlation is None else f", rank correlation {correlation:.2f}"
         return (
             f"{shared:.3g} of the top {self.top} in both halves of the draws "
@@ -205,7 +194,7 @@ class Agreement:
         return f"{self.summary()}; medians over queries. All draws together are surer.{told}"
 
 
-def plain_numbers(values: Tensor) -> list[Undefined]:
+def plain_numbers(values: Tensor) -> list[float | None]:
     """Numbers for a header of JSON, ``None`` where they are undefined or infinite."""
     return [value if isfinite(value) else None for value in values.double().tolist()]
 
@@ -213,10 +202,7 @@ def plain_numbers(values: Tensor) -> list[Undefined]:
 def rank_correlations(x_QM: Tensor, y_QM: Tensor) -> Tensor:
     """Spearman's correlation of corresponding rows, ``[Q]``; NaN where a row is constant."""
     a_QM, b_QM = (r_QM - r_QM.mean(1, keepdim=True) for r_QM in map(_mean_ranks, (x_QM, y_QM)))
-    covariance_Q, own_Q, other_Q = (
-        z_QM.sum(1) for z_QM in (a_QM * b_QM, a_QM.square(), b_QM.square())
-    )
-    return covariance_Q / (own_Q * other_Q).sqrt()
+    return (a_QM * b_QM).sum(1) / (a_QM.square().sum(1) * b_QM.square().sum(1)).sqrt()
 
 
 def rank_correlations_without_each(x_M: Tensor, y_M: Tensor) -> Tensor:
@@ -243,12 +229,7 @@ def rank_correlations_without_each(x_M: Tensor, y_M: Tensor) -> Tensor:
 
 
 def ranks_beyond_rounding(values_QM: Tensor, rounding_Q: Tensor) -> Tensor:
-    """Number the distinct values of each row in order, float64 ``[Q, M]``.
-
-    Args:
-        values_QM: The values.
-        rounding_Q: Neighbours that differ by no more are one value.
-    """
+    """Number the values of each row, ``[Q, M]``; one number where rounding is all that differs."""
     sorted_QM, order_QM = values_QM.sort(1)
     steps_QM = torch.zeros_like(sorted_QM, dtype=torch.float64)
     steps_QM[:, 1:] = (sorted_QM.diff(dim=1) > rounding_Q.unsqueeze(1)).double()

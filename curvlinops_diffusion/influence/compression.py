@@ -19,14 +19,7 @@ BLOCK = 64
 
 
 class Precision(str, Enum):
-    """The precision that entries are stored in.
-
-    Attributes:
-        FLOAT32: ``'float32'``.
-        BFLOAT16: ``'bfloat16'``.
-        INT8: ``'int8'``, 8-bit dynamic quantisation in blocks of 64 (Dettmers et al., 2022).
-        NF4: ``'nf4'``, 4-bit NormalFloat in blocks of 64 (Dettmers et al., 2023).
-    """
+    """Precisions that entries are stored in, see :class:`Compression`."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -35,14 +28,7 @@ class Precision(str, Enum):
 
 
 class Projection(str, Enum):
-    """The choice of the coordinates that are kept.
-
-    Attributes:
-        NONE: ``'none'``, all.
-        SVD: ``'svd'``, coordinates along the leading right singular vectors of a sample of training
-            gradients.
-        RANDOM: ``'random'``, a seeded :class:`~curvlinops_diffusion.RandomProjection`.
-    """
+    """Choices of the coordinates that are kept, see :class:`Compression`."""
 
     NONE = "none"
     SVD = "svd"
@@ -80,11 +66,7 @@ class RandomProjection:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the size.
-
-        Raises:
-            ValueError: If it is no number of at least one.
-        """
+        """Refuse what is no number of at least one."""
         check_count("size", self.size)
 
     def __call__(self, rows_BP: Tensor) -> Tensor:
@@ -103,9 +85,12 @@ class Compression:
     """The form in which whitened gradients are stored.
 
     Attributes:
-        precision: ``'float32'``, ``'bfloat16'``, ``'int8'`` or ``'nf4'`` (these two by
-            ``bitsandbytes``).
-        projection: ``'none'``, ``'svd'`` or ``'random'``.
+        precision: ``'float32'``, ``'bfloat16'``, and by ``bitsandbytes``, in blocks of 64 entries,
+            ``'int8'`` (dynamic quantisation; Dettmers et al., 2022) or ``'nf4'`` (4-bit
+            NormalFloat; Dettmers et al., 2023).
+        projection: The coordinates that are kept: ``'none'`` for all, ``'svd'`` for those along the
+            leading right singular vectors of a sample of training gradients, or ``'random'`` for a
+            seeded :class:`~curvlinops_diffusion.RandomProjection`.
         size: Coordinates kept, with a projection.
         sample: Training examples (evenly spaced) that the projection is chosen from.
         seed: The seed of a random projection.
@@ -118,11 +103,7 @@ class Compression:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            ValueError: If an option is unknown, a size is missing, or ``bitsandbytes`` is.
-        """
+        """Refuse unknown options, a missing size, and a missing ``bitsandbytes``."""
         precision = check_option("precision", self.precision, Precision)
         projection = check_option("projection", self.projection, Projection)
         object.__setattr__(self, "precision", precision)
@@ -146,16 +127,8 @@ class Compression:
             del values["seed"]
         return values
 
-    # -----------------------------------------------------------------------------------------
-    # Coordinates
-    # -----------------------------------------------------------------------------------------
-
     def fit(self, sample_BP: Tensor) -> dict[str, Tensor]:
-        """Choose the coordinates of an ``'svd'`` projection, from a sample of whitened gradients.
-
-        Raises:
-            ValueError: If more coordinates are asked for than there are.
-        """
+        """Choose the coordinates of an ``'svd'`` projection, from a sample of gradients."""
         B, P = sample_BP.shape
         assert self.size is not None
         if self.size > min(B, P):
@@ -177,10 +150,6 @@ class Compression:
             return RandomProjection(self.size, self.seed)(rows_BP)
         return rows_BP @ projection["basis"] if "basis" in projection else rows_BP
 
-    # -----------------------------------------------------------------------------------------
-    # Bits
-    # -----------------------------------------------------------------------------------------
-
     def encode(self, rows_Bk: Tensor) -> dict[str, Tensor]:
         """Turn rows into tensors to be stored."""
         match self.precision:
@@ -200,48 +169,41 @@ class Compression:
 
     def bytes_per_row(self, size: int) -> int:
         """Bytes on disk for each row of so many coordinates."""
-        if self.precision is Precision.FLOAT32:
-            return 4 * size
-        if self.precision is Precision.BFLOAT16:
-            return 2 * size
-        padded = -(-size // BLOCK) * BLOCK
-        return (padded if self.precision is Precision.INT8 else padded // 2) + 4 * padded // BLOCK
+        if self.precision in (Precision.FLOAT32, Precision.BFLOAT16):
+            return (4 if self.precision is Precision.FLOAT32 else 2) * size
+        codes, blocks = self._codes_and_blocks(size)
+        return codes + 4 * blocks
+
+    def _codes_and_blocks(self, size: int) -> tuple[int, int]:
+        """Bytes of codes, and blocks, of a row of so many coordinates."""
+        blocks = -(-size // BLOCK)
+        return blocks * BLOCK // (1 if self.precision is Precision.INT8 else 2), blocks
 
     def decode(self, stored: dict[str, Tensor], size: int) -> Tensor:
-        """Turn stored tensors into rows ``[B, size]``, float32.
-
-        Raises:
-            ValueError: If they do not have the shapes and types that :meth:`encode` gives.
-        """
+        """Turn stored tensors into rows ``[B, size]``, float32; refuse those that cannot be."""
         if self.precision not in (Precision.INT8, Precision.NF4):
             return stored["rows"].float()
         functional = _bitsandbytes()
         codes, scales = stored["codes"], stored["scales"].flatten()
-        B, padded = len(codes), -(-size // BLOCK) * BLOCK
-        bytes_a_row = padded if self.precision is Precision.INT8 else padded // 2
+        B, (bytes_a_row, blocks) = len(codes), self._codes_and_blocks(size)
         # bitsandbytes reads as many scales as there are blocks, wherever they end
-        if (
-            codes.shape != (B, bytes_a_row)
-            or codes.dtype != torch.uint8
-            or scales.shape != (B * padded // BLOCK,)
-            or scales.dtype != torch.float32
-        ):
+        shapes, types = (codes.shape, scales.shape), (codes.dtype, scales.dtype)
+        if shapes != ((B, bytes_a_row), (B * blocks,)) or types != (torch.uint8, torch.float32):
             raise ValueError("codes and scales do not fit together")
         if self.precision is Precision.INT8:
             code = functional.create_dynamic_map().to(codes.device)
             rows = functional.dequantize_blockwise(codes, absmax=scales, code=code, blocksize=BLOCK)
         else:
-            shape = torch.Size((B, padded))
             state = functional.QuantState(
                 absmax=scales,
-                shape=shape,
+                shape=torch.Size((B, blocks * BLOCK)),
                 code=functional.get_4bit_type("nf4", device=str(codes.device)),
                 blocksize=BLOCK,
                 quant_type="nf4",
                 dtype=torch.float32,
             )
             rows = functional.dequantize_4bit(codes.reshape(-1, 1), state)
-        return rows.reshape(B, padded)[:, :size].float()
+        return rows.reshape(B, blocks * BLOCK)[:, :size].float()
 
 
 def _bitsandbytes() -> Any:

@@ -73,10 +73,8 @@ class Scored(GradientConsumer):
         layers: Sequence[Sequence[slice]] = (),
     ):
         super().__init__()
-        self._consumer = consumer
-        self._make_columns = columns
-        self._num_data = num_data
-        self._layers = layers
+        self._consumer, self._make_columns, self._num_data = consumer, columns, num_data
+        self._layers = layers or [[slice(None)]]
         self._columns: Sequence[Tensor] = ()
 
     def begin(self) -> None:
@@ -85,12 +83,11 @@ class Scored(GradientConsumer):
 
     def add(self, indices: Sequence[int], *rows: Tensor) -> None:
         """Score the examples."""
-        N, pairs = self._num_data, zip(_with_mean(rows), self._columns, strict=True)
-        whole = ((slice(None),),)
+        N = self._num_data
         scores = [
             torch.stack([rows_BP[:, at] @ columns_PQ[at] / N for at in layer or (slice(0),)]).sum(0)
-            for rows_BP, columns_PQ in pairs
-            for layer in self._layers or whole
+            for rows_BP, columns_PQ in zip(_with_mean(rows), self._columns, strict=True)
+            for layer in self._layers
         ]
         self._consumer.add(indices, *scores)
 
@@ -108,17 +105,11 @@ def _with_mean(several: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 class AllRows(GradientConsumer):
-    """The rows themselves: scores, ``[N, Q]`` of each name, or gradients, ``[N, P]``; else zero.
-
-    Args:
-        num_data: ``N``.
-        names: The names of what is given for each example.
-    """
+    """The rows themselves: scores, ``[N, Q]`` of each name, or gradients, ``[N, P]``; else zero."""
 
     def __init__(self, num_data: int, names: Sequence[str] = HALVED[:1]):
         super().__init__()
-        self._num_data = num_data
-        self._names = names
+        self._num_data, self._names = num_data, names
 
     def add(self, indices: Sequence[int], *rows: Tensor) -> None:
         """Fill the examples' rows."""
@@ -132,16 +123,11 @@ class OwnScores(GradientConsumer):
     """The scores of those examples that this process has seen, ``[Q, n]`` each, in main memory.
 
     They are no sums: a pass whose sums are not added up leaves each process with its own.
-
-    Args:
-        names: Their names.
-        processes: The process.
     """
 
     def __init__(self, names: Sequence[str], processes: Processes):
         super().__init__()
-        self._names = names
-        self._part = str(processes.rank)
+        self._names, self._part = names, str(processes.rank)
         self._pieces: list[dict[str, Tensor]] = []
 
     def add(self, indices: Sequence[int], *rows: Tensor) -> None:
@@ -211,13 +197,7 @@ class TopInfluences:
 
 
 class TopScores(GradientConsumer):
-    """The ``k`` largest, least, and nearest to zero of each query's scores, so far.
-
-    Args:
-        num_data: ``N``.
-        k: How many of each.
-        processes: The process: what several have found is brought together.
-    """
+    """The ``k`` largest, least, and nearest to zero of each query's scores, so far."""
 
     # an order in which the scores sought come first
     ORDERS = ("positive", "negative", "neutral")
@@ -236,7 +216,7 @@ class TopScores(GradientConsumer):
             self._merge(order, Ranked(index_QB, scores_BQ.T))
 
     def _merge(self, order: str, new: Ranked) -> None:
-        both = [*([self._found[order]] if order in self._found else []), new]
+        both = [self._found[order], new] if order in self._found else [new]
         scores = torch.cat([one.scores for one in both], 1)
         index = torch.cat([one.indices for one in both], 1)
         key = {"positive": -scores, "negative": scores, "neutral": scores.abs()}[order]
@@ -260,7 +240,7 @@ class TopScores(GradientConsumer):
         }
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Bring together what processes have found."""
+        """Merge what processes have found."""
         self._found = {}
         for part in sorted({name.split("/")[0] for name in tensors}):
             for order in self.ORDERS:
@@ -268,12 +248,7 @@ class TopScores(GradientConsumer):
 
 
 class GroupSums(GradientConsumer):
-    """Sums of gradients over groups of training examples, ``[K, P]``.
-
-    Args:
-        groups_NK: How much of each example is in each group, usually zero or one.
-        num_params: ``P``.
-    """
+    """Sums of gradients over groups, ``[K, P]``, by how much of each example is in each group."""
 
     def __init__(self, groups_NK: Tensor, num_params: int):
         super().__init__()
@@ -289,13 +264,6 @@ class SelfInfluence(GradientConsumer):
     """``τ(n, n) = 1/N ∇ℓ_nᵀ G_inv ∇ℓ'_n``, ``[N]``; zero where none were computed.
 
     ``∇ℓ'`` are those of the second stream, from other draws say, or if there is one alone its own.
-
-    Args:
-        G_inv: Inverse curvature.
-        num_data: ``N``.
-
-    Raises:
-        ValueError: If the curvature's blocks are sharded among processes.
     """
 
     def __init__(self, G_inv: PyTorchLinearOperator, num_data: int):

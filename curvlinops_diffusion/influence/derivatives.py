@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,12 @@ from torch.func import jvp, vmap
 from curvlinops_diffusion.diffusion.batch import CleanBatch, NoisedBatch
 from curvlinops_diffusion.diffusion.checks import check_modes
 from curvlinops_diffusion.diffusion.regression import NoisedRegression
-from curvlinops_diffusion.influence.measurements.base import ExampleFunction, Measurement
-from curvlinops_diffusion.influence.measurements.evaluation import measure, measurement_gradient
+from curvlinops_diffusion.influence.measurements.base import (
+    ExampleFunction,
+    Measurement,
+    measure,
+    measurement_gradient,
+)
 from curvlinops_diffusion.layers import Coverage, cover
 from curvlinops_diffusion.layers.mapped_gradients import example_gradients
 from curvlinops_diffusion.layers.observation import frozen
@@ -39,12 +44,7 @@ from curvlinops_diffusion.runtime.sharded_networks import check_whole_parameters
 
 
 class ValueGradients(ABC):
-    """Values of examples, and their derivatives.
-
-    Args:
-        regression: Objective, data and draws.
-        params: The parameters by name.
-    """
+    """Values of examples, and their derivatives."""
 
     def __init__(self, regression: NoisedRegression, params: dict[str, nn.Parameter]):
         self.regression = regression
@@ -70,12 +70,9 @@ class ValueGradients(ABC):
 
     def weighted(self, clean: CleanBatch, weights_BK: Tensor) -> list[Tensor]:
         """Gradients of weighted sums of the values, ``[*shape, K]`` each; from the gradients."""
-        rows_BP = self.rows(clean)
-        total_PK = rows_BP.T @ weights_BK.to(rows_BP)
-        params = list(self.params.values())
-        pieces = total_PK.split([p.numel() for p in params])
-        K = weights_BK.shape[1]
-        return [z.reshape(*p.shape, K) for z, p in zip(pieces, params, strict=True)]
+        rows_BP, params = self.rows(clean), list(self.params.values())
+        pieces = (rows_BP.T @ weights_BK.to(rows_BP)).split([p.numel() for p in params])
+        return [z.reshape(*p.shape, -1) for z, p in zip(pieces, params, strict=True)]
 
 
 class PredictionGradients(ValueGradients):
@@ -110,8 +107,7 @@ class PredictionGradients(ValueGradients):
         P = sum(p.numel() for p in self.params.values())
         B, R = len(clean.indices), self.regression.num_draws
         rows_BP = torch.empty(B, P, device=objective.device, dtype=objective.working_dtype)
-        at_once = max(B, self.regression.batch_size or 0)
-        grouping = cheapest_grouping(B, R, at_once)
+        grouping = cheapest_grouping(B, R, max(B, self.regression.batch_size or 0))
         for positions, batch in self.regression.grouped_batches(clean, *grouping):
             gradients = self._gradients(batch, len(positions))
             own = [
@@ -181,10 +177,7 @@ class PredictionGradients(ValueGradients):
 
     @torch.no_grad()
     def derivatives(self, clean: CleanBatch, directions: Mapping[str, Tensor]) -> Tensor:
-        """Derivatives by forward-mode differentiation, shape ``[B, K]``.
-
-        Of a network that is divided among processes, from the gradients.
-        """
+        """Derivatives in forward mode, ``[B, K]``; of a sharded network from the gradients."""
         if is_sharded(self.regression.objective.model):
             return super().derivatives(clean, directions)
         self._check(clean)
@@ -199,21 +192,15 @@ class PredictionGradients(ValueGradients):
             derivative: Tensor = jvp(partial(value, batch), (params,), (tangents,))[1]
             return derivative
 
+        options: dict[str, Any] = {"chunk_size": self._chunk_size, "randomness": "same"}
         with recomputation_named(), forward_mode():
+            batches = self.regression.noised_batches(clean)
             return self._average(
-                [
-                    vmap(partial(push, batch), chunk_size=self._chunk_size, randomness="same")(
-                        dict(directions)
-                    ).T
-                    for batch in self.regression.noised_batches(clean)
-                ]
+                [vmap(partial(push, batch), **options)(dict(directions)).T for batch in batches]
             )
 
     def weighted(self, clean: CleanBatch, weights_BK: Tensor) -> list[Tensor]:
-        """Gradients of weighted sums, one backward pass for each.
-
-        Of a network that is divided among processes, from those of single examples.
-        """
+        """Gradients of weighted sums, a backward pass each; of a sharded network from the rows."""
         if is_sharded(self.regression.objective.model):
             return super().weighted(clean, weights_BK)
         self._check(clean)
@@ -247,11 +234,7 @@ class PredictionGradients(ValueGradients):
 
 
 class FunctionGradients(ValueGradients):
-    """Any function of the model and an example, one example at a time.
-
-    Its directional derivatives are from the gradients: not every function can be differentiated in
-    forward mode.
-    """
+    """Any function of the model and an example; not all can be differentiated in forward mode."""
 
     def __init__(
         self,
@@ -279,11 +262,9 @@ class FunctionGradients(ValueGradients):
         check_adapters(self.regression, self.params)
         params = list(self.params.values())
         with _differentiated(self.regression, params), twice_differentiable():
+            singles = map(clean.select, ([b] for b in range(len(clean.indices))))
             return torch.stack(
-                [
-                    self._measured.gradient(self.regression, clean.select([b]), params)
-                    for b in range(len(clean.indices))
-                ]
+                [self._measured.gradient(self.regression, s, params) for s in singles]
             )
 
 

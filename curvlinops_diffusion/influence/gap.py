@@ -19,8 +19,6 @@ from curvlinops_diffusion.influence.streaming import of_gradients
 from curvlinops_diffusion.runtime.adapters import adapted_modules, without_adapters
 from curvlinops_diffusion.runtime.passes import PLAIN, PassOptions, run_pass
 
-_KINDS = ("training images", "held-out images")
-
 
 @dataclass(frozen=True)
 class GeneralisationGap:
@@ -43,7 +41,7 @@ class GeneralisationGap:
 
     @property
     def is_told(self) -> bool:
-        """Whether it is positive by at least two standard errors."""
+        """Tell if the gap is positive by at least two standard errors."""
         return self.value > 2 * self.error
 
     def __str__(self) -> str:
@@ -73,25 +71,26 @@ def generalisation_gap(
     Raises:
         ValueError: If there are fewer than two images of either kind.
     """
-    of = (J_train, J_held_out)
-    if min(J.shape[0] for J in of) < 2:
+    kinds = {"training images": J_train, "held-out images": J_held_out}
+    N, H = (J.shape[0] for J in kinds.values())
+    if min(N, H) < 2:
         raise ValueError(
-            f"A generalisation gap needs at least two images of either kind, got {of[0].shape[0]} "
-            f"training images and {of[1].shape[0]} held-out ones. Pass more, a hundred say."
+            f"A generalisation gap needs at least two images of either kind, got {N} training "
+            f"images and {H} held-out ones. Pass more, a hundred say."
         )
 
-    losses = [_losses(J, kind, passes) for J, kind in zip(of, _KINDS, strict=True)]
+    losses = [_losses(J, kind, passes) for kind, J in kinds.items()]
     model = J_train.regression.objective.model
     if adapted_modules(model):
-        kinds = [f"{kind} by the base network" for kind in _KINDS]
         with without_adapters(model):
-            base = [_losses(J, kind, passes) for J, kind in zip(of, kinds, strict=True)]
-        losses = _less_difficulty(losses, base)
+            base = [_losses(J, f"{kind} by the base network", passes) for kind, J in kinds.items()]
+        y, x = (torch.cat([z - z.mean() for z in some]) for some in (losses, base))
+        spread = float(x @ x)
+        beta = float(x @ y) / spread if spread > 0 else 0.0
+        losses = [own - beta * other for own, other in zip(losses, base, strict=True)]
     train_N, held_out_H = losses
     error = sum(z.var() / len(z) for z in losses) ** 0.5
-    return GeneralisationGap(
-        float(held_out_H.mean() - train_N.mean()), float(error), len(held_out_H)
-    )
+    return GeneralisationGap(float(held_out_H.mean() - train_N.mean()), float(error), H)
 
 
 def _losses(J: ExampleGradientLinearOperator, of: str, passes: PassOptions) -> Tensor:
@@ -107,11 +106,3 @@ def _losses(J: ExampleGradientLinearOperator, of: str, passes: PassOptions) -> T
         lambda clean: (clean.indices, J.values_of(clean).unsqueeze(1)),
     )
     return found.tensors()[HALVED[0]].squeeze(1).cpu().double()
-
-
-def _less_difficulty(losses: list[Tensor], base: list[Tensor]) -> list[Tensor]:
-    """Losses less what those of the base network predict within either kind of images."""
-    y, x = (torch.cat([z - z.mean() for z in some]) for some in (losses, base))
-    spread = float(x @ x)
-    beta = float(x @ y) / spread if spread > 0 else 0.0
-    return [own - beta * other for own, other in zip(losses, base, strict=True)]

@@ -15,8 +15,7 @@ from curvlinops_diffusion.influence.derivatives import (
     PredictionGradients,
     ValueGradients,
 )
-from curvlinops_diffusion.influence.measurements.base import ExampleFunction
-from curvlinops_diffusion.influence.measurements.evaluation import measurement_of
+from curvlinops_diffusion.influence.measurements.base import ExampleFunction, measurement_of
 from curvlinops_diffusion.linalg.parameters import Parameters, ParameterSpace, select_parameters
 from curvlinops_diffusion.linalg.upstream import LinearOperator, input_shapes, output_shapes
 from curvlinops_diffusion.runtime.checks import check_count, check_finite
@@ -100,20 +99,16 @@ class ExampleGradientLinearOperator(LinearOperator):
         return self._space.sizes
 
     def on(self, regression: NoisedRegression) -> ExampleGradientLinearOperator:
-        """The same of another problem with the same network, other draws say."""
+        """Gradients of another problem with the same network, other draws say."""
         return ExampleGradientLinearOperator(
             regression, self.param_names, measurement=self.measurement
         )
 
     def measuring(self, measurement: Any) -> ExampleGradientLinearOperator:
-        """The same of something else that is measured."""
+        """Gradients of something else that is measured."""
         return ExampleGradientLinearOperator(
             self.regression, self.param_names, measurement=measurement
         )
-
-    # -----------------------------------------------------------------------------------------
-    # Values and products
-    # -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def values(self) -> Tensor:
@@ -157,10 +152,6 @@ class ExampleGradientLinearOperator(LinearOperator):
                 total += gradient
         return totals
 
-    # -----------------------------------------------------------------------------------------
-    # Rows
-    # -----------------------------------------------------------------------------------------
-
     def row_batches(self) -> Iterator[tuple[Sequence[int], Tensor]]:
         """Yield the rows in batches of the data: (indices ``n``, gradients ``[B, P]``).
 
@@ -198,19 +189,13 @@ class ExampleGradientLinearOperator(LinearOperator):
         return torch.stack([found[n] for n in wanted])
 
     def rows_of(self, clean: CleanBatch) -> Tensor:
-        """Gradients of a batch of clean examples, shape ``[B, P]``.
-
-        Raises:
-            ValueError: If a gradient is not finite, naming the parameter.
-        """
+        """Gradients of a batch of clean examples, ``[B, P]``; one that is not finite is named."""
         rows_BP = self._gradients.rows(clean)
         # a sum is a fraction of the price of looking at every entry, and finite if they all are
         # (unless it overflows, in which case they are looked at)
         if not rows_BP.sum().isfinite():
             self._raise_not_finite(rows_BP, clean)
         return rows_BP
-
-    # -----------------------------------------------------------------------------------------
 
     def _batches(self, description: str) -> Iterator[CleanBatch]:
         with DrawsBar(self.regression.num_samples, description, self._progressbar) as bar:
@@ -219,8 +204,7 @@ class ExampleGradientLinearOperator(LinearOperator):
                 bar.batch_done(len(clean.indices) * self.regression.num_draws)
 
     def _raise_not_finite(self, rows_BP: Tensor, clean: CleanBatch) -> None:
-        sizes = [p.numel() for p in self._params.values()]
-        for name, piece in zip(self._params, rows_BP.split(sizes, 1), strict=True):
+        for name, piece in zip(self._params, rows_BP.split(self.parameter_sizes, 1), strict=True):
             bad = [
                 n for n, row in zip(clean.indices, piece, strict=True) if not row.isfinite().all()
             ]

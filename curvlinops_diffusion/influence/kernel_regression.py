@@ -175,30 +175,13 @@ def averaged_scores(scores: Sequence[Tensor], weights: Sequence[float] | None = 
 
 
 def ridge_solution(cross_QN: Tensor, gram_NN: Tensor, ridge: float) -> Tensor:
-    """Solve ``cross (gram + ρ κ I)⁻¹`` in float64 on the CPU, ``κ`` being the mean diagonal.
-
-    Args:
-        cross_QN: The kernel of queries and training examples.
-        gram_NN: That of the training examples.
-        ridge: ``ρ``.
-
-    Raises:
-        ValueError: If the matrix is not positive definite.
-    """
+    """Solve ``cross (gram + ρ κ I)⁻¹`` in float64 on the CPU, ``κ`` being the mean diagonal."""
     root_NN, _ = regularised_root(gram_NN, ridge)
     return torch.cholesky_solve(cross_QN.to(root_NN).T, root_NN).T
 
 
 def regularised_root(gram_NN: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """Cholesky factor of ``K + ρ κ I`` in float64 on the CPU, and ``ρ κ``.
-
-    Args:
-        gram_NN: ``K``, the kernel of the training examples, ``κ`` its mean diagonal entry.
-        ridge: ``ρ``.
-
-    Raises:
-        ValueError: If the matrix is not positive definite.
-    """
+    """Cholesky factor of ``K + ρ κ I`` in float64 on the CPU, and ``ρ κ``."""
     gram_NN = gram_NN.to("cpu", torch.float64)
     gram_NN = (gram_NN + gram_NN.T) / 2
     mean = float(gram_NN.diagonal().mean())
@@ -219,15 +202,7 @@ def iterated_solution(
     options: KernelOptions,
     progressbar: bool = False,
 ) -> Tensor:
-    """Solve ``cross (gram + λ I)⁻¹`` by conjugate gradients, from products with the gram matrix.
-
-    Args:
-        cross_QN: The kernel of queries and training examples.
-        gram: That of the training examples, ``[N, N]``.
-        damping: ``λ``.
-        options: Iterations, and the relative residual; where it is not reached, a warning says so.
-        progressbar: Whether to show progress.
-    """
+    """Solve ``cross (gram + λ I)⁻¹`` by conjugate gradients, and warn if they do not converge."""
     inverse = CGRefinedInverseLinearOperator(
         gram,
         damping,

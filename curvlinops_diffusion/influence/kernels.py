@@ -5,7 +5,7 @@ Legend: Q queries, N training examples, S streams of gradients, P parameters, K 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -69,12 +69,8 @@ SOLVED = KernelOptions()
 class Kernels:
     """``k(q, n) = ∇m_qᵀ G_inv ∇f_n`` of training examples, by passes over their gradients.
 
-    Args:
-        J_train: The gradients ``∇f_n``; or those of halves of the draws, whose passes are one.
-        G_inv: Inverse curvature.
-        name: The name of the passes, for progress and checkpoints.
-        gradient_bytes: Bytes of training gradients that are held at once.
-        passes: Checkpoints, processes and progress.
+    Those may be of halves of the draws, whose passes are one. At most ``gradient_bytes`` of them
+    are held at once; passes and their checkpoints are called by ``name``.
     """
 
     def __init__(
@@ -101,12 +97,7 @@ class Kernels:
         return self.J_train.shape[0]
 
     def both(self, J_query: Sequence[One]) -> tuple[Tensor, Tensor]:
-        """Kernels of every stream of queries and examples with every one of examples.
-
-        Returns:
-            Those of queries, ``[S, S, Q, N]``, and of training examples, ``[S, S, N, N]``, these on
-            the CPU.
-        """
+        """Kernels ``[S, S, Q, N]`` of queries, and ``[S, S, N, N]`` of examples on the CPU."""
         if self._block < self.num_data:
             return self.cross(J_query), self._rows_of(self._trains, "examples")
         found = self._stream(AllRows(self.num_data, self._names), "gradients", {})
@@ -114,20 +105,18 @@ class Kernels:
         preconditioned = [self.G_inv @ rows_NP.T for rows_NP in rows]
         blocks = query_blocks(J_query[0], self._block)
 
-        def products(of: Sequence[Tensor], device: torch.device) -> Tensor:
+        def products(of: Iterable[Tensor], device: torch.device) -> Tensor:
             found = [torch.stack([(z @ each).to(device) for each in preconditioned]) for z in of]
             return torch.stack(found)
 
-        cross = [
-            products(
-                [gradient_columns(J, block, self._processes).T for J in J_query], rows[0].device
-            )
-            for block in blocks
-        ]
-        return torch.cat(cross, 2), products(rows, torch.device("cpu"))
+        def queried(block: range) -> Tensor:
+            columns = (gradient_columns(J, block, self._processes) for J in J_query)
+            return products((columns_PQ.T for columns_PQ in columns), rows[0].device)
+
+        return torch.cat(list(map(queried, blocks)), 2), products(rows, torch.device("cpu"))
 
     def cross(self, J_query: Sequence[One]) -> Tensor:
-        """The kernels of queries alone, ``[S, S, Q, N]``."""
+        """Kernels of queries alone, ``[S, S, Q, N]``."""
         return self._rows_of(J_query, "queries")
 
     def _rows_of(self, J: Sequence[One], what: str) -> Tensor:
@@ -147,9 +136,7 @@ class Kernels:
         parts = []
         for block in query_blocks(J[0], self._block):
             settings = {**of_all, "block": [block.start, block.stop]}
-            name = f"{self._name}, {what} from {block.start}".capitalize()
-            data = self.J_train.regression
-            found = computed_once(name, data, compute, self.passes, settings)
+            found = self._once(f"{what} from {block.start}", compute, settings)
             parts.append(found["kernel"].to(kept_on))
         return torch.cat(parts, 2)
 
@@ -186,9 +173,14 @@ class Kernels:
                     bar.batch_done(len(clean.indices) * data.num_draws)
             return {"trace": torch.tensor(total, dtype=torch.float64)}
 
-        name = f"{self._name}, sharded diagonal of the kernel".capitalize()
-        found = computed_once(name, data, compute, self.passes, settings)
+        found = self._once("sharded diagonal of the kernel", compute, settings)
         return float(found["trace"]) / self.num_data
+
+    def _once(
+        self, name: str, compute: Callable[[], dict[str, Tensor]], settings: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        name = f"{self._name}, {name}".capitalize()
+        return computed_once(name, self.J_train.regression, compute, self.passes, settings)
 
     def _stream(
         self, consumer: GradientConsumer, name: str, settings: dict[str, Any]

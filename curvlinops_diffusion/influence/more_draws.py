@@ -74,15 +74,7 @@ def score_until_told(
 
 
 def numbers_of_draws(regression: NoisedRegression, max_draws: int) -> list[int]:
-    """The numbers of draws that ``num_draws="auto"`` tries, one after the other.
-
-    Args:
-        regression: The training images.
-        max_draws: Draws at most.
-
-    Raises:
-        ValueError: If not even the first is allowed.
-    """
+    """The numbers of draws that ``num_draws="auto"`` tries, one after the other."""
     unit = 4 * regression.draws.rounded_up(1)
     found = [-(-_FIRST_DRAWS // unit) * unit]
     if check_count("max_draws", max_draws) < found[0]:
@@ -113,16 +105,14 @@ def is_same_run(path: Path, identity: Mapping[str, Any], overwrite: Overwrite) -
     """
     if not path.exists() or overwrite is True:
         return False
-    header = SCORES.read_header(path)
-    there = header.get("identity", {})
-    if overwrite and draws_of(there, "train") < draws_of(identity, "train"):
+    there = SCORES.read_header(path).get("identity", {})
+    fewer = bool(overwrite) and draws_of(there, "train") < draws_of(identity, "train")
+    if fewer:
         there = json.loads(json.dumps(there))
         for side in ("train", "query"):
             there[side]["regression"]["num_draws"] = draws_of(identity, side)
-        check_same_run(path, {"identity": there}, identity)
-        return False
-    check_same_run(path, header, identity)
-    return True
+    check_same_run(path, {"identity": there}, identity)
+    return not fewer
 
 
 def draws_of(identity: Mapping[str, Any], side: str) -> int:

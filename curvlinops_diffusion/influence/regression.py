@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
-from curvlinops_diffusion.influence.kernel_regression import (
-    iterated_solution,
-    regularised_root,
-)
+from curvlinops_diffusion.influence.kernel_regression import iterated_solution, regularised_root
 from curvlinops_diffusion.influence.kernels import (
     SOLVED,
     KernelMatrix,
@@ -105,7 +102,9 @@ def regression_scores(
     """
     check_positive("gap", gap)
     _, (scores_QN,) = influence_and_regression_scores(
-        *(J_query, G_inv, J_train),
+        J_query,
+        G_inv,
+        J_train,
         ridge=ridge,
         seed=seed,
         halved=False,
@@ -128,23 +127,9 @@ def influence_and_regression_scores(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Influence scores and those of :func:`regression_scores`, out of the same gradients.
 
-    The kernel of queries and training examples is ``N`` times the influence.
-
-    Args:
-        J_query: As for :func:`regression_scores`, and so are the others.
-        G_inv: Likewise.
-        J_train: Likewise.
-        ridge: Likewise.
-        seed: Likewise.
-        halved: Whether to score either half of the draws, too: with all draws together, out of one
-            pass over the halves' gradients.
-        options: Likewise.
-        passes: Likewise.
-
-    Returns:
-        The scores of :func:`~curvlinops_diffusion.influence_scores`, and those of
-        :func:`regression_scores` with a gap of one, ``[Q, N]``: of all draws, and then of either
-        half.
+    The kernel of queries and training examples is ``N`` times the influence. Both are ``[Q, N]``,
+    of a gap of one, of all draws; if ``halved``, and then of either half, by one pass over the
+    halves' gradients.
     """
     check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
     check_positive("ridge", ridge)
@@ -177,14 +162,7 @@ def influence_and_regression_scores(
 
 @dataclass(frozen=True)
 class _Solved:
-    """A regularised kernel's inverse ``M = (K + λ I)⁻¹``.
-
-    Attributes:
-        cross_QN: The kernel ``k`` of queries and training examples.
-        weights_QN: ``k M``.
-        diagonal: That of ``M``, ``[N]``, or its mean.
-        damping: ``λ``.
-    """
+    """A regression with ``M = (K + λ I)⁻¹``: ``k``, ``k M``, ``M``'s diagonal or mean, ``λ``."""
 
     cross_QN: Tensor
     weights_QN: Tensor
@@ -203,15 +181,7 @@ class _Solved:
 
 @dataclass(frozen=True)
 class _Solver:
-    """Solves the regressions of one function, of all draws and then of either half of them.
-
-    Attributes:
-        G_inv: Inverse curvature.
-        ridge: ``ρ``.
-        halved: Whether to solve those of halves, too.
-        options: How they are solved.
-        passes: Checkpoints, processes and progress.
-    """
+    """Solves the regressions of one function, of all draws and if ``halved`` of either half."""
 
     G_inv: PyTorchLinearOperator
     ridge: float
@@ -268,14 +238,9 @@ class _Solver:
             )
             return _Solved(cross_QN, found[:-1], (found[-1:] * signs_1N).mean(), damping)
 
-        parts = [(query, train, self.passes)]
-        if self.halved:
-            of_halves = zip(halves_of(query), halves_of(train), strict=True)
-            parts += [(q, t, self._of_half(half)) for half, (q, t) in enumerate(of_halves)]
-        return [solved(*part) for part in parts]
-
-    def _of_half(self, half: int) -> PassOptions:
-        """Passes with a checkpoint of their own, as those of both halves have the same names."""
-        if self.passes.checkpoint is None:
-            return self.passes
-        return replace(self.passes, checkpoint=Path(self.passes.checkpoint) / f"half{half}")
+        found, passes = [solved(query, train, self.passes)], self.passes
+        for half in range(2) if self.halved else ():
+            if self.passes.checkpoint is not None:  # those of both halves have the same names
+                passes = replace(passes, checkpoint=Path(self.passes.checkpoint) / f"half{half}")
+            found.append(solved(halves_of(query)[half], halves_of(train)[half], passes))
+        return found

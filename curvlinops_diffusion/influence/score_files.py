@@ -50,17 +50,7 @@ def write_scores(
     header: Mapping[str, Any],
     shards: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write a file of scores, the last of all; then delete the shards of an older one.
-
-    Args:
-        path: The file.
-        tensors: The scores ``[Q, N]`` by name; none if shards hold them.
-        header: What is known of them, as plain values.
-        shards: The entries of the shards.
-
-    Raises:
-        ValueError: If it cannot be written; an older file of that name is unchanged.
-    """
+    """Write a file of scores, after the shards that it names; then delete those of an older one."""
     import torch
 
     old = shards_of(path)
@@ -80,7 +70,7 @@ def written_shards(folder: Path, prefix: str) -> list[dict[str, Any]]:
     for path in folder.glob(f"{escape(prefix)}.*of*.safetensors"):
         match = re.fullmatch(re.escape(prefix) + r"\.(\d+)of(\d+)\.safetensors", path.name)
         if match:
-            rank, count = (int(number) for number in match.groups())
+            rank, count = map(int, match.groups())
             by_count.setdefault(count, {})[rank] = path.name
     for count, files in sorted(by_count.items()):
         if len(files) == count:
@@ -89,7 +79,7 @@ def written_shards(folder: Path, prefix: str) -> list[dict[str, Any]]:
 
 
 def better_of(header: Mapping[str, Any]) -> Better:
-    """Which values of what was measured are good, lower ones where that is not known."""
+    """Values of what was measured that are good; lower ones where that is not known."""
     entry = MEASUREMENTS.get(header["identity"].get("query", {}).get("measurement", ""))
     return Better.LOWER if entry is None else entry.better
 

@@ -103,7 +103,7 @@ def split_half_scores(
     query_block: int = 64,
     passes: PassOptions = PLAIN,
 ) -> SplitHalfScores:
-    """The scores of :func:`~curvlinops_diffusion.influence_scores`, and how sure they are.
+    """Scores of :func:`~curvlinops_diffusion.influence_scores`, and how sure they are.
 
     At the same number of passes; twice the memory for gradients of queries and batches.
 
@@ -140,7 +140,7 @@ def split_half_scores(
 
 
 def can_be_halved(regression: NoisedRegression) -> bool:
-    """Whether the draws are an even number of pairs, or of lists of timesteps."""
+    """Tell if the draws are an even number of pairs, or of lists of timesteps."""
     draws = regression.draws
     return draws.num_draws % (2 * draws.rounded_up(1)) == 0
 

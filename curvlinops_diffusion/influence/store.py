@@ -7,7 +7,7 @@ groups, O outputs, I inputs.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -49,15 +49,6 @@ class Whitening:
         z_q · z_n = ∇m_qᵀ (U Λ Uᵀ + λ)⁻¹ ∇ℓ_n
 
     Coordinates are ordered block by block.
-
-    Args:
-        curvature: The operator.
-        damping: ``λ ≥ 0``.
-        relative: Whether it is in units of each block's mean eigenvalue.
-
-    Raises:
-        ValueError: If the damping is negative, or zero where an eigenvalue is; or blocks are
-            sharded among processes.
     """
 
     def __init__(
@@ -66,19 +57,15 @@ class Whitening:
         check_whole(curvature, "Whitening")
         root = curvature.power(-0.5, damping, relative=relative)
         self._space = curvature.space
-        self._placed = []
-        for placed, rooted in zip(curvature.blocks, root.blocks, strict=True):
-            block, scale = placed.block.eigen(placed.name), rooted.block.eigen(placed.name)
-            self._placed.append((placed, block, scale.eigenvalues))
+        self._placed = [
+            (placed, placed.block.eigen(placed.name), rooted.block.eigen(placed.name).eigenvalues)
+            for placed, rooted in zip(curvature.blocks, root.blocks, strict=True)
+        ]
 
     def __call__(self, rows_BP: Tensor) -> Tensor:
         """Whiten gradients, ``[B, P] -> [B, P]``."""
-        shapes = self._space.shapes
-        pieces = rows_BP.split(self._space.sizes, 1)
-        named = {
-            name: piece.T.reshape(*shape, -1)
-            for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
-        }
+        pieces = zip(self._space.shapes.items(), rows_BP.split(self._space.sizes, 1), strict=True)
+        named = {name: piece.T.reshape(*shape, -1) for (name, shape), piece in pieces}
         coordinates = []
         for placed, block, scale in self._placed:
             arrangement = Arrangement(block.shape, placed.transposed)
@@ -124,8 +111,6 @@ class GradientStore:
         self._projection = projection
         self._compression = Compression(**header["identity"]["compression"])
         self.size: int = header["size"]
-
-    # -----------------------------------------------------------------------------------------
 
     @classmethod
     def create(
@@ -199,27 +184,17 @@ class GradientStore:
         whole = compression.bytes_per_row(store.size) * store.num_data
         check_space(folder, whole - store._stored_bytes(), "The gradients of the other examples")
         processes.barrier()  # or a process would measure what another one is writing
-        store._write_missing(J_train, whiten, processes, passes.progressbar and processes.rank == 0)
-        processes.barrier()
-        return store
-
-    def _write_missing(
-        self,
-        J_train: ExampleGradientLinearOperator,
-        whiten: Whitening,
-        processes: Processes,
-        shown: bool,
-    ) -> None:
-        """Compute and write the batches that have no file yet; each process its own."""
-        regression, compression = J_train.regression, self._compression
+        regression, shown = J_train.regression, passes.progressbar and processes.rank == 0
         with DrawsBar(regression.num_samples, "Storing gradients", shown) as bar:
             for number, clean in regression.numbered_batches(
-                lambda n: processes.takes(n) and not self._shard(n).exists()
+                lambda n: processes.takes(n) and not store._shard(n).exists()
             ):
-                z_Bk = compression.project(whiten(J_train.rows_of(clean)), self._projection)
+                z_Bk = compression.project(whiten(J_train.rows_of(clean)), store._projection)
                 header = {"indices": list(clean.indices)}
-                GRADIENTS.write(self._shard(number), compression.encode(z_Bk), header)
+                GRADIENTS.write(store._shard(number), compression.encode(z_Bk), header)
                 bar.batch_done(len(clean.indices) * regression.num_draws)
+        processes.barrier()
+        return store
 
     @classmethod
     def open(cls, folder: str | PathLike[str]) -> GradientStore:
@@ -249,8 +224,6 @@ class GradientStore:
 
     def _stored_bytes(self) -> int:
         return sum(path.stat().st_size for path in self._folder.glob("rows.*.safetensors"))
-
-    # -----------------------------------------------------------------------------------------
 
     def scores(
         self, J_query: ExampleGradientLinearOperator, curvature: BlockDiagonalLinearOperator
@@ -324,23 +297,22 @@ class GradientStore:
         if options.largest_gram < N:
             cross_QN = self._products(query_Qk)
             squares = sum(float(rows.square().sum()) for _, rows in self.rows(query_Qk.device))
-            gram = _StoredGram(self.rows, N, query_Qk)
+            gram = _StoredGram(self, query_Qk)
             return iterated_solution(cross_QN, gram, ridge * squares / N, options)
         cross_QN, gram_NN = query_Qk.new_zeros(len(query_Qk), N), torch.zeros(N, N)
         for indices, held_bk in self._parts(options.gradient_bytes):
             cross_QN[:, indices] = query_Qk @ held_bk.to(query_Qk).T
             whole = [(indices, held_bk)] if len(indices) == N else self.rows(query_Qk.device)
             for others, rows_Bk in whole:
-                products_bB = held_bk.to(query_Qk) @ rows_Bk.to(query_Qk).T
                 place = torch.tensor(indices).unsqueeze(1), torch.tensor(others)
-                gram_NN[place] = products_bB.cpu()
+                gram_NN[place] = (held_bk.to(query_Qk) @ rows_Bk.to(query_Qk).T).cpu()
         return ridge_solution(cross_QN, gram_NN, ridge).to(query_Qk)
 
     def _parts(self, held: int) -> Iterator[tuple[list[int], Tensor]]:
         """Yield rows in parts of so many bytes, of at least one file."""
         indices: list[int] = []
         rows: list[Tensor] = []
-        for some, rows_Bk in self.rows(torch.device("cpu")):
+        for some, rows_Bk in self.rows():
             if indices and (len(indices) + len(some)) * 4 * self.size > held:
                 yield indices, torch.cat(rows)
                 indices, rows = [], []
@@ -351,16 +323,11 @@ class GradientStore:
     def query_rows(
         self, J_query: ExampleGradientLinearOperator, curvature: BlockDiagonalLinearOperator
     ) -> Tensor:
-        """The queries' gradients in the store's coordinates, ``[Q, k]``, float32.
-
-        Raises:
-            ValueError: If the curvature is another one than the store was made with.
-        """
+        """The queries' gradients in the store's coordinates, ``[Q, k]``, float32."""
         identity = self.header["identity"]
         here = {"curvature": curvature.info, "params": common_list(J_query.param_names)}
-        there = {key: identity[key] for key in here}
         check_same(
-            there,
+            {key: identity[key] for key in here},
             json.loads(json.dumps(here)),
             f"'{self._folder}' holds gradients for another curvature",
             "Pass the operator that it was made with.",
@@ -368,10 +335,9 @@ class GradientStore:
         whiten = Whitening(curvature, identity["damping"], identity["relative"])
         projection = {name: z.to(curvature.device) for name, z in self._projection.items()}
         P = curvature.shape[0]
-        if "basis" in projection and len(projection["basis"]) != P:
-            raise GRADIENTS.damaged(
-                self._folder / _HEADER, f"coordinates of other than {P} parameters"
-            )
+        if any(len(basis) != P for basis in projection.values()):
+            reason = f"coordinates of other than {P} parameters"
+            raise GRADIENTS.damaged(self._folder / _HEADER, reason)
         parts = [
             self._compression.project(whiten(rows_BP), projection)
             for _, rows_BP in J_query.row_batches()
@@ -379,14 +345,7 @@ class GradientStore:
         return torch.cat(parts).float()
 
     def rows(self, device: torch.device | None = None) -> Iterator[tuple[list[int], Tensor]]:
-        """Yield indices and rows ``[B, k]`` of the training examples, float32.
-
-        Args:
-            device: Where to; ``None`` for the CPU.
-
-        Raises:
-            ValueError: If batches are missing, or damaged.
-        """
+        """Yield indices and rows ``[B, k]`` of the training examples, float32."""
         seen = 0
         for path in sorted(self._folder.glob("rows.*.safetensors")):
             header, stored = GRADIENTS.read(path)
@@ -411,22 +370,11 @@ class GradientStore:
 
 
 class _StoredGram(LinearOperator):
-    """``Z Zᵀ`` of stored rows, ``[N, N]``, which are read twice for each product.
+    """``Z Zᵀ`` of stored rows, ``[N, N]``, which are read twice for each product."""
 
-    Args:
-        rows: Yields indices and rows on a device.
-        num_data: ``N``.
-        like: Has the precision and device of the vectors.
-    """
-
-    def __init__(
-        self,
-        rows: Callable[[torch.device], Iterator[tuple[list[int], Tensor]]],
-        num_data: int,
-        like: Tensor,
-    ):
-        self._rows = rows
-        super().__init__([(num_data,)], [(num_data,)], like=like)
+    def __init__(self, store: GradientStore, like: Tensor):
+        self._rows = store.rows
+        super().__init__([(store.num_data,)], [(store.num_data,)], like=like)
 
     def multiply_tensors(self, X: list[Tensor]) -> list[Tensor]:
         """``Z (Zᵀ X)``."""

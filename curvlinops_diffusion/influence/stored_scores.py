@@ -120,11 +120,9 @@ class StoredScores:
             **(header or {}),
         }
         if "identity" not in header:
-            sides = {"train": J_train, "query": J_query}
-            header["identity"] = {
-                **{side: J.regression.identity(of_gradients(J)) for side, J in sides.items()},
-                "curvature": curvature_settings(G_inv),
-            }
+            sides = (("train", J_train), ("query", J_query))
+            identity = {side: J.regression.identity(of_gradients(J)) for side, J in sides}
+            header["identity"] = {**identity, "curvature": curvature_settings(G_inv)}
         names = HALVED if halves else HALVED[:1]
         token = digest_of([header["identity"], names])[:12]
         prefixes = {
@@ -283,8 +281,6 @@ class StoredScores:
         """
         write_table(Path(path), table_blocks(self.by_method, self.header, self.halves))
 
-    # ---------------------------------------------------------------------------------------------
-
     def _columns(self, block: range, queries: range) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield numbers of examples, and the scores of some of a block's queries for them."""
         rows = slice(queries.start - block.start, queries.stop - block.start)
@@ -299,11 +295,7 @@ class StoredScores:
         return self._index[1]
 
     def _check(self) -> None:
-        """Check that the files are as they were written, and hold every score once.
-
-        Raises:
-            ValueError: If they do not.
-        """
+        """Check that the files are as they were written, and hold every score once."""
         Q, N = self.shape
         for file in {self._path, *(file for files in self._blocks.values() for file in files)}:
             SCORES.read(file, wanted=())

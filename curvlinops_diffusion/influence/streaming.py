@@ -98,29 +98,11 @@ def scored_blocks(
 ) -> Iterator[tuple[range, C]]:
     """Score the training examples for one block of queries after the other.
 
-    The training gradients stream past once for each block.
-
-    Args:
-        J_query: Gradients of the measured values, ``[Q, P]``.
-        G_inv: Inverse curvature, ``[P, P]``.
-        J_train: Gradients of the training losses, ``[N, P]``.
-        consumer: Makes what takes the scores, see :class:`~.consumers.Scored`.
-        halves: Whether to score either half of the draws, too.
-        layers: Where the parameters of each layer are, to score them one by one.
-        name: The name of the passes.
-        settings: What results depend on besides gradients and curvature, for checkpoints.
-        query_block: Queries whose preconditioned gradients are held at once.
-        passes: Checkpoints, processes and progress.
-        summed: Whether every process has the result of all examples in the end, or its own.
-        wanted: Whether a block is to be scored.
-
-    Yields:
-        The queries of a block, and its consumer. What was written down of a block is deleted when
-        the next one is asked for.
-
-    Raises:
-        ValueError: If the operators act on different parameters or devices, or draws cannot be
-            halved.
+    Yields the queries of each block that is ``wanted``, and what ``consumer`` made to take its
+    scores (see :class:`~.consumers.Scored`, which ``layers`` go to), after a pass over the training
+    gradients. With ``halves`` either half of the draws is scored, too; unless ``summed``, each
+    process has the result of its own examples. ``settings`` is what results depend on besides
+    gradients and curvature. What was written down of a block is deleted when the next is asked for.
     """
     check_same_parameters({"J_query": J_query, "J_train": J_train}, {"G_inv": G_inv})
     kinds, streams = [J_query], [J_train]
@@ -160,11 +142,7 @@ def scored_blocks(
 
 
 def halves_of(J: ExampleGradientLinearOperator) -> list[ExampleGradientLinearOperator]:
-    """The gradients from either half of the draws.
-
-    Raises:
-        ValueError: If the draws cannot be halved.
-    """
+    """Gradients from either half of the draws, which must be a multiple of two."""
     return [J.on(J.regression.divided(number, 2)) for number in range(2)]
 
 
@@ -218,23 +196,19 @@ def gradient_columns(
     J_query: PyTorchLinearOperator, queries: range, processes: Processes
 ) -> Tensor:
     """The queries' gradients as columns, ``[P, len(queries)]``; each process computes its part."""
+    like: dict[str, Any] = {"dtype": J_query.dtype, "device": J_query.device}
     if isinstance(J_query, ExampleGradientLinearOperator):
         if processes.count == 1:  # nothing beside the gradients
             return J_query.rows(queries).T
-        rows_QP = torch.zeros(
-            len(queries), J_query.shape[1], dtype=J_query.dtype, device=J_query.device
-        )
+        rows_QP = torch.zeros(len(queries), J_query.shape[1], **like)
+        own = slice(processes.rank, None, processes.count)
         if J_query.regression.in_step:  # all processes run the network equally often
             for clean in J_query.regression.clean_batches():
                 _fill_own_rows(rows_QP, queries, J_query, clean, processes)
-        elif queries[processes.rank :: processes.count]:
-            rows_QP[processes.rank :: processes.count] = J_query.rows(
-                queries[processes.rank :: processes.count]
-            )
+        elif queries[own]:
+            rows_QP[own] = J_query.rows(queries[own])
         return processes.all_reduce({"rows": rows_QP}, J_query.device)["rows"].T
-    one_hot = torch.zeros(
-        J_query.shape[0], len(queries), dtype=J_query.dtype, device=J_query.device
-    )
+    one_hot = torch.zeros(J_query.shape[0], len(queries), **like)
     one_hot[list(queries), range(len(queries))] = 1
     columns: Tensor = J_query.adjoint() @ one_hot
     return columns
@@ -243,7 +217,7 @@ def gradient_columns(
 def batch_columns(
     J: ExampleGradientLinearOperator, clean: CleanBatch, processes: Processes
 ) -> Tensor:
-    """A batch' gradients as columns, ``[P, B]``: every process computes a part, and has all."""
+    """Gradients of a batch as columns, ``[P, B]``: every process computes a part, and has all."""
     if processes.count == 1:
         return J.rows_of(clean).T
     rows_BP = torch.zeros(len(clean.indices), J.shape[1], dtype=J.dtype, device=J.device)
@@ -258,7 +232,7 @@ def _fill_own_rows(
     clean: CleanBatch,
     processes: Processes,
 ) -> None:
-    """Fill in this process' part of a batch' gradients, where rows are of these examples.
+    """Fill in this process' part of a batch's gradients, where rows are of these examples.
 
     All processes run the network equally often: what cannot be divided all compute, and the first
     keeps.

@@ -49,6 +49,11 @@ def table_blocks(
 ) -> Iterator[Columns]:
     """Yield the columns of a table, of each method and query the most helpful rows first.
 
+    ``by_method`` has scores ``[Q, N]``, tensors or in files, ``halves`` pairs of those of either
+    half of the draws or ``None``, and ``beside`` further columns with an entry for each training
+    image. With ``groups``, one for each training image, rows are of groups: the sum of their scores
+    is the influence of leaving out all of a group, to first order.
+
     Columns: ``query``; ``image`` and ``score``, or ``group``, ``sum``, ``count`` and ``mean``;
     ``share`` (of the query's measured value; none of methods without a unit), ``rank`` (from 1, the
     most helpful), ``effect`` (``helps``, ``hinders``; ``lowers it``, ``raises it`` where neither is
@@ -56,14 +61,6 @@ def table_blocks(
     the draws gives it the same sign, which of noise alone at most half of the rows have), ``told``
     (of images: ``yes``; ``no`` for what is within twice its uncertainty; ``noise`` for all of a
     query about which the halves agree no better than chance), ``method``.
-
-    Args:
-        by_method: The scores of each method, ``[Q, N]``: tensors, or scores in files.
-        header: Their header.
-        halves: Pairs of scores of either half of the draws by method, likewise, or ``None``.
-        groups: A group for each training image, to have rows of groups: the sum of their scores is
-            the influence of leaving out all of a group, to first order.
-        beside: Further columns, with an entry for each training image.
     """
     queries, sign = _texts(header["queries"]), helpful_sign(header)
     own = {"image": _texts(header["train"])}
@@ -102,16 +99,14 @@ def table_blocks(
                 "rank": np.tile(np.arange(1, M + 1), q),
                 "effect": effects[1 * (z > 0) + 2 * (z < 0)],
                 "agreement": agreement,
-                **({} if groups is not None else {"told": told}),
                 "method": _texts([method]).repeat(q * M),
             }
-            if groups is not None:
-                found["mean"] = z / found["count"]
+            found |= {"told": told} if groups is None else {"mean": z / found["count"]}
             yield {name: found[name] for name in (*_ORDER, *(beside or ())) if name in found}
 
 
 def _told(z_qN: Tensor, one_qN: Tensor, other_qN: Tensor) -> Tensor:
-    """Flag the scores that differ from zero by more than noise, by their places in ``_TOLD``."""
+    """Places in ``_TOLD`` of scores, by whether they differ from zero by more than noise."""
     found = Agreement.of_halves(one_qN, other_qN)
     error_q = SplitHalfScores(z_qN, one_qN, other_qN).standard_error()
     told_qN = (z_qN.abs() > NOT_TOLD * error_q.unsqueeze(1)).long()
@@ -120,7 +115,7 @@ def _told(z_qN: Tensor, one_qN: Tensor, other_qN: Tensor) -> Tensor:
 
 
 def _of_groups(groups: Sequence[str]) -> tuple[Columns, Callable[[Tensor], Tensor]]:
-    """The columns of groups, and what sums scores ``[q, N]`` over them, ``[q, K]``."""
+    """Columns of groups, and what sums scores ``[q, N]`` over them, ``[q, K]``."""
     numbers = {name: k for k, name in enumerate(dict.fromkeys(groups))}
     group_N = torch.tensor([numbers[name] for name in groups])
 
@@ -147,11 +142,7 @@ def _texts(texts: Sequence[str | None]) -> np.ndarray:
 
 
 def check_table(path: Path) -> None:
-    """Check, before anything is computed, that a table can be written to a file of a name.
-
-    Raises:
-        ValueError: If it ends in neither ``.csv`` nor ``.parquet``, or a package is missing.
-    """
+    """Refuse, before anything is computed, a name or a package that makes a table impossible."""
     if path.suffix not in _WRITERS:
         raise ValueError(
             f"The name of a table must end in {' or '.join(_WRITERS)}, and that of scores with all "
@@ -165,12 +156,7 @@ def check_table(path: Path) -> None:
 
 
 def write_table(path: Path, blocks: Iterable[Columns]) -> None:
-    """Write a table as CSV or Parquet, whole or not at all, one block after the other.
-
-    Raises:
-        ValueError: If the name ends in neither ``.csv`` nor ``.parquet``, a package is missing, or
-            the file cannot be written.
-    """
+    """Write a table as CSV or Parquet, whole or not at all, one block after the other."""
     check_table(path)
     write_whole(path, lambda temporary: _WRITERS[path.suffix](temporary, iter(blocks)))
 
@@ -207,7 +193,4 @@ def _write_parquet(path: str, blocks: Iterator[Columns]) -> None:
             writer.write_table(table(block))
 
 
-_WRITERS: dict[str, Callable[[str, Iterator[Columns]], None]] = {
-    ".csv": _write_csv,
-    ".parquet": _write_parquet,
-}
+_WRITERS = {".csv": _write_csv, ".parquet": _write_parquet}

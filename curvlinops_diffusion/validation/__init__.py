@@ -6,8 +6,8 @@ from curvlinops_diffusion.influence.validation.judgements import (
     RemovalEffect,
     linear_datamodelling_score,
     removal_effects,
+    values_of_networks,
 )
-from curvlinops_diffusion.influence.validation.measured import values_of_networks
 from curvlinops_diffusion.influence.validation.plans import RetrainingPlan
 from curvlinops_diffusion.validation.checking import CheckResult, check
 

@@ -47,7 +47,7 @@ class CheckResult:
 
     @property
     def passed(self) -> bool:
-        """Whether no check failed."""
+        """Tell if no check failed."""
         return all(check.passed is not False for check in self.checks)
 
     @property
@@ -67,10 +67,13 @@ class CheckResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ``None`` where a number is undefined."""
-        rows = []
-        for check in self.checks:
-            row = asdict(check) | {"verdict": check.verdict}
-            rows.append({k: None if _undefined(v) else v for k, v in row.items()})
+        rows = [
+            {
+                name: None if isinstance(z, float) and not isfinite(z) else z
+                for name, z in (asdict(check) | {"verdict": check.verdict}).items()
+            }
+            for check in self.checks
+        ]
         return {"summary": self.summary, **self.settings, "checks": rows}
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -101,10 +104,6 @@ class CheckResult:
             for check in self.checks
         ]
         return "\n".join([*lines, self.summary])
-
-
-def _undefined(value: Any) -> bool:
-    return isinstance(value, float) and not isfinite(value)
 
 
 def check(
@@ -198,12 +197,12 @@ def check(
         with shuffled(attributor.objective.model, names, seed):
             other.fit("kfac", num_draws=SHUFFLED_DRAWS)
             under_shuffled = scored([own], other.operator)[own][0][:Q]
+    if halves is not None:
+        halves = SplitHalfScores(*(z[:Q].cpu() for z in vars(halves).values()))
     probes = Probes(
         numbers,
         dict(zip(kinds, scores.split(Q), strict=True)),
-        None
-        if halves is None
-        else SplitHalfScores(*(z[:Q].cpu() for z in (halves.scores, halves.first, halves.second))),
+        halves,
         under_shuffled,
         {each.value: found[each][0][:Q] for each in alone},
         groups,
@@ -219,7 +218,7 @@ def check(
 
 
 def _groups(gallery: Gallery, by: str | Sequence[str] | None) -> dict[str, list[str]]:
-    """The groups of training images by their kind, of kinds that tell some images apart."""
+    """Groups of training images by their kind, of kinds that differ for some images."""
     if by is not None:
         return {by if isinstance(by, str) else "group": group_names(gallery, by)}
     found: dict[str, list[str]] = {}

@@ -39,13 +39,20 @@ def test_as_loops(squared):
     torch.testing.assert_close(found, expected**2 if squared else expected, rtol=1e-6, atol=1e-9)
 
 
-def test_a_method_beside_those_of_the_network(tmp_path):
+@pytest.fixture(scope="module")
+def x():
+    return images(N, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def attributor(x):
+    unet = tiny_unet(torch.float32, num_class_embeds=None)
+    objective = DenoisingObjective(unet, DDPMScheduler(100))
+    return Attributor(objective, x, progressbar=False).fit("kfac", num_draws=1)
+
+
+def test_a_method_beside_those_of_the_network(x, attributor, tmp_path):
     """It needs no draws, so that no halves of them tell how sure it is."""
-    x = images(N, dtype=torch.float32)
-    objective = DenoisingObjective(
-        tiny_unet(torch.float32, num_class_embeds=None), DDPMScheduler(100)
-    )
-    attributor = Attributor(objective, x, progressbar=False).fit("kfac", num_draws=1)
     result = attributor.score(x[:Q] / 2, method=["influence", "pixels"], num_draws=4)
     alone = attributor.score(x[:Q] / 2, method="influence", num_draws=4)
     assert torch.equal(result.by_method["influence"], alone.scores)
@@ -91,13 +98,8 @@ def test_each_of_all_methods_has_a_sentence():
     assert ["predicted change" in text for text in texts] == [True, False, False, False]
 
 
-def test_an_order_without_a_unit(tmp_path):
+def test_an_order_without_a_unit(x, attributor, tmp_path):
     """Neither shares of a loss nor helpful signs; nothing that draws could make surer."""
-    x = images(N, dtype=torch.float32)
-    objective = DenoisingObjective(
-        tiny_unet(torch.float32, num_class_embeds=None), DDPMScheduler(100)
-    )
-    attributor = Attributor(objective, x, progressbar=False).fit("kfac", num_draws=1)
     result = attributor.score(x[:Q] / 2, method=["pixels", "influence"], num_draws=4)
     table = result.to_pandas()
     own, other = table[table.method == "pixels"], table[table.method == "influence"]

@@ -1,5 +1,6 @@
 """Functions of (model, example, draws), the log-likelihood, and augmentation as draws."""
 
+from itertools import product
 from math import log, pi
 
 import pytest
@@ -19,10 +20,6 @@ from tests.cases import images, noise_levels, plain_regression, seeded, tiny_une
 from tests.comparisons import assert_close
 from tests.reference import example_gradients, params_of
 
-# ---------------------------------------------------------------------------------------------
-# Functions
-# ---------------------------------------------------------------------------------------------
-
 
 def training_loss(model, example, draws):
     """The training loss again, so that there is something to compare with."""
@@ -34,13 +31,13 @@ def training_loss(model, example, draws):
 
 
 def test_a_function_that_is_the_training_loss():
-    regression = unet_regression(tiny_unet(), count=3)
+    regression = unet_regression(tiny_unet(), count=2)
     truth = ExampleGradientLinearOperator(regression)
     J = ExampleGradientLinearOperator(regression, measurement=ExampleFunction(training_loss))
     assert_close(J.values(), truth.values(), 1e-12)
     assert_close(J.rows(), truth.rows(), 1e-12)
     V = torch.randn(J.shape[1], 2, generator=torch.Generator().manual_seed(0)).double()
-    W = torch.randn(3, 2, generator=torch.Generator().manual_seed(1)).double()
+    W = torch.randn(2, 2, generator=torch.Generator().manual_seed(1)).double()
     assert_close(J @ V, truth.rows() @ V, 1e-12)
     assert_close(J.adjoint() @ W, truth.rows().T @ W, 1e-12)
 
@@ -62,24 +59,17 @@ def test_numbers_of_a_function_belong_to_the_example_and_draw():
     assert len({float(a[0]) for a, _ in seen.values()}) == 15
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
+def test_bad_functions():
+    regression = plain_regression(seeded(nn.Linear(3, 3)), (3,))
+    for function, message in (
         (lambda m, e, d: m(e.x0, None), r"for an example, got shape \[1, 3\]"),
         (lambda m, e, d: 1.0, "for an example, got float"),
         (lambda m, e, d: e.x0.sum(), "does not depend on the model's parameters"),
-    ],
-)
-def test_bad_functions(function, message):
-    regression = plain_regression(seeded(nn.Linear(3, 3)), (3,))
-    J = ExampleGradientLinearOperator(regression, measurement=ExampleFunction(function))
-    with pytest.raises(ValueError, match=message):
-        J.rows()
-
-
-# ---------------------------------------------------------------------------------------------
-# Log-likelihood
-# ---------------------------------------------------------------------------------------------
+    ):
+        with pytest.raises(ValueError, match=message):
+            ExampleGradientLinearOperator(regression, measurement=ExampleFunction(function)).rows()
+    with pytest.raises(ValueError, match="must be below the number of noise levels, 10, got 10"):
+        ExampleGradientLinearOperator(regression, measurement=LogLikelihood(num_steps=10))
 
 
 class GaussianDenoiser(nn.Module):
@@ -101,10 +91,7 @@ class GaussianDenoiser(nn.Module):
         predicted = {
             PredictionType.EPSILON: eps,
             PredictionType.SAMPLE: x0,
-            PredictionType.V: alpha * eps - sigma * x0,
             PredictionType.FLOW: eps - x0,
-            PredictionType.REVERSE_FLOW: x0 - eps,
-            PredictionType.CONDITIONAL_FLOW: x0 - eps,  # no noise is left
         }[self.process.prediction_type]
         return predicted.reshape(x_t.shape)
 
@@ -133,7 +120,9 @@ def exact_log_likelihood(model, process, x0):
     return -0.5 * (squares + torch.logdet(C) + 3 * log(2 * pi))
 
 
-@pytest.mark.parametrize("prediction_type", list(PredictionType))
+@pytest.mark.parametrize(
+    "prediction_type", [PredictionType.EPSILON, PredictionType.SAMPLE, PredictionType.FLOW]
+)
 def test_log_likelihood_of_gaussian_data(prediction_type):
     """For a Gaussian it is known; the divergence's estimate is averaged over all sign vectors."""
     regression, model, x0 = gaussian_problem(prediction_type)
@@ -190,17 +179,6 @@ def test_log_likelihood_of_a_network_with_attention():
     assert_rows_are_derivatives(J, list(unet.parameters()), 1e-6)
 
 
-def test_more_steps_than_levels():
-    regression = plain_regression(seeded(nn.Linear(3, 3)), (3,))
-    with pytest.raises(ValueError, match="must be below the number of noise levels, 10, got 10"):
-        ExampleGradientLinearOperator(regression, measurement=LogLikelihood(num_steps=10))
-
-
-# ---------------------------------------------------------------------------------------------
-# Augmentation
-# ---------------------------------------------------------------------------------------------
-
-
 def flip_regression(**options):
     return NoisedRegression(
         DenoisingObjective(seeded(nn.Conv2d(1, 1, 3, padding=1)), noise_levels()),
@@ -251,26 +229,12 @@ def test_own_versions():
     assert_close(counts / 600, torch.full((3,), 1 / 3), 0.15)
     assert len(regression.description["augmentations"]) == 3
 
-
-def test_gradients_of_flipped_examples():
-    regression = flip_regression()
-    J = ExampleGradientLinearOperator(regression)
-    truth = example_gradients(regression, params_of(regression.objective.model))
-    assert_close(J.rows(), truth, 1e-12)
+    for augment in ([], [3], 5):
+        with pytest.raises(ValueError, match=r"`augment` must be None, 'flip'"):
+            flip_regression(augment=augment)
 
 
-@pytest.mark.parametrize("augment", ["rotate", [], [3], 5])
-def test_bad_augmentation(augment):
-    with pytest.raises(ValueError, match=r"`augment` must be None, 'flip'"):
-        flip_regression(augment=augment)
-
-
-# ---------------------------------------------------------------------------------------------
-# Several draws of an example at once
-# ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("num_draws", "batch_size"), [(1, 3), (2, 3), (3, 3), (7, 4), (16, 2)])
+@pytest.mark.parametrize(("num_draws", "batch_size"), [(1, 3), (7, 4)])
 def test_gradients_whatever_the_grouping(num_draws, batch_size):
     regression = unet_regression(tiny_unet(), 5, num_draws, batch_size=batch_size)
     J = ExampleGradientLinearOperator(regression)
@@ -283,10 +247,9 @@ def test_cheapest_grouping():
     assert cheapest_grouping(32, 8, 32) == (4, 8)
     assert cheapest_grouping(2, 250, 32) == (1, 32)
     assert cheapest_grouping(20, 25, 20) == (1, 13)  # even rounds
-    for num_examples in range(1, 20):
-        for num_draws in range(1, 30):
-            for at_once in (num_examples, 32):
-                examples, draws = cheapest_grouping(num_examples, num_draws, at_once)
-                assert 1 <= draws <= num_draws
-                assert 1 <= examples <= num_examples
-                assert examples * draws <= at_once
+    for num_examples, num_draws in product(range(1, 20), range(1, 30)):
+        for at_once in (num_examples, 32):
+            examples, draws = cheapest_grouping(num_examples, num_draws, at_once)
+            assert 1 <= draws <= num_draws
+            assert 1 <= examples <= num_examples
+            assert examples * draws <= at_once

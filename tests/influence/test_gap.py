@@ -10,6 +10,7 @@ from curvlinops_diffusion import (
     Attributor,
     DenoisingObjective,
     ExampleGradientLinearOperator,
+    NoisedRegression,
     PassOptions,
 )
 from curvlinops_diffusion.checkpoints import averaged
@@ -27,7 +28,7 @@ def train():
 
 def test_equals_the_difference_of_mean_losses(train):
     x0 = images(5, size=4) * 3
-    held_out = train.__class__(train.objective, x0, train.num_draws, seed=3)
+    held_out = NoisedRegression(train.objective, x0, train.num_draws, seed=3)
     J, other = (ExampleGradientLinearOperator(r) for r in (train, held_out))
     gap = generalisation_gap(J, other)
     one, two = J.values(), other.values()
@@ -35,21 +36,31 @@ def test_equals_the_difference_of_mean_losses(train):
     assert gap.error == pytest.approx(float((two.var() / 5 + one.var() / 6) ** 0.5))
     assert gap.is_told == (gap.value > 2 * gap.error)
     with pytest.raises(ValueError, match="at least two images"):
-        generalisation_gap(J, J.on(train.__class__(train.objective, x0[:1], 2)))
+        generalisation_gap(J, J.on(NoisedRegression(train.objective, x0[:1], 2)))
 
 
-def test_the_base_network_says_how_hard_images_are():
-    """Of an adapter that scales the loss of every image alike, no spread is left."""
+def adapted():
+    """A network with a LoRA, and the adapter's parameters."""
     from peft import LoraConfig, inject_adapter_in_model
 
     model = two_convolutions()
     inject_adapter_in_model(LoraConfig(r=1, target_modules=["0"]), model)
-    trained = [p for name, p in model.named_parameters() if "lora" in name]
-    assert trained
+    return model, [p for name, p in model.named_parameters() if "lora" in name]
+
+
+def test_the_base_network_says_how_hard_images_are():
+    """Of an adapter that scales the loss of every image alike, no spread is left."""
+    model, trained = adapted()
     flags = [p.requires_grad for p in model.parameters()]
     objective = DenoisingObjective(model, plain_regression(model, (1, 4, 4)).objective.process)
-    make = train_of(objective)
-    J, other = (ExampleGradientLinearOperator(make(n, seed)) for n, seed in ((8, 0), (7, 1)))
+
+    def gradients(count, seed):
+        generator = torch.Generator().manual_seed(seed)
+        scale = torch.rand(count, 1, 1, 1, generator=generator).double() * 4
+        x0 = torch.randn(count, 1, 4, 4, generator=generator).double() * scale
+        return ExampleGradientLinearOperator(NoisedRegression(objective, x0, 8, seed=seed))
+
+    J, other = gradients(8, 0), gradients(7, 1)
     gap = generalisation_gap(J, other)
     raw = other.values().mean() - J.values().mean()
     # an adapter of zero is the base network: nothing is left of difficulty, and no gap
@@ -63,28 +74,11 @@ def test_the_base_network_says_how_hard_images_are():
     )
 
 
-def train_of(objective):
-    from curvlinops_diffusion import NoisedRegression
-
-    def make(count, seed):
-        generator = torch.Generator().manual_seed(seed)
-        scale = torch.rand(count, 1, 1, 1, generator=generator).double() * 4
-        x0 = torch.randn(count, 1, 4, 4, generator=generator).double() * scale
-        return NoisedRegression(objective, x0, 8, seed=seed)
-
-    return make
-
-
 def test_a_fused_adapter_is_of_the_base_network():
     """PEFT would take it out of the weights, and not put it back."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    model = two_convolutions()
-    inject_adapter_in_model(LoraConfig(r=1, target_modules=["0"]), model)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora" in name:
-                p.fill_(0.5)
+    model, trained = adapted()
+    for p in trained:
+        p.data.fill_(0.5)
     layer = next(module for module in model.modules() if hasattr(module, "merge"))
     layer.merge()
     before = layer.base_layer.weight.clone()

@@ -21,7 +21,7 @@ from curvlinops_diffusion.cli.options import commands
 from curvlinops_diffusion.diffusion.ancestral import discretised_log_probability
 from curvlinops_diffusion.diffusion.batch import NoisedBatch
 from curvlinops_diffusion.influence.measurements import registry
-from curvlinops_diffusion.influence.measurements.evaluation import measurement_of
+from curvlinops_diffusion.influence.measurements.base import measurement_of
 from curvlinops_diffusion.influence.measurements.losses import ELBO, SimplifiedELBO, WeightedLoss
 from curvlinops_diffusion.influence.measurements.registry import Better
 from curvlinops_diffusion.influence.measurements.trajectories import (
@@ -32,7 +32,6 @@ from curvlinops_diffusion.measurements import ExampleFunction, LogLikelihood
 from curvlinops_diffusion.weightings import MinSNRWeighting
 from tests.cases import TimeBlind, seeded
 from tests.comparisons import assert_close
-from tests.reference import example_gradients
 
 T = 6
 TYPES = ["epsilon", "sample", "v_prediction"]
@@ -134,30 +133,29 @@ def bound(regression, s, full):
     return totals
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-@pytest.mark.parametrize("prediction_type", TYPES)
-@pytest.mark.parametrize("full", [False, True])
+def gradients(values, model):
+    """Of each of some values, in all parameters."""
+    params = list(model.parameters())
+    rows = [torch.autograd.grad(value, params, retain_graph=True) for value in values]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "variance", "full"),
+    [
+        ("epsilon", "fixed_small", False),
+        ("sample", "fixed_large", False),
+        ("epsilon", "fixed_large", True),
+        ("v_prediction", "fixed_small", True),
+    ],
+)
 def test_bounds(prediction_type, variance, full):
     """Every timestep once: the sum over timesteps, with its gradients."""
     regression = problem(prediction_type, variance)
     J = ExampleGradientLinearOperator(regression, measurement="elbo" if full else "simplified_elbo")
     truth = bound(regression, scheduler(prediction_type, variance), full)
     assert_close(J.values(), truth, 1e-9)
-    params = list(regression.objective.model.parameters())
-    rows = torch.stack(
-        [
-            torch.cat(
-                [
-                    g.flatten()
-                    for g in torch.autograd.grad(
-                        bound(regression, scheduler(prediction_type, variance), full)[n], params
-                    )
-                ]
-            )
-            for n in range(3)
-        ]
-    )
-    assert_close(J.rows(), rows, 1e-8)
+    assert_close(J.rows(), gradients(truth, regression.objective.model), 1e-8)
 
 
 @pytest.mark.slow
@@ -205,8 +203,7 @@ def test_bounds_need_all_levels_of_variance_preserving_noise(measurement):
 
 
 @pytest.mark.parametrize("prediction_type", TYPES)
-@pytest.mark.parametrize("measurement", ["elbo", "simplified_elbo"])
-def test_bounds_without_signal_at_the_last_level(prediction_type, measurement):
+def test_bounds_without_signal_at_the_last_level(prediction_type):
     """Finite, and continuous in the last level's signal, unless the noise is predicted."""
     model = seeded(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 1))
     values = []
@@ -219,15 +216,15 @@ def test_bounds_without_signal_at_the_last_level(prediction_type, measurement):
         )
         if prediction_type == "epsilon" and signal == 0:
             with pytest.raises(ValueError, match="a level without signal"):
-                ExampleGradientLinearOperator(regression, measurement=measurement)
+                ExampleGradientLinearOperator(regression, measurement="elbo")
             return
-        J = ExampleGradientLinearOperator(regression, measurement=measurement)
+        J = ExampleGradientLinearOperator(regression, measurement="elbo")
         assert J.rows().isfinite().all()
         values.append(J.values())
     assert_close(*values, 1e-4)
 
 
-@pytest.mark.parametrize("distance", [0.0, 3.0, 5.6, 8.0, 30.0])
+@pytest.mark.parametrize("distance", [0.0, 5.6, 30.0])
 def test_reconstruction_is_symmetric_and_does_not_vanish(distance):
     """In float32, against float64 where that suffices; its gradient pulls back from anywhere."""
     x, std = torch.tensor([[7 / 255]]), 0.02
@@ -259,17 +256,6 @@ def test_weighted_loss(reduction):
     assert_close(J.rows(), twin.rows(), 1e-12)
 
 
-def test_loss_at_given_timesteps():
-    regression = problem(num_draws=4, timesteps=[1, 4])
-    rows = example_gradients(regression, list(regression.objective.model.parameters()))
-    assert_close(ExampleGradientLinearOperator(regression).rows(), rows, 1e-12)
-    assert {int(t) for batch in regression.batches() for t in batch.timestep_B} == {1, 4}
-
-
-# ---------------------------------------------------------------------------------------------
-# Trajectories
-# ---------------------------------------------------------------------------------------------
-
 LEVELS = [5, 3, 2, 0]
 
 
@@ -299,18 +285,20 @@ def log_probability(regression, states, s):
     return totals
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-@pytest.mark.parametrize("prediction_type", TYPES)
+@pytest.mark.parametrize(
+    ("prediction_type", "variance"),
+    [("epsilon", "fixed_large"), ("sample", "fixed_small"), ("v_prediction", "fixed_small")],
+)
 def test_log_probability_of_trajectories(prediction_type, variance):
     regression, states = trajectories(prediction_type, variance)
     J = ExampleGradientLinearOperator(regression, measurement=regression.log_probability)
     s = scheduler(prediction_type, variance)
     truth = log_probability(regression, states, s)
     assert_close(J.values(), truth, 1e-10)
-    params = list(regression.objective.model.parameters())
-    for n, row in enumerate(J.rows()):
-        gradients = torch.autograd.grad(log_probability(regression, states, s)[n], params)
-        assert_close(row, torch.cat([g.flatten() for g in gradients]), 1e-9)
+    assert_close(J.rows(), gradients(truth, regression.objective.model), 1e-9)
+    examples = ExampleGradientLinearOperator(problem(), measurement=regression.log_probability)
+    with pytest.raises(ValueError, match="got other examples"):
+        examples.values()
 
 
 @pytest.mark.slow
@@ -328,14 +316,6 @@ def test_log_probability_from_some_steps_is_unbiased():
     error = values.std(0) / len(values) ** 0.5
     assert ((values.mean(0) - truth) / error).abs().max() < 4.5
     assert (error / truth.abs()).max() < 0.05 / 4
-
-
-def test_log_probability_is_of_trajectories_only():
-    regression, _ = trajectories()
-    examples = problem()
-    J = ExampleGradientLinearOperator(examples, measurement=regression.log_probability)
-    with pytest.raises(ValueError, match="got other examples"):
-        J.values()
 
 
 def test_recorded_states_have_the_steps_distribution():
@@ -357,17 +337,15 @@ def test_recorded_states_have_the_steps_distribution():
             assert abs(residual.std() / std - 1) < 0.05
 
 
-@pytest.mark.parametrize(
-    ("shape", "levels", "message"),
-    [
-        ((2, 4, 1, 2, 2), LEVELS, r"got shape \[2, 4, 1, 2, 2\] with 4 levels"),
-        ((2, 5, 1, 2, 2), LEVELS[::-1], "must fall"),
-        ((2, 5, 1, 2, 2), [9, 3, 2, 0], r"within 0 to 5, got \[9, 3, 2, 0\]"),
-    ],
-)
-def test_bad_trajectories(shape, levels, message):
-    with pytest.raises(ValueError, match=message):
-        TrajectoryRegression(problem().objective, torch.zeros(shape), levels)
+def test_bad_trajectories():
+    for steps, levels, message in (
+        (4, LEVELS, r"got shape \[2, 4, 1, 2, 2\] with 4 levels"),
+        (5, LEVELS[::-1], "must fall"),
+        (5, [9, 3, 2, 0], r"within 0 to 5, got \[9, 3, 2, 0\]"),
+        (5, [3, 2, 0, -1], r"within 0 to 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrajectoryRegression(problem().objective, torch.zeros(2, steps, 1, 2, 2), levels)
 
 
 def test_random_networks_record_no_trajectories():
@@ -397,9 +375,7 @@ def test_targets_of_trajectories_are_finite():
 
 
 CLIPS = {
-    "none": {"clip_sample": False},
     "0.4": {"clip_sample": True, "clip_sample_range": 0.4},
-    "1": {"clip_sample": True},
     "dynamic": {"thresholding": True, "dynamic_thresholding_ratio": 0.7, "sample_max_value": 3.0},
 }
 
@@ -409,12 +385,7 @@ def test_samplers_that_clip(clip):
     """Trajectories are those of the scheduler's own steps, and their probability is of these."""
     tables = 1e-4  # the scheduler computes in float32, and divides by 1 − ᾱ
     model = problem().objective.model
-    s = DDPMScheduler(
-        num_train_timesteps=T,
-        beta_start=0.02,
-        beta_end=0.3,
-        **CLIPS[clip],
-    )
+    s = DDPMScheduler(num_train_timesteps=T, beta_start=0.02, beta_end=0.3, **CLIPS[clip])
     objective = DenoisingObjective(model, s)
     levels = list(range(T))[::-1]
     states = record_trajectories(objective, (3, 1, 2, 2), levels, seed=4).double()
@@ -424,12 +395,10 @@ def test_samplers_that_clip(clip):
     totals = torch.zeros(3).double()
     for step, t in enumerate(levels):
         x = states[:, step]
-        with torch.no_grad():
-            prediction = model(x, torch.tensor([t]))
-        made = s.step(prediction, t, x, generator=torch.Generator().manual_seed(t)).prev_sample
-        noise = torch.randn(
-            x.shape, generator=torch.Generator().manual_seed(t), dtype=torch.float64
-        )
+        prediction = model(x, torch.tensor([t])).detach()
+        generator = torch.Generator().manual_seed(t)
+        made = s.step(prediction, t, x, generator=generator).prev_sample
+        noise = torch.randn(x.shape, generator=generator.manual_seed(t), dtype=torch.float64)
         std = s._get_variance(t).double().sqrt() if t > 0 else torch.zeros(()).double()
         mean = made - std * noise
         if t == 0:
@@ -437,8 +406,7 @@ def test_samplers_that_clip(clip):
         else:
             totals += Normal(mean, std).log_prob(states[:, step + 1]).flatten(1).sum(1)
     assert_close(J.values(), totals, tables)
-    rows = J.rows()
-    assert rows.isfinite().all()
+    assert J.rows().isfinite().all()
 
 
 def test_levels_without_signal_are_refused_where_nothing_is_told():
@@ -477,11 +445,6 @@ def test_conditions_of_trajectories():
         for n, g in zip(b.indices, b.condition["gain"], strict=True)
     }
     assert gains == {0: 1.0, 1: 2.0, 2: 3.0}
-
-
-# ---------------------------------------------------------------------------------------------
-# The registry
-# ---------------------------------------------------------------------------------------------
 
 
 def test_a_measurement_is_one_file_and_one_line(monkeypatch, capsys):
@@ -530,15 +493,14 @@ def constant_objective(dtype, prediction_type="epsilon"):
 
 
 @pytest.mark.parametrize("prediction_type", TYPES)
-@pytest.mark.parametrize("measurement", ["elbo", "simplified_elbo"])
-def test_bounds_of_networks_in_low_precision(measurement, prediction_type):
+def test_bounds_of_networks_in_low_precision(prediction_type):
     """Only the network is rounded, not the state that its prediction is made something of."""
     found, exact = (
         ExampleGradientLinearOperator(
             NoisedRegression(
                 constant_objective(dtype, prediction_type), grey_images(), timesteps="all"
             ),
-            measurement=measurement,
+            measurement="elbo",
         ).values()
         for dtype in (torch.bfloat16, torch.float64)
     )
@@ -549,9 +511,9 @@ def test_trajectories_of_networks_in_low_precision():
     states = torch.randn(2, 4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     found = []
     for dtype in (torch.bfloat16, torch.float64):
-        trajectories = TrajectoryRegression(constant_objective(dtype), states, [5, 3, 1])
-        measured = {"measurement": trajectories.log_probability}
-        found.append(ExampleGradientLinearOperator(trajectories, **measured).values().double())
+        regression = TrajectoryRegression(constant_objective(dtype), states, [5, 3, 1])
+        J = ExampleGradientLinearOperator(regression, measurement=regression.log_probability)
+        found.append(J.values().double())
     assert_close(*found, 1e-6)
 
 
@@ -561,28 +523,18 @@ def test_states_are_not_encoded():
     def encode(x0, condition):
         raise AssertionError
 
-    model = problem().objective.model
-    levels = [5, 3, 1]
     states = torch.randn(2, 4, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
-    found = []
-    for function in (encode, None):
-        objective = DenoisingObjective(model, scheduler(), encode=function)
-        trajectories = TrajectoryRegression(objective, states, levels)
-        J = ExampleGradientLinearOperator(trajectories, measurement=trajectories.log_probability)
-        found.append(J.rows())
-    assert torch.equal(*found)
-
-
-# ---------------------------------------------------------------------------------------------
-# Draws of a batch
-# ---------------------------------------------------------------------------------------------
+    objective = DenoisingObjective(problem().objective.model, scheduler(), encode=encode)
+    trajectories = TrajectoryRegression(objective, states, [5, 3, 1])
+    J = ExampleGradientLinearOperator(trajectories, measurement=trajectories.log_probability)
+    assert J.rows().isfinite().all()
 
 
 def of_second_draw(batch, prediction):
     return prediction.square().mean(1) * (batch.draw == 1)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 64])
+@pytest.mark.parametrize("batch_size", [1, 64])
 def test_measurements_by_the_number_of_the_draw(batch_size):
     """One draw alone is a problem of one draw, in whatever batches draws are seen together."""
     regression = problem(num_draws=4, timesteps=[0, 2, 3, 5], batch_size=batch_size)
@@ -613,11 +565,6 @@ def test_each_example_keeps_the_number_of_its_draw():
     assert draws[1].draw.dtype == torch.int64
 
 
-# ---------------------------------------------------------------------------------------------
-# Precision, and levels at the edges
-# ---------------------------------------------------------------------------------------------
-
-
 def process(prediction_type, first, last):
     """A variance-preserving process with edges of any kind."""
     angle = torch.linspace(first, last, 30, dtype=torch.float64)
@@ -633,21 +580,13 @@ def in_precision(dtype, measurement, prediction_type, first=0.01, last=1.5):
     return ExampleGradientLinearOperator(regression, measurement=measurement)
 
 
-@pytest.mark.parametrize("measurement", ["elbo", "simplified_elbo"])
 @pytest.mark.parametrize(
-    ("prediction_type", "last"),
-    [
-        ("epsilon", 1.5),
-        ("epsilon", 1.57079),
-        ("sample", 1.5),
-        ("v_prediction", torch.pi / 2),
-        ("flow", torch.pi / 2),
-    ],
+    ("prediction_type", "last"), [("epsilon", 1.57079), ("sample", 1.5), ("flow", torch.pi / 2)]
 )
-def test_bounds_in_float32(measurement, prediction_type, last):
+def test_bounds_in_float32(prediction_type, last):
     """Finite and right where predicted examples are far from the data: of little signal."""
     found, exact = (
-        in_precision(dtype, measurement, prediction_type, last=last)
+        in_precision(dtype, "elbo", prediction_type, last=last)
         for dtype in (torch.float32, torch.float64)
     )
     assert_close(found.values().double(), exact.values(), 1e-5)
@@ -668,27 +607,23 @@ def test_reconstructions_in_float32_far_from_the_data():
     assert value.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("measurement", "prediction_type", "message"),
-    [
+def test_a_level_without_noise():
+    for measurement, prediction_type, message in (
         ("elbo", "epsilon", r"infinite at the noise levels \[1\]"),
         ("simplified_elbo", "v_prediction", r"infinite at the noise levels \[1\]"),
         ("log_likelihood", "sample", "Noise level 0 has no noise"),
-    ],
+    ):
+        with pytest.raises(ValueError, match=message):
+            in_precision(torch.float64, measurement, prediction_type, first=0.0)
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "first", "last", "highest"),
+    [("epsilon", 0.0, 1.5, 25), ("v_prediction", 0.002, torch.pi / 2, 29)],
 )
-def test_a_level_without_noise(measurement, prediction_type, message):
-    with pytest.raises(ValueError, match=message):
-        in_precision(torch.float64, measurement, prediction_type, first=0.0)
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize("first", [0.0, 0.002])
-def test_trajectories_from_and_to_the_edges(prediction_type, first):
+def test_trajectories_from_and_to_the_edges(prediction_type, first, last, highest):
     """In float32 as in float64; a step without noise counts for nothing."""
-    levels = [25, 10, 2, 1, 0] if prediction_type == "epsilon" else [29, 10, 2, 1, 0]
-    last = 1.5 if prediction_type == "epsilon" else torch.pi / 2
-    values, rows = [], []
-    states = None
+    levels, states, found = [highest, 10, 2, 1, 0], None, []
     for dtype in (torch.float64, torch.float32):
         model = seeded(nn.Conv2d(1, 1, 3, padding=1)).to(dtype)
         objective = DenoisingObjective(model, process(prediction_type, first, last))
@@ -696,10 +631,10 @@ def test_trajectories_from_and_to_the_edges(prediction_type, first):
             states = record_trajectories(objective, (2, 1, 3, 3), levels)
         regression = TrajectoryRegression(objective, states.to(dtype), levels)
         J = ExampleGradientLinearOperator(regression, measurement=regression.log_probability)
-        values.append(J.values().double())
-        rows.append(J.rows().double())
-    assert_close(values[1], values[0], 1e-4)
-    assert_close(rows[1], rows[0], 1e-3)
+        found.append((J.values().double(), J.rows().double()))
+    (values, rows), (others, other_rows) = found
+    assert_close(others, values, 1e-4)
+    assert_close(other_rows, rows, 1e-3)
 
 
 def test_a_measurement_that_is_infinite():

@@ -26,9 +26,7 @@ from tests.cases import (
     plain_regression,
     seeded,
     stopped,
-    tiny_unet,
     two_convolutions,
-    unet_regression,
 )
 from tests.comparisons import assert_close
 from tests.reference import dense_ggn, example_gradients, params_of, scores, to_dense
@@ -66,12 +64,7 @@ def operators(train, query):
 
 
 @pytest.mark.parametrize(
-    ("kind", "query_block"),
-    [
-        (DiffusionKFACLinearOperator, 1),
-        (DiffusionEKFACLinearOperator, 2),
-        (DiffusionKFACLinearOperator, 64),
-    ],
+    ("kind", "query_block"), [(DiffusionKFACLinearOperator, 64), (DiffusionEKFACLinearOperator, 2)]
 )
 def test_equal_the_dense_formula(model, train, query, operators, kind, query_block):
     K, (J_query, _, J_train) = kind(train), operators
@@ -164,12 +157,7 @@ def test_bad_input(train, query, operators):
             group_influence_scores(*operators, groups)
 
 
-# ---------------------------------------------------------------------------------------------
-# Without all pairs
-# ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("k", [1, 3, 50])
+@pytest.mark.parametrize("k", [3, 50])
 def test_top_influences(operators, k):
     scores_QN = influence_scores(*operators)
     top = top_influences(*operators, k=k, query_block=2)
@@ -199,36 +187,12 @@ def test_groups_and_self(model, train, operators):
 
 
 def test_self_influence_of_other_draws(model, train, operators):
-    """Without bias: on average what mean gradients give; those of the same draws give more."""
+    """The products of gradients of two sets of draws."""
     _, K_inv, J_train = operators
     own = self_influence_scores(K_inv, J_train, self_seed=9)
     params = params_of(model)
     rows, again = (example_gradients(r, params) for r in (train, train.with_seed(9)))
     assert_close(own, (rows * (K_inv @ again.T).T).sum(1) / N, 1e-10)
-
-    many = train.with_seed(12345).with_draws(1024)  # biased by 0.002 of the truth
-    mean = ExampleGradientLinearOperator(many).rows()
-    truth = (mean * (K_inv @ mean.T).T).sum() / N
-
-    def over_seeds(count, several, other):
-        """Self-influence, of the same draws or of other ones."""
-        found = []
-        for seed in range(0, 2 * count, 2):
-            J = ExampleGradientLinearOperator(several.with_seed(seed))
-            self_seed = seed + 1 if other else None
-            found.append(self_influence_scores(K_inv, J, self_seed=self_seed).sum())
-        return torch.stack(found)
-
-    independent = over_seeds(40, train.with_draws(16), other=True)
-    error = independent.std() / len(independent) ** 0.5
-    assert abs(independent.mean() - truth) < 3 * error < 0.03 * truth
-    few = train.with_draws(3, antithetic=False)
-    assert over_seeds(20, few, other=False).mean() - truth > 0.3 * truth
-
-
-# ---------------------------------------------------------------------------------------------
-# Parts that add up, and halves
-# ---------------------------------------------------------------------------------------------
 
 
 def test_by_layer(model, operators):
@@ -256,24 +220,6 @@ def test_by_layer(model, operators):
     ):
         with pytest.raises(ValueError, match=rf"hold each of the 4 parameters once, .*{named}"):
             influence_scores_by_layer(*operators, wrong)
-
-
-def test_a_concept():
-    """The difference between two conditions at the same draws: an operator's difference."""
-    train = unet_regression(tiny_unet(), count=5)
-    x0 = images(2)
-    J_of, J_other = (
-        ExampleGradientLinearOperator(
-            drawn(train, {"x0": x0, "class_labels": torch.full((2,), label)}, 4, 1)
-        )
-        for label in (0, 2)
-    )
-    J_train = ExampleGradientLinearOperator(train)
-    K_inv = DiffusionKFACLinearOperator(train).inverse(1e-3)
-    found = influence_scores(J_of - J_other, K_inv, J_train)
-    rows = J_of.rows() - J_other.rows()
-    assert rows.norm() > 1e-3 * J_of.rows().norm()
-    assert_close(found, rows @ (K_inv @ J_train.rows().T) / 5, 1e-8)
 
 
 def test_all_draws_and_either_half(operators):

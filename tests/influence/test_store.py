@@ -65,7 +65,6 @@ FORMS = {
     "int8": (Compression("int8"), 2e-2),
     "nf4": (Compression("nf4"), 2e-1),
     "svd, all": (Compression("float32", "svd", COUNT), 1e-5),
-    "svd, int8": (Compression("int8", "svd", COUNT), 4e-2),
     "random": (Compression("float32", "random", 4096, seed=1), 3e-1),
 }
 
@@ -98,7 +97,7 @@ def test_scores(tmp_path, J_train, J_query, EK, scores, form):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"gradient_bytes": 1}, {"gradient_bytes": 5 * 4 * 4925}, {"largest_gram": COUNT - 1}],
+    [{}, {"gradient_bytes": 5 * 4 * 4925}, {"largest_gram": COUNT - 1}],
 )
 def test_kernel_regression(tmp_path, J_train, J_query, EK, options):
     """As from gradients that are computed anew: whole, in parts, by iteration."""
@@ -171,18 +170,15 @@ def test_what_was_cut_is_refused(tmp_path, J_train, J_query, EK, form):
             GradientStore.open(tmp_path).scores(J_query, EK)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_bad_options():
+    for options, message in (
         ({"precision": "int2"}, "`precision` must be one of 'float32'"),
         ({"projection": "dense"}, "`projection` must be one of"),
         ({"projection": "svd"}, "`size` must be a whole number of at least 1, got None"),
         ({"size": 4}, "`size` needs a projection, got 4 without"),
-    ],
-)
-def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        Compression(**options)
+    ):
+        with pytest.raises(ValueError, match=message):
+            Compression(**options)
     rows = torch.randn(4, 10)
     with pytest.raises(ValueError, match="`size` must be at most 4 for a 'svd' projection from 4"):
         Compression(projection="svd", size=5).fit(rows)

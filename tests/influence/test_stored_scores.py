@@ -23,10 +23,6 @@ from tests.cases import small_unet, unet_regression
 from tests.comparisons import assert_close
 from tests.runtime.test_processes import processes
 
-# ---------------------------------------------------------------------------------------------
-# Every kind of file, by every reader
-# ---------------------------------------------------------------------------------------------
-
 Q, N = 3, 5
 HEADER = {
     "train": [f"{n}.png" for n in range(N)],
@@ -40,7 +36,6 @@ SHARDED = {
 METHODS = {"influence": "scores", "regression": "regression"}
 NAMES = {
     "scores": HALVED[:1],
-    "halves": HALVED,
     "methods": (*HALVED, "regression", "regression/first", "regression/second"),
 }
 
@@ -51,7 +46,7 @@ def numbers():
     return {name: torch.randn(Q, N, generator=generator) for name in NAMES["methods"]}
 
 
-@pytest.fixture(params=[(kind, names) for kind in ("whole", "sharded") for names in NAMES])
+@pytest.fixture(params=[("whole", "scores"), ("whole", "methods"), ("sharded", "methods")])
 def file(request, numbers, tmp_path):
     """A file of each kind, and what it holds."""
     kind, names = request.param
@@ -148,10 +143,6 @@ def test_other_files_are_refused(file, numbers, tmp_path, capsys):
         StoredScores.open(path)
 
 
-# ---------------------------------------------------------------------------------------------
-# Written by several processes
-# ---------------------------------------------------------------------------------------------
-
 COUNT, BLOCK = 9, 4
 LAYERS = ["conv_in.weight", "conv_out.weight"]
 
@@ -220,20 +211,19 @@ def made(rank, path, fail_at=None, checkpoint=None):
     return sum(calls)
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_several_processes(tmp_path, expected, count):
+def test_several_processes(tmp_path, expected):
     path = tmp_path / "scores.safetensors"
-    seen = processes(count, tmp_path / "run", made, path)
+    seen = processes(3, tmp_path / "run", made, path)
     stored = StoredScores.open(path)
     same(stored, expected)
     blocks = -(-COUNT // BLOCK)
     assert sum(seen) == 2 * blocks * COUNT + 2 * COUNT  # of training examples and queries, halves
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1 + blocks * count
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1 + blocks * 3
     held = [entry["examples"] for entry in stored.header["shards"]]
     assert max(held) - min(held) <= 1  # nine examples in five batches
 
 
-@pytest.mark.parametrize(("first", "second"), [(3, 2), (2, 3), (1, 2), (2, 1)])
+@pytest.mark.parametrize(("first", "second"), [(3, 2), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_stopped_and_gone_on_with_others(tmp_path, expected, first, second):
     path, checkpoint = tmp_path / "scores.safetensors", tmp_path / "checkpoint"
     # in the second block of queries, after some of its training examples

@@ -13,10 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from curvlinops_diffusion.diffusion.ancestral import (
-    AncestralSteps,
-    discretised_log_probability,
-)
+from curvlinops_diffusion.diffusion.ancestral import AncestralSteps, discretised_log_probability
 from curvlinops_diffusion.diffusion.batch import NoisedBatch, rows_of
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective, Reduction
 from curvlinops_diffusion.diffusion.weightings import Weighting, weight_table
@@ -109,7 +106,7 @@ class SimplifiedELBO(ObjectiveMeasurement):
     variance: str | None = None
 
     def bind(self, objective: DenoisingObjective) -> Measurement:
-        """The measurement for an objective, if the bound exists for its noise and is finite."""
+        """Bind the bound, if it exists for the objective's noise and is finite."""
         steps = AncestralSteps.of(objective.process, self.variance)
         factor_T = objective.process.num_levels * steps.noise_error_factor_T()
         factor_T[0] = 0
@@ -159,10 +156,8 @@ class ELBO(ObjectiveMeasurement):
                 return process.clean(batch.noised_BD.to(y_BD), y_BD, batch.level_B)
 
             x0_BD = clean(batch.target_BD)
-            last = x0_BD.new_full((len(x0_BD),), T - 1, dtype=torch.int64).cpu()
-            alpha, sigma = (s.to(x0_BD) for s in (process.alphas_T[last], process.sigmas_T[last]))
-            alpha_B1, sigma_B1 = alpha.unsqueeze(1), sigma.unsqueeze(1)
-            divergence = sigma_B1.square() + (alpha_B1 * x0_BD).square() - 1 - 2 * sigma_B1.log()
+            alpha, sigma = (s_T[-1].to(x0_BD) for s_T in (process.alphas_T, process.sigmas_T))
+            divergence = sigma.square() + (alpha * x0_BD).square() - 1 - 2 * sigma.log()
             at_first_B = (batch.level_B == 0).to(x0_BD)
             # elsewhere it does not count, and might be infinite
             mean_BD = torch.where(at_first_B.bool().unsqueeze(1), clean(prediction_BD), x0_BD)

@@ -13,7 +13,7 @@ from typing import Any
 
 
 class Better(Enum):
-    """The values of a measurement that are good, and what follows for the sign of scores."""
+    """Values of a measurement that are good, and what follows for the sign of scores."""
 
     LOWER = "lower is better, so positive means helpful"
     HIGHER = "higher is better, so here negative means helpful"
@@ -27,14 +27,10 @@ class Better(Enum):
 
 @dataclass(frozen=True)
 class NamedMeasurement:
-    """A measurement as users name it.
+    """A measurement as users name it, a phrase that describes it, and the word for its values.
 
-    Attributes:
-        where: ``file:name`` in this folder, of a function of (noised batch, prediction) or of a
-            class without arguments.
-        summary: A phrase that describes it.
-        better: Which values are good.
-        quantity: The word for one of its values.
+    It is ``file:name`` in this folder, a function of (noised batch, prediction) or a class without
+    arguments.
     """
 
     where: str

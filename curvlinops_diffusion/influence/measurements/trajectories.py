@@ -132,10 +132,8 @@ class TrajectoryRegression(StatesRegression):
         for batch, _, reached in self.steps(clean):
             reached_BD = reached.flatten(1).to(batch.target_BD)
             own = {field.name: getattr(batch, field.name) for field in fields(batch)}
-            own |= {
-                "target_BD": self._steps.prediction_for(batch, reached_BD),
-                "weight_B": torch.ones_like(batch.weight_B),
-            }
+            own["target_BD"] = self._steps.prediction_for(batch, reached_BD)
+            own["weight_B"] = torch.ones_like(batch.weight_B)
             yield _StepBatch(**own, reached_BD=reached_BD)
 
 
@@ -165,8 +163,7 @@ def _steps_between(
 ) -> AncestralSteps:
     """The ancestral steps from each of some falling levels to the next, the last to the data."""
     T = objective.process.num_levels
-    falling = all(a > b for a, b in pairwise(levels))
-    if not falling or not all(0 <= level < T for level in levels):
+    if not all(a > b for a, b in pairwise([T, *levels, -1])):
         raise ValueError(
             f"`levels` must fall, from noise to sample, within 0 to {T - 1}, got "
             f"{list(levels)[:8]}."

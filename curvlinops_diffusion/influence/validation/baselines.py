@@ -138,11 +138,9 @@ def das_scores(
         return _scalar_das_scores(J_query, J_train, ridge)
     train_NP = J_train.rows()
     draws = replace(J_query.regression.draws, seed=seed)
-    crosses = []
-    for number in range(num_probes):
-        J = J_query.measuring(ProbedPrediction(draws, number))
-        crosses.append(J.rows() @ train_NP.T)
-    scores = ridge_solution(torch.cat(crosses), train_NP @ train_NP.T, ridge)
+    probes = (J_query.measuring(ProbedPrediction(draws, number)) for number in range(num_probes))
+    crosses = torch.cat([J.rows() @ train_NP.T for J in probes])
+    scores = ridge_solution(crosses, train_NP @ train_NP.T, ridge)
     squares_QN = scores.reshape(num_probes, -1, len(train_NP)).square().mean(0)
     return squares_QN.to(train_NP)
 
@@ -171,12 +169,8 @@ def _mean_squared_residual(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
 class ProbedPrediction:
     """The prediction's component along random signs, independent for every example and draw.
 
-    Products of the signs of two draws are zero on average, whatever the draws share: squares of a
-    mean over draws have no cross terms.
-
-    Attributes:
-        draws: Those of the regression that is measured; their seed is that of the signs.
-        number: Of the probe.
+    The signs have the draws' seed, and the probe's number. Their products of two draws are zero on
+    average, whatever the draws share: squares of a mean over draws have no cross terms.
     """
 
     draws: Draws

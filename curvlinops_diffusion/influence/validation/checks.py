@@ -33,16 +33,12 @@ UNLIKE = 0.5
 
 @dataclass(frozen=True, eq=False)
 class Probes:
-    """Scores of the training images for some of them, from several sides; positive is helpful.
+    """Scores ``[Q, N]`` of the training images for some of them, of these numbers.
 
-    Attributes:
-        numbers: The numbers ``n`` of the training images that are asked about, ``[Q]``.
-        scores: Scores for these images, ``'itself'``, and for altered copies of them, by how they
-            were altered, ``[Q, N]`` each.
-        halves: Those for the images themselves with either half of the draws.
-        shuffled: Those under a network whose weights were shuffled, ``[Q, N]``.
-        features: Those of methods that look at the images alone, ``[Q, N]``, by method.
-        groups: The group of each training image, ``[N]``, by the kind of group.
+    ``scores`` are for these images, ``'itself'``, and for altered copies of them, by how they were
+    altered; ``halves`` with either half of the draws, ``shuffled`` under a network whose weights
+    were shuffled, ``features`` by methods that look at the images alone. ``groups`` has the group
+    of each training image, by the kind of group. Positive is helpful.
     """
 
     numbers: Sequence[int]
@@ -54,23 +50,23 @@ class Probes:
 
     @property
     def own(self) -> Tensor:
-        """The scores of the other training images for the images themselves, ``[Q, M]``."""
+        """Scores of the other training images for the images themselves, ``[Q, M]``."""
         return self.others(self.scores["itself"])
 
     def others(self, scores_QN: Tensor) -> Tensor:
-        """The scores of all training images but the one that is asked about, ``[Q, M]``."""
+        """Scores of all training images but the one that is asked about, ``[Q, M]``."""
         rest_QN = torch.ones(scores_QN.shape, dtype=torch.bool)
         rest_QN[range(len(self.numbers)), list(self.numbers)] = False
         return scores_QN[rest_QN].view(len(scores_QN), -1)
 
     def ranks(self, scores_QN: Tensor) -> Tensor:
-        """The rank of the image that is asked about, from 1, ``[Q]``; ties count against it."""
+        """Ranks of the images that are asked about, from 1, ``[Q]``; ties count against them."""
         own_Q1 = scores_QN[range(len(self.numbers)), list(self.numbers)].unsqueeze(1)
         return (scores_QN >= own_Q1).sum(1)
 
     @property
     def top(self) -> int:
-        """How many of the first are looked at: ten, or a tenth of fewer than a hundred."""
+        """The number of first images compared: ten, or a tenth of fewer than a hundred."""
         return max(1, min(TOP, len(next(iter(self.scores.values()))[0]) // 10))
 
 
@@ -102,15 +98,14 @@ class Check:
 
 
 def checks_of(probes: Probes) -> list[Check]:
-    """Every check that the probes suffice for."""
-    found = [_copies(probes, kind) for kind in probes.scores]
-    if probes.halves is not None:
-        found.append(_halves(probes, probes.halves))
-    if probes.shuffled is not None:
-        found.append(_shuffled(probes, probes.shuffled))
-    found += [_groups(probes, kind) for kind in probes.groups]
-    found += [_features(probes, method) for method in probes.features]
-    return found
+    """Make every check that the probes suffice for."""
+    return [
+        *(_copies(probes, kind) for kind in probes.scores),
+        *([] if probes.halves is None else [_halves(probes, probes.halves)]),
+        *([] if probes.shuffled is None else [_shuffled(probes, probes.shuffled)]),
+        *(_groups(probes, kind) for kind in probes.groups),
+        *(_features(probes, method) for method in probes.features),
+    ]
 
 
 def _copies(probes: Probes, kind: str) -> Check:

@@ -1,32 +1,87 @@
-"""Judges scores by retraining: the linear data-modelling score, its interval and ceiling; removals.
+"""Judges scores by networks that were trained anew: linear data-modelling score, removals.
 
 Legend: M parts, S seeds, Q queries, N training examples, K resamples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
+from typing import Any
 
 import torch
 from scipy.special import ndtri, stdtrit
-from torch import Tensor
+from torch import Tensor, nn
 
+from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.agreement import (
     rank_correlations,
     rank_correlations_without_each,
     ranks_beyond_rounding,
 )
+from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.validation.plans import Removal
 from curvlinops_diffusion.runtime.checks import check_count
 
 _UPPER = 0.975  # of a two-sided interval of 95 %
 
 
+def values_of_networks(
+    query: NoisedRegression,
+    networks: Iterable[nn.Module | Mapping[str, Tensor]],
+    *,
+    measurement: Any = "loss",
+) -> Tensor:
+    """Measure the queries under each of several networks, on the same draws.
+
+    The draws are those of ``query``: fixed by its seed, so that values of different networks differ
+    by their weights alone. The network of ``query`` is given each one's weights in turn, and its
+    own back at the end.
+
+    Args:
+        query: The queries, with objective and draws.
+        networks: Networks of the same architecture, or their state dicts; one is used at a time, so
+            that a generator may load them one by one.
+        measurement: As that of :class:`~curvlinops_diffusion.ExampleGradientLinearOperator`.
+
+    Returns:
+        The values, ``[M, Q]``.
+
+    Raises:
+        ValueError: If a network is of another architecture, or there is none.
+
+    Examples:
+        >>> values = values_of_networks(query, [unet, unet.state_dict()])
+        >>> values.shape, bool((values[0] == values[1]).all())
+        (torch.Size([2, 2]), True)
+    """
+    J = ExampleGradientLinearOperator(query, measurement=measurement)
+    model, found = query.objective.model, []
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    for network in networks:
+        state = network.state_dict() if isinstance(network, nn.Module) else network
+        wrong = sorted(own.keys() ^ state.keys())
+        wrong += [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
+        if wrong:
+            raise ValueError(
+                "Networks must have the queries' architecture, got one that differs in "
+                f"{', '.join(wrong[:5])}{', …' if len(wrong) > 5 else ''}."
+            )
+        try:
+            model.load_state_dict(state)
+            found.append(J.values())
+        finally:
+            model.load_state_dict(own)
+    if not found:
+        raise ValueError("`networks` is empty. Pass at least one.")
+    return torch.stack(found)
+
+
 @dataclass(frozen=True, eq=False)
 class CrossedMean:
-    """The mean of a table, under other rows and other columns.
+    """The mean of a table ``[M, Q]``, float64, under other rows and other columns.
 
     An entry is a constant, plus an effect of its row, of its column, and of itself, all independent
     of each other. With the mean squares ``S_M`` of rows' means, ``S_Q`` of columns' and ``S_MQ`` of
@@ -35,11 +90,7 @@ class CrossedMean:
         S_M + S_Q − min(S_MQ, max(S_M, S_Q))
 
     since the noise of single entries is a part of either. Drawing rows and columns together counts
-    it three times (Owen, 2007).
-
-    Attributes:
-        table_MQ: The entries, float64. One column speaks of other rows alone; no columns have the
-            mean NaN.
+    it three times (Owen, 2007). One column speaks of other rows alone; of none the mean is NaN.
     """
 
     table_MQ: Tensor
@@ -50,25 +101,8 @@ class CrossedMean:
         mean = self.table_MQ.mean()
         return mean, self.table_MQ.mean(1) - mean, self.table_MQ.mean(0) - mean
 
-    @cached_property
-    def _variances(self) -> tuple[list[tuple[float, int]], float]:
-        """The mean squares with their degrees of freedom, and the variance of the mean."""
-        mean, rows_M, columns_Q = self._effects
-        (M, Q), rest_MQ = self.table_MQ.shape, self.table_MQ - mean
-        rest_MQ = rest_MQ - rows_M.unsqueeze(1) - columns_Q
-        squares = [
-            (float(z.square().sum()) / (max(freedom, 1) * count), freedom)
-            for z, freedom, count in (
-                (rows_M, M - 1, M),
-                (columns_Q, Q - 1, Q),
-                (rest_MQ, (M - 1) * (Q - 1), M * Q),
-            )
-        ]
-        of_rows, of_columns, of_cells = (square for square, _ in squares)
-        return squares, of_rows + of_columns - min(of_cells, max(of_rows, of_columns))
-
     def resampled(self, count: int, seed: int) -> Tensor:
-        """The mean in ``K`` resamples of rows and of columns, with the variance of the mean.
+        """Resample rows and columns ``K`` times, and spread their means by the mean's variance.
 
         Few rows or columns leave the variance itself uncertain: the spread is wider by as much as
         the quantiles of Student's distribution are than those of the normal one, with the degrees
@@ -83,16 +117,27 @@ class CrossedMean:
         drawn = sum(float(effect.square().mean()) / max(len(effect), 1) for effect in effects)
         if not drawn > 0:  # all entries are the same, or there are none
             return mean.expand(count).clone()
-        squares, variance = self._variances
+        (M, Q), (rows_M, columns_Q) = self.table_MQ.shape, effects
+        rest_MQ = self.table_MQ - mean - rows_M.unsqueeze(1) - columns_Q
+        squares = [
+            (float(z.square().sum()) / (max(freedom, 1) * count), freedom)
+            for z, freedom, count in (
+                (rows_M, M - 1, M),
+                (columns_Q, Q - 1, Q),
+                (rest_MQ, (M - 1) * (Q - 1), M * Q),
+            )
+        ]
+        of_rows, of_columns, of_cells = (square for square, _ in squares)
+        variance = of_rows + of_columns - min(of_cells, max(of_rows, of_columns))
         freedom = variance**2 / sum(square**2 / max(free, 1) for square, free in squares)
         freedom = max(freedom, min(free for _, free in squares if free > 0))
         wider = float(stdtrit(freedom, _UPPER) / ndtri(_UPPER))
         return mean + wider * (variance / drawn) ** 0.5 * total_K
 
     def interval(self, count: int, seed: int, estimate: float) -> tuple[float, float]:
-        """The interval of as many standard deviations of the resamples as hold 95 % of a normal.
+        """An interval of 95 %; extended to the estimate, the mean with its bias, if it ends before.
 
-        Extended to the estimate, the mean with its bias, where it ends before.
+        Of as many standard deviations of the resamples as hold 95 % of a normal distribution.
         """
         mean, *_ = self._effects
         half = float(ndtri(_UPPER)) * float(self.resampled(count, seed).std(correction=0))
@@ -253,7 +298,13 @@ def linear_datamodelling_score(
     _check_finite("scores", scores_QN)
     _check_finite("measured", measured_SMQ)
     check_count("bootstrap", bootstrap)
-    predicted_QM = ranks_beyond_rounding(*_sums_over_left_out(scores_QN, left_out))
+    # a constant in all scores of a query is counted, not added up, so that parts of one size have
+    # the same to the last bit; sums that differ by no more than their rounding error are one
+    common_Q1 = (scores_QN.amin(1, keepdim=True) + scores_QN.amax(1, keepdim=True)) / 2
+    rest_QN, left_out_NM = scores_QN - common_Q1, left_out.double().T
+    sums_QM = rest_QN @ left_out_NM + common_Q1 * left_out_NM.sum(0)
+    rounding_Q = torch.finfo(torch.float64).eps * N**0.5 * rest_QN.abs().sum(1)
+    predicted_QM = ranks_beyond_rounding(sums_QM, rounding_Q)
     measured_QM = measured_SMQ.mean(0).T
     per_query = rank_correlations(predicted_QM, measured_QM)
     compared = torch.stack([predicted_QM, measured_QM])
@@ -265,21 +316,6 @@ def linear_datamodelling_score(
         reliability = 0.0 if agreement <= 0 else S * agreement / (1 + (S - 1) * agreement)
         ceiling = reliability**0.5
     return LinearDatamodellingScore(per_query, compared, bootstrap, seed, agreement, ceiling)
-
-
-def _sums_over_left_out(scores_QN: Tensor, left_out_MN: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of scores over what each part leaves out ``[Q, M]``, and their rounding error ``[Q]``.
-
-    A constant in all scores of a query is counted, not added up, so that parts of one size have the
-    same to the last bit.
-    """
-    left_out_NM = left_out_MN.double().T
-    common_Q1 = (scores_QN.amin(1, keepdim=True) + scores_QN.amax(1, keepdim=True)) / 2
-    rest_QN = scores_QN - common_Q1
-    sums_QM = rest_QN @ left_out_NM + common_Q1 * left_out_NM.sum(0)
-    eps = torch.finfo(torch.float64).eps
-    rounding_Q = eps * len(left_out_NM) ** 0.5 * rest_QN.abs().sum(1)
-    return sums_QM, rounding_Q
 
 
 def agreement_of_seeds(measured: Tensor) -> float:
@@ -347,11 +383,8 @@ def removal_effects(
         without_Q = torch.stack([values_MQ[numbered[r.part], r.number] for r in of_size])
         change_Q = (without_Q - base_Q[queries]) / base_Q[queries].abs()
         error = float(change_Q.std() / len(change_Q) ** 0.5) if len(change_Q) > 1 else None
-        random = [
-            numbered[removal.part]
-            for removal in removals
-            if (removal.chosen_by, removal.size) == (Removal.CONTROL, size)
-        ]
+        controls = (r for r in removals if (r.chosen_by, r.size) == (Removal.CONTROL, size))
+        random = [numbered[removal.part] for removal in controls]
         change_of_random_Q = (values_MQ[random].mean(0) - base_Q) / base_Q.abs()
         control = float(change_of_random_Q.mean()) if random else None
         effects[size] = RemovalEffect(float(change_Q.mean()), error, control)

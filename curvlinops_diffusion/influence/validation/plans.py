@@ -34,12 +34,8 @@ _UNFIT = re.compile(r"[/\\\x00-\x1f]")
 class Removal:
     """A part that leaves out some examples, as its name says.
 
-    The name ends in two numbers, whatever a method is called: so no method's parts are another's.
-
-    Attributes:
-        chosen_by: The method that chose the examples; :attr:`CONTROL` for chance.
-        number: The query that they were chosen for, or the control's number.
-        size: How many there are.
+    The method that chose them, or :attr:`CONTROL`; the number of the query, or of the control; how
+    many there are. Ending in two numbers, no method's parts are another's.
     """
 
     #: The part that leaves out nothing
@@ -225,21 +221,19 @@ class RetrainingPlan:
             raise ValueError(
                 f"`sizes` must be whole numbers from 1 to {N - 1}, each once, got {list(sizes)}."
             )
-        order_QN = scores.argsort(1, descending=True)
-        parts, removed = [Removal.NOTHING], [torch.zeros(0, dtype=torch.long)]
+        order_QN = scores.argsort(1, descending=True).cpu()
+        removed = {Removal.NOTHING: torch.zeros(0, dtype=torch.long)}
         generator = torch.Generator().manual_seed(int(seed))
         for k in allowed:
             for control in range(num_controls):
-                parts.append(Removal(Removal.CONTROL, control, k).part)
-                removed.append(torch.randperm(N, generator=generator)[:k])
-            for q in range(Q):
-                parts.append(Removal(method, q, k).part)
-                removed.append(order_QN[q, :k].cpu())
+                part = Removal(Removal.CONTROL, control, k).part
+                removed[part] = torch.randperm(N, generator=generator)[:k]
+            removed |= {Removal(method, q, k).part: order_QN[q, :k] for q in range(Q)}
         info = {"method": method, "sizes": allowed, "queries": Q, "controls": int(num_controls)}
-        left_out = torch.zeros(len(parts), N, dtype=torch.bool)
-        for out, chosen in zip(left_out, removed, strict=True):
+        left_out = torch.zeros(len(removed), N, dtype=torch.bool)
+        for out, chosen in zip(left_out, removed.values(), strict=True):
             out[chosen] = True
-        return cls(left_out, tuple(parts), "removals", info | {"seed": int(seed)})
+        return cls(left_out, tuple(removed), "removals", info | {"seed": int(seed)})
 
     def save(self, folder: str | PathLike[str], names: Sequence[str] | None = None) -> None:
         """Write the plan, and for each part a text file ``PART.txt`` with what is trained on.

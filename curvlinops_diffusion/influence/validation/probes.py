@@ -57,18 +57,11 @@ def copies_of(
     num_draws: int,
     copies: Mapping[str, Altered] = COPIES,
 ) -> tuple[list[str], NoisedRegression]:
-    """Some training images and altered copies of them, as queries.
+    """Some training images and altered copies of them, as queries of another seed.
 
-    Args:
-        regression: The training images.
-        numbers: The numbers of those that are asked about, in order.
-        num_draws: Draws of each, of another seed than those of the training images.
-        copies: How they are altered. Nothing else than images is, and JPEG knows one channel or
-            three.
-
-    Returns:
-        ``'itself'`` and the names of the copies; all images, first the training images as they are
-        and then each kind of copies, ``[C Q]``.
+    Returns ``'itself'`` and the names of the copies; and all images, first the training images as
+    they are and then each kind of copies, ``[C Q]``. Nothing else than images is altered, and JPEG
+    knows one channel or three.
     """
     own: dict[int, CleanBatch] = {}
     for clean in regression.clean_batches():
@@ -80,9 +73,14 @@ def copies_of(
     if all(len(shape) == 3 for shape in shapes):
         coloured = all(shape[0] in (1, 3) for shape in shapes)
         kinds |= {k: f for k, f in copies.items() if coloured or f is not recompressed}
-    every = [_as_data(alter(clean), regression) for alter in kinds.values() for clean in asked]
-    pairs = regression.with_seed(regression.draws.seed + 1)
     recipe = regression.recipe
+
+    def as_data(clean: CleanBatch) -> dict[str, Any]:
+        mask = {} if clean.mask is None else {str(recipe.loss_mask): clean.mask}
+        return {"x0": clean.x0, **clean.condition, **mask}
+
+    every = [as_data(alter(clean)) for alter in kinds.values() for clean in asked]
+    pairs = regression.with_seed(regression.draws.seed + 1)
     return list(kinds), NoisedRegression(
         regression.objective,
         merged_rows(joined_rows, *every)
@@ -94,11 +92,6 @@ def copies_of(
         loss_mask=recipe.loss_mask,
         batch_size=regression.batch_size or len(asked),
     )
-
-
-def _as_data(clean: CleanBatch, regression: NoisedRegression) -> dict[str, Any]:
-    mask = {} if clean.mask is None else {str(regression.recipe.loss_mask): clean.mask}
-    return {"x0": clean.x0, **clean.condition, **mask}
 
 
 def chosen(num_data: int, count: int, seed: int) -> list[int]:
@@ -113,11 +106,6 @@ def shuffled(model: nn.Module, names: Sequence[str], seed: int) -> Iterator[None
     """Shuffle the entries of each of some parameters, as long as the context is open.
 
     Their sizes stay what training has made them, and what it has learned is gone.
-
-    Args:
-        model: The network.
-        names: Names of its parameters.
-        seed: The seed of the permutations.
     """
     params, generator = dict(model.named_parameters()), torch.Generator().manual_seed(seed)
     own = {name: params[name].detach().clone() for name in names}
