@@ -6,6 +6,7 @@ Legend: Q queries, N training images, k the first of a query's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -114,22 +115,20 @@ class Attribution:
         stored = StoredScores.open(path)
         header = stored.header
         if not all(hasattr(given, "caption") for given in (images, queries)):
-            try:
+            with needs_extra("Reading images"):
                 from curvlinops_diffusion.loading.images import open_images
                 from curvlinops_diffusion.loading.labels import Condition
                 from curvlinops_diffusion.loading.layout import Layout
                 from curvlinops_diffusion.loading.preprocessing import Form
-            except ImportError as error:
-                raise _needs_extra("Reading images", error) from error
-            seen = {"channels": None, "resolution": None, **header.get("form", {})}
-            form = Form(size=None, **seen)
+            form: dict[str, Any] = {"channels": None, "resolution": None, **header.get("form", {})}
             # whatever stands beside images, where the network's condition is not known
             known = header.get("condition")
-            condition: Any = None if known is None else Condition(**known)
+            seen = Form(size=None, **form)
+            condition = None if known is None else Condition(**known)
             beside: dict[str, Any] = {"layout": Layout(**header.get("layout", {}))}
-            images = open_images(images, form, condition, **beside)
+            images = open_images(images, seen, condition, **beside)
             beside |= {"prompts": header.get("prompt")}
-            queries = open_images(queries, form, condition, images, **beside)
+            queries = open_images(queries, seen, condition, images, **beside)
         for gallery, names, what in (
             (images, header["train"], "images"),
             (queries, header["queries"], "queries"),
@@ -194,8 +193,7 @@ class Attribution:
         Raises:
             ValueError: If the images have nothing of that name, or names are not one for each.
         """
-        blocks = self._blocks(by)
-        return [GroupInfluence(*line) for block in blocks for line in lines_of(block)]
+        return [GroupInfluence(*line) for block in self._blocks(by) for line in lines_of(block)]
 
     def to_pandas(self) -> pd.DataFrame:
         """The scores as a table, a row for each method, query and training image.
@@ -303,10 +301,8 @@ class Attribution:
             ValueError: If the examples are no images or not those that were scored, the operator is
                 another, or the page cannot be written.
         """
-        try:
+        with needs_extra("A page"):
             from curvlinops_diffusion.page.report import write_report
-        except ImportError as error:
-            raise _needs_extra("A page", error) from error
         if operator is not None:
             there = {k: v for k, v in read_header(operator)["info"].items() if k != "run"}
             check_same(
@@ -335,5 +331,16 @@ def _whole(scores: Tensor | StoredScores) -> Tensor:
     return scores.whole() if isinstance(scores, StoredScores) else scores
 
 
-def _needs_extra(what: str, error: ImportError) -> ValueError:
-    return ValueError(f"{what} needs {error.name}: pip install 'curvlinops-diffusion[cli]'.")
+@contextmanager
+def needs_extra(what: str) -> Iterator[None]:
+    """Say what to install if a package is missing that something needs.
+
+    Raises:
+        ValueError: If it is.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(
+            f"{what} needs {error.name}: pip install 'curvlinops-diffusion[cli]'."
+        ) from error

@@ -12,14 +12,15 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
+from inspect import signature
 from os import PathLike
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, Self, TypeVar
 
 from torch import distributed
 
-from curvlinops_diffusion.attribution import Attribution
+from curvlinops_diffusion.attribution import Attribution, needs_extra
 from curvlinops_diffusion.curvature.kfac import (
     DiffusionEKFACLinearOperator,
     DiffusionKFACLinearOperator,
@@ -147,7 +148,7 @@ class Attributor:
         )
         self._operator: BlockDiagonalLinearOperator | None = None
         self._open: Callable[..., Any] | None = None  # opens queries as the training images were
-        self._told: dict[str, Any] = {}
+        self._forms: dict[str, Any] = {}  # how images were read, for headers of scores
         self._data = data
         self.regression = NoisedRegression(objective, data, 1, seed, **self._recipe)
         self.images = _gallery(data, self.regression)
@@ -268,7 +269,9 @@ class Attributor:
         else:
             if not hasattr(pipeline, "objective"):  # else a Network, with what the others say
                 of_objective = {k: told[k] for k in _OF_OBJECTIVE}
-                pipeline = _loading().Network.of_pipeline(pipeline, **of_objective)
+                with needs_extra("Reading images"):
+                    from curvlinops_diffusion.loading.network import Network
+                pipeline = Network.of_pipeline(pipeline, **of_objective)
             beside = {k: v for k, v in told.items() if k not in (*_OF_OBJECTIVE, "recipe")}
             found = cls.of_network(pipeline, images, **beside)
         found.settings = lines + found.settings
@@ -299,7 +302,8 @@ class Attributor:
         Raises:
             ValueError: As :meth:`from_pipeline`.
         """
-        open_images = _loading().open_images
+        with needs_extra("Reading images"):
+            from curvlinops_diffusion.loading.images import open_images
         layout = Layout.taken_from(options)
         if isinstance(prompts, str):  # for queries as well
             network, prompts = network.with_prompt(prompts), None
@@ -322,7 +326,8 @@ class Attributor:
         )
 
         def opened(queries: Any, what: str, **beside: Any) -> Any:
-            if _is_same_folder(queries, images):
+            paths = [p for p in (queries, images) if isinstance(p, str | PathLike)]
+            if len(paths) == 2 and Path(paths[0]).resolve() == Path(paths[1]).resolve():
                 advice = (
                     "images like them that training has not seen"
                     if what == "held_out"
@@ -333,7 +338,7 @@ class Attributor:
             return open_images(queries, form, condition, train, layout=layout, **beside)
 
         found._open = opened
-        found._told = {
+        found._forms = {
             "form": form.told,
             "condition": asdict(condition),
             "layout": asdict(layout),
@@ -410,12 +415,6 @@ class Attributor:
             )
         return found
 
-    def _gap(self, unseen: ExampleGradientLinearOperator, passes: PassOptions) -> GeneralisationGap:
-        """Estimate the generalisation gap."""
-        # shown as queries are
-        seen = self._gradients_of(self._data, unseen.regression.num_draws, "loss")
-        return generalisation_gap(seen, unseen, passes)
-
     @property
     def _covered(self) -> Parameters:
         return self.params if self._operator is None else self._operator.param_names
@@ -457,20 +456,19 @@ class Attributor:
         identity: dict[str, Any] = {}
         if path is not None:
             check_file_name(path)
-            covered = {} if self.params is None else {"params": common_list(self._names())}
-            identity = regression.identity({"curvature": curvature, **settings, **covered})
+            if self.params is not None:
+                names = {id(p): name for name, p in self.objective.model.named_parameters()}
+                own = [p if isinstance(p, str) else names.get(id(p), "") for p in self.params]
+                settings |= {"params": common_list(own)}
+            identity = regression.identity({"curvature": curvature, **settings})
             if path.exists() and not overwrite:
                 check_same_run(path, read_header(path)["info"], identity)
                 self._operator = load_operator(path, self.objective.model, passes=self.passes)
                 self._forget(path)
                 return self
         make = OPERATORS[curvature]
-        self._operator = self._going_on(
-            "fit",
-            path,
-            overwrite,
-            lambda passes: make(regression, self.params, passes=passes, **options),
-        )
+        fitted = partial(make, regression, self.params, **options)
+        self._operator = self._going_on("fit", path, overwrite, lambda own: fitted(passes=own))
         if path is not None:
             self._operator.info |= {"identity": identity}
             if hasattr(self.images, "summary"):
@@ -610,37 +608,34 @@ class Attributor:
             check_file_name(path, ".safetensors")
         methods = self.methods(method, measurement, num_draws, held_out)
         # images alone need no curvature; one that is there belongs to the run all the same
-        of_curvature = any(each.takes_draws for each in methods)
-        operator = self.operator if of_curvature else self._operator
+        takes_draws = any(each.takes_draws for each in methods)
+        operator = self.operator if takes_draws else self._operator
         asked_of = self.opened(queries, prompts=prompts, labels=labels)
+        draws = num_draws if query_draws is None else query_draws
         J_train = self.gradients(num_draws=num_draws)
-        J_query = self._gradients_of(
-            asked_of, num_draws if query_draws is None else query_draws, measurement
-        )
-        inversion: dict[str, Any] = {"damping": damping}
-        inversion |= {"relative": True} if relative else {}
-        inversion |= {} if rtol is None else {"rtol": rtol}
-        inverse: Any = None if operator is None else operator.inverse(**inversion)
-        train, query = J_train.regression, J_query.regression
-        unseen = None
+        J_query = self._gradients_of(asked_of, draws, measurement)
+        train, query, unseen = J_train.regression, J_query.regression, None
+        asked: dict[str, Any] = {"damping": damping}
+        asked |= {"relative": True} if relative else {}
+        asked |= {} if rtol is None else {"rtol": rtol}
+        inverse: Any = None if operator is None else operator.inverse(**asked)
+        asked = {"measurement": measurement, **asked}
+        if methods != [Method.INFLUENCE]:
+            asked |= {"method": " ".join(each.value for each in methods), "ridge": ridge}
         if held_out is not None:
             own = self.opened(held_out, what="held_out")
             unseen = self._gradients_of(own, self.regression.draws.rounded_up(GAP_DRAWS), "loss")
-        shown = _gallery(asked_of, query)
-        asked = {"measurement": measurement, **inversion}
-        if methods != [Method.INFLUENCE]:
-            asked |= {"method": " ".join(each.value for each in methods), "ridge": ridge}
-        if unseen is not None:
             asked |= {"held_out": unseen.regression.data_identity()}
         made = {}
-        if operator is not None:
+        if operator is not None:  # where files lay decides nothing
             made = {key: value for key, value in operator.info.items() if key != "run"}
-            inverse.info.pop("run", None)  # where files lay decides nothing
+            inverse.info.pop("run", None)
         identity = {
             "train": train.identity({}),
             "query": query.identity(asked),
             "operator": json.loads(json.dumps(made)),
         }
+        shown = _gallery(asked_of, query)
         if path is not None and is_same_run(path, identity, overwrite):
             self._forget(path)
             loaded = Attribution.load(path, self.images, shown)
@@ -649,16 +644,15 @@ class Attributor:
         if path is not None:
             size = query.num_data * train.num_data * self.objective.working_dtype.itemsize
             check_space(path.parent, 3 * size, "The scores, and those of halves,")
-        halved = can_be_halved(train) and can_be_halved(query)
         # a kernel regression solves a system of all training images
-        in_shards = path is not None and self.passes.sharded and methods == [Method.INFLUENCE]
+        shards = path if self.passes.sharded and methods == [Method.INFLUENCE] else None
 
         header: dict[str, Any] = {
             "train": list(self.images.names),
             "queries": list(shown.names),
             "identity": identity,
             "methods": [each.value for each in methods],
-            **self._told,
+            **self._forms,
             **({"prompt": prompts} if isinstance(prompts, str) else {}),
             **({"run": self.run} if self.run else {}),
         }
@@ -681,32 +675,33 @@ class Attributor:
                 query.num_samples,
             )["values"]
             header["values"] = plain_numbers(values_Q)
-            gap = None if unseen is None else self._gap(unseen, passes)
-            if gap is not None:
+            scale = 1.0
+            if unseen is not None:  # seen are shown as queries are
+                seen = self._gradients_of(self._data, unseen.regression.num_draws, "loss")
+                gap = generalisation_gap(seen, unseen, passes)
                 _warn_if_untold(gap)
                 header["gap"] = asdict(gap)
+                scale = gap.value if gap.is_told else 1.0
             operators = (J_query, inverse, J_train)
             blocks: dict[str, Any] = {"query_block": query_block, "passes": passes}
-            if in_shards:
-                assert path is not None
-                blocks |= {"halves": halved, "header": header}
-                return StoredScores.create(path, *operators, **blocks)
-            scale = gap.value if gap is not None and gap.is_told else 1.0
-            return scores_of(methods, *operators, ridge=ridge, gap=scale, **blocks)
+            if shards is None:
+                return scores_of(methods, *operators, ridge=ridge, gap=scale, **blocks)
+            halved = can_be_halved(train) and can_be_halved(query)
+            return StoredScores.create(shards, *operators, halves=halved, header=header, **blocks)
 
         found = self._going_on("score", path, overwrite, run)
-        if in_shards:
-            assert path is not None
-            self._forget(path)
-            return Attribution.load(path, self.images, shown)
-        halves = {each.value: own for each, (_, own) in found.items()}
-        first = halves[methods[0].value]
-        if first is not None:
-            header |= Agreement.of_halves(first.first, first.second).as_header()
-        by_method = {each.value: scores for each, (scores, _) in found.items()}
-        result = Attribution(by_method, halves, header, self.images, shown)
+        if shards is not None:
+            result = Attribution.load(shards, self.images, shown)
+        else:
+            halves = {each.value: own for each, (_, own) in found.items()}
+            first = halves[methods[0].value]
+            if first is not None:
+                header |= Agreement.of_halves(first.first, first.second).as_header()
+            by_method = {each.value: scores for each, (scores, _) in found.items()}
+            result = Attribution(by_method, halves, header, self.images, shown)
         if path is not None:
-            Processes.of_all().all_or_none(lambda: result.save(path) if first_process else None)
+            if shards is None:
+                Processes.of_all().all_or_none(lambda: result.save(path) if first_process else None)
             self._forget(path)
         return result
 
@@ -732,12 +727,16 @@ class Attributor:
             ValueError: If they are not what the network takes, or are the training images.
         """
         if self._open is not None:
-            is_open = hasattr(queries, "source_digests")
-            if is_open:
+            if hasattr(queries, "source_digests"):  # they are open
                 return queries
             found = self._open(queries, prompts=prompts, labels=labels, what=what)
             if what == "held_out":
-                _check_unseen(found, self.images)
+                known, own = set(self.images.source_digests()), found.source_digests()
+                if seen := [n for n, z in zip(found.names, own, strict=True) if z in known]:
+                    raise ValueError(
+                        f"`held_out` must be images that training has not seen, got {len(seen)} "
+                        f"that are training images, '{seen[0]}' first. Leave them out."
+                    )
             return found
         if prompts is not None or labels is not None:
             raise ValueError(
@@ -746,31 +745,23 @@ class Attributor:
             )
         return queries
 
-    def _names(self) -> list[str]:
-        """The names of the parameters that were passed."""
-        names = {id(p): name for name, p in self.objective.model.named_parameters()}
-        return [p if isinstance(p, str) else names.get(id(p), "") for p in self.params or ()]
-
-    def _checkpoint(self, what: str, output: Path | None) -> Path | None:
-        if self.passes.checkpoint is not None:
-            return Path(self.passes.checkpoint) / what
-        return None if output is None else output.with_name(f"{output.name}.checkpoint")
-
     def _going_on(
         self, what: str, output: Path | None, overwrite: Overwrite, run: Callable[[PassOptions], T]
     ) -> T:
         """Run what goes on from a checkpoint; to overwrite, one of something else is replaced."""
-        passes = replace(self.passes, checkpoint=self._checkpoint(what, output))
+        folder = None if output is None else output.with_name(f"{output.name}.checkpoint")
+        if self.passes.checkpoint is not None:
+            folder = Path(self.passes.checkpoint) / what
+        passes, processes = replace(self.passes, checkpoint=folder), Processes.of_all()
         try:
             return run(passes)
         except OtherCheckpointError:
-            if not overwrite:
+            if folder is None or not overwrite:
                 raise
-        assert passes.checkpoint is not None
-        Processes.of_all().barrier()  # all have refused it: none reads it any more
-        if Processes.of_all().rank == 0:
-            shutil.rmtree(passes.checkpoint)
-        Processes.of_all().barrier()  # none begins before it is gone
+        processes.barrier()  # all have refused it: none reads it any more
+        if processes.rank == 0:
+            shutil.rmtree(folder)
+        processes.barrier()  # none begins before it is gone
         return run(passes)
 
     def _forget(self, output: Path) -> None:
@@ -782,38 +773,12 @@ class Attributor:
 # the keyword arguments of from_pipeline, which checkpoints have in common
 _OF_PIPELINE: Mapping[str, Any] = Attributor.from_pipeline.__func__.__kwdefaults__  # type: ignore[attr-defined]
 # those of them that decide the network and its objective, not the images
-_OF_OBJECTIVE = (
-    *("params", "weighting", "reduction", "condition_dropout"),
-    *("training_arguments", "latent_cache", "autocast"),
-)
+_OF_OBJECTIVE = {"params", *signature(DenoisingObjective.from_pipeline).parameters}
+_OF_OBJECTIVE &= _OF_PIPELINE.keys()
 # those of them that say how images are resized and cropped
 _SIZING = ("resolution", "interpolation", *(k for k in _OF_PIPELINE if k.startswith("bucket")))
-_RECIPE = frozenset(
-    {
-        *("timesteps", "augment", "augmented_conditions", "noise_offset"),
-        *("input_perturbation", "example_weights", "loss_mask", "random_crop"),
-        *("shuffle_captions", "keep_tokens", "tag_dropout"),
-    }
-)
-
-
-def _loading() -> Any:
-    """The room of images and pipelines, which needs the extra ``cli``.
-
-    Raises:
-        ValueError: If a package is missing.
-    """
-    try:
-        from curvlinops_diffusion.loading import images, network
-    except ImportError as error:
-        raise ValueError(
-            f"Reading images needs {error.name}: pip install 'curvlinops-diffusion[cli]'."
-        ) from error
-    return SimpleNamespace(
-        open_images=images.open_images,
-        Network=network.Network,
-        base_of=network.base_of,
-    )
+_RECIPE = signature(NoisedRegression).parameters.keys() - {"objective", "data", "num_draws", "seed"}
+_RECIPE -= {"batch_size", "antithetic", "draws"}
 
 
 def _read(images: Any, pipeline: Any, told: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -821,16 +786,15 @@ def _read(images: Any, pipeline: Any, told: Mapping[str, Any]) -> tuple[dict[str
     found, said = by_data(images, by_hand(told, _OF_PIPELINE), {*_OF_PIPELINE, *_RECIPE})
     lines = [*(f"`{name}={value!r}`, by '{images}'" for name, value in found.items()), *said]
     told, recipe = {**told, **found}, told["recipe"]
-    if hasattr(pipeline, "objective") and recipe not in (None, "none"):
-        raise ValueError(
-            f"`recipe` is of a pipeline, got {recipe!r} for a Network, whose loss is decided. Pass "
-            "the pipeline, or leave it out."
-        )
-    if isinstance(pipeline, list | tuple):  # it is read at each
-        recipe = None
     if recipe not in (None, "none"):
-        found, said = _as_trained(Path(recipe), pipeline, told, images)
-        told, lines = {**told, **found, "recipe": None}, lines + said
+        if hasattr(pipeline, "objective"):
+            raise ValueError(
+                f"`recipe` is of a pipeline, got {recipe!r} for a Network, whose loss is decided. "
+                "Pass the pipeline, or leave it out."
+            )
+        if not isinstance(pipeline, list | tuple):  # else it is read at each
+            found, said = _as_trained(Path(recipe), pipeline, told, images)
+            told, lines = {**told, **found, "recipe": None}, lines + said
     for line in lines:
         log.info(line)
     return told, lines
@@ -840,13 +804,15 @@ def _as_trained(
     recipe: Path, pipeline: Any, told: Mapping[str, Any], images: Any
 ) -> tuple[dict[str, Any], list[str]]:
     """Read a trainer's settings as arguments of :meth:`Attributor.from_pipeline`."""
-    loading, given = _loading(), by_hand(told, _OF_PIPELINE)
+    with needs_extra("Reading images"):
+        from curvlinops_diffusion.loading.network import base_of
+    given = by_hand(told, _OF_PIPELINE)
     given |= {"prompt": given["prompts"]} if "prompts" in given else {}
     # of objects, tensors say, their kind is compared and shown
     values = str | float | int | list | tuple | Mapping
     given = {k: v if isinstance(v, values) else type(v).__name__ for k, v in given.items()}
     known = {*_OF_PIPELINE, *_RECIPE, "snr_gamma", "prompt"}
-    found, lines = by_recipe(recipe, loading.base_of(pipeline), given, known, images)
+    found, lines = by_recipe(recipe, base_of(pipeline), given, known, images)
     if "weighting" in found:
         found["weighting"] = weighting_of(found["weighting"], found.pop("snr_gamma", 5.0))
     return found | ({"prompts": found.pop("prompt")} if "prompt" in found else {}), lines
@@ -861,21 +827,6 @@ def _drawn(regression: NoisedRegression, num_draws: int) -> NoisedRegression:
     return regression.with_draws(num_draws, antithetic=num_draws % 2 == 0)
 
 
-def _check_unseen(held_out: Any, train: Any) -> None:
-    """Check that no held-out image is a training image.
-
-    Raises:
-        ValueError: If one is.
-    """
-    known = set(train.source_digests())
-    digests = zip(held_out.names, held_out.source_digests(), strict=True)
-    if seen := [name for name, digest in digests if digest in known]:
-        raise ValueError(
-            f"`held_out` must be images that training has not seen, got {len(seen)} that are "
-            f"training images, '{seen[0]}' first. Leave them out."
-        )
-
-
 def _warn_if_untold(gap: GeneralisationGap | None) -> None:
     if gap is not None and not gap.is_told:
         warnings.warn(
@@ -884,8 +835,3 @@ def _warn_if_untold(gap: GeneralisationGap | None) -> None:
             "has not seen.",
             stacklevel=3,
         )
-
-
-def _is_same_folder(one: Any, other: Any) -> bool:
-    both = [Path(path) for path in (one, other) if isinstance(path, str | PathLike)]
-    return len(both) == 2 and both[0].resolve() == both[1].resolve()

@@ -5,7 +5,6 @@ Legend: C checkpoints, Q queries, N training images.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -87,14 +86,12 @@ class CheckpointAttributor(Attributor):
         self._folder = None if checkpoint is None else Path(checkpoint)
         # those that are in memory anyway are read once
         self._kept: dict[int, Attributor] = {}
+        last = len(self._sources) - 1
+        self._kept[last] = self._member(last)
+        # what is not of all checkpoints is that of the last
+        vars(self).update(vars(self._kept[last]))
         self.operators: list[BlockDiagonalLinearOperator] = []
         self.runs: list[dict[str, Any]] = [{} for _ in self._sources]
-        self._last = self._member(len(self._sources) - 1)
-        self._kept[len(self._sources) - 1] = self._last
-        self.objective, self.regression = self._last.objective, self._last.regression
-        self.images, self.params = self._last.images, self._last.params
-        self.passes, self.run = self._last.passes, self._last.run
-        self.settings = self._last.settings
 
     def _member(self, c: int) -> Attributor:
         """The attributor of one checkpoint."""
@@ -115,28 +112,9 @@ class CheckpointAttributor(Attributor):
             member.run = self.runs[c]
             yield c, member
 
-    # -----------------------------------------------------------------------------------------
-
-    @property
-    def operator(self) -> BlockDiagonalLinearOperator:
-        """The curvature at the last checkpoint.
-
-        Raises:
-            ValueError: If it was neither fitted nor loaded.
-        """
-        return self._fitted()[-1]
-
-    @operator.setter
-    def operator(self, operator: BlockDiagonalLinearOperator) -> None:
-        raise AttributeError("Every checkpoint has an operator of its own, see `operators`.")
-
-    def gradients(self, queries: Any = None, **options: Any) -> Any:
-        """Gradients at the last checkpoint, as :meth:`Attributor.gradients`."""
-        return self._last.gradients(queries, **options)
-
-    def opened(self, queries: Any, **beside: Any) -> Any:
-        """Open queries for the last checkpoint, as :meth:`Attributor.opened`."""
-        return self._last.opened(queries, **beside)
+    def _take(self, operators: list[BlockDiagonalLinearOperator]) -> Self:
+        self.operators, self.operator = operators, operators[-1]
+        return self
 
     def fit(
         self,
@@ -161,22 +139,21 @@ class CheckpointAttributor(Attributor):
             make_folder(Path(output))
         log.info("%d checkpoints: as many times the work of one", len(self._sources))
         operators: list[BlockDiagonalLinearOperator] = []
-        seen: dict[str, int] = {}
+        seen: list[dict[str, Any]] = []
         for c, member in self._members():
-            weights = json.dumps(member.regression.identity({}), sort_keys=True, default=str)
-            if weights in seen:
+            identity = member.regression.identity({})
+            if identity in seen:
                 raise ValueError(
-                    f"Checkpoints {seen[weights] + 1} and {c + 1} have the same weights. Pass "
-                    "different checkpoints of one training."
+                    f"Checkpoints {seen.index(identity) + 1} and {c + 1} have the same weights. "
+                    "Pass different checkpoints of one training."
                 )
-            seen[weights] = c
+            seen.append(identity)
             file = None if output is None else Path(output) / _file(c)
             told = {**options, "num_draws": num_draws, "output": file}
             operators.append(member.fit(curvature, **told).operator)
-        self.operators = operators
         if output is not None:
             self._forget_more(Path(output))
-        return self
+        return self._take(operators)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Save the curvature of each checkpoint to a folder, see :meth:`load`.
@@ -184,7 +161,7 @@ class CheckpointAttributor(Attributor):
         Raises:
             ValueError: If there is none, or a file cannot be written.
         """
-        folder, operators = Path(path), self._fitted()
+        folder, operators = Path(path), [*self.operators[:-1], self.operator]
         make_folder(folder)
         for c, operator in enumerate(operators):
             operator.save(folder / _file(c))
@@ -216,11 +193,12 @@ class CheckpointAttributor(Attributor):
                 f"'{path}' has the curvature of {saved} checkpoints, got {len(self._sources)} "
                 "pipelines. Pass those that it was fitted to, in the same order."
             )
-        self.operators = [
-            member.with_saved(folder / _file(c), other_data=other_data).operator
-            for c, member in self._members()
-        ]
-        return self
+        return self._take(
+            [
+                member.with_saved(folder / _file(c), other_data=other_data).operator
+                for c, member in self._members()
+            ]
+        )
 
     def score(
         self,
@@ -250,8 +228,8 @@ class CheckpointAttributor(Attributor):
         path = None if output is None else Path(output)
         if path is not None:
             check_file_name(path, ".safetensors")
-        if path is not None and path.exists() and overwrite is not True:
-            check_num_checkpoints(path, len(self._sources))
+            if path.exists() and overwrite is not True:
+                check_num_checkpoints(path, len(self._sources))
         results = []
         for c, member in self._members():
             if self.operators:  # else a member says that it has none, if it needs one
@@ -260,14 +238,8 @@ class CheckpointAttributor(Attributor):
             results.append(member.score(queries, output=file, overwrite=overwrite, **options))
         found, processes = averaged(results), Processes.of_all()
         if path is not None and not is_same_run(path, found.header["identity"], overwrite):
-            first = processes.rank == 0
-            processes.all_or_none(lambda: found.save(path) if first else None)
+            processes.all_or_none(lambda: found.save(path) if processes.rank == 0 else None)
         return found
-
-    def _fitted(self) -> list[BlockDiagonalLinearOperator]:
-        if not self.operators:
-            raise ValueError("There is no curvature yet. Call fit() first, or Attributor.load.")
-        return self.operators
 
 
 def check_num_checkpoints(scores: Path, count: int) -> None:

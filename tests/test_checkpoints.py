@@ -160,7 +160,7 @@ def test_averages_and_scores_of_one_are_not_mixed_up(folder, attributor, tmp_pat
     assert program(folder, tmp_path) == 2
     assert "of 2 checkpoints of the network, got 1. Pass --overwrite" in capsys.readouterr().err
     with pytest.raises(ValueError, match="was made with others: checkpoints"):
-        attributor._last.score(folder / "queries", num_draws=2, output=scores)
+        attributor._kept[1].score(folder / "queries", num_draws=2, output=scores)
     last = Attributor.from_pipeline(loaded(folder, "later"), folder / "train").fit(num_draws=2)
     (tmp_path / "one").mkdir()
     last.score(folder / "queries", num_draws=2, output=tmp_path / "one" / scores.name)

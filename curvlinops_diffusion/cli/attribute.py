@@ -1,4 +1,4 @@
-"""``fit``, ``score``, ``report``, and ``attribute``, which is all three: callers of the library."""
+"""``fit``, ``score``, ``report``, ``attribute``, which is all three, and ``validate check``."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from curvlinops_diffusion.attribution import Attribution
 from curvlinops_diffusion.attributor import Attributor
 from curvlinops_diffusion.checkpoints import CheckpointAttributor, check_num_checkpoints
 from curvlinops_diffusion.cli.cost import COUNTED, MEASURED, Cost, fit_cost, score_cost
-from curvlinops_diffusion.cli.earlier import as_yaml, of_run
+from curvlinops_diffusion.cli.decided import as_yaml, of_run
 from curvlinops_diffusion.cli.network import load_network
 from curvlinops_diffusion.cli.options import (
     ATTRIBUTOR,
+    CHECK,
     FIT,
     KFAC,
     LAYOUT,
     REGRESSION,
     SCORE,
+    SIZING,
     chosen,
-    sizing,
+    picked,
 )
 from curvlinops_diffusion.cli.paths import at_checkpoint
 from curvlinops_diffusion.cli.running import event, is_first, process_group, say
@@ -35,6 +37,8 @@ from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.page.gallery import group_names
 from curvlinops_diffusion.runtime.files import make_folder, write_bytes
 from curvlinops_diffusion.runtime.passes import PassOptions
+from curvlinops_diffusion.runtime.processes import Processes
+from curvlinops_diffusion.validation.checking import SHUFFLED_DRAWS, check
 
 # rows of a table that is written beside a page unasked
 _ROWS = 10_000_000
@@ -48,20 +52,20 @@ def fit(options: Namespace) -> None:
     """
     with opened_attributor(options) as attributor:
         if options.dry_run or options.time:
-            return _print_cost({"": _fit_cost(attributor, options, options.num_draws)})
-        _fit(attributor, options, options.output, options.num_draws)
+            return _print_cost({"": _fit_cost(attributor, options)})
+        _fit(attributor, options, options.output)
 
 
-def _fit_cost(attributor: Attributor, options: Namespace, num_draws: int) -> Cost:
-    kfac = chosen(options, KFAC)
-    return fit_cost(attributor, options.curvature, num_draws, kfac, timed=options.time)
+def _fit_cost(attributor: Attributor, options: Namespace) -> Cost:
+    return fit_cost(
+        attributor, **chosen(options, FIT), options=chosen(options, KFAC), timed=options.time
+    )
 
 
-def _fit(attributor: Attributor, options: Namespace, output: Path, num_draws: int) -> None:
+def _fit(attributor: Attributor, options: Namespace, output: Path) -> None:
     before = _written(output)
-    arguments = {**chosen(options, FIT), **chosen(options, KFAC), "output": output}
-    attributor.fit(**{**arguments, "num_draws": num_draws})
-    operator = attributor.operator
+    arguments = chosen(options, FIT) | chosen(options, KFAC) | {"output": output}
+    operator = attributor.fit(**arguments).operator
     blocks = sum(operator.processes.all_gather(len(operator.blocks)))
     if before and _written(output) == before:
         return say(f"'{output}' was made with the same options; nothing to do")
@@ -103,7 +107,7 @@ def _score(
     attributor: Attributor, asked: dict[str, Any], options: Namespace, output: Path
 ) -> Attribution:
     before = _written(output)
-    found = attributor.score(**{**asked, "output": output, "overwrite": options.overwrite})
+    found = attributor.score(**asked, output=output, overwrite=options.overwrite)
     if before and _written(output) == before:
         say(f"'{output}' was made with the same options; nothing to do")
         return found
@@ -124,11 +128,11 @@ def report(options: Namespace) -> None:
     if is_table:
         check_table(options.output)
     found = Attribution.load(options.scores, options.data, options.queries)
-    if is_table:
-        found.save(options.output, group_by=options.group_by)
-        event("reported", file=str(options.output), bytes=options.output.stat().st_size)
-        return say(f"Wrote {options.output}")
-    _report(found, options, options.output, options.operator)
+    if not is_table:
+        return _report(found, options, options.output, options.operator)
+    found.save(options.output, group_by=options.group_by)
+    event("reported", file=str(options.output), bytes=options.output.stat().st_size)
+    say(f"Wrote {options.output}")
 
 
 def _report(found: Attribution, options: Namespace, output: Path, operator: Path | None) -> None:
@@ -145,16 +149,13 @@ def attribute(options: Namespace) -> None:
     Raises:
         ValueError: If the folder holds another run, or as the three.
     """
-    count = len(options.checkpoints or ()) + 1
+    count, folder = len(options.checkpoints or ()) + 1, options.output
     if count > 1 and len(options.lora or ()) > 1:
         raise ValueError(
             f"--checkpoints stand in place of one adapter, got {len(options.lora)} for --lora. "
             "Pass the latest of one training as --lora, the earlier ones as --checkpoints."
         )
-    folder = options.output
-    scores, page, table = (
-        folder / name for name in ("scores.safetensors", "report.html", "scores.csv")
-    )
+    scores, table = folder / "scores.safetensors", folder / "scores.csv"
     operator = folder / ("operator.safetensors" if count == 1 else "operators")
     if scores.exists() and not options.overwrite:
         check_num_checkpoints(scores, count)
@@ -173,16 +174,14 @@ def attribute(options: Namespace) -> None:
         if distributed.is_initialized():
             distributed.barrier()
         if fits:
-            _fit(attributor, options, operator, options.fit_draws)
-        if not fits:
-            attributor.run = of_run(options)
-        elif isinstance(attributor, CheckpointAttributor):
-            operators = [operator / f"checkpoint{c}.safetensors" for c in range(count)]
-            runs = zip(attributor.runs, operators, strict=True)
-            attributor.runs = [run | {"operator": str(path.absolute())} for run, path in runs]
-            operator = operators[-1]
-        else:
-            attributor.run = of_run(options) | {"operator": str(operator.absolute())}
+            _fit(attributor, options, operator)
+            if isinstance(attributor, CheckpointAttributor):
+                files = [operator / f"checkpoint{c}.safetensors" for c in range(count)]
+                runs = zip(attributor.runs, files, strict=True)
+                attributor.runs = [run | {"operator": str(file.absolute())} for run, file in runs]
+                operator = files[-1]
+            else:
+                attributor.run = of_run(options) | {"operator": str(operator.absolute())}
         found = _score(attributor, asked, options, scores)
     if not is_first():
         return
@@ -196,6 +195,7 @@ def attribute(options: Namespace) -> None:
         told = f"as a table: '{table}'"
     if options.group_by is not None:
         found.save(folder / "groups.csv", group_by=options.group_by)
+    page = folder / "report.html"
     _report(found, options, page, operator if fits else None)
     event("attributed", folder=str(folder))
     say(f"Open '{page}'. Scores: '{scores}'; {told}")
@@ -206,7 +206,7 @@ def _print_costs(
 ) -> None:
     """Print the cost of the curvature, of the scores, and of both at every checkpoint."""
     of = f" of each of {count} checkpoints" if count > 1 else ""
-    fitted = _fit_cost(attributor, options, options.fit_draws)
+    fitted = _fit_cost(attributor, options)
     scored = score_cost(attributor, fit=fitted, timed=options.time, **asked)
     costs = {f"The scores{of}": scored}
     if fits:
@@ -214,6 +214,44 @@ def _print_costs(
     if count > 1:
         costs["In all"] = costs.get("In all", scored).times(count)
     _print_cost(costs)
+
+
+def _print_cost(costs: Mapping[str, Cost]) -> None:
+    """Print costs by their titles, and what they are known by."""
+    if not is_first():
+        return
+    for title, cost in costs.items():
+        print("\n".join([*([title] if title else []), cost.text(), ""]))
+    timed = all(cost.seconds is not None for cost in costs.values())
+    print(MEASURED if timed else COUNTED)
+
+
+def validate_check(options: Namespace) -> None:
+    """Check an operator's scores, print what was found, and write it.
+
+    Raises:
+        ValueError: If something is missing or does not fit together.
+    """
+    # of the commands that run for hours
+    long = {"sharded": False, "checkpoint_every": PassOptions.checkpoint_every}
+    own = Namespace(**vars(options), **long, measurement="loss")
+    with opened_attributor(own, options.operator) as attributor:
+        images, draws = attributor.regression.num_data, options.num_draws
+        asked = 3 * min(options.num_queries, images)
+        scored = (1 + options.shuffle_weights) * (images + asked) * draws
+        fitted = options.shuffle_weights * images * SHUFFLED_DRAWS
+        cost = f"{scored:,} samples forward and backward for scores, {fitted:,} for a curvature"
+        if options.dry_run:
+            if is_first():
+                print(cost)
+            return
+        say(f"Checking: {cost}")
+        found = check(attributor, **(chosen(options, CHECK) | chosen(options, SCORE)))
+        Processes.of_all().all_or_none(lambda: found.save(options.output) if is_first() else None)
+    event("checked", file=str(options.output), **found.as_dict())
+    if is_first():
+        print(found)
+    say(f"Wrote {options.output}")
 
 
 @contextmanager
@@ -230,8 +268,7 @@ def opened_attributor(options: Namespace, operator: Path | None = None) -> Itera
         loaders = [partial(load_network, own, names) for own in runs]
         several = distributed.is_available() and distributed.is_initialized()
         arguments = chosen(options, ATTRIBUTOR) | chosen(options, REGRESSION)
-        arguments |= sizing(options) | {"prior_loss_weight": options.prior_loss_weight}
-        arguments |= {name: getattr(options, name) for name in LAYOUT.split()}
+        arguments |= picked(options, f"{SIZING} {LAYOUT} prior_loss_weight")
         gigabytes = options.max_memory
         arguments["passes"] = PassOptions(
             None,
@@ -255,13 +292,3 @@ def opened_attributor(options: Namespace, operator: Path | None = None) -> Itera
             held_out = getattr(options, "held_out", None)
             attributor.methods(options.method, options.measurement, options.num_draws, held_out)
         yield attributor
-
-
-def _print_cost(costs: Mapping[str, Cost]) -> None:
-    """Print costs by their titles, and what they are known by."""
-    if not is_first():
-        return
-    for title, cost in costs.items():
-        print("\n".join([*([title] if title else []), cost.text(), ""]))
-    timed = all(cost.seconds is not None for cost in costs.values())
-    print(MEASURED if timed else COUNTED)

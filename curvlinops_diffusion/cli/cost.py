@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
@@ -39,7 +39,6 @@ COUNTED = (
     "how long it takes."
 )
 MEASURED = "Counted, and the time estimated from a batch on this machine as it is now."
-# a decomposition of this size is timed; others take the cube of the ratio
 _PROBE = 512
 
 
@@ -104,11 +103,12 @@ class Cost:
 
 def fit_cost(
     attributor: Attributor,
+    *,
     curvature: str,
     num_draws: int,
     options: dict[str, Any],
-    *,
     timed: bool,
+    **others: Any,
 ) -> Cost:
     """Count the cost of :meth:`Attributor.fit` with these arguments, ``timed`` with its time.
 
@@ -145,10 +145,14 @@ def fit_cost(
 
     seconds = None
     if timed:
-        run = _measured(_first_batch(regression), fit)
+        each, once = _measured(_first_batch(regression), fit)
         # a sample of the second pass takes longer (docs/performance.rst)
-        seconds = run.once + run.seconds * (samples + 2 * second)
-        seconds += _decompositions(plan.factor_sizes()) if second else 0.0
+        seconds = once + each * (samples + 2 * second)
+        if second:  # a decomposition is timed; others take the cube of the ratio of sizes
+            matrix, start = torch.randn(_PROBE, _PROBE, dtype=torch.float64), time.perf_counter()
+            eigendecomposition(matrix @ matrix.T, "probe")
+            unit = time.perf_counter() - start
+            seconds += sum(unit * (size / _PROBE) ** 3 for size in plan.factor_sizes())
         seconds *= groups * times / n
     return Cost(
         groups * times * (samples + second),
@@ -197,11 +201,8 @@ def score_cost(
     draws = num_draws if query_draws is None else query_draws
     query = attributor.gradients(queries, num_draws=draws).regression
 
-    def rows(some: NoisedRegression) -> None:
-        list(ExampleGradientLinearOperator(some, params).row_batches())
-
-    def query_rows(some: NoisedRegression) -> None:
-        J = ExampleGradientLinearOperator(some, params, measurement=measurement)
+    def rows(some: NoisedRegression, measured: str = "loss") -> None:
+        J = ExampleGradientLinearOperator(some, params, measurement=measured)
         list(J.row_batches())
 
     n = num_processes()
@@ -236,32 +237,20 @@ def score_cost(
     calls = getattr(MEASUREMENTS[measurement].load(), "calls", 1)
     seconds = None
     if timed:
-        own = _measured(_first_batch(train), rows)
-        queried = _measured(_first_batch(query, 1), query_rows)
-        seconds = own.once + queried.once
-        seconds += (passes[0] * own.seconds + passes[1] * queried.seconds) / n
+        each, once = _measured(_first_batch(train), rows)
+        of_query, once_too = _measured(_first_batch(query, 1), lambda some: rows(some, measurement))
+        seconds = once + once_too + (passes[0] * each + passes[1] * of_query) / n
+    gap = 0
+    if held_out is not None:  # of network and base network; forward alone
+        networks = 2 if adapted_modules(train.objective.model) else 1
+        gap = networks * train.draws.rounded_up(GAP_DRAWS) * (train.num_data + len(held_out))
     return Cost(
-        passes[0]
-        + calls * passes[1]
-        + times * (0 if held_out is None else _of_gap(train, held_out)),
+        passes[0] + calls * passes[1] + times * gap,
         scores,
         scores if attributor.passes.sharded else n * scores,
         P * held * itemsize + curvature_bytes,
         seconds,
     )
-
-
-def _of_gap(train: NoisedRegression, held_out: Any) -> int:
-    """Samples of the generalisation gap, of network and base network; forward alone."""
-    networks = 2 if adapted_modules(train.objective.model) else 1
-    return networks * train.draws.rounded_up(GAP_DRAWS) * (train.num_data + len(held_out))
-
-
-class _Measured(NamedTuple):
-    """Time of a run: of each sample, and once, of trying out the network before the first."""
-
-    seconds: float
-    once: float
 
 
 # draws of a batch in the shorter and in the longer of two runs, whose difference is measured; two,
@@ -271,7 +260,9 @@ _SHORT, _LONG = 2, 4
 
 def _measured(
     problem: Callable[[int], NoisedRegression], run: Callable[[NoisedRegression], Any]
-) -> _Measured:
+) -> tuple[float, float]:
+    """Seconds of each sample; and once, of trying out the network before the first."""
+
     def timed(draws: int) -> float:
         some, start = problem(draws), time.perf_counter()  # each tries out the network
         run(some)
@@ -284,7 +275,7 @@ def _measured(
     num_data = problem(1).num_data
     # a busy machine may take longer for less
     seconds = max(long - short, long / 10) / ((_LONG - _SHORT) * num_data)
-    return _Measured(seconds, max(0.0, short - seconds * _SHORT * num_data))
+    return seconds, max(0.0, short - seconds * _SHORT * num_data)
 
 
 def _first_batch(
@@ -296,14 +287,6 @@ def _first_batch(
     data = {"x0": clean.x0, **clean.condition}
     seed, size = regression.draws.seed, len(clean.indices)
     return lambda draws: NoisedRegression(regression.objective, data, draws, seed, batch_size=size)
-
-
-def _decompositions(sizes: list[int]) -> float:
-    matrix = torch.randn(_PROBE, _PROBE, dtype=torch.float64)
-    start = time.perf_counter()
-    eigendecomposition(matrix @ matrix.T, "probe")
-    unit = time.perf_counter() - start
-    return sum(unit * (n / _PROBE) ** 3 for n in sizes)
 
 
 def _bytes(count: float) -> str:

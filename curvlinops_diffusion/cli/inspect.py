@@ -15,17 +15,7 @@ from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.linalg.operator_files import block_rows, read_header
 
 _NAMES = {"ekfac": "EK-FAC", "kfac": "K-FAC"}
-_INPUTS = (
-    "pipeline",
-    "model",
-    "scheduler",
-    "lora",
-    "checkpoints",
-    "params",
-    "data",
-    "queries",
-    "operator",
-)
+_INPUTS = "pipeline model scheduler lora checkpoints params data queries operator"
 
 
 def inspect(options: Namespace) -> None:
@@ -40,10 +30,7 @@ def inspect(options: Namespace) -> None:
             f"'{path}' is neither an operator's file, .safetensors as fit writes it, nor one of "
             "scores, as score writes it. Pass one of these."
         )
-    if SCORES.holds(path):
-        header, lines = _of_scores(path)
-    else:
-        header, lines = _of_operator(path)
+    header, lines = _of_scores(path) if SCORES.holds(path) else _of_operator(path)
     if options.json:
         return print(json.dumps(header, indent=1))
     width = max(map(len, lines))
@@ -60,10 +47,8 @@ def _of_scores(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     scores_QN = StoredScores.open(path)
     header, (Q, N) = scores_QN.header, scores_QN.shape
     run, identity = header.get("run", {}), header["identity"]
-    least, most = (
-        each([float(end(scores_N)) for scores_N in scores_QN])
-        for each, end in ((min, lambda z: z.min()), (max, lambda z: z.max()))
-    )
+    least = min(float(scores_N.min()) for scores_N in scores_QN)
+    most = max(float(scores_N.max()) for scores_N in scores_QN)
     sides = [identity.get(side, {}) for side in ("train", "query")]
     train, query = (side.get("regression", {}).get("num_draws", "unknown") for side in sides)
     asked = {k: v for k, v in sides[1].items() if k in ("damping", "relative", "rtol")}
@@ -117,7 +102,7 @@ def _of_operator(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _inputs(run: Mapping[str, Any]) -> dict[str, str]:
     """The files and folders that a run was given, by the names of the program's options."""
-    given = {name: run[name] for name in _INPUTS if run.get(name) is not None}
+    given = {name: run[name] for name in _INPUTS.split() if run.get(name) is not None}
     return {k: ", ".join(v) if isinstance(v, list) else str(v) for k, v in given.items()}
 
 
@@ -131,13 +116,10 @@ def _training(run: Mapping[str, Any]) -> str:
 
 
 def _settings(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')}{_value(value)}" for name, value in values.items())
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list):
-        return f" {' '.join(map(str, value))}"
-    return "" if value is True else f" {value}"
+    texts = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in values.items()}
+    return ", ".join(
+        f"{k.replace('_', ' ')} {'' if v is True else v}".strip() for k, v in texts.items()
+    )
 
 
 def _written(path: Path, versions: Mapping[str, str]) -> str:

@@ -16,8 +16,8 @@ import torch
 from diffusers.utils import is_transformers_available
 from diffusers.utils import logging as diffusers_logging
 
+from curvlinops_diffusion.cli.decided import parse_arguments
 from curvlinops_diffusion.cli.paths import check_network
-from curvlinops_diffusion.cli.recipe import parse_arguments
 from curvlinops_diffusion.cli.running import event, num_processes, say
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.weightings import weighting_of
@@ -57,54 +57,59 @@ def load_network(options: Namespace, covered: Sequence[str] = ()) -> Network:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} is not to be had here: {quoted(error)}.") from error
     check_can_load()
-    if options.pipeline is None:
-        network = _of_model(options, arguments, device, objective_options)
+    if options.pipeline is not None:
+        objective_options["text_encoders"] = any(n.startswith(TEXT_ENCODERS) for n in covered)
+    load = _of_model if options.pipeline is None else _of_pipeline
+    objective, pipeline, trained = load(options, arguments, device, objective_options)
+    patterns = getattr(options, "params", None)  # score takes those of the operator
+    network = Network.of(objective, pipeline, patterns, trained)
+    return network.with_prompt(options.prompt)  # for queries as well as training images
+
+
+# an objective, the pipeline that it is of, and the parameters that adapters' files hold
+_Loaded = tuple[DenoisingObjective, Any, list[str] | None]
+
+
+def _of_pipeline(
+    options: Namespace, arguments: Mapping[str, Any], device: str, objective_options: dict[str, Any]
+) -> _Loaded:
+    configs = configs_of(options.pipeline, options.pipeline_config)
+    # the parts that it was saved without, a text encoder say, which loading asks for
+    left_out = {name: None for name, kind in parts_of(configs).items() if kind is None}
+    if options.pipeline.is_file():
+        pipeline = _of_single_file(options, configs, left_out)
     else:
-        configs = configs_of(options.pipeline, options.pipeline_config)
-        # the parts that it was saved without, a text encoder say, which loading asks for
-        left_out = {n: None for n, kind in parts_of(configs).items() if kind is None}
-        if options.pipeline.is_file():
-            pipeline = _of_single_file(options, configs, left_out)
-        else:
-            pipeline = _loaded(diffusers.DiffusionPipeline, options.pipeline, options, **left_out)
-        modules = networks_of(pipeline)
-        for name, part in modules.items():
-            check_loaded(part, part_folder(options.pipeline, name), options.variant)
-        trained = load_adapters(options.lora, modules, pipeline) if options.lora else {}
-        if options.shard_network:
-            _divide(next(iter(modules.values())), device)
-        pipeline.to(device)
-        pipeline.set_progress_bar_config(disable=True)
-        for part in modules.values():
-            part.eval()
-        objective = DenoisingObjective.from_pipeline(
-            pipeline,
-            latent_cache=options.latent_cache,
-            condition_dropout=options.condition_dropout,
-            text_encoders=any(name.startswith(TEXT_ENCODERS) for name in covered),
-            training_arguments=arguments,
-            **objective_options,
-        )
-        if objective.training_arguments:
-            event("training arguments", **objective.training_arguments)
-            say(arguments_text(objective.training_arguments))
-        network = _network(objective, pipeline, options, modules, trained)
-    # for queries as well as training images
-    return network.with_prompt(options.prompt)
+        pipeline = _loaded(diffusers.DiffusionPipeline, options.pipeline, options, **left_out)
+    modules = networks_of(pipeline)
+    for name, part in modules.items():
+        check_loaded(part, part_folder(options.pipeline, name), options.variant)
+    trained = load_adapters(options.lora, modules, pipeline) if options.lora else {}
+    if options.shard_network:
+        _divide(next(iter(modules.values())), device)
+    pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    for part in modules.values():
+        part.eval()
+    objective = DenoisingObjective.from_pipeline(
+        pipeline,
+        latent_cache=options.latent_cache,
+        condition_dropout=options.condition_dropout,
+        training_arguments=arguments,
+        **objective_options,
+    )
+    if objective.training_arguments:
+        event("training arguments", **objective.training_arguments)
+        say(arguments_text(objective.training_arguments))
+    names = names_in(objective.model, modules, trained) if options.lora else None
+    return objective, pipeline, names
 
 
 def _of_model(
     options: Namespace, arguments: Mapping[str, Any], device: str, objective_options: dict[str, Any]
-) -> Network:
-    """A model and its scheduler.
-
-    Raises:
-        ValueError: If it takes what only a pipeline has.
-    """
+) -> _Loaded:
     model = _loaded(diffusers.AutoModel, options.model, options)
     check_loaded(model, options.model, options.variant)
-    modules = {"model": model}
-    trained = load_adapters(options.lora, modules, None) if options.lora else {}
+    trained = load_adapters(options.lora, {"model": model}, None) if options.lora else {}
     embedded = inspect.signature(model.forward).parameters.get("encoder_hidden_states")
     if embedded is not None and embedded.default is embedded.empty:
         raise ValueError(
@@ -121,7 +126,8 @@ def _of_model(
     if options.shard_network:
         _divide(model, device)
     objective = DenoisingObjective(model.to(device).eval(), scheduler, **objective_options)
-    return _network(objective, None, options, modules, trained)
+    names = names_in(objective.model, {"model": model}, trained) if options.lora else None
+    return objective, None, names
 
 
 def arguments_text(arguments: Mapping[str, Any]) -> str:
@@ -131,11 +137,7 @@ def arguments_text(arguments: Mapping[str, Any]) -> str:
 
 
 def _divide(model: torch.nn.Module, device: str) -> None:
-    """Divide the denoiser among processes.
-
-    Raises:
-        ValueError: If there is only one.
-    """
+    """Divide the denoiser among processes."""
     if num_processes() == 1:
         raise ValueError(
             "--shard-network needs several processes, got one. Start them by torchrun "
@@ -145,10 +147,7 @@ def _divide(model: torch.nn.Module, device: str) -> None:
 
 
 def _set_up_logs(quiet: bool) -> None:
-    """Show loading bars unless ``quiet``, and silence the libraries' warnings about weights.
-
-    The program reports wrong weights itself, in one line.
-    """
+    """Show loading bars unless ``quiet``; of wrong weights the program itself tells."""
     diffusers_logging.set_verbosity(logging.CRITICAL)
     libraries = [diffusers_logging]
     if is_transformers_available():
@@ -161,26 +160,8 @@ def _set_up_logs(quiet: bool) -> None:
         (library.disable_progress_bar if quiet else library.enable_progress_bar)()
 
 
-def _network(
-    objective: DenoisingObjective,
-    pipeline: Any,
-    options: Namespace,
-    modules: Mapping[str, torch.nn.Module],
-    trained: Mapping[str, list[str]],
-) -> Network:
-    """Read off network and autoencoder which images and conditions they take."""
-    names = names_in(objective.model, modules, trained) if options.lora else None
-    patterns = getattr(options, "params", None)  # score takes those of the operator
-    return Network.of(objective, pipeline, patterns, names)
-
-
 def _of_single_file(options: Namespace, configs: Path, left_out: Mapping[str, None]) -> Any:
-    """A pipeline of a single file, by diffusers' own loader and a folder that describes it.
-
-    Raises:
-        ValueError: If this kind of pipeline has no such loader, or the file lacks weights or has
-            others.
-    """
+    """A pipeline of a single file, by diffusers' own loader and a folder that describes it."""
     name = json.loads((configs / "model_index.json").read_text())["_class_name"]
     load = getattr(getattr(diffusers, str(name), None), "from_single_file", None)
     if load is None:

@@ -171,89 +171,99 @@ LAYOUT = (
 # options of the library: where they are, how they are written where the signature does not say it,
 # and what they are where a command line has less of it
 _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("params", "training_arguments"), (PIPELINE, list[str])),
-    **dict.fromkeys(("reduction", "condition_dropout", "resolution"), (PIPELINE,)),
-    "prior_loss_weight": (PIPELINE,),
-    **dict.fromkeys(("bucket_step", "bucket_min", "bucket_max"), (PIPELINE,)),
-    **dict.fromkeys(("bucket_no_upscale", "interpolation"), (PIPELINE,)),
-    "buckets": (
-        PIPELINE,
-        bool | str,
-        "The aspect buckets that images are resized and cropped to: --buckets alone for those of "
-        "kohya's scripts, square for the one that they have without; heights and widths, "
-        "'672,1568;…', as --aspect_ratio_buckets of diffusers' scripts, auto for their "
-        "--use_aspect_ratio_buckets; onetrainer or ai-toolkit for theirs. Batches are of one "
-        "bucket each.",
-    ),
-    "autocast": (PIPELINE, Literal["bfloat16", "float16"]),
-    "latent_cache": (PIPELINE, Path),
-    "weighting": (
-        PIPELINE,
-        Literal["min-snr", "debiased", "cosmap", "inverse-variance", "preconditioned"],
-        "How training weighted noise levels; by default all alike. The scripts of Stable Diffusion "
-        "3 do it as preconditioned.",
-    ),
-    **dict.fromkeys(LAYOUT.split(), (PIPELINE,)),
-    "recipe": (
-        PIPELINE,
-        str,
-        "The adapter's file or folder, or the config of its trainer (kohya's scripts, diffusers', "
-        "OneTrainer, ai-toolkit, SimpleTuner), of which the options are read that are not given; "
-        "by default that of --lora. none reads none.",
-    ),
-    "prompt": (
-        f"{PIPELINE} prompts",
-        str,
-        "The prompt of all images that have none of their own, queries included.",
-    ),
-    "snr_gamma": ("diffusion.weightings:MinSNRWeighting gamma",),
-    "timesteps": (
-        REGRESSION,
-        str,
-        "How training drew timesteps: stratified or uniform, perhaps of some levels "
-        "(uniform:LOW:END), or logit-normal (logit-normal:MEAN:STD, from data to noise).",
-    ),
-    "augment": (REGRESSION, Literal["flip"], "The augmentation that training used."),
-    **dict.fromkeys(("noise_offset", "input_perturbation", "tag_dropout"), (REGRESSION,)),
-    **dict.fromkeys(("random_crop", "shuffle_captions"), (REGRESSION,)),
-    "keep_tokens": (
-        REGRESSION,
-        int,
-        "Tags at the beginning of captions that are neither moved nor left out.",
-    ),
-    **dict.fromkeys(("seed", "batch_size"), (ATTRIBUTOR,)),
-    **dict.fromkeys(("curvature", "num_draws", "overwrite"), (FIT,)),
-    "fit_draws": (f"{FIT} num_draws", None, "Draws for each image of the fit."),
-    "method": (SCORE, list[Literal["influence", "regression", "pixels", "latents"]]),
-    "held_out": (SCORE, Path),
-    **dict.fromkeys(("damping", "relative", "rtol", "ridge", "query_block"), (SCORE,)),
-    **dict.fromkeys(("max_draws", "query_draws"), (SCORE,)),
-    "other_data": (LOAD,),
-    "last": ("loading.epochs:adapters_by_step", int),
-    "top": (REPORT,),
-    "group_by": (
-        REPORT,
-        str,
-        "What groups of training images do to each query is shown, too: by folder, by class, or by "
-        "a column of their metadata.",
-    ),
-    "bootstrap": (JUDGE, None, "Resamples for intervals."),
-    **dict.fromkeys(("num_parts", "fraction"), (PLAN,)),
-    **dict.fromkeys(("num_queries", "shuffle_weights"), (CHECK,)),
-    "checkpoint_every": (PASSES,),
-    "sharded": (
-        PASSES,
-        bool,
-        "Each process of torchrun keeps the blocks of some layers only, and writes a file of its "
-        "own of them, and of the scores of the images that it has seen.",
-    ),
-    "max_memory": (
-        PASSES,
-        float,
-        "Gigabytes that factors may take beside the network and a training pass; where they are "
-        "more, layers are fitted in groups, each by passes of its own.",
-    ),
-    "timeout": ("cli.running:process_group",),
+    name: tuple(entry)
+    for names, *entry in (
+        ("params training_arguments", PIPELINE, list[str]),
+        (f"{LAYOUT} {SIZING} reduction condition_dropout prior_loss_weight", PIPELINE),
+        (
+            "buckets",
+            PIPELINE,
+            bool | str,
+            "The aspect buckets that images are resized and cropped to: --buckets alone for those "
+            "of kohya's scripts, square for the one that they have without; heights and widths, "
+            "'672,1568;…', as --aspect_ratio_buckets of diffusers' scripts, auto for their "
+            "--use_aspect_ratio_buckets; onetrainer or ai-toolkit for theirs. Batches are of one "
+            "bucket each.",
+        ),
+        ("autocast", PIPELINE, Literal["bfloat16", "float16"]),
+        ("latent_cache", PIPELINE, Path),
+        (
+            "weighting",
+            PIPELINE,
+            Literal["min-snr", "debiased", "cosmap", "inverse-variance", "preconditioned"],
+            "How training weighted noise levels; by default all alike. The scripts of Stable "
+            "Diffusion 3 do it as preconditioned.",
+        ),
+        (
+            "recipe",
+            PIPELINE,
+            str,
+            "The adapter's file or folder, or the config of its trainer (kohya's scripts, "
+            "diffusers', OneTrainer, ai-toolkit, SimpleTuner), of which the options are read that "
+            "are not given; by default that of --lora. none reads none.",
+        ),
+        (
+            "prompt",
+            f"{PIPELINE} prompts",
+            str,
+            "The prompt of all images that have none of their own, queries included.",
+        ),
+        ("snr_gamma", "diffusion.weightings:MinSNRWeighting gamma"),
+        (
+            "timesteps",
+            REGRESSION,
+            str,
+            "How training drew timesteps: stratified or uniform, perhaps of some levels "
+            "(uniform:LOW:END), or logit-normal (logit-normal:MEAN:STD, from data to noise).",
+        ),
+        ("augment", REGRESSION, Literal["flip"], "The augmentation that training used."),
+        (
+            "noise_offset input_perturbation tag_dropout random_crop shuffle_captions",
+            REGRESSION,
+        ),
+        (
+            "keep_tokens",
+            REGRESSION,
+            int,
+            "Tags at the beginning of captions that are neither moved nor left out.",
+        ),
+        ("seed batch_size", ATTRIBUTOR),
+        ("curvature num_draws overwrite", FIT),
+        ("fit_draws", f"{FIT} num_draws", None, "Draws for each image of the fit."),
+        ("method", SCORE, list[Literal["influence", "regression", "pixels", "latents"]]),
+        ("held_out", SCORE, Path),
+        ("damping relative rtol ridge query_block max_draws query_draws", SCORE),
+        ("other_data", LOAD),
+        ("last", "loading.epochs:adapters_by_step", int),
+        ("top", REPORT),
+        (
+            "group_by",
+            REPORT,
+            str,
+            "What groups of training images do to each query is shown, too: by folder, by class, "
+            "or by a column of their metadata.",
+        ),
+        ("bootstrap", JUDGE, None, "Resamples for intervals."),
+        ("num_parts fraction", PLAN),
+        ("num_queries shuffle_weights", CHECK),
+        ("checkpoint_every", PASSES),
+        (
+            "sharded",
+            PASSES,
+            bool,
+            "Each process of torchrun keeps the blocks of some layers only, and writes a file of "
+            "its own of them, and of the scores of the images that it has seen.",
+        ),
+        (
+            "max_memory",
+            PASSES,
+            float,
+            "Gigabytes that factors may take beside the network and a training pass; where they "
+            "are more, layers are fitted in groups, each by passes of its own.",
+        ),
+        ("timeout", "cli.running:process_group"),
+    )
+    for name in names.split()
 }
 
 
@@ -298,8 +308,6 @@ TRAINING = (
     f"{SIZING} prior_loss_weight prompt {LAYOUT} seed recipe"
 )
 _RUN = "batch_size sharded max_memory checkpoint_every timeout overwrite dry_run log quiet debug"
-
-
 _JUDGED = (
     "Files that score wrote for the same queries, each perhaps as name=file; differences are to "
     "the first."
@@ -318,12 +326,11 @@ def commands() -> dict[str, Command]:
     # of a command that computes nothing long
     short = {last: _options("overwrite log quiet debug")}
     curvature = _options(" ".join(["params curvature", *parameters(KFAC)]))
-    scored = (
-        "method held_out measurement damping relative rtol ridge "
-        "num_draws max_draws query_draws query_block"
+    scores = _options(
+        "method held_out measurement damping relative rtol ridge num_draws max_draws query_draws "
+        "query_block",
+        num_draws=SCORE,
     )
-    scores = _options(f"{scored} query_block", num_draws=SCORE)
-    draws = {"num_draws": FIT}
     return {
         "attribute": Command(
             "Fit, score and report: which training images made each query?",
@@ -341,7 +348,7 @@ def commands() -> dict[str, Command]:
             "Fit K-FAC or EK-FAC to training images.",
             {
                 first: _options("data! output!", output="The file to write, .safetensors."),
-                "The curvature": {**_options("num_draws", **draws), **curvature},
+                "The curvature": {**_options("num_draws"), **curvature},
                 **common,
             },
         ),
@@ -389,7 +396,7 @@ def commands() -> dict[str, Command]:
                 "The checks": {
                     "method": Option(
                         Literal["influence", "regression"],
-                        "influence",
+                        parameters(CHECK)["method"].default,
                         "The method that is checked, one at a time.",
                         (CHECK, "method"),
                     ),
@@ -454,13 +461,12 @@ def options_of(name: str, **given: Any) -> Namespace:
     Raises:
         ValueError: If a number is out of range.
     """
-    known = commands()[name].options
-    found = {
-        key: None if option.default is REQUIRED else option.default for key, option in known.items()
-    }
-    options = Namespace(command=name, **(found | given))
-    for key, option in known.items():
+    options = Namespace(command=name)
+    for key, option in commands()[name].options.items():
+        usual = None if option.default is REQUIRED else option.default
+        setattr(options, key, given.pop(key, usual))
         _check(key, option.type, getattr(options, key))
+    vars(options).update(given)
     return options
 
 
@@ -496,23 +502,20 @@ def _check(name: str, kind: Any, value: Any) -> None:
         raise ValueError(f"{flag(name)} must be a finite number of at least 0, got {value}.")
 
 
-def chosen(options: Namespace, where: str, **renamed: str) -> dict[str, Any]:
+def chosen(options: Namespace, where: str) -> dict[str, Any]:
     """The arguments of a function of the library, by their names there.
 
     Args:
         options: The options of a command.
         where: The function, as :func:`~curvlinops_diffusion.cli.signatures.parameters` takes it.
-        renamed: Options that have another name than the argument.
     """
-    known = commands()[options.command].options
-    found = {
+    return {
         option.source[1]: getattr(options, key)
-        for key, option in known.items()
+        for key, option in commands()[options.command].options.items()
         if option.source is not None and option.source[0] == where
     }
-    return found | {key: getattr(options, own) for key, own in renamed.items()}
 
 
-def sizing(options: Namespace) -> dict[str, Any]:
-    """The options that say how images are resized and cropped."""
-    return {name: getattr(options, name) for name in SIZING.split()}
+def picked(options: Namespace, names: str) -> dict[str, Any]:
+    """Some of the options, by name."""
+    return {name: getattr(options, name) for name in names.split()}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import os
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from curvlinops_diffusion.cli.options import flag
 from curvlinops_diffusion.cli.running import say
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.linalg.operator_files import OPERATOR, read_header
@@ -74,20 +75,20 @@ def check_paths(options: Namespace) -> None:
             check_network(at_checkpoint(options, path))
     for name in ("data", "queries", "held_out"):
         if given.get(name) is not None:
-            flag = f"--{name.replace('_', '-')}"
-            check_images(check_exists(given[name], flag, f"{ACCEPTED}, as {flag}."))
+            check_images(check_exists(given[name], flag(name), f"{ACCEPTED}, as {flag(name)}."))
     for name, (advice, header) in _FOLDERS.items():
         if given.get(name) is not None:
             _check_folder(given[name], name, advice, header)
     for name, path in _inputs(given):
-        if name == "--operator":
-            check_exists(path, name, "Make it by curvlinops-diffusion fit.")
-            _check_shards(path, read_header(path))
-        elif name == "--scores":
-            check_exists(path, name, "Make it by curvlinops-diffusion score.")
-            _check_shards(path, SCORES.read_header(path))
-        elif name == "--measured":
-            check_exists(path, name, "Make it by curvlinops-diffusion validate measure.")
+        made = {"--operator": "fit", "--scores": "score", "--measured": "validate measure"}.get(
+            name
+        )
+        if made is not None:
+            check_exists(path, name, f"Make it by curvlinops-diffusion {made}.")
+            if name != "--measured":
+                _check_shards(
+                    path, read_header(path) if made == "fit" else SCORES.read_header(path)
+                )
 
 
 def find_paths(options: Namespace) -> None:
@@ -111,8 +112,7 @@ def find_paths(options: Namespace) -> None:
     latest, earlier = [], []
     for text in given.get("lora") or ():
         named, path = named_path(text)
-        path = on_hub(str(path), "adapter", _check_some_adapter)
-        steps = adapters_by_step(path, None)
+        path, steps = _steps(str(path))
         taken = steps[-given.get("last", 1) :]
         if len(steps) > 1:
             others = ", ".join(f"'{step.name}'" for step in taken[:-1])
@@ -121,10 +121,10 @@ def find_paths(options: Namespace) -> None:
         latest.append(f"{named}={taken[-1]}" if named else str(taken[-1]))
         earlier += [str(step) for step in taken[:-1]]
     if given.get("lora"):
-        checkpoints = [s for text in given.get("checkpoints") or () for s in _steps(text, latest)]
-        given["lora"], own = latest, [*checkpoints, *earlier]
+        given["lora"] = latest
         if "checkpoints" in given:
-            given["checkpoints"] = own or None
+            own = [str(step) for text in given["checkpoints"] or () for step in _steps(text)[1]]
+            given["checkpoints"] = [*(s for s in own if s not in latest), *earlier] or None
     if given.get("last", 1) > 1:
         if not earlier:
             raise ValueError(
@@ -134,10 +134,10 @@ def find_paths(options: Namespace) -> None:
         given["last"] = 1  # they are among the checkpoints now
 
 
-def _steps(text: str, latest: Sequence[str]) -> list[str]:
-    """An earlier adapter; or those of a folder of several, but for the latest."""
+def _steps(text: str) -> tuple[Path, list[Path]]:
+    """An adapter's path, and the adapters of a training that it holds, the latest last."""
     path = on_hub(text, "adapter", _check_some_adapter)
-    return [str(step) for step in adapters_by_step(path, None) if str(step) not in latest]
+    return path, adapters_by_step(path, None)
 
 
 def _check_some_adapter(path: Path) -> None:
@@ -148,12 +148,7 @@ def _check_some_adapter(path: Path) -> None:
 def _check_output(
     path: Path, suffixes: tuple[str, ...], kind: str | None, given: dict[str, Any]
 ) -> None:
-    """Check, before anything is computed, that a file can be written.
-
-    Raises:
-        ValueError: If it has another suffix, is a folder, is in none that can be written to, is
-            what the command reads, or is a file of weights or of another command.
-    """
+    """Check that a file can be written, and neither is read nor one of weights or another kind."""
     try:
         there = path.exists()
         for option, read in _inputs(given):
@@ -214,10 +209,7 @@ def _inputs(given: dict[str, Any]) -> Iterator[tuple[str, Path]]:
         value = given.get(name)
         for each in value if isinstance(value, list) else [value]:
             if each is not None:
-                yield (
-                    f"--{name.replace('_', '-')}",
-                    each if isinstance(each, Path) else named_path(each)[1],
-                )
+                yield flag(name), each if isinstance(each, Path) else named_path(each)[1]
 
 
 def check_network(options: Namespace) -> None:

@@ -9,7 +9,7 @@ import time
 import traceback
 import warnings
 from argparse import SUPPRESS
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 from itertools import pairwise
@@ -19,10 +19,9 @@ from typing import Any, get_args
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from curvlinops_diffusion.cli import lacking
-from curvlinops_diffusion.cli.earlier import completed
-from curvlinops_diffusion.cli.options import Command, Option, commands, flag, in_flags
+from curvlinops_diffusion.cli.decided import completed, read_recipe
+from curvlinops_diffusion.cli.options import Option, commands, flag, in_flags
 from curvlinops_diffusion.cli.paths import check_paths, find_paths
-from curvlinops_diffusion.cli.recipe import read_recipe
 from curvlinops_diffusion.cli.running import event, say, start_log
 from curvlinops_diffusion.cli.signatures import REQUIRED
 from curvlinops_diffusion.cli.words import spelled
@@ -31,9 +30,8 @@ from curvlinops_diffusion.linalg.operator_files import OPERATOR
 # the module of each command, in which it is the function of its name; imported when it is run: help
 # and refusals need not wait for PyTorch
 _MODULES = {
-    **dict.fromkeys(("attribute", "fit", "score", "report"), "attribute"),
+    **dict.fromkeys(("attribute", "fit", "score", "report", "validate-check"), "attribute"),
     "inspect": "inspect",
-    "validate-check": "check",
     **dict.fromkeys(("validate-plan", "validate-measure", "validate-judge"), "validate"),
 }
 # what may stand as two words
@@ -51,9 +49,14 @@ def parser(only: str | None = None) -> ArgumentParser:
     )
     below = top.add_subcommands(required=True, dest="command")
     for name, command in commands().items():
+        known = command.options.items()
+        shown = [(k, o) for k, o in known if o.default is REQUIRED or (k, name) in _SHOWN]
+        needed = " ".join(
+            f"{flag(k)} {_metavar(k, o)}" if k != "file" else "FILE" for k, o in shown
+        )
         own = ArgumentParser(
             description=command.title,
-            usage=_usage(name, command),
+            usage=f"curvlinops-diffusion {name.replace('-', ' ')} {needed} [options]",
             exit_on_error=False,
             formatter_class=_Help,
         )
@@ -75,14 +78,6 @@ class _Help(DefaultHelpFormatter):
         if without or not action.option_strings:
             return text
         return f"{text} [{action.default}]"
-
-
-def _usage(name: str, command: Command) -> str:
-    """The flags that a command needs."""
-    known = command.options.items()
-    shown = [(k, o) for k, o in known if o.default is REQUIRED or (k, name) in _SHOWN]
-    words = ["FILE" if k == "file" else f"{flag(k)} {_metavar(k, o)}" for k, o in shown]
-    return f"curvlinops-diffusion {name.replace('-', ' ')} {' '.join(words)} [options]"
 
 
 # what most need, though there is another way
@@ -159,7 +154,11 @@ def run(arguments: Sequence[str]) -> int:
             find_paths(options)
             check_paths(options)
             read_recipe(options, given)
-            _command(name)(options)
+            try:
+                module = import_module(f"curvlinops_diffusion.cli.{_MODULES[name]}")
+            except ModuleNotFoundError as error:
+                raise ValueError(lacking(error)) from error
+            getattr(module, name.replace("-", "_"))(options)
     except KeyboardInterrupt:
         say("interrupted; start again with the same options to go on")
         event("interrupted")
@@ -181,33 +180,15 @@ def run(arguments: Sequence[str]) -> int:
 def _of_validate() -> str:
     """The help of the commands that begin with the same word."""
     known = commands()
-    lines = [
+    lines = "\n".join(
         f"  validate {second:8}  {known[f'{first}-{second}'].title}" for first, second in _PAIRS
-    ]
-    return "\n".join(
-        [
-            "usage: curvlinops-diffusion validate {check,plan,measure,judge} [options]\n",
-            "How far are scores to be trusted? check looks for faults, in minutes and without "
-            "training.\nThe others ask whether scores predict what happens to networks that are "
-            "trained without some images.\n",
-            *lines,
-            "\nAfter each of them, --help lists its options.",
-        ]
     )
-
-
-def _command(name: str) -> Callable[[Any], None]:
-    """The function that a command is.
-
-    Raises:
-        ValueError: If a package is missing that it needs.
-    """
-    try:
-        module = import_module(f"curvlinops_diffusion.cli.{_MODULES[name]}")
-    except ModuleNotFoundError as error:
-        raise ValueError(lacking(error)) from error
-    command: Callable[[Any], None] = getattr(module, name.replace("-", "_"))
-    return command
+    return (
+        "usage: curvlinops-diffusion validate {check,plan,measure,judge} [options]\n\n"
+        "How far are scores to be trusted? check looks for faults, in minutes and without "
+        "training.\nThe others ask whether scores predict what happens to networks that are "
+        f"trained without some images.\n\n{lines}\n\nAfter each of them, --help lists its options."
+    )
 
 
 def understood(words: list[str]) -> tuple[str, dict[str, Any]]:
@@ -217,11 +198,10 @@ def understood(words: list[str]) -> tuple[str, dict[str, Any]]:
         ValueError: If there is no such command or option, or an option is of another kind.
     """
     try:
-        if words and words[0] in _MODULES:
+        if words[0] in _MODULES:
             words = [words[0], *spelled(words[1:], commands()[words[0]].options)]
-        parsed = parser(words[0] if words[:1] and words[0] in _MODULES else None).parse_args(
-            words, defaults=False
-        )
+        only = words[0] if words[0] in _MODULES else None
+        parsed = parser(only).parse_args(words, defaults=False)
         known, chosen = commands()[parsed.command].options, vars(parsed[parsed.command])
         given = {key: value for key, value in chosen.items() if key in known and value is not None}
         return parsed.command, given
@@ -230,10 +210,12 @@ def understood(words: list[str]) -> tuple[str, dict[str, Any]]:
         event("start", words=words)
         if isinstance(error, ValueError):
             raise
-        about = [words[0]] if words and words[0] in _MODULES else []
-        shown = " ".join(["curvlinops-diffusion", *about, "--help"])
-        meant = _meant(words)
-        raise ValueError(f"{_plain(str(error))}. {meant}'{shown}' shows what there is.") from error
+        shown = f"curvlinops-diffusion {words[0]} --help"
+        if words[0] not in _MODULES:
+            shown = "curvlinops-diffusion --help"
+        raise ValueError(
+            f"{_plain(str(error))}. {_meant(words)}'{shown}' shows what there is."
+        ) from error
 
 
 def _meant(words: list[str]) -> str:

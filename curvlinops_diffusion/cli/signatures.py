@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, get_type_hints
 
 import docstring_parser
 
@@ -50,53 +51,35 @@ def parameters(where: str) -> dict[str, Parameter]:
     described = around if name == "__init__" else node
     parsed = docstring_parser.parse(ast.get_docstring(described) or "")
     texts = {entry.arg_name: _plain(entry.description or "") for entry in parsed.params}
-    return {
-        key: Parameter(*_type_and_default(module, annotation, default), texts.get(key, ""))
-        for key, annotation, default in _declared(node)
-    }
-
-
-def _declared(node: Any) -> list[tuple[str, Any, Any]]:
-    """Names, annotations and defaults."""
     if isinstance(node, ast.ClassDef):
         fields = [entry for entry in node.body if isinstance(entry, ast.AnnAssign)]
-        return [(ast.unparse(field.target), field.annotation, field.value) for field in fields]
-    own = node.args
-    missing = [None] * (len(own.args) - len(own.defaults))
-    defaults = [*missing, *own.defaults, *own.kw_defaults]
-    every = zip([*own.args, *own.kwonlyargs], defaults, strict=True)
-    return [(each.arg, each.annotation, default) for each, default in every]
+        declared = [(ast.unparse(each.target), each.annotation, each.value) for each in fields]
+    else:
+        every = [*node.args.args, *node.args.kwonlyargs]
+        defaults = [*node.args.defaults, *node.args.kw_defaults]
+        defaults = [None] * (len(every) - len(defaults)) + defaults
+        declared = [(e.arg, e.annotation, z) for e, z in zip(every, defaults, strict=True)]
+    return {
+        key: Parameter(*_type_and_default(module, annotation, default), texts.get(key, ""))
+        for key, annotation, default in declared
+    }
 
 
 def _type_and_default(module: str, annotation: Any, default: Any) -> tuple[Any, Any]:
     if default is None:
         return None, REQUIRED
-    members = _members(module, default)
-    if members is not None:
+    if isinstance(default, ast.Attribute):  # of an enumeration, as far as plain parameters go
+        members = _members(module, ast.unparse(default.value))
         return Literal[tuple(members.values())], members[default.attr]
-    kind = _type(annotation)
     try:
-        return kind, _value(module, default)
+        value = _value(module, default)
     except ValueError:  # of an object, which no command line has
         return None, REQUIRED
-
-
-_PLAIN_TYPES = {kind.__name__: kind for kind in (bool, float, int, str, Path)}
-
-
-def _type(node: Any) -> Any:
-    """The type that an annotation of plain types is; ``None`` for any other."""
-    if isinstance(node, ast.Constant) and node.value is None:
-        return type(None)
-    if isinstance(node, ast.Name):
-        return _PLAIN_TYPES.get(node.id)
-    if isinstance(node, ast.BinOp):
-        left, right = _type(node.left), _type(node.right)
-        return None if left is None or right is None else left | right
-    if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal":
-        values = ast.literal_eval(node.slice)
-        return Literal[values]
-    return None
+    plain = SimpleNamespace(__annotations__={"it": ast.unparse(annotation)})
+    try:
+        return get_type_hints(plain, {"Literal": Literal, "Path": Path})["it"], value
+    except NameError:  # more than plain types
+        return None, value
 
 
 def _value(module: str, node: Any) -> Any:
@@ -110,13 +93,11 @@ def _value(module: str, node: Any) -> Any:
     return _value(_imported_from(own, node.id), node)
 
 
-def _members(module: str, node: Any) -> dict[str, Any] | None:
-    """The members of the enumeration that a default is one of; ``None`` if it is of none."""
-    if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):
-        return None
-    own, name = _module(module), node.value.id
+def _members(module: str, name: str) -> dict[str, Any]:
+    """Members of the enumeration of a name in a module, or where that imports it from."""
+    own = _module(module)
     if not any(getattr(entry, "name", None) == name for entry in own.body):
-        return _members(_imported_from(own, name), node)
+        return _members(_imported_from(own, name), name)
     members = [entry for entry in _named(own, name).body if isinstance(entry, ast.Assign)]
     return {ast.unparse(e.targets[0]): ast.literal_eval(e.value) for e in members}
 

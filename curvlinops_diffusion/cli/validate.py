@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from argparse import Namespace
+from functools import partial
 from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from curvlinops_diffusion.cli.network import load_network
-from curvlinops_diffusion.cli.options import PLAN, REGRESSION, chosen, sizing
+from curvlinops_diffusion.cli.options import LAYOUT, PLAN, REGRESSION, SIZING, chosen, picked
 from curvlinops_diffusion.cli.running import event, say
 from curvlinops_diffusion.diffusion.regression import OF_TRAINING, NoisedRegression
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
@@ -33,7 +34,7 @@ from curvlinops_diffusion.loading.layout import Layout
 from curvlinops_diffusion.loading.named_images import NamedImages
 from curvlinops_diffusion.loading.preprocessing import Form
 from curvlinops_diffusion.page.figures import intervals
-from curvlinops_diffusion.page.plain import number_text, plain_page
+from curvlinops_diffusion.page.templates import number_text, rendered
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
 from curvlinops_diffusion.runtime.files import FileKind, named_path, write_bytes
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
@@ -57,7 +58,7 @@ def validate_plan(options: Namespace) -> None:
             f"'{options.output}' holds a plan, which networks may have been trained by. Pass "
             "another --output, or --overwrite."
         )
-    layout = Layout.taken_from({**vars(options)})
+    layout = Layout(**picked(options, LAYOUT))
     images = open_images(options.data, Form(None, None, None), layout=layout)
     plan = _plan(options, images)
     plan.info["digests"] = images.source_digests()
@@ -75,17 +76,12 @@ def validate_plan(options: Namespace) -> None:
         f"network on the images that each {where}, and save it as retrained/PART, several "
         "seeds as retrained/PART_seed0, retrained/PART_seed1, …"
     )
-    named = "--pipeline PIPELINE --queries QUERIES"
-    _say_next("measure", options.output, f"--scores {options.scores}" if options.scores else named)
-
-
-def _say_next(step: str, plan: Path, rest: str) -> None:
-    """Print the command of the next step."""
-    own = {
-        "measure": "--retrained retrained --output measured.safetensors",
-        "judge": "--output judged.html",
-    }[step]
-    say(f"Then: curvlinops-diffusion validate {step} --plan {plan} {rest} {own}")
+    named = f"--scores {options.scores}" if options.scores else None
+    say(
+        f"Then: curvlinops-diffusion validate measure --plan {options.output} "
+        f"{named or '--pipeline PIPELINE --queries QUERIES'} --retrained retrained "
+        "--output measured.safetensors"
+    )
 
 
 def _plan(options: Namespace, images: NamedImages) -> RetrainingPlan:
@@ -145,7 +141,7 @@ def validate_measure(options: Namespace) -> None:
     plan = RetrainingPlan.open(options.plan)
     found = networks_of(options.retrained, plan.parts)
     if options.dry_run:
-        count = len(open_images(options.queries, Form(None, None, **sizing(options))))
+        count = len(open_images(options.queries, Form(None, None, **picked(options, SIZING))))
         samples = count * options.query_draws
         print(f"{len(found):,} networks, {samples:,} samples forward under each")
         return
@@ -154,16 +150,21 @@ def validate_measure(options: Namespace) -> None:
     for seed in sorted({seed for seed, _ in found}):
         row = []
         for part in plan.parts:
-            own = _of(options, found[seed, part])
-            label = f"{part}, seed {seed}"
-            draws = options.seed, options.query_draws
+            measuring = partial(
+                measured,
+                _of(options, found[seed, part]),
+                f"{part}, seed {seed}",
+                checkpoint,
+                options.seed,
+                options.query_draws,
+            )
             try:
-                values_Q, images = measured(own, label, checkpoint, *draws)
+                values_Q, images = measuring()
             except OtherCheckpointError:
                 if not options.overwrite:
                     raise
                 shutil.rmtree(checkpoint)
-                values_Q, images = measured(own, label, checkpoint, options.seed)
+                values_Q, images = measuring()
             row.append(values_Q)
             names, digests = images.names, images.digests
             event("measured", part=part, seed=seed, mean=float(values_Q.mean()))
@@ -182,8 +183,10 @@ def validate_measure(options: Namespace) -> None:
     shutil.rmtree(checkpoint, ignore_errors=True)
     S, M, Q = values_SMQ.shape
     say(f"Wrote {options.output}: {Q} queries under {M} networks of {S} seeds")
-    scores = options.scores or "scores.safetensors"
-    _say_next("judge", options.plan, f"--measured {options.output} --scores {scores}")
+    say(
+        f"Then: curvlinops-diffusion validate judge --plan {options.plan} --measured "
+        f"{options.output} --scores {options.scores or 'scores.safetensors'} --output judged.html"
+    )
 
 
 def networks_of(folder: Path, parts: tuple[str, ...]) -> dict[tuple[int, str], Path]:
@@ -226,8 +229,8 @@ def measured(
         query_draws: Draws of timestep and noise for each query.
     """
     network = load_network(options)
-    layout = Layout.taken_from({**vars(options)}).for_queries()
-    form = network.form(**sizing(options))
+    layout = Layout(**picked(options, LAYOUT)).for_queries()
+    form = network.form(**picked(options, SIZING))
     images = open_images(options.queries, form, network.condition, layout=layout)
     recipe = {k: v for k, v in chosen(options, REGRESSION).items() if k not in OF_TRAINING}
     query = NoisedRegression(
@@ -246,26 +249,19 @@ def measured(
 
 
 def _of(options: Namespace, path: Path) -> Namespace:
-    """The options with a retrained network: a pipeline, a model, or an adapter of the base.
-
-    Raises:
-        ValueError: If it is neither.
-    """
+    """The options with a retrained network: a pipeline, a model, or an adapter of the base."""
+    changed: dict[str, Any] = {"lora": [str(path)]}
     if (path / "model_index.json").is_file():
-        return _replaced(options, pipeline=path, model=None, scheduler=None)
-    if (path / "config.json").is_file():
+        changed = {"pipeline": path, "model": None, "scheduler": None}
+    elif (path / "config.json").is_file():
         if options.scheduler is None:
             raise ValueError(f"'{path}' is a model alone: pass --scheduler FOLDER as well.")
-        return _replaced(options, model=path, pipeline=None)
-    if options.pipeline is None and options.model is None:
+        changed = {"model": path, "pipeline": None}
+    elif options.pipeline is None and options.model is None:
         raise ValueError(
             f"'{path}' holds neither a pipeline nor a model of diffusers. For adapters pass what "
             "they were trained on, by --pipeline FOLDER."
         )
-    return _replaced(options, lora=[str(path)])
-
-
-def _replaced(options: Namespace, **changed: Any) -> Namespace:
     return Namespace(**(vars(options) | changed))
 
 
@@ -307,7 +303,11 @@ def validate_judge(options: Namespace) -> None:
         "training_images": plan.num_data,
     }
     if plan.kind == "removals":
-        found["removals"] = _removals(plan, values_SMQ)
+        effects = removal_effects(plan.parts, values_SMQ, plan.info["method"])
+        found["removals"] = [
+            {"removed": k, **vars(effect), "verdict": _verdict_of_removal(effect)}
+            for k, effect in effects.items()
+        ]
     else:
         scores = _named_scores(options.scores or [], plan, header)
         found |= _scored(plan, values_SMQ, scores, options.bootstrap)
@@ -332,13 +332,11 @@ def _named_scores(
         raise ValueError("Pass the scores to judge: --scores FILE …, each perhaps as NAME=FILE.")
     found: dict[str, Tensor] = {}
     taken: set[str] = set()
-    better = MEASUREMENTS[header["measurement"]].better
+    better, names = MEASUREMENTS[header["measurement"]].better, plan.info.get("names")
     for word in words:
         named, path = named_path(word)
-        name = named or path.stem
-        scores = StoredScores.open(path)
+        name, scores = named or path.stem, StoredScores.open(path)
         own = scores.header
-        names = plan.info.get("names")
         if own["queries"] != header["queries"] or names not in (None, own["train"]):
             raise ValueError(
                 f"'{path}' is of other queries than '{header['queries'][0]}', …, or of other "
@@ -358,24 +356,19 @@ def _named_scores(
         of = MEASUREMENTS.get(own["identity"].get("query", {}).get("measurement", ""))
         # a log-likelihood falls where a loss rises
         opposite = of is not None and (of.better is Better.HIGHER) != (better is Better.HIGHER)
-        several = len(scores.by_method) > 1
         for method, stored in scores.by_method.items():
             scores_QN = stored.whole()
-            if not scores_QN.isfinite().all():
-                count = int((~scores_QN.isfinite()).sum())
+            if count := int((~scores_QN.isfinite()).sum()):
                 raise ValueError(
                     f"'{path}' has {count} scores that are not finite. Pass scores that are."
                 )
-            own_name = f"{name}, {method}" if several else name
+            own_name = f"{name}, {method}" if len(scores.by_method) > 1 else name
             found[own_name] = -scores_QN if opposite else scores_QN
     return found
 
 
 def _scored(
-    plan: RetrainingPlan,
-    values_SMQ: Tensor,
-    scores: dict[str, Tensor],
-    bootstrap: int,
+    plan: RetrainingPlan, values_SMQ: Tensor, scores: dict[str, Tensor], bootstrap: int
 ) -> dict[str, Any]:
     judged = {
         name: linear_datamodelling_score(scores_QN, plan.left_out, values_SMQ, bootstrap=bootstrap)
@@ -409,14 +402,6 @@ def verdict(lds: float, interval: tuple[float, float], ceiling: float | None, pa
     if not 0 < more <= 100 * parts:
         return "Not told from chance."
     return f"Not told from chance: if it is {lds:.2f}, about {more} more parts would show it."
-
-
-def _removals(plan: RetrainingPlan, values_SMQ: Tensor) -> list[dict[str, Any]]:
-    effects = removal_effects(plan.parts, values_SMQ, plan.info["method"])
-    return [
-        {"removed": k, **vars(effect), "verdict": _verdict_of_removal(effect)}
-        for k, effect in effects.items()
-    ]
 
 
 def _verdict_of_removal(effect: RemovalEffect) -> str | None:
@@ -472,13 +457,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
 
 def _page(found: dict[str, Any]) -> str:
-    figure = None
-    if "methods" in found:
-        rows = [
-            (row["method"], row["lds"], *row["interval"])
-            for row in found["methods"]
-            if row["lds"] is not None
-        ]
-        figure = intervals(rows, found["ceiling"])
+    rows = [row for row in found.get("methods", ()) if row["lds"] is not None]
+    bars = [(row["method"], row["lds"], *row["interval"]) for row in rows]
+    figure = intervals(bars, found["ceiling"]) if "methods" in found else None
     quantity = MEASUREMENTS[found["measurement"]].quantity
-    return plain_page("validation", figure=figure, quantity=quantity, **found)
+    return rendered("validation", figure=figure, quantity=quantity, **found)

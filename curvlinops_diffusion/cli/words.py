@@ -9,7 +9,7 @@ import codecs
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from curvlinops_diffusion.runtime.files import named_path
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 Options = dict[str, list[str] | None]
-_Pairs = list[tuple[str, list[str | None] | None]]
 
 _FORM = "A file of options has a line 'option: value' for each, and 'option: [a, b]' for a list"
 _TRUE, _FALSE = {"true", "yes", "on", "1", "y"}, {"false", "no", "off", "0", "n"}
@@ -51,7 +50,17 @@ def spelled(words: Sequence[str], known: Mapping[str, Option]) -> list[str]:
     for path in configs:
         options |= read_config(Path(path).expanduser(), known)
     options |= dict.fromkeys(lists)  # whose values are replaced, not added to
-    return [*_as_words(options, known), *own]
+    found = []
+    for name, values in options.items():
+        if values is None:  # null: the default
+            continue
+        if known[name].type is bool:
+            found.append(_switch(name, values[0]))
+        elif name == "file":
+            found.append(_read(name, known[name], values[0]))
+        else:  # of a list a word each: one that begins with a hyphen is a value, too
+            found += [f"{flag(name)}={_read(name, known[name], value)}" for value in values]
+    return [*found, *own]
 
 
 def _own_words(
@@ -73,14 +82,14 @@ def _own_words(
             found.append(word)
             continue
         following = waiting[-1] if waiting else None
-        if name in known and known[name].type is bool:
-            if not equals and following is not None and following.lower() in {"true", "false"}:
-                equals, value = "=", waiting.pop()
-            found.append(_switch(name, value) if equals else flag(name))
-        elif name == "config":
+        if name == "config":
             if not equals and (following is None or following.startswith("--")):
                 raise ValueError("--config needs the name of a YAML file.")
             configs.append(value if equals else waiting.pop())
+        elif known[name].type is bool:
+            if not equals and following is not None and following.lower() in {"true", "false"}:
+                equals, value = "=", waiting.pop()
+            found.append(_switch(name, value) if equals else flag(name))
         elif known[name].several:
             if name in lists:
                 raise ValueError(
@@ -105,34 +114,13 @@ def _own_words(
     return configs, found, lists
 
 
-def _as_words(options: Options, known: Mapping[str, Option]) -> Iterable[str]:
-    """The words that options of a file stand for."""
-    for name, values in options.items():
-        if values is None:  # null: the default
-            continue
-        if known[name].type is bool:
-            yield _switch(name, values[0])
-        elif known[name].several:
-            # a word each: one that begins with a hyphen is a value, too
-            yield from (f"{flag(name)}={_read(name, known[name], value)}" for value in values)
-        else:
-            value = _read(name, known[name], values[0])
-            yield value if name == "file" else f"{flag(name)}={value}"
-
-
 # lists of files, each perhaps as name=file
 _NAMED_FILES = {"lora", "checkpoints", "scores"}
 
 
 def _read(name: str, option: Option, value: str) -> str:
-    """A value with the home folder for ``~`` and the values of environment variables in paths.
-
-    Raises:
-        ValueError: If a path is empty, or a variable in it is not set.
-    """
-    if option.several:
-        if name not in _NAMED_FILES:
-            return value
+    """A value; of a path with the home folder for ``~`` and the values of variables."""
+    if option.several and name in _NAMED_FILES:
         own = named_path(value)[0]
         start = 0 if own is None else len(f"{own}=")
         return value[:start] + _path(name, value[start:])
@@ -165,11 +153,7 @@ def _name(word: str, known: Mapping[str, Option]) -> str | None:
 
 
 def _switch(name: str, value: str) -> str:
-    """A switch as one word.
-
-    Raises:
-        ValueError: If the value is neither true nor false.
-    """
+    """A switch as one word."""
     if value.strip().lower() in _TRUE:
         return flag(name)
     if value.strip().lower() in _FALSE:
@@ -218,11 +202,7 @@ def read_config(path: Path, known: Mapping[str, Option]) -> Options:
 
 
 def _text(path: Path) -> str:
-    """The text of a file, as editors of Windows write it, too.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """The text of a file, as editors of Windows write it, too."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -237,38 +217,31 @@ def _text(path: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
-def _pairs(path: Path, text: str) -> _Pairs:
+def _pairs(path: Path, text: str) -> Iterator[tuple[str, list[str | None] | None]]:
+    """Yield keys, and values as they are written, of which ``None`` is null."""
     try:
         node = yaml.compose(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"--config: '{path}' cannot be parsed: {_told(error, text)}.") from error
-    if node is None:  # nothing, or comments alone
-        return []
-    if not isinstance(node, yaml.MappingNode):
+    if not isinstance(node, yaml.MappingNode | None):
         raise ValueError(f"--config: '{path}' holds no options. {_FORM}.")
-    found: _Pairs = []
-    for key, value in node.value:
-        name = _scalar(path, str(getattr(key, "value", key)), key)
+
+    def scalar(name: str, node: Any) -> str | None:
+        if not isinstance(node, yaml.ScalarNode):
+            raise ValueError(
+                f"'{name}' in '{path}' holds options of its own or a list of lists. {_FORM}."
+            )
+        return None if node.tag == "tag:yaml.org,2002:null" else str(node.value)
+
+    for key, value in () if node is None else node.value:  # nothing, or comments alone
+        name = scalar(str(getattr(key, "value", key)), key)
         if name is None:
             raise ValueError(f"'{path}' has an option without a name. {_FORM}.")
         if isinstance(value, yaml.SequenceNode):
-            found.append((name, [_scalar(path, name, item) for item in value.value]))
+            yield name, [scalar(name, item) for item in value.value]
         else:
-            scalar = _scalar(path, name, value)
-            found.append((name, None if scalar is None else [scalar]))
-    return found
-
-
-def _scalar(path: Path, name: str, node: Any) -> str | None:
-    if not isinstance(node, yaml.ScalarNode):
-        raise _nested(path, name)
-    if node.tag == "tag:yaml.org,2002:null":
-        return None
-    return str(node.value)
-
-
-def _nested(path: Path, name: str) -> ValueError:
-    return ValueError(f"'{name}' in '{path}' holds options of its own or a list of lists. {_FORM}.")
+            own = scalar(name, value)
+            yield name, None if own is None else [own]
 
 
 def _told(error: yaml.YAMLError, text: str) -> str:

@@ -42,8 +42,8 @@ class Row:
     indices: list[int]
 
 
-def titles_of(better: Better, method: str = Method.INFLUENCE) -> tuple[str, str]:
-    """What the images of the first and of the second row do."""
+def titles_of(better: Better, method: str) -> tuple[str, str]:
+    """Titles of the first and of the second row of a query."""
     if not Method(method).takes_draws:
         return "alike", "unlike"
     return ("helps", "hinders") if better.helpful_sign else ("lowers it", "raises it")

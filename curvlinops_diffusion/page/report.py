@@ -7,27 +7,26 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
 import torch
 from markupsafe import Markup
 from torch import Tensor
 
 from curvlinops_diffusion.influence.agreement import NOT_TOLD, Agreement
-from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, Better, sentence_of
+from curvlinops_diffusion.influence.measurements.registry import MEASUREMENTS, sentence_of
 from curvlinops_diffusion.influence.methods import Method
+from curvlinops_diffusion.influence.score_files import better_of
 from curvlinops_diffusion.influence.stored_scores import StoredScores
 from curvlinops_diffusion.page.figures import histogram, operator_summary
 from curvlinops_diffusion.page.gallery import Gallery
 from curvlinops_diffusion.page.pictures import features_of, is_twin, thumbnail, twins, uncropped
 from curvlinops_diffusion.page.rankings import Sizes, common_images, meaning, rows_of, titles_of
-from curvlinops_diffusion.page.settings import settings_of
+from curvlinops_diffusion.page.templates import rendered
 from curvlinops_diffusion.runtime.files import write_bytes
 
 _HERE = Path(__file__).parent
@@ -66,54 +65,33 @@ def write_report(
     Raises:
         ValueError: If an image is not the one that was scored, or the page cannot be written.
     """
-    path, identity, first = Path(path), header["identity"], next(iter(by_method.values()))
-    ordering = Method(next(iter(by_method)))
-    measured = identity.get("query", {}).get("measurement", "")
-    measurement = MEASUREMENTS.get(measured)
-    better = Better.LOWER if measurement is None else measurement.better
-    agreement = Agreement.of_header(header)
+    path, first = Path(path), next(iter(by_method.values()))
+    ordering, better = Method(next(iter(by_method))), better_of(header)
+    measured = header["identity"].get("query", {}).get("measurement", "")
+    measurement, agreement = MEASUREMENTS.get(measured), Agreement.of_header(header)
     Q, N = len(first), len(train.names)
     noise = [agreement is not None and agreement.is_noise(q) for q in range(Q)]
-    errors = header.get("standard_error") or [None] * Q
-    rows = [
-        [] if noise[q] else rows_of(scores_N, top, better, errors[q], ordering)
-        for q, scores_N in enumerate(first)
-    ]
-    values = header.get("values") or [None] * Q
     sizes = [
         Sizes.of(scores_QN, header, method, place == 0)
         for place, (method, scores_QN) in enumerate(by_method.items())
     ]
+    of_methods = list(zip(sizes, by_method.values(), strict=True))
+    errors, values = (header.get(name) or [None] * Q for name in ("standard_error", "values"))
+    rows = [
+        [] if noise[q] else rows_of(scores_N, top, better, errors[q], ordering)
+        for q, scores_N in enumerate(first)
+    ]
     orders = _orders(first, better.helpful_sign or 1)
     listed = sorted({n for order in orders for n in order})
+    place_of = {n: place for place, n in enumerate(listed)}
     pictures = _Pictures(path.absolute().parent, header.get("digests", {}))
     pictures.add("queries", queries, range(Q), range(Q), _QUERY)
-    pictures.add(
-        "train",
-        train,
-        {n for of_query in rows for row in of_query for n in row.indices},
-        listed,
-        _FIRST,
-    )
-    place_of = {n: place for place, n in enumerate(listed)}
+    in_rows = {n for of_query in rows for row in of_query for n in row.indices}
+    pictures.add("train", train, in_rows, listed, _FIRST)
 
-    def image(kind: str, n: int) -> dict[str, Any]:
-        gallery = train if kind == "train" else queries
-        found = {"class": f"{kind}{n}", "name": gallery.names[n], "caption": gallery.caption(n)}
-        return found | ({"place": place_of[n]} if kind == "train" else {})
-
-    count = len(groups) // (Q * len(by_method))
-
-    def groups_of(q: int) -> list[dict[str, Any]]:
-        """The groups with the largest sums of either sign."""
-        own = groups[q * count : (q + 1) * count]
-        return [
-            vars(each)
-            | {key: sizes[0].text(q, getattr(each, key)) for key in ("sum", "mean")}
-            | {"halves": {None: "", True: "agree", False: "do not agree"}[each.agreement]}
-            for number, each in enumerate(own)
-            if number < top or number >= count - top
-        ]
+    def image(n: int, *notes: str) -> dict[str, Any]:
+        found = {"class": f"train{n}", "name": train.names[n], "caption": train.caption(n)}
+        return found | {"place": place_of[n], "notes": notes}
 
     def is_like(q: int, n: int) -> bool:
         """Whether a training image is nearly a query, or has its caption."""
@@ -122,9 +100,15 @@ def write_report(
             pictures.features["queries"][q], pictures.features["train"][n]
         )
 
+    count = len(groups) // (Q * len(by_method))
+
     def query(q: int) -> dict[str, Any]:
-        scores = [(size, own[q]) for size, own in zip(sizes, by_method.values(), strict=True)]
-        return image("queries", q) | {
+        own = groups[q * count : (q + 1) * count]  # those with the largest sums of either sign
+        shown = [*own[:top], *own[max(top, count - top) :]]
+        return {
+            "class": f"queries{q}",
+            "name": queries.names[q],
+            "caption": queries.caption(q),
             "value": None if values[q] is None else f"{values[q]:.4g}",
             "error": sizes[0].error_text(q),
             "reliability": "" if agreement is None else agreement.of_query(q),
@@ -136,80 +120,83 @@ def write_report(
                     "kind": row.kind,
                     "like": row.kind == "hinders" and any(is_like(q, n) for n in row.indices),
                     "images": [
-                        image("train", n)
-                        | {"scores": [size.text(q, scores_N[n]) for size, scores_N in scores]}
+                        image(n, *(size.text(q, scores[q][n]) for size, scores in of_methods))
                         for n in row.indices
                     ],
                 }
                 for row in rows[q]
             ],
-            "groups": groups_of(q),
-            "left_out": max(0, count - 2 * top),
+            "groups": [
+                vars(each)
+                | {key: sizes[0].text(q, getattr(each, key)) for key in ("sum", "mean")}
+                | {"halves": {None: "", True: "agree", False: "do not agree"}[each.agreement]}
+                for each in shown
+            ],
+            "left_out": count - len(shown),
         }
 
-    checkpoints = len(header.get("checkpoints", ()))
-    averaged = (
-        f"Scores and values are averages over {checkpoints} checkpoints of one training, the "
-        "curvature shown is that of the last."
-    )
-    common, many = common_images(rows)
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["name"] = name_html
-    text = (
-        environment.from_string((_HERE / "page.html.j2").read_text()).render(
-            style=Markup((_HERE / "page.css").read_text()),
-            script=Markup((_HERE / "page.js").read_text()),
-            meanings=[
-                meaning(measurement, size, N, method, place, len(sizes))
-                for place, (method, size) in enumerate(zip(by_method, sizes, strict=True))
-            ]
-            + ([averaged] if checkpoints else []),
-            measured=sentence_of(measured) if ordering.takes_draws else "",
-            sums=ordering.has_unit(header),
-            agreement=agreement,
-            num_noise=sum(noise),
-            not_told=NOT_TOLD,
-            common=[image("train", n) | {"count": count} for n, count in common],
-            many=many,
-            top=top,
-            kinds=titles_of(better, ordering),
-            queries=[query(q) for q in range(Q)],
-            pictures=pictures.rules,
-            quantity="value" if measurement is None else measurement.quantity,
-            histogram=histogram(first, sizes[0]),
-            operator=None if operator is None else operator_summary(Path(operator)),
-            summary=settings_of(header, Q, N),
-            settings=json.dumps(identity, indent=2),
-            scores=path.stem,
-            data=_as_script(
-                {
-                    "N": N,
-                    "listed": len(listed),
-                    "sign": better.helpful_sign if ordering.takes_draws else 0,
-                    "notTold": NOT_TOLD,
-                    "methods": list(by_method),
-                    "units": [size.unit for size in sizes],
-                    "train": pictures.entries("train", train, listed),
-                    "queries": pictures.entries("queries", queries, range(Q)),
-                    "scores": [
-                        {
-                            "images": [place_of[n] for n in order],
-                            "numbers": [
-                                _plain(own[q][order] / size.scale_Q[q])
-                                for size, own in zip(sizes, by_method.values(), strict=True)
-                            ],
-                            "error": sizes[0].error(q),
-                            "noise": noise[q],
-                            "agreement": agreement and agreement.rank_correlation[q],
-                        }
-                        for q, order in enumerate(orders)
-                    ],
-                }
-            ),
+    meanings = [
+        meaning(measurement, size, N, method, place, len(sizes))
+        for place, (method, size) in enumerate(zip(by_method, sizes, strict=True))
+    ]
+    if checkpoints := len(header.get("checkpoints", ())):
+        meanings.append(
+            f"Scores and values are averages over {checkpoints} checkpoints of one training, the "
+            "curvature shown is that of the last."
         )
-    ).encode(errors="backslashreplace")  # file names may be no text
-    write_bytes(path, text)
-    return len(text)
+    common, many = common_images(rows)
+    data = {
+        "N": N,
+        "listed": len(listed),
+        "sign": better.helpful_sign if ordering.takes_draws else 0,
+        "notTold": NOT_TOLD,
+        "methods": list(by_method),
+        "units": [size.unit for size in sizes],
+        "train": pictures.entries("train", train, listed),
+        "queries": pictures.entries("queries", queries, range(Q)),
+        "scores": [
+            {
+                "images": [place_of[n] for n in order],
+                "numbers": [
+                    [float(f"{z:.3g}") for z in (scores[q][order] / size.scale_Q[q]).tolist()]
+                    for size, scores in of_methods
+                ],
+                "error": sizes[0].error(q),
+                "noise": noise[q],
+                "agreement": agreement and agreement.rank_correlation[q],
+            }
+            for q, order in enumerate(orders)
+        ],
+    }
+    script = json.dumps(data, separators=(",", ":"))  # which no text in it can end
+    script = script.replace("<", "\\u003c").replace("&", "\\u0026")
+    text = rendered(
+        "page",
+        style=Markup((_HERE / "page.css").read_text()),
+        script=Markup((_HERE / "page.js").read_text()),
+        meanings=meanings,
+        measured=sentence_of(measured) if ordering.takes_draws else "",
+        sums=ordering.has_unit(header),
+        agreement=agreement,
+        num_noise=sum(noise),
+        not_told=NOT_TOLD,
+        common=[image(n, f"{among} of {Q}") for n, among in common],
+        many=many,
+        top=top,
+        kinds=titles_of(better, ordering),
+        queries=[query(q) for q in range(Q)],
+        pictures=pictures.rules,
+        quantity="value" if measurement is None else measurement.quantity,
+        histogram=histogram(first, sizes[0]),
+        operator=None if operator is None else operator_summary(Path(operator)),
+        summary=_settings(header, Q, N),
+        settings=json.dumps(header["identity"], indent=2),
+        scores=path.stem,
+        data=Markup(script),
+    )
+    contents = text.encode(errors="backslashreplace")  # file names may be no text
+    write_bytes(path, contents)
+    return len(contents)
 
 
 def _orders(scores: Tensor | StoredScores, sign: int) -> list[list[int]]:
@@ -225,24 +212,37 @@ def _orders(scores: Tensor | StoredScores, sign: int) -> list[list[int]]:
     return found
 
 
-def _plain(numbers: Tensor) -> list[float]:
-    return [float(f"{number:.3g}") for number in numbers.tolist()]
+def _settings(header: Mapping[str, Any], num_queries: int, num_train: int) -> list[list[str]]:
+    """What scores were made from: terms and texts, at most ten; of what is not known no line."""
 
+    def text(name: str) -> str:
+        value = header.get("run", {}).get(name) or ""
+        return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
-def _as_script(data: Mapping[str, Any]) -> Markup:
-    """Data as JSON that no text in it can end."""
-    text = json.dumps(data, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c").replace("&", "\\u0026"))
-
-
-def name_html(name: str) -> Markup:
-    """A name, in whose suffix no line is broken."""
-    stem, suffix = os.path.splitext(name)
-    if len(suffix) > 12:
-        stem, suffix = name, ""
-    end = Markup('<span class="end">{}</span>').format(suffix) if suffix else ""
-    parts = Markup("<wbr>").join(re.split(r"(?<=[/_-])(?=.)", stem))
-    return Markup('<span class="name">{}{}</span>').format(parts, end)
+    train, query, operator = (
+        header["identity"].get(side, {}) for side in ("train", "query", "operator")
+    )
+    draws = [
+        f"{side['regression']['num_draws']} of each {what}"
+        for side, what in ((train, "training image"), (query, "query"))
+        if "regression" in side
+    ]
+    fitted = operator.get("regression", {}).get("num_draws")
+    resolution = header.get("form", {}).get("resolution")
+    versions = operator.get("versions", {})
+    found = {
+        "Scores": f"{num_queries:,} queries × {num_train:,} training images",
+        "Method": " and ".join(header.get("methods", ())),
+        "Measured": query.get("measurement", ""),
+        "Draws of noise": ", ".join(draws),
+        "Curvature": operator.get("kind", "") + (f", {fitted} draws of each image" * bool(fitted)),
+        "Damping": f"{query['damping']:g}" if "damping" in query else "",
+        "Network": text("pipeline") or text("model"),
+        "Adapter": text("lora"),
+        "Training images": text("data") + (f", at {resolution} pixels" if resolution else ""),
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+    return [[term, text] for term, text in found.items() if text]
 
 
 class _Pictures:

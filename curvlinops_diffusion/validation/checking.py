@@ -89,9 +89,9 @@ class CheckResult:
         if path.suffix == ".json":
             text = json.dumps(self.as_dict(), indent=1)
         elif path.suffix == ".html":
-            from curvlinops_diffusion.page.plain import plain_page  # needs the extra cli
+            from curvlinops_diffusion.page.templates import rendered  # needs the extra cli
 
-            text = plain_page("checks", **self.as_dict())
+            text = rendered("checks", **self.as_dict())
         else:
             raise ValueError(f"`path` must end in .html or .json, got '{path}'.")
         write_bytes(path, text.encode())

@@ -1,5 +1,6 @@
 """A saved pipeline with images, and the program, run in this process or as one of its own."""
 
+import json
 import subprocess
 import sys
 
@@ -59,3 +60,31 @@ def process(*words):
     """The real program, which takes six CPU-seconds to start: for what needs a process alone."""
     command = [sys.executable, "-m", "curvlinops_diffusion", *map(str, words)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+# runs each list of words, and tells code, what was printed, and which modules were imported
+_SCRIPT = """
+import contextlib, io, json, resource, sys
+from curvlinops_diffusion.cli.program import run
+told = []
+for words in json.load(sys.stdin):
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            code = run(words)
+        except SystemExit as end:
+            code = end.code
+    told.append([code, out.getvalue(), error.getvalue(), list(sys.modules)])
+print(json.dumps([told, resource.getrusage(resource.RUSAGE_SELF).ru_utime]))
+"""
+HEAVY = {"curvlinops", "diffusers", "matplotlib", "scipy", "torch"}
+
+
+def outcomes(commands):
+    """Code, output, errors, and heavy imports of each command in one new process; its seconds."""
+    text = json.dumps([[str(word) for word in words] for words in commands])
+    finished = subprocess.run(
+        [sys.executable, "-c", _SCRIPT], input=text, capture_output=True, text=True, check=True
+    )
+    found, seconds = json.loads(finished.stdout)
+    return [(code, out, err, HEAVY & {*modules}) for code, out, err, modules in found], seconds

@@ -12,10 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms import functional as transforms
 
-from curvlinops_diffusion import Attributor, DenoisingObjective, NoisedRegression
+from curvlinops_diffusion import Attributor, NoisedRegression
 from curvlinops_diffusion.cli.network import arguments_text, parse_arguments
 from curvlinops_diffusion.diffusion.training_arguments import training_arguments
-from curvlinops_diffusion.diffusion.weightings import PreconditionedWeighting
 from curvlinops_diffusion.loading.images import open_images
 from curvlinops_diffusion.loading.labels import Condition
 from curvlinops_diffusion.loading.preprocessing import Form
@@ -39,6 +38,9 @@ def test_what_networks_take(tmp_path, make, size, multiple, made_for, condition)
     found = network(tmp_path / "p")
     assert found.form(None) == Form(3, size, None, multiple, made_for=made_for)
     assert found.condition == condition
+    if condition.key == "class_labels":
+        with pytest.raises(ValueError, match="The network takes labels, got prompt='a cat'"):
+            network(tmp_path / "p", prompt="a cat")
 
 
 def test_a_pipeline_in_a_single_folder(tmp_path):
@@ -68,12 +70,6 @@ def test_a_pipeline_in_a_single_folder(tmp_path):
         network(flat)
 
 
-def test_a_prompt_for_a_network_that_takes_none(tmp_path):
-    pipelines.dit(tmp_path).save_pretrained(tmp_path / "p")
-    with pytest.raises(ValueError, match="The network takes labels, got prompt='a cat'"):
-        network(tmp_path / "p", prompt="a cat")
-
-
 def test_variants_of_weights(tmp_path):
     pipeline = pipelines.ddpm(tmp_path)
     pipeline.save_pretrained(tmp_path / "p")
@@ -90,7 +86,7 @@ def test_variants_of_weights(tmp_path):
 
 @pytest.mark.parametrize(
     ("part", "name"),
-    [("unet", "conv_in.weight"), ("vae", "encoder.conv_in.bias"), ("text_encoder", "layer_norm1.")],
+    [("unet", "conv_in.weight"), ("text_encoder", "layer_norm1.")],
 )
 def test_weights_that_are_not_in_the_files(stable_diffusion, tmp_path, part, name):
     """Neither made up nor an error of torch's: named, with what is there instead."""
@@ -141,35 +137,29 @@ def changed(file, **entries):
 
 BROKEN = [
     (truncated, r"text_encoder/model.safetensors' is not a whole safetensors file \(it.*copy it"),
-    (
-        removed("vae"),
-        r"its model_index.json names a part 'vae', and there is no such folder",
-    ),
-    (removed("tokenizer"), r"names a part 'tokenizer', and there is no such folder"),
+    (removed("vae"), r"its model_index.json names a part 'vae', and there is no such folder"),
     (removed("tokenizer", "tokenizer.json"), r"tokenizer' has no vocabulary"),
     (removed("unet", "config.json"), r"no file named config.json found in directory .*unet"),
-    (removed("model_index.json"), r"holds no model_index.json. Pass a folder that was written"),
-    (resized("unet", "conv_in.w"), r"in 'unet', 'conv_in.weight' is 5×3×4×4 in the file and 4×2×"),
     (resized("text_encoder", "q_proj.w"), r"in 'text_encoder', '.*q_proj.weight' is 9×9 in the f"),
     (
         changed("unet/config.json", block_out_channels=[8, 8]),
         r"in 'unet', '.*' is 4 in the file and 8 by its config.json \(\d+ more weights differ\)",
     ),
-    (changed("model_index.json", unet=["diffusers", "FooUNet"]), r"has no class `FooUNet`"),
     (changed("model_index.json", scheduler=["a.b", "C"]), r"a.b is not one of the libraries"),
     (lambda folder: (folder / "model_index.json").write_text("[1]"), r"it holds no names"),
 ]
 
 
-@pytest.mark.parametrize(("change", "told"), BROKEN, ids=range(len(BROKEN)))
-def test_pipelines_that_are_broken(stable_diffusion, tmp_path, change, told):
+def test_pipelines_that_are_broken(stable_diffusion, tmp_path):
     """The part, the file and the weight are named, in one line."""
-    shutil.copytree(stable_diffusion, tmp_path / "p")
-    change(tmp_path / "p")
-    with pytest.raises(ValueError, match=told) as caught:
-        network(tmp_path / "p")
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 600
+    for number, (change, told) in enumerate(BROKEN):
+        folder = tmp_path / str(number)
+        shutil.copytree(stable_diffusion, folder)
+        change(folder)
+        with pytest.raises(ValueError, match=told) as caught:
+            network(folder)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 600
 
 
 @pytest.fixture(scope="module")
@@ -348,10 +338,3 @@ def test_a_call_without_numbers(guided):
     else:
         assert training_arguments(Unknown()) == {}
     assert training_arguments(Unknown(), length) == length
-
-
-def test_the_weights_of_stable_diffusion_3(tmp_path):
-    pipelines.ddpm(tmp_path).save_pretrained(tmp_path / "p")
-    found = network(tmp_path / "p", weighting="preconditioned").objective
-    expected = DenoisingObjective(found.model, found.process, PreconditionedWeighting())
-    assert torch.equal(found.weights_T, expected.weights_T)

@@ -1,6 +1,5 @@
 """Every default stands once, in the library; what an earlier command was given is taken."""
 
-import dataclasses
 import inspect
 import json
 from functools import partial
@@ -8,7 +7,7 @@ from importlib import import_module
 
 import pytest
 
-from curvlinops_diffusion.cli.earlier import as_yaml, completed
+from curvlinops_diffusion.cli.decided import as_yaml, completed
 from curvlinops_diffusion.cli.options import commands, flag, options_of
 from curvlinops_diffusion.cli.program import parser, run, understood
 from curvlinops_diffusion.cli.signatures import REQUIRED
@@ -38,15 +37,6 @@ def test_defaults_are_the_library_s():
             default = inspect.signature(found).parameters[parameter].default
             default = getattr(default, "value", default)
             assert (option.default, type(option.default)) == (default, type(default)), name
-
-
-def test_a_new_option_of_kfac_is_one_of_the_program():
-    from curvlinops_diffusion.curvature.options import KFACOptions
-
-    assert {field.name for field in dataclasses.fields(KFACOptions)} <= {
-        *commands()["fit"].options,
-        *commands()["attribute"].options,
-    }
 
 
 def test_help_names_every_option(capsys):
@@ -83,12 +73,17 @@ def score(there, **given):
 
 def test_what_is_taken_from_an_operator(there, capsys):
     options = score(there)
+    told = capsys.readouterr().err
     assert (options.pipeline, options.data) == (there / "base", there / "train")
     assert (options.noise_offset, options.resolution, options.seed) == (0.1, 64, 5)
     assert options.lora[0] == f"a={there / 'a.safetensors'}"
     assert options.num_draws == options_of("score").num_draws
     assert options.device is None
-    (told,) = capsys.readouterr().err.splitlines()
+    anew = score(
+        there, data=there / "moved", seed=6, model=there / "base", scheduler=there / "base"
+    )
+    assert (anew.data, anew.seed, anew.pipeline) == (there / "moved", 6, None)
+    assert told.count("\n") == 1
     assert told.startswith(f"As '{there / 'e.safetensors'}' was made: --pipeline {there / 'base'} ")
     assert "--noise-offset 0.1" in told
     assert "num-draws" not in told
@@ -112,22 +107,13 @@ def test_draws_of_other_networks_are_a_number():
     assert options_of("validate-measure").query_draws == options_of("score").num_draws
 
 
-def test_what_is_given_anew_goes_first(there):
-    assert score(there, data=there / "moved", seed=6).data == there / "moved"
-    assert score(there, seed=6, noise_offset=0.1).seed == 6
-    alone = score(there, model=there / "base", scheduler=there / "base")
-    assert alone.pipeline is None
-
-
 @pytest.mark.parametrize(
     ("command", "given", "told"),
     [
         ("score", {"noise_offset": 0.2}, "--noise-offset 0.2 contradicts '.*', which .* with 0.1"),
-        ("score", {"resolution": 32}, "--resolution 32 contradicts .* made with 64. Leave it out"),
         ("score", {"prompt": "a cat"}, "--prompt a cat contradicts .* made with none. Leave"),
         ("score", {"operator": "old.safetensors"}, "--data is missing, and .*old.safetensors' do"),
         ("score", {"operator": "no.safetensors"}, "does not exist. Make it by .*diffusion fit"),
-        ("score", {"operator": "s.safetensors"}, "of kind 'curvlinops_diffusion.scores'"),
         ("report", {"scores": "e.safetensors"}, "of kind 'curvlinops_diffusion.operator'"),
         ("validate-plan", {}, "--data is missing, and there is no --scores. Pass --data FOLDER"),
         ("validate-measure", {}, "--queries is missing, and there is no --scores. Pass"),

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from curvlinops_diffusion import Attributor
-from curvlinops_diffusion.cli.earlier import completed
+from curvlinops_diffusion.cli.decided import completed
 from curvlinops_diffusion.loading.dataset_config import (
     DatasetConfig,
     is_config,

@@ -19,8 +19,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from curvlinops_diffusion import Attributor, DenoisingObjective
+from curvlinops_diffusion.cli.decided import read_recipe
 from curvlinops_diffusion.cli.options import options_of
-from curvlinops_diffusion.cli.recipe import read_recipe
 from curvlinops_diffusion.diffusion.noise import NoiseProcess, as_trained, noise_process
 from curvlinops_diffusion.diffusion.timesteps import (
     LogitNormalTimesteps,

@@ -1,9 +1,13 @@
-"""Options of an earlier command, read from the file that it wrote."""
+"""Options that files decide: of an earlier command, a list of the data, and a trainer.
+
+Read before PyTorch is loaded, each printed with its source.
+"""
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +27,28 @@ from curvlinops_diffusion.cli.running import event, say
 from curvlinops_diffusion.influence.score_files import SCORES
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.loading.dataset_config import is_config
-from curvlinops_diffusion.loading.trainer_settings import by_data
+from curvlinops_diffusion.loading.saved_networks import configs_of
+from curvlinops_diffusion.loading.trainer_settings import (
+    ARGUMENTS,
+    base_in,
+    by_data,
+    by_hand,
+    by_recipe,
+)
 from curvlinops_diffusion.runtime.files import named_path
 
 # what decides nothing about a result
 _OF_THE_RUN = {"command", "output", "overwrite", "dry_run", "time", "log", "quiet", "debug"}
 _PATHS = {"pipeline", "pipeline_config", "model", "scheduler", "lora", "data", "queries"}
-# what a later command must know, given or not
-_NEEDED = ("data", "queries")
 
 
 def of_run(options: Namespace) -> dict[str, Any]:
     """Options that decide the result of a command, as plain values with absolute paths."""
-    chosen = {k: v for k, v in vars(options).items() if k not in _OF_THE_RUN and v is not None}
-    return {name: _plain(name, value) for name, value in chosen.items()}
+    return {
+        name: _plain(name, value)
+        for name, value in vars(options).items()
+        if name not in _OF_THE_RUN and value is not None
+    }
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -49,7 +61,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def as_yaml(options: Namespace) -> str:
-    """All that decides the result, as ``--config`` reads it."""
+    """Write all that decides the result, as ``--config`` reads it."""
     return str(yaml.safe_dump(of_run(options), sort_keys=False, allow_unicode=True))
 
 
@@ -65,19 +77,19 @@ def completed(name: str, given: dict[str, Any]) -> Namespace:
             missing.
     """
     options_of(name, **given)  # numbers are checked before files are looked at
-    command = commands()[name]
-    path, taken = given.get(command.earlier or ""), {}
-    if path is not None and command.earlier is not None:
-        by = {"operator": "fit", "scores": "score"}[command.earlier]
-        check_exists(path, flag(command.earlier), f"Make it by curvlinops-diffusion {by}.")
+    earlier = commands()[name].earlier
+    path = None if earlier is None else given.get(earlier)
+    if path is None:
+        taken = _of_data(name, given)
+    else:
+        by = {"operator": "fit", "scores": "score"}[earlier or ""]
+        check_exists(path, flag(earlier or ""), f"Make it by curvlinops-diffusion {by}.")
         header = read_header(path)["info"] if by == "fit" else SCORES.read_header(path)
         taken = _taken(name, path, header.get("run", {}), given)
-    else:
-        taken = _of_data(name, given)
     options = options_of(name, **(taken | given))
-    for key in _NEEDED:
-        if command.earlier is not None and getattr(options, key, "") is None:
-            where = f"'{path}' does not name them" if path else f"there is no --{command.earlier}"
+    for key in ("data", "queries"):  # which a later command must know, given or not
+        if earlier is not None and getattr(options, key, "") is None:
+            where = f"'{path}' does not name them" if path else f"there is no --{earlier}"
             raise ValueError(f"{flag(key)} is missing, and {where}. Pass {flag(key)} FOLDER.")
     return options
 
@@ -146,3 +158,69 @@ def _words(known: Mapping[str, Option], taken: Mapping[str, Any]) -> str:
         for key, value in taken.items()
         if value != known[key].default
     )
+
+
+def read_recipe(options: Namespace, given: Mapping[str, Any]) -> None:
+    """Set the options of a command that were not given and that a trainer has left.
+
+    Commands that take the options of an earlier one have them by that. An adapter that left
+    nothing decides nothing; of several adapters, none does.
+
+    Args:
+        options: The options of the command, whose paths have been checked.
+        given: Those that were given.
+
+    Raises:
+        ValueError: If what it left is damaged, of another kind of pipeline, or changes the
+            objective in a way that no option expresses; or if it is given without a pipeline.
+    """
+    command, recipe = commands()[options.command], getattr(options, "recipe", None)
+    taken = command.earlier is not None and getattr(options, command.earlier) is not None
+    if "recipe" not in command.options or taken:
+        return
+    adapters = options.lora or []
+    if recipe is None and len(adapters) == 1:
+        recipe = named_path(adapters[0])[1]
+    elif recipe is None and adapters:
+        say("Recipe: not read of several adapters; --recipe FILE reads that of one")
+    if recipe is None or str(recipe) == "none":
+        return
+    if options.pipeline is None:
+        if "recipe" not in given:
+            return
+        raise ValueError("--recipe is of a --pipeline, got --model alone. Leave it out.")
+    known = {k: v for k, v in vars(options).items() if k in command.options}
+    known[ARGUMENTS] = parse_arguments(options.training_arguments)
+    defaults = {name: option.default for name, option in command.options.items()}
+    base = base_in(configs_of(options.pipeline, options.pipeline_config), options.pipeline)
+    hand, data = by_hand(known, defaults, given), getattr(options, "data", None)
+    found, lines = by_recipe(Path(recipe), base, hand, command.options, data)
+    options.recipe = str(Path(recipe).absolute())
+    for line in lines:
+        say(f"Recipe: {in_flags(line)}")
+    event("recipe", file=str(recipe), options=found, lines=lines)
+    if ARGUMENTS in found:
+        found[ARGUMENTS] = [f"{k}={json.dumps(v)}" for k, v in found[ARGUMENTS].items()]
+    vars(options).update(found)
+
+
+def parse_arguments(texts: Sequence[str] | None) -> dict[str, Any]:
+    """Parse ``name=value``, whose values are numbers, ``true``, ``null``, lists, or plain text.
+
+    Raises:
+        ValueError: If one has no name, or a name is repeated.
+    """
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        name, equals, value = str(text).partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name or name in found:
+            raise ValueError(
+                f"--training-arguments got '{text}'. Pass each as name=value, once, for instance "
+                "max_sequence_length=77 guidance_scale=3.5."
+            )
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
