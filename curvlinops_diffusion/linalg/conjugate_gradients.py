@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,16 +114,9 @@ class CGRefinedInverseLinearOperator(FlatLinearOperator):
     def multiply(self, X_PK: Tensor) -> Tensor:
         """Solve for every column, ``[P, K] -> [P, K]``."""
         with tqdm(total=self.max_iter, desc="Residual", disable=not self._progressbar) as bar:
+            return self._solve(X_PK, bar)
 
-            def report(X_PK: Tensor) -> None:
-                if self._callback is not None:
-                    self._callback(X_PK)
-                bar.set_postfix_str(f"{float(self.refinement.residuals[-1].max()):.2e}")
-                bar.update()
-
-            return self._solve(X_PK, report)
-
-    def _solve(self, B_PK: Tensor, report: Callable[[Tensor], None]) -> Tensor:
+    def _solve(self, B_PK: Tensor, bar: Any) -> Tensor:
         """Iterate; a column that is done stays as it is."""
         self.refinement = Refinement()
         X_PK, R_PK = torch.zeros_like(B_PK), B_PK.clone()
@@ -146,7 +140,10 @@ class CGRefinedInverseLinearOperator(FlatLinearOperator):
                 before_K, reached_K = reached_K, R_PK.norm(dim=0)
                 stuck = bool((2 * reached_K >= before_K).all())
             finished = self._finished(R_PK, B_PK)
-            report(X_PK)
+            if self._callback is not None:
+                self._callback(X_PK)
+            bar.set_postfix_str(f"{float(self.refinement.residuals[-1].max()):.2e}")
+            bar.update()
             if finished or stuck:
                 break
             Z_PK = self._preconditioned(R_PK)
@@ -162,7 +159,7 @@ class CGRefinedInverseLinearOperator(FlatLinearOperator):
         return R_PK if self.preconditioner is None else self.preconditioner @ R_PK
 
     def _finished(self, R_PK: Tensor, B_PK: Tensor) -> bool:
-        """Note the residual; whether all columns are done."""
+        """Note the residual, and tell whether all columns are done."""
         norms_K = B_PK.norm(dim=0)
         residual_K = R_PK.norm(dim=0) / norms_K.where(norms_K > 0, torch.ones_like(norms_K))
         if not residual_K.isfinite().all():

@@ -19,7 +19,7 @@ _SMALL = 512
 
 
 def trace(factor: Tensor) -> Tensor:
-    """The trace of a factor, for each group."""
+    """Compute the trace of a factor, for each group."""
     return factor.sum() if factor.ndim == 1 else factor.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
@@ -75,7 +75,7 @@ def _values_and_vectors(matrix: Tensor, settle_null: bool) -> tuple[Tensor, Tens
 
 
 def alike(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
-    """The names of matrices that are decomposed together: small ones of one shape.
+    """Group the names of matrices that are decomposed together: small ones of one shape.
 
     One after the other, hundreds of small ones (of adapters, say) would wait for their kernels'
     launches on a GPU. No more together than take the memory of the largest.
@@ -83,11 +83,10 @@ def alike(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
     most = max((shape.numel() for shape in shapes.values()), default=0)
     groups: dict[torch.Size, list[str]] = {}
     for name, shape in shapes.items():
-        small = len(shape) == 2 and shape[0] <= _SMALL
-        if not small:
+        if len(shape) == 2 and shape[0] <= _SMALL:
+            groups.setdefault(shape, []).append(name)
+        else:
             yield [name]
-            continue
-        groups.setdefault(shape, []).append(name)
     for shape, names in groups.items():
         size = most // shape.numel()
         yield from (names[start : start + size] for start in range(0, len(names), size))
@@ -96,11 +95,7 @@ def alike(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
 def eigendecompositions(
     matrices: Mapping[str, Tensor], settle_null: bool = False
 ) -> list[Eigendecomposition]:
-    """Eigendecompositions of factors of one shape, batched, by what they are factors of.
-
-    Raises:
-        ValueError: As :func:`eigendecomposition`.
-    """
+    """Decompose factors of one shape together, by what they are factors of, for messages."""
     if len(matrices) == 1:
         return [eigendecomposition(M, what, settle_null) for what, M in matrices.items()]
     stacked = torch.stack(list(matrices.values()))
@@ -115,7 +110,7 @@ def eigendecompositions(
 
 
 def _settled(vectors: Tensor, null: Tensor) -> Tensor:
-    """Eigenvectors, those of zeros replaced by others that span the same space.
+    """Replace the eigenvectors of zeros by others that span the same space.
 
     With the columns ``N`` of the null space and any fixed ``D``, ``N V`` with ``Nᵀ D N = V δ Vᵀ``
     are the same but for signs, whatever basis ``N`` is, as long as the entries of ``δ`` differ.

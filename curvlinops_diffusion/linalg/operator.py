@@ -35,13 +35,9 @@ class FlatLinearOperator(LinearOperator):
     """A self-adjoint operator on the space of another, given by what it does to flat columns."""
 
     def __init__(self, other: PyTorchLinearOperator):
-        self._other = other
         super().__init__(input_shapes(other), input_shapes(other), like=other)
-
-    @property
-    def param_names(self) -> tuple[str, ...] | None:
-        """Names of the parameters, where the other operator knows them."""
-        return getattr(self._other, "param_names", None)
+        #: Names of the parameters, where the other operator knows them.
+        self.param_names: tuple[str, ...] | None = getattr(other, "param_names", None)
 
     @abstractmethod
     def multiply(self, X_PK: Tensor) -> Tensor:
@@ -71,9 +67,6 @@ def check_same_parameters(
 
     Operators are given by what messages call them. Shapes are compared, and the names of parameters
     where an operator knows them: layers of one shape are many in a network.
-
-    Raises:
-        ValueError: If they differ.
     """
     every = {**operators, **square}
     spaces = {name: input_shapes(operator) for name, operator in every.items()}
@@ -101,11 +94,7 @@ def check_same_parameters(
 
 
 def check_whole(operator: PyTorchLinearOperator, what: str) -> None:
-    """Check that an operator is not sharded, where each process does ``what`` on its own.
-
-    Raises:
-        ValueError: If it is.
-    """
+    """Check that an operator is not sharded, where each process does ``what`` on its own."""
     processes = getattr(operator, "processes", None)
     if processes is not None and processes.count > 1:
         raise ValueError(

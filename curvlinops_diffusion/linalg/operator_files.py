@@ -21,13 +21,8 @@ OPERATOR = FileKind(
 
 
 def read_header(path: str | PathLike[str]) -> dict[str, Any]:
-    """The header alone: kind, parameters, blocks, how it was made.
-
-    Raises:
-        ValueError: As :func:`read_file`.
-    """
-    path = Path(path)
-    return _checked(path, OPERATOR.read_header(path))
+    """Read the header alone: kind, parameters, blocks, how it was made."""
+    return _checked(Path(path), OPERATOR.read_header(Path(path)))
 
 
 def read_file(
@@ -52,11 +47,7 @@ def _checked(path: Path, header: Any) -> dict[str, Any]:
 
 @contextmanager
 def damaged_if_malformed(path: Path) -> Iterator[None]:
-    """Report a file as damaged if its header is not made as expected.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Report a file as damaged if its header is not made as expected."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError) as error:
@@ -64,7 +55,7 @@ def damaged_if_malformed(path: Path) -> Iterator[None]:
 
 
 def block_rows(header: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each block: its ``name``, its ``kind`` and the entries of its ``parameters``."""
+    """List of each block its ``name``, its ``kind`` and the entries of its ``parameters``."""
     sizes = {name: prod(shape) for name, shape in header["parameters"]}
     return [
         {

@@ -22,7 +22,6 @@ _ADAPTER = re.compile(
     r"(?<=\.)(?P<part>lora_(?:A|B|mid|embedding_A|embedding_B|magnitude_vector)|lora_bias|"
     r"hada_\w+|lokr_\w+|ia3_l|oft_\w+|vera_lambda_\w+|modules_to_save)\.(?P<adapter>[^.]+)(?=\.|$)"
 )
-_COMMON = "default"
 # what a factor is multiplied by, which is zero before training
 _OTHER_FACTOR = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
 
@@ -34,9 +33,7 @@ def adapter_of(name: str) -> str | None:
 
 
 def common_names(names: Iterable[str]) -> dict[str, str]:
-    """Name each parameter as if the adapter were called ``default``.
-
-    Where there are several adapters, which their names tell apart, these are left.
+    """Name each parameter as if the adapter were called ``default``, if there is only one.
 
     Args:
         names: All names of a model's parameters, or of a file's.
@@ -44,7 +41,7 @@ def common_names(names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     if len({adapter_of(name) for name in names} - {None}) != 1:
         return {name: name for name in names}
-    return {name: _ADAPTER.sub(rf"\g<part>.{_COMMON}", name) for name in names}
+    return {name: _ADAPTER.sub(r"\g<part>.default", name) for name in names}
 
 
 def common_list(names: Iterable[str]) -> list[str]:
@@ -52,30 +49,23 @@ def common_list(names: Iterable[str]) -> list[str]:
     return list(common_names(names).values())
 
 
-# what PEFT keeps beside a module that it replaces, and what replaces it, by the adapter's name
-_SAVED = re.compile(r"(?<=\.)(?P<part>modules_to_save)\.(?P<adapter>[^.]+)(?=\.)")
-
-
 def adapter_states(model: nn.Module) -> tuple[Any, ...]:
     """Tell which adapters of a model take part, and how much, as plain values to compare."""
-    modules = modules_of(model)
-    types = set(filter(_is_adapted, {type(module) for module in modules}))  # each looked at once
     return tuple(
-        (
-            bool(getattr(module, "disable_adapters", False)),
-            tuple(getattr(module, "merged_adapters", ())),
-            tuple(_active(module)),
-            tuple(_scales(module).items()),
-        )
-        for module in modules
-        if type(module) in types
+        (m.disable_adapters, tuple(_merged(m)), tuple(_active(m)), tuple(_scales(m).items()))
+        for m in _adapted(model)
     )
 
 
 def adapted_modules(model: nn.Module) -> list[Any]:
     """Return the modules with adapters at work that are not fused into the weights."""
-    modules: list[Any] = [m for m in modules_of(model) if _is_adapted(type(m))]
-    return [m for m in modules if not (m.disable_adapters or getattr(m, "merged_adapters", ()))]
+    return [m for m in _adapted(model) if not (m.disable_adapters or _merged(m))]
+
+
+def _adapted(model: nn.Module) -> list[Any]:
+    modules = modules_of(model)
+    types = set(filter(_is_adapted, {type(module) for module in modules}))  # each looked at once
+    return [module for module in modules if type(module) in types]
 
 
 @contextmanager
@@ -98,20 +88,12 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def without_part(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Find parameters of adapters that take no part in the model's output.
-
-    Args:
-        model: The model.
-        names: Names of its parameters.
-
-    Returns:
-        Of each such parameter why, and what to call.
-    """
+    """Find parameters of adapters that have no part in the output: why, and what to call."""
     modules = dict(model.named_modules())
     reasons: dict[str, str] = {}
     others: dict[str, tuple[str, str, Tensor]] = {}
     for name in names:
-        found = _ADAPTER.search(name) or _SAVED.search(name)
+        found = _ADAPTER.search(name)
         module = modules.get(name[: found.start() - 1]) if found else None
         if found and module is not None and _is_adapted(type(module)):
             adapter = found["adapter"]
@@ -138,6 +120,10 @@ def _is_adapted(cls: type[nn.Module]) -> bool:
     return all(isinstance(one, property) for one in own)
 
 
+def _merged(module: nn.Module) -> list[str]:
+    return list(getattr(module, "merged_adapters", ()))
+
+
 def _active(module: nn.Module) -> list[str]:
     active: Any = getattr(module, "active_adapters", ())
     return [active] if isinstance(active, str) else list(active)
@@ -156,12 +142,12 @@ def _why_not(module: nn.Module, adapter: str) -> str:
             "the adapters are disabled: call enable_lora() of the pipeline, or enable_adapters() "
             "of the network (enable_adapter_layers() of a PeftModel)"
         )
-    merged = list(getattr(module, "merged_adapters", ()))
+    merged = _merged(module)
     if merged:
         names = ", ".join(f"'{name}'" for name in merged)
-        are = "adapter {} is" if len(merged) == 1 else "adapters {} are"
+        are = f"adapter {names} is" if len(merged) == 1 else f"adapters {names} are"
         return (
-            f"{are.format(names)} fused into the weights: call unfuse_lora() of the pipeline "
+            f"{are} fused into the weights: call unfuse_lora() of the pipeline "
             "(unmerge_adapter() of a PeftModel)"
         )
     if adapter not in _active(module):

@@ -71,22 +71,18 @@ class Checkpoint:
         seen = [[path.name, path.stat().st_size] for path in found]
         self._processes.check_alike(f"what they see in '{self._folder}'", seen)
         self.written = max((path.stat().st_mtime for path in found), default=None)
-        batches = {}
-        for path in found:
-            batches[path] = _checked(path, CHECKPOINT.read_header(path), self._identity).batches
-        current = [
-            path
-            for i, path in enumerate(found)
-            if not any(
-                batches[path] < batches[other] or (batches[path] == batches[other] and i > j)
-                for j, other in enumerate(found)
-                if i != j
-            )
-        ]
+        batches = {
+            path: _checked(path, CHECKPOINT.read_header(path), self._identity).batches
+            for path in found
+        }
+        current: list[Path] = []
+        for path in sorted(found, key=lambda path: -len(batches[path])):
+            if not any(batches[path] <= batches[other] for other in current):
+                current.append(path)
         self._processes.barrier()  # before any of them is replaced
         done = Done()
         tensors: dict[str, Tensor] = {}
-        for i, path in enumerate(current):
+        for i, path in enumerate(sorted(current)):
             if not self._processes.takes(i):
                 self.elsewhere |= batches[path]
                 continue
@@ -103,27 +99,20 @@ class Checkpoint:
     def write(self, done: Done) -> None:
         """Write the sums; if that fails, warn and go on."""
         path = path_of(self._folder, self._name, self._processes.rank)
-        if not done.batches or not try_to_write(
-            path, self._running.tensors(), self._identity, done
-        ):
-            return
-        for other in self._merged:
-            if other != path:
+        tensors = self._running.tensors()
+        if done.batches and try_to_write(path, tensors, self._identity, done):
+            for other in {*self._merged} - {path}:
                 other.unlink(missing_ok=True)
-        self._merged = []
-
-
-def _slug(name: str) -> str:
-    return name.lower().replace(" ", "_")
+            self._merged = []
 
 
 def _files(folder: Path, name: str) -> list[Path]:
-    return sorted(folder.glob(f"{_slug(name)}.*.safetensors"))
+    return sorted(folder.glob(path_of(folder, name, "*").name))
 
 
-def path_of(folder: Path, name: str, rank: int) -> Path:
+def path_of(folder: Path, name: str, rank: int | str) -> Path:
     """Return the file of a process."""
-    return folder / f"{_slug(name)}.{rank}.safetensors"
+    return folder / f"{name.lower().replace(' ', '_')}.{rank}.safetensors"
 
 
 def forget(folder: str | PathLike[str] | None, name: str, processes: Processes) -> None:
@@ -161,19 +150,16 @@ def read(
     return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}, done
 
 
-def _unit(entry: Any) -> Unit:
-    if isinstance(entry, int):
-        return entry
-    number, start, stop = (int(value) for value in entry)
-    return number, start, stop
-
-
 def _checked(path: Path, header: Any, identity: Mapping[str, Any]) -> Done:
-    """Return the batches that a file holds, if it is of the same."""
+    """Return the batches that a file holds, if it is of the same pass."""
     try:
-        done = Done({_unit(entry) for entry in header["batches"]}, int(header["examples"]))
+        units = {
+            unit if isinstance(unit, int) else (int(unit[0]), int(unit[1]), int(unit[2]))
+            for unit in header["batches"]
+        }
+        done = Done(units, int(header["examples"]))
         there = dict(header["identity"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise CHECKPOINT.damaged(path, f"{type(error).__name__}: {error}") from error
     check_same(
         there,

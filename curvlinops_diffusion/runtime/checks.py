@@ -15,11 +15,8 @@ from torch import Tensor
 
 E = TypeVar("E", bound=Enum)
 
-_LONGEST_QUOTE = 400
 # C++ stacks, which torch appends to its messages
 _STACK = re.compile(r"^(?:frame #|Exception raised from )")
-# tables of embeddings are not indexed by these
-_SHORT_LABELS = (torch.uint8, torch.int8, torch.int16)
 
 
 def check_option(name: str, value: Any, options: type[E]) -> E:
@@ -72,10 +69,6 @@ def plain(value: Any, what: str) -> Any:
 
     Tensors lose their graph and the marks of inference mode, arrays become tensors; mappings are
     walked through, other values are as they were (a list of numbers too: the network may want it).
-
-    Args:
-        value: A tensor, array or mapping of these, or anything else.
-        what: Its name in messages.
     """
     if isinstance(value, Tensor):
         return plain_tensor(value, what)
@@ -97,14 +90,14 @@ def plain_labels(value: Any) -> Any:
     """Convert labels of few bits, or in a list, to numbers that index tables of embeddings."""
     if isinstance(value, list) and value and all(isinstance(z, Number) for z in value):
         return torch.as_tensor(value)
-    short = isinstance(value, Tensor) and value.dtype in _SHORT_LABELS
+    # tables of embeddings are not indexed by these
+    short = isinstance(value, Tensor) and value.dtype in (torch.uint8, torch.int8, torch.int16)
     return value.long() if short else value
 
 
 def plain_tensor(tensor: Tensor, what: str) -> Tensor:
     """Convert a tensor as :func:`plain` does."""
-    reason = _unusual(tensor)
-    if reason is not None:
+    if reason := _unusual(tensor):
         raise ValueError(f"{what} {reason}.")
     # Parameters, images of torchvision; not those whose operations are their own (DTensor)
     usual = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
@@ -131,15 +124,11 @@ def _unusual(tensor: Tensor) -> str | None:
 
 
 def quoted(error: BaseException) -> str:
-    """Quote an error of another library in one line.
+    """Quote an error of another library in one line of at most 400 characters.
 
-    The first line alone often ends at a colon, and the cause stands in the next ones or in the
-    last: lines are joined, and of a long message the beginning and the end are kept.
-
-    Returns:
-        The message without line breaks, stacks of C++ and repeated lines, at most 400 characters;
-        with the kind of error where the message alone says little (``KeyError: 'conv_in'``) and
-        the error that it was raised from.
+    Lines are joined, but for stacks of C++ and repeated ones, and of a long message the beginning
+    and the end are kept: the cause often stands in the last line. The kind of error is added where
+    the message alone says little (``KeyError: 'conv_in'``), and the error that it was raised from.
     """
     lines = [" ".join(line.split()) for line in str(error).splitlines()]
     lines = [line for line in lines if line and not _STACK.match(line)]
@@ -148,8 +137,7 @@ def quoted(error: BaseException) -> str:
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
     if error.__cause__ is not None and str(error.__cause__) not in text:
         text = f"{text.rstrip('.')} ({quoted(error.__cause__)})"
-    if len(text) > _LONGEST_QUOTE:
-        head = text[: _LONGEST_QUOTE * 2 // 3]
-        tail = text[-(_LONGEST_QUOTE // 3 - 3) :]
+    if len(text) > 400:
+        head, tail = text[:266], text[-130:]
         text = f"{head.rpartition(' ')[0] or head} … {tail.partition(' ')[2] or tail}"
     return text

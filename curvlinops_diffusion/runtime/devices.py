@@ -18,9 +18,6 @@ from torch.utils._pytree import tree_leaves
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
-# runnable processes for each core, from which on waiting is noticed
-_BUSY = 1.5
-
 
 def to_device(z: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Copy a tensor to a device, perhaps in another precision, without synchronising.
@@ -41,11 +38,7 @@ def pinned(z: Tensor, device: torch.device) -> Tensor:
 
 
 class DeviceFlag:
-    """A truth value that is read later, when it no longer synchronises the stream.
-
-    Args:
-        flag: The value, on its device.
-    """
+    """A truth value that is read later, when it no longer synchronises the stream."""
 
     def __init__(self, flag: Tensor):
         self._flag = flag
@@ -138,7 +131,7 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
 
 
 def machine_load() -> tuple[float, int]:
-    """The load of the last minute, and the cores that this process may use."""
+    """Return the load of the last minute, and the cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0), cores
@@ -151,7 +144,7 @@ def warn_if_busy(device: torch.device) -> None:
     the next operation starts: with neighbours on the cores a pass can take a hundred times as long.
     """
     threads, (load, cores) = torch.get_num_threads(), machine_load()
-    if device.type == "cpu" and threads > 1 and load > _BUSY * cores:
+    if device.type == "cpu" and threads > 1 and load > 1.5 * cores:
         warn(
             f"The machine is busy: a load of {load:.1f} on {cores} cores, and PyTorch uses "
             f"{threads} threads. Small networks can be a hundred times slower so: set "
@@ -161,5 +154,5 @@ def warn_if_busy(device: torch.device) -> None:
 
 
 def threads_for(load: float, cores: int, threads: int) -> int:
-    """Threads that find a core of their own beside a load, at least one and at most ``threads``."""
+    """Count the threads that find a core beside a load, at least one and at most ``threads``."""
     return max(1, min(threads, cores - round(load)))

@@ -42,9 +42,6 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
     The name of a single adapter makes no difference.
 
-    Args:
-        model: The model.
-
     Returns:
         Hexadecimal digests under ``'structure'``, ``'weights'`` and ``'settings'``.
     """
@@ -92,19 +89,18 @@ def name_of(value: Any) -> str:
     and mappings are left out, since objects keep what they have seen in them. Those of libraries, a
     pipeline say, are known by their type alone.
     """
-    if isinstance(value, str):
-        return value
-    name = getattr(value, "__qualname__", type(value).__qualname__)
-    return f"{name}:{digest_of(value)}"
+    return value if isinstance(value, str) else f"{_kind(value)}:{digest_of(value)}"
+
+
+def _kind(value: Any) -> str:
+    """Return the name of a function or class, of other objects that of the class."""
+    return str(getattr(value, "__qualname__", type(value).__qualname__))
 
 
 class Named:
     """A function's name as it was at first, however it counts its calls or keeps what it has seen.
 
     Weights do not change by being used: those of networks within are looked at each time.
-
-    Args:
-        value: The function, or an object that is called.
 
     Attributes:
         first: Its name without their weights.
@@ -113,8 +109,7 @@ class Named:
 
     def __init__(self, value: Any):
         self.networks: list[nn.Module] = []
-        name = getattr(value, "__qualname__", type(value).__qualname__)
-        self.first = f"{name}:{_digest(_parts((value,), set(), self.networks))}"
+        self.first = f"{_kind(value)}:{_digest(_parts((value,), set(), self.networks))}"
 
     def __str__(self) -> str:
         """Return the name, :func:`name_of` if there is no network within."""
@@ -149,13 +144,7 @@ def _digest(parts: Iterable[bytes | memoryview]) -> str:
 def _parts(
     value: Any, seen: set[int], networks: list[nn.Module] | None = None
 ) -> Iterator[bytes | memoryview]:
-    """Yield the bytes that identify a value.
-
-    Args:
-        value: The value.
-        seen: Identities of the functions on the way to it, which may enclose themselves.
-        networks: Where networks are put, whose bytes are left out then.
-    """
+    """Yield the bytes that identify a value; networks are put into a list in place of theirs."""
     if isinstance(value, Tensor | np.ndarray):
         yield from tensor_parts(torch.as_tensor(value))
     elif isinstance(value, nn.Module) and networks is not None:
@@ -165,8 +154,8 @@ def _parts(
     elif value is None or isinstance(value, str | bytes | int | float | complex | torch.dtype):
         yield repr(value).encode()
     else:
-        yield getattr(value, "__qualname__", type(value).__qualname__).encode()
-        if id(value) not in seen:
+        yield _kind(value).encode()
+        if id(value) not in seen:  # functions may enclose themselves
             for inner in _inside(value):
                 yield from _parts(inner, seen | {id(value)}, networks)
 
@@ -199,12 +188,9 @@ def _inside(value: Any) -> list[Any]:
 
 
 def _source(function: FunctionType) -> str | None:
-    """The text of a user's function, which is the same in every version of Python, if it is kept.
-
-    Of functions of this package and of libraries the name stands for all.
-    """
+    """Return the text of a user's function, alike in every version of Python, if it is kept."""
     if (function.__module__ or "").partition(".")[0] in {*_LIBRARIES, "curvlinops_diffusion"}:
-        return None
+        return None  # the name stands for all
     try:
         return dedent(inspect.getsource(function))
     except (OSError, TypeError, IndentationError):
@@ -229,9 +215,6 @@ def settings_of(model: Any) -> dict[str, Any]:
 
     Entries of a config that have their default value are left out, so that a later version of a
     library, which knows more of them, finds the same.
-
-    Args:
-        model: The network.
     """
     found: dict[str, Any] = {}
     seen: set[int] = set()
@@ -246,9 +229,8 @@ def settings_of(model: Any) -> dict[str, Any]:
         own = {**_constants(module), **_adapters(module), **_tiles(module)}
         if config is not None and id(config) not in seen:
             seen.add(id(config))
-            own |= {"config": _config(module, config)}
-        own = {key: value for key, value in own.items() if value not in ({}, None)}
-        if own:
+            own["config"] = _config(module, config)
+        if own := {key: value for key, value in own.items() if value not in ({}, None)}:
             found[name] = own
     return found
 

@@ -27,7 +27,7 @@ Batch = TypeVar("Batch", bound=Divisible)
 
 
 class Division:
-    """The work of a process: batches in turn, and of those of the last round a piece of each.
+    """Work of a process: batches in turn, and of those of the last round a piece of each.
 
     Without the pieces, processes would wait for those that have one batch more. What is done may
     have been divided among another number of processes.
@@ -56,8 +56,7 @@ class Division:
             if isinstance(unit, int):
                 self._whole.add(unit)
             else:
-                number, start, stop = unit
-                self._pieces.setdefault(number, set()).update(range(start, stop))
+                self._pieces.setdefault(unit[0], set()).update(range(*unit[1:]))
 
     def wants(self, number: int) -> bool:
         """Tell whether a batch may have examples for this process."""
@@ -101,8 +100,7 @@ class Division:
 
     def _left(self, number: int, size: int) -> list[int]:
         """Return the positions in a batch that are not done."""
-        done = self._pieces.get(number, set())
-        return [position for position in range(size) if position not in done]
+        return sorted({*range(size)} - self._pieces.get(number, set()))
 
 
 def in_equal_parts(items: list[int], processes: Processes) -> tuple[list[int], list[int]]:

@@ -18,8 +18,7 @@ if TYPE_CHECKING:  # to say what a file holds, PyTorch need not be imported
     from torch import Tensor
 
 
-# of the format of all files of tensors; raise it with every change of what they hold
-VERSION = 1
+VERSION = 1  # of the format of all files of tensors; raise it with every change of what they hold
 
 
 def write_bytes(path: Path, contents: bytes) -> None:
@@ -60,11 +59,7 @@ def write_whole(path: Path, write: Callable[[str], object]) -> None:
 
 
 def check_file_name(path: Path, suffix: str = "") -> None:
-    """Check, before what it is to hold is computed, that a file may have a name.
-
-    Raises:
-        ValueError: If it lies in no folder, is one, or does not end in the suffix.
-    """
+    """Check, before what it is to hold is computed, that a file may have a name."""
     if not path.name.endswith(suffix):
         raise ValueError(f"The name of a file must end in {suffix}, got '{path}'.")
     if not path.parent.is_dir():
@@ -97,12 +92,11 @@ def files_below(folder: Path) -> Iterator[Path]:
     """Yield every file below a folder, through links, each folder once."""
     seen: set[str] = set()
     for found, folders, files in os.walk(folder, followlinks=True):
-        here = os.path.realpath(found)
-        if here in seen:  # a link to a folder around it
+        if (here := os.path.realpath(found)) in seen:  # a link to a folder around it
             folders.clear()
-            continue
-        seen.add(here)
-        yield from (Path(found) / name for name in files)
+        else:
+            seen.add(here)
+            yield from (Path(found) / name for name in files)
 
 
 def check_can_be_made(path: Path, option: str) -> None:
@@ -136,10 +130,7 @@ def check_can_be_written(path: Path, option: str) -> None:
 
 def _existing(path: Path) -> Path:
     """Return the innermost folder, or file, on the way to a path that exists."""
-    there = path.absolute()
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    return there
+    return next(there for there in (path.absolute(), *path.absolute().parents) if there.exists())
 
 
 def _behind_links(path: Path) -> Path:
@@ -152,13 +143,7 @@ def _temporary(path: Path) -> Path:
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
-    """Check that a disk has room for so many bytes.
-
-    Args:
-        folder: Where they are to be written; it need not exist yet.
-        needed: Bytes.
-        what: What is to be written, for the message.
-    """
+    """Check that a disk has room for so many bytes in a folder, which need not exist yet."""
     free = shutil.disk_usage(_existing(folder)).free
     if needed > free:
         raise ValueError(
@@ -168,8 +153,7 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 
 
 # entries of a file's metadata: a digest of header and tensors, and the format's version
-_DIGEST = "sha256"
-_FORMAT_VERSION = "format_version"
+_DIGEST, _FORMAT_VERSION = "sha256", "format_version"
 # safetensors takes no more than 100 MB of metadata: longer headers are kept as a tensor of bytes
 _LONGEST = 50_000_000
 _LONG_HEADER = "__header__"
@@ -214,10 +198,14 @@ class FileKind:
         import torch
         from safetensors.torch import save_file
 
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        check_space(path.parent, needed, f"The numbers of '{path.name}'")
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        check_space(
-            path.parent, sum(z.nbytes for z in plain.values()), f"The numbers of '{path.name}'"
-        )
+        memory: set[int] = set()
+        for name, z in plain.items():  # the format refuses tensors that share memory
+            if z.untyped_storage().nbytes() > z.nbytes or z.untyped_storage().data_ptr() in memory:
+                plain[name] = z.clone()
+            memory.add(plain[name].untyped_storage().data_ptr())
         text = json.dumps(header)
         metadata = {self.key: text}
         if len(text) > _LONGEST:  # the names of a million images
@@ -226,7 +214,7 @@ class FileKind:
         if self.version is not None:
             metadata[_FORMAT_VERSION] = str(self.version)
         metadata[_DIGEST] = _file_digest(metadata[self.key], sorted(plain.items()))
-        write_whole(path, lambda temporary: save_file(_unshared(plain), temporary, metadata))
+        write_whole(path, lambda temporary: save_file(plain, temporary, metadata))
 
     def read(
         self, path: Path, wanted: Container[str] | None = None
@@ -236,11 +224,10 @@ class FileKind:
         Args:
             path: The file.
             wanted: The names of the tensors that are kept; ``None`` for all. The others are read
-                one after the other, to see that the file is as it was written.
+                as well, to see that the file is as it was written.
 
         Raises:
-            ValueError: If the file is missing, not whole, or of another kind or version; or header
-                or tensors are not those that were written.
+            ValueError: If the file is missing, damaged, or of another kind or version.
         """
         with self._open(path, framework="pt") as file:
             header = self._header(path, file)
@@ -341,11 +328,7 @@ class FileKind:
 
 
 def kind_of(path: Path) -> str | None:
-    """Return the key of a safetensors file's kind.
-
-    Returns:
-        Empty for files of other programs; ``None`` if it is no whole safetensors file.
-    """
+    """Return the key of a file's kind: empty of other programs', ``None`` if it is not whole."""
     try:
         with safe_open(path, "np") as file:
             return _kind_among(file.metadata() or {})
@@ -357,19 +340,6 @@ def _kind_among(metadata: Mapping[str, str]) -> str:
     return next((key for key in metadata if key.startswith("curvlinops_diffusion.")), "")
 
 
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that share memory, which the safetensors format refuses."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-        if not whole or tensor.untyped_storage().data_ptr() in seen:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        result[name] = tensor
-    return result
-
-
 def check_same(
     there: Mapping[str, Any],
     here: Mapping[str, Any],
@@ -377,17 +347,16 @@ def check_same(
     advice: str,
     error: type[ValueError] = ValueError,
 ) -> None:
-    """Check that what a file was made of is what is here.
+    """Check that what a file was made of, as plain values, is what is here.
 
     Args:
-        there: How the file was made, as plain values.
+        there: How the file was made.
         here: How it would be made here.
         what: A sentence up to the differences, without a colon.
         advice: What to do, a sentence.
         error: The kind of error.
     """
-    different = _differences(there, here)
-    if different:
+    if different := _differences(there, here):
         raise error(f"{what}: {'; '.join(different[:5])}. {advice}")
 
 

@@ -93,18 +93,14 @@ def twice_differentiable() -> Iterator[None]:
         yield
 
 
-def _in_place(function: Callable[[Tensor], Tensor], x: Tensor, inplace: bool) -> Tensor:
+def _activation(plain: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     """Write a function's value where the function would write it: others may read it there."""
-    # backward passes need what the value is made of
-    return x.copy_(function(x.clone())) if inplace else function(x)
 
+    def activation(x: Tensor, inplace: bool = False) -> Tensor:
+        # backward passes need what the value is made of
+        return x.copy_(plain(x.clone())) if inplace else plain(x)
 
-def _silu(x: Tensor, inplace: bool = False) -> Tensor:
-    return _in_place(lambda z: z * z.sigmoid(), x, inplace)
-
-
-def _mish(x: Tensor, inplace: bool = False) -> Tensor:
-    return _in_place(lambda z: z * functional.softplus(z).tanh(), x, inplace)
+    return activation
 
 
 def _embedding(
@@ -171,8 +167,8 @@ class _PlainFunctions(_ForwardMode):
 
     PLAIN: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
         **_ForwardMode.PLAIN,
-        functional.silu: _silu,
-        functional.mish: _mish,
+        functional.silu: _activation(lambda z: z * z.sigmoid()),
+        functional.mish: _activation(lambda z: z * functional.softplus(z).tanh()),
     }
 
 
@@ -182,24 +178,22 @@ def derivative_gradients(tables: Sequence[nn.Module]) -> Iterator[None]:
 
     Training may have wanted gradients that are sparse, or are divided by how often a token occurs
     in the batch, which are none of a loss.
-
-    Args:
-        tables: See :func:`special_tables`.
     """
-    with _switched_off(tables, "sparse"), _switched_off(tables, "scale_grad_by_freq"):
+    with switched(tables, "sparse", False), switched(tables, "scale_grad_by_freq", False):
         yield
 
 
 @contextmanager
-def _switched_off(modules: Sequence[nn.Module], attribute: str) -> Iterator[None]:
-    before = [getattr(module, attribute) for module in modules]
+def switched(owners: Sequence[Any], attribute: str, value: Any) -> Iterator[None]:
+    """Set an attribute of several objects within the context."""
+    before = [getattr(owner, attribute) for owner in owners]
     try:
-        for module in modules:
-            setattr(module, attribute, False)
+        for owner in owners:
+            setattr(owner, attribute, value)
         yield
     finally:
-        for module, value in zip(modules, before, strict=True):
-            setattr(module, attribute, value)
+        for owner, former in zip(owners, before, strict=True):
+            setattr(owner, attribute, former)
 
 
 def special_tables(model: nn.Module) -> list[nn.Module]:
@@ -246,10 +240,6 @@ def replaced_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> dict[
 
     For ``functional_call(..., tie_weights=False)``, each place once: by itself it would replace
     those of a module under two names twice, and put the value back in place of the parameter.
-
-    Args:
-        model: The model.
-        values: Values by the parameters' names.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     result = {}
@@ -266,14 +256,8 @@ def eager() -> AbstractContextManager[Any]:
     return nullcontext() if set_stance is None else set_stance("force_eager")
 
 
-# parts of torch's messages where a network recomputes in its backward pass in a way that it cannot
-# follow
-_RECOMPUTED = (
-    "use_reentrant",
-    "setup_context",
-    "saved tensor hooks",
-    "differentiated Tensors does",
-)
+# parts of torch's messages where a network recomputes in its backward pass as it cannot follow
+_RECOMPUTED = "use_reentrant", "setup_context", "saved tensor hooks", "differentiated Tensors does"
 
 
 @contextmanager
@@ -292,15 +276,14 @@ def recomputation_named() -> Iterator[None]:
             "A part of the network is recomputed in the backward pass in a way that these "
             "derivatives cannot follow: gradient checkpoints (torch.utils.checkpoint), an "
             "autograd function that computes gradients by itself, or a module's backward hook. "
-            "Switch the network's gradient "
-            "checkpoints off; factors and gradients of examples go through those of "
-            f"use_reentrant=False as well. (torch says: {quoted(error)})"
+            "Switch the network's gradient checkpoints off; factors and gradients of examples go "
+            f"through those of use_reentrant=False as well. (torch says: {quoted(error)})"
         ) from error
 
 
 @contextmanager
 def without_checkpoints(model: nn.Module) -> Iterator[None]:
     """Switch gradient checkpointing off, for forward-mode and vectorised derivatives."""
-    switched = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
-    with _switched_off(switched, "gradient_checkpointing"):
+    on = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    with switched(on, "gradient_checkpointing", False):
         yield

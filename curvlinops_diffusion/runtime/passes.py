@@ -65,7 +65,7 @@ class _PassData(Protocol):
 
 @dataclass(frozen=True)
 class PassOptions:
-    """The way passes over the data are run.
+    """Options of passes over the data.
 
     Attributes:
         checkpoint: A folder of checkpoints, from which passes resume when the program is started
@@ -96,11 +96,7 @@ class PassOptions:
     progressbar: bool = False
 
     def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            ValueError: If one is of no accepted kind.
-        """
+        """Check the options."""
         check_non_negative("checkpoint_every", self.checkpoint_every)
         Processes.of(self.distributed)
         if self.max_memory is not None:
@@ -165,25 +161,19 @@ def run_pass(
     """
     processes = Processes.of(options.distributed)
     check_same_pass(processes, data, settings)
-    device = data.device
-    warn_if_busy(device)
-    done = Done()
-    checkpoint = None
+    warn_if_busy(data.device)
+    done, elsewhere, checkpoint = Done(), set[Unit](), None
     if options.checkpoint is not None:
-        identity = data.identity(settings)
-        checkpoint = Checkpoint(
-            Path(options.checkpoint), name, processes, identity, running, device
-        )
-        done = checkpoint.restore()
-    elsewhere: set[Unit] = set() if checkpoint is None else checkpoint.elsewhere
+        folder, identity = Path(options.checkpoint), data.identity(settings)
+        checkpoint = Checkpoint(folder, name, processes, identity, running, data.device)
+        done, elsewhere = checkpoint.restore(), checkpoint.elsewhere
     known = set.intersection(*together.all_gather(done.batches | elsewhere))
     division = Division(processes, data.num_batches, known, data.in_step)
     before = sum(processes.all_gather(done.examples))
     if before < data.num_data:
         begin()
 
-    def log(message: str) -> None:
-        """Log progress; ``fields`` are for what writes it for machines."""
+    def log(message: str) -> None:  # with fields for machines
         counts = {"examples": done.examples, "of": data.num_data, "draws": data.num_draws}
         _logger.info(message, extra={"fields": {"pass": name, **counts}})
 
@@ -212,7 +202,7 @@ def run_pass(
         if checkpoint and latest_written != len(done.batches):
             checkpoint.write(done)
     if processes.count > 1 and summed:
-        running.restore(processes.all_reduce(running.tensors(), device))
+        running.restore(processes.all_reduce(running.tensors(), data.device))
     if processes.count > 1 and data.in_step:
         # after the sum, so that what all add is in it once
         for clean in division.rest(data.numbered_batches(division.wants)):
@@ -276,15 +266,9 @@ def computed_once(
     settings: Mapping[str, Any],
     draws: int = 0,
 ) -> dict[str, Tensor]:
-    """Compute tensors once, and read them from the checkpoint's folder afterwards.
+    """Compute tensors once, on every process alike, and read them from a checkpoint afterwards.
 
-    Args:
-        name: The name of what is computed.
-        data: What the pass goes over.
-        compute: Computes it, on every process alike.
-        options: Checkpoints and processes.
-        settings: What else the result depends on, as plain values.
-        draws: Draws of examples that it takes, for a bar; 0 for none.
+    Args as of :func:`run_pass`; ``draws`` of examples are for a bar, 0 for none.
     """
     processes = Processes.of(options.distributed)
     shown = draws > 0 and options.progressbar and processes.rank == 0

@@ -13,15 +13,16 @@ from typing import Any, TypeVar
 
 import torch
 
-Result = TypeVar("Result")
+from curvlinops_diffusion.runtime.modes import switched
 
-_FULL = ("none", "ieee")
+Result = TypeVar("Result")
 
 
 def products_are_rounded(device: torch.device) -> bool:
     """Tell whether products of float32 numbers may be computed from fewer bits on a device."""
     if _has_own_settings():
-        return any(owner.fp32_precision not in _FULL for owner in _settings()[device.type == "cpu"])
+        owners = _settings()[device.type == "cpu"]
+        return any(owner.fp32_precision not in ("none", "ieee") for owner in owners)
     if device.type == "cpu":
         return torch.get_float32_matmul_precision() == "medium"
     return bool(torch.backends.cudnn.allow_tf32) or torch.backends.cuda.matmul.allow_tf32
@@ -30,24 +31,18 @@ def products_are_rounded(device: torch.device) -> bool:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Compute products of float32 numbers from all of their bits within the context."""
-    if not _has_own_settings():
-        before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-        try:
-            torch.backends.cudnn.allow_tf32 = False
-            torch.set_float32_matmul_precision("highest")
+    if _has_own_settings():
+        owners = [owner for owners in _settings() for owner in owners]
+        with switched(owners, "fp32_precision", "ieee"):
             yield
-        finally:
-            torch.backends.cudnn.allow_tf32 = before[0]
-            torch.set_float32_matmul_precision(before[1])
         return
-    found = [(owner, owner.fp32_precision) for owners in _settings() for owner in owners]
+    before = torch.get_float32_matmul_precision()
     try:
-        for owner, _ in found:
-            owner.fp32_precision = "ieee"
-        yield
+        torch.set_float32_matmul_precision("highest")
+        with switched([torch.backends.cudnn], "allow_tf32", False):
+            yield
     finally:
-        for owner, value in found:
-            owner.fp32_precision = value
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager
@@ -56,14 +51,9 @@ def matmuls_in_tf32() -> Iterator[None]:
 
     The network's convolutions keep their own setting.
     """
-    owner: Any = torch.backends.cuda.matmul
     name, value = ("fp32_precision", "tf32") if _has_own_settings() else ("allow_tf32", True)
-    before = getattr(owner, name)
-    try:
-        setattr(owner, name, value)
+    with switched([torch.backends.cuda.matmul], name, value):
         yield
-    finally:
-        setattr(owner, name, before)
 
 
 @contextmanager
@@ -73,14 +63,12 @@ def without_autocast(device_type: str) -> Iterator[None]:
     As ``torch.autocast(device_type, enabled=False)``, which takes as long as the work of a small
     layer does.
     """
-    if not torch.is_autocast_enabled(device_type):
-        yield
-        return
+    before = torch.is_autocast_enabled(device_type)
     torch.set_autocast_enabled(device_type, False)
     try:
         yield
     finally:
-        torch.set_autocast_enabled(device_type, True)
+        torch.set_autocast_enabled(device_type, before)
 
 
 def settled(check: Callable[[], Result], device: torch.device) -> Result:
@@ -89,12 +77,6 @@ def settled(check: Callable[[], Result], device: torch.device) -> Result:
     Args:
         check: Runs the network, and returns what it has found, or raises a ``ValueError``.
         device: The network's.
-
-    Returns:
-        Nothing, or the finding, in full precision.
-
-    Raises:
-        ValueError: If the check does, in full precision as well.
     """
     try:
         found = check()

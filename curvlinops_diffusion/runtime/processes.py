@@ -1,11 +1,8 @@
-"""Collective operations of the processes that share the work, and the division of pieces by cost.
-
-Thin over ``torch.distributed`` (gloo on CPU, NCCL on GPU).
-"""
+"""Collective operations of processes that share work, over ``torch.distributed``."""
 
 from __future__ import annotations
 
-import heapq
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +19,7 @@ from curvlinops_diffusion.runtime.checks import quoted
 
 Result = TypeVar("Result")
 
-# shape and type of a tensor
-Form = tuple[tuple[int, ...], torch.dtype]
+Form = tuple[tuple[int, ...], torch.dtype]  # of a tensor
 
 # tensors are exchanged in buckets of about so many entries
 _BUCKET = 2**24
@@ -64,21 +60,17 @@ class Processes:
 
     def owners(self, costs: Sequence[float]) -> list[int]:
         """Assign each piece of work to a process: the most costly first, to the least busy one."""
-        busy = [(0.0, rank) for rank in range(self.count)]
-        owners = [0] * len(costs)
+        loads, owners = [0.0] * self.count, [0] * len(costs)
         for piece in sorted(range(len(costs)), key=lambda i: -costs[i]):
-            load, rank = heapq.heappop(busy)
-            owners[piece] = rank
-            heapq.heappush(busy, (load + costs[piece], rank))
+            owners[piece] = loads.index(min(loads))
+            loads[owners[piece]] += costs[piece]
         return owners
 
     def all_reduce(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Sum tensors by name over processes; a missing one counts as zero."""
         if self.count == 1:
             return dict(tensors)
-        forms = {
-            name: form for own in self.all_gather(_forms(tensors)) for name, form in own.items()
-        }
+        forms = dict(ChainMap(*self.all_gather(_forms(tensors))))
         return _exchanged(forms, tensors, device, dist.all_reduce)
 
     def all_gather(self, value: Any) -> list[Any]:
@@ -129,8 +121,7 @@ class Processes:
             raise failure
         for rank, failed in enumerate(failures):
             if failed is not None:
-                kind, text = failed
-                raise kind(f"Process {rank} has stopped: {text}")
+                raise failed[0](f"Process {rank} has stopped: {failed[1]}")
         return result
 
     def barrier(self) -> None:
@@ -152,7 +143,7 @@ def _exchanged(
     device: torch.device,
     exchange: Callable[[Tensor], object],
 ) -> dict[str, Tensor]:
-    """Exchange tensors in buckets of one type, in place; zeros where this process has none."""
+    """Exchange tensors in buckets of one type; zeros where this process has none."""
     order = sorted(forms, key=lambda name: (str(forms[name][1]), name))
     sizes = {name: prod(forms[name][0]) for name in order}
     starts = accumulate(sizes.values(), initial=0)
@@ -160,13 +151,9 @@ def _exchanged(
     result: dict[str, Tensor] = {}
     for (dtype, _), bucket in groupby(order, buckets.__getitem__):
         names = list(bucket)
-        pieces = [
-            tensors[name].flatten()
-            if name in tensors
-            else torch.zeros(sizes[name], dtype=dtype, device=device)
-            for name in names
-        ]
-        flat = torch.cat(pieces)
+        zero = torch.zeros((), dtype=dtype, device=device)
+        pieces = (tensors[n].flatten() if n in tensors else zero.expand(sizes[n]) for n in names)
+        flat = torch.cat(list(pieces))
         with lost_processes_named(by_message=False):
             exchange(flat)
         for name, piece in zip(names, flat.split([sizes[n] for n in names]), strict=True):

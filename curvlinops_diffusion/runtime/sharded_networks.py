@@ -30,13 +30,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def divide(model: nn.Module, device: torch.device) -> None:
-    """Shard a network over all processes by ``fully_shard``: its blocks apart, then the rest.
+    """Shard a whole network over all processes by ``fully_shard``: its blocks apart, then the rest.
 
     Blocks are the entries of its lists of modules, and other parts of it that are no smaller.
-
-    Args:
-        model: The network, whole on every process; its parameters are replaced.
-        device: Where it is computed with.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -73,8 +69,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """Gather all of a tensor, on all processes together; as it is if it is not divided."""
     if not is_divided(tensor):
         return tensor
-    full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-    return full
+    return tensor.full_tensor()  # type: ignore[attr-defined]
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

@@ -1,8 +1,4 @@
-"""Running sums: what a pass over the data accumulates, as named tensors.
-
-A pass can be interrupted and resumed, or divided among processes, because everything that it has
-accumulated can be written to a file, added up, and restored.
-"""
+"""Running sums: what a pass accumulates, as named tensors to write, add up and restore."""
 
 from __future__ import annotations
 
@@ -41,16 +37,13 @@ class Sums:
 
     def add(self, key: str, value: Tensor) -> None:
         """Add to a sum; the value may be kept, and must not be changed later."""
-        if key in self._sums:
+        if self._sums.setdefault(key, value) is not value:
             self._sums[key] += value
-        else:
-            self._sums[key] = value
 
     def pop_all(self) -> list[tuple[str, Tensor]]:
         """Return the sums, which start anew."""
-        items = list(self._sums.items())
-        self._sums.clear()
-        return items
+        sums, self._sums = self._sums, {}
+        return list(sums.items())
 
     def take_mean(self, key: str, count: int, otherwise: Callable[[], Tensor]) -> Tensor:
         """Return the sum over ``count``, or ``otherwise`` where nothing was added.
@@ -69,11 +62,7 @@ class Sums:
 
 
 class CompositeSums:
-    """Several running sums as one.
-
-    Args:
-        parts: The sums by name.
-    """
+    """Several running sums, by name, as one."""
 
     def __init__(self, parts: Mapping[str, Running]):
         self._parts = parts

@@ -124,9 +124,15 @@ def dense_by_blocks(operator, function):
     return result
 
 
-@pytest.mark.parametrize("floor", [{}, {"min_damping": 0.1}])
-@pytest.mark.parametrize("separate", [True, False])
-@pytest.mark.parametrize("heuristic", [True, False])
+@pytest.mark.parametrize(
+    ("heuristic", "separate", "floor"),
+    [
+        (True, False, {}),
+        (True, False, {"min_damping": 0.1}),
+        (True, True, {}),
+        (False, True, {"min_damping": 0.1}),
+    ],
+)
 def test_dampings_of_factors_equal_curvlinops(regression, separate, heuristic, floor):
     """A separate bias is damped exactly in ours; upstream's heuristic splits its damping."""
     options = {"fisher_type": "type-2", "separate_weight_and_bias": separate}
@@ -173,7 +179,7 @@ def test_damping_in_units_of_each_blocks_mean_eigenvalue(operator):
     assert (other - to_dense(ours)).norm() > 1e-3 * other.norm()
 
 
-@pytest.mark.parametrize("rtol", [0.0, 1e-3, 0.2])
+@pytest.mark.parametrize("rtol", [0.0, 0.2])
 def test_truncated_pseudo_inverse(operator, rtol):
     """As ``torch.linalg.pinv`` of the whole matrix; with damping, of what is kept."""
     dense = to_dense(operator)
@@ -285,9 +291,14 @@ class DeadDirection(nn.Module):
         return self.model(((x @ self.rotation) * self.kept) @ self.rotation.T, t)
 
 
-@pytest.mark.parametrize("approx", ["expand", "reduce"])
-@pytest.mark.parametrize("n", [3, 32])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "n", "approx"),
+    [
+        (torch.float32, 32, "expand"),
+        (torch.float32, 3, "reduce"),
+        (torch.float64, 3, "expand"),
+    ],
+)
 def test_the_rank_of_ekfac(dtype, n, approx):
     """Of full rank, with fewer examples than parameters, and with a direction without inputs."""
 
@@ -352,7 +363,6 @@ class Attention(nn.Module):
 
 
 NULL = ("k.bias", "conv.bias", "unused.weight", "unused.bias")
-SUBSETS = [("",), ("k", "q"), ("conv",)]  # of which the largest eigenvalue differs
 
 
 def attention(dtype, **objective):
@@ -365,16 +375,15 @@ def attention(dtype, **objective):
     )
 
 
-PRECISIONS = [
-    (torch.float64, {}),
-    (torch.float32, {}),
-    (torch.float32, {"autocast": torch.bfloat16}),
-]
-
-
 @pytest.mark.filterwarnings("ignore:.*have no effect on the prediction")
-@pytest.mark.parametrize("subset", SUBSETS, ids=str)
-@pytest.mark.parametrize(("dtype", "objective"), PRECISIONS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "objective", "subset"),
+    [  # of which the largest eigenvalue differs
+        (torch.float64, {}, ("",)),
+        (torch.float32, {}, ("k", "q")),
+        (torch.float32, {"autocast": torch.bfloat16}, ("conv",)),
+    ],
+)
 @KINDS
 def test_blocks_of_rounding_are_left_out(kind, dtype, objective, subset):
     """The twin is without the parameters; an absolute damping keeps them, as its formula says."""
@@ -445,7 +454,10 @@ def test_a_relative_damping_of_zeros():
     assert_close(to_dense(F.inverse(0.1)), 10 * torch.eye(2), 1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "objective"), PRECISIONS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "objective"),
+    [(torch.float64, {}), (torch.float32, {"autocast": torch.bfloat16})],
+)
 @KINDS
 def test_weights_whose_gradients_are_rounding(kind, dtype, objective):
     """An embedding is added to each channel, whose mean a norm subtracts: its terms vanish too."""

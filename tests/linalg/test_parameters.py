@@ -79,12 +79,9 @@ def rows(model, params):
 WRAPPED = {
     "compiled": (lambda: compiled(network()), "_orig_mod."),
     "parallel": (lambda: nn.DataParallel(network()), "module."),
-    "compiled parallel": (lambda: compiled(nn.DataParallel(network())), "_orig_mod.module."),
     "averaged": (lambda: AveragedModel(network()), "module."),
-    "compiled average": (lambda: compiled(AveragedModel(network())), "_orig_mod.module."),
     "handed to": (lambda: Handing(network()), "model."),
     "scaled": (lambda: Scaling(network()).double(), "model."),
-    "compiled and scaled": (lambda: compiled(Scaling(network()).double()), "_orig_mod.model."),
     "scaled and compiled": (lambda: Scaling(compiled(network())).double(), "model._orig_mod."),
 }
 

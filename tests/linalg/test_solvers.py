@@ -54,16 +54,9 @@ def right_sides(size, columns=3):
     return torch.randn(size, columns, generator=generator, dtype=torch.float64) * scale
 
 
-PRECONDITIONERS = {
-    "none": lambda regression: None,
-    "kfac": lambda regression: DiffusionKFACLinearOperator(regression).inverse(DAMPING),
-    "ekfac": lambda regression: DiffusionEKFACLinearOperator(regression).inverse(DAMPING),
-}
-
-
-@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-def test_conjugate_gradients(regression, exact, dense, preconditioner):
-    M = PRECONDITIONERS[preconditioner](regression)
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_conjugate_gradients(regression, exact, dense, preconditioned):
+    M = DiffusionEKFACLinearOperator(regression).inverse(DAMPING) if preconditioned else None
     inverse = CGRefinedInverseLinearOperator(exact, DAMPING, M, tolerance=1e-12, max_iter=200)
     B = right_sides(len(dense), columns=4)
     B[:, 1] = 0
@@ -103,8 +96,7 @@ def test_residual_history(G, dense):
     assert (inverse.refinement.residuals[-2] > 0.1).any()
 
 
-@pytest.mark.parametrize("tolerance", [1e-3, 1e-6, 0.0])
-@pytest.mark.parametrize("spread", [1.0, 4.0])
+@pytest.mark.parametrize(("tolerance", "spread"), [(1e-3, 4.0), (1e-6, 1.0), (0.0, 4.0)])
 def test_residuals_in_float32_are_those_of_the_solution(tolerance, spread):
     """What rounding adds is not carried along unseen, and no smaller residual is waited for."""
     generator = torch.Generator().manual_seed(0)
@@ -124,7 +116,7 @@ def test_residuals_in_float32_are_those_of_the_solution(tolerance, spread):
     assert (true < 1.3 * reported + 3e-7).all()
     assert (reported < 1.3 * true + 3e-7).all()
     assert inverse.refinement.num_iterations < 1500
-    if tolerance == 1e-3 or (tolerance and spread == 1.0):
+    if tolerance:
         assert inverse.refinement.converged.all()
     if tolerance == 0:
         assert true.max() < 3e-6 * 10**spread / 10

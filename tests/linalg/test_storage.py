@@ -47,6 +47,7 @@ def singular_root(kind, regression):
     return kind(single, fisher_type="empirical").power(0.25)
 
 
+F32, F64 = torch.float32, torch.float64
 SAVED = {
     "kfac": DiffusionKFACLinearOperator,
     "kfac, joint": lambda r: DiffusionKFACLinearOperator(r, separate_weight_and_bias=False),
@@ -59,8 +60,7 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize("kind", SAVED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("kind", "dtype"), [*zip(SAVED, 4 * [F64, F32], strict=True)])
 def test_round_trip(kind, dtype, tmp_path):
     """To the last bit, with the type, the parameters' order, and all that can be asked of it."""
     model = make_model(dtype)
@@ -145,7 +145,7 @@ def test_loading_with_another_model(path, make, message):
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.999])
 def test_truncated(model, path, share):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
@@ -259,15 +259,14 @@ def test_wrapped_models(tmp_path):
             assert_close(to_dense(opened), to_dense(expected), 1e-14)
 
 
-@pytest.mark.parametrize("place", [-1, -2001, -777])
-def test_a_flipped_bit_is_noticed(model, regression, tmp_path, place):
+def test_a_flipped_bit_is_noticed(model, regression, tmp_path):
     """Of the numbers; of the header other checks notice it."""
     path = tmp_path / "operator.safetensors"
     operator = DiffusionEKFACLinearOperator(regression)
     operator.save(path)
     raw = bytearray(path.read_bytes())
     (length,) = struct.unpack("<Q", raw[:8])
-    assert len(raw) + place > 8 + length
+    place = 8 + length + 77
     raw[place] ^= 0x10
     path.write_bytes(raw)
     for read in (lambda: load_operator(path, model), lambda: storage_module.read_blocks(path)):

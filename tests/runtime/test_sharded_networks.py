@@ -121,20 +121,6 @@ def test_as_a_whole_network(tmp_path, expected):
         assert_all_close(found, expected)
 
 
-def test_a_network_is_tried_out_again_when_its_weights_have_changed(tmp_path):
-    for first, again, changed in processes(2, tmp_path / "run", tried_out_again):
-        assert again < first == changed
-
-
-def test_more_processes_than_a_batch_has_examples(tmp_path, expected):
-    for found in processes(4, tmp_path / "run", some_of_it):
-        assert_all_close(found, {name: expected[name] for name in found})
-
-
-def some_of_it(rank):
-    return reduced(problem(divided(small_unet())), PassOptions(**DISTRIBUTED))
-
-
 def with_shards(rank, folder):
     """A network and its factors, both divided; saved, and opened for a network that is whole."""
     unet = divided(small_unet())
@@ -230,11 +216,12 @@ def networks(rank):
         "lora": of_adapters(problem(lora), passes),
         "one example": of_one_example(passes),
         "largest share": full_tensor(rank),
+        "calls": tried_out_again(rank),
     }
 
 
 def test_networks(tmp_path, expected):
-    """Never are all parameters whole at once: the outermost module's, and of a block or two."""
+    """Never are all parameters whole at once; a network is tried out again after a change."""
     results = processes(2, tmp_path / "run", networks)
     lora = of_adapters(problem(adapted(small_unet())), PassOptions())
     for found in results:
@@ -243,6 +230,8 @@ def test_networks(tmp_path, expected):
         assert_all_close(found["lora"], lora)
         assert_all_close(found["one example"], results[0]["one example"])
         assert 0 < found["largest share"] < 0.5
+        first, again, changed = found["calls"]
+        assert again < first == changed
     assert float(results[0]["one example"]["scores"]) > 0
 
 
