@@ -32,6 +32,7 @@ from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import OF_TRAINING, NoisedRegression
 from curvlinops_diffusion.diffusion.weightings import weighting_of
 from curvlinops_diffusion.influence.agreement import MAX_DRAWS, Agreement, plain_numbers
+from curvlinops_diffusion.influence.features import Embedding
 from curvlinops_diffusion.influence.gap import GeneralisationGap, generalisation_gap
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.methods import Method, methods_named, scores_of
@@ -52,6 +53,7 @@ from curvlinops_diffusion.loading.layout import Layout
 from curvlinops_diffusion.page.gallery import RegressionGallery
 from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
+from curvlinops_diffusion.runtime.digests import name_of
 from curvlinops_diffusion.runtime.files import check_file_name, check_space
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
 from curvlinops_diffusion.runtime.processes import Processes
@@ -386,6 +388,7 @@ class Attributor:
         measurement: str,
         num_draws: int | Literal["auto"],
         held_out: Any = None,
+        embedding: Any = None,
     ) -> list[Method]:
         """The methods by which :meth:`score` would score, checked before anything is computed.
 
@@ -394,10 +397,11 @@ class Attributor:
             measurement: Likewise.
             num_draws: Likewise.
             held_out: Likewise.
+            embedding: Likewise.
 
         Raises:
             ValueError: If there is no such method, or it is not for what is measured or drawn, or
-                held-out images are none of its arguments.
+                held-out images or an embedding are not its arguments.
         """
         some = self.regression.draws.rounded_up(2)
         found = methods_named(method, measurement, num_draws, self.gradients(num_draws=some))
@@ -405,6 +409,12 @@ class Attributor:
             raise ValueError(
                 "`held_out` gives the scores of 'regression' their unit, got `method` "
                 f"{', '.join(each.value for each in found)}. Add 'regression', or leave it out."
+            )
+        if (embedding is None) == (Method.EMBEDDING in found):
+            raise ValueError(
+                "`method` 'embedding' and `embedding`, a function or a folder, are given together, "
+                f"got `method` {', '.join(each.value for each in found)} "
+                f"{'without' if embedding is None else 'with'} an embedding."
             )
         return found
 
@@ -550,6 +560,7 @@ class Attributor:
         rtol: float | None = None,
         ridge: float = RIDGE,
         held_out: Any = None,
+        embedding: Embedding | str | PathLike[str] | None = None,
         num_draws: int | Literal["auto"] = 64,
         max_draws: int = MAX_DRAWS,
         query_draws: int | None = None,
@@ -567,12 +578,12 @@ class Attributor:
             prompts: Their prompts, one for each, or one for all that have none of their own.
             labels: Their classes.
             method: ``'regression'``, changes of what is measured as training anew shows them, or
-                ``'influence'``, those that the curvature predicts; to compare with, ``'pixels'`` or
-                ``'latents'``, which look at the images alone. Of several, out of one pass over the
-                training images, the first orders and all are shown. ``None`` for the regression,
-                which compares all training images' gradients, where these take 4 GiB at most, of
-                20,000 images at most, and lower values of what is measured are better; else for
-                influence.
+                ``'influence'``, those that the curvature predicts; to compare with, ``'pixels'``,
+                ``'latents'`` or ``'embedding'``, which look at the images alone. Of several, out of
+                one pass over the training images, the first orders and all are shown. ``None`` for
+                the regression, which compares all training images' gradients, where these take
+                4 GiB at most, of 20,000 images at most, and lower values of what is measured are
+                better; else for influence.
             measurement: What is measured at the queries.
             damping: What is added to the curvature's eigenvalues before it is inverted.
             relative: Take the damping in units of each block's mean eigenvalue.
@@ -581,6 +592,9 @@ class Attributor:
             held_out: Images like the training images that training has not seen, a hundred say, in
                 the same forms: scores of ``'regression'`` then are changes of the loss. Without,
                 only their order means something.
+            embedding: What ``'embedding'`` compares images by: the folder of an image model of
+                ``transformers`` (DINO, CLIP), or a function of images ``[B, C, H, W]`` in [-1, 1]
+                whose rows are their features.
             num_draws: Draws of timestep and noise for each training image; multiples of 4 tell how
                 sure the scores are. ``"auto"`` for 16 and then twice as many, again and again,
                 until the halves share eight of ten of the most helpful images of half of the
@@ -606,7 +620,9 @@ class Attributor:
         path = None if output is None else Path(output)
         if path is not None:
             check_file_name(path, ".safetensors")
-        methods = self.methods(method, measurement, num_draws, held_out)
+        methods = self.methods(method, measurement, num_draws, held_out, embedding)
+        if isinstance(embedding, str | PathLike):
+            embedding = _loading().ImageModel(Path(embedding))
         # images alone need no curvature; one that is there belongs to the run all the same
         of_curvature = any(each.takes_draws for each in methods)
         operator = self.operator if of_curvature else self._operator
@@ -630,6 +646,8 @@ class Attributor:
             asked |= {"method": " ".join(each.value for each in methods), "ridge": ridge}
         if unseen is not None:
             asked |= {"held_out": unseen.regression.data_identity()}
+        if embedding is not None:
+            asked |= {"embedding": name_of(embedding)}
         made = {}
         if operator is not None:
             made = {key: value for key, value in operator.info.items() if key != "run"}
@@ -690,7 +708,8 @@ class Attributor:
                 blocks |= {"halves": halved, "header": header}
                 return StoredScores.create(path, *operators, **blocks)
             scale = gap.value if gap is not None and gap.is_told else 1.0
-            return scores_of(methods, *operators, ridge=ridge, gap=scale, **blocks)
+            blocks |= {"ridge": ridge, "gap": scale, "embedding": embedding}
+            return scores_of(methods, *operators, **blocks)
 
         found = self._going_on("score", path, overwrite, run)
         if in_shards:
@@ -802,13 +821,14 @@ def _loading() -> Any:
         ValueError: If a package is missing.
     """
     try:
-        from curvlinops_diffusion.loading import images, network
+        from curvlinops_diffusion.loading import image_models, images, network
     except ImportError as error:
         raise ValueError(
             f"Reading images needs {error.name}: pip install 'curvlinops-diffusion[cli]'."
         ) from error
     return SimpleNamespace(
         open_images=images.open_images,
+        ImageModel=image_models.ImageModel,
         Network=network.Network,
         base_of=network.base_of,
     )

@@ -224,8 +224,14 @@ _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("seed", "batch_size"), (ATTRIBUTOR,)),
     **dict.fromkeys(("curvature", "num_draws", "overwrite"), (FIT,)),
     "fit_draws": (f"{FIT} num_draws", None, "Draws for each image of the fit."),
-    "method": (SCORE, list[Literal["influence", "regression", "pixels", "latents"]]),
+    "method": (SCORE, list[Literal["influence", "regression", "pixels", "latents", "embedding"]]),
     "held_out": (SCORE, Path),
+    "embedding": (
+        SCORE,
+        Path,
+        "What embedding compares images by: the folder of an image model of transformers (DINO, "
+        "CLIP), as save_pretrained writes it.",
+    ),
     **dict.fromkeys(("damping", "relative", "rtol", "ridge", "query_block"), (SCORE,)),
     **dict.fromkeys(("max_draws", "query_draws"), (SCORE,)),
     "other_data": (LOAD,),
@@ -319,7 +325,7 @@ def commands() -> dict[str, Command]:
     short = {last: _options("overwrite log quiet debug")}
     curvature = _options(" ".join(["params curvature", *parameters(KFAC)]))
     scored = (
-        "method held_out measurement damping relative rtol ridge "
+        "method embedding held_out measurement damping relative rtol ridge "
         "num_draws max_draws query_draws query_block"
     )
     scores = _options(f"{scored} query_block", num_draws=SCORE)
