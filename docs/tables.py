@@ -24,6 +24,7 @@ PROBLEM_NAMES = {
     "fashion": "Fashion-MNIST",
     "photographs": "photograph",
     "textures": "textures",
+    "textures_32": "textures, 32×32",
     "styles": "adapter, four styles",
     "dreambooth": "adapter, one thing",
 }
@@ -97,6 +98,8 @@ def _further(result: dict[str, Any]) -> dict[str, list[Row]]:
         return {"_minus_ekfac": lds_differences(result)}
     if "counted" in result:
         return {f"_{part}": _of_records(result[part]) for part in ("counted", "sent")}
+    if "sizes" in result:
+        return {"_coverage": _of_records(result["coverage"])}
     if "slopes" in result:
         measured = ("loss", "simplified_elbo")
         found = {f"_by_scores_{m}": crossed(result, m) for m in measured}
