@@ -331,8 +331,9 @@ PROBLEMS = {
         replace(
             _textures,
             name="textures_32",
-            images=lambda: _in_patches(_texture_patches(32, 96, 40), 4),
+            images=lambda: _in_patches(_texture_patches(32, 64, 40), 4),
             make_network=lambda: _unet(8, 16, (16, 32)),
+            steps=3600,
         ),
         replace(_digits, name="tiny", make_network=lambda: _unet(8, 1, (2, 2)), **TINY),
     )
