@@ -17,7 +17,7 @@ RESULTS = DOCS.parent / "benchmarks" / "results"
 REGRESSION = "K-FAC, regression"
 PIXELS = "kernel regression on pixels, squared"
 LATENTS = "kernel regression on latents, squared"
-METHODS = ("TRAK", "D-TRAK", "EK-FAC, the paper's recipe", "EK-FAC", REGRESSION, PIXELS)
+METHODS = ("TRAK", "D-TRAK", "DAS", "EK-FAC, the paper's recipe", "EK-FAC", REGRESSION, PIXELS)
 #: The retrained problems' names.
 PROBLEM_NAMES = {
     "digits": "digits",
