@@ -35,6 +35,7 @@ from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.diffusion.regression import OF_TRAINING, NoisedRegression
 from curvlinops_diffusion.diffusion.weightings import weighting_of
 from curvlinops_diffusion.influence.agreement import MAX_DRAWS, Agreement, plain_numbers
+from curvlinops_diffusion.influence.features import Embedding
 from curvlinops_diffusion.influence.gap import GeneralisationGap, generalisation_gap
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
 from curvlinops_diffusion.influence.methods import Method, methods_named, scores_of
@@ -55,6 +56,7 @@ from curvlinops_diffusion.loading.trainer_settings import by_data, by_hand, by_r
 from curvlinops_diffusion.page.gallery import RegressionGallery
 from curvlinops_diffusion.runtime.adapters import common_list
 from curvlinops_diffusion.runtime.checkpoints import OtherCheckpointError
+from curvlinops_diffusion.runtime.digests import name_of
 from curvlinops_diffusion.runtime.files import check_file_name, check_space
 from curvlinops_diffusion.runtime.passes import PassOptions, computed_once
 from curvlinops_diffusion.runtime.processes import Processes
@@ -393,6 +395,7 @@ class Attributor:
         measurement: str,
         num_draws: int | Literal["auto"],
         held_out: Any = None,
+        embedding: Any = None,
     ) -> list[Method]:
         """The methods by which :meth:`score` would score, checked before anything is computed.
 
@@ -401,10 +404,11 @@ class Attributor:
             measurement: Likewise.
             num_draws: Likewise.
             held_out: Likewise.
+            embedding: Likewise.
 
         Raises:
             ValueError: If there is no such method, or it is not for what is measured or drawn, or
-                held-out images are none of its arguments.
+                held-out images or an embedding are not its arguments.
         """
         some = self.regression.draws.rounded_up(2)
         found = methods_named(method, measurement, num_draws, self.gradients(num_draws=some))
@@ -412,6 +416,12 @@ class Attributor:
             raise ValueError(
                 "`held_out` gives the scores of 'regression' their unit, got `method` "
                 f"{', '.join(each.value for each in found)}. Add 'regression', or leave it out."
+            )
+        if (embedding is None) == (Method.EMBEDDING in found):
+            raise ValueError(
+                "`method` 'embedding' and `embedding`, a function or a folder, are given together, "
+                f"got `method` {', '.join(each.value for each in found)} "
+                f"{'without' if embedding is None else 'with'} an embedding."
             )
         return found
 
@@ -550,6 +560,7 @@ class Attributor:
         rtol: float | None = None,
         ridge: float = RIDGE,
         held_out: Any = None,
+        embedding: Embedding | str | PathLike[str] | None = None,
         num_draws: int | Literal["auto"] = 64,
         max_draws: int = MAX_DRAWS,
         query_draws: int | None = None,
@@ -567,12 +578,12 @@ class Attributor:
             prompts: Their prompts, one for each, or one for all that have none of their own.
             labels: Their classes.
             method: ``'regression'``, changes of what is measured as training anew shows them, or
-                ``'influence'``, those that the curvature predicts; to compare with, ``'pixels'`` or
-                ``'latents'``, which look at the images alone. Of several, out of one pass over the
-                training images, the first orders and all are shown. ``None`` for the regression,
-                which compares all training images' gradients, where these take 4 GiB at most, of
-                20,000 images at most, and lower values of what is measured are better; else for
-                influence.
+                ``'influence'``, those that the curvature predicts; to compare with, ``'pixels'``,
+                ``'latents'`` or ``'embedding'``, which look at the images alone. Of several, out of
+                one pass over the training images, the first orders and all are shown. ``None`` for
+                the regression, which compares all training images' gradients, where these take
+                4 GiB at most, of 20,000 images at most, and lower values of what is measured are
+                better; else for influence.
             measurement: What is measured at the queries.
             damping: What is added to the curvature's eigenvalues before it is inverted.
             relative: Take the damping in units of each block's mean eigenvalue.
@@ -581,6 +592,9 @@ class Attributor:
             held_out: Images like the training images that training has not seen, a hundred say, in
                 the same forms: scores of ``'regression'`` then are changes of the loss. Without,
                 only their order means something.
+            embedding: What ``'embedding'`` compares images by: the folder of an image model of
+                ``transformers`` (DINO, CLIP), or a function of images ``[B, C, H, W]`` in [-1, 1]
+                whose rows are their features.
             num_draws: Draws of timestep and noise for each training image; multiples of 4 tell how
                 sure the scores are. ``"auto"`` for 16 and then twice as many, again and again,
                 until the halves share eight of ten of the most helpful images of half of the
@@ -606,7 +620,11 @@ class Attributor:
         path = None if output is None else Path(output)
         if path is not None:
             check_file_name(path, ".safetensors")
-        methods = self.methods(method, measurement, num_draws, held_out)
+        methods = self.methods(method, measurement, num_draws, held_out, embedding)
+        if isinstance(embedding, str | PathLike):
+            with needs_extra("Reading images"):
+                from curvlinops_diffusion.loading.image_models import ImageModel
+            embedding = ImageModel(Path(embedding))
         # images alone need no curvature; one that is there belongs to the run all the same
         takes_draws = any(each.takes_draws for each in methods)
         operator = self.operator if takes_draws else self._operator
@@ -626,6 +644,8 @@ class Attributor:
             own = self.opened(held_out, what="held_out")
             unseen = self._gradients_of(own, self.regression.draws.rounded_up(GAP_DRAWS), "loss")
             asked |= {"held_out": unseen.regression.data_identity()}
+        if embedding is not None:
+            asked |= {"embedding": name_of(embedding)}
         made = {}
         if operator is not None:  # where files lay decides nothing
             made = {key: value for key, value in operator.info.items() if key != "run"}
@@ -685,7 +705,8 @@ class Attributor:
             operators = (J_query, inverse, J_train)
             blocks: dict[str, Any] = {"query_block": query_block, "passes": passes}
             if shards is None:
-                return scores_of(methods, *operators, ridge=ridge, gap=scale, **blocks)
+                blocks |= {"ridge": ridge, "gap": scale, "embedding": embedding}
+                return scores_of(methods, *operators, **blocks)
             halved = can_be_halved(train) and can_be_halved(query)
             return StoredScores.create(shards, *operators, halves=halved, header=header, **blocks)
 

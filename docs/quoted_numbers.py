@@ -14,7 +14,10 @@ from tables import LATENTS, PIXELS, PROBLEM_NAMES, REGRESSION, RESULTS
 KINDS = ("held-out", "generated")
 #: Methods whose scores are quoted, by problem and by what sentences call them.
 QUOTED = {
-    "digits": {"influence": "EK-FAC", "regression": REGRESSION, "pixels": PIXELS},
+    "digits": {
+        **{"influence": "EK-FAC", "regression": REGRESSION, "pixels": PIXELS, "DAS": "DAS"},
+        **{"reduce": "EK-FAC, reduce", "reduce, K-FAC": "K-FAC, reduce"},
+    },
     "textures": {"regression": REGRESSION, "pixels": PIXELS},
     "styles": {
         **{"influence": "EK-FAC", "regression": REGRESSION, "pixels": PIXELS},
@@ -90,6 +93,8 @@ def _retraining() -> dict[str, str]:
     ranges["two seeds"] = [results[p]["agreement_of_seeds"][cell] for p, cell in cells]
     for label, values in ranges.items():
         found |= {f"least {label}": f"{min(values):.2f}", f"most {label}": f"{max(values):.2f}"}
+    for kind, distance in results["textures"]["nearest_training_image"].items():
+        found[f"nearest {kind} on textures"] = f"{distance:.2f}"
     for row in result_of("removed_digits")["removals"]:
         if row["removed"] == 100 and row["method"] in ("EK-FAC", "TRAK", "D-TRAK"):
             found[f"removed, {row['method']}"] = f"{100 * row['change_of_loss']:.0f}"
@@ -97,10 +102,12 @@ def _retraining() -> dict[str, str]:
 
 
 def _sizes() -> dict[str, str]:
-    """Slopes of measured on predicted changes, by problem and kind of pictures."""
-    slopes = [row["slope"] for row in result_of("sizes")["sizes"]]
-    ends = {"least slope": min(slopes), "most slope": max(slopes)}
-    return {name: f"{value:.1f}" for name, value in ends.items()}
+    """Slopes of measured on predicted changes, and what intervals fitted elsewhere hold."""
+    result = result_of("sizes")
+    slopes = [row["slope"] for row in result["sizes"]]
+    shares = [100 * row["coverage"] for row in result["coverage"]]
+    found = {"least slope": f"{min(slopes):.1f}", "most slope": f"{max(slopes):.1f}"}
+    return found | {"least coverage": f"{min(shares):.0f}", "most coverage": f"{max(shares):.0f}"}
 
 
 def _exact_ggn() -> dict[str, str]:

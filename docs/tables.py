@@ -17,13 +17,14 @@ RESULTS = DOCS.parent / "benchmarks" / "results"
 REGRESSION = "K-FAC, regression"
 PIXELS = "kernel regression on pixels, squared"
 LATENTS = "kernel regression on latents, squared"
-METHODS = ("TRAK", "D-TRAK", "EK-FAC, the paper's recipe", "EK-FAC", REGRESSION, PIXELS)
+METHODS = ("TRAK", "D-TRAK", "DAS", "EK-FAC, the paper's recipe", "EK-FAC", REGRESSION, PIXELS)
 #: The retrained problems' names.
 PROBLEM_NAMES = {
     "digits": "digits",
     "fashion": "Fashion-MNIST",
     "photographs": "photograph",
     "textures": "textures",
+    "textures_32": "textures, 32×32",
     "styles": "adapter, four styles",
     "dreambooth": "adapter, one thing",
 }
@@ -97,6 +98,8 @@ def _further(result: dict[str, Any]) -> dict[str, list[Row]]:
         return {"_minus_ekfac": lds_differences(result)}
     if "counted" in result:
         return {f"_{part}": _of_records(result[part]) for part in ("counted", "sent")}
+    if "sizes" in result:
+        return {"_coverage": _of_records(result["coverage"])}
     if "slopes" in result:
         measured = ("loss", "simplified_elbo")
         found = {f"_by_scores_{m}": crossed(result, m) for m in measured}

@@ -213,6 +213,19 @@ def with_intervals(
     return found, limits
 
 
+def nearest_images(setting: Setting) -> dict[str, float]:
+    """How near queries are to the nearest training image in pixels, the median of each kind.
+
+    In units of the median distance of two training images.
+    """
+    train_NF, query_QF = (z.flatten(1).double() for z in setting.problem.pixels(setting.generated))
+    between = torch.pdist(train_NF).median()
+    nearest_Q = torch.cdist(query_QF, train_NF).amin(1) / between
+    halves = nearest_Q.split(setting.problem.num_queries)
+    kinds = zip(("held-out", "generated"), halves, strict=True)
+    return {kind: round(float(own.median()), 3) for kind, own in kinds}
+
+
 def main() -> None:
     """Run the program."""
     parser = arguments_of_retrained(__doc__)
@@ -273,6 +286,7 @@ def main() -> None:
     rows.sort(key=lambda row: order.get(row["method"], len(order)))  # those that are no more last
     rows, limits = with_intervals(rows, ranks, measured, options.resamples)
     settings |= {"resamples": options.resamples, **limits}
+    settings |= {"nearest_training_image": nearest_images(setting)}
     options.output.mkdir(parents=True, exist_ok=True)
     RANKS.write(beside, ranks, settings["retrained"])
     report(options, name, __doc__, {**settings, "methods": rows})

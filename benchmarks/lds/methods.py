@@ -291,18 +291,11 @@ def published(scores: Callable[..., Tensor]) -> Callable[[Setting], Scores]:
     return run
 
 
-def das(setting: Setting, scalar: bool = False) -> Scores:
+def das(setting: Setting) -> Scores:
     """DAS, the same for all measurements."""
-    J_query, *_ = setting.J_queries(setting.params)  # the probes' gradients go with it
+    J_query, *_ = setting.J_queries(setting.params)  # the mean's gradients go with it
     for ridge in KERNEL_RIDGES:
-        scores_QN = das_scores(
-            J_query,
-            setting.J_train,
-            ridge=ridge,
-            num_probes=setting.problem.probes,
-            seed=MEASURED_SEED,
-            scalar=scalar,
-        )
+        scores_QN = das_scores(J_query, setting.J_train, ridge=ridge)
         yield ridge, _for_all_measurements(scores_QN)
 
 
@@ -369,7 +362,7 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
     "D-TRAK": published(d_trak_scores),
     "Journey-TRAK": journey,
     "DAS": das,
-    "DAS, the authors' scalar form": partial(das, scalar=True),
+    "DAS, the authors' scalar form": das,
     "EK-FAC, the paper's recipe": papers_recipe,
     "EK-FAC": of_curvature(),
     "EK-FAC, reduce": of_curvature(kfac_approx="reduce"),

@@ -260,12 +260,12 @@ def _texture_patches(size: int, region: int, count: int) -> Tensor:
     return torch.cat(found)
 
 
-def _in_patches(images: Tensor) -> Tensor:
-    """Patches of 2×2 pixels as channels, as a network with such patches sees them.
+def _in_patches(images: Tensor, size: int = 2) -> Tensor:
+    """Patches of 2×2 pixels (or more) as channels, as a network with such patches sees them.
 
     The loss stays the same, and a network of a given width costs a quarter.
     """
-    return pixel_unshuffle(images, 2)
+    return pixel_unshuffle(images, size)
 
 
 def _unet(size: int, channels: int, widths: tuple[int, int]) -> UNet2DModel:
@@ -284,6 +284,17 @@ def _unet(size: int, channels: int, widths: tuple[int, int]) -> UNet2DModel:
 
 
 _digits = Problem("digits", lambda: _demo.digits()[0], _demo.make_unet, 1000, 1500, 128)
+_textures = Problem(
+    "textures",
+    lambda: _in_patches(_texture_patches(16, 48, 40)),
+    lambda: _unet(8, 4, (16, 32)),
+    num_train=72,
+    steps=1200,
+    batch=16,
+    num_halves=20,
+    num_queries=48,
+    compiled=True,
+)
 PROBLEMS = {
     problem.name: problem
     for problem in (
@@ -316,16 +327,13 @@ PROBLEMS = {
             num_halves=32,
             constant_rate=True,
         ),
-        Problem(
-            "textures",
-            lambda: _in_patches(_texture_patches(16, 48, 40)),
-            lambda: _unet(8, 4, (16, 32)),
-            num_train=72,
-            steps=1200,
-            batch=16,
-            num_halves=20,
-            num_queries=48,
-            compiled=True,
+        _textures,
+        replace(
+            _textures,
+            name="textures_32",
+            images=lambda: _in_patches(_texture_patches(32, 64, 40), 4),
+            make_network=lambda: _unet(8, 16, (16, 32)),
+            steps=3600,
         ),
         replace(_digits, name="tiny", make_network=lambda: _unet(8, 1, (2, 2)), **TINY),
     )

@@ -1,8 +1,10 @@
 """How large are measured changes of a loss against those that scores predict?
 
 The slope of the change of a loss from half to half on what ``regression_scores`` predict, one if
-sizes are right, with the gap of the held-out queries to the training images. What the regression
-predicts is that of ``benchmarks.lds.evaluate``, read from its work folder if it is there.
+sizes are right, with the gap of the held-out queries to the training images. And intervals that are
+to hold nine of ten measured changes, in units of a problem's predicted ones: do those that were
+fitted to the other problems hold? What the regression predicts is that of
+``benchmarks.lds.evaluate``, read from its work folder if it is there.
 
 Legend: Q queries, H halves.
 """
@@ -14,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.lds.adapters import PROBLEMS
-from benchmarks.lds.calibration import KINDS, rounded, slope_of
+from benchmarks.lds.calibration import KINDS, SHARE, covered, rounded, slope_of
 from benchmarks.lds.evaluate import DEFAULT, dependencies, predictions, setting_of
 from benchmarks.lds.methods import METHODS, Setting
 from benchmarks.lds.problems import MEASURED_SEED
@@ -26,7 +29,7 @@ from curvlinops_diffusion import ExampleGradientLinearOperator, NoisedRegression
 from curvlinops_diffusion.influence.gap import GeneralisationGap, generalisation_gap
 
 METHOD = "K-FAC, regression"
-COMPARED = ("digits", "fashion", "photographs", "textures", "styles", "dreambooth")
+COMPARED = ("digits", "fashion", "photographs", "textures", "textures_32", "styles", "dreambooth")
 DRAWS = 32
 
 
@@ -50,6 +53,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     rows: list[dict[str, Any]] = []
+    pairs: dict[str, dict[str, tuple[Tensor, Tensor]]] = {kind: {} for kind in KINDS}
     for name in options.problem:
         problem = PROBLEMS[name]
         setting, (_, tensors) = setting_of(problem, options.retrained, options.draws)
@@ -66,8 +70,15 @@ def main() -> None:
             slope, error = slope_of(predicted_QH, measured_QH[own], options.resamples)
             row = {"problem": name, "queries": kind, "slope": slope, "error": error}
             rows.append(rounded(row | {"gap": gap.value, "gap_error": gap.error}))
-    settings = {"draws": options.draws, "resamples": options.resamples, "method": METHOD}
-    report(options, "sizes", __doc__, {**settings, "sizes": rows})
+            both = predicted_QH, measured_QH[own]
+            x, y = (z - z.mean(1, keepdim=True) for z in both)
+            pairs[kind][name] = x / x.std(), y / x.std()
+    coverage = [
+        {"queries": kind, **rounded(row)} for kind, own in pairs.items() for row in covered(own)
+    ]
+    settings = {"draws": options.draws, "resamples": options.resamples, "share": SHARE}
+    found = {"method": METHOD, "sizes": rows, "coverage": coverage}
+    report(options, "sizes", __doc__, {**settings, **found})
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from curvlinops_diffusion.cli.options import (
 )
 from curvlinops_diffusion.cli.paths import at_checkpoint
 from curvlinops_diffusion.cli.running import event, is_first, process_group, say
-from curvlinops_diffusion.influence.methods import methods_named
+from curvlinops_diffusion.influence.methods import Method, methods_named
 from curvlinops_diffusion.influence.tables import check_table
 from curvlinops_diffusion.linalg.operator_files import read_header
 from curvlinops_diffusion.page.gallery import group_names
@@ -165,7 +165,7 @@ def attribute(options: Namespace) -> None:
         asked = _asked(attributor, options)  # checked before anything is computed
         if options.group_by is not None:
             group_names(attributor.images, options.group_by)
-        named = attributor.methods(options.method, options.measurement, options.num_draws)
+        named = _methods(attributor, options)
         fits = any(each.takes_draws for each in named)  # images alone need no curvature
         if options.dry_run or options.time:
             return _print_costs(attributor, asked, options, count, fits)
@@ -199,6 +199,11 @@ def attribute(options: Namespace) -> None:
     _report(found, options, page, operator if fits else None)
     event("attributed", folder=str(folder))
     say(f"Open '{page}'. Scores: '{scores}'; {told}")
+
+
+def _methods(attributor: Attributor, options: Namespace) -> list[Method]:
+    beside = (getattr(options, name, None) for name in ("held_out", "embedding"))
+    return attributor.methods(options.method, options.measurement, options.num_draws, *beside)
 
 
 def _print_costs(
@@ -289,6 +294,5 @@ def opened_attributor(options: Namespace, operator: Path | None = None) -> Itera
         attributor.run = of_run(options)
         say(f"Read {attributor.images.summary()} from {options.data}")
         if hasattr(options, "method"):  # before the fit
-            held_out = getattr(options, "held_out", None)
-            attributor.methods(options.method, options.measurement, options.num_draws, held_out)
+            _methods(attributor, options)
         yield attributor

@@ -176,6 +176,7 @@ def score_cost(
     query_draws: int | None,
     query_block: int,
     held_out: Any = None,
+    embedding: Any = None,
     timed: bool,
     **others: Any,
 ) -> Cost:
@@ -208,7 +209,7 @@ def score_cost(
     n = num_processes()
     halved = can_be_halved(train) and can_be_halved(query)
     scores = query.num_data * train.num_data * itemsize * (3 if halved else 1)
-    methods = attributor.methods(method, measurement, num_draws)
+    methods = attributor.methods(method, measurement, num_draws, held_out, embedding)
     if not any(each.takes_draws for each in methods):
         passes, held = (0, 0), 0  # a kernel matrix of the images
         curvature_bytes += 24 * train.num_data**2

@@ -230,8 +230,19 @@ _OF_LIBRARY: dict[str, tuple[Any, ...]] = {
         ("seed batch_size", ATTRIBUTOR),
         ("curvature num_draws overwrite", FIT),
         ("fit_draws", f"{FIT} num_draws", None, "Draws for each image of the fit."),
-        ("method", SCORE, list[Literal["influence", "regression", "pixels", "latents"]]),
+        (
+            "method",
+            SCORE,
+            list[Literal["influence", "regression", "pixels", "latents", "embedding"]],
+        ),
         ("held_out", SCORE, Path),
+        (
+            "embedding",
+            SCORE,
+            Path,
+            "What embedding compares images by: the folder of an image model of transformers "
+            "(DINO, CLIP), as save_pretrained writes it.",
+        ),
         ("damping relative rtol ridge query_block max_draws query_draws", SCORE),
         ("other_data", LOAD),
         ("last", "loading.epochs:adapters_by_step", int),
@@ -327,8 +338,8 @@ def commands() -> dict[str, Command]:
     short = {last: _options("overwrite log quiet debug")}
     curvature = _options(" ".join(["params curvature", *parameters(KFAC)]))
     scores = _options(
-        "method held_out measurement damping relative rtol ridge num_draws max_draws query_draws "
-        "query_block",
+        "method embedding held_out measurement damping relative rtol ridge num_draws max_draws "
+        "query_draws query_block",
         num_draws=SCORE,
     )
     return {

@@ -44,6 +44,10 @@ _OUTPUTS = {
 # those of which a finished output is recognised, and not made again
 _GOES_ON = ("fit", "score")
 _FOLDERS = {
+    "embedding": (
+        "Pass the folder of a transformers image model, as save_pretrained writes it.",
+        "config.json",
+    ),
     "plan": ("Pass the folder that validate plan wrote.", "plan.safetensors"),
     "retrained": ("Pass the folder of the retrained networks.", None),
 }

@@ -19,6 +19,8 @@ from curvlinops_diffusion.runtime.checks import check_positive
 
 #: The shape of one image, or of its latents.
 Size = Sequence[int]
+#: A function of images ``[B, C, H, W]`` in [-1, 1], whose rows are their features, ``[B, ...]``.
+Embedding = Callable[[Tensor], Tensor]
 
 
 def feature_regression_scores(
@@ -113,6 +115,26 @@ def latents_of(regression: NoisedRegression, like: Size | None = None) -> Tensor
     """
     check_encodes(regression)
     return _features(regression, lambda clean: regression.objective.encode(clean).mean, like)
+
+
+def embeddings_of(regression: NoisedRegression, embedding: Embedding) -> Tensor:
+    """What a function makes of a problem's images, ``[N, F]``.
+
+    Raises:
+        ValueError: If it is not a row for each image.
+    """
+    rows: dict[int, Tensor] = {}
+    for clean in regression.clean_batches():
+        with torch.no_grad():
+            found = embedding(clean.x0)
+        shape = tuple(getattr(found, "shape", ()))
+        if len(shape) < 2 or shape[0] != len(clean.x0):
+            got = shape if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"`embedding` must give a row for each of {len(clean.x0)} images, got {got}."
+            )
+        rows |= zip(clean.indices, found.flatten(1).cpu().float(), strict=True)
+    return torch.stack([rows[n] for n in range(regression.num_data)])
 
 
 def _features(

@@ -11,9 +11,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.agreement import SplitHalfScores
 from curvlinops_diffusion.influence.features import (
+    Embedding,
     check_encodes,
+    embeddings_of,
     feature_regression_scores,
     latents_of,
     pixels_of,
@@ -45,12 +48,14 @@ class Method(str, Enum):
         PIXELS: ``'pixels'``, to compare with: a regression on the images alone
             (:func:`~curvlinops_diffusion.baselines.feature_regression_scores`).
         LATENTS: ``'latents'``, the same on the autoencoder's latents.
+        EMBEDDING: ``'embedding'``, the same on what a function makes of the images.
     """
 
     INFLUENCE = "influence"
     REGRESSION = "regression"
     PIXELS = "pixels"
     LATENTS = "latents"
+    EMBEDDING = "embedding"
 
     def has_unit(self, header: Mapping[str, Any]) -> bool:
         """Whether scores are predicted changes of what is measured, not an order alone.
@@ -65,13 +70,24 @@ class Method(str, Enum):
     @property
     def takes_draws(self) -> bool:
         """Whether it looks at gradients, averaged over draws, and not at the images alone."""
-        return self not in _FEATURES
+        return self in (Method.INFLUENCE, Method.REGRESSION)
+
+    def scores_of_images(
+        self, query: NoisedRegression, train: NoisedRegression, embedding: Embedding | None
+    ) -> Tensor:
+        """Scores ``[Q, N]`` of a method that looks at the images alone."""
+        if self is Method.EMBEDDING:
+            assert embedding is not None
+            features = [embeddings_of(images, embedding) for images in (query, train)]
+        else:
+            of = pixels_of if self is Method.PIXELS else latents_of
+            train_features = of(train)
+            features = [of(query, train_features.shape[1:]), train_features]
+        return feature_regression_scores(*(z.flatten(1) for z in features))
 
 
 # parts of the training gradients up to which the regression is the default
 _PARTS = 4
-# those that look at no gradients
-_FEATURES = {Method.PIXELS: pixels_of, Method.LATENTS: latents_of}
 
 
 def scores_of(
@@ -84,6 +100,7 @@ def scores_of(
     gap: float = 1.0,
     query_block: int,
     passes: PassOptions = PLAIN,
+    embedding: Embedding | None = None,
 ) -> dict[Method, tuple[Tensor, SplitHalfScores | None]]:
     """Scores ``[Q, N]`` by method; with those of halves of the draws, where there are halves.
 
@@ -96,14 +113,13 @@ def scores_of(
         gap: The generalisation gap, by which its scores are multiplied.
         query_block: Queries whose gradients are held at once, for influence alone.
         passes: Checkpoints, processes and progress.
+        embedding: The function of ``'embedding'``.
     """
     found: dict[Method, tuple[Tensor, SplitHalfScores | None]] = {}
-    for method, of in _FEATURES.items():
-        if method in methods:
-            train = of(J_train.regression)
-            query = of(J_query.regression, train.shape[1:])
-            scores = feature_regression_scores(query.flatten(1), train.flatten(1))
-            found[method] = scores, None
+    images = J_query.regression, J_train.regression
+    for method in methods:
+        if not method.takes_draws:
+            found[method] = method.scores_of_images(*images, embedding), None
     if rest := [method for method in methods if method.takes_draws]:
         operators = rest, J_query, G_inv, J_train
         options: dict[str, Any] = {"ridge": ridge, "gap": gap, "query_block": query_block}

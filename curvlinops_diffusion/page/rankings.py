@@ -170,7 +170,7 @@ def meaning(
     what = "measured value" if measurement is None else measurement.quantity
     which, order = "The number", ""
     if count > 1:
-        which = f"The {('first', 'second', 'third', 'fourth')[place]} number"
+        which = f"The {('first', 'second', 'third', 'fourth', 'fifth')[place]} number"
         order = f" ({method}), by which they are ordered," if place == 0 else f" ({method})"
     start = f"{which} under a training image{order} is"
     share = f", as a share of that {what}" if sizes.unit else ""

@@ -93,9 +93,34 @@ def test_images_of_several_shapes_keep_their_places():
 def test_each_of_all_methods_has_a_sentence():
     sizes = Sizes.of(torch.ones(Q, N), {"values": [2.0] * Q}, "latents")
     assert sizes.text(0, 0.5) == "+0.5"
-    texts = [meaning(None, sizes, N, method, k, 4) for k, method in enumerate(Method)]
-    assert [text.split()[1] for text in texts] == ["first", "second", "third", "fourth"]
-    assert ["predicted change" in text for text in texts] == [True, False, False, False]
+    texts = [meaning(None, sizes, N, method, k, 5) for k, method in enumerate(Method)]
+    assert [text.split()[1] for text in texts] == ["first", "second", "third", "fourth", "fifth"]
+    assert ["predicted change" in text for text in texts] == [True, *[False] * 4]
+
+
+def test_an_embedding(tmp_path):
+    """By a function, which the file of the scores is known by."""
+    x = images(N, dtype=torch.float32)
+    objective = DenoisingObjective(
+        tiny_unet(torch.float32, num_class_embeds=None), DDPMScheduler(100)
+    )
+    attributor = Attributor(objective, x, progressbar=False, batch_size=3)
+
+    def corners(x_BCHW):
+        return x_BCHW[..., :2, :2]
+
+    file = tmp_path / "scores.safetensors"
+    options = {"method": "embedding", "num_draws": 1, "output": file}
+    found = attributor.score(x[:Q] / 2, embedding=corners, **options).scores
+    own, of_queries = (z[..., :2, :2].flatten(1) for z in (x, x[:Q] / 2))
+    assert torch.equal(found, feature_regression_scores(of_queries, own))
+    with pytest.raises(ValueError, match=r"made with others: query\.embedding"):
+        attributor.score(x[:Q] / 2, embedding=lambda z: z, **options)
+    with pytest.raises(ValueError, match=r"a row for each of 2 images, got \(1, 64\)"):
+        attributor.score(x[:Q], method="embedding", embedding=lambda z: z[:1].flatten(1))
+    for method, given, match in (("embedding", None, "without an"), ("pixels", corners, "with an")):
+        with pytest.raises(ValueError, match=match):
+            attributor.score(x[:Q], method=method, embedding=given)
 
 
 def test_an_order_without_a_unit(x, attributor, tmp_path):

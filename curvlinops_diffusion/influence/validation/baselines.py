@@ -3,20 +3,19 @@
 Positive is helpful where a method has a sign. Ridges have no default: the authors choose them by
 the linear data-modelling score, which flatters a method that is judged by the same networks.
 
-Legend: Q queries, N training examples, P parameters, k coordinates, V probes.
+Legend: Q queries, N training examples, P parameters, k coordinates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvlinops_diffusion.diffusion.batch import CleanBatch, NoisedBatch
-from curvlinops_diffusion.diffusion.draws import Draws
 from curvlinops_diffusion.diffusion.objective import DenoisingObjective
 from curvlinops_diffusion.influence.compression import RandomProjection
 from curvlinops_diffusion.influence.gradients import ExampleGradientLinearOperator
@@ -26,7 +25,7 @@ from curvlinops_diffusion.influence.kernel_regression import (
 )
 from curvlinops_diffusion.influence.measurements.trajectories import StatesRegression
 from curvlinops_diffusion.linalg.operator import IdentityLinearOperator
-from curvlinops_diffusion.runtime.checks import check_count, check_positive
+from curvlinops_diffusion.runtime.checks import check_positive
 from curvlinops_diffusion.runtime.digests import digest_of
 
 
@@ -97,57 +96,34 @@ def das_scores(
     J_train: ExampleGradientLinearOperator,
     *,
     ridge: float,
-    num_probes: int = 32,
-    seed: int = 0,
-    scalar: bool = False,
 ) -> Tensor:
-    """A Diffusion Attribution Score: the size of the change of a query's prediction.
+    """A Diffusion Attribution Score: the squared change of a query's mean prediction.
 
-    ``1/R² Σ_r ‖J_qr Φᵀ (ΦΦᵀ + λ)⁻¹ e_n‖²`` over the query's draws, with gradients ``Φ`` of the
-    training losses (each a residual times a Jacobian), the squared norm being estimated without
-    bias from random signs, independent for every query, draw and probe. Scores are never negative:
-    they do not tell better from worse.
-
-    The authors compute the norm of one number, with gradients ``Ψ`` of the output's mean for both
-    kernels and the residual's size apart, which is the ``scalar`` form::
+    ::
 
         [ψ_q Ψᵀ (ΨΨᵀ + λ)⁻¹ e_n · r_n / (1 − h_n)]²,    h = diag(ΨΨᵀ (ΨΨᵀ + λ)⁻¹)
 
-    with the root mean square residual ``r_n``. Their code also scales each draw's gradient to
-    length one and the residuals of an image's draws likewise, and projects.
+    with gradients ``Ψ`` of the mean of the output's entries and the root mean square residual
+    ``r_n`` of a training image, as the authors compute it; ``λ`` is the ridge times the mean
+    diagonal entry of ``ΨΨᵀ``. Scores are never negative: they do not tell better from worse. The
+    authors' code also scales each draw's gradient to length one and the residuals of an image's
+    draws likewise, and projects. The squared norm of the change of all entries, of which their
+    paper speaks, predicts retraining far worse (*Evidence*).
 
-    Source: Lin et al., 2025; checked against a dense squared norm and the primal form (``tests``).
+    Source: Lin et al., 2025; checked against the primal form (``tests``).
 
     Args:
         J_query: Gives queries, draws and parameters.
-        J_train: Gradients of the training losses, ``[N, P]``.
+        J_train: Gives training images, draws and parameters.
         ridge: In units of the kernel's mean diagonal entry.
-        num_probes: Random signs ``V``, which the scalar form has no need of.
-        seed: Their seed.
-        scalar: Whether in the authors' scalar form.
 
     Returns:
         The scores, ``[Q, N]``.
 
     Raises:
-        ValueError: As :func:`~curvlinops_diffusion.kernel_regression_scores`.
+        ValueError: If the ridge is not positive.
     """
     check_positive("ridge", ridge)
-    check_count("num_probes", num_probes)
-    if scalar:
-        return _scalar_das_scores(J_query, J_train, ridge)
-    train_NP = J_train.rows()
-    draws = replace(J_query.regression.draws, seed=seed)
-    probes = (J_query.measuring(ProbedPrediction(draws, number)) for number in range(num_probes))
-    crosses = torch.cat([J.rows() @ train_NP.T for J in probes])
-    scores = ridge_solution(crosses, train_NP @ train_NP.T, ridge)
-    squares_QN = scores.reshape(num_probes, -1, len(train_NP)).square().mean(0)
-    return squares_QN.to(train_NP)
-
-
-def _scalar_das_scores(
-    J_query: ExampleGradientLinearOperator, J_train: ExampleGradientLinearOperator, ridge: float
-) -> Tensor:
     query_QP, train_NP = (J.measuring(_mean).rows() for J in (J_query, J_train))
     gram_NN = train_NP @ train_NP.T
     both = ridge_solution(torch.cat([query_QP @ train_NP.T, gram_NN]), gram_NN, ridge)
@@ -163,25 +139,6 @@ def _mean(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
 
 def _mean_squared_residual(batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
     return batch.squares(prediction_BD) / prediction_BD.shape[1]
-
-
-@dataclass(frozen=True)
-class ProbedPrediction:
-    """The prediction's component along random signs, independent for every example and draw.
-
-    The signs have the draws' seed, and the probe's number. Their products of two draws are zero on
-    average, whatever the draws share: squares of a mean over draws have no cross terms.
-    """
-
-    draws: Draws
-    number: int = 0
-
-    def __call__(self, batch: NoisedBatch, prediction_BD: Tensor) -> Tensor:
-        """The component of each prediction, ``[B]``."""
-        D = prediction_BD.shape[1]
-        rows = zip(batch.indices, batch.draw_numbers, strict=True)
-        signs_BD = torch.stack([self.draws.signs(n, r, self.number, D) for n, r in rows])
-        return (prediction_BD * signs_BD.to(prediction_BD)).sum(1)
 
 
 class JourneyRegression(StatesRegression):
