@@ -55,7 +55,6 @@ class Problem:
         num_queries: Held-out queries, and as many generated ones.
         measured_draws: Draws on which queries are measured.
         draws: Of training images, to see how many are needed.
-        probes: Random signs from which DAS' squared norms are estimated.
         constant_rate: Whether the learning rate stays, instead of falling to zero.
         compiled: Whether steps of the training are compiled: half as many again in a second, after
             two minutes.
@@ -71,7 +70,6 @@ class Problem:
     num_queries: int = 64
     measured_draws: int = 64
     draws: tuple[int, ...] = (10, 30, 100, 250, 500)
-    probes: int = 32
     constant_rate: bool = False
     compiled: bool = False
 
@@ -314,7 +312,6 @@ PROBLEMS = {
             num_train=400,
             steps=2000,
             batch=64,
-            probes=16,
             compiled=True,
         ),
         Problem(

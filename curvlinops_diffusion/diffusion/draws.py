@@ -57,7 +57,6 @@ class _Stream(IntEnum):
     OFFSET = 7
     PERTURBATION = 8
     POSITIONS = 9
-    SIGNS = 10
     CAPTION = 11
     PLACE = 12
 
@@ -215,15 +214,6 @@ class Draws:
         """Loss vector ``k`` of draw ``r``: ``E[u uᵀ] = I``, shape ``[B, size]``."""
         of = [self._generator(_Stream.PROBE, n, self._of_whole(r), k) for n in n_B]
         return torch.stack([_unit_probe(generator, size, probe_type) for generator in of])
-
-    def signs(self, n: int, r: int, k: int, size: int) -> Tensor:
-        """Random signs ``k`` along which draw ``r`` of example ``n`` is measured, shape ``[size]``.
-
-        Independent of each other for all ``(n, r, k)``, both draws of a pair included, and of the
-        loss vectors that curvature is made from.
-        """
-        generator = self._generator(_Stream.SIGNS, n, self._of_whole(r), k)
-        return _unit_probe(generator, size, ProbeType.RADEMACHER)
 
     def _uniform(self, stream: _Stream, n_B: Sequence[int], r: int) -> list[float]:
         """Numbers that both draws of a pair share."""
