@@ -16,8 +16,8 @@ METHODS = (*IN_FIGURES, LATENTS)
 PARAGRAPHS = (
     """
     Held-out / generated, with 95 % intervals of about ±0.05 (±0.1 on textures and adapters).
-    TRAK, D-TRAK and DAS have their settings chosen by the result; the others have their defaults. *Two
-    seeds* is the correlation of two trainings on the same half, which bounds what *a perfect
+    TRAK, D-TRAK and DAS have their settings chosen by the result; the others have their defaults.
+    *Two seeds* is the correlation of two trainings on the same half, which bounds what *a perfect
     predictor* can reach. And directly: without the 100 of 1,000 digits that EK-FAC finds most
     helpful to a sample, the loss of a network trained anew rises by {removed, EK-FAC} % on it;
     without 100 at random it stays.
