@@ -111,6 +111,7 @@ lds-retrain: $(VENV)/.installed-bench  ## the linear data-modelling score from n
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem styles
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem dreambooth
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem textures
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.retrain --problem textures_32
 
 lds-lengths: $(VENV)/.installed-bench  ## retraining against the training's length: two core-hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.lengths
@@ -123,6 +124,7 @@ lds: $(VENV)/.installed-bench  ## the linear data-modelling score, from kept ret
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem styles
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem dreambooth
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem textures
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem textures_32
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.draws
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.checks
 

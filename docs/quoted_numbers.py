@@ -18,7 +18,8 @@ QUOTED = {
         **{"influence": "EK-FAC", "regression": REGRESSION, "pixels": PIXELS, "DAS": "DAS"},
         **{"reduce": "EK-FAC, reduce", "reduce, K-FAC": "K-FAC, reduce"},
     },
-    "textures": {"regression": REGRESSION, "pixels": PIXELS},
+    "textures": {"regression": REGRESSION, "pixels": PIXELS, "DAS": "DAS"},
+    "textures_32": {"regression": REGRESSION, "pixels": PIXELS, "influence": "EK-FAC"},
     "styles": {
         **{"influence": "EK-FAC", "regression": REGRESSION, "pixels": PIXELS},
         **{"latents": LATENTS, "words": "same words"},
@@ -68,7 +69,7 @@ def _draws() -> dict[str, str]:
 
 def _retraining() -> dict[str, str]:
     """Linear data-modelling scores of the loss, and the change by removal in per cent."""
-    results = {problem: result_of(f"lds_{problem}") for problem in PROBLEM_NAMES}
+    results = {problem: result_of(f"lds_{problem}") for problem in (*PROBLEM_NAMES, "textures_32")}
     rows = {
         (problem, row["method"], row["cell"]): row
         for problem, result in results.items()
@@ -93,6 +94,8 @@ def _retraining() -> dict[str, str]:
     ranges["two seeds"] = [results[p]["agreement_of_seeds"][cell] for p, cell in cells]
     for label, values in ranges.items():
         found |= {f"least {label}": f"{min(values):.2f}", f"most {label}": f"{max(values):.2f}"}
+    of_seeds = results["textures_32"]["agreement_of_seeds"]
+    found["two seeds on textures_32"] = " / ".join(f"{of_seeds[f'loss, {k}']:.2f}" for k in KINDS)
     for kind, distance in results["textures"]["nearest_training_image"].items():
         found[f"nearest {kind} on textures"] = f"{distance:.2f}"
     for row in result_of("removed_digits")["removals"]:

@@ -24,7 +24,6 @@ PROBLEM_NAMES = {
     "fashion": "Fashion-MNIST",
     "photographs": "photograph",
     "textures": "textures",
-    "textures_32": "textures, 32×32",
     "styles": "adapter, four styles",
     "dreambooth": "adapter, one thing",
 }

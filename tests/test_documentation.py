@@ -38,7 +38,7 @@ def test_the_readme_is_up_to_date():
     assert readme.readme() == readme.README.read_text(), "run `python docs/readme.py`"
     pairs = re.findall(r"\| -?0\.\d\d / -?0\.\d\d(?= \|)", readme.README.read_text())
     # latents of those alone that have an autoencoder
-    assert len(pairs) == len(LDS) * (len(tables.METHODS) + 2) - 1 + 2
+    assert len(pairs) == len(LDS) * (len(tables.METHODS) + 2) + 2
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,9 @@ def test_what_is_said_of_methods():
             others = ("pixels", "latents", "words", "checkpoints", "training")
             network = {m: z for m, z in scores.items() if not any(word in m for word in others)}
             assert max(network.values()) - scores[REGRESSION] < 0.06
-            assert max(scores[m] for m in ("TRAK", "D-TRAK", "DAS")) < scores[REGRESSION]
+            assert max(scores["TRAK"], scores["D-TRAK"]) < scores[REGRESSION]
+            on_textures = (problem, kind) == ("textures", "held-out")
+            assert (scores["DAS"] < scores[REGRESSION]) != on_textures
             assert abs(scores["K-FAC"] - scores["EK-FAC"]) < 0.035
             assert abs(scores["K-FAC, regression on the loss"] - scores["EK-FAC"]) < 0.035
     for problem in FROM_NOTHING:

@@ -362,7 +362,6 @@ METHODS: dict[str, Callable[[Setting], Scores]] = {
     "D-TRAK": published(d_trak_scores),
     "Journey-TRAK": journey,
     "DAS": das,
-    "DAS, the authors' scalar form": das,
     "EK-FAC, the paper's recipe": papers_recipe,
     "EK-FAC": of_curvature(),
     "EK-FAC, reduce": of_curvature(kfac_approx="reduce"),

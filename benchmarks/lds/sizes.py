@@ -29,7 +29,8 @@ from curvlinops_diffusion import ExampleGradientLinearOperator, NoisedRegression
 from curvlinops_diffusion.influence.gap import GeneralisationGap, generalisation_gap
 
 METHOD = "K-FAC, regression"
-COMPARED = ("digits", "fashion", "photographs", "textures", "textures_32", "styles", "dreambooth")
+# not textures_32, whose seeds agree by too little
+COMPARED = ("digits", "fashion", "photographs", "textures", "styles", "dreambooth")
 DRAWS = 32
 
 
