@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.kronfluence_passes import kronfluence_passes
 from benchmarks.measure import arguments, report, synchronize
@@ -193,22 +193,19 @@ def passes_of(case: Case, regression: NoisedRegression) -> Iterator[tuple[str, C
 
 def _eigenvalues(regression: NoisedRegression, plan: BlockPlan) -> Callable[[], Any]:
     """EK-FAC's second pass in random bases, on whose entries its time does not depend."""
+    like = {"dtype": regression.objective.working_dtype, "device": regression.device}
+
+    def random_basis(shape: Sequence[int]) -> Eigendecomposition:
+        # of a diagonal factor, [I], the basis is the identity
+        vectors = None if len(shape) == 1 else torch.randn(*shape, **like)
+        return Eigendecomposition(torch.zeros(*shape[: max(1, len(shape) - 1)], **like), vectors)
 
     def run() -> Any:
-        dtype = regression.objective.working_dtype
-        inputs, outputs = (
-            {key: _random_basis(make()) for key, make in zeros.items()}
-            for zeros in (plan.input_zeros(dtype), plan.output_zeros(dtype))
-        )
+        inputs = {part.key: random_basis(part.input_shape) for part in plan.with_inputs.values()}
+        outputs = {part.output_key: random_basis(part.output_shape) for part in plan.parts}
         return eigenvalue_moments(regression, plan, inputs, outputs)
 
     return run
-
-
-def _random_basis(zeros: Tensor) -> Eigendecomposition:
-    if zeros.ndim == 1:  # of a diagonal factor, whose basis is the identity
-        return Eigendecomposition(zeros, None)
-    return Eigendecomposition(zeros[..., 0], torch.randn_like(zeros))
 
 
 def measured(run: Callable[[], Any], repeats: int) -> dict[str, float]:
