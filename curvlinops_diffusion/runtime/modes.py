@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -252,12 +252,17 @@ def replaced_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> dict[
 
 def eager() -> AbstractContextManager[Any]:
     """Run modules that were compiled in place (``module.compile()``) as if they were not."""
-    set_stance: Any = getattr(torch.compiler, "set_stance", None)  # from torch 2.6 on
-    return nullcontext() if set_stance is None else set_stance("force_eager")
+    return torch.compiler.set_stance("force_eager")
 
 
 # parts of torch's messages where a network recomputes in its backward pass as it cannot follow
-_RECOMPUTED = "use_reentrant", "setup_context", "saved tensor hooks", "differentiated Tensors does"
+_RECOMPUTED = (
+    "use_reentrant",
+    "setup_context",
+    "saved tensor hooks",
+    "differentiated Tensors does",
+    "does not have vmap support",  # torch 2.7
+)
 
 
 @contextmanager
