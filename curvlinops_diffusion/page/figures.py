@@ -96,7 +96,6 @@ def operator_summary(path: Path) -> dict[str, Any]:
         "rows": rows,
         "spectrum": _svg(figure),
         "covered": f"{covered:,}",
-        "left_out": header["info"].get("left_out", {}),
     }
 
 
