@@ -7,6 +7,7 @@ those of many draws. What counts is squared error times seconds: the time for a 
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 from benchmarks.accuracy import DigitsProblem, accuracy, factor_errors
 from benchmarks.measure import arguments, report
@@ -36,23 +37,22 @@ def main() -> None:
     warnings.simplefilter("ignore")
     problem = DigitsProblem.of(options)
 
-    def factors(
-        timesteps: str, num_draws: int, probe: str, probes: int, seed: int
-    ) -> KroneckerFactors:
+    def factors(setting: tuple[str, int, str, int], seed: int) -> KroneckerFactors:
+        timesteps, num_draws, probe, probes = setting
         regression = problem.regression(num_draws, seed, timesteps=timesteps)
         kfac = KFACOptions(mc_samples=probes, probe_type=probe)
         return kronecker_factors(regression, BlockPlan.of(problem.coverage, kfac))
 
-    truth = factors("stratified", 2 if options.quick else 256, "rademacher", 2, seed=1000)
+    truth = factors(("stratified", 2 if options.quick else 256, "rademacher", 2), seed=1000)
 
     table = [
-        {"timesteps": timesteps, "draws": num_draws, "probe_type": probe, "mc_samples": probes}
+        dict(zip(("timesteps", "draws", "probe_type", "mc_samples"), setting, strict=True))
         | accuracy(
-            lambda seed, setting=(timesteps, num_draws, probe, probes): factors(*setting, seed),
+            partial(factors, setting),
             lambda estimate: factor_errors(estimate, truth),
             options.repeats,
         )
-        for timesteps, num_draws, probe, probes in SETTINGS
+        for setting in SETTINGS
     ]
     report(options, "draws", __doc__, {"examples": len(problem.x0), "settings": table})
 

@@ -88,7 +88,7 @@ def ggn_rows(regression: NoisedRegression) -> Tensor:
     params = {name: p.detach() for name, p in network.named_parameters()}
 
     def prediction(params: Any, x: Tensor, t: Tensor) -> Tensor:
-        return functional_call(network, params, (x[None], t[None])).sample.flatten()  # type: ignore
+        return functional_call(network, params, (x[None], t[None])).sample.flatten()
 
     jacobians = vmap(jacrev(prediction), (None, 0, 0), chunk_size=16)
     rows = []

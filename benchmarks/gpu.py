@@ -90,8 +90,8 @@ class Case:
         with torch.device(options.device) if not options.quick else nullcontext():
             network = self.build(options.quick)
         if self.lora:
-            config = LoraConfig(r=RANK, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
-            inject_adapter_in_model(config, network)
+            projections = ["to_q", "to_k", "to_v", "to_out.0"]
+            inject_adapter_in_model(LoraConfig(r=RANK, target_modules=projections), network)
         network = network.eval().to(options.device)
         config: Any = network.config
         count, batch = (4, 2) if options.quick else (self.images, self.batch)

@@ -5,22 +5,11 @@ import json
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import (
-    draws,
-    eigenvalue_draws,
-    exact_ggn,
-    gpu,
-    peak_memory,
-    positions,
-    refinement,
-    shards,
-    stored_gradients,
-)
+from benchmarks import draws, eigenvalue_draws, exact_ggn, gpu
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = {
@@ -54,30 +43,22 @@ def test_every_program_is_tested():
     assert programs == {call.split()[0] for call in PROGRAMS}
 
 
-def in_this_process(command, **options):
-    """What ``benchmarks.peak_memory`` runs in processes of their own."""
-    peak = peak_memory.peak_mebibytes(command[command.index("--only") + 1], True, "cpu")
-    return SimpleNamespace(stdout=json.dumps(peak))
-
-
-def shard_in_this_process(command, **options):
-    """What ``benchmarks.shards`` runs by torchrun."""
-    found = shards.measured(command[command.index("--only") + 1], True, "cpu", False)
-    return SimpleNamespace(stdout=json.dumps(found))
-
-
 # what is left of programs whose quick form takes long; whole by `make test-slow`
 CUT = {
     "draws": {"SETTINGS": draws.SETTINGS[:2]},
     "eigenvalue_draws": {"SETTINGS": eigenvalue_draws.SETTINGS[:2]},
     "exact_ggn": {"APPROXIMATIONS": {k: exact_ggn.APPROXIMATIONS[k] for k in ("K-FAC", "EK-FAC")}},
-    "peak_memory": {"subprocess": SimpleNamespace(run=in_this_process)},
-    "positions": {"MOST": positions.MOST[::2]},
-    "refinement": {"DAMPINGS": refinement.DAMPINGS[:1]},
-    "shards": {"subprocess": SimpleNamespace(run=shard_in_this_process)},
-    "stored_gradients": {"forms": lambda *sizes: stored_forms(*sizes)[::4]},
 }
-stored_forms = stored_gradients.forms
+# run by `make test-slow` alone; that the names are there that they use, mypy knows
+LONG = {
+    "peak_memory",
+    "positions",
+    "precision",
+    "refinement",
+    "score_draws",
+    "shards",
+    "stored_gradients",
+}
 WHOLE_APPROXIMATIONS = frozenset(exact_ggn.APPROXIMATIONS)
 
 
@@ -107,7 +88,7 @@ def keys_of_rows(rows):
     return {re.sub(r"\d+", "#", key) for row in rows for key in row}
 
 
-@pytest.mark.parametrize("call", PROGRAMS)
+@pytest.mark.parametrize("call", [call for call in PROGRAMS if call not in LONG])
 def test_the_program_runs(call, tmp_path, monkeypatch):
     program = call.split()[0]
     for key, value in CUT.get(program, {}).items():
@@ -119,7 +100,7 @@ def test_the_program_runs(call, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("call", CUT)
+@pytest.mark.parametrize("call", sorted({*CUT, *LONG}))
 def test_the_whole_program_runs(call, tmp_path, monkeypatch):
     assert_of_the_form_of_the_kept_one(*result_of(call, tmp_path, monkeypatch))
 

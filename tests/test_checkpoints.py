@@ -12,6 +12,7 @@ from curvlinops_diffusion import Attribution, Attributor, StoredScores
 from curvlinops_diffusion import attributor as attributor_module
 from curvlinops_diffusion.checkpoints import averaged
 from curvlinops_diffusion.cli.program import run
+from curvlinops_diffusion.influence import more_draws
 from curvlinops_diffusion.influence.agreement import Agreement
 from curvlinops_diffusion.influence.methods import scores_of
 from tests.cli.cases import write_problem
@@ -93,11 +94,12 @@ def test_saved_loaded_one_at_a_time(folder, attributor, result, tmp_path):
 
 def test_draws_until_told(folder, attributor, tmp_path, monkeypatch):
     """At every checkpoint as many."""
-    told = {"damping": 1e-3, "output": tmp_path / "s.safetensors"}
-    found = attributor.score(folder / "queries", num_draws="auto", max_draws=16, **told)
-    expected = attributor.score(folder / "queries", num_draws=16, damping=1e-3)
+    monkeypatch.setattr(more_draws, "_FIRST_DRAWS", 4)
+    told = {"method": "influence", "damping": 1e-3, "output": tmp_path / "s.safetensors"}
+    found = attributor.score(folder / "queries", num_draws="auto", max_draws=4, **told)
+    expected = attributor.score(folder / "queries", num_draws=4, method="influence", damping=1e-3)
     assert torch.equal(found.scores, expected.scores)
-    again = attributor.score(folder / "queries", num_draws="auto", max_draws=16, **told)
+    again = attributor.score(folder / "queries", num_draws="auto", max_draws=4, **told)
     assert torch.equal(again.scores, expected.scores)
     # stopped at the second checkpoint with twice as many, which goes on there
     monkeypatch.setattr(Agreement, "is_settled", False)
@@ -110,13 +112,13 @@ def test_draws_until_told(folder, attributor, tmp_path, monkeypatch):
         return scores_of(*operators, **options)
 
     monkeypatch.setattr(attributor_module, "scores_of", stopped)
-    told |= {"num_draws": "auto", "max_draws": 32}
+    told |= {"num_draws": "auto", "max_draws": 8}
     with pytest.raises(KeyboardInterrupt):
         attributor.score(folder / "queries", **told)
     found = attributor.score(folder / "queries", **told)
     assert len(computed) == 3
     monkeypatch.undo()
-    expected = attributor.score(folder / "queries", num_draws=32, damping=1e-3)
+    expected = attributor.score(folder / "queries", num_draws=8, method="influence", damping=1e-3)
     assert torch.equal(found.scores, expected.scores)
     assert torch.equal(StoredScores.open(told["output"]).whole(), expected.scores)
     assert not list(tmp_path.glob("*.checkpoint"))

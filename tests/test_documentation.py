@@ -107,6 +107,7 @@ LEVEL = [
     *((p, "D-TRAK", "generated") for p in ("fashion", "photographs")),
     *(("styles", REGRESSION, kind) for kind in BOTH),
     *(("photographs", m, kind) for m in ("DAS", "EK-FAC, GGN of the loss") for kind in BOTH),
+    *(("textures", "DAS", kind) for kind in BOTH),
     *(("styles", "EK-FAC, Shampoo's factors", kind) for kind in BOTH),
     ("textures", REGRESSION, "held-out"),
 ]
@@ -114,7 +115,7 @@ AHEAD = [
     *((p, m, kind) for p in FROM_NOTHING for m in (REGRESSION, PIXELS) for kind in BOTH),
     *(("dreambooth", m, kind) for m in (REGRESSION, LATENTS) for kind in BOTH),
     ("textures", REGRESSION, "generated"),
-    *(("digits", "DAS", kind) for kind in BOTH),
+    *((p, "DAS", kind) for p in ("digits", "fashion") for kind in BOTH),
     *((p, "EK-FAC, Shampoo's factors", k) for p in ("digits", "photographs") for k in BOTH),
     ("styles", "EK-FAC, GGN of the loss", "held-out"),
 ]

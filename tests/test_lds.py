@@ -395,6 +395,7 @@ def test_averages_are_of_a_tenth_of_the_training(short, monkeypatch):
         assert lag == pytest.approx(1 / (lengths.EXPONENT + 2), rel=0.15)
 
 
+@pytest.mark.slow
 def test_the_programs_against_the_length_run(short, tmp_path, monkeypatch):
     monkeypatch.setattr(against_length, "COMPARED", against_length.COMPARED[-1:])
     for module in (lengths, against_length):

@@ -345,7 +345,8 @@ def latent_regression_squared(setting: Setting) -> Scores:
 
 def same_words(setting: Setting) -> Scores:
     """The number of words that two captions share."""
-    train, queries = ([set(c.split()) for c in captions] for captions in setting.problem.words())
+    problem: Any = setting.problem
+    train, queries = ([set(c.split()) for c in captions] for captions in problem.words())
     shared = torch.tensor([[len(q & n) for n in train] for q in queries])
     yield "", _for_all_measurements(shared.float())
 

@@ -94,7 +94,10 @@ def whole():
     return DiffusionEKFACLinearOperator(problem())
 
 
-@pytest.mark.parametrize(("count", "sharded"), [(1, "data"), (3, "data"), (2, "layers")])
+@pytest.mark.parametrize(
+    ("count", "sharded"),
+    [pytest.param(1, "data", marks=pytest.mark.slow), (3, "data"), (2, "layers")],
+)
 def test_as_one_process(tmp_path, expected, whole, count, sharded):
     """Five examples in batches of two: a part of each for every process, or for all."""
     results = processes(count, tmp_path / "run", fitted, sharded)
@@ -122,7 +125,7 @@ def same(found, expected):
     assert_all_close(found, {k: z for k, z in expected.items() if k != "float32"})
 
 
-@pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 3)])
+@pytest.mark.parametrize(("first", "second"), [pytest.param(1, 2, marks=pytest.mark.slow), (2, 3)])
 def test_saved_and_opened_by_others(tmp_path, expected, whole, first, second):
     path = tmp_path / "ekfac.safetensors"
     if first == 1:
