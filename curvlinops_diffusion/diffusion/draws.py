@@ -101,6 +101,11 @@ class Draws:
             )
         return replace(self, num_draws=self.num_draws // count, part=(number, count))
 
+    @property
+    def whole(self) -> Draws:
+        """The draws of which these are a part."""
+        return replace(self, num_draws=self.num_draws * self.part[1], part=(0, 1))
+
     def rounded_up(self, num_draws: int) -> int:
         """The least number of draws, not below this one, of whole pairs and lists of levels."""
         listed = len(self.timesteps.levels) if isinstance(self.timesteps, ListedTimesteps) else 1

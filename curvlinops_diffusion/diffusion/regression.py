@@ -294,6 +294,11 @@ class NoisedRegression:
         """This problem with one of ``count`` parts of the draws of each example."""
         return self._with(self.draws.divided(number, count))
 
+    @property
+    def undivided(self) -> NoisedRegression:
+        """This problem with all draws of which its own are a part."""
+        return self._with(self.draws.whole)
+
     def _redrawn(self, num_draws: int, seed: int, antithetic: bool) -> NoisedRegression:
         own = self.draws
         made = make_draws(own.timesteps, num_draws, seed, own.num_levels, antithetic)

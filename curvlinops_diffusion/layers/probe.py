@@ -66,12 +66,14 @@ def once(regression: NoisedRegression, key: tuple[Hashable, ...], look: Callable
 def trial_of(regression: NoisedRegression) -> Trial:
     """The examples that the network is tried out on; the latest are kept.
 
-    Until the draws change, or the network is moved to another device or precision.
+    Until the draws change, of which parts have one trial, or the network is moved to another device
+    or precision.
     """
-    now = repr(regression.draws), regression.objective.device, regression.objective.dtype
+    whole = regression.undivided
+    now = repr(whole.draws), regression.objective.device, regression.objective.dtype
     before, found = regression.findings.get(("trial",), (None, None))
     if before != now:
-        found = Trial.of(regression)
+        found = Trial.of(whole)
         regression.findings["trial",] = now, found
     trial: Trial = found
     return trial
@@ -103,7 +105,13 @@ def state_of(regression: NoisedRegression, layers: Sequence[Layer]) -> tuple[Has
     # users may register kinds meanwhile
     kinds = [(layer.name, layer.kind) for layer in layers]
     adapters = adapter_states(regression.objective.model)
-    return (*kinds, repr(regression.draws), _modes(regression), adapters, _weights(regression))
+    return (
+        *kinds,
+        repr(regression.draws.whole),
+        _modes(regression),
+        adapters,
+        _weights(regression),
+    )
 
 
 def _weights(regression: NoisedRegression) -> int:
