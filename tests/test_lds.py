@@ -197,6 +197,7 @@ def test_slopes_and_intervals_of_changes():
         assert row["half_width"] == pytest.approx(0.1645, rel=0.05)
 
 
+@pytest.mark.slow
 def test_calibration_from_kept_retrainings(retrained, tmp_path):
     """Groups are judged as the scores of their images are."""
     run(calibration, "--output", tmp_path, "--retrained", retrained, "--draws", 2)
@@ -228,6 +229,7 @@ def test_unlearning(retrained, tmp_path):
     assert found["EK-FAC steps, 1"] == found["derivative"]
 
 
+@pytest.mark.slow
 def test_adapters(tmp_path):
     """Kept are the adapter's weights alone, and scores are of these."""
     problem, folder = PROBLEMS["tiny-adapter"], ("--work", tmp_path, "--output", tmp_path)
@@ -256,6 +258,7 @@ def test_words_in_common():
         assert scores_MQN[0, q].tolist() == shared
 
 
+@pytest.mark.slow
 def test_draws_against_retraining(retrained, tmp_path):
     run(draws, "--output", tmp_path, "--retrained", retrained, "--device", "cpu")
     name = "retraining_draws_cpu.json"
