@@ -143,9 +143,9 @@ def influence_and_regression_scores(
         for number, one in enumerate(J_train.regression.single_draws(SINGLE_DRAWS))
     ]
     single = sum(lengths) / len(lengths)
-    of_loss = solver.solved(J_query, J_train, "function 0")
+    of_loss = solver.solved(J_query, J_train, "loss")
     of_prediction = solver.solved(
-        J_query.measuring(signed), J_train.measuring(signed), "function 1"
+        J_query.measuring(signed), J_train.measuring(signed), "prediction"
     )
     square: float | Tensor = SQUARE
     if J_query.measurement != J_train.measurement:  # a square weighted otherwise, by the values
