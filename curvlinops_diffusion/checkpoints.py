@@ -113,8 +113,21 @@ class CheckpointAttributor(Attributor):
             yield c, member
 
     def _take(self, operators: list[BlockDiagonalLinearOperator]) -> Self:
-        self.operators, self.operator = operators, operators[-1]
+        self.operators, self._operator = operators, operators[-1]
         return self
+
+    @property
+    def operator(self) -> BlockDiagonalLinearOperator:
+        """The curvature at the last checkpoint.
+
+        Raises:
+            ValueError: If it was neither fitted nor loaded.
+        """
+        return super().operator
+
+    @operator.setter
+    def operator(self, operator: BlockDiagonalLinearOperator) -> None:
+        raise AttributeError("Every checkpoint has an operator of its own, see `operators`.")
 
     def fit(
         self,

@@ -295,3 +295,5 @@ def test_refused(folder, attributor, tmp_path):
         Attributor.load(tmp_path, [*same, *same[:1]], folder / "train")
     with pytest.raises(ValueError, match="other weights of this model"):
         Attributor.load(tmp_path, same, folder / "train")
+    with pytest.raises(AttributeError, match="an operator of its own"):
+        attributor.operator = attributor.operators[0]

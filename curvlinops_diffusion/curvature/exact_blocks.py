@@ -80,6 +80,7 @@ class ExactMoments(Observer):
         self._blocks = blocks
         self._mapped = {name: coverage.params[name] for name in coverage.others}
         self._layers = {block.layer.name for block in blocks if block.layer is not None}
+        self._together: dict[int, str] = {}  # the keys of a stack, by the blocks' size
         self._inputs: dict[str, list[Tensor]] = {}  # call by call
         self._gradients = Sums()  # of single examples, by parameter
         self._N = 0
@@ -119,9 +120,15 @@ class ExactMoments(Observer):
                 dense.setdefault(len(g_nN), {})[block.key] = g_nN.T
             else:
                 self.sums.add(block.key, g_nN.square().sum(1).unsqueeze(0))
-        for rows in dense.values():
-            g_NL1n = torch.stack(list(rows.values()), 1).unsqueeze(2)
-            self.sums.add_second_moment(_TOGETHER.join(rows), g_NL1n)
+        for n, rows in dense.items():
+            together = _TOGETHER.join(rows)
+            # only the first to be seen of each size: routed experts make as many as batches
+            if self._together.setdefault(n, together) == together:
+                g_NL1n = torch.stack(list(rows.values()), 1).unsqueeze(2)
+                self.sums.add_second_moment(together, g_NL1n)
+            else:
+                for key, g_Nn in rows.items():
+                    self.sums.add_second_moment(key, g_Nn[:, None, None])
 
     def by_block(self) -> Sums:
         """The sums block by block, which are given away."""

@@ -137,6 +137,7 @@ class SharedBatches(Observer):
 
     def predicted(self, batch: NoisedBatch, prediction_BD: Tensor) -> None:
         """The forward pass is over."""
+        self._latest = None  # or the last input would stay alive
         self._shown.predicted(batch, prediction_BD)
 
     def gradient(self, layer: Layer, call: int, g: Tensor, calls: int) -> None:

@@ -222,8 +222,9 @@ def interface_of(pipeline: Any, model: nn.Module, arguments: Mapping[str, Any]) 
         two = seen_of(pipeline, model, ["a", "a"], size, arguments).condition
         wide = seen_of(pipeline, model, ["a"], (SIZE, 2 * SIZE), arguments).condition
         one = first.condition
+        steps = int(pipeline.scheduler.config.get("num_train_timesteps", 1000))
         return Interface(
-            _affine(name, first.times),
+            _affine(name, first.times, steps, first.image.dtype),
             first.signs[0],
             first.names,
             first.listed,
@@ -259,8 +260,16 @@ def _near(one: Tensor, other: Tensor) -> bool:
     return float((one - other).float().norm()) <= tolerance * float(other.float().norm())
 
 
-def _affine(name: str, times: Sequence[tuple[float, float]]) -> tuple[float, float]:
+def _affine(
+    name: str, times: Sequence[tuple[float, float]], steps: int, dtype: torch.dtype
+) -> tuple[float, float]:
     """Factor and summand that lead from the scheduler's times to the network's."""
+    # the times that are seen may be rounded to the precision of the pipeline, and so would be what
+    # is measured of them: usual forms come first
+    for usual, shift in ((1.0, 0.0), (1 / steps, 0.0), (-1.0, float(steps)), (-1 / steps, 1.0)):
+        rounding = torch.finfo(dtype).eps * max(1.0, abs(shift))
+        if all(abs(usual * c + shift - t) <= rounding * max(1.0, abs(t)) for t, c in times):
+            return usual, shift
     (given, counted), *_, (given_last, counted_last) = times
     factor = (given_last - given) / (counted_last - counted)
     summand = given - factor * counted

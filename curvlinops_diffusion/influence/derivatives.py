@@ -72,7 +72,8 @@ class ValueGradients(ABC):
         """Gradients of weighted sums of the values, ``[*shape, K]`` each; from the gradients."""
         rows_BP, params = self.rows(clean), list(self.params.values())
         pieces = (rows_BP.T @ weights_BK.to(rows_BP)).split([p.numel() for p in params])
-        return [z.reshape(*p.shape, -1) for z, p in zip(pieces, params, strict=True)]
+        K = weights_BK.shape[1]
+        return [z.reshape(*p.shape, K) for z, p in zip(pieces, params, strict=True)]
 
 
 class PredictionGradients(ValueGradients):

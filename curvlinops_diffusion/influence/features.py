@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -16,6 +17,7 @@ from curvlinops_diffusion.diffusion.regression import NoisedRegression
 from curvlinops_diffusion.influence.kernel_regression import ridge_solution
 from curvlinops_diffusion.influence.kernels import SOLVED
 from curvlinops_diffusion.runtime.checks import check_positive
+from curvlinops_diffusion.runtime.devices import to_device
 
 #: The shape of one image, or of its latents.
 Size = Sequence[int]
@@ -118,7 +120,7 @@ def latents_of(regression: NoisedRegression, like: Size | None = None) -> Tensor
 
 
 def embeddings_of(regression: NoisedRegression, embedding: Embedding) -> Tensor:
-    """What a function makes of a problem's images, ``[N, F]``.
+    """The embeddings of a problem's images, ``[N, F]``, which are given on its device.
 
     Raises:
         ValueError: If it is not a row for each image.
@@ -126,7 +128,8 @@ def embeddings_of(regression: NoisedRegression, embedding: Embedding) -> Tensor:
     rows: dict[int, Tensor] = {}
     for clean in regression.clean_batches():
         with torch.no_grad():
-            found = embedding(clean.x0)
+            found = embedding(to_device(clean.x0, regression.device))
+        found = torch.from_numpy(found) if isinstance(found, np.ndarray) else found
         shape = tuple(getattr(found, "shape", ()))
         if len(shape) < 2 or shape[0] != len(clean.x0):
             got = shape if isinstance(found, Tensor) else type(found).__name__

@@ -189,7 +189,11 @@ class ExampleGradientLinearOperator(LinearOperator):
         return torch.stack([found[n] for n in wanted])
 
     def rows_of(self, clean: CleanBatch) -> Tensor:
-        """Gradients of a batch of clean examples, ``[B, P]``; one that is not finite is named."""
+        """Gradients of a batch of clean examples, ``[B, P]``.
+
+        Raises:
+            ValueError: If a gradient is not finite, naming the parameter and the examples.
+        """
         rows_BP = self._gradients.rows(clean)
         # a sum is a fraction of the price of looking at every entry, and finite if they all are
         # (unless it overflows, in which case they are looked at)

@@ -323,7 +323,11 @@ class GradientStore:
     def query_rows(
         self, J_query: ExampleGradientLinearOperator, curvature: BlockDiagonalLinearOperator
     ) -> Tensor:
-        """The queries' gradients in the store's coordinates, ``[Q, k]``, float32."""
+        """Return the queries' gradients in the store's coordinates, ``[Q, k]``, float32.
+
+        Raises:
+            ValueError: If the curvature is another one than the store was made with.
+        """
         identity = self.header["identity"]
         here = {"curvature": curvature.info, "params": common_list(J_query.param_names)}
         check_same(
@@ -345,7 +349,14 @@ class GradientStore:
         return torch.cat(parts).float()
 
     def rows(self, device: torch.device | None = None) -> Iterator[tuple[list[int], Tensor]]:
-        """Yield indices and rows ``[B, k]`` of the training examples, float32."""
+        """Yield indices and rows ``[B, k]`` of the training examples, float32.
+
+        Args:
+            device: Where to; ``None`` for the CPU.
+
+        Raises:
+            ValueError: If batches are missing, or damaged.
+        """
         seen = 0
         for path in sorted(self._folder.glob("rows.*.safetensors")):
             header, stored = GRADIENTS.read(path)

@@ -354,7 +354,10 @@ class _Comparison(WholeLayers):
         self._noise = 10 * objective.rounding * max(norms.values(), default=0.0)
         self._wrong = set(norms)  # until they are seen
         self._shapes: dict[str, str] = {}
-        self._not_finite: list[tuple[str, int, int]] = []
+        # read together at the end: a GPU would be waited for at each layer
+        self._not_finite: list[tuple[str, Tensor, int]] = []
+        self._compared: dict[str, Tensor] = {}
+        self._counts: dict[str, float] = {}
         self.cancelled: set[str] = set()
 
     def unreadable(self, layer: Layer, shape: torch.Size, batch_size: int) -> None:
@@ -369,7 +372,7 @@ class _Comparison(WholeLayers):
         objective, sharded = self._objective, is_sharded(self._objective.model)
         for g in gs:
             what = f"The gradient in the output of the layer of '{layer.params[0]}'"
-            self._not_finite.append((what, int((~g.isfinite()).sum()), g.numel()))
+            self._not_finite.append((what, (~g.isfinite()).sum(), g.numel()))
         largest = torch.stack([g.abs().max() for g in gs]).max()
         largest = torch.where(largest == 0, 1, largest)  # or norms overflow
         terms = torch.cat([g.flatten() / largest for g in gs]).norm()
@@ -383,20 +386,22 @@ class _Comparison(WholeLayers):
                 seen, unit = mean_over_processes(seen), torch.ones_like(largest)
                 allowed = mean_over_processes(allowed * largest)
             numbers = [((seen - truth) / unit).norm(), allowed, unit, (truth / unit).norm(), terms]
-            error, most, scale, size, of_terms = torch.stack(numbers).tolist()
-            if error <= most or error * scale <= self._noise:
-                self._wrong.discard(name)
-            else:
-                self._wrong.add(name)
+            self._compared[name] = torch.stack(numbers)
             if name == layer.bias and isinstance(layer.kind, SharingKind) and not sharded:
-                count = sum(g.numel() for g in gs) / truth.numel()
-                if 0 < size <= _rounding_of_sum(objective, count) * of_terms:
-                    self.cancelled.add(name)
+                self._counts[name] = sum(g.numel() for g in gs) / truth.numel()
 
     def reasons(self, layers: Sequence[Layer]) -> dict[str, str]:
         """The parameters of layers whose gradients hooks do not see, with reasons."""
-        for finding in self._not_finite:
-            check_finite_count(*finding)
+        counted = torch.stack([count for _, count, _ in self._not_finite] or [torch.zeros(())])
+        for (what, _, size), count in zip(self._not_finite, counted.tolist(), strict=False):
+            check_finite_count(what, int(count), size)
+        compared = torch.stack(list(self._compared.values())).tolist() if self._compared else []
+        for name, (error, most, scale, size, terms) in zip(self._compared, compared, strict=True):
+            if error <= most or error * scale <= self._noise:
+                self._wrong.discard(name)
+            count = self._counts.get(name)
+            if count and 0 < size <= _rounding_of_sum(self._objective, count) * terms:
+                self.cancelled.add(name)
         rounding = self._objective.autocast or self._objective.working_dtype
         reason = (
             "its layer's inputs and outputs do not give its gradient (it is used outside the "
@@ -495,7 +500,7 @@ def check_effect(
         if suspects:
             some = [name for name in names if name in set(suspects)]
             entries, total = (sum(params[name].numel() for name in own) for own in (some, names))
-            why = _eachonce(without_part(model, some))
+            why = _each_once(without_part(model, some))
             warn(
                 f"{len(some)} of {len(names)} parameters ({entries:,} of {total:,} entries) have "
                 f"no effect on the prediction of the first examples{why and f' ({why})'}, on which "
@@ -525,7 +530,7 @@ def check_adapters(regression: NoisedRegression, names: Collection[str]) -> None
 
 
 def _without_effect(names: Collection[str], reasons: Mapping[str, str]) -> str:
-    why = _eachonce(reasons) or (
+    why = _each_once(reasons) or (
         "the network does not use them, detaches what they give, runs them under torch.no_grad(), "
         "or multiplies it by zero (a scale of adapters among its arguments, say, or a layer that "
         "was initialised at zero)"
@@ -536,7 +541,7 @@ def _without_effect(names: Collection[str], reasons: Mapping[str, str]) -> str:
     )
 
 
-def _eachonce(reasons: Mapping[str, str]) -> str:
+def _each_once(reasons: Mapping[str, str]) -> str:
     return "; ".join(dict.fromkeys(reasons.values()))
 
 

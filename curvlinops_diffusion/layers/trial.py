@@ -88,7 +88,8 @@ class Trial:
                 draws = range(min(_DRAWS, regression.num_draws))
                 levels = [int(regression.draws.levels(some.indices, r)[0]) for r in draws]
                 lowest, highest = levels.index(min(levels)), levels.index(max(levels))
-            noised = list(islice(regression.noised_batches(some), max(lowest, highest) + 1))
+            every = islice(regression.noised_batches(some), max(lowest, highest) + 1)
+            noised = {r: batch for r, batch in enumerate(every) if r in (lowest, highest)}
             # packed into tokens, latents of a wide and of a high image have one shape
             own = clean.x0.shape[1:], _sizes(noised[lowest])
             if sizes not in (None, own):
@@ -139,8 +140,10 @@ def check_trial(objective: DenoisingObjective, trial: Trial) -> None:
         first_BD, unused = predicted(batch)
         # what is drawn with a small probability may be the same twice
         drew, changed = _random_states(device) != before, set(state.changed())
+        if changed - state.caches(changed):
+            state.refuse()
         repeats = _equal(objective, first_BD, predicted(batch)[0])
-        if changed - state.caches(changed) or (changed and not repeats):
+        if changed and not repeats:
             state.refuse()
         if drew or not repeats:
             raise ValueError(

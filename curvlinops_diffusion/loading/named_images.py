@@ -19,7 +19,7 @@ from curvlinops_diffusion.loading.sizes import Size
 from curvlinops_diffusion.runtime.digests import digest_of
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class NamedImages(Dataset[dict[str, Any]]):
     """Images with names, and labels or prompts if there are any.
 

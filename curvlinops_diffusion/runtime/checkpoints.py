@@ -17,7 +17,10 @@ from curvlinops_diffusion.runtime.files import FileKind, check_same, make_folder
 from curvlinops_diffusion.runtime.processes import Processes
 from curvlinops_diffusion.runtime.sums import Running
 
-CHECKPOINT = FileKind("curvlinops_diffusion.checkpoint", "a checkpoint", "Delete it to start anew.")
+# the version is of the names of sums, too: what a pass does not know, it would leave out
+CHECKPOINT = FileKind(
+    "curvlinops_diffusion.checkpoint", "a checkpoint", "Delete it to start anew.", version=2
+)
 
 
 class OtherCheckpointError(ValueError):
@@ -153,10 +156,13 @@ def read(
 def _checked(path: Path, header: Any, identity: Mapping[str, Any]) -> Done:
     """Return the batches that a file holds, if it is of the same pass."""
     try:
-        units = {
-            unit if isinstance(unit, int) else (int(unit[0]), int(unit[1]), int(unit[2]))
-            for unit in header["batches"]
-        }
+        units: set[Unit] = set()
+        for unit in header["batches"]:
+            if isinstance(unit, int):
+                units.add(unit)
+            else:
+                number, start, stop = map(int, unit)
+                units.add((number, start, stop))
         done = Done(units, int(header["examples"]))
         there = dict(header["identity"])
     except (AttributeError, LookupError, TypeError, ValueError) as error:

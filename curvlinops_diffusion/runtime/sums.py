@@ -37,8 +37,10 @@ class Sums:
 
     def add(self, key: str, value: Tensor) -> None:
         """Add to a sum; the value may be kept, and must not be changed later."""
-        if self._sums.setdefault(key, value) is not value:
+        if key in self._sums:
             self._sums[key] += value
+        else:
+            self._sums[key] = value
 
     def pop_all(self) -> list[tuple[str, Tensor]]:
         """Return the sums, which start anew."""

@@ -662,11 +662,14 @@ def test_the_interface_tells_what_was_written_by_hand(tmp_path):
     assert null[0].keys() == null[1].keys()
 
 
-@named(flux_2, z_image)
+@named(*BY_INTERFACE, flux, stable_diffusion_3)
 def test_pipelines_in_low_precision(make, tmp_path):
-    """Taken apart all the same: what rounding does to latents is no other arrangement."""
-    objective = DenoisingObjective.from_pipeline(fresh(make, tmp_path).to(torch.bfloat16))
+    """Taken apart all the same: latents are arranged as ever, and no time is rounded."""
+    pipeline = fresh(make, tmp_path)
+    times_T = pipeline_parts(pipeline, False).process.timesteps_T
+    objective = DenoisingObjective.from_pipeline(pipeline.to(torch.bfloat16))
     assert objective.dtype == torch.bfloat16
+    assert torch.equal(objective.process.timesteps_T.cpu(), times_T)
     batch = next(NoisedRegression(objective, data_for(make), 1).batches())
     assert objective.predict(batch).isfinite().all()
 

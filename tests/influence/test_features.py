@@ -114,6 +114,10 @@ def test_an_embedding(tmp_path):
     found = attributor.score(x[:Q] / 2, embedding=corners, **options).scores
     own, of_queries = (z[..., :2, :2].flatten(1) for z in (x, x[:Q] / 2))
     assert torch.equal(found, feature_regression_scores(of_queries, own))
+    as_array = attributor.score(
+        x[:Q] / 2, method="embedding", embedding=lambda z: corners(z).numpy()
+    ).scores
+    assert torch.equal(as_array, found)
     with pytest.raises(ValueError, match=r"made with others: query\.embedding"):
         attributor.score(x[:Q] / 2, embedding=lambda z: z, **options)
     with pytest.raises(ValueError, match=r"a row for each of 2 images, got \(1, 64\)"):
