@@ -117,7 +117,8 @@ AHEAD = [
     ("textures", REGRESSION, "generated"),
     *((p, "DAS", kind) for p in ("digits", "fashion") for kind in BOTH),
     *((p, "EK-FAC, Shampoo's factors", k) for p in ("digits", "photographs") for k in BOTH),
-    ("styles", "EK-FAC, GGN of the loss", "held-out"),
+    *((p, "EK-FAC, GGN of the loss", "held-out") for p in ("styles", "dreambooth")),
+    *(("dreambooth", m, "generated") for m in ("D-TRAK", "DAS")),
 ]
 
 

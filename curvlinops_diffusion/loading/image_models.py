@@ -23,7 +23,8 @@ class ImageModel:
             them.
 
     Raises:
-        ValueError: If there is no such model, or some of its weights are missing.
+        ValueError: If there is no such model, some of its weights are missing, or it masks its
+            input at random.
     """
 
     def __init__(self, path: Path):
@@ -43,7 +44,12 @@ class ImageModel:
                 f"'{path}' (`embedding`) lacks {len(missing)} of the model's weights, "
                 f"'{missing[0]}' first. Pass a folder that holds all of them."
             )
-        self.model = model.eval()
+        if getattr(model.config, "mask_ratio", 0):
+            raise ValueError(
+                f"'{path}' (`embedding`) is of a model that masks parts of its input at random "
+                "(mask_ratio). Pass another one, DINO or CLIP say."
+            )
+        self.model = model.float().eval()
         #: How images are resized and normalised.
         self.settings: str = self._processor.to_json_string()
 
@@ -67,4 +73,7 @@ class ImageModel:
         if isinstance(found, Tensor):
             return found
         pooled = getattr(found, "pooler_output", None) if self.pools else None
-        return found.last_hidden_state.mean(1) if pooled is None else pooled.flatten(1)
+        if pooled is not None:
+            return pooled.flatten(1)
+        last = found.last_hidden_state  # tokens [B, T, F], or of convolutions [B, F, H, W]
+        return last.mean((2, 3)) if last.ndim == 4 else last.mean(1)

@@ -11,7 +11,11 @@ from transformers import (
     Dinov2Model,
     ResNetConfig,
     ResNetModel,
+    SegformerConfig,
+    SegformerModel,
     ViTConfig,
+    ViTMAEConfig,
+    ViTMAEModel,
     ViTModel,
 )
 
@@ -90,7 +94,22 @@ def test_it_is_known_by_its_weights_and_settings(tmp_path):
     assert name_of(one) != name_of(ImageModel(saved(tmp_path / "new", MODELS["vit"][0]())))
 
 
+def test_half_precision_and_features_of_convolutions(tmp_path):
+    """What was saved in float16 is computed in float32; maps are averaged over positions."""
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert ImageModel(saved(tmp_path / "half", MODELS["resnet"][0]().half()))(x).isfinite().all()
+    sizes = {"hidden_sizes": [4, 8], "num_encoder_blocks": 2, "depths": [1, 1]}
+    sizes |= {"num_attention_heads": [1, 2], "sr_ratios": [2, 1], "mlp_ratios": [1, 1]}
+    sizes |= {"patch_sizes": [7, 3], "strides": [4, 2]}
+    maps = SegformerModel(SegformerConfig(**sizes))
+    assert ImageModel(saved(tmp_path / "maps", maps, 32))(x).shape == (2, 8)
+
+
 def test_refused(tmp_path):
+    masked = {**SMALL, "decoder_hidden_size": 8, "decoder_num_attention_heads": 2}
+    masked = ViTMAEModel(ViTMAEConfig(**masked, decoder_num_hidden_layers=1))
+    with pytest.raises(ValueError, match="masks parts of its input at random"):
+        ImageModel(saved(tmp_path / "masked", masked))
     model = MODELS["vit"][0]()
     weights = {k: z for k, z in model.state_dict().items() if "embeddings" not in k}
     saved(tmp_path / "part", model)

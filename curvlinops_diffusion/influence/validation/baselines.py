@@ -97,7 +97,7 @@ def das_scores(
     *,
     ridge: float,
 ) -> Tensor:
-    """A Diffusion Attribution Score: the squared change of a query's mean prediction.
+    """A Diffusion Attribution Score: squared leave-one-out weights of a query's mean prediction.
 
     ::
 
@@ -107,8 +107,8 @@ def das_scores(
     ``r_n`` of a training image, as the authors compute it; ``λ`` is the ridge times the mean
     diagonal entry of ``ΨΨᵀ``. Scores are never negative: they do not tell better from worse. The
     authors' code also scales each draw's gradient to length one and the residuals of an image's
-    draws likewise, and projects. The squared norm of the change of all entries, of which their
-    paper speaks, predicts retraining far worse (*Evidence*).
+    draws likewise, and projects; masks of the loss are no part of it. The squared norm of the
+    change of all entries, of which their paper speaks, predicts retraining far worse (*Evidence*).
 
     Source: Lin et al., 2025; checked against the primal form (``tests``).
 
