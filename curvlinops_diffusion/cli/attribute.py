@@ -100,6 +100,10 @@ def _asked(attributor: Attributor, options: Namespace) -> dict[str, Any]:
         if (folder := found[name]) is not None:
             found[name] = attributor.opened(folder, what=name)
             say(f"Read {found[name].summary()} from {folder}")
+    if found["embedding"] is not None:
+        from curvlinops_diffusion.loading.image_models import ImageModel
+
+        found["embedding"] = ImageModel(found["embedding"])
     return found
 
 

@@ -394,6 +394,7 @@ class _InputFactors(Observer):
         moment = self._patches.pop(name, None)
         if moment is not None and moment.tensors():
             self._sums.add(name, moment.total())
+        del moment  # its spectra are twice as large as the sum
         if not (part.joint and self._expand):
             return _mean(self._sums, name, regression, shape)
         *groups, I, _ = shape

@@ -204,6 +204,14 @@ def interface_of(pipeline: Any, model: nn.Module, arguments: Mapping[str, Any]) 
         raise _unknown(name, "it does not run its network and decode what comes out")
     if set(first.signs) not in ({1}, {-1}):
         raise _unknown(name, "the network's answer does not reach the scheduler as it is")
+    channels = pipeline.vae.config.get("latent_channels")
+    if channels is not None and first.decoded.shape[1] != channels:
+        raise ValueError(
+            f"The network takes latents of {first.decoded.shape[1]} channels, and those of the "
+            f"autoencoder have {channels}: it was trained on more (a mask, another image) than a "
+            f"{name} gives it. Pass denoiser and scheduler to DenoisingObjective, and what else it "
+            "takes in the data."
+        )
     frames = first.decoded.ndim == 5
     if first.image.ndim not in (3, 4):
         raise _unknown(name, f"its network takes images of {first.image.ndim} axes")

@@ -606,6 +606,12 @@ _TOOLKIT_DATA = {
 
 def ai_toolkit(z: Entries, base: Base) -> Iterator[Setting]:
     """``config.yaml`` of the output folder: train and data sets of its process."""
+    for name in ("train", "model"):
+        if not isinstance(z.get(name, {}), Mapping):
+            raise ValueError(
+                f"'{z.source}' holds {name}={z.get(name)!r}, which must be a table of entries. "
+                "Pass `recipe='none'`, and what training did by the options."
+            )
     train, model = z.table("train"), z.table("model")
     yield from train.decides(noise_offset="noise_offset")
     if model.get("is_v_pred"):
