@@ -127,6 +127,9 @@ lds: $(VENV)/.installed-bench  ## the linear data-modelling score, from kept ret
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.evaluate --problem textures_32
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.draws
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.checks
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.sizes
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.calibration
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.unlearning --queries 8
 
 lds-remove: $(VENV)/.installed-bench  ## retraining without the most helpful digits: five core-hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lds.remove --problem digits
