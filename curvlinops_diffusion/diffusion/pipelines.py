@@ -112,6 +112,7 @@ def by_interface(pipeline: Any, training: Training) -> PipelineParts:
         process = replace(process, alphas_T=alphas_T, sigmas_T=sigmas_T, timesteps_T=times_T)
     factor = arguments.get("timestep_scale", factor)  # Sana's script leaves the config's out
     if (factor, summand) != (1.0, 0.0):
+        # divided, as trainers divide: a product with 1/1000 differs in the last bits
         process = replace(process, timesteps_T=process.timesteps_T / (1 / factor) + summand)
 
     def embed(x0: Tensor, condition: dict[str, Any]) -> dict[str, Any]:

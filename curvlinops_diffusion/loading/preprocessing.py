@@ -280,7 +280,7 @@ class Form:
         return self.placed("", size)[1] if self.buckets == "ai-toolkit" else size
 
     def corner_of(self, height: int, width: int, place: Place = None) -> tuple[int, int]:
-        """Top and left of the part of a resized image, as the network is told them.
+        """Compute the top and left offsets of the crop, as the network takes them.
 
         Kohya's scripts tell something else than where they cut, ai-toolkit nothing.
         """

@@ -213,7 +213,7 @@ def _orders(scores: Tensor | StoredScores, sign: int) -> list[list[int]]:
 
 
 def _settings(header: Mapping[str, Any], num_queries: int, num_train: int) -> list[list[str]]:
-    """What scores were made from: terms and texts, at most ten; of what is not known no line."""
+    """List the settings of scores as pairs of a term and its text; unknown ones have no line."""
 
     def text(name: str) -> str:
         value = header.get("run", {}).get(name) or ""
